@@ -1,0 +1,1 @@
+"""The bootstrap node: a DHT entry point that can read nothing."""

@@ -1,0 +1,266 @@
+"""Settings of one node: read once, here, from flags > XPEER_ variables > config.toml > defaults.
+
+An unknown key or variable is an error that names the nearest valid one. What must be the same at
+every peer is in the manifest instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+import msgspec.structs
+from msgspec import Meta, Struct, field
+
+from xpeer.errors import ConfigError
+
+ENV_PREFIX = "XPEER_"
+NOT_SETTINGS = frozenset({"XPEER_HOME"})
+"""Variables that the command line reads itself."""
+DEFAULT_HOME = Path("~/.xpeer")
+SOCKET_PATH_MAX = 100
+"""Linux's sun_path holds 107 bytes."""
+
+
+class Network(Struct, frozen=True, forbid_unknown_fields=True):
+    """How this node is reached and whom it asks first."""
+
+    listen: list[str] = field(default_factory=lambda: ["/ip4/0.0.0.0/tcp/4001"])
+    """Multiaddresses, TCP only; port 0 = any free port."""
+    announce: list[str] = []
+    """Addresses to tell others, if they differ from `listen` (NAT, port forwarding)."""
+    bootstrap: list[str] = []
+    """Seeds: .../p2p/PEERID."""
+    nat_port_map: bool = False
+    """Ask the router by UPnP for a port (multicasts on the local network)."""
+    price_per_gb: Annotated[float, Meta(ge=0)] = 0.09
+    """Egress price in `currency` per 10^9 bytes sent."""
+    currency: str = "USD"
+
+
+class Data(Struct, frozen=True, forbid_unknown_fields=True):
+    """The text this node trains on. It never leaves the node."""
+
+    shard: list[str] = []
+    """Files, folders or globs: .txt, .md, .jsonl, .parquet."""
+    corpus: list[str] = []
+    """The local copy of the manifest's shared corpus; `shard` and `corpus` exclude one another."""
+    text_field: str = "text"
+    """The field of .jsonl and .parquet rows that holds the text."""
+    validation_share: Annotated[float, Meta(gt=0, lt=0.5)] = 0.05
+    split: Literal["document", "file"] = "document"
+    """What is held out whole."""
+    tokenizer: str = ""
+    """Folder of the Hugging Face tokenizer, where the manifest asks for one."""
+
+
+class Training(Struct, frozen=True, forbid_unknown_fields=True):
+    """The trainer process."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: Annotated[int, Meta(ge=0)] = 0
+    """CPU threads; 0 = all cores."""
+    speed: Annotated[float, Meta(gt=0)] = 1.0
+    """Declared relative speed: weights a shared corpus; published."""
+    throttle: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Share of the time to compute in; 0.5 = half speed."""
+    micro_batch: Annotated[int, Meta(ge=0)] = 0
+    """Records per forward pass; 0 = chosen by the engine."""
+    min_peers: Annotated[int, Meta(ge=0)] = 0
+    """Wait for this many live partners before training."""
+    validation_records: Annotated[int, Meta(ge=1)] = 32
+
+
+class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True):
+    """Saved state."""
+
+    every_s: Annotated[float, Meta(gt=0)] = 600.0
+    keep: Annotated[int, Meta(ge=1)] = 2
+
+
+class Daemon(Struct, frozen=True, forbid_unknown_fields=True):
+    """The long-lived process."""
+
+    socket: str = ""
+    """Control socket; empty = HOME/xpeer.sock."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    stop_timeout_s: Annotated[float, Meta(gt=0)] = 30.0
+    """From SIGTERM to exit."""
+    exit_on_budget: bool = False
+    """Exit 6 when the privacy budget is spent, instead of mixing and serving on."""
+    exit_when_finished: bool = False
+    """Exit 0 after the closing consolidation, instead of serving on."""
+
+
+class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """config.toml, one section per part."""
+
+    network: Network = Network()
+    data: Data = Data()
+    training: Training = Training()
+    checkpoint: Checkpoint = Checkpoint()
+    daemon: Daemon = Daemon()
+
+
+class Home:
+    """Where a node keeps its state; one daemon at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().absolute()
+        self.identity_key = self.path / "identity.key"
+        self.admin_key = self.path / "admin.key"
+        self.swarm_key = self.path / "swarm.key"
+        self.credential = self.path / "credential"
+        self.manifest = self.path / "manifest.json"
+        self.config = self.path / "config.toml"
+        self.state_db = self.path / "state.sqlite"
+        self.ledger_db = self.path / "ledger.sqlite"
+        self.checkpoints = self.path / "checkpoints"
+        self.initial_model = self.path / "initial"
+        self.cache = self.path / "cache"
+        self.log = self.path / "daemon.log"
+        self.lock = self.path / "lock"
+
+    def socket(self, config: NodeConfig) -> Path:
+        """The control socket's path.
+
+        Raises:
+            ConfigError: longer than the kernel allows.
+        """
+        path = Path(config.daemon.socket or self.path / "xpeer.sock").expanduser().absolute()
+        if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+            raise ConfigError(
+                f"daemon.socket: {path} is longer than {SOCKET_PATH_MAX} bytes",
+                "set daemon.socket to a shorter path, e.g. /run/xpeer/xpeer.sock",
+            )
+        return path
+
+
+def load(
+    path: Path, environ: Mapping[str, str], overrides: Mapping[str, Any] | None = None
+) -> NodeConfig:
+    """Read a node's settings.
+
+    Args:
+        path: config.toml; a missing file means defaults.
+        environ: usually `os.environ`; XPEER_SECTION_KEY=value, lists separated by commas.
+        overrides: flags, as {"section.key": value}; None values are ignored.
+
+    Raises:
+        ConfigError: names the key, the value seen, and the nearest valid name or the bound.
+    """
+    tree = _read_toml(path)
+    for name, raw in sorted(environ.items()):
+        if name.startswith(ENV_PREFIX) and name not in NOT_SETTINGS:
+            section, key = _key_of_variable(name)
+            tree.setdefault(section, {})[key] = _parse_variable(section, key, raw)
+    for dotted, value in (overrides or {}).items():
+        if value is not None:
+            section, key = dotted.split(".")
+            tree.setdefault(section, {})[key] = value
+    _refuse_unknown(tree, path)
+    try:
+        config = msgspec.convert(tree, NodeConfig)
+    except msgspec.ValidationError as e:
+        problem, _, where = str(e).partition(" - at `$.")
+        where = where.rstrip("`")
+        seen = _lookup(tree, where)
+        raise ConfigError(
+            f"{where}: {problem} (value: {seen!r})", f"correct {where} in {path} or its variable"
+        ) from e
+    if config.data.shard and config.data.corpus:
+        raise ConfigError(
+            "data.shard and data.corpus are both set", "keep one: a private shard or the corpus"
+        )
+    return config
+
+
+def settings() -> Iterator[tuple[str, str, Any]]:
+    """Every setting as (section, key, default), for checks and documentation."""
+    for section, section_type in get_type_hints(NodeConfig).items():
+        for info in msgspec.structs.fields(section_type):
+            made = info.default_factory
+            default = info.default if made is msgspec.NODEFAULT else made()
+            yield section, info.name, default
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        return {}
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"config {path} is not valid TOML: {e}", "correct that line") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"config {path} can't be read: {e}", "check its owner and mode") from e
+
+
+def _key_of_variable(name: str) -> tuple[str, str]:
+    known = {f"{ENV_PREFIX}{s}_{k}".upper(): (s, k) for s, k, _ in settings()}
+    try:
+        return known[name]
+    except KeyError:
+        raise ConfigError(
+            f"environment variable {name} is unknown", _nearest(name, list(known))
+        ) from None
+
+
+def _parse_variable(section: str, key: str, raw: str) -> Any:
+    default = next(d for s, k, d in settings() if (s, k) == (section, key))
+    if isinstance(default, bool):
+        if raw.lower() in {"1", "true", "yes"}:
+            return True
+        if raw.lower() in {"0", "false", "no"}:
+            return False
+        return raw
+    if isinstance(default, int | float):
+        try:
+            return int(raw) if isinstance(default, int) else float(raw)
+        except ValueError:
+            return raw
+    if isinstance(default, str):
+        return raw
+    return [part for part in raw.split(",") if part]
+
+
+def _refuse_unknown(tree: dict[str, Any], path: Path) -> None:
+    valid: dict[str, list[str]] = {}
+    for section, key, _ in settings():
+        valid.setdefault(section, []).append(key)
+    for section, body in tree.items():
+        if section not in valid:
+            raise ConfigError(
+                f"config {path}: unknown section or key {section!r}", _nearest(section, list(valid))
+            )
+        if not isinstance(body, dict):
+            raise ConfigError(
+                f"config {path}: {section} = {body!r} must be a section",
+                f"write [{section}] and its keys below",
+            )
+        for key in body:
+            if key not in valid[section]:
+                raise ConfigError(
+                    f"config {path}: unknown key {section}.{key}", _nearest(key, valid[section])
+                )
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}"
+
+
+def _lookup(tree: dict[str, Any], dotted: str) -> Any:
+    value: Any = tree
+    for part in dotted.replace("[", ".").replace("]", "").split("."):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+    return value

@@ -1,0 +1,233 @@
+"""The manifest: the signed document that all peers of a swarm share.
+
+`swarm_id` commits to the founder's admin key and to the first manifest, so a fingerprint read over
+the telephone is enough to check a manifest, a certificate or a token from a stranger.
+The manifest is public to members only; it holds no secret.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from xpeer.errors import ConfigError, NotAuthorisedError
+from xpeer.identity import Domain, Identity, blake2b, verify_with
+
+MANIFEST_VERSION = 1
+MAX_MANIFEST_BYTES = 1 << 20
+
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Model(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is trained."""
+
+    config: dict[str, Any]
+    """Hugging Face config as JSON, `model_type` included."""
+    num_params: Count
+    initial_digest: str
+    """BLAKE2b-256 (hex) of the initial parameters, flat float32 little endian."""
+
+
+class Tokenizer(Struct, frozen=True, forbid_unknown_fields=True):
+    """How text becomes tokens."""
+
+    kind: Literal["byte", "huggingface"] = "byte"
+    digest: str = ""
+    """For huggingface: BLAKE2b-256 (hex) of its tokenizer.json; every node names its own path."""
+
+
+class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
+    """AdamW on the local shard; moments never leave the peer."""
+
+    learning_rate: Positive = 1e-3
+    beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.95
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Meta(ge=0)] = 10
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay over the steps expected until the end of the run."""
+    final_rate: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    """Share of the learning rate left at the end."""
+    gradient_clip: Annotated[float, Meta(ge=0)] = 1.0
+    """Norm of the batch gradient without privacy; 0 = none. With privacy, records are clipped."""
+    batch_records: Count = 64
+    """(Expected) records per step; one record is one training sequence."""
+    sequence_tokens: Annotated[int, Meta(ge=8)] = 128
+
+
+class Round(Struct, frozen=True, forbid_unknown_fields=True):
+    """How often peers exchange, and what."""
+
+    window_steps: Count = 20
+    """H: a window ends after this many local steps ..."""
+    window_s: Positive | None = None
+    """... or after this many seconds, whichever comes first (None: by steps alone)."""
+    slot_s: Positive = 1.0
+    """Length of a slot of the shared clock: pairs are matched anew at every slot."""
+    fragments: Annotated[int, Meta(ge=1, le=1024)] = 5
+    """F: a window exchanges every fragment once; 1 = the whole model at once."""
+    codec: Literal["float32", "bfloat16", "int8"] = "int8"
+    weighting: Literal["equal", "tokens"] = "equal"
+    deadline_s: Positive = 30.0
+    """One exchange may take this long from proposal to acceptance."""
+    closing_windows: Annotated[int, Meta(ge=0)] | None = None
+    """Windows of mixing without training at the end (None: 2*ceil(log2 N))."""
+
+
+class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
+    """The floor that every member's shard is trained under."""
+
+    mode: Literal["record", "off"] = "record"
+    """record: DP-SGD, one training sequence is the unit of privacy."""
+    epsilon: Positive = 8.0
+    delta: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    """None: min(1e-5, n^-1.1) for a shard of n records."""
+    clip_norm: Positive = 1.0
+    """C: L2 norm that each record's gradient is clipped to."""
+    noise_multiplier: Positive | None = None
+    """sigma; None: each peer calibrates it so that `end.steps` steps spend exactly epsilon."""
+
+
+class PublicText(Struct, frozen=True, forbid_unknown_fields=True):
+    """Text that is no secret: validation, joiners' checks, warm-up."""
+
+    digest: str
+    """BLAKE2b-256 (hex) of the text in UTF-8."""
+    text: str
+    """The text itself, so that every member measures the same thing."""
+
+
+class SharedCorpus(Struct, frozen=True, forbid_unknown_fields=True):
+    """A corpus all members hold; each trains the documents that rendezvous hashing gives it."""
+
+    name: str
+    digest: str = ""
+
+
+class End(Struct, frozen=True, forbid_unknown_fields=True):
+    """When a peer's training ends, whichever comes first; then consolidation, then `finished`."""
+
+    steps: Count | None = None
+    rounds: Count | None = None
+    tokens: Count | None = None
+    seconds: Positive | None = None
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds that every peer enforces on every other."""
+
+    max_members: Annotated[int, Meta(ge=2, le=4096)] = 256
+    max_transfers: Annotated[int, Meta(ge=1, le=64)] = 8
+    """Open transfers per node."""
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that has to be the same at every peer."""
+
+    version: Literal[1] = 1
+    name: str
+    created_unix_s: int
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    optimiser: Optimiser = Optimiser()
+    round: Round = Round()
+    privacy: Privacy = Privacy()
+    public_text: PublicText
+    shared_corpus: SharedCorpus | None = None
+    end: End = End()
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        """Check what no single field can."""
+        if self.privacy.mode == "record" and self.privacy.noise_multiplier is None:
+            if self.end.steps is None:
+                raise ValueError(
+                    "privacy.noise_multiplier is unset and so is end.steps: "
+                    "sigma can't be calibrated; set one of them"
+                )
+        if self.public_text.digest != blake2b(self.public_text.text.encode()).hex():
+            raise ValueError("public_text.digest does not match public_text.text")
+
+
+class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """A manifest as it travels and lies on disk. Make with `sign`, read with `open`."""
+
+    body: str
+    """The manifest as JSON; signed as it stands, so nothing is ever re-encoded."""
+    admin: bytes
+    """Ed25519 public key of the founder's admin key."""
+    signature: bytes
+
+    @classmethod
+    def sign(cls, manifest: Manifest, admin: Identity) -> SignedManifest:
+        """Found a swarm: sign its first manifest."""
+        body = msgspec.json.encode(manifest, order="sorted").decode()
+        signature = admin.sign(Domain.MANIFEST, body.encode())
+        return cls(body=body, admin=admin.verify_key, signature=signature)
+
+    @property
+    def genesis(self) -> Genesis:
+        """What the swarm's fingerprint commits to."""
+        return Genesis(admin=self.admin, manifest_hash=blake2b(self.body.encode()))
+
+    def open(self, swarm_id: str | None = None) -> Manifest:
+        """Verify the signature, the fingerprint if given, and every field.
+
+        Raises:
+            NotAuthorisedError: altered, or of another swarm.
+            ConfigError: signed, but not a manifest this version can read.
+        """
+        if not verify_with(self.admin, Domain.MANIFEST, self.body.encode(), self.signature):
+            raise NotAuthorisedError(
+                "the manifest's signature is wrong: it was altered", "fetch it from a member again"
+            )
+        if swarm_id is not None and self.genesis.swarm_id != swarm_id:
+            raise NotAuthorisedError(
+                f"the manifest is of swarm {self.genesis.swarm_id[:16]}, not {swarm_id[:16]}",
+                "use the token of the swarm that you want to join",
+            )
+        try:
+            return msgspec.json.decode(self.body, type=Manifest)
+        except (msgspec.ValidationError, msgspec.DecodeError) as e:
+            raise ConfigError(f"manifest: {e}", "all members need the same xpeer version") from e
+
+    def to_bytes(self) -> bytes:
+        """As JSON, for the disk and for joiners."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "manifest") -> SignedManifest:
+        """Read what `to_bytes` wrote; the signature is checked by `open`."""
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ConfigError(f"{source} has {len(data)} bytes, at most {MAX_MANIFEST_BYTES}")
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except (msgspec.ValidationError, msgspec.DecodeError) as e:
+            raise ConfigError(f"{source} is malformed: {e}", "fetch it from a member again") from e
+
+    @classmethod
+    def load(cls, path: Path) -> SignedManifest:
+        """Read the file."""
+        try:
+            return cls.from_bytes(path.read_bytes(), f"manifest {path}")
+        except OSError as e:
+            raise ConfigError(
+                f"manifest {path} can't be read: {e.strerror}", "run `xpeer init` first"
+            ) from e
+
+
+class Genesis(Struct, frozen=True, forbid_unknown_fields=True):
+    """The two things a swarm's fingerprint commits to."""
+
+    admin: bytes
+    manifest_hash: bytes
+
+    @property
+    def swarm_id(self) -> str:
+        """64 hex digits: the swarm's fingerprint."""
+        return blake2b(Domain.SWARM_ID, self.admin, self.manifest_hash).hex()

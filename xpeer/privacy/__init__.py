@@ -1,0 +1,1 @@
+"""Clipping, noise, the accountant and the ledger."""

@@ -1,0 +1,111 @@
+"""What a node says of itself: one leaf type that `--json` prints and the table shows.
+
+Values here are read by the node's own operator over its private socket. Losses on private text are
+in it; they never leave the node.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+SCHEMA_VERSION = 1
+
+State = Literal[
+    "starting", "joining", "fetching", "waiting", "training", "paused", "budget-spent",
+    "closing", "finished", "stopping",
+]  # fmt: skip
+"""joining: no seed answers yet. fetching: parameters from a member. waiting: for min_peers.
+budget-spent: mixing and serving only. closing: consolidation without training."""
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """The trainer's counters, sent to the daemon after every step."""
+
+    step: int = 0
+    window: int = 0
+    tokens: int = 0
+    planned_steps: int | None = None
+    loss_train: float | None = None
+    """Mean loss per token (nats) of the last step's private batch. Local only."""
+    loss_validation: float | None = None
+    """On held-out text of this shard. Local only."""
+    loss_public: float | None = None
+    """On the manifest's public text."""
+    learning_rate: float = 0.0
+    tokens_per_s: float = 0.0
+    consensus_distance: float | None = None
+    """||s_j - s_i|| / ||s_i||, smoothed over exchanges."""
+    merges: int = 0
+    steps_late: float = 0.0
+    """Mean steps between snapshot and merge."""
+
+
+class PrivacySpent(Struct, frozen=True, kw_only=True):
+    """The ledger's answer."""
+
+    mode: str = "record"
+    epsilon_spent: float = 0.0
+    epsilon_target: float = 0.0
+    delta: float = 0.0
+    noise_multiplier: float = 0.0
+    steps_charged: int = 0
+    steps_left: int | None = None
+    """Private steps until the target; None without privacy."""
+    engine: str = ""
+
+
+class Partner(Struct, frozen=True, kw_only=True):
+    """A member of the swarm as this node sees it."""
+
+    peer_id: str
+    state: Literal["alive", "suspect", "left"] = "alive"
+    phase: str = ""
+    role: str = "member"
+    addresses: list[str] = []
+    speed: float = 1.0
+    exchanges: int = 0
+    failures: int = 0
+    last_reason: str = ""
+    last_exchange_age_s: float | None = None
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class Status(Struct, frozen=True, kw_only=True):
+    """The whole answer of `xpeer status`."""
+
+    schema_version: int = SCHEMA_VERSION
+    health: Literal["ok", "degraded", "down"] = "degraded"
+    reasons: list[str] = []
+    """Why not ok; empty when ok."""
+    state: State = "starting"
+    peer_id: str = ""
+    swarm_id: str = ""
+    swarm_name: str = ""
+    version: str = ""
+    pid: int = 0
+    uptime_s: float = 0.0
+    addresses: list[str] = []
+    num_params: int = 0
+    device: str = ""
+    round: int = 0
+    progress: Progress = Progress()
+    privacy: PrivacySpent = PrivacySpent()
+    partners: list[Partner] = []
+    exchanges_done: int = 0
+    exchanges_failed: dict[str, int] = {}
+    """Count by reason code."""
+    one_sided_merges: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    egress_cost: float = 0.0
+    currency: str = ""
+    compression_ratio: float | None = None
+    """Float32 bytes of the fragments sent over the bytes that carried them."""
+    last_good_round_age_s: float | None = None
+    last_checkpoint_age_s: float | None = None
+    trainer_restarts: int = 0
+    sidecar_restarts: int = 0
+    strangers_refused: int = 0

@@ -1,0 +1,84 @@
+"""The stages of an update, as types: a stage that was skipped does not type-check.
+
+    RawUpdate --privacy.Mechanism--> PrivateUpdate --wire.codec--> CompressedUpdate
+        --wire.session--> sealed frames --partner--> PeerUpdate
+
+The first three live in the trainer; only `CompressedUpdate` bytes cross to the daemon, only sealed
+frames leave it. Python can't forbid anything, but `PrivateUpdate` refuses a stamp that the privacy
+mechanism did not make.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    import torch
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RawUpdate:
+    """Values straight from training. Has no method that sends it anywhere."""
+
+    values: torch.Tensor  # (fragment_params,) float32, CPU
+    step: int
+    """Local step at whose boundary the snapshot was taken."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PrivacyStamp:
+    """The mechanism's word that every step behind a snapshot was clipped, noised and charged.
+
+    Only `xpeer.privacy.mechanism` makes one.
+    """
+
+    mode: str
+    steps_charged: int
+    issuer: object
+
+    def __post_init__(self) -> None:
+        """Refuse a stamp from anywhere else."""
+        if self.issuer is not _ISSUER:
+            raise TypeError("a PrivacyStamp is made by the privacy mechanism only")
+
+
+_ISSUER = object()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PrivateUpdate:
+    """Values that may be shown to anyone: post-processing of charged, noised steps."""
+
+    values: torch.Tensor  # (fragment_params,) float32, CPU
+    step: int
+    stamp: PrivacyStamp
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class CompressedUpdate:
+    """Private values as bytes of a codec; what the trainer hands to the daemon."""
+
+    payload: bytes | memoryview
+    codec: str
+    num_values: int
+    step: int
+    stamp: PrivacyStamp
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PeerUpdate:
+    """A partner's compressed values, complete and authenticated. Its privacy can't be proven, its
+    numbers are not yet trusted: the trainer verifies them before it merges.
+    """
+
+    payload: bytes | memoryview
+    codec: str
+    num_values: int
+    peer_id: str
+    weight: float

@@ -1,0 +1,1 @@
+"""What bytes look like on the way to a partner: codecs, sealed sessions, messages."""
