@@ -1,0 +1,298 @@
+"""An exchange between two parties over real streams, and every way a partner can spoil it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager
+
+import pytest
+
+from xpeer import update as update_module
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import Identity, PeerId, blake2b
+from xpeer.network.exchange import Party, Proposer, UnresolvedError, answering
+from xpeer.network.link import Link
+from xpeer.network.membership import Membership
+from xpeer.round import exchange
+from xpeer.update import CompressedUpdate, PeerUpdate, PrivacyStamp
+from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
+
+SIZE = 300_000  # more than one frame
+SWARM = "ab" * 32
+STAMP = PrivacyStamp("record", 1, update_module._ISSUER)
+
+
+class FakeTrainer:
+    """Keeps a log of calls; hands out bytes."""
+
+    def __init__(self, payload: bytes) -> None:
+        self.payload = payload
+        self.log: list[str] = []
+        self.received = b""
+
+    async def snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
+        self.log.append("snapshot")
+        return CompressedUpdate(self.payload, "int8", len(self.payload), 1, STAMP)
+
+    async def verify(self, exchange_id: int, update: PeerUpdate) -> float:
+        self.log.append("verify")
+        self.received = bytes(update.payload)
+        if self.received.startswith(b"NaN"):
+            raise PeerError(Reason.NOT_FINITE)
+        return 0.01
+
+    async def merge(self, exchange_id: int, weight: float) -> None:
+        self.log.append(f"merge {weight}")
+
+    def drop(self, exchange_id: int) -> None:
+        self.log.append("drop")
+
+
+class FakeDesk:
+    def __init__(self, trainer: FakeTrainer, refusal: str | None = None) -> None:
+        self.trainer, self.refusal = trainer, refusal
+        self.outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self.told: list[int] = []
+
+    def terms(self, peer_id: PeerId) -> Terms:
+        return Terms(weight=1.0, epoch=1, ledger_counter=0)
+
+    def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
+        return self.refusal
+
+    def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
+        self.told += theirs.unresolved
+
+    async def take_part(self, agreement) -> None:
+        try:
+            result = await exchange(self.trainer, agreement, weighting="equal", deadline_s=3)
+        except PeerError as e:
+            self.outcome.set_result(e)
+            raise
+        self.outcome.set_result(result)
+
+
+def party(identity: Identity) -> Party:
+    return Party(identity, SWARM, b"k" * 32, b"m" * 32, 1, Membership(SWARM, None))
+
+
+@pytest.fixture
+def identities() -> tuple[Identity, Identity]:
+    low, high = sorted((Identity.generate(), Identity.generate()), key=lambda i: i.peer_id)
+    return low, high
+
+
+async def streams(low: Identity, high: Identity) -> tuple[Link, Link]:
+    a, b = socket.socketpair()
+    near = await asyncio.open_connection(sock=a)
+    far = await asyncio.open_connection(sock=b)
+    return Link(high.peer_id, *near, 1.0), Link(low.peer_id, *far, 1.0)
+
+
+class Dialler:
+    def __init__(self, link: Link) -> None:
+        self.link = link
+
+    async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
+        return self.link
+
+
+@asynccontextmanager
+async def answerer(identities, trainer, refusal=None):
+    """Our real answering side; yields the low side's proposer and the desk."""
+    low, high = identities
+    near, far = await streams(low, high)
+    desk = FakeDesk(trainer, refusal)
+    task = asyncio.create_task(answering(party(high), desk, lambda codec, n: n)(far))
+    proposer = Proposer(party(low), Dialler(near))
+    yield proposer, desk, near
+    near.abort()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def propose(proposer, identities, desk):
+    return await proposer.propose(
+        identities[1].peer_id, desk, slot=7, fragment=2, codec="int8", num_values=SIZE,
+        num_bytes=SIZE, timeout_s=2,
+    )  # fmt: skip
+
+
+async def test_both_sides_receive_verify_and_merge(identities):
+    ours, theirs = FakeTrainer(b"a" * SIZE), FakeTrainer(b"b" * SIZE)
+    async with answerer(identities, theirs) as (proposer, desk, _):
+        for _ in range(2):  # the link stays open for the next exchange
+            desk.outcome = asyncio.get_running_loop().create_future()
+            agreement = await propose(proposer, identities, FakeDesk(ours))
+            await exchange(ours, agreement, weighting="equal", deadline_s=3)
+            await proposer.done(identities[1].peer_id, healthy=True)
+            await desk.outcome
+    assert ours.log == ["snapshot", "verify", "merge 0.5"] * 2
+    assert theirs.log == ours.log
+    assert (ours.received, theirs.received) == (theirs.payload, ours.payload)
+
+
+async def test_a_refusal_carries_its_reason_and_keeps_the_link(identities):
+    async with answerer(identities, FakeTrainer(b""), Reason.NOT_DUE) as (proposer, _, near):
+        for _ in range(2):
+            with pytest.raises(PeerError, match=Reason.NOT_DUE):
+                await propose(proposer, identities, FakeDesk(FakeTrainer(b"")))
+        assert not near.closed
+
+
+async def test_values_that_fail_verification_are_merged_by_neither(identities):
+    ours, theirs = FakeTrainer(b"NaN" + b"a" * (SIZE - 3)), FakeTrainer(b"b" * SIZE)
+    async with answerer(identities, theirs) as (proposer, desk, _):
+        agreement = await propose(proposer, identities, FakeDesk(ours))
+        with pytest.raises(UnresolvedError):
+            await exchange(ours, agreement, weighting="equal", deadline_s=3)
+        assert (await desk.outcome).reason == Reason.NOT_FINITE
+    assert ours.log == ["snapshot", "verify", "drop"] == theirs.log
+
+
+class Villain:
+    """A member that speaks the protocol by hand, up to the point where it misbehaves."""
+
+    def __init__(self, link: Link, identity: Identity, partner: PeerId) -> None:
+        self.link, self.identity, self.partner = link, identity, partner
+
+    async def agree(self) -> Propose:
+        handshake = party(self.identity).handshake(self.partner, "exchange", initiator=False)
+        await self.link.connect(handshake, initiator=False)
+        proposal = await self.link.receive(2)
+        assert isinstance(proposal, Propose)
+        await self.link.send(Agree(proposal.exchange_id, Terms(1.0, 1, 0)))
+        return proposal
+
+    async def payload(self, proposal: Propose, data: bytes) -> None:
+        await self.link.send(Payload(proposal.exchange_id, len(data), blake2b(data)))
+        await self.link.send_bulk(data)
+
+
+async def too_large(v: Villain, p: Propose) -> None:
+    await v.link.send(Payload(p.exchange_id, 1 << 40, b"d" * 32))
+
+
+async def too_small(v: Villain, p: Propose) -> None:
+    await v.payload(p, b"b" * 10)
+
+
+async def more_than_announced(v: Villain, p: Propose) -> None:
+    await v.link.send(Payload(p.exchange_id, SIZE, b"d" * 32))
+    await v.link.send_bulk(b"b" * (SIZE + 5))
+
+
+async def other_digest(v: Villain, p: Propose) -> None:
+    await v.link.send(Payload(p.exchange_id, SIZE, b"d" * 32))
+    await v.link.send_bulk(b"b" * SIZE)
+
+
+async def truncated(v: Villain, p: Propose) -> None:
+    await v.link.send(Payload(p.exchange_id, SIZE, b"d" * 32))
+    await v.link.send_bulk(b"b" * 1000)
+    v.link.abort()
+
+
+async def silent(v: Villain, p: Propose) -> None:
+    await v.link.send(Payload(p.exchange_id, SIZE, b"d" * 32))
+
+
+async def other_exchange(v: Villain, p: Propose) -> None:
+    await v.link.send(Payload(p.exchange_id ^ 1, SIZE, b"d" * 32))
+
+
+async def bulk_first(v: Villain, p: Propose) -> None:
+    await v.link.send_bulk(b"b" * 100)
+
+
+async def huge_frame(v: Villain, p: Propose) -> None:
+    v.link._writer.write((1 << 31).to_bytes(4, "big") + b"x" * 100)
+
+
+async def altered_frame(v: Villain, p: Propose) -> None:
+    sealed = bytearray(v.link._session.seal(b"\0whatever"))
+    sealed[3] ^= 1
+    v.link._writer.write(len(sealed).to_bytes(4, "big") + sealed)
+
+
+async def replayed_frame(v: Villain, p: Propose) -> None:
+    frame = v.link._session.seal(b"\0" + b"\x81")
+    for _ in range(2):
+        v.link._writer.write(len(frame).to_bytes(4, "big") + frame)
+
+
+async def dies_before_accepting(v: Villain, p: Propose) -> None:
+    await v.payload(p, b"b" * SIZE)
+    announced = await v.link.expect(Payload, p.exchange_id, 2)
+    await v.link.receive_bulk(SIZE, announced.digest)
+    v.link.abort()
+
+
+async def refuses_at_the_end(v: Villain, p: Propose) -> None:
+    await v.payload(p, b"b" * SIZE)
+    announced = await v.link.expect(Payload, p.exchange_id, 2)
+    await v.link.receive_bulk(SIZE, announced.digest)
+    await v.link.expect(Accept, p.exchange_id, 2)
+    await v.link.send(Refuse(p.exchange_id, Reason.NOT_FINITE))
+
+
+@pytest.mark.parametrize(
+    ("attack", "reason"),
+    [
+        (too_large, Reason.OVERSIZE),
+        (too_small, Reason.MALFORMED),
+        (more_than_announced, Reason.OVERSIZE),
+        (other_digest, Reason.DIGEST_MISMATCH),
+        (truncated, Reason.TRUNCATED),
+        (silent, Reason.TIMEOUT),
+        (other_exchange, Reason.MALFORMED),
+        (bulk_first, Reason.MALFORMED),
+        (huge_frame, Reason.OVERSIZE),
+        (altered_frame, Reason.TAMPERED),
+        (replayed_frame, Reason.MALFORMED),
+        (dies_before_accepting, Reason.CLOSED),
+        (refuses_at_the_end, Reason.NOT_FINITE),
+    ],
+)
+async def test_a_bad_partner_costs_this_exchange_and_nothing_else(identities, attack, reason):
+    low, high = identities
+    near, far = await streams(low, high)
+    villain = Villain(far, high, low.peer_id)
+    trainer = FakeTrainer(b"a" * SIZE)
+
+    async def misbehave() -> None:
+        await attack(villain, await villain.agree())
+
+    task = asyncio.create_task(misbehave())
+    proposer = Proposer(party(low), Dialler(near))
+    agreement = await propose(proposer, identities, FakeDesk(trainer))
+    with pytest.raises(PeerError) as caught:
+        await exchange(trainer, agreement, weighting="equal", deadline_s=10)
+    await proposer.done(high.peer_id, healthy=False)
+    far.abort()
+    await asyncio.gather(task, return_exceptions=True)
+    assert caught.value.reason == reason
+    assert not any(entry.startswith("merge") for entry in trainer.log)
+    assert trainer.log[-1] == "drop"
+    assert near.closed
+
+
+async def test_the_higher_peer_may_not_propose(identities):
+    low, high = identities
+    near, far = await streams(low, high)
+    desk = FakeDesk(FakeTrainer(b""))
+    task = asyncio.create_task(answering(party(low), desk, lambda codec, n: n)(near))
+    handshake = party(high).handshake(low.peer_id, "exchange", initiator=True)
+    await far.connect(handshake, initiator=True)
+    with pytest.raises(PeerError, match="does not propose"):
+        await task
+    far.abort()
+
+
+async def test_a_proposal_that_nobody_answers_ends_in_its_deadline(identities):
+    low, high = identities
+    near, far = await streams(low, high)
+    proposer = Proposer(party(low), Dialler(near))
+    with pytest.raises(PeerError, match=Reason.TIMEOUT):
+        await propose(proposer, identities, FakeDesk(FakeTrainer(b"")))
+    far.abort()

@@ -1,0 +1,318 @@
+"""Settling an exchange with a partner, and swapping the two updates over a sealed link.
+
+Between two peers the lower PeerID opens the link, keeps it open, and proposes. Both sides:
+
+    PROPOSE -> AGREE, or REFUSE(reason)
+    PAYLOAD + frames  <->  PAYLOAD + frames
+    ACCEPT            <->  ACCEPT
+
+and merge only after both accepted. Exact atomicity is impossible: a side that accepted and heard
+nothing more does not merge, and names the exchange at the next contact, so that the partner can
+count its one-sided merge.
+
+This module knows neither models nor privacy; it moves bytes that are private already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import Identity, PeerId, blake2b
+from xpeer.network.link import Link, RefusedError
+from xpeer.network.membership import Membership
+from xpeer.update import CompressedUpdate, PeerUpdate
+from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
+from xpeer.wire.session import Handshake, Purpose
+
+PROTOCOL = "xpeer/exchange/1"
+IDLE_TIMEOUT_S = 900.0
+"""A link without a proposal for this long is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Party:
+    """Who we are to partners: what every handshake needs."""
+
+    identity: Identity
+    swarm_id: str
+    swarm_key: bytes
+    manifest_hash: bytes
+    serial: int
+    membership: Membership
+
+    def handshake(self, partner: PeerId, purpose: Purpose, *, initiator: bool) -> Handshake:
+        """A fresh handshake with this partner."""
+        return Handshake(
+            self.identity,
+            partner,
+            swarm_id=self.swarm_id,
+            swarm_key=self.swarm_key,
+            manifest_hash=self.manifest_hash,
+            serial=self.serial,
+            purpose=purpose,
+            initiator=initiator,
+        )
+
+
+class Dialler(Protocol):
+    """Opens raw streams; `network.swarm.Swarm` in production."""
+
+    async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
+        """An unconnected link to a member. Raises PeerError."""
+
+
+class Desk(Protocol):
+    """What this node answers to proposals; the daemon's gossip in production."""
+
+    def terms(self, peer_id: PeerId) -> Terms:
+        """Our terms towards this partner, now."""
+
+    def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
+        """Why not (a reason code), or None."""
+
+    def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
+        """Check the partner's terms and count merges that it reports as one-sided.
+
+        Raises:
+            PeerError: its ledger went back.
+        """
+
+    async def take_part(self, agreement: Agreement) -> None:
+        """Run the exchange on the answering side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Both sides will exchange this fragment now."""
+
+    link: Link
+    exchange_id: int
+    slot: int
+    fragment: int
+    codec: str
+    num_values: int
+    num_bytes: int
+    """Exact size of either payload, from codec and num_values: never the partner's word."""
+    ours: Terms
+    theirs: Terms
+
+    @property
+    def peer_id(self) -> PeerId:
+        """The partner."""
+        return self.link.peer_id
+
+    async def swap(self, update: CompressedUpdate) -> PeerUpdate:
+        """Send our update and receive the partner's, at the same time.
+
+        Raises:
+            PeerError: size or digest wrong, stream broken or stalled.
+        """
+        if len(update.payload) != self.num_bytes or update.num_values != self.num_values:
+            raise PeerError(Reason.WRONG_MODEL, "our own update is not of the agreed size")
+        sending = asyncio.ensure_future(self._send(update.payload))
+        receiving = asyncio.ensure_future(self._receive())
+        try:
+            await asyncio.gather(sending, receiving)
+        finally:
+            for task in (sending, receiving):
+                task.cancel()
+            await asyncio.gather(sending, receiving, return_exceptions=True)
+        return PeerUpdate(
+            payload=receiving.result(),
+            codec=self.codec,
+            num_values=self.num_values,
+            peer_id=self.peer_id,
+            weight=self.theirs.weight,
+        )
+
+    async def _send(self, payload: bytes | memoryview) -> None:
+        await self.link.send(
+            Payload(self.exchange_id, self.num_bytes, blake2b(payload))  # digest before bytes
+        )
+        await self.link.send_bulk(payload)
+
+    async def _receive(self) -> bytes:
+        # The partner may be in the middle of a long step: the exchange's own deadline bounds this.
+        announced = await self.link.expect(Payload, self.exchange_id, timeout_s=float("inf"))
+        if announced.num_bytes != self.num_bytes:
+            raise PeerError(
+                Reason.OVERSIZE if announced.num_bytes > self.num_bytes else Reason.MALFORMED,
+                f"{announced.num_bytes} bytes announced, {self.num_bytes} agreed",
+            )
+        return await self.link.receive_bulk(self.num_bytes, announced.digest)
+
+    async def settle(self, received: PeerUpdate) -> None:
+        """Accept the partner's update and wait until it accepts ours.
+
+        Raises:
+            UnresolvedError: we accepted and can't know whether the partner merges.
+            PeerError: it refused.
+        """
+        await self.link.send(Accept(self.exchange_id, blake2b(received.payload)))
+        try:
+            await self.link.expect(Accept, self.exchange_id, timeout_s=float("inf"))
+        except RefusedError:
+            raise
+        except (PeerError, asyncio.CancelledError) as e:
+            raise UnresolvedError(self.exchange_id) from e
+
+    async def refuse(self, reason: str) -> None:
+        """Tell the partner why we do not merge."""
+        await self.link.send(Refuse(self.exchange_id, reason))
+
+
+class UnresolvedError(PeerError):
+    """We accepted, the partner's word never came: it may have merged alone."""
+
+    def __init__(self, exchange_id: int) -> None:
+        super().__init__(Reason.CLOSED, "lost after our acceptance; not merged here")
+        self.exchange_id = exchange_id
+
+
+class Proposer:
+    """Our links to partners with higher PeerIDs, kept open, one exchange at a time on each."""
+
+    def __init__(self, party: Party, dialler: Dialler) -> None:
+        self._party = party
+        self._dialler = dialler
+        self._links: dict[PeerId, Link] = {}
+        self._busy: set[PeerId] = set()
+
+    async def propose(
+        self,
+        peer_id: PeerId,
+        desk: Desk,
+        *,
+        slot: int,
+        fragment: int,
+        codec: str,
+        num_values: int,
+        num_bytes: int,
+        timeout_s: float,
+    ) -> Agreement:
+        """Ask a partner for an exchange. Release with `done`, whatever happens after.
+
+        Raises:
+            PeerError: unreachable, refused, or busy with us already.
+        """
+        if peer_id in self._busy:
+            raise PeerError(Reason.BUSY, "an exchange with this partner is going on")
+        self._busy.add(peer_id)
+        try:
+            async with asyncio.timeout(timeout_s):
+                link = await self._link(peer_id, timeout_s)
+                ours = desk.terms(peer_id)
+                exchange_id = secrets.randbits(63)
+                await link.send(Propose(exchange_id, slot, fragment, codec, num_values, ours))
+                answer = await link.expect(Agree, exchange_id, timeout_s=float("inf"))
+                desk.settled_before(peer_id, answer.terms)
+        except RefusedError:
+            self._busy.discard(peer_id)
+            raise
+        except TimeoutError as e:
+            await self.done(peer_id, healthy=False)
+            raise PeerError(Reason.TIMEOUT, "no answer to the proposal") from e
+        except (PeerError, asyncio.CancelledError):
+            await self.done(peer_id, healthy=False)
+            raise
+        return Agreement(
+            link=link,
+            exchange_id=exchange_id,
+            slot=slot,
+            fragment=fragment,
+            codec=codec,
+            num_values=num_values,
+            num_bytes=num_bytes,
+            ours=ours,
+            theirs=answer.terms,
+        )
+
+    async def done(self, peer_id: PeerId, *, healthy: bool) -> None:
+        """The exchange is over; a link that failed is dropped."""
+        self._busy.discard(peer_id)
+        if not healthy and (link := self._links.pop(peer_id, None)) is not None:
+            link.abort()
+
+    async def close(self) -> None:
+        """End all links properly."""
+        links, self._links = list(self._links.values()), {}
+        await asyncio.gather(*(link.close() for link in links))
+
+    async def _link(self, peer_id: PeerId, timeout_s: float) -> Link:
+        link = self._links.get(peer_id)
+        if link is not None and not link.closed:
+            return link
+        link = await self._dialler.open_link(peer_id, PROTOCOL, timeout_s)
+        try:
+            await link.connect(
+                self._party.handshake(peer_id, "exchange", initiator=True), initiator=True
+            )
+        except (PeerError, asyncio.CancelledError):
+            link.abort()
+            raise
+        self._links[peer_id] = link
+        return link
+
+
+def answering(
+    party: Party, desk: Desk, num_bytes: Callable[[str, int], int]
+) -> Callable[[Link], Awaitable[None]]:
+    """The handler of links that lower PeerIDs open to us.
+
+    Args:
+        party: us.
+        desk: decides and takes part.
+        num_bytes: exact payload size of (codec, num_values).
+    """
+
+    async def handle(link: Link) -> None:
+        try:
+            handshake = party.handshake(link.peer_id, "exchange", initiator=False)
+            await link.connect(handshake, initiator=False)
+            check_rank(party.identity.peer_id, link.peer_id)
+            while True:
+                proposal = await link.receive(IDLE_TIMEOUT_S)
+                if not isinstance(proposal, Propose):
+                    raise PeerError(Reason.MALFORMED, "a proposal was due")
+                await _answer(link, proposal)
+        finally:
+            link.abort()
+
+    async def _answer(link: Link, proposal: Propose) -> None:
+        desk.settled_before(link.peer_id, proposal.terms)
+        reason = desk.objection(link.peer_id, proposal)
+        if reason is not None:
+            await link.send(Refuse(proposal.exchange_id, reason))
+            return
+        ours = desk.terms(link.peer_id)
+        await link.send(Agree(proposal.exchange_id, ours))
+        await desk.take_part(
+            Agreement(
+                link=link,
+                exchange_id=proposal.exchange_id,
+                slot=proposal.slot,
+                fragment=proposal.fragment,
+                codec=proposal.codec,
+                num_values=proposal.num_values,
+                num_bytes=num_bytes(proposal.codec, proposal.num_values),
+                ours=ours,
+                theirs=proposal.terms,
+            )
+        )
+
+    return handle
+
+
+def check_rank(me: PeerId, proposer: PeerId) -> None:
+    """Only the lower PeerID opens exchange links.
+
+    Raises:
+        PeerError: it is the higher one.
+    """
+    if not proposer < me:
+        raise PeerError(Reason.MALFORMED, "the higher PeerID does not propose")

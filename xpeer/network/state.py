@@ -1,0 +1,133 @@
+"""A joiner fetches the current parameters from a member, over the same sealed links.
+
+The donor signs digest, step and its loss on the public text; the joiner checks size, digest and
+signature here, and its trainer checks that loss before anything is trained or mixed.
+What is handed out is what gossip hands out anyway: private already, in float32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import Domain, PeerId, blake2b, verify
+from xpeer.network.exchange import Dialler, Party
+from xpeer.network.link import Link
+from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_statement
+
+PROTOCOL = "xpeer/state/1"
+PREPARE_TIMEOUT_S = 300.0
+"""The donor takes its snapshot at a step boundary, and a step of a large model is long."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """All parameters of a member at one step boundary."""
+
+    payload: bytes | memoryview  # num_params float32, little endian
+    step: int
+    loss_public: float
+    """The donor's loss on the manifest's public text, nats per token."""
+
+
+class Source(Protocol):
+    """Where a donor's parameters come from; the trainer in production."""
+
+    async def export_state(self) -> ModelState:
+        """Parameters at the next step boundary."""
+
+
+def serving(
+    party: Party, source: Callable[[], Source | None], max_donations: int
+) -> Callable[[Link], Awaitable[None]]:
+    """The handler of joiners.
+
+    Args:
+        party: us.
+        source: the trainer, or None while there is nothing to give.
+        max_donations: at the same time; more are refused.
+    """
+    slots = asyncio.Semaphore(max_donations)
+
+    async def handle(link: Link) -> None:
+        try:
+            handshake = party.handshake(link.peer_id, "state", initiator=False)
+            await link.connect(handshake, initiator=False)
+            if not isinstance(await link.receive(), StateRequest):
+                raise PeerError(Reason.MALFORMED, "a state request was due")
+            trainer = source()
+            if trainer is None or slots.locked():
+                return  # the joiner sees a closed link and asks another member
+            async with slots:
+                await _give(party, link, await trainer.export_state())
+        finally:
+            await link.close()
+
+    return handle
+
+
+async def _give(party: Party, link: Link, state: ModelState) -> None:
+    digest = blake2b(state.payload)
+    statement = state_statement(
+        party.swarm_id, party.manifest_hash, state.step, state.loss_public, digest
+    )
+    await link.send(
+        StateOffer(
+            num_params=len(state.payload) // 4,
+            step=state.step,
+            loss_public=state.loss_public,
+            digest=digest,
+            signature=party.identity.sign(Domain.STATE, statement),
+        )
+    )
+    await link.send_bulk(state.payload)
+    reply = await link.receive(PREPARE_TIMEOUT_S)
+    if not isinstance(reply, StateReceived) or reply.digest != digest:
+        raise PeerError(Reason.DIGEST_MISMATCH, "the joiner did not receive what was sent")
+
+
+async def fetch(
+    party: Party, dialler: Dialler, donor: PeerId, num_params: int, timeout_s: float
+) -> ModelState:
+    """Fetch and check a member's parameters.
+
+    Args:
+        num_params: of the manifest; any other size is refused before it is read.
+
+    Raises:
+        PeerError: unreachable, busy, or anything does not match.
+    """
+    link = await dialler.open_link(donor, PROTOCOL, timeout_s)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await link.connect(party.handshake(donor, "state", initiator=True), initiator=True)
+            await link.send(StateRequest())
+            offer = await link.receive(PREPARE_TIMEOUT_S)
+            if not isinstance(offer, StateOffer):
+                raise PeerError(Reason.MALFORMED, "a state offer was due")
+            _check_offer(party, donor, offer, num_params)
+            payload = await link.receive_bulk(4 * num_params, offer.digest)
+            await link.send(StateReceived(offer.digest))
+    except TimeoutError as e:
+        raise PeerError(Reason.TIMEOUT, "the state did not arrive in time") from e
+    finally:
+        await link.close()
+    return ModelState(payload=payload, step=offer.step, loss_public=offer.loss_public)
+
+
+def _check_offer(party: Party, donor: PeerId, offer: StateOffer, num_params: int) -> None:
+    statement = state_statement(
+        party.swarm_id, party.manifest_hash, offer.step, offer.loss_public, offer.digest
+    )
+    if not verify(donor, Domain.STATE, statement, offer.signature):
+        raise PeerError(Reason.TAMPERED, "the donor did not sign this state")
+    if offer.num_params != num_params:
+        raise PeerError(
+            Reason.WRONG_MODEL, f"{offer.num_params} parameters, the manifest has {num_params}"
+        )
+    if not math.isfinite(offer.loss_public):
+        raise PeerError(Reason.NOT_FINITE, "the donor's own loss is not finite")

@@ -1,0 +1,239 @@
+"""A sealed session between two members: handshake and frames, without any IO.
+
+Both sides send a HELLO: a fresh X25519 key and what they believe the session is, signed with their
+identity key. The frame keys come from the Diffie-Hellman secret of the fresh keys, the swarm key
+and both HELLOs, so that they are forward secret, and void for whoever lacks the swarm key. Frames
+are libsodium secretstream (XChaCha20-Poly1305): reordering, replay, truncation and alteration of a
+frame all fail to open; the last frame carries a final tag.
+
+What it does not give: hiding that, when and how much two peers talk; safety for a session whose
+frame keys leak from memory while it is open.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+from nacl import bindings
+from nacl.exceptions import CryptoError
+from nacl.public import PrivateKey
+
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import Domain, Identity, PeerId, blake2b, verify
+from xpeer.wire.messages import PROTOCOL_VERSION, unpack
+
+FRAME_BYTES = 256 << 10
+"""Plaintext of a frame, at most."""
+FRAME_OVERHEAD = bindings.crypto_secretstream_xchacha20poly1305_ABYTES
+HEADER_BYTES = bindings.crypto_secretstream_xchacha20poly1305_HEADERBYTES
+MAX_SEALED_BYTES = FRAME_BYTES + FRAME_OVERHEAD
+MAX_HELLO_BYTES = 1 << 10
+
+_TAG_MESSAGE = bindings.crypto_secretstream_xchacha20poly1305_TAG_MESSAGE
+_TAG_FINAL = bindings.crypto_secretstream_xchacha20poly1305_TAG_FINAL
+
+Purpose = Literal["exchange", "state"]
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class Hello(Struct, frozen=True, forbid_unknown_fields=True):
+    """The signed body of the first message each way."""
+
+    version: int
+    purpose: Purpose
+    swarm_id: str
+    manifest_hash: Key
+    sender: str
+    receiver: str
+    serial: int
+    """Of the sender's membership certificate."""
+    ephemeral: Key
+    """X25519 public key, made for this session alone."""
+    answers: bytes = b""
+    """Responder: BLAKE2b-256 of the initiator's HELLO."""
+
+
+class SignedHello(Struct, frozen=True, forbid_unknown_fields=True):
+    """A HELLO as it travels."""
+
+    body: bytes
+    signature: bytes
+
+
+_hello = msgspec.msgpack.Decoder(Hello)
+_signed_hello = msgspec.msgpack.Decoder(SignedHello)
+
+
+class Handshake:
+    """One side of the HELLO exchange. The initiator sends first; the responder answers.
+
+    Args:
+        identity: our key.
+        partner: whom we mean to talk to (libp2p authenticated it already).
+        swarm_id: fingerprint of the swarm.
+        swarm_key: 32 bytes that only members hold.
+        manifest_hash: 32 bytes; both must train by the same manifest.
+        serial: of our certificate.
+        purpose: what the session is for.
+        initiator: whether we opened the stream.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        partner: PeerId,
+        *,
+        swarm_id: str,
+        swarm_key: bytes,
+        manifest_hash: bytes,
+        serial: int,
+        purpose: Purpose,
+        initiator: bool,
+    ) -> None:
+        self._identity = identity
+        self._partner = partner
+        self._swarm_id = swarm_id
+        self._swarm_key = swarm_key
+        self._manifest_hash = manifest_hash
+        self._serial = serial
+        self._purpose: Purpose = purpose
+        self._initiator = initiator
+        self._secret = PrivateKey.generate()
+        self._ours = b""
+        self._theirs = b""
+        self._their_ephemeral = b""
+
+    def hello(self) -> bytes:
+        """Our HELLO; a responder calls this after `receive`."""
+        if not self._initiator and not self._theirs:
+            raise RuntimeError("a responder answers: receive() comes first")
+        body = msgspec.msgpack.encode(
+            Hello(
+                version=PROTOCOL_VERSION,
+                purpose=self._purpose,
+                swarm_id=self._swarm_id,
+                manifest_hash=self._manifest_hash,
+                sender=self._identity.peer_id,
+                receiver=self._partner,
+                serial=self._serial,
+                ephemeral=bytes(self._secret.public_key),
+                answers=b"" if self._initiator else blake2b(self._theirs),
+            )
+        )
+        self._ours = msgspec.msgpack.encode(
+            SignedHello(body, self._identity.sign(Domain.HELLO, body))
+        )
+        return self._ours
+
+    def receive(self, data: bytes) -> Hello:
+        """Check the partner's HELLO.
+
+        Raises:
+            PeerError: malformed, not the partner's, for somebody else, another swarm, manifest,
+                version or purpose, or a replay.
+        """
+        if len(data) > MAX_HELLO_BYTES:
+            raise PeerError(Reason.OVERSIZE, f"HELLO of {len(data)} bytes")
+        signed = unpack(data, _signed_hello)
+        if not verify(self._partner, Domain.HELLO, signed.body, signed.signature):
+            raise PeerError(Reason.TAMPERED, "HELLO is not signed by the partner")
+        hello = unpack(signed.body, _hello)
+        self._check(hello)
+        self._theirs = data
+        self._their_ephemeral = hello.ephemeral
+        return hello
+
+    def _check(self, hello: Hello) -> None:
+        if hello.version != PROTOCOL_VERSION:
+            raise PeerError(Reason.WRONG_VERSION, f"partner speaks version {hello.version}")
+        if hello.swarm_id != self._swarm_id:
+            raise PeerError(Reason.WRONG_SWARM, "partner is of another swarm")
+        if hello.manifest_hash != self._manifest_hash:
+            raise PeerError(Reason.WRONG_MODEL, "partner trains by another manifest")
+        if (hello.sender, hello.receiver) != (self._partner, self._identity.peer_id):
+            raise PeerError(Reason.TAMPERED, "HELLO is of or for another peer")
+        if hello.purpose != self._purpose:
+            raise PeerError(Reason.MALFORMED, "HELLO is for another protocol")
+        expected = blake2b(self._ours) if self._initiator else b""
+        if hello.answers != expected:
+            raise PeerError(Reason.REPLAYED, "HELLO answers another one than ours")
+
+    def session(self) -> Session:
+        """Derive the frame keys; both HELLOs must have passed.
+
+        Raises:
+            PeerError: the partner's fresh key is degenerate.
+        """
+        try:
+            shared = bindings.crypto_scalarmult(bytes(self._secret), self._their_ephemeral)
+        except (CryptoError, RuntimeError) as e:
+            raise PeerError(Reason.TAMPERED, "degenerate key in HELLO") from e
+        first, second = (
+            (self._ours, self._theirs) if self._initiator else (self._theirs, self._ours)
+        )
+        forth = blake2b(b"initiator", shared, self._swarm_key, first, second)
+        back = blake2b(b"responder", shared, self._swarm_key, first, second)
+        return Session(forth, back) if self._initiator else Session(back, forth)
+
+
+class Session:
+    """Seals our frames in order and opens the partner's in order.
+
+    Args:
+        send_key: 32 bytes, ours.
+        receive_key: 32 bytes, the partner's.
+    """
+
+    def __init__(self, send_key: bytes, receive_key: bytes) -> None:
+        self._push = bindings.crypto_secretstream_xchacha20poly1305_state()
+        self._pull = bindings.crypto_secretstream_xchacha20poly1305_state()
+        self._receive_key = receive_key
+        self._header = bindings.crypto_secretstream_xchacha20poly1305_init_push(
+            self._push, send_key
+        )
+        self._pulling = False
+        self.ended = False
+        """The partner's final frame was opened: an end of the stream now is a proper one."""
+
+    def header(self) -> bytes:
+        """What the partner needs before our first frame (24 bytes, no secret)."""
+        return self._header
+
+    def start(self, header: bytes) -> None:
+        """Take the partner's header.
+
+        Raises:
+            PeerError: wrong length.
+        """
+        if len(header) != HEADER_BYTES:
+            raise PeerError(Reason.MALFORMED, "session header")
+        bindings.crypto_secretstream_xchacha20poly1305_init_pull(
+            self._pull, header, self._receive_key
+        )
+        self._pulling = True
+
+    def seal(self, plaintext: bytes, *, final: bool = False) -> bytes:
+        """One frame of at most FRAME_BYTES."""
+        if len(plaintext) > FRAME_BYTES:
+            raise ValueError(f"frame of {len(plaintext)} bytes, at most {FRAME_BYTES}")
+        tag = _TAG_FINAL if final else _TAG_MESSAGE
+        return bindings.crypto_secretstream_xchacha20poly1305_push(self._push, plaintext, None, tag)
+
+    def open(self, sealed: bytes) -> bytes:
+        """Open the partner's next frame.
+
+        Raises:
+            PeerError: altered, replayed, reordered, made without the swarm key, or after the end.
+        """
+        if not self._pulling or self.ended:
+            raise PeerError(Reason.TAMPERED, "frame outside the session")
+        try:
+            plaintext, tag = bindings.crypto_secretstream_xchacha20poly1305_pull(
+                self._pull, sealed, None
+            )
+        except (CryptoError, ValueError, RuntimeError) as e:
+            raise PeerError(Reason.TAMPERED, "a frame does not open") from e
+        self.ended = tag == _TAG_FINAL
+        return bytes(plaintext)
