@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.training.mixing import (
+    CLIP_AFTER,
+    CLIP_FLOOR,
+    CLIP_MULTIPLE,
+    Fragments,
+    NormLimit,
+    bounded_weight,
+    correction,
+    decode_peer,
+    fragment_params,
+    mixing_weight,
+)
+from xpeer.wire.codec import NAMES, decode, encode
+
+SWARM = "5c" * 32
+KNOWN_FRAGMENT = [6, 9, 14, 17, 19]
+
+
+def randn(n: int, seed: int) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 3000), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_fragments_are_sorted_disjoint_and_complete(num_params: int, num_fragments: int) -> None:
+    num_fragments = min(num_fragments, num_params)
+    fragments = Fragments(num_params, num_fragments, SWARM)
+    parts = [fragments.indices(f) for f in range(num_fragments)]
+    for f, part in enumerate(parts):
+        assert bool((part[1:] > part[:-1]).all())
+        assert len(part) == fragment_params(num_params, num_fragments, f)
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(num_params, dtype=torch.int32))
+
+
+def test_fragments_span_several_runs_and_every_layer() -> None:
+    num_params = 200_003
+    fragments = Fragments(num_params, 7, SWARM)
+    parts = [fragments.indices(f) for f in range(7)]
+    assert torch.cat(parts).unique().numel() == num_params
+    for part in parts:  # each tenth of the model has about its share of each fragment
+        counts = torch.histc(part.double(), bins=10, min=0, max=num_params)
+        assert bool(((counts / counts.mean() - 1).abs() < 0.05).all())
+
+
+def test_the_permutation_is_the_swarms_and_never_changes() -> None:
+    """Known values: peers on other versions and machines must cut the same fragments."""
+    assert Fragments(20, 4, SWARM).indices(0).tolist() == KNOWN_FRAGMENT
+    assert Fragments(20, 4, "another").indices(0).tolist() != KNOWN_FRAGMENT
+
+
+def test_fragments_refuse_what_does_not_fit() -> None:
+    with pytest.raises(LocalError, match="fragments = 4"):
+        Fragments(3, 4, SWARM)
+    with pytest.raises(LocalError, match="fragment 4"):
+        Fragments(8, 4, SWARM).indices(4)
+
+
+@given(
+    codec=st.sampled_from(NAMES),
+    distance=st.sampled_from([1e-3, 0.1, 0.9]),
+    late=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=80, deadline=None)
+def test_mixing_keeps_the_sum(
+    codec: str, distance: float, late: tuple[int, int], seed: int
+) -> None:
+    """Training steps go on between snapshot and merge, for another while on each side."""
+    n = 1000
+    start = (randn(n, seed), randn(n, seed) + distance * randn(n, seed + 1))
+    sent = [encode(codec, theta) for theta in start]
+    seen = [decode(codec, payload, n) for payload in sent]
+    thetas = [theta.double() for theta in start]
+    trained = torch.zeros(n, dtype=torch.float64)
+    for side in (0, 1):
+        for step in range(late[side]):
+            delta = randn(n, seed + 100 * side + step).double() * 0.01
+            thetas[side] += delta
+            trained += delta
+        z = correction(seen[side], seen[1 - side].clone(), NormLimit())
+        assert not z.clipped
+        thetas[side] += bounded_weight(0.5) * z.values.double()
+    before = start[0].double() + start[1].double() + trained
+    assert torch.allclose(thetas[0] + thetas[1], before, atol=1e-12, rtol=0)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_weights_by_tokens_add_up_and_are_bounded(a: float, b: float) -> None:
+    w_a, w_b = mixing_weight(a, b), mixing_weight(b, a)
+    assert w_a + w_b == pytest.approx(1.0)
+    assert 0.1 <= w_a <= 0.9
+    assert mixing_weight(a, a) == 0.5
+
+
+@given(st.floats(0.5, 4), st.floats(0.5, 4))
+@settings(deadline=None)
+def test_mixing_by_tokens_keeps_the_weighted_sum(a: float, b: float) -> None:
+    x, y = randn(200, 1).double(), randn(200, 2).double()
+    z = y - x
+    mixed = a * (x + mixing_weight(a, b) * z) + b * (y - mixing_weight(b, a) * z)
+    assert torch.allclose(mixed, a * x + b * y)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e4, float("nan"), float("inf")])
+def test_declared_weights_out_of_bounds_are_refused(weight: float) -> None:
+    with pytest.raises(PeerError) as error:
+        mixing_weight(1.0, weight)
+    assert error.value.reason == Reason.MALFORMED
+
+
+def test_a_weight_that_is_no_number_is_refused() -> None:
+    with pytest.raises(LocalError):
+        bounded_weight(float("nan"))
+
+
+def test_a_far_partner_is_clipped_to_a_multiple_of_the_median() -> None:
+    own, limit = randn(1000, 1), NormLimit()
+    for norm in (1.0, 2.0, 3.0, 2.0, 2.0):
+        limit.accepted(norm)
+    z = correction(own, own - 100 * own, limit)
+    assert z.clipped
+    assert z.norm == pytest.approx(CLIP_MULTIPLE * 2.0)
+    assert float(z.values.norm()) == pytest.approx(CLIP_MULTIPLE * 2.0, rel=1e-4)
+    assert z.distance == pytest.approx(100.0, rel=1e-4)
+
+
+def test_before_there_is_a_median_the_limit_is_our_own_norm() -> None:
+    own, limit = randn(1000, 1), NormLimit()
+    for _ in range(CLIP_AFTER - 1):
+        limit.accepted(1e-6)
+    near = correction(own, own * 1.9, limit)
+    far = correction(own, own * 10, limit)
+    assert not near.clipped
+    assert far.clipped
+    assert float(far.values.norm()) == pytest.approx(float(own.norm()), rel=1e-4)
+
+
+def test_a_median_of_zero_does_not_keep_peers_apart() -> None:
+    own, limit = randn(1000, 1), NormLimit()
+    for _ in range(10):
+        limit.accepted(0.0)
+    assert not correction(own, own * (1 + 0.9 * CLIP_FLOOR), limit).clipped
+
+
+def test_a_fragment_of_zeros_is_mixed_unclipped() -> None:
+    z = correction(torch.zeros(10), torch.ones(10), NormLimit())
+    assert (z.clipped, z.distance) == (False, 1.0)
+    assert torch.equal(z.values, torch.ones(10))
+
+
+def test_a_difference_that_overflows_is_refused() -> None:
+    big = torch.full((4,), 3e38)
+    with pytest.raises(PeerError) as error:
+        correction(-big, big, NormLimit())
+    assert error.value.reason == Reason.NOT_FINITE
+
+
+def test_another_codec_than_the_manifests_is_refused() -> None:
+    with pytest.raises(PeerError) as error:
+        decode_peer("float32", memoryview(bytes(40)), "int8", 10)
+    assert error.value.reason == Reason.WRONG_CODEC
