@@ -1,0 +1,156 @@
+"""Shared memory between daemon and trainer: payload slots, and one region for a whole model.
+
+An anonymous file that the child inherits by its descriptor: no name, so nothing to clean up after a
+crash. The daemon owns all of it and hands out slots; the child reads and writes only where a
+command says. Pages take memory from their first use on; the region of the model gives them back.
+
+What is in here is never trusted by its reader: sizes come from the reader's own manifest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from xpeer.errors import LocalError
+
+NUM_SLOTS = 8
+_PAGE = mmap.PAGESIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things lie: the same in both processes."""
+
+    slot_bytes: int
+    """Room for one compressed fragment."""
+    state_bytes: int
+    """Room for all parameters in float32."""
+    num_slots: int = NUM_SLOTS
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the file."""
+        return self.num_slots * _pages(self.slot_bytes) + _pages(self.state_bytes)
+
+    @property
+    def state_start(self) -> int:
+        """Offset of the model's region; a multiple of the page size."""
+        return self.num_slots * _pages(self.slot_bytes)
+
+    def slot_start(self, slot: int) -> int:
+        """Offset of a slot.
+
+        Raises:
+            LocalError: no such slot.
+        """
+        if not 0 <= slot < self.num_slots:
+            raise LocalError(f"arena slot {slot} does not exist: there are {self.num_slots}")
+        return slot * _pages(self.slot_bytes)
+
+
+class Arena:
+    """One process's view. Made by `create` in the daemon and `attach` in the trainer."""
+
+    def __init__(self, layout: Layout, fd: int) -> None:
+        self.layout = layout
+        self.fd = fd
+        self._map = mmap.mmap(fd, layout.total_bytes)
+        self._view = memoryview(self._map)
+
+    @classmethod
+    def create(cls, layout: Layout) -> Arena:
+        """A new, empty arena. Its `fd` is to be inherited by the child.
+
+        Raises:
+            LocalError: the system gives no shared memory.
+        """
+        try:
+            fd = _anonymous_file()
+            os.ftruncate(fd, layout.total_bytes)
+            return cls(layout, fd)
+        except OSError as e:
+            raise LocalError(
+                f"no shared memory of {layout.total_bytes} bytes: {e.strerror}",
+                "free memory, or train a smaller model",
+            ) from e
+
+    @classmethod
+    def attach(cls, layout: Layout, fd: int) -> Arena:
+        """The arena behind an inherited descriptor.
+
+        Raises:
+            LocalError: it is too small for the layout.
+        """
+        if os.fstat(fd).st_size < layout.total_bytes:
+            raise LocalError("the shared memory is smaller than daemon and trainer agreed")
+        return cls(layout, fd)
+
+    def slot(self, slot: int, num_bytes: int) -> memoryview:
+        """The first bytes of a slot, writable.
+
+        Raises:
+            LocalError: no such slot, or more bytes than it has.
+        """
+        start = self.layout.slot_start(slot)
+        if not 0 <= num_bytes <= self.layout.slot_bytes:
+            raise LocalError(f"{num_bytes} bytes do not fit a slot of {self.layout.slot_bytes}")
+        return self._view[start : start + num_bytes]
+
+    def state(self) -> memoryview:
+        """The model's region, writable."""
+        start = self.layout.state_start
+        return self._view[start : start + self.layout.state_bytes]
+
+    def release_state(self) -> None:
+        """Give the region's memory back to the system; it reads as zeros from then on."""
+        if hasattr(mmap, "MADV_REMOVE"):
+            self._map.madvise(
+                mmap.MADV_REMOVE, self.layout.state_start, _pages(self.layout.state_bytes)
+            )
+
+    def close(self) -> None:
+        """Unmap; the memory is freed once the other process has done so, too.
+
+        A view that a caller still holds keeps the mapping alive until it is gone.
+        """
+        os.close(self.fd)
+        with contextlib.suppress(BufferError):
+            self._view.release()
+            self._map.close()
+
+
+class Slots:
+    """Hands out slots one by one; whoever finds none waits. Belongs to one event loop."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._free = list(range(num_slots))
+        self._available = asyncio.Semaphore(num_slots)
+
+    @contextlib.asynccontextmanager
+    async def one(self) -> AsyncIterator[int]:
+        """A slot for the duration of the block."""
+        async with self._available:
+            slot = self._free.pop()
+            try:
+                yield slot
+            finally:
+                self._free.append(slot)
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("xpeer-arena", os.MFD_CLOEXEC)
+    fd, path = tempfile.mkstemp(prefix="xpeer-arena-")
+    os.unlink(path)  # noqa: PTH108 - Path.unlink would be the same call
+    return fd
+
+
+def _pages(num_bytes: int) -> int:
+    """Rounded up to whole pages, at least one: a mapping can't be empty."""
+    return max(1, -(-num_bytes // _PAGE)) * _PAGE

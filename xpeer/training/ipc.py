@@ -1,0 +1,346 @@
+"""Messages between daemon and trainer: small, framed, typed; bulk goes through the arena.
+
+A frame is a 4-byte little-endian length and a msgpack document. Both ends are ours, but the length
+is bounded all the same: a bug must not become an allocation of 4 GiB.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import traceback
+from typing import Final, Literal
+
+import msgspec
+from msgspec import Struct
+
+from xpeer.errors import (
+    BudgetSpentError,
+    ConfigError,
+    ExitCode,
+    LocalError,
+    LocalTimeoutError,
+    NotAuthorisedError,
+    PeerError,
+    TrainerError,
+    XpeerError,
+)
+from xpeer.status import PrivacySpent, Progress
+from xpeer.training.setup import Mode, TrainerSetup
+
+MAX_FRAME_BYTES: Final = 4 << 20
+_LENGTH_BYTES: Final = 4
+
+TrainerState = Literal["starting", "training", "paused", "mixing", "closing", "budget-spent"]
+"""mixing: as asked. closing: the end condition was reached. budget-spent: no step is left.
+In the last three the trainer serves snapshots and merges at once, and takes no steps."""
+
+
+class Begin(Struct, frozen=True, tag=True):
+    """First message to the child: what it needs to start."""
+
+    setup: TrainerSetup
+    slot_bytes: int
+    state_bytes: int
+    num_slots: int
+
+
+class Snapshot(Struct, frozen=True, tag=True):
+    """Take a fragment at the next boundary, compress it into the slot."""
+
+    exchange_id: int
+    fragment: int
+    slot: int
+
+
+class Verify(Struct, frozen=True, tag=True):
+    """Decode and check the partner's payload in the slot."""
+
+    exchange_id: int
+    slot: int
+    num_bytes: int
+    codec: str
+    num_values: int
+
+
+class Merge(Struct, frozen=True, tag=True):
+    """Merge the verified payload at the next boundary; answered once it is queued."""
+
+    exchange_id: int
+    weight: float
+
+
+class Drop(Struct, frozen=True, tag=True):
+    """Forget an exchange; not answered."""
+
+    exchange_id: int
+
+
+class ExportState(Struct, frozen=True, tag=True):
+    """Write all parameters to the arena's region."""
+
+
+class ImportState(Struct, frozen=True, tag=True):
+    """Replace all parameters by the arena's region."""
+
+    step: int
+
+
+class Run(Struct, frozen=True, tag=True):
+    """Change the mode."""
+
+    mode: Mode
+
+
+class WriteCheckpoint(Struct, frozen=True, tag=True):
+    """Save now."""
+
+
+class Export(Struct, frozen=True, tag=True):
+    """Write a Hugging Face folder."""
+
+    folder: str
+
+
+class Evaluate(Struct, frozen=True, tag=True):
+    """Measure the losses on public and held-out text now."""
+
+
+class Stop(Struct, frozen=True, tag=True):
+    """Save and exit."""
+
+
+Command = (
+    Snapshot | Verify | Merge | Drop | ExportState | ImportState | Run | WriteCheckpoint | Export
+    | Evaluate | Stop
+)  # fmt: skip
+
+
+class Request(Struct, frozen=True, tag=True):
+    """A command with the number that its reply will carry."""
+
+    number: int
+    command: Command
+
+
+class Ready(Struct, frozen=True, tag=True):
+    """The model is built, the shard is read, the ledger is open."""
+
+    num_params: int
+    num_fragments: int
+    device: str
+    engine: str
+    num_records: int
+    step: int
+    resumed: bool
+    notes: list[str] = []
+    """What the operator should know, e.g. why a slower engine was chosen."""
+
+
+class Snapshotted(Struct, frozen=True, tag=True):
+    """The slot holds this many bytes."""
+
+    num_bytes: int
+    num_values: int
+    step: int
+    privacy_mode: str
+    steps_charged: int
+
+
+class Verified(Struct, frozen=True, tag=True):
+    """Finite and of the right size."""
+
+    distance: float
+
+
+class Done(Struct, frozen=True, tag=True):
+    """Nothing more to say."""
+
+
+class StateExported(Struct, frozen=True, tag=True):
+    """The region holds the parameters."""
+
+    digest: str
+    step: int
+    loss_public: float
+
+
+class StateImported(Struct, frozen=True, tag=True):
+    """Public loss before and after."""
+
+    loss_before: float
+    loss_after: float
+
+
+class Written(Struct, frozen=True, tag=True):
+    """A file or folder was written."""
+
+    path: str
+
+
+class Losses(Struct, frozen=True, tag=True):
+    """Nats per token; None where there is no such text."""
+
+    public: float
+    validation: float | None
+
+
+class Failure(Struct, frozen=True, tag=True):
+    """An error on its way to the daemon."""
+
+    kind: str
+    problem: str
+    remedy: str = ""
+    exit_code: int = ExitCode.ERROR
+    trace: str = ""
+    """Only of errors that are bugs of ours."""
+
+
+Result = Snapshotted | Verified | Done | StateExported | StateImported | Written | Losses | Failure
+
+
+class Reply(Struct, frozen=True, tag=True):
+    """The answer to a request."""
+
+    number: int
+    result: Result
+
+
+class Progressed(Struct, frozen=True, tag=True):
+    """After a step, at most some ten times a second, and at every change of state."""
+
+    state: TrainerState
+    progress: Progress
+    privacy: PrivacySpent | None = None
+    """Present when it changed."""
+
+
+class Saved(Struct, frozen=True, tag=True):
+    """A periodic checkpoint is on the disk."""
+
+    path: str
+    step: int
+
+
+class Crashed(Struct, frozen=True, tag=True):
+    """The last message of a trainer that can't go on."""
+
+    failure: Failure
+
+
+FromTrainer = Ready | Reply | Progressed | Saved | Crashed
+ToTrainer = Begin | Request
+
+_TO_TRAINER: Final[msgspec.msgpack.Decoder[ToTrainer]] = msgspec.msgpack.Decoder(ToTrainer)
+_FROM_TRAINER: Final[msgspec.msgpack.Decoder[FromTrainer]] = msgspec.msgpack.Decoder(FromTrainer)
+
+_ERRORS: Final[dict[str, type[LocalError]]] = {
+    kind.__name__: kind
+    for kind in (
+        LocalError, ConfigError, NotAuthorisedError, BudgetSpentError, LocalTimeoutError,
+        TrainerError,
+    )
+}  # fmt: skip
+
+
+def failure_of(error: BaseException) -> Failure:
+    """An exception as it crosses the socket; unexpected ones carry their traceback."""
+    if isinstance(error, PeerError):
+        return Failure("PeerError", error.reason, error.detail)
+    if isinstance(error, LocalError):
+        kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _ERRORS)
+        return Failure(kind, error.problem, error.remedy, int(error.exit_code))
+    return Failure(
+        "TrainerError",
+        f"the trainer failed: {type(error).__name__}: {error}",
+        "see the log; it is restarted from its last checkpoint",
+        trace="".join(traceback.format_exception(error)),
+    )
+
+
+def error_of(failure: Failure) -> XpeerError:
+    """The same exception on the daemon's side."""
+    if failure.kind == "PeerError":
+        return PeerError(failure.problem, failure.remedy)
+    return _ERRORS.get(failure.kind, TrainerError)(failure.problem, failure.remedy)
+
+
+class ChildChannel:
+    """The trainer's end: blocking; any thread may send, one thread receives."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._sending = threading.Lock()
+
+    def receive(self) -> ToTrainer | None:
+        """The next message; None when the daemon is gone."""
+        header = self._exactly(_LENGTH_BYTES)
+        body = None if header is None else self._exactly(_checked_length(header))
+        return None if body is None else _TO_TRAINER.decode(body)
+
+    def send(self, message: FromTrainer) -> None:
+        """Send; a daemon that is gone is noticed by the receiving thread, not here."""
+        frame = _frame(message)
+        with self._sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._sock.sendall(frame)
+
+    def _exactly(self, num_bytes: int) -> bytes | None:
+        data = bytearray()
+        while len(data) < num_bytes:
+            try:
+                part = self._sock.recv(num_bytes - len(data))
+            except ConnectionResetError:
+                return None
+            if not part:
+                return None
+            data += part
+        return bytes(data)
+
+
+class DaemonChannel:
+    """The daemon's end, on its event loop."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> DaemonChannel:
+        """Over one end of a socketpair, which it owns from now on."""
+        return cls(*await asyncio.open_connection(sock=sock))
+
+    async def receive(self) -> FromTrainer | None:
+        """The next message; None when the trainer is gone."""
+        try:
+            header = await self._reader.readexactly(_LENGTH_BYTES)
+            body = await self._reader.readexactly(_checked_length(header))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        return _FROM_TRAINER.decode(body)
+
+    def send(self, message: ToTrainer) -> None:
+        """Queue; the trainer's reading thread takes messages while a step runs."""
+        if not self._writer.is_closing():
+            self._writer.write(_frame(message))
+
+    async def close(self) -> None:
+        """Close the socket: the trainer exits when it sees that."""
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+
+
+def _frame(message: FromTrainer | ToTrainer) -> bytes:
+    body = msgspec.msgpack.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise LocalError(f"a message to or from the trainer has {len(body)} bytes")
+    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
+
+
+def _checked_length(header: bytes) -> int:
+    length = int.from_bytes(header, "little")
+    if length > MAX_FRAME_BYTES:
+        raise TrainerError(f"a message of {length} bytes was announced; {MAX_FRAME_BYTES} at most")
+    return length

@@ -1,0 +1,91 @@
+"""When training ends and how fast it learns until then; pure functions of the counters."""
+
+from __future__ import annotations
+
+import math
+
+from msgspec import Struct
+
+from xpeer.manifest import Manifest
+
+JOINER_WARMUP_STEPS = 20
+"""At most; fresh moments need a few gradients before their ratio means anything."""
+
+
+class Counters(Struct, kw_only=True):
+    """How far training has come. Saved in checkpoints."""
+
+    step: int = 0
+    """Optimiser steps; a joiner starts at its donor's."""
+    window: int = 0
+    tokens: int = 0
+    """Tokens this node trained on."""
+    seconds: float = 0.0
+    """Time spent training."""
+    moments_step: int = 0
+    """Step at which the moments were zero."""
+    joined: bool = False
+    """Whether those were a joiner's fresh moments."""
+    merges: int = 0
+    merges_clipped: int = 0
+    data_position: int = 0
+
+
+def share_done(counters: Counters, manifest: Manifest) -> float | None:
+    """How much of the run is over: 1 or more = ended; None = it has no end.
+
+    Under privacy, tokens count as declared (batch times sequence length): the realised Poisson
+    batches are private data, and when a node ends is visible to all.
+    """
+    end, optimiser = manifest.end, manifest.optimiser
+    tokens = counters.tokens
+    if manifest.privacy.mode != "off":
+        tokens = counters.step * optimiser.batch_records * optimiser.sequence_tokens
+    shares = [
+        done / limit
+        for done, limit in (
+            (counters.step, end.steps),
+            (counters.window, end.rounds),
+            (tokens, end.tokens),
+            (counters.seconds, end.seconds),
+        )
+        if limit is not None
+    ]
+    return max(shares, default=None)
+
+
+def planned_steps(manifest: Manifest) -> int | None:
+    """Steps until the end, as far as the manifest alone tells; None = it depends on the clock."""
+    end, optimiser = manifest.end, manifest.optimiser
+    limits = []
+    if end.steps is not None:
+        limits.append(end.steps)
+    if end.rounds is not None and manifest.round.window_s is None:
+        limits.append(end.rounds * manifest.round.window_steps)
+    if end.tokens is not None:
+        limits.append(-(-end.tokens // (optimiser.batch_records * optimiser.sequence_tokens)))
+    return min(limits, default=None)
+
+
+def learning_rate(counters: Counters, manifest: Manifest) -> float:
+    """Rate of the next step: warm-up times decay over the share that is done.
+
+    Without an end there is no decay. A joiner warms up shortly, towards the swarm's current rate.
+    """
+    optimiser = manifest.optimiser
+    warmup = optimiser.warmup_steps
+    if counters.joined:
+        warmup = min(warmup, JOINER_WARMUP_STEPS)
+    since = counters.step - counters.moments_step + 1
+    ramp = min(1.0, since / warmup) if warmup else 1.0
+    return optimiser.learning_rate * ramp * _decay(counters, manifest)
+
+
+def _decay(counters: Counters, manifest: Manifest) -> float:
+    optimiser = manifest.optimiser
+    done = share_done(counters, manifest)
+    if done is None or optimiser.schedule == "constant":
+        return 1.0
+    done = min(done, 1.0)
+    left = 1.0 - done if optimiser.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return optimiser.final_rate + (1.0 - optimiser.final_rate) * left
