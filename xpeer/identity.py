@@ -206,7 +206,7 @@ def read_secret(path: Path, what: str, how_to_make: str) -> bytes:
     return data
 
 
-def blake2b(*parts: bytes, size: int = 32) -> bytes:
+def blake2b(*parts: bytes | memoryview, size: int = 32) -> bytes:
     """BLAKE2b over length-prefixed parts, so that no two lists of parts collide."""
     digest = hashlib.blake2b(digest_size=size)
     for part in parts:

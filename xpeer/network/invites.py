@@ -1,0 +1,142 @@
+"""Invitations: a token holds the swarm's fingerprint, seeds, and a signed right to join.
+
+With `for_peer` the token is useless to anybody else. A bearer token also holds a one-time key that
+signs for the joiner's PeerID; whoever holds it before it expires can join, as often as it likes:
+a use limit would need a server.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import secrets
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+from nacl.signing import SigningKey
+
+from xpeer.errors import NotAuthorisedError
+from xpeer.identity import Domain, Identity, PeerId
+from xpeer.manifest import Genesis
+from xpeer.network.membership import BEARER_PREFIX, Certificate, Credential, Role, unpack
+
+PREFIX = "xpeer1."
+MAX_TOKEN_CHARS = 4096
+MEMBERSHIP_S = 365 * 86400
+_REMEDY = "copy the whole token again, or ask for a new one (`xpeer invite create`)"
+
+
+class Token(Struct, frozen=True, forbid_unknown_fields=True):
+    """What `xpeer invite create` prints."""
+
+    name: Annotated[str, Meta(max_length=200)]
+    seeds: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=16)]
+    body: bytes
+    """The certificate, as signed."""
+    signature: bytes
+    bearer: bytes = b""
+    """Seed of the one-time key; empty in tokens for one PeerID."""
+
+    def __str__(self) -> str:
+        """As text to be copied."""
+        return PREFIX + base64.urlsafe_b64encode(msgspec.msgpack.encode(self)).decode().rstrip("=")
+
+    @classmethod
+    def parse(cls, text: str) -> Token:
+        """Read a token.
+
+        Raises:
+            NotAuthorisedError: not a token, or damaged.
+        """
+        text = text.strip()
+        if not text.startswith(PREFIX) or len(text) > MAX_TOKEN_CHARS:
+            raise NotAuthorisedError(
+                f"this is not a token: it does not start with {PREFIX}", _REMEDY
+            )
+        encoded = text.removeprefix(PREFIX)
+        try:
+            data = base64.b64decode(
+                encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True
+            )
+            return unpack(data, cls, "token")
+        except (binascii.Error, ValueError, NotAuthorisedError) as e:
+            raise NotAuthorisedError("the token is damaged", _REMEDY) from e
+
+    @property
+    def certificate(self) -> Certificate:
+        """What it grants; unchecked until `credential_for`."""
+        return unpack(self.body, Certificate, "token")
+
+    @property
+    def swarm_id(self) -> str:
+        """The swarm it is for."""
+        return self.certificate.genesis.swarm_id
+
+    def credential_for(self, identity: Identity, now_unix_s: float) -> Credential:
+        """Turn the token into this peer's credential.
+
+        Raises:
+            NotAuthorisedError: altered, expired, or for another PeerID.
+        """
+        if len(self.signature) != 64 or len(self.bearer) not in (0, 32):
+            raise NotAuthorisedError("the token is damaged", _REMEDY)
+        binding = b""
+        if self.bearer:
+            bearer = Identity(SigningKey(self.bearer))
+            binding = bearer.sign(Domain.BEARER, identity.peer_id.encode())
+        credential = Credential(self.body, self.signature, identity.peer_id, binding)
+        certificate = credential.verify(self.swarm_id, now_unix_s)
+        if now_unix_s >= certificate.join_before_unix_s:
+            late_s = now_unix_s - certificate.join_before_unix_s
+            raise NotAuthorisedError(
+                f"the token expired {late_s / 3600:.1f} hours ago",
+                "ask an admin for a new one (`xpeer invite create`)",
+            )
+        return credential
+
+
+def create_token(
+    admin: Identity,
+    genesis: Genesis,
+    *,
+    name: str,
+    seeds: list[str],
+    for_peer: PeerId | None,
+    role: Role,
+    ttl_s: float,
+    now_unix_s: float,
+) -> Token:
+    """Make an invitation.
+
+    Args:
+        admin: the swarm's admin key.
+        genesis: of the swarm.
+        name: of the swarm, for people.
+        seeds: multiaddresses of bootstrap nodes or members.
+        for_peer: the only PeerID that can use it; None makes a bearer token.
+        role: what it grants.
+        ttl_s: the right to join expires after this.
+        now_unix_s: wall clock.
+    """
+    bearer = b"" if for_peer else bytes(SigningKey.generate())
+    holder = f"{BEARER_PREFIX}{bytes(SigningKey(bearer).verify_key).hex()}" if bearer else ""
+    certificate = grant(genesis, for_peer or holder, role, ttl_s, now_unix_s)
+    body = msgspec.msgpack.encode(certificate)
+    return Token(name, seeds, body, admin.sign(Domain.CERTIFICATE, body), bearer)
+
+
+def grant(
+    genesis: Genesis, subject: str, role: Role, ttl_s: float, now_unix_s: float
+) -> Certificate:
+    """A certificate that starts now."""
+    now = int(now_unix_s)
+    return Certificate(
+        genesis=genesis,
+        subject=subject,
+        role=role,
+        serial=secrets.randbits(63),
+        not_before_unix_s=now,
+        join_before_unix_s=now + int(ttl_s),
+        not_after_unix_s=now + MEMBERSHIP_S,
+    )

@@ -1,0 +1,96 @@
+"""Who meets whom in a slot: a pure function of (swarm, slot, roster); no negotiation, no leader.
+
+All pairs are ranked by a hash of (swarm, slot, pair) and taken greedily, so that the absence of one
+member disturbs only pairs that would have been ranked below its own. Above four members, pairs
+that met in one of the last two slots are ranked last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Collection
+
+from xpeer.identity import PeerId
+
+AVOIDED_SLOTS = 2
+"""Slots whose pairs are ranked last, ..."""
+AVOID_ABOVE = 4
+"""... when there are more members than this."""
+
+Pair = tuple[PeerId, PeerId]
+
+
+def slot_number(now_s: float, slot_s: float) -> int:
+    """The slot of the shared clock."""
+    return int(now_s // slot_s)
+
+
+def fragment_of(swarm_id: str, slot: int, fragments: int) -> int:
+    """Which fragment a slot exchanges.
+
+    Every F slots visit every fragment once, in an order drawn anew: with a fixed order, a step that
+    takes a multiple of F slots would meet the same fragment for ever.
+    """
+    cycle, position = divmod(slot, fragments)
+    order = sorted(
+        range(fragments), key=lambda f: _hash(swarm_id, b"fragment", cycle, str(f).encode())
+    )
+    return order[position]
+
+
+def partner(swarm_id: str, slot: int, roster: Collection[PeerId], me: PeerId) -> list[PeerId]:
+    """Our partner of this slot, then the next best.
+
+    Returns:
+        Empty if nobody is left for us in this slot's matching. Otherwise the matched partner,
+        followed by the other members in the order of their rank, as fallbacks.
+    """
+    matched = matching(swarm_id, slot, roster)
+    mine = next((pair for pair in matched if me in pair), None)
+    if mine is None:
+        return []
+    first = mine[1] if mine[0] == me else mine[0]
+    rest = sorted(
+        (peer for peer in set(roster) if peer not in (me, first)),
+        key=lambda peer: _rank(swarm_id, slot, _pair(me, peer)),
+    )
+    return [first, *rest]
+
+
+def matching(swarm_id: str, slot: int, roster: Collection[PeerId]) -> list[Pair]:
+    """Disjoint pairs of this slot; one member stays alone if their number is odd."""
+    members = sorted(set(roster))
+    recent: set[Pair] = set()
+    if len(members) > AVOID_ABOVE:
+        for earlier in range(max(0, slot - AVOIDED_SLOTS), slot):
+            recent.update(_greedy(swarm_id, earlier, members, set()))
+    return _greedy(swarm_id, slot, members, recent)
+
+
+def _greedy(swarm_id: str, slot: int, members: list[PeerId], last: set[Pair]) -> list[Pair]:
+    edges = sorted(
+        itertools.combinations(members, 2),
+        key=lambda pair: (pair in last, _rank(swarm_id, slot, pair)),
+    )
+    taken: set[PeerId] = set()
+    pairs = []
+    for low, high in edges:
+        if low not in taken and high not in taken:
+            taken.update((low, high))
+            pairs.append((low, high))
+    return pairs
+
+
+def _pair(one: PeerId, other: PeerId) -> Pair:
+    return (one, other) if one < other else (other, one)
+
+
+def _rank(swarm_id: str, slot: int, pair: Pair) -> bytes:
+    return _hash(swarm_id, b"pair", slot, pair[0].encode(), pair[1].encode())
+
+
+def _hash(swarm_id: str, purpose: bytes, number: int, *parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=8, key=bytes.fromhex(swarm_id))
+    digest.update(b"\0".join((purpose, str(number).encode(), *parts)))
+    return digest.digest()

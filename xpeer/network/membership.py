@@ -1,0 +1,205 @@
+"""Who belongs to the swarm: certificates signed by the admin key, checked by anyone.
+
+A certificate says: this PeerID (or whoever holds this bearer key) may take part in this role until
+then. With it travels the genesis (admin key and hash of the first manifest) that the swarm's
+fingerprint commits to, so that a bootstrap node, which knows nothing but the fingerprint, can check
+it. Forms: `Certificate` (what is signed), `Credential` (a certificate as its holder presents it).
+
+What this does not give: revocation before `not_after` (a later version), or a use limit of bearer
+tokens: whoever holds one before `join_before` can join with any PeerID.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from xpeer.errors import NotAuthorisedError
+from xpeer.identity import Domain, Identity, verify_with
+from xpeer.manifest import Genesis
+
+MAX_CREDENTIAL_BYTES = 2048
+MAX_REMEMBERED = 4096
+CLOCK_SKEW_S = 300.0
+"""A certificate made by a clock this far ahead of ours still counts."""
+BEARER_PREFIX = "bearer:"
+
+Role = Literal["member", "observer", "admin", "infrastructure"]
+Scope = Literal["dht", "observer", "member"]
+"""What a handler asks of its caller, weakest first."""
+
+_SCOPES: dict[Role, frozenset[Scope]] = {
+    "infrastructure": frozenset({"dht"}),
+    "observer": frozenset({"dht", "observer"}),
+    "member": frozenset({"dht", "observer", "member"}),
+    "admin": frozenset({"dht", "observer", "member"}),
+}
+_T = TypeVar("_T")
+_Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+_Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
+_Name = Annotated[str, Meta(max_length=80)]
+
+
+class Certificate(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the admin key signs."""
+
+    genesis: Genesis
+    subject: _Name
+    """A PeerID, or "bearer:" and the hex Ed25519 key whose holder may name the PeerID."""
+    role: Role
+    serial: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    not_before_unix_s: int
+    join_before_unix_s: int
+    """Until then a member hands over the swarm key."""
+    not_after_unix_s: int
+    """Until then the membership lasts."""
+
+
+class Credential(Struct, frozen=True, forbid_unknown_fields=True):
+    """A certificate as its holder presents it."""
+
+    body: bytes
+    """msgpack of the Certificate; signed as it stands."""
+    signature: _Signature
+    peer_id: _Name
+    binding: bytes = b""
+    """Bearer certificates: the bearer key's signature over peer_id."""
+
+    @classmethod
+    def issue(cls, admin: Identity, certificate: Certificate, peer_id: str) -> Credential:
+        """Sign a certificate for a PeerID."""
+        body = msgspec.msgpack.encode(certificate)
+        return cls(body, admin.sign(Domain.CERTIFICATE, body), peer_id)
+
+    def verify(self, swarm_id: str, now_unix_s: float) -> Certificate:
+        """Check everything that can be checked without asking anyone.
+
+        Raises:
+            NotAuthorisedError: says which part is wrong.
+        """
+        certificate = unpack(self.body, Certificate, "certificate")
+        if certificate.genesis.swarm_id != swarm_id:
+            raise NotAuthorisedError(
+                f"the certificate is of swarm {certificate.genesis.swarm_id[:16]}, "
+                f"not {swarm_id[:16]}",
+                "ask an admin of this swarm for an invitation",
+            )
+        admin = certificate.genesis.admin
+        if not verify_with(admin, Domain.CERTIFICATE, self.body, self.signature):
+            raise NotAuthorisedError(
+                "the certificate's signature is wrong", "ask an admin for a new invitation"
+            )
+        self._check_holder(certificate)
+        if now_unix_s + CLOCK_SKEW_S < certificate.not_before_unix_s:
+            raise NotAuthorisedError("the certificate is not valid yet", "check this node's clock")
+        if now_unix_s >= certificate.not_after_unix_s:
+            raise NotAuthorisedError(
+                "the membership certificate has expired", "ask an admin for a new invitation"
+            )
+        return certificate
+
+    def _check_holder(self, certificate: Certificate) -> None:
+        if certificate.subject.startswith(BEARER_PREFIX):
+            try:
+                bearer = bytes.fromhex(certificate.subject.removeprefix(BEARER_PREFIX))
+            except ValueError:
+                bearer = b""
+            if not verify_with(bearer, Domain.BEARER, self.peer_id.encode(), self.binding):
+                raise NotAuthorisedError(
+                    "the bearer key did not sign for this PeerID", "join with the token again"
+                )
+        elif certificate.subject != self.peer_id:
+            raise NotAuthorisedError(
+                f"the certificate is for {certificate.subject}, not {self.peer_id}",
+                "ask an admin for an invitation for this PeerID (`xpeer id`)",
+            )
+
+    def to_bytes(self) -> bytes:
+        """As msgpack."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Credential:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            NotAuthorisedError: too large or malformed.
+        """
+        if len(data) > MAX_CREDENTIAL_BYTES:
+            raise NotAuthorisedError(f"a credential of {len(data)} bytes is too large")
+        return unpack(data, cls, "credential")
+
+
+class Membership:
+    """Whom this node lets in: credentials seen so far, and the seeds it was told to use.
+
+    Args:
+        swarm_id: fingerprint.
+        own: what we present; None for a bootstrap node without a certificate.
+        clock: wall clock, seconds.
+    """
+
+    def __init__(
+        self, swarm_id: str, own: Credential | None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.swarm_id = swarm_id
+        self.own = own
+        self._clock = clock
+        self._known: OrderedDict[str, Certificate] = OrderedDict()
+        self._seeds: set[str] = set()
+
+    def admit(self, peer_id: str, data: bytes) -> Certificate:
+        """Verify and remember the credential that this (authenticated) peer presents.
+
+        Raises:
+            NotAuthorisedError: not for it, or see `Credential.verify`.
+        """
+        credential = Credential.from_bytes(data)
+        if credential.peer_id != peer_id:
+            raise NotAuthorisedError("the credential is another peer's")
+        certificate = credential.verify(self.swarm_id, self._clock())
+        self._known[peer_id] = certificate
+        self._known.move_to_end(peer_id)
+        if len(self._known) > MAX_REMEMBERED:
+            self._known.popitem(last=False)
+        return certificate
+
+    def certificate_of(self, peer_id: str) -> Certificate | None:
+        """The peer's certificate, while it is valid."""
+        certificate = self._known.get(peer_id)
+        if certificate is not None and self._clock() >= certificate.not_after_unix_s:
+            del self._known[peer_id]
+            return None
+        return certificate
+
+    def may_join(self, certificate: Certificate) -> bool:
+        """Whether the right to be handed the swarm key has not expired."""
+        return self._clock() < certificate.join_before_unix_s
+
+    def trust_seed(self, peer_id: str) -> None:
+        """Let a configured bootstrap node take part in the DHT, and in nothing else."""
+        self._seeds.add(peer_id)
+
+    def allows(self, peer_id: str, scope: Scope) -> bool:
+        """Whether this peer may use handlers of this scope."""
+        certificate = self.certificate_of(peer_id)
+        if certificate is not None:
+            return scope in _SCOPES[certificate.role]
+        return scope == "dht" and peer_id in self._seeds
+
+
+def unpack(data: bytes, kind: type[_T], what: str) -> _T:
+    """Decode msgpack that somebody else chose.
+
+    Raises:
+        NotAuthorisedError: it is not a `kind`.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        raise NotAuthorisedError(f"the {what} is malformed") from e
