@@ -38,8 +38,15 @@ class Progress(Struct, frozen=True, kw_only=True):
     consensus_distance: float | None = None
     """||s_j - s_i|| / ||s_i||, smoothed over exchanges."""
     merges: int = 0
+    merges_clipped: int = 0
+    """Of these, how many were clipped by norm and so are one-sided."""
     steps_late: float = 0.0
     """Mean steps between snapshot and merge."""
+    seconds_training: float = 0.0
+    seconds_blocked: float = 0.0
+    """Of these, waiting for anything else than computing (since the trainer's start)."""
+    seconds_boundary: float = 0.0
+    """Between steps: merging, taking snapshots (since the trainer's start)."""
 
 
 class PrivacySpent(Struct, frozen=True, kw_only=True):

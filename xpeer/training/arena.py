@@ -17,10 +17,12 @@ import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from xpeer.errors import LocalError
+from xpeer.errors import LocalError, TrainerError
 
 NUM_SLOTS = 8
 _PAGE = mmap.PAGESIZE
+_COPY_BYTES = 4 << 20
+"""Copied per turn of the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Arena:
     def __init__(self, layout: Layout, fd: int) -> None:
         self.layout = layout
         self.fd = fd
+        self._closed = False
         self._map = mmap.mmap(fd, layout.total_bytes)
         self._view = memoryview(self._map)
 
@@ -100,16 +103,16 @@ class Arena:
         start = self.layout.slot_start(slot)
         if not 0 <= num_bytes <= self.layout.slot_bytes:
             raise LocalError(f"{num_bytes} bytes do not fit a slot of {self.layout.slot_bytes}")
-        return self._view[start : start + num_bytes]
+        return self._opened()[start : start + num_bytes]
 
     def state(self) -> memoryview:
         """The model's region, writable."""
         start = self.layout.state_start
-        return self._view[start : start + self.layout.state_bytes]
+        return self._opened()[start : start + self.layout.state_bytes]
 
     def release_state(self) -> None:
         """Give the region's memory back to the system; it reads as zeros from then on."""
-        if hasattr(mmap, "MADV_REMOVE"):
+        if hasattr(mmap, "MADV_REMOVE") and not self._closed:
             self._map.madvise(
                 mmap.MADV_REMOVE, self.layout.state_start, _pages(self.layout.state_bytes)
             )
@@ -119,10 +122,18 @@ class Arena:
 
         A view that a caller still holds keeps the mapping alive until it is gone.
         """
+        if self._closed:
+            return
+        self._closed = True
         os.close(self.fd)
         with contextlib.suppress(BufferError):
             self._view.release()
             self._map.close()
+
+    def _opened(self) -> memoryview:
+        if self._closed:
+            raise TrainerError("the trainer process is gone", "see the log")
+        return self._view
 
 
 class Slots:
@@ -141,6 +152,13 @@ class Slots:
                 yield slot
             finally:
                 self._free.append(slot)
+
+
+async def copy_in_parts(source: memoryview, target: memoryview) -> None:
+    """Copy a whole model without holding up the event loop."""
+    for start in range(0, source.nbytes, _COPY_BYTES):
+        target[start : start + _COPY_BYTES] = source[start : start + _COPY_BYTES]
+        await asyncio.sleep(0)
 
 
 def _anonymous_file() -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import queue
 import socket
 import threading
 import traceback
@@ -32,6 +34,7 @@ from xpeer.training.setup import Mode, TrainerSetup
 
 MAX_FRAME_BYTES: Final = 4 << 20
 _LENGTH_BYTES: Final = 4
+_LOG_BYTES: Final = 64 << 10
 
 TrainerState = Literal["starting", "training", "paused", "mixing", "closing", "budget-spent"]
 """mixing: as asked. closing: the end condition was reached. budget-spent: no step is left.
@@ -134,6 +137,7 @@ class Ready(Struct, frozen=True, tag=True):
     engine: str
     num_records: int
     step: int
+    ledger_counter: int
     resumed: bool
     notes: list[str] = []
     """What the operator should know, e.g. why a slower engine was chosen."""
@@ -143,6 +147,7 @@ class Snapshotted(Struct, frozen=True, tag=True):
     """The slot holds this many bytes."""
 
     num_bytes: int
+    codec: str
     num_values: int
     step: int
     privacy_mode: str
@@ -213,6 +218,7 @@ class Progressed(Struct, frozen=True, tag=True):
 
     state: TrainerState
     progress: Progress
+    ledger_counter: int
     privacy: PrivacySpent | None = None
     """Present when it changed."""
 
@@ -268,11 +274,15 @@ def error_of(failure: Failure) -> XpeerError:
 
 
 class ChildChannel:
-    """The trainer's end: blocking; any thread may send, one thread receives."""
+    """The trainer's end. One thread receives; sending never blocks, so that training can't wait
+    for a daemon that is busy.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._sending = threading.Lock()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send_all, name="sender", daemon=True)
+        self._sender.start()
 
     def receive(self) -> ToTrainer | None:
         """The next message; None when the daemon is gone."""
@@ -281,10 +291,18 @@ class ChildChannel:
         return None if body is None else _TO_TRAINER.decode(body)
 
     def send(self, message: FromTrainer) -> None:
-        """Send; a daemon that is gone is noticed by the receiving thread, not here."""
-        frame = _frame(message)
-        with self._sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._sock.sendall(frame)
+        """Queue, from any thread; a daemon that is gone is noticed by the receiving thread."""
+        self._outbox.put(_frame(message))
+
+    def flush(self, timeout_s: float) -> None:
+        """Send what is queued, and no more after it: before the process exits."""
+        self._outbox.put(None)
+        self._sender.join(timeout_s)
+
+    def _send_all(self) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while (frame := self._outbox.get()) is not None:
+                self._sock.sendall(frame)
 
     def _exactly(self, num_bytes: int) -> bytes | None:
         data = bytearray()
@@ -318,7 +336,10 @@ class DaemonChannel:
             body = await self._reader.readexactly(_checked_length(header))
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
-        return _FROM_TRAINER.decode(body)
+        try:
+            return _FROM_TRAINER.decode(body)
+        except msgspec.MsgspecError as e:
+            raise TrainerError(f"the trainer's message can't be read: {e}") from e
 
     def send(self, message: ToTrainer) -> None:
         """Queue; the trainer's reading thread takes messages while a step runs."""
@@ -330,6 +351,19 @@ class DaemonChannel:
         self._writer.close()
         with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
+
+
+async def log_lines(stream: asyncio.StreamReader | None, logger: logging.Logger) -> None:
+    """Pass a child's output on line by line; a line without an end is cut."""
+    rest = b""
+    while stream is not None and (part := await stream.read(_LOG_BYTES)):
+        *lines, rest = (rest + part).split(b"\n")
+        if len(rest) > _LOG_BYTES:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            logger.info("%s", line.decode(errors="backslashreplace"))
+    if rest:
+        logger.info("%s", rest.decode(errors="backslashreplace"))
 
 
 def _frame(message: FromTrainer | ToTrainer) -> bytes:

@@ -78,7 +78,11 @@ def test_closing_with_a_view_alive_is_harmless() -> None:
     view = made.slot(0, 4)
     view[:] = b"kept"
     made.close()
+    made.close()
+    made.release_state()
     assert bytes(view) == b"kept"
+    with pytest.raises(TrainerError, match="gone"):
+        made.slot(0, 4)
 
 
 async def test_whoever_finds_no_slot_waits() -> None:
@@ -113,6 +117,7 @@ async def test_messages_cross_both_ways_and_an_end_is_none() -> None:
     await daemon.close()
     assert await asyncio.to_thread(child.receive) is None
     child.send(Reply(2, Done()))  # to nobody
+    child.flush(5)
     theirs.close()
 
 

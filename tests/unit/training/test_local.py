@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from xpeer.errors import LocalError, PeerError, Reason, TrainerError
+from xpeer.identity import blake2b
+from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText, Round
+from xpeer.status import PrivacySpent
+from xpeer.training.exchanges import MAX_IN_FLIGHT
+from xpeer.training.local import Evaluation, LocalTrainer
+from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
+from xpeer.update import _ISSUER, PeerUpdate, PrivacyStamp, PrivateUpdate, RawUpdate
+
+SWARM = "ab" * 32
+NUM_PARAMS = 600
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: float | None
+    tokens: int
+
+
+class Parameters:
+    """One flat parameter; positions are its own."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = torch.nn.Parameter(torch.randn(NUM_PARAMS, generator=generator))
+        self.num_params = NUM_PARAMS
+
+    def gather(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.weight.detach()[indices].clone()
+
+    def add_(self, indices: torch.Tensor, values: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.weight.index_add_(0, indices, values)
+
+    def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.weight.detach().clone() if out is None else out.copy_(self.weight.detach())
+
+    def write(self, flat: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.weight.copy_(flat)
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        return [self.weight]
+
+
+class FakeMechanism:
+    """Pulls towards a target, and logs what it was asked."""
+
+    def __init__(self, parameters: Parameters, budget: int = 10**9) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.budget = budget
+        self.permitted = 0
+        self.prepared = 0
+        self.step_time_s = 0.0
+        self.loss: Callable[[], float] = lambda: 1.0
+        self._weight = parameters.weight
+
+    def begin_window(self, steps: int) -> int:
+        self.calls.append(("begin", steps))
+        granted = self.prepared or min(steps, self.budget)
+        self.budget -= 0 if self.prepared else granted
+        self.prepared = 0
+        self.permitted += granted
+        return granted
+
+    def prepare_window(self, steps: int) -> None:
+        self.calls.append(("prepare", steps))
+        self.prepared = min(steps, self.budget)
+        self.budget -= self.prepared
+
+    def step_gradient(self) -> Result:
+        assert self.permitted > 0, "a step that was not charged"
+        self.permitted -= 1
+        self._weight.grad = self._weight.detach().sign()
+        if self.step_time_s:
+            time.sleep(self.step_time_s)
+        return Result(self.loss(), 100)
+
+    def stamp(self, raw: RawUpdate) -> PrivateUpdate:
+        return PrivateUpdate(raw.values, raw.step, PrivacyStamp("record", 1, _ISSUER))
+
+    def spent(self) -> PrivacySpent:
+        return PrivacySpent()
+
+    def charged(self) -> int:
+        return sum(steps for _, steps in self.calls)
+
+
+def manifest_with(**changes: Any) -> Manifest:
+    text = "hello"
+    base = Manifest(
+        name="t",
+        created_unix_s=0,
+        model=Model(config={}, num_params=NUM_PARAMS, initial_digest=""),
+        optimiser=Optimiser(learning_rate=1e-2, warmup_steps=0, schedule="constant"),
+        round=Round(window_steps=4, fragments=3, codec="int8"),
+        privacy=Privacy(noise_multiplier=1.0),
+        public_text=PublicText(digest=blake2b(text.encode()).hex(), text=text),
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+def trainer_with(
+    seed: int = 0,
+    budget: int = 10**9,
+    throttle: float = 1.0,
+    awaiting: bool = False,
+    **changes: Any,
+) -> LocalTrainer:
+    parameters = Parameters(seed)
+    return LocalTrainer(
+        manifest_with(**changes),
+        SWARM,
+        parameters,
+        FakeMechanism(parameters, budget),
+        Evaluation(public=lambda: float(parameters.weight.detach().abs().mean())),
+        throttle=throttle,
+        awaiting=awaiting,
+    )
+
+
+def mechanism_of(trainer: LocalTrainer) -> FakeMechanism:
+    mechanism = trainer.mechanism
+    assert isinstance(mechanism, FakeMechanism)
+    return mechanism
+
+
+def swap(a: LocalTrainer, b: LocalTrainer, exchange_id: int, fragment: int) -> None:
+    """Snapshot both, verify both; merging is the caller's."""
+    updates = [t.compress(exchange_id, t.snapshot(exchange_id, fragment)) for t in (a, b)]
+    for trainer, update in ((a, updates[1]), (b, updates[0])):
+        trainer.verify(
+            exchange_id,
+            PeerUpdate(update.payload, update.codec, update.num_values, "peer", 1.0),
+        )
+
+
+def test_run_takes_steps_windows_and_charges_each_step_once() -> None:
+    trainer = trainer_with(end=End(steps=10))
+    trainer.run(steps=7)
+    assert (trainer.counters.step, trainer.counters.window, trainer.counters.tokens) == (7, 1, 700)
+    trainer.run(steps=100)
+    assert (trainer.counters.step, trainer.state) == (10, "closing")
+    assert mechanism_of(trainer).charged() == 4 + 4 + 2 + mechanism_overlap(trainer)
+
+
+def mechanism_overlap(trainer: LocalTrainer) -> int:
+    """What `begin` asked for although `prepare` had charged it already."""
+    calls = mechanism_of(trainer).calls
+    return sum(
+        steps
+        for (before, _), (name, steps) in pairwise(calls)
+        if (before, name) == ("prepare", "begin")
+    )
+
+
+def test_the_next_window_is_charged_before_this_one_ends() -> None:
+    trainer = trainer_with()
+    trainer.run(steps=3)
+    assert mechanism_of(trainer).calls == [("begin", 4)]
+    trainer.run(steps=1)
+    assert mechanism_of(trainer).calls[-1] == ("prepare", 4)
+
+
+def test_a_spent_budget_ends_training_but_not_mixing() -> None:
+    trainer, other = trainer_with(budget=6), trainer_with(seed=1)
+    states: list[str] = []
+    trainer.on_state = lambda: states.append(trainer.state)
+    trainer.run(steps=100)
+    assert trainer.counters.step == 6
+    assert states[-1] == "budget-spent"
+    swap(trainer, other, 1, 0)
+    before = trainer.parameters.read()
+    trainer.merge(1, 0.5)
+    assert not torch.equal(trainer.parameters.read(), before)
+
+
+def test_merges_of_both_sides_keep_the_sum_while_training_goes_on() -> None:
+    a, b = trainer_with(seed=1), trainer_with(seed=2)
+    a.exchanges._norm_limit.accepted(1e6)
+    for exchange_id in range(6):
+        fragment = exchange_id % 3
+        swap(a, b, exchange_id, fragment)
+        a.run(steps=2)
+        total = a.parameters.read() + b.parameters.read()
+        a.merge(exchange_id, 0.5)
+        b.merge(exchange_id, 0.5)
+        if a.counters.merges_clipped == b.counters.merges_clipped == 0:
+            assert torch.allclose(a.parameters.read() + b.parameters.read(), total, atol=1e-5)
+    assert a.progress().merges == 6
+    assert a.progress().steps_late == 2.0
+    assert b.progress().steps_late == 0.0
+
+
+def test_mixing_alone_brings_peers_together() -> None:
+    a, b = trainer_with(seed=1), trainer_with(seed=2)
+    for exchange_id in range(30):
+        swap(a, b, exchange_id, exchange_id % 3)
+        a.merge(exchange_id, 0.5)
+        b.merge(exchange_id, 0.5)
+    assert float((a.parameters.read() - b.parameters.read()).norm()) < 0.2  # what int8 leaves
+    distance = a.progress().consensus_distance
+    assert distance is not None
+    assert distance < 0.3  # smoothed
+
+
+def test_a_dropped_exchange_is_not_merged_and_refused_afterwards() -> None:
+    a, b = trainer_with(seed=1), trainer_with(seed=2)
+    swap(a, b, 1, 0)
+    before = a.parameters.read()
+    a.exchanges.drop(1)
+    a.merge(1, 0.5)
+    assert torch.equal(a.parameters.read(), before)
+    assert a.progress().merges == 0
+    with pytest.raises(PeerError) as error:
+        a.exchanges.admit(1)
+    assert error.value.reason == Reason.CLOSED
+    a.exchanges.drop(99)
+
+
+def test_in_flight_is_bounded_and_out_of_order_is_refused() -> None:
+    trainer = trainer_with()
+    for exchange_id in range(MAX_IN_FLIGHT):
+        trainer.snapshot(exchange_id, 0)
+    with pytest.raises(PeerError) as error:
+        trainer.snapshot(MAX_IN_FLIGHT, 0)
+    assert error.value.reason == Reason.BUSY
+    with pytest.raises(TrainerError, match="has its snapshot"):
+        trainer.snapshot(0, 0)
+    with pytest.raises(TrainerError, match="not verified"):
+        trainer.exchanges.admit(0)
+    with pytest.raises(LocalError, match="fragment 3"):
+        trainer.snapshot(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"payload": b"\0"}, Reason.MALFORMED),
+        ({"payload": b"\0" * 10_000}, Reason.OVERSIZE),
+        ({"codec": "float32"}, Reason.WRONG_CODEC),
+        ({"num_values": 10**12}, Reason.WRONG_MODEL),
+        ({"payload": b"\xff" * (2 * 2 + 200)}, Reason.NOT_FINITE),
+    ],
+)
+def test_bad_payloads_are_refused(change: dict[str, Any], reason: str) -> None:
+    trainer = trainer_with()
+    update = trainer.compress(1, trainer.snapshot(1, 0))
+    peer = PeerUpdate(update.payload, update.codec, update.num_values, "peer", 1.0)
+    with pytest.raises(PeerError) as error:
+        trainer.verify(1, replace(peer, **change))
+    assert error.value.reason == reason
+
+
+def test_a_joiner_waits_then_starts_afresh_at_its_donors_step() -> None:
+    trainer = trainer_with(
+        awaiting=True, optimiser=Optimiser(learning_rate=1e-2, warmup_steps=100, schedule="linear"),
+        end=End(steps=1000),
+    )  # fmt: skip
+    trainer.run(steps=5)
+    assert (trainer.counters.step, trainer.state) == (0, "mixing")
+    with pytest.raises(PeerError) as error:
+        trainer.snapshot(1, 0)
+    assert error.value.reason == Reason.NOT_READY
+    donor = torch.full((NUM_PARAMS,), 0.25)
+    before, after = trainer.replace(donor, step=500)
+    assert (trainer.counters.step, after) == (500, 0.25)
+    assert before != after
+    full = 1e-2 * (0.1 + 0.9 * 0.5)
+    assert learning_rate(trainer.counters, trainer.manifest) == pytest.approx(full / 20)
+    trainer.run(steps=5)
+    assert trainer.counters.step == 505
+
+
+def test_a_state_that_is_not_finite_is_refused_and_ours_stays() -> None:
+    trainer = trainer_with()
+    before = trainer.parameters.read()
+    with pytest.raises(PeerError) as error:
+        trainer.replace(torch.full((NUM_PARAMS,), float("nan")), 3)
+    assert error.value.reason == Reason.NOT_FINITE
+    assert torch.equal(trainer.parameters.read(), before)
+
+
+def test_divergence_is_an_error() -> None:
+    trainer = trainer_with()
+    mechanism_of(trainer).loss = lambda: float("nan")
+    with pytest.raises(LocalError, match="diverged"):
+        trainer.run(steps=1)
+
+
+def test_windows_end_by_the_clock_too_and_charged_steps_carry_over() -> None:
+    trainer = trainer_with(round=Round(window_steps=100, window_s=1e-9, fragments=3))
+    trainer.run(steps=5)
+    assert trainer.counters.window == 5
+    assert mechanism_of(trainer).calls == [("begin", 100)]
+
+
+def test_commands_are_served_while_training_resting_and_paused() -> None:
+    """A throttle of 1e-6 rests for hours after a step: only serving jobs lets this test end."""
+    trainer = trainer_with(throttle=1e-6)
+    mechanism_of(trainer).step_time_s = 0.02
+    thread = threading.Thread(target=trainer.run)
+    thread.start()
+    try:
+        for mode in ("pause", "train", "mix", "train"):
+            done = threading.Event()
+
+            def change(mode: Any = mode, done: threading.Event = done) -> None:
+                trainer.set_mode(mode)
+                done.set()
+
+            trainer.submit(change)
+            assert done.wait(20)
+    finally:
+        trainer.stop()
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_blocked_time_is_what_the_ledger_takes() -> None:
+    trainer = trainer_with()
+    mechanism = mechanism_of(trainer)
+    original = mechanism.begin_window
+
+    def slow(steps: int) -> int:
+        time.sleep(0.05)
+        return original(steps)
+
+    mechanism.begin_window = slow  # type: ignore[method-assign]
+    trainer.run(steps=3)
+    assert trainer.progress().seconds_blocked >= 0.05
+    assert trainer.progress().seconds_training >= 0.05
+
+
+@pytest.mark.parametrize(
+    ("end", "counters", "share"),
+    [
+        (End(), Counters(step=9), None),
+        (End(steps=10), Counters(step=5), 0.5),
+        (End(rounds=4), Counters(window=4), 1.0),
+        (End(seconds=10.0), Counters(seconds=2.5), 0.25),
+        (End(tokens=64 * 128 * 10), Counters(step=5, tokens=1), 0.5),
+        (End(steps=10, seconds=10.0), Counters(step=1, seconds=9.0), 0.9),
+    ],
+)
+def test_the_first_end_condition_counts(end: End, counters: Counters, share: float | None) -> None:
+    assert share_done(counters, manifest_with(end=end, optimiser=Optimiser())) == share
+
+
+def test_without_privacy_tokens_count_as_they_are() -> None:
+    manifest = manifest_with(end=End(tokens=1000), privacy=Privacy(mode="off"))
+    assert share_done(Counters(tokens=500), manifest) == 0.5
+
+
+def test_planned_steps() -> None:
+    assert planned_steps(manifest_with()) is None
+    assert planned_steps(manifest_with(end=End(steps=7, rounds=5))) == 7
+    assert planned_steps(manifest_with(end=End(rounds=5))) == 20
+    assert planned_steps(manifest_with(end=End(seconds=5.0))) is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "half", "end"),
+    [("constant", 1.0, 1.0), ("linear", 0.6, 0.2), ("cosine", 0.6, 0.2)],
+)
+def test_learning_rate_decays_to_its_final_share(schedule: Any, half: float, end: float) -> None:
+    manifest = manifest_with(
+        end=End(steps=100),
+        optimiser=Optimiser(learning_rate=1.0, warmup_steps=10, schedule=schedule, final_rate=0.2),
+    )
+    rates = [learning_rate(Counters(step=s), manifest) for s in (0, 4, 50, 100)]
+    assert rates[0] == pytest.approx(0.1, rel=0.01)
+    assert rates[1] == pytest.approx(0.5, rel=0.05)
+    assert rates[2:] == [pytest.approx(half), pytest.approx(end)]

@@ -1,0 +1,428 @@
+"""The training loop of one peer. Knows nothing of processes, sockets or partners' addresses.
+
+    boundary: merge, snapshot, whatever was submitted    | the only moments at which
+    step:     private gradient, AdamW                    | anything touches the parameters
+
+Everything that other threads want from the parameters is a job that runs at the next boundary, and
+at once while no steps are taken. The loop never waits for the network: what it does wait for (the
+ledger's disk, at most) is counted in `seconds_blocked`.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+
+from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.manifest import Manifest
+from xpeer.status import PrivacySpent, Progress
+from xpeer.training.exchanges import Exchanges
+from xpeer.training.ipc import TrainerState
+from xpeer.training.mixing import Fragments
+from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
+from xpeer.training.setup import Mode
+from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate
+
+_SMOOTHING: Final = 0.9
+"""Of the speed shown, per step."""
+
+Job = Callable[[], None]
+
+
+class StepResult(Protocol):
+    """What a private step tells; never leaves the node."""
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss per token; None for an empty batch."""
+
+    @property
+    def tokens(self) -> int:
+        """In the batch."""
+
+
+class Mechanism(Protocol):
+    """`privacy.Mechanism`, as the loop uses it."""
+
+    def begin_window(self, steps: int) -> int:
+        """Charge steps durably; how many may be taken."""
+
+    def prepare_window(self, steps: int) -> None:
+        """Begin to charge the next window in the background."""
+
+    def step_gradient(self) -> StepResult:
+        """Set every parameter's gradient; uses up one charged step."""
+
+    def stamp(self, raw: RawUpdate) -> PrivateUpdate:
+        """Certify a snapshot."""
+
+    def spent(self) -> PrivacySpent:
+        """The ledger's answer."""
+
+
+class Model(Protocol):
+    """`model.FlatParameters`, as the loop uses it: positions are in flat order."""
+
+    @property
+    def num_params(self) -> int:
+        """P."""
+
+    def gather(self, indices: torch.Tensor) -> torch.Tensor:
+        """(n,) float32, CPU."""
+
+    def add_(self, indices: torch.Tensor, values: torch.Tensor) -> None:
+        """Add on the device."""
+
+    def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(num_params,) float32, CPU."""
+
+    def write(self, flat: torch.Tensor) -> None:
+        """Replace all."""
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        """In flat order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Losses in nats per token, measured on demand."""
+
+    public: Callable[[], float]
+    """On the manifest's public text."""
+    validation: Callable[[], float] | None = None
+    """On held-out text of the shard. Local only."""
+
+
+class LocalTrainer:
+    """One peer's parameters, moments, counters, and the loop.
+
+    Args:
+        manifest: of the swarm.
+        swarm_id: cuts the fragments.
+        parameters: of the model.
+        mechanism: makes the gradients.
+        evaluation: measures.
+        throttle: share of the time to compute in.
+        awaiting: the parameters are still to be imported; nothing is trained or shown before.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        swarm_id: str,
+        parameters: Model,
+        mechanism: Mechanism,
+        evaluation: Evaluation,
+        *,
+        throttle: float = 1.0,
+        awaiting: bool = False,
+    ) -> None:
+        self.manifest = manifest
+        self.parameters = parameters
+        self.mechanism = mechanism
+        self.evaluation = evaluation
+        self.counters = Counters()
+        self.awaiting = awaiting
+        self.optimiser = make_optimiser(manifest, parameters)
+        fragments = Fragments(parameters.num_params, manifest.round.fragments, swarm_id)
+        self.exchanges = Exchanges(parameters, fragments, manifest.round.codec, mechanism)
+        self.on_step: Callable[[], None] = _nothing
+        self.on_state: Callable[[], None] = _nothing
+        self.seconds_blocked = 0.0
+        self.seconds_boundary = 0.0
+        self._throttle = throttle
+        self._mode: Mode = "train"
+        self._budget_spent = False
+        self._stopping = False
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._permitted = 0
+        self._preparing = False
+        self._window_step = 0
+        self._window_began = time.monotonic()
+        self._loss_train: float | None = None
+        self._loss_validation: float | None = None
+        self._loss_public: float | None = None
+        self._measured_at: int | None = None
+        self._tokens_per_s = 0.0
+
+    # ---- what other threads may call -------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Run a job on the training thread at the next boundary. It must not raise."""
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """Let `run` return at the next boundary."""
+        self.submit(self._stop)
+
+    @property
+    def state(self) -> TrainerState:
+        """What the loop does now."""
+        if self._mode == "pause":
+            return "paused"
+        if self._mode == "mix" or self.awaiting:
+            return "mixing"
+        if self.ended:
+            return "closing"
+        return "budget-spent" if self._budget_spent else "training"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the manifest's end condition is reached."""
+        done = share_done(self.counters, self.manifest)
+        return done is not None and done >= 1.0
+
+    def progress(self) -> Progress:
+        """The counters as `status` shows them."""
+        return Progress(
+            step=self.counters.step,
+            window=self.counters.window,
+            tokens=self.counters.tokens,
+            planned_steps=planned_steps(self.manifest),
+            loss_train=self._loss_train,
+            loss_validation=self._loss_validation,
+            loss_public=self._loss_public,
+            learning_rate=learning_rate(self.counters, self.manifest),
+            tokens_per_s=self._tokens_per_s,
+            consensus_distance=self.exchanges.consensus_distance,
+            merges=self.counters.merges,
+            merges_clipped=self.counters.merges_clipped,
+            steps_late=self.exchanges.steps_late,
+            seconds_training=self.counters.seconds,
+            seconds_blocked=self.seconds_blocked,
+            seconds_boundary=self.seconds_boundary,
+        )
+
+    # ---- the loop; one thread --------------------------------------------------------------
+
+    def run(self, steps: int | None = None) -> None:
+        """Train until stopped; or, without anybody to serve, at most so many steps.
+
+        Args:
+            steps: return after so many, or as soon as no more steps may be taken.
+
+        Raises:
+            LocalError: training diverged, or the ledger can't be written.
+        """
+        target = None if steps is None else self.counters.step + steps
+        self._window_began = time.monotonic()
+        while True:
+            self._boundary()
+            if self._stopping or (target is not None and self.counters.step >= target):
+                return
+            if self.state == "training":
+                self._step_and_rest()
+            elif target is not None:
+                return
+            else:
+                self._jobs.get()()
+
+    def set_mode(self, mode: Mode) -> None:
+        """At a boundary: train, mix or pause from now on."""
+        before, self._mode = self.state, mode
+        if self.state != before:
+            self._window_began = time.monotonic()
+            self.on_state()
+
+    def snapshot(self, exchange_id: int, fragment: int) -> PrivateUpdate:
+        """At a boundary: a certified copy of a fragment.
+
+        Raises:
+            PeerError: there are no parameters to show yet (NOT_READY), or as `Exchanges.take`.
+        """
+        if self.awaiting:
+            raise PeerError(Reason.NOT_READY, "the parameters have not been fetched yet")
+        return self.exchanges.take(exchange_id, fragment, self.counters.step)
+
+    def compress(self, exchange_id: int, update: PrivateUpdate) -> CompressedUpdate:
+        """On any thread: see `Exchanges.compress`."""
+        return self.exchanges.compress(exchange_id, update)
+
+    def verify(self, exchange_id: int, update: PeerUpdate) -> float:
+        """On any thread: see `Exchanges.verify`."""
+        payload = memoryview(update.payload)
+        return self.exchanges.verify(exchange_id, update.codec, payload, update.num_values)
+
+    def merge(self, exchange_id: int, weight: float) -> None:
+        """At a boundary: merge what was verified, unless it was dropped."""
+        clipped = self.exchanges.merges_clipped
+        if self.exchanges.merge(exchange_id, weight, self.counters.step):
+            self.counters.merges += 1
+            self.counters.merges_clipped += self.exchanges.merges_clipped - clipped
+            self._measured_at = None
+
+    def replace(self, flat: torch.Tensor, step: int) -> tuple[float, float]:
+        """At a boundary: a joiner's parameters, fresh moments, a short warm-up.
+
+        Args:
+            flat: (num_params,) float32, CPU.
+            step: of the donor; ours from now on, so that both end together.
+
+        Returns:
+            Public loss before and after.
+
+        Raises:
+            PeerError: not finite (NOT_FINITE); ours stay.
+        """
+        if not bool(torch.isfinite(flat).all()):
+            raise PeerError(Reason.NOT_FINITE, "the state has values that are not finite")
+        before = self.evaluation.public()
+        self.parameters.write(flat)
+        self.exchanges.drop_all()
+        self.optimiser = make_optimiser(self.manifest, self.parameters)
+        self.counters.step = self.counters.moments_step = step
+        self.counters.window = step // self.manifest.round.window_steps
+        self.counters.joined = True
+        self._window_step = step % self.manifest.round.window_steps
+        was, self.awaiting = self.state, False
+        after = self._loss_public = self.evaluation.public()
+        self._measured_at = None
+        if self.state != was:
+            self._window_began = time.monotonic()
+            self.on_state()
+        return before, after
+
+    def measure(self) -> tuple[float, float | None]:
+        """At a boundary: public and held-out loss."""
+        self._loss_public = self.evaluation.public()
+        if self.evaluation.validation is not None:
+            self._loss_validation = self.evaluation.validation()
+        self._measured_at = self.counters.step
+        return self._loss_public, self._loss_validation
+
+    def public_loss(self) -> float:
+        """At a boundary: loss of the present parameters on the public text."""
+        if self._measured_at != self.counters.step or self._loss_public is None:
+            self.measure()
+        return self._loss_public if self._loss_public is not None else math.nan
+
+    def _boundary(self) -> None:
+        began = time.perf_counter()
+        while not self._stopping:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            job()
+        self.seconds_boundary += time.perf_counter() - began
+
+    def _step_and_rest(self) -> None:
+        began = time.monotonic()
+        if not self._permit():
+            return
+        self._step()
+        now = time.monotonic()
+        self.counters.seconds += now - began
+        self._window(now)
+        self.on_step()
+        if self.state != "training":
+            self.on_state()
+        elif self._throttle < 1.0:
+            worked = time.monotonic() - began
+            self._rest(worked * (1.0 - self._throttle) / self._throttle)
+
+    def _permit(self) -> bool:
+        """Have at least one charged step, or learn that the budget is spent.
+
+        Charged steps that a window of the clock did not need serve the next one.
+        """
+        if self._permitted == 0:
+            began = time.perf_counter()
+            self._permitted = self.mechanism.begin_window(self._steps_to_charge(0))
+            self._preparing = False
+            self.seconds_blocked += time.perf_counter() - began
+            if self._permitted == 0:
+                self._budget_spent = True
+                self.on_state()
+                return False
+        ahead = max(1, self.manifest.round.window_steps // 4)
+        if self._permitted <= ahead and not self._preparing:
+            # late in the window: a restart forfeits what was charged and not used
+            wanted = self._steps_to_charge(self._permitted)
+            if wanted > 0:
+                self._preparing = True
+                self.mechanism.prepare_window(wanted)
+        return True
+
+    def _steps_to_charge(self, permitted: int) -> int:
+        """A window's steps, but none beyond the end of the run."""
+        planned = planned_steps(self.manifest)
+        window = self.manifest.round.window_steps
+        if planned is None:
+            return window
+        least = 0 if permitted else 1  # a plan in tokens is a guess: the end itself decides
+        return max(least, min(window, planned - self.counters.step - permitted))
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        rate = learning_rate(self.counters, self.manifest)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        result = self.mechanism.step_gradient()
+        self._permitted -= 1
+        if result.loss is not None and not math.isfinite(result.loss):
+            raise LocalError(
+                f"training diverged: the loss of step {self.counters.step} is {result.loss}",
+                "restart from an older checkpoint; lower optimiser.learning_rate in a new swarm",
+            )
+        self.optimiser.step()
+        self._loss_train = result.loss
+        self.counters.step += 1
+        self.counters.tokens += result.tokens
+        speed = result.tokens / max(time.perf_counter() - began, 1e-9)
+        if self._tokens_per_s == 0.0:
+            self._tokens_per_s = speed
+        self._tokens_per_s = _SMOOTHING * self._tokens_per_s + (1 - _SMOOTHING) * speed
+
+    def _window(self, now: float) -> None:
+        """A window ends by steps or by the clock."""
+        self._window_step += 1
+        rules = self.manifest.round
+        late = rules.window_s is not None and now - self._window_began >= rules.window_s
+        if self._window_step >= rules.window_steps or late:
+            self.counters.window += 1
+            self._window_step = 0
+            self._window_began = now
+            self.measure()
+
+    def _rest(self, seconds: float) -> None:
+        """Leave the processor to others, and go on serving."""
+        until = time.monotonic() + seconds
+        while not self._stopping and self.state == "training":
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            try:
+                job = self._jobs.get(timeout=left)
+            except queue.Empty:
+                return
+            job()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+
+def make_optimiser(manifest: Manifest, parameters: Model) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with zero moments.
+
+    The fused kernel does one pass over the memory; it exists for CPU and CUDA.
+    """
+    trained = list(parameters.parameters())
+    optimiser = manifest.optimiser
+    return torch.optim.AdamW(
+        trained,
+        lr=optimiser.learning_rate,
+        betas=(optimiser.beta1, optimiser.beta2),
+        weight_decay=optimiser.weight_decay,
+        fused=all(p.device.type in {"cpu", "cuda"} for p in trained),
+    )
+
+
+def _nothing() -> None:
+    return None
