@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 
@@ -21,6 +21,7 @@ from xpeer.training.mixing import (
     correction,
     decode_peer,
 )
+from xpeer.training.parts import Mechanism, Parameters
 from xpeer.update import CompressedUpdate, PrivateUpdate, RawUpdate
 from xpeer.wire import codec as wire_codec
 
@@ -28,23 +29,6 @@ MAX_IN_FLIGHT: Final = 16
 """Each holds one fragment in float32."""
 _SMOOTHING: Final = 0.9
 """Of the consensus distance, per exchange."""
-
-
-class Parameters(Protocol):
-    """The part of `model.FlatParameters` that mixing needs."""
-
-    def gather(self, indices: torch.Tensor) -> torch.Tensor:
-        """Values at these positions, (n,) float32, CPU, a copy."""
-
-    def add_(self, indices: torch.Tensor, values: torch.Tensor) -> None:
-        """Add to the values at these positions."""
-
-
-class Certifier(Protocol):
-    """The part of `privacy.Mechanism` that a snapshot needs."""
-
-    def stamp(self, raw: RawUpdate) -> PrivateUpdate:
-        """Certify values taken at a step boundary."""
 
 
 @dataclass(slots=True)
@@ -62,7 +46,7 @@ class Exchanges:
     """
 
     def __init__(
-        self, parameters: Parameters, fragments: Fragments, codec: str, certifier: Certifier
+        self, parameters: Parameters, fragments: Fragments, codec: str, mechanism: Mechanism
     ) -> None:
         self.fragments = fragments
         self.codec = codec
@@ -72,7 +56,7 @@ class Exchanges:
         self._steps_late = 0
         self._merged_here = 0
         self._parameters = parameters
-        self._certifier = certifier
+        self._mechanism = mechanism
         self._norm_limit = NormLimit()
         self._in_flight: dict[int, _InFlight] = {}
         self._lock = threading.Lock()
@@ -98,7 +82,7 @@ class Exchanges:
                 raise PeerError(Reason.BUSY, f"{MAX_IN_FLIGHT} exchanges are in flight")
             self._in_flight[exchange_id] = _InFlight(fragment, step)
         try:
-            return self._certifier.stamp(RawUpdate(self._parameters.gather(indices), step))
+            return self._mechanism.stamp(RawUpdate(self._parameters.gather(indices), step))
         except BaseException:
             self.drop(exchange_id)
             raise

@@ -13,90 +13,26 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest
-from xpeer.status import PrivacySpent, Progress
+from xpeer.status import Progress
 from xpeer.training.exchanges import Exchanges
 from xpeer.training.ipc import TrainerState
 from xpeer.training.mixing import Fragments
+from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.setup import Mode
-from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate
+from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate
 
 _SMOOTHING: Final = 0.9
 """Of the speed shown, per step."""
 
 Job = Callable[[], None]
-
-
-class StepResult(Protocol):
-    """What a private step tells; never leaves the node."""
-
-    @property
-    def loss(self) -> float | None:
-        """Mean loss per token; None for an empty batch."""
-
-    @property
-    def tokens(self) -> int:
-        """In the batch."""
-
-
-class Mechanism(Protocol):
-    """`privacy.Mechanism`, as the loop uses it."""
-
-    def begin_window(self, steps: int) -> int:
-        """Charge steps durably; how many may be taken."""
-
-    def prepare_window(self, steps: int) -> None:
-        """Begin to charge the next window in the background."""
-
-    def step_gradient(self) -> StepResult:
-        """Set every parameter's gradient; uses up one charged step."""
-
-    def stamp(self, raw: RawUpdate) -> PrivateUpdate:
-        """Certify a snapshot."""
-
-    def spent(self) -> PrivacySpent:
-        """The ledger's answer."""
-
-
-class Model(Protocol):
-    """`model.FlatParameters`, as the loop uses it: positions are in flat order."""
-
-    @property
-    def num_params(self) -> int:
-        """P."""
-
-    def gather(self, indices: torch.Tensor) -> torch.Tensor:
-        """(n,) float32, CPU."""
-
-    def add_(self, indices: torch.Tensor, values: torch.Tensor) -> None:
-        """Add on the device."""
-
-    def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(num_params,) float32, CPU."""
-
-    def write(self, flat: torch.Tensor) -> None:
-        """Replace all."""
-
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
-        """In flat order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Losses in nats per token, measured on demand."""
-
-    public: Callable[[], float]
-    """On the manifest's public text."""
-    validation: Callable[[], float] | None = None
-    """On held-out text of the shard. Local only."""
 
 
 class LocalTrainer:
@@ -116,7 +52,7 @@ class LocalTrainer:
         self,
         manifest: Manifest,
         swarm_id: str,
-        parameters: Model,
+        parameters: Parameters,
         mechanism: Mechanism,
         evaluation: Evaluation,
         *,
@@ -408,7 +344,7 @@ class LocalTrainer:
         self._stopping = True
 
 
-def make_optimiser(manifest: Manifest, parameters: Model) -> torch.optim.AdamW:
+def make_optimiser(manifest: Manifest, parameters: Parameters) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) with zero moments.
 
     The fused kernel does one pass over the memory; it exists for CPU and CUDA.

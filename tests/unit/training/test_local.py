@@ -16,7 +16,8 @@ from xpeer.identity import blake2b
 from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText, Round
 from xpeer.status import PrivacySpent
 from xpeer.training.exchanges import MAX_IN_FLIGHT
-from xpeer.training.local import Evaluation, LocalTrainer
+from xpeer.training.local import LocalTrainer
+from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.update import _ISSUER, PeerUpdate, PrivacyStamp, PrivateUpdate, RawUpdate
 

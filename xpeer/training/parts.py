@@ -1,0 +1,76 @@
+"""What the training loop needs of the model, the privacy mechanism and the texts; no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from xpeer.status import PrivacySpent
+from xpeer.update import PrivateUpdate, RawUpdate
+
+
+class StepResult(Protocol):
+    """What a private step tells; never leaves the node."""
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss per token; None for an empty batch."""
+
+    @property
+    def tokens(self) -> int:
+        """In the batch."""
+
+
+class Mechanism(Protocol):
+    """`privacy.Mechanism`, as the loop uses it."""
+
+    def begin_window(self, steps: int) -> int:
+        """Charge steps durably; how many may be taken."""
+
+    def prepare_window(self, steps: int) -> None:
+        """Begin to charge the next window in the background."""
+
+    def step_gradient(self) -> StepResult:
+        """Set every parameter's gradient; uses up one charged step."""
+
+    def stamp(self, raw: RawUpdate) -> PrivateUpdate:
+        """Certify a snapshot."""
+
+    def spent(self) -> PrivacySpent:
+        """The ledger's answer."""
+
+
+class Parameters(Protocol):
+    """`model.FlatParameters`, as the loop uses it: positions are in flat order."""
+
+    @property
+    def num_params(self) -> int:
+        """P."""
+
+    def gather(self, indices: torch.Tensor) -> torch.Tensor:
+        """(n,) float32, CPU."""
+
+    def add_(self, indices: torch.Tensor, values: torch.Tensor) -> None:
+        """Add on the device."""
+
+    def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(num_params,) float32, CPU."""
+
+    def write(self, flat: torch.Tensor) -> None:
+        """Replace all."""
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        """In flat order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Losses in nats per token, measured on demand."""
+
+    public: Callable[[], float]
+    """On the manifest's public text."""
+    validation: Callable[[], float] | None = None
+    """On held-out text of the shard. Local only."""
