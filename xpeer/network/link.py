@@ -8,6 +8,7 @@ process dies, so an end without the session's final frame is a truncation, never
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import TypeVar
 
 from xpeer.errors import PeerError, Reason
@@ -30,13 +31,23 @@ _CHUNK = FRAME_BYTES - 1
 _M = TypeVar("_M", bound=messages.Message)
 
 
+@dataclass
+class Meter:
+    """Bytes of this node over all links and calls."""
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
 class Link:
     """One open session with one partner. Make with `connect`; one user at a time.
 
-    Attributes:
-        peer_id: the authenticated partner.
-        bytes_in: sealed bytes received, framing included.
-        bytes_out: sealed bytes sent, framing included.
+    Args:
+        peer_id: the partner, authenticated by libp2p.
+        reader: of the raw stream.
+        writer: of the raw stream.
+        frame_timeout_s: for one frame to arrive or to be taken.
+        meter: counts sealed bytes, framing included.
     """
 
     def __init__(
@@ -45,10 +56,10 @@ class Link:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         frame_timeout_s: float = FRAME_TIMEOUT_S,
+        meter: Meter | None = None,
     ) -> None:
         self.peer_id = peer_id
-        self.bytes_in = 0
-        self.bytes_out = 0
+        self._meter = meter or Meter()
         self.closed = False
         self._reader = reader
         self._writer = writer
@@ -162,7 +173,7 @@ class Link:
 
     async def _write(self, data: bytes) -> None:
         self._writer.write(len(data).to_bytes(4, "big") + data)
-        self.bytes_out += 4 + len(data)
+        self._meter.bytes_out += 4 + len(data)
         try:
             async with asyncio.timeout(self._frame_timeout_s):
                 await self._writer.drain()
@@ -184,7 +195,7 @@ class Link:
             raise PeerError(Reason.TRUNCATED, "the stream ended without a final frame") from e
         except (ConnectionError, OSError) as e:
             raise PeerError(Reason.CLOSED, "the stream broke while receiving") from e
-        self.bytes_in += 4 + length
+        self._meter.bytes_in += 4 + length
         return data
 
 

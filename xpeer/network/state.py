@@ -96,7 +96,11 @@ async def fetch(
     """Fetch and check a member's parameters.
 
     Args:
+        party: us.
+        dialler: opens the stream.
+        donor: whom to ask.
         num_params: of the manifest; any other size is refused before it is read.
+        timeout_s: for all of it.
 
     Raises:
         PeerError: unreachable, busy, or anything does not match.

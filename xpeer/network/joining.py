@@ -1,0 +1,79 @@
+"""Admission: any member hands the manifest and the swarm key to a peer with a right to join.
+
+The reply is sealed to the joiner's PeerID; the manifest is checked against the fingerprint that
+the joiner's token carries. A member that lies about the swarm key only wastes the joiner's time: no
+session opens with a wrong key, and the joiner asks another member.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+from msgspec import Struct
+
+from xpeer.errors import ConfigError, NotAuthorisedError, PeerError, Reason
+from xpeer.identity import Identity, PeerId, seal_to
+from xpeer.manifest import MAX_MANIFEST_BYTES, SignedManifest
+from xpeer.network.membership import MAX_CREDENTIAL_BYTES
+from xpeer.network.swarm import Swarm
+
+log = logging.getLogger("xpeer.network")
+
+PROTOCOL = "xpeer/admit/1"
+CALL_TIMEOUT_S = 30.0
+
+
+class Admission(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a member hands over, sealed as a whole."""
+
+    manifest: bytes
+    swarm_key: bytes
+
+
+_decoder = msgspec.msgpack.Decoder(Admission)
+
+
+async def serve(swarm: Swarm, manifest: SignedManifest, swarm_key: bytes) -> None:
+    """Admit peers whose introduction carried a right to join that has not expired."""
+    admission = msgspec.msgpack.encode(Admission(manifest.to_bytes(), swarm_key))
+
+    async def handle(peer_id: PeerId, request: bytes) -> bytes:
+        certificate = swarm.membership.certificate_of(peer_id)
+        if certificate is None or not swarm.membership.may_join(certificate):
+            log.info("not admitted: %s has no right to join, or it expired", peer_id)
+            return b""
+        log.info("admitted %s as %s", peer_id, certificate.role)
+        return seal_to(peer_id, admission)
+
+    await swarm.serve_call(PROTOCOL, handle, "observer", MAX_CREDENTIAL_BYTES)
+
+
+async def request(
+    swarm: Swarm, identity: Identity, swarm_id: str, member: PeerId
+) -> tuple[SignedManifest, bytes]:
+    """Ask one member.
+
+    Returns:
+        The manifest, checked against the fingerprint, and the swarm key.
+
+    Raises:
+        PeerError: it does not answer, is no member, or hands over something else.
+        NotAuthorisedError: it refused: our right to join has expired.
+    """
+    sealed = await swarm.call(member, PROTOCOL, b"", CALL_TIMEOUT_S)
+    if not sealed:
+        raise NotAuthorisedError(
+            "the right to join has expired", "ask an admin for a new token (`xpeer invite create`)"
+        )
+    if len(sealed) > MAX_MANIFEST_BYTES + 4096:
+        raise PeerError(Reason.OVERSIZE, "admission")
+    try:
+        admission = _decoder.decode(identity.open(sealed))
+        manifest = SignedManifest.from_bytes(admission.manifest)
+        manifest.open(swarm_id)
+    except (msgspec.MsgspecError, UnicodeDecodeError, NotAuthorisedError, ConfigError) as e:
+        raise PeerError(Reason.MALFORMED, f"admission by {member[-8:]}: {e}") from e
+    if len(admission.swarm_key) != 32:
+        raise PeerError(Reason.MALFORMED, "admission holds no swarm key")
+    return manifest, admission.swarm_key

@@ -1,0 +1,208 @@
+"""hivemind's P2P with a gate before every handler, and a sidecar whose death is noticed.
+
+What hivemind 1.1.12 leaves open, and is closed here: its handlers parse bytes of strangers; a unary
+reply over 4 MiB hangs the caller for ever; so does every call when the local sidecar dies; errors
+of handlers travel to the caller in full; the sidecar's sockets lie in a public folder.
+What stays open: a stranger can complete a handshake, and libp2p's own protocols (identify,
+routing) answer it with addresses. A stream whose far end dies ends like any other: the framing
+above must notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from hivemind.p2p import P2P, P2PContext, PeerID
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+
+from xpeer.errors import Reason
+from xpeer.identity import PeerId
+from xpeer.network.membership import Scope
+
+log = logging.getLogger("xpeer.network")
+
+MAX_REPLY_BYTES = 2 << 20
+STARTUP_TIMEOUT_S = 60.0
+STREAM_BACKLOG = 32
+"""The kernel queues 100 streams at most and drops the rest silently; stay well below."""
+_OK, _NO = b"\x00", b"\x01"
+
+CallHandler = Callable[[PeerId, bytes], Awaitable[bytes]]
+StreamHandler = Callable[[PeerId, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Gate(Protocol):
+    """Decides before a byte is read."""
+
+    def admits(self, peer_id: PeerId, scope: Scope | None) -> bool:
+        """Whether this peer may call a handler of this scope; None = open to all, within limits."""
+
+    async def introduce(self, peer_id: PeerId) -> None:
+        """Called before we call a peer: it has to know who we are."""
+
+    def rejected_by(self, peer_id: PeerId) -> None:
+        """A peer does not know us: introduce ourselves again before the next call."""
+
+
+class GatedP2P(P2P):
+    """One sidecar process. Start with `launch`.
+
+    Attributes:
+        died: set when the sidecar is gone, whoever ended it.
+    """
+
+    gate: Gate
+    died: asyncio.Event
+    _folder: Path
+    _watcher: asyncio.Task[None]
+
+    @classmethod
+    async def launch(
+        cls,
+        *,
+        gate: Gate,
+        identity_path: Path,
+        listen: list[str],
+        announce: list[str],
+        nat_port_map: bool,
+    ) -> GatedP2P:
+        """Start the sidecar with this identity; no peer needs to be reachable.
+
+        Raises:
+            P2PDaemonError: it did not start.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="xpeer-"))  # 0700: only we control the sidecar
+        kind: Any = type("Sidecar", (cls,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
+        try:
+            self: GatedP2P = await kind.create(
+                identity_path=str(identity_path),
+                check_if_identity_free=False,
+                host_maddrs=listen,
+                announce_maddrs=announce or None,
+                nat_port_map=nat_port_map,
+                auto_nat=False,
+                use_relay=False,
+                startup_timeout=STARTUP_TIMEOUT_S,
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self.gate = gate
+        self.died = asyncio.Event()
+        self._folder = folder
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def shutdown(self) -> None:
+        """End the sidecar and remove its sockets."""
+        control = self._client.control
+        await super().shutdown()
+        # hivemind leaves these two to be complained about when they are collected.
+        await asyncio.gather(
+            self._watcher, control._read_task, control._write_task, return_exceptions=True
+        )
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _watch(self) -> None:
+        code = await self._child.wait()
+        self._alive = False
+        self.died.set()
+        for future in list(self._client.control._pending_calls.values()):
+            if not future.done():
+                future.set_exception(P2PDaemonError(f"the sidecar exited with {code}"))
+
+    # Incoming
+
+    async def add_binary_stream_handler(
+        self, name: str, handler: Any, balanced: bool = False
+    ) -> None:
+        """Hivemind's hook; nothing of ours registers through it."""
+        raise PermissionError(f"{name}: stream handlers need a scope; use serve_stream")
+
+    async def serve_stream(self, name: str, handler: StreamHandler, scope: Scope) -> None:
+        """Register a raw stream handler behind the gate."""
+        busy = asyncio.Semaphore(STREAM_BACKLOG)
+
+        async def gated(
+            info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
+            peer_id = PeerId(info.peer_id.to_base58())
+            try:
+                if self.gate.admits(peer_id, scope) and not busy.locked():
+                    async with busy:
+                        await handler(peer_id, reader, writer)
+            finally:
+                writer.close()
+
+        await super().add_binary_stream_handler(name, gated)
+
+    async def serve_call(
+        self, name: str, handler: CallHandler, scope: Scope | None, max_request: int
+    ) -> None:
+        """Register a bounded request-reply handler behind the gate; its errors stay here."""
+
+        async def gated(request: bytes, remote: PeerID) -> bytes:
+            peer_id = PeerId(remote.to_base58())
+            if not self.gate.admits(peer_id, scope):
+                return _NO + Reason.NOT_A_MEMBER.encode()
+            if len(request) > max_request:
+                return _NO + Reason.OVERSIZE.encode()
+            reply = await handler(peer_id, request)
+            if len(reply) > MAX_REPLY_BYTES:
+                log.error("%s: a reply of %d bytes was not sent", name, len(reply))
+                return _NO + Reason.OVERSIZE.encode()
+            return _OK + reply
+
+        await self._client.add_unary_handler(name, gated)
+
+    async def _add_protobuf_unary_handler(
+        self, handle_name: str, handler: Any, input_protobuf_type: Any, balanced: bool = False
+    ) -> None:
+        """Hivemind's DHT registers here."""
+
+        async def gated(request: bytes, remote: PeerID) -> bytes:
+            if not self.gate.admits(PeerId(remote.to_base58()), "dht"):
+                raise PermissionError(Reason.NOT_A_MEMBER)
+            context = P2PContext(handle_name, self.peer_id, remote)
+            response = await handler(input_protobuf_type.FromString(request), context)
+            data: bytes = response.SerializeToString()
+            if len(data) > MAX_REPLY_BYTES:
+                raise ValueError(Reason.OVERSIZE)
+            return data
+
+        await self._client.add_unary_handler(handle_name, gated, balanced=balanced)
+
+    # Outgoing
+
+    async def call(self, peer: PeerID, name: str, request: bytes) -> tuple[bool, bytes]:
+        """One of our own calls: (whether it was answered, reply or reason code)."""
+        self._require_sidecar()
+        reply: bytes = await self._client.call_unary_handler(peer, name, request)
+        return reply[:1] == _OK, reply[1:]
+
+    async def _call_unary_protobuf_handler(
+        self, peer_id: PeerID, handle_name: str, input: Any, output_protobuf_type: Any
+    ) -> Any:
+        """Hivemind's DHT calls through here."""
+        self._require_sidecar()
+        name = PeerId(peer_id.to_base58())
+        await self.gate.introduce(name)
+        try:
+            return await super()._call_unary_protobuf_handler(
+                peer_id, handle_name, input, output_protobuf_type
+            )
+        except Exception as e:
+            if Reason.NOT_A_MEMBER in str(e):
+                self.gate.rejected_by(name)
+            raise
+
+    def _require_sidecar(self) -> None:
+        if self.died.is_set():
+            raise P2PDaemonError("the sidecar is down")
