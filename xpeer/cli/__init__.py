@@ -36,7 +36,7 @@ COMMANDS = {
     "leave": Lazy("xpeer.cli.node:leave", "Tell the swarm, then stop the daemon."),
     "checkpoint": Lazy("xpeer.cli.checkpoint:checkpoint", "List, save, verify, export."),
     "logs": Lazy("xpeer.cli.logs:logs", "Show the daemon's log."),
-    "demo": Lazy("xpeer.cli.demo:demo", "A real swarm on this machine, start to end."),
+    "demo": Lazy("xpeer.cli.demo.command:demo", "A real swarm on this machine, start to end."),
     "completion": Lazy("xpeer.cli.misc:completion", "Print a shell completion script."),
     "version": Lazy("xpeer.cli.misc:version", "Print the version."),
 }

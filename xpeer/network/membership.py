@@ -119,6 +119,10 @@ class Credential(Struct, frozen=True, forbid_unknown_fields=True):
                 "ask an admin for an invitation for this PeerID (`xpeer id`)",
             )
 
+    def claimed_swarm(self) -> str:
+        """The swarm that the certificate names; says nothing of its validity."""
+        return unpack(self.body, Certificate, "certificate").genesis.swarm_id
+
     def to_bytes(self) -> bytes:
         """As msgpack."""
         return msgspec.msgpack.encode(self)

@@ -1,0 +1,257 @@
+"""What this node is doing, and what it says of itself: one state, its health, its status.
+
+Knows no sockets: the service gives it the parts as they come up. The control API and gossip ask it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+
+from xpeer import __version__
+from xpeer.config import NodeConfig
+from xpeer.errors import Reason
+from xpeer.identity import PeerId
+from xpeer.manifest import Manifest
+from xpeer.network.roster import MemberRecord, Roster
+from xpeer.network.swarm import Swarm
+from xpeer.status import Partner, PrivacySpent, Progress, State, Status
+from xpeer.training.handle import TrainerProcess
+from xpeer_daemon.gossip import Gossip
+from xpeer_daemon.phases import EXCHANGING, Closing
+from xpeer_daemon.supervisor import Supervisor
+
+log = logging.getLogger("xpeer.node")
+
+JOINING_PATIENCE_S = 30.0
+STALE_ROUNDS = 20
+"""No good exchange for this many windows' slots, with partners alive: degraded."""
+MIN_STALE_S = 60.0
+
+
+class Node:
+    """State of one peer; the host of gossip and the subject of the control API.
+
+    Args:
+        peer_id: ours.
+        config: settings.
+        clock: wall clock, seconds.
+    """
+
+    def __init__(
+        self, peer_id: PeerId, config: NodeConfig, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.peer_id = peer_id
+        self.config = config
+        self.clock = clock
+        self.started_s = clock()
+        self.state: State = "starting"
+        self.paused = False
+        self.leaving = False
+        self.stopping = asyncio.Event()
+        self.changed = asyncio.Event()
+        """Set whenever the state changes: the roster record is renewed at once."""
+        self.manifest: Manifest | None = None
+        self.swarm_id = ""
+        self.swarm: Swarm | None = None
+        self.roster: Roster | None = None
+        self.supervisor: Supervisor | None = None
+        self.gossip: Gossip | None = None
+        self.closing: Closing | None = None
+        self.last_exchange_s: float | None = None
+        self.last_checkpoint_s: float | None = None
+        self.joining_note = ""
+
+    # What the service tells it
+
+    def enter(self, state: State) -> None:
+        """Change the state, once, with a log line."""
+        if state != self.state:
+            log.info("state: %s -> %s", self.state, state)
+            self.state = state
+            self.changed.set()
+
+    def follow_trainer(self, trainer_state: str) -> None:
+        """The trainer changed its state by itself: its end condition, or the budget's end."""
+        if self.state in ("finished", "stopping", "fetching", "waiting", "joining", "starting"):
+            return
+        if trainer_state == "training":
+            self.enter("training")
+        elif trainer_state == "paused":
+            self.enter("paused")
+        elif trainer_state == "budget-spent":
+            self.enter("budget-spent")
+        elif trainer_state == "closing":
+            self.enter("closing")
+
+    # Host of gossip
+
+    @property
+    def trainer(self) -> TrainerProcess | None:
+        """The running trainer, if it may exchange: it holds the swarm's parameters."""
+        return self._running() if self.state in EXCHANGING else None
+
+    def _running(self) -> TrainerProcess | None:
+        return self.supervisor.trainer if self.supervisor else None
+
+    def objection(self) -> str | None:
+        """Why nothing is exchanged now."""
+        if self.state == "paused":
+            return Reason.PAUSED
+        return None if self.trainer is not None else Reason.NOT_READY
+
+    def training(self) -> bool:
+        """Whether local steps are being taken."""
+        return self.state == "training"
+
+    def others(self) -> dict[PeerId, MemberRecord]:
+        """Live members without ourselves and without those who left."""
+        if self.roster is None:
+            return {}
+        return {
+            peer: record
+            for peer, record in self.roster.members().items()
+            if peer != self.peer_id and record.phase != "left"
+        }
+
+    def partners(self) -> list[PeerId]:
+        """Live members that exchange."""
+        return [
+            peer
+            for peer, record in self.others().items()
+            if record.phase in EXCHANGING and record.role != "observer"
+        ]
+
+    def settled(self, peer_id: PeerId) -> bool:
+        """Whether the partner and we have both finished."""
+        record = self.others().get(peer_id)
+        return self.state == "finished" and record is not None and record.phase == "finished"
+
+    def declared_rate(self) -> float:
+        """Declared, never measured: realised counts are data."""
+        return self.config.training.speed
+
+    # Subject of the control API
+
+    async def pause(self) -> None:
+        """Take no steps and no exchanges until `resume`."""
+        self.paused = True
+        if (trainer := self._running()) is not None and self.state == "training":
+            await trainer.run("pause")
+            self.enter("paused")
+
+    async def resume(self) -> None:
+        """Undo `pause`."""
+        self.paused = False
+        if (trainer := self._running()) is not None and self.state == "paused":
+            await trainer.run("train")
+            self.enter("training")
+
+    def request_stop(self, *, leave: bool) -> None:
+        """Stop soon; with `leave` tell the others that we are gone."""
+        self.leaving = self.leaving or leave
+        self.stopping.set()
+
+    async def checkpoint(self) -> str:
+        """Write one now; its path."""
+        trainer = self._running()
+        if trainer is None:
+            return ""
+        path = await trainer.checkpoint()
+        self.last_checkpoint_s = self.clock()
+        return path
+
+    def status(self) -> Status:
+        """Everything an operator may want to know."""
+        trainer, gossip, swarm, config = self._running(), self.gossip, self.swarm, self.config
+        now, reasons = self.clock(), self.reasons()
+        bytes_in, bytes_out = (swarm.bytes_in, swarm.bytes_out) if swarm else (0, 0)
+        carried = gossip.payload_bytes_sent if gossip else 0
+        return Status(
+            health="degraded" if reasons else "ok",
+            reasons=reasons,
+            state=self.state,
+            peer_id=self.peer_id,
+            swarm_id=self.swarm_id,
+            swarm_name=self.manifest.name if self.manifest else "",
+            version=__version__,
+            pid=os.getpid(),
+            uptime_s=now - self.started_s,
+            addresses=swarm.addresses if swarm else [],
+            num_params=trainer.num_params if trainer else 0,
+            device=trainer.device if trainer else "",
+            round=trainer.progress.window if trainer else 0,
+            progress=trainer.progress if trainer else Progress(),
+            privacy=trainer.privacy if trainer else self._privacy_without_trainer(),
+            partners=self._partner_rows(now),
+            exchanges_done=gossip.exchanges if gossip else 0,
+            exchanges_failed=dict(gossip.failures) if gossip else {},
+            one_sided_merges=gossip.one_sided if gossip else 0,
+            bytes_in=bytes_in,
+            bytes_out=bytes_out,
+            egress_cost=bytes_out / 1e9 * config.network.price_per_gb,
+            currency=config.network.currency,
+            compression_ratio=4 * gossip.values_sent / carried if gossip and carried else None,
+            last_good_round_age_s=_age(now, self.last_exchange_s),
+            last_checkpoint_age_s=_age(now, self.last_checkpoint_s),
+            trainer_restarts=self.supervisor.restarts if self.supervisor else 0,
+            sidecar_restarts=swarm.sidecar_restarts if swarm else 0,
+            strangers_refused=swarm.strangers_refused if swarm else 0,
+        )
+
+    def reasons(self) -> list[str]:
+        """Why this node is not well; empty when it is."""
+        found = []
+        now = self.clock()
+        if self.state in ("starting", "joining", "fetching", "waiting", "stopping"):
+            found.append(self.joining_note or f"state is {self.state}")
+        if self.state == "paused":
+            found.append("paused by the operator")
+        if self.state == "budget-spent":
+            found.append("the privacy budget is spent: mixing and serving only")
+        if self.supervisor is not None and self.supervisor.down_reason:
+            found.append(self.supervisor.down_reason)
+        if self.swarm is not None and not self.swarm.sidecar_alive:
+            found.append("the libp2p sidecar is down; it is being restarted")
+        if self.state in EXCHANGING and self.state != "finished":
+            found += self._exchange_reasons(now)
+        return found
+
+    def _exchange_reasons(self, now: float) -> list[str]:
+        if not self.partners():
+            return ["no live partner: nothing is averaged"]
+        slot_s = self.manifest.round.slot_s if self.manifest else 1.0
+        patience_s = max(MIN_STALE_S, STALE_ROUNDS * slot_s)
+        since = self.last_exchange_s or self.started_s
+        if now - since > patience_s:
+            return [f"no good exchange for {now - since:.0f} s"]
+        return []
+
+    def _privacy_without_trainer(self) -> PrivacySpent:
+        return PrivacySpent(mode=self.manifest.privacy.mode if self.manifest else "record")
+
+    def _partner_rows(self, now: float) -> list[Partner]:
+        rows = []
+        for peer, member in sorted(self.others().items()):
+            record = self.gossip.partners.get(peer) if self.gossip else None
+            rows.append(
+                Partner(
+                    peer_id=peer,
+                    phase=member.phase,
+                    role=member.role,
+                    addresses=member.addresses,
+                    speed=member.speed,
+                    exchanges=record.done if record else 0,
+                    failures=record.failed if record else 0,
+                    last_reason=record.last_reason if record else "",
+                    last_exchange_age_s=_age(now, record.last_done_s) if record else None,
+                )
+            )
+        return rows
+
+
+def _age(now: float, then: float | None) -> float | None:
+    return None if then is None else max(0.0, now - then)

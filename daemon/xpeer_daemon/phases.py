@@ -1,0 +1,57 @@
+"""When a run is over: the closing consolidation, as a rule without IO.
+
+A peer whose own training ended goes on mixing. Once every live member has ended, all of them mix
+2*ceil(log2 N) more windows without training, so that everybody holds nearly the same model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+ENDED = frozenset({"closing", "budget-spent", "finished"})
+"""Phases in which a member takes no further steps."""
+EXCHANGING = frozenset({"training", "budget-spent", "closing", "finished"})
+"""Phases in which a member exchanges."""
+
+
+def closing_windows(num_peers: int, configured: int | None) -> int:
+    """Windows of mixing at the end (algorithms: 2*ceil(log2 N))."""
+    if configured is not None:
+        return configured
+    return 2 * math.ceil(math.log2(num_peers)) if num_peers > 1 else 0
+
+
+class Closing:
+    """Counts the exchanges of one peer's closing consolidation.
+
+    Args:
+        fragments: F.
+        configured: `round.closing_windows` of the manifest.
+    """
+
+    def __init__(self, fragments: int, configured: int | None) -> None:
+        self._fragments = fragments
+        self._configured = configured
+        self._merged: Counter[int] = Counter()
+
+    def merged(self, fragment: int) -> None:
+        """One more merge of this fragment while everybody had ended."""
+        self._merged[fragment] += 1
+
+    def finished(self, other_phases: Iterable[str]) -> bool:
+        """Whether consolidation is complete, given the phases of the other live members.
+
+        With nobody else alive there is nobody to mix with: complete. With somebody still training:
+        not yet.
+        """
+        phases = list(other_phases)
+        if any(phase not in ENDED for phase in phases):
+            return False
+        needed = closing_windows(1 + len(phases), self._configured)
+        return all(self._merged[fragment] >= needed for fragment in range(self._fragments))
+
+    def waiting_for(self, other_phases: Iterable[str]) -> int:
+        """How many live members still train."""
+        return sum(phase not in ENDED for phase in other_phases)

@@ -1,0 +1,90 @@
+"""Keeps the trainer process alive: restarts it from its last checkpoint, with back-off.
+
+A trainer that dies (CUDA out of memory, a bad batch) never takes the network down. One that says
+why it can't go on (a wrong setting, a spent budget) is not restarted: its error is the node's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from xpeer.errors import BudgetSpentError, ConfigError, TrainerError
+from xpeer.training.handle import TrainerProcess
+from xpeer.training.setup import TrainerSetup
+
+log = logging.getLogger("xpeer.supervisor")
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 120.0
+QUIET_S = 300.0
+"""A trainer that lived this long is forgiven its earlier deaths."""
+MAX_QUICK_DEATHS = 8
+
+
+class Supervisor:
+    """Owns the current trainer.
+
+    Args:
+        setup: asked anew at every start, since the mode and the members change.
+        start: makes a trainer from a setup; `TrainerProcess.start` with its callback in production.
+    """
+
+    def __init__(
+        self,
+        setup: Callable[[], TrainerSetup],
+        start: Callable[[TrainerSetup], Awaitable[TrainerProcess]],
+    ) -> None:
+        self._setup = setup
+        self._start = start
+        self.trainer: TrainerProcess | None = None
+        self.restarts = 0
+        self.down_reason = ""
+        """Why there is no trainer now; empty while there is one."""
+
+    async def first_start(self) -> TrainerProcess:
+        """Start it; an error here is the operator's to see, so nothing is retried.
+
+        Raises:
+            LocalError: what the trainer said.
+        """
+        self.trainer = await self._start(self._setup())
+        return self.trainer
+
+    async def run(self, on_restart: Callable[[TrainerProcess], Awaitable[None]]) -> None:
+        """Watch and restart, until cancelled or the trainer says why it can't go on.
+
+        Raises:
+            ConfigError, BudgetSpentError: the trainer's own word.
+            TrainerError: it died too often in too short a time.
+        """
+        loop, delay_s, quick_deaths = asyncio.get_running_loop(), FIRST_DELAY_S, 0
+        while True:
+            trainer = self.trainer
+            if trainer is None:
+                raise RuntimeError("first_start() comes first")
+            started = loop.time()
+            code = await asyncio.shield(trainer.exited)
+            self.trainer = None
+            self.down_reason = f"trainer exited with {code}"
+            if isinstance(trainer.crash, ConfigError | BudgetSpentError):
+                raise trainer.crash
+            if loop.time() - started > QUIET_S:
+                delay_s, quick_deaths = FIRST_DELAY_S, 0
+            while self.trainer is None:
+                quick_deaths += 1
+                if quick_deaths > MAX_QUICK_DEATHS:
+                    raise TrainerError(
+                        f"the trainer died {quick_deaths} times in a row ({self.down_reason})",
+                        "see `xpeer logs`",
+                    )
+                log.warning("%s; starting it again in %.0f s", self.down_reason, delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+                try:
+                    self.trainer = await self._start(self._setup())
+                except TrainerError as e:
+                    self.down_reason = str(e)
+            self.restarts += 1
+            self.down_reason = ""
+            await on_restart(self.trainer)

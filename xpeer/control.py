@@ -1,0 +1,239 @@
+"""The daemon's control socket: what its answers look like, and the client that asks.
+
+HTTP over a Unix socket, standard library only, so that `xpeer status` is quick. The daemon's side
+is `xpeer_daemon.api`. Who may connect is decided by the socket's owner, group and mode alone.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import select
+import socket
+import time
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from xpeer.errors import (
+    ExitCode,
+    LocalError,
+    LocalTimeoutError,
+    NotAuthorisedError,
+    NotRunningError,
+)
+from xpeer.status import SCHEMA_VERSION, Partner, Status
+
+API = "/v1"
+MAX_ANSWER_BYTES = 16 << 20
+_POLL_S = 0.1
+_HOW_TO_REACH = "start it with `xpeer start`, or name its folder with --home or XPEER_HOME"
+
+
+class Versioned(Struct, frozen=True, kw_only=True):
+    """What every answer has; read before anything else in it is."""
+
+    schema_version: int = SCHEMA_VERSION
+
+
+class Peers(Versioned, frozen=True, kw_only=True):
+    """Answer of GET /v1/peers."""
+
+    peers: list[Partner]
+
+
+class Version(Versioned, frozen=True, kw_only=True):
+    """Answer of GET /v1/version."""
+
+    version: str
+    pid: int
+
+
+class Done(Versioned, frozen=True, kw_only=True):
+    """Answer of every POST."""
+
+    pid: int
+    path: str = ""
+    """Of the checkpoint that was written."""
+
+
+class Problem(Versioned, frozen=True, kw_only=True):
+    """Answer of a request that the daemon could not fulfil."""
+
+    problem: str
+    remedy: str = ""
+    exit_code: int = int(ExitCode.ERROR)
+
+
+A = TypeVar("A", Status, Peers, Version, Done, Problem)
+
+
+class Client:
+    """Asks one daemon; a connection per request.
+
+    Every method raises:
+        NotRunningError: nobody answers on the socket.
+        LocalTimeoutError: the daemon did not answer in time.
+        NotAuthorisedError: this user may not open the socket.
+        LocalError: it answered that it can't, or in another schema.
+
+    Args:
+        path: the control socket.
+        timeout_s: for connecting, and for each read of the answer.
+    """
+
+    def __init__(self, path: Path, timeout_s: float = 10.0) -> None:
+        self.path = path
+        self.timeout_s = timeout_s
+
+    def status(self) -> Status:
+        """Everything the node says of itself."""
+        return self._ask("GET", "status", Status)
+
+    def peers(self) -> list[Partner]:
+        """The members of the swarm as the node sees them."""
+        return self._ask("GET", "peers", Peers).peers
+
+    def version(self) -> Version:
+        """The daemon's version and pid."""
+        return self._ask("GET", "version", Version)
+
+    def pause(self) -> None:
+        """Take no steps and no exchanges until `resume`."""
+        self._ask("POST", "pause", Done)
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self._ask("POST", "resume", Done)
+
+    def checkpoint(self) -> str:
+        """Write a checkpoint now; its path on the daemon's side, empty if nothing is trained."""
+        return self._ask("POST", "checkpoint", Done).path
+
+    def stop(self, *, leave: bool = False) -> int:
+        """Ask the daemon to end, with `leave` to announce it first; its pid. Does not wait."""
+        return self._ask("POST", "leave" if leave else "stop", Done).pid
+
+    def stop_and_wait(self, timeout_s: float, *, leave: bool = False) -> int:
+        """Like `stop`, and wait until the process is gone.
+
+        Raises:
+            LocalTimeoutError: it still runs after `timeout_s`.
+        """
+        # Taken before the request: afterwards the pid could already be somebody else's.
+        pid = self.version().pid
+        process = _open_pid(pid)
+        try:
+            self.stop(leave=leave)
+            gone = (
+                _await_exit(process, timeout_s)
+                if process is not None
+                else self._await_silence(timeout_s)
+            )
+        finally:
+            if process is not None:
+                os.close(process)
+        if not gone:
+            raise LocalTimeoutError(
+                f"the daemon (pid {pid}) still runs after {timeout_s:g} s",
+                "it may be writing a checkpoint: see `xpeer logs`, or wait longer with --timeout",
+            )
+        return pid
+
+    def _await_silence(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                self.version()
+            except NotRunningError:
+                return True
+            time.sleep(_POLL_S)
+        return False
+
+    def _ask(self, method: str, what: str, kind: type[A]) -> A:
+        connection = _UnixConnection(self.path, self.timeout_s)
+        try:
+            connection.request(method, f"{API}/{what}")
+            response = connection.getresponse()
+            body = response.read(MAX_ANSWER_BYTES)
+        except (FileNotFoundError, ConnectionError, http.client.BadStatusLine) as e:
+            raise NotRunningError(f"no daemon answers at {self.path}", _HOW_TO_REACH) from e
+        except TimeoutError as e:
+            raise LocalTimeoutError(
+                f"the daemon at {self.path} did not answer within {self.timeout_s:g} s",
+                "see `xpeer logs`; if it hangs, systemd's watchdog or `kill` ends it",
+            ) from e
+        except PermissionError as e:
+            raise NotAuthorisedError(
+                f"you may not open the control socket {self.path}",
+                "join the socket's group (`usermod -aG xpeer YOU`), or use sudo",
+            ) from e
+        except (OSError, http.client.HTTPException) as e:
+            raise LocalError(
+                f"the control socket {self.path} failed: {e or type(e).__name__}",
+                "check daemon.socket; see `xpeer logs`",
+            ) from e
+        finally:
+            connection.close()
+        if response.status == http.HTTPStatus.OK:
+            return self._read(body, kind)
+        raise self._refusal(response.status, body)
+
+    def _refusal(self, status: int, body: bytes) -> LocalError:
+        if status == http.HTTPStatus.NOT_FOUND:
+            return LocalError(
+                f"the daemon at {self.path} is of another version",
+                "restart it after an update, or use its own `xpeer`",
+            )
+        if status == http.HTTPStatus.INTERNAL_SERVER_ERROR:
+            return LocalError("the daemon failed on this request", "see `xpeer logs`")
+        answer = self._read(body, Problem)
+        error = LocalError(answer.problem, answer.remedy)
+        if answer.exit_code in set(ExitCode):
+            error.exit_code = ExitCode(answer.exit_code)
+        return error
+
+    def _read(self, body: bytes, kind: type[A]) -> A:
+        try:
+            seen = msgspec.json.decode(body, type=Versioned).schema_version
+            if seen == SCHEMA_VERSION:
+                return msgspec.json.decode(body, type=kind)
+        except (msgspec.ValidationError, msgspec.DecodeError) as e:
+            raise LocalError(
+                f"what answers at {self.path} is no xpeer daemon of this version: {e}",
+                "check daemon.socket",
+            ) from e
+        raise LocalError(
+            f"the daemon answers in schema {seen}, this `xpeer` reads {SCHEMA_VERSION}",
+            "restart the daemon after an update, or use its own `xpeer`",
+        )
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """An HTTP connection whose address is a path."""
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        """Open the socket; http.client calls this on the first request."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def _open_pid(pid: int) -> int | None:
+    """A handle on a process; None where it can't be had (no Linux, another pid namespace)."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return None
+
+
+def _await_exit(process: int, timeout_s: float) -> bool:
+    poller = select.poll()
+    poller.register(process, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1000))
