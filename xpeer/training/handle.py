@@ -1,0 +1,293 @@
+"""The trainer process as the daemon sees it: an object whose methods wait for its answers.
+
+Every request has a deadline. A trainer that dies fails all of them at once; whoever holds the
+handle starts a new one, with a new epoch, and what was in flight is lost (TRAINER_RESTARTED).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.manifest import Manifest, SignedManifest
+from xpeer.network.state import ModelState
+from xpeer.status import PrivacySpent, Progress
+from xpeer.training.arena import Arena, Layout, Slots, copy_in_parts
+from xpeer.training.child import Child, Event, logger
+from xpeer.training.ipc import (
+    Crashed,
+    Done,
+    Drop,
+    Evaluate,
+    Export,
+    ExportState,
+    ImportState,
+    Losses,
+    Merge,
+    Progressed,
+    Run,
+    Saved,
+    Snapshot,
+    Snapshotted,
+    StateExported,
+    StateImported,
+    TrainerState,
+    Verified,
+    Verify,
+    WriteCheckpoint,
+    Written,
+)
+from xpeer.training.mixing import fragment_params
+from xpeer.training.setup import Mode, TrainerSetup
+from xpeer.update import CompressedUpdate, PeerUpdate, received_stamp
+from xpeer.wire.codec import encoded_bytes
+
+__all__ = ["Crashed", "Event", "Progressed", "Saved", "TrainerProcess", "layout_of"]
+
+START_TIMEOUT_S: Final = 600.0
+"""Reading and tokenising a large shard takes minutes."""
+
+
+class TrainerProcess:
+    """A running trainer. Made by `start`.
+
+    Attributes:
+        epoch: differs at every start; partners drop what was in flight with another one.
+        state: what it does now.
+        progress: its counters, some ten times a second.
+        privacy: the ledger's answer, after every window.
+        ledger_counter: privacy charges so far, for partners to remember.
+        num_params: P.
+        num_fragments: F.
+        device: where the model lies.
+        engine: how per-record gradients are clipped.
+        resumed: whether it went on from a checkpoint.
+    """
+
+    def __init__(self, on_event: Callable[[Event], None]) -> None:
+        self.epoch = time.time_ns() // 1_000_000
+        self.state: TrainerState = "starting"
+        self.progress = Progress()
+        self.privacy = PrivacySpent()
+        self.ledger_counter = 0
+        self.num_params = self.num_fragments = 0
+        self.device = self.engine = ""
+        self.resumed = False
+        self._child: Child
+        self._slots: Slots
+        self._region = asyncio.Lock()
+        self._tell = on_event
+
+    @classmethod
+    async def start(
+        cls,
+        setup: TrainerSetup,
+        on_event: Callable[[Event], None],
+        timeout_s: float = START_TIMEOUT_S,
+    ) -> TrainerProcess:
+        """Spawn a trainer and wait until it is ready.
+
+        Args:
+            setup: what the child needs to know.
+            on_event: called on this event loop for every event.
+            timeout_s: for everything up to readiness.
+
+        Raises:
+            LocalError: the child's own, with its class, remedy and exit code.
+            TrainerError: it died without a word.
+            LocalTimeoutError: it was not ready in time.
+        """
+        manifest = SignedManifest.load(Path(setup.manifest_path)).open(setup.swarm_id)
+        arena = Arena.create(layout_of(manifest))
+        trainer = cls(on_event)
+        trainer._slots = Slots(arena.layout.num_slots)
+        trainer._child = await Child.spawn(setup, arena, trainer._follow)
+        ready = await trainer._child.wait_ready(timeout_s)
+        trainer.num_params, trainer.num_fragments = ready.num_params, ready.num_fragments
+        trainer.device, trainer.engine = ready.device, ready.engine
+        trainer.ledger_counter = max(trainer.ledger_counter, ready.ledger_counter)
+        trainer.resumed = ready.resumed
+        return trainer
+
+    @property
+    def exited(self) -> asyncio.Future[int]:
+        """The exit status, once the process is gone (negative: the signal)."""
+        return self._child.exited
+
+    @property
+    def crash(self) -> LocalError | None:
+        """Its last word, if it could say one."""
+        return self._child.crash
+
+    @property
+    def pid(self) -> int:
+        """Also the id of its process group."""
+        return self._child.pid
+
+    @property
+    def step(self) -> int:
+        """Local steps done."""
+        return self.progress.step
+
+    def fragment_params(self, fragment: int) -> int:
+        """Number of values in a fragment."""
+        return fragment_params(self.num_params, self.num_fragments, fragment)
+
+    # ---- one exchange: see xpeer/round.py -----------------------------------------------------
+
+    async def snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
+        """A private, compressed fragment, taken at the next step boundary.
+
+        Raises:
+            PeerError: too many exchanges in flight (BUSY), or no parameters yet (NOT_READY).
+            TrainerError: the trainer died.
+            LocalTimeoutError: no step boundary within `child.BOUNDARY_TIMEOUT_S`.
+        """
+        return await self._child.whole(self._snapshot(exchange_id, fragment))
+
+    async def _snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
+        async with self._slots.one() as slot:
+            taken = await self._child.ask(Snapshot(exchange_id, fragment, slot), Snapshotted)
+            payload = bytes(self._child.arena.slot(slot, taken.num_bytes))
+        return CompressedUpdate(
+            payload=payload,
+            codec=taken.codec,
+            num_values=taken.num_values,
+            step=taken.step,
+            stamp=received_stamp(taken.privacy_mode, taken.steps_charged),
+        )
+
+    async def verify(self, exchange_id: int, update: PeerUpdate) -> float:
+        """Decode and check a partner's payload.
+
+        Returns:
+            Relative distance between the partner's values and ours.
+
+        Raises:
+            PeerError: wrong size or codec, not finite.
+            TrainerError: the trainer died.
+        """
+        size, room = memoryview(update.payload).nbytes, self._child.arena.layout.slot_bytes
+        if size > room:
+            raise PeerError(Reason.OVERSIZE, f"payload of {size} bytes, at most {room}")
+        return await self._child.whole(self._verify(exchange_id, update, size))
+
+    async def _verify(self, exchange_id: int, update: PeerUpdate, size: int) -> float:
+        async with self._slots.one() as slot:
+            self._child.arena.slot(slot, size)[:] = memoryview(update.payload).cast("B")
+            command = Verify(exchange_id, slot, size, update.codec, update.num_values)
+            return (await self._child.ask(command, Verified)).distance
+
+    async def merge(self, exchange_id: int, weight: float) -> None:
+        """Queue the merge of what was verified for the next step boundary.
+
+        Args:
+            exchange_id: of `snapshot` and `verify`.
+            weight: w_j; bounded to `mixing.MERGE_WEIGHT_BOUNDS`.
+
+        Raises:
+            PeerError: it was dropped.
+            TrainerError: it was not verified, or the trainer died.
+        """
+        await self._child.whole(self._child.ask(Merge(exchange_id, weight), Done))
+
+    def drop(self, exchange_id: int) -> None:
+        """Forget an exchange; harmless if it is unknown."""
+        self._child.send(Drop(exchange_id))
+
+    # ---- state --------------------------------------------------------------------------------
+
+    async def export_state(self) -> ModelState:
+        """All parameters at the next step boundary, in memory of the caller's own.
+
+        Raises:
+            PeerError: there are none yet (NOT_READY).
+        """
+        return await self._child.whole(self._export_state())
+
+    async def _export_state(self) -> ModelState:
+        arena = self._child.arena
+        async with self._region:
+            try:
+                exported = await self._child.ask(ExportState(), StateExported)
+                payload = bytearray(arena.layout.state_bytes)
+                await copy_in_parts(arena.state(), memoryview(payload))
+            finally:
+                arena.release_state()
+        return ModelState(memoryview(payload), exported.step, exported.loss_public)
+
+    async def import_state(self, payload: bytes | memoryview, step: int) -> float:
+        """Replace the parameters; moments start afresh, and so does the warm-up.
+
+        Args:
+            payload: (num_params,) float32, little endian.
+            step: the donor's.
+
+        Returns:
+            Our own measurement of the public loss: compare it with the donor's word.
+
+        Raises:
+            PeerError: wrong size or not finite; the old parameters stay.
+        """
+        size, expected = memoryview(payload).nbytes, self._child.arena.layout.state_bytes
+        if size != expected:
+            raise PeerError(Reason.WRONG_MODEL, f"{size} bytes, {expected} expected")
+        imported = await self._child.whole(self._import_state(memoryview(payload).cast("B"), step))
+        logger.info(
+            "parameters replaced at step %d: public loss %.4f -> %.4f",
+            *(step, imported.loss_before, imported.loss_after),
+        )
+        return imported.loss_after
+
+    async def _import_state(self, payload: memoryview, step: int) -> StateImported:
+        arena = self._child.arena
+        async with self._region:
+            try:
+                await copy_in_parts(payload, arena.state())
+                return await self._child.ask(ImportState(step), StateImported)
+            finally:
+                arena.release_state()
+
+    async def checkpoint(self) -> str:
+        """Save now; the path of what was written."""
+        return (await self._child.whole(self._child.ask(WriteCheckpoint(), Written))).path
+
+    async def export(self, folder: str) -> None:
+        """Write a Hugging Face folder at the next step boundary; training waits for the disk."""
+        await self._child.whole(self._child.ask(Export(folder), Written))
+
+    async def evaluate(self) -> Losses:
+        """Losses of the present parameters."""
+        return await self._child.whole(self._child.ask(Evaluate(), Losses))
+
+    async def run(self, mode: Mode) -> None:
+        """Change the mode at the next step boundary."""
+        await self._child.whole(self._child.ask(Run(mode), Done))
+
+    # ---- the end ------------------------------------------------------------------------------
+
+    async def stop(self, timeout_s: float) -> int:
+        """Save and exit; killed if that takes too long. Returns the exit status."""
+        return await self._child.stop(timeout_s)
+
+    async def kill(self) -> int:
+        """End the process group at once. Returns the exit status."""
+        return await self._child.kill()
+
+    def _follow(self, event: Event) -> None:
+        if isinstance(event, Progressed):
+            self.state, self.progress = event.state, event.progress
+            self.privacy = event.privacy or self.privacy
+            self.ledger_counter = event.ledger_counter
+        self._tell(event)
+
+
+def layout_of(manifest: Manifest) -> Layout:
+    """The arena that a manifest needs."""
+    num_params, rules = manifest.model.num_params, manifest.round
+    largest = -(-num_params // rules.fragments)
+    return Layout(slot_bytes=encoded_bytes(rules.codec, largest), state_bytes=4 * num_params)
