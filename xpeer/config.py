@@ -117,6 +117,7 @@ class Home:
         self.admin_key = self.path / "admin.key"
         self.swarm_key = self.path / "swarm.key"
         self.credential = self.path / "credential"
+        self.seeds = self.path / "seeds.json"
         self.manifest = self.path / "manifest.json"
         self.config = self.path / "config.toml"
         self.state_db = self.path / "state.sqlite"

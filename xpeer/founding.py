@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.identity import Identity, read_secret, write_secret
@@ -111,6 +113,7 @@ def prepare_join(home: Home, token_text: str, config_text: str | None = None) ->
         identity = _identity_for(home, new)
         credential = token.credential_for(identity, time.time())
         new.credential.write_bytes(credential.to_bytes())
+        new.seeds.write_bytes(msgspec.json.encode(token.seeds))
         if config_text is not None and not home.config.exists():
             new.config.write_text(config_text, encoding="utf-8")
     return token
@@ -138,6 +141,20 @@ def load_credential(home: Home) -> Credential:
         ) from e
     except OSError as e:
         raise ConfigError(f"{home.credential} can't be read: {e.strerror}", "check its mode") from e
+
+
+def load_seeds(home: Home) -> list[str]:
+    """Addresses that the token named.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        return msgspec.json.decode(home.seeds.read_bytes(), type=list[str])
+    except FileNotFoundError:
+        return []
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{home.seeds} is damaged: {e}", "join again with a token") from e
 
 
 def load_swarm_key(home: Home) -> bytes:

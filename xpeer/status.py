@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 
 State = Literal[
     "starting", "joining", "fetching", "waiting", "training", "paused", "budget-spent",
-    "closing", "finished", "stopping",
+    "closing", "finished", "observing", "stopping",
 ]  # fmt: skip
 """joining: no seed answers yet. fetching: parameters from a member. waiting: for min_peers.
 budget-spent: mixing and serving only. closing: consolidation without training."""

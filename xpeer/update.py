@@ -91,3 +91,14 @@ class PeerUpdate:
     num_values: int
     peer_id: str
     weight: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """All parameters of a member at one step boundary, for a joiner; private like any update."""
+
+    payload: bytes | memoryview  # (num_params,) float32, little endian
+    step: int
+    loss_public: float
+    """The donor's loss on the manifest's public text, nats per token."""

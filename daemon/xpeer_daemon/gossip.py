@@ -132,6 +132,15 @@ class Gossip(Desk):
         self.values_sent = 0
         self.payload_bytes_sent = 0
 
+    def remember(self, peer_id: PeerId, ledger_counter: int) -> None:
+        """What a partner's ledger showed before this start."""
+        self._record(peer_id).highest_counter = ledger_counter
+
+    def highest_counter(self, peer_id: PeerId) -> int:
+        """The highest count of privacy charges that a partner has shown."""
+        record = self.partners.get(peer_id)
+        return record.highest_counter if record else 0
+
     async def run(self) -> None:
         """One slot after another, until cancelled."""
         try:

@@ -21,10 +21,14 @@ from xpeer.network.swarm import Swarm
 from xpeer.status import Partner, PrivacySpent, Progress, State, Status
 from xpeer.training.handle import TrainerProcess
 from xpeer_daemon.gossip import Gossip
-from xpeer_daemon.phases import EXCHANGING, Closing
+from xpeer_daemon.phases import EXCHANGING
 from xpeer_daemon.supervisor import Supervisor
 
 log = logging.getLogger("xpeer.node")
+
+HOLDING = EXCHANGING | {"waiting", "paused"}
+"""Phases in which a member holds the swarm's parameters and can give them to a joiner."""
+PRESENT = HOLDING | {"fetching"}
 
 JOINING_PATIENCE_S = 30.0
 STALE_ROUNDS = 20
@@ -60,7 +64,6 @@ class Node:
         self.roster: Roster | None = None
         self.supervisor: Supervisor | None = None
         self.gossip: Gossip | None = None
-        self.closing: Closing | None = None
         self.last_exchange_s: float | None = None
         self.last_checkpoint_s: float | None = None
         self.joining_note = ""
@@ -124,6 +127,22 @@ class Node:
             for peer, record in self.others().items()
             if record.phase in EXCHANGING and record.role != "observer"
         ]
+
+    def present(self) -> list[PeerId]:
+        """Live members that train or are about to, without ourselves."""
+        return [
+            peer
+            for peer, record in self.others().items()
+            if record.phase in PRESENT and record.role != "observer"
+        ]
+
+    def active_phases(self) -> list[str]:
+        """Phases of the other members whose training we wait for at the end, or that ended."""
+        return [r.phase for r in self.others().values() if r.phase in EXCHANGING]
+
+    def donor(self) -> TrainerProcess | None:
+        """The trainer, if a joiner may have its parameters."""
+        return self._running() if self.state in HOLDING else None
 
     def settled(self, peer_id: PeerId) -> bool:
         """Whether the partner and we have both finished."""

@@ -36,7 +36,7 @@ from xpeer.errors import ConfigError
 @click.option("--paused", is_flag=True, help="Join and serve, but take no steps until resume.")
 @click.option("--log-format", type=click.Choice(["text", "json"]))
 @click.option("--dry-run", is_flag=True, help="Check configuration, keys and text; start nothing.")
-def start(  # noqa: PLR0917 - click passes them by name
+def start(
     home: Home,
     seeds: tuple[str, ...],
     join: str | None,

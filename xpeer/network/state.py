@@ -10,28 +10,18 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, PeerId, blake2b, verify
 from xpeer.network.exchange import Dialler, Party
 from xpeer.network.link import Link
+from xpeer.update import ModelState
 from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_statement
 
 PROTOCOL = "xpeer/state/1"
 PREPARE_TIMEOUT_S = 300.0
 """The donor takes its snapshot at a step boundary, and a step of a large model is long."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """All parameters of a member at one step boundary."""
-
-    payload: bytes | memoryview  # num_params float32, little endian
-    step: int
-    loss_public: float
-    """The donor's loss on the manifest's public text, nats per token."""
 
 
 class Source(Protocol):

@@ -1,0 +1,134 @@
+"""The bootstrap node: answers introductions and keeps its part of the DHT, which it can't read.
+
+It knows the swarm's fingerprint and nothing else: no swarm key, no manifest. Every peer goes on
+when it is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import msgspec
+import uvloop
+
+from xpeer import founding, sdnotify
+from xpeer.config import Home, NodeConfig
+from xpeer.errors import ConfigError, ExitCode, LocalError
+from xpeer.identity import Identity
+from xpeer.network.addresses import peer_of, resolve_listen
+from xpeer.network.invites import Token
+from xpeer.network.membership import Credential, Membership
+from xpeer.network.swarm import Swarm
+
+log = logging.getLogger("xpeer.bootstrap")
+
+
+def run(
+    home: Home, config: NodeConfig, *, swarm_id: str | None, token: str | None, as_json: bool
+) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code.
+
+    Args:
+        home: holds this node's own key, made if there is none.
+        config: its network section is used.
+        swarm_id: fingerprint, 64 hex digits; or else
+        token: an infrastructure token for this PeerID, which also tells other members who we are.
+        as_json: print one JSON object instead of addresses.
+
+    Raises:
+        LocalError: it can't start.
+    """
+    if swarm_id is not None:
+        _check_fingerprint(swarm_id)
+    listen = resolve_listen(config.network.listen)
+    for seed in config.network.bootstrap:
+        peer_of(seed)
+    credential: Credential | None = None
+    parsed = Token.parse(token) if token is not None else None
+    identity = founding.ensure_identity(home)
+    if parsed is not None:
+        credential = parsed.credential_for(identity, time.time())
+        swarm_id = parsed.swarm_id
+    logging.basicConfig(
+        level=config.daemon.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
+    )
+    with _locked(home):
+        membership = Membership(swarm_id or "", credential)
+        return uvloop.run(_serve(home, config, listen, identity, membership, as_json))
+
+
+async def _serve(
+    home: Home,
+    config: NodeConfig,
+    listen: list[str],
+    identity: Identity,
+    membership: Membership,
+    as_json: bool,
+) -> int:
+    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    swarm = await Swarm.start(
+        identity,
+        home.identity_key,
+        membership,
+        listen=listen,
+        announce=config.network.announce,
+        seeds=config.network.bootstrap,
+        nat_port_map=config.network.nat_port_map,
+    )
+    try:
+        _say(swarm.addresses, membership.swarm_id, as_json)
+        sdnotify.notify(f"READY=1\nSTATUS=serving {membership.swarm_id[:16]}")
+        interval_s = sdnotify.watchdog_interval_s() or 60.0
+        while not stopping.is_set():
+            sdnotify.notify(f"WATCHDOG=1\nSTATUS={swarm.neighbours} DHT neighbours")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await stopping.wait()
+    finally:
+        sdnotify.notify("STOPPING=1")
+        await swarm.close()
+    return int(ExitCode.OK)
+
+
+def _say(addresses: list[str], swarm_id: str, as_json: bool) -> None:
+    if as_json:
+        line = {"swarm_id": swarm_id, "addresses": addresses}
+        print(msgspec.json.encode(line).decode(), flush=True)
+        return
+    for address in addresses:
+        print(address, flush=True)
+    print("peers join through it with:", file=sys.stderr)
+    for address in addresses:
+        print(f"  xpeer start --bootstrap {address}", file=sys.stderr, flush=True)
+
+
+def _check_fingerprint(swarm_id: str) -> None:
+    if len(swarm_id) != 64 or set(swarm_id) - set("0123456789abcdef"):
+        raise ConfigError(
+            f"--swarm: {swarm_id!r} is not a swarm's fingerprint (64 hex digits)",
+            "copy it from `xpeer init` or `xpeer status --json`",
+        )
+
+
+@contextlib.contextmanager
+def _locked(home: Home) -> Iterator[None]:
+    with home.lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise LocalError(
+                f"another node runs on home {home.path}", "stop it, or choose another --home"
+            ) from e
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,485 @@
+"""The daemon's life, start to end: join, take over the parameters, train and gossip, close, stop.
+
+`run` is what `xpeer start` becomes; `_live` is the order of things on one screen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable
+
+import uvloop
+
+from xpeer import founding, sdnotify
+from xpeer.config import Home, NodeConfig
+from xpeer.errors import (
+    ConfigError,
+    ExitCode,
+    LocalError,
+    PeerError,
+    Reason,
+    TrainerError,
+)
+from xpeer.identity import Identity, PeerId
+from xpeer.manifest import Manifest, SignedManifest
+from xpeer.network import exchange, joining, state
+from xpeer.network.addresses import peer_of, resolve_listen
+from xpeer.network.membership import Certificate, Membership
+from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
+from xpeer.network.swarm import Swarm
+from xpeer.round import Exchanged
+from xpeer.training.handle import Crashed, Event, Progressed, Saved, TrainerProcess
+from xpeer.training.setup import TrainerSetup
+from xpeer.update import ModelState
+from xpeer.wire.codec import encoded_bytes
+from xpeer_daemon import logs
+from xpeer_daemon.api import ControlApi
+from xpeer_daemon.gossip import Gossip
+from xpeer_daemon.lock import HomeLock
+from xpeer_daemon.node import HOLDING, Node
+from xpeer_daemon.phases import ENDED, Closing
+from xpeer_daemon.store import RoundRow, Store
+from xpeer_daemon.supervisor import Supervisor
+
+log = logging.getLogger("xpeer.daemon")
+
+ROSTER_EVERY_S = 3.0
+RETRY_S = 2.0
+FETCH_TIMEOUT_S = 600.0
+DONOR_TOLERANCE = 1.15, 0.05
+"""A donor's parameters may be this much worse on the public text than it says: factor, nats."""
+
+
+def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
+    """Everything that can be found wrong without starting anything or writing to the disk.
+
+    Raises:
+        LocalError: the first problem.
+    """
+    if join_token is None:
+        credential = founding.load_credential(home)
+        credential.verify(credential.claimed_swarm(), time.time())
+        Identity.load(home.identity_key)
+    resolve_listen(config.network.listen)
+    for seed in config.network.bootstrap:
+        peer_of(seed)
+    home.socket(config)
+    if home.manifest.exists():
+        SignedManifest.load(home.manifest).open()
+        founding.load_swarm_key(home)
+
+
+def run(
+    home: Home, config: NodeConfig, *, join_token: str | None = None, paused: bool = False
+) -> int:
+    """Run the daemon until it is told to stop; the exit code.
+
+    Raises:
+        LocalError: it can't start, or can't go on.
+    """
+    check(home, config, join_token=join_token)
+    if join_token is not None:
+        founding.prepare_join(home, join_token)
+    with HomeLock.acquire(home):
+        logs.setup(home, config.daemon.log_level, config.daemon.log_format)
+        try:
+            return uvloop.run(Service(home, config, paused=paused).main())
+        except LocalError as e:
+            log.error("%s", e)
+            raise
+        finally:
+            logs.close()
+
+
+class Service:
+    """One run of the daemon.
+
+    Args:
+        home: locked by us.
+        config: settings.
+        paused: take no steps until `xpeer resume`.
+    """
+
+    def __init__(self, home: Home, config: NodeConfig, *, paused: bool = False) -> None:
+        self._home = home
+        self._config = config
+        self._identity = Identity.load(home.identity_key)
+        credential = founding.load_credential(home)
+        self._swarm_id = credential.claimed_swarm()
+        self._certificate: Certificate = credential.verify(self._swarm_id, time.time())
+        self._membership = Membership(self._swarm_id, credential)
+        self._node = Node(self._identity.peer_id, config)
+        self._node.swarm_id = self._swarm_id
+        self._node.paused = paused
+        self._exit_code = ExitCode.OK
+        self._tasks: asyncio.TaskGroup
+        self._store: Store
+        self._swarm: Swarm
+        self._manifest: Manifest
+        self._party: exchange.Party
+        self._roster: Roster
+        self._supervisor: Supervisor
+        self._proposer: exchange.Proposer
+
+    async def main(self) -> int:
+        """Live until stopped, then end in bounded time."""
+        node, loop = self._node, asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, lambda: node.request_stop(leave=False))
+        async with contextlib.AsyncExitStack() as ending:
+            self._store = Store.open(self._home.state_db)
+            ending.callback(self._store.close)
+            self._swarm = await self._start_swarm()
+            ending.push_async_callback(self._swarm.close)
+            api = await ControlApi.start(self._home.socket(self._config), node)
+            ending.push_async_callback(api.close)
+            sdnotify.notify("READY=1\nSTATUS=joining")
+            living = asyncio.create_task(self._live())
+            stopping = asyncio.create_task(node.stopping.wait())
+            try:
+                await asyncio.wait({living, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                sdnotify.notify("STOPPING=1")
+                node.enter("stopping")
+                failed = living.done()
+                living.cancel()
+                stopping.cancel()
+                await asyncio.gather(living, stopping, return_exceptions=True)
+                await self._stop()
+            if failed:
+                _raise_first(living)
+        return int(self._exit_code)
+
+    async def _live(self) -> None:
+        async with asyncio.TaskGroup() as self._tasks:
+            self._tasks.create_task(self._feed_watchdog())
+            self._manifest, swarm_key = await self._admission()
+            await self._serve_members(swarm_key)
+            self._tasks.create_task(self._keep_announcing())
+            self._tasks.create_task(self._keep_refreshing())
+            if self._certificate.role == "observer":
+                self._node.enter("observing")
+                return
+            if self._manifest.shared_corpus is not None:
+                await self._wait_for_peers()
+            trainer = await self._start_trainer()
+            if not (trainer.resumed or self._founds()):
+                await self._take_over_parameters(trainer)
+            await self._wait_for_peers()
+            await self._begin(trainer)
+            self._tasks.create_task(self._supervise())
+            self._tasks.create_task(self._gossip.run())
+            self._tasks.create_task(self._watch_for_the_end())
+
+    # Joining
+
+    async def _start_swarm(self) -> Swarm:
+        network = self._config.network
+        seeds = list(dict.fromkeys([*network.bootstrap, *founding.load_seeds(self._home)]))
+        known = [a for peer in self._store.known_peers() for a in peer.addresses]
+        if not seeds and not known and not self._founds():
+            raise ConfigError(
+                "network.bootstrap: no seed is known, and this home did not found the swarm",
+                "give one: xpeer start --bootstrap /ip4/ADDRESS/tcp/PORT/p2p/PEERID",
+            )
+        swarm = await Swarm.start(
+            self._identity,
+            self._home.identity_key,
+            self._membership,
+            listen=network.listen,
+            announce=network.announce,
+            seeds=seeds,
+            nat_port_map=network.nat_port_map,
+        )
+        swarm.learn(known)
+        self._node.swarm = swarm
+        return swarm
+
+    def _founds(self) -> bool:
+        """Whether this home made the swarm: it may be the first, and holds the initial model."""
+        return self._home.initial_model.exists()
+
+    async def _admission(self) -> tuple[Manifest, bytes]:
+        """Manifest and swarm key, from the home or from any member."""
+        node = self._node
+        node.enter("joining")
+        if not (self._home.manifest.exists() and self._home.swarm_key.exists()):
+            node.joining_note = "joining: no member has answered yet"
+            founding.keep_admission(self._home, *await self._ask_members())
+        node.joining_note = ""
+        manifest = SignedManifest.load(self._home.manifest).open(self._swarm_id)
+        node.manifest = manifest
+        return manifest, founding.load_swarm_key(self._home)
+
+    async def _ask_members(self) -> tuple[SignedManifest, bytes]:
+        while True:
+            for member in self._swarm.candidates():
+                try:
+                    return await joining.request(
+                        self._swarm, self._identity, self._swarm_id, member
+                    )
+                except PeerError as e:
+                    log.debug("%s does not admit us: %s", member[-8:], e)
+            note = self._swarm.bootstrap_note or "no member has answered yet"
+            self._node.joining_note = f"joining: {note}"
+            await asyncio.sleep(RETRY_S)
+
+    async def _serve_members(self, swarm_key: bytes) -> None:
+        """Everything that other members may ask of us."""
+        signed = SignedManifest.load(self._home.manifest)
+        manifest, node = self._manifest, self._node
+        self._party = exchange.Party(
+            identity=self._identity,
+            swarm_id=self._swarm_id,
+            swarm_key=swarm_key,
+            manifest_hash=signed.genesis.manifest_hash,
+            serial=self._certificate.serial,
+            membership=self._membership,
+        )
+        self._roster = node.roster = Roster(self._swarm, swarm_key, manifest.limits.max_members)
+        self._supervisor = node.supervisor = Supervisor(
+            self._setup, lambda setup: TrainerProcess.start(setup, self._on_trainer)
+        )
+        self._proposer = exchange.Proposer(self._party, self._swarm)
+        self._gossip = node.gossip = Gossip(
+            me=self._identity.peer_id,
+            swarm_id=self._swarm_id,
+            manifest=manifest,
+            host=node,
+            proposer=self._proposer,
+            num_bytes=encoded_bytes,
+            clock=time.time,
+            on_exchanged=self._on_exchanged,
+            on_skipped=self._on_skipped,
+        )
+        for peer in self._store.known_peers():
+            self._gossip.remember(PeerId(peer.peer_id), peer.ledger_counter)
+        self._closing = Closing(manifest.round.fragments, manifest.round.closing_windows)
+        await joining.serve(self._swarm, signed, swarm_key)
+        await self._swarm.serve_links(
+            exchange.PROTOCOL,
+            exchange.answering(self._party, self._gossip, encoded_bytes),
+            "member",
+        )
+        await self._swarm.serve_links(
+            state.PROTOCOL,
+            state.serving(self._party, node.donor, manifest.limits.max_transfers),
+            "observer",
+        )
+
+    # The trainer
+
+    def _setup(self) -> TrainerSetup:
+        node = self._node
+        members: dict[str, float] = {peer: record.speed for peer, record in node.others().items()}
+        members[node.peer_id] = self._config.training.speed
+        trains = node.state == "training"
+        return TrainerSetup(
+            manifest_path=str(self._home.manifest),
+            swarm_id=self._swarm_id,
+            home=str(self._home.path),
+            config=self._config,
+            peer_id=node.peer_id,
+            members=members,
+            mode="train" if trains else "pause" if node.state == "paused" else "mix",
+            initial="initial" if self._founds() else "awaited",
+        )
+
+    async def _start_trainer(self) -> TrainerProcess:
+        trainer = await self._supervisor.first_start()
+        log.info(
+            "trainer: %d parameters on %s, %s", trainer.num_params, trainer.device, trainer.engine
+        )
+        return trainer
+
+    async def _supervise(self) -> None:
+        async def again(trainer: TrainerProcess) -> None:
+            self._store.add_event("trainer-restarted", f"epoch {trainer.epoch}")
+            if not (trainer.resumed or self._founds()):
+                await self._take_over_parameters(trainer)
+                await self._begin(trainer)
+
+        await self._supervisor.run(again)
+
+    async def _take_over_parameters(self, trainer: TrainerProcess) -> None:
+        """A joiner starts from a member's parameters, never from a random start."""
+        node = self._node
+        node.enter("fetching")
+        num_params = self._manifest.model.num_params
+        while True:
+            donors = [p for p, r in node.others().items() if r.phase in HOLDING]
+            random.shuffle(donors)
+            for donor in donors:
+                try:
+                    given = await state.fetch(
+                        self._party, self._swarm, donor, num_params, FETCH_TIMEOUT_S
+                    )
+                    _check_donor(given, await trainer.import_state(given.payload, given.step))
+                except PeerError as e:
+                    log.warning("parameters from %s refused: %s", donor[-8:], e)
+                    self._store.add_event("donor-refused", f"{donor}: {e}")
+                    continue
+                log.info("took over the parameters of %s at step %d", donor[-8:], given.step)
+                return
+            node.joining_note = f"fetching: {len(donors)} members could give the parameters"
+            await asyncio.sleep(RETRY_S)
+
+    async def _wait_for_peers(self) -> None:
+        node, needed = self._node, self._config.training.min_peers
+        node.enter("waiting")
+        while (there := len(node.present())) < needed:
+            node.joining_note = f"waiting for training.min_peers = {needed}, {there} there"
+            await asyncio.sleep(0.5)
+        node.joining_note = ""
+
+    async def _begin(self, trainer: TrainerProcess) -> None:
+        if self._node.paused:
+            await trainer.run("pause")
+            self._node.enter("paused")
+            return
+        self._node.enter("training")
+        await trainer.run("train")
+
+    def _on_trainer(self, event: Event) -> None:
+        if isinstance(event, Progressed):
+            self._node.follow_trainer(event.state)
+        elif isinstance(event, Saved):
+            self._node.last_checkpoint_s = self._node.clock()
+        elif isinstance(event, Crashed):
+            log.error("trainer: %s\n%s", event.failure.problem, event.failure.trace)
+
+    # Gossip
+
+    def _on_exchanged(self, peer_id: PeerId, slot: int, fragment: int, result: Exchanged) -> None:
+        node = self._node
+        node.last_exchange_s = node.clock()
+        if node.state in ENDED and all(phase in ENDED for phase in node.active_phases()):
+            self._closing.merged(fragment)
+        self._store.add_round(
+            RoundRow(slot=slot, partner=peer_id, fragment=fragment, distance=result.distance)
+        )
+
+    def _on_skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:
+        if reason not in (Reason.NO_PARTNER, Reason.NOT_DUE):
+            self._store.add_round(
+                RoundRow(slot=slot, partner=peer_id, reason=reason, detail=detail)
+            )
+
+    async def _keep_announcing(self) -> None:
+        while True:
+            self._node.changed.clear()
+            await self._announce(self._node.state)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ANNOUNCE_EVERY_S):
+                    await self._node.changed.wait()
+
+    async def _announce(self, phase: str) -> None:
+        record = MemberRecord(
+            peer_id=self._node.peer_id,
+            addresses=self._swarm.addresses[:8],
+            role=self._certificate.role,
+            phase=phase,
+            speed=self._config.training.speed,
+            slot=int(time.time() // self._manifest.round.slot_s),
+        )
+        await self._roster.announce(record)
+
+    async def _keep_refreshing(self) -> None:
+        while True:
+            await self._roster.refresh()
+            for peer_id, record in self._node.others().items():
+                self._store.remember_peer(
+                    peer_id, record.addresses, self._gossip.highest_counter(peer_id)
+                )
+            await asyncio.sleep(ROSTER_EVERY_S)
+
+    # The end
+
+    async def _watch_for_the_end(self) -> None:
+        node = self._node
+        while True:
+            await asyncio.sleep(0.5)
+            if node.state == "budget-spent" and self._config.daemon.exit_on_budget:
+                self._exit_code = ExitCode.BUDGET_SPENT
+                node.request_stop(leave=False)
+            if node.state in ("closing", "budget-spent") and self._closing.finished(
+                node.active_phases()
+            ):
+                await self._finish()
+
+    async def _finish(self) -> None:
+        node, trainer = self._node, self._supervisor.trainer
+        if trainer is None:
+            return  # it is being restarted; look again
+        await trainer.evaluate()
+        await node.checkpoint()
+        node.enter("finished")
+        self._store.add_event("finished", f"step {trainer.progress.step}")
+        if self._config.daemon.exit_when_finished:
+            await asyncio.sleep(ANNOUNCE_EVERY_S)  # partners may still need us for theirs
+            node.request_stop(leave=True)
+
+    async def _stop(self) -> None:
+        """Save, say goodbye, and leave nothing behind; within daemon.stop_timeout_s."""
+        deadline_s = self._config.daemon.stop_timeout_s
+        supervisor = self._node.supervisor
+        if supervisor is not None and supervisor.trainer is not None:
+            with contextlib.suppress(TrainerError):
+                await supervisor.trainer.stop(0.8 * deadline_s)
+        if self._node.roster is None:
+            return
+        await _within(0.1 * deadline_s, self._proposer.close)
+        if self._node.leaving:
+            await _within(0.1 * deadline_s, lambda: self._announce("left"))
+
+    async def _feed_watchdog(self) -> None:
+        interval_s = sdnotify.watchdog_interval_s() or 10.0
+        while True:
+            status = self._node.status()
+            sdnotify.notify(
+                f"WATCHDOG=1\nSTATUS={status.health}: {status.state}, step {status.progress.step}, "
+                f"{len(status.partners)} partners",
+            )
+            await asyncio.sleep(interval_s)
+
+
+def _check_donor(given: ModelState, measured: float) -> None:
+    """Refuse parameters that are not what the donor says, on the public text.
+
+    Raises:
+        PeerError: worse than the donor's word, or no number at all.
+    """
+    factor, nats = DONOR_TOLERANCE
+    if not math.isfinite(measured) or measured > factor * given.loss_public + nats:
+        raise PeerError(
+            Reason.REFUSED, f"public loss {measured:.3f}, the donor said {given.loss_public:.3f}"
+        )
+
+
+async def _within(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+    with contextlib.suppress(TimeoutError, PeerError):
+        async with asyncio.timeout(seconds):
+            await action()
+
+
+def _raise_first(task: asyncio.Task[None]) -> None:
+    """Re-raise what ended the daemon: an operator's error alone, or our bug with all of it."""
+    error = task.exception()
+    if error is None:
+        return
+    found = _first_local(error)
+    if found is not None:
+        raise found
+    raise error
+
+
+def _first_local(error: BaseException) -> LocalError | None:
+    if isinstance(error, BaseExceptionGroup):
+        return next((e for e in map(_first_local, error.exceptions) if e is not None), None)
+    return error if isinstance(error, LocalError) else None

@@ -1,0 +1,183 @@
+"""What a founder decides: the initial model, the public text, and every field of the manifest."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from xpeer.errors import ConfigError
+from xpeer.identity import blake2b
+from xpeer.manifest import Manifest, Model, PublicText, Tokenizer
+
+PUBLIC_TEXT_BYTES = 200_000
+BYTE_VOCABULARY = 320
+"""The byte tokenizer's 259 ids, rounded up to a multiple of 64."""
+
+
+def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": BYTE_VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }
+
+
+PRESETS = {
+    "tiny": _llama(64, 176, 2, 4),
+    "small": _llama(192, 512, 4, 6),
+}
+"""Llama-type models for bytes: about 0.1 and 1.8 million parameters."""
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """The parameters that a swarm starts from."""
+
+    module: Any
+    config: dict[str, Any]
+    num_params: int
+    digest: str
+
+    def write(self, folder: Path) -> None:
+        """Keep them as a Hugging Face folder."""
+        from xpeer.training.model import save_folder  # noqa: PLC0415 - torch takes seconds
+
+        save_folder(self.module, folder)
+
+
+def initial_model(
+    folder: Path | None, config_file: Path | None, preset: str | None
+) -> InitialModel:
+    """Load or draw the initial parameters.
+
+    Raises:
+        ConfigError: more than one source, or it can't be read.
+    """
+    from xpeer.training import model  # noqa: PLC0415 - torch takes seconds
+
+    if sum(source is not None for source in (folder, config_file, preset)) > 1:
+        raise ConfigError("--model, --model-config and --preset exclude one another", "keep one")
+    if folder is not None:
+        module = model.from_folder(folder)
+    else:
+        config = PRESETS[preset or "small"] if config_file is None else _read_json(config_file)
+        module = model.build(config, seed=secrets.randbits(63))
+    flat = model.FlatParameters(module).read()
+    return InitialModel(module, model.config_of(module), flat.numel(), model.digest(flat))
+
+
+def draft_manifest(
+    name: str,
+    source: InitialModel,
+    *,
+    tokenizer: Path | None,
+    public_text: Path | None,
+    changes: Iterable[str],
+) -> Manifest:
+    """A manifest from defaults, what was given, and `section.field=value` changes.
+
+    Raises:
+        ConfigError: a field is unknown or out of bounds.
+    """
+    text = _public_text(public_text)
+    tree: dict[str, Any] = {
+        "name": name,
+        "created_unix_s": int(time.time()),
+        "model": msgspec.to_builtins(Model(source.config, source.num_params, source.digest)),
+        "tokenizer": msgspec.to_builtins(_tokenizer(tokenizer)),
+        "public_text": msgspec.to_builtins(PublicText(blake2b(text.encode()).hex(), text)),
+    }
+    for change in changes:
+        _apply(tree, change)
+    if "steps" not in tree.get("end", {}) and "noise_multiplier" not in tree.get("privacy", {}):
+        tree.setdefault("end", {})["steps"] = 1000
+    try:
+        return msgspec.convert(tree, Manifest)
+    except msgspec.ValidationError as e:
+        problem, _, where = str(e).partition(" - at `$.")
+        field = where.rstrip("`")
+        raise ConfigError(
+            f"manifest{f' {field}' if field else ''}: {problem}", "correct it with --set"
+        ) from e
+
+
+def _apply(tree: dict[str, Any], change: str) -> None:
+    path, equals, raw = change.partition("=")
+    section, dot, field = path.partition(".")
+    if not equals or not dot:
+        raise ConfigError(f"--set: {change!r} is not section.field=value", "e.g. end.steps=2000")
+    known = {
+        f"{part.name}.{inner.name}"
+        for part in msgspec.structs.fields(Manifest)
+        for inner in _fields_of(part.type)
+    }
+    if path not in known:
+        close = difflib.get_close_matches(path, sorted(known), n=1)
+        raise ConfigError(
+            f"--set: the manifest has no field {path}",
+            f"did you mean {close[0]}?" if close else f"fields: {', '.join(sorted(known))}",
+        )
+    try:
+        value = json.loads(raw)
+    except ValueError:
+        value = raw
+    body = tree.setdefault(section, {})
+    body[field] = value
+
+
+def _fields_of(kind: Any) -> tuple[msgspec.structs.FieldInfo, ...]:
+    candidates = [kind, *getattr(kind, "__args__", ())]
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+            return msgspec.structs.fields(candidate)
+    return ()
+
+
+def _public_text(path: Path | None) -> str:
+    if path is None:
+        from pydoc_data import topics  # noqa: PLC0415 - half a megabyte, wanted here only
+
+        return "\n".join(text for _, text in sorted(topics.topics.items()))[:PUBLIC_TEXT_BYTES]
+    try:
+        text = path.read_text(encoding="utf-8")[:PUBLIC_TEXT_BYTES]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"--public-text: {path} can't be read: {e}", "give a text file") from e
+    if not text.strip():
+        raise ConfigError(f"--public-text: {path} holds no text", "give a text file")
+    return text
+
+
+def _tokenizer(folder: Path | None) -> Tokenizer:
+    if folder is None:
+        return Tokenizer()
+    file = folder / "tokenizer.json"
+    try:
+        return Tokenizer("huggingface", blake2b(file.read_bytes()).hex())
+    except OSError as e:
+        raise ConfigError(f"--tokenizer: {file} can't be read: {e}", "name its folder") from e
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"--model-config: {path} can't be read: {e}", "give a JSON file") from e
+    if not isinstance(value, dict):
+        raise ConfigError(f"--model-config: {path} is not a JSON object", "give a config.json")
+    return value
