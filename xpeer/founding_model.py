@@ -56,9 +56,9 @@ class InitialModel:
 
     def write(self, folder: Path) -> None:
         """Keep them as a Hugging Face folder."""
-        from xpeer.training.model import save_folder  # noqa: PLC0415 - torch takes seconds
+        from xpeer.training.export import export_hf  # noqa: PLC0415 - torch takes seconds
 
-        save_folder(self.module, folder)
+        export_hf(self.module, None, folder)
 
 
 def initial_model(
@@ -69,7 +69,7 @@ def initial_model(
     Raises:
         ConfigError: more than one source, or it can't be read.
     """
-    from xpeer.training import model  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training import flat, model  # noqa: PLC0415 - torch takes seconds
 
     if sum(source is not None for source in (folder, config_file, preset)) > 1:
         raise ConfigError("--model, --model-config and --preset exclude one another", "keep one")
@@ -78,8 +78,8 @@ def initial_model(
     else:
         config = PRESETS[preset or "small"] if config_file is None else _read_json(config_file)
         module = model.build(config, seed=secrets.randbits(63))
-    flat = model.FlatParameters(module).read()
-    return InitialModel(module, model.config_of(module), flat.numel(), model.digest(flat))
+    values = flat.read_flat(module)
+    return InitialModel(module, model.config_of(module), values.numel(), flat.digest(values))
 
 
 def draft_manifest(

@@ -63,7 +63,9 @@ def create(
         ttl_s=_seconds(ttl),
         now_unix_s=time.time(),
     )
-    commands = [f"xpeer start --join {token} --shard /path/to/text"]
+    # A bearer token is a secret, and command lines are readable by everybody on a machine.
+    given = str(token) if for_peer else "file:TOKEN_FILE"
+    commands = [f"xpeer start --join {given} --shard /path/to/text"]
     if as_json:
         expires = token.certificate.join_before_unix_s
         echo_json({"token": str(token), "expires_unix_s": expires, "commands": commands})
