@@ -158,7 +158,7 @@ class Client:
             connection.request(method, f"{API}/{what}")
             response = connection.getresponse()
             body = response.read(MAX_ANSWER_BYTES)
-        except (FileNotFoundError, ConnectionError, http.client.BadStatusLine) as e:
+        except (FileNotFoundError, ConnectionError) as e:
             raise NotRunningError(f"no daemon answers at {self.path}", _HOW_TO_REACH) from e
         except TimeoutError as e:
             raise LocalTimeoutError(

@@ -1,149 +1,211 @@
-"""The daemon's control API: HTTP over a Unix socket that only its owner and group can use."""
+"""The control API: HTTP with versioned JSON on a Unix socket, for `xpeer` and for programs.
+
+Knows the node only as a `Subject`. There is no authentication beyond the socket's owner, group and
+mode (0660): whoever may open it may stop the node and read its losses, so it is never on a network.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import logging
+import os
 import socket
+import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-from xpeer.control import API
-from xpeer.errors import LocalError, PeerError
+from xpeer import __version__
+from xpeer.control import API, Done, Peers, Problem, Version
+from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
 from xpeer.status import Status
 
+log = logging.getLogger("xpeer.api")
+
 SOCKET_MODE = 0o660
+MAX_REQUEST_BYTES = 4096
+GRACE_S = 2.0
+"""Open requests get this long when the API closes."""
 
 
 class Subject(Protocol):
-    """What the API controls; `node.Node` in production."""
+    """What the API asks of the node; called on the event loop."""
 
     def status(self) -> Status:
-        """Everything."""
+        """GET status, GET peers. Quick: no IO."""
 
     async def pause(self) -> None:
-        """Take no steps and no exchanges."""
+        """POST pause."""
 
     async def resume(self) -> None:
-        """Undo pause."""
+        """POST resume."""
 
     def request_stop(self, *, leave: bool) -> None:
-        """Stop soon."""
+        """POST stop, POST leave: returns at once, the node ends later."""
 
     async def checkpoint(self) -> str:
-        """Write one; its path."""
+        """POST checkpoint: the written file's path."""
 
 
 class ControlApi:
-    """Serves one node. Start with `start`, end with `close`."""
+    """A running API. Make with `start`."""
 
-    def __init__(self, path: Path, subject: Subject) -> None:
+    def __init__(self, runner: web.AppRunner, path: Path, inode: int | None) -> None:
+        self._runner = runner
         self._path = path
-        self._subject = subject
-        self._runner: web.AppRunner | None = None
+        self._inode = inode
 
-    async def start(self) -> None:
+    @classmethod
+    async def start(cls, path: Path, subject: Subject) -> ControlApi:
         """Listen.
 
+        Args:
+            path: of the socket; one left over by a dead daemon is replaced.
+            subject: the node.
+
         Raises:
-            LocalError: another program listens on this path, or it can't be made.
+            LocalError: somebody answers there already.
+            ConfigError: the path can't be used.
         """
-        application = web.Application(middlewares=[_errors])
-        application.router.add_get(f"{API}/status", self._status)
-        for name, action in self._actions().items():
-            application.router.add_post(f"{API}/{name}", _acting(action))
-        self._runner = web.AppRunner(application, access_log=None)
-        await self._runner.setup()
+        listener = _listen(path)
+        runner = web.AppRunner(_application(subject), access_log=None, shutdown_timeout=GRACE_S)
+        api = cls(runner, path, _inode(path))
         try:
-            remove_stale(self._path)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            await web.UnixSite(self._runner, str(self._path)).start()
-            self._path.chmod(SOCKET_MODE)
-        except OSError as e:
-            await self._runner.cleanup()
-            raise LocalError(
-                f"daemon.socket: can't listen on {self._path}: {e}", "check its folder's rights"
-            ) from e
+            await runner.setup()
+            await web.SockSite(runner, listener).start()
+        except BaseException:
+            listener.close()
+            await api.close()
+            raise
+        log.debug("control socket %s", path)
+        return api
 
     async def close(self) -> None:
-        """Stop listening and remove the socket."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-        self._path.unlink(missing_ok=True)
-
-    def _actions(self) -> dict[str, Callable[[], Awaitable[dict[str, str]]]]:
-        subject = self._subject
-
-        async def pause() -> dict[str, str]:
-            await subject.pause()
-            return {}
-
-        async def resume() -> dict[str, str]:
-            await subject.resume()
-            return {}
-
-        async def stop() -> dict[str, str]:
-            subject.request_stop(leave=False)
-            return {}
-
-        async def leave() -> dict[str, str]:
-            subject.request_stop(leave=True)
-            return {}
-
-        async def checkpoint() -> dict[str, str]:
-            return {"path": await subject.checkpoint()}
-
-        return {
-            "pause": pause, "resume": resume, "stop": stop, "leave": leave,
-            "checkpoint": checkpoint,
-        }  # fmt: skip
-
-    async def _status(self, _: web.Request) -> web.Response:
-        return _json(self._subject.status())
+        """Answer what is open, stop listening, remove the socket if it is still ours."""
+        await self._runner.cleanup()
+        if self._inode is not None and _inode(self._path) == self._inode:
+            self._path.unlink(missing_ok=True)
 
 
-def remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on.
+def _application(subject: Subject) -> web.Application:
+    def act(action: Callable[[], Awaitable[str]]) -> Handler:
+        async def handler(_request: web.Request) -> web.StreamResponse:
+            return _json(Done(pid=os.getpid(), path=await action()))
 
-    Raises:
-        OSError: somebody does, or it is no socket.
-    """
-    if not path.is_socket():
-        return
-    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-    raise OSError(f"another program answers on {path}")
+        return handler
 
+    async def status(_request: web.Request) -> web.StreamResponse:
+        return _json(subject.status())
 
-def _acting(
-    action: Callable[[], Awaitable[dict[str, str]]],
-) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def handle(_: web.Request) -> web.Response:
-        return _json(await action())
+    async def peers(_request: web.Request) -> web.StreamResponse:
+        return _json(Peers(peers=subject.status().partners))
 
-    return handle
+    async def version(_request: web.Request) -> web.StreamResponse:
+        return _json(Version(version=__version__, pid=os.getpid()))
+
+    async def pause() -> str:
+        await subject.pause()
+        return ""
+
+    async def resume() -> str:
+        await subject.resume()
+        return ""
+
+    async def stop() -> str:
+        subject.request_stop(leave=False)
+        return ""
+
+    async def leave() -> str:
+        subject.request_stop(leave=True)
+        return ""
+
+    app = web.Application(middlewares=[_explain], client_max_size=MAX_REQUEST_BYTES)
+    app.add_routes(
+        [
+            web.get(f"{API}/status", status),
+            web.get(f"{API}/peers", peers),
+            web.get(f"{API}/version", version),
+            web.post(f"{API}/pause", act(pause)),
+            web.post(f"{API}/resume", act(resume)),
+            web.post(f"{API}/stop", act(stop)),
+            web.post(f"{API}/leave", act(leave)),
+            web.post(f"{API}/checkpoint", act(subject.checkpoint)),
+        ]
+    )
+    return app
 
 
 @web.middleware
-async def _errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def _explain(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Errors that we raise on purpose travel as `Problem`; others are a 500 and a traceback."""
     try:
         return await handler(request)
     except LocalError as e:
-        return _json({"error": e.problem, "remedy": e.remedy}, status=409)
+        return _json(Problem(problem=e.problem, remedy=e.remedy, exit_code=int(e.exit_code)), 409)
     except PeerError as e:
-        return _json({"error": str(e), "remedy": ""}, status=409)
+        return _json(Problem(problem=str(e), exit_code=int(ExitCode.ERROR)), 502)
 
 
-def _json(value: Status | dict[str, str], status: int = 200) -> web.Response:
+def _json(answer: msgspec.Struct, status: int = 200) -> web.Response:
     return web.Response(
-        body=msgspec.json.encode(value), status=status, content_type="application/json"
+        body=msgspec.json.encode(answer), status=status, content_type="application/json"
+    )
+
+
+def _listen(path: Path) -> socket.socket:
+    """A listening socket that only its owner and group can ever open."""
+    _clear(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+        listener.listen()
+        path.chmod(SOCKET_MODE)
+    except OSError as e:
+        listener.close()
+        raise ConfigError(
+            f"daemon.socket: can't listen on {path}: {e.strerror}",
+            "its folder must exist and belong to the daemon's user",
+        ) from e
+    finally:
+        os.umask(previous)
+    return listener
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _clear(path: Path) -> None:
+    """Remove what a dead daemon left; refuse anything else."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise ConfigError(
+            f"daemon.socket: {path} can't be used: {e.strerror}", "check its folder's owner"
+        ) from e
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(
+            f"daemon.socket: {path} exists and is not a socket", "remove it or set another path"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            log.info("removed the socket %s of a daemon that is gone", path)
+            return
+        except OSError:
+            pass  # busy or not ours: somebody holds it
+    raise LocalError(
+        f"another daemon answers at {path}", "stop it with `xpeer stop`, or set daemon.socket"
     )

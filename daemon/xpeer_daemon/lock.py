@@ -1,41 +1,58 @@
-"""One daemon per home, enforced by the kernel."""
+"""One daemon per home: an flock that the kernel releases however the daemon dies."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from pathlib import Path
 from types import TracebackType
+from typing import Self
 
-from xpeer.errors import LocalError
+from xpeer.config import Home
+from xpeer.errors import ConfigError, LocalError
 
 
 class HomeLock:
-    """Held while a daemon runs; a killed daemon's lock is free at once."""
+    """Holds HOME/lock until closed. Not inherited by child processes that are exec'd."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd = -1
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
 
-    def __enter__(self) -> HomeLock:
+    @classmethod
+    def acquire(cls, home: Home) -> HomeLock:
         """Take it.
 
         Raises:
-            LocalError: another daemon has it.
+            LocalError: another daemon has it; names its pid.
+            ConfigError: the home can't be written to.
         """
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Not truncated before we own it: it holds the other daemon's pid.
+            fd = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise ConfigError(
+                f"home {home.path} can't be used: {e.strerror}",
+                "check --home and the folder's owner",
+            ) from e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            pid = os.read(fd, 20).decode(errors="replace").strip()
+        except OSError as e:
+            pid = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
             os.close(fd)
             raise LocalError(
-                f"another daemon (pid {pid}) runs on home {self._path.parent}",
-                "stop it with `xpeer stop`, or give this one another --home",
+                f"another daemon (pid {pid}) runs on {home.path}",
+                "stop it with `xpeer stop`, or use another --home",
             ) from e
         os.ftruncate(fd, 0)
-        os.write(fd, str(os.getpid()).encode())
-        self._fd = fd
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        return cls(fd)
+
+    def close(self) -> None:
+        """Release it; the file stays, since removing it would race with the next daemon."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -44,5 +61,4 @@ class HomeLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Release it."""
-        os.close(self._fd)
+        self.close()

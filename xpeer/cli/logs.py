@@ -2,45 +2,140 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import click
+import msgspec
+from msgspec import Struct
 
-from xpeer.cli.common import home_option
+from xpeer.cli.common import home_option, json_option
 from xpeer.config import Home
-from xpeer.errors import NotRunningError
+from xpeer.errors import ConfigError, NotRunningError
 
-POLL_S = 0.25
+POLL_S = 0.2
+LEVELS = ("debug", "info", "warning", "error", "critical")
+_TEXT = re.compile(r"(\S+Z) (debug|info|warning|error|critical) (\S+): (.*)", re.ASCII)
+
+
+class Entry(Struct, omit_defaults=True):
+    """One entry, whichever format the daemon wrote it in."""
+
+    time: str
+    level: str
+    logger: str
+    message: str
+    trace: str = ""
+
+    def text(self) -> str:
+        """As the daemon writes text."""
+        line = f"{self.time} {self.level} {self.logger}: {self.message}"
+        return f"{line}\n{self.trace}" if self.trace else line
 
 
 @click.command()
 @home_option
-@click.option("-f", "--follow", is_flag=True, help="Go on as the log grows.")
-@click.option("-n", "--tail", default=100, show_default=True, help="Lines to begin with.")
-def logs(home: Home, follow: bool, tail: int) -> None:
-    """Show the last lines of the daemon's log."""
+@json_option
+@click.option("-f", "--follow", is_flag=True, help="Go on as the log grows, until Ctrl-C.")
+@click.option(
+    "-n", "--tail", type=click.IntRange(min=0), default=100, show_default=True,
+    help="Entries to begin with.",
+)  # fmt: skip
+@click.option("--level", type=click.Choice(LEVELS[:-1]), default="debug", help="This and worse.")
+def logs(home: Home, as_json: bool, follow: bool, tail: int, level: str) -> None:
+    """Show the last entries of the daemon's log."""
+    wanted = frozenset(LEVELS[LEVELS.index(level) :])
+    current = _Tail(home.log)
+    entries: deque[Entry] = deque(maxlen=tail)
+    for lines in (_rotated(home.log), current.new_lines()):
+        entries.extend(entry for entry in parse(lines) if entry.level in wanted)
+    for entry in entries:
+        _print(entry, as_json=as_json)
+    while follow:
+        for entry in parse(current.new_lines()):
+            if entry.level in wanted:
+                _print(entry, as_json=as_json)
+        time.sleep(POLL_S)
+
+
+class _Tail:
+    """Reads on in a file that grows and is replaced by a new one at times."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = _open(path)
+        self._rest = ""
+
+    def new_lines(self) -> list[str]:
+        """Complete lines that came since the last call."""
+        text = self._rest + self._file.read()
+        if self._replaced():
+            text += self._file.read()  # what came between the two calls
+            self._file.close()
+            self._file = _open(self._path)
+            text += self._file.read()
+        *lines, self._rest = text.split("\n")
+        return lines
+
+    def _replaced(self) -> bool:
+        try:
+            return self._path.stat().st_ino != os.fstat(self._file.fileno()).st_ino
+        except FileNotFoundError:
+            return False  # between the two renames of a rotation
+
+
+def _rotated(path: Path) -> list[str]:
+    older = path.with_name(f"{path.name}.1")
+    if not older.exists():
+        return []
+    with _open(older) as file:
+        return file.read().split("\n")
+
+
+def parse(lines: Sequence[str]) -> Iterator[Entry]:
+    """Entries of a log; lines in neither format belong to the entry before them."""
+    current: Entry | None = None
+    for line in lines:
+        entry = _entry(line)
+        if entry is None:
+            if current is not None and line:
+                current.trace = f"{current.trace}\n{line}" if current.trace else line
+            continue
+        if current is not None:
+            yield current
+        current = entry
+    if current is not None:
+        yield current
+
+
+def _entry(line: str) -> Entry | None:
+    if line.startswith("{"):
+        try:
+            return msgspec.json.decode(line, type=Entry)
+        except (msgspec.ValidationError, msgspec.DecodeError):
+            return None
+    match = _TEXT.fullmatch(line)
+    return Entry(*match.groups()) if match else None
+
+
+def _print(entry: Entry, *, as_json: bool) -> None:
+    click.echo(msgspec.json.encode(entry).decode() if as_json else entry.text())
+
+
+def _open(path: Path) -> TextIO:
     try:
-        file = home.log.open(encoding="utf-8", errors="replace")
+        return path.open(encoding="utf-8", errors="replace")
     except FileNotFoundError as e:
         raise NotRunningError(
-            f"there is no log {home.log}", "has `xpeer start` run on this home?"
+            f"there is no log {path}", "has `xpeer start` run on this home? See --home"
         ) from e
-    with file:
-        for line in deque(file, maxlen=tail):
-            click.echo(line, nl=False)
-    if follow:
-        _follow(home.log)
-
-
-def _follow(path: Path) -> None:
-    """Print what is appended; start over when the file is rotated."""
-    while True:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            file.seek(0, 2)
-            inode = path.stat().st_ino
-            while path.exists() and path.stat().st_ino == inode:
-                for line in file:
-                    click.echo(line, nl=False)
-                time.sleep(POLL_S)
+    except OSError as e:
+        raise ConfigError(
+            f"log {path} can't be read: {e.strerror}",
+            "as another user: journalctl -u xpeer, or sudo",
+        ) from e

@@ -1,132 +1,128 @@
-"""Commands that ask or tell a running daemon."""
+"""Commands that ask or tell a running daemon. They must answer at once, so imports are few."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import click
 import msgspec
 
+from xpeer.cli import render
 from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
-from xpeer.cli.render import partner_lines, status_lines
 from xpeer.config import Home
-from xpeer.control import Control
-from xpeer.errors import ExitCode, LocalError, LocalTimeoutError
-from xpeer.status import SCHEMA_VERSION, Status
+from xpeer.control import Client, Peers
+from xpeer.errors import ExitCode
+from xpeer.status import Status
 
-POLL_S = 0.1
+SLOW_S = 120.0
+"""Pausing and checkpointing wait for the step that runs."""
+GRACE_S = 15.0
+"""`stop` waits this much longer than the daemon allows itself."""
 
 
-def control_of(home: Home) -> Control:
+def client_of(home: Home, timeout_s: float = 10.0) -> Client:
     """The client for a home's daemon."""
-    return Control(home.socket(load_config(home)))
-
-
-def fetch_status(home: Home) -> Status:
-    """Ask the daemon.
-
-    Raises:
-        LocalError: it speaks another schema.
-    """
-    answer = control_of(home).get("status")
-    if answer.get("schema_version") != SCHEMA_VERSION:
-        raise LocalError(
-            f"the daemon speaks status schema {answer.get('schema_version')}, "
-            f"this command {SCHEMA_VERSION}",
-            "restart the daemon after an upgrade",
-        )
-    return msgspec.convert(answer, Status)
+    return Client(home.socket(load_config(home)), timeout_s)
 
 
 @click.command()
 @home_option
 @json_option
-@click.option("-w", "--watch", is_flag=True, help="Show it anew every second until Ctrl-C.")
-@click.option("--exit-code", is_flag=True, help="Exit 4 if the node is degraded.")
-def status(home: Home, as_json: bool, watch: bool, exit_code: bool) -> None:
-    """Say how this peer is doing; the health line and its reasons come first."""
-    while True:
-        answer = fetch_status(home)
-        if as_json:
-            echo_json(answer)
-        else:
-            if watch and sys.stdout.isatty():
-                click.clear()
-            click.echo("\n".join(status_lines(answer)))
-        if not watch:
-            break
-        time.sleep(1.0)
+@click.option("-w", "--watch", is_flag=True, help="Show it anew until Ctrl-C.")
+@click.option(
+    "--interval", "interval_s", type=click.FloatRange(min=0.05), default=1.0, show_default=True,
+    help="Seconds between two looks of --watch.",
+)  # fmt: skip
+@click.option("--exit-code", is_flag=True, help="Exit 4 if the node is not ok.")
+def status(home: Home, as_json: bool, watch: bool, interval_s: float, exit_code: bool) -> None:
+    """Say how this peer does: health and its reasons, then training, privacy, exchanges."""
+    ask = client_of(home).status
+    if watch:
+        _watch(ask, interval_s, as_json=as_json)
+    answer = ask()
+    if as_json:
+        echo_json(answer)
+    else:
+        render.show(render.status_lines(answer))
     if exit_code and answer.health != "ok":
-        sys.exit(int(ExitCode.DEGRADED))
+        raise click.exceptions.Exit(int(ExitCode.DEGRADED))
 
 
 @click.command()
 @home_option
 @json_option
 def peers(home: Home, as_json: bool) -> None:
-    """List the members this peer knows, and how exchanges with them went."""
-    answer = fetch_status(home)
+    """List the members this peer sees, and how exchanges with them went."""
+    partners = client_of(home).peers()
     if as_json:
-        echo_json(answer.partners)
+        echo_json(Peers(peers=partners))
     else:
-        click.echo("\n".join(partner_lines(answer.partners)))
+        render.show(render.peer_lines(partners))
 
 
 @click.command()
 @home_option
 def pause(home: Home) -> None:
     """Take no steps and no exchanges until `xpeer resume`."""
-    control_of(home).post("pause", timeout_s=120)
+    client_of(home, SLOW_S).pause()
+    say("paused")
 
 
 @click.command()
 @home_option
 def resume(home: Home) -> None:
     """Undo `xpeer pause`."""
-    control_of(home).post("resume", timeout_s=120)
+    client_of(home, SLOW_S).resume()
+    say("resumed")
 
 
-_timeout = click.option(
-    "--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds to wait for the end."
-)
-
-
-@click.command()
-@home_option
-@_timeout
-def stop(home: Home, timeout_s: float) -> None:
-    """Finish or abandon the step, save, and stop the daemon."""
-    _end(home, "stop", timeout_s)
+_timeout_option = click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    help="How long to wait for its end [default: daemon.stop_timeout_s and 15 s].",
+)  # fmt: skip
 
 
 @click.command()
 @home_option
-@_timeout
-def leave(home: Home, timeout_s: float) -> None:
-    """Tell the other members that this peer leaves, save, and stop the daemon."""
-    _end(home, "leave", timeout_s)
-
-
-def _end(home: Home, how: str, timeout_s: float) -> None:
-    pid = fetch_status(home).pid
-    control_of(home).post(how)
-    deadline = time.monotonic() + timeout_s
-    while _alive(pid):
-        if time.monotonic() > deadline:
-            raise LocalTimeoutError(
-                f"the daemon (pid {pid}) still runs after {timeout_s:g} s", "see `xpeer logs`"
-            )
-        time.sleep(POLL_S)
+@_timeout_option
+def stop(home: Home, timeout_s: float | None) -> None:
+    """Save a checkpoint and stop the daemon; return when it is gone."""
+    _end(home, timeout_s, leave=False)
     say("stopped")
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+@click.command()
+@home_option
+@_timeout_option
+def leave(home: Home, timeout_s: float | None) -> None:
+    """Tell the other members that this peer leaves, then stop the daemon."""
+    _end(home, timeout_s, leave=True)
+    say("left and stopped")
+
+
+def _end(home: Home, timeout_s: float | None, *, leave: bool) -> None:
+    config = load_config(home)
+    wait_s = config.daemon.stop_timeout_s + GRACE_S if timeout_s is None else timeout_s
+    Client(home.socket(config)).stop_and_wait(wait_s, leave=leave)
+
+
+def _watch(ask: Callable[[], Status], interval_s: float, *, as_json: bool) -> None:
+    """Until Ctrl-C or the daemon's end: redraw on a terminal, else a line per look."""
+    if as_json or not sys.stdout.isatty():
+        for answer in _looks(ask, interval_s):
+            line = msgspec.json.encode(answer).decode() if as_json else render.summary(answer)
+            click.echo(line)
+        return
+    from rich.live import Live  # noqa: PLC0415 - only --watch on a terminal needs it
+
+    with Live(console=render.console(), auto_refresh=False) as view:
+        for answer in _looks(ask, interval_s):
+            view.update(render.painted(render.status_lines(answer)), refresh=True)
+
+
+def _looks(ask: Callable[[], Status], interval_s: float) -> Iterator[Status]:
+    while True:
+        yield ask()
+        time.sleep(interval_s)

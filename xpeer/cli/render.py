@@ -1,81 +1,112 @@
-"""A status as lines for people. Plain text: `xpeer status` must answer at once."""
+"""A status as lines for people: plain text always, coloured by rich only on a terminal.
+
+Names and addresses in it came from other peers, so control characters are made visible.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
 from xpeer.status import Partner, Status
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+PRIVACY_OFF = "PRIVACY OFF: the swarm's manifest says so; what is shared protects no record"
+_LABEL = 12
+_COLOURS = {"ok": "bold green", "degraded": "bold yellow", "down": "bold red"}
+_PEER_COLUMNS = (
+    "PEER", "STATE", "PHASE", "ROLE", "SPEED", "DONE", "FAILED", "LAST", "REASON", "IN", "OUT",
+    "ADDRESS",
+)  # fmt: skip
 
 
 def status_lines(status: Status) -> list[str]:
-    """Health first, with its reasons; then what an operator asks next."""
-    lines = [f"health     {status.health}"]
-    lines += [f"           - {reason}" for reason in status.reasons]
+    """Health and its reasons first, then what an operator asks next."""
+    lines = [f"{'health':{_LABEL}}{health(status)}"]
     if status.privacy.mode == "off":
-        lines.append("PRIVACY IS OFF: the manifest says so; what is shared protects no record")
-    lines += [
-        f"swarm      {status.swarm_name or '-'} ({status.swarm_id[:16] or 'unknown'})",
-        f"peer       {status.peer_id}",
-        f"state      {status.state}, up {duration(status.uptime_s)}, xpeer {status.version}",
-        *_training(status),
-        *_privacy(status),
-        *_exchange(status),
-    ]
-    if status.addresses:
-        lines.append(f"address    {status.addresses[0]}")
-    return lines
+        lines.append(PRIVACY_OFF)
+    rows = (*_who(status), *_training(status), *_privacy(status), *_exchange(status))
+    return [*lines, *(f"{label:{_LABEL}}{visible(text)}" for label, text in rows)]
 
 
-def _training(status: Status) -> list[str]:
-    progress = status.progress
-    planned = f" of {progress.planned_steps}" if progress.planned_steps else ""
-    lines = [
-        f"round      {status.round}, step {progress.step}{planned}, "
-        f"{progress.tokens_per_s:,.0f} tokens/s on {status.device or '-'}",
-        f"loss       public {_number(progress.loss_public)}; this node only: "
-        f"train {_number(progress.loss_train)}, validation {_number(progress.loss_validation)}",
-        f"checkpoint {_ago(status.last_checkpoint_age_s)}",
-    ]
-    if status.trainer_restarts or status.sidecar_restarts:
-        lines.append(
-            f"restarts   trainer {status.trainer_restarts}, sidecar {status.sidecar_restarts}"
-        )
-    return lines
+def health(status: Status) -> str:
+    """Health with its reasons."""
+    reasons = "; ".join(status.reasons)
+    return visible(f"{status.health}: {reasons}" if reasons else status.health)
 
 
-def _privacy(status: Status) -> list[str]:
-    privacy = status.privacy
-    if privacy.mode == "off":
-        return []
-    left = "-" if privacy.steps_left is None else str(privacy.steps_left)
+def summary(status: Status) -> str:
+    """A status in one line, for `--watch` into a pipe."""
+    progress, privacy = status.progress, status.privacy
+    spent = (
+        "PRIVACY OFF"
+        if privacy.mode == "off"
+        else f"epsilon {privacy.epsilon_spent:.3f}/{privacy.epsilon_target:g}"
+    )
+    return visible(
+        f"{health(status)} | {status.state} round {status.round} step {progress.step}"
+        f" | public loss {number(progress.loss_public)} | {progress.tokens_per_s:,.0f} tokens/s"
+        f" | {live(status.partners)} partners | {spent} | out {size(status.bytes_out)}"
+    )
+
+
+def peer_lines(partners: Sequence[Partner]) -> list[str]:
+    """A table of the members, columns as wide as they need to be."""
+    rows = [_PEER_COLUMNS, *(_peer_row(partner) for partner in partners)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_PEER_COLUMNS))]
     return [
-        f"privacy    epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g} spent "
-        f"(delta {privacy.delta:.1e}), {left} steps left; {privacy.engine or '-'}"
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     ]
 
 
-def _exchange(status: Status) -> list[str]:
-    failed = sum(status.exchanges_failed.values())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in status.exchanges_failed.items())
-    alive = len(status.partners)
-    ratio = f", {status.compression_ratio:.2f}x compressed" if status.compression_ratio else ""
-    return [
-        f"partners   {alive} alive; last good exchange {_ago(status.last_good_round_age_s)}",
-        f"exchanges  {status.exchanges_done} done, {status.one_sided_merges} one-sided, "
-        f"{failed} skipped{f' ({reasons})' if reasons else ''}",
-        f"distance   {_number(status.progress.consensus_distance)} (consensus, relative)",
-        f"traffic    {size(status.bytes_in)} in, {size(status.bytes_out)} out{ratio}, "
-        f"{status.egress_cost:.4f} {status.currency}",
-    ]
+def show(lines: Sequence[str]) -> None:
+    """Print lines: as they are into a pipe or file, coloured on a terminal."""
+    if sys.stdout.isatty():
+        console().print(painted(lines), soft_wrap=True)
+    else:
+        click.echo("\n".join(lines))
 
 
-def partner_lines(partners: list[Partner]) -> list[str]:
-    """A table of the members."""
-    lines = [f"{'PEER':52} {'PHASE':12} {'SPEED':>5} {'DONE':>6} {'FAILED':>6} {'LAST':>8} REASON"]
-    lines += [
-        f"{p.peer_id:52} {p.phase:12} {p.speed:5g} {p.exchanges:6d} {p.failures:6d} "
-        f"{_ago(p.last_exchange_age_s):>8} {p.last_reason}"
-        for p in partners
-    ]
-    return lines
+def console() -> Console:
+    """Rich's view of stdout; without colour if NO_COLOR is set."""
+    from rich.console import Console  # noqa: PLC0415 - only a terminal needs rich
+
+    return Console(highlight=False, no_color=bool(os.environ.get("NO_COLOR")))
+
+
+def painted(lines: Sequence[str]) -> Text:
+    """Lines with labels dimmed and health and warnings coloured."""
+    from rich.text import Text  # noqa: PLC0415 - only a terminal needs rich
+
+    text = Text()
+    for index, line in enumerate(lines):
+        if line == PRIVACY_OFF:
+            text.append(line, style="bold white on red")
+        elif line.startswith("health "):
+            word = line[_LABEL:].partition(":")[0]
+            text.append(line[:_LABEL], style="dim").append(line[_LABEL:], _COLOURS.get(word, ""))
+        elif line.startswith("PEER "):
+            text.append(line, style="bold")
+        elif line[_LABEL - 1 : _LABEL] == " ":
+            text.append(line[:_LABEL], style="dim").append(line[_LABEL:])
+        else:
+            text.append(line)
+        if index < len(lines) - 1:
+            text.append("\n")
+    return text
+
+
+def live(partners: Sequence[Partner]) -> int:
+    """How many of them are alive."""
+    return sum(partner.state == "alive" for partner in partners)
 
 
 def duration(seconds: float) -> str:
@@ -100,9 +131,96 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A loss or a distance; a dash if there is none yet."""
     return "-" if value is None else f"{value:.4f}"
 
 
-def _ago(age_s: float | None) -> str:
+def ago(age_s: float | None) -> str:
+    """An age."""
     return "never" if age_s is None else f"{duration(age_s)} ago"
+
+
+def visible(text: str) -> str:
+    """Control characters as escapes: what a peer chose must not steer this terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _who(status: Status) -> Iterator[tuple[str, str]]:
+    yield "swarm", f"{status.swarm_name or '-'} ({status.swarm_id[:16] or 'unknown'})"
+    yield "peer", status.peer_id or "-"
+    if status.addresses:
+        yield "address", status.addresses[0]
+    running = f"up {duration(status.uptime_s)}, pid {status.pid}, xpeer {status.version}"
+    yield "daemon", running
+    if status.trainer_restarts or status.sidecar_restarts:
+        yield "restarts", f"trainer {status.trainer_restarts}, sidecar {status.sidecar_restarts}"
+
+
+def _training(status: Status) -> Iterator[tuple[str, str]]:
+    progress = status.progress
+    planned = f" of {progress.planned_steps}" if progress.planned_steps else ""
+    yield "state", f"{status.state}, round {status.round}, step {progress.step}{planned}"
+    yield (
+        "loss",
+        f"public {number(progress.loss_public)}; never leaving this node: "
+        f"train {number(progress.loss_train)}, validation {number(progress.loss_validation)}",
+    )
+    blocked = progress.seconds_blocked / progress.seconds_training * 100 if (
+        progress.seconds_training
+    ) else 0.0  # fmt: skip
+    yield (
+        "speed",
+        f"{progress.tokens_per_s:,.0f} tokens/s on {status.device or '-'}, "
+        f"{progress.tokens:,} tokens so far, {blocked:.1f}% of the time blocked",
+    )
+    yield "checkpoint", ago(status.last_checkpoint_age_s)
+
+
+def _privacy(status: Status) -> Iterator[tuple[str, str]]:
+    privacy = status.privacy
+    if privacy.mode == "off":
+        return
+    left = privacy.epsilon_target - privacy.epsilon_spent
+    steps = "" if privacy.steps_left is None else f" or {privacy.steps_left} steps"
+    yield (
+        "privacy",
+        f"epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g} spent, "
+        f"{max(left, 0.0):.3f}{steps} left; delta {privacy.delta:.1e}, "
+        f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} steps charged, "
+        f"clipping by {privacy.engine or '-'}",
+    )
+
+
+def _exchange(status: Status) -> Iterator[tuple[str, str]]:
+    gone = len(status.partners) - live(status.partners)
+    yield "partners", f"{live(status.partners)} live" + (f", {gone} not" if gone else "")
+    failed = sum(status.exchanges_failed.values())
+    reasons = ", ".join(f"{count} {why}" for why, count in sorted(status.exchanges_failed.items()))
+    yield (
+        "exchanges",
+        f"{status.exchanges_done} done, {failed} failed{f' ({reasons})' if reasons else ''}, "
+        f"{status.one_sided_merges} one-sided; last good round {ago(status.last_good_round_age_s)}",
+    )
+    yield "distance", f"{number(status.progress.consensus_distance)} (consensus, relative)"
+    ratio = f" ({status.compression_ratio:.2f}x compressed)" if status.compression_ratio else ""
+    price = (
+        f", at {status.egress_cost / status.bytes_out * 1e9:g} per GB" if status.bytes_out else ""
+    )
+    yield (
+        "traffic",
+        f"in {size(status.bytes_in)}, out {size(status.bytes_out)}{ratio}; "
+        f"cost {status.egress_cost:.4f} {status.currency}{price}",
+    )
+    if status.strangers_refused:
+        yield "strangers", f"{status.strangers_refused} refused"
+
+
+def _peer_row(partner: Partner) -> tuple[str, ...]:
+    cells = (
+        partner.peer_id, partner.state, partner.phase or "-", partner.role, f"{partner.speed:g}",
+        str(partner.exchanges), str(partner.failures), ago(partner.last_exchange_age_s),
+        partner.last_reason or "-", size(partner.bytes_in), size(partner.bytes_out),
+        partner.addresses[0] if partner.addresses else "-",
+    )  # fmt: skip
+    return tuple(visible(cell) for cell in cells)

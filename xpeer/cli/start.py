@@ -1,15 +1,18 @@
-"""`xpeer start`: checks everything that can be checked, then becomes the daemon."""
+"""`xpeer start`: checks what it can at once, then becomes the daemon."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import click
 
 from xpeer.cli.common import home_option, load_config, say
 from xpeer.config import Home
-from xpeer.errors import ConfigError
+from xpeer.errors import ConfigError, NotAuthorisedError
+
+MAX_TOKEN_CHARS = 8192
 
 
 @click.command()
@@ -25,7 +28,7 @@ from xpeer.errors import ConfigError
 )
 @click.option("--join", metavar="TOKEN", help="Token, file:PATH, or - for standard input.")
 @click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), help="Another config.toml."
+    "--config", "config_path", type=click.Path(path_type=Path), help="Instead of HOME/config.toml."
 )
 @click.option("--listen", multiple=True, metavar="ADDR", help="Multiaddress to listen on.")
 @click.option("--announce", multiple=True, metavar="ADDR", help="Address to tell others.")
@@ -34,8 +37,8 @@ from xpeer.errors import ConfigError
 )
 @click.option("--min-peers", type=int, help="Wait for this many partners before training.")
 @click.option("--paused", is_flag=True, help="Join and serve, but take no steps until resume.")
-@click.option("--log-format", type=click.Choice(["text", "json"]))
-@click.option("--dry-run", is_flag=True, help="Check configuration, keys and text; start nothing.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Of stderr and the log.")
+@click.option("--dry-run", is_flag=True, help="Check settings, keys, token and text; then exit.")
 def start(
     home: Home,
     seeds: tuple[str, ...],
@@ -50,7 +53,7 @@ def start(
     dry_run: bool,
 ) -> None:
     """Run this peer's daemon in the foreground, until SIGTERM or `xpeer stop`."""
-    settings = load_config(
+    config = load_config(
         home,
         {
             "network.bootstrap": [seed for seed in seeds if seed] or None,
@@ -62,30 +65,65 @@ def start(
         },
         config_path,
     )
+    home.socket(config)
+    token = read_token(join)
+    if token is not None:
+        _check_token(home, token)
     # torch and hivemind take seconds to import: only now.
     from xpeer_daemon import service  # noqa: PLC0415
 
     if dry_run:
-        service.check(home, settings, join_token=read_token(join))
-        say("ok: nothing was started")
+        service.check(home, config, join_token=token)
+        say("all is well; nothing was started")
         return
-    sys.exit(service.run(home, settings, join_token=read_token(join), paused=paused))
+    raise click.exceptions.Exit(service.run(home, config, join_token=token, paused=paused))
 
 
 def read_token(argument: str | None) -> str | None:
-    """A token given directly, in a file, or on standard input.
+    """A token given directly, in a file, or on standard input; unchecked.
 
     Raises:
         ConfigError: the file can't be read.
+        NotAuthorisedError: there is nothing in it.
     """
     if argument is None:
         return None
     if argument == "-":
-        return sys.stdin.read(8192)
-    if not argument.startswith("file:"):
-        return argument
-    path = Path(argument.removeprefix("file:"))
-    try:
-        return path.read_text(encoding="utf-8")[:8192]
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--join: {path} can't be read: {e}", "check the path") from e
+        text = sys.stdin.read(MAX_TOKEN_CHARS)
+    elif argument.startswith("file:"):
+        path = Path(argument.removeprefix("file:")).expanduser()
+        try:
+            with path.open(encoding="utf-8") as file:
+                text = file.read(MAX_TOKEN_CHARS)
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"--join: {path} is not text", "name the token's own file") from e
+        except OSError as e:
+            raise ConfigError(
+                f"--join: {path} can't be read: {e.strerror}", "check the path and its mode"
+            ) from e
+    else:
+        text = argument
+    if not text.strip():
+        raise NotAuthorisedError(
+            "--join: the token is empty", "ask an admin for one (`xpeer invite create`)"
+        )
+    return text.strip()
+
+
+def _check_token(home: Home, text: str) -> None:
+    """Say what is wrong with a token before anything slow is imported; writes nothing."""
+    from xpeer import founding  # noqa: PLC0415 - cryptography only where a token is
+    from xpeer.identity import Identity  # noqa: PLC0415
+    from xpeer.network.invites import Token  # noqa: PLC0415
+
+    token = Token.parse(text)
+    if home.identity_key.exists():
+        token.credential_for(Identity.load(home.identity_key), time.time())
+    elif token.bearer:  # its key is made when the daemon starts
+        token.credential_for(Identity.generate(), time.time())
+    else:
+        raise NotAuthorisedError(
+            f"the token is for {token.certificate.subject}, and home {home.path} has no key",
+            "run `xpeer id` first, and ask for a token for that PeerID",
+        )
+    founding.refuse_other_swarm(home, token.swarm_id)
