@@ -107,6 +107,7 @@ class Ledger:
         ledger = cls(path, connection)
         try:
             ledger._read()
+            ledger._prepare_to_write()
             if must_exist is not None and ledger.id != must_exist:
                 raise LocalError(
                     f"privacy ledger {path} is {ledger.id}, but the checkpoint was made with "
@@ -213,12 +214,6 @@ class Ledger:
 
     def _read(self) -> None:
         with _told(self.path, "is corrupt", _RESTORE):
-            # FULL: every commit is fsynced. A checkpoint after each keeps the main file complete,
-            # so that a copy without its -wal loses nothing.
-            self._connection.executescript(
-                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA fullfsync = ON;"
-                "PRAGMA wal_autocheckpoint = 1;"
-            )
             state = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             heads = self._connection.execute("SELECT version, ledger_id, counter, hash FROM head")
             head = heads.fetchall()
@@ -239,6 +234,16 @@ class Ledger:
                 f"privacy ledger {self.path} is inconsistent: {counter} charges were made and "
                 f"{self._counter} are recorded, or the last was altered",
                 _RESTORE,
+            )
+
+    def _prepare_to_write(self) -> None:
+        """Only once the content is known to be good: a damaged file is left as it is."""
+        # FULL: every commit is fsynced. A checkpoint after each keeps the main file complete,
+        # so that a copy without its -wal loses nothing.
+        with _told(self.path, "can't be written", _MEND):
+            self._connection.executescript(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA fullfsync = ON;"
+                "PRAGMA wal_autocheckpoint = 1;"
             )
 
     def _check_row(
