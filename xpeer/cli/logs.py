@@ -7,6 +7,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TextIO
 
@@ -50,17 +51,17 @@ class Entry(Struct, omit_defaults=True):
 def logs(home: Home, as_json: bool, follow: bool, tail: int, level: str) -> None:
     """Show the last entries of the daemon's log."""
     wanted = frozenset(LEVELS[LEVELS.index(level) :])
-    current = _Tail(home.log)
-    entries: deque[Entry] = deque(maxlen=tail)
-    for lines in (_rotated(home.log), current.new_lines()):
-        entries.extend(entry for entry in parse(lines) if entry.level in wanted)
-    for entry in entries:
-        _print(entry, as_json=as_json)
-    while follow:
-        for entry in parse(current.new_lines()):
-            if entry.level in wanted:
-                _print(entry, as_json=as_json)
-        time.sleep(POLL_S)
+    with closing(_Tail(home.log)) as current:
+        entries: deque[Entry] = deque(maxlen=tail)
+        for lines in (_rotated(home.log), current.new_lines()):
+            entries.extend(entry for entry in parse(lines) if entry.level in wanted)
+        for entry in entries:
+            _print(entry, as_json=as_json)
+        while follow:
+            for entry in parse(current.new_lines()):
+                if entry.level in wanted:
+                    _print(entry, as_json=as_json)
+            time.sleep(POLL_S)
 
 
 class _Tail:
@@ -81,6 +82,10 @@ class _Tail:
             text += self._file.read()
         *lines, self._rest = text.split("\n")
         return lines
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
     def _replaced(self) -> bool:
         try:

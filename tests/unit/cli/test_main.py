@@ -1,0 +1,134 @@
+"""The root command: its table, its error boundary, its small commands."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from xpeer import __version__, cli
+from xpeer.cli.common import echo_json, error_boundary, home_option
+from xpeer.config import Home
+from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError, Reason
+
+
+ROOT = Path(__file__).parents[3]
+
+
+def xpeer(*args: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli.main, args)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def written(name: str) -> bool:
+    """Whether the module of a command is there."""
+    path = cli.COMMANDS[name].target.partition(":")[0].replace(".", "/")
+    return (ROOT / f"{path}.py").exists()
+
+
+def test_help_lists_every_command() -> None:
+    code, out, _ = xpeer("--help")
+    assert code == ExitCode.OK
+    for name, entry in cli.COMMANDS.items():
+        assert any(
+            line.split() and line.split()[0] == name and entry.help in line
+            for line in out.splitlines()
+        ), name
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_exists_and_says_what_it_does(name: str) -> None:
+    if not written(name):
+        pytest.skip(f"xpeer {name} is not written yet")
+    module, _, attribute = cli.COMMANDS[name].target.partition(":")
+    command = getattr(importlib.import_module(module), attribute)
+    assert command.name == name
+    assert command.help
+    assert xpeer(name, "--help")[0] == ExitCode.OK
+
+
+def test_usage_errors_are_two() -> None:
+    code, out, err = xpeer("stauts")
+    assert (code, out) == (ExitCode.USAGE, "")
+    assert "stauts" in err
+    assert xpeer("status", "--nonsense")[0] == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("a = 1 is wrong", "use 2"), 8, "xpeer: error: a = 1 is wrong - use 2\n"),
+        (LocalError("two\nlines"), 1, "xpeer: error: two lines\n"),
+        (PeerError(Reason.TIMEOUT, "30 s"), 1, "xpeer: error: timeout: 30 s\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_error_boundary(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(click.exceptions.Exit) as caught, error_boundary():
+        raise error
+    assert caught.value.exit_code == code
+    assert capsys.readouterr().err == line
+
+
+def test_bugs_are_not_dressed_up() -> None:
+    with pytest.raises(ZeroDivisionError), error_boundary():
+        raise ZeroDivisionError
+
+
+def test_home_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+
+    @click.command()
+    @home_option
+    def command(home: Home) -> None:
+        seen.append(home.path)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XPEER_HOME", raising=False)
+    CliRunner().invoke(command, [], catch_exceptions=False)
+    CliRunner(env={"XPEER_HOME": str(tmp_path / "b")}).invoke(command, [])
+    CliRunner(env={"XPEER_HOME": str(tmp_path / "b")}).invoke(
+        command, ["--home", str(tmp_path / "c")]
+    )
+    assert seen == [tmp_path / ".xpeer", tmp_path / "b", tmp_path / "c"]
+
+
+def test_echo_json(capsys: pytest.CaptureFixture[str]) -> None:
+    echo_json({"a": [1, None]})
+    assert json.loads(capsys.readouterr().out) == {"a": [1, None]}
+
+
+def test_version() -> None:
+    code, out, _ = xpeer("version", "--json")
+    assert code == ExitCode.OK
+    assert json.loads(out)["xpeer"] == __version__
+    assert xpeer("version")[1].startswith(f"xpeer {__version__}\n")
+    assert xpeer("--version")[1] == f"xpeer {__version__}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell: str) -> None:
+    if shell == "bash" and shutil.which("bash") is None:
+        pytest.skip("bash is not installed: click asks it for its version")
+    code, out, _ = xpeer("completion", shell)
+    assert code == ExitCode.OK
+    assert "_XPEER_COMPLETE" in out
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=out, text=True, check=True)
+
+
+def test_completion_imports_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(importlib, "import_module", imported.append)
+    ctx = click.Context(cli.main, info_name="xpeer")
+    names = [item.value for item in cli.main.shell_complete(ctx, "st")]
+    assert names == ["start", "status", "stop"]
+    assert imported == []

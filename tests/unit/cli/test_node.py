@@ -1,0 +1,216 @@
+"""status, peers, pause, resume, stop and leave against a control API."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.fake_daemon import HEALTHY, OTHER, answering
+from tests.unit.test_control import process
+from xpeer.cli import main, node, render
+from xpeer.control import Peers
+from xpeer.errors import ExitCode, LocalError, NotRunningError
+from xpeer.status import Partner, PrivacySpent, Status
+
+SICK = msgspec.structs.replace(
+    HEALTHY, health="degraded", reasons=["no live partner", "trainer exited with 1"]
+)
+OPEN = msgspec.structs.replace(HEALTHY, privacy=PrivacySpent(mode="off"))
+
+
+def xpeer(home: Path, *args: str) -> Result:
+    return CliRunner(env={"XPEER_HOME": str(home)}).invoke(main, args)
+
+
+def test_status_for_people(tmp_path: Path) -> None:
+    with answering(tmp_path / "xpeer.sock"):
+        result = xpeer(tmp_path, "status")
+    assert result.exit_code == ExitCode.OK
+    assert result.stderr == ""
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert result.stdout.startswith("health      ok\n")
+    assert lines["state"] == "training, round 12, step 240 of 1000"
+    assert lines["loss"] == (
+        "public 4.1250; never leaving this node: train 3.2500, validation 3.5000"
+    )
+    assert lines["speed"].startswith("4,321 tokens/s on cpu, 123,456 tokens so far, 1.5%")
+    assert lines["partners"] == "1 live, 1 not"
+    assert lines["exchanges"] == (
+        "40 done, 2 failed (2 timeout), 0 one-sided; last good round 3s ago"
+    )
+    assert lines["traffic"] == (
+        "in 12.3 MB, out 2.0 GB (3.90x compressed); cost 0.1800 USD, at 0.09 per GB"
+    )
+    assert lines["privacy"].startswith("epsilon 3.250 of 8 spent, 4.750 or 600 steps left")
+    assert lines["distance"].startswith("0.0125")
+    assert lines["checkpoint"] == "2m 0s ago"
+
+
+def test_reasons_come_first(tmp_path: Path) -> None:
+    with answering(tmp_path / "xpeer.sock", SICK):
+        result = xpeer(tmp_path, "status")
+    assert result.exit_code == ExitCode.OK
+    first = result.stdout.splitlines()[0]
+    assert first.split(maxsplit=1)[1] == "degraded: no live partner; trainer exited with 1"
+
+
+def test_privacy_off_is_shouted(tmp_path: Path) -> None:
+    with answering(tmp_path / "xpeer.sock", OPEN):
+        result = xpeer(tmp_path, "status")
+    assert any(line.startswith("PRIVACY OFF") for line in result.stdout.splitlines()[:3])
+    assert "epsilon" not in result.stdout
+
+
+def test_status_for_programs(tmp_path: Path) -> None:
+    with answering(tmp_path / "xpeer.sock", SICK):
+        result = xpeer(tmp_path, "status", "--json")
+    assert msgspec.json.decode(result.stdout, type=Status) == SICK
+    assert msgspec.json.decode(result.stdout)["schema_version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [(HEALTHY, ExitCode.OK), (SICK, ExitCode.DEGRADED)]
+)
+def test_exit_code(tmp_path: Path, status: Status, expected: ExitCode) -> None:
+    with answering(tmp_path / "xpeer.sock", status):
+        result = xpeer(tmp_path, "status", "--exit-code")
+    assert result.exit_code == expected
+    assert result.stdout.startswith("health")
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "peers", "pause", "resume", "stop", "leave", "status --watch"]
+)
+def test_not_running(tmp_path: Path, command: str) -> None:
+    result = xpeer(tmp_path, *command.split())
+    assert result.exit_code == ExitCode.NOT_RUNNING
+    assert result.stdout == ""
+    assert re.fullmatch(
+        r"xpeer: error: no daemon answers at \S+ - .*xpeer start.*\n", result.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def looking(*answers: Status) -> Callable[[], Status]:
+    """Answers one after another; then the daemon is gone."""
+    left = list(answers)
+
+    def ask() -> Status:
+        if not left:
+            raise NotRunningError("gone", "start it")
+        return left.pop(0)
+
+    return ask
+
+
+def test_watch_into_a_pipe_prints_a_line_per_look(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(NotRunningError):
+        node._watch(looking(HEALTHY, SICK, OPEN), 0.0, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines] == [
+        "ok",
+        "degraded: no live partner; trainer exited with 1",
+        "ok",
+    ]
+    assert "epsilon 3.250/8" in lines[0]
+    assert "PRIVACY OFF" in lines[2]
+    with pytest.raises(NotRunningError):
+        node._watch(looking(HEALTHY, SICK), 0.0, as_json=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [msgspec.json.decode(line, type=Status) for line in lines] == [HEALTHY, SICK]
+
+
+def test_watch_on_a_terminal_redraws(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with pytest.raises(NotRunningError):
+        node._watch(looking(HEALTHY, SICK), 0.0, as_json=False)
+    out = capsys.readouterr().out
+    assert "\x1b[1A" in out  # the cursor goes up: drawn over
+    assert "degraded" in out
+
+
+def test_colour_only_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    lines = render.status_lines(OPEN)
+    render.show(lines)
+    assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    render.show(lines)
+    coloured = capsys.readouterr().out
+    assert "\x1b[1;32mok" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == "\n".join(lines) + "\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    render.show(lines)
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", capsys.readouterr().out)
+
+
+def test_peers(tmp_path: Path) -> None:
+    with answering(tmp_path / "xpeer.sock"):
+        table = xpeer(tmp_path, "peers")
+        answer = xpeer(tmp_path, "peers", "--json")
+    header, first, second = table.stdout.splitlines()
+    assert header.split()[:3] == ["PEER", "STATE", "PHASE"]
+    assert first.split()[:4] == [OTHER, "alive", "training", "member"]
+    assert header.index("STATE") == first.index("alive") == second.index("suspect")
+    assert msgspec.json.decode(answer.stdout, type=Peers).peers == HEALTHY.partners
+
+
+def test_peers_cannot_steer_the_terminal() -> None:
+    evil = Partner(peer_id=OTHER, phase="\x1b]0;owned\x07", addresses=["/ip4/\n/tcp/1"])
+    text = "\n".join(render.peer_lines([evil]))
+    assert "\x1b" not in text
+    assert text.count("\n") == 1
+    sick = msgspec.structs.replace(HEALTHY, swarm_name="a\x1b[2J", reasons=["b\nc"])
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", "\n".join(render.status_lines(sick)))
+    assert len(render.status_lines(sick)) == len(render.status_lines(HEALTHY))
+
+
+def test_pause_and_resume(tmp_path: Path) -> None:
+    with answering(tmp_path / "xpeer.sock") as fake:
+        for command in ("pause", "resume"):
+            result = xpeer(tmp_path, command)
+            assert (result.exit_code, result.stdout) == (ExitCode.OK, "")
+        fake.error = LocalError("the trainer is busy", "wait")
+        result = xpeer(tmp_path, "pause")
+        assert result.exit_code == ExitCode.ERROR
+        assert result.stderr == "xpeer: error: the trainer is busy - wait\n"
+        assert fake.calls == ["pause", "resume", "pause"]
+
+
+@pytest.mark.parametrize("command", ["stop", "leave"])
+def test_stop_returns_when_the_daemon_is_gone(tmp_path: Path, command: str) -> None:
+    with process(tmp_path / "xpeer.sock") as running:
+        result = xpeer(tmp_path, command, "--timeout", "20")
+        assert result.exit_code == ExitCode.OK
+        assert running.wait(20) == 0
+
+
+def test_stop_times_out(tmp_path: Path) -> None:
+    with process(tmp_path / "xpeer.sock", "deaf") as running:
+        result = xpeer(tmp_path, "stop", "--timeout", "0.2")
+        assert result.exit_code == ExitCode.TIMED_OUT
+        assert f"pid {running.pid}" in result.stderr
+
+
+def test_the_socket_of_a_service(tmp_path: Path) -> None:
+    """An operator outside the service's folder names its socket only."""
+    with answering(tmp_path / "run.sock"):
+        env = {
+            "XPEER_DAEMON_SOCKET": str(tmp_path / "run.sock"),
+            "XPEER_HOME": str(tmp_path / "no"),
+        }
+        result = CliRunner(env=env).invoke(main, ["status"])
+    assert result.exit_code == ExitCode.OK
