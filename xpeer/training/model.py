@@ -6,11 +6,15 @@ losses in `losses`, what is done with a trained one in `export`; the usual names
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from xpeer.errors import ConfigError
 from xpeer.training.export import export_hf, generate
@@ -48,6 +52,12 @@ _ATTENTION: Final = "sdpa"
 _REFUSED_KEYS: Final = frozenset({"auto_map", "quantization_config", "adapters"})
 """Would load code or weights from elsewhere, or train something that is not float32."""
 
+_LOADING_ERRORS: Final = (
+    *(ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
+    *(ZeroDivisionError, AssertionError, StrictDataclassError),
+)
+"""What transformers raises at a config that makes no sense."""
+
 
 def build(config: dict[str, Any], seed: int | None = None) -> torch.nn.Module:
     """A causal language model with random weights, in training mode, on the CPU.
@@ -73,9 +83,9 @@ def build(config: dict[str, Any], seed: int | None = None) -> torch.nn.Module:
                 dtype=torch.float32,
                 trust_remote_code=False,
             )
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as e:
+    except _LOADING_ERRORS as e:
         raise ConfigError(
-            f"model.config: no causal language model can be built from it: {_first_line(e)}",
+            f"model.config: no causal language model can be built from it: {_one_line(e)}",
             "use the config.json of a model of one of transformers' causal families",
         ) from e
     return _ready(model)
@@ -87,14 +97,11 @@ def from_folder(path: Path) -> torch.nn.Module:
     Raises:
         ConfigError: missing, not a model folder, no causal language model, or weights missing.
     """
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"model {path}: there is no config.json in it",
-            "name a folder that save_pretrained wrote, with config.json and model.safetensors",
-        )
+    disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
+            config=_parse_config(_read_config(path)),
             dtype=torch.float32,
             attn_implementation=_ATTENTION,
             local_files_only=True,
@@ -102,17 +109,9 @@ def from_folder(path: Path) -> torch.nn.Module:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        OSError,
-    ) as e:
+    except (*_LOADING_ERRORS, OSError, SafetensorError) as e:
         raise ConfigError(
-            f"model {path}: can't be loaded as a causal language model: {_first_line(e)}",
+            f"model {path}: can't be loaded as a causal language model: {_one_line(e)}",
             "check config.json and model.safetensors; encoder models can't be trained here",
         ) from e
     missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
@@ -122,7 +121,6 @@ def from_folder(path: Path) -> torch.nn.Module:
             f"{missing[0]}",
             "the weights have to be those of a causal language model with this config",
         )
-    _parse_config(config_of(model))
     return _ready(model)
 
 
@@ -164,6 +162,19 @@ def check_fits(model: torch.nn.Module, tokenizer_vocab: int, sequence_tokens: in
         )
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"model {path}: its config.json can't be read: {e}",
+            "name a folder that save_pretrained wrote, with config.json and model.safetensors",
+        ) from e
+    if not isinstance(config, dict):
+        raise ConfigError(f"model {path}: its config.json is not an object", "restore the file")
+    return config
+
+
 def _parse_config(config: dict[str, Any]) -> Any:
     kind = config.get("model_type")
     if not isinstance(kind, str):
@@ -173,27 +184,36 @@ def _parse_config(config: dict[str, Any]) -> Any:
         raise ConfigError(f"model.config: {refused[0]} is refused", "remove it from config.json")
     rest = {key: value for key, value in config.items() if key != "model_type"}
     try:
-        return AutoConfig.for_model(kind, **rest)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        made = AutoConfig.for_model(kind, **rest)
+    except _LOADING_ERRORS as e:
         raise ConfigError(
-            f"model.config: {kind!r} with these values is no known model: {_first_line(e)}",
+            f"model.config: {kind!r} with these values is no known model: {_one_line(e)}",
             "correct it, or install the transformers version that knows it",
         ) from e
-
-
-def _ready(model: Any) -> torch.nn.Module:
-    """Float32, no key-value cache, no dropout, training mode."""
-    model.config.use_cache = False
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for key, value in model.config.to_dict().items():
-        # attention reads its own from the config
-        if isinstance(value, float) and key.endswith(("dropout", "pdrop", "_dropout_prob")):
-            setattr(model.config, key, 0.0)
-    made: torch.nn.Module = model.float().train()
+    made.use_cache = False
+    for key, value in made.to_dict().items():
+        if isinstance(value, float) and key.endswith(("dropout", "pdrop", "dropout_prob")):
+            setattr(made, key, 0.0)
     return made
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _ready(model: Any) -> torch.nn.Module:
+    """Float32, no dropout, training mode, and shown to be causal."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    made: torch.nn.Module = model.float().eval()
+    ids = torch.zeros((2, 4), dtype=torch.int64)
+    ids[1, -1] = 1
+    with torch.no_grad():
+        logits = made(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(logits[0, :-1], logits[1, :-1], rtol=1e-3, atol=1e-4):
+        raise ConfigError(
+            f"model.config: {model.config.model_type} looks at the tokens that it has to predict",
+            "use a causal (decoder) model; is_decoder = true makes some encoders into one",
+        )
+    return made.train()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

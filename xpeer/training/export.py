@@ -1,0 +1,109 @@
+"""What is done with a trained model: a folder for transformers, and a few words from it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from xpeer.errors import ConfigError, LocalError
+from xpeer.training.losses import autocast, transformers_model
+from xpeer.training.tokenizer import Tokenizer
+
+
+def export_hf(model: torch.nn.Module, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load.
+
+    It appears whole or not at all.
+
+    Args:
+        model: not wrapped, or wrapped; the transformers model in it is written.
+        tokenizer: None = the model alone.
+        folder: must not exist, or be empty.
+
+    Raises:
+        ConfigError: the folder holds something.
+        LocalError: it can't be written.
+    """
+    inner: Any = transformers_model(model)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"export folder {folder} is not empty", "name a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as e:
+        raise _unwritable(folder, e) from e
+    try:
+        inner.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_hf(staging)
+        staging.chmod(0o755)
+        staging.replace(folder)
+    except (OSError, SafetensorError, RuntimeError) as e:
+        raise _unwritable(folder, e) from e
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    num_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """Continue a prompt; for demonstrations, not for speed.
+
+    Args:
+        model: in any mode, which is restored.
+        tokenizer: of the model.
+        prompt: may be empty if the tokenizer has a begin-of-text id.
+        num_tokens: at most so many; an end-of-text ends it.
+        temperature: 0 = the most likely token always.
+        seed: of the choices.
+
+    Returns:
+        The continuation without the prompt.
+
+    Raises:
+        ConfigError: there is nothing to continue.
+    """
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = start + tokenizer.encode(prompt)
+    if not ids:
+        raise ConfigError("the prompt is empty", "give at least a word")
+    known = len(ids)
+    device = next(model.parameters()).device
+    limit = getattr(transformers_model(model).config, "max_position_embeddings", None) or 1024
+    generator = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(num_tokens):
+            window = torch.tensor([ids[-limit:]], device=device)
+            with autocast(device):
+                logits = model(input_ids=window, use_cache=False).logits[0, -1].float().cpu()
+            if temperature > 0:
+                odds = torch.softmax(logits / temperature, 0)
+                chosen = int(torch.multinomial(odds, 1, generator=generator))
+            else:
+                chosen = int(logits.argmax())
+            if chosen == tokenizer.eos_id:
+                break
+            ids.append(chosen)
+    finally:
+        model.train(was_training)
+    return tokenizer.decode(ids[known:])
+
+
+def _unwritable(folder: Path, error: BaseException) -> LocalError:
+    return LocalError(
+        f"export folder {folder} can't be written: {error}", "check free space and rights"
+    )

@@ -1,0 +1,121 @@
+"""Losses of a causal language model, and the device they are computed on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from xpeer.errors import ConfigError, LocalError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device to train on: cuda > mps > cpu, or the one that is named.
+
+    Raises:
+        ConfigError: the one named is not there.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, found in there.items() if found))
+    if not there.get(name, False):
+        raise ConfigError(
+            f"training.device = {name}: this machine has none that torch can use",
+            f"set it to auto or one of: {', '.join(k for k, found in there.items() if found)}",
+        )
+    return torch.device(name)
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 forward passes where the device is fast at them; nothing elsewhere."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def record_losses(
+    model: torch.nn.Module, input_ids: torch.Tensor, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token cross-entropy, summed per record; records do not see one another.
+
+    Padding is at the right, so that causal attention never looks at it, and needs no mask.
+
+    Args:
+        model: causal language model, wrapped or not.
+        input_ids: (records, tokens) int64, on the model's device.
+        pad_id: targets with this id do not count.
+
+    Returns:
+        Sum of negative log-likelihoods in nats, (records,) float32; targets counted, (records,).
+    """
+    extra: dict[str, torch.Tensor] = {}
+    if _takes_positions(type(transformers_model(model)).forward):
+        # expanded: GPT-2 otherwise embeds them once for all records, and no per-record gradient
+        # of the position embedding exists
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        extra["position_ids"] = positions.expand_as(input_ids)
+    logits = model(input_ids=input_ids, use_cache=False, **extra).logits  # (B, T, vocabulary)
+    targets = input_ids[:, 1:]
+    counted = targets != pad_id
+    losses = cross_entropy(
+        logits[:, :-1].float().transpose(1, 2),
+        targets.masked_fill(~counted, -100),
+        ignore_index=-100,
+        reduction="none",
+    )  # (B, T - 1)
+    return losses.sum(1), counted.sum(1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, records: torch.Tensor, pad_id: int, micro_batch: int = 16
+) -> float:
+    """Mean loss in nats per token.
+
+    Args:
+        model: causal language model; its mode is as before afterwards.
+        records: (records, tokens) int64, any device.
+        pad_id: of the padding.
+        micro_batch: records per forward pass.
+
+    Raises:
+        ConfigError: there is not one token to predict.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nats, tokens = 0.0, 0
+    try:
+        for part in torch.split(records, max(1, micro_batch)):
+            with autocast(device):
+                losses, counted = record_losses(model, part.to(device), pad_id)
+            nats += float(losses.double().sum())
+            tokens += int(counted.sum())
+    finally:
+        model.train(was_training)
+    if tokens == 0:
+        raise ConfigError("no text to measure a loss on", "give a longer text")
+    return nats / tokens
+
+
+def transformers_model(model: torch.nn.Module) -> Any:
+    """The transformers model in a wrapper such as opacus', or the model itself."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise LocalError(f"{type(model).__name__} holds no transformers model")
+
+
+@functools.cache
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters

@@ -1,0 +1,222 @@
+"""Text to token ids and back: bytes, or a Hugging Face tokenizer.json whose digest all peers share.
+
+Ids of special tokens never come out of `encode`, whatever the text says: a shard that contains
+"<|endoftext|>" can't forge the end of a document.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, pre_tokenizers
+
+from xpeer import manifest
+from xpeer.errors import ConfigError
+from xpeer.identity import blake2b
+
+BYTE_BOS: Final = 256
+BYTE_EOS: Final = 257
+BYTE_PAD: Final = 258
+BYTE_VOCABULARY: Final = 259
+
+
+class Tokenizer(Protocol):
+    """Between text and ids. Safe to share between threads."""
+
+    @property
+    def name(self) -> str:
+        """Changes whenever the ids of any text would; a key for caches."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is less."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """Put before a document, if the tokenizer has one."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """Put behind a document, if the tokenizer has one."""
+
+    @property
+    def pad_id(self) -> int:
+        """Fills records up; never a target."""
+
+    def encode(self, text: str) -> list[int]:
+        """Text without lone surrogates to ids, none of them special."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The reverse; special ids vanish, broken characters become U+FFFD."""
+
+    def save_hf(self, folder: Path) -> None:
+        """Write the files that transformers' AutoTokenizer reads. Raises OSError."""
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, then begin, end and padding."""
+
+    name = "byte/1"
+    vocab_size = BYTE_VOCABULARY
+    bos_id: int | None = BYTE_BOS
+    eos_id: int | None = BYTE_EOS
+    pad_id = BYTE_PAD
+
+    def encode(self, text: str) -> list[int]:
+        """One id per byte of UTF-8."""
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        """The reverse; special ids vanish, broken characters become U+FFFD."""
+        return bytes(i for i in ids if i < BYTE_BOS).decode(errors="replace")
+
+    def save_hf(self, folder: Path) -> None:
+        """Write an equal tokenizer for transformers: byte-level BPE without a single merge."""
+        vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+        fast = Fast(models.BPE(vocab=vocabulary, merges=[]))
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        fast.decoder = decoders.ByteLevel()
+        special = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+        fast.add_special_tokens(list(special.values()))
+        (folder / "tokenizer.json").write_text(fast.to_str(), encoding="utf-8")
+        _write_json(
+            folder / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                **special,
+                "split_special_tokens": True,
+                "clean_up_tokenization_spaces": False,
+            },
+        )
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json, used without transformers.
+
+    Args:
+        folder: holds tokenizer.json, and beside it what names its special tokens.
+        digest: BLAKE2b-256 (hex) that the manifest demands; empty = any.
+
+    Raises:
+        ConfigError: missing, another digest, malformed, or no token can serve as padding.
+    """
+
+    def __init__(self, folder: Path, digest: str = "") -> None:
+        file = folder / "tokenizer.json"
+        try:
+            data = file.read_bytes()
+        except OSError as e:
+            raise ConfigError(
+                f"data.tokenizer: {file} can't be read: {e.strerror}",
+                "name the folder that holds the tokenizer.json of the swarm's model",
+            ) from e
+        seen = blake2b(data).hex()
+        if digest and seen != digest:
+            raise ConfigError(
+                f"data.tokenizer: {file} has digest {seen[:16]}, the manifest says {digest[:16]}",
+                "use the very file that the founder used",
+            )
+        self.name = f"huggingface/{seen}"
+        self._fast = _parse(data, file)
+        self._fast.encode_special_tokens = True
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        self._folder = folder
+        special = _special_tokens(folder)
+        self.bos_id = self._id(special.get("bos_token"))
+        self.eos_id = self._id(special.get("eos_token"))
+        pad_id = next(
+            (
+                found
+                for name in ("pad_token", "eos_token", "unk_token")
+                if (found := self._id(special.get(name))) is not None
+            ),
+            None,
+        )
+        if pad_id is None:
+            raise ConfigError(
+                f"data.tokenizer: {folder} names no padding, end or unknown token",
+                "add pad_token to its tokenizer_config.json",
+            )
+        self.pad_id = pad_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is less: added tokens may leave gaps below them."""
+        return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids, none of them special."""
+        return list(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The reverse, as well as the tokenizer can; special ids vanish."""
+        return self._fast.decode(ids, skip_special_tokens=True)
+
+    def save_hf(self, folder: Path) -> None:
+        """Copy its files."""
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            source = self._folder / name
+            if source.exists():
+                (folder / name).write_bytes(source.read_bytes())
+
+    def _id(self, token: Any) -> int | None:
+        text = token.get("content") if isinstance(token, dict) else token
+        return self._fast.token_to_id(text) if isinstance(text, str) else None
+
+
+def load_tokenizer(spec: manifest.Tokenizer, folder: str = "") -> Tokenizer:
+    """The tokenizer that the manifest asks for.
+
+    Args:
+        spec: of the manifest.
+        folder: this node's `data.tokenizer`; of no use to the byte tokenizer.
+
+    Raises:
+        ConfigError: it is not in the folder, or another one is.
+    """
+    if spec.kind == "byte":
+        return ByteTokenizer()
+    if not folder:
+        raise ConfigError(
+            "data.tokenizer is not set, and the manifest asks for a Hugging Face tokenizer",
+            "set it to the folder that holds the tokenizer.json of the swarm's model",
+        )
+    return HuggingFaceTokenizer(Path(folder).expanduser(), spec.digest)
+
+
+def _parse(data: bytes, file: Path) -> Fast:
+    try:
+        return Fast.from_str(data.decode())
+    except Exception as e:  # tokenizers raises nothing narrower
+        raise ConfigError(f"data.tokenizer: {file} is malformed: {e}", "restore the file") from e
+
+
+def _special_tokens(folder: Path) -> dict[str, Any]:
+    """What the two files that transformers writes say; the newer one wins."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = folder / name
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"data.tokenizer: {file} can't be read: {e}", "restore it") from e
+        if isinstance(content, dict):
+            found.update({key: value for key, value in content.items() if value is not None})
+    return found
+
+
+def _byte_symbols() -> list[str]:
+    """GPT-2's printable stand-in for each byte (openai/gpt-2, encoder.py, bytes_to_unicode)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (chr(code) for code in range(0x100, 0x200))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
