@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.unit.privacy.models import (
+    LENGTH,
+    PAD,
+    by_autograd,
+    careless_losses,
+    gpt2,
+    llama,
+    record_losses,
+    some_records,
+)
+from xpeer.errors import ConfigError
+from xpeer.privacy import clipping
+from xpeer.privacy.clipping import (
+    BookKeepingEngine,
+    Clipped,
+    Engine,
+    FunctionalEngine,
+    MicrobatchEngine,
+    clip_factors,
+    trainable,
+)
+from xpeer.privacy.engines import choose_engine, sample_of
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: llama(tied=False),
+    "llama-tied": lambda: llama(tied=True),
+    "llama-bias": lambda: llama(tied=False, attention_bias=True, mlp_bias=True),
+    "gpt2": lambda: gpt2(tied=False),
+    "gpt2-tied": lambda: gpt2(tied=True),
+}
+ENGINES: list[Any] = [BookKeepingEngine, FunctionalEngine, MicrobatchEngine]
+
+
+def run(engine: Engine, model: nn.Module, records: Tensor, clip_norm: float) -> Any:
+    sums = [torch.zeros_like(p) for p in trainable(model)]
+    return engine.accumulate(records, clip_norm, sums), sums
+
+
+def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    error = sum(float((x - y).square().sum()) for x, y in zip(a, b, strict=True))
+    return float((error / sum(float(x.square().sum()) for x in a)) ** 0.5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_autograd_record_by_record(name: str, engine: Any) -> None:
+    model, records = MODELS[name](), some_records()
+    norms, _ = by_autograd(model, records, 1.0)
+    clip_norm = float(norms.median())  # some are clipped, some are not
+    norms, sums = by_autograd(model, records, clip_norm)
+    told, got = run(engine(model, record_losses), model, records, clip_norm)
+    assert distance(sums, got) < 1e-5
+    torch.testing.assert_close(told.norms.float(), norms, rtol=1e-5, atol=0)
+    assert told.tokens.tolist() == [11, 6, 11, 11, 1, 11, 11]
+    losses, _ = record_losses(model, records)
+    torch.testing.assert_close(told.losses, losses)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2-tied"])
+def test_norms_from_inner_products_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clipping, "_WRITTEN_RATIO", 0)
+    model, records = MODELS[name](), some_records()
+    norms, sums = by_autograd(model, records, 0.5)
+    told, got = run(BookKeepingEngine(model, record_losses), model, records, 0.5)
+    assert distance(sums, got) < 1e-5
+    torch.testing.assert_close(told.norms.float(), norms, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 100])
+def test_no_record_is_left_out_or_counted_twice(micro_batch: int) -> None:
+    model, records = llama(tied=True), some_records()
+    _, sums = by_autograd(model, records, 0.5)
+    for engine in (BookKeepingEngine, FunctionalEngine):
+        made = engine(model, record_losses, micro_batch=micro_batch)
+        assert distance(sums, run(made, model, records, 0.5)[1]) < 1e-5
+
+
+def test_memory_bounds_the_micro_batch() -> None:
+    model = llama(tied=False)
+    sizes = []
+    for memory_bytes in (1, 300_000, 1 << 30):
+        engine = BookKeepingEngine(model, record_losses, memory_bytes=memory_bytes)
+        run(engine, model, some_records(), 1.0)
+        sizes.append(engine.micro_batch)
+    assert sizes[0] == 1
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_empty_batch_adds_nothing(engine: Any) -> None:
+    model = llama(tied=False)
+    told, got = run(engine(model, record_losses), model, some_records()[:0], 1.0)
+    assert len(told.norms) == len(told.losses) == len(told.tokens) == 0
+    assert all(float(total.abs().sum()) == 0 for total in got)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frozen_parameters_are_left_alone(engine: Any) -> None:
+    model = llama(tied=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "q_proj" in name or "down_proj" in name
+    _, sums = by_autograd(model, some_records(), 0.1)
+    _, got = run(engine(model, record_losses), model, some_records(), 0.1)
+    assert len(got) == 4
+    assert distance(sums, got) < 1e-5
+
+
+class Fragile(nn.Module):
+    """Its gradient is infinite for records that begin with token 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama(tied=False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+        out: Any = self.inner(input_ids=input_ids, position_ids=position_ids)
+        bad = (input_ids[:, :1] == 5).unsqueeze(2)
+        out.logits = out.logits * torch.where(bad, float("inf"), 1.0)
+        return out
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_records_without_finite_gradients_count_as_zero(engine: Any) -> None:
+    model, records = Fragile().eval(), some_records()
+    records[:, 0] = 1
+    _, sums = by_autograd(model, records[[0, 1, 2, 4, 6]], 0.5)
+    records[3, 0] = records[5, 0] = 5
+    told, got = run(engine(model, record_losses), model, records, 0.5)
+    assert distance(sums, got) < 1e-5
+    assert torch.isfinite(told.norms).tolist() == [True, True, True, False, True, False, True]
+
+
+def test_factors_never_let_a_record_exceed_the_norm() -> None:
+    norms = torch.tensor([0.0, 1e-30, 0.5, 1.0, 3.0, 1e30, float("inf"), float("nan")]).double()
+    factors = clip_factors(norms, 1.0)
+    assert torch.all(norms[:6] * factors[:6] <= 1.0)
+    assert factors.tolist()[:3] == [1.0, 1.0, 1.0]
+    assert factors.tolist()[6:] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_fast_engine_is_chosen_where_it_is_right(name: str) -> None:
+    engine, why = choose_engine(MODELS[name](), record_losses, sample_of(some_records()))
+    assert (engine.name, why) == ("book-keeping", "")
+
+
+def test_positions_hidden_from_records_are_noticed() -> None:
+    model = gpt2(tied=True)
+    engine, why = choose_engine(model, careless_losses, some_records()[:4])
+    assert engine.name == "vmap"
+    assert "book-keeping" in why
+    assert "Embedding" in why
+
+
+class Tampered(MicrobatchEngine):
+    """Tells norms that are too small, or sums that are wrong."""
+
+    name = "tampered"
+
+    def __init__(self, model: nn.Module, norms: float = 1.0, sums: float = 1.0) -> None:
+        super().__init__(model, record_losses)
+        self.norms, self.sums = norms, sums
+
+    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+        told = super().accumulate(records, clip_norm, sums)
+        for total in sums:
+            total.mul_(self.sums)
+        return Clipped(told.losses, told.tokens, told.norms * self.norms)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [({"norms": 0.99}, "under-estimated"), ({"sums": 1.001}, "wrong by"), ({"x": 1}, "TypeError")],
+)
+def test_a_wrong_engine_is_refused(wrong: Any, why: str) -> None:
+    model = llama(tied=True)
+    engine, told = choose_engine(
+        model, record_losses, some_records()[:4], candidates=[lambda: Tampered(model, **wrong)]
+    )
+    assert engine.name == "microbatch"
+    assert why in told
+
+
+def test_an_unnoticed_parameter_is_noticed() -> None:
+    """A layer's weight used behind its back never reaches its hooks."""
+
+    class Sneaky(Fragile):
+        def forward(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+            out: Any = self.inner(input_ids=input_ids, position_ids=position_ids)
+            head: Any = self.inner.lm_head
+            out.logits = out.logits + 3.0 * head.weight.sum(1)
+            return out
+
+    model = Sneaky().eval()
+    engine, why = choose_engine(model, record_losses, some_records()[:4])
+    assert engine.name == "vmap"
+    assert "book-keeping" in why
+
+
+def test_models_that_couple_records_are_refused() -> None:
+    class Normed(Fragile):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(LENGTH)
+
+    class Experts(Fragile):
+        expert_capacity = 4
+
+    class Averaging(Fragile):
+        def forward(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+            out: Any = self.inner(input_ids=input_ids, position_ids=position_ids)
+            out.logits = out.logits + out.logits.mean(0)
+            return out
+
+    for made, what in ((Normed, "statistics"), (Experts, "capacity"), (Averaging, "influence")):
+        with pytest.raises(ConfigError, match=what):
+            choose_engine(made(), record_losses, some_records()[:4])
+
+
+def test_the_models_mode_is_kept_and_no_hook_stays() -> None:
+    model = llama(tied=False).train()
+    choose_engine(model, record_losses, some_records()[:4])
+    assert model.training
+    assert not any(m._forward_hooks for m in model.modules())
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    with pytest.raises(ConfigError, match="no parameter"):
+        choose_engine(model, record_losses, some_records()[:4])
+
+
+def test_the_sample_holds_a_padded_record() -> None:
+    records = torch.arange(300 * LENGTH).view(300, LENGTH) % 7
+    records[77, 3:] = PAD
+    assert records[77].tolist() in sample_of(records).tolist()
+    assert sample_of(records[:1]).shape == (2, LENGTH)

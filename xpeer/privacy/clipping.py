@@ -1,0 +1,316 @@
+"""Sums of clipped gradients, one record at a time or many: sum over x of g_x min(1, C / ||g_x||).
+
+A record's loss is the mean over its own predicted tokens, so that a short record weighs as much as
+a long one and the clipping norm means the same for both. Clipping is over all trainable parameters
+together (flat), in full precision. Records whose gradient is not finite count as zero: a partner
+chooses the parameters, and could provoke them to learn whether a record is there.
+
+`BookKeepingEngine` is the fastest, `MicrobatchEngine` makes no assumption on the model;
+`engines.choose_engine` takes the first that is exact. Tokens a second on one CPU thread, Llama of
+1.66 M parameters (hidden 128, 6 layers, vocabulary 320), 64 records of 128 tokens: 5,900 without
+privacy, 5,450 book-keeping, 4,950 vmap, 4,070 opacus' GradSampleModule, 3,890 one by one.
+
+What an engine tells of its records (losses, norms) is private.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from xpeer.errors import LocalError
+from xpeer.privacy.layers import Outer, Part, parts, tapped
+
+RecordLosses = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+"""(model, records (B, T) int64) -> sums of negative log-likelihoods (B,), differentiable, and
+numbers of predicted tokens (B,)."""
+
+DEFAULT_MEMORY_BYTES: Final = 1 << 30
+_ROUNDING: Final = 1e-6
+"""Clip to C (1 - this), so that float32's rounding can't carry a record over C."""
+_WRITTEN_RATIO: Final = 20
+"""Write a record's gradient of a matrix down if it has at most so many times T^2 values; otherwise
+T^2 inner products tell its norm. Between 8 and 40 it hardly matters."""
+_CPU_TOKENS: Final = 1024
+"""Per pass; larger passes fall out of a processor's caches (64 records of 128: half the speed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """What a batch was like, beside the sums. Private: for the node's own operator only."""
+
+    losses: Tensor  # (B,) summed negative log-likelihood in nats
+    tokens: Tensor  # (B,) predicted tokens
+    norms: Tensor  # (B,) before clipping; not finite = counted as zero
+
+
+class Engine(Protocol):
+    """A way to get sums of clipped gradients."""
+
+    name: str
+
+    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+        """Add the clipped gradients of (B, T) records to sums, in the order of `trainable`."""
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that are trained, tied ones once, in the order of their names."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
+    """min(1, C / norm) per record, 0 where the norm is not finite: (B,) -> (B,)."""
+    factors = (clip_norm * (1 - _ROUNDING) / norms).clamp(max=1.0)  # 0 / 0 can't be: C > 0
+    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+
+
+class MicrobatchEngine:
+    """One record at a time by plain autograd: exact for every model, with hardly more memory."""
+
+    name = "microbatch"
+
+    def __init__(self, model: nn.Module, record_losses: RecordLosses) -> None:
+        self._model = model
+        self._record_losses = record_losses
+        self._parameters = trainable(model)
+
+    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+        """See `Engine`."""
+        told = [
+            self._one(record, clip_norm, sums) for record in torch.split(records, 1) if len(record)
+        ]
+        return _joined(told, records.device)
+
+    def _one(self, record: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+        losses, tokens = self._record_losses(self._model, record)
+        mean = (losses / tokens.clamp(min=1)).sum()
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            mean, self._parameters, allow_unused=True
+        )
+        with torch.no_grad():
+            squares = [g.square().sum(dtype=torch.float64) for g in grads if g is not None]
+            norms = torch.stack(squares).sum().sqrt().reshape(1)
+            factor = clip_factors(norms, clip_norm)
+            if bool(factor > 0):
+                for total, grad in zip(sums, grads, strict=True):
+                    if grad is not None:
+                        total.add_(grad * factor.to(grad.dtype))
+        return Clipped(losses.detach(), tokens, norms)
+
+
+class FunctionalEngine:
+    """Many records at once by `torch.func.vmap`: exact for every model that it can run."""
+
+    name = "vmap"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        record_losses: RecordLosses,
+        *,
+        micro_batch: int = 0,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    ) -> None:
+        self._model = model
+        self._record_losses = record_losses
+        self._parameters = trainable(model)
+        self._names = [n for n, p in model.named_parameters() if p.requires_grad]
+        values = sum(p.numel() for p in self._parameters)
+        self._micro_batch = micro_batch
+        self._fits = max(1, memory_bytes // (8 * max(1, values)))  # gradients, and as much again
+
+    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+        """See `Engine`."""
+        size = self._micro_batch or min(self._fits, _cache_records(records))
+        told = [
+            self._pass(part, clip_norm, sums) for part in torch.split(records, size) if len(part)
+        ]
+        return _joined(told, records.device)
+
+    def _pass(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+        def loss(values: dict[str, Tensor], record: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            def run(**inputs: Any) -> Any:
+                return torch.func.functional_call(self._model, values, (), inputs)
+
+            model: Any = run
+            losses, tokens = self._record_losses(model, record.unsqueeze(0))
+            return (losses / tokens.clamp(min=1)).sum(), (losses[0], tokens[0])
+
+        values = dict(zip(self._names, (p.detach() for p in self._parameters), strict=True))
+        per_record: Any = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(None, 0))
+        grads, (losses, tokens) = per_record(values, records)
+        with torch.no_grad():
+            ordered = [grads[name].flatten(1) for name in self._names]
+            norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in ordered])
+            norms = torch.linalg.vector_norm(norms, dim=0, dtype=torch.float64)
+            good = torch.isfinite(norms)
+            factors = clip_factors(norms[good], clip_norm)
+            for total, grad in zip(sums, ordered, strict=True):
+                kept = grad if bool(good.all()) else grad[good]
+                total.view(-1).addmv_(kept.T, factors.to(total.dtype))
+        return Clipped(losses, tokens, norms)
+
+
+class BookKeepingEngine:
+    """Many records in one pass, from what went into each layer and what came back (`layers`).
+
+    Args:
+        model: records must not influence one another.
+        record_losses: the loss.
+        micro_batch: records per pass; 0 = as many as the memory allows.
+        memory_bytes: for what the engine itself keeps during a pass.
+
+    Raises (from `accumulate`):
+        ConfigError: a layer whose gradients can't be told apart by record.
+    """
+
+    name = "book-keeping"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        record_losses: RecordLosses,
+        *,
+        micro_batch: int = 0,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    ) -> None:
+        self._model = model
+        self._record_losses = record_losses
+        self._parameters = trainable(model)
+        self._layers = [
+            m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
+        ]
+        self._memory_bytes = memory_bytes
+        self.micro_batch = micro_batch
+        """Records per pass; 0 until the first pass has told what a record needs."""
+
+    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+        """See `Engine`."""
+        told: list[Clipped] = []
+        while len(records):
+            size = self.micro_batch or 1  # the first record tells how many fit
+            told.append(self._pass(records[:size], clip_norm, sums))
+            records = records[size:]
+        return _joined(told, records.device)
+
+    def _pass(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+        losses, tokens, shares = self._backward(records)
+        with torch.no_grad():
+            squares = torch.zeros(len(records), dtype=torch.float64, device=records.device)
+            written: list[Tensor | None] = []
+            for parameter, found in zip(self._parameters, shares, strict=True):
+                whole = _written(parameter, found)
+                written.append(whole)
+                squares += _squares(found, whole)
+            norms = squares.clamp(min=0).sqrt()
+            told = Clipped(losses, tokens, norms)
+            good = torch.isfinite(norms)
+            if not bool(good.all()):  # 0 times infinity is not 0: leave those records out
+                del shares, written
+                rest = records[good]
+                if len(rest):
+                    self._pass(rest, clip_norm, sums)
+                return told
+            factors = clip_factors(norms, clip_norm)
+            for total, found, whole in zip(sums, shares, written, strict=True):
+                _add_weighted(total, found, whole, factors.to(total.dtype))
+        return told
+
+    def _backward(self, records: Tensor) -> tuple[Tensor, Tensor, list[list[Part]]]:
+        """Losses (B,), tokens (B,), and per parameter its shares."""
+        probe = torch.zeros((), device=records.device, requires_grad=True)
+        with tapped(self._layers, probe) as calls, torch.enable_grad():
+            losses, tokens = self._record_losses(self._model, records)
+            mean = (losses / tokens.clamp(min=1)).sum()
+            torch.autograd.grad(mean, probe, allow_unused=True)
+        places = {id(p): i for i, p in enumerate(self._parameters)}
+        shares: list[list[Part]] = [[] for _ in self._parameters]
+        with torch.no_grad():
+            for call in calls:
+                for parameter, part in parts(call, len(records)):
+                    shares[places[id(parameter)]].append(part)
+        if not self.micro_batch:
+            self._choose_micro_batch(shares, records)
+        return losses.detach(), tokens, shares
+
+    def _choose_micro_batch(self, shares: Sequence[list[Part]], records: Tensor) -> None:
+        """Bound what a pass keeps: gradients that are written down, and layers' two ends.
+
+        Autograd keeps about as much again.
+        """
+        values, batch = 0, len(records)
+        for parameter, found in zip(self._parameters, shares, strict=True):
+            for part in found:
+                ends = (part.rows, part.cols) if isinstance(part, Outer) else (part,)
+                values += 2 * sum(x.numel() for x in ends)
+            if _is_written(parameter, found):
+                values += parameter.numel() * batch
+        fits = self._memory_bytes // (4 * max(1, values // batch))
+        self.micro_batch = max(1, min(fits, _cache_records(records)))
+
+
+def _cache_records(records: Tensor) -> int:
+    if records.device.type != "cpu":
+        return max(1, len(records))
+    return max(4, _CPU_TOKENS // max(1, records.shape[1]))
+
+
+def _is_written(parameter: Tensor, found: list[Part]) -> bool:
+    """Whether to write the gradients of every record down: where the matrix is small.
+
+    Otherwise T^2 inner products of the factors give the norm.
+    """
+    outers = [part for part in found if isinstance(part, Outer)]
+    if len(outers) < len(found):
+        return True
+    tokens = max((part.cols.shape[1] for part in outers), default=0)
+    return parameter.numel() <= _WRITTEN_RATIO * tokens * tokens
+
+
+def _written(parameter: Tensor, found: list[Part]) -> Tensor | None:
+    """(B, *shape), if it is to be written down."""
+    if not found or not _is_written(parameter, found):
+        return None
+    whole: Tensor | None = None
+    for part in found:
+        one = part.written(parameter.shape) if isinstance(part, Outer) else part
+        whole = one if whole is None else whole.add_(one)
+    return whole
+
+
+def _squares(found: list[Part], whole: Tensor | None) -> Tensor | float:
+    """Squared norm per record, (B,) float64."""
+    if whole is not None:
+        norms: Tensor = torch.linalg.vector_norm(whole.flatten(1), dim=1)
+        return norms.double().square()
+    total: Tensor | float = 0.0
+    for i, a in enumerate(found):
+        for b in found[i:]:
+            if not isinstance(a, Outer) or not isinstance(b, Outer):
+                raise LocalError("a gradient that must be written down was not")
+            total = total + a.inner(b) * (1.0 if a is b else 2.0)
+    return total
+
+
+def _add_weighted(total: Tensor, found: list[Part], whole: Tensor | None, factors: Tensor) -> None:
+    if whole is not None:
+        total.view(-1).addmv_(whole.flatten(1).T, factors)
+        return
+    for part in found:
+        if isinstance(part, Outer):
+            part.add_weighted(factors, total)
+
+
+def _joined(told: list[Clipped], device: torch.device) -> Clipped:
+    if not told:
+        empty = torch.zeros(0, device=device)
+        return Clipped(empty, empty.long(), empty.double())
+    return Clipped(
+        torch.cat([c.losses for c in told]),
+        torch.cat([c.tokens for c in told]),
+        torch.cat([c.norms for c in told]),
+    )

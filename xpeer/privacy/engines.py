@@ -1,0 +1,189 @@
+"""The choice of an engine: the first that agrees with plain autograd on records of the shard.
+
+Checks of a model's layers are not enough (opacus' validator accepts models that it then gets
+wrong), so every engine is tried at start-up, and one that finds smaller norms than autograd does,
+which would clip too little, is never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from xpeer.errors import ConfigError
+from xpeer.privacy.clipping import (
+    DEFAULT_MEMORY_BYTES,
+    BookKeepingEngine,
+    Clipped,
+    Engine,
+    FunctionalEngine,
+    MicrobatchEngine,
+    RecordLosses,
+    trainable,
+)
+
+UNDERESTIMATE_MAX: Final = 1e-3
+"""Of a record's norm, relative."""
+SUM_ERROR_MAX: Final = 1e-4
+"""Of the sum of clipped gradients, relative to its norm."""
+COUPLING_MAX: Final = 1e-3
+"""Relative difference of a record's loss alone and among others."""
+SAMPLE_RECORDS: Final = 4
+_LOOK_AT: Final = 256
+
+Candidate = Callable[[], Engine]
+
+
+def choose_engine(
+    model: nn.Module,
+    record_losses: RecordLosses,
+    sample: Tensor,
+    *,
+    micro_batch: int = 0,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    candidates: Sequence[Candidate] | None = None,
+) -> tuple[Engine, str]:
+    """An engine that is right for this model.
+
+    Args:
+        model: on its device; put into evaluation mode for the test, for dropout is chance.
+        record_losses: the loss.
+        sample: (n, T) int64 records, some of them padded; see `sample_of`.
+        micro_batch: records per pass; 0 = the engine chooses.
+        memory_bytes: bound of what an engine keeps during a pass.
+        candidates: in the order of preference; one record at a time is always the last.
+
+    Returns:
+        The engine, and why the ones before it were refused ("" if none was).
+
+    Raises:
+        ConfigError: records influence one another in this model, or nothing of it is trained.
+    """
+    refuse_coupled(model)
+    if not trainable(model):
+        raise ConfigError("no parameter of the model is trained", "unfreeze some of them")
+    options: dict[str, int] = {"micro_batch": micro_batch, "memory_bytes": memory_bytes}
+    if candidates is None:
+        candidates = [
+            lambda: BookKeepingEngine(model, record_losses, **options),
+            lambda: FunctionalEngine(model, record_losses, **options),
+        ]
+    training = model.training
+    model.eval()
+    try:
+        return _first_right(model, record_losses, sample, candidates)
+    finally:
+        model.train(training)
+
+
+def sample_of(records: Tensor) -> Tensor:
+    """A few records for the test, the one with the longest run of equal tokens at its end (which
+    is padding, where there is any) among them: (n, T) -> (m, T), 2 <= m <= 4; n >= 1.
+    """
+    first = records[:_LOOK_AT]
+    tails = (first == first[:, -1:]).flip(1).int().cumprod(1).sum(1)
+    spread = torch.linspace(0, len(first) - 1, SAMPLE_RECORDS - 1).long()
+    chosen = torch.tensor(sorted({int(tails.argmax()), *spread.tolist()}))
+    return first[chosen] if len(chosen) > 1 else first[chosen].expand(2, -1)
+
+
+def refuse_coupled(model: nn.Module) -> None:
+    """Refuse layers through which one record of a batch reaches another.
+
+    Raises:
+        ConfigError: there is one: no clipping would bound a single record's influence.
+    """
+    for name, module in model.named_modules():
+        owners: list[Any] = [module, getattr(module, "config", None)]
+        capacity = any(
+            getattr(owner, field, None)
+            for owner in owners
+            for field in ("expert_capacity", "capacity_factor", "moe_capacity_factor")
+        )
+        statistics = isinstance(module, _BatchNorm) or getattr(module, "track_running_stats", False)
+        if statistics or capacity:
+            why = "batch statistics" if statistics else "experts of limited capacity"
+            raise ConfigError(
+                f"model layer {name or type(module).__name__} has {why}: records would influence "
+                "one another, and privacy per record can't be given",
+                "use a model without it, or privacy.mode off",
+            )
+
+
+def _first_right(
+    model: nn.Module, record_losses: RecordLosses, sample: Tensor, candidates: Sequence[Candidate]
+) -> tuple[Engine, str]:
+    reference = MicrobatchEngine(model, record_losses)
+    free, _ = _try(model, reference, sample, 1e30)
+    finite = free.norms[torch.isfinite(free.norms)]
+    if not len(finite):
+        raise ConfigError(
+            "the model's loss is not finite on any record tried", "check its initial parameters"
+        )
+    # half of the records, or more, are clipped
+    clip_norm = max(0.5 * float(finite.median()), 1e-12)
+    expected, sums = _try(model, reference, sample, clip_norm)
+    _refuse_coupling(model, record_losses, sample, expected)
+    refused: list[str] = []
+    for make in candidates:
+        name = getattr(make, "__name__", "engine")
+        try:
+            engine = make()
+            name = engine.name
+            told, got = _try(model, engine, sample, clip_norm)
+        except Exception as e:  # noqa: BLE001 - whatever a model does to it, the next may work
+            refused.append(f"{name}: {type(e).__name__}: {e}")
+            continue
+        problem = _problem(expected, sums, told, got)
+        if not problem:
+            return engine, "; ".join(refused)
+        refused.append(f"{name}: {problem}")
+    return reference, "; ".join(refused)
+
+
+def _try(
+    model: nn.Module, engine: Engine, sample: Tensor, clip_norm: float
+) -> tuple[Clipped, list[Tensor]]:
+    sums = [torch.zeros_like(p) for p in trainable(model)]
+    return engine.accumulate(sample, clip_norm, sums), sums
+
+
+def _problem(
+    expected: Clipped, sums: Sequence[Tensor], told: Clipped, got: Sequence[Tensor]
+) -> str:
+    if told.norms.shape != expected.norms.shape:
+        return "it does not tell one norm per record"
+    low = _largest((expected.norms - told.norms).clamp(min=0), expected.norms)
+    if not low <= UNDERESTIMATE_MAX:
+        return f"norms under-estimated by {low:.2g}"
+    error = sum(float((a - b).double().square().sum()) for a, b in zip(sums, got, strict=True))
+    size = sum(float(a.double().square().sum()) for a in sums)
+    relative = (error / max(size, 1e-60)) ** 0.5
+    if not relative <= SUM_ERROR_MAX:
+        return f"sum of clipped gradients wrong by {relative:.2g}"
+    return ""
+
+
+def _refuse_coupling(
+    model: nn.Module, record_losses: RecordLosses, sample: Tensor, alone: Clipped
+) -> None:
+    with torch.no_grad():
+        together, _ = record_losses(model, sample)
+    change = _largest(together - alone.losses, alone.losses)
+    if change > COUPLING_MAX:
+        raise ConfigError(
+            f"records influence one another in this model: their losses change by {change:.1%} "
+            "when they share a batch",
+            "use another model, or privacy.mode off",
+        )
+
+
+def _largest(differences: Tensor, values: Tensor) -> float:
+    """Largest relative difference where both are finite."""
+    relative = differences.abs().double() / values.abs().double().clamp(min=1e-12)
+    relative = relative[torch.isfinite(values) & torch.isfinite(differences)]
+    return float(relative.max()) if len(relative) else 0.0

@@ -1,0 +1,236 @@
+"""Gradients of single records out of one backward pass over many.
+
+Where a layer applies a weight matrix, the gradient of one record is a sum of outer products over
+its tokens, sum_t u_t v_t^T, of what went into the layer and what came back. `Outer` keeps the
+factors: norms, inner products and weighted sums follow from them with or without ever writing the
+matrices down (Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679, section 4;
+Bu et al. 2023, arXiv:2210.00038, "book-keeping"). Every other small parameter is written down.
+
+Exact for layers that treat the records of a batch separately, with the batch as first dimension;
+`clipping.choose_engine` tests each model for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xpeer.errors import ConfigError
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a layer: what went in, and the gradient of the loss by what came out."""
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    keywords: dict[str, Any]
+    grad: Tensor | None = None  # (B, ..., features_out)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, noting the gradient that passes.
+
+    `probe` is an input only so that the pass reaches every tap without computing any weight's
+    ordinary gradient, a third of its work.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, probe: Tensor, call: Call) -> Tensor:
+        ctx.call = call
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.call.grad = grads[0]
+        return grads[0], None, None
+
+
+@contextmanager
+def tapped(modules: list[nn.Module], probe: Tensor) -> Iterator[list[Call]]:
+    """Note every call of these modules until the end of the block.
+
+    Args:
+        modules: that hold parameters of their own.
+        probe: () float32 that requires a gradient; `torch.autograd.grad(loss, probe)` fills the
+            calls.
+
+    Yields:
+        The calls, in the order in which they happen.
+    """
+    calls: list[Call] = []
+
+    def hook(
+        module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any
+    ) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ConfigError(f"{type(module).__name__} returns more than a tensor")
+        kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+        calls.append(Call(module, kept, keywords))
+        tap: Any = _Tap.apply
+        watched: Tensor = tap(output, probe, calls[-1])
+        return watched
+
+    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """Gradients of B records as sums over T tokens of outer products.
+
+    `rows` are vectors (B, T, p), or token numbers (B, T) int64 that stand for one-hot vectors.
+    """
+
+    rows: Tensor
+    cols: Tensor  # (B, T, d)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether rows are token numbers."""
+        return self.rows.dim() == 2
+
+    def written(self, shape: torch.Size) -> Tensor:
+        """(B, *shape)."""
+        if not self.sparse:
+            return torch.bmm(self.rows.transpose(1, 2), self.cols)
+        out = self.cols.new_zeros(self.rows.shape[0], *shape)
+        return out.scatter_add_(1, self.rows.unsqueeze(2).expand_as(self.cols), self.cols)
+
+    def inner(self, other: Outer) -> Tensor:
+        """<ours, theirs> per record, (B,): sum over t, s of <u_t, u'_s> <v_t, v'_s>."""
+        cols = torch.bmm(self.cols, other.cols.transpose(1, 2))  # (B, T, S)
+        if self.sparse and other.sparse:
+            rows = self.rows.unsqueeze(2) == other.rows.unsqueeze(1)
+        elif self.sparse:
+            picks = self.rows.unsqueeze(1).expand(-1, other.rows.shape[1], -1)  # (B, S, T)
+            rows = other.rows.gather(2, picks).transpose(1, 2)
+        elif other.sparse:
+            picks = other.rows.unsqueeze(1).expand(-1, self.rows.shape[1], -1)  # (B, T, S)
+            rows = self.rows.gather(2, picks)
+        else:
+            rows = torch.bmm(self.rows, other.rows.transpose(1, 2))
+        return cols.mul_(rows).sum((1, 2), dtype=torch.float64)
+
+    def add_weighted(self, factors: Tensor, out: Tensor) -> None:
+        """Add the sum over records of factor times gradient to `out`, (p, d)."""
+        cols = (self.cols * factors[:, None, None]).flatten(0, 1)
+        if self.sparse:
+            out.index_add_(0, self.rows.flatten(), cols)
+        else:
+            out.addmm_(self.rows.flatten(0, 1).T, cols)
+
+
+Part = Outer | Tensor
+"""A layer's share in the gradients of a parameter; a Tensor is (B, *shape)."""
+
+
+def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
+    """Gradients of each record by the layer's own trainable parameters.
+
+    Raises:
+        ConfigError: this layer's gradients can't be told apart by record.
+    """
+    module, grad = call.module, call.grad
+    if grad is None:  # its output did not enter the loss
+        return
+    first = call.inputs[0] if call.inputs else None
+    if not isinstance(first, Tensor) or first.shape[:1] != (batch,) or grad.shape[0] != batch:
+        raise ConfigError(f"{type(module).__name__} has no batch dimension, or not as its first")
+    if type(module) is nn.Embedding:
+        yield from _embedding(module, first, grad)
+    elif type(module) is nn.Linear:
+        yield from _trainable(module, Outer(_tokens(grad), _tokens(first)), grad)
+    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' GPT-2
+        yield from _trainable(module, Outer(_tokens(first), _tokens(grad)), grad)
+    elif type(module) is nn.LayerNorm and module.elementwise_affine:
+        normed = functional.layer_norm(first, module.normalized_shape, None, None, module.eps)
+        yield from _trainable(module, _summed(grad * normed, module.weight), grad)
+    elif _is_scale(module):
+        yield from _scale(module, call, grad)
+    else:
+        yield from _anything(call, batch)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(B, ..., d) to (B, T, d)."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _summed(x: Tensor, like: Tensor) -> Tensor:
+    """Sum over all dimensions between the batch and the parameter's own: (B, *like.shape)."""
+    return x.flatten(1, -1 - like.dim()).sum(1) if x.dim() > 1 + like.dim() else x
+
+
+def _trainable(module: Any, weight: Part, grad: Tensor) -> Iterator[tuple[nn.Parameter, Part]]:
+    if module.weight.requires_grad:
+        yield module.weight, weight
+    if module.bias is not None and module.bias.requires_grad:
+        yield module.bias, _summed(grad, module.bias)
+
+
+def _embedding(
+    module: nn.Embedding, ids: Tensor, grad: Tensor
+) -> Iterator[tuple[nn.Parameter, Part]]:
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        raise ConfigError("an embedding with max_norm, scale_grad_by_freq or sparse gradients")
+    weight: Any = module.weight
+    ids, grad = ids.flatten(1), _tokens(grad)
+    if module.padding_idx is not None:  # autograd leaves this row out
+        grad = grad.masked_fill((ids == module.padding_idx).unsqueeze(2), 0.0)
+    if weight.requires_grad:
+        yield weight, Outer(ids, grad)
+
+
+def _is_scale(module: nn.Module) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    return type(module).__name__.endswith("RMSNorm") and set(own) == {"weight"}
+
+
+def _scale(module: nn.Module, call: Call, grad: Tensor) -> Iterator[tuple[nn.Parameter, Part]]:
+    """RMSNorms are linear in their weight (or in 1 + weight): the slope is f(1) - f(0)."""
+    weight: Any = module.weight
+    with torch.no_grad():
+        ones, zeros = torch.ones_like(weight), torch.zeros_like(weight)
+        run = torch.func.functional_call
+        slope = run(module, {"weight": ones}, call.inputs, call.keywords)
+        slope = slope - run(module, {"weight": zeros}, call.inputs, call.keywords)
+    yield weight, _summed(grad * slope, weight)
+
+
+def _anything(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
+    """Run the layer again, record by record at once (torch.func.vmap)."""
+    module, grad = call.module, call.grad
+    if grad is None:
+        return
+    own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+    values = {name: p.detach() for name, p in own.items()}
+    if any(isinstance(x, Tensor) and x.shape[:1] != (batch,) for x in call.inputs):
+        raise ConfigError(f"{type(module).__name__} has inputs without a batch dimension")
+    tensors = tuple(x for x in call.inputs if isinstance(x, Tensor))
+    if len(tensors) != len(call.inputs) or call.keywords:
+        raise ConfigError(f"{type(module).__name__} takes more than tensors")
+
+    def gradient(record: tuple[Tensor, ...], back: Tensor) -> dict[str, Tensor]:
+        def run(parameters: dict[str, Tensor]) -> Tensor:
+            inputs = tuple(x.unsqueeze(0) for x in record)
+            out: Tensor = torch.func.functional_call(module, parameters, inputs)
+            return out
+
+        pull: Any = torch.func.vjp(run, values)[1]
+        by_name: dict[str, Tensor] = pull(back.unsqueeze(0))[0]
+        return by_name
+
+    gradients: Any = torch.func.vmap(gradient)(tensors, grad)
+    for name, parameter in own.items():
+        yield parameter, gradients[name]
