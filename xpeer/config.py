@@ -118,6 +118,7 @@ class Home:
         self.swarm_key = self.path / "swarm.key"
         self.credential = self.path / "credential"
         self.seeds = self.path / "seeds.json"
+        self.invites = self.path / "invites.jsonl"
         self.manifest = self.path / "manifest.json"
         self.config = self.path / "config.toml"
         self.state_db = self.path / "state.sqlite"

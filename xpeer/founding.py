@@ -5,6 +5,7 @@ Everything is written beside the home first and moved in at the end: an error ch
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -16,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
 from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.identity import Identity, read_secret, write_secret
-from xpeer.manifest import Manifest, SignedManifest
+from xpeer.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest
 from xpeer.network.invites import Token, grant
-from xpeer.network.membership import Credential
+from xpeer.network.membership import Credential, Role
 
 FOUNDER_S = 10 * 365 * 86400.0
 
@@ -31,10 +33,8 @@ def ensure_identity(home: Home) -> Identity:
     """This node's key, made on first use."""
     if home.identity_key.exists():
         return Identity.load(home.identity_key)
-    make_folder(home.path)
-    identity = Identity.generate()
-    identity.save(home.identity_key)
-    return identity
+    with _beside(home) as new:
+        return _identity_for(home, new)
 
 
 def make_folder(path: Path) -> None:
@@ -67,10 +67,11 @@ def found(
         home: holds no swarm yet.
         manifest: to be signed by a new admin key.
         write_initial: writes the initial model into the folder it is given.
-        config_text: config.toml.
+        config_text: config.toml to write if there is none.
 
     Raises:
-        ConfigError: the home belongs to a swarm already.
+        ConfigError: the home belongs to a swarm already, or the manifest is too large to be sent.
+        LocalError: it can't be written.
     """
     refuse_second_swarm(home)
     with _beside(home) as new:
@@ -79,12 +80,13 @@ def found(
         admin.save(new.admin_key)
         write_secret(new.swarm_key, secrets.token_bytes(32))
         signed = SignedManifest.sign(manifest, admin)
-        new.manifest.write_bytes(signed.to_bytes())
+        new.manifest.write_bytes(_sendable(signed))
         certificate = grant(signed.genesis, identity.peer_id, "admin", FOUNDER_S, time.time())
         credential = Credential.issue(admin, certificate, identity.peer_id)
         new.credential.write_bytes(credential.to_bytes())
         write_initial(new.initial_model)
-        new.config.write_text(config_text, encoding="utf-8")
+        if not home.config.exists():
+            new.config.write_text(config_text, encoding="utf-8")
     return Founded(identity.peer_id, signed.genesis.swarm_id, manifest)
 
 
@@ -117,6 +119,72 @@ def prepare_join(home: Home, token_text: str, config_text: str | None = None) ->
         if config_text is not None and not home.config.exists():
             new.config.write_text(config_text, encoding="utf-8")
     return token
+
+
+class Issued(Struct, frozen=True, forbid_unknown_fields=True):
+    """An invitation as its admin remembers it: nothing in it lets anybody join."""
+
+    serial: int
+    swarm_id: str
+    subject: str
+    role: Role
+    not_before_unix_s: int
+    join_before_unix_s: int
+    seeds: list[str]
+
+    @classmethod
+    def of(cls, token: Token) -> Issued:
+        """What may be kept of a token."""
+        made = token.certificate
+        return cls(
+            serial=made.serial,
+            swarm_id=token.swarm_id,
+            subject=made.subject,
+            role=made.role,
+            not_before_unix_s=made.not_before_unix_s,
+            join_before_unix_s=made.join_before_unix_s,
+            seeds=token.seeds,
+        )
+
+
+def record_invite(home: Home, issued: Issued) -> None:
+    """Append to the list of invitations.
+
+    Raises:
+        LocalError: it can't be written.
+    """
+    line = msgspec.json.encode(issued) + b"\n"
+    try:
+        # One write of one line, so that two commands at once do not mix theirs.
+        fd = os.open(home.invites, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "ab", buffering=0) as file:
+            file.write(line)
+            os.fsync(fd)
+    except OSError as e:
+        raise LocalError(
+            f"{home.invites} can't be written: {e.strerror}", "check disk and rights"
+        ) from e
+
+
+def load_invites(home: Home) -> list[Issued]:
+    """All invitations that were made here, oldest first.
+
+    Raises:
+        ConfigError: a line is damaged.
+    """
+    try:
+        lines = home.invites.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise ConfigError(f"{home.invites} can't be read: {e.strerror}", "check its mode") from e
+    invites = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            invites.append(msgspec.json.decode(line, type=Issued))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+            raise ConfigError(f"{home.invites}:{number} is damaged: {e}", "remove that line") from e
+    return invites
 
 
 def keep_admission(home: Home, manifest: SignedManifest, swarm_key: bytes) -> None:
@@ -173,7 +241,8 @@ def load_swarm_key(home: Home) -> bytes:
 
 def refuse_second_swarm(home: Home) -> None:
     """A home belongs to one swarm for ever: its ledger does."""
-    for path in (home.manifest, home.credential, home.admin_key, home.swarm_key):
+    parts = (home.manifest, home.credential, home.admin_key, home.swarm_key, home.initial_model)
+    for path in parts:
         if path.exists():
             raise ConfigError(
                 f"home {home.path} belongs to a swarm already ({path.name})",
@@ -200,28 +269,70 @@ def _identity_for(home: Home, new: Home) -> Identity:
     return identity
 
 
+def _sendable(signed: SignedManifest) -> bytes:
+    """As bytes that every member accepts."""
+    data = signed.to_bytes()
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ConfigError(
+            f"the manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES}",
+            "give a shorter --public-text",
+        )
+    signed.open()
+    return data
+
+
 @contextmanager
 def _beside(home: Home) -> Iterator[Home]:
-    """A staging folder whose entries replace the home's, if the block succeeds."""
-    existed = home.path.exists()
-    make_folder(home.path.parent)
-    staging = Path(tempfile.mkdtemp(prefix=f".{home.path.name}-", dir=home.path.parent))
+    """A staging folder whose entries replace the home's, if the block succeeds.
+
+    It lies in the home where there is one: a service's user can't write to /var/lib itself.
+    """
+    missing = [path for path in (home.path, *home.path.parents) if not path.exists()]
+    make_folder(home.path if not missing else home.path.parent)
+    moved: list[Path] = []
+    staging: Path | None = None
     try:
+        parent = home.path.parent if missing else home.path
+        staging = Path(tempfile.mkdtemp(prefix=f".{home.path.name}-", dir=parent))
         yield Home(staging)
-        make_folder(home.path)
-        for entry in sorted(staging.iterdir()):
+        for entry in staging.rglob("*"):
             _sync(entry)
-            target = home.path / entry.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            entry.replace(target)
-        _sync(home.path)
+        if missing:
+            _sync(staging)
+            staging.replace(home.path)
+            missing.clear()
+            _sync(home.path.parent)
+        else:
+            _move_into(staging, home, moved)
+            _sync(home.path)
     except OSError as e:
-        if not existed and home.path.exists() and not any(home.path.iterdir()):
-            home.path.rmdir()
+        for path in moved:
+            _remove(path)
         raise LocalError(f"home {home.path} can't be written: {e}", "check disk and rights") from e
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for path in missing:
+                if path.exists():
+                    path.rmdir()
+
+
+def _move_into(staging: Path, home: Home, moved: list[Path]) -> None:
+    """Move every entry; the credential comes last, since it is what makes a member."""
+    for entry in sorted(staging.iterdir(), key=lambda e: (e.name == home.credential.name, e.name)):
+        target = home.path / entry.name
+        fresh = not target.exists()
+        entry.replace(target)
+        if fresh:
+            moved.append(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import secrets
@@ -9,7 +10,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -18,6 +19,10 @@ from xpeer.identity import blake2b
 from xpeer.manifest import Manifest, Model, PublicText, Tokenizer
 
 PUBLIC_TEXT_BYTES = 200_000
+MAX_NAME_CHARS = 80
+MEASURED = frozenset({"model", "tokenizer", "public_text"})
+"""Sections that are computed from files, never written by hand."""
+BYTE_IDS = 259
 BYTE_VOCABULARY = 320
 """The byte tokenizer's 259 ids, rounded up to a multiple of 64."""
 
@@ -56,9 +61,22 @@ class InitialModel:
 
     def write(self, folder: Path) -> None:
         """Keep them as a Hugging Face folder."""
+        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
+
         from xpeer.training.export import export_hf  # noqa: PLC0415 - torch takes seconds
 
+        disable_progress_bar()
         export_hf(self.module, None, folder)
+
+    def check(self, tokenizer_vocab: int, sequence_tokens: int) -> None:
+        """Refuse ids or positions that the model has no embeddings for.
+
+        Raises:
+            ConfigError: names both numbers.
+        """
+        from xpeer.training.model import check_fits  # noqa: PLC0415 - torch takes seconds
+
+        check_fits(self.module, tokenizer_vocab, sequence_tokens)
 
 
 def initial_model(
@@ -89,12 +107,18 @@ def draft_manifest(
     tokenizer: Path | None,
     public_text: Path | None,
     changes: Iterable[str],
+    privacy: Literal["record", "off"] = "record",
 ) -> Manifest:
     """A manifest from defaults, what was given, and `section.field=value` changes.
 
     Raises:
-        ConfigError: a field is unknown or out of bounds.
+        ConfigError: a field is unknown or out of bounds, or the model does not fit the tokenizer
+            or the length of a sequence.
     """
+    if not (name.isprintable() and 0 < len(name.strip()) <= MAX_NAME_CHARS):
+        raise ConfigError(
+            f"--swarm: {name!r} is no name", f"use 1 to {MAX_NAME_CHARS} printable characters"
+        )
     text = _public_text(public_text)
     tree: dict[str, Any] = {
         "name": name,
@@ -102,19 +126,25 @@ def draft_manifest(
         "model": msgspec.to_builtins(Model(source.config, source.num_params, source.digest)),
         "tokenizer": msgspec.to_builtins(_tokenizer(tokenizer)),
         "public_text": msgspec.to_builtins(PublicText(blake2b(text.encode()).hex(), text)),
+        "privacy": {"mode": privacy},
     }
     for change in changes:
         _apply(tree, change)
-    if "steps" not in tree.get("end", {}) and "noise_multiplier" not in tree.get("privacy", {}):
+    if "steps" not in tree.get("end", {}) and "noise_multiplier" not in tree["privacy"]:
         tree.setdefault("end", {})["steps"] = 1000
     try:
-        return msgspec.convert(tree, Manifest)
+        # There and back: what JSON can't hold (infinity) is found here, not by a member.
+        manifest = msgspec.json.decode(
+            msgspec.json.encode(msgspec.convert(tree, Manifest)), type=Manifest
+        )
     except msgspec.ValidationError as e:
         problem, _, where = str(e).partition(" - at `$.")
         field = where.rstrip("`")
         raise ConfigError(
             f"manifest{f' {field}' if field else ''}: {problem}", "correct it with --set"
         ) from e
+    source.check(_vocabulary(tokenizer), manifest.optimiser.sequence_tokens)
+    return manifest
 
 
 def _apply(tree: dict[str, Any], change: str) -> None:
@@ -122,9 +152,15 @@ def _apply(tree: dict[str, Any], change: str) -> None:
     section, dot, field = path.partition(".")
     if not equals or not dot:
         raise ConfigError(f"--set: {change!r} is not section.field=value", "e.g. end.steps=2000")
+    if section in MEASURED or path == "privacy.mode":
+        raise ConfigError(
+            f"--set: {path} is not set by hand",
+            "use --privacy, --model, --model-config, --preset, --tokenizer or --public-text",
+        )
     known = {
         f"{part.name}.{inner.name}"
         for part in msgspec.structs.fields(Manifest)
+        if part.name not in MEASURED
         for inner in _fields_of(part.type)
     }
     if path not in known:
@@ -134,11 +170,15 @@ def _apply(tree: dict[str, Any], change: str) -> None:
             f"did you mean {close[0]}?" if close else f"fields: {', '.join(sorted(known))}",
         )
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, parse_constant=_refuse_constant)
     except ValueError:
         value = raw
     body = tree.setdefault(section, {})
     body[field] = value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _fields_of(kind: Any) -> tuple[msgspec.structs.FieldInfo, ...]:
@@ -153,14 +193,42 @@ def _public_text(path: Path | None) -> str:
     if path is None:
         from pydoc_data import topics  # noqa: PLC0415 - half a megabyte, wanted here only
 
-        return "\n".join(text for _, text in sorted(topics.topics.items()))[:PUBLIC_TEXT_BYTES]
+        return _cut("\n".join(text for _, text in sorted(topics.topics.items())).encode())
     try:
-        text = path.read_text(encoding="utf-8")[:PUBLIC_TEXT_BYTES]
+        with path.open("rb") as file:
+            text = _cut(file.read(PUBLIC_TEXT_BYTES))
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--public-text: {path} can't be read: {e}", "give a text file") from e
     if not text.strip():
         raise ConfigError(f"--public-text: {path} holds no text", "give a text file")
     return text
+
+
+def _cut(data: bytes) -> str:
+    """The beginning as text; a character that the cut has broken is left out."""
+    whole = data[:PUBLIC_TEXT_BYTES]
+    for end in range(len(whole), max(len(whole) - 4, -1), -1):
+        with contextlib.suppress(UnicodeDecodeError):
+            return whole[:end].decode()
+    return whole.decode()
+
+
+def _vocabulary(folder: Path | None) -> int:
+    """How many ids the tokenizer has."""
+    if folder is None:
+        return BYTE_IDS
+    file = folder / "tokenizer.json"
+    try:
+        described = json.loads(file.read_bytes())
+        entries = described["model"]["vocab"]
+        ids = [token["id"] for token in described.get("added_tokens", [])]
+        # Unigram models list pairs in the order of their ids; all others map tokens to ids.
+        ids += list(entries.values()) if isinstance(entries, dict) else range(len(entries))
+        return int(max(ids)) + 1
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(
+            f"--tokenizer: {file} is not a tokenizer: {type(e).__name__}", "name its folder"
+        ) from e
 
 
 def _tokenizer(folder: Path | None) -> Tokenizer:

@@ -39,6 +39,7 @@ class Domain:
     MANIFEST = b"xpeer/manifest/v1\0"
     CERTIFICATE = b"xpeer/certificate/v1\0"
     BEARER = b"xpeer/bearer/v1\0"
+    TOKEN = b"xpeer/token/v1\0"
     DHT_RECORD = b"xpeer/dht-record/v1\0"
     HELLO = b"xpeer/hello/v1\0"
     STATE = b"xpeer/state/v1\0"

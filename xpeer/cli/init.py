@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import msgspec
@@ -14,6 +14,18 @@ from xpeer.cli.start import read_token
 from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, draft_manifest, initial_model
+from xpeer.network.invites import check_seed
+
+_COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
+_FOUNDING = ("model", "model_config", "preset", "public_text", "changes", "privacy")
+"""Options that decide something for all members, and so mean nothing to a joiner."""
+_EXPLAINED = {
+    "network.listen": "where members reach this node (TCP)",
+    "network.announce": "what to tell others instead, behind NAT or port forwarding",
+    "network.bootstrap": "entry points: .../p2p/PEERID",
+    "data.shard": "text this node trains on; it never leaves the node",
+    "data.tokenizer": "folder of the swarm's tokenizer",
+}
 
 
 @click.command()
@@ -23,15 +35,38 @@ from xpeer.founding_model import PRESETS, draft_manifest, initial_model
 @click.option("--join", metavar="TOKEN", help="Or join one: token, file:PATH, or - for stdin.")
 @click.option("--model", type=click.Path(path_type=Path), help="Hugging Face folder to start from.")
 @click.option("--model-config", type=click.Path(path_type=Path), help="config.json to start from.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Or a small model for bytes.")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="Or a small model for bytes (default: small).",
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder; default: bytes.")
-@click.option("--public-text", type=click.Path(path_type=Path), help="Text that is no secret.")
-@click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="A manifest field.")
-@click.option("--privacy", type=click.Choice(["record", "off"]), default="record")
+@click.option(
+    "--public-text",
+    type=click.Path(path_type=Path),
+    help="Text that is no secret; its first 200 KB. Default: the Python manual's topics.",
+)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="A field of the manifest, e.g. end.steps=2000 (repeatable).",
+)
+@click.option(
+    "--privacy",
+    type=click.Choice(["record", "off"]),
+    default="record",
+    show_default=True,
+    help="off: what members share protects nothing. For all, for ever, only decided here.",
+)
 @click.option("--shard", multiple=True, metavar="PATH", help="Text this node trains on.")
 @click.option("--listen", multiple=True, metavar="ADDR", help="Multiaddress to listen on.")
+@click.option("--announce", multiple=True, metavar="ADDR", help="Address to tell others.")
 @click.option("--bootstrap", "seeds", multiple=True, metavar="ADDR", help="Entry points.")
+@click.pass_context
 def init(
+    ctx: click.Context,
     home: Home,
     as_json: bool,
     name: str | None,
@@ -42,50 +77,99 @@ def init(
     tokenizer: Path | None,
     public_text: Path | None,
     changes: tuple[str, ...],
-    privacy: str,
+    privacy: Literal["record", "off"],
     shard: tuple[str, ...],
     listen: tuple[str, ...],
+    announce: tuple[str, ...],
     seeds: tuple[str, ...],
 ) -> None:
-    """Found a swarm (--swarm NAME), or prepare this home to join one (--join TOKEN)."""
+    """Found a swarm (--swarm NAME), or prepare this home to join one (--join TOKEN).
+
+    An error leaves nothing changed on the disk.
+    """
     if (name is None) == (join is None):
         raise ConfigError("--swarm and --join: one of them is needed", "see `xpeer init --help`")
     settings = {
-        "network": {"listen": list(listen), "bootstrap": list(seeds)},
-        "data": {"shard": [str(Path(p).expanduser().absolute()) for p in shard]},
+        "network.listen": list(listen),
+        "network.announce": list(announce),
+        "network.bootstrap": [check_seed("--bootstrap", seed) for seed in seeds],
+        "data.shard": [str(Path(p).expanduser().absolute()) for p in shard],
+        "data.tokenizer": str(tokenizer.expanduser().absolute()) if tokenizer else "",
     }
-    config_text = as_toml(settings)
+    _check_settings(home, settings)
     if join is not None:
-        token = founding.prepare_join(home, read_token(join) or "", config_text)
-        say(f"ready to join {token.name} ({token.swarm_id[:16]}); next: xpeer start --bootstrap")
-        if as_json:
-            echo_json({"swarm_id": token.swarm_id, "swarm_name": token.name})
+        given = [k for k in _FOUNDING if ctx.get_parameter_source(k) is _COMMAND_LINE]
+        if given:
+            raise ConfigError(
+                f"--{given[0].replace('_', '-')} does not go with --join",
+                "the swarm's founder has decided that",
+            )
+        _join(home, join, as_toml(settings), as_json=as_json)
         return
     founding.refuse_second_swarm(home)
-    load_config(home)
     source = initial_model(model, model_config, preset)
     manifest = draft_manifest(
-        str(name), source, tokenizer=tokenizer, public_text=public_text,
-        changes=[*changes, f"privacy.mode={privacy}"],
-    )  # fmt: skip
-    founded = founding.found(home, manifest, source.write, config_text)
+        str(name),
+        source,
+        tokenizer=tokenizer,
+        public_text=public_text,
+        changes=changes,
+        privacy=privacy,
+    )
+    founded = founding.found(home, manifest, source.write, as_toml(settings))
     if privacy == "off":
         say("PRIVACY IS OFF in this swarm: nothing that its members share protects any record")
-    say(f"founded {name}: {manifest.model.num_params:,} parameters")
+    say(f"founded {name}: {manifest.model.num_params:,} parameters, in {home.path}")
+    say(f"keep a copy of {home.admin_key} in a safe place: only it can invite")
     say("next, on this machine:  xpeer start --bootstrap")
     say("for every other cloud:  xpeer invite create --for PEERID   (its `xpeer id`)")
     if as_json:
-        echo_json({"swarm_id": founded.swarm_id, "peer_id": founded.peer_id})
+        echo_json({"swarm_id": founded.swarm_id, "swarm_name": name, "peer_id": founded.peer_id})
     else:
         click.echo(founded.swarm_id)
 
 
-def as_toml(settings: dict[str, dict[str, list[str]]]) -> str:
-    """The sections that were given, as config.toml."""
-    lines = ["# Settings of this node; all keys: docs/operating.md"]
-    for section, body in settings.items():
-        given: dict[str, Any] = {key: value for key, value in body.items() if value}
-        if given:
-            lines += ["", f"[{section}]"]
-            lines += [f"{key} = {msgspec.json.encode(v).decode()}" for key, v in given.items()]
+def _join(home: Home, join: str, config_text: str, *, as_json: bool) -> None:
+    token = founding.prepare_join(home, read_token(join) or "", config_text)
+    say(f"ready to join {token.name}; compare its fingerprint with the admin's")
+    say("next:  xpeer start --bootstrap")
+    if as_json:
+        echo_json({"swarm_id": token.swarm_id, "swarm_name": token.name})
+    else:
+        click.echo(token.swarm_id)
+
+
+def _check_settings(home: Home, settings: dict[str, Any]) -> None:
+    """Refuse what `xpeer start` would refuse, and never replace what a person wrote."""
+    given = {key: value for key, value in settings.items() if value}
+    try:
+        msgspec.json.encode(given)
+    except UnicodeEncodeError as e:
+        raise ConfigError(
+            f"{e.object!r} is not UTF-8, so config.toml can't hold it", "rename that file"
+        ) from e
+    load_config(home, given)
+    if given and home.config.exists():
+        raise ConfigError(
+            f"{home.config} exists already, so {', '.join(sorted(given))} would be ignored",
+            "leave the options out and edit that file",
+        )
+
+
+def as_toml(settings: dict[str, Any]) -> str:
+    """config.toml: what was given, and the rest of what people usually set as comments.
+
+    Args:
+        settings: {"section.key": value}; an empty value is not given.
+    """
+    lines = ["# Settings of this node. `xpeer start` refuses keys that it does not know."]
+    section = ""
+    for dotted, value in settings.items():
+        here, _, key = dotted.partition(".")
+        if here != section:
+            lines += ["", f"[{here}]"]
+            section = here
+        lines.append(f"# {_EXPLAINED[dotted]}")
+        # A JSON string or list of strings is one in TOML, too.
+        lines.append(f"{'' if value else '# '}{key} = {msgspec.json.encode(value).decode()}")
     return "\n".join(lines) + "\n"

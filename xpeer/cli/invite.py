@@ -7,16 +7,24 @@ import time
 
 import click
 
+from xpeer import founding
 from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
 from xpeer.config import Home
 from xpeer.control import Client
-from xpeer.errors import ConfigError, NotAuthorisedError, NotRunningError
+from xpeer.errors import (
+    ConfigError,
+    LocalTimeoutError,
+    NotAuthorisedError,
+    NotRunningError,
+)
+from xpeer.founding import Issued
 from xpeer.identity import Identity, PeerId, public_key_of
 from xpeer.manifest import SignedManifest
-from xpeer.network.invites import create_token
+from xpeer.network.invites import MAX_SEEDS, MEMBERSHIP_S, check_seed, create_token
 from xpeer.network.membership import Role
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DAEMON_TIMEOUT_S = 3.0
 
 
 @click.group()
@@ -29,51 +37,88 @@ def invite() -> None:
 @json_option
 @click.option("--for", "for_peer", metavar="PEERID", help="Only this peer can use it (safest).")
 @click.option(
-    "--role", type=click.Choice(["member", "observer", "infrastructure"]), default="member",
-    show_default=True, help="What it grants.",
-)  # fmt: skip
+    "--role",
+    type=click.Choice(["member", "observer", "infrastructure"]),
+    default="member",
+    show_default=True,
+    help="What it grants.",
+)
 @click.option(
     "--ttl", default="24h", show_default=True, help="It expires after this: 30m, 24h, 7d."
 )
 @click.option("--seed", "seeds", multiple=True, metavar="ADDR", help="Where to join (repeatable).")
+@click.option("--no-seed", is_flag=True, help="No address in it: the joiner brings --bootstrap.")
 def create(
-    home: Home, as_json: bool, for_peer: str | None, role: Role, ttl: str, seeds: tuple[str, ...]
+    home: Home,
+    as_json: bool,
+    for_peer: str | None,
+    role: Role,
+    ttl: str,
+    seeds: tuple[str, ...],
+    no_seed: bool,
 ) -> None:
     """Print a token; without --for anybody who holds it before it expires can join with it.
 
-    A use limit of such a bearer token would need a server: there is none.
+    The use limit of such a bearer token is best effort: it expires, but until then it can be used
+    more than once. A real limit would need a server: there is none.
     """
     admin = _admin_key(home)
-    manifest = SignedManifest.load(home.manifest)
+    signed = SignedManifest.load(home.manifest)
+    manifest = signed.open()
+    if signed.admin != admin.verify_key:
+        raise NotAuthorisedError(
+            f"{home.admin_key} is not the admin key of {home.manifest}", "restore both files"
+        )
     if for_peer is not None:
         _check_peer_id(for_peer)
-    known = list(seeds) or _known_seeds(home)
-    if not known:
-        raise ConfigError(
-            "--seed: no address is known at which the swarm can be joined",
-            "start the daemon first, set network.bootstrap, or give --seed ADDR",
-        )
+    if seeds and no_seed:
+        raise ConfigError("--seed and --no-seed exclude one another", "keep one")
     token = create_token(
         admin,
-        manifest.genesis,
-        name=manifest.open().name,
-        seeds=known,
+        signed.genesis,
+        name=manifest.name,
+        seeds=[] if no_seed else _seeds(home, seeds),
         for_peer=PeerId(for_peer) if for_peer else None,
         role=role,
         ttl_s=_seconds(ttl),
         now_unix_s=time.time(),
     )
-    # A bearer token is a secret, and command lines are readable by everybody on a machine.
-    given = str(token) if for_peer else "file:TOKEN_FILE"
-    commands = [f"xpeer start --join {given} --shard /path/to/text"]
+    issued = Issued.of(token)
+    founding.record_invite(home, issued)
+    bootstrap = "" if token.seeds else " --bootstrap ADDR"
+    joins = "bootstrap" if role == "infrastructure" else "start"
+    text = " --shard /path/to/text" if role == "member" else ""
+    commands = [f"xpeer {joins} --join TOKEN{text}{bootstrap}"]
+    if role != "infrastructure":
+        commands.append(f"xpeer init --join TOKEN{text}{bootstrap}   # then: xpeer start")
     if as_json:
-        expires = token.certificate.join_before_unix_s
-        echo_json({"token": str(token), "expires_unix_s": expires, "commands": commands})
+        filled = [command.replace("TOKEN", str(token)) for command in commands]
+        echo_json({"token": str(token), "invite": issued, "commands": filled})
         return
-    click.echo(str(token))
     say(f"valid for {ttl}, {'for ' + for_peer if for_peer else 'for whoever holds it'}; to join:")
     for command in commands:
         say(f"  {command}")
+    say("TOKEN is the line below, file:PATH, or - for standard input")
+    say(f"fingerprint to compare: {issued.swarm_id}")
+    click.echo(str(token))
+
+
+@invite.command(name="list")
+@home_option
+@json_option
+def list_command(home: Home, as_json: bool) -> None:
+    """Show the invitations that were made here; without the tokens, which are not kept."""
+    invites = founding.load_invites(home)
+    if as_json:
+        echo_json(invites)
+        return
+    now = time.time()
+    for entry in invites:
+        left = entry.join_before_unix_s - now
+        state = f"for {left / 3600:.1f} h" if left > 0 else "expired"
+        click.echo(f"{entry.serial:016x}  {entry.role:14}  {state:12}  {entry.subject}")
+    if not invites:
+        say("no invitation was made here")
 
 
 def _admin_key(home: Home) -> Identity:
@@ -84,15 +129,24 @@ def _admin_key(home: Home) -> Identity:
     return Identity.load(home.admin_key)
 
 
-def _known_seeds(home: Home) -> list[str]:
-    """What the settings name, and where our own daemon listens."""
+def _seeds(home: Home, given: tuple[str, ...]) -> list[str]:
+    """What was given, or else what the settings name and where our own daemon listens."""
+    if given:
+        return [check_seed("--seed", seed) for seed in given]
     config = load_config(home)
-    seeds = list(config.network.bootstrap)
+    seeds = [check_seed("network.bootstrap", seed) for seed in config.network.bootstrap]
     try:
-        seeds += Client(home.socket(config)).status().addresses
+        seeds += Client(home.socket(config), _DAEMON_TIMEOUT_S).status().addresses
     except NotRunningError:
         say("note: the daemon does not run, so the token names no address of it")
-    return seeds[:16]
+    except LocalTimeoutError as e:
+        say(f"note: {e.problem}, so the token names no address of it")
+    if not seeds:
+        raise ConfigError(
+            "--seed: no address is known at which the swarm can be joined",
+            "start the daemon first, set network.bootstrap, or give --seed ADDR (or --no-seed)",
+        )
+    return list(dict.fromkeys(seeds))[:MAX_SEEDS]
 
 
 def _check_peer_id(peer_id: str) -> None:
@@ -103,7 +157,13 @@ def _check_peer_id(peer_id: str) -> None:
 
 
 def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+)([smhd])", text)
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
     if match is None or not int(match[1]):
         raise ConfigError(f"--ttl: {text!r} is not a time", "write e.g. 30m, 24h or 7d")
-    return float(match[1]) * UNITS_S[match[2]]
+    seconds = int(match[1]) * UNITS_S[match[2]]
+    if seconds > MEMBERSHIP_S:
+        raise ConfigError(
+            f"--ttl: {text} is longer than a membership ({MEMBERSHIP_S // 86400}d)",
+            "a token is used once, soon: 24h or 7d",
+        )
+    return float(seconds)

@@ -2,7 +2,9 @@
 
 With `for_peer` the token is useless to anybody else. A bearer token also holds a one-time key that
 signs for the joiner's PeerID; whoever holds it before it expires can join, as often as it likes:
-a use limit would need a server.
+a use limit would need a server. The whole token is signed, its seeds included, so that an altered
+one is refused before anybody is contacted. What this does not give: proof that the swarm is the one
+that was meant; compare its fingerprint over another channel.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import msgspec
 from msgspec import Meta, Struct
 from nacl.signing import SigningKey
 
-from xpeer.errors import NotAuthorisedError
-from xpeer.identity import Domain, Identity, PeerId
+from xpeer.errors import ConfigError, NotAuthorisedError
+from xpeer.identity import Domain, Identity, PeerId, public_key_of, verify_with
 from xpeer.manifest import Genesis
 from xpeer.network.membership import BEARER_PREFIX, Certificate, Credential, Role, unpack
 
 PREFIX = "xpeer1."
 MAX_TOKEN_CHARS = 4096
+MAX_SEEDS = 16
 MEMBERSHIP_S = 365 * 86400
 _REMEDY = "copy the whole token again, or ask for a new one (`xpeer invite create`)"
 
@@ -31,12 +34,18 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
     """What `xpeer invite create` prints."""
 
     name: Annotated[str, Meta(max_length=200)]
-    seeds: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=16)]
+    seeds: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=MAX_SEEDS)]
     body: bytes
     """The certificate, as signed."""
     signature: bytes
     bearer: bytes = b""
     """Seed of the one-time key; empty in tokens for one PeerID."""
+    seal: bytes = b""
+    """The admin key's signature over everything above."""
+
+    def __repr__(self) -> str:
+        """Never the token itself: a bearer token in a log is an open door."""
+        return f"Token({self.name!r}, {len(self.seeds)} seeds)"
 
     def __str__(self) -> str:
         """As text to be copied."""
@@ -59,9 +68,22 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
             data = base64.b64decode(
                 encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True
             )
-            return unpack(data, cls, "token")
+            token = unpack(data, cls, "token")
+            intact = str(token) == text and token._is_sealed()
         except (binascii.Error, ValueError, NotAuthorisedError) as e:
             raise NotAuthorisedError("the token is damaged", _REMEDY) from e
+        if not intact:
+            raise NotAuthorisedError("the token is damaged or was altered", _REMEDY)
+        return token
+
+    def _statement(self) -> bytes:
+        return msgspec.msgpack.encode(
+            (self.name, self.seeds, self.body, self.signature, self.bearer)
+        )
+
+    def _is_sealed(self) -> bool:
+        admin = self.certificate.genesis.admin
+        return verify_with(admin, Domain.TOKEN, self._statement(), self.seal)
 
     @property
     def certificate(self) -> Certificate:
@@ -118,12 +140,40 @@ def create_token(
         role: what it grants.
         ttl_s: the right to join expires after this.
         now_unix_s: wall clock.
+
+    Raises:
+        ConfigError: the seeds do not fit into a token.
     """
     bearer = b"" if for_peer else bytes(SigningKey.generate())
     holder = f"{BEARER_PREFIX}{bytes(SigningKey(bearer).verify_key).hex()}" if bearer else ""
     certificate = grant(genesis, for_peer or holder, role, ttl_s, now_unix_s)
     body = msgspec.msgpack.encode(certificate)
-    return Token(name, seeds, body, admin.sign(Domain.CERTIFICATE, body), bearer)
+    plain = Token(name, seeds, body, admin.sign(Domain.CERTIFICATE, body), bearer)
+    token = msgspec.structs.replace(plain, seal=admin.sign(Domain.TOKEN, plain._statement()))
+    try:
+        return Token.parse(str(token))
+    except NotAuthorisedError as e:
+        raise ConfigError(
+            f"a token can't hold these {len(seeds)} seeds or this name",
+            f"name at most {MAX_SEEDS} seeds of usual length with --seed",
+        ) from e
+
+
+def check_seed(option: str, address: str) -> str:
+    """An address that others can be told: it ends in the PeerID that answers there.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    before, mark, peer_id = address.rpartition("/p2p/")
+    try:
+        public_key_of(peer_id if mark and before.startswith("/") else "")
+    except ValueError as e:
+        raise ConfigError(
+            f"{option}: {address!r} is not an address that ends in /p2p/PEERID",
+            "copy the whole address that `xpeer bootstrap` or `xpeer status` prints",
+        ) from e
+    return address
 
 
 def grant(
@@ -138,5 +188,5 @@ def grant(
         serial=secrets.randbits(63),
         not_before_unix_s=now,
         join_before_unix_s=now + int(ttl_s),
-        not_after_unix_s=now + MEMBERSHIP_S,
+        not_after_unix_s=now + max(MEMBERSHIP_S, int(ttl_s)),
     )
