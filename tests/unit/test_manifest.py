@@ -1,0 +1,172 @@
+"""The manifest: signed as it stands, bound to its fingerprint, every field checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from xpeer.errors import ConfigError, NotAuthorisedError, XpeerError
+from xpeer.identity import Identity, blake2b
+from xpeer.manifest import (
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    Model,
+    PublicText,
+    SharedCorpus,
+    SignedManifest,
+)
+
+TEXT = "The quick brown fox."
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    made = {
+        "name": "demo",
+        "created_unix_s": 1_700_000_000,
+        "model": {"config": {"model_type": "llama"}, "num_params": 10, "initial_digest": "ab"},
+        "public_text": {"digest": blake2b(TEXT.encode()).hex(), "text": TEXT},
+        "end": {"steps": 100},
+    }
+    return made | changes
+
+
+def manifest(**changes: Any) -> Manifest:
+    return msgspec.convert(tree(**changes), Manifest)
+
+
+ADMIN = Identity.generate()
+SIGNED = SignedManifest.sign(manifest(), ADMIN)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(SIGNED.to_bytes())
+    loaded = SignedManifest.load(path)
+    assert loaded == SIGNED
+    assert loaded.open(SIGNED.genesis.swarm_id) == manifest()
+    assert loaded.genesis.swarm_id == SIGNED.genesis.swarm_id
+    assert len(SIGNED.genesis.swarm_id) == 64
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    made = manifest()
+    assert made.privacy.mode == "record"
+    assert made.privacy.epsilon == 8.0
+    assert made.round.codec == "int8"
+    assert made.round.fragments == 5
+    assert made.round.window_steps == 20
+
+
+def test_the_fingerprint_commits_to_admin_and_manifest() -> None:
+    swarms = {
+        SIGNED.genesis.swarm_id,
+        SignedManifest.sign(manifest(), Identity.generate()).genesis.swarm_id,
+        SignedManifest.sign(manifest(name="other"), ADMIN).genesis.swarm_id,
+    }
+    assert len(swarms) == 3
+
+
+def test_every_flipped_bit_is_refused() -> None:
+    good = SIGNED.to_bytes()
+    swarm_id = SIGNED.genesis.swarm_id
+    for position in range(len(good)):
+        for bit in (0, 5):
+            altered = bytearray(good)
+            altered[position] ^= 1 << bit
+            try:
+                SignedManifest.from_bytes(bytes(altered)).open(swarm_id)
+            except XpeerError:
+                continue
+            # Only what is no content may change: none of it decodes to something else.
+            assert SignedManifest.from_bytes(bytes(altered)) == SIGNED
+
+
+def test_every_cut_is_refused() -> None:
+    good = SIGNED.to_bytes()
+    for end in range(0, len(good), 3):
+        with pytest.raises(XpeerError):
+            SignedManifest.from_bytes(good[:end]).open()
+
+
+def test_another_swarm_and_another_key_are_refused() -> None:
+    with pytest.raises(NotAuthorisedError, match="of swarm"):
+        SIGNED.open("ab" * 32)
+    other = Identity.generate()
+    replaced = msgspec.structs.replace(SIGNED, admin=other.verify_key)
+    with pytest.raises(NotAuthorisedError, match="altered"):
+        replaced.open()
+    # A whole manifest signed anew by somebody else is genuine, but of another swarm.
+    forged = SignedManifest.sign(manifest(), other)
+    with pytest.raises(NotAuthorisedError, match="of swarm"):
+        forged.open(SIGNED.genesis.swarm_id)
+
+
+@pytest.mark.parametrize("field", ["admin", "signature"])
+@pytest.mark.parametrize("value", [b"", b"x", bytes(31), bytes(32), bytes(64), bytes(65)])
+def test_keys_and_signatures_of_any_length(field: str, value: bytes) -> None:
+    with pytest.raises(NotAuthorisedError):
+        msgspec.structs.replace(SIGNED, **{field: value}).open()
+
+
+def test_signed_nonsense_is_a_clear_error() -> None:
+    for body in ("", "{}", "[]", "null", SIGNED.body.replace('"version":1', '"version":2')):
+        from xpeer.identity import Domain
+
+        signature = ADMIN.sign(Domain.MANIFEST, body.encode())
+        with pytest.raises(ConfigError, match="manifest"):
+            SignedManifest(body, ADMIN.verify_key, signature).open()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"end": {}}, "sigma can't be calibrated"),
+        ({"public_text": {"digest": "00", "text": TEXT}}, "digest does not match"),
+        ({"version": 2}, "version"),
+        ({"colour": "red"}, "colour"),
+        ({"round": {"fragments": 0}}, "fragments"),
+        ({"round": {"codec": "int3"}}, "codec"),
+        ({"round": {"slot_s": 0}}, "slot_s"),
+        ({"privacy": {"epsilon": -1}}, "epsilon"),
+        ({"privacy": {"delta": 1}}, "delta"),
+        ({"privacy": {"mode": "trust me"}}, "mode"),
+        ({"optimiser": {"learning_rate": "fast"}}, "learning_rate"),
+        ({"optimiser": {"sequence_tokens": 4}}, "sequence_tokens"),
+        ({"limits": {"max_members": 100_000}}, "max_members"),
+        ({"model": {"config": {}, "num_params": 0, "initial_digest": ""}}, "num_params"),
+    ],
+)
+def test_every_field_is_checked(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=complaint):
+        manifest(**changes)
+
+
+def test_privacy_off_needs_no_plan() -> None:
+    assert manifest(end={}, privacy={"mode": "off"}).privacy.mode == "off"
+    assert manifest(end={}, privacy={"noise_multiplier": 1.0}).end.steps is None
+
+
+def test_files_that_are_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can't be read"):
+        SignedManifest.load(tmp_path / "none")
+    for n, data in enumerate([b"", b"\xff", b"{}", b"[1]", b" " * (MAX_MANIFEST_BYTES + 1)]):
+        path = tmp_path / str(n)
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match="manifest"):
+            SignedManifest.load(path)
+
+
+def test_optional_parts_travel() -> None:
+    made = Manifest(
+        name="n",
+        created_unix_s=1,
+        model=Model({"model_type": "gpt2"}, 5, "x"),
+        public_text=PublicText(blake2b(b"").hex(), ""),
+        shared_corpus=SharedCorpus("books", "ff"),
+        end=manifest().end,
+    )
+    signed = SignedManifest.sign(made, ADMIN)
+    assert SignedManifest.from_bytes(signed.to_bytes()).open() == made
