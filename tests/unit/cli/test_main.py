@@ -17,7 +17,6 @@ from xpeer.cli.common import echo_json, error_boundary, home_option
 from xpeer.config import Home
 from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError, Reason
 
-
 ROOT = Path(__file__).parents[3]
 
 
