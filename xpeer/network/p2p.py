@@ -108,6 +108,7 @@ class GatedP2P(P2P):
         await asyncio.gather(
             self._watcher, control._read_task, control._write_task, return_exceptions=True
         )
+        self._child._transport.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _watch(self) -> None:

@@ -95,8 +95,9 @@ class Swarm:
         self._introducing: dict[PeerId, asyncio.Lock] = {}
         self._limit = present.RateLimit()
         self._redial = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._closing = False
+        self._background: list[asyncio.Task[None]] = []
+        self._dials: set[asyncio.Task[None]] = set()
+        self._changing = asyncio.Lock()
         for seed in self._seeds:
             membership.trust_seed(seed)
 
@@ -141,19 +142,19 @@ class Swarm:
         )
         await present.serve(self)
         await self._bring_up()
-        self._tasks = [
-            asyncio.create_task(self._keep_sidecar()),
+        self._background = [
             asyncio.create_task(self._keep_bootstrapping()),
+            asyncio.create_task(self._keep_sidecar()),
         ]
         return self
 
     async def close(self) -> None:
         """Leave the network; nothing of ours is left running."""
-        self._closing = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._take_down()
+        async with self._changing:  # a sidecar that is just being started would be orphaned
+            for task in self._background:
+                task.cancel()
+            await asyncio.gather(*self._background, return_exceptions=True)
+            await self._take_down()
 
     # Serving
 
@@ -266,9 +267,15 @@ class Swarm:
         addresses = self._book.get(peer_id)
         if addresses and peer_id not in self._introduced:
             with contextlib.suppress(ControlFailure, P2PDaemonError):
-                await self._p2p._client.connect(
-                    _hivemind_id(peer_id), [Multiaddr(without_peer(a)) for a in addresses]
-                )
+                await self._connect(peer_id, addresses)
+
+    async def _connect(self, peer_id: PeerId, addresses: list[str]) -> None:
+        """Have the sidecar dial. hivemind leaks a socket when this is cancelled: so it is not."""
+        maddrs = [Multiaddr(without_peer(address)) for address in addresses]
+        dial = asyncio.ensure_future(self._p2p._client.connect(_hivemind_id(peer_id), maddrs))
+        self._dials.add(dial)
+        dial.add_done_callback(self._dials.discard)
+        await asyncio.shield(dial)
 
     # The gate (p2p.Gate)
 
@@ -380,6 +387,7 @@ class Swarm:
         self._introduced.clear()
         self.dht.is_alive = False  # ends its background work; its handlers go with the sidecar
         await self._p2p.shutdown()
+        await asyncio.gather(*self._dials, return_exceptions=True)
 
     async def _keep_sidecar(self) -> None:
         delay_s = FIRST_RETRY_S
@@ -387,9 +395,10 @@ class Swarm:
             await self._p2p.died.wait()
             log.warning("the libp2p sidecar died; starting it again")
             self.reached_seed.clear()
-            await self._take_down()
             try:
-                await self._bring_up()
+                async with self._changing:
+                    await self._take_down()
+                    await self._bring_up()
             except LocalError as e:
                 log.error("%s", e)
                 await asyncio.sleep(delay_s)
@@ -434,9 +443,7 @@ class Swarm:
         try:
             with self._peer_errors(peer_id):
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    await self._p2p._client.connect(
-                        _hivemind_id(peer_id), [Multiaddr(without_peer(address))]
-                    )
+                    await self._connect(peer_id, [address])
                     await self.introduce(peer_id)
                     pinged = await self.dht.protocol.call_ping(
                         _hivemind_id(peer_id), validate=True, strict=False
