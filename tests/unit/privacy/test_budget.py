@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xpeer.errors import LocalError
+from xpeer.privacy.accountant import Segment, epsilon
+from xpeer.privacy.budget import Budget
+from xpeer.privacy.ledger import Ledger
+
+TARGET, DELTA, SIGMA = 8.6, 1e-5, 4.0
+FITS = 50
+"""Steps with q = 1 (the accountant's reference table: 50 steps cost 8.5959)."""
+
+
+def budget(ledger: Ledger, **more: Any) -> Budget:
+    fields: dict[str, Any] = {
+        "epsilon": TARGET,
+        "delta": DELTA,
+        "noise_multiplier": SIGMA,
+        "sampling_probability": 1.0,
+    }
+    return Budget(ledger, **(fields | more))
+
+
+def test_charges_before_use_and_never_more_than_fits(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        made = budget(ledger)
+        assert made.left == FITS
+        with pytest.raises(LocalError, match="none is charged"):
+            made.use()
+        assert made.begin(20) == 20
+        assert (ledger.steps_charged, made.left) == (20, 30)
+        for _ in range(20):
+            made.use()
+        with pytest.raises(LocalError, match="none is charged"):
+            made.use()
+        assert made.begin(20) == 20
+        assert made.begin(20) == 20  # nothing was used
+        assert ledger.steps_charged == 40
+        for _ in range(20):
+            made.use()
+        assert made.begin(20) == 10  # the budget ends
+        for _ in range(10):
+            made.use()
+        assert made.begin(20) == 0
+        assert (ledger.steps_charged, ledger.counter) == (FITS, 3)
+        assert epsilon(ledger.segments(), DELTA) <= TARGET
+        assert not made.overdrawn
+        made.close()
+
+
+def test_prepared_charges_are_collected(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        made = budget(ledger)
+        assert made.begin(4) == 4
+        made.use()
+        made.prepare(6)
+        made.prepare(6)  # one at a time
+        assert made.begin(0) == 9
+        assert ledger.steps_charged == 10
+        made.prepare(100)
+        assert made.begin(100) == 49
+        assert made.left == 0
+        made.prepare(5)
+        assert made.begin(100) == 49
+        made.close()
+
+
+def test_steps_go_on_while_a_charge_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        made = budget(ledger)
+        made.begin(2)
+        written, inner = threading.Event(), ledger.charge
+
+        def slow(segment: Segment) -> int:
+            written.wait(10)
+            return inner(segment)
+
+        monkeypatch.setattr(ledger, "charge", slow)
+        made.prepare(3)
+        made.use()
+        made.use()
+        with pytest.raises(LocalError, match="none is charged"):
+            made.use()  # what is not on the disk does not count
+        written.set()
+        assert made.begin(3) == 3
+        made.close()
+
+
+def test_a_charge_that_can_not_be_written_permits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        made = budget(ledger)
+
+        def full(segment: Segment) -> int:
+            raise LocalError("disk full")
+
+        monkeypatch.setattr(ledger, "charge", full)
+        with pytest.raises(LocalError, match="disk full"):
+            made.begin(3)
+        made.prepare(3)
+        with pytest.raises(LocalError, match="disk full"):
+            made.begin(3)
+        with pytest.raises(LocalError, match="none is charged"):
+            made.use()
+        made.close()
+
+
+def test_other_kinds_of_steps_count(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        first = budget(ledger)
+        first.begin(25)
+        first.close()
+        second = budget(ledger, sampling_probability=0.5, noise_multiplier=3.0)
+        fits = second.left
+        assert fits > 25  # smaller q, more steps
+        assert second.begin(10_000) == fits
+        spent = ledger.segments()
+        assert epsilon(spent, DELTA) <= TARGET
+        assert epsilon([*spent, Segment(3.0, 0.5, 1)], DELTA) > TARGET
+        second.close()
+        third = budget(ledger)
+        assert third.begin(1) == 0
+        third.close()
+
+
+CRASH = """
+import os, signal, sys
+from pathlib import Path
+from xpeer.privacy.budget import Budget
+from xpeer.privacy.ledger import Ledger
+ledger = Ledger.open(Path(sys.argv[1]))
+budget = Budget(
+    ledger, epsilon=8.6, delta=1e-5, noise_multiplier=4.0, sampling_probability=1.0
+)
+budget.begin(20)
+for _ in range(3):
+    budget.use()
+if sys.argv[2] == "prepare":
+    budget.prepare(10)
+    budget._prepared.result()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("how", "charged"), [("window", 20), ("prepare", 30)])
+def test_a_killed_process_is_refunded_nothing(tmp_path: Path, how: str, charged: int) -> None:
+    path = tmp_path / "ledger.sqlite"
+    done = subprocess.run([sys.executable, "-c", CRASH, str(path), how], check=False, timeout=50)
+    assert done.returncode == -signal.SIGKILL
+    with Ledger.open(path) as ledger:
+        assert ledger.steps_charged == charged
+        made = budget(ledger)
+        assert made.left == FITS - charged
+        with pytest.raises(LocalError, match="none is charged"):
+            made.use()
+        made.close()
+
+
+def test_negative_steps_are_a_mistake(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        made = budget(ledger)
+        with pytest.raises(ValueError, match="-1"):
+            made.begin(-1)
+        with pytest.raises(ValueError, match="-1"):
+            made.prepare(-1)
+        made.close()

@@ -1,0 +1,164 @@
+"""Steps that may be taken: charged to the ledger first, never more than the budget allows.
+
+Knows no tensors. The accountant is asked once, for the largest number of steps that still fit;
+after that whole numbers are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
+
+from xpeer.errors import ConfigError, LocalError
+from xpeer.manifest import Manifest
+from xpeer.privacy import accountant
+from xpeer.privacy.accountant import Segment
+from xpeer.privacy.ledger import Ledger
+
+SIGMA_SETTING: Final = "noise_multiplier"
+"""Key of the calibrated sigma in the ledger."""
+_STEPS_MAX: Final = 10_000_000
+
+
+class Budget:
+    """Permission for steps of one kind, from a ledger that may hold charges of other kinds.
+
+    `begin`, `prepare` and `use` belong to one thread.
+
+    Args:
+        ledger: of this shard.
+        epsilon: the target for everything in the ledger together.
+        delta: for which epsilon holds.
+        noise_multiplier: sigma of the steps to come.
+        sampling_probability: q of the steps to come.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        epsilon: float,
+        delta: float,
+        noise_multiplier: float,
+        sampling_probability: float,
+    ) -> None:
+        self._ledger = ledger
+        self._sigma, self._q = noise_multiplier, sampling_probability
+        self._lock = threading.Lock()
+        self._left = accountant.steps_within(
+            epsilon, delta, ledger.segments(), self._sigma, self._q, _STEPS_MAX
+        )
+        self._charged_before = ledger.steps_charged
+        self._permitted = 0
+        self._used = 0
+        self._prepared: Future[int] | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="privacy-ledger")
+
+    @property
+    def left(self) -> int:
+        """Steps that can still be charged."""
+        with self._lock:
+            return self._left
+
+    @property
+    def overdrawn(self) -> bool:
+        """Whether more steps were used than this process charged."""
+        return self._used > self._ledger.steps_charged - self._charged_before
+
+    def begin(self, steps: int) -> int:
+        """Charge until `steps` may be used; charges prepared or left over count.
+
+        The charges are on the disk when this returns. They are never refunded.
+
+        Returns:
+            How many steps may be used now: fewer than asked where the budget ends, 0 when spent.
+
+        Raises:
+            LocalError: the ledger can't be written, now or when it was prepared.
+        """
+        _check_steps(steps)
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            self._permitted += prepared.result()
+        if steps > self._permitted:
+            self._permitted += self._charge(steps - self._permitted)
+        return self._permitted
+
+    def prepare(self, steps: int) -> None:
+        """Charge `steps` more on another thread, so that the next `begin` need not wait.
+
+        Does nothing while an earlier charge waits to be collected. If the process ends before it
+        is used, the charge is lost.
+        """
+        _check_steps(steps)
+        if self._prepared is None and steps:
+            self._prepared = self._writer.submit(self._charge, steps)
+
+    def use(self) -> None:
+        """Use up one charged step.
+
+        Raises:
+            LocalError: none is left.
+        """
+        if self._permitted < 1:
+            raise LocalError(
+                "a private step was asked for and none is charged", "begin_window comes first"
+            )
+        self._permitted -= 1
+        self._used += 1
+
+    def close(self) -> None:
+        """Wait for a charge that is being written. The ledger is its owner's to close."""
+        self._writer.shutdown(wait=True)
+
+    def _charge(self, steps: int) -> int:
+        with self._lock:
+            steps = min(steps, self._left)
+            if steps:
+                self._ledger.charge(Segment(self._sigma, self._q, steps))
+                self._left -= steps
+            return steps
+
+
+def noise_multiplier(
+    manifest: Manifest, ledger: Ledger, delta: float, sampling_probability: float
+) -> float:
+    """Sigma: the manifest's, or the one in the ledger, or calibrated now and kept in the ledger.
+
+    Calibrated so that `end.steps` steps spend the budget. It tells the size of the shard, so it
+    never leaves the node.
+
+    Raises:
+        ConfigError: neither sigma nor end.steps is set.
+        LocalError: what the ledger holds is no sigma, or no sigma reaches the target.
+    """
+    if manifest.privacy.noise_multiplier is not None:
+        return manifest.privacy.noise_multiplier
+    stored = ledger.settings(SIGMA_SETTING)
+    if stored is None:
+        if manifest.end.steps is None:
+            raise ConfigError(
+                "privacy.noise_multiplier and end.steps are both unset",
+                "sigma can't be calibrated; the manifest needs one of them",
+            )
+        sigma = accountant.calibrate(
+            manifest.privacy.epsilon, delta, sampling_probability, manifest.end.steps
+        )
+        stored = ledger.set_once(SIGMA_SETTING, repr(sigma))
+    try:
+        sigma = float(stored)
+    except ValueError:
+        sigma = math.nan
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise LocalError(
+            f"privacy ledger {ledger.path}: {SIGMA_SETTING} is {stored!r}",
+            "restore the ledger from a copy made after the last training step",
+        )
+    return sigma
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 0:
+        raise ValueError(f"{steps} steps")
