@@ -1,0 +1,266 @@
+"""The demo's flow: public start, a swarm of three daemons, the same peers alone, a report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from xpeer.cli.common import say
+from xpeer.cli.demo import corpora, daemons, warmup
+from xpeer.cli.demo.report import Curve, HeldOut, PeerReport, Report, params_of, plot, table_of
+from xpeer.cli.demo.view import View
+from xpeer.config import Home
+from xpeer.errors import LocalError, LocalTimeoutError
+from xpeer.status import Status
+from xpeer.training.export import generate
+from xpeer.training.model import from_folder
+from xpeer.training.tokenizer import ByteTokenizer
+
+STEPS = 40
+SEQUENCE_TOKENS = 128
+BATCH_RECORDS = 48
+SHARD_BYTES = 4_000_000
+HELD_OUT_RECORDS = 128
+SWARM_RATE = 4e-3
+ALONE_RATES = (2e-3, 4e-3)
+"""A lone peer gets the better of these; the swarm's rate is fixed beforehand."""
+SPEEDS = {"python": 1.0, "headers": 1.0, "licences": 0.5}
+TIMEOUT_S = 900.0
+ALONE_AT_ONCE = 2
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+
+
+class Demo:
+    """One run.
+
+    Args:
+        out: folder for everything.
+        seed: of the public start.
+    """
+
+    def __init__(self, out: Path, seed: int) -> None:
+        self._seed = seed
+        self._out = out
+        self._run = out / "run"
+        warmup.clear(self._run)
+        self._run.mkdir(parents=True)
+        self._view = View()
+        self._processes = daemons.Daemons(self._run / "logs")
+        self._curves: dict[str, Curve] = {kind: [] for kind in corpora.PRIVATE}
+        self._alone_curves: dict[str, Curve] = {}
+
+    def run(self) -> Report:
+        """From corpora to report; nothing is left running, whatever happens."""
+        with self._processes.running(), self._view.shown():
+            texts = self._write_texts()
+            start = self._public_start(texts)
+            held_out = HeldOut(self._held_out, start)
+            report = Report(seed=self._seed)
+            report.loss_start = held_out.loss_of_start()
+            self._swarm(start, report, held_out)
+            self._alone(start, report, held_out)
+            self._finish(report)
+        self._view.print(table_of(report, corpora.LABELS))
+        self._tell(report)
+        return report
+
+    # Text and start
+
+    def _write_texts(self) -> list[str]:
+        """Shards as files for the daemons; the public texts are returned."""
+        self._view.phase("collecting text from this environment", 4)
+        self._held_out: dict[str, torch.Tensor] = {}
+        public: list[str] = []
+        for kind in (corpora.PUBLIC, *corpora.PRIVATE):
+            corpus = corpora.collect(kind, SHARD_BYTES)
+            folder = self._run / "text" / kind
+            folder.mkdir(parents=True)
+            for number, text in enumerate(corpus.texts):
+                (folder / f"{number:05d}.txt").write_text(text, encoding="utf-8")
+            if kind == corpora.PUBLIC:
+                public = corpus.texts
+                joined = "\n".join(corpus.held_out)
+                (self._run / "text" / "public.txt").write_text(joined, encoding="utf-8")
+            else:
+                records = warmup.records_of(corpus.held_out, SEQUENCE_TOKENS)
+                spread = max(1, len(records) // HELD_OUT_RECORDS)
+                self._held_out[kind] = records[::spread][:HELD_OUT_RECORDS]
+            self._view.advance()
+        return public
+
+    def _public_start(self, texts: list[str]) -> Path:
+        self._view.phase("warming up the model on public text (cached)", warmup.STEPS)
+        return warmup.warmed_up(
+            texts, SEQUENCE_TOKENS, self._seed, self._out / "cache", self._view.to
+        )
+
+    # The swarm
+
+    def _swarm(self, start: Path, report: Report, held_out: HeldOut) -> None:
+        self._view.phase("starting one bootstrap node and three daemons", 4)
+        names = list(corpora.PRIVATE)
+        homes = {name: Home(self._run / name) for name in names}
+        founder, *joiners = names
+        swarm_id = self._init(homes[founder], "demo", start, founder, SWARM_RATE)
+        bootstrap_home = str(self._run / "bootstrap")
+        self._processes.start(
+            "bootstrap",
+            ["bootstrap", "--home", bootstrap_home, "--swarm", swarm_id, "--listen", LOOPBACK,
+             "--json"],
+            {},
+        )  # fmt: skip
+        seed = daemons.first_address(self._processes, "bootstrap", 60)
+        self._view.advance()
+        self._start(founder, homes[founder], ["--bootstrap", seed])
+        for name in joiners:
+            peer_id = daemons.call(["id", "--home", str(homes[name].path)])
+            token = daemons.call(
+                ["invite", "create", "--home", str(homes[founder].path), "--for", peer_id,
+                 "--seed", seed]
+            )  # fmt: skip
+            self._start(name, homes[name], ["--join", token, "--listen", LOOPBACK])
+            self._view.advance()
+        self._follow(homes, {name: self._curves[name] for name in names}, "training together")
+        self._collect(homes, report, held_out)
+        daemons.call(
+            ["checkpoint", "export", "--home", str(homes[founder].path), "--hf",
+             str(self._run / "model")]
+        )  # fmt: skip
+
+    def _init(self, home: Home, name: str, start: Path, corpus: str, rate: float) -> str:
+        fields = {
+            "end.steps": STEPS,
+            "optimiser.learning_rate": rate,
+            "optimiser.batch_records": BATCH_RECORDS,
+            "optimiser.sequence_tokens": SEQUENCE_TOKENS,
+            "optimiser.warmup_steps": 5,
+            "round.window_steps": 5,
+            "round.slot_s": 0.5,
+            "privacy.epsilon": 8.0,
+        }
+        changes = [part for key, value in fields.items() for part in ("--set", f"{key}={value}")]
+        return daemons.call(
+            ["init", "--home", str(home.path), "--swarm", name, "--model", str(start),
+             "--public-text", str(self._run / "text" / "public.txt"),
+             "--shard", str(self._run / "text" / corpus), "--listen", LOOPBACK, *changes]
+        )  # fmt: skip
+
+    def _start(self, name: str, home: Home, arguments: list[str]) -> None:
+        settings = {
+            "XPEER_TRAINING_MIN_PEERS": str(len(SPEEDS) - 1),
+            "XPEER_TRAINING_THREADS": "1",
+            "XPEER_TRAINING_SPEED": str(SPEEDS[name]),
+            "XPEER_TRAINING_THROTTLE": str(SPEEDS[name]),
+            "XPEER_DATA_SHARD": str(self._run / "text" / name),
+        }
+        self._processes.start(name, ["start", "--home", str(home.path), *arguments], settings)
+
+    def _follow(self, homes: dict[str, Home], curves: dict[str, Curve], what: str) -> None:
+        """Watch until all have finished."""
+        self._view.phase(what, STEPS * len(homes))
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            self._processes.check_alive()
+            seen = {name: daemons.status_of(home) for name, home in homes.items()}
+            for name, status in seen.items():
+                if status is not None:
+                    _extend(curves[name], status)
+            self._view.show(seen, corpora.LABELS)
+            self._view.to(sum(s.progress.step for s in seen.values() if s), STEPS * len(homes))
+            if all(s is not None and s.state == "finished" for s in seen.values()):
+                return
+            if time.monotonic() > deadline:
+                raise LocalTimeoutError("the demo took too long", f"see {self._run / 'logs'}")
+            time.sleep(0.5)
+
+    def _collect(self, homes: dict[str, Home], report: Report, held_out: HeldOut) -> None:
+        distances = []
+        for name, home in homes.items():
+            status = daemons.status_of(home)
+            if status is None:
+                raise LocalError(f"{name} does not answer", f"see {self._processes.log(name)}")
+            report.peers.append(
+                PeerReport(
+                    corpus=name,
+                    peer_id=status.peer_id,
+                    speed=SPEEDS[name],
+                    epsilon=status.privacy.epsilon_spent,
+                    delta=status.privacy.delta,
+                    steps=status.progress.step,
+                    exchanges=status.exchanges_done,
+                    one_sided=status.one_sided_merges,
+                    bytes_sent=status.bytes_out,
+                )
+            )
+            report.rounds = max(report.rounds, status.round)
+            report.compression_ratio = status.compression_ratio
+            distances.append(status.progress.consensus_distance)
+        self._processes.end([*homes, "bootstrap"])
+        for peer in report.peers:
+            peer.loss_swarm = held_out.loss(params_of(homes[peer.corpus].checkpoints))
+        report.bytes_sent = sum(peer.bytes_sent for peer in report.peers)
+        report.epsilon = max(peer.epsilon for peer in report.peers)
+        report.delta = max(peer.delta for peer in report.peers)
+        report.consensus_distance = max((d for d in distances if d is not None), default=None)
+
+    # Alone
+
+    def _alone(self, start: Path, report: Report, held_out: HeldOut) -> None:
+        """Every peer by itself: same steps, same budget, its rate tuned; the best run counts."""
+        jobs = [(peer, rate) for rate in ALONE_RATES for peer in report.peers]
+        best: dict[str, torch.Tensor] = {}
+        self._view.phase("training each peer alone, for comparison", STEPS * len(jobs))
+        for first in range(0, len(jobs), ALONE_AT_ONCE):
+            batch = jobs[first : first + ALONE_AT_ONCE]
+            homes: dict[str, Home] = {}
+            curves: dict[str, Curve] = {}
+            for peer, rate in batch:
+                name = f"alone-{peer.corpus}-{rate:g}"
+                homes[name], curves[name] = Home(self._run / name), []
+                self._init(homes[name], name, start, peer.corpus, rate)
+                settings = {"XPEER_TRAINING_THREADS": "1"}
+                self._processes.start(
+                    name, ["start", "--home", str(homes[name].path), "--bootstrap"], settings
+                )
+            self._follow(homes, curves, f"training alone, {len(batch)} at a time")
+            self._processes.end(list(homes))
+            for (peer, rate), (name, home) in zip(batch, homes.items(), strict=True):
+                params = params_of(home.checkpoints)
+                loss = held_out.loss(params)
+                if not peer.loss_alone <= loss:
+                    peer.loss_alone, peer.alone_learning_rate = loss, rate
+                    best[peer.corpus] = params
+                    self._alone_curves[peer.corpus] = curves[name]
+        report.loss_alone_averaged = held_out.loss(torch.stack(list(best.values())).mean(0))
+
+    # Report
+
+    def _finish(self, report: Report) -> None:
+        folder = self._run / "model"
+        report.checkpoint = str(folder)
+        report.sample = generate(
+            from_folder(folder), ByteTokenizer(), "import ", num_tokens=120, temperature=0.7, seed=1
+        )
+        report.report = str(self._run / "report.png")
+        plot(report, self._curves, self._alone_curves, corpora.LABELS, Path(report.report))
+
+    def _tell(self, report: Report) -> None:
+        ratio = report.compression_ratio or 0.0
+        say(
+            f"privacy: every peer's records at epsilon <= {report.epsilon:.2f}, "
+            f"delta <= {report.delta:.1e}; a record is {SEQUENCE_TOKENS} bytes, not a whole file"
+        )
+        say(
+            f"{report.rounds} rounds, {report.bytes_sent / 1e6:.1f} MB sent in all, {ratio:.2f}x "
+            f"compressed, consensus distance {report.consensus_distance or 0.0:.4f}"
+        )
+        say(f"the model says: import {report.sample!r}")
+        say(f"plot {report.report}; model {report.checkpoint} (AutoModelForCausalLM loads it)")
+
+
+def _extend(curve: Curve, status: Status) -> None:
+    loss, step = status.progress.loss_validation, status.progress.step
+    if loss is not None and (not curve or curve[-1][1] != loss):
+        curve.append((step, loss))

@@ -1,0 +1,92 @@
+"""The public start: a small model warmed up on public text, once per environment, then cached.
+
+Private training from a random start teaches little; so every peer begins where anyone could begin.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from xpeer.founding_model import PRESETS
+from xpeer.identity import blake2b
+from xpeer.training.export import export_hf
+from xpeer.training.losses import record_losses
+from xpeer.training.model import build
+from xpeer.training.tokenizer import ByteTokenizer
+
+STEPS = 160
+BATCH_RECORDS = 32
+LEARNING_RATE = 3e-3
+WARMUP_STEPS = 20
+Progress = Callable[[int, int], None]
+
+
+def records_of(texts: Sequence[str], sequence_tokens: int) -> torch.Tensor:
+    """Whole sequences of bytes, never across texts: (n, sequence_tokens) int64."""
+    tokenizer = ByteTokenizer()
+    rows = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        rows += [
+            ids[start : start + sequence_tokens]
+            for start in range(0, len(ids) - sequence_tokens + 1, sequence_tokens)
+        ]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def warmed_up(
+    texts: Sequence[str], sequence_tokens: int, seed: int, cache: Path, progress: Progress
+) -> Path:
+    """A Hugging Face folder with the public start, from the cache if it is there.
+
+    Args:
+        texts: public text.
+        sequence_tokens: length of a record.
+        seed: of the initial parameters and of the batches.
+        cache: folder of finished starts.
+        progress: told (steps done, steps in all).
+    """
+    key = blake2b(
+        torch.__version__.encode(),
+        repr(
+            (PRESETS["small"], STEPS, BATCH_RECORDS, LEARNING_RATE, sequence_tokens, seed)
+        ).encode(),
+        *(text.encode() for text in texts),
+        size=8,
+    ).hex()
+    folder = cache / f"start-{key}"
+    if not folder.exists():
+        model = _train(records_of(texts, sequence_tokens), seed, progress)
+        export_hf(model, ByteTokenizer(), folder)
+    progress(STEPS, STEPS)
+    return folder
+
+
+def _train(records: torch.Tensor, seed: int, progress: Progress) -> torch.nn.Module:
+    model = build(PRESETS["small"], seed=seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, LEARNING_RATE, total_steps=STEPS, pct_start=WARMUP_STEPS / STEPS
+    )
+    generator = torch.Generator().manual_seed(seed)
+    pad_id = ByteTokenizer().pad_id
+    model.train()
+    for step in range(STEPS):
+        chosen = torch.randint(len(records), (BATCH_RECORDS,), generator=generator)
+        losses, counts = record_losses(model, records[chosen], pad_id)
+        optimiser.zero_grad()
+        torch.autograd.backward(losses.sum() / counts.sum())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        progress(step + 1, STEPS)
+    return model.eval()
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run."""
+    shutil.rmtree(folder, ignore_errors=True)
