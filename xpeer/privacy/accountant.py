@@ -151,7 +151,7 @@ def calibrate(
     return found / SIGMA_GRID
 
 
-def steps_within(  # noqa: PLR0917  # the budget, then what it is spent on
+def steps_within(
     epsilon_target: float,
     delta: float,
     spent: Sequence[Segment],

@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xpeer.errors import LocalError
 from xpeer.privacy.layers import Outer, Part, parts, tapped
@@ -102,6 +103,20 @@ class MicrobatchEngine:
         return Clipped(losses.detach(), tokens, norms)
 
 
+class _Losses(nn.Module):
+    """The loss as a module around the model, so that `functional_call` reaches its parameters and
+    the loss still sees a model.
+    """
+
+    def __init__(self, model: nn.Module, record_losses: RecordLosses) -> None:
+        super().__init__()
+        self.model = model
+        self._record_losses = record_losses
+
+    def forward(self, records: Tensor) -> tuple[Tensor, Tensor]:
+        return self._record_losses(self.model, records)
+
+
 class FunctionalEngine:
     """Many records at once by `torch.func.vmap`: exact for every model that it can run."""
 
@@ -115,17 +130,16 @@ class FunctionalEngine:
         micro_batch: int = 0,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
     ) -> None:
-        self._model = model
-        self._record_losses = record_losses
+        self._losses = _Losses(model, record_losses)
         self._parameters = trainable(model)
-        self._names = [n for n, p in model.named_parameters() if p.requires_grad]
+        self._names = [n for n, p in self._losses.named_parameters() if p.requires_grad]
         values = sum(p.numel() for p in self._parameters)
         self._micro_batch = micro_batch
         self._fits = max(1, memory_bytes // (8 * max(1, values)))  # gradients, and as much again
 
     def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
         """See `Engine`."""
-        size = self._micro_batch or min(self._fits, _cache_records(records))
+        size = self._micro_batch or min(self._fits, cache_records(records))
         told = [
             self._pass(part, clip_norm, sums) for part in torch.split(records, size) if len(part)
         ]
@@ -133,16 +147,15 @@ class FunctionalEngine:
 
     def _pass(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
         def loss(values: dict[str, Tensor], record: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            def run(**inputs: Any) -> Any:
-                return torch.func.functional_call(self._model, values, (), inputs)
-
-            model: Any = run
-            losses, tokens = self._record_losses(model, record.unsqueeze(0))
+            told: Any = torch.func.functional_call(self._losses, values, (record.unsqueeze(0),))
+            losses, tokens = told
             return (losses / tokens.clamp(min=1)).sum(), (losses[0], tokens[0])
 
         values = dict(zip(self._names, (p.detach() for p in self._parameters), strict=True))
         per_record: Any = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(None, 0))
-        grads, (losses, tokens) = per_record(values, records)
+        # the plain attention: vmap would run the fused ones record by record, and warn
+        with sdpa_kernel(SDPBackend.MATH):
+            grads, (losses, tokens) = per_record(values, records)
         with torch.no_grad():
             ordered = [grads[name].flatten(1) for name in self._names]
             norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in ordered])
@@ -250,10 +263,11 @@ class BookKeepingEngine:
             if _is_written(parameter, found):
                 values += parameter.numel() * batch
         fits = self._memory_bytes // (4 * max(1, values // batch))
-        self.micro_batch = max(1, min(fits, _cache_records(records)))
+        self.micro_batch = max(1, min(fits, cache_records(records)))
 
 
-def _cache_records(records: Tensor) -> int:
+def cache_records(records: Tensor) -> int:
+    """Records per pass that suit where they are: few on a CPU, all of them elsewhere."""
     if records.device.type != "cpu":
         return max(1, len(records))
     return max(4, _CPU_TOKENS // max(1, records.shape[1]))

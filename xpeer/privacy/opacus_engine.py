@@ -22,6 +22,7 @@ from xpeer.privacy.clipping import (
     DEFAULT_MEMORY_BYTES,
     Clipped,
     RecordLosses,
+    cache_records,
     clip_factors,
     trainable,
 )
@@ -63,14 +64,16 @@ class OpacusEngine:
         self._record_losses = record_losses
         self._parameters = trainable(model)
         record_bytes = 4 * sum(p.numel() for p in self._parameters)
-        self.micro_batch = micro_batch or max(1, memory_bytes // max(1, record_bytes))
+        self._micro_batch = micro_batch
+        self._fits = max(1, memory_bytes // max(1, record_bytes))
 
     def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
         """See `clipping.Engine`."""
+        size = self._micro_batch or min(self._fits, cache_records(records))
         with _hooked(self._model, self._parameters):
             told = [
                 self._pass(part, clip_norm, sums)
-                for part in torch.split(records, self.micro_batch)
+                for part in torch.split(records, size)
                 if len(part)
             ]
         empty = torch.zeros(0, device=records.device)

@@ -29,6 +29,7 @@ from xpeer.privacy.clipping import (
     trainable,
 )
 from xpeer.privacy.engines import choose_engine, sample_of
+from xpeer.privacy.opacus_engine import OpacusEngine
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: llama(tied=False),
@@ -37,7 +38,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: gpt2(tied=False),
     "gpt2-tied": lambda: gpt2(tied=True),
 }
-ENGINES: list[Any] = [BookKeepingEngine, FunctionalEngine, MicrobatchEngine]
+ENGINES: list[Any] = [BookKeepingEngine, FunctionalEngine, OpacusEngine, MicrobatchEngine]
 
 
 def run(engine: Engine, model: nn.Module, records: Tensor, clip_norm: float) -> Any:
@@ -148,15 +149,64 @@ def test_factors_never_let_a_record_exceed_the_norm() -> None:
     assert factors.tolist()[6:] == [0.0, 0.0]
 
 
+def no_time() -> float:
+    """A clock by which all engines are alike, so that their order decides."""
+    return 0.0
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_fast_engine_is_chosen_where_it_is_right(name: str) -> None:
-    engine, why = choose_engine(MODELS[name](), record_losses, sample_of(some_records()))
+    sample = sample_of(some_records())
+    engine, why = choose_engine(MODELS[name](), record_losses, sample, clock=no_time)
     assert (engine.name, why) == ("book-keeping", "")
+
+
+def test_the_fastest_right_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when that is opacus; one that is only a little faster than an earlier one is not."""
+    model, now = llama(tied=True), [0.0]
+
+    class Timed(MicrobatchEngine):
+        def __init__(self, name: str, seconds: float, **wrong: float) -> None:
+            super().__init__(model, record_losses)
+            self.name, self.seconds = name, seconds
+            self.scale = wrong.get("sums", 1.0)
+
+        def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+            now[0] += self.seconds
+            told = super().accumulate(records, clip_norm, sums)
+            for total in sums:
+                total.mul_(self.scale)
+            return told
+
+    def choice(*candidates: Callable[[], Engine]) -> str:
+        return choose_engine(
+            model, record_losses, some_records()[:4], candidates=candidates, clock=lambda: now[0]
+        )[0].name
+
+    assert choice(lambda: Timed("a", 3.0), lambda: Timed("b", 2.0)) == "microbatch"  # needs 0 s
+    reference = Timed("one", 9.0)
+    monkeypatch.setattr("xpeer.privacy.engines.MicrobatchEngine", lambda *_: reference)
+    assert choice(lambda: Timed("a", 3.0), lambda: Timed("b", 2.0)) == "b"
+    assert choice(lambda: Timed("a", 3.0), lambda: Timed("b", 2.9)) == "a"
+    assert choice(lambda: Timed("wrong", 0.1, sums=1.01), lambda: Timed("b", 2.0)) == "b"
+    assert choice(lambda: Timed("a", 99.0)) == "one"
+
+
+def test_opacus_is_among_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Engine:
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr("xpeer.privacy.engines.BookKeepingEngine", fails)
+    monkeypatch.setattr("xpeer.privacy.engines.FunctionalEngine", fails)
+    model = llama(tied=True)
+    engine, why = choose_engine(model, record_losses, some_records()[:4], clock=no_time)
+    assert engine.name == "opacus"
+    assert why.count("not here") == 2
 
 
 def test_positions_hidden_from_records_are_noticed() -> None:
     model = gpt2(tied=True)
-    engine, why = choose_engine(model, careless_losses, some_records()[:4])
+    engine, why = choose_engine(model, careless_losses, some_records()[:4], clock=no_time)
     assert engine.name == "vmap"
     assert "book-keeping" in why
     assert "Embedding" in why
@@ -202,7 +252,7 @@ def test_an_unnoticed_parameter_is_noticed() -> None:
             return out
 
     model = Sneaky().eval()
-    engine, why = choose_engine(model, record_losses, some_records()[:4])
+    engine, why = choose_engine(model, record_losses, some_records()[:4], clock=no_time)
     assert engine.name == "vmap"
     assert "book-keeping" in why
 

@@ -168,8 +168,16 @@ def test_a_layer_without_records_is_refused_and_the_model_stays_clean() -> None:
 
 
 def test_memory_bounds_the_micro_batch() -> None:
-    model = llama(True)
+    model, sizes = llama(True), []
+
+    def watched(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(ids))
+        return losses_of(model, ids)
+
     record_bytes = 4 * sum(p.numel() for p in trainable(model))
-    engine = OpacusEngine(model, losses_of, memory_bytes=3 * record_bytes + 1)
-    assert engine.micro_batch == 3
-    assert OpacusEngine(model, losses_of, memory_bytes=1).micro_batch == 1
+    sums = [torch.zeros_like(p) for p in trainable(model)]
+    for memory_bytes, expected in ((3 * record_bytes + 1, [3, 2]), (1, [1] * 5), (1 << 30, [5])):
+        sizes.clear()
+        engine = OpacusEngine(model, watched, memory_bytes=memory_bytes)
+        engine.accumulate(some_records(5), CLIP, sums)
+        assert sizes == expected
