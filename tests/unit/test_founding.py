@@ -195,7 +195,7 @@ def test_staging_lies_inside_an_existing_home(
 
     def noting(**kwargs: Any) -> str:
         parents.append(kwargs["dir"])
-        return make(**kwargs)
+        return str(make(**kwargs))
 
     monkeypatch.setattr(tempfile, "mkdtemp", noting)
     founding.ensure_identity(Home(tmp_path))
