@@ -52,7 +52,7 @@ def params_of(checkpoints: Path) -> torch.Tensor:
     bundle, _ = load_latest(checkpoints)
     if bundle is None:
         raise FileNotFoundError(checkpoints)
-    return bundle.params
+    return bundle.flat
 
 
 @dataclass
