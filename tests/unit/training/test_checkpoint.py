@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from xpeer.errors import ConfigError, LocalError
+from xpeer.training import checkpoint, tensorfile
+from xpeer.training.checkpoint import Bundle, load, load_latest, paths, save
+from xpeer.training.tensorfile import CorruptFileError
+
+P = 50
+
+
+def bundle(step: int, num_params: int = P) -> Bundle:
+    generator = torch.Generator().manual_seed(step)
+    return Bundle(
+        flat=torch.randn(num_params, generator=generator),
+        exp_avg=torch.randn(num_params, generator=generator),
+        exp_avg_sq=torch.rand(num_params, generator=generator),
+        optimiser_step=step,
+        counters={"step": step, "tokens": 7 * step, "seconds": 0.5},
+        ledger_id="a1",
+        manifest_hash="b2",
+    )
+
+
+def same(one: Bundle, two: Bundle) -> bool:
+    names = ("flat", "exp_avg", "exp_avg_sq")
+    equal = all(torch.equal(getattr(one, name), getattr(two, name)) for name in names)
+    rest = ("optimiser_step", "counters", "ledger_id", "manifest_hash", "step")
+    return equal and all(getattr(one, name) == getattr(two, name) for name in rest)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path):
+    folder = tmp_path / "new" / "checkpoints"
+    path = save(folder, bundle(3))
+    assert path.name == "ckpt-000000003.safetensors"
+    loaded, warnings = load_latest(folder)
+    assert loaded is not None
+    assert same(loaded, bundle(3))
+    assert warnings == []
+    assert list(folder.iterdir()) == [path]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path):
+    assert load_latest(tmp_path) == (None, [])
+    assert load_latest(tmp_path / "missing") == (None, [])
+
+
+def test_only_the_newest_are_kept(tmp_path: Path):
+    for step in range(5):
+        save(tmp_path, bundle(step), keep=2)
+    assert [checkpoint.step_of(p) for p in paths(tmp_path)] == [4, 3]
+    save(tmp_path, bundle(9), keep=1)
+    assert [checkpoint.step_of(p) for p in paths(tmp_path)] == [9]
+
+
+def test_a_later_state_that_was_given_up_does_not_come_back(tmp_path: Path):
+    save(tmp_path, bundle(8))
+    save(tmp_path, bundle(10))
+    save(tmp_path, bundle(9))
+    loaded, _ = load_latest(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 9
+    assert [checkpoint.step_of(p) for p in paths(tmp_path)] == [9, 8]
+
+
+def test_steps_beyond_nine_digits_still_sort(tmp_path: Path):
+    save(tmp_path, bundle(999_999_999))
+    save(tmp_path, bundle(1_000_000_000))
+    assert [checkpoint.step_of(p) for p in paths(tmp_path)] == [1_000_000_000, 999_999_999]
+
+
+def test_truncated_at_any_byte_the_previous_one_is_loaded(tmp_path: Path):
+    save(tmp_path, bundle(1))
+    newest = save(tmp_path, bundle(2))
+    data = newest.read_bytes()
+    for length in range(0, len(data), 3):
+        newest.write_bytes(data[:length])
+        loaded, warnings = load_latest(tmp_path)
+        assert loaded is not None
+        assert same(loaded, bundle(1))
+        assert len(warnings) == 1
+        assert str(newest) in warnings[0]
+    newest.write_bytes(data)
+    loaded, warnings = load_latest(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 2
+    assert warnings == []
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path):
+    path = save(tmp_path, bundle(1, num_params=8))
+    data = bytearray(path.read_bytes())
+    for position in range(len(data)):
+        data[position] ^= 0x10
+        path.write_bytes(data)
+        with pytest.raises((CorruptFileError, LocalError)):
+            load(path)
+        data[position] ^= 0x10
+    path.write_bytes(data)
+    assert same(load(path), bundle(1, num_params=8))
+
+
+def test_no_silent_fresh_start(tmp_path: Path):
+    for step in (1, 2):
+        save(tmp_path, bundle(step)).write_bytes(b"")
+    with pytest.raises(LocalError, match=r"ckpt-000000002.*ckpt-000000001.*backup"):
+        load_latest(tmp_path)
+
+
+def test_a_foreign_safetensors_file_is_no_checkpoint(tmp_path: Path):
+    path = tmp_path / "ckpt-000000001.safetensors"
+    save_file({"flat": torch.zeros(1)}, path)
+    with pytest.raises(CorruptFileError, match="not written by xpeer"):
+        load(path)
+    tensorfile.write_tensors(path, {"flat": torch.zeros(1)}, {})
+    with pytest.raises(CorruptFileError, match="metadata"):
+        load(path)
+
+
+def test_another_format_is_said_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "SCHEMA_VERSION", 2)
+    save(tmp_path, bundle(1))
+    monkeypatch.undo()
+    with pytest.raises(LocalError, match="format 2, this version reads 1"):
+        load_latest(tmp_path)
+
+
+def partial_write(error: Exception) -> Callable[..., None]:
+    def write(_tensors: Any, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise error
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("unexpected pos 64 vs 0: No space left on device"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_full_disk_leaves_the_old_one_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    old = save(tmp_path, bundle(1))
+    monkeypatch.setattr(tensorfile, "save_file", partial_write(error))
+    with pytest.raises(LocalError, match=r"No space left.*check free space"):
+        save(tmp_path, bundle(2))
+    assert list(tmp_path.iterdir()) == [old]
+    loaded, warnings = load_latest(tmp_path)
+    assert loaded is not None
+    assert (loaded.step, warnings) == (1, [])
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_an_error_at_the_end_of_a_write_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    old = save(tmp_path, bundle(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(*((os, "fsync", fail) if moment == "fsync" else (Path, "replace", fail)))
+        with pytest.raises(LocalError, match="Input/output error"):
+            save(tmp_path, bundle(2))
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_what_a_killed_writer_left_is_ignored_and_removed(tmp_path: Path):
+    save(tmp_path, bundle(1))
+    left = tmp_path / ".writing-abc"
+    left.mkdir()
+    (left / "ckpt-000000002.safetensors").write_bytes(b"half")
+    loaded, warnings = load_latest(tmp_path)
+    assert loaded is not None
+    assert (loaded.step, warnings) == (1, [])
+    save(tmp_path, bundle(3))
+    assert not left.exists()
+
+
+def test_it_belongs_to_a_manifest_a_ledger_and_a_model():
+    good = bundle(1)
+    good.require("b2", "a1", P)
+    with pytest.raises(ConfigError, match="of manifest b2"):
+        good.require("c3", "a1", P)
+    with pytest.raises(ConfigError, match=r"ledger a1.*twice"):
+        good.require("b2", "c3", P)
+    with pytest.raises(LocalError, match="50 parameters, the model 51"):
+        good.require("b2", "a1", P + 1)
+
+
+def adamw(parameters: list[torch.nn.Parameter], fused: bool) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.01, fused=fused)
+
+
+def some_parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(3, 4), (5,), ()]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def take_steps(
+    optimiser: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], seeds: range
+) -> None:
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimiser.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path, fused: bool):
+    straight, first = some_parameters(), some_parameters()
+    take_steps(adamw(straight, fused), straight, range(6))
+
+    optimiser = adamw(first, fused)
+    take_steps(optimiser, first, range(3))
+    exp_avg, exp_avg_sq, step = checkpoint.read_moments(optimiser, first)
+    flat = torch.cat([p.detach().reshape(-1) for p in first])
+    save(tmp_path, Bundle(flat, exp_avg, exp_avg_sq, step, {"step": 3}))
+
+    loaded, _ = load_latest(tmp_path)
+    assert loaded is not None
+    second = some_parameters()
+    with torch.no_grad():
+        for p, part in zip(second, loaded.flat.split([12, 5, 1]), strict=True):
+            p.copy_(part.view_as(p))
+    resumed = adamw(second, fused)
+    checkpoint.write_moments(
+        resumed, second, loaded.exp_avg, loaded.exp_avg_sq, loaded.optimiser_step
+    )
+    take_steps(resumed, second, range(3, 6))
+    for one, two in zip(straight, second, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_moments_of_a_fresh_optimiser_stay_fresh():
+    parameters = some_parameters()
+    optimiser = adamw(parameters, fused=False)
+    exp_avg, exp_avg_sq, step = checkpoint.read_moments(optimiser, parameters)
+    assert step == 0
+    assert not exp_avg.any()
+    checkpoint.write_moments(optimiser, parameters, exp_avg, exp_avg_sq, step)
+    assert not optimiser.state
+    with pytest.raises(LocalError, match="do not fit"):
+        checkpoint.write_moments(optimiser, parameters, torch.zeros(3), torch.zeros(3), 1)

@@ -1,0 +1,256 @@
+"""Checkpoints: one atomic file of model, optimiser and counters, and the id of the ledger.
+
+Never in it: the ledger's content (a restored checkpoint refunds no privacy), nor the state of the
+noise or sampling generators (noise that is replayed could be subtracted by partners).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+
+from xpeer.errors import ConfigError, LocalError
+from xpeer.training.tensorfile import CorruptFileError, clear_staging, read_tensors, write_tensors
+
+SCHEMA_VERSION: Final = 1
+_NAME: Final = re.compile(r"ckpt-(\d{9,})\.safetensors")
+_TENSORS: Final = ("flat", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Everything that training needs to go on as if it had not stopped."""
+
+    flat: torch.Tensor  # (num_params,) float32, CPU
+    exp_avg: torch.Tensor  # (num_params,) float32, CPU: AdamW's first moment, in flat order
+    exp_avg_sq: torch.Tensor  # (num_params,) float32, CPU: its second
+    optimiser_step: int
+    """AdamW's own count, of its bias correction; 0 = the moments are fresh."""
+    counters: dict[str, Any] = field(default_factory=dict)
+    """`schedule.Counters` as builtins; `step` names the file."""
+    ledger_id: str = ""
+    manifest_hash: str = ""
+
+    @property
+    def step(self) -> int:
+        """Training steps taken."""
+        return int(self.counters.get("step", 0))
+
+    def require(self, manifest_hash: str, ledger_id: str, num_params: int) -> None:
+        """Refuse to go on with another swarm's model, or another ledger than the one charged.
+
+        Raises:
+            LocalError: names what differs.
+        """
+        if self.manifest_hash != manifest_hash:
+            raise ConfigError(
+                f"the checkpoint of step {self.step} is of manifest {self.manifest_hash[:16]}, "
+                f"this home's is {manifest_hash[:16]}",
+                "restore the manifest, or move the checkpoints away",
+            )
+        if self.ledger_id != ledger_id:
+            raise ConfigError(
+                f"the checkpoint of step {self.step} was charged to ledger {self.ledger_id[:16]}, "
+                f"this home's is {ledger_id[:16]}",
+                "restore ledger.sqlite: a new ledger would spend the privacy of the shard twice",
+            )
+        if self.flat.numel() != num_params:
+            raise LocalError(
+                f"the checkpoint of step {self.step} has {self.flat.numel()} parameters, the model "
+                f"{num_params}",
+                "it was written by another version: move the checkpoints away",
+            )
+
+
+class _Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of a bundle, what is no tensor."""
+
+    schema_version: int
+    optimiser_step: int
+    counters: dict[str, Any]
+    ledger_id: str
+    manifest_hash: str
+
+
+def save(folder: Path, bundle: Bundle, keep: int = 2) -> Path:
+    """Write a checkpoint, then remove all but the newest.
+
+    A crash at any byte leaves the previous one whole. Checkpoints of later steps are removed, too:
+    they are of a state that was given up, and must not be taken for the newest.
+
+    Args:
+        folder: of the checkpoints, made if need be; one writer at a time.
+        bundle: what to write; must not change meanwhile.
+        keep: checkpoints to keep, this one included.
+
+    Raises:
+        LocalError: it can't be written; those before it are as they were.
+    """
+    if folder.is_dir():
+        clear_staging(folder)
+    words = _Words(
+        schema_version=SCHEMA_VERSION,
+        optimiser_step=bundle.optimiser_step,
+        counters=bundle.counters,
+        ledger_id=bundle.ledger_id,
+        manifest_hash=bundle.manifest_hash,
+    )
+    path = folder / f"ckpt-{bundle.step:09d}.safetensors"
+    tensors = {name: getattr(bundle, name) for name in _TENSORS}
+    write_tensors(path, tensors, {"xpeer": msgspec.json.encode(words, order="sorted").decode()})
+    older = [other for other in paths(folder) if step_of(other) < bundle.step]
+    later = [other for other in paths(folder) if step_of(other) > bundle.step]
+    for superfluous in [*later, *older[max(keep, 1) - 1 :]]:
+        superfluous.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path) -> Bundle:
+    """Read one checkpoint and verify all of it.
+
+    Raises:
+        CorruptFileError: says what is wrong.
+        LocalError: written by a version that this one can't read.
+    """
+    tensors, words = read_tensors(path)
+    try:
+        parsed = msgspec.json.decode(words.get("xpeer", ""), type=_Words)
+    except (msgspec.ValidationError, msgspec.DecodeError) as e:
+        raise CorruptFileError(f"its metadata can't be read: {e}") from e
+    if parsed.schema_version != SCHEMA_VERSION:
+        raise LocalError(
+            f"checkpoint {path} has format {parsed.schema_version}, this version reads "
+            f"{SCHEMA_VERSION}",
+            "use the xpeer version that wrote it",
+        )
+    shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    if set(shapes) != set(_TENSORS) or len(set(shapes.values())) != 1:
+        raise CorruptFileError(f"it holds {shapes}")
+    return Bundle(
+        **tensors,
+        optimiser_step=parsed.optimiser_step,
+        counters=parsed.counters,
+        ledger_id=parsed.ledger_id,
+        manifest_hash=parsed.manifest_hash,
+    )
+
+
+def load_latest(folder: Path) -> tuple[Bundle | None, list[str]]:
+    """Read the newest checkpoint that is whole.
+
+    Returns:
+        It, or None if there are none at all; and a warning for every newer one that is damaged.
+
+    Raises:
+        LocalError: there are checkpoints, and all are damaged: never a silent fresh start.
+    """
+    warnings: list[str] = []
+    for path in paths(folder):
+        try:
+            return load(path), warnings
+        except CorruptFileError as e:
+            warnings.append(f"checkpoint {path} is damaged and was passed over: {e}")
+    if warnings:
+        raise LocalError(
+            "; ".join(warnings),
+            f"restore one from a backup, or empty {folder} to start afresh from a member's model",
+        )
+    return None, warnings
+
+
+def paths(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first.
+
+    Raises:
+        LocalError: the folder can't be read.
+    """
+    try:
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise LocalError(
+            f"checkpoints {folder} can't be read: {e.strerror}", "check its owner and mode"
+        ) from e
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path.name} is no checkpoint's name")
+    return int(match[1])
+
+
+def read_moments(
+    optimiser: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """AdamW's moments as two flat vectors, and its step count; copies, on the CPU.
+
+    Args:
+        optimiser: AdamW over exactly these parameters.
+        parameters: in flat order.
+
+    Returns:
+        exp_avg and exp_avg_sq, (num_params,) float32 each, and the count: 0 before the first step.
+    """
+    total = sum(p.numel() for p in parameters)
+    first, second, step, start = torch.zeros(total), torch.zeros(total), 0, 0
+    for p in parameters:
+        state = optimiser.state.get(p, {})
+        if state:
+            end = start + p.numel()
+            first[start:end].copy_(state["exp_avg"].detach().reshape(-1))
+            second[start:end].copy_(state["exp_avg_sq"].detach().reshape(-1))
+            step = max(step, int(state["step"]))
+        start += p.numel()
+    return first, second, step
+
+
+def write_moments(
+    optimiser: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: int,
+) -> None:
+    """Put back what `read_moments` gave; the optimiser goes on as if it had not stopped.
+
+    Args:
+        optimiser: AdamW over exactly these parameters, one group.
+        parameters: in flat order, on their device.
+        exp_avg: (num_params,) float32.
+        exp_avg_sq: (num_params,) float32.
+        step: of the bias correction; 0 = leave the optimiser fresh.
+
+    Raises:
+        LocalError: the vectors are of another model.
+    """
+    sizes = [p.numel() for p in parameters]
+    if exp_avg.numel() != sum(sizes) or exp_avg_sq.numel() != sum(sizes):
+        raise LocalError(
+            f"moments of {exp_avg.numel()} values do not fit {sum(sizes)} parameters",
+            "they belong to another model",
+        )
+    if step == 0:
+        return
+    state = optimiser.state_dict()  # its param_groups number the parameters in their order
+    parts = zip(
+        parameters, torch.split(exp_avg, sizes), torch.split(exp_avg_sq, sizes), strict=True
+    )
+    state["state"] = {
+        number: {
+            "step": torch.tensor(float(step)),
+            "exp_avg": first.view_as(p).clone(),
+            "exp_avg_sq": second.view_as(p).clone(),
+        }
+        for number, (p, first, second) in enumerate(parts)
+    }
+    optimiser.load_state_dict(state)
