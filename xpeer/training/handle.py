@@ -14,7 +14,6 @@ from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.network.state import ModelState
 from xpeer.status import PrivacySpent, Progress
 from xpeer.training.arena import Arena, Layout, Slots, copy_in_parts
 from xpeer.training.child import Child, Event, logger
@@ -43,7 +42,7 @@ from xpeer.training.ipc import (
 )
 from xpeer.training.mixing import fragment_params
 from xpeer.training.setup import Mode, TrainerSetup
-from xpeer.update import CompressedUpdate, PeerUpdate, received_stamp
+from xpeer.update import CompressedUpdate, ModelState, PeerUpdate, received_stamp
 from xpeer.wire.codec import encoded_bytes
 
 __all__ = ["Crashed", "Event", "Progressed", "Saved", "TrainerProcess", "layout_of"]

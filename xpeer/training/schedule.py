@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 from msgspec import Struct
 
 from xpeer.manifest import Manifest
@@ -28,7 +29,15 @@ class Counters(Struct, kw_only=True):
     """Whether those were a joiner's fresh moments."""
     merges: int = 0
     merges_clipped: int = 0
-    data_position: int = 0
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain numbers, for a checkpoint."""
+        return msgspec.to_builtins(self)  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, float]) -> Counters:
+        """What `to_dict` gave; counters that a later version added start at zero."""
+        return msgspec.convert(saved, cls, strict=False)
 
 
 def share_done(counters: Counters, manifest: Manifest) -> float | None:
