@@ -141,11 +141,13 @@ def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
     Raises:
         ConfigError: this layer's gradients can't be told apart by record.
     """
-    module, grad = call.module, call.grad
-    if grad is None:  # its output did not enter the loss
+    if call.grad is None:  # its output did not enter the loss
         return
+    call = _in_full(call)
+    module, grad = call.module, call.grad
     first = call.inputs[0] if call.inputs else None
-    if not isinstance(first, Tensor) or first.shape[:1] != (batch,) or grad.shape[0] != batch:
+    shapes = [x.shape[:1] for x in (first, grad) if isinstance(x, Tensor)]
+    if shapes != [(batch,)] * 2 or not isinstance(first, Tensor) or grad is None:
         raise ConfigError(f"{type(module).__name__} has no batch dimension, or not as its first")
     if type(module) is nn.Embedding:
         yield from _embedding(module, first, grad)
@@ -160,6 +162,15 @@ def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
         yield from _scale(module, call, grad)
     else:
         yield from _anything(call, batch)
+
+
+def _in_full(call: Call) -> Call:
+    """In float32, if the forward pass ran in less: products and norms are then exact for it."""
+    inputs = tuple(
+        x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call.inputs
+    )
+    grad = None if call.grad is None else call.grad.float()
+    return Call(call.module, inputs, call.keywords, grad)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -18,10 +18,8 @@ of timing, or of anything tuned by looking at private results.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Final, Protocol
 
 import torch
@@ -32,28 +30,15 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
 from xpeer.privacy import accountant
 from xpeer.privacy.budget import Budget, noise_multiplier
-from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Clipped, Engine, RecordLosses, trainable
+from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine, RecordLosses, trainable
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.noise import SecretGenerator
+from xpeer.privacy.steps import Precision, StepResult, Switchable, result_of
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
 _PLAIN_CPU_TOKENS: Final = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step tells. Private: for this node's own operator."""
-
-    loss: float | None
-    """Mean over predicted tokens, nats; None = no record was sampled, NaN = none had a finite
-    loss."""
-    records: int
-    tokens: int
-    """Predicted tokens."""
-    zeroed: int = 0
-    """Records left out for gradients that are not finite."""
 
 
 class Mechanism(Protocol):
@@ -96,6 +81,7 @@ class RecordMechanism:
         ledger: of this shard.
         micro_batch: records per pass; 0 = the engine chooses.
         memory_bytes: bound of what the engine keeps during a pass.
+        precision: of forward passes in steps; engines are compared in float32.
         engine: to use instead of choosing one by `choose_engine`.
 
     Raises:
@@ -113,6 +99,7 @@ class RecordMechanism:
         *,
         micro_batch: int = 0,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        precision: Precision = nullcontext,
         engine: Engine | None = None,
     ) -> None:
         rules = manifest.privacy
@@ -133,9 +120,11 @@ class RecordMechanism:
         self.notes: list[str] = []
         if engine is None:
             sample = sample_of(records).to(self._device)
+            losses = Switchable(record_losses)
             engine, refused = choose_engine(
-                model, record_losses, sample, micro_batch=micro_batch, memory_bytes=memory_bytes
+                model, losses, sample, micro_batch=micro_batch, memory_bytes=memory_bytes
             )
+            losses.precision = precision
             if refused:
                 self.notes.append(f"private gradients by {engine.name}; refused: {refused}")
         self.engine = engine.name
@@ -173,7 +162,7 @@ class RecordMechanism:
                 noise = torch.empty_like(total)
                 total.add_(self._generator.gaussian_(noise, self._sigma * self._clip_norm))
                 total.div_(self._expected)
-        return _told(told)
+        return result_of(told)
 
     def stamp(self, raw: RawUpdate) -> PrivateUpdate:
         """Certify a snapshot: every step behind it was clipped, noised and charged.
@@ -239,6 +228,7 @@ class OffMechanism:
         records: (n, T) int64, CPU.
         record_losses: sums of losses and counts of tokens by record.
         micro_batch: records per pass; 0 = all at once, or what suits a processor's caches.
+        precision: of forward passes.
 
     Raises:
         ConfigError: the manifest asks for privacy, or there are no records.
@@ -254,6 +244,7 @@ class OffMechanism:
         record_losses: RecordLosses,
         *,
         micro_batch: int = 0,
+        precision: Precision = nullcontext,
     ) -> None:
         if manifest.privacy.mode != "off":
             raise ConfigError(
@@ -266,7 +257,8 @@ class OffMechanism:
         self._parameters = trainable(model)
         self._device = next(model.parameters()).device
         self._records = records
-        self._record_losses = record_losses
+        self._record_losses = Switchable(record_losses)
+        self._record_losses.precision = precision
         self._batch = min(manifest.optimiser.batch_records, len(records))
         self._clip = manifest.optimiser.gradient_clip
         cached = max(1, _PLAIN_CPU_TOKENS // records.shape[1])
@@ -330,6 +322,7 @@ def build_mechanism(
     *,
     micro_batch: int = 0,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    precision: Precision = nullcontext,
 ) -> Mechanism:
     """The mechanism that the manifest asks for. Takes seconds where privacy is accounted for.
 
@@ -341,9 +334,12 @@ def build_mechanism(
         ledger: of this shard; untouched without privacy.
         micro_batch: training.micro_batch of the node.
         memory_bytes: bound of what the engine keeps during a pass.
+        precision: of forward passes in steps, e.g. autocast.
     """
     if manifest.privacy.mode == "off":
-        return OffMechanism(manifest, model, records, record_losses, micro_batch=micro_batch)
+        return OffMechanism(
+            manifest, model, records, record_losses, micro_batch=micro_batch, precision=precision
+        )
     return RecordMechanism(
         manifest,
         model,
@@ -352,6 +348,7 @@ def build_mechanism(
         ledger,
         micro_batch=micro_batch,
         memory_bytes=memory_bytes,
+        precision=precision,
     )
 
 
@@ -367,17 +364,3 @@ def _zeroed_grad(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad.zero_()
-
-
-def _told(told: Clipped) -> StepResult:
-    good = torch.isfinite(told.norms) & torch.isfinite(told.losses)
-    tokens = int(told.tokens[good].sum())
-    loss = float(told.losses[good].sum()) / tokens if tokens else None
-    if len(told.norms) and not bool(good.any()):
-        loss = math.nan
-    return StepResult(
-        loss=loss,
-        records=len(told.norms),
-        tokens=int(told.tokens.sum()),
-        zeroed=int((~torch.isfinite(told.norms)).sum()),
-    )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +360,27 @@ def test_off_sees_every_record_once_an_epoch_and_clips_the_batch() -> None:
     assert sorted(seen) == sorted(list(range(7)) * 3)
     for epoch in range(3):
         assert sorted(seen[7 * epoch : 7 * epoch + 7]) == list(range(7))
+
+
+@pytest.mark.parametrize("mode", ["record", "off"])
+def test_forward_passes_in_less_precision(ledger: Ledger, mode: str) -> None:
+    found = []
+    for low in (False, True):
+        model = llama(tied=False)
+        mechanism = build_mechanism(
+            manifest(mode=mode),
+            model,
+            some_records(),
+            record_losses,
+            ledger,
+            precision=partial(torch.autocast, "cpu", torch.bfloat16, enabled=low),
+        )
+        if isinstance(mechanism, RecordMechanism):
+            assert mechanism.notes == []
+            scripted(mechanism, [0, 1, 2, 5])
+        mechanism.begin_window(1)
+        mechanism.step_gradient()
+        found.append(torch.cat([g.flatten() for g in grads(model)]))
+        mechanism.close()
+    assert found[1].dtype == torch.float32
+    assert 0.0 < float((found[0] - found[1]).norm() / found[0].norm()) < 0.05
