@@ -24,7 +24,6 @@ from xpeer.status import Progress
 from xpeer.training.exchanges import Exchanges
 from xpeer.training.ipc import TrainerState
 from xpeer.training.mixing import Fragments
-from xpeer.training.moments import make_optimiser
 from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.setup import Mode
@@ -343,6 +342,22 @@ class LocalTrainer:
 
     def _stop(self) -> None:
         self._stopping = True
+
+
+def make_optimiser(manifest: Manifest, parameters: Parameters) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with zero moments.
+
+    The fused kernel does one pass over the memory; it exists for CPU and CUDA.
+    """
+    trained = list(parameters.parameters())
+    rules = manifest.optimiser
+    return torch.optim.AdamW(
+        trained,
+        lr=rules.learning_rate,
+        betas=(rules.beta1, rules.beta2),
+        weight_decay=rules.weight_decay,
+        fused=all(p.device.type in {"cpu", "cuda"} for p in trained),
+    )
 
 
 def _nothing() -> None:
