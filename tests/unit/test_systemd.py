@@ -106,6 +106,12 @@ def test_every_folder_is_the_units_own(unit: str) -> None:
         assert f"XPEER_DAEMON_SOCKET=%t/{name}/xpeer.sock" in environment
 
 
+@pytest.mark.parametrize("unit", PEERS)
+def test_a_shard_below_home_can_be_opened(unit: str) -> None:
+    """With `yes`, BindReadOnlyPaths can't reach below /home (tried under systemd 252)."""
+    assert values(unit, "ProtectHome") == ["tmpfs"]
+
+
 def test_instances_differ_from_the_single_unit_in_names_only() -> None:
     single, template = ((SYSTEMD / unit).read_text().splitlines() for unit in PEERS)
     single = [line for line in single if not line.startswith("#")]
