@@ -103,14 +103,20 @@ def prepare_join(home: Home, token_text: str, config_text: str | None = None) ->
         ConfigError: the home belongs to another swarm.
     """
     token = Token.parse(token_text)
+    refuse_other_swarm(home, token.swarm_id)
+    if home.admin_key.exists():
+        raise ConfigError(
+            f"home {home.path} founded this swarm: it needs no token", "leave out --join"
+        )
+    if home.credential.exists() and load_credential(home).body == token.body:
+        return token  # a unit file may name its token for ever, long after it has expired
     known = Identity.load(home.identity_key) if home.identity_key.exists() else None
     if known is None and not token.bearer:
         raise NotAuthorisedError(
             f"the token is for {token.certificate.subject}, and this home has no key",
             "give the admin the PeerID that `xpeer id` prints, and join with the token for it",
         )
-    credential = token.credential_for(known or Identity.generate(), time.time())
-    refuse_other_swarm(home, token.swarm_id)
+    token.credential_for(known or Identity.generate(), time.time())
     with _beside(home) as new:
         identity = _identity_for(home, new)
         credential = token.credential_for(identity, time.time())

@@ -250,6 +250,22 @@ def test_a_bearer_token_needs_no_key(tmp_path: Path) -> None:
     assert founding.load_credential(other).peer_id == key.peer_id
 
 
+def test_the_token_of_a_unit_file_may_expire(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, other = found(tmp_path / "a"), Home(tmp_path / "b")
+    text = str(token(home))
+    founding.prepare_join(other, text)
+    before = picture(other.path)
+    later = time.time() + 86400
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert founding.prepare_join(other, text) == Token.parse(text)
+    assert picture(other.path) == before
+    with pytest.raises(NotAuthorisedError, match="expired"):
+        founding.prepare_join(Home(tmp_path / "c"), text)
+    assert not (tmp_path / "c").exists()
+
+
 def test_tokens_that_do_not_join(tmp_path: Path) -> None:
     home, other = found(tmp_path / "a"), found(tmp_path / "b")
     joiner = Home(tmp_path / "c")
@@ -261,8 +277,8 @@ def test_tokens_that_do_not_join(tmp_path: Path) -> None:
         founding.prepare_join(joiner, "xpeer1.nonsense")
     with pytest.raises(ConfigError, match="belongs to swarm"):
         founding.prepare_join(other, str(token(home)))
-    with pytest.raises(NotAuthorisedError, match="is for"):
-        founding.prepare_join(home, named)
+    with pytest.raises(ConfigError, match="founded this swarm"):
+        founding.prepare_join(home, str(token(home)))
     assert picture(tmp_path) == before
 
 
