@@ -312,7 +312,8 @@ def test_the_mode_is_the_manifests(ledger: Ledger) -> None:
     assert isinstance(build_mechanism(OFF, model, records, record_losses, ledger), OffMechanism)
     made = build_mechanism(manifest(), model, records, record_losses, ledger)
     assert isinstance(made, RecordMechanism)
-    assert (made.engine, made.notes) == ("book-keeping", [])
+    assert made.engine in {"book-keeping", "vmap", "opacus", "microbatch"}  # whatever is faster
+    assert made.notes == []
     made.close()
     for rules in (OFF, manifest()):
         with pytest.raises(ConfigError, match="no records"):
