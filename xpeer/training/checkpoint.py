@@ -92,8 +92,7 @@ def save(folder: Path, bundle: Bundle, keep: int = 2) -> Path:
     Raises:
         LocalError: it can't be written; those before it are as they were.
     """
-    if folder.is_dir():
-        clear_staging(folder)
+    clear_staging(folder)
     words = _Words(
         schema_version=SCHEMA_VERSION,
         optimiser_step=bundle.optimiser_step,

@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xpeer.errors import ConfigError, LocalError
+from xpeer.training import shard
+from xpeer.training.documents import Document, document_of, load_documents
+from xpeer.training.shard import MIN_TOKENS, assign, cut, load_records, split
+from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, BYTE_PAD, ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+
+
+def load(*paths: Path | str, text_field: str = "text") -> list[str]:
+    return [d.text for d in load_documents([str(path) for path in paths], text_field)]
+
+
+def documents(n: int, per_file: int = 1) -> list[Document]:
+    return [document_of(f"text number {i}", f"file{i // per_file}") for i in range(n)]
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    (tmp_path / "sub" / ".hidden").mkdir(parents=True)
+    (tmp_path / "b.txt").write_text("béta")
+    (tmp_path / "a.MD").write_text("# alpha")
+    (tmp_path / "code.py").write_text("print('code')")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "sub" / "rows.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "n": 1}\n')
+    (tmp_path / "sub" / ".hidden" / "c.txt").write_text("hidden")
+    (tmp_path / ".d.txt").write_text("hidden")
+    return tmp_path
+
+
+def test_a_folder_is_searched_for_known_kinds(corpus: Path):
+    assert load(corpus) == ["# alpha", "béta", "one", "two"]
+
+
+def test_other_text_files_are_read_when_named_or_matched(corpus: Path):
+    assert load(corpus / "code.py") == ["print('code')"]
+    assert load(f"{corpus}/**/*.py", corpus / "b.txt") == ["print('code')", "béta"]
+
+
+def test_a_file_that_is_matched_twice_is_read_once(corpus: Path):
+    (corpus / "link.txt").symlink_to(corpus / "b.txt")
+    assert load(corpus / "b.txt", corpus, f"{corpus}/*.txt").count("béta") == 1
+
+
+def test_equal_texts_are_one_document(corpus: Path):
+    (corpus / "z.txt").write_text("one")
+    assert load(corpus).count("one") == 1
+
+
+def test_relative_paths_and_home(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(corpus / "sub")
+    monkeypatch.setenv("HOME", str(corpus))
+    assert load("rows.jsonl", "~/b.txt") == ["one", "two", "béta"]
+
+
+def test_a_name_with_brackets_is_a_name_first(tmp_path: Path):
+    (tmp_path / "x[1].txt").write_text("brackets")
+    assert load(tmp_path / "x[1].txt") == ["brackets"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "row"}')
+    assert load(tmp_path) == ["hello", "row"]
+
+
+def test_the_id_is_the_contents(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("same")
+    (one,) = load_documents([str(tmp_path / "a.txt")])
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    (two,) = load_documents([str(tmp_path)])
+    assert one.id == two.id == document_of("same", "").id
+    assert "same" not in repr(two)
+
+
+def error_of(*paths: Path | str, text_field: str = "text") -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*paths, text_field=text_field)
+    return str(caught.value)
+
+
+def test_what_matches_nothing_is_named(tmp_path: Path):
+    assert "matches no file" in error_of(tmp_path / "nowhere.txt")
+    assert "*.txt matches no file" in error_of(f"{tmp_path}/*.txt")
+    assert "holds no file of .txt, .md, .jsonl, .parquet" in error_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.corpus is empty"):
+        load_documents([], setting="data.corpus")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "holds no file" in error_of(tmp_path / "pipe.txt")
+    assert "holds no file" in error_of(tmp_path)
+
+
+def test_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_text(" \n\t ")
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
+    assert "no text in" in error_of(tmp_path)
+
+
+def test_bytes_that_are_not_utf8_are_located(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"abc\xffdef")
+    assert f"{tmp_path / 'a.txt'}: byte 3 is not UTF-8" in error_of(tmp_path)
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
+    assert "b.jsonl: byte 27 is not UTF-8" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"body": "secret words", "id": 1}', "no field 'text' (fields: body, id)"),
+        ("{secret words", "not valid JSON"),
+        ('["secret words"]', "not a JSON object"),
+        ('{"text": ["secret words"]}', "is no text but list"),
+        ('{"text": null}', "is no text but NoneType"),
+        ('{"text": "secret words \\ud800"}', "half a surrogate pair at character 13"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_bad_line_is_located_and_not_shown(tmp_path: Path, line: str, problem: str):
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
+    message = error_of(tmp_path)
+    assert "rows.jsonl:2: " in message
+    assert problem in message
+    assert "secret" not in message
+
+
+def test_the_text_field_is_the_operators_choice(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"body": "good"}\n')
+    assert load(tmp_path, text_field="body") == ["good"]
+
+
+def test_parquet_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    assert "pip install 'xpeer[parquet]'" in error_of(tmp_path)
+
+
+def test_parquet(tmp_path: Path):
+    pa = pytest.importorskip("pyarrow", reason="the extra xpeer[parquet] is not installed")
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), path)
+    assert load(tmp_path) == ["one", "two"]
+    assert "no column 'body' (columns: text, n)" in error_of(tmp_path, text_field="body")
+    assert "column 'n' is no text but int64" in error_of(tmp_path, text_field="n")
+    path.write_bytes(path.read_bytes()[:50])
+    assert "rows.parquet is damaged" in error_of(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_an_error(corpus: Path):
+    (corpus / "b.txt").chmod(0)
+    assert "b.txt can't be read: Permission denied" in error_of(corpus)
+    (corpus / "sub").chmod(0)
+    assert "can't be searched" in error_of(corpus)
+
+
+def test_an_error_of_the_disk_names_the_file(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(_: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert f"{corpus / 'b.txt'} can't be read: Input/output error" in error_of(corpus / "b.txt")
+
+
+# ---- the split -------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 60), st.integers(1, 5), st.floats(0.001, 0.49))
+@settings(max_examples=50, deadline=None)
+def test_a_split_holds_out_whole_documents_and_files(n: int, per_file: int, share: float):
+    everything = documents(n, per_file)
+    training, validation = split(everything, share)
+    assert training
+    assert validation
+    assert sorted(d.id for d in training + validation) == sorted(d.id for d in everything)
+    training, validation = split(everything, share, by="file")
+    assert not {d.source for d in training} & {d.source for d in validation}
+    assert len(training) + len(validation) == n
+    if n > per_file:
+        assert training
+        assert validation
+
+
+def test_a_single_document_is_trained_on():
+    one = documents(1)
+    assert split(one, 0.4) == (one, [])
+    pair = documents(2, per_file=2)
+    assert split(pair, 0.4, by="file") == (pair, [])
+
+
+def test_the_share_held_out_is_about_what_was_asked():
+    _, validation = split(documents(4000), 0.1)
+    assert 320 < len(validation) < 480
+
+
+def test_a_document_that_comes_moves_no_other_and_order_does_not_matter():
+    few, many = documents(300), documents(400)
+    held_out = {d.id for d in split(few, 0.1)[1]}
+    later = {d.id for d in split(many[::-1], 0.1)[1]}
+    assert held_out == later & {d.id for d in few}
+
+
+# ---- the shared corpus -----------------------------------------------------------------------
+
+SPEEDS = st.dictionaries(
+    st.sampled_from([f"peer{i}" for i in range(6)]), st.floats(0.1, 10), min_size=2, max_size=6
+)
+
+
+@given(SPEEDS)
+@settings(max_examples=25, deadline=None)
+def test_every_document_has_one_trainer_and_only_a_leavers_move(members: dict[str, float]):
+    corpus = documents(80)
+    before = {d.id: me for me in members for d in assign(corpus, members, me)}
+    assert len(before) == len(corpus)
+    assert sum(len(assign(corpus, members, me)) for me in members) == len(corpus)
+    leaver = min(members)
+    rest = {peer: speed for peer, speed in members.items() if peer != leaver}
+    after = {d.id: me for me in rest for d in assign(corpus, rest, me)}
+    assert all(after[i] == before[i] for i in before if before[i] != leaver)
+
+
+def test_a_member_that_speeds_up_only_takes():
+    corpus = documents(200)
+    slow = {"a": 1.0, "b": 1.0, "c": 1.0}
+    fast = {**slow, "a": 2.0}
+    for other in "bc":
+        before = {d.id for d in assign(corpus, slow, other)}
+        assert {d.id for d in assign(corpus, fast, other)} <= before
+
+
+def test_shares_follow_the_speeds():
+    corpus = documents(7000)
+    members = {"a": 1.0, "b": 2.0, "c": 4.0}
+    counts = Counter({me: len(assign(corpus, members, me)) for me in members})
+    for me, speed in members.items():
+        assert counts[me] == pytest.approx(1000 * speed, rel=0.1)
+
+
+def test_assign_is_the_same_on_every_machine():
+    """Known values: members on other machines and versions must agree."""
+    members = {"12D3KooA": 1.0, "12D3KooB": 1.5}
+    mine = [d.text[12:] for d in assign(documents(12), members, "12D3KooA")]
+    assert mine == ["2", "4", "5", "6", "10"]
+
+
+def test_nonsense_from_others_is_ignored_and_from_ourselves_refused():
+    corpus = documents(20)
+    members = {"a": 1.0, "b": float("nan"), "c": -1.0}
+    assert assign(corpus, members, "a") == corpus
+    for me in ("b", "stranger"):
+        with pytest.raises(LocalError, match="not among the members"):
+            assign(corpus, members, me)
+
+
+# ---- records ---------------------------------------------------------------------------------
+
+
+@given(st.lists(st.text("abc é", min_size=0, max_size=90), min_size=1, max_size=5))
+@settings(max_examples=80, deadline=None)
+def test_records_are_whole_documents_but_for_short_tails(texts: list[str]):
+    tokens = 16
+    made = [document_of(text, "f") for text in texts]
+    wanted = []
+    for text in texts:
+        ids = [BYTE_BOS, *text.encode(), BYTE_EOS]
+        for start in range(0, len(ids), tokens):
+            part = ids[start : start + tokens]
+            if len(part) >= MIN_TOKENS:
+                wanted.append(part + [BYTE_PAD] * (tokens - len(part)))
+    if not wanted:
+        with pytest.raises(ConfigError, match="no text: none of"):
+            cut(made, TOKENIZER, tokens)
+        return
+    records = cut(made, TOKENIZER, tokens)
+    assert records.dtype == torch.int64
+    assert records.tolist() == wanted
+
+
+def test_one_document_added_adds_only_its_own_records():
+    few, many = documents(5), documents(6)
+    before, after = cut(few, TOKENIZER, 8), cut(many, TOKENIZER, 8)
+    assert torch.equal(before, after[: len(before)])
+
+
+def test_no_documents():
+    with pytest.raises(ConfigError, match="no text"):
+        cut([], TOKENIZER, 8)
+
+
+class CountingTokenizer(ByteTokenizer):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.calls += 1
+        return super().encode(text)
+
+
+def test_the_cache_saves_the_work_and_is_private(tmp_path: Path):
+    cache, tokenizer = tmp_path / "cache", CountingTokenizer()
+    first = load_records(documents(10), tokenizer, 16, cache)
+    again = load_records(documents(10), tokenizer, 16, cache)
+    assert tokenizer.calls == 10
+    assert torch.equal(first, again)
+    assert again.dtype == torch.int64
+    (path,) = cache.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_the_cache_depends_on_everything(tmp_path: Path):
+    tokenizer = CountingTokenizer()
+    load_records(documents(10), tokenizer, 16, tmp_path)
+    load_records(documents(10), tokenizer, 24, tmp_path)
+    load_records(documents(11), tokenizer, 16, tmp_path)
+    other = CountingTokenizer()
+    other.name = "another"
+    load_records(documents(10), other, 16, tmp_path)
+    assert (tokenizer.calls, other.calls) == (31, 10)
+
+
+def test_a_damaged_cache_is_made_again(tmp_path: Path):
+    tokenizer = CountingTokenizer()
+    first = load_records(documents(10), tokenizer, 16, tmp_path)
+    (path,) = tmp_path.iterdir()
+    data = path.read_bytes()
+    for damaged in (data[:-5], data[:-1] + bytes([data[-1] ^ 1]), b""):
+        path.write_bytes(damaged)
+        assert torch.equal(load_records(documents(10), tokenizer, 16, tmp_path), first)
+        assert path.read_bytes() == data
+
+
+def test_a_cache_that_can_not_be_written_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with caplog.at_level(logging.WARNING):
+        records = load_records(documents(3), TOKENIZER, 16, blocked / "cache")
+    assert len(records) == 3
+    assert "not cached" in caplog.text
+
+
+def test_the_cache_does_not_grow(tmp_path: Path):
+    for n in range(1, shard.CACHE_FILES + 4):
+        load_records(documents(n), TOKENIZER, 16, tmp_path)
+    assert len(list(tmp_path.iterdir())) == shard.CACHE_FILES
+
+
+def test_jsonl_rows_of_one_file_share_its_side_when_files_are_split(tmp_path: Path):
+    for name in "abcdef":
+        rows = [json.dumps({"text": f"{name} {i}"}) for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    training, validation = split(load_documents([str(tmp_path)]), 0.3, by="file")
+    for part in (training, validation):
+        assert part
+        assert all(count == 4 for count in Counter(d.text[0] for d in part).values())

@@ -1,0 +1,216 @@
+"""A shard: which documents are trained on here, and the records they are cut into.
+
+A record is one training sequence of T tokens from one document, the unit that privacy protects.
+Everything random here is a hash, so that a restart trains on the same text, and no text moves from
+validation to training.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+import torch
+
+from xpeer.errors import ConfigError, LocalError
+from xpeer.identity import blake2b
+from xpeer.training.documents import Document, load_documents
+from xpeer.training.tensorfile import CorruptFileError, clear_staging, read_tensors, write_tensors
+from xpeer.training.tokenizer import Tokenizer
+
+__all__ = ["Document", "assign", "cut", "load_documents", "load_records", "split"]
+
+MIN_TOKENS: Final = 8
+"""A shorter tail of a document is dropped: it teaches little, and costs the privacy of a record."""
+CACHE_FILES: Final = 8
+"""Training and validation records of the last few shards."""
+_CACHE_VERSION: Final = b"records/1"
+
+logger = logging.getLogger("xpeer.shard")
+_T = TypeVar("_T")
+
+
+def split(
+    documents: Sequence[Document], share: float, by: Literal["document", "file"] = "document"
+) -> tuple[list[Document], list[Document]]:
+    """Hold out whole documents, or all documents of whole files.
+
+    Whether a document is held out depends on its content alone, so that one that is added moves no
+    other. The exception are shards so small that nothing (or everything) would be held out: there
+    the one with the lowest (highest) hash changes sides.
+
+    Args:
+        documents: of the shard, each once.
+        share: expected share to hold out.
+        by: what is held out whole.
+
+    Returns:
+        For training, for validation. Neither is empty if there are at least two documents (files).
+    """
+    units = _units(documents, by)
+    uniform = {key: _uniform(b"split", key.encode()) for key in units}
+    held_out = {key for key, u in uniform.items() if u < share}
+    if len(units) >= 2:
+        if not held_out:
+            held_out = {min(uniform, key=lambda key: (uniform[key], key))}
+        elif len(held_out) == len(units):
+            held_out.remove(max(uniform, key=lambda key: (uniform[key], key)))
+    elif units:
+        held_out = set()
+    chosen = {document.id for key in held_out for document in units[key]}
+    training = [document for document in documents if document.id not in chosen]
+    return training, [document for document in documents if document.id in chosen]
+
+
+def assign(documents: Sequence[Document], members: Mapping[str, float], me: str) -> list[Document]:
+    """This peer's part of a corpus that all members hold, in proportion to declared speeds.
+
+    Weighted rendezvous hashing: the member with the lowest -ln(u(document, member)) / speed trains
+    a document, u uniform from a hash. When a member leaves only its documents move, and when one
+    comes only the documents that it takes. (Schindelhauer & Schomaker 2005, "Weighted distributed
+    hash tables": the logarithmic method.)
+
+    Args:
+        documents: of the corpus.
+        members: speed by PeerID; the same at every member, or a document is trained twice or never.
+        me: one of them.
+
+    Raises:
+        LocalError: `me` is no member with a positive speed.
+    """
+    peers = [
+        (peer_id.encode(), peer_id, speed)
+        for peer_id, speed in members.items()
+        if math.isfinite(speed) and speed > 0  # no partner's nonsense stops the others
+    ]
+    if me not in {peer_id for _, peer_id, _ in peers}:
+        raise LocalError(
+            f"{me} is not among the members that share the corpus, with a positive speed",
+            "set training.speed above 0",
+        )
+
+    def trained_by(document: Document) -> str:
+        key = document.id.encode()
+        scores = (
+            (-math.log(_uniform(b"assign", key, encoded)) / speed, peer_id)
+            for encoded, peer_id, speed in peers
+        )
+        return min(scores)[1]
+
+    return [document for document in documents if trained_by(document) == me]
+
+
+def cut(documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int) -> torch.Tensor:
+    """Tokenise, and cut into records that never cross from one document into another.
+
+    A document becomes begin + text + end, cut every T tokens; its tail is padded at the right, or
+    dropped if it is shorter than MIN_TOKENS.
+
+    Args:
+        documents: any length.
+        tokenizer: of the swarm.
+        sequence_tokens: T.
+
+    Returns:
+        (records, T) int64.
+
+    Raises:
+        ConfigError: there is not one record in them.
+    """
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    parts = []
+    for document in documents:
+        ids = torch.tensor([*before, *tokenizer.encode(document.text), *after], dtype=torch.int32)
+        tail = len(ids) % sequence_tokens
+        if 0 < tail < MIN_TOKENS:
+            ids = ids[: len(ids) - tail]
+        elif tail:
+            ids = torch.nn.functional.pad(ids, (0, sequence_tokens - tail), value=tokenizer.pad_id)
+        parts.append(ids.view(-1, sequence_tokens))
+    records = torch.cat(parts) if parts else torch.empty((0, sequence_tokens), dtype=torch.int32)
+    if not len(records):
+        raise ConfigError(
+            f"no text: none of {len(documents)} documents has {MIN_TOKENS} tokens",
+            "name files that hold more text",
+        )
+    return records.long()
+
+
+def load_records(
+    documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int, cache: Path
+) -> torch.Tensor:
+    """`cut`, or its result from an earlier start.
+
+    A cache that can't be read or written costs time, never correctness.
+
+    Args:
+        documents: as for `cut`.
+        tokenizer: as for `cut`.
+        sequence_tokens: as for `cut`.
+        cache: folder of this node; holds private text as tokens, mode 0600.
+    """
+    key = blake2b(
+        _CACHE_VERSION,
+        tokenizer.name.encode(),
+        struct.pack("<5q", sequence_tokens, MIN_TOKENS, *_special_ids(tokenizer)),
+        *(document.id.encode() for document in documents),
+        size=16,
+    )
+    path = cache / f"records-{key.hex()}.safetensors"
+    try:
+        tensors, _ = read_tensors(path)
+        records = tensors["records"]
+        path.touch()
+    except (CorruptFileError, OSError):
+        records = cut(documents, tokenizer, sequence_tokens)
+        _keep(path, records)
+    return records.long()
+
+
+def _keep(path: Path, records: torch.Tensor) -> None:
+    try:
+        clear_staging(path.parent)
+        write_tensors(path, {"records": records.int()}, {})
+        cached = sorted(path.parent.glob("records-*.safetensors"), key=_age)
+        for old in cached[CACHE_FILES:]:
+            old.unlink(missing_ok=True)
+    except (LocalError, OSError) as e:
+        logger.warning("tokenised records are not cached: %s", e)
+
+
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime
+
+
+def _special_ids(tokenizer: Tokenizer) -> Iterator[int]:
+    for special in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id):
+        yield -1 if special is None else special
+
+
+def _units(documents: Sequence[Document], by: str) -> dict[str, list[Document]]:
+    """What is held out whole, by a key that depends on content alone."""
+    if by == "document":
+        return {document.id: [document] for document in documents}
+    files = _grouped(documents, lambda document: document.source)
+    return {
+        blake2b(*(document.id.encode() for document in inside), size=16).hex(): inside
+        for inside in files.values()
+    }
+
+
+def _grouped(items: Sequence[_T], key: Callable[[_T], str]) -> dict[str, list[_T]]:
+    groups: dict[str, list[_T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _uniform(*parts: bytes) -> float:
+    """In (0, 1), from a hash."""
+    (number,) = struct.unpack("<Q", blake2b(*parts, size=8))
+    return float((number >> 11) + 0.5) / 2.0**53
