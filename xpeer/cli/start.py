@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from xpeer.cli.common import home_option, load_config, say
-from xpeer.config import Home
+from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, NotAuthorisedError
 
 MAX_TOKEN_CHARS = 8192
@@ -74,6 +74,7 @@ def start(
 
     if dry_run:
         service.check(home, config, join_token=token)
+        say(_text_report(config))
         say("all is well; nothing was started")
         return
     raise click.exceptions.Exit(service.run(home, config, join_token=token, paused=paused))
@@ -127,3 +128,20 @@ def _check_token(home: Home, text: str) -> None:
             "run `xpeer id` first, and ask for a token for that PeerID",
         )
     founding.refuse_other_swarm(home, token.swarm_id)
+
+
+def _text_report(config: NodeConfig) -> str:
+    """Read the text as the trainer will.
+
+    Raises:
+        ConfigError: there is none, or it can't be read.
+    """
+    from xpeer.training.documents import load_documents  # noqa: PLC0415 - only a dry run needs it
+
+    setting = "data.corpus" if config.data.corpus else "data.shard"
+    patterns = config.data.corpus or config.data.shard
+    if not patterns:
+        return "note: no text is set (data.shard); only an observer can do without"
+    documents = load_documents(patterns, config.data.text_field, setting)
+    characters = sum(len(document.text) for document in documents)
+    return f"{setting}: {len(documents):,} documents, {characters:,} characters"

@@ -274,6 +274,29 @@ def test_dry_run_of_a_good_home(home: Home) -> None:
     assert result.exit_code == ExitCode.OK, result.stderr
 
 
+def test_shard_without_text(home: Home, tmp_path: Path) -> None:
+    shard = tmp_path / "shard"
+    shard.mkdir()
+    (shard / "empty.txt").write_text(" \n")
+    (shard / "rows.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    with unchanged(tmp_path):
+        for name, word in (
+            ("empty.txt", "empty.txt"),
+            ("*.md", "*.md"),
+            ("rows.jsonl", "rows.jsonl:2"),
+        ):
+            result = xpeer(home, "start", "--shard", str(shard / name), "--dry-run")
+            refused(result, ExitCode.BAD_CONFIG, "data.", word)
+
+
+def test_dry_run_counts_the_text(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    with unchanged(tmp_path):
+        result = xpeer(home, "start", "--shard", str(tmp_path / "a.txt"), "--dry-run")
+    assert result.exit_code == ExitCode.OK
+    assert "1 documents, 5 characters" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
