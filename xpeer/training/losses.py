@@ -99,7 +99,7 @@ def evaluate(
         for part in torch.split(records, max(1, micro_batch)):
             with autocast(device):
                 losses, counted = record_losses(model, part.to(device), pad_id)
-            nats += float(losses.double().sum())
+            nats += float(losses.cpu().double().sum())
             tokens += int(counted.sum())
     finally:
         model.train(was_training)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -9,11 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from xpeer.cli import main
+from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError
-from xpeer.training import checkpoint, tensorfile
+from xpeer.identity import Identity, blake2b
+from xpeer.manifest import End, Manifest, Model, PublicText, SignedManifest
+from xpeer.training import checkpoint, model, tensorfile
 from xpeer.training.checkpoint import Bundle, load, load_latest, paths, save
 from xpeer.training.tensorfile import CorruptFileError
 
@@ -262,3 +269,119 @@ def test_moments_of_a_fresh_optimiser_stay_fresh():
     assert not optimiser.state
     with pytest.raises(LocalError, match="do not fit"):
         checkpoint.write_moments(optimiser, parameters, torch.zeros(3), torch.zeros(3), 1)
+
+
+# ---- the command line ------------------------------------------------------------------------
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 259,
+    "max_position_embeddings": 32,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    made = Home(tmp_path / "home")
+    made.path.mkdir()
+    config = model.config_of(model.build(TINY))
+    public = PublicText(digest=blake2b(b"text").hex(), text="text")
+    manifest = Manifest(
+        name="t",
+        created_unix_s=0,
+        model=Model(config=config, num_params=1, initial_digest=""),
+        public_text=public,
+        end=End(steps=1),
+    )
+    signed = SignedManifest.sign(manifest, Identity.generate())
+    made.manifest.write_bytes(signed.to_bytes())
+    return made
+
+
+def run(home: Home, *arguments: str) -> Result:
+    return CliRunner().invoke(main, ["checkpoint", *arguments, "--home", str(home.path)])
+
+
+def save_model(home: Home, step: int) -> torch.nn.Module:
+    made = model.build(TINY, seed=step)
+    flat = model.read_flat(made)
+    zeros = torch.zeros_like(flat)
+    save(home.checkpoints, Bundle(flat, zeros, zeros.clone(), 0, {"step": step}))
+    return made
+
+
+def test_list(home: Home):
+    empty = run(home, "list")
+    assert (empty.exit_code, empty.stdout) == (0, "")
+    assert "no checkpoints in" in empty.stderr
+    save_model(home, 1)
+    save_model(home, 20)
+    listed = run(home, "list").stdout.splitlines()
+    assert [line.split()[1] for line in listed] == ["20", "1"]
+    rows = json.loads(run(home, "list", "--json").stdout)
+    assert [row["step"] for row in rows] == [20, 1]
+    assert rows[0]["bytes"] == Path(rows[0]["path"]).stat().st_size
+
+
+def test_verify(home: Home):
+    save_model(home, 1)
+    save_model(home, 2)
+    assert run(home, "verify").exit_code == 0
+    newest = paths(home.checkpoints)[0]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    result = run(home, "verify", "--json")
+    assert result.exit_code == 1
+    assert [bool(row["problem"]) for row in json.loads(result.stdout)] == [True, False]
+    assert "damaged" in run(home, "verify").stdout
+
+
+def test_export_needs_no_daemon(home: Home, tmp_path: Path):
+    save_model(home, 1)
+    trained = save_model(home, 2)
+    folder = tmp_path / "out"
+    result = run(home, "export", "--hf", str(folder))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == str(folder)
+    assert "exported step 2" in result.stderr
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Grüße", return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [list("Grüße".encode())]
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    assert torch.equal(
+        loaded(input_ids=ids).logits, trained(input_ids=ids, position_ids=positions).logits
+    )
+    again = run(home, "export", "--hf", str(folder))
+    assert again.exit_code == 8
+    assert "not empty" in again.stderr
+
+
+def test_export_passes_over_a_damaged_one_aloud(home: Home, tmp_path: Path):
+    save_model(home, 1)
+    save_model(home, 2)
+    paths(home.checkpoints)[0].write_bytes(b"")
+    result = run(home, "export", "--hf", str(tmp_path / "out"))
+    assert result.exit_code == 0
+    assert "warning: checkpoint" in result.stderr
+    assert "exported step 1" in result.stderr
+
+
+def test_export_without_a_checkpoint_or_of_another_model(home: Home, tmp_path: Path):
+    result = run(home, "export", "--hf", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "there is no checkpoint" in result.stderr
+    save(home.checkpoints, bundle(1))
+    result = run(home, "export", "--hf", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "belongs to another model" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_needs_the_daemon(home: Home):
+    assert run(home, "save").exit_code == 3
