@@ -1,0 +1,228 @@
+"""Builds a `LocalTrainer` from files: manifest, shard, model or checkpoint, ledger.
+
+For the trainer process, and for whoever trains without partners in its own process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from xpeer.config import Home, NodeConfig
+from xpeer.errors import ConfigError
+from xpeer.manifest import Manifest, SignedManifest
+from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.mechanism import Mechanism, build_mechanism
+from xpeer.training import checkpoint
+from xpeer.training.checkpoint import Bundle, read_moments, write_moments
+from xpeer.training.documents import document_of, load_documents
+from xpeer.training.export import export_hf
+from xpeer.training.flat import FlatParameters
+from xpeer.training.local import LocalTrainer
+from xpeer.training.losses import choose_device, evaluate, record_losses
+from xpeer.training.model import build, check_fits, from_folder
+from xpeer.training.parts import Evaluation
+from xpeer.training.schedule import Counters
+from xpeer.training.setup import TrainerSetup
+from xpeer.training.shard import assign, cut, load_records, split
+from xpeer.training.tokenizer import Tokenizer, load_tokenizer
+
+PUBLIC_RECORDS: Final = 64
+"""Of the public text; evenly spread over it, the same at every peer."""
+
+
+@dataclass(slots=True)
+class Assembled:
+    """A trainer and what belongs to it."""
+
+    trainer: LocalTrainer
+    mechanism: Mechanism
+    ledger: Ledger
+    home: Home
+    ledger_id: str
+    """What checkpoints demand; empty without privacy."""
+    manifest_hash: str
+    keep_checkpoints: int
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    device: str
+    num_records: int
+    resumed: bool
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def engine(self) -> str:
+        """How per-record gradients are clipped."""
+        return self.mechanism.engine
+
+    def ledger_counter(self) -> int:
+        """Privacy charges so far."""
+        return self.ledger.counter
+
+    def bundle(self) -> Bundle:
+        """At a boundary: a copy of everything a checkpoint holds."""
+        trainer = self.trainer
+        trained = list(trainer.parameters.parameters())
+        exp_avg, exp_avg_sq, optimiser_step = read_moments(trainer.optimiser, trained)
+        return Bundle(
+            flat=trainer.parameters.read(),
+            exp_avg=exp_avg,
+            exp_avg_sq=exp_avg_sq,
+            optimiser_step=optimiser_step,
+            counters=trainer.counters.to_dict(),
+            ledger_id=self.ledger_id,
+            manifest_hash=self.manifest_hash,
+        )
+
+    def save(self, bundle: Bundle) -> str:
+        """On any thread: write it; its path."""
+        return str(checkpoint.save(self.home.checkpoints, bundle, keep=self.keep_checkpoints))
+
+    def export(self, folder: str) -> None:
+        """At a boundary: write a Hugging Face folder."""
+        export_hf(self.model, self.tokenizer, Path(folder))
+
+    def close(self) -> None:
+        """Wait for the ledger's disk, and close it."""
+        self.mechanism.close()
+        self.ledger.close()
+
+
+def assemble(setup: TrainerSetup) -> Assembled:
+    """Read everything, resume from the newest checkpoint if there is one.
+
+    Raises:
+        ConfigError: shard, tokenizer, model, device or checkpoint do not fit.
+        NotAuthorisedError: the manifest is not the swarm's.
+        LocalError: the ledger is damaged, or is not the checkpoint's.
+    """
+    _silence_progress_bars()
+    home, config = Home(Path(setup.home)), setup.config
+    signed = SignedManifest.load(Path(setup.manifest_path))
+    manifest = signed.open(setup.swarm_id)
+    manifest_hash = signed.genesis.manifest_hash.hex()
+    tokenizer = load_tokenizer(manifest.tokenizer, config.data.tokenizer)
+    training, validation = _records(setup, manifest, tokenizer, home)
+    saved, notes = checkpoint.load_latest(home.checkpoints)
+    device = choose_device(config.training.device)
+    model = _model(manifest, home, fresh=saved is None and setup.initial == "initial").to(device)
+    check_fits(model, tokenizer.vocab_size, manifest.optimiser.sequence_tokens)
+    parameters = FlatParameters(model)
+    if parameters.num_params != manifest.model.num_params:
+        raise ConfigError(
+            f"the model has {parameters.num_params} parameters, the manifest "
+            f"{manifest.model.num_params}",
+            "use the transformers version that the founder used",
+        )
+    private = manifest.privacy.mode != "off"
+    must_exist = saved.ledger_id or None if saved is not None else None
+    ledger = Ledger.open(home.ledger_db, must_exist=must_exist)
+    ledger_id = ledger.id if private else ""
+    if saved is not None:
+        saved.require(manifest_hash, ledger_id, parameters.num_params)
+        parameters.write(saved.flat)
+
+    def losses(of: torch.nn.Module, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return record_losses(of, records, tokenizer.pad_id)
+
+    mechanism = build_mechanism(
+        manifest, model, training, losses, ledger, micro_batch=config.training.micro_batch
+    )
+    trainer = LocalTrainer(
+        manifest,
+        setup.swarm_id,
+        parameters,
+        mechanism,
+        _evaluation(manifest, config, model, tokenizer, validation),
+        throttle=config.training.throttle,
+        awaiting=saved is None and setup.initial == "awaited",
+    )
+    if saved is not None:
+        trainer.counters = Counters.from_dict(saved.counters)
+        write_moments(
+            trainer.optimiser,
+            parameters.parameters(),
+            saved.exp_avg,
+            saved.exp_avg_sq,
+            saved.optimiser_step,
+        )
+    return Assembled(
+        trainer=trainer,
+        mechanism=mechanism,
+        ledger=ledger,
+        home=home,
+        ledger_id=ledger_id,
+        manifest_hash=manifest_hash,
+        keep_checkpoints=config.checkpoint.keep,
+        model=model,
+        tokenizer=tokenizer,
+        device=str(device),
+        num_records=len(training),
+        resumed=saved is not None,
+        notes=[*notes, *mechanism.notes],
+    )
+
+
+def _records(
+    setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is trained on and what is held out: each (n, T) int64."""
+    data, shared = setup.config.data, manifest.shared_corpus is not None
+    patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
+    documents = load_documents(patterns, data.text_field, setting)
+    training, held_out = split(documents, data.validation_share, data.split)
+    if shared:
+        # held out before it is shared: what one member measures on, none trains on
+        training = assign(training, setup.members, setup.peer_id)
+    length = manifest.optimiser.sequence_tokens
+    records = load_records(training, tokenizer, length, home.cache)
+    try:
+        return records, load_records(held_out, tokenizer, length, home.cache)
+    except ConfigError:  # a single document, or too little held out for one record
+        return records, records[:0]
+
+
+def _model(manifest: Manifest, home: Home, *, fresh: bool) -> torch.nn.Module:
+    """With the swarm's initial parameters if `fresh`; else any, which the caller replaces."""
+    if not fresh:
+        return build(manifest.model.config)
+    model = from_folder(home.initial_model)
+    if FlatParameters(model).digest() != manifest.model.initial_digest:
+        raise ConfigError(
+            f"the model in {home.initial_model} is not the one the swarm starts from",
+            "restore the folder, or fetch the parameters from a member",
+        )
+    return model
+
+
+def _evaluation(
+    manifest: Manifest,
+    config: NodeConfig,
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    held_out: torch.Tensor,
+) -> Evaluation:
+    document = document_of(manifest.public_text.text, "public text")
+    length = manifest.optimiser.sequence_tokens
+    public = _spread(cut([document], tokenizer, length), PUBLIC_RECORDS)
+    private = _spread(held_out, config.training.validation_records)
+    return Evaluation(
+        public=lambda: evaluate(model, public, tokenizer.pad_id),
+        validation=(lambda: evaluate(model, private, tokenizer.pad_id)) if len(private) else None,
+    )
+
+
+def _spread(records: torch.Tensor, at_most: int) -> torch.Tensor:
+    """Evenly spread rows."""
+    if len(records) <= at_most:
+        return records
+    return records[torch.linspace(0, len(records) - 1, at_most).long()]
+
+
+def _silence_progress_bars() -> None:
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415 - takes seconds
+
+    disable_progress_bar()

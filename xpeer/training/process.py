@@ -1,0 +1,118 @@
+"""The trainer process: `python -m xpeer.training.process SOCKET_FD ARENA_FD PARENT_PID`.
+
+Started by `handle.TrainerProcess`. It trains on its main thread until it is told to stop, and never
+outlives the daemon: the kernel kills it with its parent (Linux), and the end of the socket ends it
+everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from xpeer.errors import ExitCode, LocalError, TrainerError
+from xpeer.training.ipc import Begin, ChildChannel, Crashed, Request, Stop, failure_of
+
+if TYPE_CHECKING:
+    from xpeer.training.service import Service
+
+_PR_SET_PDEATHSIG: Final = 1
+_FLUSH_TIMEOUT_S: Final = 5.0
+
+
+class Receiver:
+    """Takes the daemon's commands on a thread of its own; its end is the process's end."""
+
+    def __init__(self, channel: ChildChannel) -> None:
+        self.service: Service | None = None
+        self._channel = channel
+        threading.Thread(target=self._receive, name="receiver", daemon=True).start()
+
+    def _receive(self) -> None:
+        try:
+            while (message := self._channel.receive()) is not None:
+                if not isinstance(message, Request):
+                    raise TrainerError(f"{type(message).__name__} came twice")
+                if self.service is not None:
+                    self.service.handle(message)
+                elif isinstance(message.command, Stop):
+                    _leave(ExitCode.OK)  # still starting: there is nothing to save
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            _leave(ExitCode.ERROR)  # no daemon, no trainer: at once, whatever a step is doing
+
+
+def main() -> NoReturn:
+    """Train until told to stop."""
+    socket_fd, arena_fd, parent_pid = (int(argument) for argument in sys.argv[1:])
+    _die_with(parent_pid)
+    # the daemon decides: a ^C or a stop of the whole group reaches it, too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    channel = ChildChannel(socket.socket(fileno=socket_fd))
+    begin = channel.receive()
+    if not isinstance(begin, Begin):
+        _leave(ExitCode.ERROR)
+    receiver = Receiver(channel)
+    try:
+        _train(begin, arena_fd, channel, receiver)
+    except BaseException as e:  # noqa: BLE001 - it crosses to the daemon instead
+        # everything there is: the daemon shows it, and decides whether to start another trainer
+        channel.send(Crashed(failure_of(e)))
+        channel.flush(_FLUSH_TIMEOUT_S)
+        _leave(e.exit_code if isinstance(e, LocalError) else ExitCode.ERROR)
+    channel.flush(_FLUSH_TIMEOUT_S)
+    _leave(ExitCode.OK)
+
+
+def _train(begin: Begin, arena_fd: int, channel: ChildChannel, receiver: Receiver) -> None:
+    # torch takes seconds to import; by now the receiver notices a daemon that is gone
+    import torch  # noqa: PLC0415
+
+    from xpeer.training.arena import Arena, Layout  # noqa: PLC0415
+    from xpeer.training.assemble import assemble  # noqa: PLC0415
+    from xpeer.training.service import Service  # noqa: PLC0415
+
+    layout = Layout(begin.slot_bytes, begin.state_bytes, begin.num_slots)
+    arena = Arena.attach(layout, arena_fd)
+    if begin.setup.config.training.threads:
+        torch.set_num_threads(begin.setup.config.training.threads)
+    assembled = assemble(begin.setup)
+    trainer = assembled.trainer
+    trainer.set_mode(begin.setup.mode)
+    service = Service(channel, arena, assembled, begin.setup.config.checkpoint.every_s)
+    receiver.service = service
+    service.announce()
+    trainer.run()
+    service.finish()
+
+
+def _die_with(parent_pid: int) -> None:
+    """Have the kernel kill us when our parent dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before that call
+        _leave(ExitCode.ERROR)
+
+
+def _leave(status: int) -> NoReturn:
+    """Exit without joining threads that may be in the middle of a long step."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""Answers the daemon's commands inside the trainer process.
+
+Who does what: the training thread touches the parameters, at step boundaries; the helper compresses
+and verifies; the disk thread writes checkpoints and asks the ledger. None waits for another.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final
+
+import torch
+
+from xpeer.errors import LocalError, XpeerError
+from xpeer.status import PrivacySpent
+from xpeer.training.arena import Arena
+from xpeer.training.assemble import Assembled
+from xpeer.training.checkpoint import Bundle
+from xpeer.training.flat import digest
+from xpeer.training.ipc import (
+    ChildChannel,
+    Command,
+    Done,
+    Drop,
+    Evaluate,
+    Export,
+    ExportState,
+    ImportState,
+    Losses,
+    Merge,
+    Progressed,
+    Ready,
+    Reply,
+    Request,
+    Result,
+    Run,
+    Saved,
+    Snapshot,
+    Snapshotted,
+    StateExported,
+    StateImported,
+    Stop,
+    Verified,
+    Verify,
+    WriteCheckpoint,
+    Written,
+    failure_of,
+)
+from xpeer.update import PeerUpdate, PrivateUpdate
+
+_PROGRESS_EVERY_S: Final = 0.1
+logger = logging.getLogger("xpeer.training")
+
+Work = Callable[[], Result | None]
+"""None: the answer comes later, from another thread."""
+
+
+class Service:
+    """Between the channel and the loop.
+
+    Args:
+        channel: to the daemon.
+        arena: shared with it.
+        assembled: the trainer and what belongs to it.
+        checkpoint_every_s: time between periodic checkpoints.
+    """
+
+    def __init__(
+        self, channel: ChildChannel, arena: Arena, assembled: Assembled, checkpoint_every_s: float
+    ) -> None:
+        self._channel = channel
+        self._arena = arena
+        self._assembled = assembled
+        self._trainer = assembled.trainer
+        self._checkpoint_every_s = checkpoint_every_s
+        self._helper = ThreadPoolExecutor(1, "helper")
+        self._disk = ThreadPoolExecutor(1, "disk")
+        self._told_at = 0.0
+        self._told_window = -1
+        self._saved_at = time.monotonic()
+        self._saving = False
+        self._take: dict[type[Command], Callable[[int, Any], object]] = {
+            Snapshot: self._take_snapshot,
+            Verify: self._take_verify,
+            Merge: self._take_merge,
+            Drop: self._take_drop,
+            ExportState: lambda n, _: self._at_boundary(n, lambda: self._export_state(n)),
+            ImportState: lambda n, c: self._at_boundary(n, lambda: self._import_state(c)),
+            Run: lambda n, c: self._at_boundary(n, lambda: self._run(c)),
+            WriteCheckpoint: lambda n, _: self._at_boundary(n, lambda: self._write_checkpoint(n)),
+            Export: lambda n, c: self._at_boundary(n, lambda: self._export(c)),
+            Evaluate: lambda n, _: self._at_boundary(n, self._evaluate),
+            Stop: lambda _n, _c: self._trainer.stop(),
+        }
+        self._trainer.on_step = self._after_step
+        self._trainer.on_state = self._tell_all
+
+    def announce(self) -> None:
+        """Tell the daemon that the trainer is ready."""
+        made = self._assembled
+        self._channel.send(
+            Ready(
+                num_params=self._trainer.parameters.num_params,
+                num_fragments=self._trainer.exchanges.fragments.num_fragments,
+                device=made.device,
+                engine=made.engine,
+                num_records=made.num_records,
+                step=self._trainer.counters.step,
+                ledger_counter=made.ledger_counter(),
+                resumed=made.resumed,
+                notes=made.notes,
+            )
+        )
+        self._tell_all()
+
+    def handle(self, request: Request) -> None:
+        """Take a command, on the receiving thread; returns at once."""
+        self._take[type(request.command)](request.number, request.command)
+
+    def finish(self) -> None:
+        """After the loop returned: save, and say the last word."""
+        if not self._trainer.awaiting:
+            path = self._assembled.save(self._assembled.bundle())
+            self._channel.send(Saved(path, self._trainer.counters.step))
+        self._disk.shutdown()
+        self._send_progress(self._trainer.mechanism.spent())
+        self._assembled.close()
+
+    # ---- on the receiving thread --------------------------------------------------------------
+
+    def _take_snapshot(self, number: int, command: Snapshot) -> None:
+        self._at_boundary(number, lambda: self._snapshot(number, command))
+
+    def _take_verify(self, number: int, command: Verify) -> None:
+        _submit(self._helper, self._answer, number, lambda: self._verify(command))
+
+    def _take_merge(self, number: int, command: Merge) -> None:
+        _submit(self._helper, self._answer, number, lambda: self._merge(command))
+
+    def _take_drop(self, _number: int, command: Drop) -> None:
+        """Now, to free memory; and once more behind a snapshot that is still due."""
+        self._trainer.exchanges.drop(command.exchange_id)
+        self._trainer.submit(lambda: self._trainer.exchanges.drop(command.exchange_id))
+
+    # ---- on the training thread, at a boundary ------------------------------------------------
+
+    def _snapshot(self, number: int, command: Snapshot) -> None:
+        private = self._trainer.snapshot(command.exchange_id, command.fragment)
+        _submit(self._helper, self._answer, number, lambda: self._compress(command, private))
+
+    def _export_state(self, number: int) -> None:
+        region = torch.frombuffer(self._arena.state(), dtype=torch.float32)
+        self._trainer.parameters.read(region)
+        step, loss = self._trainer.counters.step, self._trainer.public_loss()
+        _submit(
+            self._disk,
+            self._answer,
+            number,
+            lambda: StateExported(digest(region), step, loss),
+        )
+
+    def _import_state(self, command: ImportState) -> StateImported:
+        region = torch.frombuffer(self._arena.state(), dtype=torch.float32)
+        before, after = self._trainer.replace(region, command.step)
+        self._tell_all()
+        return StateImported(before, after)
+
+    def _run(self, command: Run) -> Done:
+        self._trainer.set_mode(command.mode)
+        return Done()
+
+    def _write_checkpoint(self, number: int) -> None:
+        bundle = self._assembled.bundle()
+        _submit(self._disk, self._answer, number, lambda: Written(self._assembled.save(bundle)))
+
+    def _export(self, command: Export) -> Written:
+        self._assembled.export(command.folder)
+        return Written(command.folder)
+
+    def _evaluate(self) -> Losses:
+        public, validation = self._trainer.measure()
+        self._tell_all()
+        return Losses(public, validation)
+
+    def _after_step(self) -> None:
+        now = time.monotonic()
+        if self._trainer.counters.window != self._told_window:
+            self._tell_all()
+        elif now - self._told_at >= _PROGRESS_EVERY_S:
+            self._send_progress(None)
+        if now - self._saved_at >= self._checkpoint_every_s and not self._saving:
+            self._saving = True
+            bundle, step = self._assembled.bundle(), self._trainer.counters.step
+            _submit(self._disk, self._save, bundle, step)
+
+    # ---- on the helper ------------------------------------------------------------------------
+
+    def _compress(self, command: Snapshot, private: PrivateUpdate) -> Snapshotted:
+        update = self._trainer.compress(command.exchange_id, private)
+        size = memoryview(update.payload).nbytes
+        self._arena.slot(command.slot, size)[:] = update.payload
+        return Snapshotted(
+            num_bytes=size,
+            codec=update.codec,
+            num_values=update.num_values,
+            step=update.step,
+            privacy_mode=update.stamp.mode,
+            steps_charged=update.stamp.steps_charged,
+        )
+
+    def _verify(self, command: Verify) -> Verified:
+        update = PeerUpdate(
+            payload=self._arena.slot(command.slot, command.num_bytes),
+            codec=command.codec,
+            num_values=command.num_values,
+            peer_id="",
+            weight=1.0,
+        )
+        return Verified(self._trainer.verify(command.exchange_id, update))
+
+    def _merge(self, command: Merge) -> Done:
+        self._trainer.exchanges.admit(command.exchange_id)
+        self._trainer.submit(lambda: self._merge_now(command))
+        return Done()
+
+    def _merge_now(self, command: Merge) -> None:
+        self._trainer.merge(command.exchange_id, command.weight)
+        if self._trainer.state != "training":
+            self._send_progress(None)
+
+    # ---- on the disk thread -------------------------------------------------------------------
+
+    def _save(self, bundle: Bundle, step: int) -> None:
+        try:
+            self._channel.send(Saved(self._assembled.save(bundle), step))
+        except LocalError as e:  # a full disk: training goes on, and the next one may succeed
+            logger.warning("no checkpoint was written: %s", e)
+        finally:
+            self._saved_at, self._saving = time.monotonic(), False
+
+    def _send_spent(self) -> None:
+        """The ledger's sum takes a moment to compute; the loop does not wait for it."""
+        self._send_progress(self._trainer.mechanism.spent())
+
+    # ---- everywhere ---------------------------------------------------------------------------
+
+    def _tell_all(self) -> None:
+        self._told_window = self._trainer.counters.window
+        self._send_progress(None)
+        _submit(self._disk, self._send_spent)
+
+    def _send_progress(self, privacy: PrivacySpent | None) -> None:
+        self._told_at = time.monotonic()
+        self._channel.send(
+            Progressed(
+                self._trainer.state,
+                self._trainer.progress(),
+                self._assembled.ledger_counter(),
+                privacy,
+            )
+        )
+
+    def _at_boundary(self, number: int, work: Work) -> None:
+        self._trainer.submit(lambda: self._answer(number, work))
+
+    def _answer(self, number: int, work: Work) -> None:
+        """Errors made on purpose are answers; any other is a bug, which ends the training thread
+        (and so the process) if it happened there.
+        """
+        try:
+            result = work()
+        except XpeerError as e:
+            result = failure_of(e)
+        except BaseException as e:
+            self._channel.send(Reply(number, failure_of(e)))
+            raise
+        if result is not None:
+            self._channel.send(Reply(number, result))
+
+
+def _submit(pool: ThreadPoolExecutor, work: Callable[..., object], *arguments: object) -> None:
+    pool.submit(work, *arguments).add_done_callback(_log_bug)
+
+
+def _log_bug(done: Future[object]) -> None:
+    """What was made on purpose has been answered before; the rest must not vanish."""
+    if (error := done.exception()) is not None:
+        logger.error("a helper of the trainer failed", exc_info=error)
