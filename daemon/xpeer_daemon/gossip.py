@@ -144,11 +144,13 @@ class Gossip(Desk):
     async def run(self) -> None:
         """One slot after another, until cancelled."""
         try:
+            slot_s = self._round.slot_s
+            slot = matching.slot_number(self._clock(), slot_s)
             while True:
-                now = self._clock()
-                slot = matching.slot_number(now, self._round.slot_s)
                 self._begin(slot)
-                await asyncio.sleep((slot + 1) * self._round.slot_s - self._clock())
+                await asyncio.sleep((slot + 1) * slot_s - self._clock())
+                # a sleep may end a moment early: never the same slot twice
+                slot = max(slot + 1, matching.slot_number(self._clock(), slot_s))
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -163,7 +165,8 @@ class Gossip(Desk):
             self._skip("", slot, Reason.NO_PARTNER)
             return
         # The lower PeerID of a pair proposes; the higher one waits for it.
-        ours = [peer for peer in candidates if self._me < peer and not self._host.settled(peer)]
+        free = [peer for peer in candidates if not self._proposer.busy_with(peer)]
+        ours = [peer for peer in free if self._me < peer and not self._host.settled(peer)]
         if ours and ours[0] == candidates[0]:
             task = asyncio.create_task(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
             self._tasks.add(task)

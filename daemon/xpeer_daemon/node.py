@@ -51,7 +51,7 @@ class Node:
         self.peer_id = peer_id
         self.config = config
         self.clock = clock
-        self.started_s = clock()
+        self.started_s = self.since_s = clock()
         self.state: State = "starting"
         self.paused = False
         self.leaving = False
@@ -75,6 +75,7 @@ class Node:
         if state != self.state:
             log.info("state: %s -> %s", self.state, state)
             self.state = state
+            self.since_s = self.clock()
             self.changed.set()
 
     def follow_trainer(self, trainer_state: str) -> None:
@@ -137,8 +138,11 @@ class Node:
         ]
 
     def active_phases(self) -> list[str]:
-        """Phases of the other members whose training we wait for at the end, or that ended."""
-        return [r.phase for r in self.others().values() if r.phase in EXCHANGING]
+        """Phases of the other members that train, are about to, or have ended."""
+        active = EXCHANGING | {"fetching", "waiting"}
+        return [
+            r.phase for r in self.others().values() if r.phase in active and r.role != "observer"
+        ]
 
     def donor(self) -> TrainerProcess | None:
         """The trainer, if a joiner may have its parameters."""
@@ -187,7 +191,7 @@ class Node:
         """Everything an operator may want to know."""
         trainer, gossip, swarm, config = self._running(), self.gossip, self.swarm, self.config
         now, reasons = self.clock(), self.reasons()
-        bytes_in, bytes_out = (swarm.bytes_in, swarm.bytes_out) if swarm else (0, 0)
+        bytes_in, bytes_out = (swarm.meter.bytes_in, swarm.meter.bytes_out) if swarm else (0, 0)
         carried = gossip.payload_bytes_sent if gossip else 0
         return Status(
             health="degraded" if reasons else "ok",

@@ -22,6 +22,7 @@ from xpeer.errors import (
     ConfigError,
     ExitCode,
     LocalError,
+    NotAuthorisedError,
     PeerError,
     Reason,
     TrainerError,
@@ -30,10 +31,12 @@ from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.network import exchange, joining, state
 from xpeer.network.addresses import peer_of, resolve_listen
+from xpeer.network.invites import Token
 from xpeer.network.membership import Certificate, Membership
 from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
+from xpeer.training.documents import require_text
 from xpeer.training.handle import Crashed, Event, Progressed, Saved, TrainerProcess
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import ModelState
@@ -64,8 +67,18 @@ def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
     """
     if join_token is None:
         credential = founding.load_credential(home)
-        credential.verify(credential.claimed_swarm(), time.time())
+        certificate = credential.verify(credential.claimed_swarm(), time.time())
         Identity.load(home.identity_key)
+    else:
+        certificate = Token.parse(join_token).certificate
+    if certificate.role == "infrastructure":
+        raise NotAuthorisedError(
+            "the certificate is for a bootstrap node", "use it with `xpeer bootstrap --join`"
+        )
+    if certificate.role != "observer":
+        data = config.data
+        setting = "data.corpus" if data.corpus else "data.shard"
+        require_text(data.corpus or data.shard, data.text_field, setting)
     resolve_listen(config.network.listen)
     for seed in config.network.bootstrap:
         peer_of(seed)
@@ -292,7 +305,9 @@ class Service:
         )
 
     async def _start_trainer(self) -> TrainerProcess:
+        self._node.joining_note = "the trainer reads the shard and the model"
         trainer = await self._supervisor.first_start()
+        self._node.joining_note = ""
         log.info(
             "trainer: %d parameters on %s, %s", trainer.num_params, trainer.device, trainer.engine
         )
@@ -408,10 +423,12 @@ class Service:
             if node.state == "budget-spent" and self._config.daemon.exit_on_budget:
                 self._exit_code = ExitCode.BUDGET_SPENT
                 node.request_stop(leave=False)
-            if node.state in ("closing", "budget-spent") and self._closing.finished(
-                node.active_phases()
-            ):
-                await self._finish()
+            phases = node.active_phases()
+            # The others' records are a few seconds old: they may not have seen us end, nor we them.
+            settled = not phases or node.clock() - node.since_s > 2 * ROSTER_EVERY_S
+            if node.state in ("closing", "budget-spent") and settled:
+                if self._closing.finished(phases):
+                    await self._finish()
 
     async def _finish(self) -> None:
         node, trainer = self._node, self._supervisor.trainer

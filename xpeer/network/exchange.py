@@ -232,6 +232,10 @@ class Proposer:
             theirs=answer.terms,
         )
 
+    def busy_with(self, peer_id: PeerId) -> bool:
+        """Whether an exchange that we proposed to this partner is going on."""
+        return peer_id in self._busy
+
     async def done(self, peer_id: PeerId, *, healthy: bool) -> None:
         """The exchange is over; a link that failed is dropped."""
         self._busy.discard(peer_id)

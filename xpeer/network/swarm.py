@@ -274,8 +274,13 @@ class Swarm:
         maddrs = [Multiaddr(without_peer(address)) for address in addresses]
         dial = asyncio.ensure_future(self._p2p._client.connect(_hivemind_id(peer_id), maddrs))
         self._dials.add(dial)
-        dial.add_done_callback(self._dials.discard)
+        dial.add_done_callback(self._dialled)
         await asyncio.shield(dial)
+
+    def _dialled(self, dial: asyncio.Task[None]) -> None:
+        self._dials.discard(dial)
+        if not dial.cancelled():
+            dial.exception()  # whoever waited for it has heard; nobody else wants to
 
     # The gate (p2p.Gate)
 

@@ -65,10 +65,26 @@ def load_documents(
                 document = document_of(text, str(path))
                 found.setdefault(document.id, document)
     if not found:
-        raise ConfigError(
-            f"{setting}: no text in {', '.join(patterns)}", "name files that hold some text"
-        )
+        raise _no_text(patterns, setting)
     return list(found.values())
+
+
+def require_text(patterns: Sequence[str], text_field: str, setting: str) -> None:
+    """Read until the first text; cheap even for a large shard.
+
+    Raises:
+        ConfigError: as `load_documents`, for what was read so far.
+    """
+    for path in _files(patterns, setting):
+        if any(text.strip() for text in _texts(path, text_field)):
+            return
+    raise _no_text(patterns, setting)
+
+
+def _no_text(patterns: Sequence[str], setting: str) -> ConfigError:
+    return ConfigError(
+        f"{setting}: no text in {', '.join(patterns)}", "name files that hold some text"
+    )
 
 
 def _files(patterns: Sequence[str], setting: str) -> Iterator[Path]:

@@ -103,7 +103,7 @@ class StateReceived(Message, frozen=True):
 AnyMessage = Propose | Agree | Payload | Accept | Refuse | StateRequest | StateOffer | StateReceived
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 _T = TypeVar("_T")
 
 

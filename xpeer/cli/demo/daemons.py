@@ -56,6 +56,12 @@ class Daemons:
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - one prctl, before any thread
             )
 
+    def forget(self, name: str) -> None:
+        """Reap one that has ended, before another of its name starts."""
+        process = self._processes.pop(name, None)
+        if process is not None:
+            process.wait(END_TIMEOUT_S)
+
     def log(self, name: str) -> Path:
         """Where its output goes."""
         return self._logs / f"{name}.log"

@@ -1,0 +1,184 @@
+"""Whole daemons as processes: joining, training, losses of the seed and of a peer, the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from xpeer.cli.demo.daemons import Daemons, call, first_address, status_of
+from xpeer.config import Home
+from xpeer.errors import LocalError
+from xpeer.status import Status
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+TEXT = "\n\n".join(
+    f"Record {n}: the quick brown fox number {n * 7919 % 1000} jumps over dog {n * 104729 % 997}."
+    for n in range(400)
+)
+SMALL = {
+    "optimiser.sequence_tokens": 32,
+    "optimiser.batch_records": 8,
+    "round.slot_s": 0.2,
+    "round.window_steps": 5,
+    "round.deadline_s": 10,
+}
+pytestmark = pytest.mark.timeout(150)
+
+
+class Swarm:
+    """A founder's home, a bootstrap node, and peers that join with tokens."""
+
+    def __init__(self, root: Path, daemons: Daemons) -> None:
+        self.root, self.daemons = root, daemons
+        self.seed = ""
+
+    def home(self, name: str) -> Home:
+        return Home(self.root / name)
+
+    def shard(self, name: str) -> str:
+        folder = self.root / f"text-{name}"
+        folder.mkdir(exist_ok=True)
+        for part in range(4):
+            text = TEXT.replace("fox", f"{name}-{part}")
+            (folder / f"{part}.txt").write_text(text, encoding="utf-8")
+        return str(folder)
+
+    def found(self, name: str, **fields: object) -> str:
+        changes = {**SMALL, **{key.replace("__", "."): value for key, value in fields.items()}}
+        options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+        return call(
+            ["init", "--home", str(self.home(name).path), "--swarm", "test", "--preset", "tiny",
+             "--shard", self.shard(name), "--listen", LOOPBACK, *options]
+        )  # fmt: skip
+
+    def bootstrap(self, swarm_id: str) -> None:
+        home = str(self.root / "bootstrap")
+        self.daemons.start(
+            "bootstrap",
+            ["bootstrap", "--home", home, "--swarm", swarm_id, "--listen", LOOPBACK, "--json"],
+            {},
+        )
+        self.seed = first_address(self.daemons, "bootstrap", 60)
+
+    def start(self, name: str, *arguments: str, **settings: str) -> None:
+        fixed = {"XPEER_TRAINING_THREADS": "1", "XPEER_CHECKPOINT_EVERY_S": "2"}
+        self.daemons.forget(name)
+        self.daemons.start(
+            name, ["start", "--home", str(self.home(name).path), *arguments], {**fixed, **settings}
+        )
+
+    def token_for(self, founder: str, name: str) -> str:
+        peer_id = call(["id", "--home", str(self.home(name).path)])
+        return call(
+            ["invite", "create", "--home", str(self.home(founder).path), "--for", peer_id,
+             "--seed", self.seed]
+        )  # fmt: skip
+
+    def join(self, founder: str, name: str, **settings: str) -> None:
+        token = self.token_for(founder, name)
+        self.start(
+            name, "--join", token, "--listen", LOOPBACK, "--shard", self.shard(name), **settings
+        )
+
+    def until(
+        self, name: str, condition: Callable[[Status], bool], timeout_s: float = 60
+    ) -> Status:
+        deadline = time.monotonic() + timeout_s
+        status = None
+        while time.monotonic() < deadline:
+            status = status_of(self.home(name))
+            if status is not None and condition(status):
+                return status
+            time.sleep(0.1)  # another process's state has no event here
+        raise AssertionError(f"{name}: {status}\n{self.daemons.log(name).read_text()[-3000:]}")
+
+
+@pytest.fixture
+def swarm(tmp_path: Path) -> Iterator[Swarm]:
+    with Daemons(tmp_path / "logs").running() as daemons:
+        yield Swarm(tmp_path, daemons)
+
+
+def test_a_swarm_outlives_its_seed_and_a_peer_that_is_killed_comes_back(swarm: Swarm):
+    swarm.bootstrap(swarm.found("a", end__steps=100_000))
+    slow = {"XPEER_TRAINING_THROTTLE": "0.3"}
+    swarm.start("a", "--bootstrap", swarm.seed, **slow)
+    swarm.until("a", lambda s: s.state == "training")
+    for name in "bc":
+        swarm.join("a", name, **slow)
+    for name in "abc":
+        swarm.until(name, lambda s: s.state == "training" and s.exchanges_done >= 3)
+
+    swarm.daemons.end(["bootstrap"])
+    killed = swarm.until("b", lambda s: s.last_checkpoint_age_s is not None)
+    os.kill(killed.pid, signal.SIGKILL)
+    before = {name: swarm.until(name, lambda s: True).exchanges_done for name in "ac"}
+    for name in "ac":
+        swarm.until(name, lambda s, n=before[name]: s.exchanges_done >= n + 3)
+
+    # its seed is gone, but it remembers the others' addresses
+    swarm.start("b", "--bootstrap", "--listen", LOOPBACK, "--shard", swarm.shard("b"), **slow)
+    back = swarm.until("b", lambda s: s.state == "training" and s.exchanges_done >= 3)
+    assert back.peer_id == killed.peer_id
+    assert back.progress.step > 0
+    assert back.privacy.epsilon_spent >= killed.privacy.epsilon_spent  # never refunded
+    assert back.progress.consensus_distance is not None
+    assert back.progress.consensus_distance < 0.3  # it caught up with the others
+    assert all(swarm.until(name, lambda s: True).trainer_restarts == 0 for name in "ac")
+
+
+def test_two_peers_end_together_and_the_model_can_be_exported(swarm: Swarm):
+    swarm.bootstrap(swarm.found("a", end__steps=12))
+    both = {"XPEER_TRAINING_MIN_PEERS": "1"}
+    swarm.start("a", "--bootstrap", swarm.seed, **both)
+    swarm.join("a", "b", **both)
+    ends = [swarm.until(name, lambda s: s.state == "finished", 90) for name in "ab"]
+    for status in ends:
+        assert status.progress.step == 12
+        assert status.health == "ok"
+        assert 0 < status.privacy.epsilon_spent <= status.privacy.epsilon_target
+        assert status.compression_ratio == pytest.approx(3.9, abs=0.1)
+        assert status.progress.consensus_distance < 0.02
+    for name in "ab":
+        call(["stop", "--home", str(swarm.home(name).path)])
+    folder = swarm.root / "model"
+    call(["checkpoint", "export", "--home", str(swarm.home("a").path), "--hf", str(folder)])
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_spent_budget_stops_training_across_restarts(swarm: Swarm):
+    swarm.found("a", end__steps=100_000, privacy__noise_multiplier=0.7, privacy__epsilon=2)
+    swarm.start("a", "--bootstrap")
+    spent = swarm.until("a", lambda s: s.state in ("budget-spent", "finished"))
+    assert spent.privacy.steps_left == 0
+    assert spent.privacy.epsilon_spent <= 2
+    swarm.daemons.end(["a"])
+    swarm.start("a", "--bootstrap", XPEER_DAEMON_EXIT_ON_BUDGET="1")
+    assert swarm.daemons.wait("a", 60) == 6
+
+
+def test_without_its_seed_a_joiner_waits_and_says_so(swarm: Swarm):
+    swarm.bootstrap(swarm.found("a", end__steps=100_000))
+    token = swarm.token_for("a", "b")
+    swarm.daemons.end(["bootstrap"])
+    swarm.start("b", "--join", token, "--listen", LOOPBACK, "--shard", swarm.shard("b"))
+    waiting = swarm.until(
+        "b", lambda s: s.state == "joining" and "no seed answers" in str(s.reasons)
+    )
+    assert waiting.health == "degraded"
+    swarm.daemons.end(["b"])
+    assert swarm.daemons.wait("b", 5) == 0
+
+
+def test_no_text_in_the_shard_is_one_line_and_exit_8(swarm: Swarm):
+    swarm.found("a", end__steps=10)
+    empty = swarm.root / "empty"
+    empty.mkdir()
+    with pytest.raises(LocalError, match=r"data\.shard"):
+        call(["start", "--home", str(swarm.home("a").path), "--shard", str(empty), "--bootstrap"])

@@ -1,0 +1,386 @@
+"""Real trainer processes: what crosses to them, and how they end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import sqlite3
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+import uvloop
+
+from tests.unit.training.homes import make_homes
+from xpeer.errors import ConfigError, LocalError, PeerError, Reason, TrainerError
+from xpeer.training import checkpoint
+from xpeer.training.child import Event
+from xpeer.training.handle import Progressed, Saved, TrainerProcess
+from xpeer.training.ipc import Drop, Snapshot, Snapshotted
+from xpeer.training.setup import TrainerSetup
+from xpeer.update import CompressedUpdate, PeerUpdate
+from xpeer.wire.codec import encode
+
+module_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+class Watch:
+    """Collects a trainer's events and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        self._news.set()
+
+    async def until(self, wanted: Callable[[Event], bool]) -> Event:
+        seen = 0
+        while True:
+            while seen < len(self.events):
+                if wanted(self.events[seen]):
+                    return self.events[seen]
+                seen += 1
+            self._news.clear()
+            await self._news.wait()
+
+    async def step(self, step: int) -> None:
+        await self.until(lambda e: isinstance(e, Progressed) and e.progress.step >= step)
+
+    async def state(self, state: str) -> Progressed:
+        event = await self.until(lambda e: isinstance(e, Progressed) and e.state == state)
+        assert isinstance(event, Progressed)
+        return event
+
+
+def with_config(setup: TrainerSetup, section: str, **changes: Any) -> TrainerSetup:
+    part = msgspec.structs.replace(getattr(setup.config, section), **changes)
+    config = msgspec.structs.replace(setup.config, **{section: part})
+    return msgspec.structs.replace(setup, config=config)
+
+
+def from_peer(update: CompressedUpdate, **changes: Any) -> PeerUpdate:
+    fields = {"payload": update.payload, "codec": update.codec, "num_values": update.num_values}
+    return PeerUpdate(**{**fields, **changes}, peer_id="peer", weight=1.0)
+
+
+def values_of(payload: bytes | memoryview) -> np.ndarray:
+    return np.frombuffer(payload, dtype="<f4").astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def setups(tmp_path_factory: pytest.TempPathFactory) -> list[TrainerSetup]:
+    return make_homes(tmp_path_factory.mktemp("pair"), 2)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair(setups: list[TrainerSetup]):
+    """Two trainers of one swarm that train until the module's tests are done."""
+    a, b = await asyncio.gather(*(TrainerProcess.start(s, Watch()) for s in setups))
+    yield a, b
+    await asyncio.gather(a.kill(), b.kill())
+
+
+Pair = tuple[TrainerProcess, TrainerProcess]
+
+
+@module_loop
+async def test_an_exchange_between_two_trainers_keeps_the_sum(pair: Pair) -> None:
+    a, b = pair
+    await asyncio.gather(a.run("pause"), b.run("pause"))
+    before = await asyncio.gather(a.export_state(), b.export_state())
+    for fragment in range(a.num_fragments):
+        ours, theirs = await asyncio.gather(
+            a.snapshot(fragment, fragment), b.snapshot(fragment, fragment)
+        )
+        assert ours.num_values == a.fragment_params(fragment)
+        distances = await asyncio.gather(
+            a.verify(fragment, from_peer(theirs)), b.verify(fragment, from_peer(ours))
+        )
+        assert distances[0] == pytest.approx(distances[1], rel=0.1)
+        await asyncio.gather(a.merge(fragment, 0.5), b.merge(fragment, 0.5))
+    after = await asyncio.gather(a.export_state(), b.export_state())
+    sums = [sum(values_of(state.payload) for state in states) for states in (before, after)]
+    assert np.abs(sums[0] - sums[1]).max() < 1e-6
+    gaps = [np.subtract(*(values_of(s.payload) for s in states)) for states in (before, after)]
+    assert np.linalg.norm(gaps[1]) < 0.2 * np.linalg.norm(gaps[0])
+    assert (a.progress.merges, a.progress.merges_clipped, a.state) == (3, 0, "paused")
+    await asyncio.gather(a.run("train"), b.run("train"))
+
+
+@module_loop
+async def test_snapshots_and_merges_are_served_while_training(pair: Pair) -> None:
+    a, b = pair
+    ours, theirs = await asyncio.gather(a.snapshot(50, 0), b.snapshot(50, 0))
+    assert ours.stamp.mode == "off"
+    await a.verify(50, from_peer(theirs))
+    await a.merge(50, 0.5)
+    b.drop(50)
+    losses = await a.evaluate()
+    assert losses.public > 0
+    assert losses.validation is not None
+
+
+@module_loop
+async def test_payloads_that_are_wrong_are_refused(pair: Pair) -> None:
+    a, _ = pair
+    update = await a.snapshot(60, 1)
+    poisoned = bytearray(update.payload)
+    poisoned[:2] = struct.pack("<e", float("nan"))
+    wrong = [
+        (from_peer(update, payload=bytes(poisoned)), Reason.NOT_FINITE),
+        (from_peer(update, payload=update.payload[:-1]), Reason.MALFORMED),
+        (from_peer(update, payload=bytes(10**6)), Reason.OVERSIZE),
+        (from_peer(update, codec="float32"), Reason.WRONG_CODEC),
+        (from_peer(update, num_values=7), Reason.WRONG_MODEL),
+    ]
+    for bad, reason in wrong:
+        with pytest.raises(PeerError) as error:
+            await a.verify(60, bad)
+        assert error.value.reason == reason
+    with pytest.raises(TrainerError, match="not verified"):
+        await a.merge(60, 0.5)
+    far = torch.full((update.num_values,), 1e4)
+    assert await a.verify(60, from_peer(update, payload=encode("int8", far))) > 1000
+    clipped = a.progress.merges_clipped
+    await a.merge(60, 0.5)
+    await a.evaluate()
+    assert a.progress.merges_clipped == clipped + 1
+
+
+@module_loop
+async def test_dropped_exchanges_are_forgotten_even_before_their_snapshot(pair: Pair) -> None:
+    a, _ = pair
+    await a.snapshot(70, 0)
+    a.drop(70)
+    with pytest.raises(PeerError) as error:
+        await a.merge(70, 0.5)
+    assert error.value.reason == Reason.CLOSED
+    for exchange_id in range(100, 140):  # more than may be in flight
+        taking = asyncio.ensure_future(
+            a._child.ask(Snapshot(exchange_id, 0, exchange_id % 8), Snapshotted)
+        )
+        await asyncio.sleep(0)
+        a._child.send(Drop(exchange_id))
+        await asyncio.wait([taking])
+        taking.exception()
+    await a.snapshot(71, 0)
+    a.drop(71)
+
+
+@module_loop
+async def test_a_state_crosses_unchanged_and_bad_ones_are_refused(pair: Pair) -> None:
+    a, b = pair
+    await b.run("mix")
+    given = await a.export_state()
+    loss = await b.import_state(given.payload, given.step)
+    taken = await b.export_state()
+    assert bytes(taken.payload) == bytes(given.payload)
+    assert taken.step == given.step
+    assert loss == pytest.approx(given.loss_public, rel=1e-5)
+    assert b.state == "mixing"
+    nan = np.full(b.num_params, np.nan, dtype="<f4").tobytes()
+    for payload, reason in [(given.payload[:-4], Reason.WRONG_MODEL), (nan, Reason.NOT_FINITE)]:
+        with pytest.raises(PeerError) as error:
+            await b.import_state(payload, 3)
+        assert error.value.reason == reason
+    assert bytes((await b.export_state()).payload) == bytes(given.payload)
+    await b.run("train")
+
+
+@module_loop
+async def test_a_checkpoint_and_an_export_are_written(pair: Pair, tmp_path: Path) -> None:
+    a, _ = pair
+    assert Path(await a.checkpoint()).exists()
+    await a.export(str(tmp_path / "model"))
+    assert (tmp_path / "model" / "config.json").exists()
+    with pytest.raises(LocalError):
+        await a.export(str(tmp_path / "model"))
+
+
+@module_loop
+async def test_a_trainer_that_dies_fails_what_waits_and_goes_on_from_its_checkpoint(
+    pair: Pair, setups: list[TrainerSetup]
+) -> None:
+    """Last of those that share the pair: it ends one."""
+    _, b = pair
+    await b.checkpoint()
+    saved, _ = checkpoint.load_latest(Path(setups[1].home) / "checkpoints")
+    assert saved is not None
+    os.kill(b.pid, signal.SIGSTOP)
+    waiting = [asyncio.ensure_future(b.snapshot(200 + i, 0)) for i in range(3)]
+    await asyncio.sleep(0)
+    os.kill(b.pid, signal.SIGKILL)
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(result, TrainerError) for result in results)
+    assert await b.exited == -signal.SIGKILL
+    with pytest.raises(TrainerError):
+        await b.snapshot(300, 0)
+    b.drop(300)
+    again = await TrainerProcess.start(msgspec.structs.replace(setups[1], mode="pause"), Watch())
+    try:
+        assert again.resumed
+        assert again.epoch > b.epoch
+        state = await again.export_state()
+        assert state.step == saved.counters["step"]
+        assert bytes(state.payload) == saved.flat.numpy().tobytes()
+        again_saved = checkpoint.load(Path(await again.checkpoint()))
+        assert torch.equal(again_saved.exp_avg, saved.exp_avg)
+        assert torch.equal(again_saved.exp_avg_sq, saved.exp_avg_sq)
+        assert again_saved.optimiser_step == saved.optimiser_step
+    finally:
+        await again.kill()
+
+
+async def test_a_budget_ends_is_never_refunded_and_mixing_goes_on(tmp_path: Path) -> None:
+    """Private steps end with the budget, over restarts; snapshots go on."""
+    setup = make_homes(
+        tmp_path, 1, privacy="record",
+        changes=("privacy.noise_multiplier=2.0", "privacy.epsilon=6.0", "privacy.delta=1e-5"),
+    )[0]  # fmt: skip
+    watch = Watch()
+    trainer = await TrainerProcess.start(setup, watch)
+    await watch.step(2)
+    await trainer.checkpoint()
+    charged = trainer.ledger_counter
+    assert charged >= 1
+    await trainer.kill()
+    watch = Watch()
+    trainer = await TrainerProcess.start(setup, watch)
+    try:
+        assert trainer.resumed
+        assert trainer.ledger_counter >= charged
+        event = await watch.state("budget-spent")
+        assert event.progress.step > 2
+        spent = await watch.until(
+            lambda e: isinstance(e, Progressed) and e.privacy is not None
+            and e.privacy.steps_left == 0
+        )  # fmt: skip
+        assert isinstance(spent, Progressed)
+        assert spent.privacy is not None
+        assert spent.privacy.epsilon_spent <= 6.0
+        # what the kill forfeited stays charged
+        assert spent.privacy.steps_charged > event.progress.step
+        update = await trainer.snapshot(1, 0)
+        assert update.stamp.steps_charged == spent.privacy.steps_charged
+        assert await trainer.stop(30) == 0
+    finally:
+        await trainer.kill()
+    with sqlite3.connect(Path(setup.home) / "ledger.sqlite") as ledger:
+        ledger.execute("UPDATE head SET ledger_id = 'another'")
+    with pytest.raises(LocalError, match="ledger"):
+        await TrainerProcess.start(setup, Watch())
+
+
+@pytest.mark.parametrize("throttle", [1.0, 1e-4])
+async def test_stopping_saves_and_ends_while_training_and_while_resting(
+    tmp_path: Path, throttle: float
+) -> None:
+    """At a throttle of 1e-4 a step is followed by minutes of rest."""
+    setup = with_config(make_homes(tmp_path, 1)[0], "training", throttle=throttle)
+    watch = Watch()
+    trainer = await TrainerProcess.start(setup, watch)
+    await watch.step(1)
+    assert await trainer.stop(30) == 0
+    saved = watch.events[-1] if isinstance(watch.events[-1], Saved) else watch.events[-2]
+    assert isinstance(saved, Saved)
+    assert Path(saved.path).exists()
+
+
+async def test_the_end_of_the_run_is_told_and_a_joiner_waits_for_its_parameters(
+    tmp_path: Path,
+) -> None:
+    founder, joiner = make_homes(tmp_path, 2, changes=("end.steps=6",))
+    watch = Watch()
+    a, b = await asyncio.gather(
+        TrainerProcess.start(founder, watch),
+        TrainerProcess.start(msgspec.structs.replace(joiner, initial="awaited"), Watch()),
+    )
+    try:
+        assert (await watch.state("closing")).progress.step == 6
+        assert b.state == "mixing"
+        with pytest.raises(PeerError) as error:
+            await b.snapshot(1, 0)
+        assert error.value.reason == Reason.NOT_READY
+        state = await a.export_state()
+        await b.import_state(state.payload, 4)
+        await b.snapshot(1, 0)
+        await b.run("mix")
+        assert b.progress.step >= 4
+    finally:
+        await asyncio.gather(a.kill(), b.kill())
+
+
+async def test_a_wrong_setting_crosses_with_its_remedy(tmp_path: Path) -> None:
+    setup = with_config(make_homes(tmp_path, 1)[0], "data", shard=[str(tmp_path / "nothing")])
+    with pytest.raises(ConfigError, match="nothing") as error:
+        await TrainerProcess.start(setup, Watch())
+    assert error.value.remedy
+    assert error.value.exit_code == 8
+
+
+async def test_the_end_of_the_socket_is_the_end_of_the_trainer(tmp_path: Path) -> None:
+    trainer = await TrainerProcess.start(make_homes(tmp_path, 1)[0], Watch())
+    await trainer._child._channel.close()
+    assert await trainer.exited != 0
+
+
+PARENT = """
+import asyncio, sys, msgspec
+from xpeer.training.handle import TrainerProcess
+from xpeer.training.setup import TrainerSetup
+
+async def main():
+    setup = msgspec.json.decode(sys.stdin.buffer.read(), type=TrainerSetup)
+    trainer = await TrainerProcess.start(setup, lambda event: None)
+    print(trainer.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_daemon_that_is_killed_leaves_no_orphan(tmp_path: Path) -> None:
+    setup = make_homes(tmp_path, 1)[0]
+    daemon = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PARENT),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert daemon.stdin is not None
+    assert daemon.stdout is not None
+    daemon.stdin.write(msgspec.json.encode(setup))
+    daemon.stdin.close()
+    pidfd = os.pidfd_open(int(await daemon.stdout.readline()))
+    try:
+        daemon.kill()
+        await daemon.wait()
+        ended = await asyncio.to_thread(select.select, [pidfd], [], [], 30)
+        assert ended[0] == [pidfd]
+    finally:
+        os.close(pidfd)
+
+
+def test_under_uvloop(tmp_path: Path) -> None:
+    """The daemon's loop in production."""
+    setup = make_homes(tmp_path, 1)[0]
+
+    async def scenario() -> None:
+        watch = Watch()
+        trainer = await TrainerProcess.start(setup, watch)
+        await watch.step(1)
+        await trainer.snapshot(1, 0)
+        assert await trainer.stop(30) == 0
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario())
