@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
-import random
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -19,7 +17,6 @@ import uvloop
 from xpeer import founding, sdnotify
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import (
-    ConfigError,
     ExitCode,
     LocalError,
     NotAuthorisedError,
@@ -39,13 +36,13 @@ from xpeer.round import Exchanged
 from xpeer.training.documents import require_text
 from xpeer.training.handle import Crashed, Event, Progressed, Saved, TrainerProcess
 from xpeer.training.setup import TrainerSetup
-from xpeer.update import ModelState
 from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs
 from xpeer_daemon.api import ControlApi
 from xpeer_daemon.gossip import Gossip
+from xpeer_daemon.joiner import Joiner
 from xpeer_daemon.lock import HomeLock
-from xpeer_daemon.node import HOLDING, Node
+from xpeer_daemon.node import Node
 from xpeer_daemon.phases import ENDED, Closing
 from xpeer_daemon.store import RoundRow, Store
 from xpeer_daemon.supervisor import Supervisor
@@ -53,10 +50,6 @@ from xpeer_daemon.supervisor import Supervisor
 log = logging.getLogger("xpeer.daemon")
 
 ROSTER_EVERY_S = 3.0
-RETRY_S = 2.0
-FETCH_TIMEOUT_S = 600.0
-DONOR_TOLERANCE = 1.15, 0.05
-"""A donor's parameters may be this much worse on the public text than it says: factor, nats."""
 
 
 def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
@@ -133,6 +126,7 @@ class Service:
         self._exit_code = ExitCode.OK
         self._tasks: asyncio.TaskGroup
         self._store: Store
+        self._joiner: Joiner
         self._swarm: Swarm
         self._manifest: Manifest
         self._party: exchange.Party
@@ -148,7 +142,10 @@ class Service:
         async with contextlib.AsyncExitStack() as ending:
             self._store = Store.open(self._home.state_db)
             ending.callback(self._store.close)
-            self._swarm = await self._start_swarm()
+            self._joiner = Joiner(
+                self._home, self._config, self._identity, self._membership, node, self._store
+            )
+            self._swarm = await self._joiner.connect()
             ending.push_async_callback(self._swarm.close)
             api = await ControlApi.start(self._home.socket(self._config), node)
             ending.push_async_callback(api.close)
@@ -172,7 +169,7 @@ class Service:
     async def _live(self) -> None:
         async with asyncio.TaskGroup() as self._tasks:
             self._tasks.create_task(self._feed_watchdog())
-            self._manifest, swarm_key = await self._admission()
+            self._manifest, swarm_key = await self._joiner.admission()
             await self._serve_members(swarm_key)
             self._tasks.create_task(self._keep_announcing())
             self._tasks.create_task(self._keep_refreshing())
@@ -182,66 +179,15 @@ class Service:
             if self._manifest.shared_corpus is not None:
                 await self._wait_for_peers()
             trainer = await self._start_trainer()
-            if not (trainer.resumed or self._founds()):
-                await self._take_over_parameters(trainer)
+            if not (trainer.resumed or self._joiner.founds):
+                await self._joiner.take_over_parameters(trainer, self._party, self._manifest)
             await self._wait_for_peers()
             await self._begin(trainer)
             self._tasks.create_task(self._supervise())
             self._tasks.create_task(self._gossip.run())
             self._tasks.create_task(self._watch_for_the_end())
 
-    # Joining
-
-    async def _start_swarm(self) -> Swarm:
-        network = self._config.network
-        seeds = list(dict.fromkeys([*network.bootstrap, *founding.load_seeds(self._home)]))
-        known = [a for peer in self._store.known_peers() for a in peer.addresses]
-        if not seeds and not known and not self._founds():
-            raise ConfigError(
-                "network.bootstrap: no seed is known, and this home did not found the swarm",
-                "give one: xpeer start --bootstrap /ip4/ADDRESS/tcp/PORT/p2p/PEERID",
-            )
-        swarm = await Swarm.start(
-            self._identity,
-            self._home.identity_key,
-            self._membership,
-            listen=network.listen,
-            announce=network.announce,
-            seeds=seeds,
-            nat_port_map=network.nat_port_map,
-        )
-        swarm.learn(known)
-        self._node.swarm = swarm
-        return swarm
-
-    def _founds(self) -> bool:
-        """Whether this home made the swarm: it may be the first, and holds the initial model."""
-        return self._home.initial_model.exists()
-
-    async def _admission(self) -> tuple[Manifest, bytes]:
-        """Manifest and swarm key, from the home or from any member."""
-        node = self._node
-        node.enter("joining")
-        if not (self._home.manifest.exists() and self._home.swarm_key.exists()):
-            node.joining_note = "joining: no member has answered yet"
-            founding.keep_admission(self._home, *await self._ask_members())
-        node.joining_note = ""
-        manifest = SignedManifest.load(self._home.manifest).open(self._swarm_id)
-        node.manifest = manifest
-        return manifest, founding.load_swarm_key(self._home)
-
-    async def _ask_members(self) -> tuple[SignedManifest, bytes]:
-        while True:
-            for member in self._swarm.candidates():
-                try:
-                    return await joining.request(
-                        self._swarm, self._identity, self._swarm_id, member
-                    )
-                except PeerError as e:
-                    log.debug("%s does not admit us: %s", member[-8:], e)
-            note = self._swarm.bootstrap_note or "no member has answered yet"
-            self._node.joining_note = f"joining: {note}"
-            await asyncio.sleep(RETRY_S)
+    # Members
 
     async def _serve_members(self, swarm_key: bytes) -> None:
         """Everything that other members may ask of us."""
@@ -301,7 +247,7 @@ class Service:
             peer_id=node.peer_id,
             members=members,
             mode="train" if trains else "pause" if node.state == "paused" else "mix",
-            initial="initial" if self._founds() else "awaited",
+            initial="initial" if self._joiner.founds else "awaited",
         )
 
     async def _start_trainer(self) -> TrainerProcess:
@@ -316,34 +262,11 @@ class Service:
     async def _supervise(self) -> None:
         async def again(trainer: TrainerProcess) -> None:
             self._store.add_event("trainer-restarted", f"epoch {trainer.epoch}")
-            if not (trainer.resumed or self._founds()):
-                await self._take_over_parameters(trainer)
+            if not (trainer.resumed or self._joiner.founds):
+                await self._joiner.take_over_parameters(trainer, self._party, self._manifest)
                 await self._begin(trainer)
 
         await self._supervisor.run(again)
-
-    async def _take_over_parameters(self, trainer: TrainerProcess) -> None:
-        """A joiner starts from a member's parameters, never from a random start."""
-        node = self._node
-        node.enter("fetching")
-        num_params = self._manifest.model.num_params
-        while True:
-            donors = [p for p, r in node.others().items() if r.phase in HOLDING]
-            random.shuffle(donors)
-            for donor in donors:
-                try:
-                    given = await state.fetch(
-                        self._party, self._swarm, donor, num_params, FETCH_TIMEOUT_S
-                    )
-                    _check_donor(given, await trainer.import_state(given.payload, given.step))
-                except PeerError as e:
-                    log.warning("parameters from %s refused: %s", donor[-8:], e)
-                    self._store.add_event("donor-refused", f"{donor}: {e}")
-                    continue
-                log.info("took over the parameters of %s at step %d", donor[-8:], given.step)
-                return
-            node.joining_note = f"fetching: {len(donors)} members could give the parameters"
-            await asyncio.sleep(RETRY_S)
 
     async def _wait_for_peers(self) -> None:
         node, needed = self._node, self._config.training.min_peers
@@ -464,19 +387,6 @@ class Service:
                 f"{len(status.partners)} partners",
             )
             await asyncio.sleep(interval_s)
-
-
-def _check_donor(given: ModelState, measured: float) -> None:
-    """Refuse parameters that are not what the donor says, on the public text.
-
-    Raises:
-        PeerError: worse than the donor's word, or no number at all.
-    """
-    factor, nats = DONOR_TOLERANCE
-    if not math.isfinite(measured) or measured > factor * given.loss_public + nats:
-        raise PeerError(
-            Reason.REFUSED, f"public loss {measured:.3f}, the donor said {given.loss_public:.3f}"
-        )
 
 
 async def _within(seconds: float, action: Callable[[], Awaitable[None]]) -> None:

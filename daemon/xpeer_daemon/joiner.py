@@ -1,0 +1,158 @@
+"""How a node becomes part of a swarm: find it, be admitted, take over its parameters.
+
+Each step tries until it succeeds and keeps the operator told why it has not yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+
+from xpeer import founding
+from xpeer.config import Home, NodeConfig
+from xpeer.errors import ConfigError, PeerError, Reason
+from xpeer.identity import Identity
+from xpeer.manifest import Manifest, SignedManifest
+from xpeer.network import joining, state
+from xpeer.network.exchange import Party
+from xpeer.network.membership import Membership
+from xpeer.network.swarm import Swarm
+from xpeer.training.handle import TrainerProcess
+from xpeer.update import ModelState
+from xpeer_daemon.node import HOLDING, Node
+from xpeer_daemon.store import Store
+
+log = logging.getLogger("xpeer.daemon")
+
+RETRY_S = 2.0
+FETCH_TIMEOUT_S = 600.0
+DONOR_TOLERANCE = 1.15, 0.05
+"""A donor's parameters may be this much worse on the public text than it says: factor, nats."""
+
+
+class Joiner:
+    """The way in, for one home.
+
+    Args:
+        home: locked by us.
+        config: settings.
+        identity: our key.
+        membership: whom we let in, and our credential.
+        node: told what is going on.
+        store: remembers peers and events.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        config: NodeConfig,
+        identity: Identity,
+        membership: Membership,
+        node: Node,
+        store: Store,
+    ) -> None:
+        self._home = home
+        self._config = config
+        self._identity = identity
+        self._membership = membership
+        self._node = node
+        self._store = store
+        self._swarm: Swarm
+
+    @property
+    def founds(self) -> bool:
+        """Whether this home made the swarm: it may be the first, and holds the initial model."""
+        return self._home.initial_model.exists()
+
+    async def connect(self) -> Swarm:
+        """Start the network; returns at once, while the seeds are still being dialled.
+
+        Raises:
+            ConfigError: no way in is known, or an address is wrong.
+        """
+        network = self._config.network
+        seeds = list(dict.fromkeys([*network.bootstrap, *founding.load_seeds(self._home)]))
+        known = [a for peer in self._store.known_peers() for a in peer.addresses]
+        if not seeds and not known and not self.founds:
+            raise ConfigError(
+                "network.bootstrap: no seed is known, and this home did not found the swarm",
+                "give one: xpeer start --bootstrap /ip4/ADDRESS/tcp/PORT/p2p/PEERID",
+            )
+        swarm = await Swarm.start(
+            self._identity,
+            self._home.identity_key,
+            self._membership,
+            listen=network.listen,
+            announce=network.announce,
+            seeds=seeds,
+            nat_port_map=network.nat_port_map,
+        )
+        self._swarm = swarm
+        swarm.learn(known)
+        self._node.swarm = swarm
+        return swarm
+
+    async def admission(self) -> tuple[Manifest, bytes]:
+        """Manifest and swarm key, from the home or from any member."""
+        node = self._node
+        node.enter("joining")
+        if not (self._home.manifest.exists() and self._home.swarm_key.exists()):
+            node.joining_note = "joining: no member has answered yet"
+            founding.keep_admission(self._home, *await self._ask_members())
+        node.joining_note = ""
+        manifest = SignedManifest.load(self._home.manifest).open(self._membership.swarm_id)
+        node.manifest = manifest
+        return manifest, founding.load_swarm_key(self._home)
+
+    async def _ask_members(self) -> tuple[SignedManifest, bytes]:
+        while True:
+            for member in self._swarm.candidates():
+                try:
+                    return await joining.request(
+                        self._swarm, self._identity, self._membership.swarm_id, member
+                    )
+                except PeerError as e:
+                    log.debug("%s does not admit us: %s", member[-8:], e)
+            note = self._swarm.bootstrap_note or "no member has answered yet"
+            self._node.joining_note = f"joining: {note}"
+            await asyncio.sleep(RETRY_S)
+
+    async def take_over_parameters(
+        self, trainer: TrainerProcess, party: Party, manifest: Manifest
+    ) -> None:
+        """A joiner starts from a member's parameters, never from a random start."""
+        node = self._node
+        node.enter("fetching")
+        num_params = manifest.model.num_params
+        while True:
+            donors = [p for p, r in node.others().items() if r.phase in HOLDING]
+            random.shuffle(donors)
+            for donor in donors:
+                try:
+                    given = await state.fetch(
+                        party, self._swarm, donor, num_params, FETCH_TIMEOUT_S
+                    )
+                    _check_donor(given, await trainer.import_state(given.payload, given.step))
+                except PeerError as e:
+                    log.warning("parameters from %s refused: %s", donor[-8:], e)
+                    self._store.add_event("donor-refused", f"{donor}: {e}")
+                    continue
+                log.info("took over the parameters of %s at step %d", donor[-8:], given.step)
+                return
+            node.joining_note = f"fetching: {len(donors)} members could give the parameters"
+            await asyncio.sleep(RETRY_S)
+
+
+def _check_donor(given: ModelState, measured: float) -> None:
+    """Refuse parameters that are not what the donor says, on the public text.
+
+    Raises:
+        PeerError: worse than the donor's word, or no number at all.
+    """
+    factor, nats = DONOR_TOLERANCE
+    if not math.isfinite(measured) or measured > factor * given.loss_public + nats:
+        raise PeerError(
+            Reason.REFUSED, f"public loss {measured:.3f}, the donor said {given.loss_public:.3f}"
+        )
