@@ -79,6 +79,8 @@ class Record:
     failed: int = 0
     last_reason: str = ""
     last_done_s: float | None = None
+    payload_bytes: int = 0
+    """Sent to it, and as many received from it, in merged exchanges."""
     highest_counter: int = 0
     merged: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     unresolved: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_UNRESOLVED))
@@ -229,6 +231,7 @@ class Gossip(Desk):
         record.merged.append(agreement.exchange_id)
         record.done += 1
         record.last_done_s = self._clock()
+        record.payload_bytes += result.num_bytes
         self.exchanges += 1
         self.values_sent += result.num_values
         self.payload_bytes_sent += result.num_bytes

@@ -271,6 +271,8 @@ class Node:
                     failures=record.failed if record else 0,
                     last_reason=record.last_reason if record else "",
                     last_exchange_age_s=_age(now, record.last_done_s) if record else None,
+                    bytes_in=record.payload_bytes if record else 0,
+                    bytes_out=record.payload_bytes if record else 0,
                 )
             )
         return rows

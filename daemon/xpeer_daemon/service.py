@@ -30,7 +30,7 @@ from xpeer.network import exchange, joining, state
 from xpeer.network.addresses import peer_of, resolve_listen
 from xpeer.network.invites import Token
 from xpeer.network.membership import Certificate, Membership
-from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
+from xpeer.network.roster import ANNOUNCE_EVERY_S, TTL_S, MemberRecord, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
 from xpeer.training.documents import require_text
@@ -50,6 +50,8 @@ from xpeer_daemon.supervisor import Supervisor
 log = logging.getLogger("xpeer.daemon")
 
 ROSTER_EVERY_S = 3.0
+SETTLED_S = 2 * TTL_S
+"""A shared corpus is assigned anew once its members have been the same for this long."""
 
 
 def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
@@ -125,6 +127,7 @@ class Service:
         self._node.paused = paused
         self._exit_code = ExitCode.OK
         self._tasks: asyncio.TaskGroup
+        self._assigned: frozenset[str] = frozenset()
         self._store: Store
         self._joiner: Joiner
         self._swarm: Swarm
@@ -186,6 +189,8 @@ class Service:
             self._tasks.create_task(self._supervise())
             self._tasks.create_task(self._gossip.run())
             self._tasks.create_task(self._watch_for_the_end())
+            if self._manifest.shared_corpus is not None:
+                self._tasks.create_task(self._keep_shares())
 
     # Members
 
@@ -236,8 +241,8 @@ class Service:
 
     def _setup(self) -> TrainerSetup:
         node = self._node
-        members: dict[str, float] = {peer: record.speed for peer, record in node.others().items()}
-        members[node.peer_id] = self._config.training.speed
+        members = self._sharers()
+        self._assigned = frozenset(members)
         trains = node.state == "training"
         return TrainerSetup(
             manifest_path=str(self._home.manifest),
@@ -249,6 +254,21 @@ class Service:
             mode="train" if trains else "pause" if node.state == "paused" else "mix",
             initial="initial" if self._joiner.founds else "awaited",
         )
+
+    def _sharers(self) -> dict[str, float]:
+        """Who shares the manifest's corpus, with declared speeds; ourselves included."""
+        others, present = self._node.others(), self._node.present()
+        members: dict[str, float] = {peer: others[peer].speed for peer in present}
+        return {**members, self._node.peer_id: self._config.training.speed}
+
+    async def _keep_shares(self) -> None:
+        """Assign a shared corpus anew when members came or went, and stayed so for a while."""
+        while True:
+            before = frozenset(self._sharers())
+            await asyncio.sleep(SETTLED_S)
+            if self._node.training() and frozenset(self._sharers()) == before != self._assigned:
+                log.info("the shared corpus is assigned anew to %d members", len(before))
+                await self._supervisor.renew(SETTLED_S)
 
     async def _start_trainer(self) -> TrainerProcess:
         self._node.joining_note = "the trainer reads the shard and the model"

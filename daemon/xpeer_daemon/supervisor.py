@@ -39,6 +39,7 @@ class Supervisor:
         self._start = start
         self.trainer: TrainerProcess | None = None
         self.restarts = 0
+        self._renewing = False
         self.down_reason = ""
         """Why there is no trainer now; empty while there is one."""
 
@@ -50,6 +51,12 @@ class Supervisor:
         """
         self.trainer = await self._start(self._setup())
         return self.trainer
+
+    async def renew(self, timeout_s: float) -> None:
+        """Save, stop and start the trainer with a new setup; `run` does the starting."""
+        if self.trainer is not None:
+            self._renewing = True
+            await self.trainer.stop(timeout_s)
 
     async def run(self, on_restart: Callable[[TrainerProcess], Awaitable[None]]) -> None:
         """Watch and restart, until cancelled or the trainer says why it can't go on.
@@ -69,6 +76,12 @@ class Supervisor:
             self.down_reason = f"trainer exited with {code}"
             if isinstance(trainer.crash, ConfigError | BudgetSpentError):
                 raise trainer.crash
+            if self._renewing:
+                self._renewing = False
+                self.trainer = await self._start(self._setup())
+                self.down_reason = ""
+                await on_restart(self.trainer)
+                continue
             if loop.time() - started > QUIET_S:
                 delay_s, quick_deaths = FIRST_DELAY_S, 0
             while self.trainer is None:

@@ -167,7 +167,7 @@ class Demo:
             for name, status in seen.items():
                 if status is not None:
                     _extend(curves[name], status)
-            self._view.show(seen, corpora.LABELS)
+            self._view.show(seen)
             self._view.to(sum(s.progress.step for s in seen.values() if s), STEPS * len(homes))
             if all(s is not None and s.state == "finished" for s in seen.values()):
                 return

@@ -60,14 +60,14 @@ class View:
         self._progress.update(self._task, completed=done, total=total)
         self._refresh()
 
-    def show(self, statuses: Mapping[str, Status | None], labels: Mapping[str, str]) -> None:
+    def show(self, statuses: Mapping[str, Status | None]) -> None:
         """The peers now."""
         table = Table()
-        for column in ("text", "state", "step", "train", "valid.", "tok/s", "partners", "done",
+        for column in ("peer", "state", "step", "train", "valid.", "tok/s", "partners", "done",
                        "sent", "epsilon", "distance"):  # fmt: skip
-            table.add_column(column, justify="left" if column in ("text", "state") else "right")
+            table.add_column(column, justify="left" if column in ("peer", "state") else "right")
         for name, status in statuses.items():
-            table.add_row(*_row(labels.get(name, name), status))
+            table.add_row(*_row(name, status))
         self._table = table
         self._refresh()
         if not self._console.is_terminal and time.monotonic() - self._said_at > PLAIN_EVERY_S:
