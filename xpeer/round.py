@@ -4,11 +4,11 @@ An update on its way from a shard to everybody's checkpoint:
 
     shard        training/shard.py      text -> records; they never leave the trainer
     train        privacy/mechanism.py   per record: clip; per batch: noise; charged beforehand
-    snapshot     training/local.py      a fragment of the parameters, at a step boundary
+    snapshot     training/exchanges.py  a fragment of the parameters, at a step boundary
     compress     wire/codec.py          takes a PrivateUpdate and nothing else
     seal         wire/session.py        to this partner, for this session
     exchange     network/exchange.py    ours against theirs, both accept or neither merges
-    verify       training/mixing.py     size, finite, norm
+    verify       training/exchanges.py  size, finite, norm
     merge        training/mixing.py     theta += w (Q(theta_j) - Q(theta_i)), at a step boundary
     checkpoint   training/checkpoint.py
 
@@ -25,6 +25,9 @@ from typing import Literal, Protocol
 from xpeer.errors import PeerError, Reason
 from xpeer.network.exchange import Agreement
 from xpeer.update import CompressedUpdate, PeerUpdate
+
+WEIGHT_BOUNDS = 1e-3, 1e3
+"""Of declared tokens per second, relative: nobody's word outweighs everybody else."""
 
 
 class Trainer(Protocol):
@@ -66,13 +69,16 @@ async def exchange(
         PeerError: nothing was merged here; `UnresolvedError` if the partner may have.
     """
     exchange_id = agreement.exchange_id
+    weight = 0.5
+    if weighting == "tokens":
+        weight = mixing_weight(agreement.ours.weight, agreement.theirs.weight)
     try:
         async with asyncio.timeout(deadline_s):
             update = await trainer.snapshot(exchange_id, agreement.fragment)
             received = await agreement.swap(update)
             distance = await trainer.verify(exchange_id, received)
             await agreement.settle(received)
-            await trainer.merge(exchange_id, mixing_weight(agreement, weighting))
+            await trainer.merge(exchange_id, weight)
     except TimeoutError as e:
         trainer.drop(exchange_id)
         raise PeerError(Reason.TIMEOUT, f"not accepted within {deadline_s:g} s") from e
@@ -82,9 +88,14 @@ async def exchange(
     return Exchanged(distance, agreement.num_bytes, agreement.num_values)
 
 
-def mixing_weight(agreement: Agreement, weighting: Literal["equal", "tokens"]) -> float:
-    """w_j: the partner's share. FedAvg's weights (McMahan et al. 2017, algorithm 1) by tokens."""
-    if weighting == "equal":
-        return 0.5
-    ours, theirs = agreement.ours.weight, agreement.theirs.weight
-    return theirs / (ours + theirs)
+def mixing_weight(own: float, partner: float) -> float:
+    """w_j = tokens_j / (tokens_i + tokens_j) (FedAvg, McMahan et al. 2017), from declared weights.
+
+    Raises:
+        PeerError: the partner's weight is not within `WEIGHT_BOUNDS`.
+    """
+    low, high = WEIGHT_BOUNDS
+    if not low <= partner <= high:
+        raise PeerError(Reason.MALFORMED, f"declared weight {partner!r} is not in [{low}, {high}]")
+    own = min(max(own, low), high)
+    return partner / (own + partner)

@@ -25,8 +25,6 @@ import torch
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.wire import codec as wire_codec
 
-WEIGHT_BOUNDS: Final = (1e-3, 1e3)
-"""Declared weights outside are refused."""
 MERGE_WEIGHT_BOUNDS: Final = (0.1, 0.9)
 """No partner, however many tokens it declares, replaces more than this share of our parameters."""
 CLIP_MULTIPLE: Final = 4.0
@@ -104,19 +102,6 @@ def _splitmix64(index: np.ndarray, seed: int) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(z ^ (z >> np.uint64(31)))
-
-
-def mixing_weight(own: float, partner: float) -> float:
-    """w_j = tokens_j / (tokens_i + tokens_j) (FedAvg, McMahan et al. 2017), from declared weights.
-
-    Raises:
-        PeerError: the partner's weight is not within `WEIGHT_BOUNDS`.
-    """
-    low, high = WEIGHT_BOUNDS
-    if not low <= partner <= high:
-        raise PeerError(Reason.MALFORMED, f"declared weight {partner!r} is not in [{low}, {high}]")
-    own = min(max(own, low), high)
-    return bounded_weight(partner / (own + partner))
 
 
 def bounded_weight(weight: float) -> float:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.round import mixing_weight
 from xpeer.training.mixing import (
     CLIP_AFTER,
     CLIP_FLOOR,
@@ -16,7 +17,6 @@ from xpeer.training.mixing import (
     correction,
     decode_peer,
     fragment_params,
-    mixing_weight,
 )
 from xpeer.wire.codec import NAMES, decode, encode
 
