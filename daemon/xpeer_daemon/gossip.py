@@ -65,7 +65,7 @@ class Host(Protocol):
         """Live members that exchange, without ourselves."""
 
     def settled(self, peer_id: PeerId) -> bool:
-        """Whether the partner and we both ended: no exchange is due between us."""
+        """Whether the partner and we both ended, so that no exchange is due between us."""
 
     def declared_rate(self) -> float:
         """Declared tokens per second (relative), for weighting by tokens."""
@@ -275,7 +275,8 @@ class Gossip(Desk):
             return Reason.REPLAYED
         if fragment in self._in_flight:
             return Reason.BUSY
-        return None if self._due() else Reason.NOT_DUE
+        due = self._due() and not self._host.settled(peer_id)
+        return None if due else Reason.NOT_DUE
 
     def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
         """Count merges that the partner reports as one-sided, and watch its ledger."""

@@ -21,7 +21,7 @@ from xpeer.network.swarm import Swarm
 from xpeer.status import Partner, PrivacySpent, Progress, State, Status
 from xpeer.training.handle import TrainerProcess
 from xpeer_daemon.gossip import Gossip
-from xpeer_daemon.phases import EXCHANGING
+from xpeer_daemon.phases import ENDED, EXCHANGING
 from xpeer_daemon.supervisor import Supervisor
 
 log = logging.getLogger("xpeer.node")
@@ -149,9 +149,16 @@ class Node:
         return self._running() if self.state in HOLDING else None
 
     def settled(self, peer_id: PeerId) -> bool:
-        """Whether the partner and we have both finished."""
+        """Whether an exchange between the partner and us would move nothing that matters.
+
+        Two that have ended wait for those who still train, and then for the consolidation.
+        """
         record = self.others().get(peer_id)
-        return self.state == "finished" and record is not None and record.phase == "finished"
+        if record is None or self.state not in ENDED or record.phase not in ENDED:
+            return False
+        if any(phase not in ENDED for phase in self.active_phases()):
+            return True
+        return self.state == record.phase == "finished"
 
     def declared_rate(self) -> float:
         """Declared, never measured: realised counts are data."""
