@@ -253,6 +253,10 @@ class Demo:
             f"delta <= {report.delta:.1e}; a record is {SEQUENCE_TOKENS} bytes, not a whole file"
         )
         say(
+            "         (of the swarm's run; the lone runs are a comparison, and on real text "
+            "their epsilon would have to be paid on top)"
+        )
+        say(
             f"{report.rounds} rounds, {report.bytes_sent / 1e6:.1f} MB sent in all, {ratio:.2f}x "
             f"compressed, consensus distance {report.consensus_distance or 0.0:.4f}"
         )
