@@ -29,6 +29,10 @@ REMEMBERED = 256
 """Exchange ids per partner, for one-sided merges and replays."""
 
 
+ORDINARY = frozenset({Reason.NO_PARTNER, Reason.NOT_DUE, Reason.BUSY})
+"""Reasons that belong to a healthy swarm; logged at debug level."""
+
+
 class GossipTrainer(Trainer, Protocol):
     """What gossip asks of the trainer beside exchanges."""
 
@@ -164,7 +168,8 @@ class Gossip(Desk):
             return
         candidates = matching.partner(self._swarm_id, slot, [*partners, self._me], self._me)
         if not candidates:
-            self._skip("", slot, Reason.NO_PARTNER)
+            if not partners:  # with an odd number of peers, one is left over in every slot
+                self._skip("", slot, Reason.NO_PARTNER)
             return
         # The lower PeerID of a pair proposes; the higher one waits for it.
         free = [peer for peer in candidates if not self._proposer.busy_with(peer)]
@@ -323,5 +328,8 @@ class Gossip(Desk):
             record = self._record(PeerId(peer_id))
             record.failed += 1
             record.last_reason = reason
-        log.info("slot %d skipped with %s: %s %s", slot, peer_id[-8:] or "nobody", reason, detail)
+        level = logging.DEBUG if reason in ORDINARY else logging.INFO
+        log.log(
+            level, "slot %d skipped with %s: %s %s", slot, peer_id[-8:] or "nobody", reason, detail
+        )
         self._on_skipped(peer_id, slot, reason, detail)

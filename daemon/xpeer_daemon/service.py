@@ -21,7 +21,6 @@ from xpeer.errors import (
     LocalError,
     NotAuthorisedError,
     PeerError,
-    Reason,
     TrainerError,
 )
 from xpeer.identity import Identity, PeerId
@@ -39,7 +38,7 @@ from xpeer.training.setup import TrainerSetup
 from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs
 from xpeer_daemon.api import ControlApi
-from xpeer_daemon.gossip import Gossip
+from xpeer_daemon.gossip import ORDINARY, Gossip
 from xpeer_daemon.joiner import Joiner
 from xpeer_daemon.lock import HomeLock
 from xpeer_daemon.node import Node
@@ -324,7 +323,7 @@ class Service:
         )
 
     def _on_skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:
-        if reason not in (Reason.NO_PARTNER, Reason.NOT_DUE):
+        if reason not in ORDINARY:
             self._store.add_round(
                 RoundRow(slot=slot, partner=peer_id, reason=reason, detail=detail)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from xpeer.config import Home
 from xpeer.errors import LocalError, LocalTimeoutError
 from xpeer.status import Status
 from xpeer.training.export import generate
+from xpeer.training.losses import record_losses
 from xpeer.training.model import from_folder
 from xpeer.training.tokenizer import ByteTokenizer
 
 STEPS = 40
+WINDOW_STEPS = 5
 SEQUENCE_TOKENS = 128
 BATCH_RECORDS = 48
 SHARD_BYTES = 4_000_000
@@ -27,6 +30,8 @@ SWARM_RATE = 4e-3
 ALONE_RATES = (2e-3, 4e-3)
 """A lone peer gets the better of these; the swarm's rate is fixed beforehand."""
 SPEEDS = {"python": 1.0, "headers": 1.0, "licences": 0.5}
+PRIVATE_OVERHEAD = 1.3
+"""A private step beside a plain one of the same records, noise and exchanges included."""
 TIMEOUT_S = 900.0
 ALONE_AT_ONCE = 2
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -103,7 +108,14 @@ class Demo:
         names = list(corpora.PRIVATE)
         homes = {name: Home(self._run / name) for name in names}
         founder, *joiners = names
-        swarm_id = self._init(homes[founder], "demo", start, founder, SWARM_RATE)
+        fields = {
+            "end.steps": STEPS,
+            # Windows end by the clock as well, so that the slow peer ends with the others.
+            "end.rounds": STEPS // WINDOW_STEPS,
+            "round.window_s": round(WINDOW_STEPS * step_seconds(start), 2),
+            "optimiser.learning_rate": SWARM_RATE,
+        }
+        swarm_id = self._init(homes[founder], "demo", start, founder, fields)
         bootstrap_home = str(self._run / "bootstrap")
         self._processes.start(
             "bootstrap",
@@ -129,14 +141,15 @@ class Demo:
              str(self._run / "model")]
         )  # fmt: skip
 
-    def _init(self, home: Home, name: str, start: Path, corpus: str, rate: float) -> str:
+    def _init(
+        self, home: Home, name: str, start: Path, corpus: str, fields: dict[str, float]
+    ) -> str:
         fields = {
-            "end.steps": STEPS,
-            "optimiser.learning_rate": rate,
+            **fields,
             "optimiser.batch_records": BATCH_RECORDS,
             "optimiser.sequence_tokens": SEQUENCE_TOKENS,
             "optimiser.warmup_steps": 5,
-            "round.window_steps": 5,
+            "round.window_steps": WINDOW_STEPS,
             "round.slot_s": 0.5,
             "privacy.epsilon": 8.0,
         }
@@ -159,7 +172,8 @@ class Demo:
 
     def _follow(self, homes: dict[str, Home], curves: dict[str, Curve], what: str) -> None:
         """Watch until all have finished."""
-        self._view.phase(what, STEPS * len(homes))
+        total = STEPS * len(homes)
+        self._view.phase(what, total)
         deadline = time.monotonic() + TIMEOUT_S
         while True:
             self._processes.check_alive()
@@ -168,7 +182,7 @@ class Demo:
                 if status is not None:
                     _extend(curves[name], status)
             self._view.show(seen)
-            self._view.to(sum(s.progress.step for s in seen.values() if s), STEPS * len(homes))
+            self._view.to(sum(s.progress.step for s in seen.values() if s), total)
             if all(s is not None and s.state == "finished" for s in seen.values()):
                 return
             if time.monotonic() > deadline:
@@ -219,7 +233,8 @@ class Demo:
             for peer, rate in batch:
                 name = f"alone-{peer.corpus}-{rate:g}"
                 homes[name], curves[name] = Home(self._run / name), []
-                self._init(homes[name], name, start, peer.corpus, rate)
+                fields = {"end.steps": peer.steps, "optimiser.learning_rate": rate}
+                self._init(homes[name], name, start, peer.corpus, fields)
                 settings = {"XPEER_TRAINING_THREADS": "1"}
                 self._processes.start(
                     name, ["start", "--home", str(homes[name].path), "--bootstrap"], settings
@@ -262,6 +277,22 @@ class Demo:
         )
         say(f"the model says: import {report.sample!r}")
         say(f"plot {report.report}; model {report.checkpoint} (AutoModelForCausalLM loads it)")
+
+
+def step_seconds(start: Path) -> float:
+    """About how long a private step takes a peer at full speed, when all train at once here."""
+    model, tokenizer = from_folder(start), ByteTokenizer()
+    records = torch.randint(0, 256, (BATCH_RECORDS // 6, SEQUENCE_TOKENS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    for _ in range(6):
+        losses, counts = record_losses(model, records, tokenizer.pad_id)
+        torch.autograd.backward(losses.sum() / counts.sum())
+    took_s = time.perf_counter() - began
+    torch.set_num_threads(threads)
+    crowding = max(1.0, sum(SPEEDS.values()) / (os.cpu_count() or 1))
+    return PRIVATE_OVERHEAD * crowding * took_s
 
 
 def _extend(curve: Curve, status: Status) -> None:
