@@ -13,7 +13,7 @@ import pytest
 from xpeer.identity import Identity
 from xpeer.manifest import Genesis
 from xpeer.network.invites import grant
-from xpeer.network.membership import Credential, Membership
+from xpeer.network.membership import Credential, Membership, Role
 from xpeer.network.swarm import Swarm
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -40,7 +40,7 @@ class Founder:
         return self.genesis.swarm_id
 
     def credential(
-        self, identity: Identity, role: str = "member", ttl_s: float = 3600
+        self, identity: Identity, role: Role = "member", ttl_s: float = 3600.0
     ) -> Credential:
         certificate = grant(self.genesis, identity.peer_id, role, ttl_s, time.time())
         return Credential.issue(self.admin, certificate, identity.peer_id)
@@ -61,7 +61,7 @@ async def launch(founder: Founder, tmp_path: Path) -> AsyncIterator[Launch]:
 
     async def start(
         seeds: list[str] | None = None,
-        role: str | None = "member",
+        role: Role | None = "member",
         of: Founder = founder,
         identity: Identity | None = None,
         listen: str = LOOPBACK,

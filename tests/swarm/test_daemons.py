@@ -120,7 +120,8 @@ def test_a_swarm_outlives_its_seed_and_a_peer_that_is_killed_comes_back(swarm: S
     os.kill(killed.pid, signal.SIGKILL)
     before = {name: swarm.until(name, lambda s: True).exchanges_done for name in "ac"}
     for name in "ac":
-        swarm.until(name, lambda s, n=before[name]: s.exchanges_done >= n + 3)
+        wanted = before[name] + 3
+        swarm.until(name, lambda s: s.exchanges_done >= wanted)  # noqa: B023 - called at once
 
     # its seed is gone, but it remembers the others' addresses
     swarm.start("b", "--bootstrap", "--listen", LOOPBACK, "--shard", swarm.shard("b"), **slow)
@@ -144,7 +145,7 @@ def test_two_peers_end_together_and_the_model_can_be_exported(swarm: Swarm):
         assert status.health == "ok"
         assert 0 < status.privacy.epsilon_spent <= status.privacy.epsilon_target
         assert status.compression_ratio == pytest.approx(3.9, abs=0.1)
-        assert status.progress.consensus_distance < 0.02
+        assert (status.progress.consensus_distance or 1.0) < 0.02
     for name in "ab":
         call(["stop", "--home", str(swarm.home(name).path)])
     folder = swarm.root / "model"

@@ -104,7 +104,7 @@ async def answerer(identities, trainer, refusal=None):
     low, high = identities
     near, far = await streams(low, high)
     desk = FakeDesk(trainer, refusal)
-    task = asyncio.create_task(answering(party(high), desk, lambda codec, n: n)(far))
+    task = asyncio.ensure_future(answering(party(high), desk, lambda codec, n: n)(far))
     proposer = Proposer(party(low), Dialler(near))
     yield proposer, desk, near
     near.abort()
@@ -169,6 +169,11 @@ class Villain:
         await self.link.send_bulk(data)
 
 
+def sealed_by(link: Link, frame: bytes) -> bytes:
+    assert link._session is not None
+    return link._session.seal(frame)
+
+
 async def too_large(v: Villain, p: Propose) -> None:
     await v.link.send(Payload(p.exchange_id, 1 << 40, b"d" * 32))
 
@@ -210,13 +215,13 @@ async def huge_frame(v: Villain, p: Propose) -> None:
 
 
 async def altered_frame(v: Villain, p: Propose) -> None:
-    sealed = bytearray(v.link._session.seal(b"\0whatever"))
+    sealed = bytearray(sealed_by(v.link, b"\0whatever"))
     sealed[3] ^= 1
     v.link._writer.write(len(sealed).to_bytes(4, "big") + sealed)
 
 
 async def replayed_frame(v: Villain, p: Propose) -> None:
-    frame = v.link._session.seal(b"\0" + b"\x81")
+    frame = sealed_by(v.link, b"\0" + b"\x81")
     for _ in range(2):
         v.link._writer.write(len(frame).to_bytes(4, "big") + frame)
 
@@ -281,7 +286,7 @@ async def test_the_higher_peer_may_not_propose(identities):
     low, high = identities
     near, far = await streams(low, high)
     desk = FakeDesk(FakeTrainer(b""))
-    task = asyncio.create_task(answering(party(low), desk, lambda codec, n: n)(near))
+    task = asyncio.ensure_future(answering(party(low), desk, lambda codec, n: n)(near))
     handshake = party(high).handshake(low.peer_id, "exchange", initiator=True)
     await far.connect(handshake, initiator=True)
     with pytest.raises(PeerError, match="does not propose"):

@@ -94,11 +94,9 @@ def test_a_hello_about_something_else_is_refused(pair, changed, reason):
 
 def test_a_hello_of_another_version_is_refused(pair):
     low, high = pair
-    hello = msgspec.msgpack.decode(
-        side(low, high.peer_id, initiator=True).hello(), type=SignedHello
-    )
-    body = msgspec.msgpack.decode(hello.body, type=Hello)
-    body = msgspec.msgpack.encode(msgspec.structs.replace(body, version=99))
+    ours = side(low, high.peer_id, initiator=True).hello()
+    hello = msgspec.msgpack.decode(msgspec.msgpack.decode(ours, type=SignedHello).body, type=Hello)
+    body = msgspec.msgpack.encode(msgspec.structs.replace(hello, version=99))
     signed = SignedHello(body, low.sign(Domain.HELLO, body))
     with pytest.raises(PeerError, match=Reason.WRONG_VERSION):
         side(high, low.peer_id, initiator=False).receive(msgspec.msgpack.encode(signed))
