@@ -112,6 +112,14 @@ class Reason:
     REFUSED = "refused"
 
 
+_REASONS = frozenset(code for name, code in vars(Reason).items() if name.isupper())
+
+
+def known_reason(code: str) -> str:
+    """A reason code that a partner sent; REFUSED if there is no such code: they are counted."""
+    return code if code in _REASONS else Reason.REFUSED
+
+
 class PeerError(XpeerError):
     """A partner failed us; drop it for this exchange and go on.
 

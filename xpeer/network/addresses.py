@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
+from collections import OrderedDict
+from collections.abc import Iterable
 
 from hivemind.utils.multiaddr import Multiaddr
 
 from xpeer.errors import ConfigError
 from xpeer.identity import PeerId, public_key_of
+
+MAX_PEERS = 4096
+PER_PEER = 8
+_DIALLED = frozenset({"ip4", "ip6", "dns", "dns4", "dns6"})
 
 
 def peer_of(address: str) -> PeerId:
@@ -75,3 +82,66 @@ def check_address(field: str, address: str) -> str:
 def without_peer(address: str) -> str:
     """The address without its /p2p/PEERID."""
     return address.rpartition("/p2p/")[0] or address
+
+
+def is_dialled(address: str) -> bool:
+    """Whether it is /ip4|ip6|dns*/HOST/tcp/PORT/p2p/PEERID: what others may have us dial."""
+    parts = address.split("/")
+    if len(parts) != 7 or parts[1] not in _DIALLED or (parts[3], parts[5]) != ("tcp", "p2p"):
+        return False
+    try:
+        peer_of(address)
+    except ConfigError:
+        return False
+    return True
+
+
+class AddressBook:
+    """Where members can be reached; bounded.
+
+    What a peer said of itself and what others say of it are kept apart: hearsay never displaces a
+    peer's own word, only other hearsay. A wrong address costs a failed dial and nothing else:
+    libp2p authenticates the PeerID.
+
+    Args:
+        own: our PeerID, never noted.
+    """
+
+    def __init__(self, own: PeerId) -> None:
+        self._own = own
+        self._told: OrderedDict[PeerId, list[str]] = OrderedDict()
+        self._heard: OrderedDict[PeerId, list[str]] = OrderedDict()
+
+    def learn(self, addresses: Iterable[str], *, hearsay: bool) -> None:
+        """Note addresses; unusable ones are dropped."""
+        fresh: dict[PeerId, list[str]] = {}
+        for address in addresses:
+            if is_dialled(address):
+                fresh.setdefault(peer_of(address), []).append(address)
+        book = self._heard if hearsay else self._told
+        for peer_id, known in fresh.items():
+            if peer_id != self._own:
+                book[peer_id] = known[:PER_PEER]
+                book.move_to_end(peer_id)
+        while len(book) > MAX_PEERS:
+            book.popitem(last=False)
+
+    def of(self, peer_id: PeerId) -> list[str]:
+        """All addresses of a peer, its own word first."""
+        known = [*self._told.get(peer_id, ()), *self._heard.get(peer_id, ())]
+        return list(dict.fromkeys(known))
+
+    def peers(self) -> list[PeerId]:
+        """Newest first; those that are known by hearsay alone last."""
+        return list(dict.fromkeys([*reversed(self._told), *reversed(self._heard)]))
+
+    def newest(self, told: int, heard: int) -> list[PeerId]:
+        """Some of both kinds."""
+        return list(
+            dict.fromkeys(
+                [
+                    *itertools.islice(reversed(self._told), told),
+                    *itertools.islice(reversed(self._heard), heard),
+                ]
+            )
+        )

@@ -8,13 +8,22 @@ key stores what it can't read.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any
 
 import msgspec
 from hivemind.dht.node import DHTNode
+from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import PeerID
 from hivemind.utils import get_dht_time
+from hivemind.utils.timed_storage import ValueWithExpiration
 from msgspec import Struct
 
 from xpeer.errors import NotAuthorisedError
@@ -27,8 +36,12 @@ log = logging.getLogger("xpeer.network")
 MAX_VALUE_BYTES = 4096
 MAX_TTL_S = 300.0
 MAX_RECORDS = 4096
+MAX_KEYS_OF_OWNER = 8
+"""Members need one key; whoever used them all would push the others' records out."""
+MAX_OWNERS = 4096
 REPLICAS = 5
 CALL_TIMEOUT_S = 3.0
+_Found = tuple[ValueWithExpiration[Any] | None, dict[DHTID, PeerID]]
 
 
 class SignedValue(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -51,6 +64,7 @@ class OwnerSigned(RecordValidatorBase):
         self._membership = membership
         self._identity = identity
         self.rejected = 0
+        self._keys_of: OrderedDict[str, dict[bytes, float]] = OrderedDict()
 
     def validate(self, record: DHTRecord) -> bool:
         """Whether the record's owner is a member and signed exactly this."""
@@ -59,19 +73,47 @@ class OwnerSigned(RecordValidatorBase):
         return valid
 
     def _valid(self, record: DHTRecord) -> bool:
-        if len(record.value) > MAX_VALUE_BYTES:
+        expiration = record.expiration_time  # as all of it: whatever a stranger's msgpack holds
+        if not isinstance(record.value, bytes) or len(record.value) > MAX_VALUE_BYTES:
             return False
-        if not record.expiration_time <= get_dht_time() + MAX_TTL_S:  # NaN is refused as well
+        if not isinstance(expiration, float | int):
+            return False
+        if not expiration <= get_dht_time() + MAX_TTL_S:  # NaN is refused as well
             return False
         try:
             owner = msgspec.msgpack.decode(record.subkey, type=str)
             value = msgspec.msgpack.decode(record.value, type=SignedValue)
+            # hivemind decodes it without a net: a failure there would hang every reader for ever
+            msgspec.msgpack.decode(value.payload, type=bytes)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return False
+        # first the owner's word: a credential that somebody else stored must teach us nothing
+        if not verify(owner, Domain.DHT_RECORD, _statement(record, value), value.signature):
+            return False
+        try:
             self._membership.admit(owner, value.credential)
-        except (msgspec.MsgspecError, UnicodeDecodeError, NotAuthorisedError):
+        except NotAuthorisedError:
             return False
-        if not self._membership.allows(owner, "observer"):
-            return False
-        return verify(owner, Domain.DHT_RECORD, _statement(record, value), value.signature)
+        return self._membership.allows(owner, "observer") and self._has_room(owner, record)
+
+    def _has_room(self, owner: str, record: DHTRecord) -> bool:
+        """Whether this is the owner's latest record, and it has not spread over too many keys.
+
+        An earlier record that is stored again would, in hivemind's storage, take the later one
+        along when it expires.
+        """
+        now = get_dht_time()
+        keys = {k: end for k, end in self._keys_of.pop(owner, {}).items() if end > now}
+        if record.key in keys:
+            room = bool(record.expiration_time >= keys[record.key])
+        else:
+            room = len(keys) < MAX_KEYS_OF_OWNER
+        if room:
+            keys[record.key] = record.expiration_time
+        self._keys_of[owner] = keys
+        if len(self._keys_of) > MAX_OWNERS:
+            self._keys_of.popitem(last=False)
+        return room
 
     def sign_value(self, record: DHTRecord) -> bytes:
         """Make our value storable."""
@@ -113,4 +155,45 @@ async def start_node(p2p: GatedP2P, validator: OwnerSigned) -> DHTNode:
         strict=False,
     )
     node.protocol.storage.maxsize = MAX_RECORDS
+    harden(node.protocol, validator)
     return node
+
+
+def harden(protocol: DHTProtocol, validator: OwnerSigned) -> None:
+    """Take from another node's answer what is valid, and nothing else.
+
+    hivemind refuses a key's whole dictionary for one bad record in it: one expired certificate or
+    slow clock would hide every member of that key. It believes the answer's own expiration, which
+    ends the search when it is large; and an error in what it merges hangs the search for ever.
+    """
+    find = protocol.call_find
+
+    async def call_find(peer: PeerID, keys: Collection[DHTID]) -> dict[DHTID, _Found] | None:
+        found = await find(peer, keys)
+        if found is None:
+            return None
+        return {
+            key: (_dictionary(item), dict(itertools.islice(nearest.items(), protocol.bucket_size)))
+            for key, (item, nearest) in found.items()
+        }
+
+    protocol.call_find = call_find
+    protocol._validate_dictionary = lambda key, records: keep_valid(validator, key, records)
+
+
+def keep_valid(validator: OwnerSigned, key: bytes, records: DictionaryDHTValue) -> bool:
+    """Drop the records of a key that are not valid, and keep the others."""
+    records.maxsize = math.inf
+    for subkey, (value, expiration_time) in list(records.data.items()):
+        named = msgspec.msgpack.encode(subkey) if isinstance(subkey, str) else b""
+        if not validator.validate(DHTRecord(key, named, value, expiration_time)):
+            del records[subkey]
+    return True
+
+
+def _dictionary(item: ValueWithExpiration[Any] | None) -> ValueWithExpiration[Any] | None:
+    """The answer with the expiration of its latest record; we keep no values but dictionaries."""
+    if item is None or not isinstance(item.value, DictionaryDHTValue) or not item.value.data:
+        return None
+    latest = max(record.expiration_time for record in item.value.data.values())
+    return ValueWithExpiration(item.value, latest)

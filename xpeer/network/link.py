@@ -8,10 +8,11 @@ process dies, so an end without the session's final frame is a truncation, never
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import TypeVar
 
-from xpeer.errors import PeerError, Reason
+from xpeer.errors import PeerError, Reason, known_reason
 from xpeer.identity import PeerId, blake2b
 from xpeer.wire import messages
 from xpeer.wire.messages import AnyMessage
@@ -105,7 +106,7 @@ class Link:
         if getattr(message, "exchange_id", None) != exchange_id:
             raise PeerError(Reason.MALFORMED, f"{type(message).__name__} of another exchange")
         if isinstance(message, messages.Refuse):
-            raise RefusedError(message.reason)
+            raise RefusedError(known_reason(message.reason))
         if not isinstance(message, kind):
             raise PeerError(
                 Reason.MALFORMED, f"{type(message).__name__} instead of {kind.__name__}"
@@ -140,20 +141,19 @@ class Link:
 
     async def close(self) -> None:
         """Say goodbye with the final frame, if the stream still takes it, and close."""
-        if self.closed:
-            return
-        if self._session is not None:
-            try:
+        if not self.closed and self._session is not None:
+            self.closed = True
+            with contextlib.suppress(PeerError, OSError, TimeoutError):
                 await self._write(self._session.seal(_MESSAGE, final=True))
-            except PeerError:
-                self.abort()
-                return
+                self._writer.close()
+                async with asyncio.timeout(self._frame_timeout_s):
+                    await self._writer.wait_closed()
         self.abort()
 
     def abort(self) -> None:
-        """Drop the stream; the partner sees a truncation."""
+        """Drop the stream at once, with what the partner did not read; it sees a truncation."""
         self.closed = True
-        self._writer.close()
+        self._writer.transport.abort()
 
     def _open_session(self) -> Session:
         if self._session is None:

@@ -160,6 +160,9 @@ class Membership:
     def admit(self, peer_id: str, data: bytes) -> Certificate:
         """Verify and remember the credential that this (authenticated) peer presents.
 
+        Of several that are valid the one issued last counts, so that nobody can bring back an
+        earlier one.
+
         Raises:
             NotAuthorisedError: not for it, or see `Credential.verify`.
         """
@@ -167,7 +170,9 @@ class Membership:
         if credential.peer_id != peer_id:
             raise NotAuthorisedError("the credential is another peer's")
         certificate = credential.verify(self.swarm_id, self._clock())
-        self._known[peer_id] = certificate
+        known = self.certificate_of(peer_id)
+        if known is None or certificate.not_before_unix_s >= known.not_before_unix_s:
+            self._known[peer_id] = certificate
         self._known.move_to_end(peer_id)
         if len(self._known) > MAX_REMEMBERED:
             self._known.popitem(last=False)

@@ -11,9 +11,11 @@ above must notice.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,8 +32,9 @@ log = logging.getLogger("xpeer.network")
 
 MAX_REPLY_BYTES = 2 << 20
 STARTUP_TIMEOUT_S = 60.0
-STREAM_BACKLOG = 32
-"""The kernel queues 100 streams at most and drops the rest silently; stay well below."""
+MAX_STREAMS, STREAMS_PER_PEER = 256, 2
+"""Incoming streams of a protocol at the same time, in all and from one peer. A partner that comes
+back before its broken stream was noticed (40 s) needs a second one; nobody needs a third."""
 _OK, _NO = b"\x00", b"\x01"
 
 CallHandler = Callable[[PeerId, bytes], Awaitable[bytes]]
@@ -49,6 +52,26 @@ class Gate(Protocol):
 
     def rejected_by(self, peer_id: PeerId) -> None:
         """A peer does not know us: introduce ourselves again before the next call."""
+
+
+class _Waiting(dict[Any, "asyncio.Future[Any]"]):
+    """Calls that wait for an answer. One that was cancelled a moment ago is not waiting any more.
+
+    hivemind would set the result of a cancelled future, and the error would end its reader of the
+    sidecar's answers, unseen: every later call would hang for ever.
+    """
+
+    def __contains__(self, call_id: object) -> bool:
+        future = self.get(call_id)
+        return future is not None and not future.done()
+
+
+class _Handling(dict[Any, "asyncio.Task[None]"]):
+    """Calls that are being answered. hivemind forgets none that the caller cancelled."""
+
+    def __setitem__(self, call_id: Any, task: asyncio.Task[None]) -> None:
+        super().__setitem__(call_id, task)
+        task.add_done_callback(lambda _: self.pop(call_id, None))
 
 
 class GatedP2P(P2P):
@@ -97,8 +120,21 @@ class GatedP2P(P2P):
         self.gate = gate
         self.died = asyncio.Event()
         self._folder = folder
+        control = self._client.control
+        control._pending_calls, control._handler_tasks = _Waiting(), _Handling()
+        for task in (control._read_task, control._write_task):
+            task.add_done_callback(self._channel_ended)
         self._watcher = asyncio.create_task(self._watch())
         return self
+
+    def _channel_ended(self, task: asyncio.Task[None]) -> None:
+        """Without its channel a living sidecar is as good as dead: end it, and it is restarted."""
+        if task.cancelled() or self.died.is_set():
+            return
+        if (error := task.exception()) is not None:
+            log.error("the channel to the sidecar broke: %r", error)
+        with contextlib.suppress(ProcessLookupError):
+            self._child.kill()
 
     async def shutdown(self) -> None:
         """End the sidecar and remove its sockets."""
@@ -129,16 +165,25 @@ class GatedP2P(P2P):
 
     async def serve_stream(self, name: str, handler: StreamHandler, scope: Scope) -> None:
         """Register a raw stream handler behind the gate."""
-        busy = asyncio.Semaphore(STREAM_BACKLOG)
+        open_now: Counter[PeerId] = Counter()
 
         async def gated(
             info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
         ) -> None:
             peer_id = PeerId(info.peer_id.to_base58())
             try:
-                if self.gate.admits(peer_id, scope) and not busy.locked():
-                    async with busy:
-                        await handler(peer_id, reader, writer)
+                if not self.gate.admits(peer_id, scope):
+                    return
+                if open_now[peer_id] >= STREAMS_PER_PEER or open_now.total() >= MAX_STREAMS:
+                    log.debug("%s: too many streams; one of %s is refused", name, peer_id[-8:])
+                    return
+                open_now[peer_id] += 1
+                try:
+                    await handler(peer_id, reader, writer)
+                finally:
+                    open_now[peer_id] -= 1
+                    if not open_now[peer_id]:
+                        del open_now[peer_id]
             finally:
                 writer.close()
 
@@ -155,7 +200,11 @@ class GatedP2P(P2P):
                 return _NO + Reason.NOT_A_MEMBER.encode()
             if len(request) > max_request:
                 return _NO + Reason.OVERSIZE.encode()
-            reply = await handler(peer_id, request)
+            try:
+                reply = await handler(peer_id, request)
+            except Exception:  # ours to see and to mend; the caller is told nothing of it
+                log.exception("%s: a call of %s failed", name, peer_id[-8:])
+                return _NO + Reason.REFUSED.encode()
             if len(reply) > MAX_REPLY_BYTES:
                 log.error("%s: a reply of %d bytes was not sent", name, len(reply))
                 return _NO + Reason.OVERSIZE.encode()
@@ -172,8 +221,12 @@ class GatedP2P(P2P):
             if not self.gate.admits(PeerId(remote.to_base58()), "dht"):
                 raise PermissionError(Reason.NOT_A_MEMBER)
             context = P2PContext(handle_name, self.peer_id, remote)
-            response = await handler(input_protobuf_type.FromString(request), context)
-            data: bytes = response.SerializeToString()
+            try:
+                response = await handler(input_protobuf_type.FromString(request), context)
+                data: bytes = response.SerializeToString()
+            except Exception:  # hivemind's asserts and decoders, on bytes of the caller
+                log.debug("%s: a bad request of %s", handle_name, remote, exc_info=True)
+                raise ValueError(Reason.MALFORMED) from None
             if len(data) > MAX_REPLY_BYTES:
                 raise ValueError(Reason.OVERSIZE)
             return data

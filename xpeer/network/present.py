@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -45,21 +45,25 @@ class RateLimit:
 
     def __init__(self) -> None:
         self._period = -1
-        self._counts: OrderedDict[PeerId, int] = OrderedDict()
-        self._all = 0
+        self._counts: Counter[PeerId] = Counter()
 
-    def allows(self, peer_id: PeerId) -> bool:
-        """Count one call."""
+    def allows(self, peer_id: PeerId, *, known: bool) -> bool:
+        """Count one call.
+
+        Args:
+            peer_id: the caller.
+            known: a member already: strangers can't use up what is left for it.
+        """
         period = int(time.monotonic() // PERIOD_S)
         if period != self._period:
-            self._period, self._all = period, 0
+            self._period = period
             self._counts.clear()
-        self._all += 1
-        if self._all > ALL_PEERS:
+        if self._counts[peer_id] >= PER_PEER:
+            return False  # and is not counted: one caller can't use up everybody's
+        if not known and self._counts.total() >= ALL_PEERS:
             return False
-        count = self._counts.get(peer_id, 0) + 1
-        self._counts[peer_id] = count
-        return count <= PER_PEER
+        self._counts[peer_id] += 1
+        return True
 
 
 async def serve(swarm: Swarm) -> None:

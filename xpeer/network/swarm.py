@@ -10,20 +10,27 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, DispatchFailure
 from hivemind.utils.multiaddr import Multiaddr
 
-from xpeer.errors import ConfigError, LocalError, PeerError, Reason
+from xpeer.errors import LocalError, PeerError, Reason, known_reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network import present
-from xpeer.network.addresses import check_address, peer_of, resolve_listen, without_peer
+from xpeer.network.addresses import (
+    AddressBook,
+    check_address,
+    peer_of,
+    resolve_listen,
+    without_peer,
+)
 from xpeer.network.dht import OwnerSigned, start_node
 from xpeer.network.link import Link, Meter
 from xpeer.network.membership import Membership, Scope
@@ -38,9 +45,12 @@ HEALTHY_RETRY_S = 60.0
 """How often the seeds are dialled while all is well: two halves of a split DHT find together."""
 INTRODUCED_S = 30.0
 """A restarted peer has forgotten us: before a new stream, introduce ourselves again after this."""
-MAX_ADDRESSES = 4096
+MAX_INTRODUCED = 4096
+DIALLED_TOLD, DIALLED_HEARD = 12, 4
+"""Members that are dialled beside the seeds: that spoke for themselves, or known by hearsay."""
 
 LinkHandler = Callable[[Link], Awaitable[None]]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -90,13 +100,13 @@ class Swarm:
         self._seeds = {peer_of(seed): seed for seed in seeds}
         self._nat_port_map = nat_port_map
         self._served: list[_Served] = []
-        self._book: OrderedDict[PeerId, list[str]] = OrderedDict()
+        self._book = AddressBook(identity.peer_id)
         self._introduced: dict[PeerId, float] = {}
-        self._introducing: dict[PeerId, asyncio.Lock] = {}
+        self._introducing: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
         self._limit = present.RateLimit()
         self._redial = asyncio.Event()
         self._background: list[asyncio.Task[None]] = []
-        self._dials: set[asyncio.Task[None]] = set()
+        self._dials: set[asyncio.Task[Any]] = set()
         self._changing = asyncio.Lock()
         for seed in self._seeds:
             membership.trust_seed(seed)
@@ -159,7 +169,7 @@ class Swarm:
     # Serving
 
     async def serve_links(self, protocol: str, handler: LinkHandler, scope: Scope) -> None:
-        """Answer streams that partners open; PeerErrors end the stream and nothing else."""
+        """Answer streams that partners open; an error ends the stream and nothing else."""
         await self._serve(_Served(protocol, scope, link=handler))
 
     async def serve_call(
@@ -200,6 +210,10 @@ class Swarm:
                 await handler(Link(peer_id, reader, writer, meter=self.meter))
             except PeerError as e:
                 log.debug("link from %s ended: %s", peer_id[-8:], e)
+            except LocalError as e:
+                log.warning("link from %s ended by a fault of ours: %s", peer_id[-8:], e)
+            except Exception:  # a bug of ours costs this link, and is seen
+                log.exception("link from %s ended by an error of ours", peer_id[-8:])
 
         return serve
 
@@ -221,7 +235,7 @@ class Swarm:
         self.meter.bytes_out += len(request)
         self.meter.bytes_in += len(reply)
         if not ok:
-            reason = reply.decode(errors="replace")[:32]
+            reason = known_reason(reply[:32].decode(errors="replace"))
             if reason == Reason.NOT_A_MEMBER:
                 self.rejected_by(peer_id)
             raise PeerError(reason, f"answer to {protocol}")
@@ -241,9 +255,8 @@ class Swarm:
                 await self.introduce(peer_id)
                 if self._p2p.died.is_set():
                     raise PeerError(Reason.SIDECAR_DOWN)
-                _, reader, writer = await self._p2p.call_binary_stream_handler(
-                    _hivemind_id(peer_id), protocol
-                )
+                opening = self._p2p.call_binary_stream_handler(_hivemind_id(peer_id), protocol)
+                _, reader, writer = await self._whole(opening, lambda opened: opened[2].close())
         return Link(peer_id, reader, writer, meter=self.meter)
 
     @contextlib.contextmanager
@@ -264,30 +277,45 @@ class Swarm:
         """Tell the sidecar the addresses we know; a wrong one is no error yet."""
         if self._p2p.died.is_set():
             raise PeerError(Reason.SIDECAR_DOWN)
-        addresses = self._book.get(peer_id)
+        addresses = self._addresses_of(peer_id)
         if addresses and peer_id not in self._introduced:
             with contextlib.suppress(ControlFailure, P2PDaemonError):
                 await self._connect(peer_id, addresses)
 
-    async def _connect(self, peer_id: PeerId, addresses: list[str]) -> None:
-        """Have the sidecar dial. hivemind leaks a socket when this is cancelled: so it is not."""
-        maddrs = [Multiaddr(without_peer(address)) for address in addresses]
-        dial = asyncio.ensure_future(self._p2p._client.connect(_hivemind_id(peer_id), maddrs))
-        self._dials.add(dial)
-        dial.add_done_callback(self._dialled)
-        await asyncio.shield(dial)
+    def _addresses_of(self, peer_id: PeerId) -> list[str]:
+        seed = self._seeds.get(peer_id)
+        return [*([seed] if seed else []), *self._book.of(peer_id)]
 
-    def _dialled(self, dial: asyncio.Task[None]) -> None:
-        self._dials.discard(dial)
-        if not dial.cancelled():
-            dial.exception()  # whoever waited for it has heard; nobody else wants to
+    async def _connect(self, peer_id: PeerId, addresses: list[str]) -> None:
+        """Have the sidecar dial."""
+        maddrs = [Multiaddr(without_peer(address)) for address in addresses]
+        await self._whole(self._p2p._client.connect(_hivemind_id(peer_id), maddrs))
+
+    async def _whole(
+        self, request: Coroutine[Any, Any, _T], undo: Callable[[_T], None] | None = None
+    ) -> _T:
+        """Ask the sidecar. hivemind leaks a socket when this is cancelled: so it is not.
+
+        Args:
+            request: of the sidecar.
+            undo: what to do with an answer that nobody waits for any more.
+        """
+        task = asyncio.ensure_future(request)
+        self._dials.add(task)
+        task.add_done_callback(self._dials.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(lambda done: _undo(done, undo))
+            raise
 
     # The gate (p2p.Gate)
 
     def admits(self, peer_id: PeerId, scope: Scope | None) -> bool:
         """Before a byte is read."""
         if scope is None:
-            return self._limit.allows(peer_id)
+            known = self.membership.certificate_of(peer_id) is not None
+            return self._limit.allows(peer_id, known=known)
         if self.membership.allows(peer_id, scope):
             return True
         self.strangers_refused += 1
@@ -297,7 +325,8 @@ class Swarm:
         """Present our credential, at most every INTRODUCED_S."""
         if self.membership.own is None or self._is_introduced(peer_id):
             return
-        async with self._introducing.setdefault(peer_id, asyncio.Lock()):
+        lock = self._introducing.setdefault(peer_id, asyncio.Lock())
+        async with lock:
             if self._is_introduced(peer_id):
                 return
             ok, reply = await self._p2p.call(
@@ -305,8 +334,12 @@ class Swarm:
             )
             if not ok:
                 raise PeerError(Reason.NOT_A_MEMBER, "our credential was refused")
+            heard = present.take(self.membership, peer_id, reply)
+            self._book.learn(heard, hearsay=True)
+            self._introduced.pop(peer_id, None)
             self._introduced[peer_id] = time.monotonic()
-            self.learn(present.take(self.membership, peer_id, reply))
+            while len(self._introduced) > MAX_INTRODUCED:
+                del self._introduced[next(iter(self._introduced))]
 
     def rejected_by(self, peer_id: PeerId) -> None:
         """Introduce ourselves again next time."""
@@ -330,27 +363,12 @@ class Swarm:
         return [f"{address}/p2p/{self.peer_id}" for address in found]
 
     def learn(self, addresses: Iterable[str]) -> None:
-        """Remember where members can be reached; unusable ones are dropped."""
-        fresh: dict[PeerId, list[str]] = {}
-        for address in addresses:
-            with contextlib.suppress(ConfigError):
-                fresh.setdefault(peer_of(address), []).append(address)
-        for peer_id, known in fresh.items():
-            if peer_id != self.peer_id:
-                self._book[peer_id] = known[:8]
-                self._book.move_to_end(peer_id)
-        while len(self._book) > MAX_ADDRESSES:
-            self._book.popitem(last=False)
-
-    @property
-    def known_addresses(self) -> list[str]:
-        """Of members we heard of, newest last; for the next start."""
-        return [a for peer, known in self._book.items() if peer not in self._seeds for a in known]
+        """Remember where members say that they can be reached; unusable ones are dropped."""
+        self._book.learn(addresses, hearsay=False)
 
     def candidates(self) -> list[PeerId]:
         """Peers that might be members, seeds last."""
-        known = [peer for peer in self._book if peer not in self._seeds]
-        return [*reversed(known), *self._seeds]
+        return [*(peer for peer in self._book.peers() if peer not in self._seeds), *self._seeds]
 
     async def connected(self) -> list[str]:
         """Addresses of the members that are connected now."""
@@ -379,7 +397,7 @@ class Swarm:
                 announce=self._announce,
                 nat_port_map=self._nat_port_map,
             )
-        except P2PDaemonError as e:
+        except (P2PDaemonError, OSError, asyncio.IncompleteReadError) as e:
             raise LocalError(
                 f"the libp2p sidecar does not start: {e}",
                 "check network.listen and the memory left",
@@ -400,12 +418,9 @@ class Swarm:
             await self._p2p.died.wait()
             log.warning("the libp2p sidecar died; starting it again")
             self.reached_seed.clear()
-            try:
-                async with self._changing:
-                    await self._take_down()
-                    await self._bring_up()
-            except LocalError as e:
-                log.error("%s", e)
+            async with self._changing:
+                restarted = await self._restart()
+            if not restarted:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, LONGEST_RETRY_S)
                 continue
@@ -413,11 +428,31 @@ class Swarm:
             self.sidecar_restarts += 1
             self._redial.set()
 
+    async def _restart(self) -> bool:
+        """A new sidecar and DHT node; False with everything down, to be tried again."""
+        try:
+            await self._take_down()
+            await self._bring_up()
+        except LocalError as e:
+            log.error("%s", e)
+        except Exception:  # e.g. the new one died while handlers were registered: the same again
+            log.exception("the libp2p sidecar was not restarted")
+        else:
+            return True
+        with contextlib.suppress(Exception):
+            await self._p2p.shutdown()  # else a half-started one would pass for a living one
+        return False
+
     async def _keep_bootstrapping(self) -> None:
         delay_s = FIRST_RETRY_S
         while True:
             self._redial.clear()
-            if await self._bootstrap():
+            try:
+                reached = await self._bootstrap()
+            except Exception:  # of a DHT node that is being replaced, or a bug: the loop goes on
+                log.exception("dialling the seeds failed")
+                reached = False
+            if reached:
                 self.reached_seed.set()
                 delay_s = HEALTHY_RETRY_S
             else:
@@ -429,11 +464,12 @@ class Swarm:
 
     async def _bootstrap(self) -> bool:
         """Dial seeds and known members until some answer; whether one did."""
-        targets = list(self._seeds.items())
-        targets += [(peer, known[0]) for peer, known in reversed(self._book.items())][:16]
+        targets = list(self._seeds)
+        members = self._book.newest(DIALLED_TOLD, DIALLED_HEARD)
+        targets += [peer for peer in members if peer not in self._seeds]
         if not targets:
             return True
-        answers = await asyncio.gather(*(self._dial(peer, addr) for peer, addr in targets))
+        answers = await asyncio.gather(*(self._dial(peer) for peer in targets))
         failures = [note for note in answers if note]
         if len(failures) == len(targets):
             self.bootstrap_note = f"no seed answers: {failures[0]}"
@@ -443,19 +479,26 @@ class Swarm:
             await self.dht.find_nearest_nodes([self.dht.node_id])
         return True
 
-    async def _dial(self, peer_id: PeerId, address: str) -> str:
+    async def _dial(self, peer_id: PeerId) -> str:
         """Connect, introduce, ping; why not, or empty."""
+        addresses = self._addresses_of(peer_id)
         try:
             with self._peer_errors(peer_id):
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    await self._connect(peer_id, [address])
+                    await self._connect(peer_id, addresses)
                     await self.introduce(peer_id)
                     pinged = await self.dht.protocol.call_ping(
                         _hivemind_id(peer_id), validate=True, strict=False
                     )
         except PeerError as e:
-            return f"{address}: {e}"
-        return "" if pinged is not None else f"{address}: no answer from its DHT"
+            return f"{addresses[0]}: {e}"
+        return "" if pinged is not None else f"{addresses[0]}: no answer from its DHT"
+
+
+def _undo(done: asyncio.Task[_T], undo: Callable[[_T], None] | None) -> None:
+    """Nobody waits any more: take the outcome, so that it is not complained about."""
+    if not done.cancelled() and done.exception() is None and undo is not None:
+        undo(done.result())
 
 
 def _hivemind_id(peer_id: PeerId) -> PeerID:
