@@ -1,0 +1,82 @@
+"""The trainer is restarted when it dies, and not when it says why it can't go on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from xpeer.errors import ConfigError, LocalError, TrainerError
+from xpeer_daemon import supervisor as supervisor_module
+from xpeer_daemon.supervisor import Supervisor
+
+
+class FakeTrainer:
+    def __init__(self) -> None:
+        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.crash: LocalError | None = None
+
+    def die(self, crash: LocalError | None = None) -> None:
+        self.crash = crash
+        self.exited.set_result(-9)
+
+    async def stop(self, timeout_s: float) -> int:
+        self.exited.set_result(0)
+        return 0
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.made: list[FakeTrainer] = []
+        self.told: asyncio.Queue[Any] = asyncio.Queue()
+        self.refuse = False
+        self.supervisor = Supervisor(dict, self.start)  # type: ignore[arg-type] # a fake
+
+    async def start(self, setup: Any) -> Any:
+        if self.refuse:
+            raise TrainerError("no memory")
+        self.made.append(FakeTrainer())
+        return self.made[-1]
+
+    async def run(self) -> asyncio.Task[None]:
+        await self.supervisor.first_start()
+        return asyncio.create_task(self.supervisor.run(self.told.put))
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    monkeypatch.setattr(supervisor_module, "FIRST_DELAY_S", 0.0)
+    return Rig()
+
+
+async def test_a_dead_trainer_is_replaced_and_counted(rig: Rig):
+    task = await rig.run()
+    rig.made[0].die()
+    assert await rig.told.get() is rig.made[1]
+    assert (rig.supervisor.restarts, rig.supervisor.down_reason) == (1, "")
+    task.cancel()
+
+
+async def test_a_wrong_setting_is_the_nodes_error(rig: Rig):
+    task = await rig.run()
+    rig.made[0].die(ConfigError("data.shard: no text"))
+    with pytest.raises(ConfigError, match="no text"):
+        await task
+    assert len(rig.made) == 1
+
+
+async def test_dying_again_and_again_ends_the_node(rig: Rig):
+    task = await rig.run()
+    rig.refuse = True
+    rig.made[0].die()
+    with pytest.raises(TrainerError, match="times in a row"):
+        await task
+
+
+async def test_a_renewal_is_no_death(rig: Rig):
+    task = await rig.run()
+    await rig.supervisor.renew(1.0)
+    assert await rig.told.get() is rig.made[1]
+    assert rig.supervisor.restarts == 0
+    task.cancel()
