@@ -1,0 +1,259 @@
+"""Slots, pace, objections, and what is remembered of partners; everything around is a fake."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from xpeer.errors import PeerError, Reason, TrainerError
+from xpeer.identity import PeerId
+from xpeer.manifest import Round
+from xpeer.network import matching
+from xpeer.network.exchange import UnresolvedError
+from xpeer.round import Exchanged
+from xpeer.wire.messages import Propose, Terms
+from xpeer_daemon import gossip as gossip_module
+from xpeer_daemon.gossip import Gossip
+
+SWARM = "ab" * 32
+ME, OTHER = PeerId("12D3KooWA"), PeerId("12D3KooWB")
+ROUND = Round(window_steps=10, slot_s=1.0, fragments=5, codec="int8", deadline_s=5)
+
+
+class FakeTrainer:
+    epoch, step, ledger_counter = 7, 0, 3
+
+    def fragment_params(self, fragment: int) -> int:
+        return 100
+
+
+class FakeHost:
+    def __init__(self) -> None:
+        self.trainer: FakeTrainer | None = FakeTrainer()
+        self.live: list[PeerId] = [OTHER]
+        self.no: str | None = None
+        self.is_training, self.is_settled = True, False
+
+    def objection(self) -> str | None:
+        return self.no
+
+    def training(self) -> bool:
+        return self.is_training
+
+    def partners(self) -> list[PeerId]:
+        return self.live
+
+    def settled(self, peer_id: PeerId) -> bool:
+        return self.is_settled
+
+    def declared_rate(self) -> float:
+        return 1.0
+
+
+class FakeProposer:
+    """Logs proposals; answers with an agreement or what `fails` says of a partner."""
+
+    def __init__(self) -> None:
+        self.log: list[PeerId] = []
+        self.done_with: list[tuple[PeerId, bool]] = []
+        self.fails: dict[PeerId, Exception] = {}
+
+    def busy_with(self, peer_id: PeerId) -> bool:
+        return False
+
+    async def propose(self, peer_id: PeerId, desk: Any, **terms: Any) -> Any:
+        self.log.append(peer_id)
+        if peer_id in self.fails:
+            raise self.fails[peer_id]
+        return SimpleNamespace(
+            peer_id=peer_id,
+            slot=terms["slot"],
+            fragment=terms["fragment"],
+            exchange_id=len(self.log),
+        )
+
+    async def done(self, peer_id: PeerId, *, healthy: bool) -> None:
+        self.done_with.append((peer_id, healthy))
+
+
+class Rig:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, me: PeerId = ME) -> None:
+        self.host, self.proposer, self.now = FakeHost(), FakeProposer(), 1000.5
+        self.merged: list[PeerId] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.outcome: Callable[[], Any] = lambda: Exchanged(0.01, 408, 100)
+
+        async def exchange(trainer: Any, agreement: Any, **_: Any) -> Any:
+            return self.outcome()
+
+        monkeypatch.setattr(gossip_module, "exchange", exchange)
+        self.gossip = Gossip(
+            me=me,
+            swarm_id=SWARM,
+            manifest=SimpleNamespace(round=ROUND),  # type: ignore[arg-type] # its round is all
+            host=self.host,  # type: ignore[arg-type] # half of the trainer is never called
+            proposer=self.proposer,  # type: ignore[arg-type] # a fake
+            num_bytes=lambda codec, n: n,
+            clock=lambda: self.now,
+            on_exchanged=lambda peer, slot, fragment, result: self.merged.append(peer),
+            on_skipped=lambda peer, slot, reason, detail: self.skipped.append((peer, reason)),
+        )
+
+    async def slot(self) -> None:
+        """One slot, and what it started."""
+        self.gossip._begin(matching.slot_number(self.now, ROUND.slot_s))
+        await asyncio.gather(*self.gossip._tasks)
+        self.now += ROUND.slot_s
+
+    def proposal(self, **changed: Any) -> Propose:
+        slot = matching.slot_number(self.now, ROUND.slot_s)
+        facts = {
+            "exchange_id": 1, "slot": slot, "codec": "int8", "num_values": 100,
+            "fragment": matching.fragment_of(SWARM, slot, 5), "terms": Terms(1.0, 1, 0),
+        }  # fmt: skip
+        return Propose(**{**facts, **changed})
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    return Rig(monkeypatch)
+
+
+async def test_the_lower_peer_proposes_and_a_merge_is_counted(rig: Rig):
+    await rig.slot()
+    assert rig.proposer.log == [OTHER] == rig.merged
+    assert rig.proposer.done_with == [(OTHER, True)]
+    assert (rig.gossip.exchanges, rig.gossip.values_sent) == (1, 100)
+
+
+async def test_the_higher_peer_waits(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(monkeypatch, me=PeerId("12D3KooWZ"))
+    await rig.slot()
+    assert rig.proposer.log == []
+
+
+async def test_the_pace_is_f_exchanges_in_h_steps(rig: Rig):
+    trainer = rig.host.trainer
+    assert trainer is not None
+    for step in range(10):  # two slots a step: as fast as slots come
+        trainer.step = step
+        await rig.slot()
+        await rig.slot()
+    assert len(rig.merged) == 5
+
+
+async def test_without_steps_every_slot_exchanges(rig: Rig):
+    rig.host.is_training = False
+    for _ in range(4):
+        await rig.slot()
+    assert len(rig.merged) == 4
+
+
+async def test_a_refusal_is_counted_and_the_next_partner_asked(rig: Rig):
+    third = PeerId("12D3KooWC")
+    rig.host.live = [OTHER, third]
+    for peer in rig.host.live:
+        rig.proposer.fails[peer] = PeerError(Reason.PAUSED)
+    while not rig.proposer.log:
+        await rig.slot()  # until we are not the one left over
+    assert sorted(rig.proposer.log) == [OTHER, third]
+    assert [reason for _, reason in rig.skipped] == [Reason.PAUSED] * 2
+    assert rig.merged == []
+
+
+async def test_alone_is_a_reason_and_nothing_is_proposed(rig: Rig):
+    rig.host.live = []
+    await rig.slot()
+    assert rig.skipped == [("", Reason.NO_PARTNER)]
+
+
+async def test_nothing_happens_while_the_host_objects_or_all_is_settled(rig: Rig):
+    rig.host.no = Reason.PAUSED
+    await rig.slot()
+    rig.host.no, rig.host.is_settled = None, True
+    await rig.slot()
+    assert rig.proposer.log == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PeerError(Reason.TRUNCATED), Reason.TRUNCATED),
+        (TrainerError("it died"), Reason.TRAINER_RESTARTED),
+        (UnresolvedError(1), Reason.CLOSED),
+    ],
+)
+async def test_a_failed_exchange_drops_the_link_and_has_a_reason(rig: Rig, error, reason):
+    def fail() -> None:
+        raise error
+
+    rig.outcome = fail
+    await rig.slot()
+    assert rig.skipped == [(OTHER, reason)]
+    assert rig.proposer.done_with == [(OTHER, False)]
+    assert rig.merged == []
+    told = rig.gossip.terms(OTHER).unresolved
+    assert told == ([1] if isinstance(error, UnresolvedError) else [])
+    assert rig.gossip.terms(OTHER).unresolved == []  # told once
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"slot": 1}, Reason.WRONG_SLOT),
+        ({"slot": 10**9}, Reason.WRONG_SLOT),
+        ({"fragment": 6}, Reason.WRONG_SLOT),
+        ({"codec": "float32"}, Reason.WRONG_CODEC),
+        ({"num_values": 101}, Reason.WRONG_MODEL),
+    ],
+)
+def test_objections_to_a_proposal(rig: Rig, changed, reason):
+    assert rig.gossip.objection(OTHER, rig.proposal(**changed)) == reason
+
+
+def test_objections_of_the_host(rig: Rig):
+    rig.host.no = Reason.PAUSED
+    assert rig.gossip.objection(OTHER, rig.proposal()) == Reason.PAUSED
+    rig.host.no, rig.host.is_settled = None, True
+    assert rig.gossip.objection(OTHER, rig.proposal()) == Reason.NOT_DUE
+    rig.host.trainer = None
+    assert rig.gossip.objection(OTHER, rig.proposal()) == Reason.NOT_READY
+
+
+async def test_a_proposal_seen_before_or_of_a_fragment_in_flight_is_refused(rig: Rig):
+    first = rig.proposal()
+    agreement: Any = SimpleNamespace(
+        peer_id=OTHER, slot=first.slot, fragment=first.fragment, exchange_id=1
+    )
+    inside: list[str | None] = []
+
+    def look() -> Any:
+        inside.append(rig.gossip.objection(PeerId("12D3KooWC"), rig.proposal()))
+        return Exchanged(0.01, 408, 100)
+
+    rig.outcome = look
+    rig.host.is_training = False
+    await rig.gossip.take_part(agreement)
+    assert inside == [Reason.BUSY]
+    assert rig.gossip.objection(OTHER, rig.proposal(exchange_id=1)) == Reason.REPLAYED
+
+
+async def test_a_merge_that_the_partner_did_not_make_is_counted_once(rig: Rig):
+    await rig.slot()
+    theirs = Terms(1.0, 1, 0, [1, 99])
+    rig.gossip.settled_before(OTHER, theirs)
+    rig.gossip.settled_before(OTHER, theirs)
+    assert rig.gossip.one_sided == 1
+
+
+def test_a_ledger_that_goes_back_is_refused_across_restarts(rig: Rig):
+    rig.gossip.remember(OTHER, 5)
+    rig.gossip.settled_before(OTHER, Terms(1.0, 1, 6))
+    with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
+        rig.gossip.settled_before(OTHER, Terms(1.0, 1, 5))
+    assert rig.gossip.highest_counter(OTHER) == 6
