@@ -217,6 +217,14 @@ class Child:
         except TrainerError as e:  # a broken frame: nothing after it can be understood
             self.crash = e
             self._kill_group()
+        except asyncio.CancelledError:  # the loop is being closed: no child outlives it
+            self._kill_group()
+            raise
+        finally:
+            await self._bury(output)
+
+    async def _bury(self, output: asyncio.Task[None]) -> None:
+        """Nobody waits for ever, even if the loop is being closed."""
         status = await self._end_of_process()
         self._gone = True
         died = self._died(status)

@@ -110,8 +110,6 @@ class TrainerProcess:
         trainer.device, trainer.engine = ready.device, ready.engine
         trainer.ledger_counter = max(trainer.ledger_counter, ready.ledger_counter)
         trainer.resumed = ready.resumed
-        if trainer.state == "starting":  # the first event is on its way
-            trainer.progress = Progress(step=ready.step)
         return trainer
 
     @property

@@ -68,7 +68,7 @@ class LocalTrainer:
         self.optimiser = make_optimiser(manifest, parameters)
         fragments = Fragments(parameters.num_params, manifest.round.fragments, swarm_id)
         self.exchanges = Exchanges(parameters, fragments, manifest.round.codec, mechanism)
-        self.on_step: Callable[[], None] = _nothing
+        self.on_step: Callable[[float], None] = lambda _rest_s: None
         self.on_state: Callable[[], None] = _nothing
         self.seconds_blocked = 0.0
         self.seconds_boundary = 0.0
@@ -256,12 +256,14 @@ class LocalTrainer:
         now = time.monotonic()
         self.counters.seconds += now - began
         self._window(now)
-        self.on_step()
+        rest_s = 0.0
+        if self.state == "training" and self._throttle < 1.0:
+            rest_s = (time.monotonic() - began) * (1.0 - self._throttle) / self._throttle
+        self.on_step(rest_s)
         if self.state != "training":
             self.on_state()
-        elif self._throttle < 1.0:
-            worked = time.monotonic() - began
-            self._rest(worked * (1.0 - self._throttle) / self._throttle)
+        elif rest_s:
+            self._rest(rest_s)
 
     def _permit(self) -> bool:
         """Have at least one charged step, or learn that the budget is spent.

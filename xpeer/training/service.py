@@ -100,6 +100,7 @@ class Service:
 
     def announce(self) -> None:
         """Tell the daemon that the trainer is ready."""
+        self._tell_all()  # first, so that the daemon has its counters when it is ready
         made = self._assembled
         self._channel.send(
             Ready(
@@ -114,7 +115,6 @@ class Service:
                 notes=made.notes,
             )
         )
-        self._tell_all()
 
     def handle(self, request: Request) -> None:
         """Take a command, on the receiving thread; returns at once."""
@@ -185,11 +185,11 @@ class Service:
         self._tell_all()
         return Losses(public, validation)
 
-    def _after_step(self) -> None:
+    def _after_step(self, rest_s: float) -> None:
         now = time.monotonic()
         if self._trainer.counters.window != self._told_window:
             self._tell_all()
-        elif now - self._told_at >= _PROGRESS_EVERY_S:
+        elif max(now - self._told_at, rest_s) >= _PROGRESS_EVERY_S:
             self._send_progress(None)
         if now - self._saved_at >= self._checkpoint_every_s and not self._saving:
             self._saving = True
