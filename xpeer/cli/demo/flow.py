@@ -26,8 +26,8 @@ SEQUENCE_TOKENS = 128
 BATCH_RECORDS = 48
 SHARD_BYTES = 4_000_000
 HELD_OUT_RECORDS = 128
-SWARM_RATE = 4e-3
-ALONE_RATES = (2e-3, 4e-3)
+SWARM_RATE = 6e-3
+ALONE_RATES = (4e-3, 6e-3)
 """A lone peer gets the better of these; the swarm's rate is fixed beforehand."""
 SPEEDS = {"python": 1.0, "headers": 1.0, "licences": 0.5}
 PRIVATE_OVERHEAD = 1.3
