@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from xpeer.errors import PeerError, Reason, TrainerError
+from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import matching
@@ -27,6 +27,10 @@ PROPOSAL_TIMEOUT_S = 10.0
 MAX_FALLBACKS = 2
 REMEMBERED = 256
 """Exchange ids per partner, for one-sided merges and replays."""
+MAX_PARTNERS = 4096
+PATIENT_SLOTS = 2
+"""Slots that we were due without an exchange before a partner that is not the slot's may propose:
+else one that proposes all the time would be the only one that we ever meet."""
 
 
 ORDINARY = frozenset({Reason.NO_PARTNER, Reason.NOT_DUE, Reason.BUSY})
@@ -89,6 +93,8 @@ class Record:
     merged: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     unresolved: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_UNRESOLVED))
     seen: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    last_slot: int = -1
+    """Of the last exchange: there is one for a pair and slot."""
 
 
 class Gossip(Desk):
@@ -131,6 +137,7 @@ class Gossip(Desk):
         self._in_flight: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_start: tuple[int, float] | None = None  # (step, clock)
+        self._idle_slots = 0
         self.partners: dict[PeerId, Record] = {}
         self.failures: Counter[str] = Counter()
         self.exchanges = 0
@@ -165,7 +172,9 @@ class Gossip(Desk):
     def _begin(self, slot: int) -> None:
         partners = self._host.partners()
         if self._host.objection() is not None or not self._due():
+            self._idle_slots = 0
             return
+        self._idle_slots += 1
         candidates = matching.partner(self._swarm_id, slot, [*partners, self._me], self._me)
         if not candidates:
             if not partners:  # with an odd number of peers, one is left over in every slot
@@ -177,7 +186,12 @@ class Gossip(Desk):
         if ours and ours[0] == candidates[0]:
             task = asyncio.create_task(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("an exchange ended by an error of ours", exc_info=error)
 
     async def _propose(self, slot: int, candidates: list[PeerId]) -> None:
         trainer = self._host.trainer
@@ -212,8 +226,10 @@ class Gossip(Desk):
         peer_id, slot = agreement.peer_id, agreement.slot
         record = self._record(peer_id)
         record.seen.append(agreement.exchange_id)
+        record.last_slot = max(record.last_slot, slot)
         self._in_flight.add(agreement.fragment)
         self._last_start = (trainer.step, self._clock())
+        self._idle_slots = 0
         try:
             result = await exchange(
                 trainer,
@@ -228,7 +244,7 @@ class Gossip(Desk):
         except PeerError as e:
             self._skip(peer_id, slot, e.reason, e.detail)
             return False
-        except TrainerError as e:
+        except LocalError as e:  # the trainer died, or reaches no step boundary
             self._skip(peer_id, slot, Reason.TRAINER_RESTARTED, str(e))
             return False
         finally:
@@ -276,12 +292,21 @@ class Gossip(Desk):
             return Reason.WRONG_CODEC
         if proposal.num_values != trainer.fragment_params(fragment):
             return Reason.WRONG_MODEL
-        if proposal.exchange_id in self._record(peer_id).seen:
+        record = self._record(peer_id)
+        if proposal.exchange_id in record.seen or proposal.slot <= record.last_slot:
             return Reason.REPLAYED
         if fragment in self._in_flight:
             return Reason.BUSY
-        due = self._due() and not self._host.settled(peer_id)
-        return None if due else Reason.NOT_DUE
+        if not self._due() or self._host.settled(peer_id):
+            return Reason.NOT_DUE
+        if self._idle_slots < PATIENT_SLOTS and not self._matched(peer_id, proposal.slot):
+            return Reason.NOT_DUE
+        return None
+
+    def _matched(self, peer_id: PeerId, slot: int) -> bool:
+        """Whether the slot's matching, as we see it, pairs us."""
+        members = {*self._host.partners(), self._me, peer_id}
+        return matching.partner(self._swarm_id, slot, members, self._me)[:1] == [peer_id]
 
     def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
         """Count merges that the partner reports as one-sided, and watch its ledger."""
@@ -320,7 +345,12 @@ class Gossip(Desk):
         return window_s is not None and (self._clock() - started) * fragments >= window_s
 
     def _record(self, peer_id: PeerId) -> Record:
-        return self.partners.setdefault(peer_id, Record())
+        record = self.partners.get(peer_id)
+        if record is None:
+            record = self.partners[peer_id] = Record()
+            if len(self.partners) > MAX_PARTNERS:
+                del self.partners[next(iter(self.partners))]
+        return record
 
     def _skip(self, peer_id: PeerId | str, slot: int, reason: str, detail: str = "") -> None:
         self.failures[reason] += 1

@@ -24,7 +24,7 @@ from typing import Protocol
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId, blake2b
 from xpeer.network.link import Link, RefusedError
-from xpeer.network.membership import Membership
+from xpeer.network.membership import Membership, Scope
 from xpeer.update import CompressedUpdate, PeerUpdate
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
 from xpeer.wire.session import Handshake, Purpose
@@ -32,6 +32,8 @@ from xpeer.wire.session import Handshake, Purpose
 PROTOCOL = "xpeer/exchange/1"
 IDLE_TIMEOUT_S = 900.0
 """A link without a proposal for this long is closed."""
+PROPOSAL_INTERVAL_S = 0.05
+"""At most so often a partner's next proposal is read: honest ones come once a slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,14 @@ class Party:
     membership: Membership
 
     def handshake(self, partner: PeerId, purpose: Purpose, *, initiator: bool) -> Handshake:
-        """A fresh handshake with this partner."""
+        """A fresh handshake with this partner.
+
+        Raises:
+            PeerError: it may not take this part (NOT_A_MEMBER): only members exchange and give
+                state; observers may read it.
+        """
+        reads = purpose == "state" and not initiator
+        self.require(partner, "observer" if reads else "member")
         return Handshake(
             self.identity,
             partner,
@@ -57,6 +66,15 @@ class Party:
             purpose=purpose,
             initiator=initiator,
         )
+
+    def require(self, partner: PeerId, scope: Scope) -> None:
+        """Check the partner's certificate, which may have expired since its link was opened.
+
+        Raises:
+            PeerError: NOT_A_MEMBER.
+        """
+        if not self.membership.allows(partner, scope):
+            raise PeerError(Reason.NOT_A_MEMBER, f"its certificate does not allow {scope}")
 
 
 class Dialler(Protocol):
@@ -217,7 +235,7 @@ class Proposer:
         except TimeoutError as e:
             await self.done(peer_id, healthy=False)
             raise PeerError(Reason.TIMEOUT, "no answer to the proposal") from e
-        except (PeerError, asyncio.CancelledError):
+        except BaseException:
             await self.done(peer_id, healthy=False)
             raise
         return Agreement(
@@ -250,13 +268,13 @@ class Proposer:
     async def _link(self, peer_id: PeerId, timeout_s: float) -> Link:
         link = self._links.get(peer_id)
         if link is not None and not link.closed:
+            self._party.require(peer_id, "member")
             return link
         link = await self._dialler.open_link(peer_id, PROTOCOL, timeout_s)
         try:
-            await link.connect(
-                self._party.handshake(peer_id, "exchange", initiator=True), initiator=True
-            )
-        except (PeerError, asyncio.CancelledError):
+            handshake = self._party.handshake(peer_id, "exchange", initiator=True)
+            await link.connect(handshake, initiator=True)
+        except BaseException:
             link.abort()
             raise
         self._links[peer_id] = link
@@ -283,7 +301,9 @@ def answering(
                 proposal = await link.receive(IDLE_TIMEOUT_S)
                 if not isinstance(proposal, Propose):
                     raise PeerError(Reason.MALFORMED, "a proposal was due")
+                party.require(link.peer_id, "member")
                 await _answer(link, proposal)
+                await asyncio.sleep(PROPOSAL_INTERVAL_S)
         finally:
             link.abort()
 

@@ -8,6 +8,7 @@ session opens with a wrong key, and the joiner asks another member.
 from __future__ import annotations
 
 import logging
+import time
 
 import msgspec
 from msgspec import Struct
@@ -62,7 +63,12 @@ async def request(
         NotAuthorisedError: it refused: our right to join has expired.
     """
     sealed = await swarm.call(member, PROTOCOL, b"", CALL_TIMEOUT_S)
+    if not swarm.membership.allows(member, "observer"):
+        raise PeerError(Reason.NOT_A_MEMBER, f"{member[-8:]} has shown no certificate of a member")
     if not sealed:
+        own = swarm.membership.own
+        if own is not None and swarm.membership.may_join(own.verify(swarm_id, time.time())):
+            raise PeerError(Reason.REFUSED, f"{member[-8:]} says that our right to join is over")
         raise NotAuthorisedError(
             "the right to join has expired", "ask an admin for a new token (`xpeer invite create`)"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -22,6 +23,13 @@ from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_s
 PROTOCOL = "xpeer/state/1"
 PREPARE_TIMEOUT_S = 300.0
 """The donor takes its snapshot at a step boundary, and a step of a large model is long."""
+GIVE_TIMEOUT_S = 600.0
+"""For one donation: a reader that takes a byte now and then holds a copy of all parameters."""
+PAUSE_S = 10.0
+"""Between two donations to the same peer: each costs the trainer a copy."""
+MAX_LOSS_PUBLIC = 20.0
+"""Nats per token; guessing among a million tokens makes 14. A donor that claims more could pass
+anything off as what it claimed."""
 
 
 class Source(Protocol):
@@ -41,7 +49,15 @@ def serving(
         source: the trainer, or None while there is nothing to give.
         max_donations: at the same time; more are refused.
     """
-    slots = asyncio.Semaphore(max_donations)
+    last: dict[PeerId, float] = {}  # one entry per peer that was given to within PAUSE_S
+    giving: set[PeerId] = set()
+
+    def has_turn(peer_id: PeerId) -> bool:
+        now = time.monotonic()
+        for peer, ended in list(last.items()):
+            if now - ended >= PAUSE_S:
+                del last[peer]
+        return peer_id not in last and peer_id not in giving and len(giving) < max_donations
 
     async def handle(link: Link) -> None:
         try:
@@ -50,10 +66,17 @@ def serving(
             if not isinstance(await link.receive(), StateRequest):
                 raise PeerError(Reason.MALFORMED, "a state request was due")
             trainer = source()
-            if trainer is None or slots.locked():
+            if trainer is None or not has_turn(link.peer_id):
                 return  # the joiner sees a closed link and asks another member
-            async with slots:
-                await _give(party, link, await trainer.export_state())
+            giving.add(link.peer_id)
+            try:
+                async with asyncio.timeout(GIVE_TIMEOUT_S):
+                    await _give(party, link, await trainer.export_state())
+            except TimeoutError as e:
+                raise PeerError(Reason.TIMEOUT, "the joiner takes too long") from e
+            finally:
+                giving.discard(link.peer_id)
+                last[link.peer_id] = time.monotonic()
         finally:
             await link.close()
 
@@ -125,3 +148,5 @@ def _check_offer(party: Party, donor: PeerId, offer: StateOffer, num_params: int
         )
     if not math.isfinite(offer.loss_public):
         raise PeerError(Reason.NOT_FINITE, "the donor's own loss is not finite")
+    if offer.loss_public > MAX_LOSS_PUBLIC:
+        raise PeerError(Reason.REFUSED, f"the donor's own loss is {offer.loss_public:.3g}")

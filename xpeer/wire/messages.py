@@ -18,6 +18,9 @@ MAX_MESSAGE_BYTES = 8 << 10
 MAX_UNRESOLVED = 16
 
 Id = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Step = Annotated[int, Meta(ge=0, lt=1 << 40)]
+"""A schedule has to survive any step that a donor claims: 2**40 steps are 34,000 years of one a
+second."""
 Size = Annotated[int, Meta(ge=0, lt=1 << 48)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Code = Annotated[str, Meta(max_length=32, pattern="^[a-z0-9-]+$")]
@@ -88,7 +91,7 @@ class StateOffer(Message, frozen=True):
     """The donor's parameters follow, flat float32 little endian; it stands by digest and loss."""
 
     num_params: Size
-    step: Id
+    step: Step
     loss_public: float
     digest: Digest
     signature: Annotated[bytes, Meta(min_length=64, max_length=64)]

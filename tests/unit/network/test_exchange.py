@@ -13,7 +13,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId, blake2b
 from xpeer.network.exchange import Party, Proposer, UnresolvedError, answering
 from xpeer.network.link import Link
-from xpeer.network.membership import Membership
+from xpeer.network.membership import Membership, Scope
 from xpeer.round import exchange
 from xpeer.update import CompressedUpdate, PeerUpdate, PrivacyStamp
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
@@ -73,8 +73,15 @@ class FakeDesk:
         self.outcome.set_result(result)
 
 
+class Everybody(Membership):
+    """Certificates are another test's subject."""
+
+    def allows(self, peer_id: str, scope: Scope) -> bool:
+        return True
+
+
 def party(identity: Identity) -> Party:
-    return Party(identity, SWARM, b"k" * 32, b"m" * 32, 1, Membership(SWARM, None))
+    return Party(identity, SWARM, b"k" * 32, b"m" * 32, 1, Everybody(SWARM, None))
 
 
 @pytest.fixture
