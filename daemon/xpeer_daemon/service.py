@@ -69,10 +69,6 @@ def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
         raise NotAuthorisedError(
             "the certificate is for a bootstrap node", "use it with `xpeer bootstrap --join`"
         )
-    if certificate.role != "observer":
-        data = config.data
-        setting = "data.corpus" if data.corpus else "data.shard"
-        require_text(data.corpus or data.shard, data.text_field, setting)
     resolve_listen(config.network.listen)
     for seed in config.network.bootstrap:
         peer_of(seed)
@@ -80,6 +76,10 @@ def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
     if home.manifest.exists():
         SignedManifest.load(home.manifest).open()
         founding.load_swarm_key(home)
+    if certificate.role != "observer":
+        data = config.data
+        setting = "data.corpus" if data.corpus else "data.shard"
+        require_text(data.corpus or data.shard, data.text_field, setting)
 
 
 def run(

@@ -42,6 +42,10 @@ def founded(path: Path, name: str = "demo") -> Home:
     return home
 
 
+TEXT = ("--shard", __file__)
+"""Any text will do where the shard is not what is wrong."""
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return founded(tmp_path / "home")
@@ -262,7 +266,7 @@ def test_a_good_token_is_not_used_up_by_a_dry_run(home: Home, tmp_path: Path) ->
     with unchanged(joiner.path):
         result = xpeer(
             joiner, "start", "--join", token(home, me), "--dry-run",
-            "--listen", "/ip4/127.0.0.1/tcp/0",
+            "--listen", "/ip4/127.0.0.1/tcp/0", *TEXT,
         )  # fmt: skip
     assert result.exit_code == ExitCode.OK, result.stderr
     assert result.stdout == ""
@@ -270,7 +274,7 @@ def test_a_good_token_is_not_used_up_by_a_dry_run(home: Home, tmp_path: Path) ->
 
 def test_dry_run_of_a_good_home(home: Home) -> None:
     with unchanged(home.path):
-        result = xpeer(home, "start", "--bootstrap", "--bootstrap", SEED, "--dry-run")
+        result = xpeer(home, "start", "--bootstrap", "--bootstrap", SEED, "--dry-run", *TEXT)
     assert result.exit_code == ExitCode.OK, result.stderr
 
 
@@ -323,4 +327,5 @@ def test_port_taken(home: Home, dry: bool) -> None:
 
 def test_second_daemon_on_a_home(home: Home) -> None:
     with HomeLock.acquire(home), unchanged(home.path):
-        refused(xpeer(home, "start"), ExitCode.ERROR, f"pid {os.getpid()}", "--home")
+        result = xpeer(home, "start", *TEXT)
+        refused(result, ExitCode.ERROR, f"pid {os.getpid()}", "--home")
