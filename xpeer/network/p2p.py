@@ -23,6 +23,8 @@ from typing import Any, Protocol
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+from hivemind.proto import p2pd_pb2
 
 from xpeer.errors import Reason
 from xpeer.identity import PeerId
@@ -240,6 +242,24 @@ class GatedP2P(P2P):
         self._require_sidecar()
         reply: bytes = await self._client.call_unary_handler(peer, name, request)
         return reply[:1] == _OK, reply[1:]
+
+    async def open_stream(
+        self, peer: PeerID, name: str
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A raw stream to a peer's handler. hivemind's own leaks a socket whenever it fails."""
+        self._require_sidecar()
+        reader, writer = await self._client.control.daemon_connector.open_connection()
+        try:
+            asked = p2pd_pb2.StreamOpenRequest(peer=peer.to_bytes(), proto=[name])
+            kind = p2pd_pb2.Request.STREAM_OPEN
+            await write_pbmsg(writer, p2pd_pb2.Request(type=kind, streamOpen=asked))
+            response = p2pd_pb2.Response()
+            await read_pbmsg_safe(reader, response)
+            raise_if_failed(response)
+        except BaseException:
+            writer.transport.abort()
+            raise
+        return reader, writer
 
     async def _call_unary_protobuf_handler(
         self, peer_id: PeerID, handle_name: str, input: Any, output_protobuf_type: Any

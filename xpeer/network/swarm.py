@@ -10,10 +10,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from hivemind.p2p import PeerID
@@ -50,7 +49,6 @@ DIALLED_TOLD, DIALLED_HEARD = 12, 4
 """Members that are dialled beside the seeds: that spoke for themselves, or known by hearsay."""
 
 LinkHandler = Callable[[Link], Awaitable[None]]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Swarm:
         self._limit = present.RateLimit()
         self._redial = asyncio.Event()
         self._background: list[asyncio.Task[None]] = []
-        self._dials: set[asyncio.Task[Any]] = set()
+        self._dials: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
         for seed in self._seeds:
             membership.trust_seed(seed)
@@ -253,10 +251,7 @@ class Swarm:
             async with asyncio.timeout(timeout_s):
                 await self._reach(peer_id)
                 await self.introduce(peer_id)
-                if self._p2p.died.is_set():
-                    raise PeerError(Reason.SIDECAR_DOWN)
-                opening = self._p2p.call_binary_stream_handler(_hivemind_id(peer_id), protocol)
-                _, reader, writer = await self._whole(opening, lambda opened: opened[2].close())
+                reader, writer = await self._p2p.open_stream(_hivemind_id(peer_id), protocol)
         return Link(peer_id, reader, writer, meter=self.meter)
 
     @contextlib.contextmanager
@@ -287,27 +282,17 @@ class Swarm:
         return [*([seed] if seed else []), *self._book.of(peer_id)]
 
     async def _connect(self, peer_id: PeerId, addresses: list[str]) -> None:
-        """Have the sidecar dial."""
+        """Have the sidecar dial. hivemind leaks a socket when this is cancelled: so it is not."""
         maddrs = [Multiaddr(without_peer(address)) for address in addresses]
-        await self._whole(self._p2p._client.connect(_hivemind_id(peer_id), maddrs))
+        dial = asyncio.ensure_future(self._p2p._client.connect(_hivemind_id(peer_id), maddrs))
+        self._dials.add(dial)
+        dial.add_done_callback(self._dialled)
+        await asyncio.shield(dial)
 
-    async def _whole(
-        self, request: Coroutine[Any, Any, _T], undo: Callable[[_T], None] | None = None
-    ) -> _T:
-        """Ask the sidecar. hivemind leaks a socket when this is cancelled: so it is not.
-
-        Args:
-            request: of the sidecar.
-            undo: what to do with an answer that nobody waits for any more.
-        """
-        task = asyncio.ensure_future(request)
-        self._dials.add(task)
-        task.add_done_callback(self._dials.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(lambda done: _undo(done, undo))
-            raise
+    def _dialled(self, dial: asyncio.Task[None]) -> None:
+        self._dials.discard(dial)
+        if not dial.cancelled():
+            dial.exception()  # whoever waited for it has heard; nobody else wants to
 
     # The gate (p2p.Gate)
 
@@ -493,12 +478,6 @@ class Swarm:
         except PeerError as e:
             return f"{addresses[0]}: {e}"
         return "" if pinged is not None else f"{addresses[0]}: no answer from its DHT"
-
-
-def _undo(done: asyncio.Task[_T], undo: Callable[[_T], None] | None) -> None:
-    """Nobody waits any more: take the outcome, so that it is not complained about."""
-    if not done.cancelled() and done.exception() is None and undo is not None:
-        undo(done.result())
 
 
 def _hivemind_id(peer_id: PeerId) -> PeerID:
