@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -22,7 +21,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from xpeer.errors import LocalError, PeerError, Reason, known_reason
 from xpeer.identity import Identity, PeerId
-from xpeer.network import present
+from xpeer.network import present, serving
 from xpeer.network.addresses import (
     AddressBook,
     check_address,
@@ -34,6 +33,7 @@ from xpeer.network.dht import OwnerSigned, start_node
 from xpeer.network.link import Link, Meter
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.p2p import CallHandler, GatedP2P
+from xpeer.network.serving import LinkHandler, Served
 
 log = logging.getLogger("xpeer.network")
 
@@ -47,17 +47,6 @@ INTRODUCED_S = 30.0
 MAX_INTRODUCED = 4096
 DIALLED_TOLD, DIALLED_HEARD = 12, 4
 """Members that are dialled beside the seeds: that spoke for themselves, or known by hearsay."""
-
-LinkHandler = Callable[[Link], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class _Served:
-    protocol: str
-    scope: Scope | None
-    call: CallHandler | None = None
-    link: LinkHandler | None = None
-    max_request: int = 0
 
 
 class Swarm:
@@ -97,7 +86,7 @@ class Swarm:
         self._announce = announce
         self._seeds = {peer_of(seed): seed for seed in seeds}
         self._nat_port_map = nat_port_map
-        self._served: list[_Served] = []
+        self._served: list[Served] = []
         self._book = AddressBook(identity.peer_id)
         self._introduced: dict[PeerId, float] = {}
         self._introducing: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
@@ -168,52 +157,21 @@ class Swarm:
 
     async def serve_links(self, protocol: str, handler: LinkHandler, scope: Scope) -> None:
         """Answer streams that partners open; an error ends the stream and nothing else."""
-        await self._serve(_Served(protocol, scope, link=handler))
+        await self._serve(Served(protocol, scope, link=handler))
 
     async def serve_call(
         self, protocol: str, handler: CallHandler, scope: Scope | None, max_request: int
     ) -> None:
         """Answer calls of at most `max_request` bytes; scope None is open to strangers."""
-        await self._serve(_Served(protocol, scope, call=handler, max_request=max_request))
+        await self._serve(Served(protocol, scope, call=handler, max_request=max_request))
 
-    async def _serve(self, served: _Served) -> None:
+    async def _serve(self, served: Served) -> None:
         self._served.append(served)
         if hasattr(self, "_p2p"):
             await self._register(served)
 
-    async def _register(self, served: _Served) -> None:
-        if served.call is not None:
-            call = self._metered(served.call)
-            await self._p2p.serve_call(served.protocol, call, served.scope, served.max_request)
-        elif served.link is not None and served.scope is not None:
-            stream = self._linked(served.link)
-            await self._p2p.serve_stream(served.protocol, stream, served.scope)
-
-    def _metered(self, handler: CallHandler) -> CallHandler:
-        async def call(peer_id: PeerId, request: bytes) -> bytes:
-            reply = await handler(peer_id, request)
-            self.meter.bytes_in += len(request)
-            self.meter.bytes_out += len(reply)
-            return reply
-
-        return call
-
-    def _linked(
-        self, handler: LinkHandler
-    ) -> Callable[[PeerId, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
-        async def serve(
-            peer_id: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-        ) -> None:
-            try:
-                await handler(Link(peer_id, reader, writer, meter=self.meter))
-            except PeerError as e:
-                log.debug("link from %s ended: %s", peer_id[-8:], e)
-            except LocalError as e:
-                log.warning("link from %s ended by a fault of ours: %s", peer_id[-8:], e)
-            except Exception:  # a bug of ours costs this link, and is seen
-                log.exception("link from %s ended by an error of ours", peer_id[-8:])
-
-        return serve
+    async def _register(self, served: Served) -> None:
+        await serving.register(self._p2p, served, self.meter)
 
     # Calling
 

@@ -1,0 +1,186 @@
+"""Members that ask too much: proposals, donations, counters, reason codes; with fakes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from tests.unit.network.test_exchange import party
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import Domain, Identity, PeerId, blake2b
+from xpeer.network import matching, state
+from xpeer.network.link import Link
+from xpeer.update import ModelState
+from xpeer.wire.messages import Propose, StateOffer, Terms, decode, encode, state_statement
+from xpeer_daemon.gossip import PATIENT_SLOTS, Gossip
+
+SWARM = "ab" * 32
+
+
+class FakeTrainer:
+    epoch, ledger_counter, step = 1, 0, 0
+
+    def fragment_params(self, fragment: int) -> int:
+        return 100
+
+
+class FakeHost:
+    def __init__(self, partners: list[PeerId]) -> None:
+        self.trainer = FakeTrainer()
+        self.others = partners
+
+    def objection(self) -> None:
+        return None
+
+    def training(self) -> bool:
+        return True
+
+    def partners(self) -> list[PeerId]:
+        return self.others
+
+    def settled(self, peer_id: PeerId) -> bool:
+        return False
+
+    def declared_rate(self) -> float:
+        return 1.0
+
+
+class Rules:
+    fragments, codec, slot_s, window_steps, window_s = 4, "int8", 1.0, 8, None
+    deadline_s, weighting = 30.0, "equal"
+
+
+def gossip_of(me: PeerId, partners: list[PeerId], now: list[float]) -> Gossip:
+    manifest: Any = type("Manifest", (), {"round": Rules()})()
+    return Gossip(
+        me=me,
+        swarm_id=SWARM,
+        manifest=manifest,
+        host=cast(Any, FakeHost(partners)),
+        proposer=cast(Any, type("None", (), {"busy_with": lambda self, peer: True})()),
+        num_bytes=lambda codec, n: n,
+        clock=lambda: now[0],
+        on_exchanged=lambda *a: None,
+        on_skipped=lambda *a: None,
+    )
+
+
+def proposal(slot: int, exchange_id: int = 1) -> Propose:
+    fragment = matching.fragment_of(SWARM, slot, Rules.fragments)
+    return Propose(exchange_id, slot, fragment, "int8", 100, Terms(1.0, 1, 0))
+
+
+@pytest.fixture
+def members() -> list[PeerId]:
+    return sorted(Identity.generate().peer_id for _ in range(6))
+
+
+def test_a_member_that_proposes_all_the_time_gets_its_own_slots_only(members):
+    me, bad, now = members[-1], members[0], [1000.0]
+    gossip = gossip_of(me, members[:-1], now)
+    accepted = []
+    for slot in range(1000, 1040):
+        now[0] = float(slot)
+        for ahead in range(-8, 9):  # whichever slot suits it
+            if gossip.objection(bad, proposal(slot + ahead, slot * 100 + ahead)) is None:
+                gossip._record(bad).last_slot = slot + ahead
+                accepted.append(slot + ahead)
+    assert 0 < len(accepted) <= 20  # 1 in 5, not all 40 slots and not 17 in each
+    assert all(bad == matching.partner(SWARM, s, members, me)[0] for s in accepted)
+    assert len(set(accepted)) == len(accepted)
+
+
+def test_a_fallback_is_welcome_once_our_own_partner_did_not_come(members):
+    me, now = members[-1], [1000.0]
+    gossip = gossip_of(me, members[:-1], now)
+    slot = next(s for s in range(1000, 1100) if matching.partner(SWARM, s, members, me))
+    now[0] = float(slot)
+    matched = matching.partner(SWARM, slot, members, me)[0]
+    other = next(m for m in members[:-1] if m != matched)
+    assert gossip.objection(other, proposal(slot)) == Reason.NOT_DUE
+    assert gossip.objection(matched, proposal(slot)) is None
+    for earlier in range(PATIENT_SLOTS):
+        gossip._begin(slot - PATIENT_SLOTS + earlier)
+    assert gossip.objection(other, proposal(slot)) is None
+
+
+def test_a_counter_that_jumps_hurts_the_liar_alone(members):
+    gossip = gossip_of(members[-1], members[:-1], [1000.0])
+    top = (1 << 63) - 1
+    gossip.settled_before(members[0], Terms(1.0, 1, top))
+    with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
+        gossip.settled_before(members[0], Terms(1.0, 1, 5))
+    gossip.settled_before(members[1], Terms(1.0, 1, 5))
+    assert gossip.highest_counter(members[1]) == 5
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0, 0.0, 1e7])
+def test_weights_out_of_bounds_are_malformed(weight):
+    raw = msgspec.msgpack.decode(encode(proposal(1)))
+    raw["terms"]["weight"] = weight
+    with pytest.raises(PeerError, match=Reason.MALFORMED):
+        decode(msgspec.msgpack.encode(raw))
+
+
+@pytest.mark.parametrize("step", [1 << 62, 1 << 40, -1])
+def test_a_donor_can_not_claim_any_step(step):
+    offer = StateOffer(1, 0, 1.0, bytes(32), bytes(64))
+    raw = {**msgspec.msgpack.decode(encode(offer)), "step": step}
+    with pytest.raises(PeerError, match=Reason.MALFORMED):
+        decode(msgspec.msgpack.encode(raw))
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"), [(1e9, Reason.REFUSED), (math.inf, Reason.NOT_FINITE), (3.0, "")]
+)
+def test_a_donor_can_not_claim_any_loss(loss, reason):
+    donor, joiner = Identity.generate(), party(Identity.generate())
+    digest = blake2b(b"x")
+    statement = state_statement(SWARM, b"m" * 32, 7, loss, digest)
+    offer = StateOffer(1, 7, loss, digest, donor.sign(Domain.STATE, statement))
+    if not reason:
+        state._check_offer(joiner, donor.peer_id, offer, 1)
+        return
+    with pytest.raises(PeerError, match=reason):
+        state._check_offer(joiner, donor.peer_id, offer, 1)
+
+
+class Source:
+    def __init__(self) -> None:
+        self.exports = 0
+
+    async def export_state(self) -> ModelState:
+        self.exports += 1
+        return ModelState(payload=bytes(400), step=1, loss_public=1.0)
+
+
+async def test_one_peer_gets_one_donation_at_a_time_and_then_waits():
+    donor, greedy, other = (Identity.generate() for _ in range(3))
+    source = Source()
+    handle = state.serving(party(donor), lambda: source, max_donations=2)
+
+    async def ask(who: Identity) -> ModelState:
+        a, b = socket.socketpair()
+        near, far = await asyncio.open_connection(sock=a), await asyncio.open_connection(sock=b)
+        serving = asyncio.ensure_future(handle(Link(who.peer_id, *far, 2.0)))
+
+        class Dialler:
+            async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
+                return Link(donor.peer_id, *near, 2.0)
+
+        try:
+            return await state.fetch(party(who), Dialler(), donor.peer_id, 100, 5)
+        finally:
+            await asyncio.gather(serving, return_exceptions=True)
+
+    assert len((await ask(greedy)).payload) == 400
+    for _ in range(5):
+        with pytest.raises(PeerError):
+            await ask(greedy)
+    assert source.exports == 1
+    assert len((await ask(other)).payload) == 400

@@ -1,0 +1,64 @@
+"""What this node answers, and what becomes of an error while it does: nothing that others see."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from xpeer.errors import LocalError, PeerError
+from xpeer.identity import PeerId
+from xpeer.network.link import Link, Meter
+from xpeer.network.membership import Scope
+from xpeer.network.p2p import CallHandler, GatedP2P, StreamHandler
+
+log = logging.getLogger("xpeer.network")
+
+LinkHandler = Callable[[Link], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Served:
+    """One protocol: of calls, or of links."""
+
+    protocol: str
+    scope: Scope | None
+    call: CallHandler | None = None
+    link: LinkHandler | None = None
+    max_request: int = 0
+
+
+async def register(p2p: GatedP2P, served: Served, meter: Meter) -> None:
+    """Serve this protocol on a sidecar."""
+    if served.call is not None:
+        call = _metered(served.call, meter)
+        await p2p.serve_call(served.protocol, call, served.scope, served.max_request)
+    elif served.link is not None and served.scope is not None:
+        await p2p.serve_stream(served.protocol, _linked(served.link, meter), served.scope)
+
+
+def _metered(handler: CallHandler, meter: Meter) -> CallHandler:
+    async def call(peer_id: PeerId, request: bytes) -> bytes:
+        reply = await handler(peer_id, request)
+        meter.bytes_in += len(request)
+        meter.bytes_out += len(reply)
+        return reply
+
+    return call
+
+
+def _linked(handler: LinkHandler, meter: Meter) -> StreamHandler:
+    async def serve(
+        peer_id: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            await handler(Link(peer_id, reader, writer, meter=meter))
+        except PeerError as e:
+            log.debug("link from %s ended: %s", peer_id[-8:], e)
+        except LocalError as e:
+            log.warning("link from %s ended by a fault of ours: %s", peer_id[-8:], e)
+        except Exception:  # a bug of ours costs this link, and is seen
+            log.exception("link from %s ended by an error of ours", peer_id[-8:])
+
+    return serve
