@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.identity import Identity, read_secret, write_secret
-from xpeer.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest
+from xpeer.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, swarm_key_digest
 from xpeer.network.invites import Token, grant
 from xpeer.network.membership import Credential, Role
 
@@ -78,7 +78,9 @@ def found(
         identity = _identity_for(home, new)
         admin = Identity.generate()
         admin.save(new.admin_key)
-        write_secret(new.swarm_key, secrets.token_bytes(32))
+        swarm_key = secrets.token_bytes(32)
+        write_secret(new.swarm_key, swarm_key)
+        manifest = structs.replace(manifest, swarm_key_digest=swarm_key_digest(swarm_key))
         signed = SignedManifest.sign(manifest, admin)
         new.manifest.write_bytes(_sendable(signed))
         certificate = grant(signed.genesis, identity.peer_id, "admin", FOUNDER_S, time.time())

@@ -44,6 +44,7 @@ class Domain:
     HELLO = b"xpeer/hello/v1\0"
     STATE = b"xpeer/state/v1\0"
     SWARM_ID = b"xpeer/swarm-id/v1\0"
+    SWARM_KEY = b"xpeer/swarm-key/v1\0"
 
 
 def peer_id_of(verify_key: bytes) -> PeerId:

@@ -138,6 +138,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     round: Round = Round()
     privacy: Privacy = Privacy()
     public_text: PublicText
+    swarm_key_digest: str = ""
+    """`swarm_key_digest` of the first swarm key, so that a joiner can't be given a wrong one."""
     shared_corpus: SharedCorpus | None = None
     end: End = End()
     limits: Limits = Limits()
@@ -152,6 +154,11 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 )
         if self.public_text.digest != blake2b(self.public_text.text.encode()).hex():
             raise ValueError("public_text.digest does not match public_text.text")
+
+
+def swarm_key_digest(key: bytes) -> str:
+    """What may be known of a swarm key: it is 32 random bytes, so nobody can guess it."""
+    return blake2b(Domain.SWARM_KEY, key).hex()
 
 
 class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):

@@ -20,6 +20,7 @@ from xpeer.network.exchange import Party
 from xpeer.network.membership import Membership
 from xpeer.network.swarm import Swarm
 from xpeer.training.handle import TrainerProcess
+from xpeer.training.schedule import planned_steps
 from xpeer.update import ModelState
 from xpeer_daemon.node import HOLDING, Node
 from xpeer_daemon.store import Store
@@ -134,6 +135,7 @@ class Joiner:
                     given = await state.fetch(
                         party, self._swarm, donor, num_params, FETCH_TIMEOUT_S
                     )
+                    _check_step(given, manifest)
                     _check_donor(given, await trainer.import_state(given.payload, given.step))
                 except PeerError as e:
                     log.warning("parameters from %s refused: %s", donor[-8:], e)
@@ -143,6 +145,17 @@ class Joiner:
                 return
             node.joining_note = f"fetching: {len(donors)} members could give the parameters"
             await asyncio.sleep(RETRY_S)
+
+
+def _check_step(given: ModelState, manifest: Manifest) -> None:
+    """Refuse a step past the run's end: the joiner would end before it began.
+
+    Raises:
+        PeerError: it is.
+    """
+    last = planned_steps(manifest)
+    if last is not None and given.step > last:
+        raise PeerError(Reason.REFUSED, f"step {given.step}, the run ends at {last}")
 
 
 def _check_donor(given: ModelState, measured: float) -> None:

@@ -49,6 +49,8 @@ from xpeer_daemon.supervisor import Supervisor
 log = logging.getLogger("xpeer.daemon")
 
 ROSTER_EVERY_S = 3.0
+MIN_PATIENCE_S, PATIENCE = 3600.0, 4.0
+"""At the end, slower peers get this much longer than we took ourselves, and an hour at least."""
 SETTLED_S = 2 * TTL_S
 """A shared corpus is assigned anew once its members have been the same for this long."""
 
@@ -368,9 +370,17 @@ class Service:
             phases = node.active_phases()
             # The others' records are a few seconds old: they may not have seen us end, nor we them.
             settled = not phases or node.clock() - node.since_s > 2 * ROSTER_EVERY_S
+            if node.clock() - node.since_s > self._patience_s():
+                phases = [phase for phase in phases if phase in ENDED]
             if node.state in ("closing", "budget-spent") and settled:
                 if self._closing.finished(phases):
                     await self._finish()
+
+    def _patience_s(self) -> float:
+        """How long we wait for others to end: a member that trains for ever holds up nobody."""
+        trainer = self._supervisor.trainer
+        trained_s = trainer.progress.seconds_training if trainer else 0.0
+        return max(MIN_PATIENCE_S, PATIENCE * trained_s)
 
     async def _finish(self) -> None:
         node, trainer = self._node, self._supervisor.trainer

@@ -1,8 +1,7 @@
 """Admission: any member hands the manifest and the swarm key to a peer with a right to join.
 
 The reply is sealed to the joiner's PeerID; the manifest is checked against the fingerprint that
-the joiner's token carries. A member that lies about the swarm key only wastes the joiner's time: no
-session opens with a wrong key, and the joiner asks another member.
+the joiner's token carries, and the swarm key against the manifest's digest of it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from msgspec import Struct
 
 from xpeer.errors import ConfigError, NotAuthorisedError, PeerError, Reason
 from xpeer.identity import Identity, PeerId, seal_to
-from xpeer.manifest import MAX_MANIFEST_BYTES, SignedManifest
+from xpeer.manifest import MAX_MANIFEST_BYTES, SignedManifest, swarm_key_digest
 from xpeer.network.membership import MAX_CREDENTIAL_BYTES
 from xpeer.network.swarm import Swarm
 
@@ -77,9 +76,11 @@ async def request(
     try:
         admission = _decoder.decode(identity.open(sealed))
         manifest = SignedManifest.from_bytes(admission.manifest)
-        manifest.open(swarm_id)
+        expected = manifest.open(swarm_id).swarm_key_digest
     except (msgspec.MsgspecError, UnicodeDecodeError, NotAuthorisedError, ConfigError) as e:
         raise PeerError(Reason.MALFORMED, f"admission by {member[-8:]}: {e}") from e
+    if expected and swarm_key_digest(admission.swarm_key) != expected:
+        raise PeerError(Reason.TAMPERED, f"{member[-8:]} handed over a wrong swarm key")
     if len(admission.swarm_key) != 32:
         raise PeerError(Reason.MALFORMED, "admission holds no swarm key")
     return manifest, admission.swarm_key
