@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Options of the demo, e.g. make demo DEMO="--seed 2"
+DEMO ?=
 
 .PHONY: demo test check install clean
 
@@ -15,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/xpeer demo
+	$(BIN)/xpeer demo $(DEMO)
 
 test: install
 	$(BIN)/pytest
