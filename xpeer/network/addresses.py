@@ -14,6 +14,8 @@ from xpeer.identity import PeerId, public_key_of
 
 MAX_PEERS = 4096
 PER_PEER = 8
+DIALLED_TOLD, DIALLED_HEARD = 12, 4
+"""Members that are dialled beside the seeds: that spoke for themselves, or known by hearsay."""
 _DIALLED = frozenset({"ip4", "ip6", "dns", "dns4", "dns6"})
 
 
@@ -84,6 +86,12 @@ def without_peer(address: str) -> str:
     return address.rpartition("/p2p/")[0] or address
 
 
+def reachable(visible: Iterable[str]) -> list[str]:
+    """What others can dial of the addresses that we listen on; loopback only if that is all."""
+    found = list(visible)
+    return [a for a in found if not a.startswith(("/ip4/127.", "/ip6/::1/"))] or found
+
+
 def is_dialled(address: str) -> bool:
     """Whether it is /ip4|ip6|dns*/HOST/tcp/PORT/p2p/PEERID: what others may have us dial."""
     parts = address.split("/")
@@ -105,10 +113,18 @@ class AddressBook:
 
     Args:
         own: our PeerID, never noted.
+        seeds: addresses that our operator gave; always the first to be dialled.
+
+    Attributes:
+        seeds: by PeerID; a seed may have several addresses.
     """
 
-    def __init__(self, own: PeerId) -> None:
+    def __init__(self, own: PeerId, seeds: Iterable[str] = ()) -> None:
         self._own = own
+        self.seeds: dict[PeerId, list[str]] = {}
+        for address in seeds:
+            if (peer_id := peer_of(address)) != own:
+                self.seeds.setdefault(peer_id, []).append(address)
         self._told: OrderedDict[PeerId, list[str]] = OrderedDict()
         self._heard: OrderedDict[PeerId, list[str]] = OrderedDict()
 
@@ -127,13 +143,23 @@ class AddressBook:
             book.popitem(last=False)
 
     def of(self, peer_id: PeerId) -> list[str]:
-        """All addresses of a peer, its own word first."""
-        known = [*self._told.get(peer_id, ()), *self._heard.get(peer_id, ())]
+        """All addresses of a peer: our operator's, its own word, hearsay."""
+        given = self.seeds.get(peer_id, ())
+        known = [*given, *self._told.get(peer_id, ()), *self._heard.get(peer_id, ())]
         return list(dict.fromkeys(known))
 
     def peers(self) -> list[PeerId]:
         """Newest first; those that are known by hearsay alone last."""
         return list(dict.fromkeys([*reversed(self._told), *reversed(self._heard)]))
+
+    def candidates(self) -> list[PeerId]:
+        """Peers that might be members, seeds last."""
+        return [*(peer for peer in self.peers() if peer not in self.seeds), *self.seeds]
+
+    def targets(self) -> dict[PeerId, str]:
+        """Whom to dial, and one address of each: the seeds, and some members."""
+        members = self.newest(DIALLED_TOLD, DIALLED_HEARD)
+        return {peer: self.of(peer)[0] for peer in [*self.seeds, *members]}
 
     def newest(self, told: int, heard: int) -> list[PeerId]:
         """Some of both kinds."""

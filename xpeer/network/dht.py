@@ -22,6 +22,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
 from hivemind.utils import get_dht_time
 from hivemind.utils.timed_storage import ValueWithExpiration
 from msgspec import Struct
@@ -157,6 +158,33 @@ async def start_node(p2p: GatedP2P, validator: OwnerSigned) -> DHTNode:
     node.protocol.storage.maxsize = MAX_RECORDS
     harden(node.protocol, validator)
     return node
+
+
+async def ping(node: DHTNode, peer: PeerID) -> float:
+    """Meet a node, and have it meet us.
+
+    hivemind's own ping keeps to itself why there was no answer, and what the time is there.
+
+    Returns:
+        By how many seconds its clock is ahead of ours; within the time that the answer took, 0.
+
+    Raises:
+        Exception: whatever the call ended with.
+    """
+    protocol = node.protocol
+    request = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
+    sent: float = get_dht_time()
+    try:
+        answer = await protocol.get_stub(peer).rpc_ping(request, timeout=protocol.wait_timeout)
+        met = DHTID.from_bytes(answer.peer.node_id)
+    except Exception:
+        await protocol.update_routing_table(None, peer, responded=False)
+        raise
+    theirs, now = float(answer.dht_time), float(get_dht_time())
+    await protocol.update_routing_table(met, peer, responded=True)
+    if not answer.available:
+        log.info("%s can't call us back: is our port open?", peer)
+    return theirs - min(max(theirs, sent), now) if math.isfinite(theirs) else 0.0
 
 
 def harden(protocol: DHTProtocol, validator: OwnerSigned) -> None:

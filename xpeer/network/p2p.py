@@ -4,8 +4,9 @@ What hivemind 1.1.12 leaves open, and is closed here: its handlers parse bytes o
 reply over 4 MiB hangs the caller for ever; so does every call when the local sidecar dies; errors
 of handlers travel to the caller in full; the sidecar's sockets lie in a public folder.
 What stays open: a stranger can complete a handshake, and libp2p's own protocols (identify,
-routing) answer it with addresses. A stream whose far end dies ends like any other: the framing
-above must notice.
+routing) answer it with addresses. A stream whose far end dies ends like any other, and so does one
+that the far end had no room for: the framing above must notice, and may try again. A sidecar that
+hangs without dying is noticed by nothing but the timeouts of calls.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hivemind.p2p import P2P, P2PContext, PeerID
-from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2
+from hivemind.utils.logging import use_hivemind_log_handler
 
 from xpeer.errors import Reason
 from xpeer.identity import PeerId
@@ -32,8 +34,16 @@ from xpeer.network.membership import Scope
 
 log = logging.getLogger("xpeer.network")
 
+# At import hivemind takes its lines out of the usual log, and renames a level of everybody's.
+use_hivemind_log_handler("nowhere")
+logging.addLevelName(logging.WARNING, "WARNING")
+
 MAX_REPLY_BYTES = 2 << 20
 STARTUP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
+"""For the sidecar to end by itself; then it is killed."""
+MAX_OPENING = 32
+"""Streams that are being opened at the same time: of several hundred, many fail silently."""
 MAX_STREAMS, STREAMS_PER_PEER = 256, 2
 """Incoming streams of a protocol at the same time, in all and from one peer. A partner that comes
 back before its broken stream was noticed (40 s) needs a second one; nobody needs a third."""
@@ -49,8 +59,12 @@ class Gate(Protocol):
     def admits(self, peer_id: PeerId, scope: Scope | None) -> bool:
         """Whether this peer may call a handler of this scope; None = open to all, within limits."""
 
-    async def introduce(self, peer_id: PeerId) -> None:
-        """Called before we call a peer: it has to know who we are."""
+    async def introduce(self, peer_id: PeerId) -> bool:
+        """Called before we call a peer: it has to know who we are.
+
+        Returns:
+            False: it was told earlier. If it knows nothing of us now, it has forgotten.
+        """
 
     def rejected_by(self, peer_id: PeerId) -> None:
         """A peer does not know us: introduce ourselves again before the next call."""
@@ -87,6 +101,7 @@ class GatedP2P(P2P):
     died: asyncio.Event
     _folder: Path
     _watcher: asyncio.Task[None]
+    _opening: asyncio.Semaphore
 
     @classmethod
     async def launch(
@@ -121,6 +136,7 @@ class GatedP2P(P2P):
             raise
         self.gate = gate
         self.died = asyncio.Event()
+        self._opening = asyncio.Semaphore(MAX_OPENING)
         self._folder = folder
         control = self._client.control
         control._pending_calls, control._handler_tasks = _Waiting(), _Handling()
@@ -141,7 +157,14 @@ class GatedP2P(P2P):
     async def shutdown(self) -> None:
         """End the sidecar and remove its sockets."""
         control = self._client.control
-        await super().shutdown()
+        self._terminate()
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._child.wait()
+        except TimeoutError:  # it hangs, or was stopped
+            with contextlib.suppress(ProcessLookupError):
+                self._child.kill()
+            await self._child.wait()
         # hivemind leaves these two to be complained about when they are collected.
         await asyncio.gather(
             self._watcher, control._read_task, control._write_task, return_exceptions=True
@@ -247,18 +270,19 @@ class GatedP2P(P2P):
         self, peer: PeerID, name: str
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A raw stream to a peer's handler. hivemind's own leaks a socket whenever it fails."""
-        self._require_sidecar()
-        reader, writer = await self._client.control.daemon_connector.open_connection()
-        try:
-            asked = p2pd_pb2.StreamOpenRequest(peer=peer.to_bytes(), proto=[name])
-            kind = p2pd_pb2.Request.STREAM_OPEN
-            await write_pbmsg(writer, p2pd_pb2.Request(type=kind, streamOpen=asked))
-            response = p2pd_pb2.Response()
-            await read_pbmsg_safe(reader, response)
-            raise_if_failed(response)
-        except BaseException:
-            writer.transport.abort()
-            raise
+        async with self._opening:
+            self._require_sidecar()
+            reader, writer = await self._client.control.daemon_connector.open_connection()
+            try:
+                asked = p2pd_pb2.StreamOpenRequest(peer=peer.to_bytes(), proto=[name])
+                kind = p2pd_pb2.Request.STREAM_OPEN
+                await write_pbmsg(writer, p2pd_pb2.Request(type=kind, streamOpen=asked))
+                response = p2pd_pb2.Response()
+                await read_pbmsg_safe(reader, response)
+                raise_if_failed(response)
+            except BaseException:
+                writer.transport.abort()
+                raise
         return reader, writer
 
     async def _call_unary_protobuf_handler(
@@ -267,15 +291,16 @@ class GatedP2P(P2P):
         """Hivemind's DHT calls through here."""
         self._require_sidecar()
         name = PeerId(peer_id.to_base58())
-        await self.gate.introduce(name)
+        just_now = await self.gate.introduce(name)
+        ask = super()._call_unary_protobuf_handler
         try:
-            return await super()._call_unary_protobuf_handler(
-                peer_id, handle_name, input, output_protobuf_type
-            )
-        except Exception as e:
-            if Reason.NOT_A_MEMBER in str(e):
-                self.gate.rejected_by(name)
-            raise
+            return await ask(peer_id, handle_name, input, output_protobuf_type)
+        except P2PHandlerError as e:
+            if just_now or Reason.NOT_A_MEMBER not in str(e):
+                raise
+        self.gate.rejected_by(name)  # it was restarted, and has forgotten us
+        await self.gate.introduce(name)
+        return await ask(peer_id, handle_name, input, output_protobuf_type)
 
     def _require_sidecar(self) -> None:
         if self.died.is_set():

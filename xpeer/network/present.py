@@ -1,15 +1,16 @@
 """Introductions: the one handler that strangers can call. Bounded, rate-limited, and brief.
 
 A caller presents its credential. If it is valid, it gets ours and the addresses of some members;
-if not, a refusal and nothing else.
+if not, a refusal and nothing else. Callers remember who knows them, and leave alone who refused.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -22,11 +23,17 @@ if TYPE_CHECKING:
     from xpeer.network.swarm import Swarm
 
 log = logging.getLogger("xpeer.network")
+_T = TypeVar("_T")
 
 PROTOCOL = "xpeer/present/1"
 MAX_TOLD = 16
 PER_PEER, ALL_PEERS, PERIOD_S = 20, 400, 10.0
 """Open calls allowed in a period."""
+KNOWN_S = 30.0
+"""A restarted peer has forgotten us, and a stream does not tell: we introduce ourselves again."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""How long a peer that refused our credential is left alone; doubled every time."""
+MAX_NOTED = 4096
 
 
 class Introduction(Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,6 +71,56 @@ class RateLimit:
             return False
         self._counts[peer_id] += 1
         return True
+
+
+class Introduced:
+    """Who has seen our credential lately, and who refused it; bounded.
+
+    Args:
+        clock: monotonic, seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since: OrderedDict[PeerId, float] = OrderedDict()
+        self._refused: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()
+
+    def __contains__(self, peer_id: PeerId) -> bool:
+        since = self._since.get(peer_id)
+        return since is not None and self._clock() - since < KNOWN_S
+
+    def accepted(self, peer_id: PeerId) -> None:
+        """It knows us now."""
+        self._refused.pop(peer_id, None)
+        _put(self._since, peer_id, self._clock())
+
+    def refused(self, peer_id: PeerId) -> None:
+        """It does not want to know us: leave it alone for a while."""
+        self._since.pop(peer_id, None)
+        _, pause_s = self._refused.get(peer_id, (0.0, FIRST_PAUSE_S / 2))
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        _put(self._refused, peer_id, (self._clock() + pause_s, pause_s))
+
+    def is_left_alone(self, peer_id: PeerId) -> bool:
+        """Whether it refused us a moment ago."""
+        until, _ = self._refused.get(peer_id, (0.0, 0.0))
+        return self._clock() < until
+
+    def forget(self, peer_id: PeerId) -> None:
+        """It may know nothing of us any more."""
+        self._since.pop(peer_id, None)
+
+    def clear(self) -> None:
+        """Nobody knows us."""
+        self._since.clear()
+        self._refused.clear()
+
+
+def _put(notes: OrderedDict[PeerId, _T], peer_id: PeerId, note: _T) -> None:
+    notes[peer_id] = note
+    notes.move_to_end(peer_id)
+    if len(notes) > MAX_NOTED:
+        notes.popitem(last=False)
 
 
 async def serve(swarm: Swarm) -> None:

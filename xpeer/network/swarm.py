@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -25,11 +24,12 @@ from xpeer.network import present, serving
 from xpeer.network.addresses import (
     AddressBook,
     check_address,
-    peer_of,
+    reachable,
     resolve_listen,
     without_peer,
 )
-from xpeer.network.dht import OwnerSigned, start_node
+from xpeer.network.bootstrapping import FIRST_RETRY_S, LONGEST_RETRY_S, Bootstrapping
+from xpeer.network.dht import OwnerSigned, ping, start_node
 from xpeer.network.link import Link, Meter
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.p2p import CallHandler, GatedP2P
@@ -39,14 +39,6 @@ log = logging.getLogger("xpeer.network")
 
 CALL_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 10.0
-FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
-HEALTHY_RETRY_S = 60.0
-"""How often the seeds are dialled while all is well: two halves of a split DHT find together."""
-INTRODUCED_S = 30.0
-"""A restarted peer has forgotten us: before a new stream, introduce ourselves again after this."""
-MAX_INTRODUCED = 4096
-DIALLED_TOLD, DIALLED_HEARD = 12, 4
-"""Members that are dialled beside the seeds: that spoke for themselves, or known by hearsay."""
 
 
 class Swarm:
@@ -56,8 +48,6 @@ class Swarm:
         peer_id: ours.
         membership: whom we let in.
         meter: bytes over links and calls.
-        reached_seed: set while a seed or a member answers us.
-        bootstrap_note: why no seed answers, for the operator.
         strangers_refused: calls and streams that the gate turned away.
         sidecar_restarts: since the start.
     """
@@ -76,26 +66,19 @@ class Swarm:
         self.peer_id = identity.peer_id
         self.membership = membership
         self.meter = Meter()
-        self.reached_seed = asyncio.Event()
-        self.bootstrap_note = ""
-        self.strangers_refused = 0
-        self.sidecar_restarts = 0
-        self._identity = identity
-        self._identity_path = identity_path
-        self._listen = listen
-        self._announce = announce
-        self._seeds = {peer_of(seed): seed for seed in seeds}
-        self._nat_port_map = nat_port_map
+        self.strangers_refused = self.sidecar_restarts = 0
+        self._identity, self._identity_path = identity, identity_path
+        self._listen, self._announce, self._nat_port_map = listen, announce, nat_port_map
         self._served: list[Served] = []
-        self._book = AddressBook(identity.peer_id)
-        self._introduced: dict[PeerId, float] = {}
+        self._book = AddressBook(identity.peer_id, seeds)
+        self._bootstrapping = Bootstrapping(self._book.targets, self._dial, self._settle)
+        self._introduced = present.Introduced()
         self._introducing: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
         self._limit = present.RateLimit()
-        self._redial = asyncio.Event()
         self._background: list[asyncio.Task[None]] = []
         self._dials: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
-        for seed in self._seeds:
+        for seed in self._book.seeds:
             membership.trust_seed(seed)
 
     @classmethod
@@ -134,13 +117,13 @@ class Swarm:
             membership,
             listen=listen,
             announce=announce or [],
-            seeds=[seed for seed in seeds if peer_of(seed) != identity.peer_id],
+            seeds=list(seeds),
             nat_port_map=nat_port_map,
         )
         await present.serve(self)
         await self._bring_up()
         self._background = [
-            asyncio.create_task(self._keep_bootstrapping()),
+            asyncio.create_task(self._bootstrapping.run()),
             asyncio.create_task(self._keep_sidecar()),
         ]
         return self
@@ -186,16 +169,22 @@ class Swarm:
         with self._peer_errors(peer_id):
             async with asyncio.timeout(timeout_s):
                 await self._reach(peer_id)
-                await self.introduce(peer_id)
-                ok, reply = await self._p2p.call(_hivemind_id(peer_id), protocol, request)
-        self.meter.bytes_out += len(request)
-        self.meter.bytes_in += len(reply)
-        if not ok:
-            reason = known_reason(reply[:32].decode(errors="replace"))
-            if reason == Reason.NOT_A_MEMBER:
-                self.rejected_by(peer_id)
+                just_now = await self.introduce(peer_id)
+                reply, reason = await self._ask(peer_id, protocol, request)
+                if reason == Reason.NOT_A_MEMBER and not just_now:  # restarted, it forgot us
+                    self.rejected_by(peer_id)
+                    await self.introduce(peer_id)
+                    reply, reason = await self._ask(peer_id, protocol, request)
+        if reason:
             raise PeerError(reason, f"answer to {protocol}")
         return reply
+
+    async def _ask(self, peer_id: PeerId, protocol: str, request: bytes) -> tuple[bytes, str]:
+        """The reply, and why there is none."""
+        ok, reply = await self._p2p.call(_hivemind_id(peer_id), protocol, request)
+        self.meter.bytes_out += len(request)
+        self.meter.bytes_in += len(reply)
+        return reply, "" if ok else known_reason(reply[:32].decode(errors="replace"))
 
     async def open_link(
         self, peer_id: PeerId, protocol: str, timeout_s: float = CONNECT_TIMEOUT_S
@@ -219,9 +208,11 @@ class Swarm:
         except TimeoutError as e:
             raise PeerError(Reason.TIMEOUT, "no answer in time") from e
         except (P2PHandlerError, DispatchFailure) as e:
-            raise PeerError(Reason.MALFORMED, type(e).__name__) from e
+            stranger = Reason.NOT_A_MEMBER in str(e)
+            reason = Reason.NOT_A_MEMBER if stranger else Reason.MALFORMED
+            raise PeerError(reason, type(e).__name__) from e
         except (P2PDaemonError, ControlFailure, OSError, asyncio.IncompleteReadError) as e:
-            self._introduced.pop(peer_id, None)
+            self._introduced.forget(peer_id)
             if self._p2p.died.is_set():
                 raise PeerError(Reason.SIDECAR_DOWN, "our libp2p sidecar is gone") from e
             raise PeerError(Reason.UNREACHABLE, f"{str(e)[:120]!r}") from e
@@ -230,14 +221,10 @@ class Swarm:
         """Tell the sidecar the addresses we know; a wrong one is no error yet."""
         if self._p2p.died.is_set():
             raise PeerError(Reason.SIDECAR_DOWN)
-        addresses = self._addresses_of(peer_id)
+        addresses = self._book.of(peer_id)
         if addresses and peer_id not in self._introduced:
             with contextlib.suppress(ControlFailure, P2PDaemonError):
                 await self._connect(peer_id, addresses)
-
-    def _addresses_of(self, peer_id: PeerId) -> list[str]:
-        seed = self._seeds.get(peer_id)
-        return [*([seed] if seed else []), *self._book.of(peer_id)]
 
     async def _connect(self, peer_id: PeerId, addresses: list[str]) -> None:
         """Have the sidecar dial. hivemind leaks a socket when this is cancelled: so it is not."""
@@ -258,51 +245,49 @@ class Swarm:
         """Before a byte is read."""
         if scope is None:
             known = self.membership.certificate_of(peer_id) is not None
-            return self._limit.allows(peer_id, known=known)
-        if self.membership.allows(peer_id, scope):
-            return True
-        self.strangers_refused += 1
-        return False
+            allowed = self._limit.allows(peer_id, known=known)
+        else:
+            known, allowed = False, self.membership.allows(peer_id, scope)
+        self.strangers_refused += not (known or allowed)
+        return allowed
 
-    async def introduce(self, peer_id: PeerId) -> None:
-        """Present our credential, at most every INTRODUCED_S."""
-        if self.membership.own is None or self._is_introduced(peer_id):
-            return
+    async def introduce(self, peer_id: PeerId) -> bool:
+        """Present our credential, at most every KNOWN_S; False: it was done before.
+
+        Raises:
+            PeerError: it was refused, now or a moment ago.
+        """
+        if self.membership.own is None:
+            return True
         lock = self._introducing.setdefault(peer_id, asyncio.Lock())
         async with lock:
-            if self._is_introduced(peer_id):
-                return
+            if peer_id in self._introduced:
+                return False
+            if self._introduced.is_left_alone(peer_id):
+                raise PeerError(Reason.NOT_A_MEMBER, "it refused our credential a moment ago")
             ok, reply = await self._p2p.call(
                 _hivemind_id(peer_id), present.PROTOCOL, self.membership.own.to_bytes()
             )
-            if not ok:
-                raise PeerError(Reason.NOT_A_MEMBER, "our credential was refused")
-            heard = present.take(self.membership, peer_id, reply)
+            try:
+                heard = present.take(self.membership, peer_id, reply if ok else b"")
+            except PeerError:
+                self._introduced.refused(peer_id)
+                raise
             self._book.learn(heard, hearsay=True)
-            self._introduced.pop(peer_id, None)
-            self._introduced[peer_id] = time.monotonic()
-            while len(self._introduced) > MAX_INTRODUCED:
-                del self._introduced[next(iter(self._introduced))]
+            self._introduced.accepted(peer_id)
+            return True
 
     def rejected_by(self, peer_id: PeerId) -> None:
         """Introduce ourselves again next time."""
-        self._introduced.pop(peer_id, None)
-
-    def _is_introduced(self, peer_id: PeerId) -> bool:
-        since = self._introduced.get(peer_id)
-        return since is not None and time.monotonic() - since < INTRODUCED_S
+        self._introduced.forget(peer_id)
 
     # Addresses
 
     @property
     def addresses(self) -> list[str]:
         """Ours, each ending in /p2p/PEERID; loopback only if we listen on nothing else."""
-        if self._announce:
-            found = [without_peer(a) for a in self._announce]
-        else:
-            found = [str(a) for a in self._p2p._visible_maddrs]
-            outside = [a for a in found if not a.startswith(("/ip4/127.", "/ip6/::1/"))]
-            found = outside or found
+        found = [without_peer(address) for address in self._announce]
+        found = found or reachable(str(address) for address in self._p2p._visible_maddrs)
         return [f"{address}/p2p/{self.peer_id}" for address in found]
 
     def learn(self, addresses: Iterable[str]) -> None:
@@ -311,7 +296,7 @@ class Swarm:
 
     def candidates(self) -> list[PeerId]:
         """Peers that might be members, seeds last."""
-        return [*(peer for peer in self._book.peers() if peer not in self._seeds), *self._seeds]
+        return self._book.candidates()
 
     async def connected(self) -> list[str]:
         """Addresses of the members that are connected now."""
@@ -320,6 +305,16 @@ class Swarm:
         return [f"{a}/p2p/{p.peer_id.to_base58()}" for p in members for a in p.addrs[:2]]
 
     # Staying alive
+
+    @property
+    def reached_seed(self) -> asyncio.Event:
+        """Set while a seed or a member answers us."""
+        return self._bootstrapping.reached
+
+    @property
+    def bootstrap_note(self) -> str:
+        """Why no seed answers, or that our clock is wrong, for the operator."""
+        return self._bootstrapping.note
 
     @property
     def sidecar_alive(self) -> bool:
@@ -340,14 +335,18 @@ class Swarm:
                 announce=self._announce,
                 nat_port_map=self._nat_port_map,
             )
+            try:
+                for served in self._served:
+                    await self._register(served)
+                self.dht = await start_node(self._p2p, OwnerSigned(self.membership, self._identity))
+            except BaseException:
+                await self._p2p.shutdown()  # else a half-started one would be left, or used
+                raise
         except (P2PDaemonError, OSError, asyncio.IncompleteReadError) as e:
             raise LocalError(
                 f"the libp2p sidecar does not start: {e}",
                 "check network.listen and the memory left",
             ) from e
-        for served in self._served:
-            await self._register(served)
-        self.dht = await start_node(self._p2p, OwnerSigned(self.membership, self._identity))
 
     async def _take_down(self) -> None:
         self._introduced.clear()
@@ -360,7 +359,7 @@ class Swarm:
         while True:
             await self._p2p.died.wait()
             log.warning("the libp2p sidecar died; starting it again")
-            self.reached_seed.clear()
+            self._bootstrapping.lost()
             async with self._changing:
                 restarted = await self._restart()
             if not restarted:
@@ -369,7 +368,7 @@ class Swarm:
                 continue
             delay_s = FIRST_RETRY_S
             self.sidecar_restarts += 1
-            self._redial.set()
+            self._bootstrapping.again()
 
     async def _restart(self) -> bool:
         """A new sidecar and DHT node; False with everything down, to be tried again."""
@@ -382,60 +381,19 @@ class Swarm:
             log.exception("the libp2p sidecar was not restarted")
         else:
             return True
-        with contextlib.suppress(Exception):
-            await self._p2p.shutdown()  # else a half-started one would pass for a living one
         return False
 
-    async def _keep_bootstrapping(self) -> None:
-        delay_s = FIRST_RETRY_S
-        while True:
-            self._redial.clear()
-            try:
-                reached = await self._bootstrap()
-            except Exception:  # of a DHT node that is being replaced, or a bug: the loop goes on
-                log.exception("dialling the seeds failed")
-                reached = False
-            if reached:
-                self.reached_seed.set()
-                delay_s = HEALTHY_RETRY_S
-            else:
-                self.reached_seed.clear()
-                delay_s = min(2 * delay_s, LONGEST_RETRY_S) if delay_s < HEALTHY_RETRY_S else 1.0
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay_s):
-                    await self._redial.wait()
+    async def _dial(self, peer_id: PeerId) -> float:
+        """Connect, introduce, ping."""
+        with self._peer_errors(peer_id):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await self._connect(peer_id, self._book.of(peer_id))
+                await self.introduce(peer_id)
+                return await ping(self.dht, _hivemind_id(peer_id))
 
-    async def _bootstrap(self) -> bool:
-        """Dial seeds and known members until some answer; whether one did."""
-        targets = list(self._seeds)
-        members = self._book.newest(DIALLED_TOLD, DIALLED_HEARD)
-        targets += [peer for peer in members if peer not in self._seeds]
-        if not targets:
-            return True
-        answers = await asyncio.gather(*(self._dial(peer) for peer in targets))
-        failures = [note for note in answers if note]
-        if len(failures) == len(targets):
-            self.bootstrap_note = f"no seed answers: {failures[0]}"
-            return False
-        self.bootstrap_note = ""
+    async def _settle(self) -> None:
         with contextlib.suppress(P2PDaemonError):
             await self.dht.find_nearest_nodes([self.dht.node_id])
-        return True
-
-    async def _dial(self, peer_id: PeerId) -> str:
-        """Connect, introduce, ping; why not, or empty."""
-        addresses = self._addresses_of(peer_id)
-        try:
-            with self._peer_errors(peer_id):
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    await self._connect(peer_id, addresses)
-                    await self.introduce(peer_id)
-                    pinged = await self.dht.protocol.call_ping(
-                        _hivemind_id(peer_id), validate=True, strict=False
-                    )
-        except PeerError as e:
-            return f"{addresses[0]}: {e}"
-        return "" if pinged is not None else f"{addresses[0]}: no answer from its DHT"
 
 
 def _hivemind_id(peer_id: PeerId) -> PeerID:
