@@ -57,9 +57,9 @@ def run(
     if parsed is not None:
         credential = parsed.credential_for(identity, time.time())
         swarm_id = parsed.swarm_id
-    logging.basicConfig(
-        level=config.daemon.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
-    )
+    # As in the daemon: libraries are heard from warning on.
+    logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("xpeer").setLevel(config.daemon.log_level.upper())
     with _locked(home):
         membership = Membership(swarm_id or "", credential)
         return uvloop.run(_serve(home, config, listen, identity, membership, as_json))
