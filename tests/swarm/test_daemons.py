@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,9 +35,11 @@ pytestmark = pytest.mark.timeout(150)
 class Swarm:
     """A founder's home, a bootstrap node, and peers that join with tokens."""
 
-    def __init__(self, root: Path, daemons: Daemons) -> None:
+    def __init__(self, root: Path, daemons: Daemons, sockets: Path) -> None:
         self.root, self.daemons = root, daemons
         self.seed = ""
+        # A daemon that is killed can't remove its sidecar's sockets.
+        self.settings = {"TMPDIR": str(sockets)}
 
     def home(self, name: str) -> Home:
         return Home(self.root / name)
@@ -62,12 +65,14 @@ class Swarm:
         self.daemons.start(
             "bootstrap",
             ["bootstrap", "--home", home, "--swarm", swarm_id, "--listen", LOOPBACK, "--json"],
-            {},
+            self.settings,
         )
         self.seed = first_address(self.daemons, "bootstrap", 60)
 
     def start(self, name: str, *arguments: str, **settings: str) -> None:
-        fixed = {"XPEER_TRAINING_THREADS": "1", "XPEER_CHECKPOINT_EVERY_S": "2"}
+        fixed = {
+            **self.settings, "XPEER_TRAINING_THREADS": "1", "XPEER_CHECKPOINT_EVERY_S": "2",
+        }  # fmt: skip
         self.daemons.forget(name)
         self.daemons.start(
             name, ["start", "--home", str(self.home(name).path), *arguments], {**fixed, **settings}
@@ -101,8 +106,12 @@ class Swarm:
 
 @pytest.fixture
 def swarm(tmp_path: Path) -> Iterator[Swarm]:
-    with Daemons(tmp_path / "logs").running() as daemons:
-        yield Swarm(tmp_path, daemons)
+    # Short, since a socket's path is: pytest's own folder would be too long.
+    with (
+        tempfile.TemporaryDirectory(prefix="xt-") as sockets,
+        Daemons(tmp_path / "logs").running() as daemons,
+    ):
+        yield Swarm(tmp_path, daemons, Path(sockets))
 
 
 def test_a_swarm_outlives_its_seed_and_a_peer_that_is_killed_comes_back(swarm: Swarm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import closing
@@ -105,11 +106,18 @@ def test_follow(log: Path) -> None:
         sys.executable, "-m", "xpeer.cli", "logs", "--home", str(log.parent), "-f", "-n", "1",
     ]  # fmt: skip
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as running:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        # a background job of a script ignores it, and hands that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    ) as running:
         assert running.stdout is not None
         assert numbers(running.stdout.readline()) == [6]
         with log.open("a") as file:
             file.write(f"{line(7)}\n")
         assert numbers(running.stdout.readline()) == [7]
-        running.send_signal(2)
+        running.send_signal(signal.SIGINT)
         assert running.wait(20) == 130

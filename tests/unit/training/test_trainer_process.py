@@ -114,7 +114,8 @@ async def test_an_exchange_between_two_trainers_keeps_the_sum(pair: Pair) -> Non
     sums = [sum(values_of(state.payload) for state in states) for states in (before, after)]
     assert np.abs(sums[0] - sums[1]).max() < 1e-6
     gaps = [np.subtract(*(values_of(s.payload) for s in states)) for states in (before, after)]
-    assert np.linalg.norm(gaps[1]) < 0.2 * np.linalg.norm(gaps[0])
+    rounding = 0.1  # of int8; what the gap is beyond that depends on the steps taken so far
+    assert np.linalg.norm(gaps[1]) < 0.2 * np.linalg.norm(gaps[0]) + rounding
     assert (a.progress.merges, a.progress.merges_clipped, a.state) == (3, 0, "paused")
     await asyncio.gather(a.run("train"), b.run("train"))
 
