@@ -1,0 +1,218 @@
+"""The loop that dials, without a network: whom, how often, and what the operator is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import Identity, PeerId
+from xpeer.network import present
+from xpeer.network.addresses import AddressBook, reachable
+from xpeer.network.bootstrapping import Bootstrapping
+
+A, B, C = (Identity.generate().peer_id for _ in range(3))
+
+
+class Network:
+    """Answers with clocks, or with why not; counts."""
+
+    def __init__(self, **answers: float | str) -> None:
+        self.answers = {PeerId(name): answer for name, answer in answers.items()}
+        self.dialled: list[PeerId] = []
+        self.settled = 0
+
+    def targets(self) -> dict[PeerId, str]:
+        return {peer: f"/address/of/{peer}" for peer in self.answers}
+
+    async def dial(self, peer_id: PeerId) -> float:
+        self.dialled.append(peer_id)
+        answer = self.answers[peer_id]
+        if isinstance(answer, str):
+            raise PeerError(answer)
+        return answer
+
+    async def settle(self) -> None:
+        self.settled += 1
+
+    def loop(self) -> Bootstrapping:
+        return Bootstrapping(self.targets, self.dial, self.settle)
+
+
+async def test_nobody_known_is_no_failure():
+    network = Network()
+    loop = network.loop()
+    assert await loop.once()
+    assert (loop.note, network.settled) == ("", 0)
+
+
+async def test_one_answer_is_enough():
+    network = Network(a=Reason.UNREACHABLE, b=0.0)
+    loop = network.loop()
+    assert await loop.once()
+    assert (loop.note, network.settled) == ("", 1)
+
+
+async def test_no_answer_names_an_address_and_a_reason():
+    loop = Network(a=Reason.UNREACHABLE, b=Reason.TIMEOUT).loop()
+    assert not await loop.once()
+    assert loop.note == "no seed answers: /address/of/a: unreachable"
+
+
+@pytest.mark.parametrize(
+    ("clocks", "note"),
+    [
+        ([0.0], ""),
+        ([2.9, -2.9], ""),
+        ([60.0, 61.0, 0.0], "60 s behind"),
+        ([-300.0], "300 s ahead of"),
+        ([0.0, 1e9, 0.1], ""),  # one liar, or one broken clock that is not ours
+    ],
+)
+async def test_a_clock_that_most_disagree_with_is_told(clocks: list[float], note: str):
+    loop = Network(**{str(n): clock for n, clock in enumerate(clocks)}).loop()
+    assert await loop.once()  # reached all the same
+    assert note in loop.note
+    assert bool(note) == bool(loop.note)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long the loop means to wait; it does not wait."""
+    waits: list[float] = []
+
+    class NoTime:
+        def __init__(self, delay_s: float) -> None:
+            waits.append(delay_s)
+
+        async def __aenter__(self) -> None:
+            await asyncio.sleep(0)
+            raise TimeoutError
+
+        async def __aexit__(self, *error: object) -> None:
+            return
+
+    monkeypatch.setattr(asyncio, "timeout", NoTime)
+    return waits
+
+
+async def run_until(loop: Bootstrapping, done: Callable[[], bool]) -> None:
+    task = asyncio.create_task(loop.run())
+    while not done():
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_back_off_doubles_to_a_minute_and_starts_anew_after_success(waits):
+    network = Network(a=Reason.UNREACHABLE)
+    loop = network.loop()
+    await run_until(loop, lambda: len(waits) >= 9)
+    assert waits[:9] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert not loop.reached.is_set()
+    waits.clear()
+    network.answers = {PeerId("a"): 0.0}
+    await run_until(loop, lambda: len(waits) >= 2)
+    assert waits[:2] == [60, 60]
+    assert loop.reached.is_set()
+    waits.clear()
+    network.answers = {PeerId("a"): Reason.UNREACHABLE}
+    await run_until(loop, lambda: len(waits) >= 2)
+    assert waits[:2] == [1, 2]
+    assert not loop.reached.is_set()
+
+
+async def test_an_error_of_ours_does_not_end_the_loop(waits, caplog):
+    network = Network(a=0.0)
+    loop, count = network.loop(), 0
+
+    async def broken() -> None:
+        nonlocal count
+        count += 1
+        raise RuntimeError("a DHT node that is being replaced")
+
+    loop._settle = broken
+    await run_until(loop, lambda: count >= 3)
+    assert "being replaced" in caplog.text
+
+
+async def test_dialling_again_does_not_wait():
+    network = Network(a=0.0)
+    loop = network.loop()
+    task = asyncio.create_task(loop.run())
+    await loop.reached.wait()
+    loop.lost()
+    loop.again()
+    async with asyncio.timeout(10):  # the next time would be in a minute
+        await loop.reached.wait()
+    assert len(network.dialled) == 2
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def test_a_seed_may_have_several_addresses_and_we_are_none():
+    first, second = f"/ip4/10.0.0.1/tcp/1/p2p/{A}", f"/dns4/a.example/tcp/1/p2p/{A}"
+    own, word = f"/ip4/10.0.0.2/tcp/1/p2p/{B}", f"/ip4/10.0.0.3/tcp/1/p2p/{A}"
+    book = AddressBook(B, [first, own, second])
+    book.learn([word, f"/ip4/10.0.0.4/tcp/1/p2p/{C}"], hearsay=False)
+    assert book.of(A) == [first, second, word]
+    assert book.targets() == {A: first, C: f"/ip4/10.0.0.4/tcp/1/p2p/{C}"}
+    assert book.candidates() == [C, A]
+
+
+def test_loopback_is_told_only_if_it_is_all_there_is():
+    loopback, outside = "/ip4/127.0.0.1/tcp/1", "/ip4/192.0.2.1/tcp/1"
+    assert reachable([loopback, "/ip6/::1/tcp/1", outside]) == [outside]
+    assert reachable([loopback]) == [loopback]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_an_introduction_lasts_a_while():
+    clock = Clock()
+    introduced = present.Introduced(clock)
+    assert A not in introduced
+    introduced.accepted(A)
+    assert A in introduced
+    introduced.forget(A)
+    assert A not in introduced
+    introduced.accepted(A)
+    clock.now += present.KNOWN_S
+    assert A not in introduced
+
+
+def test_who_refuses_us_is_left_alone_for_longer_every_time():
+    clock = Clock()
+    introduced = present.Introduced(clock)
+    pauses = []
+    for _ in range(9):
+        introduced.refused(A)
+        assert A not in introduced
+        started = clock.now
+        while introduced.is_left_alone(A):
+            clock.now += 0.5
+        pauses.append(clock.now - started)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert not introduced.is_left_alone(B)
+    introduced.accepted(A)
+    introduced.refused(A)
+    clock.now += 1
+    assert not introduced.is_left_alone(A)
+
+
+def test_what_is_remembered_of_introductions_is_bounded():
+    introduced = present.Introduced(Clock())
+    for n in range(present.MAX_NOTED + 10):
+        introduced.accepted(PeerId(f"a{n}"))
+        introduced.refused(PeerId(f"r{n}"))
+    assert len(introduced._since) == len(introduced._refused) == present.MAX_NOTED
+    introduced.clear()
+    assert not introduced._since
+    assert not introduced._refused
