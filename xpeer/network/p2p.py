@@ -23,10 +23,11 @@ from typing import Any, Protocol
 
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
-from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerInfo, StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.multiaddr import Multiaddr
 
 from xpeer.errors import Reason
 from xpeer.identity import PeerId
@@ -212,7 +213,15 @@ class GatedP2P(P2P):
             finally:
                 writer.close()
 
-        await super().add_binary_stream_handler(name, gated)
+        if self._listen_task is None:
+            self._start_listening()
+        control = self._client.control
+        control.handlers[name] = gated
+        where = control.listen_maddr.to_bytes()
+        await self._ask(
+            type=p2pd_pb2.Request.STREAM_HANDLER,
+            streamHandler=p2pd_pb2.StreamHandlerRequest(addr=where, proto=[name], balanced=False),
+        )
 
     async def serve_call(
         self, name: str, handler: CallHandler, scope: Scope | None, max_request: int
@@ -269,21 +278,54 @@ class GatedP2P(P2P):
     async def open_stream(
         self, peer: PeerID, name: str
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A raw stream to a peer's handler. hivemind's own leaks a socket whenever it fails."""
+        """A raw stream to a peer's handler."""
         async with self._opening:
             self._require_sidecar()
-            reader, writer = await self._client.control.daemon_connector.open_connection()
-            try:
-                asked = p2pd_pb2.StreamOpenRequest(peer=peer.to_bytes(), proto=[name])
-                kind = p2pd_pb2.Request.STREAM_OPEN
-                await write_pbmsg(writer, p2pd_pb2.Request(type=kind, streamOpen=asked))
-                response = p2pd_pb2.Response()
-                await read_pbmsg_safe(reader, response)
-                raise_if_failed(response)
-            except BaseException:
-                writer.transport.abort()
-                raise
+            reader, writer, _ = await self._request(
+                type=p2pd_pb2.Request.STREAM_OPEN,
+                streamOpen=p2pd_pb2.StreamOpenRequest(peer=peer.to_bytes(), proto=[name]),
+            )
         return reader, writer
+
+    async def dial(self, peer: PeerID, maddrs: list[Multiaddr]) -> None:
+        """Have the sidecar connect to a peer."""
+        await self._ask(
+            type=p2pd_pb2.Request.CONNECT,
+            connect=p2pd_pb2.ConnectRequest(
+                peer=peer.to_bytes(), addrs=[maddr.to_bytes() for maddr in maddrs]
+            ),
+        )
+
+    async def list_peers(self) -> list[PeerInfo]:
+        """Whoever is connected."""
+        answer = await self._ask(type=p2pd_pb2.Request.LIST_PEERS)
+        return [PeerInfo.from_protobuf(peer) for peer in answer.peers]
+
+    async def _ask(self, **request: Any) -> Any:
+        """One request to the sidecar on a connection of its own; its `p2pd_pb2.Response`."""
+        _, writer, answer = await self._request(**request)
+        writer.transport.abort()
+        return answer
+
+    async def _request(
+        self, **request: Any
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Any]:
+        """The same, and the connection; hivemind's own leak it whenever they fail or are cancelled.
+
+        Raises:
+            ControlFailure: the sidecar says no.
+            asyncio.IncompleteReadError, OSError: it is gone.
+        """
+        reader, writer = await self._client.control.daemon_connector.open_connection()
+        try:
+            await write_pbmsg(writer, p2pd_pb2.Request(**request))
+            answer = p2pd_pb2.Response()
+            await read_pbmsg_safe(reader, answer)
+            raise_if_failed(answer)
+        except BaseException:
+            writer.transport.abort()
+            raise
+        return reader, writer, answer
 
     async def _call_unary_protobuf_handler(
         self, peer_id: PeerID, handle_name: str, input: Any, output_protobuf_type: Any

@@ -76,7 +76,6 @@ class Swarm:
         self._introducing: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
         self._limit = present.RateLimit()
         self._background: list[asyncio.Task[None]] = []
-        self._dials: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
         for seed in self._book.seeds:
             membership.trust_seed(seed)
@@ -227,17 +226,8 @@ class Swarm:
                 await self._connect(peer_id, addresses)
 
     async def _connect(self, peer_id: PeerId, addresses: list[str]) -> None:
-        """Have the sidecar dial. hivemind leaks a socket when this is cancelled: so it is not."""
         maddrs = [Multiaddr(without_peer(address)) for address in addresses]
-        dial = asyncio.ensure_future(self._p2p._client.connect(_hivemind_id(peer_id), maddrs))
-        self._dials.add(dial)
-        dial.add_done_callback(self._dialled)
-        await asyncio.shield(dial)
-
-    def _dialled(self, dial: asyncio.Task[None]) -> None:
-        self._dials.discard(dial)
-        if not dial.cancelled():
-            dial.exception()  # whoever waited for it has heard; nobody else wants to
+        await self._p2p.dial(_hivemind_id(peer_id), maddrs)
 
     # The gate (p2p.Gate)
 
@@ -352,7 +342,6 @@ class Swarm:
         self._introduced.clear()
         self.dht.is_alive = False  # ends its background work; its handlers go with the sidecar
         await self._p2p.shutdown()
-        await asyncio.gather(*self._dials, return_exceptions=True)
 
     async def _keep_sidecar(self) -> None:
         delay_s = FIRST_RETRY_S
