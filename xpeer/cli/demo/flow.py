@@ -27,12 +27,12 @@ BATCH_RECORDS = 48
 SHARD_BYTES = 4_000_000
 HELD_OUT_RECORDS = 128
 SWARM_RATE = 6e-3
-ALONE_RATES = (4e-3, 6e-3)
-"""A lone peer gets the better of these; the swarm's rate is fixed beforehand."""
+ALONE_RATES = (4e-3, 6e-3, 9e-3)
+"""A lone peer gets the best of these; the swarm's rate is fixed beforehand."""
 SPEEDS = {"python": 1.0, "headers": 1.0, "licences": 0.5}
 PRIVATE_OVERHEAD = 1.3
 """A private step beside a plain one of the same records, noise and exchanges included."""
-TIMEOUT_S = 900.0
+TIMEOUT_S = 1800.0
 ALONE_AT_ONCE = 2
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -134,7 +134,7 @@ class Demo:
             )  # fmt: skip
             self._start(name, homes[name], ["--join", token, "--listen", LOOPBACK])
             self._view.advance()
-        self._follow(homes, {name: self._curves[name] for name in names}, "training together")
+        self._follow(homes)
         self._collect(homes, report, held_out)
         daemons.call(
             ["checkpoint", "export", "--home", str(homes[founder].path), "--hf",
@@ -170,24 +170,32 @@ class Demo:
         }
         self._processes.start(name, ["start", "--home", str(home.path), *arguments], settings)
 
-    def _follow(self, homes: dict[str, Home], curves: dict[str, Curve], what: str) -> None:
+    def _follow(self, homes: dict[str, Home]) -> None:
         """Watch until all have finished."""
         total = STEPS * len(homes)
-        self._view.phase(what, total)
+        self._view.phase("training together", total)
         deadline = time.monotonic() + TIMEOUT_S
         while True:
-            self._processes.check_alive()
-            seen = {name: daemons.status_of(home) for name, home in homes.items()}
-            for name, status in seen.items():
-                if status is not None:
-                    _extend(curves[name], status)
-            self._view.show(seen)
-            self._view.to(sum(s.progress.step for s in seen.values() if s), total)
-            if all(s is not None and s.state == "finished" for s in seen.values()):
+            seen = self._seen(homes, self._curves)
+            self._view.to(sum(status.progress.step for status in seen.values()), total)
+            if len(seen) == len(homes) and all(s.state == "finished" for s in seen.values()):
                 return
-            if time.monotonic() > deadline:
-                raise LocalTimeoutError("the demo took too long", f"see {self._run / 'logs'}")
-            time.sleep(0.5)
+            self._wait(deadline)
+
+    def _seen(self, homes: dict[str, Home], curves: dict[str, Curve]) -> dict[str, Status]:
+        """What the daemons say now, drawn; without those that do not answer yet."""
+        self._processes.check_alive()
+        answers = {name: daemons.status_of(home) for name, home in homes.items()}
+        seen = {name: status for name, status in answers.items() if status is not None}
+        for name, status in seen.items():
+            _extend(curves[name], status)
+        self._view.show(answers)
+        return seen
+
+    def _wait(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise LocalTimeoutError("the demo took too long", f"see {self._run / 'logs'}")
+        time.sleep(0.5)
 
     def _collect(self, homes: dict[str, Home], report: Report, held_out: HeldOut) -> None:
         distances = []
@@ -223,32 +231,45 @@ class Demo:
 
     def _alone(self, start: Path, report: Report, held_out: HeldOut) -> None:
         """Every peer by itself: same steps, same budget, its rate tuned; the best run counts."""
-        jobs = [(peer, rate) for rate in ALONE_RATES for peer in report.peers]
+        waiting = sorted(
+            ((peer, rate) for peer in report.peers for rate in ALONE_RATES),
+            key=lambda job: job[0].steps,  # taken from the end: the longest first
+        )
+        total, done = sum(peer.steps for peer, _ in waiting), 0
         best: dict[str, torch.Tensor] = {}
-        self._view.phase("training each peer alone, for comparison", STEPS * len(jobs))
-        for first in range(0, len(jobs), ALONE_AT_ONCE):
-            batch = jobs[first : first + ALONE_AT_ONCE]
-            homes: dict[str, Home] = {}
-            curves: dict[str, Curve] = {}
-            for peer, rate in batch:
+        running: dict[str, tuple[PeerReport, float]] = {}
+        homes: dict[str, Home] = {}
+        curves: dict[str, Curve] = {}
+        self._view.phase(f"each peer alone, to compare; {ALONE_AT_ONCE} at a time", total)
+        deadline = time.monotonic() + TIMEOUT_S
+        while waiting or running:
+            while waiting and len(running) < ALONE_AT_ONCE:
+                peer, rate = waiting.pop()
                 name = f"alone-{peer.corpus}-{rate:g}"
-                homes[name], curves[name] = Home(self._run / name), []
-                fields = {"end.steps": peer.steps, "optimiser.learning_rate": rate}
-                self._init(homes[name], name, start, peer.corpus, fields)
-                settings = {"XPEER_TRAINING_THREADS": "1"}
-                self._processes.start(
-                    name, ["start", "--home", str(homes[name].path), "--bootstrap"], settings
-                )
-            self._follow(homes, curves, f"training alone, {len(batch)} at a time")
-            self._processes.end(list(homes))
-            for (peer, rate), (name, home) in zip(batch, homes.items(), strict=True):
-                params = params_of(home.checkpoints)
+                running[name], curves[name] = (peer, rate), []
+                homes[name] = self._start_alone(name, start, peer, rate)
+            seen = self._seen({name: homes[name] for name in running}, curves)
+            self._view.to(done + sum(s.progress.step for s in seen.values()), total)
+            for name in [name for name, status in seen.items() if status.state == "finished"]:
+                peer, rate = running.pop(name)
+                done += peer.steps
+                self._processes.end([name])
+                params = params_of(homes[name].checkpoints)
                 loss = held_out.loss(params)
                 if not peer.loss_alone <= loss:
                     peer.loss_alone, peer.alone_learning_rate = loss, rate
                     best[peer.corpus] = params
                     self._alone_curves[peer.corpus] = curves[name]
+            self._wait(deadline)
         report.loss_alone_averaged = held_out.loss(torch.stack(list(best.values())).mean(0))
+
+    def _start_alone(self, name: str, start: Path, peer: PeerReport, rate: float) -> Home:
+        home = Home(self._run / name)
+        fields = {"end.steps": peer.steps, "optimiser.learning_rate": rate}
+        self._init(home, name, start, peer.corpus, fields)
+        settings = {"XPEER_TRAINING_THREADS": "1"}
+        self._processes.start(name, ["start", "--home", str(home.path), "--bootstrap"], settings)
+        return home
 
     # Report
 
