@@ -24,6 +24,7 @@ from xpeer.status import Progress
 from xpeer.training import rules
 from xpeer.training.exchanges import Exchanges
 from xpeer.training.ipc import TrainerState
+from xpeer.training.measuring import Measurements
 from xpeer.training.mixing import Fragments
 from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
@@ -63,7 +64,7 @@ class LocalTrainer:
         self.manifest = manifest
         self.parameters = parameters
         self.mechanism = mechanism
-        self.evaluation = evaluation
+        self.measurements = Measurements(evaluation, manifest.round)
         self.counters = Counters()
         self.awaiting = awaiting
         self.optimiser = make_optimiser(manifest, parameters)
@@ -88,9 +89,6 @@ class LocalTrainer:
         self._window_step = 0
         self._window_began = time.monotonic()
         self._loss_train: float | None = None
-        self._loss_validation: float | None = None
-        self._loss_public: float | None = None
-        self._measured = 0, 0  # (step, merges)
         self._tokens_per_s = 0.0
 
     # ---- what other threads may call -------------------------------------------------------
@@ -130,9 +128,9 @@ class LocalTrainer:
             tokens=self.counters.tokens,
             planned_steps=planned_steps(self.manifest),
             loss_train=self._loss_train,
-            loss_validation=self._loss_validation,
-            loss_public=self._loss_public,
-            loss_public_age=self._loss_age(),
+            loss_validation=self.measurements.validation,
+            loss_public=self.measurements.public,
+            loss_public_age=self.measurements.age(self.counters),
             learning_rate=learning_rate(self.counters, self.manifest),
             tokens_per_s=self._tokens_per_s,
             consensus_distance=self.exchanges.consensus_distance,
@@ -143,12 +141,6 @@ class LocalTrainer:
             seconds_blocked=self.seconds_blocked,
             seconds_boundary=self.seconds_boundary,
         )
-
-    def _loss_age(self) -> float:
-        step, merges = self._measured
-        rules = self.manifest.round
-        moved = (self.counters.merges - merges) / rules.fragments
-        return (self.counters.step - step) / rules.window_steps + moved
 
     # ---- the loop; one thread --------------------------------------------------------------
 
@@ -219,7 +211,7 @@ class LocalTrainer:
         """
         if not bool(torch.isfinite(flat).all()):
             raise PeerError(Reason.NOT_FINITE, "the state has values that are not finite")
-        before = self.evaluation.public()
+        before = self.public_loss()
         self.parameters.write(flat)
         self.exchanges.begin()
         self._gradient_due = False
@@ -237,17 +229,11 @@ class LocalTrainer:
 
     def measure(self) -> tuple[float, float | None]:
         """At a boundary: public and held-out loss."""
-        self._loss_public = self.evaluation.public()
-        if self.evaluation.validation is not None:
-            self._loss_validation = self.evaluation.validation()
-        self._measured = self.counters.step, self.counters.merges
-        return self._loss_public, self._loss_validation
+        return self.measurements.take(self.counters)
 
     def public_loss(self) -> float:
         """At a boundary: loss of the present parameters on the public text."""
-        if self._loss_age() > 0 or self._loss_public is None:
-            self.measure()
-        return self._loss_public if self._loss_public is not None else math.nan
+        return self.measurements.fresh_public(self.counters)
 
     def _boundary(self) -> None:
         began = time.perf_counter()
@@ -342,7 +328,7 @@ class LocalTrainer:
             self._window_step = 0
             self._window_began = now
             self._gradient_due = self._gradients is not None
-            self.measure()
+            self.measurements.at_window_end(self.counters)
 
     def _finish_gradient(self) -> None:
         """Gradient aggregation: wait for the group's gradient, then take the window's step."""
