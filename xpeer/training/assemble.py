@@ -134,7 +134,6 @@ def assemble(setup: TrainerSetup) -> Assembled:
     )
     trainer = LocalTrainer(
         manifest,
-        setup.swarm_id,
         parameters,
         mechanism,
         _evaluation(manifest, config, model, tokenizer, validation),

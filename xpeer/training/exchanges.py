@@ -16,7 +16,8 @@ from typing import Final
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
-from xpeer.training.mixing import Difference, Fragments, NormLimit, decode_peer, difference
+from xpeer.training.fragments import Fragments
+from xpeer.training.mixing import Difference, NormLimit, decode_peer, difference
 from xpeer.training.parts import Mechanism, Parameters
 from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
@@ -89,8 +90,7 @@ class Exchanges:
         with self._lock:
             self._in_flight.clear()
         for fragment in range(self.fragments.num_fragments):
-            theta = self._parameters.gather(self.fragments.indices(fragment))
-            self.rule.begin(fragment, theta)
+            self.rule.begin(fragment, self._gather(fragment))
 
     @property
     def steps_late(self) -> float:
@@ -113,7 +113,7 @@ class Exchanges:
             TrainerError: the id is in use.
             LocalError: no such fragment.
         """
-        indices = self.fragments.indices(fragment)
+        self.fragments.size(fragment)
         rule = self._averaging if averaging else self.rule
         with self._lock:
             if meeting_id in self._in_flight:
@@ -122,7 +122,7 @@ class Exchanges:
                 raise PeerError(Reason.BUSY, f"{MAX_IN_FLIGHT} meetings are in flight")
             if any(other.fragment == fragment for other in self._in_flight.values()):
                 raise PeerError(Reason.BUSY, f"fragment {fragment} is in flight")
-        theta = self._parameters.gather(indices)
+        theta = self._gather(fragment)
         private = self._mechanism.stamp(RawUpdate(rule.outgoing(fragment, theta), step))
         with self._lock:
             self._in_flight[meeting_id] = _Meeting(fragment, step, rule, theta)
@@ -213,7 +213,8 @@ class Exchanges:
         if meeting is None or meeting.correction is None:
             return -1
         correction, rule = meeting.correction, meeting.rule
-        self._parameters.add_(self.fragments.indices(meeting.fragment), correction.values)
+        flat = self._parameters.flat
+        self.fragments.add_(flat, meeting.fragment, correction.values.to(flat.device))
         if rule is self.rule:
             rule.merged(meeting.fragment, correction.state)
         else:
@@ -236,6 +237,9 @@ class Exchanges:
     def __len__(self) -> int:
         """Number in flight."""
         return len(self._in_flight)
+
+    def _gather(self, fragment: int) -> torch.Tensor:
+        return self.fragments.gather(self._parameters.flat, fragment).cpu()
 
     def _get(self, meeting_id: int) -> _Meeting:
         try:

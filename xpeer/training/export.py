@@ -38,7 +38,7 @@ def export_hf(model: torch.nn.Module, tokenizer: Tokenizer | None, folder: Path)
     except OSError as e:
         raise _unwritable(folder, e) from e
     try:
-        inner.save_pretrained(staging)
+        inner.save_pretrained(staging, state_dict=_unshared(inner))
         if tokenizer is not None:
             tokenizer.save_hf(staging)
         staging.chmod(0o755)
@@ -101,6 +101,17 @@ def generate(
     finally:
         model.train(was_training)
     return tokenizer.decode(ids[known:])
+
+
+def _unshared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state with memory of its own for each tensor: in training all are views of one vector,
+    which would be taken for tied weights. Those that are tied stay so.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    return {
+        name: copies.setdefault(value.data_ptr(), value.clone())
+        for name, value in model.state_dict().items()
+    }
 
 
 def _unwritable(folder: Path, error: BaseException) -> LocalError:

@@ -6,125 +6,89 @@ peer because the manifest fixes the config.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
+from xpeer.training.fragments import padded
 
 
 class FlatParameters:
-    """A model's trainable parameters as one vector of `num_params` float32 values.
+    """A model's trainable parameters, moved into one vector that they become views of: a fragment
+    is then copied out of it, or added to it, in a few strided passes.
 
-    Build it on the model itself, not on a wrapper. It keeps the parameters, not the model, and so
-    stays valid when the model is wrapped later (opacus) or moved to another device.
+    Build it on the model itself, not on a wrapper, on its final device. It keeps the parameters,
+    not the model, and so stays valid when the model is wrapped later (opacus).
+
+    Attributes:
+        num_params: P.
+        flat: (P, padded with zeros to whole lines,) float32, on the model's device.
+
+    Raises:
+        LocalError: parameters of several types or devices.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._parameters = _trained(model)
-        for p in self._parameters:
-            if not p.is_contiguous():  # a view of it would silently be a copy
-                p.data = p.data.contiguous()
-        sizes = torch.tensor([0, *(p.numel() for p in self._parameters)])
-        self._bounds = sizes.cumsum(0)  # (len(parameters) + 1,) int64
-        self.num_params = int(self._bounds[-1])
+        kinds = {(p.dtype, p.device) for p in self._parameters}
+        if len(kinds) != 1 or kinds.pop()[0] != torch.float32:
+            raise LocalError("the model's parameters are not all float32 on one device")
+        self.num_params = sum(p.numel() for p in self._parameters)
+        device = self._parameters[0].device
+        self.flat = torch.zeros(padded(self.num_params), dtype=torch.float32, device=device)
+        with torch.no_grad():
+            for p, view in zip(self._parameters, _views(self._parameters, self.flat), strict=True):
+                view.copy_(p)
+                p.data = view
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """In flat order."""
         return list(self._parameters)
 
-    @torch.no_grad()
     def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """Copy all to (num_params,) float32 on the CPU, into `out` if given."""
         if out is None:
             out = torch.empty(self.num_params, dtype=torch.float32)
-        self._check(out)
-        for p, low, high in self._spans():
-            out[low:high].copy_(p.view(-1))
-        return out
+        _check(out, self.num_params)
+        return out.copy_(self.flat[: self.num_params])
 
-    @torch.no_grad()
     def write(self, flat: torch.Tensor) -> None:
         """Replace all by (num_params,) float32 from the CPU."""
-        self._check(flat)
-        for p, low, high in self._spans():
-            p.view(-1).copy_(flat[low:high])
-
-    @torch.no_grad()
-    def gather(self, indices: torch.Tensor) -> torch.Tensor:
-        """Copy some to the CPU.
-
-        Args:
-            indices: (n,) int32 or int64, CPU, sorted, each at most once.
-
-        Returns:
-            (n,) float32, CPU.
-        """
-        out = torch.empty(indices.numel(), dtype=torch.float32)
-        for p, low, high, local in self._hits(indices):
-            out[low:high].copy_(p.view(-1).index_select(0, local))
-        return out
-
-    @torch.no_grad()
-    def add_(self, indices: torch.Tensor, values: torch.Tensor) -> None:
-        """Add to some, on the device.
-
-        Args:
-            indices: as for `gather`.
-            values: (n,) float32, CPU.
-        """
-        for p, low, high, local in self._hits(indices):
-            p.view(-1).index_add_(0, local, values[low:high].to(p.device, p.dtype))
+        _check(flat, self.num_params)
+        self.flat[: self.num_params].copy_(flat)
 
     def read_gradients(self) -> torch.Tensor:
-        """Copy all gradients to (num_params,) float32 on the CPU; a missing one is zero."""
-        out = torch.zeros(self.num_params, dtype=torch.float32)
-        for p, low, high in self._spans():
+        """Copy all gradients, in the shape of `flat`, to the CPU; a missing one is zero."""
+        out = torch.zeros(self.flat.numel(), dtype=torch.float32)
+        for p, view in zip(self._parameters, _views(self._parameters, out), strict=True):
             if p.grad is not None:
-                out[low:high].copy_(p.grad.view(-1))
+                view.copy_(p.grad)
         return out
 
     def write_gradients(self, flat: torch.Tensor) -> None:
-        """Replace all gradients by (num_params,) float32 from the CPU."""
-        self._check(flat)
-        for p, low, high in self._spans():
-            p.grad = flat[low:high].to(p.device, p.dtype, copy=True).view_as(p)
+        """Replace all gradients from a vector in the shape of `flat`, on the CPU."""
+        for p, view in zip(self._parameters, _views(self._parameters, flat), strict=True):
+            p.grad = view.to(p.device, copy=True)
 
     def digest(self) -> str:
         """See `digest`."""
         return digest(self.read())
 
-    def _spans(self) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
-        bounds = self._bounds.tolist()
-        return zip(self._parameters, bounds[:-1], bounds[1:], strict=True)
 
-    def _hits(
-        self, indices: torch.Tensor
-    ) -> Iterator[tuple[torch.nn.Parameter, int, int, torch.Tensor]]:
-        """For every parameter that is hit: the range of `indices`, and positions within it."""
-        cuts = torch.searchsorted(indices, self._bounds.to(indices.dtype)).tolist()
-        for (p, start, _), low, high in zip(self._spans(), cuts[:-1], cuts[1:], strict=True):
-            if low < high:
-                yield p, low, high, (indices[low:high] - start).to(p.device)
-
-    def _check(self, flat: torch.Tensor) -> None:
-        if flat.shape != (self.num_params,) or flat.dtype != torch.float32:
-            raise LocalError(
-                f"a flat vector of {tuple(flat.shape)} {flat.dtype} does not fit a model of "
-                f"{self.num_params} float32 parameters",
-                "it belongs to another model",
-            )
+@torch.no_grad()
+def read_flat(model: torch.nn.Module) -> torch.Tensor:
+    """Copy all trainable parameters to (num_params,) float32 on the CPU."""
+    parts = [p.detach().reshape(-1).to("cpu", torch.float32) for p in _trained(model)]
+    return torch.cat(parts)
 
 
-def read_flat(model: torch.nn.Module, out: torch.Tensor | None = None) -> torch.Tensor:
-    """All trainable parameters as (num_params,) float32 on the CPU, into `out` if given."""
-    return FlatParameters(model).read(out)
-
-
+@torch.no_grad()
 def write_flat(model: torch.nn.Module, flat: torch.Tensor) -> None:
     """Replace all trainable parameters by (num_params,) float32."""
-    FlatParameters(model).write(flat)
+    parameters = _trained(model)
+    _check(flat, sum(p.numel() for p in parameters))
+    for p, view in zip(parameters, _views(parameters, flat), strict=True):
+        p.copy_(view)
 
 
 def digest(flat: torch.Tensor) -> str:
@@ -140,3 +104,19 @@ def num_params(model: torch.nn.Module) -> int:
 
 def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for _, p in model.named_parameters() if p.requires_grad]
+
+
+def _views(parameters: list[torch.nn.Parameter], flat: torch.Tensor) -> list[torch.Tensor]:
+    """Where each parameter lies in a flat vector."""
+    sizes = [p.numel() for p in parameters]
+    parts = torch.split(flat[: sum(sizes)], sizes)
+    return [part.view(p.shape) for p, part in zip(parameters, parts, strict=True)]
+
+
+def _check(flat: torch.Tensor, num_params: int) -> None:
+    if flat.shape != (num_params,) or flat.dtype != torch.float32:
+        raise LocalError(
+            f"a flat vector of {tuple(flat.shape)} {flat.dtype} does not fit a model of "
+            f"{num_params} float32 parameters",
+            "it belongs to another model",
+        )

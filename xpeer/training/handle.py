@@ -17,6 +17,7 @@ from xpeer.manifest import Manifest, SignedManifest
 from xpeer.status import PrivacySpent, Progress
 from xpeer.training.arena import Arena, Layout, Slots, copy_in_parts
 from xpeer.training.child import Child, Event, logger
+from xpeer.training.fragments import fragment_size, largest
 from xpeer.training.ipc import (
     Crashed,
     Done,
@@ -40,7 +41,6 @@ from xpeer.training.ipc import (
     WriteCheckpoint,
     Written,
 )
-from xpeer.training.mixing import fragment_params
 from xpeer.training.rules import vectors_of
 from xpeer.training.setup import Mode, TrainerSetup
 from xpeer.update import CompressedUpdate, ModelState, PeerUpdate, received_stamp
@@ -148,7 +148,7 @@ class TrainerProcess:
             averaging: as for `snapshot`.
         """
         vectors = 1 if averaging else self._vectors
-        return vectors * fragment_params(self.num_params, self.num_fragments, fragment)
+        return vectors * fragment_size(self.num_params, self.num_fragments, fragment)
 
     # ---- one exchange: see xpeer/round.py -----------------------------------------------------
 
@@ -312,6 +312,6 @@ class TrainerProcess:
 def layout_of(manifest: Manifest) -> Layout:
     """The arena that a manifest needs."""
     num_params, rules = manifest.model.num_params, manifest.round
-    largest = -(-num_params // rules.fragments)
-    room = encoded_bytes(rules.codec, vectors_of(rules) * largest)
+    most = vectors_of(rules) * largest(num_params, rules.fragments)
+    room = encoded_bytes(rules.codec, most)
     return Layout(slot_bytes=room, state_bytes=4 * num_params)

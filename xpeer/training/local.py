@@ -23,9 +23,9 @@ from xpeer.manifest import Manifest
 from xpeer.status import Progress
 from xpeer.training import rules
 from xpeer.training.exchanges import Exchanges
+from xpeer.training.fragments import Fragments
 from xpeer.training.ipc import TrainerState
 from xpeer.training.measuring import Measurements
-from xpeer.training.mixing import Fragments
 from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.setup import Mode
@@ -42,7 +42,6 @@ class LocalTrainer:
 
     Args:
         manifest: of the swarm.
-        swarm_id: cuts the fragments.
         parameters: of the model.
         mechanism: makes the gradients.
         evaluation: measures.
@@ -53,7 +52,6 @@ class LocalTrainer:
     def __init__(
         self,
         manifest: Manifest,
-        swarm_id: str,
         parameters: Parameters,
         mechanism: Mechanism,
         evaluation: Evaluation,
@@ -68,7 +66,7 @@ class LocalTrainer:
         self.counters = Counters()
         self.awaiting = awaiting
         self.optimiser = make_optimiser(manifest, parameters)
-        fragments = Fragments(parameters.num_params, manifest.round.fragments, swarm_id)
+        fragments = Fragments(parameters.num_params, manifest.round.fragments)
         rule = rules.make(manifest.round)
         codec = manifest.round.codec
         self.exchanges = Exchanges(parameters, fragments, codec, mechanism, rule)

@@ -1,4 +1,4 @@
-"""Fragments, and how ours differ from a partner's; no IO, no clock, no processes.
+"""How our vectors differ from a partner's; no IO, no clock, no processes.
 
     z_j = Q(theta_j[f]) - Q(theta_i[f])        shift = sum_j w_j z_j
 
@@ -10,7 +10,6 @@ becomes of the shift is the aggregation rule's business (`xpeer/training/rules`)
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 from collections import deque
@@ -18,10 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
 
-from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.errors import PeerError, Reason
 from xpeer.wire import codec as wire_codec
 
 CLIP_MULTIPLE: Final = 4.0
@@ -31,74 +29,6 @@ CLIP_HISTORY: Final = 64
 CLIP_FLOOR: Final = 0.01
 """Relative distance that is never clipped. int8 alone makes 0.006; after consolidation the median
 tends to zero, and would otherwise keep peers apart for ever."""
-_PERMUTED_AT_ONCE: Final = 1 << 16
-
-
-class Fragments:
-    """The strided parts of the parameters that slots exchange in turn.
-
-    The permutation is a function of the swarm alone, in integer arithmetic that does not depend on
-    any library's random numbers. It permutes within runs of 65,536 parameters, which is random
-    enough to spread every layer over all fragments, and needs no memory of the model's size twice.
-
-    Args:
-        num_params: P.
-        num_fragments: F, at most P.
-        swarm_id: seeds the permutation.
-    """
-
-    def __init__(self, num_params: int, num_fragments: int, swarm_id: str) -> None:
-        if not 1 <= num_fragments <= num_params:
-            raise LocalError(
-                f"round.fragments = {num_fragments} does not fit {num_params} parameters",
-                "choose fewer fragments",
-            )
-        self.num_params = num_params
-        self.num_fragments = num_fragments
-        self._indices = _strided_parts(num_params, num_fragments, swarm_id)
-
-    def indices(self, fragment: int) -> torch.Tensor:
-        """Sorted positions of a fragment, (fragment_params,) int64 or int32, CPU.
-
-        Raises:
-            LocalError: no such fragment.
-        """
-        if not 0 <= fragment < self.num_fragments:
-            raise LocalError(f"fragment {fragment} does not exist: there are {self.num_fragments}")
-        return self._indices[fragment]
-
-
-def fragment_params(num_params: int, num_fragments: int, fragment: int) -> int:
-    """Number of values in a fragment, without building it: len(range(f, P, F))."""
-    return len(range(fragment, num_params, num_fragments))
-
-
-def _strided_parts(num_params: int, num_fragments: int, swarm_id: str) -> list[torch.Tensor]:
-    """sorted(permutation[f::F]) for every f."""
-    seed = int.from_bytes(hashlib.blake2b(swarm_id.encode(), digest_size=8).digest(), "little")
-    dtype = np.int32 if num_params < 2**31 else np.int64
-    parts: list[list[np.ndarray]] = [[] for _ in range(num_fragments)]
-    low_bits = np.uint64(_PERMUTED_AT_ONCE - 1)
-    for start in range(0, num_params, _PERMUTED_AT_ONCE):
-        local = np.arange(min(_PERMUTED_AT_ONCE, num_params - start), dtype=np.uint64)
-        # a random key above, the position below: one plain sort permutes, and nothing is tied
-        keys = _splitmix64(local + np.uint64(start), seed) & ~low_bits
-        permuted = np.sort(keys | local) & low_bits
-        fragment_of = np.empty(len(local), dtype=np.uint16)
-        fragment_of[permuted] = (np.arange(len(local)) + start) % num_fragments
-        order = np.argsort(fragment_of, kind="stable")  # by fragment, sorted within each
-        ends = np.cumsum(np.bincount(fragment_of, minlength=num_fragments))[:-1]
-        for fragment, chosen in enumerate(np.split(order, ends)):
-            parts[fragment].append((chosen + start).astype(dtype))
-    return [torch.from_numpy(np.concatenate(part)) for part in parts]
-
-
-def _splitmix64(index: np.ndarray, seed: int) -> np.ndarray:
-    """Steele et al. 2014, figure 17: the same 64 bits on every machine."""
-    z = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(z ^ (z >> np.uint64(31)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,17 +44,15 @@ class Mechanism(Protocol):
 
 
 class Parameters(Protocol):
-    """`model.FlatParameters`, as the loop uses it: positions are in flat order."""
+    """`flat.FlatParameters`, as the loop uses it."""
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """(num_params padded to whole lines,) float32, on the device: the parameters themselves."""
 
     @property
     def num_params(self) -> int:
         """P."""
-
-    def gather(self, indices: torch.Tensor) -> torch.Tensor:
-        """(n,) float32, CPU."""
-
-    def add_(self, indices: torch.Tensor, values: torch.Tensor) -> None:
-        """Add on the device."""
 
     def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """(num_params,) float32, CPU."""
@@ -63,7 +61,7 @@ class Parameters(Protocol):
         """Replace all."""
 
     def read_gradients(self) -> torch.Tensor:
-        """(num_params,) float32, CPU: a copy."""
+        """In the shape of `flat`, CPU: a copy."""
 
     def write_gradients(self, flat: torch.Tensor) -> None:
         """Replace all."""

@@ -5,22 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.errors import PeerError, Reason
 from xpeer.training.mixing import (
     CLIP_AFTER,
     CLIP_FLOOR,
     CLIP_MULTIPLE,
     Difference,
-    Fragments,
     NormLimit,
     decode_peer,
     difference,
-    fragment_params,
 )
 from xpeer.wire.codec import NAMES, decode, encode
-
-SWARM = "5c" * 32
-KNOWN_FRAGMENT = [6, 9, 14, 17, 19]
 
 
 def randn(n: int, seed: int) -> torch.Tensor:
@@ -30,41 +25,6 @@ def randn(n: int, seed: int) -> torch.Tensor:
 def found(own: torch.Tensor, peer: torch.Tensor, limit: NormLimit) -> Difference:
     """Of one vector."""
     return difference(own[None], peer[None], [limit], 0)
-
-
-@given(st.integers(1, 3000), st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
-def test_fragments_are_sorted_disjoint_and_complete(num_params: int, num_fragments: int) -> None:
-    num_fragments = min(num_fragments, num_params)
-    fragments = Fragments(num_params, num_fragments, SWARM)
-    parts = [fragments.indices(f) for f in range(num_fragments)]
-    for f, part in enumerate(parts):
-        assert bool((part[1:] > part[:-1]).all())
-        assert len(part) == fragment_params(num_params, num_fragments, f)
-    assert torch.equal(torch.cat(parts).sort().values, torch.arange(num_params, dtype=torch.int32))
-
-
-def test_fragments_span_several_runs_and_every_layer() -> None:
-    num_params = 200_003
-    fragments = Fragments(num_params, 7, SWARM)
-    parts = [fragments.indices(f) for f in range(7)]
-    assert torch.cat(parts).unique().numel() == num_params
-    for part in parts:  # each tenth of the model has about its share of each fragment
-        counts = torch.histc(part.double(), bins=10, min=0, max=num_params)
-        assert bool(((counts / counts.mean() - 1).abs() < 0.05).all())
-
-
-def test_the_permutation_is_the_swarms_and_never_changes() -> None:
-    """Known values: peers on other versions and machines must cut the same fragments."""
-    assert Fragments(20, 4, SWARM).indices(0).tolist() == KNOWN_FRAGMENT
-    assert Fragments(20, 4, "another").indices(0).tolist() != KNOWN_FRAGMENT
-
-
-def test_fragments_refuse_what_does_not_fit() -> None:
-    with pytest.raises(LocalError, match="fragments = 4"):
-        Fragments(3, 4, SWARM)
-    with pytest.raises(LocalError, match="fragment 4"):
-        Fragments(8, 4, SWARM).indices(4)
 
 
 @given(

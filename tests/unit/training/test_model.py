@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from opacus.grad_sample import GradSampleModule
 
 from xpeer.errors import ConfigError, LocalError
 from xpeer.training import model as m
+from xpeer.training.export import export_hf
 from xpeer.training.losses import transformers_model
 from xpeer.training.tokenizer import ByteTokenizer
 
@@ -115,35 +114,40 @@ def test_digest_is_a_known_value():
     assert m.digest(values) == "eb7c47198c8a0de11a5cb612ff5a6b28a8cc4fcd3c9ea8ae387db7af039dccfb"
 
 
-@given(data=st.data())
-@settings(max_examples=30, deadline=None)
-def test_gather_and_add_are_those_of_the_flat_vector(data: st.DataObject):
-    model = SHARED
-    flat = m.FlatParameters(model)
-    positions = data.draw(st.sets(st.integers(0, flat.num_params - 1), max_size=300))
-    dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
-    indices = torch.tensor(sorted(positions), dtype=dtype)
-    whole = flat.read()
-    assert torch.equal(flat.gather(indices), whole[indices.long()])
-    values = torch.randn(len(positions))
-    flat.add_(indices, values)
-    whole[indices.long()] += values
-    assert torch.equal(flat.read(), whole)
-
-
 SHARED = m.build(GPT2, seed=4)
 
 
-def test_gather_and_add_at_the_seams_of_parameters():
+@CONFIGS
+def test_a_flattened_model_computes_trains_and_exports_as_before(
+    config: dict[str, Any], tmp_path: Path
+):
+    model, plain = m.build(config, seed=3), m.build(config, seed=3)
+    flat = m.FlatParameters(model)
+    optimisers = [torch.optim.AdamW(one.parameters(), fused=True) for one in (model, plain)]
+    for one, optimiser in zip((model, plain), optimisers, strict=True):
+        losses, _ = m.record_losses(one, records(3), PAD)
+        losses.sum().backward()
+        optimiser.step()
+    assert torch.equal(flat.read(), m.read_flat(plain))
+    export_hf(model, None, tmp_path / "model")
+    assert torch.equal(m.read_flat(m.from_folder(tmp_path / "model")), flat.read())
+
+
+def test_gradients_of_the_flat_vector_and_back():
     model = m.build(GPT2, seed=4)
     flat = m.FlatParameters(model)
-    ends = torch.tensor([p.numel() for p in flat.parameters()]).cumsum(0)
-    indices = torch.cat([ends - 1, ends[:-1]]).unique()
-    whole = flat.read()
-    assert torch.equal(flat.gather(indices), whole[indices])
-    every = torch.arange(flat.num_params)
-    flat.add_(every, -whole)
-    assert not flat.read().any()
+    assert not flat.read_gradients().any()
+    values = torch.randn(flat.flat.numel())
+    values[flat.num_params :] = 0
+    flat.write_gradients(values)
+    assert torch.equal(flat.read_gradients(), values)
+
+
+def test_parameters_of_several_types_are_refused():
+    model = m.build(GPT2, seed=4)
+    next(model.parameters()).data = next(model.parameters()).data.double()
+    with pytest.raises(LocalError, match="float32"):
+        m.FlatParameters(model)
 
 
 def test_a_vector_of_another_model_is_refused():
@@ -247,7 +251,7 @@ def test_export_refuses_a_folder_that_holds_something(tmp_path: Path):
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(folder: Path) -> None:
+    def full(folder: Path, **_: object) -> None:
         (Path(folder) / "half").write_bytes(b"x")
         raise OSError(28, "No space left on device")
 
