@@ -21,7 +21,6 @@ from tests.swarm.test_network import ECHO, echo, until
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import Identity
 from xpeer.network import p2p, present, swarm
-from xpeer.network.link import Link
 from xpeer.network.membership import Membership
 from xpeer.network.swarm import Swarm
 
@@ -191,27 +190,6 @@ async def test_a_start_that_fails_leaves_no_sidecar(
     with pytest.raises(LocalError, match="does not start"):
         await launch()
     assert children() <= before
-
-
-async def test_many_streams_at_once_all_open(
-    pair: tuple[Swarm, Swarm], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(p2p, "STREAMS_PER_PEER", 400)
-    monkeypatch.setattr(p2p, "MAX_STREAMS", 400)
-    first, second = pair
-
-    async def greet(link: Link) -> None:
-        await link._write(b"hello")
-        await link._reader.read()
-
-    await first.serve_links("xpeer/test-greet/1", greet, "member")
-    links = await asyncio.gather(
-        *(second.open_link(first.peer_id, "xpeer/test-greet/1", 30) for _ in range(400))
-    )
-    greetings = await asyncio.gather(*(link._read(10) for link in links))
-    assert greetings == [b"hello"] * 400
-    for link in links:
-        link.abort()
 
 
 async def test_a_stranger_that_knocks_too_often_is_counted(pair, launch: Launch):

@@ -20,7 +20,7 @@ from xpeer.training.losses import record_losses
 from xpeer.training.model import from_folder
 from xpeer.training.tokenizer import ByteTokenizer
 
-STEPS = 40
+STEPS = 35
 WINDOW_STEPS = 5
 SEQUENCE_TOKENS = 128
 BATCH_RECORDS = 48
