@@ -77,7 +77,7 @@ async def exchange(
             update = await trainer.snapshot(exchange_id, agreement.fragment)
             received = await agreement.swap(update)
             distance = await trainer.verify(exchange_id, received)
-            await agreement.settle(received)
+            await agreement.settle()
             await trainer.merge(exchange_id, weight)
     except TimeoutError as e:
         trainer.drop(exchange_id)

@@ -12,6 +12,7 @@ from xpeer.identity import PeerId
 from xpeer.network.link import Link, Meter
 from xpeer.network.membership import Scope
 from xpeer.network.p2p import CallHandler, GatedP2P, StreamHandler
+from xpeer.network.stream import Stream
 
 log = logging.getLogger("xpeer.network")
 
@@ -52,13 +53,18 @@ def _linked(handler: LinkHandler, meter: Meter) -> StreamHandler:
     async def serve(
         peer_id: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        link = None
         try:
-            await handler(Link(peer_id, reader, writer, meter=meter))
+            link = Link(peer_id, await Stream.adopt(reader, writer), meter=meter)
+            await handler(link)
         except PeerError as e:
             log.debug("link from %s ended: %s", peer_id[-8:], e)
         except LocalError as e:
             log.warning("link from %s ended by a fault of ours: %s", peer_id[-8:], e)
         except Exception:  # a bug of ours costs this link, and is seen
             log.exception("link from %s ended by an error of ours", peer_id[-8:])
+        finally:
+            if link is not None:
+                link.abort()
 
     return serve

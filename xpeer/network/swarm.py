@@ -34,6 +34,7 @@ from xpeer.network.link import Link, Meter
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.p2p import CallHandler, GatedP2P
 from xpeer.network.serving import LinkHandler, Served
+from xpeer.network.stream import Stream
 
 log = logging.getLogger("xpeer.network")
 
@@ -198,7 +199,8 @@ class Swarm:
                 await self._reach(peer_id)
                 await self.introduce(peer_id)
                 reader, writer = await self._p2p.open_stream(_hivemind_id(peer_id), protocol)
-        return Link(peer_id, reader, writer, meter=self.meter)
+                stream = await Stream.adopt(reader, writer)
+        return Link(peer_id, stream, meter=self.meter)
 
     @contextlib.contextmanager
     def _peer_errors(self, peer_id: PeerId) -> Iterator[None]:

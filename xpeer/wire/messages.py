@@ -62,11 +62,10 @@ class Agree(Message, frozen=True):
 
 
 class Payload(Message, frozen=True):
-    """Bulk of exactly this size follows."""
+    """Bulk of exactly this size follows, then its digest in a frame of its own."""
 
     exchange_id: Id
     num_bytes: Size
-    digest: Digest
 
 
 class Accept(Message, frozen=True):
