@@ -1,14 +1,16 @@
 """A sealed, bounded, ordered channel to one member.
 
 Wire: a HELLO each way, each preceded by its length in four bytes; then sealed frames
-(`wire.frames`), whose headers are checked before a byte more is read. libp2p ends a stream silently
-when either process dies, so an end without an END frame is a truncation, never an end.
+(`wire.frames`), whose headers are checked before a byte more is read, the first of which offers a
+direct stream. Bulk takes that one if it can be opened and is the faster one. libp2p ends a stream
+silently when either process dies, so an end without an END frame is a truncation, never an end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,6 +18,7 @@ from typing import TypeVar
 from xpeer.errors import PeerError, Reason, known_reason
 from xpeer.identity import PeerId
 from xpeer.network import bulk
+from xpeer.network.direct import NO_OFFER, Direct, Offer, Paths
 from xpeer.network.stream import Stream
 from xpeer.wire import messages
 from xpeer.wire.frames import HEADER, Kind, parse_header
@@ -46,6 +49,7 @@ class Link:
         stream: raw.
         frame_timeout_s: for one frame to arrive or to be taken.
         meter: counts sealed bytes, framing included.
+        direct: our way to direct streams.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Link:
         stream: Stream,
         frame_timeout_s: float = FRAME_TIMEOUT_S,
         meter: Meter | None = None,
+        direct: Direct | None = None,
     ) -> None:
         self.peer_id = peer_id
         self.closed = False
@@ -61,9 +66,12 @@ class Link:
         self._frame_timeout_s = frame_timeout_s
         self._meter = meter or Meter()
         self._session: Session | None = None
+        self._direct = direct
+        self._second: asyncio.Task[tuple[Stream, Session] | None] | None = None
+        self._paths = Paths()
 
     async def connect(self, handshake: Handshake, *, initiator: bool) -> None:
-        """Exchange HELLOs and derive the keys.
+        """Exchange HELLOs, derive the keys, and begin to look for a direct stream.
 
         Raises:
             PeerError: see `Handshake.receive`; or the stream ended or stalled.
@@ -74,7 +82,14 @@ class Link:
         else:
             handshake.receive(await self._read_hello())
             await self._write_hello(handshake)
-        self._session = handshake.session()
+        self._session = session = handshake.session()
+        ours = self._direct.offer(self.peer_id) if self._direct is not None else NO_OFFER
+        await self._write(session.sealer.seal(Kind.MESSAGE, ours.to_bytes()))
+        theirs = Offer.from_bytes(await self._next())
+        if self._direct is not None:
+            self._second = asyncio.create_task(
+                self._direct.open(self.peer_id, session, ours, theirs, initiator=initiator)
+            )
 
     async def send(self, message: AnyMessage) -> None:
         """Seal and send one message."""
@@ -87,15 +102,7 @@ class Link:
         Args:
             timeout_s: for it to begin; None = the usual time per frame.
         """
-        opener = self._open_session().opener
-        header = await self._read(HEADER.size, timeout_s)
-        kind, size = parse_header(header)
-        plaintext = opener.open(header, await self._read(size))
-        if opener.ended:
-            raise PeerError(Reason.CLOSED, "the partner ended the session")
-        if kind is not Kind.MESSAGE:
-            raise PeerError(Reason.MALFORMED, "bulk and messages out of order")
-        return messages.decode(plaintext)
+        return messages.decode(await self._next(timeout_s))
 
     async def expect(self, kind: type[_M], exchange_id: int, timeout_s: float | None = None) -> _M:
         """The partner's next message, which has to be this one.
@@ -123,10 +130,18 @@ class Link:
         Raises:
             PeerError: the stream broke or stalled.
         """
-        sealer, view = self._open_session().sealer, memoryview(payload)
-        digest = await self._stream.in_thread(
-            lambda: bulk.send(self._stream, sealer, view, self._frame_timeout_s)
-        )
+        session, view, stream = self._open_session(), memoryview(payload), self._stream
+        second = self._second_if_open()
+        direct = second is not None and self._paths.choose(len(view))
+        started = time.monotonic()
+        with self._fails_whole(direct):
+            if direct and second is not None:
+                await self._write(session.sealer.seal(Kind.ELSEWHERE, b""))
+                stream, session = second
+            digest = await stream.in_thread(
+                lambda: bulk.send(stream, session.sealer, view, self._frame_timeout_s)
+            )
+        self._paths.took(direct, len(view), time.monotonic() - started)
         self._meter.bytes_out += bulk.sealed_size(len(view))
         return digest
 
@@ -142,11 +157,23 @@ class Link:
         Raises:
             PeerError: more, less, or other bytes than announced; ended or stalled.
         """
-        opener, payload = self._open_session().opener, bulk.allocate(num_bytes)
-        digest = await self._stream.in_thread(
-            lambda: bulk.receive(self._stream, opener, payload, self._frame_timeout_s)
-        )
-        self._meter.bytes_in += bulk.sealed_size(num_bytes)
+        session, payload, stream = self._open_session(), bulk.allocate(num_bytes), self._stream
+        direct = False
+        with self._fails_whole(direct=False):
+            header = await self._read(HEADER.size)
+            kind, size = parse_header(header)
+            if kind is Kind.ELSEWHERE:
+                session.opener.open(header, await self._read(size))
+                stream, session = await self._second_stream()
+                direct = True
+            else:
+                stream.unread(header)
+        with self._fails_whole(direct):
+            digest = await stream.in_thread(
+                lambda: bulk.receive(stream, session.opener, payload, self._frame_timeout_s)
+            )
+        already = 0 if direct else HEADER.size
+        self._meter.bytes_in += bulk.sealed_size(num_bytes) - already
         return payload, digest
 
     async def close(self) -> None:
@@ -158,9 +185,13 @@ class Link:
         self.abort()
 
     def abort(self) -> None:
-        """Drop the stream at once; the partner sees a truncation."""
+        """Drop the streams at once; the partner sees a truncation."""
         self.closed = True
         self._stream.shutdown()
+        if self._second is not None:
+            self._second.cancel()
+            if (second := self._second_if_open()) is not None:
+                second[0].shutdown()
 
     def _open_session(self) -> Session:
         if self._session is None:
@@ -168,6 +199,39 @@ class Link:
         if self.closed:
             raise PeerError(Reason.CLOSED, "the link was closed")
         return self._session
+
+    def _second_if_open(self) -> tuple[Stream, Session] | None:
+        task = self._second
+        return task.result() if task is not None and task.done() and not task.cancelled() else None
+
+    async def _second_stream(self) -> tuple[Stream, Session]:
+        """The direct stream that the partner has opened already; ours may lag behind a little."""
+        second = await self._second if self._second is not None else None
+        if second is None:
+            raise PeerError(Reason.MALFORMED, "bulk on a direct stream that is not there")
+        return second
+
+    @contextlib.contextmanager
+    def _fails_whole(self, direct: bool) -> Iterator[None]:
+        """Bulk that was broken off leaves no place to go on from."""
+        try:
+            yield
+        except BaseException as e:
+            if direct and self._direct is not None and isinstance(e, PeerError):
+                self._direct.broke(self.peer_id)
+            self.abort()
+            raise
+
+    async def _next(self, timeout_s: float | None = None) -> bytes:
+        opener = self._open_session().opener
+        header = await self._read(HEADER.size, timeout_s)
+        kind, size = parse_header(header)
+        plaintext = opener.open(header, await self._read(size))
+        if opener.ended:
+            raise PeerError(Reason.CLOSED, "the partner ended the session")
+        if kind is not Kind.MESSAGE:
+            raise PeerError(Reason.MALFORMED, "bulk and messages out of order")
+        return plaintext
 
     async def _write_hello(self, handshake: Handshake) -> None:
         hello = handshake.hello()

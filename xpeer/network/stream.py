@@ -82,6 +82,10 @@ class Stream:
                 done += _not_ended(await loop.sock_recv_into(self._sock, view[done:]))
         return bytes(data)
 
+    def unread(self, data: bytes) -> None:
+        """Give back what was read last."""
+        self._ahead = memoryview(data + self._ahead)
+
     async def write(self, data: bytes) -> None:
         """Return once the kernel holds all of it.
 

@@ -51,6 +51,8 @@ class Kind(IntEnum):
     MESSAGE = 0
     BULK = 1
     END = 2
+    ELSEWHERE = 3
+    """The bulk that is due follows on the direct stream; empty."""
 
 
 class Sealer:
@@ -135,7 +137,7 @@ def parse_header(header: bytes) -> tuple[Kind, int]:
     size, kind = HEADER.unpack(header)
     if size > FRAME_BYTES + TAG_BYTES:
         raise PeerError(Reason.OVERSIZE, f"frame of {size} bytes, at most {MAX_SEALED_BYTES}")
-    if size < TAG_BYTES or kind > Kind.END:
+    if size < TAG_BYTES or kind > Kind.ELSEWHERE:
         raise PeerError(Reason.MALFORMED, f"frame of kind {kind} and {size} bytes")
     return Kind(kind), size
 
