@@ -19,6 +19,7 @@ from xpeer.network import direct as direct_module
 from xpeer.network.direct import MEASURED_BYTES, TRY_OTHER_EVERY, Direct, Offer, Paths
 from xpeer.network.link import Link
 from xpeer.network.stream import Stream
+from xpeer.wire.frames import Kind
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -149,7 +150,7 @@ async def test_one_that_breaks_in_use_is_left_alone_for_a_while(pair):
 async def test_bulk_announced_on_a_stream_that_is_not_there_is_malformed(pair):
     low, high = await pair.connect()
     assert low._session is not None
-    await low._write(low._session.sealer.seal(direct_module.Kind.ELSEWHERE, b""))
+    await low._write(low._session.sealer.seal(Kind.ELSEWHERE, b""))
     with pytest.raises(PeerError, match=Reason.MALFORMED):
         await high.receive_bulk(10)
 
