@@ -106,7 +106,7 @@ class Desk(Protocol):
 
 @dataclass(slots=True)
 class Digests:
-    """BLAKE2b-256 of what was swapped, from the workers that moved it."""
+    """Of the frames of what was swapped, from the workers that moved them."""
 
     sent: bytes = b""
     received: bytes = b""
@@ -178,17 +178,17 @@ class Agreement:
 
         Raises:
             UnresolvedError: we accepted and can't know whether the partner merges.
-            PeerError: it refused.
+            PeerError: it refused, or accepted something else than ours (DIGEST_MISMATCH).
         """
         await self.link.send(Accept(self.exchange_id, self.digests.received))
         try:
             theirs = await self.link.expect(Accept, self.exchange_id, timeout_s=float("inf"))
-            if theirs.digest != self.digests.sent:
-                raise PeerError(Reason.DIGEST_MISMATCH, "it accepted something else than ours")
         except RefusedError:
             raise
         except (PeerError, asyncio.CancelledError) as e:
             raise UnresolvedError(self.exchange_id) from e
+        if theirs.digest != self.digests.sent:
+            raise PeerError(Reason.DIGEST_MISMATCH, "it accepted something else than ours")
 
     async def refuse(self, reason: str) -> None:
         """Tell the partner why we do not merge."""

@@ -125,7 +125,7 @@ class Link:
         """Seal and send a payload whose size a message announced, off the event loop.
 
         Returns:
-            BLAKE2b-256 of the payload.
+            What `receive_bulk` has to give at the other end.
 
         Raises:
             PeerError: the stream broke or stalled.
@@ -152,10 +152,10 @@ class Link:
             num_bytes: checked by the caller against what the manifest allows.
 
         Returns:
-            The payload, writable, and its BLAKE2b-256, which the sender stands by.
+            The payload, writable, and a digest of its frames.
 
         Raises:
-            PeerError: more, less, or other bytes than announced; ended or stalled.
+            PeerError: more or less than announced, or altered; ended or stalled.
         """
         session, payload, stream = self._open_session(), bulk.allocate(num_bytes), self._stream
         direct = False

@@ -127,8 +127,8 @@ async def fetch(
             if not isinstance(offer, StateOffer):
                 raise PeerError(Reason.MALFORMED, "a state offer was due")
             _check_offer(party, donor, offer, num_params)
-            payload, digest = await link.receive_bulk(4 * num_params)
-            if digest != offer.digest:
+            payload, _ = await link.receive_bulk(4 * num_params)
+            if await asyncio.to_thread(blake2b, payload) != offer.digest:
                 raise PeerError(Reason.DIGEST_MISMATCH, "not the state that the donor signed")
             await link.send(StateReceived(offer.digest))
     except TimeoutError as e:

@@ -62,17 +62,18 @@ class Agree(Message, frozen=True):
 
 
 class Payload(Message, frozen=True):
-    """Bulk of exactly this size follows, then its digest in a frame of its own."""
+    """Bulk of exactly this size follows."""
 
     exchange_id: Id
     num_bytes: Size
 
 
 class Accept(Message, frozen=True):
-    """The partner's payload with this digest is complete and sane: merge once both accepted."""
+    """The partner's payload is complete and sane: merge once both accepted."""
 
     exchange_id: Id
     digest: Digest
+    """Of the frames that it came in, as `network.bulk` makes it."""
 
 
 class Refuse(Message, frozen=True):

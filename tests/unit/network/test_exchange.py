@@ -195,12 +195,11 @@ async def more_than_announced(v: Villain, p: Propose) -> None:
     await v.link.send_bulk(b"b" * (SIZE + 5))
 
 
-async def other_digest(v: Villain, p: Propose) -> None:
-    await v.link.send(Payload(p.exchange_id, SIZE))
-    for start in range(0, SIZE, FRAME_BYTES):
-        part = b"b" * min(FRAME_BYTES, SIZE - start)
-        await v.link._stream.write(sealed_by(v.link, Kind.BULK, part))
-    await v.link._stream.write(sealed_by(v.link, Kind.BULK, b"d" * 32))
+async def accepts_something_else(v: Villain, p: Propose) -> None:
+    await v.payload(p, b"b" * SIZE)
+    await v.link.expect(Payload, p.exchange_id, 2)
+    await v.link.receive_bulk(SIZE)
+    await v.link.send(Accept(p.exchange_id, b"d" * 32))
 
 
 async def short_frame(v: Villain, p: Propose) -> None:
@@ -266,7 +265,7 @@ async def refuses_at_the_end(v: Villain, p: Propose) -> None:
         (too_large, Reason.OVERSIZE),
         (too_small, Reason.MALFORMED),
         (more_than_announced, Reason.OVERSIZE),
-        (other_digest, Reason.DIGEST_MISMATCH),
+        (accepts_something_else, Reason.DIGEST_MISMATCH),
         (short_frame, Reason.MALFORMED),
         (truncated, Reason.TRUNCATED),
         (silent, Reason.TIMEOUT),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpeer.errors import PeerError, Reason
-from xpeer.identity import PeerId, blake2b
+from xpeer.identity import PeerId
 from xpeer.network import bulk
 from xpeer.network.link import Link, Meter
 from xpeer.network.stream import Stream
@@ -51,7 +51,7 @@ def test_bulk_arrives_whole_with_its_digest_and_is_counted(size):
             near.send_bulk(payload), far.receive_bulk(size)
         )
         assert bytes(received) == payload
-        assert digest == same == blake2b(payload)
+        assert digest == same
         assert near._meter.bytes_out == far._meter.bytes_in == bulk.sealed_size(size)
         await asyncio.gather(near.send(Accept(1, digest)), far.expect(Accept, 1))
         near.abort()
@@ -146,10 +146,7 @@ async def test_an_abort_wakes_whoever_waits_and_leaves_no_descriptor():
         ([(Kind.BULK, 9)], Reason.MALFORMED),
         ([(Kind.MESSAGE, 10)], Reason.MALFORMED),
         ([(Kind.END, 0)], Reason.CLOSED),
-        ([(Kind.BULK, 10), (Kind.BULK, 32)], Reason.DIGEST_MISMATCH),
-        ([(Kind.BULK, 10), (Kind.BULK, 31)], Reason.MALFORMED),
-        ([(Kind.BULK, 10), (Kind.MESSAGE, 32)], Reason.MALFORMED),
-        ([(Kind.BULK, 10)], Reason.TRUNCATED),
+        ([], Reason.TRUNCATED),
     ],
 )
 async def test_other_frames_than_announced_are_named(frames, reason):
@@ -215,12 +212,17 @@ def test_memory_is_taken_only_where_something_arrived():
     assert bulk.allocate(0).nbytes == 0
 
 
-def test_a_digest_is_the_usual_one():
+def test_the_digest_names_the_frames_and_their_order():
+    """Two transfers of the same payload differ: no word about one fits the other."""
     opener, sealer = Opener(b"a" * 32, "aes-256-gcm"), Sealer(b"a" * 32, "aes-256-gcm")
     a, b = socket.socketpair()
     near, far = Stream(a), Stream(b)
-    payload, out = os.urandom(70_000), bulk.allocate(70_000)
-    assert bulk.send(near, sealer, memoryview(payload), 5.0) == blake2b(payload)
-    assert bulk.receive(far, opener, out, 5.0) == blake2b(payload)
+    payload, digests = memoryview(os.urandom(70_000)), set()
+    for _ in range(2):
+        digest, out = bulk.send(near, sealer, payload, 5.0), bulk.allocate(70_000)
+        assert bulk.receive(far, opener, out, 5.0) == digest
+        assert out == payload
+        digests.add(digest)
+    assert len(digests) == 2
     near.shutdown()
     far.shutdown()

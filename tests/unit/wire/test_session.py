@@ -143,7 +143,7 @@ def test_replayed_reordered_and_dropped_frames_do_not_open(pair):
         (HEADER.pack(FRAME_BYTES + TAG_BYTES + 1, Kind.BULK), Reason.OVERSIZE),
         (HEADER.pack(1 << 31, Kind.MESSAGE), Reason.OVERSIZE),
         (HEADER.pack(TAG_BYTES - 1, Kind.BULK), Reason.MALFORMED),
-        (HEADER.pack(100, 3), Reason.MALFORMED),
+        (HEADER.pack(100, 4), Reason.MALFORMED),
     ],
 )
 def test_a_header_out_of_bounds_is_refused(header, reason):
