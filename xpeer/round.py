@@ -150,7 +150,7 @@ class Meeting:
                 update = await self._taken()
                 received = await agreement.swap(update)
                 distance = await self._trainer.verify(self._id, exchange_id, received)
-                await agreement.settle(received)
+                await agreement.settle()
                 self.accepted[peer_id], self._weights[exchange_id] = exchange_id, weight
         except TimeoutError as e:
             raise PeerError(Reason.TIMEOUT, f"not accepted within {deadline_s:g} s") from e

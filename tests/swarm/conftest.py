@@ -65,13 +65,19 @@ async def launch(founder: Founder, tmp_path: Path) -> AsyncIterator[Launch]:
         of: Founder = founder,
         identity: Identity | None = None,
         listen: str = LOOPBACK,
+        direct_listen: str = "",
     ) -> Swarm:
         identity = identity or Identity.generate()
         path = tmp_path / f"key-{identity.peer_id}-{len(running)}"
         identity.save(path)
         credential = of.credential(identity, role) if role else None
         swarm = await Swarm.start(
-            identity, path, Membership(of.swarm_id, credential), listen=[listen], seeds=seeds or []
+            identity,
+            path,
+            Membership(of.swarm_id, credential),
+            listen=[listen],
+            seeds=seeds or [],
+            direct_listen=direct_listen,
         )
         running.append(swarm)
         return swarm

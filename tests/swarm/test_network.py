@@ -42,12 +42,12 @@ async def test_members_call_and_stream(pair):
     heard = asyncio.get_running_loop().create_future()
 
     async def listen(link: Link) -> None:
-        heard.set_result(await link._reader.readexactly(5))
+        heard.set_result(await link._read(5))
 
     await first.serve_links("xpeer/test-stream/1", listen, "member")
     assert await second.call(first.peer_id, ECHO, b"hello") == b"hello"
     link = await second.open_link(first.peer_id, "xpeer/test-stream/1")
-    link._writer.write(b"bytes")
+    await link._write(b"bytes")
     assert await asyncio.wait_for(heard, 5) == b"bytes"
     link.abort()
 
@@ -77,7 +77,6 @@ async def test_a_stranger_reads_stores_and_calls_nothing(launch, founder):
     with pytest.raises(PeerError, match=Reason.TRUNCATED):
         await link._read(100)
     link.abort()
-    await link._writer.wait_closed()
     roster = Roster(stranger, KEY, 64)  # even with the key, it gets no record to open
     await roster.refresh()
     assert roster.members() == {}

@@ -60,7 +60,7 @@ class FakeAgreement:
         await self.gate.wait()
         return SimpleNamespace(payload=self.payload)
 
-    async def settle(self, received: Any) -> None:
+    async def settle(self) -> None:
         return
 
 

@@ -37,18 +37,22 @@ def peer_of(address: str) -> PeerId:
     return PeerId(peer_id)
 
 
-def resolve_listen(listen: list[str]) -> list[str]:
+def resolve_listen(listen: list[str], field: str = "network.listen") -> list[str]:
     """Check the addresses and their ports; port 0 becomes a free port that survives restarts.
+
+    Args:
+        listen: TCP multiaddresses.
+        field: the setting they come from.
 
     Raises:
         ConfigError: malformed, not TCP, or the port is taken.
     """
     resolved = []
     for address in listen:
-        parts = check_address("network.listen", address).split("/")
+        parts = check_address(field, address).split("/")
         if len(parts) != 5 or parts[1] not in ("ip4", "ip6") or parts[3] != "tcp":
             raise ConfigError(
-                f"network.listen: {address!r} is not /ip4/ADDRESS/tcp/PORT",
+                f"{field}: {address!r} is not /ip4/ADDRESS/tcp/PORT",
                 "only TCP is supported, e.g. /ip4/0.0.0.0/tcp/4001",
             )
         family = socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6
@@ -58,7 +62,7 @@ def resolve_listen(listen: list[str]) -> list[str]:
                 probe.bind((parts[2], int(parts[4])))
             except (OSError, OverflowError, ValueError) as e:
                 raise ConfigError(
-                    f"network.listen: can't listen on {address}: {e}",
+                    f"{field}: can't listen on {address}: {e}",
                     "choose another port or stop the program that uses it",
                 ) from e
             port = probe.getsockname()[1]
@@ -84,6 +88,12 @@ def check_address(field: str, address: str) -> str:
 def without_peer(address: str) -> str:
     """The address without its /p2p/PEERID."""
     return address.rpartition("/p2p/")[0] or address
+
+
+def host_of(address: str) -> str:
+    """The IP address at the front of a multiaddress; empty if there is none."""
+    parts = address.split("/")
+    return parts[2] if len(parts) > 2 and parts[1] in ("ip4", "ip6") else ""
 
 
 def reachable(visible: Iterable[str]) -> list[str]:

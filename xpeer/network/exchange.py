@@ -18,11 +18,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from xpeer.errors import PeerError, Reason
-from xpeer.identity import Identity, PeerId, blake2b
+from xpeer.identity import Identity, PeerId
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
 from xpeer.update import CompressedUpdate, PeerUpdate
@@ -104,6 +104,14 @@ class Desk(Protocol):
         """Run the exchange on the answering side."""
 
 
+@dataclass(slots=True)
+class Digests:
+    """Of the frames of what was swapped, from the workers that moved them."""
+
+    sent: bytes = b""
+    received: bytes = b""
+
+
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """Both sides will exchange this fragment now."""
@@ -119,6 +127,7 @@ class Agreement:
     """Exact size of either payload, from codec and num_values: never the partner's word."""
     ours: Terms
     theirs: Terms
+    digests: Digests = field(default_factory=Digests, init=False)
 
     @property
     def peer_id(self) -> PeerId:
@@ -141,20 +150,20 @@ class Agreement:
             for task in (sending, receiving):
                 task.cancel()
             await asyncio.gather(sending, receiving, return_exceptions=True)
+        payload, self.digests.received = receiving.result()
+        self.digests.sent = sending.result()
         return PeerUpdate(
-            payload=receiving.result(),
+            payload=payload,
             codec=self.codec,
             num_values=self.num_values,
             peer_id=self.peer_id,
         )
 
-    async def _send(self, payload: bytes | memoryview) -> None:
-        await self.link.send(
-            Payload(self.exchange_id, self.num_bytes, blake2b(payload))  # digest before bytes
-        )
-        await self.link.send_bulk(payload)
+    async def _send(self, payload: bytes | memoryview) -> bytes:
+        await self.link.send(Payload(self.exchange_id, self.num_bytes))
+        return await self.link.send_bulk(payload)
 
-    async def _receive(self) -> bytes:
+    async def _receive(self) -> tuple[memoryview, bytes]:
         # The partner may be in the middle of a long step: the exchange's own deadline bounds this.
         announced = await self.link.expect(Payload, self.exchange_id, timeout_s=float("inf"))
         if announced.num_bytes != self.num_bytes:
@@ -162,22 +171,24 @@ class Agreement:
                 Reason.OVERSIZE if announced.num_bytes > self.num_bytes else Reason.MALFORMED,
                 f"{announced.num_bytes} bytes announced, {self.num_bytes} agreed",
             )
-        return await self.link.receive_bulk(self.num_bytes, announced.digest)
+        return await self.link.receive_bulk(self.num_bytes)
 
-    async def settle(self, received: PeerUpdate) -> None:
+    async def settle(self) -> None:
         """Accept the partner's update and wait until it accepts ours.
 
         Raises:
             UnresolvedError: we accepted and can't know whether the partner merges.
-            PeerError: it refused.
+            PeerError: it refused, or accepted something else than ours (DIGEST_MISMATCH).
         """
-        await self.link.send(Accept(self.exchange_id, blake2b(received.payload)))
+        await self.link.send(Accept(self.exchange_id, self.digests.received))
         try:
-            await self.link.expect(Accept, self.exchange_id, timeout_s=float("inf"))
+            theirs = await self.link.expect(Accept, self.exchange_id, timeout_s=float("inf"))
         except RefusedError:
             raise
         except (PeerError, asyncio.CancelledError) as e:
             raise UnresolvedError(self.exchange_id) from e
+        if theirs.digest != self.digests.sent:
+            raise PeerError(Reason.DIGEST_MISMATCH, "it accepted something else than ours")
 
     async def refuse(self, reason: str) -> None:
         """Tell the partner why we do not merge."""

@@ -1,100 +1,108 @@
-"""A sealed, bounded, ordered channel to one member over a raw libp2p stream.
+"""A sealed, bounded, ordered channel to one member.
 
-Wire: HELLO each way, a secretstream header each way, then frames; each is preceded by its length
-in four bytes, checked before a byte of it is read. libp2p ends a stream silently when either
-process dies, so an end without the session's final frame is a truncation, never an end.
+Wire: a HELLO each way, each preceded by its length in four bytes; then sealed frames
+(`wire.frames`), whose headers are checked before a byte more is read, the first of which offers a
+direct stream. Bulk takes that one if it can be opened and is the faster one. libp2p ends a stream
+silently when either process dies, so an end without an END frame is a truncation, never an end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from xpeer.errors import PeerError, Reason, known_reason
-from xpeer.identity import PeerId, blake2b
+from xpeer.identity import PeerId
+from xpeer.network import bulk
+from xpeer.network.direct import NO_OFFER, Direct, Offer, Paths
+from xpeer.network.stream import Stream
 from xpeer.wire import messages
+from xpeer.wire.frames import HEADER, Kind, parse_header
 from xpeer.wire.messages import AnyMessage
-from xpeer.wire.session import (
-    FRAME_BYTES,
-    HEADER_BYTES,
-    MAX_HELLO_BYTES,
-    MAX_SEALED_BYTES,
-    Handshake,
-    Session,
-)
+from xpeer.wire.session import MAX_HELLO_BYTES, Handshake, Session
 
 FRAME_TIMEOUT_S = 15.0
 """libp2p notices a silent partner after 40 s; we do after this."""
-_MESSAGE, _BULK = b"\x00", b"\x01"
-_CHUNK = FRAME_BYTES - 1
+_LENGTH_BYTES = 4
 _M = TypeVar("_M", bound=messages.Message)
 
 
 @dataclass
 class Meter:
-    """Bytes of this node over all links and calls."""
+    """Bytes of this node over all links and calls; bulk is counted when it ends."""
 
     bytes_in: int = 0
     bytes_out: int = 0
 
 
 class Link:
-    """One open session with one partner. Make with `connect`; one user at a time.
+    """One open session with one partner. Make with `connect`.
+
+    One user at a time, who may send and receive at the same time.
 
     Args:
         peer_id: the partner, authenticated by libp2p.
-        reader: of the raw stream.
-        writer: of the raw stream.
+        stream: raw.
         frame_timeout_s: for one frame to arrive or to be taken.
         meter: counts sealed bytes, framing included.
+        direct: our way to direct streams.
     """
 
     def __init__(
         self,
         peer_id: PeerId,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        stream: Stream,
         frame_timeout_s: float = FRAME_TIMEOUT_S,
         meter: Meter | None = None,
+        direct: Direct | None = None,
     ) -> None:
         self.peer_id = peer_id
-        self._meter = meter or Meter()
         self.closed = False
-        self._reader = reader
-        self._writer = writer
+        self._stream = stream
         self._frame_timeout_s = frame_timeout_s
+        self._meter = meter or Meter()
         self._session: Session | None = None
+        self._direct = direct
+        self._second: asyncio.Task[tuple[Stream, Session] | None] | None = None
+        self._paths = Paths()
 
     async def connect(self, handshake: Handshake, *, initiator: bool) -> None:
-        """Exchange HELLOs and session headers.
+        """Exchange HELLOs, derive the keys, and begin to look for a direct stream.
 
         Raises:
             PeerError: see `Handshake.receive`; or the stream ended or stalled.
         """
         if initiator:
-            await self._write(handshake.hello())
-            handshake.receive(await self._read(MAX_HELLO_BYTES))
+            await self._write_hello(handshake)
+            handshake.receive(await self._read_hello())
         else:
-            handshake.receive(await self._read(MAX_HELLO_BYTES))
-            await self._write(handshake.hello())
-        session = handshake.session()
-        await self._write(session.header())
-        session.start(await self._read(HEADER_BYTES))
-        self._session = session
+            handshake.receive(await self._read_hello())
+            await self._write_hello(handshake)
+        self._session = session = handshake.session()
+        ours = self._direct.offer(self.peer_id) if self._direct is not None else NO_OFFER
+        await self._write(session.sealer.seal(Kind.MESSAGE, ours.to_bytes()))
+        theirs = Offer.from_bytes(await self._next())
+        if self._direct is not None:
+            self._second = asyncio.create_task(
+                self._direct.open(self.peer_id, session, ours, theirs, initiator=initiator)
+            )
 
     async def send(self, message: AnyMessage) -> None:
         """Seal and send one message."""
-        await self._write(self._open_session().seal(_MESSAGE + messages.encode(message)))
+        sealer = self._open_session().sealer
+        await self._write(sealer.seal(Kind.MESSAGE, messages.encode(message)))
 
     async def receive(self, timeout_s: float | None = None) -> AnyMessage:
         """The partner's next message.
 
         Args:
-            timeout_s: None = the usual time per frame.
+            timeout_s: for it to begin; None = the usual time per frame.
         """
-        return messages.decode(await self._next(_MESSAGE, timeout_s))
+        return messages.decode(await self._next(timeout_s))
 
     async def expect(self, kind: type[_M], exchange_id: int, timeout_s: float | None = None) -> _M:
         """The partner's next message, which has to be this one.
@@ -113,47 +121,77 @@ class Link:
             )
         return message
 
-    async def send_bulk(self, payload: bytes | memoryview) -> None:
-        """Seal and send a payload whose size a message announced; the loop stays responsive."""
-        session, view = self._open_session(), memoryview(payload)
-        for start in range(0, len(view), _CHUNK):
-            await self._write(session.seal(_BULK + bytes(view[start : start + _CHUNK])))
+    async def send_bulk(self, payload: bytes | memoryview) -> bytes:
+        """Seal and send a payload whose size a message announced, off the event loop.
 
-    async def receive_bulk(self, num_bytes: int, digest: bytes) -> bytes:
-        """Receive exactly the announced payload.
+        Returns:
+            What `receive_bulk` has to give at the other end.
+
+        Raises:
+            PeerError: the stream broke or stalled.
+        """
+        session, view, stream = self._open_session(), memoryview(payload), self._stream
+        second = self._second_if_open()
+        direct = second is not None and self._paths.choose(len(view))
+        started = time.monotonic()
+        with self._fails_whole(direct):
+            if direct and second is not None:
+                await self._write(session.sealer.seal(Kind.ELSEWHERE, b""))
+                stream, session = second
+            digest = await stream.in_thread(
+                lambda: bulk.send(stream, session.sealer, view, self._frame_timeout_s)
+            )
+        self._paths.took(direct, len(view), time.monotonic() - started)
+        self._meter.bytes_out += bulk.sealed_size(len(view))
+        return digest
+
+    async def receive_bulk(self, num_bytes: int) -> tuple[memoryview, bytes]:
+        """Receive exactly the announced payload, off the event loop.
 
         Args:
             num_bytes: checked by the caller against what the manifest allows.
-            digest: BLAKE2b-256 that the payload must have.
+
+        Returns:
+            The payload, writable, and a digest of its frames.
 
         Raises:
-            PeerError: more, less, or other bytes than announced; ended or stalled.
+            PeerError: more or less than announced, or altered; ended or stalled.
         """
-        payload = bytearray()
-        while len(payload) < num_bytes:
-            payload += await self._next(_BULK, None)
-            if len(payload) > num_bytes:
-                raise PeerError(Reason.OVERSIZE, f"more than the announced {num_bytes} bytes")
-        data = bytes(payload)
-        if blake2b(data) != digest:
-            raise PeerError(Reason.DIGEST_MISMATCH, "payload has another digest than announced")
-        return data
+        session, payload, stream = self._open_session(), bulk.allocate(num_bytes), self._stream
+        direct = False
+        with self._fails_whole(direct=False):
+            header = await self._read(HEADER.size)
+            kind, size = parse_header(header)
+            if kind is Kind.ELSEWHERE:
+                session.opener.open(header, await self._read(size))
+                stream, session = await self._second_stream()
+                direct = True
+            else:
+                stream.unread(header)
+        with self._fails_whole(direct):
+            digest = await stream.in_thread(
+                lambda: bulk.receive(stream, session.opener, payload, self._frame_timeout_s)
+            )
+        already = 0 if direct else HEADER.size
+        self._meter.bytes_in += bulk.sealed_size(num_bytes) - already
+        return payload, digest
 
     async def close(self) -> None:
-        """Say goodbye with the final frame, if the stream still takes it, and close."""
+        """Say goodbye with the END frame, if the stream still takes it, and close."""
         if not self.closed and self._session is not None:
             self.closed = True
-            with contextlib.suppress(PeerError, OSError, TimeoutError):
-                await self._write(self._session.seal(_MESSAGE, final=True))
-                self._writer.close()
-                async with asyncio.timeout(self._frame_timeout_s):
-                    await self._writer.wait_closed()
+            with contextlib.suppress(PeerError):
+                await self._write(self._session.sealer.seal(Kind.END, b""))
         self.abort()
 
     def abort(self) -> None:
-        """Drop the stream at once, with what the partner did not read; it sees a truncation."""
+        """Drop the streams at once; the partner sees a truncation."""
         self.closed = True
-        self._writer.transport.abort()
+        self._stream.shutdown()
+        if self._second is not None:
+            self._second.cancel()
+            if (second := self._second_if_open()) is not None:
+                second[0].shutdown()
 
     def _open_session(self) -> Session:
         if self._session is None:
@@ -162,41 +200,69 @@ class Link:
             raise PeerError(Reason.CLOSED, "the link was closed")
         return self._session
 
-    async def _next(self, kind: bytes, timeout_s: float | None) -> bytes:
-        session = self._open_session()
-        frame = session.open(await self._read(MAX_SEALED_BYTES, timeout_s))
-        if session.ended:
+    def _second_if_open(self) -> tuple[Stream, Session] | None:
+        task = self._second
+        return task.result() if task is not None and task.done() and not task.cancelled() else None
+
+    async def _second_stream(self) -> tuple[Stream, Session]:
+        """The direct stream that the partner has opened already; ours may lag behind a little."""
+        second = await self._second if self._second is not None else None
+        if second is None:
+            raise PeerError(Reason.MALFORMED, "bulk on a direct stream that is not there")
+        return second
+
+    @contextlib.contextmanager
+    def _fails_whole(self, direct: bool) -> Iterator[None]:
+        """Bulk that was broken off leaves no place to go on from."""
+        try:
+            yield
+        except BaseException as e:
+            if direct and self._direct is not None and isinstance(e, PeerError):
+                self._direct.broke(self.peer_id)
+            self.abort()
+            raise
+
+    async def _next(self, timeout_s: float | None = None) -> bytes:
+        opener = self._open_session().opener
+        header = await self._read(HEADER.size, timeout_s)
+        kind, size = parse_header(header)
+        plaintext = opener.open(header, await self._read(size))
+        if opener.ended:
             raise PeerError(Reason.CLOSED, "the partner ended the session")
-        if frame[:1] != kind:
+        if kind is not Kind.MESSAGE:
             raise PeerError(Reason.MALFORMED, "bulk and messages out of order")
-        return frame[1:]
+        return plaintext
+
+    async def _write_hello(self, handshake: Handshake) -> None:
+        hello = handshake.hello()
+        await self._write(len(hello).to_bytes(_LENGTH_BYTES, "big") + hello)
+
+    async def _read_hello(self) -> bytes:
+        length = int.from_bytes(await self._read(_LENGTH_BYTES), "big")
+        if length > MAX_HELLO_BYTES:
+            raise PeerError(Reason.OVERSIZE, f"HELLO of {length} bytes, at most {MAX_HELLO_BYTES}")
+        return await self._read(length)
 
     async def _write(self, data: bytes) -> None:
-        self._writer.write(len(data).to_bytes(4, "big") + data)
-        self._meter.bytes_out += 4 + len(data)
-        try:
+        with _timeout_as("the partner does not read"):
             async with asyncio.timeout(self._frame_timeout_s):
-                await self._writer.drain()
-        except TimeoutError as e:
-            raise PeerError(Reason.TIMEOUT, "the partner does not read") from e
-        except (ConnectionError, OSError) as e:
-            raise PeerError(Reason.CLOSED, "the stream broke while sending") from e
+                await self._stream.write(data)
+        self._meter.bytes_out += len(data)
 
-    async def _read(self, limit: int, timeout_s: float | None = None) -> bytes:
-        try:
+    async def _read(self, num_bytes: int, timeout_s: float | None = None) -> bytes:
+        with _timeout_as("no frame in time"):
             async with asyncio.timeout(timeout_s or self._frame_timeout_s):
-                length = int.from_bytes(await self._reader.readexactly(4), "big")
-                if length > limit:
-                    raise PeerError(Reason.OVERSIZE, f"frame of {length} bytes, at most {limit}")
-                data = await self._reader.readexactly(length)
-        except TimeoutError as e:
-            raise PeerError(Reason.TIMEOUT, "no frame in time") from e
-        except asyncio.IncompleteReadError as e:
-            raise PeerError(Reason.TRUNCATED, "the stream ended without a final frame") from e
-        except (ConnectionError, OSError) as e:
-            raise PeerError(Reason.CLOSED, "the stream broke while receiving") from e
-        self._meter.bytes_in += 4 + length
+                data = await self._stream.read(num_bytes)
+        self._meter.bytes_in += num_bytes
         return data
+
+
+@contextlib.contextmanager
+def _timeout_as(detail: str) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as e:
+        raise PeerError(Reason.TIMEOUT, detail) from e
 
 
 class RefusedError(PeerError):

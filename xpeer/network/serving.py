@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from xpeer.errors import LocalError, PeerError
 from xpeer.identity import PeerId
+from xpeer.network.direct import Direct
 from xpeer.network.link import Link, Meter
 from xpeer.network.membership import Scope
 from xpeer.network.p2p import CallHandler, GatedP2P, StreamHandler
+from xpeer.network.stream import Stream
 
 log = logging.getLogger("xpeer.network")
 
@@ -29,13 +31,13 @@ class Served:
     max_request: int = 0
 
 
-async def register(p2p: GatedP2P, served: Served, meter: Meter) -> None:
+async def register(p2p: GatedP2P, served: Served, meter: Meter, direct: Direct) -> None:
     """Serve this protocol on a sidecar."""
     if served.call is not None:
         call = _metered(served.call, meter)
         await p2p.serve_call(served.protocol, call, served.scope, served.max_request)
     elif served.link is not None and served.scope is not None:
-        await p2p.serve_stream(served.protocol, _linked(served.link, meter), served.scope)
+        await p2p.serve_stream(served.protocol, _linked(served.link, meter, direct), served.scope)
 
 
 def _metered(handler: CallHandler, meter: Meter) -> CallHandler:
@@ -48,17 +50,22 @@ def _metered(handler: CallHandler, meter: Meter) -> CallHandler:
     return call
 
 
-def _linked(handler: LinkHandler, meter: Meter) -> StreamHandler:
+def _linked(handler: LinkHandler, meter: Meter, direct: Direct) -> StreamHandler:
     async def serve(
         peer_id: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        link = None
         try:
-            await handler(Link(peer_id, reader, writer, meter=meter))
+            link = Link(peer_id, await Stream.adopt(reader, writer), meter=meter, direct=direct)
+            await handler(link)
         except PeerError as e:
             log.debug("link from %s ended: %s", peer_id[-8:], e)
         except LocalError as e:
             log.warning("link from %s ended by a fault of ours: %s", peer_id[-8:], e)
         except Exception:  # a bug of ours costs this link, and is seen
             log.exception("link from %s ended by an error of ours", peer_id[-8:])
+        finally:
+            if link is not None:
+                link.abort()
 
     return serve

@@ -84,7 +84,7 @@ def serving(
 
 
 async def _give(party: Party, link: Link, state: ModelState) -> None:
-    digest = blake2b(state.payload)
+    digest = await asyncio.to_thread(blake2b, state.payload)
     statement = state_statement(
         party.swarm_id, party.manifest_hash, state.step, state.loss_public, digest
     )
@@ -127,7 +127,9 @@ async def fetch(
             if not isinstance(offer, StateOffer):
                 raise PeerError(Reason.MALFORMED, "a state offer was due")
             _check_offer(party, donor, offer, num_params)
-            payload = await link.receive_bulk(4 * num_params, offer.digest)
+            payload, _ = await link.receive_bulk(4 * num_params)
+            if await asyncio.to_thread(blake2b, payload) != offer.digest:
+                raise PeerError(Reason.DIGEST_MISMATCH, "not the state that the donor signed")
             await link.send(StateReceived(offer.digest))
     except TimeoutError as e:
         raise PeerError(Reason.TIMEOUT, "the state did not arrive in time") from e

@@ -24,16 +24,19 @@ from xpeer.network import present, serving
 from xpeer.network.addresses import (
     AddressBook,
     check_address,
+    host_of,
     reachable,
     resolve_listen,
     without_peer,
 )
 from xpeer.network.bootstrapping import FIRST_RETRY_S, LONGEST_RETRY_S, Bootstrapping
 from xpeer.network.dht import OwnerSigned, ping, start_node
+from xpeer.network.direct import Direct
 from xpeer.network.link import Link, Meter
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.p2p import CallHandler, GatedP2P
 from xpeer.network.serving import LinkHandler, Served
+from xpeer.network.stream import Stream
 
 log = logging.getLogger("xpeer.network")
 
@@ -66,6 +69,7 @@ class Swarm:
         self.peer_id = identity.peer_id
         self.membership = membership
         self.meter = Meter()
+        self.direct = Direct(self._hosts_of)
         self.strangers_refused = self.sidecar_restarts = 0
         self._identity, self._identity_path = identity, identity_path
         self._listen, self._announce, self._nat_port_map = listen, announce, nat_port_map
@@ -91,6 +95,7 @@ class Swarm:
         announce: list[str] | None = None,
         seeds: Iterable[str] = (),
         nat_port_map: bool = False,
+        direct_listen: str = "",
     ) -> Swarm:
         """Listen and begin to look for the seeds.
 
@@ -102,6 +107,7 @@ class Swarm:
             announce: what to tell others, if it differs.
             seeds: addresses ending in /p2p/PEERID; none of them needs to be up.
             nat_port_map: ask the router for a port; multicasts.
+            direct_listen: IP:PORT for direct streams; empty = none.
 
         Raises:
             ConfigError: an address is malformed or its port is taken.
@@ -119,8 +125,14 @@ class Swarm:
             seeds=list(seeds),
             nat_port_map=nat_port_map,
         )
+        if direct_listen:
+            await self.direct.listen(direct_listen)
         await present.serve(self)
-        await self._bring_up()
+        try:
+            await self._bring_up()
+        except BaseException:
+            await self.direct.close()
+            raise
         self._background = [
             asyncio.create_task(self._bootstrapping.run()),
             asyncio.create_task(self._keep_sidecar()),
@@ -134,6 +146,7 @@ class Swarm:
                 task.cancel()
             await asyncio.gather(*self._background, return_exceptions=True)
             await self._take_down()
+        await self.direct.close()
 
     # Serving
 
@@ -153,7 +166,7 @@ class Swarm:
             await self._register(served)
 
     async def _register(self, served: Served) -> None:
-        await serving.register(self._p2p, served, self.meter)
+        await serving.register(self._p2p, served, self.meter, self.direct)
 
     # Calling
 
@@ -198,7 +211,8 @@ class Swarm:
                 await self._reach(peer_id)
                 await self.introduce(peer_id)
                 reader, writer = await self._p2p.open_stream(_hivemind_id(peer_id), protocol)
-        return Link(peer_id, reader, writer, meter=self.meter)
+                stream = await Stream.adopt(reader, writer)
+        return Link(peer_id, stream, meter=self.meter, direct=self.direct)
 
     @contextlib.contextmanager
     def _peer_errors(self, peer_id: PeerId) -> Iterator[None]:
@@ -293,6 +307,13 @@ class Swarm:
         peers = await self._p2p.list_peers()
         members = [p for p in peers if self.membership.allows(p.peer_id.to_base58(), "observer")]
         return [f"{a}/p2p/{p.peer_id.to_base58()}" for p in members for a in p.addrs[:2]]
+
+    async def _hosts_of(self, peer_id: PeerId) -> list[str]:
+        """IP addresses at which the sidecar is connected to this peer."""
+        with self._peer_errors(peer_id):
+            peers = await self._p2p.list_peers()
+        ours = [p for p in peers if p.peer_id.to_base58() == peer_id]
+        return list(dict.fromkeys(host for p in ours for a in p.addrs if (host := host_of(str(a)))))
 
     # Staying alive
 

@@ -74,14 +74,14 @@ class Payload(Message, frozen=True):
 
     exchange_id: Id
     num_bytes: Size
-    digest: Digest
 
 
 class Accept(Message, frozen=True):
-    """The partner's payload with this digest is complete and sane: merge once both accepted."""
+    """The partner's payload is complete and sane: merge once both accepted."""
 
     exchange_id: Id
     digest: Digest
+    """Of the frames that it came in, as `network.bulk` makes it."""
 
 
 class Refuse(Message, frozen=True):

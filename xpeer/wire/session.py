@@ -2,9 +2,9 @@
 
 Both sides send a HELLO: a fresh X25519 key and what they believe the session is, signed with their
 identity key. The frame keys come from the Diffie-Hellman secret of the fresh keys, the swarm key
-and both HELLOs, so that they are forward secret, and void for whoever lacks the swarm key. Frames
-are libsodium secretstream (XChaCha20-Poly1305): reordering, replay, truncation and alteration of a
-frame all fail to open; the last frame carries a final tag.
+and both HELLOs, so that they are forward secret, and void for whoever lacks the swarm key. Each
+HELLO lists the ciphers that its sender has; the choice follows from both lists, so whoever would
+change it has to forge a signature. `frames` has the rest.
 
 What it does not give: hiding that, when and how much two peers talk; safety for a session whose
 frame keys leak from memory while it is open.
@@ -22,17 +22,10 @@ from nacl.public import PrivateKey
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId, blake2b, verify
-from xpeer.wire.messages import PROTOCOL_VERSION, unpack
+from xpeer.wire.frames import Cipher, Opener, Sealer, supported_ciphers
+from xpeer.wire.messages import PROTOCOL_VERSION, Code, unpack
 
-FRAME_BYTES = 256 << 10
-"""Plaintext of a frame, at most."""
-FRAME_OVERHEAD = bindings.crypto_secretstream_xchacha20poly1305_ABYTES
-HEADER_BYTES = bindings.crypto_secretstream_xchacha20poly1305_HEADERBYTES
-MAX_SEALED_BYTES = FRAME_BYTES + FRAME_OVERHEAD
 MAX_HELLO_BYTES = 1 << 10
-
-_TAG_MESSAGE = bindings.crypto_secretstream_xchacha20poly1305_TAG_MESSAGE
-_TAG_FINAL = bindings.crypto_secretstream_xchacha20poly1305_TAG_FINAL
 
 Purpose = Literal["exchange", "state"]
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -51,6 +44,8 @@ class Hello(Struct, frozen=True, forbid_unknown_fields=True):
     """Of the sender's membership certificate."""
     ephemeral: Key
     """X25519 public key, made for this session alone."""
+    ciphers: Annotated[list[Code], Meta(min_length=1, max_length=4)]
+    """What the sender has, the best first."""
     answers: bytes = b""
     """Responder: BLAKE2b-256 of the initiator's HELLO."""
 
@@ -78,6 +73,7 @@ class Handshake:
         serial: of our certificate.
         purpose: what the session is for.
         initiator: whether we opened the stream.
+        ciphers: what we have, the best first.
     """
 
     def __init__(
@@ -91,6 +87,7 @@ class Handshake:
         serial: int,
         purpose: Purpose,
         initiator: bool,
+        ciphers: tuple[Cipher, ...] | None = None,
     ) -> None:
         self._identity = identity
         self._partner = partner
@@ -100,10 +97,12 @@ class Handshake:
         self._serial = serial
         self._purpose: Purpose = purpose
         self._initiator = initiator
+        self._ciphers = ciphers or supported_ciphers()
         self._secret = PrivateKey.generate()
         self._ours = b""
         self._theirs = b""
         self._their_ephemeral = b""
+        self._their_ciphers: list[str] = []
 
     def hello(self) -> bytes:
         """Our HELLO; a responder calls this after `receive`."""
@@ -119,6 +118,7 @@ class Handshake:
                 receiver=self._partner,
                 serial=self._serial,
                 ephemeral=bytes(self._secret.public_key),
+                ciphers=list(self._ciphers),
                 answers=b"" if self._initiator else blake2b(self._theirs),
             )
         )
@@ -143,6 +143,7 @@ class Handshake:
         self._check(hello)
         self._theirs = data
         self._their_ephemeral = hello.ephemeral
+        self._their_ciphers = hello.ciphers
         return hello
 
     def _check(self, hello: Hello) -> None:
@@ -164,8 +165,9 @@ class Handshake:
         """Derive the frame keys; both HELLOs must have passed.
 
         Raises:
-            PeerError: the partner's fresh key is degenerate.
+            PeerError: the partner's fresh key is degenerate, or it has no cipher of ours.
         """
+        cipher = self._common_cipher()
         try:
             shared = bindings.crypto_scalarmult(bytes(self._secret), self._their_ephemeral)
         except (CryptoError, RuntimeError) as e:
@@ -175,65 +177,43 @@ class Handshake:
         )
         forth = blake2b(b"initiator", shared, self._swarm_key, first, second)
         back = blake2b(b"responder", shared, self._swarm_key, first, second)
-        return Session(forth, back) if self._initiator else Session(back, forth)
+        ours, theirs = (forth, back) if self._initiator else (back, forth)
+        return Session(ours, theirs, cipher)
+
+    def _common_cipher(self) -> Cipher:
+        """The first on the initiator's list that is on the responder's, too."""
+        theirs, ours = self._their_ciphers, self._ciphers
+        if self._initiator:
+            common = [cipher for cipher in ours if cipher in theirs]
+        else:
+            common = [cipher for name in theirs for cipher in ours if cipher == name]
+        if not common:
+            raise PeerError(Reason.MALFORMED, "no cipher in common")
+        return common[0]
 
 
 class Session:
     """Seals our frames in order and opens the partner's in order.
 
+    The two directions share nothing that changes, so two threads may work at once, one on each.
+
     Args:
         send_key: 32 bytes, ours.
         receive_key: 32 bytes, the partner's.
+        cipher: of both directions.
     """
 
-    def __init__(self, send_key: bytes, receive_key: bytes) -> None:
-        self._push = bindings.crypto_secretstream_xchacha20poly1305_state()
-        self._pull = bindings.crypto_secretstream_xchacha20poly1305_state()
-        self._receive_key = receive_key
-        self._header = bindings.crypto_secretstream_xchacha20poly1305_init_push(
-            self._push, send_key
-        )
-        self._pulling = False
-        self.ended = False
-        """The partner's final frame was opened: an end of the stream now is a proper one."""
+    def __init__(self, send_key: bytes, receive_key: bytes, cipher: Cipher) -> None:
+        self._keys = send_key, receive_key
+        self.cipher: Cipher = cipher
+        self.sealer = Sealer(send_key, cipher)
+        self.opener = Opener(receive_key, cipher)
 
-    def header(self) -> bytes:
-        """What the partner needs before our first frame (24 bytes, no secret)."""
-        return self._header
+    def child(self, label: bytes) -> Session:
+        """A session of its own with the same partner, for another stream; forward secret alike.
 
-    def start(self, header: bytes) -> None:
-        """Take the partner's header.
-
-        Raises:
-            PeerError: wrong length.
+        Args:
+            label: never used before in this session, and the same at both ends.
         """
-        if len(header) != HEADER_BYTES:
-            raise PeerError(Reason.MALFORMED, "session header")
-        bindings.crypto_secretstream_xchacha20poly1305_init_pull(
-            self._pull, header, self._receive_key
-        )
-        self._pulling = True
-
-    def seal(self, plaintext: bytes, *, final: bool = False) -> bytes:
-        """One frame of at most FRAME_BYTES."""
-        if len(plaintext) > FRAME_BYTES:
-            raise ValueError(f"frame of {len(plaintext)} bytes, at most {FRAME_BYTES}")
-        tag = _TAG_FINAL if final else _TAG_MESSAGE
-        return bindings.crypto_secretstream_xchacha20poly1305_push(self._push, plaintext, None, tag)
-
-    def open(self, sealed: bytes) -> bytes:
-        """Open the partner's next frame.
-
-        Raises:
-            PeerError: altered, replayed, reordered, made without the swarm key, or after the end.
-        """
-        if not self._pulling or self.ended:
-            raise PeerError(Reason.TAMPERED, "frame outside the session")
-        try:
-            plaintext, tag = bindings.crypto_secretstream_xchacha20poly1305_pull(
-                self._pull, sealed, None
-            )
-        except (CryptoError, ValueError, RuntimeError) as e:
-            raise PeerError(Reason.TAMPERED, "a frame does not open") from e
-        self.ended = tag == _TAG_FINAL
-        return bytes(plaintext)
+        ours, theirs = (blake2b(b"child", key, label) for key in self._keys)
+        return Session(ours, theirs, self.cipher)

@@ -11,11 +11,14 @@ import pytest
 from tests.meetings import meet
 from xpeer import update as update_module
 from xpeer.errors import PeerError, Reason
-from xpeer.identity import Identity, PeerId, blake2b
-from xpeer.network.exchange import Party, Proposer, UnresolvedError, answering
+from xpeer.identity import Identity, PeerId
+from xpeer.network.exchange import Party, Proposer, answering
 from xpeer.network.link import Link
 from xpeer.network.membership import Membership, Scope
+from xpeer.network.stream import Stream
 from xpeer.update import CompressedUpdate, PeerUpdate, PrivacyStamp
+from xpeer.wire import messages
+from xpeer.wire.frames import FRAME_BYTES, Kind
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
 
 SIZE = 300_000  # more than one frame
@@ -93,11 +96,9 @@ def identities() -> tuple[Identity, Identity]:
     return low, high
 
 
-async def streams(low: Identity, high: Identity) -> tuple[Link, Link]:
+def streams(low: Identity, high: Identity) -> tuple[Link, Link]:
     a, b = socket.socketpair()
-    near = await asyncio.open_connection(sock=a)
-    far = await asyncio.open_connection(sock=b)
-    return Link(high.peer_id, *near, 1.0), Link(low.peer_id, *far, 1.0)
+    return Link(high.peer_id, Stream(a), 1.0), Link(low.peer_id, Stream(b), 1.0)
 
 
 class Dialler:
@@ -112,7 +113,7 @@ class Dialler:
 async def answerer(identities, trainer, refusal=None):
     """Our real answering side; yields the low side's proposer and the desk."""
     low, high = identities
-    near, far = await streams(low, high)
+    near, far = streams(low, high)
     desk = FakeDesk(trainer, refusal)
     task = asyncio.ensure_future(answering(party(high), desk, lambda codec, n: n)(far))
     proposer = Proposer(party(low), Dialler(near))
@@ -154,7 +155,7 @@ async def test_values_that_fail_verification_are_merged_by_neither(identities):
     ours, theirs = FakeTrainer(b"NaN" + b"a" * (SIZE - 3)), FakeTrainer(b"b" * SIZE)
     async with answerer(identities, theirs) as (proposer, desk, _):
         agreement = await propose(proposer, identities, FakeDesk(ours))
-        with pytest.raises(UnresolvedError):
+        with pytest.raises(PeerError, match=Reason.CLOSED):  # before our acceptance or after it
             await meet(ours, agreement, 3)
         assert (await desk.outcome).reason == Reason.NOT_FINITE
     assert ours.log == ["snapshot", "verify", "drop"] == theirs.log
@@ -175,17 +176,17 @@ class Villain:
         return proposal
 
     async def payload(self, proposal: Propose, data: bytes) -> None:
-        await self.link.send(Payload(proposal.exchange_id, len(data), blake2b(data)))
+        await self.link.send(Payload(proposal.exchange_id, len(data)))
         await self.link.send_bulk(data)
 
 
-def sealed_by(link: Link, frame: bytes) -> bytes:
+def sealed_by(link: Link, kind: Kind, plaintext: bytes) -> bytes:
     assert link._session is not None
-    return link._session.seal(frame)
+    return link._session.sealer.seal(kind, plaintext)
 
 
 async def too_large(v: Villain, p: Propose) -> None:
-    await v.link.send(Payload(p.exchange_id, 1 << 40, b"d" * 32))
+    await v.link.send(Payload(p.exchange_id, 1 << 40))
 
 
 async def too_small(v: Villain, p: Propose) -> None:
@@ -193,27 +194,36 @@ async def too_small(v: Villain, p: Propose) -> None:
 
 
 async def more_than_announced(v: Villain, p: Propose) -> None:
-    await v.link.send(Payload(p.exchange_id, SIZE, b"d" * 32))
+    await v.link.send(Payload(p.exchange_id, SIZE))
     await v.link.send_bulk(b"b" * (SIZE + 5))
 
 
-async def other_digest(v: Villain, p: Propose) -> None:
-    await v.link.send(Payload(p.exchange_id, SIZE, b"d" * 32))
-    await v.link.send_bulk(b"b" * SIZE)
+async def accepts_something_else(v: Villain, p: Propose) -> None:
+    await v.payload(p, b"b" * SIZE)
+    await v.link.expect(Payload, p.exchange_id, 2)
+    await v.link.receive_bulk(SIZE)
+    await v.link.send(Accept(p.exchange_id, b"d" * 32))
+
+
+async def short_frame(v: Villain, p: Propose) -> None:
+    await v.link.send(Payload(p.exchange_id, SIZE))
+    await v.link.send_bulk(b"b" * 1000)
 
 
 async def truncated(v: Villain, p: Propose) -> None:
-    await v.link.send(Payload(p.exchange_id, SIZE, b"d" * 32))
-    await v.link.send_bulk(b"b" * 1000)
+    await v.link.expect(Payload, p.exchange_id, 2)
+    await v.link.receive_bulk(SIZE)
+    await v.link.send(Payload(p.exchange_id, SIZE))
+    await v.link._stream.write(sealed_by(v.link, Kind.BULK, b"b" * FRAME_BYTES))
     v.link.abort()
 
 
 async def silent(v: Villain, p: Propose) -> None:
-    await v.link.send(Payload(p.exchange_id, SIZE, b"d" * 32))
+    await v.link.send(Payload(p.exchange_id, SIZE))
 
 
 async def other_exchange(v: Villain, p: Propose) -> None:
-    await v.link.send(Payload(p.exchange_id ^ 1, SIZE, b"d" * 32))
+    await v.link.send(Payload(p.exchange_id ^ 1, SIZE))
 
 
 async def bulk_first(v: Villain, p: Propose) -> None:
@@ -221,32 +231,33 @@ async def bulk_first(v: Villain, p: Propose) -> None:
 
 
 async def huge_frame(v: Villain, p: Propose) -> None:
-    v.link._writer.write((1 << 31).to_bytes(4, "big") + b"x" * 100)
+    await v.link._stream.write((1 << 31).to_bytes(4, "big") + b"x" * 100)
 
 
 async def altered_frame(v: Villain, p: Propose) -> None:
-    sealed = bytearray(sealed_by(v.link, b"\0whatever"))
-    sealed[3] ^= 1
-    v.link._writer.write(len(sealed).to_bytes(4, "big") + sealed)
+    sealed = bytearray(sealed_by(v.link, Kind.MESSAGE, b"whatever"))
+    sealed[-3] ^= 1
+    await v.link._stream.write(bytes(sealed))
 
 
 async def replayed_frame(v: Villain, p: Propose) -> None:
-    frame = sealed_by(v.link, b"\0" + b"\x81")
+    payload = messages.encode(Payload(p.exchange_id, SIZE))
+    frame = sealed_by(v.link, Kind.MESSAGE, payload)
     for _ in range(2):
-        v.link._writer.write(len(frame).to_bytes(4, "big") + frame)
+        await v.link._stream.write(frame)
 
 
 async def dies_before_accepting(v: Villain, p: Propose) -> None:
     await v.payload(p, b"b" * SIZE)
-    announced = await v.link.expect(Payload, p.exchange_id, 2)
-    await v.link.receive_bulk(SIZE, announced.digest)
+    await v.link.expect(Payload, p.exchange_id, 2)
+    await v.link.receive_bulk(SIZE)
     v.link.abort()
 
 
 async def refuses_at_the_end(v: Villain, p: Propose) -> None:
     await v.payload(p, b"b" * SIZE)
-    announced = await v.link.expect(Payload, p.exchange_id, 2)
-    await v.link.receive_bulk(SIZE, announced.digest)
+    await v.link.expect(Payload, p.exchange_id, 2)
+    await v.link.receive_bulk(SIZE)
     await v.link.expect(Accept, p.exchange_id, 2)
     await v.link.send(Refuse(p.exchange_id, Reason.NOT_FINITE))
 
@@ -257,21 +268,22 @@ async def refuses_at_the_end(v: Villain, p: Propose) -> None:
         (too_large, Reason.OVERSIZE),
         (too_small, Reason.MALFORMED),
         (more_than_announced, Reason.OVERSIZE),
-        (other_digest, Reason.DIGEST_MISMATCH),
+        (accepts_something_else, Reason.DIGEST_MISMATCH),
+        (short_frame, Reason.MALFORMED),
         (truncated, Reason.TRUNCATED),
         (silent, Reason.TIMEOUT),
         (other_exchange, Reason.MALFORMED),
         (bulk_first, Reason.MALFORMED),
         (huge_frame, Reason.OVERSIZE),
         (altered_frame, Reason.TAMPERED),
-        (replayed_frame, Reason.MALFORMED),
+        (replayed_frame, Reason.TAMPERED),
         (dies_before_accepting, Reason.CLOSED),
         (refuses_at_the_end, Reason.NOT_FINITE),
     ],
 )
 async def test_a_bad_partner_costs_this_exchange_and_nothing_else(identities, attack, reason):
     low, high = identities
-    near, far = await streams(low, high)
+    near, far = streams(low, high)
     villain = Villain(far, high, low.peer_id)
     trainer = FakeTrainer(b"a" * SIZE)
 
@@ -294,7 +306,7 @@ async def test_a_bad_partner_costs_this_exchange_and_nothing_else(identities, at
 
 async def test_the_higher_peer_may_not_propose(identities):
     low, high = identities
-    near, far = await streams(low, high)
+    near, far = streams(low, high)
     desk = FakeDesk(FakeTrainer(b""))
     task = asyncio.ensure_future(answering(party(low), desk, lambda codec, n: n)(near))
     handshake = party(high).handshake(low.peer_id, "exchange", initiator=True)
@@ -306,7 +318,7 @@ async def test_the_higher_peer_may_not_propose(identities):
 
 async def test_a_proposal_that_nobody_answers_ends_in_its_deadline(identities):
     low, high = identities
-    near, far = await streams(low, high)
+    near, far = streams(low, high)
     proposer = Proposer(party(low), Dialler(near))
     with pytest.raises(PeerError, match=Reason.TIMEOUT):
         await propose(proposer, identities, FakeDesk(FakeTrainer(b"")))

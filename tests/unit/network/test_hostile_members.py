@@ -15,6 +15,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId, blake2b
 from xpeer.network import matching, state
 from xpeer.network.link import Link
+from xpeer.network.stream import Stream
 from xpeer.update import ModelState
 from xpeer.wire.messages import Propose, StateOffer, Terms, decode, encode, state_statement
 from xpeer_daemon.gossip import PATIENT_SLOTS, Gossip
@@ -172,12 +173,11 @@ async def test_one_peer_gets_one_donation_at_a_time_and_then_waits():
 
     async def ask(who: Identity) -> ModelState:
         a, b = socket.socketpair()
-        near, far = await asyncio.open_connection(sock=a), await asyncio.open_connection(sock=b)
-        serving = asyncio.ensure_future(handle(Link(who.peer_id, *far, 2.0)))
+        serving = asyncio.ensure_future(handle(Link(who.peer_id, Stream(b), 2.0)))
 
         class Dialler:
             async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
-                return Link(donor.peer_id, *near, 2.0)
+                return Link(donor.peer_id, Stream(a), 2.0)
 
         try:
             return await state.fetch(party(who), Dialler(), donor.peer_id, 100, 5)

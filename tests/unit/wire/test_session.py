@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId
-from xpeer.wire.session import FRAME_BYTES, Handshake, Hello, Session, SignedHello
+from xpeer.wire import frames
+from xpeer.wire.frames import (
+    FRAME_BYTES,
+    HEADER,
+    MAX_SEALED_BYTES,
+    TAG_BYTES,
+    Cipher,
+    Kind,
+    Opener,
+    Sealer,
+    parse_header,
+    supported_ciphers,
+)
+from xpeer.wire.session import Handshake, Hello, Session, SignedHello
 
+CIPHERS: tuple[Cipher, ...] = ("aes-256-gcm", "chacha20-poly1305")
 SWARM, KEY, MODEL = "ab" * 32, b"k" * 32, b"m" * 32
 
 
@@ -25,56 +42,170 @@ def pair() -> tuple[Identity, Identity]:
     return Identity.generate(), Identity.generate()
 
 
-def established(pair, **responder) -> tuple[Session, Session]:
+def established(pair, *, initiator=None, **responder) -> tuple[Session, Session]:
     low, high = pair
-    first = side(low, high.peer_id, initiator=True)
+    first = side(low, high.peer_id, initiator=True, **(initiator or {}))
     second = side(high, low.peer_id, initiator=False, **responder)
     second.receive(first.hello())
     first.receive(second.hello())
-    a, b = first.session(), second.session()
-    a.start(b.header())
-    b.start(a.header())
-    return a, b
+    return first.session(), second.session()
+
+
+def seal(session: Session, plaintext: bytes, kind: Kind = Kind.BULK) -> bytes:
+    return session.sealer.seal(kind, plaintext)
+
+
+def opened(session: Session, frame: bytes) -> bytes:
+    header, sealed = frame[: HEADER.size], frame[HEADER.size :]
+    _, size = parse_header(header)
+    assert size == len(sealed)
+    return session.opener.open(header, sealed)
 
 
 def test_frames_arrive_in_order_both_ways(pair):
     a, b = established(pair)
-    frames = [a.seal(bytes([i]) * 1000) for i in range(5)]
-    assert [b.open(f) for f in frames] == [bytes([i]) * 1000 for i in range(5)]
-    assert a.open(b.seal(b"back")) == b"back"
+    frames = [seal(a, bytes([i]) * 1000) for i in range(5)]
+    assert [opened(b, f) for f in frames] == [bytes([i]) * 1000 for i in range(5)]
+    assert opened(a, seal(b, b"back")) == b"back"
 
 
-def test_final_frame_ends_the_session(pair):
-    a, b = established(pair)
-    b.open(a.seal(b"", final=True))
-    assert b.ended
+@given(
+    st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=3000)), max_size=8),
+    st.sampled_from(CIPHERS),
+)
+def test_what_is_sealed_opens_to_the_same(frames, cipher):
+    sealer, opener = Sealer(b"a" * 32, cipher), Opener(b"a" * 32, cipher)
+    buffer, out = memoryview(bytearray(MAX_SEALED_BYTES)), bytearray(3000)
+    for number, (kind, plaintext) in enumerate(frames):
+        count = sealer.seal_into(kind, plaintext, buffer)
+        header, sealed = bytes(buffer[: HEADER.size]), buffer[HEADER.size : count]
+        assert parse_header(header) == (kind, len(sealed))
+        if any(kind is Kind.END for kind, _ in frames[:number]):
+            with pytest.raises(PeerError, match=Reason.TAMPERED):
+                opener.open(header, sealed)
+            return
+        opener.open_into(header, sealed, memoryview(out)[: len(plaintext)])
+        assert out[: len(plaintext)] == plaintext
+        assert opener.ended == (kind is Kind.END)
+
+
+@given(st.binary(max_size=200), st.integers(min_value=0), st.sampled_from(CIPHERS))
+def test_no_flipped_bit_of_a_frame_opens(plaintext, position, cipher):
+    sealer, opener = Sealer(b"a" * 32, cipher), Opener(b"a" * 32, cipher)
+    frame = bytearray(sealer.seal(Kind.BULK, plaintext))
+    position %= 8 * len(frame)
+    frame[position // 8] ^= 1 << position % 8
     with pytest.raises(PeerError, match=Reason.TAMPERED):
-        b.open(a.seal(b"more"))
+        opener.open(bytes(frame[: HEADER.size]), frame[HEADER.size :])
+    frame[position // 8] ^= 1 << position % 8
+    assert opener.open(bytes(frame[: HEADER.size]), frame[HEADER.size :]) == plaintext
+
+
+def test_frames_are_plain_aead_with_a_counter():
+    """Against the library alone, so that another implementation can follow the module's words."""
+    sealer = Sealer(b"a" * 32, "aes-256-gcm")
+    sealer.seal(Kind.MESSAGE, b"first")
+    frame = sealer.seal(Kind.END, b"second")
+    header = (len(b"second") + TAG_BYTES).to_bytes(4, "big") + b"\x02"
+    sealed = AESGCM(b"a" * 32).encrypt((1).to_bytes(12, "big"), b"second", header)
+    assert frame == header + sealed
+
+
+def test_a_frame_of_one_direction_does_not_open_in_the_other(pair):
+    a, b = established(pair)
+    frame = seal(a, b"x")
+    with pytest.raises(PeerError, match=Reason.TAMPERED):
+        opened(a, frame)
+    assert opened(b, frame) == b"x"
+
+
+def test_the_end_frame_ends_the_session(pair):
+    a, b = established(pair)
+    opened(b, seal(a, b"", Kind.END))
+    assert b.opener.ended
+    with pytest.raises(PeerError, match=Reason.TAMPERED):
+        opened(b, seal(a, b"more"))
 
 
 def test_replayed_reordered_and_dropped_frames_do_not_open(pair):
     a, b = established(pair)
-    first, second, third = (a.seal(x) for x in (b"1", b"2", b"3"))
-    assert b.open(first) == b"1"
+    first, second, third = (seal(a, x) for x in (b"1", b"2", b"3"))
+    assert opened(b, first) == b"1"
     for wrong in (first, third):
         with pytest.raises(PeerError, match=Reason.TAMPERED):
-            b.open(wrong)
-    assert b.open(second) == b"2"
+            opened(b, wrong)
+    assert opened(b, second) == b"2"
 
 
-@pytest.mark.parametrize("position", [0, 5, -1])
-def test_an_altered_frame_does_not_open(pair, position):
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (HEADER.pack(FRAME_BYTES + TAG_BYTES + 1, Kind.BULK), Reason.OVERSIZE),
+        (HEADER.pack(1 << 31, Kind.MESSAGE), Reason.OVERSIZE),
+        (HEADER.pack(TAG_BYTES - 1, Kind.BULK), Reason.MALFORMED),
+        (HEADER.pack(100, 4), Reason.MALFORMED),
+    ],
+)
+def test_a_header_out_of_bounds_is_refused(header, reason):
+    with pytest.raises(PeerError, match=reason):
+        parse_header(header)
+
+
+def test_a_key_is_not_used_for_ever(pair, monkeypatch):
     a, b = established(pair)
-    frame = bytearray(a.seal(b"payload"))
-    frame[position] ^= 1
-    with pytest.raises(PeerError, match=Reason.TAMPERED):
-        b.open(bytes(frame))
+    opened(b, seal(a, b"last"))
+    monkeypatch.setattr(frames, "MAX_FRAMES", 1)
+    frame = Sealer(b"a" * 32, a.cipher).seal(Kind.BULK, b"x")
+    with pytest.raises(PeerError, match=Reason.CLOSED):
+        seal(a, b"one more")
+    with pytest.raises(PeerError, match=Reason.CLOSED):
+        opened(b, frame)
+
+
+def test_a_child_session_has_keys_of_its_own(pair):
+    a, b = established(pair)
+    one, other = a.child(b"1"), b.child(b"1")
+    assert opened(other, seal(one, b"forth")) == b"forth"
+    assert opened(one, seal(other, b"back")) == b"back"
+    for wrong in (b, b.child(b"2")):
+        with pytest.raises(PeerError, match=Reason.TAMPERED):
+            opened(wrong, seal(one, b"x"))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "chosen"),
+    [
+        (CIPHERS, CIPHERS, "aes-256-gcm"),
+        (CIPHERS, CIPHERS[::-1], "aes-256-gcm"),
+        (CIPHERS[::-1], CIPHERS, "chacha20-poly1305"),
+        (CIPHERS, CIPHERS[1:], "chacha20-poly1305"),
+        (CIPHERS[1:], CIPHERS, "chacha20-poly1305"),
+    ],
+)
+def test_the_first_cipher_of_the_initiator_that_both_have_is_taken(pair, low, high, chosen):
+    a, b = established(pair, initiator={"ciphers": low}, ciphers=high)
+    assert a.cipher == b.cipher == chosen
+    assert opened(b, seal(a, b"x")) == b"x"
+
+
+def test_no_cipher_in_common_is_no_session(pair):
+    low, high = pair
+    first = side(low, high.peer_id, initiator=True, ciphers=("rot13",))
+    second = side(high, low.peer_id, initiator=False)
+    second.receive(first.hello())
+    second.hello()
+    with pytest.raises(PeerError, match="no cipher"):
+        second.session()
+
+
+def test_this_machine_offers_what_every_machine_has():
+    assert supported_ciphers()[-1] == "chacha20-poly1305"
 
 
 def test_without_the_swarm_key_no_frame_opens(pair):
     a, b = established(pair, swarm_key=b"x" * 32)
     with pytest.raises(PeerError, match=Reason.TAMPERED):
-        b.open(a.seal(b"payload"))
+        opened(b, seal(a, b"payload"))
 
 
 @pytest.mark.parametrize(
@@ -131,16 +262,17 @@ def test_a_recorded_hello_gives_the_replayer_no_session(pair):
     responder.receive(recorded)
     responder.hello()
     session = responder.session()
-    replayer = Session(b"g" * 32, b"g" * 32)
-    session.start(replayer.header())
+    replayer = Session(b"g" * 32, b"g" * 32, session.cipher)
     with pytest.raises(PeerError, match=Reason.TAMPERED):
-        session.open(replayer.seal(b"x"))
+        opened(session, seal(replayer, b"x"))
 
 
 def test_a_degenerate_key_is_refused(pair):
     low, high = pair
     body = msgspec.msgpack.encode(
-        Hello(1, "exchange", SWARM, MODEL, low.peer_id, high.peer_id, 1, b"\0" * 32)
+        Hello(
+            1, "exchange", SWARM, MODEL, low.peer_id, high.peer_id, 1, b"\0" * 32, ["aes-256-gcm"]
+        )
     )
     responder = side(high, low.peer_id, initiator=False)
     responder.receive(msgspec.msgpack.encode(SignedHello(body, low.sign(Domain.HELLO, body))))
@@ -169,4 +301,4 @@ def test_every_flipped_bit_of_a_hello_is_noticed(pair):
 def test_a_frame_over_the_limit_is_our_bug(pair):
     a, _ = established(pair)
     with pytest.raises(ValueError, match="at most"):
-        a.seal(b"x" * (FRAME_BYTES + 1))
+        seal(a, b"x" * (FRAME_BYTES + 1))

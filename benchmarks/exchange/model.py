@@ -1,0 +1,91 @@
+"""The values that are averaged, and xpeer's half of a trainer around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+from xpeer.training.mixing import NormLimit, correction
+from xpeer.update import CompressedUpdate, PeerUpdate, received_stamp
+from xpeer.wire import codec
+
+SHOWN = 2048
+"""Values that a child shows for checking."""
+
+
+def values_of(rank: int, num_params: int) -> torch.Tensor:
+    """Peer `rank`'s parameters before: (num_params,) float32, CPU."""
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(num_params, generator=generator).mul_(0.02)
+    own = torch.randn(num_params, generator=generator.manual_seed(2 + rank)).mul_(0.0005)
+    return common.add_(own)
+
+
+class AveragingTrainer:
+    """`round.Trainer` over one flat fragment; the codec works on a helper thread, as in production,
+    into a buffer that is reused, as production's shared memory is.
+
+    Args:
+        values: (n,) float32, CPU; changed in place.
+        codec_name: of all payloads.
+
+    Attributes:
+        seconds: spent in each stage so far.
+    """
+
+    def __init__(self, values: torch.Tensor, codec_name: str) -> None:
+        self.values = values
+        self.codec = codec_name
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._payload = memoryview(bytearray(codec.encoded_bytes(codec_name, len(values))))
+        self._own = self._z = values
+        self._limit = NormLimit()
+        self._ready = 0.0
+
+    async def snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
+        """Quantise, and keep what the partner will decode."""
+        await asyncio.to_thread(self._snapshot)
+        self._ready = time.perf_counter()
+        stamp = received_stamp("off", 0)
+        return CompressedUpdate(self._payload, self.codec, len(self.values), 0, stamp)
+
+    async def verify(self, exchange_id: int, update: PeerUpdate) -> float:
+        """Decode and bound the partner's."""
+        self.seconds["swap"] += time.perf_counter() - self._ready
+        return await asyncio.to_thread(self._verify, update)
+
+    async def merge(self, exchange_id: int, weight: float) -> None:
+        """Merge what was verified: theta += w z."""
+        await asyncio.to_thread(self._merge, weight)
+
+    def drop(self, exchange_id: int) -> None:
+        """Nothing is kept."""
+
+    def _snapshot(self) -> None:
+        with self._timed("encode"):
+            codec.encode_into(self.codec, self.values, self._payload)
+        with self._timed("decode own"):
+            self._own = codec.decode(self.codec, self._payload, len(self.values))
+
+    def _verify(self, update: PeerUpdate) -> float:
+        with self._timed("decode partner's"):
+            peer = codec.decode(self.codec, update.payload, len(self.values))
+        with self._timed("correction"):
+            corrected = correction(self._own, peer, self._limit)
+        self._z = corrected.values
+        return corrected.distance
+
+    def _merge(self, weight: float) -> None:
+        with self._timed("merge"):
+            self.values.add_(self._z, alpha=weight)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - start
