@@ -19,12 +19,12 @@ from typing import Final
 
 from xpeer.errors import PeerError, Reason
 from xpeer.network.stream import Stream
+from xpeer.wire.aead import TAG_BYTES
 from xpeer.wire.frames import (
     FRAME_BYTES,
     FRAME_OVERHEAD,
     HEADER,
     MAX_SEALED_BYTES,
-    TAG_BYTES,
     Kind,
     Opener,
     Sealer,

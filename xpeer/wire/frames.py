@@ -13,23 +13,15 @@ What it does not give: hiding lengths and kinds of frames.
 
 from __future__ import annotations
 
-import functools
 import struct
-import time
 from enum import IntEnum
-from typing import Final, Literal
-
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+from typing import Final
 
 from xpeer.errors import PeerError, Reason
-
-Buffer = bytes | bytearray | memoryview
-Cipher = Literal["aes-256-gcm", "chacha20-poly1305"]
+from xpeer.wire.aead import NONCE_BYTES, TAG_BYTES, Aead, Buffer, Cipher, ForgedError
 
 FRAME_BYTES: Final = 256 << 10
 """Plaintext of a frame, at most."""
-TAG_BYTES: Final = 16
 HEADER: Final = struct.Struct(">IB")
 FRAME_OVERHEAD: Final = HEADER.size + TAG_BYTES
 MAX_SEALED_BYTES: Final = FRAME_BYTES + FRAME_OVERHEAD
@@ -37,12 +29,6 @@ MAX_SEALED_BYTES: Final = FRAME_BYTES + FRAME_OVERHEAD
 MAX_FRAMES: Final = 1 << 32
 """Per key: with 2**14 blocks a frame, an observer's advantage stays below 2**-36 (McGrew and Viega
 2004, theorem 1). At 1 GB/s that is 13 days; a new session has new keys."""
-
-_AEAD: Final[dict[Cipher, type[AESGCM | ChaCha20Poly1305]]] = {
-    "aes-256-gcm": AESGCM,
-    "chacha20-poly1305": ChaCha20Poly1305,
-}
-_PROBE_BYTES: Final = 64 << 10
 
 
 class Kind(IntEnum):
@@ -64,7 +50,7 @@ class Sealer:
     """
 
     def __init__(self, key: bytes, cipher: Cipher) -> None:
-        self._aead = _AEAD[cipher](key)
+        self._aead = Aead(cipher, key)
         self._count = 0
 
     def seal(self, kind: Kind, plaintext: Buffer) -> bytes:
@@ -86,7 +72,7 @@ class Sealer:
         end = size + FRAME_OVERHEAD
         HEADER.pack_into(out, 0, size + TAG_BYTES, kind)
         header = bytes(out[: HEADER.size])
-        self._aead.encrypt_into(_nonce(self._count), plaintext, header, out[HEADER.size : end])
+        self._aead.seal_into(_nonce(self._count), plaintext, header, out[HEADER.size : end])
         self._count += 1
         return end
 
@@ -100,7 +86,7 @@ class Opener:
     """
 
     def __init__(self, key: bytes, cipher: Cipher) -> None:
-        self._aead = _AEAD[cipher](key)
+        self._aead = Aead(cipher, key)
         self._count = 0
         self.ended = False
         """The partner's END was opened: an end of the stream now is a proper one."""
@@ -121,8 +107,8 @@ class Opener:
         if self.ended:
             raise PeerError(Reason.TAMPERED, "frame after the session's end")
         try:
-            self._aead.decrypt_into(_nonce(self._count), sealed, header, out)
-        except InvalidTag as e:
+            self._aead.open_into(_nonce(self._count), sealed, header, out)
+        except ForgedError as e:
             raise PeerError(Reason.TAMPERED, "a frame does not open") from e
         self._count += 1
         self.ended = header[-1] == Kind.END
@@ -145,28 +131,4 @@ def parse_header(header: bytes) -> tuple[Kind, int]:
 def _nonce(count: int) -> bytes:
     if count >= MAX_FRAMES:
         raise PeerError(Reason.CLOSED, "the session's keys are used up; a new one has new keys")
-    return count.to_bytes(12, "big")
-
-
-@functools.cache
-def supported_ciphers() -> tuple[Cipher, ...]:
-    """What this machine offers in a handshake, the best first.
-
-    AES-256-GCM only where it is the faster one, which is where the processor has it: without, it is
-    slow, or (in some libraries) leaks through timing. Measured once, in under 2 ms.
-    """
-    if _seconds("aes-256-gcm") < _seconds("chacha20-poly1305"):
-        return "aes-256-gcm", "chacha20-poly1305"
-    return ("chacha20-poly1305",)
-
-
-def _seconds(cipher: Cipher) -> float:
-    """For one probe, the best of five."""
-    aead, nonce, data = _AEAD[cipher](bytes(32)), bytes(12), bytes(_PROBE_BYTES)
-    out = bytearray(_PROBE_BYTES + TAG_BYTES)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        aead.encrypt_into(nonce, data, None, out)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return count.to_bytes(NONCE_BYTES, "big")

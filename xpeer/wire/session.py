@@ -22,7 +22,8 @@ from nacl.public import PrivateKey
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId, blake2b, verify
-from xpeer.wire.frames import Cipher, Opener, Sealer, supported_ciphers
+from xpeer.wire.aead import Cipher, supported
+from xpeer.wire.frames import Opener, Sealer
 from xpeer.wire.messages import PROTOCOL_VERSION, Code, unpack
 
 MAX_HELLO_BYTES = 1 << 10
@@ -97,7 +98,7 @@ class Handshake:
         self._serial = serial
         self._purpose: Purpose = purpose
         self._initiator = initiator
-        self._ciphers = ciphers or supported_ciphers()
+        self._ciphers = ciphers or supported()
         self._secret = PrivateKey.generate()
         self._ours = b""
         self._theirs = b""

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId
 from xpeer.wire import frames
+from xpeer.wire.aead import NONCE_BYTES, TAG_BYTES, Aead, Cipher, ForgedError, supported
 from xpeer.wire.frames import (
     FRAME_BYTES,
     HEADER,
     MAX_SEALED_BYTES,
-    TAG_BYTES,
-    Cipher,
     Kind,
     Opener,
     Sealer,
     parse_header,
-    supported_ciphers,
 )
 from xpeer.wire.session import Handshake, Hello, Session, SignedHello
 
@@ -199,7 +197,44 @@ def test_no_cipher_in_common_is_no_session(pair):
 
 
 def test_this_machine_offers_what_every_machine_has():
-    assert supported_ciphers()[-1] == "chacha20-poly1305"
+    assert supported()[-1] == "chacha20-poly1305"
+
+
+REFERENCES = {"aes-256-gcm": AESGCM, "chacha20-poly1305": ChaCha20Poly1305}
+
+
+@pytest.mark.parametrize("cipher", supported())
+@given(
+    plaintext=st.binary(max_size=300),
+    data=st.binary(max_size=20),
+    key=st.binary(min_size=32, max_size=32),
+)
+def test_aeads_are_those_of_another_library(cipher, plaintext, data, key):
+    """OpenSSL's, on the same key, nonce and associated data, both ways."""
+    nonce, out = b"n" * NONCE_BYTES, bytearray(len(plaintext) + TAG_BYTES)
+    Aead(cipher, key).seal_into(nonce, plaintext, data, memoryview(out))
+    assert out == REFERENCES[cipher](key).encrypt(nonce, plaintext, data)
+    opened = bytearray(len(plaintext))
+    Aead(cipher, key).open_into(nonce, memoryview(out), data, opened)
+    assert opened == plaintext
+    out[-1] ^= 1
+    with pytest.raises(ForgedError):
+        Aead(cipher, key).open_into(nonce, out, data, opened)
+
+
+@pytest.mark.parametrize("cipher", supported())
+def test_buffers_of_the_wrong_size_are_refused_before_the_library_sees_them(cipher):
+    aead, nonce = Aead(cipher, bytes(32)), bytes(NONCE_BYTES)
+    with pytest.raises(ValueError, match="wrong size"):
+        aead.seal_into(nonce, b"four", b"", memoryview(bytearray(4 + TAG_BYTES - 1)))
+    with pytest.raises(ValueError, match="wrong size"):
+        aead.seal_into(nonce[:-1], b"four", b"", memoryview(bytearray(4 + TAG_BYTES)))
+    with pytest.raises(ValueError, match="wrong size"):
+        aead.open_into(nonce, bytes(4 + TAG_BYTES), b"", bytearray(5))
+    with pytest.raises(ForgedError):
+        aead.open_into(nonce, bytes(TAG_BYTES - 1), b"", bytearray(0))
+    with pytest.raises(ValueError, match="32 bytes"):
+        Aead(cipher, bytes(16))
 
 
 def test_without_the_swarm_key_no_frame_opens(pair):
