@@ -200,7 +200,10 @@ def test_this_machine_offers_what_every_machine_has():
     assert supported()[-1] == "chacha20-poly1305"
 
 
-REFERENCES = {"aes-256-gcm": AESGCM, "chacha20-poly1305": ChaCha20Poly1305}
+REFERENCES: dict[str, type[AESGCM] | type[ChaCha20Poly1305]] = {
+    "aes-256-gcm": AESGCM,
+    "chacha20-poly1305": ChaCha20Poly1305,
+}
 
 
 @pytest.mark.parametrize("cipher", supported())
