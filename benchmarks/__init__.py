@@ -1,0 +1,1 @@
+"""What we claim, and how to check it: `python -m benchmarks.NAME`."""
