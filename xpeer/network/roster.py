@@ -175,11 +175,12 @@ class Roster:
         """Show the next link, or sign a new card; whether it is a new card."""
         known, chain = self._known.get(self._me), self._chain
         lifetime_s = self._lifetime_of(len(self._known))
-        same = known is not None and chain is not None and not chain.ends(now)
-        if same and known is not None and lifetime_s == known.card.lifetime_s:
-            if record == msgspec.structs.replace(known.card.record, slot=record.slot):
-                beat = self._beat(now)
-                known.beat, known.until = beat, beat.alive_until(known.card)
+        if known is not None and chain is not None and not chain.ends(now):
+            then = known.card
+            said = msgspec.structs.replace(record, slot=then.record.slot)
+            if said == then.record and lifetime_s == then.lifetime_s:
+                known.beat = chain.beat(now, lifetime_s / BEATS_PER_LIFETIME)
+                known.until = known.beat.alive_until(then)
                 return False
         self._lifetime_s = lifetime_s
         self._chain = Chain.begin(now)
@@ -191,11 +192,6 @@ class Roster:
             self._me, SignedCard(body, signature), card, beat, beat.alive_until(card)
         )
         return True
-
-    def _beat(self, now: float) -> Beat:
-        if self._chain is None:
-            raise RuntimeError("no card was announced")
-        return self._chain.beat(now, self._lifetime_s / BEATS_PER_LIFETIME)
 
     def _lifetime_of(self, num_members: int) -> float:
         """The lifetime that bounds the links' traffic; shortened late, lest it swings."""
