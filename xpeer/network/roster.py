@@ -184,7 +184,8 @@ class Roster:
                 return False
         self._lifetime_s = lifetime_s
         self._chain = Chain.begin(now)
-        card = Card(record, int(now * 1000), now, lifetime_s, self._chain.links[0])
+        version_ms = max(int(now * 1000), known.card.version_ms + 1 if known else 0)
+        card = Card(record, version_ms, now, lifetime_s, self._chain.links[0])
         body = msgspec.msgpack.encode(card)
         signature = self._swarm.sign(Domain.CARD, self._swarm_id.encode() + body)
         beat = Beat(0, card.anchor)
@@ -226,7 +227,11 @@ class Roster:
         if listed and self._random.random() >= STRAY:
             return self._random.choice(listed)
         self._deaf = {peer: until for peer, until in self._deaf.items() if until > now}
-        strays = [p for p in self._swarm.candidates() if p not in self._known | self._deaf]
+        strays = [
+            peer
+            for peer in self._swarm.candidates()
+            if peer not in self._known and peer not in self._deaf
+        ]
         return self._random.choice(strays or listed) if strays or listed else None
 
     async def _push(self, owners: Collection[PeerId]) -> None:
