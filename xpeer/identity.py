@@ -41,6 +41,7 @@ class Domain:
     BEARER = b"xpeer/bearer/v1\0"
     TOKEN = b"xpeer/token/v1\0"
     DHT_RECORD = b"xpeer/dht-record/v1\0"
+    CARD = b"xpeer/card/v1\0"
     HELLO = b"xpeer/hello/v1\0"
     STATE = b"xpeer/state/v1\0"
     SWARM_ID = b"xpeer/swarm-id/v1\0"

@@ -114,7 +114,8 @@ class Gossip(Desk):
 
     def _meet_partner(self, slot: int, partners: Collection[PeerId]) -> None:
         """The lower PeerID of a pair proposes; the higher one waits for it."""
-        candidates = matching.partner(self._swarm_id, slot, [*partners, self._me], self._me)
+        members, zones = [*partners, self._me], self._host.zones()
+        candidates = matching.partner(self._swarm_id, slot, members, self._me, zones)
         ours = [peer for peer in candidates if self._may_propose(peer)]
         if ours and ours[0] == candidates[0]:
             self._keep(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
@@ -168,8 +169,9 @@ class Gossip(Desk):
     def _group(self, slot: int) -> list[PeerId]:
         """The others of our group in this slot."""
         members = [*self._host.partners(), self._me]
-        groups = matching.groups(self._swarm_id, slot, members, self._round.group)
-        return [peer for group in groups if self._me in group for peer in group if peer != self._me]
+        return matching.group(
+            self._swarm_id, slot, members, self._me, self._round.group, self._host.zones()
+        )
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -366,7 +368,8 @@ class Gossip(Desk):
         if self._round.group != PAIR:
             return peer_id in self._group(slot)
         members = {*self._host.partners(), self._me, peer_id}
-        return matching.partner(self._swarm_id, slot, members, self._me)[:1] == [peer_id]
+        first = matching.partner(self._swarm_id, slot, members, self._me, self._host.zones())[:1]
+        return first == [peer_id]
 
     def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
         """See `Partners.settle`."""

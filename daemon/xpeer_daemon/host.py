@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from xpeer.identity import PeerId
@@ -47,6 +47,9 @@ class Host(Protocol):
 
     def partners(self) -> Collection[PeerId]:
         """Live members that exchange, without ourselves."""
+
+    def zones(self) -> Mapping[PeerId, str]:
+        """What live members declare, ourselves included: those of a zone have fast links."""
 
     def settled(self, peer_id: PeerId) -> bool:
         """Whether the partner and we both ended, so that no exchange is due between us."""

@@ -89,6 +89,7 @@ class Joiner:
             announce=network.announce,
             seeds=seeds,
             nat_port_map=network.nat_port_map,
+            direct_listen=network.direct_listen,
         )
         self._swarm = swarm
         swarm.learn(known)

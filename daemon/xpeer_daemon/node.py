@@ -129,6 +129,11 @@ class Node:
             if record.phase in EXCHANGING and record.role != "observer"
         ]
 
+    def zones(self) -> dict[PeerId, str]:
+        """As the members declare them, ourselves included."""
+        zones = {peer: record.zone for peer, record in self.others().items()}
+        return {**zones, self.peer_id: self.config.network.zone}
+
     def present(self) -> list[PeerId]:
         """Live members that train or are about to, without ourselves."""
         return [

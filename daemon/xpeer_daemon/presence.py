@@ -55,6 +55,7 @@ class Presence:
             phase=phase,
             speed=self._node.config.training.speed,
             slot=int(time.time() // slot_s),
+            zone=self._node.config.network.zone,
         )
         await self._roster.announce(record)
 

@@ -209,6 +209,7 @@ class Service:
             membership=self._membership,
         )
         self._roster = node.roster = Roster(self._swarm, swarm_key, manifest.limits.max_members)
+        await self._roster.serve()
         self._supervisor = node.supervisor = Supervisor(
             self._setup, lambda setup: TrainerProcess.start(setup, self._on_trainer)
         )

@@ -114,7 +114,7 @@ async def test_a_bootstrap_node_stores_what_it_can_not_read(launch: Launch):
     first, second = await launch(seeds=node.addresses), await launch(seeds=node.addresses)
     for member in (first, second):
         await asyncio.wait_for(member.reached_seed.wait(), 20)
-        assert await Roster(member, KEY, 64).announce(record(member))
+        assert await Roster(member, KEY, 16).announce(record(member))
     await until(lambda: len(node.dht.protocol.storage) > 0)
     [(_, (shard, _))] = node.dht.protocol.storage.items()
     owners = {owner: stored.value for owner, stored in shard.items()}

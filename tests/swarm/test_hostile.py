@@ -221,7 +221,7 @@ async def test_a_members_bad_record_hides_and_hangs_nobody(trio):
     for peer in trio:
         assert await rosters[peer].announce(record(peer.swarm))
     # what it holds itself it may serve: signed, and nothing that hivemind could decode
-    key = DHTID.generate(rosters[bad]._key_of(bad.swarm.peer_id))
+    key = DHTID.generate(rosters[bad]._shards.key_of(bad.swarm.peer_id))
     unsigned = update_record(bad, key)
     storage = bad.swarm.dht.protocol.storage
     storage.store_subkey(key, bad.swarm.peer_id, unsigned, get_dht_time() + 60)

@@ -14,7 +14,7 @@ from hivemind.utils import get_dht_time
 from tests.swarm.conftest import Founder
 from xpeer.errors import ConfigError, PeerError, Reason
 from xpeer.network.link import Link
-from xpeer.network.roster import MemberRecord, Roster
+from xpeer.network.roster import TTL_S, MemberRecord, Roster
 from xpeer.network.swarm import Swarm
 
 KEY = b"k" * 32
@@ -205,15 +205,36 @@ async def test_members_find_one_another_and_go_on_when_the_seed_is_gone(launch):
 
 async def test_roster_records_are_unreadable_without_the_key_and_expire(pair):
     first, second = pair
-    await Roster(first, KEY, 64).announce(record(first), ttl_s=1.5)
+    await Roster(first, KEY, 64).announce(record(first))
     other = Roster(second, KEY, 64)
-    other._box = Roster(second, b"x" * 32, 64)._box
+    other._shards._box = Roster(second, b"x" * 32, 64)._shards._box
     await other.refresh()
     assert other.members() == {}
-    mine = Roster(second, KEY, 64)
+    passed_s = 0.0
+    mine = Roster(second, KEY, 64, lambda: get_dht_time() + passed_s)
     await mine.refresh()
     assert set(mine.members()) == {first.peer_id}
-    await until(lambda: not mine.members(), 5)
+    passed_s = TTL_S
+    assert mine.members() == {}
+
+
+async def test_members_that_serve_their_rosters_need_no_dht(pair, monkeypatch):
+    first, second = pair
+    rosters = [Roster(first, KEY, 64), Roster(second, KEY, 64)]
+
+    async def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    for swarm, roster in zip(pair, rosters, strict=True):
+        monkeypatch.setattr(swarm.dht, "store", unreachable)
+        monkeypatch.setattr(swarm.dht, "get_many", unreachable)
+        await roster.serve()
+        await roster.announce(record(swarm))
+    await rosters[1].refresh()
+    for roster in rosters:
+        assert set(roster.members()) == {first.peer_id, second.peer_id}
+    assert not await rosters[0].announce(record(first, "closing"))
+    assert rosters[1].members()[first.peer_id].phase == "closing"
 
 
 async def test_nobody_stores_for_another_or_for_too_long(pair):

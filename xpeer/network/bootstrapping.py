@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections.abc import Awaitable, Callable
 
 from xpeer.errors import PeerError
@@ -18,6 +19,10 @@ log = logging.getLogger("xpeer.network")
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 HEALTHY_RETRY_S = 60.0
+HEALTHY_TARGETS = 4
+"""Dialled while somebody answers, of all that might be; drawn anew each time."""
+SETTLE_EVERY = 5
+"""Times that somebody answered: looking for neighbours asks a dozen nodes, and they last."""
 MAX_SKEW_S = 3.0
 """hivemind's bound. Records live for 40 s, and slots follow the clock: more costs exchanges."""
 
@@ -47,6 +52,7 @@ class Bootstrapping:
         self._dial = dial
         self._settle = settle
         self._again = asyncio.Event()
+        self._answered = 0
 
     def lost(self) -> None:
         """Nobody can be reached at the moment."""
@@ -77,18 +83,24 @@ class Bootstrapping:
                     await self._again.wait()
 
     async def once(self) -> bool:
-        """Dial everybody; whether somebody answered."""
+        """Dial everybody, or some while all is well; whether somebody answered."""
         targets = self._targets()
         if not targets:
             self._say("")
             return True
+        if self.reached.is_set() and len(targets) > HEALTHY_TARGETS:
+            targets = dict(random.sample(list(targets.items()), HEALTHY_TARGETS))
+        elif not self.reached.is_set():
+            self._answered = 0
         answers = await asyncio.gather(*(self._try(*target) for target in targets.items()))
         failures = [answer for answer in answers if isinstance(answer, str)]
         if len(failures) == len(targets):
             self._say(f"no seed answers: {failures[0]}")
             return False
         self._say(_of_clocks([answer for answer in answers if isinstance(answer, float)]))
-        await self._settle()
+        if self._answered % SETTLE_EVERY == 0:
+            await self._settle()
+        self._answered += 1
         return True
 
     async def _try(self, peer_id: PeerId, address: str) -> float | str:

@@ -154,7 +154,7 @@ class Membership:
         self.swarm_id = swarm_id
         self.own = own
         self._clock = clock
-        self._known: OrderedDict[str, Certificate] = OrderedDict()
+        self._known: OrderedDict[str, tuple[Certificate, bytes]] = OrderedDict()
         self._seeds: set[str] = set()
 
     def admit(self, peer_id: str, data: bytes) -> Certificate:
@@ -172,7 +172,7 @@ class Membership:
         certificate = credential.verify(self.swarm_id, self._clock())
         known = self.certificate_of(peer_id)
         if known is None or certificate.not_before_unix_s >= known.not_before_unix_s:
-            self._known[peer_id] = certificate
+            self._known[peer_id] = certificate, data
         self._known.move_to_end(peer_id)
         if len(self._known) > MAX_REMEMBERED:
             self._known.popitem(last=False)
@@ -180,11 +180,16 @@ class Membership:
 
     def certificate_of(self, peer_id: str) -> Certificate | None:
         """The peer's certificate, while it is valid."""
-        certificate = self._known.get(peer_id)
+        certificate, _ = self._known.get(peer_id, (None, b""))
         if certificate is not None and self._clock() >= certificate.not_after_unix_s:
             del self._known[peer_id]
             return None
         return certificate
+
+    def credential_of(self, peer_id: str) -> bytes | None:
+        """What the peer (or whoever spoke for it) presented, for others to check."""
+        valid = self.certificate_of(peer_id) is not None
+        return self._known[peer_id][1] if valid else None
 
     def may_join(self, certificate: Certificate) -> bool:
         """Whether the right to be handed the swarm key has not expired."""

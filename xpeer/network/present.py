@@ -29,8 +29,9 @@ PROTOCOL = "xpeer/present/1"
 MAX_TOLD = 16
 PER_PEER, ALL_PEERS, PERIOD_S = 20, 400, 10.0
 """Open calls allowed in a period."""
-KNOWN_S = 30.0
-"""A restarted peer has forgotten us, and a stream does not tell: we introduce ourselves again."""
+KNOWN_S = 600.0
+"""Then we introduce ourselves again. A restarted peer that has forgotten us tells so when it is
+called, and learns of us from the roster before it exchanges anything."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """How long a peer that refused our credential is left alone; doubled every time."""
 MAX_NOTED = 4096

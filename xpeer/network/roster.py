@@ -1,8 +1,14 @@
-"""Who is alive: every member's own record in the DHT, signed, encrypted, and expiring.
+"""Who is alive: every member's card and beats, from other members; from the DHT if nobody is met.
 
-A record lies under a keyed hash of the swarm key and is padded, so a node without the key sees who
-stores (the owner's PeerID and signature) and when, and nothing else. The roster is spread over
-several keys: the DHT returns a key's dictionary whole.
+A member asks another, drawn at random, every few seconds what it does not know yet (`spreading`). A
+card that changes is pushed at once, and on by whoever it reaches, so that rosters agree within
+seconds. In the DHT lies every member's card, for those who know nobody: sealed under a keyed hash
+of the swarm key, padded, signed by its owner; a node without the key sees who stores and when, and
+nothing else. A key's dictionary is returned whole, so the cards are spread over many keys, and a
+member that is met reads one of them now and then.
+
+Traffic for each member and minute is bounded: links of N members cost 24 N bytes for each time they
+are shown, digests 8 N for each question, and both happen less often the more members there are.
 """
 
 from __future__ import annotations
@@ -10,143 +16,374 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Coroutine
-from typing import Annotated, Any, TypeVar
+import random
+from collections.abc import Callable, Collection, Iterable
+from typing import TypeVar
 
 import msgspec
 from hivemind.utils import get_dht_time
-from msgspec import Meta, Struct
+from msgspec import Struct
 from nacl.exceptions import CryptoError
 from nacl.secret import SecretBox
 
-from xpeer.identity import PeerId, blake2b
+from xpeer.errors import NotAuthorisedError, PeerError
+from xpeer.identity import Domain, PeerId, blake2b
+from xpeer.network import spreading
 from xpeer.network.addresses import is_dialled, peer_of
-from xpeer.network.membership import Role
+from xpeer.network.cards import (
+    LINK_S,
+    MAX_SKEW_S,
+    Beat,
+    Card,
+    Chain,
+    Known,
+    MemberRecord,
+    SignedCard,
+)
+from xpeer.network.present import RateLimit
+from xpeer.network.shards import Shards, Stored
+from xpeer.network.spreading import Answer, News, Question
 from xpeer.network.swarm import Swarm
+
+__all__ = ["ANNOUNCE_EVERY_S", "TTL_S", "MemberRecord", "Roster"]
 
 log = logging.getLogger("xpeer.network")
 
+PROTOCOL = "xpeer/roster/1"
 TTL_S = 40.0
+"""How long a member that fell silent is listed, in a swarm of up to 277."""
 ANNOUNCE_EVERY_S = 10.0
-MEMBERS_PER_SHARD = 64
-PAD_BYTES = 256
-MAX_RECORD_BYTES = 2048
-DHT_TIMEOUT_S = 15.0
+LIFETIMES_S = (TTL_S, 80.0, 160.0, 300.0)
+BEATS_PER_LIFETIME = 4
+BEATS_BYTES_PER_MINUTE = 40_000.0
+"""Links received in a minute, at most, while the longest lifetime is not reached."""
+QUESTION_EVERY_S = 3.0
+QUESTIONS_BYTES_PER_MINUTE = 30_000.0
+_BEAT_BYTES = 24.0
+"""A link with its name; a few are told twice."""
+_QUESTION_BYTES = 700.0
+"""Of a question and its answer beside digest and news: libp2p's and TCP's headers, measured."""
+FANOUT = 3
+"""Members that news is pushed to, by each whom it reaches."""
+STRAY = 0.125
+"""Share of questions that go to somebody who is not listed: two halves of a swarm find together."""
+DEAF_S = 60.0
+"""Whoever is not listed and did not answer is left alone for this long."""
+ASK_TIMEOUT_S = 5.0
+
+SHARD_EVERY_S = 120.0
+STORE_EVERY_S = 100.0
+LONELY_S = 10.0
+"""Without an answer for this long the DHT is read instead ..."""
+LONELY_READ_S, LONELY_SHARDS = 3.0, 16
+"""... so often, and so many keys at a time."""
+MAX_WALK = 50_000
+"""Links of chains that one message may have us compute: 30 ms."""
 _T = TypeVar("_T")
 
 
-class MemberRecord(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a member says of itself. Nothing in it depends on its text."""
-
-    peer_id: Annotated[str, Meta(max_length=80)]
-    addresses: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=8)]
-    role: Role
-    phase: Annotated[str, Meta(max_length=20, pattern="^[a-z-]+$")]
-    speed: Annotated[float, Meta(gt=0, le=1e6)]
-    """Declared, not measured: measured counts are data."""
-    slot: Annotated[int, Meta(ge=0)]
-
-
 class Roster:
-    """The live members, as last fetched.
+    """The live members, as last heard of.
 
     Args:
         swarm: the network.
         swarm_key: 32 bytes.
         max_members: sets the number of keys.
+        clock: shared wall clock, seconds.
     """
 
-    def __init__(self, swarm: Swarm, swarm_key: bytes, max_members: int) -> None:
+    def __init__(
+        self,
+        swarm: Swarm,
+        swarm_key: bytes,
+        max_members: int,
+        clock: Callable[[], float] = get_dht_time,
+    ) -> None:
         self._swarm = swarm
-        self._box = SecretBox(blake2b(b"xpeer/roster/v1", swarm_key))
-        shards = -(-max_members // MEMBERS_PER_SHARD)
-        self._keys = [
-            blake2b(b"xpeer/roster-key/v1", swarm_key, str(shard).encode()).hex()
-            for shard in range(shards)
-        ]
-        self._members: dict[PeerId, tuple[MemberRecord, float]] = {}
+        self._clock = clock
+        self._me = swarm.peer_id
+        self._swarm_id = swarm.membership.swarm_id
+        self._box = SecretBox(blake2b(b"xpeer/roster/v2", swarm_key))
+        self._shards = Shards(swarm, swarm_key, max_members)
         self._max_members = max_members
+        self._known: dict[PeerId, Known] = {}
+        self._chain: Chain | None = None
+        self._lifetime_s = TTL_S
+        self._random = random.Random()
+        self._limit = RateLimit()
+        self._news: set[PeerId] = set()
+        self._deaf: dict[PeerId, float] = {}
+        self._heard_s = self._asked_s = self._read_s = self._stored_s = -math.inf
 
-    async def announce(self, record: MemberRecord, ttl_s: float = TTL_S) -> bool:
-        """Store our record; whether at least one node took it."""
-        sealed = bytes(self._box.encrypt(_pad(msgspec.msgpack.encode(record))))
-        me = self._swarm.peer_id
-        stored = await self._ask(
-            self._swarm.dht.store(self._key_of(me), sealed, get_dht_time() + ttl_s, subkey=me)
-        )
-        return bool(stored)
+    async def serve(self) -> None:
+        """Answer other members' questions."""
+
+        async def handle(peer_id: PeerId, request: bytes) -> bytes:
+            if not self._limit.allows(peer_id, known=True):
+                return b""
+            question = self._unseal(request, spreading.question_decoder)
+            return b"" if question is None else self._seal(self._answer(peer_id, question))
+
+        await self._swarm.serve_call(PROTOCOL, handle, "observer", spreading.MAX_NEWS_BYTES)
+
+    async def announce(self, record: MemberRecord) -> bool:
+        """Say that we are alive, and what we are; at once if it changed.
+
+        Returns:
+            False: this was the time to store it in the DHT, and no node took it.
+        """
+        now = self._clock()
+        changed = self._renew(record, now)
+        if changed:
+            await self._push([self._me])
+        if not changed and now - self._stored_s < STORE_EVERY_S:
+            return True
+        mine = self._known[self._me]
+        stored = await self._shards.store(Stored(mine.signed, mine.beat), now)
+        self._stored_s = now if stored else -math.inf
+        return stored
 
     async def refresh(self) -> None:
-        """Fetch all records; what does not decrypt or is not the owner's is ignored."""
-        found = await self._ask(
-            self._swarm.dht.get_many(self._keys, sufficient_expiration_time=math.inf)
-        )
-        now = get_dht_time()
-        self._members = {p: (r, until) for p, (r, until) in self._members.items() if until > now}
-        for shard in (found or {}).values():
-            if shard is None or not isinstance(shard.value, dict):
-                continue
-            for owner, stored in shard.value.items():
-                record = self._open(owner, stored.value)
-                if record is not None:
-                    self._note(record, stored.expiration_time)
-
-    async def _ask(self, request: Coroutine[Any, Any, _T]) -> _T | None:
-        """The DHT's answer; None if there is none: a sidecar that restarts must not end the node.
-
-        hivemind's node raises whatever happened to it, and has searches without a deadline.
-        """
-        try:
-            async with asyncio.timeout(DHT_TIMEOUT_S):
-                return await request
-        except TimeoutError:
-            log.warning("the DHT does not answer")
-        except Exception:  # logged: the next announcement or refresh is seconds away
-            log.warning("the DHT failed", exc_info=True)
-        return None
-
-    def _note(self, record: MemberRecord, until: float) -> None:
-        peer_id = PeerId(record.peer_id)
-        known = self._members.get(peer_id)
-        if known is None and len(self._members) >= self._max_members:
-            log.warning("more than limits.max_members = %d members", self._max_members)
-            return
-        if until > get_dht_time() and (known is None or known[1] < until):
-            self._members[peer_id] = (record, until)
-            self._swarm.learn(record.addresses)
+        """Ask a member for what is new, tell others what was pushed to us, read the DHT if due."""
+        now = self._clock()
+        self._expire(now)
+        news, self._news = self._news, set()
+        telling = [self._push(news)] if news else []
+        if now - self._asked_s >= self._question_every_s() * self._random.uniform(0.8, 1.0):
+            self._asked_s = now
+            telling.append(self._ask_somebody())
+        await asyncio.gather(*telling)
+        lonely = self._clock() - self._heard_s > LONELY_S
+        if now - self._read_s >= (LONELY_READ_S if lonely else SHARD_EVERY_S):
+            self._read_s = now
+            keys = self._shards.keys
+            count = min(len(keys), LONELY_SHARDS) if lonely else 1
+            await self._read(self._random.sample(keys, count))
 
     def members(self) -> dict[PeerId, MemberRecord]:
-        """Records that have not expired, our own included once it was fetched."""
-        now = get_dht_time()
-        return {peer: record for peer, (record, until) in self._members.items() if until > now}
+        """Those that showed lately that they are alive, ourselves included once we announced."""
+        now = self._clock()
+        return {peer: known.card.record for peer, known in self._known.items() if known.until > now}
 
-    def _key_of(self, peer_id: str) -> str:
-        number = int.from_bytes(blake2b(peer_id.encode(), size=4), "big")
-        return self._keys[number % len(self._keys)]
+    def zones(self) -> dict[PeerId, str]:
+        """What the members declare, for `matching`."""
+        return {peer: record.zone for peer, record in self.members().items()}
 
-    def _open(self, owner: object, sealed: object) -> MemberRecord | None:
-        if not isinstance(owner, str) or not isinstance(sealed, bytes):
-            return None
+    # Our own card
+
+    def _renew(self, record: MemberRecord, now: float) -> bool:
+        """Show the next link, or sign a new card; whether it is a new card."""
+        known, chain = self._known.get(self._me), self._chain
+        lifetime_s = self._lifetime_of(len(self._known))
+        if known is not None and chain is not None and not chain.ends(now):
+            then = known.card
+            said = msgspec.structs.replace(record, slot=then.record.slot)
+            if said == then.record and lifetime_s == then.lifetime_s:
+                known.beat = chain.beat(now, lifetime_s / BEATS_PER_LIFETIME)
+                known.until = known.beat.alive_until(then)
+                return False
+        self._lifetime_s = lifetime_s
+        self._chain = Chain.begin(now)
+        version_ms = max(int(now * 1000), known.card.version_ms + 1 if known else 0)
+        card = Card(record, version_ms, now, lifetime_s, self._chain.links[0])
+        body = msgspec.msgpack.encode(card)
+        signature = self._swarm.sign(Domain.CARD, self._swarm_id.encode() + body)
+        beat = Beat(0, card.anchor)
+        self._known[self._me] = Known(
+            self._me, SignedCard(body, signature), card, beat, beat.alive_until(card)
+        )
+        return True
+
+    def _lifetime_of(self, num_members: int) -> float:
+        """The lifetime that bounds the links' traffic; shortened late, lest it swings."""
+        needed = bounded_lifetime_s(num_members)
+        shorter = bounded_lifetime_s(math.ceil(1.25 * num_members)) < self._lifetime_s
+        return needed if needed > self._lifetime_s or shorter else self._lifetime_s
+
+    def _question_every_s(self) -> float:
+        size = 8.0 * len(self._known) + _QUESTION_BYTES
+        return max(QUESTION_EVERY_S, 60.0 * size / QUESTIONS_BYTES_PER_MINUTE)
+
+    # Asking and answering
+
+    async def _ask_somebody(self) -> None:
+        peer = self._somebody()
+        if peer is None:
+            return
+        for _ in range(-(-self._max_members // spreading.MAX_CARDS)):
+            answer = await self._ask(peer, with_digest=True)
+            if answer is None:
+                if peer not in self._known:
+                    self._deaf[peer] = self._clock() + DEAF_S
+                return
+            if answer.unknown and self._me in self._known:
+                await self._ask(peer, [self._me])
+            if not answer.more:
+                return
+
+    def _somebody(self) -> PeerId | None:
+        now = self._clock()
+        listed = [peer for peer in self._known if peer != self._me]
+        if listed and self._random.random() >= STRAY:
+            return self._random.choice(listed)
+        self._deaf = {peer: until for peer, until in self._deaf.items() if until > now}
+        strays = [
+            peer
+            for peer in self._swarm.candidates()
+            if peer not in self._known and peer not in self._deaf
+        ]
+        return self._random.choice(strays or listed) if strays or listed else None
+
+    async def _push(self, owners: Collection[PeerId]) -> None:
+        """Tell some members about cards that changed."""
+        listed = [peer for peer in self._known if peer != self._me and peer not in owners]
+        told = self._random.sample(listed, min(FANOUT, len(listed)))
+        chosen = list(owners)[: spreading.MAX_CARDS]
+        await asyncio.gather(*(self._ask(peer, chosen) for peer in told))
+
+    async def _ask(
+        self, peer: PeerId, owners: Iterable[PeerId] = (), *, with_digest: bool = False
+    ) -> Answer | None:
+        """One question; None if there was no answer."""
+        salt, mine = spreading.new_salt(), self._known.get(self._me)
+        question = Question(
+            salt,
+            spreading.digest_of(self._known.values(), salt) if with_digest else None,
+            self._news_of(self._known[owner] for owner in owners if owner in self._known),
+            spreading.pack_beats([mine] if mine else [], salt),
+        )
         try:
-            padded = bytes(self._box.decrypt(sealed))
-            record = msgspec.msgpack.decode(_unpad(padded), type=MemberRecord)
+            reply = await self._swarm.call(peer, PROTOCOL, self._seal(question), ASK_TIMEOUT_S)
+        except PeerError as e:
+            log.debug("the roster of %s: %s", peer[-8:], e)
+            return None
+        answer = self._unseal(reply, spreading.answer_decoder)
+        if answer is not None:
+            self._heard_s = self._clock()
+            self._learn(answer.cards, answer.beats, salt)
+        return answer
+
+    def _answer(self, peer_id: PeerId, question: Question) -> Answer:
+        self._expire(self._clock())
+        self._news |= self._learn(question.cards, question.beats, question.salt)
+        if question.digest is None:
+            return Answer()
+        self._heard_s = self._clock()
+        told = spreading.read_digest(question.digest)
+        lacking, late = spreading.later_than(told, self._known.values(), question.salt)
+        self._random.shuffle(lacking)  # whoever asks again gets others
+        return Answer(
+            self._news_of(lacking[: spreading.MAX_CARDS]),
+            spreading.pack_beats(late, question.salt),
+            more=len(lacking) > spreading.MAX_CARDS,
+            unknown=peer_id not in self._known or any(m.owner == peer_id for m in lacking),
+        )
+
+    def _news_of(self, members: Iterable[Known]) -> list[News]:
+        news = []
+        for member in members:
+            own = self._swarm.membership.own if member.owner == self._me else None
+            credential = (
+                own.to_bytes() if own else self._swarm.membership.credential_of(member.owner)
+            )
+            if credential is not None:
+                news.append(News(member.owner, credential, member.signed, member.beat))
+        return news
+
+    # Learning
+
+    def _learn(self, cards: Iterable[News], beats: bytes, salt: bytes) -> set[PeerId]:
+        """Take what is valid; whose card was new."""
+        now, fresh = self._clock(), set()
+        for news in cards:
+            try:
+                self._swarm.membership.admit(news.owner, news.credential)
+            except NotAuthorisedError as e:
+                log.debug("a card without a valid credential: %s", e)
+                continue
+            if self._take(news.owner, news.signed, news.beat, now):
+                fresh.add(PeerId(news.owner))
+        walked = 0
+        for member, beat in spreading.unpack_beats(beats, self._known.values(), salt):
+            walked += max(0, beat.link - member.beat.link)
+            if walked <= MAX_WALK and member.owner != self._me:
+                member.advance(beat, now)
+        return fresh
+
+    def _take(self, owner: str, signed: SignedCard, beat: Beat, now: float) -> bool:
+        """Note a card; whether it is new to us."""
+        peer_id = PeerId(owner)
+        known = self._known.get(peer_id)
+        if peer_id == self._me or self._swarm.membership.certificate_of(owner) is None:
+            return False
+        if known is not None and known.signed == signed:
+            known.advance(beat, now)
+            return False
+        card = signed.open(owner, self._swarm_id)
+        if card is None or not _is_of_now(card, beat, now):
+            return False
+        if known is not None and known.card.version_ms >= card.version_ms:
+            return False
+        if not beat.follows(Beat(0, card.anchor)):
+            return False
+        if known is None and len(self._known) >= self._max_members:
+            log.warning("more than limits.max_members = %d members", self._max_members)
+            return False
+        card = self._believed(card)
+        self._swarm.learn(card.record.addresses)
+        self._known[peer_id] = Known(peer_id, signed, card, beat, beat.alive_until(card))
+        return True
+
+    def _believed(self, card: Card) -> Card:
+        """What the owner can lie about is replaced by what the admin signed, or dropped."""
+        record = card.record
+        certificate = self._swarm.membership.certificate_of(record.peer_id)
+        own = [a for a in record.addresses if is_dialled(a) and peer_of(a) == record.peer_id]
+        role = certificate.role if certificate else record.role
+        record = msgspec.structs.replace(record, role=role, addresses=own)
+        return msgspec.structs.replace(card, record=record)
+
+    def _expire(self, now: float) -> None:
+        """Forget who fell silent, or is no member any more."""
+        of = self._swarm.membership.certificate_of
+        for peer, known in list(self._known.items()):
+            if peer != self._me and (known.until <= now or of(peer) is None):
+                del self._known[peer]
+
+    # The DHT
+
+    async def _read(self, keys: list[str]) -> None:
+        for owner, stored in await self._shards.read(keys):
+            now = self._clock()
+            if self._take(owner, stored.signed, stored.beat, now) or owner in self._known:
+                continue
+            card = stored.signed.open(owner, self._swarm_id)
+            if card is not None:  # it was alive a while ago: worth asking
+                self._swarm.learn(self._believed(card).record.addresses)
+
+    # Sealing
+
+    def _seal(self, message: Struct) -> bytes:
+        return bytes(self._box.encrypt(msgspec.msgpack.encode(message)))
+
+    def _unseal(self, sealed: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T | None:
+        try:
+            return decoder.decode(self._box.decrypt(sealed))
         except (CryptoError, ValueError, msgspec.MsgspecError) as e:
-            log.debug("a roster record does not open: %s", type(e).__name__)
+            log.debug("a roster message does not open: %s", type(e).__name__)
             return None
-        certificate = self._swarm.membership.certificate_of(owner)
-        if record.peer_id != owner or certificate is None:
-            return None
-        # What the owner can lie about is replaced by what the admin signed, or dropped.
-        own = [a for a in record.addresses if is_dialled(a) and peer_of(a) == owner]
-        return msgspec.structs.replace(record, role=certificate.role, addresses=own)
 
 
-def _pad(data: bytes) -> bytes:
-    if len(data) > MAX_RECORD_BYTES:
-        raise ValueError(f"a roster record of {len(data)} bytes")
-    padded = len(data).to_bytes(2, "big") + data
-    return padded + bytes(-len(padded) % PAD_BYTES)
+def bounded_lifetime_s(num_members: int) -> float:
+    """The shortest lifetime whose links cost no more than `BEATS_BYTES_PER_MINUTE`."""
+    for lifetime_s in LIFETIMES_S:
+        shown = 60.0 * BEATS_PER_LIFETIME / lifetime_s
+        if shown * _BEAT_BYTES * num_members <= BEATS_BYTES_PER_MINUTE:
+            return lifetime_s
+    return LIFETIMES_S[-1]
 
 
-def _unpad(padded: bytes) -> bytes:
-    return padded[2 : 2 + int.from_bytes(padded[:2], "big")]
+def _is_of_now(card: Card, beat: Beat, now: float) -> bool:
+    """Whether it says that its owner is alive, and is not from the future."""
+    latest = max(card.version_ms / 1000, card.since_s + LINK_S * beat.link)
+    return beat.alive_until(card) > now and latest <= now + MAX_SKEW_S

@@ -243,6 +243,10 @@ class Swarm:
         maddrs = [Multiaddr(without_peer(address)) for address in addresses]
         await self._p2p.dial(_hivemind_id(peer_id), maddrs)
 
+    def sign(self, domain: bytes, message: bytes) -> bytes:
+        """Our signature, good only for this domain."""
+        return self._identity.sign(domain, message)
+
     # The gate (p2p.Gate)
 
     def admits(self, peer_id: PeerId, scope: Scope | None) -> bool:

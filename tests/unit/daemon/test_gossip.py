@@ -53,6 +53,9 @@ class FakeHost:
     def partners(self) -> list[PeerId]:
         return self.live
 
+    def zones(self) -> dict[PeerId, str]:
+        return {}
+
     def settled(self, peer_id: PeerId) -> bool:
         return self.is_settled
 

@@ -11,7 +11,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network import present
 from xpeer.network.addresses import AddressBook, reachable
-from xpeer.network.bootstrapping import Bootstrapping
+from xpeer.network.bootstrapping import HEALTHY_TARGETS, Bootstrapping
 
 A, B, C = (Identity.generate().peer_id for _ in range(3))
 
@@ -122,6 +122,18 @@ async def test_back_off_doubles_to_a_minute_and_starts_anew_after_success(waits)
     await run_until(loop, lambda: len(waits) >= 2)
     assert waits[:2] == [1, 2]
     assert not loop.reached.is_set()
+
+
+async def test_while_all_is_well_a_few_are_dialled_and_neighbours_seldom_looked_for(waits):
+    network = Network(**{str(n): 0.0 for n in range(16)})
+    await run_until(network.loop(), lambda: len(waits) >= 11)
+    assert len(network.dialled) == 16 + 10 * HEALTHY_TARGETS
+    assert network.settled == 3  # of 11
+    assert len(set(network.dialled[16:])) > HEALTHY_TARGETS
+    network.answers = dict.fromkeys(network.answers, Reason.UNREACHABLE)
+    loop = network.loop()
+    loop.reached.set()
+    assert not await loop.once()
 
 
 async def test_an_error_of_ours_does_not_end_the_loop(waits, caplog):

@@ -47,6 +47,9 @@ class FakeHost:
     def partners(self) -> list[PeerId]:
         return self.others
 
+    def zones(self) -> dict[PeerId, str]:
+        return {}
+
     def settled(self, peer_id: PeerId) -> bool:
         return False
 

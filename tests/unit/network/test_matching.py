@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,13 +12,13 @@ from xpeer.identity import PeerId
 from xpeer.network import matching
 
 SWARM = "5a" * 32
-PEERS = [PeerId(f"12D3KooW{i:03d}") for i in range(64)]
+PEERS = [PeerId(f"12D3KooW{i:03d}") for i in range(256)]
 
 VECTOR = [
-    [(2, 3), (0, 5), (1, 6)],
-    [(3, 4), (5, 6), (0, 1)],
-    [(2, 5), (0, 6), (1, 3)],
-    [(5, 6), (0, 1), (2, 4)],
+    [(0, 5), (2, 6), (1, 4)],
+    [(0, 2), (5, 6), (1, 3)],
+    [(0, 1), (2, 5), (3, 6)],
+    [(3, 6), (0, 1), (2, 4)],
 ]
 FRAGMENTS = [3, 1, 0, 2, 4, 4, 1, 0, 2, 3]
 
@@ -88,15 +89,15 @@ def test_pairs_meet_equally_often() -> None:
     assert all(abs(count - expected) < 0.12 * expected for count in counts.values())
 
 
-def test_an_absence_disturbs_little() -> None:
-    n, trials = 16, 80
-    disturbed = 0
-    for slot in range(trials):
-        gone = PEERS[slot % n]
+@pytest.mark.parametrize(("n", "most"), [(8, 1.6), (16, 2.4), (32, 3.0), (256, 5.5)])
+def test_a_peer_that_lacks_one_member_agrees_with_most_others(n: int, most: float) -> None:
+    trials, disturbed = 150 if n < 256 else 40, 0
+    for trial in range(trials):
+        slot, gone = 1_000_003 * trial, PEERS[trial % n]
         before = {p for p in matching.matching(SWARM, slot, PEERS[:n]) if gone not in p}
         rest = [p for p in PEERS[:n] if p != gone]
         disturbed += len(before - set(matching.matching(SWARM, slot, rest)))
-    assert disturbed / trials < 2  # of 7 pairs; a shuffle would disturb 6.5
+    assert disturbed / trials < most  # a shuffle would disturb almost all
 
 
 def test_recent_partners_are_avoided_above_four_members() -> None:
@@ -106,7 +107,7 @@ def test_recent_partners_are_avoided_above_four_members() -> None:
         return again / sum(map(len, seen))
 
     assert repeats(5) < 0.05  # 0.2 by chance
-    assert repeats(8) < 0.09  # 0.14 by chance
+    assert repeats(8) < 0.07  # 0.14 by chance
     assert repeats(3) > 0.2  # three members have no choice
 
 

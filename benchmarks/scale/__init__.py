@@ -1,0 +1,1 @@
+"""Messages, bytes, CPU per peer and time to consensus against the number of peers."""

@@ -1,0 +1,119 @@
+"""Members' cards in the DHT, for those who know nobody: sealed, padded, spread over many keys.
+
+hivemind returns a key's dictionary whole, so the number of keys follows from how many members there
+may be: about 15 kB lie under one. Names of keys follow from the swarm key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+from nacl.exceptions import CryptoError
+from nacl.secret import SecretBox
+
+from xpeer.identity import blake2b
+from xpeer.network.cards import Beat, SignedCard
+from xpeer.network.swarm import Swarm
+
+log = logging.getLogger("xpeer.network")
+
+MEMBERS_PER_SHARD = 16
+STORED_S = 240.0
+DHT_TIMEOUT_S = 15.0
+PAD_BYTES = 256
+MAX_RECORD_BYTES = 2560
+_T = TypeVar("_T")
+
+
+class Stored(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """What lies in the DHT of a member; its credential is stored with it (`dht.SignedValue`)."""
+
+    signed: SignedCard
+    beat: Beat
+
+
+class Shards:
+    """The swarm's keys in the DHT.
+
+    Args:
+        swarm: the network.
+        swarm_key: 32 bytes.
+        max_members: sets the number of keys.
+
+    Attributes:
+        keys: all of them.
+    """
+
+    def __init__(self, swarm: Swarm, swarm_key: bytes, max_members: int) -> None:
+        self._swarm = swarm
+        self._box = SecretBox(blake2b(b"xpeer/shard/v1", swarm_key))
+        self.keys = [
+            blake2b(b"xpeer/shard-key/v1", swarm_key, str(shard).encode()).hex()
+            for shard in range(-(-max_members // MEMBERS_PER_SHARD))
+        ]
+
+    def key_of(self, peer_id: str) -> str:
+        """Where a member's card lies."""
+        number = int.from_bytes(blake2b(peer_id.encode(), size=4), "big")
+        return self.keys[number % len(self.keys)]
+
+    async def store(self, stored: Stored, now_s: float) -> bool:
+        """Store our own card; whether at least one node took it."""
+        me = self._swarm.peer_id
+        sealed = bytes(self._box.encrypt(_pad(msgspec.msgpack.encode(stored))))
+        storing = self._swarm.dht.store(self.key_of(me), sealed, now_s + STORED_S, subkey=me)
+        return bool(await self._ask(storing))
+
+    async def read(self, keys: list[str]) -> list[tuple[str, Stored]]:
+        """Owners and what they stored; whatever does not open is left out."""
+        found = await self._ask(self._swarm.dht.get_many(keys, sufficient_expiration_time=math.inf))
+        opened = []
+        for shard in (found or {}).values():
+            if shard is None or not isinstance(shard.value, dict):
+                continue
+            for owner, item in shard.value.items():
+                stored = self._open(item.value)
+                if isinstance(owner, str) and stored is not None:
+                    opened.append((owner, stored))
+        return opened
+
+    async def _ask(self, request: Coroutine[Any, Any, _T]) -> _T | None:
+        """The DHT's answer; None if there is none: a sidecar that restarts must not end the node.
+
+        hivemind's node raises whatever happened to it, and has searches without a deadline.
+        """
+        try:
+            async with asyncio.timeout(DHT_TIMEOUT_S):
+                return await request
+        except TimeoutError:
+            log.warning("the DHT does not answer")
+        except Exception:  # logged: the next announcement or refresh is seconds away
+            log.warning("the DHT failed", exc_info=True)
+        return None
+
+    def _open(self, sealed: object) -> Stored | None:
+        if not isinstance(sealed, bytes):
+            return None
+        try:
+            padded = bytes(self._box.decrypt(sealed))
+            return msgspec.msgpack.decode(_unpad(padded), type=Stored)
+        except (CryptoError, ValueError, msgspec.MsgspecError) as e:
+            log.debug("a stored card does not open: %s", type(e).__name__)
+            return None
+
+
+def _pad(data: bytes) -> bytes:
+    if len(data) > MAX_RECORD_BYTES:
+        raise ValueError(f"a roster record of {len(data)} bytes")
+    padded = len(data).to_bytes(2, "big") + data
+    return padded + bytes(-len(padded) % PAD_BYTES)
+
+
+def _unpad(padded: bytes) -> bytes:
+    return padded[2 : 2 + int.from_bytes(padded[:2], "big")]

@@ -1,0 +1,117 @@
+"""How cards and beats spread among members: what two that meet tell each other. No IO, no clock.
+
+Anti-entropy (Demers et al. 1987; in the form of van Renesse et al. 2008, "Efficient reconciliation
+and flow control for anti-entropy protocols"): one sends a digest of eight bytes for every member
+it knows, the other answers with cards that differ and links that are later. Names in a digest are
+short hashes under a salt drawn for each question, so that two that collide do so once.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from xpeer.identity import PeerId, blake2b
+from xpeer.network.cards import LINK_BYTES, Beat, Known, SignedCard
+from xpeer.network.membership import MAX_CREDENTIAL_BYTES
+
+MAX_MEMBERS = 4096
+MAX_CARDS = 64
+"""In one message; who lacks more asks again."""
+SALT_BYTES = 8
+_ENTRY = struct.Struct("<IHH")  # name, mark of the card, link
+_BEAT = struct.Struct(f"<IH{LINK_BYTES}s")  # name, link, value
+MAX_DIGEST_BYTES = MAX_MEMBERS * _ENTRY.size
+MAX_BEATS_BYTES = MAX_MEMBERS * _BEAT.size
+MAX_NEWS_BYTES = 256 << 10
+"""Of a question or an answer, sealed."""
+
+
+class News(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """A member, as one tells another."""
+
+    owner: Annotated[str, Meta(max_length=80)]
+    credential: Annotated[bytes, Meta(max_length=MAX_CREDENTIAL_BYTES)]
+    signed: SignedCard
+    beat: Beat
+
+
+class Question(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """What do you know that I don't? Or, without a digest: did you know?"""
+
+    salt: Annotated[bytes, Meta(min_length=SALT_BYTES, max_length=SALT_BYTES)]
+    digest: Annotated[bytes, Meta(max_length=MAX_DIGEST_BYTES)] | None
+    cards: Annotated[list[News], Meta(max_length=MAX_CARDS)] = []
+    beats: Annotated[bytes, Meta(max_length=MAX_BEATS_BYTES)] = b""
+    """The asker's own."""
+
+
+class Answer(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """What the other knows."""
+
+    cards: Annotated[list[News], Meta(max_length=MAX_CARDS)] = []
+    beats: Annotated[bytes, Meta(max_length=MAX_BEATS_BYTES)] = b""
+    more: bool = False
+    """More cards than one answer holds: ask again."""
+    unknown: bool = False
+    """The asker's own card is not known here, or has changed."""
+
+
+def new_salt() -> bytes:
+    """For one question."""
+    return secrets.token_bytes(SALT_BYTES)
+
+
+def digest_of(known: Iterable[Known], salt: bytes) -> bytes:
+    """Names, marks and links; eight bytes each."""
+    entries = (_ENTRY.pack(_name(m.owner, salt), m.signed.mark, m.beat.link) for m in known)
+    return b"".join(entries)
+
+
+def read_digest(digest: bytes) -> dict[int, tuple[int, int]]:
+    """Name -> mark and link; an incomplete last entry is ignored."""
+    whole = len(digest) - len(digest) % _ENTRY.size
+    return {name: (mark, link) for name, mark, link in _ENTRY.iter_unpack(digest[:whole])}
+
+
+def later_than(
+    told: Mapping[int, tuple[int, int]], known: Iterable[Known], salt: bytes
+) -> tuple[list[Known], list[Known]]:
+    """Whose cards the sender of a digest lacks or has in another version, and whose later links."""
+    cards, beats = [], []
+    for member in known:
+        mark, link = told.get(_name(member.owner, salt), (None, 0))
+        if mark != member.signed.mark:
+            cards.append(member)
+        elif link < member.beat.link:
+            beats.append(member)
+    return cards, beats
+
+
+def pack_beats(known: Iterable[Known], salt: bytes) -> bytes:
+    """Links, 22 bytes each."""
+    return b"".join(_BEAT.pack(_name(m.owner, salt), m.beat.link, m.beat.value) for m in known)
+
+
+def unpack_beats(data: bytes, known: Iterable[Known], salt: bytes) -> list[tuple[Known, Beat]]:
+    """Links of members that we know; others and incomplete ones are ignored."""
+    named = {_name(member.owner, salt): member for member in known}
+    whole = len(data) - len(data) % _BEAT.size
+    return [
+        (named[name], Beat(link, value))
+        for name, link, value in _BEAT.iter_unpack(data[:whole])
+        if name in named
+    ]
+
+
+def _name(owner: PeerId, salt: bytes) -> int:
+    return int.from_bytes(blake2b(salt, owner.encode(), size=4), "little")
+
+
+question_decoder = msgspec.msgpack.Decoder(Question)
+answer_decoder = msgspec.msgpack.Decoder(Answer)
