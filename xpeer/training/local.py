@@ -343,6 +343,8 @@ class LocalTrainer:
         self._gradient_due = False
         self.parameters.write_gradients(self._gradients.take())
         self.optimiser.step()
+        if self.ended:
+            self.on_state()
 
     def _rest(self, seconds: float) -> None:
         """Leave the processor to others, and go on serving."""

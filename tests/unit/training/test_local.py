@@ -409,10 +409,10 @@ def test_learning_rate_decays_to_its_final_share(schedule: Any, half: float, end
 # Aggregation rules in the loop
 
 
-def gradient_trainer(seed: int, **changes: Any) -> LocalTrainer:
+def gradient_trainer(seed: int, end: End | None = None, **changes: Any) -> LocalTrainer:
     rules = Round(rule="gradient", group=0, fragments=1, window_steps=2, **changes)
     optimiser = Optimiser(learning_rate=0.1, warmup_steps=0, schedule="constant")
-    return trainer_with(seed=seed, round=rules, optimiser=optimiser)
+    return trainer_with(seed=seed, round=rules, optimiser=optimiser, end=end or End())
 
 
 def test_gradient_aggregation_is_one_step_on_the_mean_gradient() -> None:
@@ -456,6 +456,16 @@ def test_a_peer_that_nobody_meets_steps_with_its_own_gradient() -> None:
     moved = (trainer.parameters.read() - before).abs()
     assert torch.allclose(moved, torch.full_like(moved, 0.1), atol=1e-3)  # AdamW's first step
     assert trainer.seconds_blocked >= 0.01
+
+
+def test_the_last_gradient_is_taken_before_the_end_is_told() -> None:
+    trainer = gradient_trainer(1, deadline_s=0.01, end=End(steps=4))
+    states: list[str] = []
+    trainer.on_state = lambda: states.append(trainer.state)
+    trainer.run(steps=100)
+    assert states == ["closing"]
+    assert mechanism_of(trainer).permitted == 0
+    assert trainer.optimiser.state[trainer.parameters.parameters()[0]]["step"] == 2  # type: ignore[index]
 
 
 def test_a_gradient_is_shown_only_when_its_window_is_complete() -> None:
