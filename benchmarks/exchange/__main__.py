@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import signal
 import statistics
 import sys
 from typing import Any
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the model, one link")
     quick = parser.parse_args().quick
     plan = QUICK if quick else FULL
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # children and namespaces go, too
     found = asyncio.run(measure_all(plan))
     summary = summary_of(found, plan)
     details = {"plan": plan, "hivemind_settings": HIVEMIND, **found}
