@@ -6,12 +6,12 @@ import contextlib
 import statistics
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from benchmarks.exchange.hosts import Child, hosts
+from benchmarks.exchange.hosts import Child, Host
 from xpeer.identity import Identity
 from xpeer.manifest import Genesis
 from xpeer.network.invites import grant
@@ -21,19 +21,18 @@ LEAD_S = 0.5
 """Between telling the peers to begin and the moment they do."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Averaged:
     """One way of averaging, several times."""
 
-    seconds: list[float]
+    seconds: list[float] = field(default_factory=list)
     """From the request to the last peer's merge."""
-    worst_error: float
+    worst_error: float = 0.0
     """Largest difference from the exact mean, of the values shown."""
-    stages: dict[str, float]
+    stages: dict[str, float] = field(default_factory=dict)
     """Seconds of the last run's slowest peer, by stage; ours only."""
-
-    swap_s: float = 0.0
-    """Median over runs and peers, from a snapshot's end to the partner's whole payload; ours."""
+    swaps: list[float] = field(default_factory=list)
+    """Seconds from a snapshot's end to the partner's whole payload, each peer and run; ours."""
 
     @property
     def median_s(self) -> float:
@@ -41,83 +40,81 @@ class Averaged:
         return statistics.median(self.seconds)
 
 
-async def averaged_by_us(
-    count: int,
-    codecs: list[str],
-    num_params: int,
-    repeats: int,
-    *,
-    direct: bool,
-    mbit_per_s: float | None = None,
-) -> dict[str, Averaged]:
+class Contender:
+    """Peers that wait for their turn to average.
+
+    Args:
+        requests: a child and its command, for each peer by rank.
+        prepare: the command that sets a child's values anew.
+    """
+
+    def __init__(
+        self, requests: list[tuple[Child, dict[str, Any]]], prepare: dict[str, Any]
+    ) -> None:
+        self._requests = requests
+        self._prepare = prepare
+        self.found = Averaged()
+
+    async def run(self, *, warm_up: bool) -> None:
+        """Average once; the first time opens the links, and is not counted."""
+        ready = await Child.ask_all(
+            [(child, {**self._prepare, "rank": i}) for i, (child, _) in enumerate(self._requests)]
+        )
+        at = time.time() + LEAD_S
+        answers = await Child.ask_all([(c, {**ask, "at": at}) for c, ask in self._requests])
+        if any(answer.get("group", len(answers)) != len(answers) for answer in answers):
+            raise RuntimeError("hivemind averaged in a smaller group")
+        exact = np.mean([answer["shown"] for answer in ready], axis=0)
+        errors = (float(np.abs(np.array(answer["shown"]) - exact).max()) for answer in answers)
+        found = self.found
+        found.worst_error = max(found.worst_error, *errors)
+        if not warm_up:
+            last = max(answers, key=lambda answer: float(answer["finished"]))
+            found.seconds.append(float(last["finished"]) - at)
+            found.stages = last.get("seconds", {})
+            found.swaps += [answer["seconds"]["swap"] for answer in answers if "seconds" in answer]
+
+
+async def take_turns(contenders: dict[str, Contender], repeats: int) -> dict[str, Averaged]:
+    """Every contender in every round, so that a machine that is busy meanwhile is so for all."""
+    for number in range(repeats + 2):  # a link tries each of its streams once
+        for contender in contenders.values():
+            await contender.run(warm_up=number < 2)
+    return {name: contender.found for name, contender in contenders.items()}
+
+
+@contextlib.asynccontextmanager
+async def ours(
+    machines: list[Host], codecs: list[str], num_params: int, *, direct: bool
+) -> AsyncIterator[dict[str, Contender]]:
     """Two peers in one exchange, or 2**r peers in r rounds of pairs (a hypercube: exact)."""
-    async with our_peers(count, direct=direct, mbit_per_s=mbit_per_s) as peers:
-        order = sorted(range(count), key=lambda i: peers[i].peer_id)
-        rounds = [1 << r for r in range(count.bit_length() - 1)]
-        requests = []
+    async with our_peers(machines, direct=direct) as peers:
+        order = sorted(range(len(peers)), key=lambda i: peers[i].peer_id)
+        requests: list[tuple[Child, dict[str, Any]]] = []
         for place, i in enumerate(order):
-            partners = [peers[order[place ^ bit]].peer_id for bit in rounds]
+            bits = [1 << r for r in range(len(peers).bit_length() - 1)]
+            partners = [peers[order[place ^ bit]].peer_id for bit in bits]
             requests.append((peers[i].child, {"command": "average", "partners": partners}))
-        return {
-            codec: await _averaged(
-                requests, {"command": "prepare", "num_params": num_params, "codec": codec}, repeats
-            )
-            for codec in codecs
-        }
+        prepare = {"command": "prepare", "num_params": num_params}
+        yield {codec: Contender(requests, {**prepare, "codec": codec}) for codec in codecs}
 
 
-async def averaged_by_hivemind(
-    count: int,
-    codec: str,
-    num_params: int,
-    repeats: int,
-    settings: dict[str, Any],
-    mbit_per_s: float | None = None,
-) -> Averaged:
+@contextlib.asynccontextmanager
+async def hivemind(
+    machines: list[Host], codec: str, num_params: int, settings: dict[str, Any]
+) -> AsyncIterator[Contender]:
     """The same by hivemind's DecentralizedAverager, its matchmaking included."""
+    config = {"group": len(machines), "codec": codec, "num_params": num_params}
     async with contextlib.AsyncExitStack() as stack:
         children: list[Child] = []
         seeds: list[str] = []
-        for rank, host in enumerate(stack.enter_context(hosts(count, mbit_per_s))):
+        for rank, host in enumerate(machines):
             child, started = await stack.enter_async_context(
-                Child.running(
-                    host,
-                    "averager",
-                    rank=rank,
-                    seeds=seeds,
-                    group=count,
-                    codec=codec,
-                    num_params=num_params,
-                    settings=settings,
-                )
+                Child.running(host, "averager", rank=rank, seeds=seeds, settings=settings, **config)
             )
             seeds = seeds or started["addresses"]
             children.append(child)
-        return await _averaged([(child, {}) for child in children], {}, repeats)
-
-
-async def _averaged(
-    requests: list[tuple[Child, dict[str, Any]]], prepare: dict[str, Any], repeats: int
-) -> Averaged:
-    seconds, error, stages, swaps = [], 0.0, {}, [0.0]
-    for number in range(repeats + 1):  # the first one warms up, and opens the links
-        before = [
-            np.array((await child.ask(**prepare, **({"rank": rank} if prepare else {})))["shown"])
-            for rank, (child, _) in enumerate(requests)
-        ]
-        at = time.time() + LEAD_S
-        answers = await Child.ask_all([(child, {**ask, "at": at}) for child, ask in requests])
-        after = [np.array(answer["shown"]) for answer in answers]
-        exact = np.mean(before, axis=0)
-        error = max(error, *(float(np.abs(values - exact).max()) for values in after))
-        if any(answer.get("group", len(requests)) != len(requests) for answer in answers):
-            raise RuntimeError("hivemind averaged in a smaller group")
-        if number:
-            last = max(answers, key=lambda answer: float(answer["finished"]))
-            seconds.append(float(last["finished"]) - at)
-            stages = last.get("seconds", {})
-            swaps += [answer["seconds"]["swap"] for answer in answers if "seconds" in answer]
-    return Averaged(seconds, error, stages, statistics.median(swaps[1:] or swaps))
+        yield Contender([(child, {}) for child in children], {})
 
 
 @dataclass(frozen=True)
@@ -129,9 +126,7 @@ class OurPeer:
 
 
 @contextlib.asynccontextmanager
-async def our_peers(
-    count: int, *, direct: bool, mbit_per_s: float | None
-) -> AsyncIterator[list[OurPeer]]:
+async def our_peers(machines: list[Host], *, direct: bool) -> AsyncIterator[list[OurPeer]]:
     """Members of a new swarm that know one another."""
     admin = Identity.generate()
     genesis = Genesis(admin.verify_key, b"h" * 32)
@@ -139,7 +134,7 @@ async def our_peers(
         peers: list[OurPeer] = []
         seeds: list[str] = []
         known: list[str] = []
-        for host in stack.enter_context(hosts(count, mbit_per_s)):
+        for host in machines:
             identity = Identity.generate()
             certificate = grant(genesis, identity.peer_id, "member", 3600.0, time.time())
             credential = Credential.issue(admin, certificate, identity.peer_id)
@@ -162,27 +157,34 @@ async def our_peers(
         yield peers
 
 
-async def our_bulk(
-    num_bytes: int, repeats: int, *, direct: bool, mbit_per_s: float | None = None
-) -> float:
-    """Bytes per second through a sealed link, one way, until the partner's word: the median."""
-    async with our_peers(2, direct=direct, mbit_per_s=mbit_per_s) as (one, other):
-        ask = {"command": "bulk", "to": other.peer_id, "num_bytes": num_bytes}
-        answer = await one.child.ask(**ask, repeats=repeats + 2)  # a link tries each stream once
-        assert answer["direct"] == direct
-        return num_bytes / float(statistics.median(answer["seconds"][2:]))
+async def links(
+    machines: list[Host], num_bytes: int, repeats: int, *, threads: bool
+) -> dict[str, float]:
+    """Bytes per second one way between two hosts, until the receiver's word, in turns: medians.
 
-
-async def raw(
-    link: str, how: str, num_bytes: int, repeats: int, mbit_per_s: float | None = None
-) -> float:
-    """Bytes per second through a p2pd stream or a TCP connection, unsealed, one way: the median."""
+    Args:
+        machines: two.
+        num_bytes: of one transfer.
+        repeats: counted ones.
+        threads: whether to move the raw links by threads, too.
+    """
     async with contextlib.AsyncExitStack() as stack:
-        ends = [
-            await stack.enter_async_context(Child.running(host, "raw"))
-            for host in stack.enter_context(hosts(2, mbit_per_s))
-        ]
-        (one, _), (_, to) = ends
-        ask = {"to": to, "link": link, "how": how, "num_bytes": num_bytes}
-        answer = await one.ask(**ask, repeats=repeats + 1)
-        return num_bytes / float(statistics.median(answer["seconds"][1:]))
+        asks: dict[str, tuple[Child, dict[str, Any]]] = {}
+        raw = [await stack.enter_async_context(Child.running(host, "raw")) for host in machines]
+        for link in ("p2pd", "tcp"):
+            for how in ("streams", "threads") if threads else ("streams",):
+                asks[f"raw {link}, {how}"] = (
+                    raw[0][0],
+                    {"to": raw[1][1], "link": link, "how": how},
+                )
+        for direct in (False, True):
+            one, other = await stack.enter_async_context(our_peers(machines, direct=direct))
+            command = {"command": "bulk", "to": other.peer_id}
+            asks[f"xpeer, {'direct' if direct else 'libp2p'}"] = (one.child, command)
+        seconds: dict[str, list[float]] = {name: [] for name in asks}
+        for number in range(repeats + 2):
+            for name, (child, ask) in asks.items():
+                answer = await child.ask(**ask, num_bytes=num_bytes)
+                if number >= 2:
+                    seconds[name].append(answer["seconds"])
+    return {name: num_bytes / statistics.median(times) for name, times in seconds.items()}

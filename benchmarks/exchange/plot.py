@@ -14,7 +14,11 @@ from matplotlib import pyplot as plt
 def draw(details: dict[str, Any], path: Path) -> None:
     """Bars: seconds to average, MB/s of the links, shares of shaped links."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 5.5), layout="constrained")
-    averaging = {name: run["median_s"] for name, run in details["averaging_s"].items()}
+    averaging = {
+        f"{count} peers, {name}": run["median_s"]
+        for count, runs in details["averaging"].items()
+        for name, run in runs.items()
+    }
     _bars(
         axes[0],
         averaging,
@@ -25,8 +29,7 @@ def draw(details: dict[str, Any], path: Path) -> None:
     shares = {
         f"{mbit} Mbit/s, {name}": share
         for mbit, link in details["shaped"].items()
-        for name, share in link.items()
-        if not isinstance(share, dict)
+        for name, share in link["shares"].items()
     }
     _bars(axes[2], shares, "Share of a shaped link's rate", "")
     figure.savefig(path, dpi=110)
@@ -35,7 +38,7 @@ def draw(details: dict[str, Any], path: Path) -> None:
 
 def _bars(axes: Any, values: dict[str, float], title: str, unit: str) -> None:
     names = list(values)
-    colours = ["tab:blue" if "xpeer" in n or "goodput" in n else "tab:gray" for n in names]
+    colours = ["tab:blue" if "xpeer" in n else "tab:gray" for n in names]
     bars = axes.barh(names, list(values.values()), color=colours)
     axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
     axes.invert_yaxis()

@@ -89,18 +89,14 @@ async def main(requests: Requests) -> None:
 
     async def handle(request: dict[str, Any]) -> dict[str, Any]:
         to, how = request["to"], request["how"]
-        seconds = []
         peer = PeerID.from_base58(to["peer_id"])
         if request["link"] == "p2pd":
             plain = [Multiaddr(a.rpartition("/p2p/")[0]) for a in to["maddrs"]]
             await p2p._client.connect(peer, plain)
-        for _ in range(request["repeats"]):
-            if request["link"] == "p2pd":
-                _, reader, writer = await p2p.call_binary_stream_handler(peer, NAME)
-            else:
-                reader, writer = await asyncio.open_connection(to["host"], to["port"])
-            seconds.append(await send(reader, writer, request["num_bytes"], how))
-        return {"seconds": seconds}
+            _, reader, writer = await p2p.call_binary_stream_handler(peer, NAME)
+        else:
+            reader, writer = await asyncio.open_connection(to["host"], to["port"])
+        return {"seconds": await send(reader, writer, request["num_bytes"], how)}
 
     try:
         await requests.serve(handle)
