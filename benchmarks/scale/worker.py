@@ -73,8 +73,8 @@ class Worker:
 
     async def _start(self, number: int, seeds: list[str]) -> None:
         peer = RigPeer(number, self._folder, self._admin, self._slot_s)
-        self._peers.append(peer)
         await peer.start(seeds)
+        self._peers.append(peer)
 
     def _running(self) -> list[RigPeer]:
         return [peer for peer in self._peers if not peer.closed]
