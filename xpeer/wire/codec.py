@@ -1,14 +1,28 @@
-"""How parameter values become bytes: float32, bfloat16 or blockwise int8.
+"""How parameter values become bytes, and back.
+
+    float32, bfloat16                          as they are, or rounded
+    int8, int4, int2                           blockwise quantised (see `blockwise`)
+    int8-modulo, int4-modulo, int2-modulo      the same, modulo a range; decoded near own values
 
 The size of a payload follows from the codec and the number of values alone, both of which the
 receiver knows from its own manifest; so nothing is ever allocated by a length that a peer claims.
-All integers and floats are little endian. Decoding is one IEEE multiplication per value, so every
-machine gets the same bits.
+All integers and floats are little endian. Every result is the same bits on every machine.
 
-int8: blocks of 128 values share one float16 scale; the payload holds all scales, then all values.
-Rounding is to nearest and deterministic: both sides of an exchange must know Q(own) exactly.
+Rounding is to nearest and deterministic unless a `dither` seeds stochastic rounding, which is
+unbiased. Either way a payload decodes to the same values at both ends: both sides of an exchange
+must know Q(own) exactly, and do by decoding their own payload.
 
-What a codec does not give: privacy. `compress` takes only what the privacy mechanism stamped.
+Modulo codecs send k mod 2^b where x is about k steps, and leave it to the receiver's own value y to
+tell which k was meant (Moniqua, Lu and De Sa 2020). The step travels with each block, so both sides
+know the range. Right while |x - y| <= reach. Beyond that a value overflows: it decodes to something
+wrong by a multiple of the range, but within half a range of y. A 16-bit check per block notices;
+such a block decodes to y itself, so that it merges nothing, and is counted. Whoever sends picks the
+reach; `reach.Reach` learns it from differences seen. An overflow is one-sided unless both sides
+notice one, and a range that is never widened never recovers: int2-modulo ran away in our
+measurements (see docs/decisions.md).
+
+What a codec does not give: privacy. `compress` takes only what the privacy mechanism stamped, and
+dither is no noise in that sense.
 """
 
 from __future__ import annotations
@@ -16,19 +30,27 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import numpy as np
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.update import CompressedUpdate, PrivateUpdate
+from xpeer.wire import payload as blocks
+from xpeer.wire.blockwise import BLOCK, Blocks, num_blocks
+from xpeer.wire.payload import diverged
 
-BLOCK: Final = 128
-_CHUNK_VALUES: Final = 256 * BLOCK
-"""128 KiB of float32: stays in the second-level cache, and below torch's threading threshold."""
-_SCALE_BYTES: Final = 2
-_VALUE_BYTES: Final = {"float32": 4, "bfloat16": 2, "int8": 1}
-_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NAMES: Final = tuple(_VALUE_BYTES)
+_CHUNK_VALUES: Final = 1 << 17
+"""512 KiB of float32: temporaries stay in the second-level cache."""
+FLOATS: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INTS: Final = {
+    "int8": Blocks(8),
+    "int4": Blocks(4),
+    "int2": Blocks(2),
+    "int8-modulo": Blocks(8, modulo=True),
+    "int4-modulo": Blocks(4, modulo=True),
+    "int2-modulo": Blocks(2, modulo=True),
+}
+NAMES: Final = (*FLOATS, *INTS)
+Payload = bytes | bytearray | memoryview
 
 
 def encoded_bytes(name: str, num_values: int) -> int:
@@ -37,11 +59,40 @@ def encoded_bytes(name: str, num_values: int) -> int:
     Raises:
         LocalError: unknown codec.
     """
-    return num_values * _value_bytes(name) + _SCALE_BYTES * _num_blocks(name, num_values)
+    _known(name)
+    if name in FLOATS:
+        return num_values * FLOATS[name].itemsize
+    return INTS[name].encoded_bytes(num_values)
 
 
-def compress(update: PrivateUpdate, codec: str) -> CompressedUpdate:
+def bits_per_value(name: str) -> float:
+    """Of whole blocks, scales and checks included.
+
+    Raises:
+        LocalError: unknown codec.
+    """
+    return encoded_bytes(name, BLOCK) * 8 / BLOCK
+
+
+def is_modulo(name: str) -> bool:
+    """Whether decoding needs the receiver's own values."""
+    return name in INTS and INTS[name].modulo
+
+
+def compress(
+    update: PrivateUpdate,
+    codec: str,
+    *,
+    dither: int | None = None,
+    reach: float | torch.Tensor | None = None,
+) -> CompressedUpdate:
     """The only way from values to bytes that leave the trainer.
+
+    Args:
+        update: stamped by the privacy mechanism.
+        codec: one of `NAMES`.
+        dither: as for `encode`.
+        reach: as for `encode`.
 
     Raises:
         TypeError: not a `PrivateUpdate`.
@@ -50,7 +101,7 @@ def compress(update: PrivateUpdate, codec: str) -> CompressedUpdate:
     if not isinstance(update, PrivateUpdate):
         raise TypeError("only a PrivateUpdate may be compressed: stamp it first")
     return CompressedUpdate(
-        payload=encode(codec, update.values),
+        payload=encode(codec, update.values, dither=dither, reach=reach),
         codec=codec,
         num_values=update.values.numel(),
         step=update.step,
@@ -58,22 +109,40 @@ def compress(update: PrivateUpdate, codec: str) -> CompressedUpdate:
     )
 
 
-def encode(name: str, values: torch.Tensor) -> bytes:
+def encode(
+    name: str,
+    values: torch.Tensor,
+    *,
+    dither: int | None = None,
+    reach: float | torch.Tensor | None = None,
+) -> bytes:
     """Values as bytes.
 
     Args:
         name: codec.
         values: (n,) float32, CPU.
+        dither: None rounds to nearest; an integer seeds stochastic rounding (int codecs): E[Q(x)]
+            = x over seeds. Take another for every payload. It is no secret, and hides nothing.
+        reach: modulo codecs: how far a partner's values may be from ours, one number or (blocks,)
+            float32. None: a quarter of each block's largest value.
 
     Raises:
-        LocalError: values that are not finite, or too large for the codec: the model diverged.
+        LocalError: values that are not finite, or too large for the codec: the model diverged. Or
+            an argument that does not fit the codec.
     """
     out = bytearray(encoded_bytes(name, values.numel()))
-    encode_into(name, values, memoryview(out))
+    encode_into(name, values, memoryview(out), dither=dither, reach=reach)
     return bytes(out)
 
 
-def encode_into(name: str, values: torch.Tensor, out: memoryview) -> None:
+def encode_into(
+    name: str,
+    values: torch.Tensor,
+    out: memoryview,
+    *,
+    dither: int | None = None,
+    reach: float | torch.Tensor | None = None,
+) -> None:
     """`encode` into a writable buffer of exactly `encoded_bytes(name, n)` bytes.
 
     Raises:
@@ -83,121 +152,112 @@ def encode_into(name: str, values: torch.Tensor, out: memoryview) -> None:
         raise LocalError("a codec takes flat float32 values on the CPU")
     if out.nbytes != encoded_bytes(name, values.numel()):
         raise LocalError(f"the buffer has {out.nbytes} bytes, wrong for {values.numel()} {name}")
+    if dither is not None and name in FLOATS:
+        raise LocalError(f"codec {name} rounds to nearest: it takes no dither")
+    reaches = _reaches(name, reach, values.numel())
     if values.numel() == 0:
         return
-    values = values.detach()
+    values = values.detach().contiguous()
     raw = torch.frombuffer(out, dtype=torch.uint8)
-    if name == "int8":
-        _encode_int8(values, raw)
+    if name in INTS:
+        blocks.encode(INTS[name], values, raw, dither=dither, reach=reaches)
         return
-    target = raw.view(_DTYPES[name])
+    target = raw.view(FLOATS[name])
     target.copy_(values)
     if not _all_finite(target):
-        raise _diverged()
+        raise diverged()
 
 
-def decode(name: str, payload: bytes | bytearray | memoryview, num_values: int) -> torch.Tensor:
+def decode(
+    name: str,
+    payload: Payload,
+    num_values: int,
+    *,
+    near: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Bytes from a partner as values; nothing is allocated before the size was checked.
 
     Args:
         name: codec.
         payload: as received.
         num_values: what our own manifest says, never what the partner says.
+        near: modulo codecs: (num_values,) float32 of our own, finite. The values that were sent
+            will do to learn what was sent.
+        out: (num_values,) float32 to write to; undefined after an error.
 
     Returns:
-        (num_values,) float32, CPU.
+        (num_values,) float32, CPU. Blocks of a modulo codec that overflowed are those of `near`.
 
     Raises:
-        PeerError: wrong size (MALFORMED, OVERSIZE), a negative scale (MALFORMED), or a value or
-            scale that is not finite (NOT_FINITE).
+        PeerError: wrong size (MALFORMED, OVERSIZE), a negative scale or codes beyond the last value
+            (MALFORMED), or a value or scale that is not finite (NOT_FINITE).
+        LocalError: an argument that does not fit the codec.
+    """
+    raw = raw_payload(name, payload, num_values)
+    if is_modulo(name) != (near is not None):
+        raise LocalError(f"codec {name}: own values are needed for modulo codecs, and for no other")
+    for given in (near, out):
+        check_flat(given, num_values)
+    if out is None:
+        out = torch.empty(num_values, dtype=torch.float32)
+    if num_values == 0:
+        return out
+    if name in INTS:
+        blocks.decode(INTS[name], raw, out, None if near is None else near.contiguous())
+        return out
+    out.copy_(raw.view(FLOATS[name]))
+    if not _all_finite(out):
+        raise PeerError(Reason.NOT_FINITE, "a value is not finite")
+    return out
+
+
+def raw_payload(name: str, payload: Payload, num_values: int) -> torch.Tensor:
+    """A payload as (bytes,) uint8, without a copy if it is writable.
+
+    Raises:
+        PeerError: wrong size (MALFORMED, OVERSIZE).
+        LocalError: unknown codec.
     """
     expected = encoded_bytes(name, num_values)
     size = memoryview(payload).nbytes
     if size != expected:
         reason = Reason.OVERSIZE if size > expected else Reason.MALFORMED
         raise PeerError(reason, f"payload of {size} bytes, {expected} expected")
-    if num_values == 0:
-        return torch.empty(0, dtype=torch.float32)
+    if expected == 0:
+        return torch.empty(0, dtype=torch.uint8)
     # torch wants a writable buffer; production payloads lie in shared memory and are not copied
     writable = bytearray(payload) if memoryview(payload).readonly else payload
-    raw = torch.frombuffer(writable, dtype=torch.uint8)
-    if name == "int8":
-        return _decode_int8(raw, num_values)
-    values = raw.view(_DTYPES[name]).to(torch.float32, copy=True)
-    if not _all_finite(values):
-        raise PeerError(Reason.NOT_FINITE, "a value is not finite")
-    return values
+    return torch.frombuffer(writable, dtype=torch.uint8)
 
 
-def _encode_int8(values: torch.Tensor, raw: torch.Tensor) -> None:
-    """One pass in chunks; the last, short block goes alone."""
-    n = values.numel()
-    num_blocks = _num_blocks("int8", n)
-    scales = raw[: num_blocks * _SCALE_BYTES].view(torch.float16)
-    quantised = raw[num_blocks * _SCALE_BYTES :].view(torch.int8)
-    whole = n - n % BLOCK
-    scratch = torch.empty(min(n, _CHUNK_VALUES), dtype=torch.float32)
-    for start in range(0, whole, _CHUNK_VALUES):
-        end = min(start + _CHUNK_VALUES, whole)
-        _encode_blocks(
-            values[start:end].view(-1, BLOCK),
-            scales[start // BLOCK : end // BLOCK],
-            quantised[start:end].view(-1, BLOCK),
-            scratch[: end - start].view(-1, BLOCK),
-        )
-    if whole < n:
-        _encode_blocks(
-            values[whole:].view(1, -1),
-            scales[-1:],
-            quantised[whole:].view(1, -1),
-            scratch[: n - whole].view(1, -1),
-        )
+def check_flat(values: torch.Tensor | None, num_values: int) -> None:
+    """That a tensor, if one is given, is contiguous (num_values,) float32 on the CPU.
 
-
-def _encode_blocks(
-    values: torch.Tensor,  # (blocks, width) float32
-    scales: torch.Tensor,  # (blocks,) float16, written
-    quantised: torch.Tensor,  # (blocks, width) int8, written
-    scratch: torch.Tensor,  # (blocks, width) float32
-) -> None:
-    """A scale is max|x| / 127, rounded *up* to float16, so that no value needs clamping and the
-    error stays within half a scale, among the subnormals too.
+    Raises:
+        LocalError: it is not.
     """
-    # a NaN survives amax; the norm that does the same in one call is 15 times slower
-    exact = torch.abs(values, out=scratch).amax(dim=1).div_(127.0)
-    rounded = exact.to(torch.float16)
-    too_small = rounded.to(torch.float32) < exact
-    # positive floats order like their bits: adding one to them is the next larger float16
-    rounded = (rounded.view(torch.int16) + too_small).view(torch.float16)
-    if not bool(torch.isfinite(rounded).all()):
-        raise _diverged()
-    scales.copy_(rounded)
-    divisor = rounded.to(torch.float32)
-    divisor.masked_fill_(divisor == 0, 1.0)  # a block of zeros
-    torch.div(values, divisor.unsqueeze(1), out=scratch)
-    quantised.copy_(scratch.round_())
+    if values is None:
+        return
+    if values.shape != (num_values,) or values.dtype != torch.float32:
+        raise LocalError(f"{tuple(values.shape)} {values.dtype} given, ({num_values},) needed")
+    if values.device.type != "cpu" or not values.is_contiguous():
+        raise LocalError("a codec works on contiguous values on the CPU")
 
 
-def _decode_int8(raw: torch.Tensor, num_values: int) -> torch.Tensor:
-    num_blocks = _num_blocks("int8", num_values)
-    head = num_blocks * _SCALE_BYTES
-    # a copy: a sender that still writes to the buffer can't change scales that were checked
-    scales = torch.from_numpy(raw[:head].numpy().view(np.float16).astype(np.float32))
-    if not bool(torch.isfinite(scales).all()):
-        raise PeerError(Reason.NOT_FINITE, "a scale is not finite")
-    if bool((scales < 0).any()):
-        raise PeerError(Reason.MALFORMED, "a scale is negative")
-    quantised = raw[head:].view(torch.int8)
-    out = torch.empty(num_values, dtype=torch.float32)
-    whole = num_values - num_values % BLOCK
-    for start in range(0, whole, _CHUNK_VALUES):
-        end = min(start + _CHUNK_VALUES, whole)
-        chunk = out[start:end].view(-1, BLOCK)
-        chunk.copy_(quantised[start:end].view(-1, BLOCK))
-        chunk.mul_(scales[start // BLOCK : end // BLOCK].unsqueeze(1))
-    if whole < num_values:
-        torch.mul(quantised[whole:], scales[-1], out=out[whole:])
-    return out
+def _reaches(name: str, reach: float | torch.Tensor | None, num_values: int) -> torch.Tensor | None:
+    """(blocks,) float32."""
+    if reach is None:
+        return None
+    if not is_modulo(name):
+        raise LocalError(f"codec {name} has no reach: only modulo codecs do")
+    size = num_blocks(num_values)
+    reaches = torch.full((size,), reach) if isinstance(reach, (int, float)) else reach
+    if reaches.shape != (size,) or reaches.dtype != torch.float32:
+        raise LocalError(f"a reach is one number, or {size} float32 numbers, one per block")
+    if not bool(((reaches >= 0) & torch.isfinite(reaches)).all()):
+        raise LocalError("a reach is negative or not finite")
+    return reaches
 
 
 def _all_finite(values: torch.Tensor) -> bool:
@@ -206,19 +266,6 @@ def _all_finite(values: torch.Tensor) -> bool:
     return all(math.isfinite(float(x)) for chunk in chunks for x in chunk.aminmax())
 
 
-def _value_bytes(name: str) -> int:
-    try:
-        return _VALUE_BYTES[name]
-    except KeyError:
-        raise LocalError(f"codec {name!r} is unknown", f"valid: {', '.join(NAMES)}") from None
-
-
-def _num_blocks(name: str, num_values: int) -> int:
-    return -(-num_values // BLOCK) if name == "int8" else 0
-
-
-def _diverged() -> LocalError:
-    return LocalError(
-        "the parameters are not finite or too large to be sent: training diverged",
-        "restart from an older checkpoint with a smaller learning rate",
-    )
+def _known(name: str) -> None:
+    if name not in NAMES:
+        raise LocalError(f"codec {name!r} is unknown", f"valid: {', '.join(NAMES)}")

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.update import _ISSUER, PrivacyStamp, PrivateUpdate, RawUpdate
-from xpeer.wire.codec import BLOCK, NAMES, compress, decode, encode, encode_into, encoded_bytes
+from xpeer.wire.blockwise import BLOCK
+from xpeer.wire.codec import (
+    NAMES,
+    compress,
+    decode,
+    encode,
+    encode_into,
+    encoded_bytes,
+    is_modulo,
+)
 
 sizes = st.sampled_from([1, 2, 127, 128, 129, 255, 256, 1000, 32768, 32769, 70001])
 magnitudes = st.sampled_from([1e-30, 1e-12, 1e-7, 1e-5, 1e-3, 1.0, 50.0, 1e6])
@@ -47,11 +56,16 @@ def test_int8_error_bound_for_arbitrary_values(numbers: list[float]) -> None:
 @given(st.sampled_from(NAMES), sizes, st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
 def test_size_is_exact_and_decoding_is_idempotent(name: str, n: int, seed: int) -> None:
-    payload = encode(name, random_values(n, 0.05, seed))
+    values = random_values(n, 0.05, seed)
+    payload = encode(name, values)
     assert len(payload) == encoded_bytes(name, n)
-    once = decode(name, payload, n)
+    near = values if is_modulo(name) else None
+    once = decode(name, payload, n, near=near)
     assert once.dtype == torch.float32
-    assert torch.equal(once, decode(name, memoryview(bytearray(payload)), n))
+    assert torch.equal(once, decode(name, memoryview(bytearray(payload)), n, near=near))
+    again = torch.empty(n)
+    assert decode(name, payload, n, near=near, out=again) is again
+    assert torch.equal(once, again)
 
 
 def test_float32_is_exact_and_int8_takes_a_quarter() -> None:
@@ -130,7 +144,7 @@ def test_bad_values_are_refused(name: str) -> None:
 @settings(max_examples=100, deadline=None)
 def test_arbitrary_bytes_decode_or_are_a_peer_error(name: str, n: int, payload: bytes) -> None:
     try:
-        values = decode(name, payload, n)
+        values = decode(name, payload, n, near=torch.ones(n) if is_modulo(name) else None)
     except PeerError:
         return
     assert values.shape == (n,)

@@ -1,0 +1,261 @@
+"""The int codecs against a plain reference, and what they promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.wire import reference_codec as reference
+from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.wire.blockwise import BLOCK
+from xpeer.wire.codec import NAMES, bits_per_value, decode, encode, encoded_bytes
+
+DIRECT = ["int8", "int4", "int2"]
+MODULO = ["int8-modulo", "int4-modulo", "int2-modulo"]
+names = st.sampled_from([*DIRECT, *MODULO])
+lengths = st.sampled_from([1, 2, 3, 5, 127, 128, 129, 255, 256, 300, 515])
+dithers = st.one_of(st.none(), st.integers(-(2**65), 2**65))
+seeds = st.integers(0, 2**32)
+
+
+@st.composite
+def vectors(draw: st.DrawFn) -> torch.Tensor:
+    """Bell-shaped of any size, sparse, and arbitrary floats, subnormal ones included."""
+    n = draw(lengths)
+    kind = draw(st.sampled_from(["normal", "sparse", "blocks", "arbitrary"]))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    if kind == "arbitrary":
+        floats = st.floats(-4e4, 4e4, width=32)
+        return torch.tensor(draw(st.lists(floats, min_size=1, max_size=300)), dtype=torch.float32)
+    scale = draw(st.sampled_from([1e-42, 1e-30, 1e-8, 1e-4, 0.02, 1.0, 1e3]))
+    values = torch.randn(n, generator=generator) * scale
+    if kind == "sparse":
+        values *= torch.rand(n, generator=generator) < 0.05
+    if kind == "blocks":  # each of another size, some zero
+        blocks = 10.0 ** torch.randint(-6, 3, (n // BLOCK + 1,), generator=generator)
+        values *= (blocks * (blocks > 1e-5)).repeat_interleave(BLOCK)[:n]
+    return values
+
+
+def blocks_of(n: int) -> int:
+    return -(-n // BLOCK)
+
+
+def steps_of(payload: bytes, n: int) -> torch.Tensor:
+    per_block = np.frombuffer(payload[: 2 * blocks_of(n)], dtype="<f2").astype(np.float64)
+    return torch.from_numpy(np.repeat(per_block, BLOCK)[:n])
+
+
+@given(names, vectors(), dithers)
+@settings(max_examples=60, deadline=None)
+def test_bytes_are_those_of_the_reference(
+    name: str, values: torch.Tensor, dither: int | None
+) -> None:
+    payload = encode(name, values, dither=dither)
+    assert len(payload) == encoded_bytes(name, values.numel())
+    assert payload == reference.encode(name, values.numpy(), dither)
+    near = values if name in MODULO else None
+    decoded = decode(name, payload, values.numel(), near=near)
+    expected = reference.decode(name, payload, len(values), None if near is None else near.numpy())
+    assert torch.equal(decoded, torch.from_numpy(expected))
+
+
+@given(st.sampled_from(MODULO), vectors(), dithers, st.floats(0, 10, width=32), seeds)
+@settings(max_examples=80, deadline=None)
+def test_modulo_bytes_with_a_given_reach_are_those_of_the_reference(
+    name: str, values: torch.Tensor, dither: int | None, largest: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    reach = torch.rand(blocks_of(len(values)), generator=generator) * largest
+    payload = encode(name, values, dither=dither, reach=reach)
+    assert payload == reference.encode(name, values.numpy(), dither, reach.numpy())
+    # somebody else's values: some blocks overflow, and the reference finds the same ones
+    near = values + torch.randn(len(values), generator=generator) * largest
+    decoded = decode(name, payload, len(values), near=near)
+    expected = reference.decode(name, payload, len(values), near.numpy())
+    assert torch.equal(decoded, torch.from_numpy(expected))
+
+
+@given(names, vectors(), dithers)
+@settings(max_examples=100, deadline=None)
+def test_the_error_is_within_a_step_and_half_of_one_to_nearest(
+    name: str, values: torch.Tensor, dither: int | None
+) -> None:
+    payload = encode(name, values, dither=dither)
+    near = values if name in MODULO else None
+    error = (decode(name, payload, len(values), near=near).double() - values.double()).abs()
+    steps = steps_of(payload, len(values))
+    share = 0.5 if dither is None else 1.0
+    limit = steps * share * (1 + 1e-5) + values.abs() * 2.0**-22 + 1e-40  # float32's own rounding
+    if name == "int2" and dither is None:
+        limit = torch.maximum(limit, values.abs() - steps)  # beyond the level it clips
+    assert bool((error <= limit).all())
+
+
+@given(st.sampled_from(DIRECT), vectors())
+@settings(max_examples=60, deadline=None)
+def test_to_nearest_is_symmetric_and_never_further_than_zero(
+    name: str, values: torch.Tensor
+) -> None:
+    """|x - Q(x)| <= |x| for every value: what error feedback needs to converge."""
+    n = len(values)
+    quantised = decode(name, encode(name, values), n)
+    assert torch.equal(decode(name, encode(name, -values), n), -quantised)
+    slack = values.double().abs() * (1 + 1e-6) + 1e-40
+    assert bool(((quantised.double() - values.double()).abs() <= slack).all())
+
+
+@given(st.sampled_from([*DIRECT, *MODULO]), st.integers(0, 2**63), st.floats(0.125, 2.0, width=32))
+@settings(max_examples=25, deadline=None)
+def test_stochastic_rounding_is_unbiased(name: str, seed: int, reach: float) -> None:
+    """128 different values, 2,000 times each: within six standard errors of the mean."""
+    values = torch.linspace(-2, 2, BLOCK)
+    trials = 2000
+    many = values.repeat(trials)
+    modulo = name in MODULO
+    payload = encode(name, many, dither=seed, reach=reach if modulo else None)
+    rounded = decode(name, payload, len(many), near=many if modulo else None)
+    step = float(steps_of(payload, 1)[0])
+    error = (rounded.view(-1, BLOCK).double().mean(0) - values.double()).abs() / step
+    share = values.double() / step % 1
+    deviation = (share * (1 - share) / trials).sqrt()
+    assert bool((error <= 6 * deviation + 1e-4).all())
+
+
+def test_dither_differs_between_values_blocks_and_seeds() -> None:
+    values = torch.full((1 << 16,), 0.5)
+    values[::BLOCK] = 127.0  # int8 with a step of 1
+    ones = decode("int8", encode("int8", values, dither=1), len(values))
+    twos = decode("int8", encode("int8", values, dither=2), len(values))
+    keep = torch.arange(len(values)) % BLOCK != 0
+    up, other = ones[keep], twos[keep]
+    n = up.numel()
+    assert abs(float(up.mean()) - 0.5) < 5 * 0.5 / n**0.5
+    for lag in (1, 2, 127, 254):  # neighbours, and the same column of the next blocks
+        agree = float((up[lag:] == up[:-lag]).float().mean())
+        assert abs(agree - 0.5) < 5 * 0.5 / n**0.5
+    assert abs(float((up == other).float().mean()) - 0.5) < 5 * 0.5 / n**0.5
+
+
+@given(st.sampled_from(MODULO), st.integers(1, 400), seeds, st.sampled_from([1e-3, 0.1, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_modulo_is_right_within_its_reach(name: str, n: int, seed: int, reach: float) -> None:
+    """Whatever the receiver holds, as long as it is within reach: exactly what was sent."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, generator=generator) * 5
+    payload = encode(name, values, reach=reach, dither=seed)
+    sent = decode(name, payload, n, near=values)
+    near = values + (torch.rand(n, generator=generator) * 2 - 1) * reach * 0.98
+    assert torch.equal(decode(name, payload, n, near=near), sent)
+
+
+@given(st.sampled_from(MODULO), seeds, st.integers(1, 10), st.integers(1, 200))
+@settings(max_examples=100, deadline=None)
+def test_an_overflow_is_noticed_and_merges_nothing(
+    name: str, seed: int, turns: int, how_many: int
+) -> None:
+    """One value too far, or many in one direction, as when a block drifted away."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(2 * BLOCK, generator=generator) * 0.1
+    payload = encode(name, values, reach=0.01)
+    step = float(steps_of(payload, 1)[0])
+    bits = reference.parse(name)[0]
+    near = values.clone()
+    moved = torch.randperm(BLOCK, generator=generator)[: min(how_many, 3)]
+    near[moved] += turns * step * 2**bits
+    decoded = decode(name, payload, 2 * BLOCK, near=near)
+    assert torch.equal(decoded[:BLOCK], near[:BLOCK])  # the block is given up
+    sent = decode(name, payload, 2 * BLOCK, near=values)
+    assert torch.equal(decoded[BLOCK:], sent[BLOCK:])  # its neighbour is not
+
+
+@given(st.sampled_from(MODULO), st.binary(min_size=300, max_size=300), seeds)
+@settings(max_examples=60, deadline=None)
+def test_whatever_a_modulo_payload_holds_it_moves_nothing_beyond_half_its_range(
+    name: str, noise: bytes, seed: int
+) -> None:
+    n = 200
+    payload = bytearray(noise[: encoded_bytes(name, n)])
+    near = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    try:
+        decoded = decode(name, payload, n, near=near)
+    except PeerError:
+        return
+    half = steps_of(bytes(payload), n) * 2 ** (reference.parse(name)[0] - 1)
+    assert bool(torch.isfinite(decoded).all())
+    assert bool(((decoded - near).double().abs() <= half * 1.01 + 1e-5).all())
+
+
+@pytest.mark.parametrize("name", [*DIRECT, *MODULO])
+def test_nothing_is_zero_bytes(name: str) -> None:
+    near = torch.empty(0) if name in MODULO else None
+    assert encode(name, torch.empty(0)) == b""
+    assert decode(name, b"", 0, near=near).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("float32", 32), ("bfloat16", 16), ("int8", 8.125), ("int4", 4.125), ("int2", 2.125),
+     ("int8-modulo", 8.25), ("int4-modulo", 4.25), ("int2-modulo", 2.25)],
+)  # fmt: skip
+def test_bits_per_value(name: str, bits: float) -> None:
+    assert bits_per_value(name) == bits
+
+
+@pytest.mark.parametrize("name", [*DIRECT, *MODULO])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("position", [0, 130, 258])
+def test_values_that_are_not_finite_are_refused(name: str, bad: float, position: int) -> None:
+    values = torch.ones(259)
+    values[position] = bad
+    for dither in (None, 1):
+        with pytest.raises(LocalError, match="diverged"):
+            encode(name, values, dither=dither)
+
+
+@pytest.mark.parametrize("payload_bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001])
+def test_every_kind_of_nan_is_refused(payload_bits: int) -> None:
+    values = torch.zeros(128)
+    values.view(torch.int32)[5] = payload_bits
+    with pytest.raises(LocalError, match="diverged"):
+        encode("int8", values)
+
+
+@pytest.mark.parametrize("name", MODULO)
+def test_a_modulo_scale_of_zero_is_refused(name: str) -> None:
+    payload = bytearray(encode(name, torch.ones(300)))
+    payload[2:4] = b"\0\0"
+    with pytest.raises(PeerError) as error:
+        decode(name, payload, 300, near=torch.ones(300))
+    assert error.value.reason == Reason.MALFORMED
+
+
+@pytest.mark.parametrize("name", ["int4", "int2", "int4-modulo", "int2-modulo"])
+def test_codes_beyond_the_last_value_are_refused(name: str) -> None:
+    payload = bytearray(encode(name, torch.ones(129)))
+    payload[-1] |= 0x80
+    with pytest.raises(PeerError) as error:
+        decode(name, payload, 129, near=torch.ones(129) if name in MODULO else None)
+    assert error.value.reason == Reason.MALFORMED
+
+
+def test_arguments_that_do_not_fit_the_codec() -> None:
+    ones = torch.ones(4)
+    with pytest.raises(LocalError, match="dither"):
+        encode("bfloat16", ones, dither=1)
+    with pytest.raises(LocalError, match="reach"):
+        encode("int8", ones, reach=1.0)
+    with pytest.raises(LocalError, match="reach"):
+        encode("int8-modulo", ones, reach=torch.ones(2))
+    with pytest.raises(LocalError, match="negative"):
+        encode("int8-modulo", ones, reach=-1.0)
+    with pytest.raises(LocalError, match="own values"):
+        decode("int8-modulo", encode("int8-modulo", ones), 4)
+    with pytest.raises(LocalError, match="own values"):
+        decode("int8", encode("int8", ones), 4, near=ones)
+    with pytest.raises(LocalError, match="needed"):
+        decode("int8", encode("int8", ones), 4, out=torch.ones(5))
+    assert "int4" in NAMES

@@ -1,0 +1,132 @@
+"""Compiled kernels give the plain code's bytes, and nothing depends on them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xpeer.wire import kernels
+from xpeer.wire.blockwise import BLOCK
+from xpeer.wire.codec import decode, encode, is_modulo
+from xpeer.wire.merge import add_difference, difference
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch, on itself
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_state", kernels._State())
+    monkeypatch.setattr(kernels, "_compiled", {})
+
+
+@pytest.fixture(scope="module")
+def small_chunks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile from two blocks on, into a folder of our own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setattr(kernels, "ROWS", 5)
+        patch.setattr(kernels, "PLAIN_ROWS", 3)
+        yield
+
+
+def everything(name: str, n: int, seed: int, dither: int | None) -> list[Any]:
+    """All that the kernels do, on values that need every branch."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 10.0 ** torch.randint(-9, 3, (-(-n // BLOCK),), generator=generator)
+    values = torch.randn(n, generator=generator) * sizes.repeat_interleave(BLOCK)[:n]
+    values *= torch.rand(n, generator=generator) < 0.9
+    # of a modulo codec, some blocks are out of reach
+    others = values * (1 + 0.5 * torch.rand(n, generator=generator))
+    payload, theirs = encode(name, values, dither=dither), encode(name, others, dither=dither)
+    own = decode(name, payload, n, near=values if is_modulo(name) else None)
+    z, norms = difference(name, own if is_modulo(name) else payload, theirs, n)
+    parameters = values.clone()
+    add_difference(name, own if is_modulo(name) else payload, theirs, parameters, 0.3)
+    return [payload, theirs, own, z, parameters, norms]
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+@needs_compiler
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("name", "stochastic"), [("int8", False), ("int4", True), ("int2-modulo", False)]
+)
+def test_compiled_and_plain_give_the_same_bytes(name: str, stochastic: bool) -> None:
+    """Three of twelve, as each kernel takes seconds to compile; the benchmark checks them all."""
+    for seed in range(20):
+        n = (5 + seed) * BLOCK + (37 * seed) % BLOCK
+        dither = seed if stochastic else None
+        kernels.configure(compile=True)
+        *compiled, norms = everything(name, n, seed, dither)
+        assert kernels.compiling(), "it fell back"
+        kernels.configure(compile=False)
+        *plain, plain_norms = everything(name, n, seed, dither)
+        assert all(same(a, b) for a, b in zip(compiled, plain, strict=True))
+        assert norms.norm == pytest.approx(plain_norms.norm, rel=1e-5)
+        assert norms.own_norm == pytest.approx(plain_norms.own_norm, rel=1e-5)
+        assert norms.overflowed == plain_norms.overflowed
+    assert len(kernels._compiled) == 4  # once each, whatever the sizes
+
+
+@needs_compiler
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("small_chunks")
+def test_values_that_are_not_finite_are_refused_compiled_too() -> None:
+    for bad in (float("nan"), float("inf")):
+        values = torch.ones(10 * BLOCK)
+        values[700] = bad
+        with pytest.raises(Exception, match="diverged"):
+            encode("int8", values)
+    assert kernels.compiling()
+
+
+def test_without_a_compiler_it_is_said_once_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "ROWS", 5)
+    values = torch.randn(20 * BLOCK)
+    kernels.configure(compile=False)
+    plain = encode("int8", values)
+    kernels.configure(compile=True)
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch, "compile", _no_compiler)
+    with caplog.at_level(logging.WARNING, logger="xpeer.codec"):
+        assert encode("int8", values) == plain
+        assert torch.equal(decode("int8", plain, len(values)), decode("int8", plain, len(values)))
+    assert [r.getMessage() for r in caplog.records] == [
+        "codec kernels are not compiled, so the codec is slower: RuntimeError: no compiler found"
+    ]
+    assert not kernels.compiling()
+
+
+def _no_compiler(*_: Any, **__: Any) -> Any:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no compiler found\nand a long story")
+
+    return fails
+
+
+def test_small_inputs_and_a_process_that_may_not_compile_stay_plain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", _no_compiler)
+    encode("int8", torch.ones((kernels.ROWS - 1) * BLOCK))
+    assert kernels.compiling()
+    kernels.configure(compile=False)
+    encode("int8", torch.ones(kernels.ROWS * BLOCK))
+    assert not kernels._compiled

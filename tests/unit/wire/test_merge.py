@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.wire.blockwise import BLOCK
+from xpeer.wire.codec import NAMES, decode, encode, is_modulo
+from xpeer.wire.merge import add_difference, difference
+
+names = st.sampled_from(NAMES)
+lengths = st.sampled_from([0, 1, 127, 128, 129, 1000, 131072, 140003])
+seeds = st.integers(0, 2**32)
+
+
+def pair(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ours = torch.randn(n, generator=generator) * 0.02
+    return ours, ours + torch.randn(n, generator=generator) * 1e-4
+
+
+def sent(name: str, values: torch.Tensor, dither: int | None = None) -> tuple[bytes, torch.Tensor]:
+    """The payload, and what it decodes to."""
+    dither = None if name in {"float32", "bfloat16"} else dither
+    payload = encode(name, values, dither=dither)
+    near = values if is_modulo(name) else None
+    return payload, decode(name, payload, len(values), near=near)
+
+
+@given(names, lengths, seeds, st.one_of(st.none(), seeds), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_the_difference_is_that_of_what_was_sent(
+    name: str, n: int, seed: int, dither: int | None, as_payload: bool
+) -> None:
+    ours, theirs = pair(n, seed)
+    our_payload, q_ours = sent(name, ours, dither)
+    their_payload, q_theirs = sent(name, theirs, dither)
+    own = our_payload if as_payload and not is_modulo(name) else q_ours
+    z, norms = difference(name, own, their_payload, n)
+    assert norms.overflowed == 0
+    assert torch.equal(z, q_theirs - q_ours)
+    exact = (q_theirs - q_ours).double()
+    assert math.isclose(norms.norm, float(exact.norm()), rel_tol=1e-5, abs_tol=1e-30)
+    assert math.isclose(norms.own_norm, float(q_ours.double().norm()), rel_tol=1e-5)
+    if norms.largest is not None:
+        padded = torch.zeros(-(-n // BLOCK) * BLOCK)
+        padded[:n] = z.abs()
+        expected = padded.view(-1, BLOCK).amax(1) if n else torch.empty(0)
+        assert torch.equal(norms.largest, expected)
+
+
+@given(names, lengths, seeds, st.sampled_from([0.5, 0.1, 1.0, -0.5]))
+@settings(max_examples=60, deadline=None)
+def test_adding_is_adding_the_difference(name: str, n: int, seed: int, weight: float) -> None:
+    ours, theirs = pair(n, seed)
+    their_payload, q_theirs = sent(name, theirs)
+    _, q_ours = sent(name, ours)
+    parameters = ours.clone()
+    norms = add_difference(name, q_ours, their_payload, parameters, weight)
+    assert norms == norms.__class__(norms.norm, norms.own_norm, norms.largest)
+    assert torch.equal(parameters, ours + (q_theirs - q_ours) * torch.tensor(weight))
+
+
+@given(names, seeds)
+@settings(max_examples=40, deadline=None)
+def test_what_one_side_adds_the_other_takes_away(name: str, seed: int) -> None:
+    """Mixing keeps the mean whatever the codec drops."""
+    ours, theirs = pair(1000, seed)
+    our_payload, q_ours = sent(name, ours, seed)
+    their_payload, q_theirs = sent(name, theirs, seed + 1)
+    z_ours, _ = difference(name, q_ours, their_payload, 1000)
+    z_theirs, _ = difference(name, q_theirs, our_payload, 1000)
+    assert torch.equal(z_ours, -z_theirs)
+
+
+def test_a_block_that_overflows_is_not_merged_and_counted() -> None:
+    ours, _ = pair(1000, 1)
+    theirs = ours.clone()
+    theirs[300] += 1.0  # block 2
+    payload = encode("int8-modulo", theirs, reach=1e-3)
+    _, q_ours = sent("int8-modulo", ours)
+    parameters = ours.clone()
+    norms = add_difference("int8-modulo", q_ours, payload, parameters, 0.5)
+    assert norms.overflowed == 1
+    assert norms.largest is not None
+    assert norms.largest.tolist().index(-1.0) == 2
+    assert torch.equal(parameters[256:384], ours[256:384])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_refused_payload_changes_nothing(name: str) -> None:
+    n = 300
+    ours, theirs = pair(n, 3)
+    _, q_ours = sent(name, ours)
+    bad = bytearray(encode(name, theirs))
+    bad[-4:] = b"\xff\xff\xff\xff"  # NaN in the float codecs
+    if name not in {"float32", "bfloat16"}:
+        bad = bytearray(encode(name, theirs))
+        bad[4:6] = b"\x00\x7e"  # a scale that is NaN
+    parameters = ours.clone()
+    with pytest.raises(PeerError) as error:
+        add_difference(name, q_ours, bytes(bad), parameters, 0.5)
+    assert error.value.reason == Reason.NOT_FINITE
+    with pytest.raises(PeerError) as error:
+        add_difference(name, q_ours, bytes(bad[:-1]), parameters, 0.5)
+    assert error.value.reason == Reason.MALFORMED
+    assert torch.equal(parameters, ours)
+
+
+def test_a_difference_that_overflows_float32_is_refused() -> None:
+    high, low = encode("float32", torch.tensor([3e38])), torch.tensor([-3e38])
+    with pytest.raises(PeerError) as error:
+        difference("float32", low, high, 1)
+    assert error.value.reason == Reason.NOT_FINITE
+
+
+def test_large_float32_values_have_a_norm() -> None:
+    _, norms = difference("float32", torch.zeros(4), encode("float32", torch.full((4,), 1e30)), 4)
+    assert math.isclose(norms.norm, 2e30, rel_tol=1e-6)
+
+
+def test_arguments_that_do_not_fit() -> None:
+    payload = encode("int8-modulo", torch.ones(4))
+    with pytest.raises(LocalError, match="as values"):
+        difference("int8-modulo", payload, payload, 4)
+    with pytest.raises(LocalError, match="needed"):
+        difference("int8", torch.ones(5), encode("int8", torch.ones(4)), 4)
+    with pytest.raises(LocalError, match="weight"):
+        add_difference("int8", payload, payload, torch.ones(4), float("nan"))

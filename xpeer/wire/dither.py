@@ -1,0 +1,51 @@
+"""Pseudo-random numbers for stochastic rounding: a hash of seed, block and column.
+
+Counter-based (Salmon et al. 2011), so that they need no memory, no order and no state, and are the
+same in compiled and plain code, in one chunk or many. Integers of 32 bits, which vectorise.
+
+They are no secret and hide nothing: whoever knows the seed can subtract them. They are not privacy
+noise.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def keys(seed: int, blocks: int) -> torch.Tensor:
+    """A hash of seed and block number for each block, (blocks,) int32.
+
+    Args:
+        seed: any integer; its low 64 bits count.
+        blocks: how many.
+    """
+    words = splitmix64(seed)
+    low, high = _signed(words & 0xFFFFFFFF), _signed(words >> 32)
+    return _mix(_mix(torch.arange(blocks, dtype=torch.int32) + low) + high)
+
+
+def uniform(width: int, keys: torch.Tensor) -> torch.Tensor:
+    """(rows, width) float32 in [0, 1), multiples of 2^-24: one row per key."""
+    column = torch.arange(width, dtype=torch.int32, device=keys.device)
+    return ((_mix(keys.unsqueeze(1) + column) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Wellons's lowbias32: int32 to int32, one to one, every bit depending on every other."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def splitmix64(x: int) -> int:
+    """Steele et al. 2014, figure 17, of the low 64 bits."""
+    mask = (1 << 64) - 1
+    z = (x + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def _signed(word: int) -> int:
+    """32 bits as torch's int32 has them."""
+    return word - (word >> 31 << 32)
