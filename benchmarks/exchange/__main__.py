@@ -130,7 +130,7 @@ def main() -> None:
     if not quick:
         path = common.write_result("exchange", summary, details, COMMAND)
         draw(details, path.with_suffix(".png"))
-    common.emit(summary)
+    common.emit("exchange", summary)
 
 
 if __name__ == "__main__":

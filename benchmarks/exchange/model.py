@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from xpeer.training.mixing import NormLimit, correction
+from xpeer.training.mixing import Difference, NormLimit, difference
 from xpeer.update import CompressedUpdate, PeerUpdate, received_stamp
 from xpeer.wire import codec
 
@@ -46,27 +46,31 @@ class AveragingTrainer:
         self.codec = codec_name
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._payload = memoryview(bytearray(codec.encoded_bytes(codec_name, len(values))))
-        self._own = self._z = values
+        self._own = values
+        self._found: Difference | None = None
         self._limit = NormLimit()
         self._ready = 0.0
 
-    async def snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
+    async def snapshot(
+        self, meeting_id: int, fragment: int, *, averaging: bool
+    ) -> CompressedUpdate:
         """Quantise, and keep what the partner will decode."""
         await asyncio.to_thread(self._snapshot)
         self._ready = time.perf_counter()
         stamp = received_stamp("off", 0)
         return CompressedUpdate(self._payload, self.codec, len(self.values), 0, stamp)
 
-    async def verify(self, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
         """Decode and bound the partner's."""
         self.seconds["swap"] += time.perf_counter() - self._ready
         return await asyncio.to_thread(self._verify, update)
 
-    async def merge(self, exchange_id: int, weight: float) -> None:
+    async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         """Merge what was verified: theta += w z."""
+        (weight,) = weights.values()
         await asyncio.to_thread(self._merge, weight)
 
-    def drop(self, exchange_id: int) -> None:
+    def drop(self, meeting_id: int) -> None:
         """Nothing is kept."""
 
     def _snapshot(self) -> None:
@@ -78,14 +82,14 @@ class AveragingTrainer:
     def _verify(self, update: PeerUpdate) -> float:
         with self._timed("decode partner's"):
             peer = codec.decode(self.codec, update.payload, len(self.values))
-        with self._timed("correction"):
-            corrected = correction(self._own, peer, self._limit)
-        self._z = corrected.values
-        return corrected.distance
+        with self._timed("difference"):
+            self._found = difference(self._own[None], peer[None], [self._limit], 0)
+        return self._found.distance
 
     def _merge(self, weight: float) -> None:
+        assert self._found is not None
         with self._timed("merge"):
-            self.values.add_(self._z, alpha=weight)
+            self.values.add_(self._found.values[0], alpha=weight)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -19,7 +19,7 @@ from xpeer.network.exchange import PROTOCOL, Agreement, Party, Proposer, answeri
 from xpeer.network.link import Link
 from xpeer.network.membership import Credential, Membership
 from xpeer.network.swarm import Swarm
-from xpeer.round import exchange
+from xpeer.round import Meeting
 from xpeer.wire.codec import encoded_bytes
 from xpeer.wire.messages import Accept, Payload, Propose, Terms
 
@@ -85,6 +85,7 @@ class Peer:
             self,
             slot=number,
             fragment=0,
+            averaging=False,
             codec=name,
             num_values=num_values,
             num_bytes=encoded_bytes(name, num_values),
@@ -92,16 +93,16 @@ class Peer:
         )
         healthy = False
         try:
-            await exchange(self._trainer, agreement, weighting="equal", deadline_s=DEADLINE_S)
+            await _meet(self._trainer, agreement)
             healthy = True
         finally:
             await self._proposer.done(to, healthy=healthy)
 
     # Desk
 
-    def terms(self, peer_id: PeerId) -> Terms:
+    def terms(self, peer_id: PeerId, slot: int) -> Terms:
         """Nothing to say."""
-        return Terms(weight=1.0, epoch=1, ledger_counter=0)
+        return Terms(weight=1.0, group_weight=2.0, epoch=1, ledger_counter=0)
 
     def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
         """None."""
@@ -115,7 +116,7 @@ class Peer:
         number, done = await self._turn.get()
         assert number == agreement.slot, Reason.WRONG_SLOT
         assert self._trainer is not None
-        await exchange(self._trainer, agreement, weighting="equal", deadline_s=DEADLINE_S)
+        await _meet(self._trainer, agreement)
         done.set_result(None)
 
     # Bulk alone
@@ -146,6 +147,22 @@ class Peer:
             assert isinstance(announced, Payload)
             _, digest = await link.receive_bulk(announced.num_bytes)
             await link.send(Accept(announced.exchange_id, digest))
+
+
+async def _meet(trainer: AveragingTrainer, agreement: Agreement) -> None:
+    """One exchange, and its merge."""
+    meeting = Meeting(
+        trainer,
+        meeting_id=agreement.exchange_id,
+        slot=agreement.slot,
+        fragment=agreement.fragment,
+        averaging=agreement.averaging,
+        expected=[agreement.peer_id],
+        gather_s=DEADLINE_S,
+    )
+    merging = asyncio.create_task(meeting.run())
+    await meeting.exchange(agreement, weighting="equal", deadline_s=DEADLINE_S)
+    await merging
 
 
 async def main(requests: Requests) -> None:

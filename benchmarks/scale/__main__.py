@@ -34,7 +34,7 @@ def main() -> None:
     if not options.quick and not options.no_rig:
         common.write_result("scale", summary, details, "python -m benchmarks.scale")
         draw(details, Path(__file__).parents[1] / "results" / "scale.png")
-    common.emit(summary)
+    common.emit("scale", summary)
 
 
 def measure(*, quick: bool, with_rig: bool) -> dict[str, Any]:

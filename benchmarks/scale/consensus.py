@@ -18,18 +18,17 @@ import torch
 
 from xpeer.identity import PeerId
 from xpeer.network import matching
-from xpeer.training.mixing import Fragments, NormLimit, correction
+from xpeer.training.fragments import Fragments
+from xpeer.training.mixing import NormLimit, difference
 from xpeer.wire import codec, messages
+from xpeer.wire.frames import FRAME_BYTES, FRAME_OVERHEAD
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Terms
-from xpeer.wire.session import FRAME_BYTES
 
 SWARM_ID = "5a" * 32
 NUM_PARAMS = 4096
 FRAGMENTS = 4
 FALL = 10.0
 """Consensus: the distance has fallen by this factor."""
-FRAME_OVERHEAD = 4 + 1 + 17
-"""Length, kind, and secretstream's tag."""
 MAX_SLOTS = 400
 
 
@@ -63,7 +62,7 @@ def run(peers: int, *, k: int = 2, zones: int = 0, seed: int = 0) -> Consensus:
     starts = torch.randn(zones or peers, NUM_PARAMS, generator=generator)
     own = torch.arange(peers) % (zones or peers)
     theta = common + 0.1 * starts[own]  # (N, P) float32
-    fragments = Fragments(NUM_PARAMS, FRAGMENTS, SWARM_ID)
+    fragments = Fragments(NUM_PARAMS, FRAGMENTS)
     limits = [NormLimit() for _ in roster]
     index = {peer: i for i, peer in enumerate(roster)}
     mean, start = theta.mean(dim=0), _distance(theta)
@@ -134,20 +133,21 @@ def _exchange(
         own = codec.decode("int8", payloads[here], len(chosen))
         for there, payload in enumerate(payloads):
             if there != here:
-                found = correction(own, codec.decode("int8", payload, len(chosen)), limit)
-                theta[m].index_add_(0, chosen.long(), found.values, alpha=1 / k)
-                limit.accepted(found.norm)
+                peer = codec.decode("int8", payload, len(chosen))
+                found = difference(own[None], peer[None], [limit], 0)
+                theta[m].index_add_(0, chosen, found.values[0], alpha=1 / k)
+                limit.accepted(found.norms[0])
 
 
 def _of_one_exchange(num_bytes: int) -> tuple[float, float]:
     """Messages and bytes that a side sends, on average of proposer and answerer."""
-    terms = Terms(1.0, 1 << 62, 1 << 20)
+    terms = Terms(1.0, 2.0, 1 << 62, 1 << 20)
     one = 1 << 62
-    propose = len(messages.encode(Propose(one, 1 << 31, 1, "int8", NUM_PARAMS, terms)))
+    propose = len(messages.encode(Propose(one, 1 << 31, 1, "int8", NUM_PARAMS, False, terms)))
     agree = len(messages.encode(Agree(one, terms)))
-    rest = len(messages.encode(Payload(one, num_bytes, bytes(32))))
+    rest = len(messages.encode(Payload(one, num_bytes)))
     rest += len(messages.encode(Accept(one, bytes(32))))
-    frames = math.ceil(num_bytes / (FRAME_BYTES - 1))
+    frames = math.ceil(num_bytes / FRAME_BYTES)
     sent = (propose + agree) / 2 + rest + num_bytes + (3 + frames) * FRAME_OVERHEAD
     return 3 + frames, sent
 

@@ -1,6 +1,6 @@
 """A real peer without a model: network, roster, gossip and exchange as in the daemon.
 
-A stand-in for the trainer mixes a small vector with the real codec and mixing.
+`benchmarks.vector` stands for the trainer.
 """
 
 from __future__ import annotations
@@ -8,28 +8,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.vector import Vector
 from xpeer.identity import Identity, PeerId, blake2b
 from xpeer.manifest import Genesis, Manifest, Model, Privacy, PublicText, Round
-from xpeer.network import exchange
+from xpeer.network import exchange, nudging
+from xpeer.network.exchange import Agreement
 from xpeer.network.invites import grant
 from xpeer.network.membership import Credential, Membership
 from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
-from xpeer.training.mixing import Fragments, NormLimit, correction
-from xpeer.update import CompressedUpdate, PeerUpdate, received_stamp
 from xpeer.wire import codec
 from xpeer_daemon.gossip import Gossip
+from xpeer_daemon.partners import Partners, Record
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 KEY = b"k" * 32
-NUM_PARAMS = 16_384
+NUM_PARAMS, FRAGMENTS = 16_384, 4
 ROSTER_EVERY_S = 3.0
 """As the daemon does."""
 
@@ -42,65 +42,39 @@ def manifest(slot_s: float) -> Manifest:
         model=Model({"model_type": "none"}, NUM_PARAMS, "00"),
         public_text=PublicText(blake2b(b"public").hex(), "public"),
         privacy=Privacy(mode="off"),
-        round=Round(slot_s=slot_s, fragments=4, codec="int8", deadline_s=10.0),
+        round=Round(slot_s=slot_s, fragments=FRAGMENTS, codec="int8", deadline_s=10.0),
     )
 
 
-class Vector:
-    """Stands for the trainer: a vector instead of a model, and no steps.
+class Book(Partners):
+    """Remembers what became of every exchange by its id.
 
     Attributes:
-        begun: exchange ids whose snapshot was taken.
-        merged: exchange ids that were merged.
-        dropped: exchange ids that were given up.
+        begun: exchanges that both sides agreed to.
+        merged: those that both accepted.
+        dropped: those that were given up, with a reason.
     """
 
-    step = 0
-    ledger_counter = 0
-
-    def __init__(self, seed: int) -> None:
-        self.epoch = 1 + seed
-        self.theta = torch.randn(NUM_PARAMS, generator=torch.Generator().manual_seed(seed))
+    def __init__(self) -> None:
+        super().__init__(time.time, lambda *_: None, lambda *_: None)
         self.begun: set[int] = set()
         self.merged: set[int] = set()
         self.dropped: set[int] = set()
-        self._fragments = Fragments(NUM_PARAMS, 4, "5a" * 32)
-        self._limit = NormLimit()
-        self._own: dict[int, tuple[int, torch.Tensor]] = {}
-        self._z: dict[int, torch.Tensor] = {}
 
-    def fragment_params(self, fragment: int) -> int:
-        """Values in a fragment."""
-        return len(self._fragments.indices(fragment))
+    def began(self, agreement: Agreement) -> Record:
+        """Note it."""
+        self.begun.add(agreement.exchange_id)
+        return super().began(agreement)
 
-    async def snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
-        """Quantise a fragment."""
-        self.begun.add(exchange_id)
-        values = self.theta.index_select(0, self._fragments.indices(fragment))
-        payload = codec.encode("int8", values)
-        self._own[exchange_id] = fragment, codec.decode("int8", payload, len(values))
-        return CompressedUpdate(payload, "int8", len(values), 0, received_stamp("off", 0))
+    def done(self, agreement: Agreement, result: Exchanged, took_s: float) -> None:
+        """Note it."""
+        self.merged.add(agreement.exchange_id)
+        super().done(agreement, result, took_s)
 
-    async def verify(self, exchange_id: int, update: PeerUpdate) -> float:
-        """Decode the partner's, and compare."""
-        _, own = self._own[exchange_id]
-        found = correction(own, codec.decode("int8", update.payload, len(own)), self._limit)
-        self._limit.accepted(found.norm)
-        self._z[exchange_id] = found.values
-        return found.distance
-
-    async def merge(self, exchange_id: int, weight: float) -> None:
-        """Add the difference."""
-        fragment, _ = self._own.pop(exchange_id)
-        indices = self._fragments.indices(fragment).long()
-        self.theta.index_add_(0, indices, self._z.pop(exchange_id), alpha=weight)
-        self.merged.add(exchange_id)
-
-    def drop(self, exchange_id: int) -> None:
-        """Give up."""
-        self.dropped.add(exchange_id)
-        self._own.pop(exchange_id, None)
-        self._z.pop(exchange_id, None)
+    def failed(self, agreement: Agreement, reason: str, detail: str) -> None:
+        """Note it."""
+        self.dropped.add(agreement.exchange_id)
+        super().failed(agreement, reason, detail)
 
 
 class RigPeer:
@@ -111,8 +85,9 @@ class RigPeer:
         self.identity = Identity.generate()
         self.peer_id = self.identity.peer_id
         self.exchanging = False
-        self.trainer = Vector(number)
-        self.skipped: Counter[str] = Counter()
+        generator = torch.Generator().manual_seed(number)
+        self.trainer = Vector(torch.randn(NUM_PARAMS, generator=generator), FRAGMENTS, "int8")
+        self.book = Book()
         self.closed = False
         self._path = folder / f"key-{number}-{self.peer_id}"
         self._admin = admin
@@ -145,9 +120,9 @@ class RigPeer:
             host=self,
             proposer=self._proposer,
             num_bytes=codec.encoded_bytes,
+            nudge=lambda peer_id: nudging.ask(self.swarm, peer_id),
             clock=time.time,
-            on_exchanged=self._on_exchanged,
-            on_skipped=self._on_skipped,
+            partners=self.book,
         )
         await self.swarm.serve_links(
             exchange.PROTOCOL,
@@ -168,13 +143,13 @@ class RigPeer:
     def counts(self) -> dict[str, Any]:
         """What became of its exchanges."""
         return {
-            "begun": sorted(self.trainer.begun),
-            "merged": sorted(self.trainer.merged),
-            "dropped": sorted(self.trainer.dropped),
-            "skipped": dict(self.skipped),
-            "told_one_sided": self.gossip.one_sided,
-            "exchanges": self.gossip.exchanges,
-            "payload_bytes": self.gossip.payload_bytes_sent,
+            "begun": sorted(self.book.begun),
+            "merged": sorted(self.book.merged),
+            "dropped": sorted(self.book.dropped),
+            "skipped": dict(self.book.failures),
+            "told_one_sided": self.book.one_sided,
+            "exchanges": self.book.exchanges,
+            "payload_bytes": self.book.payload_bytes_sent,
         }
 
     @property
@@ -217,15 +192,17 @@ class RigPeer:
         """Nobody ends."""
         return False
 
-    def declared_rate(self) -> float:
+    def zones(self) -> dict[PeerId, str]:
+        """As declared."""
+        return self.roster.zones()
+
+    def declared_rate(self, peer_id: PeerId) -> float:
         """All alike."""
         return 1.0
 
-    def _on_exchanged(self, peer_id: PeerId, slot: int, fragment: int, result: Exchanged) -> None:
-        """Counted by the trainer, with its exchange id."""
-
-    def _on_skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:
-        self.skipped[reason] += 1
+    def quality(self) -> tuple[float | None, float]:
+        """Nothing is measured."""
+        return None, 0.0
 
 
 async def stop_all(peers: list[RigPeer]) -> None:

@@ -286,13 +286,13 @@ class Gossip(Desk):
             )
         except UnresolvedError as e:
             self._partners[peer_id].unresolved.append(e.exchange_id)
-            self._partners.skipped(peer_id, slot, e.reason, e.detail)
+            self._partners.failed(agreement, e.reason, e.detail)
             return False
         except PeerError as e:
-            self._partners.skipped(peer_id, slot, e.reason, e.detail)
+            self._partners.failed(agreement, e.reason, e.detail)
             return False
         except LocalError as e:  # the trainer died, or reaches no step boundary
-            self._partners.skipped(peer_id, slot, Reason.TRAINER_RESTARTED, str(e))
+            self._partners.failed(agreement, Reason.TRAINER_RESTARTED, str(e))
             return False
         self._partners.done(agreement, result, self._clock() - began)
         return True

@@ -112,6 +112,10 @@ class Partners:
         self.payload_bytes_sent += result.num_bytes
         self._on_exchanged(agreement.peer_id, agreement.slot, agreement.fragment, result)
 
+    def failed(self, agreement: Agreement, reason: str, detail: str) -> None:
+        """It was agreed to, and nothing came of it."""
+        self.skipped(agreement.peer_id, agreement.slot, reason, detail)
+
     def skipped(self, peer_id: PeerId | str, slot: int, reason: str, detail: str = "") -> None:
         """Nothing came of it."""
         self.failures[reason] += 1

@@ -1,0 +1,81 @@
+"""A stand-in for the trainer: a vector instead of a model and no steps; everything between snapshot
+and merge is the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import torch
+
+from xpeer.training.exchanges import Exchanges
+from xpeer.training.fragments import Fragments, padded
+from xpeer.training.rules import Rule
+from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate, received_stamp
+
+
+class _Parameters:
+    """What `Exchanges` needs of the model's."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.num_params = len(values)
+        self.flat = torch.zeros(padded(len(values)))
+        self.flat[: len(values)] = values
+
+
+class _NoPrivacy:
+    """Certifies that there is none."""
+
+    def stamp(self, raw: RawUpdate) -> PrivateUpdate:
+        return PrivateUpdate(raw.values, raw.step, received_stamp("off", 0))
+
+
+class Vector:
+    """`round.Trainer` on a vector; heavy work on a helper thread, as in production.
+
+    Args:
+        values: (P,) float32, CPU; copied.
+        num_fragments: F.
+        codec: of all payloads.
+    """
+
+    step = window = ledger_counter = 0
+
+    def __init__(self, values: torch.Tensor, num_fragments: int, codec: str) -> None:
+        self.epoch = 1
+        self.parameters = _Parameters(values)
+        self.exchanges = Exchanges(
+            self.parameters,  # type: ignore[arg-type] # only its values are used
+            Fragments(len(values), num_fragments),
+            codec,
+            _NoPrivacy(),  # type: ignore[arg-type] # only its stamp is used
+            Rule(),
+        )
+
+    def fragment_values(self, fragment: int, *, averaging: bool) -> int:
+        """Values in a fragment."""
+        del averaging  # it is all that this one does
+        return self.exchanges.fragments.size(fragment)
+
+    async def snapshot(
+        self, meeting_id: int, fragment: int, *, averaging: bool
+    ) -> CompressedUpdate:
+        """Copy a fragment, then quantise it."""
+        private = self.exchanges.take(meeting_id, fragment, 0, averaging=averaging)
+        return await asyncio.to_thread(self.exchanges.compress, meeting_id, private)
+
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
+        """Decode the partner's, and compare."""
+        payload = memoryview(update.payload)
+        return await asyncio.to_thread(
+            self.exchanges.verify, meeting_id, exchange_id, update.codec, payload, update.num_values
+        )
+
+    async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
+        """Add what was accepted."""
+        await asyncio.to_thread(self.exchanges.resolve, meeting_id, weights)
+        self.exchanges.merge(meeting_id, 0)
+
+    def drop(self, meeting_id: int) -> None:
+        """Give up."""
+        self.exchanges.drop(meeting_id)
