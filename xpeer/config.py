@@ -39,7 +39,7 @@ class Network(Struct, frozen=True, forbid_unknown_fields=True):
     nat_port_map: bool = False
     """Ask the router by UPnP for a port (multicasts on the local network)."""
     direct_listen: str = ""
-    """IP:PORT for partners' direct TCP streams, the bulk's faster way; empty = none."""
+    """Multiaddress for partners' direct TCP streams, the bulk's faster way; empty = none."""
     zone: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*$")] = ""
     """Members that declare the same zone have fast links and meet more often; published."""
     price_per_gb: Annotated[float, Meta(ge=0)] = 0.09

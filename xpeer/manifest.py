@@ -71,7 +71,8 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     """Length of a slot of the shared clock: pairs are matched anew at every slot."""
     fragments: Annotated[int, Meta(ge=1, le=1024)] = 5
     """F: a window exchanges every fragment once; 1 = the whole model at once."""
-    codec: Literal["float32", "bfloat16", "int8"] = "int8"
+    codec: Literal["float32", "bfloat16", "int8", "int4", "int2"] = "int8"
+    """int4 and int2 round stochastically."""
     rule: Literal[
         "gossip", "fedavg", "dynamic", "asynchronous", "gradient", "diloco", "noloco", "gasloc"
     ] = "gossip"

@@ -80,10 +80,8 @@ class AveragingTrainer:
             self._own = codec.decode(self.codec, self._payload, len(self.values))
 
     def _verify(self, update: PeerUpdate) -> float:
-        with self._timed("decode partner's"):
-            peer = codec.decode(self.codec, update.payload, len(self.values))
         with self._timed("difference"):
-            self._found = difference(self._own[None], peer[None], [self._limit], 0)
+            self._found = difference(self.codec, self._own[None], update.payload, [self._limit], 0)
         return self._found.distance
 
     def _merge(self, weight: float) -> None:

@@ -133,8 +133,7 @@ def _exchange(
         own = codec.decode("int8", payloads[here], len(chosen))
         for there, payload in enumerate(payloads):
             if there != here:
-                peer = codec.decode("int8", payload, len(chosen))
-                found = difference(own[None], peer[None], [limit], 0)
+                found = difference("int8", own[None], payload, [limit], 0)
                 theta[m].index_add_(0, chosen, found.values[0], alpha=1 / k)
                 limit.accepted(found.norms[0])
 

@@ -8,6 +8,7 @@ arithmetic happen on a helper thread meanwhile.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.training.fragments import Fragments
-from xpeer.training.mixing import Difference, NormLimit, decode_peer, difference
+from xpeer.training.mixing import Difference, NormLimit, difference
 from xpeer.training.parts import Mechanism, Parameters
 from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
@@ -27,6 +28,7 @@ from xpeer.wire import codec as wire_codec
 MAX_IN_FLIGHT: Final = 16
 """Each holds one fragment in float32, and one more for each partner."""
 MAX_GROUP: Final = 64
+_COARSE: Final = frozenset({"int4", "int2"})
 _SMOOTHING: Final = 0.9
 """Of the consensus distance, per exchange."""
 
@@ -136,7 +138,7 @@ class Exchanges:
             TrainerError: the parameters can't be encoded.
         """
         try:
-            compressed = wire_codec.compress(update, self.codec)
+            compressed = wire_codec.compress(update, self.codec, dither=self._dither())
         except LocalError as e:
             self.drop(meeting_id)
             raise TrainerError(e.problem, e.remedy) from e
@@ -167,9 +169,10 @@ class Exchanges:
             raise PeerError(Reason.BUSY, f"{MAX_GROUP} partners in one meeting")
         if num_values != own.numel():
             raise PeerError(Reason.WRONG_MODEL, f"{num_values} values, {own.numel()} expected")
-        peer = decode_peer(codec, payload, self.codec, own.numel()).view(own.shape)
+        if codec != self.codec:
+            raise PeerError(Reason.WRONG_CODEC, "the payload is not of the manifest's codec")
         rule = meeting.rule
-        found = difference(own, peer, self._limits[rule], rule.parameters_at)
+        found = difference(codec, own, payload, self._limits[rule], rule.parameters_at)
         with self._lock:
             meeting.differences[exchange_id] = found
             before = self.consensus_distance
@@ -237,6 +240,10 @@ class Exchanges:
     def __len__(self) -> int:
         """Number in flight."""
         return len(self._in_flight)
+
+    def _dither(self) -> int | None:
+        """Coarse codecs round stochastically: to nearest, what is small would stand still."""
+        return secrets.randbits(63) if self.codec in _COARSE else None
 
     def _gather(self, fragment: int) -> torch.Tensor:
         return self.fragments.gather(self._parameters.flat, fragment).cpu()
