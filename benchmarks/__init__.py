@@ -1,0 +1,1 @@
+"""What xpeer claims, measured: `python -m benchmarks.NAME [--quick]`; see docs/benchmarks.md."""
