@@ -22,7 +22,15 @@ from hivemind.proto.runtime_pb2 import CompressionType
 
 from benchmarks.common import RESULTS, emit, say, write_result
 from xpeer.wire import kernels
-from xpeer.wire.codec import NAMES, bits_per_value, decode, encode_into, encoded_bytes, is_modulo
+from xpeer.wire.codec import (
+    FLOATS,
+    NAMES,
+    bits_per_value,
+    decode,
+    encode_into,
+    encoded_bytes,
+    is_modulo,
+)
 from xpeer.wire.merge import add_difference, difference
 
 mpl.use("Agg")
@@ -50,16 +58,17 @@ def main() -> None:
         say(f"{name}: compiling")
         per_codec[name] = measure(name, values, others, repetitions)
         say(f"{name}: {per_codec[name]}")
-    ours, theirs = per_codec["int8"]["compiled"], per_codec["int8"]["hivemind_fp16"]
+    int8 = per_codec["int8"]
+    ours, theirs = int8.get("compiled", int8["plain"]), int8["hivemind_fp16"]
     summary = {
         "quantise_gb_s": ours["quantise"],
         "dequantise_gb_s": ours["merge"],
         "stochastic_gb_s": ours["stochastic"],
         "vs_hivemind": round(_both(ours["quantise"], ours["dequantise"])
                              / _both(theirs["quantise"], theirs["dequantise"]), 2),
-        "fallback_quantise_gb_s": per_codec["int8"]["plain"]["quantise"],
-        "fallback_dequantise_gb_s": per_codec["int8"]["plain"]["merge"],
-        "compiled": kernels.compiling(),
+        "fallback_quantise_gb_s": int8["plain"]["quantise"],
+        "fallback_dequantise_gb_s": int8["plain"]["merge"],
+        "compiled": "compiled" in int8,
     }  # fmt: skip
     if not quick:
         details = {"num_values": NUM_VALUES, "repetitions": repetitions, "codecs": per_codec}
@@ -73,6 +82,7 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of one codec, with hivemind's fp16 codec taking turns."""
     compiled = _cases(name, values, others, compiled=True)
+    can_compile = kernels.compiling()
     plain = _cases(name, values, others, compiled=False)
     fp16 = serialize_torch_tensor(values, CompressionType.FLOAT16)
     hivemind: Cases = {
@@ -80,8 +90,8 @@ def measure(
         "dequantise": lambda: deserialize_torch_tensor(fp16),
     }
     groups = {"compiled": compiled, "plain": plain, "hivemind_fp16": hivemind}
-    if name in {"float32", "bfloat16"}:
-        del groups["compiled"]  # nothing to compile: torch converts in one pass
+    if name in FLOATS or not can_compile:
+        del groups["compiled"]  # floats: torch converts in one pass
     flat = {(group, op): run for group, ops in groups.items() for op, run in ops.items()}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in flat}
     for _ in range(repetitions):
@@ -120,11 +130,11 @@ def _cases(name: str, values: torch.Tensor, others: torch.Tensor, *, compiled: b
         "merge": lambda: difference(name, own, theirs, NUM_VALUES, out=out),
         "merge_add": lambda: add_difference(name, own, theirs, out, 0.5),
     }
-    if name in {"float32", "bfloat16"}:
+    if name in FLOATS:
         del cases["stochastic"]
     for run in cases.values():
         run()
-    if compiled:
+    if compiled and kernels.compiling():
         _assert_same_bytes(name, values, (ours, rough), reach)
     return {op: switched(run) for op, run in cases.items()}
 
@@ -133,13 +143,17 @@ def _assert_same_bytes(
     name: str, values: torch.Tensor, made: tuple[bytearray, bytearray], reach: float | None
 ) -> None:
     kernels.configure(compile=False)
-    for payload, dither in zip(made, (None, 1), strict=True):
-        if dither is not None and name in {"float32", "bfloat16"}:
-            continue
+    for payload, dither in zip(made, _roundings(name), strict=False):
         plain = bytearray(len(payload))
         encode_into(name, values, memoryview(plain), dither=dither, reach=reach)
         if plain != payload:
             raise SystemExit(f"{name}: compiled and plain bytes differ")
+    kernels.configure(compile=True)
+
+
+def _roundings(name: str) -> tuple[int | None, ...]:
+    """Dithers: None is to nearest."""
+    return (None,) if name in FLOATS else (None, 1)
 
 
 def _errors(name: str, values: torch.Tensor, others: torch.Tensor) -> dict[str, Any]:
@@ -147,9 +161,8 @@ def _errors(name: str, values: torch.Tensor, others: torch.Tensor) -> dict[str, 
     near = others if is_modulo(name) else None
     reach = 2e-3 if is_modulo(name) else None
     found: dict[str, Any] = {}
-    for rounding, dither in (("nearest", None), ("stochastic", 1)):
-        if dither is not None and name in {"float32", "bfloat16"}:
-            continue
+    for dither in _roundings(name):
+        rounding = "nearest" if dither is None else "stochastic"
         payload = bytearray(encoded_bytes(name, NUM_VALUES))
         encode_into(name, values, memoryview(payload), dither=dither, reach=reach)
         error = decode(name, payload, NUM_VALUES, near=near).sub_(values).norm()
