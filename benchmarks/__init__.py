@@ -1,1 +1,1 @@
-"""What we claim, and how to check it: `python -m benchmarks.NAME`."""
+"""What xpeer claims, measured: `python -m benchmarks.NAME [--quick]`; see docs/benchmarks.md."""

@@ -18,8 +18,19 @@ from typing import Final
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.wire import payload
-from xpeer.wire.codec import FLOATS, INTS, Payload, check_flat, is_modulo, raw_payload
+from xpeer.wire import kernels
+from xpeer.wire import payload as int_payload
+from xpeer.wire.blockwise import BLOCK
+from xpeer.wire.codec import (
+    FLOATS,
+    INTS,
+    Payload,
+    check_flat,
+    decode,
+    encode,
+    is_modulo,
+    raw_payload,
+)
 from xpeer.wire.payload import Norms
 
 _CHUNK_VALUES: Final = 1 << 17
@@ -86,6 +97,29 @@ def add_difference(
     return norms
 
 
+def prepare(name: str, *, stochastic: bool = False) -> None:
+    """Compile now what exchanges with this codec will run, rather than in the first large one.
+
+    Takes seconds, once per process, if anything is compiled at all. Best before training starts:
+    the first exchange would otherwise be late by as much.
+
+    Args:
+        name: codec.
+        stochastic: whether payloads will be rounded with a dither.
+    """
+    if name in FLOATS or not kernels.compiling():
+        return
+    zeros = torch.zeros(kernels.ROWS * BLOCK)
+    dither = 0 if stochastic else None
+    payload = encode(name, zeros, dither=dither)
+    if is_modulo(name):
+        encode(name, zeros, dither=dither, reach=1.0)
+        own = decode(name, payload, zeros.numel(), near=zeros)
+        difference(name, own, payload, zeros.numel())
+    else:
+        difference(name, payload, payload, zeros.numel())
+
+
 def _merge(
     name: str,
     own: Payload | torch.Tensor,
@@ -105,7 +139,7 @@ def _merge(
     if n == 0:
         return Norms(0.0, 0.0, torch.empty(0) if is_modulo(name) else None)
     if name in INTS:
-        return payload.difference(INTS[name], ours, theirs, out, weight)
+        return int_payload.difference(INTS[name], ours, theirs, out, weight)
     if ours.dtype == torch.uint8:
         ours = ours.view(FLOATS[name])
     return _subtract_floats(ours, theirs.view(FLOATS[name]), out)
