@@ -1,0 +1,48 @@
+"""`xpeer plan`: which round fits a link, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from xpeer.cli.common import echo_json, json_option, say
+from xpeer.errors import LocalError
+
+
+@click.command()
+@click.option("--params", type=float, required=True, help="Parameters that are trained: 135e6.")
+@click.option("--link-mbit", type=float, required=True, help="Bandwidth, the slower direction.")
+@click.option("--step-seconds", type=float, required=True, help="A training step, fastest peer.")
+@click.option("--round-trip-ms", type=float, default=50.0, show_default=True)
+@click.option("--peers", type=int, default=4, show_default=True)
+@json_option
+def plan(
+    params: float,
+    link_mbit: float,
+    step_seconds: float,
+    round_trip_ms: float,
+    peers: int,
+    as_json: bool,
+) -> None:
+    """Say which fragments, window and codec suit a link, so that no step waits for it.
+
+    Prints the options for `xpeer init --swarm`, and on stderr the reasons.
+    """
+    from xpeer.wire import budget  # noqa: PLC0415 - imports torch
+
+    if not params < 2**53:
+        raise LocalError(f"--params {params} is no number of parameters", "e.g. --params 135e6")
+    link = budget.Link(bits_per_s=link_mbit * 1e6, round_trip_s=round_trip_ms / 1e3)
+    found = budget.plan(link, num_params=int(params), step_s=step_seconds, peers=peers)
+    if as_json:
+        echo_json(asdict(found))
+        return
+    say(found.why)
+    fields = {
+        "round.fragments": found.fragments,
+        "round.window_steps": found.window_steps,
+        "round.slot_s": round(found.slot_s, 3),
+        "round.codec": found.codec,
+    }
+    click.echo(" ".join(f"--set {name}={value}" for name, value in fields.items()))
