@@ -14,8 +14,6 @@ pytestmark = pytest.mark.timeout(150)
     "changes",
     [
         {"rule": "gradient", "group": 0, "fragments": 1},
-        {"rule": "diloco", "group": 0, "fragments": 1},
-        {"rule": "noloco", "group": 3, "fragments": 2},
         {"rule": "asynchronous"},
     ],
     ids=lambda changes: changes["rule"],
