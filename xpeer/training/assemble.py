@@ -29,6 +29,7 @@ from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
 from xpeer.training.shard import assign, cut, load_records, split
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
+from xpeer.wire import kernels
 
 PUBLIC_RECORDS: Final = 64
 """Of the public text; evenly spread over it, the same at every peer."""
@@ -109,6 +110,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     training, validation = _records(setup, manifest, tokenizer, home)
     saved, notes = checkpoint.load_latest(home.checkpoints)
     device = choose_device(config.training.device)
+    kernels.configure(compile=config.training.compile_codec)
     model = _model(manifest, home, fresh=saved is None and setup.initial == "initial").to(device)
     check_fits(model, tokenizer.vocab_size, manifest.optimiser.sequence_tokens)
     parameters = FlatParameters(model)
