@@ -18,7 +18,7 @@ from xpeer.training.mixing import (
     decode_peer,
     fragment_params,
 )
-from xpeer.wire.codec import NAMES, decode, encode
+from xpeer.wire.codec import decode, encode
 
 SWARM = "5c" * 32
 KNOWN_FRAGMENT = [6, 9, 14, 17, 19]
@@ -64,7 +64,8 @@ def test_fragments_refuse_what_does_not_fit() -> None:
 
 
 @given(
-    codec=st.sampled_from(NAMES),
+    # coarser ones make differences that the limit clips; modulo ones: tests/unit/wire/test_merge.py
+    codec=st.sampled_from(["float32", "bfloat16", "int8", "int4"]),
     distance=st.sampled_from([1e-3, 0.1, 0.9]),
     late=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     seed=st.integers(0, 2**32),
