@@ -48,7 +48,11 @@ def measure(*, quick: bool, with_rig: bool) -> dict[str, Any]:
     details["rosters"] = [asdict(asyncio.run(rosters.measure(n, minutes=1.0))) for n in sizes]
     _say("simulated rosters: done")
     if with_rig:
-        plan = rig.Plan(peers=8, processes=2, idle_s=15, exchange_s=30) if quick else rig.Plan()
+        plan = (
+            rig.Plan(peers=8, processes=2, warm_s=5, idle_s=15, exchange_s=40)
+            if quick
+            else rig.Plan()
+        )
         details["rig"] = asyncio.run(rig.run(plan))
     return details
 

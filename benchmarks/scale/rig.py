@@ -4,7 +4,7 @@ Several peers to a process, each with its own sidecar; nothing but loopback. Whe
 us, all of it runs in a network namespace of its own, whose loopback counters then hold this rig's
 traffic and nobody else's, headers of TCP and IP included. Each byte is counted once, as sent.
 
-    joining   all start; until every roster lists everybody
+    joining   all start; until every roster lists everybody, and a while more
     idle      nobody exchanges
     exchange  every pair of the matching exchanges in every slot; a third into it one peer dies
               without a word, at two thirds another joins
@@ -36,9 +36,12 @@ class Plan:
 
     peers: int = 32
     processes: int = 4
-    slot_s: float = 2.0
+    slot_s: float = 4.0
+    """The default manifest's pace (20 steps, 5 fragments) at a step of one second."""
+    warm_s: float = 90.0
+    """Peers that have just met still introduce themselves to one another."""
     idle_s: float = 90.0
-    exchange_s: float = 150.0
+    exchange_s: float = 180.0
     joining_s: float = 90.0
     """At most."""
 
@@ -88,6 +91,7 @@ async def _measure(
     joined = await _until_agreed(workers, plan.peers, plan.joining_s)
     print(f"joined after {joined - began:.0f} s", file=sys.stderr)
 
+    await asyncio.sleep(plan.warm_s)
     first = await _counters(workers)
     await asyncio.sleep(plan.idle_s)
     second = await _counters(workers)

@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 
 from xpeer.errors import NotAuthorisedError, PeerError, Reason
 from xpeer.identity import PeerId
-from xpeer.network.membership import MAX_CREDENTIAL_BYTES, Membership
+from xpeer.network.membership import MAX_CREDENTIAL_BYTES, Certificate, Membership, unpack
 
 if TYPE_CHECKING:
     from xpeer.network.swarm import Swarm
@@ -125,9 +125,13 @@ def _put(notes: OrderedDict[PeerId, _T], peer_id: PeerId, note: _T) -> None:
 
 
 async def serve(swarm: Swarm) -> None:
-    """Answer introductions."""
+    """Answer introductions; a member tells those that it knows of others in its roster alone."""
+    mine = swarm.membership.own
+    role = unpack(mine.body, Certificate, "certificate").role if mine else "infrastructure"
+    has_roster = role != "infrastructure"
 
     async def handle(peer_id: PeerId, request: bytes) -> bytes:
+        known = swarm.membership.certificate_of(peer_id) is not None
         try:
             swarm.membership.admit(peer_id, request)
         except NotAuthorisedError as e:
@@ -135,7 +139,9 @@ async def serve(swarm: Swarm) -> None:
             log.info("refused %s: %s", peer_id[-8:], e)
             return b""
         own = swarm.membership.own
-        told = [a for a in await swarm.connected() if not a.endswith(peer_id)]
+        told: list[str] = []
+        if not (known and has_roster):
+            told = [a for a in await swarm.connected() if not a.endswith(peer_id)]
         answer = Introduction(own.to_bytes() if own else b"", told[: 2 * MAX_TOLD])
         return msgspec.msgpack.encode(answer)
 
