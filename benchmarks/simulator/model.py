@@ -4,14 +4,16 @@ Pre-norm blocks of rotary attention and SwiGLU, RMSNorm, tied embeddings, no bia
 2023, section 2.2). A peer's parameters are one row of an (N, P) matrix, in the order of `_shapes`,
 so that fragments, codecs and rules see the flat vector that the trainer shows them.
 
-Written out rather than vmapped: `torch.func.vmap` over a module takes about twice as long per step
-on a CPU at this size, and torch.compile gains nothing over eager batched products.
+Mixed precision as on a GPU: float32 parameters and residual stream, products of bfloat16. On one
+core with AVX512-BF16 a step of four peers takes 66 ms instead of 97; torch.compile gained nothing.
+Evaluation is in float32.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
@@ -48,6 +50,30 @@ SHAPES: Final = _shapes()
 NUM_PARAMS: Final = sum(math.prod(shape) for _, shape in SHAPES)
 
 Weights = dict[str, torch.Tensor]
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Bfloat16Product(torch.autograd.Function):
+    """bmm of operands rounded to bfloat16, accumulated in float32; its gradients as well."""
+
+    @staticmethod
+    def forward(ctx: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        left, right = left.bfloat16(), right.bfloat16()
+        ctx.save_for_backward(left, right)
+        return torch.bmm(left, right).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = ctx.saved_tensors
+        grad = grad.bfloat16()
+        to_left = torch.bmm(grad, right.transpose(1, 2)).float()
+        return to_left, torch.bmm(left.transpose(1, 2), grad).float()
+
+
+def mixed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(n, a, b) and (n, b, c), float32, to (n, a, c)."""
+    out: torch.Tensor = _Bfloat16Product.apply(left, right)  # type: ignore[no-untyped-call]
+    return out
 
 
 def initial(generator: torch.Generator) -> torch.Tensor:
@@ -63,18 +89,21 @@ def initial(generator: torch.Generator) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def gradients(theta: torch.Tensor, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gradients(
+    theta: torch.Tensor, records: torch.Tensor, product: Product = mixed
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Every peer's gradient of its own records' mean loss.
 
     Args:
         theta: (n, P) float32.
         records: (n, batch, CONTEXT + 1) int64.
+        product: of matrices.
 
     Returns:
         (n, P) gradients, and (n,) losses in nats per byte.
     """
     weights = {name: view.detach().requires_grad_() for name, view in _views(theta).items()}
-    losses = _losses(weights, records).mean(dim=1)
+    losses = _losses(weights, records, product).mean(dim=1)
     grads = torch.autograd.grad(losses.sum(), list(weights.values()))
     n = theta.shape[0]
     return torch.cat([grad.reshape(n, -1) for grad in grads], dim=1), losses.detach()
@@ -93,7 +122,7 @@ def evaluate(theta: torch.Tensor, records: torch.Tensor, at_once: int = 64) -> t
     weights = _views(theta)
     total = torch.zeros(n)
     for part in torch.split(records, at_once):
-        total += _losses(weights, part.expand(n, *part.shape)).sum(dim=1)
+        total += _losses(weights, part.expand(n, *part.shape), torch.bmm).sum(dim=1)
     return total / (records.shape[0] * CONTEXT)
 
 
@@ -104,23 +133,21 @@ def _views(theta: torch.Tensor) -> Weights:
     return {name: part.view(-1, *shape) for (name, shape), part in zip(SHAPES, parts, strict=True)}
 
 
-def _losses(weights: Weights, records: torch.Tensor) -> torch.Tensor:
+def _losses(weights: Weights, records: torch.Tensor, product: Product) -> torch.Tensor:
     """Loss of every predicted byte, (n, batch * CONTEXT)."""
     n, batch = records.shape[:2]
     inputs = records[:, :, :-1].reshape(n, -1)
     embedding = weights["embedding"]
-    # a product with ones and zeros: the backward pass of a lookup adds row by row, and is slower
-    stream = functional.one_hot(inputs, VOCABULARY).to(embedding.dtype) @ embedding
+    of_peer = VOCABULARY * torch.arange(n).unsqueeze(1)
+    stream = functional.embedding(inputs + of_peer, embedding.reshape(-1, WIDTH))
     for layer in range(LAYERS):
         normed = _norm(stream, weights[f"{layer}.norm_attention"])
-        stream = (
-            stream
-            + _attend(normed @ weights[f"{layer}.qkv"], batch) @ (weights[f"{layer}.attended"])
-        )
+        attended = _attend(product(normed, weights[f"{layer}.qkv"]), batch)
+        stream = stream + product(attended, weights[f"{layer}.attended"])
         normed = _norm(stream, weights[f"{layer}.norm_mlp"])
-        gate, up = (normed @ weights[f"{layer}.gate_up"]).chunk(2, dim=-1)
-        stream = stream + (functional.silu(gate) * up) @ weights[f"{layer}.down"]
-    logits = _norm(stream, weights["norm"]) @ embedding.transpose(1, 2)
+        gate, up = product(normed, weights[f"{layer}.gate_up"]).chunk(2, dim=-1)
+        stream = stream + product(functional.silu(gate) * up, weights[f"{layer}.down"])
+    logits = product(_norm(stream, weights["norm"]), embedding.transpose(1, 2))
     targets = records[:, :, 1:].reshape(-1)
     flat = functional.cross_entropy(logits.view(-1, VOCABULARY), targets, reduction="none")
     return flat.view(n, -1)
