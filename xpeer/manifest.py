@@ -72,11 +72,49 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     fragments: Annotated[int, Meta(ge=1, le=1024)] = 5
     """F: a window exchanges every fragment once; 1 = the whole model at once."""
     codec: Literal["float32", "bfloat16", "int8"] = "int8"
-    weighting: Literal["equal", "tokens"] = "equal"
+    rule: Literal[
+        "gossip", "fedavg", "dynamic", "asynchronous", "gradient", "diloco", "noloco", "gasloc"
+    ] = "gossip"
+    """What is made of what a group exchanged: see `xpeer/training/rules`."""
+    group: Annotated[int, Meta(ge=0, le=8)] = 2
+    """k: peers that meet in a slot; 0 = all."""
+    outer_rate: Positive | None = None
+    """Of rules with an outer optimiser: diloco and noloco alpha, gasloc eta (None: the paper's)."""
+    outer_momentum: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    """diloco and noloco mu, gasloc gamma."""
+    consensus_rate: Positive | None = None
+    """noloco gamma, gasloc alpha."""
     deadline_s: Positive = 30.0
     """One exchange may take this long from proposal to acceptance."""
     closing_windows: Annotated[int, Meta(ge=0)] | None = None
     """Windows of mixing without training at the end (None: 2*ceil(log2 N))."""
+
+    def check(self) -> None:
+        """Check what no single field can.
+
+        Raises:
+            ValueError: names fields and remedy.
+        """
+        if self.group == 1:
+            raise ValueError("round.group = 1 meets nobody: use 2 to 8, or 0 for all")
+        if self.rule == "asynchronous" and self.group != 2:
+            raise ValueError("round.rule = asynchronous meets in pairs: set round.group = 2")
+        if self.rule == "diloco" and self.group != 0:
+            raise ValueError(
+                "round.rule = diloco needs everybody in one group: set round.group = 0, "
+                "or round.rule = noloco for smaller ones"
+            )
+        if self.rule == "gradient" and (self.fragments, self.group) != (1, 0):
+            raise ValueError(
+                "round.rule = gradient exchanges all of the gradient with everybody: "
+                "set round.fragments = 1 and round.group = 0"
+            )
+        outer = (self.outer_rate, self.outer_momentum, self.consensus_rate)
+        if outer != (None, None, None) and self.rule not in ("diloco", "noloco", "gasloc"):
+            raise ValueError(
+                f"round.rule = {self.rule} has no outer optimiser: leave round.outer_rate, "
+                "round.outer_momentum and round.consensus_rate unset"
+            )
 
 
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
@@ -152,6 +190,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                     "privacy.noise_multiplier is unset and so is end.steps: "
                     "sigma can't be calibrated; set one of them"
                 )
+        self.round.check()
         if self.public_text.digest != blake2b(self.public_text.text.encode()).hex():
             raise ValueError("public_text.digest does not match public_text.text")
 

@@ -1,4 +1,4 @@
-"""One exchange of a round, start to end: read this file first.
+"""One meeting of a round, start to end: read this file first.
 
 An update on its way from a shard to everybody's checkpoint:
 
@@ -9,46 +9,48 @@ An update on its way from a shard to everybody's checkpoint:
     seal         wire/session.py        to this partner, for this session
     exchange     network/exchange.py    ours against theirs, both accept or neither merges
     verify       training/exchanges.py  size, finite, norm
-    merge        training/mixing.py     theta += w (Q(theta_j) - Q(theta_i)), at a step boundary
+    merge        training/rules/        theta += c(Q(theta_j) - Q(theta_i), ...), at a step boundary
     checkpoint   training/checkpoint.py
 
 Training goes on meanwhile: each `await` below waits for the network or for the trainer's next step
-boundary, and the trainer waits for none of them.
+boundary, and the trainer waits for none of them (but see `training/rules/gradient.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from xpeer.errors import PeerError, Reason
+from xpeer.identity import PeerId
 from xpeer.network.exchange import Agreement
 from xpeer.update import CompressedUpdate, PeerUpdate
-
-WEIGHT_BOUNDS = 1e-3, 1e3
-"""Of declared tokens per second, relative: nobody's word outweighs everybody else."""
+from xpeer.weights import Weighting, of_pair
 
 
 class Trainer(Protocol):
-    """The trainer process as an exchange sees it."""
+    """The trainer process as a meeting sees it."""
 
-    async def snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
+    async def snapshot(
+        self, meeting_id: int, fragment: int, *, averaging: bool
+    ) -> CompressedUpdate:
         """A private, compressed fragment, taken at the next step boundary."""
 
-    async def verify(self, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
         """Relative distance between the partner's values and ours. Raises PeerError."""
 
-    async def merge(self, exchange_id: int, weight: float) -> None:
-        """Merge what was verified, at the next step boundary."""
+    async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
+        """Merge what was verified and accepted, at the next step boundary."""
 
-    def drop(self, exchange_id: int) -> None:
-        """Forget this exchange; harmless if it is unknown."""
+    def drop(self, meeting_id: int) -> None:
+        """Forget this meeting; harmless if it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """What came of it."""
+    """What came of one exchange."""
 
     distance: float
     """||Q(theta_j) - Q(theta_i)|| / ||Q(theta_i)|| on the fragment."""
@@ -56,46 +58,116 @@ class Exchanged:
     num_values: int
 
 
-async def exchange(
-    trainer: Trainer,
-    agreement: Agreement,
-    *,
-    weighting: Literal["equal", "tokens"],
-    deadline_s: float,
-) -> Exchanged:
-    """Exchange one fragment with one partner, after both agreed to.
+class Meeting:
+    """A fragment's exchanges with the other peers of a group: one snapshot, one merge.
 
-    Raises:
-        PeerError: nothing was merged here; `UnresolvedError` if the partner may have.
+    Args:
+        trainer: ours.
+        meeting_id: unique in this node.
+        slot: of the shared clock.
+        fragment: f.
+        averaging: plain averaging of the parameters, whatever the manifest's rule.
+        expected: whom we exchange with, at most once each.
+        gather_s: how long those are waited for that have not begun; late ones are refused.
+
+    Attributes:
+        accepted: by both sides: partner -> exchange id.
+        closed: no further exchange may begin.
     """
-    exchange_id = agreement.exchange_id
-    weight = 0.5
-    if weighting == "tokens":
-        weight = mixing_weight(agreement.ours.weight, agreement.theirs.weight)
-    try:
-        async with asyncio.timeout(deadline_s):
-            update = await trainer.snapshot(exchange_id, agreement.fragment)
-            received = await agreement.swap(update)
-            distance = await trainer.verify(exchange_id, received)
-            await agreement.settle(received)
-            await trainer.merge(exchange_id, weight)
-    except TimeoutError as e:
-        trainer.drop(exchange_id)
-        raise PeerError(Reason.TIMEOUT, f"not accepted within {deadline_s:g} s") from e
-    except BaseException:
-        trainer.drop(exchange_id)
-        raise
-    return Exchanged(distance, agreement.num_bytes, agreement.num_values)
 
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        meeting_id: int,
+        slot: int,
+        fragment: int,
+        averaging: bool,
+        expected: Collection[PeerId],
+        gather_s: float,
+    ) -> None:
+        self.slot, self.fragment, self.averaging = slot, fragment, averaging
+        self._trainer = trainer
+        self._id = meeting_id
+        self._gather_s = gather_s
+        self._waiting = set(expected)
+        self._running: set[PeerId] = set()
+        self.accepted: dict[PeerId, int] = {}
+        self._weights: dict[int, float] = {}
+        self._snapshot: asyncio.Task[CompressedUpdate] | None = None
+        self._changed = asyncio.Event()
+        self.closed = False
 
-def mixing_weight(own: float, partner: float) -> float:
-    """w_j = tokens_j / (tokens_i + tokens_j) (FedAvg, McMahan et al. 2017), from declared weights.
+    def expects(self, peer_id: PeerId) -> bool:
+        """Whether this partner's exchange is still to come."""
+        return not self.closed and peer_id in self._waiting
 
-    Raises:
-        PeerError: the partner's weight is not within `WEIGHT_BOUNDS`.
-    """
-    low, high = WEIGHT_BOUNDS
-    if not low <= partner <= high:
-        raise PeerError(Reason.MALFORMED, f"declared weight {partner!r} is not in [{low}, {high}]")
-    own = min(max(own, low), high)
-    return partner / (own + partner)
+    def give_up(self, peer_id: PeerId) -> None:
+        """There will be no exchange with this one."""
+        self._waiting.discard(peer_id)
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Wait for the group's exchanges, then merge what was accepted.
+
+        Raises:
+            PeerError, LocalError: it could not be merged.
+        """
+        try:
+            try:
+                async with asyncio.timeout(self._gather_s):
+                    await self._until(lambda: not self._waiting)
+            except TimeoutError:
+                self._waiting.clear()
+            await self._until(lambda: not self._running)
+            self.closed = True
+            if self._weights:
+                await self._trainer.merge(self._id, self._weights)
+            else:
+                self._trainer.drop(self._id)
+        except BaseException:
+            self._trainer.drop(self._id)
+            raise
+        finally:
+            self.closed = True
+            if self._snapshot is not None:
+                self._snapshot.cancel()
+
+    async def exchange(
+        self, agreement: Agreement, *, weighting: Weighting, deadline_s: float
+    ) -> Exchanged:
+        """Exchange the fragment with one partner, after both agreed to.
+
+        Raises:
+            PeerError: nothing of it will be merged here; `UnresolvedError` if the partner may.
+        """
+        peer_id, exchange_id = agreement.peer_id, agreement.exchange_id
+        self._waiting.discard(peer_id)
+        self._running.add(peer_id)
+        try:
+            async with asyncio.timeout(deadline_s):
+                weight = of_pair(weighting, agreement.ours, agreement.theirs)
+                update = await self._taken()
+                received = await agreement.swap(update)
+                distance = await self._trainer.verify(self._id, exchange_id, received)
+                await agreement.settle(received)
+                self.accepted[peer_id], self._weights[exchange_id] = exchange_id, weight
+        except TimeoutError as e:
+            raise PeerError(Reason.TIMEOUT, f"not accepted within {deadline_s:g} s") from e
+        finally:
+            self._running.discard(peer_id)
+            self._changed.set()
+        return Exchanged(distance, agreement.num_bytes, agreement.num_values)
+
+    async def _until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _taken(self) -> CompressedUpdate:
+        """The one snapshot that all partners get."""
+        if self._snapshot is None:
+            self._snapshot = asyncio.create_task(
+                self._trainer.snapshot(self._id, self.fragment, averaging=self.averaging)
+            )
+        return await asyncio.shield(self._snapshot)

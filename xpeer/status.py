@@ -33,6 +33,8 @@ class Progress(Struct, frozen=True, kw_only=True):
     """On held-out text of this shard. Local only."""
     loss_public: float | None = None
     """On the manifest's public text."""
+    loss_public_age: float = 0.0
+    """Windows of steps or of merges since then."""
     learning_rate: float = 0.0
     tokens_per_s: float = 0.0
     consensus_distance: float | None = None

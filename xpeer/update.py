@@ -90,7 +90,6 @@ class PeerUpdate:
     codec: str
     num_values: int
     peer_id: str
-    weight: float
 
 
 @final

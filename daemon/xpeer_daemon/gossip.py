@@ -1,100 +1,39 @@
 """The slot clock: whom we meet now, and what came of it.
 
-At every slot of the shared clock the matching names our partner; the lower PeerID of the two
-proposes, the other answers. Training goes on meanwhile. Everything skipped has a reason code.
+At every slot of the shared clock the matching names our partner, or our group; of any two the lower
+PeerID proposes, the other answers. Training goes on meanwhile. Everything skipped has a reason.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections import Counter, deque
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from typing import Protocol
+import random
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from typing import Any
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import matching
 from xpeer.network.exchange import Agreement, Desk, Proposer, UnresolvedError
-from xpeer.round import Exchanged, Trainer, exchange
-from xpeer.wire.messages import MAX_UNRESOLVED, Propose, Terms
+from xpeer.round import Meeting
+from xpeer.weights import weighting_of
+from xpeer.wire.messages import Propose, Terms
+from xpeer_daemon.host import GossipTrainer, Host
+from xpeer_daemon.partners import Partners
 
 log = logging.getLogger("xpeer.gossip")
 
 PROPOSAL_TIMEOUT_S = 10.0
 MAX_FALLBACKS = 2
-REMEMBERED = 256
-"""Exchange ids per partner, for one-sided merges and replays."""
-MAX_PARTNERS = 4096
 PATIENT_SLOTS = 2
 """Slots that we were due without an exchange before a partner that is not the slot's may propose:
 else one that proposes all the time would be the only one that we ever meet."""
-
-
-ORDINARY = frozenset({Reason.NO_PARTNER, Reason.NOT_DUE, Reason.BUSY})
-"""Reasons that belong to a healthy swarm; logged at debug level."""
-
-
-class GossipTrainer(Trainer, Protocol):
-    """What gossip asks of the trainer beside exchanges."""
-
-    @property
-    def epoch(self) -> int:
-        """Drawn at its start."""
-
-    @property
-    def step(self) -> int:
-        """Local steps done."""
-
-    @property
-    def ledger_counter(self) -> int:
-        """Privacy charges so far."""
-
-    def fragment_params(self, fragment: int) -> int:
-        """Parameters in a fragment."""
-
-
-class Host(Protocol):
-    """The node around gossip."""
-
-    @property
-    def trainer(self) -> GossipTrainer | None:
-        """The running trainer, if it holds the swarm's parameters."""
-
-    def objection(self) -> str | None:
-        """Why this node exchanges nothing now (paused, not ready), or None."""
-
-    def training(self) -> bool:
-        """Whether local steps are being taken: then exchanges are paced by them."""
-
-    def partners(self) -> Collection[PeerId]:
-        """Live members that exchange, without ourselves."""
-
-    def settled(self, peer_id: PeerId) -> bool:
-        """Whether the partner and we both ended, so that no exchange is due between us."""
-
-    def declared_rate(self) -> float:
-        """Declared tokens per second (relative), for weighting by tokens."""
-
-
-@dataclass
-class Record:
-    """What we remember of one partner."""
-
-    done: int = 0
-    failed: int = 0
-    last_reason: str = ""
-    last_done_s: float | None = None
-    payload_bytes: int = 0
-    """Sent to it, and as many received from it, in merged exchanges."""
-    highest_counter: int = 0
-    merged: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    unresolved: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_UNRESOLVED))
-    seen: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    last_slot: int = -1
-    """Of the last exchange: there is one for a pair and slot."""
+MIN_GATHER_S, GATHER_SLOTS = 2.0, 2
+"""An exchange that has not begun after this long does not hold up the merge of the others."""
+PAIR = 2
 
 
 class Gossip(Desk):
@@ -107,9 +46,9 @@ class Gossip(Desk):
         host: the node.
         proposer: our links.
         num_bytes: exact payload size of (codec, num_values).
+        nudge: ask a member with a lower PeerID to propose to us.
         clock: shared wall clock, seconds; slots are numbered by it.
-        on_exchanged: told of every merge (partner, slot, fragment, result).
-        on_skipped: told of every failure (partner or "", slot, reason, detail).
+        partners: what came of all exchanges is written down there.
     """
 
     def __init__(
@@ -121,9 +60,9 @@ class Gossip(Desk):
         host: Host,
         proposer: Proposer,
         num_bytes: Callable[[str, int], int],
+        nudge: Callable[[PeerId], Awaitable[None]],
         clock: Callable[[], float],
-        on_exchanged: Callable[[PeerId, int, int, Exchanged], None],
-        on_skipped: Callable[[str, int, str, str], None],
+        partners: Partners,
     ) -> None:
         self._me = me
         self._swarm_id = swarm_id
@@ -131,28 +70,17 @@ class Gossip(Desk):
         self._host = host
         self._proposer = proposer
         self._num_bytes = num_bytes
+        self._nudge = nudge
         self._clock = clock
-        self._on_exchanged = on_exchanged
-        self._on_skipped = on_skipped
-        self._in_flight: set[int] = set()
+        self._partners = partners
+        self._weighting = weighting_of(self._round.rule)
+        self._meetings: dict[int, Meeting] = {}  # by fragment
+        self._meeting_id = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_start: tuple[int, float] | None = None  # (step, clock)
+        self._last_window: int | None = None
+        self._last_partner = ""
         self._idle_slots = 0
-        self.partners: dict[PeerId, Record] = {}
-        self.failures: Counter[str] = Counter()
-        self.exchanges = 0
-        self.one_sided = 0
-        self.values_sent = 0
-        self.payload_bytes_sent = 0
-
-    def remember(self, peer_id: PeerId, ledger_counter: int) -> None:
-        """What a partner's ledger showed before this start."""
-        self._record(peer_id).highest_counter = ledger_counter
-
-    def highest_counter(self, peer_id: PeerId) -> int:
-        """The highest count of privacy charges that a partner has shown."""
-        record = self.partners.get(peer_id)
-        return record.highest_counter if record else 0
 
     async def run(self) -> None:
         """One slot after another, until cancelled."""
@@ -175,18 +103,78 @@ class Gossip(Desk):
             self._idle_slots = 0
             return
         self._idle_slots += 1
+        if not partners:
+            self._partners.skipped("", slot, Reason.NO_PARTNER)
+        elif self._asynchronous():
+            self._meet_anybody(slot, partners)
+        elif self._round.group == PAIR:
+            self._meet_partner(slot, partners)
+        else:
+            self._meet_group(slot)
+
+    def _meet_partner(self, slot: int, partners: Collection[PeerId]) -> None:
+        """The lower PeerID of a pair proposes; the higher one waits for it."""
         candidates = matching.partner(self._swarm_id, slot, [*partners, self._me], self._me)
-        if not candidates:
-            if not partners:  # with an odd number of peers, one is left over in every slot
-                self._skip("", slot, Reason.NO_PARTNER)
-            return
-        # The lower PeerID of a pair proposes; the higher one waits for it.
-        free = [peer for peer in candidates if not self._proposer.busy_with(peer)]
-        ours = [peer for peer in free if self._me < peer and not self._host.settled(peer)]
+        ours = [peer for peer in candidates if self._may_propose(peer)]
         if ours and ours[0] == candidates[0]:
-            task = asyncio.create_task(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
+            self._keep(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
+
+    def _meet_group(self, slot: int) -> None:
+        """Everybody proposes to the higher PeerIDs of its group, and waits for the lower ones."""
+        others = [peer for peer in self._group(slot) if not self._host.settled(peer)]
+        trainer = self._host.trainer
+        if trainer is None or not others:
+            return
+        meeting = self._join(trainer, slot, averaging=not self._host.training(), expected=others)
+        if meeting is None:
+            return
+        for peer_id in others:
+            if self._may_propose(peer_id):
+                self._keep(self._propose(slot, [peer_id]))
+
+    def _meet_anybody(self, slot: int, partners: Collection[PeerId]) -> None:
+        """No slots in common: whoever ended its steps meets anybody who is free."""
+        others = [peer for peer in partners if peer != self._last_partner] or list(partners)
+        peer_id = random.SystemRandom().choice(others)
+        if self._may_propose(peer_id):
+            self._keep(self._propose(slot, [peer_id]))
+        elif self._me > peer_id:
+            self._keep(self._ask_for_proposal(peer_id))
+
+    async def _ask_for_proposal(self, peer_id: PeerId) -> None:
+        with contextlib.suppress(PeerError):  # it will be somebody else's turn
+            await self._nudge(peer_id)
+
+    def nudged(self, peer_id: PeerId) -> None:
+        """A higher PeerID asks us to propose to it, now."""
+        slot = matching.slot_number(self._clock(), self._round.slot_s)
+        if (
+            self._asynchronous()
+            and self._host.objection() is None
+            and peer_id in self._host.partners()
+            and self._may_propose(peer_id)
+            and slot > self._partners[peer_id].last_slot
+        ):
+            self._keep(self._propose(slot, [peer_id]))
+
+    def _may_propose(self, peer_id: PeerId) -> bool:
+        busy = self._proposer.busy_with(peer_id)
+        return self._me < peer_id and not busy and not self._host.settled(peer_id)
+
+    def _asynchronous(self) -> bool:
+        """Whether we meet without slots; once training is over, everybody uses them."""
+        return self._round.rule == "asynchronous" and self._host.training()
+
+    def _group(self, slot: int) -> list[PeerId]:
+        """The others of our group in this slot."""
+        members = [*self._host.partners(), self._me]
+        groups = matching.groups(self._swarm_id, slot, members, self._round.group)
+        return [peer for group in groups if self._me in group for peer in group if peer != self._me]
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -194,11 +182,13 @@ class Gossip(Desk):
             log.error("an exchange ended by an error of ours", exc_info=error)
 
     async def _propose(self, slot: int, candidates: list[PeerId]) -> None:
+        """To the first; to the next if it can't."""
         trainer = self._host.trainer
         fragment = matching.fragment_of(self._swarm_id, slot, self._round.fragments)
-        if trainer is None or fragment in self._in_flight:
+        averaging = not self._host.training()
+        if trainer is None or not self._joinable(slot, fragment, averaging, candidates[0]):
             return
-        num_values = trainer.fragment_params(fragment)
+        num_values = trainer.fragment_values(fragment, averaging=averaging)
         for peer_id in candidates:
             try:
                 agreement = await self._proposer.propose(
@@ -206,13 +196,15 @@ class Gossip(Desk):
                     self,
                     slot=slot,
                     fragment=fragment,
+                    averaging=averaging,
                     codec=self._round.codec,
                     num_values=num_values,
                     num_bytes=self._num_bytes(self._round.codec, num_values),
                     timeout_s=min(PROPOSAL_TIMEOUT_S, self._round.deadline_s),
                 )
             except PeerError as e:
-                self._skip(peer_id, slot, e.reason, e.detail)
+                self._give_up(peer_id, slot, fragment)
+                self._partners.skipped(peer_id, slot, e.reason, e.detail)
                 continue
             healthy = False
             try:
@@ -221,60 +213,114 @@ class Gossip(Desk):
                 await self._proposer.done(peer_id, healthy=healthy)
             return
 
+    def _joinable(self, slot: int, fragment: int, averaging: bool, peer_id: PeerId) -> bool:
+        """Whether an exchange with this partner can begin, or join its group's meeting."""
+        meeting = self._meetings.get(fragment)
+        return meeting is None or (
+            (meeting.slot, meeting.averaging) == (slot, averaging) and meeting.expects(peer_id)
+        )
+
+    def _join(
+        self,
+        trainer: GossipTrainer,
+        slot: int,
+        *,
+        averaging: bool,
+        expected: Collection[PeerId],
+    ) -> Meeting | None:
+        """The slot's meeting, begun if need be; None = the fragment is in another one."""
+        fragment = matching.fragment_of(self._swarm_id, slot, self._round.fragments)
+        meeting = self._meetings.get(fragment)
+        if meeting is not None:
+            same = (meeting.slot, meeting.averaging) == (slot, averaging)
+            return meeting if same and not meeting.closed else None
+        self._meeting_id += 1
+        meeting = self._meetings[fragment] = Meeting(
+            trainer,
+            meeting_id=self._meeting_id,
+            slot=slot,
+            fragment=fragment,
+            averaging=averaging,
+            expected=expected,
+            gather_s=max(MIN_GATHER_S, GATHER_SLOTS * self._round.slot_s),
+        )
+        self._keep(self._hold(meeting))
+        return meeting
+
+    async def _hold(self, meeting: Meeting) -> None:
+        """Until everybody's exchange has ended and what was accepted is merged."""
+        try:
+            await meeting.run()
+        except (PeerError, LocalError) as e:
+            for peer_id, exchange_id in meeting.accepted.items():  # they merged, we did not
+                self._partners[peer_id].unresolved.append(exchange_id)
+            reason = e.reason if isinstance(e, PeerError) else Reason.TRAINER_RESTARTED
+            self._partners.skipped("", meeting.slot, reason, str(e))
+        finally:
+            del self._meetings[meeting.fragment]
+
+    def _give_up(self, peer_id: PeerId, slot: int, fragment: int) -> None:
+        meeting = self._meetings.get(fragment)
+        if meeting is not None and meeting.slot == slot:
+            meeting.give_up(peer_id)
+
     async def _exchange(self, trainer: GossipTrainer, agreement: Agreement) -> bool:
         """Run it and count it; whether the link stays usable."""
         peer_id, slot = agreement.peer_id, agreement.slot
-        record = self._record(peer_id)
-        record.seen.append(agreement.exchange_id)
-        record.last_slot = max(record.last_slot, slot)
-        self._in_flight.add(agreement.fragment)
-        self._last_start = (trainer.step, self._clock())
-        self._idle_slots = 0
+        self._partners.began(agreement)
+        self._last_partner = peer_id
+        expected = [peer_id] if self._round.group == PAIR else self._group(slot)
+        meeting = self._join(trainer, slot, averaging=agreement.averaging, expected=expected)
+        began = self._clock()
         try:
-            result = await exchange(
-                trainer,
-                agreement,
-                weighting=self._round.weighting,
-                deadline_s=self._round.deadline_s,
+            if meeting is None or not meeting.expects(peer_id):
+                await agreement.refuse(Reason.BUSY)
+                raise PeerError(Reason.BUSY, "the fragment is in another meeting")
+            self._last_start, self._last_window = (trainer.step, began), trainer.window
+            self._idle_slots = 0
+            deadline_s = self._partners.deadline_s(peer_id, self._round.deadline_s)
+            result = await meeting.exchange(
+                agreement, weighting=self._weighting, deadline_s=deadline_s
             )
         except UnresolvedError as e:
-            record.unresolved.append(e.exchange_id)
-            self._skip(peer_id, slot, e.reason, e.detail)
+            self._partners[peer_id].unresolved.append(e.exchange_id)
+            self._partners.skipped(peer_id, slot, e.reason, e.detail)
             return False
         except PeerError as e:
-            self._skip(peer_id, slot, e.reason, e.detail)
+            self._partners.skipped(peer_id, slot, e.reason, e.detail)
             return False
         except LocalError as e:  # the trainer died, or reaches no step boundary
-            self._skip(peer_id, slot, Reason.TRAINER_RESTARTED, str(e))
+            self._partners.skipped(peer_id, slot, Reason.TRAINER_RESTARTED, str(e))
             return False
-        finally:
-            self._in_flight.discard(agreement.fragment)
-        record.merged.append(agreement.exchange_id)
-        record.done += 1
-        record.last_done_s = self._clock()
-        record.payload_bytes += result.num_bytes
-        self.exchanges += 1
-        self.values_sent += result.num_values
-        self.payload_bytes_sent += result.num_bytes
-        self._on_exchanged(peer_id, slot, agreement.fragment, result)
+        self._partners.done(agreement, result, self._clock() - began)
         return True
 
     # The answering side (Desk)
 
-    def terms(self, peer_id: PeerId) -> Terms:
+    def terms(self, peer_id: PeerId, slot: int) -> Terms:
         """Our terms towards this partner; what is unresolved is told once."""
         trainer = self._host.trainer
         if trainer is None:
             raise PeerError(Reason.NOT_READY, "no trainer")
-        record = self._record(peer_id)
-        unresolved = list(record.unresolved)
-        record.unresolved.clear()
+        weight, group_weight = self._weights(peer_id, slot)
+        loss, age = self._host.quality() if self._weighting == "quality" else (None, 0.0)
         return Terms(
-            weight=self._host.declared_rate(),
+            weight=weight,
+            group_weight=group_weight,
+            loss_public=loss,
+            loss_age=age,
             epoch=trainer.epoch,
             ledger_counter=trainer.ledger_counter,
-            unresolved=unresolved,
+            unresolved=self._partners.take_unresolved(peer_id),
         )
+
+    def _weights(self, peer_id: PeerId, slot: int) -> tuple[float, float]:
+        """n_i, and the sum over our group of the slot."""
+        others = [peer_id] if self._round.group == PAIR else self._group(slot)
+        if self._weighting != "tokens":
+            return 1.0, 1.0 + len(others)
+        own = self._host.declared_rate(self._me)
+        return own, own + sum(self._host.declared_rate(peer) for peer in others)
 
     def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
         """Why we do not take part in this proposal, or None."""
@@ -290,37 +336,41 @@ class Gossip(Desk):
             return Reason.WRONG_SLOT
         if proposal.codec != self._round.codec:
             return Reason.WRONG_CODEC
-        if proposal.num_values != trainer.fragment_params(fragment):
+        if proposal.num_values != trainer.fragment_values(fragment, averaging=proposal.averaging):
             return Reason.WRONG_MODEL
-        record = self._record(peer_id)
+        record = self._partners[peer_id]
         if proposal.exchange_id in record.seen or proposal.slot <= record.last_slot:
             return Reason.REPLAYED
-        if fragment in self._in_flight:
+        if not self._joinable(proposal.slot, fragment, proposal.averaging, peer_id):
             return Reason.BUSY
-        if not self._due() or self._host.settled(peer_id):
-            return Reason.NOT_DUE
-        if self._idle_slots < PATIENT_SLOTS and not self._matched(peer_id, proposal.slot):
-            return Reason.NOT_DUE
-        return None
+        return None if self._wanted(peer_id, proposal, fragment) else Reason.NOT_DUE
+
+    def _wanted(self, peer_id: PeerId, proposal: Propose, fragment: int) -> bool:
+        """Whether an exchange is due between us, by the window's pace and the slot's matching."""
+        if self._host.settled(peer_id):
+            return False
+        if self._host.training() and proposal.averaging and self._round.rule == "gradient":
+            return False  # our gradients would be at other parameters
+        if not self._host.training() and not proposal.averaging:
+            return False  # it will learn that we take no more steps
+        if fragment in self._meetings:  # its group's, and it is expected
+            return True
+        if self._asynchronous():
+            return peer_id != self._last_partner or len(self._host.partners()) == 1
+        return self._due() and (
+            self._idle_slots >= PATIENT_SLOTS or self._matched(peer_id, proposal.slot)
+        )
 
     def _matched(self, peer_id: PeerId, slot: int) -> bool:
-        """Whether the slot's matching, as we see it, pairs us."""
+        """Whether the slot's matching, as we see it, has us meet."""
+        if self._round.group != PAIR:
+            return peer_id in self._group(slot)
         members = {*self._host.partners(), self._me, peer_id}
         return matching.partner(self._swarm_id, slot, members, self._me)[:1] == [peer_id]
 
     def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
-        """Count merges that the partner reports as one-sided, and watch its ledger."""
-        record = self._record(peer_id)
-        for exchange_id in theirs.unresolved:
-            if exchange_id in record.merged:
-                record.merged.remove(exchange_id)
-                self.one_sided += 1
-        if theirs.ledger_counter < record.highest_counter:
-            raise PeerError(
-                Reason.LEDGER_WENT_BACK,
-                f"{theirs.ledger_counter} charges now, {record.highest_counter} before",
-            )
-        record.highest_counter = theirs.ledger_counter
+        """See `Partners.settle`."""
+        self._partners.settle(peer_id, theirs)
 
     async def take_part(self, agreement: Agreement) -> None:
         """Run the exchange that a lower PeerID proposed and we agreed to."""
@@ -335,7 +385,12 @@ class Gossip(Desk):
         trainer = self._host.trainer
         if trainer is None:
             return False
-        if self._last_start is None or not self._host.training():
+        if not self._host.training():
+            return True
+        if self._round.rule == "gradient":  # what came before our start is nobody's business
+            self._last_window = trainer.window if self._last_window is None else self._last_window
+            return trainer.window > self._last_window
+        if self._last_start is None:
             return True
         step, started = self._last_start
         fragments = self._round.fragments
@@ -343,23 +398,3 @@ class Gossip(Desk):
             return True
         window_s = self._round.window_s
         return window_s is not None and (self._clock() - started) * fragments >= window_s
-
-    def _record(self, peer_id: PeerId) -> Record:
-        record = self.partners.get(peer_id)
-        if record is None:
-            record = self.partners[peer_id] = Record()
-            if len(self.partners) > MAX_PARTNERS:
-                del self.partners[next(iter(self.partners))]
-        return record
-
-    def _skip(self, peer_id: PeerId | str, slot: int, reason: str, detail: str = "") -> None:
-        self.failures[reason] += 1
-        if peer_id:
-            record = self._record(PeerId(peer_id))
-            record.failed += 1
-            record.last_reason = reason
-        level = logging.DEBUG if reason in ORDINARY else logging.INFO
-        log.log(
-            level, "slot %d skipped with %s: %s %s", slot, peer_id[-8:] or "nobody", reason, detail
-        )
-        self._on_skipped(peer_id, slot, reason, detail)

@@ -20,7 +20,7 @@ from xpeer.network.roster import MemberRecord, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.status import Partner, PrivacySpent, Progress, State, Status
 from xpeer.training.handle import TrainerProcess
-from xpeer_daemon.gossip import Gossip
+from xpeer_daemon.partners import Partners
 from xpeer_daemon.phases import ENDED, EXCHANGING
 from xpeer_daemon.supervisor import Supervisor
 
@@ -63,7 +63,7 @@ class Node:
         self.swarm: Swarm | None = None
         self.roster: Roster | None = None
         self.supervisor: Supervisor | None = None
-        self.gossip: Gossip | None = None
+        self.book: Partners | None = None
         self.last_exchange_s: float | None = None
         self.last_checkpoint_s: float | None = None
         self.joining_note = ""
@@ -160,9 +160,19 @@ class Node:
             return True
         return self.state == record.phase == "finished"
 
-    def declared_rate(self) -> float:
+    def declared_rate(self, peer_id: PeerId) -> float:
         """Declared, never measured: realised counts are data."""
-        return self.config.training.speed
+        if peer_id == self.peer_id:
+            return self.config.training.speed
+        record = self.others().get(peer_id)
+        return record.speed if record is not None else 1.0
+
+    def quality(self) -> tuple[float | None, float]:
+        """On the public text alone: losses on the shard are data."""
+        trainer = self._running()
+        if trainer is None:
+            return None, 0.0
+        return trainer.progress.loss_public, trainer.progress.loss_public_age
 
     # Subject of the control API
 
@@ -196,10 +206,10 @@ class Node:
 
     def status(self) -> Status:
         """Everything an operator may want to know."""
-        trainer, gossip, swarm, config = self._running(), self.gossip, self.swarm, self.config
+        trainer, book, swarm, config = self._running(), self.book, self.swarm, self.config
         now, reasons = self.clock(), self.reasons()
         bytes_in, bytes_out = (swarm.meter.bytes_in, swarm.meter.bytes_out) if swarm else (0, 0)
-        carried = gossip.payload_bytes_sent if gossip else 0
+        carried = book.payload_bytes_sent if book else 0
         return Status(
             health="degraded" if reasons else "ok",
             reasons=reasons,
@@ -217,14 +227,14 @@ class Node:
             progress=trainer.progress if trainer else Progress(),
             privacy=trainer.privacy if trainer else self._privacy_without_trainer(),
             partners=self._partner_rows(now),
-            exchanges_done=gossip.exchanges if gossip else 0,
-            exchanges_failed=dict(gossip.failures) if gossip else {},
-            one_sided_merges=gossip.one_sided if gossip else 0,
+            exchanges_done=book.exchanges if book else 0,
+            exchanges_failed=dict(book.failures) if book else {},
+            one_sided_merges=book.one_sided if book else 0,
             bytes_in=bytes_in,
             bytes_out=bytes_out,
             egress_cost=bytes_out / 1e9 * config.network.price_per_gb,
             currency=config.network.currency,
-            compression_ratio=4 * gossip.values_sent / carried if gossip and carried else None,
+            compression_ratio=4 * book.values_sent / carried if book and carried else None,
             last_good_round_age_s=_age(now, self.last_exchange_s),
             last_checkpoint_age_s=_age(now, self.last_checkpoint_s),
             trainer_restarts=self.supervisor.restarts if self.supervisor else 0,
@@ -266,7 +276,7 @@ class Node:
     def _partner_rows(self, now: float) -> list[Partner]:
         rows = []
         for peer, member in sorted(self.others().items()):
-            record = self.gossip.partners.get(peer) if self.gossip else None
+            record = self.book.get(peer) if self.book else None
             rows.append(
                 Partner(
                     peer_id=peer,

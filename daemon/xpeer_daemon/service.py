@@ -25,11 +25,11 @@ from xpeer.errors import (
 )
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.network import exchange, joining, state
+from xpeer.network import exchange, joining, nudging, state
 from xpeer.network.addresses import peer_of, resolve_listen
 from xpeer.network.invites import Token
 from xpeer.network.membership import Certificate, Membership
-from xpeer.network.roster import ANNOUNCE_EVERY_S, TTL_S, MemberRecord, Roster
+from xpeer.network.roster import ANNOUNCE_EVERY_S, TTL_S, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
 from xpeer.training.documents import require_text
@@ -38,17 +38,18 @@ from xpeer.training.setup import TrainerSetup
 from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs
 from xpeer_daemon.api import ControlApi
-from xpeer_daemon.gossip import ORDINARY, Gossip
+from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.joiner import Joiner
 from xpeer_daemon.lock import HomeLock
 from xpeer_daemon.node import Node
+from xpeer_daemon.partners import ORDINARY, Partners
 from xpeer_daemon.phases import ENDED, Closing
+from xpeer_daemon.presence import ROSTER_EVERY_S, Presence
 from xpeer_daemon.store import RoundRow, Store
 from xpeer_daemon.supervisor import Supervisor
 
 log = logging.getLogger("xpeer.daemon")
 
-ROSTER_EVERY_S = 3.0
 MIN_PATIENCE_S, PATIENCE = 3600.0, 4.0
 """At the end, slower peers get this much longer than we took ourselves, and an hour at least."""
 SETTLED_S = 2 * TTL_S
@@ -175,8 +176,8 @@ class Service:
             self._tasks.create_task(self._feed_watchdog())
             self._manifest, swarm_key = await self._joiner.admission()
             await self._serve_members(swarm_key)
-            self._tasks.create_task(self._keep_announcing())
-            self._tasks.create_task(self._keep_refreshing())
+            self._tasks.create_task(self._presence.keep_announcing())
+            self._tasks.create_task(self._presence.keep_refreshing())
             if self._certificate.role == "observer":
                 self._node.enter("observing")
                 return
@@ -212,21 +213,26 @@ class Service:
             self._setup, lambda setup: TrainerProcess.start(setup, self._on_trainer)
         )
         self._proposer = exchange.Proposer(self._party, self._swarm)
-        self._gossip = node.gossip = Gossip(
+        self._book = node.book = Partners(time.time, self._on_exchanged, self._on_skipped)
+        self._gossip = Gossip(
             me=self._identity.peer_id,
             swarm_id=self._swarm_id,
             manifest=manifest,
             host=node,
             proposer=self._proposer,
             num_bytes=encoded_bytes,
+            nudge=lambda peer_id: nudging.ask(self._swarm, peer_id),
             clock=time.time,
-            on_exchanged=self._on_exchanged,
-            on_skipped=self._on_skipped,
+            partners=self._book,
+        )
+        self._presence = Presence(
+            node, self._swarm, self._roster, self._book, self._store, self._certificate.role
         )
         for peer in self._store.known_peers():
-            self._gossip.remember(PeerId(peer.peer_id), peer.ledger_counter)
+            self._book[PeerId(peer.peer_id)].highest_counter = peer.ledger_counter
         self._closing = Closing(manifest.round.fragments, manifest.round.closing_windows)
         await joining.serve(self._swarm, signed, swarm_key)
+        await nudging.serve(self._swarm, self._gossip.nudged)
         await self._swarm.serve_links(
             exchange.PROTOCOL,
             exchange.answering(self._party, self._gossip, encoded_bytes),
@@ -330,34 +336,6 @@ class Service:
                 RoundRow(slot=slot, partner=peer_id, reason=reason, detail=detail)
             )
 
-    async def _keep_announcing(self) -> None:
-        while True:
-            self._node.changed.clear()
-            await self._announce(self._node.state)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ANNOUNCE_EVERY_S):
-                    await self._node.changed.wait()
-
-    async def _announce(self, phase: str) -> None:
-        record = MemberRecord(
-            peer_id=self._node.peer_id,
-            addresses=self._swarm.addresses[:8],
-            role=self._certificate.role,
-            phase=phase,
-            speed=self._config.training.speed,
-            slot=int(time.time() // self._manifest.round.slot_s),
-        )
-        await self._roster.announce(record)
-
-    async def _keep_refreshing(self) -> None:
-        while True:
-            await self._roster.refresh()
-            for peer_id, record in self._node.others().items():
-                self._store.remember_peer(
-                    peer_id, record.addresses, self._gossip.highest_counter(peer_id)
-                )
-            await asyncio.sleep(ROSTER_EVERY_S)
-
     # The end
 
     async def _watch_for_the_end(self) -> None:
@@ -405,7 +383,7 @@ class Service:
             return
         await _within(0.1 * deadline_s, self._proposer.close)
         if self._node.leaving:
-            await _within(0.1 * deadline_s, lambda: self._announce("left"))
+            await _within(0.1 * deadline_s, lambda: self._presence.announce("left"))
 
     async def _feed_watchdog(self) -> None:
         interval_s = sdnotify.watchdog_interval_s() or 10.0

@@ -15,6 +15,7 @@ from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import PeerID
 from hivemind.utils import get_dht_time
 
+from tests.meetings import meet
 from tests.swarm.conftest import Founder
 from tests.swarm.test_network import ECHO, KEY, echo, record, until
 from xpeer import update as update_module
@@ -26,7 +27,6 @@ from xpeer.network.link import Link
 from xpeer.network.p2p import STREAMS_PER_PEER
 from xpeer.network.roster import Roster
 from xpeer.network.swarm import Swarm
-from xpeer.round import exchange
 from xpeer.update import CompressedUpdate, PeerUpdate, PrivacyStamp
 from xpeer.wire.messages import Propose, Terms
 
@@ -47,18 +47,20 @@ class Trainer:
         self.in_the_middle, self.go_on = asyncio.Event(), asyncio.Event()
         self.merged = 0
 
-    async def snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
+    async def snapshot(
+        self, meeting_id: int, fragment: int, *, averaging: bool
+    ) -> CompressedUpdate:
         return CompressedUpdate(bytes(SIZE), "int8", SIZE, 1, STAMP)
 
-    async def verify(self, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
         self.in_the_middle.set()
         await self.go_on.wait()
         return 0.0
 
-    async def merge(self, exchange_id: int, weight: float) -> None:
+    async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         self.merged += 1
 
-    def drop(self, exchange_id: int) -> None:
+    def drop(self, meeting_id: int) -> None:
         return
 
 
@@ -79,20 +81,20 @@ class Peer:
 
     async def propose(self, to: PeerId) -> None:
         agreement = await self.proposer.propose(
-            to, self, slot=1, fragment=0, codec="int8", num_values=SIZE, num_bytes=SIZE,
-            timeout_s=DEADLINE_S,
+            to, self, slot=1, fragment=0, averaging=False, codec="int8", num_values=SIZE,
+            num_bytes=SIZE, timeout_s=DEADLINE_S,
         )  # fmt: skip
         healthy = False
         try:
-            await exchange(self.trainer, agreement, weighting="equal", deadline_s=DEADLINE_S)
+            await meet(self.trainer, agreement, DEADLINE_S)
             healthy = True
         finally:
             await self.proposer.done(to, healthy=healthy)
 
     # Desk
 
-    def terms(self, peer_id: PeerId) -> Terms:
-        return Terms(weight=1.0, epoch=1, ledger_counter=0)
+    def terms(self, peer_id: PeerId, slot: int) -> Terms:
+        return Terms(weight=1.0, group_weight=2.0, epoch=1, ledger_counter=0)
 
     def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
         return None
@@ -101,7 +103,7 @@ class Peer:
         return
 
     async def take_part(self, agreement: Agreement) -> None:
-        await exchange(self.trainer, agreement, weighting="equal", deadline_s=DEADLINE_S)
+        await meet(self.trainer, agreement, DEADLINE_S)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from xpeer.manifest import (
     Manifest,
     Model,
     PublicText,
+    Round,
     SharedCorpus,
     SignedManifest,
 )
@@ -170,3 +171,18 @@ def test_optional_parts_travel() -> None:
     )
     signed = SignedManifest.sign(made, ADMIN)
     assert SignedManifest.from_bytes(signed.to_bytes()).open() == made
+
+
+@pytest.mark.parametrize(
+    ("rules", "remedy"),
+    [
+        ({"group": 1}, "2 to 8, or 0"),
+        ({"rule": "asynchronous", "group": 4}, "round.group = 2"),
+        ({"rule": "diloco"}, "round.group = 0"),
+        ({"rule": "gradient", "group": 0}, "round.fragments = 1"),
+        ({"outer_rate": 0.5}, "unset"),
+    ],
+)
+def test_rounds_that_make_no_sense_name_field_and_remedy(rules: dict[str, object], remedy: str):
+    with pytest.raises(ValueError, match=remedy):
+        Round(**rules).check()  # type: ignore[arg-type] # of several types

@@ -87,8 +87,8 @@ class Dialler(Protocol):
 class Desk(Protocol):
     """What this node answers to proposals; the daemon's gossip in production."""
 
-    def terms(self, peer_id: PeerId) -> Terms:
-        """Our terms towards this partner, now."""
+    def terms(self, peer_id: PeerId, slot: int) -> Terms:
+        """Our terms towards this partner in this slot."""
 
     def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
         """Why not (a reason code), or None."""
@@ -112,6 +112,7 @@ class Agreement:
     exchange_id: int
     slot: int
     fragment: int
+    averaging: bool
     codec: str
     num_values: int
     num_bytes: int
@@ -145,7 +146,6 @@ class Agreement:
             codec=self.codec,
             num_values=self.num_values,
             peer_id=self.peer_id,
-            weight=self.theirs.weight,
         )
 
     async def _send(self, payload: bytes | memoryview) -> None:
@@ -208,6 +208,7 @@ class Proposer:
         *,
         slot: int,
         fragment: int,
+        averaging: bool,
         codec: str,
         num_values: int,
         num_bytes: int,
@@ -224,9 +225,11 @@ class Proposer:
         try:
             async with asyncio.timeout(timeout_s):
                 link = await self._link(peer_id, timeout_s)
-                ours = desk.terms(peer_id)
+                ours = desk.terms(peer_id, slot)
                 exchange_id = secrets.randbits(63)
-                await link.send(Propose(exchange_id, slot, fragment, codec, num_values, ours))
+                await link.send(
+                    Propose(exchange_id, slot, fragment, codec, num_values, averaging, ours)
+                )
                 answer = await link.expect(Agree, exchange_id, timeout_s=float("inf"))
                 desk.settled_before(peer_id, answer.terms)
         except RefusedError:
@@ -243,6 +246,7 @@ class Proposer:
             exchange_id=exchange_id,
             slot=slot,
             fragment=fragment,
+            averaging=averaging,
             codec=codec,
             num_values=num_values,
             num_bytes=num_bytes,
@@ -313,7 +317,7 @@ def answering(
         if reason is not None:
             await link.send(Refuse(proposal.exchange_id, reason))
             return
-        ours = desk.terms(link.peer_id)
+        ours = desk.terms(link.peer_id, proposal.slot)
         await link.send(Agree(proposal.exchange_id, ours))
         await desk.take_part(
             Agreement(
@@ -321,6 +325,7 @@ def answering(
                 exchange_id=proposal.exchange_id,
                 slot=proposal.slot,
                 fragment=proposal.fragment,
+                averaging=proposal.averaging,
                 codec=proposal.codec,
                 num_values=proposal.num_values,
                 num_bytes=num_bytes(proposal.codec, proposal.num_values),

@@ -69,6 +69,24 @@ def matching(swarm_id: str, slot: int, roster: Collection[PeerId]) -> list[Pair]
     return list(_matching(swarm_id, slot, tuple(sorted(set(roster)))))
 
 
+def groups(
+    swarm_id: str, slot: int, roster: Collection[PeerId], k: int
+) -> list[tuple[PeerId, ...]]:
+    """Disjoint groups of this slot.
+
+    Args:
+        swarm_id: seeds the draw.
+        slot: of the shared clock.
+        roster: who is there.
+        k: members of a group; 0 = all in one.
+    """
+    members = sorted(set(roster))
+    if k == 0 or len(members) <= k:
+        return [tuple(members)]
+    members.sort(key=lambda peer: _hash(swarm_id, b"group", slot, peer.encode()))
+    return [tuple(members[start : start + k]) for start in range(0, len(members), k)]
+
+
 @functools.lru_cache(maxsize=4 * HISTORY_SLOTS)
 def _matching(swarm_id: str, slot: int, members: tuple[PeerId, ...]) -> tuple[Pair, ...]:
     recent: set[Pair] = set()

@@ -77,6 +77,20 @@ class FlatParameters:
         for p, low, high, local in self._hits(indices):
             p.view(-1).index_add_(0, local, values[low:high].to(p.device, p.dtype))
 
+    def read_gradients(self) -> torch.Tensor:
+        """Copy all gradients to (num_params,) float32 on the CPU; a missing one is zero."""
+        out = torch.zeros(self.num_params, dtype=torch.float32)
+        for p, low, high in self._spans():
+            if p.grad is not None:
+                out[low:high].copy_(p.grad.view(-1))
+        return out
+
+    def write_gradients(self, flat: torch.Tensor) -> None:
+        """Replace all gradients by (num_params,) float32 from the CPU."""
+        self._check(flat)
+        for p, low, high in self._spans():
+            p.grad = flat[low:high].to(p.device, p.dtype, copy=True).view_as(p)
+
     def digest(self) -> str:
         """See `digest`."""
         return digest(self.read())

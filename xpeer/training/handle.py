@@ -41,6 +41,7 @@ from xpeer.training.ipc import (
     Written,
 )
 from xpeer.training.mixing import fragment_params
+from xpeer.training.rules import vectors_of
 from xpeer.training.setup import Mode, TrainerSetup
 from xpeer.update import CompressedUpdate, ModelState, PeerUpdate, received_stamp
 from xpeer.wire.codec import encoded_bytes
@@ -74,6 +75,7 @@ class TrainerProcess:
         self.privacy = PrivacySpent()
         self.ledger_counter = 0
         self.num_params = self.num_fragments = 0
+        self._vectors = 1
         self.device = self.engine = ""
         self.resumed = False
         self._child: Child
@@ -103,6 +105,7 @@ class TrainerProcess:
         manifest = SignedManifest.load(Path(setup.manifest_path)).open(setup.swarm_id)
         arena = Arena.create(layout_of(manifest))
         trainer = cls(on_event)
+        trainer._vectors = vectors_of(manifest.round)
         trainer._slots = Slots(arena.layout.num_slots)
         trainer._child = await Child.spawn(setup, arena, trainer._follow)
         ready = await trainer._child.wait_ready(timeout_s)
@@ -132,25 +135,44 @@ class TrainerProcess:
         """Local steps done."""
         return self.progress.step
 
-    def fragment_params(self, fragment: int) -> int:
-        """Number of values in a fragment."""
-        return fragment_params(self.num_params, self.num_fragments, fragment)
+    @property
+    def window(self) -> int:
+        """Windows of local steps done."""
+        return self.progress.window
+
+    def fragment_values(self, fragment: int, *, averaging: bool) -> int:
+        """Number of values that a fragment's exchange sends.
+
+        Args:
+            fragment: f.
+            averaging: as for `snapshot`.
+        """
+        vectors = 1 if averaging else self._vectors
+        return vectors * fragment_params(self.num_params, self.num_fragments, fragment)
 
     # ---- one exchange: see xpeer/round.py -----------------------------------------------------
 
-    async def snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
+    async def snapshot(
+        self, meeting_id: int, fragment: int, *, averaging: bool
+    ) -> CompressedUpdate:
         """A private, compressed fragment, taken at the next step boundary.
 
+        Args:
+            meeting_id: of the caller's choice.
+            fragment: f.
+            averaging: average the parameters, whatever the manifest's rule.
+
         Raises:
-            PeerError: too many exchanges in flight (BUSY), or no parameters yet (NOT_READY).
+            PeerError: too many meetings in flight (BUSY), or nothing to show yet (NOT_READY).
             TrainerError: the trainer died.
             LocalTimeoutError: no step boundary within `child.BOUNDARY_TIMEOUT_S`.
         """
-        return await self._child.whole(self._snapshot(exchange_id, fragment))
+        return await self._child.whole(self._snapshot(meeting_id, fragment, averaging))
 
-    async def _snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
+    async def _snapshot(self, meeting_id: int, fragment: int, averaging: bool) -> CompressedUpdate:
         async with self._slots.one() as slot:
-            taken = await self._child.ask(Snapshot(exchange_id, fragment, slot), Snapshotted)
+            command = Snapshot(meeting_id, fragment, averaging, slot)
+            taken = await self._child.ask(command, Snapshotted)
             payload = bytes(self._child.arena.slot(slot, taken.num_bytes))
         return CompressedUpdate(
             payload=payload,
@@ -160,8 +182,8 @@ class TrainerProcess:
             stamp=received_stamp(taken.privacy_mode, taken.steps_charged),
         )
 
-    async def verify(self, exchange_id: int, update: PeerUpdate) -> float:
-        """Decode and check a partner's payload.
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
+        """Decode and check one partner's payload.
 
         Returns:
             Relative distance between the partner's values and ours.
@@ -173,30 +195,32 @@ class TrainerProcess:
         size, room = memoryview(update.payload).nbytes, self._child.arena.layout.slot_bytes
         if size > room:
             raise PeerError(Reason.OVERSIZE, f"payload of {size} bytes, at most {room}")
-        return await self._child.whole(self._verify(exchange_id, update, size))
+        return await self._child.whole(self._verify(meeting_id, exchange_id, update, size))
 
-    async def _verify(self, exchange_id: int, update: PeerUpdate, size: int) -> float:
+    async def _verify(
+        self, meeting_id: int, exchange_id: int, update: PeerUpdate, size: int
+    ) -> float:
         async with self._slots.one() as slot:
             self._child.arena.slot(slot, size)[:] = memoryview(update.payload).cast("B")
-            command = Verify(exchange_id, slot, size, update.codec, update.num_values)
+            command = Verify(meeting_id, exchange_id, slot, size, update.codec, update.num_values)
             return (await self._child.ask(command, Verified)).distance
 
-    async def merge(self, exchange_id: int, weight: float) -> None:
+    async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         """Queue the merge of what was verified for the next step boundary.
 
         Args:
-            exchange_id: of `snapshot` and `verify`.
-            weight: w_j; bounded to `mixing.MERGE_WEIGHT_BOUNDS`.
+            meeting_id: of `snapshot`.
+            weights: w_j of every exchange that both sides accepted.
 
         Raises:
             PeerError: it was dropped.
-            TrainerError: it was not verified, or the trainer died.
+            TrainerError: not all was verified, or the trainer died.
         """
-        await self._child.whole(self._child.ask(Merge(exchange_id, weight), Done))
+        await self._child.whole(self._child.ask(Merge(meeting_id, weights), Done))
 
-    def drop(self, exchange_id: int) -> None:
-        """Forget an exchange; harmless if it is unknown."""
-        self._child.send(Drop(exchange_id))
+    def drop(self, meeting_id: int) -> None:
+        """Forget a meeting; harmless if it is unknown."""
+        self._child.send(Drop(meeting_id))
 
     # ---- state --------------------------------------------------------------------------------
 
@@ -289,4 +313,5 @@ def layout_of(manifest: Manifest) -> Layout:
     """The arena that a manifest needs."""
     num_params, rules = manifest.model.num_params, manifest.round
     largest = -(-num_params // rules.fragments)
-    return Layout(slot_bytes=encoded_bytes(rules.codec, largest), state_bytes=4 * num_params)
+    room = encoded_bytes(rules.codec, vectors_of(rules) * largest)
+    return Layout(slot_bytes=room, state_bytes=4 * num_params)

@@ -53,14 +53,17 @@ class Begin(Struct, frozen=True, tag=True):
 class Snapshot(Struct, frozen=True, tag=True):
     """Take a fragment at the next boundary, compress it into the slot."""
 
-    exchange_id: int
+    meeting_id: int
     fragment: int
+    averaging: bool
+    """Average the parameters, whatever the manifest's rule."""
     slot: int
 
 
 class Verify(Struct, frozen=True, tag=True):
-    """Decode and check the partner's payload in the slot."""
+    """Decode and check a partner's payload in the slot."""
 
+    meeting_id: int
     exchange_id: int
     slot: int
     num_bytes: int
@@ -69,16 +72,17 @@ class Verify(Struct, frozen=True, tag=True):
 
 
 class Merge(Struct, frozen=True, tag=True):
-    """Merge the verified payload at the next boundary; answered once it is queued."""
+    """Merge verified payloads at the next boundary; answered once that is queued."""
 
-    exchange_id: int
-    weight: float
+    meeting_id: int
+    weights: dict[int, float]
+    """w_j of every exchange that was accepted."""
 
 
 class Drop(Struct, frozen=True, tag=True):
-    """Forget an exchange; not answered."""
+    """Forget a meeting; not answered."""
 
-    exchange_id: int
+    meeting_id: int
 
 
 class ExportState(Struct, frozen=True, tag=True):

@@ -21,13 +21,15 @@ import torch
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest
 from xpeer.status import Progress
+from xpeer.training import rules
 from xpeer.training.exchanges import Exchanges
 from xpeer.training.ipc import TrainerState
+from xpeer.training.measuring import Measurements
 from xpeer.training.mixing import Fragments
 from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.setup import Mode
-from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate
+from xpeer.update import PrivateUpdate
 
 _SMOOTHING: Final = 0.9
 """Of the speed shown, per step."""
@@ -62,12 +64,17 @@ class LocalTrainer:
         self.manifest = manifest
         self.parameters = parameters
         self.mechanism = mechanism
-        self.evaluation = evaluation
+        self.measurements = Measurements(evaluation, manifest.round)
         self.counters = Counters()
         self.awaiting = awaiting
         self.optimiser = make_optimiser(manifest, parameters)
         fragments = Fragments(parameters.num_params, manifest.round.fragments, swarm_id)
-        self.exchanges = Exchanges(parameters, fragments, manifest.round.codec, mechanism)
+        rule = rules.make(manifest.round)
+        codec = manifest.round.codec
+        self.exchanges = Exchanges(parameters, fragments, codec, mechanism, rule)
+        self.exchanges.begin()
+        self._gradients = rule if isinstance(rule, rules.GradientAveraging) else None
+        self._gradient_due = False
         self.on_step: Callable[[float], None] = lambda _rest_s: None
         self.on_state: Callable[[], None] = _nothing
         self.seconds_blocked = 0.0
@@ -82,9 +89,6 @@ class LocalTrainer:
         self._window_step = 0
         self._window_began = time.monotonic()
         self._loss_train: float | None = None
-        self._loss_validation: float | None = None
-        self._loss_public: float | None = None
-        self._measured_at: int | None = None
         self._tokens_per_s = 0.0
 
     # ---- what other threads may call -------------------------------------------------------
@@ -104,6 +108,8 @@ class LocalTrainer:
             return "paused"
         if self._mode == "mix" or self.awaiting:
             return "mixing"
+        if self._gradient_due:
+            return "training"
         if self.ended:
             return "closing"
         return "budget-spent" if self._budget_spent else "training"
@@ -122,8 +128,9 @@ class LocalTrainer:
             tokens=self.counters.tokens,
             planned_steps=planned_steps(self.manifest),
             loss_train=self._loss_train,
-            loss_validation=self._loss_validation,
-            loss_public=self._loss_public,
+            loss_validation=self.measurements.validation,
+            loss_public=self.measurements.public,
+            loss_public_age=self.measurements.age(self.counters),
             learning_rate=learning_rate(self.counters, self.manifest),
             tokens_per_s=self._tokens_per_s,
             consensus_distance=self.exchanges.consensus_distance,
@@ -153,7 +160,10 @@ class LocalTrainer:
             if self._stopping or (target is not None and self.counters.step >= target):
                 return
             if self.state == "training":
-                self._step_and_rest()
+                if self._gradient_due:
+                    self._finish_gradient()
+                else:
+                    self._step_and_rest()
             elif target is not None:
                 return
             else:
@@ -166,32 +176,25 @@ class LocalTrainer:
             self._window_began = time.monotonic()
             self.on_state()
 
-    def snapshot(self, exchange_id: int, fragment: int) -> PrivateUpdate:
+    def snapshot(self, meeting_id: int, fragment: int, *, averaging: bool) -> PrivateUpdate:
         """At a boundary: a certified copy of a fragment.
 
         Raises:
-            PeerError: there are no parameters to show yet (NOT_READY), or as `Exchanges.take`.
+            PeerError: there is nothing to show yet (NOT_READY), or as `Exchanges.take`.
         """
         if self.awaiting:
             raise PeerError(Reason.NOT_READY, "the parameters have not been fetched yet")
-        return self.exchanges.take(exchange_id, fragment, self.counters.step)
+        if self._gradients is not None and not (averaging or self._gradient_due):
+            raise PeerError(Reason.NOT_READY, "the window's gradient is not complete")
+        step = self.counters.step
+        return self.exchanges.take(meeting_id, fragment, step, averaging=averaging)
 
-    def compress(self, exchange_id: int, update: PrivateUpdate) -> CompressedUpdate:
-        """On any thread: see `Exchanges.compress`."""
-        return self.exchanges.compress(exchange_id, update)
-
-    def verify(self, exchange_id: int, update: PeerUpdate) -> float:
-        """On any thread: see `Exchanges.verify`."""
-        payload = memoryview(update.payload)
-        return self.exchanges.verify(exchange_id, update.codec, payload, update.num_values)
-
-    def merge(self, exchange_id: int, weight: float) -> None:
-        """At a boundary: merge what was verified, unless it was dropped."""
-        clipped = self.exchanges.merges_clipped
-        if self.exchanges.merge(exchange_id, weight, self.counters.step):
+    def merge(self, meeting_id: int) -> None:
+        """At a boundary: merge what was resolved, unless it was dropped."""
+        clipped = self.exchanges.merge(meeting_id, self.counters.step)
+        if clipped >= 0:
             self.counters.merges += 1
-            self.counters.merges_clipped += self.exchanges.merges_clipped - clipped
-            self._measured_at = None
+            self.counters.merges_clipped += clipped
 
     def replace(self, flat: torch.Tensor, step: int) -> tuple[float, float]:
         """At a boundary: a joiner's parameters, fresh moments, a short warm-up.
@@ -208,17 +211,17 @@ class LocalTrainer:
         """
         if not bool(torch.isfinite(flat).all()):
             raise PeerError(Reason.NOT_FINITE, "the state has values that are not finite")
-        before = self.evaluation.public()
+        before = self.public_loss()
         self.parameters.write(flat)
-        self.exchanges.drop_all()
+        self.exchanges.begin()
+        self._gradient_due = False
         self.optimiser = make_optimiser(self.manifest, self.parameters)
         self.counters.step = self.counters.moments_step = step
         self.counters.window = step // self.manifest.round.window_steps
         self.counters.joined = True
         self._window_step = step % self.manifest.round.window_steps
         was, self.awaiting = self.state, False
-        after = self._loss_public = self.evaluation.public()
-        self._measured_at = None
+        after = self.measure()[0]
         if self.state != was:
             self._window_began = time.monotonic()
             self.on_state()
@@ -226,17 +229,11 @@ class LocalTrainer:
 
     def measure(self) -> tuple[float, float | None]:
         """At a boundary: public and held-out loss."""
-        self._loss_public = self.evaluation.public()
-        if self.evaluation.validation is not None:
-            self._loss_validation = self.evaluation.validation()
-        self._measured_at = self.counters.step
-        return self._loss_public, self._loss_validation
+        return self.measurements.take(self.counters)
 
     def public_loss(self) -> float:
         """At a boundary: loss of the present parameters on the public text."""
-        if self._measured_at != self.counters.step or self._loss_public is None:
-            self.measure()
-        return self._loss_public if self._loss_public is not None else math.nan
+        return self.measurements.fresh_public(self.counters)
 
     def _boundary(self) -> None:
         began = time.perf_counter()
@@ -309,7 +306,10 @@ class LocalTrainer:
                 f"training diverged: the loss of step {self.counters.step} is {result.loss}",
                 "restart from an older checkpoint; lower optimiser.learning_rate in a new swarm",
             )
-        self.optimiser.step()
+        if self._gradients is None:
+            self.optimiser.step()
+        else:
+            self._gradients.accumulate(self.parameters.read_gradients())
         self._loss_train = result.loss
         self.counters.step += 1
         self.counters.tokens += result.tokens
@@ -327,12 +327,32 @@ class LocalTrainer:
             self.counters.window += 1
             self._window_step = 0
             self._window_began = now
-            self.measure()
+            self._gradient_due = self._gradients is not None
+            self.measurements.at_window_end(self.counters)
+
+    def _finish_gradient(self) -> None:
+        """Gradient aggregation: wait for the group's gradient, then take the window's step."""
+        if self._gradients is None:
+            return
+        began = time.monotonic()
+        self._serve_until(
+            began + self.manifest.round.deadline_s,
+            lambda: self._gradients is not None and self._gradients.averaged is not None,
+        )
+        self.seconds_blocked += time.monotonic() - began
+        if self._stopping or self.state != "training":
+            return  # paused: the gradient stays due
+        self._gradient_due = False
+        self.parameters.write_gradients(self._gradients.take())
+        self.optimiser.step()
 
     def _rest(self, seconds: float) -> None:
         """Leave the processor to others, and go on serving."""
-        until = time.monotonic() + seconds
-        while not self._stopping and self.state == "training":
+        self._serve_until(time.monotonic() + seconds, lambda: False)
+
+    def _serve_until(self, until: float, done: Callable[[], bool]) -> None:
+        """Take no step until then, or until done, or until told otherwise."""
+        while not (self._stopping or done()) and self.state == "training":
             left = until - time.monotonic()
             if left <= 0:
                 return

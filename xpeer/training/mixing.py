@@ -1,13 +1,11 @@
-"""The rule that moves parameters towards a partner's; no IO, no clock, no processes.
+"""Fragments, and how ours differ from a partner's; no IO, no clock, no processes.
 
-    z = Q(theta_j[f]) - Q(theta_i[f])          theta_i[f] += w z     at a later step boundary
+    z_j = Q(theta_j[f]) - Q(theta_i[f])        shift = sum_j w_j z_j
 
-Both sides know both quantised snapshots, so with w = 1/2 the sum theta_i + theta_j is unchanged to
-float rounding, whatever the codec drops and however late either side merges: what is added here is
-exactly what is subtracted there. With weights by tokens, w_i + w_j = 1 and the sum weighted by the
-tokens is unchanged. A clipped z breaks this on one side; that is counted.
-
-Boyd et al. 2006, "Randomized gossip algorithms", eq. 1 is the rule at w = 1/2 without a codec.
+Both sides of a pair know both quantised snapshots, and z_j here is -z_i there: whatever the codec
+drops, however late either side merges and whoever else of the group is missing, what is added here
+is subtracted there, to float rounding. A clipped z breaks this on one side; that is counted. What
+becomes of the shift is the aggregation rule's business (`xpeer/training/rules`).
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import hashlib
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,8 +24,6 @@ import torch
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.wire import codec as wire_codec
 
-MERGE_WEIGHT_BOUNDS: Final = (0.1, 0.9)
-"""No partner, however many tokens it declares, replaces more than this share of our parameters."""
 CLIP_MULTIPLE: Final = 4.0
 CLIP_AFTER: Final = 5
 """Accepted norms needed for a median to mean something."""
@@ -104,27 +101,15 @@ def _splitmix64(index: np.ndarray, seed: int) -> np.ndarray:
     return np.asarray(z ^ (z >> np.uint64(31)))
 
 
-def bounded_weight(weight: float) -> float:
-    """Into `MERGE_WEIGHT_BOUNDS`, which is symmetric: both sides' weights still add up to one.
-
-    Raises:
-        LocalError: not a number.
-    """
-    if not math.isfinite(weight):
-        raise LocalError(f"mixing weight {weight!r} is not a number")
-    low, high = MERGE_WEIGHT_BOUNDS
-    return min(max(weight, low), high)
-
-
 @dataclass(frozen=True, slots=True)
-class Correction:
-    """What a verified partner's snapshot asks of our parameters."""
+class Difference:
+    """How a verified partner's vectors differ from ours."""
 
-    values: torch.Tensor  # (fragment_params,) float32, CPU: z, clipped if need be
-    norm: float
-    """||z|| after clipping."""
+    values: torch.Tensor  # (V, n) float32, CPU: z, each vector clipped if need be
+    norms: tuple[float, ...]
+    """||z|| of each vector, after clipping."""
     distance: float
-    """||z|| / ||Q(theta_i[f])|| before clipping."""
+    """||z|| / ||Q(theta_i[f])|| of the parameters, before clipping."""
     clipped: bool
 
 
@@ -134,15 +119,20 @@ class NormLimit:
     Until five were accepted there is no median, and the limit is the norm of our own fragment: all
     start from the same parameters, so no honest partner is that far away. Recorded norms are those
     after clipping, so that one partner moves the median slowly.
+
+    Args:
+        of_differences: the vector holds no parameters but a gradient or a pseudo-gradient, in which
+            honest partners differ by more than their own norm.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_differences: bool = False) -> None:
+        self._first = CLIP_MULTIPLE if of_differences else 1.0
         self._accepted: deque[float] = deque(maxlen=CLIP_HISTORY)
 
     def limit(self, own_norm: float) -> float:
         """Largest ||z|| that passes unclipped, given ||Q(theta_i[f])||."""
         if len(self._accepted) < CLIP_AFTER:
-            return own_norm
+            return self._first * own_norm
         median = statistics.median(self._accepted)
         return max(CLIP_MULTIPLE * median, CLIP_FLOOR * own_norm)
 
@@ -151,31 +141,34 @@ class NormLimit:
         self._accepted.append(norm)
 
 
-def correction(own: torch.Tensor, peer: torch.Tensor, norm_limit: NormLimit) -> Correction:
+def difference(
+    own: torch.Tensor, peer: torch.Tensor, limits: Sequence[NormLimit], parameters_at: int
+) -> Difference:
     """Get z, and how far apart the two snapshots are.
 
     Args:
-        own: Q(theta_i[f]), (n,) float32, as the partner decoded it.
-        peer: Q(theta_j[f]), (n,) float32, finite; overwritten by z.
-        norm_limit: of this trainer.
+        own: Q of what we sent, (V, n) float32, as the partner decoded it.
+        peer: Q of what the partner sent, (V, n) float32, finite; overwritten by z.
+        limits: one for each vector.
+        parameters_at: the vector that holds parameters.
 
     Raises:
         PeerError: the difference overflows.
     """
     z = peer.sub_(own)
-    norm, own_norm = _norm(z), _norm(own)
-    if not math.isfinite(norm):
-        raise PeerError(Reason.NOT_FINITE, "the difference of the parameters overflows")
-    limit = norm_limit.limit(own_norm)
-    clipped = own_norm > 0 and norm > limit
-    if clipped:
-        z.mul_(limit / norm)
-    return Correction(
-        values=z,
-        norm=min(norm, limit) if clipped else norm,
-        distance=norm / own_norm if own_norm > 0 else float(norm > 0),
-        clipped=clipped,
-    )
+    norms, clipped, distance = [], False, 0.0
+    for number, (row, own_row, limit) in enumerate(zip(z, own, limits, strict=True)):
+        norm, own_norm = _norm(row), _norm(own_row)
+        if not math.isfinite(norm):
+            raise PeerError(Reason.NOT_FINITE, "the difference of the parameters overflows")
+        if number == parameters_at:
+            distance = norm / own_norm if own_norm > 0 else float(norm > 0)
+        allowed = limit.limit(own_norm)
+        if own_norm > 0 and norm > allowed:
+            row.mul_(allowed / norm)
+            norm, clipped = allowed, True
+        norms.append(norm)
+    return Difference(z, tuple(norms), distance, clipped)
 
 
 def decode_peer(codec: str, payload: memoryview, expected_codec: str, n: int) -> torch.Tensor:

@@ -62,6 +62,12 @@ class Parameters(Protocol):
     def write(self, flat: torch.Tensor) -> None:
         """Replace all."""
 
+    def read_gradients(self) -> torch.Tensor:
+        """(num_params,) float32, CPU: a copy."""
+
+    def write_gradients(self, flat: torch.Tensor) -> None:
+        """Replace all."""
+
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         """In flat order."""
 

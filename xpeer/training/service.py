@@ -49,7 +49,7 @@ from xpeer.training.ipc import (
     Written,
     failure_of,
 )
-from xpeer.update import PeerUpdate, PrivateUpdate
+from xpeer.update import PrivateUpdate
 
 _PROGRESS_EVERY_S: Final = 0.1
 logger = logging.getLogger("xpeer.training")
@@ -142,13 +142,15 @@ class Service:
 
     def _take_drop(self, _number: int, command: Drop) -> None:
         """Now, to free memory; and once more behind a snapshot that is still due."""
-        self._trainer.exchanges.drop(command.exchange_id)
-        self._trainer.submit(lambda: self._trainer.exchanges.drop(command.exchange_id))
+        self._trainer.exchanges.drop(command.meeting_id)
+        self._trainer.submit(lambda: self._trainer.exchanges.drop(command.meeting_id))
 
     # ---- on the training thread, at a boundary ------------------------------------------------
 
     def _snapshot(self, number: int, command: Snapshot) -> None:
-        private = self._trainer.snapshot(command.exchange_id, command.fragment)
+        private = self._trainer.snapshot(
+            command.meeting_id, command.fragment, averaging=command.averaging
+        )
         _submit(self._helper, self._answer, number, lambda: self._compress(command, private))
 
     def _export_state(self, number: int) -> None:
@@ -199,7 +201,7 @@ class Service:
     # ---- on the helper ------------------------------------------------------------------------
 
     def _compress(self, command: Snapshot, private: PrivateUpdate) -> Snapshotted:
-        update = self._trainer.compress(command.exchange_id, private)
+        update = self._trainer.exchanges.compress(command.meeting_id, private)
         size = memoryview(update.payload).nbytes
         self._arena.slot(command.slot, size)[:] = update.payload
         return Snapshotted(
@@ -212,22 +214,22 @@ class Service:
         )
 
     def _verify(self, command: Verify) -> Verified:
-        update = PeerUpdate(
-            payload=self._arena.slot(command.slot, command.num_bytes),
-            codec=command.codec,
-            num_values=command.num_values,
-            peer_id="",
-            weight=1.0,
+        distance = self._trainer.exchanges.verify(
+            command.meeting_id,
+            command.exchange_id,
+            command.codec,
+            self._arena.slot(command.slot, command.num_bytes),
+            command.num_values,
         )
-        return Verified(self._trainer.verify(command.exchange_id, update))
+        return Verified(distance)
 
     def _merge(self, command: Merge) -> Done:
-        self._trainer.exchanges.admit(command.exchange_id)
+        self._trainer.exchanges.resolve(command.meeting_id, command.weights)
         self._trainer.submit(lambda: self._merge_now(command))
         return Done()
 
     def _merge_now(self, command: Merge) -> None:
-        self._trainer.merge(command.exchange_id, command.weight)
+        self._trainer.merge(command.meeting_id)
         if self._trainer.state != "training":
             self._send_progress(None)
 

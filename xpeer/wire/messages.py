@@ -34,13 +34,19 @@ class Terms(Struct, frozen=True, forbid_unknown_fields=True):
     """One side's part of an exchange."""
 
     weight: Annotated[float, Meta(gt=0, le=1e6)]
-    """Declared tokens per second; used where the manifest weights by tokens."""
+    """Declared tokens per second where the manifest's rule weights by tokens, else 1."""
+    group_weight: Annotated[float, Meta(gt=0, le=1e9)]
+    """The same, summed over the group as we see it."""
     epoch: Id
     """Drawn at every start of the trainer: an exchange never survives its restart."""
     ledger_counter: Id
     """Privacy charges so far: a peer whose counter went back was restored from an old copy."""
     unresolved: Annotated[list[Id], Meta(max_length=MAX_UNRESOLVED)] = []
     """Exchanges with this partner that we accepted and, hearing nothing more, did not merge."""
+    loss_public: float | None = None
+    """On the manifest's public text, nats per token, where the rule weights by quality."""
+    loss_age: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Windows since that was measured."""
 
 
 class Propose(Message, frozen=True):
@@ -51,6 +57,8 @@ class Propose(Message, frozen=True):
     fragment: Annotated[int, Meta(ge=0, lt=1024)]
     codec: Code
     num_values: Size
+    averaging: bool
+    """Plain averaging of the parameters, whatever the manifest's rule: one of us takes no steps."""
     terms: Terms
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from xpeer.errors import PeerError, Reason, TrainerError
@@ -14,10 +15,10 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Round
 from xpeer.network import matching
 from xpeer.network.exchange import UnresolvedError
-from xpeer.round import Exchanged
+from xpeer.round import Exchanged, Meeting
 from xpeer.wire.messages import Propose, Terms
-from xpeer_daemon import gossip as gossip_module
 from xpeer_daemon.gossip import Gossip
+from xpeer_daemon.partners import DEADLINE_MULTIPLE, MIN_DEADLINE_S, Partners
 
 SWARM = "ab" * 32
 ME, OTHER = PeerId("12D3KooWA"), PeerId("12D3KooWB")
@@ -27,8 +28,13 @@ ROUND = Round(window_steps=10, slot_s=1.0, fragments=5, codec="int8", deadline_s
 class FakeTrainer:
     epoch, step, ledger_counter = 7, 0, 3
 
-    def fragment_params(self, fragment: int) -> int:
+    window = 0
+
+    def fragment_values(self, fragment: int, *, averaging: bool) -> int:
         return 100
+
+    def drop(self, meeting_id: int) -> None:
+        return
 
 
 class FakeHost:
@@ -50,8 +56,11 @@ class FakeHost:
     def settled(self, peer_id: PeerId) -> bool:
         return self.is_settled
 
-    def declared_rate(self) -> float:
+    def declared_rate(self, peer_id: PeerId) -> float:
         return 1.0
+
+    def quality(self) -> tuple[float | None, float]:
+        return None, 0.0
 
 
 class FakeProposer:
@@ -74,6 +83,7 @@ class FakeProposer:
             slot=terms["slot"],
             fragment=terms["fragment"],
             exchange_id=len(self.log),
+            averaging=terms["averaging"],
         )
 
     async def done(self, peer_id: PeerId, *, healthy: bool) -> None:
@@ -81,39 +91,55 @@ class FakeProposer:
 
 
 class Rig:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, me: PeerId = ME) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, me: PeerId = ME, rules: Round = ROUND
+    ) -> None:
         self.host, self.proposer, self.now = FakeHost(), FakeProposer(), 1000.5
         self.merged: list[PeerId] = []
         self.skipped: list[tuple[str, str]] = []
         self.outcome: Callable[[], Any] = lambda: Exchanged(0.01, 408, 100)
 
-        async def exchange(trainer: Any, agreement: Any, **_: Any) -> Any:
+        async def exchange(meeting: Meeting, agreement: Any, **_: Any) -> Any:
+            meeting.give_up(agreement.peer_id)
             return self.outcome()
 
-        monkeypatch.setattr(gossip_module, "exchange", exchange)
+        monkeypatch.setattr(Meeting, "exchange", exchange)
+        self.partners = Partners(
+            lambda: self.now,
+            lambda peer, slot, fragment, result: self.merged.append(peer),
+            lambda peer, slot, reason, detail: self.skipped.append((peer, reason)),
+        )
+        self.nudged: list[PeerId] = []
+
+        async def nudge(peer_id: PeerId) -> None:
+            self.nudged.append(peer_id)
+
         self.gossip = Gossip(
             me=me,
             swarm_id=SWARM,
-            manifest=SimpleNamespace(round=ROUND),  # type: ignore[arg-type] # its round is all
+            manifest=SimpleNamespace(round=rules),  # type: ignore[arg-type] # its round is all
             host=self.host,  # type: ignore[arg-type] # half of the trainer is never called
             proposer=self.proposer,  # type: ignore[arg-type] # a fake
             num_bytes=lambda codec, n: n,
             clock=lambda: self.now,
-            on_exchanged=lambda peer, slot, fragment, result: self.merged.append(peer),
-            on_skipped=lambda peer, slot, reason, detail: self.skipped.append((peer, reason)),
+            nudge=nudge,
+            partners=self.partners,
         )
 
     async def slot(self) -> None:
         """One slot, and what it started."""
         self.gossip._begin(matching.slot_number(self.now, ROUND.slot_s))
-        await asyncio.gather(*self.gossip._tasks)
+        while self.gossip._tasks:
+            await asyncio.gather(*self.gossip._tasks)
         self.now += ROUND.slot_s
 
     def proposal(self, **changed: Any) -> Propose:
         slot = matching.slot_number(self.now, ROUND.slot_s)
         facts = {
             "exchange_id": 1, "slot": slot, "codec": "int8", "num_values": 100,
-            "fragment": matching.fragment_of(SWARM, slot, 5), "terms": Terms(1.0, 1, 0),
+            "fragment": matching.fragment_of(SWARM, slot, 5),
+            "averaging": not self.host.is_training,
+            "terms": Terms(1.0, 2.0, 1, 0),
         }  # fmt: skip
         return Propose(**{**facts, **changed})
 
@@ -127,7 +153,7 @@ async def test_the_lower_peer_proposes_and_a_merge_is_counted(rig: Rig):
     await rig.slot()
     assert rig.proposer.log == [OTHER] == rig.merged
     assert rig.proposer.done_with == [(OTHER, True)]
-    assert (rig.gossip.exchanges, rig.gossip.values_sent) == (1, 100)
+    assert (rig.partners.exchanges, rig.partners.values_sent) == (1, 100)
 
 
 async def test_the_higher_peer_waits(monkeypatch: pytest.MonkeyPatch):
@@ -196,9 +222,9 @@ async def test_a_failed_exchange_drops_the_link_and_has_a_reason(rig: Rig, error
     assert rig.skipped == [(OTHER, reason)]
     assert rig.proposer.done_with == [(OTHER, False)]
     assert rig.merged == []
-    told = rig.gossip.terms(OTHER).unresolved
+    told = rig.gossip.terms(OTHER, 1).unresolved
     assert told == ([1] if isinstance(error, UnresolvedError) else [])
-    assert rig.gossip.terms(OTHER).unresolved == []  # told once
+    assert rig.gossip.terms(OTHER, 1).unresolved == []  # told once
 
 
 @pytest.mark.parametrize(
@@ -228,7 +254,7 @@ def test_objections_of_the_host(rig: Rig):
 async def test_a_proposal_seen_before_or_of_a_fragment_in_flight_is_refused(rig: Rig):
     first = rig.proposal()
     agreement: Any = SimpleNamespace(
-        peer_id=OTHER, slot=first.slot, fragment=first.fragment, exchange_id=1
+        peer_id=OTHER, slot=first.slot, fragment=first.fragment, exchange_id=1, averaging=True
     )
     inside: list[str | None] = []
 
@@ -245,15 +271,111 @@ async def test_a_proposal_seen_before_or_of_a_fragment_in_flight_is_refused(rig:
 
 async def test_a_merge_that_the_partner_did_not_make_is_counted_once(rig: Rig):
     await rig.slot()
-    theirs = Terms(1.0, 1, 0, [1, 99])
+    theirs = Terms(1.0, 2.0, 1, 0, [1, 99])
     rig.gossip.settled_before(OTHER, theirs)
     rig.gossip.settled_before(OTHER, theirs)
-    assert rig.gossip.one_sided == 1
+    assert rig.partners.one_sided == 1
 
 
 def test_a_ledger_that_goes_back_is_refused_across_restarts(rig: Rig):
-    rig.gossip.remember(OTHER, 5)
-    rig.gossip.settled_before(OTHER, Terms(1.0, 1, 6))
+    rig.partners[OTHER].highest_counter = 5
+    rig.gossip.settled_before(OTHER, Terms(1.0, 2.0, 1, 6))
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
-        rig.gossip.settled_before(OTHER, Terms(1.0, 1, 5))
-    assert rig.gossip.highest_counter(OTHER) == 6
+        rig.gossip.settled_before(OTHER, Terms(1.0, 2.0, 1, 5))
+    assert rig.partners[OTHER].highest_counter == 6
+
+
+THIRD, LAST = PeerId("12D3KooWC"), PeerId("12D3KooWD")
+
+
+async def test_a_group_meets_at_once_and_waits_for_the_lower_ones(monkeypatch: pytest.MonkeyPatch):
+    rules = msgspec.structs.replace(ROUND, group=0)
+    rig = Rig(monkeypatch, me=OTHER, rules=rules)
+    rig.host.live = [ME, THIRD, LAST]
+    slot = matching.slot_number(rig.now, ROUND.slot_s)
+    rig.gossip._begin(slot)
+    while len(rig.merged) < 2:
+        await asyncio.sleep(0)
+    assert rig.proposer.log == [THIRD, LAST]  # the higher ones
+    fragment = matching.fragment_of(SWARM, slot, 5)
+    assert rig.gossip._meetings[fragment].expects(ME)
+    assert rig.gossip.objection(ME, rig.proposal()) is None  # a lower one joins the same meeting
+    agreement: Any = SimpleNamespace(
+        peer_id=ME, slot=slot, fragment=fragment, exchange_id=77, averaging=False
+    )
+    await rig.gossip.take_part(agreement)
+    await asyncio.gather(*rig.gossip._tasks)
+    assert rig.merged == [THIRD, LAST, ME]
+    assert rig.gossip._meetings == {}
+    assert rig.gossip.terms(ME, slot).group_weight == 4.0
+
+
+async def test_a_member_of_the_group_that_refuses_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(monkeypatch, rules=msgspec.structs.replace(ROUND, group=0))
+    rig.host.live = [OTHER, THIRD]
+    rig.proposer.fails[OTHER] = PeerError(Reason.PAUSED)
+    await rig.slot()
+    assert rig.merged == [THIRD]
+    assert rig.skipped == [(OTHER, Reason.PAUSED)]
+
+
+async def test_without_slots_anybody_is_met_by_proposal_or_by_nudge(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    rig = Rig(monkeypatch, me=OTHER, rules=msgspec.structs.replace(ROUND, rule="asynchronous"))
+    rig.host.live = [ME, THIRD]
+    trainer = rig.host.trainer
+    assert trainer is not None
+    while not (rig.nudged and rig.merged):
+        trainer.step += 2
+        await rig.slot()
+    assert set(rig.nudged) == {ME}
+    assert set(rig.proposer.log) == {THIRD}
+
+
+async def test_a_nudge_is_answered_by_a_proposal_once_a_slot(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(monkeypatch, rules=msgspec.structs.replace(ROUND, rule="asynchronous"))
+    for _ in range(3):
+        rig.gossip.nudged(OTHER)
+        while rig.gossip._tasks:
+            await asyncio.gather(*rig.gossip._tasks)
+        rig.partners[OTHER].last_slot = matching.slot_number(rig.now, ROUND.slot_s)
+    rig.gossip.nudged(THIRD)  # no member
+    assert rig.proposer.log == [OTHER]
+
+
+async def test_nobody_is_nudged_or_nudges_where_there_are_slots(rig: Rig):
+    rig.gossip.nudged(OTHER)
+    assert not rig.gossip._tasks
+
+
+async def test_gradients_are_due_once_a_window(monkeypatch: pytest.MonkeyPatch):
+    rules = msgspec.structs.replace(ROUND, rule="gradient", group=0, fragments=1)
+    rig = Rig(monkeypatch, rules=rules)
+    trainer = rig.host.trainer
+    assert trainer is not None
+    await rig.slot()
+    assert rig.merged == []
+    trainer.window = 1
+    await rig.slot()
+    await rig.slot()
+    assert rig.merged == [OTHER]
+
+
+def test_who_takes_no_steps_averages_and_nothing_else(rig: Rig):
+    rig.host.is_training = False
+    refused = rig.gossip.objection(OTHER, rig.proposal(averaging=False))
+    assert refused == Reason.NOT_DUE
+    assert rig.gossip.objection(OTHER, rig.proposal(averaging=True)) is None
+
+
+def test_a_partners_deadline_follows_from_what_it_took(rig: Rig):
+    book = rig.partners
+    assert book.deadline_s(OTHER, 60.0) == 60.0
+    agreement: Any = SimpleNamespace(peer_id=OTHER, slot=1, fragment=0, exchange_id=1)
+    book.done(agreement, Exchanged(0.1, 4, 4), 4.0)
+    assert book.deadline_s(OTHER, 60.0) == DEADLINE_MULTIPLE * 4.0
+    assert book.deadline_s(OTHER, 3.0) == 3.0
+    for _ in range(40):
+        book.done(agreement, Exchanged(0.1, 4, 4), 0.1)
+    assert book.deadline_s(OTHER, 60.0) == MIN_DEADLINE_S

@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from tests.meetings import meet
 from xpeer import update as update_module
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId, blake2b
 from xpeer.network.exchange import Party, Proposer, UnresolvedError, answering
 from xpeer.network.link import Link
 from xpeer.network.membership import Membership, Scope
-from xpeer.round import exchange
 from xpeer.update import CompressedUpdate, PeerUpdate, PrivacyStamp
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
 
@@ -31,21 +31,24 @@ class FakeTrainer:
         self.log: list[str] = []
         self.received = b""
 
-    async def snapshot(self, exchange_id: int, fragment: int) -> CompressedUpdate:
+    async def snapshot(
+        self, meeting_id: int, fragment: int, *, averaging: bool
+    ) -> CompressedUpdate:
         self.log.append("snapshot")
         return CompressedUpdate(self.payload, "int8", len(self.payload), 1, STAMP)
 
-    async def verify(self, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
         self.log.append("verify")
         self.received = bytes(update.payload)
         if self.received.startswith(b"NaN"):
             raise PeerError(Reason.NOT_FINITE)
         return 0.01
 
-    async def merge(self, exchange_id: int, weight: float) -> None:
+    async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
+        (weight,) = weights.values()
         self.log.append(f"merge {weight}")
 
-    def drop(self, exchange_id: int) -> None:
+    def drop(self, meeting_id: int) -> None:
         self.log.append("drop")
 
 
@@ -55,8 +58,8 @@ class FakeDesk:
         self.outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self.told: list[int] = []
 
-    def terms(self, peer_id: PeerId) -> Terms:
-        return Terms(weight=1.0, epoch=1, ledger_counter=0)
+    def terms(self, peer_id: PeerId, slot: int) -> Terms:
+        return Terms(weight=1.0, group_weight=2.0, epoch=1, ledger_counter=0)
 
     def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
         return self.refusal
@@ -66,7 +69,7 @@ class FakeDesk:
 
     async def take_part(self, agreement) -> None:
         try:
-            result = await exchange(self.trainer, agreement, weighting="equal", deadline_s=3)
+            result = await meet(self.trainer, agreement, 3)
         except PeerError as e:
             self.outcome.set_result(e)
             raise
@@ -120,8 +123,8 @@ async def answerer(identities, trainer, refusal=None):
 
 async def propose(proposer, identities, desk):
     return await proposer.propose(
-        identities[1].peer_id, desk, slot=7, fragment=2, codec="int8", num_values=SIZE,
-        num_bytes=SIZE, timeout_s=2,
+        identities[1].peer_id, desk, slot=7, fragment=2, averaging=False, codec="int8",
+        num_values=SIZE, num_bytes=SIZE, timeout_s=2,
     )  # fmt: skip
 
 
@@ -131,7 +134,7 @@ async def test_both_sides_receive_verify_and_merge(identities):
         for _ in range(2):  # the link stays open for the next exchange
             desk.outcome = asyncio.get_running_loop().create_future()
             agreement = await propose(proposer, identities, FakeDesk(ours))
-            await exchange(ours, agreement, weighting="equal", deadline_s=3)
+            await meet(ours, agreement, 3)
             await proposer.done(identities[1].peer_id, healthy=True)
             await desk.outcome
     assert ours.log == ["snapshot", "verify", "merge 0.5"] * 2
@@ -152,7 +155,7 @@ async def test_values_that_fail_verification_are_merged_by_neither(identities):
     async with answerer(identities, theirs) as (proposer, desk, _):
         agreement = await propose(proposer, identities, FakeDesk(ours))
         with pytest.raises(UnresolvedError):
-            await exchange(ours, agreement, weighting="equal", deadline_s=3)
+            await meet(ours, agreement, 3)
         assert (await desk.outcome).reason == Reason.NOT_FINITE
     assert ours.log == ["snapshot", "verify", "drop"] == theirs.log
 
@@ -168,7 +171,7 @@ class Villain:
         await self.link.connect(handshake, initiator=False)
         proposal = await self.link.receive(2)
         assert isinstance(proposal, Propose)
-        await self.link.send(Agree(proposal.exchange_id, Terms(1.0, 1, 0)))
+        await self.link.send(Agree(proposal.exchange_id, Terms(1.0, 2.0, 1, 0)))
         return proposal
 
     async def payload(self, proposal: Propose, data: bytes) -> None:
@@ -279,7 +282,7 @@ async def test_a_bad_partner_costs_this_exchange_and_nothing_else(identities, at
     proposer = Proposer(party(low), Dialler(near))
     agreement = await propose(proposer, identities, FakeDesk(trainer))
     with pytest.raises(PeerError) as caught:
-        await exchange(trainer, agreement, weighting="equal", deadline_s=10)
+        await meet(trainer, agreement, 10)
     await proposer.done(high.peer_id, healthy=False)
     far.abort()
     await asyncio.gather(task, return_exceptions=True)

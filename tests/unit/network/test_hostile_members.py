@@ -18,6 +18,7 @@ from xpeer.network.link import Link
 from xpeer.update import ModelState
 from xpeer.wire.messages import Propose, StateOffer, Terms, decode, encode, state_statement
 from xpeer_daemon.gossip import PATIENT_SLOTS, Gossip
+from xpeer_daemon.partners import Partners
 
 SWARM = "ab" * 32
 
@@ -25,7 +26,9 @@ SWARM = "ab" * 32
 class FakeTrainer:
     epoch, ledger_counter, step = 1, 0, 0
 
-    def fragment_params(self, fragment: int) -> int:
+    window = 0
+
+    def fragment_values(self, fragment: int, *, averaging: bool) -> int:
         return 100
 
 
@@ -46,13 +49,16 @@ class FakeHost:
     def settled(self, peer_id: PeerId) -> bool:
         return False
 
-    def declared_rate(self) -> float:
+    def declared_rate(self, peer_id: PeerId) -> float:
         return 1.0
+
+    def quality(self) -> tuple[float | None, float]:
+        return None, 0.0
 
 
 class Rules:
     fragments, codec, slot_s, window_steps, window_s = 4, "int8", 1.0, 8, None
-    deadline_s, weighting = 30.0, "equal"
+    deadline_s, rule, group = 30.0, "gossip", 2
 
 
 def gossip_of(me: PeerId, partners: list[PeerId], now: list[float]) -> Gossip:
@@ -65,14 +71,14 @@ def gossip_of(me: PeerId, partners: list[PeerId], now: list[float]) -> Gossip:
         proposer=cast(Any, type("None", (), {"busy_with": lambda self, peer: True})()),
         num_bytes=lambda codec, n: n,
         clock=lambda: now[0],
-        on_exchanged=lambda *a: None,
-        on_skipped=lambda *a: None,
+        nudge=cast(Any, None),
+        partners=Partners(lambda: now[0], lambda *a: None, lambda *a: None),
     )
 
 
 def proposal(slot: int, exchange_id: int = 1) -> Propose:
     fragment = matching.fragment_of(SWARM, slot, Rules.fragments)
-    return Propose(exchange_id, slot, fragment, "int8", 100, Terms(1.0, 1, 0))
+    return Propose(exchange_id, slot, fragment, "int8", 100, False, Terms(1.0, 2.0, 1, 0))
 
 
 @pytest.fixture
@@ -88,7 +94,7 @@ def test_a_member_that_proposes_all_the_time_gets_its_own_slots_only(members):
         now[0] = float(slot)
         for ahead in range(-8, 9):  # whichever slot suits it
             if gossip.objection(bad, proposal(slot + ahead, slot * 100 + ahead)) is None:
-                gossip._record(bad).last_slot = slot + ahead
+                gossip._partners[bad].last_slot = slot + ahead
                 accepted.append(slot + ahead)
     assert 0 < len(accepted) <= 20  # 1 in 5, not all 40 slots and not 17 in each
     assert all(bad == matching.partner(SWARM, s, members, me)[0] for s in accepted)
@@ -112,11 +118,11 @@ def test_a_fallback_is_welcome_once_our_own_partner_did_not_come(members):
 def test_a_counter_that_jumps_hurts_the_liar_alone(members):
     gossip = gossip_of(members[-1], members[:-1], [1000.0])
     top = (1 << 63) - 1
-    gossip.settled_before(members[0], Terms(1.0, 1, top))
+    gossip.settled_before(members[0], Terms(1.0, 2.0, 1, top))
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
-        gossip.settled_before(members[0], Terms(1.0, 1, 5))
-    gossip.settled_before(members[1], Terms(1.0, 1, 5))
-    assert gossip.highest_counter(members[1]) == 5
+        gossip.settled_before(members[0], Terms(1.0, 2.0, 1, 5))
+    gossip.settled_before(members[1], Terms(1.0, 2.0, 1, 5))
+    assert gossip._partners[members[1]].highest_counter == 5
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0, 0.0, 1e7])

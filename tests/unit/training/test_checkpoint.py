@@ -34,6 +34,7 @@ def bundle(step: int, num_params: int = P) -> Bundle:
         exp_avg=torch.randn(num_params, generator=generator),
         exp_avg_sq=torch.rand(num_params, generator=generator),
         optimiser_step=step,
+        rule={"anchor.0": torch.full((7,), float(step)), "residual": torch.zeros(2)},
         counters={"step": step, "tokens": 7 * step, "seconds": 0.5},
         ledger_id="a1",
         manifest_hash="b2",
@@ -43,6 +44,8 @@ def bundle(step: int, num_params: int = P) -> Bundle:
 def same(one: Bundle, two: Bundle) -> bool:
     names = ("flat", "exp_avg", "exp_avg_sq")
     equal = all(torch.equal(getattr(one, name), getattr(two, name)) for name in names)
+    equal = equal and one.rule.keys() == two.rule.keys()
+    equal = equal and all(torch.equal(one.rule[name], two.rule[name]) for name in one.rule)
     rest = ("optimiser_step", "counters", "ledger_id", "manifest_hash", "step")
     return equal and all(getattr(one, name) == getattr(two, name) for name in rest)
 
@@ -242,7 +245,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path, fused: bool):
     take_steps(optimiser, first, range(3))
     exp_avg, exp_avg_sq, step = checkpoint.read_moments(optimiser, first)
     flat = torch.cat([p.detach().reshape(-1) for p in first])
-    save(tmp_path, Bundle(flat, exp_avg, exp_avg_sq, step, {"step": 3}))
+    save(tmp_path, Bundle(flat, exp_avg, exp_avg_sq, step, counters={"step": 3}))
 
     loaded, _ = load_latest(tmp_path)
     assert loaded is not None
@@ -312,7 +315,7 @@ def save_model(home: Home, step: int) -> torch.nn.Module:
     made = model.build(TINY, seed=step)
     flat = model.read_flat(made)
     zeros = torch.zeros_like(flat)
-    save(home.checkpoints, Bundle(flat, zeros, zeros.clone(), 0, {"step": step}))
+    save(home.checkpoints, Bundle(flat, zeros, zeros.clone(), 0, counters={"step": step}))
     return made
 
 

@@ -17,9 +17,16 @@ from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText,
 from xpeer.status import PrivacySpent
 from xpeer.training.exchanges import MAX_IN_FLIGHT
 from xpeer.training.local import LocalTrainer
+from xpeer.training.mixing import CLIP_AFTER
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
-from xpeer.update import _ISSUER, PeerUpdate, PrivacyStamp, PrivateUpdate, RawUpdate
+from xpeer.update import (
+    _ISSUER,
+    CompressedUpdate,
+    PrivacyStamp,
+    PrivateUpdate,
+    RawUpdate,
+)
 
 SWARM = "ab" * 32
 NUM_PARAMS = 600
@@ -52,6 +59,13 @@ class Parameters:
     def write(self, flat: torch.Tensor) -> None:
         with torch.no_grad():
             self.weight.copy_(flat)
+
+    def read_gradients(self) -> torch.Tensor:
+        assert self.weight.grad is not None
+        return self.weight.grad.clone()
+
+    def write_gradients(self, flat: torch.Tensor) -> None:
+        self.weight.grad = flat.clone()
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [self.weight]
@@ -141,12 +155,24 @@ def mechanism_of(trainer: LocalTrainer) -> FakeMechanism:
 
 def swap(a: LocalTrainer, b: LocalTrainer, exchange_id: int, fragment: int) -> None:
     """Snapshot both, verify both; merging is the caller's."""
-    updates = [t.compress(exchange_id, t.snapshot(exchange_id, fragment)) for t in (a, b)]
+    updates = [taken(t, exchange_id, fragment) for t in (a, b)]
     for trainer, update in ((a, updates[1]), (b, updates[0])):
-        trainer.verify(
-            exchange_id,
-            PeerUpdate(update.payload, update.codec, update.num_values, "peer", 1.0),
-        )
+        verify(trainer, exchange_id, update)
+
+
+def taken(trainer: LocalTrainer, meeting_id: int, fragment: int) -> CompressedUpdate:
+    private = trainer.snapshot(meeting_id, fragment, averaging=False)
+    return trainer.exchanges.compress(meeting_id, private)
+
+
+def verify(trainer: LocalTrainer, meeting_id: int, update: CompressedUpdate) -> float:
+    payload = memoryview(update.payload)
+    return trainer.exchanges.verify(meeting_id, 1, update.codec, payload, update.num_values)
+
+
+def merge(trainer: LocalTrainer, meeting_id: int) -> None:
+    trainer.exchanges.resolve(meeting_id, {1: 0.5})
+    trainer.merge(meeting_id)
 
 
 def test_run_takes_steps_windows_and_charges_each_step_once() -> None:
@@ -185,20 +211,20 @@ def test_a_spent_budget_ends_training_but_not_mixing() -> None:
     assert states[-1] == "budget-spent"
     swap(trainer, other, 1, 0)
     before = trainer.parameters.read()
-    trainer.merge(1, 0.5)
+    merge(trainer, 1)
     assert not torch.equal(trainer.parameters.read(), before)
 
 
 def test_merges_of_both_sides_keep_the_sum_while_training_goes_on() -> None:
     a, b = trainer_with(seed=1), trainer_with(seed=2)
-    a.exchanges._norm_limit.accepted(1e6)
+    a.exchanges._limits[a.exchanges.rule][0].accepted(1e6)
     for exchange_id in range(6):
         fragment = exchange_id % 3
         swap(a, b, exchange_id, fragment)
         a.run(steps=2)
         total = a.parameters.read() + b.parameters.read()
-        a.merge(exchange_id, 0.5)
-        b.merge(exchange_id, 0.5)
+        merge(a, exchange_id)
+        merge(b, exchange_id)
         if a.counters.merges_clipped == b.counters.merges_clipped == 0:
             assert torch.allclose(a.parameters.read() + b.parameters.read(), total, atol=1e-5)
     assert a.progress().merges == 6
@@ -210,8 +236,8 @@ def test_mixing_alone_brings_peers_together() -> None:
     a, b = trainer_with(seed=1), trainer_with(seed=2)
     for exchange_id in range(30):
         swap(a, b, exchange_id, exchange_id % 3)
-        a.merge(exchange_id, 0.5)
-        b.merge(exchange_id, 0.5)
+        merge(a, exchange_id)
+        merge(b, exchange_id)
     assert float((a.parameters.read() - b.parameters.read()).norm()) < 0.2  # what int8 leaves
     distance = a.progress().consensus_distance
     assert distance is not None
@@ -222,29 +248,30 @@ def test_a_dropped_exchange_is_not_merged_and_refused_afterwards() -> None:
     a, b = trainer_with(seed=1), trainer_with(seed=2)
     swap(a, b, 1, 0)
     before = a.parameters.read()
+    a.exchanges.resolve(1, {1: 0.5})
     a.exchanges.drop(1)
-    a.merge(1, 0.5)
+    a.merge(1)
     assert torch.equal(a.parameters.read(), before)
     assert a.progress().merges == 0
     with pytest.raises(PeerError) as error:
-        a.exchanges.admit(1)
+        a.exchanges.resolve(1, {1: 0.5})
     assert error.value.reason == Reason.CLOSED
     a.exchanges.drop(99)
 
 
 def test_in_flight_is_bounded_and_out_of_order_is_refused() -> None:
     trainer = trainer_with()
-    for exchange_id in range(MAX_IN_FLIGHT):
-        trainer.snapshot(exchange_id, 0)
+    for fragment in range(3):
+        trainer.snapshot(fragment, fragment, averaging=False)
     with pytest.raises(PeerError) as error:
-        trainer.snapshot(MAX_IN_FLIGHT, 0)
+        trainer.snapshot(MAX_IN_FLIGHT, 0, averaging=False)
     assert error.value.reason == Reason.BUSY
     with pytest.raises(TrainerError, match="has its snapshot"):
-        trainer.snapshot(0, 0)
-    with pytest.raises(TrainerError, match="not verified"):
-        trainer.exchanges.admit(0)
+        trainer.snapshot(0, 0, averaging=False)
+    with pytest.raises(TrainerError, match="verified"):
+        trainer.exchanges.resolve(0, {1: 0.5})
     with pytest.raises(LocalError, match="fragment 3"):
-        trainer.snapshot(0, 3)
+        trainer.snapshot(0, 3, averaging=False)
 
 
 @pytest.mark.parametrize(
@@ -259,10 +286,9 @@ def test_in_flight_is_bounded_and_out_of_order_is_refused() -> None:
 )
 def test_bad_payloads_are_refused(change: dict[str, Any], reason: str) -> None:
     trainer = trainer_with()
-    update = trainer.compress(1, trainer.snapshot(1, 0))
-    peer = PeerUpdate(update.payload, update.codec, update.num_values, "peer", 1.0)
+    update = taken(trainer, 1, 0)
     with pytest.raises(PeerError) as error:
-        trainer.verify(1, replace(peer, **change))
+        verify(trainer, 1, replace(update, **change))
     assert error.value.reason == reason
 
 
@@ -274,7 +300,7 @@ def test_a_joiner_waits_then_starts_afresh_at_its_donors_step() -> None:
     trainer.run(steps=5)
     assert (trainer.counters.step, trainer.state) == (0, "mixing")
     with pytest.raises(PeerError) as error:
-        trainer.snapshot(1, 0)
+        trainer.snapshot(1, 0, averaging=False)
     assert error.value.reason == Reason.NOT_READY
     donor = torch.full((NUM_PARAMS,), 0.25)
     before, after = trainer.replace(donor, step=500)
@@ -386,3 +412,100 @@ def test_learning_rate_decays_to_its_final_share(schedule: Any, half: float, end
     assert rates[0] == pytest.approx(0.1, rel=0.01)
     assert rates[1] == pytest.approx(0.5, rel=0.05)
     assert rates[2:] == [pytest.approx(half), pytest.approx(end)]
+
+
+# Aggregation rules in the loop
+
+
+def gradient_trainer(seed: int, **changes: Any) -> LocalTrainer:
+    rules = Round(rule="gradient", group=0, fragments=1, window_steps=2, **changes)
+    optimiser = Optimiser(learning_rate=0.1, warmup_steps=0, schedule="constant")
+    return trainer_with(seed=seed, round=rules, optimiser=optimiser)
+
+
+def test_gradient_aggregation_is_one_step_on_the_mean_gradient() -> None:
+    """Two peers at the same parameters, against AdamW on the mean of their gradients."""
+    a, b = gradient_trainer(1, codec="float32"), gradient_trainer(1, codec="float32")
+    reference = gradient_trainer(1)
+    gradients = [torch.randn(NUM_PARAMS), torch.randn(NUM_PARAMS)]
+    for trainer, gradient in zip((a, b), gradients, strict=True):
+        with_gradient(trainer, gradient)
+        trainer.run(steps=2)
+        assert trainer.state == "training"  # and not another step before the others' gradients
+        assert torch.equal(trainer.parameters.read(), reference.parameters.read())
+    swap(a, b, 1, 0)
+    for trainer in (a, b):
+        merge(trainer, 1)
+        trainer._finish_gradient()
+    reference.parameters.write_gradients((gradients[0] + gradients[1]) / 2)
+    for group in reference.optimiser.param_groups:
+        group["lr"] = 0.1
+    reference.optimiser.step()
+    for trainer in (a, b):
+        assert torch.allclose(trainer.parameters.read(), reference.parameters.read(), atol=1e-6)
+        assert trainer.progress().seconds_blocked >= 0
+
+
+def with_gradient(trainer: LocalTrainer, gradient: torch.Tensor) -> None:
+    mechanism, plain = mechanism_of(trainer), mechanism_of(trainer).step_gradient
+
+    def step_gradient() -> Result:
+        result = plain()
+        trainer.parameters.write_gradients(gradient)
+        return result
+
+    mechanism.step_gradient = step_gradient  # type: ignore[method-assign] # a fake of a fake
+
+
+def test_a_peer_that_nobody_meets_steps_with_its_own_gradient() -> None:
+    trainer = gradient_trainer(1, deadline_s=0.01)
+    before = trainer.parameters.read()
+    trainer.run(steps=3)
+    moved = (trainer.parameters.read() - before).abs()
+    assert torch.allclose(moved, torch.full_like(moved, 0.1), atol=1e-3)  # AdamW's first step
+    assert trainer.seconds_blocked >= 0.01
+
+
+def test_a_gradient_is_shown_only_when_its_window_is_complete() -> None:
+    trainer = gradient_trainer(1)
+    trainer.run(steps=1)
+    with pytest.raises(PeerError) as error:
+        trainer.snapshot(1, 0, averaging=False)
+    assert error.value.reason == Reason.NOT_READY
+    assert trainer.snapshot(2, 0, averaging=True).values.numel() == NUM_PARAMS
+    trainer.exchanges.drop(2)
+    trainer.run(steps=1)
+    assert trainer.snapshot(3, 0, averaging=False).values.numel() == 2 * NUM_PARAMS
+
+
+def test_three_peers_in_a_group_have_their_mean() -> None:
+    peers = [trainer_with(seed=seed) for seed in range(3)]
+    for peer in peers:
+        for _ in range(CLIP_AFTER):
+            peer.exchanges._limits[peer.exchanges.rule][0].accepted(1e6)
+    indices = peers[0].exchanges.fragments.indices(0)
+    mean = torch.stack([peer.parameters.gather(indices) for peer in peers]).mean(0)
+    updates = [taken(peer, 1, 0) for peer in peers]
+    for number, peer in enumerate(peers):
+        others = [other for other in range(3) if other != number]
+        for other in others:
+            payload = memoryview(updates[other].payload)
+            peer.exchanges.verify(1, other, "int8", payload, updates[other].num_values)
+        peer.exchanges.resolve(1, dict.fromkeys(others, 1 / 3))
+        peer.merge(1)
+        assert torch.allclose(peer.parameters.gather(indices), mean, atol=0.05)
+
+
+def test_averaging_beside_an_outer_rule_moves_its_anchors() -> None:
+    rules = Round(rule="noloco", fragments=1, codec="float32")
+    a, b = trainer_with(seed=1, round=rules), trainer_with(seed=2, round=rules)
+    updates = []
+    for trainer in (a, b):
+        private = trainer.snapshot(1, 0, averaging=True)
+        updates.append(trainer.exchanges.compress(1, private))
+    for trainer, update in ((a, updates[1]), (b, updates[0])):
+        verify(trainer, 1, update)
+        merge(trainer, 1)
+        sent = trainer.snapshot(2, 0, averaging=False).values.view(2, -1)
+        assert float(sent[0].norm()) < 1e-5  # theta - phi: training did nothing
+        assert torch.allclose(sent[1], trainer.parameters.read(), atol=1e-5)

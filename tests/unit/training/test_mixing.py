@@ -6,16 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.round import mixing_weight
 from xpeer.training.mixing import (
     CLIP_AFTER,
     CLIP_FLOOR,
     CLIP_MULTIPLE,
+    Difference,
     Fragments,
     NormLimit,
-    bounded_weight,
-    correction,
     decode_peer,
+    difference,
     fragment_params,
 )
 from xpeer.wire.codec import NAMES, decode, encode
@@ -26,6 +25,11 @@ KNOWN_FRAGMENT = [6, 9, 14, 17, 19]
 
 def randn(n: int, seed: int) -> torch.Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+
+
+def found(own: torch.Tensor, peer: torch.Tensor, limit: NormLimit) -> Difference:
+    """Of one vector."""
+    return difference(own[None], peer[None], [limit], 0)
 
 
 @given(st.integers(1, 3000), st.integers(1, 40))
@@ -85,49 +89,20 @@ def test_mixing_keeps_the_sum(
             delta = randn(n, seed + 100 * side + step).double() * 0.01
             thetas[side] += delta
             trained += delta
-        z = correction(seen[side], seen[1 - side].clone(), NormLimit())
+        z = found(seen[side], seen[1 - side].clone(), NormLimit())
         assert not z.clipped
-        thetas[side] += bounded_weight(0.5) * z.values.double()
+        thetas[side] += 0.5 * z.values[0].double()
     before = start[0].double() + start[1].double() + trained
     assert torch.allclose(thetas[0] + thetas[1], before, atol=1e-12, rtol=0)
-
-
-@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
-def test_weights_by_tokens_add_up_and_are_bounded(a: float, b: float) -> None:
-    w_a, w_b = bounded_weight(mixing_weight(a, b)), bounded_weight(mixing_weight(b, a))
-    assert w_a + w_b == pytest.approx(1.0)
-    assert 0.1 <= w_a <= 0.9
-    assert mixing_weight(a, a) == 0.5
-
-
-@given(st.floats(0.5, 4), st.floats(0.5, 4))
-@settings(deadline=None)
-def test_mixing_by_tokens_keeps_the_weighted_sum(a: float, b: float) -> None:
-    x, y = randn(200, 1).double(), randn(200, 2).double()
-    z = y - x
-    mixed = a * (x + mixing_weight(a, b) * z) + b * (y - mixing_weight(b, a) * z)
-    assert torch.allclose(mixed, a * x + b * y)
-
-
-@pytest.mark.parametrize("weight", [0.0, -1.0, 1e4, float("nan"), float("inf")])
-def test_declared_weights_out_of_bounds_are_refused(weight: float) -> None:
-    with pytest.raises(PeerError) as error:
-        mixing_weight(1.0, weight)
-    assert error.value.reason == Reason.MALFORMED
-
-
-def test_a_weight_that_is_no_number_is_refused() -> None:
-    with pytest.raises(LocalError):
-        bounded_weight(float("nan"))
 
 
 def test_a_far_partner_is_clipped_to_a_multiple_of_the_median() -> None:
     own, limit = randn(1000, 1), NormLimit()
     for norm in (1.0, 2.0, 3.0, 2.0, 2.0):
         limit.accepted(norm)
-    z = correction(own, own - 100 * own, limit)
+    z = found(own, own - 100 * own, limit)
     assert z.clipped
-    assert z.norm == pytest.approx(CLIP_MULTIPLE * 2.0)
+    assert z.norms[0] == pytest.approx(CLIP_MULTIPLE * 2.0)
     assert float(z.values.norm()) == pytest.approx(CLIP_MULTIPLE * 2.0, rel=1e-4)
     assert z.distance == pytest.approx(100.0, rel=1e-4)
 
@@ -136,8 +111,8 @@ def test_before_there_is_a_median_the_limit_is_our_own_norm() -> None:
     own, limit = randn(1000, 1), NormLimit()
     for _ in range(CLIP_AFTER - 1):
         limit.accepted(1e-6)
-    near = correction(own, own * 1.9, limit)
-    far = correction(own, own * 10, limit)
+    near = found(own, own * 1.9, limit)
+    far = found(own, own * 10, limit)
     assert not near.clipped
     assert far.clipped
     assert float(far.values.norm()) == pytest.approx(float(own.norm()), rel=1e-4)
@@ -147,20 +122,34 @@ def test_a_median_of_zero_does_not_keep_peers_apart() -> None:
     own, limit = randn(1000, 1), NormLimit()
     for _ in range(10):
         limit.accepted(0.0)
-    assert not correction(own, own * (1 + 0.9 * CLIP_FLOOR), limit).clipped
+    assert not found(own, own * (1 + 0.9 * CLIP_FLOOR), limit).clipped
 
 
 def test_a_fragment_of_zeros_is_mixed_unclipped() -> None:
-    z = correction(torch.zeros(10), torch.ones(10), NormLimit())
+    z = found(torch.zeros(10), torch.ones(10), NormLimit())
     assert (z.clipped, z.distance) == (False, 1.0)
-    assert torch.equal(z.values, torch.ones(10))
+    assert torch.equal(z.values[0], torch.ones(10))
 
 
 def test_a_difference_that_overflows_is_refused() -> None:
     big = torch.full((4,), 3e38)
     with pytest.raises(PeerError) as error:
-        correction(-big, big, NormLimit())
+        found(-big, big, NormLimit())
     assert error.value.reason == Reason.NOT_FINITE
+
+
+def test_vectors_are_clipped_one_by_one_and_the_distance_is_the_parameters() -> None:
+    own, limits = torch.ones(2, 100), [NormLimit(), NormLimit()]
+    for _ in range(CLIP_AFTER):
+        limits[0].accepted(1.0)
+        limits[1].accepted(1e3)
+    peer = torch.stack([torch.full((100,), 9.0), torch.full((100,), 3.0)])
+    z = difference(own, peer, limits, parameters_at=1)
+    assert z.norms == pytest.approx((CLIP_MULTIPLE, 20.0))
+    assert float(z.values[0].norm()) == pytest.approx(CLIP_MULTIPLE)
+    assert torch.equal(z.values[1], torch.full((100,), 2.0))
+    assert z.clipped
+    assert z.distance == pytest.approx(2.0)
 
 
 def test_another_codec_than_the_manifests_is_refused() -> None:

@@ -72,7 +72,7 @@ def with_config(setup: TrainerSetup, section: str, **changes: Any) -> TrainerSet
 
 def from_peer(update: CompressedUpdate, **changes: Any) -> PeerUpdate:
     fields = {"payload": update.payload, "codec": update.codec, "num_values": update.num_values}
-    return PeerUpdate(**{**fields, **changes}, peer_id="peer", weight=1.0)
+    return PeerUpdate(**{**fields, **changes}, peer_id="peer")
 
 
 def values_of(payload: bytes | memoryview) -> np.ndarray:
@@ -102,14 +102,15 @@ async def test_an_exchange_between_two_trainers_keeps_the_sum(pair: Pair) -> Non
     before = await asyncio.gather(a.export_state(), b.export_state())
     for fragment in range(a.num_fragments):
         ours, theirs = await asyncio.gather(
-            a.snapshot(fragment, fragment), b.snapshot(fragment, fragment)
+            a.snapshot(fragment, fragment, averaging=False),
+            b.snapshot(fragment, fragment, averaging=False),
         )
-        assert ours.num_values == a.fragment_params(fragment)
+        assert ours.num_values == a.fragment_values(fragment, averaging=False)
         distances = await asyncio.gather(
-            a.verify(fragment, from_peer(theirs)), b.verify(fragment, from_peer(ours))
+            a.verify(fragment, 1, from_peer(theirs)), b.verify(fragment, 1, from_peer(ours))
         )
         assert distances[0] == pytest.approx(distances[1], rel=0.1)
-        await asyncio.gather(a.merge(fragment, 0.5), b.merge(fragment, 0.5))
+        await asyncio.gather(a.merge(fragment, {1: 0.5}), b.merge(fragment, {1: 0.5}))
     after = await asyncio.gather(a.export_state(), b.export_state())
     sums = [sum(values_of(state.payload) for state in states) for states in (before, after)]
     assert np.abs(sums[0] - sums[1]).max() < 1e-6
@@ -123,10 +124,12 @@ async def test_an_exchange_between_two_trainers_keeps_the_sum(pair: Pair) -> Non
 @module_loop
 async def test_snapshots_and_merges_are_served_while_training(pair: Pair) -> None:
     a, b = pair
-    ours, theirs = await asyncio.gather(a.snapshot(50, 0), b.snapshot(50, 0))
+    ours, theirs = await asyncio.gather(
+        a.snapshot(50, 0, averaging=False), b.snapshot(50, 0, averaging=False)
+    )
     assert ours.stamp.mode == "off"
-    await a.verify(50, from_peer(theirs))
-    await a.merge(50, 0.5)
+    await a.verify(50, 1, from_peer(theirs))
+    await a.merge(50, {1: 0.5})
     b.drop(50)
     losses = await a.evaluate()
     assert losses.public > 0
@@ -136,7 +139,7 @@ async def test_snapshots_and_merges_are_served_while_training(pair: Pair) -> Non
 @module_loop
 async def test_payloads_that_are_wrong_are_refused(pair: Pair) -> None:
     a, _ = pair
-    update = await a.snapshot(60, 1)
+    update = await a.snapshot(60, 1, averaging=False)
     poisoned = bytearray(update.payload)
     poisoned[:2] = struct.pack("<e", float("nan"))
     wrong = [
@@ -148,14 +151,14 @@ async def test_payloads_that_are_wrong_are_refused(pair: Pair) -> None:
     ]
     for bad, reason in wrong:
         with pytest.raises(PeerError) as error:
-            await a.verify(60, bad)
+            await a.verify(60, 1, bad)
         assert error.value.reason == reason
     with pytest.raises(TrainerError, match="not verified"):
-        await a.merge(60, 0.5)
+        await a.merge(60, {1: 0.5})
     far = torch.full((update.num_values,), 1e4)
-    assert await a.verify(60, from_peer(update, payload=encode("int8", far))) > 1000
+    assert await a.verify(60, 1, from_peer(update, payload=encode("int8", far))) > 1000
     clipped = a.progress.merges_clipped
-    await a.merge(60, 0.5)
+    await a.merge(60, {1: 0.5})
     await a.evaluate()
     assert a.progress.merges_clipped == clipped + 1
 
@@ -163,20 +166,20 @@ async def test_payloads_that_are_wrong_are_refused(pair: Pair) -> None:
 @module_loop
 async def test_dropped_exchanges_are_forgotten_even_before_their_snapshot(pair: Pair) -> None:
     a, _ = pair
-    await a.snapshot(70, 0)
+    await a.snapshot(70, 0, averaging=False)
     a.drop(70)
     with pytest.raises(PeerError) as error:
-        await a.merge(70, 0.5)
+        await a.merge(70, {1: 0.5})
     assert error.value.reason == Reason.CLOSED
     for exchange_id in range(100, 140):  # more than may be in flight
         taking = asyncio.ensure_future(
-            a._child.ask(Snapshot(exchange_id, 0, exchange_id % 8), Snapshotted)
+            a._child.ask(Snapshot(exchange_id, 0, False, exchange_id % 8), Snapshotted)
         )
         await asyncio.sleep(0)
         a._child.send(Drop(exchange_id))
         await asyncio.wait([taking])
         taking.exception()
-    await a.snapshot(71, 0)
+    await a.snapshot(71, 0, averaging=False)
     a.drop(71)
 
 
@@ -220,14 +223,14 @@ async def test_a_trainer_that_dies_fails_what_waits_and_goes_on_from_its_checkpo
     saved, _ = checkpoint.load_latest(Path(setups[1].home) / "checkpoints")
     assert saved is not None
     os.kill(b.pid, signal.SIGSTOP)
-    waiting = [asyncio.ensure_future(b.snapshot(200 + i, 0)) for i in range(3)]
+    waiting = [asyncio.ensure_future(b.snapshot(200 + i, 0, averaging=False)) for i in range(3)]
     await asyncio.sleep(0)
     os.kill(b.pid, signal.SIGKILL)
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(result, TrainerError) for result in results)
     assert await b.exited == -signal.SIGKILL
     with pytest.raises(TrainerError):
-        await b.snapshot(300, 0)
+        await b.snapshot(300, 0, averaging=False)
     b.drop(300)
     watch = Watch()
     again = await TrainerProcess.start(msgspec.structs.replace(setups[1], mode="pause"), watch)
@@ -278,7 +281,7 @@ async def test_a_budget_ends_is_never_refunded_and_mixing_goes_on(tmp_path: Path
         assert spent.privacy.epsilon_spent <= 2.0
         # what the kill forfeited stays charged
         assert spent.privacy.steps_charged > event.progress.step
-        update = await trainer.snapshot(1, 0)
+        update = await trainer.snapshot(1, 0, averaging=False)
         assert update.stamp.steps_charged == spent.privacy.steps_charged
         assert await trainer.stop(30) == 0
     finally:
@@ -313,11 +316,11 @@ async def test_the_end_of_the_run_is_told_and_a_joiner_waits_for_its_parameters(
         assert (await watch.state("closing")).progress.step == 6
         assert b.state == "mixing"
         with pytest.raises(PeerError) as error:
-            await b.snapshot(1, 0)
+            await b.snapshot(1, 0, averaging=False)
         assert error.value.reason == Reason.NOT_READY
         state = await a.export_state()
         await b.import_state(state.payload, 4)
-        await b.snapshot(1, 0)
+        await b.snapshot(1, 0, averaging=False)
         await b.run("mix")
         assert b.progress.step >= 4
         await b._child._channel.close()  # the end of the socket is the end of the trainer
@@ -381,7 +384,7 @@ def test_a_loop_that_is_closed_leaves_no_trainer_and_does_not_hang(tmp_path: Pat
         trainer = await TrainerProcess.start(setup, watch)
         started.append(trainer)
         await watch.step(1)
-        await trainer.snapshot(1, 0)
+        await trainer.snapshot(1, 0, averaging=False)
         raise ZeroDivisionError
 
     with (

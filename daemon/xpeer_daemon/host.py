@@ -1,0 +1,58 @@
+"""What gossip asks of the node around it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+from xpeer.identity import PeerId
+from xpeer.round import Trainer
+
+
+class GossipTrainer(Trainer, Protocol):
+    """What gossip asks of the trainer beside exchanges."""
+
+    @property
+    def epoch(self) -> int:
+        """Drawn at its start."""
+
+    @property
+    def step(self) -> int:
+        """Local steps done."""
+
+    @property
+    def window(self) -> int:
+        """Windows of local steps done."""
+
+    @property
+    def ledger_counter(self) -> int:
+        """Privacy charges so far."""
+
+    def fragment_values(self, fragment: int, *, averaging: bool) -> int:
+        """Values that a fragment's exchange sends."""
+
+
+class Host(Protocol):
+    """The node around gossip."""
+
+    @property
+    def trainer(self) -> GossipTrainer | None:
+        """The running trainer, if it holds the swarm's parameters."""
+
+    def objection(self) -> str | None:
+        """Why this node exchanges nothing now (paused, not ready), or None."""
+
+    def training(self) -> bool:
+        """Whether local steps are being taken: then exchanges are paced by them."""
+
+    def partners(self) -> Collection[PeerId]:
+        """Live members that exchange, without ourselves."""
+
+    def settled(self, peer_id: PeerId) -> bool:
+        """Whether the partner and we both ended, so that no exchange is due between us."""
+
+    def declared_rate(self, peer_id: PeerId) -> float:
+        """Declared tokens per second (relative) of a member, ourselves included."""
+
+    def quality(self) -> tuple[float | None, float]:
+        """Our model's loss on the public text, and its age in windows."""

@@ -1,0 +1,158 @@
+"""What we remember of every partner, and what came of all exchanges."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import PeerId
+from xpeer.network.exchange import Agreement
+from xpeer.round import Exchanged
+from xpeer.wire.messages import MAX_UNRESOLVED, Terms
+
+log = logging.getLogger("xpeer.gossip")
+
+REMEMBERED = 256
+"""Exchange ids per partner, for one-sided merges and replays."""
+MAX_PARTNERS = 4096
+MIN_DEADLINE_S, DEADLINE_MULTIPLE = 5.0, 4.0
+"""A partner may take this many times as long as its exchanges took so far."""
+_SMOOTHING = 0.8
+
+ORDINARY = frozenset({Reason.NO_PARTNER, Reason.NOT_DUE, Reason.BUSY})
+"""Reasons that belong to a healthy swarm; logged at debug level."""
+
+
+@dataclass
+class Record:
+    """What we remember of one partner."""
+
+    done: int = 0
+    failed: int = 0
+    last_reason: str = ""
+    last_done_s: float | None = None
+    payload_bytes: int = 0
+    """Sent to it, and as many received from it, in merged exchanges."""
+    highest_counter: int = 0
+    merged: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    unresolved: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_UNRESOLVED))
+    seen: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    last_slot: int = -1
+    """Of the last exchange: there is one for a pair and slot."""
+    seconds: float | None = None
+    """An exchange takes, smoothed."""
+
+
+class Partners:
+    """The book of exchanges.
+
+    Args:
+        clock: shared wall clock, seconds.
+        on_exchanged: told of every exchange (partner, slot, fragment, result).
+        on_skipped: told of every failure (partner or "", slot, reason, detail).
+
+    Attributes:
+        failures: how often each reason occurred.
+        exchanges: done, with anybody.
+        one_sided: merges that the partner reported as its own failure.
+        values_sent: in all.
+        payload_bytes_sent: in all.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        on_exchanged: Callable[[PeerId, int, int, Exchanged], None],
+        on_skipped: Callable[[str, int, str, str], None],
+    ) -> None:
+        self._clock = clock
+        self._on_exchanged = on_exchanged
+        self._on_skipped = on_skipped
+        self._records: dict[PeerId, Record] = {}
+        self.failures: Counter[str] = Counter()
+        self.exchanges = 0
+        self.one_sided = 0
+        self.values_sent = 0
+        self.payload_bytes_sent = 0
+
+    def __getitem__(self, peer_id: PeerId) -> Record:
+        """A partner's record, made if need be."""
+        record = self._records.get(peer_id)
+        if record is None:
+            record = self._records[peer_id] = Record()
+            if len(self._records) > MAX_PARTNERS:
+                del self._records[next(iter(self._records))]
+        return record
+
+    def get(self, peer_id: PeerId) -> Record | None:
+        """A partner's record, if there is one."""
+        return self._records.get(peer_id)
+
+    def began(self, agreement: Agreement) -> Record:
+        """An exchange was agreed to."""
+        record = self[agreement.peer_id]
+        record.seen.append(agreement.exchange_id)
+        record.last_slot = max(record.last_slot, agreement.slot)
+        return record
+
+    def done(self, agreement: Agreement, result: Exchanged, took_s: float) -> None:
+        """Both sides accepted."""
+        record = self[agreement.peer_id]
+        before = took_s if record.seconds is None else record.seconds
+        record.seconds = _SMOOTHING * before + (1 - _SMOOTHING) * took_s
+        record.merged.append(agreement.exchange_id)
+        record.done += 1
+        record.last_done_s = self._clock()
+        record.payload_bytes += result.num_bytes
+        self.exchanges += 1
+        self.values_sent += result.num_values
+        self.payload_bytes_sent += result.num_bytes
+        self._on_exchanged(agreement.peer_id, agreement.slot, agreement.fragment, result)
+
+    def skipped(self, peer_id: PeerId | str, slot: int, reason: str, detail: str = "") -> None:
+        """Nothing came of it."""
+        self.failures[reason] += 1
+        if peer_id:
+            record = self[PeerId(peer_id)]
+            record.failed += 1
+            record.last_reason = reason
+        level = logging.DEBUG if reason in ORDINARY else logging.INFO
+        log.log(
+            level, "slot %d skipped with %s: %s %s", slot, peer_id[-8:] or "nobody", reason, detail
+        )
+        self._on_skipped(peer_id, slot, reason, detail)
+
+    def deadline_s(self, peer_id: PeerId, longest_s: float) -> float:
+        """From what this partner's exchanges took; a stalled one costs no more than that."""
+        seconds = self[peer_id].seconds
+        if seconds is None:
+            return longest_s
+        return min(longest_s, max(MIN_DEADLINE_S, DEADLINE_MULTIPLE * seconds))
+
+    def settle(self, peer_id: PeerId, theirs: Terms) -> None:
+        """Count merges that the partner reports as one-sided, and watch its ledger.
+
+        Raises:
+            PeerError: its ledger went back.
+        """
+        record = self[peer_id]
+        for exchange_id in theirs.unresolved:
+            if exchange_id in record.merged:
+                record.merged.remove(exchange_id)
+                self.one_sided += 1
+        if theirs.ledger_counter < record.highest_counter:
+            raise PeerError(
+                Reason.LEDGER_WENT_BACK,
+                f"{theirs.ledger_counter} charges now, {record.highest_counter} before",
+            )
+        record.highest_counter = theirs.ledger_counter
+
+    def take_unresolved(self, peer_id: PeerId) -> list[int]:
+        """Exchanges that the partner may have merged alone: told once."""
+        record = self[peer_id]
+        unresolved = list(record.unresolved)
+        record.unresolved.clear()
+        return unresolved

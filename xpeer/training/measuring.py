@@ -1,0 +1,61 @@
+"""Losses of the present parameters: when they are measured, and how old they are."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Final
+
+from xpeer.manifest import Round
+from xpeer.training.parts import Evaluation
+from xpeer.training.schedule import Counters
+
+SHARE: Final = 0.03
+"""Of the training time: with short windows not every one is measured."""
+
+
+class Measurements:
+    """The last ones.
+
+    Args:
+        evaluation: measures.
+        rules: lengths of windows and rounds, for the age.
+
+    Attributes:
+        public: nats per token on the public text.
+        validation: the same on held-out text of the shard, if there is any. Local only.
+    """
+
+    def __init__(self, evaluation: Evaluation, rules: Round) -> None:
+        self.public: float | None = None
+        self.validation: float | None = None
+        self._evaluation = evaluation
+        self._rules = rules
+        self._step = self._merges = 0
+        self._seconds = 0.0
+
+    def take(self, counters: Counters) -> tuple[float, float | None]:
+        """Measure now: public and held-out loss."""
+        began = time.monotonic()
+        public = self.public = self._evaluation.public()
+        if self._evaluation.validation is not None:
+            self.validation = self._evaluation.validation()
+        self._step, self._merges = counters.step, counters.merges
+        self._seconds += time.monotonic() - began
+        return public, self.validation
+
+    def at_window_end(self, counters: Counters) -> None:
+        """Measure, unless that took more than its share already."""
+        if self._seconds <= SHARE * counters.seconds:
+            self.take(counters)
+
+    def fresh_public(self, counters: Counters) -> float:
+        """Of the present parameters, measured if need be."""
+        if self.public is None or self.age(counters) > 0:
+            self.take(counters)
+        return math.nan if self.public is None else self.public
+
+    def age(self, counters: Counters) -> float:
+        """Windows of steps, or of merges, since then."""
+        steps = (counters.step - self._step) / self._rules.window_steps
+        return steps + (counters.merges - self._merges) / self._rules.fragments

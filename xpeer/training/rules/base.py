@@ -1,0 +1,97 @@
+"""What an aggregation rule is: it says what a fragment sends, and what the answers ask of us.
+
+    outgoing    theta_i[f]                            -> V vectors, sent as one payload
+    correct     own = Q(ours), shift = sum_j w_j (Q(theirs_j) - Q(ours))
+                                                      -> c, to be added to theta_i[f]
+    merged      c was added: the rule's own state follows
+
+own + shift is the group's weighted mean of what was sent, whoever of the group was missing. Every
+rule answers with a *correction*, so that training goes on between snapshot and merge; one that is
+never merged changes nothing.
+
+A rule knows nothing of partners, networks, clocks or processes. A fragment is in flight at most
+once. `correct` may run on another thread than the rest, beside anything but `merged`, `moved` and
+`begin` of the same fragment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What came of an exchange."""
+
+    values: torch.Tensor  # (n,) float32: c
+    state: tuple[torch.Tensor, ...] = ()
+    """What the rule has to remember once c was added."""
+
+
+class Rule:
+    """One aggregation rule with its state. As it stands: plain averaging, without any state.
+
+        theta_i[f] += sum_j w_j (Q(theta_j[f]) - Q(theta_i[f]))
+
+    `gossip`, `fedavg`, `dynamic` and `asynchronous` are this one, and differ in the weights w_j and
+    in who meets whom (`xpeer/weights.py`). Boyd et al. 2006, "Randomized gossip algorithms", eq. 1,
+    is it for pairs with equal weights.
+
+    Attributes:
+        vectors: V, how many values are sent for each parameter.
+        parameters_at: which of the V vectors holds parameters: there the distance is measured.
+    """
+
+    vectors: ClassVar[int] = 1
+    parameters_at: ClassVar[int] = 0
+
+    def begin(self, fragment: int, theta: torch.Tensor) -> None:
+        """The fragment's parameters were set anew: at the start, or those of a donor.
+
+        Args:
+            fragment: f.
+            theta: (n,) float32, CPU; may be kept, must not be changed.
+        """
+
+    def outgoing(self, fragment: int, theta: torch.Tensor) -> torch.Tensor:
+        """What to send, at a step boundary: the parameters, unless a rule says otherwise.
+
+        Args:
+            fragment: f.
+            theta: (n,) float32, CPU: the parameters now; must not be changed.
+
+        Returns:
+            (vectors * n,) float32, CPU.
+        """
+        return theta
+
+    def correct(
+        self, fragment: int, theta: torch.Tensor, own: torch.Tensor, shift: torch.Tensor
+    ) -> Correction:
+        """What to add to the parameters.
+
+        Args:
+            fragment: f.
+            theta: (n,) float32, CPU: what `outgoing` was given.
+            own: (vectors, n) float32: Q of what it returned.
+            shift: (vectors, n) float32: the group's weighted mean minus `own`; may be overwritten.
+        """
+        return Correction(shift[self.parameters_at])
+
+    def merged(self, fragment: int, state: tuple[torch.Tensor, ...]) -> None:
+        """The correction with this state was added, at a step boundary."""
+
+    def moved(self, fragment: int, correction: torch.Tensor) -> None:
+        """The parameters were averaged outside the rule (by (n,) float32): its anchors follow, so
+        that this is not taken for progress of our own.
+        """
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """For a checkpoint: flat float32 tensors under names of the rule's choice."""
+        return {}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """What `state` gave, after `begin`; what is not in it stays as it began."""

@@ -1,0 +1,92 @@
+"""Gradient aggregation: one optimiser step for all, on the mean of everybody's gradients.
+
+    g_i = mean gradient of H batches at the same theta;  theta <- AdamW(theta, mean_j g_j)
+
+With H = 1, all peers in one group and nobody missing, this is data parallel training, step by
+step. The step needs the others' gradients, so this rule alone waits for the network, at most for
+an exchange's deadline; a peer left alone then steps with its own gradient. Its parameters travel
+along and are averaged, too, so that what a missed exchange parts comes together again (D-PSGD, Lian
+et al. 2017, algorithm 1). What the codec drops of a gradient is added to the next one (error
+feedback, Seide et al. 2014; Karimireddy et al. 2019, algorithm 2).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from xpeer.errors import LocalError
+from xpeer.training.rules.base import Correction, Rule
+
+_RESIDUAL = "residual"
+
+
+class GradientAveraging(Rule):
+    """Sends gradient and parameters, all of them as one fragment.
+
+    Attributes:
+        averaged: (P,) float32: the group's mean gradient, once it is there.
+    """
+
+    vectors = 2
+    parameters_at = 1
+
+    def __init__(self) -> None:
+        self.averaged: torch.Tensor | None = None
+        self._sum: torch.Tensor | None = None
+        self._batches = 0
+        self._residual: torch.Tensor | None = None
+
+    def begin(self, fragment: int, theta: torch.Tensor) -> None:
+        """Gradients at other parameters are forgotten."""
+        self.averaged = self._sum = self._residual = None
+        self._batches = 0
+
+    def accumulate(self, gradient: torch.Tensor) -> None:
+        """Add a batch's gradient, (P,) float32, CPU; kept."""
+        self._sum = gradient if self._sum is None else self._sum.add_(gradient)
+        self._batches += 1
+
+    def take(self) -> torch.Tensor:
+        """The group's mean gradient, or our own if there is none; the next sum begins.
+
+        Returns:
+            (P,) float32, CPU.
+        """
+        gradient = self._mean() if self.averaged is None else self.averaged
+        self.averaged, self._sum, self._batches = None, None, 0
+        return gradient
+
+    def outgoing(self, fragment: int, theta: torch.Tensor) -> torch.Tensor:
+        """Two vectors: g + e, then theta."""
+        return torch.cat((self._to_send(), theta))
+
+    def correct(
+        self,
+        fragment: int,
+        theta: torch.Tensor,
+        own: torch.Tensor,
+        shift: torch.Tensor,
+    ) -> Correction:
+        """The parameters' shift; the gradients' mean and the new residual are remembered."""
+        return Correction(shift[1], (own[0] + shift[0], self._to_send() - own[0]))
+
+    def merged(self, fragment: int, state: tuple[torch.Tensor, ...]) -> None:
+        """The mean gradient waits for the optimiser."""
+        self.averaged, self._residual = state
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The residual."""
+        return {} if self._residual is None else {_RESIDUAL: self._residual}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """See `state`."""
+        self._residual = state.get(_RESIDUAL)
+
+    def _to_send(self) -> torch.Tensor:
+        mean = self._mean()
+        return mean if self._residual is None else mean + self._residual
+
+    def _mean(self) -> torch.Tensor:
+        if self._sum is None:
+            raise LocalError("no gradient was accumulated")
+        return self._sum / self._batches

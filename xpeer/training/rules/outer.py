@@ -1,0 +1,139 @@
+"""Rules with an outer optimiser: a fragment's way since its last exchange is a pseudo-gradient.
+
+phi_i is the fragment's anchor, its parameters after the last outer step. An exchange that does not
+happen is no outer step: training goes on, and the next pseudo-gradient is longer.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from xpeer.training.rules.base import Correction, Rule
+
+_ANCHOR, _MEMORY = "anchor.", "memory."
+
+
+class _Anchored(Rule):
+    """Keeps phi and a memory m per fragment.
+
+    Args:
+        rate: alpha (GASLoC: eta).
+        momentum: mu (GASLoC: gamma).
+        consensus: gamma (GASLoC: alpha); DiLoCo has none.
+    """
+
+    def __init__(self, rate: float, momentum: float, consensus: float) -> None:
+        self._rate, self._momentum, self._consensus = rate, momentum, consensus
+        self._anchor: dict[int, torch.Tensor] = {}
+        self._memory: dict[int, torch.Tensor] = {}
+
+    def begin(self, fragment: int, theta: torch.Tensor) -> None:
+        """Both anew: phi = theta, m = 0."""
+        self._anchor[fragment] = theta.clone()
+        self._memory[fragment] = torch.zeros_like(theta)
+
+    def merged(self, fragment: int, state: tuple[torch.Tensor, ...]) -> None:
+        """Both follow."""
+        self._anchor[fragment], self._memory[fragment] = state
+
+    def moved(self, fragment: int, correction: torch.Tensor) -> None:
+        """The anchor moves along."""
+        self._anchor[fragment].add_(correction)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Both, of every fragment."""
+        anchors = {f"{_ANCHOR}{f}": value for f, value in self._anchor.items()}
+        return anchors | {f"{_MEMORY}{f}": value for f, value in self._memory.items()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """See `state`."""
+        for kind, kept in ((_ANCHOR, self._anchor), (_MEMORY, self._memory)):
+            for fragment, began in kept.items():
+                kept[fragment] = state.get(f"{kind}{fragment}", began).clone()
+
+
+class DiLoCo(_Anchored):
+    """Nesterov momentum on the averaged pseudo-gradient.
+
+    Douillard et al. 2023, arXiv 2311.08105, algorithm 1; FedOpt, Reddi et al. 2021:
+
+        Delta = phi - mean_j theta_j;  m <- mu m + Delta;  phi <- phi - alpha (Delta + mu m)
+
+    Parameters travel instead of the difference, so that a peer whose anchor drifted in a failed
+    round is pulled back by the next one. For groups smaller than the swarm there is NoLoCo.
+    """
+
+    def correct(
+        self, fragment: int, theta: torch.Tensor, own: torch.Tensor, shift: torch.Tensor
+    ) -> Correction:
+        """One outer step."""
+        phi, mu = self._anchor[fragment], self._momentum
+        delta = phi - (own[0] + shift[0])
+        velocity = mu * self._memory[fragment] + delta
+        target = phi - self._rate * (delta + mu * velocity)
+        return Correction(target - theta, (target, velocity))
+
+
+class NoLoCo(_Anchored):
+    """Momentum with a consensus term, for random small groups.
+
+    Kolehmainen et al. 2025, arXiv 2506.10911; the rule of the authors' code:
+
+        m <- mu m + alpha mean_j(theta_j - phi_j) + gamma (mean_j phi_j - phi_i);  phi <- phi + m
+    """
+
+    vectors = 2
+    parameters_at = 1
+
+    def outgoing(self, fragment: int, theta: torch.Tensor) -> torch.Tensor:
+        """Two vectors: theta - phi, then phi."""
+        phi = self._anchor[fragment]
+        return torch.cat((theta - phi, phi))
+
+    def correct(
+        self, fragment: int, theta: torch.Tensor, own: torch.Tensor, shift: torch.Tensor
+    ) -> Correction:
+        """One outer step."""
+        velocity = self._momentum * self._memory[fragment]
+        velocity += self._rate * (own[0] + shift[0])
+        velocity += self._consensus * shift[1]
+        target = self._anchor[fragment] + velocity
+        return Correction(target - theta, (target, velocity))
+
+
+class GASLoC(_Anchored):
+    """Accelerated gossip on what local steps made of the parameters (arXiv 2606.11081).
+
+        y_t = theta_t + eta g_t,  g_t = theta after the local steps - theta_t
+        theta_(t+1) = y_t - alpha Lambda y_t + gamma (y_t - y_(t-1))
+
+    Lambda is the weighted Laplacian of the round's groups, so that -Lambda y is the shift.
+    phi is theta_t, and y_(t-1) takes the place of m.
+    """
+
+    def begin(self, fragment: int, theta: torch.Tensor) -> None:
+        """Both anew: phi = y_(-1) = theta."""
+        super().begin(fragment, theta)
+        self._memory[fragment] = theta.clone()
+
+    def outgoing(self, fragment: int, theta: torch.Tensor) -> torch.Tensor:
+        """The extrapolated y."""
+        phi = self._anchor[fragment]
+        return phi + self._rate * (theta - phi)
+
+    def correct(
+        self,
+        fragment: int,
+        theta: torch.Tensor,
+        own: torch.Tensor,
+        shift: torch.Tensor,
+    ) -> Correction:
+        """One round."""
+        y = self.outgoing(fragment, theta)
+        target = y + self._consensus * shift[0] + self._momentum * (y - self._memory[fragment])
+        return Correction(target - theta, (target, y))
+
+    def moved(self, fragment: int, correction: torch.Tensor) -> None:
+        """Both move along."""
+        super().moved(fragment, correction)
+        self._memory[fragment].add_(correction)
