@@ -14,14 +14,16 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.simulator.links import Links
-from benchmarks.simulator.model import NUM_PARAMS
+from benchmarks.simulator.model import NUM_PARAMS, evaluate
 from benchmarks.simulator.spec import Run
+from xpeer import weights
 from xpeer.identity import PeerId
 from xpeer.network import matching
 from xpeer.training import rules
 from xpeer.training.mixing import Fragments, NormLimit, difference
 from xpeer.training.rules.base import Correction
 from xpeer.wire import codec
+from xpeer.wire.messages import Terms
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,12 @@ class Exchange:
         run: what is simulated.
         theta: (N, P) float32, everybody's parameters; corrections are added in place.
         links: the clock.
+        public: records by which `dynamic` measures quality, (r, CONTEXT + 1) int64.
     """
 
-    def __init__(self, run: Run, theta: torch.Tensor, links: Links) -> None:
+    def __init__(
+        self, run: Run, theta: torch.Tensor, links: Links, public: torch.Tensor | None = None
+    ) -> None:
         self.counts = Counts()
         self.arrivals: list[list[Arrival]] = [[] for _ in range(run.peers)]
         self._run, self._theta, self._links = run, theta, links
@@ -66,8 +71,9 @@ class Exchange:
         self._rules = [rules.make(run.manifest().round) for _ in range(run.peers)]
         self._limits = [[NormLimit() for _ in range(rule.vectors)] for rule in self._rules]
         self._chance = random.Random(run.seed)
-        speeds = [1 / slow for slow in run.slowness] or [1.0] * run.peers
-        self._shares = speeds if run.rule == "fedavg" else [1.0] * run.peers
+        self._weighting = weights.weighting_of(run.manifest().round.rule)
+        self._speeds = [1 / slow for slow in run.slowness] or [1.0] * run.peers
+        self._public = public
         for fragment in range(run.fragments):
             for peer, rule in enumerate(self._rules):
                 rule.begin(fragment, self._read(peer, fragment))
@@ -136,21 +142,38 @@ class Exchange:
             ready = dict.fromkeys(group, self._links.all_reduce(size, now_s))
         else:
             ready = {peer: self._links.send(peer, size, now_s) for peer in group}
+        terms = self._terms(group)
         for peer in group:
             if peer in failed:
                 self.counts.missed += 1
                 continue
             at_s = max(ready[other] for other in group if other != peer)
             at_s += run.late_steps * run.step_s
-            correction, received = self._correct(peer, fragment, theta[peer], sent)
+            correction, received = self._correct(peer, fragment, theta[peer], sent, terms)
             self.arrivals[peer].append(Arrival(at_s, peer, fragment, correction, received))
         return max(ready.values())
 
+    def _terms(self, group: Sequence[int]) -> dict[int, Terms]:
+        """What everybody declares."""
+        speeds = self._speeds if self._weighting == "tokens" else [1.0] * self._run.peers
+        together = sum(speeds[peer] for peer in group)
+        losses: list[float | None] = [None] * len(group)
+        if self._weighting == "quality" and self._public is not None:
+            losses = evaluate(self._theta[list(group)], self._public).tolist()
+        return {
+            peer: Terms(speeds[peer], together, epoch=0, ledger_counter=0, loss_public=loss)
+            for peer, loss in zip(group, losses, strict=True)
+        }
+
     def _correct(
-        self, peer: int, fragment: int, theta: torch.Tensor, sent: dict[int, torch.Tensor]
+        self,
+        peer: int,
+        fragment: int,
+        theta: torch.Tensor,
+        sent: dict[int, torch.Tensor],
+        terms: dict[int, Terms],
     ) -> tuple[Correction, dict[int, torch.Tensor]]:
         rule, limits, own = self._rules[peer], self._limits[peer], sent[peer]
-        total = sum(self._shares[member] for member in sent)
         received, shift = {}, torch.zeros_like(own)
         for other, theirs in sent.items():
             if other == peer:
@@ -159,7 +182,8 @@ class Exchange:
             for limit, norm in zip(limits, found.norms, strict=True):
                 limit.accepted(norm)
             self.counts.clipped += found.clipped
-            shift.add_(found.values, alpha=self._shares[other] / total)
+            weight = weights.of_pair(self._weighting, terms[peer], terms[other])
+            shift.add_(found.values, alpha=weight)
             received[other] = found.values[rule.parameters_at]
         return rule.correct(fragment, theta, own, shift), received
 

@@ -20,6 +20,8 @@ QUICK_WINDOWS = 32
 """Of each kind: for curves and exports, which need many evaluations."""
 EXPORTED_AT = (2, 4, 6)
 """Points of the curve at which exports are measured."""
+PUBLIC_WINDOWS = 8
+"""Of each kind: the public text that `dynamic` measures by."""
 FLOAT_BYTES = 4
 
 
@@ -36,7 +38,7 @@ class _Simulation:
         self._tuning, self._report = held_out(corpora, model.CONTEXT + 1)
         self._exchange: Exchange | None = None
         if run.rule not in {"alone", "synchronous"}:
-            self._exchange = Exchange(run, self._peers.theta, self._links)
+            self._exchange = Exchange(run, self._peers.theta, self._links, self._public())
             self._records = exports.Records(run.peers, self._exchange)
         slowness = run.slowness or (1,) * run.peers
         if run.barrier:
@@ -132,6 +134,9 @@ class _Simulation:
         if self._run.exports and self._exchange and part in EXPORTED_AT:
             measured = exports.measure(theta, self._records, self._exchange, self._quick)
             self._exports[f"{part}/{CURVE_POINTS}"] = measured
+
+    def _public(self) -> torch.Tensor:
+        return self._tuning[:: HELD_OUT_WINDOWS // PUBLIC_WINDOWS]
 
     def _quick(self, theta: torch.Tensor) -> torch.Tensor:
         return model.evaluate(theta, self._tuning[:: HELD_OUT_WINDOWS // QUICK_WINDOWS])

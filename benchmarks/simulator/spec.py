@@ -17,13 +17,16 @@ WARMUP_STEPS = 10
 SIMULATION = 1
 """Raised whenever the same `Run` would give other figures; finished runs are kept by it."""
 
-RuleName = Literal["synchronous", "alone", "gossip", "fedavg", "diloco", "noloco", "gasloc"]
-_ManifestRule = Literal["gossip", "fedavg", "gradient", "diloco", "noloco", "gasloc"]
+RuleName = Literal[
+    "synchronous", "alone", "gossip", "fedavg", "dynamic", "diloco", "noloco", "gasloc"
+]
+_ManifestRule = Literal["gossip", "fedavg", "dynamic", "gradient", "diloco", "noloco", "gasloc"]
 _RULES: dict[RuleName, _ManifestRule] = {
     "synchronous": "gradient",
     "alone": "gossip",  # with nobody
     "gossip": "gossip",
     "fedavg": "fedavg",
+    "dynamic": "dynamic",
     "diloco": "diloco",
     "noloco": "noloco",
     "gasloc": "gasloc",

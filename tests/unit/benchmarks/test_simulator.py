@@ -194,6 +194,26 @@ def test_everybody_together_becomes_the_mean_and_failures_are_counted():
     assert failing.counts.missed >= 2
 
 
+def test_weights_are_those_of_the_rule(texts):
+    theta = start(2)
+    mean = theta.mean(dim=0)
+    fast = theta[1] * 2 / 3 + theta[0] / 3
+    exchange = Exchange(run(rule="fedavg", peers=2, slowness=(2, 1)), theta, Links(None, 2))
+    exchange.slot(1, 1.0)
+    exchange.merge(0, 1.0)
+    exchange.merge(1, 1.0)
+    torch.testing.assert_close(theta, fast.expand_as(theta), rtol=0, atol=1e-6)
+
+    theta = start(2)
+    public = corpora.held_out(texts, model.CONTEXT + 1)[0][:4]
+    better = int(model.evaluate(theta, public).argmin())
+    best = theta[better].clone()
+    exchange = Exchange(run(rule="dynamic", peers=2), theta, Links(None, 2), public)
+    exchange.slot(1, 1.0)
+    exchange.merge(0, 1.0)
+    assert float((theta[0] - best).norm()) <= float((mean - best).norm())
+
+
 def test_closing_windows_bring_peers_together():
     theta = start(4)
     apart = float((theta - theta.mean(dim=0)).norm())
