@@ -47,4 +47,5 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], key: str, unit: float, label:
         axes.plot(x, y, label=row["method"], linewidth=3 if wide else 1.3, marker="o", ms=3)
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if rows:
+        axes.legend(fontsize=7)

@@ -15,7 +15,6 @@ from typing import Any, Final
 from benchmarks.convergence.methods import FIRST_RATES, METHODS, RATES, VARIANTS, Setting
 from benchmarks.simulator.spec import Run
 
-FINALISTS: Final = 2
 CLOCK_METHODS: Final = ("spread", "spread all-reduce", "all-reduce", "FedAvg", "gossip", "alone")
 TOKEN_METHODS: Final = tuple(name for name in METHODS if name != "FedAvg")
 KEY_METHODS: Final = ("synchronous", "alone", "all-reduce", "spread", "spread all-reduce")
@@ -41,12 +40,14 @@ class Plan:
         seeds: 0 and up.
         first_rates: where tuning starts.
         extend: go on beyond those while the best is at an edge.
+        finalists: rates that run with every seed.
     """
 
     blocks: tuple[Block, ...]
     seeds: int = 3
     first_rates: tuple[float, ...] = FIRST_RATES
     extend: bool = True
+    finalists: int = 2
 
     def wanted(self, results: Results) -> list[Run]:
         """Runs that may be started now; empty = all is done."""
@@ -105,9 +106,8 @@ class Plan:
 
     def _finalists(self, setting: Setting, method: str, results: Results) -> list[float]:
         grid = self._grid(setting, method, results)
-        return [
-            run.rate for run in sorted(grid, key=lambda run: results[run]["tuning"])[:FINALISTS]
-        ]
+        ranked = sorted(grid, key=lambda run: results[run]["tuning"])
+        return [run.rate for run in ranked[: self.finalists]]
 
     def _all(self, setting: Setting, method: str, rate: float) -> list[Run]:
         return [setting.run(method, rate, seed) for seed in range(self.seeds)]

@@ -89,7 +89,6 @@ def _penalties(of: dict[str, Figures | None]) -> dict[str, float]:
     """Averages over paired seeds."""
     pairs = {
         "int8_penalty": (of["spread"], of["spread float32"]),
-        "int4_penalty": (of["spread int4"], of["spread float32"]),
         "failure_cost": (of["spread, 30% failing"], of["spread"]),
         "late_1_cost": (of["spread, 1 step late"], of["spread"]),
         "late_2_cost": (of["spread, 2 steps late"], of["spread"]),
@@ -122,7 +121,7 @@ def _barrier(of: dict[str, Figures | None]) -> dict[str, float]:
 
 def _exports(of: dict[str, Figures | None]) -> dict[str, Any]:
     """Worst over seeds, moments and peers of export minus the all-reduce model at the same step."""
-    spread, other = of["spread"], of["all-reduce"]
+    spread, other = of["spread, exports"], of["all-reduce"]
     if not spread or not other:
         return {}
     worst: dict[str, float] = {}

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from benchmarks.convergence.plan import Plan
 from benchmarks.simulator import corpora
@@ -89,7 +91,7 @@ def work(plan: Plan, cache: Cache, workers: int, progress: Callable[[Known], Non
     """
     known = Known(cache)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         running: dict[Future[dict[str, Any]], Run] = {}
         while True:
             for run in plan.wanted(known):
@@ -114,10 +116,17 @@ def work(plan: Plan, cache: Cache, workers: int, progress: Callable[[Known], Non
             progress(known)
 
 
-def _one_thread() -> None:
-    import torch  # noqa: PLC0415 - in the worker
-
+def _begin_worker() -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would finish its run for nobody, and then wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _simulate(run: Run) -> dict[str, Any]:
