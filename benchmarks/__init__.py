@@ -1,1 +1,1 @@
-"""Measurements, each one command: python -m benchmarks.NAME [--quick]."""
+"""What we claim, and how to check it: `python -m benchmarks.NAME`."""

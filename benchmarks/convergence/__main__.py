@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarks import common
@@ -18,13 +19,13 @@ from benchmarks.simulator import corpora
 
 def main() -> None:
     options = _options()
-    chosen = _quick() if options.quick else _full(options)
-    cache = work.Cache(options.cache)
-
-    def progress(results: work.Known) -> None:
-        print(summary.show(summary.table(chosen, results)), file=sys.stderr, flush=True)
-
-    results = work.work(chosen, cache, options.workers, progress)
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            chosen, cache = _quick(), work.Cache(Path(folder))
+            results = work.work(chosen, cache, options.workers, _Progress(chosen))
+    else:
+        chosen, cache = _full(options), work.Cache(options.cache)
+        results = work.work(chosen, cache, options.workers, _Progress(chosen))
     rows = summary.table(chosen, results)
     found = summary.summary(chosen, results)
     if not options.quick and options.only is None:
@@ -34,9 +35,23 @@ def main() -> None:
             "runs": len(results),
             "corpora": {c.kind: {"digest": c.digest, "bytes": c.train.numel()} for c in kinds},
         }
-        path = common.write_result("convergence", found, details, " ".join(sys.argv))
-        figure.draw(rows, Path(path).with_suffix(".png"))
+        command = "python -m benchmarks.convergence " + " ".join(sys.argv[1:])
+        path = common.write_result("convergence", found, details, command.strip())
+        figure.draw(rows, path.with_suffix(".png"))
     common.emit(found)
+
+
+class _Progress:
+    """Prints the table of finished methods whenever it gained a row."""
+
+    def __init__(self, chosen: plan.Plan) -> None:
+        self._plan, self._shown = chosen, ""
+
+    def __call__(self, results: work.Known) -> None:
+        text = summary.show(summary.table(self._plan, results))
+        if text != self._shown:
+            print(text, file=sys.stderr, flush=True)
+            self._shown = text
 
 
 def _options() -> argparse.Namespace:
