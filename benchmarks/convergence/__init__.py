@@ -1,0 +1,1 @@
+"""How well each rule learns per token, per byte and per hour."""
