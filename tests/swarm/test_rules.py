@@ -31,5 +31,5 @@ def test_three_peers_end_at_one_model(swarm: Swarm, changes: dict[str, object]):
         assert ended.progress.merges >= 6
         assert ended.trainer_restarts == 0
         assert ended.progress.consensus_distance is not None
-        assert ended.progress.consensus_distance < 0.02
+        assert ended.progress.consensus_distance < 0.05
         assert 0 < ended.privacy.epsilon_spent <= ended.privacy.epsilon_target

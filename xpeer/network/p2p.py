@@ -103,6 +103,7 @@ class GatedP2P(P2P):
     _folder: Path
     _watcher: asyncio.Task[None]
     _opening: asyncio.Semaphore
+    _serving: set[asyncio.Task[Any]]
 
     @classmethod
     async def launch(
@@ -138,6 +139,7 @@ class GatedP2P(P2P):
         self.gate = gate
         self.died = asyncio.Event()
         self._opening = asyncio.Semaphore(MAX_OPENING)
+        self._serving = set()
         self._folder = folder
         control = self._client.control
         control._pending_calls, control._handler_tasks = _Waiting(), _Handling()
@@ -158,6 +160,10 @@ class GatedP2P(P2P):
     async def shutdown(self) -> None:
         """End the sidecar and remove its sockets."""
         control = self._client.control
+        serving = self._serving - {asyncio.current_task()}
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
         self._terminate()
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
@@ -197,6 +203,10 @@ class GatedP2P(P2P):
             info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
         ) -> None:
             peer_id = PeerId(info.peer_id.to_base58())
+            task = asyncio.current_task()
+            if task is not None:  # asyncio forgets it once its transport is closed
+                self._serving.add(task)
+                task.add_done_callback(self._serving.discard)
             try:
                 if not self.gate.admits(peer_id, scope):
                     return
@@ -210,6 +220,8 @@ class GatedP2P(P2P):
                     open_now[peer_id] -= 1
                     if not open_now[peer_id]:
                         del open_now[peer_id]
+            except asyncio.CancelledError:
+                log.debug("%s: a stream of %s ended with us", name, peer_id[-8:])
             finally:
                 writer.close()
 
