@@ -78,6 +78,7 @@ alone. All but the synchronous one send about the same bytes; a ring sends half 
 VARIANTS: Final[dict[str, Run]] = {
     "spread, exports": msgspec.structs.replace(_SPREAD, exports=True),
     "spread float32": msgspec.structs.replace(_SPREAD, codec="float32"),
+    "spread int4": msgspec.structs.replace(_SPREAD, codec="int4"),
     "spread, 30% failing": msgspec.structs.replace(_SPREAD, failing=0.3),
     "spread, 1 step late": msgspec.structs.replace(_SPREAD, late_steps=1),
     "spread, 2 steps late": msgspec.structs.replace(_SPREAD, late_steps=2),

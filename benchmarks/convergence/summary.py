@@ -89,6 +89,7 @@ def _penalties(of: dict[str, Figures | None]) -> dict[str, float]:
     """Averages over paired seeds."""
     pairs = {
         "int8_penalty": (of["spread"], of["spread float32"]),
+        "int4_penalty": (of["spread int4"], of["spread float32"]),
         "failure_cost": (of["spread, 30% failing"], of["spread"]),
         "late_1_cost": (of["spread, 1 step late"], of["spread"]),
         "late_2_cost": (of["spread, 2 steps late"], of["spread"]),

@@ -71,7 +71,8 @@ class Exchange:
         self.arrivals: list[list[Arrival]] = [[] for _ in range(run.peers)]
         self._run, self._theta, self._links = run, theta, links
         self._names = [PeerId(f"peer{number}") for number in range(run.peers)]
-        self._fragments = Fragments(NUM_PARAMS, run.fragments)
+        fragments = Fragments(NUM_PARAMS, run.fragments)
+        self._indices = [_inside(fragments.indices(f)) for f in range(run.fragments)]
         self._rules = [rules.make(run.manifest().round) for _ in range(run.peers)]
         self._limits = [[NormLimit() for _ in range(rule.vectors)] for rule in self._rules]
         self._chance = random.Random(run.seed)
@@ -84,8 +85,7 @@ class Exchange:
 
     def indices(self, fragment: int) -> torch.Tensor:
         """Of a fragment's parameters, (n,); without what pads the last line."""
-        indices = self._fragments.indices(fragment)
-        return indices[indices < NUM_PARAMS]
+        return self._indices[fragment]
 
     def slot(self, slot: int, now_s: float) -> float:
         """Take everybody's snapshots and send them; returns when the last one arrives."""
@@ -204,3 +204,7 @@ class Exchange:
 
     def _read(self, peer: int, fragment: int) -> torch.Tensor:
         return self._theta[peer].index_select(0, self.indices(fragment))
+
+
+def _inside(indices: torch.Tensor) -> torch.Tensor:
+    return indices[indices < NUM_PARAMS]

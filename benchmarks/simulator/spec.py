@@ -13,7 +13,6 @@ from xpeer.identity import blake2b
 from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText, Round
 
 BATCH_RECORDS = 8
-WARMUP_STEPS = 10
 SIMULATION = 2
 """Raised whenever the same `Run` would give other figures; finished runs are kept by it."""
 
@@ -55,6 +54,8 @@ class Run(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     rate: float
     """Peak learning rate of the local AdamW."""
     peers: int = 4
+    warmup_steps: int = 10
+    """Of the learning rate."""
     steps: int = 240
     """Optimiser steps of the fastest peer: the end of the run, also by the simulated clock."""
     seed: int = 0
@@ -104,7 +105,7 @@ class Run(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             model=Model(config={}, num_params=NUM_PARAMS, initial_digest=""),
             optimiser=Optimiser(
                 learning_rate=self.rate,
-                warmup_steps=WARMUP_STEPS,
+                warmup_steps=self.warmup_steps,
                 batch_records=BATCH_RECORDS,
                 sequence_tokens=CONTEXT,
             ),
