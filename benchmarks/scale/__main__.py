@@ -49,7 +49,7 @@ def measure(*, quick: bool, with_rig: bool) -> dict[str, Any]:
     _say("simulated rosters: done")
     if with_rig:
         plan = (
-            rig.Plan(peers=8, processes=2, warm_s=5, idle_s=15, exchange_s=40)
+            rig.Plan(peers=8, processes=2, meeting_s=24, idle_s=10, exchange_s=12)
             if quick
             else rig.Plan()
         )
@@ -67,7 +67,6 @@ def summarise(details: dict[str, Any]) -> dict[str, Any]:
     found = details.get("rig")
     if found is not None:
         idle, exchanging = found["idle"], found["exchange"]
-        control = exchanging["bytes_per_peer_minute"] - exchanging["payload_bytes_per_peer_minute"]
         daemon, sidecar = idle["daemon_cpu_per_peer"], idle["sidecar_cpu_per_peer"]
         summary |= {
             "peers": found["peers"],
@@ -76,8 +75,8 @@ def summarise(details: dict[str, Any]) -> dict[str, Any]:
             "cpu_per_idle_peer": round(daemon + sidecar, 4),
             "daemon_cpu_per_idle_peer": round(daemon, 4),
             "sidecar_cpu_per_idle_peer": round(sidecar, 4),
-            "control_bytes_per_peer_minute": round(control),
-            "idle_bytes_per_peer_minute": round(idle["bytes_per_peer_minute"]),
+            "control_bytes_per_peer_minute": round(exchanging["control_bytes_per_peer_minute"]),
+            "idle_bytes_per_peer_minute": round(idle["control_bytes_per_peer_minute"]),
         }
     return summary
 

@@ -30,6 +30,7 @@ from xpeer_daemon.partners import Partners, Record
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 KEY = b"k" * 32
 NUM_PARAMS, FRAGMENTS = 16_384, 4
+DEADLINE_S = 10.0
 ROSTER_EVERY_S = 3.0
 """As the daemon does."""
 
@@ -42,7 +43,7 @@ def manifest(slot_s: float) -> Manifest:
         model=Model({"model_type": "none"}, NUM_PARAMS, "00"),
         public_text=PublicText(blake2b(b"public").hex(), "public"),
         privacy=Privacy(mode="off"),
-        round=Round(slot_s=slot_s, fragments=FRAGMENTS, codec="int8", deadline_s=10.0),
+        round=Round(slot_s=slot_s, fragments=FRAGMENTS, codec="int8", deadline_s=DEADLINE_S),
     )
 
 
@@ -148,8 +149,6 @@ class RigPeer:
             "dropped": sorted(self.book.dropped),
             "skipped": dict(self.book.failures),
             "told_one_sided": self.book.one_sided,
-            "exchanges": self.book.exchanges,
-            "payload_bytes": self.book.payload_bytes_sent,
         }
 
     @property

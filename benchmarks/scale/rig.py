@@ -4,10 +4,12 @@ Several peers to a process, each with its own sidecar; nothing but loopback. Whe
 us, all of it runs in a network namespace of its own, whose loopback counters then hold this rig's
 traffic and nobody else's, headers of TCP and IP included. Each byte is counted once, as sent.
 
-    joining   all start; until every roster lists everybody, and a while more
+    joining   all start; until every roster lists everybody
+    meeting   every pair of the matching exchanges in every slot; a third into it one peer dies
+              without a word, at two thirds another joins. Most pairs dial, introduce themselves and
+              open a session once, here
     idle      nobody exchanges
-    exchange  every pair of the matching exchanges in every slot; a third into it one peer dies
-              without a word, at two thirds another joins
+    exchange  as in meeting, between peers that have met
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scale.peers import DEADLINE_S
 from xpeer.identity import Identity
 
 MARK = "XPEER_BENCH_NAMESPACE"
 ROOT = Path(__file__).parents[2]
+COUNTERS = ("peers", "daemon_s", "sidecar_s", "exchanges", "payload_bytes")
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,9 @@ class Plan:
     processes: int = 4
     slot_s: float = 4.0
     """The default manifest's pace (20 steps, 5 fragments) at a step of one second."""
-    warm_s: float = 90.0
-    """Peers that have just met still introduce themselves to one another."""
+    meeting_s: float = 240.0
     idle_s: float = 90.0
-    exchange_s: float = 180.0
+    exchange_s: float = 150.0
     joining_s: float = 90.0
     """At most."""
 
@@ -91,47 +94,52 @@ async def _measure(
     joined = await _until_agreed(workers, plan.peers, plan.joining_s)
     print(f"joined after {joined - began:.0f} s", file=sys.stderr)
 
-    await asyncio.sleep(plan.warm_s)
-    first = await _counters(workers)
-    await asyncio.sleep(plan.idle_s)
-    second = await _counters(workers)
-    print("idle: measured", file=sys.stderr)
-
+    start = await _counters(workers)
     await _all(workers, {"do": "exchange"})
-    third = plan.exchange_s / 3
-    await asyncio.sleep(third)
-    killed_s = time.time()
-    await _ask(workers[-1], {"do": "kill"})
-    await asyncio.sleep(third)
-    added_s = time.time()
-    await _ask(workers[0], {"do": "add", "number": plan.peers, "seeds": [seed]})
-    await asyncio.sleep(third)
-    await _all(workers, {"do": "pause"})
-    await asyncio.sleep(12)  # longer than an exchange's deadline
-    last = await _counters(workers)
+    events = await _meet(plan, workers, seed)
+    met = await _pause(workers)
+    await asyncio.sleep(plan.idle_s)
+    rested = await _counters(workers)
+    print("idle: measured", file=sys.stderr)
+    await _all(workers, {"do": "exchange"})
+    await asyncio.sleep(plan.exchange_s)
+    last = await _pause(workers)
     told = await _all(workers, {"do": "counts"})
-    counts = [peer for answer in told for peer in answer["peers"]]
-    payload = sum(peer["payload_bytes"] for peer in counts)
-    exchange_s = last["at"] - second["at"]
     return {
         "peers": plan.peers,
         "slot_s": plan.slot_s,
         "isolated": os.environ.get(MARK) == "inside",
         "started_s": started_s,
         "joined_s": joined - began,
-        "idle": _idle(first, second),
-        "exchange": {
-            "seconds": exchange_s,
-            "bytes_per_peer_minute": (last["bytes"] - second["bytes"]) / plan.peers
-            / exchange_s * 60,
-            "payload_bytes_per_peer_minute": payload / plan.peers / exchange_s * 60,
-            "control_bytes_per_exchange_side": _per_exchange(first, second, last, payload, counts),
-            **_cpu_shares(second, last),
-        },
-        "accounts": account(counts),
+        "meeting": _rates(start, met),
+        "idle": _rates(met, rested),
+        "exchange": _rates(rested, last),
+        "accounts": account([peer for answer in told for peer in answer["peers"]]),
         "disagreement": disagreement([answer["views"] for answer in told], int(joined)),
-        "events": {"killed_s": killed_s - joined, "added_s": added_s - joined},
-    }  # fmt: skip
+        "events": {name: at - joined for name, at in events.items()},
+    }
+
+
+async def _meet(
+    plan: Plan, workers: list[asyncio.subprocess.Process], seed: str
+) -> dict[str, float]:
+    """One dies without a word, another joins; when."""
+    third = plan.meeting_s / 3
+    await asyncio.sleep(third)
+    killed = time.time()
+    await _ask(workers[-1], {"do": "kill"})
+    await asyncio.sleep(third)
+    added = time.time()
+    await _ask(workers[0], {"do": "add", "number": plan.peers, "seeds": [seed]})
+    await asyncio.sleep(third)
+    return {"killed_s": killed, "added_s": added}
+
+
+async def _pause(workers: list[asyncio.subprocess.Process]) -> dict[str, Any]:
+    """End exchanging; counters once nothing is in flight."""
+    await _all(workers, {"do": "pause"})
+    await asyncio.sleep(DEADLINE_S + 2)
+    return await _counters(workers)
 
 
 def account(counts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -180,35 +188,24 @@ def disagreement(views: list[dict[str, dict[str, str]]], since: int) -> dict[str
     return {"longest_s": max(runs, default=0), "runs_s": runs}
 
 
-def _idle(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    minutes = (second["at"] - first["at"]) / 60
-    return {
-        "seconds": 60 * minutes,
-        "bytes_per_peer_minute": (second["bytes"] - first["bytes"]) / first["peers"] / minutes,
-        "packets_per_peer_minute": (second["packets"] - first["packets"])
-        / first["peers"] / minutes,
-        **_cpu_shares(first, second),
-    }  # fmt: skip
-
-
-def _cpu_shares(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
-    """Of a core, for each peer."""
+def _rates(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """For each peer: bytes and packets sent in a minute, exchanges, and shares of a core."""
     seconds, peers = after["at"] - before["at"], before["peers"]
+
+    def rate(name: str) -> float:
+        return float((after[name] - before[name]) / peers / seconds)
+
+    exchanges = 60 * rate("exchanges")
+    control = 60 * (rate("bytes") - rate("payload_bytes"))
     return {
-        f"{name}_cpu_per_peer": (after[f"{name}_s"] - before[f"{name}_s"]) / seconds / peers
-        for name in ("daemon", "sidecar")
+        "seconds": seconds,
+        "control_bytes_per_peer_minute": control,
+        "payload_bytes_per_peer_minute": 60 * rate("payload_bytes"),
+        "packets_per_peer_minute": 60 * rate("packets"),
+        "exchanges_per_peer_minute": exchanges,
+        "daemon_cpu_per_peer": rate("daemon_s"),
+        "sidecar_cpu_per_peer": rate("sidecar_s"),
     }
-
-
-def _per_exchange(
-    first: dict[str, Any], second: dict[str, Any], last: dict[str, Any], payload: int,
-    counts: list[dict[str, Any]],
-) -> float:  # fmt: skip
-    """Bytes that a side sends for an exchange beside its payload and an idle peer's traffic."""
-    idle_rate = (second["bytes"] - first["bytes"]) / (second["at"] - first["at"])
-    added = last["bytes"] - second["bytes"] - idle_rate * (last["at"] - second["at"]) - payload
-    sides = sum(len(peer["begun"]) for peer in counts)
-    return float(added) / max(1, sides)
 
 
 async def _until_agreed(
@@ -227,11 +224,11 @@ async def _until_agreed(
 
 
 async def _counters(workers: list[asyncio.subprocess.Process]) -> dict[str, Any]:
-    told = await _all(workers, {"do": "cpu"})
+    told = await _all(workers, {"do": "counters"})
     return {
         "at": time.time(),
         **_sent_on_loopback(),
-        **{name: sum(t[name] for t in told) for name in ("peers", "daemon_s", "sidecar_s")},
+        **{name: sum(t[name] for t in told) for name in COUNTERS},
     }
 
 

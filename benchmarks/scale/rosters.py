@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -191,6 +191,8 @@ class Measured:
     stores_per_peer_minute: float
     reads_per_peer_minute: float
     lifetime_s: float
+    steady_disagreed_s: float
+    """While nobody came, went or changed: how long, of all the time, any two rosters differed."""
     joined_s: float
     """From a newcomer's first question until all rosters list it."""
     changed_s: float
@@ -201,7 +203,6 @@ class Measured:
     """Between the first and the last roster to drop it."""
     healed_s: float
     """From the end of a split into halves, after all had dropped one another."""
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 async def measure(peers: int, seed: int = 0, minutes: float = 2.0) -> Measured:
@@ -210,9 +211,10 @@ async def measure(peers: int, seed: int = 0, minutes: float = 2.0) -> Measured:
     first = net.join()
     for _ in range(peers - 1):
         net.join([first])
-    await net.run(60.0)
+    await net.run(120.0)
     before = {id(node): Traffic(**vars(node.traffic)) for node in net.nodes.values()}
-    await net.run(60.0 * minutes)
+    agreed: list[bool] = []
+    await net.run(60.0 * minutes, lambda: agreed.append(net.agree()))
     nodes = list(net.nodes.values())
 
     def rate(name: str) -> float:
@@ -254,6 +256,7 @@ async def measure(peers: int, seed: int = 0, minutes: float = 2.0) -> Measured:
         stores_per_peer_minute=steady["stores"],
         reads_per_peer_minute=steady["reads"],
         lifetime_s=lifetime_s,
+        steady_disagreed_s=0.5 * agreed.count(False),
         joined_s=joined_s,
         changed_s=changed_s,
         silent_s=silent_s,

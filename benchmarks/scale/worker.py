@@ -1,6 +1,6 @@
 """A process of the rig: several real peers in one event loop, told what to do on standard input.
 
-One line of JSON in, one out: {"do": "start" | "exchange" | "pause" | "kill" | "add" | "cpu" |
+One line of JSON in, one out: {"do": "start" | "exchange" | "pause" | "kill" | "add" | "counters" |
 "counts" | "quit", ...}. Every second it notes which members each of its peers lists.
 """
 
@@ -59,8 +59,8 @@ class Worker:
             await self._start(order["number"], order["seeds"])
             self._peers[-1].exchanging = True
             return {}
-        if what == "cpu":
-            return self._cpu()
+        if what == "counters":
+            return self._counters()
         if what == "counts":
             return {"peers": [p.counts() for p in self._peers], "views": self._views}
         raise ValueError(what)
@@ -85,9 +85,11 @@ class Worker:
             self._views[second] = {str(p.number): p.view() for p in self._running()}
             await asyncio.sleep(second + 1 - time.time())
 
-    def _cpu(self) -> dict[str, Any]:
+    def _counters(self) -> dict[str, Any]:
         return {
             "peers": len(self._running()),
+            "exchanges": sum(peer.book.exchanges for peer in self._peers),
+            "payload_bytes": sum(peer.book.payload_bytes_sent for peer in self._peers),
             "daemon_s": time.process_time(),
             "sidecar_s": self._ended_s + sum(_used(peer.sidecar_pid) for peer in self._running()),
         }

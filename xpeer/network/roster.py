@@ -7,8 +7,7 @@ of the swarm key, padded, signed by its owner; a node without the key sees who s
 nothing else. A key's dictionary is returned whole, so the cards are spread over many keys, and a
 member that is met reads one of them now and then.
 
-Traffic for each member and minute is bounded: links of N members cost 24 N bytes for each time they
-are shown, digests 8 N for each question, and both happen less often the more members there are.
+How often, and so what it costs, follows from the number of members (`pace`).
 """
 
 from __future__ import annotations
@@ -40,6 +39,12 @@ from xpeer.network.cards import (
     MemberRecord,
     SignedCard,
 )
+from xpeer.network.pace import (
+    BEATS_PER_LIFETIME,
+    TTL_S,
+    bounded_lifetime_s,
+    question_every_s,
+)
 from xpeer.network.present import RateLimit
 from xpeer.network.shards import Shards, Stored
 from xpeer.network.spreading import Answer, News, Question
@@ -50,19 +55,7 @@ __all__ = ["ANNOUNCE_EVERY_S", "TTL_S", "MemberRecord", "Roster"]
 log = logging.getLogger("xpeer.network")
 
 PROTOCOL = "xpeer/roster/1"
-TTL_S = 40.0
-"""How long a member that fell silent is listed, in a swarm of up to 277."""
 ANNOUNCE_EVERY_S = 10.0
-LIFETIMES_S = (TTL_S, 80.0, 160.0, 300.0)
-BEATS_PER_LIFETIME = 4
-BEATS_BYTES_PER_MINUTE = 40_000.0
-"""Links received in a minute, at most, while the longest lifetime is not reached."""
-QUESTION_EVERY_S = 3.0
-QUESTIONS_BYTES_PER_MINUTE = 30_000.0
-_BEAT_BYTES = 24.0
-"""A link with its name; a few are told twice."""
-_QUESTION_BYTES = 700.0
-"""Of a question and its answer beside digest and news: libp2p's and TCP's headers, measured."""
 FANOUT = 3
 """Members that news is pushed to, by each whom it reaches."""
 STRAY = 0.125
@@ -112,6 +105,7 @@ class Roster:
         self._random = random.Random()
         self._limit = RateLimit()
         self._news: set[PeerId] = set()
+        self._advanced: set[PeerId] = set()
         self._deaf: dict[PeerId, float] = {}
         self._heard_s = self._asked_s = self._read_s = self._stored_s = -math.inf
 
@@ -149,7 +143,9 @@ class Roster:
         self._expire(now)
         news, self._news = self._news, set()
         telling = [self._push(news)] if news else []
-        if now - self._asked_s >= self._question_every_s() * self._random.uniform(0.8, 1.0):
+        if now - self._asked_s >= question_every_s(len(self._known)) * self._random.uniform(
+            0.8, 1.0
+        ):
             self._asked_s = now
             telling.append(self._ask_somebody())
         await asyncio.gather(*telling)
@@ -200,10 +196,6 @@ class Roster:
         shorter = bounded_lifetime_s(math.ceil(1.25 * num_members)) < self._lifetime_s
         return needed if needed > self._lifetime_s or shorter else self._lifetime_s
 
-    def _question_every_s(self) -> float:
-        size = 8.0 * len(self._known) + _QUESTION_BYTES
-        return max(QUESTION_EVERY_S, 60.0 * size / QUESTIONS_BYTES_PER_MINUTE)
-
     # Asking and answering
 
     async def _ask_somebody(self) -> None:
@@ -245,12 +237,15 @@ class Roster:
         self, peer: PeerId, owners: Iterable[PeerId] = (), *, with_digest: bool = False
     ) -> Answer | None:
         """One question; None if there was no answer."""
-        salt, mine = spreading.new_salt(), self._known.get(self._me)
+        salt, advanced = spreading.new_salt(), {self._me}
+        if with_digest:  # tell what we heard since the last time, and ask for the rest
+            advanced |= self._advanced
+            self._advanced = set()
         question = Question(
             salt,
             spreading.digest_of(self._known.values(), salt) if with_digest else None,
             self._news_of(self._known[owner] for owner in owners if owner in self._known),
-            spreading.pack_beats([mine] if mine else [], salt),
+            spreading.pack_beats((m for o, m in self._known.items() if o in advanced), salt),
         )
         try:
             reply = await self._swarm.call(peer, PROTOCOL, self._seal(question), ASK_TIMEOUT_S)
@@ -306,8 +301,8 @@ class Roster:
         walked = 0
         for member, beat in spreading.unpack_beats(beats, self._known.values(), salt):
             walked += max(0, beat.link - member.beat.link)
-            if walked <= MAX_WALK and member.owner != self._me:
-                member.advance(beat, now)
+            if walked <= MAX_WALK and member.owner != self._me and member.advance(beat, now):
+                self._advanced.add(member.owner)
         return fresh
 
     def _take(self, owner: str, signed: SignedCard, beat: Beat, now: float) -> bool:
@@ -372,15 +367,6 @@ class Roster:
         except (CryptoError, ValueError, msgspec.MsgspecError) as e:
             log.debug("a roster message does not open: %s", type(e).__name__)
             return None
-
-
-def bounded_lifetime_s(num_members: int) -> float:
-    """The shortest lifetime whose links cost no more than `BEATS_BYTES_PER_MINUTE`."""
-    for lifetime_s in LIFETIMES_S:
-        shown = 60.0 * BEATS_PER_LIFETIME / lifetime_s
-        if shown * _BEAT_BYTES * num_members <= BEATS_BYTES_PER_MINUTE:
-            return lifetime_s
-    return LIFETIMES_S[-1]
 
 
 def _is_of_now(card: Card, beat: Beat, now: float) -> bool:

@@ -48,7 +48,7 @@ class Question(Struct, frozen=True, forbid_unknown_fields=True, array_like=True)
     digest: Annotated[bytes, Meta(max_length=MAX_DIGEST_BYTES)] | None
     cards: Annotated[list[News], Meta(max_length=MAX_CARDS)] = []
     beats: Annotated[bytes, Meta(max_length=MAX_BEATS_BYTES)] = b""
-    """The asker's own."""
+    """The asker's own, and those that it heard of since its last question."""
 
 
 class Answer(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
