@@ -46,7 +46,6 @@ class AveragingTrainer:
         self.codec = codec_name
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._payload = memoryview(bytearray(codec.encoded_bytes(codec_name, len(values))))
-        self._own = values
         self._found: Difference | None = None
         self._limit = NormLimit()
         self._ready = 0.0
@@ -76,12 +75,12 @@ class AveragingTrainer:
     def _snapshot(self) -> None:
         with self._timed("encode"):
             codec.encode_into(self.codec, self.values, self._payload)
-        with self._timed("decode own"):
-            self._own = codec.decode(self.codec, self._payload, len(self.values))
 
     def _verify(self, update: PeerUpdate) -> float:
         with self._timed("difference"):
-            self._found = difference(self.codec, self._own[None], update.payload, [self._limit], 0)
+            self._found = difference(
+                self.codec, self._payload, update.payload, update.num_values, [self._limit], 0
+            )
         return self._found.distance
 
     def _merge(self, weight: float) -> None:

@@ -23,7 +23,6 @@ from xpeer.training.ipc import (
     Done,
     Drop,
     Evaluate,
-    Export,
     ExportState,
     ImportState,
     Losses,
@@ -278,10 +277,6 @@ class TrainerProcess:
     async def checkpoint(self) -> str:
         """Save now; the path of what was written."""
         return (await self._child.whole(self._child.ask(WriteCheckpoint(), Written))).path
-
-    async def export(self, folder: str) -> None:
-        """Write a Hugging Face folder at the next step boundary; training waits for the disk."""
-        await self._child.whole(self._child.ask(Export(folder), Written))
 
     async def evaluate(self) -> Losses:
         """Losses of the present parameters."""

@@ -100,8 +100,10 @@ def compress(
     """
     if not isinstance(update, PrivateUpdate):
         raise TypeError("only a PrivateUpdate may be compressed: stamp it first")
+    out = bytearray(encoded_bytes(codec, update.values.numel()))
+    encode_into(codec, update.values, memoryview(out), dither=dither, reach=reach)
     return CompressedUpdate(
-        payload=encode(codec, update.values, dither=dither, reach=reach),
+        payload=memoryview(out),
         codec=codec,
         num_values=update.values.numel(),
         step=update.step,
