@@ -68,7 +68,7 @@ Codec = Literal[
 class Round(Struct, frozen=True, forbid_unknown_fields=True):
     """How often peers exchange, and what."""
 
-    window_steps: Count = 20
+    window_steps: Count = 5
     """H: a window ends after this many local steps ..."""
     window_s: Positive | None = None
     """... or after this many seconds, whichever comes first (None: by steps alone)."""
