@@ -17,6 +17,7 @@ from typing import Final
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
+from xpeer.training.buffers import Buffers
 from xpeer.training.consolidation import Consolidation, Shown, shown
 from xpeer.training.fragments import Fragments
 from xpeer.training.mixing import Difference, NormLimit, difference
@@ -31,6 +32,8 @@ from xpeer.wire.reach import Reach
 MAX_IN_FLIGHT: Final = 16
 """Each holds one fragment in float32, and one more for each partner."""
 MAX_GROUP: Final = 64
+SPARE: Final = 4
+"""Buffers that are kept for the next meetings: two for each of two."""
 _STOCHASTIC: Final = frozenset({"int4", "int2", "int4-modulo", "int2-modulo"})
 _SMOOTHING: Final = 0.9
 """Of the consensus distance, per exchange."""
@@ -84,6 +87,7 @@ class Exchanges:
         self._mechanism = mechanism
         self._averaging = Rule()
         self._reach = Reach()
+        self.buffers = Buffers(SPARE)
         self._limits = {
             each: [
                 NormLimit(of_differences=vector != each.parameters_at)
@@ -143,7 +147,7 @@ class Exchanges:
                 raise PeerError(Reason.BUSY, f"{MAX_IN_FLIGHT} meetings are in flight")
             if any(other.fragment == fragment for other in self._in_flight.values()):
                 raise PeerError(Reason.BUSY, f"fragment {fragment} is in flight")
-        theta = self._gather(fragment)
+        theta = self._gather(fragment, self.buffers.take(self.fragments.size(fragment)))
         private = self._mechanism.stamp(RawUpdate(rule.outgoing(fragment, theta), step))
         with self._lock:
             self._in_flight[meeting_id] = _Meeting(fragment, step, rule, theta)
@@ -193,7 +197,15 @@ class Exchanges:
             raise PeerError(Reason.WRONG_MODEL, f"{num_values} values, {expected} expected")
         if codec != self.codec:
             raise PeerError(Reason.WRONG_CODEC, "the payload is not of the manifest's codec")
-        found = difference(codec, own, payload, expected, self._limits[rule], rule.parameters_at)
+        found = difference(
+            codec,
+            own,
+            payload,
+            expected,
+            self._limits[rule],
+            rule.parameters_at,
+            out=self.buffers.take(expected),
+        )
         near = own if isinstance(own, torch.Tensor) and wire_codec.is_modulo(codec) else None
         if near is not None and found.largest is not None:
             self._reach.saw(meeting.fragment, near, found.largest)
@@ -258,6 +270,8 @@ class Exchanges:
             for limit, norm in zip(self._limits[rule], found.norms, strict=True):
                 limit.accepted(norm)
         clipped = sum(found.clipped for found in merged)
+        for spare in (meeting.theta, *(each.values for each in meeting.differences.values())):
+            self.buffers.give(spare.view(-1))
         self.merges += 1
         self.merges_clipped += clipped
         self._steps_late += step - meeting.step
@@ -297,8 +311,12 @@ class Exchanges:
         vector = slice(each * rule.parameters_at, each * (rule.parameters_at + 1))
         return shown(self.codec, payload, num_values, vector, near)
 
-    def _gather(self, fragment: int) -> torch.Tensor:
-        return self.fragments.gather(self._parameters.flat, fragment).cpu()
+    def _gather(self, fragment: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        flat = self._parameters.flat
+        if flat.device.type == "cpu":
+            return self.fragments.gather(flat, fragment, out)
+        copied = self.fragments.gather(flat, fragment)
+        return copied.cpu() if out is None else out.copy_(copied)
 
     def _get(self, meeting_id: int) -> _Meeting:
         try:

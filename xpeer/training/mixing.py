@@ -86,6 +86,7 @@ def difference(
     num_values: int,
     limits: Sequence[NormLimit],
     parameters_at: int,
+    out: torch.Tensor | None = None,
 ) -> Difference:
     """Decode a partner's payload against our own values: z, and how far apart we are.
 
@@ -97,11 +98,12 @@ def difference(
         num_values: V n.
         limits: one for each vector.
         parameters_at: the vector that holds parameters.
+        out: (num_values,) float32 to write z to.
 
     Raises:
         PeerError: as `codec.decode`; or the difference overflows.
     """
-    z, whole = merge.difference(codec, own, payload, num_values)
+    z, whole = merge.difference(codec, own, payload, num_values, out=out)
     rows = z.view(len(limits), -1)
     if isinstance(own, torch.Tensor) and len(rows) > 1:
         own_rows = own.view(rows.shape)
