@@ -16,6 +16,7 @@ from xpeer.training.exchanges import Exchanges
 from xpeer.training.fragments import Fragments, padded
 from xpeer.training.rules import Rule
 from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate, received_stamp
+from xpeer.wire import codec
 
 if TYPE_CHECKING:
     from xpeer.training.parts import Mechanism, Parameters
@@ -60,6 +61,8 @@ class AveragingTrainer:
         self._exchanges = Exchanges(parameters, fragments, codec_name, mechanism, Rule())
         for _ in range(2):  # memory that a peer in mid-run has in use
             self._exchanges.buffers.give(torch.zeros(self.num_values))
+            payload = codec.encoded_bytes(codec_name, self.num_values)
+            self._exchanges.buffers.give(torch.zeros(payload, dtype=torch.uint8))
         self._ready = 0.0
 
     async def snapshot(

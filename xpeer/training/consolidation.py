@@ -7,8 +7,8 @@ partners is nearly as good and costs no traffic, since every exchange brings a p
 anyway; that they are some steps old matters little (docs/benchmarks.md, `convergence`). A moving
 average of one's own parameters doesn't help.
 
-Kept as int8 payloads: 2 bytes for each parameter. Received values were stamped as private by their
-sender, and averages of them stay so.
+Kept as they came, compressed: with int8 2 bytes for each parameter. Received values were stamped as
+private by their sender, and averages of them stay so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Final
 
 import torch
 
+from xpeer.training.buffers import Buffers
 from xpeer.training.fragments import Fragments, padded
 from xpeer.wire import codec
 
@@ -27,16 +28,23 @@ PARTNERS: Final = 2
 _KEPT: Final = "int8"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Shown:
     """A partner's values of one fragment, as it showed them."""
 
     codec: str  # no modulo codec: it is decoded without any other values
-    payload: bytes
+    payload: torch.Tensor  # (bytes,) uint8
+    lent: bool = False
+    """Another thread may be reading it."""
 
 
 def shown(
-    name: str, payload: codec.Payload, num_values: int, vector: slice, near: torch.Tensor | None
+    name: str,
+    payload: codec.Payload,
+    num_values: int,
+    vector: slice,
+    near: torch.Tensor | None,
+    buffers: Buffers,
 ) -> Shown:
     """Keep a verified payload, or what it holds of the parameters as int8.
 
@@ -46,17 +54,27 @@ def shown(
         num_values: in it.
         vector: which of them are parameters.
         near: for modulo codecs, as `codec.decode`.
+        buffers: where memory is taken.
     """
-    if name in codec.INTS and near is None and vector == slice(0, num_values):
-        return Shown(name, bytes(payload))
+    if near is None and vector == slice(0, num_values):
+        kept = buffers.take(memoryview(payload).nbytes, torch.uint8)
+        codec.view(kept)[:] = memoryview(payload).cast("B")
+        return Shown(name, kept)
     values = codec.decode(name, payload, num_values, near=near)[vector]
-    return Shown(_KEPT, codec.encode(_KEPT, values))
+    kept = buffers.take(codec.encoded_bytes(_KEPT, values.numel()), torch.uint8)
+    codec.encode_into(_KEPT, values, codec.view(kept))
+    return Shown(_KEPT, kept)
 
 
 class Consolidation:
-    """The last values received of every fragment. Used by the training thread alone."""
+    """The last values received of every fragment. Used by the training thread alone.
 
-    def __init__(self) -> None:
+    Args:
+        buffers: where memory that is no longer needed goes.
+    """
+
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
         self._shown: dict[int, deque[Shown]] = {}
 
     def begin(self) -> None:
@@ -65,10 +83,16 @@ class Consolidation:
 
     def merged(self, fragment: int, values: Shown) -> None:
         """An exchange of this fragment was merged."""
-        self._shown.setdefault(fragment, deque(maxlen=PARTNERS)).append(values)
+        kept = self._shown.setdefault(fragment, deque())
+        kept.append(values)
+        if len(kept) > PARTNERS and not (oldest := kept.popleft()).lent:
+            self._buffers.give(oldest.payload)
 
     def now(self) -> dict[int, tuple[Shown, ...]]:
         """A copy that another thread may read."""
+        for kept in self._shown.values():
+            for values in kept:
+                values.lent = True
         return {fragment: tuple(kept) for fragment, kept in self._shown.items()}
 
 
@@ -89,15 +113,16 @@ def consolidate(
     out[: flat.numel()] = flat
     for fragment, kept in received.items():
         own = fragments.gather(out, fragment)
-        total = sum((codec.decode(s.codec, s.payload, own.numel()) for s in kept), own)
+        total = sum((codec.decode(s.codec, codec.view(s.payload), own.numel()) for s in kept), own)
         fragments.add_(out, fragment, total.div(1 + len(kept)).sub_(own))
     return out[: flat.numel()]
 
 
 def packed(flat: torch.Tensor, consolidated: torch.Tensor) -> torch.Tensor:
     """For a checkpoint: what consolidation adds, (bytes,) uint8; a byte for each parameter."""
-    payload = codec.encode(_KEPT, consolidated - flat)
-    return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    out = torch.empty(codec.encoded_bytes(_KEPT, flat.numel()), dtype=torch.uint8)
+    codec.encode_into(_KEPT, consolidated - flat, codec.view(out))
+    return out
 
 
 def unpacked(flat: torch.Tensor, addition: torch.Tensor) -> torch.Tensor:
@@ -106,4 +131,4 @@ def unpacked(flat: torch.Tensor, addition: torch.Tensor) -> torch.Tensor:
     Raises:
         PeerError: `addition` is not what `packed` makes of this many parameters.
     """
-    return flat + codec.decode(_KEPT, memoryview(addition.numpy()), flat.numel())  # type: ignore[arg-type]
+    return flat + codec.decode(_KEPT, codec.view(addition), flat.numel())

@@ -32,8 +32,8 @@ from xpeer.wire.reach import Reach
 MAX_IN_FLIGHT: Final = 16
 """Each holds one fragment in float32, and one more for each partner."""
 MAX_GROUP: Final = 64
-SPARE: Final = 4
-"""Buffers that are kept for the next meetings: two for each of two."""
+SPARE: Final = 8
+"""Buffers that are kept for the next meetings: snapshot, payload, difference and what was shown."""
 _STOCHASTIC: Final = frozenset({"int4", "int2", "int4-modulo", "int2-modulo"})
 _SMOOTHING: Final = 0.9
 """Of the consensus distance, per exchange."""
@@ -45,6 +45,7 @@ class _Meeting:
     step: int
     rule: Rule
     theta: torch.Tensor  # (n,) float32: the snapshot
+    payload: torch.Tensor | None = None  # (bytes,) uint8: what was sent
     own: wire_codec.Payload | torch.Tensor | None = None
     """What was sent, or Q of it, (V n,) float32: see `_own`."""
     differences: dict[int, Difference] = field(default_factory=dict)
@@ -78,7 +79,8 @@ class Exchanges:
         self.fragments = fragments
         self.codec = codec
         self.rule = rule
-        self.consolidation = Consolidation()
+        self.buffers = Buffers(SPARE)
+        self.consolidation = Consolidation(self.buffers)
         self.merges = 0
         self.merges_clipped = 0
         self.consensus_distance: float | None = None
@@ -87,7 +89,6 @@ class Exchanges:
         self._mechanism = mechanism
         self._averaging = Rule()
         self._reach = Reach()
-        self.buffers = Buffers(SPARE)
         self._limits = {
             each: [
                 NormLimit(of_differences=vector != each.parameters_at)
@@ -162,13 +163,20 @@ class Exchanges:
         """
         with self._lock:
             meeting = self._get(meeting_id)
+        num_bytes = wire_codec.encoded_bytes(self.codec, update.values.numel())
+        payload = self.buffers.take(num_bytes, torch.uint8)
         try:
             compressed = wire_codec.compress(
-                update, self.codec, dither=self._dither(), reach=self._reach.of(meeting.fragment)
+                update,
+                self.codec,
+                dither=self._dither(),
+                reach=self._reach.of(meeting.fragment),
+                out=payload,
             )
         except LocalError as e:
             self.drop(meeting_id)
             raise TrainerError(e.problem, e.remedy) from e
+        meeting.payload = payload
         meeting.own = self._own(meeting.rule, update, compressed)
         return compressed
 
@@ -270,8 +278,10 @@ class Exchanges:
             for limit, norm in zip(self._limits[rule], found.norms, strict=True):
                 limit.accepted(norm)
         clipped = sum(found.clipped for found in merged)
-        for spare in (meeting.theta, *(each.values for each in meeting.differences.values())):
-            self.buffers.give(spare.view(-1))
+        differences = (each.values.view(-1) for each in meeting.differences.values())
+        for spare in (meeting.theta, meeting.payload, *differences):
+            if spare is not None:
+                self.buffers.give(spare)
         self.merges += 1
         self.merges_clipped += clipped
         self._steps_late += step - meeting.step
@@ -309,7 +319,7 @@ class Exchanges:
     ) -> Shown:
         each = num_values // rule.vectors
         vector = slice(each * rule.parameters_at, each * (rule.parameters_at + 1))
-        return shown(self.codec, payload, num_values, vector, near)
+        return shown(self.codec, payload, num_values, vector, near, self.buffers)
 
     def _gather(self, fragment: int, out: torch.Tensor | None = None) -> torch.Tensor:
         flat = self._parameters.flat
