@@ -126,7 +126,7 @@ def full(peers: Iterable[int], steps: Iterable[int], seeds: int, only: str | Non
     ]
     larger = [Setting(n, lengths[0]) for n in counts[1:]]
     longer = [Setting(counts[0], length) for length in lengths[1:]]
-    blocks += [Block(setting, KEY_METHODS) for setting in [*larger, *longer]]
+    blocks += [Block(setting, KEY_METHODS) for setting in [*longer, *larger]]
     if only is not None:
         blocks = [Block(b.setting, tuple(m for m in b.methods if m == only), ()) for b in blocks]
     return Plan(tuple(blocks), seeds)
