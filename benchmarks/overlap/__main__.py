@@ -68,7 +68,7 @@ class Plan:
 
 PROMISED = Point(200.0, 0.05)
 FULL = Plan(SMOLLM2_135M, 134_515_008, 1.0, 60, (PROMISED, Point(UNLIMITED, 0.0), Point(50.0, 0.1)))
-QUICK = Plan(SMALL, 8_062_656, 0.25, 60, (PROMISED,))
+QUICK = Plan(SMALL, 8_062_656, 0.25, 40, (PROMISED,))
 
 
 def round_of(plan: Plan, point: Point) -> dict[str, Any]:
