@@ -60,10 +60,15 @@ class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
     sequence_tokens: Annotated[int, Meta(ge=8)] = 128
 
 
+Codec = Literal[
+    "float32", "bfloat16", "int8", "int4", "int2", "int8-modulo", "int4-modulo", "int2-modulo"
+]
+
+
 class Round(Struct, frozen=True, forbid_unknown_fields=True):
     """How often peers exchange, and what."""
 
-    window_steps: Count = 20
+    window_steps: Count = 5
     """H: a window ends after this many local steps ..."""
     window_s: Positive | None = None
     """... or after this many seconds, whichever comes first (None: by steps alone)."""
@@ -71,8 +76,8 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     """Length of a slot of the shared clock: pairs are matched anew at every slot."""
     fragments: Annotated[int, Meta(ge=1, le=1024)] = 5
     """F: a window exchanges every fragment once; 1 = the whole model at once."""
-    codec: Literal["float32", "bfloat16", "int8", "int4", "int2"] = "int8"
-    """int4 and int2 round stochastically."""
+    codec: Codec = "int8"
+    """int4 and int2 round stochastically; modulo codecs send values modulo how far peers differ."""
     rule: Literal[
         "gossip", "fedavg", "dynamic", "asynchronous", "gradient", "diloco", "noloco", "gasloc"
     ] = "gossip"
@@ -96,6 +101,11 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: names fields and remedy.
         """
+        if self.codec.endswith("-modulo") and self.rule in ("gradient", "noloco"):
+            raise ValueError(
+                f"round.codec = {self.codec} is for parameters, and round.rule = {self.rule} sends "
+                f"differences, too: set round.codec = {self.codec.removesuffix('-modulo')}"
+            )
         if self.group == 1:
             raise ValueError("round.group = 1 meets nobody: use 2 to 8, or 0 for all")
         if self.rule == "asynchronous" and self.group != 2:

@@ -150,6 +150,7 @@ class Meeting:
                 update = await self._taken()
                 received = await agreement.swap(update)
                 distance = await self._trainer.verify(self._id, exchange_id, received)
+                agreement.release(received)
                 await agreement.settle()
                 self.accepted[peer_id], self._weights[exchange_id] = exchange_id, weight
         except TimeoutError as e:

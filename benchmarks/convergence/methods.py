@@ -12,7 +12,7 @@ from benchmarks.simulator.spec import Link, Run
 
 RATES: Final = (5e-4, 8e-4, 1.25e-3, 2e-3, 3.2e-3, 5e-3, 8e-3, 12.5e-3, 20e-3)
 """The grid: a factor of 1.6. Every method is tuned on it, until its best rate is no edge."""
-FIRST_RATES: Final = (2e-3, 3.2e-3)
+FIRST_RATES: Final = (3.2e-3, 5e-3)
 FRAGMENTS: Final = 5
 """With int8 at every step: the bytes of float32 parameters every 20 steps."""
 WINDOW_STEPS: Final = 20

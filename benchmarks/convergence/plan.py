@@ -1,8 +1,8 @@
 """Which runs are wanted next, given those that are finished.
 
 A method is tuned on the grid with the first seed, until its best rate has a neighbour on either
-side; then its two best rates run with all seeds. The rate is chosen by the mean over seeds of the
-loss on held-out text that is reported nowhere.
+side; then its best rates run with all seeds. Rates are chosen by the mean over seeds of the loss on
+held-out text that is reported nowhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Plan:
         seeds: 0 and up.
         first_rates: where tuning starts.
         extend: go on beyond those while the best is at an edge.
-        finalists: rates that run with every seed.
+        finalists: rates that run with every seed under the first setting; elsewhere the best does.
     """
 
     blocks: tuple[Block, ...]
@@ -107,14 +107,15 @@ class Plan:
     def _finalists(self, setting: Setting, method: str, results: Results) -> list[float]:
         grid = self._grid(setting, method, results)
         ranked = sorted(grid, key=lambda run: results[run]["tuning"])
-        return [run.rate for run in ranked[: self.finalists]]
+        count = self.finalists if setting == self.blocks[0].setting else 1
+        return [run.rate for run in ranked[:count]]
 
     def _all(self, setting: Setting, method: str, rate: float) -> list[Run]:
         return [setting.run(method, rate, seed) for seed in range(self.seeds)]
 
 
 def full(peers: Iterable[int], steps: Iterable[int], seeds: int, only: str | None) -> Plan:
-    """N and steps in the order given; the first of each gets every method."""
+    """Every method at the first N and number of steps; key ones with more peers, or more steps."""
     blocks = []
     counts, lengths = list(peers), list(steps)
     first = Setting(counts[0], lengths[0])
@@ -123,12 +124,9 @@ def full(peers: Iterable[int], steps: Iterable[int], seeds: int, only: str | Non
         Block(Setting(counts[0], lengths[0], clock=True), CLOCK_METHODS),
         Block(first, TOKEN_METHODS),
     ]
-    blocks += [
-        Block(Setting(n, length), KEY_METHODS)
-        for length in lengths
-        for n in counts
-        if (n, length) != (first.peers, first.steps)
-    ]
+    larger = [Setting(n, lengths[0]) for n in counts[1:]]
+    longer = [Setting(counts[0], length) for length in lengths[1:]]
+    blocks += [Block(setting, KEY_METHODS) for setting in [*larger, *longer]]
     if only is not None:
         blocks = [Block(b.setting, tuple(m for m in b.methods if m == only), ()) for b in blocks]
     return Plan(tuple(blocks), seeds)

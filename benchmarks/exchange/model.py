@@ -7,12 +7,19 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from xpeer.training.mixing import Difference, NormLimit, difference
-from xpeer.update import CompressedUpdate, PeerUpdate, received_stamp
+from xpeer.training.exchanges import Exchanges
+from xpeer.training.fragments import Fragments, padded
+from xpeer.training.rules import Rule
+from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate, received_stamp
 from xpeer.wire import codec
+
+if TYPE_CHECKING:
+    from xpeer.training.parts import Mechanism, Parameters
 
 SHOWN = 2048
 """Values that a child shows for checking."""
@@ -30,8 +37,9 @@ def values_of(rank: int, num_params: int) -> torch.Tensor:
 
 
 class AveragingTrainer:
-    """`round.Trainer` over one flat fragment; the codec works on a helper thread, as in production,
-    into a buffer that is reused, as production's shared memory is.
+    """`round.Trainer` around the trainer's own `Exchanges`, with one fragment and nothing to train.
+    Helper threads do what the trainer process does off its training thread; payloads cross no
+    process, which costs a copy of them each way in production.
 
     Args:
         values: (n,) float32, CPU; changed in place.
@@ -42,55 +50,65 @@ class AveragingTrainer:
     """
 
     def __init__(self, values: torch.Tensor, codec_name: str) -> None:
-        self.values = values
+        flat = torch.nn.functional.pad(values, (0, padded(len(values)) - len(values)))
+        self.values = flat[: len(values)]
         self.codec = codec_name
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._payload = memoryview(bytearray(codec.encoded_bytes(codec_name, len(values))))
-        self._own = values
-        self._found: Difference | None = None
-        self._limit = NormLimit()
+        parameters = cast("Parameters", SimpleNamespace(flat=flat))
+        mechanism = cast("Mechanism", SimpleNamespace(stamp=_stamp))
+        fragments = Fragments(len(values), 1)
+        self.num_values = fragments.size(0)
+        self._exchanges = Exchanges(parameters, fragments, codec_name, mechanism, Rule())
+        for _ in range(2):  # memory that a peer in mid-run has in use
+            self._exchanges.buffers.give(torch.zeros(self.num_values))
+            payload = codec.encoded_bytes(codec_name, self.num_values)
+            self._exchanges.buffers.give(torch.zeros(payload, dtype=torch.uint8))
         self._ready = 0.0
 
     async def snapshot(
         self, meeting_id: int, fragment: int, *, averaging: bool
     ) -> CompressedUpdate:
-        """Quantise, and keep what the partner will decode."""
-        await asyncio.to_thread(self._snapshot)
+        """Copy and quantise."""
+        taken = await asyncio.to_thread(self._snapshot, meeting_id, fragment)
         self._ready = time.perf_counter()
-        stamp = received_stamp("off", 0)
-        return CompressedUpdate(self._payload, self.codec, len(self.values), 0, stamp)
+        return taken
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
         """Decode and bound the partner's."""
         self.seconds["swap"] += time.perf_counter() - self._ready
-        return await asyncio.to_thread(self._verify, update)
+        return await asyncio.to_thread(self._verify, meeting_id, exchange_id, update)
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         """Merge what was verified: theta += w z."""
-        (weight,) = weights.values()
-        await asyncio.to_thread(self._merge, weight)
+        await asyncio.to_thread(self._merge, meeting_id, weights)
 
     def drop(self, meeting_id: int) -> None:
-        """Nothing is kept."""
+        """Forget a meeting."""
+        self._exchanges.drop(meeting_id)
 
-    def _snapshot(self) -> None:
+    def _snapshot(self, meeting_id: int, fragment: int) -> CompressedUpdate:
+        with self._timed("copy"):
+            private = self._exchanges.take(meeting_id, fragment, step=0)
         with self._timed("encode"):
-            codec.encode_into(self.codec, self.values, self._payload)
-        with self._timed("decode own"):
-            self._own = codec.decode(self.codec, self._payload, len(self.values))
+            return self._exchanges.compress(meeting_id, private)
 
-    def _verify(self, update: PeerUpdate) -> float:
+    def _verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
         with self._timed("difference"):
-            self._found = difference(self.codec, self._own[None], update.payload, [self._limit], 0)
-        return self._found.distance
+            return self._exchanges.verify(
+                meeting_id, exchange_id, update.codec, memoryview(update.payload), update.num_values
+            )
 
-    def _merge(self, weight: float) -> None:
-        assert self._found is not None
+    def _merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         with self._timed("merge"):
-            self.values.add_(self._found.values[0], alpha=weight)
+            self._exchanges.resolve(meeting_id, weights)
+            self._exchanges.merge(meeting_id, step=0)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[stage] += time.perf_counter() - start
+
+
+def _stamp(raw: RawUpdate) -> PrivateUpdate:
+    return PrivateUpdate(raw.values, raw.step, received_stamp("off", 0))

@@ -79,7 +79,7 @@ class Peer:
 
     async def _propose(self, to: PeerId, number: int) -> None:
         assert self._trainer is not None
-        name, num_values = self._trainer.codec, len(self._trainer.values)
+        name, num_values = self._trainer.codec, self._trainer.num_values
         agreement = await self._proposer.propose(
             to,
             self,

@@ -133,7 +133,7 @@ def _exchange(
         own = codec.decode("int8", payloads[here], len(chosen))
         for there, payload in enumerate(payloads):
             if there != here:
-                found = difference("int8", own[None], payload, [limit], 0)
+                found = difference("int8", own, payload, own.numel(), [limit], 0)
                 theta[m].index_add_(0, chosen, found.values[0], alpha=1 / k)
                 limit.accepted(found.norms[0])
 

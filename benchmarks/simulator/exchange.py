@@ -25,8 +25,9 @@ from xpeer.training.mixing import NormLimit, difference
 from xpeer.training.rules.base import Correction
 from xpeer.wire import codec
 from xpeer.wire.messages import Terms
+from xpeer.wire.reach import Reach
 
-COARSE = ("int4", "int2")
+COARSE = ("int4", "int2", "int4-modulo", "int2-modulo")
 """Rounded stochastically, as in the trainer."""
 
 
@@ -74,6 +75,7 @@ class Exchange:
         fragments = Fragments(NUM_PARAMS, run.fragments)
         self._indices = [_inside(fragments.indices(f)) for f in range(run.fragments)]
         self._rules = [rules.make(run.manifest().round) for _ in range(run.peers)]
+        self._reaches = [Reach() for _ in range(run.peers)]
         self._limits = [[NormLimit() for _ in range(rule.vectors)] for rule in self._rules]
         self._chance = random.Random(run.seed)
         self._weighting = weights.weighting_of(run.manifest().round.rule)
@@ -124,14 +126,17 @@ class Exchange:
 
     def coded(self, values: torch.Tensor) -> torch.Tensor:
         """Q(values), (n,) float32."""
-        return self._coded(values)[1]
+        return self._coded(values, None)[1]
 
-    def _coded(self, values: torch.Tensor) -> tuple[bytes, torch.Tensor]:
+    def _coded(
+        self, values: torch.Tensor, reach: torch.Tensor | None
+    ) -> tuple[bytes, torch.Tensor]:
         """The bytes that would travel, and Q(values), (n,) float32."""
         name = self._run.codec
         dither = self._chance.getrandbits(62) if name in COARSE else None
-        payload = codec.encode(name, values, dither=dither)
-        return payload, codec.decode(name, payload, values.numel())
+        payload = codec.encode(name, values, dither=dither, reach=reach)
+        near = values if codec.is_modulo(name) else None
+        return payload, codec.decode(name, payload, values.numel(), near=near)
 
     def _groups(self, slot: int) -> list[Sequence[int]]:
         if self._run.group == "all":
@@ -144,7 +149,10 @@ class Exchange:
         failed = self._failures(group)
         theta = {peer: self._read(peer, fragment) for peer in group}
         sent = {
-            peer: self._coded(self._rules[peer].outgoing(fragment, theta[peer])) for peer in group
+            peer: self._coded(
+                self._rules[peer].outgoing(fragment, theta[peer]), self._reaches[peer].of(fragment)
+            )
+            for peer in group
         }
         size = len(sent[group[0]][0])
         if run.group == "all":
@@ -188,9 +196,14 @@ class Exchange:
         for other, (payload, _) in sent.items():
             if other == peer:
                 continue
-            found = difference(self._run.codec, own, payload, limits, rule.parameters_at)
-            for limit, norm in zip(limits, found.norms, strict=True):
-                limit.accepted(norm)
+            found = difference(
+                self._run.codec, own.view(-1), payload, own.numel(), limits, rule.parameters_at
+            )
+            if found.largest is not None:
+                self._reaches[peer].saw(fragment, own.view(-1), found.largest)
+            if found.whole:
+                for limit, norm in zip(limits, found.norms, strict=True):
+                    limit.accepted(norm)
             self.counts.clipped += found.clipped
             weight = weights.of_pair(self._weighting, terms[peer], terms[other])
             shift.add_(found.values, alpha=weight)

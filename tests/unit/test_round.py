@@ -60,6 +60,9 @@ class FakeAgreement:
         await self.gate.wait()
         return SimpleNamespace(payload=self.payload)
 
+    def release(self, received: PeerUpdate) -> None:
+        self.payload = b""
+
     async def settle(self) -> None:
         return
 

@@ -96,8 +96,8 @@ def verify_command(home: Home, as_json: bool) -> None:
 def export_command(home: Home, folder: Path) -> None:
     """Write the newest checkpoint as a Hugging Face model with its tokenizer.
 
-    It is this peer's model, as its last checkpoint had it; the others' differ a little until the
-    closing windows.
+    It is this peer's model as its last checkpoint had it, averaged with what its last partners
+    showed: near the swarm's mean, which all have after the closing windows.
     """
     # torch takes seconds
     from xpeer.training import model  # noqa: PLC0415
@@ -115,7 +115,7 @@ def export_command(home: Home, folder: Path) -> None:
             "train first: `xpeer start`, or have a running daemon save: `xpeer checkpoint save`",
         )
     made = model.build(manifest.model.config)
-    model.write_flat(made, bundle.flat)
+    model.write_flat(made, bundle.consolidated())
     model.export_hf(made, tokenizer, folder)
     say(f"exported step {bundle.step}, {bundle.flat.numel()} parameters")
     click.echo(folder)

@@ -32,6 +32,8 @@ from xpeer.wire.frames import (
 )
 
 DIGEST_BYTES: Final = 32
+SPARE_PAYLOADS: Final = 2
+_spare: list[memoryview] = []
 
 
 def sealed_size(num_bytes: int) -> int:
@@ -90,10 +92,23 @@ def receive(stream: Stream, opener: Opener, out: memoryview, frame_timeout_s: fl
 
 
 def allocate(num_bytes: int) -> memoryview:
-    """Zeros, writable, that take memory only where something was written; freed with the view."""
+    """Writable memory of any content; new memory is taken only where something is written, so that
+    an announcement costs nothing. Freed with the view, unless it is released.
+    """
+    for number, spare in enumerate(_spare):
+        if len(spare) == num_bytes:
+            return _spare.pop(number)
     if num_bytes == 0:
         return memoryview(bytearray())
     return memoryview(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def release(payload: memoryview) -> None:
+    """Keep the memory of a payload that nobody refers to any more for the next one of its size:
+    fresh pages cost as much as opening what is written to them. On the event loop, like `allocate`.
+    """
+    _spare.append(payload)
+    del _spare[:-SPARE_PAYLOADS]
 
 
 def _starts(num_bytes: int) -> range:

@@ -23,6 +23,7 @@ from typing import Protocol
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
+from xpeer.network import bulk
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
 from xpeer.update import CompressedUpdate, PeerUpdate
@@ -172,6 +173,11 @@ class Agreement:
                 f"{announced.num_bytes} bytes announced, {self.num_bytes} agreed",
             )
         return await self.link.receive_bulk(self.num_bytes)
+
+    def release(self, received: PeerUpdate) -> None:
+        """What `swap` gave was verified, and nobody refers to it any more."""
+        if isinstance(received.payload, memoryview):
+            bulk.release(received.payload)
 
     async def settle(self) -> None:
         """Accept the partner's update and wait until it accepts ours.

@@ -5,7 +5,8 @@ For the trainer process, and for whoever trains without partners in its own proc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +19,8 @@ from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.training import checkpoint
 from xpeer.training.checkpoint import Bundle, read_moments, write_moments
+from xpeer.training.consolidation import Shown, consolidate, packed
 from xpeer.training.documents import document_of, load_documents
-from xpeer.training.export import export_hf
 from xpeer.training.flat import FlatParameters
 from xpeer.training.local import LocalTrainer
 from xpeer.training.losses import choose_device, evaluate, record_losses
@@ -63,12 +64,16 @@ class Assembled:
         """Privacy charges so far."""
         return self.ledger.counter
 
-    def bundle(self) -> Bundle:
-        """At a boundary: a copy of everything a checkpoint holds."""
+    def capture(self) -> Callable[[], str]:
+        """At a boundary: copy everything a checkpoint holds.
+
+        Returns:
+            To be called on any thread: writes it; its path.
+        """
         trainer = self.trainer
         trained = list(trainer.parameters.parameters())
         exp_avg, exp_avg_sq, optimiser_step = read_moments(trainer.optimiser, trained)
-        return Bundle(
+        bundle = Bundle(
             flat=trainer.parameters.read(),
             exp_avg=exp_avg,
             exp_avg_sq=exp_avg_sq,
@@ -78,14 +83,14 @@ class Assembled:
             ledger_id=self.ledger_id,
             manifest_hash=self.manifest_hash,
         )
+        received = trainer.exchanges.consolidation.now()
+        return lambda: self._save(bundle, received)
 
-    def save(self, bundle: Bundle) -> str:
-        """On any thread: write it; its path."""
+    def _save(self, bundle: Bundle, received: dict[int, tuple[Shown, ...]]) -> str:
+        if received:
+            averaged = consolidate(bundle.flat, self.trainer.exchanges.fragments, received)
+            bundle = replace(bundle, consolidation=packed(bundle.flat, averaged))
         return str(checkpoint.save(self.home.checkpoints, bundle, keep=self.keep_checkpoints))
-
-    def export(self, folder: str) -> None:
-        """At a boundary: write a Hugging Face folder."""
-        export_hf(self.model, self.tokenizer, Path(folder))
 
     def close(self) -> None:
         """Wait for the ledger's disk, and close it."""

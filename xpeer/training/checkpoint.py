@@ -16,11 +16,13 @@ import msgspec
 import torch
 
 from xpeer.errors import ConfigError, LocalError
+from xpeer.training import consolidation
 from xpeer.training.tensorfile import CorruptFileError, clear_staging, read_tensors, write_tensors
 
 SCHEMA_VERSION: Final = 1
 _NAME: Final = re.compile(r"ckpt-(\d{9,})\.safetensors")
 _TENSORS: Final = ("flat", "exp_avg", "exp_avg_sq")
+_CONSOLIDATION: Final = "consolidation"
 _RULE: Final = "rule."
 
 
@@ -33,6 +35,8 @@ class Bundle:
     exp_avg_sq: torch.Tensor  # (num_params,) float32, CPU: its second
     optimiser_step: int
     """AdamW's own count, of its bias correction; 0 = the moments are fresh."""
+    consolidation: torch.Tensor | None = None  # (bytes,) uint8
+    """What to add for an export (`consolidation.packed`); None: there is nothing to add."""
     rule: dict[str, torch.Tensor] = field(default_factory=dict)
     """`rules.Rule.state`: anchors and momentum of the aggregation rule."""
     counters: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +48,12 @@ class Bundle:
     def step(self) -> int:
         """Training steps taken."""
         return int(self.counters.get("step", 0))
+
+    def consolidated(self) -> torch.Tensor:
+        """The parameters to export, (num_params,) float32."""
+        if self.consolidation is None:
+            return self.flat
+        return consolidation.unpacked(self.flat, self.consolidation)
 
     def require(self, manifest_hash: str, ledger_id: str, num_params: int) -> None:
         """Refuse to go on with another swarm's model, or another ledger than the one charged.
@@ -105,6 +115,8 @@ def save(folder: Path, bundle: Bundle, keep: int = 2) -> Path:
     )
     path = folder / f"ckpt-{bundle.step:09d}.safetensors"
     tensors = {name: getattr(bundle, name) for name in _TENSORS}
+    if bundle.consolidation is not None:
+        tensors[_CONSOLIDATION] = bundle.consolidation
     tensors |= {_RULE + name: value for name, value in bundle.rule.items()}
     write_tensors(path, tensors, {"xpeer": msgspec.json.encode(words, order="sorted").decode()})
     older = [other for other in paths(folder) if step_of(other) < bundle.step]
@@ -133,11 +145,13 @@ def load(path: Path) -> Bundle:
             "use the xpeer version that wrote it",
         )
     rule = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_RULE)}
+    addition = tensors.pop(_CONSOLIDATION, None)
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     if set(shapes) != set(_TENSORS) or len(set(shapes.values())) != 1:
         raise CorruptFileError(f"it holds {shapes}")
     return Bundle(
         **tensors,
+        consolidation=addition,
         rule={name.removeprefix(_RULE): value for name, value in rule.items()},
         optimiser_step=parsed.optimiser_step,
         counters=parsed.counters,

@@ -19,6 +19,8 @@ from typing import Final
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
+from xpeer.training.buffers import Buffers
+from xpeer.training.consolidation import Consolidation, Shown, shown
 from xpeer.training.fragments import Fragments
 from xpeer.training.mixing import Difference, NormLimit, difference
 from xpeer.training.parts import Mechanism, Parameters
@@ -26,11 +28,15 @@ from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
 from xpeer.update import CompressedUpdate, PrivateUpdate, RawUpdate
 from xpeer.wire import codec as wire_codec
+from xpeer.wire import merge
+from xpeer.wire.reach import Reach
 
 MAX_IN_FLIGHT: Final = 16
 """Each holds one fragment in float32, and one more for each partner."""
 MAX_GROUP: Final = 64
-_COARSE: Final = frozenset({"int4", "int2"})
+SPARE: Final = 8
+"""Buffers that are kept for the next meetings: snapshot, payload, difference and what was shown."""
+_STOCHASTIC: Final = frozenset({"int4", "int2", "int4-modulo", "int2-modulo"})
 _SMOOTHING: Final = 0.9
 """Of the consensus distance, per exchange."""
 
@@ -41,8 +47,11 @@ class _Meeting:
     step: int
     rule: Rule
     theta: torch.Tensor  # (n,) float32: the snapshot
-    own: torch.Tensor | None = None  # (V, n) float32: Q of what was sent
+    payload: torch.Tensor | None = None  # (bytes,) uint8: what was sent
+    own: wire_codec.Payload | torch.Tensor | None = None
+    """What was sent, or Q of it, (V n,) float32: see `_own`."""
     differences: dict[int, Difference] = field(default_factory=dict)
+    shown: dict[int, Shown] = field(default_factory=dict)
     correction: Correction | None = None
     merged: tuple[int, ...] = ()
 
@@ -77,6 +86,8 @@ class Exchanges:
         self.fragments = fragments
         self.codec = codec
         self.rule = rule
+        self.buffers = Buffers(SPARE)
+        self.consolidation = Consolidation(self.buffers)
         self.merges = 0
         self.merges_clipped = 0
         self.consensus_distance: float | None = None
@@ -85,6 +96,7 @@ class Exchanges:
         self._parameters = parameters
         self._mechanism = mechanism
         self._averaging = Rule()
+        self._reach = Reach()
         self._limits = {
             each: [
                 NormLimit(of_differences=vector != each.parameters_at)
@@ -99,8 +111,20 @@ class Exchanges:
         """The parameters were set anew: what is in flight refers to others."""
         with self._lock:
             self._in_flight.clear()
+        self.consolidation.begin()
+        self._reach = Reach()
         for fragment in range(self.fragments.num_fragments):
             self.rule.begin(fragment, self._gather(fragment))
+
+    def prepare(self) -> None:
+        """Off the training thread: have the codec ready before the first exchange needs it."""
+        each = max(self.fragments.size(f) for f in range(self.fragments.num_fragments))
+        merge.prepare(
+            self.codec,
+            self.rule.vectors * each,
+            stochastic=self._dither() is not None,
+            decoded=self._decodes_own(self.rule),
+        )
 
     @property
     def steps_late(self) -> float:
@@ -133,7 +157,7 @@ class Exchanges:
                 raise PeerError(Reason.BUSY, f"{MAX_IN_FLIGHT} meetings are in flight")
             if any(other.fragment == fragment for other in self._in_flight.values()):
                 raise PeerError(Reason.BUSY, f"fragment {fragment} is in flight")
-        theta = self._gather(fragment)
+        theta = self._gather(fragment, self.buffers.take(self.fragments.size(fragment)))
         private = self._mechanism.stamp(RawUpdate(rule.outgoing(fragment, theta), step))
         with self._waiting():
             self._in_flight[meeting_id] = _Meeting(fragment, step, rule, theta)
@@ -147,15 +171,23 @@ class Exchanges:
             PeerError: dropped meanwhile (CLOSED).
             TrainerError: the parameters can't be encoded.
         """
+        with self._lock:
+            meeting = self._get(meeting_id)
+        num_bytes = wire_codec.encoded_bytes(self.codec, update.values.numel())
+        payload = self.buffers.take(num_bytes, torch.uint8)
         try:
-            compressed = wire_codec.compress(update, self.codec, dither=self._dither())
+            compressed = wire_codec.compress(
+                update,
+                self.codec,
+                dither=self._dither(),
+                reach=self._reach.of(meeting.fragment),
+                out=payload,
+            )
         except LocalError as e:
             self.drop(meeting_id)
             raise TrainerError(e.problem, e.remedy) from e
-        own = wire_codec.decode(self.codec, compressed.payload, compressed.num_values)
-        with self._lock:
-            meeting = self._get(meeting_id)
-            meeting.own = own.view(meeting.rule.vectors, -1)
+        meeting.payload = payload
+        meeting.own = self._own(meeting.rule, update, compressed)
         return compressed
 
     def verify(
@@ -177,14 +209,29 @@ class Exchanges:
             raise TrainerError(f"meeting {meeting_id} has no snapshot, or knows {exchange_id}")
         if crowded:
             raise PeerError(Reason.BUSY, f"{MAX_GROUP} partners in one meeting")
-        if num_values != own.numel():
-            raise PeerError(Reason.WRONG_MODEL, f"{num_values} values, {own.numel()} expected")
+        rule = meeting.rule
+        expected = rule.vectors * meeting.theta.numel()
+        if num_values != expected:
+            raise PeerError(Reason.WRONG_MODEL, f"{num_values} values, {expected} expected")
         if codec != self.codec:
             raise PeerError(Reason.WRONG_CODEC, "the payload is not of the manifest's codec")
-        rule = meeting.rule
-        found = difference(codec, own, payload, self._limits[rule], rule.parameters_at)
+        found = difference(
+            codec,
+            own,
+            payload,
+            expected,
+            self._limits[rule],
+            rule.parameters_at,
+            out=self.buffers.take(expected),
+        )
+        near = own if isinstance(own, torch.Tensor) and wire_codec.is_modulo(codec) else None
+        if near is not None and found.largest is not None:
+            self._reach.saw(meeting.fragment, near, found.largest)
+        values = None if found.clipped else self._shown(rule, payload, num_values, near)
         with self._lock:
             meeting.differences[exchange_id] = found
+            if values is not None:
+                meeting.shown[exchange_id] = values
             before = self.consensus_distance
             self.consensus_distance = (
                 found.distance
@@ -213,9 +260,10 @@ class Exchanges:
         for exchange_id, weight in others:
             shift.add_(meeting.differences[exchange_id].values, alpha=weight)
         meeting.merged = tuple(weights)
-        meeting.correction = meeting.rule.correct(
-            meeting.fragment, meeting.theta, meeting.own, shift
-        )
+        own = torch.empty(0)
+        if meeting.rule.reads_own and isinstance(meeting.own, torch.Tensor):
+            own = meeting.own.view(shift.shape)
+        meeting.correction = meeting.rule.correct(meeting.fragment, meeting.theta, own, shift)
 
     def merge(self, meeting_id: int, step: int) -> int:
         """At a step boundary: add the correction. How many of the partners' differences were
@@ -233,11 +281,18 @@ class Exchanges:
             rule.merged(meeting.fragment, correction.state)
         else:
             self.rule.moved(meeting.fragment, correction.values)
+        for exchange_id in meeting.merged:
+            if exchange_id in meeting.shown:
+                self.consolidation.merged(meeting.fragment, meeting.shown[exchange_id])
         merged = [meeting.differences[exchange_id] for exchange_id in meeting.merged]
-        for found in merged:
+        for found in (each for each in merged if each.whole):
             for limit, norm in zip(self._limits[rule], found.norms, strict=True):
                 limit.accepted(norm)
         clipped = sum(found.clipped for found in merged)
+        differences = (each.values.view(-1) for each in meeting.differences.values())
+        for spare in (meeting.theta, meeting.payload, *differences):
+            if spare is not None:
+                self.buffers.give(spare)
         self.merges += 1
         self.merges_clipped += clipped
         self._steps_late += step - meeting.step
@@ -263,10 +318,35 @@ class Exchanges:
 
     def _dither(self) -> int | None:
         """Coarse codecs round stochastically: to nearest, what is small would stand still."""
-        return secrets.randbits(63) if self.codec in _COARSE else None
+        return secrets.randbits(63) if self.codec in _STOCHASTIC else None
 
-    def _gather(self, fragment: int) -> torch.Tensor:
-        return self.fragments.gather(self._parameters.flat, fragment).cpu()
+    def _own(
+        self, rule: Rule, update: PrivateUpdate, sent: CompressedUpdate
+    ) -> wire_codec.Payload | torch.Tensor:
+        """The payload, to be decoded on the way when it is compared; or its values, where the rule,
+        the codec or norms of several vectors need them.
+        """
+        if not self._decodes_own(rule):
+            return sent.payload
+        near = update.values if wire_codec.is_modulo(self.codec) else None
+        return wire_codec.decode(self.codec, sent.payload, sent.num_values, near=near)
+
+    def _decodes_own(self, rule: Rule) -> bool:
+        return wire_codec.is_modulo(self.codec) or rule.reads_own or rule.vectors > 1
+
+    def _shown(
+        self, rule: Rule, payload: memoryview, num_values: int, near: torch.Tensor | None
+    ) -> Shown:
+        each = num_values // rule.vectors
+        vector = slice(each * rule.parameters_at, each * (rule.parameters_at + 1))
+        return shown(self.codec, payload, num_values, vector, near, self.buffers)
+
+    def _gather(self, fragment: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        flat = self._parameters.flat
+        if flat.device.type == "cpu":
+            return self.fragments.gather(flat, fragment, out)
+        copied = self.fragments.gather(flat, fragment)
+        return copied.cpu() if out is None else out.copy_(copied)
 
     def _get(self, meeting_id: int) -> _Meeting:
         try:

@@ -60,17 +60,21 @@ class Fragments:
         body = self._blocks * self.num_fragments * _RUN
         return LINE * (body + len(self._tails[fragment]))
 
-    def gather(self, flat: torch.Tensor, fragment: int) -> torch.Tensor:
+    def gather(
+        self, flat: torch.Tensor, fragment: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Copy a fragment.
 
         Args:
             flat: (padded P,), any device and dtype.
             fragment: f.
+            out: (size,) of the same kind, to write to.
 
         Returns:
             (size,) of the same kind.
         """
-        out = torch.empty(self.size(fragment), dtype=flat.dtype, device=flat.device)
+        if out is None:
+            out = torch.empty(self.size(fragment), dtype=flat.dtype, device=flat.device)
         for theirs, ours in self._parts(flat, out, fragment):
             theirs.copy_(ours)
         tail = self._tail(out)

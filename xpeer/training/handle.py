@@ -23,7 +23,6 @@ from xpeer.training.ipc import (
     Done,
     Drop,
     Evaluate,
-    Export,
     ExportState,
     ImportState,
     Losses,
@@ -175,7 +174,8 @@ class TrainerProcess:
         async with self._slots.one() as slot:
             command = Snapshot(meeting_id, fragment, averaging, slot)
             taken = await self._child.ask(command, Snapshotted)
-            payload = bytes(self._child.arena.slot(slot, taken.num_bytes))
+            payload = memoryview(bytearray(taken.num_bytes))
+            await copy_in_parts(self._child.arena.slot(slot, taken.num_bytes), payload)
         return CompressedUpdate(
             payload=payload,
             codec=taken.codec,
@@ -203,7 +203,8 @@ class TrainerProcess:
         self, meeting_id: int, exchange_id: int, update: PeerUpdate, size: int
     ) -> float:
         async with self._slots.one() as slot:
-            self._child.arena.slot(slot, size)[:] = memoryview(update.payload).cast("B")
+            payload = memoryview(update.payload).cast("B")
+            await copy_in_parts(payload, self._child.arena.slot(slot, size))
             command = Verify(meeting_id, exchange_id, slot, size, update.codec, update.num_values)
             return (await self._child.ask(command, Verified)).distance
 
@@ -280,10 +281,6 @@ class TrainerProcess:
     async def checkpoint(self) -> str:
         """Save now; the path of what was written."""
         return (await self._child.whole(self._child.ask(WriteCheckpoint(), Written))).path
-
-    async def export(self, folder: str) -> None:
-        """Write a Hugging Face folder at the next step boundary; training waits for the disk."""
-        await self._child.whole(self._child.ask(Export(folder), Written))
 
     async def evaluate(self) -> Losses:
         """Losses of the present parameters."""

@@ -105,12 +105,6 @@ class WriteCheckpoint(Struct, frozen=True, tag=True):
     """Save now."""
 
 
-class Export(Struct, frozen=True, tag=True):
-    """Write a Hugging Face folder."""
-
-    folder: str
-
-
 class Evaluate(Struct, frozen=True, tag=True):
     """Measure the losses on public and held-out text now."""
 
@@ -120,8 +114,8 @@ class Stop(Struct, frozen=True, tag=True):
 
 
 Command = (
-    Snapshot | Verify | Merge | Drop | ExportState | ImportState | Run | WriteCheckpoint | Export
-    | Evaluate | Stop
+    Snapshot | Verify | Merge | Drop | ExportState | ImportState | Run | WriteCheckpoint | Evaluate
+    | Stop
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest
 from xpeer.status import Progress
 from xpeer.training import rules
+from xpeer.training.consolidation import consolidate
 from xpeer.training.exchanges import Exchanges
 from xpeer.training.fragments import Fragments
 from xpeer.training.ipc import TrainerState
@@ -226,6 +227,26 @@ class LocalTrainer:
             self._window_began = time.monotonic()
             self.on_state()
         return before, after
+
+    def show(self, out: torch.Tensor) -> float:
+        """At a boundary: what a joiner is given, the parameters averaged with those that partners
+        showed last.
+
+        Args:
+            out: (num_params,) float32, CPU; written.
+
+        Returns:
+            Their public loss.
+        """
+        own, received = self.parameters.read(), self.exchanges.consolidation.now()
+        out.copy_(consolidate(own, self.exchanges.fragments, received))
+        if not received:
+            return self.public_loss()
+        self.parameters.write(out)
+        try:
+            return self.measurements.public_of_others()
+        finally:
+            self.parameters.write(own)
 
     def measure(self) -> tuple[float, float | None]:
         """At a boundary: public and held-out loss."""

@@ -49,6 +49,13 @@ class Measurements:
         if self._seconds <= SHARE * counters.seconds:
             self.take(counters)
 
+    def public_of_others(self) -> float:
+        """Of parameters that stand in for ours; nothing is kept."""
+        began = time.monotonic()
+        loss = self._evaluation.public()
+        self._seconds += time.monotonic() - began
+        return loss
+
     def fresh_public(self, counters: Counters) -> float:
         """Of the present parameters, measured if need be."""
         if self.public is None or self.age(counters) > 0:

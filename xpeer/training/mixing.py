@@ -42,6 +42,13 @@ class Difference:
     distance: float
     """||z|| / ||Q(theta_i[f])|| of the parameters, before clipping."""
     clipped: bool
+    largest: torch.Tensor | None = None
+    """Modulo codecs: as `wire.payload.Norms.largest`."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every block could be decoded: else the norm says too little to bound others."""
+        return self.largest is None or bool((self.largest >= 0).all())
 
 
 class NormLimit:
@@ -74,29 +81,35 @@ class NormLimit:
 
 def difference(
     codec: str,
-    own: torch.Tensor,
+    own: Payload | torch.Tensor,
     payload: Payload,
+    num_values: int,
     limits: Sequence[NormLimit],
     parameters_at: int,
+    out: torch.Tensor | None = None,
 ) -> Difference:
     """Decode a partner's payload against our own values: z, and how far apart we are.
 
     Args:
         codec: of both payloads.
-        own: Q of what we sent, (V, n) float32, as the partner decoded it.
+        own: what we sent: the payload itself, where there is one vector and no modulo codec; or Q
+            of it, (num_values,) float32, as the partner decoded it.
         payload: the partner's.
+        num_values: V n.
         limits: one for each vector.
         parameters_at: the vector that holds parameters.
+        out: (num_values,) float32 to write z to.
 
     Raises:
         PeerError: as `codec.decode`; or the difference overflows.
     """
-    z, whole = merge.difference(codec, own.view(-1), payload, own.numel())
-    rows = z.view(own.shape)
-    if len(rows) == 1:
-        measured = [(whole.norm, whole.own_norm)]
+    z, whole = merge.difference(codec, own, payload, num_values, out=out)
+    rows = z.view(len(limits), -1)
+    if isinstance(own, torch.Tensor) and len(rows) > 1:
+        own_rows = own.view(rows.shape)
+        measured = [(_norm(row), _norm(ours)) for row, ours in zip(rows, own_rows, strict=True)]
     else:
-        measured = [(_norm(row), _norm(own_row)) for row, own_row in zip(rows, own, strict=True)]
+        measured = [(whole.norm, whole.own_norm)]
     norms, clipped, distance = [], False, 0.0
     for number, (row, limit) in enumerate(zip(rows, limits, strict=True)):
         norm, own_norm = measured[number]
@@ -107,7 +120,7 @@ def difference(
             row.mul_(allowed / norm)
             norm, clipped = allowed, True
         norms.append(norm)
-    return Difference(rows, tuple(norms), distance, clipped)
+    return Difference(rows, tuple(norms), distance, clipped, whole.largest)
 
 
 def _norm(values: torch.Tensor) -> float:

@@ -18,7 +18,6 @@ from xpeer.errors import LocalError, XpeerError
 from xpeer.status import PrivacySpent
 from xpeer.training.arena import Arena
 from xpeer.training.assemble import Assembled
-from xpeer.training.checkpoint import Bundle
 from xpeer.training.flat import digest
 from xpeer.training.ipc import (
     ChildChannel,
@@ -26,7 +25,6 @@ from xpeer.training.ipc import (
     Done,
     Drop,
     Evaluate,
-    Export,
     ExportState,
     ImportState,
     Losses,
@@ -91,7 +89,6 @@ class Service:
             ImportState: lambda n, c: self._at_boundary(n, lambda: self._import_state(c)),
             Run: lambda n, c: self._at_boundary(n, lambda: self._run(c)),
             WriteCheckpoint: lambda n, _: self._at_boundary(n, lambda: self._write_checkpoint(n)),
-            Export: lambda n, c: self._at_boundary(n, lambda: self._export(c)),
             Evaluate: lambda n, _: self._at_boundary(n, self._evaluate),
             Stop: lambda _n, _c: self._trainer.stop(),
         }
@@ -100,6 +97,7 @@ class Service:
 
     def announce(self) -> None:
         """Tell the daemon that the trainer is ready."""
+        _submit(self._helper, self._trainer.exchanges.prepare)
         self._tell_all()  # first, so that the daemon has its counters when it is ready
         made = self._assembled
         self._channel.send(
@@ -123,8 +121,7 @@ class Service:
     def finish(self) -> None:
         """After the loop returned: save, and say the last word."""
         if not self._trainer.awaiting:
-            path = self._assembled.save(self._assembled.bundle())
-            self._channel.send(Saved(path, self._trainer.counters.step))
+            self._channel.send(Saved(self._assembled.capture()(), self._trainer.counters.step))
         self._disk.shutdown()
         self._send_progress(self._trainer.mechanism.spent())
         self._assembled.close()
@@ -155,14 +152,8 @@ class Service:
 
     def _export_state(self, number: int) -> None:
         region = torch.frombuffer(self._arena.state(), dtype=torch.float32)
-        self._trainer.parameters.read(region)
-        step, loss = self._trainer.counters.step, self._trainer.public_loss()
-        _submit(
-            self._disk,
-            self._answer,
-            number,
-            lambda: StateExported(digest(region), step, loss),
-        )
+        step, loss = self._trainer.counters.step, self._trainer.show(region)
+        _submit(self._disk, self._answer, number, lambda: StateExported(digest(region), step, loss))
 
     def _import_state(self, command: ImportState) -> StateImported:
         region = torch.frombuffer(self._arena.state(), dtype=torch.float32)
@@ -175,12 +166,8 @@ class Service:
         return Done()
 
     def _write_checkpoint(self, number: int) -> None:
-        bundle = self._assembled.bundle()
-        _submit(self._disk, self._answer, number, lambda: Written(self._assembled.save(bundle)))
-
-    def _export(self, command: Export) -> Written:
-        self._assembled.export(command.folder)
-        return Written(command.folder)
+        write = self._assembled.capture()
+        _submit(self._disk, self._answer, number, lambda: Written(write()))
 
     def _evaluate(self) -> Losses:
         public, validation = self._trainer.measure()
@@ -195,8 +182,8 @@ class Service:
             self._send_progress(None)
         if now - self._saved_at >= self._checkpoint_every_s and not self._saving:
             self._saving = True
-            bundle, step = self._assembled.bundle(), self._trainer.counters.step
-            _submit(self._disk, self._save, bundle, step)
+            write, step = self._assembled.capture(), self._trainer.counters.step
+            _submit(self._disk, self._save, write, step)
 
     # ---- on the helper ------------------------------------------------------------------------
 
@@ -235,9 +222,9 @@ class Service:
 
     # ---- on the disk thread -------------------------------------------------------------------
 
-    def _save(self, bundle: Bundle, step: int) -> None:
+    def _save(self, write: Callable[[], str], step: int) -> None:
         try:
-            self._channel.send(Saved(self._assembled.save(bundle), step))
+            self._channel.send(Saved(write(), step))
         except LocalError as e:  # a full disk: training goes on, and the next one may succeed
             logger.warning("no checkpoint was written: %s", e)
         finally:

@@ -85,6 +85,7 @@ def compress(
     *,
     dither: int | None = None,
     reach: float | torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> CompressedUpdate:
     """The only way from values to bytes that leave the trainer.
 
@@ -93,6 +94,7 @@ def compress(
         codec: one of `NAMES`.
         dither: as for `encode`.
         reach: as for `encode`.
+        out: (encoded bytes,) uint8, to hold the payload; None = new memory.
 
     Raises:
         TypeError: not a `PrivateUpdate`.
@@ -100,8 +102,12 @@ def compress(
     """
     if not isinstance(update, PrivateUpdate):
         raise TypeError("only a PrivateUpdate may be compressed: stamp it first")
+    if out is None:
+        out = torch.empty(encoded_bytes(codec, update.values.numel()), dtype=torch.uint8)
+    payload = view(out)
+    encode_into(codec, update.values, payload, dither=dither, reach=reach)
     return CompressedUpdate(
-        payload=encode(codec, update.values, dither=dither, reach=reach),
+        payload=payload,
         codec=codec,
         num_values=update.values.numel(),
         step=update.step,
@@ -229,6 +235,11 @@ def raw_payload(name: str, payload: Payload, num_values: int) -> torch.Tensor:
     # torch wants a writable buffer; production payloads lie in shared memory and are not copied
     writable = bytearray(payload) if memoryview(payload).readonly else payload
     return torch.frombuffer(writable, dtype=torch.uint8)
+
+
+def view(raw: torch.Tensor) -> memoryview:
+    """The memory of (bytes,) uint8 on the CPU."""
+    return memoryview(raw.numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
 def check_flat(values: torch.Tensor | None, num_values: int) -> None:

@@ -97,17 +97,19 @@ def add_difference(
     return norms
 
 
-def prepare(name: str, *, stochastic: bool = False) -> None:
+def prepare(name: str, num_values: int, *, stochastic: bool = False, decoded: bool = False) -> None:
     """Compile now what exchanges with this codec will run, rather than in the first large one.
 
-    Takes seconds, once per process, if anything is compiled at all. Best before training starts:
-    the first exchange would otherwise be late by as much.
+    Takes seconds, once per process, if anything is compiled at all: the first exchange would
+    otherwise be late by as much.
 
     Args:
         name: codec.
+        num_values: of the largest payloads; small ones are not worth it.
         stochastic: whether payloads will be rounded with a dither.
+        decoded: whether `difference` will be given Q(own) instead of our payload.
     """
-    if name in FLOATS or not kernels.compiling():
+    if name in FLOATS or not kernels.compiling() or num_values < kernels.ROWS * BLOCK:
         return
     zeros = torch.zeros(kernels.ROWS * BLOCK)
     dither = 0 if stochastic else None
@@ -117,7 +119,8 @@ def prepare(name: str, *, stochastic: bool = False) -> None:
         own = decode(name, payload, zeros.numel(), near=zeros)
         difference(name, own, payload, zeros.numel())
     else:
-        difference(name, payload, payload, zeros.numel())
+        own = decode(name, payload, zeros.numel())
+        difference(name, own if decoded else payload, payload, zeros.numel())
 
 
 def _merge(

@@ -16,13 +16,11 @@ import torch
 
 from xpeer.errors import LocalError
 from xpeer.wire.blockwise import BLOCK, INITIAL_SHARE, num_blocks
-from xpeer.wire.payload import Norms
 
 MARGIN: Final = 2.0
 """Times the largest difference seen."""
 DECAY: Final = 0.9
 """Per exchange: a reach shrinks no faster than this, so that one quiet exchange isn't trusted."""
-_KEY: Final = "reach."
 
 
 class Reach:
@@ -35,20 +33,20 @@ class Reach:
         """For `codec.encode`: (blocks,) float32, or None before anything was seen."""
         return self._reaches.get(fragment)
 
-    def saw(self, fragment: int, own: torch.Tensor, norms: Norms) -> None:
+    def saw(self, fragment: int, own: torch.Tensor, largest: torch.Tensor) -> None:
         """Learn from an exchange, merged or not.
 
         Args:
             fragment: which was exchanged.
             own: (n,) float32, our values of it.
-            norms: what `merge.difference` said of it.
+            largest: difference of each block, or -1, as `Norms.largest` of `merge.difference`.
 
         Raises:
-            LocalError: the norms are not a modulo codec's, or of another size.
+            LocalError: of another size.
         """
-        seen = norms.largest
-        if seen is None or seen.numel() != num_blocks(own.numel()):
-            raise LocalError("a reach is learnt from the differences of a modulo codec")
+        seen = largest
+        if seen.numel() != num_blocks(own.numel()):
+            raise LocalError("a reach is learnt from one difference for each block")
         before = self._reaches.get(fragment)
         if before is None:
             before = _largest(own) * INITIAL_SHARE
@@ -56,18 +54,6 @@ class Reach:
         # at least the first guess: nothing doubles zero
         wider = torch.maximum(before * 2.0, _largest(own) * INITIAL_SHARE)
         self._reaches[fragment] = torch.where(seen < 0, wider, quiet)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """For a checkpoint."""
-        return {f"{_KEY}{f}": r.clone() for f, r in self._reaches.items()}
-
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Take what `state` gave; other entries are ignored."""
-        self._reaches = {
-            int(name.removeprefix(_KEY)): r.clone()
-            for name, r in state.items()
-            if name.startswith(_KEY)
-        }
 
 
 def _largest(values: torch.Tensor) -> torch.Tensor:

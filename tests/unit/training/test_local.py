@@ -13,7 +13,7 @@ import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.identity import blake2b
-from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText, Round
+from xpeer.manifest import Codec, End, Manifest, Model, Optimiser, Privacy, PublicText, Round
 from xpeer.status import PrivacySpent
 from xpeer.training.exchanges import MAX_IN_FLIGHT
 from xpeer.training.local import LocalTrainer
@@ -224,16 +224,21 @@ def test_merges_of_both_sides_keep_the_sum_while_training_goes_on() -> None:
     assert b.progress().steps_late == 0.0
 
 
-def test_mixing_alone_brings_peers_together() -> None:
-    a, b = trainer_with(seed=1), trainer_with(seed=2)
+@pytest.mark.parametrize(
+    ("codec", "left"),  # of a distance of 44: what the codec leaves
+    [("int8", 0.2), ("bfloat16", 0.2), ("int8-modulo", 0.8), ("int4-modulo", 12.0)],
+)
+def test_mixing_alone_brings_peers_together(codec: Codec, left: float) -> None:
+    round_ = Round(window_steps=4, fragments=3, codec=codec)
+    a, b = trainer_with(seed=1, round=round_), trainer_with(seed=2, round=round_)
     for exchange_id in range(30):
         swap(a, b, exchange_id, exchange_id % 3)
         merge(a, exchange_id)
         merge(b, exchange_id)
-    assert float((a.parameters.read() - b.parameters.read()).norm()) < 0.2  # what int8 leaves
+    assert float((a.parameters.read() - b.parameters.read()).norm()) < left
     distance = a.progress().consensus_distance
     assert distance is not None
-    assert distance < 0.3  # smoothed
+    assert distance < 0.9  # smoothed
 
 
 def test_a_dropped_exchange_is_not_merged_and_refused_afterwards() -> None:

@@ -23,7 +23,7 @@ def randn(n: int, seed: int) -> torch.Tensor:
 
 def found(own: torch.Tensor, peer: torch.Tensor, limit: NormLimit) -> Difference:
     """Of one vector."""
-    return difference("float32", own[None], encode("float32", peer), [limit], 0)
+    return difference("float32", own, encode("float32", peer), own.numel(), [limit], 0)
 
 
 @given(
@@ -51,7 +51,7 @@ def test_mixing_keeps_the_sum(
         wide = NormLimit()
         for _ in range(CLIP_AFTER):
             wide.accepted(1e3)
-        z = difference(codec, seen[side][None], sent[1 - side], [wide], 0)
+        z = difference(codec, seen[side], sent[1 - side], n, [wide], 0)
         assert not z.clipped
         thetas[side] += 0.5 * z.values[0].double()
     before = start[0].double() + start[1].double() + trained
@@ -106,7 +106,14 @@ def test_vectors_are_clipped_one_by_one_and_the_distance_is_the_parameters() -> 
         limits[0].accepted(1.0)
         limits[1].accepted(1e3)
     peer = torch.stack([torch.full((100,), 9.0), torch.full((100,), 3.0)])
-    z = difference("float32", own, encode("float32", peer.view(-1)), limits, parameters_at=1)
+    z = difference(
+        "float32",
+        own.view(-1),
+        encode("float32", peer.view(-1)),
+        own.numel(),
+        limits,
+        parameters_at=1,
+    )
     assert z.norms == pytest.approx((CLIP_MULTIPLE, 20.0))
     assert float(z.values[0].norm()) == pytest.approx(CLIP_MULTIPLE)
     assert torch.equal(z.values[1], torch.full((100,), 2.0))

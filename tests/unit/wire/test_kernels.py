@@ -143,7 +143,7 @@ def test_what_was_prepared_is_not_compiled_again(
 ) -> None:
     monkeypatch.setattr(kernels, "ROWS", 5)
     monkeypatch.setattr(torch, "compile", lambda kernel, **_: kernel)
-    prepare(name, stochastic=stochastic)
+    prepare(name, 10 * BLOCK, stochastic=stochastic)
     prepared = set(kernels._compiled)
     assert prepared
     values = torch.randn(10 * BLOCK)
@@ -156,6 +156,9 @@ def test_what_was_prepared_is_not_compiled_again(
 
 def test_nothing_is_prepared_where_nothing_may_be_compiled() -> None:
     kernels.configure(compile=False)
-    prepare("int8")
-    prepare("float32")
+    prepare("int8", 1 << 30)
+    assert not kernels._compiled
+    kernels.configure(compile=True)
+    prepare("float32", 1 << 30)
+    prepare("int8", 100)
     assert not kernels._compiled

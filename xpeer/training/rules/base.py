@@ -43,10 +43,12 @@ class Rule:
     Attributes:
         vectors: V, how many values are sent for each parameter.
         parameters_at: which of the V vectors holds parameters: there the distance is measured.
+        reads_own: whether `correct` needs `own`; else it need not be decoded.
     """
 
     vectors: ClassVar[int] = 1
     parameters_at: ClassVar[int] = 0
+    reads_own: ClassVar[bool] = False
 
     def begin(self, fragment: int, theta: torch.Tensor) -> None:
         """The fragment's parameters were set anew: at the start, or those of a donor.
@@ -76,7 +78,7 @@ class Rule:
         Args:
             fragment: f.
             theta: (n,) float32, CPU: what `outgoing` was given.
-            own: (vectors, n) float32: Q of what it returned.
+            own: (vectors, n) float32: Q of what it returned; empty unless `reads_own`.
             shift: (vectors, n) float32: the group's weighted mean minus `own`; may be overwritten.
         """
         return Correction(shift[self.parameters_at])

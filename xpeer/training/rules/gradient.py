@@ -29,6 +29,7 @@ class GradientAveraging(Rule):
 
     vectors = 2
     parameters_at = 1
+    reads_own = True
 
     def __init__(self) -> None:
         self.averaged: torch.Tensor | None = None

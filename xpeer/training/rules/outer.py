@@ -10,7 +10,7 @@ import torch
 
 from xpeer.training.rules.base import Correction, Rule
 
-_ANCHOR, _MEMORY = "anchor.", "memory."
+_ANCHOR, _MEMORY, _RESIDUAL = "anchor.", "memory.", "residual."
 
 
 class _Anchored(Rule):
@@ -63,6 +63,8 @@ class DiLoCo(_Anchored):
     round is pulled back by the next one. For groups smaller than the swarm there is NoLoCo.
     """
 
+    reads_own = True
+
     def correct(
         self, fragment: int, theta: torch.Tensor, own: torch.Tensor, shift: torch.Tensor
     ) -> Correction:
@@ -80,15 +82,28 @@ class NoLoCo(_Anchored):
     Kolehmainen et al. 2025, arXiv 2506.10911; the rule of the authors' code:
 
         m <- mu m + alpha mean_j(theta_j - phi_j) + gamma (mean_j phi_j - phi_i);  phi <- phi + m
+
+    What a codec drops of theta - phi is added to the next one (error feedback, Seide et al. 2014;
+    Karimireddy et al. 2019, algorithm 2).
     """
 
     vectors = 2
     parameters_at = 1
+    reads_own = True
+
+    def __init__(self, rate: float, momentum: float, consensus: float) -> None:
+        super().__init__(rate, momentum, consensus)
+        self._residual: dict[int, torch.Tensor] = {}
+
+    def begin(self, fragment: int, theta: torch.Tensor) -> None:
+        """Nothing was dropped yet."""
+        super().begin(fragment, theta)
+        self._residual[fragment] = torch.zeros_like(theta)
 
     def outgoing(self, fragment: int, theta: torch.Tensor) -> torch.Tensor:
-        """Two vectors: theta - phi, then phi."""
+        """Two vectors: theta - phi + e, then phi."""
         phi = self._anchor[fragment]
-        return torch.cat((theta - phi, phi))
+        return torch.cat((theta - phi + self._residual[fragment], phi))
 
     def correct(
         self, fragment: int, theta: torch.Tensor, own: torch.Tensor, shift: torch.Tensor
@@ -97,8 +112,24 @@ class NoLoCo(_Anchored):
         velocity = self._momentum * self._memory[fragment]
         velocity += self._rate * (own[0] + shift[0])
         velocity += self._consensus * shift[1]
-        target = self._anchor[fragment] + velocity
-        return Correction(target - theta, (target, velocity))
+        phi = self._anchor[fragment]
+        target, residual = phi + velocity, theta - phi + self._residual[fragment] - own[0]
+        return Correction(target - theta, (target, velocity, residual))
+
+    def merged(self, fragment: int, state: tuple[torch.Tensor, ...]) -> None:
+        """All follow."""
+        *both, self._residual[fragment] = state
+        super().merged(fragment, tuple(both))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Residuals, too."""
+        return super().state() | {f"{_RESIDUAL}{f}": e for f, e in self._residual.items()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """See `state`."""
+        super().restore(state)
+        for fragment, began in self._residual.items():
+            self._residual[fragment] = state.get(f"{_RESIDUAL}{fragment}", began).clone()
 
 
 class GASLoC(_Anchored):
