@@ -49,6 +49,10 @@ class Progress(Struct, frozen=True, kw_only=True):
     """Of these, waiting for anything else than computing (since the trainer's start)."""
     seconds_boundary: float = 0.0
     """Between steps: merging, taking snapshots (since the trainer's start)."""
+    seconds_snapshot: float = 0.0
+    """Of these, copying fragments out of the model."""
+    seconds_merge: float = 0.0
+    """Of these, adding corrections to it."""
 
 
 class PrivacySpent(Struct, frozen=True, kw_only=True):

@@ -32,6 +32,7 @@ from xpeer.network.membership import Certificate, Membership
 from xpeer.network.roster import ANNOUNCE_EVERY_S, TTL_S, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
+from xpeer.training.child import PROGRAM
 from xpeer.training.documents import require_text
 from xpeer.training.handle import Crashed, Event, Progressed, Saved, TrainerProcess
 from xpeer.training.setup import TrainerSetup
@@ -86,7 +87,12 @@ def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
 
 
 def run(
-    home: Home, config: NodeConfig, *, join_token: str | None = None, paused: bool = False
+    home: Home,
+    config: NodeConfig,
+    *,
+    join_token: str | None = None,
+    paused: bool = False,
+    trainer: str = PROGRAM,
 ) -> int:
     """Run the daemon until it is told to stop; the exit code.
 
@@ -99,7 +105,7 @@ def run(
     with HomeLock.acquire(home):
         logs.setup(home, config.daemon.log_level, config.daemon.log_format)
         try:
-            return uvloop.run(Service(home, config, paused=paused).main())
+            return uvloop.run(Service(home, config, paused=paused, trainer=trainer).main())
         except LocalError as e:
             log.error("%s", e)
             raise
@@ -114,10 +120,14 @@ class Service:
         home: locked by us.
         config: settings.
         paused: take no steps until `xpeer resume`.
+        trainer: the module that the trainer process runs.
     """
 
-    def __init__(self, home: Home, config: NodeConfig, *, paused: bool = False) -> None:
+    def __init__(
+        self, home: Home, config: NodeConfig, *, paused: bool = False, trainer: str = PROGRAM
+    ) -> None:
         self._home = home
+        self._trainer_program = trainer
         self._config = config
         self._identity = Identity.load(home.identity_key)
         credential = founding.load_credential(home)
@@ -211,7 +221,10 @@ class Service:
         self._roster = node.roster = Roster(self._swarm, swarm_key, manifest.limits.max_members)
         await self._roster.serve()
         self._supervisor = node.supervisor = Supervisor(
-            self._setup, lambda setup: TrainerProcess.start(setup, self._on_trainer)
+            self._setup,
+            lambda setup: TrainerProcess.start(
+                setup, self._on_trainer, program=self._trainer_program
+            ),
         )
         self._proposer = exchange.Proposer(self._party, self._swarm)
         self._book = node.book = Partners(time.time, self._on_exchanged, self._on_skipped)

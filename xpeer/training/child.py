@@ -38,9 +38,13 @@ from xpeer.training.setup import TrainerSetup
 
 BOUNDARY_TIMEOUT_S: Final = 300.0
 """A step of a large model is long; exchanges have their own, shorter deadline."""
+PROGRAM: Final = "xpeer.training.process"
 _EXIT_TIMEOUT_S: Final = 1.0
 """From the end of the socket to the end of the process."""
 _OUTPUT_TIMEOUT_S: Final = 5.0
+_HUGE_PAGES: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""Have torch ask Linux for huge pages: a fragment touches every small page of the model, so that
+copying an eleventh of 135 M parameters out took 44 ms on a core without them, and 23 ms with."""
 
 Event = Progressed | Saved | Crashed
 logger = logging.getLogger("xpeer.trainer")
@@ -81,9 +85,9 @@ class Child:
 
     @classmethod
     async def spawn(
-        cls, setup: TrainerSetup, arena: Arena, on_event: Callable[[Event], None]
+        cls, program: str, setup: TrainerSetup, arena: Arena, on_event: Callable[[Event], None]
     ) -> Child:
-        """Start the process, which inherits one end of a socketpair and the arena.
+        """Start the process, a Python module, which inherits one end of a socketpair and the arena.
 
         Raises:
             TrainerError: the system can't start another process.
@@ -91,12 +95,13 @@ class Child:
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "xpeer.training.process"),
+                *(sys.executable, "-P", "-m", program),
                 *(str(theirs.fileno()), str(arena.fd), str(os.getpid())),
                 pass_fds=(theirs.fileno(), arena.fd),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
+                env={**_HUGE_PAGES, **os.environ},
                 start_new_session=True,  # its own process group, which a terminal's ^C spares
             )
         except OSError as e:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -66,6 +68,11 @@ class Exchanges:
         mechanism: certifies snapshots.
         rule: of the manifest; while no steps are taken, and where a partner takes none, plain
             averaging of the parameters takes its place.
+
+    Attributes:
+        seconds_snapshot: of the training thread, in `take`.
+        seconds_merge: of the training thread, in `merge`.
+        seconds_blocked: of both, waiting for a helper to let go of the lock.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class Exchanges:
         self.merges = 0
         self.merges_clipped = 0
         self.consensus_distance: float | None = None
+        self.seconds_snapshot = self.seconds_merge = self.seconds_blocked = 0.0
         self._steps_late = 0
         self._parameters = parameters
         self._mechanism = mechanism
@@ -139,9 +147,10 @@ class Exchanges:
             TrainerError: the id is in use.
             LocalError: no such fragment.
         """
+        began = time.perf_counter()
         self.fragments.size(fragment)
         rule = self._averaging if averaging else self.rule
-        with self._lock:
+        with self._waiting():
             if meeting_id in self._in_flight:
                 raise TrainerError(f"meeting {meeting_id} has its snapshot already")
             if len(self._in_flight) >= MAX_IN_FLIGHT:
@@ -150,8 +159,9 @@ class Exchanges:
                 raise PeerError(Reason.BUSY, f"fragment {fragment} is in flight")
         theta = self._gather(fragment, self.buffers.take(self.fragments.size(fragment)))
         private = self._mechanism.stamp(RawUpdate(rule.outgoing(fragment, theta), step))
-        with self._lock:
+        with self._waiting():
             self._in_flight[meeting_id] = _Meeting(fragment, step, rule, theta)
+        self.seconds_snapshot += time.perf_counter() - began
         return private
 
     def compress(self, meeting_id: int, update: PrivateUpdate) -> CompressedUpdate:
@@ -259,7 +269,8 @@ class Exchanges:
         """At a step boundary: add the correction. How many of the partners' differences were
         clipped; -1 = the meeting was dropped.
         """
-        with self._lock:
+        began = time.perf_counter()
+        with self._waiting():
             meeting = self._in_flight.pop(meeting_id, None)
         if meeting is None or meeting.correction is None:
             return -1
@@ -285,6 +296,7 @@ class Exchanges:
         self.merges += 1
         self.merges_clipped += clipped
         self._steps_late += step - meeting.step
+        self.seconds_merge += time.perf_counter() - began
         return clipped
 
     def drop(self, meeting_id: int) -> None:
@@ -295,6 +307,14 @@ class Exchanges:
     def __len__(self) -> int:
         """Number in flight."""
         return len(self._in_flight)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """The lock, on the training thread: how long it was waited for is time blocked."""
+        began = time.perf_counter()
+        with self._lock:
+            self.seconds_blocked += time.perf_counter() - began
+            yield
 
     def _dither(self) -> int | None:
         """Coarse codecs round stochastically: to nearest, what is small would stand still."""

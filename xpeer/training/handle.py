@@ -16,7 +16,7 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.status import PrivacySpent, Progress
 from xpeer.training.arena import Arena, Layout, Slots, copy_in_parts
-from xpeer.training.child import Child, Event, logger
+from xpeer.training.child import PROGRAM, Child, Event, logger
 from xpeer.training.fragments import fragment_size, largest
 from xpeer.training.ipc import (
     Crashed,
@@ -88,6 +88,7 @@ class TrainerProcess:
         setup: TrainerSetup,
         on_event: Callable[[Event], None],
         timeout_s: float = START_TIMEOUT_S,
+        program: str = PROGRAM,
     ) -> TrainerProcess:
         """Spawn a trainer and wait until it is ready.
 
@@ -95,6 +96,7 @@ class TrainerProcess:
             setup: what the child needs to know.
             on_event: called on this event loop for every event.
             timeout_s: for everything up to readiness.
+            program: the module that it runs; one that calls `process.main`.
 
         Raises:
             LocalError: the child's own, with its class, remedy and exit code.
@@ -106,7 +108,7 @@ class TrainerProcess:
         trainer = cls(on_event)
         trainer._vectors = vectors_of(manifest.round)
         trainer._slots = Slots(arena.layout.num_slots)
-        trainer._child = await Child.spawn(setup, arena, trainer._follow)
+        trainer._child = await Child.spawn(program, setup, arena, trainer._follow)
         ready = await trainer._child.wait_ready(timeout_s)
         trainer.num_params, trainer.num_fragments = ready.num_params, ready.num_fragments
         trainer.device, trainer.engine = ready.device, ready.engine

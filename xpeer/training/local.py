@@ -137,8 +137,10 @@ class LocalTrainer:
             merges_clipped=self.counters.merges_clipped,
             steps_late=self.exchanges.steps_late,
             seconds_training=self.counters.seconds,
-            seconds_blocked=self.seconds_blocked,
+            seconds_blocked=self.seconds_blocked + self.exchanges.seconds_blocked,
             seconds_boundary=self.seconds_boundary,
+            seconds_snapshot=self.exchanges.seconds_snapshot,
+            seconds_merge=self.exchanges.seconds_merge,
         )
 
     # ---- the loop; one thread --------------------------------------------------------------

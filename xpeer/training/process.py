@@ -16,13 +16,16 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from xpeer.errors import ExitCode, LocalError, TrainerError
 from xpeer.training.ipc import Begin, ChildChannel, Crashed, Request, Stop, failure_of
 
 if TYPE_CHECKING:
+    from xpeer.training.assemble import Assembled
     from xpeer.training.service import Service
+    from xpeer.training.setup import TrainerSetup
 
 _PR_SET_PDEATHSIG: Final = 1
 _FLUSH_TIMEOUT_S: Final = 5.0
@@ -52,8 +55,12 @@ class Receiver:
             _leave(ExitCode.ERROR)  # no daemon, no trainer: at once, whatever a step is doing
 
 
-def main() -> NoReturn:
-    """Train until told to stop."""
+def main(assemble: Callable[[TrainerSetup], Assembled] | None = None) -> NoReturn:
+    """Train until told to stop.
+
+    Args:
+        assemble: instead of `assemble.assemble`: where a benchmark puts in its own parts.
+    """
     socket_fd, arena_fd, parent_pid = (int(argument) for argument in sys.argv[1:])
     _die_with(parent_pid)
     # the daemon decides: a ^C or a stop of the whole group reaches it, too
@@ -67,7 +74,7 @@ def main() -> NoReturn:
         _leave(ExitCode.ERROR)
     receiver = Receiver(channel)
     try:
-        _train(begin, arena_fd, channel, receiver)
+        _train(begin, arena_fd, channel, receiver, assemble)
     except BaseException as e:  # noqa: BLE001 - it crosses to the daemon instead
         # everything there is: the daemon shows it, and decides whether to start another trainer
         channel.send(Crashed(failure_of(e)))
@@ -77,19 +84,25 @@ def main() -> NoReturn:
     _leave(ExitCode.OK)
 
 
-def _train(begin: Begin, arena_fd: int, channel: ChildChannel, receiver: Receiver) -> None:
+def _train(
+    begin: Begin,
+    arena_fd: int,
+    channel: ChildChannel,
+    receiver: Receiver,
+    assemble: Callable[[TrainerSetup], Assembled] | None,
+) -> None:
     # torch takes seconds to import; by now the receiver notices a daemon that is gone
     import torch  # noqa: PLC0415
 
+    from xpeer.training import assemble as production  # noqa: PLC0415
     from xpeer.training.arena import Arena, Layout  # noqa: PLC0415
-    from xpeer.training.assemble import assemble  # noqa: PLC0415
     from xpeer.training.service import Service  # noqa: PLC0415
 
     layout = Layout(begin.slot_bytes, begin.state_bytes, begin.num_slots)
     arena = Arena.attach(layout, arena_fd)
     if begin.setup.config.training.threads:
         torch.set_num_threads(begin.setup.config.training.threads)
-    assembled = assemble(begin.setup)
+    assembled = (assemble or production.assemble)(begin.setup)
     trainer = assembled.trainer
     trainer.set_mode(begin.setup.mode)
     service = Service(channel, arena, assembled, begin.setup.config.checkpoint.every_s)

@@ -369,6 +369,28 @@ def test_blocked_time_is_what_the_ledger_takes() -> None:
     assert trainer.progress().seconds_training >= 0.05
 
 
+def test_snapshots_and_merges_are_timed_and_so_is_waiting_for_a_helper() -> None:
+    a, b = trainer_with(seed=1), trainer_with(seed=2)
+    swap(a, b, 1, 0)
+    assert a.progress().seconds_merge == 0.0
+    merge(a, 1)
+    progress = a.progress()
+    assert min(progress.seconds_snapshot, progress.seconds_merge) > 0
+
+    class Busy:
+        """A lock that a helper lets go of after a while."""
+
+        def __enter__(self) -> None:
+            time.sleep(0.02)
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    a.exchanges._lock = Busy()  # type: ignore[assignment]
+    taken(a, 2, 1)
+    assert a.progress().seconds_blocked >= 0.02
+
+
 @pytest.mark.parametrize(
     ("end", "counters", "share"),
     [

@@ -344,6 +344,11 @@ async def test_a_wrong_setting_crosses_with_its_remedy(tmp_path: Path) -> None:
     assert error.value.exit_code == 8
 
 
+async def test_it_runs_the_program_that_it_is_told_to(tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match="ended with status 1"):
+        await TrainerProcess.start(make_homes(tmp_path, 1)[0], Watch(), program="xpeer.nothing")
+
+
 PARENT = """
 import asyncio, sys, msgspec
 from xpeer.training.handle import TrainerProcess

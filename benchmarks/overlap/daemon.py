@@ -1,0 +1,26 @@
+"""A whole daemon, as `xpeer start` runs it, whose trainer's steps are emulated."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from xpeer import config
+from xpeer.config import Home
+from xpeer_daemon import service
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("home", type=Path)
+    given = parser.parse_args()
+    home = Home(given.home)
+    settings = config.load(home.config, os.environ)
+    return service.run(home, settings, trainer="benchmarks.overlap.trainer")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
