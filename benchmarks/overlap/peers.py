@@ -21,6 +21,8 @@ from xpeer.config import Home, NodeConfig
 from xpeer.control import Client
 from xpeer.status import Status
 
+_ROOT = Path(__file__).parents[2]
+"""The trainer process does not look for modules where it was started."""
 _PORT = 4001
 _START_TIMEOUT_S = 300.0
 _END_TIMEOUT_S = 60.0
@@ -71,13 +73,14 @@ class Peer:
         daemon = [sys.executable, "-m", "benchmarks.overlap.daemon", str(self.home.path)]
         command = ["ip", "netns", "exec", self._namespace, *daemon]
         kept = {key: value for key, value in os.environ.items() if not key.startswith("XPEER_")}
-        environment = {**kept, "OMP_NUM_THREADS": "1", STEP_VARIABLE: str(step_s)}
+        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", STEP_VARIABLE: str(step_s)}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**kept, **own},
             )
         try:
             yield
