@@ -18,6 +18,7 @@ from xpeer.manifest import Manifest, SignedManifest
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.training import checkpoint
+from xpeer.training.buffers import Buffers
 from xpeer.training.checkpoint import Bundle, read_moments, write_moments
 from xpeer.training.consolidation import Shown, consolidate, packed
 from xpeer.training.documents import document_of, load_documents
@@ -54,6 +55,7 @@ class Assembled:
     num_records: int
     resumed: bool
     notes: list[str] = field(default_factory=list)
+    _buffers: Buffers = field(default_factory=lambda: Buffers(3), init=False)
 
     @property
     def engine(self) -> str:
@@ -72,9 +74,12 @@ class Assembled:
         """
         trainer = self.trainer
         trained = list(trainer.parameters.parameters())
-        exp_avg, exp_avg_sq, optimiser_step = read_moments(trainer.optimiser, trained)
+        flat, *moments = (self._buffers.take(trainer.parameters.num_params) for _ in range(3))
+        exp_avg, exp_avg_sq, optimiser_step = read_moments(
+            trainer.optimiser, trained, (moments[0], moments[1])
+        )
         bundle = Bundle(
-            flat=trainer.parameters.read(),
+            flat=trainer.parameters.read(flat),
             exp_avg=exp_avg,
             exp_avg_sq=exp_avg_sq,
             optimiser_step=optimiser_step,
@@ -87,10 +92,14 @@ class Assembled:
         return lambda: self._save(bundle, received)
 
     def _save(self, bundle: Bundle, received: dict[int, tuple[Shown, ...]]) -> str:
+        own = bundle.flat, bundle.exp_avg, bundle.exp_avg_sq
         if received:
             averaged = consolidate(bundle.flat, self.trainer.exchanges.fragments, received)
             bundle = replace(bundle, consolidation=packed(bundle.flat, averaged))
-        return str(checkpoint.save(self.home.checkpoints, bundle, keep=self.keep_checkpoints))
+        path = str(checkpoint.save(self.home.checkpoints, bundle, keep=self.keep_checkpoints))
+        for tensor in own:  # the next checkpoint stops the training for a fraction of the time
+            self._buffers.give(tensor)
+        return path
 
     def close(self) -> None:
         """Wait for the ledger's disk, and close it."""

@@ -209,27 +209,31 @@ def step_of(path: Path) -> int:
 
 
 def read_moments(
-    optimiser: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]
+    optimiser: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    out: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """AdamW's moments as two flat vectors, and its step count; copies, on the CPU.
 
     Args:
         optimiser: AdamW over exactly these parameters.
         parameters: in flat order.
+        out: two of (num_params,) float32, to write to.
 
     Returns:
         exp_avg and exp_avg_sq, (num_params,) float32 each, and the count: 0 before the first step.
     """
-    total = sum(p.numel() for p in parameters)
-    first, second, step, start = torch.zeros(total), torch.zeros(total), 0, 0
+    (first, second), step, start = out, 0, 0
     for p in parameters:
-        state = optimiser.state.get(p, {})
+        state, end = optimiser.state.get(p, {}), start + p.numel()
         if state:
-            end = start + p.numel()
             first[start:end].copy_(state["exp_avg"].detach().reshape(-1))
             second[start:end].copy_(state["exp_avg_sq"].detach().reshape(-1))
             step = max(step, int(state["step"]))
-        start += p.numel()
+        else:
+            first[start:end].zero_()
+            second[start:end].zero_()
+        start = end
     return first, second, step
 
 

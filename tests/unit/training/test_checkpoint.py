@@ -220,6 +220,11 @@ def adamw(parameters: list[torch.nn.Parameter], fused: bool) -> torch.optim.Adam
     return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.01, fused=fused)
 
 
+def room(parameters: list[torch.nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
+    size = sum(p.numel() for p in parameters)
+    return torch.full((size,), 7.0), torch.full((size,), 7.0)
+
+
 def some_parameters() -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
     shapes = [(3, 4), (5,), ()]
@@ -243,7 +248,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path, fused: bool):
 
     optimiser = adamw(first, fused)
     take_steps(optimiser, first, range(3))
-    exp_avg, exp_avg_sq, step = checkpoint.read_moments(optimiser, first)
+    exp_avg, exp_avg_sq, step = checkpoint.read_moments(optimiser, first, room(first))
     flat = torch.cat([p.detach().reshape(-1) for p in first])
     save(tmp_path, Bundle(flat, exp_avg, exp_avg_sq, step, counters={"step": 3}))
 
@@ -265,7 +270,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path, fused: bool):
 def test_moments_of_a_fresh_optimiser_stay_fresh():
     parameters = some_parameters()
     optimiser = adamw(parameters, fused=False)
-    exp_avg, exp_avg_sq, step = checkpoint.read_moments(optimiser, parameters)
+    exp_avg, exp_avg_sq, step = checkpoint.read_moments(optimiser, parameters, room(parameters))
     assert step == 0
     assert not exp_avg.any()
     checkpoint.write_moments(optimiser, parameters, exp_avg, exp_avg_sq, step)
