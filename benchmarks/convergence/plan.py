@@ -17,7 +17,8 @@ from benchmarks.simulator.spec import Run
 
 CLOCK_METHODS: Final = ("spread", "spread all-reduce", "all-reduce", "FedAvg", "gossip", "alone")
 TOKEN_METHODS: Final = tuple(name for name in METHODS if name != "FedAvg")
-KEY_METHODS: Final = ("synchronous", "alone", "all-reduce", "spread", "spread all-reduce")
+FEW_METHODS: Final = ("synchronous", "alone", "all-reduce", "spread")
+KEY_METHODS: Final = (*FEW_METHODS, "spread all-reduce")
 
 Results = Mapping[Run, dict[str, Any]]
 
@@ -115,7 +116,7 @@ class Plan:
 
 
 def full(peers: Iterable[int], steps: Iterable[int], seeds: int, only: str | None) -> Plan:
-    """Every method at the first N and number of steps; key ones with more peers, or more steps."""
+    """Every method at the first N and number of steps; few with more peers, or more steps."""
     blocks = []
     counts, lengths = list(peers), list(steps)
     first = Setting(counts[0], lengths[0])
@@ -126,7 +127,7 @@ def full(peers: Iterable[int], steps: Iterable[int], seeds: int, only: str | Non
     ]
     larger = [Setting(n, lengths[0]) for n in counts[1:]]
     longer = [Setting(counts[0], length) for length in lengths[1:]]
-    blocks += [Block(setting, KEY_METHODS) for setting in [*longer, *larger]]
+    blocks += [Block(setting, FEW_METHODS) for setting in [*longer, *larger]]
     if only is not None:
         blocks = [Block(b.setting, tuple(m for m in b.methods if m == only), ()) for b in blocks]
     return Plan(tuple(blocks), seeds)
