@@ -15,8 +15,8 @@ from benchmarks import common
 from benchmarks.scale import consensus, rig, rosters
 from benchmarks.scale.figures import draw
 
-SIZES = [4, 8, 16, 32, 64, 128, 256, 512]
-ROSTER_SIZES = [4, 8, 16, 32, 64, 128, 256]
+SIZES = [4, 8, 16, 32, 64, 128, 256]
+ROSTER_SIZES = [4, 8, 16, 32, 64, 128]
 QUICK_SIZES = [4, 32]
 
 
