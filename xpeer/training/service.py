@@ -112,6 +112,7 @@ class Service:
                 step=self._trainer.counters.step,
                 ledger_counter=made.ledger_counter(),
                 resumed=made.resumed,
+                corpus=made.corpus,
                 notes=made.notes,
             )
         )
