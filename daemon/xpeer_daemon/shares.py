@@ -19,7 +19,8 @@ log = logging.getLogger("xpeer.shares")
 SETTLED_S: Final = 2 * TTL_S
 """Nothing is divided anew before those who share have been the same for this long."""
 EVERY_S: Final = 600.0
-"""Changed speeds alone divide anew no more often: the trainer reads the corpus again."""
+"""Changed speeds alone divide anew no more often, but for the first that are known: the trainer
+reads the corpus again."""
 MOVED: Final = 1 / 16
 """And only if this share of the corpus would change hands."""
 
@@ -60,7 +61,8 @@ class Shares:
             return False
         if seen.keys() != self._assigned.keys():
             return True
-        rested = self._clock() - self._assigned_s >= EVERY_S
+        guessed = not all(self._assigned.values()) and all(seen.values())
+        rested = guessed or self._clock() - self._assigned_s >= EVERY_S
         return self._by_speed and rested and partition.moved(self._assigned, seen) > MOVED
 
     async def keep(

@@ -78,6 +78,7 @@ class Assembled:
             exp_avg_sq=exp_avg_sq,
             optimiser_step=optimiser_step,
             rule={name: value.clone() for name, value in trainer.exchanges.rule.state().items()},
+            seen=self.mechanism.seen,
             counters=trainer.counters.to_dict(),
             ledger_id=self.ledger_id,
             manifest_hash=self.manifest_hash,
@@ -136,7 +137,13 @@ def assemble(setup: TrainerSetup) -> Assembled:
         return record_losses(of, records, tokenizer.pad_id)
 
     mechanism = build_mechanism(
-        manifest, model, training, losses, ledger, micro_batch=config.training.micro_batch
+        manifest,
+        model,
+        training,
+        losses,
+        ledger,
+        micro_batch=config.training.micro_batch,
+        seen=saved.seen if saved is not None else None,
     )
     trainer = LocalTrainer(
         manifest,

@@ -22,6 +22,7 @@ SCHEMA_VERSION: Final = 1
 _NAME: Final = re.compile(r"ckpt-(\d{9,})\.safetensors")
 _TENSORS: Final = ("flat", "exp_avg", "exp_avg_sq")
 _RULE: Final = "rule."
+_SEEN: Final = "seen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Bundle:
     """AdamW's own count, of its bias correction; 0 = the moments are fresh."""
     rule: dict[str, torch.Tensor] = field(default_factory=dict)
     """`rules.Rule.state`: anchors and momentum of the aggregation rule."""
+    seen: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """`privacy.Passes.seen`."""
     counters: dict[str, Any] = field(default_factory=dict)
     """`schedule.Counters` as builtins; `step` names the file."""
     ledger_id: str = ""
@@ -105,6 +108,7 @@ def save(folder: Path, bundle: Bundle, keep: int = 2) -> Path:
     )
     path = folder / f"ckpt-{bundle.step:09d}.safetensors"
     tensors = {name: getattr(bundle, name) for name in _TENSORS}
+    tensors[_SEEN] = bundle.seen
     tensors |= {_RULE + name: value for name, value in bundle.rule.items()}
     write_tensors(path, tensors, {"xpeer": msgspec.json.encode(words, order="sorted").decode()})
     older = [other for other in paths(folder) if step_of(other) < bundle.step]
@@ -133,12 +137,14 @@ def load(path: Path) -> Bundle:
             "use the xpeer version that wrote it",
         )
     rule = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_RULE)}
+    seen = tensors.pop(_SEEN, None)
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     if set(shapes) != set(_TENSORS) or len(set(shapes.values())) != 1:
         raise CorruptFileError(f"it holds {shapes}")
     return Bundle(
         **tensors,
         rule={name.removeprefix(_RULE): value for name, value in rule.items()},
+        seen=torch.empty(0, dtype=torch.int64) if seen is None else seen,
         optimiser_step=parsed.optimiser_step,
         counters=parsed.counters,
         ledger_id=parsed.ledger_id,

@@ -55,6 +55,17 @@ def test_a_speed_that_changed_for_good_moves_the_shares_after_a_while():
     assert True in rig.looks(2)
 
 
+def test_the_first_speeds_that_are_known_move_the_shares_soon():
+    rig = Rig()
+    rig.members = {"a": 0.0, "b": 0.0}
+    rig.shares.take()
+    rig.looks(1)
+    rig.members = {"a": 100.0, "b": 0.0}
+    assert rig.looks(2) == [False, False]
+    rig.members = {"a": 100.0, "b": 300.0}
+    assert rig.looks(2) == [False, True]
+
+
 def test_a_small_change_of_speed_moves_nothing():
     rig = Rig()
     rig.members["b"] = 110.0
