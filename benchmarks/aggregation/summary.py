@@ -29,6 +29,8 @@ def summary(methods: dict[str, dict[str, Any]], shares: dict[str, Any]) -> dict[
     if fedavg is not None:
         target = statistics.fmean(run["curve"][-1]["loss"] for run in fedavg["runs"])
         for name, result in methods.items():
+            if name == "FedAvg":
+                continue
             reached = [reach(run["curve"], target) for run in result["runs"]]
             label = name.lower().replace(" ", "_")
             for key in ("round", "cost_usd"):
