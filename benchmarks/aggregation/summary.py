@@ -25,20 +25,29 @@ def summary(methods: dict[str, dict[str, Any]], shares: dict[str, Any]) -> dict[
             value = statistics.fmean(run[key] for run in result["runs"])
             found[f"{label}_{key}"] = round(value, 4)
         found[f"{label}_rate"] = result["rate"]
-    fedavg = methods.get("FedAvg")
-    if fedavg is not None:
-        target = statistics.fmean(run["curve"][-1]["loss"] for run in fedavg["runs"])
-        for name, result in methods.items():
-            if name == "FedAvg":
-                continue
-            reached = [reach(run["curve"], target) for run in result["runs"]]
-            label = name.lower().replace(" ", "_")
-            for key in ("round", "cost_usd"):
-                values = [point[key] for point in reached if point is not None]
-                whole = len(values) == len(reached)
-                found[f"{label}_{key}_at_fedavgs_loss"] = (
-                    round(statistics.fmean(values), 2) if whole else None
-                )
+    return found | _at_fedavgs_loss(methods) | _shares(shares)
+
+
+def _at_fedavgs_loss(methods: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Where the other methods reach what FedAvg ends at."""
+    found: dict[str, float | None] = {}
+    target = statistics.fmean(run["curve"][-1]["loss"] for run in methods["FedAvg"]["runs"])
+    for name, result in methods.items():
+        if name == "FedAvg":
+            continue
+        reached = [reach(run["curve"], target) for run in result["runs"]]
+        label = name.lower().replace(" ", "_")
+        for key in ("round", "cost_usd"):
+            values = [point[key] for point in reached if point is not None]
+            whole = len(values) == len(reached)
+            found[f"{label}_{key}_at_fedavgs_loss"] = (
+                round(statistics.fmean(values), 2) if whole else None
+            )
+    return found
+
+
+def _shares(shares: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
     for key, suffix in (("steady", "_steady"), ("changing", "")):
         spans = {policy: shares[key][policy]["makespan_s"] for policy in POLICIES}
         for policy, span in spans.items():
