@@ -69,8 +69,9 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: Annotated[int, Meta(ge=0)] = 0
     """CPU threads; 0 = all cores."""
-    speed: Annotated[float, Meta(gt=0)] = 1.0
-    """Declared relative speed: weights a shared corpus; published."""
+    speed: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    """Declared tokens per second: weights a shared corpus and fedavg; published. 0 = measured,
+    where the swarm trains without privacy, else taken for the others' median."""
     throttle: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Share of the time to compute in; 0.5 = half speed."""
     micro_batch: Annotated[int, Meta(ge=0)] = 0

@@ -69,6 +69,22 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     engine: str = ""
 
 
+class CorpusShare(Struct, frozen=True, kw_only=True):
+    """What of the shared corpus this node trains on."""
+
+    units: int
+    units_total: int
+    unit_tokens: int
+    """Of a unit, about: the granularity."""
+    documents: int
+    """Documents, and pieces of long ones."""
+    documents_total: int
+    tokens: int = 0
+    """Of this node's records."""
+    weight: float
+    """This node's share by speed."""
+
+
 class Partner(Struct, frozen=True, kw_only=True):
     """A member of the swarm as this node sees it."""
 
@@ -77,7 +93,8 @@ class Partner(Struct, frozen=True, kw_only=True):
     phase: str = ""
     role: str = "member"
     addresses: list[str] = []
-    speed: float = 1.0
+    speed: float = 0.0
+    """Tokens per second, as it says; 0: unknown."""
     exchanges: int = 0
     failures: int = 0
     last_reason: str = ""
@@ -105,6 +122,8 @@ class Status(Struct, frozen=True, kw_only=True):
     device: str = ""
     round: int = 0
     progress: Progress = Progress()
+    corpus: CorpusShare | None = None
+    """None: a shard of its own."""
     privacy: PrivacySpent = PrivacySpent()
     partners: list[Partner] = []
     exchanges_done: int = 0

@@ -57,6 +57,11 @@ class SleepingMechanism:
         self._start = 0
         self._compute_s = self._core_s = 0.0
 
+    @property
+    def seen(self) -> torch.Tensor:
+        """See `Mechanism`."""
+        return self._real.seen
+
     def begin_window(self, steps: int) -> int:
         """See `Mechanism`."""
         return self._real.begin_window(steps)

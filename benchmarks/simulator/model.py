@@ -126,6 +126,18 @@ def evaluate(theta: torch.Tensor, records: torch.Tensor, at_once: int = 64) -> t
     return total / (records.shape[0] * CONTEXT)
 
 
+@torch.no_grad()
+def accuracy(theta: torch.Tensor, records: torch.Tensor, at_once: int = 64) -> torch.Tensor:
+    """Share of next bytes that each of several models ranks first, (n,); as `evaluate`."""
+    n = theta.shape[0]
+    weights = _views(theta)
+    right = torch.zeros(n)
+    for part in torch.split(records, at_once):
+        guesses = _logits(weights, part.expand(n, *part.shape), torch.bmm).argmax(dim=-1)
+        right += (guesses == part[:, 1:].reshape(1, -1)).sum(dim=1)
+    return right / (records.shape[0] * CONTEXT)
+
+
 def _views(theta: torch.Tensor) -> Weights:
     """(n, *shape) views of (n, P)."""
     sizes = [math.prod(shape) for _, shape in SHAPES]
@@ -135,6 +147,14 @@ def _views(theta: torch.Tensor) -> Weights:
 
 def _losses(weights: Weights, records: torch.Tensor, product: Product) -> torch.Tensor:
     """Loss of every predicted byte, (n, batch * CONTEXT)."""
+    logits = _logits(weights, records, product)
+    targets = records[:, :, 1:].reshape(-1)
+    flat = functional.cross_entropy(logits.view(-1, VOCABULARY), targets, reduction="none")
+    return flat.view(records.shape[0], -1)
+
+
+def _logits(weights: Weights, records: torch.Tensor, product: Product) -> torch.Tensor:
+    """(n, batch * CONTEXT, VOCABULARY)."""
     n, batch = records.shape[:2]
     inputs = records[:, :, :-1].reshape(n, -1)
     embedding = weights["embedding"]
@@ -147,10 +167,7 @@ def _losses(weights: Weights, records: torch.Tensor, product: Product) -> torch.
         normed = _norm(stream, weights[f"{layer}.norm_mlp"])
         gate, up = product(normed, weights[f"{layer}.gate_up"]).chunk(2, dim=-1)
         stream = stream + product(functional.silu(gate) * up, weights[f"{layer}.down"])
-    logits = product(_norm(stream, weights["norm"]), embedding.transpose(1, 2))
-    targets = records[:, :, 1:].reshape(-1)
-    flat = functional.cross_entropy(logits.view(-1, VOCABULARY), targets, reduction="none")
-    return flat.view(n, -1)
+    return product(_norm(stream, weights["norm"]), embedding.transpose(1, 2))
 
 
 def _norm(stream: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

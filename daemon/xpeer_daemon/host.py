@@ -55,7 +55,7 @@ class Host(Protocol):
         """Whether the partner and we both ended, so that no exchange is due between us."""
 
     def declared_rate(self, peer_id: PeerId) -> float:
-        """Declared tokens per second (relative) of a member, ourselves included."""
+        """Published tokens per second of a member, ourselves included, relative to the median."""
 
     def quality(self) -> tuple[float | None, float]:
         """Our model's loss on the public text, and its age in windows."""

@@ -19,10 +19,12 @@ from xpeer.manifest import Manifest
 from xpeer.network.roster import MemberRecord, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.status import Partner, PrivacySpent, Progress, State, Status
+from xpeer.training import partition
 from xpeer.training.handle import TrainerProcess
 from xpeer_daemon.partners import Partners
 from xpeer_daemon.phases import ENDED, EXCHANGING
 from xpeer_daemon.supervisor import Supervisor
+from xpeer_daemon.throughput import Throughput
 
 log = logging.getLogger("xpeer.node")
 
@@ -64,6 +66,7 @@ class Node:
         self.roster: Roster | None = None
         self.supervisor: Supervisor | None = None
         self.book: Partners | None = None
+        self.throughput: Throughput | None = None
         self.last_exchange_s: float | None = None
         self.last_checkpoint_s: float | None = None
         self.joining_note = ""
@@ -78,8 +81,14 @@ class Node:
             self.since_s = self.clock()
             self.changed.set()
 
-    def follow_trainer(self, trainer_state: str) -> None:
-        """The trainer changed its state by itself: its end condition, or the budget's end."""
+    def follow_trainer(self, trainer_state: str, progress: Progress) -> None:
+        """The trainer moved on, or changed its state: its end condition, or the budget's end."""
+        if self.throughput is not None:
+            if self.training() and trainer_state == "training":
+                blocked_s = progress.seconds_blocked
+                self.throughput.observe(progress.step, self.clock(), blocked_s)
+            else:
+                self.throughput.interrupt()
         if self.state in ("finished", "stopping", "fetching", "waiting", "joining", "starting"):
             return
         if trainer_state == "training":
@@ -165,12 +174,25 @@ class Node:
             return True
         return self.state == record.phase == "finished"
 
+    @property
+    def speed(self) -> float:
+        """As others are told, tokens/s: declared, else measured; 0 = unknown.
+
+        Under privacy nothing is measured: how fast batches pass follows from private sizes.
+        """
+        declared = self.config.training.speed
+        if declared or self.throughput is None:
+            return declared
+        return self.throughput.published
+
+    def speeds(self) -> dict[str, float]:
+        """As said by all that train or are about to, ourselves included."""
+        others, present = self.others(), self.present()
+        return {**{peer: others[peer].speed for peer in present}, self.peer_id: self.speed}
+
     def declared_rate(self, peer_id: PeerId) -> float:
-        """Declared, never measured: realised counts are data."""
-        if peer_id == self.peer_id:
-            return self.config.training.speed
-        record = self.others().get(peer_id)
-        return record.speed if record is not None else 1.0
+        """Speed relative to the median member's, as published."""
+        return partition.weights(self.speeds()).get(peer_id, 1.0)
 
     def quality(self) -> tuple[float | None, float]:
         """On the public text alone: losses on the shard are data."""
@@ -230,6 +252,7 @@ class Node:
             device=trainer.device if trainer else "",
             round=trainer.progress.window if trainer else 0,
             progress=trainer.progress if trainer else Progress(),
+            corpus=trainer.corpus if trainer else None,
             privacy=trainer.privacy if trainer else self._privacy_without_trainer(),
             partners=self._partner_rows(now),
             exchanges_done=book.exchanges if book else 0,

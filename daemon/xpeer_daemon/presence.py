@@ -53,7 +53,7 @@ class Presence:
             addresses=self._swarm.addresses[:MAX_ADDRESSES],
             role=self._role,
             phase=phase,
-            speed=self._node.config.training.speed,
+            speed=self._node.speed,
             slot=int(time.time() // slot_s),
             zone=self._node.config.network.zone,
         )

@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import uvloop
 
@@ -29,7 +30,7 @@ from xpeer.network import exchange, joining, nudging, state
 from xpeer.network.addresses import peer_of, resolve_listen
 from xpeer.network.invites import Token
 from xpeer.network.membership import Certificate, Membership
-from xpeer.network.roster import ANNOUNCE_EVERY_S, TTL_S, Roster
+from xpeer.network.roster import ANNOUNCE_EVERY_S, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
 from xpeer.training.child import PROGRAM
@@ -46,15 +47,15 @@ from xpeer_daemon.node import Node
 from xpeer_daemon.partners import ORDINARY, Partners
 from xpeer_daemon.phases import ENDED, Closing
 from xpeer_daemon.presence import ROSTER_EVERY_S, Presence
+from xpeer_daemon.shares import SETTLED_S, Shares
 from xpeer_daemon.store import RoundRow, Store
 from xpeer_daemon.supervisor import Supervisor
+from xpeer_daemon.throughput import Throughput
 
 log = logging.getLogger("xpeer.daemon")
 
 MIN_PATIENCE_S, PATIENCE = 3600.0, 4.0
 """At the end, slower peers get this much longer than we took ourselves, and an hour at least."""
-SETTLED_S = 2 * TTL_S
-"""A shared corpus is assigned anew once its members have been the same for this long."""
 
 
 def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
@@ -139,13 +140,13 @@ class Service:
         self._node.paused = paused
         self._exit_code = ExitCode.OK
         self._tasks: asyncio.TaskGroup
-        self._assigned: frozenset[str] = frozenset()
         self._store: Store
         self._joiner: Joiner
         self._swarm: Swarm
         self._manifest: Manifest
         self._party: exchange.Party
         self._roster: Roster
+        self._shares: Shares
         self._supervisor: Supervisor
         self._proposer: exchange.Proposer
 
@@ -202,7 +203,8 @@ class Service:
             self._tasks.create_task(self._gossip.run())
             self._tasks.create_task(self._watch_for_the_end())
             if self._manifest.shared_corpus is not None:
-                self._tasks.create_task(self._keep_shares())
+                renew = partial(self._supervisor.renew, SETTLED_S)
+                self._tasks.create_task(self._shares.keep(self._node.training, renew))
 
     # Members
 
@@ -220,6 +222,7 @@ class Service:
         )
         self._roster = node.roster = Roster(self._swarm, swarm_key, manifest.limits.max_members)
         await self._roster.serve()
+        self._shares = Shares(node.speeds, node.clock, by_speed=manifest.privacy.mode == "off")
         self._supervisor = node.supervisor = Supervisor(
             self._setup,
             lambda setup: TrainerProcess.start(
@@ -244,6 +247,9 @@ class Service:
         )
         for peer in self._store.known_peers():
             self._book[PeerId(peer.peer_id)].highest_counter = peer.ledger_counter
+        if manifest.privacy.mode == "off":
+            rules = manifest.optimiser
+            node.throughput = Throughput(rules.batch_records * rules.sequence_tokens)
         self._closing = Closing(manifest.round.fragments, manifest.round.closing_windows)
         await joining.serve(self._swarm, signed, swarm_key)
         await nudging.serve(self._swarm, self._gossip.nudged)
@@ -262,34 +268,19 @@ class Service:
 
     def _setup(self) -> TrainerSetup:
         node = self._node
-        members = self._sharers()
-        self._assigned = frozenset(members)
         trains = node.state == "training"
+        if node.throughput is not None:
+            node.throughput.interrupt()
         return TrainerSetup(
             manifest_path=str(self._home.manifest),
             swarm_id=self._swarm_id,
             home=str(self._home.path),
             config=self._config,
             peer_id=node.peer_id,
-            members=members,
+            members=self._shares.take(),
             mode="train" if trains else "pause" if node.state == "paused" else "mix",
             initial="initial" if self._joiner.founds else "awaited",
         )
-
-    def _sharers(self) -> dict[str, float]:
-        """Who shares the manifest's corpus, with declared speeds; ourselves included."""
-        others, present = self._node.others(), self._node.present()
-        members: dict[str, float] = {peer: others[peer].speed for peer in present}
-        return {**members, self._node.peer_id: self._config.training.speed}
-
-    async def _keep_shares(self) -> None:
-        """Assign a shared corpus anew when members came or went, and stayed so for a while."""
-        while True:
-            before = frozenset(self._sharers())
-            await asyncio.sleep(SETTLED_S)
-            if self._node.training() and frozenset(self._sharers()) == before != self._assigned:
-                log.info("the shared corpus is assigned anew to %d members", len(before))
-                await self._supervisor.renew(SETTLED_S)
 
     async def _start_trainer(self) -> TrainerProcess:
         self._node.joining_note = "the trainer reads the shard and the model"
@@ -327,7 +318,7 @@ class Service:
 
     def _on_trainer(self, event: Event) -> None:
         if isinstance(event, Progressed):
-            self._node.follow_trainer(event.state)
+            self._node.follow_trainer(event.state, event.progress)
         elif isinstance(event, Saved):
             self._node.last_checkpoint_s = self._node.clock()
         elif isinstance(event, Crashed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.swarm.test_daemons import Swarm, swarm
+from tests.swarm.test_daemons import LOOPBACK, Swarm, swarm
 
 __all__ = ["swarm"]  # the fixture
 pytestmark = pytest.mark.timeout(150)
@@ -33,3 +33,24 @@ def test_three_peers_end_at_one_model(swarm: Swarm, changes: dict[str, object]):
         assert ended.progress.consensus_distance is not None
         assert ended.progress.consensus_distance < 0.05
         assert 0 < ended.privacy.epsilon_spent <= ended.privacy.epsilon_target
+
+
+def test_members_share_a_corpus_by_declared_speed(swarm: Swarm):
+    corpus = swarm.shard("corpus")
+    fields = {"end__steps": 10, "shared_corpus__name": "corpus", "round__slot_s": 0.2}
+    swarm.bootstrap(swarm.found("a", **fields))
+    shared = {"XPEER_TRAINING_MIN_PEERS": "1", "XPEER_DATA_CORPUS": corpus}
+    (swarm.home("a").path / "config.toml").unlink()  # it names a shard
+    swarm.start("a", "--bootstrap", swarm.seed, "--listen", LOOPBACK, XPEER_TRAINING_SPEED="1",
+                **shared)  # fmt: skip
+    token = swarm.token_for("a", "b")
+    swarm.start("b", "--join", token, "--listen", LOOPBACK, XPEER_TRAINING_SPEED="3", **shared)
+    ends = [swarm.until(name, lambda s: s.state == "finished", 100) for name in "ab"]
+    parts = [status.corpus for status in ends]
+    assert all(part is not None for part in parts)
+    slow, fast = [part for part in parts if part is not None]
+    assert (slow.weight, fast.weight) == (0.25, 0.75)
+    assert slow.units + fast.units == slow.units_total == fast.units_total
+    assert slow.documents + fast.documents == slow.documents_total
+    assert slow.tokens < fast.tokens
+    assert all(status.progress.step == 10 for status in ends)

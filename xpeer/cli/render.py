@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xpeer.status import Partner, Status
+from xpeer.status import CorpusShare, Partner, Status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,7 +174,17 @@ def _training(status: Status) -> Iterator[tuple[str, str]]:
         f"{progress.tokens_per_s:,.0f} tokens/s on {status.device or '-'}, "
         f"{progress.tokens:,} tokens so far, {blocked:.1f}% of the time blocked",
     )
+    if status.corpus is not None:
+        yield "corpus", _corpus(status.corpus)
     yield "checkpoint", ago(status.last_checkpoint_age_s)
+
+
+def _corpus(share: CorpusShare) -> str:
+    return (
+        f"{share.units:,} of {share.units_total:,} units of {share.unit_tokens:,} tokens "
+        f"({share.units / share.units_total:.1%}; by speed {share.weight:.1%}): "
+        f"{share.documents:,} of {share.documents_total:,} documents, {share.tokens:,} tokens"
+    )
 
 
 def _privacy(status: Status) -> Iterator[tuple[str, str]]:
@@ -218,7 +228,8 @@ def _exchange(status: Status) -> Iterator[tuple[str, str]]:
 
 def _peer_row(partner: Partner) -> tuple[str, ...]:
     cells = (
-        partner.peer_id, partner.state, partner.phase or "-", partner.role, f"{partner.speed:g}",
+        partner.peer_id, partner.state, partner.phase or "-", partner.role,
+        f"{partner.speed:g}" if partner.speed else "-",
         str(partner.exchanges), str(partner.failures), ago(partner.last_exchange_age_s),
         partner.last_reason or "-", size(partner.bytes_in), size(partner.bytes_out),
         partner.addresses[0] if partner.addresses else "-",

@@ -35,14 +35,14 @@ LinkValue = Annotated[bytes, Meta(min_length=LINK_BYTES, max_length=LINK_BYTES)]
 
 
 class MemberRecord(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """What a member says of itself. Nothing in it depends on its text."""
+    """What a member says of itself. Under privacy nothing in it depends on its text."""
 
     peer_id: Annotated[str, Meta(max_length=80)]
     addresses: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=8)]
     role: Role
     phase: Annotated[str, Meta(max_length=20, pattern="^[a-z-]+$")]
-    speed: Annotated[float, Meta(gt=0, le=1e6)]
-    """Declared, not measured: measured counts are data."""
+    speed: Annotated[float, Meta(ge=0, le=1e9)]
+    """Tokens/s: declared, or measured where the swarm trains without privacy; 0: unknown."""
     slot: Annotated[int, Meta(ge=0)]
     """When the card was signed."""
     zone: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*$")] = ""

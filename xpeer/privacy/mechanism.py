@@ -34,6 +34,7 @@ from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine, RecordLosses, t
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.noise import SecretGenerator
+from xpeer.privacy.passes import Passes
 from xpeer.privacy.steps import Precision, StepResult, Switchable, result_of
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
@@ -48,6 +49,10 @@ class Mechanism(Protocol):
     """Name of what computes the gradients."""
     notes: list[str]
     """What the operator should know, e.g. why faster engines were refused."""
+
+    @property
+    def seen(self) -> Tensor:
+        """Where the pass over the records is, (m,) int64, for checkpoints. Empty under privacy."""
 
     def begin_window(self, steps: int) -> int:
         """Charge, durably, until so many steps may be taken; how many may: 0 = budget spent."""
@@ -137,6 +142,11 @@ class RecordMechanism:
             noise_multiplier=self._sigma,
             sampling_probability=self._q,
         )
+
+    @property
+    def seen(self) -> Tensor:
+        """Nothing: batches are samples."""
+        return torch.empty(0, dtype=torch.int64)
 
     def begin_window(self, steps: int) -> int:
         """Charge until so many steps may be taken, and how many may; see `Budget.begin`."""
@@ -228,6 +238,7 @@ class OffMechanism:
         records: (n, T) int64, CPU.
         record_losses: sums of losses and counts of tokens by record.
         micro_batch: records per pass; 0 = all at once, or what suits a processor's caches.
+        seen: `seen` of an earlier start.
         precision: of forward passes.
 
     Raises:
@@ -244,6 +255,7 @@ class OffMechanism:
         record_losses: RecordLosses,
         *,
         micro_batch: int = 0,
+        seen: Tensor | None = None,
         precision: Precision = nullcontext,
     ) -> None:
         if manifest.privacy.mode != "off":
@@ -263,8 +275,12 @@ class OffMechanism:
         self._clip = manifest.optimiser.gradient_clip
         cached = max(1, _PLAIN_CPU_TOKENS // records.shape[1])
         self._micro_batch = micro_batch or (cached if self._device.type == "cpu" else self._batch)
-        self._generator = SecretGenerator()
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._passes = Passes(records, seen)
+
+    @property
+    def seen(self) -> Tensor:
+        """See `Passes.seen`."""
+        return self._passes.seen
 
     def begin_window(self, steps: int) -> int:
         """All of them: nothing is charged."""
@@ -275,10 +291,7 @@ class OffMechanism:
 
     def step_gradient(self) -> StepResult:
         """Mean gradient over the tokens of the next records in shuffled order, clipped as one."""
-        if len(self._order) < self._batch:  # the rest of an epoch goes to the front of the next
-            fresh = self._generator.shuffled(len(self._records))
-            self._order = torch.cat([self._order, fresh])
-        chosen, self._order = self._order[: self._batch], self._order[self._batch :]
+        chosen = self._passes.take(self._batch)
         told: list[tuple[Tensor, Tensor]] = []
         for parameter in self._parameters:
             parameter.grad = None
@@ -322,6 +335,7 @@ def build_mechanism(
     *,
     micro_batch: int = 0,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    seen: Tensor | None = None,
     precision: Precision = nullcontext,
 ) -> Mechanism:
     """The mechanism that the manifest asks for. Takes seconds where privacy is accounted for.
@@ -334,11 +348,18 @@ def build_mechanism(
         ledger: of this shard; untouched without privacy.
         micro_batch: training.micro_batch of the node.
         memory_bytes: bound of what the engine keeps during a pass.
+        seen: of the checkpoint.
         precision: of forward passes in steps, e.g. autocast.
     """
     if manifest.privacy.mode == "off":
         return OffMechanism(
-            manifest, model, records, record_losses, micro_batch=micro_batch, precision=precision
+            manifest,
+            model,
+            records,
+            record_losses,
+            micro_batch=micro_batch,
+            seen=seen,
+            precision=precision,
         )
     return RecordMechanism(
         manifest,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import torch
 
 from xpeer.config import Home, NodeConfig
@@ -17,6 +18,7 @@ from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
+from xpeer.status import CorpusShare
 from xpeer.training import checkpoint
 from xpeer.training.buffers import Buffers
 from xpeer.training.checkpoint import Bundle, read_moments, write_moments
@@ -26,10 +28,11 @@ from xpeer.training.flat import FlatParameters
 from xpeer.training.local import LocalTrainer
 from xpeer.training.losses import choose_device, evaluate, record_losses
 from xpeer.training.model import build, check_fits, from_folder
+from xpeer.training.partition import divide
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
-from xpeer.training.shard import assign, cut, load_records, split
+from xpeer.training.shard import cut, load_records, split
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
 from xpeer.wire import kernels
 
@@ -53,6 +56,7 @@ class Assembled:
     tokenizer: Tokenizer
     device: str
     num_records: int
+    corpus: CorpusShare | None
     resumed: bool
     notes: list[str] = field(default_factory=list)
     _buffers: Buffers = field(default_factory=lambda: Buffers(3), init=False)
@@ -84,6 +88,7 @@ class Assembled:
             exp_avg_sq=exp_avg_sq,
             optimiser_step=optimiser_step,
             rule={name: value.clone() for name, value in trainer.exchanges.rule.state().items()},
+            seen=self.mechanism.seen,
             counters=trainer.counters.to_dict(),
             ledger_id=self.ledger_id,
             manifest_hash=self.manifest_hash,
@@ -121,7 +126,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     manifest = signed.open(setup.swarm_id)
     manifest_hash = signed.genesis.manifest_hash.hex()
     tokenizer = load_tokenizer(manifest.tokenizer, config.data.tokenizer)
-    training, validation = _records(setup, manifest, tokenizer, home)
+    training, validation, share = _records(setup, manifest, tokenizer, home)
     saved, notes = checkpoint.load_latest(home.checkpoints)
     device = choose_device(config.training.device)
     kernels.configure(compile=config.training.compile_codec)
@@ -146,7 +151,13 @@ def assemble(setup: TrainerSetup) -> Assembled:
         return record_losses(of, records, tokenizer.pad_id)
 
     mechanism = build_mechanism(
-        manifest, model, training, losses, ledger, micro_batch=config.training.micro_batch
+        manifest,
+        model,
+        training,
+        losses,
+        ledger,
+        micro_batch=config.training.micro_batch,
+        seen=saved.seen if saved is not None else None,
     )
     trainer = LocalTrainer(
         manifest,
@@ -178,6 +189,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
         tokenizer=tokenizer,
         device=str(device),
         num_records=len(training),
+        corpus=share,
         resumed=saved is not None,
         notes=[*notes, *mechanism.notes],
     )
@@ -185,21 +197,24 @@ def assemble(setup: TrainerSetup) -> Assembled:
 
 def _records(
     setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is trained on and what is held out: each (n, T) int64."""
+) -> tuple[torch.Tensor, torch.Tensor, CorpusShare | None]:
+    """What is trained on and what is held out: each (n, T) int64; and the former in numbers."""
     data, shared = setup.config.data, manifest.shared_corpus is not None
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
     documents = load_documents(patterns, data.text_field, setting)
     training, held_out = split(documents, data.validation_share, data.split)
+    share = None
     if shared:
         # held out before it is shared: what one member measures on, none trains on
-        training = assign(training, setup.members, setup.peer_id)
+        training, share = divide(training, manifest, setup.members, setup.peer_id)
     length = manifest.optimiser.sequence_tokens
     records = load_records(training, tokenizer, length, home.cache)
+    if share is not None:
+        share = msgspec.structs.replace(share, tokens=records.numel())
     try:
-        return records, load_records(held_out, tokenizer, length, home.cache)
+        return records, load_records(held_out, tokenizer, length, home.cache), share
     except ConfigError:  # a single document, or too little held out for one record
-        return records, records[:0]
+        return records, records[:0], share
 
 
 def _model(manifest: Manifest, home: Home, *, fresh: bool) -> torch.nn.Module:

@@ -24,6 +24,7 @@ _NAME: Final = re.compile(r"ckpt-(\d{9,})\.safetensors")
 _TENSORS: Final = ("flat", "exp_avg", "exp_avg_sq")
 _CONSOLIDATION: Final = "consolidation"
 _RULE: Final = "rule."
+_SEEN: Final = "seen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class Bundle:
     """What to add for an export (`consolidation.packed`); None: there is nothing to add."""
     rule: dict[str, torch.Tensor] = field(default_factory=dict)
     """`rules.Rule.state`: anchors and momentum of the aggregation rule."""
+    seen: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """`privacy.Passes.seen`."""
     counters: dict[str, Any] = field(default_factory=dict)
     """`schedule.Counters` as builtins; `step` names the file."""
     ledger_id: str = ""
@@ -117,6 +120,7 @@ def save(folder: Path, bundle: Bundle, keep: int = 2) -> Path:
     tensors = {name: getattr(bundle, name) for name in _TENSORS}
     if bundle.consolidation is not None:
         tensors[_CONSOLIDATION] = bundle.consolidation
+    tensors[_SEEN] = bundle.seen
     tensors |= {_RULE + name: value for name, value in bundle.rule.items()}
     write_tensors(path, tensors, {"xpeer": msgspec.json.encode(words, order="sorted").decode()})
     older = [other for other in paths(folder) if step_of(other) < bundle.step]
@@ -146,6 +150,7 @@ def load(path: Path) -> Bundle:
         )
     rule = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_RULE)}
     addition = tensors.pop(_CONSOLIDATION, None)
+    seen = tensors.pop(_SEEN, None)
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     if set(shapes) != set(_TENSORS) or len(set(shapes.values())) != 1:
         raise CorruptFileError(f"it holds {shapes}")
@@ -153,6 +158,7 @@ def load(path: Path) -> Bundle:
         **tensors,
         consolidation=addition,
         rule={name.removeprefix(_RULE): value for name, value in rule.items()},
+        seen=torch.empty(0, dtype=torch.int64) if seen is None else seen,
         optimiser_step=parsed.optimiser_step,
         counters=parsed.counters,
         ledger_id=parsed.ledger_id,

@@ -31,6 +31,9 @@ class Document:
     text: str
     source: str
     """The file it came from."""
+    begins: bool = True
+    ends: bool = True
+    """Whether it does so with the document that it is, or is a piece of."""
 
     def __repr__(self) -> str:
         """Never the text."""

@@ -14,7 +14,7 @@ from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.status import PrivacySpent, Progress
+from xpeer.status import CorpusShare, PrivacySpent, Progress
 from xpeer.training.arena import Arena, Layout, Slots, copy_in_parts
 from xpeer.training.child import PROGRAM, Child, Event, logger
 from xpeer.training.fragments import fragment_size, largest
@@ -65,6 +65,7 @@ class TrainerProcess:
         device: where the model lies.
         engine: how per-record gradients are clipped.
         resumed: whether it went on from a checkpoint.
+        corpus: its share of the shared corpus, if there is one.
     """
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
@@ -77,6 +78,7 @@ class TrainerProcess:
         self._vectors = 1
         self.device = self.engine = ""
         self.resumed = False
+        self.corpus: CorpusShare | None = None
         self._child: Child
         self._slots: Slots
         self._region = asyncio.Lock()
@@ -113,7 +115,7 @@ class TrainerProcess:
         trainer.num_params, trainer.num_fragments = ready.num_params, ready.num_fragments
         trainer.device, trainer.engine = ready.device, ready.engine
         trainer.ledger_counter = max(trainer.ledger_counter, ready.ledger_counter)
-        trainer.resumed = ready.resumed
+        trainer.resumed, trainer.corpus = ready.resumed, ready.corpus
         return trainer
 
     @property

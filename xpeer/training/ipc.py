@@ -29,7 +29,7 @@ from xpeer.errors import (
     TrainerError,
     XpeerError,
 )
-from xpeer.status import PrivacySpent, Progress
+from xpeer.status import CorpusShare, PrivacySpent, Progress
 from xpeer.training.setup import Mode, TrainerSetup
 
 MAX_FRAME_BYTES: Final = 4 << 20
@@ -137,6 +137,7 @@ class Ready(Struct, frozen=True, tag=True):
     step: int
     ledger_counter: int
     resumed: bool
+    corpus: CorpusShare | None = None
     notes: list[str] = []
     """What the operator should know, e.g. why a slower engine was chosen."""
 

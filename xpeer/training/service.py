@@ -110,6 +110,7 @@ class Service:
                 step=self._trainer.counters.step,
                 ledger_counter=made.ledger_counter(),
                 resumed=made.resumed,
+                corpus=made.corpus,
                 notes=made.notes,
             )
         )

@@ -24,7 +24,7 @@ class TrainerSetup(Struct, frozen=True, kw_only=True):
     config: NodeConfig = NodeConfig()
     peer_id: str
     members: dict[str, float] = {}
-    """With a shared corpus: PeerID -> declared speed of everybody who takes part, us included."""
+    """With a shared corpus: tokens/s by PeerID of all who take part, us included; 0: unknown."""
     mode: Mode = "train"
     """What to do once ready."""
     initial: Literal["initial", "awaited"] = "initial"

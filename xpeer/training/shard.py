@@ -8,9 +8,8 @@ validation to training.
 from __future__ import annotations
 
 import logging
-import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
@@ -22,7 +21,7 @@ from xpeer.training.documents import Document, load_documents
 from xpeer.training.tensorfile import CorruptFileError, clear_staging, read_tensors, write_tensors
 from xpeer.training.tokenizer import Tokenizer
 
-__all__ = ["Document", "assign", "cut", "load_documents", "load_records", "split"]
+__all__ = ["Document", "cut", "load_documents", "load_records", "split"]
 
 MIN_TOKENS: Final = 8
 """A shorter tail of a document is dropped: it teaches little, and costs the privacy of a record."""
@@ -66,44 +65,6 @@ def split(
     return training, [document for document in documents if document.id in chosen]
 
 
-def assign(documents: Sequence[Document], members: Mapping[str, float], me: str) -> list[Document]:
-    """This peer's part of a corpus that all members hold, in proportion to declared speeds.
-
-    Weighted rendezvous hashing: the member with the lowest -ln(u(document, member)) / speed trains
-    a document, u uniform from a hash. When a member leaves only its documents move, and when one
-    comes only the documents that it takes. (Schindelhauer & Schomaker 2005, "Weighted distributed
-    hash tables": the logarithmic method.)
-
-    Args:
-        documents: of the corpus.
-        members: speed by PeerID; the same at every member, or a document is trained twice or never.
-        me: one of them.
-
-    Raises:
-        LocalError: `me` is no member with a positive speed.
-    """
-    peers = [
-        (peer_id.encode(), peer_id, speed)
-        for peer_id, speed in members.items()
-        if math.isfinite(speed) and speed > 0  # no partner's nonsense stops the others
-    ]
-    if me not in {peer_id for _, peer_id, _ in peers}:
-        raise LocalError(
-            f"{me} is not among the members that share the corpus, with a positive speed",
-            "set training.speed above 0",
-        )
-
-    def trained_by(document: Document) -> str:
-        key = document.id.encode()
-        scores = (
-            (-math.log(_uniform(b"assign", key, encoded)) / speed, peer_id)
-            for encoded, peer_id, speed in peers
-        )
-        return min(scores)[1]
-
-    return [document for document in documents if trained_by(document) == me]
-
-
 def cut(documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int) -> torch.Tensor:
     """Tokenise, and cut into records that never cross from one document into another.
 
@@ -125,7 +86,8 @@ def cut(documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: in
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     parts = []
     for document in documents:
-        ids = torch.tensor([*before, *tokenizer.encode(document.text), *after], dtype=torch.int32)
+        begin, end = before if document.begins else [], after if document.ends else []
+        ids = torch.tensor([*begin, *tokenizer.encode(document.text), *end], dtype=torch.int32)
         tail = len(ids) % sequence_tokens
         if 0 < tail < MIN_TOKENS:
             ids = ids[: len(ids) - tail]

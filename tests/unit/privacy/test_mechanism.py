@@ -20,6 +20,7 @@ from xpeer.privacy.accountant import Segment
 from xpeer.privacy.clipping import BookKeepingEngine, Clipped, Engine, MicrobatchEngine
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism, build_mechanism
+from xpeer.privacy.passes import Passes
 from xpeer.update import PrivacyStamp, RawUpdate
 
 SIGMA, CLIP = 4.0, 0.5
@@ -326,7 +327,7 @@ def test_off_is_plain_training(ledger: Ledger) -> None:
     assert mechanism.begin_window(5) == 5
     mechanism.prepare_window(5)
     order = torch.tensor([4, 2, 0, 1, 3, 5, 6])
-    mechanism._order = order
+    mechanism._passes._order = order
     result = mechanism.step_gradient()
     got = grads(model)
     model.zero_grad()
@@ -341,6 +342,19 @@ def test_off_is_plain_training(ledger: Ledger) -> None:
     assert mechanism.spent().steps_left is None
     assert ledger.counter == 0
     mechanism.close()
+
+
+def test_a_pass_goes_on_with_what_was_not_seen_when_the_shard_changes() -> None:
+    records = torch.randint(0, 259, (200, 12), generator=torch.Generator().manual_seed(0))
+    passes = Passes(records[:150])
+    first = passes.take(60)
+    assert len(passes.seen) == 60
+    changed = Passes(records[50:], passes.seen)  # 50 records went, 50 came
+    kept = {i - 50 for i in first.tolist() if i >= 50}
+    rest = changed.take(150 - len(kept)).tolist()
+    assert sorted([*rest, *kept]) == list(range(150))
+    assert len(changed.seen) == 150
+    assert sorted(changed.take(150).tolist()) == list(range(150))  # the next pass
 
 
 def test_off_sees_every_record_once_an_epoch_and_clips_the_batch() -> None:

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpeer.errors import ConfigError, LocalError
+from xpeer.errors import ConfigError
 from xpeer.training import shard
 from xpeer.training.documents import Document, document_of, load_documents
-from xpeer.training.shard import MIN_TOKENS, assign, cut, load_records, split
+from xpeer.training.shard import MIN_TOKENS, cut, load_records, split
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, BYTE_PAD, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -221,59 +221,6 @@ def test_a_document_that_comes_moves_no_other_and_order_does_not_matter():
     held_out = {d.id for d in split(few, 0.1)[1]}
     later = {d.id for d in split(many[::-1], 0.1)[1]}
     assert held_out == later & {d.id for d in few}
-
-
-# ---- the shared corpus -----------------------------------------------------------------------
-
-SPEEDS = st.dictionaries(
-    st.sampled_from([f"peer{i}" for i in range(6)]), st.floats(0.1, 10), min_size=2, max_size=6
-)
-
-
-@given(SPEEDS)
-@settings(max_examples=25, deadline=None)
-def test_every_document_has_one_trainer_and_only_a_leavers_move(members: dict[str, float]):
-    corpus = documents(80)
-    before = {d.id: me for me in members for d in assign(corpus, members, me)}
-    assert len(before) == len(corpus)
-    assert sum(len(assign(corpus, members, me)) for me in members) == len(corpus)
-    leaver = min(members)
-    rest = {peer: speed for peer, speed in members.items() if peer != leaver}
-    after = {d.id: me for me in rest for d in assign(corpus, rest, me)}
-    assert all(after[i] == before[i] for i in before if before[i] != leaver)
-
-
-def test_a_member_that_speeds_up_only_takes():
-    corpus = documents(200)
-    slow = {"a": 1.0, "b": 1.0, "c": 1.0}
-    fast = {**slow, "a": 2.0}
-    for other in "bc":
-        before = {d.id for d in assign(corpus, slow, other)}
-        assert {d.id for d in assign(corpus, fast, other)} <= before
-
-
-def test_shares_follow_the_speeds():
-    corpus = documents(7000)
-    members = {"a": 1.0, "b": 2.0, "c": 4.0}
-    counts = Counter({me: len(assign(corpus, members, me)) for me in members})
-    for me, speed in members.items():
-        assert counts[me] == pytest.approx(1000 * speed, rel=0.1)
-
-
-def test_assign_is_the_same_on_every_machine():
-    """Known values: members on other machines and versions must agree."""
-    members = {"12D3KooA": 1.0, "12D3KooB": 1.5}
-    mine = [d.text[12:] for d in assign(documents(12), members, "12D3KooA")]
-    assert mine == ["2", "4", "5", "6", "10"]
-
-
-def test_nonsense_from_others_is_ignored_and_from_ourselves_refused():
-    corpus = documents(20)
-    members = {"a": 1.0, "b": float("nan"), "c": -1.0}
-    assert assign(corpus, members, "a") == corpus
-    for me in ("b", "stranger"):
-        with pytest.raises(LocalError, match="not among the members"):
-            assign(corpus, members, me)
 
 
 # ---- records ---------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""How fast this node trains, as others are told: measured over minutes, in coarse steps.
+
+In planned tokens (steps times batch times sequence), never in those that a batch really had.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+SPAN_S: Final = 60.0
+"""One measurement takes this long."""
+SMOOTHING: Final = 0.5
+LEVELS: Final = 4
+"""Published values are powers of 2^(1/LEVELS): 19% apart."""
+STICKINESS: Final = 0.75
+"""A value stays until the measured one is so many levels off; half a level would be rounding."""
+
+
+class Throughput:
+    """Steps in time, to tokens/s.
+
+    Args:
+        tokens_per_step: planned ones.
+
+    Attributes:
+        published: tokens/s, coarse; 0 = not measured yet.
+    """
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.published = 0.0
+        self._tokens_per_step = tokens_per_step
+        self._smoothed = 0.0
+        self._since: tuple[int, float] | None = None  # (step, busy seconds)
+
+    def observe(self, step: int, now_s: float, blocked_s: float) -> None:
+        """While training, now and then.
+
+        Args:
+            step: optimiser steps so far.
+            now_s: any clock.
+            blocked_s: of it, spent waiting for others, so far.
+        """
+        busy_s = now_s - blocked_s
+        if self._since is None or step < self._since[0] or busy_s < self._since[1]:
+            self._since = (step, busy_s)
+            return
+        steps, span_s = step - self._since[0], busy_s - self._since[1]
+        if span_s < SPAN_S or not steps:
+            return
+        self._since = (step, busy_s)
+        speed = steps * self._tokens_per_step / span_s
+        if self._smoothed:
+            speed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * speed
+        self._smoothed = speed
+        level = LEVELS * math.log2(speed)
+        if not self.published or abs(level - LEVELS * math.log2(self.published)) > STICKINESS:
+            self.published = 2.0 ** (round(level) / LEVELS)
+
+    def interrupt(self) -> None:
+        """No steps are taken: time that passes now says nothing."""
+        self._since = None
