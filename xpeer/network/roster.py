@@ -64,8 +64,8 @@ DEAF_S = 60.0
 """Whoever is not listed and did not answer is left alone for this long."""
 ASK_TIMEOUT_S = 5.0
 
-SHARD_EVERY_S = 120.0
-STORE_EVERY_S = 100.0
+SHARD_EVERY_S = 400.0
+STORE_EVERY_S = 400.0
 LONELY_S = 10.0
 """Without an answer for this long the DHT is read instead ..."""
 LONELY_READ_S, LONELY_SHARDS = 3.0, 16

@@ -24,7 +24,7 @@ from xpeer.network.swarm import Swarm
 log = logging.getLogger("xpeer.network")
 
 MEMBERS_PER_SHARD = 16
-STORED_S = 240.0
+STORED_S = 900.0
 DHT_TIMEOUT_S = 15.0
 PAD_BYTES = 256
 MAX_RECORD_BYTES = 2560

@@ -256,10 +256,14 @@ class Exchanges:
         if meeting.own is None or not weights or not meeting.differences.keys() >= weights.keys():
             raise TrainerError(f"meeting {meeting_id}: not all of {list(weights)} were verified")
         first, *others = weights.items()
+        meeting.merged = tuple(weights)
+        if not others and type(meeting.rule) is Rule:  # weighted on its way into the parameters
+            found = meeting.differences[first[0]]
+            meeting.correction = Correction(found.values[0], scale=first[1])
+            return
         shift = meeting.differences[first[0]].values.mul_(first[1])
         for exchange_id, weight in others:
             shift.add_(meeting.differences[exchange_id].values, alpha=weight)
-        meeting.merged = tuple(weights)
         own = torch.empty(0)
         if meeting.rule.reads_own and isinstance(meeting.own, torch.Tensor):
             own = meeting.own.view(shift.shape)
@@ -276,11 +280,12 @@ class Exchanges:
             return -1
         correction, rule = meeting.correction, meeting.rule
         flat = self._parameters.flat
-        self.fragments.add_(flat, meeting.fragment, correction.values.to(flat.device))
+        values = correction.values.to(flat.device)
+        self.fragments.add_(flat, meeting.fragment, values, correction.scale)
         if rule is self.rule:
             rule.merged(meeting.fragment, correction.state)
         else:
-            self.rule.moved(meeting.fragment, correction.values)
+            self.rule.moved(meeting.fragment, correction.values.mul_(correction.scale))
         for exchange_id in meeting.merged:
             if exchange_id in meeting.shown:
                 self.consolidation.merged(meeting.fragment, meeting.shown[exchange_id])

@@ -83,14 +83,17 @@ class Fragments:
             torch.index_select(flat.view(-1, LINE), 0, lines, out=tail)
         return out
 
-    def add_(self, flat: torch.Tensor, fragment: int, values: torch.Tensor) -> None:
-        """Add (size,) values to a fragment of (padded P,), on the same device."""
+    def add_(
+        self, flat: torch.Tensor, fragment: int, values: torch.Tensor, scale: float = 1.0
+    ) -> None:
+        """Add scale times (size,) values to a fragment of (padded P,), on the same device."""
         self._check(fragment)
         for theirs, ours in self._parts(flat, values, fragment):
-            ours.add_(theirs)
+            ours.add_(theirs, alpha=scale)
         tail = self._tail(values)
         if tail.numel():
-            flat.view(-1, LINE).index_add_(0, self._tails[fragment].to(flat.device), tail)
+            lines = self._tails[fragment].to(flat.device)
+            flat.view(-1, LINE).index_add_(0, lines, tail, alpha=scale)
 
     def indices(self, fragment: int) -> torch.Tensor:
         """Positions of a fragment's values, (size,) int64, in the order of `gather`."""

@@ -26,9 +26,10 @@ import torch
 class Correction:
     """What came of an exchange."""
 
-    values: torch.Tensor  # (n,) float32: c
+    values: torch.Tensor  # (n,) float32: c / scale
     state: tuple[torch.Tensor, ...] = ()
     """What the rule has to remember once c was added."""
+    scale: float = 1.0
 
 
 class Rule:
