@@ -16,6 +16,8 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+from xpeer.training.child import HUGE_PAGES
+
 _PREFIX = f"xb{os.getpid() % 10_000}"
 _SWITCH = f"{_PREFIX}s"
 _BURST_BYTES = 64 << 10
@@ -97,6 +99,7 @@ class Child:
             *host.command(module),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            env={**HUGE_PAGES, **os.environ},  # as our trainers; hivemind's peers gain by them, too
             stderr=None if os.environ.get("BENCHMARK_VERBOSE") else asyncio.subprocess.DEVNULL,
             limit=1 << 24,
         )
