@@ -58,7 +58,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert made.privacy.epsilon == 8.0
     assert made.round.codec == "int8"
     assert made.round.fragments == 5
-    assert made.round.window_steps == 20
+    assert made.round.window_steps == 5
 
 
 def test_the_fingerprint_commits_to_admin_and_manifest() -> None:

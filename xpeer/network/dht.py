@@ -35,7 +35,7 @@ from xpeer.network.p2p import GatedP2P
 log = logging.getLogger("xpeer.network")
 
 MAX_VALUE_BYTES = 4096
-MAX_TTL_S = 300.0
+MAX_TTL_S = 1200.0
 MAX_RECORDS = 4096
 MAX_KEYS_OF_OWNER = 8
 """Members need one key; whoever used them all would push the others' records out."""

@@ -65,7 +65,8 @@ DEAF_S = 60.0
 ASK_TIMEOUT_S = 5.0
 
 SHARD_EVERY_S = 400.0
-STORE_EVERY_S = 400.0
+STORE_EVERY_S, STORE_AGAIN_S = 400.0, 30.0
+"""A store asks some ten nodes, and may cost more than all questions; again after a failure."""
 LONELY_S = 10.0
 """Without an answer for this long the DHT is read instead ..."""
 LONELY_READ_S, LONELY_SHARDS = 3.0, 16
@@ -134,7 +135,7 @@ class Roster:
             return True
         mine = self._known[self._me]
         stored = await self._shards.store(Stored(mine.signed, mine.beat), now)
-        self._stored_s = now if stored else -math.inf
+        self._stored_s = now if stored else now - STORE_EVERY_S + STORE_AGAIN_S
         return stored
 
     async def refresh(self) -> None:

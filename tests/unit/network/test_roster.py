@@ -13,6 +13,7 @@ from xpeer.identity import Domain, Identity
 from xpeer.network import roster as roster_module
 from xpeer.network import spreading
 from xpeer.network.cards import LINK_S, Beat, Card, Chain, SignedCard
+from xpeer.network.dht import MAX_TTL_S
 from xpeer.network.invites import grant
 from xpeer.network.membership import Credential
 from xpeer.network.pace import (
@@ -270,7 +271,7 @@ async def test_what_is_stored_is_sealed_and_says_nothing_by_its_size(net: Net) -
         [(owner, (value, until))] = shard.items()
         sizes.add(len(value))
         assert (owner, key) == (node.peer_id, node.roster._shards.key_of(node.peer_id))
-        assert net.now_s < until <= net.now_s + 300
+        assert net.now_s < until <= net.now_s + MAX_TTL_S
         assert node.peer_id.encode() not in value
     assert len(sizes) == 1
 
