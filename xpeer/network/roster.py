@@ -135,6 +135,8 @@ class Roster:
             return True
         mine = self._known[self._me]
         stored = await self._shards.store(Stored(mine.signed, mine.beat), now)
+        if not stored:  # members still hear of us from one another; newcomers may not
+            log.info("no node of the DHT took our card; again in %g s", STORE_AGAIN_S)
         self._stored_s = now if stored else now - STORE_EVERY_S + STORE_AGAIN_S
         return stored
 
