@@ -10,7 +10,7 @@ An update on its way from a shard to everybody's checkpoint:
     exchange     network/exchange.py    ours against theirs, both accept or neither merges
     verify       training/exchanges.py  size, finite, norm
     merge        training/rules/        theta += c(Q(theta_j) - Q(theta_i), ...), at a step boundary
-    checkpoint   training/checkpoint.py
+    checkpoint   training/checkpoint.py and, for exports, what partners showed: consolidation.py
 
 Training goes on meanwhile: each `await` below waits for the network or for the trainer's next step
 boundary, and the trainer waits for none of them (but see `training/rules/gradient.py`).
