@@ -19,7 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
@@ -98,6 +98,9 @@ class GatedP2P(P2P):
         died: set when the sidecar is gone, whoever ended it.
     """
 
+    DHT_MODE_MAPPING: Final[dict[str, dict[str, int]]] = {"none": {}}
+    """libp2p's own Kademlia stays off: strangers could ask it for members' addresses, and it asked
+    everybody for a peer that is gone at every call (60 kB for each of 32 peers and minute)."""
     gate: Gate
     died: asyncio.Event
     _folder: Path
@@ -129,6 +132,7 @@ class GatedP2P(P2P):
                 host_maddrs=listen,
                 announce_maddrs=announce or None,
                 nat_port_map=nat_port_map,
+                dht_mode="none",
                 auto_nat=False,
                 use_relay=False,
                 startup_timeout=STARTUP_TIMEOUT_S,

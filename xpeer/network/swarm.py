@@ -180,7 +180,6 @@ class Swarm:
         """
         with self._peer_errors(peer_id):
             async with asyncio.timeout(timeout_s):
-                await self._reach(peer_id)
                 just_now = await self.introduce(peer_id)
                 reply, reason = await self._ask(peer_id, protocol, request)
                 if reason == Reason.NOT_A_MEMBER and not just_now:  # restarted, it forgot us
@@ -208,7 +207,6 @@ class Swarm:
         """
         with self._peer_errors(peer_id):
             async with asyncio.timeout(timeout_s):
-                await self._reach(peer_id)
                 await self.introduce(peer_id)
                 reader, writer = await self._p2p.open_stream(_hivemind_id(peer_id), protocol)
                 stream = await Stream.adopt(reader, writer)
@@ -232,10 +230,7 @@ class Swarm:
 
     async def _reach(self, peer_id: PeerId) -> None:
         """Tell the sidecar the addresses we know; a wrong one is no error yet."""
-        if self._p2p.died.is_set():
-            raise PeerError(Reason.SIDECAR_DOWN)
-        addresses = self._book.of(peer_id)
-        if addresses and peer_id not in self._introduced:
+        if addresses := self._book.of(peer_id):
             with contextlib.suppress(ControlFailure, P2PDaemonError):
                 await self._connect(peer_id, addresses)
 
@@ -260,11 +255,13 @@ class Swarm:
         return allowed
 
     async def introduce(self, peer_id: PeerId) -> bool:
-        """Present our credential, at most every KNOWN_S; False: it was done before.
+        """Connect and present our credential, at most every KNOWN_S; False: it was done before.
 
         Raises:
-            PeerError: it was refused, now or a moment ago.
+            PeerError: it was refused, now or a moment ago, or our own sidecar is down.
         """
+        if self._p2p.died.is_set():
+            raise PeerError(Reason.SIDECAR_DOWN)
         if self.membership.own is None:
             return True
         lock = self._introducing.setdefault(peer_id, asyncio.Lock())
@@ -273,6 +270,7 @@ class Swarm:
                 return False
             if self._introduced.is_left_alone(peer_id):
                 raise PeerError(Reason.NOT_A_MEMBER, "it refused our credential a moment ago")
+            await self._reach(peer_id)
             ok, reply = await self._p2p.call(
                 _hivemind_id(peer_id), present.PROTOCOL, self.membership.own.to_bytes()
             )
