@@ -36,7 +36,7 @@ async def measure_all(plan: dict[str, Any]) -> dict[str, Any]:
                 machines, THEIRS if count == PAIR else THEIRS[:1], ["int8", "bfloat16"], plan
             )
     with hosts(2, None) as machines:
-        rates = await measure.links(machines, bulk_bytes(plan), plan["repeats"], threads=True)
+        rates = await measure.links(machines, bulk_bytes(plan), plan["repeats"], shaped=False)
     found["links_mb_s"] = {name: rate / 1e6 for name, rate in rates.items()}
     say(f"{found['links_mb_s']}")
     if not can_shape():
@@ -71,7 +71,7 @@ async def averaging(
 
 async def shaped(machines: list[Host], mbit: float, plan: dict[str, Any]) -> dict[str, Any]:
     """Averaging on shaped links, and the share of the link's rate that payloads got."""
-    plan = {**plan, "repeats": 1}
+    plan = {**plan, "repeats": min(3, plan["repeats"])}
     found: dict[str, Any] = {"averaging": await averaging(machines, ["float16"], ["int8"], plan)}
     payload = encoded_bytes("int8", plan["params"])
     shares = {
@@ -79,7 +79,7 @@ async def shaped(machines: list[Host], mbit: float, plan: dict[str, Any]) -> dic
         for name, run in found["averaging"].items()
         if run["swaps"]
     }
-    shares |= await measure.links(machines, payload >> 20 << 20, 1, threads=False)
+    shares |= await measure.links(machines, payload >> 20 << 20, plan["repeats"], shaped=True)
     found["shares"] = {name: rate * 8e-6 / mbit for name, rate in shares.items()}
     say(f"{mbit:g} Mbit/s: {found['shares']}")
     return found

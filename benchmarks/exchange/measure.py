@@ -158,33 +158,38 @@ async def our_peers(machines: list[Host], *, direct: bool) -> AsyncIterator[list
 
 
 async def links(
-    machines: list[Host], num_bytes: int, repeats: int, *, threads: bool
+    machines: list[Host], num_bytes: int, repeats: int, *, shaped: bool
 ) -> dict[str, float]:
-    """Bytes per second one way between two hosts, until the receiver's word, in turns: medians.
+    """Bytes per second and direction between two hosts, until the receiver's word, in turns:
+    medians.
 
     Args:
         machines: two.
         num_bytes: of one transfer.
         repeats: counted ones.
-        threads: whether to move the raw links by threads, too.
+        shaped: move the raw links both ways at once, too, as exchanges do; else by threads, too.
     """
     async with contextlib.AsyncExitStack() as stack:
-        asks: dict[str, tuple[Child, dict[str, Any]]] = {}
+        asks: dict[str, list[tuple[Child, dict[str, Any]]]] = {}
         raw = [await stack.enter_async_context(Child.running(host, "raw")) for host in machines]
+        (one, at_one), (other, at_other) = raw
         for link in ("p2pd", "tcp"):
-            for how in ("streams", "threads") if threads else ("streams",):
-                asks[f"raw {link}, {how}"] = (
-                    raw[0][0],
-                    {"to": raw[1][1], "link": link, "how": how},
-                )
+            there, back = ({"to": to, "link": link, "how": "streams"} for to in (at_other, at_one))
+            asks[f"raw {link}, streams"] = [(one, there)]
+            if shaped:
+                asks[f"raw {link}, both ways"] = [(one, there), (other, back)]
+            else:
+                asks[f"raw {link}, threads"] = [(one, {**there, "how": "threads"})]
         for direct in (False, True):
-            one, other = await stack.enter_async_context(our_peers(machines, direct=direct))
-            command = {"command": "bulk", "to": other.peer_id}
-            asks[f"xpeer, {'direct' if direct else 'libp2p'}"] = (one.child, command)
+            ours, partner = await stack.enter_async_context(our_peers(machines, direct=direct))
+            command = {"command": "bulk", "to": partner.peer_id}
+            asks[f"xpeer, {'direct' if direct else 'libp2p'}"] = [(ours.child, command)]
         seconds: dict[str, list[float]] = {name: [] for name in asks}
         for number in range(repeats + 2):
-            for name, (child, ask) in asks.items():
-                answer = await child.ask(**ask, num_bytes=num_bytes)
+            for name, moves in asks.items():
+                answers = await Child.ask_all(
+                    [(c, {**m, "num_bytes": num_bytes}) for c, m in moves]
+                )
                 if number >= 2:
-                    seconds[name].append(answer["seconds"])
+                    seconds[name].append(max(answer["seconds"] for answer in answers))
     return {name: num_bytes / statistics.median(times) for name, times in seconds.items()}
