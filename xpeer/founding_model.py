@@ -7,7 +7,7 @@ import difflib
 import json
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import msgspec
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
 from xpeer.manifest import Manifest, Model, PublicText, Tokenizer
+from xpeer.training.documents import corpus_digest, load_documents
 
 PUBLIC_TEXT_BYTES = 200_000
 MAX_NAME_CHARS = 80
@@ -107,9 +108,19 @@ def draft_manifest(
     tokenizer: Path | None,
     public_text: Path | None,
     changes: Iterable[str],
+    corpus: Sequence[str] = (),
     privacy: Literal["record", "off"] = "record",
 ) -> Manifest:
     """A manifest from defaults, what was given, and `section.field=value` changes.
+
+    Args:
+        name: of the swarm.
+        source: the model.
+        tokenizer: folder; None = bytes.
+        public_text: file; None = the Python manual's topics.
+        changes: as of `--set`.
+        corpus: files of a corpus that all members hold a copy of and share.
+        privacy: mode.
 
     Raises:
         ConfigError: a field is unknown or out of bounds, or the model does not fit the tokenizer
@@ -128,6 +139,9 @@ def draft_manifest(
         "public_text": msgspec.to_builtins(PublicText(blake2b(text.encode()).hex(), text)),
         "privacy": {"mode": privacy},
     }
+    if corpus:
+        digest = corpus_digest(load_documents(corpus, setting="--corpus"))
+        tree["shared_corpus"] = {"name": name, "digest": digest}
     for change in changes:
         _apply(tree, change)
     if "steps" not in tree.get("end", {}) and "noise_multiplier" not in tree["privacy"]:

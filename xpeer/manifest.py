@@ -156,6 +156,8 @@ class SharedCorpus(Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     digest: str = ""
+    """`documents.corpus_digest` of it, which every member's copy must have; empty: any copy will
+    do, and members with different ones divide them differently."""
 
 
 class End(Struct, frozen=True, forbid_unknown_fields=True):

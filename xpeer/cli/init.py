@@ -24,6 +24,7 @@ _EXPLAINED = {
     "network.announce": "what to tell others instead, behind NAT or port forwarding",
     "network.bootstrap": "entry points: .../p2p/PEERID",
     "data.shard": "text this node trains on; it never leaves the node",
+    "data.corpus": "this node's copy of the corpus that all members share",
     "data.tokenizer": "folder of the swarm's tokenizer",
 }
 
@@ -61,6 +62,12 @@ _EXPLAINED = {
     help="off: what members share protects nothing. For all, for ever, only decided here.",
 )
 @click.option("--shard", multiple=True, metavar="PATH", help="Text this node trains on.")
+@click.option(
+    "--corpus",
+    multiple=True,
+    metavar="PATH",
+    help="Instead: a copy of the corpus that all members train a part of.",
+)
 @click.option("--listen", multiple=True, metavar="ADDR", help="Multiaddress to listen on.")
 @click.option("--announce", multiple=True, metavar="ADDR", help="Address to tell others.")
 @click.option("--bootstrap", "seeds", multiple=True, metavar="ADDR", help="Entry points.")
@@ -79,6 +86,7 @@ def init(
     changes: tuple[str, ...],
     privacy: Literal["record", "off"],
     shard: tuple[str, ...],
+    corpus: tuple[str, ...],
     listen: tuple[str, ...],
     announce: tuple[str, ...],
     seeds: tuple[str, ...],
@@ -94,6 +102,7 @@ def init(
         "network.announce": list(announce),
         "network.bootstrap": [check_seed("--bootstrap", seed) for seed in seeds],
         "data.shard": [str(Path(p).expanduser().absolute()) for p in shard],
+        "data.corpus": [str(Path(p).expanduser().absolute()) for p in corpus],
         "data.tokenizer": str(tokenizer.expanduser().absolute()) if tokenizer else "",
     }
     _check_settings(home, settings)
@@ -113,6 +122,7 @@ def init(
         source,
         tokenizer=tokenizer,
         public_text=public_text,
+        corpus=settings["data.corpus"],
         changes=changes,
         privacy=privacy,
     )

@@ -28,7 +28,7 @@ from xpeer.training.flat import FlatParameters
 from xpeer.training.local import LocalTrainer
 from xpeer.training.losses import choose_device, evaluate, record_losses
 from xpeer.training.model import build, check_fits, from_folder
-from xpeer.training.partition import divide
+from xpeer.training.partition import divide, refuse_other
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
@@ -199,9 +199,11 @@ def _records(
     setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home
 ) -> tuple[torch.Tensor, torch.Tensor, CorpusShare | None]:
     """What is trained on and what is held out: each (n, T) int64; and the former in numbers."""
-    data, shared = setup.config.data, manifest.shared_corpus is not None
+    data, shared = setup.config.data, manifest.shared_corpus
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
     documents = load_documents(patterns, data.text_field, setting)
+    if shared:
+        refuse_other(shared, documents)
     training, held_out = split(documents, data.validation_share, data.split)
     share = None
     if shared:

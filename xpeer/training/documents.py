@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -70,6 +70,11 @@ def load_documents(
     if not found:
         raise _no_text(patterns, setting)
     return list(found.values())
+
+
+def corpus_digest(documents: Iterable[Document]) -> str:
+    """BLAKE2b-256 (hex) of a corpus: of its documents' names, whatever files they lie in."""
+    return blake2b(b"corpus", *sorted(document.id.encode() for document in documents)).hex()
 
 
 def require_text(patterns: Sequence[str], text_field: str, setting: str) -> None:

@@ -18,11 +18,11 @@ from typing import Final
 
 import torch
 
-from xpeer.errors import LocalError
+from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
-from xpeer.manifest import Manifest
+from xpeer.manifest import Manifest, SharedCorpus
 from xpeer.status import CorpusShare
-from xpeer.training.documents import Document
+from xpeer.training.documents import Document, corpus_digest
 
 PIECE_RECORDS: Final = 32
 """A document of more records than this is cut: its pieces may have different trainers."""
@@ -77,6 +77,21 @@ def divide(
         weight=shares[me] / sum(shares.values()),
     )
     return chosen, share
+
+
+def refuse_other(shared: SharedCorpus, documents: Iterable[Document]) -> None:
+    """Refuse a copy that is not the founder's.
+
+    Raises:
+        ConfigError: its documents differ.
+    """
+    found = corpus_digest(documents)
+    if shared.digest not in ("", found):
+        raise ConfigError(
+            f"data.corpus: this copy of {shared.name!r} has digest {found[:16]}, but the swarm's "
+            f"has {shared.digest[:16]}",
+            "get the founder's documents; data.text_field has to be the same, too",
+        )
 
 
 def pieces(documents: Iterable[Document], manifest: Manifest) -> list[Document]:

@@ -16,7 +16,8 @@ from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.identity import Identity, blake2b
-from xpeer.manifest import Manifest, SignedManifest
+from xpeer.manifest import Manifest, SharedCorpus, SignedManifest
+from xpeer.training.documents import corpus_digest, document_of
 from xpeer.training.flat import digest, read_flat
 from xpeer.training.model import from_folder
 
@@ -91,6 +92,21 @@ def test_found_a_swarm(tmp_path: Path, model_config: str) -> None:
     assert settings.network.listen == ["/ip4/0.0.0.0/tcp/4002"]
     assert settings.network.bootstrap == [SEED]
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_a_shared_corpus_is_named_and_measured(tmp_path: Path, model_config: str) -> None:
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    code, _, err = xpeer(
+        "init", "--home", str(tmp_path / "h"), "--swarm", "books", "--model-config", model_config,
+        "--corpus", str(tmp_path / "b.txt"), "--corpus", str(tmp_path / "a.txt"),
+    )  # fmt: skip
+    assert code == ExitCode.OK, err
+    shared = opened(tmp_path / "h").shared_corpus
+    digest = corpus_digest([document_of(text, "elsewhere") for text in ("first", "second")])
+    assert shared == SharedCorpus("books", digest)
+    settings = config.load(Home(tmp_path / "h").config, {})
+    assert settings.data.corpus == [str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
 
 
 def test_json_and_two_swarms_are_never_alike(tmp_path: Path, model_config: str) -> None:

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpeer.errors import LocalError
+from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
 from xpeer.manifest import End, Manifest, Model, Optimiser, PublicText, SharedCorpus, Tokenizer
 from xpeer.training import partition
-from xpeer.training.documents import Document, document_of
+from xpeer.training.documents import Document, corpus_digest, document_of
 from xpeer.training.shard import cut
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, BYTE_PAD, ByteTokenizer
 
@@ -46,6 +46,16 @@ def by_member(count: int, speeds: dict[str, float]) -> dict[str, set[int]]:
     }
     assert sum(map(len, found.values())) == count
     return found
+
+
+def test_another_copy_of_the_corpus_is_refused():
+    corpus = documents(3)
+    founders = SharedCorpus("books", corpus_digest(reversed(corpus)))
+    partition.refuse_other(founders, corpus)
+    partition.refuse_other(SharedCorpus("books"), corpus[:2])  # the founder did not say
+    for other in (corpus[:2], [*corpus, document_of("more", "corpus")]):
+        with pytest.raises(ConfigError, match="'books' has digest"):
+            partition.refuse_other(founders, other)
 
 
 @given(SPEEDS)
