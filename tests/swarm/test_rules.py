@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(150)
     "changes",
     [
         {"rule": "gradient", "group": 0, "fragments": 1},
-        {"rule": "asynchronous"},
+        {"rule": "asynchronous", "codec": "int4-modulo"},
     ],
     ids=lambda changes: changes["rule"],
 )
