@@ -71,7 +71,7 @@ async def averaging(
 
 async def shaped(machines: list[Host], mbit: float, plan: dict[str, Any]) -> dict[str, Any]:
     """Averaging on shaped links, and the share of the link's rate that payloads got."""
-    plan = {**plan, "repeats": min(3, plan["repeats"])}
+    plan = {**plan, "repeats": min(2, plan["repeats"])}
     found: dict[str, Any] = {"averaging": await averaging(machines, ["float16"], ["int8"], plan)}
     payload = encoded_bytes("int8", plan["params"])
     shares = {
