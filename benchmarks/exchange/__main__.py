@@ -106,8 +106,10 @@ def summary_of(found: dict[str, Any], plan: dict[str, Any]) -> dict[str, float |
             summary[f"speedup_16bit_{count}{mark}"] = int16
     for mbit in (100, 500):
         shares = found["shaped"].get(str(mbit), {}).get("shares", {})
-        summary[f"goodput_{mbit}mbit"] = shares.get("xpeer int8, libp2p")
-        summary[f"goodput_{mbit}mbit_direct"] = shares.get("xpeer int8, direct")
+        for way, raw_link, mark in (("libp2p", "p2pd", ""), ("direct", "tcp", "_direct")):
+            summary[f"goodput_{mbit}mbit{mark}"] = shares.get(f"xpeer, {way}")
+            summary[f"both_ways_{mbit}mbit{mark}"] = shares.get(f"xpeer int8, {way}")
+            summary[f"raw_both_ways_{mbit}mbit{mark}"] = shares.get(f"raw {raw_link}, both ways")
     rates = found["links_mb_s"]
     raw = max(rates["raw p2pd, streams"], rates["raw p2pd, threads"])
     summary["of_raw_stream"] = rates["xpeer, libp2p"] / raw
