@@ -66,6 +66,8 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     steps_charged: int = 0
     steps_left: int | None = None
     """Private steps until the target; None without privacy."""
+    ends_unix_s: float | None = None
+    """When they will be taken at the pace of the last hour; None = unknown."""
     engine: str = ""
 
 

@@ -37,6 +37,7 @@ COMMANDS = {
     "stop": Lazy("xpeer.cli.node:stop", "Stop the daemon; it saves a checkpoint first."),
     "leave": Lazy("xpeer.cli.node:leave", "Tell the swarm, then stop the daemon."),
     "checkpoint": Lazy("xpeer.cli.checkpoint:checkpoint", "List, save, verify, export."),
+    "privacy": Lazy("xpeer.cli.privacy:privacy", "What was spent; plan, report, verify."),
     "logs": Lazy("xpeer.cli.logs:logs", "Show the daemon's log."),
     "demo": Lazy("xpeer.cli.demo.command:demo", "A real swarm on this machine, start to end."),
     "completion": Lazy("xpeer.cli.misc:completion", "Print a shell completion script."),

@@ -12,57 +12,64 @@ whole file (partners remember the highest `counter` they were shown), and what t
 
 from __future__ import annotations
 
-import os
-import secrets
 import sqlite3
 import struct
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
+
+import msgspec
+from msgspec import Struct
 
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
 from xpeer.privacy.accountant import Segment
+from xpeer.privacy.ledger_file import (
+    DOMAIN,
+    MEND,
+    RESTORE,
+    TAKE_OVER,
+    VERSION,
+    connected,
+    create,
+    refuse_a_loss,
+    told,
+)
 
-_VERSION: Final = 1
 _MECHANISM: Final = "poisson-subsampled-gaussian"
-_DOMAIN: Final = b"xpeer/ledger/v1\0"
 _MAX_STEPS: Final = 1 << 31
 """Of one charge; no run is that long."""
-_BUSY_S: Final = 5.0
-_NOT_THE_CONTENT: Final = frozenset(
-    {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_PERM,
-    }
-)
-"""Error codes of the disk or of rights."""
-_SCHEMA: Final = """
-BEGIN IMMEDIATE;
-CREATE TABLE head (
-    only INTEGER PRIMARY KEY CHECK (only = 1), version INTEGER NOT NULL, ledger_id TEXT NOT NULL,
-    counter INTEGER NOT NULL, hash BLOB NOT NULL
-) STRICT;
-CREATE TABLE charges (
-    counter INTEGER PRIMARY KEY, mechanism TEXT NOT NULL, noise_multiplier REAL NOT NULL,
-    sampling_probability REAL NOT NULL, steps INTEGER NOT NULL, total_steps INTEGER NOT NULL,
-    hash BLOB NOT NULL
-) STRICT;
-CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-"""
-_RESTORE: Final = (
-    "restore this file from a copy made after the last training step; "
-    "without one, take the budget of this shard as spent"
-)
-_MEND: Final = "check the disk's space and the file's owner, then start the node again"
+_PACE_S: Final = 3600.0
+"""Over which a forecast looks back."""
+
+
+class About(Struct, frozen=True, forbid_unknown_fields=True):
+    """What charges are for: with a charge's own numbers, all that epsilon follows from."""
+
+    swarm_id: str
+    mode: str
+    """privacy.mode of the manifest."""
+    clip_norm: float
+    """C."""
+    delta: float
+    epsilon_target: float
+    unix_s: float = 0.0
+    """When it was charged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """As it is stored."""
+
+    counter: int
+    segment: Segment
+    about: About | None
+    """None: charged by a version that did not note it."""
 
 
 class Ledger:
@@ -76,9 +83,33 @@ class Ledger:
         self._connection = connection
         self._lock = threading.Lock()
         self._usable = True
-        self._id, self._counter, self._hash = "", 0, b""
+        self._id, self._counter, self._hash, self._old = "", 0, b"", False
+        self._charges: list[Charge] = []
         self._steps: dict[tuple[float, float], int] = {}
         self._steps_charged = 0
+        self.about: About | None = None
+        """What the next charges are for."""
+
+    @classmethod
+    def look(cls, path: Path) -> Ledger:
+        """Open an account to read it, while its node runs or not; nothing is changed.
+
+        Raises:
+            LocalError: missing, unreadable, corrupt or inconsistent.
+        """
+        path = path.absolute()
+        if not path.exists():
+            raise LocalError(
+                f"there is no privacy ledger {path}", "it is made when the node first trains"
+            )
+        ledger = cls(path, connected(path, "ro"))
+        ledger._usable = False
+        try:
+            ledger._read()
+        except LocalError:
+            ledger.close()
+            raise
+        return ledger
 
     @classmethod
     def open(cls, path: Path, must_exist: str | None = None) -> Ledger:
@@ -93,18 +124,11 @@ class Ledger:
         """
         path = path.absolute()
         if not path.exists():
-            _refuse_a_loss(path, must_exist)
-            _create(path)
-        with _told(path, "can't be opened", _MEND):
+            refuse_a_loss(path, must_exist)
+            create(path)
+        with told(path, "can't be opened", MEND):
             path.chmod(0o600)
-            connection = sqlite3.connect(
-                f"{path.as_uri()}?mode=rw",
-                uri=True,
-                isolation_level=None,
-                timeout=_BUSY_S,
-                check_same_thread=False,
-            )
-        ledger = cls(path, connection)
+        ledger = cls(path, connected(path, "rw"))
         try:
             ledger._read()
             ledger._prepare_to_write()
@@ -134,6 +158,29 @@ class Ledger:
         """Steps of all charges together."""
         return self._steps_charged
 
+    @property
+    def head(self) -> str:
+        """The last link of the chain of charges, hex."""
+        return self._hash.hex()
+
+    def charges(self) -> list[Charge]:
+        """All of them, oldest first."""
+        with self._lock:
+            return list(self._charges)
+
+    def ends_unix_s(self, steps_left: int, clock: Callable[[], float] = time.time) -> float | None:
+        """When so many further steps will have been charged, at the pace of the last hour; None if
+        no pace is known.
+        """
+        now = clock()
+        with self._lock:
+            noted = [c for c in self._charges if c.about and now - c.about.unix_s <= _PACE_S]
+        if len(noted) < 2 or noted[0].about is None or noted[-1].about is None:
+            return None
+        elapsed_s = noted[-1].about.unix_s - noted[0].about.unix_s
+        steps = sum(charge.segment.steps for charge in noted[1:])
+        return now + steps_left * elapsed_s / steps if elapsed_s > 0 else None
+
     def segments(self) -> list[Segment]:
         """What was charged, one segment for each kind of step, in order of appearance."""
         with self._lock:
@@ -153,11 +200,13 @@ class Ledger:
             raise LocalError(f"privacy ledger {self.path}: can't charge {segment!r}")
         with self._lock:
             counter, total = self._counter + 1, self._steps_charged + segment.steps
-            link = _link(self._hash, counter, segment, total)
+            about = self.about and msgspec.structs.replace(self.about, unix_s=time.time())
+            noted = msgspec.json.encode(about).decode() if about else ""
+            link = _link(self._hash, counter, segment, total, noted)
             with self._transaction():
                 self._refuse_another_writer()
                 self._connection.execute(
-                    "INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         counter,
                         _MECHANISM,
@@ -166,15 +215,16 @@ class Ledger:
                         segment.steps,
                         total,
                         link,
+                        noted,
                     ),
                 )
                 self._connection.execute("UPDATE head SET counter = ?, hash = ?", (counter, link))
-            self._take_in(counter, segment, total, link)
+            self._take_in(Charge(counter, segment, about), total, link)
             return counter
 
     def settings(self, key: str) -> str | None:
         """What was stored by `set_once`; None if nothing was."""
-        with self._lock, _told(self.path, "can't be read", _MEND):
+        with self._lock, told(self.path, "can't be read", MEND):
             row = self._connection.execute(
                 "SELECT value FROM settings WHERE key = ?", (key,)
             ).fetchone()
@@ -213,38 +263,45 @@ class Ledger:
         self.close()
 
     def _read(self) -> None:
-        with _told(self.path, "is corrupt", _RESTORE):
+        with told(self.path, "is corrupt", RESTORE):
             state = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            self._connection.execute("BEGIN")  # both as of one moment: a node may be writing
             heads = self._connection.execute("SELECT version, ledger_id, counter, hash FROM head")
             head = heads.fetchall()
             rows = self._connection.execute("SELECT * FROM charges ORDER BY counter").fetchall()
+            self._connection.execute("COMMIT")
         if state != "ok" or len(head) != 1:
-            raise LocalError(f"privacy ledger {self.path} is corrupt: {state}", _RESTORE)
+            raise LocalError(f"privacy ledger {self.path} is corrupt: {state}", RESTORE)
         version, self._id, counter, last = head[0]
-        if version != _VERSION:
+        self._old = version < VERSION
+        if not 1 <= version <= VERSION:
             raise LocalError(
-                f"privacy ledger {self.path} has version {version}, this xpeer knows {_VERSION}",
+                f"privacy ledger {self.path} has version {version}, this xpeer knows {VERSION}",
                 "use the version of xpeer that wrote it",
             )
-        self._hash = blake2b(_DOMAIN, self._id.encode())
+        self._hash = blake2b(DOMAIN, self._id.encode())
         for row in rows:
-            self._check_row(*row)
+            self._check_row(*row, *([""] if self._old else []))
         if (counter, last) != (self._counter, self._hash):
             raise LocalError(
                 f"privacy ledger {self.path} is inconsistent: {counter} charges were made and "
                 f"{self._counter} are recorded, or the last was altered",
-                _RESTORE,
+                RESTORE,
             )
 
     def _prepare_to_write(self) -> None:
         """Only once the content is known to be good: a damaged file is left as it is."""
         # FULL: every commit is fsynced. A checkpoint after each keeps the main file complete,
         # so that a copy without its -wal loses nothing.
-        with _told(self.path, "can't be written", _MEND):
+        with told(self.path, "can't be written", MEND):
             self._connection.executescript(
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA fullfsync = ON;"
                 "PRAGMA wal_autocheckpoint = 1;"
             )
+        if self._old:
+            with self._transaction():
+                for statement in TAKE_OVER:
+                    self._connection.execute(statement)
 
     def _check_row(
         self,
@@ -255,6 +312,7 @@ class Ledger:
         steps: int,
         total: int,
         link: bytes,
+        noted: str,
     ) -> None:
         if mechanism != _MECHANISM:
             raise LocalError(
@@ -264,18 +322,22 @@ class Ledger:
         try:
             segment = Segment(noise_multiplier, sampling_probability, steps)
             expected = (self._counter + 1, self._steps_charged + steps)
-            if (counter, total) != expected or link != _link(self._hash, counter, segment, total):
+            due = _link(self._hash, counter, segment, total, noted)
+            if (counter, total) != expected or link != due:
                 raise LocalError("it does not continue those before it")
-        except (LocalError, struct.error) as e:
+            about = msgspec.json.decode(noted, type=About) if noted else None
+        except (LocalError, struct.error, msgspec.MsgspecError) as e:
             raise LocalError(
-                f"privacy ledger {self.path} is inconsistent at charge {counter}: {e}", _RESTORE
+                f"privacy ledger {self.path} is inconsistent at charge {counter}: {e}", RESTORE
             ) from e
-        self._take_in(counter, segment, total, link)
+        self._take_in(Charge(counter, segment, about), total, link)
 
-    def _take_in(self, counter: int, segment: Segment, total: int, link: bytes) -> None:
+    def _take_in(self, charge: Charge, total: int, link: bytes) -> None:
+        segment = charge.segment
         kind = (segment.noise_multiplier, segment.sampling_probability)
+        self._charges.append(charge)
         self._steps[kind] = self._steps.get(kind, 0) + segment.steps
-        self._counter, self._steps_charged, self._hash = counter, total, link
+        self._counter, self._steps_charged, self._hash = charge.counter, total, link
 
     def _refuse_another_writer(self) -> None:
         counter, last = self._connection.execute("SELECT counter, hash FROM head").fetchone()
@@ -288,10 +350,10 @@ class Ledger:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         if not self._usable:
-            raise LocalError(f"privacy ledger {self.path} is closed or failed before", _MEND)
+            raise LocalError(f"privacy ledger {self.path} is closed or failed before", MEND)
         done = False
         try:
-            with _told(self.path, "can't be written", _MEND):
+            with told(self.path, "can't be written", MEND):
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("COMMIT")
@@ -303,7 +365,7 @@ class Ledger:
                     self._connection.rollback()
 
 
-def _link(before: bytes, counter: int, segment: Segment, total: int) -> bytes:
+def _link(before: bytes, counter: int, segment: Segment, total: int, noted: str) -> bytes:
     numbers = struct.pack(
         "<qddqq",
         counter,
@@ -312,58 +374,6 @@ def _link(before: bytes, counter: int, segment: Segment, total: int) -> bytes:
         segment.steps,
         total,
     )
-    return blake2b(_DOMAIN, before, _MECHANISM.encode(), numbers)
-
-
-def _refuse_a_loss(path: Path, must_exist: str | None) -> None:
-    if must_exist is not None:
-        raise LocalError(
-            f"privacy ledger {path} is missing, but a checkpoint was made with {must_exist}",
-            _RESTORE,
-        )
-    leftover = path.with_name(path.name + "-wal")
-    if leftover.exists():
-        raise LocalError(f"privacy ledger {path} is missing, but {leftover} is there", _RESTORE)
-
-
-def _create(path: Path) -> None:
-    """Make the file whole beside its place, so that a crash leaves either none or a good one."""
-    beside = path.with_name(path.name + ".new")
-    with _told(path, "can't be made", _MEND):
-        beside.unlink(missing_ok=True)
-        beside.with_name(beside.name + "-journal").unlink(missing_ok=True)
-        os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        connection = sqlite3.connect(beside, isolation_level=None)
-        try:
-            ledger_id = secrets.token_hex(16)
-            start: tuple[Any, ...] = (
-                1,
-                _VERSION,
-                ledger_id,
-                0,
-                blake2b(_DOMAIN, ledger_id.encode()),
-            )
-            connection.executescript(_SCHEMA)
-            connection.execute("INSERT INTO head VALUES (?, ?, ?, ?, ?)", start)
-            connection.execute("COMMIT")
-        finally:
-            connection.close()
-        beside.rename(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextmanager
-def _told(path: Path, what: str, remedy: str) -> Iterator[None]:
-    """Errors of the file system and of SQLite, in words for the operator."""
-    try:
-        yield
-    except sqlite3.Error as e:
-        if getattr(e, "sqlite_errorcode", 0) & 0xFF in _NOT_THE_CONTENT:
-            raise LocalError(f"privacy ledger {path} can't be used: {e}", _MEND) from e
-        raise LocalError(f"privacy ledger {path} {what}: {e}", remedy) from e
-    except (OSError, UnicodeError) as e:
-        raise LocalError(f"privacy ledger {path} {what}: {e}", remedy) from e
+    return blake2b(
+        DOMAIN, before, _MECHANISM.encode(), numbers, *([noted.encode()] if noted else [])
+    )

@@ -16,9 +16,9 @@ import torch
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.ledger import About, Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
-from xpeer.status import CorpusShare
+from xpeer.status import CorpusShare, PrivacySpent
 from xpeer.training import checkpoint
 from xpeer.training.buffers import Buffers
 from xpeer.training.checkpoint import Bundle, read_moments, write_moments
@@ -69,6 +69,14 @@ class Assembled:
     def ledger_counter(self) -> int:
         """Privacy charges so far."""
         return self.ledger.counter
+
+    def spent(self) -> PrivacySpent:
+        """What the ledger was charged, and when it ends; may take a moment, on any thread."""
+        found = self.mechanism.spent()
+        if found.steps_left is None:
+            return found
+        ends = self.ledger.ends_unix_s(found.steps_left)
+        return msgspec.structs.replace(found, ends_unix_s=ends)
 
     def capture(self) -> Callable[[], str]:
         """At a boundary: copy everything a checkpoint holds.
@@ -159,6 +167,8 @@ def assemble(setup: TrainerSetup) -> Assembled:
         micro_batch=config.training.micro_batch,
         seen=saved.seen if saved is not None else None,
     )
+    if private:
+        ledger.about = _about(manifest, setup.swarm_id, mechanism.spent().delta)
     trainer = LocalTrainer(
         manifest,
         parameters,
@@ -193,6 +203,12 @@ def assemble(setup: TrainerSetup) -> Assembled:
         resumed=saved is not None,
         notes=[*notes, *mechanism.notes],
     )
+
+
+def _about(manifest: Manifest, swarm_id: str, delta: float) -> About:
+    """What the ledger notes beside each charge."""
+    rules = manifest.privacy
+    return About(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon)
 
 
 def _records(

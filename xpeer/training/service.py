@@ -124,7 +124,7 @@ class Service:
         if not self._trainer.awaiting:
             self._channel.send(Saved(self._assembled.capture()(), self._trainer.counters.step))
         self._disk.shutdown()
-        self._send_progress(self._trainer.mechanism.spent())
+        self._send_progress(self._assembled.spent())
         self._assembled.close()
 
     # ---- on the receiving thread --------------------------------------------------------------
@@ -233,7 +233,7 @@ class Service:
 
     def _send_spent(self) -> None:
         """The ledger's sum takes a moment to compute; the loop does not wait for it."""
-        self._send_progress(self._trainer.mechanism.spent())
+        self._send_progress(self._assembled.spent())
 
     # ---- everywhere ---------------------------------------------------------------------------
 

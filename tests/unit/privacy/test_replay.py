@@ -1,0 +1,67 @@
+"""The replay of epsilon against the accountant, opacus' PRV accountant and Renyi's bound."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import pytest
+
+from tests.unit.privacy.test_accountant import REFERENCE
+from xpeer.errors import LocalError
+from xpeer.privacy.accountant import Segment, epsilon, epsilon_rdp
+from xpeer.privacy.replay import epsilon_replayed
+
+
+def by_opacus(segments: list[Segment], delta: float) -> float:
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = [(s.noise_multiplier, s.sampling_probability, s.steps) for s in segments]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(accountant.get_epsilon(delta, eps_error=0.005, delta_error=delta / 1000))
+
+
+def random_segments(seed: int) -> tuple[list[Segment], float]:
+    """One to three kinds of steps, of which none costs too much for a common bound."""
+    draw = random.Random(seed)
+    segments = [
+        Segment(
+            round(draw.uniform(0.6, 4.0), 3), 10 ** draw.uniform(-3.0, -1.0), draw.randint(1, 800)
+        )
+        for _ in range(draw.randint(1, 3))
+    ]
+    return segments, 10 ** draw.uniform(-7.0, -4.0)
+
+
+@pytest.mark.parametrize(("sigma", "q", "steps", "delta", "by_rdp", "by_pld"), REFERENCE)
+def test_the_replay_agrees_with_the_reference(
+    sigma: float, q: float, steps: int, delta: float, by_rdp: float, by_pld: float
+) -> None:
+    found = epsilon_replayed([Segment(sigma, q, steps)], delta)
+    assert found == pytest.approx(by_pld, rel=2e-3)
+    assert found < by_rdp
+    assert by_opacus([Segment(sigma, q, steps)], delta) == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_replay_agrees_on_random_charges(seed: int) -> None:
+    """`python -m benchmarks.privacy.accounting` does a hundred."""
+    segments, delta = random_segments(seed)
+    found = epsilon_replayed(segments, delta)
+    assert found == pytest.approx(epsilon(segments, delta), rel=0.01, abs=2e-3)
+    assert found == pytest.approx(by_opacus(segments, delta), rel=0.01, abs=6e-3)
+    assert found <= epsilon_rdp(segments, delta)
+
+
+def test_nothing_costs_nothing_and_kinds_are_merged() -> None:
+    assert epsilon_replayed([], 1e-5) == 0.0
+    parts = [Segment(1.0, 0.01, 40), Segment(2.0, 0.05, 10), Segment(1.0, 0.01, 60)]
+    merged = [Segment(2.0, 0.05, 10), Segment(1.0, 0.01, 100)]
+    assert epsilon_replayed(parts, 1e-5) == pytest.approx(epsilon_replayed(merged, 1e-5), rel=1e-6)
+
+
+def test_what_fits_on_no_grid_is_an_error() -> None:
+    with pytest.raises(LocalError, match="grid"):
+        epsilon_replayed([Segment(0.001, 1.0, 10)], 1e-5)

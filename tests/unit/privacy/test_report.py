@@ -1,0 +1,136 @@
+"""What the ledger tells its operator and auditors."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from xpeer.errors import ConfigError, LocalError
+from xpeer.privacy import accountant, report
+from xpeer.privacy.accountant import Segment
+from xpeer.privacy.ledger import About, Ledger
+
+ABOUT = About("swarm", "record", 1.0, 1e-5, 8.0)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    found = tmp_path / "ledger.sqlite"
+    with Ledger.open(found) as ledger:
+        ledger.about = ABOUT
+        ledger.charge(Segment(1.0, 0.02, 40))
+        ledger.charge(Segment(1.2, 0.01, 60))
+    return found
+
+
+def test_the_account_follows_from_the_file_alone(path: Path) -> None:
+    with Ledger.look(path) as ledger:
+        found = report.account(ledger)
+    assert (found.mode, found.swarm_id, found.clip_norm) == ("record", "swarm", 1.0)
+    assert found.steps_charged == 100
+    assert found.epsilon_spent == accountant.epsilon(found.segments, 1e-5)
+    assert found.steps_left is not None
+    more = [*found.segments, Segment(1.2, 0.01, found.steps_left)]
+    assert accountant.epsilon(more, 1e-5) <= 8.0
+    assert accountant.epsilon([*more, Segment(1.2, 0.01, 1)], 1e-5) > 8.0
+
+
+def test_a_ledger_is_looked_at_while_it_is_charged(path: Path) -> None:
+    with Ledger.open(path) as writer, Ledger.look(path) as before:
+        writer.about = ABOUT
+        writer.charge(Segment(1.0, 0.02, 5))
+        with Ledger.look(path) as after:
+            assert (before.steps_charged, after.steps_charged) == (100, 105)
+        with pytest.raises(LocalError, match="is closed"):
+            before.charge(Segment(1.0, 0.02, 5))
+
+
+def test_verified(path: Path) -> None:
+    with Ledger.look(path) as ledger:
+        verdict = report.verify(ledger)
+        assert verdict.problems == []
+        assert verdict.epsilon_accountant == pytest.approx(verdict.epsilon_replayed, rel=0.01)
+        assert verdict.epsilon_accountant < verdict.epsilon_rdp
+        text = report.report(report.account(ledger), verdict, ledger.charges())
+    assert "| 1.0 | 0.02 | 40 |" in text
+    assert f"last link of their chain `{ledger.head}`" in text
+
+
+def test_a_wrong_accountant_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = accountant.epsilon
+    monkeypatch.setattr(accountant, "epsilon", lambda *given: 0.9 * right(*given))
+    with Ledger.look(path) as ledger:
+        assert report.verify(ledger).problems
+
+
+def test_a_charge_that_was_altered_is_found_out(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE charges SET about = replace(about, '8.0', '80.0')")
+    connection.close()
+    with pytest.raises(LocalError, match="inconsistent at charge 1"):
+        Ledger.look(path)
+
+
+def test_a_ledger_of_the_first_version_goes_on(path: Path) -> None:
+    """As written before charges noted what they were for."""
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            "DELETE FROM charges; ALTER TABLE charges DROP COLUMN about;"
+            "UPDATE head SET version = 1, counter = 0;"
+        )
+        ledger_id = connection.execute("SELECT ledger_id FROM head").fetchone()[0]
+        from xpeer.identity import blake2b
+        from xpeer.privacy.ledger_file import DOMAIN
+
+        first = blake2b(DOMAIN, ledger_id.encode())
+        connection.execute("UPDATE head SET hash = ?", (first,))
+    connection.close()
+    with Ledger.look(path) as old:
+        assert old.segments() == []
+    with Ledger.open(path) as ledger:
+        ledger.charge(Segment(1.0, 0.02, 7))  # as the first version did: without a note
+        ledger.about = ABOUT
+        ledger.charge(Segment(1.0, 0.02, 3))
+    with Ledger.look(path) as again:
+        assert [c.about is None for c in again.charges()] == [True, False]
+        assert again.segments() == [Segment(1.0, 0.02, 10)]
+
+
+def test_the_end_is_forecast_from_the_last_hour(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        ledger.about = ABOUT
+        ledger.charge(Segment(1.2, 0.01, 60))
+        times = [charge.about.unix_s for charge in ledger.charges() if charge.about]
+        assert len(times) == 3
+        pace = 120 / (times[-1] - times[0])
+        soon, late = times[-1] + 5.0, times[-1] + 1e5
+        assert ledger.ends_unix_s(1000, lambda: soon) == pytest.approx(soon + 1000 / pace)
+        assert ledger.ends_unix_s(1000, lambda: late) is None
+
+
+def test_a_plan_spends_the_budget_and_no_more() -> None:
+    found = report.plan(epsilon=3.0, records=5000, batch=100, steps=200, sequence_tokens=64)
+    assert found.delta == accountant.default_delta(5000)
+    assert found.curve[-1][0] == 200
+    assert 2.97 < found.curve[-1][1] <= 3.0
+    assert [eps for _, eps in found.curve] == sorted(eps for _, eps in found.curve)
+    assert (found.passes, found.tokens_per_step) == (4.0, 6400)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"records": 0}, "--records 0"),
+        ({"batch": 101}, "--batch 101"),
+        ({"steps": 0}, "--steps 0"),
+        ({"epsilon": float("nan")}, "--epsilon nan"),
+        ({"delta": 1.0}, "--delta 1.0"),
+    ],
+)
+def test_a_plan_names_what_is_wrong(wrong: dict[str, float], named: str) -> None:
+    given = {"epsilon": 3.0, "records": 100, "batch": 10, "steps": 5} | wrong
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        report.plan(**given)  # type: ignore[arg-type]

@@ -1,0 +1,127 @@
+"""The file of a privacy ledger: how it is made, opened, taken over, and what its errors mean.
+
+What its rows say is `ledger`'s business.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from xpeer.errors import LocalError
+from xpeer.identity import blake2b
+
+VERSION: Final = 2
+"""1: without what a charge was for; such files are taken over, their charges stay as they are."""
+DOMAIN: Final = b"xpeer/ledger/v1\0"
+_BUSY_S: Final = 5.0
+_NOT_THE_CONTENT: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_PERM,
+    }
+)
+"""Error codes of the disk or of rights."""
+TAKE_OVER: Final = (
+    "ALTER TABLE charges ADD COLUMN about TEXT NOT NULL DEFAULT ''",
+    f"UPDATE head SET version = {VERSION:d}",  # noqa: S608 - a number of ours
+)
+_SCHEMA: Final = """
+BEGIN IMMEDIATE;
+CREATE TABLE head (
+    only INTEGER PRIMARY KEY CHECK (only = 1), version INTEGER NOT NULL, ledger_id TEXT NOT NULL,
+    counter INTEGER NOT NULL, hash BLOB NOT NULL
+) STRICT;
+CREATE TABLE charges (
+    counter INTEGER PRIMARY KEY, mechanism TEXT NOT NULL, noise_multiplier REAL NOT NULL,
+    sampling_probability REAL NOT NULL, steps INTEGER NOT NULL, total_steps INTEGER NOT NULL,
+    hash BLOB NOT NULL, about TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+"""
+RESTORE: Final = (
+    "restore this file from a copy made after the last training step; "
+    "without one, take the budget of this shard as spent"
+)
+MEND: Final = "check the disk's space and the file's owner, then start the node again"
+
+
+def connected(path: Path, mode: str) -> sqlite3.Connection:
+    """Open it; mode is "ro" or "rw"."""
+    with told(path, "can't be opened", MEND):
+        return sqlite3.connect(
+            f"{path.as_uri()}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            timeout=_BUSY_S,
+            check_same_thread=False,
+        )
+
+
+def refuse_a_loss(path: Path, must_exist: str | None) -> None:
+    """There is no file: refuse to make one where there has been one.
+
+    Raises:
+        LocalError: there was a ledger.
+    """
+    if must_exist is not None:
+        raise LocalError(
+            f"privacy ledger {path} is missing, but a checkpoint was made with {must_exist}",
+            RESTORE,
+        )
+    leftover = path.with_name(path.name + "-wal")
+    if leftover.exists():
+        raise LocalError(f"privacy ledger {path} is missing, but {leftover} is there", RESTORE)
+
+
+def create(path: Path) -> None:
+    """Make the file whole beside its place, so that a crash leaves either none or a good one."""
+    beside = path.with_name(path.name + ".new")
+    with told(path, "can't be made", MEND):
+        beside.unlink(missing_ok=True)
+        beside.with_name(beside.name + "-journal").unlink(missing_ok=True)
+        os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        connection = sqlite3.connect(beside, isolation_level=None)
+        try:
+            ledger_id = secrets.token_hex(16)
+            start: tuple[Any, ...] = (
+                1,
+                VERSION,
+                ledger_id,
+                0,
+                blake2b(DOMAIN, ledger_id.encode()),
+            )
+            connection.executescript(_SCHEMA)
+            connection.execute("INSERT INTO head VALUES (?, ?, ?, ?, ?)", start)
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+        beside.rename(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def told(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Errors of the file system and of SQLite, in words for the operator."""
+    try:
+        yield
+    except sqlite3.Error as e:
+        if getattr(e, "sqlite_errorcode", 0) & 0xFF in _NOT_THE_CONTENT:
+            raise LocalError(f"privacy ledger {path} can't be used: {e}", MEND) from e
+        raise LocalError(f"privacy ledger {path} {what}: {e}", remedy) from e
+    except (OSError, UnicodeError) as e:
+        raise LocalError(f"privacy ledger {path} {what}: {e}", remedy) from e
