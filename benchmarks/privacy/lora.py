@@ -57,7 +57,7 @@ class Lora(Struct, frozen=True, kw_only=True, tag=True):
         def loss(of: torch.nn.Module) -> float:
             with torch.no_grad():
                 told = [losses(of, part) for part in torch.split(report, 8)]
-            return float(sum(l.sum() for l, _ in told) / sum(c.sum() for _, c in told))
+            return float(sum(nats.sum() for nats, _ in told) / sum(c.sum() for _, c in told))
 
         manifest = setting.manifest_of(
             self.epsilon, rate=self.rate, batch=self.batch, steps=self.steps

@@ -3,7 +3,7 @@
 After Nasr et al. 2023 (arXiv:2302.07956), on the mechanism itself, many times over. The attacker
 chooses the shard, and so knows that nothing but the canary touches one coordinate (a Dirac
 gradient, clipped to C); it sees every noised sum of T steps, knows sigma and q, and decides by the
-likelihood ratio whether the canary was in the shard. Where it was not, a record without any gradient
+likelihood ratio whether the canary was there. Where it was not, a record without any gradient
 lies in its place, so that q is the same. Its bound comes close to the claimed epsilon: what else
 leaks, and by how much noise falls short, would show here first.
 """
