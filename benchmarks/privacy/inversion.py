@@ -85,7 +85,8 @@ def _spanned(gradient: torch.Tensor, most: int) -> torch.Tensor:
     """Basis of a linear layer's inputs, (r, width) float64, from its gradient (out, width)."""
     _, sizes, basis = torch.linalg.svd(gradient.double(), full_matrices=False)
     rank = int((sizes > _NOTHING * sizes[0]).sum())
-    return basis[: min(rank, most)]
+    found: torch.Tensor = basis[: min(rank, most)]
+    return found
 
 
 def _outside(inputs: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

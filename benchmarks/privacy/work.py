@@ -66,8 +66,7 @@ class Kept(dict[Job, Figures]):
             with self._path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    @staticmethod
-    def _of() -> str:
+    def _of(self) -> str:
         """This version on this text."""
         text = corpora.digest(corpora.collect(PEERS + 1))
         return hashlib.blake2b(f"{VERSION} {text}".encode(), digest_size=8).hexdigest()

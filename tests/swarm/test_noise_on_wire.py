@@ -190,9 +190,7 @@ def _shifted(noises: dict[str, Noise]) -> None:
         (_partly_repeated, "0 and 1: correlated"),
     ],
 )
-def test_the_test_sees_noise_that_is_wrong(
-    spoil: Callable[[dict[str, Noise]], None], alarm: str
-):
+def test_the_test_sees_noise_that_is_wrong(spoil: Callable[[dict[str, Noise]], None], alarm: str):
     noises = _seeded(1.0, 1.0)
     assert alarms(noises) == []
     spoil(noises)
