@@ -12,7 +12,6 @@ from benchmarks.privacy.attacked import REPEATS, Attacked
 from benchmarks.privacy.plan import FIRST_EPSILON, METHODS, Plan
 from benchmarks.privacy.setting import kinds
 from benchmarks.privacy.utility import Utility
-from benchmarks.privacy.whitebox import Whitebox
 from benchmarks.privacy.work import Known
 
 Row = dict[str, Any]
@@ -102,7 +101,7 @@ def whitebox(plan: Plan, known: Known) -> list[Row]:
     return [
         {"epsilon": job.epsilon, "batch": job.batch, **known[job]}
         for job in jobs
-        if isinstance(job, Whitebox) and job in known
+        if job in known
     ]
 
 
