@@ -16,7 +16,7 @@ from benchmarks.privacy.utility import Method, Utility
 from benchmarks.privacy.whitebox import RECORDS, Whitebox
 from benchmarks.privacy.work import Job, Known
 
-RATES: Final = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+RATES: Final = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 """The grid: a factor of 2. A method is tuned on it until its best rate is no edge."""
 FIRST_RATES: Final = (4e-3, 8e-3)
 CLIP_NORMS: Final = (0.03, 0.1, 0.3)

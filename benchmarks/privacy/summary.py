@@ -99,9 +99,7 @@ def whitebox(plan: Plan, known: Known) -> list[Row]:
     """One row for each epsilon, without and with sampling."""
     jobs = [job for epsilon in _epsilons(plan) for job in plan.whiteboxes(epsilon)]
     return [
-        {"epsilon": job.epsilon, "batch": job.batch, **known[job]}
-        for job in jobs
-        if job in known
+        {"epsilon": job.epsilon, "batch": job.batch, **known[job]} for job in jobs if job in known
     ]
 
 
