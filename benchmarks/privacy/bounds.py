@@ -55,7 +55,7 @@ class Family:
         self._losses = np.linspace(0.0, 12.0, 97)
 
     def epsilon(self, false_positives: float, false_negatives: float) -> float:
-        """Of the largest sigma that does not allow these rates; 0 if every sigma up to 64 does."""
+        """Of the smallest sigma that does not allow these rates; 0 if every sigma up to 64 does."""
         low, high = math.log(0.2), math.log(64.0)  # allowed below, not allowed above
         if self.allows(math.exp(high), false_positives, false_negatives):
             return 0.0
