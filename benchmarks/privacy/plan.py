@@ -1,0 +1,156 @@
+"""Which jobs are wanted next, given those that are finished; the most telling first."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from benchmarks.privacy.attacked import Attacked
+from benchmarks.privacy.inversion import Inversion
+from benchmarks.privacy.lora import Lora
+from benchmarks.privacy.setting import EPSILONS, PEERS
+from benchmarks.privacy.utility import Method, Utility
+from benchmarks.privacy.whitebox import RECORDS, Whitebox
+from benchmarks.privacy.work import Job, Known
+
+RATES: Final = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+"""The grid: a factor of 2. A method is tuned on it until its best rate is no edge."""
+FIRST_RATES: Final = (4e-3, 8e-3)
+CLIP_NORMS: Final = (0.03, 0.1, 0.3)
+"""Of update mode, at one rate: its noise leaves no use for finer tuning."""
+FIRST_EPSILON: Final = 8.0
+METHODS: Final[tuple[tuple[Method, int], ...]] = (
+    ("swarm", 0),
+    *(("alone", peer) for peer in range(PEERS)),
+)
+"""Each with a rate of its own; every peer alone, too."""
+SAMPLED: Final = RECORDS // 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is to be run.
+
+    Args:
+        seeds: of the public start.
+        audits: runs of `Attacked` for each epsilon.
+        quick: tiny jobs, one rate: shows that everything runs, not what is better.
+    """
+
+    seeds: int = 3
+    audits: int = 4
+    quick: bool = False
+
+    def wanted(self, known: Known) -> list[Job]:
+        """Jobs that may be started now; those finished among them."""
+        jobs: list[Job] = []
+        for epsilon in self.epsilons:
+            for method, peer in METHODS:
+                jobs += self.tuning(method, peer, epsilon, known)
+                jobs += self.final(method, peer, epsilon, known) or []
+            if epsilon == FIRST_EPSILON:
+                jobs += self.audit_jobs()
+        jobs += self.updates()
+        jobs += self.final_updates(known) or []
+        return [*jobs, *self.loras()]
+
+    @property
+    def epsilons(self) -> tuple[float | None, ...]:
+        """The claimed one first."""
+        if self.quick:
+            return (FIRST_EPSILON,)
+        return tuple(sorted(EPSILONS, key=lambda epsilon: epsilon != FIRST_EPSILON))
+
+    @property
+    def attacked_epsilons(self) -> tuple[float | None, ...]:
+        """Of all audits."""
+        return (None, FIRST_EPSILON) if self.quick else EPSILONS
+
+    def audit_jobs(self) -> list[Job]:
+        """All attacks."""
+        jobs: list[Job] = []
+        epsilons = self.attacked_epsilons
+        for epsilon in epsilons:
+            jobs += self.whiteboxes(epsilon)
+            jobs.append(self.inversion(epsilon))
+        for seed in range(self.audits):
+            jobs += [self.attacked(epsilon, seed) for epsilon in epsilons]
+        return jobs
+
+    def attacked(self, epsilon: float | None, seed: int) -> Attacked:
+        """Without privacy at the same rate: attackers gain from more steps, not from less."""
+        job = Attacked(epsilon=epsilon, seed=seed, rate=4e-3)
+        if not self.quick:
+            return job
+        return msgspec.structs.replace(
+            job, steps=8, batch=16, coins=60, members=60, others=100, candidates=31, looks=2,
+            start_steps=10,
+        )  # fmt: skip
+
+    def whiteboxes(self, epsilon: float | None) -> list[Whitebox]:
+        """Without and with sampling."""
+        runs = 60 if self.quick else 1000
+        return [Whitebox(epsilon=epsilon, batch=b, runs=runs) for b in (RECORDS, SAMPLED)]
+
+    def inversion(self, epsilon: float | None) -> Inversion:
+        """Of few texts if quick."""
+        if self.quick:
+            return Inversion(epsilon=epsilon, records=1, start_steps=10)
+        return Inversion(epsilon=epsilon)
+
+    def loras(self) -> list[Lora]:
+        """One short row."""
+        return [] if self.quick else [Lora(epsilon=FIRST_EPSILON)]
+
+    def tuning(
+        self, method: Method, peer: int, epsilon: float | None, known: Known
+    ) -> list[Utility]:
+        """With the first seed, on text that is reported nowhere."""
+        rates = set(FIRST_RATES[:1] if self.quick else FIRST_RATES)
+        while True:
+            grid = [self._job(method, peer, epsilon, rate) for rate in sorted(rates)]
+            if self.quick or any(job not in known for job in grid):
+                return grid
+            best = RATES.index(_best(grid, known).rate)
+            missing = {RATES[i] for i in (best - 1, best + 1) if 0 <= i < len(RATES)} - rates
+            if not missing:
+                return grid
+            rates |= missing
+
+    def final(
+        self, method: Method, peer: int, epsilon: float | None, known: Known
+    ) -> list[Utility] | None:
+        """At the tuned rate, one for each seed; None = not tuned yet."""
+        grid = self.tuning(method, peer, epsilon, known)
+        if any(job not in known for job in grid):
+            return None
+        return self._seeds(_best(grid, known))
+
+    def updates(self) -> list[Utility]:
+        """Update mode is tuned by its clipping norm."""
+        norms = CLIP_NORMS[:1] if self.quick else CLIP_NORMS
+        job = self._job("update", 0, FIRST_EPSILON, FIRST_RATES[0])
+        return [msgspec.structs.replace(job, clip_norm=norm) for norm in norms]
+
+    def final_updates(self, known: Known) -> list[Utility] | None:
+        """The best of those, one for each seed; None = not tuned yet."""
+        grid = self.updates()
+        if any(job not in known for job in grid):
+            return None
+        return self._seeds(_best(grid, known))
+
+    def _seeds(self, job: Utility) -> list[Utility]:
+        return [msgspec.structs.replace(job, seed=seed) for seed in range(self.seeds)]
+
+    def _job(self, method: Method, peer: int, epsilon: float | None, rate: float) -> Utility:
+        job = Utility(method=method, epsilon=epsilon, rate=rate, seed=0, peer=peer)
+        if self.quick:
+            return msgspec.structs.replace(job, steps=5, batch=16, start_steps=20)
+        return job
+
+
+def _best(grid: list[Utility], known: Known) -> Utility:
+    return min(grid, key=lambda job: statistics.fmean(known[job]["tuning"]))

@@ -1,0 +1,92 @@
+"""Loss against epsilon: the swarm, each of its peers alone, the public start."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from msgspec import Struct
+
+from benchmarks.privacy import setting, update
+from benchmarks.privacy.swarm import Swarm
+from xpeer.training.flat import write_flat
+from xpeer.training.model import build
+
+STEPS: Final = 30
+BATCH: Final = 64
+SHARD_RECORDS: Final = 26_000
+"""Of every peer, so that epsilon means the same for all."""
+
+Method = Literal["swarm", "alone", "update"]
+
+
+class Utility(Struct, frozen=True, kw_only=True, tag=True):
+    """One training run: of all peers, or of one alone."""
+
+    method: Method
+    epsilon: float | None
+    rate: float
+    seed: int
+    peer: int = 0
+    """Which one is alone."""
+    steps: int = STEPS
+    batch: int = BATCH
+    start_steps: int = setting.START_STEPS
+    clip_norm: float = 1.0
+    """Of a window's difference; in update mode only."""
+
+    def figures(self) -> dict[str, Any]:
+        """Losses in nats per byte on everybody's held-out text; `tuning` is reported nowhere."""
+        start = setting.public_start(self.seed, self.start_steps)
+        shards = [records[:SHARD_RECORDS] for records in setting.shards()]
+        if self.method == "alone":
+            shards = [shards[self.peer]]
+        models, spent = self._train(shards, start)
+        measured = model_with(start)
+        tuning, report = setting.held_out()
+        figures: dict[str, Any] = {"epsilon_spent": spent, "tuning": [], "report": []}
+        figures["start"] = float(setting.losses_by_record(measured, report).mean())
+        for flat in models:
+            write_flat(measured, flat)
+            for name, text in (("tuning", tuning), ("report", report)):
+                figures[name].append(float(setting.losses_by_record(measured, text).mean()))
+        return figures
+
+    def _train(
+        self, shards: list[torch.Tensor], start: torch.Tensor
+    ) -> tuple[list[torch.Tensor], float | None]:
+        """Parameters at the end, of every peer; epsilon."""
+        if self.method == "update":
+            return update.train(
+                shards,
+                lambda: model_with(start),
+                epsilon=self.epsilon or 0.0,
+                rate=self.rate,
+                batch=self.batch,
+                steps=self.steps,
+                clip_norm=self.clip_norm,
+            )
+        manifest = setting.manifest_of(
+            self.epsilon,
+            rate=self.rate,
+            batch=self.batch,
+            steps=self.steps,
+            num_params=start.numel(),
+        )
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Swarm(manifest, lambda: model_with(start), shards, Path(folder)) as swarm,
+        ):
+            swarm.train()
+            if len(shards) > 1:
+                swarm.close_down()
+            return [t.parameters.read() for t in swarm.trainers], swarm.epsilon_spent()
+
+
+def model_with(flat: torch.Tensor) -> torch.nn.Module:
+    """The benchmark's model with these parameters, (P,) float32."""
+    model = build(setting.CONFIG, seed=0)
+    write_flat(model, flat)
+    return model
