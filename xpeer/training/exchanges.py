@@ -20,15 +20,16 @@ import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.training.buffers import Buffers
-from xpeer.training.consolidation import Consolidation, Shown, shown
+from xpeer.training.consolidation import Consolidation, Shown, shown, shown_mean
 from xpeer.training.fragments import Fragments
-from xpeer.training.mixing import Difference, NormLimit, difference
+from xpeer.training.mixing import Difference, NormLimit, difference, group_difference
 from xpeer.training.parts import Mechanism, Parameters
 from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
 from xpeer.update import CompressedUpdate, PrivateUpdate, RawUpdate
 from xpeer.wire import codec as wire_codec
-from xpeer.wire import merge
+from xpeer.wire import fixedpoint, merge
+from xpeer.wire.fixedpoint import Grid
 from xpeer.wire.reach import Reach
 
 MAX_IN_FLIGHT: Final = 16
@@ -68,6 +69,7 @@ class Exchanges:
         mechanism: certifies snapshots.
         rule: of the manifest; while no steps are taken, and where a partner takes none, plain
             averaging of the parameters takes its place.
+        grid: of masked groups: then there is no codec, and one payload that is a group's sum.
 
     Attributes:
         seconds_snapshot: of the training thread, in `take`.
@@ -82,8 +84,10 @@ class Exchanges:
         codec: str,
         mechanism: Mechanism,
         rule: Rule,
+        grid: Grid | None = None,
     ) -> None:
         self.fragments = fragments
+        self.grid = grid
         self.codec = codec
         self.rule = rule
         self.buffers = Buffers(SPARE)
@@ -118,6 +122,8 @@ class Exchanges:
 
     def prepare(self) -> None:
         """Off the training thread: have the codec ready before the first exchange needs it."""
+        if self.grid is not None:
+            return
         each = max(self.fragments.size(f) for f in range(self.fragments.num_fragments))
         merge.prepare(
             self.codec,
@@ -173,16 +179,20 @@ class Exchanges:
         """
         with self._lock:
             meeting = self._get(meeting_id)
-        num_bytes = wire_codec.encoded_bytes(self.codec, update.values.numel())
+        name = self.codec if self.grid is None else self.grid.codec
+        num_bytes = wire_codec.encoded_bytes(name, update.values.numel())
         payload = self.buffers.take(num_bytes, torch.uint8)
         try:
-            compressed = wire_codec.compress(
-                update,
-                self.codec,
-                dither=self._dither(),
-                reach=self._reach.of(meeting.fragment),
-                out=payload,
-            )
+            if self.grid is not None:
+                compressed = fixedpoint.compress(update, self.grid, payload)
+            else:
+                compressed = wire_codec.compress(
+                    update,
+                    self.codec,
+                    dither=self._dither(),
+                    reach=self._reach.of(meeting.fragment),
+                    out=payload,
+                )
         except LocalError as e:
             self.drop(meeting_id)
             raise TrainerError(e.problem, e.remedy) from e
@@ -191,16 +201,22 @@ class Exchanges:
         return compressed
 
     def verify(
-        self, meeting_id: int, exchange_id: int, codec: str, payload: memoryview, num_values: int
+        self,
+        meeting_id: int,
+        exchange_id: int,
+        codec: str,
+        payload: memoryview,
+        num_values: int,
+        parties: int = 1,
     ) -> float:
-        """Off the training thread: decode and check one partner's payload.
+        """Off the training thread: decode and check one partner's payload, or a masked group's sum.
 
         Returns:
-            Relative distance of the two snapshots.
+            Relative distance of the two snapshots; of a sum, between the others' mean and ours.
 
         Raises:
-            PeerError: not this codec or size, not finite, too many partners (BUSY), or dropped
-                meanwhile (CLOSED).
+            PeerError: not this codec or size, not finite, too many partners (BUSY), a sum that is
+                too far away (OUT_OF_RANGE), or dropped meanwhile (CLOSED).
         """
         with self._lock:
             meeting = self._get(meeting_id)
@@ -213,8 +229,10 @@ class Exchanges:
         expected = rule.vectors * meeting.theta.numel()
         if num_values != expected:
             raise PeerError(Reason.WRONG_MODEL, f"{num_values} values, {expected} expected")
-        if codec != self.codec:
+        if codec != (self.codec if self.grid is None else self.grid.codec):
             raise PeerError(Reason.WRONG_CODEC, "the payload is not of the manifest's codec")
+        if self.grid is not None:
+            return self._verify_sum(meeting, exchange_id, payload, parties)
         found = difference(
             codec,
             own,
@@ -228,6 +246,31 @@ class Exchanges:
         if near is not None and found.largest is not None:
             self._reach.saw(meeting.fragment, near, found.largest)
         values = None if found.clipped else self._shown(rule, payload, num_values, near)
+        return self._found(meeting, exchange_id, found, values)
+
+    def _verify_sum(
+        self, meeting: _Meeting, exchange_id: int, total: memoryview, parties: int
+    ) -> float:
+        """The others' mean takes the place of a partner's values, in every respect."""
+        if self.grid is None or meeting.payload is None:
+            raise TrainerError("a group's sum, and no masks")
+        found = group_difference(
+            self.grid,
+            wire_codec.view(meeting.payload),
+            total,
+            parties,
+            meeting.theta,
+            self._limits[meeting.rule][0],
+            out=self.buffers.take(meeting.theta.numel()),
+        )
+        values = None
+        if not found.clipped:
+            values = shown_mean(meeting.theta, found.values[0], self.buffers)
+        return self._found(meeting, exchange_id, found, values)
+
+    def _found(
+        self, meeting: _Meeting, exchange_id: int, found: Difference, values: Shown | None
+    ) -> float:
         with self._lock:
             meeting.differences[exchange_id] = found
             if values is not None:
@@ -331,7 +374,7 @@ class Exchanges:
         """The payload, to be decoded on the way when it is compared; or its values, where the rule,
         the codec or norms of several vectors need them.
         """
-        if not self._decodes_own(rule):
+        if self.grid is not None or not self._decodes_own(rule):
             return sent.payload
         near = update.values if wire_codec.is_modulo(self.codec) else None
         return wire_codec.decode(self.codec, sent.payload, sent.num_values, near=near)

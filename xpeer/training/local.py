@@ -31,6 +31,7 @@ from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.setup import Mode
 from xpeer.update import PrivateUpdate
+from xpeer.wire.fixedpoint import grid_of
 
 _SMOOTHING: Final = 0.9
 """Of the speed shown, per step."""
@@ -69,8 +70,8 @@ class LocalTrainer:
         self.optimiser = make_optimiser(manifest, parameters)
         fragments = Fragments(parameters.num_params, manifest.round.fragments)
         rule = rules.make(manifest.round)
-        codec = manifest.round.codec
-        self.exchanges = Exchanges(parameters, fragments, codec, mechanism, rule)
+        codec, grid = manifest.round.codec, grid_of(manifest.round)
+        self.exchanges = Exchanges(parameters, fragments, codec, mechanism, rule, grid)
         self.exchanges.begin()
         self._gradients = rule if isinstance(rule, rules.GradientAveraging) else None
         self._gradient_due = False

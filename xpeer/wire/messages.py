@@ -6,7 +6,7 @@ announced its size, in raw frames.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -91,6 +91,34 @@ class Refuse(Message, frozen=True):
     reason: Code
 
 
+class Masking(Message, frozen=True):
+    """Base of what a masked group says before it shows anything."""
+
+    exchange_id: Id
+    attempt: Annotated[int, Meta(ge=0, lt=16)]
+
+
+class MaskKey(Masking, frozen=True):
+    """A masked group is to exchange: its members as the sender sees them, and its fresh key.
+
+    One of a higher attempt says that the sender gave up the one before, without having shown
+    anything.
+    """
+
+    roster: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=8)]
+    """PeerIDs, sorted."""
+    key: Digest
+    """X25519, made for this attempt alone."""
+
+
+class MaskStep(Masking, frozen=True):
+    """A digest of what the sender has heard or will show, at one step of a masked exchange."""
+
+    step: Literal["lock", "commit", "echo"]
+    """lock: the roster with all keys. commit: our masked payload. echo: all commitments."""
+    digest: Digest
+
+
 class StateRequest(Message, frozen=True):
     """A joiner asks for the current parameters."""
 
@@ -111,7 +139,10 @@ class StateReceived(Message, frozen=True):
     digest: Digest
 
 
-AnyMessage = Propose | Agree | Payload | Accept | Refuse | StateRequest | StateOffer | StateReceived
+AnyMessage = (
+    Propose | Agree | Payload | Accept | Refuse | MaskKey | MaskStep
+    | StateRequest | StateOffer | StateReceived
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
