@@ -56,6 +56,7 @@ class Vector:
             Rule(),
             grid,
         )
+        self.exchanges.begin()
 
     def fragment_values(self, fragment: int, *, averaging: bool) -> int:
         """Values in a fragment."""

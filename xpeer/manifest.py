@@ -91,8 +91,9 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     consensus_rate: Positive | None = None
     """noloco gamma, gasloc alpha."""
     masks: bool = False
-    """Groups exchange fixed-point values under masks that cancel in their sum: partners learn the
-    sum of the others and no single one. Takes the place of `codec`; no differential privacy."""
+    """Groups of exactly `group` peers exchange fixed-point values under masks that cancel in their
+    sum: partners learn the sum of the others and no single one. Takes the place of `codec`; is no
+    differential privacy."""
     mask_bits: Literal[16, 32] = 16
     """Per parameter. With 16, k peers' sum may be 32768 steps from k times one's own value."""
     mask_step: Annotated[float, Meta(ge=1e-9, le=1.0)] = 2.0**-14

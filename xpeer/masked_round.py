@@ -3,53 +3,51 @@
 Over the sealed links of the group's pairs, everybody with everybody, step by step; a step ends once
 all have answered:
 
-    key      attempt, roster, fresh X25519 key    -> all see the same members
-    lock     digest of the roster with all keys   -> all were shown the same keys
+    key      a fresh X25519 key                   -> everybody can draw the masks
+    lock     digest of the members and their keys -> all see the same group, and the same keys
     commit   digest of our masked payload         -> nobody can choose its own by ours
     echo     digest of all commitments            -> all were told the same ones
     reveal   the masked payloads                  -> each is what was committed to
     accept   the sum was decoded                  -> merge
 
-Whoever is lost before we echoed costs an attempt: those who are left draw new keys and try again,
-at most `MAX_ATTEMPTS` times, while they are three or more. Nobody reveals before all have echoed,
-so nothing was shown by then. From our reveal on there is no other attempt: with another roster the
-difference of the two sums would be the values of the one who left. The slot is over for us, and
-this fragment's values are shown to no other group while they stay as they are (`Revealed`).
+A group has exactly the manifest's k members. With fewer, those who collude could drop the honest
+ones until one is left among them; so whoever is missing or lost costs all the others this slot, and
+the next slot is another attempt, with fresh keys and whatever group it brings. As long as nothing
+was revealed, the same values may be tried again. From our reveal on they may not: with another
+roster the difference of the two sums would be the values of those who are not in both. So what was
+shown in vain is shown to no other group while it stays as it is (`Revealed`).
 
 A lie is noticed where it makes a difference: other keys for others (lock), other commitments
-(echo), other payloads (reveal, or a refusal by whoever was shown another one). Who lied can't be
-told in general: what all agree on is that the slot is lost.
+(echo), other payloads (reveal, or a refusal by whoever was shown another one). Who lied can't
+always be told: what all agree on is that the slot is lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Final, Literal, TypeVar, Unpack
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network.exchange import Agreement, UnresolvedError
+from xpeer.network.link import RefusedError
 from xpeer.privacy import masks
-from xpeer.privacy.masks import MIN_GROUP
 from xpeer.round import Exchanged, Gathering, Given, Trainer
 from xpeer.update import CompressedUpdate, MaskedUpdate, PeerUpdate
 from xpeer.weights import Weighting
 from xpeer.wire import fixedpoint
-from xpeer.wire.messages import Masking, MaskKey, MaskStep
+from xpeer.wire.messages import MaskStep
 
-MAX_ATTEMPTS: Final = 3
 STEP_S: Final = 5.0
 """For one step of one partner, and besides ..."""
 BYTES_PER_S: Final = 50e6
 """... the time in which so much is masked and hashed."""
 _SUM: Final = 0
 """The one exchange that the trainer sees of a masked meeting."""
-_STALE: Final = 3
-"""Steps of an attempt that was given up, still on the way."""
-_M = TypeVar("_M", MaskKey, MaskStep)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,45 +59,27 @@ class Revealed:
     members: frozenset[PeerId]
 
 
-@dataclass(slots=True)
-class _Pair:
-    agreement: Agreement
-    result: asyncio.Future[Exchanged]
-    accepted: bool = False
-    """We accepted: the partner may merge."""
-    early: MaskKey | None = None
-    """Of the next attempt."""
-
-
-class _AgainError(Exception):
-    """This attempt is given up before anything was shown."""
-
-    def __init__(self, members: frozenset[PeerId]) -> None:
-        self.members = members
-
-
-class _InterruptedError(Exception):
-    """The partner began another attempt."""
-
-
 @dataclass(frozen=True, slots=True)
 class Us:
-    """Who we are in masked groups, and how patient."""
+    """Who we are in masked groups, how large those are, and how patient we are."""
 
     me: PeerId
     swarm_id: str
+    size: int
+    """k."""
     deadline_s: float
     """For everything after the gathering."""
     step_s: float = STEP_S
 
 
 @dataclass(slots=True)
-class _Masked:
-    """Our payload under an attempt's masks."""
-
-    roster: bytes
-    update: MaskedUpdate
-    commitments: dict[PeerId, bytes] = field(default_factory=dict)
+class _Pair:
+    agreement: Agreement
+    result: asyncio.Future[Exchanged]
+    accepted: bool = False
+    """We accepted: the partner may merge."""
+    failure: PeerError | None = None
+    """What this partner did, or what became of it."""
 
 
 class MaskedMeeting(Gathering):
@@ -126,7 +106,6 @@ class MaskedMeeting(Gathering):
         super().__init__(trainer, **given)
         self._us, self._before = us, before
         self._pairs: dict[PeerId, _Pair] = {}
-        self._lost: set[PeerId] = set()
         self.revealed: Revealed | None = None
         self.merged = False
 
@@ -155,11 +134,9 @@ class MaskedMeeting(Gathering):
         try:
             await self._gathered()
             self.closed = True
-            try:
+            with _late(f"not within {self._us.deadline_s:g} s"):
                 async with asyncio.timeout(self._us.deadline_s):
                     await self._meet()
-            except TimeoutError as e:
-                raise PeerError(Reason.TIMEOUT, f"{self._us.deadline_s:g} s for the group") from e
         except PeerError as e:
             error = e
             if not self._pairs:
@@ -175,67 +152,20 @@ class MaskedMeeting(Gathering):
 
     async def _meet(self) -> None:
         members = frozenset({self._us.me, *self._pairs})
-        _require_group(members)
+        if len(members) != self._us.size:
+            raise PeerError(Reason.GROUP_TOO_SMALL, f"{len(members)} of {self._us.size} came")
         update = await self._trainer.snapshot(self._id, self.fragment, averaging=self.averaging)
-        for number in range(MAX_ATTEMPTS):
-            try:
-                masked = await self._prepare(number, members, update)
-            except _AgainError as again:
-                members = again.members
-                continue
-            distance = await self._reveal(members, update, masked)
-            await self._settle(members)
-            await self._merge(members, distance)
-            return
-        raise PeerError(Reason.GROUP_CHANGED, f"no roster in {MAX_ATTEMPTS} attempts")
+        self._require_unseen(members, update)
+        roster, masked = await self._mask(update)
+        commitments = await self._commit(roster, masked)
+        self.revealed = Revealed(update.step, members)
+        distance = await self._reveal(roster, masked, commitments)
+        for pair in self._pairs.values():
+            pair.accepted = True
+        await self._with_all(lambda pair: pair.agreement.settle())
+        await self._merge(distance)
 
     # Before anything is shown
-
-    async def _prepare(
-        self, number: int, members: frozenset[PeerId], update: CompressedUpdate
-    ) -> _Masked:
-        """Keys, lock, commitments and echo of one attempt."""
-        _require_group(members)
-        self._require_unseen(members, update)
-        keys = _FreshKeys(self._us.me, self._attempt(number, update))
-        keys.add(await self._agree_on_roster(number, members, keys.ephemeral.public))
-        locks = await self._step(number, "lock", keys.roster, members)
-        if any(digest != keys.roster for digest in locks.values()):
-            raise PeerError(Reason.WRONG_ROSTER, "a member saw other keys than we did")
-        masked = await asyncio.to_thread(keys.mask, update)
-        own = await asyncio.to_thread(
-            masks.commitment, keys.roster, self._us.me, memoryview(masked.payload)
-        )
-        commitments = await self._step(number, "commit", own, members, len(masked.payload))
-        commitments[self._us.me] = own
-        expected = masks.echo(keys.roster, commitments)
-        echoes = await self._step(number, "echo", expected, members)
-        if any(digest != expected for digest in echoes.values()):
-            raise PeerError(Reason.EQUIVOCATION, "a member was told other commitments than we were")
-        return _Masked(keys.roster, masked, commitments)
-
-    def _attempt(self, number: int, update: CompressedUpdate) -> masks.Attempt:
-        us, what = self._us, (update.codec, update.num_values)
-        return masks.Attempt(us.swarm_id, self.slot, self.fragment, number, *what)
-
-    async def _agree_on_roster(
-        self, number: int, members: frozenset[PeerId], public: bytes
-    ) -> dict[PeerId, bytes]:
-        """Everybody's fresh keys, ours included, once all see the same members."""
-        roster = sorted(members)
-
-        def message(agreement: Agreement) -> MaskKey:
-            return MaskKey(agreement.exchange_id, number, list(roster), public)
-
-        said = await self._all_say(number, MaskKey, message, members, self._us.deadline_s)
-        common = members.intersection(*(answer.roster for answer in said.values()))
-        if self._us.me not in common:
-            raise PeerError(Reason.GROUP_CHANGED, "the others go on without us")
-        if any(answer.roster != roster for answer in said.values()):
-            for peer_id in members - common:
-                self._lose(peer_id, PeerError(Reason.GROUP_CHANGED, "not all see it"))
-            raise _AgainError(common)
-        return {self._us.me: public, **{peer: answer.key for peer, answer in said.items()}}
 
     def _require_unseen(self, members: frozenset[PeerId], update: CompressedUpdate) -> None:
         before = self._before
@@ -244,159 +174,130 @@ class MaskedMeeting(Gathering):
                 Reason.REVEALED_BEFORE, "another group was shown these very values and failed"
             )
 
+    async def _mask(self, update: CompressedUpdate) -> tuple[bytes, MaskedUpdate]:
+        """Draw keys, lock the roster, and hide our payload."""
+        us, own = self._us, masks.Ephemeral()
+        group = masks.Group(us.swarm_id, self.slot, self.fragment, update.codec, update.num_values)
+        # the partner may be in the middle of a long step: the group's deadline bounds this
+        keys = await self._step("key", own.public, us.deadline_s)
+        roster = group.roster({us.me: own.public, **keys})
+        locks = await self._step("lock", roster)
+        if any(lock != roster for lock in locks.values()):
+            raise PeerError(Reason.WRONG_ROSTER, "a member sees other members or keys than we do")
+        pair_keys = {
+            peer: own.pair_key(group, roster, us.me, peer, theirs) for peer, theirs in keys.items()
+        }
+        masked = MaskedUpdate(memoryview(bytearray(update.payload)), update.codec, group.num_values)
+        rings = fixedpoint.rings(masked.codec, masked.payload, masked.num_values)
+        await asyncio.to_thread(masks.mask, rings, us.me, pair_keys)
+        return roster, masked
+
+    async def _commit(self, roster: bytes, masked: MaskedUpdate) -> dict[PeerId, bytes]:
+        """Everybody's commitment, ours included, once all were told the same ones."""
+        me, payload = self._us.me, memoryview(masked.payload)
+        own = await asyncio.to_thread(masks.commitment, roster, me, payload)
+        patience_s = self._us.step_s + payload.nbytes / BYTES_PER_S
+        commitments = {me: own, **await self._step("commit", own, patience_s)}
+        expected = masks.echo(roster, commitments)
+        echoes = await self._step("echo", expected)
+        if any(heard != expected for heard in echoes.values()):
+            raise PeerError(Reason.EQUIVOCATION, "a member was told other commitments than we were")
+        return commitments
+
     async def _step(
         self,
-        number: int,
-        step: Literal["lock", "commit", "echo"],
-        digest: bytes,
-        members: frozenset[PeerId],
-        num_bytes: int = 0,
+        step: Literal["key", "lock", "commit", "echo"],
+        value: bytes,
+        patience_s: float | None = None,
     ) -> dict[PeerId, bytes]:
-        def message(agreement: Agreement) -> MaskStep:
-            return MaskStep(agreement.exchange_id, number, step, digest)
+        """Tell every partner, and hear every one."""
 
-        patience_s = self._us.step_s + num_bytes / BYTES_PER_S
-        said = await self._all_say(
-            number, MaskStep, message, members, patience_s, last=step == "echo"
-        )
-        if any(answer.step != step for answer in said.values()):
-            raise PeerError(Reason.MALFORMED, f"another step than {step}")
-        return {peer: answer.digest for peer, answer in said.items()}
+        async def turn(pair: _Pair) -> bytes:
+            link, exchange_id = pair.agreement.link, pair.agreement.exchange_id
+            with _late(f"no {step} in time"):
+                async with asyncio.timeout(patience_s or self._us.step_s):
+                    await link.send(MaskStep(exchange_id, step, value))
+                    said = await link.expect(MaskStep, exchange_id, timeout_s=float("inf"))
+            if said.step != step:
+                raise PeerError(Reason.MALFORMED, f"{said.step} instead of {step}")
+            return said.value
 
-    async def _all_say(
-        self,
-        number: int,
-        kind: type[_M],
-        message: Callable[[Agreement], _M],
-        members: frozenset[PeerId],
-        patience_s: float,
-        *,
-        last: bool = False,
-    ) -> dict[PeerId, _M]:
-        """Tell every partner, and hear every one.
-
-        Args:
-            number: of the attempt.
-            kind: what is said.
-            message: to one partner.
-            members: of the attempt.
-            patience_s: with each.
-            last: after it others may reveal, so that who is lost now ends all.
-
-        Raises:
-            _AgainError: somebody was lost, or gave this attempt up.
-        """
-        peers = sorted(members - {self._us.me})
-
-        async def turn(peer_id: PeerId) -> _M:
-            pair = self._pairs[peer_id]
-            with _late(f"no {kind.__name__} in time"):
-                async with asyncio.timeout(patience_s):
-                    await pair.agreement.link.send(message(pair.agreement))
-                    return await self._hear(pair, number, kind)
-
-        answers = await asyncio.gather(*map(turn, peers), return_exceptions=True)
-        said: dict[PeerId, _M] = {}
-        interrupted = False
-        for peer_id, answer in zip(peers, answers, strict=True):
-            if isinstance(answer, PeerError):
-                self._lose(peer_id, answer)
-            elif isinstance(answer, _InterruptedError):
-                interrupted = True
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                said[peer_id] = answer
-        if len(said) == len(peers):
-            return said
-        if last and not interrupted:
-            raise PeerError(Reason.GROUP_CHANGED, "a member was lost at the last moment")
-        raise _AgainError(members - self._lost)
-
-    async def _hear(self, pair: _Pair, number: int, kind: type[_M]) -> _M:
-        if kind is MaskKey and pair.early is not None:
-            early, pair.early = pair.early, None
-            return _of_attempt(early, number, kind)
-        link, exchange_id = pair.agreement.link, pair.agreement.exchange_id
-        for _ in range(_STALE + 1):
-            answer = await link.expect(Masking, exchange_id, timeout_s=float("inf"))
-            if answer.attempt < number:
-                continue
-            if kind is MaskStep and isinstance(answer, MaskKey) and answer.attempt == number + 1:
-                pair.early = answer
-                raise _InterruptedError
-            return _of_attempt(answer, number, kind)
-        raise PeerError(Reason.MALFORMED, "too much of an attempt that was given up")
+        return await self._with_all(turn)
 
     # From here on our values are out, under their masks
 
     async def _reveal(
-        self, members: frozenset[PeerId], update: CompressedUpdate, masked: _Masked
+        self, roster: bytes, masked: MaskedUpdate, commitments: dict[PeerId, bytes]
     ) -> float:
         """Swap what was committed to, check it, and have the sum decoded."""
-        self.revealed = Revealed(update.step, members)
-        peers = sorted(members - {self._us.me})
-        received = await _together(
-            [self._pairs[peer].agreement.swap(masked.update) for peer in peers]
-        )
-        total = masked.update.payload
-        for peer_id, theirs in zip(peers, received, strict=True):
-            await asyncio.to_thread(_add, total, theirs, masked, peer_id)
+
+        async def swapped(pair: _Pair) -> PeerUpdate:
+            theirs, peer_id = await pair.agreement.swap(masked), pair.agreement.peer_id
+            payload = memoryview(theirs.payload)
+            shown = await asyncio.to_thread(masks.commitment, roster, peer_id, payload)
+            if shown != commitments[peer_id]:
+                raise PeerError(Reason.WRONG_COMMITMENT, "another payload than it committed to")
+            return theirs
+
+        received = await self._with_all(swapped)
+        await asyncio.to_thread(_add, masked, received.values())
+        for peer_id, theirs in received.items():
             self._pairs[peer_id].agreement.release(theirs)
-        summed = PeerUpdate(
-            payload=total,
-            codec=update.codec,
-            num_values=update.num_values,
+        total = PeerUpdate(
+            payload=masked.payload,
+            codec=masked.codec,
+            num_values=masked.num_values,
             peer_id="",
-            parties=len(members),
+            parties=self._us.size,
         )
-        return await self._trainer.verify(self._id, _SUM, summed)
+        return await self._trainer.verify(self._id, _SUM, total)
 
-    async def _settle(self, members: frozenset[PeerId]) -> None:
-        """All accept, or we don't merge."""
-        pairs = [self._pairs[peer] for peer in members - {self._us.me}]
-        for pair in pairs:
-            pair.accepted = True
-        await _together([pair.agreement.settle() for pair in pairs])
-
-    async def _merge(self, members: frozenset[PeerId], distance: float) -> None:
+    async def _merge(self, distance: float) -> None:
         """Move to the group's mean: (k - 1) / k of the way to the mean of the others."""
-        for peer_id in members - {self._us.me}:
-            pair = self._pairs[peer_id]
+        for peer_id, pair in self._pairs.items():
             self.accepted[peer_id] = pair.agreement.exchange_id
             done = Exchanged(distance, pair.agreement.num_bytes, pair.agreement.num_values)
             if not pair.result.done():
                 pair.result.set_result(done)
-        weight = (len(members) - 1) / len(members)
-        await self._trainer.merge(self._id, {_SUM: weight})
+        await self._trainer.merge(self._id, {_SUM: (self._us.size - 1) / self._us.size})
         self.merged = True
 
-    # The end
+    # With everybody, and the end
 
-    def _lose(self, peer_id: PeerId, error: PeerError) -> None:
-        """This partner is out: its link is at no known place any more."""
-        pair = self._pairs[peer_id]
-        self._lost.add(peer_id)
-        pair.agreement.link.abort()
-        if not pair.result.done():
-            pair.result.set_exception(error)
+    async def _with_all(self, turn: Callable[[_Pair], Awaitable[_T]]) -> dict[PeerId, _T]:
+        """A turn with every partner at the same time; the first that fails ends all.
+
+        Raises:
+            PeerError: GROUP_FAILED; the pair that failed knows more.
+        """
+
+        async def one(pair: _Pair) -> _T:
+            try:
+                return await turn(pair)
+            except PeerError as e:
+                pair.failure = e
+                raise PeerError(Reason.GROUP_FAILED, f"{pair.agreement.peer_id[-8:]}: {e}") from e
+
+        tasks = [asyncio.ensure_future(one(pair)) for pair in self._pairs.values()]
+        try:
+            return dict(zip(self._pairs, await asyncio.gather(*tasks), strict=True))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _tell_all(self, error: PeerError | None) -> None:
         """Why nothing is merged here, to whoever is still waiting for us; None = we were cancelled,
-        and wait for nobody.
+        and wait for nobody. No link is at a place from where it could be used again.
         """
         pairs = [pair for pair in self._pairs.values() if not pair.result.done()]
         if error is not None:
-            waiting = (self._refuse(pair, error.reason) for pair in pairs if not pair.accepted)
-            await asyncio.gather(*waiting)
+            untold = (p for p in pairs if p.failure is None and not p.accepted)
+            await asyncio.gather(*(self._refuse(pair, error.reason) for pair in untold))
         for pair in pairs:
             pair.agreement.link.abort()
-            if pair.result.done():
-                continue
-            if pair.accepted:  # it may have merged, alone or with others
-                pair.result.set_exception(UnresolvedError(pair.agreement.exchange_id))
-            else:
-                pair.result.set_exception(error or PeerError(Reason.CLOSED, "we were cancelled"))
+            if not pair.result.done():
+                pair.result.set_exception(_outcome(pair, error))
 
     async def _refuse(self, pair: _Pair, reason: str) -> None:
         if reason == Reason.REVEALED_BEFORE:
@@ -406,66 +307,21 @@ class MaskedMeeting(Gathering):
                 await pair.agreement.refuse(reason)
 
 
-class _FreshKeys:
-    """One attempt's own key, and everybody's public ones."""
-
-    def __init__(self, me: PeerId, attempt: masks.Attempt) -> None:
-        self._me, self._attempt = me, attempt
-        self.ephemeral = masks.Ephemeral()
-        self.roster = b""
-        self._public: dict[PeerId, bytes] = {}
-
-    def add(self, public: dict[PeerId, bytes]) -> None:
-        """All members' fresh keys, ours included."""
-        self._public, self.roster = public, self._attempt.roster(public)
-
-    def mask(self, update: CompressedUpdate) -> MaskedUpdate:
-        """A masked copy: the next attempt, if there is one, needs the original."""
-        keys = {
-            peer: self.ephemeral.pair_key(self._attempt, self.roster, self._me, peer, theirs)
-            for peer, theirs in self._public.items()
-            if peer != self._me
-        }
-        payload = bytearray(update.payload)
-        masks.mask(fixedpoint.rings(update.codec, payload, update.num_values), self._me, keys)
-        return MaskedUpdate(memoryview(payload), update.codec, update.num_values)
+def _outcome(pair: _Pair, error: PeerError | None) -> PeerError:
+    if pair.accepted and not isinstance(pair.failure, RefusedError):
+        return UnresolvedError(pair.agreement.exchange_id)  # it may have merged
+    if pair.failure is not None:
+        return pair.failure
+    if error is None:
+        return PeerError(Reason.CLOSED, "we were cancelled")
+    return PeerError(error.reason, error.detail)
 
 
-def _require_group(members: frozenset[PeerId]) -> None:
-    if len(members) < MIN_GROUP:
-        raise PeerError(Reason.GROUP_TOO_SMALL, f"{len(members)} of at least {MIN_GROUP}")
-
-
-def _of_attempt(answer: Masking, number: int, kind: type[_M]) -> _M:
-    if not isinstance(answer, kind) or answer.attempt != number:
-        raise PeerError(Reason.MALFORMED, f"{type(answer).__name__} of another step or attempt")
-    return answer
-
-
-def _add(total: bytes | memoryview, theirs: PeerUpdate, masked: _Masked, peer_id: PeerId) -> None:
-    """Check a masked payload against its commitment, and add it."""
-    said = masks.commitment(masked.roster, peer_id, memoryview(theirs.payload))
-    if said != masked.commitments[peer_id]:
-        raise PeerError(Reason.WRONG_COMMITMENT, "another payload than it committed to")
-    codec, num_values = masked.update.codec, masked.update.num_values
-    fixedpoint.add_into(
-        fixedpoint.rings(codec, total, num_values),
-        fixedpoint.rings(codec, theirs.payload, num_values),
-    )
-
-
-_T = TypeVar("_T")
-
-
-async def _together(work: list[Awaitable[_T]]) -> list[_T]:
-    """All of it; the first that fails ends the others."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+def _add(total: MaskedUpdate, received: Iterable[PeerUpdate]) -> None:
+    """Total += all, in place: of the sum the masks are gone."""
+    rings = fixedpoint.rings(total.codec, total.payload, total.num_values)
+    for theirs in received:
+        fixedpoint.add_into(rings, fixedpoint.rings(theirs.codec, theirs.payload, total.num_values))
 
 
 @contextlib.contextmanager

@@ -82,8 +82,8 @@ class CompressedUpdate:
 @final
 @dataclass(frozen=True, slots=True)
 class MaskedUpdate:
-    """Compressed private values under the masks of one attempt of a group: only their sum over the
-    group can be read. A masked meeting swaps nothing else.
+    """Compressed private values under the masks of one group: only their sum over the group can be
+    read. A masked meeting swaps nothing else.
     """
 
     payload: bytes | memoryview

@@ -130,6 +130,10 @@ class Gossip(Desk):
         trainer = self._host.trainer
         if trainer is None or not others:
             return
+        if self._round.masks and 1 + len(others) < self._round.group:
+            detail = f"the slot leaves {1 + len(others)} of {self._round.group} for us"
+            self._partners.skipped("", slot, Reason.GROUP_TOO_SMALL, detail)
+            return
         meeting = self._meetings.join(trainer, slot, averaging=self._averaging(), expected=others)
         if meeting is None:
             return

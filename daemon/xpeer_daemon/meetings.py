@@ -39,7 +39,7 @@ class Meetings:
         keep: Callable[[Coroutine[Any, Any, None]], None],
         due_again: Callable[[], None],
     ) -> None:
-        self._us = Us(me, swarm_id, rules.deadline_s)
+        self._us = Us(me, swarm_id, rules.group, rules.deadline_s)
         self._rules = rules
         self._partners = partners
         self._keep = keep

@@ -32,7 +32,7 @@ class Closing:
     Args:
         fragments: F.
         configured: `round.closing_windows` of the manifest.
-        least: members that an exchange needs: 2, with masks 3.
+        least: members that an exchange needs: 2, with masks k.
     """
 
     def __init__(self, fragments: int, configured: int | None, least: int = 2) -> None:

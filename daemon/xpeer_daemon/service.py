@@ -254,7 +254,7 @@ class Service:
         self._closing = Closing(
             manifest.round.fragments,
             manifest.round.closing_windows,
-            least=3 if manifest.round.masks else 2,
+            least=manifest.round.group if manifest.round.masks else 2,
         )
         await joining.serve(self._swarm, signed, swarm_key)
         await nudging.serve(self._swarm, self._gossip.nudged)

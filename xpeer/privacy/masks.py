@@ -1,16 +1,16 @@
 """Masks that hide single updates of a group of k >= 3 and cancel in the group's sum.
 
-For every pair of an attempt's members, both derive the same keystream
+For every pair of a group's members, both derive the same keystream
 
     shared  = X25519(a's fresh key, b's fresh key)
-    key     = BLAKE2b(shared, swarm, slot, fragment, attempt, roster's digest, lower, higher)
+    key     = BLAKE2b(shared, swarm, slot, fragment, roster's digest, lower, higher)
     stream  = ChaCha20(key)
 
 of integers mod 2^b, which the lower PeerID adds to its payload and the higher one subtracts
 (Bonawitz et al. 2017, "Practical secure aggregation", section 4, without its recovery of drop-outs:
-a group that loses a member at the end gives up). The roster's digest binds every key to the
-attempt, so no stream is ever used twice, and members who were shown different keys derive different
-digests, which they compare before anything is masked.
+a group that loses a member gives up). The roster's digest binds every key to the group, its slot
+and everybody's fresh keys, so that no stream is ever used twice, and members who were shown
+different keys derive different digests, which they compare before anything is masked.
 
 Whoever lacks one end of a pair can't tell the stream from random integers; so c colluding members
 of k learn the sum of the other k - c payloads and nothing more.
@@ -37,7 +37,6 @@ from nacl.public import PrivateKey
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, PeerId, blake2b
 
-MIN_GROUP: Final = 3
 _NONCE: Final = bytes(16)
 """Counter and nonce: every key is used for one stream."""
 _CHUNK_BYTES: Final = 1 << 16
@@ -47,32 +46,30 @@ Integers = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
-    """What the members of a group try to exchange, and for the how manieth time."""
+class Group:
+    """What a group is to exchange."""
 
     swarm_id: str
     slot: int
     fragment: int
-    number: int
     codec: str
     num_values: int
 
     def roster(self, keys: Mapping[PeerId, bytes]) -> bytes:
-        """The roster's digest: the attempt, its members and their fresh keys."""
+        """The roster's digest: what is exchanged, by whom, and everybody's fresh key."""
         members = [part for peer in sorted(keys) for part in (peer.encode(), keys[peer])]
-        numbers = (self.slot, self.fragment, self.number, self.num_values)
         return blake2b(
             Domain.MASKS,
             b"roster",
             self.swarm_id.encode(),
             self.codec.encode(),
-            *(number.to_bytes(8, "little") for number in numbers),
+            *_numbers(self.slot, self.fragment, self.num_values),
             *members,
         )
 
 
 class Ephemeral:
-    """An X25519 key for one attempt alone.
+    """An X25519 key for one group alone.
 
     Attributes:
         public: 32 bytes.
@@ -83,12 +80,12 @@ class Ephemeral:
         self.public = bytes(self._secret.public_key)
 
     def pair_key(
-        self, attempt: Attempt, roster: bytes, me: PeerId, partner: PeerId, theirs: bytes
+        self, group: Group, roster: bytes, me: PeerId, partner: PeerId, theirs: bytes
     ) -> bytes:
         """The 32-byte key of our stream with one partner.
 
         Args:
-            attempt: which one.
+            group: ours.
             roster: digest of what all locked.
             me: ours.
             partner: theirs.
@@ -101,13 +98,12 @@ class Ephemeral:
             shared = bindings.crypto_scalarmult(bytes(self._secret), theirs)
         except (CryptoError, RuntimeError) as e:
             raise PeerError(Reason.TAMPERED, "degenerate key for masks") from e
-        numbers = (attempt.slot, attempt.fragment, attempt.number)
         return blake2b(
             Domain.MASKS,
             b"pair",
             shared,
-            attempt.swarm_id.encode(),
-            *(number.to_bytes(8, "little") for number in numbers),
+            group.swarm_id.encode(),
+            *_numbers(group.slot, group.fragment),
             roster,
             *(peer.encode() for peer in sorted((me, partner))),
         )
@@ -139,6 +135,10 @@ def echo(roster: bytes, commitments: Mapping[PeerId, bytes]) -> bytes:
 def keystream(key: bytes, num_bytes: int) -> bytes:
     """The first bytes of a key's stream (RFC 8439, counter 0, nonce 0)."""
     return Cipher(ChaCha20(key, _NONCE), mode=None).encryptor().update(bytes(num_bytes))
+
+
+def _numbers(*numbers: int) -> list[bytes]:
+    return [number.to_bytes(8, "little") for number in numbers]
 
 
 def _apply(rings: Sequence[Integers], key: bytes, operation: np.ufunc) -> None:

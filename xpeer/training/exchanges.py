@@ -19,10 +19,11 @@ from typing import Final
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
+from xpeer.training import sums
 from xpeer.training.buffers import Buffers
-from xpeer.training.consolidation import Consolidation, Shown, shown, shown_mean
+from xpeer.training.consolidation import Consolidation, Shown, shown
 from xpeer.training.fragments import Fragments
-from xpeer.training.mixing import Difference, NormLimit, difference, group_difference
+from xpeer.training.mixing import Difference, NormLimit, difference
 from xpeer.training.parts import Mechanism, Parameters
 from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
@@ -55,6 +56,7 @@ class _Meeting:
     shown: dict[int, Shown] = field(default_factory=dict)
     correction: Correction | None = None
     merged: tuple[int, ...] = ()
+    mean: torch.Tensor | None = None  # (n,) float32: a masked group's, on the grid
 
 
 class Exchanges:
@@ -92,6 +94,7 @@ class Exchanges:
         self.rule = rule
         self.buffers = Buffers(SPARE)
         self.consolidation = Consolidation(self.buffers)
+        self.common = sums.Common(fragments) if grid is not None else None
         self.merges = 0
         self.merges_clipped = 0
         self.consensus_distance: float | None = None
@@ -116,6 +119,8 @@ class Exchanges:
         with self._lock:
             self._in_flight.clear()
         self.consolidation.begin()
+        if self.common is not None:
+            self.common.begin(self._parameters.flat)
         self._reach = Reach()
         for fragment in range(self.fragments.num_fragments):
             self.rule.begin(fragment, self._gather(fragment))
@@ -251,22 +256,12 @@ class Exchanges:
     def _verify_sum(
         self, meeting: _Meeting, exchange_id: int, total: memoryview, parties: int
     ) -> float:
-        """The others' mean takes the place of a partner's values, in every respect."""
         if self.grid is None or meeting.payload is None:
             raise TrainerError("a group's sum, and no masks")
-        found = group_difference(
-            self.grid,
-            wire_codec.view(meeting.payload),
-            total,
-            parties,
-            meeting.theta,
-            self._limits[meeting.rule][0],
-            out=self.buffers.take(meeting.theta.numel()),
-        )
-        values = None
-        if not found.clipped:
-            values = shown_mean(meeting.theta, found.values[0], self.buffers)
-        return self._found(meeting, exchange_id, found, values)
+        own, limit = wire_codec.view(meeting.payload), self._limits[meeting.rule][0]
+        found = sums.decoded(self.grid, meeting.theta, own, total, parties, limit, self.buffers)
+        meeting.mean = found.mean
+        return self._found(meeting, exchange_id, found.difference, found.shown)
 
     def _found(
         self, meeting: _Meeting, exchange_id: int, found: Difference, values: Shown | None
@@ -329,6 +324,8 @@ class Exchanges:
             rule.merged(meeting.fragment, correction.state)
         else:
             self.rule.moved(meeting.fragment, correction.values.mul_(correction.scale))
+        if self.common is not None and meeting.mean is not None:
+            self.common.merged(meeting.fragment, meeting.mean)
         for exchange_id in meeting.merged:
             if exchange_id in meeting.shown:
                 self.consolidation.merged(meeting.fragment, meeting.shown[exchange_id])
@@ -346,6 +343,17 @@ class Exchanges:
         self._steps_late += step - meeting.step
         self.seconds_merge += time.perf_counter() - began
         return clipped
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """For a checkpoint: the rule's, and what masked groups have in common."""
+        common = self.common.state() if self.common is not None else {}
+        return {**self.rule.state(), **common}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """What `state` gave, after the parameters were put back."""
+        self.rule.restore(state)
+        if self.common is not None:
+            self.common.restore(state)
 
     def drop(self, meeting_id: int) -> None:
         """Forget a meeting; harmless if it is unknown."""

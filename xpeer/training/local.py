@@ -231,7 +231,7 @@ class LocalTrainer:
 
     def show(self, out: torch.Tensor) -> float:
         """At a boundary: what a joiner is given, the parameters averaged with those that partners
-        showed last.
+        showed last. Of masked groups, their means alone.
 
         Args:
             out: (num_params,) float32, CPU; written.
@@ -240,9 +240,12 @@ class LocalTrainer:
             Their public loss.
         """
         own, received = self.parameters.read(), self.exchanges.consolidation.now()
-        out.copy_(consolidate(own, self.exchanges.fragments, received))
-        if not received:
-            return self.public_loss()
+        if self.exchanges.common is not None:
+            self.exchanges.common.read(out)
+        else:
+            out.copy_(consolidate(own, self.exchanges.fragments, received))
+            if not received:
+                return self.public_loss()
         self.parameters.write(out)
         try:
             return self.measurements.public_of_others()

@@ -19,10 +19,8 @@ from typing import Final
 
 import torch
 
-from xpeer.errors import PeerError, Reason
-from xpeer.wire import fixedpoint, merge
+from xpeer.wire import merge
 from xpeer.wire.codec import Payload
-from xpeer.wire.fixedpoint import Grid
 
 _CHUNK_VALUES: Final = 1 << 15
 CLIP_MULTIPLE: Final = 4.0
@@ -125,43 +123,22 @@ def difference(
     return Difference(rows, tuple(norms), distance, clipped, whole.largest)
 
 
-def group_difference(
-    grid: Grid,
-    own: Payload,
-    total: Payload,
-    parties: int,
-    theta: torch.Tensor,
-    limit: NormLimit,
-    out: torch.Tensor,
-) -> Difference:
-    """Decode a masked group's sum: how far the mean of the others is from us.
-
-    Nobody's own difference can be told, so the limit bounds that of the mean as a whole: a single
-    far member is diluted by k - 1 before it is seen.
+def bounded(z: torch.Tensor, own: torch.Tensor, limit: NormLimit) -> Difference:
+    """A difference of parameters that was decoded already, measured and clipped in place.
 
     Args:
-        grid: of the manifest.
-        own: our payload, before it was masked.
-        total: the sum of all k payloads.
-        parties: k.
-        theta: (n,) float32: our snapshot.
+        z: (n,) float32.
+        own: (n,) float32, our values.
         limit: of ||z||.
-        out: (n,) float32 to write z to.
-
-    Raises:
-        PeerError: not a group (MALFORMED), or as `fixedpoint.difference`.
     """
-    if not 2 <= parties <= fixedpoint.MAX_PARTIES:
-        raise PeerError(Reason.MALFORMED, f"a sum over {parties} members")
-    fixedpoint.difference(grid, own, total, parties, out)
-    norm, own_norm = _norm(out), _norm(theta)
+    norm, own_norm = _norm(z), _norm(own)
     distance = norm / own_norm if own_norm > 0 else float(norm > 0)
     allowed = limit.limit(own_norm)
     clipped = own_norm > 0 and norm > allowed
     if clipped:
-        out.mul_(allowed / norm)
+        z.mul_(allowed / norm)
         norm = allowed
-    return Difference(out.view(1, -1), (norm,), distance, clipped)
+    return Difference(z.view(1, -1), (norm,), distance, clipped)
 
 
 def _norm(values: torch.Tensor) -> float:

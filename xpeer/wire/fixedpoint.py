@@ -174,6 +174,15 @@ def encode_into(
             checks[0][first : first + len(totals)] = totals
 
 
+def rounded(grid: Grid, values: torch.Tensor, payload: Payload) -> torch.Tensor:
+    """What `encode_into` made of these values: q step, (n,) float32."""
+    source = values.detach().numpy()
+    codes = rings(grid.codec, payload, len(source))[0]
+    low = np.floor(source / np.float32(grid.step)).astype(np.int32)
+    up = (codes - low.view(np.uint32).astype(codes.dtype)).astype(np.int32)  # 0 or 1
+    return torch.from_numpy((low + up) * np.float32(grid.step)).float()
+
+
 def difference(
     grid: Grid,
     own: Payload,

@@ -91,32 +91,14 @@ class Refuse(Message, frozen=True):
     reason: Code
 
 
-class Masking(Message, frozen=True):
-    """Base of what a masked group says before it shows anything."""
+class MaskStep(Message, frozen=True):
+    """What a member of a masked group says to every other at one step, before it shows anything."""
 
     exchange_id: Id
-    attempt: Annotated[int, Meta(ge=0, lt=16)]
-
-
-class MaskKey(Masking, frozen=True):
-    """A masked group is to exchange: its members as the sender sees them, and its fresh key.
-
-    One of a higher attempt says that the sender gave up the one before, without having shown
-    anything.
-    """
-
-    roster: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=8)]
-    """PeerIDs, sorted."""
-    key: Digest
-    """X25519, made for this attempt alone."""
-
-
-class MaskStep(Masking, frozen=True):
-    """A digest of what the sender has heard or will show, at one step of a masked exchange."""
-
-    step: Literal["lock", "commit", "echo"]
-    """lock: the roster with all keys. commit: our masked payload. echo: all commitments."""
-    digest: Digest
+    step: Literal["key", "lock", "commit", "echo"]
+    value: Digest
+    """key: X25519, made for this group alone. Else a digest, lock: of members and keys; commit: of
+    our masked payload; echo: of all commitments."""
 
 
 class StateRequest(Message, frozen=True):
@@ -140,8 +122,8 @@ class StateReceived(Message, frozen=True):
 
 
 AnyMessage = (
-    Propose | Agree | Payload | Accept | Refuse | MaskKey | MaskStep
-    | StateRequest | StateOffer | StateReceived
+    Propose | Agree | Payload | Accept | Refuse | MaskStep | StateRequest | StateOffer
+    | StateReceived
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -339,6 +339,14 @@ async def test_a_masked_group_that_does_not_come_together_is_a_reason_and_due_ag
     assert rig.proposer.log == [OTHER, THIRD] * 2
 
 
+async def test_a_slot_that_leaves_too_few_for_masks_asks_nobody(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(monkeypatch, rules=MASKED)
+    rig.host.live = [OTHER]
+    await rig.slot()
+    assert rig.skipped == [("", Reason.GROUP_TOO_SMALL)]
+    assert rig.proposer.log == []
+
+
 async def test_masked_groups_average_and_use_their_own_codec(monkeypatch: pytest.MonkeyPatch):
     rig = Rig(monkeypatch, me=THIRD, rules=MASKED)
     rig.host.live = [ME, OTHER]

@@ -17,20 +17,20 @@ from scipy import stats
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.privacy import masks
-from xpeer.privacy.masks import Attempt, Ephemeral
+from xpeer.privacy.masks import Ephemeral
 
 SWARM = "ab" * 32
 PEERS = [PeerId(f"12D3KooW{letter}") for letter in "ABCDEFGH"]
 
 
-def attempt(number: int = 0, n: int = 100) -> Attempt:
-    return Attempt(SWARM, 7, 2, number, "masked16", n)
+def slot(n: int = 100) -> masks.Group:
+    return masks.Group(SWARM, 7, 2, "masked16", n)
 
 
 class Group:
-    """The fresh keys of one attempt's members."""
+    """The fresh keys of a group's members."""
 
-    def __init__(self, peers: list[PeerId], of: Attempt) -> None:
+    def __init__(self, peers: list[PeerId], of: masks.Group) -> None:
         self.of = of
         self.keys = {peer: Ephemeral() for peer in peers}
         self.roster = of.roster({peer: key.public for peer, key in self.keys.items()})
@@ -100,7 +100,7 @@ def test_masks_cancel_in_the_sum_of_all(
          for kind, size in zip(kinds, sizes, strict=False)]
         for _ in range(k)
     ]  # fmt: skip
-    group = Group(PEERS[:k], attempt())
+    group = Group(PEERS[:k], slot())
     hidden = [group.masked(peer, own) for peer, own in zip(PEERS, values, strict=False)]
     for ring in range(len(kinds)):
         expected = np.sum([each[ring] for each in values], axis=0, dtype=kinds[ring])
@@ -115,7 +115,7 @@ def test_masks_cancel_in_the_sum_of_all(
 
 
 def test_both_ends_of_a_pair_derive_one_key_and_every_pair_another() -> None:
-    group = Group(PEERS[:4], attempt())
+    group = Group(PEERS[:4], slot())
     keys = {peer: group.pair_keys(peer) for peer in PEERS[:4]}
     pairs = list(itertools.combinations(PEERS[:4], 2))
     assert all(keys[a][b] == keys[b][a] for a, b in pairs)
@@ -128,15 +128,15 @@ def test_a_key_is_bound_to_everything_that_the_roster_says() -> None:
     ours, theirs = Ephemeral(), Ephemeral()
     public = {a: ours.public, b: theirs.public, c: Ephemeral().public}
     contexts = [
-        attempt(), attempt(1), attempt(n=101), Attempt(SWARM, 8, 2, 0, "masked16", 100),
-        Attempt(SWARM, 7, 3, 0, "masked16", 100), Attempt(SWARM, 7, 2, 0, "masked32", 100),
-        Attempt("cd" * 32, 7, 2, 0, "masked16", 100),
+        slot(), slot(n=101), masks.Group(SWARM, 8, 2, "masked16", 100),
+        masks.Group(SWARM, 7, 3, "masked16", 100), masks.Group(SWARM, 7, 2, "masked32", 100),
+        masks.Group("cd" * 32, 7, 2, "masked16", 100),
     ]  # fmt: skip
     rosters = [each.roster(public) for each in contexts]
     other = {**public, c: Ephemeral().public}
     left = {peer: public[peer] for peer in (a, b)}
-    rosters += [attempt().roster(other), attempt().roster(left)]
-    contexts += [attempt()] * 2
+    rosters += [slot().roster(other), slot().roster(left)]
+    contexts += [slot()] * 2
     assert len(set(rosters)) == len(rosters)
     keys = {
         ours.pair_key(of, roster, a, b, theirs.public)
@@ -145,19 +145,19 @@ def test_a_key_is_bound_to_everything_that_the_roster_says() -> None:
     assert len(keys) == len(rosters)
 
 
-def test_a_replayed_attempt_meets_a_fresh_key_of_ours() -> None:
+def test_a_replayed_key_meets_a_fresh_key_of_ours() -> None:
     """A partner that uses its old key and roster again learns nothing about our old stream."""
     a, b = PEERS[:2]
     replayed, roster = Ephemeral(), b"r" * 32
-    first = Ephemeral().pair_key(attempt(), roster, a, b, replayed.public)
-    second = Ephemeral().pair_key(attempt(), roster, a, b, replayed.public)
+    first = Ephemeral().pair_key(slot(), roster, a, b, replayed.public)
+    second = Ephemeral().pair_key(slot(), roster, a, b, replayed.public)
     assert first != second
 
 
 @pytest.mark.parametrize("key", [bytes(32), b"\x01" + bytes(31)])
 def test_a_degenerate_key_is_refused(key: bytes) -> None:
     with pytest.raises(PeerError, match=Reason.TAMPERED):
-        Ephemeral().pair_key(attempt(), b"r" * 32, PEERS[0], PEERS[1], key)
+        Ephemeral().pair_key(slot(), b"r" * 32, PEERS[0], PEERS[1], key)
 
 
 def test_commitments_and_echoes_bind() -> None:
@@ -182,7 +182,7 @@ def views(
     inputs: dict[PeerId, npt.NDArray[np.uint16]], colluders: tuple[PeerId, ...]
 ) -> dict[PeerId, npt.NDArray[np.uint16]]:
     """The honest members' payloads with the colluders' own masks taken off again."""
-    group = Group(list(inputs), attempt(n=VALUES))
+    group = Group(list(inputs), slot(n=VALUES))
     seen = {}
     for peer, values in inputs.items():
         if peer in colluders:

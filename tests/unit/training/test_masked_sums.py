@@ -70,6 +70,41 @@ def test_a_masked_groups_difference_is_clipped_as_a_whole() -> None:
         assert not peer.exchanges.consolidation.now()
 
 
+def common_of(peer: LocalTrainer) -> torch.Tensor:
+    out = torch.empty(NUM_PARAMS)
+    peer.show(out)
+    return out
+
+
+def test_a_joiner_is_given_means_of_groups_and_nothing_of_our_own() -> None:
+    peers = masked_trainers(3, mask_bits=32)
+    start = [peer.parameters.read() for peer in peers]
+    for peer, given in zip(peers, start, strict=True):
+        for _ in range(CLIP_AFTER):
+            peer.exchanges._limits[peer.exchanges._averaging][0].accepted(1e6)
+        peer.parameters.write(given + 0.01)  # a step of our own: nobody has seen it
+        assert torch.equal(common_of(peer), given)
+    masked_verify(peers)
+    for peer in peers:
+        peer.exchanges.resolve(1, {0: 2 / 3})
+        peer.merge(1)
+        merged = peer.parameters.read()
+        peer.parameters.write(merged + 0.01)
+        assert torch.equal(peer.parameters.read(), merged + 0.01)
+    shown = [common_of(peer) for peer in peers]
+    mean = torch.stack(start).mean(0) + 0.01
+    for each in shown:
+        assert torch.allclose(each, mean, atol=1e-4)
+        # the mean of what was sent, on the grid of a third of a step: no digit of anybody's own
+        thirds = each.double() * 3 * 2**14
+        assert float((thirds - thirds.round()).abs().max()) < 0.02
+    assert all(torch.allclose(each, shown[0], atol=1e-6) for each in shown)
+
+    (resumed,) = masked_trainers(1, mask_bits=32)  # with its own parameters, which nobody knows
+    resumed.exchanges.restore(peers[0].exchanges.state())
+    assert torch.equal(common_of(resumed), shown[0])
+
+
 @pytest.mark.parametrize(("parties", "reason"), [(1, "malformed"), (9, "malformed")])
 def test_a_sum_over_no_group_is_refused(parties: int, reason: str) -> None:
     (peer,) = masked_trainers(1)

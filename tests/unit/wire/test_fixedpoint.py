@@ -80,6 +80,18 @@ def test_merges_of_a_group_keep_its_mean_whatever_the_grid_drops() -> None:
     assert spread <= 2 * grid.step + 1e-7
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_was_sent_is_known_to_its_sender(grid: Grid) -> None:
+    """Of the low bits and the values themselves; on the grid, with nothing of what was rounded."""
+    values = 3 + randn(5000, 1)
+    payload = encode(grid, values)
+    sent = fixedpoint.rounded(grid, values, payload)
+    assert float((sent - values).abs().max()) < grid.step * 1.001
+    again = fixedpoint.rings(grid.codec, encode(grid, sent + grid.step * 1e-3, seed=1), 5000)[0]
+    codes = fixedpoint.rings(grid.codec, payload, 5000)[0]
+    assert float((codes == again).mean()) > 0.99
+
+
 def test_rounding_is_unbiased_and_to_a_neighbour() -> None:
     grid = Grid(32, 0.5)
     values = torch.full((200_000,), 0.15)  # 0.3 of a step
