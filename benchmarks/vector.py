@@ -12,6 +12,7 @@ from xpeer.training.exchanges import Exchanges
 from xpeer.training.fragments import Fragments, padded
 from xpeer.training.rules import Rule
 from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate, received_stamp
+from xpeer.wire.fixedpoint import Grid
 
 
 class _Parameters:
@@ -37,11 +38,14 @@ class Vector:
         values: (P,) float32, CPU; copied.
         num_fragments: F.
         codec: of all payloads.
+        grid: of masked groups, instead.
     """
 
     step = window = ledger_counter = 0
 
-    def __init__(self, values: torch.Tensor, num_fragments: int, codec: str) -> None:
+    def __init__(
+        self, values: torch.Tensor, num_fragments: int, codec: str, grid: Grid | None = None
+    ) -> None:
         self.epoch = 1
         self.parameters = _Parameters(values)
         self.exchanges = Exchanges(
@@ -50,7 +54,9 @@ class Vector:
             codec,
             _NoPrivacy(),  # type: ignore[arg-type] # only its stamp is used
             Rule(),
+            grid,
         )
+        self.exchanges.begin()
 
     def fragment_values(self, fragment: int, *, averaging: bool) -> int:
         """Values in a fragment."""
@@ -61,20 +67,18 @@ class Vector:
         self, meeting_id: int, fragment: int, *, averaging: bool
     ) -> CompressedUpdate:
         """Copy a fragment, then quantise it."""
-        private = self.exchanges.take(meeting_id, fragment, 0, averaging=averaging)
+        private = self.exchanges.take(meeting_id, fragment, self.step, averaging=averaging)
         return await asyncio.to_thread(self.exchanges.compress, meeting_id, private)
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
         """Decode the partner's, and compare."""
-        payload = memoryview(update.payload)
-        return await asyncio.to_thread(
-            self.exchanges.verify, meeting_id, exchange_id, update.codec, payload, update.num_values
-        )
+        what = update.codec, memoryview(update.payload), update.num_values, update.parties
+        return await asyncio.to_thread(self.exchanges.verify, meeting_id, exchange_id, *what)
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         """Add what was accepted."""
         await asyncio.to_thread(self.exchanges.resolve, meeting_id, weights)
-        self.exchanges.merge(meeting_id, 0)
+        self.exchanges.merge(meeting_id, self.step)
 
     def drop(self, meeting_id: int) -> None:
         """Give up."""

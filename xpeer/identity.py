@@ -46,6 +46,7 @@ class Domain:
     STATE = b"xpeer/state/v1\0"
     SWARM_ID = b"xpeer/swarm-id/v1\0"
     SWARM_KEY = b"xpeer/swarm-key/v1\0"
+    MASKS = b"xpeer/masks/v1\0"
 
 
 def peer_id_of(verify_key: bytes) -> PeerId:

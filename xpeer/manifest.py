@@ -90,6 +90,14 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     """diloco and noloco mu, gasloc gamma."""
     consensus_rate: Positive | None = None
     """noloco gamma, gasloc alpha."""
+    masks: bool = False
+    """Groups of exactly `group` peers exchange fixed-point values under masks that cancel in their
+    sum: partners learn the sum of the others and no single one. Takes the place of `codec`; is no
+    differential privacy."""
+    mask_bits: Literal[16, 32] = 16
+    """Per parameter. With 16, k peers' sum may be 32768 steps from k times one's own value."""
+    mask_step: Annotated[float, Meta(ge=1e-9, le=1.0)] = 2.0**-14
+    """Distance of two neighbouring masked values, in parameters' units."""
     deadline_s: Positive = 30.0
     """One exchange may take this long from proposal to acceptance."""
     closing_windows: Annotated[int, Meta(ge=0)] | None = None
@@ -120,12 +128,31 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
                 "round.rule = gradient exchanges all of the gradient with everybody: "
                 "set round.fragments = 1 and round.group = 0"
             )
+        if self.masks:
+            self._check_masks()
         outer = (self.outer_rate, self.outer_momentum, self.consensus_rate)
         if outer != (None, None, None) and self.rule not in ("diloco", "noloco", "gasloc"):
             raise ValueError(
                 f"round.rule = {self.rule} has no outer optimiser: leave round.outer_rate, "
                 "round.outer_momentum and round.consensus_rate unset"
             )
+
+    def _check_masks(self) -> None:
+        if self.rule != "gossip":
+            raise ValueError(
+                f"round.masks = true shows nothing but a group's plain sum, and round.rule = "
+                f"{self.rule} asks for more: set round.rule = gossip, or round.masks = false"
+            )
+        if self.group < 3:
+            raise ValueError(
+                f"round.masks = true hides nothing with round.group = {self.group}: "
+                "set round.group = 3 to 8, or round.masks = false"
+            )
+
+    @property
+    def payload_codec(self) -> str:
+        """What an exchange's payload is encoded in."""
+        return f"masked{self.mask_bits}" if self.masks else self.codec
 
 
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):

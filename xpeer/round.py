@@ -6,6 +6,7 @@ An update on its way from a shard to everybody's checkpoint:
     train        privacy/mechanism.py   per record: clip; per batch: noise; charged beforehand
     snapshot     training/exchanges.py  a fragment of the parameters, at a step boundary
     compress     wire/codec.py          takes a PrivateUpdate and nothing else
+    (mask        masked_round.py        groups of three and more, where the manifest says so)
     seal         wire/session.py        to this partner, for this session
     exchange     network/exchange.py    ours against theirs, both accept or neither merges
     verify       training/exchanges.py  size, finite, norm
@@ -21,7 +22,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
@@ -58,43 +59,42 @@ class Exchanged:
     num_values: int
 
 
-class Meeting:
-    """A fragment's exchanges with the other peers of a group: one snapshot, one merge.
+class Given(TypedDict):
+    """What a meeting is told at its start."""
+
+    meeting_id: int
+    """Unique in this node."""
+    slot: int
+    """Of the shared clock."""
+    fragment: int
+    averaging: bool
+    """Plain averaging of the parameters, whatever the manifest's rule."""
+    expected: Collection[PeerId]
+    """Whom we exchange with, at most once each."""
+    gather_s: float
+    """How long those are waited for that have not begun; late ones are refused."""
+
+
+class Gathering:
+    """Who of a group has come, and who is still waited for.
 
     Args:
         trainer: ours.
-        meeting_id: unique in this node.
-        slot: of the shared clock.
-        fragment: f.
-        averaging: plain averaging of the parameters, whatever the manifest's rule.
-        expected: whom we exchange with, at most once each.
-        gather_s: how long those are waited for that have not begun; late ones are refused.
+        given: the rest.
 
     Attributes:
         accepted: by both sides: partner -> exchange id.
         closed: no further exchange may begin.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        *,
-        meeting_id: int,
-        slot: int,
-        fragment: int,
-        averaging: bool,
-        expected: Collection[PeerId],
-        gather_s: float,
-    ) -> None:
-        self.slot, self.fragment, self.averaging = slot, fragment, averaging
+    def __init__(self, trainer: Trainer, **given: Unpack[Given]) -> None:
+        self.slot, self.fragment = given["slot"], given["fragment"]
+        self.averaging = given["averaging"]
         self._trainer = trainer
-        self._id = meeting_id
-        self._gather_s = gather_s
-        self._waiting = set(expected)
-        self._running: set[PeerId] = set()
+        self._id = given["meeting_id"]
+        self._gather_s = given["gather_s"]
+        self._waiting = set(given["expected"])
         self.accepted: dict[PeerId, int] = {}
-        self._weights: dict[int, float] = {}
-        self._snapshot: asyncio.Task[CompressedUpdate] | None = None
         self._changed = asyncio.Event()
         self.closed = False
 
@@ -104,8 +104,34 @@ class Meeting:
 
     def give_up(self, peer_id: PeerId) -> None:
         """There will be no exchange with this one."""
+        self._comes(peer_id)
+
+    def _comes(self, peer_id: PeerId) -> None:
         self._waiting.discard(peer_id)
         self._changed.set()
+
+    async def _gathered(self) -> None:
+        """All that were expected came or won't come, or the time for that is over."""
+        try:
+            async with asyncio.timeout(self._gather_s):
+                await self._until(lambda: not self._waiting)
+        except TimeoutError:
+            self._waiting.clear()
+
+    async def _until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            self._changed.clear()
+            await self._changed.wait()
+
+
+class Meeting(Gathering):
+    """A fragment's exchanges with the other peers of a group: one snapshot, one merge."""
+
+    def __init__(self, trainer: Trainer, **given: Unpack[Given]) -> None:
+        super().__init__(trainer, **given)
+        self._running: set[PeerId] = set()
+        self._weights: dict[int, float] = {}
+        self._snapshot: asyncio.Task[CompressedUpdate] | None = None
 
     async def run(self) -> None:
         """Wait for the group's exchanges, then merge what was accepted.
@@ -114,11 +140,7 @@ class Meeting:
             PeerError, LocalError: it could not be merged.
         """
         try:
-            try:
-                async with asyncio.timeout(self._gather_s):
-                    await self._until(lambda: not self._waiting)
-            except TimeoutError:
-                self._waiting.clear()
+            await self._gathered()
             await self._until(lambda: not self._running)
             self.closed = True
             if self._weights:
@@ -142,7 +164,7 @@ class Meeting:
             PeerError: nothing of it will be merged here; `UnresolvedError` if the partner may.
         """
         peer_id, exchange_id = agreement.peer_id, agreement.exchange_id
-        self._waiting.discard(peer_id)
+        self._comes(peer_id)
         self._running.add(peer_id)
         try:
             async with asyncio.timeout(deadline_s):
@@ -159,11 +181,6 @@ class Meeting:
             self._running.discard(peer_id)
             self._changed.set()
         return Exchanged(distance, agreement.num_bytes, agreement.num_values)
-
-    async def _until(self, done: Callable[[], bool]) -> None:
-        while not done():
-            self._changed.clear()
-            await self._changed.wait()
 
     async def _taken(self) -> CompressedUpdate:
         """The one snapshot that all partners get."""

@@ -1,7 +1,7 @@
 """The stages of an update, as types: a stage that was skipped does not type-check.
 
     RawUpdate --privacy.Mechanism--> PrivateUpdate --wire.codec--> CompressedUpdate
-        --wire.session--> sealed frames --partner--> PeerUpdate
+        [--privacy.masks--> MaskedUpdate] --wire.session--> sealed frames --partner--> PeerUpdate
 
 The first three live in the trainer; only `CompressedUpdate` bytes cross to the daemon, only sealed
 frames leave it. Python can't forbid anything, but `PrivateUpdate` refuses a stamp that the privacy
@@ -81,6 +81,18 @@ class CompressedUpdate:
 
 @final
 @dataclass(frozen=True, slots=True)
+class MaskedUpdate:
+    """Compressed private values under the masks of one group: only their sum over the group can be
+    read. A masked meeting swaps nothing else.
+    """
+
+    payload: bytes | memoryview
+    codec: str
+    num_values: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class PeerUpdate:
     """A partner's compressed values, complete and authenticated. Its privacy can't be proven, its
     numbers are not yet trusted: the trainer verifies them before it merges.
@@ -90,6 +102,8 @@ class PeerUpdate:
     codec: str
     num_values: int
     peer_id: str
+    parties: int = 1
+    """Of a masked group: how many peers' values, ours included, are added up in it."""
 
 
 @final

@@ -9,5 +9,6 @@ attacked     canaries and membership, from the released model and from what a pa
 whitebox     canary gradients against the sequence of noised sums
 inversion    text from the gradient of one record
 lora         a real pretrained model, adapters alone trained
+masking      cost of masked groups
 jobs, work   runs that are kept, so that the command can be resumed
 """

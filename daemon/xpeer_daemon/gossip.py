@@ -18,10 +18,10 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import matching
 from xpeer.network.exchange import Agreement, Desk, Proposer, UnresolvedError
-from xpeer.round import Meeting
 from xpeer.weights import weighting_of
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.host import GossipTrainer, Host
+from xpeer_daemon.meetings import Meetings
 from xpeer_daemon.partners import Partners
 
 log = logging.getLogger("xpeer.gossip")
@@ -31,8 +31,6 @@ MAX_FALLBACKS = 2
 PATIENT_SLOTS = 2
 """Slots that we were due without an exchange before a partner that is not the slot's may propose:
 else one that proposes all the time would be the only one that we ever meet."""
-MIN_GATHER_S, GATHER_SLOTS = 2.0, 2
-"""An exchange that has not begun after this long does not hold up the merge of the others."""
 PAIR = 2
 
 
@@ -74,8 +72,14 @@ class Gossip(Desk):
         self._clock = clock
         self._partners = partners
         self._weighting = weighting_of(self._round.rule)
-        self._meetings: dict[int, Meeting] = {}  # by fragment
-        self._meeting_id = 0
+        self._meetings = Meetings(
+            me=me,
+            swarm_id=swarm_id,
+            rules=manifest.round,
+            partners=partners,
+            keep=self._keep,
+            due_again=self._due_again,
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_start: tuple[int, float] | None = None  # (step, clock)
         self._last_window: int | None = None
@@ -116,28 +120,32 @@ class Gossip(Desk):
         """The lower PeerID of a pair proposes; the higher one waits for it."""
         members, zones = [*partners, self._me], self._host.zones()
         candidates = matching.partner(self._swarm_id, slot, members, self._me, zones)
-        ours = [peer for peer in candidates if self._may_propose(peer)]
+        ours = [peer for peer in candidates if self._may_propose(peer, slot)]
         if ours and ours[0] == candidates[0]:
             self._keep(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
 
     def _meet_group(self, slot: int) -> None:
         """Everybody proposes to the higher PeerIDs of its group, and waits for the lower ones."""
-        others = [peer for peer in self._group(slot) if not self._host.settled(peer)]
+        others = [peer for peer in self._group(slot) if not self._settled(peer, slot)]
         trainer = self._host.trainer
         if trainer is None or not others:
             return
-        meeting = self._join(trainer, slot, averaging=not self._host.training(), expected=others)
+        if self._round.masks and 1 + len(others) < self._round.group:
+            detail = f"the slot leaves {1 + len(others)} of {self._round.group} for us"
+            self._partners.skipped("", slot, Reason.GROUP_TOO_SMALL, detail)
+            return
+        meeting = self._meetings.join(trainer, slot, averaging=self._averaging(), expected=others)
         if meeting is None:
             return
         for peer_id in others:
-            if self._may_propose(peer_id):
+            if self._may_propose(peer_id, slot):
                 self._keep(self._propose(slot, [peer_id]))
 
     def _meet_anybody(self, slot: int, partners: Collection[PeerId]) -> None:
         """No slots in common: whoever ended its steps meets anybody who is free."""
         others = [peer for peer in partners if peer != self._last_partner] or list(partners)
         peer_id = random.SystemRandom().choice(others)
-        if self._may_propose(peer_id):
+        if self._may_propose(peer_id, slot):
             self._keep(self._propose(slot, [peer_id]))
         elif self._me > peer_id:
             self._keep(self._ask_for_proposal(peer_id))
@@ -153,14 +161,24 @@ class Gossip(Desk):
             self._asynchronous()
             and self._host.objection() is None
             and peer_id in self._host.partners()
-            and self._may_propose(peer_id)
+            and self._may_propose(peer_id, slot)
             and slot > self._partners[peer_id].last_slot
         ):
             self._keep(self._propose(slot, [peer_id]))
 
-    def _may_propose(self, peer_id: PeerId) -> bool:
+    def _may_propose(self, peer_id: PeerId, slot: int) -> bool:
         busy = self._proposer.busy_with(peer_id)
-        return self._me < peer_id and not busy and not self._host.settled(peer_id)
+        return self._me < peer_id and not busy and not self._settled(peer_id, slot)
+
+    def _settled(self, peer_id: PeerId, slot: int) -> bool:
+        """Whether no exchange is due between us; a masked group needs all its members or none."""
+        if not self._host.settled(peer_id):
+            return False
+        return not self._round.masks or all(map(self._host.settled, self._group(slot)))
+
+    def _averaging(self) -> bool:
+        """Masked groups average in any case, so that all their members agree on it."""
+        return self._round.masks or not self._host.training()
 
     def _asynchronous(self) -> bool:
         """Whether we meet without slots; once training is over, everybody uses them."""
@@ -187,10 +205,13 @@ class Gossip(Desk):
         """To the first; to the next if it can't."""
         trainer = self._host.trainer
         fragment = matching.fragment_of(self._swarm_id, slot, self._round.fragments)
-        averaging = not self._host.training()
-        if trainer is None or not self._joinable(slot, fragment, averaging, candidates[0]):
+        averaging = self._averaging()
+        if trainer is None:
+            return
+        if not self._meetings.joinable(slot, fragment, averaging, candidates[0]):
             return
         num_values = trainer.fragment_values(fragment, averaging=averaging)
+        codec = self._round.payload_codec
         for peer_id in candidates:
             try:
                 agreement = await self._proposer.propose(
@@ -199,13 +220,13 @@ class Gossip(Desk):
                     slot=slot,
                     fragment=fragment,
                     averaging=averaging,
-                    codec=self._round.codec,
+                    codec=codec,
                     num_values=num_values,
-                    num_bytes=self._num_bytes(self._round.codec, num_values),
+                    num_bytes=self._num_bytes(codec, num_values),
                     timeout_s=min(PROPOSAL_TIMEOUT_S, self._round.deadline_s),
                 )
             except PeerError as e:
-                self._give_up(peer_id, slot, fragment)
+                self._meetings.give_up(peer_id, slot, fragment)
                 self._partners.skipped(peer_id, slot, e.reason, e.detail)
                 continue
             healthy = False
@@ -215,64 +236,14 @@ class Gossip(Desk):
                 await self._proposer.done(peer_id, healthy=healthy)
             return
 
-    def _joinable(self, slot: int, fragment: int, averaging: bool, peer_id: PeerId) -> bool:
-        """Whether an exchange with this partner can begin, or join its group's meeting."""
-        meeting = self._meetings.get(fragment)
-        return meeting is None or (
-            (meeting.slot, meeting.averaging) == (slot, averaging) and meeting.expects(peer_id)
-        )
-
-    def _join(
-        self,
-        trainer: GossipTrainer,
-        slot: int,
-        *,
-        averaging: bool,
-        expected: Collection[PeerId],
-    ) -> Meeting | None:
-        """The slot's meeting, begun if need be; None = the fragment is in another one."""
-        fragment = matching.fragment_of(self._swarm_id, slot, self._round.fragments)
-        meeting = self._meetings.get(fragment)
-        if meeting is not None:
-            same = (meeting.slot, meeting.averaging) == (slot, averaging)
-            return meeting if same and not meeting.closed else None
-        self._meeting_id += 1
-        meeting = self._meetings[fragment] = Meeting(
-            trainer,
-            meeting_id=self._meeting_id,
-            slot=slot,
-            fragment=fragment,
-            averaging=averaging,
-            expected=expected,
-            gather_s=max(MIN_GATHER_S, GATHER_SLOTS * self._round.slot_s),
-        )
-        self._keep(self._hold(meeting))
-        return meeting
-
-    async def _hold(self, meeting: Meeting) -> None:
-        """Until everybody's exchange has ended and what was accepted is merged."""
-        try:
-            await meeting.run()
-        except (PeerError, LocalError) as e:
-            for peer_id, exchange_id in meeting.accepted.items():  # they merged, we did not
-                self._partners[peer_id].unresolved.append(exchange_id)
-            reason = e.reason if isinstance(e, PeerError) else Reason.TRAINER_RESTARTED
-            self._partners.skipped("", meeting.slot, reason, str(e))
-        finally:
-            del self._meetings[meeting.fragment]
-
-    def _give_up(self, peer_id: PeerId, slot: int, fragment: int) -> None:
-        meeting = self._meetings.get(fragment)
-        if meeting is not None and meeting.slot == slot:
-            meeting.give_up(peer_id)
-
     async def _exchange(self, trainer: GossipTrainer, agreement: Agreement) -> bool:
         """Run it and count it; whether the link stays usable."""
         peer_id, slot = agreement.peer_id, agreement.slot
         self._partners.began(agreement)
         self._last_partner = peer_id
         expected = [peer_id] if self._round.group == PAIR else self._group(slot)
-        meeting = self._join(trainer, slot, averaging=agreement.averaging, expected=expected)
+        averaging = agreement.averaging
+        meeting = self._meetings.join(trainer, slot, averaging=averaging, expected=expected)
         began = self._clock()
         try:
             if meeting is None or not meeting.expects(peer_id):
@@ -336,20 +307,20 @@ class Gossip(Desk):
         fragment = matching.fragment_of(self._swarm_id, proposal.slot, self._round.fragments)
         if abs(proposal.slot - now) > patience or proposal.fragment != fragment:
             return Reason.WRONG_SLOT
-        if proposal.codec != self._round.codec:
+        if proposal.codec != self._round.payload_codec:
             return Reason.WRONG_CODEC
         if proposal.num_values != trainer.fragment_values(fragment, averaging=proposal.averaging):
             return Reason.WRONG_MODEL
         record = self._partners[peer_id]
         if proposal.exchange_id in record.seen or proposal.slot <= record.last_slot:
             return Reason.REPLAYED
-        if not self._joinable(proposal.slot, fragment, proposal.averaging, peer_id):
+        if not self._meetings.joinable(proposal.slot, fragment, proposal.averaging, peer_id):
             return Reason.BUSY
         return None if self._wanted(peer_id, proposal, fragment) else Reason.NOT_DUE
 
     def _wanted(self, peer_id: PeerId, proposal: Propose, fragment: int) -> bool:
         """Whether an exchange is due between us, by the window's pace and the slot's matching."""
-        if self._host.settled(peer_id):
+        if self._settled(peer_id, proposal.slot):
             return False
         if self._host.training() and proposal.averaging and self._round.rule == "gradient":
             return False  # our gradients would be at other parameters
@@ -382,6 +353,9 @@ class Gossip(Desk):
             raise PeerError(Reason.CLOSED, "the exchange failed; its link is dropped")
 
     # Pace
+
+    def _due_again(self) -> None:
+        self._last_start = None
 
     def _due(self) -> bool:
         """Whether the window's pace allows another exchange: F of them in H steps or window_s."""

@@ -22,7 +22,7 @@ MIN_DEADLINE_S, DEADLINE_MULTIPLE = 5.0, 4.0
 """A partner may take this many times as long as its exchanges took so far."""
 _SMOOTHING = 0.8
 
-ORDINARY = frozenset({Reason.NO_PARTNER, Reason.NOT_DUE, Reason.BUSY})
+ORDINARY = frozenset({Reason.NO_PARTNER, Reason.NOT_DUE, Reason.BUSY, Reason.GROUP_TOO_SMALL})
 """Reasons that belong to a healthy swarm; logged at debug level."""
 
 

@@ -16,6 +16,9 @@ EXCHANGING = frozenset({"training", "budget-spent", "closing", "finished"})
 """Phases in which a member exchanges."""
 
 
+_ENOUGH = 1 << 30
+
+
 def closing_windows(num_peers: int, configured: int | None) -> int:
     """Windows of mixing at the end (algorithms: 2*ceil(log2 N))."""
     if configured is not None:
@@ -29,26 +32,34 @@ class Closing:
     Args:
         fragments: F.
         configured: `round.closing_windows` of the manifest.
+        least: members that an exchange needs: 2, with masks k.
     """
 
-    def __init__(self, fragments: int, configured: int | None) -> None:
+    def __init__(self, fragments: int, configured: int | None, least: int = 2) -> None:
         self._fragments = fragments
         self._configured = configured
+        self._least = least
         self._merged: Counter[int] = Counter()
 
     def merged(self, fragment: int) -> None:
         """One more merge of this fragment while everybody had ended."""
         self._merged[fragment] += 1
 
+    def give_up(self, fragment: int) -> None:
+        """Masks: no group that we could still be in may see this fragment again."""
+        self._merged[fragment] = _ENOUGH
+
     def finished(self, other_phases: Iterable[str]) -> bool:
         """Whether consolidation is complete, given the phases of the other live members.
 
-        With nobody else alive there is nobody to mix with: complete. With somebody still training:
-        not yet.
+        With nobody else alive, or too few, there is nobody to mix with: complete. With somebody
+        still training: not yet.
         """
         phases = list(other_phases)
         if any(phase not in ENDED for phase in phases):
             return False
+        if 1 + len(phases) < self._least:
+            return True
         needed = closing_windows(1 + len(phases), self._configured)
         return all(self._merged[fragment] >= needed for fragment in range(self._fragments))
 

@@ -22,11 +22,12 @@ from xpeer.errors import (
     LocalError,
     NotAuthorisedError,
     PeerError,
+    Reason,
     TrainerError,
 )
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.network import exchange, joining, nudging, state
+from xpeer.network import exchange, joining, matching, nudging, state
 from xpeer.network.addresses import peer_of, resolve_listen
 from xpeer.network.invites import Token
 from xpeer.network.membership import Certificate, Membership
@@ -250,7 +251,11 @@ class Service:
         if manifest.privacy.mode == "off":
             rules = manifest.optimiser
             node.throughput = Throughput(rules.batch_records * rules.sequence_tokens)
-        self._closing = Closing(manifest.round.fragments, manifest.round.closing_windows)
+        self._closing = Closing(
+            manifest.round.fragments,
+            manifest.round.closing_windows,
+            least=manifest.round.group if manifest.round.masks else 2,
+        )
         await joining.serve(self._swarm, signed, swarm_key)
         await nudging.serve(self._swarm, self._gossip.nudged)
         await self._swarm.serve_links(
@@ -336,6 +341,9 @@ class Service:
         )
 
     def _on_skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:
+        if reason == Reason.REVEALED_BEFORE and self._node.state in ENDED:
+            fragments = self._manifest.round.fragments
+            self._closing.give_up(matching.fragment_of(self._swarm_id, slot, fragments))
         if reason not in ORDINARY:
             self._store.add_round(
                 RoundRow(slot=slot, partner=peer_id, reason=reason, detail=detail)

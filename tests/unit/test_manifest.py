@@ -180,6 +180,12 @@ def test_optional_parts_travel() -> None:
         ({"rule": "asynchronous", "group": 4}, "round.group = 2"),
         ({"rule": "diloco"}, "round.group = 0"),
         ({"rule": "gradient", "group": 0}, "round.fragments = 1"),
+        ({"masks": True}, "round.group = 3 to 8"),
+        ({"masks": True, "group": 0}, "round.group = 3 to 8"),
+        *(
+            ({"masks": True, "group": 3, "rule": rule}, "set round.rule = gossip")
+            for rule in ("fedavg", "dynamic", "noloco", "gasloc")
+        ),
         ({"outer_rate": 0.5}, "unset"),
     ],
 )

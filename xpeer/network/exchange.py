@@ -26,7 +26,7 @@ from xpeer.identity import Identity, PeerId
 from xpeer.network import bulk
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
-from xpeer.update import CompressedUpdate, PeerUpdate
+from xpeer.update import CompressedUpdate, MaskedUpdate, PeerUpdate
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
 from xpeer.wire.session import Handshake, Purpose
 
@@ -135,7 +135,7 @@ class Agreement:
         """The partner."""
         return self.link.peer_id
 
-    async def swap(self, update: CompressedUpdate) -> PeerUpdate:
+    async def swap(self, update: CompressedUpdate | MaskedUpdate) -> PeerUpdate:
         """Send our update and receive the partner's, at the same time.
 
         Raises:

@@ -95,7 +95,7 @@ class Assembled:
             exp_avg=exp_avg,
             exp_avg_sq=exp_avg_sq,
             optimiser_step=optimiser_step,
-            rule={name: value.clone() for name, value in trainer.exchanges.rule.state().items()},
+            rule={name: value.clone() for name, value in trainer.exchanges.state().items()},
             seen=self.mechanism.seen,
             counters=trainer.counters.to_dict(),
             ledger_id=self.ledger_id,
@@ -179,7 +179,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     )
     if saved is not None:
         trainer.counters = Counters.from_dict(saved.counters)
-        trainer.exchanges.rule.restore(saved.rule)
+        trainer.exchanges.restore(saved.rule)
         write_moments(
             trainer.optimiser,
             parameters.parameters(),

@@ -4,8 +4,8 @@
 
 Between closing windows peers differ; their mean is better than any of them. An average over a few
 partners is nearly as good and costs no traffic, since every exchange brings a partner's values
-anyway; that they are some steps old matters little (docs/benchmarks.md, `convergence`). A moving
-average of one's own parameters doesn't help.
+anyway (of a masked group: the mean of the others); that they are some steps old matters little
+(docs/benchmarks.md, `convergence`). A moving average of one's own parameters doesn't help.
 
 Kept as they came, compressed: with int8 2 bytes for each parameter. Received values were stamped as
 private by their sender, and averages of them stay so.
@@ -63,6 +63,19 @@ def shown(
     values = codec.decode(name, payload, num_values, near=near)[vector]
     kept = buffers.take(codec.encoded_bytes(_KEPT, values.numel()), torch.uint8)
     codec.encode_into(_KEPT, values, codec.view(kept))
+    return Shown(_KEPT, kept)
+
+
+def shown_mean(theta: torch.Tensor, z: torch.Tensor, buffers: Buffers) -> Shown:
+    """What a masked group showed: the mean of the others, and no one's values.
+
+    Args:
+        theta: (n,) float32: our snapshot.
+        z: (n,) float32: the others' mean minus it, up to the grid's step.
+        buffers: where memory is taken.
+    """
+    kept = buffers.take(codec.encoded_bytes(_KEPT, theta.numel()), torch.uint8)
+    codec.encode_into(_KEPT, theta + z, codec.view(kept))
     return Shown(_KEPT, kept)
 
 

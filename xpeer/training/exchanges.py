@@ -19,6 +19,7 @@ from typing import Final
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
+from xpeer.training import sums
 from xpeer.training.buffers import Buffers
 from xpeer.training.consolidation import Consolidation, Shown, shown
 from xpeer.training.fragments import Fragments
@@ -28,7 +29,8 @@ from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
 from xpeer.update import CompressedUpdate, PrivateUpdate, RawUpdate
 from xpeer.wire import codec as wire_codec
-from xpeer.wire import merge
+from xpeer.wire import fixedpoint, merge
+from xpeer.wire.fixedpoint import Grid
 from xpeer.wire.reach import Reach
 
 MAX_IN_FLIGHT: Final = 16
@@ -54,6 +56,7 @@ class _Meeting:
     shown: dict[int, Shown] = field(default_factory=dict)
     correction: Correction | None = None
     merged: tuple[int, ...] = ()
+    mean: torch.Tensor | None = None  # (n,) float32: a masked group's, on the grid
 
 
 class Exchanges:
@@ -68,6 +71,7 @@ class Exchanges:
         mechanism: certifies snapshots.
         rule: of the manifest; while no steps are taken, and where a partner takes none, plain
             averaging of the parameters takes its place.
+        grid: of masked groups: then there is no codec, and one payload that is a group's sum.
 
     Attributes:
         seconds_snapshot: of the training thread, in `take`.
@@ -82,12 +86,15 @@ class Exchanges:
         codec: str,
         mechanism: Mechanism,
         rule: Rule,
+        grid: Grid | None = None,
     ) -> None:
         self.fragments = fragments
+        self.grid = grid
         self.codec = codec
         self.rule = rule
         self.buffers = Buffers(SPARE)
         self.consolidation = Consolidation(self.buffers)
+        self.common = sums.Common(fragments) if grid is not None else None
         self.merges = 0
         self.merges_clipped = 0
         self.consensus_distance: float | None = None
@@ -112,12 +119,16 @@ class Exchanges:
         with self._lock:
             self._in_flight.clear()
         self.consolidation.begin()
+        if self.common is not None:
+            self.common.begin(self._parameters.flat)
         self._reach = Reach()
         for fragment in range(self.fragments.num_fragments):
             self.rule.begin(fragment, self._gather(fragment))
 
     def prepare(self) -> None:
         """Off the training thread: have the codec ready before the first exchange needs it."""
+        if self.grid is not None:
+            return
         each = max(self.fragments.size(f) for f in range(self.fragments.num_fragments))
         merge.prepare(
             self.codec,
@@ -173,16 +184,20 @@ class Exchanges:
         """
         with self._lock:
             meeting = self._get(meeting_id)
-        num_bytes = wire_codec.encoded_bytes(self.codec, update.values.numel())
+        name = self.codec if self.grid is None else self.grid.codec
+        num_bytes = wire_codec.encoded_bytes(name, update.values.numel())
         payload = self.buffers.take(num_bytes, torch.uint8)
         try:
-            compressed = wire_codec.compress(
-                update,
-                self.codec,
-                dither=self._dither(),
-                reach=self._reach.of(meeting.fragment),
-                out=payload,
-            )
+            if self.grid is not None:
+                compressed = fixedpoint.compress(update, self.grid, payload)
+            else:
+                compressed = wire_codec.compress(
+                    update,
+                    self.codec,
+                    dither=self._dither(),
+                    reach=self._reach.of(meeting.fragment),
+                    out=payload,
+                )
         except LocalError as e:
             self.drop(meeting_id)
             raise TrainerError(e.problem, e.remedy) from e
@@ -191,16 +206,22 @@ class Exchanges:
         return compressed
 
     def verify(
-        self, meeting_id: int, exchange_id: int, codec: str, payload: memoryview, num_values: int
+        self,
+        meeting_id: int,
+        exchange_id: int,
+        codec: str,
+        payload: memoryview,
+        num_values: int,
+        parties: int = 1,
     ) -> float:
-        """Off the training thread: decode and check one partner's payload.
+        """Off the training thread: decode and check one partner's payload, or a masked group's sum.
 
         Returns:
-            Relative distance of the two snapshots.
+            Relative distance of the two snapshots; of a sum, between the others' mean and ours.
 
         Raises:
-            PeerError: not this codec or size, not finite, too many partners (BUSY), or dropped
-                meanwhile (CLOSED).
+            PeerError: not this codec or size, not finite, too many partners (BUSY), a sum that is
+                too far away (OUT_OF_RANGE), or dropped meanwhile (CLOSED).
         """
         with self._lock:
             meeting = self._get(meeting_id)
@@ -213,8 +234,10 @@ class Exchanges:
         expected = rule.vectors * meeting.theta.numel()
         if num_values != expected:
             raise PeerError(Reason.WRONG_MODEL, f"{num_values} values, {expected} expected")
-        if codec != self.codec:
+        if codec != (self.codec if self.grid is None else self.grid.codec):
             raise PeerError(Reason.WRONG_CODEC, "the payload is not of the manifest's codec")
+        if self.grid is not None:
+            return self._verify_sum(meeting, exchange_id, payload, parties)
         found = difference(
             codec,
             own,
@@ -228,6 +251,21 @@ class Exchanges:
         if near is not None and found.largest is not None:
             self._reach.saw(meeting.fragment, near, found.largest)
         values = None if found.clipped else self._shown(rule, payload, num_values, near)
+        return self._found(meeting, exchange_id, found, values)
+
+    def _verify_sum(
+        self, meeting: _Meeting, exchange_id: int, total: memoryview, parties: int
+    ) -> float:
+        if self.grid is None or meeting.payload is None:
+            raise TrainerError("a group's sum, and no masks")
+        own, limit = wire_codec.view(meeting.payload), self._limits[meeting.rule][0]
+        found = sums.decoded(self.grid, meeting.theta, own, total, parties, limit, self.buffers)
+        meeting.mean = found.mean
+        return self._found(meeting, exchange_id, found.difference, found.shown)
+
+    def _found(
+        self, meeting: _Meeting, exchange_id: int, found: Difference, values: Shown | None
+    ) -> float:
         with self._lock:
             meeting.differences[exchange_id] = found
             if values is not None:
@@ -286,6 +324,8 @@ class Exchanges:
             rule.merged(meeting.fragment, correction.state)
         else:
             self.rule.moved(meeting.fragment, correction.values.mul_(correction.scale))
+        if self.common is not None and meeting.mean is not None:
+            self.common.merged(meeting.fragment, meeting.mean)
         for exchange_id in meeting.merged:
             if exchange_id in meeting.shown:
                 self.consolidation.merged(meeting.fragment, meeting.shown[exchange_id])
@@ -303,6 +343,17 @@ class Exchanges:
         self._steps_late += step - meeting.step
         self.seconds_merge += time.perf_counter() - began
         return clipped
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """For a checkpoint: the rule's, and what masked groups have in common."""
+        common = self.common.state() if self.common is not None else {}
+        return {**self.rule.state(), **common}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """What `state` gave, after the parameters were put back."""
+        self.rule.restore(state)
+        if self.common is not None:
+            self.common.restore(state)
 
     def drop(self, meeting_id: int) -> None:
         """Forget a meeting; harmless if it is unknown."""
@@ -331,7 +382,7 @@ class Exchanges:
         """The payload, to be decoded on the way when it is compared; or its values, where the rule,
         the codec or norms of several vectors need them.
         """
-        if not self._decodes_own(rule):
+        if self.grid is not None or not self._decodes_own(rule):
             return sent.payload
         near = update.values if wire_codec.is_modulo(self.codec) else None
         return wire_codec.decode(self.codec, sent.payload, sent.num_values, near=near)

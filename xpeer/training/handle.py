@@ -187,13 +187,13 @@ class TrainerProcess:
         )
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
-        """Decode and check one partner's payload.
+        """Decode and check one partner's payload, or a masked group's sum.
 
         Returns:
-            Relative distance between the partner's values and ours.
+            Relative distance between the partner's values, or the others' mean, and ours.
 
         Raises:
-            PeerError: wrong size or codec, not finite.
+            PeerError: wrong size or codec, not finite, too far away to be decoded.
             TrainerError: the trainer died.
         """
         size, room = memoryview(update.payload).nbytes, self._child.arena.layout.slot_bytes
@@ -207,7 +207,8 @@ class TrainerProcess:
         async with self._slots.one() as slot:
             payload = memoryview(update.payload).cast("B")
             await copy_in_parts(payload, self._child.arena.slot(slot, size))
-            command = Verify(meeting_id, exchange_id, slot, size, update.codec, update.num_values)
+            what = update.codec, update.num_values, update.parties
+            command = Verify(meeting_id, exchange_id, slot, size, *what)
             return (await self._child.ask(command, Verified)).distance
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
@@ -314,5 +315,5 @@ def layout_of(manifest: Manifest) -> Layout:
     """The arena that a manifest needs."""
     num_params, rules = manifest.model.num_params, manifest.round
     most = vectors_of(rules) * largest(num_params, rules.fragments)
-    room = encoded_bytes(rules.codec, most)
+    room = encoded_bytes(rules.payload_codec, most)
     return Layout(slot_bytes=room, state_bytes=4 * num_params)

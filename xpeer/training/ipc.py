@@ -69,6 +69,8 @@ class Verify(Struct, frozen=True, tag=True):
     num_bytes: int
     codec: str
     num_values: int
+    parties: int = 1
+    """Of a masked group's sum: k."""
 
 
 class Merge(Struct, frozen=True, tag=True):

@@ -31,6 +31,7 @@ from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.setup import Mode
 from xpeer.update import PrivateUpdate
+from xpeer.wire.fixedpoint import grid_of
 
 _SMOOTHING: Final = 0.9
 """Of the speed shown, per step."""
@@ -69,8 +70,8 @@ class LocalTrainer:
         self.optimiser = make_optimiser(manifest, parameters)
         fragments = Fragments(parameters.num_params, manifest.round.fragments)
         rule = rules.make(manifest.round)
-        codec = manifest.round.codec
-        self.exchanges = Exchanges(parameters, fragments, codec, mechanism, rule)
+        codec, grid = manifest.round.codec, grid_of(manifest.round)
+        self.exchanges = Exchanges(parameters, fragments, codec, mechanism, rule, grid)
         self.exchanges.begin()
         self._gradients = rule if isinstance(rule, rules.GradientAveraging) else None
         self._gradient_due = False
@@ -230,7 +231,7 @@ class LocalTrainer:
 
     def show(self, out: torch.Tensor) -> float:
         """At a boundary: what a joiner is given, the parameters averaged with those that partners
-        showed last.
+        showed last. Of masked groups, their means alone.
 
         Args:
             out: (num_params,) float32, CPU; written.
@@ -239,9 +240,12 @@ class LocalTrainer:
             Their public loss.
         """
         own, received = self.parameters.read(), self.exchanges.consolidation.now()
-        out.copy_(consolidate(own, self.exchanges.fragments, received))
-        if not received:
-            return self.public_loss()
+        if self.exchanges.common is not None:
+            self.exchanges.common.read(out)
+        else:
+            out.copy_(consolidate(own, self.exchanges.fragments, received))
+            if not received:
+                return self.public_loss()
         self.parameters.write(out)
         try:
             return self.measurements.public_of_others()

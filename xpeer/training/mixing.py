@@ -123,6 +123,24 @@ def difference(
     return Difference(rows, tuple(norms), distance, clipped, whole.largest)
 
 
+def bounded(z: torch.Tensor, own: torch.Tensor, limit: NormLimit) -> Difference:
+    """A difference of parameters that was decoded already, measured and clipped in place.
+
+    Args:
+        z: (n,) float32.
+        own: (n,) float32, our values.
+        limit: of ||z||.
+    """
+    norm, own_norm = _norm(z), _norm(own)
+    distance = norm / own_norm if own_norm > 0 else float(norm > 0)
+    allowed = limit.limit(own_norm)
+    clipped = own_norm > 0 and norm > allowed
+    if clipped:
+        z.mul_(allowed / norm)
+        norm = allowed
+    return Difference(z.view(1, -1), (norm,), distance, clipped)
+
+
 def _norm(values: torch.Tensor) -> float:
     """||x||, accumulated in float64 so that large float32 values don't overflow on the way; in
     chunks that stay in the cache, since the whole at once is six times slower.

@@ -208,6 +208,7 @@ class Service:
             command.codec,
             self._arena.slot(command.slot, command.num_bytes),
             command.num_values,
+            command.parties,
         )
         return Verified(distance)
 

@@ -34,6 +34,7 @@ import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.update import CompressedUpdate, PrivateUpdate
+from xpeer.wire import fixedpoint
 from xpeer.wire import payload as blocks
 from xpeer.wire.blockwise import BLOCK, Blocks, num_blocks
 from xpeer.wire.payload import diverged
@@ -59,6 +60,8 @@ def encoded_bytes(name: str, num_values: int) -> int:
     Raises:
         LocalError: unknown codec.
     """
+    if name in fixedpoint.NAMES:
+        return fixedpoint.encoded_bytes(name, num_values)
     _known(name)
     if name in FLOATS:
         return num_values * FLOATS[name].itemsize

@@ -6,7 +6,7 @@ announced its size, in raw frames.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -91,6 +91,16 @@ class Refuse(Message, frozen=True):
     reason: Code
 
 
+class MaskStep(Message, frozen=True):
+    """What a member of a masked group says to every other at one step, before it shows anything."""
+
+    exchange_id: Id
+    step: Literal["key", "lock", "commit", "echo"]
+    value: Digest
+    """key: X25519, made for this group alone. Else a digest, lock: of members and keys; commit: of
+    our masked payload; echo: of all commitments."""
+
+
 class StateRequest(Message, frozen=True):
     """A joiner asks for the current parameters."""
 
@@ -111,7 +121,10 @@ class StateReceived(Message, frozen=True):
     digest: Digest
 
 
-AnyMessage = Propose | Agree | Payload | Accept | Refuse | StateRequest | StateOffer | StateReceived
+AnyMessage = (
+    Propose | Agree | Payload | Accept | Refuse | MaskStep | StateRequest | StateOffer
+    | StateReceived
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

@@ -184,6 +184,8 @@ def test_a_model_from_a_folder_and_a_public_text(tmp_path: Path, model_config: s
         (["--set", "privacy.mode=off"], "use --privacy"),
         (["--set", "model.num_params=5"], "not set by hand"),
         (["--set", "end.steps=null"], "sigma can't be calibrated"),
+        (["--set", "round.masks=true"], "set round.group = 3 to 8"),
+        (["--set", "round.masks=true", "--set", "round.mask_bits=8"], "mask_bits"),
         (["--set", "optimiser.sequence_tokens=1000"], "128 positions"),
         (["--preset", "tiny"], "exclude one another"),
         (["--public-text", "/nonexistent"], "--public-text"),

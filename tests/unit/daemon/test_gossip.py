@@ -13,6 +13,7 @@ import pytest
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.identity import PeerId
 from xpeer.manifest import Round
+from xpeer.masked_round import MaskedMeeting, Revealed
 from xpeer.network import matching
 from xpeer.network.exchange import UnresolvedError
 from xpeer.round import Exchanged, Meeting
@@ -301,7 +302,7 @@ async def test_a_group_meets_at_once_and_waits_for_the_lower_ones(monkeypatch: p
         await asyncio.sleep(0)
     assert rig.proposer.log == [THIRD, LAST]  # the higher ones
     fragment = matching.fragment_of(SWARM, slot, 5)
-    assert rig.gossip._meetings[fragment].expects(ME)
+    assert rig.gossip._meetings._running[fragment].expects(ME)
     assert rig.gossip.objection(ME, rig.proposal()) is None  # a lower one joins the same meeting
     agreement: Any = SimpleNamespace(
         peer_id=ME, slot=slot, fragment=fragment, exchange_id=77, averaging=False
@@ -309,7 +310,7 @@ async def test_a_group_meets_at_once_and_waits_for_the_lower_ones(monkeypatch: p
     await rig.gossip.take_part(agreement)
     await asyncio.gather(*rig.gossip._tasks)
     assert rig.merged == [THIRD, LAST, ME]
-    assert rig.gossip._meetings == {}
+    assert not rig.gossip._meetings._running
     assert rig.gossip.terms(ME, slot).group_weight == 4.0
 
 
@@ -320,6 +321,79 @@ async def test_a_member_of_the_group_that_refuses_is_given_up(monkeypatch: pytes
     await rig.slot()
     assert rig.merged == [THIRD]
     assert rig.skipped == [(OTHER, Reason.PAUSED)]
+
+
+MASKED = msgspec.structs.replace(ROUND, masks=True, group=3)
+
+
+async def test_a_masked_group_that_does_not_come_together_is_a_reason_and_due_again(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    rig = Rig(monkeypatch, rules=MASKED)
+    rig.host.live = [OTHER, THIRD]
+    for peer in rig.host.live:
+        rig.proposer.fails[peer] = PeerError(Reason.NOT_DUE)
+    await rig.slot()
+    assert rig.skipped[-1] == ("", Reason.GROUP_TOO_SMALL)
+    await rig.slot()  # no step was taken since
+    assert rig.proposer.log == [OTHER, THIRD] * 2
+
+
+async def test_a_slot_that_leaves_too_few_for_masks_asks_nobody(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(monkeypatch, rules=MASKED)
+    rig.host.live = [OTHER]
+    await rig.slot()
+    assert rig.skipped == [("", Reason.GROUP_TOO_SMALL)]
+    assert rig.proposer.log == []
+
+
+async def test_masked_groups_average_and_use_their_own_codec(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(monkeypatch, me=THIRD, rules=MASKED)
+    rig.host.live = [ME, OTHER]
+    good = {"averaging": True, "codec": "masked16"}
+    assert rig.gossip.objection(ME, rig.proposal(**good)) is None
+    assert rig.gossip.objection(ME, rig.proposal(averaging=True)) == Reason.WRONG_CODEC
+    rig.host.is_training = False
+    assert rig.gossip.objection(ME, rig.proposal(**good)) is None
+
+
+async def test_who_ended_still_meets_in_a_masked_group_that_needs_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    rig = Rig(monkeypatch, me=THIRD, rules=MASKED)
+    rig.host.live, rig.host.is_training = [ME, OTHER], False
+    good = {"averaging": True, "codec": "masked16"}
+    settled = {ME}
+    monkeypatch.setattr(rig.host, "settled", lambda peer: peer in settled)
+    assert rig.gossip.objection(ME, rig.proposal(**good)) is None
+    settled.add(OTHER)
+    assert rig.gossip.objection(ME, rig.proposal(**good)) == Reason.NOT_DUE
+
+
+async def test_what_was_revealed_in_vain_is_remembered_until_a_merge(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    rig = Rig(monkeypatch, rules=msgspec.structs.replace(MASKED, fragments=1))
+    rig.host.live = [OTHER, THIRD]
+    shown = Revealed(0, frozenset({ME, OTHER, THIRD}))
+    befores: list[Revealed | None] = []
+    outcomes = iter([(shown, False), (shown, True), (None, False)])
+
+    async def run(meeting: MaskedMeeting) -> None:
+        await meeting._gathered()
+        befores.append(meeting._before)
+        meeting.revealed, meeting.merged = next(outcomes)
+
+    async def exchange(meeting: MaskedMeeting, agreement: Any, **_: Any) -> Any:
+        meeting.give_up(agreement.peer_id)
+        return Exchanged(0.1, 4, 4)
+
+    monkeypatch.setattr(MaskedMeeting, "run", run)
+    monkeypatch.setattr(MaskedMeeting, "exchange", exchange)
+    rig.host.is_training = False
+    for _ in range(3):
+        await rig.slot()
+    assert befores == [None, shown, None]
 
 
 async def test_without_slots_anybody_is_met_by_proposal_or_by_nudge(

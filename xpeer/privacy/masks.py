@@ -1,0 +1,153 @@
+"""Masks that hide single updates of a group of k >= 3 and cancel in the group's sum.
+
+For every pair of a group's members, both derive the same keystream
+
+    shared  = X25519(a's fresh key, b's fresh key)
+    key     = BLAKE2b(shared, swarm, slot, fragment, roster's digest, lower, higher)
+    stream  = ChaCha20(key)
+
+of integers mod 2^b, which the lower PeerID adds to its payload and the higher one subtracts
+(Bonawitz et al. 2017, "Practical secure aggregation", section 4, without its recovery of drop-outs:
+a group that loses a member gives up). The roster's digest binds every key to the group, its slot
+and everybody's fresh keys, so that no stream is ever used twice, and members who were shown
+different keys derive different digests, which they compare before anything is masked.
+
+Whoever lacks one end of a pair can't tell the stream from random integers; so c colluding members
+of k learn the sum of the other k - c payloads and nothing more.
+
+What this does not give: anything with k = 2 or c = k - 1; differential privacy; protection of sums
+that differ in one member only, in one slot or in successive ones; a bound on what a member sends.
+The order of messages is `xpeer.masked_round`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from nacl import bindings
+from nacl.exceptions import CryptoError
+from nacl.public import PrivateKey
+
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import Domain, PeerId, blake2b
+
+_NONCE: Final = bytes(16)
+"""Counter and nonce: every key is used for one stream."""
+_CHUNK_BYTES: Final = 1 << 16
+
+Integers = npt.NDArray[np.unsignedinteger[Any]]
+"""Of one modulus: 2^16 or 2^32, by their type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What a group is to exchange."""
+
+    swarm_id: str
+    slot: int
+    fragment: int
+    codec: str
+    num_values: int
+
+    def roster(self, keys: Mapping[PeerId, bytes]) -> bytes:
+        """The roster's digest: what is exchanged, by whom, and everybody's fresh key."""
+        members = [part for peer in sorted(keys) for part in (peer.encode(), keys[peer])]
+        return blake2b(
+            Domain.MASKS,
+            b"roster",
+            self.swarm_id.encode(),
+            self.codec.encode(),
+            *_numbers(self.slot, self.fragment, self.num_values),
+            *members,
+        )
+
+
+class Ephemeral:
+    """An X25519 key for one group alone.
+
+    Attributes:
+        public: 32 bytes.
+    """
+
+    def __init__(self) -> None:
+        self._secret = PrivateKey.generate()
+        self.public = bytes(self._secret.public_key)
+
+    def pair_key(
+        self, group: Group, roster: bytes, me: PeerId, partner: PeerId, theirs: bytes
+    ) -> bytes:
+        """The 32-byte key of our stream with one partner.
+
+        Args:
+            group: ours.
+            roster: digest of what all locked.
+            me: ours.
+            partner: theirs.
+            theirs: its fresh public key.
+
+        Raises:
+            PeerError: that key is degenerate (TAMPERED).
+        """
+        try:
+            shared = bindings.crypto_scalarmult(bytes(self._secret), theirs)
+        except (CryptoError, RuntimeError) as e:
+            raise PeerError(Reason.TAMPERED, "degenerate key for masks") from e
+        return blake2b(
+            Domain.MASKS,
+            b"pair",
+            shared,
+            group.swarm_id.encode(),
+            *_numbers(group.slot, group.fragment),
+            roster,
+            *(peer.encode() for peer in sorted((me, partner))),
+        )
+
+
+def mask(rings: Sequence[Integers], me: PeerId, keys: Mapping[PeerId, bytes]) -> None:
+    """Hide a payload, in place.
+
+    Args:
+        rings: its integers, by their modulus; one stream runs through all of them.
+        me: ours.
+        keys: of our pairs, each with a partner.
+    """
+    for partner, key in keys.items():
+        _apply(rings, key, np.add if me < partner else np.subtract)
+
+
+def commitment(roster: bytes, peer: PeerId, masked: bytes | memoryview) -> bytes:
+    """What a member says of its masked payload before it shows it to anybody."""
+    return blake2b(Domain.MASKS, b"commitment", roster, peer.encode(), masked)
+
+
+def echo(roster: bytes, commitments: Mapping[PeerId, bytes]) -> bytes:
+    """The digest of all commitments: all members have to have heard the same."""
+    parts = [part for peer in sorted(commitments) for part in (peer.encode(), commitments[peer])]
+    return blake2b(Domain.MASKS, b"echo", roster, *parts)
+
+
+def keystream(key: bytes, num_bytes: int) -> bytes:
+    """The first bytes of a key's stream (RFC 8439, counter 0, nonce 0)."""
+    return Cipher(ChaCha20(key, _NONCE), mode=None).encryptor().update(bytes(num_bytes))
+
+
+def _numbers(*numbers: int) -> list[bytes]:
+    return [number.to_bytes(8, "little") for number in numbers]
+
+
+def _apply(rings: Sequence[Integers], key: bytes, operation: np.ufunc) -> None:
+    encryptor = Cipher(ChaCha20(key, _NONCE), mode=None).encryptor()
+    zeros, stream = bytes(_CHUNK_BYTES), bytearray(_CHUNK_BYTES)
+    for ring in rings:
+        step = _CHUNK_BYTES // ring.itemsize
+        for start in range(0, len(ring), step):
+            part = ring[start : start + step]
+            encryptor.update_into(zeros[: part.nbytes], stream)
+            drawn = np.frombuffer(stream, dtype=ring.dtype, count=len(part))
+            operation(part, drawn, out=part)

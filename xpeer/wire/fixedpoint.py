@@ -1,0 +1,239 @@
+"""Fixed-point payloads that can be added up without being read: what masked groups exchange.
+
+A value x becomes the integer q with E[q] = x / step, rounded stochastically to a grid that is the
+same at every peer. Of q, the low b bits travel. Integers mod 2^b may be added, masked and unmasked
+in any order, and of the sum S over k members each one learns, by its own q,
+
+    D = S - k q_own  (mod 2^b, taken from -2^(b-1) up)   =  sum_j (q_j - q_own)
+
+as long as the right-hand side lies in that range, however large the values themselves are (the idea
+of Moniqua, Lu and De Sa 2020, arXiv 2002.11787, for sums). With 32 bits it always does, since the
+encoder refuses |q| >= 2^27 and a group has 8 members at most. With 16 bits the difference may grow
+too large, so every block of 128 values carries a check, sum(w q) mod 2^32 of all of q, not only of
+its low bits. Checks add up and are masked like the rest, and say nothing of a sum that the sum does
+not say itself. The decoded D has to fit them, else the payload is refused as a whole.
+
+Payload: all codes (16 or 32 bits), with 16 bits all checks (32 bits). Little endian.
+
+What it does not give: secrecy (see `privacy.masks`), or privacy: rounding is no such noise.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from xpeer.errors import PeerError, Reason
+from xpeer.manifest import Round
+from xpeer.update import CompressedUpdate, PrivateUpdate
+from xpeer.wire.blockwise import BLOCK, check_weights, num_blocks
+from xpeer.wire.payload import diverged
+
+NAMES: Final = {"masked16": 16, "masked32": 32}
+CHECK_BYTES: Final = 4
+LARGEST: Final = 2.0**27
+"""|x / step| has to stay below."""
+MAX_PARTIES: Final = 8
+_CHUNK_BLOCKS: Final = 512
+"""256 KiB of float32: temporaries stay in the second-level cache."""
+
+Ring = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Payload = bytes | bytearray | memoryview
+_WEIGHTS: Final = check_weights(BLOCK)[0].numpy().astype(np.uint32)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The integers of a swarm.
+
+    Args:
+        bits: b, 16 or 32.
+        step: distance of two neighbours, in parameters' units.
+    """
+
+    bits: int
+    step: float
+
+    @property
+    def codec(self) -> str:
+        """The name of its payloads."""
+        return f"masked{self.bits}"
+
+    def reach(self, parties: int) -> float:
+        """How far the sum of k members may be from k times one's own value."""
+        span = self.step * 2.0 ** (self.bits - 1)
+        return span if self.bits == 16 else min(span, 2 * (parties - 1) * self.step * LARGEST)
+
+
+def grid_of(rules: Round) -> Grid | None:
+    """The manifest's, if its groups mask what they exchange."""
+    return Grid(rules.mask_bits, rules.mask_step) if rules.masks else None
+
+
+def encoded_bytes(name: str, num_values: int) -> int:
+    """Exact payload size."""
+    bits = NAMES[name]
+    checks = CHECK_BYTES * num_blocks(num_values) if bits == 16 else 0
+    return num_values * bits // 8 + checks
+
+
+def rings(name: str, payload: Payload, num_values: int) -> tuple[Ring, ...]:
+    """A payload's integers, by their modulus: views of its memory, 2^b and, with 16 bits, 2^32.
+
+    Raises:
+        PeerError: wrong size (MALFORMED, OVERSIZE).
+    """
+    size, expected = memoryview(payload).nbytes, encoded_bytes(name, num_values)
+    if size != expected:
+        reason = Reason.OVERSIZE if size > expected else Reason.MALFORMED
+        raise PeerError(reason, f"payload of {size} bytes, {expected} expected")
+    if NAMES[name] == 32:
+        return (np.frombuffer(payload, dtype="<u4"),)
+    codes = np.frombuffer(payload, dtype="<u2", count=num_values)
+    return codes, np.frombuffer(payload, dtype="<u4", offset=2 * num_values)
+
+
+def add_into(total: tuple[Ring, ...], other: tuple[Ring, ...]) -> None:
+    """Total += other, each ring by its own modulus."""
+    for ours, theirs in zip(total, other, strict=True):
+        np.add(ours, theirs, out=ours)
+
+
+def compress(update: PrivateUpdate, grid: Grid, out: torch.Tensor) -> CompressedUpdate:
+    """Round private values to the grid; still readable by anybody, so that it has to be masked.
+
+    Args:
+        update: stamped by the privacy mechanism.
+        grid: of the manifest.
+        out: (encoded bytes,) uint8, holds the payload.
+
+    Raises:
+        TypeError: not a `PrivateUpdate`.
+        LocalError: values that are not finite or too large.
+    """
+    if not isinstance(update, PrivateUpdate):
+        raise TypeError("only a PrivateUpdate may be compressed: stamp it first")
+    payload = memoryview(out.numpy())  # type: ignore[arg-type]  # an array is a buffer
+    encode_into(grid, update.values, payload)
+    return CompressedUpdate(
+        payload=payload,
+        codec=grid.codec,
+        num_values=update.values.numel(),
+        step=update.step,
+        stamp=update.stamp,
+    )
+
+
+def encode_into(
+    grid: Grid,
+    values: torch.Tensor,  # (n,) float32, CPU
+    out: Payload,
+    *,
+    seed: int | None = None,
+) -> None:
+    """Fill a payload.
+
+    Args:
+        grid: of the manifest.
+        values: what to round.
+        out: writable, of exactly `encoded_bytes`.
+        seed: of the rounding, for tests; else the operating system's.
+
+    Raises:
+        LocalError: values that are not finite or too large.
+    """
+    source = values.detach().numpy()
+    codes, *checks = rings(grid.codec, out, len(source))
+    # Whoever knows the rounding's seed learns nothing of what is masked: no cryptography needed.
+    draw = np.random.Generator(
+        np.random.SFC64(secrets.randbits(128) if seed is None else seed)
+    ).random
+    chunk = _CHUNK_BLOCKS * BLOCK
+    scaled, low, dither = (np.empty(min(chunk, len(source)), np.float32) for _ in range(3))
+    for start in range(0, len(source), chunk):
+        part = source[start : start + chunk]
+        x, floor, u = scaled[: len(part)], low[: len(part)], dither[: len(part)]
+        np.divide(part, np.float32(grid.step), out=x)
+        if not (float(x.min()) > -LARGEST and float(x.max()) < LARGEST):  # NaN fails, too
+            raise diverged()
+        # floor(x + u) in two parts, so that a large x leaves room for the bits of u
+        np.floor(x, out=floor)
+        np.subtract(x, floor, out=x)
+        draw(out=u, dtype=np.float32)
+        np.floor(np.add(x, u, out=x), out=x)
+        q = np.add(floor, x, out=x).astype(np.int32).view(np.uint32)
+        codes[start : start + chunk] = q.astype(codes.dtype, copy=False)
+        if checks:
+            first = start // BLOCK
+            totals = _check(q)
+            checks[0][first : first + len(totals)] = totals
+
+
+def rounded(grid: Grid, values: torch.Tensor, payload: Payload) -> torch.Tensor:
+    """What `encode_into` made of these values: q step, (n,) float32."""
+    source = values.detach().numpy()
+    codes = rings(grid.codec, payload, len(source))[0]
+    low = np.floor(source / np.float32(grid.step)).astype(np.int32)
+    up = (codes - low.view(np.uint32).astype(codes.dtype)).astype(np.int32)  # 0 or 1
+    return torch.from_numpy((low + up) * np.float32(grid.step)).float()
+
+
+def difference(
+    grid: Grid,
+    own: Payload,
+    total: Payload,
+    parties: int,
+    out: torch.Tensor,  # (n,) float32, CPU, written
+) -> None:
+    """Write z = mean of the others' values - own, on the grid. Undefined after an error.
+
+    Args:
+        grid: of the manifest.
+        own: our payload, before it was masked.
+        total: the sum of all k payloads, ours included, with the masks cancelled.
+        parties: k.
+        out: z.
+
+    Raises:
+        PeerError: wrong size; or no safe answer (OUT_OF_RANGE): somebody is further away than the
+            grid reaches, the masks did not cancel, or somebody sent what is no payload.
+    """
+    z = out.numpy()
+    sums, *sum_checks = rings(grid.codec, total, len(z))
+    ours, *own_checks = rings(grid.codec, own, len(z))
+    signed = np.int16 if grid.bits == 16 else np.int32
+    times = ours.dtype.type(parties)
+    scale, chunk = np.float32(grid.step / (parties - 1)), _CHUNK_BLOCKS * BLOCK
+    for start in range(0, len(z), chunk):
+        part = slice(start, start + chunk)
+        apart = (sums[part] - ours[part] * times).view(signed)
+        if sum_checks:
+            blocks = slice(start // BLOCK, start // BLOCK + num_blocks(len(apart)))
+            due = sum_checks[0][blocks] - own_checks[0][blocks] * np.uint32(parties)
+            if not np.array_equal(_check(apart.astype(np.int32).view(np.uint32)), due):
+                raise _out_of_range(grid, parties)
+        elif bool((np.abs(apart.astype(np.int64)) > 2 * (parties - 1) * LARGEST).any()):
+            raise _out_of_range(grid, parties)
+        np.multiply(apart, scale, out=z[part], casting="unsafe")
+
+
+def _check(q: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """(blocks,): sum(w q) mod 2^32 of each block; w are distinct and odd, so that a value that is
+    off by 2^16 is always noticed, two are, too, and more at once but for one case in 2^12.
+    """
+    rest = len(q) % BLOCK
+    if rest:
+        q = np.concatenate((q, np.zeros(BLOCK - rest, np.uint32)))
+    return np.asarray((q.reshape(-1, BLOCK) * _WEIGHTS).sum(axis=1, dtype=np.uint32))
+
+
+def _out_of_range(grid: Grid, parties: int) -> PeerError:
+    return PeerError(
+        Reason.OUT_OF_RANGE,
+        f"the group's sum is further than {grid.reach(parties):g} from {parties} times our values",
+    )
