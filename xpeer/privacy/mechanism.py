@@ -361,6 +361,18 @@ def build_mechanism(
             seen=seen,
             precision=precision,
         )
+    if manifest.privacy.mode == "update":
+        from xpeer.privacy.update_mode import UpdateMechanism  # noqa: PLC0415 - it needs the above
+
+        return UpdateMechanism(
+            manifest,
+            model,
+            records,
+            record_losses,
+            ledger,
+            micro_batch=micro_batch,
+            precision=precision,
+        )
     return RecordMechanism(
         manifest,
         model,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -68,6 +68,7 @@ class Exchanges:
         mechanism: certifies snapshots.
         rule: of the manifest; while no steps are taken, and where a partner takes none, plain
             averaging of the parameters takes its place.
+        followers: vectors like `parameters.flat` that merges are added to, too.
 
     Attributes:
         seconds_snapshot: of the training thread, in `take`.
@@ -82,6 +83,7 @@ class Exchanges:
         codec: str,
         mechanism: Mechanism,
         rule: Rule,
+        followers: Sequence[torch.Tensor] = (),
     ) -> None:
         self.fragments = fragments
         self.codec = codec
@@ -94,6 +96,7 @@ class Exchanges:
         self.seconds_snapshot = self.seconds_merge = self.seconds_blocked = 0.0
         self._steps_late = 0
         self._parameters = parameters
+        self._followers = followers
         self._mechanism = mechanism
         self._averaging = Rule()
         self._reach = Reach()
@@ -281,7 +284,8 @@ class Exchanges:
         correction, rule = meeting.correction, meeting.rule
         flat = self._parameters.flat
         values = correction.values.to(flat.device)
-        self.fragments.add_(flat, meeting.fragment, values, correction.scale)
+        for moved in (flat, *self._followers):
+            self.fragments.add_(moved, meeting.fragment, values, correction.scale)
         if rule is self.rule:
             rule.merged(meeting.fragment, correction.state)
         else:
