@@ -29,7 +29,7 @@ from xpeer import update
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
 from xpeer.privacy import accountant
-from xpeer.privacy.budget import Budget, noise_multiplier
+from xpeer.privacy.budget import Budget, noise_multiplier, told_size
 from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine, RecordLosses, trainable
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.ledger import Ledger
@@ -116,9 +116,10 @@ class RecordMechanism:
         self._records = records
         self._clip_norm = rules.clip_norm
         self._target = rules.epsilon
-        self._expected = min(manifest.optimiser.batch_records, len(records))
-        self._q = self._expected / len(records)
-        self._delta = rules.delta or accountant.default_delta(len(records))
+        size = told_size(len(records))
+        self._expected = min(manifest.optimiser.batch_records, size)
+        self._q = self._expected / size
+        self._delta = rules.delta or accountant.default_delta(size)
         self._ledger = ledger
         self._sigma = noise_multiplier(manifest, ledger, self._delta, self._q)
         self._generator = SecretGenerator(self._device)

@@ -16,7 +16,7 @@ from xpeer.training.assemble import assemble
 from xpeer.training.setup import TrainerSetup
 
 Mode = Literal["record", "off"]
-SIGMA = ("privacy.noise_multiplier=2", "privacy.epsilon=50")
+SIGMA = ("privacy.noise_multiplier=2",)
 
 
 def setup_of(folder: Path, manifest: Mode, asked: str) -> TrainerSetup:
@@ -28,7 +28,11 @@ def setup_of(folder: Path, manifest: Mode, asked: str) -> TrainerSetup:
 
 @pytest.mark.parametrize(
     ("manifest", "asked", "kind"),
-    [("record", "record", RecordMechanism), ("off", "off", OffMechanism), ("off", "", OffMechanism)],
+    [
+        ("record", "record", RecordMechanism),
+        ("off", "off", OffMechanism),
+        ("off", "", OffMechanism),
+    ],
 )
 def test_the_manifest_decides(tmp_path: Path, manifest: Mode, asked: str, kind: type) -> None:
     node = assemble(setup_of(tmp_path, manifest, asked))
