@@ -6,7 +6,7 @@ N(0, sigma^2 C^2 I). Steps are charged to the ledger before they are taken. What
 by any optimiser, mixed with anything partners send, is post-processing.
 
 sigma, q, n, the size of a batch and its loss are this node's secrets: only its own operator sees
-them. A step with an empty batch is a step like any other.
+them, and q takes n by `told_size`. A step with an empty batch is a step like any other.
 
 If the shard changes between starts, q changes with it: the ledger counts what was taken at the old
 rate and what is taken at the new one. sigma, once calibrated, stays; where the remaining steps no

@@ -171,7 +171,7 @@ def test_no_speed_is_measured_under_privacy(tmp_path: Path) -> None:
 
 def shards(folder: Path, *changes: str) -> list[TrainerSetup]:
     """Two nodes of one swarm; the second has other words, and 20 times as many of them."""
-    fixed = ("privacy.noise_multiplier=2", "round.codec=int8")
+    fixed = ("privacy.noise_multiplier=0.8", "round.codec=int8")
     setups = make_homes(folder, 2, privacy="record", changes=(*fixed, *changes))
     shard = Path(setups[1].config.data.shard[0])
     for day in range(12):
@@ -185,7 +185,7 @@ def steps_of(node: Assembled, count: int) -> list[dict[str, Any]]:
     for number in range(count):
         trainer.run(steps=1)
         fragment = number % trainer.exchanges.fragments.num_fragments
-        entry: dict[str, Any] = {"counter": node.ledger_counter(), "state": trainer.state}
+        entry: dict[str, Any] = {"state": trainer.state}
         update = trainer.exchanges.compress(
             number, trainer.snapshot(number, fragment, averaging=False)
         )
@@ -198,7 +198,8 @@ def steps_of(node: Assembled, count: int) -> list[dict[str, Any]]:
             if not field.startswith("seconds_") and field != "loss_public_age":
                 entry[field] = progress[field]
         seen.append(entry)
-    return seen
+    node.mechanism.close()  # a charge that is being written counts when it is
+    return [*seen, {"counter": node.ledger_counter()}]
 
 
 @pytest.mark.parametrize("rule", ["gossip", "fedavg", "dynamic", "noloco"])

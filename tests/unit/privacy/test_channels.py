@@ -111,10 +111,10 @@ def test_nothing_local_is_seen_by_others() -> None:
 
 
 def test_everything_that_a_trainer_sends_is_in_the_table() -> None:
-    sent = {kind.__name__ for kind in ipc.FromTrainer.__args__ + ipc.Result.__args__}  # type: ignore[attr-defined]
+    sent = {kind.__name__ for kind in ipc.FromTrainer.__args__ + ipc.Result.__args__}
     listed = {name.rpartition(".")[2] for name in CHANNELS if name.startswith(ipc.__name__)}
     assert sent == listed
-    told = {kind.__name__ for kind in ipc.ToTrainer.__args__ + ipc.Command.__args__}  # type: ignore[attr-defined]
+    told = {kind.__name__ for kind in ipc.ToTrainer.__args__ + ipc.Command.__args__}
     stay = {name.rpartition(".")[2] for name in NEVER_LEAVE if name.startswith(ipc.__name__)}
     assert told == stay
 
@@ -178,7 +178,7 @@ def calls(path: Path, owners: tuple[str, ...], names: tuple[str, ...]) -> Iterat
         and ast.unparse(node.func.value).split(".")[-1] in owners
     ]
     for _, argument in sorted(found, key=lambda each: each[0]):
-        yield argument.value if isinstance(argument, ast.Constant) else ast.unparse(argument)
+        yield str(argument.value) if isinstance(argument, ast.Constant) else ast.unparse(argument)
 
 
 LEVELS = ("debug", "info", "warning", "error", "exception", "critical", "log")

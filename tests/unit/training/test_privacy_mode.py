@@ -21,7 +21,7 @@ SIGMA = ("privacy.noise_multiplier=2",)
 
 def setup_of(folder: Path, manifest: Mode, asked: str) -> TrainerSetup:
     made = make_homes(folder, 1, privacy=manifest, changes=SIGMA)[0]
-    data = msgspec.structs.replace(made.config.data, privacy=asked)  # type: ignore[arg-type]
+    data = msgspec.structs.replace(made.config.data, privacy=asked)
     config = msgspec.structs.replace(made.config, data=data)
     return msgspec.structs.replace(made, config=config)
 
