@@ -158,15 +158,17 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     """The floor that every member's shard is trained under."""
 
-    mode: Literal["record", "off"] = "record"
-    """record: DP-SGD, one training sequence is the unit of privacy."""
+    mode: Literal["record", "update", "off"] = "record"
+    """record: DP-SGD, one training sequence is the unit of privacy. update, an experiment: one
+    noised release a window, all of a peer's shard is the unit; the noise swamps small swarms."""
     epsilon: Positive = 8.0
     delta: Annotated[float, Meta(gt=0, lt=1)] | None = None
-    """None: min(1e-5, n^-1.1) for a shard of n records."""
+    """None: min(1e-5, n^-1.1) for a shard of n records; mode update: 1e-5."""
     clip_norm: Positive = 1.0
-    """C: L2 norm that each record's gradient is clipped to."""
+    """C: L2 norm that each record's gradient is clipped to; mode update: a window's difference."""
     noise_multiplier: Positive | None = None
-    """sigma; None: each peer calibrates it so that `end.steps` steps spend exactly epsilon."""
+    """sigma; None: each peer calibrates it so that `end.steps` steps spend exactly epsilon; mode
+    update: as many windows as the end allows."""
 
 
 class PublicText(Struct, frozen=True, forbid_unknown_fields=True):
@@ -231,8 +233,48 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                     "sigma can't be calibrated; set one of them"
                 )
         self.round.check()
+        if self.privacy.mode == "update":
+            self._check_update()
         if self.public_text.digest != blake2b(self.public_text.text.encode()).hex():
             raise ValueError("public_text.digest does not match public_text.text")
+
+    def require_privacy(self, asked: str) -> None:
+        """Refuse a mode that the node's operator did not ask for; "" = any.
+
+        Raises:
+            ConfigError: nobody trains with less, or more, than the manifest says.
+        """
+        mode = self.privacy.mode
+        if asked and asked != mode:
+            raise ConfigError(
+                f"data.privacy = {asked}, but the manifest of {self.name!r} says "
+                f"privacy.mode = {mode}",
+                "its manifest decides, for all members and for ever: join or found another swarm, "
+                f"or set data.privacy (--privacy) to {mode}",
+            )
+
+    def _check_update(self) -> None:
+        """Refuse what would show more of a window than its one release.
+
+        Raises:
+            ValueError: names fields and remedy.
+        """
+        if self.round.rule == "gradient":
+            raise ValueError(
+                "round.rule = gradient sends what is inside a window, and privacy.mode = update "
+                "protects its release alone: use another rule, or privacy.mode = record"
+            )
+        if self.round.window_s is not None:
+            raise ValueError(
+                "round.window_s lets a shard's speed decide how many windows there are, and "
+                "privacy.mode = update charges each: unset it, and set round.window_steps"
+            )
+        end = self.end
+        if self.privacy.noise_multiplier is None and (end.steps, end.rounds) == (None, None):
+            raise ValueError(
+                "privacy.noise_multiplier is unset, and so are end.steps and end.rounds: "
+                "sigma can't be calibrated for privacy.mode = update; set one of them"
+            )
 
 
 def swarm_key_digest(key: bytes) -> str:

@@ -20,6 +20,14 @@ State = Literal[
 budget-spent: mixing and serving only. closing: consolidation without training."""
 
 
+SHOUTED = {
+    "off": "PRIVACY OFF: the swarm's manifest says so; what is shared protects no record",
+    "update": "PRIVACY IS EXPERIMENTAL: mode update, one noised release a window; few members' "
+    "models drown in its noise",
+}
+"""By privacy mode: what an operator is told at every turn."""
+
+
 class Progress(Struct, frozen=True, kw_only=True):
     """The trainer's counters, sent to the daemon after every step."""
 
@@ -59,6 +67,7 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     """The ledger's answer."""
 
     mode: str = "record"
+    """Of the manifest. record: steps are charged; update: releases, one a window; off: nothing."""
     epsilon_spent: float = 0.0
     epsilon_target: float = 0.0
     delta: float = 0.0
@@ -127,6 +136,8 @@ class Status(Struct, frozen=True, kw_only=True):
     corpus: CorpusShare | None = None
     """None: a shard of its own."""
     privacy: PrivacySpent = PrivacySpent()
+    privacy_warning: str = ""
+    """What the swarm's privacy mode does not give, if that is out of the ordinary."""
     partners: list[Partner] = []
     exchanges_done: int = 0
     exchanges_failed: dict[str, int] = {}

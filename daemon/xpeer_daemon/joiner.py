@@ -19,6 +19,7 @@ from xpeer.network import joining, state
 from xpeer.network.exchange import Party
 from xpeer.network.membership import Membership
 from xpeer.network.swarm import Swarm
+from xpeer.status import SHOUTED
 from xpeer.training.handle import TrainerProcess
 from xpeer.training.schedule import planned_steps
 from xpeer.update import ModelState
@@ -105,6 +106,9 @@ class Joiner:
             founding.keep_admission(self._home, *await self._ask_members())
         node.joining_note = ""
         manifest = SignedManifest.load(self._home.manifest).open(self._membership.swarm_id)
+        manifest.require_privacy(self._config.data.privacy)
+        if (mode := manifest.privacy.mode) in SHOUTED:
+            log.warning("%s", SHOUTED[mode])
         node.manifest = manifest
         return manifest, founding.load_swarm_key(self._home)
 

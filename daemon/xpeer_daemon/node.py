@@ -18,7 +18,7 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network.roster import MemberRecord, Roster
 from xpeer.network.swarm import Swarm
-from xpeer.status import Partner, PrivacySpent, Progress, State, Status
+from xpeer.status import SHOUTED, Partner, PrivacySpent, Progress, State, Status
 from xpeer.training import partition
 from xpeer.training.handle import TrainerProcess
 from xpeer_daemon.partners import Partners
@@ -254,6 +254,7 @@ class Node:
             progress=trainer.progress if trainer else Progress(),
             corpus=trainer.corpus if trainer else None,
             privacy=trainer.privacy if trainer else self._privacy_without_trainer(),
+            privacy_warning=SHOUTED.get(self.manifest.privacy.mode, "") if self.manifest else "",
             partners=self._partner_rows(now),
             exchanges_done=book.exchanges if book else 0,
             exchanges_failed=dict(book.failures) if book else {},

@@ -80,7 +80,8 @@ def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
         peer_of(seed)
     home.socket(config)
     if home.manifest.exists():
-        SignedManifest.load(home.manifest).open()
+        manifest = SignedManifest.load(home.manifest).open()
+        manifest.require_privacy(config.data.privacy)
         founding.load_swarm_key(home)
     if certificate.role != "observer":
         data = config.data

@@ -15,6 +15,7 @@ from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, draft_manifest, initial_model
 from xpeer.network.invites import check_seed
+from xpeer.status import SHOUTED
 
 _COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 _FOUNDING = ("model", "model_config", "preset", "public_text", "changes", "privacy")
@@ -56,10 +57,11 @@ _EXPLAINED = {
 )
 @click.option(
     "--privacy",
-    type=click.Choice(["record", "off"]),
+    type=click.Choice(["record", "update", "off"]),
     default="record",
     show_default=True,
-    help="off: what members share protects nothing. For all, for ever, only decided here.",
+    help="For all, for ever, only decided here. update: an experiment; its noise swamps what few "
+    "members learn. off: what members share protects nothing.",
 )
 @click.option("--shard", multiple=True, metavar="PATH", help="Text this node trains on.")
 @click.option(
@@ -84,7 +86,7 @@ def init(
     tokenizer: Path | None,
     public_text: Path | None,
     changes: tuple[str, ...],
-    privacy: Literal["record", "off"],
+    privacy: Literal["record", "update", "off"],
     shard: tuple[str, ...],
     corpus: tuple[str, ...],
     listen: tuple[str, ...],
@@ -127,8 +129,8 @@ def init(
         privacy=privacy,
     )
     founded = founding.found(home, manifest, source.write, as_toml(settings))
-    if privacy == "off":
-        say("PRIVACY IS OFF in this swarm: nothing that its members share protects any record")
+    if privacy in SHOUTED:
+        say(f"warning: {SHOUTED[privacy]}")
     say(f"founded {name}: {manifest.model.num_params:,} parameters, in {home.path}")
     say(f"keep a copy of {home.admin_key} in a safe place: only it can invite")
     say("next, on this machine:  xpeer start --bootstrap")

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xpeer.status import CorpusShare, Partner, Status
+from xpeer.status import SHOUTED, CorpusShare, Partner, Status
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-PRIVACY_OFF = "PRIVACY OFF: the swarm's manifest says so; what is shared protects no record"
 _LABEL = 12
 _COLOURS = {"ok": "bold green", "degraded": "bold yellow", "down": "bold red"}
 _PEER_COLUMNS = (
@@ -28,10 +27,9 @@ _PEER_COLUMNS = (
 
 
 def status_lines(status: Status) -> list[str]:
-    """Health and its reasons first, then what an operator asks next."""
-    lines = [f"{'health':{_LABEL}}{health(status)}"]
-    if status.privacy.mode == "off":
-        lines.append(PRIVACY_OFF)
+    """What can't be overlooked, health and its reasons, then what an operator asks next."""
+    lines = [status.privacy_warning] if status.privacy_warning else []
+    lines.append(f"{'health':{_LABEL}}{health(status)}")
     rows = (*_who(status), *_training(status), *_privacy(status), *_exchange(status))
     return [*lines, *(f"{label:{_LABEL}}{visible(text)}" for label, text in rows)]
 
@@ -88,7 +86,7 @@ def painted(lines: Sequence[str]) -> Text:
 
     text = Text()
     for index, line in enumerate(lines):
-        if line == PRIVACY_OFF:
+        if line in SHOUTED.values():
             text.append(line, style="bold white on red")
         elif line.startswith("health "):
             word = line[_LABEL:].partition(":")[0]
@@ -192,12 +190,13 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
     if privacy.mode == "off":
         return
     left = privacy.epsilon_target - privacy.epsilon_spent
-    steps = "" if privacy.steps_left is None else f" or {privacy.steps_left} steps"
+    unit = "windows" if privacy.mode == "update" else "steps"
+    steps = "" if privacy.steps_left is None else f" or {privacy.steps_left} {unit}"
     yield (
         "privacy",
         f"epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g} spent, "
         f"{max(left, 0.0):.3f}{steps} left; delta {privacy.delta:.1e}, "
-        f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} steps charged, "
+        f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} {unit} charged, "
         f"clipping by {privacy.engine or '-'}",
     )
 

@@ -35,6 +35,11 @@ MAX_TOKEN_CHARS = 8192
 @click.option(
     "--shard", multiple=True, metavar="PATH", help="Text to train on: file, folder, glob."
 )
+@click.option(
+    "--privacy",
+    type=click.Choice(["record", "update", "off"]),
+    help="Start only if the swarm's manifest says so.",
+)
 @click.option("--min-peers", type=int, help="Wait for this many partners before training.")
 @click.option("--paused", is_flag=True, help="Join and serve, but take no steps until resume.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Of stderr and the log.")
@@ -47,6 +52,7 @@ def start(
     listen: tuple[str, ...],
     announce: tuple[str, ...],
     shard: tuple[str, ...],
+    privacy: str | None,
     min_peers: int | None,
     paused: bool,
     log_format: str | None,
@@ -60,6 +66,7 @@ def start(
             "network.listen": list(listen) or None,
             "network.announce": list(announce) or None,
             "data.shard": list(shard) or None,
+            "data.privacy": privacy,
             "training.min_peers": min_peers,
             "daemon.log_format": log_format,
         },

@@ -26,6 +26,8 @@ _INTERVAL: Final = 2e-4
 It is the same for every number of steps, so that epsilon grows with each."""
 _COARSER: Final = (20, 4, 1)
 """Searches begin with intervals so many times as wide: much faster, and they only err upwards."""
+_AT_ONCE: Final = 1024
+"""Steps that are composed in one go."""
 _HOPELESS: Final = 1000.0
 """Above this epsilon a simple bound will do, and the distribution would need gigabytes."""
 SIGMA_GRID: Final = 1000
@@ -222,10 +224,21 @@ def _epsilon(merged: tuple[Segment, ...], delta: float, coarser: int) -> float:
     whole: Any = None
     for segment in merged:
         one = _single(segment.noise_multiplier, segment.sampling_probability, interval)
-        part = one.self_compose(segment.steps)
+        part = _composed(one, segment.steps)
         whole = part if whole is None else whole.compose(part)
     # both are upper bounds; with a minute delta the truncated tails leave only the first
     return min(bound, max(0.0, float(whole.get_epsilon_for_delta(delta))))
+
+
+def _composed(one: Any, steps: int) -> Any:
+    """Of so many steps. The library raises a size to the power of their number, which for a million
+    is an integer of megabytes; in two stages it is none.
+    """
+    whole, rest = divmod(steps, _AT_ONCE)
+    if not whole:
+        return one.self_compose(steps)
+    many = one.self_compose(_AT_ONCE).self_compose(whole)
+    return many.compose(one.self_compose(rest)) if rest else many
 
 
 @lru_cache(maxsize=16)

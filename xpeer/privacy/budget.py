@@ -122,6 +122,17 @@ class Budget:
             return steps
 
 
+def told_size(num_records: int) -> int:
+    """The shard's size as far as q, sigma and delta may follow it: its six leading bits, rounded
+    down, so that shards of one record more or less are sampled and noised alike.
+
+    The magnitude of a peer's noise, and when its budget ends, tell sigma and q to whoever watches.
+    Sizes below 64, and those at the edge of a step (1.6 to 3.1 % wide), tell themselves apart.
+    """
+    spare = max(0, num_records.bit_length() - 6)
+    return num_records >> spare << spare
+
+
 def noise_multiplier(
     manifest: Manifest, ledger: Ledger, delta: float, sampling_probability: float
 ) -> float:

@@ -6,7 +6,7 @@ N(0, sigma^2 C^2 I). Steps are charged to the ledger before they are taken. What
 by any optimiser, mixed with anything partners send, is post-processing.
 
 sigma, q, n, the size of a batch and its loss are this node's secrets: only its own operator sees
-them. A step with an empty batch is a step like any other.
+them, and q takes n by `told_size`. A step with an empty batch is a step like any other.
 
 If the shard changes between starts, q changes with it: the ledger counts what was taken at the old
 rate and what is taken at the new one. sigma, once calibrated, stays; where the remaining steps no
@@ -29,7 +29,7 @@ from xpeer import update
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
 from xpeer.privacy import accountant
-from xpeer.privacy.budget import Budget, noise_multiplier
+from xpeer.privacy.budget import Budget, noise_multiplier, told_size
 from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine, RecordLosses, trainable
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.ledger import Ledger
@@ -116,9 +116,10 @@ class RecordMechanism:
         self._records = records
         self._clip_norm = rules.clip_norm
         self._target = rules.epsilon
-        self._expected = min(manifest.optimiser.batch_records, len(records))
-        self._q = self._expected / len(records)
-        self._delta = rules.delta or accountant.default_delta(len(records))
+        size = told_size(len(records))
+        self._expected = min(manifest.optimiser.batch_records, size)
+        self._q = self._expected / size
+        self._delta = rules.delta or accountant.default_delta(size)
         self._ledger = ledger
         self._sigma = noise_multiplier(manifest, ledger, self._delta, self._q)
         self._generator = SecretGenerator(self._device)
@@ -359,6 +360,18 @@ def build_mechanism(
             record_losses,
             micro_batch=micro_batch,
             seen=seen,
+            precision=precision,
+        )
+    if manifest.privacy.mode == "update":
+        from xpeer.privacy.update_mode import UpdateMechanism  # noqa: PLC0415 - it needs the above
+
+        return UpdateMechanism(
+            manifest,
+            model,
+            records,
+            record_losses,
+            ledger,
+            micro_batch=micro_batch,
             precision=precision,
         )
     return RecordMechanism(

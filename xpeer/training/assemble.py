@@ -18,6 +18,7 @@ from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.privacy.ledger import About, Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
+from xpeer.privacy.update_mode import UpdateMechanism
 from xpeer.status import CorpusShare, PrivacySpent
 from xpeer.training import checkpoint
 from xpeer.training.buffers import Buffers
@@ -30,6 +31,7 @@ from xpeer.training.losses import choose_device, evaluate, record_losses
 from xpeer.training.model import build, check_fits, from_folder
 from xpeer.training.partition import divide, refuse_other
 from xpeer.training.parts import Evaluation
+from xpeer.training.released import Released
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
 from xpeer.training.shard import cut, load_records, split
@@ -88,7 +90,7 @@ class Assembled:
         trained = list(trainer.parameters.parameters())
         flat, *moments = (self._buffers.take(trainer.parameters.num_params) for _ in range(3))
         exp_avg, exp_avg_sq, optimiser_step = read_moments(
-            trainer.optimiser, trained, (moments[0], moments[1])
+            trainer.lasting_optimiser(), trained, (moments[0], moments[1])
         )
         bundle = Bundle(
             flat=trainer.parameters.read(flat),
@@ -132,6 +134,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     home, config = Home(Path(setup.home)), setup.config
     signed = SignedManifest.load(Path(setup.manifest_path))
     manifest = signed.open(setup.swarm_id)
+    manifest.require_privacy(config.data.privacy)
     manifest_hash = signed.genesis.manifest_hash.hex()
     tokenizer = load_tokenizer(manifest.tokenizer, config.data.tokenizer)
     training, validation, share = _records(setup, manifest, tokenizer, home)
@@ -169,9 +172,12 @@ def assemble(setup: TrainerSetup) -> Assembled:
     )
     if private:
         ledger.about = _about(manifest, setup.swarm_id, mechanism.spent().delta)
+    shown: FlatParameters | Released = parameters
+    if isinstance(mechanism, UpdateMechanism):
+        shown = Released(parameters, mechanism.privatise)
     trainer = LocalTrainer(
         manifest,
-        parameters,
+        shown,
         mechanism,
         _evaluation(manifest, config, model, tokenizer, validation),
         throttle=config.training.throttle,

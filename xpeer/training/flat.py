@@ -6,6 +6,9 @@ peer because the manifest fixes the config.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from xpeer.errors import LocalError
@@ -69,6 +72,28 @@ class FlatParameters:
         """Replace all gradients from a vector in the shape of `flat`, on the CPU."""
         for p, view in zip(self._parameters, _views(self._parameters, flat), strict=True):
             p.grad = view.to(p.device, copy=True)
+
+    @property
+    def followers(self) -> tuple[torch.Tensor, ...]:
+        """None: what is shown is what is trained."""
+        return ()
+
+    @contextmanager
+    def showing(self, values: torch.Tensor | None = None) -> Iterator[None]:
+        """Have the model compute with other values, (num_params,) float32, CPU, for a while."""
+        if values is None:
+            yield
+            return
+        own = self.read()
+        self.write(values)
+        try:
+            yield
+        finally:
+            self.write(own)
+
+    def end_window(self) -> bool:
+        """Nothing is replaced."""
+        return False
 
     def digest(self) -> str:
         """See `digest`."""

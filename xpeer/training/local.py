@@ -10,7 +10,6 @@ ledger's disk, at most) is counted in `seconds_blocked`.
 
 from __future__ import annotations
 
-import math
 import queue
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Final
 
 import torch
 
-from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.errors import PeerError, Reason
 from xpeer.manifest import Manifest
 from xpeer.status import Progress
 from xpeer.training import rules
@@ -26,7 +25,8 @@ from xpeer.training.consolidation import consolidate
 from xpeer.training.exchanges import Exchanges
 from xpeer.training.fragments import Fragments
 from xpeer.training.ipc import TrainerState
-from xpeer.training.measuring import Measurements
+from xpeer.training.measuring import Measurements, require_finite
+from xpeer.training.optimiser import make_optimiser
 from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.setup import Mode
@@ -70,8 +70,15 @@ class LocalTrainer:
         self.optimiser = make_optimiser(manifest, parameters)
         fragments = Fragments(parameters.num_params, manifest.round.fragments)
         rule = rules.make(manifest.round)
-        codec, grid = manifest.round.codec, grid_of(manifest.round)
-        self.exchanges = Exchanges(parameters, fragments, codec, mechanism, rule, grid)
+        self.exchanges = Exchanges(
+            parameters,
+            fragments,
+            manifest.round.codec,
+            mechanism,
+            rule,
+            grid_of(manifest.round),
+            parameters.followers,
+        )
         self.exchanges.begin()
         self._gradients = rule if isinstance(rule, rules.GradientAveraging) else None
         self._gradient_due = False
@@ -246,19 +253,23 @@ class LocalTrainer:
             out.copy_(consolidate(own, self.exchanges.fragments, received))
             if not received:
                 return self.public_loss()
-        self.parameters.write(out)
-        try:
+        with self.parameters.showing(out):
             return self.measurements.public_of_others()
-        finally:
-            self.parameters.write(own)
 
     def measure(self) -> tuple[float, float | None]:
-        """At a boundary: public and held-out loss."""
-        return self.measurements.take(self.counters)
+        """At a boundary: public and held-out loss of what is shown."""
+        with self.parameters.showing():
+            return self.measurements.take(self.counters)
+
+    def lasting_optimiser(self) -> torch.optim.AdamW:
+        """For a checkpoint; a fresh one where the moments know what is not released yet."""
+        unreleased = bool(self.parameters.followers)
+        return make_optimiser(self.manifest, self.parameters) if unreleased else self.optimiser
 
     def public_loss(self) -> float:
-        """At a boundary: loss of the present parameters on the public text."""
-        return self.measurements.fresh_public(self.counters)
+        """At a boundary: loss of what is shown on the public text."""
+        with self.parameters.showing():
+            return self.measurements.fresh_public(self.counters)
 
     def _boundary(self) -> None:
         began = time.perf_counter()
@@ -285,7 +296,7 @@ class LocalTrainer:
         if self.state != "training":
             self.on_state()
         elif rest_s:
-            self._rest(rest_s)
+            self._serve_until(time.monotonic() + rest_s, lambda: False)
 
     def _permit(self) -> bool:
         """Have at least one charged step, or learn that the budget is spent.
@@ -326,11 +337,8 @@ class LocalTrainer:
             group["lr"] = rate
         result = self.mechanism.step_gradient()
         self._permitted -= 1
-        if result.loss is not None and not math.isfinite(result.loss):
-            raise LocalError(
-                f"training diverged: the loss of step {self.counters.step} is {result.loss}",
-                "restart from an older checkpoint; lower optimiser.learning_rate in a new swarm",
-            )
+        if self.manifest.privacy.mode == "off":  # else partners would see what it makes us do
+            require_finite(result.loss, self.counters)
         if self._gradients is None:
             self.optimiser.step()
         else:
@@ -344,16 +352,21 @@ class LocalTrainer:
         self._tokens_per_s = _SMOOTHING * self._tokens_per_s + (1 - _SMOOTHING) * speed
 
     def _window(self, now: float) -> None:
-        """A window ends by steps or by the clock."""
+        """A window ends by steps or by the clock; the last one with the run."""
         self._window_step += 1
         rules = self.manifest.round
         late = rules.window_s is not None and now - self._window_began >= rules.window_s
-        if self._window_step >= rules.window_steps or late:
+        over = late or self._window_step >= rules.window_steps
+        if over:
             self.counters.window += 1
             self._window_step = 0
             self._window_began = now
             self._gradient_due = self._gradients is not None
+        if (over or self.ended) and self.parameters.end_window():
+            self.optimiser = make_optimiser(self.manifest, self.parameters)
+        if over:
             self.measurements.at_window_end(self.counters)
+            require_finite(self.measurements.public, self.counters)
 
     def _finish_gradient(self) -> None:
         """Gradient aggregation: wait for the group's gradient, then take the window's step."""
@@ -373,10 +386,6 @@ class LocalTrainer:
         if self.ended:
             self.on_state()
 
-    def _rest(self, seconds: float) -> None:
-        """Leave the processor to others, and go on serving."""
-        self._serve_until(time.monotonic() + seconds, lambda: False)
-
     def _serve_until(self, until: float, done: Callable[[], bool]) -> None:
         """Take no step until then, or until done, or until told otherwise."""
         while not (self._stopping or done()) and self.state == "training":
@@ -391,22 +400,6 @@ class LocalTrainer:
 
     def _stop(self) -> None:
         self._stopping = True
-
-
-def make_optimiser(manifest: Manifest, parameters: Parameters) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with zero moments.
-
-    The fused kernel does one pass over the memory; it exists for CPU and CUDA.
-    """
-    trained = list(parameters.parameters())
-    rules = manifest.optimiser
-    return torch.optim.AdamW(
-        trained,
-        lr=rules.learning_rate,
-        betas=(rules.beta1, rules.beta2),
-        weight_decay=rules.weight_decay,
-        fused=all(p.device.type in {"cpu", "cuda"} for p in trained),
-    )
 
 
 def _nothing() -> None:

@@ -6,6 +6,7 @@ import math
 import time
 from typing import Final
 
+from xpeer.errors import LocalError
 from xpeer.manifest import Round
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters
@@ -66,3 +67,16 @@ class Measurements:
         """Windows of steps, or of merges, since then."""
         steps = (counters.step - self._step) / self._rules.window_steps
         return steps + (counters.merges - self._merges) / self._rules.fragments
+
+
+def require_finite(loss: float | None, counters: Counters) -> None:
+    """Stop a run that has diverged.
+
+    Raises:
+        LocalError: the loss is no number.
+    """
+    if loss is not None and not math.isfinite(loss):
+        raise LocalError(
+            f"training diverged: the loss at step {counters.step} is {loss}",
+            "restart from an older checkpoint; lower optimiser.learning_rate in a new swarm",
+        )

@@ -196,6 +196,14 @@ def test_no_swarm_yet(tmp_path: Path) -> None:
     assert not home.path.exists()
 
 
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("mode", ["off", "update"])
+def test_privacy_that_the_manifest_does_not_allow(home: Home, mode: str, dry: bool) -> None:
+    with unchanged(home.path):
+        result = xpeer(home, "start", "--privacy", mode, *(["--dry-run"] if dry else []), *TEXT)
+    refused(result, ExitCode.BAD_CONFIG, f"data.privacy = {mode}", "privacy.mode = record")
+
+
 def test_altered_manifest(home: Home) -> None:
     home.manifest.write_bytes(home.manifest.read_bytes().replace(b"llama", b"lhama"))
     with unchanged(home.path):

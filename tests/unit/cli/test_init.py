@@ -143,7 +143,7 @@ def test_privacy_off_is_loud(tmp_path: Path, model_config: str) -> None:
         "--model-config", model_config,
     )  # fmt: skip
     assert code == ExitCode.OK
-    assert "PRIVACY IS OFF" in err
+    assert "PRIVACY OFF" in err
     assert opened(tmp_path / "h").privacy.mode == "off"
 
 

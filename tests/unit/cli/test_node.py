@@ -16,12 +16,14 @@ from tests.unit.test_control import process
 from xpeer.cli import main, node, render
 from xpeer.control import Peers
 from xpeer.errors import ExitCode, LocalError, NotRunningError
-from xpeer.status import Partner, PrivacySpent, Status
+from xpeer.status import SHOUTED, Partner, PrivacySpent, Status
 
 SICK = msgspec.structs.replace(
     HEALTHY, health="degraded", reasons=["no live partner", "trainer exited with 1"]
 )
-OPEN = msgspec.structs.replace(HEALTHY, privacy=PrivacySpent(mode="off"))
+OPEN = msgspec.structs.replace(
+    HEALTHY, privacy=PrivacySpent(mode="off"), privacy_warning=SHOUTED["off"]
+)
 
 
 def xpeer(home: Path, *args: str) -> Result:
@@ -63,8 +65,10 @@ def test_reasons_come_first(tmp_path: Path) -> None:
 def test_privacy_off_is_shouted(tmp_path: Path) -> None:
     with answering(tmp_path / "xpeer.sock", OPEN):
         result = xpeer(tmp_path, "status")
-    assert any(line.startswith("PRIVACY OFF") for line in result.stdout.splitlines()[:3])
+        told = xpeer(tmp_path, "status", "--json")
+    assert result.stdout.startswith("PRIVACY OFF")
     assert "epsilon" not in result.stdout
+    assert msgspec.json.decode(told.stdout)["privacy_warning"].startswith("PRIVACY OFF")
 
 
 def test_status_for_programs(tmp_path: Path) -> None:

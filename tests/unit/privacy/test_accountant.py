@@ -70,6 +70,13 @@ def test_more_noise_and_less_sampling_cost_less() -> None:
     assert epsilon([Segment(1.0, 0.02, 100)], 1e-6) > cost
 
 
+def test_little_noise_needed_is_found_quickly() -> None:
+    """Half a million steps fit; the library's own way would compute powers of that size."""
+    found = steps_within(8.0, 1e-5, [], 2.0, 4 / 500, 10_000_000)
+    assert epsilon([Segment(2.0, 4 / 500, found)], 1e-5) <= 8.0
+    assert epsilon([Segment(2.0, 4 / 500, found + found // 100)], 1e-5) > 8.0
+
+
 def test_segments_add_up_whatever_their_order() -> None:
     a, b = Segment(1.0, 0.01, 300), Segment(0.8, 0.02, 200)
     together = epsilon([a, b], 1e-5)

@@ -17,6 +17,7 @@ from xpeer.identity import blake2b
 from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
+from xpeer.privacy.budget import told_size
 from xpeer.privacy.clipping import BookKeepingEngine, Clipped, Engine, MicrobatchEngine
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism, build_mechanism
@@ -238,7 +239,7 @@ def test_delta_follows_the_shard_unless_the_manifest_sets_it(ledger: Ledger) -> 
     records = some_records().repeat(10_000, 1)  # 70,000^-1.1 < 1e-5
     rules = manifest(delta=None, batch=70_000)
     mechanism = record(ledger, llama(tied=False), rules=rules, records=records)
-    assert mechanism.spent().delta == accountant.default_delta(70_000) < 1e-5
+    assert mechanism.spent().delta == accountant.default_delta(told_size(70_000)) < 1e-5
     mechanism.close()
 
 

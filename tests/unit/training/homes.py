@@ -25,7 +25,7 @@ def make_homes(
     folder: Path,
     count: int,
     *,
-    privacy: Literal["record", "off"] = "off",
+    privacy: Literal["record", "update", "off"] = "off",
     changes: tuple[str, ...] = (),
 ) -> list[TrainerSetup]:
     """Nodes of one swarm with different shards."""

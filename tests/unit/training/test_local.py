@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -62,6 +63,21 @@ class Parameters:
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [self.weight]
+
+    @property
+    def followers(self) -> Sequence[torch.Tensor]:
+        return ()
+
+    @contextmanager
+    def showing(self, values: torch.Tensor | None = None) -> Iterator[None]:
+        own = self.read()
+        if values is not None:
+            self.write(values)
+        yield
+        self.write(own)
+
+    def end_window(self) -> bool:
+        return False
 
 
 class FakeMechanism:
@@ -319,10 +335,23 @@ def test_a_state_that_is_not_finite_is_refused_and_ours_stays() -> None:
 
 
 def test_divergence_is_an_error() -> None:
-    trainer = trainer_with()
+    trainer = trainer_with(privacy=Privacy(mode="off"))
     mechanism_of(trainer).loss = lambda: float("nan")
     with pytest.raises(LocalError, match="diverged"):
         trainer.run(steps=1)
+
+
+def test_under_privacy_divergence_is_seen_on_the_public_text_alone() -> None:
+    """A node that stops is seen by its partners, who choose the parameters: no loss of its own
+    records, nor whether it is one, may make it stop.
+    """
+    trainer = trainer_with()
+    mechanism_of(trainer).loss = lambda: float("nan")
+    trainer.run(steps=4)
+    assert trainer.counters.step == 4
+    trainer.parameters.write(torch.full((NUM_PARAMS,), float("nan")))
+    with pytest.raises(LocalError, match="diverged"):
+        trainer.run(steps=8)
 
 
 def test_windows_end_by_the_clock_too_and_charged_steps_carry_over() -> None:

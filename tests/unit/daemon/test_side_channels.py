@@ -1,0 +1,302 @@
+"""Two nodes that differ in nothing but their text: what others see of them is the same.
+
+Treatments are those of `privacy.channels`: what is public must be equal; timing, too, since here
+both take the same steps; what is noised or derived from it can't be compared, and must be all else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+import torch
+
+from tests.unit.privacy.models import llama, record_losses, some_records
+from tests.unit.training.homes import make_homes
+from xpeer.config import NodeConfig, Training
+from xpeer.identity import Identity, PeerId
+from xpeer.manifest import Manifest, Round, SignedManifest
+from xpeer.network.cards import MemberRecord
+from xpeer.privacy.budget import told_size
+from xpeer.privacy.channels import CHANNELS
+from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.mechanism import build_mechanism
+from xpeer.status import PrivacySpent, Progress
+from xpeer.training.assemble import Assembled, assemble
+from xpeer.training.handle import TrainerProcess
+from xpeer.training.setup import TrainerSetup
+from xpeer.update import CompressedUpdate
+from xpeer.weights import of_pair, weighting_of
+from xpeer.wire.messages import Propose, Terms
+from xpeer_daemon.gossip import Gossip
+from xpeer_daemon.joiner import Joiner
+from xpeer_daemon.node import Node
+from xpeer_daemon.partners import Partners
+from xpeer_daemon.presence import Presence
+
+ME, OTHER, THIRD = (PeerId(f"12D3KooW{letter}") for letter in "ABC")
+NOW_S = 1_000.5
+RULES = {
+    "gossip": Round(),
+    "fedavg": Round(rule="fedavg"),
+    "dynamic": Round(rule="dynamic"),
+    "asynchronous": Round(rule="asynchronous"),
+    "gradient": Round(rule="gradient", fragments=1, group=0),
+    "diloco": Round(rule="diloco", group=0),
+    "noloco": Round(rule="noloco"),
+    "gasloc": Round(rule="gasloc"),
+}
+
+
+def manifest_of(folder: Path) -> Manifest:
+    setup = make_homes(folder, 1, privacy="record", changes=("privacy.noise_multiplier=2",))[0]
+    return SignedManifest.load(Path(setup.manifest_path)).open()
+
+
+def fields_by(kind: type, *treatments: str) -> list[str]:
+    listed = CHANNELS[f"{kind.__module__}.{kind.__name__}"].fields
+    return [field for field, treatment in listed.items() if treatment in treatments]
+
+
+class World:
+    """A node with a trainer that says what it is told to; all around are fakes."""
+
+    def __init__(self, manifest: Manifest, progress: Progress, privacy: PrivacySpent) -> None:
+        trainer = TrainerProcess(lambda event: None)
+        trainer.epoch, trainer.ledger_counter = 5, 3
+        trainer.num_params, trainer.num_fragments = 1000, manifest.round.fragments
+        trainer.progress, trainer.privacy = progress, privacy
+        self.node = node = Node(ME, NodeConfig(training=Training(speed=0.0)), lambda: NOW_S)
+        node.manifest, node.state = manifest, "training"
+        node.supervisor = cast(Any, SimpleNamespace(trainer=trainer, restarts=0, down_reason=""))
+        self.told: list[MemberRecord] = []
+        node.roster = cast(Any, self)
+        self.gossip = Gossip(
+            me=ME,
+            swarm_id="ab" * 32,
+            manifest=manifest,
+            host=node,
+            proposer=cast(Any, None),
+            num_bytes=lambda codec, n: n,
+            nudge=cast(Any, None),
+            clock=lambda: NOW_S,
+            partners=Partners(lambda: NOW_S, lambda *_: None, lambda *_: None),
+        )
+
+    def members(self) -> dict[PeerId, MemberRecord]:
+        speeds = {ME: 0.0, OTHER: 100.0, THIRD: 300.0}
+        return {
+            peer: MemberRecord(peer, [], "member", "training", speed, 1)
+            for peer, speed in speeds.items()
+        }
+
+    async def announce(self, record: MemberRecord) -> None:
+        self.told.append(record)
+
+    async def shown(self) -> dict[str, Any]:
+        """Everything that others get of this node, but for updates."""
+        swarm = cast(Any, SimpleNamespace(addresses=["/ip4/192.0.2.1/tcp/1"]))
+        presence = Presence(
+            self.node, swarm, cast(Any, self), cast(Any, None), cast(Any, None), "member"
+        )
+        await presence.announce(self.node.state)
+        record = msgspec.structs.replace(self.told[-1], slot=0)  # of the real clock
+        terms = self.gossip.terms(OTHER, 1000)
+        refusal = self.gossip.objection(OTHER, Propose(1, 1000, 0, "int8", 5, False, terms))
+        return {"record": record, "terms": terms, "refusal": refusal}
+
+
+def progress_of(salt: int) -> Progress:
+    """Every field that may depend on the text, made of the salt."""
+    private: dict[str, Any] = {
+        name: float(17 * salt + i) for i, name in enumerate(fields_by(Progress, "local"))
+    }
+    public = {"step": 40, "window": 8, "loss_public": 2.5, "loss_public_age": 1.5}
+    return Progress(**(private | public))
+
+
+def privacy_of(salt: int) -> PrivacySpent:
+    private: dict[str, Any] = {
+        name: salt + i
+        for i, name in enumerate(fields_by(PrivacySpent, "local"))
+        if name != "engine"
+    }
+    return PrivacySpent(**private)
+
+
+@pytest.mark.parametrize("rule", RULES)
+async def test_nothing_that_the_daemon_tells_depends_on_what_is_local(
+    tmp_path: Path, rule: str
+) -> None:
+    manifest = msgspec.structs.replace(manifest_of(tmp_path), round=RULES[rule])
+    worlds = [World(manifest, progress_of(salt), privacy_of(salt)) for salt in (1, 2)]
+    statuses = [world.node.status() for world in worlds]
+    assert statuses[0].progress != statuses[1].progress  # the operators see the difference
+    shown = [await world.shown() for world in worlds]
+    assert shown[0] == shown[1]
+    assert shown[0]["record"].speed == 0.0
+    weight = of_pair(weighting_of(rule), shown[0]["terms"], Terms(1.0, 2.0, 1, 0, loss_public=2.5))
+    assert 0 < weight <= 0.5
+
+
+async def test_what_is_timing_shows_as_timing_only(tmp_path: Path) -> None:
+    manifest = msgspec.structs.replace(manifest_of(tmp_path), round=RULES["dynamic"])
+    one, other = (World(manifest, progress_of(1), privacy_of(1)) for _ in range(2))
+    trainer = other.node.trainer
+    assert trainer is not None
+    trainer.epoch, trainer.ledger_counter = 6, 9
+    trainer.progress = msgspec.structs.replace(trainer.progress, step=77, loss_public_age=9.0)
+    a = msgspec.to_builtins((await one.shown())["terms"])
+    b = msgspec.to_builtins((await other.shown())["terms"])
+    changed = {name for name in a if a[name] != b[name]}
+    assert changed == {"epoch", "ledger_counter", "loss_age"}
+    assert changed <= set(fields_by(Terms, "timing"))
+
+
+def test_no_speed_is_measured_under_privacy(tmp_path: Path) -> None:
+    """fedavg weights by what is declared; who declares nothing counts as the median."""
+    world = World(manifest_of(tmp_path), progress_of(1), privacy_of(1))
+    for step in range(500):
+        world.node.follow_trainer("training", Progress(step=step, seconds_blocked=0.0))
+    assert world.node.speed == 0.0
+    assert world.node.declared_rate(ME) == 1.0
+
+
+# Real trainers
+
+
+def shards(folder: Path, *changes: str) -> list[TrainerSetup]:
+    """Two nodes of one swarm; the second has other words, and 20 times as many of them."""
+    fixed = ("privacy.noise_multiplier=0.8", "round.codec=int8")
+    setups = make_homes(folder, 2, privacy="record", changes=(*fixed, *changes))
+    shard = Path(setups[1].config.data.shard[0])
+    for day in range(12):
+        (shard / f"{day}.txt").write_text(f"{day}: zebras! " * 500 + "\n")
+    return setups
+
+
+def steps_of(node: Assembled, count: int) -> list[dict[str, Any]]:
+    """After each step, what the daemon gets to tell others: by treatment, comparable."""
+    trainer, seen = node.trainer, []
+    for number in range(count):
+        trainer.run(steps=1)
+        fragment = number % trainer.exchanges.fragments.num_fragments
+        entry: dict[str, Any] = {"state": trainer.state}
+        update = trainer.exchanges.compress(
+            number, trainer.snapshot(number, fragment, averaging=False)
+        )
+        trainer.exchanges.drop(number)
+        for field in fields_by(CompressedUpdate, "public"):
+            entry[field] = getattr(update, field)
+        entry["size"] = memoryview(update.payload).nbytes
+        progress = msgspec.to_builtins(trainer.progress())
+        for field in fields_by(Progress, "public", "timing"):
+            if not field.startswith("seconds_") and field != "loss_public_age":
+                entry[field] = progress[field]
+        seen.append(entry)
+    node.mechanism.close()  # a charge that is being written counts when it is
+    return [*seen, {"counter": node.ledger_counter()}]
+
+
+@pytest.mark.parametrize("rule", ["gossip", "fedavg", "dynamic", "noloco"])
+def test_trainers_on_different_text_look_alike(tmp_path: Path, rule: str) -> None:
+    nodes = [assemble(setup) for setup in shards(tmp_path, f"round.rule={rule}")]
+    try:
+        seen = [steps_of(node, 10) for node in nodes]
+        sizes = [node.num_records for node in nodes]
+        tokens = [node.trainer.progress().tokens for node in nodes]
+    finally:
+        for node in nodes:
+            node.close()
+    assert sizes[0] * 2 < sizes[1]
+    assert tokens[0] != tokens[1]  # of random batches: local
+    assert seen[0] == seen[1]
+
+
+def test_a_run_in_tokens_ends_at_the_same_step(tmp_path: Path) -> None:
+    """In planned tokens: when a node ends is seen by all."""
+    nodes = [assemble(setup) for setup in shards(tmp_path, "end.tokens=1200", "end.steps=90")]
+    try:
+        for node in nodes:
+            node.trainer.run(steps=100)
+        assert [node.trainer.state for node in nodes] == ["closing", "closing"]
+        ends = [node.trainer.counters.step for node in nodes]
+        tokens = [node.trainer.counters.tokens for node in nodes]
+    finally:
+        for node in nodes:
+            node.close()
+    assert ends == [10, 10]  # 4 records of 32 tokens a step
+    assert tokens[0] != tokens[1]
+
+
+@pytest.mark.parametrize("size", [64, 100, 203, 1000, 123_456, 2**40 + 12_345])
+def test_a_record_more_or_less_changes_neither_rate_nor_noise(size: int) -> None:
+    told = told_size(size)
+    assert told <= size < told * (1 + 1 / 32)
+    assert told_size(told) == told
+    alike = sum(told_size(n) == told_size(n + 1) for n in range(1000, 2000))
+    assert alike >= 1000 - 1000 // 16
+    assert [told_size(n) for n in range(64)] == list(range(64))
+
+
+def test_neighbouring_shards_spend_alike(tmp_path: Path) -> None:
+    """sigma is seen in the noise, and the budget's end in the phase."""
+    manifest = manifest_of(tmp_path)
+    rules = msgspec.structs.replace(
+        manifest,
+        privacy=msgspec.structs.replace(manifest.privacy, noise_multiplier=None),
+        end=msgspec.structs.replace(manifest.end, steps=20),
+    )
+    spent = []
+    for size in (200, 201):
+        with Ledger.open(tmp_path / f"{size}.sqlite") as ledger:
+            model, records = llama(tied=True), some_records(size)
+            mechanism = build_mechanism(rules, model, records, record_losses, ledger)
+            spent.append(msgspec.structs.replace(mechanism.spent(), engine=""))
+            mechanism.close()
+    assert spent[0] == spent[1]
+    assert spent[0].noise_multiplier > 0
+
+
+# What an operator is told
+
+
+@pytest.mark.parametrize(("mode", "shouted"), [("off", True), ("record", False)])
+async def test_a_start_without_privacy_is_shouted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: Any, shouted: bool
+) -> None:
+    setup = make_homes(tmp_path, 1, privacy=mode, changes=("privacy.noise_multiplier=2",))[0]
+    home = Path(setup.home)
+    (home / "swarm.key").write_bytes(bytes(32))
+    (home / "swarm.key").chmod(0o400)
+    node = Node(ME, setup.config)
+    joiner = Joiner(
+        cast(Any, SimpleNamespace(manifest=home / "manifest.json", swarm_key=home / "swarm.key")),
+        setup.config,
+        Identity.generate(),
+        cast(Any, SimpleNamespace(swarm_id=setup.swarm_id)),
+        node,
+        cast(Any, None),
+    )
+    with caplog.at_level("WARNING"):
+        await joiner.admission()
+    assert ("PRIVACY OFF" in caplog.text) == shouted
+    assert node.status().privacy_warning.startswith("PRIVACY OFF") == shouted
+
+
+def test_the_tensors_of_two_nodes_are_their_own(tmp_path: Path) -> None:
+    """What the comparison above leaves out does differ: it compares nodes that really train."""
+    nodes = [assemble(setup) for setup in shards(tmp_path)]
+    try:
+        for node in nodes:
+            node.trainer.run(steps=2)
+        flats = [node.trainer.parameters.read() for node in nodes]
+    finally:
+        for node in nodes:
+            node.close()
+    for a, b in itertools.combinations(flats, 2):
+        assert not torch.equal(a, b)

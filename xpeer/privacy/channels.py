@@ -1,0 +1,372 @@
+"""Every value that leaves the trainer process or the daemon, and why it may while privacy is on.
+
+A table, not a filter: `tests/unit/privacy/test_channels.py` walks the real structures and fails
+for a field that is not listed, or that is listed and gone; `test_side_channels.py` trains on
+different shards and compares what partners would see.
+
+Treatments, from harmless to private:
+
+    public    follows from the manifest, from public data, from randomness of its own, or is the
+              operator's own word (an address, a declared speed)
+    derived   computed from released parameters and public data alone: post-processing
+    noised    computed from records, clipped, noised and charged before it leaves
+    timing    tells how many steps were taken by when, and nothing else of the text. Not protected:
+              a step takes as long as its random batch is large, and the clock is everybody's
+    withheld  exists, and is not sent or made while privacy is on
+    local     may depend on records. For this node's operator: the Unix socket, files of the home,
+              the log. Whoever passes them on passes on private data
+    parts     holds other structures of this table, or their bytes
+
+What this module does not give: that the network hides sizes, numbers and moments of messages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+Treatment = Literal["public", "derived", "noised", "timing", "withheld", "local", "parts"]
+Audience = Literal["anybody", "members", "partners", "node", "home", "export"]
+"""Who may read it. node: the daemon from its trainer, or the operator from the daemon."""
+
+TREATMENTS: Final[tuple[Treatment, ...]] = get_args(Treatment)
+SEEN_BY_OTHERS: Final[tuple[Audience, ...]] = ("anybody", "members", "partners", "export")
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A structure that leaves.
+
+    Args:
+        audience: who reads it.
+        fields: every one of its fields, with its treatment.
+        why: what a reader would ask.
+    """
+
+    audience: Audience
+    fields: dict[str, Treatment]
+    why: str = ""
+
+
+def _of(
+    audience: Audience,
+    *,
+    public: str = "",
+    derived: str = "",
+    noised: str = "",
+    timing: str = "",
+    withheld: str = "",
+    local: str = "",
+    parts: str = "",
+    why: str = "",
+) -> Channel:
+    """Names separated by spaces, by treatment."""
+    given = (public, derived, noised, timing, withheld, local, parts)
+    pairs = [(n, t) for names, t in zip(given, TREATMENTS, strict=True) for n in names.split()]
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError(f"listed twice: {pairs}")
+    return Channel(audience, dict(pairs), why)
+
+
+_MESSAGES: Final = {
+    "Message": _of("partners"),
+    "Terms": _of(
+        "partners",
+        public="weight group_weight",
+        derived="loss_public",
+        timing="epoch ledger_counter loss_age unresolved",
+        why="weights are of declared speeds, never of tokens or records counted here; charges "
+        "follow the windows, and end where the budget does: that tells the shard's size in steps "
+        "of 3 %, if the manifest fixes sigma and the run does not end first",
+    ),
+    "Propose": _of(
+        "partners",
+        public="exchange_id slot fragment codec num_values",
+        timing="averaging",
+        parts="terms",
+    ),
+    "Agree": _of("partners", public="exchange_id", parts="terms"),
+    "Payload": _of(
+        "partners",
+        public="exchange_id num_bytes",
+        why="its size follows from codec and fragment; its bytes are update.CompressedUpdate",
+    ),
+    "Accept": _of("partners", public="exchange_id", derived="digest"),
+    "Refuse": _of(
+        "partners",
+        public="exchange_id",
+        timing="reason",
+        why="of errors.Reason: the pace of windows, or a judgement of the partner's own bytes",
+    ),
+    "StateRequest": _of("partners"),
+    "StateOffer": _of(
+        "members",
+        public="num_params",
+        derived="loss_public digest signature",
+        timing="step",
+        why="what a joiner is given: released parameters, averaged with those partners showed",
+    ),
+    "StateReceived": _of("members", derived="digest"),
+}
+
+_SESSION: Final = {
+    "Hello": _of(
+        "members",
+        public="version purpose swarm_id manifest_hash sender receiver serial ephemeral ciphers "
+        "answers",
+    ),
+    "SignedHello": _of("members", public="body signature"),
+}
+
+_NETWORK: Final = {
+    "cards.MemberRecord": _of(
+        "members",
+        public="peer_id addresses role zone speed",
+        timing="phase slot",
+        why="the speed is the declared one: none is measured under privacy; the phase says when "
+        "steps or budget ended",
+    ),
+    "cards.Card": _of("members", parts="record", public="version_ms since_s lifetime_s anchor"),
+    "cards.SignedCard": _of("members", parts="body", public="signature"),
+    "cards.Beat": _of("members", public="link value"),
+    "dht.SignedValue": _of("anybody", public="payload credential signature", why="sealed"),
+    "shards.Stored": _of("members", parts="signed", public="beat"),
+    "spreading.News": _of("members", parts="signed", public="owner credential beat"),
+    "spreading.Question": _of("members", parts="cards", public="salt digest beats"),
+    "spreading.Answer": _of("members", parts="cards", public="beats more unknown"),
+    "present.Introduction": _of("anybody", public="credential addresses"),
+    "joining.Admission": _of("members", public="manifest swarm_key"),
+    "membership.Certificate": _of(
+        "anybody",
+        public="genesis subject role serial not_before_unix_s join_before_unix_s not_after_unix_s",
+    ),
+    "membership.Credential": _of("anybody", public="body signature peer_id binding"),
+    "invites.Token": _of("anybody", public="name seeds body signature bearer seal"),
+    "direct.Offer": _of("partners", public="port ticket"),
+}
+
+_UPDATE: Final = {
+    "RawUpdate": _of("node", noised="values", timing="step", why="never leaves the trainer"),
+    "PrivacyStamp": _of("node", public="mode", local="steps_charged", withheld="issuer"),
+    "PrivateUpdate": _of("node", noised="values", timing="step", parts="stamp"),
+    "CompressedUpdate": _of(
+        "partners",
+        noised="payload",
+        public="codec num_values",
+        withheld="step stamp",
+        why="step and stamp stay with the daemon; rounding has randomness of its own",
+    ),
+    "PeerUpdate": _of("node", derived="payload", public="codec num_values peer_id"),
+    "ModelState": _of("members", noised="payload", timing="step", derived="loss_public"),
+}
+
+_IPC: Final = {
+    "Ready": _of(
+        "node",
+        public="num_params num_fragments device",
+        timing="step ledger_counter resumed",
+        local="engine num_records notes",
+        parts="corpus",
+    ),
+    "Reply": _of("node", public="number", parts="result"),
+    "Snapshotted": _of(
+        "node",
+        public="num_bytes codec num_values privacy_mode",
+        timing="step",
+        local="steps_charged",
+    ),
+    "Verified": _of("node", derived="distance"),
+    "Done": _of("node"),
+    "StateExported": _of("node", derived="digest loss_public", timing="step"),
+    "StateImported": _of("node", derived="loss_before loss_after"),
+    "Written": _of("node", public="path"),
+    "Losses": _of("node", derived="public", local="validation"),
+    "Failure": _of("node", local="kind problem remedy exit_code trace"),
+    "Progressed": _of("node", timing="state ledger_counter", parts="progress privacy"),
+    "Saved": _of("node", public="path", timing="step"),
+    "Crashed": _of("node", parts="failure", why="that a trainer died is seen: see measuring.py"),
+}
+
+_STATUS: Final = {
+    "Progress": _of(
+        "node",
+        public="planned_steps",
+        derived="loss_public consensus_distance merges_clipped",
+        timing="step window loss_public_age learning_rate merges steps_late seconds_training "
+        "seconds_blocked seconds_boundary seconds_snapshot seconds_merge",
+        local="tokens loss_train loss_validation tokens_per_s",
+    ),
+    "PrivacySpent": _of(
+        "node",
+        public="mode epsilon_target",
+        local="epsilon_spent delta noise_multiplier steps_charged steps_left engine",
+        why="sigma and delta follow from the shard's size",
+    ),
+    "CorpusShare": _of(
+        "node",
+        public="units units_total unit_tokens documents documents_total tokens weight",
+        why="of a corpus that every member holds, by declared speeds",
+    ),
+    "Partner": _of(
+        "node",
+        public="peer_id state phase role addresses speed exchanges failures last_reason "
+        "last_exchange_age_s bytes_in bytes_out",
+        why="what others say and do",
+    ),
+    "Status": _of(
+        "node",
+        public="schema_version peer_id swarm_id swarm_name version pid addresses num_params device "
+        "currency privacy_warning",
+        timing="health reasons state uptime_s round exchanges_done exchanges_failed "
+        "one_sided_merges bytes_in bytes_out egress_cost compression_ratio last_good_round_age_s "
+        "last_checkpoint_age_s trainer_restarts sidecar_restarts strangers_refused",
+        parts="progress corpus privacy partners",
+        why="answered on the Unix socket alone (xpeer_daemon.api); to systemd go health, state, "
+        "step and the number of partners",
+    ),
+}
+
+_CONTROL: Final = {
+    "Versioned": _of("node", public="schema_version"),
+    "Peers": _of("node", public="schema_version", parts="peers"),
+    "Version": _of("node", public="schema_version version pid"),
+    "Done": _of("node", public="schema_version pid path"),
+    "Problem": _of("node", public="schema_version", local="problem remedy exit_code"),
+}
+
+_HOME: Final = {
+    "xpeer_daemon.store.RoundRow": _of(
+        "home",
+        public="slot partner fragment",
+        derived="distance",
+        timing="reason detail seconds unix_s",
+    ),
+    "xpeer_daemon.store.EventRow": _of("home", timing="kind detail unix_s"),
+    "xpeer_daemon.store.KnownPeer": _of(
+        "home", public="peer_id addresses seen_unix_s ledger_counter"
+    ),
+    "xpeer.training.checkpoint.Bundle": _of(
+        "home",
+        noised="flat exp_avg exp_avg_sq",
+        derived="consolidation rule",
+        public="manifest_hash",
+        timing="optimiser_step",
+        withheld="seen",
+        parts="counters",
+        local="ledger_id",
+        why="export, rather than copy: counters hold tokens and seconds; moments follow from "
+        "noised gradients (mode update: they are zero), `seen` is empty under privacy",
+    ),
+    "xpeer.training.checkpoint._Words": _of(
+        "home",
+        public="schema_version manifest_hash",
+        timing="optimiser_step",
+        parts="counters",
+        local="ledger_id",
+    ),
+    "xpeer.training.schedule.Counters": _of(
+        "home",
+        timing="step window seconds moments_step joined merges merges_clipped",
+        local="tokens",
+    ),
+    "xpeer.founding.Issued": _of(
+        "home",
+        public="serial swarm_id subject role not_before_unix_s join_before_unix_s seeds",
+    ),
+    "xpeer.cli.logs.Entry": _of("home", local="time level logger message trace"),
+}
+
+
+def _in(module: str, channels: dict[str, Channel]) -> dict[str, Channel]:
+    return {f"{module}.{name}": channel for name, channel in channels.items()}
+
+
+CHANNELS: Final[dict[str, Channel]] = {
+    **_in("xpeer.wire.messages", _MESSAGES),
+    **_in("xpeer.wire.session", _SESSION),
+    **_in("xpeer.network", _NETWORK),
+    **_in("xpeer.update", _UPDATE),
+    **_in("xpeer.training.ipc", _IPC),
+    **_in("xpeer.status", _STATUS),
+    **_in("xpeer.control", _CONTROL),
+    **_HOME,
+}
+"""By module and class."""
+
+NEVER_LEAVE: Final = (
+    "xpeer.config.",
+    "xpeer.training.setup.",
+    *(
+        f"xpeer.training.ipc.{name}"
+        for name in (
+            "Begin", "Request", "Snapshot", "Verify", "Merge", "Drop", "ExportState",
+            "ImportState", "Run", "WriteCheckpoint", "Evaluate", "Stop",
+        )
+    ),
+)  # fmt: skip
+"""This node's settings, and what the daemon tells its own trainer; names or prefixes."""
+
+THE_MANIFEST: Final = "xpeer.manifest."
+"""All of it is public to members by definition: the founder wrote it, before any training."""
+
+PROTOCOLS: Final[dict[str, str]] = {
+    "xpeer/exchange/1": "exchange: wire.messages in a sealed session, and payloads",
+    "xpeer/state/1": "a joiner's parameters: wire.messages in a sealed session, and the state",
+    "xpeer/roster/1": "spreading: cards and beats, sealed with the swarm key",
+    "xpeer/present/1": "present: credentials and addresses",
+    "xpeer/admit/1": "joining: manifest and swarm key, sealed to the joiner",
+    "xpeer/nudge/1": "nothing but that it came: timing",
+}
+"""Every libp2p protocol that a member serves, the DHT's aside (`dht.SignedValue`)."""
+
+FRAMES: Final = ("MESSAGE", "BULK", "END", "ELSEWHERE")
+"""Kinds of frames of a session; lengths and kinds are seen by whoever sees the network: public."""
+
+ROUTES: Final[dict[str, str]] = {
+    "GET /v1/status": "Status",
+    "GET /v1/peers": "Peers",
+    "GET /v1/version": "Version",
+    "POST /v1/pause": "Done",
+    "POST /v1/resume": "Done",
+    "POST /v1/stop": "Done",
+    "POST /v1/leave": "Done",
+    "POST /v1/checkpoint": "Done",
+}
+"""Of the control API, with their answers. There is no other API, page or port for metrics."""
+
+EVENTS: Final = ("trainer-restarted", "donor-refused", "finished")
+"""Kinds of events in state.sqlite."""
+
+TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
+    "xpeer.privacy.engines": (
+        "private gradients: refused %s",
+        "private gradients: %s needs %.3g s",
+        "private gradients by %s",
+    ),
+    "xpeer.training.child": ("%s", "%s", "%s"),
+    "xpeer.training.handle": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
+    "xpeer.training.ipc": ("%s", "%s"),
+    "xpeer.training.service": ("no checkpoint was written: %s", "a helper of the trainer failed"),
+    "xpeer.training.shard": ("tokenised records are not cached: %s",),
+    "xpeer.wire.kernels": ("codec kernels are not compiled, so the codec is slower: %s: %s",),
+}
+"""What the trainer process and its handle write to the log: local, and never a loss, a count or a
+text of records."""
+
+EXPORTED: Final = ("config.json", "generation_config.json", "model.safetensors")
+"""Files of `xpeer checkpoint export`, tokenizer aside: released parameters and the manifest's
+config."""
+
+COMMANDS: Final[dict[str, str]] = {
+    "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",
+    "bootstrap": "addresses", "start": "the log", "status": "Status", "peers": "Peers",
+    "pause": "Done", "resume": "Done", "stop": "Done", "leave": "Done",
+    "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "demo": "Status, of text on this machine",
+    "completion": "nothing", "version": "versions",
+}  # fmt: skip
+"""What commands print or write, by the structures above: for the operator."""
+
+
+def seen_by_others() -> dict[str, Channel]:
+    """The channels that reach other members, strangers, or whoever is given an export."""
+    return {name: c for name, c in CHANNELS.items() if c.audience in SEEN_BY_OTHERS}

@@ -1,0 +1,24 @@
+"""The optimiser of local steps."""
+
+from __future__ import annotations
+
+import torch
+
+from xpeer.manifest import Manifest
+from xpeer.training.parts import Parameters
+
+
+def make_optimiser(manifest: Manifest, parameters: Parameters) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with zero moments.
+
+    The fused kernel does one pass over the memory; it exists for CPU and CUDA.
+    """
+    trained = list(parameters.parameters())
+    rules = manifest.optimiser
+    return torch.optim.AdamW(
+        trained,
+        lr=rules.learning_rate,
+        betas=(rules.beta1, rules.beta2),
+        weight_decay=rules.weight_decay,
+        fused=all(p.device.type in {"cpu", "cuda"} for p in trained),
+    )
