@@ -328,6 +328,15 @@ class Exchanges:
             rule.merged(meeting.fragment, correction.state)
         else:
             self.rule.moved(meeting.fragment, correction.values.mul_(correction.scale))
+        clipped = self._learn(meeting)
+        self.merges += 1
+        self.merges_clipped += clipped
+        self._steps_late += step - meeting.step
+        self.seconds_merge += time.perf_counter() - began
+        return clipped
+
+    def _learn(self, meeting: _Meeting) -> int:
+        """What a merged meeting tells besides; give its memory back. How many were clipped."""
         if self.common is not None and meeting.mean is not None:
             self.common.merged(meeting.fragment, meeting.mean)
         for exchange_id in meeting.merged:
@@ -335,18 +344,13 @@ class Exchanges:
                 self.consolidation.merged(meeting.fragment, meeting.shown[exchange_id])
         merged = [meeting.differences[exchange_id] for exchange_id in meeting.merged]
         for found in (each for each in merged if each.whole):
-            for limit, norm in zip(self._limits[rule], found.norms, strict=True):
+            for limit, norm in zip(self._limits[meeting.rule], found.norms, strict=True):
                 limit.accepted(norm)
-        clipped = sum(found.clipped for found in merged)
         differences = (each.values.view(-1) for each in meeting.differences.values())
         for spare in (meeting.theta, meeting.payload, *differences):
             if spare is not None:
                 self.buffers.give(spare)
-        self.merges += 1
-        self.merges_clipped += clipped
-        self._steps_late += step - meeting.step
-        self.seconds_merge += time.perf_counter() - began
-        return clipped
+        return sum(found.clipped for found in merged)
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint: the rule's, and what masked groups have in common."""
