@@ -98,6 +98,7 @@ _MESSAGES: Final = {
         timing="reason",
         why="of errors.Reason: the pace of windows, or a judgement of the partner's own bytes",
     ),
+    "MaskStep": _of("partners", public="exchange_id step", derived="value", why="keys, digests"),
     "StateRequest": _of("partners"),
     "StateOffer": _of(
         "members",
@@ -156,7 +157,8 @@ _UPDATE: Final = {
         withheld="step stamp",
         why="step and stamp stay with the daemon; rounding has randomness of its own",
     ),
-    "PeerUpdate": _of("node", derived="payload", public="codec num_values peer_id"),
+    "MaskedUpdate": _of("partners", noised="payload", public="codec num_values"),
+    "PeerUpdate": _of("node", derived="payload", public="codec num_values peer_id parties"),
     "ModelState": _of("members", noised="payload", timing="step", derived="loss_public"),
 }
 
@@ -199,7 +201,7 @@ _STATUS: Final = {
     "PrivacySpent": _of(
         "node",
         public="mode epsilon_target",
-        local="epsilon_spent delta noise_multiplier steps_charged steps_left engine",
+        local="epsilon_spent delta noise_multiplier steps_charged steps_left ends_unix_s engine",
         why="sigma and delta follow from the shard's size",
     ),
     "CorpusShare": _of(
@@ -272,6 +274,26 @@ _HOME: Final = {
     "xpeer.founding.Issued": _of(
         "home",
         public="serial swarm_id subject role not_before_unix_s join_before_unix_s seeds",
+    ),
+    "xpeer.privacy.ledger.About": _of(
+        "home", public="swarm_id mode clip_norm epsilon_target", timing="unix_s", local="delta"
+    ),
+    "xpeer.privacy.report.Account": _of(
+        "home",
+        public="swarm_id mode clip_norm epsilon_target",
+        local="ledger_id epsilon_spent delta segments steps_charged charges steps_left "
+        "ends_unix_s chain_head",
+        why="`xpeer privacy status` and `report`: sigma, q and delta tell the shard's size by six "
+        "bits to whoever is shown them",
+    ),
+    "xpeer.privacy.report.Verdict": _of(
+        "home", local="delta epsilon_accountant epsilon_replayed epsilon_rdp charges problems"
+    ),
+    "xpeer.privacy.report.Plan": _of(
+        "home",
+        public="epsilon delta records batch sampling_probability steps noise_multiplier "
+        "noise_to_signal passes tokens_per_step curve",
+        why="of the operator's own numbers",
     ),
     "xpeer.cli.logs.Entry": _of("home", local="time level logger message trace"),
 }
@@ -362,7 +384,7 @@ COMMANDS: Final[dict[str, str]] = {
     "bootstrap": "addresses", "start": "the log", "status": "Status", "peers": "Peers",
     "pause": "Done", "resume": "Done", "stop": "Done", "leave": "Done",
     "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "demo": "Status, of text on this machine",
-    "completion": "nothing", "version": "versions",
+    "completion": "nothing", "version": "versions", "privacy": "Account, Verdict, Plan, Charge",
 }  # fmt: skip
 """What commands print or write, by the structures above: for the operator."""
 
