@@ -61,6 +61,9 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True):
     """What is held out whole."""
     tokenizer: str = ""
     """Folder of the Hugging Face tokenizer, where the manifest asks for one."""
+    base_model: str = ""
+    """Folder of the Hugging Face model whose adapters the swarm trains, where the manifest has
+    model.lora; empty: the founder's own copy in the home."""
 
 
 class Training(Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,6 +85,14 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     min_peers: Annotated[int, Meta(ge=0)] = 0
     """Wait for this many live partners before training."""
     validation_records: Annotated[int, Meta(ge=1)] = 32
+
+
+class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a node decides about its privacy; what all share is in the manifest."""
+
+    generator: Literal["fast", "cryptographic"] = "fast"
+    """Of noise on CUDA. fast: the device's Philox under a fresh key of 64 bits for every tensor.
+    cryptographic: AES-256 from the CPU, as on a CPU always."""
 
 
 class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,6 +123,7 @@ class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     network: Network = Network()
     data: Data = Data()
     training: Training = Training()
+    privacy: Privacy = Privacy()
     checkpoint: Checkpoint = Checkpoint()
     daemon: Daemon = Daemon()
 

@@ -1,0 +1,1 @@
+"""What privacy costs, and what attackers get in spite of it."""
