@@ -7,7 +7,6 @@ which would clip too little, is never used.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from xpeer.privacy.clipping import (
     RecordLosses,
     trainable,
 )
-
-logger = logging.getLogger("xpeer.privacy")
 
 UNDERESTIMATE_MAX: Final = 1e-3
 """Of a record's norm, relative."""
@@ -97,9 +94,7 @@ def choose_engine(
         engine, reason = _fastest(model, right, sample, clock)
     finally:
         model.train(training)
-    choice = Choice(engine, "; ".join([reason, *(f"refused {why}" for why in refused)]))
-    logger.info("private gradients by %s: %s", engine.name, choice.reason)
-    return choice
+    return Choice(engine, "; ".join([reason, *(f"refused {why}" for why in refused)]))
 
 
 def sample_of(records: Tensor) -> Tensor:

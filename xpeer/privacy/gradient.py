@@ -31,6 +31,7 @@ class PrivateGradient:
         units: of privacy, made of these records; of all ranks.
         clip_norm: C, and the noise that goes with it.
         expected: B, units of a step, all ranks together.
+        probability: q that steps are charged with.
         generator: of noise and samples.
         ranks: that take each step together; all have the same units and the same B.
     """
@@ -43,6 +44,7 @@ class PrivateGradient:
         units: Units,
         clip_norm: ClipNorm,
         expected: int,
+        probability: float,
         generator: SecretGenerator,
         ranks: Ranks | None = None,
     ) -> None:
@@ -54,13 +56,13 @@ class PrivateGradient:
         self._parameters = parameters
         self._device = parameters[0].device
         self._records = records
-        self.probability = expected / len(units)
+        self._probability = probability
         self._units = units.part(self._ranks.rank, self._ranks.world)
 
     def step(self) -> StepResult:
         """Set `grad` of every parameter, and C of the next step."""
         norm = self.clip_norm.norm
-        sample = self._units.sample(self.generator, self.probability)
+        sample = self._units.sample(self.generator, self._probability)
         batch = self._records[sample.indices].to(self._device)
         bounds = (sample.shares * norm).to(self._device)
         sums = [_zeroed_grad(p) for p in self._parameters]

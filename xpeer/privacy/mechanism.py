@@ -153,6 +153,7 @@ class RecordMechanism:
             units,
             clip_norm_of(rules, self._sigma, expected, clip_norm),
             expected,
+            q,
             noise.SecretGenerator(device, generator),
             ranks,
         )

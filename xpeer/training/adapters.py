@@ -83,7 +83,9 @@ def write(adapted: torch.nn.Module, lora: Lora, folder: Path) -> None:
     peft, inner = _peft(), _inner(adapted)
     own = {n: p.detach().cpu().clone() for n, p in adapted.named_parameters() if p.requires_grad}
     found = peft.get_peft_model_state_dict(inner, state_dict=own, save_embedding_layers=False)
-    save_file(found, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = folder / "adapter_model.safetensors"
+    save_file(found, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)
     config = inner.peft_config[_ADAPTER]
     config.inference_mode, config.base_model_name_or_path = True, None
     config.save_pretrained(str(folder))
