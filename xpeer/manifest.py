@@ -181,6 +181,11 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: names fields and remedy.
         """
+        if self.mode != "record" and (self.unit, self.clipping) != ("record", "fixed"):
+            raise ValueError(
+                f"privacy.unit and privacy.clipping mean nothing for privacy.mode = {self.mode}: "
+                "unset them"
+            )
         if self.unit == "document" and shared_corpus:
             raise ValueError(
                 "privacy.unit = document: pieces of one document of a shared corpus go to several "

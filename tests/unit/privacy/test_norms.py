@@ -66,6 +66,7 @@ def test_a_count_that_costs_too_much_is_refused() -> None:
     ("fields", "why"),
     [
         ({"document_records": 2}, "document_records"),
+        ({"mode": "off", "clipping": "adaptive"}, "privacy.mode = off"),
         ({"clip_count_noise": 1.0}, "clip_count_noise"),
         (
             {"clipping": "adaptive", "clip_count_noise": 0.5, "noise_multiplier": 1.0},
