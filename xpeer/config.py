@@ -63,6 +63,9 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True):
     """What the swarm's manifest must say, or this node does not start; empty = whatever it says."""
     tokenizer: str = ""
     """Folder of the Hugging Face tokenizer, where the manifest asks for one."""
+    base_model: str = ""
+    """Folder of the Hugging Face model whose adapters the swarm trains, where the manifest has
+    model.lora; empty: the founder's own copy in the home."""
 
 
 class Training(Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,6 +87,14 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     min_peers: Annotated[int, Meta(ge=0)] = 0
     """Wait for this many live partners before training."""
     validation_records: Annotated[int, Meta(ge=1)] = 32
+
+
+class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a node decides about its privacy; what all share is in the manifest."""
+
+    generator: Literal["fast", "cryptographic"] = "fast"
+    """Of noise on CUDA. fast: the device's Philox under a fresh key of 64 bits for every tensor.
+    cryptographic: AES-256 from the CPU, as on a CPU always."""
 
 
 class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,6 +125,7 @@ class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     network: Network = Network()
     data: Data = Data()
     training: Training = Training()
+    privacy: Privacy = Privacy()
     checkpoint: Checkpoint = Checkpoint()
     daemon: Daemon = Daemon()
 

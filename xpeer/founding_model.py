@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import json
 import secrets
@@ -16,7 +17,7 @@ import msgspec
 
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
-from xpeer.manifest import Manifest, Model, PublicText, Tokenizer
+from xpeer.manifest import Lora, Manifest, Model, PublicText, Tokenizer
 from xpeer.training.documents import corpus_digest, load_documents
 
 PUBLIC_TEXT_BYTES = 200_000
@@ -58,7 +59,9 @@ class InitialModel:
     module: Any
     config: dict[str, Any]
     num_params: int
+    """Trained."""
     digest: str
+    lora: Lora | None = None
 
     def write(self, folder: Path) -> None:
         """Keep them as a Hugging Face folder."""
@@ -80,13 +83,32 @@ class InitialModel:
         check_fits(self.module, tokenizer_vocab, sequence_tokens)
 
 
+@dataclass(frozen=True)
+class LoraOptions:
+    """What a founder says of adapters."""
+
+    rank: int
+    alpha: float | None = None
+    """None: twice the rank."""
+    targets: tuple[str, ...] = ()
+
+
 def initial_model(
-    folder: Path | None, config_file: Path | None, preset: str | None
+    folder: Path | None,
+    config_file: Path | None,
+    preset: str | None,
+    lora: LoraOptions | None = None,
 ) -> InitialModel:
     """Load or draw the initial parameters.
 
+    Args:
+        folder: of a Hugging Face model.
+        config_file: or of a config, for random weights.
+        preset: or one of ours.
+        lora: train adapters of that model; None = train all of it.
+
     Raises:
-        ConfigError: more than one source, or it can't be read.
+        ConfigError: more than one source, it can't be read, or it has no layers to adapt.
     """
     from xpeer.training import flat, model  # noqa: PLC0415 - torch takes seconds
 
@@ -98,7 +120,15 @@ def initial_model(
         config = PRESETS[preset or "small"] if config_file is None else _read_json(config_file)
         module = model.build(config, seed=secrets.randbits(63))
     values = flat.read_flat(module)
-    return InitialModel(module, model.config_of(module), values.numel(), flat.digest(values))
+    config, digest = model.config_of(module), flat.digest(values)
+    if lora is None:
+        return InitialModel(module, config, values.numel(), digest)
+    from xpeer.training.adapters import adapt  # noqa: PLC0415
+
+    alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+    made = Lora(lora.rank, alpha, secrets.randbits(63), digest, list(lora.targets))
+    values = flat.read_flat(adapt(copy.deepcopy(module), made))
+    return InitialModel(module, config, values.numel(), flat.digest(values), made)
 
 
 def draft_manifest(
@@ -134,7 +164,9 @@ def draft_manifest(
     tree: dict[str, Any] = {
         "name": name,
         "created_unix_s": int(time.time()),
-        "model": msgspec.to_builtins(Model(source.config, source.num_params, source.digest)),
+        "model": msgspec.to_builtins(
+            Model(source.config, source.num_params, source.digest, source.lora)
+        ),
         "tokenizer": msgspec.to_builtins(_tokenizer(tokenizer)),
         "public_text": msgspec.to_builtins(PublicText(blake2b(text.encode()).hex(), text)),
         "privacy": {"mode": privacy},
@@ -169,7 +201,8 @@ def _apply(tree: dict[str, Any], change: str) -> None:
     if section in MEASURED or path == "privacy.mode":
         raise ConfigError(
             f"--set: {path} is not set by hand",
-            "use --privacy, --model, --model-config, --preset, --tokenizer or --public-text",
+            "use --privacy, --model, --model-config, --preset, --lora-rank, --tokenizer or "
+            "--public-text",
         )
     known = {
         f"{part.name}.{inner.name}"

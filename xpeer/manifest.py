@@ -23,14 +23,32 @@ Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 
 
+class Lora(Struct, frozen=True, forbid_unknown_fields=True):
+    """Adapters of low rank, trained in place of the model's weights (arXiv:2106.09685)."""
+
+    rank: Annotated[int, Meta(ge=1, le=1024)]
+    alpha: Positive
+    """What an adapter adds is scaled by alpha / rank."""
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    """Of the initial adapters."""
+    base_digest: str
+    """BLAKE2b-256 (hex) of the frozen weights, flat float32 little endian; every node names its own
+    copy of them."""
+    targets: list[str] = []
+    """Last parts of the names of the layers that get one; empty: all linear ones but the output."""
+
+
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """What is trained."""
 
     config: dict[str, Any]
     """Hugging Face config as JSON, `model_type` included."""
     num_params: Count
+    """Trained, and exchanged."""
     initial_digest: str
-    """BLAKE2b-256 (hex) of the initial parameters, flat float32 little endian."""
+    """BLAKE2b-256 (hex) of their initial values, flat float32 little endian."""
+    lora: Lora | None = None
+    """None: all weights are trained."""
 
 
 class Tokenizer(Struct, frozen=True, forbid_unknown_fields=True):
@@ -169,6 +187,55 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     noise_multiplier: Positive | None = None
     """sigma; None: each peer calibrates it so that `end.steps` steps spend exactly epsilon; mode
     update: as many windows as the end allows."""
+    unit: Literal["record", "document"] = "record"
+    """What epsilon holds for. document: whole documents are sampled (`optimiser.batch_records` of
+    them a step), and n counts documents."""
+    document_records: Count = 1
+    """Records of a sampled document that a step uses at most, each clipped to C over their number.
+    """
+    clipping: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: from clip_norm on, C follows a quantile of the norms, estimated privately at no
+    further epsilon."""
+    clip_quantile: Annotated[float, Meta(gt=0, lt=1)] = 0.5
+    """Share of the units whose norm shall be within C."""
+    clip_rate: Annotated[float, Meta(gt=0, le=2)] = 0.2
+    """How fast the logarithm of C follows."""
+    clip_count_noise: Positive | None = None
+    """sigma_b, standard deviation of the noise of the count within C; None: a 20th of the batch, or
+    twice sigma if that is more."""
+
+    def check(self, *, shared_corpus: bool) -> None:
+        """Check what no single field can.
+
+        Raises:
+            ValueError: names fields and remedy.
+        """
+        if self.mode != "record" and (self.unit, self.clipping) != ("record", "fixed"):
+            raise ValueError(
+                f"privacy.unit and privacy.clipping mean nothing for privacy.mode = {self.mode}: "
+                "unset them"
+            )
+        if self.unit == "document" and shared_corpus:
+            raise ValueError(
+                "privacy.unit = document: pieces of one document of a shared corpus go to several "
+                "members: use privacy.unit = record, or private shards"
+            )
+        if self.unit == "record" and self.document_records != 1:
+            raise ValueError(
+                "privacy.document_records means nothing for privacy.unit = record: unset it, or "
+                "set privacy.unit = document"
+            )
+        sigma, count = self.noise_multiplier, self.clip_count_noise
+        if self.clipping == "fixed" and count is not None:
+            raise ValueError(
+                "privacy.clip_count_noise means nothing for privacy.clipping = fixed: unset it, or "
+                "set privacy.clipping = adaptive"
+            )
+        if sigma is not None and count is not None and 2 * count <= sigma:
+            raise ValueError(
+                f"privacy.clip_count_noise = {count:g}: the count alone would cost more than a "
+                f"step with privacy.noise_multiplier = {sigma:g}: set it above {sigma / 2:g}"
+            )
 
 
 class PublicText(Struct, frozen=True, forbid_unknown_fields=True):
@@ -233,6 +300,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                     "sigma can't be calibrated; set one of them"
                 )
         self.round.check()
+        self.privacy.check(shared_corpus=self.shared_corpus is not None)
         if self.privacy.mode == "update":
             self._check_update()
         if self.public_text.digest != blake2b(self.public_text.text.encode()).hex():

@@ -77,7 +77,13 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     """Private steps until the target; None without privacy."""
     ends_unix_s: float | None = None
     """When they will be taken at the pace of the last hour; None = unknown."""
+    unit: str = "record"
+    """What epsilon holds for: one record (training sequence), or one whole document."""
+    clip_norm: float = 0.0
+    """C of the next step; with adaptive clipping it follows released values."""
     engine: str = ""
+    engine_reason: str = ""
+    """Why this one clips: speeds of the exact ones, and what was refused."""
 
 
 class CorpusShare(Struct, frozen=True, kw_only=True):

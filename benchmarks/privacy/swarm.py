@@ -169,6 +169,6 @@ def _engine(
 ) -> Engine:
     """Chosen as a node does at its start; peers of one model need not all try."""
     if like is None:
-        return choose_engine(model, losses, sample_of(records))[0]
+        return choose_engine(model, losses, sample_of(records)).engine
     make: Callable[[torch.nn.Module, RecordLosses], Engine] = type(like)
     return make(model, losses)

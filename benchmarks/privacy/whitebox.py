@@ -68,7 +68,7 @@ class Whitebox(Struct, frozen=True, kw_only=True, tag=True):
         )
         canary = torch.full((1, _LENGTH), _CANARY)
         silent = torch.full((1, _LENGTH), _PAD)
-        engine, _ = choose_engine(model, _losses, sample_of(torch.cat([canary, ordinary])))
+        engine = choose_engine(model, _losses, sample_of(torch.cat([canary, ordinary]))).engine
         scores: dict[bool, list[float]] = {True: [], False: []}
         seen = _Seen([], None, None)
         with tempfile.TemporaryDirectory() as folder:

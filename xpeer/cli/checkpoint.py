@@ -10,7 +10,7 @@ import click
 from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
 from xpeer.config import Home
 from xpeer.control import Client
-from xpeer.errors import ExitCode, LocalError
+from xpeer.errors import ConfigError, ExitCode, LocalError
 from xpeer.manifest import SignedManifest
 
 SAVE_TIMEOUT_S = 120.0
@@ -91,21 +91,29 @@ def verify_command(home: Home, as_json: bool) -> None:
     "folder",
     required=True,
     type=click.Path(path_type=Path),
-    help="New folder for transformers' from_pretrained.",
+    help="New folder for transformers' (or, for adapters, peft's) from_pretrained.",
 )
-def export_command(home: Home, folder: Path) -> None:
+@click.option("--merged", is_flag=True, help="Adapters added to their base: a model of its own.")
+def export_command(home: Home, folder: Path, merged: bool) -> None:
     """Write the newest checkpoint as a Hugging Face model with its tokenizer.
+
+    Where the swarm trains adapters, they alone are written, with the hash of the model that they
+    are for.
 
     It is this peer's model as its last checkpoint had it, averaged with what its last partners
     showed: near the swarm's mean, which all have after the closing windows.
     """
     # torch takes seconds
-    from xpeer.training import model  # noqa: PLC0415
+    from xpeer.training import adapters, model  # noqa: PLC0415
     from xpeer.training.checkpoint import load_latest  # noqa: PLC0415
+    from xpeer.training.initial import model_of  # noqa: PLC0415
     from xpeer.training.tokenizer import load_tokenizer  # noqa: PLC0415
 
-    manifest = SignedManifest.load(home.manifest).open()
-    tokenizer = load_tokenizer(manifest.tokenizer, load_config(home).data.tokenizer)
+    manifest, data = SignedManifest.load(home.manifest).open(), load_config(home).data
+    tokenizer = load_tokenizer(manifest.tokenizer, data.tokenizer)
+    lora = manifest.model.lora
+    if merged and lora is None:
+        raise ConfigError("--merged: this swarm trains no adapters", "leave it out")
     bundle, warnings = load_latest(home.checkpoints)
     for warning in warnings:
         say(f"warning: {warning}")
@@ -114,8 +122,12 @@ def export_command(home: Home, folder: Path) -> None:
             f"there is no checkpoint in {home.checkpoints}",
             "train first: `xpeer start`, or have a running daemon save: `xpeer checkpoint save`",
         )
-    made = model.build(manifest.model.config)
+    made = model_of(manifest, home, data.base_model)
     model.write_flat(made, bundle.consolidated())
-    model.export_hf(made, tokenizer, folder)
+    if lora is None or merged:
+        model.export_hf(adapters.merged(made) if merged else made, tokenizer, folder)
+    else:
+        model.export_adapters(made, lora, tokenizer, folder)
+        say(f"adapters for the model whose weights have BLAKE2b-256 {lora.base_digest}")
     say(f"exported step {bundle.step}, {bundle.flat.numel()} parameters")
     click.echo(folder)

@@ -13,12 +13,15 @@ from xpeer.cli.common import echo_json, home_option, json_option, load_config, s
 from xpeer.cli.start import read_token
 from xpeer.config import Home
 from xpeer.errors import ConfigError
-from xpeer.founding_model import PRESETS, draft_manifest, initial_model
+from xpeer.founding_model import PRESETS, LoraOptions, draft_manifest, initial_model
 from xpeer.network.invites import check_seed
 from xpeer.status import SHOUTED
 
 _COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
-_FOUNDING = ("model", "model_config", "preset", "public_text", "changes", "privacy")
+_FOUNDING = (
+    *("model", "model_config", "preset", "lora_rank", "lora_alpha", "lora_target"),
+    *("public_text", "changes", "privacy"),
+)
 """Options that decide something for all members, and so mean nothing to a joiner."""
 _EXPLAINED = {
     "network.listen": "where members reach this node (TCP)",
@@ -27,6 +30,7 @@ _EXPLAINED = {
     "data.shard": "text this node trains on; it never leaves the node",
     "data.corpus": "this node's copy of the corpus that all members share",
     "data.tokenizer": "folder of the swarm's tokenizer",
+    "data.base_model": "folder of the model whose adapters the swarm trains",
 }
 
 
@@ -41,6 +45,23 @@ _EXPLAINED = {
     "--preset",
     type=click.Choice(list(PRESETS)),
     help="Or a small model for bytes (default: small).",
+)
+@click.option(
+    "--lora-rank",
+    type=click.IntRange(1, 1024),
+    help="Train adapters of this rank, not the model itself (needs xpeer[lora]).",
+)
+@click.option("--lora-alpha", type=float, help="Their scale times the rank. Default: 2 * rank.")
+@click.option(
+    "--lora-target",
+    multiple=True,
+    metavar="LAYER",
+    help="Last part of a layer's name, e.g. q_proj (repeatable). Default: all linear layers.",
+)
+@click.option(
+    "--base-model",
+    type=click.Path(path_type=Path),
+    help="A joiner's copy of the model whose adapters the swarm trains.",
 )
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder; default: bytes.")
 @click.option(
@@ -83,6 +104,10 @@ def init(
     model: Path | None,
     model_config: Path | None,
     preset: str | None,
+    lora_rank: int | None,
+    lora_alpha: float | None,
+    lora_target: tuple[str, ...],
+    base_model: Path | None,
     tokenizer: Path | None,
     public_text: Path | None,
     changes: tuple[str, ...],
@@ -106,6 +131,7 @@ def init(
         "data.shard": [str(Path(p).expanduser().absolute()) for p in shard],
         "data.corpus": [str(Path(p).expanduser().absolute()) for p in corpus],
         "data.tokenizer": str(tokenizer.expanduser().absolute()) if tokenizer else "",
+        "data.base_model": str(base_model.expanduser().absolute()) if base_model else "",
     }
     _check_settings(home, settings)
     if join is not None:
@@ -118,7 +144,9 @@ def init(
         _join(home, join, as_toml(settings), as_json=as_json)
         return
     founding.refuse_second_swarm(home)
-    source = initial_model(model, model_config, preset)
+    source = initial_model(
+        model, model_config, preset, _adapters(lora_rank, lora_alpha, lora_target)
+    )
     manifest = draft_manifest(
         str(name),
         source,
@@ -131,7 +159,8 @@ def init(
     founded = founding.found(home, manifest, source.write, as_toml(settings))
     if privacy in SHOUTED:
         say(f"warning: {SHOUTED[privacy]}")
-    say(f"founded {name}: {manifest.model.num_params:,} parameters, in {home.path}")
+    what = "parameters" if source.lora is None else "parameters of adapters"
+    say(f"founded {name}: {manifest.model.num_params:,} {what}, in {home.path}")
     say(f"keep a copy of {home.admin_key} in a safe place: only it can invite")
     say("next, on this machine:  xpeer start --bootstrap")
     say("for every other cloud:  xpeer invite create --for PEERID   (its `xpeer id`)")
@@ -139,6 +168,16 @@ def init(
         echo_json({"swarm_id": founded.swarm_id, "swarm_name": name, "peer_id": founded.peer_id})
     else:
         click.echo(founded.swarm_id)
+
+
+def _adapters(
+    rank: int | None, alpha: float | None, targets: tuple[str, ...]
+) -> LoraOptions | None:
+    if rank is not None:
+        return LoraOptions(rank, alpha, targets)
+    if alpha is not None or targets:
+        raise ConfigError("--lora-alpha and --lora-target need --lora-rank", "e.g. --lora-rank 8")
+    return None
 
 
 def _join(home: Home, join: str, config_text: str, *, as_json: bool) -> None:

@@ -194,11 +194,14 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
     steps = "" if privacy.steps_left is None else f" or {privacy.steps_left} {unit}"
     yield (
         "privacy",
-        f"epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g} spent, "
+        f"epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g} spent per "
+        f"{privacy.unit}, "
         f"{max(left, 0.0):.3f}{steps} left; delta {privacy.delta:.1e}, "
-        f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} {unit} charged, "
-        f"clipping by {privacy.engine or '-'}",
+        f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} {unit} charged",
     )
+    if privacy.engine:
+        reason = f": {privacy.engine_reason}" if privacy.engine_reason else ""
+        yield "clipping", f"to {privacy.clip_norm:.3g} by {privacy.engine}{reason}"
 
 
 def _exchange(status: Status) -> Iterator[tuple[str, str]]:

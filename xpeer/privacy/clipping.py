@@ -15,7 +15,7 @@ What an engine tells of its records (losses, norms) is private.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -29,6 +29,9 @@ from xpeer.privacy.layers import Outer, Part, parts, tapped
 RecordLosses = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 """(model, records (B, T) int64) -> sums of negative log-likelihoods (B,), differentiable, and
 numbers of predicted tokens (B,)."""
+
+Bound = float | Tensor
+"""The norm that records are clipped to: one for all, or each its own, (B,)."""
 
 DEFAULT_MEMORY_BYTES: Final = 1 << 30
 _ROUNDING: Final = 1e-6
@@ -54,7 +57,7 @@ class Engine(Protocol):
 
     name: str
 
-    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         """Add the clipped gradients of (B, T) records to sums, in the order of `trainable`."""
 
 
@@ -63,7 +66,22 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
+def batches(records: Tensor, clip_norm: Bound, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(B, T) records and their bounds, (B,) float64, at most `size` at once."""
+    for part, bounds in zip(
+        torch.split(records, size), torch.split(bounds_of(records, clip_norm), size), strict=True
+    ):
+        if len(part):
+            yield part, bounds
+
+
+def bounds_of(records: Tensor, clip_norm: Bound) -> Tensor:
+    """The norm that each record is clipped to, (B,) float64."""
+    given = torch.as_tensor(clip_norm, dtype=torch.float64, device=records.device)
+    return given.expand(len(records))
+
+
+def clip_factors(norms: Tensor, clip_norm: Bound) -> Tensor:
     """min(1, C / norm) per record, 0 where the norm is not finite: (B,) -> (B,)."""
     factors = (clip_norm * (1 - _ROUNDING) / norms).clamp(max=1.0)  # 0 / 0 can't be: C > 0
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
@@ -79,14 +97,12 @@ class MicrobatchEngine:
         self._record_losses = record_losses
         self._parameters = trainable(model)
 
-    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         """See `Engine`."""
-        told = [
-            self._one(record, clip_norm, sums) for record in torch.split(records, 1) if len(record)
-        ]
+        told = [self._one(record, bound, sums) for record, bound in batches(records, clip_norm, 1)]
         return _joined(told, records.device)
 
-    def _one(self, record: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def _one(self, record: Tensor, bound: Tensor, sums: Sequence[Tensor]) -> Clipped:
         losses, tokens = self._record_losses(self._model, record)
         mean = (losses / tokens.clamp(min=1)).sum()
         grads: Sequence[Tensor | None] = torch.autograd.grad(
@@ -95,7 +111,7 @@ class MicrobatchEngine:
         with torch.no_grad():
             squares = [g.square().sum(dtype=torch.float64) for g in grads if g is not None]
             norms = torch.stack(squares).sum().sqrt().reshape(1)
-            factor = clip_factors(norms, clip_norm)
+            factor = clip_factors(norms, bound)
             if bool(factor > 0):
                 for total, grad in zip(sums, grads, strict=True):
                     if grad is not None:
@@ -137,15 +153,15 @@ class FunctionalEngine:
         self._micro_batch = micro_batch
         self._fits = max(1, memory_bytes // (8 * max(1, values)))  # gradients, and as much again
 
-    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         """See `Engine`."""
         size = self._micro_batch or min(self._fits, cache_records(records))
         told = [
-            self._pass(part, clip_norm, sums) for part in torch.split(records, size) if len(part)
+            self._pass(part, bounds, sums) for part, bounds in batches(records, clip_norm, size)
         ]
         return _joined(told, records.device)
 
-    def _pass(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def _pass(self, records: Tensor, bounds: Tensor, sums: Sequence[Tensor]) -> Clipped:
         def loss(values: dict[str, Tensor], record: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             told: Any = torch.func.functional_call(self._losses, values, (record.unsqueeze(0),))
             losses, tokens = told
@@ -161,7 +177,7 @@ class FunctionalEngine:
             norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in ordered])
             norms = torch.linalg.vector_norm(norms, dim=0, dtype=torch.float64)
             good = torch.isfinite(norms)
-            factors = clip_factors(norms[good], clip_norm)
+            factors = clip_factors(norms[good], bounds[good])
             for total, grad in zip(sums, ordered, strict=True):
                 kept = grad if bool(good.all()) else grad[good]
                 total.view(-1).addmv_(kept.T, factors.to(total.dtype))
@@ -201,16 +217,17 @@ class BookKeepingEngine:
         self.micro_batch = micro_batch
         """Records per pass; 0 until the first pass has told what a record needs."""
 
-    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         """See `Engine`."""
         told: list[Clipped] = []
+        bounds = bounds_of(records, clip_norm)
         while len(records):
             size = self.micro_batch or 1  # the first record tells how many fit
-            told.append(self._pass(records[:size], clip_norm, sums))
-            records = records[size:]
+            told.append(self._pass(records[:size], bounds[:size], sums))
+            records, bounds = records[size:], bounds[size:]
         return _joined(told, records.device)
 
-    def _pass(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def _pass(self, records: Tensor, bounds: Tensor, sums: Sequence[Tensor]) -> Clipped:
         losses, tokens, shares = self._backward(records)
         with torch.no_grad():
             squares = torch.zeros(len(records), dtype=torch.float64, device=records.device)
@@ -226,9 +243,9 @@ class BookKeepingEngine:
                 del shares, written
                 rest = records[good]
                 if len(rest):
-                    self._pass(rest, clip_norm, sums)
+                    self._pass(rest, bounds[good], sums)
                 return told
-            factors = clip_factors(norms, clip_norm)
+            factors = clip_factors(norms, bounds)
             for total, found, whole in zip(sums, shares, written, strict=True):
                 _add_weighted(total, found, whole, factors.to(total.dtype))
         return told

@@ -7,9 +7,9 @@ which would clip too little, is never used.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -28,8 +28,6 @@ from xpeer.privacy.clipping import (
     trainable,
 )
 
-logger = logging.getLogger("xpeer.privacy")
-
 UNDERESTIMATE_MAX: Final = 1e-3
 """Of a record's norm, relative."""
 SUM_ERROR_MAX: Final = 1e-4
@@ -45,6 +43,15 @@ _WORTH_IT: Final = 0.9
 Candidate = Callable[[], Engine]
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An engine, and why it."""
+
+    engine: Engine
+    reason: str
+    """In words for the operator: how fast the exact ones were, and why others were refused."""
+
+
 def choose_engine(
     model: nn.Module,
     record_losses: RecordLosses,
@@ -54,7 +61,7 @@ def choose_engine(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     candidates: Sequence[Candidate] | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[Engine, str]:
+) -> Choice:
     """The fastest engine that is right for this model.
 
     Args:
@@ -66,9 +73,6 @@ def choose_engine(
         candidates: in the order of preference where speeds are alike; one record at a time is
             always the last.
         clock: seconds, for the comparison.
-
-    Returns:
-        The engine, and which were refused and why ("" if none was).
 
     Raises:
         ConfigError: records influence one another in this model, or nothing of it is trained.
@@ -87,12 +91,10 @@ def choose_engine(
     model.eval()
     try:
         right, refused = _right_ones(model, record_losses, sample, candidates)
-        engine = _fastest(model, right, sample, clock)
+        engine, reason = _fastest(model, right, sample, clock)
     finally:
         model.train(training)
-    for reason in refused:
-        logger.info("private gradients: refused %s", reason)
-    return engine, "; ".join(refused)
+    return Choice(engine, "; ".join([reason, *(f"refused {why}" for why in refused)]))
 
 
 def sample_of(records: Tensor) -> Tensor:
@@ -143,22 +145,22 @@ def _opacus(model: nn.Module, record_losses: RecordLosses, options: dict[str, in
 
 def _fastest(
     model: nn.Module, engines: Sequence[Engine], sample: Tensor, clock: Callable[[], float]
-) -> Engine:
+) -> tuple[Engine, str]:
     """By one pass over a few records each; the test before was the warm-up."""
     if len(engines) == 1:
-        return engines[0]
+        return engines[0], "no other is exact for this model"
     records = sample.repeat(-(-_TIMED_RECORDS // len(sample)), 1)[:_TIMED_RECORDS]
     sums = [torch.zeros_like(p) for p in trainable(model)]
     best, best_s = engines[0], float("inf")
+    told = []
     for engine in engines:
         began = clock()
         float(engine.accumulate(records, 1.0, sums).norms.sum())  # waits for a GPU, too
         needed_s = clock() - began
-        logger.info("private gradients: %s needs %.3g s", engine.name, needed_s)
+        told.append(f"{engine.name} {1e3 * needed_s:.3g} ms")
         if best_s == float("inf") or needed_s < _WORTH_IT * best_s:
             best, best_s = engine, needed_s
-    logger.info("private gradients by %s", best.name)
-    return best
+    return best, f"{_TIMED_RECORDS} records take {', '.join(told)}"
 
 
 def _right_ones(

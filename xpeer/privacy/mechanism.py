@@ -1,9 +1,10 @@
 """Private gradients, and the stamp without which nothing may be shown to anybody.
 
-Differential privacy for records (Abadi et al. 2016, arXiv:1607.00133, algorithm 1): every step
-samples each record with probability q = B / n, clips each gradient to norm C, adds up, and adds
-N(0, sigma^2 C^2 I). Steps are charged to the ledger before they are taken. What follows a step,
-by any optimiser, mixed with anything partners send, is post-processing.
+Differential privacy for records or documents (Abadi et al. 2016, arXiv:1607.00133, algorithm 1):
+every step samples each unit with probability q = B / n, bounds what it gives by norm C, adds up,
+and adds N(0, sigma^2 C^2 I); see `gradient`, `units` and `norms`. Steps are charged to the ledger
+before they are taken. What follows a step, by any optimiser, mixed with anything partners send, is
+post-processing.
 
 sigma, q, n, the size of a batch and its loss are this node's secrets: only its own operator sees
 them, and q takes n by `told_size`. A step with an empty batch is a step like any other.
@@ -12,15 +13,15 @@ If the shard changes between starts, q changes with it: the ledger counts what w
 rate and what is taken at the new one. sigma, once calibrated, stays; where the remaining steps no
 longer fit the budget, or a crash forfeited some, the node stops training a little earlier.
 
-What this module does not give: privacy of documents cut into several records, of the shard's size,
-of timing, or of anything tuned by looking at private results.
+What this module does not give: privacy of documents cut into several records where the unit is the
+record, of the shard's size, of timing, or of anything tuned by looking at private results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Final, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +29,22 @@ from torch import Tensor, nn
 from xpeer import update
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
-from xpeer.privacy import accountant
+from xpeer.privacy import accountant, noise
 from xpeer.privacy.budget import Budget, noise_multiplier, told_size
 from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine, RecordLosses, trainable
-from xpeer.privacy.engines import choose_engine, sample_of
+from xpeer.privacy.engines import Choice, choose_engine, sample_of
+from xpeer.privacy.gradient import PrivateGradient
 from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.noise import SecretGenerator
-from xpeer.privacy.passes import Passes
-from xpeer.privacy.steps import Precision, StepResult, Switchable, result_of
+from xpeer.privacy.norms import clip_norm_of
+from xpeer.privacy.plain import OffMechanism
+from xpeer.privacy.ranks import Ranks
+from xpeer.privacy.steps import Precision, StepResult, Switchable, check_records
+from xpeer.privacy.units import units_of
+from xpeer.privacy.update_mode import UpdateMechanism
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
-_PLAIN_CPU_TOKENS: Final = 2048
+__all__ = ["Mechanism", "OffMechanism", "RecordMechanism", "build_mechanism"]
 
 
 class Mechanism(Protocol):
@@ -74,20 +79,25 @@ class Mechanism(Protocol):
 
 
 class RecordMechanism:
-    """DP-SGD over the records of this shard.
+    """DP-SGD over the records, or the documents, of this shard.
 
     `begin_window`, `step_gradient` and `stamp` belong to one thread.
 
     Args:
         manifest: with privacy.mode "record".
         model: on its device.
-        records: (n, T) int64, CPU; each is a unit of privacy.
+        records: (n, T) int64, CPU.
         record_losses: sums of losses and counts of tokens by record.
         ledger: of this shard.
         micro_batch: records per pass; 0 = the engine chooses.
         memory_bytes: bound of what the engine keeps during a pass.
         precision: of forward passes in steps; engines are compared in float32.
         engine: to use instead of choosing one by `choose_engine`.
+        owners: the document of each record, (n,) int64, ascending; needed where documents are the
+            unit.
+        generator: of noise.
+        clip_norm: C of a checkpoint, where it adapts; None = begin with the manifest's.
+        ranks: of this node that take each step together; the ledger is that of one of them.
 
     Raises:
         ConfigError: another mode, no records, or a model that can't be trained privately.
@@ -106,42 +116,56 @@ class RecordMechanism:
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         precision: Precision = nullcontext,
         engine: Engine | None = None,
+        owners: Tensor | None = None,
+        generator: noise.Generator = "fast",
+        clip_norm: float | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         rules = manifest.privacy
         if rules.mode != "record":
             raise ConfigError(f"privacy.mode is {rules.mode!r}: records are not protected")
-        _check_records(records)
+        check_records(records)
+        units = units_of(rules.unit, len(records), owners, rules.document_records)
         self._parameters = trainable(model)
-        self._device = next(model.parameters()).device
-        self._records = records
-        self._clip_norm = rules.clip_norm
         self._target = rules.epsilon
-        size = told_size(len(records))
-        self._expected = min(manifest.optimiser.batch_records, size)
-        self._q = self._expected / size
+        size = told_size(len(units))
+        expected = min(manifest.optimiser.batch_records, size)
         self._delta = rules.delta or accountant.default_delta(size)
         self._ledger = ledger
-        self._sigma = noise_multiplier(manifest, ledger, self._delta, self._q)
-        self._generator = SecretGenerator(self._device)
-        self.notes: list[str] = []
+        self._unit = units.kind
+        q = expected / size
+        self._sigma = noise_multiplier(manifest, ledger, self._delta, q)
+        device = next(model.parameters()).device
         if engine is None:
-            sample = sample_of(records).to(self._device)
             losses = Switchable(record_losses)
-            engine, refused = choose_engine(
+            sample = sample_of(records).to(device)
+            choice = choose_engine(
                 model, losses, sample, micro_batch=micro_batch, memory_bytes=memory_bytes
             )
             losses.precision = precision
-            if refused:
-                self.notes.append(f"private gradients by {engine.name}; refused: {refused}")
-        self.engine = engine.name
-        self._engine = engine
+        else:
+            choice = Choice(engine, "it was asked for")
+        self.engine = choice.engine.name
+        self.notes: list[str] = [f"private gradients by {self.engine}: {choice.reason}"]
+        self._engine_reason = choice.reason
+        self._gradient = PrivateGradient(
+            self._parameters,
+            choice.engine,
+            records,
+            units,
+            clip_norm_of(rules, self._sigma, expected, clip_norm),
+            expected,
+            q,
+            noise.SecretGenerator(device, generator),
+            ranks,
+        )
         self._incomplete = False
         self._budget = Budget(
             ledger,
             epsilon=self._target,
             delta=self._delta,
             noise_multiplier=self._sigma,
-            sampling_probability=self._q,
+            sampling_probability=q,
         )
 
     @property
@@ -158,22 +182,14 @@ class RecordMechanism:
         self._budget.prepare(steps)
 
     def step_gradient(self) -> StepResult:
-        """Sample, clip, add up, add noise: grad = (sum + N(0, sigma^2 C^2 I)) / expected batch.
+        """Sample, clip, add up, add noise: see `PrivateGradient`.
 
         Raises:
             LocalError: no charged step is left: `begin_window` comes first.
         """
         self._budget.use()
         with self._all_or_nothing():
-            chosen = self._generator.poisson_sample(len(self._records), self._q)
-            batch = self._records[chosen].to(self._device)
-            sums = [_zeroed_grad(p) for p in self._parameters]
-            told = self._engine.accumulate(batch, self._clip_norm, sums)
-            for total in sums:
-                noise = torch.empty_like(total)
-                total.add_(self._generator.gaussian_(noise, self._sigma * self._clip_norm))
-                total.div_(self._expected)
-        return result_of(told)
+            return self._gradient.step()
 
     def stamp(self, raw: RawUpdate) -> PrivateUpdate:
         """Certify a snapshot: every step behind it was clipped, noised and charged.
@@ -207,7 +223,10 @@ class RecordMechanism:
             noise_multiplier=self._sigma,
             steps_charged=self._ledger.steps_charged,
             steps_left=self._budget.left,
+            unit=self._unit,
+            clip_norm=self._gradient.clip_norm.norm,
             engine=self.engine,
+            engine_reason=self._engine_reason,
         )
 
     def close(self) -> None:
@@ -228,105 +247,6 @@ class RecordMechanism:
                     parameter.grad = None
 
 
-class OffMechanism:
-    """Plain minibatches, for a swarm whose manifest says that records need no protection.
-
-    Nothing is clipped by record, noised or charged; updates may reveal the text.
-
-    Args:
-        manifest: with privacy.mode "off".
-        model: on its device.
-        records: (n, T) int64, CPU.
-        record_losses: sums of losses and counts of tokens by record.
-        micro_batch: records per pass; 0 = all at once, or what suits a processor's caches.
-        seen: `seen` of an earlier start.
-        precision: of forward passes.
-
-    Raises:
-        ConfigError: the manifest asks for privacy, or there are no records.
-    """
-
-    engine = "plain"
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        model: nn.Module,
-        records: Tensor,
-        record_losses: RecordLosses,
-        *,
-        micro_batch: int = 0,
-        seen: Tensor | None = None,
-        precision: Precision = nullcontext,
-    ) -> None:
-        if manifest.privacy.mode != "off":
-            raise ConfigError(
-                f"privacy.mode is {manifest.privacy.mode!r}: training without privacy is refused",
-                "found another swarm with privacy.mode off, if the text is no secret",
-            )
-        _check_records(records)
-        self.notes: list[str] = []
-        self._model = model
-        self._parameters = trainable(model)
-        self._device = next(model.parameters()).device
-        self._records = records
-        self._record_losses = Switchable(record_losses)
-        self._record_losses.precision = precision
-        self._batch = min(manifest.optimiser.batch_records, len(records))
-        self._clip = manifest.optimiser.gradient_clip
-        cached = max(1, _PLAIN_CPU_TOKENS // records.shape[1])
-        self._micro_batch = micro_batch or (cached if self._device.type == "cpu" else self._batch)
-        self._passes = Passes(records, seen)
-
-    @property
-    def seen(self) -> Tensor:
-        """See `Passes.seen`."""
-        return self._passes.seen
-
-    def begin_window(self, steps: int) -> int:
-        """All of them: nothing is charged."""
-        return steps
-
-    def prepare_window(self, steps: int) -> None:
-        """Nothing is charged."""
-
-    def step_gradient(self) -> StepResult:
-        """Mean gradient over the tokens of the next records in shuffled order, clipped as one."""
-        chosen = self._passes.take(self._batch)
-        told: list[tuple[Tensor, Tensor]] = []
-        for parameter in self._parameters:
-            parameter.grad = None
-        for part in torch.split(self._records[chosen], self._micro_batch):
-            losses, tokens = self._record_losses(self._model, part.to(self._device))
-            torch.autograd.backward(losses.sum())
-            told.append((losses.detach().sum(), tokens.sum()))
-        total = float(torch.stack([loss for loss, _ in told]).sum())
-        tokens_seen = int(torch.stack([count for _, count in told]).sum())
-        with torch.no_grad():
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.div_(max(1, tokens_seen))
-        if self._clip:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        return StepResult(
-            loss=total / tokens_seen if tokens_seen else None,
-            records=len(chosen),
-            tokens=tokens_seen,
-        )
-
-    def stamp(self, raw: RawUpdate) -> PrivateUpdate:
-        """Say that the manifest asks for no privacy."""
-        stamp = PrivacyStamp(mode="off", steps_charged=0, issuer=update._ISSUER)
-        return PrivateUpdate(values=raw.values, step=raw.step, stamp=stamp)
-
-    def spent(self) -> PrivacySpent:
-        """Nothing is accounted for."""
-        return PrivacySpent(mode="off", engine=self.engine)
-
-    def close(self) -> None:
-        """Nothing to wait for."""
-
-
 def build_mechanism(
     manifest: Manifest,
     model: nn.Module,
@@ -338,6 +258,9 @@ def build_mechanism(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     seen: Tensor | None = None,
     precision: Precision = nullcontext,
+    owners: Tensor | None = None,
+    generator: noise.Generator = "fast",
+    clip_norm: float | None = None,
 ) -> Mechanism:
     """The mechanism that the manifest asks for. Takes seconds where privacy is accounted for.
 
@@ -351,6 +274,9 @@ def build_mechanism(
         memory_bytes: bound of what the engine keeps during a pass.
         seen: of the checkpoint.
         precision: of forward passes in steps, e.g. autocast.
+        owners: the document of each record, (n,) int64, ascending.
+        generator: privacy.generator of the node.
+        clip_norm: of the checkpoint, where it adapts.
     """
     if manifest.privacy.mode == "off":
         return OffMechanism(
@@ -363,8 +289,6 @@ def build_mechanism(
             precision=precision,
         )
     if manifest.privacy.mode == "update":
-        from xpeer.privacy.update_mode import UpdateMechanism  # noqa: PLC0415 - it needs the above
-
         return UpdateMechanism(
             manifest,
             model,
@@ -383,18 +307,7 @@ def build_mechanism(
         micro_batch=micro_batch,
         memory_bytes=memory_bytes,
         precision=precision,
+        owners=owners,
+        generator=generator,
+        clip_norm=clip_norm,
     )
-
-
-def _check_records(records: Tensor) -> None:
-    if records.dim() != 2 or not len(records):
-        raise ConfigError(
-            f"the shard has no records to train on (shape {tuple(records.shape)})",
-            "check data.shard",
-        )
-
-
-def _zeroed_grad(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad.zero_()

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from xpeer.errors import LocalError
 from xpeer.privacy.clipping import (
     DEFAULT_MEMORY_BYTES,
+    Bound,
     Clipped,
     RecordLosses,
+    batches,
     cache_records,
     clip_factors,
     trainable,
@@ -67,14 +69,12 @@ class OpacusEngine:
         self._micro_batch = micro_batch
         self._fits = max(1, memory_bytes // max(1, record_bytes))
 
-    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         """See `clipping.Engine`."""
         size = self._micro_batch or min(self._fits, cache_records(records))
         with _hooked(self._model, self._parameters):
             told = [
-                self._pass(part, clip_norm, sums)
-                for part in torch.split(records, size)
-                if len(part)
+                self._pass(part, bounds, sums) for part, bounds in batches(records, clip_norm, size)
             ]
         empty = torch.zeros(0, device=records.device)
         return Clipped(
@@ -83,7 +83,7 @@ class OpacusEngine:
             torch.cat([empty.double(), *(c.norms for c in told)]),
         )
 
-    def _pass(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def _pass(self, records: Tensor, bounds: Tensor, sums: Sequence[Tensor]) -> Clipped:
         with torch.enable_grad(), _without_expected_warnings():
             losses, tokens = self._record_losses(self._model, records)
             (losses / tokens.clamp(min=1)).sum().backward()  # type: ignore[no-untyped-call]
@@ -95,7 +95,7 @@ class OpacusEngine:
                     norm: Tensor = torch.linalg.vector_norm(grad.flatten(1), dim=1)
                     squares += norm.double().square()
             norms = squares.sqrt()
-            factors = clip_factors(norms, clip_norm)
+            factors = clip_factors(norms, bounds)
             bad = ~torch.isfinite(norms)
             for total, grad in zip(sums, grads, strict=True):
                 if grad is None:

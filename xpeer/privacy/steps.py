@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from xpeer.errors import ConfigError
 from xpeer.privacy.clipping import Clipped, RecordLosses
 
 Precision = Callable[[], AbstractContextManager[object]]
@@ -29,6 +30,8 @@ class StepResult:
     """Predicted tokens."""
     zeroed: int = 0
     """Records left out for gradients that are not finite."""
+    clip_norm: float | None = None
+    """C of the next step, where it follows what steps release; that alone of all this is public."""
 
 
 class Switchable:
@@ -44,7 +47,7 @@ class Switchable:
             return self._record_losses(model, records)
 
 
-def result_of(told: Clipped) -> StepResult:
+def result_of(told: Clipped, clip_norm: float | None = None) -> StepResult:
     """What a batch of clipped records tells."""
     good = torch.isfinite(told.norms) & torch.isfinite(told.losses)
     tokens = int(told.tokens[good].sum())
@@ -56,4 +59,18 @@ def result_of(told: Clipped) -> StepResult:
         records=len(told.norms),
         tokens=int(told.tokens.sum()),
         zeroed=int((~torch.isfinite(told.norms)).sum()),
+        clip_norm=clip_norm,
     )
+
+
+def check_records(records: Tensor) -> None:
+    """Refuse an empty shard.
+
+    Raises:
+        ConfigError: there is no record.
+    """
+    if records.dim() != 2 or not len(records):
+        raise ConfigError(
+            f"the shard has no records to train on (shape {tuple(records.shape)})",
+            "check data.shard",
+        )

@@ -34,8 +34,8 @@ from xpeer.privacy import accountant
 from xpeer.privacy.budget import Budget
 from xpeer.privacy.clipping import RecordLosses
 from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.mechanism import OffMechanism
 from xpeer.privacy.noise import SecretGenerator
+from xpeer.privacy.plain import OffMechanism
 from xpeer.privacy.steps import Precision, StepResult
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate

@@ -26,15 +26,16 @@ from xpeer.training.checkpoint import Bundle, read_moments, write_moments
 from xpeer.training.consolidation import Shown, consolidate, packed
 from xpeer.training.documents import document_of, load_documents
 from xpeer.training.flat import FlatParameters
+from xpeer.training.initial import model_of
 from xpeer.training.local import LocalTrainer
 from xpeer.training.losses import choose_device, evaluate, record_losses
-from xpeer.training.model import build, check_fits, from_folder
+from xpeer.training.model import check_fits
 from xpeer.training.partition import divide, refuse_other
 from xpeer.training.parts import Evaluation
 from xpeer.training.released import Released
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
-from xpeer.training.shard import cut, load_records, split
+from xpeer.training.shard import cut, load_owned_records, load_records, split
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
 from xpeer.wire import kernels
 
@@ -137,11 +138,12 @@ def assemble(setup: TrainerSetup) -> Assembled:
     manifest.require_privacy(config.data.privacy)
     manifest_hash = signed.genesis.manifest_hash.hex()
     tokenizer = load_tokenizer(manifest.tokenizer, config.data.tokenizer)
-    training, validation, share = _records(setup, manifest, tokenizer, home)
+    (training, owners), validation, share = _records(setup, manifest, tokenizer, home)
     saved, notes = checkpoint.load_latest(home.checkpoints)
     device = choose_device(config.training.device)
     kernels.configure(compile=config.training.compile_codec)
-    model = _model(manifest, home, fresh=saved is None and setup.initial == "initial").to(device)
+    fresh = saved is None and setup.initial == "initial"
+    model = model_of(manifest, home, config.data.base_model, fresh=fresh).to(device)
     check_fits(model, tokenizer.vocab_size, manifest.optimiser.sequence_tokens)
     parameters = FlatParameters(model)
     if parameters.num_params != manifest.model.num_params:
@@ -158,6 +160,8 @@ def assemble(setup: TrainerSetup) -> Assembled:
         saved.require(manifest_hash, ledger_id, parameters.num_params)
         parameters.write(saved.flat)
 
+    counters = Counters() if saved is None else Counters.from_dict(saved.counters)
+
     def losses(of: torch.nn.Module, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return record_losses(of, records, tokenizer.pad_id)
 
@@ -169,6 +173,9 @@ def assemble(setup: TrainerSetup) -> Assembled:
         ledger,
         micro_batch=config.training.micro_batch,
         seen=saved.seen if saved is not None else None,
+        owners=owners,
+        generator=config.privacy.generator,
+        clip_norm=counters.clip_norm,
     )
     if private:
         ledger.about = _about(manifest, setup.swarm_id, mechanism.spent().delta)
@@ -183,8 +190,8 @@ def assemble(setup: TrainerSetup) -> Assembled:
         throttle=config.training.throttle,
         awaiting=saved is None and setup.initial == "awaited",
     )
+    trainer.counters = counters
     if saved is not None:
-        trainer.counters = Counters.from_dict(saved.counters)
         trainer.exchanges.restore(saved.rule)
         write_moments(
             trainer.optimiser,
@@ -219,8 +226,10 @@ def _about(manifest: Manifest, swarm_id: str, delta: float) -> About:
 
 def _records(
     setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home
-) -> tuple[torch.Tensor, torch.Tensor, CorpusShare | None]:
-    """What is trained on and what is held out: each (n, T) int64; and the former in numbers."""
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, CorpusShare | None]:
+    """What is trained on, with each record's document, and what is held out: (n, T) int64; and the
+    former in numbers.
+    """
     data, shared = setup.config.data, manifest.shared_corpus
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
     documents = load_documents(patterns, data.text_field, setting)
@@ -232,26 +241,14 @@ def _records(
         # held out before it is shared: what one member measures on, none trains on
         training, share = divide(training, manifest, setup.members, setup.peer_id)
     length = manifest.optimiser.sequence_tokens
-    records = load_records(training, tokenizer, length, home.cache)
+    records, owners = load_owned_records(training, tokenizer, length, home.cache)
     if share is not None:
         share = msgspec.structs.replace(share, tokens=records.numel())
     try:
-        return records, load_records(held_out, tokenizer, length, home.cache), share
+        validation = load_records(held_out, tokenizer, length, home.cache)
     except ConfigError:  # a single document, or too little held out for one record
-        return records, records[:0], share
-
-
-def _model(manifest: Manifest, home: Home, *, fresh: bool) -> torch.nn.Module:
-    """With the swarm's initial parameters if `fresh`; else any, which the caller replaces."""
-    if not fresh:
-        return build(manifest.model.config)
-    model = from_folder(home.initial_model)
-    if FlatParameters(model).digest() != manifest.model.initial_digest:
-        raise ConfigError(
-            f"the model in {home.initial_model} is not the one the swarm starts from",
-            "restore the folder, or fetch the parameters from a member",
-        )
-    return model
+        validation = records[:0]
+    return (records, owners), validation, share
 
 
 def _evaluation(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 from xpeer.errors import ConfigError, LocalError
+from xpeer.manifest import Lora
+from xpeer.training import adapters
 from xpeer.training.losses import autocast, transformers_model
 from xpeer.training.tokenizer import Tokenizer
 
@@ -30,6 +34,39 @@ def export_hf(model: torch.nn.Module, tokenizer: Tokenizer | None, folder: Path)
         LocalError: it can't be written.
     """
     inner: Any = transformers_model(model)
+    with _staged(folder) as staging:
+        inner.save_pretrained(staging, state_dict=_unshared(inner))
+        if tokenizer is not None:
+            tokenizer.save_hf(staging)
+
+
+def export_adapters(
+    adapted: torch.nn.Module, lora: Lora, tokenizer: Tokenizer | None, folder: Path
+) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained(base, folder)` loads: adapters alone,
+    their config, and the hash of the base model that they belong to.
+
+    It appears whole or not at all.
+
+    Args:
+        adapted: by `adapters.adapt`.
+        lora: of the manifest.
+        tokenizer: None = adapters alone.
+        folder: must not exist, or be empty.
+
+    Raises:
+        ConfigError: the folder holds something, or peft is missing.
+        LocalError: it can't be written.
+    """
+    with _staged(folder) as staging:
+        adapters.write(adapted, lora, staging)
+        if tokenizer is not None:
+            tokenizer.save_hf(staging)
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside this one, which becomes it at the end."""
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"export folder {folder} is not empty", "name a new folder")
@@ -38,9 +75,7 @@ def export_hf(model: torch.nn.Module, tokenizer: Tokenizer | None, folder: Path)
     except OSError as e:
         raise _unwritable(folder, e) from e
     try:
-        inner.save_pretrained(staging, state_dict=_unshared(inner))
-        if tokenizer is not None:
-            tokenizer.save_hf(staging)
+        yield staging
         staging.chmod(0o755)
         staging.replace(folder)
     except (OSError, SafetensorError, RuntimeError) as e:

@@ -346,6 +346,7 @@ class LocalTrainer:
         self._loss_train = result.loss
         self.counters.step += 1
         self.counters.tokens += result.tokens
+        self.counters.clip_norm = result.clip_norm
         speed = result.tokens / max(time.perf_counter() - began, 1e-9)
         if self._tokens_per_s == 0.0:
             self._tokens_per_s = speed

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from xpeer.errors import ConfigError
-from xpeer.training.export import export_hf, generate
+from xpeer.training.export import export_adapters, export_hf, generate
 from xpeer.training.flat import FlatParameters, digest, num_params, read_flat, write_flat
 from xpeer.training.losses import (
     autocast,
@@ -37,6 +37,7 @@ __all__ = [
     "context_tokens",
     "digest",
     "evaluate",
+    "export_adapters",
     "export_hf",
     "from_folder",
     "generate",

@@ -24,6 +24,10 @@ class StepResult(Protocol):
     def tokens(self) -> int:
         """In the batch."""
 
+    @property
+    def clip_norm(self) -> float | None:
+        """Of the next step, where it follows what steps release: kept in checkpoints."""
+
 
 class Mechanism(Protocol):
     """`privacy.Mechanism`, as the loop uses it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -29,13 +30,15 @@ class Counters(Struct, kw_only=True):
     """Whether those were a joiner's fresh moments."""
     merges: int = 0
     merges_clipped: int = 0
+    clip_norm: float | None = None
+    """C of the next private step, where it adapts."""
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""
         return msgspec.to_builtins(self)  # type: ignore[no-any-return]
 
     @classmethod
-    def from_dict(cls, saved: dict[str, float]) -> Counters:
+    def from_dict(cls, saved: dict[str, Any]) -> Counters:
         """What `to_dict` gave; counters that a later version added start at zero."""
         return msgspec.convert(saved, cls, strict=False)
 

@@ -21,13 +21,21 @@ from xpeer.training.documents import Document, load_documents
 from xpeer.training.tensorfile import CorruptFileError, clear_staging, read_tensors, write_tensors
 from xpeer.training.tokenizer import Tokenizer
 
-__all__ = ["Document", "cut", "load_documents", "load_records", "split"]
+__all__ = [
+    "Document",
+    "cut",
+    "cut_owned",
+    "load_documents",
+    "load_owned_records",
+    "load_records",
+    "split",
+]
 
 MIN_TOKENS: Final = 8
 """A shorter tail of a document is dropped: it teaches little, and costs the privacy of a record."""
 CACHE_FILES: Final = 8
 """Training and validation records of the last few shards."""
-_CACHE_VERSION: Final = b"records/1"
+_CACHE_VERSION: Final = b"records/2"
 
 logger = logging.getLogger("xpeer.shard")
 _T = TypeVar("_T")
@@ -66,6 +74,13 @@ def split(
 
 
 def cut(documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int) -> torch.Tensor:
+    """`cut_owned`, without the documents' numbers."""
+    return cut_owned(documents, tokenizer, sequence_tokens)[0]
+
+
+def cut_owned(
+    documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokenise, and cut into records that never cross from one document into another.
 
     A document becomes begin + text + end, cut every T tokens; its tail is padded at the right, or
@@ -77,7 +92,7 @@ def cut(documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: in
         sequence_tokens: T.
 
     Returns:
-        (records, T) int64.
+        (records, T) int64, and the number of each record's document, (records,) int64, ascending.
 
     Raises:
         ConfigError: there is not one record in them.
@@ -100,20 +115,28 @@ def cut(documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: in
             f"no text: none of {len(documents)} documents has {MIN_TOKENS} tokens",
             "name files that hold more text",
         )
-    return records.long()
+    counts = torch.tensor([len(part) for part in parts])
+    return records.long(), torch.arange(len(parts)).repeat_interleave(counts)
 
 
 def load_records(
     documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int, cache: Path
 ) -> torch.Tensor:
-    """`cut`, or its result from an earlier start.
+    """`load_owned_records`, without the documents' numbers."""
+    return load_owned_records(documents, tokenizer, sequence_tokens, cache)[0]
+
+
+def load_owned_records(
+    documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int, cache: Path
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cut_owned`, or its result from an earlier start.
 
     A cache that can't be read or written costs time, never correctness.
 
     Args:
-        documents: as for `cut`.
-        tokenizer: as for `cut`.
-        sequence_tokens: as for `cut`.
+        documents: as for `cut_owned`.
+        tokenizer: as for `cut_owned`.
+        sequence_tokens: as for `cut_owned`.
         cache: folder of this node; holds private text as tokens, mode 0600.
     """
     key = blake2b(
@@ -126,18 +149,18 @@ def load_records(
     path = cache / f"records-{key.hex()}.safetensors"
     try:
         tensors, _ = read_tensors(path)
-        records = tensors["records"]
+        records, owners = tensors["records"], tensors["owners"]
         path.touch()
     except (CorruptFileError, OSError):
-        records = cut(documents, tokenizer, sequence_tokens)
-        _keep(path, records)
-    return records.long()
+        records, owners = cut_owned(documents, tokenizer, sequence_tokens)
+        _keep(path, records, owners)
+    return records.long(), owners.long()
 
 
-def _keep(path: Path, records: torch.Tensor) -> None:
+def _keep(path: Path, records: torch.Tensor, owners: torch.Tensor) -> None:
     try:
         clear_staging(path.parent)
-        write_tensors(path, {"records": records.int()}, {})
+        write_tensors(path, {"records": records.int(), "owners": owners.int()}, {})
         cached = sorted(path.parent.glob("records-*.safetensors"), key=_age)
         for old in cached[CACHE_FILES:]:
             old.unlink(missing_ok=True)

@@ -49,7 +49,9 @@ def test_status_for_people(tmp_path: Path) -> None:
     assert lines["traffic"] == (
         "in 12.3 MB, out 2.0 GB (3.90x compressed); cost 0.1800 USD, at 0.09 per GB"
     )
-    assert lines["privacy"].startswith("epsilon 3.250 of 8 spent, 4.750 or 600 steps left")
+    assert lines["privacy"].startswith(
+        "epsilon 3.250 of 8 spent per record, 4.750 or 600 steps left"
+    )
     assert lines["distance"].startswith("0.0125")
     assert lines["checkpoint"] == "2m 0s ago"
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xpeer.manifest import Lora
+from xpeer.training.adapters import adapt
+
 PAD = 10
 VOCABULARY = 11
 LENGTH = 12
@@ -62,6 +65,43 @@ def gpt2(*, tied: bool) -> nn.Module:
     )  # fmt: skip
     config._attn_implementation = "eager"
     return _louder(GPT2LMHeadModel(config))
+
+
+def neox(*, tied: bool) -> nn.Module:
+    """Layer norms with biases, queries, keys and values in one matrix, rotation of a part."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(4)
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=LENGTH, use_cache=False,
+        tie_word_embeddings=tied, bos_token_id=8, eos_token_id=9,
+    )  # fmt: skip
+    return _louder(GPTNeoXForCausalLM(config))
+
+
+def qwen2(*, tied: bool) -> nn.Module:
+    """Biases in the attention alone."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(5)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
+        use_cache=False, tie_word_embeddings=tied, bos_token_id=8, eos_token_id=9,
+    )  # fmt: skip
+    return _louder(Qwen2ForCausalLM(config))
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """With adapters of rank 2 next to all its linear layers; they are no longer zero."""
+    made = adapt(model, Lora(rank=2, alpha=4.0, seed=6, base_digest=""))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return made.eval()
 
 
 def _louder(model: Any) -> nn.Module:

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from tests.unit.privacy.models import (
     LENGTH,
     PAD,
+    adapted,
     by_autograd,
     careless_losses,
     gpt2,
     llama,
+    neox,
+    qwen2,
     record_losses,
     some_records,
 )
@@ -21,6 +24,7 @@ from xpeer.errors import ConfigError
 from xpeer.privacy import clipping
 from xpeer.privacy.clipping import (
     BookKeepingEngine,
+    Bound,
     Clipped,
     Engine,
     FunctionalEngine,
@@ -37,11 +41,22 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama-bias": lambda: llama(tied=False, attention_bias=True, mlp_bias=True),
     "gpt2": lambda: gpt2(tied=False),
     "gpt2-tied": lambda: gpt2(tied=True),
+    "neox": lambda: neox(tied=False),
+    "neox-tied": lambda: neox(tied=True),
+    "qwen2": lambda: qwen2(tied=False),
+    "qwen2-tied": lambda: qwen2(tied=True),
+    "llama-lora": lambda: adapted(llama(tied=False)),
+    "llama-tied-lora": lambda: adapted(llama(tied=True)),
+    "gpt2-lora": lambda: adapted(gpt2(tied=False)),
+    "gpt2-tied-lora": lambda: adapted(gpt2(tied=True)),
+    "neox-lora": lambda: adapted(neox(tied=False)),
+    "neox-tied-lora": lambda: adapted(neox(tied=True)),
+    "qwen2-tied-lora": lambda: adapted(qwen2(tied=True)),
 }
 ENGINES: list[Any] = [BookKeepingEngine, FunctionalEngine, OpacusEngine, MicrobatchEngine]
 
 
-def run(engine: Engine, model: nn.Module, records: Tensor, clip_norm: float) -> Any:
+def run(engine: Engine, model: nn.Module, records: Tensor, clip_norm: Bound) -> Any:
     sums = [torch.zeros_like(p) for p in trainable(model)]
     return engine.accumulate(records, clip_norm, sums), sums
 
@@ -67,7 +82,17 @@ def test_equals_autograd_record_by_record(name: str, engine: Any) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2-tied"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_record_may_have_a_bound_of_its_own(engine: Any) -> None:
+    model, records = llama(tied=True), some_records()
+    bounds = torch.linspace(0.1, 3.0, len(records)).double()
+    parts = [by_autograd(model, r[None], float(b))[1] for r, b in zip(records, bounds, strict=True)]
+    sums = [torch.stack(each).sum(0) for each in zip(*parts, strict=True)]
+    made = engine(model, record_losses)
+    assert distance(sums, run(made, model, records, bounds)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2-tied", "neox-tied", "llama-lora"])
 def test_norms_from_inner_products_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clipping, "_WRITTEN_RATIO", 0)
     model, records = MODELS[name](), some_records()
@@ -157,8 +182,10 @@ def no_time() -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_fast_engine_is_chosen_where_it_is_right(name: str) -> None:
     sample = sample_of(some_records())
-    engine, why = choose_engine(MODELS[name](), record_losses, sample, clock=no_time)
-    assert (engine.name, why) == ("book-keeping", "")
+    choice = choose_engine(MODELS[name](), record_losses, sample, clock=no_time)
+    assert choice.engine.name == "book-keeping"
+    assert choice.reason.startswith("8 records take book-keeping 0 ms, vmap 0 ms")
+    assert "refused" not in choice.reason
 
 
 def test_the_fastest_right_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +198,7 @@ def test_the_fastest_right_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
             self.name, self.seconds = name, seconds
             self.scale = wrong.get("sums", 1.0)
 
-        def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+        def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
             now[0] += self.seconds
             told = super().accumulate(records, clip_norm, sums)
             for total in sums:
@@ -181,7 +208,7 @@ def test_the_fastest_right_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     def choice(*candidates: Callable[[], Engine]) -> str:
         return choose_engine(
             model, record_losses, some_records()[:4], candidates=candidates, clock=lambda: now[0]
-        )[0].name
+        ).engine.name
 
     assert choice(lambda: Timed("a", 3.0), lambda: Timed("b", 2.0)) == "microbatch"  # needs 0 s
     reference = Timed("one", 9.0)
@@ -199,17 +226,16 @@ def test_opacus_is_among_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xpeer.privacy.engines.BookKeepingEngine", fails)
     monkeypatch.setattr("xpeer.privacy.engines.FunctionalEngine", fails)
     model = llama(tied=True)
-    engine, why = choose_engine(model, record_losses, some_records()[:4], clock=no_time)
-    assert engine.name == "opacus"
-    assert why.count("not here") == 2
+    choice = choose_engine(model, record_losses, some_records()[:4], clock=no_time)
+    assert choice.engine.name == "opacus"
+    assert choice.reason.count("not here") == 2
 
 
 def test_positions_hidden_from_records_are_noticed() -> None:
     model = gpt2(tied=True)
-    engine, why = choose_engine(model, careless_losses, some_records()[:4], clock=no_time)
-    assert engine.name == "vmap"
-    assert "book-keeping" in why
-    assert "Embedding" in why
+    choice = choose_engine(model, careless_losses, some_records()[:4], clock=no_time)
+    assert choice.engine.name == "vmap"
+    assert "refused book-keeping: ConfigError: Embedding" in choice.reason
 
 
 class Tampered(MicrobatchEngine):
@@ -221,7 +247,7 @@ class Tampered(MicrobatchEngine):
         super().__init__(model, record_losses)
         self.norms, self.sums = norms, sums
 
-    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         told = super().accumulate(records, clip_norm, sums)
         for total in sums:
             total.mul_(self.sums)
@@ -234,11 +260,11 @@ class Tampered(MicrobatchEngine):
 )
 def test_a_wrong_engine_is_refused(wrong: Any, why: str) -> None:
     model = llama(tied=True)
-    engine, told = choose_engine(
+    choice = choose_engine(
         model, record_losses, some_records()[:4], candidates=[lambda: Tampered(model, **wrong)]
     )
-    assert engine.name == "microbatch"
-    assert why in told
+    assert choice.engine.name == "microbatch"
+    assert why in choice.reason
 
 
 def test_an_unnoticed_parameter_is_noticed() -> None:
@@ -252,9 +278,9 @@ def test_an_unnoticed_parameter_is_noticed() -> None:
             return out
 
     model = Sneaky().eval()
-    engine, why = choose_engine(model, record_losses, some_records()[:4], clock=no_time)
-    assert engine.name == "vmap"
-    assert "book-keeping" in why
+    choice = choose_engine(model, record_losses, some_records()[:4], clock=no_time)
+    assert choice.engine.name == "vmap"
+    assert "refused book-keeping" in choice.reason
 
 
 def test_models_that_couple_records_are_refused() -> None:

@@ -18,7 +18,7 @@ from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import told_size
-from xpeer.privacy.clipping import BookKeepingEngine, Clipped, Engine, MicrobatchEngine
+from xpeer.privacy.clipping import BookKeepingEngine, Bound, Clipped, Engine, MicrobatchEngine
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism, build_mechanism
 from xpeer.privacy.passes import Passes
@@ -94,7 +94,7 @@ def record(
 
 def scripted(mechanism: RecordMechanism, chosen: list[int]) -> Scripted:
     generator = Scripted(chosen)
-    mechanism._generator = generator  # type: ignore[assignment]
+    mechanism._gradient.generator = generator  # type: ignore[assignment]
     return generator
 
 
@@ -246,7 +246,7 @@ def test_delta_follows_the_shard_unless_the_manifest_sets_it(ledger: Ledger) -> 
 class Failing(MicrobatchEngine):
     """Runs out of memory after it has added something up."""
 
-    def accumulate(self, records: Tensor, clip_norm: float, sums: Sequence[Tensor]) -> Clipped:
+    def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         super().accumulate(records, clip_norm, sums)
         raise MemoryError
 
@@ -261,7 +261,7 @@ def test_a_step_that_breaks_off_leaves_nothing_and_stops_stamps(ledger: Ledger) 
     assert not grads(model)
     with pytest.raises(LocalError, match="broke off"):
         mechanism.stamp(RAW)
-    mechanism._engine = BookKeepingEngine(model, record_losses)
+    mechanism._gradient.engine = BookKeepingEngine(model, record_losses)
     mechanism.step_gradient()
     with pytest.raises(LocalError, match="broke off"):
         mechanism.stamp(RAW)
@@ -315,7 +315,8 @@ def test_the_mode_is_the_manifests(ledger: Ledger) -> None:
     made = build_mechanism(manifest(), model, records, record_losses, ledger)
     assert isinstance(made, RecordMechanism)
     assert made.engine in {"book-keeping", "vmap", "opacus", "microbatch"}  # whatever is faster
-    assert made.notes == []
+    assert made.notes[0].startswith(f"private gradients by {made.engine}: 8 records take ")
+    assert made.spent().engine_reason in made.notes[0]
     made.close()
     for rules in (OFF, manifest()):
         with pytest.raises(ConfigError, match="no records"):
@@ -392,7 +393,7 @@ def test_forward_passes_in_less_precision(ledger: Ledger, mode: str) -> None:
             precision=partial(torch.autocast, "cpu", torch.bfloat16, enabled=low),
         )
         if isinstance(mechanism, RecordMechanism):
-            assert mechanism.notes == []
+            assert "refused" not in mechanism.notes[0]
             scripted(mechanism, [0, 1, 2, 5])
         mechanism.begin_window(1)
         mechanism.step_gradient()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from xpeer.config import Checkpoint, Data, NodeConfig, Training
-from xpeer.founding_model import draft_manifest, initial_model
+from xpeer.founding_model import LoraOptions, draft_manifest, initial_model
 from xpeer.identity import Identity
 from xpeer.manifest import SignedManifest
 from xpeer.training.setup import TrainerSetup
@@ -27,10 +27,11 @@ def make_homes(
     *,
     privacy: Literal["record", "update", "off"] = "off",
     changes: tuple[str, ...] = (),
+    lora: LoraOptions | None = None,
 ) -> list[TrainerSetup]:
     """Nodes of one swarm with different shards."""
     (folder / "public.txt").write_text("a public text, which everybody may read. " * 20)
-    source = initial_model(None, None, "tiny")
+    source = initial_model(None, None, "tiny", lora)
     manifest = draft_manifest(
         "test",
         source,

@@ -36,6 +36,7 @@ NUM_PARAMS = 640  # 10 lines
 class Result:
     loss: float | None
     tokens: int
+    clip_norm: float | None = None
 
 
 class Parameters:

@@ -1,0 +1,120 @@
+"""Training without privacy, for swarms whose manifest says so."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from xpeer import update
+from xpeer.errors import ConfigError
+from xpeer.manifest import Manifest
+from xpeer.privacy.clipping import RecordLosses, trainable
+from xpeer.privacy.passes import Passes
+from xpeer.privacy.steps import Precision, StepResult, Switchable, check_records
+from xpeer.status import PrivacySpent
+from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
+
+_CPU_TOKENS: Final = 2048
+"""Per pass; larger passes fall out of a processor's caches."""
+
+
+class OffMechanism:
+    """Plain minibatches, for a swarm whose manifest says that records need no protection.
+
+    Nothing is clipped by record, noised or charged; updates may reveal the text.
+
+    Args:
+        manifest: with privacy.mode "off".
+        model: on its device.
+        records: (n, T) int64, CPU.
+        record_losses: sums of losses and counts of tokens by record.
+        micro_batch: records per pass; 0 = all at once, or what suits a processor's caches.
+        seen: `seen` of an earlier start.
+        precision: of forward passes.
+
+    Raises:
+        ConfigError: the manifest asks for privacy, or there are no records.
+    """
+
+    engine = "plain"
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        model: nn.Module,
+        records: Tensor,
+        record_losses: RecordLosses,
+        *,
+        micro_batch: int = 0,
+        seen: Tensor | None = None,
+        precision: Precision = nullcontext,
+    ) -> None:
+        if manifest.privacy.mode != "off":
+            raise ConfigError(
+                f"privacy.mode is {manifest.privacy.mode!r}: training without privacy is refused",
+                "found another swarm with privacy.mode off, if the text is no secret",
+            )
+        check_records(records)
+        self.notes: list[str] = []
+        self._model = model
+        self._parameters = trainable(model)
+        self._device = next(model.parameters()).device
+        self._records = records
+        self._record_losses = Switchable(record_losses)
+        self._record_losses.precision = precision
+        self._batch = min(manifest.optimiser.batch_records, len(records))
+        self._clip = manifest.optimiser.gradient_clip
+        cached = max(1, _CPU_TOKENS // records.shape[1])
+        self._micro_batch = micro_batch or (cached if self._device.type == "cpu" else self._batch)
+        self._passes = Passes(records, seen)
+
+    @property
+    def seen(self) -> Tensor:
+        """See `Passes.seen`."""
+        return self._passes.seen
+
+    def begin_window(self, steps: int) -> int:
+        """All of them: nothing is charged."""
+        return steps
+
+    def prepare_window(self, steps: int) -> None:
+        """Nothing is charged."""
+
+    def step_gradient(self) -> StepResult:
+        """Mean gradient over the tokens of the next records in shuffled order, clipped as one."""
+        chosen = self._passes.take(self._batch)
+        told: list[tuple[Tensor, Tensor]] = []
+        for parameter in self._parameters:
+            parameter.grad = None
+        for part in torch.split(self._records[chosen], self._micro_batch):
+            losses, tokens = self._record_losses(self._model, part.to(self._device))
+            torch.autograd.backward(losses.sum())
+            told.append((losses.detach().sum(), tokens.sum()))
+        total = float(torch.stack([loss for loss, _ in told]).sum())
+        tokens_seen = int(torch.stack([count for _, count in told]).sum())
+        with torch.no_grad():
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(max(1, tokens_seen))
+        if self._clip:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        return StepResult(
+            loss=total / tokens_seen if tokens_seen else None,
+            records=len(chosen),
+            tokens=tokens_seen,
+        )
+
+    def stamp(self, raw: RawUpdate) -> PrivateUpdate:
+        """Say that the manifest asks for no privacy."""
+        stamp = PrivacyStamp(mode="off", steps_charged=0, issuer=update._ISSUER)
+        return PrivateUpdate(values=raw.values, step=raw.step, stamp=stamp)
+
+    def spent(self) -> PrivacySpent:
+        """Nothing is accounted for."""
+        return PrivacySpent(mode="off", engine=self.engine)
+
+    def close(self) -> None:
+        """Nothing to wait for."""

@@ -1,0 +1,135 @@
+"""Adapters of low rank, trained in place of a model's own weights, by peft.
+
+LoRA (Hu et al. 2021, arXiv:2106.09685): next to each chosen layer, whose weights W stay as they
+are, B A x * alpha / rank is added, with A (rank, in) random and B (out, rank) zero at the start.
+A and B alone are trained, and so exchanged, saved and exported; W is the same at every member.
+
+The initial A is drawn here and not by peft, so that it depends on the manifest's seed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+
+from xpeer.errors import ConfigError
+from xpeer.manifest import Lora
+
+BASE_FILE: Final = "base_model.json"
+"""In an export: which weights the adapters belong to."""
+_ADAPTER: Final = "default"
+
+
+def adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
+    """Freeze a model and put fresh adapters into it.
+
+    Args:
+        model: of transformers, on the CPU; changed.
+        lora: of the manifest.
+
+    Returns:
+        peft's wrapper around it; only adapters are trainable.
+
+    Raises:
+        ConfigError: peft is missing, or there are no such layers.
+    """
+    peft = _peft()
+    targets: Any = list(lora.targets) or "all-linear"
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    training = model.training
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            # of transposed weights, tied ones and older names: `_draw` looks at what came of it
+            warnings.simplefilter("ignore")
+            adapted: torch.nn.Module = peft.get_peft_model(model, config)
+    except (ValueError, TypeError) as e:
+        raise ConfigError(
+            f"model.lora.targets: {' '.join(str(e).split())[:300]}",
+            "name linear layers of the model, or none for all of them",
+        ) from e
+    _draw(adapted, lora.seed)
+    return adapted.train(training)
+
+
+def merged(adapted: torch.nn.Module) -> torch.nn.Module:
+    """The model without adapters, its weights W + B A alpha / rank; the adapted one is used up."""
+    inner: Any = adapted
+    whole: torch.nn.Module = inner.merge_and_unload()
+    return whole
+
+
+def write(adapted: torch.nn.Module, lora: Lora, folder: Path) -> None:
+    """Write what `peft.PeftModel.from_pretrained(base, folder)` reads, and which base that is.
+
+    Args:
+        adapted: by `adapt`.
+        lora: of the manifest.
+        folder: exists.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    peft, inner = _peft(), _inner(adapted)
+    own = {n: p.detach().cpu().clone() for n, p in adapted.named_parameters() if p.requires_grad}
+    found = peft.get_peft_model_state_dict(inner, state_dict=own, save_embedding_layers=False)
+    weights = folder / "adapter_model.safetensors"
+    save_file(found, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)
+    config = inner.peft_config[_ADAPTER]
+    config.inference_mode, config.base_model_name_or_path = True, None
+    config.save_pretrained(str(folder))
+    named = {
+        "blake2b_256": lora.base_digest,
+        "of": "the base model's parameters in the order of named_parameters(), tied ones once, "
+        "as float32, little endian",
+    }
+    (folder / BASE_FILE).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+
+
+def _draw(adapted: torch.nn.Module, seed: int) -> None:
+    """A as torch draws a linear layer's weights (uniform within 1 / sqrt(in)), B zero.
+
+    Raises:
+        ConfigError: something else than A and B would be trained.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if name.endswith(f"lora_A.{_ADAPTER}.weight"):
+                bound = parameter.shape[1] ** -0.5
+                parameter.uniform_(-bound, bound, generator=generator)
+            elif name.endswith(f"lora_B.{_ADAPTER}.weight"):
+                parameter.zero_()
+            else:
+                raise ConfigError(
+                    f"model.lora.targets: {name} is no adapter of a linear layer",
+                    "name linear layers of the model, or none for all of them",
+                )
+
+
+def _inner(adapted: torch.nn.Module) -> Any:
+    return adapted
+
+
+def _peft() -> Any:
+    try:
+        import peft  # noqa: PLC0415 - an extra, and slow
+    except ImportError as e:
+        raise ConfigError(
+            f"this swarm trains adapters (model.lora), and peft is not installed: {e}",
+            "pip install 'xpeer[lora]'",
+        ) from e
+    return peft

@@ -1,0 +1,71 @@
+"""The model as a swarm's members have it before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from xpeer.config import Home
+from xpeer.errors import ConfigError
+from xpeer.manifest import Lora, Manifest
+from xpeer.training.adapters import adapt
+from xpeer.training.flat import digest, read_flat, write_flat
+from xpeer.training.model import build, from_folder
+
+
+def model_of(
+    manifest: Manifest, home: Home, base_model: str = "", *, fresh: bool = False
+) -> torch.nn.Module:
+    """The manifest's model, on the CPU.
+
+    Args:
+        manifest: of the swarm.
+        home: of the node; a founder's holds the initial model.
+        base_model: `data.base_model`: where the frozen weights are, if adapters are trained; empty
+            = in the home.
+        fresh: what is trained has the swarm's initial values; otherwise any, which the caller
+            replaces. Adapters always have them, and frozen weights are always those of the
+            manifest.
+
+    Raises:
+        ConfigError: weights are missing, or others than the manifest's.
+    """
+    lora = manifest.model.lora
+    if lora is not None:
+        return _adapted(manifest, lora, Path(base_model).expanduser() if base_model else None, home)
+    if not fresh:
+        return build(manifest.model.config)
+    model = from_folder(home.initial_model)
+    if digest(read_flat(model)) != manifest.model.initial_digest:
+        raise ConfigError(
+            f"the model in {home.initial_model} is not the one the swarm starts from",
+            "restore the folder, or fetch the parameters from a member",
+        )
+    return model
+
+
+def _adapted(manifest: Manifest, lora: Lora, named: Path | None, home: Home) -> torch.nn.Module:
+    folder = named or home.initial_model
+    if named is None and not folder.exists():
+        raise ConfigError(
+            "data.base_model is not set: this swarm trains adapters (model.lora) of a model that "
+            "every member has a copy of",
+            "set it to the Hugging Face folder of that model",
+        )
+    values = read_flat(from_folder(folder))
+    if digest(values) != lora.base_digest:
+        raise ConfigError(
+            f"the model in {folder} is not the one that the swarm's adapters are for: its weights' "
+            f"BLAKE2b-256 is {digest(values)[:16]}…, the manifest's {lora.base_digest[:16]}…",
+            "set data.base_model to a copy of the founder's model",
+        )
+    model = build(manifest.model.config)  # the manifest's config, whatever the folder's says
+    write_flat(model, values)
+    model = adapt(model, lora)
+    if digest(read_flat(model)) != manifest.model.initial_digest:
+        raise ConfigError(
+            "the adapters made here are not those that the swarm starts from",
+            "use the versions of torch, transformers and peft that the founder used",
+        )
+    return model
