@@ -148,7 +148,7 @@ def _looked(home: Home, path: Path | None = None) -> Iterator[Ledger]:
 
 def _rows(found: Account) -> Iterator[tuple[str, str]]:
     left = max(0.0, found.epsilon_target - found.epsilon_spent)
-    yield "mode", found.mode
+    yield "mode", f"{found.mode}, per {found.unit}"
     yield (
         "spent",
         f"epsilon {found.epsilon_spent:.4f} of {found.epsilon_target:g} at delta "

@@ -200,8 +200,10 @@ _STATUS: Final = {
     ),
     "PrivacySpent": _of(
         "node",
-        public="mode epsilon_target",
-        local="epsilon_spent delta noise_multiplier steps_charged steps_left ends_unix_s engine",
+        public="mode epsilon_target unit",
+        noised="clip_norm",
+        local="epsilon_spent delta noise_multiplier steps_charged steps_left ends_unix_s engine "
+        "engine_reason",
         why="sigma and delta follow from the shard's size",
     ),
     "CorpusShare": _of(
@@ -268,6 +270,7 @@ _HOME: Final = {
     ),
     "xpeer.training.schedule.Counters": _of(
         "home",
+        noised="clip_norm",
         timing="step window seconds moments_step joined merges merges_clipped",
         local="tokens",
     ),
@@ -276,11 +279,11 @@ _HOME: Final = {
         public="serial swarm_id subject role not_before_unix_s join_before_unix_s seeds",
     ),
     "xpeer.privacy.ledger.About": _of(
-        "home", public="swarm_id mode clip_norm epsilon_target", timing="unix_s", local="delta"
+        "home", public="swarm_id mode unit clip_norm epsilon_target", timing="unix_s", local="delta"
     ),
     "xpeer.privacy.report.Account": _of(
         "home",
-        public="swarm_id mode clip_norm epsilon_target",
+        public="swarm_id mode unit clip_norm epsilon_target",
         local="ledger_id epsilon_spent delta segments steps_charged charges steps_left "
         "ends_unix_s chain_head",
         why="`xpeer privacy status` and `report`: sigma, q and delta tell the shard's size by six "
@@ -360,11 +363,6 @@ EVENTS: Final = ("trainer-restarted", "donor-refused", "finished")
 """Kinds of events in state.sqlite."""
 
 TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
-    "xpeer.privacy.engines": (
-        "private gradients: refused %s",
-        "private gradients: %s needs %.3g s",
-        "private gradients by %s",
-    ),
     "xpeer.training.child": ("%s", "%s", "%s"),
     "xpeer.training.handle": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
     "xpeer.training.ipc": ("%s", "%s"),

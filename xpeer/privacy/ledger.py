@@ -58,6 +58,8 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
     """C."""
     delta: float
     epsilon_target: float
+    unit: str = "record"
+    """What epsilon holds for: a record, a document, or (mode update) the shard."""
     unix_s: float = 0.0
     """When it was charged."""
 

@@ -27,6 +27,11 @@ NOT_COVERED: Final = (
     "any peer whose own ledger or machine its operator falsifies",
 )
 """By mode record, and said in every report."""
+_PROTECTED: Final = {
+    "record": "any one record (a training sequence) was among its text",
+    "document": "any one document was among its text",
+    "shard": "it had any text at all",
+}
 
 
 class Account(Struct, frozen=True, kw_only=True):
@@ -35,6 +40,7 @@ class Account(Struct, frozen=True, kw_only=True):
     ledger_id: str
     swarm_id: str
     mode: str
+    unit: str
     epsilon_spent: float
     epsilon_target: float
     delta: float
@@ -128,6 +134,7 @@ def account(ledger: Ledger) -> Account:
         ledger_id=ledger.id,
         swarm_id=last.about.swarm_id,
         mode=last.about.mode,
+        unit=last.about.unit,
         epsilon_spent=accountant.epsilon(ledger.segments(), delta),
         epsilon_target=target,
         delta=delta,
@@ -229,7 +236,7 @@ def report(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
         "",
         f"Made {_date(time.time())} by xpeer {__version__} from ledger `{found.ledger_id}`.",
         "",
-        f"- swarm `{found.swarm_id}`, mode **{found.mode}**",
+        f"- swarm `{found.swarm_id}`, mode **{found.mode}**, per **{found.unit}**",
         f"- **epsilon {found.epsilon_spent:.4f}** of {found.epsilon_target:g} spent, at delta "
         f"{found.delta:.3g}",
         f"- independently recomputed: {verdict.epsilon_replayed:.4f}; by Renyi's looser bound: "
@@ -240,9 +247,8 @@ def report(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
         "## What that means",
         "",
         "Whoever sees everything that this node ever sent, all other members together included, "
-        "can hardly tell whether any one record (a training sequence) was among its text: the "
-        "probability of any conclusion changes by a factor of at most e^epsilon, except with "
-        "probability delta. It needs no trust in other members, in encryption or in masks.",
+        f"can hardly tell whether {_PROTECTED[found.unit]}: the probability of any conclusion "
+        "changes by a factor of at most e^epsilon, except with probability delta. It needs no trust in other members, in encryption or in masks.",
         "",
         "Not covered:",
         "",
@@ -250,9 +256,10 @@ def report(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
         "",
         "## How to recompute it",
         "",
-        "Each step samples every record with probability q (Poisson), clips its gradient to norm "
-        f"C = {found.clip_norm:g}, adds up and adds N(0, sigma^2 C^2) to every coordinate; "
-        "neighbouring shards differ by one record added or removed. Compose the steps below.",
+        f"Each step samples every {found.unit} with probability q (Poisson), bounds what it gives "
+        f"by norm C ({found.clip_norm:g} at first), adds up and adds N(0, sigma^2 C^2) to every "
+        f"coordinate; neighbouring texts differ by one {found.unit} added or removed. Compose the "
+        "steps below (mode update: releases, one a window).",
         "",
         "| sigma | q | steps |",
         "|---|---|---|",

@@ -221,7 +221,8 @@ def assemble(setup: TrainerSetup) -> Assembled:
 def _about(manifest: Manifest, swarm_id: str, delta: float) -> About:
     """What the ledger notes beside each charge."""
     rules = manifest.privacy
-    return About(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon)
+    unit = "shard" if rules.mode == "update" else rules.unit
+    return About(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon, unit)
 
 
 def _records(
