@@ -248,7 +248,8 @@ def report(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
         "",
         "Whoever sees everything that this node ever sent, all other members together included, "
         f"can hardly tell whether {_PROTECTED[found.unit]}: the probability of any conclusion "
-        "changes by a factor of at most e^epsilon, except with probability delta. It needs no trust in other members, in encryption or in masks.",
+        "changes by a factor of at most e^epsilon, except with probability delta. It needs no "
+        "trust in other members, in encryption or in masks.",
         "",
         "Not covered:",
         "",
