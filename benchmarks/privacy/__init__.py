@@ -9,6 +9,7 @@ attacked     canaries and membership, from the released model and from what a pa
 whitebox     canary gradients against the sequence of noised sums
 inversion    text from the gradient of one record
 lora         a real pretrained model, adapters alone trained
+accounting   four accountants on the same charges
 cost         of privacy in time and memory
 masking      cost of masked groups
 jobs, work   runs that are kept, so that the command can be resumed

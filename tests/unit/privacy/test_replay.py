@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import warnings
-
 import pytest
 
+from benchmarks.privacy.accounting import by_opacus, random_charges
 from tests.unit.privacy.test_accountant import REFERENCE
 from xpeer.errors import LocalError
 from xpeer.privacy.accountant import Segment, epsilon, epsilon_rdp
 from xpeer.privacy.replay import epsilon_replayed
-
-
-def by_opacus(segments: list[Segment], delta: float) -> float:
-    from opacus.accountants import PRVAccountant
-
-    accountant = PRVAccountant()
-    accountant.history = [(s.noise_multiplier, s.sampling_probability, s.steps) for s in segments]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(accountant.get_epsilon(delta, eps_error=0.005, delta_error=delta / 1000))
-
-
-def random_segments(seed: int) -> tuple[list[Segment], float]:
-    """One to three kinds of steps, of which none costs too much for a common bound."""
-    draw = random.Random(seed)
-    segments = [
-        Segment(
-            round(draw.uniform(0.6, 4.0), 3), 10 ** draw.uniform(-3.0, -1.0), draw.randint(1, 800)
-        )
-        for _ in range(draw.randint(1, 3))
-    ]
-    return segments, 10 ** draw.uniform(-7.0, -4.0)
 
 
 @pytest.mark.parametrize(("sigma", "q", "steps", "delta", "by_rdp", "by_pld"), REFERENCE)
@@ -48,7 +24,7 @@ def test_the_replay_agrees_with_the_reference(
 @pytest.mark.parametrize("seed", range(8))
 def test_the_replay_agrees_on_random_charges(seed: int) -> None:
     """`python -m benchmarks.privacy.accounting` does a hundred."""
-    segments, delta = random_segments(seed)
+    segments, delta = random_charges(seed)
     found = epsilon_replayed(segments, delta)
     assert found == pytest.approx(epsilon(segments, delta), rel=0.01, abs=2e-3)
     assert found == pytest.approx(by_opacus(segments, delta), rel=0.01, abs=6e-3)
