@@ -160,6 +160,11 @@ def test_two_peers_end_together_and_the_model_can_be_exported(swarm: Swarm):
     folder = swarm.root / "model"
     call(["checkpoint", "export", "--home", str(swarm.home("a").path), "--hf", str(folder)])
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    card = json.loads((folder / "privacy.json").read_text())
+    assert card["epsilon_spent"] == pytest.approx(ends[0].privacy.epsilon_spent)
+    assert f"epsilon at most {card['epsilon_target']:g}" in (folder / "README.md").read_text()
+    verdict = json.loads(call(["privacy", "verify", "--home", str(swarm.home("a").path), "--json"]))
+    assert verdict["epsilon_accountant"] == pytest.approx(card["epsilon_spent"])
 
 
 def test_a_spent_budget_stops_training_across_restarts(swarm: Swarm):

@@ -104,12 +104,15 @@ def export_command(home: Home, folder: Path, merged: bool) -> None:
     showed: near the swarm's mean, which all have after the closing windows.
     """
     # torch takes seconds
+    from xpeer.privacy.card import card_of  # noqa: PLC0415
+    from xpeer.privacy.ledger import Ledger  # noqa: PLC0415
     from xpeer.training import adapters, model  # noqa: PLC0415
     from xpeer.training.checkpoint import load_latest  # noqa: PLC0415
     from xpeer.training.initial import model_of  # noqa: PLC0415
     from xpeer.training.tokenizer import load_tokenizer  # noqa: PLC0415
 
-    manifest, data = SignedManifest.load(home.manifest).open(), load_config(home).data
+    signed, data = SignedManifest.load(home.manifest), load_config(home).data
+    manifest = signed.open()
     tokenizer = load_tokenizer(manifest.tokenizer, data.tokenizer)
     lora = manifest.model.lora
     if merged and lora is None:
@@ -124,10 +127,12 @@ def export_command(home: Home, folder: Path, merged: bool) -> None:
         )
     made = model_of(manifest, home, data.base_model)
     model.write_flat(made, bundle.consolidated())
+    ledger = Ledger.look(home.ledger_db) if home.ledger_db.exists() else None
+    card = card_of(manifest, signed.genesis.swarm_id, bundle.step, ledger)
     if lora is None or merged:
-        model.export_hf(adapters.merged(made) if merged else made, tokenizer, folder)
+        model.export_hf(adapters.merged(made) if merged else made, tokenizer, folder, card)
     else:
-        model.export_adapters(made, lora, tokenizer, folder)
+        model.export_adapters(made, lora, tokenizer, folder, card)
         say(f"adapters for the model whose weights have BLAKE2b-256 {lora.base_digest}")
     say(f"exported step {bundle.step}, {bundle.flat.numel()} parameters")
     click.echo(folder)

@@ -281,6 +281,12 @@ _HOME: Final = {
     "xpeer.privacy.ledger.About": _of(
         "home", public="swarm_id mode unit clip_norm epsilon_target", timing="unix_s", local="delta"
     ),
+    "xpeer.privacy.card.Card": _of(
+        "export",
+        public="swarm_id swarm_name xpeer mode unit epsilon_target",
+        timing="step epsilon_spent delta",
+        why="as charges seen by partners: no sigma, no q, no size",
+    ),
     "xpeer.privacy.report.Account": _of(
         "home",
         public="swarm_id mode unit clip_norm epsilon_target",
@@ -374,8 +380,8 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
 text of records."""
 
 EXPORTED: Final = ("config.json", "generation_config.json", "model.safetensors")
-"""Files of `xpeer checkpoint export`, tokenizer aside: released parameters and the manifest's
-config."""
+"""Files of `xpeer checkpoint export`, tokenizer and `card.FILES` aside: released parameters and the
+manifest's config."""
 
 COMMANDS: Final[dict[str, str]] = {
     "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",

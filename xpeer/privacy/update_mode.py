@@ -173,6 +173,8 @@ class UpdateMechanism:
             noise_multiplier=self._sigma,
             steps_charged=self._ledger.steps_charged,
             steps_left=self._budget.left,
+            unit="shard",
+            clip_norm=self._clip_norm,
             engine=self.engine,
         )
 

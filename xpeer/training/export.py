@@ -14,12 +14,16 @@ from safetensors import SafetensorError
 
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Lora
+from xpeer.privacy.card import Card, files
 from xpeer.training import adapters
 from xpeer.training.losses import autocast, transformers_model
+from xpeer.training.tensorfile import sync
 from xpeer.training.tokenizer import Tokenizer
 
 
-def export_hf(model: torch.nn.Module, tokenizer: Tokenizer | None, folder: Path) -> None:
+def export_hf(
+    model: torch.nn.Module, tokenizer: Tokenizer | None, folder: Path, card: Card | None = None
+) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load.
 
     It appears whole or not at all.
@@ -28,6 +32,7 @@ def export_hf(model: torch.nn.Module, tokenizer: Tokenizer | None, folder: Path)
         model: not wrapped, or wrapped; the transformers model in it is written.
         tokenizer: None = the model alone.
         folder: must not exist, or be empty.
+        card: what to say of its privacy.
 
     Raises:
         ConfigError: the folder holds something.
@@ -36,12 +41,15 @@ def export_hf(model: torch.nn.Module, tokenizer: Tokenizer | None, folder: Path)
     inner: Any = transformers_model(model)
     with _staged(folder) as staging:
         inner.save_pretrained(staging, state_dict=_unshared(inner))
-        if tokenizer is not None:
-            tokenizer.save_hf(staging)
+        _add(staging, tokenizer, card)
 
 
 def export_adapters(
-    adapted: torch.nn.Module, lora: Lora, tokenizer: Tokenizer | None, folder: Path
+    adapted: torch.nn.Module,
+    lora: Lora,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    card: Card | None = None,
 ) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained(base, folder)` loads: adapters alone,
     their config, and the hash of the base model that they belong to.
@@ -53,6 +61,7 @@ def export_adapters(
         lora: of the manifest.
         tokenizer: None = adapters alone.
         folder: must not exist, or be empty.
+        card: what to say of their privacy.
 
     Raises:
         ConfigError: the folder holds something, or peft is missing.
@@ -60,8 +69,14 @@ def export_adapters(
     """
     with _staged(folder) as staging:
         adapters.write(adapted, lora, staging)
-        if tokenizer is not None:
-            tokenizer.save_hf(staging)
+        _add(staging, tokenizer, card)
+
+
+def _add(folder: Path, tokenizer: Tokenizer | None, card: Card | None) -> None:
+    if tokenizer is not None:
+        tokenizer.save_hf(folder)
+    for name, content in files(card).items() if card is not None else ():
+        (folder / name).write_bytes(content)
 
 
 @contextmanager
@@ -77,7 +92,10 @@ def _staged(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o755)
+        for path in (*staging.rglob("*"), staging):
+            sync(path)
         staging.replace(folder)
+        sync(folder.parent)
     except (OSError, SafetensorError, RuntimeError) as e:
         raise _unwritable(folder, e) from e
     finally:

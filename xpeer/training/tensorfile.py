@@ -51,9 +51,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], words: Mappin
         beside = staging / path.name
         save_file(dict(tensors), beside, metadata={**words, _DIGEST: digest})
         beside.chmod(0o600)
-        _sync(beside)
+        sync(beside)
         beside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError, RuntimeError) as e:
         # RuntimeError: torch's own writers raise it at a full disk
         raise LocalError(
@@ -109,7 +109,8 @@ def _absorb(digest: hashlib.blake2b, part: bytes | memoryview) -> None:
     digest.update(part)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,0 +1,43 @@
+"""The privacy card of exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.unit.privacy.test_mechanism import manifest_of
+from xpeer.privacy import accountant, card
+from xpeer.privacy.accountant import Segment
+from xpeer.privacy.ledger import About, Ledger
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    with Ledger.open(tmp_path / "ledger.sqlite") as made:
+        made.about = About("swarm", "record", 1.0, 1e-5, 8.0)
+        made.charge(Segment(1.0, 0.02, 40))
+    return Ledger.look(tmp_path / "ledger.sqlite")
+
+
+def test_a_card_tells_epsilon_and_no_size(ledger: Ledger) -> None:
+    made = card.card_of(manifest_of(), "swarm", 40, ledger)
+    assert made.epsilon_spent == accountant.epsilon([Segment(1.0, 0.02, 40)], 1e-5)
+    assert (made.unit, made.delta) == ("record", 1e-5)
+    words, machine = (content.decode() for content in card.files(made).values())
+    assert f"epsilon = {made.epsilon_spent:.3f}" in words
+    assert msgspec.json.decode(machine, type=card.Card) == made
+    assert "0.02" not in words + machine
+
+
+def test_a_card_without_privacy_says_so() -> None:
+    made = card.card_of(manifest_of(mode="off"), "swarm", 1, None)
+    assert (made.epsilon_spent, made.unit) == (None, None)
+    assert "**None.**" in card.files(made)["README.md"].decode()
+
+
+def test_a_node_that_never_trained() -> None:
+    made = card.card_of(manifest_of(), "swarm", 1, None)
+    assert made.epsilon_spent == 0.0
+    assert "has trained on no text of its own" in card.files(made)["README.md"].decode()

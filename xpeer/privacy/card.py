@@ -1,0 +1,92 @@
+"""What an exported model says of the privacy of the text behind it, for people and programs."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from xpeer import __version__
+from xpeer.manifest import Manifest
+from xpeer.privacy import accountant
+from xpeer.privacy.ledger import Ledger
+
+FILES = ("README.md", "privacy.json")
+
+
+class Card(Struct, frozen=True, kw_only=True):
+    """Of one export. Noise, sampling and sizes are not in it: they tell the shard's size."""
+
+    swarm_id: str
+    swarm_name: str
+    step: int
+    xpeer: str = __version__
+    mode: str
+    """privacy.mode of the manifest."""
+    unit: str | None = None
+    """What epsilon holds for; None without privacy."""
+    epsilon_target: float | None = None
+    """No member's text is trained on beyond it."""
+    epsilon_spent: float | None = None
+    """By the node that exported, until now."""
+    delta: float | None = None
+    """Of that node; each member's follows from its own text, unless the manifest sets it."""
+
+
+def card_of(manifest: Manifest, swarm_id: str, step: int, ledger: Ledger | None) -> Card:
+    """Of an export of now; takes a second.
+
+    Args:
+        manifest: of the swarm.
+        swarm_id: its fingerprint.
+        step: of the checkpoint.
+        ledger: None = this node has trained on no text.
+    """
+    rules = manifest.privacy
+    if rules.mode == "off":
+        return Card(swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode="off")
+    noted = [c.about for c in ledger.charges() if c.about is not None] if ledger else []
+    delta = noted[-1].delta if noted else None
+    spent = accountant.epsilon(ledger.segments(), delta) if ledger and delta else 0.0
+    return Card(
+        swarm_id=swarm_id,
+        swarm_name=manifest.name,
+        step=step,
+        mode=rules.mode,
+        unit="shard" if rules.mode == "update" else rules.unit,
+        epsilon_target=rules.epsilon,
+        epsilon_spent=spent,
+        delta=delta,
+    )
+
+
+def files(card: Card) -> dict[str, bytes]:
+    """By name, in the order of `FILES`."""
+    machine = msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n"
+    return dict(zip(FILES, (_words(card).encode(), machine), strict=True))
+
+
+def _words(card: Card) -> str:
+    head = (
+        f"# {card.swarm_name}\n\nTrained by the members of an xpeer swarm (`{card.swarm_id}`), each "
+        f"on text of its own; exported at step {card.step} by xpeer {card.xpeer}.\n\n## Privacy\n\n"
+    )
+    if card.mode == "off":
+        return head + (
+            "**None.** The swarm trained without differential privacy: the model may repeat parts "
+            "of its members' text.\n"
+        )
+    own = (
+        "The node that exported this has trained on no text of its own."
+        if card.delta is None
+        else f"The node that exported this had spent epsilon = {card.epsilon_spent:.3f} at "
+        f"delta = {card.delta:.3g}."
+    )
+    return head + (
+        f"Differential privacy in mode `{card.mode}`, for each **{card.unit}** of each member's "
+        f"text: epsilon at most {card.epsilon_target:g} by each member's own ledger. {own} It "
+        "bounds what this model, and everything else that members sent, tells of any one "
+        f"{card.unit}.\n\n"
+        "Not covered: text that stands in several of them, or with several members; what members "
+        "published besides; a member that altered its own node. Epsilon of members is their own "
+        "word; this node's is in its ledger (`xpeer privacy report`).\n"
+    )
