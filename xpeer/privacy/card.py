@@ -67,8 +67,9 @@ def files(card: Card) -> dict[str, bytes]:
 
 def _words(card: Card) -> str:
     head = (
-        f"# {card.swarm_name}\n\nTrained by the members of an xpeer swarm (`{card.swarm_id}`), each "
-        f"on text of its own; exported at step {card.step} by xpeer {card.xpeer}.\n\n## Privacy\n\n"
+        f"# {card.swarm_name}\n\nTrained by the members of an xpeer swarm (`{card.swarm_id}`), "
+        f"each on text of its own; exported at step {card.step} by xpeer {card.xpeer}.\n\n"
+        "## Privacy\n\n"
     )
     if card.mode == "off":
         return head + (

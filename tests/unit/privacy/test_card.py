@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.unit.privacy.test_mechanism import manifest_of
+from tests.unit.privacy.test_mechanism import OFF, manifest
 from xpeer.privacy import accountant, card
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.ledger import About, Ledger
@@ -22,7 +22,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_a_card_tells_epsilon_and_no_size(ledger: Ledger) -> None:
-    made = card.card_of(manifest_of(), "swarm", 40, ledger)
+    made = card.card_of(manifest(), "swarm", 40, ledger)
     assert made.epsilon_spent == accountant.epsilon([Segment(1.0, 0.02, 40)], 1e-5)
     assert (made.unit, made.delta) == ("record", 1e-5)
     words, machine = (content.decode() for content in card.files(made).values())
@@ -32,12 +32,12 @@ def test_a_card_tells_epsilon_and_no_size(ledger: Ledger) -> None:
 
 
 def test_a_card_without_privacy_says_so() -> None:
-    made = card.card_of(manifest_of(mode="off"), "swarm", 1, None)
+    made = card.card_of(OFF, "swarm", 1, None)
     assert (made.epsilon_spent, made.unit) == (None, None)
     assert "**None.**" in card.files(made)["README.md"].decode()
 
 
 def test_a_node_that_never_trained() -> None:
-    made = card.card_of(manifest_of(), "swarm", 1, None)
+    made = card.card_of(manifest(), "swarm", 1, None)
     assert made.epsilon_spent == 0.0
     assert "has trained on no text of its own" in card.files(made)["README.md"].decode()
