@@ -13,6 +13,7 @@ import pytest
 from tests.unit.network.test_exchange import party
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId, blake2b
+from xpeer.manifest import Round
 from xpeer.network import matching, state
 from xpeer.network.link import Link
 from xpeer.network.stream import Stream
@@ -60,13 +61,11 @@ class FakeHost:
         return None, 0.0
 
 
-class Rules:
-    fragments, codec, slot_s, window_steps, window_s = 4, "int8", 1.0, 8, None
-    deadline_s, rule, group = 30.0, "gossip", 2
+RULES = Round(fragments=4, codec="int8", slot_s=1.0, window_steps=8)
 
 
 def gossip_of(me: PeerId, partners: list[PeerId], now: list[float]) -> Gossip:
-    manifest: Any = type("Manifest", (), {"round": Rules()})()
+    manifest: Any = type("Manifest", (), {"round": RULES})()
     return Gossip(
         me=me,
         swarm_id=SWARM,
