@@ -80,7 +80,7 @@ def gossip_of(me: PeerId, partners: list[PeerId], now: list[float]) -> Gossip:
 
 
 def proposal(slot: int, exchange_id: int = 1) -> Propose:
-    fragment = matching.fragment_of(SWARM, slot, Rules.fragments)
+    fragment = matching.fragment_of(SWARM, slot, RULES.fragments)
     return Propose(exchange_id, slot, fragment, "int8", 100, False, Terms(1.0, 2.0, 1, 0))
 
 
