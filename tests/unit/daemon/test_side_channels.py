@@ -208,12 +208,10 @@ def test_trainers_on_different_text_look_alike(tmp_path: Path, rule: str) -> Non
     try:
         seen = [steps_of(node, 10) for node in nodes]
         sizes = [node.num_records for node in nodes]
-        tokens = [node.trainer.progress().tokens for node in nodes]
     finally:
         for node in nodes:
             node.close()
     assert sizes[0] * 2 < sizes[1]
-    assert tokens[0] != tokens[1]  # of random batches: local
     assert seen[0] == seen[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,7 +172,8 @@ NOISY = 5.0
 
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    store = dist.FileStore(f"{folder}/meet", 2)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     ranks = ProcessGroup()
     for name, sigma, document in (
         ("clipped", TINY, False),
@@ -187,8 +189,9 @@ def _rank(rank: int, folder: str) -> None:
         private, parameters = gradient(norm, units, generator, expected=4, ranks=ranks)
         told = private.step()
         torch.save((flat(parameters), norm.norm, told.records), f"{folder}/{name}{rank}")
-    dist.barrier()  # nobody leaves while another still reads
-    dist.destroy_process_group()
+    store.set(f"done{rank}", "")
+    store.wait(["done0", "done1"])  # nobody leaves while another still reads
+    os._exit(0)  # gloo's threads abort the process now and then when they are taken down
 
 
 @pytest.mark.timeout(120)
