@@ -95,6 +95,9 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     generator: Literal["fast", "cryptographic"] = "fast"
     """Of noise on CUDA. fast: the device's Philox under a fresh key of 64 bits for every tensor.
     cryptographic: AES-256 from the CPU, as on a CPU always."""
+    register: str = ""
+    """Folder of the machine's register of what documents were charged; homes that use the same one
+    count together. Empty: `privacy_register`."""
 
 
 class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True):
@@ -164,6 +167,16 @@ class Home:
                 "set daemon.socket to a shorter path, e.g. /run/xpeer/xpeer.sock",
             )
         return path
+
+
+def privacy_register(config: NodeConfig) -> Path:
+    """The machine's register: for root the system's, else the user's."""
+    if config.privacy.register:
+        return Path(config.privacy.register).expanduser().absolute()
+    if os.geteuid() == 0:
+        return Path("/var/lib/xpeer-privacy")
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "xpeer-privacy"
 
 
 def load(

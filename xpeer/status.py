@@ -81,6 +81,8 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     """What epsilon holds for: one record (training sequence), or one whole document."""
     clip_norm: float = 0.0
     """C of the next step; with adaptive clipping it follows released values."""
+    documents_elsewhere: int = 0
+    """Of the shard, that other homes of this machine trained on, too: counted together."""
     engine: str = ""
     engine_reason: str = ""
     """Why this one clips: speeds of the exact ones, and what was refused."""

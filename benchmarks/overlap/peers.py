@@ -74,7 +74,12 @@ class Peer:
         command = ["ip", "netns", "exec", self._namespace, *daemon]
         kept = {key: value for key, value in os.environ.items() if not key.startswith("XPEER_")}
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", STEP_VARIABLE: str(step_s)}
+        own = {
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            STEP_VARIABLE: str(step_s),
+            "XPEER_PRIVACY_REGISTER": str(self.home.path / "register"),
+        }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,

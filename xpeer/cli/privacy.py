@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from xpeer.cli.common import echo_json, home_option, json_option, say
-from xpeer.config import Home
+from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
+from xpeer.cli.render import moment
+from xpeer.config import Home, privacy_register
 from xpeer.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from xpeer.privacy.ledger import Ledger
-    from xpeer.privacy.report import Account, Plan
+    from xpeer.privacy.planning import Plan
+    from xpeer.privacy.register import Register
+    from xpeer.privacy.report import Account
 
 BATCHES = (32, 128, 512, 2048, 8192)
 """Tried where --batch is missing."""
@@ -34,8 +36,8 @@ def status_command(home: Home, as_json: bool) -> None:
     """Say what this node's ledger has been charged; the daemon need not run."""
     from xpeer.privacy import report  # noqa: PLC0415 - slow to import
 
-    with _looked(home) as ledger:
-        found = report.account(ledger)
+    with _looked(home) as (ledger, register):
+        found = report.account(ledger, register)
     if as_json:
         echo_json(found)
         return
@@ -47,22 +49,35 @@ def status_command(home: Home, as_json: bool) -> None:
 @privacy.command("plan")
 @click.option("--epsilon", type=float, default=8.0, show_default=True)
 @click.option("--delta", type=float, help="Default: min(1e-5, records^-1.1).")
-@click.option("--records", type=int, required=True, help="Training sequences in the shard.")
-@click.option("--batch", type=int, help="Expected records a step; default: a table of some.")
+@click.option("--records", type=int, help="Training sequences in the shard, or documents.")
+@click.option("--shard", multiple=True, help="Or count them: files, folders or globs.")
+@click.option("--text-field", default="text", show_default=True, help="As data.text_field.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder; default: bytes.")
+@click.option("--documents", is_flag=True, help="Protect documents, not training sequences.")
+@click.option("--batch", type=int, help="Expected records (documents) a step; default: a table.")
 @click.option("--steps", type=int, help="Private steps in all.")
 @click.option("--rounds", type=int, help="Or windows, of --window-steps steps each.")
 @click.option("--window-steps", type=int, default=5, show_default=True)
-@click.option("--sequence-tokens", type=int, help="Of a record, to tell a step's tokens.")
+@click.option(
+    "--sequence-tokens", type=click.IntRange(min=8), default=128, show_default=True,
+    help="Of a training sequence.",
+)  # fmt: skip
+@click.option("--parameters", type=int, help="That are trained, to tell the noise's norm.")
 @json_option
 def plan_command(
     epsilon: float,
     delta: float | None,
-    records: int,
+    records: int | None,
+    shard: tuple[str, ...],
+    text_field: str,
+    tokenizer: Path | None,
+    documents: bool,
     batch: int | None,
     steps: int | None,
     rounds: int | None,
     window_steps: int,
-    sequence_tokens: int | None,
+    sequence_tokens: int,
+    parameters: int | None,
     as_json: bool,
 ) -> None:
     """Say how much noise a budget asks for, before a swarm is founded.
@@ -70,20 +85,30 @@ def plan_command(
     Prints the options for `xpeer init --swarm`; without --batch, a table to choose from: the noise
     in a mean gradient falls with the batch, and a step costs as many tokens more.
     """
-    from xpeer.privacy import report  # noqa: PLC0415 - slow to import
+    from xpeer.privacy import planning  # noqa: PLC0415 - slow to import
+
+    if (records is None) == (not shard):
+        raise ConfigError(
+            "--records and --shard: one of them is needed", "e.g. --records 20000, or --shard PATH"
+        )
+    unit = "document" if documents else "record"
+    if records is None:
+        records = _counted(shard, text_field, tokenizer, sequence_tokens, unit)
 
     if (steps is None) == (rounds is None):
         raise ConfigError("--steps and --rounds: one of them is needed", "e.g. --steps 2000")
     total = steps if steps is not None else (rounds or 0) * window_steps
     sizes = [batch] if batch is not None else [b for b in BATCHES if b <= records] or [records]
     plans = [
-        report.plan(
+        planning.plan(
             epsilon=epsilon,
             records=records,
             batch=size,
             steps=total,
             delta=delta,
             sequence_tokens=sequence_tokens,
+            parameters=parameters,
+            unit=unit,
         )
         for size in sizes
     ]
@@ -102,8 +127,8 @@ def report_command(home: Home, as_json: bool) -> None:
     """Write what an auditor needs to recompute epsilon, as Markdown or JSON."""
     from xpeer.privacy import report  # noqa: PLC0415 - slow to import
 
-    with _looked(home) as ledger:
-        found, verdict = report.account(ledger), report.verify(ledger)
+    with _looked(home) as (ledger, register):
+        found, verdict = report.account(ledger, register), report.verify(ledger, register)
         charges = ledger.charges()
     if as_json:
         echo_json({"account": found, "verdict": verdict, "charges": charges})
@@ -122,16 +147,22 @@ def verify_command(home: Home, path: Path | None, delta: float | None, as_json: 
 
     if delta is not None and not 0 < delta < 1:
         raise ConfigError(f"--delta {delta} is not between 0 and 1", "e.g. --delta 1e-5")
-    with _looked(home, path) as ledger:
-        verdict = report.verify(ledger, delta)
+    with _looked(home, path) as (ledger, register):
+        verdict = report.verify(ledger, register, delta)
     if as_json:
         echo_json(verdict)
     else:
         click.echo(
-            f"{verdict.charges} charges, an unbroken chain; epsilon at delta {verdict.delta:.3g}: "
-            f"accountant {verdict.epsilon_accountant:.4f}, replayed "
-            f"{verdict.epsilon_replayed:.4f}, Renyi {verdict.epsilon_rdp:.4f}"
+            f"{verdict.charges} charges, an unbroken chain; epsilon at delta {verdict.delta:.3g}:"
         )
+        for found in verdict.checked:
+            click.echo(
+                f"  {found.what}: accountant {found.epsilon_accountant:.4f}, replayed "
+                f"{found.epsilon_replayed:.4f} (in {max(0.0, found.epsilon_lower):.4f} .. "
+                f"{found.epsilon_upper:.4f}), Renyi {found.epsilon_rdp:.4f}"
+            )
+        if verdict.steps_registered is None:
+            say("the machine's register is not there: other homes were not looked at")
     for problem in verdict.problems:
         say(f"xpeer: error: {problem}")
     if verdict.problems:
@@ -139,11 +170,29 @@ def verify_command(home: Home, path: Path | None, delta: float | None, as_json: 
 
 
 @contextmanager
-def _looked(home: Home, path: Path | None = None) -> Iterator[Ledger]:
+def _looked(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Register | None]]:
+    """The ledger and, if there is one, the machine's register, both to read."""
     from xpeer.privacy.ledger import Ledger  # noqa: PLC0415 - imports cryptography
+    from xpeer.privacy.register import Register  # noqa: PLC0415
 
     with Ledger.look(path or home.ledger_db) as ledger:
-        yield ledger
+        register = Register.look(privacy_register(load_config(home)))
+        with register or nullcontext():
+            yield ledger, register
+
+
+def _counted(
+    shard: Sequence[str], text_field: str, tokenizer: Path | None, sequence_tokens: int, unit: str
+) -> int:
+    """Units that a node would train on with this shard, the default share held out."""
+    from xpeer.config import Data  # noqa: PLC0415
+    from xpeer.training.shard import cut_owned, load_documents, split  # noqa: PLC0415 - torch
+    from xpeer.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer  # noqa: PLC0415
+
+    training, _ = split(load_documents(shard, text_field, "--shard"), Data().validation_share)
+    words = HuggingFaceTokenizer(tokenizer) if tokenizer else ByteTokenizer()
+    records, owners = cut_owned(training, words, sequence_tokens)
+    return len(set(owners.tolist())) if unit == "document" else len(records)
 
 
 def _rows(found: Account) -> Iterator[tuple[str, str]]:
@@ -160,8 +209,14 @@ def _rows(found: Account) -> Iterator[tuple[str, str]]:
             f"{segment.steps} with noise {segment.noise_multiplier:g}, sampling probability "
             f"{segment.sampling_probability:.6g}",
         )
+    for each in found.documents:
+        where = "in the shard" if each.here else "no longer in the shard"
+        homes = "this home alone" if each.homes == 1 else f"{each.homes} homes"
+        yield "documents", f"{each.documents} {where}: epsilon {each.epsilon:.4f}, by {homes}"
+    if found.classes_left_out:
+        yield "documents", f"and {found.classes_left_out} kinds with fewer steps"
     ends = found.ends_unix_s
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(ends)) if ends else "not training now"
+    when = f"about {moment(ends)}" if ends else "no pace known: not training now"
     yield "ends", when
     yield "ledger", f"{found.ledger_id}, {found.charges} charges, head {found.chain_head[:16]}"
 
@@ -177,15 +232,17 @@ def _table(plans: list[Plan]) -> None:
 
 def _explain(plan: Plan) -> None:
     tokens = f", {plan.tokens_per_step:,} tokens a step" if plan.tokens_per_step else ""
+    norm = f" ({plan.noise_norm:.3g} C over all parameters)" if plan.noise_norm else ""
     say(
-        f"{plan.steps} steps of {plan.batch} records in {plan.records:,} ({plan.passes:.2f} "
+        f"{plan.steps} steps of {plan.batch} {plan.unit}s in {plan.records:,} ({plan.passes:.2f} "
         f"passes{tokens}) spend epsilon {plan.epsilon:g} at delta {plan.delta:.3g} with noise "
         f"{plan.noise_multiplier:g}: {plan.noise_to_signal:.3g} C in each coordinate of the mean "
-        "gradient, whose records weigh C / batch at most"
+        f"gradient{norm}, whose own norm is at most C"
     )
+    unit = " --set privacy.unit=document" if plan.unit == "document" else ""
     say("on the way: " + ", ".join(f"{eps:.2f} after {steps}" for steps, eps in plan.curve))
     click.echo(
         f"--set privacy.epsilon={plan.epsilon:g} --set privacy.delta={plan.delta:.6g} "
         f"--set privacy.noise_multiplier={plan.noise_multiplier:g} "
-        f"--set optimiser.batch_records={plan.batch} --set end.steps={plan.steps}"
+        f"--set optimiser.batch_records={plan.batch} --set end.steps={plan.steps}{unit}"
     )

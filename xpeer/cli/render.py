@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,11 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
+def moment(unix_s: float) -> str:
+    """Local time, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
+
+
 def size(num_bytes: float) -> str:
     """Decimal units, as networks are priced."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -199,6 +205,14 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
         f"{max(left, 0.0):.3f}{steps} left; delta {privacy.delta:.1e}, "
         f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} {unit} charged",
     )
+    if privacy.ends_unix_s is not None:
+        yield "budget ends", f"about {moment(privacy.ends_unix_s)}, at the pace of the last hour"
+    if privacy.documents_elsewhere:
+        yield (
+            "documents",
+            f"{privacy.documents_elsewhere} were trained on by other homes of this machine, too: "
+            "counted together",
+        )
     if privacy.engine:
         reason = f": {privacy.engine_reason}" if privacy.engine_reason else ""
         yield "clipping", f"to {privacy.clip_norm:.3g} by {privacy.engine}{reason}"

@@ -86,6 +86,11 @@ def epsilon(segments: Iterable[Segment], delta: float) -> float:
     return _epsilon(tuple(merge(segments)), delta, 1)
 
 
+def epsilon_worst(histories: Iterable[Iterable[Segment]], delta: float) -> float:
+    """Of several accounts the one that costs most; see `epsilon`."""
+    return max((epsilon(history, delta) for history in histories), default=0.0)
+
+
 def epsilon_rdp(segments: Iterable[Segment], delta: float) -> float:
     """The same by Renyi differential privacy: looser, by independent formulas.
 

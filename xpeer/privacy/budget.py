@@ -16,10 +16,13 @@ from xpeer.manifest import Manifest
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import BudgetExceededError
 
 SIGMA_SETTING: Final = "noise_multiplier"
 """Key of the calibrated sigma in the ledger."""
 _STEPS_MAX: Final = 10_000_000
+_ANEW: Final = 0.05
+"""Other homes' charges are estimated until this share of the steps left was charged since."""
 
 
 class Budget:
@@ -29,7 +32,7 @@ class Budget:
 
     Args:
         ledger: of this shard.
-        epsilon: the target for everything in the ledger together.
+        epsilon: the target for all that any document of the shard was charged.
         delta: for which epsilon holds.
         noise_multiplier: sigma of the steps to come.
         sampling_probability: q of the steps to come.
@@ -45,11 +48,11 @@ class Budget:
         sampling_probability: float,
     ) -> None:
         self._ledger = ledger
+        self._epsilon, self._delta = epsilon, delta
         self._sigma, self._q = noise_multiplier, sampling_probability
         self._lock = threading.Lock()
-        self._left = accountant.steps_within(
-            epsilon, delta, ledger.segments(), self._sigma, self._q, _STEPS_MAX
-        )
+        self._left = self._count(_STEPS_MAX)
+        self._since_counted = 0
         self._charged_before = ledger.steps_charged
         self._permitted = 0
         self._used = 0
@@ -58,8 +61,10 @@ class Budget:
 
     @property
     def left(self) -> int:
-        """Steps that can still be charged."""
+        """Steps that can still be charged; takes seconds where other homes charge, too."""
         with self._lock:
+            if self._ledger.shared and self._since_counted > _ANEW * self._left:
+                self._left, self._since_counted = self._count(self._left), 0
             return self._left
 
     @property
@@ -116,10 +121,28 @@ class Budget:
     def _charge(self, steps: int) -> int:
         with self._lock:
             steps = min(steps, self._left)
-            if steps:
-                self._ledger.charge(Segment(self._sigma, self._q, steps))
-                self._left -= steps
+            while steps:
+                try:
+                    self._ledger.charge(Segment(self._sigma, self._q, steps), self._fits)
+                    break
+                except BudgetExceededError:
+                    self._left = steps = self._count(steps - 1)
+            self._left -= steps
+            self._since_counted += steps
             return steps
+
+    def _count(self, limit: int) -> int:
+        """Steps that fit after what every document was charged, `limit` at most."""
+        for spent in self._ledger.histories():
+            limit = accountant.steps_within(
+                self._epsilon, self._delta, spent, self._sigma, self._q, limit
+            )
+        return limit
+
+    def _fits(self, histories: list[list[Segment]], more: Segment) -> bool:
+        return all(
+            accountant.epsilon([*spent, more], self._delta) <= self._epsilon for spent in histories
+        )
 
 
 def told_size(num_records: int) -> int:

@@ -87,7 +87,8 @@ def _words(card: Card) -> str:
         f"text: epsilon at most {card.epsilon_target:g} by each member's own ledger. {own} It "
         "bounds what this model, and everything else that members sent, tells of any one "
         f"{card.unit}.\n\n"
-        "Not covered: text that stands in several of them, or with several members; what members "
+        "Not covered: text that stands in several of them, or with several members; what the same "
+        "text lost in other swarms; what members "
         "published besides; a member that altered its own node. Epsilon of members is their own "
         "word; this node's is in its ledger (`xpeer privacy report`).\n"
     )

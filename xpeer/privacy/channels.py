@@ -203,7 +203,7 @@ _STATUS: Final = {
         public="mode epsilon_target unit",
         noised="clip_norm",
         local="epsilon_spent delta noise_multiplier steps_charged steps_left ends_unix_s engine "
-        "engine_reason",
+        "engine_reason documents_elsewhere",
         why="sigma and delta follow from the shard's size",
     ),
     "CorpusShare": _of(
@@ -278,7 +278,7 @@ _HOME: Final = {
         "home",
         public="serial swarm_id subject role not_before_unix_s join_before_unix_s seeds",
     ),
-    "xpeer.privacy.ledger.About": _of(
+    "xpeer.privacy.charges.About": _of(
         "home", public="swarm_id mode unit clip_norm epsilon_target", timing="unix_s", local="delta"
     ),
     "xpeer.privacy.card.Card": _of(
@@ -291,17 +291,28 @@ _HOME: Final = {
         "home",
         public="swarm_id mode unit clip_norm epsilon_target",
         local="ledger_id epsilon_spent delta segments steps_charged charges steps_left "
-        "ends_unix_s chain_head",
+        "ends_unix_s chain_head documents classes_left_out",
         why="`xpeer privacy status` and `report`: sigma, q and delta tell the shard's size by six "
         "bits to whoever is shown them",
     ),
-    "xpeer.privacy.report.Verdict": _of(
-        "home", local="delta epsilon_accountant epsilon_replayed epsilon_rdp charges problems"
+    "xpeer.privacy.report.DocumentAccount": _of(
+        "home", local="documents here homes swarms epsilon segments"
     ),
-    "xpeer.privacy.report.Plan": _of(
+    "xpeer.privacy.report.Verdict": _of(
+        "home", local="delta epsilon_spent checked charges steps_registered problems"
+    ),
+    "xpeer.privacy.report.Checked": _of(
+        "home",
+        local="what epsilon_accountant epsilon_replayed epsilon_lower epsilon_upper epsilon_rdp",
+    ),
+    "xpeer.privacy.histories.DocumentClass": _of(
+        "home", local="documents here segments ledgers swarms"
+    ),
+    "xpeer.privacy.histories.Joined": _of("home", local="documents new elsewhere recovered_steps"),
+    "xpeer.privacy.planning.Plan": _of(
         "home",
         public="epsilon delta records batch sampling_probability steps noise_multiplier "
-        "noise_to_signal passes tokens_per_step curve",
+        "noise_to_signal noise_norm passes tokens_per_step curve unit",
         why="of the operator's own numbers",
     ),
     "xpeer.cli.logs.Entry": _of("home", local="time level logger message trace"),

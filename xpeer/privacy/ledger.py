@@ -16,19 +16,19 @@ import sqlite3
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import msgspec
-from msgspec import Struct
 
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
 from xpeer.privacy.accountant import Segment
+from xpeer.privacy.charges import MECHANISM, About, Charge, forecast, link
+from xpeer.privacy.histories import Joined
 from xpeer.privacy.ledger_file import (
     DOMAIN,
     MEND,
@@ -40,38 +40,10 @@ from xpeer.privacy.ledger_file import (
     refuse_a_loss,
     told,
 )
+from xpeer.privacy.register import Fits, Register
 
-_MECHANISM: Final = "poisson-subsampled-gaussian"
 _MAX_STEPS: Final = 1 << 31
 """Of one charge; no run is that long."""
-_PACE_S: Final = 3600.0
-"""Over which a forecast looks back."""
-
-
-class About(Struct, frozen=True, forbid_unknown_fields=True):
-    """What charges are for: with a charge's own numbers, all that epsilon follows from."""
-
-    swarm_id: str
-    mode: str
-    """privacy.mode of the manifest."""
-    clip_norm: float
-    """C."""
-    delta: float
-    epsilon_target: float
-    unit: str = "record"
-    """What epsilon holds for: a record, a document, or (mode update) the shard."""
-    unix_s: float = 0.0
-    """When it was charged."""
-
-
-@dataclass(frozen=True, slots=True)
-class Charge:
-    """As it is stored."""
-
-    counter: int
-    segment: Segment
-    about: About | None
-    """None: charged by a version that did not note it."""
 
 
 class Ledger:
@@ -91,6 +63,7 @@ class Ledger:
         self._steps_charged = 0
         self.about: About | None = None
         """What the next charges are for."""
+        self._register: Register | None = None
 
     @classmethod
     def look(cls, path: Path) -> Ledger:
@@ -145,6 +118,35 @@ class Ledger:
             raise
         return ledger
 
+    def share(
+        self, register: Register, documents: Iterable[str], unit: str, swarm_id: str
+    ) -> Joined:
+        """Count charges in the machine's register, too, for the documents of the shard.
+
+        Args:
+            register: closed with the ledger.
+            documents: ids of those that are trained on.
+            unit: that epsilon holds for.
+            swarm_id: for reports.
+
+        Raises:
+            ConfigError: the documents were charged for another unit.
+            LocalError: the register can't be written.
+        """
+        self._register = register
+        return register.join(self.id, self.segments(), documents, unit, swarm_id)
+
+    @property
+    def shared(self) -> bool:
+        """Whether other homes are charging some of these documents, too."""
+        return self._register is not None and self._register.shared
+
+    def histories(self) -> list[list[Segment]]:
+        """What was charged to documents of the shard, by this home and others: one for each kind of
+        document that may have lost most.
+        """
+        return [self.segments()] if self._register is None else self._register.histories()
+
     @property
     def id(self) -> str:
         """32 hex digits, random; the same for the life of the account."""
@@ -174,54 +176,56 @@ class Ledger:
         """When so many further steps will have been charged, at the pace of the last hour; None if
         no pace is known.
         """
-        now = clock()
         with self._lock:
-            noted = [c for c in self._charges if c.about and now - c.about.unix_s <= _PACE_S]
-        if len(noted) < 2 or noted[0].about is None or noted[-1].about is None:
-            return None
-        elapsed_s = noted[-1].about.unix_s - noted[0].about.unix_s
-        steps = sum(charge.segment.steps for charge in noted[1:])
-        return now + steps_left * elapsed_s / steps if elapsed_s > 0 else None
+            return forecast(self._charges, steps_left, clock())
 
     def segments(self) -> list[Segment]:
         """What was charged, one segment for each kind of step, in order of appearance."""
         with self._lock:
             return [Segment(sigma, q, steps) for (sigma, q), steps in self._steps.items()]
 
-    def charge(self, segment: Segment) -> int:
+    def charge(self, segment: Segment, fits: Fits | None = None) -> int:
         """Charge steps before they are taken; durable when this returns.
+
+        Args:
+            segment: the steps.
+            fits: asked if other homes charged documents of this shard meanwhile.
 
         Returns:
             The new `counter`.
 
         Raises:
+            BudgetExceededError: it does not fit; nothing was charged.
             LocalError: not a kind of step this account knows, or it could not be written. After
                 a failed write the account refuses further charges until it is opened again.
         """
         if type(segment) is not Segment or not 1 <= segment.steps < _MAX_STEPS:
             raise LocalError(f"privacy ledger {self.path}: can't charge {segment!r}")
         with self._lock:
+            self._refuse_if_unusable()
+            if self._register is not None:  # first: a crash in between counts too much
+                self._register.charge(segment, fits)
             counter, total = self._counter + 1, self._steps_charged + segment.steps
             about = self.about and msgspec.structs.replace(self.about, unix_s=time.time())
             noted = msgspec.json.encode(about).decode() if about else ""
-            link = _link(self._hash, counter, segment, total, noted)
+            due = link(self._hash, counter, segment, total, noted)
             with self._transaction():
                 self._refuse_another_writer()
                 self._connection.execute(
                     "INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         counter,
-                        _MECHANISM,
+                        MECHANISM,
                         segment.noise_multiplier,
                         segment.sampling_probability,
                         segment.steps,
                         total,
-                        link,
+                        due,
                         noted,
                     ),
                 )
-                self._connection.execute("UPDATE head SET counter = ?, hash = ?", (counter, link))
-            self._take_in(Charge(counter, segment, about), total, link)
+                self._connection.execute("UPDATE head SET counter = ?, hash = ?", (counter, due))
+            self._take_in(Charge(counter, segment, about), total, due)
             return counter
 
     def settings(self, key: str) -> str | None:
@@ -250,6 +254,8 @@ class Ledger:
         with self._lock:
             self._usable = False
             self._connection.close()
+            if self._register is not None:
+                self._register.close()
 
     def __enter__(self) -> Self:
         """For `with`: closes at the end."""
@@ -313,10 +319,10 @@ class Ledger:
         sampling_probability: float,
         steps: int,
         total: int,
-        link: bytes,
+        hashed: bytes,
         noted: str,
     ) -> None:
-        if mechanism != _MECHANISM:
+        if mechanism != MECHANISM:
             raise LocalError(
                 f"privacy ledger {self.path}: charge {counter} is of an unknown mechanism",
                 "use the version of xpeer that wrote it",
@@ -324,22 +330,26 @@ class Ledger:
         try:
             segment = Segment(noise_multiplier, sampling_probability, steps)
             expected = (self._counter + 1, self._steps_charged + steps)
-            due = _link(self._hash, counter, segment, total, noted)
-            if (counter, total) != expected or link != due:
+            due = link(self._hash, counter, segment, total, noted)
+            if (counter, total) != expected or hashed != due:
                 raise LocalError("it does not continue those before it")
             about = msgspec.json.decode(noted, type=About) if noted else None
         except (LocalError, struct.error, msgspec.MsgspecError) as e:
             raise LocalError(
                 f"privacy ledger {self.path} is inconsistent at charge {counter}: {e}", RESTORE
             ) from e
-        self._take_in(Charge(counter, segment, about), total, link)
+        self._take_in(Charge(counter, segment, about), total, hashed)
 
-    def _take_in(self, charge: Charge, total: int, link: bytes) -> None:
+    def _refuse_if_unusable(self) -> None:
+        if not self._usable:
+            raise LocalError(f"privacy ledger {self.path} is closed or failed before", MEND)
+
+    def _take_in(self, charge: Charge, total: int, hashed: bytes) -> None:
         segment = charge.segment
         kind = (segment.noise_multiplier, segment.sampling_probability)
         self._charges.append(charge)
         self._steps[kind] = self._steps.get(kind, 0) + segment.steps
-        self._counter, self._steps_charged, self._hash = charge.counter, total, link
+        self._counter, self._steps_charged, self._hash = charge.counter, total, hashed
 
     def _refuse_another_writer(self) -> None:
         counter, last = self._connection.execute("SELECT counter, hash FROM head").fetchone()
@@ -351,8 +361,7 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        if not self._usable:
-            raise LocalError(f"privacy ledger {self.path} is closed or failed before", MEND)
+        self._refuse_if_unusable()
         done = False
         try:
             with told(self.path, "can't be written", MEND):
@@ -365,17 +374,3 @@ class Ledger:
                 self._usable = False
                 if self._connection.in_transaction:
                     self._connection.rollback()
-
-
-def _link(before: bytes, counter: int, segment: Segment, total: int, noted: str) -> bytes:
-    numbers = struct.pack(
-        "<qddqq",
-        counter,
-        segment.noise_multiplier,
-        segment.sampling_probability,
-        segment.steps,
-        total,
-    )
-    return blake2b(
-        DOMAIN, before, _MECHANISM.encode(), numbers, *([noted.encode()] if noted else [])
-    )

@@ -217,7 +217,7 @@ class RecordMechanism:
         """
         return PrivacySpent(
             mode="record",
-            epsilon_spent=accountant.epsilon(self._ledger.segments(), self._delta),
+            epsilon_spent=accountant.epsilon_worst(self._ledger.histories(), self._delta),
             epsilon_target=self._target,
             delta=self._delta,
             noise_multiplier=self._sigma,

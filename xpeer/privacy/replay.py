@@ -31,13 +31,27 @@ from xpeer.errors import LocalError
 from xpeer.privacy.accountant import Segment, merge
 
 EPSILON_ERROR: Final = 2e-3
-"""Of the estimate, about: sets the grid (theorem 1.1 with delta_error = delta / 1000)."""
+DELTA_ERROR: Final = 1e-3
+"""Of delta: with EPSILON_ERROR the errors of theorem 1.1, which set the grid. Exactly composed,
+epsilon lies between epsilon(delta + error) - EPSILON_ERROR and epsilon(delta - error) +
+EPSILON_ERROR of the composition on the grid."""
+_LEAST_DELTA: Final = 1e-11
+"""Double precision adds up to about 1e-12 over a grid."""
 _MOST_POINTS: Final = 1 << 24
 _ORDERS: Final = np.concatenate([np.linspace(0.05, 1, 20), np.linspace(1.25, 64, 252)])
 """Exponents that are tried for the tail of the composed loss."""
 
 _Floats = npt.NDArray[np.float64]
 _Cdf = Callable[[_Floats], _Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """Epsilon, and what it lies between for certain, rounding of doubles aside."""
+
+    lower: float
+    estimate: float
+    upper: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +65,12 @@ class _Loss:
 
 
 def epsilon_replayed(segments: Iterable[Segment], delta: float) -> float:
-    """An estimate of epsilon at this delta for all segments together; 0 for none.
+    """The estimate of `replay`."""
+    return replay(segments, delta).estimate
+
+
+def replay(segments: Iterable[Segment], delta: float) -> Replayed:
+    """Epsilon at this delta for all segments together; 0 for none.
 
     Takes a second or so.
 
@@ -60,21 +79,39 @@ def epsilon_replayed(segments: Iterable[Segment], delta: float) -> float:
         delta: in (0, 1).
 
     Raises:
-        LocalError: a cost too large to be put on a grid.
+        LocalError: a cost too large to be put on a grid, or a delta too small for doubles.
     """
     charged = merge(segments)
     if not charged:
-        return 0.0
-    return max(_epsilon(charged, delta, adding) for adding in (False, True))
+        return Replayed(0.0, 0.0, 0.0)
+    if delta < _LEAST_DELTA:
+        raise LocalError(f"privacy replay: delta {delta:.3g} is too small for double precision")
+    found = [_replayed(charged, delta, adding) for adding in (False, True)]
+    return Replayed(
+        max(0.0, *(each.lower for each in found)),
+        max(each.estimate for each in found),
+        max(each.upper for each in found),
+    )
 
 
-def _epsilon(charged: Sequence[Segment], delta: float, adding: bool) -> float:
+def _replayed(charged: Sequence[Segment], delta: float, adding: bool) -> Replayed:
+    values, masses = _composed(charged, delta, adding)
+    error = delta * DELTA_ERROR
+    return Replayed(
+        _smallest(values, masses, delta + error) - EPSILON_ERROR,
+        _smallest(values, masses, delta),
+        _smallest(values, masses, delta - error) + EPSILON_ERROR,
+    )
+
+
+def _composed(charged: Sequence[Segment], delta: float, adding: bool) -> tuple[_Floats, _Floats]:
+    """The loss of all steps, and its probabilities."""
     steps = sum(segment.steps for segment in charged)
-    negligible = delta * 1e-3
+    negligible = delta * DELTA_ERROR
     width = EPSILON_ERROR / math.sqrt(steps / 2 * math.log(12 / negligible))
     losses = [_loss(segment, negligible / (8 * steps), adding) for segment in charged]
     singles = [_on_grid(loss, width) for loss in losses]
-    reach = _reach(singles, [segment.steps for segment in charged], negligible, width)
+    reach = _reach(singles, [segment.steps for segment in charged], negligible / 4, width)
     points = 1 << math.ceil(math.log2(2 * reach / width + 2))
     if points > _MOST_POINTS:
         raise LocalError(
@@ -91,7 +128,7 @@ def _epsilon(charged: Sequence[Segment], delta: float, adding: bool) -> float:
     composed = np.fft.irfft(spectrum, points)
     composed = np.roll(composed, points // 2).clip(min=0.0)
     values: _Floats = (np.arange(points, dtype=np.float64) - points // 2) * width + shift
-    return _smallest(values, composed, delta)
+    return values, composed
 
 
 def _loss(segment: Segment, negligible: float, adding: bool) -> _Loss:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -10,18 +9,29 @@ from typing import Final
 from msgspec import Struct
 
 from xpeer import __version__
-from xpeer.errors import ConfigError, LocalError
+from xpeer.errors import LocalError
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.ledger import Charge, Ledger
-from xpeer.privacy.replay import epsilon_replayed
+from xpeer.privacy.charges import Charge
+from xpeer.privacy.histories import DocumentClass
+from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
+from xpeer.privacy.replay import replay
 
 TOLERANCE: Final = 0.01
 """By which two accountants may differ, relative: both have grids."""
+_NEGLIGIBLE: Final = 2e-3
+"""The grids' errors, absolute: more than TOLERANCE where epsilon is tiny."""
 _STEPS_MAX: Final = 10_000_000
+_MOST_CLASSES: Final = 12
+"""Of documents, that are told one by one; each takes up to half a second."""
 NOT_COVERED: Final = (
     "a document cut into m records: at most m times epsilon, not epsilon",
-    "documents that also lie elsewhere, or nearly alike: each copy is another record",
+    "documents that also lie on another machine, or nearly alike: each copy is another record; a "
+    "changed text, or one cut into files differently, begins a new account",
+    "a document that swarms cut into records differently: its charges add up, but a record of one "
+    "cut may overlap two of another",
+    "text that a home with another register trained on, or one without privacy",
     "that this node takes part, how long its steps take, and what is published by hand",
     "whatever was tuned by looking at results on private text",
     "any peer whose own ledger or machine its operator falsifies",
@@ -32,6 +42,20 @@ _PROTECTED: Final = {
     "document": "any one document was among its text",
     "shard": "it had any text at all",
 }
+
+
+class DocumentAccount(Struct, frozen=True, kw_only=True):
+    """Documents of one history, by the machine's register."""
+
+    documents: int
+    here: bool
+    """Whether they are in the shard as the node last started; else they were."""
+    homes: int
+    """That were charged for them, this one included."""
+    swarms: list[str]
+    epsilon: float
+    """All that was charged to them on this machine, at the node's delta."""
+    segments: list[Segment]
 
 
 class Account(Struct, frozen=True, kw_only=True):
@@ -54,41 +78,41 @@ class Account(Struct, frozen=True, kw_only=True):
     """At the pace of the last hour; None = not training now."""
     chain_head: str
     """The last link of the chain of charges: who knows it can tell that none was altered."""
+    documents: list[DocumentAccount]
+    """By the machine's register; largest first. Empty: there is none."""
+    classes_left_out: int
+    """Of documents, charged no more steps than the last one that is told."""
+
+
+class Checked(Struct, frozen=True, kw_only=True):
+    """One account by three roads."""
+
+    what: str
+    epsilon_accountant: float
+    """dp-accounting's privacy loss distributions: the node's own number, an upper bound."""
+    epsilon_replayed: float
+    """`replay`: an estimate, that lies, for certain, between"""
+    epsilon_lower: float
+    """this"""
+    epsilon_upper: float
+    """and this."""
+    epsilon_rdp: float
+    """Renyi differential privacy: a looser upper bound."""
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
-    """Epsilon of the stored charges by three roads."""
+    """Whether stored charges and epsilon add up."""
 
     delta: float
-    epsilon_accountant: float
-    """dp-accounting's privacy loss distributions: the node's own number."""
-    epsilon_replayed: float
-    """`replay`."""
-    epsilon_rdp: float
-    """Renyi differential privacy: looser."""
+    epsilon_spent: float
+    """The largest of what is checked, by the accountant."""
+    checked: list[Checked]
+    """This ledger, and the documents of its shard that were charged most by all homes."""
     charges: int
+    steps_registered: int | None
+    """Of this ledger's steps, in the machine's register; None = there is none."""
     problems: list[str]
     """Empty: they agree."""
-
-
-class Plan(Struct, frozen=True, kw_only=True):
-    """What a budget asks for."""
-
-    epsilon: float
-    delta: float
-    records: int
-    batch: int
-    sampling_probability: float
-    steps: int
-    noise_multiplier: float
-    noise_to_signal: float
-    """Expected norm of a step's noise, per square root of a parameter, over the clipping norm's
-    part of the mean gradient: sigma / batch."""
-    passes: float
-    """Over the shard."""
-    tokens_per_step: int | None
-    curve: list[tuple[int, float]]
-    """(steps, epsilon) on the way."""
 
 
 def about(ledger: Ledger) -> tuple[float, float]:
@@ -106,8 +130,12 @@ def about(ledger: Ledger) -> tuple[float, float]:
     return noted[-1].delta, noted[-1].epsilon_target
 
 
-def account(ledger: Ledger) -> Account:
+def account(ledger: Ledger, register: Register | None = None) -> Account:
     """Where it stands; takes a second or two.
+
+    Args:
+        ledger: of the node.
+        register: of the machine.
 
     Raises:
         LocalError: nothing was charged, or by a version that noted too little.
@@ -122,20 +150,19 @@ def account(ledger: Ledger) -> Account:
     if last.about is None:
         raise LocalError(f"privacy ledger {ledger.path}: the last charge notes nothing")
     kind = last.segment
-    left = accountant.steps_within(
-        target,
-        delta,
-        ledger.segments(),
-        kind.noise_multiplier,
-        kind.sampling_probability,
-        _STEPS_MAX,
-    )
+    left = _STEPS_MAX
+    histories = _histories(ledger, register)
+    for spent in histories:
+        left = accountant.steps_within(
+            target, delta, spent, kind.noise_multiplier, kind.sampling_probability, left
+        )
+    documents, left_out = _documents(ledger, register, delta)
     return Account(
         ledger_id=ledger.id,
         swarm_id=last.about.swarm_id,
         mode=last.about.mode,
         unit=last.about.unit,
-        epsilon_spent=accountant.epsilon(ledger.segments(), delta),
+        epsilon_spent=accountant.epsilon_worst(histories, delta),
         epsilon_target=target,
         delta=delta,
         clip_norm=last.about.clip_norm,
@@ -145,88 +172,111 @@ def account(ledger: Ledger) -> Account:
         steps_left=left,
         ends_unix_s=ledger.ends_unix_s(left),
         chain_head=ledger.head,
+        documents=documents,
+        classes_left_out=left_out,
     )
 
 
-def verify(ledger: Ledger, delta: float | None = None) -> Verdict:
+def _histories(ledger: Ledger, register: Register | None) -> list[list[Segment]]:
+    """Of the documents that the shard has; of the ledger as long as nobody knows them."""
+    found = register.looked_up(ledger.id) if register else []
+    return found or [ledger.segments()]
+
+
+def _documents(
+    ledger: Ledger, register: Register | None, delta: float
+) -> tuple[list[DocumentAccount], int]:
+    def steps(found: DocumentClass) -> tuple[bool, int]:
+        return found.here, sum(segment.steps for segment in found.segments)
+
+    classes = register.classes(ledger.id) if register else []
+    classes.sort(key=steps, reverse=True)
+    told = [
+        DocumentAccount(
+            documents=found.documents,
+            here=found.here,
+            homes=found.ledgers,
+            swarms=found.swarms,
+            epsilon=accountant.epsilon(found.segments, delta),
+            segments=found.segments,
+        )
+        for found in classes[:_MOST_CLASSES]
+    ]
+    return told, len(classes) - len(told)
+
+
+def verify(ledger: Ledger, register: Register | None = None, delta: float | None = None) -> Verdict:
     """Compare the accountant with an independent replay, and with a looser bound.
 
     That the chain of charges holds was checked when the ledger was read.
+
+    Args:
+        ledger: of a node.
+        register: of its machine.
+        delta: None = as noted in the ledger.
 
     Raises:
         LocalError: delta is neither given nor noted, or the replay is out of reach.
     """
     if delta is None:
         delta = about(ledger)[0]
-    segments = ledger.segments()
-    ours, again = accountant.epsilon(segments, delta), epsilon_replayed(segments, delta)
-    loose = accountant.epsilon_rdp(segments, delta) if segments else 0.0
-    problems = []
-    if abs(ours - again) > TOLERANCE * max(ours, again):
-        problems.append(f"the accountant says {ours:.4f}, the replay {again:.4f}")
-    for name, value in (("the accountant", ours), ("the replay", again)):
-        if value > loose * (1 + TOLERANCE):
-            problems.append(f"{name} says {value:.4f}, more than Renyi's bound {loose:.4f}")
+    accounts = [("this ledger", ledger.segments())]
+    registered = register.steps_of(ledger.id) if register else None
+    if register and registered:
+        accounts += [
+            ("documents of the shard, all homes", history)
+            for history in register.looked_up(ledger.id)
+            if accountant.merge(history) != accountant.merge(ledger.segments())
+        ]
+    checked, problems = [], []
+    for what, segments in accounts:
+        found = _checked(what, segments, delta)
+        checked.append(found)
+        problems += _disagreements(found)
+    if registered is not None and registered < ledger.steps_charged:
+        problems.append(
+            f"the machine's register holds {registered} of this ledger's {ledger.steps_charged} "
+            "steps: it is older, or was lost; the node adds them when it starts"
+        )
     return Verdict(
         delta=delta,
-        epsilon_accountant=ours,
-        epsilon_replayed=again,
-        epsilon_rdp=loose,
+        epsilon_spent=max(found.epsilon_accountant for found in checked),
+        checked=checked,
         charges=ledger.counter,
+        steps_registered=registered,
         problems=problems,
     )
 
 
-def plan(
-    *,
-    epsilon: float,
-    records: int,
-    batch: int,
-    steps: int,
-    delta: float | None = None,
-    sequence_tokens: int | None = None,
-) -> Plan:
-    """Calibrate: which noise so many private steps need. Takes seconds.
-
-    Args:
-        epsilon: to be spent by the last step.
-        records: n, of the shard.
-        batch: expected records a step.
-        steps: private ones.
-        delta: None = `accountant.default_delta`.
-        sequence_tokens: of a record, to tell what a step costs.
-
-    Raises:
-        ConfigError: a number out of range, or out of reach.
-    """
-    for name, value in (("--records", records), ("--batch", batch), ("--steps", steps)):
-        if value < 1:
-            raise ConfigError(f"{name} {value} is not positive", "give at least 1")
-    if batch > records:
-        raise ConfigError(
-            f"--batch {batch} is more than the {records} records", "give --batch of at most that"
-        )
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise ConfigError(f"--epsilon {epsilon} is not positive", "e.g. --epsilon 8")
-    if delta is not None and not 0 < delta < 1:
-        raise ConfigError(f"--delta {delta} is not between 0 and 1", "e.g. --delta 1e-5")
-    delta = delta or accountant.default_delta(records)
-    q = batch / records
-    sigma = accountant.calibrate(epsilon, delta, q, steps)
-    marks = sorted({max(1, round(steps * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
-    return Plan(
-        epsilon=epsilon,
-        delta=delta,
-        records=records,
-        batch=batch,
-        sampling_probability=q,
-        steps=steps,
-        noise_multiplier=sigma,
-        noise_to_signal=sigma / batch,
-        passes=steps * q,
-        tokens_per_step=batch * sequence_tokens if sequence_tokens else None,
-        curve=[(at, accountant.epsilon([Segment(sigma, q, at)], delta)) for at in marks],
+def _checked(what: str, segments: list[Segment], delta: float) -> Checked:
+    again = replay(segments, delta)
+    return Checked(
+        what=what,
+        epsilon_accountant=accountant.epsilon(segments, delta),
+        epsilon_replayed=again.estimate,
+        epsilon_lower=again.lower,
+        epsilon_upper=again.upper,
+        epsilon_rdp=accountant.epsilon_rdp(segments, delta) if segments else 0.0,
     )
+
+
+def _disagreements(found: Checked) -> list[str]:
+    ours, again = found.epsilon_accountant, found.epsilon_replayed
+    problems = []
+    if abs(ours - again) > TOLERANCE * max(ours, again) + _NEGLIGIBLE:
+        problems.append(f"{found.what}: the accountant says {ours:.4f}, the replay {again:.4f}")
+    if ours < found.epsilon_lower:
+        problems.append(
+            f"{found.what}: the accountant says {ours:.4f}, but epsilon is at least "
+            f"{found.epsilon_lower:.4f}"
+        )
+    for name, value in (("accountant", ours), ("replay", again)):
+        if value > found.epsilon_rdp * (1 + TOLERANCE):
+            problems.append(
+                f"{found.what}: the {name} says {value:.4f}, more than Renyi's bound "
+                f"{found.epsilon_rdp:.4f}"
+            )
+    return problems
 
 
 def report(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
@@ -239,8 +289,7 @@ def report(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
         f"- swarm `{found.swarm_id}`, mode **{found.mode}**, per **{found.unit}**",
         f"- **epsilon {found.epsilon_spent:.4f}** of {found.epsilon_target:g} spent, at delta "
         f"{found.delta:.3g}",
-        f"- independently recomputed: {verdict.epsilon_replayed:.4f}; by Renyi's looser bound: "
-        f"{verdict.epsilon_rdp:.4f}",
+        *map(_check_line, verdict.checked),
         f"- {found.steps_charged} steps in {found.charges} charges; last link of their chain "
         f"`{found.chain_head}`",
         "",
@@ -269,6 +318,7 @@ def report(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
             for s in found.segments
         ),
         "",
+        *_documents_told(found),
         "## Charges",
         "",
         "| no. | time | sigma | q | steps |",
@@ -278,6 +328,48 @@ def report(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
     if verdict.problems:
         lines[2:2] = [f"**Does not add up: {'; '.join(verdict.problems)}**", ""]
     return "\n".join(lines) + "\n"
+
+
+def _check_line(found: Checked) -> str:
+    return (
+        f"- {found.what}: the node's accountant (dp-accounting {_version()}, privacy loss "
+        f"distributions) {found.epsilon_accountant:.4f}; recomputed by Fourier transforms (Gopi et "
+        f"al. 2021) {found.epsilon_replayed:.4f}, certainly between {found.epsilon_lower:.4f} and "
+        f"{found.epsilon_upper:.4f}; by Renyi's looser bound {found.epsilon_rdp:.4f}"
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import version  # noqa: PLC0415 - only reports need it
+
+    return version("dp-accounting")
+
+
+def _documents_told(found: Account) -> list[str]:
+    """By documents, where the machine's register knows them."""
+    if not found.documents:
+        return []
+    rows = [
+        f"| {each.documents} | {'yes' if each.here else 'no longer'} | {each.homes} | "
+        f"{each.epsilon:.4f} | {sum(s.steps for s in each.segments)} |"
+        for each in found.documents
+    ]
+    return [
+        "## Documents",
+        "",
+        "By the register of this machine: what all of its homes charged to documents that this one "
+        "trained on or trains on.",
+        "",
+        "| documents | in the shard | homes | epsilon | steps |",
+        "|---|---|---|---|---|",
+        *rows,
+        *(
+            [f"| | | | and {found.classes_left_out} kinds with fewer steps | |"]
+            if found.classes_left_out
+            else []
+        ),
+        "",
+    ]
 
 
 def _row(charge: Charge) -> str:

@@ -167,7 +167,7 @@ class UpdateMechanism:
         """What the ledger's releases cost together. On any thread."""
         return PrivacySpent(
             mode="update",
-            epsilon_spent=accountant.epsilon(self._ledger.segments(), self._delta),
+            epsilon_spent=accountant.epsilon_worst(self._ledger.histories(), self._delta),
             epsilon_target=self._target,
             delta=self._delta,
             noise_multiplier=self._sigma,

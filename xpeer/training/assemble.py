@@ -13,11 +13,14 @@ from typing import Final
 import msgspec
 import torch
 
-from xpeer.config import Home, NodeConfig
+from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.privacy.ledger import About, Ledger
+from xpeer.privacy.charges import About
+from xpeer.privacy.histories import Joined
+from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
+from xpeer.privacy.register import Register
 from xpeer.privacy.update_mode import UpdateMechanism
 from xpeer.status import CorpusShare, PrivacySpent
 from xpeer.training import checkpoint
@@ -62,6 +65,8 @@ class Assembled:
     corpus: CorpusShare | None
     resumed: bool
     notes: list[str] = field(default_factory=list)
+    documents_elsewhere: int = 0
+    """That other homes of this machine trained on, too."""
     _buffers: Buffers = field(default_factory=lambda: Buffers(3), init=False)
 
     @property
@@ -79,7 +84,9 @@ class Assembled:
         if found.steps_left is None:
             return found
         ends = self.ledger.ends_unix_s(found.steps_left)
-        return msgspec.structs.replace(found, ends_unix_s=ends)
+        return msgspec.structs.replace(
+            found, ends_unix_s=ends, documents_elsewhere=self.documents_elsewhere
+        )
 
     def capture(self) -> Callable[[], str]:
         """At a boundary: copy everything a checkpoint holds.
@@ -138,7 +145,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     manifest.require_privacy(config.data.privacy)
     manifest_hash = signed.genesis.manifest_hash.hex()
     tokenizer = load_tokenizer(manifest.tokenizer, config.data.tokenizer)
-    (training, owners), validation, share = _records(setup, manifest, tokenizer, home)
+    text = _text(setup, manifest, tokenizer, home)
     saved, notes = checkpoint.load_latest(home.checkpoints)
     device = choose_device(config.training.device)
     kernels.configure(compile=config.training.compile_codec)
@@ -165,15 +172,20 @@ def assemble(setup: TrainerSetup) -> Assembled:
     def losses(of: torch.nn.Module, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return record_losses(of, records, tokenizer.pad_id)
 
+    elsewhere = 0
+    if private:
+        joined = _share(ledger, setup, manifest, text.documents)
+        elsewhere = joined.elsewhere
+        notes.extend(_notes_of(joined, ledger))
     mechanism = build_mechanism(
         manifest,
         model,
-        training,
+        text.records,
         losses,
         ledger,
         micro_batch=config.training.micro_batch,
         seen=saved.seen if saved is not None else None,
-        owners=owners,
+        owners=text.owners,
         generator=config.privacy.generator,
         clip_norm=counters.clip_norm,
     )
@@ -186,7 +198,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
         manifest,
         shown,
         mechanism,
-        _evaluation(manifest, config, model, tokenizer, validation),
+        _evaluation(manifest, config, model, tokenizer, text.held_out),
         throttle=config.training.throttle,
         awaiting=saved is None and setup.initial == "awaited",
     )
@@ -211,26 +223,65 @@ def assemble(setup: TrainerSetup) -> Assembled:
         model=model,
         tokenizer=tokenizer,
         device=str(device),
-        num_records=len(training),
-        corpus=share,
+        num_records=len(text.records),
+        corpus=text.share,
         resumed=saved is not None,
         notes=[*notes, *mechanism.notes],
+        documents_elsewhere=elsewhere,
     )
 
 
 def _about(manifest: Manifest, swarm_id: str, delta: float) -> About:
     """What the ledger notes beside each charge."""
     rules = manifest.privacy
-    unit = "shard" if rules.mode == "update" else rules.unit
-    return About(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon, unit)
+    return About(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon, _unit(manifest))
 
 
-def _records(
-    setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, CorpusShare | None]:
-    """What is trained on, with each record's document, and what is held out: (n, T) int64; and the
-    former in numbers.
-    """
+def _unit(manifest: Manifest) -> str:
+    return "shard" if manifest.privacy.mode == "update" else manifest.privacy.unit
+
+
+def _share(ledger: Ledger, setup: TrainerSetup, manifest: Manifest, documents: list[str]) -> Joined:
+    """Have charges counted for these documents on the whole machine."""
+    register = Register.open(privacy_register(setup.config))
+    return ledger.share(register, documents, _unit(manifest), setup.swarm_id)
+
+
+def _notes_of(joined: Joined, ledger: Ledger) -> list[str]:
+    """What the operator should know of the documents' accounts."""
+    notes = []
+    if joined.elsewhere:
+        notes.append(
+            f"privacy: {joined.elsewhere} of {joined.documents} documents were trained on by "
+            "other homes of this machine; their account goes on"
+        )
+    if joined.new and ledger.counter:
+        notes.append(
+            f"privacy: {joined.new} of {joined.documents} documents are new to this machine and "
+            "begin with a whole budget; text that was merely altered counts as new, too"
+        )
+    if joined.recovered_steps:
+        notes.append(
+            f"privacy: the machine's register lacked {joined.recovered_steps} steps of this "
+            "home's ledger; they count for all of its documents"
+        )
+    return notes
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What a node trains on."""
+
+    records: torch.Tensor  # (n, T) int64
+    owners: torch.Tensor  # (n,) int64: the number of each record's document
+    documents: list[str]
+    """Ids; of pieces those of the whole."""
+    held_out: torch.Tensor  # (m, T) int64
+    share: CorpusShare | None
+    """Of a shared corpus."""
+
+
+def _text(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home) -> _Text:
     data, shared = setup.config.data, manifest.shared_corpus
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
     documents = load_documents(patterns, data.text_field, setting)
@@ -249,7 +300,8 @@ def _records(
         validation = load_records(held_out, tokenizer, length, home.cache)
     except ConfigError:  # a single document, or too little held out for one record
         validation = records[:0]
-    return (records, owners), validation, share
+    ids = [document.whole or document.id for document in training]
+    return _Text(records, owners, ids, validation, share)
 
 
 def _evaluation(

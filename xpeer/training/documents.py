@@ -34,6 +34,8 @@ class Document:
     begins: bool = True
     ends: bool = True
     """Whether it does so with the document that it is, or is a piece of."""
+    whole: str = ""
+    """Id of the document that it is a piece of; empty = it is one itself."""
 
     def __repr__(self) -> str:
         """Never the text."""

@@ -123,6 +123,7 @@ def _cut(document: Document, length: int) -> list[Document]:
             document.source,
             begins=number == 0,
             ends=end == len(text),
+            whole=document.id,
         )
         for number, (begin, end) in enumerate(zip(starts, [*ends, len(text)], strict=True))
     ]

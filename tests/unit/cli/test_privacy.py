@@ -12,7 +12,9 @@ from tests.unit.cli.test_init import xpeer
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.privacy.accountant import Segment, epsilon
-from xpeer.privacy.ledger import About, Ledger
+from xpeer.privacy.charges import About
+from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def test_status_report_and_verify_tell_the_same(home: Path) -> None:
         answers.append(json.loads(out))
     status, report, verdict = answers
     assert status["epsilon_spent"] == report["account"]["epsilon_spent"] == spent
-    assert verdict["epsilon_accountant"] == spent
+    assert verdict["epsilon_spent"] == verdict["checked"][0]["epsilon_accountant"] == spent
     assert verdict["problems"] == []
     assert report["charges"][0]["segment"]["steps"] == 40
 
@@ -79,3 +81,43 @@ def test_plan(tmp_path: Path) -> None:
     code, _, err = xpeer("privacy", "plan", "--records", "2000")
     assert code == ExitCode.BAD_CONFIG
     assert "--steps and --rounds" in err
+
+
+def test_plan_counts_a_shard(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"{number} words and more words. " * 20)
+    plans = []
+    for more in ((), ("--documents",)):
+        code, out, err = xpeer(
+            "privacy", "plan", "--shard", str(tmp_path), "--steps", "20", "--batch", "8",
+            "--sequence-tokens", "64", "--parameters", "1000000", *more, "--json",
+        )  # fmt: skip
+        assert code == ExitCode.OK, err
+        plans.append(json.loads(out)[0])
+    by_record, by_document = plans
+    assert by_document["unit"] == "document"
+    assert 30 <= by_document["records"] < 40 < by_record["records"]
+    assert by_record["noise_multiplier"] < by_document["noise_multiplier"]
+    assert by_record["tokens_per_step"] == 8 * 64
+    assert by_record["noise_norm"] == pytest.approx(by_record["noise_multiplier"] / 8 * 1000)
+    code, _, err = xpeer("privacy", "plan", "--steps", "20")
+    assert code == ExitCode.BAD_CONFIG
+    assert "--records and --shard" in err
+
+
+def test_other_homes_of_the_machine_count(home: Path, register_of_the_test: Path) -> None:
+    with Ledger.open(Home(home).ledger_db) as ledger:
+        ledger.share(Register.open(register_of_the_test), ["x", "y"], "record", "swarm")
+    with Ledger.open(home / "another.sqlite") as other:
+        other.share(Register.open(register_of_the_test), ["y"], "record", "other swarm")
+        other.charge(Segment(1.0, 0.03, 40))
+    code, out, err = xpeer("privacy", "status", "--home", str(home), "--json")
+    assert code == ExitCode.OK, err
+    both = epsilon([Segment(1.0, 0.02, 40), Segment(1.0, 0.03, 40)], 1e-5)
+    assert json.loads(out)["epsilon_spent"] == pytest.approx(both)
+    code, out, _ = xpeer("privacy", "status", "--home", str(home))
+    assert "1 in the shard: epsilon" in out
+    assert "by 2 homes" in out
+    code, out, err = xpeer("privacy", "verify", "--home", str(home))
+    assert code == ExitCode.OK, err
+    assert "documents of the shard, all homes" in out

@@ -81,9 +81,9 @@ def test_steps_go_on_while_a_charge_is_written(
         made.begin(2)
         written, inner = threading.Event(), ledger.charge
 
-        def slow(segment: Segment) -> int:
+        def slow(segment: Segment, fits: Any) -> int:
             written.wait(10)
-            return inner(segment)
+            return inner(segment, fits)
 
         monkeypatch.setattr(ledger, "charge", slow)
         made.prepare(3)
@@ -102,7 +102,7 @@ def test_a_charge_that_can_not_be_written_permits_nothing(
     with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
         made = budget(ledger)
 
-        def full(segment: Segment) -> int:
+        def full(segment: Segment, fits: Any) -> int:
             raise LocalError("disk full")
 
         monkeypatch.setattr(ledger, "charge", full)

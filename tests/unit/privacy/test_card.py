@@ -10,7 +10,8 @@ import pytest
 from tests.unit.privacy.test_mechanism import OFF, manifest
 from xpeer.privacy import accountant, card
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.ledger import About, Ledger
+from xpeer.privacy.charges import About
+from xpeer.privacy.ledger import Ledger
 
 
 @pytest.fixture

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from xpeer.errors import ConfigError, LocalError
-from xpeer.privacy import accountant, report
+from xpeer.privacy import accountant, planning, report
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.ledger import About, Ledger
+from xpeer.privacy.budget import told_size
+from xpeer.privacy.charges import About
+from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
 
 ABOUT = About("swarm", "record", 1.0, 1e-5, 8.0)
 
@@ -52,8 +55,11 @@ def test_verified(path: Path) -> None:
     with Ledger.look(path) as ledger:
         verdict = report.verify(ledger)
         assert verdict.problems == []
-        assert verdict.epsilon_accountant == pytest.approx(verdict.epsilon_replayed, rel=0.01)
-        assert verdict.epsilon_accountant < verdict.epsilon_rdp
+        (found,) = verdict.checked
+        assert found.epsilon_accountant == pytest.approx(found.epsilon_replayed, rel=0.01)
+        assert found.epsilon_lower < found.epsilon_accountant < found.epsilon_rdp
+        assert found.epsilon_lower < found.epsilon_replayed < found.epsilon_upper
+        assert verdict.steps_registered is None
         text = report.report(report.account(ledger), verdict, ledger.charges())
     assert "| 1.0 | 0.02 | 40 |" in text
     assert f"last link of their chain `{ledger.head}`" in text
@@ -112,8 +118,8 @@ def test_the_end_is_forecast_from_the_last_hour(path: Path) -> None:
 
 
 def test_a_plan_spends_the_budget_and_no_more() -> None:
-    found = report.plan(epsilon=3.0, records=5000, batch=100, steps=200, sequence_tokens=64)
-    assert found.delta == accountant.default_delta(5000)
+    found = planning.plan(epsilon=3.0, records=5000, batch=100, steps=200, sequence_tokens=64)
+    assert found.delta == accountant.default_delta(told_size(5000))
     assert found.curve[-1][0] == 200
     assert 2.97 < found.curve[-1][1] <= 3.0
     assert [eps for _, eps in found.curve] == sorted(eps for _, eps in found.curve)
@@ -133,4 +139,57 @@ def test_a_plan_spends_the_budget_and_no_more() -> None:
 def test_a_plan_names_what_is_wrong(wrong: dict[str, float], named: str) -> None:
     given = {"epsilon": 3.0, "records": 100, "batch": 10, "steps": 5} | wrong
     with pytest.raises(ConfigError, match=re.escape(named)):
-        report.plan(**given)  # type: ignore[arg-type]
+        planning.plan(**given)  # type: ignore[arg-type]
+
+
+def test_documents_of_the_shard_count_with_what_other_homes_charged(
+    path: Path, tmp_path: Path
+) -> None:
+    with Ledger.open(path) as ledger:
+        own = ledger.segments()
+        ledger.share(Register.open(tmp_path / "register"), ["x", "y", "gone"], "record", "swarm")
+    with Ledger.open(path) as ledger:
+        ledger.share(Register.open(tmp_path / "register"), ["x", "y"], "record", "swarm")
+    with Ledger.open(tmp_path / "other.sqlite") as other:
+        other.share(Register.open(tmp_path / "register"), ["x"], "record", "other")
+        other.about = ABOUT
+        other.charge(Segment(0.9, 0.03, 50))
+    register = Register.look(tmp_path / "register")
+    assert register is not None
+    with Ledger.look(path) as ledger, register:
+        found, verdict = report.account(ledger, register), report.verify(ledger, register)
+        text = report.report(found, verdict, ledger.charges())
+    worst = accountant.epsilon([*own, Segment(0.9, 0.03, 50)], 1e-5)
+    assert found.epsilon_spent == verdict.epsilon_spent == pytest.approx(worst)
+    told = [(each.documents, each.here, each.homes) for each in found.documents]
+    assert told == [(1, True, 2), (1, True, 1), (1, False, 1)]
+    assert found.documents[0].swarms == ["other", "swarm"]
+    assert verdict.problems == []
+    assert [each.what for each in verdict.checked] == [
+        "this ledger", "documents of the shard, all homes",
+    ]  # fmt: skip
+    assert "| 1 | no longer | 1 |" in text
+
+
+def test_a_register_that_lacks_charges_is_found_out(path: Path, tmp_path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        ledger.share(Register.open(tmp_path / "register"), ["x"], "record", "swarm")
+    with Ledger.open(path) as ledger:  # by a version that knew no register
+        ledger.about = ABOUT
+        ledger.charge(Segment(1.0, 0.02, 3))
+    register = Register.look(tmp_path / "register")
+    assert register is not None
+    with Ledger.look(path) as ledger, register:
+        verdict = report.verify(ledger, register)
+    assert verdict.steps_registered == 100
+    assert any("100 of this ledger's 103 steps" in problem for problem in verdict.problems)
+
+
+def test_an_accountant_that_says_too_little_is_found_out_even_if_it_is_close(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = accountant.epsilon
+    monkeypatch.setattr(accountant, "epsilon", lambda *given: right(*given) - 0.006)
+    with Ledger.look(path) as ledger:
+        (problem,) = report.verify(ledger).problems
+    assert "is at least" in problem

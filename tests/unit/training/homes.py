@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from xpeer.config import Checkpoint, Data, NodeConfig, Training
+from xpeer.config import Checkpoint, Data, NodeConfig, Privacy, Training
 from xpeer.founding_model import LoraOptions, draft_manifest, initial_model
 from xpeer.identity import Identity
 from xpeer.manifest import SignedManifest
@@ -60,6 +60,7 @@ def make_homes(
                     data=Data(shard=[str(home / "shard")]),
                     training=Training(threads=1, device="cpu", validation_records=4),
                     checkpoint=Checkpoint(every_s=3600.0),
+                    privacy=Privacy(register=str(folder / "register")),
                 ),
             )
         )

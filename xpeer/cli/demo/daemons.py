@@ -26,8 +26,10 @@ PR_SET_PDEATHSIG = 1
 class Daemons:
     """The processes of one demo. Use as a context: all of them are gone when it ends.
 
+    What they charge to documents is counted beside their logs, not in the machine's register.
+
     Args:
-        logs: folder for their output.
+        logs: folder for their output, which nothing else shares.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -45,13 +47,14 @@ class Daemons:
 
     def start(self, name: str, arguments: Sequence[str], settings: Mapping[str, str]) -> None:
         """Start `xpeer ARGUMENTS` in the background."""
+        register = {"XPEER_PRIVACY_REGISTER": str(self._logs / "register")}
         with self.log(name).open("wb") as log:
             self._processes[name] = subprocess.Popen(  # noqa: S603 - our own command
                 [*XPEER, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(settings),
+                env=_environment({**register, **settings}),
                 start_new_session=True,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - one prctl, before any thread
             )

@@ -1,0 +1,97 @@
+"""What a privacy budget asks for, before anything is trained: noise, sampling, cost."""
+
+from __future__ import annotations
+
+import math
+
+from msgspec import Struct
+
+from xpeer.errors import ConfigError
+from xpeer.privacy import accountant
+from xpeer.privacy.accountant import Segment
+from xpeer.privacy.budget import told_size
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """What a budget asks for."""
+
+    epsilon: float
+    delta: float
+    unit: str
+    """What is counted and protected: records or documents."""
+    records: int
+    """Units in the shard."""
+    batch: int
+    sampling_probability: float
+    steps: int
+    noise_multiplier: float
+    noise_to_signal: float
+    """Standard deviation of the noise in each coordinate of the mean gradient, as a share of C,
+    which the norm of a mean of clipped gradients can't exceed: sigma / batch."""
+    noise_norm: float | None
+    """Norm of the whole noise as a share of C: sigma / batch * sqrt(parameters)."""
+    passes: float
+    """Over the shard."""
+    tokens_per_step: int | None
+    curve: list[tuple[int, float]]
+    """(steps, epsilon) on the way."""
+
+
+def plan(
+    *,
+    epsilon: float,
+    records: int,
+    batch: int,
+    steps: int,
+    delta: float | None = None,
+    sequence_tokens: int | None = None,
+    parameters: int | None = None,
+    unit: str = "record",
+) -> Plan:
+    """Calibrate: which noise so many private steps need. Takes seconds.
+
+    Args:
+        epsilon: to be spent by the last step.
+        records: n, of the shard.
+        batch: expected records a step.
+        steps: private ones.
+        delta: None = `accountant.default_delta`.
+        sequence_tokens: of a record, to tell what a step costs.
+        parameters: that are trained, to tell the noise's norm.
+        unit: "record" or "document": what `records` and `batch` count.
+
+    Raises:
+        ConfigError: a number out of range, or out of reach.
+    """
+    for name, value in (("--records", records), ("--batch", batch), ("--steps", steps)):
+        if value < 1:
+            raise ConfigError(f"{name} {value} is not positive", "give at least 1")
+    if batch > records:
+        raise ConfigError(
+            f"--batch {batch} is more than the {records} records", "give --batch of at most that"
+        )
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ConfigError(f"--epsilon {epsilon} is not positive", "e.g. --epsilon 8")
+    if delta is not None and not 0 < delta < 1:
+        raise ConfigError(f"--delta {delta} is not between 0 and 1", "e.g. --delta 1e-5")
+    size = told_size(records)  # as nodes do
+    batch = min(batch, size)
+    delta = delta or accountant.default_delta(size)
+    q = batch / size
+    sigma = accountant.calibrate(epsilon, delta, q, steps)
+    marks = sorted({max(1, round(steps * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
+    return Plan(
+        epsilon=epsilon,
+        delta=delta,
+        unit=unit,
+        records=records,
+        batch=batch,
+        sampling_probability=q,
+        steps=steps,
+        noise_multiplier=sigma,
+        noise_to_signal=sigma / batch,
+        noise_norm=sigma / batch * math.sqrt(parameters) if parameters else None,
+        passes=steps * batch / records,
+        tokens_per_step=batch * sequence_tokens if sequence_tokens else None,
+        curve=[(at, accountant.epsilon([Segment(sigma, q, at)], delta)) for at in marks],
+    )

@@ -1,0 +1,254 @@
+"""The files of the machine's register: the key, the tables, and how documents change classes.
+
+What a charge means is `register`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from xpeer.errors import ConfigError, LocalError
+
+NAME: Final = "register.sqlite"
+KEY: Final = "register.key"
+VERSION: Final = 1
+_KEY_BYTES: Final = 32
+_BUSY_S: Final = 120.0
+"""Another home may be asking the accountant whether its charge fits."""
+_NEW: Final = -1
+"""Class of documents that are in none."""
+_SCHEMA: Final = (
+    "CREATE TABLE head (only INTEGER PRIMARY KEY CHECK (only = 1), version INTEGER NOT NULL,"
+    " key_check BLOB NOT NULL, writes INTEGER NOT NULL) STRICT",
+    "CREATE TABLE spans (id INTEGER PRIMARY KEY, ledger_id TEXT NOT NULL, documents BLOB NOT NULL,"
+    " unit TEXT NOT NULL, swarm_id TEXT NOT NULL, begun_unix_s REAL NOT NULL,"
+    " joined INTEGER NOT NULL) STRICT",
+    "CREATE TABLE charges (span INTEGER NOT NULL, noise_multiplier REAL NOT NULL,"
+    " sampling_probability REAL NOT NULL, steps INTEGER NOT NULL,"
+    " PRIMARY KEY (span, noise_multiplier, sampling_probability)) STRICT, WITHOUT ROWID",
+    "CREATE TABLE classes (id INTEGER PRIMARY KEY, spans TEXT NOT NULL UNIQUE,"
+    " documents INTEGER NOT NULL) STRICT",
+    "CREATE TABLE documents (hash BLOB PRIMARY KEY, class INTEGER NOT NULL) STRICT, WITHOUT ROWID",
+)
+MEND: Final = "check the disk's space and the folder's owner, or set privacy.register"
+RESTORE: Final = (
+    "restore the folder from a copy made after the last training step; without one, remove it: "
+    "homes add what their ledgers hold when they start, what homes that are gone charged is lost"
+)
+
+Run = Callable[..., sqlite3.Cursor]
+
+
+def key_of(folder: Path) -> bytes:
+    """The machine's key, made if there is none; mode 0600, in a folder of mode 0700.
+
+    Raises:
+        ConfigError: the folder can't be made or read.
+        LocalError: the key is damaged, or was lost while the register was not.
+    """
+    path = folder / KEY
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            if (folder / NAME).exists():
+                raise LocalError(f"privacy register: {path} is missing", RESTORE)
+            _make_key(folder, path)
+        key = path.read_bytes()
+    except OSError as e:
+        raise ConfigError(
+            f"privacy.register: {folder} can't be used: {e}",
+            "set privacy.register to a folder of this user's that outlives its homes",
+        ) from e
+    if len(key) != _KEY_BYTES:
+        raise LocalError(f"privacy register: {path} is damaged", RESTORE)
+    return key
+
+
+def _make_key(folder: Path, path: Path) -> None:
+    """Whole or not at all; of two processes that make one at once, both use the first."""
+    beside = folder / f"{KEY}.{secrets.token_hex(8)}"
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(handle, secrets.token_bytes(_KEY_BYTES))
+        os.fsync(handle)
+        try:
+            os.link(beside, path)
+        except FileExistsError:
+            return
+    finally:
+        os.close(handle)
+        beside.unlink()
+    into = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(into)
+    finally:
+        os.close(into)
+
+
+def opened(path: Path, key: bytes) -> sqlite3.Connection:
+    """Open the register, made if there is none.
+
+    Raises:
+        LocalError: it is damaged, or made with another key.
+    """
+    check = hashlib.blake2b(b"xpeer/register/v1", key=key, digest_size=16).digest()
+    with told(path):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        connection = _connected(path, "rw")
+        try:
+            # FULL: every commit is fsynced
+            connection.executescript(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA fullfsync = ON;"
+                "PRAGMA wal_autocheckpoint = 1; PRAGMA temp_store = MEMORY;"
+            )
+            connection.execute("BEGIN IMMEDIATE")
+            if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+                connection.execute("INSERT INTO head VALUES (1, ?, ?, 0)", (VERSION, check))
+            connection.execute("COMMIT")
+            _refuse_damage(path, connection, check)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def looked(path: Path) -> sqlite3.Connection:
+    """Open it to read.
+
+    Raises:
+        LocalError: it is damaged.
+    """
+    with told(path):
+        connection = _connected(path, "ro")
+        try:
+            _refuse_damage(path, connection, None)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _connected(path: Path, mode: str) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}",
+        uri=True,
+        isolation_level=None,
+        timeout=_BUSY_S,
+        check_same_thread=False,
+    )
+
+
+def _refuse_damage(path: Path, connection: sqlite3.Connection, check: bytes | None) -> None:
+    """Of the small tables; documents are too many to be read at every start."""
+    head = connection.execute("SELECT version, key_check FROM head").fetchall()
+    if len(head) != 1:
+        raise LocalError(f"privacy register {path} is damaged", RESTORE)
+    if head[0][0] != VERSION:
+        raise LocalError(
+            f"privacy register {path} has version {head[0][0]}, this xpeer knows {VERSION}",
+            "use the version of xpeer that wrote it",
+        )
+    if check is not None and head[0][1] != check:
+        raise LocalError(f"privacy register {path} was made with another {KEY}", RESTORE)
+    spans = {number for (number,) in connection.execute("SELECT id FROM spans")}
+    charged = connection.execute("SELECT span, steps FROM charges").fetchall()
+    classes = [unpacked(s) for (s,) in connection.execute("SELECT spans FROM classes")]
+    if any(span not in spans or steps < 1 for span, steps in charged) or any(
+        not spans.issuperset(each) for each in classes
+    ):
+        raise LocalError(f"privacy register {path} is inconsistent", RESTORE)
+
+
+def packed(spans: Sequence[int]) -> str:
+    """A class's spans as they are stored."""
+    return msgspec.json.encode(sorted(spans)).decode()
+
+
+def unpacked(spans: str) -> list[int]:
+    """The reverse."""
+    try:
+        return msgspec.json.decode(spans, type=list[int])
+    except msgspec.MsgspecError as e:
+        raise LocalError("privacy register: a class of documents is damaged", RESTORE) from e
+
+
+def stage(run: Run, hashes: Sequence[bytes]) -> None:
+    """Put the documents of a shard into a table of this connection."""
+    run("CREATE TEMP TABLE mine (hash BLOB PRIMARY KEY) WITHOUT ROWID")
+    for start in range(0, len(hashes), 256):
+        part = hashes[start : start + 256]
+        run(f"INSERT INTO mine VALUES {','.join(['(?)'] * len(part))}", part)  # noqa: S608
+
+
+def unstage(run: Run) -> None:
+    """Forget them."""
+    run("DROP TABLE mine")
+
+
+def add_span(run: Run, span: int) -> int:
+    """Add a span to every staged document: each class of them becomes another.
+
+    Returns:
+        How many documents were in no class yet.
+    """
+    found = run(
+        "SELECT coalesce(class, ?), count(*) FROM mine LEFT JOIN documents USING (hash) GROUP BY 1",
+        (_NEW,),
+    ).fetchall()
+    run("CREATE TEMP TABLE moves (old INTEGER PRIMARY KEY, new INTEGER NOT NULL)")
+    for old, count in found:
+        spans = [] if old == _NEW else _spans_of(run, old)
+        if span not in spans:
+            new = _class_of(run, packed([*spans, span]))
+            run("INSERT INTO moves VALUES (?, ?)", (old, new))
+            run("UPDATE classes SET documents = documents + ? WHERE id = ?", (count, new))
+            run("UPDATE classes SET documents = documents - ? WHERE id = ?", (count, old))
+    run(
+        "UPDATE documents SET class = (SELECT new FROM moves WHERE old = class)"
+        " WHERE hash IN (SELECT hash FROM mine) AND class IN (SELECT old FROM moves)"
+    )
+    run(
+        "INSERT INTO documents SELECT hash, new FROM mine JOIN moves ON old = ?"
+        " WHERE hash NOT IN (SELECT hash FROM documents)",
+        (_NEW,),
+    )
+    run("DROP TABLE moves")
+    run("DELETE FROM classes WHERE documents = 0")
+    return sum(count for old, count in found if old == _NEW)
+
+
+def _spans_of(run: Run, number: int) -> list[int]:
+    row = run("SELECT spans FROM classes WHERE id = ?", (number,)).fetchone()
+    if row is None:
+        raise LocalError(f"privacy register: class {number} of documents is missing", RESTORE)
+    return unpacked(row[0])
+
+
+def _class_of(run: Run, spans: str) -> int:
+    run("INSERT OR IGNORE INTO classes (spans, documents) VALUES (?, 0)", (spans,))
+    return int(run("SELECT id FROM classes WHERE spans = ?", (spans,)).fetchone()[0])
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Errors of the file system and of SQLite, in words for the operator."""
+    try:
+        yield
+    except sqlite3.DatabaseError as e:
+        damaged = type(e) is sqlite3.DatabaseError or "no such" in str(e)
+        raise LocalError(
+            f"privacy register {path} can't be used: {e}", RESTORE if damaged else MEND
+        ) from e
+    except OSError as e:
+        raise LocalError(f"privacy register {path} can't be used: {e}", MEND) from e
