@@ -95,6 +95,8 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     generator: Literal["fast", "cryptographic"] = "fast"
     """Of noise on CUDA. fast: the device's Philox under a fresh key of 64 bits for every tensor.
     cryptographic: AES-256 from the CPU, as on a CPU always."""
+    max_epsilon: Annotated[float, Meta(ge=0)] = 0.0
+    """The largest privacy.epsilon of a manifest that this node starts with; 0 = any, or none."""
     register: str = ""
     """Folder of the machine's register of what documents were charged; homes that use the same one
     count together. Empty: `privacy_register`."""

@@ -204,6 +204,13 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     """sigma_b, standard deviation of the noise of the count within C; None: a 20th of the batch, or
     twice sigma if that is more."""
 
+    def in_short(self) -> str:
+        """Mode and target, e.g. "record, epsilon 8"."""
+        if self.mode == "off":
+            return "off"
+        unit = ", per document" if self.mode == "record" and self.unit == "document" else ""
+        return f"{self.mode}, epsilon {self.epsilon:g}{unit}"
+
     def check(self, *, shared_corpus: bool) -> None:
         """Check what no single field can.
 
@@ -306,12 +313,23 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if self.public_text.digest != blake2b(self.public_text.text.encode()).hex():
             raise ValueError("public_text.digest does not match public_text.text")
 
-    def require_privacy(self, asked: str) -> None:
-        """Refuse a mode that the node's operator did not ask for; "" = any.
+    def require_privacy(self, asked: str, max_epsilon: float = 0.0) -> None:
+        """Refuse what the node's operator does not want.
+
+        Args:
+            asked: the only mode that will do; "" = any.
+            max_epsilon: the largest privacy.epsilon that will do; 0 = any, or none at all.
 
         Raises:
             ConfigError: nobody trains with less, or more, than the manifest says.
         """
+        if max_epsilon and (self.privacy.mode == "off" or self.privacy.epsilon > max_epsilon):
+            raise ConfigError(
+                f"privacy.max_epsilon = {max_epsilon:g}, but the manifest of {self.name!r} says "
+                f"{self.privacy.in_short()}",
+                "its manifest decides, for all members and for ever: join or found another swarm, "
+                "or raise privacy.max_epsilon",
+            )
         mode = self.privacy.mode
         if asked and asked != mode:
             raise ConfigError(

@@ -106,7 +106,7 @@ class Joiner:
             founding.keep_admission(self._home, *await self._ask_members())
         node.joining_note = ""
         manifest = SignedManifest.load(self._home.manifest).open(self._membership.swarm_id)
-        manifest.require_privacy(self._config.data.privacy)
+        manifest.require_privacy(self._config.data.privacy, self._config.privacy.max_epsilon)
         if (mode := manifest.privacy.mode) in SHOUTED:
             log.warning("%s", SHOUTED[mode])
         node.manifest = manifest

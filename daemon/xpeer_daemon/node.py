@@ -316,6 +316,8 @@ class Node:
                     exchanges=record.done if record else 0,
                     failures=record.failed if record else 0,
                     last_reason=record.last_reason if record else "",
+                    ledger_went_back=record.went_back if record else "",
+                    privacy=self.manifest.privacy.in_short() if self.manifest else "",
                     last_exchange_age_s=_age(now, record.last_done_s) if record else None,
                     bytes_in=record.payload_bytes if record else 0,
                     bytes_out=record.payload_bytes if record else 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from xpeer.errors import PeerError, Reason
@@ -37,6 +37,11 @@ class Record:
     payload_bytes: int = 0
     """Sent to it, and as many received from it, in merged exchanges."""
     highest_counter: int = 0
+    """Privacy charges that it has shown."""
+    went_back: str = ""
+    """What was seen when it last showed fewer; empty = never."""
+    went_back_at: int = -1
+    """The highest counter then; told once for each."""
     merged: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     unresolved: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_UNRESOLVED))
     seen: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
@@ -53,6 +58,7 @@ class Partners:
         clock: shared wall clock, seconds.
         on_exchanged: told of every exchange (partner, slot, fragment, result).
         on_skipped: told of every failure (partner or "", slot, reason, detail).
+        on_went_back: told once of a ledger that went back (partner, detail).
 
     Attributes:
         failures: how often each reason occurred.
@@ -67,10 +73,12 @@ class Partners:
         clock: Callable[[], float],
         on_exchanged: Callable[[PeerId, int, int, Exchanged], None],
         on_skipped: Callable[[str, int, str, str], None],
+        on_went_back: Callable[[PeerId, str], None] = lambda *_: None,
     ) -> None:
         self._clock = clock
         self._on_exchanged = on_exchanged
         self._on_skipped = on_skipped
+        self._on_went_back = on_went_back
         self._records: dict[PeerId, Record] = {}
         self.failures: Counter[str] = Counter()
         self.exchanges = 0
@@ -148,11 +156,35 @@ class Partners:
                 record.merged.remove(exchange_id)
                 self.one_sided += 1
         if theirs.ledger_counter < record.highest_counter:
-            raise PeerError(
-                Reason.LEDGER_WENT_BACK,
-                f"{theirs.ledger_counter} charges now, {record.highest_counter} before",
-            )
+            detail = f"{theirs.ledger_counter} charges now, {record.highest_counter} before"
+            self._note(peer_id, record, detail)
+            raise PeerError(Reason.LEDGER_WENT_BACK, detail)
         record.highest_counter = theirs.ledger_counter
+
+    def restore(self, counters: Iterable[tuple[str, int]], went_back: Mapping[str, str]) -> None:
+        """What was known when the daemon last ended.
+
+        Args:
+            counters: highest, by PeerID.
+            went_back: what was seen of ledgers that did, by PeerID.
+        """
+        for peer_id, counter in counters:
+            record = self[PeerId(peer_id)]
+            record.highest_counter = counter
+            record.went_back = went_back.get(peer_id, "")
+            record.went_back_at = counter if record.went_back else -1
+
+    def _note(self, peer_id: PeerId, record: Record, detail: str) -> None:
+        record.went_back = detail
+        if record.went_back_at != record.highest_counter:
+            record.went_back_at = record.highest_counter
+            log.warning(
+                "the privacy ledger of %s went back: %s; it may spend its budget twice, and is not "
+                "met until it has caught up",
+                peer_id,
+                detail,
+            )
+            self._on_went_back(peer_id, detail)
 
     def take_unresolved(self, peer_id: PeerId) -> list[int]:
         """Exchanges that the partner may have merged alone: told once."""

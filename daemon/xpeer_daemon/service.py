@@ -81,7 +81,7 @@ def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
     home.socket(config)
     if home.manifest.exists():
         manifest = SignedManifest.load(home.manifest).open()
-        manifest.require_privacy(config.data.privacy)
+        manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
         founding.load_swarm_key(home)
     if certificate.role != "observer":
         data = config.data
@@ -232,7 +232,9 @@ class Service:
             ),
         )
         self._proposer = exchange.Proposer(self._party, self._swarm)
-        self._book = node.book = Partners(time.time, self._on_exchanged, self._on_skipped)
+        self._book = node.book = Partners(
+            time.time, self._on_exchanged, self._on_skipped, self._on_went_back
+        )
         self._gossip = Gossip(
             me=self._identity.peer_id,
             swarm_id=self._swarm_id,
@@ -247,8 +249,10 @@ class Service:
         self._presence = Presence(
             node, self._swarm, self._roster, self._book, self._store, self._certificate.role
         )
-        for peer in self._store.known_peers():
-            self._book[PeerId(peer.peer_id)].highest_counter = peer.ledger_counter
+        self._book.restore(
+            [(peer.peer_id, peer.ledger_counter) for peer in self._store.known_peers()],
+            self._store.went_back(),
+        )
         if manifest.privacy.mode == "off":
             rules = manifest.optimiser
             node.throughput = Throughput(rules.batch_records * rules.sequence_tokens)
@@ -349,6 +353,10 @@ class Service:
             self._store.add_round(
                 RoundRow(slot=slot, partner=peer_id, reason=reason, detail=detail)
             )
+
+    def _on_went_back(self, peer_id: PeerId, detail: str) -> None:
+        self._store.add_event("ledger-went-back", f"{peer_id} {detail}")
+        self._store.remember_peer(peer_id, [], self._book[peer_id].highest_counter)
 
     # The end
 

@@ -171,6 +171,13 @@ class Store:
             EventRow, "SELECT unix_s, kind, detail FROM events ORDER BY id DESC LIMIT ?", limit
         )
 
+    def went_back(self) -> dict[str, str]:
+        """What was last seen of ledgers that went back, by PeerID."""
+        rows = self._database.execute(
+            "SELECT detail FROM events WHERE kind = 'ledger-went-back' ORDER BY id"
+        )
+        return {peer_id: detail for (text,) in rows for peer_id, _, detail in [text.partition(" ")]}
+
     def known_peers(self, limit: int = MAX_PEERS) -> list[KnownPeer]:
         """Those seen last first."""
         rows = self._database.execute(

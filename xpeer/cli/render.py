@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _LABEL = 12
 _COLOURS = {"ok": "bold green", "degraded": "bold yellow", "down": "bold red"}
 _PEER_COLUMNS = (
-    "PEER", "STATE", "PHASE", "ROLE", "SPEED", "DONE", "FAILED", "LAST", "REASON", "IN", "OUT",
-    "ADDRESS",
+    "PEER", "STATE", "PHASE", "ROLE", "SPEED", "PRIVACY", "LEDGER", "DONE", "FAILED", "LAST",
+    "REASON", "IN", "OUT", "ADDRESS",
 )  # fmt: skip
 
 
@@ -221,6 +221,10 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
 def _exchange(status: Status) -> Iterator[tuple[str, str]]:
     gone = len(status.partners) - live(status.partners)
     yield "partners", f"{live(status.partners)} live" + (f", {gone} not" if gone else "")
+    back = [p for p in status.partners if p.ledger_went_back]
+    if back:
+        names = "; ".join(f"{p.peer_id}: {p.ledger_went_back}" for p in back)
+        yield "ledgers", f"{len(back)} went back, may spend a budget twice ({names})"
     failed = sum(status.exchanges_failed.values())
     reasons = ", ".join(f"{count} {why}" for why, count in sorted(status.exchanges_failed.items()))
     yield (
@@ -246,6 +250,7 @@ def _peer_row(partner: Partner) -> tuple[str, ...]:
     cells = (
         partner.peer_id, partner.state, partner.phase or "-", partner.role,
         f"{partner.speed:g}" if partner.speed else "-",
+        partner.privacy or "-", "WENT BACK" if partner.ledger_went_back else "ok",
         str(partner.exchanges), str(partner.failures), ago(partner.last_exchange_age_s),
         partner.last_reason or "-", size(partner.bytes_in), size(partner.bytes_out),
         partner.addresses[0] if partner.addresses else "-",

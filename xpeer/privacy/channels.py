@@ -214,7 +214,7 @@ _STATUS: Final = {
     "Partner": _of(
         "node",
         public="peer_id state phase role addresses speed exchanges failures last_reason "
-        "last_exchange_age_s bytes_in bytes_out",
+        "privacy ledger_went_back last_exchange_age_s bytes_in bytes_out",
         why="what others say and do",
     ),
     "Status": _of(
@@ -376,7 +376,7 @@ ROUTES: Final[dict[str, str]] = {
 }
 """Of the control API, with their answers. There is no other API, page or port for metrics."""
 
-EVENTS: Final = ("trainer-restarted", "donor-refused", "finished")
+EVENTS: Final = ("trainer-restarted", "donor-refused", "finished", "ledger-went-back")
 """Kinds of events in state.sqlite."""
 
 TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {

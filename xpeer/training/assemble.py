@@ -142,7 +142,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     home, config = Home(Path(setup.home)), setup.config
     signed = SignedManifest.load(Path(setup.manifest_path))
     manifest = signed.open(setup.swarm_id)
-    manifest.require_privacy(config.data.privacy)
+    manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
     manifest_hash = signed.genesis.manifest_hash.hex()
     tokenizer = load_tokenizer(manifest.tokenizer, config.data.tokenizer)
     text = _text(setup, manifest, tokenizer, home)

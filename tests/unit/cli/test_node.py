@@ -174,6 +174,20 @@ def test_peers(tmp_path: Path) -> None:
     assert msgspec.json.decode(answer.stdout, type=Peers).peers == HEALTHY.partners
 
 
+def test_a_ledger_that_went_back_is_seen_and_so_is_when_the_budget_ends() -> None:
+    cheat = Partner(peer_id=OTHER, privacy="record, epsilon 8", ledger_went_back="7, 20 before")
+    header, row = render.peer_lines([cheat])
+    assert row[header.index("LEDGER") :].startswith("WENT BACK")
+    assert row[header.index("PRIVACY") :].startswith("record, epsilon 8")
+    spent = msgspec.structs.replace(HEALTHY.privacy, ends_unix_s=2e9, documents_elsewhere=3)
+    told = msgspec.structs.replace(HEALTHY, partners=[cheat], privacy=spent)
+    lines = "\n".join(render.status_lines(told))
+    assert f"1 went back, may spend a budget twice ({OTHER}: 7, 20 before)" in lines
+    assert f"about {render.moment(2e9)}" in lines
+    assert "3 were trained on by other homes" in lines
+    assert "went back" not in "\n".join(render.status_lines(HEALTHY))
+
+
 def test_peers_cannot_steer_the_terminal() -> None:
     evil = Partner(peer_id=OTHER, phase="\x1b]0;owned\x07", addresses=["/ip4/\n/tcp/1"])
     text = "\n".join(render.peer_lines([evil]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from xpeer.round import Exchanged, Meeting
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.partners import DEADLINE_MULTIPLE, MIN_DEADLINE_S, Partners
+from xpeer_daemon.store import Store
 
 SWARM = "ab" * 32
 ME, OTHER = PeerId("12D3KooWA"), PeerId("12D3KooWB")
@@ -287,6 +289,49 @@ def test_a_ledger_that_goes_back_is_refused_across_restarts(rig: Rig):
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
         rig.gossip.settled_before(OTHER, Terms(1.0, 2.0, 1, 5))
     assert rig.partners[OTHER].highest_counter == 6
+
+
+def test_a_ledger_that_goes_back_is_told_once_and_remembered(
+    rig: Rig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def met(partners: Partners, counter: int) -> None:
+        partners.settle(OTHER, Terms(1.0, 2.0, 1, counter))
+
+    def restarted() -> tuple[Store, Partners]:
+        """As the service does it."""
+        store = Store.open(tmp_path / "state.sqlite")
+
+        def note(peer_id: PeerId, detail: str) -> None:
+            store.add_event("ledger-went-back", f"{peer_id} {detail}")
+            store.remember_peer(peer_id, [], book[peer_id].highest_counter)
+
+        book = Partners(lambda: 0.0, lambda *_: None, lambda *_: None, note)
+        known = [(peer.peer_id, peer.ledger_counter) for peer in store.known_peers()]
+        book.restore(known, store.went_back())
+        return store, book
+
+    store, book = restarted()
+    met(book, 20)
+    assert book[OTHER].went_back == ""
+    for lower in (7, 8, 9):  # the restored peer goes on
+        with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
+            met(book, lower)
+    assert book[OTHER].went_back == "9 charges now, 20 before"
+    assert len(store.events()) == 1
+    assert sum("went back" in message for message in caplog.messages) == 1
+    store.close()
+    store, book = restarted()
+    assert (book[OTHER].highest_counter, book[OTHER].went_back) == (20, "7 charges now, 20 before")
+    with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
+        met(book, 19)
+    assert len(store.events()) == 1
+    met(book, 20)  # it has caught up, and what it did is still told
+    met(book, 30)
+    assert book[OTHER].went_back
+    with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
+        met(book, 29)
+    assert len(store.events()) == 2
+    store.close()
 
 
 THIRD, LAST = PeerId("12D3KooWC"), PeerId("12D3KooWD")

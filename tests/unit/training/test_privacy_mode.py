@@ -50,6 +50,22 @@ def test_nobody_trains_with_less_or_more_than_it_says(
     assert f"privacy.mode = {manifest}" in error.value.problem
 
 
+@pytest.mark.parametrize(
+    ("manifest", "most", "starts"),
+    [("record", 8.0, True), ("record", 7.9, False), ("off", 100.0, False), ("off", 0.0, True)],
+)
+def test_a_node_may_insist_on_an_epsilon(
+    tmp_path: Path, manifest: Mode, most: float, starts: bool
+) -> None:
+    signed = SignedManifest.load(Path(setup_of(tmp_path, manifest, "").manifest_path)).open()
+    if starts:
+        signed.require_privacy("", most)
+        return
+    with pytest.raises(ConfigError, match=r"privacy\.max_epsilon") as error:
+        signed.require_privacy("", most)
+    assert signed.privacy.in_short() in error.value.problem
+
+
 def test_a_manifest_that_was_altered_at_home_is_refused(tmp_path: Path) -> None:
     setup = setup_of(tmp_path, "record", "")
     path = Path(setup.manifest_path)
