@@ -12,7 +12,7 @@ import click
 from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
 from xpeer.cli.render import moment
 from xpeer.config import Home, privacy_register
-from xpeer.errors import ConfigError, ExitCode
+from xpeer.errors import ConfigError, ExitCode, LocalError
 
 if TYPE_CHECKING:
     from xpeer.privacy.ledger import Ledger
@@ -34,7 +34,7 @@ def privacy() -> None:
 @json_option
 def status_command(home: Home, as_json: bool) -> None:
     """Say what this node's ledger has been charged; the daemon need not run."""
-    from xpeer.privacy import report  # noqa: PLC0415 - slow to import
+    from xpeer.privacy import audit, report  # noqa: PLC0415 - slow to import
 
     with _looked(home) as (ledger, register):
         found = report.account(ledger, register)
@@ -43,7 +43,7 @@ def status_command(home: Home, as_json: bool) -> None:
         return
     for label, text in _rows(found):
         click.echo(f"{label:12}{text}")
-    say("not covered: " + "; ".join(report.NOT_COVERED))
+    say("not covered: " + "; ".join(audit.NOT_COVERED))
 
 
 @privacy.command("plan")
@@ -120,12 +120,43 @@ def plan_command(
         _explain(plans[0])
 
 
+@privacy.command("documents")
+@home_option
+@click.option("--above", type=float, default=0.0, help="Only files with more epsilon than this.")
+@click.option("--delta", type=float, help="Default: as noted in the ledger.")
+@json_option
+def documents_command(home: Home, above: float, delta: float | None, as_json: bool) -> None:
+    """Say which files of the shard hold text that was charged, by all homes of this machine.
+
+    A node trains no more once one of its documents is spent: take those files out of its shard.
+    """
+    from xpeer.privacy import report  # noqa: PLC0415 - slow to import
+    from xpeer.training.documents import load_documents  # noqa: PLC0415
+
+    data = load_config(home).data
+    with _looked(home) as (ledger, register):
+        if register is None:
+            raise LocalError("the machine's register is not there", "it is made when a node trains")
+        held = load_documents(data.corpus or data.shard, data.text_field)
+        found = report.files(
+            register,
+            [(document.id, document.source) for document in held],
+            _checked_delta(delta) or report.about(ledger)[0],
+        )
+    found = [each for each in found if each.epsilon > above]
+    if as_json:
+        echo_json(found)
+        return
+    for each in found:
+        click.echo(f"{each.epsilon:9.4f}  {each.documents:6d}  {each.path}")
+
+
 @privacy.command("report")
 @home_option
 @json_option
 def report_command(home: Home, as_json: bool) -> None:
     """Write what an auditor needs to recompute epsilon, as Markdown or JSON."""
-    from xpeer.privacy import report  # noqa: PLC0415 - slow to import
+    from xpeer.privacy import audit, report  # noqa: PLC0415 - slow to import
 
     with _looked(home) as (ledger, register):
         found, verdict = report.account(ledger, register), report.verify(ledger, register)
@@ -133,7 +164,7 @@ def report_command(home: Home, as_json: bool) -> None:
     if as_json:
         echo_json({"account": found, "verdict": verdict, "charges": charges})
     else:
-        click.echo(report.report(found, verdict, charges), nl=False)
+        click.echo(audit.markdown(found, verdict, charges), nl=False)
 
 
 @privacy.command("verify")
@@ -145,10 +176,8 @@ def verify_command(home: Home, path: Path | None, delta: float | None, as_json: 
     """Check the chain of charges and recompute epsilon independently; exit 1 if they disagree."""
     from xpeer.privacy import report  # noqa: PLC0415 - slow to import
 
-    if delta is not None and not 0 < delta < 1:
-        raise ConfigError(f"--delta {delta} is not between 0 and 1", "e.g. --delta 1e-5")
     with _looked(home, path) as (ledger, register):
-        verdict = report.verify(ledger, register, delta)
+        verdict = report.verify(ledger, register, _checked_delta(delta))
     if as_json:
         echo_json(verdict)
     else:
@@ -179,6 +208,12 @@ def _looked(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Regi
         register = Register.look(privacy_register(load_config(home)))
         with register or nullcontext():
             yield ledger, register
+
+
+def _checked_delta(delta: float | None) -> float | None:
+    if delta is not None and not 0 < delta < 1:
+        raise ConfigError(f"--delta {delta} is not between 0 and 1", "e.g. --delta 1e-5")
+    return delta
 
 
 def _counted(

@@ -22,51 +22,10 @@ What this module does not give: that the network hides sizes, numbers and moment
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final
 
-Treatment = Literal["public", "derived", "noised", "timing", "withheld", "local", "parts"]
-Audience = Literal["anybody", "members", "partners", "node", "home", "export"]
-"""Who may read it. node: the daemon from its trainer, or the operator from the daemon."""
-
-TREATMENTS: Final[tuple[Treatment, ...]] = get_args(Treatment)
-SEEN_BY_OTHERS: Final[tuple[Audience, ...]] = ("anybody", "members", "partners", "export")
-
-
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """A structure that leaves.
-
-    Args:
-        audience: who reads it.
-        fields: every one of its fields, with its treatment.
-        why: what a reader would ask.
-    """
-
-    audience: Audience
-    fields: dict[str, Treatment]
-    why: str = ""
-
-
-def _of(
-    audience: Audience,
-    *,
-    public: str = "",
-    derived: str = "",
-    noised: str = "",
-    timing: str = "",
-    withheld: str = "",
-    local: str = "",
-    parts: str = "",
-    why: str = "",
-) -> Channel:
-    """Names separated by spaces, by treatment."""
-    given = (public, derived, noised, timing, withheld, local, parts)
-    pairs = [(n, t) for names, t in zip(given, TREATMENTS, strict=True) for n in names.split()]
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError(f"listed twice: {pairs}")
-    return Channel(audience, dict(pairs), why)
-
+from xpeer.privacy.channel import SEEN_BY_OTHERS, Channel
+from xpeer.privacy.channel import of as _of
 
 _MESSAGES: Final = {
     "Message": _of("partners"),
@@ -298,6 +257,7 @@ _HOME: Final = {
     "xpeer.privacy.report.DocumentAccount": _of(
         "home", local="documents here homes swarms epsilon segments"
     ),
+    "xpeer.privacy.report.FileAccount": _of("home", local="path documents epsilon"),
     "xpeer.privacy.report.Verdict": _of(
         "home", local="delta epsilon_spent checked charges steps_registered problems"
     ),
@@ -399,7 +359,8 @@ COMMANDS: Final[dict[str, str]] = {
     "bootstrap": "addresses", "start": "the log", "status": "Status", "peers": "Peers",
     "pause": "Done", "resume": "Done", "stop": "Done", "leave": "Done",
     "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "demo": "Status, of text on this machine",
-    "completion": "nothing", "version": "versions", "privacy": "Account, Verdict, Plan, Charge",
+    "completion": "nothing", "version": "versions",
+    "privacy": "Account, FileAccount, Verdict, Plan, Charge",
 }  # fmt: skip
 """What commands print or write, by the structures above: for the operator."""
 

@@ -48,6 +48,16 @@ def combined(charges: Mapping[int, History], spans: Iterable[int]) -> History:
     return total
 
 
+def missing(charged: Iterable[Segment], here: History) -> History:
+    """What was charged, beyond what is here."""
+    found: History = {}
+    for segment in charged:
+        kind = segment.noise_multiplier, segment.sampling_probability
+        if segment.steps > here.get(kind, 0):
+            found[kind] = segment.steps - here.get(kind, 0)
+    return found
+
+
 def segments_of(history: History) -> list[Segment]:
     """As the accountant takes them."""
     return [Segment(sigma, q, steps) for (sigma, q), steps in history.items()]

@@ -38,6 +38,7 @@ from xpeer.privacy.histories import (
     History,
     Joined,
     combined,
+    missing,
     segments_of,
     undominated,
 )
@@ -93,7 +94,7 @@ class Register:
         path = folder / file.NAME
         if not path.exists():
             return None
-        register = cls(path, file.looked(path), b"")
+        register = cls(path, file.looked(path), file.key_of(folder))
         register._usable = False
         return register
 
@@ -124,18 +125,18 @@ class Register:
         digest = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
         self._ledger_id, self._unit = ledger_id, unit
         with self._lock, self._transaction() as run:
-            missing = self._missing(charged)
+            lacking = missing(charged, self._own())
             known = run(_SPAN, (ledger_id, digest, unit)).fetchone()
             new = 0
-            if known is None or missing:
+            if known is None or lacking:
                 file.stage(run, hashes)
                 if known is None:
                     self._span = self._begin(swarm_id, digest)
                     new = file.add_span(run, self._span)
                 else:
                     self._span = int(known[0])
-                if missing:
-                    self._recover(missing, swarm_id)
+                if lacking:
+                    self._recover(lacking, swarm_id)
                 file.unstage(run)
             else:
                 self._span = int(known[0])
@@ -150,7 +151,7 @@ class Register:
             documents=len(hashes),
             new=new,
             elsewhere=elsewhere,
-            recovered_steps=sum(missing.values()),
+            recovered_steps=sum(lacking.values()),
         )
 
     def histories(self) -> list[list[Segment]]:
@@ -171,6 +172,22 @@ class Register:
         with self._lock, file.told(self.path):
             self._find(ledger_id)
             return sorted(self._classes(), key=lambda found: not found.here)
+
+    def of_documents(self, documents: Iterable[str]) -> dict[str, list[Segment]]:
+        """What all homes charged to documents, by id; none to those that were never seen."""
+        with self._lock, file.told(self.path):
+            charges = self._charges()
+            known = {
+                number: segments_of(combined(charges, spans))
+                for number, spans in self._class_rows()
+            }
+            found = {}
+            for document in documents:
+                row = self._connection.execute(
+                    "SELECT class FROM documents WHERE hash = ?", (self._hash(document),)
+                ).fetchone()
+                found[document] = known[row[0]] if row else []
+            return found
 
     def steps_of(self, ledger_id: str) -> int:
         """Steps that a home charged, as far as the register knows."""
@@ -237,16 +254,6 @@ class Register:
     def _hash(self, document: str) -> bytes:
         return hashlib.blake2b(document.encode(), key=self._key, digest_size=16).digest()
 
-    def _missing(self, charged: Sequence[Segment]) -> History:
-        """What the ledger holds and the register does not."""
-        here = self._own()
-        found: History = {}
-        for segment in charged:
-            kind = segment.noise_multiplier, segment.sampling_probability
-            if segment.steps > here.get(kind, 0):
-                found[kind] = segment.steps - here.get(kind, 0)
-        return found
-
     def _own(self) -> History:
         rows = self._connection.execute(
             "SELECT noise_multiplier, sampling_probability, sum(steps) FROM charges"
@@ -265,13 +272,13 @@ class Register:
             raise LocalError(f"privacy register {self.path}: no span was made")
         return made
 
-    def _recover(self, missing: History, swarm_id: str) -> None:
+    def _recover(self, lacking: History, swarm_id: str) -> None:
         """Nobody knows to which documents these steps were charged: to all that the home ever had,
         as far as is known, and to those it has now.
         """
         before = self._spans_of_this_ledger()
         span = self._begin(swarm_id, b"recovered")
-        for (sigma, q), steps in missing.items():
+        for (sigma, q), steps in lacking.items():
             self._connection.execute(_CHARGE, (span, sigma, q, steps))
         for number, spans in self._class_rows():
             if before & set(spans):

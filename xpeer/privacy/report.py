@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Final
 
 from msgspec import Struct
 
-from xpeer import __version__
 from xpeer.errors import LocalError
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.charges import Charge
 from xpeer.privacy.histories import DocumentClass
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
@@ -25,23 +22,6 @@ _NEGLIGIBLE: Final = 2e-3
 _STEPS_MAX: Final = 10_000_000
 _MOST_CLASSES: Final = 12
 """Of documents, that are told one by one; each takes up to half a second."""
-NOT_COVERED: Final = (
-    "a document cut into m records: at most m times epsilon, not epsilon",
-    "documents that also lie on another machine, or nearly alike: each copy is another record; a "
-    "changed text, or one cut into files differently, begins a new account",
-    "a document that swarms cut into records differently: its charges add up, but a record of one "
-    "cut may overlap two of another",
-    "text that a home with another register trained on, or one without privacy",
-    "that this node takes part, how long its steps take, and what is published by hand",
-    "whatever was tuned by looking at results on private text",
-    "any peer whose own ledger or machine its operator falsifies",
-)
-"""By mode record, and said in every report."""
-_PROTECTED: Final = {
-    "record": "any one record (a training sequence) was among its text",
-    "document": "any one document was among its text",
-    "shard": "it had any text at all",
-}
 
 
 class DocumentAccount(Struct, frozen=True, kw_only=True):
@@ -56,6 +36,15 @@ class DocumentAccount(Struct, frozen=True, kw_only=True):
     epsilon: float
     """All that was charged to them on this machine, at the node's delta."""
     segments: list[Segment]
+
+
+class FileAccount(Struct, frozen=True, kw_only=True):
+    """One file of a shard."""
+
+    path: str
+    documents: int
+    epsilon: float
+    """Of its document that was charged most, by all homes of this machine."""
 
 
 class Account(Struct, frozen=True, kw_only=True):
@@ -177,6 +166,36 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
     )
 
 
+def files(
+    register: Register, documents: Iterable[tuple[str, str]], delta: float
+) -> list[FileAccount]:
+    """Which files of a shard hold documents that were charged; the most charged first.
+
+    Args:
+        register: of the machine.
+        documents: ids, and the files that they lie in.
+        delta: for which epsilon holds.
+    """
+    by_file: dict[str, list[str]] = {}
+    for document, path in documents:
+        by_file.setdefault(path, []).append(document)
+    histories = register.of_documents(each for ids in by_file.values() for each in ids)
+    costs: dict[tuple[Segment, ...], float] = {}
+    for history in histories.values():
+        key = tuple(history)
+        if key not in costs:
+            costs[key] = accountant.epsilon(history, delta)
+    found = [
+        FileAccount(
+            path=path,
+            documents=len(ids),
+            epsilon=max(costs[tuple(histories[each])] for each in ids),
+        )
+        for path, ids in by_file.items()
+    ]
+    return sorted(found, key=lambda each: (-each.epsilon, each.path))
+
+
 def _histories(ledger: Ledger, register: Register | None) -> list[list[Segment]]:
     """Of the documents that the shard has; of the ledger as long as nobody knows them."""
     found = register.looked_up(ledger.id) if register else []
@@ -277,109 +296,3 @@ def _disagreements(found: Checked) -> list[str]:
                 f"{found.epsilon_rdp:.4f}"
             )
     return problems
-
-
-def report(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
-    """Markdown for an auditor: everything that epsilon can be recomputed from."""
-    lines = [
-        "# Privacy report",
-        "",
-        f"Made {_date(time.time())} by xpeer {__version__} from ledger `{found.ledger_id}`.",
-        "",
-        f"- swarm `{found.swarm_id}`, mode **{found.mode}**, per **{found.unit}**",
-        f"- **epsilon {found.epsilon_spent:.4f}** of {found.epsilon_target:g} spent, at delta "
-        f"{found.delta:.3g}",
-        *map(_check_line, verdict.checked),
-        f"- {found.steps_charged} steps in {found.charges} charges; last link of their chain "
-        f"`{found.chain_head}`",
-        "",
-        "## What that means",
-        "",
-        "Whoever sees everything that this node ever sent, all other members together included, "
-        f"can hardly tell whether {_PROTECTED[found.unit]}: the probability of any conclusion "
-        "changes by a factor of at most e^epsilon, except with probability delta. It needs no "
-        "trust in other members, in encryption or in masks.",
-        "",
-        "Not covered:",
-        "",
-        *(f"- {what}" for what in NOT_COVERED),
-        "",
-        "## How to recompute it",
-        "",
-        f"Each step samples every {found.unit} with probability q (Poisson), bounds what it gives "
-        f"by norm C ({found.clip_norm:g} at first), adds up and adds N(0, sigma^2 C^2) to every "
-        f"coordinate; neighbouring texts differ by one {found.unit} added or removed. Compose the "
-        "steps below (mode update: releases, one a window).",
-        "",
-        "| sigma | q | steps |",
-        "|---|---|---|",
-        *(
-            f"| {s.noise_multiplier!r} | {s.sampling_probability!r} | {s.steps} |"
-            for s in found.segments
-        ),
-        "",
-        *_documents_told(found),
-        "## Charges",
-        "",
-        "| no. | time | sigma | q | steps |",
-        "|---|---|---|---|---|",
-        *map(_row, charges),
-    ]
-    if verdict.problems:
-        lines[2:2] = [f"**Does not add up: {'; '.join(verdict.problems)}**", ""]
-    return "\n".join(lines) + "\n"
-
-
-def _check_line(found: Checked) -> str:
-    return (
-        f"- {found.what}: the node's accountant (dp-accounting {_version()}, privacy loss "
-        f"distributions) {found.epsilon_accountant:.4f}; recomputed by Fourier transforms (Gopi et "
-        f"al. 2021) {found.epsilon_replayed:.4f}, certainly between {found.epsilon_lower:.4f} and "
-        f"{found.epsilon_upper:.4f}; by Renyi's looser bound {found.epsilon_rdp:.4f}"
-    )
-
-
-def _version() -> str:
-    from importlib.metadata import version  # noqa: PLC0415 - only reports need it
-
-    return version("dp-accounting")
-
-
-def _documents_told(found: Account) -> list[str]:
-    """By documents, where the machine's register knows them."""
-    if not found.documents:
-        return []
-    rows = [
-        f"| {each.documents} | {'yes' if each.here else 'no longer'} | {each.homes} | "
-        f"{each.epsilon:.4f} | {sum(s.steps for s in each.segments)} |"
-        for each in found.documents
-    ]
-    return [
-        "## Documents",
-        "",
-        "By the register of this machine: what all of its homes charged to documents that this one "
-        "trained on or trains on.",
-        "",
-        "| documents | in the shard | homes | epsilon | steps |",
-        "|---|---|---|---|---|",
-        *rows,
-        *(
-            [f"| | | | and {found.classes_left_out} kinds with fewer steps | |"]
-            if found.classes_left_out
-            else []
-        ),
-        "",
-    ]
-
-
-def _row(charge: Charge) -> str:
-    when = _date(charge.about.unix_s) if charge.about else "not noted"
-    segment = charge.segment
-    return (
-        f"| {charge.counter} | {when} | {segment.noise_multiplier!r} | "
-        f"{segment.sampling_probability!r} | {segment.steps} |"
-    )
-
-
-def _date(unix_s: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(unix_s))

@@ -121,3 +121,31 @@ def test_other_homes_of_the_machine_count(home: Path, register_of_the_test: Path
     code, out, err = xpeer("privacy", "verify", "--home", str(home))
     assert code == ExitCode.OK, err
     assert "documents of the shard, all homes" in out
+
+
+def test_which_files_were_charged(home: Path, register_of_the_test: Path) -> None:
+    from xpeer.training.documents import load_documents
+
+    shard = home.parent / "shard"
+    shard.mkdir()
+    (shard / "a.txt").write_text("a text that another home has, too")
+    (shard / "b.txt").write_text("a text of this home")
+    (shard / "c.txt").write_text("a new text")
+    (home / "config.toml").write_text(f"[data]\nshard = [{str(shard)!r}]\n")
+    ids = [document.id for document in load_documents([str(shard)])]
+    with Ledger.open(Home(home).ledger_db) as ledger:
+        ledger.share(Register.open(register_of_the_test), ids[:2], "record", "swarm")
+    with Ledger.open(home / "another.sqlite") as other:
+        other.share(Register.open(register_of_the_test), ids[:1], "record", "other swarm")
+        other.charge(Segment(1.0, 0.03, 40))
+    code, out, err = xpeer("privacy", "documents", "--home", str(home), "--json")
+    assert code == ExitCode.OK, err
+    found = {Path(each["path"]).name: each["epsilon"] for each in json.loads(out)}
+    own, both = [Segment(1.0, 0.02, 40)], [Segment(1.0, 0.02, 40), Segment(1.0, 0.03, 40)]
+    assert found == pytest.approx({"a.txt": epsilon(both, 1e-5), "b.txt": epsilon(own, 1e-5)})
+    code, out, _ = xpeer(
+        "privacy", "documents", "--home", str(home), "--above", str(found["b.txt"])
+    )
+    assert code == ExitCode.OK
+    assert len(out.splitlines()) == 1
+    assert out.rstrip().endswith("a.txt")

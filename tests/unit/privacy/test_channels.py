@@ -23,7 +23,8 @@ from xpeer.cli import COMMANDS
 from xpeer.config import Home
 from xpeer.founding_model import initial_model
 from xpeer.privacy import channels
-from xpeer.privacy.channels import CHANNELS, NEVER_LEAVE, THE_MANIFEST, TREATMENTS
+from xpeer.privacy.channel import TREATMENTS
+from xpeer.privacy.channels import CHANNELS, NEVER_LEAVE, THE_MANIFEST
 from xpeer.training import ipc
 from xpeer.wire import frames, messages
 from xpeer_daemon import logs

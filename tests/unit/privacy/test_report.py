@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from xpeer.errors import ConfigError, LocalError
-from xpeer.privacy import accountant, planning, report
+from xpeer.privacy import accountant, audit, planning, report
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import told_size
 from xpeer.privacy.charges import About
@@ -60,7 +60,7 @@ def test_verified(path: Path) -> None:
         assert found.epsilon_lower < found.epsilon_accountant < found.epsilon_rdp
         assert found.epsilon_lower < found.epsilon_replayed < found.epsilon_upper
         assert verdict.steps_registered is None
-        text = report.report(report.account(ledger), verdict, ledger.charges())
+        text = audit.markdown(report.account(ledger), verdict, ledger.charges())
     assert "| 1.0 | 0.02 | 40 |" in text
     assert f"last link of their chain `{ledger.head}`" in text
 
@@ -158,7 +158,7 @@ def test_documents_of_the_shard_count_with_what_other_homes_charged(
     assert register is not None
     with Ledger.look(path) as ledger, register:
         found, verdict = report.account(ledger, register), report.verify(ledger, register)
-        text = report.report(found, verdict, ledger.charges())
+        text = audit.markdown(found, verdict, ledger.charges())
     worst = accountant.epsilon([*own, Segment(0.9, 0.03, 50)], 1e-5)
     assert found.epsilon_spent == verdict.epsilon_spent == pytest.approx(worst)
     told = [(each.documents, each.here, each.homes) for each in found.documents]
