@@ -13,6 +13,7 @@ from xpeer.errors import LocalError
 from xpeer.privacy.accountant import Segment, epsilon
 from xpeer.privacy.budget import Budget
 from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
 
 TARGET, DELTA, SIGMA = 8.6, 1e-5, 4.0
 FITS = 50
@@ -175,3 +176,40 @@ def test_negative_steps_are_a_mistake(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="-1"):
             made.prepare(-1)
         made.close()
+
+
+def test_homes_with_common_documents_never_spend_more_than_one_budget(tmp_path: Path) -> None:
+    """Each has a whole budget before it when it starts; only together they reach its end."""
+    ledgers = [Ledger.open(tmp_path / f"{name}.sqlite") for name in "ab"]
+    for ledger, documents in zip(ledgers, (["x", "a"], ["x", "b"]), strict=True):
+        ledger.share(Register.open(tmp_path / "register"), documents, "record", "swarm")
+    budgets = [budget(ledger) for ledger in ledgers]
+    assert [made.left for made in budgets] == [FITS, FITS]
+    used = [0, 0]
+    for _ in range(10):
+        for number, made in enumerate(budgets):
+            if made.begin(7):
+                made.use()
+                used[number] += 1
+            for _ in range(made.begin(0)):
+                made.use()
+                used[number] += 1
+    assert sum(used) == FITS == sum(ledger.steps_charged for ledger in ledgers)
+    assert used[0] == 28 or used[1] == 28
+    for made, ledger in zip(budgets, ledgers, strict=True):
+        assert max(epsilon(history, DELTA) for history in ledger.histories()) <= TARGET
+        assert made.left == 0
+        assert not made.overdrawn
+        made.close()
+        ledger.close()
+
+
+def test_documents_without_a_past_have_a_whole_budget(tmp_path: Path) -> None:
+    for documents, left in ((["x"], FITS), (["y"], FITS), (["x", "y"], FITS - 30)):
+        with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+            ledger.share(Register.open(tmp_path / "register"), documents, "record", "swarm")
+            made = budget(ledger)
+            assert made.left == left
+            if len(documents) == 1:
+                made.begin(30 if documents == ["x"] else 20)
+            made.close()
