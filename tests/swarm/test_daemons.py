@@ -178,6 +178,33 @@ def test_a_spent_budget_stops_training_across_restarts(swarm: Swarm):
     assert swarm.daemons.wait("a", 60) == 6
 
 
+def test_two_daemons_with_one_text_spend_one_budget(swarm: Swarm):
+    register = {"XPEER_PRIVACY_REGISTER": str(swarm.root / "register")}
+    both = {**register, "XPEER_TRAINING_MIN_PEERS": "1", "XPEER_DAEMON_EXIT_ON_BUDGET": "1"}
+    swarm.bootstrap(
+        swarm.found("a", end__steps=100_000, privacy__noise_multiplier=0.7, privacy__epsilon=1.4)
+    )
+    swarm.start("a", "--bootstrap", swarm.seed, **both)
+    token = swarm.token_for("a", "b")
+    swarm.start("b", "--join", token, "--listen", LOOPBACK, "--shard", swarm.shard("a"), **both)
+    assert [swarm.daemons.wait(name, 100) for name in "ab"] == [6, 6]
+    told = [
+        json.loads(
+            call(["privacy", what, "--home", str(swarm.home(name).path), "--json"], register)
+        )
+        for what in ("status", "verify")
+        for name in "ab"
+    ]
+    a, b = told[:2]
+    assert a["epsilon_spent"] == pytest.approx(b["epsilon_spent"])
+    assert 1.1 < a["epsilon_spent"] <= 1.4
+    assert [each["homes"] for each in (*a["documents"], *b["documents"])] == [2, 2]
+    together = sum(segment["steps"] for segment in a["documents"][0]["segments"])
+    assert together == a["steps_charged"] + b["steps_charged"]
+    assert min(a["steps_charged"], b["steps_charged"]) > 0
+    assert [verdict["problems"] for verdict in told[2:]] == [[], []]
+
+
 def test_without_its_seed_a_joiner_waits_and_says_so(swarm: Swarm):
     swarm.bootstrap(swarm.found("a", end__steps=100_000))
     token = swarm.token_for("a", "b")

@@ -26,7 +26,8 @@ PR_SET_PDEATHSIG = 1
 class Daemons:
     """The processes of one demo. Use as a context: all of them are gone when it ends.
 
-    What they charge to documents is counted beside their logs, not in the machine's register.
+    What each charges to documents is counted beside its log, not in the machine's register: runs
+    that are compared train on the same text, and each has the budget of its own.
 
     Args:
         logs: folder for their output, which nothing else shares.
@@ -47,7 +48,7 @@ class Daemons:
 
     def start(self, name: str, arguments: Sequence[str], settings: Mapping[str, str]) -> None:
         """Start `xpeer ARGUMENTS` in the background."""
-        register = {"XPEER_PRIVACY_REGISTER": str(self._logs / "register")}
+        register = {"XPEER_PRIVACY_REGISTER": str(self._logs / f"{name}-register")}
         with self.log(name).open("wb") as log:
             self._processes[name] = subprocess.Popen(  # noqa: S603 - our own command
                 [*XPEER, *arguments],
