@@ -257,12 +257,18 @@ def _rows(found: Account) -> Iterator[tuple[str, str]]:
 
 
 def _table(plans: list[Plan]) -> None:
-    click.echo(f"{'batch':>8} {'q':>10} {'sigma':>8} {'sigma/batch':>12} {'passes':>8}")
+    click.echo(
+        f"{'batch':>8} {'q':>10} {'sigma':>8} {'sigma/batch':>12} {'noise norm':>11} "
+        f"{'tokens/step':>12} {'passes':>8}"
+    )
     for each in plans:
+        norm = f"{each.noise_norm:.3g}" if each.noise_norm else "-"
         click.echo(
             f"{each.batch:8d} {each.sampling_probability:10.3g} {each.noise_multiplier:8.3f} "
-            f"{each.noise_to_signal:12.3g} {each.passes:8.2f}"
+            f"{each.noise_to_signal:12.3g} {norm:>11} {each.tokens_per_step or 0:12,d} "
+            f"{each.passes:8.2f}"
         )
+    say("sigma/batch and the noise's norm: against a mean gradient of norm 1 (C) at most")
 
 
 def _explain(plan: Plan) -> None:
