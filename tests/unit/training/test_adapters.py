@@ -147,6 +147,7 @@ def test_an_export_loads_in_peft_and_names_its_base(
     frozen = [p for p in assembled.model.parameters() if not p.requires_grad]
     assert all(torch.equal(x, y) for x, y in zip(base, frozen, strict=True))
     assembled.capture()()
+    spent = assembled.spent()
     assembled.close()
     model = assembled.model.eval()
     manifest = SignedManifest.load(home / "manifest.json").open()
@@ -171,6 +172,12 @@ def test_an_export_loads_in_peft_and_names_its_base(
         logits(from_folder(tmp_path / "whole").eval()), logits(model), rtol=1e-4, atol=1e-5
     )
     assert not torch.allclose(logits(from_folder(home / "initial").eval()), logits(model))
+    for name in ("adapters", "whole"):
+        words = (tmp_path / name / "README.md").read_text()
+        card = json.loads((tmp_path / name / "privacy.json").read_text())
+        assert 0 < card["epsilon_spent"] == pytest.approx(spent.epsilon_spent)
+        assert f"epsilon at most {card['epsilon_target']:g}" in words
+        assert f"epsilon = {card['epsilon_spent']:.3f}" in words
 
 
 def test_a_joiner_names_its_own_copy_of_the_base(
