@@ -151,10 +151,11 @@ def test_two_peers_end_together_and_the_model_can_be_exported(swarm: Swarm):
     for status in ends:
         assert status.progress.step == 12
         assert status.health == "ok"
-        assert 0 < status.privacy.epsilon_spent <= status.privacy.epsilon_target
+        assert status.privacy.epsilon_spent <= status.privacy.epsilon_target
         assert status.compression_ratio == pytest.approx(3.9, abs=0.1)
         assert status.progress.consensus_distance is not None
         assert status.progress.consensus_distance < 0.02
+    assert ends[0].privacy.epsilon_spent > 0  # a joiner may come when all steps are taken
     for name in "ab":
         call(["stop", "--home", str(swarm.home(name).path)])
     folder = swarm.root / "model"

@@ -215,14 +215,16 @@ class RecordMechanism:
 
         Computed when the ledger has changed: tenths of a second. On any thread.
         """
+        # in this order: steps are charged meanwhile, and epsilon holds for all that are told
+        left, charged = self._budget.left, self._ledger.steps_charged
         return PrivacySpent(
             mode="record",
             epsilon_spent=accountant.epsilon_worst(self._ledger.histories(), self._delta),
             epsilon_target=self._target,
             delta=self._delta,
             noise_multiplier=self._sigma,
-            steps_charged=self._ledger.steps_charged,
-            steps_left=self._budget.left,
+            steps_charged=charged,
+            steps_left=left,
             unit=self._unit,
             clip_norm=self._gradient.clip_norm.norm,
             engine=self.engine,

@@ -165,14 +165,15 @@ class UpdateMechanism:
 
     def spent(self) -> PrivacySpent:
         """What the ledger's releases cost together. On any thread."""
+        left, charged = self._budget.left, self._ledger.steps_charged  # epsilon holds for these
         return PrivacySpent(
             mode="update",
             epsilon_spent=accountant.epsilon_worst(self._ledger.histories(), self._delta),
             epsilon_target=self._target,
             delta=self._delta,
             noise_multiplier=self._sigma,
-            steps_charged=self._ledger.steps_charged,
-            steps_left=self._budget.left,
+            steps_charged=charged,
+            steps_left=left,
             unit="shard",
             clip_norm=self._clip_norm,
             engine=self.engine,
