@@ -42,14 +42,14 @@ class Attacked(Struct, frozen=True, kw_only=True, tag=True):
     epsilon: float | None
     seed: int
     rate: float
-    steps: int = 80
+    steps: int = 240
     batch: int = 64
-    coins: int = 500
-    members: int = 500
-    others: int = 1000
+    coins: int = 200
+    members: int = 300
+    others: int = 200
     """Records of the shard that are in every run."""
     candidates: int = 511
-    looks: int = 5
+    looks: int = 3
     """Moments at which the partner evaluates what it has put together."""
     start_steps: int = setting.START_STEPS
 

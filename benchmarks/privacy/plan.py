@@ -19,7 +19,7 @@ from benchmarks.privacy.work import Job, Known
 RATES: Final = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 """The grid: a factor of 2. A method is tuned on it until its best rate is no edge."""
 FIRST_RATES: Final = (4e-3, 8e-3)
-CLIP_NORMS: Final = (0.03, 0.1, 0.3)
+CLIP_NORMS: Final = (0.001, 0.01, 0.1)
 """Of update mode, at one rate: its noise leaves no use for finer tuning."""
 FIRST_EPSILON: Final = 8.0
 METHODS: Final[tuple[tuple[Method, int], ...]] = (
@@ -82,7 +82,7 @@ class Plan:
 
     def attacked(self, epsilon: float | None, seed: int) -> Attacked:
         """Without privacy at the same rate: attackers gain from more steps, not from less."""
-        job = Attacked(epsilon=epsilon, seed=seed, rate=4e-3)
+        job = Attacked(epsilon=epsilon, seed=seed, rate=8e-3)
         if not self.quick:
             return job
         return msgspec.structs.replace(

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import torch
 from msgspec import Struct
 
-from benchmarks.privacy import setting, update
+from benchmarks.privacy import setting
 from benchmarks.privacy.swarm import Swarm
 from xpeer.training.flat import write_flat
 from xpeer.training.model import build
@@ -58,22 +58,13 @@ class Utility(Struct, frozen=True, kw_only=True, tag=True):
         self, shards: list[torch.Tensor], start: torch.Tensor
     ) -> tuple[list[torch.Tensor], float | None]:
         """Parameters at the end, of every peer; epsilon."""
-        if self.method == "update":
-            return update.train(
-                shards,
-                lambda: model_with(start),
-                epsilon=self.epsilon or 0.0,
-                rate=self.rate,
-                batch=self.batch,
-                steps=self.steps,
-                clip_norm=self.clip_norm,
-            )
         manifest = setting.manifest_of(
             self.epsilon,
             rate=self.rate,
             batch=self.batch,
             steps=self.steps,
             num_params=start.numel(),
+            update_norm=self.clip_norm if self.method == "update" else None,
         )
         with (
             tempfile.TemporaryDirectory() as folder,
