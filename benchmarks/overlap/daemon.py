@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xpeer import config
 from xpeer.config import Home
-from xpeer_daemon import service
+from xpeer_daemon import start
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     given = parser.parse_args()
     home = Home(given.home)
     settings = config.load(home.config, os.environ)
-    return service.run(home, settings, trainer="benchmarks.overlap.trainer")
+    return start.run(home, settings, trainer="benchmarks.overlap.trainer")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The daemon's life, start to end: join, take over the parameters, train and gossip, close, stop.
 
-`run` is what `xpeer start` becomes; `_live` is the order of things on one screen.
+`_live` is the order of things on one screen.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-import uvloop
-
 from xpeer import founding, sdnotify
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import (
     ExitCode,
     LocalError,
-    NotAuthorisedError,
     PeerError,
     Reason,
     TrainerError,
@@ -28,22 +25,17 @@ from xpeer.errors import (
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.network import exchange, joining, matching, nudging, state
-from xpeer.network.addresses import peer_of, resolve_listen
-from xpeer.network.invites import Token
 from xpeer.network.membership import Certificate, Membership
 from xpeer.network.roster import ANNOUNCE_EVERY_S, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
 from xpeer.training.child import PROGRAM
-from xpeer.training.documents import require_text
 from xpeer.training.handle import Crashed, Event, Progressed, Saved, TrainerProcess
 from xpeer.training.setup import TrainerSetup
 from xpeer.wire.codec import encoded_bytes
-from xpeer_daemon import logs
 from xpeer_daemon.api import ControlApi
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.joiner import Joiner
-from xpeer_daemon.lock import HomeLock
 from xpeer_daemon.node import Node
 from xpeer_daemon.partners import ORDINARY, Partners
 from xpeer_daemon.phases import ENDED, Closing
@@ -57,63 +49,6 @@ log = logging.getLogger("xpeer.daemon")
 
 MIN_PATIENCE_S, PATIENCE = 3600.0, 4.0
 """At the end, slower peers get this much longer than we took ourselves, and an hour at least."""
-
-
-def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
-    """Everything that can be found wrong without starting anything or writing to the disk.
-
-    Raises:
-        LocalError: the first problem.
-    """
-    if join_token is None:
-        credential = founding.load_credential(home)
-        certificate = credential.verify(credential.claimed_swarm(), time.time())
-        Identity.load(home.identity_key)
-    else:
-        certificate = Token.parse(join_token).certificate
-    if certificate.role == "infrastructure":
-        raise NotAuthorisedError(
-            "the certificate is for a bootstrap node", "use it with `xpeer bootstrap --join`"
-        )
-    resolve_listen(config.network.listen)
-    for seed in config.network.bootstrap:
-        peer_of(seed)
-    home.socket(config)
-    if home.manifest.exists():
-        manifest = SignedManifest.load(home.manifest).open()
-        manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
-        founding.load_swarm_key(home)
-    if certificate.role != "observer":
-        data = config.data
-        setting = "data.corpus" if data.corpus else "data.shard"
-        require_text(data.corpus or data.shard, data.text_field, setting)
-
-
-def run(
-    home: Home,
-    config: NodeConfig,
-    *,
-    join_token: str | None = None,
-    paused: bool = False,
-    trainer: str = PROGRAM,
-) -> int:
-    """Run the daemon until it is told to stop; the exit code.
-
-    Raises:
-        LocalError: it can't start, or can't go on.
-    """
-    check(home, config, join_token=join_token)
-    if join_token is not None:
-        founding.prepare_join(home, join_token)
-    with HomeLock.acquire(home):
-        logs.setup(home, config.daemon.log_level, config.daemon.log_format)
-        try:
-            return uvloop.run(Service(home, config, paused=paused, trainer=trainer).main())
-        except LocalError as e:
-            log.error("%s", e)
-            raise
-        finally:
-            logs.close()
 
 
 class Service:

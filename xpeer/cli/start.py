@@ -77,14 +77,14 @@ def start(
     if token is not None:
         _check_token(home, token)
     # torch and hivemind take seconds to import: only now.
-    from xpeer_daemon import service  # noqa: PLC0415
+    from xpeer_daemon import start as daemon  # noqa: PLC0415
 
     if dry_run:
-        service.check(home, config, join_token=token)
+        daemon.check(home, config, join_token=token)
         say(_text_report(config))
         say("all is well; nothing was started")
         return
-    raise click.exceptions.Exit(service.run(home, config, join_token=token, paused=paused))
+    raise click.exceptions.Exit(daemon.run(home, config, join_token=token, paused=paused))
 
 
 def read_token(argument: str | None) -> str | None:
