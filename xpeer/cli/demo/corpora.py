@@ -87,7 +87,8 @@ def _headers() -> Iterator[str]:
 
 
 def _licences() -> Iterator[str]:
-    for distribution in importlib.metadata.distributions():
+    # of this environment, whatever else is on the path
+    for distribution in importlib.metadata.distributions(path=[sysconfig.get_paths()["purelib"]]):
         for file in distribution.files or []:
             name = file.name.upper()
             if name == "METADATA" or name.startswith(("LICEN", "NOTICE", "README")):
