@@ -122,10 +122,13 @@ def plan_command(
 
 @privacy.command("documents")
 @home_option
+@click.option("--shard", multiple=True, metavar="PATH", help="As to `xpeer start`, if not set.")
 @click.option("--above", type=float, default=0.0, help="Only files with more epsilon than this.")
 @click.option("--delta", type=float, help="Default: as noted in the ledger.")
 @json_option
-def documents_command(home: Home, above: float, delta: float | None, as_json: bool) -> None:
+def documents_command(
+    home: Home, shard: tuple[str, ...], above: float, delta: float | None, as_json: bool
+) -> None:
     """Say which files of the shard hold text that was charged, by all homes of this machine.
 
     A node trains no more once one of its documents is spent: take those files out of its shard.
@@ -137,7 +140,7 @@ def documents_command(home: Home, above: float, delta: float | None, as_json: bo
     with _looked(home) as (ledger, register):
         if register is None:
             raise LocalError("the machine's register is not there", "it is made when a node trains")
-        held = load_documents(data.corpus or data.shard, data.text_field)
+        held = load_documents(shard or data.corpus or data.shard, data.text_field)
         found = report.files(
             register,
             [(document.id, document.source) for document in held],

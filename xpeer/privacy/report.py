@@ -132,7 +132,8 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
     charges = ledger.charges()
     if not charges:
         raise LocalError(
-            f"privacy ledger {ledger.path}: nothing was charged yet", "train first: `xpeer start`"
+            f"privacy ledger {ledger.path}: nothing was charged yet",
+            "train first: `xpeer start`; if it does not train, `xpeer status` says why",
         )
     delta, target = about(ledger)
     last = [charge for charge in charges if charge.about is not None][-1]

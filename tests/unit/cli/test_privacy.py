@@ -149,3 +149,6 @@ def test_which_files_were_charged(home: Path, register_of_the_test: Path) -> Non
     assert code == ExitCode.OK
     assert len(out.splitlines()) == 1
     assert out.rstrip().endswith("a.txt")
+    named = ["--shard", str(shard / "a.txt"), "--json"]
+    _, out, _ = xpeer("privacy", "documents", "--home", str(home), *named)
+    assert [each["path"] for each in json.loads(out)] == [str(shard / "a.txt")]
