@@ -7,18 +7,15 @@ stderr; the last line on stdout is the summary as JSON.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
 
 from benchmarks import common
-from benchmarks.privacy import figure, plan, setting, summary, work
+from benchmarks.privacy import cost, figure, plan, setting, summary, work
 from benchmarks.simulator import corpora
 
 CLAIMED = ("lora_speed", "full_speed")
-"""Of what the other modules measure, in the summary."""
+"""Of what `cost` measures, in the summary."""
 
 
 def main() -> None:
@@ -45,15 +42,15 @@ def main() -> None:
     common.say(summary.show(rows))
     lora = next((known[job] for job in chosen.loras() if job in known), None)
     found = summary.summary(rows, lora)
-    more = _measured(quick=options.quick) if options.only is None else {}
-    for figures in more.values():
-        found |= {key: figures[key] for key in CLAIMED if key in figures}
-    if not options.quick and options.only is None:
+    measured = cost.measure(options.quick) if options.only is None else None
+    if measured is not None:
+        found |= {key: measured["summary"][key] for key in CLAIMED}
+    if measured is not None and not options.quick:
         kinds = corpora.collect(setting.PEERS + 1)
         details = {
             **rows,
             "lora": lora,
-            **more,
+            "cost": measured,
             "corpora": {c.kind: {"digest": c.digest, "bytes": c.train.numel()} for c in kinds},
         }
         command = "python -m benchmarks.privacy " + " ".join(sys.argv[1:])
@@ -62,16 +59,6 @@ def main() -> None:
     common.emit("privacy", found)
     if found["audit_violations"]:
         sys.exit("an attack shows more than the ledger claims: see audit_violations")
-
-
-def _measured(*, quick: bool) -> dict[str, dict[str, Any]]:
-    """What privacy costs in time, from the modules that are there."""
-    out: dict[str, dict[str, Any]] = {}
-    for name in ("cost", "masking"):
-        if importlib.util.find_spec(f"benchmarks.privacy.{name}") is not None:
-            module = importlib.import_module(f"benchmarks.privacy.{name}")
-            out[name] = module.measure(quick)
-    return out
 
 
 def _options() -> argparse.Namespace:

@@ -62,9 +62,9 @@ def measure(quick: bool) -> dict[str, Any]:
     summary: dict[str, float] = {}
     details: dict[str, Any] = {"batch": BATCH, "tokens": TOKENS, "lora_rank": RANK, "threads": 1}
     for kind in KINDS:
-        found = _speeds(kind, rounds=3 if quick else 15)
+        found = _speeds(kind, rounds=2 if quick else 15)
         summary[f"{kind}_speed"] = found["record"]["tokens_per_s"] / found["off"]["tokens_per_s"]
-        peaks = {mode: _peak(kind, mode, steps=2 if quick else 4) for mode in MODES}
+        peaks = {mode: _peak(kind, mode, steps=1 if quick else 4) for mode in MODES}
         summary[f"peak_memory_{kind}"] = peaks["record"]["peak"] / peaks["off"]["peak"]
         details[kind] = {"speed": found, "memory_bytes": peaks}
         common.say(f"{kind}: {json.dumps(details[kind])}")

@@ -48,6 +48,10 @@ def _losses(axis: Axes, rows: list[Row]) -> None:
         )
         wide = 3 if method == "swarm" else 1.3
         axis.plot(*zip(*points, strict=True), label=method, linewidth=wide, marker="o", ms=3)
+    for row in rows:
+        if "update" in row["method"]:
+            place, loss = _PLACES[row["epsilon"]], statistics.fmean(row["loss"])
+            axis.plot(place, loss, "kx", label=row["method"])
     starts = [statistics.fmean(row["start"]) for row in rows]
     if starts:
         axis.axhline(statistics.fmean(starts), color="grey", ls="--", label="public start")
