@@ -204,6 +204,7 @@ class Register:
 
         Raises:
             BudgetExceededError: it does not fit; nothing was charged.
+            ConfigError: others charged these documents for another unit meanwhile.
             LocalError: it can't be written, or nothing was joined.
         """
         if not self._span:
@@ -211,6 +212,8 @@ class Register:
         with self._lock, self._transaction() as run:
             if self._read_writes() != self._writes and not self._shared:
                 self._shared = self._of_others() != self._others
+            if self._shared:
+                self._refuse_other_units()
             if self._shared and fits is not None and not fits(self._histories(), segment):
                 raise BudgetExceededError("the privacy budget of documents in this shard is spent")
             kind = segment.noise_multiplier, segment.sampling_probability

@@ -213,6 +213,17 @@ def test_other_units_are_not_added_up(folder: Path) -> None:
         assert total(register) == [20]
 
 
+def test_another_unit_that_comes_while_both_run_is_refused(folder: Path) -> None:
+    with Register.open(folder) as a, Register.open(folder) as b:
+        a.join("a", [], documents("x"), "record")
+        b.join("b", [], documents("x", "y"), "document")
+        a.charge(STEP)
+        with pytest.raises(ConfigError, match="don't add up"):
+            b.charge(STEP)
+        assert total(b) == [20]  # nothing was charged
+        a.charge(STEP)
+
+
 def test_a_shard_as_the_unit_adds_up_all_that_touched_it(folder: Path) -> None:
     with Register.open(folder) as register:
         register.join("a", [], documents("x"), "shard")
