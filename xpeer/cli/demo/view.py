@@ -15,6 +15,10 @@ from xpeer.cli.render import size
 from xpeer.status import Status
 
 PLAIN_EVERY_S = 15.0
+PLAIN_WIDTH = 100  # of a log: rich would guess 80 and cut
+
+_COLUMNS = ("peer", "state", "step", "train", "valid.", "tok/s", "rounds", "epsilon", "sent",
+            "distance")  # fmt: skip
 
 
 class View:
@@ -22,6 +26,8 @@ class View:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
+        if not self._console.is_terminal:
+            self._console.width = PLAIN_WIDTH
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(), console=self._console,
@@ -62,12 +68,13 @@ class View:
 
     def show(self, statuses: Mapping[str, Status | None]) -> None:
         """The peers now."""
-        table = Table()
-        for column in ("peer", "state", "step", "train", "valid.", "tok/s", "partners", "done",
-                       "sent", "epsilon", "distance"):  # fmt: skip
-            table.add_column(column, justify="left" if column in ("peer", "state") else "right")
+        table = Table(box=None, pad_edge=False)
+        columns = _COLUMNS if self._console.width >= PLAIN_WIDTH else _COLUMNS[:-2]
+        for column in columns:
+            left = column in ("peer", "state")
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for name, status in statuses.items():
-            table.add_row(*_row(name, status))
+            table.add_row(*_row(name, status)[: len(columns)])
         self._table = table
         self._refresh()
         if not self._console.is_terminal and time.monotonic() - self._said_at > PLAIN_EVERY_S:
@@ -88,7 +95,7 @@ class View:
 
 def _row(label: str, status: Status | None) -> list[str]:
     if status is None:
-        return [label, "starting", *[""] * 9]
+        return [label, "starting", *[""] * (len(_COLUMNS) - 2)]
     progress, privacy = status.progress, status.privacy
     return [
         label,
@@ -97,10 +104,9 @@ def _row(label: str, status: Status | None) -> list[str]:
         _loss(progress.loss_train),
         _loss(progress.loss_validation),
         f"{progress.tokens_per_s:,.0f}",
-        str(len(status.partners)),
         str(status.exchanges_done),
-        size(status.bytes_out),
         f"{privacy.epsilon_spent:.2f}/{privacy.epsilon_target:g}",
+        size(status.bytes_out),
         "" if progress.consensus_distance is None else f"{progress.consensus_distance:.4f}",
     ]
 
