@@ -39,6 +39,10 @@ _ROUNDING: Final = 1e-6
 _WRITTEN_RATIO: Final = 20
 """Write a record's gradient of a matrix down if it has at most so many times T^2 values; otherwise
 T^2 inner products tell its norm. Between 8 and 40 it hardly matters."""
+_CANCELLED: Final = 1e-6
+"""A squared norm from inner products counts as at least this share of its reach squared. Rounding
+errs by 3e-9 of that where terms cancel, as a partner's parameters might make them, and the record
+would go unclipped. Real text cancels to about 1 / T."""
 _CPU_TOKENS: Final = 1024
 """Per pass; larger passes fall out of a processor's caches (64 records of 128: half the speed)."""
 
@@ -319,12 +323,15 @@ def _squares(found: list[Part], whole: Tensor | None) -> Tensor | float:
         norms: Tensor = torch.linalg.vector_norm(whole.flatten(1), dim=1)
         return norms.double().square()
     total: Tensor | float = 0.0
+    reach: Tensor | float = 0.0
     for i, a in enumerate(found):
         for b in found[i:]:
             if not isinstance(a, Outer) or not isinstance(b, Outer):
                 raise LocalError("a gradient that must be written down was not")
             total = total + a.inner(b) * (1.0 if a is b else 2.0)
-    return total
+            if a is b:
+                reach = reach + a.reach()
+    return torch.maximum(torch.as_tensor(total), torch.as_tensor(_CANCELLED * reach * reach))
 
 
 def _add_weighted(total: Tensor, found: list[Part], whole: Tensor | None, factors: Tensor) -> None:

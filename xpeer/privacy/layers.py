@@ -122,6 +122,14 @@ class Outer:
             rows = torch.bmm(self.rows, other.rows.transpose(1, 2))
         return cols.mul_(rows).sum((1, 2), dtype=torch.float64)
 
+    def reach(self) -> Tensor:
+        """What the norm would be if nothing cancelled, (B,) float64: sum over t of |u_t| |v_t|."""
+        lengths = torch.linalg.vector_norm(self.cols, dim=2)
+        if not self.sparse:
+            lengths = lengths * torch.linalg.vector_norm(self.rows, dim=2)
+        total: Tensor = lengths.sum(1, dtype=torch.float64)
+        return total
+
     def add_weighted(self, factors: Tensor, out: Tensor) -> None:
         """Add the sum over records of factor times gradient to `out`, (p, d)."""
         cols = (self.cols * factors[:, None, None]).flatten(0, 1)

@@ -102,6 +102,38 @@ def test_norms_from_inner_products_alone(name: str, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(told.norms.float(), norms, rtol=1e-5, atol=0)
 
 
+CANCELLING = 128
+
+
+class Cancelling(nn.Module):
+    """The two halves of a record all but cancel: what a partner's parameters might bring about."""
+
+    def __init__(self, left: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(352, 352, bias=False)
+        self.vectors = torch.rand(256, 352) + 0.5
+        self.weights = torch.cat([torch.ones(CANCELLING // 2), -torch.ones(CANCELLING // 2) - left])
+        self.slopes = torch.rand(CANCELLING // 2, 352).repeat(2, 1) + 0.5
+
+    def losses(self, _model: nn.Module, records: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.inner(self.vectors[records]) * self.slopes * self.weights[:, None]
+        return out.sum((1, 2)), torch.ones(len(records), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("left", [1e-3, 1e-4, 1e-5, 1e-6])
+def test_a_gradient_that_all_but_cancels_is_clipped(
+    left: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clipping, "_WRITTEN_RATIO", 0)
+    model = Cancelling(left)
+    record = torch.randint(0, 256, (1, CANCELLING // 2)).repeat(1, 2)
+    _, free = run(MicrobatchEngine(model, model.losses), model, record, 1e9)
+    bound = float(free[0].norm()) / 100
+    _, (got,) = run(BookKeepingEngine(model, model.losses), model, record, bound)
+    assert 0 < float(got.norm()) <= bound * 1.01
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 100])
 def test_no_record_is_left_out_or_counted_twice(micro_batch: int) -> None:
     model, records = llama(tied=True), some_records()
