@@ -172,7 +172,9 @@ class FunctionalEngine:
             return (losses / tokens.clamp(min=1)).sum(), (losses[0], tokens[0])
 
         values = dict(zip(self._names, (p.detach() for p in self._parameters), strict=True))
-        per_record: Any = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(None, 0))
+        per_record: Any = torch.func.vmap(  # "same": chance knows nothing of the records
+            torch.func.grad(loss, has_aux=True), in_dims=(None, 0), randomness="same"
+        )
         # the plain attention: vmap would run the fused ones record by record, and warn
         with sdpa_kernel(SDPBackend.MATH):
             grads, (losses, tokens) = per_record(values, records)

@@ -65,7 +65,8 @@ def choose_engine(
     """The fastest engine that is right for this model.
 
     Args:
-        model: on its device; put into evaluation mode for the test, for dropout is chance.
+        model: on its device; put into evaluation mode for the comparison, for dropout is chance,
+            but engines are timed in its own mode.
         record_losses: the loss.
         sample: (n, T) int64 records, some of them padded; see `sample_of`.
         micro_batch: records per pass; 0 = the engine chooses.
@@ -91,9 +92,9 @@ def choose_engine(
     model.eval()
     try:
         right, refused = _right_ones(model, record_losses, sample, candidates)
-        engine, reason = _fastest(model, right, sample, clock)
     finally:
         model.train(training)
+    engine, reason = _fastest(model, right, sample, clock, refused)
     return Choice(engine, "; ".join([reason, *(f"refused {why}" for why in refused)]))
 
 
@@ -144,22 +145,36 @@ def _opacus(model: nn.Module, record_losses: RecordLosses, options: dict[str, in
 
 
 def _fastest(
-    model: nn.Module, engines: Sequence[Engine], sample: Tensor, clock: Callable[[], float]
+    model: nn.Module,
+    engines: Sequence[Engine],
+    sample: Tensor,
+    clock: Callable[[], float],
+    refused: list[str],
 ) -> tuple[Engine, str]:
-    """By one pass over a few records each; the test before was the warm-up."""
-    if len(engines) == 1:
-        return engines[0], "no other is exact for this model"
+    """By one pass over a few records each; the test before was the warm-up.
+
+    The last of them must work. Others that don't, in the mode in which the model will be trained,
+    are added to `refused`.
+    """
     records = sample.repeat(-(-_TIMED_RECORDS // len(sample)), 1)[:_TIMED_RECORDS]
     sums = [torch.zeros_like(p) for p in trainable(model)]
-    best, best_s = engines[0], float("inf")
+    best, best_s = engines[-1], float("inf")
     told = []
     for engine in engines:
         began = clock()
-        float(engine.accumulate(records, 1.0, sums).norms.sum())  # waits for a GPU, too
+        try:
+            float(engine.accumulate(records, 1.0, sums).norms.sum())  # waits for a GPU, too
+        except Exception as e:
+            if engine is engines[-1]:
+                raise
+            refused.append(f"{engine.name}: {type(e).__name__}: {e}")
+            continue
         needed_s = clock() - began
         told.append(f"{engine.name} {1e3 * needed_s:.3g} ms")
         if best_s == float("inf") or needed_s < _WORTH_IT * best_s:
             best, best_s = engine, needed_s
+    if len(told) == 1:
+        return best, "no other is exact for this model"
     return best, f"{_TIMED_RECORDS} records take {', '.join(told)}"
 
 

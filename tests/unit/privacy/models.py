@@ -93,6 +93,32 @@ def qwen2(*, tied: bool) -> nn.Module:
     return _louder(Qwen2ForCausalLM(config))
 
 
+def mixtral() -> nn.Module:
+    """Experts, chosen token by token by a router that returns several things."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(8)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
+        num_local_experts=4, use_cache=False, pad_token_id=PAD, bos_token_id=8, eos_token_id=9,
+    )  # fmt: skip
+    return _louder(MixtralForCausalLM(config))
+
+
+def opt() -> nn.Module:
+    """It draws random numbers in training mode, whether or not anything is dropped."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(9)
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=LENGTH, dropout=0.0,
+        use_cache=False, pad_token_id=PAD, bos_token_id=8, eos_token_id=9,
+    )  # fmt: skip
+    return _louder(OPTForCausalLM(config))
+
+
 def adapted(model: nn.Module) -> nn.Module:
     """With adapters of rank 2 next to all its linear layers; they are no longer zero."""
     made = adapt(model, Lora(rank=2, alpha=4.0, seed=6, base_digest=""))

@@ -15,7 +15,9 @@ from tests.unit.privacy.models import (
     careless_losses,
     gpt2,
     llama,
+    mixtral,
     neox,
+    opt,
     qwen2,
     record_losses,
     some_records,
@@ -249,6 +251,34 @@ def test_the_fastest_right_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     assert choice(lambda: Timed("a", 3.0), lambda: Timed("b", 2.9)) == "a"
     assert choice(lambda: Timed("wrong", 0.1, sums=1.01), lambda: Timed("b", 2.0)) == "b"
     assert choice(lambda: Timed("a", 99.0)) == "one"
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("make", [mixtral, opt])
+def test_models_that_book_keeping_cannot_take_apart(make: Callable[[], nn.Module]) -> None:
+    model, records = make().train(), some_records()
+    choice = choose_engine(model, record_losses, sample_of(records), clock=no_time)
+    assert choice.engine.name == "vmap"
+    assert "refused book-keeping: " in choice.reason
+    _, sums = by_autograd(model, records, 0.5)
+    assert distance(sums, run(choice.engine, model, records, 0.5)[1]) < 1e-5
+
+
+def test_an_engine_that_fails_in_training_mode_is_refused() -> None:
+    model = llama(tied=True).train()
+
+    class Quiet(MicrobatchEngine):
+        name = "quiet"
+
+        def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
+            if model.training:
+                raise RuntimeError("not in training")
+            return super().accumulate(records, clip_norm, sums)
+
+    candidates = [lambda: Quiet(model, record_losses)]
+    choice = choose_engine(model, record_losses, some_records()[:4], candidates=candidates)
+    assert choice.engine.name == "microbatch"
+    assert "refused quiet: RuntimeError: not in training" in choice.reason
 
 
 def test_opacus_is_among_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
