@@ -42,6 +42,7 @@ class Vector:
     """
 
     step = window = ledger_counter = 0
+    resumed_step: int | None = None
 
     def __init__(
         self, values: torch.Tensor, num_fragments: int, codec: str, grid: Grid | None = None

@@ -15,7 +15,8 @@ ones until one is left among them; so whoever is missing or lost costs all the o
 the next slot is another attempt, with fresh keys and whatever group it brings. As long as nothing
 was revealed, the same values may be tried again. From our reveal on they may not: with another
 roster the difference of the two sums would be the values of those who are not in both. So what was
-shown in vain is shown to no other group while it stays as it is (`Revealed`).
+shown in vain is shown to no other group while it stays as it is (`Revealed`), and a checkpoint's
+values to none.
 
 A lie is noticed where it makes a difference: other keys for others (lock), other commitments
 (echo), other payloads (reveal, or a refusal by whoever was shown another one). Who lied can't

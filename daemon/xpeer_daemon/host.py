@@ -17,6 +17,10 @@ class GossipTrainer(Trainer, Protocol):
         """Drawn at its start."""
 
     @property
+    def resumed_step(self) -> int | None:
+        """Of the checkpoint that it went on from; None = it began anew."""
+
+    @property
     def step(self) -> int:
         """Local steps done."""
 

@@ -10,7 +10,8 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Round
 from xpeer.masked_round import MaskedMeeting, Revealed, Us
 from xpeer.network import matching
-from xpeer.round import Given, Meeting, Trainer
+from xpeer.round import Given, Meeting
+from xpeer_daemon.host import GossipTrainer
 from xpeer_daemon.partners import Partners
 
 MIN_GATHER_S, GATHER_SLOTS = 2.0, 2
@@ -46,6 +47,7 @@ class Meetings:
         self._due_again = due_again
         self._running: dict[int, Meeting | MaskedMeeting] = {}  # by fragment
         self._revealed: dict[int, Revealed] = {}  # by fragment
+        self._epoch: int | None = None  # of the trainer that revealed it
         self._last_id = 0
 
     def __contains__(self, fragment: int) -> bool:
@@ -61,7 +63,7 @@ class Meetings:
 
     def join(
         self,
-        trainer: Trainer,
+        trainer: GossipTrainer,
         slot: int,
         *,
         averaging: bool,
@@ -83,12 +85,13 @@ class Meetings:
             gather_s=max(MIN_GATHER_S, GATHER_SLOTS * self._rules.slot_s),
         )
         if self._rules.masks:
+            self._follow(trainer)
             before = self._revealed.get(fragment)
             meeting = MaskedMeeting(trainer, self._us, before, **given)
         else:
             meeting = Meeting(trainer, **given)
         self._running[fragment] = meeting
-        self._keep(self._hold(meeting))
+        self._keep(self._hold(meeting, trainer.epoch))
         return meeting
 
     def give_up(self, peer_id: PeerId, slot: int, fragment: int) -> None:
@@ -97,7 +100,7 @@ class Meetings:
         if meeting is not None and meeting.slot == slot:
             meeting.give_up(peer_id)
 
-    async def _hold(self, meeting: Meeting | MaskedMeeting) -> None:
+    async def _hold(self, meeting: Meeting | MaskedMeeting, epoch: int) -> None:
         """Until everybody's exchange has ended and what was accepted is merged."""
         try:
             await meeting.run()
@@ -109,12 +112,23 @@ class Meetings:
         finally:
             del self._running[meeting.fragment]
             if isinstance(meeting, MaskedMeeting):
-                self._remember(meeting)
+                self._remember(meeting, epoch)
 
-    def _remember(self, meeting: MaskedMeeting) -> None:
-        if meeting.merged:
+    def _follow(self, trainer: GossipTrainer) -> None:
+        """A trainer that resumes is back at values that may have been shown, to nobody knows whom:
+        no group may see them until it has taken a step.
+        """
+        if trainer.epoch != self._epoch:
+            self._epoch, back_at = trainer.epoch, trainer.resumed_step
+            fragments = () if back_at is None else range(self._rules.fragments)
+            self._revealed = {f: Revealed(back_at or 0, frozenset()) for f in fragments}
+
+    def _remember(self, meeting: MaskedMeeting, epoch: int) -> None:
+        if not meeting.merged and meeting.revealed is None:
+            self._due_again()
+        elif epoch != self._epoch:
+            return  # values of a trainer that is gone
+        elif meeting.merged:
             self._revealed.pop(meeting.fragment, None)
         elif meeting.revealed is not None:
             self._revealed[meeting.fragment] = meeting.revealed
-        else:
-            self._due_again()

@@ -132,7 +132,7 @@ class Service:
             if self._manifest.shared_corpus is not None:
                 await self._wait_for_peers()
             trainer = await self._start_trainer()
-            if not (trainer.resumed or self._joiner.founds):
+            if trainer.resumed_step is None and not self._joiner.founds:
                 await self._joiner.take_over_parameters(trainer, self._party, self._manifest)
             await self._wait_for_peers()
             await self._begin(trainer)
@@ -239,7 +239,7 @@ class Service:
     async def _supervise(self) -> None:
         async def again(trainer: TrainerProcess) -> None:
             self._store.add_event("trainer-restarted", f"epoch {trainer.epoch}")
-            if not (trainer.resumed or self._joiner.founds):
+            if trainer.resumed_step is None and not self._joiner.founds:
                 await self._joiner.take_over_parameters(trainer, self._party, self._manifest)
                 await self._begin(trainer)
 

@@ -150,7 +150,7 @@ async def test_noise_on_the_wire_is_as_claimed_and_never_repeated(tmp_path: Path
             noises[f"low {slot}"], noises[f"high {slot}"] = await exchange(low, high, slot)
         await low.trainer.kill()
         await low.start()  # from that checkpoint
-        assert low.trainer.resumed
+        assert low.trainer.resumed_step is not None
         assert low.steps < 3
         noises["low again"], noises["high 3"] = await exchange(low, high, 3)
     finally:

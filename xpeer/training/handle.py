@@ -64,7 +64,7 @@ class TrainerProcess:
         num_fragments: F.
         device: where the model lies.
         engine: how per-record gradients are clipped.
-        resumed: whether it went on from a checkpoint.
+        resumed_step: of the checkpoint that it went on from; None = it began anew.
         corpus: its share of the shared corpus, if there is one.
     """
 
@@ -77,7 +77,7 @@ class TrainerProcess:
         self.num_params = self.num_fragments = 0
         self._vectors = 1
         self.device = self.engine = ""
-        self.resumed = False
+        self.resumed_step: int | None = None
         self.corpus: CorpusShare | None = None
         self._child: Child
         self._slots: Slots
@@ -115,7 +115,8 @@ class TrainerProcess:
         trainer.num_params, trainer.num_fragments = ready.num_params, ready.num_fragments
         trainer.device, trainer.engine = ready.device, ready.engine
         trainer.ledger_counter = max(trainer.ledger_counter, ready.ledger_counter)
-        trainer.resumed, trainer.corpus = ready.resumed, ready.corpus
+        trainer.resumed_step = ready.step if ready.resumed else None
+        trainer.corpus = ready.corpus
         return trainer
 
     @property

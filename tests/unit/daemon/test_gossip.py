@@ -30,6 +30,7 @@ ROUND = Round(window_steps=10, slot_s=1.0, fragments=5, codec="int8", deadline_s
 
 class FakeTrainer:
     epoch, step, ledger_counter = 7, 0, 3
+    resumed_step: int | None = None
 
     window = 0
 
@@ -439,6 +440,30 @@ async def test_what_was_revealed_in_vain_is_remembered_until_a_merge(
     for _ in range(3):
         await rig.slot()
     assert befores == [None, shown, None]
+
+
+async def test_what_a_checkpoint_holds_is_shown_to_no_group(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(monkeypatch, rules=msgspec.structs.replace(MASKED, fragments=1))
+    rig.host.live = [OTHER, THIRD]
+    befores: list[Revealed | None] = []
+
+    async def run(meeting: MaskedMeeting) -> None:
+        await meeting._gathered()
+        befores.append(meeting._before)
+
+    async def exchange(meeting: MaskedMeeting, agreement: Any, **_: Any) -> Any:
+        meeting.give_up(agreement.peer_id)
+        return Exchanged(0.1, 4, 4)
+
+    monkeypatch.setattr(MaskedMeeting, "run", run)
+    monkeypatch.setattr(MaskedMeeting, "exchange", exchange)
+    rig.host.is_training = False
+    trainer = rig.host.trainer
+    assert trainer is not None
+    await rig.slot()
+    trainer.epoch, trainer.resumed_step = 8, 20
+    await rig.slot()
+    assert befores == [None, Revealed(20, frozenset())]
 
 
 async def test_without_slots_anybody_is_met_by_proposal_or_by_nudge(

@@ -248,7 +248,7 @@ async def test_a_trainer_that_dies_fails_what_waits_and_goes_on_from_its_checkpo
     watch = Watch()
     again = await TrainerProcess.start(msgspec.structs.replace(setups[1], mode="pause"), watch)
     try:
-        assert again.resumed
+        assert again.resumed_step is not None
         assert again.epoch > b.epoch
         state = await again.export_state()
         assert state.step == saved.counters["step"]
@@ -282,7 +282,7 @@ async def test_a_budget_ends_is_never_refunded_and_mixing_goes_on(tmp_path: Path
     watch = Watch()
     trainer = await TrainerProcess.start(setup, watch)
     try:
-        assert trainer.resumed
+        assert trainer.resumed_step is not None
         assert trainer.ledger_counter >= charged
         event = await watch.state("budget-spent")
         assert event.progress.step > 2
