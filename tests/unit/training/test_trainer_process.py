@@ -25,6 +25,7 @@ from xpeer.errors import ConfigError, LocalError, PeerError, Reason, TrainerErro
 from xpeer.training import checkpoint
 from xpeer.training.assemble import assemble
 from xpeer.training.child import Event
+from xpeer.training.fragments import Fragments, padded
 from xpeer.training.handle import Progressed, Saved, TrainerProcess
 from xpeer.training.ipc import Drop, Snapshot, Snapshotted
 from xpeer.training.setup import TrainerSetup
@@ -95,38 +96,52 @@ async def pair(setups: list[TrainerSetup]):
 Pair = tuple[TrainerProcess, TrainerProcess]
 
 
+async def saved_by(*trainers: TrainerProcess) -> list[checkpoint.Bundle]:
+    return [checkpoint.load(Path(await trainer.checkpoint())) for trainer in trainers]
+
+
 async def parameters_of(*trainers: TrainerProcess) -> list[np.ndarray]:
     """Their own, as checkpoints hold them."""
-    written = [await trainer.checkpoint() for trainer in trainers]
-    return [checkpoint.load(Path(path)).flat.numpy() for path in written]
+    return [saved.flat.numpy() for saved in await saved_by(*trainers)]
 
 
-def relative_distances(one: CompressedUpdate, other: CompressedUpdate) -> list[float]:
+def values_sent(update: CompressedUpdate) -> torch.Tensor:
+    return decode(update.codec, bytes(update.payload), update.num_values)
+
+
+def relative_distances(x: torch.Tensor, y: torch.Tensor) -> list[float]:
     """As each of the two should find it."""
-    x, y = (decode(u.codec, bytes(u.payload), u.num_values).numpy() for u in (one, other))
-    return [float(np.linalg.norm(x - y) / np.linalg.norm(own)) for own in (x, y)]
+    return [float((x - y).norm() / own.norm()) for own in (x, y)]
 
 
 @module_loop
 async def test_an_exchange_between_two_trainers_keeps_the_sum(pair: Pair) -> None:
     a, b = pair
     await asyncio.gather(a.run("pause"), b.run("pause"))
-    before = await parameters_of(a, b)
+    saved = await saved_by(a, b)
+    before = [each.flat.numpy() for each in saved]
+    fragments = Fragments(a.num_params, a.num_fragments)
+    half_way = torch.zeros(padded(a.num_params))  # from what a sent to the mean with b's
     for fragment in range(a.num_fragments):
         ours, theirs = await asyncio.gather(
             a.snapshot(fragment, fragment, averaging=False),
             b.snapshot(fragment, fragment, averaging=False),
         )
         assert ours.num_values == a.fragment_values(fragment, averaging=False)
-        expected = relative_distances(ours, theirs)
+        one, other = values_sent(ours), values_sent(theirs)
+        expected = relative_distances(one, other)
+        fragments.add_(half_way, fragment, other - one, 0.5)
         distances = await asyncio.gather(
             a.verify(fragment, 1, from_peer(theirs)), b.verify(fragment, 1, from_peer(ours))
         )
-        assert distances == pytest.approx(expected, rel=0.05)
+        assert distances == pytest.approx(expected, rel=1e-4)
         await asyncio.gather(a.merge(fragment, {1: 0.5}), b.merge(fragment, {1: 0.5}))
-    after = await parameters_of(a, b)
-    sums = [one + other for one, other in (before, after)]
-    assert np.abs(sums[0] - sums[1]).max() < 1e-6
+    saved_after = await saved_by(a, b)
+    assert [s.counters["step"] for s in saved_after] == [s.counters["step"] for s in saved]
+    after = [each.flat.numpy() for each in saved_after]
+    shift = half_way[: a.num_params].numpy()
+    assert np.abs(after[0] - before[0] - shift).max() < 1e-6
+    assert np.abs(after[1] - before[1] + shift).max() < 1e-6
     gaps = [one - other for one, other in (before, after)]
     rounding = 0.1  # of int8; what the gap is beyond that depends on the steps taken so far
     assert np.linalg.norm(gaps[1]) < 0.2 * np.linalg.norm(gaps[0]) + rounding
@@ -358,6 +373,7 @@ async def test_it_runs_the_program_that_it_is_told_to(tmp_path: Path) -> None:
 
 PARENT = """
 import asyncio, sys, msgspec
+from xpeer.training.fragments import Fragments, padded
 from xpeer.training.handle import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 
