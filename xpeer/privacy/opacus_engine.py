@@ -26,6 +26,7 @@ from xpeer.privacy.clipping import (
     batches,
     cache_records,
     clip_factors,
+    squared_norms,
     trainable,
 )
 
@@ -92,8 +93,7 @@ class OpacusEngine:
             squares = torch.zeros(len(records), dtype=torch.float64, device=records.device)
             for grad in grads:
                 if grad is not None:
-                    norm: Tensor = torch.linalg.vector_norm(grad.flatten(1), dim=1)
-                    squares += norm.double().square()
+                    squares += squared_norms(grad)
             norms = squares.sqrt()
             factors = clip_factors(norms, bounds)
             bad = ~torch.isfinite(norms)

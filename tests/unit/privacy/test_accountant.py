@@ -50,6 +50,17 @@ def test_a_gaussian_step_without_sampling_has_the_exact_cost() -> None:
     assert phi(a - b) - math.exp(eps) * phi(-a - b) == pytest.approx(delta, rel=2e-2)
 
 
+@pytest.mark.parametrize(("sigma", "steps"), [(30.0, 1000), (100.0, 100_000)])
+@pytest.mark.parametrize("delta", [1e-8, 1e-10, 1e-12, 1e-14])
+def test_a_small_delta_is_never_overstepped(sigma: float, steps: int, delta: float) -> None:
+    """The same closed form: steps without sampling are one with less noise."""
+    eps = epsilon([Segment(sigma, 1.0, steps)], delta)
+    together = sigma / math.sqrt(steps)
+    a, b = 0.5 / together, eps * together
+    log_tail = math.log(math.erfc((a + b) / math.sqrt(2)) / 2 or 5e-324)
+    assert math.erfc((b - a) / math.sqrt(2)) / 2 - math.exp(eps + log_tail) <= delta
+
+
 @given(
     st.floats(0.5, 4.0), st.floats(0.001, 0.2), st.integers(1, 400), st.sampled_from([1e-5, 1e-7])
 )
@@ -147,6 +158,7 @@ def test_steps_within_ends_at_its_limit_and_at_the_budget() -> None:
 def test_default_delta() -> None:
     assert default_delta(1) == 1e-5
     assert default_delta(10**6) == pytest.approx(10**-6.6)
+    assert default_delta(10**12) == 1e-10
     with pytest.raises(LocalError):
         default_delta(0)
 

@@ -32,6 +32,7 @@ from xpeer.privacy.clipping import (
     FunctionalEngine,
     MicrobatchEngine,
     clip_factors,
+    squared_norms,
     trainable,
 )
 from xpeer.privacy.engines import choose_engine, sample_of
@@ -206,6 +207,13 @@ def test_factors_never_let_a_record_exceed_the_norm() -> None:
     assert torch.all(norms[:6] * factors[:6] <= 1.0)
     assert factors.tolist()[:3] == [1.0, 1.0, 1.0]
     assert factors.tolist()[6:] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (3, 40, 100), (2, 500_000)])
+def test_norms_of_large_gradients_are_not_too_small(shape: tuple[int, ...]) -> None:
+    gradients = torch.full(shape, 1e-3)  # float32's own sum is 3e-4 too small for the largest
+    exact = gradients.flatten(1).double().square().sum(1)
+    torch.testing.assert_close(squared_norms(gradients), exact, rtol=5e-6, atol=0)
 
 
 def no_time() -> float:
