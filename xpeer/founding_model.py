@@ -17,11 +17,10 @@ import msgspec
 
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
-from xpeer.manifest import Lora, Manifest, Model, PublicText, Tokenizer
+from xpeer.manifest import MAX_NAME_CHARS, Lora, Manifest, Model, PublicText, Tokenizer
 from xpeer.training.documents import corpus_digest, load_documents
 
 PUBLIC_TEXT_BYTES = 200_000
-MAX_NAME_CHARS = 80
 MEASURED = frozenset({"model", "tokenizer", "public_text"})
 """Sections that are computed from files, never written by hand."""
 BYTE_IDS = 259

@@ -18,6 +18,9 @@ from xpeer.identity import Domain, Identity, blake2b, verify_with
 
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_NAME_CHARS = 80
+DELTA_MAX = 1e-4
+"""Of privacy.delta: the probability with which epsilon does not hold."""
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -217,6 +220,11 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: names fields and remedy.
         """
+        if self.mode != "off" and self.delta is not None and self.delta > DELTA_MAX:
+            raise ValueError(
+                f"privacy.delta = {self.delta:g}: with that probability privacy.epsilon does not "
+                f"hold at all: set it to {DELTA_MAX:g} or less, or leave it out"
+            )
         if self.mode != "record" and (self.unit, self.clipping) != ("record", "fixed"):
             raise ValueError(
                 f"privacy.unit and privacy.clipping mean nothing for privacy.mode = {self.mode}: "
@@ -306,6 +314,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                     "privacy.noise_multiplier is unset and so is end.steps: "
                     "sigma can't be calibrated; set one of them"
                 )
+        if not (self.name.isprintable() and 0 < len(self.name.strip()) <= MAX_NAME_CHARS):
+            raise ValueError(f"name {self.name!r}: use 1 to {MAX_NAME_CHARS} printable characters")
         self.round.check()
         self.privacy.check(shared_corpus=self.shared_corpus is not None)
         if self.privacy.mode == "update":

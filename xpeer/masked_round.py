@@ -13,10 +13,10 @@ all have answered:
 A group has exactly the manifest's k members. With fewer, those who collude could drop the honest
 ones until one is left among them; so whoever is missing or lost costs all the others this slot, and
 the next slot is another attempt, with fresh keys and whatever group it brings. As long as nothing
-was revealed, the same values may be tried again. From our reveal on they may not: with another
-roster the difference of the two sums would be the values of those who are not in both. So what was
-shown in vain is shown to no other group while it stays as it is (`Revealed`), and a checkpoint's
-values to none.
+was revealed, the same values may be tried again. From our reveal on they may not, in no group: with
+another roster the difference of the two sums would be the values of those who are not in both, and
+with the same one others may have merged, to a mean that is known. So what was shown in vain is
+shown to nobody before a step has changed it, and a checkpoint's values neither.
 
 A lie is noticed where it makes a difference: other keys for others (lock), other commitments
 (echo), other payloads (reveal, or a refusal by whoever was shown another one). Who lied can't
@@ -52,15 +52,6 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Revealed:
-    """Values that were shown under masks, and of which nothing came."""
-
-    step: int
-    """Local step of the snapshot."""
-    members: frozenset[PeerId]
-
-
-@dataclass(frozen=True, slots=True)
 class Us:
     """Who we are in masked groups, how large those are, and how patient we are."""
 
@@ -89,11 +80,11 @@ class MaskedMeeting(Gathering):
     Args:
         trainer: ours.
         us: who we are.
-        before: what we showed of this fragment in a group that failed.
+        before: local step of what we showed of this fragment, and of which nothing came.
         given: see `round.Given`.
 
     Attributes:
-        revealed: what we have shown; None = nothing yet.
+        revealed: local step of what we have shown; None = nothing yet.
         merged: the sum is on its way into the parameters.
     """
 
@@ -101,13 +92,13 @@ class MaskedMeeting(Gathering):
         self,
         trainer: Trainer,
         us: Us,
-        before: Revealed | None = None,
+        before: int | None = None,
         **given: Unpack[Given],
     ) -> None:
         super().__init__(trainer, **given)
         self._us, self._before = us, before
         self._pairs: dict[PeerId, _Pair] = {}
-        self.revealed: Revealed | None = None
+        self.revealed: int | None = None
         self.merged = False
 
     async def exchange(
@@ -152,14 +143,14 @@ class MaskedMeeting(Gathering):
                 await self._tell_all(error)
 
     async def _meet(self) -> None:
-        members = frozenset({self._us.me, *self._pairs})
-        if len(members) != self._us.size:
-            raise PeerError(Reason.GROUP_TOO_SMALL, f"{len(members)} of {self._us.size} came")
+        came = 1 + len(self._pairs)
+        if came != self._us.size:
+            raise PeerError(Reason.GROUP_TOO_SMALL, f"{came} of {self._us.size} came")
         update = await self._trainer.snapshot(self._id, self.fragment, averaging=self.averaging)
-        self._require_unseen(members, update)
+        self._require_unseen(update)
         roster, masked = await self._mask(update)
         commitments = await self._commit(roster, masked)
-        self.revealed = Revealed(update.step, members)
+        self.revealed = update.step
         distance = await self._reveal(roster, masked, commitments)
         for pair in self._pairs.values():
             pair.accepted = True
@@ -168,12 +159,9 @@ class MaskedMeeting(Gathering):
 
     # Before anything is shown
 
-    def _require_unseen(self, members: frozenset[PeerId], update: CompressedUpdate) -> None:
-        before = self._before
-        if before is not None and before.step == update.step and before.members != members:
-            raise PeerError(
-                Reason.REVEALED_BEFORE, "another group was shown these very values and failed"
-            )
+    def _require_unseen(self, update: CompressedUpdate) -> None:
+        if self._before == update.step:
+            raise PeerError(Reason.REVEALED_BEFORE, "these very values were shown in vain")
 
     async def _mask(self, update: CompressedUpdate) -> tuple[bytes, MaskedUpdate]:
         """Draw keys, lock the roster, and hide our payload."""

@@ -8,7 +8,7 @@ from typing import Any
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.manifest import Round
-from xpeer.masked_round import MaskedMeeting, Revealed, Us
+from xpeer.masked_round import MaskedMeeting, Us
 from xpeer.network import matching
 from xpeer.round import Given, Meeting
 from xpeer_daemon.host import GossipTrainer
@@ -46,7 +46,7 @@ class Meetings:
         self._keep = keep
         self._due_again = due_again
         self._running: dict[int, Meeting | MaskedMeeting] = {}  # by fragment
-        self._revealed: dict[int, Revealed] = {}  # by fragment
+        self._revealed: dict[int, int] = {}  # in vain: local steps by fragment
         self._epoch: int | None = None  # of the trainer that revealed it
         self._last_id = 0
 
@@ -119,9 +119,10 @@ class Meetings:
         no group may see them until it has taken a step.
         """
         if trainer.epoch != self._epoch:
-            self._epoch, back_at = trainer.epoch, trainer.resumed_step
-            fragments = () if back_at is None else range(self._rules.fragments)
-            self._revealed = {f: Revealed(back_at or 0, frozenset()) for f in fragments}
+            self._epoch, self._revealed = trainer.epoch, {}
+            if trainer.resumed_step is not None:
+                fragments = range(self._rules.fragments)
+                self._revealed = dict.fromkeys(fragments, trainer.resumed_step)
 
     def _remember(self, meeting: MaskedMeeting, epoch: int) -> None:
         if not meeting.merged and meeting.revealed is None:

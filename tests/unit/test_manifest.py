@@ -133,6 +133,8 @@ def test_signed_nonsense_is_a_clear_error() -> None:
         ({"round": {"slot_s": 0}}, "slot_s"),
         ({"privacy": {"epsilon": -1}}, "epsilon"),
         ({"privacy": {"delta": 1}}, "delta"),
+        ({"privacy": {"delta": 0.01}}, "privacy.delta = 0.01"),
+        ({"name": "a\x1b[2Kb"}, "name"),
         ({"privacy": {"mode": "trust me"}}, "mode"),
         ({"optimiser": {"learning_rate": "fast"}}, "learning_rate"),
         ({"optimiser": {"sequence_tokens": 4}}, "sequence_tokens"),

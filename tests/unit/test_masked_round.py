@@ -15,7 +15,7 @@ import torch
 from benchmarks.vector import Vector
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.identity import Identity, PeerId
-from xpeer.masked_round import MaskedMeeting, Revealed, Us
+from xpeer.masked_round import MaskedMeeting, Us
 from xpeer.network.exchange import Agreement, Party, UnresolvedError
 from xpeer.network.link import Link
 from xpeer.network.membership import Membership, Scope
@@ -95,7 +95,7 @@ class Group:
                     member.agreements[link.peer_id] = _agreement(member, link, number)
 
     async def meet(
-        self, before: Revealed | None = None, *, absent: tuple[int, ...] = (), **patience: float
+        self, before: int | None = None, *, absent: tuple[int, ...] = (), **patience: float
     ) -> None:
         """Everybody's meeting; what came of each pair is in `results`."""
         here = [m for i, m in enumerate(self.members) if i not in absent]
@@ -424,20 +424,16 @@ async def test_values_too_far_apart_are_merged_by_nobody():
 # What was revealed in vain
 
 
-async def test_what_was_shown_in_vain_is_shown_to_the_same_group_or_after_a_step_only():
+async def test_what_was_shown_in_vain_is_shown_after_a_step_only():
     async with group(4) as g:
-        everybody = frozenset(m.peer_id for m in g.members)
-        await g.meet(Revealed(0, everybody - {g.members[0].peer_id}))
+        await g.meet(0)
         assert g.merged() == []
         assert g.reasons(1) == {Reason.REVEALED_BEFORE} or Reason.NOT_DUE in g.reasons(1)
         assert all(m.meeting.revealed is None for m in g.members)
     async with group(4) as g:
-        await g.meet(Revealed(0, frozenset(m.peer_id for m in g.members)))
-        assert len(g.merged()) == 4
-    async with group(4) as g:
         for member in g.members:
             member.trainer.step = 1
-        await g.meet(Revealed(0, frozenset()))
+        await g.meet(0)
         assert len(g.merged()) == 4
 
 

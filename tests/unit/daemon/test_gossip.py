@@ -14,7 +14,7 @@ import pytest
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.identity import PeerId
 from xpeer.manifest import Round
-from xpeer.masked_round import MaskedMeeting, Revealed
+from xpeer.masked_round import MaskedMeeting
 from xpeer.network import matching
 from xpeer.network.exchange import UnresolvedError
 from xpeer.round import Exchanged, Meeting
@@ -421,8 +421,8 @@ async def test_what_was_revealed_in_vain_is_remembered_until_a_merge(
 ):
     rig = Rig(monkeypatch, rules=msgspec.structs.replace(MASKED, fragments=1))
     rig.host.live = [OTHER, THIRD]
-    shown = Revealed(0, frozenset({ME, OTHER, THIRD}))
-    befores: list[Revealed | None] = []
+    shown = 0
+    befores: list[int | None] = []
     outcomes = iter([(shown, False), (shown, True), (None, False)])
 
     async def run(meeting: MaskedMeeting) -> None:
@@ -445,7 +445,7 @@ async def test_what_was_revealed_in_vain_is_remembered_until_a_merge(
 async def test_what_a_checkpoint_holds_is_shown_to_no_group(monkeypatch: pytest.MonkeyPatch):
     rig = Rig(monkeypatch, rules=msgspec.structs.replace(MASKED, fragments=1))
     rig.host.live = [OTHER, THIRD]
-    befores: list[Revealed | None] = []
+    befores: list[int | None] = []
 
     async def run(meeting: MaskedMeeting) -> None:
         await meeting._gathered()
@@ -463,7 +463,7 @@ async def test_what_a_checkpoint_holds_is_shown_to_no_group(monkeypatch: pytest.
     await rig.slot()
     trainer.epoch, trainer.resumed_step = 8, 20
     await rig.slot()
-    assert befores == [None, Revealed(20, frozenset())]
+    assert befores == [None, 20]
 
 
 async def test_without_slots_anybody_is_met_by_proposal_or_by_nudge(
