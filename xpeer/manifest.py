@@ -19,8 +19,8 @@ from xpeer.identity import Domain, Identity, blake2b, verify_with
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NAME_CHARS = 80
-DELTA_MAX = 1e-4
-"""Of privacy.delta: the probability with which epsilon does not hold."""
+DELTA_MIN, DELTA_MAX = 1e-10, 1e-4
+"""Of privacy.delta: below, the accountant's doubles can't tell; above, epsilon means too little."""
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -220,10 +220,10 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: names fields and remedy.
         """
-        if self.mode != "off" and self.delta is not None and self.delta > DELTA_MAX:
+        if self.delta is not None and not DELTA_MIN <= self.delta <= DELTA_MAX:
             raise ValueError(
-                f"privacy.delta = {self.delta:g}: with that probability privacy.epsilon does not "
-                f"hold at all: set it to {DELTA_MAX:g} or less, or leave it out"
+                f"privacy.delta = {self.delta:g}: it is the probability with which privacy.epsilon "
+                f"does not hold: set it to {DELTA_MIN:g} to {DELTA_MAX:g}, or leave it out"
             )
         if self.mode != "record" and (self.unit, self.clipping) != ("record", "fixed"):
             raise ValueError(

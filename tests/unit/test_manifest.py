@@ -134,6 +134,7 @@ def test_signed_nonsense_is_a_clear_error() -> None:
         ({"privacy": {"epsilon": -1}}, "epsilon"),
         ({"privacy": {"delta": 1}}, "delta"),
         ({"privacy": {"delta": 0.01}}, "privacy.delta = 0.01"),
+        ({"privacy": {"delta": 1e-12}}, "privacy.delta = 1e-12"),
         ({"name": "a\x1b[2Kb"}, "name"),
         ({"privacy": {"mode": "trust me"}}, "mode"),
         ({"optimiser": {"learning_rate": "fast"}}, "learning_rate"),

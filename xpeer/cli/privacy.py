@@ -13,6 +13,7 @@ from xpeer.cli.common import echo_json, home_option, json_option, load_config, s
 from xpeer.cli.render import moment
 from xpeer.config import Home, privacy_register
 from xpeer.errors import ConfigError, ExitCode, LocalError
+from xpeer.manifest import DELTA_MIN
 
 if TYPE_CHECKING:
     from xpeer.privacy.ledger import Ledger
@@ -214,8 +215,10 @@ def _looked(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Regi
 
 
 def _checked_delta(delta: float | None) -> float | None:
-    if delta is not None and not 0 < delta < 1:
-        raise ConfigError(f"--delta {delta} is not between 0 and 1", "e.g. --delta 1e-5")
+    if delta is not None and not DELTA_MIN <= delta < 1:
+        raise ConfigError(
+            f"--delta {delta} is not between {DELTA_MIN:g} and 1", "e.g. --delta 1e-5"
+        )
     return delta
 
 

@@ -20,16 +20,16 @@ from functools import lru_cache, partial
 from typing import Any, Final
 
 from xpeer.errors import ConfigError, LocalError
+from xpeer.manifest import DELTA_MIN
 
 _INTERVAL: Final = 2e-4
 """Widest discretisation of the privacy loss: epsilon within 1e-4 of the limit in the tests' table.
 It is the same for every number of steps, so that epsilon grows with each."""
 _COARSER: Final = (20, 4, 1)
 """Searches begin with intervals so many times as wide: much faster, and they only err upwards."""
-_DELTA_LEAST: Final = 1e-10
 _DELTA_SLACK: Final = 1e-12
-"""Sums of a distribution's doubles err by some 2e-14: taken off delta, many times over. Of a delta
-that is not far larger, the simple bound alone counts."""
+"""Sums of a distribution's doubles err by some 2e-14: taken off delta, many times over. Below
+`DELTA_MIN` the simple bound alone counts."""
 _AT_ONCE: Final = 1024
 """Steps that are composed in one go."""
 _HOPELESS: Final = 1000.0
@@ -73,7 +73,7 @@ def default_delta(num_records: int) -> float:
         LocalError: fewer than one record.
     """
     _check(num_records, "number of records", num_records >= 1)
-    return float(max(_DELTA_LEAST, min(1e-5, num_records**-1.1)))
+    return float(max(DELTA_MIN, min(1e-5, num_records**-1.1)))
 
 
 def epsilon(segments: Iterable[Segment], delta: float) -> float:
@@ -226,7 +226,7 @@ def _epsilon(merged: tuple[Segment, ...], delta: float, coarser: int) -> float:
     if not merged:
         return 0.0
     bound = _simple_bound(merged, delta)
-    if bound > _HOPELESS or delta < _DELTA_LEAST:
+    if bound > _HOPELESS or delta < DELTA_MIN:
         return bound
     ranges = [_loss_range(s.noise_multiplier, s.sampling_probability) for s in merged]
     interval = max(min(_INTERVAL, min(ranges) / 1e3), max(ranges) / 2e5) * coarser

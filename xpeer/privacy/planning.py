@@ -7,6 +7,7 @@ import math
 from msgspec import Struct
 
 from xpeer.errors import ConfigError
+from xpeer.manifest import DELTA_MAX, DELTA_MIN
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import told_size
@@ -72,8 +73,10 @@ def plan(
         )
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ConfigError(f"--epsilon {epsilon} is not positive", "e.g. --epsilon 8")
-    if delta is not None and not 0 < delta < 1:
-        raise ConfigError(f"--delta {delta} is not between 0 and 1", "e.g. --delta 1e-5")
+    if delta is not None and not DELTA_MIN <= delta <= DELTA_MAX:
+        raise ConfigError(
+            f"--delta {delta} is not between {DELTA_MIN:g} and {DELTA_MAX:g}", "e.g. --delta 1e-5"
+        )
     size = told_size(records)  # as nodes do
     batch = min(batch, size)
     delta = delta or accountant.default_delta(size)

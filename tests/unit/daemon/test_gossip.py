@@ -416,51 +416,47 @@ async def test_who_ended_still_meets_in_a_masked_group_that_needs_it(
     assert rig.gossip.objection(ME, rig.proposal(**good)) == Reason.NOT_DUE
 
 
+Outcome = tuple[int | None, bool]
+
+
+def masked_rig(monkeypatch: pytest.MonkeyPatch, *outcomes: Outcome) -> tuple[Rig, list[int | None]]:
+    """Masked groups whose meetings end like this (revealed, merged), and what each was told of
+    values that were shown before.
+    """
+    rig = Rig(monkeypatch, rules=msgspec.structs.replace(MASKED, fragments=1))
+    rig.host.live = [OTHER, THIRD]
+    rig.host.is_training = False
+    befores: list[int | None] = []
+    ends = iter(outcomes)
+
+    async def run(meeting: MaskedMeeting) -> None:
+        await meeting._gathered()
+        befores.append(meeting._before)
+        meeting.revealed, meeting.merged = next(ends)
+
+    async def exchange(meeting: MaskedMeeting, agreement: Any, **_: Any) -> Any:
+        meeting.give_up(agreement.peer_id)
+        return Exchanged(0.1, 4, 4)
+
+    monkeypatch.setattr(MaskedMeeting, "run", run)
+    monkeypatch.setattr(MaskedMeeting, "exchange", exchange)
+    return rig, befores
+
+
 async def test_what_was_revealed_in_vain_is_remembered_until_a_merge(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    rig = Rig(monkeypatch, rules=msgspec.structs.replace(MASKED, fragments=1))
-    rig.host.live = [OTHER, THIRD]
-    shown = 0
-    befores: list[int | None] = []
-    outcomes = iter([(shown, False), (shown, True), (None, False)])
-
-    async def run(meeting: MaskedMeeting) -> None:
-        await meeting._gathered()
-        befores.append(meeting._before)
-        meeting.revealed, meeting.merged = next(outcomes)
-
-    async def exchange(meeting: MaskedMeeting, agreement: Any, **_: Any) -> Any:
-        meeting.give_up(agreement.peer_id)
-        return Exchanged(0.1, 4, 4)
-
-    monkeypatch.setattr(MaskedMeeting, "run", run)
-    monkeypatch.setattr(MaskedMeeting, "exchange", exchange)
-    rig.host.is_training = False
+    rig, befores = masked_rig(monkeypatch, (3, False), (3, True), (None, False))
     for _ in range(3):
         await rig.slot()
-    assert befores == [None, shown, None]
+    assert befores == [None, 3, None]
 
 
 async def test_what_a_checkpoint_holds_is_shown_to_no_group(monkeypatch: pytest.MonkeyPatch):
-    rig = Rig(monkeypatch, rules=msgspec.structs.replace(MASKED, fragments=1))
-    rig.host.live = [OTHER, THIRD]
-    befores: list[int | None] = []
-
-    async def run(meeting: MaskedMeeting) -> None:
-        await meeting._gathered()
-        befores.append(meeting._before)
-
-    async def exchange(meeting: MaskedMeeting, agreement: Any, **_: Any) -> Any:
-        meeting.give_up(agreement.peer_id)
-        return Exchanged(0.1, 4, 4)
-
-    monkeypatch.setattr(MaskedMeeting, "run", run)
-    monkeypatch.setattr(MaskedMeeting, "exchange", exchange)
-    rig.host.is_training = False
+    rig, befores = masked_rig(monkeypatch, (3, False), (None, False))
+    await rig.slot()
     trainer = rig.host.trainer
     assert trainer is not None
-    await rig.slot()
     trainer.epoch, trainer.resumed_step = 8, 20
     await rig.slot()
     assert befores == [None, 20]

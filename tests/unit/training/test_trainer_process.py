@@ -373,7 +373,6 @@ async def test_it_runs_the_program_that_it_is_told_to(tmp_path: Path) -> None:
 
 PARENT = """
 import asyncio, sys, msgspec
-from xpeer.training.fragments import Fragments, padded
 from xpeer.training.handle import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 
