@@ -10,7 +10,6 @@ import msgspec
 
 from xpeer import founding
 from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
-from xpeer.cli.render import visible
 from xpeer.cli.start import read_token
 from xpeer.config import Home
 from xpeer.errors import ConfigError
@@ -183,7 +182,7 @@ def _adapters(
 
 def _join(home: Home, join: str, config_text: str, *, as_json: bool) -> None:
     token = founding.prepare_join(home, read_token(join) or "", config_text)
-    say(f"ready to join {visible(token.name)}; compare its fingerprint with the admin's")
+    say(f"ready to join {token.name}; compare its fingerprint with the admin's")
     say("next:  xpeer start --bootstrap")
     if as_json:
         echo_json({"swarm_id": token.swarm_id, "swarm_name": token.name})

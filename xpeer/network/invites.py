@@ -56,7 +56,8 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
         """Read a token.
 
         Raises:
-            NotAuthorisedError: not a token, or damaged.
+            NotAuthorisedError: not a token, damaged, or with a name or seed that a terminal would
+                obey instead of showing it.
         """
         text = text.strip()
         if not text.startswith(PREFIX) or len(text) > MAX_TOKEN_CHARS:
@@ -74,6 +75,11 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
             raise NotAuthorisedError("the token is damaged", _REMEDY) from e
         if not intact:
             raise NotAuthorisedError("the token is damaged or was altered", _REMEDY)
+        if not all(said.isprintable() for said in (token.name, *token.seeds)):
+            raise NotAuthorisedError(
+                f"the token's name {token.name!r}, or a seed of it, has control characters",
+                "don't join: whoever made it wants to deceive; ask somebody you know for another",
+            )
         return token
 
     def _statement(self) -> bytes:

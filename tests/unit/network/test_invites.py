@@ -131,6 +131,17 @@ def test_every_part_is_sealed() -> None:
             Token.parse(str(msgspec.structs.replace(good, **change)))
 
 
+@pytest.mark.parametrize(
+    "change", [{"name": "good\x1b[2K\rverified"}, {"seeds": [SEED + "\x1b[8m"]}]
+)
+def test_a_tokens_words_cannot_steer_a_terminal(change: dict[str, Any]) -> None:
+    plain = msgspec.structs.replace(token(), **change)
+    sealed = msgspec.structs.replace(plain, seal=ADMIN.sign(Domain.TOKEN, plain._statement()))
+    with pytest.raises(NotAuthorisedError, match="control characters") as error:
+        Token.parse(str(sealed))
+    assert "\x1b" not in str(error.value)
+
+
 def test_a_forger_can_only_make_tokens_of_its_own_swarm() -> None:
     forger = Identity.generate()
 
