@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.vector import Vector
+from xpeer.errors import PeerError
 from xpeer.identity import Identity, PeerId, blake2b
 from xpeer.manifest import Genesis, Manifest, Model, Privacy, PublicText, Round
 from xpeer.network import exchange, nudging
@@ -72,10 +73,13 @@ class Book(Partners):
         self.merged.add(agreement.exchange_id)
         super().done(agreement, result, took_s)
 
-    def failed(self, agreement: Agreement, reason: str, detail: str) -> None:
+    def failed(
+        self, peer_id: PeerId, slot: int, error: PeerError, agreement: Agreement | None = None
+    ) -> None:
         """Note it."""
-        self.dropped.add(agreement.exchange_id)
-        super().failed(agreement, reason, detail)
+        if agreement is not None:
+            self.dropped.add(agreement.exchange_id)
+        super().failed(peer_id, slot, error, agreement)
 
 
 class RigPeer:

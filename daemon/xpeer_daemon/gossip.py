@@ -227,7 +227,7 @@ class Gossip(Desk):
                 )
             except PeerError as e:
                 self._meetings.give_up(peer_id, slot, fragment)
-                self._partners.skipped(peer_id, slot, e.reason, e.detail)
+                self._partners.failed(peer_id, slot, e)
                 continue
             healthy = False
             try:
@@ -257,13 +257,13 @@ class Gossip(Desk):
             )
         except UnresolvedError as e:
             self._partners[peer_id].unresolved.append(e.exchange_id)
-            self._partners.failed(agreement, e.reason, e.detail)
+            self._partners.failed(peer_id, slot, e, agreement)
             return False
         except PeerError as e:
-            self._partners.failed(agreement, e.reason, e.detail)
+            self._partners.failed(peer_id, slot, e, agreement)
             return False
         except LocalError as e:  # the trainer died, or reaches no step boundary
-            self._partners.failed(agreement, Reason.TRAINER_RESTARTED, str(e))
+            self._partners.skipped(peer_id, slot, Reason.TRAINER_RESTARTED, str(e))
             return False
         self._partners.done(agreement, result, self._clock() - began)
         return True

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network.exchange import Agreement
+from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged
 from xpeer.wire.messages import MAX_UNRESOLVED, Terms
 
@@ -18,6 +19,8 @@ log = logging.getLogger("xpeer.gossip")
 REMEMBERED = 256
 """Exchange ids per partner, for one-sided merges and replays."""
 MAX_PARTNERS = 4096
+TOLD_AGAIN_S = 3600.0
+"""A ledger that goes back again and again is told of so often."""
 MIN_DEADLINE_S, DEADLINE_MULTIPLE = 5.0, 4.0
 """A partner may take this many times as long as its exchanges took so far."""
 _SMOOTHING = 0.8
@@ -40,8 +43,10 @@ class Record:
     """Privacy charges that it has shown."""
     went_back: str = ""
     """What was seen when it last showed fewer; empty = never."""
-    went_back_at: int = -1
-    """The highest counter then; told once for each."""
+    went_back_told_s: float | None = None
+    """When the operator was last told."""
+    refuses_our_ledger: bool = False
+    """It says that ours went back; until it meets us again."""
     merged: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     unresolved: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_UNRESOLVED))
     seen: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
@@ -58,7 +63,7 @@ class Partners:
         clock: shared wall clock, seconds.
         on_exchanged: told of every exchange (partner, slot, fragment, result).
         on_skipped: told of every failure (partner or "", slot, reason, detail).
-        on_went_back: told once of a ledger that went back (partner, detail).
+        on_went_back: told of a ledger that went back (partner, detail), once an hour at most.
 
     Attributes:
         failures: how often each reason occurred.
@@ -112,6 +117,7 @@ class Partners:
         before = took_s if record.seconds is None else record.seconds
         record.seconds = _SMOOTHING * before + (1 - _SMOOTHING) * took_s
         record.merged.append(agreement.exchange_id)
+        record.refuses_our_ledger = False
         record.done += 1
         record.last_done_s = self._clock()
         record.payload_bytes += result.num_bytes
@@ -120,9 +126,17 @@ class Partners:
         self.payload_bytes_sent += result.num_bytes
         self._on_exchanged(agreement.peer_id, agreement.slot, agreement.fragment, result)
 
-    def failed(self, agreement: Agreement, reason: str, detail: str) -> None:
-        """It was agreed to, and nothing came of it."""
-        self.skipped(agreement.peer_id, agreement.slot, reason, detail)
+    def failed(
+        self, peer_id: PeerId, slot: int, error: PeerError, agreement: Agreement | None = None
+    ) -> None:
+        """It was proposed, or agreed to, and nothing came of it."""
+        if isinstance(error, RefusedError) and error.reason == Reason.LEDGER_WENT_BACK:
+            self[peer_id].refuses_our_ledger = True
+        self.skipped(peer_id, slot, error.reason, error.detail)
+
+    def refusing_our_ledger(self) -> list[PeerId]:
+        """Partners that say that it went back."""
+        return [peer for peer, record in self._records.items() if record.refuses_our_ledger]
 
     def skipped(self, peer_id: PeerId | str, slot: int, reason: str, detail: str = "") -> None:
         """Nothing came of it."""
@@ -172,12 +186,13 @@ class Partners:
             record = self[PeerId(peer_id)]
             record.highest_counter = counter
             record.went_back = went_back.get(peer_id, "")
-            record.went_back_at = counter if record.went_back else -1
+            record.went_back_told_s = self._clock() if record.went_back else None
 
     def _note(self, peer_id: PeerId, record: Record, detail: str) -> None:
         record.went_back = detail
-        if record.went_back_at != record.highest_counter:
-            record.went_back_at = record.highest_counter
+        told_s, now = record.went_back_told_s, self._clock()
+        if told_s is None or now - told_s >= TOLD_AGAIN_S:
+            record.went_back_told_s = now
             log.warning(
                 "the privacy ledger of %s went back: %s; it may spend its budget twice, and is not "
                 "met until it has caught up",

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
-from xpeer.config import Home
+from xpeer.config import Home, privacy_register
 from xpeer.control import Client
 from xpeer.errors import ConfigError, ExitCode, LocalError
 from xpeer.manifest import SignedManifest
@@ -106,6 +106,7 @@ def export_command(home: Home, folder: Path, merged: bool) -> None:
     # torch takes seconds
     from xpeer.privacy.card import card_of  # noqa: PLC0415
     from xpeer.privacy.ledger import Ledger  # noqa: PLC0415
+    from xpeer.privacy.register import Register  # noqa: PLC0415
     from xpeer.training import adapters, model  # noqa: PLC0415
     from xpeer.training.checkpoint import load_latest  # noqa: PLC0415
     from xpeer.training.initial import model_of  # noqa: PLC0415
@@ -128,7 +129,8 @@ def export_command(home: Home, folder: Path, merged: bool) -> None:
     made = model_of(manifest, home, data.base_model)
     model.write_flat(made, bundle.consolidated())
     ledger = Ledger.look(home.ledger_db) if home.ledger_db.exists() else None
-    card = card_of(manifest, signed.genesis.swarm_id, bundle.step, ledger)
+    register = Register.look(privacy_register(load_config(home))) if ledger else None
+    card = card_of(manifest, signed.genesis.swarm_id, bundle.step, ledger, register)
     if lora is None or merged:
         model.export_hf(adapters.merged(made) if merged else made, tokenizer, folder, card)
     else:

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from xpeer.cli.common import home_option, json_option
+from xpeer.cli.render import visible
 from xpeer.config import Home
 from xpeer.errors import ConfigError, NotRunningError
 
@@ -34,9 +35,10 @@ class Entry(Struct, omit_defaults=True):
     trace: str = ""
 
     def text(self) -> str:
-        """As the daemon writes text."""
-        line = f"{self.time} {self.level} {self.logger}: {self.message}"
-        return f"{line}\n{self.trace}" if self.trace else line
+        """As the daemon writes text: no message, whichever format it came in, steers a terminal."""
+        line = visible(f"{self.time} {self.level} {self.logger}: {self.message}")
+        trace = "\n".join(map(visible, self.trace.split("\n")))
+        return f"{line}\n{trace}" if trace else line
 
 
 @click.command()

@@ -248,7 +248,12 @@ class Proposer:
                     Propose(exchange_id, slot, fragment, codec, num_values, averaging, ours)
                 )
                 answer = await link.expect(Agree, exchange_id, timeout_s=float("inf"))
-                desk.settled_before(peer_id, answer.terms)
+                try:
+                    desk.settled_before(peer_id, answer.terms)
+                except PeerError as e:
+                    await link.send(Refuse(exchange_id, e.reason))
+                    await link.ended()
+                    raise
         except RefusedError:
             self._busy.discard(peer_id)
             raise
@@ -329,8 +334,11 @@ def answering(
             link.abort()
 
     async def _answer(link: Link, proposal: Propose) -> None:
-        desk.settled_before(link.peer_id, proposal.terms)
-        reason = desk.objection(link.peer_id, proposal)
+        try:
+            desk.settled_before(link.peer_id, proposal.terms)
+            reason = desk.objection(link.peer_id, proposal)
+        except PeerError as e:
+            reason = e.reason
         if reason is not None:
             await link.send(Refuse(proposal.exchange_id, reason))
             return

@@ -21,7 +21,7 @@ from xpeer.network import bulk
 from xpeer.network.direct import NO_OFFER, Direct, Offer, Paths
 from xpeer.network.stream import Stream
 from xpeer.wire import messages
-from xpeer.wire.frames import HEADER, Kind, parse_header
+from xpeer.wire.frames import FRAME_BYTES, HEADER, Kind, parse_header
 from xpeer.wire.messages import AnyMessage
 from xpeer.wire.session import MAX_HELLO_BYTES, Handshake, Session
 
@@ -183,6 +183,14 @@ class Link:
             with contextlib.suppress(PeerError):
                 await self._write(self._session.sealer.seal(Kind.END, b""))
         self.abort()
+
+    async def ended(self) -> None:
+        """After a refusal in mid-exchange: take what the partner still sends, until it drops the
+        link because of it. Closing at once could cost it the reason.
+        """
+        with contextlib.suppress(PeerError):
+            while True:
+                await self._stream.read(FRAME_BYTES)
 
     def abort(self) -> None:
         """Drop the streams at once; the partner sees a truncation."""

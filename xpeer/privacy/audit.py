@@ -15,8 +15,6 @@ NOT_COVERED: Final = (
     "a document cut into m records: at most m times epsilon, not epsilon",
     "documents that also lie on another machine, or nearly alike: each copy is another record; a "
     "changed text, or one cut into files differently, begins a new account",
-    "a document that swarms cut into records differently: its charges add up, but a record of one "
-    "cut may overlap two of another",
     "text that a home with another register trained on, or one without privacy",
     "that this node takes part, how long its steps take, and what is published by hand",
     "whatever was tuned by looking at results on private text",

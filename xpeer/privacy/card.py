@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 from msgspec import Struct
 
 from xpeer import __version__
 from xpeer.manifest import Manifest
-from xpeer.privacy import accountant
+from xpeer.privacy import accountant, report
 from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
 
 FILES = ("README.md", "privacy.json")
 
 
+_GRID = 0.5
+"""Of the epsilon that is told."""
+
+
 class Card(Struct, frozen=True, kw_only=True):
-    """Of one export. Noise, sampling and sizes are not in it: they tell the shard's size."""
+    """Of one export. Anybody may read it, so what would tell the shard's size is not in it: noise
+    and sampling are left out, epsilon and delta are rounded up, coarsely.
+    """
 
     swarm_id: str
     swarm_name: str
@@ -27,12 +36,20 @@ class Card(Struct, frozen=True, kw_only=True):
     epsilon_target: float | None = None
     """No member's text is trained on beyond it."""
     epsilon_spent: float | None = None
-    """By the node that exported, until now."""
+    """By the node that exported, until now, at most; a multiple of 0.5."""
     delta: float | None = None
-    """Of that node; each member's follows from its own text, unless the manifest sets it."""
+    """For which both epsilons hold at that node: a power of ten, unless the manifest sets it. Each
+    member's follows from its own text.
+    """
 
 
-def card_of(manifest: Manifest, swarm_id: str, step: int, ledger: Ledger | None) -> Card:
+def card_of(
+    manifest: Manifest,
+    swarm_id: str,
+    step: int,
+    ledger: Ledger | None,
+    register: Register | None = None,
+) -> Card:
     """Of an export of now; takes a second.
 
     Args:
@@ -40,13 +57,14 @@ def card_of(manifest: Manifest, swarm_id: str, step: int, ledger: Ledger | None)
         swarm_id: its fingerprint.
         step: of the checkpoint.
         ledger: None = this node has trained on no text.
+        register: of the machine, which knows what a restored ledger has forgotten.
     """
     rules = manifest.privacy
     if rules.mode == "off":
         return Card(swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode="off")
-    noted = [c.about for c in ledger.charges() if c.about is not None] if ledger else []
-    delta = noted[-1].delta if noted else None
-    spent = accountant.epsilon(ledger.segments(), delta) if ledger and delta else 0.0
+    charged = report.charged(ledger, register) if ledger else []
+    delta = report.about(ledger)[0] if ledger and charged else None
+    spent = accountant.epsilon(charged, delta) if delta else 0.0
     return Card(
         swarm_id=swarm_id,
         swarm_name=manifest.name,
@@ -54,8 +72,9 @@ def card_of(manifest: Manifest, swarm_id: str, step: int, ledger: Ledger | None)
         mode=rules.mode,
         unit="shard" if rules.mode == "update" else rules.unit,
         epsilon_target=rules.epsilon,
-        epsilon_spent=spent,
-        delta=delta,
+        # (epsilon, delta) holds for every larger epsilon and delta, too
+        epsilon_spent=min(math.ceil(spent / _GRID) * _GRID, max(spent, rules.epsilon)),
+        delta=delta and (rules.delta or 10.0 ** math.ceil(math.log10(delta))),
     )
 
 
@@ -79,8 +98,8 @@ def _words(card: Card) -> str:
     own = (
         "The node that exported this has trained on no text of its own."
         if card.delta is None
-        else f"The node that exported this had spent epsilon = {card.epsilon_spent:.3f} at "
-        f"delta = {card.delta:.3g}."
+        else f"The node that exported this had spent at most epsilon = {card.epsilon_spent:g} at "
+        f"delta = {card.delta:g}."
     )
     return head + (
         f"Differential privacy in mode `{card.mode}`, for each **{card.unit}** of each member's "

@@ -238,13 +238,16 @@ _HOME: Final = {
         public="serial swarm_id subject role not_before_unix_s join_before_unix_s seeds",
     ),
     "xpeer.privacy.charges.About": _of(
-        "home", public="swarm_id mode unit clip_norm epsilon_target", timing="unix_s", local="delta"
+        "home",
+        public="swarm_id mode unit cut clip_norm epsilon_target",
+        timing="unix_s found_again",
+        local="delta",
     ),
     "xpeer.privacy.card.Card": _of(
         "export",
         public="swarm_id swarm_name xpeer mode unit epsilon_target",
         timing="step epsilon_spent delta",
-        why="as charges seen by partners: no sigma, no q, no size",
+        why="no sigma, no q, no size; epsilon and delta are rounded up to a coarse grid",
     ),
     "xpeer.privacy.report.Account": _of(
         "home",
@@ -268,7 +271,9 @@ _HOME: Final = {
     "xpeer.privacy.histories.DocumentClass": _of(
         "home", local="documents here segments ledgers swarms"
     ),
-    "xpeer.privacy.histories.Joined": _of("home", local="documents new elsewhere recovered_steps"),
+    "xpeer.privacy.histories.Joined": _of(
+        "home", local="documents new elsewhere recovered unknown_steps behind counter"
+    ),
     "xpeer.privacy.planning.Plan": _of(
         "home",
         public="epsilon delta records batch sampling_probability steps noise_multiplier "

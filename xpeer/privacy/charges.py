@@ -1,18 +1,24 @@
-"""What a privacy ledger holds: charges, what they were for, and the chain that binds them."""
+"""What a privacy ledger holds: charges, what they were for, and the chain that binds them.
+
+Pure: knows no files. `ledger` stores what `Chain` makes.
+"""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
 
+import msgspec
 from msgspec import Struct
 
+from xpeer.errors import LocalError
 from xpeer.identity import blake2b
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.ledger_file import DOMAIN
+from xpeer.privacy.histories import ByUnit
 
+DOMAIN: Final = b"xpeer/ledger/v1\0"
 MECHANISM: Final = "poisson-subsampled-gaussian"
 _PACE_S: Final = 3600.0
 """Over which a forecast looks back."""
@@ -32,6 +38,15 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
     """What epsilon holds for: a record, a document, or (mode update) the shard."""
     unix_s: float = 0.0
     """When it was charged."""
+    cut: str = ""
+    """How text is cut into records, where they are the unit, e.g. "128 byte tokens"."""
+    found_again: bool = False
+    """Charged earlier, and lost with a part of this ledger; the machine's register held it."""
+
+    @property
+    def exact_unit(self) -> str:
+        """Charges of one text add up if this is equal."""
+        return f"record of {self.cut}" if self.unit == "record" and self.cut else self.unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +59,82 @@ class Charge:
     """None: charged by a version that did not note it."""
 
 
-def link(before: bytes, counter: int, segment: Segment, total: int, noted: str) -> bytes:
-    """The hash of a charge and all before it.
+class Row(NamedTuple):
+    """A charge as the file holds it."""
+
+    counter: int
+    mechanism: str
+    noise_multiplier: float
+    sampling_probability: float
+    steps: int
+    total_steps: int
+    hash: bytes
+    about: str
+
+
+class Chain:
+    """All charges of an account, each bound to those before it by a hash.
 
     Args:
-        before: the last charge's link.
-        counter: of this charge.
-        segment: charged.
-        total: steps of all charges with this one.
-        noted: `About` as it is stored.
+        ledger_id: where the chain begins.
     """
-    numbers = struct.pack(
-        "<qddqq",
-        counter,
-        segment.noise_multiplier,
-        segment.sampling_probability,
-        segment.steps,
-        total,
-    )
-    return blake2b(
-        DOMAIN, before, MECHANISM.encode(), numbers, *([noted.encode()] if noted else [])
-    )
+
+    def __init__(self, ledger_id: str) -> None:
+        self.charges: list[Charge] = []
+        self.head = blake2b(DOMAIN, ledger_id.encode())
+        self.steps: dict[tuple[float, float], int] = {}
+        """By kind, in order of appearance."""
+        self.steps_charged = 0
+        self.by_unit: ByUnit = {}
+
+    @property
+    def counter(self) -> int:
+        """Number of charges; only ever grows."""
+        return len(self.charges)
+
+    def next_row(self, segment: Segment, about: About | None) -> Row:
+        """The row that continues the chain; to be stored, then given to `add`."""
+        return self._continuing(segment, msgspec.json.encode(about).decode() if about else "")
+
+    def add(self, row: Row) -> None:
+        """Take in a row.
+
+        Raises:
+            LocalError: it does not continue the chain, or has no sense.
+        """
+        try:
+            segment = Segment(row.noise_multiplier, row.sampling_probability, row.steps)
+            if row != self._continuing(segment, row.about):
+                raise LocalError("it does not continue those before it")
+            about = msgspec.json.decode(row.about, type=About) if row.about else None
+        except (struct.error, msgspec.MsgspecError) as e:
+            raise LocalError(str(e)) from e
+        kind = segment.noise_multiplier, segment.sampling_probability
+        history = self.by_unit.setdefault(about.exact_unit if about else "record", {})
+        for steps in (self.steps, history):
+            steps[kind] = steps.get(kind, 0) + segment.steps
+        self.charges.append(Charge(row.counter, segment, about))
+        self.steps_charged, self.head = row.total_steps, row.hash
+
+    def _continuing(self, segment: Segment, noted: str) -> Row:
+        counter, total = self.counter + 1, self.steps_charged + segment.steps
+        numbers = (segment.noise_multiplier, segment.sampling_probability, segment.steps)
+        packed = struct.pack("<qddqq", counter, *numbers, total)
+        due = blake2b(
+            DOMAIN, self.head, MECHANISM.encode(), packed, *([noted.encode()] if noted else [])
+        )
+        return Row(counter, MECHANISM, *numbers, total, due, noted)
+
+
+def in_parts(segments: Sequence[Segment], at_least: int) -> list[Segment]:
+    """The same steps in so many parts, or in as many as they allow."""
+    parts, spare = [], at_least - len(segments)
+    for segment in segments:
+        single = max(0, min(spare, segment.steps - 1))
+        spare -= single
+        parts += [replace(segment, steps=1)] * single
+        parts.append(replace(segment, steps=segment.steps - single))
+    return parts
 
 
 def forecast(charges: Sequence[Charge], steps_left: int, now: float) -> float | None:
@@ -78,9 +148,13 @@ def forecast(charges: Sequence[Charge], steps_left: int, now: float) -> float | 
     Returns:
         Unix time, seconds; None if no pace is known.
     """
-    noted = [c for c in charges if c.about and now - c.about.unix_s <= _PACE_S]
-    if len(noted) < 2 or noted[0].about is None or noted[-1].about is None:
+    noted = [
+        (charge.about.unix_s, charge.segment.steps)
+        for charge in charges
+        if charge.about and not charge.about.found_again and now - charge.about.unix_s <= _PACE_S
+    ]
+    if len(noted) < 2:
         return None
-    elapsed_s = noted[-1].about.unix_s - noted[0].about.unix_s
-    steps = sum(charge.segment.steps for charge in noted[1:])
+    elapsed_s = noted[-1][0] - noted[0][0]
+    steps = sum(steps for _, steps in noted[1:])
     return now + steps_left * elapsed_s / steps if elapsed_s > 0 else None

@@ -11,6 +11,8 @@ from xpeer.privacy.accountant import Segment
 
 History = dict[tuple[float, float], int]
 """Steps by (noise multiplier, sampling probability)."""
+ByUnit = dict[str, History]
+"""Steps by what epsilon holds for: charges for different units don't add up."""
 _MOST: Final = 8
 """Histories that are accounted for one by one; each takes a second or so."""
 
@@ -35,8 +37,24 @@ class Joined(Struct, frozen=True, kw_only=True):
     """Never seen on this machine."""
     elsewhere: int
     """That other homes trained on, too."""
-    recovered_steps: int
+    recovered: ByUnit
     """That the ledger holds and the register did not."""
+    unknown_steps: int
+    """Recovered now or earlier: they count for every document that this home ever has."""
+    behind: ByUnit
+    """That the register holds and the ledger does not."""
+    counter: int
+    """The largest number of charges that the register saw of the ledger."""
+
+    @property
+    def recovered_steps(self) -> int:
+        """Of all kinds."""
+        return steps_of(self.recovered)
+
+    @property
+    def steps_behind(self) -> int:
+        """Of all kinds."""
+        return steps_of(self.behind)
 
 
 def combined(charges: Mapping[int, History], spans: Iterable[int]) -> History:
@@ -48,14 +66,20 @@ def combined(charges: Mapping[int, History], spans: Iterable[int]) -> History:
     return total
 
 
-def missing(charged: Iterable[Segment], here: History) -> History:
+def missing(charged: Mapping[str, History], here: Mapping[str, History]) -> ByUnit:
     """What was charged, beyond what is here."""
-    found: History = {}
-    for segment in charged:
-        kind = segment.noise_multiplier, segment.sampling_probability
-        if segment.steps > here.get(kind, 0):
-            found[kind] = segment.steps - here.get(kind, 0)
+    found: ByUnit = {}
+    for unit, history in charged.items():
+        known = here.get(unit, {})
+        for kind, steps in history.items():
+            if steps > known.get(kind, 0):
+                found.setdefault(unit, {})[kind] = steps - known.get(kind, 0)
     return found
+
+
+def steps_of(charged: Mapping[str, History]) -> int:
+    """Of all units and kinds."""
+    return sum(sum(history.values()) for history in charged.values())
 
 
 def segments_of(history: History) -> list[Segment]:
@@ -76,7 +100,16 @@ def undominated(found: Sequence[History]) -> list[History]:
             kept.append(history)
     if len(kept) <= _MOST:
         return kept
-    return undominated([*kept[: _MOST - 1], _at_least(kept[_MOST - 1 :])])
+    return undominated([*kept[: _MOST - 1], at_least(kept[_MOST - 1 :])])
+
+
+def at_least(found: Iterable[History]) -> History:
+    """The smallest history that covers each of these."""
+    total: History = {}
+    for history in found:
+        for kind, steps in history.items():
+            total[kind] = max(total.get(kind, 0), steps)
+    return total
 
 
 def _steps(history: History) -> int:
@@ -85,11 +118,3 @@ def _steps(history: History) -> int:
 
 def _within(history: History, other: History) -> bool:
     return all(steps <= other.get(kind, 0) for kind, steps in history.items())
-
-
-def _at_least(found: Sequence[History]) -> History:
-    total: History = {}
-    for history in found:
-        for kind, steps in history.items():
-            total[kind] = max(total.get(kind, 0), steps)
-    return total

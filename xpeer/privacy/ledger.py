@@ -13,7 +13,6 @@ whole file (partners remember the highest `counter` they were shown), and what t
 from __future__ import annotations
 
 import sqlite3
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,18 +24,17 @@ from typing import Final, Self
 import msgspec
 
 from xpeer.errors import LocalError
-from xpeer.identity import blake2b
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.charges import MECHANISM, About, Charge, forecast, link
-from xpeer.privacy.histories import Joined
+from xpeer.privacy.charges import MECHANISM, About, Chain, Charge, Row, forecast, in_parts
+from xpeer.privacy.histories import ByUnit, Joined, segments_of
 from xpeer.privacy.ledger_file import (
-    DOMAIN,
     MEND,
     RESTORE,
     TAKE_OVER,
     VERSION,
     connected,
     create,
+    file_id,
     refuse_a_loss,
     told,
 )
@@ -55,12 +53,11 @@ class Ledger:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
+        self._file = file_id(path)
         self._lock = threading.Lock()
         self._usable = True
-        self._id, self._counter, self._hash, self._old = "", 0, b"", False
-        self._charges: list[Charge] = []
-        self._steps: dict[tuple[float, float], int] = {}
-        self._steps_charged = 0
+        self._id, self._old = "", False
+        self._chain = Chain("")
         self.about: About | None = None
         """What the next charges are for."""
         self._register: Register | None = None
@@ -118,23 +115,33 @@ class Ledger:
             raise
         return ledger
 
-    def share(
-        self, register: Register, documents: Iterable[str], unit: str, swarm_id: str
-    ) -> Joined:
+    def share(self, register: Register, documents: Iterable[str], about: About) -> Joined:
         """Count charges in the machine's register, too, for the documents of the shard.
+
+        What the register knows of this ledger and the ledger has forgotten (an older copy of it was
+        restored, or the node died between the two) is charged to the ledger again.
 
         Args:
             register: closed with the ledger.
             documents: ids of those that are trained on.
-            unit: that epsilon holds for.
-            swarm_id: for reports.
+            about: what the next charges are for.
 
         Raises:
             ConfigError: the documents were charged for another unit.
-            LocalError: the register can't be written.
+            LocalError: the register or the ledger can't be written.
         """
-        self._register = register
-        return register.join(self.id, self.segments(), documents, unit, swarm_id)
+        self._register, self.about = register, about
+        joined = register.join(
+            self.id,
+            self._chain.by_unit,
+            documents,
+            about.exact_unit,
+            about.swarm_id,
+            self._chain.counter,
+        )
+        if joined.behind:
+            self._catch_up(joined)
+        return joined
 
     @property
     def shared(self) -> bool:
@@ -155,34 +162,39 @@ class Ledger:
     @property
     def counter(self) -> int:
         """Number of charges; only ever grows."""
-        return self._counter
+        return self._chain.counter
 
     @property
     def steps_charged(self) -> int:
         """Steps of all charges together."""
-        return self._steps_charged
+        return self._chain.steps_charged
 
     @property
     def head(self) -> str:
         """The last link of the chain of charges, hex."""
-        return self._hash.hex()
+        return self._chain.head.hex()
 
     def charges(self) -> list[Charge]:
         """All of them, oldest first."""
         with self._lock:
-            return list(self._charges)
+            return list(self._chain.charges)
 
     def ends_unix_s(self, steps_left: int, clock: Callable[[], float] = time.time) -> float | None:
         """When so many further steps will have been charged, at the pace of the last hour; None if
         no pace is known.
         """
         with self._lock:
-            return forecast(self._charges, steps_left, clock())
+            return forecast(self._chain.charges, steps_left, clock())
 
     def segments(self) -> list[Segment]:
         """What was charged, one segment for each kind of step, in order of appearance."""
         with self._lock:
-            return [Segment(sigma, q, steps) for (sigma, q), steps in self._steps.items()]
+            return [Segment(sigma, q, steps) for (sigma, q), steps in self._chain.steps.items()]
+
+    def by_unit(self) -> ByUnit:
+        """Steps charged, by what epsilon holds for."""
+        with self._lock:
+            return {unit: dict(history) for unit, history in self._chain.by_unit.items()}
 
     def charge(self, segment: Segment, fits: Fits | None = None) -> int:
         """Charge steps before they are taken; durable when this returns.
@@ -204,29 +216,33 @@ class Ledger:
         with self._lock:
             self._refuse_if_unusable()
             if self._register is not None:  # first: a crash in between counts too much
-                self._register.charge(segment, fits)
-            counter, total = self._counter + 1, self._steps_charged + segment.steps
+                self._register.charge(segment, fits, self._chain.counter + 1)
             about = self.about and msgspec.structs.replace(self.about, unix_s=time.time())
-            noted = msgspec.json.encode(about).decode() if about else ""
-            due = link(self._hash, counter, segment, total, noted)
             with self._transaction():
                 self._refuse_another_writer()
-                self._connection.execute(
-                    "INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        counter,
-                        MECHANISM,
-                        segment.noise_multiplier,
-                        segment.sampling_probability,
-                        segment.steps,
-                        total,
-                        due,
-                        noted,
-                    ),
+                row = self._chain.next_row(segment, about)
+                self._store(row)
+            self._chain.add(row)
+            return row.counter
+
+    def _catch_up(self, joined: Joined) -> None:
+        """In as many charges as there were, if that is known: partners remember their number."""
+        if self.about is None:
+            raise LocalError(f"privacy ledger {self.path}: nobody says what is charged")
+        with self._lock, self._transaction():
+            self._refuse_another_writer()
+            spare = joined.counter - self._chain.counter
+            for unit, history in joined.behind.items():
+                kind, _, cut = unit.partition(" of ")
+                about = msgspec.structs.replace(
+                    self.about, unit=kind, cut=cut, unix_s=time.time(), found_again=True
                 )
-                self._connection.execute("UPDATE head SET counter = ?, hash = ?", (counter, due))
-            self._take_in(Charge(counter, segment, about), total, due)
-            return counter
+                parts = in_parts(segments_of(history), spare)
+                spare -= len(parts)
+                for segment in parts:
+                    row = self._chain.next_row(segment, about)
+                    self._store(row)
+                    self._chain.add(row)
 
     def settings(self, key: str) -> str | None:
         """What was stored by `set_once`; None if nothing was."""
@@ -287,13 +303,13 @@ class Ledger:
                 f"privacy ledger {self.path} has version {version}, this xpeer knows {VERSION}",
                 "use the version of xpeer that wrote it",
             )
-        self._hash = blake2b(DOMAIN, self._id.encode())
-        for row in rows:
-            self._check_row(*row, *([""] if self._old else []))
-        if (counter, last) != (self._counter, self._hash):
+        self._chain = Chain(self._id)
+        for values in rows:
+            self._take_in(Row(*values, *([""] if self._old else [])))
+        if (counter, last) != (self._chain.counter, self._chain.head):
             raise LocalError(
                 f"privacy ledger {self.path} is inconsistent: {counter} charges were made and "
-                f"{self._counter} are recorded, or the last was altered",
+                f"{self._chain.counter} are recorded, or the last was altered",
                 RESTORE,
             )
 
@@ -311,49 +327,30 @@ class Ledger:
                 for statement in TAKE_OVER:
                     self._connection.execute(statement)
 
-    def _check_row(
-        self,
-        counter: int,
-        mechanism: str,
-        noise_multiplier: float,
-        sampling_probability: float,
-        steps: int,
-        total: int,
-        hashed: bytes,
-        noted: str,
-    ) -> None:
-        if mechanism != MECHANISM:
+    def _take_in(self, row: Row) -> None:
+        if row.mechanism != MECHANISM:
             raise LocalError(
-                f"privacy ledger {self.path}: charge {counter} is of an unknown mechanism",
+                f"privacy ledger {self.path}: charge {row.counter} is of an unknown mechanism",
                 "use the version of xpeer that wrote it",
             )
         try:
-            segment = Segment(noise_multiplier, sampling_probability, steps)
-            expected = (self._counter + 1, self._steps_charged + steps)
-            due = link(self._hash, counter, segment, total, noted)
-            if (counter, total) != expected or hashed != due:
-                raise LocalError("it does not continue those before it")
-            about = msgspec.json.decode(noted, type=About) if noted else None
-        except (LocalError, struct.error, msgspec.MsgspecError) as e:
+            self._chain.add(row)
+        except LocalError as e:
             raise LocalError(
-                f"privacy ledger {self.path} is inconsistent at charge {counter}: {e}", RESTORE
+                f"privacy ledger {self.path} is inconsistent at charge {row.counter}: {e}", RESTORE
             ) from e
-        self._take_in(Charge(counter, segment, about), total, hashed)
+
+    def _store(self, row: Row) -> None:
+        self._connection.execute("INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        self._connection.execute("UPDATE head SET counter = ?, hash = ?", (row.counter, row.hash))
 
     def _refuse_if_unusable(self) -> None:
         if not self._usable:
             raise LocalError(f"privacy ledger {self.path} is closed or failed before", MEND)
 
-    def _take_in(self, charge: Charge, total: int, hashed: bytes) -> None:
-        segment = charge.segment
-        kind = (segment.noise_multiplier, segment.sampling_probability)
-        self._charges.append(charge)
-        self._steps[kind] = self._steps.get(kind, 0) + segment.steps
-        self._counter, self._steps_charged, self._hash = charge.counter, total, hashed
-
     def _refuse_another_writer(self) -> None:
         counter, last = self._connection.execute("SELECT counter, hash FROM head").fetchone()
-        if (counter, last) != (self._counter, self._hash):
+        if (counter, last) != (self._chain.counter, self._chain.head):
             raise LocalError(
                 f"privacy ledger {self.path}: another process charged it",
                 "run one node on this home at a time",
@@ -362,6 +359,11 @@ class Ledger:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._refuse_if_unusable()
+        if file_id(self.path) != self._file:
+            self._usable = False
+            raise LocalError(
+                f"privacy ledger {self.path} was removed or replaced while it was open", RESTORE
+            )
         done = False
         try:
             with told(self.path, "can't be written", MEND):

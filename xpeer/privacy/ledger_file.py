@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from xpeer.errors import LocalError
-from xpeer.identity import blake2b
+from xpeer.privacy.charges import Chain
 
 VERSION: Final = 2
 """1: without what a charge was for; such files are taken over, their charges stay as they are."""
-DOMAIN: Final = b"xpeer/ledger/v1\0"
 _BUSY_S: Final = 5.0
 _NOT_THE_CONTENT: Final = frozenset(
     {
@@ -99,7 +98,7 @@ def create(path: Path) -> None:
                 VERSION,
                 ledger_id,
                 0,
-                blake2b(DOMAIN, ledger_id.encode()),
+                Chain(ledger_id).head,
             )
             connection.executescript(_SCHEMA)
             connection.execute("INSERT INTO head VALUES (?, ?, ?, ?, ?)", start)
@@ -112,6 +111,15 @@ def create(path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def file_id(path: Path) -> tuple[int, int] | None:
+    """Device and inode; None if there is no file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from xpeer import update
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
 from xpeer.privacy import accountant, noise
-from xpeer.privacy.budget import Budget, noise_multiplier, told_size
+from xpeer.privacy.budget import Budget, delta_of, noise_multiplier, told_size
 from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine, RecordLosses, trainable
 from xpeer.privacy.engines import Choice, choose_engine, sample_of
 from xpeer.privacy.gradient import PrivateGradient
@@ -130,7 +130,7 @@ class RecordMechanism:
         self._target = rules.epsilon
         size = told_size(len(units))
         expected = min(manifest.optimiser.batch_records, size)
-        self._delta = rules.delta or accountant.default_delta(size)
+        self._delta = delta_of(manifest, len(units))
         self._ledger = ledger
         self._unit = units.kind
         q = expected / size

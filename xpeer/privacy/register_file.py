@@ -5,6 +5,7 @@ What a charge means is `register`'s business.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import secrets
@@ -20,13 +21,20 @@ from xpeer.errors import ConfigError, LocalError
 
 NAME: Final = "register.sqlite"
 KEY: Final = "register.key"
-VERSION: Final = 1
+VERSION: Final = 2
+"""1: without the number of charges of each ledger; such files are taken over."""
 _KEY_BYTES: Final = 32
 _BUSY_S: Final = 120.0
 """Another home may be asking the accountant whether its charge fits."""
+_NEW_FILE: Final = ".new"
 _NEW: Final = -1
 """Class of documents that are in none."""
+_LEDGERS: Final = (
+    "CREATE TABLE ledgers (ledger_id TEXT PRIMARY KEY, counter INTEGER NOT NULL)"
+    " STRICT, WITHOUT ROWID"
+)
 _SCHEMA: Final = (
+    _LEDGERS,
     "CREATE TABLE head (only INTEGER PRIMARY KEY CHECK (only = 1), version INTEGER NOT NULL,"
     " key_check BLOB NOT NULL, writes INTEGER NOT NULL) STRICT",
     "CREATE TABLE spans (id INTEGER PRIMARY KEY, ledger_id TEXT NOT NULL, documents BLOB NOT NULL,"
@@ -48,61 +56,26 @@ RESTORE: Final = (
 Run = Callable[..., sqlite3.Cursor]
 
 
-def key_of(folder: Path) -> bytes:
-    """The machine's key, made if there is none; mode 0600, in a folder of mode 0700.
+def opened(folder: Path) -> tuple[sqlite3.Connection, bytes]:
+    """Open the register in a folder, and its key; both are made if there is neither.
 
     Raises:
         ConfigError: the folder can't be made or read.
-        LocalError: the key is damaged, or was lost while the register was not.
+        LocalError: one of the two is damaged or missing, or they don't belong together.
     """
-    path = folder / KEY
+    path = folder / NAME
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not path.exists():
-            if (folder / NAME).exists():
-                raise LocalError(f"privacy register: {path} is missing", RESTORE)
-            _make_key(folder, path)
-        key = path.read_bytes()
+        with _alone(folder):
+            if not path.exists():
+                _begin(folder)
+        key = key_of(folder)
     except OSError as e:
         raise ConfigError(
             f"privacy.register: {folder} can't be used: {e}",
             "set privacy.register to a folder of this user's that outlives its homes",
         ) from e
-    if len(key) != _KEY_BYTES:
-        raise LocalError(f"privacy register: {path} is damaged", RESTORE)
-    return key
-
-
-def _make_key(folder: Path, path: Path) -> None:
-    """Whole or not at all; of two processes that make one at once, both use the first."""
-    beside = folder / f"{KEY}.{secrets.token_hex(8)}"
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(handle, secrets.token_bytes(_KEY_BYTES))
-        os.fsync(handle)
-        try:
-            os.link(beside, path)
-        except FileExistsError:
-            return
-    finally:
-        os.close(handle)
-        beside.unlink()
-    into = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(into)
-    finally:
-        os.close(into)
-
-
-def opened(path: Path, key: bytes) -> sqlite3.Connection:
-    """Open the register, made if there is none.
-
-    Raises:
-        LocalError: it is damaged, or made with another key.
-    """
-    check = hashlib.blake2b(b"xpeer/register/v1", key=key, digest_size=16).digest()
     with told(path):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = _connected(path, "rw")
         try:
             # FULL: every commit is fsynced
@@ -110,33 +83,113 @@ def opened(path: Path, key: bytes) -> sqlite3.Connection:
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA fullfsync = ON;"
                 "PRAGMA wal_autocheckpoint = 1; PRAGMA temp_store = MEMORY;"
             )
+            _refuse_damage(path, connection, key)
             connection.execute("BEGIN IMMEDIATE")
-            if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                for statement in _SCHEMA:
-                    connection.execute(statement)
-                connection.execute("INSERT INTO head VALUES (1, ?, ?, 0)", (VERSION, check))
+            if connection.execute("SELECT version FROM head").fetchone()[0] < VERSION:
+                connection.execute(_LEDGERS)
+                connection.execute("UPDATE head SET version = ?", (VERSION,))
             connection.execute("COMMIT")
-            _refuse_damage(path, connection, check)
         except BaseException:
             connection.close()
             raise
-    return connection
+    return connection, key
 
 
-def looked(path: Path) -> sqlite3.Connection:
+def key_of(folder: Path) -> bytes:
+    """The machine's key.
+
+    Raises:
+        LocalError: it is missing or damaged.
+    """
+    path = folder / KEY
+    with told(folder / NAME):
+        key = path.read_bytes() if path.exists() else None
+    if key is None:
+        raise LocalError(f"privacy register: {path} is missing", RESTORE)
+    if len(key) != _KEY_BYTES:
+        raise LocalError(f"privacy register: {path} is damaged", RESTORE)
+    return key
+
+
+def is_there(folder: Path) -> bool:
+    """Whether there is a register.
+
+    Raises:
+        LocalError: it was lost, and its key is left.
+    """
+    path = folder / NAME
+    with told(path):
+        if path.exists():
+            return True
+        begun = folder.joinpath(NAME + _NEW_FILE).exists()
+        lost = not begun and folder.joinpath(KEY).exists()
+    if lost:
+        raise LocalError(f"privacy register: {path} is missing", RESTORE)
+    return False
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of all processes that begin a register in this folder."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _begin(folder: Path) -> None:
+    """Make both files beside their places, then move the key, then the register: a crash leaves
+    neither in place, or the key and what is to be moved yet. A key alone was left by a loss.
+    """
+    path, key_path = folder / NAME, folder / KEY
+    new, new_key = folder / (NAME + _NEW_FILE), folder / (KEY + _NEW_FILE)
+    if not is_there(folder) and not key_path.exists():
+        for left in (new, new.with_name(new.name + "-journal"), new_key):
+            left.unlink(missing_ok=True)
+        key = secrets.token_bytes(_KEY_BYTES)
+        for made, content in ((new_key, key), (new, b"")):
+            handle = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(handle, content)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        with told(path):
+            connection = sqlite3.connect(new, isolation_level=None)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+                connection.execute("INSERT INTO head VALUES (1, ?, ?, 0)", (VERSION, _check(key)))
+                connection.execute("COMMIT")
+            finally:
+                connection.close()
+        new_key.rename(key_path)
+    new.rename(path)
+
+
+def _check(key: bytes) -> bytes:
+    return hashlib.blake2b(b"xpeer/register/v1", key=key, digest_size=16).digest()
+
+
+def looked(folder: Path) -> tuple[sqlite3.Connection, bytes]:
     """Open it to read.
 
     Raises:
-        LocalError: it is damaged.
+        LocalError: one of the two files is damaged or missing, or they don't belong together.
     """
+    path, key = folder / NAME, key_of(folder)
     with told(path):
         connection = _connected(path, "ro")
         try:
-            _refuse_damage(path, connection, None)
+            _refuse_damage(path, connection, key)
         except BaseException:
             connection.close()
             raise
-    return connection
+    return connection, key
 
 
 def _connected(path: Path, mode: str) -> sqlite3.Connection:
@@ -149,17 +202,17 @@ def _connected(path: Path, mode: str) -> sqlite3.Connection:
     )
 
 
-def _refuse_damage(path: Path, connection: sqlite3.Connection, check: bytes | None) -> None:
+def _refuse_damage(path: Path, connection: sqlite3.Connection, key: bytes) -> None:
     """Of the small tables; documents are too many to be read at every start."""
     head = connection.execute("SELECT version, key_check FROM head").fetchall()
     if len(head) != 1:
         raise LocalError(f"privacy register {path} is damaged", RESTORE)
-    if head[0][0] != VERSION:
+    if not 1 <= head[0][0] <= VERSION:
         raise LocalError(
             f"privacy register {path} has version {head[0][0]}, this xpeer knows {VERSION}",
             "use the version of xpeer that wrote it",
         )
-    if check is not None and head[0][1] != check:
+    if head[0][1] != _check(key):
         raise LocalError(f"privacy register {path} was made with another {KEY}", RESTORE)
     spans = {number for (number,) in connection.execute("SELECT id FROM spans")}
     charged = connection.execute("SELECT span, steps FROM charges").fetchall()

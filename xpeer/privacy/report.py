@@ -10,7 +10,16 @@ from msgspec import Struct
 from xpeer.errors import LocalError
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.histories import DocumentClass
+from xpeer.privacy.histories import (
+    ByUnit,
+    DocumentClass,
+    History,
+    at_least,
+    combined,
+    missing,
+    segments_of,
+    steps_of,
+)
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
 from xpeer.privacy.replay import replay
@@ -20,6 +29,8 @@ TOLERANCE: Final = 0.01
 _NEGLIGIBLE: Final = 2e-3
 """The grids' errors, absolute: more than TOLERANCE where epsilon is tiny."""
 _STEPS_MAX: Final = 10_000_000
+_LOOKS: Final = 5
+"""At a ledger whose node may just be charging: the register first, the ledger some ms later."""
 _MOST_CLASSES: Final = 12
 """Of documents, that are told one by one; each takes up to half a second."""
 
@@ -114,9 +125,15 @@ def about(ledger: Ledger) -> tuple[float, float]:
     if not noted:
         raise LocalError(
             f"privacy ledger {ledger.path} does not say for which delta it was charged",
-            "give --delta",
+            "start the node: it notes it with the next charge; or give --delta",
         )
     return noted[-1].delta, noted[-1].epsilon_target
+
+
+def charged(ledger: Ledger, register: Register | None) -> list[Segment]:
+    """What a ledger charged, by its own word and by the register's, whichever is more."""
+    told = [ledger.by_unit(), register.own(ledger.id) if register else {}]
+    return segments_of(at_least(_of_all_units(each) for each in told))
 
 
 def account(ledger: Ledger, register: Register | None = None) -> Account:
@@ -200,7 +217,11 @@ def files(
 def _histories(ledger: Ledger, register: Register | None) -> list[list[Segment]]:
     """Of the documents that the shard has; of the ledger as long as nobody knows them."""
     found = register.looked_up(ledger.id) if register else []
-    return found or [ledger.segments()]
+    return found or [charged(ledger, register)]
+
+
+def _of_all_units(told: ByUnit) -> History:
+    return combined(dict(enumerate(told.values())), range(len(told)))
 
 
 def _documents(
@@ -241,7 +262,7 @@ def verify(ledger: Ledger, register: Register | None = None, delta: float | None
     if delta is None:
         delta = about(ledger)[0]
     accounts = [("this ledger", ledger.segments())]
-    registered = register.steps_of(ledger.id) if register else None
+    registered = steps_of(register.own(ledger.id)) if register else None
     if register and registered:
         accounts += [
             ("documents of the shard, all homes", history)
@@ -258,6 +279,11 @@ def verify(ledger: Ledger, register: Register | None = None, delta: float | None
             f"the machine's register holds {registered} of this ledger's {ledger.steps_charged} "
             "steps: it is older, or was lost; the node adds them when it starts"
         )
+    if register and (behind := _behind(ledger, register)):
+        problems.append(
+            f"this ledger lacks {behind} steps that the machine's register holds of it: an older "
+            "copy was restored; the node charges them again when it starts"
+        )
     return Verdict(
         delta=delta,
         epsilon_spent=max(found.epsilon_accountant for found in checked),
@@ -266,6 +292,18 @@ def verify(ledger: Ledger, register: Register | None = None, delta: float | None
         steps_registered=registered,
         problems=problems,
     )
+
+
+def _behind(ledger: Ledger, register: Register) -> int:
+    """Steps; 0 as well where a charge was on its way from the register to the ledger."""
+    registered = register.own(ledger.id)
+    lacking = missing(registered, ledger.by_unit())
+    for _ in range(_LOOKS):
+        if not lacking:
+            break
+        with Ledger.look(ledger.path) as now:
+            lacking = missing(registered, now.by_unit())
+    return steps_of(lacking)
 
 
 def _checked(what: str, segments: list[Segment], delta: float) -> Checked:

@@ -88,7 +88,7 @@ class UpdateMechanism:
         )
         self._clip_norm = rules.clip_norm
         self._target = rules.epsilon
-        self._delta = rules.delta or DELTA
+        self._delta = delta_of(manifest)
         self._sigma = noise_multiplier(manifest, self._delta)
         self._generator = SecretGenerator(next(model.parameters()).device)
         self._ledger = ledger
@@ -191,6 +191,11 @@ def planned_windows(manifest: Manifest) -> int | None:
     if end.steps is not None:
         limits.append(-(-end.steps // window))
     return min(limits, default=None)
+
+
+def delta_of(manifest: Manifest) -> float:
+    """Delta: the manifest's, or `DELTA`."""
+    return manifest.privacy.delta or DELTA
 
 
 def noise_multiplier(manifest: Manifest, delta: float) -> float:

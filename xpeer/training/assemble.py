@@ -16,12 +16,13 @@ import torch
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest, SignedManifest
+from xpeer.privacy import update_mode
+from xpeer.privacy.budget import delta_of
 from xpeer.privacy.charges import About
 from xpeer.privacy.histories import Joined
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.register import Register
-from xpeer.privacy.update_mode import UpdateMechanism
 from xpeer.status import CorpusShare, PrivacySpent
 from xpeer.training import checkpoint
 from xpeer.training.buffers import Buffers
@@ -174,7 +175,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
 
     elsewhere = 0
     if private:
-        joined = _share(ledger, setup, manifest, text.documents)
+        joined = _share(ledger, setup, manifest, text)
         elsewhere = joined.elsewhere
         notes.extend(_notes_of(joined, ledger))
     mechanism = build_mechanism(
@@ -189,10 +190,8 @@ def assemble(setup: TrainerSetup) -> Assembled:
         generator=config.privacy.generator,
         clip_norm=counters.clip_norm,
     )
-    if private:
-        ledger.about = _about(manifest, setup.swarm_id, mechanism.spent().delta)
     shown: FlatParameters | Released = parameters
-    if isinstance(mechanism, UpdateMechanism):
+    if isinstance(mechanism, update_mode.UpdateMechanism):
         shown = Released(parameters, mechanism.privatise)
     trainer = LocalTrainer(
         manifest,
@@ -231,20 +230,26 @@ def assemble(setup: TrainerSetup) -> Assembled:
     )
 
 
-def _about(manifest: Manifest, swarm_id: str, delta: float) -> About:
+def _about(manifest: Manifest, swarm_id: str, text: _Text) -> About:
     """What the ledger notes beside each charge."""
-    rules = manifest.privacy
-    return About(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon, _unit(manifest))
+    rules, length = manifest.privacy, manifest.optimiser.sequence_tokens
+    about = About(swarm_id, rules.mode, rules.clip_norm, 0.0, rules.epsilon)
+    if rules.mode == "update":
+        delta = update_mode.delta_of(manifest)
+        return msgspec.structs.replace(about, delta=delta, unit="shard")
+    if rules.unit == "document":
+        delta = delta_of(manifest, len(set(text.owners.tolist())))
+        return msgspec.structs.replace(about, delta=delta, unit="document")
+    tokens = manifest.tokenizer.digest[:16] or manifest.tokenizer.kind
+    return msgspec.structs.replace(
+        about, delta=delta_of(manifest, len(text.records)), cut=f"{length} {tokens} tokens"
+    )
 
 
-def _unit(manifest: Manifest) -> str:
-    return "shard" if manifest.privacy.mode == "update" else manifest.privacy.unit
-
-
-def _share(ledger: Ledger, setup: TrainerSetup, manifest: Manifest, documents: list[str]) -> Joined:
+def _share(ledger: Ledger, setup: TrainerSetup, manifest: Manifest, text: _Text) -> Joined:
     """Have charges counted for these documents on the whole machine."""
     register = Register.open(privacy_register(setup.config))
-    return ledger.share(register, documents, _unit(manifest), setup.swarm_id)
+    return ledger.share(register, text.documents, _about(manifest, setup.swarm_id, text))
 
 
 def _notes_of(joined: Joined, ledger: Ledger) -> list[str]:
@@ -263,7 +268,18 @@ def _notes_of(joined: Joined, ledger: Ledger) -> list[str]:
     if joined.recovered_steps:
         notes.append(
             f"privacy: the machine's register lacked {joined.recovered_steps} steps of this "
-            "home's ledger; they count for all of its documents"
+            "home's ledger; they count for all documents that this home has or will have"
+        )
+    elif joined.unknown_steps:
+        notes.append(
+            f"privacy: {joined.unknown_steps} steps of this home's ledger were once lost to the "
+            "machine's register; they count for all of its documents, new ones included"
+        )
+    if joined.steps_behind:
+        notes.append(
+            f"privacy: this home's ledger lacked {joined.steps_behind} steps that the machine's "
+            "register holds (an older copy was restored, or the node died while charging); they "
+            "are charged to it again"
         )
     return notes
 

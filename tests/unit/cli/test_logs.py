@@ -51,6 +51,23 @@ def numbers(out: str) -> list[int]:
     return [int(x.rsplit(" ", 1)[1]) for x in out.splitlines() if " line " in x]
 
 
+def test_what_a_peer_chose_does_not_steer_the_terminal(log: Path) -> None:
+    entry = {"time": "2026-01-01T00:00:07.000Z", "level": "info", "logger": "xpeer.x"}
+    hostile = {
+        "message": "line \x1b[2J\n2026-01-01T00:00:08.000Z error x: forged",
+        "trace": " a\n\x07",
+    }
+    with log.open("a") as file:
+        file.write(json.dumps(entry | hostile) + "\n")
+    out = xpeer(log.parent, "-n", "1").stdout
+    assert len(out.splitlines()) == 3
+    assert "line \\x1b[2J\\n2026" in out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    told = json.loads(xpeer(log.parent, "-n", "1", "--json").stdout)
+    assert told == entry | hostile
+
+
 def test_both_formats_and_the_rotated_file(log: Path) -> None:
     result = xpeer(log.parent)
     assert result.exit_code == ExitCode.OK

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cli.test_init import xpeer
+from tests.unit.privacy.accounts import about_in
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.privacy.accountant import Segment, epsilon
@@ -107,9 +108,9 @@ def test_plan_counts_a_shard(tmp_path: Path) -> None:
 
 def test_other_homes_of_the_machine_count(home: Path, register_of_the_test: Path) -> None:
     with Ledger.open(Home(home).ledger_db) as ledger:
-        ledger.share(Register.open(register_of_the_test), ["x", "y"], "record", "swarm")
+        ledger.share(Register.open(register_of_the_test), ["x", "y"], about_in("swarm"))
     with Ledger.open(home / "another.sqlite") as other:
-        other.share(Register.open(register_of_the_test), ["y"], "record", "other swarm")
+        other.share(Register.open(register_of_the_test), ["y"], about_in("other swarm"))
         other.charge(Segment(1.0, 0.03, 40))
     code, out, err = xpeer("privacy", "status", "--home", str(home), "--json")
     assert code == ExitCode.OK, err
@@ -134,9 +135,9 @@ def test_which_files_were_charged(home: Path, register_of_the_test: Path) -> Non
     (home / "config.toml").write_text(f"[data]\nshard = [{str(shard)!r}]\n")
     ids = [document.id for document in load_documents([str(shard)])]
     with Ledger.open(Home(home).ledger_db) as ledger:
-        ledger.share(Register.open(register_of_the_test), ids[:2], "record", "swarm")
+        ledger.share(Register.open(register_of_the_test), ids[:2], about_in("swarm"))
     with Ledger.open(home / "another.sqlite") as other:
-        other.share(Register.open(register_of_the_test), ids[:1], "record", "other swarm")
+        other.share(Register.open(register_of_the_test), ids[:1], about_in("other swarm"))
         other.charge(Segment(1.0, 0.03, 40))
     code, out, err = xpeer("privacy", "documents", "--home", str(home), "--json")
     assert code == ExitCode.OK, err

@@ -11,15 +11,18 @@ from typing import Any
 import msgspec
 import pytest
 
+from xpeer.config import NodeConfig
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.identity import PeerId
 from xpeer.manifest import Round
 from xpeer.masked_round import MaskedMeeting
 from xpeer.network import matching
 from xpeer.network.exchange import UnresolvedError
+from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged, Meeting
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.gossip import Gossip
+from xpeer_daemon.node import Node
 from xpeer_daemon.partners import DEADLINE_MULTIPLE, MIN_DEADLINE_S, Partners
 from xpeer_daemon.store import Store
 
@@ -306,11 +309,12 @@ def test_a_ledger_that_goes_back_is_told_once_and_remembered(
             store.add_event("ledger-went-back", f"{peer_id} {detail}")
             store.remember_peer(peer_id, [], book[peer_id].highest_counter)
 
-        book = Partners(lambda: 0.0, lambda *_: None, lambda *_: None, note)
+        book = Partners(lambda: now_s, lambda *_: None, lambda *_: None, note)
         known = [(peer.peer_id, peer.ledger_counter) for peer in store.known_peers()]
         book.restore(known, store.went_back())
         return store, book
 
+    now_s = 1e6
     store, book = restarted()
     met(book, 20)
     assert book[OTHER].went_back == ""
@@ -329,8 +333,14 @@ def test_a_ledger_that_goes_back_is_told_once_and_remembered(
     met(book, 20)  # it has caught up, and what it did is still told
     met(book, 30)
     assert book[OTHER].went_back
+    for counter in range(30, 60):  # it makes a game of it
+        met(book, counter)
+        with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
+            met(book, counter - 1)
+    assert (len(store.events()), book[OTHER].went_back) == (1, "58 charges now, 59 before")
+    now_s += 3600
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
-        met(book, 29)
+        met(book, 58)
     assert len(store.events()) == 2
     store.close()
 
@@ -522,3 +532,17 @@ def test_a_partners_deadline_follows_from_what_it_took(rig: Rig):
     for _ in range(40):
         book.done(agreement, Exchanged(0.1, 4, 4), 0.1)
     assert book.deadline_s(OTHER, 60.0) == MIN_DEADLINE_S
+
+
+def test_who_refuses_our_ledger_is_told_until_it_meets_us_again(rig: Rig):
+    node = Node(ME, NodeConfig())
+    node.book = rig.partners
+    rig.partners.failed(OTHER, 1, PeerError(Reason.LEDGER_WENT_BACK, "ours of it"))
+    assert rig.partners.refusing_our_ledger() == []
+    rig.partners.failed(OTHER, 1, RefusedError(Reason.LEDGER_WENT_BACK, ""))
+    rig.partners.failed(OTHER, 2, RefusedError(Reason.BUSY, ""))
+    (reason,) = [each for each in node.reasons() if "more privacy charges" in each]
+    assert OTHER[-8:] in reason
+    agreement: Any = SimpleNamespace(peer_id=OTHER, slot=3, fragment=0, exchange_id=1)
+    rig.partners.done(agreement, Exchanged(0.1, 5, 5), 1.0)
+    assert not any("more privacy charges" in each for each in node.reasons())

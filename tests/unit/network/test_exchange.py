@@ -13,7 +13,7 @@ from xpeer import update as update_module
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network.exchange import Party, Proposer, answering
-from xpeer.network.link import Link
+from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.stream import Stream
 from xpeer.update import CompressedUpdate, PeerUpdate, PrivacyStamp
@@ -56,8 +56,10 @@ class FakeTrainer:
 
 
 class FakeDesk:
-    def __init__(self, trainer: FakeTrainer, refusal: str | None = None) -> None:
-        self.trainer, self.refusal = trainer, refusal
+    def __init__(
+        self, trainer: FakeTrainer, refusal: str | None = None, went_back: bool = False
+    ) -> None:
+        self.trainer, self.refusal, self.went_back = trainer, refusal, went_back
         self.outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self.told: list[int] = []
 
@@ -69,6 +71,8 @@ class FakeDesk:
 
     def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
         self.told += theirs.unresolved
+        if self.went_back:
+            raise PeerError(Reason.LEDGER_WENT_BACK, "5 charges now, 6 before")
 
     async def take_part(self, agreement) -> None:
         try:
@@ -110,11 +114,11 @@ class Dialler:
 
 
 @asynccontextmanager
-async def answerer(identities, trainer, refusal=None):
+async def answerer(identities, trainer, refusal=None, went_back=False):
     """Our real answering side; yields the low side's proposer and the desk."""
     low, high = identities
     near, far = streams(low, high)
-    desk = FakeDesk(trainer, refusal)
+    desk = FakeDesk(trainer, refusal, went_back)
     task = asyncio.ensure_future(answering(party(high), desk, lambda codec, n: n)(far))
     proposer = Proposer(party(low), Dialler(near))
     yield proposer, desk, near
@@ -149,6 +153,22 @@ async def test_a_refusal_carries_its_reason_and_keeps_the_link(identities):
             with pytest.raises(PeerError, match=Reason.NOT_DUE):
                 await propose(proposer, identities, FakeDesk(FakeTrainer(b"")))
         assert not near.closed
+
+
+async def test_a_node_is_told_that_its_ledger_went_back(identities):
+    """Whichever side proposes: it may have been restored without knowing."""
+    ours = FakeTrainer(b"a" * SIZE)
+    async with answerer(identities, FakeTrainer(b""), went_back=True) as (proposer, _, near):
+        with pytest.raises(RefusedError, match=Reason.LEDGER_WENT_BACK):
+            await propose(proposer, identities, FakeDesk(ours))
+        assert not near.closed
+    async with answerer(identities, FakeTrainer(b"b" * SIZE)) as (proposer, desk, _):
+        with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
+            await propose(proposer, identities, FakeDesk(ours, went_back=True))
+        refusal = await desk.outcome
+        assert isinstance(refusal, RefusedError)
+        assert refusal.reason == Reason.LEDGER_WENT_BACK
+    assert ours.log == []
 
 
 async def test_values_that_fail_verification_are_merged_by_neither(identities):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.privacy.accounts import about_in
 from xpeer.errors import LocalError
 from xpeer.privacy.accountant import Segment, epsilon
 from xpeer.privacy.budget import Budget
@@ -182,7 +183,7 @@ def test_homes_with_common_documents_never_spend_more_than_one_budget(tmp_path: 
     """Each has a whole budget before it when it starts; only together they reach its end."""
     ledgers = [Ledger.open(tmp_path / f"{name}.sqlite") for name in "ab"]
     for ledger, documents in zip(ledgers, (["x", "a"], ["x", "b"]), strict=True):
-        ledger.share(Register.open(tmp_path / "register"), documents, "record", "swarm")
+        ledger.share(Register.open(tmp_path / "register"), documents, about_in("swarm"))
     budgets = [budget(ledger) for ledger in ledgers]
     assert [made.left for made in budgets] == [FITS, FITS]
     used = [0, 0]
@@ -207,7 +208,7 @@ def test_homes_with_common_documents_never_spend_more_than_one_budget(tmp_path: 
 def test_documents_without_a_past_have_a_whole_budget(tmp_path: Path) -> None:
     for documents, left in ((["x"], FITS), (["y"], FITS), (["x", "y"], FITS - 30)):
         with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
-            ledger.share(Register.open(tmp_path / "register"), documents, "record", "swarm")
+            ledger.share(Register.open(tmp_path / "register"), documents, about_in("swarm"))
             made = budget(ledger)
             assert made.left == left
             if len(documents) == 1:

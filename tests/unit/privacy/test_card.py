@@ -24,10 +24,12 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def test_a_card_tells_epsilon_and_no_size(ledger: Ledger) -> None:
     made = card.card_of(manifest(), "swarm", 40, ledger)
-    assert made.epsilon_spent == accountant.epsilon([Segment(1.0, 0.02, 40)], 1e-5)
+    spent = accountant.epsilon([Segment(1.0, 0.02, 40)], 1e-5)
+    assert made.epsilon_spent is not None
+    assert spent <= made.epsilon_spent < spent + 0.5
     assert (made.unit, made.delta) == ("record", 1e-5)
     words, machine = (content.decode() for content in card.files(made).values())
-    assert f"epsilon = {made.epsilon_spent:.3f}" in words
+    assert f"epsilon = {made.epsilon_spent:g}" in words
     assert msgspec.json.decode(machine, type=card.Card) == made
     assert "0.02" not in words + machine
 

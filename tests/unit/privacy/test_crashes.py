@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.privacy.accounts import about_in
 from xpeer.errors import LocalError
 from xpeer.privacy.accountant import Segment, epsilon, epsilon_worst
 from xpeer.privacy.budget import Budget
@@ -24,7 +25,7 @@ DOCUMENTS = ["x", "y"]
 
 def opened(folder: Path) -> Ledger:
     ledger = Ledger.open(folder / "ledger.sqlite")
-    ledger.share(Register.open(folder / "register"), DOCUMENTS, "record", "swarm")
+    ledger.share(Register.open(folder / "register"), DOCUMENTS, about_in("swarm"))
     return ledger
 
 
@@ -122,7 +123,7 @@ def test_killed_at_every_statement(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def check(folder: Path) -> None:
     before = taken(folder)
     with Register.open(folder / "register") as other:  # what another home would see at once
-        other.join("another home", [], DOCUMENTS)
+        other.join("another home", {}, DOCUMENTS)
         assert sum(segment.steps for segment in other.histories()[0]) >= before
     with opened(folder) as ledger:
         truth = epsilon([Segment(SIGMA, Q, before)], DELTA)

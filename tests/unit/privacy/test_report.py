@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.privacy.accounts import about_in
 from xpeer.errors import ConfigError, LocalError
 from xpeer.privacy import accountant, audit, planning, report
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import told_size
-from xpeer.privacy.charges import About
+from xpeer.privacy.charges import About, Chain
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
 
@@ -88,11 +89,7 @@ def test_a_ledger_of_the_first_version_goes_on(path: Path) -> None:
             "UPDATE head SET version = 1, counter = 0;"
         )
         ledger_id = connection.execute("SELECT ledger_id FROM head").fetchone()[0]
-        from xpeer.identity import blake2b
-        from xpeer.privacy.ledger_file import DOMAIN
-
-        first = blake2b(DOMAIN, ledger_id.encode())
-        connection.execute("UPDATE head SET hash = ?", (first,))
+        connection.execute("UPDATE head SET hash = ?", (Chain(ledger_id).head,))
     connection.close()
     with Ledger.look(path) as old:
         assert old.segments() == []
@@ -147,12 +144,11 @@ def test_documents_of_the_shard_count_with_what_other_homes_charged(
 ) -> None:
     with Ledger.open(path) as ledger:
         own = ledger.segments()
-        ledger.share(Register.open(tmp_path / "register"), ["x", "y", "gone"], "record", "swarm")
+        ledger.share(Register.open(tmp_path / "register"), ["x", "y", "gone"], about_in("swarm"))
     with Ledger.open(path) as ledger:
-        ledger.share(Register.open(tmp_path / "register"), ["x", "y"], "record", "swarm")
+        ledger.share(Register.open(tmp_path / "register"), ["x", "y"], about_in("swarm"))
     with Ledger.open(tmp_path / "other.sqlite") as other:
-        other.share(Register.open(tmp_path / "register"), ["x"], "record", "other")
-        other.about = ABOUT
+        other.share(Register.open(tmp_path / "register"), ["x"], about_in("other"))
         other.charge(Segment(0.9, 0.03, 50))
     register = Register.look(tmp_path / "register")
     assert register is not None
@@ -173,7 +169,7 @@ def test_documents_of_the_shard_count_with_what_other_homes_charged(
 
 def test_a_register_that_lacks_charges_is_found_out(path: Path, tmp_path: Path) -> None:
     with Ledger.open(path) as ledger:
-        ledger.share(Register.open(tmp_path / "register"), ["x"], "record", "swarm")
+        ledger.share(Register.open(tmp_path / "register"), ["x"], about_in("swarm"))
     with Ledger.open(path) as ledger:  # by a version that knew no register
         ledger.about = ABOUT
         ledger.charge(Segment(1.0, 0.02, 3))

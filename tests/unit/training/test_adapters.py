@@ -175,9 +175,9 @@ def test_an_export_loads_in_peft_and_names_its_base(
     for name in ("adapters", "whole"):
         words = (tmp_path / name / "README.md").read_text()
         card = json.loads((tmp_path / name / "privacy.json").read_text())
-        assert 0 < card["epsilon_spent"] == pytest.approx(spent.epsilon_spent)
+        assert 0 < spent.epsilon_spent <= card["epsilon_spent"] < spent.epsilon_spent + 0.5
         assert f"epsilon at most {card['epsilon_target']:g}" in words
-        assert f"epsilon = {card['epsilon_spent']:.3f}" in words
+        assert f"epsilon = {card['epsilon_spent']:g} at" in words
 
 
 def test_a_joiner_names_its_own_copy_of_the_base(

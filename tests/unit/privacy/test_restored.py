@@ -1,0 +1,347 @@
+"""Files that were lost, restored from older copies, copied, or removed: never a second budget."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.privacy.accounts import about_in, by_unit
+from tests.unit.privacy.test_mechanism import manifest
+from xpeer.errors import ConfigError, LocalError
+from xpeer.privacy import card, register_file, report
+from xpeer.privacy.accountant import Segment, epsilon, epsilon_worst
+from xpeer.privacy.budget import Budget
+from xpeer.privacy.charges import in_parts
+from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
+
+STEP, OTHER = Segment(1.0, 0.01, 20), Segment(0.8, 0.02, 5)
+SIGMA, Q, DELTA = 4.0, 1.0, 1e-5
+
+
+class Machine:
+    """Homes with a register, whose files can be copied, lost and put back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.register = folder / "register"
+        folder.mkdir(exist_ok=True)
+        self._copies = itertools.count()
+
+    def ledger(self, home: str) -> Path:
+        return self.folder / f"{home}.sqlite"
+
+    def start(self, home: str, documents: Iterable[str], unit: str = "record") -> Ledger:
+        ledger = Ledger.open(self.ledger(home))
+        about = msgspec.structs.replace(about_in("swarm"), unit=unit)
+        try:
+            self.joined = ledger.share(Register.open(self.register), documents, about)
+        except LocalError:
+            ledger.close()
+            raise
+        return ledger
+
+    def charge(self, home: str, documents: Iterable[str], *segments: Segment) -> None:
+        with self.start(home, documents) as ledger:
+            for segment in segments:
+                ledger.charge(segment)
+
+    def copy(self, path: Path) -> Path:
+        kept = self.folder / f"copy{next(self._copies)}"
+        shutil.copytree(path, kept) if path.is_dir() else shutil.copy2(path, kept)
+        return kept
+
+    def put_back(self, copy: Path, path: Path) -> None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.copytree(copy, path) if copy.is_dir() else shutil.copy2(copy, path)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path / "machine")
+
+
+def steps(ledger: Ledger) -> int:
+    """Of the document that lost most."""
+    return max(sum(s.steps for s in history) for history in ledger.histories())
+
+
+# The register
+
+
+def test_a_document_that_comes_back_after_the_registers_loss_has_lost_what_it_lost(
+    machine: Machine,
+) -> None:
+    machine.charge("a", ["x", "y"], STEP)
+    shutil.rmtree(machine.register)
+    with machine.start("a", ["y"]) as ledger:
+        assert machine.joined.recovered_steps == 20
+        assert steps(ledger) == 20
+    with machine.start("a", ["x"]) as ledger:
+        assert (machine.joined.recovered_steps, machine.joined.unknown_steps) == (0, 20)
+        assert steps(ledger) == 20
+    with machine.start("a", ["new"]) as ledger:  # nobody knows that it is
+        assert steps(ledger) == 20
+    with machine.start("b", ["unrelated"]) as ledger:
+        assert steps(ledger) == 0
+
+
+def test_what_is_recovered_keeps_its_unit(machine: Machine) -> None:
+    machine.charge("a", ["x"], STEP)
+    shutil.rmtree(machine.register)
+    with pytest.raises(ConfigError, match=r"privacy of each record in swarm swarm.*each document"):
+        machine.start("a", ["x"], "document")
+    with machine.start("a", ["x"]) as ledger:
+        assert steps(ledger) == 20
+
+
+def test_records_of_other_lengths_are_other_units(machine: Machine) -> None:
+    for cut, charged in (("128 byte tokens", True), ("256 byte tokens", False)):
+        about = msgspec.structs.replace(about_in("swarm"), cut=cut)
+        with Ledger.open(machine.ledger(cut[:3])) as ledger:
+            if charged:
+                ledger.share(Register.open(machine.register), ["x"], about)
+                ledger.charge(STEP)
+                continue
+            with pytest.raises(ConfigError, match=r"record of 128 byte.*record of 256 byte"):
+                ledger.share(Register.open(machine.register), ["x"], about)
+            assert ledger.share(Register.open(machine.register), ["y"], about).new == 1
+
+
+def test_charges_of_others_that_are_not_the_largest_are_noticed(machine: Machine) -> None:
+    """x lost 100 steps elsewhere; y none, but 60 here. Then y loses 60 elsewhere."""
+    many = Segment(SIGMA, Q, 100)
+    machine.charge("b", ["x"], many)
+    machine.charge("a", ["y"], Segment(SIGMA, Q, 60))
+    limit = epsilon([Segment(SIGMA, Q, 130)], DELTA)
+    with machine.start("a", ["x", "y"]) as ledger, machine.start("c", ["y"]) as c:
+        budget = Budget(
+            ledger, epsilon=limit, delta=DELTA, noise_multiplier=SIGMA, sampling_probability=Q
+        )
+        assert budget.left == 30
+        c.charge(Segment(SIGMA, Q, 60))
+        assert budget.begin(30) == 10
+        budget.close()
+        assert epsilon_worst(ledger.histories(), DELTA) <= limit
+
+
+def test_a_copy_of_a_home_beside_its_original_is_refused(machine: Machine) -> None:
+    machine.charge("a", ["x"], STEP)
+    shutil.copy2(machine.ledger("a"), machine.ledger("copy"))
+    with machine.start("a", ["x"]) as original, machine.start("copy", ["x"]) as copy:
+        original.charge(STEP)
+        with pytest.raises(ConfigError, match="a copy of this home"):
+            copy.charge(STEP)
+        original.charge(STEP)
+        assert steps(original) == 60
+    with machine.start("copy", ["x"]) as copy:
+        assert machine.joined.steps_behind == 40
+        assert steps(copy) == copy.steps_charged == 60
+
+
+def test_a_register_that_is_lost_beside_its_key_is_not_begun_anew(machine: Machine) -> None:
+    machine.charge("a", ["x"], STEP)
+    (machine.register / register_file.NAME).unlink()
+    for _ in range(2):
+        with pytest.raises(LocalError, match=r"register\.sqlite is missing") as caught:
+            Register.open(machine.register)
+        assert "restore" in caught.value.remedy
+        with pytest.raises(LocalError, match="is missing"):
+            Register.look(machine.register)
+
+
+def test_killed_while_it_begins_a_register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each rename; the next start finds neither file, or ends what was begun."""
+    rename = Path.rename
+    for at in (1, 2):
+        folder = tmp_path / str(at)
+        left = at
+
+        def mortal(self: Path, target: Path) -> Path:
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, target)
+
+        pid = os.fork()
+        if pid == 0:
+            monkeypatch.setattr(Path, "rename", mortal)
+            Register.open(folder)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert Register.look(folder) is None
+        key = folder / register_file.KEY
+        made = key.read_bytes() if at == 2 else None
+        Register.open(folder).close()
+        assert made in (None, key.read_bytes())
+        assert {file.name for file in folder.iterdir()} == {"register.sqlite", "register.key"}
+
+
+@pytest.mark.parametrize("what", ["register", "ledger"])
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_files_that_go_while_a_node_runs_end_its_charges(
+    machine: Machine, what: str, how: str
+) -> None:
+    machine.charge("a", ["x"], STEP)
+    path = machine.ledger("a") if what == "ledger" else machine.register / register_file.NAME
+    old = machine.copy(path)
+    with machine.start("a", ["x"]) as ledger:
+        ledger.charge(STEP)
+        path.unlink()
+        if how == "replaced":
+            shutil.copy2(old, path)
+        for _ in range(2):
+            with pytest.raises(LocalError, match=f"{what} .*(removed or replaced|failed before)"):
+                ledger.charge(STEP)
+        assert ledger.steps_charged == 40
+
+
+def test_a_register_of_the_first_version_goes_on(machine: Machine) -> None:
+    machine.charge("a", ["x"], STEP)
+    database = sqlite3.connect(machine.register / register_file.NAME)
+    with database:
+        database.execute("DROP TABLE ledgers")
+        database.execute("UPDATE head SET version = 1")
+    database.close()
+    found = Register.look(machine.register)
+    assert found is not None
+    with found:
+        own = found.own(Ledger.look(machine.ledger("a")).id)
+    assert own == by_unit(STEP)
+    machine.charge("a", ["x"], STEP)
+    with machine.start("a", ["x"]) as ledger:
+        assert (machine.joined.counter, steps(ledger)) == (2, 40)
+    about = msgspec.structs.replace(about_in("swarm"), cut="64 byte tokens")
+    with Ledger.open(machine.ledger("a")) as ledger:  # what was not noted is not held against it
+        ledger.share(Register.open(machine.register), ["x"], about)
+        assert steps(ledger) == 40
+
+
+# The ledger
+
+
+def test_a_restored_ledger_is_charged_again_what_the_register_knows(machine: Machine) -> None:
+    machine.charge("a", ["x"], STEP)
+    old = machine.copy(machine.ledger("a"))
+    machine.charge("a", ["x"], STEP, OTHER, OTHER)
+    with Ledger.look(machine.ledger("a")) as ledger:
+        counter, segments = ledger.counter, ledger.segments()
+    machine.put_back(old, machine.ledger("a"))
+    found = Register.look(machine.register)
+    assert found is not None
+    with found, Ledger.look(machine.ledger("a")) as ledger:
+        (problem,) = report.verify(ledger, found).problems
+        told = card.card_of(manifest(), "swarm", 1, ledger, found)
+        assert report.charged(ledger, found) == segments
+    assert "lacks 30 steps" in problem
+    assert told.epsilon_spent is not None
+    assert told.epsilon_spent >= epsilon(segments, DELTA)
+    with machine.start("a", ["x"]) as ledger:
+        assert machine.joined.steps_behind == 30
+        assert (ledger.counter, ledger.segments()) == (counter, segments)
+        again = [c.about.found_again for c in ledger.charges() if c.about]
+        assert again == [False, True, True, True]
+        ledger.charge(STEP)
+    with machine.start("a", ["x"]) as ledger:
+        assert machine.joined.steps_behind == machine.joined.recovered_steps == 0
+        assert report.about(ledger) == (DELTA, 8.0)
+
+
+def test_a_charge_on_its_way_to_the_ledger_is_no_restored_copy(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`xpeer privacy verify` reads the ledger first, while its node goes on."""
+    machine.charge("a", ["x"], STEP)
+    before = Ledger.look(machine.ledger("a"))
+    machine.charge("a", ["x"], STEP)
+    found = Register.look(machine.register)
+    assert found is not None
+    with found, before:
+        assert report.verify(before, found).problems == []
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(0, 70))
+def test_parts_are_the_same_steps(counts: list[int], at_least: int) -> None:
+    segments = [Segment(number + 1.0, 0.1, count) for number, count in enumerate(counts)]
+    parts = in_parts(segments, at_least)
+    assert by_unit(*parts) == by_unit(*segments)
+    assert len(parts) == max(len(segments), min(at_least, sum(counts)))
+
+
+# Everything together
+
+HOMES, TEXTS = "ab", "uvw"
+SHARDS = st.sets(st.sampled_from(TEXTS), min_size=1)
+ACTIONS = st.one_of(
+    st.tuples(st.just("join"), st.sampled_from(HOMES), SHARDS),
+    st.tuples(st.just("charge"), st.sampled_from(HOMES), st.sampled_from([STEP, OTHER])),
+    st.tuples(st.just("copy"), st.none(), st.none()),
+    st.tuples(st.just("lose"), st.none(), st.none()),
+    st.tuples(st.just("restore"), st.sampled_from(["register", *HOMES]), st.none()),
+)
+NUMBERS = itertools.count()
+
+
+def happen(machine: Machine, copies: dict[str, Path], what: str, which: str) -> None:
+    """To a file."""
+    if what == "copy":
+        copies.update({home: machine.copy(machine.ledger(home)) for home in HOMES})
+        copies["register"] = machine.copy(machine.register)
+    elif what == "lose":
+        shutil.rmtree(machine.register)
+    elif which in copies:
+        where = machine.register if which == "register" else machine.ledger(which)
+        machine.put_back(copies[which], where)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(actions=st.lists(ACTIONS, max_size=14))
+def test_after_any_loss_a_home_counts_all_that_it_charged(
+    tmp_path: Path, actions: list[tuple[str, Any, Any]]
+) -> None:
+    """One file is lost or put back at a time; then both homes start again, with their shards."""
+    machine = Machine(tmp_path / f"m{next(NUMBERS)}")
+    truth = {home: {text: Counter[tuple[float, float]]() for text in TEXTS} for home in HOMES}
+    total = {home: Counter[tuple[float, float]]() for home in HOMES}
+    charges = Counter[str]()
+    shard: dict[str, set[str]] = {home: {TEXTS[0]} for home in HOMES}
+    copies: dict[str, Path] = {}
+    for home in HOMES:
+        machine.charge(home, shard[home])
+    for what, which, how in actions:
+        if what == "join":
+            shard[which] = how
+        elif what == "charge":
+            machine.charge(which, shard[which], how)
+            charges[which] += 1
+            kind = how.noise_multiplier, how.sampling_probability
+            for counted in (total[which], *(truth[which][text] for text in shard[which])):
+                counted[kind] += how.steps
+        else:
+            happen(machine, copies, what, which)
+        for home in HOMES:
+            with machine.start(home, shard[home]) as ledger:
+                found = Counter(by_unit(*ledger.segments()).get("record", {}))
+                assert found == total[home]
+                assert ledger.counter == charges[home]
+        with Register.open(machine.register) as register:
+            for home in HOMES:
+                for text, told in register.of_documents(shard[home]).items():
+                    assert Counter(by_unit(*told).get("record", {})) >= truth[home][text]
