@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -162,10 +163,11 @@ def test_two_peers_end_together_and_the_model_can_be_exported(swarm: Swarm):
     call(["checkpoint", "export", "--home", str(swarm.home("a").path), "--hf", str(folder)])
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     card = json.loads((folder / "privacy.json").read_text())
-    assert card["epsilon_spent"] == pytest.approx(ends[0].privacy.epsilon_spent)
+    spent = ends[0].privacy.epsilon_spent
+    assert spent <= card["epsilon_spent"] < spent + 0.5
     assert f"epsilon at most {card['epsilon_target']:g}" in (folder / "README.md").read_text()
     verdict = json.loads(call(["privacy", "verify", "--home", str(swarm.home("a").path), "--json"]))
-    assert verdict["epsilon_spent"] == pytest.approx(card["epsilon_spent"])
+    assert verdict["epsilon_spent"] == pytest.approx(spent)
 
 
 def test_a_spent_budget_stops_training_across_restarts(swarm: Swarm):
@@ -177,6 +179,54 @@ def test_a_spent_budget_stops_training_across_restarts(swarm: Swarm):
     swarm.daemons.end(["a"])
     swarm.start("a", "--bootstrap", XPEER_DAEMON_EXIT_ON_BUDGET="1")
     assert swarm.daemons.wait("a", 60) == 6
+
+
+def test_a_restored_ledger_catches_up_and_a_restored_machine_is_told(swarm: Swarm):
+    """First the ledger alone, then the machine's register, too: what partners are there for."""
+    slow = {"XPEER_TRAINING_THROTTLE": "0.3"}
+    swarm.bootstrap(swarm.found("a", end__steps=100_000))
+    swarm.start("a", "--bootstrap", swarm.seed, **slow)
+    swarm.join("a", "b", **slow)
+    ledger, register = swarm.home("b").ledger_db, swarm.daemons.log("b").with_name("b-register")
+
+    def met(steps: int) -> Status:
+        """Until partners have seen charges for more steps, and b is gone again."""
+        status = swarm.until(
+            "b", lambda s: s.exchanges_done >= 3 and s.privacy.steps_charged > steps
+        )
+        call(["stop", "--home", str(swarm.home("b").path)])
+        return status
+
+    def restart() -> None:
+        swarm.start("b", "--bootstrap", "--listen", LOOPBACK, "--shard", swarm.shard("b"), **slow)
+
+    def of_b(status: Status) -> str:
+        return next(p.ledger_went_back for p in status.partners if p.peer_id == peer_id)
+
+    first = met(20)
+    peer_id = first.peer_id
+    old = shutil.copytree(register, swarm.root / "old")
+    shutil.copy2(ledger, old)
+    restart()
+    spent = met(first.privacy.steps_charged + 20).privacy.steps_charged
+    shutil.copy2(old / ledger.name, ledger)
+    with pytest.raises(LocalError, match=r"this ledger lacks \d+ steps"):
+        call(
+            ["privacy", "verify", "--home", str(swarm.home("b").path)],
+            {"XPEER_PRIVACY_REGISTER": str(register)},
+        )
+    restart()
+    assert met(spent).privacy.steps_charged > spent
+    assert "are charged to it again" in swarm.daemons.log("b").read_text()
+    assert of_b(swarm.until("a", lambda s: True)) == ""
+
+    shutil.copy2(old / ledger.name, ledger)
+    shutil.rmtree(register)
+    shutil.copytree(old, register, ignore=shutil.ignore_patterns(ledger.name))
+    restart()
+    told = swarm.until("b", lambda s: "more privacy charges of it" in str(s.reasons))
+    assert told.health == "degraded"
+    assert "charges now" in of_b(swarm.until("a", lambda s: True))
 
 
 def test_two_daemons_with_one_text_spend_one_budget(swarm: Swarm):
