@@ -174,7 +174,13 @@ class Home:
 def privacy_register(config: NodeConfig) -> Path:
     """The machine's register: for root the system's, else the user's."""
     if config.privacy.register:
-        return Path(config.privacy.register).expanduser().absolute()
+        path = Path(config.privacy.register).expanduser()
+        if not path.is_absolute():
+            raise ConfigError(
+                f"privacy.register: {config.privacy.register} is a relative path",
+                "give an absolute one: all homes and commands have to find the same folder",
+            )
+        return path
     if os.geteuid() == 0:
         return Path("/var/lib/xpeer-privacy")
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"

@@ -285,11 +285,12 @@ class Node:
             found.append(self.supervisor.down_reason)
         if self.swarm is not None and not self.swarm.sidecar_alive:
             found.append("the libp2p sidecar is down; it is being restarted")
-        if self.book is not None and (refusing := self.book.refusing_our_ledger()):
+        refusing = self.book.refusing_our_ledger() if self.book is not None else []
+        if refusing := [peer for peer in self.partners() if peer in refusing]:
             found.append(
-                f"{len(refusing)} partners do not meet this node until it has caught up: they saw "
-                "more privacy charges of it than it shows (an older copy of it was restored, or a "
-                f"copy runs elsewhere): {', '.join(peer[-8:] for peer in refusing[:4])}"
+                f"{len(refusing)} partners do not meet this node until it has caught up: they say "
+                "that they saw more privacy charges of it than it shows (an older copy of it was "
+                f"restored, or a copy runs elsewhere): {', '.join(p[-8:] for p in refusing[:4])}"
             )
         if self.state in EXCHANGING and self.state != "finished":
             found += self._exchange_reasons(now)

@@ -224,7 +224,7 @@ def test_a_restored_ledger_catches_up_and_a_restored_machine_is_told(swarm: Swar
     shutil.rmtree(register)
     shutil.copytree(old, register, ignore=shutil.ignore_patterns(ledger.name))
     restart()
-    told = swarm.until("b", lambda s: "more privacy charges of it" in str(s.reasons))
+    told = swarm.until("b", lambda s: "saw more privacy charges" in str(s.reasons))
     assert told.health == "degraded"
     assert "charges now" in of_b(swarm.until("a", lambda s: True))
 

@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from xpeer import config
-from xpeer.config import Home, NodeConfig
+from xpeer.config import Home, NodeConfig, Privacy, privacy_register
 from xpeer.errors import ConfigError, ExitCode
 
 
@@ -145,6 +145,13 @@ def test_any_value_is_taken_or_named(key: str, value: Any) -> None:
         config.load(Path("/nonexistent/config.toml"), {}, {key: value})
     except ConfigError as e:
         assert key in e.problem
+
+
+def test_a_register_is_the_same_folder_from_everywhere(tmp_path: Path) -> None:
+    given = NodeConfig(privacy=Privacy(register=str(tmp_path)))
+    assert privacy_register(given) == tmp_path
+    with pytest.raises(ConfigError, match=r"privacy\.register: reg/x is a relative path"):
+        privacy_register(NodeConfig(privacy=Privacy(register="reg/x")))
 
 
 def test_home_and_its_socket(tmp_path: Path) -> None:

@@ -129,6 +129,12 @@ def export_command(home: Home, folder: Path, merged: bool) -> None:
     made = model_of(manifest, home, data.base_model)
     model.write_flat(made, bundle.consolidated())
     ledger = Ledger.look(home.ledger_db) if home.ledger_db.exists() else None
+    if bundle.ledger_id and (ledger is None or ledger.id != bundle.ledger_id):
+        raise LocalError(
+            f"the checkpoint was made with privacy ledger {bundle.ledger_id}, which is not "
+            f"{home.ledger_db}: what it cost can't be told",
+            "restore the ledger that belongs to the checkpoint",
+        )
     register = Register.look(privacy_register(load_config(home))) if ledger else None
     card = card_of(manifest, signed.genesis.swarm_id, bundle.step, ledger, register)
     if lora is None or merged:

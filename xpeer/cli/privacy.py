@@ -44,6 +44,8 @@ def status_command(home: Home, as_json: bool) -> None:
         return
     for label, text in _rows(found):
         click.echo(f"{label:12}{text}")
+    for problem in found.problems:
+        say(f"warning: {problem}")
     say("not covered: " + "; ".join(audit.NOT_COVERED))
 
 
@@ -143,6 +145,7 @@ def documents_command(
             raise LocalError("the machine's register is not there", "it is made when a node trains")
         held = load_documents(shard or data.corpus or data.shard, data.text_field)
         found = report.files(
+            ledger,
             register,
             [(document.id, document.source) for document in held],
             _checked_delta(delta) or report.about(ledger)[0],
@@ -244,6 +247,8 @@ def _rows(found: Account) -> Iterator[tuple[str, str]]:
         f"epsilon {found.epsilon_spent:.4f} of {found.epsilon_target:g} at delta "
         f"{found.delta:.3g}; {left:.4f} or {found.steps_left} steps left",
     )
+    if found.epsilon_ever > found.epsilon_spent:
+        yield "ever", f"epsilon {found.epsilon_ever:.4f}, by text that is no longer in the shard"
     for segment in found.segments:
         yield (
             "steps",

@@ -26,6 +26,8 @@ from xpeer.wire.messages import AnyMessage
 from xpeer.wire.session import MAX_HELLO_BYTES, Handshake, Session
 
 FRAME_TIMEOUT_S = 15.0
+ENDS_IN_S, ENDS_IN_FRAMES = 1.0, 64
+"""A partner that was refused in mid-exchange has this long, and may still send so much."""
 """libp2p notices a silent partner after 40 s; we do after this."""
 _LENGTH_BYTES = 4
 _M = TypeVar("_M", bound=messages.Message)
@@ -188,9 +190,10 @@ class Link:
         """After a refusal in mid-exchange: take what the partner still sends, until it drops the
         link because of it. Closing at once could cost it the reason.
         """
-        with contextlib.suppress(PeerError):
-            while True:
-                await self._stream.read(FRAME_BYTES)
+        with contextlib.suppress(PeerError, TimeoutError):
+            async with asyncio.timeout(ENDS_IN_S):
+                for _ in range(ENDS_IN_FRAMES):
+                    self._meter.bytes_in += len(await self._stream.read(FRAME_BYTES))
 
     def abort(self) -> None:
         """Drop the streams at once; the partner sees a truncation."""

@@ -36,8 +36,10 @@ def markdown(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str
         f"Made {_date(time.time())} by xpeer {__version__} from ledger `{found.ledger_id}`.",
         "",
         f"- swarm `{found.swarm_id}`, mode **{found.mode}**, per **{found.unit}**",
-        f"- **epsilon {found.epsilon_spent:.4f}** of {found.epsilon_target:g} spent, at delta "
-        f"{found.delta:.3g}",
+        f"- **epsilon {found.epsilon_ever:.4f}** at delta {found.delta:.3g}, for all that this "
+        "node ever trained on",
+        f"- epsilon {found.epsilon_spent:.4f} of {found.epsilon_target:g} for what is in its shard "
+        "now",
         *map(_check_line, verdict.checked),
         f"- {found.steps_charged} steps in {found.charges} charges; last link of their chain "
         f"`{found.chain_head}`",

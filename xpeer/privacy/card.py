@@ -12,6 +12,7 @@ from xpeer.manifest import Manifest
 from xpeer.privacy import accountant, report
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
+from xpeer.privacy.together import Together
 
 FILES = ("README.md", "privacy.json")
 
@@ -62,9 +63,11 @@ def card_of(
     rules = manifest.privacy
     if rules.mode == "off":
         return Card(swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode="off")
-    charged = report.charged(ledger, register) if ledger else []
-    delta = report.about(ledger)[0] if ledger and charged else None
-    spent = accountant.epsilon(charged, delta) if delta else 0.0
+    charged = Together(ledger, register).charged if ledger else []
+    noted = report.about(ledger)[0] if ledger and charged else None
+    # (epsilon, delta) holds for every larger epsilon and delta, too
+    delta = noted and (rules.delta or 10.0 ** math.ceil(math.log10(noted)))
+    spent = accountant.epsilon(charged, min(noted, delta)) if noted and delta else 0.0
     return Card(
         swarm_id=swarm_id,
         swarm_name=manifest.name,
@@ -72,9 +75,8 @@ def card_of(
         mode=rules.mode,
         unit="shard" if rules.mode == "update" else rules.unit,
         epsilon_target=rules.epsilon,
-        # (epsilon, delta) holds for every larger epsilon and delta, too
         epsilon_spent=min(math.ceil(spent / _GRID) * _GRID, max(spent, rules.epsilon)),
-        delta=delta and (rules.delta or 10.0 ** math.ceil(math.log10(delta))),
+        delta=delta,
     )
 
 
@@ -98,12 +100,12 @@ def _words(card: Card) -> str:
     own = (
         "The node that exported this has trained on no text of its own."
         if card.delta is None
-        else f"The node that exported this had spent at most epsilon = {card.epsilon_spent:g} at "
-        f"delta = {card.delta:g}."
+        else "The node that exported this had spent at most epsilon = "
+        f"{card.epsilon_spent:.12g} at delta = {card.delta:.12g}."
     )
     return head + (
         f"Differential privacy in mode `{card.mode}`, for each **{card.unit}** of each member's "
-        f"text: epsilon at most {card.epsilon_target:g} by each member's own ledger. {own} It "
+        f"text: epsilon at most {card.epsilon_target:.12g} by each member's own ledger. {own} It "
         "bounds what this model, and everything else that members sent, tells of any one "
         f"{card.unit}.\n\n"
         "Not covered: text that stands in several of them, or with several members; what the same "

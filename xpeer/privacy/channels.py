@@ -252,8 +252,8 @@ _HOME: Final = {
     "xpeer.privacy.report.Account": _of(
         "home",
         public="swarm_id mode unit clip_norm epsilon_target",
-        local="ledger_id epsilon_spent delta segments steps_charged charges steps_left "
-        "ends_unix_s chain_head documents classes_left_out",
+        local="ledger_id epsilon_spent epsilon_ever delta segments steps_charged charges "
+        "steps_left ends_unix_s chain_head documents classes_left_out problems",
         why="`xpeer privacy status` and `report`: sigma, q and delta tell the shard's size by six "
         "bits to whoever is shown them",
     ),

@@ -46,6 +46,8 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def exact_unit(self) -> str:
         """Charges of one text add up if this is equal."""
+        if self.mode == "update":  # early versions noted no unit
+            return "shard"
         return f"record of {self.cut}" if self.unit == "record" and self.cut else self.unit
 
 

@@ -148,11 +148,16 @@ class Register:
                 file.unstage(run)
             else:
                 self._span = int(known[0])
+            if self._tables.documents_of(self._span) != len(hashes):
+                raise LocalError(
+                    f"privacy register {self.path} is inconsistent: it was restored in part",
+                    file.RESTORE,
+                )
             run("UPDATE spans SET joined = (SELECT writes FROM head) WHERE id = ?", (self._span,))
             run(_COUNTER, (ledger_id, counter))
             self._refuse_other_units()
             self._written()
-        with self._lock, file.told(self.path):
+        with self._lock, self._reading():
             tables, own = self._tables, self._tables.own(ledger_id)
             self._seen, self._shared = tables.seen_by(ledger_id, self._span), False
             self._steps = steps_of(own)
@@ -172,25 +177,25 @@ class Register:
         """What was charged to documents of the shard as it was joined: one for each class whose
         documents may have lost most.
         """
-        with self._lock, file.told(self.path):
+        with self._lock, self._reading():
             return self._histories()
 
     def looked_up(self, ledger_id: str) -> list[list[Segment]]:
         """`histories` of a home's shard as it last started; none if it never did."""
-        with self._lock, file.told(self.path):
+        with self._lock, self._reading():
             self._ledger_id = ledger_id
             self._span, self._unit = self._tables.newest(ledger_id)
             return self._histories() if self._span else []
 
     def classes(self, ledger_id: str) -> list[DocumentClass]:
         """All documents that a home ever had, those of its shard now first."""
-        with self._lock, file.told(self.path):
+        with self._lock, self._reading():
             found = self._tables.classes(ledger_id, self._tables.newest(ledger_id)[0])
             return sorted(found, key=lambda each: not each.here)
 
     def of_documents(self, documents: Iterable[str]) -> dict[str, list[Segment]]:
         """What all homes charged to documents, by id; none to those that were never seen."""
-        with self._lock, file.told(self.path):
+        with self._lock, self._reading():
             charges = self._tables.charges()
             known: dict[int | None, list[Segment]] = {
                 number: segments_of(combined(charges, spans))
@@ -203,7 +208,7 @@ class Register:
 
     def own(self, ledger_id: str) -> ByUnit:
         """What a home charged, as far as the register knows."""
-        with self._lock, file.told(self.path):
+        with self._lock, self._reading():
             return self._tables.own(ledger_id)
 
     def charge(self, segment: Segment, fits: Fits | None = None, counter: int = 0) -> None:
@@ -320,6 +325,10 @@ class Register:
         else:
             rows = self._tables.class_rows(self._span)
             found = [combined(charges, spans) for _, spans in rows]
+        if not found:
+            raise LocalError(
+                f"privacy register {self.path} knows no document of this shard", file.RESTORE
+            )
         return [segments_of(history) for history in undominated(found)]
 
     def _together(self) -> Collection[int]:
@@ -331,6 +340,16 @@ class Register:
     def _written(self) -> None:
         self._connection.execute("UPDATE head SET writes = writes + 1")
         self._writes = self._tables.writes()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """All as of one moment."""
+        with file.told(self.path):
+            self._connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._connection.rollback()
 
     @contextmanager
     def _transaction(self) -> Iterator[file.Run]:

@@ -49,7 +49,8 @@ _SCHEMA: Final = (
 )
 MEND: Final = "check the disk's space and the folder's owner, or set privacy.register"
 RESTORE: Final = (
-    "restore the folder from a copy made after the last training step; without one, remove it: "
+    "restore the folder as a whole, without register.sqlite-wal and -shm, from a copy made after "
+    "the last training step; without one, remove it: "
     "homes add what their ledgers hold when they start, what homes that are gone charged is lost"
 )
 
@@ -204,7 +205,12 @@ def _connected(path: Path, mode: str) -> sqlite3.Connection:
 
 def _refuse_damage(path: Path, connection: sqlite3.Connection, key: bytes) -> None:
     """Of the small tables; documents are too many to be read at every start."""
+    connection.execute("BEGIN")  # all as of one moment: homes may be writing
     head = connection.execute("SELECT version, key_check FROM head").fetchall()
+    spans = {number for (number,) in connection.execute("SELECT id FROM spans")}
+    charged = connection.execute("SELECT span, steps FROM charges").fetchall()
+    packed_spans = connection.execute("SELECT spans FROM classes").fetchall()
+    connection.execute("COMMIT")
     if len(head) != 1:
         raise LocalError(f"privacy register {path} is damaged", RESTORE)
     if not 1 <= head[0][0] <= VERSION:
@@ -214,9 +220,7 @@ def _refuse_damage(path: Path, connection: sqlite3.Connection, key: bytes) -> No
         )
     if head[0][1] != _check(key):
         raise LocalError(f"privacy register {path} was made with another {KEY}", RESTORE)
-    spans = {number for (number,) in connection.execute("SELECT id FROM spans")}
-    charged = connection.execute("SELECT span, steps FROM charges").fetchall()
-    classes = [unpacked(s) for (s,) in connection.execute("SELECT spans FROM classes")]
+    classes = [unpacked(each) for (each,) in packed_spans]
     if any(span not in spans or steps < 1 for span, steps in charged) or any(
         not spans.issuperset(each) for each in classes
     ):
@@ -303,5 +307,7 @@ def told(path: Path) -> Iterator[None]:
         raise LocalError(
             f"privacy register {path} can't be used: {e}", RESTORE if damaged else MEND
         ) from e
+    except UnicodeError as e:
+        raise LocalError(f"privacy register {path} is damaged: {e}", RESTORE) from e
     except OSError as e:
         raise LocalError(f"privacy register {path} can't be used: {e}", MEND) from e

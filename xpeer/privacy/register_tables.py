@@ -52,6 +52,17 @@ class Tables:
         found = [(int(number), file.unpacked(spans)) for number, spans in rows]
         return [(number, spans) for number, spans in found if span is None or span in spans]
 
+    def documents_of(self, span: int) -> int:
+        """How many documents a span has; looks at all that the register knows.
+
+        0 if classes and documents disagree: pages of several times are mixed.
+        """
+        there = dict(self._run("SELECT class, count(*) FROM documents GROUP BY class").fetchall())
+        told = dict(self._run("SELECT id, documents FROM classes").fetchall())
+        classes = [number for number, _ in self.class_rows(span)]
+        agree = all(told[number] == there.get(number) for number in classes)
+        return sum(told[number] for number in classes) if agree else 0
+
     def class_of(self, hashed: bytes) -> int | None:
         """Of a document; None if it was never seen."""
         row = self._run("SELECT class FROM documents WHERE hash = ?", (hashed,)).fetchone()

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from msgspec import Struct
 
 from xpeer.errors import LocalError
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.histories import (
-    ByUnit,
-    DocumentClass,
-    History,
-    at_least,
-    combined,
-    missing,
-    segments_of,
-    steps_of,
-)
+from xpeer.privacy.charges import About
+from xpeer.privacy.histories import DocumentClass
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
 from xpeer.privacy.replay import replay
+from xpeer.privacy.together import Together
 
 TOLERANCE: Final = 0.01
 """By which two accountants may differ, relative: both have grids."""
 _NEGLIGIBLE: Final = 2e-3
 """The grids' errors, absolute: more than TOLERANCE where epsilon is tiny."""
 _STEPS_MAX: Final = 10_000_000
-_LOOKS: Final = 5
-"""At a ledger whose node may just be charging: the register first, the ledger some ms later."""
 _MOST_CLASSES: Final = 12
 """Of documents, that are told one by one; each takes up to half a second."""
 
@@ -47,6 +38,13 @@ class DocumentAccount(Struct, frozen=True, kw_only=True):
     epsilon: float
     """All that was charged to them on this machine, at the node's delta."""
     segments: list[Segment]
+
+
+class Noted(NamedTuple):
+    """A charge, and what it was for."""
+
+    segment: Segment
+    about: About
 
 
 class FileAccount(Struct, frozen=True, kw_only=True):
@@ -66,10 +64,15 @@ class Account(Struct, frozen=True, kw_only=True):
     mode: str
     unit: str
     epsilon_spent: float
+    """Of documents in the shard as the node last started, charges of other homes included: what the
+    budget is compared with."""
+    epsilon_ever: float
+    """Of all documents that the node ever had."""
     epsilon_target: float
     delta: float
     clip_norm: float
     segments: list[Segment]
+    """All steps of this node."""
     steps_charged: int
     charges: int
     steps_left: int | None
@@ -81,7 +84,9 @@ class Account(Struct, frozen=True, kw_only=True):
     documents: list[DocumentAccount]
     """By the machine's register; largest first. Empty: there is none."""
     classes_left_out: int
-    """Of documents, charged no more steps than the last one that is told."""
+    """Of documents, charged no more steps than any that is told."""
+    problems: list[str]
+    """Where ledger and register differ; the larger of the two is told."""
 
 
 class Checked(Struct, frozen=True, kw_only=True):
@@ -121,19 +126,18 @@ def about(ledger: Ledger) -> tuple[float, float]:
     Raises:
         LocalError: none did.
     """
-    noted = [charge.about for charge in ledger.charges() if charge.about is not None]
-    if not noted:
-        raise LocalError(
-            f"privacy ledger {ledger.path} does not say for which delta it was charged",
-            "start the node: it notes it with the next charge; or give --delta",
-        )
-    return noted[-1].delta, noted[-1].epsilon_target
+    noted = _last_noted(ledger).about
+    return noted.delta, noted.epsilon_target
 
 
-def charged(ledger: Ledger, register: Register | None) -> list[Segment]:
-    """What a ledger charged, by its own word and by the register's, whichever is more."""
-    told = [ledger.by_unit(), register.own(ledger.id) if register else {}]
-    return segments_of(at_least(_of_all_units(each) for each in told))
+def _last_noted(ledger: Ledger) -> Noted:
+    for charge in reversed(ledger.charges()):
+        if charge.about is not None:
+            return Noted(charge.segment, charge.about)
+    raise LocalError(
+        f"privacy ledger {ledger.path} does not say for which delta it was charged",
+        "start the node: it takes up what was lost, and notes it; or give --delta",
+    )
 
 
 def account(ledger: Ledger, register: Register | None = None) -> Account:
@@ -146,50 +150,54 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
     Raises:
         LocalError: nothing was charged, or by a version that noted too little.
     """
-    charges = ledger.charges()
-    if not charges:
+    together = Together(ledger, register)
+    if not together.charged:
         raise LocalError(
             f"privacy ledger {ledger.path}: nothing was charged yet",
             "train first: `xpeer start`; if it does not train, `xpeer status` says why",
         )
-    delta, target = about(ledger)
-    last = [charge for charge in charges if charge.about is not None][-1]
-    if last.about is None:
-        raise LocalError(f"privacy ledger {ledger.path}: the last charge notes nothing")
-    kind = last.segment
+    last = _last_noted(ledger)
+    noted, delta = last.about, last.about.delta
     left = _STEPS_MAX
-    histories = _histories(ledger, register)
-    for spent in histories:
+    for spent in together.of_shard():
         left = accountant.steps_within(
-            target, delta, spent, kind.noise_multiplier, kind.sampling_probability, left
+            noted.epsilon_target,
+            delta,
+            spent,
+            last.segment.noise_multiplier,
+            last.segment.sampling_probability,
+            left,
         )
-    documents, left_out = _documents(ledger, register, delta)
+    documents, left_out = _documents(together, delta)
     return Account(
         ledger_id=ledger.id,
-        swarm_id=last.about.swarm_id,
-        mode=last.about.mode,
-        unit=last.about.unit,
-        epsilon_spent=accountant.epsilon_worst(histories, delta),
-        epsilon_target=target,
+        swarm_id=noted.swarm_id,
+        mode=noted.mode,
+        unit=noted.unit,
+        epsilon_spent=accountant.epsilon_worst(together.of_shard(), delta),
+        epsilon_ever=accountant.epsilon_worst(together.ever(), delta),
+        epsilon_target=noted.epsilon_target,
         delta=delta,
-        clip_norm=last.about.clip_norm,
-        segments=ledger.segments(),
-        steps_charged=ledger.steps_charged,
+        clip_norm=noted.clip_norm,
+        segments=together.charged,
+        steps_charged=sum(segment.steps for segment in together.charged),
         charges=ledger.counter,
         steps_left=left,
         ends_unix_s=ledger.ends_unix_s(left),
         chain_head=ledger.head,
         documents=documents,
         classes_left_out=left_out,
+        problems=together.problems(),
     )
 
 
 def files(
-    register: Register, documents: Iterable[tuple[str, str]], delta: float
+    ledger: Ledger, register: Register, documents: Iterable[tuple[str, str]], delta: float
 ) -> list[FileAccount]:
     """Which files of a shard hold documents that were charged; the most charged first.
 
     Args:
+        ledger: of the node whose shard it is.
         register: of the machine.
         documents: ids, and the files that they lie in.
         delta: for which epsilon holds.
@@ -197,7 +205,13 @@ def files(
     by_file: dict[str, list[str]] = {}
     for document, path in documents:
         by_file.setdefault(path, []).append(document)
-    histories = register.of_documents(each for ids in by_file.values() for each in ids)
+    together = Together(ledger, register)
+    histories = {
+        document: together.with_unregistered(history)
+        for document, history in register.of_documents(
+            each for ids in by_file.values() for each in ids
+        ).items()
+    }
     costs: dict[tuple[Segment, ...], float] = {}
     for history in histories.values():
         key = tuple(history)
@@ -214,35 +228,24 @@ def files(
     return sorted(found, key=lambda each: (-each.epsilon, each.path))
 
 
-def _histories(ledger: Ledger, register: Register | None) -> list[list[Segment]]:
-    """Of the documents that the shard has; of the ledger as long as nobody knows them."""
-    found = register.looked_up(ledger.id) if register else []
-    return found or [charged(ledger, register)]
+def _documents(together: Together, delta: float) -> tuple[list[DocumentAccount], int]:
+    def steps(found: DocumentClass) -> int:
+        return sum(segment.steps for segment in found.segments)
 
-
-def _of_all_units(told: ByUnit) -> History:
-    return combined(dict(enumerate(told.values())), range(len(told)))
-
-
-def _documents(
-    ledger: Ledger, register: Register | None, delta: float
-) -> tuple[list[DocumentAccount], int]:
-    def steps(found: DocumentClass) -> tuple[bool, int]:
-        return found.here, sum(segment.steps for segment in found.segments)
-
-    classes = register.classes(ledger.id) if register else []
-    classes.sort(key=steps, reverse=True)
-    told = [
-        DocumentAccount(
-            documents=found.documents,
-            here=found.here,
-            homes=found.ledgers,
-            swarms=found.swarms,
-            epsilon=accountant.epsilon(found.segments, delta),
-            segments=found.segments,
+    classes = sorted(together.classes(), key=steps, reverse=True)
+    told = []
+    for found in sorted(classes[:_MOST_CLASSES], key=lambda each: not each.here):
+        segments = together.with_unregistered(found.segments)
+        told.append(
+            DocumentAccount(
+                documents=found.documents,
+                here=found.here,
+                homes=found.ledgers,
+                swarms=found.swarms,
+                epsilon=accountant.epsilon(segments, delta),
+                segments=segments,
+            )
         )
-        for found in classes[:_MOST_CLASSES]
-    ]
     return told, len(classes) - len(told)
 
 
@@ -261,12 +264,12 @@ def verify(ledger: Ledger, register: Register | None = None, delta: float | None
     """
     if delta is None:
         delta = about(ledger)[0]
+    together = Together(ledger, register)
     accounts = [("this ledger", ledger.segments())]
-    registered = steps_of(register.own(ledger.id)) if register else None
-    if register and registered:
+    if together.steps_registered:
         accounts += [
             ("documents of the shard, all homes", history)
-            for history in register.looked_up(ledger.id)
+            for history in together.of_shard()
             if accountant.merge(history) != accountant.merge(ledger.segments())
         ]
     checked, problems = [], []
@@ -274,36 +277,15 @@ def verify(ledger: Ledger, register: Register | None = None, delta: float | None
         found = _checked(what, segments, delta)
         checked.append(found)
         problems += _disagreements(found)
-    if registered is not None and registered < ledger.steps_charged:
-        problems.append(
-            f"the machine's register holds {registered} of this ledger's {ledger.steps_charged} "
-            "steps: it is older, or was lost; the node adds them when it starts"
-        )
-    if register and (behind := _behind(ledger, register)):
-        problems.append(
-            f"this ledger lacks {behind} steps that the machine's register holds of it: an older "
-            "copy was restored; the node charges them again when it starts"
-        )
+    problems += together.problems()
     return Verdict(
         delta=delta,
         epsilon_spent=max(found.epsilon_accountant for found in checked),
         checked=checked,
         charges=ledger.counter,
-        steps_registered=registered,
+        steps_registered=together.steps_registered,
         problems=problems,
     )
-
-
-def _behind(ledger: Ledger, register: Register) -> int:
-    """Steps; 0 as well where a charge was on its way from the register to the ledger."""
-    registered = register.own(ledger.id)
-    lacking = missing(registered, ledger.by_unit())
-    for _ in range(_LOOKS):
-        if not lacking:
-            break
-        with Ledger.look(ledger.path) as now:
-            lacking = missing(registered, now.by_unit())
-    return steps_of(lacking)
 
 
 def _checked(what: str, segments: list[Segment], delta: float) -> Checked:

@@ -534,8 +534,11 @@ def test_a_partners_deadline_follows_from_what_it_took(rig: Rig):
     assert book.deadline_s(OTHER, 60.0) == MIN_DEADLINE_S
 
 
-def test_who_refuses_our_ledger_is_told_until_it_meets_us_again(rig: Rig):
-    node = Node(ME, NodeConfig())
+def test_who_refuses_our_ledger_is_told_until_it_meets_us_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    node, live = Node(ME, NodeConfig()), [OTHER]
+    monkeypatch.setattr(node, "partners", lambda: live)
     node.book = rig.partners
     rig.partners.failed(OTHER, 1, PeerError(Reason.LEDGER_WENT_BACK, "ours of it"))
     assert rig.partners.refusing_our_ledger() == []
@@ -543,6 +546,10 @@ def test_who_refuses_our_ledger_is_told_until_it_meets_us_again(rig: Rig):
     rig.partners.failed(OTHER, 2, RefusedError(Reason.BUSY, ""))
     (reason,) = [each for each in node.reasons() if "more privacy charges" in each]
     assert OTHER[-8:] in reason
+    live.clear()  # it left
+    assert not any("more privacy charges" in each for each in node.reasons())
+    live.append(OTHER)
+    assert any("more privacy charges" in each for each in node.reasons())
     agreement: Any = SimpleNamespace(peer_id=OTHER, slot=3, fragment=0, exchange_id=1)
     rig.partners.done(agreement, Exchanged(0.1, 5, 5), 1.0)
     assert not any("more privacy charges" in each for each in node.reasons())

@@ -178,7 +178,7 @@ def test_a_register_that_lacks_charges_is_found_out(path: Path, tmp_path: Path) 
     with Ledger.look(path) as ledger, register:
         verdict = report.verify(ledger, register)
     assert verdict.steps_registered == 100
-    assert any("100 of this ledger's 103 steps" in problem for problem in verdict.problems)
+    assert any("lacks 3 of this ledger's 103 steps" in problem for problem in verdict.problems)
 
 
 def test_an_accountant_that_says_too_little_is_found_out_even_if_it_is_close(

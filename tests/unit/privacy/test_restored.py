@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from tests.unit.privacy.accounts import about_in, by_unit
 from tests.unit.privacy.test_mechanism import manifest
 from xpeer.errors import ConfigError, LocalError
-from xpeer.privacy import card, register_file, report
+from xpeer.privacy import audit, card, register_file, report
 from xpeer.privacy.accountant import Segment, epsilon, epsilon_worst
 from xpeer.privacy.budget import Budget
 from xpeer.privacy.charges import in_parts
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
+from xpeer.privacy.together import Together
 
 STEP, OTHER = Segment(1.0, 0.01, 20), Segment(0.8, 0.02, 5)
 SIGMA, Q, DELTA = 4.0, 1.0, 1e-5
@@ -151,6 +152,45 @@ def test_a_copy_of_a_home_beside_its_original_is_refused(machine: Machine) -> No
         assert steps(copy) == copy.steps_charged == 60
 
 
+def test_a_register_that_was_restored_over_a_newer_log_is_refused(machine: Machine) -> None:
+    """SQLite takes the log's pages for the copy's: a span without its documents."""
+    machine.charge("a", ["x"], STEP)
+    old = machine.copy(machine.register)
+    machine.charge("a", ["y"], STEP, STEP)
+    pid = os.fork()
+    if pid == 0:
+        machine.start("a", ["x"])
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    for file in old.iterdir():
+        shutil.copy2(file, machine.register / file.name)
+    with pytest.raises(LocalError, match="restored in part") as caught:
+        machine.start("a", ["y"])
+    assert "without register.sqlite-wal" in caught.value.remedy
+    for name in ("register.sqlite-wal", "register.sqlite-shm"):
+        (machine.register / name).unlink(missing_ok=True)
+    machine.put_back(old, machine.register)
+    with machine.start("a", ["y"]) as ledger:
+        assert steps(ledger) == 40
+
+
+@pytest.mark.parametrize("table", ["classes", "documents"])
+def test_a_shard_that_the_register_forgot_has_no_whole_budget(machine: Machine, table: str) -> None:
+    machine.charge("a", ["x"], STEP)
+    database = sqlite3.connect(machine.register / register_file.NAME)
+    with database:
+        database.execute(f"DELETE FROM {table}")
+    database.close()
+    with pytest.raises(LocalError, match="restored in part"):
+        machine.start("a", ["x"])
+    found = Register.look(machine.register)
+    assert found is not None
+    with found:
+        if table == "classes":
+            with pytest.raises(LocalError, match="knows no document"):
+                found.looked_up(Ledger.look(machine.ledger("a")).id)
+
+
 def test_a_register_that_is_lost_beside_its_key_is_not_begun_anew(machine: Machine) -> None:
     machine.charge("a", ["x"], STEP)
     (machine.register / register_file.NAME).unlink()
@@ -245,7 +285,7 @@ def test_a_restored_ledger_is_charged_again_what_the_register_knows(machine: Mac
     with found, Ledger.look(machine.ledger("a")) as ledger:
         (problem,) = report.verify(ledger, found).problems
         told = card.card_of(manifest(), "swarm", 1, ledger, found)
-        assert report.charged(ledger, found) == segments
+        assert Together(ledger, found).charged == segments
     assert "lacks 30 steps" in problem
     assert told.epsilon_spent is not None
     assert told.epsilon_spent >= epsilon(segments, DELTA)
@@ -263,14 +303,96 @@ def test_a_restored_ledger_is_charged_again_what_the_register_knows(machine: Mac
 def test_a_charge_on_its_way_to_the_ledger_is_no_restored_copy(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`xpeer privacy verify` reads the ledger first, while its node goes on."""
+    """`xpeer privacy verify` looks while the node is between the register and its ledger."""
     machine.charge("a", ["x"], STEP)
-    before = Ledger.look(machine.ledger("a"))
+    before = machine.copy(machine.ledger("a"))
     machine.charge("a", ["x"], STEP)
+    after = machine.copy(machine.ledger("a"))
+    machine.put_back(before, machine.ledger("a"))
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            machine.put_back(after, machine.ledger("a"))
+
+    monkeypatch.setattr("time.sleep", pause)
     found = Register.look(machine.register)
     assert found is not None
-    with found, before:
-        assert report.verify(before, found).problems == []
+    with found, Ledger.look(machine.ledger("a")) as looked:
+        assert report.verify(looked, found).problems == []
+    assert len(pauses) == 3
+
+
+def test_what_the_register_lacks_counts_until_the_next_start(machine: Machine) -> None:
+    """For every document: whatever is told after it was restored from an older copy."""
+    machine.charge("a", ["x", "y"], STEP)
+    old = machine.copy(machine.register)
+    machine.charge("a", ["x"], OTHER, OTHER)
+    machine.put_back(old, machine.register)
+    found = Register.look(machine.register)
+    assert found is not None
+    with found, Ledger.look(machine.ledger("a")) as ledger:
+        told = report.account(ledger, found)
+        (of_x,) = report.files(ledger, found, [("x", "x.txt")], DELTA)
+    spent = epsilon([STEP, OTHER, OTHER], DELTA)
+    assert told.epsilon_spent == told.epsilon_ever == of_x.epsilon == spent
+    assert [each.epsilon for each in told.documents] == [spent]
+    assert "register lacks 10" in told.problems[0]
+    with machine.start("a", ["x"]) as ledger:
+        assert steps(ledger) == 30
+
+
+def test_a_ledger_that_forgot_all_tells_what_the_register_knows(machine: Machine) -> None:
+    with machine.start("a", ["x"]) as ledger:
+        pass
+    empty = machine.copy(machine.ledger("a"))
+    machine.charge("a", ["x"], STEP)
+    machine.put_back(empty, machine.ledger("a"))
+    found = Register.look(machine.register)
+    assert found is not None
+    with found, Ledger.look(machine.ledger("a")) as ledger:
+        with pytest.raises(LocalError, match="does not say for which delta") as caught:
+            report.account(ledger, found)
+        assert report.verify(ledger, found, DELTA).problems
+    assert "start the node" in caught.value.remedy
+
+
+def test_the_headline_is_of_all_that_was_ever_trained_on(machine: Machine) -> None:
+    many = Segment(1.0, 0.01, 3000)
+    machine.charge("a", ["x"], many)
+    machine.charge("a", ["y"], OTHER)
+    found = Register.look(machine.register)
+    assert found is not None
+    with found, Ledger.look(machine.ledger("a")) as ledger:
+        told = report.account(ledger, found)
+        text = audit.markdown(told, report.verify(ledger, found), ledger.charges())
+    assert told.epsilon_spent == epsilon([OTHER], DELTA)
+    assert told.epsilon_ever == epsilon([many], DELTA) > told.epsilon_spent
+    assert f"**epsilon {told.epsilon_ever:.4f}**" in text
+
+
+def test_the_documents_that_lost_most_are_told_first(machine: Machine) -> None:
+    machine.charge("a", ["gone"], *[STEP] * 30)
+    for number in range(14):
+        machine.charge("b", [f"x{number}"], Segment(1.0, 0.01, number + 1))
+    machine.charge("a", [f"x{number}" for number in range(14)], OTHER)
+    found = Register.look(machine.register)
+    assert found is not None
+    with found, Ledger.look(machine.ledger("a")) as ledger:
+        told = report.account(ledger, found)
+    assert told.classes_left_out == 3
+    assert max(told.documents, key=lambda each: each.epsilon).here is False
+
+
+def test_a_card_holds_for_the_delta_that_it_names(machine: Machine) -> None:
+    machine.charge("a", ["x"], *[STEP] * 30)  # noted with 1e-5
+    rules = msgspec.structs.replace(manifest().privacy, delta=1e-8)
+    with Ledger.look(machine.ledger("a")) as ledger:
+        told = card.card_of(msgspec.structs.replace(manifest(), privacy=rules), "s", 1, ledger)
+    assert told.delta == 1e-8
+    assert told.epsilon_spent is not None
+    assert told.epsilon_spent >= epsilon([STEP] * 30, 1e-8)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(0, 70))

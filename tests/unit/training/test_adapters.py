@@ -167,6 +167,14 @@ def test_an_export_loads_in_peft_and_names_its_base(
     assert (tmp_path / "adapters" / "adapter_model.safetensors").stat().st_size < 100_000
     loaded = PeftModel.from_pretrained(from_folder(home / "initial"), tmp_path / "adapters").eval()
     torch.testing.assert_close(logits(loaded), logits(model))
+    ledger = home / "ledger.sqlite"
+    ledger.rename(tmp_path / "kept")  # what it cost can't be told without it
+    command = ["checkpoint", "export", "--home", str(home), "--hf", str(tmp_path / "none")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert "was made with privacy ledger" in result.output
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "kept").rename(ledger)
     export("--merged", "--hf", str(tmp_path / "whole"))
     torch.testing.assert_close(
         logits(from_folder(tmp_path / "whole").eval()), logits(model), rtol=1e-4, atol=1e-5
