@@ -202,6 +202,12 @@ def keep_admission(home: Home, manifest: SignedManifest, swarm_key: bytes) -> No
         write_secret(new.swarm_key, swarm_key)
 
 
+def forget_join(home: Home) -> None:
+    """Undo `prepare_join`, before anything was kept of the swarm; the identity stays."""
+    for path in (home.credential, home.seeds):
+        path.unlink(missing_ok=True)
+
+
 def load_credential(home: Home) -> Credential:
     """This node's credential.
 

@@ -240,6 +240,13 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
                 "privacy.document_records means nothing for privacy.unit = record: unset it, or "
                 "set privacy.unit = document"
             )
+        for field in msgspec.structs.fields(Privacy):
+            name, alters = field.name, field.name in ("clip_quantile", "clip_rate")
+            if self.clipping == "fixed" and alters and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"privacy.{name} means nothing for privacy.clipping = fixed: unset it, or set "
+                    "privacy.clipping = adaptive"
+                )
         sigma, count = self.noise_multiplier, self.clip_count_noise
         if self.clipping == "fixed" and count is not None:
             raise ValueError(
@@ -338,7 +345,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 f"privacy.max_epsilon = {max_epsilon:g}, but the manifest of {self.name!r} says "
                 f"{self.privacy.in_short()}",
                 "its manifest decides, for all members and for ever: join or found another swarm, "
-                "or raise privacy.max_epsilon",
+                + ("or unset" if self.privacy.mode == "off" else "or raise")
+                + " privacy.max_epsilon",
             )
         mode = self.privacy.mode
         if asked and asked != mode:

@@ -103,14 +103,24 @@ class Joiner:
         node.enter("joining")
         if not (self._home.manifest.exists() and self._home.swarm_key.exists()):
             node.joining_note = "joining: no member has answered yet"
-            founding.keep_admission(self._home, *await self._ask_members())
+            given, swarm_key = await self._ask_members()
+            try:
+                self._accept(given)
+            except ConfigError:
+                founding.forget_join(self._home)  # another swarm may be joined with this home
+                raise
+            founding.keep_admission(self._home, given, swarm_key)
         node.joining_note = ""
-        manifest = SignedManifest.load(self._home.manifest).open(self._membership.swarm_id)
-        manifest.require_privacy(self._config.data.privacy, self._config.privacy.max_epsilon)
+        manifest = self._accept(SignedManifest.load(self._home.manifest))
         if (mode := manifest.privacy.mode) in SHOUTED:
             log.warning("%s", SHOUTED[mode])
         node.manifest = manifest
         return manifest, founding.load_swarm_key(self._home)
+
+    def _accept(self, signed: SignedManifest) -> Manifest:
+        manifest = signed.open(self._membership.swarm_id)
+        manifest.require_privacy(self._config.data.privacy, self._config.privacy.max_epsilon)
+        return manifest
 
     async def _ask_members(self) -> tuple[SignedManifest, bytes]:
         while True:

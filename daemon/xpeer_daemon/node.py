@@ -56,6 +56,7 @@ class Node:
         self.started_s = self.since_s = clock()
         self.state: State = "starting"
         self.paused = False
+        self.budget_spent = False
         self.leaving = False
         self.stopping = asyncio.Event()
         self.changed = asyncio.Event()
@@ -96,6 +97,7 @@ class Node:
         elif trainer_state == "paused":
             self.enter("paused")
         elif trainer_state == "budget-spent":
+            self.budget_spent = True
             self.enter("budget-spent")
         elif trainer_state == "closing":
             self.enter("closing")
@@ -279,8 +281,7 @@ class Node:
             found.append(self.joining_note or f"state is {self.state}")
         if self.state == "paused":
             found.append("paused by the operator")
-        if self.state == "budget-spent":
-            found.append("the privacy budget is spent: mixing and serving only")
+        found += self._idle_reasons()
         if self.supervisor is not None and self.supervisor.down_reason:
             found.append(self.supervisor.down_reason)
         if self.swarm is not None and not self.swarm.sidecar_alive:
@@ -295,6 +296,15 @@ class Node:
         if self.state in EXCHANGING and self.state != "finished":
             found += self._exchange_reasons(now)
         return found
+
+    def _idle_reasons(self) -> list[str]:
+        """Why this node's text is not trained on, or no longer."""
+        if self.budget_spent:
+            return ["the privacy budget is spent: mixing and serving only"]
+        trainer = self._running()
+        if self.state in ENDED and trainer is not None and trainer.progress.tokens == 0:
+            return ["the run had ended when this node joined: none of its text was used"]
+        return []
 
     def _exchange_reasons(self, now: float) -> list[str]:
         if not self.partners():
@@ -324,6 +334,7 @@ class Node:
                     failures=record.failed if record else 0,
                     last_reason=record.last_reason if record else "",
                     ledger_went_back=record.went_back if record else "",
+                    ledger_caught_up=record.caught_up if record else False,
                     privacy=self.manifest.privacy.in_short() if self.manifest else "",
                     last_exchange_age_s=_age(now, record.last_done_s) if record else None,
                     bytes_in=record.payload_bytes if record else 0,

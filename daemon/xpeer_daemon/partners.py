@@ -43,6 +43,8 @@ class Record:
     """Privacy charges that it has shown."""
     went_back: str = ""
     """What was seen when it last showed fewer; empty = never."""
+    caught_up: bool = False
+    """It has shown as many again since."""
     went_back_told_s: float | None = None
     """When the operator was last told."""
     refuses_our_ledger: bool = False
@@ -131,6 +133,12 @@ class Partners:
     ) -> None:
         """It was proposed, or agreed to, and nothing came of it."""
         if isinstance(error, RefusedError) and error.reason == Reason.LEDGER_WENT_BACK:
+            if not self[peer_id].refuses_our_ledger:
+                log.warning(
+                    "%s says that our privacy ledger went back, and does not meet us until it has "
+                    "caught up",
+                    peer_id,
+                )
             self[peer_id].refuses_our_ledger = True
         self.skipped(peer_id, slot, error.reason, error.detail)
 
@@ -174,6 +182,7 @@ class Partners:
             self._note(peer_id, record, detail)
             raise PeerError(Reason.LEDGER_WENT_BACK, detail)
         record.highest_counter = theirs.ledger_counter
+        record.caught_up = bool(record.went_back)
 
     def restore(self, counters: Iterable[tuple[str, int]], went_back: Mapping[str, str]) -> None:
         """What was known when the daemon last ended.
@@ -189,7 +198,7 @@ class Partners:
             record.went_back_told_s = self._clock() if record.went_back else None
 
     def _note(self, peer_id: PeerId, record: Record, detail: str) -> None:
-        record.went_back = detail
+        record.went_back, record.caught_up = detail, False
         told_s, now = record.went_back_told_s, self._clock()
         if told_s is None or now - told_s >= TOLD_AGAIN_S:
             record.went_back_told_s = now

@@ -267,7 +267,7 @@ class Service:
         elif isinstance(event, Saved):
             self._node.last_checkpoint_s = self._node.clock()
         elif isinstance(event, Crashed):
-            log.error("trainer: %s\n%s", event.failure.problem, event.failure.trace)
+            log.error("trainer: %s", event.failure.problem)  # its trace is logged already
 
     # Gossip
 
@@ -301,6 +301,7 @@ class Service:
             await asyncio.sleep(0.5)
             if node.state == "budget-spent" and self._config.daemon.exit_on_budget:
                 self._exit_code = ExitCode.BUDGET_SPENT
+                log.error("the privacy budget is spent, and daemon.exit_on_budget is set: exit 6")
                 node.request_stop(leave=False)
             phases = node.active_phases()
             # The others' records are a few seconds old: they may not have seen us end, nor we them.

@@ -66,6 +66,8 @@ def run(
     Raises:
         LocalError: it can't start, or can't go on.
     """
+    if home.lock.exists():
+        HomeLock.acquire(home).close()  # another daemon's port would look taken
     check(home, config, join_token=join_token)
     if join_token is not None:
         founding.prepare_join(home, join_token)

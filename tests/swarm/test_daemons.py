@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -151,11 +153,13 @@ def test_two_peers_end_together_and_the_model_can_be_exported(swarm: Swarm):
     ends = [swarm.until(name, lambda s: s.state == "finished", 90) for name in "ab"]
     for status in ends:
         assert status.progress.step == 12
-        assert status.health == "ok"
+        unused = "the run had ended when this node joined: none of its text was used"
+        assert status.reasons in ([], [unused])
         assert status.privacy.epsilon_spent <= status.privacy.epsilon_target
         assert status.compression_ratio == pytest.approx(3.9, abs=0.1)
         assert status.progress.consensus_distance is not None
         assert status.progress.consensus_distance < 0.02
+    assert ends[0].health == "ok"
     assert ends[0].privacy.epsilon_spent > 0  # a joiner may come when all steps are taken
     for name in "ab":
         call(["stop", "--home", str(swarm.home(name).path)])
@@ -183,32 +187,36 @@ def test_a_spent_budget_stops_training_across_restarts(swarm: Swarm):
 
 def test_a_restored_ledger_catches_up_and_a_restored_machine_is_told(swarm: Swarm):
     """First the ledger alone, then the machine's register, too: what partners are there for."""
-    slow = {"XPEER_TRAINING_THROTTLE": "0.3"}
     swarm.bootstrap(swarm.found("a", end__steps=100_000))
-    swarm.start("a", "--bootstrap", swarm.seed, **slow)
-    swarm.join("a", "b", **slow)
+    swarm.start("a", "--bootstrap", swarm.seed)
+    swarm.join("a", "b")
     ledger, register = swarm.home("b").ledger_db, swarm.daemons.log("b").with_name("b-register")
 
     def met(steps: int) -> Status:
-        """Until partners have seen charges for more steps, and b is gone again."""
-        status = swarm.until(
-            "b", lambda s: s.exchanges_done >= 3 and s.privacy.steps_charged > steps
-        )
+        """Until partners have seen charges for more steps."""
+        return swarm.until("b", lambda s: s.exchanges_done >= 1 and s.privacy.steps_charged > steps)
+
+    def stop() -> None:
         call(["stop", "--home", str(swarm.home("b").path)])
-        return status
 
     def restart() -> None:
-        swarm.start("b", "--bootstrap", "--listen", LOOPBACK, "--shard", swarm.shard("b"), **slow)
+        swarm.start("b", "--bootstrap", "--listen", LOOPBACK, "--shard", swarm.shard("b"))
 
     def of_b(status: Status) -> str:
         return next(p.ledger_went_back for p in status.partners if p.peer_id == peer_id)
 
-    first = met(20)
+    first = met(0)
     peer_id = first.peer_id
-    old = shutil.copytree(register, swarm.root / "old")
-    shutil.copy2(ledger, old)
-    restart()
+    old = swarm.root / "old"
+    old.mkdir()
+    shutil.copy2(register / "register.key", old)
+    for path in (ledger, register / "register.sqlite"):  # as operating.md has it
+        with closing(sqlite3.connect(path)) as of, closing(sqlite3.connect(old / path.name)) as to:
+            of.backup(to)
+    exchanged = swarm.until("b", lambda s: True).exchanges_done
+    swarm.until("b", lambda s: s.exchanges_done > exchanged + 2)
     spent = met(first.privacy.steps_charged + 20).privacy.steps_charged
+    stop()
     shutil.copy2(old / ledger.name, ledger)
     with pytest.raises(LocalError, match=r"this ledger lacks \d+ steps"):
         call(
@@ -217,6 +225,7 @@ def test_a_restored_ledger_catches_up_and_a_restored_machine_is_told(swarm: Swar
         )
     restart()
     assert met(spent).privacy.steps_charged > spent
+    stop()
     assert "are charged to it again" in swarm.daemons.log("b").read_text()
     assert of_b(swarm.until("a", lambda s: True)) == ""
 

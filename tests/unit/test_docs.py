@@ -1,31 +1,54 @@
-"""What an operator can set, type or see must be in docs/operating.md."""
+"""What an operator can set, type or see must be in docs/operating.md, what a founder can set in
+docs/manifest.md.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec.inspect import Field, LiteralType, StructType, Type, UnionType, type_info
 
 from xpeer.cli import COMMANDS
 from xpeer.cli.start import start
 from xpeer.config import Home, settings
-from xpeer.errors import ExitCode
+from xpeer.errors import ConfigError, ExitCode
+from xpeer.founding_model import MEASURED, InitialModel, draft_manifest
+from xpeer.manifest import DELTA_MAX, DELTA_MIN, Manifest
 
-TEXT = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
-ROWS = [
-    [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-    for line in TEXT.splitlines()
-    if line.startswith("|")
-]
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "operating.md").read_text()
 
 
-def row(first: str) -> list[str]:
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of all table rows."""
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+
+
+def headings_of(text: str) -> set[str]:
+    """What a link can point to."""
+    return {
+        re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
+
+
+ROWS = rows_of(TEXT)
+
+
+def row(first: str, rows: list[list[str]] = ROWS, document: str = "operating") -> list[str]:
     """The table row that begins with this cell."""
-    found = [cells for cells in ROWS if cells[0] == first]
-    assert len(found) == 1, f"docs/operating.md needs one row for {first}"
+    found = [cells for cells in rows if cells[0] == first]
+    assert len(found) == 1, f"docs/{document}.md needs one row for {first}"
     return found[0]
 
 
@@ -68,9 +91,81 @@ def test_file() -> None:
 
 
 def test_links_inside() -> None:
-    headings = {
-        re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in TEXT.splitlines()
-        if line.startswith("#")
-    }
-    assert set(re.findall(r"\(#([^)]+)\)", TEXT)) <= headings
+    assert set(re.findall(r"\(#([^)]+)\)", TEXT)) <= headings_of(TEXT)
+
+
+class _AnyModel(InitialModel):
+    def check(self, tokenizer_vocab: int, sequence_tokens: int) -> None:
+        """Fits."""
+
+
+def _parts(kind: Type) -> tuple[Type, ...]:
+    return kind.types if isinstance(kind, UnionType) else (kind,)
+
+
+def _fields(struct: Type, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """Of the manifest: those that are no sections, with their paths."""
+    assert isinstance(struct, StructType)
+    for field in struct.fields:
+        section = next((p for p in _parts(field.type) if isinstance(p, StructType)), None)
+        if section is None:
+            yield prefix + field.encode_name, field
+        else:
+            yield from _fields(section, f"{prefix}{field.encode_name}.")
+
+
+MANIFEST_TEXT = (DOCS / "manifest.md").read_text()
+MANIFEST_ROWS = rows_of(MANIFEST_TEXT)
+FIELDS = dict(_fields(type_info(Manifest)))
+DECIDED = [path for path in FIELDS if "." in path and path.split(".")[0] not in MEASURED]
+"""By the founder, with --set or --privacy; `init` fills in the others."""
+NARROWER = {"privacy.delta": {DELTA_MIN, DELTA_MAX}}
+"""Bounds of fields whose types have wider ones."""
+
+
+def founded(*changes: str) -> Any:
+    """The manifest that `xpeer init` would write, as JSON has it."""
+    manifest = draft_manifest(
+        "t", _AnyModel(None, {}, 1, ""), tokenizer=None, public_text=None, changes=changes
+    )
+    return msgspec.to_builtins(manifest)
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_manifest_field(path: str) -> None:
+    meaning = row(f"`{path}`", MANIFEST_ROWS, "manifest")[2]
+    assert meaning
+    kinds = _parts(FIELDS[path].type)
+    for value in (v for kind in kinds if isinstance(kind, LiteralType) for v in kind.values):
+        assert f"`{value}`" in meaning
+    if path in DECIDED:
+        said = {float(n) for n in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?:e-?\d+)?", meaning)}
+        limits = [getattr(kind, end, None) for kind in kinds for end in ("gt", "ge", "lt", "le")]
+        assert NARROWER.get(path, {limit for limit in limits if limit is not None}) <= said
+
+
+@pytest.mark.parametrize("path", [path for path in DECIDED if not FIELDS[path].required])
+def test_default_of_manifest(path: str) -> None:
+    section, _, key = path.partition(".")
+    documented = row(f"`{path}`", MANIFEST_ROWS, "manifest")[1].strip("`")
+    named = ["shared_corpus.name=t"] if section == "shared_corpus" else []
+    assert founded(*named)[section][key] == msgspec.json.decode(documented)
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_set_takes_what_the_founder_decides(path: str) -> None:
+    documented = row(f"`{path}`", MANIFEST_ROWS, "manifest")[1].strip("`")
+    if path in DECIDED and path != "privacy.mode":
+        founded("shared_corpus.name=t", "end.steps=1000", f"{path}={documented}")
+    else:
+        with pytest.raises(ConfigError, match="--set"):
+            founded(f"{path}={documented}")
+
+
+def test_no_manifest_field_that_is_gone() -> None:
+    assert {c[0] for c in MANIFEST_ROWS if c[0].startswith("`")} == {f"`{path}`" for path in FIELDS}
+
+
+def test_links_of_manifest() -> None:
+    for name, heading in re.findall(r"\(([a-z]*)(?:\.md)?#([^)]+)\)", MANIFEST_TEXT):
+        assert heading in headings_of((DOCS / f"{name or 'manifest'}.md").read_text()), heading

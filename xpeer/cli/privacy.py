@@ -13,7 +13,7 @@ from xpeer.cli.common import echo_json, home_option, json_option, load_config, s
 from xpeer.cli.render import moment
 from xpeer.config import Home, privacy_register
 from xpeer.errors import ConfigError, ExitCode, LocalError
-from xpeer.manifest import DELTA_MIN
+from xpeer.manifest import DELTA_MIN, SignedManifest
 
 if TYPE_CHECKING:
     from xpeer.privacy.ledger import Ledger
@@ -46,7 +46,7 @@ def status_command(home: Home, as_json: bool) -> None:
         click.echo(f"{label:12}{text}")
     for problem in found.problems:
         say(f"warning: {problem}")
-    say("not covered: " + "; ".join(audit.NOT_COVERED))
+    say("not covered: " + "; ".join(audit.not_covered(found.unit)))
 
 
 @privacy.command("plan")
@@ -197,8 +197,6 @@ def verify_command(home: Home, path: Path | None, delta: float | None, as_json: 
                 f"{found.epsilon_replayed:.4f} (in {max(0.0, found.epsilon_lower):.4f} .. "
                 f"{found.epsilon_upper:.4f}), Renyi {found.epsilon_rdp:.4f}"
             )
-        if verdict.steps_registered is None:
-            say("the machine's register is not there: other homes were not looked at")
     for problem in verdict.problems:
         say(f"xpeer: error: {problem}")
     if verdict.problems:
@@ -211,8 +209,25 @@ def _looked(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Regi
     from xpeer.privacy.ledger import Ledger  # noqa: PLC0415 - imports cryptography
     from xpeer.privacy.register import Register  # noqa: PLC0415
 
+    if path is None and home.manifest.exists():
+        if SignedManifest.load(home.manifest).open().privacy.mode == "off":
+            raise LocalError(
+                "this swarm trains without privacy: nothing is charged, and nothing is protected",
+                "join or found a swarm with privacy.mode = record",
+            )
+    if path is None and not home.ledger_db.exists() and any(home.checkpoints.glob("*")):
+        raise LocalError(
+            f"privacy ledger {home.ledger_db} is missing, but there are checkpoints",
+            "restore it from a copy made after the last training step",
+        )
     with Ledger.look(path or home.ledger_db) as ledger:
-        register = Register.look(privacy_register(load_config(home)))
+        folder = privacy_register(load_config(home))
+        register = Register.look(folder)
+        if register is None:
+            say(
+                f"warning: the machine's register is not in {folder}: other homes and earlier text "
+                "are not counted; is XPEER_PRIVACY_REGISTER set as for the daemon?"
+            )
         with register or nullcontext():
             yield ledger, register
 
@@ -263,6 +278,8 @@ def _rows(found: Account) -> Iterator[tuple[str, str]]:
         yield "documents", f"and {found.classes_left_out} kinds with fewer steps"
     ends = found.ends_unix_s
     when = f"about {moment(ends)}" if ends else "no pace known: not training now"
+    if not found.steps_left:
+        when = "the budget is spent"
     yield "ends", when
     yield "ledger", f"{found.ledger_id}, {found.charges} charges, head {found.chain_head[:16]}"
 

@@ -195,6 +195,9 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
     privacy = status.privacy
     if privacy.mode == "off":
         return
+    if not privacy.epsilon_target:
+        yield "privacy", "-"  # no trainer yet
+        return
     left = privacy.epsilon_target - privacy.epsilon_spent
     unit = "windows" if privacy.mode == "update" else "steps"
     steps = "" if privacy.steps_left is None else f" or {privacy.steps_left} {unit}"
@@ -221,7 +224,7 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
 def _exchange(status: Status) -> Iterator[tuple[str, str]]:
     gone = len(status.partners) - live(status.partners)
     yield "partners", f"{live(status.partners)} live" + (f", {gone} not" if gone else "")
-    back = [p for p in status.partners if p.ledger_went_back]
+    back = [p for p in status.partners if _is_back(p)]
     if back:
         names = "; ".join(f"{p.peer_id}: {p.ledger_went_back}" for p in back)
         yield "ledgers", f"{len(back)} went back, may spend a budget twice ({names})"
@@ -246,11 +249,16 @@ def _exchange(status: Status) -> Iterator[tuple[str, str]]:
         yield "strangers", f"{status.strangers_refused} refused"
 
 
+def _is_back(partner: Partner) -> bool:
+    """Whether its ledger shows fewer charges than it once did."""
+    return bool(partner.ledger_went_back) and not partner.ledger_caught_up
+
+
 def _peer_row(partner: Partner) -> tuple[str, ...]:
     cells = (
         partner.peer_id, partner.state, partner.phase or "-", partner.role,
         f"{partner.speed:g}" if partner.speed else "-",
-        partner.privacy or "-", "WENT BACK" if partner.ledger_went_back else "ok",
+        partner.privacy or "-", "WENT BACK" if _is_back(partner) else "ok",
         str(partner.exchanges), str(partner.failures), ago(partner.last_exchange_age_s),
         partner.last_reason or "-", size(partner.bytes_in), size(partner.bytes_out),
         partner.addresses[0] if partner.addresses else "-",

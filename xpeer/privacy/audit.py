@@ -11,8 +11,12 @@ from xpeer import __version__
 from xpeer.privacy.charges import Charge
 from xpeer.privacy.report import Account, Checked, Verdict
 
-NOT_COVERED: Final = (
-    "a document cut into m records: at most m times epsilon, not epsilon",
+_OF_UNIT: Final = {
+    "record": "a document cut into m records: at most m times epsilon, not epsilon",
+    "document": "a person, or a sentence, in several documents: each of them is another one",
+    "shard": "a person whose text lies in several peers' shards",
+}
+_NOT_COVERED: Final = (
     "documents that also lie on another machine, or nearly alike: each copy is another record; a "
     "changed text, or one cut into files differently, begins a new account",
     "text that a home with another register trained on, or one without privacy",
@@ -20,12 +24,16 @@ NOT_COVERED: Final = (
     "whatever was tuned by looking at results on private text",
     "any peer whose own ledger or machine its operator falsifies",
 )
-"""By mode record, and said in every report."""
 _PROTECTED: Final = {
     "record": "any one record (a training sequence) was among its text",
     "document": "any one document was among its text",
     "shard": "it had any text at all",
 }
+
+
+def not_covered(unit: str) -> list[str]:
+    """Said wherever epsilon is told."""
+    return [_OF_UNIT[unit], *_NOT_COVERED]
 
 
 def markdown(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
@@ -53,7 +61,7 @@ def markdown(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str
         "",
         "Not covered:",
         "",
-        *(f"- {what}" for what in NOT_COVERED),
+        *(f"- {what}" for what in not_covered(found.unit)),
         "",
         "## How to recompute it",
         "",

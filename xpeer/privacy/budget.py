@@ -36,6 +36,9 @@ class Budget:
         delta: for which epsilon holds.
         noise_multiplier: sigma of the steps to come.
         sampling_probability: q of the steps to come.
+
+    Raises:
+        ConfigError: nothing was charged yet, and not even one step fits.
     """
 
     def __init__(
@@ -52,6 +55,12 @@ class Budget:
         self._sigma, self._q = noise_multiplier, sampling_probability
         self._lock = threading.Lock()
         self._left = self._count(_STEPS_MAX)
+        if not self._left and not any(ledger.histories()):
+            raise ConfigError(
+                f"privacy.noise_multiplier {noise_multiplier:g}: a single step costs more than "
+                f"privacy.epsilon {epsilon:g}",
+                "the manifest decides: found a swarm with more noise (`xpeer privacy plan`)",
+            )
         self._since_counted = 0
         self._charged_before = ledger.steps_charged
         self._permitted = 0

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from xpeer import __version__
+from xpeer.errors import LocalError
 from xpeer.manifest import Manifest
 from xpeer.privacy import accountant, report
 from xpeer.privacy.ledger import Ledger
@@ -37,7 +38,7 @@ class Card(Struct, frozen=True, kw_only=True):
     epsilon_target: float | None = None
     """No member's text is trained on beyond it."""
     epsilon_spent: float | None = None
-    """By the node that exported, until now, at most; a multiple of 0.5."""
+    """By the node that exported, on any of its units, at most: a multiple of 0.5, or the target."""
     delta: float | None = None
     """For which both epsilons hold at that node: a power of ten, unless the manifest sets it. Each
     member's follows from its own text.
@@ -63,11 +64,15 @@ def card_of(
     rules = manifest.privacy
     if rules.mode == "off":
         return Card(swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode="off")
-    charged = Together(ledger, register).charged if ledger else []
+    together = Together(ledger, register) if ledger else None
+    charged = together.own() if together and together.charged else []
+    if ledger and charged and not ledger.counter:
+        raise LocalError(f"privacy ledger {ledger.path} has lost all charges", report.START)
     noted = report.about(ledger)[0] if ledger and charged else None
     # (epsilon, delta) holds for every larger epsilon and delta, too
     delta = noted and (rules.delta or 10.0 ** math.ceil(math.log10(noted)))
-    spent = accountant.epsilon(charged, min(noted, delta)) if noted and delta else 0.0
+    spent = accountant.epsilon_worst(charged, min(noted, delta)) if noted and delta else 0.0
+    told = math.ceil(spent / _GRID) * _GRID
     return Card(
         swarm_id=swarm_id,
         swarm_name=manifest.name,
@@ -75,7 +80,7 @@ def card_of(
         mode=rules.mode,
         unit="shard" if rules.mode == "update" else rules.unit,
         epsilon_target=rules.epsilon,
-        epsilon_spent=min(math.ceil(spent / _GRID) * _GRID, max(spent, rules.epsilon)),
+        epsilon_spent=told if spent > rules.epsilon else min(told, rules.epsilon),
         delta=delta,
     )
 

@@ -126,7 +126,7 @@ _IPC: Final = {
         "node",
         public="num_params num_fragments device",
         timing="step ledger_counter resumed",
-        local="engine num_records notes",
+        local="engine num_records notes warnings",
         parts="corpus",
     ),
     "Reply": _of("node", public="number", parts="result"),
@@ -173,7 +173,7 @@ _STATUS: Final = {
     "Partner": _of(
         "node",
         public="peer_id state phase role addresses speed exchanges failures last_reason "
-        "privacy ledger_went_back last_exchange_age_s bytes_in bytes_out",
+        "privacy ledger_went_back ledger_caught_up last_exchange_age_s bytes_in bytes_out",
         why="what others say and do",
     ),
     "Status": _of(
@@ -269,7 +269,7 @@ _HOME: Final = {
         local="what epsilon_accountant epsilon_replayed epsilon_lower epsilon_upper epsilon_rdp",
     ),
     "xpeer.privacy.histories.DocumentClass": _of(
-        "home", local="documents here segments ledgers swarms"
+        "home", local="documents here segments own ledgers swarms"
     ),
     "xpeer.privacy.histories.Joined": _of(
         "home", local="documents new elsewhere recovered unknown_steps behind counter"
@@ -345,7 +345,7 @@ EVENTS: Final = ("trainer-restarted", "donor-refused", "finished", "ledger-went-
 """Kinds of events in state.sqlite."""
 
 TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
-    "xpeer.training.child": ("%s", "%s", "%s"),
+    "xpeer.training.child": ("%s", "%s", "%s", "%s"),
     "xpeer.training.handle": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
     "xpeer.training.ipc": ("%s", "%s"),
     "xpeer.training.service": ("no checkpoint was written: %s", "a helper of the trainer failed"),

@@ -24,6 +24,8 @@ class DocumentClass(Struct, frozen=True, kw_only=True):
     here: bool
     """Whether they are in the shard now, or were."""
     segments: list[Segment]
+    own: list[Segment]
+    """Of these, what the home itself charged."""
     ledgers: int
     """Homes that trained on them, this one included."""
     swarms: list[str]

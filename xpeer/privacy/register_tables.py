@@ -119,6 +119,7 @@ class Tables:
                     documents=counts[number],
                     here=span in spans,
                     segments=segments_of(combined(charges, spans)),
+                    own=segments_of(combined(charges, own & set(spans))),
                     ledgers=len({owner for owner, _ in charged} | {ledger_id}),
                     swarms=sorted({swarm_id for _, swarm_id in charged}),
                 )

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from msgspec import Struct
 
 from xpeer.errors import LocalError
+from xpeer.manifest import DELTA_MAX
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.charges import About
@@ -17,6 +18,7 @@ from xpeer.privacy.register import Register
 from xpeer.privacy.replay import replay
 from xpeer.privacy.together import Together
 
+START: Final = "start the node: it takes up what was lost"
 TOLERANCE: Final = 0.01
 """By which two accountants may differ, relative: both have grids."""
 _NEGLIGIBLE: Final = 2e-3
@@ -136,7 +138,7 @@ def _last_noted(ledger: Ledger) -> Noted:
             return Noted(charge.segment, charge.about)
     raise LocalError(
         f"privacy ledger {ledger.path} does not say for which delta it was charged",
-        "start the node: it takes up what was lost, and notes it; or give --delta",
+        "start the node: it notes it with its next charge; or give --delta",
     )
 
 
@@ -156,6 +158,8 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
             f"privacy ledger {ledger.path}: nothing was charged yet",
             "train first: `xpeer start`; if it does not train, `xpeer status` says why",
         )
+    if not ledger.counter:
+        raise LocalError(f"privacy ledger {ledger.path}: {'; '.join(together.problems())}", START)
     last = _last_noted(ledger)
     noted, delta = last.about, last.about.delta
     left = _STEPS_MAX
@@ -257,14 +261,15 @@ def verify(ledger: Ledger, register: Register | None = None, delta: float | None
     Args:
         ledger: of a node.
         register: of its machine.
-        delta: None = as noted in the ledger.
+        delta: None = as noted in the ledger; the largest there is if the ledger forgot all.
 
     Raises:
         LocalError: delta is neither given nor noted, or the replay is out of reach.
     """
-    if delta is None:
-        delta = about(ledger)[0]
     together = Together(ledger, register)
+    if delta is None:
+        lost = together.charged and not ledger.counter
+        delta = DELTA_MAX if lost else about(ledger)[0]
     accounts = [("this ledger", ledger.segments())]
     if together.steps_registered:
         accounts += [

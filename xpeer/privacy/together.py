@@ -61,7 +61,14 @@ class Together:
 
     def ever(self) -> list[list[Segment]]:
         """The same of all documents that this home ever had."""
-        found = undominated([_history(each.segments) for each in self.classes()])
+        return self._worst([each.segments for each in self.classes()])
+
+    def own(self) -> list[list[Segment]]:
+        """What this home charged to any document: what its own releases tell."""
+        return self._worst([each.own for each in self.classes()])
+
+    def _worst(self, told_of: list[list[Segment]]) -> list[list[Segment]]:
+        found = undominated([_history(segments) for segments in told_of])
         told = [self.with_unregistered(segments_of(history)) for history in found]
         return told or [self.charged]
 

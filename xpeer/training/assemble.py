@@ -66,6 +66,7 @@ class Assembled:
     corpus: CorpusShare | None
     resumed: bool
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     documents_elsewhere: int = 0
     """That other homes of this machine trained on, too."""
     _buffers: Buffers = field(default_factory=lambda: Buffers(3), init=False)
@@ -147,7 +148,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     manifest_hash = signed.genesis.manifest_hash.hex()
     tokenizer = load_tokenizer(manifest.tokenizer, config.data.tokenizer)
     text = _text(setup, manifest, tokenizer, home)
-    saved, notes = checkpoint.load_latest(home.checkpoints)
+    saved, warnings = checkpoint.load_latest(home.checkpoints)
     device = choose_device(config.training.device)
     kernels.configure(compile=config.training.compile_codec)
     fresh = saved is None and setup.initial == "initial"
@@ -173,11 +174,12 @@ def assemble(setup: TrainerSetup) -> Assembled:
     def losses(of: torch.nn.Module, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return record_losses(of, records, tokenizer.pad_id)
 
-    elsewhere = 0
+    elsewhere, notes = 0, []
     if private:
         joined = _share(ledger, setup, manifest, text)
         elsewhere = joined.elsewhere
-        notes.extend(_notes_of(joined, ledger))
+        notes = _notes_of(joined, ledger)
+        warnings += _warnings_of(joined)
     mechanism = build_mechanism(
         manifest,
         model,
@@ -226,6 +228,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
         corpus=text.share,
         resumed=saved is not None,
         notes=[*notes, *mechanism.notes],
+        warnings=warnings,
         documents_elsewhere=elsewhere,
     )
 
@@ -265,23 +268,29 @@ def _notes_of(joined: Joined, ledger: Ledger) -> list[str]:
             f"privacy: {joined.new} of {joined.documents} documents are new to this machine and "
             "begin with a whole budget; text that was merely altered counts as new, too"
         )
+    return notes
+
+
+def _warnings_of(joined: Joined) -> list[str]:
+    """Which files were lost or restored."""
+    warnings = []
     if joined.recovered_steps:
-        notes.append(
+        warnings.append(
             f"privacy: the machine's register lacked {joined.recovered_steps} steps of this "
             "home's ledger; they count for all documents that this home has or will have"
         )
     elif joined.unknown_steps:
-        notes.append(
+        warnings.append(
             f"privacy: {joined.unknown_steps} steps of this home's ledger were once lost to the "
             "machine's register; they count for all of its documents, new ones included"
         )
     if joined.steps_behind:
-        notes.append(
+        warnings.append(
             f"privacy: this home's ledger lacked {joined.steps_behind} steps that the machine's "
             "register holds (an older copy was restored, or the node died while charging); they "
             "are charged to it again"
         )
-    return notes
+    return warnings
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,6 +262,8 @@ class Child:
         elif isinstance(message, Ready):
             for note in message.notes:
                 logger.info("%s", note)
+            for warning in message.warnings:
+                logger.warning("%s", warning)
             self.ready.set_result(message)
         else:
             if isinstance(message, Crashed):

@@ -142,6 +142,8 @@ class Ready(Struct, frozen=True, tag=True):
     corpus: CorpusShare | None = None
     notes: list[str] = []
     """What the operator should know, e.g. why a slower engine was chosen."""
+    warnings: list[str] = []
+    """What is not as it should be, e.g. files that were restored."""
 
 
 class Snapshotted(Struct, frozen=True, tag=True):

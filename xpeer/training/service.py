@@ -112,6 +112,7 @@ class Service:
                 resumed=made.resumed,
                 corpus=made.corpus,
                 notes=made.notes,
+                warnings=made.warnings,
             )
         )
 

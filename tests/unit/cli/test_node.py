@@ -183,6 +183,10 @@ def test_a_ledger_that_went_back_is_seen_and_so_is_when_the_budget_ends() -> Non
     told = msgspec.structs.replace(HEALTHY, partners=[cheat], privacy=spent)
     lines = "\n".join(render.status_lines(told))
     assert f"1 went back, may spend a budget twice ({OTHER}: 7, 20 before)" in lines
+    since = msgspec.structs.replace(cheat, ledger_caught_up=True)
+    assert "WENT BACK" not in render.peer_lines([since])[1]
+    told = msgspec.structs.replace(told, partners=[since])
+    assert "went back" not in "\n".join(render.status_lines(told))
     assert f"about {render.moment(2e9)}" in lines
     assert "3 were trained on by other homes" in lines
     assert "went back" not in "\n".join(render.status_lines(HEALTHY))

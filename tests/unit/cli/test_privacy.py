@@ -6,10 +6,12 @@ import json
 import sqlite3
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.cli.test_init import xpeer
 from tests.unit.privacy.accounts import about_in
+from tests.unit.training.homes import make_homes
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.privacy.accountant import Segment, epsilon
@@ -153,3 +155,28 @@ def test_which_files_were_charged(home: Path, register_of_the_test: Path) -> Non
     named = ["--shard", str(shard / "a.txt"), "--json"]
     _, out, _ = xpeer("privacy", "documents", "--home", str(home), *named)
     assert [each["path"] for each in json.loads(out)] == [str(shard / "a.txt")]
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "report", "documents"])
+def test_why_there_is_nothing_to_tell(tmp_path: Path, home: Path, command: str) -> None:
+    without = Path(make_homes(tmp_path, 1, privacy="off")[0].home)
+    code, _, err = xpeer("privacy", command, "--home", str(without))
+    assert (code, "trains without privacy" in err) == (ExitCode.ERROR, True)
+    Home(home).checkpoints.mkdir()
+    (Home(home).checkpoints / "step-1").touch()
+    Home(home).ledger_db.unlink()
+    code, _, err = xpeer("privacy", command, "--home", str(home))
+    assert (code, "is missing, but there are checkpoints" in err) == (ExitCode.ERROR, True)
+    assert "restore it" in err
+
+
+def test_what_is_not_covered_follows_from_the_unit(home: Path) -> None:
+    _, _, err = xpeer("privacy", "status", "--home", str(home))
+    assert "m times epsilon" in err
+    assert "register is not in" in err
+    with Ledger.open(Home(home).ledger_db) as ledger:
+        ledger.about = msgspec.structs.replace(about_in("swarm"), unit="document")
+        ledger.charge(Segment(1.0, 0.02, 1))
+    _, _, err = xpeer("privacy", "status", "--home", str(home))
+    assert "m times epsilon" not in err
+    assert "in several documents" in err

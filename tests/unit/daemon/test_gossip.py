@@ -330,7 +330,9 @@ def test_a_ledger_that_goes_back_is_told_once_and_remembered(
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
         met(book, 19)
     assert len(store.events()) == 1
+    assert not book[OTHER].caught_up
     met(book, 20)  # it has caught up, and what it did is still told
+    assert book[OTHER].caught_up
     met(book, 30)
     assert book[OTHER].went_back
     for counter in range(30, 60):  # it makes a game of it

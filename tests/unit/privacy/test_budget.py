@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.privacy.accounts import about_in
-from xpeer.errors import LocalError
+from xpeer.errors import ConfigError, LocalError
 from xpeer.privacy.accountant import Segment, epsilon
 from xpeer.privacy.budget import Budget
 from xpeer.privacy.ledger import Ledger
@@ -214,3 +214,9 @@ def test_documents_without_a_past_have_a_whole_budget(tmp_path: Path) -> None:
             if len(documents) == 1:
                 made.begin(30 if documents == ["x"] else 20)
             made.close()
+
+
+def test_noise_with_which_no_step_fits_is_an_error_of_the_founder(tmp_path: Path) -> None:
+    wrong = pytest.raises(ConfigError, match=r"privacy\.noise_multiplier 0\.01: a single step")
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger, wrong:
+        Budget(ledger, epsilon=8, delta=1e-5, noise_multiplier=0.01, sampling_probability=0.5)

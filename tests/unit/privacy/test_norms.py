@@ -68,6 +68,8 @@ def test_a_count_that_costs_too_much_is_refused() -> None:
         ({"document_records": 2}, "document_records"),
         ({"mode": "off", "clipping": "adaptive"}, "privacy.mode = off"),
         ({"clip_count_noise": 1.0}, "clip_count_noise"),
+        ({"clip_quantile": 0.3}, "clip_quantile"),
+        ({"clip_rate": 0.3}, "clip_rate"),
         (
             {"clipping": "adaptive", "clip_count_noise": 0.5, "noise_multiplier": 1.0},
             "above 0.5",

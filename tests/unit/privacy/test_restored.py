@@ -343,8 +343,8 @@ def test_what_the_register_lacks_counts_until_the_next_start(machine: Machine) -
         assert steps(ledger) == 30
 
 
-def test_a_ledger_that_forgot_all_tells_what_the_register_knows(machine: Machine) -> None:
-    with machine.start("a", ["x"]) as ledger:
+def test_a_ledger_that_forgot_all_says_so(machine: Machine) -> None:
+    with machine.start("a", ["x"]):
         pass
     empty = machine.copy(machine.ledger("a"))
     machine.charge("a", ["x"], STEP)
@@ -352,10 +352,13 @@ def test_a_ledger_that_forgot_all_tells_what_the_register_knows(machine: Machine
     found = Register.look(machine.register)
     assert found is not None
     with found, Ledger.look(machine.ledger("a")) as ledger:
-        with pytest.raises(LocalError, match="does not say for which delta") as caught:
-            report.account(ledger, found)
-        assert report.verify(ledger, found, DELTA).problems
-    assert "start the node" in caught.value.remedy
+        for told in (report.account, lambda *given: card.card_of(manifest(), "s", 1, *given)):
+            with pytest.raises(LocalError, match=r"lacks 20 steps|has lost all") as caught:
+                told(ledger, found)
+            assert "start the node" in caught.value.remedy
+        verdict = report.verify(ledger, found)
+        assert "lacks 20 steps" in verdict.problems[0]
+        assert verdict.epsilon_spent == epsilon([STEP], verdict.delta)
 
 
 def test_the_headline_is_of_all_that_was_ever_trained_on(machine: Machine) -> None:
@@ -383,6 +386,26 @@ def test_the_documents_that_lost_most_are_told_first(machine: Machine) -> None:
         told = report.account(ledger, found)
     assert told.classes_left_out == 3
     assert max(told.documents, key=lambda each: each.epsilon).here is False
+
+
+def test_a_card_tells_of_no_unit_more_than_was_spent_on_it(machine: Machine) -> None:
+    """Two shards, one after the other, and what another home charged one of them."""
+    many = Segment(SIGMA, Q, 50)
+    machine.charge("a", ["x"], many)
+    machine.charge("a", ["y"], many)
+    machine.charge("b", ["y"], many)
+    found = Register.look(machine.register)
+    assert found is not None
+    with found, Ledger.look(machine.ledger("a")) as ledger:
+        told = card.card_of(manifest(), "s", 1, ledger, found)
+        alone = card.card_of(manifest(), "s", 1, ledger)
+    spent = epsilon([many], DELTA)
+    assert told.epsilon_spent is not None
+    assert alone.epsilon_spent is not None
+    assert spent <= told.epsilon_spent < spent + 0.5
+    assert alone.epsilon_spent > told.epsilon_spent
+    for each in (told.epsilon_spent, alone.epsilon_spent):
+        assert each in (manifest().privacy.epsilon, round(each * 2) / 2)
 
 
 def test_a_card_holds_for_the_delta_that_it_names(machine: Machine) -> None:

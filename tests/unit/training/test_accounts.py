@@ -126,7 +126,7 @@ def test_a_ledger_from_before_the_register_goes_on(tmp_path: Path) -> None:
     shutil.rmtree(setup.config.privacy.register)
     node = trained(setup, 0)
     assert node.spent().epsilon_spent >= spent.epsilon_spent
-    assert any("lacked" in note for note in node.notes)
+    assert any("lacked" in note for note in node.warnings)
     node.close()
 
 

@@ -1,0 +1,79 @@
+"""A node whose text is not trained on says so, and what a refused swarm leaves behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from tests.unit.training.homes import make_homes
+from xpeer import founding
+from xpeer.config import Data, Home, Network, NodeConfig
+from xpeer.errors import ConfigError, LocalError
+from xpeer.identity import Identity, PeerId
+from xpeer.manifest import SignedManifest
+from xpeer.status import Progress
+from xpeer.training.handle import TrainerProcess
+from xpeer_daemon import start
+from xpeer_daemon.joiner import Joiner
+from xpeer_daemon.lock import HomeLock
+from xpeer_daemon.node import Node
+
+
+@pytest.fixture
+def node() -> Node:
+    found = Node(PeerId("12D3KooWMe"), NodeConfig())
+    trainer = TrainerProcess(lambda event: None)
+    trainer.progress = Progress(step=600, tokens=0)
+    found.supervisor = cast(Any, SimpleNamespace(trainer=trainer, restarts=0, down_reason=""))
+    found.state = "training"
+    return found
+
+
+def test_a_run_that_had_ended_before_we_came(node: Node) -> None:
+    node.follow_trainer("closing", Progress(step=600))
+    node.enter("finished")
+    assert any("none of its text was used" in reason for reason in node.reasons())
+    assert node.status().health == "degraded"
+    trainer = node.supervisor.trainer if node.supervisor else None
+    assert trainer is not None
+    trainer.progress = Progress(step=600, tokens=1)
+    assert not any("none of its text" in reason for reason in node.reasons())
+
+
+def test_a_budget_that_ended_before_the_run_is_told_to_the_end(node: Node) -> None:
+    node.follow_trainer("budget-spent", Progress(step=2))
+    for state in ("budget-spent", "finished"):
+        node.enter(cast(Any, state))
+        assert any("budget is spent" in reason for reason in node.reasons())
+
+
+async def test_a_swarm_that_is_refused_leaves_the_home_free_for_another(tmp_path: Path) -> None:
+    setup = make_homes(tmp_path, 1, privacy="off")[0]
+    signed = SignedManifest.load(Path(setup.manifest_path))
+    home = Home(tmp_path / "joiner")
+    home.path.mkdir()
+    home.credential.write_bytes(b"of the refused swarm")
+    home.seeds.write_bytes(b"[]")
+    config = NodeConfig(data=Data(privacy="record"))
+    node, membership = Node(PeerId("12D3KooWMe"), config), SimpleNamespace(swarm_id=setup.swarm_id)
+    joiner = Joiner(home, config, Identity.generate(), cast(Any, membership), node, cast(Any, None))
+
+    async def asked() -> tuple[SignedManifest, bytes]:
+        return signed, bytes(32)
+
+    joiner._ask_members = asked  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"data\.privacy = record"):
+        await joiner.admission()
+    assert list(home.path.iterdir()) == []
+    founding.forget_join(home)  # again: nothing to do
+
+
+def test_a_second_start_names_the_first_before_its_port(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    taken = NodeConfig(network=Network(listen=["/ip4/127.0.0.1/tcp/1"]))
+    with HomeLock.acquire(home), pytest.raises(LocalError, match=f"daemon .pid {os.getpid()}."):
+        start.run(home, taken)
