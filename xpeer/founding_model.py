@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from xpeer.errors import ConfigError
+from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
 from xpeer.manifest import MAX_NAME_CHARS, Lora, Manifest, Model, PublicText, Tokenizer
 from xpeer.training.documents import corpus_digest, load_documents
@@ -175,8 +175,9 @@ def draft_manifest(
         tree["shared_corpus"] = {"name": name, "digest": digest}
     for change in changes:
         _apply(tree, change)
-    if "steps" not in tree.get("end", {}) and "noise_multiplier" not in tree["privacy"]:
-        tree.setdefault("end", {})["steps"] = 1000
+    end = tree.setdefault("end", {})
+    if "steps" not in end and _needs_steps(tree["privacy"], end):
+        end["steps"] = 1000
     try:
         # There and back: what JSON can't hold (infinity) is found here, not by a member.
         manifest = msgspec.json.decode(
@@ -189,7 +190,20 @@ def draft_manifest(
             f"manifest{f' {field}' if field else ''}: {problem}", "correct it with --set"
         ) from e
     source.check(_vocabulary(tokenizer), manifest.optimiser.sequence_tokens)
+    from xpeer.training.fragments import Fragments  # noqa: PLC0415 - torch takes seconds
+
+    try:
+        Fragments(source.num_params, manifest.round.fragments)
+    except LocalError as e:
+        raise ConfigError(f"manifest {e.problem}", e.remedy) from e
     return manifest
+
+
+def _needs_steps(privacy: dict[str, Any], end: dict[str, Any]) -> bool:
+    """Whether a run without end.steps would have no noise, or no end."""
+    if privacy["mode"] == "off":
+        return all(value is None for value in end.values())
+    return privacy.get("noise_multiplier") is None
 
 
 def _apply(tree: dict[str, Any], change: str) -> None:

@@ -126,7 +126,7 @@ NARROWER = {"privacy.delta": {DELTA_MIN, DELTA_MAX}}
 def founded(*changes: str) -> Any:
     """The manifest that `xpeer init` would write, as JSON has it."""
     manifest = draft_manifest(
-        "t", _AnyModel(None, {}, 1, ""), tokenizer=None, public_text=None, changes=changes
+        "t", _AnyModel(None, {}, 10**6, ""), tokenizer=None, public_text=None, changes=changes
     )
     return msgspec.to_builtins(manifest)
 

@@ -94,6 +94,27 @@ def test_found_a_swarm(tmp_path: Path, model_config: str) -> None:
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        (["--privacy", "off"], 1000),
+        (["--privacy", "off", "--set", "privacy.noise_multiplier=1"], 1000),
+        (["--privacy", "off", "--set", "end.tokens=5000"], None),
+        (["--set", "end.tokens=5000"], 1000),
+        (["--set", "privacy.noise_multiplier=null"], 1000),
+        (["--set", "privacy.noise_multiplier=1"], None),
+    ],
+)
+def test_a_run_has_an_end_and_noise(
+    tmp_path: Path, model_config: str, given: list[str], steps: int | None
+) -> None:
+    home = tmp_path / "home"
+    fixed = ("init", "--home", str(home), "--swarm", "demo", "--model-config", model_config)
+    code, _, err = xpeer(*fixed, "--shard", str(tmp_path / "text"), *given)
+    assert code == ExitCode.OK, err
+    assert opened(home).end.steps == steps
+
+
 def test_a_shared_corpus_is_named_and_measured(tmp_path: Path, model_config: str) -> None:
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a.txt").write_text("first")
@@ -184,6 +205,7 @@ def test_a_model_from_a_folder_and_a_public_text(tmp_path: Path, model_config: s
         (["--set", "privacy.mode=off"], "use --privacy"),
         (["--set", "model.num_params=5"], "not set by hand"),
         (["--set", "end.steps=null"], "sigma can't be calibrated"),
+        (["--set", "round.fragments=1000000000"], "round.fragments"),
         (["--set", "round.masks=true"], "set round.group = 3 to 8"),
         (["--set", "round.masks=true", "--set", "round.mask_bits=8"], "mask_bits"),
         (["--set", "optimiser.sequence_tokens=1000"], "128 positions"),
