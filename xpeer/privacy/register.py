@@ -116,7 +116,7 @@ class Register:
     ) -> Joined:
         """Say which documents this home's next charges are for; durable when this returns.
 
-        Cheap if they are those of an earlier start: then no document is looked up.
+        Cheap if they are those of an earlier start: then documents are counted, not looked up.
 
         Args:
             ledger_id: of the home.
