@@ -22,6 +22,8 @@ DOMAIN: Final = b"xpeer/ledger/v1\0"
 MECHANISM: Final = "poisson-subsampled-gaussian"
 _PACE_S: Final = 3600.0
 """Over which a forecast looks back."""
+_STILL_S, _STILL = 60.0, 5.0
+"""A node that charged nothing for so long, or so many times its interval, is not training."""
 
 
 class About(Struct, frozen=True, forbid_unknown_fields=True):
@@ -158,5 +160,7 @@ def forecast(charges: Sequence[Charge], steps_left: int, now: float) -> float | 
     if len(noted) < 2:
         return None
     elapsed_s = noted[-1][0] - noted[0][0]
+    if now - noted[-1][0] > max(_STILL_S, _STILL * elapsed_s / (len(noted) - 1)):
+        return None
     steps = sum(steps for _, steps in noted[1:])
     return now + steps_left * elapsed_s / steps if elapsed_s > 0 else None

@@ -112,6 +112,7 @@ def test_the_end_is_forecast_from_the_last_hour(path: Path) -> None:
         soon, late = times[-1] + 5.0, times[-1] + 1e5
         assert ledger.ends_unix_s(1000, lambda: soon) == pytest.approx(soon + 1000 / pace)
         assert ledger.ends_unix_s(1000, lambda: late) is None
+        assert ledger.ends_unix_s(1000, lambda: times[-1] + 61.0) is None  # it has stopped
 
 
 def test_a_plan_spends_the_budget_and_no_more() -> None:
