@@ -208,7 +208,7 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
         f"{max(left, 0.0):.3f}{steps} left; delta {privacy.delta:.1e}, "
         f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} {unit} charged",
     )
-    if privacy.ends_unix_s is not None:
+    if privacy.ends_unix_s is not None and privacy.steps_left:
         yield "budget ends", f"about {moment(privacy.ends_unix_s)}, at the pace of the last hour"
     if privacy.documents_elsewhere:
         yield (
