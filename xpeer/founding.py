@@ -203,7 +203,12 @@ def keep_admission(home: Home, manifest: SignedManifest, swarm_key: bytes) -> No
 
 
 def forget_join(home: Home) -> None:
-    """Undo `prepare_join`, before anything was kept of the swarm; the identity stays."""
+    """Undo `prepare_join`; the identity stays. Nothing is done to a home that was more than that: a
+    founder's, or one that has been admitted or has trained.
+    """
+    more = (home.admin_key, home.swarm_key, home.manifest, home.ledger_db, home.checkpoints)
+    if any(path.exists() for path in more):
+        return
     for path in (home.credential, home.seeds):
         path.unlink(missing_ok=True)
 

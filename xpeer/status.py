@@ -120,9 +120,9 @@ class Partner(Struct, frozen=True, kw_only=True):
     privacy: str = ""
     """What the swarm's manifest binds its training to; its word, which nobody can check."""
     ledger_went_back: str = ""
+    """What was seen when it showed fewer privacy charges than before; empty = never."""
     ledger_caught_up: bool = False
     """It has shown as many charges again as it once did."""
-    """What was seen when it showed fewer privacy charges than before; empty = never."""
     last_exchange_age_s: float | None = None
     bytes_in: int = 0
     bytes_out: int = 0

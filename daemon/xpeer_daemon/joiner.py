@@ -104,23 +104,23 @@ class Joiner:
         if not (self._home.manifest.exists() and self._home.swarm_key.exists()):
             node.joining_note = "joining: no member has answered yet"
             given, swarm_key = await self._ask_members()
+            manifest = given.open(self._membership.swarm_id)
             try:
-                self._accept(given)
+                self._accept(manifest)
             except ConfigError:
                 founding.forget_join(self._home)  # another swarm may be joined with this home
                 raise
             founding.keep_admission(self._home, given, swarm_key)
         node.joining_note = ""
-        manifest = self._accept(SignedManifest.load(self._home.manifest))
+        manifest = SignedManifest.load(self._home.manifest).open(self._membership.swarm_id)
+        self._accept(manifest)
         if (mode := manifest.privacy.mode) in SHOUTED:
             log.warning("%s", SHOUTED[mode])
         node.manifest = manifest
         return manifest, founding.load_swarm_key(self._home)
 
-    def _accept(self, signed: SignedManifest) -> Manifest:
-        manifest = signed.open(self._membership.swarm_id)
+    def _accept(self, manifest: Manifest) -> None:
         manifest.require_privacy(self._config.data.privacy, self._config.privacy.max_epsilon)
-        return manifest
 
     async def _ask_members(self) -> tuple[SignedManifest, bytes]:
         while True:

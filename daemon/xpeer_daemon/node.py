@@ -93,6 +93,7 @@ class Node:
         if self.state in ("finished", "stopping", "fetching", "waiting", "joining", "starting"):
             return
         if trainer_state == "training":
+            self.budget_spent = False
             self.enter("training")
         elif trainer_state == "paused":
             self.enter("paused")
@@ -302,7 +303,9 @@ class Node:
         if self.budget_spent:
             return ["the privacy budget is spent: mixing and serving only"]
         trainer = self._running()
-        if self.state in ENDED and trainer is not None and trainer.progress.tokens == 0:
+        if self.state not in ENDED or trainer is None:
+            return []
+        if trainer.progress.tokens == 0 and not trainer.privacy.steps_charged:
             return ["the run had ended when this node joined: none of its text was used"]
         return []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from xpeer.errors import PeerError, Reason
@@ -47,6 +47,8 @@ class Record:
     """It has shown as many again since."""
     went_back_told_s: float | None = None
     """When the operator was last told."""
+    back_is_news: bool = False
+    """The operator was told that it went back, and not yet that it has caught up."""
     refuses_our_ledger: bool = False
     """It says that ours went back; until it meets us again."""
     merged: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
@@ -66,6 +68,7 @@ class Partners:
         on_exchanged: told of every exchange (partner, slot, fragment, result).
         on_skipped: told of every failure (partner or "", slot, reason, detail).
         on_went_back: told of a ledger that went back (partner, detail), once an hour at most.
+        on_caught_up: told that it has caught up since, once for each time that it was told of.
 
     Attributes:
         failures: how often each reason occurred.
@@ -81,11 +84,13 @@ class Partners:
         on_exchanged: Callable[[PeerId, int, int, Exchanged], None],
         on_skipped: Callable[[str, int, str, str], None],
         on_went_back: Callable[[PeerId, str], None] = lambda *_: None,
+        on_caught_up: Callable[[PeerId], None] = lambda *_: None,
     ) -> None:
         self._clock = clock
         self._on_exchanged = on_exchanged
         self._on_skipped = on_skipped
         self._on_went_back = on_went_back
+        self._on_caught_up = on_caught_up
         self._records: dict[PeerId, Record] = {}
         self.failures: Counter[str] = Counter()
         self.exchanges = 0
@@ -183,25 +188,36 @@ class Partners:
             raise PeerError(Reason.LEDGER_WENT_BACK, detail)
         record.highest_counter = theirs.ledger_counter
         record.caught_up = bool(record.went_back)
+        if record.caught_up and record.back_is_news:
+            record.back_is_news = False
+            self._on_caught_up(peer_id)
 
-    def restore(self, counters: Iterable[tuple[str, int]], went_back: Mapping[str, str]) -> None:
+    def restore(
+        self,
+        counters: Iterable[tuple[str, int]],
+        went_back: Mapping[str, str],
+        caught_up: Collection[str] = (),
+    ) -> None:
         """What was known when the daemon last ended.
 
         Args:
             counters: highest, by PeerID.
             went_back: what was seen of ledgers that did, by PeerID.
+            caught_up: those that have since.
         """
         for peer_id, counter in counters:
             record = self[PeerId(peer_id)]
             record.highest_counter = counter
             record.went_back = went_back.get(peer_id, "")
+            record.caught_up = peer_id in caught_up
+            record.back_is_news = bool(record.went_back) and not record.caught_up
             record.went_back_told_s = self._clock() if record.went_back else None
 
     def _note(self, peer_id: PeerId, record: Record, detail: str) -> None:
         record.went_back, record.caught_up = detail, False
         told_s, now = record.went_back_told_s, self._clock()
         if told_s is None or now - told_s >= TOLD_AGAIN_S:
-            record.went_back_told_s = now
+            record.went_back_told_s, record.back_is_news = now, True
             log.warning(
                 "the privacy ledger of %s went back: %s; it may spend its budget twice, and is not "
                 "met until it has caught up",

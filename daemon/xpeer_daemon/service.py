@@ -168,7 +168,11 @@ class Service:
         )
         self._proposer = exchange.Proposer(self._party, self._swarm)
         self._book = node.book = Partners(
-            time.time, self._on_exchanged, self._on_skipped, self._on_went_back
+            time.time,
+            self._on_exchanged,
+            self._on_skipped,
+            self._on_went_back,
+            lambda peer_id: self._store.add_event("ledger-caught-up", peer_id),
         )
         self._gossip = Gossip(
             me=self._identity.peer_id,
@@ -187,6 +191,7 @@ class Service:
         self._book.restore(
             [(peer.peer_id, peer.ledger_counter) for peer in self._store.known_peers()],
             self._store.went_back(),
+            self._store.caught_up(),
         )
         if manifest.privacy.mode == "off":
             rules = manifest.optimiser

@@ -178,6 +178,15 @@ class Store:
         )
         return {peer_id: detail for (text,) in rows for peer_id, _, detail in [text.partition(" ")]}
 
+    def caught_up(self) -> set[str]:
+        """PeerIDs of those that have caught up since."""
+        rows = self._database.execute(
+            "SELECT kind, detail FROM events WHERE kind IN ('ledger-went-back', 'ledger-caught-up')"
+            " ORDER BY id"
+        )
+        last = {detail.partition(" ")[0]: kind for kind, detail in rows}
+        return {peer_id for peer_id, kind in last.items() if kind == "ledger-caught-up"}
+
     def known_peers(self, limit: int = MAX_PEERS) -> list[KnownPeer]:
         """Those seen last first."""
         rows = self._database.execute(

@@ -26,9 +26,9 @@ from xpeer.wire.messages import AnyMessage
 from xpeer.wire.session import MAX_HELLO_BYTES, Handshake, Session
 
 FRAME_TIMEOUT_S = 15.0
+"""libp2p notices a silent partner after 40 s; we do after this."""
 ENDS_IN_S, ENDS_IN_FRAMES = 1.0, 64
 """A partner that was refused in mid-exchange has this long, and may still send so much."""
-"""libp2p notices a silent partner after 40 s; we do after this."""
 _LENGTH_BYTES = 4
 _M = TypeVar("_M", bound=messages.Message)
 

@@ -55,11 +55,12 @@ class Budget:
         self._sigma, self._q = noise_multiplier, sampling_probability
         self._lock = threading.Lock()
         self._left = self._count(_STEPS_MAX)
-        if not self._left and not any(ledger.histories()):
+        if not self._left and not ledger.steps_charged and not any(ledger.histories()):
             raise ConfigError(
-                f"privacy.noise_multiplier {noise_multiplier:g}: a single step costs more than "
-                f"privacy.epsilon {epsilon:g}",
-                "the manifest decides: found a swarm with more noise (`xpeer privacy plan`)",
+                f"privacy.noise_multiplier {noise_multiplier:g}: a single step, with sampling "
+                f"probability {sampling_probability:.3g}, costs more than privacy.epsilon "
+                f"{epsilon:g}",
+                "train on more text, or in a swarm with more noise (`xpeer privacy plan`)",
             )
         self._since_counted = 0
         self._charged_before = ledger.steps_charged

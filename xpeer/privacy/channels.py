@@ -341,7 +341,13 @@ ROUTES: Final[dict[str, str]] = {
 }
 """Of the control API, with their answers. There is no other API, page or port for metrics."""
 
-EVENTS: Final = ("trainer-restarted", "donor-refused", "finished", "ledger-went-back")
+EVENTS: Final = (
+    "trainer-restarted",
+    "donor-refused",
+    "finished",
+    "ledger-went-back",
+    "ledger-caught-up",
+)
 """Kinds of events in state.sqlite."""
 
 TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {

@@ -177,7 +177,7 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
         ledger_id=ledger.id,
         swarm_id=noted.swarm_id,
         mode=noted.mode,
-        unit=noted.unit,
+        unit=noted.exact_unit.partition(" of ")[0],
         epsilon_spent=accountant.epsilon_worst(together.of_shard(), delta),
         epsilon_ever=accountant.epsilon_worst(together.ever(), delta),
         epsilon_target=noted.epsilon_target,
@@ -272,11 +272,15 @@ def verify(ledger: Ledger, register: Register | None = None, delta: float | None
         delta = DELTA_MAX if lost else about(ledger)[0]
     accounts = [("this ledger", ledger.segments())]
     if together.steps_registered:
-        accounts += [
-            ("documents of the shard, all homes", history)
-            for history in together.of_shard()
-            if accountant.merge(history) != accountant.merge(ledger.segments())
-        ]
+        told = [accountant.merge(ledger.segments())]
+        for what, histories in (
+            ("documents of the shard, all homes", together.of_shard()),
+            ("documents that ever were in the shard, all homes", together.ever()),
+        ):
+            for history in map(accountant.merge, histories):
+                if history not in told:
+                    told.append(history)
+                    accounts.append((what, history))
     checked, problems = [], []
     for what, segments in accounts:
         found = _checked(what, segments, delta)

@@ -39,6 +39,7 @@ class Together:
         self._ledger, self._register = ledger, register
         self._registered = register.own(ledger.id) if register else {}
         told = ledger.by_unit()
+        self._by_shard = "shard" in told or "shard" in self._registered
         self._charged = at_least([_of_all_units(told), _of_all_units(self._registered)])
         self._unregistered = _of_all_units(missing(told, self._registered)) if register else {}
 
@@ -61,10 +62,14 @@ class Together:
 
     def ever(self) -> list[list[Segment]]:
         """The same of all documents that this home ever had."""
+        if self._by_shard:
+            return [*self.of_shard(), self.charged]
         return self._worst([each.segments for each in self.classes()])
 
     def own(self) -> list[list[Segment]]:
         """What this home charged to any document: what its own releases tell."""
+        if self._by_shard:
+            return [self.charged]
         return self._worst([each.own for each in self.classes()])
 
     def _worst(self, told_of: list[list[Segment]]) -> list[list[Segment]]:

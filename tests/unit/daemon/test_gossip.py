@@ -309,9 +309,15 @@ def test_a_ledger_that_goes_back_is_told_once_and_remembered(
             store.add_event("ledger-went-back", f"{peer_id} {detail}")
             store.remember_peer(peer_id, [], book[peer_id].highest_counter)
 
-        book = Partners(lambda: now_s, lambda *_: None, lambda *_: None, note)
+        book = Partners(
+            lambda: now_s,
+            lambda *_: None,
+            lambda *_: None,
+            note,
+            lambda peer_id: store.add_event("ledger-caught-up", peer_id),
+        )
         known = [(peer.peer_id, peer.ledger_counter) for peer in store.known_peers()]
-        book.restore(known, store.went_back())
+        book.restore(known, store.went_back(), store.caught_up())
         return store, book
 
     now_s = 1e6
@@ -339,11 +345,17 @@ def test_a_ledger_that_goes_back_is_told_once_and_remembered(
         met(book, counter)
         with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
             met(book, counter - 1)
-    assert (len(store.events()), book[OTHER].went_back) == (1, "58 charges now, 59 before")
+    assert book[OTHER].went_back == "58 charges now, 59 before"
+    assert [event.kind for event in store.events()] == ["ledger-caught-up", "ledger-went-back"]
     now_s += 3600
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
         met(book, 58)
-    assert len(store.events()) == 2
+    assert len(store.events()) == 3
+    met(book, 59)
+    assert len(store.events()) == 4
+    store.close()
+    store, book = restarted()
+    assert (book[OTHER].went_back, book[OTHER].caught_up) == ("58 charges now, 59 before", True)
     store.close()
 
 

@@ -15,7 +15,7 @@ from xpeer.config import Data, Home, Network, NodeConfig
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import SignedManifest
-from xpeer.status import Progress
+from xpeer.status import PrivacySpent, Progress
 from xpeer.training.handle import TrainerProcess
 from xpeer_daemon import start
 from xpeer_daemon.joiner import Joiner
@@ -40,8 +40,11 @@ def test_a_run_that_had_ended_before_we_came(node: Node) -> None:
     assert node.status().health == "degraded"
     trainer = node.supervisor.trainer if node.supervisor else None
     assert trainer is not None
-    trainer.progress = Progress(step=600, tokens=1)
-    assert not any("none of its text" in reason for reason in node.reasons())
+    for used in (Progress(step=600, tokens=1), None):
+        trainer.progress = used or Progress(step=600, tokens=0)
+        if used is None:  # its checkpoint was lost, its charges were not
+            trainer.privacy = PrivacySpent(steps_charged=5)
+        assert not any("none of its text" in reason for reason in node.reasons())
 
 
 def test_a_budget_that_ended_before_the_run_is_told_to_the_end(node: Node) -> None:
@@ -49,6 +52,9 @@ def test_a_budget_that_ended_before_the_run_is_told_to_the_end(node: Node) -> No
     for state in ("budget-spent", "finished"):
         node.enter(cast(Any, state))
         assert any("budget is spent" in reason for reason in node.reasons())
+    node.state = "training"
+    node.follow_trainer("training", Progress(step=3))  # with other text
+    assert not any("budget is spent" in reason for reason in node.reasons())
 
 
 async def test_a_swarm_that_is_refused_leaves_the_home_free_for_another(tmp_path: Path) -> None:
@@ -70,6 +76,12 @@ async def test_a_swarm_that_is_refused_leaves_the_home_free_for_another(tmp_path
         await joiner.admission()
     assert list(home.path.iterdir()) == []
     founding.forget_join(home)  # again: nothing to do
+    for more in (home.admin_key, home.ledger_db, home.swarm_key):  # a home that was more than that
+        home.credential.write_bytes(b"")
+        more.write_bytes(b"")
+        founding.forget_join(home)
+        assert home.credential.exists()
+        more.unlink()
 
 
 def test_a_second_start_names_the_first_before_its_port(tmp_path: Path) -> None:

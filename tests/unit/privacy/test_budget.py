@@ -220,3 +220,15 @@ def test_noise_with_which_no_step_fits_is_an_error_of_the_founder(tmp_path: Path
     wrong = pytest.raises(ConfigError, match=r"privacy\.noise_multiplier 0\.01: a single step")
     with Ledger.open(tmp_path / "ledger.sqlite") as ledger, wrong:
         Budget(ledger, epsilon=8, delta=1e-5, noise_multiplier=0.01, sampling_probability=0.5)
+
+
+def test_a_smaller_shard_with_an_older_sigma_is_a_spent_budget(tmp_path: Path) -> None:
+    """Sigma was calibrated for more text: nobody's mistake, and the node mixes on."""
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        ledger.share(Register.open(tmp_path / "register"), ["x"], about_in("swarm"))
+        ledger.charge(Segment(0.6, 0.001, 10))
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        ledger.share(Register.open(tmp_path / "register"), ["y"], about_in("swarm"))
+        made = Budget(ledger, epsilon=1, delta=1e-5, noise_multiplier=0.6, sampling_probability=0.9)
+        assert made.left == 0
+        made.close()

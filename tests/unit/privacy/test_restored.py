@@ -375,6 +375,36 @@ def test_the_headline_is_of_all_that_was_ever_trained_on(machine: Machine) -> No
     assert f"**epsilon {told.epsilon_ever:.4f}**" in text
 
 
+def test_of_a_shard_all_that_was_ever_released_is_told(machine: Machine) -> None:
+    """Mode update: one unit, whatever text it held."""
+    many = Segment(SIGMA, Q, 40)
+    for text in ("x", "y"):
+        with machine.start("a", [text], "shard") as ledger:
+            ledger.charge(many)
+    found = Register.look(machine.register)
+    assert found is not None
+    with found, Ledger.look(machine.ledger("a")) as ledger:
+        told, verdict = report.account(ledger, found), report.verify(ledger, found)
+        on_card = card.card_of(manifest(), "s", 1, ledger, found)
+    spent = epsilon([many, many], DELTA)
+    assert told.epsilon_ever == told.epsilon_spent == verdict.epsilon_spent == spent
+    assert told.unit == "shard"
+    assert on_card.epsilon_spent is not None
+    assert on_card.epsilon_spent >= spent
+
+
+def test_the_headline_is_verified_too(machine: Machine) -> None:
+    machine.charge("a", ["x"], STEP)
+    machine.charge("b", ["x"], *[OTHER] * 20)
+    machine.charge("a", ["y"], OTHER)
+    found = Register.look(machine.register)
+    assert found is not None
+    with found, Ledger.look(machine.ledger("a")) as ledger:
+        told, verdict = report.account(ledger, found), report.verify(ledger, found)
+    assert told.epsilon_ever == epsilon([STEP, *[OTHER] * 20], DELTA) == verdict.epsilon_spent
+    assert told.epsilon_ever in [each.epsilon_accountant for each in verdict.checked]
+
+
 def test_the_documents_that_lost_most_are_told_first(machine: Machine) -> None:
     machine.charge("a", ["gone"], *[STEP] * 30)
     for number in range(14):
