@@ -336,9 +336,10 @@ def answering(
     async def _answer(link: Link, proposal: Propose) -> None:
         try:
             desk.settled_before(link.peer_id, proposal.terms)
+        except PeerError as e:  # told rather than dropped: it may not know that it was restored
+            reason: str | None = e.reason
+        else:
             reason = desk.objection(link.peer_id, proposal)
-        except PeerError as e:
-            reason = e.reason
         if reason is not None:
             await link.send(Refuse(proposal.exchange_id, reason))
             return

@@ -114,7 +114,7 @@ class Verdict(Struct, frozen=True, kw_only=True):
     epsilon_spent: float
     """The largest of what is checked, by the accountant."""
     checked: list[Checked]
-    """This ledger, and the documents of its shard that were charged most by all homes."""
+    """This ledger, and the documents charged most by all homes: of its shard, and of all it had."""
     charges: int
     steps_registered: int | None
     """Of this ledger's steps, in the machine's register; None = there is none."""
@@ -162,8 +162,8 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
         raise LocalError(f"privacy ledger {ledger.path}: {'; '.join(together.problems())}", START)
     last = _last_noted(ledger)
     noted, delta = last.about, last.about.delta
-    left = _STEPS_MAX
-    for spent in together.of_shard():
+    left, of_shard = _STEPS_MAX, together.of_shard()
+    for spent in of_shard:
         left = accountant.steps_within(
             noted.epsilon_target,
             delta,
@@ -178,7 +178,7 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
         swarm_id=noted.swarm_id,
         mode=noted.mode,
         unit=noted.exact_unit.partition(" of ")[0],
-        epsilon_spent=accountant.epsilon_worst(together.of_shard(), delta),
+        epsilon_spent=accountant.epsilon_worst(of_shard, delta),
         epsilon_ever=accountant.epsilon_worst(together.ever(), delta),
         epsilon_target=noted.epsilon_target,
         delta=delta,
