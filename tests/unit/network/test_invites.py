@@ -89,7 +89,7 @@ def test_time() -> None:
         made.credential_for(JOINER, NOW - 3600)
 
 
-@pytest.mark.parametrize("for_peer", [JOINER.peer_id, None])
+@pytest.mark.parametrize("for_peer", [JOINER.peer_id, None], ids=["for a peer", "bearer"])
 def test_every_flipped_bit_is_refused(for_peer: PeerId | None) -> None:
     data = msgspec.msgpack.encode(token(for_peer))
     for position in range(len(data)):
@@ -100,7 +100,7 @@ def test_every_flipped_bit_is_refused(for_peer: PeerId | None) -> None:
                 Token.parse(invites.PREFIX + base64.urlsafe_b64encode(altered).decode())
 
 
-@pytest.mark.parametrize("for_peer", [JOINER.peer_id, None])
+@pytest.mark.parametrize("for_peer", [JOINER.peer_id, None], ids=["for a peer", "bearer"])
 def test_every_altered_character_is_refused(for_peer: PeerId | None) -> None:
     text = str(token(for_peer))
     for position, character in enumerate(text):
@@ -200,6 +200,7 @@ def test_repr_shows_no_secret() -> None:
 @pytest.mark.parametrize(
     "address",
     ["", "/ip4/1.2.3.4/tcp/1", "/p2p/", SEED[1:], SEED[:-1], SEED + "/tcp/1", "/p2p/12D3Koo"],
+    ids=["empty", "no peer", "no id", "no slash", "cut", "longer", "short id"],
 )
 def test_addresses_without_a_peer_id(address: str) -> None:
     with pytest.raises(ConfigError, match="--seed: "):
