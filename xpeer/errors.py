@@ -54,6 +54,10 @@ class ConfigError(LocalError):
     exit_code = ExitCode.BAD_CONFIG
 
 
+class ShardError(ConfigError):
+    """The text to train on is missing, unreadable or malformed; it may be mended while we run."""
+
+
 class NotAuthorisedError(LocalError):
     """A token, certificate or key does not give the right that is needed."""
 

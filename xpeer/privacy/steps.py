@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from xpeer.errors import ConfigError
+from xpeer.errors import ShardError
 from xpeer.privacy.clipping import Clipped, RecordLosses
 
 Precision = Callable[[], AbstractContextManager[object]]
@@ -67,10 +67,10 @@ def check_records(records: Tensor) -> None:
     """Refuse an empty shard.
 
     Raises:
-        ConfigError: there is no record.
+        ShardError: there is no record.
     """
     if records.dim() != 2 or not len(records):
-        raise ConfigError(
+        raise ShardError(
             f"the shard has no records to train on (shape {tuple(records.shape)})",
             "check data.shard",
         )

@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from xpeer.config import Home, NodeConfig, privacy_register
-from xpeer.errors import ConfigError
+from xpeer.errors import ConfigError, ShardError
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.privacy import update_mode
 from xpeer.privacy.budget import delta_of
@@ -323,7 +323,7 @@ def _text(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: H
         share = msgspec.structs.replace(share, tokens=records.numel())
     try:
         validation = load_records(held_out, tokenizer, length, home.cache)
-    except ConfigError:  # a single document, or too little held out for one record
+    except ShardError:  # a single document, or too little held out for one record
         validation = records[:0]
     ids = [document.whole or document.id for document in training]
     return _Text(records, owners, ids, validation, share)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from xpeer.errors import ConfigError
+from xpeer.errors import ShardError
 from xpeer.identity import blake2b
 
 SUFFIXES: Final = (".txt", ".md", ".jsonl", ".parquet")
@@ -61,7 +61,7 @@ def load_documents(
         setting: named in errors.
 
     Raises:
-        ConfigError: nothing matches, no text, or a file can't be read; names file, line or byte.
+        ShardError: nothing matches, no text, or a file can't be read; names file, line or byte.
     """
     found: dict[str, Document] = {}
     for path in _files(patterns, setting):
@@ -83,7 +83,7 @@ def require_text(patterns: Sequence[str], text_field: str, setting: str) -> None
     """Read until the first text; cheap even for a large shard.
 
     Raises:
-        ConfigError: as `load_documents`, for what was read so far.
+        ShardError: as `load_documents`, for what was read so far.
     """
     for path in _files(patterns, setting):
         if any(text.strip() for text in _texts(path, text_field)):
@@ -91,15 +91,15 @@ def require_text(patterns: Sequence[str], text_field: str, setting: str) -> None
     raise _no_text(patterns, setting)
 
 
-def _no_text(patterns: Sequence[str], setting: str) -> ConfigError:
-    return ConfigError(
+def _no_text(patterns: Sequence[str], setting: str) -> ShardError:
+    return ShardError(
         f"{setting}: no text in {', '.join(patterns)}", "name files that hold some text"
     )
 
 
 def _files(patterns: Sequence[str], setting: str) -> Iterator[Path]:
     if not patterns:
-        raise ConfigError(f"{setting} is empty", "name files, folders or globs that hold text")
+        raise ShardError(f"{setting} is empty", "name files, folders or globs that hold text")
     seen: set[Path] = set()
     for pattern in patterns:
         for path in _matches(pattern, setting):
@@ -119,16 +119,16 @@ def _matches(pattern: str, setting: str) -> list[Path]:
             matched = [Path(path) for path in sorted(found)]
         files = [file for path in matched for file in _inside(path)]
     except OSError as e:
-        raise ConfigError(
+        raise ShardError(
             f"{setting}: {pattern} can't be searched: {e}", "check its owner and mode"
         ) from e
     if not matched:
-        raise ConfigError(
+        raise ShardError(
             f"{setting}: {pattern} matches no file (looked from {Path.cwd()})",
             "correct it; relative paths start at the folder the node was started in",
         )
     if not files:
-        raise ConfigError(
+        raise ShardError(
             f"{setting}: {pattern} holds no file of {', '.join(SUFFIXES)}",
             "other text files are read when they are named or matched by a glob",
         )
@@ -159,7 +159,7 @@ def _texts(path: Path, text_field: str) -> Iterator[str]:
         else:
             yield _decode(path.read_bytes(), path).removeprefix("\ufeff")
     except OSError as e:
-        raise ConfigError(
+        raise ShardError(
             f"{path} can't be read: {e.strerror or e}", "check its owner and mode"
         ) from e
 
@@ -168,7 +168,7 @@ def _decode(data: bytes, path: Path, offset: int = 0) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as e:
-        raise ConfigError(
+        raise ShardError(
             f"{path}: byte {offset + e.start} is not UTF-8 ({e.reason})",
             "convert the file to UTF-8, or leave it out",
         ) from e
@@ -188,24 +188,24 @@ def _field(line: str, text_field: str, where: str) -> str:
     try:
         row = json.loads(line.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{where}: not valid JSON", "correct that line") from e
+        raise ShardError(f"{where}: not valid JSON", "correct that line") from e
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: not a JSON object", "each line must be one object")
+        raise ShardError(f"{where}: not a JSON object", "each line must be one object")
     if text_field not in row:
-        raise ConfigError(
+        raise ShardError(
             f"{where}: no field {text_field!r} (fields: {', '.join(sorted(row)) or 'none'})",
             "set data.text_field to the field that holds the text",
         )
     text = row[text_field]
     if not isinstance(text, str):
-        raise ConfigError(
+        raise ShardError(
             f"{where}: field {text_field!r} is no text but {type(text).__name__}",
             "set data.text_field to the field that holds the text",
         )
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ConfigError(
+        raise ShardError(
             f"{where}: field {text_field!r} has half a surrogate pair at character {e.start}",
             "correct that escape",
         ) from e
@@ -217,24 +217,24 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
         import pyarrow as pa  # noqa: PLC0415 - an extra
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as e:
-        raise ConfigError(
+        raise ShardError(
             f"{path}: reading .parquet needs pyarrow", "pip install 'xpeer[parquet]'"
         ) from e
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             if text_field not in schema.names:
-                raise ConfigError(
+                raise ShardError(
                     f"{path}: no column {text_field!r} (columns: {', '.join(schema.names)})",
                     "set data.text_field to the column that holds the text",
                 )
             kind: Any = schema.field(text_field).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise ConfigError(
+                raise ShardError(
                     f"{path}: column {text_field!r} is no text but {kind}",
                     "set data.text_field to the column that holds the text",
                 )
             for batch in file.iter_batches(columns=[text_field]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (pa.ArrowException, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is damaged: {e}", "restore the file") from e
+        raise ShardError(f"{path} is damaged: {e}", "restore the file") from e

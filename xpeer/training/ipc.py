@@ -26,6 +26,7 @@ from xpeer.errors import (
     LocalTimeoutError,
     NotAuthorisedError,
     PeerError,
+    ShardError,
     TrainerError,
     XpeerError,
 )
@@ -248,8 +249,8 @@ _FROM_TRAINER: Final[msgspec.msgpack.Decoder[FromTrainer]] = msgspec.msgpack.Dec
 _ERRORS: Final[dict[str, type[LocalError]]] = {
     kind.__name__: kind
     for kind in (
-        LocalError, ConfigError, NotAuthorisedError, BudgetSpentError, LocalTimeoutError,
-        TrainerError,
+        LocalError, ConfigError, ShardError, NotAuthorisedError, BudgetSpentError,
+        LocalTimeoutError, TrainerError,
     )
 }  # fmt: skip
 

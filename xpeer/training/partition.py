@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 
-from xpeer.errors import ConfigError, LocalError
+from xpeer.errors import LocalError, ShardError
 from xpeer.identity import blake2b
 from xpeer.manifest import Manifest, SharedCorpus
 from xpeer.status import CorpusShare
@@ -83,11 +83,11 @@ def refuse_other(shared: SharedCorpus, documents: Iterable[Document]) -> None:
     """Refuse a copy that is not the founder's.
 
     Raises:
-        ConfigError: its documents differ.
+        ShardError: its documents differ.
     """
     found = corpus_digest(documents)
     if shared.digest not in ("", found):
-        raise ConfigError(
+        raise ShardError(
             f"data.corpus: this copy of {shared.name!r} has digest {found[:16]}, but the swarm's "
             f"has {shared.digest[:16]}",
             "get the founder's documents; data.text_field has to be the same, too",

@@ -15,7 +15,7 @@ from typing import Final, Literal, TypeVar
 
 import torch
 
-from xpeer.errors import ConfigError, LocalError
+from xpeer.errors import LocalError, ShardError
 from xpeer.identity import blake2b
 from xpeer.training.documents import Document, load_documents
 from xpeer.training.tensorfile import CorruptFileError, clear_staging, read_tensors, write_tensors
@@ -95,7 +95,7 @@ def cut_owned(
         (records, T) int64, and the number of each record's document, (records,) int64, ascending.
 
     Raises:
-        ConfigError: there is not one record in them.
+        ShardError: there is not one record in them.
     """
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -111,7 +111,7 @@ def cut_owned(
         parts.append(ids.view(-1, sequence_tokens))
     records = torch.cat(parts) if parts else torch.empty((0, sequence_tokens), dtype=torch.int32)
     if not len(records):
-        raise ConfigError(
+        raise ShardError(
             f"no text: none of {len(documents)} documents has {MIN_TOKENS} tokens",
             "name files that hold more text",
         )

@@ -8,7 +8,15 @@ import sys
 
 import pytest
 
-from xpeer.errors import BudgetSpentError, ConfigError, LocalError, PeerError, Reason, TrainerError
+from xpeer.errors import (
+    BudgetSpentError,
+    ConfigError,
+    LocalError,
+    PeerError,
+    Reason,
+    ShardError,
+    TrainerError,
+)
 from xpeer.training.arena import Arena, Layout, Slots
 from xpeer.training.ipc import (
     MAX_FRAME_BYTES,
@@ -135,6 +143,7 @@ async def test_a_length_beyond_the_bound_is_refused_before_it_is_allocated() -> 
     "error",
     [
         ConfigError("shard is missing", "set data.shard"),
+        ShardError("no text", "mend it"),
         BudgetSpentError("spent", "wait"),
         TrainerError("dead", ""),
         PeerError(Reason.NOT_FINITE, "a scale"),
