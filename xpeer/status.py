@@ -10,7 +10,10 @@ from typing import Literal
 
 from msgspec import Struct
 
-SCHEMA_VERSION = 1
+from xpeer.health import HealthReason, Verdict
+
+SCHEMA_VERSION = 2
+"""2: reasons are objects with a code, a text and a remedy; before, they were texts."""
 
 State = Literal[
     "starting", "joining", "fetching", "waiting", "training", "paused", "budget-spent",
@@ -132,9 +135,9 @@ class Status(Struct, frozen=True, kw_only=True):
     """The whole answer of `xpeer status`."""
 
     schema_version: int = SCHEMA_VERSION
-    health: Literal["ok", "degraded", "down"] = "degraded"
-    reasons: list[str] = []
-    """Why not ok; empty when ok."""
+    health: Verdict = "degraded"
+    reasons: list[HealthReason] = []
+    """Why not ok, worst first, and notes."""
     state: State = "starting"
     peer_id: str = ""
     swarm_id: str = ""

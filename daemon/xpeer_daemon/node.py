@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
 
-from xpeer import __version__
 from xpeer.config import NodeConfig
 from xpeer.errors import Reason
+from xpeer.health import Health, HealthReason
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network.roster import MemberRecord, Roster
 from xpeer.network.swarm import Swarm
-from xpeer.status import SHOUTED, Partner, PrivacySpent, Progress, State, Status
+from xpeer.status import Progress, State, Status
 from xpeer.training import partition
 from xpeer.training.handle import TrainerProcess
+from xpeer_daemon import conditions, report
 from xpeer_daemon.partners import Partners
 from xpeer_daemon.phases import ENDED, EXCHANGING
 from xpeer_daemon.supervisor import Supervisor
@@ -31,11 +31,6 @@ log = logging.getLogger("xpeer.node")
 HOLDING = EXCHANGING | {"waiting", "paused"}
 """Phases in which a member holds the swarm's parameters and can give them to a joiner."""
 PRESENT = HOLDING | {"fetching"}
-
-JOINING_PATIENCE_S = 30.0
-STALE_ROUNDS = 20
-"""No good exchange for this many windows' slots, with partners alive: degraded."""
-MIN_STALE_S = 60.0
 
 
 class Node:
@@ -54,6 +49,7 @@ class Node:
         self.config = config
         self.clock = clock
         self.started_s = self.since_s = clock()
+        self.health = Health(clock)
         self.state: State = "starting"
         self.paused = False
         self.budget_spent = False
@@ -108,9 +104,10 @@ class Node:
     @property
     def trainer(self) -> TrainerProcess | None:
         """The running trainer, if it may exchange: it holds the swarm's parameters."""
-        return self._running() if self.state in EXCHANGING else None
+        return self.running() if self.state in EXCHANGING else None
 
-    def _running(self) -> TrainerProcess | None:
+    def running(self) -> TrainerProcess | None:
+        """The trainer process, if there is one now."""
         return self.supervisor.trainer if self.supervisor else None
 
     def objection(self) -> str | None:
@@ -163,7 +160,7 @@ class Node:
 
     def donor(self) -> TrainerProcess | None:
         """The trainer, if a joiner may have its parameters."""
-        return self._running() if self.state in HOLDING else None
+        return self.running() if self.state in HOLDING else None
 
     def settled(self, peer_id: PeerId) -> bool:
         """Whether an exchange between the partner and us would move nothing that matters.
@@ -199,7 +196,7 @@ class Node:
 
     def quality(self) -> tuple[float | None, float]:
         """On the public text alone: losses on the shard are data."""
-        trainer = self._running()
+        trainer = self.running()
         if trainer is None:
             return None, 0.0
         return trainer.progress.loss_public, trainer.progress.loss_public_age
@@ -209,14 +206,14 @@ class Node:
     async def pause(self) -> None:
         """Take no steps and no exchanges until `resume`."""
         self.paused = True
-        if (trainer := self._running()) is not None and self.state == "training":
+        if (trainer := self.running()) is not None and self.state == "training":
             await trainer.run("pause")
             self.enter("paused")
 
     async def resume(self) -> None:
         """Undo `pause`."""
         self.paused = False
-        if (trainer := self._running()) is not None and self.state == "paused":
+        if (trainer := self.running()) is not None and self.state == "paused":
             await trainer.run("train")
             self.enter("training")
 
@@ -227,7 +224,7 @@ class Node:
 
     async def checkpoint(self) -> str:
         """Write one now; its path."""
-        trainer = self._running()
+        trainer = self.running()
         if trainer is None:
             return ""
         path = await trainer.checkpoint()
@@ -236,116 +233,9 @@ class Node:
 
     def status(self) -> Status:
         """Everything an operator may want to know."""
-        trainer, book, swarm, config = self._running(), self.book, self.swarm, self.config
-        now, reasons = self.clock(), self.reasons()
-        bytes_in, bytes_out = (swarm.meter.bytes_in, swarm.meter.bytes_out) if swarm else (0, 0)
-        carried = book.payload_bytes_sent if book else 0
-        return Status(
-            health="degraded" if reasons else "ok",
-            reasons=reasons,
-            state=self.state,
-            peer_id=self.peer_id,
-            swarm_id=self.swarm_id,
-            swarm_name=self.manifest.name if self.manifest else "",
-            version=__version__,
-            pid=os.getpid(),
-            uptime_s=now - self.started_s,
-            addresses=swarm.addresses if swarm else [],
-            num_params=trainer.num_params if trainer else 0,
-            device=trainer.device if trainer else "",
-            round=trainer.progress.window if trainer else 0,
-            progress=trainer.progress if trainer else Progress(),
-            corpus=trainer.corpus if trainer else None,
-            privacy=trainer.privacy if trainer else self._privacy_without_trainer(),
-            privacy_warning=SHOUTED.get(self.manifest.privacy.mode, "") if self.manifest else "",
-            partners=self._partner_rows(now),
-            exchanges_done=book.exchanges if book else 0,
-            exchanges_failed=dict(book.failures) if book else {},
-            one_sided_merges=book.one_sided if book else 0,
-            bytes_in=bytes_in,
-            bytes_out=bytes_out,
-            egress_cost=bytes_out / 1e9 * config.network.price_per_gb,
-            currency=config.network.currency,
-            compression_ratio=4 * book.values_sent / carried if book and carried else None,
-            last_good_round_age_s=_age(now, self.last_exchange_s),
-            last_checkpoint_age_s=_age(now, self.last_checkpoint_s),
-            trainer_restarts=self.supervisor.restarts if self.supervisor else 0,
-            sidecar_restarts=swarm.sidecar_restarts if swarm else 0,
-            strangers_refused=swarm.strangers_refused if swarm else 0,
-        )
+        return report.status_of(self)
 
-    def reasons(self) -> list[str]:
-        """Why this node is not well; empty when it is."""
-        found = []
-        now = self.clock()
-        if self.state in ("starting", "joining", "fetching", "waiting", "stopping"):
-            found.append(self.joining_note or f"state is {self.state}")
-        if self.state == "paused":
-            found.append("paused by the operator")
-        found += self._idle_reasons()
-        if self.supervisor is not None and self.supervisor.down_reason:
-            found.append(self.supervisor.down_reason)
-        if self.swarm is not None and not self.swarm.sidecar_alive:
-            found.append("the libp2p sidecar is down; it is being restarted")
-        refusing = self.book.refusing_our_ledger() if self.book is not None else []
-        if refusing := [peer for peer in self.partners() if peer in refusing]:
-            found.append(
-                f"{len(refusing)} partners do not meet this node until it has caught up: they say "
-                "that they saw more privacy charges of it than it shows (an older copy of it was "
-                f"restored, or a copy runs elsewhere): {', '.join(p[-8:] for p in refusing[:4])}"
-            )
-        if self.state in EXCHANGING and self.state != "finished":
-            found += self._exchange_reasons(now)
-        return found
-
-    def _idle_reasons(self) -> list[str]:
-        """Why this node's text is not trained on, or no longer."""
-        if self.budget_spent:
-            return ["the privacy budget is spent: mixing and serving only"]
-        trainer = self._running()
-        if self.state not in ENDED or trainer is None:
-            return []
-        if trainer.progress.tokens == 0 and not trainer.privacy.steps_charged:
-            return ["the run had ended when this node joined: none of its text was used"]
-        return []
-
-    def _exchange_reasons(self, now: float) -> list[str]:
-        if not self.partners():
-            return ["no live partner: nothing is averaged"]
-        slot_s = self.manifest.round.slot_s if self.manifest else 1.0
-        patience_s = max(MIN_STALE_S, STALE_ROUNDS * slot_s)
-        since = self.last_exchange_s or self.started_s
-        if now - since > patience_s:
-            return [f"no good exchange for {now - since:.0f} s"]
-        return []
-
-    def _privacy_without_trainer(self) -> PrivacySpent:
-        return PrivacySpent(mode=self.manifest.privacy.mode if self.manifest else "record")
-
-    def _partner_rows(self, now: float) -> list[Partner]:
-        rows = []
-        for peer, member in sorted(self.others().items()):
-            record = self.book.get(peer) if self.book else None
-            rows.append(
-                Partner(
-                    peer_id=peer,
-                    phase=member.phase,
-                    role=member.role,
-                    addresses=member.addresses,
-                    speed=member.speed,
-                    exchanges=record.done if record else 0,
-                    failures=record.failed if record else 0,
-                    last_reason=record.last_reason if record else "",
-                    ledger_went_back=record.went_back if record else "",
-                    ledger_caught_up=record.caught_up if record else False,
-                    privacy=self.manifest.privacy.in_short() if self.manifest else "",
-                    last_exchange_age_s=_age(now, record.last_done_s) if record else None,
-                    bytes_in=record.payload_bytes if record else 0,
-                    bytes_out=record.payload_bytes if record else 0,
-                )
-            )
-        return rows
-
-
-def _age(now: float, then: float | None) -> float | None:
-    return None if then is None else max(0.0, now - then)
+    def reasons(self) -> list[HealthReason]:
+        """What is the matter, notes included; empty when all is well."""
+        conditions.observe(self)
+        return self.health.reasons()

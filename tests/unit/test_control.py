@@ -156,7 +156,7 @@ def test_silent_daemon(tmp_path: Path) -> None:
     ("answer", "message"),
     [
         (http(b'{"schema_version":99,"whatever":1}'), "schema 99"),
-        (http(b'{"schema_version":1,"health":"splendid"}'), "no xpeer daemon of this version"),
+        (http(b'{"schema_version":2,"health":"splendid"}'), "no xpeer daemon of this version"),
         (http(b"<html>"), "no xpeer daemon"),
         (http(b"", "404 Not Found"), "another version"),
         (b"SSH-2.0-x\r\n", "failed"),

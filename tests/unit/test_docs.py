@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from msgspec.inspect import Field, LiteralType, StructType, Type, UnionType, type_info
 
+from xpeer import health
 from xpeer.cli import COMMANDS
 from xpeer.cli.start import start
 from xpeer.config import Home, settings
@@ -81,6 +82,10 @@ def test_flag_of_start(option: str) -> None:
 @pytest.mark.parametrize("code", ExitCode)
 def test_exit_code(code: ExitCode) -> None:
     assert row(str(int(code)))[1] == code.name
+
+
+def test_health() -> None:
+    assert health.table() in TEXT, "docs/operating.md: paste what health.table() gives"
 
 
 def test_file() -> None:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
+from xpeer.health import duration
 from xpeer.status import SHOUTED, CorpusShare, Partner, Status
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+WIDTH = 80
+"""Of a terminal, as status is written for."""
 _LABEL = 12
 _COLOURS = {"ok": "bold green", "degraded": "bold yellow", "down": "bold red"}
 _PEER_COLUMNS = (
@@ -30,14 +34,17 @@ _PEER_COLUMNS = (
 def status_lines(status: Status) -> list[str]:
     """What can't be overlooked, health and its reasons, then what an operator asks next."""
     lines = [status.privacy_warning] if status.privacy_warning else []
-    lines.append(f"{'health':{_LABEL}}{health(status)}")
+    lines.append(f"{'health':{_LABEL}}{status.health}")
+    for reason in status.reasons:
+        lines += _wrapped("note" if reason.severity == "note" else "reason", reason.text)
+        lines += _wrapped("", f"-> {reason.remedy}") if reason.remedy else []
     rows = (*_who(status), *_training(status), *_privacy(status), *_exchange(status))
     return [*lines, *(f"{label:{_LABEL}}{visible(text)}" for label, text in rows)]
 
 
 def health(status: Status) -> str:
-    """Health with its reasons."""
-    reasons = "; ".join(status.reasons)
+    """Health with its reasons, in one line."""
+    reasons = "; ".join(reason.text for reason in status.reasons)
     return visible(f"{status.health}: {reasons}" if reasons else status.health)
 
 
@@ -108,19 +115,6 @@ def live(partners: Sequence[Partner]) -> int:
     return sum(partner.state == "alive" for partner in partners)
 
 
-def duration(seconds: float) -> str:
-    """Two units at most: 42s, 3m 5s, 7h 2m, 4d 1h."""
-    whole = int(seconds)
-    for length, unit, smaller, name in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "m"),
-        (60, "m", 1, "s"),
-    ):
-        if whole >= length:
-            return f"{whole // length}{unit} {whole % length // smaller}{name}"
-    return f"{whole}s"
-
-
 def moment(unix_s: float) -> str:
     """Local time, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
@@ -148,6 +142,14 @@ def ago(age_s: float | None) -> str:
 def visible(text: str) -> str:
     """Control characters as escapes: what a peer chose must not steer this terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    """A row in as many lines as it needs."""
+    parts = textwrap.wrap(
+        visible(text), WIDTH - _LABEL, break_on_hyphens=False, drop_whitespace=True
+    )
+    return [f"{label if i == 0 else '':{_LABEL}}{part}" for i, part in enumerate(parts)]
 
 
 def _who(status: Status) -> Iterator[tuple[str, str]]:

@@ -148,6 +148,15 @@ _IPC: Final = {
     "Crashed": _of("node", parts="failure", why="that a trainer died is seen: see measuring.py"),
 }
 
+_HEALTH: Final = {
+    "HealthReason": _of(
+        "node",
+        public="remedy",
+        timing="code severity text",
+        why="on the Unix socket, in the log and in systemd's line",
+    ),
+}
+
 _STATUS: Final = {
     "Progress": _of(
         "node",
@@ -180,10 +189,10 @@ _STATUS: Final = {
         "node",
         public="schema_version peer_id swarm_id swarm_name version pid addresses num_params device "
         "currency privacy_warning",
-        timing="health reasons state uptime_s round exchanges_done exchanges_failed "
+        timing="health state uptime_s round exchanges_done exchanges_failed "
         "one_sided_merges bytes_in bytes_out egress_cost compression_ratio last_good_round_age_s "
         "last_checkpoint_age_s trainer_restarts sidecar_restarts strangers_refused",
-        parts="progress corpus privacy partners",
+        parts="progress corpus privacy partners reasons",
         why="answered on the Unix socket alone (xpeer_daemon.api); to systemd go health, state, "
         "step and the number of partners",
     ),
@@ -294,6 +303,7 @@ CHANNELS: Final[dict[str, Channel]] = {
     **_in("xpeer.network", _NETWORK),
     **_in("xpeer.update", _UPDATE),
     **_in("xpeer.training.ipc", _IPC),
+    **_in("xpeer.health", _HEALTH),
     **_in("xpeer.status", _STATUS),
     **_in("xpeer.control", _CONTROL),
     **_HOME,

@@ -16,10 +16,16 @@ from tests.unit.test_control import process
 from xpeer.cli import main, node, render
 from xpeer.control import Peers
 from xpeer.errors import ExitCode, LocalError, NotRunningError
+from xpeer.health import HealthReason
 from xpeer.status import SHOUTED, Partner, PrivacySpent, Status
 
 SICK = msgspec.structs.replace(
-    HEALTHY, health="degraded", reasons=["no live partner", "trainer exited with 1"]
+    HEALTHY,
+    health="degraded",
+    reasons=[
+        HealthReason(code="no-partner", text="no live partner", remedy="are they up?"),
+        HealthReason(code="trainer-down", text="trainer exited with 1"),
+    ],
 )
 OPEN = msgspec.structs.replace(
     HEALTHY, privacy=PrivacySpent(mode="off"), privacy_warning=SHOUTED["off"]
@@ -60,8 +66,12 @@ def test_reasons_come_first(tmp_path: Path) -> None:
     with answering(tmp_path / "xpeer.sock", SICK):
         result = xpeer(tmp_path, "status")
     assert result.exit_code == ExitCode.OK
-    first = result.stdout.splitlines()[0]
-    assert first.split(maxsplit=1)[1] == "degraded: no live partner; trainer exited with 1"
+    assert result.stdout.splitlines()[:4] == [
+        "health      degraded",
+        "reason      no live partner",
+        "            -> are they up?",
+        "reason      trainer exited with 1",
+    ]
 
 
 def test_privacy_off_is_shouted(tmp_path: Path) -> None:
@@ -77,7 +87,7 @@ def test_status_for_programs(tmp_path: Path) -> None:
     with answering(tmp_path / "xpeer.sock", SICK):
         result = xpeer(tmp_path, "status", "--json")
     assert msgspec.json.decode(result.stdout, type=Status) == SICK
-    assert msgspec.json.decode(result.stdout)["schema_version"] == 1
+    assert msgspec.json.decode(result.stdout)["schema_version"] == 2
 
 
 @pytest.mark.parametrize(
@@ -197,9 +207,11 @@ def test_peers_cannot_steer_the_terminal() -> None:
     text = "\n".join(render.peer_lines([evil]))
     assert "\x1b" not in text
     assert text.count("\n") == 1
-    sick = msgspec.structs.replace(HEALTHY, swarm_name="a\x1b[2J", reasons=["b\nc"])
+    sick = msgspec.structs.replace(
+        HEALTHY, swarm_name="a\x1b[2J", reasons=[HealthReason(code="x", text="b\nc")]
+    )
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", "\n".join(render.status_lines(sick)))
-    assert len(render.status_lines(sick)) == len(render.status_lines(HEALTHY))
+    assert len(render.status_lines(sick)) == 1 + len(render.status_lines(HEALTHY))
 
 
 def test_pause_and_resume(tmp_path: Path) -> None:

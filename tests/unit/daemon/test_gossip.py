@@ -558,12 +558,12 @@ def test_who_refuses_our_ledger_is_told_until_it_meets_us_again(
     assert rig.partners.refusing_our_ledger() == []
     rig.partners.failed(OTHER, 1, RefusedError(Reason.LEDGER_WENT_BACK, ""))
     rig.partners.failed(OTHER, 2, RefusedError(Reason.BUSY, ""))
-    (reason,) = [each for each in node.reasons() if "more privacy charges" in each]
-    assert OTHER[-8:] in reason
+    (reason,) = [each for each in node.reasons() if each.code == "ledger-behind"]
+    assert OTHER[-8:] in reason.text
     live.clear()  # it left
-    assert not any("more privacy charges" in each for each in node.reasons())
+    assert not any(each.code == "ledger-behind" for each in node.reasons())
     live.append(OTHER)
-    assert any("more privacy charges" in each for each in node.reasons())
+    assert any(each.code == "ledger-behind" for each in node.reasons())
     agreement: Any = SimpleNamespace(peer_id=OTHER, slot=3, fragment=0, exchange_id=1)
     rig.partners.done(agreement, Exchanged(0.1, 5, 5), 1.0)
-    assert not any("more privacy charges" in each for each in node.reasons())
+    assert not any(each.code == "ledger-behind" for each in node.reasons())

@@ -1,0 +1,443 @@
+"""Every condition that a node can be in and its operator should know: one list for all who tell.
+
+Status, exit codes, systemd's line and the table in docs/operating.md come from here. The daemon
+notes conditions in a `Health`, with its clock; nothing here knows what a node is.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from msgspec import Struct
+
+Severity = Literal["note", "degraded", "down"]
+"""note: worth knowing, the node is well. degraded: work is lost or late. down: none is done."""
+Verdict = Literal["ok", "degraded", "down"]
+
+MAX_CAUSE_CHARS = 300
+_OF_THE_TRACKER = frozenset({"age", "count", "cause"})
+"""Fields of texts that `Health` fills in by itself."""
+
+
+class HealthReason(Struct, frozen=True, kw_only=True):
+    """Why a node is not well, or a note about one that is."""
+
+    code: str
+    severity: Severity = "degraded"
+    text: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What can be the matter.
+
+    Args:
+        code: its name for programs; never changes.
+        severity: what it makes of the node's health.
+        text: for people; {fields} are given with `set`, {age}, {count} and {cause} are the
+            tracker's.
+        remedy: what the operator can do; for the docs and the answer alike.
+        clears: when it goes away, for the docs.
+        grace_s: how long it has to last before it shows; 0: at once.
+        hides: codes that say nothing while this one shows.
+    """
+
+    code: str
+    severity: Severity
+    text: str
+    remedy: str
+    clears: str
+    grace_s: float = 0.0
+    hides: tuple[str, ...] = ()
+
+    @property
+    def facts(self) -> frozenset[str]:
+        """What `set` has to be given."""
+        named = {name for _, name, _, _ in string.Formatter().parse(self.text) if name}
+        return frozenset(named - _OF_THE_TRACKER)
+
+
+def _registry(*conditions: Condition) -> dict[str, Condition]:
+    return {condition.code: condition for condition in conditions}
+
+
+CONDITIONS: Final[dict[str, Condition]] = _registry(
+    # Beginning and end
+    Condition(
+        code="starting",
+        severity="degraded",
+        text="{note}",
+        remedy="wait; `xpeer logs` says how far it is",
+        clears="the trainer has read model and text",
+    ),
+    Condition(
+        code="joining",
+        severity="degraded",
+        text="{note}",
+        remedy="check the address, the firewall, the port; give another with --bootstrap",
+        clears="a member has answered",
+        hides=("no-seed",),
+    ),
+    Condition(
+        code="fetching",
+        severity="degraded",
+        text="{note}",
+        remedy="wait; are members up that could give their parameters? `xpeer peers`",
+        clears="a member's parameters are taken over",
+    ),
+    Condition(
+        code="waiting-for-peers",
+        severity="degraded",
+        text="{note}",
+        remedy="start the others, or lower training.min_peers",
+        clears="enough members are there",
+    ),
+    Condition(
+        code="stopping",
+        severity="degraded",
+        text="state is stopping",
+        remedy="wait: the daemon saves and ends",
+        clears="the daemon has ended",
+    ),
+    Condition(
+        code="paused",
+        severity="degraded",
+        text="paused by the operator",
+        remedy="`xpeer resume`",
+        clears="`xpeer resume`",
+    ),
+    Condition(
+        code="resting",
+        severity="note",
+        text="resting for {rest_s:.0f} s after a step, as training.throttle says",
+        remedy="raise training.throttle to rest less",
+        clears="the next step begins",
+    ),
+    Condition(
+        code="run-had-ended",
+        severity="degraded",
+        text="the run had ended when this node joined: none of its text was used",
+        remedy="found a longer run (`end.steps`), and have the founder wait: `--min-peers`",
+        clears="never in this run",
+    ),
+    Condition(
+        code="budget-spent",
+        severity="degraded",
+        text="the privacy budget is spent: mixing and serving only",
+        remedy="nothing: the node mixes and serves on. If only some documents are spent (`xpeer "
+        "privacy status`), take their files out of the shard (`xpeer privacy documents --above "
+        "EPSILON`) and start again",
+        clears="the node trains again",
+    ),
+    # Processes
+    Condition(
+        code="trainer-down",
+        severity="down",
+        text="no trainer for {age}: {why}",
+        remedy="it is restarted with growing pauses; see `xpeer logs --level warning`. CUDA out of "
+        "memory: lower `training.micro_batch`",
+        clears="the trainer runs again",
+    ),
+    Condition(
+        code="sidecar-down",
+        severity="down",
+        text="the libp2p sidecar is down for {age}",
+        remedy="it is restarted with the same identity; see `xpeer logs --level warning`",
+        clears="it runs again",
+        hides=("no-seed", "no-partner", "no-exchange", "partners-lost"),
+    ),
+    # Partners
+    Condition(
+        code="no-partner",
+        severity="degraded",
+        text="no live partner: nothing is averaged",
+        remedy="training goes on alone. Are the others up? `xpeer peers`",
+        clears="a member is there that exchanges",
+        hides=("no-exchange",),
+    ),
+    Condition(
+        code="partners-lost",
+        severity="degraded",
+        text="{lost} of {known} known partners are gone: {who}",
+        remedy="are they up, and is the network between? `xpeer peers`. One that is gone for good "
+        "leaves with `xpeer leave`, or is forgotten after a day",
+        clears="they are back, have left, or are gone for a day",
+    ),
+    Condition(
+        code="no-exchange",
+        severity="degraded",
+        text="no good exchange for {silent_s:.0f} s",
+        remedy="`xpeer status` counts failures by reason; `xpeer logs --level warning`",
+        clears="an exchange succeeds",
+    ),
+    Condition(
+        code="exchange-failed",
+        severity="note",
+        text="{count} exchanges in a row failed in the last {age}, the last one with {cause}",
+        remedy="`xpeer peers` shows the reason by partner; one failure now and then is nothing",
+        clears="an exchange succeeds",
+    ),
+    Condition(
+        code="ledger-behind",
+        severity="degraded",
+        text="{refusing} partners do not meet this node until it has caught up: they say "
+        "that they saw more privacy charges of it than it shows: {who}",
+        remedy="home and register were restored from an older copy, or a copy of this home runs "
+        "elsewhere. Restore newer copies, or let it go on alone: it is met again when it has made "
+        "as many charges",
+        clears="they meet this node again",
+    ),
+    Condition(
+        code="waiting-for-the-end",
+        severity="degraded",
+        text="this node has ended and waits for {who}",
+        remedy="wait, or ask their operators whether they still train",
+        clears="they have ended or are gone",
+    ),
+    # Periodic work
+    Condition(
+        code="checkpoint-failing",
+        severity="degraded",
+        text="no checkpoint could be written for {age} ({count} tried): {cause}",
+        remedy="free space, or correct owner and mode of HOME/checkpoints; steps since the last "
+        "checkpoint are lost if the node ends",
+        clears="one is written",
+        hides=("checkpoint-late",),
+    ),
+    Condition(
+        code="checkpoint-late",
+        severity="degraded",
+        text="no checkpoint for {late_s:.0f} s, though one is due every {every_s:.0f} s",
+        remedy="is the trainer stuck, or the disk slow? `xpeer logs`, `xpeer checkpoint save`",
+        clears="one is written",
+    ),
+    Condition(
+        code="state-file-failing",
+        severity="degraded",
+        text="state.sqlite can't be written for {age} ({count} tried): {cause}",
+        remedy="free space, or correct owner and mode of HOME; history and the partners' highest "
+        "ledger counters are lost if the node ends",
+        clears="a write succeeds",
+    ),
+    Condition(
+        code="ledger-failing",
+        severity="down",
+        text="privacy can't be charged for {age} ({count} tried), so no step is taken: {cause}",
+        remedy="free space, or correct owner and mode of HOME and of the privacy register",
+        clears="a charge succeeds",
+    ),
+    Condition(
+        code="log-failing",
+        severity="degraded",
+        text="daemon.log can't be written for {age} ({count} lines lost): {cause}",
+        remedy="free space, or correct owner and mode of HOME/daemon.log",
+        clears="a line is written",
+    ),
+    Condition(
+        code="losses-failing",
+        severity="degraded",
+        text="losses.csv can't be written for {age} ({count} rows lost): {cause}",
+        remedy="free space, or correct owner and mode of HOME/losses.csv",
+        clears="a row is written",
+    ),
+    Condition(
+        code="evaluation-failing",
+        severity="degraded",
+        text="losses could not be measured for {age} ({count} tried): {cause}",
+        remedy="see `xpeer logs --level warning`",
+        clears="losses are measured",
+    ),
+    Condition(
+        code="card-failing",
+        severity="degraded",
+        text="no node of the DHT takes this node's card for {age}: {cause}",
+        remedy="members still hear of this node from one another, newcomers may not; check the "
+        "network, and give seeds with --bootstrap",
+        clears="a node stores the card",
+        grace_s=60.0,
+    ),
+    Condition(
+        code="roster-failing",
+        severity="degraded",
+        text="no member answers questions about who is there for {age}: {cause}",
+        remedy="check the network and the firewall; `xpeer peers` may be out of date",
+        clears="a member answers",
+        grace_s=30.0,
+    ),
+    Condition(
+        code="no-seed",
+        severity="degraded",
+        text="no seed answers: {cause}",
+        remedy="check the address, the firewall, the port; give another with --bootstrap. Who "
+        "joins now can't find this swarm there",
+        clears="a seed or a member answers",
+        grace_s=30.0,
+    ),
+    # The machine
+    Condition(
+        code="clock-off",
+        severity="degraded",
+        text="this clock is {offset_s:+.1f} s off the members' ({of} asked); beyond 3 s they "
+        "refuse this node",
+        remedy="run NTP here: `timedatectl set-ntp true`, or chrony",
+        clears="the clocks agree within 2 s",
+    ),
+    Condition(
+        code="disk-nearly-full",
+        severity="degraded",
+        text="{free} free where the home is; two checkpoints need {needed}",
+        remedy="free space on the disk of HOME",
+        clears="there is space for two checkpoints again",
+    ),
+)
+"""By code. A code never changes its meaning; what a condition says may."""
+
+
+@dataclass
+class _Active:
+    since_s: float
+    count: int = 0
+    cause: str = ""
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+class Health:
+    """What is the matter with one node now.
+
+    Args:
+        clock: wall clock, seconds; each method may be given another moment.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._active: dict[str, _Active] = {}
+
+    def set(self, code: str, **facts: object) -> None:
+        """It is so, since now or still; with what its text names.
+
+        Args:
+            code: of `CONDITIONS`.
+            facts: as `Condition.facts` names them.
+        """
+        if facts.keys() != CONDITIONS[code].facts:
+            raise TypeError(f"{code} needs {sorted(CONDITIONS[code].facts)}, got {sorted(facts)}")
+        self._active.setdefault(code, _Active(self._clock())).facts = facts
+
+    def began(self, code: str, since_s: float) -> None:
+        """When what is so began, if that is not when it was noticed."""
+        self._active[code].since_s = since_s
+
+    def clear(self, code: str) -> None:
+        """It is not so, or no longer."""
+        if code not in CONDITIONS:
+            raise KeyError(code)
+        self._active.pop(code, None)
+
+    def hold(self, code: str, active: bool, **facts: object) -> None:
+        """`set` or `clear`, by what was seen now."""
+        if active:
+            self.set(code, **facts)
+        else:
+            self.clear(code)
+
+    def failed(self, code: str, cause: object, **facts: object) -> None:
+        """A periodic job failed once more; its age counts from the first time in a row."""
+        self.set(code, **facts)
+        active = self._active[code]
+        active.count += 1
+        active.cause = _one_line(cause)
+
+    def worked(self, code: str) -> None:
+        """A periodic job succeeded."""
+        self.clear(code)
+
+    def count(self, code: str) -> int:
+        """How often it failed in a row."""
+        active = self._active.get(code)
+        return active.count if active else 0
+
+    def reasons(self) -> list[HealthReason]:
+        """What shows now: worst first, then in the registry's order."""
+        now = self._clock()
+        showing = {
+            code: active
+            for code, active in self._active.items()
+            if now - active.since_s >= CONDITIONS[code].grace_s
+        }
+        hidden = {code for shown in showing for code in CONDITIONS[shown].hides}
+        found = [
+            _told(condition, showing[code], now)
+            for code, condition in CONDITIONS.items()
+            if code in showing and code not in hidden
+        ]
+        return sorted(found, key=lambda reason: -_SEVERITIES.index(reason.severity))
+
+
+_SEVERITIES: Final[tuple[Severity, ...]] = ("note", "degraded", "down")
+
+
+def verdict(reasons: list[HealthReason]) -> Verdict:
+    """The node's health in one word; notes leave it ok."""
+    if any(reason.severity == "down" for reason in reasons):
+        return "down"
+    return "degraded" if any(reason.severity == "degraded" for reason in reasons) else "ok"
+
+
+def table() -> str:
+    """The table of docs/operating.md."""
+    rows = [
+        f"| `{c.code}` | {c.severity} | {_shown_after(c)} | {_in_docs(c.text)} | "
+        f"{_sentence(c.remedy)} | {_sentence(c.clears)} |"
+        for c in CONDITIONS.values()
+    ]
+    head = "| code | severity | shows after | text | what to do | clears when |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 42s, 3m 5s, 7h 2m, 4d 1h."""
+    whole = int(seconds)
+    for length, unit, smaller, name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
+        if whole >= length:
+            return f"{whole // length}{unit} {whole % length // smaller}{name}"
+    return f"{whole}s"
+
+
+def _told(condition: Condition, active: _Active, now: float) -> HealthReason:
+    text = condition.text.format(
+        age=duration(max(0.0, now - active.since_s)),
+        count=active.count,
+        cause=active.cause,
+        **active.facts,
+    )
+    return HealthReason(
+        code=condition.code, severity=condition.severity, text=text, remedy=condition.remedy
+    )
+
+
+def _one_line(cause: object) -> str:
+    text = str(cause) or type(cause).__name__
+    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= MAX_CAUSE_CHARS else f"{text[:MAX_CAUSE_CHARS]}..."
+
+
+def _shown_after(condition: Condition) -> str:
+    return f"{condition.grace_s:.0f} s" if condition.grace_s else "at once"
+
+
+def _in_docs(text: str) -> str:
+    parsed = string.Formatter().parse(text)
+    return "".join(literal + (f"*{name}*" if name else "") for literal, name, _, _ in parsed)
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
