@@ -19,16 +19,19 @@ from xpeer.cli.common import json_option
     "--out", type=click.Path(path_type=Path), default=Path(".demo"), show_default=True,
     help="Folder for caches, homes, logs and the report.",
 )  # fmt: skip
-def demo(as_json: bool, seed: int, out: Path) -> None:
+@click.option(
+    "--quick", is_flag=True, help="One short swarm, nothing to compare it with: two minutes."
+)
+def demo(as_json: bool, seed: int, out: Path, quick: bool) -> None:
     """Run a real swarm of three peers on this machine, and compare it with training alone.
 
     One bootstrap node and three peers, each its own daemon, each on another kind of private text
     that is installed here anyway; differentially private, encrypted, without an aggregator.
     """
-    from xpeer.cli.demo.flow import Demo  # noqa: PLC0415 - torch takes seconds to import
+    from xpeer.cli.demo.flow import FULL, QUICK, Demo  # noqa: PLC0415 - torch takes seconds to import
 
     began = time.monotonic()
-    report = Demo(out.absolute(), seed).run()
+    report = Demo(out.absolute(), seed, QUICK if quick else FULL).run()
     report.seconds = round(time.monotonic() - began, 1)
     text = json.dumps(asdict(report), indent=2)
     (out / "report.json").write_text(text, encoding="utf-8")

@@ -4,37 +4,55 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from xpeer.cli.common import say
 from xpeer.cli.demo import corpora, daemons, warmup
-from xpeer.cli.demo.report import Curve, HeldOut, PeerReport, Report, params_of, plot, table_of
+from xpeer.cli.demo.heldout import HeldOut, Snapshots, mean
+from xpeer.cli.demo.report import PeerReport, Report, plot, table_of, words_of
 from xpeer.cli.demo.view import View
 from xpeer.config import Home
 from xpeer.errors import LocalError, LocalTimeoutError
 from xpeer.status import Status
-from xpeer.training.export import generate
 from xpeer.training.losses import record_losses
 from xpeer.training.model import from_folder
 from xpeer.training.tokenizer import ByteTokenizer
 
-STEPS = 35
 WINDOW_STEPS = 5
 SEQUENCE_TOKENS = 128
 BATCH_RECORDS = 48
 SHARD_BYTES = 4_000_000
-HELD_OUT_RECORDS = 128
+HELD_OUT_RECORDS = 96
 SWARM_RATE = 6e-3
-ALONE_RATES = (4e-3, 6e-3, 9e-3)
-"""A lone peer gets the best of these; the swarm's rate is fixed beforehand."""
 SPEEDS = {"python": 1.0, "headers": 1.0, "licences": 0.5}
 PRIVATE_OVERHEAD = 1.3
 """A private step beside a plain one of the same records, noise and exchanges included."""
 TIMEOUT_S = 1800.0
+SAVING = {"XPEER_CHECKPOINT_EVERY_S": "2"}
+"""The report's curves are read from the checkpoints."""
 ALONE_AT_ONCE = 2
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run."""
+
+    steps: int
+    """Private steps of a peer at full speed."""
+    start_steps: int
+    """Of the public start's training."""
+    alone_rates: tuple[float, ...]
+    """A lone peer gets the best of these; the swarm's rate is fixed beforehand. Empty: no lone
+    runs."""
+
+
+FULL = Plan(35, warmup.STEPS, (4e-3, 6e-3, 9e-3))
+QUICK = Plan(15, 60, ())
+"""One swarm without anything to compare it with but its start: two minutes."""
 
 
 class Demo:
@@ -43,18 +61,19 @@ class Demo:
     Args:
         out: folder for everything.
         seed: of the public start.
+        plan: FULL or QUICK.
     """
 
-    def __init__(self, out: Path, seed: int) -> None:
+    def __init__(self, out: Path, seed: int, plan: Plan = FULL) -> None:
         self._seed = seed
         self._out = out
+        self._plan = plan
         self._run = out / "run"
         warmup.clear(self._run)
         self._run.mkdir(parents=True)
         self._view = View()
         self._processes = daemons.Daemons(self._run / "logs")
-        self._curves: dict[str, Curve] = {kind: [] for kind in corpora.PRIVATE}
-        self._alone_curves: dict[str, Curve] = {}
+        self._snapshots: dict[str, Snapshots] = {}
 
     def run(self) -> Report:
         """From corpora to report; nothing is left running, whatever happens."""
@@ -62,11 +81,15 @@ class Demo:
             texts = self._write_texts()
             start = self._public_start(texts)
             held_out = HeldOut(self._held_out, start)
-            report = Report(seed=self._seed)
-            report.loss_start = held_out.loss_of_start()
+            report = Report(seed=self._seed, quick=self._plan is QUICK)
+            report.start_by_kind = held_out.of_start()
+            report.loss_start = mean(report.start_by_kind)
             self._swarm(start, report, held_out)
-            self._alone(start, report, held_out)
-            self._finish(report)
+            if self._plan.alone_rates:
+                self._alone(start, report, held_out)
+            report.checkpoint = str(self._run / "model")
+            report.report = str(self._run / "report.png")
+            plot(report, Path(report.report))
         self._view.print(table_of(report, corpora.LABELS))
         self._tell(report)
         return report
@@ -80,6 +103,11 @@ class Demo:
         public: list[str] = []
         for kind in (corpora.PUBLIC, *corpora.PRIVATE):
             corpus = corpora.collect(kind, SHARD_BYTES)
+            if not corpus.texts or not corpus.held_out:
+                raise LocalError(
+                    f"this environment holds too little text of the kind {corpora.LABELS[kind]!r}",
+                    "run the demo from the environment that `make install` makes",
+                )
             folder = self._run / "text" / kind
             folder.mkdir(parents=True)
             for number, text in enumerate(corpus.texts):
@@ -96,9 +124,10 @@ class Demo:
         return public
 
     def _public_start(self, texts: list[str]) -> Path:
-        self._view.phase("warming up the model on public text (cached)", warmup.STEPS)
+        steps = self._plan.start_steps
+        self._view.phase("warming up the model on public text (cached)", steps)
         return warmup.warmed_up(
-            texts, SEQUENCE_TOKENS, self._seed, self._out / "cache", self._view.to
+            texts, SEQUENCE_TOKENS, self._seed, self._out / "cache", self._view.to, steps
         )
 
     # The swarm
@@ -109,9 +138,9 @@ class Demo:
         homes = {name: Home(self._run / name) for name in names}
         founder, *joiners = names
         fields = {
-            "end.steps": STEPS,
+            "end.steps": self._plan.steps,
             # Windows end by the clock as well, so that the slow peer ends with the others.
-            "end.rounds": STEPS // WINDOW_STEPS,
+            "end.rounds": self._plan.steps // WINDOW_STEPS,
             "round.window_s": round(WINDOW_STEPS * step_seconds(start), 2),
             "optimiser.learning_rate": SWARM_RATE,
         }
@@ -167,30 +196,36 @@ class Demo:
             "XPEER_TRAINING_SPEED": str(SPEEDS[name]),
             "XPEER_TRAINING_THROTTLE": str(SPEEDS[name]),
             "XPEER_DATA_SHARD": str(self._run / "text" / name),
+            **SAVING,
         }
         self._processes.start(name, ["start", "--home", str(home.path), *arguments], settings)
 
     def _follow(self, homes: dict[str, Home]) -> None:
         """Watch until all have finished."""
-        total = STEPS * len(homes)
+        total = self._plan.steps * len(homes)
         self._view.phase("training together", total)
         deadline = time.monotonic() + TIMEOUT_S
         while True:
-            seen = self._seen(homes, self._curves)
+            seen = self._seen(homes)
             self._view.to(sum(status.progress.step for status in seen.values()), total)
             if len(seen) == len(homes) and all(s.state == "finished" for s in seen.values()):
                 return
             self._wait(deadline)
 
-    def _seen(self, homes: dict[str, Home], curves: dict[str, Curve]) -> dict[str, Status]:
+    def _seen(self, homes: dict[str, Home]) -> dict[str, Status]:
         """What the daemons say now, drawn; without those that do not answer yet."""
         self._processes.check_alive()
         answers = {name: daemons.status_of(home) for name, home in homes.items()}
         seen = {name: status for name, status in answers.items() if status is not None}
-        for name, status in seen.items():
-            _extend(curves[name], status)
+        for name in seen:
+            self._snapshots_of(name, homes[name]).look()
         self._view.show(answers)
         return seen
+
+    def _snapshots_of(self, name: str, home: Home) -> Snapshots:
+        if name not in self._snapshots:
+            self._snapshots[name] = Snapshots(home.checkpoints, WINDOW_STEPS)
+        return self._snapshots[name]
 
     def _wait(self, deadline: float) -> None:
         if time.monotonic() > deadline:
@@ -216,12 +251,18 @@ class Demo:
                     bytes_sent=status.bytes_out,
                 )
             )
-            report.rounds = max(report.rounds, status.round)
+            report.windows = max(report.windows, status.round)
             report.compression_ratio = status.compression_ratio
             distances.append(status.progress.consensus_distance)
         self._processes.end([*homes, "bootstrap"])
+        self._view.phase("measuring on everybody's held-out text", len(report.peers))
         for peer in report.peers:
-            peer.loss_swarm = held_out.loss(params_of(homes[peer.corpus].checkpoints))
+            snapshots = self._snapshots_of(peer.corpus, homes[peer.corpus])
+            snapshots.look(last=True)
+            peer.swarm_curve = snapshots.curve(report.loss_start, held_out)
+            peer.swarm_by_kind = held_out.by_kind(snapshots.last())
+            peer.loss_swarm = mean(peer.swarm_by_kind)
+            self._view.advance()
         report.bytes_sent = sum(peer.bytes_sent for peer in report.peers)
         report.epsilon = max(peer.epsilon for peer in report.peers)
         report.delta = max(peer.delta for peer in report.peers)
@@ -232,71 +273,67 @@ class Demo:
     def _alone(self, start: Path, report: Report, held_out: HeldOut) -> None:
         """Every peer by itself: same steps, same budget, its rate tuned; the best run counts."""
         waiting = sorted(
-            ((peer, rate) for peer in report.peers for rate in ALONE_RATES),
+            ((peer, rate) for peer in report.peers for rate in self._plan.alone_rates),
             key=lambda job: job[0].steps,  # taken from the end: the longest first
         )
         total, done = sum(peer.steps for peer, _ in waiting), 0
-        best: dict[str, torch.Tensor] = {}
+        best: dict[str, Snapshots] = {}
         running: dict[str, tuple[PeerReport, float]] = {}
         homes: dict[str, Home] = {}
-        curves: dict[str, Curve] = {}
         self._view.phase(f"each peer alone, to compare; {ALONE_AT_ONCE} at a time", total)
         deadline = time.monotonic() + TIMEOUT_S
         while waiting or running:
             while waiting and len(running) < ALONE_AT_ONCE:
                 peer, rate = waiting.pop()
                 name = f"alone-{peer.corpus}-{rate:g}"
-                running[name], curves[name] = (peer, rate), []
+                running[name] = (peer, rate)
                 homes[name] = self._start_alone(name, start, peer, rate)
-            seen = self._seen({name: homes[name] for name in running}, curves)
+            seen = self._seen({name: homes[name] for name in running})
             self._view.to(done + sum(s.progress.step for s in seen.values()), total)
             for name in [name for name, status in seen.items() if status.state == "finished"]:
                 peer, rate = running.pop(name)
                 done += peer.steps
                 self._processes.end([name])
-                params = params_of(homes[name].checkpoints)
-                loss = held_out.loss(params)
-                if not peer.loss_alone <= loss:
-                    peer.loss_alone, peer.alone_learning_rate = loss, rate
-                    best[peer.corpus] = params
-                    self._alone_curves[peer.corpus] = curves[name]
+                snapshots = self._snapshots.pop(name)
+                snapshots.look(last=True)
+                by_kind = held_out.by_kind(snapshots.last())
+                if peer.loss_alone is None or mean(by_kind) < peer.loss_alone:
+                    peer.loss_alone, peer.alone_learning_rate = mean(by_kind), rate
+                    peer.alone_by_kind, best[peer.corpus] = by_kind, snapshots
             self._wait(deadline)
-        report.loss_alone_averaged = held_out.loss(torch.stack(list(best.values())).mean(0))
+        for peer in report.peers:
+            peer.alone_curve = best[peer.corpus].curve(report.loss_start, held_out)
+        average = torch.stack([snapshots.last() for snapshots in best.values()]).mean(0)
+        report.loss_alone_averaged = held_out.loss(average)
 
     def _start_alone(self, name: str, start: Path, peer: PeerReport, rate: float) -> Home:
         home = Home(self._run / name)
         fields = {"end.steps": peer.steps, "optimiser.learning_rate": rate}
         self._init(home, name, start, peer.corpus, fields)
-        settings = {"XPEER_TRAINING_THREADS": "1"}
+        settings = {"XPEER_TRAINING_THREADS": "1", **SAVING}
         self._processes.start(name, ["start", "--home", str(home.path), "--bootstrap"], settings)
         return home
 
     # Report
 
-    def _finish(self, report: Report) -> None:
-        folder = self._run / "model"
-        report.checkpoint = str(folder)
-        report.sample = generate(
-            from_folder(folder), ByteTokenizer(), "import ", num_tokens=120, temperature=0.7, seed=1
-        )
-        report.report = str(self._run / "report.png")
-        plot(report, self._curves, self._alone_curves, corpora.LABELS, Path(report.report))
-
     def _tell(self, report: Report) -> None:
         ratio = report.compression_ratio or 0.0
+        for line in words_of(report):
+            say(line)
         say(
             f"privacy: every peer's records at epsilon <= {report.epsilon:.2f}, "
             f"delta <= {report.delta:.1e}; a record is {SEQUENCE_TOKENS} bytes, not a whole file"
         )
+        if self._plan.alone_rates:
+            say(
+                "         (of the swarm's run; the lone runs are a comparison, and on real text "
+                "their epsilon would have to be paid on top)"
+            )
         say(
-            "         (of the swarm's run; the lone runs are a comparison, and on real text "
-            "their epsilon would have to be paid on top)"
+            f"{report.windows} windows, {sum(p.exchanges for p in report.peers)} exchanges, "
+            f"{report.bytes_sent / 1e6:.1f} MB sent in all, {ratio:.2f}x compressed, "
+            f"consensus distance {report.consensus_distance or 0.0:.4f}"
         )
-        say(
-            f"{report.rounds} rounds, {report.bytes_sent / 1e6:.1f} MB sent in all, {ratio:.2f}x "
-            f"compressed, consensus distance {report.consensus_distance or 0.0:.4f}"
-        )
-        say(f"the model says: import {report.sample!r}")
         say(f"plot {report.report}; model {report.checkpoint} (AutoModelForCausalLM loads it)")
 
 
@@ -314,9 +351,3 @@ def step_seconds(start: Path) -> float:
     torch.set_num_threads(threads)
     crowding = max(1.0, sum(SPEEDS.values()) / (os.cpu_count() or 1))
     return PRIVATE_OVERHEAD * crowding * took_s
-
-
-def _extend(curve: Curve, status: Status) -> None:
-    loss, step = status.progress.loss_validation, status.progress.step
-    if loss is not None and (not curve or curve[-1][1] != loss):
-        curve.append((step, loss))

@@ -1,70 +1,32 @@
-"""What came of it: losses on everybody's held-out text, a plot, a few words."""
+"""What came of it: losses on everybody's held-out text as tables, words and a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.table import Table
 
-from xpeer.training.checkpoint import load_latest
-from xpeer.training.flat import write_flat
-from xpeer.training.losses import evaluate
-from xpeer.training.model import from_folder
-from xpeer.training.tokenizer import ByteTokenizer
-
-Curve = list[tuple[int, float]]
-"""(step, validation loss on the peer's own held-out text)."""
-
-
-class HeldOut:
-    """Everybody's held-out text, in equal parts; no daemon has seen any of it.
-
-    Args:
-        parts: (n, T) int64 records per kind of text.
-        start: Hugging Face folder of the public start.
-    """
-
-    def __init__(self, parts: Mapping[str, torch.Tensor], start: Path) -> None:
-        fewest = min(len(part) for part in parts.values())
-        self._records = torch.cat([part[:fewest] for part in parts.values()])
-        self._model = from_folder(start)
-
-    @property
-    def num_records(self) -> int:
-        """In all."""
-        return len(self._records)
-
-    def loss_of_start(self) -> float:
-        """Nats per byte of the public start; call first."""
-        return evaluate(self._model, self._records, ByteTokenizer().pad_id, 64)
-
-    def loss(self, params: torch.Tensor) -> float:
-        """Nats per byte of (P,) parameters."""
-        write_flat(self._model, params)
-        return evaluate(self._model, self._records, ByteTokenizer().pad_id, 64)
-
-
-def params_of(checkpoints: Path) -> torch.Tensor:
-    """(P,) parameters of a home's newest checkpoint."""
-    bundle, _ = load_latest(checkpoints)
-    if bundle is None:
-        raise FileNotFoundError(checkpoints)
-    return bundle.flat
+from xpeer.cli.demo.heldout import Curve, mean
 
 
 @dataclass
 class PeerReport:
-    """One row of the report; `--json` prints it as it stands."""
+    """One peer; `--json` prints it as it stands. Losses are nats per byte."""
 
     corpus: str
     peer_id: str = ""
     speed: float = 1.0
-    loss_alone: float = float("nan")
-    alone_learning_rate: float = 0.0
+    loss_alone: float | None = None
+    """On everybody's text, of its best run without partners; None: not run."""
+    alone_by_kind: dict[str, float] = field(default_factory=dict)
+    alone_learning_rate: float | None = None
     loss_swarm: float = float("nan")
+    swarm_by_kind: dict[str, float] = field(default_factory=dict)
+    swarm_curve: Curve = field(default_factory=list)
+    alone_curve: Curve = field(default_factory=list)
     epsilon: float = 0.0
     delta: float = 0.0
     steps: int = 0
@@ -78,75 +40,137 @@ class Report:
     """Everything that the demo found out."""
 
     seed: int
+    quick: bool = False
+    start_by_kind: dict[str, float] = field(default_factory=dict)
     loss_start: float = float("nan")
-    loss_alone_averaged: float = float("nan")
+    loss_alone_averaged: float | None = None
+    """Of the plain average of the lone models."""
     peers: list[PeerReport] = field(default_factory=list)
-    rounds: int = 0
+    windows: int = 0
     bytes_sent: int = 0
     compression_ratio: float | None = None
     epsilon: float = 0.0
     delta: float = 0.0
     consensus_distance: float | None = None
-    sample: str = ""
     report: str = ""
     checkpoint: str = ""
     seconds: float = 0.0
 
 
 def table_of(report: Report, labels: Mapping[str, str]) -> Table:
-    """The losses as a table."""
-    table = Table(title="Loss on everybody's held-out text (nats per byte; lower is better)")
-    for name in ("peer", "private text", "public start", "alone", "swarm", "gain over alone"):
-        table.add_column(name, justify="left" if name in ("peer", "private text") else "right")
+    """Losses by model and kind of text: a lone model against the swarm's on text of all kinds."""
+    table = Table(title="Loss on held-out text (nats per byte; lower is better)", box=None)
+    table.add_column("model", no_wrap=True)
+    for kind in report.start_by_kind:
+        table.add_column(kind, justify="right")
+    table.add_column("all text", justify="right", style="bold")
+    _add(table, "public start", report.start_by_kind)
     for peer in report.peers:
-        table.add_row(
-            peer.peer_id[-8:],
-            labels[peer.corpus],
-            f"{report.loss_start:.4f}",
-            f"{peer.loss_alone:.4f}",
-            f"{peer.loss_swarm:.4f}",
-            f"{peer.loss_alone - peer.loss_swarm:+.4f}",
-        )
-    averaged = f"{report.loss_alone_averaged:.4f}"
-    table.add_row("", "plain average of the alone models", "", averaged, "", "")
+        if peer.alone_by_kind:
+            _add(table, f"alone: {peer.corpus}", peer.alone_by_kind)
+    if report.loss_alone_averaged is not None:
+        blanks = [""] * len(report.start_by_kind)
+        table.add_row("alone, averaged", *blanks, f"{report.loss_alone_averaged:.3f}")
+    for peer in report.peers:
+        _add(table, f"swarm: {peer.corpus}", peer.swarm_by_kind)
+    table.caption = "; ".join(f"{kind}: {labels[kind]}" for kind in report.start_by_kind)
     return table
 
 
-def plot(
-    report: Report,
-    swarm: Mapping[str, Curve],
-    alone: Mapping[str, Curve],
-    labels: Mapping[str, str],
-    path: Path,
-) -> None:
-    """Save the curves and the final losses as a PNG."""
+def _add(table: Table, name: str, by_kind: Mapping[str, float]) -> None:
+    table.add_row(name, *(f"{loss:.3f}" for loss in by_kind.values()), f"{mean(by_kind):.3f}")
+
+
+def words_of(report: Report) -> list[str]:
+    """What the table shows, said aloud; lone models' advantages, too."""
+    worst = max(peer.loss_swarm for peer in report.peers)
+    lines = [
+        f"swarm: {report.loss_start - worst:.3f} nats better than the public start on all text"
+    ]
+    alone = [peer.loss_alone for peer in report.peers if peer.loss_alone is not None]
+    if alone:
+        lines[0] += f", {min(alone) - worst:.3f} better than the best lone model"
+        if report.loss_alone_averaged is not None:
+            lines[0] += f", {report.loss_alone_averaged - worst:.3f} better than their average"
+    for peer in report.peers:
+        if peer.alone_by_kind:
+            lines.append(_about_own_text(peer))
+    return lines
+
+
+def _about_own_text(peer: PeerReport) -> str:
+    own = peer.corpus
+    ahead = peer.swarm_by_kind[own] - peer.alone_by_kind[own]
+    others = [kind for kind in peer.swarm_by_kind if kind != own]
+    behind = [peer.alone_by_kind[kind] - peer.swarm_by_kind[kind] for kind in others]
+    at_home = (
+        f"the lone {own} model is {ahead:.3f} better than the swarm on its own text"
+        if ahead > 0
+        else f"the swarm is {-ahead:.3f} better than the lone {own} model even on its own text"
+    )
+    elsewhere = " and ".join(
+        f"{abs(gap):.3f} {'worse' if gap > 0 else 'better'} on {kind}"
+        for kind, gap in zip(others, behind, strict=True)
+    )
+    return f"{at_home}; the lone model is {elsewhere}"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Save a PNG: everybody's held-out loss from window to window, and what was gained by kind."""
     import matplotlib as mpl  # noqa: PLC0415 - takes a second, wanted here only
 
     mpl.use("Agg")
     from matplotlib import pyplot  # noqa: PLC0415
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    for number, corpus in enumerate(swarm):
-        colour = f"C{number}"
-        left.plot(*_columns(swarm[corpus]), color=colour, label=f"{labels[corpus]}: swarm")
-        left.plot(*_columns(alone.get(corpus, [])), color=colour, linestyle="--", label="alone")
-    left.set(xlabel="private step", ylabel="nats per byte", title="Each peer's own held-out text")
-    left.legend(fontsize=7)
-    names = [peer.corpus for peer in report.peers]
-    places = range(len(names))
-    right.bar([x - 0.2 for x in places], [p.loss_alone for p in report.peers], 0.4, label="alone")
-    right.bar([x + 0.2 for x in places], [p.loss_swarm for p in report.peers], 0.4, label="swarm")
-    right.axhline(report.loss_start, color="grey", linestyle=":", label="public start")
-    right.axhline(report.loss_alone_averaged, color="black", linewidth=0.8, label="alone, averaged")
-    losses = [report.loss_start, *(p.loss_swarm for p in report.peers)]
-    right.set_ylim(min(losses) - 0.1, max(losses) + 0.1)
-    right.set_xticks(list(places), names)
-    right.set(ylabel="nats per byte", title="Everybody's held-out text, at the end")
-    right.legend(fontsize=7)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 5))
+    _draw_curves(left, report)
+    _draw_gains(right, report)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _columns(curve: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in curve], [loss for _, loss in curve]
+def _draw_curves(axes: Any, report: Report) -> None:
+    axes.axhline(report.loss_start, color="grey", linestyle="--", label="public start")
+    for number, peer in enumerate(report.peers):
+        colour = f"C{number}"
+        if peer.alone_curve:
+            label = f"{peer.corpus} alone"
+            axes.plot(*zip(*peer.alone_curve, strict=True), color=colour, linewidth=1, label=label)
+        label = f"{peer.corpus} in the swarm"
+        axes.plot(
+            *zip(*peer.swarm_curve, strict=True), color=colour, linewidth=3.5, marker="o",
+            markersize=5, label=label,
+        )  # fmt: skip
+    if report.loss_alone_averaged is not None:
+        axes.axhline(
+            report.loss_alone_averaged, color="black", linestyle=":", linewidth=1,
+            label="the lone models, averaged at the end",
+        )  # fmt: skip
+    axes.set(
+        xlabel="own private steps (a point a window)", ylabel="nats per byte (lower is better)",
+        title="Everybody's held-out text",
+    )  # fmt: skip
+    axes.legend(fontsize=8)
+
+
+def _draw_gains(axes: Any, report: Report) -> None:
+    """Bars from zero: how much each model gained over the public start on each kind of text."""
+    kinds = list(report.start_by_kind)
+    models: list[tuple[str, str, dict[str, float]]] = [
+        (f"{peer.corpus} alone", f"C{number}", peer.alone_by_kind)
+        for number, peer in enumerate(report.peers)
+        if peer.alone_by_kind
+    ]
+    worst = max(report.peers, key=lambda peer: peer.loss_swarm)
+    models.append(("swarm (its worst peer)", "0.25", worst.swarm_by_kind))
+    width = 0.8 / len(models)
+    for place, (label, colour, losses) in enumerate(models):
+        gains = [report.start_by_kind[kind] - losses[kind] for kind in kinds]
+        gains.append(sum(gains) / len(gains))
+        at = [x + (place - (len(models) - 1) / 2) * width for x in range(len(gains))]
+        axes.bar(at, gains, width, color=colour, label=label)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(kinds) + 1), [*(f"{kind} text" for kind in kinds), "all text"])
+    axes.set(ylabel="nats per byte gained (higher is better)", title="Gain over the public start")
+    axes.legend(fontsize=8)

@@ -17,7 +17,7 @@ from xpeer.status import Status
 PLAIN_EVERY_S = 15.0
 PLAIN_WIDTH = 100  # of a log: rich would guess 80 and cut
 
-_COLUMNS = ("peer", "state", "step", "train", "valid.", "tok/s", "rounds", "epsilon", "sent",
+_COLUMNS = ("peer", "state", "step", "train", "valid.", "tok/s", "exchanges", "epsilon", "sent",
             "distance")  # fmt: skip
 
 

@@ -39,7 +39,12 @@ def records_of(texts: Sequence[str], sequence_tokens: int) -> torch.Tensor:
 
 
 def warmed_up(
-    texts: Sequence[str], sequence_tokens: int, seed: int, cache: Path, progress: Progress
+    texts: Sequence[str],
+    sequence_tokens: int,
+    seed: int,
+    cache: Path,
+    progress: Progress,
+    steps: int = STEPS,
 ) -> Path:
     """A Hugging Face folder with the public start, from the cache if it is there.
 
@@ -48,34 +53,35 @@ def warmed_up(
         sequence_tokens: length of a record.
         seed: of the initial parameters and of the batches.
         cache: folder of finished starts.
-        progress: told (steps done, steps in all).
+        progress: gets (steps done, steps in all).
+        steps: of training.
     """
     key = blake2b(
         torch.__version__.encode(),
         repr(
-            (PRESETS["small"], STEPS, BATCH_RECORDS, LEARNING_RATE, sequence_tokens, seed)
+            (PRESETS["small"], steps, BATCH_RECORDS, LEARNING_RATE, sequence_tokens, seed)
         ).encode(),
         *(text.encode() for text in texts),
         size=8,
     ).hex()
     folder = cache / f"start-{key}"
     if not folder.exists():
-        model = _train(records_of(texts, sequence_tokens), seed, progress)
+        model = _train(records_of(texts, sequence_tokens), seed, progress, steps)
         export_hf(model, ByteTokenizer(), folder)
-    progress(STEPS, STEPS)
+    progress(steps, steps)
     return folder
 
 
-def _train(records: torch.Tensor, seed: int, progress: Progress) -> torch.nn.Module:
+def _train(records: torch.Tensor, seed: int, progress: Progress, steps: int) -> torch.nn.Module:
     model = build(PRESETS["small"], seed=seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, LEARNING_RATE, total_steps=STEPS, pct_start=WARMUP_STEPS / STEPS
+        optimiser, LEARNING_RATE, total_steps=steps, pct_start=WARMUP_STEPS / steps
     )
     generator = torch.Generator().manual_seed(seed)
     pad_id = ByteTokenizer().pad_id
     model.train()
-    for step in range(STEPS):
+    for step in range(steps):
         chosen = torch.randint(len(records), (BATCH_RECORDS,), generator=generator)
         losses, counts = record_losses(model, records[chosen], pad_id)
         optimiser.zero_grad()
@@ -83,7 +89,7 @@ def _train(records: torch.Tensor, seed: int, progress: Progress) -> torch.nn.Mod
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        progress(step + 1, STEPS)
+        progress(step + 1, steps)
     return model.eval()
 
 

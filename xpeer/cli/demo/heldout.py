@@ -1,0 +1,109 @@
+"""Losses on text that no daemon has seen, and how they fell from window to window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from xpeer.training import checkpoint
+from xpeer.training.flat import write_flat
+from xpeer.training.losses import evaluate
+from xpeer.training.model import from_folder
+from xpeer.training.tensorfile import CorruptFileError
+from xpeer.training.tokenizer import ByteTokenizer
+
+Curve = list[tuple[int, float]]
+"""(private step, loss on everybody's held-out text in nats per byte)."""
+BATCH_RECORDS = 64
+
+
+class HeldOut:
+    """Everybody's held-out text, in equal parts.
+
+    Args:
+        parts: (n, T) int64 records per kind of text.
+        start: Hugging Face folder of the public start.
+    """
+
+    def __init__(self, parts: Mapping[str, torch.Tensor], start: Path) -> None:
+        fewest = min(len(part) for part in parts.values())
+        self._parts = {kind: part[:fewest] for kind, part in parts.items()}
+        self._model = from_folder(start)
+
+    @property
+    def num_records(self) -> int:
+        """Of all kinds together."""
+        return sum(len(part) for part in self._parts.values())
+
+    def of_start(self) -> dict[str, float]:
+        """Nats per byte of the public start, by kind of text; call first."""
+        pad_id = ByteTokenizer().pad_id
+        return {
+            kind: evaluate(self._model, part, pad_id, BATCH_RECORDS)
+            for kind, part in self._parts.items()
+        }
+
+    def by_kind(self, params: torch.Tensor) -> dict[str, float]:
+        """Nats per byte of (P,) parameters, by kind of text."""
+        write_flat(self._model, params)
+        return self.of_start()
+
+    def loss(self, params: torch.Tensor) -> float:
+        """Nats per byte of (P,) parameters on all kinds."""
+        return mean(self.by_kind(params))
+
+
+def mean(by_kind: Mapping[str, float]) -> float:
+    """On everybody's text: the kinds' parts are equal."""
+    return sum(by_kind.values()) / len(by_kind)
+
+
+class Snapshots:
+    """What a running peer's model was, once a window, read from its checkpoints.
+
+    Args:
+        checkpoints: the home's folder.
+        every: steps between two of them, at least.
+    """
+
+    def __init__(self, checkpoints: Path, every: int) -> None:
+        self._folder = checkpoints
+        self._every = every
+        self.taken: list[tuple[int, torch.Tensor]] = []
+
+    def look(self, *, last: bool = False) -> None:
+        """Keep the newest checkpoint's parameters, if a window has passed since the one before.
+
+        Args:
+            last: keep them in any case: the run has ended.
+        """
+        newest = next(iter(checkpoint.paths(self._folder)), None)
+        if newest is None:
+            return
+        seen = self.taken[-1][0] if self.taken else 0
+        step = checkpoint.step_of(newest)
+        if step < seen + self._every and not last:
+            return
+        try:
+            params = checkpoint.load(newest).flat
+        except (FileNotFoundError, CorruptFileError):
+            return  # the daemon has just removed it; the next one comes
+        if last and step == seen:
+            self.taken.pop()
+        self.taken.append((step, params))
+
+    def curve(self, start: float, held_out: HeldOut) -> Curve:
+        """Their losses, beginning with the public start's."""
+        return [(0, start), *((step, held_out.loss(params)) for step, params in self.taken)]
+
+    def last(self) -> torch.Tensor:
+        """(P,) parameters at the end.
+
+        Raises:
+            FileNotFoundError: there was no checkpoint at all.
+        """
+        if not self.taken:
+            raise FileNotFoundError(self._folder)
+        return self.taken[-1][1]
