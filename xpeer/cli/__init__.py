@@ -37,6 +37,8 @@ COMMANDS = {
     "stop": Lazy("xpeer.cli.node:stop", "Stop the daemon; it saves a checkpoint first."),
     "leave": Lazy("xpeer.cli.node:leave", "Tell the swarm, then stop the daemon."),
     "checkpoint": Lazy("xpeer.cli.checkpoint:checkpoint", "List, save, verify, export."),
+    "generate": Lazy("xpeer.cli.use:generate", "Continue a prompt with what was trained."),
+    "eval": Lazy("xpeer.cli.use:eval_command", "The loss of a text under what was trained."),
     "privacy": Lazy("xpeer.cli.privacy:privacy", "What was spent; plan, report, verify."),
     "logs": Lazy("xpeer.cli.logs:logs", "Show the daemon's log."),
     "demo": Lazy("xpeer.cli.demo.command:demo", "A real swarm on this machine, start to end."),

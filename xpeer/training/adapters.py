@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from xpeer.errors import ConfigError
@@ -60,6 +61,26 @@ def adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
         ) from e
     _draw(adapted, lora.seed)
     return adapted.train(training)
+
+
+def attach(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """The model with adapters that `write` wrote, to be used, not trained.
+
+    Raises:
+        ConfigError: peft is missing, or they don't fit the model.
+    """
+    peft = _peft()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            attached: torch.nn.Module = peft.PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as e:
+        raise ConfigError(
+            f"the adapters in {folder} can't be used with this model: "
+            f"{' '.join(str(e).split())[:300]}",
+            "name the model that they are for with --base-model",
+        ) from e
+    return attached
 
 
 def merged(adapted: torch.nn.Module) -> torch.nn.Module:

@@ -1,0 +1,146 @@
+"""`xpeer generate` and `xpeer eval`: try what was trained, on this machine."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from xpeer.cli.common import F, echo_json, home_option, json_option, load_config, say
+from xpeer.config import Home
+from xpeer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from xpeer.training.trained import Trained
+
+FOLDER = click.Path(path_type=Path)
+MAX_TOKENS = 100_000
+
+
+def _model_options(command: F) -> F:
+    """Which model: the home's newest checkpoint, or a folder."""
+    for option in (
+        click.option(
+            "--tokenizer", type=FOLDER, help="Folder; default: MODEL's own, or data.tokenizer."
+        ),
+        click.option(
+            "--base-model", type=FOLDER, help="Of the model that adapters are for (of LoRA)."
+        ),
+        click.option(
+            "--model",
+            type=FOLDER,
+            help="An export or Hugging Face folder. Default: the home's newest checkpoint.",
+        ),
+        home_option,
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_model_options
+@json_option
+@click.option("--prompt", required=True, help="What it continues.")
+@click.option(
+    "--tokens", type=click.IntRange(1, MAX_TOKENS), default=100, show_default=True,
+    help="At most so many; an end of text ends it.",
+)  # fmt: skip
+@click.option(
+    "--temperature", type=click.FloatRange(0.0, 10.0), default=0.0, show_default=True,
+    help="0: the most likely token always.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choices.")
+def generate(
+    home: Home,
+    model: Path | None,
+    base_model: Path | None,
+    tokenizer: Path | None,
+    as_json: bool,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+) -> None:
+    """Continue a prompt with the model as it was last saved, or with an export."""
+    if not math.isfinite(temperature):
+        raise ConfigError(f"--temperature {temperature} is no number", "e.g. --temperature 0.7")
+    trained = _load(home, model, base_model, tokenizer)
+    from xpeer.training.model import generate as continued  # noqa: PLC0415 - torch takes seconds
+
+    text = continued(
+        trained.model, trained.tokenizer, prompt, tokens, temperature=temperature, seed=seed
+    )
+    if as_json:
+        echo_json({"schema_version": 1, "model": trained.source, "prompt": prompt, "text": text})
+    else:
+        click.echo(text)
+
+
+@click.command("eval")
+@_model_options
+@json_option
+@click.option("--text", type=FOLDER, required=True, help="A text file, UTF-8.")
+def eval_command(
+    home: Home,
+    model: Path | None,
+    base_model: Path | None,
+    tokenizer: Path | None,
+    as_json: bool,
+    text: Path,
+) -> None:
+    """Measure the loss of a text under the model as it was last saved, or under an export.
+
+    The number is about the text: on private text it is private, too.
+    """
+    content = _read(text)
+    trained = _load(home, model, base_model, tokenizer)
+    from xpeer.training.trained import evaluate_text  # noqa: PLC0415 - torch takes seconds
+
+    found = evaluate_text(trained, content)
+    perplexity = math.exp(min(found.loss_per_token, 700.0))
+    if as_json:
+        echo_json(
+            {
+                "schema_version": 1,
+                "model": trained.source,
+                "text": str(text),
+                "tokens": found.tokens,
+                "bytes": found.bytes,
+                "loss_per_token": found.loss_per_token,
+                "loss_per_byte": found.loss_per_byte,
+                "perplexity": perplexity,
+            }
+        )
+        return
+    click.echo(
+        f"{found.loss_per_token:.4f} nats per token, {found.loss_per_byte:.4f} per byte, "
+        f"perplexity {perplexity:.2f}, {found.tokens:,} tokens"
+    )
+
+
+def _load(
+    home: Home, model: Path | None, base_model: Path | None, tokenizer: Path | None
+) -> Trained:
+    from xpeer.training import trained  # noqa: PLC0415 - torch takes seconds
+
+    if model is not None:
+        return trained.from_export(model.expanduser(), base_model, tokenizer)
+    data = load_config(home).data
+    found = trained.from_home(
+        home, str(base_model or data.base_model), str(tokenizer or data.tokenizer)
+    )
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    say(f"model: {found.source}")
+    return found
+
+
+def _read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"--text {text} is not UTF-8: {e.reason}", "convert the file") from e
+    except OSError as e:
+        raise ConfigError(f"--text {text} can't be read: {e.strerror}", "name a text file") from e

@@ -1,0 +1,179 @@
+"""A trained model to be used: from a home's newest checkpoint, or from an export's folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xpeer.config import Home
+from xpeer.errors import ConfigError, LocalError
+from xpeer.manifest import SignedManifest
+from xpeer.training import adapters
+from xpeer.training.checkpoint import load_latest
+from xpeer.training.flat import digest, read_flat, write_flat
+from xpeer.training.initial import model_of
+from xpeer.training.losses import record_losses
+from xpeer.training.model import context_tokens, from_folder
+from xpeer.training.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+LONGEST_RECORD = 2048
+"""Tokens of one evaluated sequence, where the model takes more or does not say."""
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model, its tokenizer, and where they come from."""
+
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    source: str
+    warnings: list[str]
+
+
+def from_home(home: Home, base_model: str = "", tokenizer: str = "") -> Trained:
+    """This peer's newest checkpoint, averaged with its last partners as an export is.
+
+    Args:
+        home: of the node; its daemon may run.
+        base_model: `data.base_model`.
+        tokenizer: `data.tokenizer`.
+
+    Raises:
+        LocalError: there is no checkpoint, or something that belongs to it is missing.
+    """
+    signed = SignedManifest.load(home.manifest)
+    manifest = signed.open()
+    bundle, warnings = load_latest(home.checkpoints)
+    if bundle is None:
+        raise LocalError(
+            f"there is no checkpoint in {home.checkpoints}",
+            "train first: `xpeer start`, or have a running daemon save: `xpeer checkpoint save`",
+        )
+    model = model_of(manifest, home, base_model)
+    write_flat(model, bundle.consolidated())
+    made = load_tokenizer(manifest.tokenizer, tokenizer)
+    return Trained(model.eval(), made, f"step {bundle.step} of {home.path}", warnings)
+
+
+def from_export(
+    folder: Path, base_model: Path | None = None, tokenizer: Path | None = None
+) -> Trained:
+    """What `xpeer checkpoint export` wrote, or any folder of transformers' causal models.
+
+    Args:
+        folder: of a model, or of adapters.
+        base_model: of the model that the adapters are for.
+        tokenizer: None = beside the model.
+
+    Raises:
+        ConfigError: not such a folder, or adapters without their base.
+    """
+    made = _tokenizer_of(folder, tokenizer)
+    if not (folder / ADAPTER_CONFIG).exists():
+        return Trained(from_folder(folder).eval(), made, str(folder), [])
+    if base_model is None:
+        raise ConfigError(
+            f"--model {folder} holds adapters, and --base-model is not set",
+            "name the folder of the model that they are for, or export with --merged",
+        )
+    model = from_folder(base_model)
+    _require_base(folder, model, base_model)
+    adapted = adapters.attach(model, folder)
+    return Trained(adapted.eval(), made, str(folder), [])
+
+
+def _tokenizer_of(folder: Path, tokenizer: Path | None) -> Tokenizer:
+    if tokenizer is None and not (folder / "tokenizer.json").exists():
+        raise ConfigError(
+            f"--model {folder} holds no tokenizer.json",
+            "name the folder of its tokenizer with --tokenizer",
+        )
+    return HuggingFaceTokenizer(tokenizer or folder)
+
+
+def _require_base(folder: Path, model: torch.nn.Module, base_model: Path) -> None:
+    """Refuse another base than the adapters'; folders of others than us don't name theirs."""
+    try:
+        named: Any = json.loads((folder / adapters.BASE_FILE).read_bytes())
+        wanted = named["blake2b_256"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{folder / adapters.BASE_FILE} can't be read: {e}", "export anew") from e
+    if (seen := digest(read_flat(model))) != wanted:
+        raise ConfigError(
+            f"--base-model {base_model}: its weights have BLAKE2b-256 {seen[:16]}…, the "
+            f"adapters are for {str(wanted)[:16]}…",
+            "name a copy of the model that the swarm's founder named",
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of a text."""
+
+    tokens: int
+    """That were predicted: all but the first of each sequence."""
+    bytes: int
+    """Of UTF-8, of the whole text."""
+    nats: float
+    """Summed over the predicted tokens."""
+
+    @property
+    def loss_per_token(self) -> float:
+        """Nats."""
+        return self.nats / self.tokens
+
+    @property
+    def loss_per_byte(self) -> float:
+        """Nats; comparable between tokenizers."""
+        return self.nats / self.bytes
+
+
+@torch.no_grad()
+def evaluate_text(
+    trained: Trained, text: str, micro_batch: int = 8, record_tokens: int | None = None
+) -> Evaluation:
+    """The loss of a text that begins a document and ends it.
+
+    It is cut into sequences as long as the model takes; the last token of one is the first of the
+    next, so that each token but the first is predicted once.
+
+    Args:
+        trained: the model.
+        text: of any length.
+        micro_batch: sequences a forward pass.
+        record_tokens: length of a sequence; None = the model's own, at most LONGEST_RECORD.
+
+    Raises:
+        ConfigError: fewer than two tokens.
+    """
+    tokenizer, model = trained.tokenizer, trained.model
+    ids = [
+        *([] if tokenizer.bos_id is None else [tokenizer.bos_id]),
+        *tokenizer.encode(text),
+        *([] if tokenizer.eos_id is None else [tokenizer.eos_id]),
+    ]
+    if len(ids) < 2:
+        raise ConfigError("the text has fewer than two tokens", "give a longer one")
+    length = min(record_tokens or LONGEST_RECORD, context_tokens(model) or LONGEST_RECORD)
+    records = [ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)]
+    device = next(model.parameters()).device
+    nats, tokens = 0.0, 0
+    # Equal lengths go together: nothing is padded, so nothing can be counted that is padding.
+    for group in _equal(records, micro_batch):
+        losses, counted = record_losses(model, torch.tensor(group, device=device), pad_id=-1)
+        nats += float(losses.double().sum())
+        tokens += int(counted.sum())
+    return Evaluation(tokens=tokens, bytes=len(text.encode()), nats=nats)
+
+
+def _equal(records: list[list[int]], most: int) -> list[list[list[int]]]:
+    whole = [record for record in records if len(record) == len(records[0])]
+    groups = [whole[at : at + most] for at in range(0, len(whole), most)]
+    return groups if len(whole) == len(records) else [*groups, [records[-1]]]
