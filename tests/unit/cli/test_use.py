@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, again and again. " * 9
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +53,9 @@ def by_hand(model: torch.nn.Module, ids: list[int]) -> float:
 
 def test_each_token_but_the_first_is_predicted_once(base: Path) -> None:
     made = trained.from_export(base)
-    ids = [made.tokenizer.bos_id, *made.tokenizer.encode(TEXT), made.tokenizer.eos_id]
+    assert made.tokenizer.bos_id == 0
+    assert made.tokenizer.eos_id == 1
+    ids = [0, *made.tokenizer.encode(TEXT), 1]
     found = trained.evaluate_text(made, TEXT, micro_batch=3, record_tokens=50)
     assert found.tokens == len(ids) - 1
     assert found.bytes == len(TEXT.encode())
@@ -64,7 +67,7 @@ def test_eval_of_an_export(base: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT, encoding="utf-8")
     model = from_folder(base)
     export_hf(model, HuggingFaceTokenizer(base), tmp_path / "export")
-    options = ["--model", tmp_path / "export", "--text", tmp_path / "text"]
+    options: list[str | Path] = ["--model", tmp_path / "export", "--text", tmp_path / "text"]
     code, out, err = xpeer("eval", *options, "--json")
     assert code == ExitCode.OK, err
     found = json.loads(out)
@@ -80,13 +83,13 @@ def test_eval_of_an_export(base: Path, tmp_path: Path) -> None:
 
 
 def test_generate_repeats_with_its_seed(base: Path) -> None:
-    options = ["generate", "--model", base, "--prompt", "The", "--tokens", "8"]
+    options: list[str | Path] = ["generate", "--model", base, "--prompt", "The", "--tokens", "8"]
     code, first, err = xpeer(*options, "--temperature", "1", "--seed", "3")
     assert code == ExitCode.OK, err
     assert xpeer(*options, "--temperature", "1", "--seed", "3")[1] == first
     assert len({xpeer(*options, "--temperature", "1", "--seed", str(n))[1] for n in range(4)}) > 1
     assert json.loads(xpeer(*options, "--json")[1])["prompt"] == "The"
-    assert xpeer(*options, "--temperature", "nan")[0] in (ExitCode.USAGE, ExitCode.BAD_CONFIG)
+    assert xpeer(*options, "--temperature", "nan")[0] == ExitCode.BAD_CONFIG
 
 
 def test_adapters_need_their_own_base(base: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def table_of(report: Report, labels: Mapping[str, str]) -> Table:
         table.add_row("alone, averaged", *blanks, f"{report.loss_alone_averaged:.3f}")
     for peer in report.peers:
         _add(table, f"swarm: {peer.corpus}", peer.swarm_by_kind)
-    table.caption = "; ".join(f"{kind}: {labels[kind]}" for kind in report.start_by_kind)
+    table.caption = "\n".join(f"{kind}: {labels[kind]}" for kind in report.start_by_kind)
     return table
 
 
