@@ -113,7 +113,7 @@ class _Trainer:
             rules,
             model,
             records,
-            lambda of, ids: record_losses(of, ids, tokenizer.pad_id),
+            record_losses,
             ledger,
         )
         self.optimiser = make_optimiser(rules, parameters)

@@ -24,6 +24,7 @@ from benchmarks.privacy import setting
 from benchmarks.privacy.utility import model_with
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism
+from xpeer.training.losses import record_losses
 
 BYTES: Final = 256
 _NOTHING: Final = 1e-6
@@ -71,10 +72,10 @@ class Inversion(Struct, frozen=True, kw_only=True, tag=True):
         """Leave the gradient that is sent."""
         manifest = setting.manifest_of(self.epsilon, rate=1.0, batch=1, steps=1, rule="gradient")
         if self.epsilon is None:
-            OffMechanism(manifest, model, record, setting.losses_of).step_gradient()
+            OffMechanism(manifest, model, record, record_losses).step_gradient()
             return
         with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder) / "l") as ledger:
-            mechanism = RecordMechanism(manifest, model, record, setting.losses_of, ledger)
+            mechanism = RecordMechanism(manifest, model, record, record_losses, ledger)
             mechanism.begin_window(1)
             mechanism.step_gradient()
             mechanism.close()

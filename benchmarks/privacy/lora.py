@@ -8,7 +8,6 @@ they are missing the row says so.
 from __future__ import annotations
 
 import copy
-import functools
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -52,7 +51,7 @@ class Lora(Struct, frozen=True, kw_only=True, tag=True):
         held = [_records(tokenizer, corpus.held_out[:_TEXT_BYTES]) for corpus in kinds]
         report = torch.cat([h[torch.linspace(0, len(h) - 1, _HELD_OUT).long()] for h in held])
         fewest = min(len(records) for records in shards)
-        losses = functools.partial(record_losses, pad_id=-1)
+        losses = record_losses
 
         def loss(of: torch.nn.Module) -> float:
             with torch.no_grad():

@@ -19,7 +19,6 @@ from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText,
 from xpeer.training.flat import read_flat
 from xpeer.training.losses import record_losses
 from xpeer.training.model import build
-from xpeer.training.tokenizer import ByteTokenizer
 
 PEERS: Final = 4
 RECORD_TOKENS: Final = 64
@@ -38,7 +37,6 @@ CONFIG: Final[dict[str, Any]] = {
     "num_key_value_heads": 3,
 }
 """A byte-level Llama of 0.36 M parameters."""
-PAD: Final = ByteTokenizer().pad_id
 
 START_STEPS: Final = 200
 START_BATCH: Final = 32
@@ -48,17 +46,12 @@ EPSILONS: Final[tuple[float | None, ...]] = (None, 8.0, 2.0)
 """None: privacy off."""
 
 
-def losses_of(model: torch.nn.Module, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`clipping.RecordLosses` of this model."""
-    return record_losses(model, records, PAD)
-
-
 @torch.no_grad()
 def losses_by_record(model: torch.nn.Module, records: torch.Tensor) -> torch.Tensor:
     """Mean nats per byte of each of (n, T) records, (n,) float32."""
     out = []
     for part in torch.split(records, 64):
-        losses, counts = losses_of(model, part)
+        losses, counts = record_losses(model, part)
         out.append(losses / counts.clamp(min=1))
     return torch.cat(out)
 
@@ -97,7 +90,7 @@ def public_start(seed: int, steps: int = START_STEPS) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         chosen = torch.randint(len(records), (START_BATCH,), generator=generator)
-        losses, counts = losses_of(model, records[chosen])
+        losses, counts = record_losses(model, records[chosen])
         optimiser.zero_grad()
         torch.autograd.backward(losses.sum() / counts.sum())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -18,7 +18,6 @@ from typing import Self
 
 import torch
 
-from benchmarks.privacy.setting import losses_of
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import matching
@@ -29,6 +28,7 @@ from xpeer.privacy.mechanism import Mechanism, OffMechanism, RecordMechanism
 from xpeer.privacy.update_mode import UpdateMechanism
 from xpeer.training.flat import FlatParameters
 from xpeer.training.local import LocalTrainer
+from xpeer.training.losses import record_losses
 from xpeer.training.parts import Evaluation
 from xpeer.training.released import Released
 from xpeer.wire import codec
@@ -68,7 +68,7 @@ class Swarm:
         shards: Sequence[torch.Tensor],
         folder: Path,
         *,
-        losses: RecordLosses = losses_of,
+        losses: RecordLosses = record_losses,
         watch: Watch | None = None,
     ) -> None:
         self.manifest, self._watch = manifest, watch

@@ -99,13 +99,13 @@ def choose_engine(
 
 
 def sample_of(records: Tensor) -> Tensor:
-    """A few records for the test, the one with the longest run of equal tokens at its end (which
-    is padding, where there is any) among them: (n, T) -> (m, T), 2 <= m <= 4; n >= 1.
+    """A few records for the test, the one with most places filled up (negative) among them:
+    (n, T) -> (m, T), 2 <= m <= 4; n >= 1.
     """
     first = records[:_LOOK_AT]
-    tails = (first == first[:, -1:]).flip(1).int().cumprod(1).sum(1)
+    filled = (first < 0).sum(1)
     spread = torch.linspace(0, len(first) - 1, SAMPLE_RECORDS - 1).long()
-    chosen = torch.tensor(sorted({int(tails.argmax()), *spread.tolist()}))
+    chosen = torch.tensor(sorted({int(filled.argmax()), *spread.tolist()}))
     return first[chosen] if len(chosen) > 1 else first[chosen].expand(2, -1)
 
 

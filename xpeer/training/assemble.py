@@ -171,9 +171,6 @@ def assemble(setup: TrainerSetup) -> Assembled:
 
     counters = Counters() if saved is None else Counters.from_dict(saved.counters)
 
-    def losses(of: torch.nn.Module, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return record_losses(of, records, tokenizer.pad_id)
-
     elsewhere, notes = 0, []
     if private:
         joined = _share(ledger, setup, manifest, text)
@@ -184,7 +181,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
         manifest,
         model,
         text.records,
-        losses,
+        record_losses,
         ledger,
         micro_batch=config.training.micro_batch,
         seen=saved.seen if saved is not None else None,
@@ -320,7 +317,7 @@ def _text(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: H
     length = manifest.optimiser.sequence_tokens
     records, owners = load_owned_records(training, tokenizer, length, home.cache)
     if share is not None:
-        share = msgspec.structs.replace(share, tokens=records.numel())
+        share = msgspec.structs.replace(share, tokens=int((records >= 0).sum()))
     try:
         validation = load_records(held_out, tokenizer, length, home.cache)
     except ShardError:  # a single document, or too little held out for one record
@@ -341,8 +338,8 @@ def _evaluation(
     public = _spread(cut([document], tokenizer, length), PUBLIC_RECORDS)
     private = _spread(held_out, config.training.validation_records)
     return Evaluation(
-        public=lambda: evaluate(model, public, tokenizer.pad_id),
-        validation=(lambda: evaluate(model, private, tokenizer.pad_id)) if len(private) else None,
+        public=lambda: evaluate(model, public),
+        validation=(lambda: evaluate(model, private)) if len(private) else None,
     )
 
 

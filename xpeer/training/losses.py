@@ -44,16 +44,16 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def record_losses(
-    model: torch.nn.Module, input_ids: torch.Tensor, pad_id: int
+    model: torch.nn.Module, records: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross-entropy, summed per record; records do not see one another.
 
-    Padding is at the right, so that causal attention never looks at it, and needs no mask.
+    Where a record was filled up (`shard.FILL`) nothing is predicted. That is at the right, so that
+    causal attention never looks at it, and needs no mask.
 
     Args:
         model: causal language model, wrapped or not.
-        input_ids: (records, tokens) int64, on the model's device.
-        pad_id: targets with this id do not count.
+        records: (records, tokens) int64, on the model's device.
 
     Returns:
         Sum of negative log-likelihoods in nats, (records,) float32; targets counted, (records,).
@@ -62,11 +62,12 @@ def record_losses(
     if _takes_positions(type(transformers_model(model)).forward):
         # expanded: GPT-2 otherwise embeds them once for all records, and no per-record gradient
         # of the position embedding exists
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        extra["position_ids"] = positions.expand_as(input_ids)
-    logits = model(input_ids=input_ids, use_cache=False, **extra).logits  # (B, T, vocabulary)
-    targets = input_ids[:, 1:]
-    counted = targets != pad_id
+        positions = torch.arange(records.shape[1], device=records.device)
+        extra["position_ids"] = positions.expand_as(records)
+    ids = records.clamp(min=0)  # any token will do where nothing is predicted
+    logits = model(input_ids=ids, use_cache=False, **extra).logits  # (B, T, vocabulary)
+    targets = records[:, 1:]
+    counted = targets >= 0
     losses = cross_entropy(
         logits[:, :-1].float().transpose(1, 2),
         targets.masked_fill(~counted, -100),
@@ -77,15 +78,12 @@ def record_losses(
 
 
 @torch.no_grad()
-def evaluate(
-    model: torch.nn.Module, records: torch.Tensor, pad_id: int, micro_batch: int = 16
-) -> float:
+def evaluate(model: torch.nn.Module, records: torch.Tensor, micro_batch: int = 16) -> float:
     """Mean loss in nats per token.
 
     Args:
         model: causal language model; its mode is as before afterwards.
-        records: (records, tokens) int64, any device.
-        pad_id: of the padding.
+        records: (records, tokens) int64, any device; filled up as for `record_losses`.
         micro_batch: records per forward pass.
 
     Raises:
@@ -98,7 +96,7 @@ def evaluate(
     try:
         for part in torch.split(records, max(1, micro_batch)):
             with autocast(device):
-                losses, counted = record_losses(model, part.to(device), pad_id)
+                losses, counted = record_losses(model, part.to(device))
             nats += float(losses.cpu().double().sum())
             tokens += int(counted.sum())
     finally:

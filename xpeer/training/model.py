@@ -203,6 +203,8 @@ def _ready(model: Any) -> torch.nn.Module:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # that id may stand in a text, and is then trained as any
     made: torch.nn.Module = model.float().eval()
     ids = torch.zeros((2, 4), dtype=torch.int64)
     ids[1, -1] = 1

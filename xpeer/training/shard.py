@@ -1,6 +1,7 @@
 """A shard: which documents are trained on here, and the records they are cut into.
 
 A record is one training sequence of T tokens from one document, the unit that privacy protects.
+A shorter one is filled up with `FILL`, which is no token: any id might stand in a text.
 Everything random here is a hash, so that a restart trains on the same text, and no text moves from
 validation to training.
 """
@@ -33,9 +34,11 @@ __all__ = [
 
 MIN_TOKENS: Final = 8
 """A shorter tail of a document is dropped: it teaches little, and costs the privacy of a record."""
+FILL: Final = -1
+"""Stands at the right of a record that is shorter than T. Any negative number counts as this."""
 CACHE_FILES: Final = 8
 """Training and validation records of the last few shards."""
-_CACHE_VERSION: Final = b"records/2"
+_CACHE_VERSION: Final = b"records/3"
 
 logger = logging.getLogger("xpeer.shard")
 _T = TypeVar("_T")
@@ -83,8 +86,8 @@ def cut_owned(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokenise, and cut into records that never cross from one document into another.
 
-    A document becomes begin + text + end, cut every T tokens; its tail is padded at the right, or
-    dropped if it is shorter than MIN_TOKENS.
+    A document becomes begin + text + end, cut every T tokens; its tail is filled up at the right,
+    or dropped if it is shorter than MIN_TOKENS.
 
     Args:
         documents: any length.
@@ -92,7 +95,8 @@ def cut_owned(
         sequence_tokens: T.
 
     Returns:
-        (records, T) int64, and the number of each record's document, (records,) int64, ascending.
+        (records, T) int64, `FILL` where there is no token; and the number of each record's
+        document, (records,) int64, ascending.
 
     Raises:
         ShardError: there is not one record in them.
@@ -107,7 +111,7 @@ def cut_owned(
         if 0 < tail < MIN_TOKENS:
             ids = ids[: len(ids) - tail]
         elif tail:
-            ids = torch.nn.functional.pad(ids, (0, sequence_tokens - tail), value=tokenizer.pad_id)
+            ids = torch.nn.functional.pad(ids, (0, sequence_tokens - tail), value=FILL)
         parts.append(ids.view(-1, sequence_tokens))
     records = torch.cat(parts) if parts else torch.empty((0, sequence_tokens), dtype=torch.int32)
     if not len(records):
@@ -142,7 +146,7 @@ def load_owned_records(
     key = blake2b(
         _CACHE_VERSION,
         tokenizer.name.encode(),
-        struct.pack("<5q", sequence_tokens, MIN_TOKENS, *_special_ids(tokenizer)),
+        struct.pack("<4q", sequence_tokens, MIN_TOKENS, *_special_ids(tokenizer)),
         *(document.id.encode() for document in documents),
         size=16,
     )
@@ -173,7 +177,7 @@ def _age(path: Path) -> float:
 
 
 def _special_ids(tokenizer: Tokenizer) -> Iterator[int]:
-    for special in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id):
+    for special in (tokenizer.bos_id, tokenizer.eos_id):
         yield -1 if special is None else special
 
 

@@ -19,8 +19,8 @@ from xpeer.identity import blake2b
 
 BYTE_BOS: Final = 256
 BYTE_EOS: Final = 257
-BYTE_PAD: Final = 258
 BYTE_VOCABULARY: Final = 259
+"""With one for padding, which other programs fill batches up with."""
 
 
 class Tokenizer(Protocol):
@@ -42,10 +42,6 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int | None:
         """Put behind a document, if the tokenizer has one."""
 
-    @property
-    def pad_id(self) -> int:
-        """Fills records up; never a target."""
-
     def encode(self, text: str) -> list[int]:
         """Text without lone surrogates to ids, none of them special."""
 
@@ -63,7 +59,6 @@ class ByteTokenizer:
     vocab_size = BYTE_VOCABULARY
     bos_id: int | None = BYTE_BOS
     eos_id: int | None = BYTE_EOS
-    pad_id = BYTE_PAD
 
     def encode(self, text: str) -> list[int]:
         """One id per byte of UTF-8."""
@@ -101,7 +96,7 @@ class HuggingFaceTokenizer:
         digest: BLAKE2b-256 (hex) that the manifest demands; empty = any.
 
     Raises:
-        ConfigError: missing, another digest, malformed, or no token can serve as padding.
+        ConfigError: missing, another digest, malformed, or no token can fill up a batch.
     """
 
     def __init__(self, folder: Path, digest: str = "") -> None:
@@ -128,20 +123,13 @@ class HuggingFaceTokenizer:
         special = _special_tokens(folder)
         self.bos_id = self._id(special.get("bos_token"))
         self.eos_id = self._id(special.get("eos_token"))
-        pad_id = next(
-            (
-                found
-                for name in ("pad_token", "eos_token", "unk_token")
-                if (found := self._id(special.get(name))) is not None
-            ),
-            None,
-        )
-        if pad_id is None:
+        filling = ("pad_token", "eos_token", "unk_token")
+        if all(self._id(special.get(name)) is None for name in filling):
+            # records need none, but nobody could fill up a batch for the exported model
             raise ConfigError(
                 f"data.tokenizer: {folder} names no padding, end or unknown token",
                 "add pad_token to its tokenizer_config.json",
             )
-        self.pad_id = pad_id
 
     @property
     def vocab_size(self) -> int:

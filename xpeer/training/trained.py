@@ -167,7 +167,7 @@ def evaluate_text(
     nats, tokens = 0.0, 0
     # Equal lengths go together: nothing is padded, so nothing can be counted that is padding.
     for group in _equal(records, micro_batch):
-        losses, counted = record_losses(model, torch.tensor(group, device=device), pad_id=-1)
+        losses, counted = record_losses(model, torch.tensor(group, device=device))
         nats += float(losses.double().sum())
         tokens += int(counted.sum())
     return Evaluation(tokens=tokens, bytes=len(text.encode()), nats=nats)

@@ -19,6 +19,7 @@ from benchmarks.privacy.whitebox import RECORDS, Whitebox
 from benchmarks.privacy.work import Job, Kept
 from xpeer.privacy.mechanism import OffMechanism
 from xpeer.training.flat import read_flat
+from xpeer.training.losses import record_losses
 from xpeer.training.model import build
 
 
@@ -107,7 +108,7 @@ def test_a_text_is_read_from_its_gradient():
     text = torch.tensor([list(b"no secret here, or is there one"[:31])])
     model = _random_model()
     manifest = setting.manifest_of(None, rate=1.0, batch=1, steps=1, rule="gradient")
-    OffMechanism(manifest, model, text, setting.losses_of).step_gradient()
+    OffMechanism(manifest, model, text, record_losses).step_gradient()
     told = text[0, :-1]
     there = set(told.tolist())
     order = _tokens(model)

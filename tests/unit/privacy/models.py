@@ -12,6 +12,8 @@ from xpeer.manifest import Lora
 from xpeer.training.adapters import adapt
 
 PAD = 10
+"""Of the models' configs; an id like any other."""
+FILL = -1
 VOCABULARY = 11
 LENGTH = 12
 
@@ -21,9 +23,9 @@ torch.set_num_threads(1)
 def record_losses(model: nn.Module, records: Tensor) -> tuple[Tensor, Tensor]:
     """As training.model has it, without importing training."""
     positions = torch.arange(records.shape[1]).expand(records.shape)
-    logits = model(input_ids=records, position_ids=positions).logits[:, :-1]
+    logits = model(input_ids=records.clamp(min=0), position_ids=positions).logits[:, :-1]
     targets = records[:, 1:]
-    kept = targets != PAD
+    kept = targets >= 0
     losses = functional.cross_entropy(
         logits.transpose(1, 2), targets.where(kept, -100), reduction="none", ignore_index=-100
     )
@@ -131,7 +133,10 @@ def adapted(model: nn.Module) -> nn.Module:
 
 
 def _louder(model: Any) -> nn.Module:
-    """Larger weights, so that records' gradients differ."""
+    """Larger weights, so that records' gradients differ; all ids are trained, as `model` has it."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -140,11 +145,11 @@ def _louder(model: Any) -> nn.Module:
 
 
 def some_records(number: int = 7) -> Tensor:
-    """(n, LENGTH): random tokens, some padded, one all padding but for two tokens."""
+    """(n, LENGTH): random tokens, some filled up, one but for two tokens."""
     generator = torch.Generator().manual_seed(3)
-    records = torch.randint(0, PAD, (number, LENGTH), generator=generator)
-    records[1 % number, 7:] = PAD
-    records[4 % number, 2:] = PAD
+    records = torch.randint(0, VOCABULARY, (number, LENGTH), generator=generator)
+    records[1 % number, 7:] = FILL
+    records[4 % number, 2:] = FILL
     return records
 
 

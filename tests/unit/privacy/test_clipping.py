@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.privacy.models import (
+    FILL,
     LENGTH,
-    PAD,
     adapted,
     by_autograd,
     careless_losses,
@@ -101,6 +101,15 @@ def test_norms_from_inner_products_alone(name: str, monkeypatch: pytest.MonkeyPa
     model, records = MODELS[name](), some_records()
     norms, sums = by_autograd(model, records, 0.5)
     told, got = run(BookKeepingEngine(model, record_losses), model, records, 0.5)
+    assert distance(sums, got) < 1e-5
+    torch.testing.assert_close(told.norms.float(), norms, rtol=1e-5, atol=0)
+
+
+def test_a_row_that_an_embedding_leaves_out() -> None:
+    model: Any = llama(tied=True)
+    model.get_input_embeddings().padding_idx = int(some_records()[0, 0])
+    norms, sums = by_autograd(model, some_records(), 0.5)
+    told, got = run(BookKeepingEngine(model, record_losses), model, some_records(), 0.5)
     assert distance(sums, got) < 1e-5
     torch.testing.assert_close(told.norms.float(), norms, rtol=1e-5, atol=0)
 
@@ -386,6 +395,6 @@ def test_the_models_mode_is_kept_and_no_hook_stays() -> None:
 
 def test_the_sample_holds_a_padded_record() -> None:
     records = torch.arange(300 * LENGTH).view(300, LENGTH) % 7
-    records[77, 3:] = PAD
+    records[77, 3:] = FILL
     assert records[77].tolist() in sample_of(records).tolist()
     assert sample_of(records[:1]).shape == (2, LENGTH)

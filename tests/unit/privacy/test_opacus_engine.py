@@ -12,7 +12,7 @@ from xpeer.errors import LocalError
 from xpeer.privacy.clipping import trainable
 from xpeer.privacy.opacus_engine import OpacusEngine
 
-VOCAB, TOKENS, PAD = 40, 12, 39
+VOCAB, TOKENS, FILL = 40, 12, -1
 CLIP = 0.1
 
 
@@ -59,15 +59,16 @@ def losses_of(model: nn.Module, ids: Tensor, *, expand: bool = True) -> tuple[Te
     if isinstance(model, GPT2LMHeadModel):
         positions = torch.arange(ids.shape[1])
         extra["position_ids"] = positions.expand_as(ids) if expand else positions[None]
-    logits = model(input_ids=ids, use_cache=False, **extra).logits[:, :-1]
-    counted = ids[:, 1:] != PAD
-    each = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    logits = model(input_ids=ids.clamp(min=0), use_cache=False, **extra).logits[:, :-1]
+    targets = ids[:, 1:]
+    counted = targets != FILL
+    each = functional.cross_entropy(logits.transpose(1, 2), targets.clamp(min=0), reduction="none")
     return (each * counted).sum(1), counted.sum(1)
 
 
 def some_records(count: int = 5) -> Tensor:
-    records = torch.randint(0, PAD, (count, TOKENS))
-    records[1, 5:] = PAD
+    records = torch.randint(0, VOCAB, (count, TOKENS))
+    records[1, 5:] = FILL
     return records
 
 

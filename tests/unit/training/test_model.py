@@ -13,9 +13,9 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.training import model as m
 from xpeer.training.export import export_hf
 from xpeer.training.losses import transformers_model
+from xpeer.training.shard import FILL
 from xpeer.training.tokenizer import ByteTokenizer
 
-PAD = 258
 GPT2: dict[str, Any] = {
     "model_type": "gpt2",
     "n_embd": 16,
@@ -69,8 +69,8 @@ def test_the_seed_fixes_the_weights_and_leaves_the_callers_generator(config: dic
 @CONFIGS
 def test_no_dropout_whatever_the_config_says(config: dict[str, Any]):
     model = m.build(config, seed=1).train()
-    first, _ = m.record_losses(model, records(2), PAD)
-    again, _ = m.record_losses(model, records(2), PAD)
+    first, _ = m.record_losses(model, records(2))
+    again, _ = m.record_losses(model, records(2))
     assert torch.equal(first, again)
 
 
@@ -125,7 +125,7 @@ def test_a_flattened_model_computes_trains_and_exports_as_before(
     flat = m.FlatParameters(model)
     optimisers = [torch.optim.AdamW(one.parameters(), fused=True) for one in (model, plain)]
     for one, optimiser in zip((model, plain), optimisers, strict=True):
-        losses, _ = m.record_losses(one, records(3), PAD)
+        losses, _ = m.record_losses(one, records(3))
         losses.sum().backward()
         optimiser.step()
     assert torch.equal(flat.read(), m.read_flat(plain))
@@ -162,14 +162,14 @@ def test_a_vector_of_another_model_is_refused():
 def test_losses_are_per_record_and_padding_does_not_count(config: dict[str, Any]):
     model = m.build(config, seed=5)
     ids = records(3)
-    ids[1, 7:] = PAD
-    losses, counted = m.record_losses(model, ids, PAD)
+    ids[1, 7:] = FILL
+    losses, counted = m.record_losses(model, ids)
     assert counted.tolist() == [11, 6, 11]
     for i, length in enumerate([12, 7, 12]):
-        alone, _ = m.record_losses(model, ids[i : i + 1, :length], PAD)
+        alone, _ = m.record_losses(model, ids[i : i + 1, :length])
         assert torch.allclose(losses[i], alone[0], rtol=1e-5)
     wanted = (losses.sum() / counted.sum()).item()
-    assert m.evaluate(model, ids, PAD, micro_batch=2) == pytest.approx(wanted, rel=1e-6)
+    assert m.evaluate(model, ids, micro_batch=2) == pytest.approx(wanted, rel=1e-6)
     assert model.training
 
 
@@ -179,14 +179,14 @@ def test_per_record_gradients_through_opacus_equal_autograd(config: dict[str, An
     model = m.build(config, seed=6)
     flat = m.FlatParameters(model)
     ids = records(4)
-    ids[2, 5:] = PAD
+    ids[2, 5:] = FILL
     wanted = []
     for record in ids:
-        losses, _ = m.record_losses(model, record[None], PAD)
+        losses, _ = m.record_losses(model, record[None])
         gradients = torch.autograd.grad(losses.sum(), flat.parameters())
         wanted.append(torch.cat([g.flatten() for g in gradients]))
     wrapped = GradSampleModule(model, loss_reduction="sum")
-    losses, _ = m.record_losses(wrapped, ids, PAD)
+    losses, _ = m.record_losses(wrapped, ids)
     losses.sum().backward()
     samples: list[Any] = [p.grad_sample for p in flat.parameters()]  # type: ignore[attr-defined]
     seen = torch.cat([g.flatten(1) for g in samples], 1)
@@ -196,7 +196,7 @@ def test_per_record_gradients_through_opacus_equal_autograd(config: dict[str, An
 
 def test_evaluate_without_tokens_is_an_error():
     with pytest.raises(ConfigError, match="no text"):
-        m.evaluate(SHARED, torch.full((1, 8), PAD), PAD)
+        m.evaluate(SHARED, torch.full((1, 8), FILL))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_export_and_load_again(config: dict[str, Any], tmp_path: Path):
     rebuilt = m.build(json.loads(json.dumps(m.config_of(loaded))), seed=8)
     m.write_flat(rebuilt, m.read_flat(loaded))
     ids = records(2)
-    assert torch.equal(m.record_losses(rebuilt, ids, PAD)[0], m.record_losses(model, ids, PAD)[0])
+    assert torch.equal(m.record_losses(rebuilt, ids)[0], m.record_losses(model, ids)[0])
     assert "_name_or_path" not in m.config_of(loaded)
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
 

@@ -15,8 +15,8 @@ from xpeer.identity import blake2b
 from xpeer.manifest import End, Manifest, Model, Optimiser, PublicText, SharedCorpus, Tokenizer
 from xpeer.training import partition
 from xpeer.training.documents import Document, corpus_digest, document_of
-from xpeer.training.shard import cut
-from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, BYTE_PAD, ByteTokenizer
+from xpeer.training.shard import FILL, cut
+from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer
 
 T = 16
 MANIFEST = Manifest(
@@ -165,7 +165,7 @@ def test_a_long_document_is_shared():
     parts = [partition.divide([book], MANIFEST, {"a": 1.0, "b": 1.0}, me)[0] for me in "ab"]
     assert sum(len(d.text) for part in parts for d in part) == len(book.text)
     assert all(sum(len(d.text) for d in part) > len(book.text) / 4 for part in parts)
-    assert BYTE_PAD in cut(parts[0], ByteTokenizer(), T)
+    assert FILL in cut(parts[0], ByteTokenizer(), T)
 
 
 def test_records_stay_the_same_whatever_the_speeds():

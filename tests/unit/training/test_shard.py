@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from xpeer.errors import ConfigError
 from xpeer.training import shard
 from xpeer.training.documents import Document, document_of, load_documents
-from xpeer.training.shard import MIN_TOKENS, cut, load_records, split
-from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, BYTE_PAD, ByteTokenizer
+from xpeer.training.shard import FILL, MIN_TOKENS, cut, load_records, split
+from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
@@ -237,7 +237,7 @@ def test_records_are_whole_documents_but_for_short_tails(texts: list[str]):
         for start in range(0, len(ids), tokens):
             part = ids[start : start + tokens]
             if len(part) >= MIN_TOKENS:
-                wanted.append(part + [BYTE_PAD] * (tokens - len(part)))
+                wanted.append(part + [FILL] * (tokens - len(part)))
     if not wanted:
         with pytest.raises(ConfigError, match="no text: none of"):
             cut(made, TOKENIZER, tokens)

@@ -70,7 +70,7 @@ def test_hugging_face(tmp_path: Path):
     spec = manifest.Tokenizer(kind="huggingface", digest=digest)
     tokenizer = load_tokenizer(spec, str(tmp_path))
     assert tokenizer.encode("once upon a time") == [1, 2, 3, 4]
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (5, 6, 6)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (5, 6)
     assert tokenizer.vocab_size == 7
     assert tokenizer.decode([5, 1, 3, 6]) == "once a"
     assert digest in tokenizer.name
@@ -84,16 +84,16 @@ def test_text_can_not_forge_special_tokens(tmp_path: Path):
 def test_special_tokens_may_be_objects(tmp_path: Path):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "</s>"}}')
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}}')
     tokenizer = HuggingFaceTokenizer(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.pad_id) == (None, 6)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 6)
 
 
 def test_saved_again_it_is_the_same(tmp_path: Path):
-    digest = write_tokenizer(tmp_path / "a", pad_token="</s>")
+    digest = write_tokenizer(tmp_path / "a", eos_token="</s>")
     (tmp_path / "b").mkdir()
     HuggingFaceTokenizer(tmp_path / "a").save_hf(tmp_path / "b")
-    assert HuggingFaceTokenizer(tmp_path / "b", digest).pad_id == 6
+    assert HuggingFaceTokenizer(tmp_path / "b", digest).eos_id == 6
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path):

@@ -19,7 +19,6 @@ from xpeer.errors import LocalError, LocalTimeoutError
 from xpeer.status import Status
 from xpeer.training.losses import record_losses
 from xpeer.training.model import from_folder
-from xpeer.training.tokenizer import ByteTokenizer
 
 WINDOW_STEPS = 5
 SEQUENCE_TOKENS = 128
@@ -339,13 +338,13 @@ class Demo:
 
 def step_seconds(start: Path) -> float:
     """About how long a private step takes a peer at full speed, when all train at once here."""
-    model, tokenizer = from_folder(start), ByteTokenizer()
+    model = from_folder(start)
     records = torch.randint(0, 256, (BATCH_RECORDS // 6, SEQUENCE_TOKENS))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     began = time.perf_counter()
     for _ in range(6):
-        losses, counts = record_losses(model, records, tokenizer.pad_id)
+        losses, counts = record_losses(model, records)
         torch.autograd.backward(losses.sum() / counts.sum())
     took_s = time.perf_counter() - began
     torch.set_num_threads(threads)

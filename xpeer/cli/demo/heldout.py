@@ -12,7 +12,6 @@ from xpeer.training.flat import write_flat
 from xpeer.training.losses import evaluate
 from xpeer.training.model import from_folder
 from xpeer.training.tensorfile import CorruptFileError
-from xpeer.training.tokenizer import ByteTokenizer
 
 Curve = list[tuple[int, float]]
 """(private step, loss on everybody's held-out text in nats per byte)."""
@@ -39,10 +38,8 @@ class HeldOut:
 
     def of_start(self) -> dict[str, float]:
         """Nats per byte of the public start, by kind of text; call first."""
-        pad_id = ByteTokenizer().pad_id
         return {
-            kind: evaluate(self._model, part, pad_id, BATCH_RECORDS)
-            for kind, part in self._parts.items()
+            kind: evaluate(self._model, part, BATCH_RECORDS) for kind, part in self._parts.items()
         }
 
     def by_kind(self, params: torch.Tensor) -> dict[str, float]:

@@ -79,11 +79,10 @@ def _train(records: torch.Tensor, seed: int, progress: Progress, steps: int) -> 
         optimiser, LEARNING_RATE, total_steps=steps, pct_start=WARMUP_STEPS / steps
     )
     generator = torch.Generator().manual_seed(seed)
-    pad_id = ByteTokenizer().pad_id
     model.train()
     for step in range(steps):
         chosen = torch.randint(len(records), (BATCH_RECORDS,), generator=generator)
-        losses, counts = record_losses(model, records[chosen], pad_id)
+        losses, counts = record_losses(model, records[chosen])
         optimiser.zero_grad()
         torch.autograd.backward(losses.sum() / counts.sum())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
