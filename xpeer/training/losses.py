@@ -6,13 +6,19 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
 from xpeer.errors import ConfigError, LocalError
+
+_NO_TARGET: Final = -100
+_CPU_VALUES: Final = 1 << 20
+"""Logits per piece of the loss: 4 MB suit a processor's caches."""
+_DEVICE_VALUES: Final = 1 << 27
+"""Elsewhere only memory matters."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -66,15 +72,28 @@ def record_losses(
         extra["position_ids"] = positions.expand_as(records)
     ids = records.clamp(min=0)  # any token will do where nothing is predicted
     logits = model(input_ids=ids, use_cache=False, **extra).logits  # (B, T, vocabulary)
-    targets = records[:, 1:]
-    counted = targets >= 0
-    losses = cross_entropy(
-        logits[:, :-1].float().transpose(1, 2),
-        targets.masked_fill(~counted, -100),
-        ignore_index=-100,
-        reduction="none",
-    )  # (B, T - 1)
-    return losses.sum(1), counted.sum(1)
+    targets = pad(records[:, 1:], (0, 1), value=_NO_TARGET)  # the last token predicts nothing
+    targets = targets.masked_fill(targets < 0, _NO_TARGET)
+    losses = _cross_entropy(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+    return losses.sum(1), (targets >= 0).sum(1)
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """By token, (n, vocabulary) and (n,) -> (n,) float32, 0 without a target.
+
+    The layout matters: over transposed logits, as (B, vocabulary, T), it takes seven times as long
+    on a CPU, and in pieces that fit its caches 0.6 times as long as in one.
+    """
+    values = _CPU_VALUES if logits.device.type == "cpu" else _DEVICE_VALUES
+    rows = max(1, values // logits.shape[1])
+    return torch.cat(
+        [
+            cross_entropy(part.float(), wanted, ignore_index=_NO_TARGET, reduction="none")
+            for part, wanted in zip(
+                torch.split(logits, rows), torch.split(targets, rows), strict=True
+            )
+        ]
+    )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from xpeer.errors import ConfigError
@@ -205,6 +205,8 @@ def _ready(model: Any) -> torch.nn.Module:
             module.p = 0.0
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # that id may stand in a text, and is then trained as any
+        if isinstance(module, PreTrainedModel):  # a look at the ids, which vmap can't run
+            module.warn_if_padding_and_no_attention_mask = _no_warning
     made: torch.nn.Module = model.float().eval()
     ids = torch.zeros((2, 4), dtype=torch.int64)
     ids[1, -1] = 1
@@ -216,6 +218,10 @@ def _ready(model: Any) -> torch.nn.Module:
             "use a causal (decoder) model; is_decoder = true makes some encoders into one",
         )
     return made.train()
+
+
+def _no_warning(*_: object) -> None:
+    """Records need no attention mask: they are filled up at the right."""
 
 
 def _one_line(error: BaseException) -> str:
