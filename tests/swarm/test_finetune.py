@@ -1,0 +1,116 @@
+"""Every command of docs/finetune.md, in its order, by three clouds that are three homes here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.cases.support import (
+    Nodes,
+    model_folder,
+    running_nodes,
+    tokenizer_folder,
+    write_shard,
+    xpeer,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "finetune.md"
+SHORTER = {
+    "end.steps=1000": "end.steps=15",
+    "optimiser.batch_records=64": "optimiser.batch_records=8",
+    "--tokens 60": "--tokens 5",
+}
+"""What the page says for a real model, and what a tiny one takes."""
+FASTER = ("optimiser.sequence_tokens=32", "round.slot_s=0.3", "round.window_steps=5")
+pytestmark = pytest.mark.timeout(400)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def commands() -> list[tuple[str, str]]:
+    """(cloud, command) as they stand on the page."""
+    found = re.findall(r"^    ([ABC])\$ (xpeer .*)$", PAGE.read_text(encoding="utf-8"), re.M)
+    assert len(found) > 25
+    return found
+
+
+class Clouds:
+    """Three homes, the page's folders, and what its placeholders stand for."""
+
+    def __init__(self, root: Path, nodes: Nodes) -> None:
+        self.root, self.nodes = root, nodes
+        self.port = free_port()
+        model_folder(root / "base")
+        tokenizer_folder(root / "base")
+        for number, cloud in enumerate("ABC"):
+            write_shard(root / f"text-{cloud}", files=60 + number)
+        (root / "letter.txt").write_text("Dear Madam, we have your letter.\n", encoding="utf-8")
+        self.ids: dict[str, str] = {}
+
+    def translated(self, cloud: str, command: str) -> list[str]:
+        """The command with this machine's folders, addresses and identities."""
+        port = self.port if cloud == "A" else 0
+        places = {
+            "/models/base": str(self.root / "base"),
+            "/models/": str(self.root / "exports-"),
+            "/data/text": str(self.root / f"text-{cloud}"),
+            "/data/letter-not-in-the-shard.txt": str(self.root / "letter.txt"),
+            "/ip4/0.0.0.0/tcp/4001": f"/ip4/127.0.0.1/tcp/{port}",
+            "/dns4/a.example/tcp/4001": f"/ip4/127.0.0.1/tcp/{self.port}",
+            "file:": f"file:{self.root}/",
+            **SHORTER,
+            **{f"12D3KooW...{name}": peer_id for name, peer_id in self.ids.items()},
+        }
+        for said, meant in places.items():
+            command = command.replace(said, meant)
+        words = shlex.split(command)[1:]
+        if words[:2] == ["init", "--swarm"]:
+            words += [part for field in FASTER for part in ("--set", field)]
+        return words
+
+    def run(self, cloud: str, command: str) -> None:
+        words = self.translated(cloud, command)
+        if words[0] == "start" and "--dry-run" not in words:
+            self.nodes.start(cloud, *words[1:])
+            return
+        target = words[words.index(">") + 1] if ">" in words else None
+        words = words[: words.index(">")] if target else words
+        done = xpeer(*words, settings={"XPEER_HOME": str(self.nodes.home(cloud))})
+        assert done.returncode == 0, f"{cloud}$ {command}\n{done.stdout}\n{done.stderr}"
+        if target:
+            (self.root / target).write_text(done.stdout, encoding="utf-8")
+        if words[0] == "id":
+            self.ids[cloud] = done.stdout.strip()
+        if words[:2] == ["init", "--swarm"]:
+            self.ids[cloud] = xpeer("id", "--home", self.nodes.home(cloud)).stdout.strip()
+        if words[0] in ("stop", "leave"):
+            assert self.nodes.daemons.wait(cloud, 60) == 0
+
+
+def test_every_command_of_the_page(tmp_path: Path) -> None:
+    with running_nodes(tmp_path) as nodes:
+        clouds = Clouds(tmp_path, nodes)
+        for cloud, command in commands():
+            if command.startswith("xpeer checkpoint export") and not (tmp_path / "done").exists():
+                for name in "ABC":
+                    nodes.until(name, lambda s: s.state == "finished", 240)
+                (tmp_path / "done").touch()
+            if command == "xpeer status":
+                nodes.until("A", lambda s: s.progress.step > 0 and s.exchanges_done > 0)
+            if command == "xpeer stop":
+                nodes.until(cloud, lambda s: s.progress.step > 0)
+            clouds.run(cloud, command)
+        status = [nodes.status(name) for name in "ABC"]
+        assert status == [None, None, None]  # all have left
+    card = json.loads((tmp_path / "exports-letters" / "privacy.json").read_text())
+    assert card
+    assert (tmp_path / "exports-letters-adapters" / "adapter_model.safetensors").exists()
