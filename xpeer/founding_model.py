@@ -19,11 +19,11 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
 from xpeer.manifest import MAX_NAME_CHARS, Lora, Manifest, Model, PublicText, Tokenizer
 from xpeer.training.documents import corpus_digest, load_documents
+from xpeer.training.source import name_of
 
 PUBLIC_TEXT_BYTES = 200_000
 MEASURED = frozenset({"model", "tokenizer", "public_text"})
 """Sections that are computed from files, never written by hand."""
-BYTE_IDS = 259
 BYTE_VOCABULARY = 320
 """The byte tokenizer's 259 ids, rounded up to a multiple of 64."""
 
@@ -61,6 +61,8 @@ class InitialModel:
     """Trained."""
     digest: str
     lora: Lora | None = None
+    name: str = ""
+    """Of the folder it came from."""
 
     def write(self, folder: Path) -> None:
         """Keep them as a Hugging Face folder."""
@@ -110,24 +112,27 @@ def initial_model(
         ConfigError: more than one source, it can't be read, or it has no layers to adapt.
     """
     from xpeer.training import flat, model  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.rebuild import require_same  # noqa: PLC0415
 
     if sum(source is not None for source in (folder, config_file, preset)) > 1:
         raise ConfigError("--model, --model-config and --preset exclude one another", "keep one")
     if folder is not None:
         module = model.from_folder(folder)
+        require_same(module, model.skeleton(model.config_of(module)))
     else:
         config = PRESETS[preset or "small"] if config_file is None else _read_json(config_file)
         module = model.build(config, seed=secrets.randbits(63))
     values = flat.read_flat(module)
     config, digest = model.config_of(module), flat.digest(values)
+    name = name_of(folder) if folder is not None else ""
     if lora is None:
-        return InitialModel(module, config, values.numel(), digest)
+        return InitialModel(module, config, values.numel(), digest, name=name)
     from xpeer.training.adapters import adapt  # noqa: PLC0415
 
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
     made = Lora(lora.rank, alpha, secrets.randbits(63), digest, list(lora.targets))
     values = flat.read_flat(adapt(copy.deepcopy(module), made))
-    return InitialModel(module, config, values.numel(), flat.digest(values), made)
+    return InitialModel(module, config, values.numel(), flat.digest(values), made, name)
 
 
 def draft_manifest(
@@ -160,13 +165,14 @@ def draft_manifest(
             f"--swarm: {name!r} is no name", f"use 1 to {MAX_NAME_CHARS} printable characters"
         )
     text = _public_text(public_text)
+    ids = _tokenizer(tokenizer)
     tree: dict[str, Any] = {
         "name": name,
         "created_unix_s": int(time.time()),
         "model": msgspec.to_builtins(
-            Model(source.config, source.num_params, source.digest, source.lora)
+            Model(source.config, source.num_params, source.digest, source.lora, source.name)
         ),
-        "tokenizer": msgspec.to_builtins(_tokenizer(tokenizer)),
+        "tokenizer": msgspec.to_builtins(_named(ids)),
         "public_text": msgspec.to_builtins(PublicText(blake2b(text.encode()).hex(), text)),
         "privacy": {"mode": privacy},
     }
@@ -189,14 +195,31 @@ def draft_manifest(
         raise ConfigError(
             f"manifest{f' {field}' if field else ''}: {problem}", "correct it with --set"
         ) from e
-    source.check(_vocabulary(tokenizer), manifest.optimiser.sequence_tokens)
-    from xpeer.training.fragments import Fragments  # noqa: PLC0415 - torch takes seconds
+    _require_startable(manifest, source, ids)
+    return manifest
 
+
+def _require_startable(manifest: Manifest, source: InitialModel, tokenizer: Any) -> None:
+    """Refuse what nodes would refuse at their start, as far as a moment tells; see `trial`."""
+    from xpeer.training.documents import document_of  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.fragments import Fragments  # noqa: PLC0415
+    from xpeer.training.shard import cut  # noqa: PLC0415
+
+    length = manifest.optimiser.sequence_tokens
+    source.check(tokenizer.vocab_size, length)
     try:
         Fragments(source.num_params, manifest.round.fragments)
     except LocalError as e:
         raise ConfigError(f"manifest {e.problem}", e.remedy) from e
-    return manifest
+    try:
+        cut([document_of(manifest.public_text.text, "public text")], tokenizer, length)
+    except ConfigError as e:
+        raise ConfigError(f"--public-text: {e.problem}", "give a longer text") from e
+
+
+def _named(tokenizer: Any) -> Tokenizer:
+    kind, _, digest = tokenizer.name.partition("/")
+    return Tokenizer("huggingface", digest) if kind == "huggingface" else Tokenizer()
 
 
 def _needs_steps(privacy: dict[str, Any], end: dict[str, Any]) -> bool:
@@ -273,32 +296,21 @@ def _cut(data: bytes) -> str:
     return whole.decode()
 
 
-def _vocabulary(folder: Path | None) -> int:
-    """How many ids the tokenizer has."""
+def _tokenizer(folder: Path | None) -> Any:
+    """As nodes will load it."""
+    from xpeer.training.tokenizer import load_tokenizer  # noqa: PLC0415 - tokenizers is slow
+
     if folder is None:
-        return BYTE_IDS
+        return load_tokenizer(Tokenizer())
     file = folder / "tokenizer.json"
     try:
-        described = json.loads(file.read_bytes())
-        entries = described["model"]["vocab"]
-        ids = [token["id"] for token in described.get("added_tokens", [])]
-        # Unigram models list pairs in the order of their ids; all others map tokens to ids.
-        ids += list(entries.values()) if isinstance(entries, dict) else range(len(entries))
-        return int(max(ids)) + 1
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(
-            f"--tokenizer: {file} is not a tokenizer: {type(e).__name__}", "name its folder"
-        ) from e
-
-
-def _tokenizer(folder: Path | None) -> Tokenizer:
-    if folder is None:
-        return Tokenizer()
-    file = folder / "tokenizer.json"
-    try:
-        return Tokenizer("huggingface", blake2b(file.read_bytes()).hex())
+        spec = Tokenizer("huggingface", blake2b(file.read_bytes()).hex())
     except OSError as e:
         raise ConfigError(f"--tokenizer: {file} can't be read: {e}", "name its folder") from e
+    try:
+        return load_tokenizer(spec, str(folder))
+    except ConfigError as e:
+        raise ConfigError(e.problem.replace("data.tokenizer", "--tokenizer"), e.remedy) from e
 
 
 def _read_json(path: Path) -> dict[str, Any]:

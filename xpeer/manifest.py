@@ -52,6 +52,8 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """BLAKE2b-256 (hex) of their initial values, flat float32 little endian."""
     lora: Lora | None = None
     """None: all weights are trained."""
+    source: Annotated[str, Meta(max_length=200)] = ""
+    """What the founder's folder was called: joiners are told which model they need."""
 
 
 class Tokenizer(Struct, frozen=True, forbid_unknown_fields=True):

@@ -16,6 +16,7 @@ from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, LoraOptions, draft_manifest, initial_model
 from xpeer.network.invites import check_seed
 from xpeer.status import SHOUTED
+from xpeer.training.source import BYTES, check_folder, config_in, tokenizer_of
 
 _COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 _FOUNDING = (
@@ -63,7 +64,11 @@ _EXPLAINED = {
     type=click.Path(path_type=Path),
     help="A joiner's copy of the model whose adapters the swarm trains.",
 )
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder; default: bytes.")
+@click.option(
+    "--tokenizer",
+    metavar="FOLDER|bytes",
+    help="Default: the one in the model's folder; bytes, for a model without one.",
+)
 @click.option(
     "--public-text",
     type=click.Path(path_type=Path),
@@ -108,7 +113,7 @@ def init(
     lora_alpha: float | None,
     lora_target: tuple[str, ...],
     base_model: Path | None,
-    tokenizer: Path | None,
+    tokenizer: str | None,
     public_text: Path | None,
     changes: tuple[str, ...],
     privacy: Literal["record", "update", "off"],
@@ -124,13 +129,14 @@ def init(
     """
     if (name is None) == (join is None):
         raise ConfigError("--swarm and --join: one of them is needed", "see `xpeer init --help`")
+    found_in = _tokenizer_folder(model, model_config, tokenizer, joins=join is not None)
     settings = {
         "network.listen": list(listen),
         "network.announce": list(announce),
         "network.bootstrap": [check_seed("--bootstrap", seed) for seed in seeds],
         "data.shard": [str(Path(p).expanduser().absolute()) for p in shard],
         "data.corpus": [str(Path(p).expanduser().absolute()) for p in corpus],
-        "data.tokenizer": str(tokenizer.expanduser().absolute()) if tokenizer else "",
+        "data.tokenizer": str(found_in.expanduser().absolute()) if found_in else "",
         "data.base_model": str(base_model.expanduser().absolute()) if base_model else "",
     }
     _check_settings(home, settings)
@@ -150,7 +156,7 @@ def init(
     manifest = draft_manifest(
         str(name),
         source,
-        tokenizer=tokenizer,
+        tokenizer=found_in,
         public_text=public_text,
         corpus=settings["data.corpus"],
         changes=changes,
@@ -161,6 +167,8 @@ def init(
         say(f"warning: {SHOUTED[privacy]}")
     what = "parameters" if source.lora is None else "parameters of adapters"
     say(f"founded {name}: {manifest.model.num_params:,} {what}, in {home.path}")
+    if (model or model_config) and tokenizer is None:
+        say(f"tokenizer: {found_in or 'none in the model folder, so bytes are its tokens'}")
     say(f"keep a copy of {home.admin_key} in a safe place: only it can invite")
     say("next, on this machine:  xpeer start --bootstrap")
     say("for every other cloud:  xpeer invite create --for PEERID   (its `xpeer id`)")
@@ -178,6 +186,23 @@ def _adapters(
     if alpha is not None or targets:
         raise ConfigError("--lora-alpha and --lora-target need --lora-rank", "e.g. --lora-rank 8")
     return None
+
+
+def _tokenizer_folder(
+    model: Path | None, model_config: Path | None, given: str | None, *, joins: bool
+) -> Path | None:
+    """Before anything slow is imported: refuse what is no model folder, and find its tokenizer."""
+    if joins:
+        return None if given in (None, BYTES) else tokenizer_of(given, None, None)
+    if model is not None:
+        check_folder(model, "--model")
+    elif model_config is not None and model_config.is_dir():
+        raise ConfigError(
+            f"--model-config: {model_config} is a folder",
+            f"give its config.json, or for its weights, too: --model {model_config}",
+        )
+    source = model or (model_config.parent if model_config else None)
+    return tokenizer_of(given, source, config_in(model, model_config))
 
 
 def _join(home: Home, join: str, config_text: str, *, as_json: bool) -> None:

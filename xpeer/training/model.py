@@ -7,14 +7,17 @@ losses in `losses`, what is done with a trained one in `export`; the usual names
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Final
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 from xpeer.errors import ConfigError
 from xpeer.training.export import export_adapters, export_hf, generate
@@ -26,6 +29,8 @@ from xpeer.training.losses import (
     record_losses,
     transformers_model,
 )
+from xpeer.training.rebuild import require_complete
+from xpeer.training.source import check_folder
 
 __all__ = [
     "FlatParameters",
@@ -44,6 +49,7 @@ __all__ = [
     "num_params",
     "read_flat",
     "record_losses",
+    "skeleton",
     "vocab_size",
     "write_flat",
 ]
@@ -73,23 +79,37 @@ def build(config: dict[str, Any], seed: int | None = None) -> torch.nn.Module:
     Raises:
         ConfigError: not a config of a causal language model that transformers knows.
     """
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return _ready(_made(config))
+
+
+def skeleton(config: dict[str, Any]) -> torch.nn.Module:
+    """`build` without memory for the values: names, shapes and tying alone.
+
+    Raises:
+        ConfigError: as `build`.
+    """
+    with torch.device("meta"):
+        return _made(config)
+
+
+def _made(config: dict[str, Any]) -> torch.nn.Module:
     made = _parse_config(config)
     try:
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(
-                made,
-                attn_implementation=_ATTENTION,
-                dtype=torch.float32,
-                trust_remote_code=False,
-            )
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            made,
+            attn_implementation=_ATTENTION,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
     except _LOADING_ERRORS as e:
         raise ConfigError(
             f"model.config: no causal language model can be built from it: {_one_line(e)}",
             "use the config.json of a model of one of transformers' causal families",
         ) from e
-    return _ready(model)
+    return model
 
 
 def from_folder(path: Path) -> torch.nn.Module:
@@ -98,30 +118,28 @@ def from_folder(path: Path) -> torch.nn.Module:
     Raises:
         ConfigError: missing, not a model folder, no causal language model, or weights missing.
     """
-    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    safetensors = check_folder(path)
+    raw = _read_config(path)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=_parse_config(_read_config(path)),
-            dtype=torch.float32,
-            attn_implementation=_ATTENTION,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (*_LOADING_ERRORS, OSError, SafetensorError) as e:
+        with _quiet():  # it would print a table; we say in a line what is wrong
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=_parse_config(raw),
+                dtype=torch.float32,
+                attn_implementation=_ATTENTION,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=safetensors,
+                ignore_mismatched_sizes=True,  # `require_complete` refuses them
+                output_loading_info=True,
+            )
+    except (*_LOADING_ERRORS, OSError, SafetensorError, UnpicklingError) as e:
         raise ConfigError(
             f"model {path}: can't be loaded as a causal language model: {_one_line(e)}",
             "check config.json and model.safetensors; encoder models can't be trained here",
         ) from e
-    missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
-    if missing:
-        raise ConfigError(
-            f"model {path}: {len(missing)} weights are missing or of another shape, e.g. "
-            f"{missing[0]}",
-            "the weights have to be those of a causal language model with this config",
-        )
+    require_complete(path, model, raw, report)
     return _ready(model)
 
 
@@ -222,6 +240,16 @@ def _ready(model: Any) -> torch.nn.Module:
 
 def _no_warning(*_: object) -> None:
     """Records need no attention mask: they are filled up at the right."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.cases.support import tokenizer_folder
 from xpeer import config
 from xpeer.cli import main
 from xpeer.config import Home
@@ -288,10 +289,7 @@ def test_settings_of_a_person_are_kept_and_wrong_ones_refused(
 
 
 def test_a_tokenizer_is_measured_and_remembered(tmp_path: Path, model_config: str) -> None:
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    described = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2}]}
-    (folder / "tokenizer.json").write_text(json.dumps(described))
+    folder = tokenizer_folder(tmp_path / "tokenizer")
     args = ["--swarm", "d", "--model-config", model_config, "--tokenizer", str(folder)]
     code, _, err = xpeer("init", "--home", str(tmp_path / "h"), *args)
     assert code == ExitCode.OK, err
@@ -299,11 +297,12 @@ def test_a_tokenizer_is_measured_and_remembered(tmp_path: Path, model_config: st
     assert made.kind == "huggingface"
     assert made.digest == blake2b((folder / "tokenizer.json").read_bytes()).hex()
     assert config.load(Home(tmp_path / "h").config, {}).data.tokenizer == str(folder)
-    for vocabulary, complaint in (({"a": 320}, "321 ids"), ({}, "not a tokenizer")):
-        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
-        code, _, err = xpeer("init", "--home", str(tmp_path / "other"), *args)
-        assert code == ExitCode.BAD_CONFIG
-        assert complaint in err
+    tokenizer_folder(folder, 321)
+    code, _, err = xpeer("init", "--home", str(tmp_path / "other"), *args)
+    assert (code, "321 ids" in err) == (ExitCode.BAD_CONFIG, True), err
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    code, _, err = xpeer("init", "--home", str(tmp_path / "other"), *args)
+    assert (code, "--tokenizer" in err, "malformed" in err) == (ExitCode.BAD_CONFIG, True, True)
     assert not (tmp_path / "other").exists()
 
 

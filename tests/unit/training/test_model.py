@@ -262,18 +262,19 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
 
 def test_loading_names_what_is_wrong(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"config\.json can't be read"):
+    with pytest.raises(ConfigError, match="no such folder"):
         m.from_folder(tmp_path / "nowhere")
     folder = tmp_path / "model"
     m.export_hf(SHARED, None, folder)
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ConfigError, match="can't be loaded"):
+    with pytest.raises(ConfigError, match="is damaged"):
         m.from_folder(folder)
     weights.unlink()
-    with pytest.raises(ConfigError, match="can't be loaded"):
+    with pytest.raises(ConfigError, match="no weights"):
         m.from_folder(folder)
+    weights.write_bytes(data)
     (folder / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="not an object"):
         m.from_folder(folder)
@@ -285,7 +286,7 @@ def test_loading_refuses_missing_weights(tmp_path: Path):
     config = json.loads((folder / "config.json").read_text())
     config["n_layer"] = 3
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="weights are missing"):
+    with pytest.raises(ConfigError, match=r"n_layer = 3.* 2 layers"):
         m.from_folder(folder)
 
 

@@ -1,0 +1,298 @@
+"""What a path that should be a model's folder really is, said before anything is loaded.
+
+Knows no torch: only names, and the first bytes of files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from xpeer.errors import ConfigError
+
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SNAPSHOT: Final = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{7,40})/?$")
+_LFS: Final = b"version https://git-lfs.github.com/spec/"
+_FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
+_MAX_HEADER: Final = 100_000_000
+"""As safetensors has it."""
+_ELSEWHERE: Final = {
+    "tf_model.h5": "TensorFlow's",
+    "flax_model.msgpack": "Flax's",
+    "consolidated.safetensors": "the maker's own form",
+    "consolidated.00.pth": "the maker's own form",
+}
+BYTES: Final = "bytes"
+"""As --tokenizer."""
+_BYTE_VOCABULARY_MAX: Final = 512
+"""A model of so few ids, without a tokenizer, is one for bytes: 256, and a few special ones."""
+_GET: Final = "name a folder that save_pretrained wrote, with config.json and model.safetensors"
+
+
+def check_folder(path: Path, option: str = "model") -> bool:
+    """Refuse what is no folder of a whole model.
+
+    Args:
+        path: as given.
+        option: named in errors.
+
+    Returns:
+        Whether its weights are safetensors. Else they are a pickle, which is read without running
+        anything in it (`weights_only`).
+
+    Raises:
+        ConfigError: says what it is instead, and what to do.
+    """
+    _require_folder(path, option)
+    names = {entry.name for entry in path.iterdir()}
+    _require_config(path, option, names)
+    refuse_pointer(path / "config.json", option)
+    index = "model.safetensors.index.json"
+    if index in names:
+        parts = _parts(path / index, option)
+        lacking = sorted(set(parts) - names)
+        if lacking:
+            raise ConfigError(
+                f"{option} {path}: {len(lacking)} of {len(parts)} parts of its weights are "
+                f"missing, e.g. {lacking[0]}",
+                "download or copy the folder again",
+            )
+        for part in parts:
+            _check_safetensors(path / part, option)
+        return True
+    if "model.safetensors" in names:
+        _check_safetensors(path / "model.safetensors", option)
+        return True
+    if {"pytorch_model.bin", "pytorch_model.bin.index.json"} & names:
+        for name in sorted(n for n in names if n.endswith(".bin")):
+            refuse_pointer(path / name, option)
+        return False
+    raise _no_weights(path, option, names)
+
+
+def refuse_pointer(file: Path, option: str) -> None:
+    """Refuse what git-lfs leaves in a clone in place of a large file.
+
+    Raises:
+        ConfigError: it is one, or can't be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(_LFS))
+    except OSError as e:
+        raise ConfigError(
+            f"{option} {file.parent}: its {file.name} can't be read: {e.strerror}", _GET
+        ) from e
+    if start == _LFS:
+        raise ConfigError(
+            f"{option} {file.parent}: {file.name} is a pointer of git-lfs, not the file itself",
+            "run `git lfs pull` in that folder, or download it again",
+        )
+
+
+def name_of(folder: Path) -> str:
+    """What people call the model in a folder: its last part, or its name in a cache of the hub."""
+    whole = folder.expanduser().resolve()
+    found = _SNAPSHOT.search(whole.as_posix())
+    if found is not None:
+        return f"{found[1]}/{found[2]}@{found[3][:12]}"
+    return "".join(c for c in whole.name if c.isprintable())[:80]
+
+
+def tokenizer_of(
+    given: str | None, folder: Path | None, config: dict[str, Any] | None
+) -> Path | None:
+    """The folder of the tokenizer that a founder means; None = bytes.
+
+    Args:
+        given: `--tokenizer`; None = not given.
+        folder: of the model, or of the config.json that it is made from; None = a preset.
+        config: of that model; None = a preset.
+
+    Raises:
+        ConfigError: it has none that can be read, and its vocabulary is not one of bytes.
+    """
+    if given == BYTES or (given is None and (folder is None or config is None)):
+        return None
+    if given is not None:
+        named = Path(given).expanduser()
+        named = named.parent if named.name == "tokenizer.json" and named.is_file() else named
+        _require_tokenizer(named, "--tokenizer")
+        return named
+    if folder is None or config is None or (folder / "tokenizer.json").exists():
+        return folder
+    if _other_tokenizer(folder):
+        _require_tokenizer(folder, "--model")
+    nested = config.get("text_config")
+    inner = nested.get("vocab_size") if isinstance(nested, dict) else None
+    vocabulary = config.get("vocab_size", inner)
+    if isinstance(vocabulary, int) and vocabulary <= _BYTE_VOCABULARY_MAX:
+        return None
+    raise ConfigError(
+        f"--tokenizer is not given, {folder} holds no tokenizer.json, and a vocabulary of "
+        f"{vocabulary or 'unknown size'} is not one of bytes",
+        f"give the model's own tokenizer: --tokenizer FOLDER; or, if bytes are meant, "
+        f"--tokenizer {BYTES}",
+    )
+
+
+def _require_tokenizer(folder: Path, option: str) -> None:
+    if not folder.is_dir():
+        raise missing_folder(folder, option, "name the folder that holds its tokenizer.json")
+    if (folder / "tokenizer.json").exists():
+        refuse_pointer(folder / "tokenizer.json", option)
+        return
+    other = _other_tokenizer(folder)
+    raise ConfigError(
+        f"{option} {folder}: there is no tokenizer.json in it"
+        + (f", only {other}" if other else ""),
+        "convert it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), of transformers"
+        if other
+        else "name the folder that holds the model's tokenizer.json",
+    )
+
+
+def _other_tokenizer(folder: Path) -> str:
+    """A tokenizer's file in a form that is not read here; empty = there is none."""
+    names = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+    return next((name for name in names if (folder / name).exists()), "")
+
+
+def config_in(folder: Path | None, file: Path | None) -> dict[str, Any] | None:
+    """A model's config, unchecked, from its folder or the file itself; None = neither is given."""
+    path = folder / "config.json" if folder is not None else file
+    return None if path is None else _read(path)
+
+
+def missing_folder(path: Path, option: str, remedy: str = _GET) -> ConfigError:
+    """What a path that does not exist was probably meant to be."""
+    text = str(path)
+    hub = re.sub(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/", "", text)
+    if hub == text and text.startswith("hf:/"):
+        hub = text.removeprefix("hf:").lstrip("/")
+    if _HUB_ID.fullmatch(hub) is None:
+        return ConfigError(f"{option} {path}: there is no such folder", remedy)
+    local = hub.rpartition("/")[2]
+    return ConfigError(
+        f"{option} {path}: there is no such folder here, and xpeer downloads no models",
+        f"if it is meant as a model of the Hugging Face Hub, download it first: "
+        f"`hf download {hub} --local-dir {local}`, then give that folder: {option} {local}",
+    )
+
+
+def _require_folder(path: Path, option: str) -> None:
+    try:
+        if path.is_dir():
+            return
+        exists = path.exists()
+    except OSError as e:
+        raise ConfigError(f"{option} {path} can't be read: {e.strerror}", _GET) from e
+    if not exists:
+        raise missing_folder(path, option)
+    if path.suffix.lower() == ".gguf":
+        raise _gguf(path, option)
+    if path.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".json"):
+        raise ConfigError(
+            f"{option} {path} is one file, and a model is a folder: its config.json belongs to it",
+            f"give the folder: {option} {path.parent}",
+        )
+    raise ConfigError(f"{option} {path} is no folder", _GET)
+
+
+def _require_config(path: Path, option: str, names: set[str]) -> None:
+    if "config.json" in names:
+        return
+    if not names:
+        raise ConfigError(f"{option} {path}: the folder is empty", _GET)
+    if "adapter_config.json" in names:
+        base = _read(path / "adapter_config.json").get("base_model_name_or_path")
+        raise ConfigError(
+            f"{option} {path} holds adapters of peft, not a model"
+            + (f"; their base is {base}" if isinstance(base, str) and base.isprintable() else ""),
+            "merge them into their base (peft: merge_and_unload, save_pretrained), or give the "
+            "base and train new ones with --lora-rank",
+        )
+    if any(name.lower().endswith(".gguf") for name in names):
+        raise _gguf(path, option)
+    inside = sorted(entry.parent.name for entry in path.glob("*/config.json"))
+    raise ConfigError(
+        f"{option} {path}: there is no config.json in it"
+        + (f", but in {inside[0]} below it" if inside else ""),
+        f"give {path / inside[0]}" if inside else _GET,
+    )
+
+
+def _no_weights(path: Path, option: str, names: set[str]) -> ConfigError:
+    if any(name.lower().endswith(".gguf") for name in names):
+        return _gguf(path, option)
+    for name, whose in _ELSEWHERE.items():
+        if name in names:
+            return ConfigError(
+                f"{option} {path}: its only weights are {name}, {whose}",
+                "get the model as safetensors, or convert it with transformers",
+            )
+    others = sorted(name for name in names if name.endswith(".safetensors"))
+    if others:
+        return ConfigError(
+            f"{option} {path}: its weights are {others[0]}, and no model.safetensors or index "
+            "names them",
+            "rename a single file to model.safetensors, or restore model.safetensors.index.json",
+        )
+    return ConfigError(
+        f"{option} {path}: there are no weights in it, only {', '.join(sorted(names)[:4])}",
+        "download model.safetensors, too; or to begin with random weights, give its config.json "
+        "as --model-config",
+    )
+
+
+def _gguf(path: Path, option: str) -> ConfigError:
+    return ConfigError(
+        f"{option} {path}: GGUF is llama.cpp's form of a model, mostly quantised; it can't be "
+        "trained",
+        "get the original model: a folder with config.json and model.safetensors",
+    )
+
+
+def _parts(index: Path, option: str) -> list[str]:
+    refuse_pointer(index, option)
+    weights = _read(index).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise ConfigError(f"{option} {index.parent}: {index.name} is damaged", "download it again")
+    return sorted({str(name) for name in weights.values()})
+
+
+def _check_safetensors(file: Path, option: str) -> None:
+    """Whole, and numbers that can be trained; only the header is read."""
+    refuse_pointer(file, option)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > min(_MAX_HEADER, size):
+                raise ValueError("its header is longer than the file")
+            header: dict[str, Any] = json.loads(opened.read(length))
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = 8 + length + max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
+        if size != end:
+            raise ValueError(f"it has {size} bytes, and {end} belong to it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ConfigError(
+            f"{option} {file.parent}: {file.name} is damaged: {e}", "download or copy it again"
+        ) from e
+    for name, tensor in tensors.items():
+        if name.endswith("weight") and tensor.get("dtype") not in _FLOATS:
+            raise ConfigError(
+                f"{option} {file.parent}: {name} is of type {tensor.get('dtype')}: quantised "
+                "weights can't be trained",
+                "get the original model, in float32, float16 or bfloat16",
+            )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
