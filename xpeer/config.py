@@ -8,23 +8,36 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 import msgspec.structs
 from msgspec import Meta, Struct, field
 
 from xpeer.errors import ConfigError
+from xpeer.paths import checked, checked_text
 
 ENV_PREFIX = "XPEER_"
 NOT_SETTINGS = frozenset({"XPEER_HOME"})
 """Variables that the command line reads itself."""
+_SERVICE = re.compile(
+    r"XPEER(_\w+)?(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)_(ADDR|PORT|PROTO))"
+)
+_LINK = re.compile(r"XPEER(_\w+)?_PORT(_\d+_(TCP|UDP|SCTP))?")
+"""With an address as their value."""
 DEFAULT_HOME = Path("~/.xpeer")
+SOCKET = "xpeer.sock"
+OLD_LOGS = 3
 SOCKET_PATH_MAX = 100
 """Linux's sun_path holds 107 bytes."""
+
+
+Place = Annotated[str, Meta(extra={"path": True})]
+"""A path; blank ones are refused, since they would mean the current folder."""
 
 
 class Network(Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,9 +63,9 @@ class Network(Struct, frozen=True, forbid_unknown_fields=True):
 class Data(Struct, frozen=True, forbid_unknown_fields=True):
     """The text this node trains on. It never leaves the node."""
 
-    shard: list[str] = []
+    shard: list[Place] = []
     """Files, folders or globs: .txt, .md, .jsonl, .parquet."""
-    corpus: list[str] = []
+    corpus: list[Place] = []
     """The local copy of the manifest's shared corpus; `shard` and `corpus` exclude one another."""
     text_field: str = "text"
     """The field of .jsonl and .parquet rows that holds the text."""
@@ -61,9 +74,9 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True):
     """What is held out whole."""
     privacy: Literal["", "record", "update", "off"] = ""
     """What the swarm's manifest must say, or this node does not start; empty = whatever it says."""
-    tokenizer: str = ""
+    tokenizer: Place = ""
     """Folder of the Hugging Face tokenizer, where the manifest asks for one."""
-    base_model: str = ""
+    base_model: Place = ""
     """Folder of the Hugging Face model whose adapters the swarm trains, where the manifest has
     model.lora; empty: the founder's own copy in the home."""
 
@@ -97,7 +110,7 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     cryptographic: AES-256 from the CPU, as on a CPU always."""
     max_epsilon: Annotated[float, Meta(ge=0)] = 0.0
     """The largest privacy.epsilon of a manifest that this node starts with; 0 = any, or none."""
-    register: str = ""
+    register: Place = ""
     """Folder of the machine's register of what documents were charged; homes that use the same one
     count together. Empty: `privacy_register`."""
 
@@ -112,7 +125,7 @@ class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True):
 class Daemon(Struct, frozen=True, forbid_unknown_fields=True):
     """The long-lived process."""
 
-    socket: str = ""
+    socket: Place = ""
     """Control socket; empty = HOME/xpeer.sock."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -139,7 +152,7 @@ class Home:
     """Where a node keeps its state; one daemon at a time."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.expanduser().absolute()
+        self.path = Path(checked("home", str(path))).expanduser().absolute()
         self.identity_key = self.path / "identity.key"
         self.admin_key = self.path / "admin.key"
         self.swarm_key = self.path / "swarm.key"
@@ -156,13 +169,21 @@ class Home:
         self.log = self.path / "daemon.log"
         self.lock = self.path / "lock"
 
+    def parts(self) -> list[Path]:
+        """What of ours may lie in it, by name; what checkpoints and the like hold is not listed."""
+        databases = (self.state_db, self.ledger_db)
+        beside = [f"{each.name}{end}" for each in databases for end in ("-wal", "-shm", "-journal")]
+        beside += [f"{self.log.name}.{n}" for n in range(1, OLD_LOGS + 1)]
+        whole = [path for path in vars(self).values() if path != self.path]
+        return [*whole, *(self.path / name for name in (*beside, SOCKET))]
+
     def socket(self, config: NodeConfig) -> Path:
         """The control socket's path.
 
         Raises:
             ConfigError: longer than the kernel allows.
         """
-        path = Path(config.daemon.socket or self.path / "xpeer.sock").expanduser().absolute()
+        path = Path(config.daemon.socket or self.path / SOCKET).expanduser().absolute()
         if len(os.fsencode(path)) > SOCKET_PATH_MAX:
             raise ConfigError(
                 f"daemon.socket: {path} is longer than {SOCKET_PATH_MAX} bytes",
@@ -183,7 +204,9 @@ def privacy_register(config: NodeConfig) -> Path:
         return path
     if os.geteuid() == 0:
         return Path("/var/lib/xpeer-privacy")
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    state = os.environ.get("XDG_STATE_HOME", "")
+    if not state.startswith("/"):  # the standard has relative ones ignored
+        state = checked("the default of privacy.register", "~/.local/state")
     return Path(state).expanduser() / "xpeer-privacy"
 
 
@@ -201,10 +224,11 @@ def load(
         ConfigError: names the key, the value seen, and the nearest valid name or the bound.
     """
     tree = _read_toml(path)
+    ignored = NOT_SETTINGS.union(foreign(environ))
     for name, raw in sorted(environ.items()):
-        if name.startswith(ENV_PREFIX) and name not in NOT_SETTINGS:
+        if name.startswith(ENV_PREFIX) and name not in ignored:
             section, key = _key_of_variable(name)
-            tree.setdefault(section, {})[key] = _parse_variable(section, key, raw)
+            tree.setdefault(section, {})[key] = _parse_variable(name, section, key, raw)
     for dotted, value in (overrides or {}).items():
         if value is not None:
             section, key = dotted.split(".")
@@ -219,11 +243,40 @@ def load(
         raise ConfigError(
             f"{where}: {problem} (value: {seen!r})", f"correct {where} in {path} or its variable"
         ) from e
+    _refuse_blank(config)
     if config.data.shard and config.data.corpus:
         raise ConfigError(
             "data.shard and data.corpus are both set", "keep one: a private shard or the corpus"
         )
     return config
+
+
+def foreign(environ: Mapping[str, str]) -> list[str]:
+    """Variables with our prefix that Kubernetes or Docker made of a service called xpeer-something.
+
+    A misspelt setting is none of them: where the name alone could be one, the value decides.
+    """
+    found = [name for name, value in environ.items() if _of_a_service(name, value)]
+    linked = tuple(f"{name.removesuffix('NAME')}ENV_" for name in found if name.endswith("_NAME"))
+    found += [name for name in environ if linked and name.startswith(linked)]
+    return sorted(set(found) - {f"{ENV_PREFIX}{s}_{k}".upper() for s, k, _ in settings()})
+
+
+def note_of_foreign(environ: Mapping[str, str]) -> str:
+    """What to tell the operator of them; empty if there are none."""
+    found = foreign(environ)
+    if not found:
+        return ""
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{found[0]}{more} ignored: of a service in Kubernetes or Docker, no setting of xpeer"
+
+
+def _of_a_service(name: str, value: str) -> bool:
+    if _SERVICE.fullmatch(name):
+        return True
+    if _LINK.fullmatch(name):
+        return re.match(r"(tcp|udp|sctp)://", value) is not None
+    return re.fullmatch(r"XPEER(_\w+)?_NAME", name) is not None and value.count("/") >= 2
 
 
 def settings() -> Iterator[tuple[str, str, Any]]:
@@ -233,6 +286,25 @@ def settings() -> Iterator[tuple[str, str, Any]]:
             made = info.default_factory
             default = info.default if made is msgspec.NODEFAULT else made()
             yield section, info.name, default
+
+
+def _is_path(kind: Any) -> bool:
+    """Whether a setting's type is `Place`, or a list of them."""
+    kinds = (kind, *get_args(kind))
+    return any(
+        isinstance(each, Meta) and bool((each.extra or {}).get("path"))
+        for inner in kinds
+        for each in getattr(inner, "__metadata__", ())
+    )
+
+
+PATHS = frozenset(
+    f"{section}.{key}"
+    for section, section_type in get_type_hints(NodeConfig).items()
+    for key, kind in get_type_hints(section_type, include_extras=True).items()
+    if _is_path(kind)
+)
+"""Settings that name files or folders."""
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -253,11 +325,12 @@ def _key_of_variable(name: str) -> tuple[str, str]:
         return known[name]
     except KeyError:
         raise ConfigError(
-            f"environment variable {name} is unknown", _nearest(name, list(known))
+            f"environment variable {name} is unknown",
+            _nearest(name, [*known, *sorted(NOT_SETTINGS)]),
         ) from None
 
 
-def _parse_variable(section: str, key: str, raw: str) -> Any:
+def _parse_variable(name: str, section: str, key: str, raw: str) -> Any:
     default = next(d for s, k, d in settings() if (s, k) == (section, key))
     if isinstance(default, bool):
         if raw.lower() in {"1", "true", "yes"}:
@@ -271,8 +344,39 @@ def _parse_variable(section: str, key: str, raw: str) -> Any:
         except ValueError:
             return raw
     if isinstance(default, str):
-        return raw
-    return [part for part in raw.split(",") if part]
+        return checked(name, raw) if f"{section}.{key}" in PATHS else raw
+    if not raw and f"{section}.{key}" not in PATHS:
+        return []
+    return _parse_list(name, raw)
+
+
+def _parse_list(name: str, raw: str) -> list[str]:
+    checked(name, raw)
+    parts = [part.strip() for part in raw.split(",")] if "," in raw else [raw]
+    if "" in parts:
+        raise ConfigError(
+            f"{name} = {raw!r} has an empty part", "is a variable unset? Correct or unset it"
+        )
+    for first in range(len(parts)):
+        for last in range(first + 2, len(parts) + 1):
+            joined = ",".join(parts[first:last])
+            if Path(joined).exists():
+                raise ConfigError(
+                    f"{name} = {raw!r}: {joined} exists, but a comma separates two paths here",
+                    "write it into config.toml, or give it by its option",
+                )
+    return parts
+
+
+def _refuse_blank(config: NodeConfig) -> None:
+    """Blank paths, and parts of lists; everything on the machine as text."""
+    for section, key, _ in settings():
+        name, value = f"{section}.{key}", getattr(getattr(config, section), key)
+        for part in value if isinstance(value, list) else [value] if value else []:
+            if name in ("data.shard", "data.corpus"):
+                checked_text(name, part)
+            elif name in PATHS or (isinstance(part, str) and not part.strip()):
+                checked(name, part)
 
 
 def _refuse_unknown(tree: dict[str, Any], path: Path) -> None:

@@ -21,6 +21,7 @@ from msgspec import Struct, structs
 
 from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
+from xpeer.files import open_own, private_umask
 from xpeer.identity import Identity, read_secret, write_secret
 from xpeer.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, swarm_key_digest
 from xpeer.network.invites import Token, grant
@@ -164,7 +165,7 @@ def record_invite(home: Home, issued: Issued) -> None:
     line = msgspec.json.encode(issued) + b"\n"
     try:
         # One write of one line, so that two commands at once do not mix theirs.
-        fd = os.open(home.invites, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = open_own(home.invites, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         with os.fdopen(fd, "ab", buffering=0) as file:
             file.write(line)
             os.fsync(fd)
@@ -306,6 +307,11 @@ def _beside(home: Home) -> Iterator[Home]:
 
     It lies in the home where there is one: a service's user can't write to /var/lib itself.
     """
+    with private_umask():
+        yield from _staged(home)
+
+
+def _staged(home: Home) -> Iterator[Home]:
     missing = [path for path in (home.path, *home.path.parents) if not path.exists()]
     make_folder(home.path if not missing else home.path.parent)
     moved: list[Path] = []

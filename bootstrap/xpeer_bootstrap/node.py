@@ -20,8 +20,9 @@ import msgspec
 import uvloop
 
 from xpeer import founding, sdnotify
-from xpeer.config import Home, NodeConfig
+from xpeer.config import Home, NodeConfig, note_of_foreign
 from xpeer.errors import ConfigError, ExitCode, LocalError
+from xpeer.files import open_own, secure
 from xpeer.identity import Identity
 from xpeer.network.addresses import peer_of, resolve_listen
 from xpeer.network.invites import Token
@@ -53,6 +54,7 @@ def run(
         peer_of(seed)
     credential: Credential | None = None
     parsed = Token.parse(token) if token is not None else None
+    closed = secure(home)
     identity = founding.ensure_identity(home)
     if parsed is not None:
         credential = parsed.credential_for(identity, time.time())
@@ -60,6 +62,9 @@ def run(
     # As in the daemon: libraries are heard from warning on.
     logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("xpeer").setLevel(config.daemon.log_level.upper())
+    for note in (*closed, note_of_foreign(os.environ)):
+        if note:
+            log.warning("%s", note)
     with _locked(home):
         membership = Membership(swarm_id or "", credential)
         return uvloop.run(_serve(home, config, listen, identity, membership, as_json))
@@ -122,13 +127,21 @@ def _check_fingerprint(swarm_id: str) -> None:
 
 @contextlib.contextmanager
 def _locked(home: Home) -> Iterator[None]:
-    with home.lock.open("w") as file:
+    try:
+        fd = open_own(home.lock, os.O_RDWR | os.O_CREAT)
+    except OSError as e:
+        raise ConfigError(
+            f"home {home.path} can't be used: {home.lock.name}: {e.strerror}",
+            "check --home and the folder's owner",
+        ) from e
+    with os.fdopen(fd, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise LocalError(
                 f"another node runs on home {home.path}", "stop it, or choose another --home"
             ) from e
+        file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield

@@ -21,6 +21,7 @@ from aiohttp.typedefs import Handler
 from xpeer import __version__
 from xpeer.control import API, Done, Peers, Problem, Version
 from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
+from xpeer.escape import visible
 from xpeer.status import Status
 
 log = logging.getLogger("xpeer.api")
@@ -144,9 +145,10 @@ async def _explain(request: web.Request, handler: Handler) -> web.StreamResponse
     try:
         return await handler(request)
     except LocalError as e:
-        return _json(Problem(problem=e.problem, remedy=e.remedy, exit_code=int(e.exit_code)), 409)
+        problem, remedy = visible(e.problem), visible(e.remedy)
+        return _json(Problem(problem=problem, remedy=remedy, exit_code=int(e.exit_code)), 409)
     except PeerError as e:
-        return _json(Problem(problem=str(e), exit_code=int(ExitCode.ERROR)), 502)
+        return _json(Problem(problem=visible(str(e)), exit_code=int(ExitCode.ERROR)), 502)
 
 
 def _json(answer: msgspec.Struct, status: int = 200) -> web.Response:

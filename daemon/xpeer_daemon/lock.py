@@ -9,6 +9,7 @@ from typing import Self
 
 from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError
+from xpeer.files import open_own
 
 
 class HomeLock:
@@ -27,10 +28,10 @@ class HomeLock:
         """
         try:
             # Not truncated before we own it: it holds the other daemon's pid.
-            fd = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = open_own(home.lock, os.O_RDWR | os.O_CREAT)
         except OSError as e:
             raise ConfigError(
-                f"home {home.path} can't be used: {e.strerror}",
+                f"home {home.path} can't be used: {home.lock.name}: {e.strerror}",
                 "check --home and the folder's owner",
             ) from e
         try:

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import os
 import re
 import sys
 import time
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Literal
 
-import msgspec
-
-from xpeer.config import Home
+from xpeer.config import OLD_LOGS, Home
 from xpeer.errors import ConfigError
+from xpeer.escape import json_text, visible
+from xpeer.files import open_own
 
 MAX_FILE_BYTES = 10_000_000
-OLD_FILES = 3
 
 _TOKEN = re.compile(r"xpeer1\.[A-Za-z0-9_=-]+")
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
 
 
 class _Formatter(logging.Formatter):
@@ -32,7 +33,7 @@ class _Formatter(logging.Formatter):
     def _line(self, record: logging.LogRecord) -> str:
         line = (
             f"{_moment(record)} {record.levelname.lower()} {record.name}: "
-            f"{record.getMessage().translate(_ESCAPES)}"
+            f"{visible(record.getMessage())}"
         )
         trace = self._trace(record)
         return f"{line}\n{trace}" if trace else line
@@ -41,7 +42,8 @@ class _Formatter(logging.Formatter):
         if not record.exc_info:
             return ""
         # Indented: a line of a traceback never looks like an entry of its own.
-        return "\n".join(f"  {x}" for x in self.formatException(record.exc_info).splitlines())
+        lines = self.formatException(record.exc_info).split("\n")
+        return "\n".join(f"  {visible(line)}" for line in lines)
 
 
 class _JsonFormatter(_Formatter):
@@ -54,7 +56,15 @@ class _JsonFormatter(_Formatter):
         }
         if trace := self._trace(record):
             entry["trace"] = trace
-        return msgspec.json.encode(entry).decode()
+        return json_text(entry)
+
+
+class _File(logging.handlers.RotatingFileHandler):
+    """Opens without following a link: nobody has our lines written to a file of theirs."""
+
+    def _open(self) -> TextIOWrapper:
+        fd = open_own(Path(self.baseFilename), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        return os.fdopen(fd, "a", encoding=self.encoding)
 
 
 def setup(home: Home, level: str, log_format: Literal["text", "json"]) -> None:
@@ -67,9 +77,7 @@ def setup(home: Home, level: str, log_format: Literal["text", "json"]) -> None:
     """
     formatter = _JsonFormatter() if log_format == "json" else _Formatter()
     try:
-        file = logging.handlers.RotatingFileHandler(
-            home.log, maxBytes=MAX_FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8"
-        )
+        file = _File(home.log, maxBytes=MAX_FILE_BYTES, backupCount=OLD_LOGS, encoding="utf-8")
     except OSError as e:
         raise ConfigError(
             f"log {home.log} can't be written: {e.strerror}", "check the home's owner and mode"
@@ -82,6 +90,21 @@ def setup(home: Home, level: str, log_format: Literal["text", "json"]) -> None:
     root.setLevel(logging.WARNING)
     logging.getLogger("xpeer").setLevel(level.upper())
     logging.captureWarnings(True)
+
+
+def add_fault(path: Path, error: BaseException) -> None:
+    """Append what ended a command, with its trace, as an entry like the daemon's.
+
+    Raises:
+        ConfigError, OSError: it can't be written.
+    """
+    raised = (type(error), error, error.__traceback__)
+    record = logging.LogRecord(
+        "xpeer.cli", logging.ERROR, "", 0, "a fault of xpeer ended a command", (), raised
+    )
+    fd = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with os.fdopen(fd, "a", encoding="utf-8") as file:
+        file.write(f"{_Formatter().format(record)}\n")
 
 
 def close() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 
 import uvloop
 
-from xpeer import founding
-from xpeer.config import Home, NodeConfig
+from xpeer import files, founding
+from xpeer.config import Home, NodeConfig, note_of_foreign
 from xpeer.errors import LocalError, NotAuthorisedError
 from xpeer.identity import Identity
 from xpeer.manifest import SignedManifest
@@ -29,6 +30,11 @@ def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
     Raises:
         LocalError: the first problem.
     """
+    files.secure(home, look_only=True)
+    _check(home, config, join_token=join_token)
+
+
+def _check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
     if join_token is None:
         credential = founding.load_credential(home)
         certificate = credential.verify(credential.claimed_swarm(), time.time())
@@ -66,13 +72,17 @@ def run(
     Raises:
         LocalError: it can't start, or can't go on.
     """
+    closed = files.secure(home)
     if home.lock.exists():
         HomeLock.acquire(home).close()  # another daemon's port would look taken
-    check(home, config, join_token=join_token)
+    _check(home, config, join_token=join_token)
     if join_token is not None:
         founding.prepare_join(home, join_token)
     with HomeLock.acquire(home):
         logs.setup(home, config.daemon.log_level, config.daemon.log_format)
+        for note in (*closed, note_of_foreign(os.environ)):
+            if note:
+                log.warning("%s", note)
         try:
             return uvloop.run(Service(home, config, paused=paused, trainer=trainer).main())
         except LocalError as e:

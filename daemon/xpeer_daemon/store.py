@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from xpeer.errors import ConfigError
+from xpeer.files import require_own
 
 log = logging.getLogger("xpeer.store")
 
@@ -240,6 +241,7 @@ class Store:
 
 def _connect(path: Path) -> sqlite3.Connection | None:
     """An open database with our tables; None if the file is damaged or of another version."""
+    require_own(path)
     database = sqlite3.connect(path)
     try:
         database.execute("PRAGMA journal_mode=WAL")

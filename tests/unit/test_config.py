@@ -57,6 +57,8 @@ def test_variables_are_typed(tmp_path: Path) -> None:
 def test_every_setting_has_a_variable(tmp_path: Path) -> None:
     for section, key, default in config.settings():
         raw = ",".join(default) if isinstance(default, list) else str(default)
+        if not raw and f"{section}.{key}" in config.PATHS:
+            continue  # an empty path is an unset variable of somebody's
         made = config.load(tmp_path / "none", {f"XPEER_{section}_{key}".upper(): raw})
         assert getattr(getattr(made, section), key) == default
 

@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from xpeer import __version__
 from xpeer.cli.common import error_boundary
+from xpeer.files import private_umask
 
 
 class Lazy(NamedTuple):
@@ -78,9 +79,23 @@ class LazyGroup(click.Group):
         ]
         return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a subcommand; its errors become one line and an exit code."""
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Read the root's own options, inside the error boundary."""
         with error_boundary():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a subcommand; its errors become one line and an exit code.
+
+        Whatever it makes, itself or through a library, is for this user alone.
+        """
+        with private_umask(), error_boundary(ctx):
             return super().invoke(ctx)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
+from xpeer.cli.common import GivenPath, echo, echo_json, home_option, json_option, load_config, say
 from xpeer.config import Home, privacy_register
 from xpeer.control import Client
 from xpeer.errors import ConfigError, ExitCode, LocalError
@@ -42,7 +42,7 @@ def list_command(home: Home, as_json: bool) -> None:
         )
         if not as_json:
             saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.st_mtime))
-            click.echo(f"step {step_of(path):<9} {saved}  {found.st_size / 1e6:9.2f} MB  {path}")
+            echo(f"step {step_of(path):<9} {saved}  {found.st_size / 1e6:9.2f} MB  {path}")
     if as_json:
         echo_json(rows)
     elif not rows:
@@ -55,7 +55,7 @@ def save_command(home: Home) -> None:
     """Have the running daemon save one now; print its path."""
     path = Client(home.socket(load_config(home)), SAVE_TIMEOUT_S).checkpoint()
     if path:
-        click.echo(path)
+        echo(path)
     else:
         say("nothing to save: this node trains nothing yet")
 
@@ -79,7 +79,7 @@ def verify_command(home: Home, as_json: bool) -> None:
         echo_json([{"path": path, "problem": problem} for path, problem in problems.items()])
     else:
         for name, problem in problems.items():
-            click.echo(f"{name}  {f'damaged: {problem}' if problem else 'ok'}")
+            echo(f"{name}  {f'damaged: {problem}' if problem else 'ok'}")
     if any(problems.values()):
         raise click.exceptions.Exit(int(ExitCode.ERROR))
 
@@ -90,7 +90,7 @@ def verify_command(home: Home, as_json: bool) -> None:
     "--hf",
     "folder",
     required=True,
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="New folder for transformers' (or, for adapters, peft's) from_pretrained.",
 )
 @click.option("--merged", is_flag=True, help="Adapters added to their base: a model of its own.")
@@ -143,4 +143,4 @@ def export_command(home: Home, folder: Path, merged: bool) -> None:
         model.export_adapters(made, lora, tokenizer, folder, card)
         say(f"adapters for the model whose weights have BLAKE2b-256 {lora.base_digest}")
     say(f"exported step {bundle.step}, {bundle.flat.numel()} parameters")
-    click.echo(folder)
+    echo(str(folder))

@@ -6,21 +6,65 @@ group turns it into one line and the documented exit code; nothing here imports 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import msgspec
+from click.core import ParameterSource
 
 from xpeer import config
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
+from xpeer.escape import json_text, one_line, visible
+from xpeer.files import secure
+from xpeer.paths import checked, checked_home, checked_text
 
+HOME_VARIABLE = "XPEER_HOME"
+_HOME = "xpeer.home"
+"""Where a command's context, and so its parents', keeps its home."""
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
+
+
+class GivenPath(click.Path):
+    """A path option; an empty one never comes to mean the current folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(
+        self,
+        value: Any,
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        """A `Path`, `~` expanded."""
+        checked(_name_of(param), os.fspath(value))
+        return Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()
+
+
+class GivenText(click.ParamType[str]):
+    """A file, folder or glob of text to train on, as `str`; or what another check allows."""
+
+    name = "path"
+
+    def __init__(self, check: Callable[[str, str], str] = checked_text) -> None:
+        self._check = check
+
+    def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> str:
+        """As it was given."""
+        return self._check(_name_of(param), str(value))
+
+
+def _name_of(param: click.Parameter | None) -> str:
+    return param.opts[0] if param is not None else "a path"
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,10 +73,9 @@ def home_option(command: F) -> F:
     """Give a command `home: xpeer.config.Home` from --home, XPEER_HOME or the default."""
     return click.option(
         "--home",
-        envvar="XPEER_HOME",
+        envvar=HOME_VARIABLE,
         default=str(config.DEFAULT_HOME),
         show_default=True,
-        type=click.Path(path_type=Path),
         callback=_home,
         help="The node's folder (XPEER_HOME).",
     )(command)
@@ -63,23 +106,54 @@ def load_config(
 
 def echo_json(value: Any) -> None:
     """Print a msgspec struct, dict or list as indented JSON on stdout."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+    click.echo(json_text(value, indent=2))
+
+
+def echo(line: str) -> None:
+    """Print a line of what was asked for, on stdout."""
+    click.echo(visible(line))
 
 
 def say(line: str) -> None:
     """Tell a person something, on stderr."""
-    click.echo(line, err=True)
+    click.echo(visible(line), err=True)
+
+
+def say_foreign() -> None:
+    """Say which variables with our prefix were taken for somebody else's."""
+    if note := config.note_of_foreign(os.environ):
+        say(f"note: {note}")
+
+
+def secure_home(home: Home) -> None:
+    """Close a home to others, before anything is written to it; what was closed is said.
+
+    Raises:
+        ConfigError: others may write to it.
+    """
+    for note in secure(home):
+        say(f"note: {note}")
 
 
 @contextmanager
-def error_boundary() -> Iterator[None]:
+def error_boundary(ctx: click.Context | None = None) -> Iterator[None]:
     """Turn what a command raises into one line on stderr and an exit code.
+
+    What was not raised on purpose is a fault of ours: its trace goes to the log of the home, if the
+    command got as far as one.
 
     Raises:
         click.exceptions.Exit: with the code; click ends the process with it.
+        click.ClickException: a wrong use of the command line, made visible.
     """
     try:
         yield
+    except (click.exceptions.Exit, click.Abort):
+        raise
+    except click.ClickException as e:
+        if (shown := one_line(e.format_message())) == e.format_message():
+            raise
+        raise click.UsageError(shown, getattr(e, "ctx", None)) from e
     except LocalError as e:
         _complain(str(e))
         raise click.exceptions.Exit(int(e.exit_code)) from e
@@ -88,14 +162,40 @@ def error_boundary() -> Iterator[None]:
         raise click.exceptions.Exit(int(ExitCode.ERROR)) from e
     except KeyboardInterrupt as e:
         raise click.exceptions.Exit(INTERRUPTED) from e
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno == errno.EPIPE:
+            raise  # whoever read our output has gone: click ends without a word
+        _complain(f"a fault of xpeer: {type(e).__name__}: {e} - {_trace_kept(ctx, e)}")
+        raise click.exceptions.Exit(int(ExitCode.ERROR)) from e
+
+
+def _trace_kept(ctx: click.Context | None, error: Exception) -> str:
+    """Put the trace where it can be found; what to do about it."""
+    from xpeer_daemon import logs  # noqa: PLC0415 - rarely needed
+
+    home: Home | None = ctx.meta.get(_HOME) if ctx is not None else None
+    if home is not None and home.path.is_dir():
+        with contextlib.suppress(ConfigError, OSError):
+            secure(home, look_only=True)
+            logs.add_fault(home.log, error)
+            return f"please report it, with the end of {home.log}"
+    handle, name = tempfile.mkstemp(prefix="xpeer-", suffix=".log")  # mode 0600
+    os.close(handle)
+    logs.add_fault(Path(name), error)
+    return f"please report it, with {name}"
 
 
 def _complain(message: str) -> None:
-    say(f"xpeer: error: {' '.join(message.split())}")
+    say(f"xpeer: error: {one_line(message)}")
 
 
-def _home(_ctx: click.Context, _param: click.Parameter, value: Path) -> Home:
-    home = Home(value)
+def _home(ctx: click.Context, param: click.Parameter, value: str) -> Home:
+    source = ctx.get_parameter_source(param.name or "")
+    if source is ParameterSource.DEFAULT:
+        value = os.environ.get(HOME_VARIABLE, value)  # click takes an empty one for unset
+    name = "--home" if source is ParameterSource.COMMANDLINE else HOME_VARIABLE
+    home = Home(Path(checked_home(name, value)))
     if home.path.exists() and not home.path.is_dir():
         raise ConfigError(f"home {home.path} is not a folder", "name another with --home")
+    ctx.meta[_HOME] = home
     return home

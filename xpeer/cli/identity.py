@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from xpeer.cli.common import echo_json, home_option, json_option, say
+from xpeer.cli.common import echo_json, home_option, json_option, say, secure_home
 from xpeer.config import Home
 from xpeer.founding import ensure_identity
 
@@ -14,6 +14,7 @@ from xpeer.founding import ensure_identity
 @json_option
 def id_command(home: Home, as_json: bool) -> None:
     """Print this node's PeerID; make its key if there is none."""
+    secure_home(home)
     fresh = not home.identity_key.exists()
     peer_id = ensure_identity(home).peer_id
     if fresh:

@@ -9,12 +9,23 @@ import click
 import msgspec
 
 from xpeer import founding
-from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
+from xpeer.cli.common import (
+    GivenPath,
+    GivenText,
+    echo_json,
+    home_option,
+    json_option,
+    load_config,
+    say,
+    say_foreign,
+    secure_home,
+)
 from xpeer.cli.start import read_token
 from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, LoraOptions, draft_manifest, initial_model
 from xpeer.network.invites import check_seed
+from xpeer.paths import checked
 from xpeer.status import SHOUTED
 from xpeer.training.source import BYTES, check_folder, config_in, tokenizer_of
 
@@ -40,8 +51,8 @@ _EXPLAINED = {
 @json_option
 @click.option("--swarm", "name", metavar="NAME", help="Found a swarm of this name.")
 @click.option("--join", metavar="TOKEN", help="Or join one: token, file:PATH, or - for stdin.")
-@click.option("--model", type=click.Path(path_type=Path), help="Hugging Face folder to start from.")
-@click.option("--model-config", type=click.Path(path_type=Path), help="config.json to start from.")
+@click.option("--model", type=GivenPath(), help="Hugging Face folder to start from.")
+@click.option("--model-config", type=GivenPath(), help="config.json to start from.")
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
@@ -61,17 +72,18 @@ _EXPLAINED = {
 )
 @click.option(
     "--base-model",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="A joiner's copy of the model whose adapters the swarm trains.",
 )
 @click.option(
     "--tokenizer",
+    type=GivenText(checked),
     metavar="FOLDER|bytes",
     help="Default: the one in the model's folder; bytes, for a model without one.",
 )
 @click.option(
     "--public-text",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="Text that is no secret; its first 200 KB. Default: the Python manual's topics.",
 )
 @click.option(
@@ -89,10 +101,13 @@ _EXPLAINED = {
     help="For all, for ever, only decided here. update: an experiment; its noise swamps what few "
     "members learn. off: what members share protects nothing.",
 )
-@click.option("--shard", multiple=True, metavar="PATH", help="Text this node trains on.")
+@click.option(
+    "--shard", multiple=True, type=GivenText(), metavar="PATH", help="Text this node trains on."
+)
 @click.option(
     "--corpus",
     multiple=True,
+    type=GivenText(),
     metavar="PATH",
     help="Instead: a copy of the corpus that all members train a part of.",
 )
@@ -140,6 +155,8 @@ def init(
         "data.base_model": str(base_model.expanduser().absolute()) if base_model else "",
     }
     _check_settings(home, settings)
+    say_foreign()
+    secure_home(home)
     if join is not None:
         given = [k for k in _FOUNDING if ctx.get_parameter_source(k) is _COMMAND_LINE]
         if given:

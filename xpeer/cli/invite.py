@@ -8,7 +8,15 @@ import time
 import click
 
 from xpeer import founding
-from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
+from xpeer.cli.common import (
+    echo,
+    echo_json,
+    home_option,
+    json_option,
+    load_config,
+    say,
+    secure_home,
+)
 from xpeer.config import Home
 from xpeer.control import Client
 from xpeer.errors import (
@@ -62,6 +70,7 @@ def create(
     The use limit of such a bearer token is best effort: it expires, but until then it can be used
     more than once. A real limit would need a server: there is none.
     """
+    secure_home(home)
     admin = _admin_key(home)
     signed = SignedManifest.load(home.manifest)
     manifest = signed.open()
@@ -116,7 +125,7 @@ def list_command(home: Home, as_json: bool) -> None:
     for entry in invites:
         left = entry.join_before_unix_s - now
         state = f"for {left / 3600:.1f} h" if left > 0 else "expired"
-        click.echo(f"{entry.serial:016x}  {entry.role:14}  {state:12}  {entry.subject}")
+        echo(f"{entry.serial:016x}  {entry.role:14}  {state:12}  {entry.subject}")
     if not invites:
         say("no invitation was made here")
 

@@ -16,9 +16,9 @@ import msgspec
 from msgspec import Struct
 
 from xpeer.cli.common import home_option, json_option
-from xpeer.cli.render import visible
 from xpeer.config import Home
 from xpeer.errors import ConfigError, NotRunningError
+from xpeer.escape import json_text, visible
 
 POLL_S = 0.2
 LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -131,7 +131,7 @@ def _entry(line: str) -> Entry | None:
 
 
 def _print(entry: Entry, *, as_json: bool) -> None:
-    click.echo(msgspec.json.encode(entry).decode() if as_json else entry.text())
+    click.echo(json_text(entry) if as_json else entry.text())
 
 
 def _open(path: Path) -> TextIO:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import click
-import msgspec
 
 from xpeer.cli import render
 from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
 from xpeer.config import Home
 from xpeer.control import Client, Peers
 from xpeer.errors import ExitCode
+from xpeer.escape import json_text
 from xpeer.status import Status
 
 SLOW_S = 120.0
@@ -112,7 +112,7 @@ def _watch(ask: Callable[[], Status], interval_s: float, *, as_json: bool) -> No
     """Until Ctrl-C or the daemon's end: redraw on a terminal, else a line per look."""
     if as_json or not sys.stdout.isatty():
         for answer in _looks(ask, interval_s):
-            line = msgspec.json.encode(answer).decode() if as_json else render.summary(answer)
+            line = json_text(answer) if as_json else render.summary(answer)
             click.echo(line)
         return
     from rich.live import Live  # noqa: PLC0415 - only --watch on a terminal needs it

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
+from xpeer.cli.common import (
+    GivenPath,
+    GivenText,
+    echo,
+    echo_json,
+    home_option,
+    json_option,
+    load_config,
+    say,
+)
 from xpeer.cli.render import moment
 from xpeer.config import Home, privacy_register
 from xpeer.errors import ConfigError, ExitCode, LocalError
@@ -43,7 +52,7 @@ def status_command(home: Home, as_json: bool) -> None:
         echo_json(found)
         return
     for label, text in _rows(found):
-        click.echo(f"{label:12}{text}")
+        echo(f"{label:12}{text}")
     for problem in found.problems:
         say(f"warning: {problem}")
     say("not covered: " + "; ".join(audit.not_covered(found.unit)))
@@ -53,9 +62,11 @@ def status_command(home: Home, as_json: bool) -> None:
 @click.option("--epsilon", type=float, default=8.0, show_default=True)
 @click.option("--delta", type=float, help="Default: min(1e-5, records^-1.1).")
 @click.option("--records", type=int, help="Training sequences in the shard, or documents.")
-@click.option("--shard", multiple=True, help="Or count them: files, folders or globs.")
+@click.option(
+    "--shard", multiple=True, type=GivenText(), help="Or count them: files, folders or globs."
+)
 @click.option("--text-field", default="text", show_default=True, help="As data.text_field.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder; default: bytes.")
+@click.option("--tokenizer", type=GivenPath(), help="Folder; default: bytes.")
 @click.option("--documents", is_flag=True, help="Protect documents, not training sequences.")
 @click.option("--batch", type=int, help="Expected records (documents) a step; default: a table.")
 @click.option("--steps", type=int, help="Private steps in all.")
@@ -125,7 +136,13 @@ def plan_command(
 
 @privacy.command("documents")
 @home_option
-@click.option("--shard", multiple=True, metavar="PATH", help="As to `xpeer start`, if not set.")
+@click.option(
+    "--shard",
+    multiple=True,
+    type=GivenText(),
+    metavar="PATH",
+    help="As to `xpeer start`, if not set.",
+)
 @click.option("--above", type=float, default=0.0, help="Only files with more epsilon than this.")
 @click.option("--delta", type=float, help="Default: as noted in the ledger.")
 @json_option
@@ -155,7 +172,7 @@ def documents_command(
         echo_json(found)
         return
     for each in found:
-        click.echo(f"{each.epsilon:9.4f}  {each.documents:6d}  {each.path}")
+        echo(f"{each.epsilon:9.4f}  {each.documents:6d}  {each.path}")
 
 
 @privacy.command("report")
@@ -176,7 +193,7 @@ def report_command(home: Home, as_json: bool) -> None:
 
 @privacy.command("verify")
 @home_option
-@click.option("--ledger", "path", type=click.Path(path_type=Path), help="Another ledger.sqlite.")
+@click.option("--ledger", "path", type=GivenPath(), help="Another ledger.sqlite.")
 @click.option("--delta", type=float, help="Default: as noted in the ledger.")
 @json_option
 def verify_command(home: Home, path: Path | None, delta: float | None, as_json: bool) -> None:

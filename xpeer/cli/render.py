@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from xpeer.escape import visible
 from xpeer.health import duration
 from xpeer.status import SHOUTED, CorpusShare, Partner, Status
 
@@ -137,11 +138,6 @@ def number(value: float | None) -> str:
 def ago(age_s: float | None) -> str:
     """An age."""
     return "never" if age_s is None else f"{duration(age_s)} ago"
-
-
-def visible(text: str) -> str:
-    """Control characters as escapes: what a peer chose must not steer this terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _wrapped(label: str, text: str) -> list[str]:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import click
 
-from xpeer.cli.common import home_option, load_config, say
+from xpeer.cli.common import GivenPath, GivenText, home_option, load_config, say, say_foreign
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, NotAuthorisedError
+from xpeer.paths import checked
 
 MAX_TOKEN_CHARS = 8192
+_KNOWN_SEEDS = "known"
+"""What --bootstrap without ADDR means; an empty ADDR is an unset variable."""
 
 
 @click.command()
@@ -22,18 +25,20 @@ MAX_TOKEN_CHARS = 8192
     "seeds",
     multiple=True,
     is_flag=False,
-    flag_value="",
+    flag_value=_KNOWN_SEEDS,
     metavar="[ADDR]",
     help="Join through this address (repeatable). Without ADDR: through the seeds known already.",
 )
 @click.option("--join", metavar="TOKEN", help="Token, file:PATH, or - for standard input.")
-@click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), help="Instead of HOME/config.toml."
-)
+@click.option("--config", "config_path", type=GivenPath(), help="Instead of HOME/config.toml.")
 @click.option("--listen", multiple=True, metavar="ADDR", help="Multiaddress to listen on.")
 @click.option("--announce", multiple=True, metavar="ADDR", help="Address to tell others.")
 @click.option(
-    "--shard", multiple=True, metavar="PATH", help="Text to train on: file, folder, glob."
+    "--shard",
+    multiple=True,
+    type=GivenText(),
+    metavar="PATH",
+    help="Text to train on: file, folder, glob.",
 )
 @click.option(
     "--privacy",
@@ -62,7 +67,7 @@ def start(
     config = load_config(
         home,
         {
-            "network.bootstrap": [seed for seed in seeds if seed] or None,
+            "network.bootstrap": [seed for seed in seeds if seed != _KNOWN_SEEDS] or None,
             "network.listen": list(listen) or None,
             "network.announce": list(announce) or None,
             "data.shard": list(shard) or None,
@@ -80,6 +85,7 @@ def start(
     from xpeer_daemon import start as daemon  # noqa: PLC0415
 
     if dry_run:
+        say_foreign()
         daemon.check(home, config, join_token=token)
         say(_text_report(config))
         say("all is well; nothing was started")
@@ -99,7 +105,7 @@ def read_token(argument: str | None) -> str | None:
     if argument == "-":
         text = sys.stdin.read(MAX_TOKEN_CHARS)
     elif argument.startswith("file:"):
-        path = Path(argument.removeprefix("file:")).expanduser()
+        path = Path(checked("--join file:", argument.removeprefix("file:"))).expanduser()
         try:
             with path.open(encoding="utf-8") as file:
                 text = file.read(MAX_TOKEN_CHARS)

@@ -24,6 +24,7 @@ from typing import Final, Self
 import msgspec
 
 from xpeer.errors import LocalError
+from xpeer.files import require_own
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.charges import MECHANISM, About, Chain, Charge, Row, forecast, in_parts
 from xpeer.privacy.histories import ByUnit, Joined, segments_of
@@ -95,6 +96,7 @@ class Ledger:
             LocalError: unreadable, corrupt, inconsistent, or not the account that must exist.
         """
         path = path.absolute()
+        require_own(path)
         if not path.exists():
             refuse_a_loss(path, must_exist)
             create(path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import secrets
 import sqlite3
@@ -18,6 +19,9 @@ from typing import Final
 import msgspec
 
 from xpeer.errors import ConfigError, LocalError
+from xpeer.files import require_own, secure_folder
+
+log = logging.getLogger("xpeer.register")
 
 NAME: Final = "register.sqlite"
 KEY: Final = "register.key"
@@ -27,6 +31,11 @@ _KEY_BYTES: Final = 32
 _BUSY_S: Final = 120.0
 """Another home may be asking the accountant whether its charge fits."""
 _NEW_FILE: Final = ".new"
+_FILES: Final = frozenset(
+    f"{name}{end}"
+    for name in (NAME, KEY)
+    for end in ("", "-wal", "-shm", "-journal", _NEW_FILE, f"{_NEW_FILE}-journal")
+)
 _NEW: Final = -1
 """Class of documents that are in none."""
 _LEDGERS: Final = (
@@ -67,6 +76,9 @@ def opened(folder: Path) -> tuple[sqlite3.Connection, bytes]:
     path = folder / NAME
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for note in secure_folder(folder, "privacy register", "privacy.register", _FILES):
+            log.warning("%s", note)
+        require_own(path)
         with _alone(folder):
             if not path.exists():
                 _begin(folder)

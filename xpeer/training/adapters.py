@@ -106,7 +106,7 @@ def write(adapted: torch.nn.Module, lora: Lora, folder: Path) -> None:
     found = peft.get_peft_model_state_dict(inner, state_dict=own, save_embedding_layers=False)
     weights = folder / "adapter_model.safetensors"
     save_file(found, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)
+    weights.chmod(0o600)
     config = inner.peft_config[_ADAPTER]
     config.inference_mode, config.base_model_name_or_path = True, None
     config.save_pretrained(str(folder))

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from xpeer.errors import ShardError
 from xpeer.identity import blake2b
+from xpeer.paths import refuse_homes
 
 SUFFIXES: Final = (".txt", ".md", ".jsonl", ".parquet")
 """What is looked for in folders."""
@@ -132,6 +133,7 @@ def _matches(pattern: str, setting: str) -> list[Path]:
             f"{setting}: {pattern} holds no file of {', '.join(SUFFIXES)}",
             "other text files are read when they are named or matched by a glob",
         )
+    refuse_homes(files, setting)
     return files
 
 

@@ -91,7 +91,6 @@ def _staged(folder: Path) -> Iterator[Path]:
         raise _unwritable(folder, e) from e
     try:
         yield staging
-        staging.chmod(0o755)
         for path in (*staging.rglob("*"), staging):
             sync(path)
         staging.replace(folder)

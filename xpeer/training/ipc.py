@@ -30,6 +30,7 @@ from xpeer.errors import (
     TrainerError,
     XpeerError,
 )
+from xpeer.escape import one_line, visible
 from xpeer.status import CorpusShare, PrivacySpent, Progress
 from xpeer.training.setup import Mode, TrainerSetup
 
@@ -258,15 +259,15 @@ _ERRORS: Final[dict[str, type[LocalError]]] = {
 def failure_of(error: BaseException) -> Failure:
     """An exception as it crosses the socket; unexpected ones carry their traceback."""
     if isinstance(error, PeerError):
-        return Failure("PeerError", error.reason, error.detail)
+        return Failure("PeerError", error.reason, visible(error.detail))
     if isinstance(error, LocalError):
         kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _ERRORS)
-        return Failure(kind, error.problem, error.remedy, int(error.exit_code))
+        return Failure(kind, visible(error.problem), visible(error.remedy), int(error.exit_code))
     return Failure(
         "TrainerError",
-        f"the trainer failed: {type(error).__name__}: {error}",
+        one_line(f"the trainer failed: {type(error).__name__}: {error}"),
         "see the log; it is restarted from its last checkpoint",
-        trace="".join(traceback.format_exception(error)),
+        trace="\n".join(map(visible, "".join(traceback.format_exception(error)).split("\n"))),
     )
 
 

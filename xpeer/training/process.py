@@ -63,6 +63,7 @@ def main(assemble: Callable[[TrainerSetup], Assembled] | None = None) -> NoRetur
     """
     socket_fd, arena_fd, parent_pid = (int(argument) for argument in sys.argv[1:])
     _die_with(parent_pid)
+    os.umask(0o077)
     # the daemon decides: a ^C or a stop of the whole group reaches it, too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

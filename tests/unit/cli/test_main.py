@@ -77,9 +77,20 @@ def test_error_boundary(
     assert capsys.readouterr().err == line
 
 
-def test_bugs_are_not_dressed_up() -> None:
-    with pytest.raises(ZeroDivisionError), error_boundary():
-        raise ZeroDivisionError
+def test_a_fault_of_ours_is_one_line_and_a_trace_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(click.exceptions.Exit) as caught, error_boundary():
+        raise ZeroDivisionError("in\x1b[31m\ntwo")
+    assert caught.value.exit_code == ExitCode.ERROR
+    (kept,) = tmp_path.glob("xpeer-*.log")
+    assert kept.stat().st_mode & 0o077 == 0
+    assert capsys.readouterr().err == (
+        "xpeer: error: a fault of xpeer: ZeroDivisionError: in\\x1b[31m two"
+        f" - please report it, with {kept}\n"
+    )
+    assert "Traceback" in kept.read_text()
 
 
 def test_home_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from xpeer.cli.logs import Entry, parse
-from xpeer.config import Home
+from xpeer.config import OLD_LOGS, Home
 from xpeer.errors import ConfigError
 from xpeer_daemon import logs
 
@@ -87,7 +87,7 @@ def test_files_are_bounded(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(200):
         log.info("line %d %s", number, "x" * 50)
     files = sorted(home.path.glob("daemon.log*"))
-    assert len(files) == 1 + logs.OLD_FILES
+    assert len(files) == 1 + OLD_LOGS
     assert all(file.stat().st_size <= 2000 for file in files)
 
 

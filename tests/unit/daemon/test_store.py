@@ -121,7 +121,7 @@ def test_a_folder_that_can_not_be_written_is_the_operators(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="can't be opened"):
         Store.open(tmp_path / "no" / "state.sqlite")
     (tmp_path / "state.sqlite").mkdir()
-    with pytest.raises(ConfigError, match="can't be opened"):
+    with pytest.raises(ConfigError, match="is no file"):
         Store.open(tmp_path / "state.sqlite")
     assert (tmp_path / "state.sqlite").is_dir()
 

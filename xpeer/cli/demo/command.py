@@ -9,14 +9,14 @@ from pathlib import Path
 
 import click
 
-from xpeer.cli.common import json_option
+from xpeer.cli.common import GivenPath, json_option
 
 
 @click.command()
 @json_option
 @click.option("--seed", default=1, show_default=True, help="Of the public start's training.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path(".demo"), show_default=True,
+    "--out", type=GivenPath(), default=Path(".demo"), show_default=True,
     help="Folder for caches, homes, logs and the report.",
 )  # fmt: skip
 @click.option(

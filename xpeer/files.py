@@ -1,0 +1,213 @@
+"""Files and folders that only this user may read or write, whatever others have left there.
+
+What a node keeps is its keys, its text as tokens, and logs with losses on that text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pwd
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from xpeer.config import Home
+from xpeer.errors import ConfigError
+
+OTHERS: Final = 0o077
+_OTHERS_WRITE: Final = 0o022
+
+
+@contextmanager
+def private_umask() -> Iterator[None]:
+    """Whatever is made meanwhile, by libraries too, is for this user alone."""
+    previous = os.umask(OTHERS)
+    try:
+        yield
+    finally:
+        os.umask(previous)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of a node's home, mode 0600 if it is made; a link is never followed.
+
+    Returns:
+        A descriptor that child processes don't inherit.
+
+    Raises:
+        ConfigError: a link, a folder, a pipe, or a file of another user.
+        OSError: any other reason why it can't be opened.
+    """
+    try:
+        # O_NONBLOCK: a pipe that somebody has put there would wait for ever.
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise _link(path) from e
+        raise
+    try:
+        found = os.fstat(fd)
+        _refuse_foreign(path, found)
+        if found.st_mode & OTHERS:
+            os.fchmod(fd, stat.S_IMODE(found.st_mode) & ~OTHERS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def require_own(path: Path) -> None:
+    """Check a file that a library is about to open by its name; it may be missing.
+
+    It is not opened here: closing it would release the locks that SQLite may have on it.
+
+    Raises:
+        ConfigError: a link, no file, or one of another user.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise ConfigError(f"{path} can't be used: {e.strerror}", "check its owner and mode") from e
+    if stat.S_ISLNK(found.st_mode):
+        raise _link(path)
+    _refuse_foreign(path, found)
+
+
+def secure(home: Home, *, look_only: bool = False) -> list[str]:
+    """See to it that nobody else can enter a home, before anything is read from or written to it.
+
+    A home that others may enter is closed to them, as are its files.
+
+    Args:
+        home: it need not exist.
+        look_only: change nothing.
+
+    Returns:
+        What was closed, in words.
+
+    Raises:
+        ConfigError: others may write to it, or put another in its place, or it is theirs.
+    """
+    is_home = home.identity_key.exists() or home.credential.exists()
+    ours = None if is_home else {path.name for path in home.parts()}
+    closed = secure_folder(home.path, "home", "--home", ours, look_only=look_only)
+    return closed if look_only else [*closed, *_close_files(home)]
+
+
+def secure_folder(
+    path: Path, what: str, option: str, ours: Collection[str] | None, *, look_only: bool = False
+) -> list[str]:
+    """`secure` for one folder.
+
+    Args:
+        path: it need not exist.
+        what: it is, for messages.
+        option: that names it.
+        ours: names that may be in it if it is to be closed; None: any.
+        look_only: change nothing.
+
+    Returns:
+        What was closed, in words.
+
+    Raises:
+        ConfigError: as `secure`.
+    """
+    other = f"choose another folder with {option}"
+    try:
+        _refuse_replaceable(path, what, other)
+        if not path.exists():
+            return []
+        found = path.stat()
+        mode = stat.S_IMODE(found.st_mode)
+        _refuse_others(path, found, what, other)
+        if not mode & OTHERS or look_only:
+            return []
+        foreign = [] if ours is None else [e.name for e in path.iterdir() if e.name not in ours]
+        if foreign:
+            raise ConfigError(
+                f"{what} {path} has mode {mode:04o} and holds other things ({min(foreign)})",
+                f"{other}; or, to close this one to others: chmod 0700 {path}",
+            )
+        path.chmod(0o700)
+    except OSError as e:
+        raise ConfigError(f"{what} {path} can't be used: {e.strerror or e}", other) from e
+    return [f"{what} {path} had mode {mode:04o}: others could enter it; it is 0700 now"]
+
+
+def _refuse_replaceable(path: Path, what: str, other: str) -> None:
+    real = path.resolve()
+    for folder in {*path.parents, *real.parents}:
+        try:
+            mode = folder.stat().st_mode
+        except OSError:
+            continue  # not there yet, or closed to us
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise ConfigError(
+                f"{what} {path}: anybody can put another folder in its place, since {folder} has "
+                f"mode {stat.S_IMODE(mode):04o}",
+                f"run: chmod o-w {folder}; or {other}",
+            )
+    if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):
+        raise ConfigError(
+            f"{what} {path} is a link that user {_user(path.lstat().st_uid)} has made",
+            f"name the folder itself ({real}), or {other}",
+        )
+
+
+def _refuse_others(path: Path, found: os.stat_result, what: str, other: str) -> None:
+    if found.st_uid != os.geteuid():
+        owner = _user(found.st_uid)
+        raise ConfigError(
+            f"{what} {path} belongs to user {owner}, not to {_user(os.geteuid())}",
+            f"run this as that user (sudo -u {owner} xpeer ...), or {other}",
+        )
+    if found.st_mode & _OTHERS_WRITE:
+        raise ConfigError(
+            f"{what} {path} has mode {stat.S_IMODE(found.st_mode):04o}: others can write to it",
+            f"look what is in it, then run: chmod 0700 {path}; or {other}",
+        )
+
+
+def _close_files(home: Home) -> list[str]:
+    # A key that others could read stays an error: it is theirs, too, by now.
+    keys = (home.identity_key, home.admin_key, home.swarm_key)
+    closed = []
+    for path in (path for path in home.parts() if path not in keys):
+        with contextlib.suppress(OSError):  # not there, or not a file that we can open
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and found.st_mode & OTHERS:
+                path.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
+                closed.append(path.name)
+    if not closed:
+        return []
+    return [f"files of {home.path} that others could read are closed to them: {', '.join(closed)}"]
+
+
+def _link(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path} is a link: what is written to it would land elsewhere",
+        "remove it, or put the file itself there",
+    )
+
+
+def _refuse_foreign(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{path} is no file", "move it away")
+    if found.st_uid != os.geteuid():
+        raise ConfigError(
+            f"{path} belongs to user {_user(found.st_uid)}, not to {_user(os.geteuid())}",
+            "run this as that user, or move the file away",
+        )
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
