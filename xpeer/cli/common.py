@@ -114,6 +114,11 @@ def echo(line: str) -> None:
     click.echo(visible(line))
 
 
+def echo_text(text: str) -> None:
+    """Print text of several lines, e.g. what a model wrote, on stdout."""
+    click.echo("\n".join("\t".join(map(visible, x.split("\t"))) for x in text.split("\n")))
+
+
 def say(line: str) -> None:
     """Tell a person something, on stderr."""
     click.echo(visible(line), err=True)

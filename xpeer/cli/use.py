@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xpeer.cli.common import F, echo_json, home_option, json_option, load_config, say
+from xpeer.cli.common import (
+    F,
+    GivenPath,
+    echo_json,
+    echo_text,
+    home_option,
+    json_option,
+    load_config,
+    say,
+)
 from xpeer.config import Home
 from xpeer.errors import ConfigError
 
 if TYPE_CHECKING:
     from xpeer.training.trained import Trained
 
-FOLDER = click.Path(path_type=Path)
 MAX_TOKENS = 100_000
 
 
@@ -23,14 +31,14 @@ def _model_options(command: F) -> F:
     """Which model: the home's newest checkpoint, or a folder."""
     for option in (
         click.option(
-            "--tokenizer", type=FOLDER, help="Folder; default: MODEL's own, or data.tokenizer."
+            "--tokenizer", type=GivenPath(), help="Folder; default: MODEL's own, or data.tokenizer."
         ),
         click.option(
-            "--base-model", type=FOLDER, help="Of the model that adapters are for (of LoRA)."
+            "--base-model", type=GivenPath(), help="Of the model that adapters are for (of LoRA)."
         ),
         click.option(
             "--model",
-            type=FOLDER,
+            type=GivenPath(),
             help="An export or Hugging Face folder. Default: the home's newest checkpoint.",
         ),
         home_option,
@@ -75,13 +83,13 @@ def generate(
     if as_json:
         echo_json({"schema_version": 1, "model": trained.source, "prompt": prompt, "text": text})
     else:
-        click.echo(text)
+        echo_text(text)
 
 
 @click.command("eval")
 @_model_options
 @json_option
-@click.option("--text", type=FOLDER, required=True, help="A text file, UTF-8.")
+@click.option("--text", type=GivenPath(), required=True, help="A text file, UTF-8.")
 def eval_command(
     home: Home,
     model: Path | None,
