@@ -43,7 +43,7 @@ def test_services_of_other_names(prefix: str) -> None:
     [
         ("XPEER_NETWORK_PORT", "4001", ""),
         ("XPEER_PORT", "4001", ""),
-        ("XPEER_NAME", "alice", "XPEER_NETWORK_"),
+        ("XPEER_NAME", "alice", "did you mean"),
         ("XPEER_ENV_HOME", "/root", ""),
         ("XPEER_NETWORK_LISTN", "x", "did you mean XPEER_NETWORK_LISTEN?"),
         ("XPEER_DAEMON_SOKET", "x", "did you mean XPEER_DAEMON_SOCKET?"),
