@@ -127,6 +127,8 @@ class Reason:
     """Masks: these values were shown in a group that failed, and no other may see them."""
     OUT_OF_RANGE = "out-of-range"
     """Masks: the group's sum is too far from our values to be decoded."""
+    AVOIDED = "avoided"
+    """Its exchanges with us failed lately: it is left alone for a while."""
     REFUSED = "refused"
 
 

@@ -57,6 +57,8 @@ class Exchanged:
     """||Q(theta_j) - Q(theta_i)|| / ||Q(theta_i)|| on the fragment."""
     num_bytes: int
     num_values: int
+    clipped: bool = False
+    """The partner's difference was above the norm limit, and merged in part."""
 
 
 class Given(TypedDict):

@@ -119,7 +119,13 @@ class Partner(Struct, frozen=True, kw_only=True):
     """Tokens per second, as it says; 0: unknown."""
     exchanges: int = 0
     failures: int = 0
+    skipped: int = 0
+    """Slots that the schedule left out: not due, busy, paused, or avoided by us."""
     last_reason: str = ""
+    avoided_s: float = 0.0
+    """It failed, and is left alone for so much longer; 0 = it is not."""
+    avoided_why: str = ""
+    """The reason code of that failure."""
     privacy: str = ""
     """What the swarm's manifest binds its training to; its word, which nobody can check."""
     ledger_went_back: str = ""
@@ -158,7 +164,9 @@ class Status(Struct, frozen=True, kw_only=True):
     partners: list[Partner] = []
     exchanges_done: int = 0
     exchanges_failed: dict[str, int] = {}
-    """Count by reason code."""
+    """Count by reason code; what the schedule leaves out is not among them."""
+    exchanges_skipped: dict[str, int] = {}
+    """Slots that the schedule left out, by reason code: no failures."""
     one_sided_merges: int = 0
     bytes_in: int = 0
     bytes_out: int = 0

@@ -74,12 +74,17 @@ class Book(Partners):
         super().done(agreement, result, took_s)
 
     def failed(
-        self, peer_id: PeerId, slot: int, error: PeerError, agreement: Agreement | None = None
+        self,
+        peer_id: PeerId,
+        slot: int,
+        error: PeerError,
+        agreement: Agreement | None = None,
+        lost_s: float = 0.0,
     ) -> None:
         """Note it."""
         if agreement is not None:
             self.dropped.add(agreement.exchange_id)
-        super().failed(peer_id, slot, error, agreement)
+        super().failed(peer_id, slot, error, agreement, lost_s)
 
 
 class RigPeer:
@@ -151,7 +156,7 @@ class RigPeer:
             "begun": sorted(self.book.begun),
             "merged": sorted(self.book.merged),
             "dropped": sorted(self.book.dropped),
-            "skipped": dict(self.book.failures),
+            "skipped": dict(self.book.failures + self.book.skips),
             "told_one_sided": self.book.one_sided,
         }
 

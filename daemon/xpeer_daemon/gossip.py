@@ -22,6 +22,7 @@ from xpeer.weights import weighting_of
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.host import GossipTrainer, Host
 from xpeer_daemon.meetings import Meetings
+from xpeer_daemon.pace import Pace, Start
 from xpeer_daemon.partners import Partners
 
 log = logging.getLogger("xpeer.gossip")
@@ -72,17 +73,16 @@ class Gossip(Desk):
         self._clock = clock
         self._partners = partners
         self._weighting = weighting_of(self._round.rule)
+        self._pace = Pace(manifest.round)
         self._meetings = Meetings(
             me=me,
             swarm_id=swarm_id,
             rules=manifest.round,
             partners=partners,
             keep=self._keep,
-            due_again=self._due_again,
+            due_again=self._pace.again,
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last_start: tuple[int, float] | None = None  # (step, clock)
-        self._last_window: int | None = None
         self._last_partner = ""
         self._idle_slots = 0
 
@@ -117,16 +117,23 @@ class Gossip(Desk):
             self._meet_group(slot)
 
     def _meet_partner(self, slot: int, partners: Collection[PeerId]) -> None:
-        """The lower PeerID of a pair proposes; the higher one waits for it."""
-        members, zones = [*partners, self._me], self._host.zones()
-        candidates = matching.partner(self._swarm_id, slot, members, self._me, zones)
-        ours = [peer for peer in candidates if self._may_propose(peer, slot)]
-        if ours and ours[0] == candidates[0]:
+        """The lower PeerID of a pair proposes; the higher one waits for it. If the matching names
+        one that we avoid, a fallback is asked at once, and the matching stays as it is.
+        """
+        candidates = self._candidates(slot)
+        if not candidates:
+            return
+        avoided = self._avoided()
+        if candidates[0] in avoided:
+            self._partners.skipped(candidates[0], slot, Reason.AVOIDED)
+        free = [peer for peer in candidates if peer not in avoided]
+        ours = [peer for peer in free if self._may_propose(peer, slot)]
+        if ours and (candidates[0] in avoided or ours[0] == candidates[0]):
             self._keep(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
 
     def _meet_group(self, slot: int) -> None:
         """Everybody proposes to the higher PeerIDs of its group, and waits for the lower ones."""
-        others = [peer for peer in self._group(slot) if not self._settled(peer, slot)]
+        others = [peer for peer in self._company(slot) if not self._settled(peer, slot)]
         trainer = self._host.trainer
         if trainer is None or not others:
             return
@@ -143,7 +150,11 @@ class Gossip(Desk):
 
     def _meet_anybody(self, slot: int, partners: Collection[PeerId]) -> None:
         """No slots in common: whoever ended its steps meets anybody who is free."""
-        others = [peer for peer in partners if peer != self._last_partner] or list(partners)
+        avoided = self._avoided()
+        free = [peer for peer in partners if peer not in avoided]
+        others = [peer for peer in free if peer != self._last_partner] or free
+        if not others:
+            return
         peer_id = random.SystemRandom().choice(others)
         if self._may_propose(peer_id, slot):
             self._keep(self._propose(slot, [peer_id]))
@@ -184,8 +195,22 @@ class Gossip(Desk):
         """Whether we meet without slots; once training is over, everybody uses them."""
         return self._round.rule == "asynchronous" and self._host.training()
 
+    def _avoided(self, *, proposing: bool = True) -> frozenset[PeerId]:
+        """Whom we leave alone for a while: that never changes whom the matching names."""
+        return self._partners.avoided(self._host.partners(), proposing=proposing)
+
+    def _company(self, slot: int) -> list[PeerId]:
+        """The others of our group in this slot but those that we avoid."""
+        avoided = self._avoided()
+        return [peer for peer in self._group(slot) if peer not in avoided]
+
+    def _candidates(self, slot: int, *also: PeerId) -> list[PeerId]:
+        """Whom the slot's matching of pairs names, then the next best."""
+        members = {*self._host.partners(), self._me, *also}
+        return matching.partner(self._swarm_id, slot, members, self._me, self._host.zones())
+
     def _group(self, slot: int) -> list[PeerId]:
-        """The others of our group in this slot."""
+        """The others of our group in this slot, as the matching has it."""
         members = [*self._host.partners(), self._me]
         return matching.group(
             self._swarm_id, slot, members, self._me, self._round.group, self._host.zones()
@@ -213,6 +238,7 @@ class Gossip(Desk):
         num_values = trainer.fragment_values(fragment, averaging=averaging)
         codec = self._round.payload_codec
         for peer_id in candidates:
+            began = self._clock()
             try:
                 agreement = await self._proposer.propose(
                     peer_id,
@@ -227,7 +253,7 @@ class Gossip(Desk):
                 )
             except PeerError as e:
                 self._meetings.give_up(peer_id, slot, fragment)
-                self._partners.failed(peer_id, slot, e)
+                self._partners.failed(peer_id, slot, e, lost_s=self._clock() - began)
                 continue
             healthy = False
             try:
@@ -241,32 +267,38 @@ class Gossip(Desk):
         peer_id, slot = agreement.peer_id, agreement.slot
         self._partners.began(agreement)
         self._last_partner = peer_id
-        expected = [peer_id] if self._round.group == PAIR else self._group(slot)
+        expected = [peer_id] if self._round.group == PAIR else self._company(slot)
         averaging = agreement.averaging
         meeting = self._meetings.join(trainer, slot, averaging=averaging, expected=expected)
         began = self._clock()
+        start: Start | None = None
         try:
             if meeting is None or not meeting.expects(peer_id):
                 await agreement.refuse(Reason.BUSY)
                 raise PeerError(Reason.BUSY, "the fragment is in another meeting")
-            self._last_start, self._last_window = (trainer.step, began), trainer.window
+            start = self._pace.began(trainer, began)
             self._idle_slots = 0
             deadline_s = self._partners.deadline_s(peer_id, self._round.deadline_s)
             result = await meeting.exchange(
                 agreement, weighting=self._weighting, deadline_s=deadline_s
             )
-        except UnresolvedError as e:
-            self._partners[peer_id].unresolved.append(e.exchange_id)
-            self._partners.failed(peer_id, slot, e, agreement)
-            return False
         except PeerError as e:
-            self._partners.failed(peer_id, slot, e, agreement)
+            if isinstance(e, UnresolvedError):
+                self._partners[peer_id].unresolved.append(e.exchange_id)
+            self._partners.failed(peer_id, slot, e, agreement, self._clock() - began)
+            self._failed(start)
             return False
         except LocalError as e:  # the trainer died, or reaches no step boundary
             self._partners.skipped(peer_id, slot, Reason.TRAINER_RESTARTED, str(e))
+            self._failed(start)
             return False
         self._partners.done(agreement, result, self._clock() - began)
         return True
+
+    def _failed(self, start: Start | None) -> None:
+        """What failed is made up for with the next partner that is free; a group meets on."""
+        if start is not None and self._round.group == PAIR:
+            self._pace.failed(start)
 
     # The answering side (Desk)
 
@@ -302,6 +334,8 @@ class Gossip(Desk):
             return Reason.NOT_READY
         if (reason := self._host.objection()) is not None:
             return reason
+        if peer_id in self._avoided(proposing=False):
+            return Reason.AVOIDED
         patience = max(2, round(PROPOSAL_TIMEOUT_S / self._round.slot_s))
         now = matching.slot_number(self._clock(), self._round.slot_s)
         fragment = matching.fragment_of(self._swarm_id, proposal.slot, self._round.fragments)
@@ -331,16 +365,21 @@ class Gossip(Desk):
         if self._asynchronous():
             return peer_id != self._last_partner or len(self._host.partners()) == 1
         return self._due() and (
-            self._idle_slots >= PATIENT_SLOTS or self._matched(peer_id, proposal.slot)
+            self._idle_slots >= PATIENT_SLOTS
+            or self._matched(peer_id, proposal.slot)
+            or self._left_free(proposal.slot)
         )
 
     def _matched(self, peer_id: PeerId, slot: int) -> bool:
         """Whether the slot's matching, as we see it, has us meet."""
         if self._round.group != PAIR:
             return peer_id in self._group(slot)
-        members = {*self._host.partners(), self._me, peer_id}
-        first = matching.partner(self._swarm_id, slot, members, self._me, self._host.zones())[:1]
-        return first == [peer_id]
+        return self._candidates(slot, peer_id)[:1] == [peer_id]
+
+    def _left_free(self, slot: int) -> bool:
+        """Whether the slot's matching names one that we avoid: then anybody may have us."""
+        avoided = self._avoided()
+        return self._round.group == PAIR and self._candidates(slot)[:1] in [[p] for p in avoided]
 
     def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
         """See `Partners.settle`."""
@@ -354,24 +393,9 @@ class Gossip(Desk):
 
     # Pace
 
-    def _due_again(self) -> None:
-        self._last_start = None
-
     def _due(self) -> bool:
-        """Whether the window's pace allows another exchange: F of them in H steps or window_s."""
+        """Whether the window's pace allows another exchange; without steps there is none."""
         trainer = self._host.trainer
         if trainer is None:
             return False
-        if not self._host.training():
-            return True
-        if self._round.rule == "gradient":  # what came before our start is nobody's business
-            self._last_window = trainer.window if self._last_window is None else self._last_window
-            return trainer.window > self._last_window
-        if self._last_start is None:
-            return True
-        step, started = self._last_start
-        fragments = self._round.fragments
-        if (trainer.step - step) * fragments >= self._round.window_steps:
-            return True
-        window_s = self._round.window_s
-        return window_s is not None and (self._clock() - started) * fragments >= window_s
+        return not self._host.training() or self._pace.due(trainer, self._clock())

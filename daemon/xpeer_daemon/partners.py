@@ -1,18 +1,24 @@
-"""What we remember of every partner, and what came of all exchanges."""
+"""What we remember of every partner, and what came of all exchanges.
+
+What belongs to the schedule is counted apart from failures: a slot without a partner, or a partner
+that is not due or busy, is nobody's fault.
+"""
 
 from __future__ import annotations
 
 import logging
+import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
-from xpeer.network.exchange import Agreement
+from xpeer.network.exchange import Agreement, UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged
 from xpeer.wire.messages import MAX_UNRESOLVED, Terms
+from xpeer_daemon.backoff import Backoff
 
 log = logging.getLogger("xpeer.gossip")
 
@@ -23,10 +29,21 @@ TOLD_AGAIN_S = 3600.0
 """A ledger that goes back again and again is told of so often."""
 MIN_DEADLINE_S, DEADLINE_MULTIPLE = 5.0, 4.0
 """A partner may take this many times as long as its exchanges took so far."""
+FIRST_MULTIPLE = 8.0
+"""One that we never exchanged with may take this many times as long as the others' do, in the
+median."""
 _SMOOTHING = 0.8
 
-ORDINARY = frozenset({Reason.NO_PARTNER, Reason.NOT_DUE, Reason.BUSY, Reason.GROUP_TOO_SMALL})
-"""Reasons that belong to a healthy swarm; logged at debug level."""
+ORDINARY = frozenset(
+    {
+        Reason.NO_PARTNER, Reason.NOT_DUE, Reason.BUSY, Reason.GROUP_TOO_SMALL, Reason.PAUSED,
+        Reason.AVOIDED,
+    }
+)  # fmt: skip
+"""Reasons that belong to a healthy swarm's schedule: no failures, and logged at debug level."""
+_NOT_THEIRS = frozenset({Reason.TRAINER_RESTARTED, Reason.SIDECAR_DOWN, Reason.LEDGER_WENT_BACK})
+"""Failures for which a partner is not left alone: ours, and what ends when its ledger has caught
+up."""
 
 
 @dataclass
@@ -35,7 +52,10 @@ class Record:
 
     done: int = 0
     failed: int = 0
+    skipped: int = 0
+    """By the schedule."""
     last_reason: str = ""
+    """Of the last failure; else of the last slot that was skipped."""
     last_done_s: float | None = None
     payload_bytes: int = 0
     """Sent to it, and as many received from it, in merged exchanges."""
@@ -58,6 +78,7 @@ class Record:
     """Of the last exchange: there is one for a pair and slot."""
     seconds: float | None = None
     """An exchange takes, smoothed."""
+    backoff: Backoff = field(default_factory=Backoff)
 
 
 class Partners:
@@ -69,9 +90,11 @@ class Partners:
         on_skipped: told of every failure (partner or "", slot, reason, detail).
         on_went_back: told of a ledger that went back (partner, detail), once an hour at most.
         on_caught_up: told that it has caught up since, once for each time that it was told of.
+        slot_s: of the manifest.
 
     Attributes:
         failures: how often each reason occurred.
+        skips: the same of reasons that belong to the schedule.
         exchanges: done, with anybody.
         one_sided: merges that the partner reported as its own failure.
         values_sent: in all.
@@ -85,14 +108,18 @@ class Partners:
         on_skipped: Callable[[str, int, str, str], None],
         on_went_back: Callable[[PeerId, str], None] = lambda *_: None,
         on_caught_up: Callable[[PeerId], None] = lambda *_: None,
+        slot_s: float = 1.0,
     ) -> None:
         self._clock = clock
         self._on_exchanged = on_exchanged
         self._on_skipped = on_skipped
         self._on_went_back = on_went_back
         self._on_caught_up = on_caught_up
+        self._slot_s = slot_s
+        self._num_partners = 1
         self._records: dict[PeerId, Record] = {}
         self.failures: Counter[str] = Counter()
+        self.skips: Counter[str] = Counter()
         self.exchanges = 0
         self.one_sided = 0
         self.values_sent = 0
@@ -128,48 +155,112 @@ class Partners:
         record.done += 1
         record.last_done_s = self._clock()
         record.payload_bytes += result.num_bytes
+        record.backoff.done(self._clock(), self._turn_s, clipped=result.clipped)
         self.exchanges += 1
         self.values_sent += result.num_values
         self.payload_bytes_sent += result.num_bytes
         self._on_exchanged(agreement.peer_id, agreement.slot, agreement.fragment, result)
 
     def failed(
-        self, peer_id: PeerId, slot: int, error: PeerError, agreement: Agreement | None = None
+        self,
+        peer_id: PeerId,
+        slot: int,
+        error: PeerError,
+        agreement: Agreement | None = None,
+        lost_s: float = 0.0,
     ) -> None:
-        """It was proposed, or agreed to, and nothing came of it."""
+        """It was proposed, or agreed to, and nothing came of it.
+
+        Args:
+            peer_id: the partner.
+            slot: of the exchange.
+            error: why.
+            agreement: what it had agreed to, if it had.
+            lost_s: how long that took.
+        """
+        record = self[peer_id]
         if isinstance(error, RefusedError) and error.reason == Reason.LEDGER_WENT_BACK:
-            if not self[peer_id].refuses_our_ledger:
+            if not record.refuses_our_ledger:
                 log.warning(
                     "%s says that our privacy ledger went back, and does not meet us until it has "
                     "caught up",
                     peer_id,
                 )
-            self[peer_id].refuses_our_ledger = True
+            record.refuses_our_ledger = True
+        self._hold_against(record, error, agreement, lost_s)
         self.skipped(peer_id, slot, error.reason, error.detail)
+
+    def _hold_against(
+        self, record: Record, error: PeerError, agreement: Agreement | None, lost_s: float
+    ) -> None:
+        now_s, backoff = self._clock(), record.backoff
+        if error.reason in _NOT_THEIRS:
+            return
+        refused = isinstance(error, RefusedError) and agreement is None
+        if refused or error.reason in ORDINARY:
+            if isinstance(error, RefusedError):
+                backoff.refused(now_s, self._turn_s, error.reason)
+            return
+        if error.reason == Reason.TIMEOUT or isinstance(error, UnresolvedError):
+            backoff.timeouts += 1
+        agreed = agreement is not None
+        backoff.failed(now_s, self._turn_s, lost_s, error.reason, agreed=agreed)
+
+    @property
+    def _turn_s(self) -> float:
+        return self._slot_s * self._num_partners
+
+    def avoided(self, partners: Collection[PeerId], *, proposing: bool = True) -> frozenset[PeerId]:
+        """Who is left alone for a while: we do not propose to them.
+
+        If more than half of the partners fail, the fault is more likely ours: nobody is avoided.
+
+        Args:
+            partners: all that are alive.
+            proposing: we to them; else they to us.
+        """
+        self._num_partners = max(1, len(partners))
+        now_s = self._clock()
+        records = {peer: self._records[peer] for peer in partners if peer in self._records}
+        paused = {peer: r for peer, r in records.items() if r.backoff.active(now_s)}
+        if 2 * len(paused) > len(partners):
+            return frozenset()
+        return frozenset(peer for peer, r in paused.items() if proposing or r.backoff.shuns)
 
     def refusing_our_ledger(self) -> list[PeerId]:
         """Partners that say that it went back."""
         return [peer for peer, record in self._records.items() if record.refuses_our_ledger]
 
     def skipped(self, peer_id: PeerId | str, slot: int, reason: str, detail: str = "") -> None:
-        """Nothing came of it."""
-        self.failures[reason] += 1
+        """Nothing came of it: a failure, or the schedule."""
+        ordinary = reason in ORDINARY
+        (self.skips if ordinary else self.failures)[reason] += 1
         if peer_id:
             record = self[PeerId(peer_id)]
-            record.failed += 1
-            record.last_reason = reason
-        level = logging.DEBUG if reason in ORDINARY else logging.INFO
+            record.skipped += ordinary
+            record.failed += not ordinary
+            if not (ordinary and record.failed):
+                record.last_reason = reason
+        level = logging.DEBUG if ordinary else logging.INFO
         log.log(
             level, "slot %d skipped with %s: %s %s", slot, peer_id[-8:] or "nobody", reason, detail
         )
         self._on_skipped(peer_id, slot, reason, detail)
 
     def deadline_s(self, peer_id: PeerId, longest_s: float) -> float:
-        """From what this partner's exchanges took; a stalled one costs no more than that."""
-        seconds = self[peer_id].seconds
-        if seconds is None:
-            return longest_s
-        return min(longest_s, max(MIN_DEADLINE_S, DEADLINE_MULTIPLE * seconds))
+        """How long an exchange with this partner may take.
+
+        From what its exchanges took; before it has done any, from what the others' took; and the
+        longest while nobody has. Each timeout in a row doubles it, so that one that is slow and
+        honest is met in the end.
+        """
+        record = self[peer_id]
+        if record.seconds is not None:
+            usual_s = DEADLINE_MULTIPLE * record.seconds
+        else:
+            others = [r.seconds for r in self._records.values() if r.seconds is not None]
+            usual_s = FIRST_MULTIPLE * statistics.median(others) if others else longest_s
+        return min(longest_s, max(MIN_DEADLINE_S, usual_s) * 2.0**record.backoff.timeouts)
 
     def settle(self, peer_id: PeerId, theirs: Terms) -> None:
         """Count merges that the partner reports as one-sided, and watch its ledger.

@@ -40,6 +40,7 @@ def status_of(node: Node) -> Status:
         partners=_partner_rows(node, now),
         exchanges_done=book.exchanges if book else 0,
         exchanges_failed=dict(book.failures) if book else {},
+        exchanges_skipped=dict(book.skips) if book else {},
         one_sided_merges=book.one_sided if book else 0,
         bytes_in=bytes_in,
         bytes_out=bytes_out,
@@ -60,6 +61,7 @@ def _privacy_without_trainer(node: Node) -> PrivacySpent:
 
 def _partner_rows(node: Node, now: float) -> list[Partner]:
     rows = []
+    avoided = node.book.avoided(node.partners()) if node.book else frozenset()
     for peer, member in sorted(node.others().items()):
         record = node.book.get(peer) if node.book else None
         rows.append(
@@ -71,7 +73,10 @@ def _partner_rows(node: Node, now: float) -> list[Partner]:
                 speed=member.speed,
                 exchanges=record.done if record else 0,
                 failures=record.failed if record else 0,
+                skipped=record.skipped if record else 0,
                 last_reason=record.last_reason if record else "",
+                avoided_s=record.backoff.until_s - now if record and peer in avoided else 0.0,
+                avoided_why=record.backoff.reason if record and peer in avoided else "",
                 ledger_went_back=record.went_back if record else "",
                 ledger_caught_up=record.caught_up if record else False,
                 privacy=node.manifest.privacy.in_short() if node.manifest else "",

@@ -173,6 +173,7 @@ class Service:
             self._on_skipped,
             self._on_went_back,
             lambda peer_id: self._store.add_event("ledger-caught-up", peer_id),
+            slot_s=manifest.round.slot_s,
         )
         self._gossip = Gossip(
             me=self._identity.peer_id,

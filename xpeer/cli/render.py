@@ -226,13 +226,13 @@ def _exchange(status: Status) -> Iterator[tuple[str, str]]:
     if back:
         names = "; ".join(f"{p.peer_id}: {p.ledger_went_back}" for p in back)
         yield "ledgers", f"{len(back)} went back, may spend a budget twice ({names})"
-    failed = sum(status.exchanges_failed.values())
-    reasons = ", ".join(f"{count} {why}" for why, count in sorted(status.exchanges_failed.items()))
     yield (
         "exchanges",
-        f"{status.exchanges_done} done, {failed} failed{f' ({reasons})' if reasons else ''}, "
+        f"{status.exchanges_done} done, {_counted(status.exchanges_failed, 'failed')}, "
         f"{status.one_sided_merges} one-sided; last good round {ago(status.last_good_round_age_s)}",
     )
+    if status.exchanges_skipped:
+        yield "skipped", _counted(status.exchanges_skipped, "slots by the schedule")
     yield "distance", f"{number(status.progress.consensus_distance)} (consensus, relative)"
     ratio = f" ({status.compression_ratio:.2f}x compressed)" if status.compression_ratio else ""
     price = (
@@ -247,9 +247,21 @@ def _exchange(status: Status) -> Iterator[tuple[str, str]]:
         yield "strangers", f"{status.strangers_refused} refused"
 
 
+def _counted(reasons: dict[str, int], what: str) -> str:
+    """How many, and how many of them for which reason."""
+    each = ", ".join(f"{count} {why}" for why, count in sorted(reasons.items()))
+    return f"{sum(reasons.values())} {what}{f' ({each})' if each else ''}"
+
+
 def _is_back(partner: Partner) -> bool:
     """Whether its ledger shows fewer charges than it once did."""
     return bool(partner.ledger_went_back) and not partner.ledger_caught_up
+
+
+def _reason(partner: Partner) -> str:
+    if partner.avoided_s > 0:
+        return f"{partner.avoided_why}: avoided for {duration(partner.avoided_s)}"
+    return partner.last_reason or "-"
 
 
 def _peer_row(partner: Partner) -> tuple[str, ...]:
@@ -258,7 +270,7 @@ def _peer_row(partner: Partner) -> tuple[str, ...]:
         f"{partner.speed:g}" if partner.speed else "-",
         partner.privacy or "-", "WENT BACK" if _is_back(partner) else "ok",
         str(partner.exchanges), str(partner.failures), ago(partner.last_exchange_age_s),
-        partner.last_reason or "-", size(partner.bytes_in), size(partner.bytes_out),
+        _reason(partner), size(partner.bytes_in), size(partner.bytes_out),
         partner.addresses[0] if partner.addresses else "-",
     )  # fmt: skip
     return tuple(visible(cell) for cell in cells)

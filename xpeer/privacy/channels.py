@@ -181,8 +181,9 @@ _STATUS: Final = {
     ),
     "Partner": _of(
         "node",
-        public="peer_id state phase role addresses speed exchanges failures last_reason "
-        "privacy ledger_went_back ledger_caught_up last_exchange_age_s bytes_in bytes_out",
+        public="peer_id state phase role addresses speed exchanges failures skipped "
+        "last_reason avoided_s avoided_why privacy ledger_went_back ledger_caught_up "
+        "last_exchange_age_s bytes_in bytes_out",
         why="what others say and do",
     ),
     "Status": _of(
@@ -190,8 +191,9 @@ _STATUS: Final = {
         public="schema_version peer_id swarm_id swarm_name version pid addresses num_params device "
         "currency privacy_warning",
         timing="health state uptime_s round exchanges_done exchanges_failed "
-        "one_sided_merges bytes_in bytes_out egress_cost compression_ratio last_good_round_age_s "
-        "last_checkpoint_age_s trainer_restarts sidecar_restarts strangers_refused",
+        "exchanges_skipped one_sided_merges bytes_in bytes_out egress_cost compression_ratio "
+        "last_good_round_age_s last_checkpoint_age_s trainer_restarts sidecar_restarts "
+        "strangers_refused",
         parts="progress corpus privacy partners reasons",
         why="answered on the Unix socket alone (xpeer_daemon.api); to systemd go health, state, "
         "step and the number of partners",
