@@ -14,8 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -32,6 +30,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from xpeer.errors import Reason
 from xpeer.identity import PeerId
 from xpeer.network.membership import Scope
+from xpeer.network.scratch import Scratch, sweep
 
 log = logging.getLogger("xpeer.network")
 
@@ -103,7 +102,7 @@ class GatedP2P(P2P):
     everybody for a peer that is gone at every call (60 kB for each of 32 peers and minute)."""
     gate: Gate
     died: asyncio.Event
-    _folder: Path
+    _scratch: Scratch
     _watcher: asyncio.Task[None]
     _opening: asyncio.Semaphore
     _serving: set[asyncio.Task[Any]]
@@ -123,8 +122,9 @@ class GatedP2P(P2P):
         Raises:
             P2PDaemonError: it did not start.
         """
-        folder = Path(tempfile.mkdtemp(prefix="xpeer-"))  # 0700: only we control the sidecar
-        kind: Any = type("Sidecar", (cls,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
+        sweep()
+        scratch = Scratch.make()  # 0700: only we control the sidecar
+        kind: Any = type("Sidecar", (cls,), {"_UNIX_SOCKET_PREFIX": f"/unix{scratch.path}/"})
         try:
             self: GatedP2P = await kind.create(
                 identity_path=str(identity_path),
@@ -138,13 +138,13 @@ class GatedP2P(P2P):
                 startup_timeout=STARTUP_TIMEOUT_S,
             )
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            scratch.close()
             raise
         self.gate = gate
         self.died = asyncio.Event()
         self._opening = asyncio.Semaphore(MAX_OPENING)
         self._serving = set()
-        self._folder = folder
+        self._scratch = scratch
         control = self._client.control
         control._pending_calls, control._handler_tasks = _Waiting(), _Handling()
         for task in (control._read_task, control._write_task):
@@ -181,7 +181,7 @@ class GatedP2P(P2P):
             self._watcher, control._read_task, control._write_task, return_exceptions=True
         )
         self._child._transport.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
 
     async def _watch(self) -> None:
         code = await self._child.wait()

@@ -40,6 +40,7 @@ from xpeer.training.released import Released
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
 from xpeer.training.shard import cut, load_owned_records, load_records, split
+from xpeer.training.tensorfile import clear_staging
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
 from xpeer.wire import kernels
 
@@ -148,6 +149,8 @@ def assemble(setup: TrainerSetup) -> Assembled:
     manifest_hash = signed.genesis.manifest_hash.hex()
     tokenizer = load_tokenizer(manifest.tokenizer, config.data.tokenizer)
     text = _text(setup, manifest, tokenizer, home)
+    for folder in (home.checkpoints, home.cache):
+        clear_staging(folder)
     saved, warnings = checkpoint.load_latest(home.checkpoints)
     device = choose_device(config.training.device)
     kernels.configure(compile=config.training.compile_codec)
