@@ -164,7 +164,7 @@ _STATUS: Final = {
         derived="loss_public consensus_distance merges_clipped",
         timing="step window loss_public_age learning_rate merges steps_late seconds_training "
         "seconds_blocked seconds_boundary seconds_snapshot seconds_merge",
-        local="tokens loss_train loss_validation tokens_per_s",
+        local="tokens loss_train loss_validation tokens_per_s rest_s",
     ),
     "PrivacySpent": _of(
         "node",
@@ -366,6 +366,7 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.training.child": ("%s", "%s", "%s", "%s"),
     "xpeer.training.handle": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
     "xpeer.training.ipc": ("%s", "%s"),
+    "xpeer.training.process": ("the trainer's receiver failed",),
     "xpeer.training.service": ("no checkpoint was written: %s", "a helper of the trainer failed"),
     "xpeer.training.shard": ("tokenised records are not cached: %s",),
     "xpeer.wire.kernels": ("codec kernels are not compiled, so the codec is slower: %s: %s",),

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import queue
+import re
 import socket
 import threading
 import traceback
@@ -37,6 +38,8 @@ from xpeer.training.setup import Mode, TrainerSetup
 MAX_FRAME_BYTES: Final = 4 << 20
 _LENGTH_BYTES: Final = 4
 _LOG_BYTES: Final = 64 << 10
+_MARKED: Final = re.compile(r"<(\d{1,2})>")
+_LAST_WORDS: Final = ("Traceback ", "Fatal Python error", "Exception ")
 
 TrainerState = Literal["starting", "training", "paused", "mixing", "closing", "budget-spent"]
 """mixing: as asked. closing: the end condition was reached. budget-spent: no step is left.
@@ -359,16 +362,41 @@ class DaemonChannel:
 
 
 async def log_lines(stream: asyncio.StreamReader | None, logger: logging.Logger) -> None:
-    """Pass a child's output on line by line; a line without an end is cut."""
-    rest = b""
+    """Pass a child's output on line by line, each at its level; a line without an end is cut.
+
+    Lines that no logger of the child wrote come from a library or from the interpreter's last
+    words: warnings, and errors from a traceback or a fatal error on.
+    """
+    rest, level = b"", logging.WARNING
     while stream is not None and (part := await stream.read(_LOG_BYTES)):
         *lines, rest = (rest + part).split(b"\n")
         if len(rest) > _LOG_BYTES:
             lines, rest = [*lines, rest], b""
         for line in lines:
-            logger.info("%s", line.decode(errors="backslashreplace"))
+            level = _log_line(line, level, logger)
     if rest:
-        logger.info("%s", rest.decode(errors="backslashreplace"))
+        _log_line(rest, level, logger)
+
+
+def _log_line(line: bytes, before: int, logger: logging.Logger) -> int:
+    """Log it; the level of lines that follow without one."""
+    text = line.decode(errors="backslashreplace")
+    if (marked := _MARKED.match(text)) is not None:
+        logger.log(int(marked[1]), "%s", text[marked.end() :])
+        return logging.WARNING
+    level = logging.ERROR if text.startswith(_LAST_WORDS) else before
+    if text:
+        logger.log(level, "%s", text)
+    return level
+
+
+class LevelFormatter(logging.Formatter):
+    """Puts the level in front of every line, for `log_lines` at the other end."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line or, with a traceback, several."""
+        lines = super().format(record).splitlines() or [""]
+        return "\n".join(f"<{record.levelno}>{line}" for line in lines)
 
 
 def _frame(message: FromTrainer | ToTrainer) -> bytes:

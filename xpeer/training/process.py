@@ -15,12 +15,19 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from xpeer.errors import ExitCode, LocalError, TrainerError
-from xpeer.training.ipc import Begin, ChildChannel, Crashed, Request, Stop, failure_of
+from xpeer.training.ipc import (
+    Begin,
+    ChildChannel,
+    Crashed,
+    LevelFormatter,
+    Request,
+    Stop,
+    failure_of,
+)
 
 if TYPE_CHECKING:
     from xpeer.training.assemble import Assembled
@@ -29,6 +36,8 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG: Final = 1
 _FLUSH_TIMEOUT_S: Final = 5.0
+
+logger = logging.getLogger("xpeer.training")
 
 
 class Receiver:
@@ -49,7 +58,7 @@ class Receiver:
                 elif isinstance(message.command, Stop):
                     _leave(ExitCode.OK)  # still starting: there is nothing to save
         except BaseException:
-            traceback.print_exc()
+            logger.exception("the trainer's receiver failed")
             raise
         finally:
             _leave(ExitCode.ERROR)  # no daemon, no trainer: at once, whatever a step is doing
@@ -68,7 +77,7 @@ def main(assemble: Callable[[TrainerSetup], Assembled] | None = None) -> NoRetur
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _set_up_logging()
     channel = ChildChannel(socket.socket(fileno=socket_fd))
     begin = channel.receive()
     if not isinstance(begin, Begin):
@@ -111,6 +120,15 @@ def _train(
     service.announce()
     trainer.run()
     service.finish()
+
+
+def _set_up_logging() -> None:
+    """As in the daemon: xpeer's own loggers from info on, libraries from warning on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LevelFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("xpeer").setLevel(logging.INFO)
+    logging.captureWarnings(True)
 
 
 def _die_with(parent_pid: int) -> None:
