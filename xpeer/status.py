@@ -64,6 +64,8 @@ class Progress(Struct, frozen=True, kw_only=True):
     """Of these, copying fragments out of the model."""
     seconds_merge: float = 0.0
     """Of these, adding corrections to it."""
+    rest_s: float = 0.0
+    """Left of the rest that training.throttle asks for; 0 = at work."""
 
 
 class PrivacySpent(Struct, frozen=True, kw_only=True):

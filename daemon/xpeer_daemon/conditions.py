@@ -24,6 +24,8 @@ _BEGINNINGS = {
     "waiting": "waiting-for-peers",
 }
 """Conditions by state."""
+RESTING_S = 1.0
+"""A shorter rest between two steps is not worth a word."""
 NAMED = 4
 """Members that a reason names; more are counted."""
 
@@ -42,6 +44,9 @@ def _life(node: Node) -> None:
         health.hold(code, state == known, note=note)
     health.hold("stopping", state == "stopping")
     health.hold("paused", state == "paused")
+    trainer = node.running()
+    rest_s = trainer.resting_s if trainer is not None and node.training() else 0.0
+    health.hold("resting", rest_s >= RESTING_S, rest_s=rest_s)
     health.hold("budget-spent", node.budget_spent)
     health.hold("run-had-ended", not node.budget_spent and _came_too_late(node))
 

@@ -10,6 +10,10 @@ from typing import Final
 
 SPAN_S: Final = 60.0
 """One measurement takes this long."""
+GAP_S: Final = 10.0
+GAP: Final = 8.0
+"""Between two looks lies a step or less. A pause of more than GAP_S, and of more than GAP times the
+longest one before, was no training: the machine was suspended, or we were stopped."""
 SMOOTHING: Final = 0.5
 LEVELS: Final = 4
 """Published values are powers of 2^(1/LEVELS): 19% apart."""
@@ -32,6 +36,7 @@ class Throughput:
         self._tokens_per_step = tokens_per_step
         self._smoothed = 0.0
         self._since: tuple[int, float] | None = None  # (step, busy seconds)
+        self._looked_s, self._longest_s = 0.0, 0.0
 
     def observe(self, step: int, now_s: float, blocked_s: float) -> None:
         """While training, now and then.
@@ -41,7 +46,12 @@ class Throughput:
             now_s: any clock.
             blocked_s: of it, spent waiting for others, so far.
         """
-        busy_s = now_s - blocked_s
+        busy_s, gap_s, self._looked_s = now_s - blocked_s, now_s - self._looked_s, now_s
+        if self._since is not None:
+            if self._longest_s and gap_s > max(GAP_S, GAP * self._longest_s):
+                self._since = None
+            else:
+                self._longest_s = max(self._longest_s, gap_s)
         if self._since is None or step < self._since[0] or busy_s < self._since[1]:
             self._since = (step, busy_s)
             return

@@ -79,6 +79,7 @@ class TrainerProcess:
         self.device = self.engine = ""
         self.resumed_step: int | None = None
         self.corpus: CorpusShare | None = None
+        self._rests_until_s = 0.0
         self._child: Child
         self._slots: Slots
         self._region = asyncio.Lock()
@@ -133,6 +134,11 @@ class TrainerProcess:
     def pid(self) -> int:
         """Also the id of its process group."""
         return self._child.pid
+
+    @property
+    def resting_s(self) -> float:
+        """Left of the rest that `training.throttle` asks for; 0 = at work."""
+        return max(0.0, self._rests_until_s - time.monotonic())
 
     @property
     def step(self) -> int:
@@ -307,6 +313,7 @@ class TrainerProcess:
     def _follow(self, event: Event) -> None:
         if isinstance(event, Progressed):
             self.state, self.progress = event.state, event.progress
+            self._rests_until_s = time.monotonic() + event.progress.rest_s
             self.privacy = event.privacy or self.privacy
             self.ledger_counter = event.ledger_counter
         self._tell(event)

@@ -10,6 +10,7 @@ ledger's disk, at most) is counted in `seconds_blocked`.
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections.abc import Callable
@@ -30,11 +31,13 @@ from xpeer.training.optimiser import make_optimiser
 from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.setup import Mode
+from xpeer.training.worktime import WorkTime
 from xpeer.update import PrivateUpdate
 from xpeer.wire.fixedpoint import grid_of
 
 _SMOOTHING: Final = 0.9
 """Of the speed shown, per step."""
+_LOOK_S: Final = 1.0
 
 Job = Callable[[], None]
 
@@ -97,6 +100,8 @@ class LocalTrainer:
         self._window_began = time.monotonic()
         self._loss_train: float | None = None
         self._tokens_per_s = 0.0
+        self._step_time = WorkTime()
+        self._rests_until = 0.0
 
     # ---- what other threads may call -------------------------------------------------------
 
@@ -149,6 +154,7 @@ class LocalTrainer:
             seconds_boundary=self.seconds_boundary,
             seconds_snapshot=self.exchanges.seconds_snapshot,
             seconds_merge=self.exchanges.seconds_merge,
+            rest_s=max(0.0, self._rests_until - time.monotonic()),
         )
 
     # ---- the loop; one thread --------------------------------------------------------------
@@ -282,21 +288,25 @@ class LocalTrainer:
         self.seconds_boundary += time.perf_counter() - began
 
     def _step_and_rest(self) -> None:
-        began = time.monotonic()
+        began, measured_s = time.monotonic(), self.measurements.seconds
         if not self._permit():
             return
-        self._step()
+        tokens = self._step()
         now = time.monotonic()
-        self.counters.seconds += now - began
+        worked_s = self._step_time.counted(now - began)
+        self.counters.seconds += worked_s
+        self._follow_speed(tokens / max(worked_s, 1e-9))
         self._window(now)
+        worked_s += self.measurements.seconds - measured_s
         rest_s = 0.0
-        if self.state == "training" and self._throttle < 1.0:
-            rest_s = (time.monotonic() - began) * (1.0 - self._throttle) / self._throttle
+        if self.state == "training" and self._throttle < 1.0 and self._step_time.known:
+            rest_s = worked_s * (1.0 - self._throttle) / self._throttle
+        self._rests_until = time.monotonic() + rest_s
         self.on_step(rest_s)
         if self.state != "training":
             self.on_state()
         elif rest_s:
-            self._serve_until(time.monotonic() + rest_s, lambda: False)
+            self._serve_for(rest_s)
 
     def _permit(self) -> bool:
         """Have at least one charged step, or learn that the budget is spent.
@@ -330,8 +340,8 @@ class LocalTrainer:
         least = 0 if permitted else 1  # a plan in tokens is a guess: the end itself decides
         return max(least, min(window, planned - self.counters.step - permitted))
 
-    def _step(self) -> None:
-        began = time.perf_counter()
+    def _step(self) -> int:
+        """Take a step; its tokens."""
         rate = learning_rate(self.counters, self.manifest)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -347,7 +357,9 @@ class LocalTrainer:
         self.counters.step += 1
         self.counters.tokens += result.tokens
         self.counters.clip_norm = result.clip_norm
-        speed = result.tokens / max(time.perf_counter() - began, 1e-9)
+        return result.tokens
+
+    def _follow_speed(self, speed: float) -> None:
         if self._tokens_per_s == 0.0:
             self._tokens_per_s = speed
         self._tokens_per_s = _SMOOTHING * self._tokens_per_s + (1 - _SMOOTHING) * speed
@@ -374,9 +386,10 @@ class LocalTrainer:
         if self._gradients is None:
             return
         began = time.monotonic()
-        self._serve_until(
-            began + self.manifest.round.deadline_s,
+        self._serve_for(
+            self.manifest.round.deadline_s,
             lambda: self._gradients is not None and self._gradients.averaged is not None,
+            most_s=2 * _LOOK_S,
         )
         self.seconds_blocked += time.monotonic() - began
         if self._stopping or self.state != "training":
@@ -387,17 +400,27 @@ class LocalTrainer:
         if self.ended:
             self.on_state()
 
-    def _serve_until(self, until: float, done: Callable[[], bool]) -> None:
-        """Take no step until then, or until done, or until told otherwise."""
-        while not (self._stopping or done()) and self.state == "training":
-            left = until - time.monotonic()
-            if left <= 0:
-                return
+    def _serve_for(
+        self, seconds: float, done: Callable[[], bool] = lambda: False, most_s: float = math.inf
+    ) -> None:
+        """Take no step for so long, or until done, or until told otherwise.
+
+        Args:
+            seconds: by the clock.
+            done: looked at after every job.
+            most_s: that one look at the clock may count: while nothing ran (the process was
+                stopped, the machine suspended), nobody else could do anything either.
+        """
+        left = seconds
+        while left > 0 and not (self._stopping or done()) and self.state == "training":
+            began = time.monotonic()
             try:
-                job = self._jobs.get(timeout=left)
+                job = self._jobs.get(timeout=min(left, _LOOK_S))
             except queue.Empty:
-                return
-            job()
+                pass
+            else:
+                job()
+            left -= min(time.monotonic() - began, most_s)
 
     def _stop(self) -> None:
         self._stopping = True

@@ -10,6 +10,7 @@ from xpeer.errors import LocalError
 from xpeer.manifest import Round
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters
+from xpeer.training.worktime import WorkTime
 
 SHARE: Final = 0.03
 """Of the training time: with short windows not every one is measured."""
@@ -25,6 +26,7 @@ class Measurements:
     Attributes:
         public: nats per token on the public text.
         validation: the same on held-out text of the shard, if there is any. Local only.
+        seconds: that all of them took together.
     """
 
     def __init__(self, evaluation: Evaluation, rules: Round) -> None:
@@ -33,7 +35,8 @@ class Measurements:
         self._evaluation = evaluation
         self._rules = rules
         self._step = self._merges = 0
-        self._seconds = 0.0
+        self.seconds = 0.0
+        self._time = WorkTime()
 
     def take(self, counters: Counters) -> tuple[float, float | None]:
         """Measure now: public and held-out loss."""
@@ -42,19 +45,19 @@ class Measurements:
         if self._evaluation.validation is not None:
             self.validation = self._evaluation.validation()
         self._step, self._merges = counters.step, counters.merges
-        self._seconds += time.monotonic() - began
+        self.seconds += self._time.counted(time.monotonic() - began)
         return public, self.validation
 
     def at_window_end(self, counters: Counters) -> None:
         """Measure, unless that took more than its share already."""
-        if self._seconds <= SHARE * counters.seconds:
+        if self.seconds <= SHARE * counters.seconds:
             self.take(counters)
 
     def public_of_others(self) -> float:
         """Of parameters that stand in for ours; nothing is kept."""
         began = time.monotonic()
         loss = self._evaluation.public()
-        self._seconds += time.monotonic() - began
+        self.seconds += self._time.counted(time.monotonic() - began)
         return loss
 
     def fresh_public(self, counters: Counters) -> float:
