@@ -9,7 +9,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,21 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a model came from."""
+
+    folder: Path | None = None
+    """None: it was drawn here."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Its generation_config.json."""
+
+    @property
+    def name(self) -> str:
+        """What its folder is called; empty if there is none."""
+        return "" if self.folder is None else name_of(self.folder)
+
+
+@dataclass(frozen=True)
 class InitialModel:
     """The parameters that a swarm starts from."""
 
@@ -61,17 +76,16 @@ class InitialModel:
     """Trained."""
     digest: str
     lora: Lora | None = None
-    name: str = ""
-    """Of the folder it came from."""
+    origin: Origin = Origin()
 
     def write(self, folder: Path) -> None:
-        """Keep them as a Hugging Face folder."""
-        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
-
+        """Keep them as a Hugging Face folder, in float32."""
         from xpeer.training.export import export_hf  # noqa: PLC0415 - torch takes seconds
+        from xpeer.training.kept import Source  # noqa: PLC0415
 
-        disable_progress_bar()
-        export_hf(self.module, None, folder)
+        folders = [] if self.origin.folder is None else [self.origin.folder]
+        source = Source(self.config, self.origin.generation, folders, "float32")
+        export_hf(self.module, None, folder, source=source)
 
     def check(self, tokenizer_vocab: int, sequence_tokens: int) -> None:
         """Refuse ids or positions that the model has no embeddings for.
@@ -111,28 +125,30 @@ def initial_model(
     Raises:
         ConfigError: more than one source, it can't be read, or it has no layers to adapt.
     """
-    from xpeer.training import flat, model  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training import flat, kept, losses, model  # noqa: PLC0415 - torch takes seconds
     from xpeer.training.rebuild import require_same  # noqa: PLC0415
 
     if sum(source is not None for source in (folder, config_file, preset)) > 1:
         raise ConfigError("--model, --model-config and --preset exclude one another", "keep one")
+    origin = Origin()
     if folder is not None:
-        module = model.from_folder(folder)
-        require_same(module, model.skeleton(model.config_of(module)))
+        module, config = model.from_folder(folder), model.read_config(folder)
+        origin = Origin(folder, kept.read_generation(folder))
     else:
         config = PRESETS[preset or "small"] if config_file is None else _read_json(config_file)
         module = model.build(config, seed=secrets.randbits(63))
+    config = kept.config_for_manifest(config, losses.transformers_model(module))
+    require_same(module, model.skeleton(config))
     values = flat.read_flat(module)
-    config, digest = model.config_of(module), flat.digest(values)
-    name = name_of(folder) if folder is not None else ""
+    digest = flat.digest(values)
     if lora is None:
-        return InitialModel(module, config, values.numel(), digest, name=name)
+        return InitialModel(module, config, values.numel(), digest, origin=origin)
     from xpeer.training.adapters import adapt  # noqa: PLC0415
 
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
     made = Lora(lora.rank, alpha, secrets.randbits(63), digest, list(lora.targets))
     values = flat.read_flat(adapt(copy.deepcopy(module), made))
-    return InitialModel(module, config, values.numel(), flat.digest(values), made, name)
+    return InitialModel(module, config, values.numel(), flat.digest(values), made, origin)
 
 
 def draft_manifest(
@@ -170,7 +186,14 @@ def draft_manifest(
         "name": name,
         "created_unix_s": int(time.time()),
         "model": msgspec.to_builtins(
-            Model(source.config, source.num_params, source.digest, source.lora, source.name)
+            Model(
+                source.config,
+                source.num_params,
+                source.digest,
+                source.lora,
+                source.origin.name,
+                source.origin.generation,
+            )
         ),
         "tokenizer": msgspec.to_builtins(_named(ids)),
         "public_text": msgspec.to_builtins(PublicText(blake2b(text.encode()).hex(), text)),

@@ -54,6 +54,8 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """None: all weights are trained."""
     source: Annotated[str, Meta(max_length=200)] = ""
     """What the founder's folder was called: joiners are told which model they need."""
+    generation: dict[str, Any] = {}
+    """generation_config.json of the model that training starts from, for exports."""
 
 
 class Tokenizer(Struct, frozen=True, forbid_unknown_fields=True):

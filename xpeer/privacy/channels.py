@@ -375,8 +375,8 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
 text of records."""
 
 EXPORTED: Final = ("config.json", "generation_config.json", "model.safetensors")
-"""Files of `xpeer checkpoint export`, tokenizer and `card.FILES` aside: released parameters and the
-manifest's config."""
+"""Files of `xpeer checkpoint export`, those of tokenizer and source and `card.FILES` aside:
+released parameters and the manifest's config."""
 
 COMMANDS: Final[dict[str, str]] = {
     "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",
@@ -384,6 +384,7 @@ COMMANDS: Final[dict[str, str]] = {
     "pause": "Done", "resume": "Done", "stop": "Done", "leave": "Done",
     "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "demo": "Status, of text on this machine",
     "completion": "nothing", "version": "versions",
+    "generate": "text of the model that is named", "eval": "a loss of the text that is named",
     "privacy": "Account, FileAccount, Verdict, Plan, Charge",
 }  # fmt: skip
 """What commands print or write, by the structures above: for the operator."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 
 from xpeer.errors import ConfigError
 from xpeer.manifest import Lora
+from xpeer.training.losses import transformers_model
 
 BASE_FILE: Final = "base_model.json"
 """In an export: which weights the adapters belong to."""
@@ -81,6 +83,33 @@ def attach(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
             "name the model that they are for with --base-model",
         ) from e
     return attached
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Whether adapters are in it."""
+    return hasattr(model, "peft_config")
+
+
+def untie(adapted: torch.nn.Module) -> bool:
+    """Give weights of its own to each layer with an adapter whose weights another layer shares:
+    merged, the adapter would change both.
+
+    Returns:
+        Whether there were any; the config then says that nothing is tied.
+    """
+    named = list(adapted.named_parameters(remove_duplicate=False))
+    shared = Counter(id(parameter) for _, parameter in named)
+    untied = False
+    for module in adapted.modules():
+        base: Any = getattr(module, "base_layer", None)
+        if base is not None and shared[id(base.weight)] > 1:
+            base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            untied = True
+    if untied:
+        inner: Any = transformers_model(adapted)
+        inner.config.tie_word_embeddings = False
+        inner.config.get_text_config().tie_word_embeddings = False
+    return untied
 
 
 def merged(adapted: torch.nn.Module) -> torch.nn.Module:

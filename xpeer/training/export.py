@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,73 @@ from safetensors import SafetensorError
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Lora
 from xpeer.privacy.card import Card, files
-from xpeer.training import adapters
+from xpeer.training import adapters, reloading
+from xpeer.training.kept import CONFIG, Source, write_json
 from xpeer.training.losses import autocast, transformers_model
 from xpeer.training.tensorfile import sync
 from xpeer.training.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export.
+
+    Attributes:
+        difference: largest one between the logits of what was trained and of what was written.
+        dtype: name of the type that the weights were written in.
+        notes: what the operator should know.
+    """
+
+    difference: float
+    dtype: str
+    notes: list[str] = field(default_factory=list)
+
+
 def export_hf(
-    model: torch.nn.Module, tokenizer: Tokenizer | None, folder: Path, card: Card | None = None
-) -> None:
+    model: torch.nn.Module,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    card: Card | None = None,
+    *,
+    source: Source | None = None,
+    text: str = "",
+) -> Exported:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load.
 
-    It appears whole or not at all.
+    It is loaded again and compared with the model before it appears, whole or not at all.
 
     Args:
-        model: not wrapped, or wrapped; the transformers model in it is written.
+        model: not wrapped, or wrapped; the transformers model in it is written. One with adapters
+            is used up: they are added to its weights.
         tokenizer: None = the model alone.
         folder: must not exist, or be empty.
         card: what to say of its privacy.
+        source: what to keep of the model that training started from; None = nothing.
+        text: public, for the comparison.
 
     Raises:
         ConfigError: the folder holds something.
-        LocalError: it can't be written.
+        LocalError: it can't be written, or what was written is not what was trained.
     """
-    inner: Any = transformers_model(model)
+    source = source or Source()
+    dtype = source.torch_dtype
     with _staged(folder) as staging:
-        inner.save_pretrained(staging, state_dict=_unshared(inner))
-        _add(staging, tokenizer, card)
+        batches = reloading.sample_ids(model, tokenizer, text)
+        expected = reloading.logits_of(model, batches)
+        untied = False
+        if adapters.is_adapted(model):
+            untied = adapters.untie(model)
+            model = adapters.merged(model)
+        inner: Any = transformers_model(model)
+        config = source.config_json(inner, untied=untied)
+        inner.save_pretrained(staging, state_dict=_unshared(inner, dtype))
+        write_json(staging / CONFIG, config)
+        source.write_generation(staging)
+        notes = _add(staging, tokenizer, card, source, text)
+        loaded = reloading.load_model(staging)
+        reloading.require_weights(model, loaded, dtype)
+        difference = reloading.require_equal(loaded, expected, batches, dtype)
+    return Exported(difference, str(dtype).removeprefix("torch."), notes)
 
 
 def export_adapters(
@@ -50,11 +91,15 @@ def export_adapters(
     tokenizer: Tokenizer | None,
     folder: Path,
     card: Card | None = None,
-) -> None:
+    *,
+    base: Path,
+    source: Source | None = None,
+    text: str = "",
+) -> Exported:
     """Write a folder that `peft.PeftModel.from_pretrained(base, folder)` loads: adapters alone,
     their config, and the hash of the base model that they belong to.
 
-    It appears whole or not at all.
+    They are loaded again and compared with the model before they appear, whole or not at all.
 
     Args:
         adapted: by `adapters.adapt`.
@@ -62,21 +107,35 @@ def export_adapters(
         tokenizer: None = adapters alone.
         folder: must not exist, or be empty.
         card: what to say of their privacy.
+        base: folder of the model that they are for.
+        source: what to keep of it, config aside; None = nothing.
+        text: public, for the comparison.
 
     Raises:
         ConfigError: the folder holds something, or peft is missing.
-        LocalError: it can't be written.
+        LocalError: it can't be written, or what was written is not what was trained.
     """
     with _staged(folder) as staging:
+        batches = reloading.sample_ids(adapted, tokenizer, text)
+        expected = reloading.logits_of(adapted, batches)
         adapters.write(adapted, lora, staging)
-        _add(staging, tokenizer, card)
+        notes = _add(staging, tokenizer, card, source or Source(), text)
+        loaded = reloading.load_adapted(reloading.load_model(base), staging)
+        difference = reloading.require_equal(loaded, expected, batches)
+    return Exported(difference, "float32", notes)
 
 
-def _add(folder: Path, tokenizer: Tokenizer | None, card: Card | None) -> None:
+def _add(
+    folder: Path, tokenizer: Tokenizer | None, card: Card | None, source: Source, text: str
+) -> list[str]:
+    notes = []
     if tokenizer is not None:
         tokenizer.save_hf(folder)
+        notes = reloading.require_tokenizer(folder, tokenizer, text)
     for name, content in files(card).items() if card is not None else ():
         (folder / name).write_bytes(content)
+    source.copy_files(folder, carded=card is not None)
+    return notes
 
 
 @contextmanager
@@ -155,15 +214,16 @@ def generate(
     return tokenizer.decode(ids[known:])
 
 
-def _unshared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state with memory of its own for each tensor: in training all are views of one vector,
-    which would be taken for tied weights. Those that are tied stay so.
+def _unshared(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state, floats in this type, with memory of its own for each tensor: in training all are
+    views of one vector, which would be taken for tied weights. Those that are tied stay so.
     """
     copies: dict[int, torch.Tensor] = {}
-    return {
-        name: copies.setdefault(value.data_ptr(), value.clone())
-        for name, value in model.state_dict().items()
-    }
+    for value in model.state_dict().values():
+        if value.data_ptr() not in copies:
+            kind = dtype if value.is_floating_point() else value.dtype
+            copies[value.data_ptr()] = value.to(kind, copy=True)
+    return {name: copies[value.data_ptr()] for name, value in model.state_dict().items()}
 
 
 def _unwritable(folder: Path, error: BaseException) -> LocalError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from xpeer.config import Home
+from xpeer.config import Data, Home
 from xpeer.errors import ConfigError
 from xpeer.manifest import Lora, Manifest
 from xpeer.training.adapters import adapt
@@ -43,6 +43,13 @@ def model_of(
             "restore the folder, or fetch the parameters from a member",
         )
     return model
+
+
+def source_folders(home: Home, data: Data) -> list[Path]:
+    """Where this node has files of the model that training started from, the best first."""
+    named = [Path(name).expanduser() for name in (data.base_model, data.tokenizer) if name]
+    known = [named[0]] if data.base_model else []
+    return [path for path in dict.fromkeys([*known, home.initial_model, *named]) if path.is_dir()]
 
 
 def _adapted(manifest: Manifest, lora: Lora, named: Path | None, home: Home) -> torch.nn.Module:

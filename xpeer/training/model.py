@@ -16,12 +16,13 @@ from typing import Any, Final
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from xpeer.errors import ConfigError
 from xpeer.training.export import export_adapters, export_hf, generate
 from xpeer.training.flat import FlatParameters, digest, num_params, read_flat, write_flat
+from xpeer.training.kept import config_for_manifest
 from xpeer.training.losses import (
     autocast,
     choose_device,
@@ -47,6 +48,7 @@ __all__ = [
     "from_folder",
     "generate",
     "num_params",
+    "read_config",
     "read_flat",
     "record_losses",
     "skeleton",
@@ -120,7 +122,7 @@ def from_folder(path: Path) -> torch.nn.Module:
     """
     transformers_logging.disable_progress_bar()
     safetensors = check_folder(path)
-    raw = _read_config(path)
+    raw = read_config(path)
     try:
         with _quiet():  # it would print a table; we say in a line what is wrong
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -145,10 +147,8 @@ def from_folder(path: Path) -> torch.nn.Module:
 
 def config_of(model: torch.nn.Module) -> dict[str, Any]:
     """The config as the manifest holds it: JSON values only, without paths of this machine."""
-    config: dict[str, Any] = transformers_model(model).config.to_diff_dict()
-    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
-        config.pop(key, None)
-    return config
+    inner = transformers_model(model)
+    return config_for_manifest(inner.config.to_diff_dict(), inner)
 
 
 def context_tokens(model: torch.nn.Module) -> int | None:
@@ -181,7 +181,12 @@ def check_fits(model: torch.nn.Module, tokenizer_vocab: int, sequence_tokens: in
         )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a folder's config.json.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
     try:
         config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError) as e:
@@ -209,11 +214,17 @@ def _parse_config(config: dict[str, Any]) -> Any:
             f"model.config: {kind!r} with these values is no known model: {_one_line(e)}",
             "correct it, or install the transformers version that knows it",
         ) from e
-    made.use_cache = False
-    for key, value in made.to_dict().items():
-        if isinstance(value, float) and key.endswith(("dropout", "pdrop", "dropout_prob")):
-            setattr(made, key, 0.0)
+    _drop_nothing(made)
     return made
+
+
+def _drop_nothing(config: Any) -> None:
+    """Switch dropout off, in nested configs, too."""
+    for key, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            _drop_nothing(value)
+        elif isinstance(value, float) and key.endswith(("dropout", "pdrop", "dropout_prob")):
+            setattr(config, key, 0.0)
 
 
 def _ready(model: Any) -> torch.nn.Module:

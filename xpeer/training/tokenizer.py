@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from xpeer import manifest
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
+from xpeer.training.kept import TOKENIZER_FILES, copy
 
 BYTE_BOS: Final = 256
 BYTE_EOS: Final = 257
@@ -145,11 +146,8 @@ class HuggingFaceTokenizer:
         return self._fast.decode(ids, skip_special_tokens=True)
 
     def save_hf(self, folder: Path) -> None:
-        """Copy its files."""
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            source = self._folder / name
-            if source.exists():
-                (folder / name).write_bytes(source.read_bytes())
+        """Copy its files, the chat template's, too."""
+        copy(self._folder, folder, TOKENIZER_FILES)
 
     def _id(self, token: Any) -> int | None:
         text = token.get("content") if isinstance(token, dict) else token

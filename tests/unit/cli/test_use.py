@@ -101,7 +101,7 @@ def test_adapters_need_their_own_base(base: Path, tmp_path: Path) -> None:
             if "lora_B" in name:
                 parameter.fill_(0.05)
     folder = tmp_path / "adapters"
-    export_adapters(adapted, lora, HuggingFaceTokenizer(base), folder)
+    export_adapters(adapted, lora, HuggingFaceTokenizer(base), folder, base=base)
     made = trained.from_export(folder, base)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():

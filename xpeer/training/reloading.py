@@ -1,0 +1,211 @@
+"""An export is loaded again, as its users will load it, and compared with what was trained.
+
+By plain transformers or peft, from the folder that was written. Three things have to agree: the
+weights bit by bit (but for the rounding to the type they are written in), the logits, and the ids
+that the tokenizer makes of a text.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from xpeer.errors import ConfigError, LocalError
+from xpeer.training import adapters
+from xpeer.training.kept import write_json
+from xpeer.training.losses import transformers_model
+from xpeer.training.tokenizer import Tokenizer
+
+_TOKENS: Final = 48
+_RANDOM: Final = 2
+_TEXT_CHARS: Final = 2000
+_TOLERANCE: Final = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+"""Of the logits, relative to their spread: rounding of the weights through some dozens of layers.
+What this can't tell from rounding, the comparison of the weights does."""
+_PLAIN: Final = "PreTrainedTokenizerFast"
+
+Loader = Callable[[], Any]
+
+
+def sample_ids(
+    model: torch.nn.Module, tokenizer: Tokenizer | None, text: str
+) -> list[torch.Tensor]:
+    """What to compare logits on: random ids, and the beginning of a public text.
+
+    Returns:
+        (records, tokens) int64 each.
+    """
+    config = transformers_model(model).config.get_text_config()
+    rows = int(transformers_model(model).get_input_embeddings().weight.shape[0])
+    limit = getattr(config, "max_position_embeddings", None) or _TOKENS
+    length = min(_TOKENS, limit)
+    generator = torch.Generator().manual_seed(0)
+    found = [torch.randint(0, rows, (_RANDOM, length), generator=generator)]
+    ids = tokenizer.encode(text[:_TEXT_CHARS])[:length] if tokenizer is not None else []
+    return [*found, torch.tensor([ids])] if ids else found
+
+
+@torch.no_grad()
+def logits_of(model: Any, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """(records, tokens, vocabulary) float32 on the CPU, for each; the model's mode is restored."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        return [
+            model(input_ids=ids.to(device), use_cache=False).logits.float().cpu() for ids in batches
+        ]
+    finally:
+        model.train(training)
+
+
+def load_model(folder: Path) -> Any:
+    """As transformers loads it, but in float32, so that rounding is that of the file alone.
+
+    Raises:
+        LocalError: it does not load, or weights are missing or left over.
+    """
+    with _quiet():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        except Exception as e:  # whatever transformers raises at a folder that we wrote
+            raise _differs(f"transformers does not load it: {_one_line(e)}") from e
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in report[what]):
+            raise _differs(f"{len(names)} {what.replace('_', ' ')}, e.g. {names[0]}")
+    return model
+
+
+def load_adapted(base: Any, folder: Path) -> Any:
+    """As peft loads it on a base model, which is changed.
+
+    Raises:
+        LocalError: it does not load.
+    """
+    with _quiet():
+        try:
+            return adapters.attach(base, folder)
+        except ConfigError as e:
+            raise _differs(f"peft does not load it: {e.problem}") from e
+
+
+def require_equal(
+    loaded: Any,
+    expected: Sequence[torch.Tensor],
+    batches: Sequence[torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Refuse an export whose logits are not those of what was trained.
+
+    Args:
+        loaded: what was written, loaded again.
+        expected: of what was trained, for each batch.
+        batches: by `sample_ids`.
+        dtype: that the weights were written in.
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        LocalError: they differ by more than rounding, or are not finite.
+    """
+    if not all(bool(torch.isfinite(e).all()) for e in expected):
+        raise LocalError(
+            "the trained parameters give logits that are not finite: there is nothing to export",
+            "export an older checkpoint, and train on with a smaller optimiser.learning_rate",
+        )
+    worst = 0.0
+    for ours, theirs in zip(expected, logits_of(loaded, batches), strict=True):
+        if ours.shape != theirs.shape:
+            raise _differs(f"logits of {tuple(theirs.shape)}, trained {tuple(ours.shape)}")
+        difference = float((ours - theirs).abs().max())
+        spread = float(ours.std())
+        if not difference <= _TOLERANCE[dtype] * max(spread, 1e-6):
+            raise _differs(f"its logits differ by {difference:.3g}, their spread is {spread:.3g}")
+        worst = max(worst, difference)
+    return worst
+
+
+def require_weights(trained: torch.nn.Module, loaded: Any, dtype: torch.dtype) -> None:
+    """Refuse weights that are not, bit by bit, the trained ones rounded to a type.
+
+    Raises:
+        LocalError: names the first that differs.
+    """
+    theirs = dict(loaded.named_parameters())
+    for name, ours in transformers_model(trained).named_parameters():
+        value = ours.detach().cpu().to(dtype).float()
+        if name not in theirs or not torch.equal(value, theirs[name].detach().cpu().float()):
+            raise _differs(f"{name} is not what was trained")
+
+
+def require_tokenizer(folder: Path, tokenizer: Tokenizer, text: str) -> list[str]:
+    """Refuse a tokenizer that makes other ids of a text than those that were trained on.
+
+    Where transformers' class for it does not read tokenizer.json as it stands, the plain class,
+    which does, is named in tokenizer_config.json.
+
+    Returns:
+        What the operator should know.
+
+    Raises:
+        LocalError: other ids.
+    """
+    ids = tokenizer.encode(text[:_TEXT_CHARS])
+    found = _ids(folder, text[:_TEXT_CHARS])
+    if isinstance(found, str):
+        return [f"transformers can't load the tokenizer's files: {found}"]
+    if found == ids:
+        return []
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    said = config.get("tokenizer_class")
+    write_json(file, config | {"tokenizer_class": _PLAIN})
+    if _ids(folder, text[:_TEXT_CHARS]) != ids:
+        raise _differs("its tokenizer makes other ids of the public text than were trained on")
+    return [f"tokenizer_class is {_PLAIN} now: {said} makes other ids than tokenizer.json does"]
+
+
+def _ids(folder: Path, text: str) -> list[int] | str:
+    """As AutoTokenizer makes them; or why it does not."""
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            split: Any = {"add_special_tokens": False, "split_special_tokens": True}
+            return list(tokenizer(text, **split)["input_ids"])
+        except Exception as e:  # noqa: BLE001 - whatever its class raises
+            return _one_line(e)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars, advice and warnings: the comparison says what matters."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _differs(problem: str) -> LocalError:
+    return LocalError(
+        f"the export is not what was trained: {problem}",
+        "nothing was exported; please report it with the model's config.json",
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
