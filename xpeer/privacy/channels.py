@@ -364,6 +364,7 @@ EVENTS: Final = (
 
 TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.training.child": ("%s", "%s", "%s", "%s"),
+    "xpeer.privacy.register_file": ("%s",),
     "xpeer.training.handle": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
     "xpeer.training.ipc": ("%s", "%s"),
     "xpeer.training.process": ("the trainer's receiver failed",),
