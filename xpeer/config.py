@@ -167,6 +167,7 @@ class Home:
         self.initial_model = self.path / "initial"
         self.cache = self.path / "cache"
         self.log = self.path / "daemon.log"
+        self.losses = self.path / "losses.csv"
         self.lock = self.path / "lock"
 
     def parts(self) -> list[Path]:
@@ -174,6 +175,7 @@ class Home:
         databases = (self.state_db, self.ledger_db)
         beside = [f"{each.name}{end}" for each in databases for end in ("-wal", "-shm", "-journal")]
         beside += [f"{self.log.name}.{n}" for n in range(1, OLD_LOGS + 1)]
+        beside.append(f"{self.losses.name}.1")
         whole = [path for path in vars(self).values() if path != self.path]
         return [*whole, *(self.path / name for name in (*beside, SOCKET))]
 

@@ -13,6 +13,8 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
+from xpeer.escape import one_line
+
 Severity = Literal["note", "degraded", "down"]
 """note: worth knowing, the node is well. degraded: work is lost or late. down: none is done."""
 Verdict = Literal["ok", "degraded", "down"]
@@ -143,6 +145,23 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="the trainer runs again",
     ),
     Condition(
+        code="steps-lost",
+        severity="degraded",
+        text="the trainer was at step {at}, ended without a checkpoint, and is at step {step} now: "
+        "the steps between are taken, and charged, again",
+        remedy="`xpeer logs --level warning` says why it died; a shorter checkpoint.every_s loses "
+        "less",
+        clears="it is further than it was",
+    ),
+    Condition(
+        code="no-step",
+        severity="degraded",
+        text="no step for {silent_s:.0f} s",
+        remedy="is the machine overloaded or suspended, or a GPU stuck? `xpeer logs`, then `xpeer "
+        "stop` and start again",
+        clears="a step is taken",
+    ),
+    Condition(
         code="sidecar-down",
         severity="down",
         text="the libp2p sidecar is down for {age}",
@@ -194,7 +213,7 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
     Condition(
         code="waiting-for-the-end",
         severity="degraded",
-        text="this node has ended and waits for {who}",
+        text="this node has taken its steps and has waited {waited} for {who}",
         remedy="wait, or ask their operators whether they still train",
         clears="they have ended or are gone",
     ),
@@ -224,13 +243,6 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="a write succeeds",
     ),
     Condition(
-        code="ledger-failing",
-        severity="down",
-        text="privacy can't be charged for {age} ({count} tried), so no step is taken: {cause}",
-        remedy="free space, or correct owner and mode of HOME and of the privacy register",
-        clears="a charge succeeds",
-    ),
-    Condition(
         code="log-failing",
         severity="degraded",
         text="daemon.log can't be written for {age} ({count} lines lost): {cause}",
@@ -245,16 +257,9 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="a row is written",
     ),
     Condition(
-        code="evaluation-failing",
-        severity="degraded",
-        text="losses could not be measured for {age} ({count} tried): {cause}",
-        remedy="see `xpeer logs --level warning`",
-        clears="losses are measured",
-    ),
-    Condition(
         code="card-failing",
         severity="degraded",
-        text="no node of the DHT takes this node's card for {age}: {cause}",
+        text="no node of the DHT has taken this node's card for {age}",
         remedy="members still hear of this node from one another, newcomers may not; check the "
         "network, and give seeds with --bootstrap",
         clears="a node stores the card",
@@ -271,18 +276,17 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
     Condition(
         code="no-seed",
         severity="degraded",
-        text="no seed answers: {cause}",
+        text="no seed answers for {age}: {why}",
         remedy="check the address, the firewall, the port; give another with --bootstrap. Who "
         "joins now can't find this swarm there",
         clears="a seed or a member answers",
-        grace_s=30.0,
     ),
     # The machine
     Condition(
         code="clock-off",
         severity="degraded",
-        text="this clock is {offset_s:+.1f} s off the members' ({of} asked); beyond 3 s they "
-        "refuse this node",
+        text="this node's clock is {how} the clocks of the {clocks} members that answered; beyond "
+        "3 s they refuse it",
         remedy="run NTP here: `timedatectl set-ntp true`, or chrony",
         clears="the clocks agree within 2 s",
     ),
@@ -424,9 +428,7 @@ def _told(condition: Condition, active: _Active, now: float) -> HealthReason:
 
 
 def _one_line(cause: object) -> str:
-    text = str(cause) or type(cause).__name__
-    text = " ".join(text.split())
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = one_line(str(cause)) or type(cause).__name__
     return text if len(text) <= MAX_CAUSE_CHARS else f"{text[:MAX_CAUSE_CHARS]}..."
 
 

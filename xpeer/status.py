@@ -40,12 +40,18 @@ class Progress(Struct, frozen=True, kw_only=True):
     planned_steps: int | None = None
     loss_train: float | None = None
     """Mean loss per token (nats) of the last step's private batch. Local only."""
+    loss_train_age_s: float | None = None
+    """Since that step; None = there was none."""
     loss_validation: float | None = None
     """On held-out text of this shard. Local only."""
     loss_public: float | None = None
     """On the manifest's public text."""
     loss_public_age: float = 0.0
     """Windows of steps or of merges since then."""
+    loss_measured_step: int | None = None
+    """At which the public and the validation loss were measured; None = not yet."""
+    loss_measured_age_s: float | None = None
+    """Since then."""
     learning_rate: float = 0.0
     tokens_per_s: float = 0.0
     consensus_distance: float | None = None
@@ -158,6 +164,14 @@ class Status(Struct, frozen=True, kw_only=True):
     device: str = ""
     round: int = 0
     progress: Progress = Progress()
+    """As a trainer said last; ages are of now."""
+    progress_age_s: float | None = None
+    """Since it said so; None = none has ever, and all numbers of it are unknown."""
+    trainer_runs: bool = True
+    """False: progress and privacy are what was last known."""
+    eta_unix_s: float | None = None
+    """When the run's last step will be taken, or the budget's, at the pace of the last hour; None =
+    unknown."""
     corpus: CorpusShare | None = None
     """None: a shard of its own."""
     privacy: PrivacySpent = PrivacySpent()

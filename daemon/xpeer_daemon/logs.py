@@ -20,6 +20,7 @@ from xpeer.config import OLD_LOGS, Home
 from xpeer.errors import ConfigError
 from xpeer.escape import json_text, visible
 from xpeer.files import open_own
+from xpeer.health import Health
 
 MAX_FILE_BYTES = 10_000_000
 
@@ -60,11 +61,36 @@ class _JsonFormatter(_Formatter):
 
 
 class _File(logging.handlers.RotatingFileHandler):
-    """Opens without following a link: nobody has our lines written to a file of theirs."""
+    """The home's log: what can't be written to it is counted, and never ends the daemon.
+
+    Opens without following a link: nobody has our lines written to a file of theirs.
+    """
+
+    health: Health | None = None
+    _failed = False
 
     def _open(self) -> TextIOWrapper:
         fd = open_own(Path(self.baseFilename), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         return os.fdopen(fd, "a", encoding=self.encoding)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._failed = False
+        super().emit(record)
+        if self.health is not None and not self._failed:
+            self.health.worked("log-failing")
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Instead of a trace of logging's own on stderr, where the line itself goes anyway."""
+        self._failed = True
+        if self.health is not None:
+            self.health.failed("log-failing", sys.exc_info()[1])
+
+
+def watch(health: Health) -> None:
+    """Note from now on whether the log file can be written."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _File):
+            handler.health = health
 
 
 def setup(home: Home, level: str, log_format: Literal["text", "json"]) -> None:

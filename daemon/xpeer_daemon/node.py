@@ -17,12 +17,15 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network.roster import MemberRecord, Roster
 from xpeer.network.swarm import Swarm
-from xpeer.status import Progress, State, Status
+from xpeer.status import PrivacySpent, Progress, State, Status
 from xpeer.training import partition
 from xpeer.training.handle import TrainerProcess
 from xpeer_daemon import conditions, report
+from xpeer_daemon.missed import Missed
 from xpeer_daemon.partners import Partners
 from xpeer_daemon.phases import ENDED, EXCHANGING
+from xpeer_daemon.steps import Steps
+from xpeer_daemon.store import Known
 from xpeer_daemon.supervisor import Supervisor
 from xpeer_daemon.throughput import Throughput
 
@@ -67,6 +70,14 @@ class Node:
         self.last_exchange_s: float | None = None
         self.last_checkpoint_s: float | None = None
         self.joining_note = ""
+        self.known: Known | None = None
+        """What a trainer said last, of this run or the one before; None = nothing yet."""
+        self.last_trainer: TrainerProcess | None = None
+        """The one that runs, or ran last in this run."""
+        self.steps = Steps()
+        self.missed = Missed()
+        self.died_at_step: int | None = None
+        """Of a trainer that died; None once its successor is further."""
 
     # What the service tells it
 
@@ -78,8 +89,15 @@ class Node:
             self.since_s = self.clock()
             self.changed.set()
 
-    def follow_trainer(self, trainer_state: str, progress: Progress) -> None:
+    def follow_trainer(
+        self, trainer_state: str, progress: Progress, privacy: PrivacySpent | None = None
+    ) -> None:
         """The trainer moved on, or changed its state: its end condition, or the budget's end."""
+        self._remember(progress, privacy)
+        if self.training() and trainer_state == "training":
+            self.steps.observe(progress.step, self.clock())
+        else:
+            self.steps.interrupt()
         if self.throughput is not None:
             if self.training() and trainer_state == "training":
                 blocked_s = progress.seconds_blocked
@@ -98,6 +116,16 @@ class Node:
             self.enter("budget-spent")
         elif trainer_state == "closing":
             self.enter("closing")
+
+    def _remember(self, progress: Progress, privacy: PrivacySpent | None) -> None:
+        before = self.known
+        if before is not None and progress.step < before.progress.step:
+            self.died_at_step = max(before.progress.step, self.died_at_step or 0)
+        elif self.died_at_step is not None and progress.step >= self.died_at_step:
+            self.died_at_step = None
+        privacy = privacy or (before.privacy if before else None)
+        self.known = Known(progress, privacy, self.clock())
+        self.last_trainer = self.running() or self.last_trainer
 
     # Host of gossip
 
@@ -122,13 +150,17 @@ class Node:
 
     def others(self) -> dict[PeerId, MemberRecord]:
         """Live members without ourselves and without those who left."""
+        return {p: r for p, r in self.others_listed().items() if r.phase != "left"}
+
+    def others_listed(self) -> dict[PeerId, MemberRecord]:
+        """As `others`, with those who left."""
         if self.roster is None:
             return {}
-        return {
-            peer: record
-            for peer, record in self.roster.members().items()
-            if peer != self.peer_id and record.phase != "left"
-        }
+        return {p: r for p, r in self.roster.members().items() if p != self.peer_id}
+
+    def name_of(self, peer: PeerId) -> str:
+        """What people call a member."""
+        return peer[-8:]
 
     def partners(self) -> list[PeerId]:
         """Live members that exchange."""
@@ -153,9 +185,10 @@ class Node:
 
     def active_phases(self) -> list[str]:
         """Phases of the other members that train, are about to, or have ended."""
-        active = EXCHANGING | {"fetching", "waiting"}
         return [
-            r.phase for r in self.others().values() if r.phase in active and r.role != "observer"
+            r.phase
+            for r in self.others().values()
+            if r.phase in conditions.ACTIVE and r.role != "observer"
         ]
 
     def donor(self) -> TrainerProcess | None:

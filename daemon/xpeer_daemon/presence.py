@@ -58,11 +58,17 @@ class Presence:
             zone=self._node.config.network.zone,
         )
         await self._roster.announce(record)
+        # alone there is nobody to store it
+        self._node.health.hold("card-failing", self._roster.unstored and bool(self._node.others()))
 
     async def keep_refreshing(self) -> None:
         """Who is there, where, and what its ledger has shown."""
         while True:
             await self._roster.refresh()
+            if self._roster.silence:
+                self._node.health.failed("roster-failing", self._roster.silence)
+            else:
+                self._node.health.worked("roster-failing")
             for peer_id, record in self._node.others().items():
                 counter = self._book[peer_id].highest_counter
                 self._store.remember_peer(peer_id, record.addresses, counter)

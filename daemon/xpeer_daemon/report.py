@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from xpeer import __version__
 from xpeer.health import verdict
 from xpeer.status import SHOUTED, Partner, PrivacySpent, Progress, Status
+
+MAX_SHORT_CHARS = 500
 
 if TYPE_CHECKING:
     from xpeer_daemon.node import Node
@@ -19,6 +23,7 @@ def status_of(node: Node) -> Status:
     now, reasons = node.clock(), node.reasons()
     bytes_in, bytes_out = (swarm.meter.bytes_in, swarm.meter.bytes_out) if swarm else (0, 0)
     carried = book.payload_bytes_sent if book else 0
+    progress, last = _progress(node, now), trainer or node.last_trainer
     return Status(
         health=verdict(reasons),
         reasons=reasons,
@@ -30,12 +35,15 @@ def status_of(node: Node) -> Status:
         pid=os.getpid(),
         uptime_s=now - node.started_s,
         addresses=swarm.addresses if swarm else [],
-        num_params=trainer.num_params if trainer else 0,
-        device=trainer.device if trainer else "",
-        round=trainer.progress.window if trainer else 0,
-        progress=trainer.progress if trainer else Progress(),
-        corpus=trainer.corpus if trainer else None,
-        privacy=trainer.privacy if trainer else _privacy_without_trainer(node),
+        num_params=last.num_params if last else _num_params(node),
+        device=last.device if last else "",
+        round=progress.window,
+        progress=progress,
+        progress_age_s=_age(now, node.known.unix_s) if node.known else None,
+        trainer_runs=trainer is not None,
+        eta_unix_s=eta_unix_s(node),
+        corpus=last.corpus if last else None,
+        privacy=_privacy(node),
         privacy_warning=SHOUTED.get(node.manifest.privacy.mode, "") if node.manifest else "",
         partners=_partner_rows(node, now),
         exchanges_done=book.exchanges if book else 0,
@@ -55,7 +63,49 @@ def status_of(node: Node) -> Status:
     )
 
 
-def _privacy_without_trainer(node: Node) -> PrivacySpent:
+def in_short(status: Status) -> str:
+    """For systemd: health, what it does, and what is the matter."""
+    alive = sum(partner.state == "alive" for partner in status.partners)
+    what = f"{status.health}: {status.state}, step {status.progress.step}, {alive} partners"
+    return "; ".join([what, *(reason.text for reason in status.reasons)])[:MAX_SHORT_CHARS]
+
+
+def _progress(node: Node, now: float) -> Progress:
+    """As the trainer said last, with ages of now."""
+    trainer = node.running()
+    if node.known is None:
+        return trainer.progress if trainer else Progress()
+    progress, since_s = node.known.progress, max(0.0, now - node.known.unix_s)
+    return msgspec.structs.replace(
+        progress,
+        loss_train_age_s=_older(progress.loss_train_age_s, since_s),
+        loss_measured_age_s=_older(progress.loss_measured_age_s, since_s),
+    )
+
+
+def eta_unix_s(node: Node) -> float | None:
+    """When the last step will be taken: the run's, or the budget's if that comes first."""
+    if node.known is None or not node.training():
+        return None
+    planned, step = node.known.progress.planned_steps, node.known.progress.step
+    step_s = node.steps.step_s
+    ends = [node.known.privacy.ends_unix_s] if node.known.privacy else []
+    if planned is not None and step_s is not None:
+        ends.append(node.known.unix_s + max(0, planned - step) * step_s)
+    return min((end for end in ends if end is not None), default=None)
+
+
+def _num_params(node: Node) -> int:
+    return node.manifest.model.num_params if node.manifest else 0
+
+
+def _privacy(node: Node) -> PrivacySpent:
+    """As the trainer said last; before that, what the manifest says."""
+    trainer = node.running()
+    if node.known is not None and node.known.privacy is not None:
+        return node.known.privacy
+    if trainer is not None:
+        return trainer.privacy
     return PrivacySpent(mode=node.manifest.privacy.mode if node.manifest else "record")
 
 
@@ -90,3 +140,7 @@ def _partner_rows(node: Node, now: float) -> list[Partner]:
 
 def _age(now: float, then: float | None) -> float | None:
     return None if then is None else max(0.0, now - then)
+
+
+def _older(age_s: float | None, by_s: float) -> float | None:
+    return None if age_s is None else age_s + by_s

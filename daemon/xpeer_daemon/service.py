@@ -33,6 +33,7 @@ from xpeer.training.child import PROGRAM
 from xpeer.training.handle import Crashed, Event, Progressed, Saved, TrainerProcess
 from xpeer.training.setup import TrainerSetup
 from xpeer.wire.codec import encoded_bytes
+from xpeer_daemon import logs, report, watch
 from xpeer_daemon.api import ControlApi
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.joiner import Joiner
@@ -44,6 +45,7 @@ from xpeer_daemon.shares import SETTLED_S, Shares
 from xpeer_daemon.store import RoundRow, Store
 from xpeer_daemon.supervisor import Supervisor
 from xpeer_daemon.throughput import Throughput
+from xpeer_daemon.windows import Windows
 
 log = logging.getLogger("xpeer.daemon")
 
@@ -84,6 +86,7 @@ class Service:
         self._party: exchange.Party
         self._roster: Roster
         self._shares: Shares
+        self._windows: Windows
         self._supervisor: Supervisor
         self._proposer: exchange.Proposer
 
@@ -93,7 +96,11 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, lambda: node.request_stop(leave=False))
         async with contextlib.AsyncExitStack() as ending:
-            self._store = Store.open(self._home.state_db)
+            self._store = Store.open(self._home.state_db, health=node.health)
+            logs.watch(node.health)
+            node.known = self._store.last_known()
+            self._windows = Windows(self._home.losses, node, self._store.keep_known)
+            ending.callback(self._windows.keep)
             ending.callback(self._store.close)
             self._joiner = Joiner(
                 self._home, self._config, self._identity, self._membership, node, self._store
@@ -122,6 +129,7 @@ class Service:
     async def _live(self) -> None:
         async with asyncio.TaskGroup() as self._tasks:
             self._tasks.create_task(self._feed_watchdog())
+            self._tasks.create_task(watch.keep_watching(self._node, self._home))
             self._manifest, swarm_key = await self._joiner.admission()
             await self._serve_members(swarm_key)
             self._tasks.create_task(self._presence.keep_announcing())
@@ -185,6 +193,10 @@ class Service:
             nudge=lambda peer_id: nudging.ask(self._swarm, peer_id),
             clock=time.time,
             partners=self._book,
+        )
+        node.missed.on_ended = self._store.partner_ended
+        node.missed.restore(
+            [(PeerId(p.peer_id), p.seen_unix_s) for p in self._store.known_peers()], node.clock()
         )
         self._presence = Presence(
             node, self._swarm, self._roster, self._book, self._store, self._certificate.role
@@ -254,10 +266,8 @@ class Service:
     async def _wait_for_peers(self) -> None:
         node, needed = self._node, self._config.training.min_peers
         node.enter("waiting")
-        while (there := len(node.present())) < needed:
-            node.joining_note = f"waiting for training.min_peers = {needed}, {there} there"
-            await asyncio.sleep(0.5)
-        node.joining_note = ""
+        while len(node.present()) < needed:  # noqa: ASYNC110
+            await asyncio.sleep(0.5)  # a roster has no event
 
     async def _begin(self, trainer: TrainerProcess) -> None:
         if self._node.paused:
@@ -269,7 +279,9 @@ class Service:
 
     def _on_trainer(self, event: Event) -> None:
         if isinstance(event, Progressed):
-            self._node.follow_trainer(event.state, event.progress)
+            self._node.follow_trainer(event.state, event.progress, event.privacy)
+            if event.privacy is not None:
+                self._windows.look()
         elif isinstance(event, Saved):
             self._node.last_checkpoint_s = self._node.clock()
         elif isinstance(event, Crashed):
@@ -280,6 +292,7 @@ class Service:
     def _on_exchanged(self, peer_id: PeerId, slot: int, fragment: int, result: Exchanged) -> None:
         node = self._node
         node.last_exchange_s = node.clock()
+        node.health.worked("exchange-failed")
         if node.state in ENDED and all(phase in ENDED for phase in node.active_phases()):
             self._closing.merged(fragment)
         self._store.add_round(
@@ -291,6 +304,8 @@ class Service:
             fragments = self._manifest.round.fragments
             self._closing.give_up(matching.fragment_of(self._swarm_id, slot, fragments))
         if reason not in ORDINARY:
+            who = self._node.name_of(PeerId(peer_id)) if peer_id else "nobody"
+            self._node.health.failed("exchange-failed", f"{who}: {reason} {detail}")
             self._store.add_round(
                 RoundRow(slot=slot, partner=peer_id, reason=reason, detail=detail)
             )
@@ -352,11 +367,7 @@ class Service:
     async def _feed_watchdog(self) -> None:
         interval_s = sdnotify.watchdog_interval_s() or 10.0
         while True:
-            status = self._node.status()
-            sdnotify.notify(
-                f"WATCHDOG=1\nSTATUS={status.health}: {status.state}, step {status.progress.step}, "
-                f"{len(status.partners)} partners",
-            )
+            sdnotify.notify(f"WATCHDOG=1\nSTATUS={report.in_short(self._node.status())}")
             await asyncio.sleep(interval_s)
 
 

@@ -18,6 +18,8 @@ from msgspec import Struct
 
 from xpeer.errors import ConfigError
 from xpeer.files import require_own
+from xpeer.health import Health
+from xpeer.status import PrivacySpent, Progress
 
 log = logging.getLogger("xpeer.store")
 
@@ -54,6 +56,10 @@ CREATE TABLE peers (
 """
 
 
+_LATER_TABLES = "CREATE TABLE IF NOT EXISTS known (name TEXT PRIMARY KEY, value BLOB NOT NULL);"
+"""Made in files of earlier versions too, which do not look at them."""
+
+
 class RoundRow(Struct, frozen=True, kw_only=True):
     """One exchange, or one that was skipped."""
 
@@ -86,22 +92,39 @@ class KnownPeer(Struct, frozen=True, kw_only=True):
     """The highest it has shown: one that goes back was restored from an old copy."""
 
 
+class Known(Struct, frozen=True):
+    """What the trainer said last."""
+
+    progress: Progress
+    privacy: PrivacySpent | None
+    unix_s: float
+
+
 class Store:
     """state.sqlite. One writer: the daemon, on one thread. Make with `open`.
 
     Args:
         database: an open connection with the tables in it.
         clock: wall clock, seconds.
+        health: is told when writes fail, and when they succeed again.
     """
 
-    def __init__(self, database: sqlite3.Connection, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        database: sqlite3.Connection,
+        clock: Callable[[], float],
+        health: Health | None = None,
+    ) -> None:
         self._database = database
         self._clock = clock
+        self._health = health or Health(clock)
         self._writes = 0
         self.failed_writes = 0
 
     @classmethod
-    def open(cls, path: Path, clock: Callable[[], float] = time.time) -> Store:
+    def open(
+        cls, path: Path, clock: Callable[[], float] = time.time, health: Health | None = None
+    ) -> Store:
         """Open or create it; a damaged file, or one of another version, is moved aside.
 
         Raises:
@@ -118,7 +141,7 @@ class Store:
             ) from e
         if database is None:
             raise ConfigError(f"state file {path} can't be created", "check the disk")
-        return cls(database, clock)
+        return cls(database, clock, health)
 
     def add_round(self, row: RoundRow) -> None:
         """Remember how an exchange ended. Its time is now."""
@@ -156,6 +179,10 @@ class Store:
             " seen_unix_s = ?3, ledger_counter = max(ledger_counter, ?4)",
             (peer_id, msgspec.json.encode(list(addresses)), self._clock(), ledger_counter),
         )
+
+    def partner_ended(self, peer_id: str) -> None:
+        """It left, or its run is over: it is not missed after our next start."""
+        self._write("UPDATE peers SET seen_unix_s = 0 WHERE peer_id = ?", (peer_id,))
 
     def rounds(self, limit: int = 100) -> list[RoundRow]:
         """The last ones, newest first."""
@@ -205,6 +232,24 @@ class Store:
             for peer_id, addresses, seen, counter in rows
         ]
 
+    def keep_known(self, known: Known) -> None:
+        """What the trainer said last, for a status before the next one speaks."""
+        self._write(
+            "INSERT INTO known (name, value) VALUES ('trainer', ?1)"
+            " ON CONFLICT (name) DO UPDATE SET value = ?1",
+            (msgspec.json.encode(known),),
+        )
+
+    def last_known(self) -> Known | None:
+        """As `keep_known` was given it; None = nothing, or of another version."""
+        row = self._database.execute("SELECT value FROM known WHERE name = 'trainer'").fetchone()
+        if row is None:
+            return None
+        try:
+            return msgspec.json.decode(row[0], type=Known)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it."""
         self._database.close()
@@ -223,8 +268,11 @@ class Store:
                     self._prune()
         except sqlite3.Error as e:  # a full or failing disk: history is lost, the node goes on
             self.failed_writes += 1
-            if self.failed_writes == 1:
+            self._health.failed("state-file-failing", e)
+            if self._health.count("state-file-failing") == 1:
                 log.warning("history can't be written to state.sqlite: %s", e)
+        else:
+            self._health.worked("state-file-failing")
 
     def _prune(self) -> None:
         for table, keep in (("rounds", MAX_ROUNDS), ("events", MAX_EVENTS)):
@@ -248,10 +296,13 @@ def _connect(path: Path) -> sqlite3.Connection | None:
         database.execute("PRAGMA synchronous=FULL")
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if version == 0:
-            database.executescript(f"BEGIN;{_TABLES}PRAGMA user_version={SCHEMA};COMMIT;")
+            database.executescript(
+                f"BEGIN;{_TABLES}{_LATER_TABLES}PRAGMA user_version={SCHEMA};COMMIT;"
+            )
             return database
         (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
         if version == SCHEMA and verdict == "ok":
+            database.executescript(_LATER_TABLES)
             return database
     except sqlite3.DatabaseError as e:
         if not _damaged(e):

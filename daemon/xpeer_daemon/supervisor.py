@@ -74,6 +74,8 @@ class Supervisor:
             code = await asyncio.shield(trainer.exited)
             self.trainer = None
             self.down_reason = f"trainer exited with {code}"
+            if trainer.crash is not None:
+                self.down_reason += f": {trainer.crash.problem}"
             if isinstance(trainer.crash, ConfigError | BudgetSpentError):
                 raise trainer.crash
             if self._renewing:

@@ -63,12 +63,12 @@ def test_a_job_that_fails_is_told_from_the_first_time_with_age_count_and_cause(
 
 
 def test_grace(tracked: Health, clock: Clock) -> None:
-    tracked.failed("no-seed", "x")
-    clock.now += CONDITIONS["no-seed"].grace_s - 1
+    tracked.failed("roster-failing", "x")
+    clock.now += CONDITIONS["roster-failing"].grace_s - 1
     assert codes(tracked) == []
     clock.now += 1
-    assert codes(tracked) == ["no-seed"]
-    tracked.began("no-seed", clock.now)  # it began anew
+    assert codes(tracked) == ["roster-failing"]
+    tracked.began("roster-failing", clock.now)  # it began anew
     assert codes(tracked) == []
 
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from xpeer.errors import PeerError
 from xpeer.identity import PeerId
@@ -34,10 +34,13 @@ class Bootstrapping:
         targets: whom to dial now, and where that is; none = nobody is known, which is no failure.
         dial: connect, introduce, ping; returns by how many seconds the peer's clock is ahead.
         settle: look for neighbours, after somebody answered.
+        seeds: those among them that our operator named.
 
     Attributes:
         reached: set while somebody answers us.
         note: why nobody does, or what is wrong although somebody does, for the operator.
+        clock_ahead_s: of ours, by how much the median of those who answered last is.
+        clocks: how many that were.
     """
 
     def __init__(
@@ -45,14 +48,25 @@ class Bootstrapping:
         targets: Callable[[], dict[PeerId, str]],
         dial: Callable[[PeerId], Awaitable[float]],
         settle: Callable[[], Awaitable[None]],
+        seeds: Collection[PeerId] = (),
     ) -> None:
         self.reached = asyncio.Event()
         self.note = ""
         self._targets = targets
         self._dial = dial
         self._settle = settle
+        self._seeds = seeds
+        self._failures: dict[PeerId, str] = {}
+        self.clock_ahead_s = 0.0
+        self.clocks = 0
         self._again = asyncio.Event()
         self._answered = 0
+
+    @property
+    def silent_seeds(self) -> str:
+        """Why none of the seeds answers, each dialled at least once; empty if one does."""
+        failures = [self._failures.get(seed, "") for seed in self._seeds]
+        return failures[0] if failures and all(failures) else ""
 
     def lost(self) -> None:
         """Nobody can be reached at the moment."""
@@ -89,7 +103,7 @@ class Bootstrapping:
             self._say("")
             return True
         if self.reached.is_set() and len(targets) > HEALTHY_TARGETS:
-            targets = dict(random.sample(list(targets.items()), HEALTHY_TARGETS))
+            targets = self._some(targets)
         elif not self.reached.is_set():
             self._answered = 0
         answers = await asyncio.gather(*(self._try(*target) for target in targets.items()))
@@ -97,17 +111,31 @@ class Bootstrapping:
         if len(failures) == len(targets):
             self._say(f"no seed answers: {failures[0]}")
             return False
-        self._say(_of_clocks([answer for answer in answers if isinstance(answer, float)]))
+        ahead_s = sorted(answer for answer in answers if isinstance(answer, float))
+        self.clock_ahead_s, self.clocks = -ahead_s[len(ahead_s) // 2], len(ahead_s)
+        self._say(_of_clocks(self.clock_ahead_s))
         if self._answered % SETTLE_EVERY == 0:
             await self._settle()
         self._answered += 1
         return True
 
+    def _some(self, targets: dict[PeerId, str]) -> dict[PeerId, str]:
+        """A few, a seed always among them: else nobody would see that the seeds are gone."""
+        seeds = [peer for peer in targets if peer in self._seeds]
+        chosen = random.sample(seeds, min(1, len(seeds)))
+        others = [peer for peer in targets if peer not in chosen]
+        chosen += random.sample(others, HEALTHY_TARGETS - len(chosen))
+        return {peer: targets[peer] for peer in chosen}
+
     async def _try(self, peer_id: PeerId, address: str) -> float | str:
         try:
-            return await self._dial(peer_id)
+            ahead_s = await self._dial(peer_id)
         except PeerError as e:
+            if peer_id in self._seeds:
+                self._failures[peer_id] = f"{address}: {e}"
             return f"{address}: {e}"
+        self._failures.pop(peer_id, None)
+        return ahead_s
 
     def _say(self, note: str) -> None:
         if note and note != self.note:
@@ -115,10 +143,9 @@ class Bootstrapping:
         self.note = note
 
 
-def _of_clocks(ahead_s: list[float]) -> str:
-    """What is wrong with our clock, if most of those who answered disagree with it."""
-    median_s = sorted(ahead_s)[len(ahead_s) // 2]
-    if abs(median_s) <= MAX_SKEW_S:
+def _of_clocks(ahead_s: float) -> str:
+    """What is wrong with our clock, if it is so far ahead of most of those who answered."""
+    if abs(ahead_s) <= MAX_SKEW_S:
         return ""
-    how = "behind" if median_s > 0 else "ahead of"
-    return f"this node's clock is {abs(median_s):.0f} s {how} the others': synchronise it (NTP)"
+    how = "behind" if ahead_s < 0 else "ahead of"
+    return f"this node's clock is {abs(ahead_s):.0f} s {how} the others': synchronise it (NTP)"

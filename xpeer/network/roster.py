@@ -109,6 +109,10 @@ class Roster:
         self._advanced: set[PeerId] = set()
         self._deaf: dict[PeerId, float] = {}
         self._heard_s = self._asked_s = self._read_s = self._stored_s = -math.inf
+        self.silence = ""
+        """Why no member has answered since the last one did; empty: the last one asked did."""
+        self.unstored = False
+        """True iff no node of the DHT took our card when it was stored last."""
 
     async def serve(self) -> None:
         """Answer other members' questions."""
@@ -137,6 +141,7 @@ class Roster:
         stored = await self._shards.store(Stored(mine.signed, mine.beat), now)
         if not stored:  # members still hear of us from one another; newcomers may not
             log.info("no node of the DHT took our card; again in %g s", STORE_AGAIN_S)
+        self.unstored = not stored
         self._stored_s = now if stored else now - STORE_EVERY_S + STORE_AGAIN_S
         return stored
 
@@ -254,10 +259,11 @@ class Roster:
             reply = await self._swarm.call(peer, PROTOCOL, self._seal(question), ASK_TIMEOUT_S)
         except PeerError as e:
             log.debug("the roster of %s: %s", peer[-8:], e)
+            self.silence = self.silence or f"{peer[-8:]}: {e}"
             return None
         answer = self._unseal(reply, spreading.answer_decoder)
         if answer is not None:
-            self._heard_s = self._clock()
+            self._heard_s, self.silence = self._clock(), ""
             self._learn(answer.cards, answer.beats, salt)
         return answer
 
@@ -266,7 +272,7 @@ class Roster:
         self._news |= self._learn(question.cards, question.beats, question.salt)
         if question.digest is None:
             return Answer()
-        self._heard_s = self._clock()
+        self._heard_s, self.silence = self._clock(), ""
         told = spreading.read_digest(question.digest)
         lacking, late = spreading.later_than(told, self._known.values(), question.salt)
         self._random.shuffle(lacking)  # whoever asks again gets others

@@ -75,7 +75,9 @@ class Swarm:
         self._listen, self._announce, self._nat_port_map = listen, announce, nat_port_map
         self._served: list[Served] = []
         self._book = AddressBook(identity.peer_id, seeds)
-        self._bootstrapping = Bootstrapping(self._book.targets, self._dial, self._settle)
+        self._bootstrapping = Bootstrapping(
+            self._book.targets, self._dial, self._settle, self._book.seeds
+        )
         self._introduced = present.Introduced()
         self._introducing: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
         self._limit = present.RateLimit()
@@ -328,6 +330,11 @@ class Swarm:
     def bootstrap_note(self) -> str:
         """Why no seed answers, or that our clock is wrong, for the operator."""
         return self._bootstrapping.note
+
+    @property
+    def bootstrapping(self) -> Bootstrapping:
+        """What was seen of the seeds, and of the clocks of those who answered."""
+        return self._bootstrapping
 
     @property
     def sidecar_alive(self) -> bool:

@@ -162,7 +162,8 @@ _STATUS: Final = {
         "node",
         public="planned_steps",
         derived="loss_public consensus_distance merges_clipped",
-        timing="step window loss_public_age learning_rate merges steps_late seconds_training "
+        timing="step window loss_public_age loss_train_age_s loss_measured_step "
+        "loss_measured_age_s learning_rate merges steps_late seconds_training "
         "seconds_blocked seconds_boundary seconds_snapshot seconds_merge",
         local="tokens loss_train loss_validation tokens_per_s rest_s",
     ),
@@ -190,10 +191,10 @@ _STATUS: Final = {
         "node",
         public="schema_version peer_id swarm_id swarm_name version pid addresses num_params device "
         "currency privacy_warning",
-        timing="health state uptime_s round exchanges_done exchanges_failed "
-        "exchanges_skipped one_sided_merges bytes_in bytes_out egress_cost compression_ratio "
-        "last_good_round_age_s last_checkpoint_age_s trainer_restarts sidecar_restarts "
-        "strangers_refused",
+        timing="health state trainer_runs progress_age_s eta_unix_s uptime_s round "
+        "exchanges_done exchanges_failed exchanges_skipped one_sided_merges bytes_in bytes_out "
+        "egress_cost compression_ratio last_good_round_age_s last_checkpoint_age_s "
+        "trainer_restarts sidecar_restarts strangers_refused",
         parts="progress corpus privacy partners reasons",
         why="answered on the Unix socket alone (xpeer_daemon.api); to systemd go health, state, "
         "step and the number of partners",
@@ -216,6 +217,9 @@ _HOME: Final = {
         timing="reason detail seconds unix_s",
     ),
     "xpeer_daemon.store.EventRow": _of("home", timing="kind detail unix_s"),
+    "xpeer_daemon.store.Known": _of(
+        "home", timing="unix_s", parts="progress privacy", why="for a status before a trainer runs"
+    ),
     "xpeer_daemon.store.KnownPeer": _of(
         "home", public="peer_id addresses seen_unix_s ledger_counter"
     ),

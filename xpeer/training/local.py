@@ -99,6 +99,7 @@ class LocalTrainer:
         self._window_step = 0
         self._window_began = time.monotonic()
         self._loss_train: float | None = None
+        self._stepped_at = 0.0
         self._tokens_per_s = 0.0
         self._step_time = WorkTime()
         self._rests_until = 0.0
@@ -140,6 +141,11 @@ class LocalTrainer:
             tokens=self.counters.tokens,
             planned_steps=planned_steps(self.manifest),
             loss_train=self._loss_train,
+            loss_train_age_s=(
+                None if self._loss_train is None else time.monotonic() - self._stepped_at
+            ),
+            loss_measured_step=self.measurements.step,
+            loss_measured_age_s=self.measurements.age_s,
             loss_validation=self.measurements.validation,
             loss_public=self.measurements.public,
             loss_public_age=self.measurements.age(self.counters),
@@ -353,7 +359,7 @@ class LocalTrainer:
             self.optimiser.step()
         else:
             self._gradients.accumulate(self.parameters.read_gradients())
-        self._loss_train = result.loss
+        self._loss_train, self._stepped_at = result.loss, time.monotonic()
         self.counters.step += 1
         self.counters.tokens += result.tokens
         self.counters.clip_norm = result.clip_norm

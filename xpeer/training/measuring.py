@@ -35,6 +35,7 @@ class Measurements:
         self._evaluation = evaluation
         self._rules = rules
         self._step = self._merges = 0
+        self._taken_at = 0.0
         self.seconds = 0.0
         self._time = WorkTime()
 
@@ -45,8 +46,19 @@ class Measurements:
         if self._evaluation.validation is not None:
             self.validation = self._evaluation.validation()
         self._step, self._merges = counters.step, counters.merges
+        self._taken_at = time.monotonic()
         self.seconds += self._time.counted(time.monotonic() - began)
         return public, self.validation
+
+    @property
+    def step(self) -> int | None:
+        """At which they were measured; None = not yet."""
+        return None if self.public is None else self._step
+
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since then."""
+        return None if self.public is None else time.monotonic() - self._taken_at
 
     def at_window_end(self, counters: Counters) -> None:
         """Measure, unless that took more than its share already."""

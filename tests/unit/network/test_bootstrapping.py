@@ -228,3 +228,31 @@ def test_what_is_remembered_of_introductions_is_bounded():
     introduced.clear()
     assert not introduced._since
     assert not introduced._refused
+
+
+async def test_silent_seeds_are_seen_while_members_answer():
+    members = {f"m{n}": 0.0 for n in range(3 * HEALTHY_TARGETS)}
+    network = Network(s1=Reason.UNREACHABLE, s2=0.0, **members)
+    seeds = [PeerId("s1"), PeerId("s2")]
+    loop = Bootstrapping(network.targets, network.dial, network.settle, seeds)
+    await loop.once()
+    loop.reached.set()
+    assert loop.silent_seeds == ""
+    network.answers[PeerId("s2")] = Reason.TIMEOUT
+    while not loop.silent_seeds:  # a seed is among the few that are dialled while all is well
+        before = len(network.dialled)
+        assert await loop.once()
+        dialled = network.dialled[before:]
+        assert len(dialled) == HEALTHY_TARGETS
+        assert set(dialled) & set(seeds)
+    assert loop.silent_seeds == "/address/of/s1: unreachable"
+    network.answers[PeerId("s2")] = 0.0
+    while loop.silent_seeds:
+        await loop.once()
+
+
+async def test_our_clock_is_compared_with_those_who_answer():
+    network = Network(a=119.0, b=120.0, c=121.0, d=Reason.TIMEOUT)
+    loop = network.loop()
+    await loop.once()
+    assert (loop.clock_ahead_s, loop.clocks) == (-120.0, 3)

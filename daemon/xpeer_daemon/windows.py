@@ -1,0 +1,130 @@
+"""What is written down at the end of every window: a row of losses.csv and a line of the log.
+
+The file holds losses on private text and stays in the home, 0600. The log line has the public loss
+alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from xpeer.errors import ConfigError
+from xpeer.files import open_own
+from xpeer_daemon.node import Node
+from xpeer_daemon.report import eta_unix_s
+from xpeer_daemon.store import Known
+
+log = logging.getLogger("xpeer.windows")
+
+SCHEMA: Final = 1
+COLUMNS: Final = (
+    "schema", "unix_s", "step", "window", "loss_public", "loss_train", "loss_validation",
+    "epsilon", "exchanges", "bytes_in", "bytes_out",
+)  # fmt: skip
+"""Of losses.csv. Empty: not measured. epsilon: spent so far, of all text; the last three: since the
+daemon's start."""
+HEADER: Final = ",".join(COLUMNS) + "\n"
+MAX_FILE_BYTES: Final = 5_000_000
+KEPT_EVERY_S: Final = 10.0
+
+
+class Windows:
+    """Notices that a window is over.
+
+    Args:
+        path: losses.csv; when it is full it becomes `.1`, in place of the one before.
+        node: what is written down.
+        keep: remembers what the trainer said last.
+    """
+
+    def __init__(self, path: Path, node: Node, keep: Callable[[Known], None]) -> None:
+        self._path = path
+        self._node = node
+        self._keep = keep
+        self._window: int | None = None
+        self._kept_s = -KEPT_EVERY_S
+
+    def look(self) -> None:
+        """The trainer has told what a window cost."""
+        known = self._node.known
+        if known is None:
+            return
+        before, self._window = self._window, known.progress.window
+        if before is None or known.progress.window == before:
+            return  # the first word of a trainer is of a window that has been written down
+        if known.progress.window < before:
+            return  # another trainer, from an older checkpoint
+        if known.unix_s - self._kept_s >= KEPT_EVERY_S:
+            self._kept_s = known.unix_s
+            self.keep()
+        self._add_row(known)
+        log.info("%s", self._line(known))
+
+    def keep(self) -> None:
+        """For a status after the next start of the daemon, before a trainer runs."""
+        if self._node.known is not None:
+            self._keep(self._node.known)
+
+    def _add_row(self, known: Known) -> None:
+        progress, node = known.progress, self._node
+        meter = node.swarm.meter if node.swarm else None
+        cells = (
+            SCHEMA, round(node.clock(), 3), progress.step, progress.window,
+            progress.loss_public, progress.loss_train, progress.loss_validation,
+            known.privacy.epsilon_spent if known.privacy and known.privacy.mode != "off" else None,
+            node.book.exchanges if node.book else 0,
+            meter.bytes_in if meter else 0, meter.bytes_out if meter else 0,
+        )  # fmt: skip
+        row = ",".join("" if cell is None else f"{cell:.10g}" for cell in cells) + "\n"
+        try:
+            append(self._path, row)
+        except (OSError, ConfigError) as e:  # a full disk: a row is lost, training goes on
+            node.health.failed("losses-failing", e)
+        else:
+            node.health.worked("losses-failing")
+
+    def _line(self, known: Known) -> str:
+        progress, privacy, node = known.progress, known.privacy, self._node
+        planned = f"/{progress.planned_steps}" if progress.planned_steps else ""
+        parts = [f"step {progress.step}{planned}"]
+        if progress.loss_public is not None:
+            parts.append(f"public loss {progress.loss_public:.4f}")
+        if privacy is not None and privacy.mode != "off":
+            parts.append(f"epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g}")
+        parts.append(f"{node.book.exchanges if node.book else 0} exchanges")
+        parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
+        if (eta := eta_unix_s(node)) is not None:
+            parts.append(time.strftime("ETA %Y-%m-%d %H:%M UTC", time.gmtime(eta)))
+        return ", ".join(parts)
+
+
+def append(path: Path, row: str) -> None:
+    """Add a row; a file that is full, or of other columns, is moved to `.1` first.
+
+    Raises:
+        OSError, ConfigError: it can't be written.
+    """
+    fd = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    with os.fdopen(fd, "r+b", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(0)
+        if size == 0 or (size < MAX_FILE_BYTES and file.read(len(HEADER)) == HEADER.encode()):
+            file.seek(max(0, size - 1))
+            torn = file.read(1) not in (b"", b"\n")  # by a machine that lost power
+            _write(file.fileno(), (("\n" if torn else "") if size else HEADER) + row)
+            return
+    path.replace(path.with_name(path.name + ".1"))
+    append(path, row)
+
+
+def _write(fd: int, text: str) -> None:
+    """All of it or nothing: half a row would spoil the next."""
+    before, data = os.fstat(fd).st_size, text.encode()
+    if os.write(fd, data) != len(data):
+        os.ftruncate(fd, before)
+        raise OSError(28, "no space left on the device")

@@ -1,0 +1,288 @@
+"""Every fault that a node can have is named, from its first moment and until it is over."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from tests.unit.daemon.fakes import ALPHA, BETA, GAMMA, FakeNode, member
+from xpeer.config import Checkpoint, Home, NodeConfig, Training
+from xpeer.health import Health
+from xpeer.identity import PeerId
+from xpeer.status import Progress
+from xpeer_daemon import logs, watch
+from xpeer_daemon.missed import BACK_S, FORGOTTEN_S
+from xpeer_daemon.presence import Presence
+from xpeer_daemon.store import Store
+
+
+@pytest.fixture
+def fake() -> FakeNode:
+    return FakeNode(ALPHA, BETA, GAMMA)
+
+
+def test_a_node_that_works_is_ok(fake: FakeNode) -> None:
+    fake.passes(300)
+    assert fake.node.status().health == "ok"
+    assert fake.codes == []
+
+
+def test_partners_that_fell_silent_are_missed_until_they_are_back(fake: FakeNode) -> None:
+    fake.passes(5)
+    beta, gamma = fake.members.pop(PeerId(BETA)), fake.members.pop(PeerId(GAMMA))
+    fake.passes(65)
+    assert fake.node.status().health == "degraded"
+    told = fake.text("partners-lost")
+    assert told.startswith("2 of 3 known partners are gone: ")
+    assert BETA[-8:] in told
+    assert "(for 1m 5s)" in told
+    fake.members[PeerId(BETA)] = beta
+    assert fake.text("partners-lost").startswith("1 of 3 known partners are gone: GammaCCC")
+    fake.members[PeerId(GAMMA)] = gamma
+    assert fake.codes == []
+
+
+@pytest.mark.parametrize("phase", ["left", "finished"])
+def test_who_left_or_had_finished_is_not_missed(fake: FakeNode, phase: str) -> None:
+    ended: list[str] = []
+    fake.node.missed.on_ended = ended.append
+    fake.passes(2)
+    fake.members[PeerId(BETA)] = member(BETA, phase)
+    fake.passes(3)
+    del fake.members[PeerId(BETA)]
+    fake.passes(3)
+    assert fake.codes == []
+    assert ended == [BETA]
+
+
+def test_who_is_gone_for_a_day_is_forgotten(fake: FakeNode) -> None:
+    del fake.members[PeerId(BETA)]
+    fake.node.missed.restore([(PeerId(BETA), fake.clock() - 60)], fake.clock())
+    fake.passes(BACK_S + 2)  # seen before our own start: it gets a minute to be heard of
+    assert fake.codes == ["partners-lost"]
+    fake.clock.now += FORGOTTEN_S + BACK_S
+    fake.node.last_checkpoint_s = fake.clock()
+    fake.works()
+    assert fake.codes == []
+
+
+def test_nobody_is_left(fake: FakeNode) -> None:
+    fake.passes(2)
+    fake.members.clear()
+    fake.passes(2)
+    assert set(fake.codes) == {"no-partner", "partners-lost"}
+
+
+def test_no_seed_answers_while_training(fake: FakeNode) -> None:
+    fake.passes(2)
+    fake.bootstrapping.silent_seeds = "/ip4/192.0.2.1/tcp/4001: timeout"
+    fake.passes(65)
+    assert fake.codes == ["no-seed"]
+    assert "for 1m 4s: /ip4/192.0.2.1/tcp/4001: timeout" in fake.text("no-seed")
+    fake.bootstrapping.silent_seeds = ""
+    assert fake.codes == []
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "told"),
+    [(1.9, ""), (-1.9, ""), (2.5, "2 s ahead of"), (-120.4, "120 s behind"), (3e6, "3000000 s")],
+)
+def test_a_wrong_clock(fake: FakeNode, ahead_s: float, told: str) -> None:
+    fake.bootstrapping.clock_ahead_s = ahead_s
+    assert fake.codes == (["clock-off"] if told else [])
+    if told:
+        assert told in fake.text("clock-off")
+        assert "2 members" in fake.text("clock-off")
+
+
+def test_a_partner_that_never_ends(fake: FakeNode) -> None:
+    fake.node.follow_trainer("closing", Progress(step=1000, tokens=1))
+    fake.members[PeerId(BETA)] = member(BETA, "closing")
+    fake.passes(70, working=False)
+    assert "waiting-for-the-end" in fake.codes
+    told = fake.text("waiting-for-the-end")
+    assert "has waited 1m 10s for AlphaAAA (still training), GammaCCC (still training)" in told
+    fake.members = {PeerId(BETA): member(BETA, "closing")}
+    assert "waiting-for-the-end" not in fake.codes
+
+
+def test_a_trainer_that_dies_is_named_until_its_steps_are_taken_again(fake: FakeNode) -> None:
+    fake.works(339)
+    fake.supervisor.trainer, fake.supervisor.down_reason = None, "trainer exited with -9"
+    fake.passes(3, working=False)
+    status = fake.node.status()
+    assert (status.health, status.trainer_runs, status.progress.step) == ("down", False, 340)
+    assert fake.text("trainer-down") == "no trainer for 2s: trainer exited with -9"
+    fake.supervisor.trainer, fake.supervisor.down_reason = fake.trainer, ""
+    fake.step = 100
+    fake.works()
+    assert fake.codes == ["steps-lost"]
+    assert "was at step 340, ended without a checkpoint, and is at step 101" in fake.text(
+        "steps-lost"
+    )
+    fake.works(239)
+    assert fake.codes == []
+
+
+def test_a_trainer_that_stands_still(fake: FakeNode) -> None:
+    fake.passes(100)
+    fake.node.last_checkpoint_s = fake.clock()
+    for _ in range(119):
+        fake.clock.now += 1
+        fake.node.last_exchange_s = fake.clock()
+        assert fake.codes == []
+    fake.clock.now += 2
+    assert "no-step" in fake.codes
+    fake.works()
+    assert fake.codes == []
+
+
+def test_slow_steps_are_not_taken_for_none(fake: FakeNode) -> None:
+    for _ in range(10):
+        fake.clock.now += 200
+        fake.node.last_checkpoint_s = fake.clock()
+        fake.works()
+    fake.clock.now += 1900
+    fake.node.last_exchange_s = fake.node.last_checkpoint_s = fake.clock()
+    assert fake.codes == []
+    fake.clock.now += 200
+    assert "no-step" in fake.codes
+
+
+def test_checkpoints_that_do_not_come() -> None:
+    fake = FakeNode(ALPHA, config=NodeConfig(checkpoint=Checkpoint(every_s=10)))
+    fake.passes(149)
+    assert fake.codes == []
+    fake.passes(2)
+    assert fake.codes == ["checkpoint-late"]
+    fake.node.last_checkpoint_s = fake.clock()
+    assert fake.codes == []
+
+
+def test_waiting_for_peers_counts_as_the_table_of_peers_does() -> None:
+    fake = FakeNode(ALPHA, BETA, config=NodeConfig(training=Training(min_peers=2)))
+    fake.members = {PeerId(p): member(p, "joining") for p in (ALPHA, BETA)}
+    fake.node.enter("waiting")
+    assert fake.text("waiting-for-peers") == (
+        "waiting for training.min_peers = 2: 0 of 2 live members are there (2 joining)"
+    )
+
+
+def test_exchanges_that_fail(fake: FakeNode) -> None:
+    fake.node.health.failed("exchange-failed", "AlphaAAA: timeout")
+    fake.node.health.failed("exchange-failed", "BetaBBBB: closed")
+    assert fake.node.status().health == "ok"
+    assert "2 exchanges in a row failed" in fake.text("exchange-failed")
+    assert "BetaBBBB: closed" in fake.text("exchange-failed")
+    fake.passes(2)
+    fake.node.last_exchange_s = fake.clock() - 61
+    assert "no-exchange" in fake.codes
+
+
+def test_a_sidecar_that_is_down(fake: FakeNode) -> None:
+    fake.swarm.sidecar_alive = False
+    fake.members.clear()
+    assert fake.codes == ["sidecar-down"]
+    assert fake.node.status().health == "down"
+
+
+def test_a_disk_that_is_nearly_full(fake: FakeNode) -> None:
+    watch.look_at_disk(fake.node, 1_000_000)
+    assert "1 MB free" in fake.text("disk-nearly-full")
+    for free in (10**12, None):  # None: nobody can say
+        watch.look_at_disk(fake.node, free)
+        assert fake.codes == []
+    assert watch.free_bytes(Path("/nonexistent/folder")) is None
+
+
+def test_a_state_file_that_cannot_be_written(tmp_path: Path) -> None:
+    health = Health(lambda: 0.0)
+    store = Store.open(tmp_path / "state.sqlite", health=health)
+    store._database.execute("PRAGMA query_only = ON")
+    store.add_event("x")
+    store.add_event("y")
+    (reason,) = health.reasons()
+    assert reason.code == "state-file-failing"
+    assert "(2 tried): attempt to write a readonly database" in reason.text
+    store._database.execute("PRAGMA query_only = OFF")
+    store.add_event("z")
+    assert health.reasons() == []
+    store.close()
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    health = Health(lambda: 0.0)
+    logs.setup(Home(tmp_path), "info", "text")
+    try:
+        logs.watch(health)
+        (file,) = [h for h in logging.getLogger().handlers if isinstance(h, logs._File)]
+
+        def full(text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+        stream = file.stream
+        file.stream = cast(Any, SimpleNamespace(
+            write=full, flush=lambda: None, close=lambda: None, seek=lambda *_: 0, tell=lambda: 0
+        ))  # fmt: skip
+        logging.getLogger("xpeer").error("a")
+        (reason,) = health.reasons()
+        assert reason.code == "log-failing"
+        assert "(1 lines lost): [Errno 28] No space left" in reason.text
+        file.stream = stream
+        logging.getLogger("xpeer").error("b")
+        assert health.reasons() == []
+    finally:
+        logs.close()
+    assert "error xpeer: b" in (tmp_path / "daemon.log").read_text()
+
+
+async def test_a_card_that_no_node_of_the_dht_takes(fake: FakeNode) -> None:
+    async def announce(_record: object) -> bool:
+        return False
+
+    roster: Any = SimpleNamespace(announce=announce, unstored=True)
+    nothing: Any = None
+    presence = Presence(fake.node, cast(Any, fake.swarm), roster, fake.book, nothing, "member")
+    await presence.announce("training")
+    fake.passes(59)
+    assert fake.codes == []
+    fake.passes(2)
+    assert fake.codes == ["card-failing"]
+    fake.members.clear()  # alone there is nobody to take it
+    await presence.announce("training")
+    assert "card-failing" not in fake.codes
+
+
+async def test_nobody_answers_the_roster(fake: FakeNode, tmp_path: Path) -> None:
+    store, asked = Store.open(tmp_path / "state.sqlite"), asyncio.Event()
+    roster: Any = SimpleNamespace(silence="AlphaAAA: timeout")
+
+    async def refresh() -> None:
+        asked.set()
+
+    roster.refresh = refresh
+    presence = Presence(fake.node, cast(Any, fake.swarm), roster, fake.book, store, "member")
+    refreshing = asyncio.create_task(presence.keep_refreshing())
+    await asked.wait()
+    refreshing.cancel()
+    assert fake.codes == []
+    fake.passes(31)
+    assert fake.codes == ["roster-failing"]
+    assert "for 31s: AlphaAAA: timeout" in fake.text("roster-failing")
+    store.close()
+
+
+def test_changes_are_logged_once(caplog: pytest.LogCaptureFixture, fake: FakeNode) -> None:
+    caplog.set_level(logging.INFO)
+    fake.node.enter("paused")
+    told = watch.tell({}, fake.node.reasons())
+    told = watch.tell(told, fake.node.reasons())
+    assert caplog.text.count("paused by the operator - `xpeer resume`") == 1
+    fake.node.enter("training")
+    watch.tell(told, fake.node.reasons())
+    assert "paused is over" in caplog.text
