@@ -6,6 +6,7 @@ in it; they never leave the node.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from msgspec import Struct
@@ -13,6 +14,7 @@ from msgspec import Struct
 from xpeer.health import HealthReason, Verdict
 
 SCHEMA_VERSION = 2
+_REASONS = 5
 """2: reasons are objects with a code, a text and a remedy; before, they were texts."""
 
 State = Literal[
@@ -115,6 +117,54 @@ class CorpusShare(Struct, frozen=True, kw_only=True):
     """This node's share by speed."""
 
 
+class ShardSummary(Struct, frozen=True, kw_only=True):
+    """What the trainer found where the shard's text was said to be. Local only."""
+
+    files: int = 0
+    """That were read."""
+    documents: int = 0
+    """Different texts, each with something to see."""
+    characters: int = 0
+    """Of these."""
+    repeated: int = 0
+    """Texts that were there already."""
+    too_short: int = 0
+    """Documents of too few tokens for a record."""
+    skipped: dict[str, int] = {}
+    """Rows and files without text, by reason: empty, null, no field, not text."""
+    left_out: dict[str, int] = {}
+    """Files by reason: their kind (a suffix), hidden, broken link, pipe, mark-up, ..."""
+
+    def lines(self) -> list[str]:
+        """In words; what there is none of goes unsaid."""
+        lines = [
+            f"{self.documents:,} documents, {self.characters:,} characters, in {self.files:,} files"
+        ]
+        if self.left_out:
+            lines.append(_counted(self.left_out, "file", "left out"))
+        if self.skipped:
+            lines.append(_counted(self.skipped, "row", "without text"))
+        if self.repeated:
+            lines.append(f"{self.repeated:,} texts that came before")
+        if self.too_short:
+            lines.append(f"{self.too_short:,} documents too short for a record")
+        return lines
+
+
+def _counted(counts: dict[str, int], what: str, fate: str) -> str:
+    """`12 files left out: .gz 10, .json 2`."""
+    total = sum(counts.values())
+    return f"{total:,} {what}{'' if total == 1 else 's'} {fate}: {by_reason(counts)}"
+
+
+def by_reason(counts: Mapping[str, int]) -> str:
+    """`.gz 10, .json 2`: the most frequent first, rare ones together."""
+    order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    if len(order) > _REASONS:
+        order = [*order[:_REASONS], ("others", sum(count for _, count in order[_REASONS:]))]
+    return ", ".join(f"{why} {count:,}" for why, count in order)
+
+
 class Partner(Struct, frozen=True, kw_only=True):
     """A member of the swarm as this node sees it."""
 
@@ -174,6 +224,8 @@ class Status(Struct, frozen=True, kw_only=True):
     unknown."""
     corpus: CorpusShare | None = None
     """None: a shard of its own."""
+    shard: ShardSummary | None = None
+    """What was found where the text was said to be; None: no trainer yet."""
     privacy: PrivacySpent = PrivacySpent()
     privacy_warning: str = ""
     """What the swarm's privacy mode does not give, if that is out of the ordinary."""

@@ -43,6 +43,7 @@ def status_of(node: Node) -> Status:
         trainer_runs=trainer is not None,
         eta_unix_s=eta_unix_s(node),
         corpus=last.corpus if last else None,
+        shard=last.shard if last else None,
         privacy=_privacy(node),
         privacy_warning=SHOUTED.get(node.manifest.privacy.mode, "") if node.manifest else "",
         partners=_partner_rows(node, now),

@@ -16,7 +16,7 @@ from xpeer.manifest import SignedManifest
 from xpeer.network.addresses import peer_of, resolve_listen
 from xpeer.network.invites import Token
 from xpeer.training.child import PROGRAM
-from xpeer.training.documents import require_text
+from xpeer.training.files import find
 from xpeer_daemon import logs
 from xpeer_daemon.lock import HomeLock
 from xpeer_daemon.service import Service
@@ -56,7 +56,7 @@ def _check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
     if certificate.role != "observer":
         data = config.data
         setting = "data.corpus" if data.corpus else "data.shard"
-        require_text(data.corpus or data.shard, data.text_field, setting)
+        find(data.corpus or data.shard, setting)  # only the trainer opens them
 
 
 def run(

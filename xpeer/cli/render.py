@@ -176,6 +176,8 @@ def _training(status: Status) -> Iterator[tuple[str, str]]:
         f"{progress.tokens_per_s:,.0f} tokens/s on {status.device or '-'}, "
         f"{progress.tokens:,} tokens so far, {blocked:.1f}% of the time blocked",
     )
+    for index, line in enumerate(status.shard.lines() if status.shard else []):
+        yield "text" if index == 0 else "", line
     if status.corpus is not None:
         yield "corpus", _corpus(status.corpus)
     yield "checkpoint", ago(status.last_checkpoint_age_s)

@@ -87,7 +87,8 @@ def start(
     if dry_run:
         say_foreign()
         daemon.check(home, config, join_token=token)
-        say(_text_report(config))
+        for line in _text_report(config):
+            say(line)
         say("all is well; nothing was started")
         return
     raise click.exceptions.Exit(daemon.run(home, config, join_token=token, paused=paused))
@@ -143,18 +144,17 @@ def _check_token(home: Home, text: str) -> None:
     founding.refuse_other_swarm(home, token.swarm_id)
 
 
-def _text_report(config: NodeConfig) -> str:
+def _text_report(config: NodeConfig) -> list[str]:
     """Read the text as the trainer will.
 
     Raises:
         ConfigError: there is none, or it can't be read.
     """
-    from xpeer.training.documents import load_documents  # noqa: PLC0415 - only a dry run needs it
+    from xpeer.training.documents import read_shard  # noqa: PLC0415 - only a dry run needs it
 
     setting = "data.corpus" if config.data.corpus else "data.shard"
     patterns = config.data.corpus or config.data.shard
     if not patterns:
-        return "note: no text is set (data.shard); only an observer can do without"
-    documents = load_documents(patterns, config.data.text_field, setting)
-    characters = sum(len(document.text) for document in documents)
-    return f"{setting}: {len(documents):,} documents, {characters:,} characters"
+        return ["note: no text is set (data.shard); only an observer can do without"]
+    summary = read_shard(patterns, config.data.text_field, setting).summary
+    return [f"{setting}: {line}" for line in summary.lines()]

@@ -23,12 +23,12 @@ from xpeer.privacy.histories import Joined
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.register import Register
-from xpeer.status import CorpusShare, PrivacySpent
+from xpeer.status import CorpusShare, PrivacySpent, ShardSummary
 from xpeer.training import checkpoint
 from xpeer.training.buffers import Buffers
 from xpeer.training.checkpoint import Bundle, read_moments, write_moments
 from xpeer.training.consolidation import Shown, consolidate, packed
-from xpeer.training.documents import document_of, load_documents
+from xpeer.training.documents import document_of, read_shard
 from xpeer.training.flat import FlatParameters
 from xpeer.training.initial import model_of
 from xpeer.training.local import LocalTrainer
@@ -65,6 +65,7 @@ class Assembled:
     device: str
     num_records: int
     corpus: CorpusShare | None
+    shard: ShardSummary
     resumed: bool
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -226,8 +227,9 @@ def assemble(setup: TrainerSetup) -> Assembled:
         device=str(device),
         num_records=len(text.records),
         corpus=text.share,
+        shard=text.shard,
         resumed=saved is not None,
-        notes=[*notes, *mechanism.notes],
+        notes=[*(f"text: {line}" for line in text.shard.lines()), *notes, *mechanism.notes],
         warnings=warnings,
         documents_elsewhere=elsewhere,
     )
@@ -302,6 +304,7 @@ class _Text:
     documents: list[str]
     """Ids; of pieces those of the whole."""
     held_out: torch.Tensor  # (m, T) int64
+    shard: ShardSummary
     share: CorpusShare | None
     """Of a shared corpus."""
 
@@ -309,7 +312,8 @@ class _Text:
 def _text(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home) -> _Text:
     data, shared = setup.config.data, manifest.shared_corpus
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
-    documents = load_documents(patterns, data.text_field, setting)
+    found = read_shard(patterns, data.text_field, setting)
+    documents = found.documents
     if shared:
         refuse_other(shared, documents)
     training, held_out = split(documents, data.validation_share, data.split)
@@ -326,7 +330,9 @@ def _text(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: H
     except ShardError:  # a single document, or too little held out for one record
         validation = records[:0]
     ids = [document.whole or document.id for document in training]
-    return _Text(records, owners, ids, validation, share)
+    too_short = len(training) - len(set(owners.tolist()))
+    summary = msgspec.structs.replace(found.summary, too_short=too_short)
+    return _Text(records, owners, ids, validation, summary, share)
 
 
 def _evaluation(

@@ -14,7 +14,7 @@ from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.status import CorpusShare, PrivacySpent, Progress
+from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
 from xpeer.training.arena import Arena, Layout, Slots, copy_in_parts
 from xpeer.training.child import PROGRAM, Child, Event, logger
 from xpeer.training.fragments import fragment_size, largest
@@ -66,6 +66,7 @@ class TrainerProcess:
         engine: how per-record gradients are clipped.
         resumed_step: of the checkpoint that it went on from; None = it began anew.
         corpus: its share of the shared corpus, if there is one.
+        shard: what its text files hold.
     """
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
@@ -79,6 +80,7 @@ class TrainerProcess:
         self.device = self.engine = ""
         self.resumed_step: int | None = None
         self.corpus: CorpusShare | None = None
+        self.shard: ShardSummary | None = None
         self._rests_until_s = 0.0
         self._child: Child
         self._slots: Slots
@@ -117,7 +119,7 @@ class TrainerProcess:
         trainer.device, trainer.engine = ready.device, ready.engine
         trainer.ledger_counter = max(trainer.ledger_counter, ready.ledger_counter)
         trainer.resumed_step = ready.step if ready.resumed else None
-        trainer.corpus = ready.corpus
+        trainer.corpus, trainer.shard = ready.corpus, ready.shard
         return trainer
 
     @property

@@ -32,7 +32,7 @@ from xpeer.errors import (
     XpeerError,
 )
 from xpeer.escape import one_line, visible
-from xpeer.status import CorpusShare, PrivacySpent, Progress
+from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
 from xpeer.training.setup import Mode, TrainerSetup
 
 MAX_FRAME_BYTES: Final = 4 << 20
@@ -145,6 +145,7 @@ class Ready(Struct, frozen=True, tag=True):
     ledger_counter: int
     resumed: bool
     corpus: CorpusShare | None = None
+    shard: ShardSummary | None = None
     notes: list[str] = []
     """What the operator should know, e.g. why a slower engine was chosen."""
     warnings: list[str] = []

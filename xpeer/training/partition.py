@@ -22,7 +22,7 @@ from xpeer.errors import LocalError, ShardError
 from xpeer.identity import blake2b
 from xpeer.manifest import Manifest, SharedCorpus
 from xpeer.status import CorpusShare
-from xpeer.training.documents import Document, corpus_digest
+from xpeer.training.document import Document, corpus_digest
 
 PIECE_RECORDS: Final = 32
 """A document of more records than this is cut: its pieces may have different trainers."""

@@ -111,6 +111,7 @@ class Service:
                 ledger_counter=made.ledger_counter(),
                 resumed=made.resumed,
                 corpus=made.corpus,
+                shard=made.shard,
                 notes=made.notes,
                 warnings=made.warnings,
             )

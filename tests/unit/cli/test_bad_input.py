@@ -290,15 +290,17 @@ def test_shard_without_text(home: Home, tmp_path: Path) -> None:
     shard = tmp_path / "shard"
     shard.mkdir()
     (shard / "empty.txt").write_text(" \n")
-    (shard / "rows.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    (shard / "rows.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n')
+    (shard / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b\n')
     with unchanged(tmp_path):
         for name, word in (
             ("empty.txt", "empty.txt"),
             ("*.md", "*.md"),
-            ("rows.jsonl", "rows.jsonl:2"),
+            ("rows.jsonl", "no row has field 'text' (fields: body)"),
+            ("bad.jsonl", "bad.jsonl:2"),
         ):
             result = xpeer(home, "start", "--shard", str(shard / name), "--dry-run")
-            refused(result, ExitCode.BAD_CONFIG, "data.", word)
+            refused(result, ExitCode.BAD_CONFIG, word)
 
 
 def test_dry_run_counts_the_text(home: Home, tmp_path: Path) -> None:
@@ -307,6 +309,26 @@ def test_dry_run_counts_the_text(home: Home, tmp_path: Path) -> None:
         result = xpeer(home, "start", "--shard", str(tmp_path / "a.txt"), "--dry-run")
     assert result.exit_code == ExitCode.OK
     assert "1 documents, 5 characters" in result.stderr
+
+
+def test_dry_run_tells_what_it_left_out(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    for n in range(10):
+        (tmp_path / "s" / f"{n}.txt.gz").write_bytes(b"")
+    for name, text in (
+        *(("a.json", "{}"), ("b.json", "{}"), ("a.txt", "hello"), ("b.txt", "")),
+        ("c.jsonl", '{"text": null}\n{"text": "hello"}\n{"body": ""}\n'),
+    ):
+        (tmp_path / "s" / name).write_text(text)
+    result = xpeer(home, "start", "--shard", str(tmp_path / "s"), "--dry-run")
+    assert result.exit_code == ExitCode.OK
+    for line in (
+        "data.shard: 1 documents, 5 characters, in 3 files",
+        "data.shard: 12 files left out: .gz 10, .json 2",
+        "data.shard: 3 rows without text: empty 1, no field 1, null 1",
+        "data.shard: 1 texts that came before",
+    ):
+        assert line in result.stderr.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -128,11 +128,9 @@ def test_bytes_that_are_not_utf8_are_located(tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"body": "secret words", "id": 1}', "no field 'text' (fields: body, id)"),
-        ("{secret words", "not valid JSON"),
+        ("{secret words", "not valid JSON at character 2"),
+        ('{"text": "secret words"} x', "not valid JSON at character 26"),
         ('["secret words"]', "not a JSON object"),
-        ('{"text": ["secret words"]}', "is no text but list"),
-        ('{"text": null}', "is no text but NoneType"),
         ('{"text": "secret words \\ud800"}', "half a surrogate pair at character 13"),
         ("[" * 100_000, "not valid JSON"),
     ],
@@ -178,10 +176,10 @@ def test_what_may_not_be_read_is_an_error(corpus: Path):
 
 
 def test_an_error_of_the_disk_names_the_file(corpus: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(_: Path) -> bytes:
+    def fail(*_: object) -> bytes:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     assert f"{corpus / 'b.txt'} can't be read: Input/output error" in error_of(corpus / "b.txt")
 
 

@@ -1,0 +1,231 @@
+"""Which files a shard is: files, folders and globs, and what of them is left out, by reason.
+
+Opens none of them, so the daemon may use it. Links are followed; a file that is reached twice is
+one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from xpeer.errors import ShardError
+from xpeer.paths import refuse_homes
+from xpeer.status import by_reason
+from xpeer.training.kinds import FOUND, refusal
+
+HIDDEN: Final = "hidden"
+BROKEN_LINK: Final = "broken link"
+_KINDS: Final = {
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+_SUFFIX: Final = re.compile(r"\.[A-Za-z0-9_+-]{1,12}")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file to read."""
+
+    path: Path
+    named: bool
+    """A person named this very file; it was not found in a folder or by a glob."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What patterns come to."""
+
+    sources: list[Source]
+    left_out: Counter[str]
+    """Files by reason: a kind that is not looked for (its suffix), or `hidden`, `pipe`, ..."""
+
+
+def find(patterns: Sequence[str], setting: str) -> Found:
+    """The files of a shard, in the order of the patterns, then by path.
+
+    Args:
+        patterns: ~ is expanded; folders are searched recursively for `FOUND`. Hidden entries are
+            left out of folders and globs.
+        setting: named in errors.
+
+    Raises:
+        ShardError: a pattern matches nothing that can be read, or names a file that is no text,
+            or a folder can't be searched.
+    """
+    if not patterns:
+        raise ShardError(f"{setting} is empty", "name files, folders or globs that hold text")
+    search = _Search(setting)
+    for pattern in patterns:
+        search.take(pattern)
+    found = search.found()
+    refuse_homes([source.path.resolve() for source in found.sources], setting)
+    return found
+
+
+class _Search:
+    def __init__(self, setting: str) -> None:
+        self._setting = setting
+        self._sources: dict[Hashable, Source] = {}
+        self._left_out: dict[Hashable, str] = {}
+        self._reached = 0
+
+    def found(self) -> Found:
+        """All of it. What one pattern leaves out, another may have read."""
+        left = [why for key, why in self._left_out.items() if key not in self._sources]
+        return Found(list(self._sources.values()), Counter(left))
+
+    def take(self, pattern: str) -> None:
+        """Add what a pattern names."""
+        before, self._reached = len(self._left_out), 0
+        try:
+            matched = self._take(Path(pattern).expanduser())
+        except OSError as e:
+            raise ShardError(
+                f"{self._setting}: {e.filename or pattern} can't be searched: {e.strerror or e}",
+                "check its owner and mode",
+            ) from e
+        except ValueError as e:
+            raise ShardError(f"{self._setting}: {pattern!r} is no path: {e}", "correct it") from e
+        if not matched:
+            raise ShardError(
+                f"{self._setting}: {pattern} matches no file (looked from {Path.cwd()})",
+                "correct it; relative paths start at the folder the node was started in",
+            )
+        if not self._reached:
+            left = Counter(list(self._left_out.values())[before:])
+            raise ShardError(
+                f"{self._setting}: {pattern} holds no file of {', '.join(FOUND)}"
+                + (f" (left out: {by_reason(left)})" if left else ""),
+                "other text files are read when they are named or matched by a glob",
+            )
+
+    def _take(self, named: Path) -> bool:
+        """Whether there is anything."""
+        if _there(named):
+            if named.is_dir():
+                self._folder(named)
+            else:
+                self._file(named, FOUND, named=True)
+            return True
+        base, parts = (
+            (Path(named.anchor), named.parts[1:]) if named.anchor else (Path(), named.parts)
+        )
+        matched = sorted(set(self._expanded(base, parts)))
+        for path in matched:
+            if path.is_dir():
+                self._folder(path)
+            else:
+                self._file(path, (), named=False)
+        return bool(matched)
+
+    def _expanded(self, base: Path, parts: Sequence[str]) -> Iterator[Path]:
+        """As `glob.glob` does it, but an unreadable folder is an error, loops of links end, and
+        what is hidden is counted.
+        """
+        if not parts:
+            yield base
+            return
+        first, rest = parts[0], parts[1:]
+        if first == "**":
+            for folder, names in self._walked(base):
+                inside = self._expanded(folder, rest) if rest else map(folder.joinpath, names)
+                yield from inside
+        elif not glob.has_magic(first):
+            if _there(base / first):
+                yield from self._expanded(base / first, rest)
+        elif base.is_dir():
+            for path in base.iterdir():
+                if not fnmatch.fnmatchcase(path.name, first):
+                    continue
+                if path.name.startswith(".") and not first.startswith("."):
+                    self._leave_out(path, HIDDEN)
+                else:
+                    yield from self._expanded(path, rest)
+
+    def _folder(self, folder: Path) -> None:
+        inside = [where / name for where, names in self._walked(folder) for name in names]
+        for path in sorted(inside):
+            self._file(path, FOUND, named=False)
+
+    def _walked(self, top: Path) -> Iterator[tuple[Path, list[str]]]:
+        """Folders and the names of what they hold, each once, whatever links lead to it."""
+        been = set()
+        for where, folders, names in os.walk(top, onerror=_raise, followlinks=True):
+            status = os.stat(where)  # noqa: PTH116
+            if (status.st_dev, status.st_ino) in been:
+                folders.clear()
+                continue
+            been.add((status.st_dev, status.st_ino))
+            for name in (*folders, *names):
+                if name.startswith("."):
+                    self._leave_out(Path(where, name), HIDDEN)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield Path(where), [name for name in names if not name.startswith(".")]
+
+    def _file(self, path: Path, kinds: Sequence[str], *, named: bool) -> None:
+        """Add it, or leave it out.
+
+        Args:
+            path: no folder.
+            kinds: that are added; empty = all that may be text.
+            named: this very file was asked for: then its kind does not matter, and what can't be
+                read is an error.
+        """
+        try:
+            status = path.stat()
+        except OSError as e:
+            if not path.is_symlink():
+                raise
+            if named:
+                raise ShardError(
+                    f"{self._setting}: {path} is a link to {path.readlink()}, which is not there",
+                    "correct the link, or name the file itself",
+                ) from e
+            self._leave_out(path, BROKEN_LINK)
+            return
+        key = (status.st_dev, status.st_ino)
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
+            if named:
+                raise ShardError(
+                    f"{self._setting}: {path} is a {kind} and holds no file to read",
+                    "write the text to a file",
+                )
+            self._leave_out(path, kind)
+        elif named and (remedy := refusal(path)):
+            raise ShardError(f"{self._setting}: {path} is not read as text", remedy)
+        elif named or (path.suffix.lower() in kinds if kinds else not refusal(path)):
+            self._reached += 1
+            if named or key not in self._sources:
+                self._sources[key] = Source(path, named)
+        else:
+            suffix = path.suffix.lower()
+            readable = _SUFFIX.fullmatch(suffix)
+            self._leave_out(key, suffix if readable else "other" if suffix else "no suffix")
+
+    def _leave_out(self, key: Hashable, why: str) -> None:
+        self._left_out.setdefault(key, why)
+
+
+def _there(path: Path) -> bool:
+    """Whether something has this name, even a link to nothing."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _raise(error: OSError) -> None:
+    raise error

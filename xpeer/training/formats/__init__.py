@@ -1,0 +1,54 @@
+"""Texts of one file, by its format. Every format reads row by row and keeps nothing.
+
+    .txt, .md, other text     the file is one row
+    .jsonl, .ndjson           one object a line
+    .parquet                  one row of the table
+    .csv, .tsv                one row under a header
+
+All but .parquet may be packed with gzip (`.txt.gz`). What a row without text means is `rows`'.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from xpeer.errors import ShardError
+from xpeer.training.formats import delimited, jsonl, parquet, plain
+from xpeer.training.formats.rows import Rows
+
+
+def texts(path: Path, text_field: str, skipped: Counter[str], *, named: bool) -> Iterator[str]:
+    """The visible texts of a file.
+
+    Args:
+        path: of a file.
+        text_field: of formats with fields.
+        skipped: rows without text, by reason; added to.
+        named: a person named this very file, so that leaving it out is no answer.
+
+    Raises:
+        ShardError: it can't be read, or is not what its name says; names the file and the place.
+    """
+    kinds = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    rows = Rows(path, text_field, skipped)
+    try:
+        match kinds[-1] if kinds else "":
+            case ".jsonl" | ".ndjson":
+                yield from jsonl.texts(path, rows)
+            case ".parquet":
+                yield from parquet.texts(path, rows)
+            case ".csv" | ".tsv" as kind:
+                yield from delimited.texts(path, rows, "\t" if kind == ".tsv" else "")
+            case _:
+                yield from plain.texts(path, rows, named=named)
+    except OSError as e:
+        raise ShardError(f"{path} can't be read: {e.strerror or e}", _remedy(e)) from e
+    rows.finish()
+
+
+def _remedy(error: OSError) -> str:
+    if isinstance(error, PermissionError):
+        return "check its owner and mode"
+    return "check the disk and the file"

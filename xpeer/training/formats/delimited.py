@@ -1,0 +1,74 @@
+"""Tables as text: one row a record of the file, its fields named in the first."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from xpeer.errors import ShardError
+from xpeer.training.formats.packed import opened
+from xpeer.training.formats.rows import Rows
+
+_DELIMITERS: Final = ",;\t|"
+
+
+def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str]:
+    """The texts of its rows.
+
+    Args:
+        path: of the file.
+        rows: of it.
+        delimiter: between fields; empty = the one of `,;` tab `|` that splits the header best.
+
+    Raises:
+        ShardError: no header with the field, bad quotes, no UTF-8; names the line.
+    """
+    csv.field_size_limit(sys.maxsize)  # a text may be long
+    with (
+        opened(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines,
+    ):
+        number = 1
+        try:
+            first = lines.readline()
+            delimiter = delimiter or max(_DELIMITERS, key=first.count)
+            reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+            header = next(reader)
+            if not header:
+                rows.take("")
+                return
+            column = _column(header, rows)
+            for row in reader:
+                number = reader.line_num
+                if len(row) > column:
+                    text = rows.take(row[column])
+                    if text is not None:
+                        yield text
+                elif row:
+                    rows.lacking(header)
+        except UnicodeDecodeError as e:
+            raise ShardError(
+                f"{path}: not UTF-8, somewhere after line {number} ({e.reason})",
+                "convert the file to UTF-8, or leave it out",
+            ) from e
+        except csv.Error as e:
+            raise ShardError(
+                f"{path}: not valid CSV after line {number}: {e}", "correct the quotes there"
+            ) from e
+
+
+def _column(header: list[str], rows: Rows) -> int:
+    names = [name.strip() for name in header]
+    if rows.field not in names:
+        raise rows.no_field(names)
+    if names.count(rows.field) > 1:
+        raise ShardError(
+            f"{rows.path} has {names.count(rows.field)} columns named {rows.field!r}",
+            "rename all but one",
+        )
+    return names.index(rows.field)

@@ -1,0 +1,67 @@
+"""One JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from xpeer.errors import ShardError
+from xpeer.training.formats.packed import decoded, opened, refuse_foreign
+from xpeer.training.formats.rows import Rows
+
+# Numbers are never used, and Python's int refuses more than 4,300 digits, which JSON allows.
+_DECODER: Final = json.JSONDecoder(parse_int=float)
+
+
+def texts(path: Path, rows: Rows) -> Iterator[str]:
+    """The texts of its lines; blank lines are none.
+
+    A field that comes twice in an object counts as the last, as for most readers of JSON.
+
+    Raises:
+        ShardError: a line is no JSON object; names it.
+    """
+    offset = 0
+    with opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = decoded(line, path, offset).strip(" \t\r\n\ufeff")
+            offset += len(line)
+            if text:
+                if number == 1 and not text.startswith("{"):
+                    refuse_foreign(line, path)
+                found = _text(text, rows, f"{path}:{number}")
+                if found is not None:
+                    yield found
+
+
+def _text(line: str, rows: Rows, where: str) -> str | None:
+    try:
+        row = _DECODER.decode(line)
+    except json.JSONDecodeError as e:
+        raise ShardError(
+            f"{where}: not valid JSON at character {e.pos + 1} of the line ({e.msg})",
+            "correct that line, or take it out; each line must be one object",
+        ) from e
+    except RecursionError as e:
+        raise ShardError(
+            f"{where}: not valid JSON, or nested too deeply to be read",
+            "take that line out, or the nested field",
+        ) from e
+    if not isinstance(row, dict):
+        raise ShardError(f"{where}: not a JSON object", "each line must be one object")
+    if rows.field not in row:
+        rows.lacking(row)
+        return None
+    text = rows.take(row[rows.field])
+    if text is None:
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ShardError(
+            f"{where}: field {rows.field!r} has half a surrogate pair at character {e.start}",
+            "correct that escape",
+        ) from e
+    return text

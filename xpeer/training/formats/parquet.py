@@ -1,0 +1,101 @@
+"""Parquet tables, by pyarrow, an extra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from xpeer.errors import ShardError
+from xpeer.training.formats.rows import Rows
+
+_BATCH_ROWS: Final = 1024
+
+
+def texts(path: Path, rows: Rows) -> Iterator[str]:
+    """The texts of its rows: of any of Arrow's types of text, or of bytes that are UTF-8.
+
+    Raises:
+        ShardError: pyarrow is missing, no such column or several, no text in it, or damage.
+        OSError: the file can't be read.
+    """
+    try:
+        import pyarrow as pa  # noqa: PLC0415 - an extra
+        from pyarrow import parquet  # noqa: PLC0415
+    except ImportError as e:
+        raise ShardError(
+            f"{path}: reading .parquet needs pyarrow", "pip install 'xpeer[parquet]'"
+        ) from e
+    with path.open("rb") as source:
+        try:
+            with parquet.ParquetFile(source, page_checksum_verification=True) as file:
+                name = _column(file.schema_arrow, rows, pa.types)
+                number = 0
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name]):
+                    for scalar in batch.column(0):
+                        number += 1
+                        text = rows.take(_value(scalar, f"{path}: row {number}"))
+                        if text is not None:
+                            yield text
+        except pa.ArrowNotImplementedError as e:
+            raise ShardError(
+                f"{path} can't be read by this pyarrow ({pa.__version__}): {_one_line(e)}",
+                "write it with another compression or encoding, or update pyarrow",
+            ) from e
+        except (pa.ArrowException, OSError, ValueError, KeyError, RuntimeError) as e:
+            if isinstance(e, OSError) and e.errno:
+                raise
+            raise ShardError(
+                f"{path} is damaged, or no Parquet file: {_one_line(e)}",
+                "restore the file, or leave it out",
+            ) from e
+
+
+def _column(schema: Any, rows: Rows, types: Any) -> str:
+    names = schema.names
+    if rows.field not in names:
+        raise ShardError(
+            f"{rows.path}: no column {rows.field!r} (columns: {', '.join(names) or 'none'})",
+            "set data.text_field to the column that holds the text",
+        )
+    if names.count(rows.field) > 1:
+        raise ShardError(
+            f"{rows.path} has {names.count(rows.field)} columns named {rows.field!r}",
+            "rename all but one",
+        )
+    kind = schema.field(rows.field).type
+    if not _is_text(kind, types):
+        raise ShardError(
+            f"{rows.path}: column {rows.field!r} is no text but {kind}",
+            "set data.text_field to the column that holds the text",
+        )
+    return rows.field
+
+
+def _is_text(kind: Any, types: Any) -> bool:
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _is_text(kind.value_type, types)
+    if hasattr(kind, "storage_type"):  # an extension, e.g. arrow.json
+        return _is_text(kind.storage_type, types)
+    return any(
+        test(kind)
+        for test in (
+            types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
+            types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary, types.is_null,
+        )
+    )  # fmt: skip
+
+
+def _value(scalar: Any, where: str) -> object:
+    try:
+        value = scalar.as_py()
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as e:
+        raise ShardError(
+            f"{where}: byte {e.start} of the text is not UTF-8 ({e.reason})",
+            "convert that column to UTF-8",
+        ) from e
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,107 @@
+"""What becomes of a row: one rule for all formats.
+
+A row without text is skipped and counted: no such field, null, not text (a number, a list), or
+without a visible character. A file none of whose rows has the field, or has text in it, was named
+by mistake, or the field was: that is an error.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from xpeer.errors import ShardError
+
+EMPTY: Final = "empty"
+NULL: Final = "null"
+NO_FIELD: Final = "no field"
+NOT_TEXT: Final = "not text"
+
+_BLANK: Final = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+"""Letters and a symbol that stand for nothing: Hangul fillers, the empty Braille cell."""
+_NAMES_SHOWN: Final = 20
+_KINDS: Final = {
+    bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object",
+}  # fmt: skip
+
+
+def visible(text: str) -> bool:
+    """Whether a reader would see anything.
+
+    Letters, digits, punctuation and symbols are seen. Not so spaces, controls, format characters
+    (Unicode's categories Z and C), and marks that stand on nothing (M).
+    """
+    return any(map(_seen, text[:64])) or any(map(_seen, set(text)))
+
+
+def _seen(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LNPS" and character not in _BLANK
+
+
+class Rows:
+    """Rows of one file.
+
+    Args:
+        path: of the file.
+        field: that holds the text.
+        skipped: by reason; added to.
+    """
+
+    def __init__(self, path: Path, field: str, skipped: Counter[str]) -> None:
+        self.path, self.field, self._skipped = path, field, skipped
+        self._rows = self._without = self._texts = 0
+        self._other_fields: dict[str, None] = {}
+        self._other_kind = ""
+
+    def take(self, value: object) -> str | None:
+        """The text of a row that has the field; None = skipped."""
+        self._rows += 1
+        if value is None:
+            self._skipped[NULL] += 1
+        elif not isinstance(value, str):
+            self._skipped[NOT_TEXT] += 1
+            self._other_kind = self._other_kind or _KINDS.get(type(value), type(value).__name__)
+        elif not visible(value):
+            self._texts += 1
+            self._skipped[EMPTY] += 1
+        else:
+            self._texts += 1
+            return value
+        return None
+
+    def lacking(self, fields: Iterable[str]) -> None:
+        """A row that lacks the field, and the fields that it has."""
+        self._rows += 1
+        self._without += 1
+        self._skipped[NO_FIELD] += 1
+        if len(self._other_fields) < _NAMES_SHOWN:
+            self._other_fields.update(dict.fromkeys(fields))
+
+    def finish(self) -> None:
+        """After the last row.
+
+        Raises:
+            ShardError: no row had the field, or none had text in it.
+        """
+        if self._rows and self._without == self._rows:
+            raise self.no_field(self._other_fields)
+        if self._other_kind and not self._texts:
+            raise self.no_text(self._other_kind)
+
+    def no_field(self, fields: Iterable[str]) -> ShardError:
+        """No row has the field."""
+        names = sorted(fields)[:_NAMES_SHOWN]
+        return ShardError(
+            f"{self.path}: no row has field {self.field!r} (fields: {', '.join(names) or 'none'})",
+            "set data.text_field to the field that holds the text",
+        )
+
+    def no_text(self, kind: str) -> ShardError:
+        """The field never holds text."""
+        return ShardError(
+            f"{self.path}: field {self.field!r} is no text but {kind}",
+            "set data.text_field to the field that holds the text",
+        )
