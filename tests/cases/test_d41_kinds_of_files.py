@@ -1,0 +1,120 @@
+"""Files that are no plain text are read for what they are, or refused for it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from xpeer.errors import ConfigError
+from xpeer.training.documents import load_documents
+
+HTML = "<!DOCTYPE html>\n<html><body><p>Some words.</p></body></html>\n"
+
+
+def outcome(path: Path | str) -> str:
+    try:
+        return repr([document.text for document in load_documents([str(path)])])
+    except ConfigError as e:
+        return f"refused: {e}"
+
+
+def test_csv_is_read_by_its_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,"one, two"\n2,"three\nfour"\n')
+    assert outcome(tmp_path / "a.csv") == "['one, two', 'three\\nfour']"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.tsv", "text\tid\none, two\t1\n", "['one, two']"),
+        ("a.csv", "id;text\n1;one\n", "['one']"),
+        ("a.csv", "\ufefftext\r\none\r\n", "['one']"),
+        ("a.csv", "text\n" + "x" * 200_000 + "\n", repr(["x" * 200_000])),
+        ("a.csv", "id,body\n1,one\n", "refused: {}: no row has field 'text' (fields: body, id)"),
+        ("a.csv", 'id,text\n1,"one\n', "refused: {}: not valid CSV after line"),
+        ("a.csv", "", "refused: data.shard: no text in {} (1 row without text: empty 1)"),
+        ("a.ndjson", '{"text": "one"}\n', "['one']"),
+        ("a.py", "print(1)", "['print(1)']"),
+        ("a.rst", "Title", "['Title']"),
+    ],
+)
+def test_what_is_read(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert outcome(tmp_path / name).startswith(said.format(tmp_path / name))
+
+
+def test_a_csv_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text\none\xff\n")
+    assert "not UTF-8" in outcome(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.md.gz", "a.gz", "A.TXT.GZ"])
+def test_a_packed_text_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"some words"))
+    assert outcome(tmp_path / name) == "['some words']"
+
+
+def test_packed_rows_are_read(tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(3))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(b"text\nrow 9\n"))
+    assert outcome(tmp_path / "a.jsonl.gz") == "['row 0', 'row 1', 'row 2']"
+    assert outcome(f"{tmp_path}/*.gz") == "['row 0', 'row 1', 'row 2', 'row 9']"
+
+
+@pytest.mark.parametrize("cut", [-1, 15])
+def test_a_damaged_pack_says_so(tmp_path: Path, cut: int) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some words " * 50)[:cut])
+    assert "a.txt.gz is damaged" in outcome(tmp_path / "a.txt.gz")
+    (tmp_path / "b.txt.gz").write_text("not packed at all")
+    assert "b.txt.gz is damaged" in outcome(tmp_path / "b.txt.gz")
+
+
+def test_a_pack_may_not_burst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xpeer.training.formats import packed
+
+    monkeypatch.setattr(packed, "UNPACKED_FREE", 1 << 20)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(bytes(3 << 20)))
+    assert "unpacks to more than 200 times its size" in outcome(tmp_path / "a.txt.gz")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.html", "a.HTM", "a.xml", "a.pdf", "a.docx", "a.zip", "a.json", "a.ipynb", "a.tar.gz"),
+        *("a.txt.zst", "a.txt.bz2", "a.parquet.gz", "a.html.gz"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(HTML)
+    said = outcome(tmp_path / name)
+    assert said.startswith("refused: data.shard: ")
+    assert f"{name} is not read as text - " in said
+
+
+@pytest.mark.parametrize("text", [HTML, "\ufeff\n <HTML>", '<?xml version="1.0"?><a/>'])
+def test_mark_up_in_a_text_file_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert "is mark-up" in outcome(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"%PDF-1.7\n\xe2\xe3", "is a PDF"),
+        (b"PK\x03\x04\xff\xff", "is a zip file"),
+        (gzip.compress(b"words"), "is packed with gzip"),
+        ("words".encode("utf-16"), "is UTF-16"),
+        ("words".encode("utf-16-le"), "characters are NUL: UTF-16"),
+        (b"caf\xe9", "byte 3 is not UTF-8"),
+    ],
+)
+def test_a_false_name_is_noticed(tmp_path: Path, data: bytes, what: str) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    assert what in outcome(tmp_path / "a.txt")
+    (tmp_path / "a.jsonl").write_bytes(data)
+    if "NUL" not in what:
+        assert what in outcome(tmp_path / "a.jsonl")
