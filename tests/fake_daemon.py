@@ -30,8 +30,9 @@ HEALTHY = Status(
     round=12,
     progress=Progress(
         step=240, planned_steps=1000, tokens=123456, loss_train=3.25, loss_validation=3.5,
-        loss_public=4.125, tokens_per_s=4321.0, consensus_distance=0.0125, seconds_training=100.0,
-        seconds_blocked=1.5,
+        loss_public=4.125, loss_train_age_s=1.0, loss_measured_step=230,
+        loss_measured_age_s=12.0, tokens_per_s=4321.0, consensus_distance=0.0125,
+        seconds_training=100.0, seconds_blocked=1.5,
     ),
     privacy=PrivacySpent(
         epsilon_spent=3.25, epsilon_target=8.0, delta=1e-5, noise_multiplier=1.125,
@@ -39,7 +40,8 @@ HEALTHY = Status(
     ),
     partners=[
         Partner(
-            peer_id=OTHER, phase="training", addresses=["/ip4/192.0.2.2/tcp/4001"], exchanges=40,
+            peer_id=OTHER, name="beta", step=231, step_age_s=4.0, exchange_s=1.5,
+            phase="training", addresses=["/ip4/192.0.2.2/tcp/4001"], exchanges=40,
             failures=2, last_reason="timeout", last_exchange_age_s=3.0, bytes_in=10, bytes_out=20,
         ),
         Partner(peer_id="12D3KooWGone", state="suspect"),

@@ -169,12 +169,20 @@ class Partner(Struct, frozen=True, kw_only=True):
     """A member of the swarm as this node sees it."""
 
     peer_id: str
+    name: str = ""
+    """As its operator calls it; empty = not at all, or it is of an earlier version."""
+    step: int | None = None
+    """That it was at when it was last asked; None = unknown."""
+    step_age_s: float | None = None
+    """Since then."""
+    exchange_s: float | None = None
+    """That an exchange with it takes, smoothed; None = there was none."""
     state: Literal["alive", "suspect", "left"] = "alive"
     phase: str = ""
     role: str = "member"
     addresses: list[str] = []
-    speed: float = 0.0
-    """Tokens per second, as it says; 0: unknown."""
+    speed: float | None = None
+    """Tokens per second, as it says; None: unknown."""
     exchanges: int = 0
     failures: int = 0
     skipped: int = 0
@@ -204,6 +212,7 @@ class Status(Struct, frozen=True, kw_only=True):
     """Why not ok, worst first, and notes."""
     state: State = "starting"
     peer_id: str = ""
+    name: str = ""
     swarm_id: str = ""
     swarm_name: str = ""
     version: str = ""

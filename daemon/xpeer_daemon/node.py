@@ -15,12 +15,14 @@ from xpeer.errors import Reason
 from xpeer.health import Health, HealthReason
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
+from xpeer.network.about import About
 from xpeer.network.roster import MemberRecord, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.status import PrivacySpent, Progress, State, Status
 from xpeer.training import partition
 from xpeer.training.handle import TrainerProcess
 from xpeer_daemon import conditions, report
+from xpeer_daemon.acquaintances import Acquaintances
 from xpeer_daemon.missed import Missed
 from xpeer_daemon.partners import Partners
 from xpeer_daemon.phases import ENDED, EXCHANGING
@@ -76,6 +78,7 @@ class Node:
         """The one that runs, or ran last in this run."""
         self.steps = Steps()
         self.missed = Missed()
+        self.acquaintances = Acquaintances(clock)
         self.died_at_step: int | None = None
         """Of a trainer that died; None once its successor is further."""
 
@@ -160,7 +163,13 @@ class Node:
 
     def name_of(self, peer: PeerId) -> str:
         """What people call a member."""
-        return peer[-8:]
+        return self.acquaintances.name_of(peer)
+
+    def about(self) -> About:
+        """What we say of ourselves when we are asked."""
+        trains = self.known is not None and self.state not in ("joining", "observing")
+        step = self.known.progress.step if trains and self.known else None
+        return About(self.config.network.name, step)
 
     def partners(self) -> list[PeerId]:
         """Live members that exchange."""

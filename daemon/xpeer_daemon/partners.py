@@ -93,6 +93,7 @@ class Partners:
         slot_s: of the manifest.
 
     Attributes:
+        name_of: what people call a partner, for the log.
         failures: how often each reason occurred.
         skips: the same of reasons that belong to the schedule.
         exchanges: done, with anybody.
@@ -118,6 +119,7 @@ class Partners:
         self._slot_s = slot_s
         self._num_partners = 1
         self._records: dict[PeerId, Record] = {}
+        self.name_of: Callable[[PeerId], str] = lambda peer_id: peer_id[-8:]
         self.failures: Counter[str] = Counter()
         self.skips: Counter[str] = Counter()
         self.exchanges = 0
@@ -242,9 +244,8 @@ class Partners:
             if not (ordinary and record.failed):
                 record.last_reason = reason
         level = logging.DEBUG if ordinary else logging.INFO
-        log.log(
-            level, "slot %d skipped with %s: %s %s", slot, peer_id[-8:] or "nobody", reason, detail
-        )
+        who = self.name_of(PeerId(peer_id)) if peer_id else "nobody"
+        log.log(level, "slot %d skipped with %s: %s %s", slot, who, reason, detail)
         self._on_skipped(peer_id, slot, reason, detail)
 
     def deadline_s(self, peer_id: PeerId, longest_s: float) -> float:

@@ -29,6 +29,7 @@ def status_of(node: Node) -> Status:
         reasons=reasons,
         state=node.state,
         peer_id=node.peer_id,
+        name=config.network.name,
         swarm_id=node.swarm_id,
         swarm_name=node.manifest.name if node.manifest else "",
         version=__version__,
@@ -115,13 +116,18 @@ def _partner_rows(node: Node, now: float) -> list[Partner]:
     avoided = node.book.avoided(node.partners()) if node.book else frozenset()
     for peer, member in sorted(node.others().items()):
         record = node.book.get(peer) if node.book else None
+        heard = node.acquaintances.get(peer)
         rows.append(
             Partner(
                 peer_id=peer,
+                name=heard.about.name if heard else "",
+                step=heard.about.step if heard else None,
+                step_age_s=_age(now, heard.at_s) if heard else None,
+                exchange_s=record.seconds if record else None,
                 phase=member.phase,
                 role=member.role,
                 addresses=member.addresses,
-                speed=member.speed,
+                speed=member.speed or None,
                 exchanges=record.done if record else 0,
                 failures=record.failed if record else 0,
                 skipped=record.skipped if record else 0,

@@ -24,7 +24,7 @@ from xpeer.errors import (
 )
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.network import exchange, joining, matching, nudging, state
+from xpeer.network import about, exchange, joining, matching, nudging, state
 from xpeer.network.membership import Certificate, Membership
 from xpeer.network.roster import ANNOUNCE_EVERY_S, Roster
 from xpeer.network.swarm import Swarm
@@ -134,6 +134,8 @@ class Service:
             await self._serve_members(swarm_key)
             self._tasks.create_task(self._presence.keep_announcing())
             self._tasks.create_task(self._presence.keep_refreshing())
+            ask = partial(about.ask, self._swarm)
+            self._tasks.create_task(self._node.acquaintances.keep_asking(ask, self._node.others))
             if self._certificate.role == "observer":
                 self._node.enter("observing")
                 return
@@ -183,6 +185,7 @@ class Service:
             lambda peer_id: self._store.add_event("ledger-caught-up", peer_id),
             slot_s=manifest.round.slot_s,
         )
+        self._book.name_of = node.name_of
         self._gossip = Gossip(
             me=self._identity.peer_id,
             swarm_id=self._swarm_id,
@@ -216,6 +219,7 @@ class Service:
         )
         await joining.serve(self._swarm, signed, swarm_key)
         await nudging.serve(self._swarm, self._gossip.nudged)
+        await about.serve(self._swarm, node.about)
         await self._swarm.serve_links(
             exchange.PROTOCOL,
             exchange.answering(self._party, self._gossip, encoded_bytes),

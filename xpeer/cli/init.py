@@ -39,6 +39,7 @@ _EXPLAINED = {
     "network.listen": "where members reach this node (TCP)",
     "network.announce": "what to tell others instead, behind NAT or port forwarding",
     "network.bootstrap": "entry points: .../p2p/PEERID",
+    "network.name": "what the other members see this node called",
     "data.shard": "text this node trains on; it never leaves the node",
     "data.corpus": "this node's copy of the corpus that all members share",
     "data.tokenizer": "folder of the swarm's tokenizer",
@@ -114,6 +115,9 @@ _EXPLAINED = {
 @click.option("--listen", multiple=True, metavar="ADDR", help="Multiaddress to listen on.")
 @click.option("--announce", multiple=True, metavar="ADDR", help="Address to tell others.")
 @click.option("--bootstrap", "seeds", multiple=True, metavar="ADDR", help="Entry points.")
+@click.option(
+    "--name", "node_name", metavar="NAME", help="What the other members see this node called."
+)
 @click.pass_context
 def init(
     ctx: click.Context,
@@ -137,6 +141,7 @@ def init(
     listen: tuple[str, ...],
     announce: tuple[str, ...],
     seeds: tuple[str, ...],
+    node_name: str | None,
 ) -> None:
     """Found a swarm (--swarm NAME), or prepare this home to join one (--join TOKEN).
 
@@ -149,6 +154,7 @@ def init(
         "network.listen": list(listen),
         "network.announce": list(announce),
         "network.bootstrap": [check_seed("--bootstrap", seed) for seed in seeds],
+        "network.name": node_name or "",
         "data.shard": [str(Path(p).expanduser().absolute()) for p in shard],
         "data.corpus": [str(Path(p).expanduser().absolute()) for p in corpus],
         "data.tokenizer": str(found_in.expanduser().absolute()) if found_in else "",

@@ -10,6 +10,7 @@ import click
 
 from xpeer.cli import render
 from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
+from xpeer.cli.peer_table import peer_lines
 from xpeer.config import Home
 from xpeer.control import Client, Peers
 from xpeer.errors import ExitCode
@@ -36,7 +37,10 @@ def client_of(home: Home, timeout_s: float = 10.0) -> Client:
     help="Seconds between two looks of --watch.",
 )  # fmt: skip
 @click.option("--exit-code", is_flag=True, help="Exit 4 if the node is not ok.")
-def status(home: Home, as_json: bool, watch: bool, interval_s: float, exit_code: bool) -> None:
+@click.option("--wide", is_flag=True, help="A line each, however long: to copy an address.")
+def status(
+    home: Home, as_json: bool, watch: bool, interval_s: float, exit_code: bool, wide: bool
+) -> None:
     """Say how this peer does: health and its reasons, then training, privacy, exchanges."""
     ask = client_of(home).status
     if watch:
@@ -45,7 +49,7 @@ def status(home: Home, as_json: bool, watch: bool, interval_s: float, exit_code:
     if as_json:
         echo_json(answer)
     else:
-        render.show(render.status_lines(answer))
+        render.show(render.status_lines(answer, wide=wide))
     if exit_code and answer.health != "ok":
         raise click.exceptions.Exit(int(ExitCode.DEGRADED))
 
@@ -53,13 +57,14 @@ def status(home: Home, as_json: bool, watch: bool, interval_s: float, exit_code:
 @click.command()
 @home_option
 @json_option
-def peers(home: Home, as_json: bool) -> None:
+@click.option("--wide", is_flag=True, help="All columns, with whole PeerIDs and addresses.")
+def peers(home: Home, as_json: bool, wide: bool) -> None:
     """List the members this peer sees, and how exchanges with them went."""
     partners = client_of(home).peers()
     if as_json:
         echo_json(Peers(peers=partners))
     else:
-        render.show(render.peer_lines(partners))
+        render.show(peer_lines(partners, wide=wide))
 
 
 @click.command()

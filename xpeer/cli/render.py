@@ -6,9 +6,11 @@ Names and addresses in it came from other peers, so control characters are made 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ import click
 
 from xpeer.escape import visible
 from xpeer.health import duration
-from xpeer.status import SHOUTED, CorpusShare, Partner, Status
+from xpeer.status import CorpusShare, Partner, PrivacySpent, Progress, Status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,21 +28,28 @@ WIDTH = 80
 """Of a terminal, as status is written for."""
 _LABEL = 12
 _COLOURS = {"ok": "bold green", "degraded": "bold yellow", "down": "bold red"}
-_PEER_COLUMNS = (
-    "PEER", "STATE", "PHASE", "ROLE", "SPEED", "PRIVACY", "LEDGER", "DONE", "FAILED", "LAST",
-    "REASON", "IN", "OUT", "ADDRESS",
-)  # fmt: skip
+HEADS = ("NAME ", "PEER ")
+_PARTNERS = 8
+"""Of whom status has a line each."""
 
 
-def status_lines(status: Status) -> list[str]:
-    """What can't be overlooked, health and its reasons, then what an operator asks next."""
-    lines = [status.privacy_warning] if status.privacy_warning else []
+def status_lines(status: Status, *, wide: bool = False) -> list[str]:
+    """What can't be overlooked, health and its reasons, then what an operator asks next.
+
+    Args:
+        status: of the node.
+        wide: a line each, however long, so that addresses and ids can be copied.
+    """
+    width = 10**6 if wide else WIDTH
+    lines = textwrap.wrap(visible(status.privacy_warning), width)
     lines.append(f"{'health':{_LABEL}}{status.health}")
     for reason in status.reasons:
-        lines += _wrapped("note" if reason.severity == "note" else "reason", reason.text)
-        lines += _wrapped("", f"-> {reason.remedy}") if reason.remedy else []
-    rows = (*_who(status), *_training(status), *_privacy(status), *_exchange(status))
-    return [*lines, *(f"{label:{_LABEL}}{visible(text)}" for label, text in rows)]
+        label = "note" if reason.severity == "note" else "reason"
+        lines += _wrapped(label, reason.text, width)
+        lines += _wrapped("", f"-> {reason.remedy}", width) if reason.remedy else []
+    for label, text in (*_who(status), *_training(status), *_privacy(status), *_exchange(status)):
+        lines += _wrapped(label, text, width)
+    return lines
 
 
 def health(status: Status) -> str:
@@ -58,20 +67,10 @@ def summary(status: Status) -> str:
         else f"epsilon {privacy.epsilon_spent:.3f}/{privacy.epsilon_target:g}"
     )
     return visible(
-        f"{health(status)} | {status.state} round {status.round} step {progress.step}"
-        f" | public loss {number(progress.loss_public)} | {progress.tokens_per_s:,.0f} tokens/s"
+        f"{health(status)} | {status.state} round {status.round} step {_step(status)}"
+        f" | public loss {number(progress.loss_public)} | {_speed(status)}"
         f" | {live(status.partners)} partners | {spent} | out {size(status.bytes_out)}"
     )
-
-
-def peer_lines(partners: Sequence[Partner]) -> list[str]:
-    """A table of the members, columns as wide as they need to be."""
-    rows = [_PEER_COLUMNS, *(_peer_row(partner) for partner in partners)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_PEER_COLUMNS))]
-    return [
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def show(lines: Sequence[str]) -> None:
@@ -93,14 +92,15 @@ def painted(lines: Sequence[str]) -> Text:
     """Lines with labels dimmed and health and warnings coloured."""
     from rich.text import Text  # noqa: PLC0415 - only a terminal needs rich
 
-    text = Text()
+    text, shouting = Text(), True
     for index, line in enumerate(lines):
-        if line in SHOUTED.values():
+        shouting = shouting and not line.startswith(("health ", *HEADS))
+        if shouting:
             text.append(line, style="bold white on red")
         elif line.startswith("health "):
             word = line[_LABEL:].partition(":")[0]
             text.append(line[:_LABEL], style="dim").append(line[_LABEL:], _COLOURS.get(word, ""))
-        elif line.startswith("PEER "):
+        elif line.startswith(HEADS):
             text.append(line, style="bold")
         elif line[_LABEL - 1 : _LABEL] == " ":
             text.append(line[:_LABEL], style="dim").append(line[_LABEL:])
@@ -140,16 +140,19 @@ def ago(age_s: float | None) -> str:
     return "never" if age_s is None else f"{duration(age_s)} ago"
 
 
-def _wrapped(label: str, text: str) -> list[str]:
-    """A row in as many lines as it needs."""
-    parts = textwrap.wrap(
-        visible(text), WIDTH - _LABEL, break_on_hyphens=False, drop_whitespace=True
-    )
-    return [f"{label if i == 0 else '':{_LABEL}}{part}" for i, part in enumerate(parts)]
+def _wrapped(label: str, text: str, width: int) -> list[str]:
+    """A row in as many lines as it needs; an address breaks before its PeerID, if it has to."""
+    text = visible(text)
+    if len(text) > width - _LABEL:
+        text = re.sub(r"(?<=\S)/p2p/", " /p2p/", text)
+    parts = textwrap.wrap(text, width - _LABEL, break_on_hyphens=False)
+    return [f"{label if i == 0 else '':{_LABEL}}{part}" for i, part in enumerate(parts or ["-"])]
 
 
 def _who(status: Status) -> Iterator[tuple[str, str]]:
     yield "swarm", f"{status.swarm_name or '-'} ({status.swarm_id[:16] or 'unknown'})"
+    if status.name:
+        yield "name", status.name
     yield "peer", status.peer_id or "-"
     if status.addresses:
         yield "address", status.addresses[0]
@@ -162,25 +165,62 @@ def _who(status: Status) -> Iterator[tuple[str, str]]:
 def _training(status: Status) -> Iterator[tuple[str, str]]:
     progress = status.progress
     planned = f" of {progress.planned_steps}" if progress.planned_steps else ""
-    yield "state", f"{status.state}, round {status.round}, step {progress.step}{planned}"
-    yield (
-        "loss",
-        f"public {number(progress.loss_public)}; never leaving this node: "
-        f"train {number(progress.loss_train)}, validation {number(progress.loss_validation)}",
-    )
-    blocked = progress.seconds_blocked / progress.seconds_training * 100 if (
-        progress.seconds_training
-    ) else 0.0  # fmt: skip
+    state = f"{status.state}, round {status.round}, step {_step(status)}{planned}"
+    yield "state", state + _as_last_known(status)
+    if progress.seconds_training:
+        eta = f"; ETA {moment(status.eta_unix_s)}" if status.eta_unix_s is not None else ""
+        yield "time", f"{duration(progress.seconds_training)} of training so far{eta}"
+    yield "loss", f"public {_measured(progress.loss_public, progress)}"
+    if progress.loss_train is not None or progress.loss_validation is not None:
+        train = f"train {number(progress.loss_train)}{_old(progress.loss_train_age_s)}"
+        validation = f"validation {_measured(progress.loss_validation, progress)}"
+        yield "", f"never leaving this node: {train}; {validation}"
+    blocked = ""
+    if progress.seconds_training:
+        share = progress.seconds_blocked / progress.seconds_training
+        blocked = f", {share:.1%} of the time blocked"
     yield (
         "speed",
-        f"{progress.tokens_per_s:,.0f} tokens/s on {status.device or '-'}, "
-        f"{progress.tokens:,} tokens so far, {blocked:.1f}% of the time blocked",
+        f"{_speed(status)} on {status.device or '-'}, {progress.tokens:,} tokens so far{blocked}",
     )
+    if progress.learning_rate:
+        yield "rate", f"learning rate {progress.learning_rate:.3g}"
     for index, line in enumerate(status.shard.lines() if status.shard else []):
         yield "text" if index == 0 else "", line
     if status.corpus is not None:
         yield "corpus", _corpus(status.corpus)
     yield "checkpoint", ago(status.last_checkpoint_age_s)
+
+
+def _step(status: Status) -> str:
+    """A step that nobody knows is no step 0."""
+    unknown = not status.trainer_runs and status.progress_age_s is None
+    return "-" if unknown else str(status.progress.step)
+
+
+def _speed(status: Status) -> str:
+    speed = status.progress.tokens_per_s
+    return f"{speed:,.0f} tokens/s" if speed else "- tokens/s"
+
+
+def _as_last_known(status: Status) -> str:
+    if status.trainer_runs:
+        return ""
+    if status.progress_age_s is None:
+        return " (nothing is known yet: no trainer has run)"
+    return f" (as last known {ago(status.progress_age_s)}: no trainer runs)"
+
+
+def _measured(loss: float | None, progress: Progress) -> str:
+    if loss is None:
+        return "-"
+    step = progress.loss_measured_step
+    at = f" at step {step}" if step is not None else ""
+    return f"{number(loss)}{_old(progress.loss_measured_age_s)}{at}"
+
+
+def _old(age_s: float | None) -> str:
+    return "" if age_s is None else f", {ago(age_s)}"
 
 
 def _corpus(share: CorpusShare) -> str:
@@ -198,14 +238,11 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
     if not privacy.epsilon_target:
         yield "privacy", "-"  # no trainer yet
         return
-    left = privacy.epsilon_target - privacy.epsilon_spent
     unit = "windows" if privacy.mode == "update" else "steps"
-    steps = "" if privacy.steps_left is None else f" or {privacy.steps_left} {unit}"
     yield (
         "privacy",
         f"epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g} spent per "
-        f"{privacy.unit}, "
-        f"{max(left, 0.0):.3f}{steps} left; delta {privacy.delta:.1e}, "
+        f"{privacy.unit}, {_left(privacy, unit)}; delta {privacy.delta:.1e}, "
         f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} {unit} charged",
     )
     if privacy.ends_unix_s is not None and privacy.steps_left:
@@ -221,12 +258,26 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
         yield "clipping", f"to {privacy.clip_norm:.3g} by {privacy.engine}{reason}"
 
 
+def _left(privacy: PrivacySpent, unit: str) -> str:
+    """Of the budget; in steps alone where no step is left, for the rest of epsilon buys none."""
+    left = max(0.0, privacy.epsilon_target - privacy.epsilon_spent)
+    if privacy.steps_left is None:
+        return f"{left:.3f} left"
+    if privacy.steps_left == 0:
+        rest = f": the other {left:.3f} are less than one costs" if left >= 0.0005 else ""
+        return f"no {unit} left{rest}"
+    return f"{left:.3f} or {privacy.steps_left} {unit} left"
+
+
 def _exchange(status: Status) -> Iterator[tuple[str, str]]:
-    gone = len(status.partners) - live(status.partners)
-    yield "partners", f"{live(status.partners)} live" + (f", {gone} not" if gone else "")
-    back = [p for p in status.partners if _is_back(p)]
+    yield "partners", _in_phases(status.partners)
+    for partner in status.partners[:_PARTNERS]:
+        yield "", _partner(partner)
+    if len(status.partners) > _PARTNERS:
+        yield "", f"and {len(status.partners) - _PARTNERS} more: `xpeer peers`"
+    back = [p for p in status.partners if is_back(p)]
     if back:
-        names = "; ".join(f"{p.peer_id}: {p.ledger_went_back}" for p in back)
+        names = "; ".join(f"{_called(p)}: {p.ledger_went_back}" for p in back)
         yield "ledgers", f"{len(back)} went back, may spend a budget twice ({names})"
     yield (
         "exchanges",
@@ -255,24 +306,28 @@ def _counted(reasons: dict[str, int], what: str) -> str:
     return f"{sum(reasons.values())} {what}{f' ({each})' if each else ''}"
 
 
-def _is_back(partner: Partner) -> bool:
+def is_back(partner: Partner) -> bool:
     """Whether its ledger shows fewer charges than it once did."""
     return bool(partner.ledger_went_back) and not partner.ledger_caught_up
 
 
-def _reason(partner: Partner) -> str:
-    if partner.avoided_s > 0:
-        return f"{partner.avoided_why}: avoided for {duration(partner.avoided_s)}"
-    return partner.last_reason or "-"
+def _in_phases(partners: Sequence[Partner]) -> str:
+    """How many live, and how many of them in which phase: waiting counts some of these alone."""
+    gone = len(partners) - live(partners)
+    phases = Counter(p.phase for p in partners if p.state == "alive" and p.phase)
+    each = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
+    return f"{live(partners)} live{f' ({each})' if each else ''}{f', {gone} not' if gone else ''}"
 
 
-def _peer_row(partner: Partner) -> tuple[str, ...]:
-    cells = (
-        partner.peer_id, partner.state, partner.phase or "-", partner.role,
-        f"{partner.speed:g}" if partner.speed else "-",
-        partner.privacy or "-", "WENT BACK" if _is_back(partner) else "ok",
-        str(partner.exchanges), str(partner.failures), ago(partner.last_exchange_age_s),
-        _reason(partner), size(partner.bytes_in), size(partner.bytes_out),
-        partner.addresses[0] if partner.addresses else "-",
-    )  # fmt: skip
-    return tuple(visible(cell) for cell in cells)
+def _partner(partner: Partner) -> str:
+    """One of them, in a line."""
+    step = "" if partner.step is None else f", step {partner.step}"
+    took = "" if partner.exchange_s is None else f", takes {partner.exchange_s:.1f} s"
+    met = f"exchange {ago(partner.last_exchange_age_s)}" if partner.exchanges else "no exchange yet"
+    return f"{_called(partner)}: {partner.phase or partner.state}{step}; {met}{took}"
+
+
+def _called(partner: Partner) -> str:
+    """A name is not unique: the end of the id is, here."""
+    short = partner.peer_id[-8:]
+    return f"{partner.name} ({short})" if partner.name else short

@@ -45,6 +45,7 @@ _KNOWN_SEEDS = "known"
     type=click.Choice(["record", "update", "off"]),
     help="Start only if the swarm's manifest says so.",
 )
+@click.option("--name", metavar="NAME", help="What the other members see this node called.")
 @click.option("--min-peers", type=int, help="Wait for this many partners before training.")
 @click.option("--paused", is_flag=True, help="Join and serve, but take no steps until resume.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Of stderr and the log.")
@@ -58,6 +59,7 @@ def start(
     announce: tuple[str, ...],
     shard: tuple[str, ...],
     privacy: str | None,
+    name: str | None,
     min_peers: int | None,
     paused: bool,
     log_format: str | None,
@@ -70,6 +72,7 @@ def start(
             "network.bootstrap": [seed for seed in seeds if seed != _KNOWN_SEEDS] or None,
             "network.listen": list(listen) or None,
             "network.announce": list(announce) or None,
+            "network.name": name,
             "data.shard": list(shard) or None,
             "data.privacy": privacy,
             "training.min_peers": min_peers,

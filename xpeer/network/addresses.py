@@ -32,7 +32,7 @@ def peer_of(address: str) -> PeerId:
     except ValueError as e:
         raise ConfigError(
             f"network.bootstrap: {address!r} does not end in /p2p/PEERID",
-            "copy the whole address that `xpeer bootstrap` or `xpeer status` prints",
+            "copy the whole address that `xpeer bootstrap` or `xpeer status --wide` prints",
         ) from e
     return PeerId(peer_id)
 

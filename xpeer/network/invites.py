@@ -177,7 +177,7 @@ def check_seed(option: str, address: str) -> str:
     except ValueError as e:
         raise ConfigError(
             f"{option}: {address!r} is not an address that ends in /p2p/PEERID",
-            "copy the whole address that `xpeer bootstrap` or `xpeer status` prints",
+            "copy the whole address that `xpeer bootstrap` or `xpeer status --wide` prints",
         ) from e
     return address
 

@@ -86,6 +86,7 @@ _NETWORK: Final = {
         why="the speed is the declared one: none is measured under privacy; the phase says when "
         "steps or budget ended",
     ),
+    "about.About": _of("members", public="name", timing="step", why="the operator's own word"),
     "cards.Card": _of("members", parts="record", public="version_ms since_s lifetime_s anchor"),
     "cards.SignedCard": _of("members", parts="body", public="signature"),
     "cards.Beat": _of("members", public="link value"),
@@ -182,15 +183,16 @@ _STATUS: Final = {
     ),
     "Partner": _of(
         "node",
-        public="peer_id state phase role addresses speed exchanges failures skipped "
+        public="peer_id name step step_age_s exchange_s state phase role addresses speed "
+        "exchanges failures skipped "
         "last_reason avoided_s avoided_why privacy ledger_went_back ledger_caught_up "
         "last_exchange_age_s bytes_in bytes_out",
         why="what others say and do",
     ),
     "Status": _of(
         "node",
-        public="schema_version peer_id swarm_id swarm_name version pid addresses num_params device "
-        "currency privacy_warning",
+        public="schema_version peer_id name swarm_id swarm_name version pid addresses "
+        "num_params device currency privacy_warning",
         timing="health state trainer_runs progress_age_s eta_unix_s uptime_s round "
         "exchanges_done exchanges_failed exchanges_skipped one_sided_merges bytes_in bytes_out "
         "egress_cost compression_ratio last_good_round_age_s last_checkpoint_age_s "
@@ -337,6 +339,7 @@ PROTOCOLS: Final[dict[str, str]] = {
     "xpeer/state/1": "a joiner's parameters: wire.messages in a sealed session, and the state",
     "xpeer/roster/1": "spreading: cards and beats, sealed with the swarm key",
     "xpeer/present/1": "present: credentials and addresses",
+    "xpeer/about/1": "about: name and step",
     "xpeer/admit/1": "joining: manifest and swarm key, sealed to the joiner",
     "xpeer/nudge/1": "nothing but that it came: timing",
 }

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from tests.fake_daemon import HEALTHY, OTHER, answering
 from tests.unit.test_control import process
 from xpeer.cli import main, node, render
+from xpeer.cli.peer_table import peer_lines
 from xpeer.control import Peers
 from xpeer.errors import ExitCode, LocalError, NotRunningError
 from xpeer.health import HealthReason
@@ -41,14 +42,20 @@ def test_status_for_people(tmp_path: Path) -> None:
         result = xpeer(tmp_path, "status")
     assert result.exit_code == ExitCode.OK
     assert result.stderr == ""
-    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    rows = re.sub(r"\n {12}(?! )", " ", result.stdout)
+    lines = dict(line.split(maxsplit=1) for line in rows.splitlines())
     assert result.stdout.startswith("health      ok\n")
     assert lines["state"] == "training, round 12, step 240 of 1000"
     assert lines["loss"] == (
-        "public 4.1250; never leaving this node: train 3.2500, validation 3.5000"
+        "public 4.1250, 12s ago at step 230 never leaving this node: train 3.2500, 1s ago; "
+        "validation 3.5000, 12s ago at step 230"
     )
+    assert lines["time"] == "1m 40s of training so far"
     assert lines["speed"].startswith("4,321 tokens/s on cpu, 123,456 tokens so far, 1.5%")
-    assert lines["partners"] == "1 live, 1 not"
+    assert lines["partners"] == (
+        f"1 live (1 training), 1 not beta ({OTHER[-8:]}): training, step 231; exchange 3s ago, "
+        "takes 1.5 s KooWGone: suspect; no exchange yet"
+    )
     assert lines["exchanges"] == (
         "40 done, 2 failed (2 timeout), 0 one-sided; last good round 3s ago"
     )
@@ -177,24 +184,31 @@ def test_peers(tmp_path: Path) -> None:
     with answering(tmp_path / "xpeer.sock"):
         table = xpeer(tmp_path, "peers")
         answer = xpeer(tmp_path, "peers", "--json")
-    header, first, second = table.stdout.splitlines()
-    assert header.split()[:3] == ["PEER", "STATE", "PHASE"]
-    assert first.split()[:4] == [OTHER, "alive", "training", "member"]
+        wide = xpeer(tmp_path, "peers", "--wide")
+    header, first, failure, second = table.stdout.splitlines()
+    assert header.split() == ["NAME", "ID", "PHASE", "STEP", "DONE", "FAILED", "LAST", "TOOK"]
+    assert first.split() == ["beta", OTHER[-8:], "training", "231", "40", "2", "3s", "1.5s"]
+    assert failure == "    last failure: timeout"
+    assert header.index("PHASE") == first.index("training") == second.index("suspect")
+    header, first, second = wide.stdout.splitlines()
+    assert header.split()[:3] == ["PEER", "NAME", "STATE"]
+    assert first.split()[:5] == [OTHER, "beta", "alive", "training", "member"]
     assert header.index("STATE") == first.index("alive") == second.index("suspect")
     assert msgspec.json.decode(answer.stdout, type=Peers).peers == HEALTHY.partners
 
 
 def test_a_ledger_that_went_back_is_seen_and_so_is_when_the_budget_ends() -> None:
     cheat = Partner(peer_id=OTHER, privacy="record, epsilon 8", ledger_went_back="7, 20 before")
-    header, row = render.peer_lines([cheat])
+    header, row = peer_lines([cheat], wide=True)
     assert row[header.index("LEDGER") :].startswith("WENT BACK")
     assert row[header.index("PRIVACY") :].startswith("record, epsilon 8")
     spent = msgspec.structs.replace(HEALTHY.privacy, ends_unix_s=2e9, documents_elsewhere=3)
     told = msgspec.structs.replace(HEALTHY, partners=[cheat], privacy=spent)
-    lines = "\n".join(render.status_lines(told))
-    assert f"1 went back, may spend a budget twice ({OTHER}: 7, 20 before)" in lines
+    lines = "\n".join(render.status_lines(told, wide=True))
+    assert f"1 went back, may spend a budget twice ({OTHER[-8:]}: 7, 20 before)" in lines
+    assert "WENT BACK: 7, 20 before" in peer_lines([cheat])[2]
     since = msgspec.structs.replace(cheat, ledger_caught_up=True)
-    assert "WENT BACK" not in render.peer_lines([since])[1]
+    assert "WENT BACK" not in peer_lines([since], wide=True)[1]
     told = msgspec.structs.replace(told, partners=[since])
     assert "went back" not in "\n".join(render.status_lines(told))
     assert f"about {render.moment(2e9)}" in lines
@@ -204,9 +218,10 @@ def test_a_ledger_that_went_back_is_seen_and_so_is_when_the_budget_ends() -> Non
 
 def test_peers_cannot_steer_the_terminal() -> None:
     evil = Partner(peer_id=OTHER, phase="\x1b]0;owned\x07", addresses=["/ip4/\n/tcp/1"])
-    text = "\n".join(render.peer_lines([evil]))
-    assert "\x1b" not in text
-    assert text.count("\n") == 1
+    for wide in (False, True):
+        text = "\n".join(peer_lines([evil], wide=wide))
+        assert "\x1b" not in text
+        assert text.count("\n") == 1
     sick = msgspec.structs.replace(
         HEALTHY, swarm_name="a\x1b[2J", reasons=[HealthReason(code="x", text="b\nc")]
     )

@@ -1,0 +1,83 @@
+"""What the other members call themselves and how far they are, asked a few at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
+
+from xpeer.errors import PeerError
+from xpeer.identity import PeerId
+from xpeer.network.about import About
+
+log = logging.getLogger("xpeer.daemon")
+
+EVERY_S = 10.0
+AT_ONCE = 8
+"""So that up to 8 members are asked every 10 s, and 4,096 cost no more."""
+MAX_KNOWN = 4096
+SHORT = 8
+"""Of a PeerID its end: all begin alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """An answer, and when it came."""
+
+    about: About
+    at_s: float
+
+
+class Acquaintances:
+    """Who is who.
+
+    Args:
+        clock: wall clock, seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._heard: dict[PeerId, Heard] = {}
+        self._asked_s: dict[PeerId, float] = {}
+
+    def get(self, peer: PeerId) -> Heard | None:
+        """What it said last; None = nothing yet, or it is of an earlier version."""
+        return self._heard.get(peer)
+
+    def name_of(self, peer: PeerId) -> str:
+        """Its name, with the end of its id if another has the same; else that end alone."""
+        heard, short = self._heard.get(peer), peer[-SHORT:]
+        name = heard.about.name if heard else ""
+        if not name:
+            return short
+        alone = sum(other.about.name == name for other in self._heard.values()) == 1
+        return name if alone else f"{name}~{short}"
+
+    async def keep_asking(
+        self,
+        ask: Callable[[PeerId], Awaitable[About]],
+        others: Callable[[], Collection[PeerId]],
+    ) -> None:
+        """Until cancelled: those that were asked longest ago, or never, first."""
+        while True:
+            await self.ask_some(ask, others())
+            await asyncio.sleep(EVERY_S)
+
+    async def ask_some(
+        self, ask: Callable[[PeerId], Awaitable[About]], others: Collection[PeerId]
+    ) -> None:
+        """A few."""
+        chosen = sorted(others, key=lambda peer: self._asked_s.get(peer, 0.0))[:AT_ONCE]
+        await asyncio.gather(*(self._ask(ask, peer) for peer in chosen))
+        while len(self._asked_s) > MAX_KNOWN:
+            oldest = min(self._asked_s, key=self._asked_s.__getitem__)
+            del self._asked_s[oldest]
+            self._heard.pop(oldest, None)
+
+    async def _ask(self, ask: Callable[[PeerId], Awaitable[About]], peer: PeerId) -> None:
+        self._asked_s[peer] = self._clock()
+        try:
+            self._heard[peer] = Heard(await ask(peer), self._clock())
+        except PeerError as e:  # of an earlier version, or away
+            log.debug("%s says nothing about itself: %s", peer[-SHORT:], e)
