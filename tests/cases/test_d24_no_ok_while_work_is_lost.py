@@ -14,7 +14,8 @@ import pytest
 from xpeer.config import NodeConfig
 from xpeer.identity import PeerId
 from xpeer.network.roster import MemberRecord
-from xpeer.status import PrivacySpent, Progress, Status
+from xpeer.status import Progress, Status
+from xpeer.training.handle import TrainerProcess
 from xpeer_daemon.node import Node
 
 OTHERS = ("12D3KooWAlphaAAA", "12D3KooWBetaBBBB", "12D3KooWGammaCCC")
@@ -34,10 +35,8 @@ class Rig:
             meter=SimpleNamespace(bytes_in=0, bytes_out=0), bootstrap_note="",
             bootstrapping=self.seen,
         )  # fmt: skip
-        trainer: Any = SimpleNamespace(
-            progress=Progress(step=5, tokens=1), privacy=PrivacySpent(), num_params=1,
-            device="cpu", corpus=None, resting_s=0.0,
-        )  # fmt: skip
+        trainer = TrainerProcess(lambda event: None)
+        trainer.progress = Progress(step=5, tokens=1)
         supervisor: Any = SimpleNamespace(trainer=trainer, restarts=0, down_reason="")
         self.node.roster, self.node.swarm, self.node.supervisor = roster, swarm, supervisor
         self.node.enter("training")

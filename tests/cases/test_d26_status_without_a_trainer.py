@@ -8,6 +8,7 @@ from typing import Any
 from xpeer.config import NodeConfig
 from xpeer.identity import PeerId
 from xpeer.status import PrivacySpent, Progress
+from xpeer.training.handle import TrainerProcess
 from xpeer_daemon.node import Node
 
 
@@ -16,10 +17,9 @@ def test_a_step_that_was_taken_is_never_zero() -> None:
     node = Node(PeerId("12D3KooWMe"), NodeConfig(), lambda: now[0])
     spent = PrivacySpent(epsilon_spent=3.2, epsilon_target=8.0, steps_charged=350)
     progress = Progress(step=340, window=34, tokens=5, loss_public=2.41, tokens_per_s=9.0)
-    trainer: Any = SimpleNamespace(
-        progress=progress, privacy=spent, num_params=1000, device="cpu", corpus=None,
-        resting_s=0.0,
-    )  # fmt: skip
+    trainer = TrainerProcess(lambda event: None)
+    trainer.progress, trainer.privacy = progress, spent
+    trainer.num_params, trainer.device = 1000, "cpu"
     supervisor: Any = SimpleNamespace(trainer=trainer, restarts=0, down_reason="")
     node.supervisor = supervisor
     node.enter("training")
