@@ -128,7 +128,7 @@ _IPC: Final = {
         public="num_params num_fragments device",
         timing="step ledger_counter resumed",
         local="engine num_records notes warnings",
-        parts="corpus",
+        parts="corpus shard",
     ),
     "Reply": _of("node", public="number", parts="result"),
     "Snapshotted": _of(
@@ -181,12 +181,14 @@ _STATUS: Final = {
         public="units units_total unit_tokens documents documents_total tokens weight",
         why="of a corpus that every member holds, by declared speeds",
     ),
+    "ShardSummary": _of(
+        "node", local="files documents characters repeated too_short skipped left_out"
+    ),
     "Partner": _of(
         "node",
         public="peer_id name step step_age_s exchange_s state phase role addresses speed "
-        "exchanges failures skipped "
-        "last_reason avoided_s avoided_why privacy ledger_went_back ledger_caught_up "
-        "last_exchange_age_s bytes_in bytes_out",
+        "exchanges failures skipped last_reason avoided_s avoided_why privacy "
+        "ledger_went_back ledger_caught_up last_exchange_age_s bytes_in bytes_out",
         why="what others say and do",
     ),
     "Status": _of(
@@ -197,9 +199,9 @@ _STATUS: Final = {
         "exchanges_done exchanges_failed exchanges_skipped one_sided_merges bytes_in bytes_out "
         "egress_cost compression_ratio last_good_round_age_s last_checkpoint_age_s "
         "trainer_restarts sidecar_restarts strangers_refused",
-        parts="progress corpus privacy partners reasons",
+        parts="progress corpus shard privacy partners reasons",
         why="answered on the Unix socket alone (xpeer_daemon.api); to systemd go health, state, "
-        "step and the number of partners",
+        "step, the number of partners and the reasons' texts",
     ),
 }
 
