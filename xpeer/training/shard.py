@@ -21,6 +21,7 @@ from xpeer.identity import blake2b
 from xpeer.training.documents import Document, load_documents
 from xpeer.training.tensorfile import CorruptFileError, clear_staging, read_tensors, write_tensors
 from xpeer.training.tokenizer import Tokenizer
+from xpeer.training.tokens import ids_of
 
 __all__ = [
     "Document",
@@ -106,7 +107,13 @@ def cut_owned(
     parts = []
     for document in documents:
         begin, end = before if document.begins else [], after if document.ends else []
-        ids = torch.tensor([*begin, *tokenizer.encode(document.text), *end], dtype=torch.int32)
+        ids = torch.cat(
+            [
+                torch.tensor(begin, dtype=torch.int32),
+                ids_of(tokenizer, document.text),
+                torch.tensor(end, dtype=torch.int32),
+            ]
+        )
         tail = len(ids) % sequence_tokens
         if 0 < tail < MIN_TOKENS:
             ids = ids[: len(ids) - tail]

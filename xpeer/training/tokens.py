@@ -1,0 +1,65 @@
+"""Token ids of a text of any length, tokenised piece by piece.
+
+A tokenizer of the tokenizers library keeps some 250 bytes a token while it works, and takes longer
+than in proportion: 10 MB of bytes as tokens took 2.4 GB and 66 s, in pieces 0.2 GB and 28 s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+from xpeer.training.tokenizer import Tokenizer
+
+PIECE: Final = 1 << 16
+"""Characters, about."""
+WINDOW: Final = 128
+"""Characters on either side that show whether a seam changes a token."""
+_LOOK_BACK: Final = 4096
+_TRIES: Final = 16
+_SPACE: Final = re.compile(r"\s")
+_EDGE: Final = re.compile(r"\S(?=\s)|\s(?=\S)")
+
+
+def ids_of(tokenizer: Tokenizer, text: str) -> torch.Tensor:
+    """Ids as of the whole text, (n,) int32; no more is kept of a piece.
+
+    A word without spaces that is longer than a piece may have other tokens at its seams.
+    """
+    parts = [
+        torch.tensor(tokenizer.encode(piece), dtype=torch.int32)
+        for piece in _pieces(tokenizer, text)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
+    start, end = 0, PIECE
+    while end < len(text):
+        seam = _seam(tokenizer, text, start, end)
+        if seam is None:  # this one gets longer
+            end += PIECE
+        else:
+            yield text[start:seam]
+            start, end = seam, seam + PIECE
+    yield text[start:]
+
+
+def _seam(tokenizer: Tokenizer, text: str, start: int, end: int) -> int | None:
+    """A place before `end` where two tokens meet whatever stands around; None = none was found."""
+    first = max(start, end - _LOOK_BACK)
+    # before spaces or behind them, as tokenizers differ; never among them: a run may be long
+    edges = [first + found.end() for found in _EDGE.finditer(text[first:end])]
+    if not edges and not _SPACE.search(text[first:end]):
+        edges = list(range(end - _TRIES, end))
+    for place in reversed(edges[-_TRIES:]):
+        left, right = text[max(start, place - WINDOW) : place], text[place : place + WINDOW]
+        if left and tokenizer.encode(left + right) == [
+            *tokenizer.encode(left),
+            *tokenizer.encode(right),
+        ]:
+            return place
+    return None
