@@ -19,6 +19,7 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
 from xpeer.manifest import MAX_NAME_CHARS, Lora, Manifest, Model, PublicText, Tokenizer
 from xpeer.training.documents import corpus_digest, load_documents
+from xpeer.training.formats.rows import holds_text
 from xpeer.training.source import name_of
 
 PUBLIC_TEXT_BYTES = 200_000
@@ -305,7 +306,7 @@ def _public_text(path: Path | None) -> str:
             text = _cut(file.read(PUBLIC_TEXT_BYTES))
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--public-text: {path} can't be read: {e}", "give a text file") from e
-    if not text.strip():
+    if not holds_text(text):
         raise ConfigError(f"--public-text: {path} holds no text", "give a text file")
     return text
 

@@ -213,6 +213,7 @@ def test_a_model_from_a_folder_and_a_public_text(tmp_path: Path, model_config: s
         (["--preset", "tiny"], "exclude one another"),
         (["--public-text", "/nonexistent"], "--public-text"),
         (["--public-text", "/dev/null"], "holds no text"),
+        (["--public-text", "{invisible}"], "holds no text"),
         (["--tokenizer", "/nonexistent"], "tokenizer.json"),
         (["--swarm", ""], "is no name"),
         (["--swarm", "a\x1b[2Jb"], "is no name"),
@@ -224,10 +225,12 @@ def test_a_model_from_a_folder_and_a_public_text(tmp_path: Path, model_config: s
 def test_wrong_options_change_nothing(
     tmp_path: Path, model_config: str, options: list[str], complaint: str
 ) -> None:
+    invisible = tmp_path / "invisible.txt"
+    invisible.write_text("\u200b\ufeff" * 40, encoding="utf-8")
     before = names(tmp_path)
     code, out, err = xpeer(
         "init", "--home", str(tmp_path / "h"), "--swarm", "demo", "--model-config", model_config,
-        *options,
+        *(option.replace("{invisible}", str(invisible)) for option in options),
     )  # fmt: skip
     assert (code, out) == (ExitCode.BAD_CONFIG, "")
     assert complaint in err

@@ -18,7 +18,7 @@ from xpeer.cli.peer_table import peer_lines
 from xpeer.control import Peers
 from xpeer.errors import ExitCode, LocalError, NotRunningError
 from xpeer.health import HealthReason
-from xpeer.status import SHOUTED, Partner, PrivacySpent, Status
+from xpeer.status import SHOUTED, Partner, PrivacySpent, ShardSummary, Status
 
 SICK = msgspec.structs.replace(
     HEALTHY,
@@ -31,6 +31,22 @@ SICK = msgspec.structs.replace(
 OPEN = msgspec.structs.replace(
     HEALTHY, privacy=PrivacySpent(mode="off"), privacy_warning=SHOUTED["off"]
 )
+
+
+def test_status_tells_what_of_the_text_was_left_out() -> None:
+    shard = ShardSummary(
+        files=3, documents=60, characters=61_000, repeated=2, too_short=1,
+        skipped={"null": 1, "empty": 2}, left_out={f".{n}": n for n in range(1, 9)},
+    )  # fmt: skip
+    lines = render.status_lines(msgspec.structs.replace(HEALTHY, shard=shard))
+    assert max(map(len, lines)) <= render.WIDTH
+    at = lines.index("text        60 documents, 61,000 characters, in 3 files")
+    assert [line.strip() for line in lines[at + 1 : at + 5]] == [
+        "36 files left out: .8 8, .7 7, .6 6, .5 5, .4 4, others 6",
+        "3 rows without text: empty 2, null 1",
+        "2 texts that came before",
+        "1 documents too short for a record",
+    ]
 
 
 def xpeer(home: Path, *args: str) -> Result:

@@ -13,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError
 from xpeer.training import shard
+from xpeer.training.assemble import assemble
 from xpeer.training.documents import Document, document_of, load_documents
 from xpeer.training.shard import FILL, MIN_TOKENS, cut, load_records, split
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer
@@ -323,3 +325,16 @@ def test_jsonl_rows_of_one_file_share_its_side_when_files_are_split(tmp_path: Pa
     for part in (training, validation):
         assert part
         assert all(count == 4 for count in Counter(d.text[0] for d in part).values())
+
+
+def test_the_trainer_tells_what_became_of_the_text(tmp_path: Path):
+    setup = make_homes(tmp_path, 1, privacy="off")[0]
+    folder = Path(setup.config.data.shard[0])
+    (folder / "notes.docx").write_text("left out")
+    (folder / "short.txt").write_text("short")
+    node = assemble(setup)
+    node.close()
+    assert node.shard.documents == 13
+    assert node.shard.left_out == {".docx": 1}
+    assert node.shard.too_short in (0, 1)  # or it is held out
+    assert "text: 1 file left out: .docx 1" in node.notes

@@ -28,7 +28,7 @@ _KINDS: Final = {
 }  # fmt: skip
 
 
-def visible(text: str) -> bool:
+def holds_text(text: str) -> bool:
     """Whether a reader would see anything.
 
     Letters, digits, punctuation and symbols are seen. Not so spaces, controls, format characters
@@ -64,7 +64,7 @@ class Rows:
         elif not isinstance(value, str):
             self._skipped[NOT_TEXT] += 1
             self._other_kind = self._other_kind or _KINDS.get(type(value), type(value).__name__)
-        elif not visible(value):
+        elif not holds_text(value):
             self._texts += 1
             self._skipped[EMPTY] += 1
         else:
