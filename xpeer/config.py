@@ -30,6 +30,8 @@ _SERVICE = re.compile(
 _LINK = re.compile(r"XPEER(_\w+)?_PORT(_\d+_(TCP|UDP|SCTP))?")
 """With an address as their value."""
 DEFAULT_HOME = Path("~/.xpeer")
+MAX_NUMBER = 1_000_000_000
+"""Of any setting; as seconds 31 years, and no timer takes much more."""
 SOCKET = "xpeer.sock"
 OLD_LOGS = 3
 SOCKET_PATH_MAX = 100
@@ -247,7 +249,7 @@ def load(
         raise ConfigError(
             f"{where}: {problem} (value: {seen!r})", f"correct {where} in {path} or its variable"
         ) from e
-    _refuse_blank(config)
+    _refuse_odd(config)
     if config.data.shard and config.data.corpus:
         raise ConfigError(
             "data.shard and data.corpus are both set", "keep one: a private shard or the corpus"
@@ -372,10 +374,12 @@ def _parse_list(name: str, raw: str) -> list[str]:
     return parts
 
 
-def _refuse_blank(config: NodeConfig) -> None:
-    """Blank paths, and parts of lists; everything on the machine as text."""
+def _refuse_odd(config: NodeConfig) -> None:
+    """Blank paths, and parts of lists; everything on the machine as text; numbers without end."""
     for section, key, _ in settings():
         name, value = f"{section}.{key}", getattr(getattr(config, section), key)
+        if isinstance(value, int | float) and not value <= MAX_NUMBER:
+            raise ConfigError(f"{name}: {value} is too large", f"correct it: at most {MAX_NUMBER}")
         for part in value if isinstance(value, list) else [value] if value else []:
             if name in ("data.shard", "data.corpus"):
                 checked_text(name, part)

@@ -200,7 +200,7 @@ class Client:
             seen = msgspec.json.decode(body, type=Versioned).schema_version
             if seen == SCHEMA_VERSION:
                 return msgspec.json.decode(body, type=kind)
-        except (msgspec.ValidationError, msgspec.DecodeError) as e:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as e:
             raise LocalError(
                 f"what answers at {self.path} is no xpeer daemon of this version: {e}",
                 "check daemon.socket",

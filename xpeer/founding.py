@@ -191,7 +191,7 @@ def load_invites(home: Home) -> list[Issued]:
     for number, line in enumerate(lines, start=1):
         try:
             invites.append(msgspec.json.decode(line, type=Issued))
-        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as e:
             raise ConfigError(f"{home.invites}:{number} is damaged: {e}", "remove that line") from e
     return invites
 
@@ -241,7 +241,7 @@ def load_seeds(home: Home) -> list[str]:
         return msgspec.json.decode(home.seeds.read_bytes(), type=list[str])
     except FileNotFoundError:
         return []
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as e:
         raise ConfigError(f"{home.seeds} is damaged: {e}", "join again with a token") from e
 
 

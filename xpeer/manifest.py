@@ -429,7 +429,7 @@ class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
             )
         try:
             return msgspec.json.decode(self.body, type=Manifest)
-        except (msgspec.ValidationError, msgspec.DecodeError) as e:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as e:
             raise ConfigError(f"manifest: {e}", "all members need the same xpeer version") from e
 
     def to_bytes(self) -> bytes:
@@ -440,10 +440,13 @@ class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
     def from_bytes(cls, data: bytes, source: str = "manifest") -> SignedManifest:
         """Read what `to_bytes` wrote; the signature is checked by `open`."""
         if len(data) > MAX_MANIFEST_BYTES:
-            raise ConfigError(f"{source} has {len(data)} bytes, at most {MAX_MANIFEST_BYTES}")
+            raise ConfigError(
+                f"{source} has {len(data)} bytes, at most {MAX_MANIFEST_BYTES}",
+                "fetch it from a member again",
+            )
         try:
             return msgspec.json.decode(data, type=cls)
-        except (msgspec.ValidationError, msgspec.DecodeError) as e:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as e:
             raise ConfigError(f"{source} is malformed: {e}", "fetch it from a member again") from e
 
     @classmethod

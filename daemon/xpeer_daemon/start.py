@@ -13,7 +13,7 @@ from xpeer.config import Home, NodeConfig, note_of_foreign
 from xpeer.errors import LocalError, NotAuthorisedError
 from xpeer.identity import Identity
 from xpeer.manifest import SignedManifest
-from xpeer.network.addresses import peer_of, resolve_listen
+from xpeer.network.addresses import check_announce, peer_of, resolve_listen
 from xpeer.network.invites import Token
 from xpeer.training.child import PROGRAM
 from xpeer.training.files import find
@@ -46,6 +46,7 @@ def _check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
             "the certificate is for a bootstrap node", "use it with `xpeer bootstrap --join`"
         )
     resolve_listen(config.network.listen)
+    check_announce(config.network.announce)
     for seed in config.network.bootstrap:
         peer_of(seed)
     home.socket(config)

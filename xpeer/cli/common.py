@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -60,6 +61,37 @@ class GivenText(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> str:
         """As it was given."""
         return self._check(_name_of(param), str(value))
+
+
+class Number(click.FloatRange):
+    """A finite number in bounds; another one is an error of a setting, exit code 8."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Also refuse what no comparison refuses."""
+        with _bad_values(param):
+            number = float(super().convert(value, param, ctx))
+            if not math.isfinite(number):
+                self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
+class Whole(click.IntRange):
+    """The same for whole numbers."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """As click does."""
+        with _bad_values(param):
+            return int(super().convert(value, param, ctx))
+
+
+@contextmanager
+def _bad_values(param: click.Parameter | None) -> Iterator[None]:
+    try:
+        yield
+    except click.BadParameter as e:
+        raise ConfigError(f"{_name_of(param)}: {e.message.rstrip('.')}", "correct it") from e
 
 
 def _name_of(param: click.Parameter | None) -> str:
@@ -149,16 +181,18 @@ def error_boundary(ctx: click.Context | None = None) -> Iterator[None]:
 
     Raises:
         click.exceptions.Exit: with the code; click ends the process with it.
-        click.ClickException: a wrong use of the command line, made visible.
     """
     try:
         yield
     except (click.exceptions.Exit, click.Abort):
         raise
     except click.ClickException as e:
-        if (shown := one_line(e.format_message())) == e.format_message():
+        if isinstance(e, click.exceptions.NoArgsIsHelpError):
             raise
-        raise click.UsageError(shown, getattr(e, "ctx", None)) from e
+        used: click.Context | None = getattr(e, "ctx", None)
+        path = used.command_path if used is not None else "xpeer"
+        _complain(f"{e.format_message().rstrip('.')} - see `{path} --help`")
+        raise click.exceptions.Exit(e.exit_code) from e
     except LocalError as e:
         _complain(str(e))
         raise click.exceptions.Exit(int(e.exit_code)) from e

@@ -64,7 +64,11 @@ _EXPLAINED = {
     type=click.IntRange(1, 1024),
     help="Train adapters of this rank, not the model itself (needs xpeer[lora]).",
 )
-@click.option("--lora-alpha", type=float, help="Their scale times the rank. Default: 2 * rank.")
+@click.option(
+    "--lora-alpha",
+    type=float,
+    help="Their scale times the rank. Default: 2 * rank.",
+)
 @click.option(
     "--lora-target",
     multiple=True,
@@ -204,6 +208,11 @@ def init(
 def _adapters(
     rank: int | None, alpha: float | None, targets: tuple[str, ...]
 ) -> LoraOptions | None:
+    if alpha is not None and not 0 < alpha <= 1e6:
+        raise ConfigError(
+            f"--lora-alpha: {alpha:g} is no scale of adapters",
+            "give a positive number, or leave it out for twice the rank",
+        )
     if rank is not None:
         return LoraOptions(rank, alpha, targets)
     if alpha is not None or targets:

@@ -15,7 +15,7 @@ import click
 import msgspec
 from msgspec import Struct
 
-from xpeer.cli.common import home_option, json_option
+from xpeer.cli.common import Whole, home_option, json_option
 from xpeer.config import Home
 from xpeer.errors import ConfigError, NotRunningError
 from xpeer.escape import json_text, visible
@@ -46,7 +46,7 @@ class Entry(Struct, omit_defaults=True):
 @json_option
 @click.option("-f", "--follow", is_flag=True, help="Go on as the log grows, until Ctrl-C.")
 @click.option(
-    "-n", "--tail", type=click.IntRange(min=0), default=100, show_default=True,
+    "-n", "--tail", type=Whole(0, 10**9), default=100, show_default=True,
     help="Entries to begin with.",
 )  # fmt: skip
 @click.option("--level", type=click.Choice(LEVELS[:-1]), default="debug", help="This and worse.")
@@ -124,7 +124,7 @@ def _entry(line: str) -> Entry | None:
     if line.startswith("{"):
         try:
             return msgspec.json.decode(line, type=Entry)
-        except (msgspec.ValidationError, msgspec.DecodeError):
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             return None
     match = _TEXT.fullmatch(line)
     return Entry(*match.groups()) if match else None

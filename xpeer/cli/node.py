@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import click
 
 from xpeer.cli import render
-from xpeer.cli.common import echo_json, home_option, json_option, load_config, say
+from xpeer.cli.common import Number, echo_json, home_option, json_option, load_config, say
 from xpeer.cli.peer_table import peer_lines
 from xpeer.config import Home
 from xpeer.control import Client, Peers
@@ -33,7 +33,7 @@ def client_of(home: Home, timeout_s: float = 10.0) -> Client:
 @json_option
 @click.option("-w", "--watch", is_flag=True, help="Show it anew until Ctrl-C.")
 @click.option(
-    "--interval", "interval_s", type=click.FloatRange(min=0.05), default=1.0, show_default=True,
+    "--interval", "interval_s", type=Number(0.05, 86400), default=1.0, show_default=True,
     help="Seconds between two looks of --watch.",
 )  # fmt: skip
 @click.option("--exit-code", is_flag=True, help="Exit 4 if the node is not ok.")
@@ -84,7 +84,7 @@ def resume(home: Home) -> None:
 
 
 _timeout_option = click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    "--timeout", "timeout_s", type=Number(0, 1e7, min_open=True), metavar="SECONDS",
     help="How long to wait for its end [default: daemon.stop_timeout_s and 15 s].",
 )  # fmt: skip
 

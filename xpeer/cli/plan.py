@@ -31,8 +31,15 @@ def plan(
     """
     from xpeer.wire import budget  # noqa: PLC0415 - imports torch
 
-    if not params < 2**53:
-        raise LocalError(f"--params {params} is no number of parameters", "e.g. --params 135e6")
+    for option, value, least, most in (
+        ("--params", params, 1, 1e15),
+        ("--link-mbit", link_mbit, 1e-3, 1e9),
+        ("--step-seconds", step_seconds, 1e-6, 1e7),
+        ("--round-trip-ms", round_trip_ms, 0, 1e7),
+        ("--peers", peers, 1, 1e6),
+    ):
+        if not least <= value <= most:  # nor is anything between them that is no number
+            raise LocalError(f"{option} {value} makes no sense", f"{least:g} to {most:g}")
     link = budget.Link(bits_per_s=link_mbit * 1e6, round_trip_s=round_trip_ms / 1e3)
     found = budget.plan(link, num_params=int(params), step_s=step_seconds, peers=peers)
     if as_json:

@@ -12,6 +12,8 @@ import click
 from xpeer.cli.common import (
     GivenPath,
     GivenText,
+    Number,
+    Whole,
     echo,
     echo_json,
     home_option,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from xpeer.privacy.register import Register
     from xpeer.privacy.report import Account
 
+MAX_COUNT = 10**12
+"""Of records, and of steps: the accountant's doubles tell no more apart."""
 BATCHES = (32, 128, 512, 2048, 8192)
 """Tried where --batch is missing."""
 
@@ -59,24 +63,38 @@ def status_command(home: Home, as_json: bool) -> None:
 
 
 @privacy.command("plan")
-@click.option("--epsilon", type=float, default=8.0, show_default=True)
-@click.option("--delta", type=float, help="Default: min(1e-5, records^-1.1).")
-@click.option("--records", type=int, help="Training sequences in the shard, or documents.")
+@click.option("--epsilon", type=Number(1e-6, 1e6), default=8.0, show_default=True)
+@click.option("--delta", type=Number(), help="Default: min(1e-5, records^-1.1).")
+@click.option(
+    "--records",
+    type=Whole(1, MAX_COUNT),
+    help="Training sequences in the shard, or documents.",
+)
 @click.option(
     "--shard", multiple=True, type=GivenText(), help="Or count them: files, folders or globs."
 )
 @click.option("--text-field", default="text", show_default=True, help="As data.text_field.")
 @click.option("--tokenizer", type=GivenPath(), help="Folder; default: bytes.")
 @click.option("--documents", is_flag=True, help="Protect documents, not training sequences.")
-@click.option("--batch", type=int, help="Expected records (documents) a step; default: a table.")
-@click.option("--steps", type=int, help="Private steps in all.")
-@click.option("--rounds", type=int, help="Or windows, of --window-steps steps each.")
-@click.option("--window-steps", type=int, default=5, show_default=True)
 @click.option(
-    "--sequence-tokens", type=click.IntRange(min=8), default=128, show_default=True,
+    "--batch",
+    type=Whole(1, MAX_COUNT),
+    help="Expected records (documents) a step; default: a table.",
+)
+@click.option("--steps", type=Whole(1, MAX_COUNT), help="Private steps in all.")
+@click.option(
+    "--rounds", type=Whole(1, MAX_COUNT), help="Or windows, of --window-steps steps each."
+)
+@click.option("--window-steps", type=Whole(1, 10**6), default=5, show_default=True)
+@click.option(
+    "--sequence-tokens", type=Whole(8, 10**7), default=128, show_default=True,
     help="Of a training sequence.",
 )  # fmt: skip
-@click.option("--parameters", type=int, help="That are trained, to tell the noise's norm.")
+@click.option(
+    "--parameters",
+    type=Whole(1, 10**15),
+    help="That are trained, to tell the noise's norm.",
+)
 @json_option
 def plan_command(
     epsilon: float,
@@ -143,8 +161,8 @@ def plan_command(
     metavar="PATH",
     help="As to `xpeer start`, if not set.",
 )
-@click.option("--above", type=float, default=0.0, help="Only files with more epsilon than this.")
-@click.option("--delta", type=float, help="Default: as noted in the ledger.")
+@click.option("--above", type=Number(), default=0.0, help="Only files with more epsilon than this.")
+@click.option("--delta", type=Number(), help="Default: as noted in the ledger.")
 @json_option
 def documents_command(
     home: Home, shard: tuple[str, ...], above: float, delta: float | None, as_json: bool
@@ -194,7 +212,7 @@ def report_command(home: Home, as_json: bool) -> None:
 @privacy.command("verify")
 @home_option
 @click.option("--ledger", "path", type=GivenPath(), help="Another ledger.sqlite.")
-@click.option("--delta", type=float, help="Default: as noted in the ledger.")
+@click.option("--delta", type=Number(), help="Default: as noted in the ledger.")
 @json_option
 def verify_command(home: Home, path: Path | None, delta: float | None, as_json: bool) -> None:
     """Check the chain of charges and recompute epsilon independently; exit 1 if they disagree."""

@@ -11,6 +11,8 @@ import click
 from xpeer.cli.common import (
     F,
     GivenPath,
+    Number,
+    Whole,
     echo_json,
     echo_text,
     home_option,
@@ -52,14 +54,20 @@ def _model_options(command: F) -> F:
 @json_option
 @click.option("--prompt", required=True, help="What it continues.")
 @click.option(
-    "--tokens", type=click.IntRange(1, MAX_TOKENS), default=100, show_default=True,
+    "--tokens", type=Whole(1, MAX_TOKENS), default=100, show_default=True,
     help="At most so many; an end of text ends it.",
 )  # fmt: skip
 @click.option(
-    "--temperature", type=click.FloatRange(0.0, 10.0), default=0.0, show_default=True,
+    "--temperature", type=Number(0.0, 10.0), default=0.0, show_default=True,
     help="0: the most likely token always.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choices.")
+@click.option(
+    "--seed",
+    type=Whole(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of the choices.",
+)
 def generate(
     home: Home,
     model: Path | None,
@@ -72,8 +80,6 @@ def generate(
     seed: int,
 ) -> None:
     """Continue a prompt with the model as it was last saved, or with an export."""
-    if not math.isfinite(temperature):
-        raise ConfigError(f"--temperature {temperature} is no number", "e.g. --temperature 0.7")
     trained = _load(home, model, base_model, tokenizer)
     from xpeer.training.model import generate as continued  # noqa: PLC0415 - torch takes seconds
 

@@ -85,6 +85,27 @@ def check_address(field: str, address: str) -> str:
         ) from e
 
 
+def check_announce(addresses: Iterable[str], field: str = "network.announce") -> None:
+    """Refuse what nobody could dial.
+
+    Raises:
+        ConfigError: no TCP address of a host and a port.
+    """
+    for address in addresses:
+        parts = check_address(field, address).split("/")
+        dialled = len(parts) in (5, 7) and parts[1] in _DIALLED and parts[3] == "tcp"
+        if not dialled or (len(parts) == 7 and parts[5] != "p2p"):
+            raise ConfigError(
+                f"{field}: {address!r} is nothing that others can dial",
+                "write it as /ip4/ADDRESS/tcp/PORT or /dns4/NAME/tcp/PORT",
+            )
+        if parts[4] == "0" or parts[2] in ("0.0.0.0", "::"):  # noqa: S104 - refused
+            raise ConfigError(
+                f"{field}: {address!r} names no {'port' if parts[4] == '0' else 'host'}",
+                "name the address and port at which others reach this node",
+            )
+
+
 def without_peer(address: str) -> str:
     """The address without its /p2p/PEERID."""
     return address.rpartition("/p2p/")[0] or address

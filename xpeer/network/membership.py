@@ -135,7 +135,9 @@ class Credential(Struct, frozen=True, forbid_unknown_fields=True):
             NotAuthorisedError: too large or malformed.
         """
         if len(data) > MAX_CREDENTIAL_BYTES:
-            raise NotAuthorisedError(f"a credential of {len(data)} bytes is too large")
+            raise NotAuthorisedError(
+                f"a credential of {len(data)} bytes is too large", "restore it, or join again"
+            )
         return unpack(data, cls, "credential")
 
 
@@ -215,5 +217,7 @@ def unpack(data: bytes, kind: type[_T], what: str) -> _T:
     """
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-        raise NotAuthorisedError(f"the {what} is malformed") from e
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
+        raise NotAuthorisedError(
+            f"the {what} is malformed", "restore it, or ask an admin for a new token"
+        ) from e

@@ -23,7 +23,7 @@ from xpeer.identity import Identity, PeerId
 from xpeer.network import present, serving
 from xpeer.network.addresses import (
     AddressBook,
-    check_address,
+    check_announce,
     host_of,
     reachable,
     resolve_listen,
@@ -116,8 +116,7 @@ class Swarm:
             LocalError: the sidecar does not start.
         """
         listen = resolve_listen(listen)
-        for address in announce or []:
-            check_address("network.announce", address)
+        check_announce(announce or [])
         self = cls(
             identity,
             identity_path,

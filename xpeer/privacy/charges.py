@@ -111,7 +111,7 @@ class Chain:
             if row != self._continuing(segment, row.about):
                 raise LocalError("it does not continue those before it")
             about = msgspec.json.decode(row.about, type=About) if row.about else None
-        except (struct.error, msgspec.MsgspecError) as e:
+        except (struct.error, msgspec.MsgspecError, ValueError, RecursionError) as e:
             raise LocalError(str(e)) from e
         kind = segment.noise_multiplier, segment.sampling_probability
         history = self.by_unit.setdefault(about.exact_unit if about else "record", {})

@@ -248,7 +248,7 @@ def unpacked(spans: str) -> list[int]:
     """The reverse."""
     try:
         return msgspec.json.decode(spans, type=list[int])
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
         raise LocalError("privacy register: a class of documents is damaged", RESTORE) from e
 
 

@@ -140,7 +140,7 @@ def load(path: Path) -> Bundle:
     tensors, words = read_tensors(path)
     try:
         parsed = msgspec.json.decode(words.get("xpeer", ""), type=_Words)
-    except (msgspec.ValidationError, msgspec.DecodeError) as e:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
         raise CorruptFileError(f"its metadata can't be read: {e}") from e
     if parsed.schema_version != SCHEMA_VERSION:
         raise LocalError(

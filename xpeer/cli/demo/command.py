@@ -9,12 +9,18 @@ from pathlib import Path
 
 import click
 
-from xpeer.cli.common import GivenPath, json_option
+from xpeer.cli.common import GivenPath, Whole, json_option
 
 
 @click.command()
 @json_option
-@click.option("--seed", default=1, show_default=True, help="Of the public start's training.")
+@click.option(
+    "--seed",
+    type=Whole(0, 2**31),
+    default=1,
+    show_default=True,
+    help="Of the public start's training.",
+)
 @click.option(
     "--out", type=GivenPath(), default=Path(".demo"), show_default=True,
     help="Folder for caches, homes, logs and the report.",
