@@ -68,6 +68,8 @@ class Progress(Struct, frozen=True, kw_only=True):
     """Of these, waiting for anything else than computing (since the trainer's start)."""
     seconds_boundary: float = 0.0
     """Between steps: merging, taking snapshots (since the trainer's start)."""
+    seconds_saving: float = 0.0
+    """Copying what checkpoints hold (since the trainer's start)."""
     seconds_snapshot: float = 0.0
     """Of these, copying fragments out of the model."""
     seconds_merge: float = 0.0
@@ -86,6 +88,9 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     delta: float = 0.0
     noise_multiplier: float = 0.0
     steps_charged: int = 0
+    steps_forfeited: int = 0
+    """Of these, charged before a crash or a restored checkpoint and not behind this node's
+    parameters: they are paid for a second time when they are taken again."""
     steps_left: int | None = None
     """Private steps until the target; None without privacy."""
     ends_unix_s: float | None = None

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.overlap.timeline import Row
 from xpeer.privacy.mechanism import Mechanism
-from xpeer.privacy.steps import StepResult
+from xpeer.privacy.steps import Charged, StepResult
 from xpeer.status import PrivacySpent
 from xpeer.training import assemble as production
 from xpeer.training import process
@@ -54,7 +54,7 @@ class SleepingMechanism:
         self._trainer = trainer
         self._step_s = step_s
         self._file = timeline.open("a", buffering=1)
-        self._start = 0
+        self._start = self._used = 0
         self._compute_s = self._core_s = 0.0
 
     @property
@@ -70,8 +70,13 @@ class SleepingMechanism:
         """See `Mechanism`."""
         self._real.prepare_window(steps)
 
+    def charged(self) -> Charged:
+        """See `Mechanism`; steps are this class's."""
+        return self._real.charged()._replace(used=self._used)
+
     def step_gradient(self) -> StepResult:
         """Take the step's time, and no gradient."""
+        self._used += 1
         began, core = time.perf_counter(), time.thread_time()
         self._write_row()
         values = self._trainer.parameters.flat[self._start : self._start + MOVED]

@@ -245,6 +245,11 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
         f"{privacy.unit}, {_left(privacy, unit)}; delta {privacy.delta:.1e}, "
         f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} {unit} charged",
     )
+    if privacy.steps_forfeited:
+        yield (
+            "charged twice",
+            f"{privacy.steps_forfeited} of these {unit}: charged and not used, before a crash",
+        )
     if privacy.ends_unix_s is not None and privacy.steps_left:
         yield "budget ends", f"about {moment(privacy.ends_unix_s)}, at the pace of the last hour"
     if privacy.documents_elsewhere:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -17,10 +18,13 @@ from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import BudgetExceededError
+from xpeer.privacy.steps import Charged
 
 SIGMA_SETTING: Final = "noise_multiplier"
 """Key of the calibrated sigma in the ledger."""
 _STEPS_MAX: Final = 10_000_000
+_SMOOTHING: Final = 0.8
+"""Of what a charge takes, per charge."""
 _ANEW: Final = 0.05
 """Other homes' charges are estimated until this share of the steps left was charged since."""
 
@@ -66,6 +70,9 @@ class Budget:
         self._charged_before = ledger.steps_charged
         self._permitted = 0
         self._used = 0
+        self._prepared_steps = 0
+        self._seconds: float | None = None
+        self._possible = ledger.steps_charged + self._left
         self._prepared: Future[int] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="privacy-ledger")
 
@@ -82,6 +89,12 @@ class Budget:
         """Whether more steps were used than this process charged."""
         return self._used > self._ledger.steps_charged - self._charged_before
 
+    @property
+    def charged(self) -> Charged:
+        """What became of this process's charges."""
+        made = self._used + self._permitted + self._prepared_steps
+        return Charged(made, self._used, self._seconds or 0.0, self._possible)
+
     def begin(self, steps: int) -> int:
         """Charge until `steps` may be used; charges prepared or left over count.
 
@@ -97,6 +110,7 @@ class Budget:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             self._permitted += prepared.result()
+            self._prepared_steps = 0
         if steps > self._permitted:
             self._permitted += self._charge(steps - self._permitted)
         return self._permitted
@@ -109,6 +123,7 @@ class Budget:
         """
         _check_steps(steps)
         if self._prepared is None and steps:
+            self._prepared_steps = steps
             self._prepared = self._writer.submit(self._charge, steps)
 
     def use(self) -> None:
@@ -133,7 +148,11 @@ class Budget:
             steps = min(steps, self._left)
             while steps:
                 try:
+                    began = time.perf_counter()
                     self._ledger.charge(Segment(self._sigma, self._q, steps), self._fits)
+                    took_s = time.perf_counter() - began
+                    before_s = took_s if self._seconds is None else self._seconds
+                    self._seconds = _SMOOTHING * before_s + (1 - _SMOOTHING) * took_s
                     break
                 except BudgetExceededError:
                     self._left = steps = self._count(steps - 1)

@@ -38,7 +38,7 @@ from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.norms import clip_norm_of
 from xpeer.privacy.plain import OffMechanism
 from xpeer.privacy.ranks import Ranks
-from xpeer.privacy.steps import Precision, StepResult, Switchable, check_records
+from xpeer.privacy.steps import Charged, Precision, StepResult, Switchable, check_records
 from xpeer.privacy.units import units_of
 from xpeer.privacy.update_mode import UpdateMechanism
 from xpeer.status import PrivacySpent
@@ -64,6 +64,9 @@ class Mechanism(Protocol):
 
     def prepare_window(self, steps: int) -> None:
         """Begin to charge further steps in the background; `begin_window` collects them."""
+
+    def charged(self) -> Charged:
+        """What was charged since this was made, and what became of it."""
 
     def step_gradient(self) -> StepResult:
         """Set `grad` of every trainable parameter; uses up one charged step."""
@@ -180,6 +183,10 @@ class RecordMechanism:
     def prepare_window(self, steps: int) -> None:
         """Charge further steps in the background; see `Budget.prepare`."""
         self._budget.prepare(steps)
+
+    def charged(self) -> Charged:
+        """See `Budget.charged`."""
+        return self._budget.charged
 
     def step_gradient(self) -> StepResult:
         """Sample, clip, add up, add noise: see `PrivateGradient`.

@@ -13,7 +13,7 @@ from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest
 from xpeer.privacy.clipping import RecordLosses, trainable
 from xpeer.privacy.passes import Passes
-from xpeer.privacy.steps import Precision, StepResult, Switchable, check_records
+from xpeer.privacy.steps import Charged, Precision, StepResult, Switchable, check_records
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
@@ -82,6 +82,10 @@ class OffMechanism:
 
     def prepare_window(self, steps: int) -> None:
         """Nothing is charged."""
+
+    def charged(self) -> Charged:
+        """Nothing is."""
+        return Charged()
 
     def step_gradient(self) -> StepResult:
         """Mean gradient over the tokens of the next records in shuffled order, clipped as one."""

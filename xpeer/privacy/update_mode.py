@@ -36,7 +36,7 @@ from xpeer.privacy.clipping import RecordLosses
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.privacy.plain import OffMechanism
-from xpeer.privacy.steps import Precision, StepResult
+from xpeer.privacy.steps import Charged, Precision, StepResult
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
@@ -120,6 +120,10 @@ class UpdateMechanism:
 
     def prepare_window(self, steps: int) -> None:
         """Nothing: a release is dear, and one that is charged ahead is lost with a restart."""
+
+    def charged(self) -> Charged:
+        """Of releases: see `Budget.charged`."""
+        return self._budget.charged
 
     def step_gradient(self) -> StepResult:
         """A plain step's gradient: private, as all that follows from it before the release."""

@@ -69,6 +69,8 @@ class Assembled:
     resumed: bool
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    steps_forfeited: int = 0
+    """Charged, and not behind the parameters that training began with."""
     documents_elsewhere: int = 0
     """That other homes of this machine trained on, too."""
     _buffers: Buffers = field(default_factory=lambda: Buffers(3), init=False)
@@ -89,7 +91,10 @@ class Assembled:
             return found
         ends = self.ledger.ends_unix_s(found.steps_left)
         return msgspec.structs.replace(
-            found, ends_unix_s=ends, documents_elsewhere=self.documents_elsewhere
+            found,
+            ends_unix_s=ends,
+            documents_elsewhere=self.documents_elsewhere,
+            steps_forfeited=self.steps_forfeited,
         )
 
     def capture(self) -> Callable[[], str]:
@@ -231,8 +236,18 @@ def assemble(setup: TrainerSetup) -> Assembled:
         resumed=saved is not None,
         notes=[*(f"text: {line}" for line in text.shard.lines()), *notes, *mechanism.notes],
         warnings=warnings,
+        steps_forfeited=_forfeited(counters, saved, manifest, ledger) if private else 0,
         documents_elsewhere=elsewhere,
     )
+
+
+def _forfeited(counters: Counters, saved: Bundle | None, manifest: Manifest, ledger: Ledger) -> int:
+    """Charges of this home that are not behind the parameters it goes on from."""
+    if saved is not None and "charges_used" not in saved.counters:  # of an earlier version
+        steps = counters.step - (counters.moments_step if counters.joined else 0)
+        per_charge = manifest.round.window_steps if manifest.privacy.mode == "update" else 1
+        counters.charges_used = min(steps // per_charge, ledger.steps_charged)
+    return max(0, ledger.steps_charged - counters.charges_used)
 
 
 def _about(manifest: Manifest, swarm_id: str, text: _Text) -> About:

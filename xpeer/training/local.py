@@ -22,6 +22,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.manifest import Manifest
 from xpeer.status import Progress
 from xpeer.training import rules
+from xpeer.training.charging import Permits
 from xpeer.training.consolidation import consolidate
 from xpeer.training.exchanges import Exchanges
 from xpeer.training.fragments import Fragments
@@ -38,6 +39,10 @@ from xpeer.wire.fixedpoint import grid_of
 _SMOOTHING: Final = 0.9
 """Of the speed shown, per step."""
 _LOOK_S: Final = 1.0
+_USE_UP_S: Final = 5.0
+"""A stop may take so long for steps that were charged."""
+_HELD_S: Final = 1.0
+"""Between two looks whether checkpoints can be written again."""
 
 Job = Callable[[], None]
 
@@ -89,13 +94,14 @@ class LocalTrainer:
         self.on_state: Callable[[], None] = _nothing
         self.seconds_blocked = 0.0
         self.seconds_boundary = 0.0
+        self.seconds_saving = 0.0
         self._throttle = throttle
         self._mode: Mode = "train"
         self._budget_spent = False
         self._stopping = False
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._permitted = 0
-        self._preparing = False
+        self.permits = Permits(manifest, mechanism, lambda: self.counters)
+        self._step_s = 0.0
         self._window_step = 0
         self._window_began = time.monotonic()
         self._loss_train: float | None = None
@@ -158,6 +164,7 @@ class LocalTrainer:
             seconds_training=self.counters.seconds,
             seconds_blocked=self.seconds_blocked + self.exchanges.seconds_blocked,
             seconds_boundary=self.seconds_boundary,
+            seconds_saving=self.seconds_saving,
             seconds_snapshot=self.exchanges.seconds_snapshot,
             seconds_merge=self.exchanges.seconds_merge,
             rest_s=max(0.0, self._rests_until - time.monotonic()),
@@ -178,7 +185,10 @@ class LocalTrainer:
         self._window_began = time.monotonic()
         while True:
             self._boundary()
-            if self._stopping or (target is not None and self.counters.step >= target):
+            if self._stopping:
+                self._use_up()
+                return
+            if target is not None and self.counters.step >= target:
                 return
             if self.state == "training":
                 if self._gradient_due:
@@ -319,40 +329,51 @@ class LocalTrainer:
 
         Charged steps that a window of the clock did not need serve the next one.
         """
-        if self._permitted == 0:
-            began = time.perf_counter()
-            self._permitted = self.mechanism.begin_window(self._steps_to_charge(0))
-            self._preparing = False
-            self.seconds_blocked += time.perf_counter() - began
-            if self._permitted == 0:
-                self._budget_spent = True
-                self.on_state()
-                return False
-        ahead = max(1, self.manifest.round.window_steps // 4)
-        if self._permitted <= ahead and not self._preparing:
-            # late in the window: a restart forfeits what was charged and not used
-            wanted = self._steps_to_charge(self._permitted)
-            if wanted > 0:
-                self._preparing = True
-                self.mechanism.prepare_window(wanted)
-        return True
+        began, saving_s = time.perf_counter(), self.seconds_saving
+        permission = self.permits.obtain(self._step_s, self._window_left)
+        saved_s = self.seconds_saving - saving_s
+        self.seconds_blocked += time.perf_counter() - began - saved_s
+        if permission == "spent":
+            self._budget_spent = True
+            self.on_state()
+        elif permission == "held":
+            self._serve_for(_HELD_S)
+        return permission == "step"
 
-    def _steps_to_charge(self, permitted: int) -> int:
-        """A window's steps, but none beyond the end of the run."""
-        planned = planned_steps(self.manifest)
-        window = self.manifest.round.window_steps
-        if planned is None:
-            return window
-        least = 0 if permitted else 1  # a plan in tokens is a guess: the end itself decides
-        return max(least, min(window, planned - self.counters.step - permitted))
+    @property
+    def _window_left(self) -> int:
+        return max(1, self.manifest.round.window_steps - self._window_step)
+
+    def _use_up(self) -> None:
+        """Take the steps that were charged, if that is quick: the next start charges its own."""
+        if self.awaiting:
+            return
+        if self._step_s and not (self._gradient_due or self._budget_spent):
+            rest = self.permits.rest(self._window_left)
+            if rest * self._step_s > _USE_UP_S:
+                return
+            for _ in range(rest):
+                if self.ended or not self._permit():
+                    break
+                self._step()
+                self._window(time.monotonic())
+        if self._gradients is not None and self._gradient_due:
+            self._take_window_step(self._gradients)
+
+    def _take_window_step(self, gradients: rules.GradientAveraging) -> None:
+        self._gradient_due = False
+        self.parameters.write_gradients(gradients.take())
+        self.optimiser.step()
+        self.permits.moved()
 
     def _step(self) -> int:
         """Take a step; its tokens."""
+        began = time.perf_counter()
         rate = learning_rate(self.counters, self.manifest)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         result = self.mechanism.step_gradient()
-        self._permitted -= 1
+        self.permits.left -= 1
         if self.manifest.privacy.mode == "off":  # else partners would see what it makes us do
             require_finite(result.loss, self.counters)
         if self._gradients is None:
@@ -363,6 +384,8 @@ class LocalTrainer:
         self.counters.step += 1
         self.counters.tokens += result.tokens
         self.counters.clip_norm = result.clip_norm
+        took_s = time.perf_counter() - began
+        self._step_s = _SMOOTHING * (self._step_s or took_s) + (1 - _SMOOTHING) * took_s
         return result.tokens
 
     def _follow_speed(self, speed: float) -> None:
@@ -386,6 +409,8 @@ class LocalTrainer:
         if over:
             self.measurements.at_window_end(self.counters)
             require_finite(self.measurements.public, self.counters)
+        if self._gradients is None:
+            self.permits.moved()
 
     def _finish_gradient(self) -> None:
         """Gradient aggregation: wait for the group's gradient, then take the window's step."""
@@ -400,9 +425,7 @@ class LocalTrainer:
         self.seconds_blocked += time.monotonic() - began
         if self._stopping or self.state != "training":
             return  # paused: the gradient stays due
-        self._gradient_due = False
-        self.parameters.write_gradients(self._gradients.take())
-        self.optimiser.step()
+        self._take_window_step(self._gradients)
         if self.ended:
             self.on_state()
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivateUpdate, RawUpdate
 
@@ -37,6 +38,9 @@ class Mechanism(Protocol):
 
     def prepare_window(self, steps: int) -> None:
         """Begin to charge the next window in the background."""
+
+    def charged(self) -> Charged:
+        """What was charged in this process, and what became of it."""
 
     def step_gradient(self) -> StepResult:
         """Set every parameter's gradient; uses up one charged step."""

@@ -30,6 +30,9 @@ class Counters(Struct, kw_only=True):
     """Whether those were a joiner's fresh moments."""
     merges: int = 0
     merges_clipped: int = 0
+    charges_used: int = 0
+    """Privacy charges of this node that are behind its parameters: the rest of the ledger's were
+    lost with processes that died, or with a newer checkpoint."""
     clip_norm: float | None = None
     """C of the next private step, where it adapts."""
 

@@ -1,7 +1,7 @@
 """Answers the daemon's commands inside the trainer process.
 
 Who does what: the training thread touches the parameters, at step boundaries; the helper compresses
-and verifies; the disk thread writes checkpoints and asks the ledger. None waits for another.
+and verifies; the disk thread writes checkpoints; another asks the ledger. None waits for another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from xpeer.errors import LocalError, XpeerError
+from xpeer.errors import XpeerError
 from xpeer.status import PrivacySpent
 from xpeer.training.arena import Arena
 from xpeer.training.assemble import Assembled
@@ -47,6 +47,7 @@ from xpeer.training.ipc import (
     Written,
     failure_of,
 )
+from xpeer.training.saving import Saving
 from xpeer.update import PrivateUpdate
 
 _PROGRESS_EVERY_S: Final = 0.1
@@ -73,13 +74,20 @@ class Service:
         self._arena = arena
         self._assembled = assembled
         self._trainer = assembled.trainer
-        self._checkpoint_every_s = checkpoint_every_s
         self._helper = ThreadPoolExecutor(1, "helper")
         self._disk = ThreadPoolExecutor(1, "disk")
         self._told_at = 0.0
         self._told_window = -1
-        self._saved_at = time.monotonic()
-        self._saving = False
+        self._accounts = ThreadPoolExecutor(1, "accounts")
+        self._asked = False
+        self._saving = Saving(
+            self._trainer,
+            assembled.capture,
+            lambda write: _submit(self._disk, write),
+            lambda path, step: channel.send(Saved(path, step)),
+            every_s=checkpoint_every_s,
+            resumed=assembled.resumed,
+        )
         self._take: dict[type[Command], Callable[[int, Any], object]] = {
             Snapshot: self._take_snapshot,
             Verify: self._take_verify,
@@ -124,8 +132,9 @@ class Service:
     def finish(self) -> None:
         """After the loop returned: save, and say the last word."""
         if not self._trainer.awaiting:
-            self._channel.send(Saved(self._assembled.capture()(), self._trainer.counters.step))
+            self._channel.send(Saved(self._saving.copy()(), self._trainer.counters.step))
         self._disk.shutdown()
+        self._accounts.shutdown(cancel_futures=True)
         self._send_progress(self._assembled.spent())
         self._assembled.close()
 
@@ -169,7 +178,7 @@ class Service:
         return Done()
 
     def _write_checkpoint(self, number: int) -> None:
-        write = self._assembled.capture()
+        write = self._saving.copy()
         _submit(self._disk, self._answer, number, lambda: Written(write()))
 
     def _evaluate(self) -> Losses:
@@ -183,10 +192,7 @@ class Service:
             self._tell_all()
         elif max(now - self._told_at, rest_s) >= _PROGRESS_EVERY_S:
             self._send_progress(None)
-        if now - self._saved_at >= self._checkpoint_every_s and not self._saving:
-            self._saving = True
-            write, step = self._assembled.capture(), self._trainer.counters.step
-            _submit(self._disk, self._save, write, step)
+        self._saving.after_step()
 
     # ---- on the helper ------------------------------------------------------------------------
 
@@ -224,18 +230,11 @@ class Service:
         if self._trainer.state != "training":
             self._send_progress(None)
 
-    # ---- on the disk thread -------------------------------------------------------------------
-
-    def _save(self, write: Callable[[], str], step: int) -> None:
-        try:
-            self._channel.send(Saved(write(), step))
-        except LocalError as e:  # a full disk: training goes on, and the next one may succeed
-            logger.warning("no checkpoint was written: %s", e)
-        finally:
-            self._saved_at, self._saving = time.monotonic(), False
+    # ---- on a thread of its own ---------------------------------------------------------------
 
     def _send_spent(self) -> None:
-        """The ledger's sum takes a moment to compute; the loop does not wait for it."""
+        """The ledger's sum takes a moment to compute; neither the loop nor checkpoints wait."""
+        self._asked = False
         self._send_progress(self._assembled.spent())
 
     # ---- everywhere ---------------------------------------------------------------------------
@@ -243,7 +242,9 @@ class Service:
     def _tell_all(self) -> None:
         self._told_window = self._trainer.counters.window
         self._send_progress(None)
-        _submit(self._disk, self._send_spent)
+        if not self._asked:  # else one that begins later will tell the same
+            self._asked = True
+            _submit(self._accounts, self._send_spent)
 
     def _send_progress(self, privacy: PrivacySpent | None) -> None:
         self._told_at = time.monotonic()
