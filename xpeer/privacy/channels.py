@@ -165,7 +165,7 @@ _STATUS: Final = {
         derived="loss_public consensus_distance merges_clipped",
         timing="step window loss_public_age loss_train_age_s loss_measured_step "
         "loss_measured_age_s learning_rate merges steps_late seconds_training "
-        "seconds_blocked seconds_boundary seconds_snapshot seconds_merge",
+        "seconds_blocked seconds_boundary seconds_saving seconds_snapshot seconds_merge",
         local="tokens loss_train loss_validation tokens_per_s rest_s",
     ),
     "PrivacySpent": _of(
@@ -173,7 +173,7 @@ _STATUS: Final = {
         public="mode epsilon_target unit",
         noised="clip_norm",
         local="epsilon_spent delta noise_multiplier steps_charged steps_left ends_unix_s engine "
-        "engine_reason documents_elsewhere",
+        "engine_reason documents_elsewhere steps_forfeited",
         why="sigma and delta follow from the shard's size",
     ),
     "CorpusShare": _of(
