@@ -151,7 +151,7 @@ class Mechanism:
             sampling_probability=0.1,
         )
 
-        self.budget._writer.submit = at_once  # type: ignore[method-assign]
+        self.budget._writer.submit = at_once  # type: ignore[method-assign, assignment]
 
     def begin_window(self, steps: int) -> int:
         return self.budget.begin(steps)
