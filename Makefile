@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests at once: as many as there are cores.
+WORKERS ?= $(shell nproc)
 # Options of the demo, e.g. make demo DEMO="--seed 2"
 DEMO ?=
 
@@ -20,7 +22,7 @@ demo: install
 	$(BIN)/xpeer demo $(DEMO)
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 check: install
 	$(BIN)/ruff check .

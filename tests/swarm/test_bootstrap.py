@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -30,9 +31,11 @@ pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
+def run() -> Iterator[Run]:
     """Start `xpeer bootstrap ARGS`; whatever still runs is killed in the end."""
     with ExitStack() as ending:
+        # Short: the path of a socket may have 107 bytes, and tests in parallel have long folders.
+        sockets = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="xt-")))
 
         def start(*args: str, **variables: str) -> subprocess.Popen[str]:
             env = {k: v for k, v in os.environ.items() if not k.startswith("XPEER_")}
@@ -41,15 +44,15 @@ def run(tmp_path: Path) -> Iterator[Run]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**env, "TMPDIR": str(tmp_path), **variables},
+                env={**env, "TMPDIR": str(sockets), **variables},
             )
             ending.enter_context(process)
             ending.callback(process.kill)
             return process
 
         yield start
-    # the sidecar's sockets lie in a folder of TMPDIR
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(("xpeer-", "hivemind-"))]
+        # the sidecar's sockets lie in a folder of TMPDIR
+        assert not [p for p in sockets.iterdir() if p.name.startswith(("xpeer-", "hivemind-"))]
 
 
 def line_of(process: subprocess.Popen[str]) -> str:

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,13 @@ def state_of(task: Path) -> str:
 
 def test_a_sidecar_ends_with_an_owner_that_is_killed(tmp_path: Path):
     """As by the out-of-memory killer: no `finally` runs."""
-    with subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path / "key")],
-        stdout=subprocess.PIPE, cwd=ROOT, text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},  # what the killed owner leaves there
-    ) as owner:  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory(prefix="xt-") as sockets,  # what the killed owner leaves
+        subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(tmp_path / "key")],
+            stdout=subprocess.PIPE, cwd=ROOT, text=True, env={**os.environ, "TMPDIR": sockets},
+        ) as owner,
+    ):  # fmt: skip
         assert owner.stdout is not None
         sidecar = os.pidfd_open(int(owner.stdout.readline()))
         owner.send_signal(signal.SIGKILL)

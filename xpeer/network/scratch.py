@@ -20,12 +20,18 @@ import time
 from pathlib import Path
 from typing import Final
 
+from xpeer.errors import ConfigError
+
 log = logging.getLogger("xpeer.network")
 
 _PREFIX: Final = "xpeer-"
 _NAME: Final = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")
 """As `tempfile.mkdtemp` makes them."""
 _SOCKET: Final = re.compile(r"p2p(d|client)-[A-Za-z0-9_-]+\.sock")
+_SOCKET_BYTES: Final = 107
+"""Of a Unix socket's path on Linux (unix(7), sun_path)."""
+_OUR_BYTES: Final = 42
+"""Of these, the folder's own name and a socket's in it."""
 _EMPTY_AFTER_S: Final = 3600.0
 """An empty folder may be one that a node has just made; an hour old, it is left over."""
 
@@ -39,7 +45,17 @@ class Scratch:
 
     @classmethod
     def make(cls) -> Scratch:
-        """A new one in TMPDIR."""
+        """A new one in TMPDIR.
+
+        Raises:
+            ConfigError: no socket's path in TMPDIR would be short enough.
+        """
+        folder = tempfile.gettempdir()
+        if (taken := len(os.fsencode(folder))) > _SOCKET_BYTES - _OUR_BYTES:
+            raise ConfigError(
+                f"TMPDIR {folder} has {taken} bytes, too many for the path of a socket in it",
+                f"set TMPDIR to a folder of at most {_SOCKET_BYTES - _OUR_BYTES}",
+            )
         while True:
             path = Path(tempfile.mkdtemp(prefix=_PREFIX))
             fd = _locked(path)
