@@ -11,13 +11,12 @@ import uvloop
 from xpeer import files, founding
 from xpeer.config import Home, NodeConfig, note_of_foreign
 from xpeer.errors import LocalError, NotAuthorisedError
-from xpeer.identity import Identity
 from xpeer.manifest import SignedManifest
 from xpeer.network.addresses import check_announce, peer_of, resolve_listen
 from xpeer.network.invites import Token
 from xpeer.training.child import PROGRAM
 from xpeer.training.files import find
-from xpeer_daemon import logs
+from xpeer_daemon import belonging, logs
 from xpeer_daemon.lock import HomeLock
 from xpeer_daemon.service import Service
 
@@ -38,7 +37,7 @@ def _check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
     if join_token is None:
         credential = founding.load_credential(home)
         certificate = credential.verify(credential.claimed_swarm(), time.time())
-        Identity.load(home.identity_key)
+        belonging.check_key(home, credential)
     else:
         certificate = Token.parse(join_token).certificate
     if certificate.role == "infrastructure":
@@ -53,7 +52,7 @@ def _check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
     if home.manifest.exists():
         manifest = SignedManifest.load(home.manifest).open()
         manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
-        founding.load_swarm_key(home)
+    belonging.check_parts(home, config, certificate)
     if certificate.role != "observer":
         data = config.data
         setting = "data.corpus" if data.corpus else "data.shard"

@@ -1,0 +1,180 @@
+"""Whether the parts of a home belong together: looked at before anything is spent, all at once.
+
+    identity.key - credential - manifest - swarm.key, admin.key
+                                manifest - checkpoints - ledger - register
+
+A home is put together from backups, moved between machines, and edited by hand. Each part may be
+whole and yet not be this home's. Nothing here writes, and nothing needs a model: of a checkpoint
+its header is read.
+
+What is mended at the start is no fault here: a ledger or a register that was restored from an older
+copy is charged what the other knows (`privacy.register`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from xpeer import founding
+from xpeer.config import Home, NodeConfig, privacy_register
+from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
+from xpeer.identity import Identity
+from xpeer.manifest import Manifest, SignedManifest, swarm_key_digest
+from xpeer.network.membership import Certificate, Credential
+from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
+
+_CHECKPOINT: Final = re.compile(r"ckpt-\d{9,}\.safetensors")
+_HEADER_BYTES_MAX: Final = 100_000_000
+"""Of safetensors' own format."""
+
+
+class _Words(Struct, frozen=True):
+    """Of a checkpoint, what binds it to the home's other parts."""
+
+    ledger_id: str
+    manifest_hash: str
+
+
+def check_parts(home: Home, config: NodeConfig, certificate: Certificate) -> None:
+    """Refuse a home whose parts don't belong together.
+
+    Args:
+        home: may lack parts that a first start brings.
+        config: of the node.
+        certificate: of the home's credential, or of the token it joins with; verified.
+
+    Raises:
+        NotAuthorisedError: a key, the credential or the manifest is another's.
+        ConfigError: a checkpoint or the ledger is another's.
+        LocalError: a part is damaged.
+    """
+    swarm_id = certificate.genesis.swarm_id
+    manifest: Manifest | None = None
+    if home.manifest.exists():
+        manifest = _manifest(home, swarm_id)
+        _check_swarm_key(home, manifest)
+    if home.admin_key.exists():
+        _check_admin_key(home, certificate)
+    _check_training(home, config, certificate, manifest)
+
+
+def check_key(home: Home, credential: Credential) -> None:
+    """Refuse a credential for another key.
+
+    Raises:
+        NotAuthorisedError: it is for another.
+        ConfigError: there is no key, or it can't be read.
+    """
+    key = Identity.load(home.identity_key).peer_id
+    if credential.peer_id != key:
+        raise NotAuthorisedError(
+            f"the credential is for {credential.peer_id}, this key is {key}",
+            f"restore {home.identity_key} from a backup; without one, ask an admin for an "
+            f"invitation for {key} and join with it (`xpeer start --join TOKEN`)",
+        )
+
+
+def _manifest(home: Home, swarm_id: str) -> Manifest:
+    signed = SignedManifest.load(home.manifest)
+    if signed.genesis.swarm_id != swarm_id:
+        raise NotAuthorisedError(
+            f"{home.manifest} is of swarm {signed.genesis.swarm_id[:16]}, the credential of "
+            f"{swarm_id[:16]}",
+            "restore the one that belongs to the other, or join anew in another home",
+        )
+    return signed.open(swarm_id)
+
+
+def _check_swarm_key(home: Home, manifest: Manifest) -> None:
+    key = founding.load_swarm_key(home)
+    if manifest.swarm_key_digest and swarm_key_digest(key) != manifest.swarm_key_digest:
+        raise NotAuthorisedError(
+            f"{home.swarm_key} is the key of another swarm than {home.manifest}",
+            "restore it from a backup, or join again with a token",
+        )
+
+
+def _check_admin_key(home: Home, certificate: Certificate) -> None:
+    admin = Identity.load(home.admin_key)
+    if bytes(admin.verify_key) != certificate.genesis.admin:
+        raise NotAuthorisedError(
+            f"{home.admin_key} is the key of another swarm than the credential",
+            "restore it from a backup; nobody could join with what it signs",
+        )
+
+
+def _check_training(
+    home: Home, config: NodeConfig, certificate: Certificate, manifest: Manifest | None
+) -> None:
+    newest = _newest(home.checkpoints)
+    ledger_id = ""
+    if newest is not None:
+        path, words, num_params = newest
+        due = certificate.genesis.manifest_hash.hex()
+        if words.manifest_hash != due:
+            raise ConfigError(
+                f"{path} is of manifest {words.manifest_hash[:16]}, this swarm's is {due[:16]}",
+                "restore this home's checkpoints, or move them away",
+            )
+        if manifest is not None and num_params not in (None, manifest.model.num_params):
+            raise ConfigError(
+                f"{path} has {num_params} parameters, the manifest {manifest.model.num_params}",
+                "restore this home's checkpoints, or move them away",
+            )
+        ledger_id = words.ledger_id
+    if not home.ledger_db.exists():
+        if ledger_id:
+            raise LocalError(
+                f"privacy ledger {home.ledger_db} is missing, but {newest and newest[0]} was made "
+                f"with {ledger_id}",
+                "restore it from a copy made after the last training step; without one, take the "
+                "budget of this shard as spent",
+            )
+        return
+    with Ledger.look(home.ledger_db) as ledger:
+        if ledger_id and ledger.id != ledger_id:
+            raise ConfigError(
+                f"privacy ledger {home.ledger_db} is {ledger.id[:16]}, but {newest and newest[0]} "
+                f"was charged to {ledger_id[:16]}",
+                "restore the ledger that belongs to the checkpoint: another would spend the "
+                "privacy of the shard twice",
+            )
+        if manifest is None or manifest.privacy.mode != "off":
+            register = Register.look(privacy_register(config))  # whole, and its key fits
+            if register is not None:
+                register.close()
+
+
+def _newest(folder: Path) -> tuple[Path, _Words, int | None] | None:
+    """The newest checkpoint whose header can be read: its values are the trainer's to verify."""
+    try:
+        found = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+    except OSError:  # none, or the trainer says what is wrong with it
+        return None
+    for path in sorted(found, key=lambda each: int(each.name[5:].split(".")[0]), reverse=True):
+        header = _header(path)
+        try:
+            metadata = header["__metadata__"]["xpeer"]
+            words = msgspec.json.decode(metadata, type=_Words)
+            return path, words, int(header["flat"]["shape"][0])
+        except (KeyError, IndexError, TypeError, ValueError, msgspec.MsgspecError):
+            continue
+    return None
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > _HEADER_BYTES_MAX:
+                return {}
+            header = msgspec.json.decode(file.read(size))
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return {}
+    return header if isinstance(header, dict) else {}
