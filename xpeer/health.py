@@ -120,6 +120,14 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="the next step begins",
     ),
     Condition(
+        code="noise-drowns-signal",
+        severity="note",
+        text="a step's privacy noise is {norm:.0f} times its signal: next to nothing is learnt",
+        remedy="found a swarm with more records a step (optimiser.batch_records), more steps, or "
+        "adapters alone (--lora-rank)",
+        clears="another swarm, or a larger shard of a new home",
+    ),
+    Condition(
         code="run-had-ended",
         severity="degraded",
         text="the run had ended when this node joined: none of its text was used",

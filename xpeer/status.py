@@ -97,6 +97,8 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     """When they will be taken at the pace of the last hour; None = unknown."""
     unit: str = "record"
     """What epsilon holds for: one record (training sequence), or one whole document."""
+    noise_norm: float = 0.0
+    """Of a step's noise over all parameters, against a mean gradient of norm 1 (C) at most."""
     clip_norm: float = 0.0
     """C of the next step; with adaptive clipping it follows released values."""
     documents_elsewhere: int = 0

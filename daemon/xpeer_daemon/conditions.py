@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from xpeer.health import duration
 from xpeer.identity import PeerId
+from xpeer.privacy import signal
+from xpeer.status import PrivacySpent
 from xpeer_daemon.phases import ENDED, EXCHANGING
 
 if TYPE_CHECKING:
@@ -68,6 +70,10 @@ def _life(node: Node) -> None:
     rest_s = trainer.resting_s if trainer is not None and node.training() else 0.0
     health.hold("resting", rest_s >= RESTING_S, rest_s=rest_s)
     health.hold("budget-spent", node.budget_spent)
+    spent = trainer.privacy if trainer is not None else PrivacySpent()
+    steps = trainer.progress.planned_steps if trainer is not None else None
+    drowns = spent.mode == "record" and signal.drowns(spent.noise_norm, steps)
+    health.hold("noise-drowns-signal", drowns, norm=spent.noise_norm)
     health.hold("run-had-ended", not node.budget_spent and _came_too_late(node))
 
 

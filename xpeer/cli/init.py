@@ -24,8 +24,10 @@ from xpeer.cli.start import read_token
 from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, LoraOptions, draft_manifest, initial_model
+from xpeer.manifest import Manifest
 from xpeer.network.invites import check_seed
 from xpeer.paths import checked
+from xpeer.privacy import signal
 from xpeer.status import SHOUTED
 from xpeer.training.source import BYTES, check_folder, config_in, tokenizer_of
 
@@ -194,6 +196,8 @@ def init(
         say(f"warning: {SHOUTED[privacy]}")
     what = "parameters" if source.lora is None else "parameters of adapters"
     say(f"founded {name}: {manifest.model.num_params:,} {what}, in {home.path}")
+    if warning := _noise(manifest):
+        say(warning)
     if (model or model_config) and tokenizer is None:
         say(f"tokenizer: {found_in or 'none in the model folder, so bytes are its tokens'}")
     say(f"keep a copy of {home.admin_key} in a safe place: only it can invite")
@@ -281,3 +285,21 @@ def as_toml(settings: dict[str, Any]) -> str:
         # A JSON string or list of strings is one in TOML, too.
         lines.append(f"{'' if value else '# '}{key} = {msgspec.json.encode(value).decode()}")
     return "\n".join(lines) + "\n"
+
+
+def _noise(manifest: Manifest) -> str:
+    """A warning where a private run can't learn, however large the shards are."""
+    from xpeer.training.schedule import planned_steps  # noqa: PLC0415 - as the model's modules
+
+    rules, batch = manifest.privacy, manifest.optimiser.batch_records
+    if rules.mode != "record":
+        return ""
+    sigma = rules.noise_multiplier or signal.SIGMA_LEAST
+    norm = signal.noise_norm(sigma, batch, manifest.model.num_params)
+    if not signal.drowns(norm, planned_steps(manifest)):
+        return ""
+    return (
+        f"warning: with {batch} {rules.unit}s a step and {manifest.model.num_params:,} parameters "
+        f"the noise is at least {norm:.0f} times the signal: next to nothing is learnt - "
+        f"{signal.REMEDY}"
+    )

@@ -25,6 +25,7 @@ from xpeer.cli.render import moment
 from xpeer.config import Home, privacy_register
 from xpeer.errors import ConfigError, ExitCode, LocalError
 from xpeer.manifest import DELTA_MIN, SignedManifest
+from xpeer.privacy import signal
 
 if TYPE_CHECKING:
     from xpeer.privacy.ledger import Ledger
@@ -332,6 +333,16 @@ def _table(plans: list[Plan]) -> None:
             f"{each.passes:8.2f}"
         )
     say("sigma/batch and the noise's norm: against a mean gradient of norm 1 (C) at most")
+    for each in plans:
+        _warn_of_noise(each)
+
+
+def _warn_of_noise(plan: Plan) -> None:
+    if plan.noise_norm and signal.drowns(plan.noise_norm, plan.steps):
+        say(
+            f"warning: with {plan.batch} {plan.unit}s a step the noise is {plan.noise_norm:.3g} "
+            f"times the signal: next to nothing is learnt - {signal.REMEDY}"
+        )
 
 
 def _explain(plan: Plan) -> None:
@@ -343,6 +354,7 @@ def _explain(plan: Plan) -> None:
         f"{plan.noise_multiplier:g}: {plan.noise_to_signal:.3g} C in each coordinate of the mean "
         f"gradient{norm}, whose own norm is at most C"
     )
+    _warn_of_noise(plan)
     unit = " --set privacy.unit=document" if plan.unit == "document" else ""
     say("on the way: " + ", ".join(f"{eps:.2f} after {steps}" for steps, eps in plan.curve))
     click.echo(

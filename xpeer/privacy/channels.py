@@ -173,7 +173,7 @@ _STATUS: Final = {
         public="mode epsilon_target unit",
         noised="clip_norm",
         local="epsilon_spent delta noise_multiplier steps_charged steps_left ends_unix_s engine "
-        "engine_reason documents_elsewhere steps_forfeited",
+        "engine_reason documents_elsewhere steps_forfeited noise_norm",
         why="sigma and delta follow from the shard's size",
     ),
     "CorpusShare": _of(

@@ -27,6 +27,7 @@ from xpeer.privacy.clipping import (
     RecordLosses,
     trainable,
 )
+from xpeer.privacy.engine_memory import EngineMemory
 
 UNDERESTIMATE_MAX: Final = 1e-3
 """Of a record's norm, relative."""
@@ -37,6 +38,8 @@ COUPLING_MAX: Final = 1e-3
 SAMPLE_RECORDS: Final = 4
 _LOOK_AT: Final = 256
 _TIMED_RECORDS: Final = 8
+_TRIED_RECORDS: Final = 2
+"""An engine that takes longer for these than the best for all is given up."""
 _WORTH_IT: Final = 0.9
 """An engine that stands later in the order has to need less than this share of the time."""
 
@@ -61,8 +64,9 @@ def choose_engine(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     candidates: Sequence[Candidate] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    memory: EngineMemory | None = None,
 ) -> Choice:
-    """The fastest engine that is right for this model.
+    """The fastest engine that is right for this model; the one of last time, if it still is right.
 
     Args:
         model: on its device; put into evaluation mode for the comparison, for dropout is chance,
@@ -74,6 +78,7 @@ def choose_engine(
         candidates: in the order of preference where speeds are alike; one record at a time is
             always the last.
         clock: seconds, for the comparison.
+        memory: of the node, for this model, device and batch.
 
     Raises:
         ConfigError: records influence one another in this model, or nothing of it is trained.
@@ -88,14 +93,15 @@ def choose_engine(
             lambda: FunctionalEngine(model, record_losses, **options),
             lambda: _opacus(model, record_losses, options),
         ]
-    training = model.training
-    model.eval()
-    try:
-        right, refused = _right_ones(model, record_losses, sample, candidates)
-    finally:
-        model.train(training)
+    known = memory.recall() if memory is not None else None
+    if known is not None and (engine := _again(model, record_losses, sample, candidates, known[0])):
+        return Choice(engine, known[1])
+    right, refused = _right_ones(model, record_losses, sample, candidates)
     engine, reason = _fastest(model, right, sample, clock, refused)
-    return Choice(engine, "; ".join([reason, *(f"refused {why}" for why in refused)]))
+    choice = Choice(engine, "; ".join([reason, *(f"refused {why}" for why in refused)]))
+    if memory is not None:
+        memory.keep(engine.name, choice.reason)
+    return choice
 
 
 def sample_of(records: Tensor) -> Tensor:
@@ -156,14 +162,20 @@ def _fastest(
     The last of them must work. Others that don't, in the mode in which the model will be trained,
     are added to `refused`.
     """
-    records = sample.repeat(-(-_TIMED_RECORDS // len(sample)), 1)[:_TIMED_RECORDS]
+    records = _repeated(sample)
     sums = [torch.zeros_like(p) for p in trainable(model)]
     best, best_s = engines[-1], float("inf")
     told = []
     for engine in engines:
         began = clock()
         try:
-            float(engine.accumulate(records, 1.0, sums).norms.sum())  # waits for a GPU, too
+            if best_s < float("inf"):
+                _run(engine, records[:_TRIED_RECORDS], sums)
+                if (tried_s := clock() - began) > best_s:
+                    told.append(f"{engine.name} given up at {1e3 * tried_s:.3g} ms")
+                    continue
+                began = clock()
+            _run(engine, records, sums)
         except Exception as e:
             if engine is engines[-1]:
                 raise
@@ -178,8 +190,57 @@ def _fastest(
     return best, f"{_TIMED_RECORDS} records take {', '.join(told)}"
 
 
+def _repeated(sample: Tensor) -> Tensor:
+    return sample.repeat(-(-_TIMED_RECORDS // len(sample)), 1)[:_TIMED_RECORDS]
+
+
+def _run(engine: Engine, records: Tensor, sums: list[Tensor]) -> None:
+    float(engine.accumulate(records, 1.0, sums).norms.sum())  # waits for a GPU, too
+
+
+def _again(
+    model: nn.Module,
+    record_losses: RecordLosses,
+    sample: Tensor,
+    candidates: Sequence[Candidate],
+    name: str,
+) -> Engine | None:
+    """The engine of this name, if it is right and works in training mode."""
+    right, _ = _right_ones(model, record_losses, sample, candidates, only=name)
+    if right[0].name != name:
+        return None
+    try:
+        _run(right[0], sample, [torch.zeros_like(p) for p in trainable(model)])
+    except Exception:  # noqa: BLE001 - whatever it is, all are tried then
+        return None
+    return right[0]
+
+
 def _right_ones(
-    model: nn.Module, record_losses: RecordLosses, sample: Tensor, candidates: Sequence[Candidate]
+    model: nn.Module,
+    record_losses: RecordLosses,
+    sample: Tensor,
+    candidates: Sequence[Candidate],
+    only: str | None = None,
+) -> tuple[list[Engine], list[str]]:
+    """Engines that agree with plain autograd, which is the last; and why others do not.
+
+    With `only` that one alone is run; candidates before it are made.
+    """
+    training = model.training
+    model.eval()
+    try:
+        return _agreeing(model, record_losses, sample, candidates, only)
+    finally:
+        model.train(training)
+
+
+def _agreeing(
+    model: nn.Module,
+    record_losses: RecordLosses,
+    sample: Tensor,
+    candidates: Sequence[Candidate],
+    only: str | None,
 ) -> tuple[list[Engine], list[str]]:
     reference = MicrobatchEngine(model, record_losses)
     free, _ = _try(model, reference, sample, 1e30)
@@ -194,11 +255,13 @@ def _right_ones(
     _refuse_coupling(model, record_losses, sample, expected)
     right: list[Engine] = []
     refused: list[str] = []
-    for make in candidates:
+    for make in candidates if only != reference.name else ():
         name = getattr(make, "__name__", "engine")
         try:
             engine = make()
             name = engine.name
+            if only not in (None, name):
+                continue
             told, got = _try(model, engine, sample, clip_norm)
         except Exception as e:  # noqa: BLE001 - whatever a model does to it, the next may work
             refused.append(f"{name}: {type(e).__name__}: {e}")
@@ -208,6 +271,8 @@ def _right_ones(
             refused.append(f"{name}: {problem}")
         else:
             right.append(engine)
+        if only is not None:
+            break
     return [*right, reference], refused
 
 

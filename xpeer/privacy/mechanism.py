@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -32,12 +33,14 @@ from xpeer.manifest import Manifest
 from xpeer.privacy import accountant, noise
 from xpeer.privacy.budget import Budget, delta_of, noise_multiplier, told_size
 from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine, RecordLosses, trainable
+from xpeer.privacy.engine_memory import EngineMemory, setting_of
 from xpeer.privacy.engines import Choice, choose_engine, sample_of
 from xpeer.privacy.gradient import PrivateGradient
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.norms import clip_norm_of
 from xpeer.privacy.plain import OffMechanism
 from xpeer.privacy.ranks import Ranks
+from xpeer.privacy.signal import noise_norm
 from xpeer.privacy.steps import Charged, Precision, StepResult, Switchable, check_records
 from xpeer.privacy.units import units_of
 from xpeer.privacy.update_mode import UpdateMechanism
@@ -101,6 +104,7 @@ class RecordMechanism:
         generator: of noise.
         clip_norm: C of a checkpoint, where it adapts; None = begin with the manifest's.
         ranks: of this node that take each step together; the ledger is that of one of them.
+        cache: folder where the choice of the engine is remembered.
 
     Raises:
         ConfigError: another mode, no records, or a model that can't be trained privately.
@@ -123,6 +127,7 @@ class RecordMechanism:
         generator: noise.Generator = "fast",
         clip_norm: float | None = None,
         ranks: Ranks | None = None,
+        cache: Path | None = None,
     ) -> None:
         rules = manifest.privacy
         if rules.mode != "record":
@@ -142,8 +147,14 @@ class RecordMechanism:
         if engine is None:
             losses = Switchable(record_losses)
             sample = sample_of(records).to(device)
+            details = rules.mode, rules.unit, expected, micro_batch, memory_bytes
             choice = choose_engine(
-                model, losses, sample, micro_batch=micro_batch, memory_bytes=memory_bytes
+                model,
+                losses,
+                sample,
+                micro_batch=micro_batch,
+                memory_bytes=memory_bytes,
+                memory=EngineMemory(cache, setting_of(model, records, *details)) if cache else None,
             )
             losses.precision = precision
         else:
@@ -162,6 +173,8 @@ class RecordMechanism:
             noise.SecretGenerator(device, generator),
             ranks,
         )
+        values = sum(parameter.numel() for parameter in self._parameters)
+        self._noise_norm = noise_norm(self._sigma, expected, values)
         self._incomplete = False
         self._budget = Budget(
             ledger,
@@ -233,6 +246,7 @@ class RecordMechanism:
             steps_charged=charged,
             steps_left=left,
             unit=self._unit,
+            noise_norm=self._noise_norm,
             clip_norm=self._gradient.clip_norm.norm,
             engine=self.engine,
             engine_reason=self._engine_reason,
@@ -270,6 +284,7 @@ def build_mechanism(
     owners: Tensor | None = None,
     generator: noise.Generator = "fast",
     clip_norm: float | None = None,
+    cache: Path | None = None,
 ) -> Mechanism:
     """The mechanism that the manifest asks for. Takes seconds where privacy is accounted for.
 
@@ -286,6 +301,7 @@ def build_mechanism(
         owners: the document of each record, (n,) int64, ascending.
         generator: privacy.generator of the node.
         clip_norm: of the checkpoint, where it adapts.
+        cache: folder where the choice of the engine is remembered.
     """
     if manifest.privacy.mode == "off":
         return OffMechanism(
@@ -319,4 +335,5 @@ def build_mechanism(
         owners=owners,
         generator=generator,
         clip_norm=clip_norm,
+        cache=cache,
     )

@@ -11,6 +11,7 @@ from xpeer.manifest import DELTA_MAX, DELTA_MIN
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import told_size
+from xpeer.privacy.signal import noise_norm
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -93,7 +94,7 @@ def plan(
         steps=steps,
         noise_multiplier=sigma,
         noise_to_signal=sigma / batch,
-        noise_norm=sigma / batch * math.sqrt(parameters) if parameters else None,
+        noise_norm=noise_norm(sigma, batch, parameters) if parameters else None,
         passes=steps * batch / records,
         tokens_per_step=batch * sequence_tokens if sequence_tokens else None,
         curve=[(at, accountant.epsilon([Segment(sigma, q, at)], delta)) for at in marks],

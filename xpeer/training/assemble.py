@@ -197,6 +197,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
         owners=text.owners,
         generator=config.privacy.generator,
         clip_norm=counters.clip_norm,
+        cache=home.cache,
     )
     shown: FlatParameters | Released = parameters
     if isinstance(mechanism, update_mode.UpdateMechanism):
