@@ -289,6 +289,15 @@ def test_the_cache_depends_on_everything(tmp_path: Path):
     assert (tokenizer.calls, other.calls) == (31, 10)
 
 
+def test_an_older_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = CountingTokenizer()
+    monkeypatch.setattr(shard, "_CACHE_VERSION", b"records/2")
+    load_records(documents(10), tokenizer, 16, tmp_path)
+    monkeypatch.undo()
+    assert FILL in load_records(documents(10), tokenizer, 16, tmp_path)
+    assert tokenizer.calls == 20
+
+
 def test_a_damaged_cache_is_made_again(tmp_path: Path):
     tokenizer = CountingTokenizer()
     first = load_records(documents(10), tokenizer, 16, tmp_path)
