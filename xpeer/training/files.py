@@ -69,7 +69,12 @@ def find(patterns: Sequence[str], setting: str) -> Found:
     for pattern in patterns:
         search.take(pattern)
     found = search.found()
-    refuse_homes([source.path.resolve() for source in found.sources], setting)
+    real: dict[Path, Path] = {}  # by folder: there may be many files, and links among them
+    for source in found.sources:
+        place = source.path.resolve().parent if source.path.is_symlink() else source.path.parent
+        if place not in real:
+            real[place] = place.resolve() / source.path.name
+    refuse_homes(real.values(), setting)
     return found
 
 
