@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from xpeer.control import End
 from xpeer.status import Partner, PrivacySpent, Progress, Status
 from xpeer_daemon.api import ControlApi
 
@@ -65,6 +66,7 @@ class FakeNode:
         self.calls: list[str] = []
         self.statuses = [status]
         self.error: Exception | None = None
+        self.ending = End(over=True)
         self.stopped = asyncio.Event()
 
     def status(self) -> Status:
@@ -80,6 +82,10 @@ class FakeNode:
     def request_stop(self, *, leave: bool) -> None:
         self.calls.append("leave" if leave else "stop")
         self.stopped.set()
+
+    async def end(self) -> End:
+        self.calls.append("end")
+        return self.ending
 
     async def checkpoint(self) -> str:
         await self._called("checkpoint")

@@ -134,7 +134,7 @@ class Daemon(Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     stop_timeout_s: Annotated[float, Meta(gt=0)] = 30.0
-    """From SIGTERM to exit."""
+    """A trainer that is to save and end is killed once it makes no progress for so long."""
     exit_on_budget: bool = False
     """Exit 6 when the privacy budget is spent, instead of mixing and serving on."""
     exit_when_finished: bool = False

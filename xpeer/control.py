@@ -23,6 +23,7 @@ from xpeer.errors import (
     LocalTimeoutError,
     NotAuthorisedError,
     NotRunningError,
+    NotSavedError,
 )
 from xpeer.status import SCHEMA_VERSION, Partner, Status
 
@@ -59,6 +60,21 @@ class Done(Versioned, frozen=True, kw_only=True):
     """Of the checkpoint that was written."""
 
 
+class End(Versioned, frozen=True, kw_only=True):
+    """Answer of GET /v1/end, which stays open for a moment: how far the daemon's end is."""
+
+    over: bool
+    """Nothing more happens but that the process ends."""
+    written: int = 0
+    """Bytes of the last checkpoint."""
+    total: int = 0
+    """0 = it is not being written."""
+    problem: str = ""
+    """What was not saved; empty = nothing is lost."""
+    remedy: str = ""
+    exit_code: int = int(ExitCode.OK)
+
+
 class Problem(Versioned, frozen=True, kw_only=True):
     """Answer of a request that the daemon could not fulfil."""
 
@@ -67,7 +83,7 @@ class Problem(Versioned, frozen=True, kw_only=True):
     exit_code: int = int(ExitCode.ERROR)
 
 
-A = TypeVar("A", Status, Peers, Version, Done, Problem)
+A = TypeVar("A", Status, Peers, Version, Done, End, Problem)
 
 
 class Client:
@@ -116,21 +132,26 @@ class Client:
         """Ask the daemon to end, with `leave` to announce it first; its pid. Does not wait."""
         return self._ask("POST", "leave" if leave else "stop", Done).pid
 
-    def stop_and_wait(self, timeout_s: float, *, leave: bool = False) -> int:
+    def stop_and_wait(self, timeout_s: float, *, leave: bool = False, patient: bool = False) -> int:
         """Like `stop`, and wait until the process is gone.
+
+        Args:
+            timeout_s: how long.
+            leave: as for `stop`.
+            patient: count anew whenever the daemon says that it is still at it.
 
         Raises:
             LocalTimeoutError: it still runs after `timeout_s`.
+            NotSavedError: it is gone, and lost steps.
         """
         # Taken before the request: afterwards the pid could already be somebody else's.
         pid = self.version().pid
         process = _open_pid(pid)
         try:
             self.stop(leave=leave)
+            end, left_s = self._follow_end(timeout_s, patient=patient)
             gone = (
-                _await_exit(process, timeout_s)
-                if process is not None
-                else self._await_silence(timeout_s)
+                _await_exit(process, left_s) if process is not None else self._await_silence(left_s)
             )
         finally:
             if process is not None:
@@ -140,7 +161,27 @@ class Client:
                 f"the daemon (pid {pid}) still runs after {timeout_s:g} s",
                 "it may be writing a checkpoint: see `xpeer logs`, or wait longer with --timeout",
             )
+        if end is not None and end.problem:
+            raise NotSavedError(end.problem, end.remedy)
         return pid
+
+    def _follow_end(self, timeout_s: float, *, patient: bool) -> tuple[End | None, float]:
+        """The daemon's last word, None if it has none, and what is left of the time."""
+        deadline = time.monotonic() + timeout_s
+        last = None
+        while time.monotonic() < deadline:
+            try:
+                last = self._ask("GET", "end", End)
+            except LocalTimeoutError:
+                continue
+            except LocalError:  # gone already, or of a version that does not tell
+                break
+            if last.over:
+                break
+            if patient:
+                deadline = time.monotonic() + timeout_s
+            time.sleep(_POLL_S)
+        return last, max(0.0, deadline - time.monotonic())
 
     def _await_silence(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s

@@ -22,6 +22,7 @@ class ExitCode(IntEnum):
     BUDGET_SPENT = 6
     TIMED_OUT = 7
     BAD_CONFIG = 8
+    NOT_SAVED = 9
 
 
 class XpeerError(Exception):
@@ -80,6 +81,16 @@ class LocalTimeoutError(LocalError):
     """Something on this node did not answer within its deadline."""
 
     exit_code = ExitCode.TIMED_OUT
+
+
+class NotSavedError(LocalError):
+    """The node has ended, and steps since its last checkpoint are lost."""
+
+    exit_code = ExitCode.NOT_SAVED
+
+
+class DivergedError(LocalError):
+    """Training has diverged: its parameters are not worth keeping."""
 
 
 class TrainerError(LocalError):

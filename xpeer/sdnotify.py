@@ -31,6 +31,11 @@ def notify(state: str, environ: Mapping[str, str] = os.environ) -> bool:
     return True
 
 
+def extend(seconds: float, environ: Mapping[str, str] = os.environ) -> bool:
+    """Ask for more time to start or stop, from now on; whether systemd took it."""
+    return notify(f"EXTEND_TIMEOUT_USEC={max(1, int(seconds * 1e6))}", environ)
+
+
 def watchdog_interval_s(
     environ: Mapping[str, str] = os.environ, pid: int | None = None
 ) -> float | None:

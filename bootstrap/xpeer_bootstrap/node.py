@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 import msgspec
 import uvloop
 
-from xpeer import founding, sdnotify
+from xpeer import founding, sdnotify, signals
 from xpeer.config import Home, NodeConfig, note_of_foreign
 from xpeer.errors import ConfigError, ExitCode, LocalError
 from xpeer.files import open_own, secure
@@ -35,7 +34,7 @@ log = logging.getLogger("xpeer.bootstrap")
 def run(
     home: Home, config: NodeConfig, *, swarm_id: str | None, token: str | None, as_json: bool
 ) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code.
+    """Serve until a signal of `signals.ENDING`; the exit code.
 
     Args:
         home: holds this node's own key, made if there is none.
@@ -80,8 +79,7 @@ async def _serve(
     as_json: bool,
 ) -> int:
     stopping, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    signals.end_by(loop, stopping.set)
     swarm = await Swarm.start(
         identity,
         home.identity_key,

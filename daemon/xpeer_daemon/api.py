@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from xpeer import __version__
-from xpeer.control import API, Done, Peers, Problem, Version
+from xpeer.control import API, Done, End, Peers, Problem, Version
 from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
 from xpeer.escape import visible
 from xpeer.status import Status
@@ -49,6 +49,9 @@ class Subject(Protocol):
 
     async def checkpoint(self) -> str:
         """POST checkpoint: the written file's path."""
+
+    async def end(self) -> End:
+        """GET end: how far the node's end is, after a moment or when it is over."""
 
 
 class ControlApi:
@@ -92,12 +95,6 @@ class ControlApi:
 
 
 def _application(subject: Subject) -> web.Application:
-    def act(action: Callable[[], Awaitable[str]]) -> Handler:
-        async def handler(_request: web.Request) -> web.StreamResponse:
-            return _json(Done(pid=os.getpid(), path=await action()))
-
-        return handler
-
     async def status(_request: web.Request) -> web.StreamResponse:
         return _json(subject.status())
 
@@ -129,14 +126,29 @@ def _application(subject: Subject) -> web.Application:
             web.get(f"{API}/status", status),
             web.get(f"{API}/peers", peers),
             web.get(f"{API}/version", version),
-            web.post(f"{API}/pause", act(pause)),
-            web.post(f"{API}/resume", act(resume)),
-            web.post(f"{API}/stop", act(stop)),
-            web.post(f"{API}/leave", act(leave)),
-            web.post(f"{API}/checkpoint", act(subject.checkpoint)),
+            web.get(f"{API}/end", _tell(subject.end)),
+            web.post(f"{API}/pause", _act(pause)),
+            web.post(f"{API}/resume", _act(resume)),
+            web.post(f"{API}/stop", _act(stop)),
+            web.post(f"{API}/leave", _act(leave)),
+            web.post(f"{API}/checkpoint", _act(subject.checkpoint)),
         ]
     )
     return app
+
+
+def _act(action: Callable[[], Awaitable[str]]) -> Handler:
+    async def handler(_request: web.Request) -> web.StreamResponse:
+        return _json(Done(pid=os.getpid(), path=await action()))
+
+    return handler
+
+
+def _tell(ask: Callable[[], Awaitable[msgspec.Struct]]) -> Handler:
+    async def handler(_request: web.Request) -> web.StreamResponse:
+        return _json(await ask())
+
+    return handler
 
 
 @web.middleware

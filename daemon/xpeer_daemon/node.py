@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from xpeer.config import NodeConfig
+from xpeer.control import End
 from xpeer.errors import Reason
 from xpeer.health import Health, HealthReason
 from xpeer.identity import PeerId
@@ -23,6 +24,7 @@ from xpeer.training import partition
 from xpeer.training.handle import TrainerProcess
 from xpeer_daemon import conditions, report
 from xpeer_daemon.acquaintances import Acquaintances
+from xpeer_daemon.ending import Ends
 from xpeer_daemon.missed import Missed
 from xpeer_daemon.partners import Partners
 from xpeer_daemon.phases import ENDED, EXCHANGING
@@ -81,6 +83,7 @@ class Node:
         self.acquaintances = Acquaintances(clock)
         self.died_at_step: int | None = None
         """Of a trainer that died; None once its successor is further."""
+        self.ends: Ends | None = None
 
     # What the service tells it
 
@@ -272,6 +275,12 @@ class Node:
         path = await trainer.checkpoint()
         self.last_checkpoint_s = self.clock()
         return path
+
+    async def end(self) -> End:
+        """How far this node's end is; answers after a moment, or when it is over."""
+        if self.ends is None:
+            return End(over=False)
+        return await self.ends.told()
 
     def status(self) -> Status:
         """Everything an operator may want to know."""

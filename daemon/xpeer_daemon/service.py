@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
+from typing import Any
 
-from xpeer import founding, sdnotify
+from xpeer import founding, sdnotify, signals
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import (
     ExitCode,
     LocalError,
     PeerError,
     Reason,
-    TrainerError,
 )
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest, SignedManifest
@@ -35,13 +33,14 @@ from xpeer.training.setup import TrainerSetup
 from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs, report, watch
 from xpeer_daemon.api import ControlApi
+from xpeer_daemon.ending import SPARE_S, Ends
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.joiner import Joiner
 from xpeer_daemon.node import Node
 from xpeer_daemon.partners import ORDINARY, Partners
 from xpeer_daemon.phases import ENDED, Closing
 from xpeer_daemon.presence import ROSTER_EVERY_S, Presence
-from xpeer_daemon.shares import SETTLED_S, Shares
+from xpeer_daemon.shares import Shares
 from xpeer_daemon.store import RoundRow, Store
 from xpeer_daemon.supervisor import Supervisor
 from xpeer_daemon.throughput import Throughput
@@ -49,6 +48,9 @@ from xpeer_daemon.windows import Windows
 
 log = logging.getLogger("xpeer.daemon")
 
+TASKS_S, GOODBYE_S = 10.0, 3.0
+"""At the end, for our own tasks, and for each thing that others are told."""
+FINISH_AGAIN_S = 10.0
 MIN_PATIENCE_S, PATIENCE = 3600.0, 4.0
 """At the end, slower peers get this much longer than we took ourselves, and an hour at least."""
 
@@ -76,6 +78,7 @@ class Service:
         self._membership = Membership(self._swarm_id, credential)
         self._node = Node(self._identity.peer_id, config)
         self._node.swarm_id = self._swarm_id
+        self._ends = self._node.ends = Ends(home, config)
         self._node.paused = paused
         self._exit_code = ExitCode.OK
         self._tasks: asyncio.TaskGroup
@@ -91,10 +94,14 @@ class Service:
         self._proposer: exchange.Proposer
 
     async def main(self) -> int:
-        """Live until stopped, then end in bounded time."""
+        """Live until stopped, then end when all is saved.
+
+        Raises:
+            NotSavedError: steps since the last checkpoint are lost.
+            LocalError: what ended the node; it goes before.
+        """
         node, loop = self._node, asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, lambda: node.request_stop(leave=False))
+        signals.end_by(loop, lambda: node.request_stop(leave=False))
         async with contextlib.AsyncExitStack() as ending:
             self._store = Store.open(self._home.state_db, health=node.health)
             logs.watch(node.health)
@@ -115,15 +122,12 @@ class Service:
             try:
                 await asyncio.wait({living, stopping}, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                sdnotify.notify("STOPPING=1")
-                node.enter("stopping")
                 failed = living.done()
-                living.cancel()
-                stopping.cancel()
-                await asyncio.gather(living, stopping, return_exceptions=True)
-                await self._stop()
+                await self._end(living, stopping)
             if failed:
                 _raise_first(living)
+            if self._ends.lost is not None:
+                raise self._ends.lost
         return int(self._exit_code)
 
     async def _live(self) -> None:
@@ -150,8 +154,7 @@ class Service:
             self._tasks.create_task(self._gossip.run())
             self._tasks.create_task(self._watch_for_the_end())
             if self._manifest.shared_corpus is not None:
-                renew = partial(self._supervisor.renew, SETTLED_S)
-                self._tasks.create_task(self._shares.keep(self._node.training, renew))
+                self._tasks.create_task(self._shares.keep(self._node.training, self._renew))
 
     # Members
 
@@ -267,6 +270,11 @@ class Service:
 
         await self._supervisor.run(again)
 
+    async def _renew(self) -> None:
+        trainer = self._supervisor.trainer
+        if trainer is not None:
+            await self._supervisor.renew(self._ends.patience_s(trainer))
+
     async def _wait_for_peers(self) -> None:
         node, needed = self._node, self._config.training.min_peers
         node.enter("waiting")
@@ -347,26 +355,41 @@ class Service:
         node, trainer = self._node, self._supervisor.trainer
         if trainer is None:
             return  # it is being restarted; look again
-        await trainer.evaluate()
-        await node.checkpoint()
+        try:
+            await trainer.evaluate()
+            await node.checkpoint()
+        except LocalError as e:
+            log.warning("this node can't finish yet: %s", e)
+            await asyncio.sleep(FINISH_AGAIN_S)
+            return
         node.enter("finished")
         self._store.add_event("finished", f"step {trainer.progress.step}")
         if self._config.daemon.exit_when_finished:
             await asyncio.sleep(ANNOUNCE_EVERY_S)  # partners may still need us for theirs
             node.request_stop(leave=True)
 
-    async def _stop(self) -> None:
-        """Save, say goodbye, and leave nothing behind; within daemon.stop_timeout_s."""
-        deadline_s = self._config.daemon.stop_timeout_s
-        supervisor = self._node.supervisor
-        if supervisor is not None and supervisor.trainer is not None:
-            with contextlib.suppress(TrainerError):
-                await supervisor.trainer.stop(0.8 * deadline_s)
+    async def _end(self, *tasks: asyncio.Task[Any]) -> None:
+        """Save, say goodbye, and leave nothing behind. Never raises."""
+        sdnotify.notify("STOPPING=1")
+        sdnotify.extend(TASKS_S + SPARE_S)
+        self._node.enter("stopping")
+        for task in tasks:
+            task.cancel()
+        _, stuck = await asyncio.wait(tasks, timeout=TASKS_S)
+        if stuck:
+            log.error("a task of the daemon did not end in %.0f s; the node ends without", TASKS_S)
+        both = self._ends.save_all(self._node.supervisor), self._say_goodbye()
+        for result in await asyncio.gather(*both, return_exceptions=True):
+            if isinstance(result, BaseException):
+                log.error("the end of the node failed", exc_info=result)
+        self._ends.over()
+
+    async def _say_goodbye(self) -> None:
         if self._node.roster is None:
             return
-        await _within(0.1 * deadline_s, self._proposer.close)
+        await _within(GOODBYE_S, self._proposer.close)
         if self._node.leaving:
-            await _within(0.1 * deadline_s, lambda: self._presence.announce("left"))
+            await _within(GOODBYE_S, lambda: self._presence.announce("left"))
 
     async def _feed_watchdog(self) -> None:
         interval_s = sdnotify.watchdog_interval_s() or 10.0

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from xpeer.errors import BudgetSpentError, ConfigError, TrainerError
+from xpeer.errors import BudgetSpentError, ConfigError, LocalError, TrainerError
 from xpeer.training.handle import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 
@@ -38,6 +38,8 @@ class Supervisor:
         self._setup = setup
         self._start = start
         self.trainer: TrainerProcess | None = None
+        self.last: TrainerProcess | None = None
+        """The one that ended before."""
         self.restarts = 0
         self._renewing = False
         self.down_reason = ""
@@ -52,11 +54,21 @@ class Supervisor:
         self.trainer = await self._start(self._setup())
         return self.trainer
 
-    async def renew(self, timeout_s: float) -> None:
-        """Save, stop and start the trainer with a new setup; `run` does the starting."""
-        if self.trainer is not None:
-            self._renewing = True
-            await self.trainer.stop(timeout_s)
+    async def renew(self, patience_s: float) -> None:
+        """Save, stop and start the trainer with a new setup; `run` does the starting.
+
+        A trainer that can't save goes on: what it did would be lost.
+        """
+        trainer = self.trainer
+        if trainer is None:
+            return
+        try:
+            await trainer.checkpoint()
+        except LocalError as e:
+            log.warning("the trainer goes on with its old setup: %s", e)
+            return
+        self._renewing = True
+        await trainer.stop(patience_s)
 
     async def run(self, on_restart: Callable[[TrainerProcess], Awaitable[None]]) -> None:
         """Watch and restart, until cancelled or the trainer says why it can't go on.
@@ -72,7 +84,7 @@ class Supervisor:
                 raise RuntimeError("first_start() comes first")
             started = loop.time()
             code = await asyncio.shield(trainer.exited)
-            self.trainer = None
+            self.trainer, self.last = None, trainer
             self.down_reason = f"trainer exited with {code}"
             if trainer.crash is not None:
                 self.down_reason += f": {trainer.crash.problem}"

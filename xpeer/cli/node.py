@@ -20,7 +20,7 @@ from xpeer.status import Status
 SLOW_S = 120.0
 """Pausing and checkpointing wait for the step that runs."""
 GRACE_S = 15.0
-"""`stop` waits this much longer than the daemon allows itself."""
+"""`stop` waits this much longer than the daemon, once that says nothing any more."""
 
 
 def client_of(home: Home, timeout_s: float = 10.0) -> Client:
@@ -85,7 +85,7 @@ def resume(home: Home) -> None:
 
 _timeout_option = click.option(
     "--timeout", "timeout_s", type=Number(0, 1e7, min_open=True), metavar="SECONDS",
-    help="How long to wait for its end [default: daemon.stop_timeout_s and 15 s].",
+    help="How long to wait for its end [default: as long as it makes progress].",
 )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def leave(home: Home, timeout_s: float | None) -> None:
 def _end(home: Home, timeout_s: float | None, *, leave: bool) -> None:
     config = load_config(home)
     wait_s = config.daemon.stop_timeout_s + GRACE_S if timeout_s is None else timeout_s
-    Client(home.socket(config)).stop_and_wait(wait_s, leave=leave)
+    Client(home.socket(config)).stop_and_wait(wait_s, leave=leave, patient=timeout_s is None)
 
 
 def _watch(ask: Callable[[], Status], interval_s: float, *, as_json: bool) -> None:

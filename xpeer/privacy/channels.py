@@ -146,6 +146,7 @@ _IPC: Final = {
     "Failure": _of("node", local="kind problem remedy exit_code trace"),
     "Progressed": _of("node", timing="state ledger_counter", parts="progress privacy"),
     "Saved": _of("node", public="path", timing="step"),
+    "Ending": _of("node", timing="work written total"),
     "Crashed": _of("node", parts="failure", why="that a trainer died is seen: see measuring.py"),
 }
 
@@ -210,6 +211,9 @@ _CONTROL: Final = {
     "Peers": _of("node", public="schema_version", parts="peers"),
     "Version": _of("node", public="schema_version version pid"),
     "Done": _of("node", public="schema_version pid path"),
+    "End": _of(
+        "node", public="schema_version", timing="over written total problem remedy exit_code"
+    ),
     "Problem": _of("node", public="schema_version", local="problem remedy exit_code"),
 }
 

@@ -36,6 +36,7 @@ from xpeer.training.losses import choose_device, evaluate, record_losses
 from xpeer.training.model import check_fits
 from xpeer.training.partition import divide, refuse_other
 from xpeer.training.parts import Evaluation
+from xpeer.training.pulse import Pulse
 from xpeer.training.released import Released
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
@@ -128,7 +129,10 @@ class Assembled:
         if received:
             averaged = consolidate(bundle.flat, self.trainer.exchanges.fragments, received)
             bundle = replace(bundle, consolidation=packed(bundle.flat, averaged))
-        path = str(checkpoint.save(self.home.checkpoints, bundle, keep=self.keep_checkpoints))
+        pulse = self.trainer.pulse
+        pulse.beat()
+        folder, keep = self.home.checkpoints, self.keep_checkpoints
+        path = str(checkpoint.save(folder, bundle, keep=keep, told=pulse.wrote))
         for tensor in own:  # the next checkpoint stops the training for a fraction of the time
             self._buffers.give(tensor)
         return path
@@ -186,11 +190,17 @@ def assemble(setup: TrainerSetup) -> Assembled:
         elsewhere = joined.elsewhere
         notes = _notes_of(joined, ledger)
         warnings += _warnings_of(joined)
+    pulse = Pulse()
+
+    def losses(of: torch.nn.Module, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pulse.micro_batch()
+        return record_losses(of, records)
+
     mechanism = build_mechanism(
         manifest,
         model,
         text.records,
-        record_losses,
+        losses,
         ledger,
         micro_batch=config.training.micro_batch,
         seen=saved.seen if saved is not None else None,
@@ -206,11 +216,11 @@ def assemble(setup: TrainerSetup) -> Assembled:
         manifest,
         shown,
         mechanism,
-        _evaluation(manifest, config, model, tokenizer, text.held_out),
+        _evaluation(manifest, config, model, tokenizer, text.held_out, pulse.beat),
         throttle=config.training.throttle,
         awaiting=saved is None and setup.initial == "awaited",
     )
-    trainer.counters = counters
+    trainer.counters, trainer.pulse = counters, pulse
     if saved is not None:
         trainer.exchanges.restore(saved.rule)
         write_moments(
@@ -357,14 +367,15 @@ def _evaluation(
     model: torch.nn.Module,
     tokenizer: Tokenizer,
     held_out: torch.Tensor,
+    told: Callable[[], None],
 ) -> Evaluation:
     document = document_of(manifest.public_text.text, "public text")
     length = manifest.optimiser.sequence_tokens
     public = _spread(cut([document], tokenizer, length), PUBLIC_RECORDS)
     private = _spread(held_out, config.training.validation_records)
     return Evaluation(
-        public=lambda: evaluate(model, public),
-        validation=(lambda: evaluate(model, private)) if len(private) else None,
+        public=lambda: evaluate(model, public, told=told),
+        validation=(lambda: evaluate(model, private, told=told)) if len(private) else None,
     )
 
 

@@ -17,7 +17,13 @@ import torch
 
 from xpeer.errors import ConfigError, LocalError
 from xpeer.training import consolidation
-from xpeer.training.tensorfile import CorruptFileError, clear_staging, read_tensors, write_tensors
+from xpeer.training.tensorfile import (
+    CorruptFileError,
+    Told,
+    clear_staging,
+    read_tensors,
+    write_tensors,
+)
 
 SCHEMA_VERSION: Final = 1
 _NAME: Final = re.compile(r"ckpt-(\d{9,})\.safetensors")
@@ -94,7 +100,7 @@ class _Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     manifest_hash: str
 
 
-def save(folder: Path, bundle: Bundle, keep: int = 2) -> Path:
+def save(folder: Path, bundle: Bundle, keep: int = 2, told: Told | None = None) -> Path:
     """Write a checkpoint, then remove all but the newest.
 
     A crash at any byte leaves the previous one whole. Checkpoints of later steps are removed, too:
@@ -104,6 +110,7 @@ def save(folder: Path, bundle: Bundle, keep: int = 2) -> Path:
         folder: of the checkpoints, made if need be; one writer at a time.
         bundle: what to write; must not change meanwhile.
         keep: checkpoints to keep, this one included.
+        told: how far it is.
 
     Raises:
         LocalError: it can't be written; those before it are as they were.
@@ -122,7 +129,8 @@ def save(folder: Path, bundle: Bundle, keep: int = 2) -> Path:
         tensors[_CONSOLIDATION] = bundle.consolidation
     tensors[_SEEN] = bundle.seen
     tensors |= {_RULE + name: value for name, value in bundle.rule.items()}
-    write_tensors(path, tensors, {"xpeer": msgspec.json.encode(words, order="sorted").decode()})
+    text = msgspec.json.encode(words, order="sorted").decode()
+    write_tensors(path, tensors, {"xpeer": text}, *([told] if told else []))
     older = [other for other in paths(folder) if step_of(other) < bundle.step]
     later = [other for other in paths(folder) if step_of(other) > bundle.step]
     for superfluous in [*later, *older[max(keep, 1) - 1 :]]:

@@ -22,6 +22,7 @@ from xpeer.training.ipc import (
     Command,
     Crashed,
     DaemonChannel,
+    Ending,
     Failure,
     FromTrainer,
     Progressed,
@@ -42,6 +43,7 @@ PROGRAM: Final = "xpeer.training.process"
 _EXIT_TIMEOUT_S: Final = 1.0
 """From the end of the socket to the end of the process."""
 _OUTPUT_TIMEOUT_S: Final = 5.0
+_LOOK_S: Final = 1.0
 HUGE_PAGES: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Have torch ask Linux for huge pages: a fragment touches every small page of the model, so that
 copying an eleventh of 135 M parameters out took 44 ms on a core without them, and 23 ms with."""
@@ -59,6 +61,7 @@ class Child:
         exited: the exit status, once the process is gone (negative: the signal).
         ready: what it said when it was ready.
         crash: its last word, if it could say one.
+        gave_up: it was to stop, got no further, and was killed.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class Child:
         self._on_event = on_event
         self._loop = loop
         self._gone = False
+        self.gave_up = False
+        self._ending: Ending | None = None
         self._number = 0
         self._pending: dict[int, asyncio.Future[Result]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -184,12 +189,30 @@ class Child:
             await self.kill()
             raise
 
-    async def stop(self, timeout_s: float) -> int:
-        """Save and exit; killed if that takes too long. Returns the exit status."""
+    async def stop(self, patience_s: float, told: Callable[[Ending], None] | None = None) -> int:
+        """Save and exit; killed once it gets no further for so long.
+
+        Time in which we did not run either (the machine was suspended) does not count.
+
+        Args:
+            patience_s: without any progress.
+            told: how far it is.
+
+        Returns:
+            The exit status.
+        """
         self.send(Stop())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await asyncio.shield(self.exited)
+        seen, still_s = self._ending, 0.0
+        while not self.exited.done() and still_s < patience_s:
+            began = self._loop.time()
+            await asyncio.wait({self.exited}, timeout=min(_LOOK_S, patience_s))
+            if self._ending == seen:
+                still_s += min(self._loop.time() - began, 2 * _LOOK_S)
+                continue
+            seen, still_s = self._ending, 0.0
+            if told is not None and seen is not None:
+                told(seen)
+        self.gave_up = not self.exited.done()
         return await self.kill()
 
     async def kill(self) -> int:
@@ -265,6 +288,8 @@ class Child:
             for warning in message.warnings:
                 logger.warning("%s", warning)
             self.ready.set_result(message)
+        elif isinstance(message, Ending):
+            self._ending = message
         else:
             if isinstance(message, Crashed):
                 error = error_of(message.failure)

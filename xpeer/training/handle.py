@@ -22,6 +22,7 @@ from xpeer.training.ipc import (
     Crashed,
     Done,
     Drop,
+    Ending,
     Evaluate,
     ExportState,
     ImportState,
@@ -45,7 +46,7 @@ from xpeer.training.setup import Mode, TrainerSetup
 from xpeer.update import CompressedUpdate, ModelState, PeerUpdate, received_stamp
 from xpeer.wire.codec import encoded_bytes
 
-__all__ = ["Crashed", "Event", "Progressed", "Saved", "TrainerProcess", "layout_of"]
+__all__ = ["Crashed", "Ending", "Event", "Progressed", "Saved", "TrainerProcess", "layout_of"]
 
 START_TIMEOUT_S: Final = 600.0
 """Reading and tokenising a large shard takes minutes."""
@@ -131,6 +132,11 @@ class TrainerProcess:
     def crash(self) -> LocalError | None:
         """Its last word, if it could say one."""
         return self._child.crash
+
+    @property
+    def gave_up(self) -> bool:
+        """It was to stop, got no further, and was killed."""
+        return self._child.gave_up
 
     @property
     def pid(self) -> int:
@@ -304,9 +310,9 @@ class TrainerProcess:
 
     # ---- the end ------------------------------------------------------------------------------
 
-    async def stop(self, timeout_s: float) -> int:
-        """Save and exit; killed if that takes too long. Returns the exit status."""
-        return await self._child.stop(timeout_s)
+    async def stop(self, patience_s: float, told: Callable[[Ending], None] | None = None) -> int:
+        """Save and exit; killed once it gets no further for so long. Returns the exit status."""
+        return await self._child.stop(patience_s, told)
 
     async def kill(self) -> int:
         """End the process group at once. Returns the exit status."""

@@ -239,13 +239,24 @@ class Saved(Struct, frozen=True, tag=True):
     step: int
 
 
+class Ending(Struct, frozen=True, tag=True):
+    """Twice a second since a stop: the trainer is alive, and this is how far it is."""
+
+    work: int
+    """Grows while it gets anywhere."""
+    written: int = 0
+    """Bytes of the checkpoint."""
+    total: int = 0
+    """0 = the step before it has not ended."""
+
+
 class Crashed(Struct, frozen=True, tag=True):
     """The last message of a trainer that can't go on."""
 
     failure: Failure
 
 
-FromTrainer = Ready | Reply | Progressed | Saved | Crashed
+FromTrainer = Ready | Reply | Progressed | Saved | Ending | Crashed
 ToTrainer = Begin | Request
 
 _TO_TRAINER: Final[msgspec.msgpack.Decoder[ToTrainer]] = msgspec.msgpack.Decoder(ToTrainer)

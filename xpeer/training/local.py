@@ -30,6 +30,7 @@ from xpeer.training.ipc import TrainerState
 from xpeer.training.measuring import Measurements, require_finite
 from xpeer.training.optimiser import make_optimiser
 from xpeer.training.parts import Evaluation, Mechanism, Parameters
+from xpeer.training.pulse import Pulse, StepAbandonedError
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.setup import Mode
 from xpeer.training.worktime import WorkTime
@@ -38,6 +39,8 @@ from xpeer.wire.fixedpoint import grid_of
 
 _SMOOTHING: Final = 0.9
 """Of the speed shown, per step."""
+SHORT_S: Final = 5.0
+"""A step that ends so soon after a stop is finished; a longer one is abandoned."""
 _LOOK_S: Final = 1.0
 _USE_UP_S: Final = 5.0
 """A stop may take so long for steps that were charged."""
@@ -108,6 +111,7 @@ class LocalTrainer:
         self._stepped_at = 0.0
         self._tokens_per_s = 0.0
         self._step_time = WorkTime()
+        self.pulse = Pulse()
         self._rests_until = 0.0
 
     # ---- what other threads may call -------------------------------------------------------
@@ -117,7 +121,8 @@ class LocalTrainer:
         self._jobs.put(job)
 
     def stop(self) -> None:
-        """Let `run` return at the next boundary."""
+        """Let `run` return at the next boundary; a step that is far from its end is abandoned."""
+        self.pulse.end_step_within(SHORT_S)
         self.submit(self._stop)
 
     @property
@@ -307,7 +312,11 @@ class LocalTrainer:
         began, measured_s = time.monotonic(), self.measurements.seconds
         if not self._permit():
             return
-        tokens = self._step()
+        try:
+            tokens = self._step()
+        except StepAbandonedError:
+            self.permits.left -= 1  # charged, and not taken
+            return
         now = time.monotonic()
         worked_s = self._step_time.counted(now - began)
         self.counters.seconds += worked_s
@@ -355,7 +364,11 @@ class LocalTrainer:
             for _ in range(rest):
                 if self.ended or not self._permit():
                     break
-                self._step()
+                try:
+                    self._step()
+                except StepAbandonedError:
+                    self.permits.left -= 1
+                    break
                 self._window(time.monotonic())
         if self._gradients is not None and self._gradient_due:
             self._take_window_step(self._gradients)

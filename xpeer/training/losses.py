@@ -97,13 +97,19 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, records: torch.Tensor, micro_batch: int = 16) -> float:
+def evaluate(
+    model: torch.nn.Module,
+    records: torch.Tensor,
+    micro_batch: int = 16,
+    told: Callable[[], None] = lambda: None,
+) -> float:
     """Mean loss in nats per token.
 
     Args:
         model: causal language model; its mode is as before afterwards.
         records: (records, tokens) int64, any device; filled up as for `record_losses`.
         micro_batch: records per forward pass.
+        told: called after each of them.
 
     Raises:
         ConfigError: there is not one token to predict.
@@ -118,6 +124,7 @@ def evaluate(model: torch.nn.Module, records: torch.Tensor, micro_batch: int = 1
                 losses, counted = record_losses(model, part.to(device))
             nats += float(losses.cpu().double().sum())
             tokens += int(counted.sum())
+            told()
     finally:
         model.train(was_training)
     if tokens == 0:

@@ -6,7 +6,7 @@ import math
 import time
 from typing import Final
 
-from xpeer.errors import LocalError
+from xpeer.errors import DivergedError
 from xpeer.manifest import Round
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters
@@ -88,10 +88,10 @@ def require_finite(loss: float | None, counters: Counters) -> None:
     """Stop a run that has diverged.
 
     Raises:
-        LocalError: the loss is no number.
+        DivergedError: the loss is no number.
     """
     if loss is not None and not math.isfinite(loss):
-        raise LocalError(
+        raise DivergedError(
             f"training diverged: the loss at step {counters.step} is {loss}",
             "restart from an older checkpoint; lower optimiser.learning_rate in a new swarm",
         )

@@ -18,7 +18,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from xpeer.errors import ExitCode, LocalError, TrainerError
+from xpeer import signals
+from xpeer.errors import DivergedError, ExitCode, LocalError, TrainerError
 from xpeer.training.ipc import (
     Begin,
     ChildChannel,
@@ -73,9 +74,8 @@ def main(assemble: Callable[[TrainerSetup], Assembled] | None = None) -> NoRetur
     socket_fd, arena_fd, parent_pid = (int(argument) for argument in sys.argv[1:])
     _die_with(parent_pid)
     os.umask(0o077)
-    # the daemon decides: a ^C or a stop of the whole group reaches it, too
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # a ^C, a closed terminal or a stop of the whole group reaches the daemon, too
+    signals.leave_it_to_the_parent()
     faulthandler.enable()
     _set_up_logging()
     channel = ChildChannel(socket.socket(fileno=socket_fd))
@@ -117,8 +117,16 @@ def _train(
     trainer.set_mode(begin.setup.mode)
     service = Service(channel, arena, assembled, begin.setup.config.checkpoint.every_s)
     receiver.service = service
+    if hasattr(signal, "SIGXCPU"):  # a CPU limit is near: the next trainer has one of its own
+        signal.signal(signal.SIGXCPU, lambda _number, _frame: trainer.stop())
     service.announce()
-    trainer.run()
+    try:
+        trainer.run()
+    except DivergedError:
+        raise
+    except Exception:
+        service.rescue()
+        raise
     service.finish()
 
 

@@ -7,6 +7,7 @@ and verifies; the disk thread writes checkpoints; another asks the ledger. None 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from xpeer.training.ipc import (
     Command,
     Done,
     Drop,
+    Ending,
     Evaluate,
     ExportState,
     ImportState,
@@ -51,6 +53,7 @@ from xpeer.training.saving import Saving
 from xpeer.update import PrivateUpdate
 
 _PROGRESS_EVERY_S: Final = 0.1
+_ENDING_EVERY_S: Final = 0.5
 logger = logging.getLogger("xpeer.training")
 
 Work = Callable[[], Result | None]
@@ -98,7 +101,7 @@ class Service:
             Run: lambda n, c: self._at_boundary(n, lambda: self._run(c)),
             WriteCheckpoint: lambda n, _: self._at_boundary(n, lambda: self._write_checkpoint(n)),
             Evaluate: lambda n, _: self._at_boundary(n, self._evaluate),
-            Stop: lambda _n, _c: self._trainer.stop(),
+            Stop: lambda _n, _c: self._begin_to_end(),
         }
         self._trainer.on_step = self._after_step
         self._trainer.on_state = self._tell_all
@@ -131,14 +134,42 @@ class Service:
 
     def finish(self) -> None:
         """After the loop returned: save, and say the last word."""
-        if not self._trainer.awaiting:
-            self._channel.send(Saved(self._saving.copy()(), self._trainer.counters.step))
+        self.save()
         self._disk.shutdown()
         self._accounts.shutdown(cancel_futures=True)
         self._send_progress(self._assembled.spent())
         self._assembled.close()
 
+    def save(self) -> None:
+        """On the training thread, when the loop has ended: behind a save that is being written.
+
+        Raises:
+            LocalError: it can't be written.
+        """
+        if not self._trainer.awaiting:
+            write, step = self._saving.copy(), self._trainer.counters.step
+            self._channel.send(Saved(self._disk.submit(write).result(), step))
+
+    def rescue(self) -> None:
+        """The loop broke off: keep the steps before, which are complete. Never raises."""
+        try:
+            if bool(torch.isfinite(self._trainer.parameters.read()).all()):
+                self.save()
+                logger.warning("saved step %d before the trainer ends", self._trainer.counters.step)
+        except Exception:
+            logger.exception("the steps since the last checkpoint could not be saved")
+
     # ---- on the receiving thread --------------------------------------------------------------
+
+    def _begin_to_end(self) -> None:
+        threading.Thread(target=self._tell_of_the_end, name="ending", daemon=True).start()
+        self._trainer.stop()
+
+    def _tell_of_the_end(self) -> None:
+        pulse = self._trainer.pulse
+        while True:
+            self._channel.send(Ending(pulse.work, pulse.written, pulse.total))
+            time.sleep(_ENDING_EVERY_S)
 
     def _take_snapshot(self, number: int, command: Snapshot) -> None:
         self._at_boundary(number, lambda: self._snapshot(number, command))

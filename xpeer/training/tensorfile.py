@@ -1,33 +1,55 @@
 """Tensors and a few words in one file that is either whole and verified, or not there.
 
-safetensors checks sizes only; a digest over names, words and values is added to its metadata.
+The format is safetensors'; a digest over names, words and values is added to its metadata, since
+safetensors checks sizes only. We write it ourselves, in pieces: its own writer copies everything
+first, holds up every other thread, and can't tell how far it is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from xpeer.errors import LocalError
 
 _STAGING: Final = ".writing-"
 _DIGEST: Final = "digest"
+_PIECE: Final = 16 << 20
+"""Bytes that are on the disk before the next are written."""
+_KINDS: Final = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+Told = Callable[[int, int], None]
+"""Bytes done and in all: each is looked at twice, for the digest and to be written."""
+
+
+def _nobody(_done: int, _total: int) -> None:
+    """Is told."""
 
 
 class CorruptFileError(Exception):
     """A file is damaged, incomplete, or none of ours. Says how."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> str:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    words: Mapping[str, str],
+    told: Told = _nobody,
+) -> str:
     """Write a file, mode 0600, in place of any that is there; durable when this returns.
 
     At a crash at any moment the old file, if any, is whole.
@@ -36,6 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], words: Mappin
         path: its folder is made, mode 0700, if need be.
         tensors: contiguous, CPU, not sharing memory.
         words: kept beside them.
+        told: how far it is, after every piece.
 
     Returns:
         The digest, BLAKE2b-256 in hex.
@@ -44,18 +67,22 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], words: Mappin
         LocalError: disk full, no right to write.
     """
     staging: Path | None = None
-    digest = _digest(tensors, words)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    digest = _digest(tensors, words, lambda done: told(done, 2 * size))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=path.parent))  # mode 0700
         beside = staging / path.name
-        save_file(dict(tensors), beside, metadata={**words, _DIGEST: digest})
-        beside.chmod(0o600)
-        sync(beside)
+        save_file(
+            tensors,
+            beside,
+            words={**words, _DIGEST: digest},
+            told=lambda done: told(size + done, 2 * size),
+        )
         beside.replace(path)
         sync(path.parent)
     except (OSError, SafetensorError, RuntimeError) as e:
-        # RuntimeError: torch's own writers raise it at a full disk
+        # RuntimeError: torch has no memory left for a copy
         raise LocalError(
             f"{path} can't be written: {e}", "check free space and rights on that disk"
         ) from e
@@ -91,8 +118,61 @@ def clear_staging(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> str:
-    digest = hashlib.blake2b(digest_size=32)
+def save_file(
+    tensors: Mapping[str, torch.Tensor],
+    path: Path,
+    *,
+    words: Mapping[str, str],
+    told: Callable[[int], None],
+) -> None:
+    """A new file, mode 0600; on the disk when this returns."""
+    # widest values first, so that all are aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(words)}
+    end = 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {
+            "dtype": _KINDS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o600), "wb", buffering=0) as file:  # noqa: PTH123 - a mode
+        _write_all(file, memoryview(len(head).to_bytes(8, "little") + head))
+        done = synced = 0
+        for piece in (piece for name in names for piece in _pieces(tensors[name])):
+            _write_all(file, piece)
+            done += len(piece)
+            if done - synced >= _PIECE:
+                os.fdatasync(file.fileno())
+                synced = done
+                told(done)
+        os.fsync(file.fileno())
+
+
+def _write_all(file: io.RawIOBase, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) or 0 :]
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Its bytes, in parts."""
+    if tensor.numel():
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        for begin in range(0, len(data), _PIECE):
+            yield data[begin : begin + _PIECE]
+
+
+def _digest(
+    tensors: Mapping[str, torch.Tensor],
+    words: Mapping[str, str],
+    told: Callable[[int], None] = lambda _done: None,
+) -> str:
+    digest, done = hashlib.blake2b(digest_size=32), 0
     for key in sorted(words):
         _absorb(digest, key.encode())
         _absorb(digest, words[key].encode())
@@ -100,7 +180,11 @@ def _digest(tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> st
         tensor = tensors[name]
         _absorb(digest, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
-            _absorb(digest, tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            digest.update(tensor.nbytes.to_bytes(8, "little"))
+            for piece in _pieces(tensor):
+                digest.update(piece)
+                done += len(piece)
+                told(done)
     return digest.hexdigest()
 
 

@@ -21,7 +21,10 @@ class FakeTrainer:
         self.crash = crash
         self.exited.set_result(-9)
 
-    async def stop(self, timeout_s: float) -> int:
+    async def checkpoint(self) -> str:
+        return "path"
+
+    async def stop(self, patience_s: float) -> int:
         self.exited.set_result(0)
         return 0
 
@@ -79,4 +82,17 @@ async def test_a_renewal_is_no_death(rig: Rig):
     await rig.supervisor.renew(1.0)
     assert await rig.told.get() is rig.made[1]
     assert rig.supervisor.restarts == 0
+    task.cancel()
+
+
+async def test_a_trainer_that_cannot_save_is_not_renewed(rig: Rig):
+    task = await rig.run()
+
+    async def full() -> str:
+        raise LocalError("disk full")
+
+    rig.made[0].checkpoint = full  # type: ignore[method-assign]
+    await rig.supervisor.renew(1.0)
+    assert not rig.made[0].exited.done()
+    assert len(rig.made) == 1
     task.cancel()

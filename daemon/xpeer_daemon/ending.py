@@ -1,0 +1,144 @@
+"""How a node ends: the trainer saves for as long as it gets on, and what is lost is told.
+
+Nothing here is bounded by the clock alone. A save that makes progress goes on, and systemd is asked
+for the time; a trainer that is stuck is ended, and then the end says what was not saved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Final
+
+from xpeer import sdnotify
+from xpeer.config import Home, NodeConfig
+from xpeer.control import End
+from xpeer.errors import ExitCode, LocalError, NotSavedError
+from xpeer.health import duration
+from xpeer.training import checkpoint
+
+if TYPE_CHECKING:
+    from xpeer.training.handle import Ending, TrainerProcess
+    from xpeer_daemon.supervisor import Supervisor
+
+log = logging.getLogger("xpeer.daemon")
+
+BYTES_PER_PARAMETER: Final = 12
+"""Of a checkpoint: parameters and two moments."""
+SLOWEST_BYTES_PER_S: Final = 50e6
+"""Memory is copied no slower; the disk reports what it has taken."""
+STEPS: Final = 4.0
+"""A trainer may be silent for so many of its steps."""
+SPARE_S: Final = 30.0
+"""Asked of systemd beyond our own patience, so that we are the ones who give up."""
+TOLD_EVERY_S: Final = 30.0
+WAIT_S: Final = 2.0
+"""How long a question for the end stays open."""
+
+
+class Ends:
+    """The end of one node.
+
+    Args:
+        home: where the checkpoints are.
+        config: settings.
+    """
+
+    def __init__(self, home: Home, config: NodeConfig) -> None:
+        self._home = home
+        self._config = config
+        self.lost: NotSavedError | None = None
+        """What was not saved; None while nothing is lost."""
+        self._over = asyncio.Event()
+        self._written = self._total = 0
+        self._told_s = 0.0
+
+    def patience_s(self, trainer: TrainerProcess) -> float:
+        """How long a trainer that is to end may show no sign of progress."""
+        size = BYTES_PER_PARAMETER * trainer.num_params
+        progress = trainer.progress
+        step_s = progress.seconds_training / progress.step if progress.step else 0.0
+        least = max(self._config.daemon.stop_timeout_s, STEPS * step_s)
+        return least + size / SLOWEST_BYTES_PER_S
+
+    async def save_all(self, supervisor: Supervisor | None) -> None:
+        """Whatever of this node's training is not on the disk yet."""
+        if supervisor is None:
+            return
+        if supervisor.trainer is not None:
+            await self.save(supervisor.trainer)
+        elif supervisor.last is not None:
+            self.note_loss(supervisor.last, LocalError(f"its {supervisor.down_reason}"))
+
+    async def save(self, trainer: TrainerProcess) -> bool:
+        """Have the trainer save and exit; whether nothing was lost."""
+        patience_s = self.patience_s(trainer)
+        sdnotify.extend(patience_s + SPARE_S)
+
+        def told(ending: Ending) -> None:
+            self._written, self._total = ending.written, ending.total
+            sdnotify.extend(patience_s + SPARE_S)
+            if ending.total and time.monotonic() - self._told_s > TOLD_EVERY_S:
+                self._told_s = time.monotonic()
+                log.info("saving: %.0f of %.0f MB", ending.written / 1e6, ending.total / 1e6)
+
+        status = await trainer.stop(patience_s, told)
+        if status == 0:
+            return True
+        cause = trainer.crash
+        if cause is None and trainer.gave_up:
+            cause = LocalError(
+                f"the trainer made no progress for {patience_s:.0f} s and was killed",
+                "is the machine out of memory, or the disk stuck? A larger daemon.stop_timeout_s "
+                "waits longer",
+            )
+        self.note_loss(trainer, cause or LocalError(f"the trainer ended with {status}"))
+        return self.lost is None
+
+    def note_loss(self, trainer: TrainerProcess, cause: LocalError) -> None:
+        """Say what is lost of what this trainer did, if anything is."""
+        saved = self.last_saved()
+        if trainer.step <= (saved[0] if saved else 0):
+            log.warning("the trainer's last save failed, but no step is lost: %s", cause)
+            return
+        last = "there is no checkpoint"
+        if saved is not None:
+            age = duration(max(0.0, time.time() - saved[1]))
+            last = f"last checkpoint step {saved[0]} ({age} old)"
+        self.lost = NotSavedError(
+            f"not saved: {last}, the node was at step {trainer.step}: {cause.problem}",
+            cause.remedy or "see `xpeer logs`; what the lost steps cost of privacy stays charged",
+        )
+        log.error("%s", self.lost)
+
+    def last_saved(self) -> tuple[int, float] | None:
+        """Step and time of the newest checkpoint, if there is one."""
+        try:
+            for newest in checkpoint.paths(self._home.checkpoints):
+                return checkpoint.step_of(newest), newest.stat().st_mtime
+        except (LocalError, OSError) as e:
+            log.warning("checkpoints can't be looked at: %s", e)
+        return None
+
+    # For those who wait for it
+
+    async def told(self) -> End:
+        """How far it is, now or in a moment; the last answer says how it went."""
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await self._over.wait()
+        except TimeoutError:
+            return End(over=False, written=self._written, total=self._total)
+        if self.lost is None:
+            return End(over=True)
+        return End(
+            over=True,
+            problem=self.lost.problem,
+            remedy=self.lost.remedy,
+            exit_code=int(ExitCode.NOT_SAVED),
+        )
+
+    def over(self) -> None:
+        """All is saved or lost."""
+        self._over.set()
