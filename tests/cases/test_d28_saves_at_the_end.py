@@ -1,0 +1,131 @@
+"""D28: an end does not lose what it was for, or says so."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cases.slow_disk_trainer import SAVE_S
+from tests.cases.support import Nodes, found, trainer_of, xpeer
+from tests.unit.training.homes import make_homes
+from tests.unit.training.test_trainer_process import Watch
+from xpeer.config import Daemon, Home, NodeConfig
+from xpeer.errors import LocalError
+from xpeer.status import Progress
+from xpeer.training.checkpoint import paths, step_of
+from xpeer.training.handle import TrainerProcess
+
+PATIENCE_S = 2.0
+
+
+async def test_a_save_that_gets_on_is_not_killed(tmp_path: Path) -> None:
+    assert SAVE_S > 2 * PATIENCE_S
+    setup, watch = make_homes(tmp_path, 1)[0], Watch()
+    program = "tests.cases.slow_disk_trainer"
+    trainer = await TrainerProcess.start(setup, watch, program=program)
+    await watch.step(2)
+    status = await trainer.stop(PATIENCE_S)
+    saved = [step_of(path) for path in paths(Home(Path(setup.home)).checkpoints)]
+    assert (status, len(saved)) == (0, 1), "killed in the middle of its save"
+    assert saved[0] >= 2
+
+
+@pytest.mark.timeout(180)
+def test_what_could_not_be_saved_is_told(nodes: Nodes, shard: Path) -> None:
+    found(nodes.home("a"), shard, fields=["end.steps=100000"])
+    nodes.start("a", XPEER_DAEMON_STOP_TIMEOUT_S="2")
+    nodes.until("a", lambda s: s.progress.step > 0)
+    os.kill(trainer_of(nodes.pid("a")), signal.SIGSTOP)
+    done = xpeer("stop", "--home", nodes.home("a"))
+    assert done.returncode == 9, f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    said = r"not saved: there is no checkpoint, the node was at step \d+: .* - .+"
+    assert re.search(f"xpeer: error: {said}", done.stderr)
+    assert nodes.daemons.wait("a", 30) == 9
+    assert re.search(f" error xpeer.daemon: {said}", nodes.log("a"))
+
+
+class FakeTrainer:
+    """Ends as it is told to."""
+
+    num_params, crash, gave_up = 135_000_000, None, False
+
+    def __init__(self, status: int, step: int, tells: int = 0) -> None:
+        self.status, self.step, self.tells = status, step, tells
+        self.progress = Progress(step=10, seconds_training=300.0)
+
+    async def stop(self, patience_s: float, told: Any) -> int:
+        from xpeer.training.ipc import Ending
+
+        self.patience_s = patience_s
+        for n in range(self.tells):
+            told(Ending(work=n, written=n * 10**8, total=10**9))
+        return self.status
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(tmp_path / "notify"))
+        receiver.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        yield receiver
+
+
+async def test_the_time_follows_from_size_and_steps_and_is_asked_of_systemd(
+    tmp_path: Path, systemd: socket.socket
+) -> None:
+    from xpeer_daemon.ending import SPARE_S, Ends
+
+    ends, trainer = Ends(Home(tmp_path), NodeConfig()), FakeTrainer(0, 10, tells=3)
+    assert await ends.save(trainer)  # type: ignore[arg-type] # a fake
+    steps_s, bytes_s = 4 * 30.0, 12 * 135e6 / 50e6
+    assert trainer.patience_s == pytest.approx(steps_s + bytes_s)
+    asked = [systemd.recv(100).decode() for _ in range(4)]
+    assert set(asked) == {f"EXTEND_TIMEOUT_USEC={int((trainer.patience_s + SPARE_S) * 1e6)}"}
+    assert ends.lost is None
+
+
+@pytest.mark.parametrize("crash", [None, LocalError("disk full", "free space")])
+@pytest.mark.parametrize("saved", [None, 7, 12])
+async def test_what_is_lost_is_counted_from_the_last_checkpoint(
+    tmp_path: Path, crash: LocalError | None, saved: int | None
+) -> None:
+    from xpeer_daemon.ending import Ends
+
+    home = Home(tmp_path)
+    home.checkpoints.mkdir()
+    if saved is not None:
+        (home.checkpoints / f"ckpt-{saved:09}.safetensors").touch()
+    ends = Ends(home, NodeConfig(daemon=Daemon(stop_timeout_s=1.0)))
+    trainer = FakeTrainer(-9, 12)
+    trainer.crash = crash  # type: ignore[assignment]
+    nothing_lost = saved == 12
+    assert await ends.save(trainer) == nothing_lost  # type: ignore[arg-type] # a fake
+    ends.over()
+    end = await ends.told()
+    assert end.over
+    if nothing_lost:
+        assert (end.problem, end.exit_code) == ("", 0)
+        return
+    assert end.exit_code == 9
+    last = "last checkpoint step 7 (0s old)" if saved else "there is no checkpoint"
+    cause = crash.problem if crash else "the trainer ended with -9"
+    assert end.problem == f"not saved: {last}, the node was at step 12: {cause}"
+    assert end.remedy
+
+
+async def test_a_disk_that_takes_no_checkpoint_is_the_trainers_last_word(tmp_path: Path) -> None:
+    setup, watch = make_homes(tmp_path, 1)[0], Watch()
+    trainer = await TrainerProcess.start(setup, watch)
+    await watch.step(2)
+    Home(Path(setup.home)).checkpoints.write_text("in the way of the folder")
+    assert await trainer.stop(60) != 0
+    assert trainer.crash is not None
+    assert "can't be written" in trainer.crash.problem

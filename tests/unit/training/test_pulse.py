@@ -1,0 +1,58 @@
+"""A long step is ended by a stop, a short one is finished; and a stuck trainer looks stuck."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.unit.training.test_local import mechanism_of, trainer_with
+from xpeer.training import local
+from xpeer.training.local import LocalTrainer
+from xpeer.training.pulse import Pulse, StepAbandonedError
+
+
+def stopped_in_a_step(trainer: LocalTrainer) -> list[int]:
+    """Train until a stop in the middle of the third step; micro-batches of each step."""
+    done: list[int] = []
+    real = trainer.mechanism.step_gradient
+
+    def step() -> Any:
+        done.append(0)
+        for micro_batch in range(4):
+            if len(done) == 3 and micro_batch == 2:
+                trainer.stop()
+            trainer.pulse.micro_batch()
+            done[-1] += 1
+        return real()
+
+    trainer.mechanism.step_gradient = step  # type: ignore[method-assign]
+    trainer.run()
+    return done
+
+
+def test_a_step_that_ends_soon_is_finished() -> None:
+    trainer = trainer_with()
+    assert stopped_in_a_step(trainer) == [4, 4, 4]
+    assert trainer.counters.step == 3
+
+
+def test_a_long_step_is_abandoned_and_stays_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "SHORT_S", 0.0)
+    trainer = trainer_with()
+    before = trainer.parameters.read()
+    assert stopped_in_a_step(trainer) == [4, 4, 2]
+    assert trainer.counters.step == 2
+    assert mechanism_of(trainer).calls[0][1] >= 3  # charged
+    assert not before.equal(trainer.parameters.read())
+
+
+def test_work_grows_with_every_sign_of_life() -> None:
+    pulse = Pulse()
+    for sign in (pulse.beat, pulse.micro_batch, lambda: pulse.wrote(1, 2)):
+        before = pulse.work
+        sign()
+        assert pulse.work > before
+    pulse.end_step_within(-1.0)
+    with pytest.raises(StepAbandonedError):
+        pulse.micro_batch()
