@@ -7,14 +7,16 @@ for the time; a trainer that is stuck is ended, and then the end says what was n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 from xpeer import sdnotify
 from xpeer.config import Home, NodeConfig
 from xpeer.control import End
-from xpeer.errors import ExitCode, LocalError, NotSavedError
+from xpeer.errors import ExitCode, LocalError, NotSavedError, PeerError
 from xpeer.health import duration
 from xpeer.training import checkpoint
 
@@ -142,3 +144,27 @@ class Ends:
     def over(self) -> None:
         """All is saved or lost."""
         self._over.set()
+
+
+async def within(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+    """Tell others something, if they are quick."""
+    with contextlib.suppress(TimeoutError, PeerError):
+        async with asyncio.timeout(seconds):
+            await action()
+
+
+def raise_first(task: asyncio.Task[None]) -> None:
+    """Re-raise what ended the daemon: an operator's error alone, or our bug with all of it."""
+    error = task.exception()
+    if error is None:
+        return
+    found = _first_local(error)
+    if found is not None:
+        raise found
+    raise error
+
+
+def _first_local(error: BaseException) -> LocalError | None:
+    if isinstance(error, BaseExceptionGroup):
+        return next((e for e in map(_first_local, error.exceptions) if e is not None), None)
+    return error if isinstance(error, LocalError) else None

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from xpeer import founding, sdnotify, signals
@@ -17,7 +17,6 @@ from xpeer.config import Home, NodeConfig
 from xpeer.errors import (
     ExitCode,
     LocalError,
-    PeerError,
     Reason,
 )
 from xpeer.identity import Identity, PeerId
@@ -33,7 +32,7 @@ from xpeer.training.setup import TrainerSetup
 from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs, report, watch
 from xpeer_daemon.api import ControlApi
-from xpeer_daemon.ending import SPARE_S, Ends
+from xpeer_daemon.ending import SPARE_S, Ends, raise_first, within
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.joiner import Joiner
 from xpeer_daemon.node import Node
@@ -125,7 +124,7 @@ class Service:
                 failed = living.done()
                 await self._end(living, stopping)
             if failed:
-                _raise_first(living)
+                raise_first(living)
             if self._ends.lost is not None:
                 raise self._ends.lost
         return int(self._exit_code)
@@ -387,35 +386,12 @@ class Service:
     async def _say_goodbye(self) -> None:
         if self._node.roster is None:
             return
-        await _within(GOODBYE_S, self._proposer.close)
+        await within(GOODBYE_S, self._proposer.close)
         if self._node.leaving:
-            await _within(GOODBYE_S, lambda: self._presence.announce("left"))
+            await within(GOODBYE_S, lambda: self._presence.announce("left"))
 
     async def _feed_watchdog(self) -> None:
         interval_s = sdnotify.watchdog_interval_s() or 10.0
         while True:
             sdnotify.notify(f"WATCHDOG=1\nSTATUS={report.in_short(self._node.status())}")
             await asyncio.sleep(interval_s)
-
-
-async def _within(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
-    with contextlib.suppress(TimeoutError, PeerError):
-        async with asyncio.timeout(seconds):
-            await action()
-
-
-def _raise_first(task: asyncio.Task[None]) -> None:
-    """Re-raise what ended the daemon: an operator's error alone, or our bug with all of it."""
-    error = task.exception()
-    if error is None:
-        return
-    found = _first_local(error)
-    if found is not None:
-        raise found
-    raise error
-
-
-def _first_local(error: BaseException) -> LocalError | None:
-    if isinstance(error, BaseExceptionGroup):
-        return next((e for e in map(_first_local, error.exceptions) if e is not None), None)
-    return error if isinstance(error, LocalError) else None

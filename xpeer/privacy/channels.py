@@ -358,6 +358,7 @@ ROUTES: Final[dict[str, str]] = {
     "GET /v1/status": "Status",
     "GET /v1/peers": "Peers",
     "GET /v1/version": "Version",
+    "GET /v1/end": "End",
     "POST /v1/pause": "Done",
     "POST /v1/resume": "Done",
     "POST /v1/stop": "Done",

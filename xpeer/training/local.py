@@ -357,7 +357,7 @@ class LocalTrainer:
         """Take the steps that were charged, if that is quick: the next start charges its own."""
         if self.awaiting:
             return
-        if self._step_s and not (self._gradient_due or self._budget_spent):
+        if self._step_s and not (self._gradient_due or self._budget_spent or self.pulse.late):
             rest = self.permits.rest(self._window_left)
             if rest * self._step_s > _USE_UP_S:
                 return

@@ -36,8 +36,13 @@ class Pulse:
             StepAbandonedError: the step has to end now.
         """
         self.work += 1
-        if time.monotonic() >= self._abandon_at:
+        if self.late:
             raise StepAbandonedError
+
+    @property
+    def late(self) -> bool:
+        """Whether no step may go on."""
+        return time.monotonic() >= self._abandon_at
 
     def wrote(self, written: int, total: int) -> None:
         """So much of a file is on the disk."""

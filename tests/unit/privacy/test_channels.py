@@ -131,7 +131,7 @@ def test_protocols_and_frames() -> None:
 
 
 def test_routes_of_the_control_api() -> None:
-    subject: Any = type("Subject", (), {"checkpoint": None})
+    subject: Any = type("Subject", (), {"checkpoint": None, "end": None})
     routes = {
         f"{route.method} {route.resource.canonical}"
         for route in _application(subject).router.routes()

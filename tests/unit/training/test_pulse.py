@@ -33,8 +33,9 @@ def stopped_in_a_step(trainer: LocalTrainer) -> list[int]:
 
 def test_a_step_that_ends_soon_is_finished() -> None:
     trainer = trainer_with()
-    assert stopped_in_a_step(trainer) == [4, 4, 4]
-    assert trainer.counters.step == 3
+    done = stopped_in_a_step(trainer)
+    assert set(done) == {4}
+    assert trainer.counters.step == len(done) >= 3
 
 
 def test_a_long_step_is_abandoned_and_stays_charged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +44,7 @@ def test_a_long_step_is_abandoned_and_stays_charged(monkeypatch: pytest.MonkeyPa
     before = trainer.parameters.read()
     assert stopped_in_a_step(trainer) == [4, 4, 2]
     assert trainer.counters.step == 2
-    assert mechanism_of(trainer).calls[0][1] >= 3  # charged
+    assert trainer.permits.left == mechanism_of(trainer).permitted - 1  # charged, and not taken
     assert not before.equal(trainer.parameters.read())
 
 
