@@ -60,7 +60,11 @@ class Founded:
 
 
 def found(
-    home: Home, manifest: Manifest, write_initial: Callable[[Path], None], config_text: str
+    home: Home,
+    manifest: Manifest,
+    write_initial: Callable[[Path], None],
+    config_text: str,
+    trial: Callable[[Home], None] | None = None,
 ) -> Founded:
     """Make a swarm and its first member.
 
@@ -69,6 +73,7 @@ def found(
         manifest: to be signed by a new admin key.
         write_initial: writes the initial model into the folder it is given.
         config_text: config.toml to write if there is none.
+        trial: is given the new home before it becomes this one; what it raises undoes all.
 
     Raises:
         ConfigError: the home belongs to a swarm already, or the manifest is too large to be sent.
@@ -90,6 +95,8 @@ def found(
         write_initial(new.initial_model)
         if not home.config.exists():
             new.config.write_text(config_text, encoding="utf-8")
+        if trial is not None:
+            trial(new)
     return Founded(identity.peer_id, signed.genesis.swarm_id, manifest)
 
 

@@ -18,9 +18,9 @@ import msgspec
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
 from xpeer.manifest import MAX_NAME_CHARS, Lora, Manifest, Model, PublicText, Tokenizer
+from xpeer.source import name_of
 from xpeer.training.documents import corpus_digest, load_documents
 from xpeer.training.formats.rows import holds_text
-from xpeer.training.source import name_of
 
 PUBLIC_TEXT_BYTES = 200_000
 MEASURED = frozenset({"model", "tokenizer", "public_text"})
@@ -81,9 +81,12 @@ class InitialModel:
 
     def write(self, folder: Path) -> None:
         """Keep them as a Hugging Face folder, in float32."""
+        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
+
         from xpeer.training.export import export_hf  # noqa: PLC0415 - torch takes seconds
         from xpeer.training.kept import Source  # noqa: PLC0415
 
+        disable_progress_bar()
         folders = [] if self.origin.folder is None else [self.origin.folder]
         source = Source(self.config, self.origin.generation, folders, "float32")
         export_hf(self.module, None, folder, source=source)

@@ -23,9 +23,10 @@ from xpeer.config import Home, NodeConfig, note_of_foreign
 from xpeer.errors import ConfigError, ExitCode, LocalError
 from xpeer.files import open_own, secure
 from xpeer.identity import Identity
-from xpeer.network.addresses import check_announce, peer_of, resolve_listen
+from xpeer.network.addresses import peer_of, resolve_listen
 from xpeer.network.invites import Token
 from xpeer.network.membership import Credential, Membership
+from xpeer.network.multiaddress import check_announce
 from xpeer.network.swarm import Swarm
 
 log = logging.getLogger("xpeer.bootstrap")
@@ -49,7 +50,8 @@ def run(
     if swarm_id is not None:
         _check_fingerprint(swarm_id)
     listen = resolve_listen(config.network.listen)
-    check_announce(config.network.announce)
+    for address in config.network.announce:
+        check_announce("network.announce", address)
     for seed in config.network.bootstrap:
         peer_of(seed)
     credential: Credential | None = None

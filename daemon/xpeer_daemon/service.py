@@ -12,7 +12,7 @@ import time
 from functools import partial
 from typing import Any
 
-from xpeer import founding, sdnotify, signals
+from xpeer import founding, needs, sdnotify, signals
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import (
     ExitCode,
@@ -142,6 +142,7 @@ class Service:
             if self._certificate.role == "observer":
                 self._node.enter("observing")
                 return
+            needs.require(needs.Needs.of(self._manifest), self._config.data, self._home)
             if self._manifest.shared_corpus is not None:
                 await self._wait_for_peers()
             trainer = await self._start_trainer()

@@ -8,12 +8,17 @@ import time
 
 import uvloop
 
-from xpeer import files, founding
+from xpeer import files, founding, needs
 from xpeer.config import Home, NodeConfig, note_of_foreign
 from xpeer.errors import LocalError, NotAuthorisedError
 from xpeer.manifest import SignedManifest
-from xpeer.network.addresses import check_announce, peer_of, resolve_listen
+from xpeer.network.addresses import resolve_listen
 from xpeer.network.invites import Token
+from xpeer.network.membership import Certificate
+from xpeer.privacy import accountant
+from xpeer.privacy.ledger import Ledger
+from xpeer.readiness import check_settings
+from xpeer.training import checkpoint
 from xpeer.training.child import PROGRAM
 from xpeer.training.files import find
 from xpeer_daemon import belonging, logs
@@ -23,17 +28,21 @@ from xpeer_daemon.service import Service
 log = logging.getLogger("xpeer.daemon")
 
 
-def check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
+def check(home: Home, config: NodeConfig, *, join_token: str | None) -> Certificate:
     """Everything that can be found wrong without starting anything or writing to the disk.
+
+    Returns:
+        What this node may do.
 
     Raises:
         LocalError: the first problem.
     """
     files.secure(home, look_only=True)
-    _check(home, config, join_token=join_token)
+    return _check(home, config, join_token=join_token)
 
 
-def _check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
+def _check(home: Home, config: NodeConfig, *, join_token: str | None) -> Certificate:
+    check_settings(home, config)
     if join_token is None:
         credential = founding.load_credential(home)
         certificate = credential.verify(credential.claimed_swarm(), time.time())
@@ -45,18 +54,47 @@ def _check(home: Home, config: NodeConfig, *, join_token: str | None) -> None:
             "the certificate is for a bootstrap node", "use it with `xpeer bootstrap --join`"
         )
     resolve_listen(config.network.listen)
-    check_announce(config.network.announce)
-    for seed in config.network.bootstrap:
-        peer_of(seed)
-    home.socket(config)
     if home.manifest.exists():
         manifest = SignedManifest.load(home.manifest).open()
         manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
     belonging.check_parts(home, config, certificate)
     if certificate.role != "observer":
         data = config.data
+        needs.require(_needs(home, join_token), data, home)
         setting = "data.corpus" if data.corpus else "data.shard"
         find(data.corpus or data.shard, setting)  # only the trainer opens them
+    return certificate
+
+
+def _needs(home: Home, join_token: str | None) -> needs.Needs | None:
+    """By the manifest; before there is one, by the token."""
+    if home.manifest.exists():
+        return needs.Needs.of(SignedManifest.load(home.manifest).open())
+    return Token.parse(join_token).needs if join_token is not None else None
+
+
+def beginning(home: Home, now_unix_s: float) -> str:
+    """Whether training starts fresh or goes on, from where, and what was spent until now."""
+    saved = checkpoint.paths(home.checkpoints)
+    if saved:
+        minutes = max(0.0, now_unix_s - saved[0].stat().st_mtime) / 60
+        start = f"resumes from step {checkpoint.step_of(saved[0]):,}, saved {minutes:,.0f} min ago"
+    elif home.initial_model.exists():
+        start = "starts fresh, from the swarm's initial model"
+    else:
+        start = "starts fresh, from the parameters of a member"
+    if not home.ledger_db.exists():
+        return f"{start}; no privacy was spent by this home"
+    with Ledger.look(home.ledger_db) as ledger:
+        charges, steps = ledger.charges(), ledger.steps_charged
+        about = charges[-1].about if charges else None
+        if about is None:
+            return f"{start}; {steps:,} private steps were charged to this home"
+        spent = accountant.epsilon(ledger.segments(), about.delta)
+    return (
+        f"{start}; {steps:,} private steps were charged to this home, epsilon {spent:.3g} of "
+        f"{about.epsilon_target:g} (delta {about.delta:.1e})"
+    )
 
 
 def run(
@@ -80,6 +118,7 @@ def run(
         founding.prepare_join(home, join_token)
     with HomeLock.acquire(home):
         logs.setup(home, config.daemon.log_level, config.daemon.log_format)
+        log.info("%s", beginning(home, time.time()))
         for note in (*closed, note_of_foreign(os.environ)):
             if note:
                 log.warning("%s", note)

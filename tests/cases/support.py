@@ -69,13 +69,20 @@ def sets(*fields: str) -> list[str]:
     return [part for field in fields for part in ("--set", field)]
 
 
+def skipping() -> list[str]:
+    """`--skip-trial`, where `init` knows it: seconds that only tests of the trial need."""
+    from xpeer.cli.init import init
+
+    return ["--skip-trial"] if any(p.name == "skip_trial" for p in init.params) else []
+
+
 def found(home: Path, shard: Path, *arguments: str | Path, fields: Sequence[str] = ()) -> None:
     """A tiny private swarm; asserts that `init` says so."""
     model = [] if any(str(a).startswith(("--model", "--preset")) for a in arguments) else [
         "--preset", "tiny"]  # fmt: skip
     done = xpeer(
         "init", "--swarm", "s", "--home", home, "--listen", LOOPBACK, "--shard", shard,
-        *model, *sets(*SMALL, "end.steps=20", *fields), *arguments,
+        *model, *sets(*SMALL, "end.steps=20", *fields), *skipping(), *arguments,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

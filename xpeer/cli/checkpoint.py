@@ -122,7 +122,7 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None) ->
 
     signed, data = SignedManifest.load(home.manifest), load_config(home).data
     manifest = signed.open()
-    tokenizer = load_tokenizer(manifest.tokenizer, data.tokenizer)
+    tokenizer = load_tokenizer(manifest.tokenizer, data.tokenizer, base_model=data.base_model)
     lora = manifest.model.lora
     if merged and lora is None:
         raise ConfigError("--merged: this swarm trains no adapters", "leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import click
 import msgspec
 
 from xpeer import founding
+from xpeer.cli.commands import command
 from xpeer.cli.common import (
     GivenPath,
     GivenText,
@@ -21,15 +23,18 @@ from xpeer.cli.common import (
     secure_home,
 )
 from xpeer.cli.start import read_token
-from xpeer.config import Home
+from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, LoraOptions, draft_manifest, initial_model
 from xpeer.manifest import Manifest
-from xpeer.network.invites import check_seed
+from xpeer.needs import Needs
+from xpeer.network.invites import Token
+from xpeer.network.multiaddress import check_peer
 from xpeer.paths import checked
 from xpeer.privacy import signal
+from xpeer.readiness import check_settings
+from xpeer.source import BYTES, check_folder, config_in, tokenizer_of
 from xpeer.status import SHOUTED
-from xpeer.training.source import BYTES, check_folder, config_in, tokenizer_of
 
 _COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 _FOUNDING = (
@@ -124,6 +129,11 @@ _EXPLAINED = {
 @click.option(
     "--name", "node_name", metavar="NAME", help="What the other members see this node called."
 )
+@click.option(
+    "--skip-trial",
+    is_flag=True,
+    help="Don't try a step, an exchange and an export before signing: for a huge model.",
+)
 @click.pass_context
 def init(
     ctx: click.Context,
@@ -148,10 +158,12 @@ def init(
     announce: tuple[str, ...],
     seeds: tuple[str, ...],
     node_name: str | None,
+    skip_trial: bool,
 ) -> None:
     """Found a swarm (--swarm NAME), or prepare this home to join one (--join TOKEN).
 
-    An error leaves nothing changed on the disk.
+    Before a manifest is signed, all that it fixes is tried once on public text. An error leaves
+    nothing changed on the disk.
     """
     if (name is None) == (join is None):
         raise ConfigError("--swarm and --join: one of them is needed", "see `xpeer init --help`")
@@ -159,7 +171,7 @@ def init(
     settings = {
         "network.listen": list(listen),
         "network.announce": list(announce),
-        "network.bootstrap": [check_seed("--bootstrap", seed) for seed in seeds],
+        "network.bootstrap": [check_peer("--bootstrap", seed) for seed in seeds],
         "network.name": node_name or "",
         "data.shard": [str(Path(p).expanduser().absolute()) for p in shard],
         "data.corpus": [str(Path(p).expanduser().absolute()) for p in corpus],
@@ -176,7 +188,7 @@ def init(
                 f"--{given[0].replace('_', '-')} does not go with --join",
                 "the swarm's founder has decided that",
             )
-        _join(home, join, as_toml(settings), as_json=as_json)
+        _join(home, join, settings, as_json=as_json)
         return
     founding.refuse_second_swarm(home)
     source = initial_model(
@@ -191,7 +203,15 @@ def init(
         changes=changes,
         privacy=privacy,
     )
-    founded = founding.found(home, manifest, source.write, as_toml(settings))
+    config = load_config(home, {key: value for key, value in settings.items() if value})
+    manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
+    founded = founding.found(
+        home,
+        manifest,
+        source.write,
+        as_toml(settings),
+        trial=None if skip_trial else partial(_try, manifest, config),
+    )
     if privacy in SHOUTED:
         say(f"warning: {SHOUTED[privacy]}")
     what = "parameters" if source.lora is None else "parameters of adapters"
@@ -201,8 +221,11 @@ def init(
     if (model or model_config) and tokenizer is None:
         say(f"tokenizer: {found_in or 'none in the model folder, so bytes are its tokens'}")
     say(f"keep a copy of {home.admin_key} in a safe place: only it can invite")
-    say("next, on this machine:  xpeer start --bootstrap")
-    say("for every other cloud:  xpeer invite create --for PEERID   (its `xpeer id`)")
+    say(f"next, on this machine:  {command(home, 'start', '--bootstrap')}")
+    invite = command(home, "invite", "create", "--for", "PEERID")
+    say(f"for every other cloud:  {invite}   (its `xpeer id`)")
+    for item in needs.in_words() if (needs := Needs.of(manifest)) is not None else ():
+        say(f"  it will need {item}")
     if as_json:
         echo_json({"swarm_id": founded.swarm_id, "swarm_name": name, "peer_id": founded.peer_id})
     else:
@@ -241,12 +264,31 @@ def _tokenizer_folder(
     return tokenizer_of(given, source, config_in(model, model_config))
 
 
-def _join(home: Home, join: str, config_text: str, *, as_json: bool) -> None:
-    token = founding.prepare_join(home, read_token(join) or "", config_text)
+def _try(manifest: Manifest, config: NodeConfig, new: Home) -> None:
+    """The founder's run in small, in the home that is being made."""
+    from xpeer.trial import rehearse, require_reachable  # noqa: PLC0415 - torch takes seconds
+
+    require_reachable(manifest)
+    rehearse(manifest, new, config, new.path, say)
+
+
+def _join(home: Home, join: str, settings: dict[str, Any], *, as_json: bool) -> None:
+    text = read_token(join) or ""
+    needs, config_text = Token.parse(text).needs, as_toml(settings)
+    data = load_config(home, {key: value for key, value in settings.items() if value}).data
+    if data.base_model:
+        check_folder(Path(data.base_model), "--base-model")
+    unmet = needs.unmet(data, home) if needs is not None else []
+    token = founding.prepare_join(home, text, config_text)
     say(f"ready to join {token.name}; compare its fingerprint with the admin's")
-    say("next:  xpeer start --bootstrap")
+    if unmet:
+        say(f"before it starts, {home.config} and this machine need what all members need:")
+    for item in unmet:
+        say(f"  {item}")
+    say(f"next:  {command(home, 'start', '--bootstrap')}")
     if as_json:
-        echo_json({"swarm_id": token.swarm_id, "swarm_name": token.name})
+        lacks = {"lacks": unmet} if unmet else {}
+        echo_json({"swarm_id": token.swarm_id, "swarm_name": token.name, **lacks})
     else:
         click.echo(token.swarm_id)
 
@@ -260,7 +302,7 @@ def _check_settings(home: Home, settings: dict[str, Any]) -> None:
         raise ConfigError(
             f"{e.object!r} is not UTF-8, so config.toml can't hold it", "rename that file"
         ) from e
-    load_config(home, given)
+    check_settings(home, load_config(home, given))
     if given and home.config.exists():
         raise ConfigError(
             f"{home.config} exists already, so {', '.join(sorted(given))} would be ignored",

@@ -28,8 +28,10 @@ from xpeer.errors import (
 from xpeer.founding import Issued
 from xpeer.identity import Identity, PeerId, public_key_of
 from xpeer.manifest import SignedManifest
-from xpeer.network.invites import MAX_SEEDS, MEMBERSHIP_S, check_seed, create_token
+from xpeer.needs import Needs
+from xpeer.network.invites import MAX_SEEDS, MEMBERSHIP_S, create_token
 from xpeer.network.membership import Role
+from xpeer.network.multiaddress import check_peer
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DAEMON_TIMEOUT_S = 3.0
@@ -82,6 +84,7 @@ def create(
         _check_peer_id(for_peer)
     if seeds and no_seed:
         raise ConfigError("--seed and --no-seed exclude one another", "keep one")
+    needs = Needs.of(manifest) if role == "member" else None
     token = create_token(
         admin,
         signed.genesis,
@@ -91,12 +94,15 @@ def create(
         role=role,
         ttl_s=_seconds(ttl),
         now_unix_s=time.time(),
+        needs=needs,
     )
     issued = Issued.of(token)
     founding.record_invite(home, issued)
     bootstrap = "" if token.seeds else " --bootstrap ADDR"
     joins = "bootstrap" if role == "infrastructure" else "start"
     text = " --shard /path/to/text" if role == "member" else ""
+    if needs is not None:
+        text += "".join(f" {option}" for option in needs.options())
     commands = [f"xpeer {joins} --join TOKEN{text}{bootstrap}"]
     if role != "infrastructure":
         commands.append(f"xpeer init --join TOKEN{text}{bootstrap}   # then: xpeer start")
@@ -107,6 +113,8 @@ def create(
     say(f"valid for {ttl}, {'for ' + for_peer if for_peer else 'for whoever holds it'}; to join:")
     for command in commands:
         say(f"  {command}")
+    for item in needs.in_words() if needs is not None else ():
+        say(f"it needs {item}")
     say("TOKEN is the line below, file:PATH, or - for standard input")
     say(f"fingerprint to compare: {issued.swarm_id}")
     click.echo(str(token))
@@ -141,9 +149,9 @@ def _admin_key(home: Home) -> Identity:
 def _seeds(home: Home, given: tuple[str, ...]) -> list[str]:
     """What was given, or else what the settings name and where our own daemon listens."""
     if given:
-        return [check_seed("--seed", seed) for seed in given]
+        return [check_peer("--seed", seed) for seed in given]
     config = load_config(home)
-    seeds = [check_seed("network.bootstrap", seed) for seed in config.network.bootstrap]
+    seeds = [check_peer("network.bootstrap", seed) for seed in config.network.bootstrap]
     try:
         seeds += Client(home.socket(config), _DAEMON_TIMEOUT_S).status().addresses
     except NotRunningError:

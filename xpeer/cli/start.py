@@ -49,7 +49,14 @@ _KNOWN_SEEDS = "known"
 @click.option("--min-peers", type=int, help="Wait for this many partners before training.")
 @click.option("--paused", is_flag=True, help="Join and serve, but take no steps until resume.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Of stderr and the log.")
-@click.option("--dry-run", is_flag=True, help="Check settings, keys, token and text; then exit.")
+@click.option("--base-model", type=GivenPath(), help="As data.base_model.")
+@click.option("--tokenizer", type=GivenPath(), help="As data.tokenizer.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything, count the text, time a step on public text; then exit.",
+)
+@click.option("--skip-trial", is_flag=True, help="With --dry-run: take no step.")
 def start(
     home: Home,
     seeds: tuple[str, ...],
@@ -63,7 +70,10 @@ def start(
     min_peers: int | None,
     paused: bool,
     log_format: str | None,
+    base_model: Path | None,
+    tokenizer: Path | None,
     dry_run: bool,
+    skip_trial: bool,
 ) -> None:
     """Run this peer's daemon in the foreground, until SIGTERM or `xpeer stop`."""
     config = load_config(
@@ -75,6 +85,8 @@ def start(
             "network.name": name,
             "data.shard": list(shard) or None,
             "data.privacy": privacy,
+            "data.base_model": _absolute(base_model),
+            "data.tokenizer": _absolute(tokenizer),
             "training.min_peers": min_peers,
             "daemon.log_format": log_format,
         },
@@ -89,9 +101,8 @@ def start(
 
     if dry_run:
         say_foreign()
-        daemon.check(home, config, join_token=token)
-        for line in _text_report(config):
-            say(line)
+        certificate = daemon.check(home, config, join_token=token)
+        _look(home, config, observes=certificate.role == "observer", trial=not skip_trial)
         say("all is well; nothing was started")
         return
     raise click.exceptions.Exit(daemon.run(home, config, join_token=token, paused=paused))
@@ -147,17 +158,29 @@ def _check_token(home: Home, text: str) -> None:
     founding.refuse_other_swarm(home, token.swarm_id)
 
 
-def _text_report(config: NodeConfig) -> list[str]:
-    """Read the text as the trainer will.
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.expanduser().absolute())
+
+
+def _look(home: Home, config: NodeConfig, *, observes: bool, trial: bool) -> None:
+    """What a start would come to, in lines.
 
     Raises:
-        ConfigError: there is none, or it can't be read.
+        LocalError: what it would be stopped by.
     """
     from xpeer.training.documents import read_shard  # noqa: PLC0415 - only a dry run needs it
 
+    if observes:
+        say("an observer trains on nothing")
+        return
+    if home.manifest.exists():
+        from xpeer import dry_run  # noqa: PLC0415 - slow
+        from xpeer.manifest import SignedManifest  # noqa: PLC0415
+
+        dry_run.look(home, config, SignedManifest.load(home.manifest).open(), say, trial=trial)
+        return
     setting = "data.corpus" if config.data.corpus else "data.shard"
     patterns = config.data.corpus or config.data.shard
-    if not patterns:
-        return ["note: no text is set (data.shard); only an observer can do without"]
-    summary = read_shard(patterns, config.data.text_field, setting).summary
-    return [f"{setting}: {line}" for line in summary.lines()]
+    for line in read_shard(patterns, config.data.text_field, setting).summary.lines():
+        say(f"{setting}: {line}")
+    say("records, steps and speed: once a member has handed over the manifest (first start)")

@@ -11,6 +11,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from xpeer.errors import ConfigError
 from xpeer.identity import PeerId, public_key_of
+from xpeer.network.multiaddress import check_listen
 
 MAX_PEERS = 4096
 PER_PEER = 8
@@ -49,12 +50,7 @@ def resolve_listen(listen: list[str], field: str = "network.listen") -> list[str
     """
     resolved = []
     for address in listen:
-        parts = check_address(field, address).split("/")
-        if len(parts) != 5 or parts[1] not in ("ip4", "ip6") or parts[3] != "tcp":
-            raise ConfigError(
-                f"{field}: {address!r} is not /ip4/ADDRESS/tcp/PORT",
-                "only TCP is supported, e.g. /ip4/0.0.0.0/tcp/4001",
-            )
+        parts = check_listen(field, address).split("/")
         family = socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -83,27 +79,6 @@ def check_address(field: str, address: str) -> str:
             f"{field}: {address!r} is not a multiaddress: {e}",
             "write it as /ip4/ADDRESS/tcp/PORT/p2p/PEERID or /dns4/NAME/tcp/PORT/p2p/PEERID",
         ) from e
-
-
-def check_announce(addresses: Iterable[str], field: str = "network.announce") -> None:
-    """Refuse what nobody could dial.
-
-    Raises:
-        ConfigError: no TCP address of a host and a port.
-    """
-    for address in addresses:
-        parts = check_address(field, address).split("/")
-        dialled = len(parts) in (5, 7) and parts[1] in _DIALLED and parts[3] == "tcp"
-        if not dialled or (len(parts) == 7 and parts[5] != "p2p"):
-            raise ConfigError(
-                f"{field}: {address!r} is nothing that others can dial",
-                "write it as /ip4/ADDRESS/tcp/PORT or /dns4/NAME/tcp/PORT",
-            )
-        if parts[4] == "0" or parts[2] in ("0.0.0.0", "::"):  # noqa: S104 - refused
-            raise ConfigError(
-                f"{field}: {address!r} names no {'port' if parts[4] == '0' else 'host'}",
-                "name the address and port at which others reach this node",
-            )
 
 
 def without_peer(address: str) -> str:

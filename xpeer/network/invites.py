@@ -19,8 +19,9 @@ from msgspec import Meta, Struct
 from nacl.signing import SigningKey
 
 from xpeer.errors import ConfigError, NotAuthorisedError
-from xpeer.identity import Domain, Identity, PeerId, public_key_of, verify_with
+from xpeer.identity import Domain, Identity, PeerId, verify_with
 from xpeer.manifest import Genesis
+from xpeer.needs import Needs
 from xpeer.network.membership import BEARER_PREFIX, Certificate, Credential, Role, unpack
 
 PREFIX = "xpeer1."
@@ -41,7 +42,10 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
     bearer: bytes = b""
     """Seed of the one-time key; empty in tokens for one PeerID."""
     seal: bytes = b""
-    """The admin key's signature over everything above."""
+    """The admin key's signature over everything else."""
+    needs: Needs | None = None
+    """What members bring besides their text; None, and then not in its bytes: nothing, or the token
+    is of a version that said nothing of it."""
 
     def __repr__(self) -> str:
         """Never the token itself: a bearer token in a log is an open door."""
@@ -49,7 +53,10 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
 
     def __str__(self) -> str:
         """As text to be copied."""
-        return PREFIX + base64.urlsafe_b64encode(msgspec.msgpack.encode(self)).decode().rstrip("=")
+        said = msgspec.structs.asdict(self)
+        if self.needs is None:
+            del said["needs"]
+        return PREFIX + base64.urlsafe_b64encode(msgspec.msgpack.encode(said)).decode().rstrip("=")
 
     @classmethod
     def parse(cls, text: str) -> Token:
@@ -75,7 +82,8 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
             raise NotAuthorisedError("the token is damaged", _REMEDY) from e
         if not intact:
             raise NotAuthorisedError("the token is damaged or was altered", _REMEDY)
-        if not all(said.isprintable() for said in (token.name, *token.seeds)):
+        source = token.needs.source if token.needs is not None else ""
+        if not all(said.isprintable() for said in (token.name, source, *token.seeds)):
             raise NotAuthorisedError(
                 f"the token's name {token.name!r}, or a seed of it, has control characters",
                 "don't join: whoever made it wants to deceive; ask somebody you know for another",
@@ -83,9 +91,8 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
         return token
 
     def _statement(self) -> bytes:
-        return msgspec.msgpack.encode(
-            (self.name, self.seeds, self.body, self.signature, self.bearer)
-        )
+        said = (self.name, self.seeds, self.body, self.signature, self.bearer)
+        return msgspec.msgpack.encode(said if self.needs is None else (*said, self.needs))
 
     def _is_sealed(self) -> bool:
         admin = self.certificate.genesis.admin
@@ -134,6 +141,7 @@ def create_token(
     role: Role,
     ttl_s: float,
     now_unix_s: float,
+    needs: Needs | None = None,
 ) -> Token:
     """Make an invitation.
 
@@ -146,6 +154,7 @@ def create_token(
         role: what it grants.
         ttl_s: the right to join expires after this.
         now_unix_s: wall clock.
+        needs: of members.
 
     Raises:
         ConfigError: the seeds do not fit into a token.
@@ -154,7 +163,7 @@ def create_token(
     holder = f"{BEARER_PREFIX}{bytes(SigningKey(bearer).verify_key).hex()}" if bearer else ""
     certificate = grant(genesis, for_peer or holder, role, ttl_s, now_unix_s)
     body = msgspec.msgpack.encode(certificate)
-    plain = Token(name, seeds, body, admin.sign(Domain.CERTIFICATE, body), bearer)
+    plain = Token(name, seeds, body, admin.sign(Domain.CERTIFICATE, body), bearer, needs=needs)
     token = msgspec.structs.replace(plain, seal=admin.sign(Domain.TOKEN, plain._statement()))
     try:
         return Token.parse(str(token))
@@ -163,23 +172,6 @@ def create_token(
             f"a token can't hold these {len(seeds)} seeds or this name",
             f"name at most {MAX_SEEDS} seeds of usual length with --seed",
         ) from e
-
-
-def check_seed(option: str, address: str) -> str:
-    """An address that others can be told: it ends in the PeerID that answers there.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    before, mark, peer_id = address.rpartition("/p2p/")
-    try:
-        public_key_of(peer_id if mark and before.startswith("/") else "")
-    except ValueError as e:
-        raise ConfigError(
-            f"{option}: {address!r} is not an address that ends in /p2p/PEERID",
-            "copy the whole address that `xpeer bootstrap` or `xpeer status --wide` prints",
-        ) from e
-    return address
 
 
 def grant(

@@ -23,7 +23,6 @@ from xpeer.identity import Identity, PeerId
 from xpeer.network import present, serving
 from xpeer.network.addresses import (
     AddressBook,
-    check_announce,
     host_of,
     reachable,
     resolve_listen,
@@ -34,6 +33,7 @@ from xpeer.network.dht import OwnerSigned, ping, start_node
 from xpeer.network.direct import Direct
 from xpeer.network.link import Link, Meter
 from xpeer.network.membership import Membership, Scope
+from xpeer.network.multiaddress import check_announce
 from xpeer.network.p2p import CallHandler, GatedP2P
 from xpeer.network.serving import LinkHandler, Served
 from xpeer.network.stream import Stream
@@ -116,7 +116,8 @@ class Swarm:
             LocalError: the sidecar does not start.
         """
         listen = resolve_listen(listen)
-        check_announce(announce or [])
+        for address in announce or []:
+            check_announce("network.announce", address)
         self = cls(
             identity,
             identity_path,

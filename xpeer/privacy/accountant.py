@@ -36,7 +36,7 @@ _HOPELESS: Final = 1000.0
 """Above this epsilon a simple bound will do, and the distribution would need gigabytes."""
 SIGMA_GRID: Final = 1000
 """Calibrated noise multipliers are multiples of a thousandth."""
-_SIGMA_MAX: Final = 10_000
+SIGMA_MAX: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def calibrate(
     found = SIGMA_GRID
     while not fits(found, _COARSER[0]):
         found *= 2
-        if found > _SIGMA_MAX * SIGMA_GRID:
+        if found > SIGMA_MAX * SIGMA_GRID:
             raise ConfigError(
                 f"privacy.epsilon {epsilon_target} can't be reached with {steps} steps at "
                 f"sampling probability {sampling_probability}",

@@ -157,8 +157,10 @@ def assemble(setup: TrainerSetup) -> Assembled:
     manifest = signed.open(setup.swarm_id)
     manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
     manifest_hash = signed.genesis.manifest_hash.hex()
-    tokenizer = load_tokenizer(manifest.tokenizer, config.data.tokenizer)
-    text = _text(setup, manifest, tokenizer, home)
+    tokenizer = load_tokenizer(
+        manifest.tokenizer, config.data.tokenizer, base_model=config.data.base_model
+    )
+    text = text_of(setup, manifest, tokenizer, home)
     for folder in (home.checkpoints, home.cache):
         clear_staging(folder)
     saved, warnings = checkpoint.load_latest(home.checkpoints)
@@ -261,7 +263,7 @@ def _forfeited(counters: Counters, saved: Bundle | None, manifest: Manifest, led
     return max(0, ledger.steps_charged - counters.charges_used)
 
 
-def _about(manifest: Manifest, swarm_id: str, text: _Text) -> About:
+def _about(manifest: Manifest, swarm_id: str, text: Text) -> About:
     """What the ledger notes beside each charge."""
     rules, length = manifest.privacy, manifest.optimiser.sequence_tokens
     about = About(swarm_id, rules.mode, rules.clip_norm, 0.0, rules.epsilon)
@@ -277,7 +279,7 @@ def _about(manifest: Manifest, swarm_id: str, text: _Text) -> About:
     )
 
 
-def _share(ledger: Ledger, setup: TrainerSetup, manifest: Manifest, text: _Text) -> Joined:
+def _share(ledger: Ledger, setup: TrainerSetup, manifest: Manifest, text: Text) -> Joined:
     """Have charges counted for these documents on the whole machine."""
     register = Register.open(privacy_register(setup.config))
     return ledger.share(register, text.documents, _about(manifest, setup.swarm_id, text))
@@ -322,7 +324,7 @@ def _warnings_of(joined: Joined) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
+class Text:
     """What a node trains on."""
 
     records: torch.Tensor  # (n, T) int64
@@ -335,7 +337,18 @@ class _Text:
     """Of a shared corpus."""
 
 
-def _text(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home) -> _Text:
+def text_of(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home) -> Text:
+    """The shard, or this node's part of the corpus, as the trainer reads it.
+
+    Args:
+        setup: names the files.
+        manifest: of the swarm.
+        tokenizer: of the swarm.
+        home: whose cache is used.
+
+    Raises:
+        ShardError: there is no text, or it can't be read.
+    """
     data, shared = setup.config.data, manifest.shared_corpus
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
     found = read_shard(patterns, data.text_field, setting)
@@ -358,7 +371,7 @@ def _text(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: H
     ids = [document.whole or document.id for document in training]
     too_short = len(training) - len(set(owners.tolist()))
     summary = msgspec.structs.replace(found.summary, too_short=too_short)
-    return _Text(records, owners, ids, validation, summary, share)
+    return Text(records, owners, ids, validation, summary, share)
 
 
 def _evaluation(

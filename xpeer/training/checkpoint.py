@@ -214,6 +214,12 @@ def paths(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def newest_step(folder: Path) -> int | None:
+    """Of the newest checkpoint, by its name; None = there is none."""
+    found = paths(folder)
+    return step_of(found[0]) if found else None
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     match = _NAME.fullmatch(path.name)

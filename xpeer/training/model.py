@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from xpeer.errors import ConfigError
+from xpeer.source import check_folder
 from xpeer.training.export import export_adapters, export_hf, generate
 from xpeer.training.flat import FlatParameters, digest, num_params, read_flat, write_flat
 from xpeer.training.kept import config_for_manifest
@@ -31,7 +32,6 @@ from xpeer.training.losses import (
     transformers_model,
 )
 from xpeer.training.rebuild import require_complete
-from xpeer.training.source import check_folder
 
 __all__ = [
     "FlatParameters",

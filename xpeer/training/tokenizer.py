@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from xpeer import manifest
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
+from xpeer.source import has_tokenizer
 from xpeer.training.kept import TOKENIZER_FILES, copy
 
 BYTE_BOS: Final = 256
@@ -154,18 +155,23 @@ class HuggingFaceTokenizer:
         return self._fast.token_to_id(text) if isinstance(text, str) else None
 
 
-def load_tokenizer(spec: manifest.Tokenizer, folder: str = "") -> Tokenizer:
+def load_tokenizer(
+    spec: manifest.Tokenizer, folder: str = "", *, base_model: str = ""
+) -> Tokenizer:
     """The tokenizer that the manifest asks for.
 
     Args:
         spec: of the manifest.
         folder: this node's `data.tokenizer`; of no use to the byte tokenizer.
+        base_model: this node's `data.base_model`, which is looked into if `folder` is empty.
 
     Raises:
         ConfigError: it is not in the folder, or another one is.
     """
     if spec.kind == "byte":
         return ByteTokenizer()
+    if not folder and base_model and has_tokenizer(Path(base_model).expanduser()):
+        folder = base_model
     if not folder:
         raise ConfigError(
             "data.tokenizer is not set, and the manifest asks for a Hugging Face tokenizer",

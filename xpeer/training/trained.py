@@ -56,7 +56,7 @@ def from_home(home: Home, base_model: str = "", tokenizer: str = "") -> Trained:
         )
     model = model_of(manifest, home, base_model)
     write_flat(model, bundle.consolidated())
-    made = load_tokenizer(manifest.tokenizer, tokenizer)
+    made = load_tokenizer(manifest.tokenizer, tokenizer, base_model=base_model)
     return Trained(model.eval(), made, f"step {bundle.step} of {home.path}", warnings)
 
 

@@ -282,7 +282,9 @@ def test_a_good_token_is_not_used_up_by_a_dry_run(home: Home, tmp_path: Path) ->
 
 def test_dry_run_of_a_good_home(home: Home) -> None:
     with unchanged(home.path):
-        result = xpeer(home, "start", "--bootstrap", "--bootstrap", SEED, "--dry-run", *TEXT)
+        result = xpeer(
+            home, "start", "--bootstrap", "--bootstrap", SEED, "--dry-run", "--skip-trial", *TEXT
+        )
     assert result.exit_code == ExitCode.OK, result.stderr
 
 
@@ -304,11 +306,13 @@ def test_shard_without_text(home: Home, tmp_path: Path) -> None:
 
 
 def test_dry_run_counts_the_text(home: Home, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "a.txt").write_text("hello, world")
+    shard = ("--shard", str(tmp_path / "a.txt"))
     with unchanged(tmp_path):
-        result = xpeer(home, "start", "--shard", str(tmp_path / "a.txt"), "--dry-run")
-    assert result.exit_code == ExitCode.OK
-    assert "1 documents, 5 characters" in result.stderr
+        result = xpeer(home, "start", *shard, "--dry-run", "--skip-trial")
+    assert result.exit_code == ExitCode.OK, result.stderr
+    assert "1 documents to train on, 1 records of at most 128 tokens, 14 tokens" in result.stderr
+    assert "epsilon" in result.stderr
 
 
 def test_dry_run_tells_what_it_left_out(home: Home, tmp_path: Path) -> None:
@@ -316,14 +320,14 @@ def test_dry_run_tells_what_it_left_out(home: Home, tmp_path: Path) -> None:
     for n in range(10):
         (tmp_path / "s" / f"{n}.txt.gz").write_bytes(b"")
     for name, text in (
-        *(("a.json", "{}"), ("b.json", "{}"), ("a.txt", "hello"), ("b.txt", "")),
-        ("c.jsonl", '{"text": null}\n{"text": "hello"}\n{"body": ""}\n'),
+        *(("a.json", "{}"), ("b.json", "{}"), ("a.txt", "hello, world"), ("b.txt", "")),
+        ("c.jsonl", '{"text": null}\n{"text": "hello, world"}\n{"body": ""}\n'),
     ):
         (tmp_path / "s" / name).write_text(text)
-    result = xpeer(home, "start", "--shard", str(tmp_path / "s"), "--dry-run")
+    result = xpeer(home, "start", "--shard", str(tmp_path / "s"), "--dry-run", "--skip-trial")
     assert result.exit_code == ExitCode.OK
     for line in (
-        "data.shard: 1 documents, 5 characters, in 3 files",
+        "data.shard: 1 documents, 12 characters, in 3 files",
         "data.shard: 12 files left out: .gz 10, .json 2",
         "data.shard: 3 rows without text: empty 1, no field 1, null 1",
         "data.shard: 1 texts that came before",

@@ -51,7 +51,8 @@ def model_config(tmp_path: Path) -> str:
 
 
 def xpeer(*args: str, text: str = "") -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, args, input=text)
+    quick = ["--skip-trial"] if args[:1] == ("init",) else []  # see test_trial
+    result = CliRunner().invoke(main, [*args, *quick], input=text)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr

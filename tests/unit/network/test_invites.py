@@ -14,8 +14,9 @@ from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.identity import Domain, Identity, PeerId
 from xpeer.manifest import Genesis
 from xpeer.network import invites
-from xpeer.network.invites import Token, check_seed, create_token
+from xpeer.network.invites import Token, create_token
 from xpeer.network.membership import Membership, Role
+from xpeer.network.multiaddress import check_peer
 
 NOW = 1_800_000_000.0
 ADMIN = Identity.generate()
@@ -204,8 +205,8 @@ def test_repr_shows_no_secret() -> None:
 )
 def test_addresses_without_a_peer_id(address: str) -> None:
     with pytest.raises(ConfigError, match="--seed: "):
-        check_seed("--seed", address)
+        check_peer("--seed", address)
 
 
 def test_an_address_with_a_peer_id() -> None:
-    assert check_seed("--seed", SEED) == SEED
+    assert check_peer("--seed", SEED) == SEED

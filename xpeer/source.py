@@ -121,7 +121,7 @@ def tokenizer_of(
         named = named.parent if named.name == "tokenizer.json" and named.is_file() else named
         _require_tokenizer(named, "--tokenizer")
         return named
-    if folder is None or config is None or (folder / "tokenizer.json").exists():
+    if folder is None or config is None or has_tokenizer(folder):
         return folder
     if _other_tokenizer(folder):
         _require_tokenizer(folder, "--model")
@@ -138,10 +138,15 @@ def tokenizer_of(
     )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether it holds one that is read here."""
+    return (folder / "tokenizer.json").exists()
+
+
 def _require_tokenizer(folder: Path, option: str) -> None:
     if not folder.is_dir():
         raise missing_folder(folder, option, "name the folder that holds its tokenizer.json")
-    if (folder / "tokenizer.json").exists():
+    if has_tokenizer(folder):
         refuse_pointer(folder / "tokenizer.json", option)
         return
     other = _other_tokenizer(folder)

@@ -1,0 +1,141 @@
+"""The trial before a manifest is signed: every kind of run goes through it, and nothing is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.cases.support import model_folder, tokenizer_folder, write_shard
+from xpeer.cli import main
+from xpeer.config import Home
+from xpeer.errors import LocalError
+from xpeer.training.model import FlatParameters
+
+SMALL = ["--set", "optimiser.batch_records=4", "--set", "optimiser.sequence_tokens=32"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def init(home: Path, *options: str | Path) -> tuple[int, str]:
+    done = CliRunner().invoke(
+        main, ["init", "--swarm", "s", "--home", str(home), *SMALL, *map(str, options)]
+    )
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stderr
+
+
+KINDS: dict[str, list[str]] = {
+    "private": [],
+    "documents": ["--set", "privacy.unit=document"],
+    "adaptive": ["--set", "privacy.clipping=adaptive"],
+    "update": ["--privacy", "update"],
+    "off": ["--privacy", "off"],
+    "masks": ["--set", "round.masks=true", "--set", "round.group=3"],
+    "gradient": ["--privacy", "off", "--set", "round.rule=gradient", "--set", "round.fragments=1",
+                 "--set", "round.group=0"],
+    "diloco": ["--set", "round.rule=diloco", "--set", "round.group=0"],
+    "noloco": ["--set", "round.rule=noloco", "--set", "round.codec=bfloat16"],
+    "gasloc": ["--set", "round.rule=gasloc", "--set", "round.codec=int4"],
+    "modulo": ["--set", "round.codec=int8-modulo"],
+    "adapters": ["--lora-rank", "2"],
+    "one step a window": ["--set", "round.window_steps=1", "--set", "end.steps=1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run(tmp_path: Path, register_of_the_test: Path, kind: str) -> None:
+    code, err = init(tmp_path / "h", "--preset", "tiny", *KINDS[kind])
+    assert code == 0, err
+    for part in ("building the model", "step on public text", "exchange with itself", "exported"):
+        assert part in err
+    home = Home(tmp_path / "h")
+    assert not register_of_the_test.exists(), "nothing is charged"
+    assert not home.ledger_db.exists()
+    assert not home.checkpoints.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"h"}
+    assert not [p for p in home.path.iterdir() if "trial" in p.name]
+
+
+def test_a_model_with_its_tokenizer(tmp_path: Path) -> None:
+    model = tokenizer_folder(model_folder(tmp_path / "m"))
+    code, err = init(tmp_path / "h", "--model", model)
+    assert (code, "exported, and loaded again" in err) == (0, True), err
+
+
+def test_a_fault_that_only_a_restart_would_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xpeer import trial
+    from xpeer.training.initial import model_of
+
+    def another(*_args: object, **_kwargs: object) -> torch.nn.Module:
+        made = model_of(*_args, **_kwargs)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for module in made.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.register_forward_hook(lambda _m, _i, out: 1.1 * out)
+        return made
+
+    monkeypatch.setattr(trial, "model_of", another)
+    code, err = init(tmp_path / "h", "--preset", "tiny")
+    assert code == 1, err
+    assert "as restarted is not the one that was trained" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_step_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_self: FlatParameters, _out: object = None) -> torch.Tensor:
+        raise LocalError("no memory", "use less")
+
+    monkeypatch.setattr(FlatParameters, "read", fail)
+    code, err = init(tmp_path / "h", "--preset", "tiny")
+    assert (code, "no memory" in err) == (1, True), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_trial_can_be_skipped(tmp_path: Path) -> None:
+    code, err = init(tmp_path / "h", "--preset", "tiny", "--skip-trial")
+    assert (code, "step on public text" in err) == (0, False), err
+
+
+def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, register_of_the_test: Path) -> None:
+    shard = write_shard(tmp_path / "shard", 20)
+    code, err = init(tmp_path / "h", "--preset", "tiny", "--skip-trial", "--shard", shard,
+                     "--listen", "/ip4/127.0.0.1/tcp/0", "--set", "end.steps=50")  # fmt: skip
+    assert code == 0, err
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    done = CliRunner().invoke(main, ["start", "--home", str(tmp_path / "h"), "--dry-run"])
+    assert done.exit_code == 0, done.stderr
+    for part in ("documents to train on", "records of at most 32 tokens", "held out", "noise",
+                 "epsilon 7.9", "at the end", "tokens/s", "memory", "planned steps: 50",
+                 "all is well"):  # fmt: skip
+        assert part in done.stderr, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    assert not register_of_the_test.exists()
+
+
+def test_a_start_says_where_it_begins(tmp_path: Path) -> None:
+    from xpeer.privacy.accountant import Segment
+    from xpeer.privacy.charges import About
+    from xpeer.privacy.ledger import Ledger
+    from xpeer_daemon.start import beginning
+
+    home = Home(tmp_path)
+    assert "fresh, from the parameters of a member; no privacy" in beginning(home, 0.0)
+    home.initial_model.mkdir()
+    assert "fresh, from the swarm's initial model" in beginning(home, 0.0)
+    home.checkpoints.mkdir()
+    (home.checkpoints / "ckpt-000000237.safetensors").write_bytes(b"")
+    with Ledger.open(home.ledger_db) as ledger:
+        ledger.about = About("s", "record", 1.0, 1e-5, 8.0)
+        ledger.charge(Segment(1.0, 0.01, 395))
+    said = beginning(home, (home.checkpoints / "ckpt-000000237.safetensors").stat().st_mtime + 120)
+    assert "resumes from step 237, saved 2 min ago; 395 private steps" in said
+    assert "of 8 (delta 1.0e-05)" in said

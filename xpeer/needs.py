@@ -1,0 +1,112 @@
+"""What a member has to bring besides its text: told in an invitation, and all at once.
+
+Knows no torch: whether a model's weights are the right ones is seen when they are loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from xpeer.config import Data, Home
+from xpeer.errors import ConfigError
+from xpeer.identity import blake2b
+from xpeer.manifest import Manifest
+from xpeer.source import check_folder, has_tokenizer
+
+_Digest = Annotated[str, Meta(max_length=64)]
+
+
+class Needs(Struct, frozen=True, forbid_unknown_fields=True):
+    """Of every member of a swarm that trains."""
+
+    tokenizer: _Digest = ""
+    """BLAKE2b-256 (hex) of its tokenizer.json; empty: bytes."""
+    base_model: _Digest = ""
+    """BLAKE2b-256 (hex) of the weights whose adapters are trained; empty: none."""
+    source: Annotated[str, Meta(max_length=200)] = ""
+    """What the founder's folder of the model was called."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Needs | None:
+        """None: nothing."""
+        lora, digest = manifest.model.lora, manifest.tokenizer.digest
+        if lora is None and not digest:
+            return None
+        return cls(digest, lora.base_digest if lora is not None else "", manifest.model.source)
+
+    def options(self) -> list[str]:
+        """Of `xpeer init --join` and `xpeer start`."""
+        options = ["--base-model /path/to/model"] if self.base_model else []
+        return options + (["--tokenizer /path/to/tokenizer"] if self.tokenizer else [])
+
+    def in_words(self) -> list[str]:
+        """All of it, an item each."""
+        named = f" ({self.source})" if self.source else ""
+        items = []
+        if self.base_model:
+            items.append(
+                f"--base-model (data.base_model): a copy of the founder's model{named}, whose "
+                f"weights have BLAKE2b-256 {self.base_model[:16]}"
+            )
+            items.append("peft: pip install 'xpeer[lora]'")
+        if self.tokenizer:
+            which = "that model" if self.base_model else f"the founder's model{named}"
+            items.append(
+                f"--tokenizer (data.tokenizer): the folder of {which}'s tokenizer, whose "
+                f"tokenizer.json has BLAKE2b-256 {self.tokenizer[:16]}"
+            )
+        return items
+
+    def unmet(self, data: Data, home: Home) -> list[str]:
+        """What is missing or wrong on this node, an item each; empty: all is there."""
+        model, peft, *tokenizer = self.in_words() if self.base_model else ("", "", *self.in_words())
+        found = []
+        if self.base_model and not data.base_model and not home.initial_model.exists():
+            found.append(model)
+        if self.base_model and data.base_model:
+            try:
+                check_folder(Path(data.base_model).expanduser(), "data.base_model")
+            except ConfigError as e:
+                found.append(str(e))
+        if self.base_model and importlib.util.find_spec("peft") is None:
+            found.append(peft)
+        return found + self._unmet_tokenizer(data, *tokenizer)
+
+    def _unmet_tokenizer(self, data: Data, said: str = "") -> list[str]:
+        if not self.tokenizer:
+            return []
+        beside = data.base_model
+        if not data.tokenizer and beside and has_tokenizer(Path(beside).expanduser()):
+            named, setting = beside, "data.base_model"
+        else:
+            named, setting = data.tokenizer, "data.tokenizer"
+        if not named:
+            return [said]
+        file = Path(named).expanduser() / "tokenizer.json"
+        try:
+            seen = blake2b(file.read_bytes()).hex()
+        except OSError as e:
+            return [f"{setting}: {file} can't be read: {e.strerror}"]
+        if seen == self.tokenizer:
+            return []
+        return [f"{setting}: {file} has BLAKE2b-256 {seen[:16]}, and it should be that of {said}"]
+
+
+def require(needs: Needs | None, data: Data, home: Home) -> None:
+    """Refuse a node that lacks something, and name all of it.
+
+    Raises:
+        ConfigError: an item each.
+    """
+    unmet = needs.unmet(data, home) if needs is not None else []
+    if unmet:
+        raise ConfigError(
+            f"this node lacks {len(unmet)} of what the swarm's members need: "
+            + "; ".join(f"({n}) {item}" for n, item in enumerate(unmet, start=1)),
+            f"set them in {home.config}, or give the options to `xpeer init --join` or "
+            "`xpeer start`",
+        )

@@ -1,0 +1,96 @@
+"""Multiaddresses that people write, checked without libp2p, at once; see also `addresses`.
+
+TCP alone is spoken here: /ip4/ADDRESS/tcp/PORT, /ip6/..., /dns4/NAME/tcp/PORT and their like, with
+/p2p/PEERID behind where a peer is meant.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Final
+
+from xpeer.errors import ConfigError
+from xpeer.identity import public_key_of
+
+_NAMES: Final = frozenset({"dns", "dns4", "dns6"})
+_HOST_NAME: Final = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}\.?)+")
+_FORM: Final = "write it as /ip4/ADDRESS/tcp/PORT or /dns4/NAME/tcp/PORT"
+
+
+def check_listen(field: str, address: str) -> str:
+    """An address to listen on; port 0 = any free one.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    kind, host, _ = _parts(field, address, "only TCP is supported, e.g. /ip4/0.0.0.0/tcp/4001")
+    if kind in _NAMES:
+        raise ConfigError(
+            f"{field}: {address!r} is not /ip4/ADDRESS/tcp/PORT",
+            f"give the address of {host} on this machine, or /ip4/0.0.0.0/tcp/PORT for all",
+        )
+    return address
+
+
+def check_announce(field: str, address: str) -> str:
+    """An address that others can dial.
+
+    Raises:
+        ConfigError: nobody could.
+    """
+    whole, mark, _ = address.rpartition("/p2p/")
+    kind, host, port = _parts(field, whole if mark else address, _FORM)
+    if port == 0:
+        raise ConfigError(
+            f"{field}: {address!r} names no port: nobody can dial 0",
+            "give the port that is forwarded to this node",
+        )
+    if kind not in _NAMES and ipaddress.ip_address(host).is_unspecified:
+        raise ConfigError(
+            f"{field}: {address!r} names no host: it means every address of this machine",
+            "give the one at which others reach this node, e.g. /dns4/NAME/tcp/PORT",
+        )
+    return address
+
+
+def check_peer(field: str, address: str) -> str:
+    """An address that others can be told: it ends in the PeerID that answers there.
+
+    Raises:
+        ConfigError: it does not, or can't be dialled.
+    """
+    before, mark, peer_id = address.rpartition("/p2p/")
+    remedy = "copy the whole address that `xpeer bootstrap` or `xpeer status --wide` prints"
+    try:
+        public_key_of(peer_id if mark and before.startswith("/") else "")
+    except ValueError as e:
+        raise ConfigError(
+            f"{field}: {address!r} is not an address that ends in /p2p/PEERID", remedy
+        ) from e
+    if _parts(field, before, remedy)[2] == 0:
+        raise ConfigError(f"{field}: {address!r} has port 0, which nobody can dial", remedy)
+    return address
+
+
+def _parts(field: str, address: str, remedy: str) -> tuple[str, str, int]:
+    """Kind, host and port of /KIND/HOST/tcp/PORT."""
+    parts = address.split("/")
+    right = len(parts) == 5 and parts[0] == "" and parts[3] == "tcp"
+    if not (right and _host(parts[1], parts[2]) and _port(parts[4])):
+        raise ConfigError(f"{field}: {address!r} is not /ip4/ADDRESS/tcp/PORT or its like", remedy)
+    return parts[1], parts[2], int(parts[4])
+
+
+def _host(kind: str, host: str) -> bool:
+    if kind in _NAMES:
+        return _HOST_NAME.fullmatch(host) is not None
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return kind == f"ip{found.version}" and "%" not in host
+
+
+def _port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535

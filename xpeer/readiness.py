@@ -1,0 +1,28 @@
+"""What `xpeer init`, `xpeer start` and `xpeer start --dry-run` check alike, before anything else.
+
+Knows neither torch nor libp2p: it has to be quick.
+"""
+
+from __future__ import annotations
+
+from xpeer.config import Home, NodeConfig, privacy_register
+from xpeer.network.multiaddress import check_announce, check_listen, check_peer
+
+
+def check_settings(home: Home, config: NodeConfig) -> None:
+    """Refuse settings with which no node could run, whatever swarm it is of.
+
+    Raises:
+        ConfigError: names the setting, its value and a remedy.
+    """
+    network = config.network
+    for address in network.listen:
+        check_listen("network.listen", address)
+    for address in network.announce:
+        check_announce("network.announce", address)
+    for address in network.bootstrap:
+        check_peer("network.bootstrap", address)
+    if network.direct_listen:
+        check_listen("network.direct_listen", network.direct_listen)
+    home.socket(config)
+    privacy_register(config)

@@ -1,0 +1,342 @@
+"""A run in small, before anything is signed or started: what nodes would refuse later is found now.
+
+By the trainer's own code: model and tokenizer are built from the manifest, one step is taken by the
+privacy mechanism's own engine, one exchange is made with oneself, the model is saved, rebuilt from
+its config as a restart does, exported, and loaded again. All of it on the manifest's public text,
+in a folder that is removed: no private text is read, nothing is charged, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import torch
+from msgspec import structs
+
+from xpeer.config import Home, NodeConfig
+from xpeer.errors import ConfigError, LocalError, PeerError, Reason
+from xpeer.identity import Identity
+from xpeer.manifest import Manifest, SignedManifest
+from xpeer.privacy import accountant
+from xpeer.privacy.accountant import Segment
+from xpeer.privacy.budget import delta_of, told_size
+from xpeer.training import checkpoint, model
+from xpeer.training.assemble import Assembled, assemble
+from xpeer.training.flat import write_flat
+from xpeer.training.initial import model_of, source_folders
+from xpeer.training.kept import Source
+from xpeer.training.setup import TrainerSetup
+from xpeer.training.tokenizer import Tokenizer, load_tokenizer
+from xpeer.wire import fixedpoint
+
+Tell = Callable[[str], None]
+_MOST_TOKENS: Final = 2_000_000
+"""Of the text that is tried, which is public text again and again."""
+_LARGEST_SHARD: Final = 10**6
+"""Records: the more, the less noise a budget asks for."""
+_EPSILON, _SIGMA = 10.0, 1.0
+"""Of the trial, in place of the manifest's: a few steps fit at any rate of sampling, and the
+accountant has counted them at once. What a budget allows: `require_reachable`."""
+_TINY: Final = 0.01
+"""Larger epsilons are reached by the largest noise, however many steps there are."""
+_LARGE: Final = 1e9
+"""No trained parameter is larger; a rate that makes one so is a slip."""
+_CLOSE: Final = 1e-3
+"""Relative difference of logits that are the same but for the order of sums."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was seen."""
+
+    num_params: int
+    device: str
+    engine: str
+    step_s: float
+    tokens_per_step: float
+    host_bytes: int
+    """The process's peak, model, optimiser and engine included."""
+    device_bytes: int
+    """Of a GPU's memory; 0 on a CPU."""
+
+
+def require_reachable(manifest: Manifest) -> None:
+    """Refuse a budget that no shard can keep, however large it is. Takes a moment.
+
+    Raises:
+        ConfigError: not even one step fits, or no noise is enough for all of them.
+    """
+    rules, end = manifest.privacy, manifest.end
+    if rules.mode != "record":
+        return
+    size = told_size(max(_LARGEST_SHARD, manifest.optimiser.batch_records))
+    q = min(manifest.optimiser.batch_records, size) / size
+    delta = delta_of(manifest, size)
+    sigma, steps = rules.noise_multiplier, 1
+    if sigma is None:
+        if rules.epsilon > _TINY:
+            return
+        sigma, steps = accountant.SIGMA_MAX, end.steps or 1
+    cost = accountant.epsilon([Segment(sigma, q, steps)], delta)
+    if cost <= rules.epsilon:
+        return
+    if rules.noise_multiplier is not None:
+        raise ConfigError(
+            f"manifest privacy.noise_multiplier = {sigma:g}: a single step costs epsilon "
+            f"{cost:.3g} even in a shard of {size:,} records, and privacy.epsilon is "
+            f"{rules.epsilon:g}",
+            "set more noise, or leave it out: each node then calibrates its own",
+        )
+    raise ConfigError(
+        f"manifest privacy.epsilon = {rules.epsilon:g} can't be reached with end.steps = "
+        f"{end.steps}, whatever the noise",
+        "raise privacy.epsilon, or plan fewer steps",
+    )
+
+
+def rehearse(
+    manifest: Manifest,
+    source: Home,
+    config: NodeConfig,
+    near: Path,
+    tell: Tell,
+    *,
+    steps: int = 1,
+    export: bool = True,
+) -> Trial:
+    """Go once through all that a node will do.
+
+    Args:
+        manifest: as it is, or is about to be, signed.
+        source: the home whose initial model is used; a joiner's has none.
+        config: of the node: device, threads, where tokenizer and base model are.
+        near: a folder on the disk that the home is on, for what is removed at the end.
+        tell: is told what is going on.
+        steps: the last one is timed.
+        export: save, rebuild, export, and load again, too.
+
+    Raises:
+        LocalError: what a node would be stopped by.
+    """
+    with _staged(near) as folder:
+        setup = _setup(manifest, source, config, folder)
+        began = time.monotonic()
+        tell("building the model, and choosing how its gradients are clipped ...")
+        made = assemble(setup)
+        try:
+            if made.trainer.awaiting:  # a joiner's trial begins with any values
+                made.trainer.awaiting = False
+            num_params = made.trainer.parameters.num_params
+            tell(f"  {_count(num_params)} parameters on {made.device}, {_since(began)}")
+            step_s, tokens = _step(made, manifest, steps, tell)
+            _exchange(made, manifest, tell)
+            if export:
+                _save_and_export(made, manifest, setup, folder, tell)
+        finally:
+            made.close()
+        device = torch.device(made.device)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        return Trial(num_params, made.device, made.engine, step_s, tokens, _peak_rss(), peak)
+
+
+def _setup(manifest: Manifest, source: Home, config: NodeConfig, folder: Path) -> TrainerSetup:
+    """A home of its own: the same manifest but for the budget, and public text as the shard."""
+    home = Home(folder / "home")
+    home.path.mkdir()
+    rules = manifest.privacy
+    if rules.mode != "off":
+        sigma = min(_SIGMA, 1.9 * (rules.clip_count_noise or 1.0))  # which may exceed half of it
+        epsilon = _EPSILON * (_SIGMA / sigma) ** 2
+        rules = structs.replace(rules, epsilon=epsilon, noise_multiplier=sigma, delta=None)
+    tried = structs.replace(manifest, privacy=rules, shared_corpus=None)
+    signed = SignedManifest.sign(tried, Identity.generate())
+    home.manifest.write_bytes(signed.to_bytes())
+    if source.initial_model.exists():
+        home.initial_model.symlink_to(source.initial_model, target_is_directory=True)
+    tokenizer = load_tokenizer(
+        manifest.tokenizer, config.data.tokenizer, base_model=config.data.base_model
+    )
+    text = folder / "public.jsonl"
+    _write_text(text, manifest, tokenizer)
+    return TrainerSetup(
+        manifest_path=str(home.manifest),
+        swarm_id=signed.genesis.swarm_id,
+        home=str(home.path),
+        config=structs.replace(
+            config,
+            data=structs.replace(
+                config.data, shard=[str(text)], corpus=[], text_field="text", split="document"
+            ),
+            privacy=structs.replace(
+                config.privacy, register=str(folder / "register"), max_epsilon=0.0
+            ),
+            training=structs.replace(config.training, throttle=1.0),
+        ),
+        peer_id="trial",
+        initial="initial" if source.initial_model.exists() else "awaited",
+    )
+
+
+def _write_text(file: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """Documents of about a record each, so many that a batch is a sample of them."""
+    text, length = manifest.public_text.text, manifest.optimiser.sequence_tokens
+    start = text[:20_000]
+    characters = max(1, round(length * len(start) / max(1, len(tokenizer.encode(start)))))
+    batch = manifest.optimiser.batch_records
+    wanted = max(2 * batch, min(8 * batch, _MOST_TOKENS // length), 8)
+    rows = (
+        f"{n} {(text * (1 + characters // len(text)))[at : at + characters]}"
+        for n in range(wanted)
+        for at in [n * characters % max(1, len(text) - characters + 1)]
+    )
+    with file.open("wb") as opened:
+        for row in rows:
+            opened.write(msgspec.json.encode({"text": row}) + b"\n")
+
+
+def _step(made: Assembled, manifest: Manifest, steps: int, tell: Tell) -> tuple[float, float]:
+    private = "" if manifest.privacy.mode == "off" else "private "
+    trainer, step_s = made.trainer, 0.0
+    for number in range(steps):
+        began = time.monotonic()
+        trainer.run(1)
+        step_s = time.monotonic() - began
+        tell(f"one {private}step on public text ({made.engine}) ... {step_s:.2g} s")
+        if trainer.counters.step <= number:
+            raise LocalError("the trial took no step: the run ends before it begins", "see end.*")
+    values = trainer.parameters.read()
+    if not float(values.abs().max()) < _LARGE:  # nan, too
+        raise ConfigError(
+            f"manifest optimiser.learning_rate = {manifest.optimiser.learning_rate:g}: after "
+            f"{steps} steps of the trial the parameters are not finite, or very large",
+            "set a smaller one",
+        )
+    return step_s, trainer.counters.tokens / trainer.counters.step
+
+
+def _exchange(made: Assembled, manifest: Manifest, tell: Tell) -> None:
+    """Meet oneself: the payload that is sent is the one that comes back."""
+    began, trainer, exchanges = time.monotonic(), made.trainer, made.trainer.exchanges
+    before = trainer.parameters.read()
+    try:
+        try:
+            update = trainer.snapshot(0, 0, averaging=False)
+        except PeerError as e:
+            if e.reason != Reason.NOT_READY:  # a window's gradient is not complete
+                raise
+            update = trainer.snapshot(0, 0, averaging=True)
+        sent = exchanges.compress(0, update)
+        payload, parties = memoryview(sent.payload), 1
+        if manifest.round.masks:
+            parties = manifest.round.group
+            payload = _sum(sent.codec, payload, sent.num_values, parties)
+        exchanges.verify(0, 0, sent.codec, payload, sent.num_values, parties)
+        exchanges.resolve(0, {0: 0.5})
+        trainer.merge(0)
+    except (PeerError, LocalError) as e:
+        raise ConfigError(
+            f"manifest round.codec = {manifest.round.codec}, round.rule = {manifest.round.rule}, "
+            f"round.masks = {str(manifest.round.masks).lower()}: an exchange of these parameters "
+            f"with themselves fails: {e}",
+            "choose another codec, or another round.mask_step and round.mask_bits",
+        ) from e
+    after = trainer.parameters.read()
+    if manifest.round.rule == "gossip" and not torch.allclose(before, after, atol=1e-6):
+        raise LocalError(
+            "an exchange of the parameters with themselves changed them", "report this as a bug"
+        )
+    tell(f"one exchange with itself ({sent.codec}, {payload.nbytes:,} bytes) ... {_since(began)}")
+
+
+def _sum(codec: str, payload: memoryview, num_values: int, parties: int) -> memoryview:
+    """What a group of equal members would add up to."""
+    total = bytearray(payload)
+    rings = fixedpoint.rings(codec, total, num_values)
+    for _ in range(parties - 1):
+        fixedpoint.add_into(rings, fixedpoint.rings(codec, payload, num_values))
+    return memoryview(total)
+
+
+def _save_and_export(
+    made: Assembled, manifest: Manifest, setup: TrainerSetup, folder: Path, tell: Tell
+) -> None:
+    """What is loaded after a restart, and what others load from an export, is what was trained."""
+    began, home = time.monotonic(), Home(Path(setup.home))
+    made.capture()()
+    bundle, warnings = checkpoint.load_latest(home.checkpoints)
+    if bundle is None:
+        raise LocalError(f"no checkpoint could be read back: {warnings}", "check the disk")
+    with torch.no_grad():
+        rebuilt = model_of(manifest, home, setup.config.data.base_model)
+        write_flat(rebuilt, bundle.flat)
+        _require_equal(made, rebuilt, "restarted", "correct config.json, or report this as a bug")
+        tell(f"saved, and rebuilt from the manifest's config ... {_since(began)}")
+        began, target = time.monotonic(), folder / "export"
+        folders = source_folders(home, setup.config.data)
+        kept = Source(manifest.model.config, manifest.model.generation, folders)
+        lora, text = manifest.model.lora, manifest.public_text.text
+        if lora is None:
+            model.export_hf(rebuilt, made.tokenizer, target, source=kept, text=text)
+        else:
+            base = folders[0]
+            model.export_adapters(
+                rebuilt, lora, made.tokenizer, target, base=base, source=kept, text=text
+            )
+    tell(f"exported, and loaded again ... {_since(began)}")
+
+
+def _require_equal(made: Assembled, other: torch.nn.Module, what: str, remedy: str) -> None:
+    """The same logits as those of the model that was trained."""
+    device = next(made.model.parameters()).device
+    limit = min(model.vocab_size(made.model), 256)
+    ids = torch.arange(2, 18).remainder(limit).view(1, -1)
+    trained, theirs = made.model.training, other.to(device).eval()
+    made.model.eval()
+    with made.trainer.parameters.showing():
+        one = made.model(input_ids=ids.to(device), use_cache=False).logits
+    two = theirs(input_ids=ids.to(device), use_cache=False).logits
+    made.model.train(trained)
+    error = float((one - two).abs().max()) / max(float(one.abs().max()), 1e-6)
+    if not error <= _CLOSE:
+        raise LocalError(
+            f"the model as {what} is not the one that was trained: its outputs differ by "
+            f"{error:.1%}",
+            remedy,
+        )
+
+
+@contextmanager
+def _staged(near: Path) -> Iterator[Path]:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".xpeer-trial-", dir=near))
+    except OSError as e:
+        raise LocalError(f"{near} can't be written: {e.strerror}", "check disk and rights") from e
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _count(number: int) -> str:
+    if number < 10**6:
+        return f"{number:,}"
+    return f"{number / 1e6:.3g} M" if number < 10**9 else f"{number / 1e9:.3g} G"
+
+
+def _since(began: float) -> str:
+    return f"{time.monotonic() - began:.2g} s"
