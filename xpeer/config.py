@@ -33,6 +33,20 @@ DEFAULT_HOME = Path("~/.xpeer")
 MAX_NUMBER = 1_000_000_000
 """Of any setting; as seconds 31 years, and no timer takes much more."""
 SOCKET = "xpeer.sock"
+OPTIONS = {
+    "network.listen": "--listen",
+    "network.announce": "--announce",
+    "network.bootstrap": "--bootstrap",
+    "network.name": "--name",
+    "data.shard": "--shard",
+    "data.corpus": "--corpus",
+    "data.privacy": "--privacy",
+    "data.tokenizer": "--tokenizer",
+    "data.base_model": "--base-model",
+    "training.min_peers": "--min-peers",
+    "daemon.log_format": "--log-format",
+}
+"""Options of the command line that give a setting."""
 OLD_LOGS = 3
 SOCKET_PATH_MAX = 100
 """Linux's sun_path holds 107 bytes."""
@@ -247,7 +261,8 @@ def load(
         where = where.rstrip("`")
         seen = _lookup(tree, where)
         raise ConfigError(
-            f"{where}: {problem} (value: {seen!r})", f"correct {where} in {path} or its variable"
+            f"{where}: {problem} (value: {seen!r})",
+            f"correct {_origin(where, path, environ, overrides or {})}",
         ) from e
     _refuse_odd(config)
     if config.data.shard and config.data.corpus:
@@ -255,6 +270,17 @@ def load(
             "data.shard and data.corpus are both set", "keep one: a private shard or the corpus"
         )
     return config
+
+
+def _origin(
+    where: str, path: Path, environ: Mapping[str, str], overrides: Mapping[str, Any]
+) -> str:
+    """Which of a setting's places it came from."""
+    setting = where.partition("[")[0]
+    variable = f"{ENV_PREFIX}{setting.replace('.', '_')}".upper()
+    if overrides.get(setting) is not None:
+        return OPTIONS.get(setting, setting)
+    return variable if variable in environ else f"{where} in {path}"
 
 
 def foreign(environ: Mapping[str, str]) -> list[str]:

@@ -25,6 +25,18 @@ from xpeer.training.formats.rows import holds_text
 PUBLIC_TEXT_BYTES = 200_000
 MEASURED = frozenset({"model", "tokenizer", "public_text"})
 """Sections that are computed from files, never written by hand."""
+OPTIONS = {
+    "name": "--swarm",
+    "model.lora.rank": "--lora-rank",
+    "model.lora.alpha": "--lora-alpha",
+    "model.lora.targets": "--lora-target",
+    "model": "--model, --model-config or --preset",
+    "tokenizer": "--tokenizer",
+    "public_text": "--public-text",
+    "privacy.mode": "--privacy",
+    "shared_corpus": "--corpus",
+}
+"""What decides fields that --set does not; all others are its."""
 BYTE_VOCABULARY = 320
 """The byte tokenizer's 259 ids, rounded up to a multiple of 64."""
 
@@ -220,10 +232,18 @@ def draft_manifest(
         problem, _, where = str(e).partition(" - at `$.")
         field = where.rstrip("`")
         raise ConfigError(
-            f"manifest{f' {field}' if field else ''}: {problem}", "correct it with --set"
+            f"manifest{f' {field}' if field else ''}: {problem}", f"correct {given_by(field)}"
         ) from e
     _require_startable(manifest, source, ids)
     return manifest
+
+
+def given_by(field: str) -> str:
+    """The option of `xpeer init` that decides a field of the manifest."""
+    for part, option in OPTIONS.items():
+        if field == part or field.startswith((f"{part}.", f"{part}[")):
+            return option
+    return f"--set {field}" if field else "it with --set"
 
 
 def _require_startable(manifest: Manifest, source: InitialModel, tokenizer: Any) -> None:

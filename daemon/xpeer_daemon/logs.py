@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import os
-import re
 import sys
 import time
 from io import TextIOWrapper
@@ -18,18 +17,16 @@ from typing import Literal
 
 from xpeer.config import OLD_LOGS, Home
 from xpeer.errors import ConfigError
-from xpeer.escape import json_text, visible
+from xpeer.escape import hidden, json_text, visible
 from xpeer.files import open_own
 from xpeer.health import Health
 
 MAX_FILE_BYTES = 10_000_000
 
-_TOKEN = re.compile(r"xpeer1\.[A-Za-z0-9_=-]+")
-
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _TOKEN.sub("xpeer1.[hidden]", self._line(record))
+        return hidden(self._line(record))
 
     def _line(self, record: logging.LogRecord) -> str:
         line = (

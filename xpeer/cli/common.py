@@ -22,7 +22,7 @@ from click.core import ParameterSource
 from xpeer import config
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
-from xpeer.escape import json_text, one_line, visible
+from xpeer.escape import hidden, json_text, one_line, visible
 from xpeer.files import secure
 from xpeer.paths import checked, checked_home, checked_text
 
@@ -225,7 +225,7 @@ def _trace_kept(ctx: click.Context | None, error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
-    say(f"xpeer: error: {one_line(message)}")
+    say(f"xpeer: error: {one_line(hidden(message))}")
 
 
 def _home(ctx: click.Context, param: click.Parameter, value: str) -> Home:
