@@ -204,7 +204,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 FILES = ("identity.key", "credential", "manifest.json", "seeds.json", "config.toml",
          "invites.jsonl", "ledger.sqlite", "state.sqlite", "swarm.key", "admin.key",
-         "checkpoints/step-3.safetensors", "daemon.log", "lock", "xpeer.sock",
+         "checkpoints/ckpt-000000003.safetensors", "daemon.log", "lock", "xpeer.sock",
          "register/register.sqlite", "register/register.key")  # fmt: skip
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("id",), ("status",), ("start", "--dry-run"), ("start", "--paused"), ("logs",),
@@ -237,7 +237,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Store.open(of.state_db).close()
     with Ledger.open(of.ledger_db) as ledger:
         ledger.charge(Segment(1.0, 0.1, 5))
-    write_tensors(home / "checkpoints" / "step-3.safetensors", {"a": torch.zeros(3)}, {})
+    write_tensors(home / "checkpoints" / "ckpt-000000003.safetensors", {"a": torch.zeros(3)}, {})
     (home / "daemon.log").write_text("2026-11-29T07:00:00.000Z info xpeer: hello\n")
     (home / "daemon.log.1").write_text("2026-11-29T06:00:00.000Z info xpeer: before\n")
     (home / "lock").write_text("1\n")
