@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-_TOKEN = re.compile(r"xpeer1\.[A-Za-z0-9_=-]+")
+_TOKEN = re.compile(r"xpeer1\.(?:(?!xpeer1\.)[A-Za-z0-9_=-])+")
+"""Of two that follow without a gap each is one."""
 
 
 def hidden(text: str) -> str:
