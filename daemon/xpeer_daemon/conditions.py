@@ -59,7 +59,8 @@ def _life(node: Node) -> None:
     health, state = node.health, node.state
     for known, code in _BEGINNINGS.items():
         note = node.joining_note or f"state is {known}"
-        health.hold(code, state == known, note=note)
+        now = state if state != "joining" or node.manifest is None else "starting"
+        health.hold(code, now == known, note=note)
     needed = node.config.training.min_peers
     if state == "waiting" and len(node.present()) < needed:
         note = f"waiting for training.min_peers = {needed}: {who_is_there(node)}"

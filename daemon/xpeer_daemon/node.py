@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from xpeer.config import NodeConfig
 from xpeer.control import End
-from xpeer.errors import Reason
+from xpeer.errors import LocalError, Reason
 from xpeer.health import Health, HealthReason
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
@@ -272,8 +272,12 @@ class Node:
         trainer = self.running()
         if trainer is None:
             return ""
-        path = await trainer.checkpoint()
-        self.last_checkpoint_s = self.clock()
+        try:
+            path = await trainer.checkpoint()
+        except LocalError as e:
+            self.health.failed("checkpoint-failing", e)
+            raise
+        self.saved()
         return path
 
     async def end(self) -> End:
@@ -281,6 +285,11 @@ class Node:
         if self.ends is None:
             return End(over=False)
         return await self.ends.told()
+
+    def saved(self) -> None:
+        """A checkpoint is on the disk."""
+        self.last_checkpoint_s = self.clock()
+        self.health.worked("checkpoint-failing")
 
     def status(self) -> Status:
         """Everything an operator may want to know."""

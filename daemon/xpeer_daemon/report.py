@@ -15,6 +15,7 @@ MAX_SHORT_CHARS = 500
 
 if TYPE_CHECKING:
     from xpeer_daemon.node import Node
+    from xpeer_daemon.store import Known
 
 
 def status_of(node: Node) -> Status:
@@ -63,6 +64,27 @@ def status_of(node: Node) -> Status:
         sidecar_restarts=swarm.sidecar_restarts if swarm else 0,
         strangers_refused=swarm.strangers_refused if swarm else 0,
     )
+
+
+def beginning(saved_step: int | None, known: Known | None) -> str:
+    """At the daemon's start: whether it begins anew or goes on, and what was spent before.
+
+    Args:
+        saved_step: of the newest checkpoint; None = there is none.
+        known: what a trainer said last, before this start.
+    """
+    spent = ""
+    if known is not None and known.privacy is not None and known.privacy.mode != "off":
+        privacy = known.privacy
+        spent = (
+            f"; epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g} was spent by then"
+        )
+    was = f"step {known.progress.step} was seen last{spent}" if known is not None else ""
+    if saved_step is not None:
+        return f"goes on from the checkpoint of step {saved_step}" + (f": {was}" if was else "")
+    if known is not None and known.progress.step:
+        return f"starts without a checkpoint, though not for the first time: {was}"
+    return "starts fresh: no checkpoint, and no step was taken in this home"
 
 
 def in_short(status: Status) -> str:

@@ -26,8 +26,9 @@ from xpeer.network.membership import Certificate, Membership
 from xpeer.network.roster import ANNOUNCE_EVERY_S, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
+from xpeer.training import checkpoint
 from xpeer.training.child import PROGRAM
-from xpeer.training.handle import Crashed, Event, Progressed, Saved, TrainerProcess
+from xpeer.training.handle import Crashed, Event, Progressed, Saved, SaveFailed, TrainerProcess
 from xpeer.training.setup import TrainerSetup
 from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs, report, watch
@@ -105,6 +106,8 @@ class Service:
             self._store = Store.open(self._home.state_db, health=node.health)
             logs.watch(node.health)
             node.known = self._store.last_known()
+            saved = [checkpoint.step_of(path) for path in checkpoint.paths(self._home.checkpoints)]
+            log.info("this node %s", report.beginning(max(saved, default=None), node.known))
             self._windows = Windows(self._home.losses, node, self._store.keep_known)
             ending.callback(self._windows.keep)
             ending.callback(self._store.close)
@@ -257,7 +260,9 @@ class Service:
         trainer = await self._supervisor.first_start()
         self._node.joining_note = ""
         log.info(
-            "trainer: %d parameters on %s, %s", trainer.num_params, trainer.device, trainer.engine
+            "trainer: %d parameters on %s, %s; %s",
+            *(trainer.num_params, trainer.device, trainer.engine),
+            "fresh" if trainer.resumed_step is None else f"resumed at step {trainer.resumed_step}",
         )
         return trainer
 
@@ -295,7 +300,9 @@ class Service:
             if event.privacy is not None:
                 self._windows.look()
         elif isinstance(event, Saved):
-            self._node.last_checkpoint_s = self._node.clock()
+            self._node.saved()
+        elif isinstance(event, SaveFailed):
+            self._node.health.failed("checkpoint-failing", event.problem)
         elif isinstance(event, Crashed):
             log.error("trainer: %s", event.failure.problem)  # its trace is logged already
 

@@ -110,7 +110,7 @@ class Roster:
         self._deaf: dict[PeerId, float] = {}
         self._heard_s = self._asked_s = self._read_s = self._stored_s = -math.inf
         self.silence = ""
-        """Why no member has answered since the last one did; empty: the last one asked did."""
+        """Why no listed member has answered since the last that did; empty: the last one did."""
         self.unstored = False
         """True iff no node of the DHT took our card when it was stored last."""
 
@@ -259,7 +259,8 @@ class Roster:
             reply = await self._swarm.call(peer, PROTOCOL, self._seal(question), ASK_TIMEOUT_S)
         except PeerError as e:
             log.debug("the roster of %s: %s", peer[-8:], e)
-            self.silence = self.silence or f"{peer[-8:]}: {e}"
+            if peer in self._known:  # others may be bootstrap nodes, which have no roster
+                self.silence = self.silence or f"{peer[-8:]}: {e}"
             return None
         answer = self._unseal(reply, spreading.answer_decoder)
         if answer is not None:

@@ -147,6 +147,7 @@ _IPC: Final = {
     "Progressed": _of("node", timing="state ledger_counter", parts="progress privacy"),
     "Saved": _of("node", public="path", timing="step"),
     "Ending": _of("node", timing="work written total"),
+    "SaveFailed": _of("node", local="problem", timing="step"),
     "Crashed": _of("node", parts="failure", why="that a trainer died is seen: see measuring.py"),
 }
 

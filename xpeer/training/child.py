@@ -31,6 +31,7 @@ from xpeer.training.ipc import (
     Request,
     Result,
     Saved,
+    SaveFailed,
     Stop,
     error_of,
     log_lines,
@@ -48,7 +49,7 @@ HUGE_PAGES: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Have torch ask Linux for huge pages: a fragment touches every small page of the model, so that
 copying an eleventh of 135 M parameters out took 44 ms on a core without them, and 23 ms with."""
 
-Event = Progressed | Saved | Crashed
+Event = Progressed | Saved | SaveFailed | Crashed
 logger = logging.getLogger("xpeer.trainer")
 _T = TypeVar("_T")
 _R = TypeVar("_R", bound=Result)

@@ -31,6 +31,7 @@ from xpeer.training.ipc import (
     Progressed,
     Run,
     Saved,
+    SaveFailed,
     Snapshot,
     Snapshotted,
     StateExported,
@@ -46,7 +47,16 @@ from xpeer.training.setup import Mode, TrainerSetup
 from xpeer.update import CompressedUpdate, ModelState, PeerUpdate, received_stamp
 from xpeer.wire.codec import encoded_bytes
 
-__all__ = ["Crashed", "Ending", "Event", "Progressed", "Saved", "TrainerProcess", "layout_of"]
+__all__ = [
+    "Crashed",
+    "Ending",
+    "Event",
+    "Progressed",
+    "SaveFailed",
+    "Saved",
+    "TrainerProcess",
+    "layout_of",
+]
 
 START_TIMEOUT_S: Final = 600.0
 """Reading and tokenising a large shard takes minutes."""

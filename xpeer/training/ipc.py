@@ -250,13 +250,20 @@ class Ending(Struct, frozen=True, tag=True):
     """0 = the step before it has not ended."""
 
 
+class SaveFailed(Struct, frozen=True, tag=True):
+    """A periodic checkpoint could not be written; training goes on, and it is tried again."""
+
+    problem: str
+    step: int
+
+
 class Crashed(Struct, frozen=True, tag=True):
     """The last message of a trainer that can't go on."""
 
     failure: Failure
 
 
-FromTrainer = Ready | Reply | Progressed | Saved | Ending | Crashed
+FromTrainer = Ready | Reply | Progressed | Saved | SaveFailed | Ending | Crashed
 ToTrainer = Begin | Request
 
 _TO_TRAINER: Final[msgspec.msgpack.Decoder[ToTrainer]] = msgspec.msgpack.Decoder(ToTrainer)

@@ -35,6 +35,7 @@ class Saving:
         capture: copies everything that a checkpoint holds.
         submit: has something done on the disk's thread.
         told: of each checkpoint: its path and step.
+        failed: told of each that could not be written: why, and its step.
         every_s: seconds between checkpoints.
         resumed: there is one already.
         clock: seconds.
@@ -46,6 +47,7 @@ class Saving:
         capture: Callable[[], Write],
         submit: Callable[[Callable[[], None]], object],
         told: Callable[[str, int], None],
+        failed: Callable[[str, int], None] = lambda _why, _step: None,
         *,
         every_s: float,
         resumed: bool,
@@ -54,7 +56,7 @@ class Saving:
         self._trainer = trainer
         self._capture = capture
         self._submit = submit
-        self._told = told
+        self._told, self._failed = told, failed
         self._every_s = every_s
         self._clock = clock
         self._saved_at = clock()
@@ -108,5 +110,6 @@ class Saving:
             self._told(path, step)
         except LocalError as e:  # a full disk: training goes on, and the next one may succeed
             logger.warning("no checkpoint was written: %s", e)
+            self._failed(str(e), step)
         finally:
             self._again_at, self._saved_at, self._running = again_at, self._clock(), False

@@ -38,6 +38,7 @@ from xpeer.training.ipc import (
     Result,
     Run,
     Saved,
+    SaveFailed,
     Snapshot,
     Snapshotted,
     StateExported,
@@ -88,6 +89,7 @@ class Service:
             assembled.capture,
             lambda write: _submit(self._disk, write),
             lambda path, step: channel.send(Saved(path, step)),
+            lambda problem, step: channel.send(SaveFailed(problem, step)),
             every_s=checkpoint_every_s,
             resumed=assembled.resumed,
         )

@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.daemon.fakes import ALPHA, BETA, GAMMA, FakeNode, member
 from xpeer.config import Checkpoint, Home, NodeConfig, Training
+from xpeer.errors import LocalError
 from xpeer.health import Health
 from xpeer.identity import PeerId
 from xpeer.status import Progress
@@ -164,6 +165,27 @@ def test_checkpoints_that_do_not_come() -> None:
     assert fake.codes == []
 
 
+async def test_a_checkpoint_that_cannot_be_written(
+    fake: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full() -> str:
+        raise LocalError("checkpoint: No space left on device", "free some")
+
+    async def fine() -> str:
+        return "/checkpoints/1"
+
+    monkeypatch.setattr(fake.trainer, "checkpoint", full)
+    with pytest.raises(LocalError):
+        await fake.node.checkpoint()
+    fake.passes(65)
+    told = fake.text("checkpoint-failing")
+    assert "for 1m 5s (1 tried): checkpoint: No space left on device - free some" in told
+    assert fake.node.status().health == "degraded"
+    monkeypatch.setattr(fake.trainer, "checkpoint", fine)
+    await fake.node.checkpoint()
+    assert fake.codes == []
+
+
 def test_waiting_for_peers_counts_as_the_table_of_peers_does() -> None:
     fake = FakeNode(ALPHA, BETA, config=NodeConfig(training=Training(min_peers=2)))
     fake.members = {PeerId(p): member(p, "joining") for p in (ALPHA, BETA)}
@@ -171,6 +193,18 @@ def test_waiting_for_peers_counts_as_the_table_of_peers_does() -> None:
     assert fake.text("waiting-for-peers") == (
         "waiting for training.min_peers = 2: 0 of 2 live members are there (2 joining)"
     )
+
+
+def test_who_was_admitted_does_not_look_for_seeds_any_more(fake: FakeNode) -> None:
+    fake.node.enter("joining")
+    fake.node.joining_note = "joining: no member has answered yet"
+    assert fake.text("joining") == "joining: no member has answered yet"
+    fake.node.manifest = cast(Any, SimpleNamespace(
+        round=SimpleNamespace(slot_s=1.0), name="s", model=SimpleNamespace(num_params=1),
+        privacy=SimpleNamespace(mode="off", in_short=lambda: "off"),
+    ))  # fmt: skip
+    fake.node.joining_note = "the trainer reads the shard and the model"
+    assert fake.codes == ["starting"]
 
 
 def test_exchanges_that_fail(fake: FakeNode) -> None:

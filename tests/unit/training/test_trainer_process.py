@@ -26,7 +26,7 @@ from xpeer.training import checkpoint
 from xpeer.training.assemble import assemble
 from xpeer.training.child import Event
 from xpeer.training.fragments import Fragments, padded
-from xpeer.training.handle import Progressed, Saved, TrainerProcess
+from xpeer.training.handle import Progressed, Saved, SaveFailed, TrainerProcess
 from xpeer.training.ipc import Drop, Snapshot, Snapshotted
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import CompressedUpdate, PeerUpdate
@@ -331,6 +331,28 @@ async def test_stopping_saves_and_ends_while_resting(tmp_path: Path) -> None:
     assert await trainer.stop(30) == 0
     saved = next(event for event in watch.events if isinstance(event, Saved))
     assert Path(saved.path).exists()
+
+
+async def test_a_checkpoint_that_cannot_be_written_is_told_and_training_goes_on(
+    tmp_path: Path,
+) -> None:
+    setup = with_config(make_homes(tmp_path, 1)[0], "checkpoint", every_s=0.01)
+    watch = Watch()
+    trainer = await TrainerProcess.start(setup, watch)
+    folder = Path(setup.home) / "checkpoints"
+    await watch.until(lambda event: isinstance(event, Saved))
+    aside = folder.rename(tmp_path / "aside")
+    folder.touch()
+    failed = await watch.until(lambda event: isinstance(event, SaveFailed))
+    assert isinstance(failed, SaveFailed)
+    assert "checkpoint" in failed.problem
+    folder.unlink()
+    aside.rename(folder)
+    watch.events.clear()
+    saved = await watch.until(lambda event: isinstance(event, Saved))
+    assert isinstance(saved, Saved)
+    assert saved.step > failed.step
+    assert await trainer.stop(30) == 0
 
 
 async def test_the_end_of_the_run_is_told_and_a_joiner_waits_for_its_parameters(
