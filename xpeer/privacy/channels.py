@@ -251,10 +251,14 @@ _HOME: Final = {
         parts="counters",
         local="ledger_id",
     ),
+    "xpeer.privacy.engine_memory._Choice": _of(
+        "home", local="setting engine reason", why="as PrivacySpent's engine"
+    ),
+    "xpeer_daemon.belonging._Words": _of("home", public="manifest_hash", local="ledger_id"),
     "xpeer.training.schedule.Counters": _of(
         "home",
         noised="clip_norm",
-        timing="step window seconds moments_step joined merges merges_clipped",
+        timing="step window seconds moments_step joined merges merges_clipped charges_used",
         local="tokens",
     ),
     "xpeer.founding.Issued": _of(
