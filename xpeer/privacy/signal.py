@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-STEP_MAX: Final = 100.0
+STEP_MAX: Final = 50.0
 """Norm of a step's noise, in C: beyond, no number of steps helps in practice."""
 RUN_MAX: Final = 10.0
 """The same over the square root of the number of steps."""

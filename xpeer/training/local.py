@@ -10,6 +10,7 @@ ledger's disk, at most) is counted in `seconds_blocked`.
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import time
@@ -18,7 +19,7 @@ from typing import Final
 
 import torch
 
-from xpeer.errors import PeerError, Reason
+from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest
 from xpeer.status import Progress
 from xpeer.training import rules
@@ -46,6 +47,8 @@ _USE_UP_S: Final = 5.0
 """A stop may take so long for steps that were charged."""
 _HELD_S: Final = 1.0
 """Between two looks whether checkpoints can be written again."""
+
+logger = logging.getLogger("xpeer.training")
 
 Job = Callable[[], None]
 
@@ -357,21 +360,29 @@ class LocalTrainer:
         """Take the steps that were charged, if that is quick: the next start charges its own."""
         if self.awaiting:
             return
-        if self._step_s and not (self._gradient_due or self._budget_spent or self.pulse.late):
-            rest = self.permits.rest(self._window_left)
-            if rest * self._step_s > _USE_UP_S:
-                return
-            for _ in range(rest):
-                if self.ended or not self._permit():
-                    break
-                try:
-                    self._step()
-                except StepAbandonedError:
-                    self.permits.left -= 1
-                    break
-                self._window(time.monotonic())
+        self._take_the_rest()
         if self._gradients is not None and self._gradient_due:
             self._take_window_step(self._gradients)
+
+    def _take_the_rest(self) -> None:
+        if not self._step_s or self._gradient_due or self._budget_spent or self.pulse.late:
+            return
+        try:
+            rest = self.permits.rest(self._window_left)
+        except LocalError as e:  # what was taken is charged, and can be saved
+            logger.warning("charged steps were not used up: %s", e)
+            return
+        if rest * self._step_s > _USE_UP_S:
+            return
+        for _ in range(rest):
+            if self.ended or not self._permit():
+                break
+            try:
+                self._step()
+            except StepAbandonedError:
+                self.permits.left -= 1
+                break
+            self._window(time.monotonic())
 
     def _take_window_step(self, gradients: rules.GradientAveraging) -> None:
         self._gradient_due = False

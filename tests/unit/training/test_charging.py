@@ -275,3 +275,20 @@ def test_a_plan_without_steps_goes_by_what_the_budget_allows(clock: Clock) -> No
     assert machine.trainer.ended
     assert machine.ledger.steps_charged - machine.trainer.counters.step <= 1  # near the end: singly
     assert isinstance(machine.trainer.permits, Permits)
+
+
+def test_a_ledger_that_fails_at_a_stop_costs_no_checkpoint(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = Machine(planned(300), clock=clock)
+    machine.trainer.run(steps=7)
+
+    def failing(steps: int) -> int:
+        raise LocalError("the disk is gone")
+
+    machine.mechanism.begin_window = failing  # type: ignore[method-assign]
+    machine.trainer.stop()
+    machine.trainer.run()
+    machine.saving.copy()()
+    assert machine.saved == 7
+    assert "not used up: the disk is gone" in caplog.text
