@@ -11,7 +11,14 @@ import torch
 from xpeer.training.exchanges import Exchanges
 from xpeer.training.fragments import Fragments, padded
 from xpeer.training.rules import Rule
-from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate, received_stamp
+from xpeer.update import (
+    Checked,
+    CompressedUpdate,
+    PeerUpdate,
+    PrivateUpdate,
+    RawUpdate,
+    received_stamp,
+)
 from xpeer.wire.fixedpoint import Grid
 
 
@@ -71,9 +78,10 @@ class Vector:
         private = self.exchanges.take(meeting_id, fragment, self.step, averaging=averaging)
         return await asyncio.to_thread(self.exchanges.compress, meeting_id, private)
 
-    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         """Decode the partner's, and compare."""
-        what = update.codec, memoryview(update.payload), update.num_values, update.parties
+        payload = memoryview(update.payload)
+        what = update.codec, payload, update.num_values, update.parties, update.peer_id
         return await asyncio.to_thread(self.exchanges.verify, meeting_id, exchange_id, *what)
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:

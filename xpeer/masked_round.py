@@ -37,7 +37,7 @@ from xpeer.network.exchange import Agreement, UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.privacy import masks
 from xpeer.round import Exchanged, Gathering, Given, Trainer
-from xpeer.update import CompressedUpdate, MaskedUpdate, PeerUpdate
+from xpeer.update import Checked, CompressedUpdate, MaskedUpdate, PeerUpdate
 from xpeer.weights import Weighting
 from xpeer.wire import fixedpoint
 from xpeer.wire.messages import MaskStep
@@ -151,11 +151,11 @@ class MaskedMeeting(Gathering):
         roster, masked = await self._mask(update)
         commitments = await self._commit(roster, masked)
         self.revealed = update.step
-        distance = await self._reveal(roster, masked, commitments)
+        found = await self._reveal(roster, masked, commitments)
         for pair in self._pairs.values():
             pair.accepted = True
         await self._with_all(lambda pair: pair.agreement.settle())
-        await self._merge(distance)
+        await self._merge(found.distance)
 
     # Before anything is shown
 
@@ -217,7 +217,7 @@ class MaskedMeeting(Gathering):
 
     async def _reveal(
         self, roster: bytes, masked: MaskedUpdate, commitments: dict[PeerId, bytes]
-    ) -> float:
+    ) -> Checked:
         """Swap what was committed to, check it, and have the sum decoded."""
 
         async def swapped(pair: _Pair) -> PeerUpdate:

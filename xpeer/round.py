@@ -27,7 +27,7 @@ from typing import Protocol, TypedDict, Unpack
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network.exchange import Agreement
-from xpeer.update import CompressedUpdate, PeerUpdate
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 from xpeer.weights import Weighting, of_pair
 
 
@@ -39,8 +39,8 @@ class Trainer(Protocol):
     ) -> CompressedUpdate:
         """A private, compressed fragment, taken at the next step boundary."""
 
-    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
-        """Relative distance between the partner's values and ours. Raises PeerError."""
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
+        """How far the partner's values are from ours. Raises PeerError."""
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         """Merge what was verified and accepted, at the next step boundary."""
@@ -173,7 +173,7 @@ class Meeting(Gathering):
                 weight = of_pair(weighting, agreement.ours, agreement.theirs)
                 update = await self._taken()
                 received = await agreement.swap(update)
-                distance = await self._trainer.verify(self._id, exchange_id, received)
+                found = await self._trainer.verify(self._id, exchange_id, received)
                 agreement.release(received)
                 await agreement.settle()
                 self.accepted[peer_id], self._weights[exchange_id] = exchange_id, weight
@@ -182,7 +182,8 @@ class Meeting(Gathering):
         finally:
             self._running.discard(peer_id)
             self._changed.set()
-        return Exchanged(distance, agreement.num_bytes, agreement.num_values)
+        sizes = agreement.num_bytes, agreement.num_values
+        return Exchanged(found.distance, *sizes, clipped=found.clipped)
 
     async def _taken(self) -> CompressedUpdate:
         """The one snapshot that all partners get."""

@@ -11,7 +11,7 @@ mechanism did not make.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +104,15 @@ class PeerUpdate:
     peer_id: str
     parties: int = 1
     """Of a masked group: how many peers' values, ours included, are added up in it."""
+
+
+class Checked(NamedTuple):
+    """A partner's values that can be merged."""
+
+    distance: float
+    """||Q(theta_j) - Q(theta_i)|| / ||Q(theta_i)|| on the fragment."""
+    clipped: bool = False
+    """Above the norm limit: merged in part."""
 
 
 @final

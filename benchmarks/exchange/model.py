@@ -15,7 +15,14 @@ import torch
 from xpeer.training.exchanges import Exchanges
 from xpeer.training.fragments import Fragments, padded
 from xpeer.training.rules import Rule
-from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate, received_stamp
+from xpeer.update import (
+    Checked,
+    CompressedUpdate,
+    PeerUpdate,
+    PrivateUpdate,
+    RawUpdate,
+    received_stamp,
+)
 from xpeer.wire import codec
 
 if TYPE_CHECKING:
@@ -73,7 +80,7 @@ class AveragingTrainer:
         self._ready = time.perf_counter()
         return taken
 
-    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         """Decode and bound the partner's."""
         self.seconds["swap"] += time.perf_counter() - self._ready
         return await asyncio.to_thread(self._verify, meeting_id, exchange_id, update)
@@ -92,7 +99,7 @@ class AveragingTrainer:
         with self._timed("encode"):
             return self._exchanges.compress(meeting_id, private)
 
-    def _verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
+    def _verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         with self._timed("difference"):
             return self._exchanges.verify(
                 meeting_id, exchange_id, update.codec, memoryview(update.payload), update.num_values

@@ -19,7 +19,8 @@ import torch
 from xpeer.identity import PeerId
 from xpeer.network import matching
 from xpeer.training.fragments import Fragments
-from xpeer.training.mixing import NormLimit, difference
+from xpeer.training.limits import NormLimit
+from xpeer.training.mixing import difference
 from xpeer.wire import codec, messages
 from xpeer.wire.frames import FRAME_BYTES, FRAME_OVERHEAD
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Terms
@@ -133,9 +134,10 @@ def _exchange(
         own = codec.decode("int8", payloads[here], len(chosen))
         for there, payload in enumerate(payloads):
             if there != here:
-                found = difference("int8", own, payload, own.numel(), [limit], 0)
+                found = difference("int8", own, payload, own.numel(), [limit.limit], 0)
                 theta[m].index_add_(0, chosen, found.values[0], alpha=1 / k)
-                limit.accepted(found.norms[0])
+                if not found.clipped:
+                    limit.accepted(found.norms[0])
 
 
 def _of_one_exchange(num_bytes: int) -> tuple[float, float]:

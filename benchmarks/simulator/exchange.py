@@ -21,7 +21,8 @@ from xpeer.identity import PeerId
 from xpeer.network import matching
 from xpeer.training import rules
 from xpeer.training.fragments import Fragments
-from xpeer.training.mixing import NormLimit, difference
+from xpeer.training.limits import Movement, NormLimit, Scale
+from xpeer.training.mixing import difference
 from xpeer.training.rules.base import Correction
 from xpeer.wire import codec
 from xpeer.wire.messages import Terms
@@ -39,6 +40,8 @@ class Arrival:
     peer: int
     fragment: int
     correction: Correction
+    theta: torch.Tensor
+    """The peer's own at the snapshot, (n,) float32."""
     received: dict[int, torch.Tensor]
     """Q of the parameters of every partner, (n,) float32, minus Q of ours at the snapshot."""
 
@@ -76,7 +79,11 @@ class Exchange:
         self._indices = [_inside(fragments.indices(f)) for f in range(run.fragments)]
         self._rules = [rules.make(run.manifest().round) for _ in range(run.peers)]
         self._reaches = [Reach() for _ in range(run.peers)]
-        self._limits = [[NormLimit() for _ in range(rule.vectors)] for rule in self._rules]
+        self._movements = [Movement(run.fragments) for _ in range(run.peers)]
+        self._limits = [
+            [NormLimit(of_differences=v != rule.parameters_at) for v in range(rule.vectors)]
+            for rule in self._rules
+        ]
         self._chance = random.Random(run.seed)
         self._weighting = weights.weighting_of(run.manifest().round.rule)
         self._speeds = [1 / slow for slow in run.slowness] or [1.0] * run.peers
@@ -84,6 +91,7 @@ class Exchange:
         for fragment in range(run.fragments):
             for peer, rule in enumerate(self._rules):
                 rule.begin(fragment, self._read(peer, fragment))
+                self._movements[peer].begin(fragment, self._read(peer, fragment))
 
     def indices(self, fragment: int) -> torch.Tensor:
         """Of a fragment's parameters, (n,); without what pads the last line."""
@@ -109,6 +117,8 @@ class Exchange:
                 0, self.indices(arrival.fragment), arrival.correction.values
             )
             self._rules[peer].merged(arrival.fragment, arrival.correction.state)
+            values = arrival.correction.values
+            self._movements[peer].merged(arrival.fragment, arrival.theta, values, 1.0)
             self.arrivals[peer].remove(arrival)
             self.counts.merged += 1
         return due
@@ -167,7 +177,8 @@ class Exchange:
             at_s = max(ready[other] for other in group if other != peer)
             at_s += run.late_steps * run.step_s
             correction, received = self._correct(peer, fragment, theta[peer], sent, terms)
-            self.arrivals[peer].append(Arrival(at_s, peer, fragment, correction, received))
+            arrival = Arrival(at_s, peer, fragment, correction, theta[peer], received)
+            self.arrivals[peer].append(arrival)
         return max(ready.values())
 
     def _terms(self, group: Sequence[int]) -> dict[int, Terms]:
@@ -191,19 +202,21 @@ class Exchange:
         terms: dict[int, Terms],
     ) -> tuple[Correction, dict[int, torch.Tensor]]:
         rule, limits = self._rules[peer], self._limits[peer]
+        scale: Scale = self._movements[peer].scale(fragment, theta)
         own = sent[peer][1].view(rule.vectors, -1)
         received, shift = {}, torch.zeros_like(own)
         for other, (payload, _) in sent.items():
             if other == peer:
                 continue
+            bounds = [limit.of(self._names[other], scale) for limit in limits]
             found = difference(
-                self._run.codec, own.view(-1), payload, own.numel(), limits, rule.parameters_at
+                self._run.codec, own.view(-1), payload, own.numel(), bounds, rule.parameters_at
             )
             if found.largest is not None:
                 self._reaches[peer].saw(fragment, own.view(-1), found.largest)
-            if found.whole:
+            if found.whole and not found.clipped:
                 for limit, norm in zip(limits, found.norms, strict=True):
-                    limit.accepted(norm)
+                    limit.accepted(norm, self._names[other])
             self.counts.clipped += found.clipped
             weight = weights.of_pair(self._weighting, terms[peer], terms[other])
             shift.add_(found.values, alpha=weight)

@@ -137,7 +137,7 @@ _IPC: Final = {
         timing="step",
         local="steps_charged",
     ),
-    "Verified": _of("node", derived="distance"),
+    "Verified": _of("node", derived="distance clipped"),
     "Done": _of("node"),
     "StateExported": _of("node", derived="digest loss_public", timing="step"),
     "StateImported": _of("node", derived="loss_before loss_after"),

@@ -23,11 +23,12 @@ from xpeer.training import sums
 from xpeer.training.buffers import Buffers
 from xpeer.training.consolidation import Consolidation, Shown, shown
 from xpeer.training.fragments import Fragments
-from xpeer.training.mixing import Difference, NormLimit, difference
+from xpeer.training.limits import Movement, NormLimit, Scale
+from xpeer.training.mixing import Difference, difference
 from xpeer.training.parts import Mechanism, Parameters
 from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
-from xpeer.update import CompressedUpdate, PrivateUpdate, RawUpdate
+from xpeer.update import Checked, CompressedUpdate, PrivateUpdate, RawUpdate
 from xpeer.wire import codec as wire_codec
 from xpeer.wire import fixedpoint, merge
 from xpeer.wire.fixedpoint import Grid
@@ -49,10 +50,12 @@ class _Meeting:
     step: int
     rule: Rule
     theta: torch.Tensor  # (n,) float32: the snapshot
+    scale: Scale  # what honest partners' distances are measured by
     payload: torch.Tensor | None = None  # (bytes,) uint8: what was sent
     own: wire_codec.Payload | torch.Tensor | None = None
     """What was sent, or Q of it, (V n,) float32: see `_own`."""
     differences: dict[int, Difference] = field(default_factory=dict)
+    partners: dict[int, str] = field(default_factory=dict)
     shown: dict[int, Shown] = field(default_factory=dict)
     correction: Correction | None = None
     merged: tuple[int, ...] = ()
@@ -107,6 +110,7 @@ class Exchanges:
         self._mechanism = mechanism
         self._averaging = Rule()
         self._reach = Reach()
+        self._movement = Movement(fragments.num_fragments)
         self._limits = {
             each: [
                 NormLimit(of_differences=vector != each.parameters_at)
@@ -117,8 +121,12 @@ class Exchanges:
         self._in_flight: dict[int, _Meeting] = {}
         self._lock = threading.Lock()
 
-    def begin(self) -> None:
-        """The parameters were set anew: what is in flight refers to others."""
+    def begin(self, *, behind: bool = False) -> None:
+        """The parameters were set anew: what is in flight refers to others.
+
+        Args:
+            behind: to a donor's: the others have trained on meanwhile.
+        """
         with self._lock:
             self._in_flight.clear()
         self.consolidation.begin()
@@ -126,7 +134,11 @@ class Exchanges:
             self.common.begin(self._parameters.flat)
         self._reach = Reach()
         for fragment in range(self.fragments.num_fragments):
-            self.rule.begin(fragment, self._gather(fragment))
+            theta = self._gather(fragment)
+            self._movement.begin(fragment, theta)
+            self.rule.begin(fragment, theta)
+        if behind:
+            self._movement.lies_behind()
 
     def prepare(self) -> None:
         """Off the training thread: have the codec ready before the first exchange needs it."""
@@ -173,8 +185,9 @@ class Exchanges:
                 raise PeerError(Reason.BUSY, f"fragment {fragment} is in flight")
         theta = self._gather(fragment, self.buffers.take(self.fragments.size(fragment)))
         private = self._mechanism.stamp(RawUpdate(rule.outgoing(fragment, theta), step))
+        scale = self._movement.scale(fragment, theta)
         with self._waiting():
-            self._in_flight[meeting_id] = _Meeting(fragment, step, rule, theta)
+            self._in_flight[meeting_id] = _Meeting(fragment, step, rule, theta, scale)
         self.seconds_snapshot += time.perf_counter() - began
         return private
 
@@ -216,11 +229,13 @@ class Exchanges:
         payload: memoryview,
         num_values: int,
         parties: int = 1,
-    ) -> float:
+        partner: str = "",
+    ) -> Checked:
         """Off the training thread: decode and check one partner's payload, or a masked group's sum.
 
         Returns:
             Relative distance of the two snapshots; of a sum, between the others' mean and ours.
+            And whether it is above the limit.
 
         Raises:
             PeerError: not this codec or size, not finite, too many partners (BUSY), a sum that is
@@ -246,7 +261,7 @@ class Exchanges:
             own,
             payload,
             expected,
-            self._limits[rule],
+            [limit.of(partner, meeting.scale) for limit in self._limits[rule]],
             rule.parameters_at,
             out=self.buffers.take(expected),
         )
@@ -254,21 +269,23 @@ class Exchanges:
         if near is not None and found.largest is not None:
             self._reach.saw(meeting.fragment, near, found.largest)
         values = None if found.clipped else self._shown(rule, payload, num_values, near)
+        meeting.partners[exchange_id] = partner
         return self._found(meeting, exchange_id, found, values)
 
     def _verify_sum(
         self, meeting: _Meeting, exchange_id: int, total: memoryview, parties: int
-    ) -> float:
+    ) -> Checked:
         if self.grid is None or meeting.payload is None:
             raise TrainerError("a group's sum, and no masks")
-        own, limit = wire_codec.view(meeting.payload), self._limits[meeting.rule][0]
+        own = wire_codec.view(meeting.payload)
+        limit = self._limits[meeting.rule][0].of("", meeting.scale)
         found = sums.decoded(self.grid, meeting.theta, own, total, parties, limit, self.buffers)
         meeting.mean = found.mean
         return self._found(meeting, exchange_id, found.difference, found.shown)
 
     def _found(
         self, meeting: _Meeting, exchange_id: int, found: Difference, values: Shown | None
-    ) -> float:
+    ) -> Checked:
         with self._lock:
             meeting.differences[exchange_id] = found
             if values is not None:
@@ -279,7 +296,7 @@ class Exchanges:
                 if before is None
                 else _SMOOTHING * before + (1 - _SMOOTHING) * found.distance
             )
-        return found.distance
+        return Checked(found.distance, found.clipped)
 
     def resolve(self, meeting_id: int, weights: Mapping[int, float]) -> None:
         """Off the training thread: what the partners that accepted ask of our parameters.
@@ -324,6 +341,7 @@ class Exchanges:
         values = correction.values.to(flat.device)
         for moved in (flat, *self._followers):
             self.fragments.add_(moved, meeting.fragment, values, correction.scale)
+        self._movement.merged(meeting.fragment, meeting.theta, correction.values, correction.scale)
         if rule is self.rule:
             rule.merged(meeting.fragment, correction.state)
         else:
@@ -342,15 +360,17 @@ class Exchanges:
         for exchange_id in meeting.merged:
             if exchange_id in meeting.shown:
                 self.consolidation.merged(meeting.fragment, meeting.shown[exchange_id])
-        merged = [meeting.differences[exchange_id] for exchange_id in meeting.merged]
-        for found in (each for each in merged if each.whole):
+        merged = {each: meeting.differences[each] for each in meeting.merged}
+        for exchange_id, found in merged.items():
+            if found.clipped or not found.whole:
+                continue  # what was clipped teaches nothing
             for limit, norm in zip(self._limits[meeting.rule], found.norms, strict=True):
-                limit.accepted(norm)
+                limit.accepted(norm, meeting.partners.get(exchange_id, ""))
         differences = (each.values.view(-1) for each in meeting.differences.values())
         for spare in (meeting.theta, meeting.payload, *differences):
             if spare is not None:
                 self.buffers.give(spare)
-        return sum(found.clipped for found in merged)
+        return sum(found.clipped for found in merged.values())
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint: the rule's, and what masked groups have in common."""
@@ -358,7 +378,8 @@ class Exchanges:
         return {**self.rule.state(), **common}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """What `state` gave, after the parameters were put back."""
+        """What `state` gave, after the parameters were put back: a checkpoint's."""
+        self._movement.lies_behind()
         self.rule.restore(state)
         if self.common is not None:
             self.common.restore(state)

@@ -44,7 +44,7 @@ from xpeer.training.ipc import (
 )
 from xpeer.training.rules import vectors_of
 from xpeer.training.setup import Mode, TrainerSetup
-from xpeer.update import CompressedUpdate, ModelState, PeerUpdate, received_stamp
+from xpeer.update import Checked, CompressedUpdate, ModelState, PeerUpdate, received_stamp
 from xpeer.wire.codec import encoded_bytes
 
 __all__ = [
@@ -211,11 +211,12 @@ class TrainerProcess:
             stamp=received_stamp(taken.privacy_mode, taken.steps_charged),
         )
 
-    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         """Decode and check one partner's payload, or a masked group's sum.
 
         Returns:
-            Relative distance between the partner's values, or the others' mean, and ours.
+            Relative distance between the partner's values, or the others' mean, and ours; and
+            whether it is above the norm limit.
 
         Raises:
             PeerError: wrong size or codec, not finite, too far away to be decoded.
@@ -228,13 +229,14 @@ class TrainerProcess:
 
     async def _verify(
         self, meeting_id: int, exchange_id: int, update: PeerUpdate, size: int
-    ) -> float:
+    ) -> Checked:
         async with self._slots.one() as slot:
             payload = memoryview(update.payload).cast("B")
             await copy_in_parts(payload, self._child.arena.slot(slot, size))
             what = update.codec, update.num_values, update.parties
-            command = Verify(meeting_id, exchange_id, slot, size, *what)
-            return (await self._child.ask(command, Verified)).distance
+            command = Verify(meeting_id, exchange_id, slot, size, *what, update.peer_id)
+            found = await self._child.ask(command, Verified)
+        return Checked(found.distance, found.clipped)
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         """Queue the merge of what was verified for the next step boundary.

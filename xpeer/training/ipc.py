@@ -76,6 +76,8 @@ class Verify(Struct, frozen=True, tag=True):
     num_values: int
     parties: int = 1
     """Of a masked group's sum: k."""
+    partner: str = ""
+    """Whose payload it is: a PeerID."""
 
 
 class Merge(Struct, frozen=True, tag=True):
@@ -167,6 +169,8 @@ class Verified(Struct, frozen=True, tag=True):
     """Finite and of the right size."""
 
     distance: float
+    clipped: bool = False
+    """Above the norm limit."""
 
 
 class Done(Struct, frozen=True, tag=True):

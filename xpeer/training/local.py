@@ -252,7 +252,7 @@ class LocalTrainer:
             raise PeerError(Reason.NOT_FINITE, "the state has values that are not finite")
         before = self.public_loss()
         self.parameters.write(flat)
-        self.exchanges.begin()
+        self.exchanges.begin(behind=True)
         self._gradient_due = False
         self.optimiser = make_optimiser(self.manifest, self.parameters)
         self.counters.step = self.counters.moments_step = step

@@ -11,25 +11,17 @@ becomes of the shift is the aggregation rule's business (`xpeer/training/rules`)
 from __future__ import annotations
 
 import math
-import statistics
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
+from xpeer.training.limits import Limit
 from xpeer.wire import merge
 from xpeer.wire.codec import Payload
 
 _CHUNK_VALUES: Final = 1 << 15
-CLIP_MULTIPLE: Final = 4.0
-CLIP_AFTER: Final = 5
-"""Accepted norms needed for a median to mean something."""
-CLIP_HISTORY: Final = 64
-CLIP_FLOOR: Final = 0.01
-"""Relative distance that is never clipped. int8 alone makes 0.006; after consolidation the median
-tends to zero, and would otherwise keep peers apart for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,40 +43,12 @@ class Difference:
         return self.largest is None or bool((self.largest >= 0).all())
 
 
-class NormLimit:
-    """Bounds ||z|| by a multiple of the running median of accepted norms.
-
-    Until five were accepted there is no median, and the limit is the norm of our own fragment: all
-    start from the same parameters, so no honest partner is that far away. Recorded norms are those
-    after clipping, so that one partner moves the median slowly.
-
-    Args:
-        of_differences: the vector holds no parameters but a gradient or a pseudo-gradient, in which
-            honest partners differ by more than their own norm.
-    """
-
-    def __init__(self, *, of_differences: bool = False) -> None:
-        self._first = CLIP_MULTIPLE if of_differences else 1.0
-        self._accepted: deque[float] = deque(maxlen=CLIP_HISTORY)
-
-    def limit(self, own_norm: float) -> float:
-        """Largest ||z|| that passes unclipped, given ||Q(theta_i[f])||."""
-        if len(self._accepted) < CLIP_AFTER:
-            return self._first * own_norm
-        median = statistics.median(self._accepted)
-        return max(CLIP_MULTIPLE * median, CLIP_FLOOR * own_norm)
-
-    def accepted(self, norm: float) -> None:
-        """A correction of this norm is merged."""
-        self._accepted.append(norm)
-
-
 def difference(
     codec: str,
     own: Payload | torch.Tensor,
     payload: Payload,
     num_values: int,
-    limits: Sequence[NormLimit],
+    limits: Sequence[Limit],
     parameters_at: int,
     out: torch.Tensor | None = None,
 ) -> Difference:
@@ -96,7 +60,7 @@ def difference(
             of it, (num_values,) float32, as the partner decoded it.
         payload: the partner's.
         num_values: V n.
-        limits: one for each vector.
+        limits: one for each vector: see `training.limits`.
         parameters_at: the vector that holds parameters.
         out: (num_values,) float32 to write z to.
 
@@ -115,7 +79,7 @@ def difference(
         norm, own_norm = measured[number]
         if number == parameters_at:
             distance = norm / own_norm if own_norm > 0 else float(norm > 0)
-        allowed = limit.limit(own_norm)
+        allowed = limit(own_norm)
         if own_norm > 0 and norm > allowed:
             row.mul_(allowed / norm)
             norm, clipped = allowed, True
@@ -123,7 +87,7 @@ def difference(
     return Difference(rows, tuple(norms), distance, clipped, whole.largest)
 
 
-def bounded(z: torch.Tensor, own: torch.Tensor, limit: NormLimit) -> Difference:
+def bounded(z: torch.Tensor, own: torch.Tensor, limit: Limit) -> Difference:
     """A difference of parameters that was decoded already, measured and clipped in place.
 
     Args:
@@ -133,7 +97,7 @@ def bounded(z: torch.Tensor, own: torch.Tensor, limit: NormLimit) -> Difference:
     """
     norm, own_norm = _norm(z), _norm(own)
     distance = norm / own_norm if own_norm > 0 else float(norm > 0)
-    allowed = limit.limit(own_norm)
+    allowed = limit(own_norm)
     clipped = own_norm > 0 and norm > allowed
     if clipped:
         z.mul_(allowed / norm)

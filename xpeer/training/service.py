@@ -243,15 +243,16 @@ class Service:
         )
 
     def _verify(self, command: Verify) -> Verified:
-        distance = self._trainer.exchanges.verify(
+        found = self._trainer.exchanges.verify(
             command.meeting_id,
             command.exchange_id,
             command.codec,
             self._arena.slot(command.slot, command.num_bytes),
             command.num_values,
             command.parties,
+            command.partner,
         )
-        return Verified(distance)
+        return Verified(found.distance, found.clipped)
 
     def _merge(self, command: Merge) -> Done:
         self._trainer.exchanges.resolve(command.meeting_id, command.weights)

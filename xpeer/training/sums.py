@@ -18,7 +18,8 @@ from xpeer.errors import PeerError, Reason
 from xpeer.training.buffers import Buffers
 from xpeer.training.consolidation import Shown, shown_mean
 from xpeer.training.fragments import Fragments
-from xpeer.training.mixing import Difference, NormLimit, bounded
+from xpeer.training.limits import Limit
+from xpeer.training.mixing import Difference, bounded
 from xpeer.wire import fixedpoint
 from xpeer.wire.codec import Payload
 from xpeer.wire.fixedpoint import Grid
@@ -43,7 +44,7 @@ def decoded(
     own: Payload,
     total: Payload,
     parties: int,
-    limit: NormLimit,
+    limit: Limit,
     buffers: Buffers,
 ) -> Sum:
     """Decode a masked group's sum.
