@@ -27,7 +27,7 @@ from xpeer.network.link import Link
 from xpeer.network.p2p import STREAMS_PER_PEER
 from xpeer.network.roster import Roster
 from xpeer.network.swarm import Swarm
-from xpeer.update import CompressedUpdate, PeerUpdate, PrivacyStamp
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivacyStamp
 from xpeer.wire.messages import Propose, Terms
 
 SIZE = 400_000
@@ -52,10 +52,10 @@ class Trainer:
     ) -> CompressedUpdate:
         return CompressedUpdate(bytes(SIZE), "int8", SIZE, 1, STAMP)
 
-    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         self.in_the_middle.set()
         await self.go_on.wait()
-        return 0.0
+        return Checked(0.0)
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         self.merged += 1

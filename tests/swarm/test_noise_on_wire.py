@@ -27,7 +27,7 @@ from xpeer.identity import Identity
 from xpeer.network.exchange import Proposer, answering
 from xpeer.training.handle import TrainerProcess
 from xpeer.training.setup import TrainerSetup
-from xpeer.update import CompressedUpdate, PeerUpdate
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 from xpeer.wire.codec import encoded_bytes
 
 pytestmark = pytest.mark.timeout(150)
@@ -79,7 +79,7 @@ class Tapped:
     ) -> CompressedUpdate:
         return await self.trainer.snapshot(meeting_id, fragment, averaging=averaging)
 
-    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         self.received.append(bytes(update.payload))
         return await self.trainer.verify(meeting_id, exchange_id, update)
 

@@ -12,7 +12,7 @@ from xpeer import update as update_module
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.identity import PeerId
 from xpeer.round import Meeting
-from xpeer.update import CompressedUpdate, PeerUpdate, PrivacyStamp
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivacyStamp
 from xpeer.wire.messages import Terms
 
 STAMP = PrivacyStamp("record", 1, update_module._ISSUER)
@@ -31,10 +31,10 @@ class FakeTrainer:
         await asyncio.sleep(0)
         return CompressedUpdate(b"ours", "int8", 4, 1, STAMP)
 
-    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         if update.payload == b"bad":
             raise PeerError(Reason.NOT_FINITE)
-        return 0.5
+        return Checked(0.5)
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         if self.error:

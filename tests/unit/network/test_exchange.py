@@ -16,7 +16,7 @@ from xpeer.network.exchange import Party, Proposer, answering
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.stream import Stream
-from xpeer.update import CompressedUpdate, PeerUpdate, PrivacyStamp
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivacyStamp
 from xpeer.wire import messages
 from xpeer.wire.frames import FRAME_BYTES, Kind
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
@@ -40,12 +40,12 @@ class FakeTrainer:
         self.log.append("snapshot")
         return CompressedUpdate(self.payload, "int8", len(self.payload), 1, STAMP)
 
-    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> float:
+    async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         self.log.append("verify")
         self.received = bytes(update.payload)
         if self.received.startswith(b"NaN"):
             raise PeerError(Reason.NOT_FINITE)
-        return 0.01
+        return Checked(0.01)
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         (weight,) = weights.values()

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.training.test_local import NUM_PARAMS, trainer_with
+from tests.unit.training.test_local import NUM_PARAMS, trainer_with, unbounded
 from xpeer.errors import PeerError
 from xpeer.manifest import Round
+from xpeer.training.limits import CLIP_AFTER
 from xpeer.training.local import LocalTrainer
-from xpeer.training.mixing import CLIP_AFTER
+from xpeer.update import Checked
 from xpeer.wire import codec as wire_codec
 from xpeer.wire.fixedpoint import add_into, rings
 
@@ -21,7 +22,7 @@ def masked_trainers(k: int, **changes: Any) -> list[LocalTrainer]:
     return [trainer_with(seed=seed, round=rules) for seed in range(k)]
 
 
-def masked_verify(peers: list[LocalTrainer]) -> list[float]:
+def masked_verify(peers: list[LocalTrainer]) -> list[Checked]:
     """Everybody's sum, as the group would make it without masks."""
     updates = []
     for peer in peers:
@@ -40,11 +41,10 @@ def masked_verify(peers: list[LocalTrainer]) -> list[float]:
 def test_a_masked_groups_sum_brings_all_to_their_mean_and_consolidation_sees_it_alone() -> None:
     peers = masked_trainers(3, mask_bits=32)
     for peer in peers:
-        for _ in range(CLIP_AFTER):
-            peer.exchanges._limits[peer.exchanges._averaging][0].accepted(1e6)
+        unbounded(peer)
     before = torch.stack([peer.parameters.read() for peer in peers])
-    for distance in masked_verify(peers):
-        assert 0.5 < distance < 3
+    for found in masked_verify(peers):
+        assert 0.5 < found.distance < 3
     for number, peer in enumerate(peers):
         peer.exchanges.resolve(1, {0: 2 / 3})
         peer.merge(1)
@@ -80,8 +80,7 @@ def test_a_joiner_is_given_means_of_groups_and_nothing_of_our_own() -> None:
     peers = masked_trainers(3, mask_bits=32)
     start = [peer.parameters.read() for peer in peers]
     for peer, given in zip(peers, start, strict=True):
-        for _ in range(CLIP_AFTER):
-            peer.exchanges._limits[peer.exchanges._averaging][0].accepted(1e6)
+        unbounded(peer)
         peer.parameters.write(given + 0.01)  # a step of our own: nobody has seen it
         assert torch.equal(common_of(peer), given)
     masked_verify(peers)

@@ -131,10 +131,10 @@ async def test_an_exchange_between_two_trainers_keeps_the_sum(pair: Pair) -> Non
         one, other = values_sent(ours), values_sent(theirs)
         expected = relative_distances(one, other)
         fragments.add_(half_way, fragment, other - one, 0.5)
-        distances = await asyncio.gather(
+        found = await asyncio.gather(
             a.verify(fragment, 1, from_peer(theirs)), b.verify(fragment, 1, from_peer(ours))
         )
-        assert distances == pytest.approx(expected, rel=1e-4)
+        assert [each.distance for each in found] == pytest.approx(expected, rel=1e-4)
         await asyncio.gather(a.merge(fragment, {1: 0.5}), b.merge(fragment, {1: 0.5}))
     saved_after = await saved_by(a, b)
     assert [s.counters["step"] for s in saved_after] == [s.counters["step"] for s in saved]
@@ -188,7 +188,7 @@ async def test_payloads_that_are_wrong_are_refused(pair: Pair) -> None:
     with pytest.raises(TrainerError, match="verified"):
         await a.merge(60, {1: 0.5})
     far = torch.full((update.num_values,), 1e4)
-    assert await a.verify(60, 1, from_peer(update, payload=encode("int8", far))) > 1000
+    assert (await a.verify(60, 1, from_peer(update, payload=encode("int8", far)))).distance > 1000
     clipped = a.progress.merges_clipped
     await a.merge(60, {1: 0.5})
     await a.evaluate()

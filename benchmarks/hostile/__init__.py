@@ -1,0 +1,1 @@
+"""One hostile member with a valid certificate among three honest daemons."""

@@ -1,0 +1,66 @@
+"""`python -m benchmarks.hostile`: three honest daemons and one hostile member with a certificate.
+
+Each run is a swarm of four real daemons on this machine, from the first step to the closing
+consolidation. `clean` is without an attack, `speeds` with members 1, 1, 1/2 and 1/4 as fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import emit, say, write_result
+from benchmarks.hostile.attacks import ALL
+from benchmarks.hostile.peers import HOSTILE, NAMES, Peers, figures
+
+COMMAND = "python -m benchmarks.hostile"
+STEPS, QUICK_STEPS = 300, 40
+TIMEOUT_S = 1500.0
+SHARE = 1 / (len(NAMES) - 1)
+"""Of everybody's meetings, those with the hostile one."""
+SPEEDS = (1.0, 1.0, 0.5, 0.25)
+
+
+def measure(name: str, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One swarm; its figures, and all that was seen."""
+    attack = name if name in ALL else ""
+    with tempfile.TemporaryDirectory(prefix="xh-") as folder:
+        peers = Peers(Path(folder), steps)
+        peers.prepare()
+        honest = [peer for peer in NAMES if not attack or peer != HOSTILE]
+        throttles = SPEEDS if name == "speeds" else (1.0,) * len(NAMES)
+        with peers.running(attack, throttles):
+            seen = peers.watch(honest, TIMEOUT_S)
+    found = figures(seen)
+    say(f"{name}: {found}")
+    return found, {peer: asdict(each) for peer, each in seen.items()}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one attack, few steps, no result")
+    parser.add_argument("--only", nargs="*", choices=["clean", "speeds", *ALL], default=None)
+    options = parser.parse_args()
+    wanted = options.only or (["clean", "flip"] if options.quick else ["clean", "speeds", *ALL])
+    runs, details = {}, {}
+    for name in wanted:
+        runs[name], details[name] = measure(name, QUICK_STEPS if options.quick else STEPS)
+    summary: dict[str, Any] = {"runs": runs}
+    if "clean" in runs:
+        left = (1 - SHARE) * runs["clean"]["exchanges_per_s"]
+        for name in set(runs) & set(ALL):
+            kept = runs[name]["honest_exchanges_per_s"] / left if left else 0.0
+            runs[name]["of_what_the_share_leaves"] = round(kept, 3)
+            added = runs[name]["public_loss"] - runs["clean"]["public_loss"]
+            runs[name]["loss_added"] = round(added, 3)
+    if not options.quick and options.only is None:
+        write_result("hostile", summary, details, COMMAND)
+    emit("hostile", summary)
+
+
+if __name__ == "__main__":
+    main()

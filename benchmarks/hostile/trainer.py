@@ -1,0 +1,72 @@
+"""The trainer process of a hostile member: the real one, but for what it shows its partners."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from benchmarks.hostile.attacks import ATTACK_VARIABLE, SHOWN, Shown
+from xpeer.privacy.mechanism import Mechanism
+from xpeer.privacy.steps import StepResult
+from xpeer.status import PrivacySpent
+from xpeer.training import assemble as production
+from xpeer.training import process
+from xpeer.training.assemble import Assembled
+from xpeer.training.setup import TrainerSetup
+from xpeer.update import PrivateUpdate, RawUpdate
+
+
+class Liar:
+    """A mechanism that certifies what an attack makes of a snapshot.
+
+    Args:
+        real: does the rest.
+        attack: what is shown instead.
+    """
+
+    def __init__(self, real: Mechanism, attack: Shown) -> None:
+        self.engine, self.notes = real.engine, real.notes
+        self._real, self._attack = real, attack
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """See `Mechanism`."""
+        return self._real.seen
+
+    def begin_window(self, steps: int) -> int:
+        """See `Mechanism`."""
+        return self._real.begin_window(steps)
+
+    def prepare_window(self, steps: int) -> None:
+        """See `Mechanism`."""
+        self._real.prepare_window(steps)
+
+    def step_gradient(self) -> StepResult:
+        """See `Mechanism`."""
+        return self._real.step_gradient()
+
+    def stamp(self, raw: RawUpdate) -> PrivateUpdate:
+        """Of other values."""
+        return self._real.stamp(RawUpdate(self._attack(raw.values), raw.step))
+
+    def spent(self) -> PrivacySpent:
+        """See `Mechanism`."""
+        return self._real.spent()
+
+    def close(self) -> None:
+        """See `Mechanism`."""
+        self._real.close()
+
+
+def assemble(setup: TrainerSetup) -> Assembled:
+    """The production's trainer; its exchanges show what the attack says."""
+    assembled = production.assemble(setup)
+    if (attack := SHOWN.get(os.environ[ATTACK_VARIABLE])) is not None:
+        liar = Liar(assembled.mechanism, attack())
+        assembled.trainer.exchanges._mechanism = liar
+    return assembled
+
+
+if __name__ == "__main__":
+    process.main(assemble)
