@@ -214,8 +214,10 @@ class Exchange:
             )
             if found.largest is not None:
                 self._reaches[peer].saw(fragment, own.view(-1), found.largest)
-            if found.whole and not found.clipped:
-                for limit, norm in zip(limits, found.norms, strict=True):
+            for limit, norm in zip(limits, found.norms, strict=True):
+                if found.clipped:
+                    limit.clipped(self._names[other])
+                elif found.whole:
                     limit.accepted(norm, self._names[other])
             self.counts.clipped += found.clipped
             weight = weights.of_pair(self._weighting, terms[peer], terms[other])

@@ -19,8 +19,8 @@ MOST: Final = 10
 REFUSALS: Final = 8
 """Refusals in a row, with nothing exchanged between, that count as a failure. A partner that is
 four times slower refuses three of four proposals, so that eight in a row are one in ten."""
-CLIPPED: Final = 3
-"""Merges in a row whose difference was clipped that count as a failure."""
+CLIPPED: Final = 2
+"""From so many merges in a row whose difference was clipped, each one counts as a failure."""
 
 
 @dataclass(slots=True)
@@ -75,7 +75,6 @@ class Backoff:
         if clipped:
             self._clipped += 1
             if self._clipped >= CLIPPED:
-                self._clipped = 0
                 self.failed(now_s, turn_s, 0.0, "clipped", agreed=True)
             return
         self._clipped = 0

@@ -1,37 +1,29 @@
-"""How a node becomes part of a swarm: find it, be admitted, take over its parameters.
+"""How a node becomes part of a swarm: find it, and be admitted.
 
-Each step tries until it succeeds and keeps the operator told why it has not yet.
+Each step tries until it succeeds and keeps the operator told why it has not yet. How it comes to
+the swarm's parameters is `donors`' business.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import random
 
 from xpeer import founding
 from xpeer.config import Home, NodeConfig
-from xpeer.errors import ConfigError, PeerError, Reason
+from xpeer.errors import ConfigError, PeerError
 from xpeer.identity import Identity
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.network import joining, state
-from xpeer.network.exchange import Party
+from xpeer.network import joining
 from xpeer.network.membership import Membership
 from xpeer.network.swarm import Swarm
 from xpeer.status import SHOUTED
-from xpeer.training.handle import TrainerProcess
-from xpeer.training.schedule import planned_steps
-from xpeer.update import ModelState
-from xpeer_daemon.node import HOLDING, Node
+from xpeer_daemon.node import Node
 from xpeer_daemon.store import Store
 
 log = logging.getLogger("xpeer.daemon")
 
 RETRY_S = 2.0
-FETCH_TIMEOUT_S = 600.0
-DONOR_TOLERANCE = 1.15, 0.05
-"""A donor's parameters may be this much worse on the public text than it says: factor, nats."""
 
 
 class Joiner:
@@ -134,53 +126,3 @@ class Joiner:
             note = self._swarm.bootstrap_note or "no member has answered yet"
             self._node.joining_note = f"joining: {note}"
             await asyncio.sleep(RETRY_S)
-
-    async def take_over_parameters(
-        self, trainer: TrainerProcess, party: Party, manifest: Manifest
-    ) -> None:
-        """A joiner starts from a member's parameters, never from a random start."""
-        node = self._node
-        node.enter("fetching")
-        num_params = manifest.model.num_params
-        while True:
-            donors = [p for p, r in node.others().items() if r.phase in HOLDING]
-            random.shuffle(donors)
-            for donor in donors:
-                try:
-                    given = await state.fetch(
-                        party, self._swarm, donor, num_params, FETCH_TIMEOUT_S
-                    )
-                    _check_step(given, manifest)
-                    _check_donor(given, await trainer.import_state(given.payload, given.step))
-                except PeerError as e:
-                    log.warning("parameters from %s refused: %s", donor[-8:], e)
-                    self._store.add_event("donor-refused", f"{donor}: {e}")
-                    continue
-                log.info("took over the parameters of %s at step %d", donor[-8:], given.step)
-                return
-            node.joining_note = f"fetching: {len(donors)} members could give the parameters"
-            await asyncio.sleep(RETRY_S)
-
-
-def _check_step(given: ModelState, manifest: Manifest) -> None:
-    """Refuse a step past the run's end: the joiner would end before it began.
-
-    Raises:
-        PeerError: it is.
-    """
-    last = planned_steps(manifest)
-    if last is not None and given.step > last:
-        raise PeerError(Reason.REFUSED, f"step {given.step}, the run ends at {last}")
-
-
-def _check_donor(given: ModelState, measured: float) -> None:
-    """Refuse parameters that are not what the donor says, on the public text.
-
-    Raises:
-        PeerError: worse than the donor's word, or no number at all.
-    """
-    factor, nats = DONOR_TOLERANCE
-    if not math.isfinite(measured) or measured > factor * given.loss_public + nats:
-        raise PeerError(
-            Reason.REFUSED, f"public loss {measured:.3f}, the donor said {given.loss_public:.3f}"
-        )

@@ -60,6 +60,8 @@ class Node:
         self.state: State = "starting"
         self.paused = False
         self.budget_spent = False
+        self.catching_up = False
+        """Nothing is exchanged until it is known whether our parameters lie far behind."""
         self.leaving = False
         self.stopping = asyncio.Event()
         self.changed = asyncio.Event()
@@ -148,7 +150,7 @@ class Node:
         """Why nothing is exchanged now."""
         if self.state == "paused":
             return Reason.PAUSED
-        return None if self.trainer is not None else Reason.NOT_READY
+        return None if self.trainer is not None and not self.catching_up else Reason.NOT_READY
 
     def training(self) -> bool:
         """Whether local steps are being taken."""

@@ -41,6 +41,10 @@ class Closing:
         self._least = least
         self._merged: Counter[int] = Counter()
 
+    def begin(self) -> None:
+        """The trainer was started again: nothing of this counts."""
+        self._merged.clear()
+
     def merged(self, fragment: int) -> None:
         """One more merge of this fragment while everybody had ended."""
         self._merged[fragment] += 1

@@ -34,9 +34,11 @@ from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs, report, watch
 from xpeer_daemon.api import ControlApi
 from xpeer_daemon.ending import SPARE_S, Ends, raise_first, within
+from xpeer_daemon.donors import Donors
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.joiner import Joiner
 from xpeer_daemon.node import Node
+from xpeer_daemon.parameters import Parameters, begins
 from xpeer_daemon.partners import ORDINARY, Partners
 from xpeer_daemon.phases import ENDED, Closing
 from xpeer_daemon.presence import ROSTER_EVERY_S, Presence
@@ -62,11 +64,18 @@ class Service:
         home: locked by us.
         config: settings.
         paused: take no steps until `xpeer resume`.
+        from_initial: a founder that lost its parameters waits for nobody who holds them.
         trainer: the module that the trainer process runs.
     """
 
     def __init__(
-        self, home: Home, config: NodeConfig, *, paused: bool = False, trainer: str = PROGRAM
+        self,
+        home: Home,
+        config: NodeConfig,
+        *,
+        paused: bool = False,
+        from_initial: bool = False,
+        trainer: str = PROGRAM,
     ) -> None:
         self._home = home
         self._trainer_program = trainer
@@ -80,6 +89,7 @@ class Service:
         self._node.swarm_id = self._swarm_id
         self._ends = self._node.ends = Ends(home, config)
         self._node.paused = paused
+        self._from_initial = from_initial
         self._exit_code = ExitCode.OK
         self._tasks: asyncio.TaskGroup
         self._store: Store
@@ -91,6 +101,7 @@ class Service:
         self._shares: Shares
         self._windows: Windows
         self._supervisor: Supervisor
+        self._parameters: Parameters
         self._proposer: exchange.Proposer
 
     async def main(self) -> int:
@@ -149,10 +160,10 @@ class Service:
             if self._manifest.shared_corpus is not None:
                 await self._wait_for_peers()
             trainer = await self._start_trainer()
-            if trainer.resumed_step is None and not self._joiner.founds:
-                await self._joiner.take_over_parameters(trainer, self._party, self._manifest)
+            trainer = await self._parameters.hold(trainer)
             await self._wait_for_peers()
             await self._begin(trainer)
+            self._tasks.create_task(self._parameters.look_later())
             self._tasks.create_task(self._supervise())
             self._tasks.create_task(self._gossip.run())
             self._tasks.create_task(self._watch_for_the_end())
@@ -181,6 +192,14 @@ class Service:
             lambda setup: TrainerProcess.start(
                 setup, self._on_trainer, program=self._trainer_program
             ),
+        )
+        self._parameters = Parameters(
+            node,
+            self._store,
+            Donors(node, self._store, self._party, self._swarm, manifest),
+            self._supervisor,
+            founds=self._joiner.founds,
+            begins=self._from_initial or begins(self._home, self._store),
         )
         self._proposer = exchange.Proposer(self._party, self._swarm)
         self._book = node.book = Partners(
@@ -241,7 +260,8 @@ class Service:
 
     def _setup(self) -> TrainerSetup:
         node = self._node
-        trains = node.state == "training"
+        # one that had ended takes the steps again that its checkpoint lacks
+        trains = node.state in ("training", "closing", "budget-spent")
         if node.throughput is not None:
             node.throughput.interrupt()
         return TrainerSetup(
@@ -252,7 +272,7 @@ class Service:
             peer_id=node.peer_id,
             members=self._shares.take(),
             mode="train" if trains else "pause" if node.state == "paused" else "mix",
-            initial="initial" if self._joiner.founds else "awaited",
+            initial=self._parameters.source,
         )
 
     async def _start_trainer(self) -> TrainerProcess:
@@ -269,8 +289,8 @@ class Service:
     async def _supervise(self) -> None:
         async def again(trainer: TrainerProcess) -> None:
             self._store.add_event("trainer-restarted", f"epoch {trainer.epoch}")
-            if trainer.resumed_step is None and not self._joiner.founds:
-                await self._joiner.take_over_parameters(trainer, self._party, self._manifest)
+            self._closing.begin()  # what the one before had merged may be lost with it
+            if await self._parameters.hold_again(trainer):
                 await self._begin(trainer)
 
         await self._supervisor.run(again)

@@ -103,6 +103,7 @@ def run(
     *,
     join_token: str | None = None,
     paused: bool = False,
+    from_initial: bool = False,
     trainer: str = PROGRAM,
 ) -> int:
     """Run the daemon until it is told to stop; the exit code.
@@ -123,7 +124,10 @@ def run(
             if note:
                 log.warning("%s", note)
         try:
-            return uvloop.run(Service(home, config, paused=paused, trainer=trainer).main())
+            service = Service(
+                home, config, paused=paused, from_initial=from_initial, trainer=trainer
+            )
+            return uvloop.run(service.main())
         except LocalError as e:
             log.error("%s", e)
             raise

@@ -48,6 +48,11 @@ _KNOWN_SEEDS = "known"
 @click.option("--name", metavar="NAME", help="What the other members see this node called.")
 @click.option("--min-peers", type=int, help="Wait for this many partners before training.")
 @click.option("--paused", is_flag=True, help="Join and serve, but take no steps until resume.")
+@click.option(
+    "--from-initial",
+    is_flag=True,
+    help="A founder without checkpoints: begin with the initial model, wait for no member.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Of stderr and the log.")
 @click.option("--base-model", type=GivenPath(), help="As data.base_model.")
 @click.option("--tokenizer", type=GivenPath(), help="As data.tokenizer.")
@@ -69,6 +74,7 @@ def start(
     name: str | None,
     min_peers: int | None,
     paused: bool,
+    from_initial: bool,
     log_format: str | None,
     base_model: Path | None,
     tokenizer: Path | None,
@@ -105,7 +111,8 @@ def start(
         _look(home, config, observes=certificate.role == "observer", trial=not skip_trial)
         say("all is well; nothing was started")
         return
-    raise click.exceptions.Exit(daemon.run(home, config, join_token=token, paused=paused))
+    code = daemon.run(home, config, join_token=token, paused=paused, from_initial=from_initial)
+    raise click.exceptions.Exit(code)
 
 
 def read_token(argument: str | None) -> str | None:

@@ -3,6 +3,10 @@
 The donor signs digest, step and its loss on the public text; the joiner checks size, digest and
 signature here, and its trainer checks that loss before anything is trained or mixed.
 What is handed out is what gossip hands out anyway: private already, in float32.
+
+One snapshot serves all who ask while it is fresh. There is no limit on how long a transfer takes,
+but on how long it may stand still: 256 KiB have to pass in every `link.FRAME_TIMEOUT_S`. One that
+breaks off begins anew.
 """
 
 from __future__ import annotations
@@ -23,8 +27,10 @@ from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_s
 PROTOCOL = "xpeer/state/1"
 PREPARE_TIMEOUT_S = 300.0
 """The donor takes its snapshot at a step boundary, and a step of a large model is long."""
-GIVE_TIMEOUT_S = 600.0
-"""For one donation: a reader that takes a byte now and then holds a copy of all parameters."""
+FRESH_S, FRESH_COST = 20.0, 20.0
+"""A snapshot is handed out for so long, or for so many times as long as it took: joiners, however
+many, cost a twentieth of the donor's time at most."""
+DIAL_TIMEOUT_S = 30.0
 PAUSE_S = 10.0
 """Between two donations to the same peer: each costs the trainer a copy."""
 MAX_LOSS_PUBLIC = 20.0
@@ -39,6 +45,44 @@ class Source(Protocol):
         """Parameters at the next step boundary."""
 
 
+class Shelf:
+    """The last snapshot, while it is fresh; one at a time is taken.
+
+    Args:
+        clock: monotonic, seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._kept: tuple[Source, ModelState, bytes] | None = None
+        self._until = 0.0
+
+    async def get(self, source: Source) -> tuple[ModelState, bytes]:
+        """A snapshot of this trainer, and its digest; of none before it.
+
+        Raises:
+            PeerError: it has none to give.
+        """
+        async with self._lock:
+            kept = self._kept
+            if kept is None or kept[0] is not source or self._clock() >= self._until:
+                self._kept = None  # free it before there are two
+                began = self._clock()
+                state = await source.export_state()
+                digest = await asyncio.to_thread(blake2b, state.payload)
+                now = self._clock()
+                self._until = now + max(FRESH_S, FRESH_COST * (now - began))
+                kept = self._kept = (source, state, digest)
+                asyncio.get_running_loop().call_later(self._until - now, self._forget, state)
+            return kept[1], kept[2]
+
+    def _forget(self, state: ModelState) -> None:
+        """It takes as much memory as the model."""
+        if self._kept is not None and self._kept[1] is state:
+            self._kept = None
+
+
 def serving(
     party: Party, source: Callable[[], Source | None], max_donations: int
 ) -> Callable[[Link], Awaitable[None]]:
@@ -51,6 +95,7 @@ def serving(
     """
     last: dict[PeerId, float] = {}  # one entry per peer that was given to within PAUSE_S
     giving: set[PeerId] = set()
+    shelf = Shelf()
 
     def has_turn(peer_id: PeerId) -> bool:
         now = time.monotonic()
@@ -70,10 +115,7 @@ def serving(
                 return  # the joiner sees a closed link and asks another member
             giving.add(link.peer_id)
             try:
-                async with asyncio.timeout(GIVE_TIMEOUT_S):
-                    await _give(party, link, await trainer.export_state())
-            except TimeoutError as e:
-                raise PeerError(Reason.TIMEOUT, "the joiner takes too long") from e
+                await _give(party, link, *await shelf.get(trainer))
             finally:
                 giving.discard(link.peer_id)
                 last[link.peer_id] = time.monotonic()
@@ -83,8 +125,7 @@ def serving(
     return handle
 
 
-async def _give(party: Party, link: Link, state: ModelState) -> None:
-    digest = await asyncio.to_thread(blake2b, state.payload)
+async def _give(party: Party, link: Link, state: ModelState, digest: bytes) -> None:
     statement = state_statement(
         party.swarm_id, party.manifest_hash, state.step, state.loss_public, digest
     )
@@ -103,39 +144,64 @@ async def _give(party: Party, link: Link, state: ModelState) -> None:
         raise PeerError(Reason.DIGEST_MISMATCH, "the joiner did not receive what was sent")
 
 
-async def fetch(
-    party: Party, dialler: Dialler, donor: PeerId, num_params: int, timeout_s: float
-) -> ModelState:
-    """Fetch and check a member's parameters.
+class Offered:
+    """What a member would give: compare it with others' before it is taken. Made by `ask`.
+
+    Args:
+        link: on which it follows.
+        donor: who.
+        offer: signed and checked, but for what the parameters really are.
+    """
+
+    def __init__(self, link: Link, donor: PeerId, offer: StateOffer) -> None:
+        self.donor, self.step, self.loss_public = donor, offer.step, offer.loss_public
+        self._link, self._offer = link, offer
+
+    async def take(self) -> ModelState:
+        """Receive and check it.
+
+        Raises:
+            PeerError: it stalled, broke off, or is not what was signed.
+        """
+        offer = self._offer
+        try:
+            payload, _ = await self._link.receive_bulk(4 * offer.num_params)
+            if await asyncio.to_thread(blake2b, payload) != offer.digest:
+                raise PeerError(Reason.DIGEST_MISMATCH, "not the state that the donor signed")
+            await self._link.send(StateReceived(offer.digest))
+        finally:
+            await self._link.close()
+        return ModelState(payload=payload, step=offer.step, loss_public=offer.loss_public)
+
+    def refuse(self) -> None:
+        """Another one is better."""
+        self._link.abort()
+
+
+async def ask(party: Party, dialler: Dialler, donor: PeerId, num_params: int) -> Offered:
+    """Ask a member for its parameters, and check what it says of them.
 
     Args:
         party: us.
         dialler: opens the stream.
         donor: whom to ask.
         num_params: of the manifest; any other size is refused before it is read.
-        timeout_s: for all of it.
 
     Raises:
         PeerError: unreachable, busy, or anything does not match.
     """
-    link = await dialler.open_link(donor, PROTOCOL, timeout_s)
+    link = await dialler.open_link(donor, PROTOCOL, DIAL_TIMEOUT_S)
     try:
-        async with asyncio.timeout(timeout_s):
-            await link.connect(party.handshake(donor, "state", initiator=True), initiator=True)
-            await link.send(StateRequest())
-            offer = await link.receive(PREPARE_TIMEOUT_S)
-            if not isinstance(offer, StateOffer):
-                raise PeerError(Reason.MALFORMED, "a state offer was due")
-            _check_offer(party, donor, offer, num_params)
-            payload, _ = await link.receive_bulk(4 * num_params)
-            if await asyncio.to_thread(blake2b, payload) != offer.digest:
-                raise PeerError(Reason.DIGEST_MISMATCH, "not the state that the donor signed")
-            await link.send(StateReceived(offer.digest))
-    except TimeoutError as e:
-        raise PeerError(Reason.TIMEOUT, "the state did not arrive in time") from e
-    finally:
-        await link.close()
-    return ModelState(payload=payload, step=offer.step, loss_public=offer.loss_public)
+        await link.connect(party.handshake(donor, "state", initiator=True), initiator=True)
+        await link.send(StateRequest())
+        offer = await link.receive(PREPARE_TIMEOUT_S)
+        if not isinstance(offer, StateOffer):
+            raise PeerError(Reason.MALFORMED, "a state offer was due")
+        _check_offer(party, donor, offer, num_params)
+    except BaseException:
+        link.abort()
+        raise
+    return Offered(link, donor, offer)
 
 
 def _check_offer(party: Party, donor: PeerId, offer: StateOffer, num_params: int) -> None:

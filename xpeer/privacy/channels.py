@@ -375,6 +375,8 @@ ROUTES: Final[dict[str, str]] = {
 EVENTS: Final = (
     "trainer-restarted",
     "donor-refused",
+    "caught-up",
+    "began-anew",
     "finished",
     "ledger-went-back",
     "ledger-caught-up",

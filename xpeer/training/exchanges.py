@@ -362,10 +362,12 @@ class Exchanges:
                 self.consolidation.merged(meeting.fragment, meeting.shown[exchange_id])
         merged = {each: meeting.differences[each] for each in meeting.merged}
         for exchange_id, found in merged.items():
-            if found.clipped or not found.whole:
-                continue  # what was clipped teaches nothing
+            partner = meeting.partners.get(exchange_id, "")
             for limit, norm in zip(self._limits[meeting.rule], found.norms, strict=True):
-                limit.accepted(norm, meeting.partners.get(exchange_id, ""))
+                if found.clipped:
+                    limit.clipped(partner)
+                elif found.whole:
+                    limit.accepted(norm, partner)
         differences = (each.values.view(-1) for each in meeting.differences.values())
         for spare in (meeting.theta, meeting.payload, *differences):
             if spare is not None:

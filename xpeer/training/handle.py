@@ -7,6 +7,7 @@ handle starts a new one, with a new epoch, and what was in flight is lost (TRAIN
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -276,35 +277,40 @@ class TrainerProcess:
                 arena.release_state()
         return ModelState(memoryview(payload), exported.step, exported.loss_public)
 
-    async def import_state(self, payload: bytes | memoryview, step: int) -> float:
+    async def import_state(
+        self, payload: bytes | memoryview, step: int, at_most: float = math.inf
+    ) -> float:
         """Replace the parameters; moments start afresh, and so does the warm-up.
 
         Args:
             payload: (num_params,) float32, little endian.
             step: the donor's.
+            at_most: public loss that they may have.
 
         Returns:
-            Our own measurement of the public loss: compare it with the donor's word.
+            Our own measurement of the public loss.
 
         Raises:
-            PeerError: wrong size or not finite; the old parameters stay.
+            PeerError: wrong size, not finite, worse than that or than what is there; the old
+                parameters stay.
         """
         size, expected = memoryview(payload).nbytes, self._child.arena.layout.state_bytes
         if size != expected:
             raise PeerError(Reason.WRONG_MODEL, f"{size} bytes, {expected} expected")
-        imported = await self._child.whole(self._import_state(memoryview(payload).cast("B"), step))
+        values = memoryview(payload).cast("B")
+        imported = await self._child.whole(self._import_state(values, step, at_most))
         logger.info(
             "parameters replaced at step %d: public loss %.4f -> %.4f",
             *(step, imported.loss_before, imported.loss_after),
         )
         return imported.loss_after
 
-    async def _import_state(self, payload: memoryview, step: int) -> StateImported:
+    async def _import_state(self, payload: memoryview, step: int, at_most: float) -> StateImported:
         arena = self._child.arena
         async with self._region:
             try:
                 await copy_in_parts(payload, arena.state())
-                return await self._child.ask(ImportState(step), StateImported)
+                return await self._child.ask(ImportState(step, at_most), StateImported)
             finally:
                 arena.release_state()
 

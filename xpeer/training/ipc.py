@@ -102,6 +102,8 @@ class ImportState(Struct, frozen=True, tag=True):
     """Replace all parameters by the arena's region."""
 
     step: int
+    at_most: float = float("inf")
+    """Public loss that they may have."""
 
 
 class Run(Struct, frozen=True, tag=True):

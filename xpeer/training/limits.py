@@ -6,7 +6,8 @@
 M is how far our own training moves a fragment between two merges of it: honest partners train as
 we do, so they are a few M away (docs/decisions.md has the measurements). What was clipped teaches
 nothing, a partner's own norms never bound itself, and M caps what all others could teach: nobody
-raises its own limit, and several together not beyond the cap.
+raises its own limit, and several together not beyond the cap. Each clipped merge in a row halves
+the partner's limit, to 2 M at least.
 
 All of it follows from values that were exchanged: M is the distance between two of our own
 snapshots, less what merges added.
@@ -40,12 +41,15 @@ tend to zero, and would otherwise keep peers apart for ever."""
 FLOOR, CAP = 8.0, 16.0
 """In units of M; the cap while there is no median, too. Of honest partners 99 of 100 are within
 4.2 M at equal speeds; a peer that is four times slower than the others sees them at up to 15 M."""
+NARROWEST: Final = 2.0
+"""In units of M: how far a partner's limit is halved while it is clipped again and again."""
 STALE_SHARE: Final = 0.5
 """Of our own norm: how far others may be from parameters that were fetched or read from a
 checkpoint, while M says nothing yet."""
 STALE_MERGES: Final = 10
 """Merges of each fragment after which M is believed again: a joiner warms up, and moves little."""
 _SAMPLE: Final = 4096
+_MOST_CLIPPED: Final = 8
 _MOVEMENTS: Final = 32
 
 
@@ -117,6 +121,7 @@ class NormLimit:
     def __init__(self, *, of_differences: bool = False) -> None:
         self._of_differences = of_differences
         self._accepted: OrderedDict[str, deque[float]] = OrderedDict()
+        self._clipped: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def of(self, partner: str, scale: Scale) -> Limit:
@@ -131,14 +136,25 @@ class NormLimit:
             scale: what our own training says; None: nothing.
             partner: whose own norms don't count; "" = a group's, which has no others.
         """
-        floor, cap = self._bounds(own_norm, scale or Scale())
+        scale = scale or Scale()
+        floor, cap = self._bounds(own_norm, scale)
         median = self._median(partner)
         wanted = cap if median is None else min(max(CLIP_MULTIPLE * median, floor), cap)
-        return max(wanted, CLIP_FLOOR * own_norm)
+        narrowed = wanted * 0.5 ** self._clipped.get(partner, 0)
+        moved = own_norm if self._of_differences else scale.moved
+        return max(narrowed, min(wanted, NARROWEST * moved), CLIP_FLOOR * own_norm)
+
+    def clipped(self, partner: str) -> None:
+        """A correction is merged in part: it teaches nothing but that."""
+        with self._lock:
+            self._clipped[partner] = min(_MOST_CLIPPED, self._clipped.get(partner, 0) + 1)
+            if len(self._clipped) > MAX_PARTNERS:
+                del self._clipped[next(iter(self._clipped))]
 
     def accepted(self, norm: float, partner: str = "") -> None:
         """A correction of this norm is merged, and was not clipped."""
         with self._lock:
+            self._clipped.pop(partner, None)
             norms = self._accepted.setdefault(partner, deque(maxlen=CLIP_HISTORY))
             norms.append(norm)
             self._accepted.move_to_end(partner)

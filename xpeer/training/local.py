@@ -42,6 +42,9 @@ _SMOOTHING: Final = 0.9
 """Of the speed shown, per step."""
 SHORT_S: Final = 5.0
 """A step that ends so soon after a stop is finished; a longer one is abandoned."""
+WORSE: Final = 1.05, 0.02
+"""A donor's parameters may be this much worse on the public text than those that they replace:
+factor, nats."""
 _LOOK_S: Final = 1.0
 _USE_UP_S: Final = 5.0
 """A stop may take so long for steps that were charged."""
@@ -235,22 +238,34 @@ class LocalTrainer:
             self.counters.merges += 1
             self.counters.merges_clipped += clipped
 
-    def replace(self, flat: torch.Tensor, step: int) -> tuple[float, float]:
-        """At a boundary: a joiner's parameters, fresh moments, a short warm-up.
+    def replace(
+        self, flat: torch.Tensor, step: int, at_most: float = math.inf
+    ) -> tuple[float, float]:
+        """At a boundary: a donor's parameters, fresh moments, a short warm-up.
 
         Args:
             flat: (num_params,) float32, CPU.
             step: of the donor; ours from now on, so that both end together.
+            at_most: public loss that they may have.
 
         Returns:
-            Public loss before and after.
+            Public loss before (NaN: there was nothing to measure) and after.
 
         Raises:
-            PeerError: not finite (NOT_FINITE); ours stay.
+            PeerError: not finite (NOT_FINITE), worse than `at_most`, or than what we have
+                (REFUSED); ours stay.
         """
         if not bool(torch.isfinite(flat).all()):
             raise PeerError(Reason.NOT_FINITE, "the state has values that are not finite")
-        before = self.public_loss()
+        before = math.nan if self.awaiting else self.public_loss()
+        with self.parameters.showing(flat):
+            measured = self.measurements.public_of_others()
+        factor, nats = WORSE
+        if not math.isnan(before):
+            at_most = min(at_most, factor * before + nats)
+        if not measured <= at_most:  # or no number at all
+            detail = f"public loss {measured:.3f}, at most {at_most:.3f} is taken"
+            raise PeerError(Reason.REFUSED, detail)
         self.parameters.write(flat)
         self.exchanges.begin(behind=True)
         self._gradient_due = False
@@ -266,25 +281,40 @@ class LocalTrainer:
             self.on_state()
         return before, after
 
-    def show(self, out: torch.Tensor) -> float:
+    def show(self, out: torch.Tensor) -> Callable[[], float]:
         """At a boundary: what a joiner is given, the parameters averaged with those that partners
         showed last. Of masked groups, their means alone.
+
+        The loss that goes with it is the last one measured of our own parameters, since measuring
+        takes as long as many steps: averages are hardly ever worse, and a joiner measures itself.
+        A group's means may be, and are measured.
 
         Args:
             out: (num_params,) float32, CPU; written.
 
         Returns:
-            Their public loss.
+            To be called on any thread, before anything else happens to `out`: finishes it; the
+            public loss.
+
+        Raises:
+            PeerError: there is nothing to show yet (NOT_READY).
         """
-        own, received = self.parameters.read(), self.exchanges.consolidation.now()
+        if self.awaiting:
+            raise PeerError(Reason.NOT_READY, "the parameters have not been fetched yet")
         if self.exchanges.common is not None:
             self.exchanges.common.read(out)
-        else:
-            out.copy_(consolidate(own, self.exchanges.fragments, received))
-            if not received:
-                return self.public_loss()
-        with self.parameters.showing(out):
-            return self.measurements.public_of_others()
+            with self.parameters.showing(out):
+                measured = self.measurements.public_of_others()
+            return lambda: measured
+        loss = self.measurements.public
+        loss = self.public_loss() if loss is None else loss
+        own, received = self.parameters.read(), self.exchanges.consolidation.now()
+
+        def finish() -> float:
+            out.copy_(consolidate(own, self.exchanges.fragments, received) if received else own)
+            return loss
+
+        return finish
 
     def measure(self) -> tuple[float, float | None]:
         """At a boundary: public and held-out loss of what is shown."""

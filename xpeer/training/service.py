@@ -197,12 +197,17 @@ class Service:
 
     def _export_state(self, number: int) -> None:
         region = torch.frombuffer(self._arena.state(), dtype=torch.float32)
-        step, loss = self._trainer.counters.step, self._trainer.show(region)
-        _submit(self._disk, self._answer, number, lambda: StateExported(digest(region), step, loss))
+        step, finish = self._trainer.counters.step, self._trainer.show(region)
+
+        def exported() -> StateExported:
+            loss = finish()
+            return StateExported(digest(region), step, loss)
+
+        _submit(self._disk, self._answer, number, exported)
 
     def _import_state(self, command: ImportState) -> StateImported:
         region = torch.frombuffer(self._arena.state(), dtype=torch.float32)
-        before, after = self._trainer.replace(region, command.step)
+        before, after = self._trainer.replace(region, command.step, command.at_most)
         self._tell_all()
         return StateImported(before, after)
 

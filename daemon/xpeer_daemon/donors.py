@@ -1,0 +1,198 @@
+"""Whose parameters a node without any takes over, and one that lies far behind.
+
+The initial model is for a swarm in which nobody holds parameters. A member that lost its own, be it
+the founder, takes them from another; so does one whose checkpoint lies far behind the others: old
+parameters that are mixed in pull everybody back. Its ledger stays its own.
+
+Donors are asked what they have, and the best offer is taken first: the lowest public loss, of about
+equal ones the most steps. What an offer says is measured before it replaces anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from typing import Final
+
+from xpeer.errors import PeerError
+from xpeer.identity import PeerId
+from xpeer.manifest import Manifest
+from xpeer.network import state
+from xpeer.network.exchange import Dialler, Party
+from xpeer.network.state import Offered
+from xpeer.training.handle import TrainerProcess
+from xpeer.training.schedule import planned_steps
+from xpeer_daemon.node import HOLDING, Node
+from xpeer_daemon.store import Store
+
+log = logging.getLogger("xpeer.daemon")
+
+RETRY_S = 2.0
+ASKED: Final = 8
+"""Members, at most, that are asked at the same time for what they have."""
+MORE_OFFERS_S: Final = 5.0
+"""After the first offer the others have this long, or as long again as the first one took."""
+TOLERANCE: Final = 1.15, 0.05
+"""A donor's parameters may be this much worse on the public text than it says: factor, nats."""
+ALIKE: Final = 1.05
+"""Public losses within this factor are about equal."""
+BEHIND_WINDOWS, BEHIND_SHARE = 4, 0.05
+"""A node lies far behind if a donor is more windows ahead than this, and more than this share of
+the donor's steps. Less is what training and mixing make good by themselves, and its moments are
+worth more."""
+PATIENCE_S: Final = 300.0
+"""A founder that lost its parameters waits so long for a member that holds the swarm's."""
+GRACE_S: Final = 5.0
+"""A node that resumes waits so long for members that it knows; then it trains, and looks later."""
+
+
+class Donors:
+    """Parameters from other members, for one node.
+
+    Args:
+        node: who is there, and told what is going on.
+        store: remembers events.
+        party: us.
+        dialler: opens streams.
+        manifest: of the swarm.
+    """
+
+    def __init__(
+        self, node: Node, store: Store, party: Party, dialler: Dialler, manifest: Manifest
+    ) -> None:
+        self._node, self._store = node, store
+        self._party, self._dialler, self._manifest = party, dialler, manifest
+
+    def holders(self) -> list[PeerId]:
+        """Live members that hold the swarm's parameters."""
+        return [peer for peer, record in self._node.others().items() if record.phase in HOLDING]
+
+    async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
+        """Give a trainer that has none the swarm's parameters.
+
+        Args:
+            trainer: awaits them.
+            patience_s: how long to wait for somebody who has any: a founder's, that may begin the
+                swarm anew.
+
+        Returns:
+            Whether it has some now.
+        """
+        node, clock = self._node, asyncio.get_running_loop().time
+        node.enter("fetching")
+        until = clock() + patience_s
+        while True:
+            holders = self.holders()
+            if not holders and clock() >= until:
+                return False
+            node.joining_note = f"fetching: {len(holders)} members could give the parameters"
+            if not holders and patience_s < math.inf:
+                node.joining_note = (
+                    "this swarm ran before, and its parameters are lost here: waiting "
+                    f"{until - clock():.0f} s more for a member that holds them "
+                    "(`xpeer start --from-initial` begins at once with the initial model)"
+                )
+            if holders and await self._best(trainer, holders, ahead_of=None):
+                node.joining_note = ""
+                return True
+            await asyncio.sleep(RETRY_S)
+
+    async def catch_up(self, trainer: TrainerProcess, own_step: int) -> bool:
+        """Take over a donor's parameters if ours lie far behind; whether somebody was asked."""
+        holders = self.holders()
+        if not holders:
+            return False
+        if await self._best(trainer, holders, ahead_of=own_step):
+            self._store.add_event("caught-up", f"from step {own_step}")
+        return True
+
+    async def _best(
+        self, trainer: TrainerProcess, holders: list[PeerId], ahead_of: int | None
+    ) -> bool:
+        """Take the best offer that keeps its word; whether there was one."""
+        offers = await self._offers(holders)
+        if ahead_of is not None:
+            for offer in [each for each in offers if not self.far_ahead(each.step, ahead_of)]:
+                offers.remove(offer)
+                offer.refuse()
+        taken = False
+        for offer in ranked(offers):
+            if taken:
+                offer.refuse()
+            else:
+                taken = await self._take(trainer, offer)
+        return taken
+
+    def far_ahead(self, step: int, own_step: int) -> bool:
+        """Whether a node at `own_step` lies far behind a donor at `step`."""
+        windows = BEHIND_WINDOWS * self._manifest.round.window_steps
+        return step - own_step > max(windows, BEHIND_SHARE * step)
+
+    async def _offers(self, holders: list[PeerId]) -> list[Offered]:
+        """What some of them have; those that answer about as soon as the first one."""
+        clock = asyncio.get_running_loop().time
+        began, offers = clock(), list[Offered]()
+        asked = random.sample(holders, min(ASKED, len(holders)))
+        waiting = {asyncio.create_task(self._ask(donor)) for donor in asked}
+        timeout_s: float | None = None
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    break
+                offers += [offer for task in done if (offer := task.result()) is not None]
+                if offers and timeout_s is None:
+                    timeout_s = max(MORE_OFFERS_S, clock() - began)
+        except BaseException:
+            for offer in offers:
+                offer.refuse()
+            raise
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        return offers
+
+    async def _ask(self, donor: PeerId) -> Offered | None:
+        num_params, last = self._manifest.model.num_params, planned_steps(self._manifest)
+        try:
+            offer = await state.ask(self._party, self._dialler, donor, num_params)
+        except PeerError as e:
+            self._refused(donor, str(e))
+            return None
+        if last is not None and offer.step > last:  # we would end before we began
+            offer.refuse()
+            self._refused(donor, f"step {offer.step}, the run ends at {last}")
+            return None
+        return offer
+
+    async def _take(self, trainer: TrainerProcess, offer: Offered) -> bool:
+        factor, nats = TOLERANCE
+        try:
+            given = await offer.take()
+            at_most = factor * given.loss_public + nats
+            await trainer.import_state(given.payload, given.step, at_most)
+        except PeerError as e:
+            self._refused(offer.donor, str(e))
+            return False
+        log.info("took over the parameters of %s at step %d", offer.donor[-8:], given.step)
+        await self._node.checkpoint()  # what was here is older, or nothing
+        return True
+
+    def _refused(self, donor: PeerId, why: str) -> None:
+        log.warning("parameters from %s refused: %s", donor[-8:], why)
+        self._store.add_event("donor-refused", f"{donor}: {why}")
+
+
+def ranked(offers: list[Offered]) -> list[Offered]:
+    """The best first."""
+
+    def worth(offer: Offered) -> tuple[int, int]:
+        loss = max(offer.loss_public, 1e-9)
+        return math.floor(math.log(loss, ALIKE)), -offer.step
+
+    return sorted(offers, key=worth)
