@@ -182,7 +182,8 @@ async def test_one_peer_gets_one_donation_at_a_time_and_then_waits():
                 return Link(donor.peer_id, Stream(a), 2.0)
 
         try:
-            return await state.fetch(party(who), Dialler(), donor.peer_id, 100, 5)
+            offered = await state.ask(party(who), Dialler(), donor.peer_id, 100)
+            return await offered.take()
         finally:
             await asyncio.gather(serving, return_exceptions=True)
 

@@ -77,7 +77,9 @@ class Toy:
             found = difference("int8", sent[me], sent[peer], N, [limit], 0)
             self.merges += 1
             self.clipped += found.clipped
-            if not found.clipped:
+            if found.clipped:
+                self.limits[me].clipped(str(peer))
+            else:
                 self.limits[me].accepted(found.norms[0], str(peer))
             self._flying.append((self.slot + self.late, me, fragment, theta, found.values[0]))
 

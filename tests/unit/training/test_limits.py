@@ -65,6 +65,18 @@ def test_an_attacker_that_is_far_away_starves_no_honest_partner_and_one_that_is_
         assert limit.limit(OWN, M, "honest") >= FLOOR
 
 
+def test_who_is_clipped_again_and_again_is_heard_less_and_forgiven_at_once() -> None:
+    limit = taught(a=2.0, b=2.0)
+    limits = []
+    for _ in range(6):
+        limits.append(limit.limit(OWN, M, "bad"))
+        limit.clipped("bad")
+    assert limits == [8.0, 4.0, 2.0, 2.0, 2.0, 2.0]
+    assert limit.limit(OWN, M, "a") == 8.0  # nobody else pays for it
+    limit.accepted(1.5, "bad")
+    assert limit.limit(OWN, M, "bad") == 8.0
+
+
 def test_a_median_of_zero_does_not_keep_peers_apart() -> None:
     assert taught(a=0.0, b=0.0).limit(OWN, Scale(), "a") == CLIP_FLOOR * OWN
 

@@ -1,0 +1,232 @@
+"""Whose parameters are taken over, when the initial model is, and when a checkpoint is too old."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from xpeer.config import Home
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import PeerId
+from xpeer.network import state
+from xpeer.privacy.ledger import Ledger
+from xpeer.update import ModelState
+from xpeer_daemon import donors, parameters
+from xpeer_daemon.donors import Donors, ranked
+from xpeer_daemon.parameters import Parameters, begins
+from xpeer_daemon.store import Store
+
+GOOD, WORSE, OLD, LIAR = (PeerId(f"12D3KooW{name}") for name in ("Good", "Worse", "Old", "Liar"))
+OFFERS = {GOOD: (100, 2.0), WORSE: (100, 3.0), OLD: (20, 2.01), LIAR: (101, 0.1)}
+TRUE_LOSS = {GOOD: 2.0, WORSE: 3.0, OLD: 2.01, LIAR: 9.0}
+
+
+class Offer:
+    def __init__(self, donor: PeerId) -> None:
+        self.donor = donor
+        self.step, self.loss_public = OFFERS[donor]
+        self.refused = False
+
+    async def take(self) -> ModelState:
+        return ModelState(self.donor.encode(), self.step, self.loss_public)
+
+    def refuse(self) -> None:
+        self.refused = True
+
+
+class Trainer:
+    """Measures what it is given; `own` is what it has."""
+
+    def __init__(self, resumed_step: int | None = None) -> None:
+        self.resumed_step = resumed_step
+        self.step = resumed_step or 0
+        self.taken: list[PeerId] = []
+        self.stopped = False
+
+    async def import_state(self, payload: bytes, step: int, at_most: float) -> float:
+        donor = PeerId(bytes(payload).decode())
+        if TRUE_LOSS[donor] > at_most:
+            raise PeerError(Reason.REFUSED, "worse than it says")
+        self.taken.append(donor)
+        self.step = step
+        return TRUE_LOSS[donor]
+
+    async def stop(self, timeout_s: float) -> int:
+        self.stopped = True
+        return 0
+
+
+class Rig:
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, founds: bool) -> None:
+        self.store = Store.open(tmp_path / "state.sqlite")
+        self.live: list[PeerId] = []
+        self.phase = "training"
+        self.states: list[str] = []
+        self.saved = 0
+        self.node = SimpleNamespace(
+            peer_id=PeerId("12D3KooWMe"), others=self._others, enter=self.states.append,
+            checkpoint=self._checkpoint, joining_note="", catching_up=False,
+        )  # fmt: skip
+        manifest = SimpleNamespace(
+            model=SimpleNamespace(num_params=1), round=SimpleNamespace(window_steps=5),
+            end=SimpleNamespace(steps=300, rounds=None, tokens=None), optimiser=None,
+        )  # fmt: skip
+        found = Donors(self.node, self.store, None, None, manifest)  # type: ignore[arg-type] # fakes
+        self.donors = found
+        self.next_trainer = Trainer()
+        self.supervisor = SimpleNamespace(first_start=self._start, renew=self._renew, trainer=None)
+        self.renewed = 0
+        self.parameters = Parameters(
+            self.node, self.store, found, self.supervisor,  # type: ignore[arg-type] # fakes
+            founds=founds, begins=begins(Home(tmp_path), self.store),
+        )  # fmt: skip
+        monkeypatch.setattr(state, "ask", self._ask)
+        monkeypatch.setattr(donors, "RETRY_S", 0.001)
+        monkeypatch.setattr(donors, "PATIENCE_S", 0.05)
+        monkeypatch.setattr(donors, "GRACE_S", 0.02)
+        monkeypatch.setattr(parameters, "POLL_S", 0.001)
+
+    def _others(self) -> dict[PeerId, Any]:
+        return {peer: SimpleNamespace(phase=self.phase) for peer in self.live}
+
+    async def _checkpoint(self) -> str:
+        self.saved += 1
+        return "path"
+
+    async def _ask(self, party: Any, dialler: Any, donor: PeerId, num_params: int) -> Offer:
+        return Offer(donor)
+
+    async def _start(self) -> Trainer:
+        return self.next_trainer
+
+    async def _renew(self, timeout_s: float) -> None:
+        self.renewed += 1
+
+    async def hold(self, trainer: Trainer) -> Any:
+        return await self.parameters.hold(trainer)  # type: ignore[arg-type] # a fake
+
+
+def test_the_best_offer_is_the_lowest_loss_and_of_equal_ones_the_most_steps() -> None:
+    offers: Any = [Offer(peer) for peer in (WORSE, OLD, GOOD)]
+    assert [offer.donor for offer in ranked(offers)] == [GOOD, OLD, WORSE]
+
+
+async def test_a_joiner_takes_the_best_and_never_one_that_lies(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live = [WORSE, LIAR, OLD, GOOD]
+    trainer = Trainer()
+    assert await rig.hold(trainer) is trainer
+    assert (trainer.taken, rig.saved) == ([GOOD], 1)
+    assert rig.parameters.source == "awaited"
+    assert [event.kind for event in rig.store.events()] == ["donor-refused"]
+
+
+async def test_a_founder_that_begins_has_the_initial_model_at_once(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    assert str(rig.parameters.source) == "initial"
+    await rig.hold(Trainer())
+    assert rig.states == []
+    assert str(rig.parameters.source) == "awaited"  # from now on others may hold what it gave them
+
+
+@pytest.mark.parametrize("what", ["a member is known", "the ledger was charged"])
+async def test_a_founder_that_lost_its_state_takes_it_from_a_member(
+    tmp_path, monkeypatch, what
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    if what == "a member is known":
+        rig.store.remember_peer(GOOD, [])
+    else:
+        monkeypatch.setattr(Ledger, "counter", 5)
+        Ledger.open(Home(tmp_path).ledger_db).close()
+    rig = Rig(tmp_path, monkeypatch, founds=True)  # it starts again
+    assert rig.parameters.source == "awaited"
+    rig.live = [GOOD]
+    trainer = Trainer()
+    await rig.hold(trainer)
+    assert (trainer.taken, trainer.step) == ([GOOD], 100)
+
+
+async def test_a_founder_whom_nobody_can_help_begins_anew_after_its_patience(
+    tmp_path, monkeypatch
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.store.remember_peer(GOOD, [])
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.live, rig.phase = [GOOD], "fetching"  # it has nothing either
+    trainer = Trainer()
+    assert await rig.hold(trainer) is rig.next_trainer
+    assert (trainer.stopped, trainer.taken) == (True, [])
+    assert "--from-initial" in rig.node.joining_note
+    assert [event.kind for event in rig.store.events()] == ["began-anew"]
+
+
+async def test_a_trainer_that_died_before_its_first_checkpoint_brings_no_initial_model(
+    tmp_path, monkeypatch
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    await rig.hold(Trainer())
+    rig.live = [GOOD]
+    again = Trainer()
+    assert await rig.parameters.hold_again(again)  # type: ignore[arg-type] # a fake
+    assert again.taken == [GOOD]
+    rig.live = []
+    assert not await rig.parameters.hold_again(Trainer())  # type: ignore[arg-type] # a fake
+    assert (rig.renewed, rig.parameters.source) == (1, "initial")
+    assert await rig.parameters.hold_again(Trainer())  # type: ignore[arg-type] # a fake
+    assert rig.parameters.source == "awaited"
+
+
+@pytest.mark.parametrize(
+    ("own_step", "taken"), [(0, [GOOD]), (46, [GOOD]), (79, [GOOD]), (80, []), (100, []), (200, [])]
+)
+async def test_a_checkpoint_far_behind_is_replaced_before_anything_is_exchanged(
+    tmp_path, monkeypatch, own_step, taken
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.live = [GOOD, WORSE]
+    trainer = Trainer(resumed_step=own_step)
+    await rig.hold(trainer)
+    assert (trainer.taken, rig.node.catching_up) == (taken, False)
+
+
+async def test_who_resumes_alone_exchanges_nothing_until_it_has_looked(
+    tmp_path, monkeypatch
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    trainer = Trainer(resumed_step=10)
+    await rig.hold(trainer)
+    assert rig.node.catching_up
+    rig.supervisor.trainer = trainer
+    looking = asyncio.create_task(rig.parameters.look_later())
+    rig.live = [GOOD]
+    async with asyncio.timeout(10):
+        while rig.node.catching_up:
+            await asyncio.sleep(0.001)
+    looking.cancel()
+    assert trainer.taken == [GOOD]
+
+
+async def test_one_snapshot_serves_all_who_ask_while_it_is_fresh() -> None:
+    now_s, taken = 0.0, []
+
+    class Source:
+        async def export_state(self) -> ModelState:
+            nonlocal now_s
+            taken.append(self)
+            now_s += 3.0
+            return ModelState(b"1234", len(taken), 2.0)
+
+    shelf, first, second = state.Shelf(lambda: now_s), Source(), Source()
+    given = await asyncio.gather(*(shelf.get(first) for _ in range(9)))
+    assert (len(taken), {kept.step for kept, _ in given}) == (1, {1})
+    now_s += state.FRESH_COST * 3.0 - 0.1
+    await shelf.get(first)
+    assert len(taken) == 1
+    now_s += 0.2
+    assert (await shelf.get(first))[0].step == 2
+    assert (await shelf.get(second))[0].step == 3  # another trainer: nothing of the one before
