@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.hostile.attacks import ATTACK_VARIABLE, SHOWN, Shown
 from xpeer.privacy.mechanism import Mechanism
-from xpeer.privacy.steps import StepResult
+from xpeer.privacy.steps import Charged, StepResult
 from xpeer.status import PrivacySpent
 from xpeer.training import assemble as production
 from xpeer.training import process
@@ -41,6 +41,10 @@ class Liar:
     def prepare_window(self, steps: int) -> None:
         """See `Mechanism`."""
         self._real.prepare_window(steps)
+
+    def charged(self) -> Charged:
+        """See `Mechanism`."""
+        return self._real.charged()
 
     def step_gradient(self) -> StepResult:
         """See `Mechanism`."""
