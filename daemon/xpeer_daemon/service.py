@@ -33,8 +33,8 @@ from xpeer.training.setup import TrainerSetup
 from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs, report, watch
 from xpeer_daemon.api import ControlApi
-from xpeer_daemon.ending import SPARE_S, Ends, raise_first, within
 from xpeer_daemon.donors import Donors
+from xpeer_daemon.ending import SPARE_S, Ends, raise_first, within
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.joiner import Joiner
 from xpeer_daemon.node import Node
