@@ -143,6 +143,14 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         "EPSILON`) and start again",
         clears="the node trains again",
     ),
+    Condition(
+        code="text-missing",
+        severity="degraded",
+        text="the text can't be read for {age} ({count} tried), so this node mixes and serves "
+        "without training: {cause}",
+        remedy="mend what it names; it is looked at again by itself, every 5 minutes at least",
+        clears="it can be read; training goes on",
+    ),
     # Processes
     Condition(
         code="trainer-down",

@@ -18,11 +18,12 @@ _REASONS = 5
 """2: reasons are objects with a code, a text and a remedy; before, they were texts."""
 
 State = Literal[
-    "starting", "joining", "fetching", "waiting", "training", "paused", "budget-spent",
+    "starting", "joining", "fetching", "waiting", "training", "mixing", "paused", "budget-spent",
     "closing", "finished", "observing", "stopping",
 ]  # fmt: skip
 """joining: no seed answers yet. fetching: parameters from a member. waiting: for min_peers.
-budget-spent: mixing and serving only. closing: consolidation without training."""
+mixing: its text can't be read, so it mixes and serves without training. budget-spent: mixing and
+serving only. closing: consolidation without training."""
 
 
 SHOUTED = {

@@ -253,7 +253,7 @@ class Node:
     async def pause(self) -> None:
         """Take no steps and no exchanges until `resume`."""
         self.paused = True
-        if (trainer := self.running()) is not None and self.state == "training":
+        if (trainer := self.running()) is not None and self.state in ("training", "mixing"):
             await trainer.run("pause")
             self.enter("paused")
 
@@ -262,7 +262,19 @@ class Node:
         self.paused = False
         if (trainer := self.running()) is not None and self.state == "paused":
             await trainer.run("train")
-            self.enter("training")
+            self.train_with(trainer)
+
+    def train_with(self, trainer: TrainerProcess) -> None:
+        """It was told to train; without text it mixes."""
+        self.enter("mixing" if trainer.text_problem else "training")
+        self.looked_at_text(trainer.text_problem)
+
+    def looked_at_text(self, problem: str) -> None:
+        """The trainer tried to read the text once more; empty = it could."""
+        if problem:
+            self.health.failed("text-missing", problem)
+        else:
+            self.health.worked("text-missing")
 
     def request_stop(self, *, leave: bool) -> None:
         """Stop soon; with `leave` tell the others that we are gone."""

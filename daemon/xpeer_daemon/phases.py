@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 ENDED = frozenset({"closing", "budget-spent", "finished"})
 """Phases in which a member takes no further steps."""
-EXCHANGING = frozenset({"training", "budget-spent", "closing", "finished"})
+EXCHANGING = frozenset({"training", "mixing", "budget-spent", "closing", "finished"})
 """Phases in which a member exchanges."""
 
 

@@ -52,7 +52,8 @@ class Presence:
             peer_id=self._node.peer_id,
             addresses=self._swarm.addresses[:MAX_ADDRESSES],
             role=self._role,
-            phase=phase,
+            # a phase that members of every version know: it takes no steps, and exchanges
+            phase="budget-spent" if phase == "mixing" else phase,
             speed=self._node.speed,
             slot=int(time.time() // slot_s),
             zone=self._node.config.network.zone,

@@ -28,7 +28,15 @@ from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
 from xpeer.training import checkpoint
 from xpeer.training.child import PROGRAM
-from xpeer.training.handle import Crashed, Event, Progressed, Saved, SaveFailed, TrainerProcess
+from xpeer.training.handle import (
+    Crashed,
+    Event,
+    LookedAtText,
+    Progressed,
+    Saved,
+    SaveFailed,
+    TrainerProcess,
+)
 from xpeer.training.setup import TrainerSetup
 from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs, report, watch
@@ -45,6 +53,7 @@ from xpeer_daemon.presence import ROSTER_EVERY_S, Presence
 from xpeer_daemon.shares import Shares
 from xpeer_daemon.store import RoundRow, Store
 from xpeer_daemon.supervisor import Supervisor
+from xpeer_daemon.text import has_trained
 from xpeer_daemon.throughput import Throughput
 from xpeer_daemon.windows import Windows
 
@@ -261,7 +270,7 @@ class Service:
     def _setup(self) -> TrainerSetup:
         node = self._node
         # one that had ended takes the steps again that its checkpoint lacks
-        trains = node.state in ("training", "closing", "budget-spent")
+        trains = node.state in ("training", "mixing", "closing", "budget-spent")
         if node.throughput is not None:
             node.throughput.interrupt()
         return TrainerSetup(
@@ -272,6 +281,7 @@ class Service:
             peer_id=node.peer_id,
             members=self._shares.take(),
             mode="train" if trains else "pause" if node.state == "paused" else "mix",
+            has_trained=self._supervisor.last is not None or has_trained(self._home),
             initial=self._parameters.source,
         )
 
@@ -292,6 +302,8 @@ class Service:
             self._closing.begin()  # what the one before had merged may be lost with it
             if await self._parameters.hold_again(trainer):
                 await self._begin(trainer)
+            elif self._node.state in ("training", "mixing"):
+                self._node.train_with(trainer)
 
         await self._supervisor.run(again)
 
@@ -311,7 +323,7 @@ class Service:
             await trainer.run("pause")
             self._node.enter("paused")
             return
-        self._node.enter("training")
+        self._node.train_with(trainer)
         await trainer.run("train")
 
     def _on_trainer(self, event: Event) -> None:
@@ -323,6 +335,11 @@ class Service:
             self._node.saved()
         elif isinstance(event, SaveFailed):
             self._node.health.failed("checkpoint-failing", event.problem)
+        elif isinstance(event, LookedAtText):
+            self._node.looked_at_text(event.problem)
+            if not event.problem:
+                log.info("the text can be read again")
+                self._tasks.create_task(self._renew())
         elif isinstance(event, Crashed):
             log.error("trainer: %s", event.failure.problem)  # its trace is logged already
 

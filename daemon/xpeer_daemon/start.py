@@ -10,7 +10,7 @@ import uvloop
 
 from xpeer import files, founding, needs
 from xpeer.config import Home, NodeConfig, note_of_foreign
-from xpeer.errors import LocalError, NotAuthorisedError
+from xpeer.errors import LocalError, NotAuthorisedError, ShardError
 from xpeer.manifest import SignedManifest
 from xpeer.network.addresses import resolve_listen
 from xpeer.network.invites import Token
@@ -24,6 +24,7 @@ from xpeer.training.files import find
 from xpeer_daemon import belonging, logs
 from xpeer_daemon.lock import HomeLock
 from xpeer_daemon.service import Service
+from xpeer_daemon.text import has_trained
 
 log = logging.getLogger("xpeer.daemon")
 
@@ -62,7 +63,11 @@ def _check(home: Home, config: NodeConfig, *, join_token: str | None) -> Certifi
         data = config.data
         needs.require(_needs(home, join_token), data, home)
         setting = "data.corpus" if data.corpus else "data.shard"
-        find(data.corpus or data.shard, setting)  # only the trainer opens them
+        try:
+            find(data.corpus or data.shard, setting)  # only the trainer opens them
+        except ShardError:
+            if not (data.corpus or data.shard) or not has_trained(home):
+                raise  # else it may be there again soon, and the node goes on meanwhile
     return certificate
 
 

@@ -7,10 +7,18 @@ why it can't go on (a wrong setting, a spent budget) is not restarted: its error
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
-from xpeer.errors import BudgetSpentError, ConfigError, LocalError, TrainerError
+from xpeer.errors import (
+    BudgetSpentError,
+    ConfigError,
+    LocalError,
+    LocalTimeoutError,
+    ShardError,
+    TrainerError,
+)
 from xpeer.training.handle import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 
@@ -20,6 +28,9 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 120.0
 QUIET_S = 300.0
 """A trainer that lived this long is forgiven its earlier deaths."""
 MAX_QUICK_DEATHS = 8
+_FINAL = ConfigError, BudgetSpentError
+_PASSING = TrainerError, LocalTimeoutError, ShardError
+"""What may be otherwise at the next try."""
 
 
 class Supervisor:
@@ -88,14 +99,15 @@ class Supervisor:
             self.down_reason = f"trainer exited with {code}"
             if trainer.crash is not None:
                 self.down_reason += f": {trainer.crash.problem}"
-            if isinstance(trainer.crash, ConfigError | BudgetSpentError):
+            if isinstance(trainer.crash, _FINAL) and not isinstance(trainer.crash, ShardError):
                 raise trainer.crash
             if self._renewing:
                 self._renewing = False
-                self.trainer = await self._start(self._setup())
-                self.down_reason = ""
-                await on_restart(self.trainer)
-                continue
+                with contextlib.suppress(*_PASSING):  # then it is started as after a death
+                    self.trainer = await self._start(self._setup())
+                    self.down_reason = ""
+                    await on_restart(self.trainer)
+                    continue
             if loop.time() - started > QUIET_S:
                 delay_s, quick_deaths = FIRST_DELAY_S, 0
             while self.trainer is None:
@@ -110,7 +122,7 @@ class Supervisor:
                 delay_s = min(2 * delay_s, LONGEST_DELAY_S)
                 try:
                     self.trainer = await self._start(self._setup())
-                except TrainerError as e:
+                except _PASSING as e:
                     self.down_reason = str(e)
             self.restarts += 1
             self.down_reason = ""

@@ -20,6 +20,7 @@ from xpeer.privacy import update_mode
 from xpeer.privacy.budget import delta_of
 from xpeer.privacy.charges import About
 from xpeer.privacy.histories import Joined
+from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.register import Register
@@ -72,6 +73,9 @@ class Assembled:
     warnings: list[str] = field(default_factory=list)
     steps_forfeited: int = 0
     """Charged, and not behind the parameters that training began with."""
+    look_again: Callable[[], object] | None = None
+    """Of a trainer without text: reads it, or raises ShardError; None = there is text."""
+    text_problem: str = ""
     documents_elsewhere: int = 0
     """That other homes of this machine trained on, too."""
     _buffers: Buffers = field(default_factory=lambda: Buffers(3), init=False)
@@ -160,7 +164,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     tokenizer = load_tokenizer(
         manifest.tokenizer, config.data.tokenizer, base_model=config.data.base_model
     )
-    text = text_of(setup, manifest, tokenizer, home)
+    text, problem = _text_if_any(setup, manifest, tokenizer, home)
     for folder in (home.checkpoints, home.cache):
         clear_staging(folder)
     saved, warnings = checkpoint.load_latest(home.checkpoints)
@@ -187,29 +191,32 @@ def assemble(setup: TrainerSetup) -> Assembled:
     counters = Counters() if saved is None else Counters.from_dict(saved.counters)
 
     elsewhere, notes = 0, []
-    if private:
+    if private and problem:
+        Register.open(privacy_register(config)).close()  # its faults are no faults of the text
+    elif private:
         joined = _share(ledger, setup, manifest, text)
         elsewhere = joined.elsewhere
         notes = _notes_of(joined, ledger)
         warnings += _warnings_of(joined)
     pulse = Pulse()
 
-    def losses(of: torch.nn.Module, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pulse.micro_batch()
-        return record_losses(of, records)
-
-    mechanism = build_mechanism(
-        manifest,
-        model,
-        text.records,
-        losses,
-        ledger,
-        micro_batch=config.training.micro_batch,
-        seen=saved.seen if saved is not None else None,
-        owners=text.owners,
-        generator=config.privacy.generator,
-        clip_norm=counters.clip_norm,
-        cache=home.cache,
+    seen = saved.seen if saved is not None else None
+    mechanism: Mechanism | IdleMechanism = (
+        IdleMechanism(manifest, ledger, seen)
+        if problem
+        else build_mechanism(
+            manifest,
+            model,
+            text.records,
+            pulse.before(record_losses),
+            ledger,
+            micro_batch=config.training.micro_batch,
+            seen=seen,
+            owners=text.owners,
+            generator=config.privacy.generator,
+            clip_norm=counters.clip_norm,
+            cache=home.cache,
+        )
     )
     shown: FlatParameters | Released = parameters
     if isinstance(mechanism, update_mode.UpdateMechanism):
@@ -232,6 +239,8 @@ def assemble(setup: TrainerSetup) -> Assembled:
             saved.exp_avg_sq,
             saved.optimiser_step,
         )
+    if trainer.ended:  # it takes no step anyway
+        problem = ""
     return Assembled(
         trainer=trainer,
         mechanism=mechanism,
@@ -250,6 +259,8 @@ def assemble(setup: TrainerSetup) -> Assembled:
         notes=[*(f"text: {line}" for line in text.shard.lines()), *notes, *mechanism.notes],
         warnings=warnings,
         steps_forfeited=_forfeited(counters, saved, manifest, ledger) if private else 0,
+        look_again=(lambda: text_of(setup, manifest, tokenizer, home)) if problem else None,
+        text_problem=problem,
         documents_elsewhere=elsewhere,
     )
 
@@ -335,6 +346,24 @@ class Text:
     shard: ShardSummary
     share: CorpusShare | None
     """Of a shared corpus."""
+
+
+def _text_if_any(
+    setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home
+) -> tuple[Text, str]:
+    """The text; or none, and why, where that may pass.
+
+    Raises:
+        ShardError: this home has never trained, or names no text at all.
+    """
+    try:
+        return text_of(setup, manifest, tokenizer, home), ""
+    except ShardError as e:
+        data = setup.config.data
+        if not (setup.has_trained and (data.corpus or data.shard)):
+            raise
+        empty = torch.empty((0, manifest.optimiser.sequence_tokens), dtype=torch.int64)
+        return Text(empty, empty[:, 0], [], empty, ShardSummary(), None), str(e)
 
 
 def text_of(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home) -> Text:

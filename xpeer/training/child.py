@@ -25,6 +25,7 @@ from xpeer.training.ipc import (
     Ending,
     Failure,
     FromTrainer,
+    LookedAtText,
     Progressed,
     Ready,
     Reply,
@@ -49,7 +50,7 @@ HUGE_PAGES: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Have torch ask Linux for huge pages: a fragment touches every small page of the model, so that
 copying an eleventh of 135 M parameters out took 44 ms on a core without them, and 23 ms with."""
 
-Event = Progressed | Saved | SaveFailed | Crashed
+Event = Progressed | Saved | SaveFailed | LookedAtText | Crashed
 logger = logging.getLogger("xpeer.trainer")
 _T = TypeVar("_T")
 _R = TypeVar("_R", bound=Result)

@@ -27,6 +27,7 @@ from xpeer.training.ipc import (
     Evaluate,
     ExportState,
     ImportState,
+    LookedAtText,
     Losses,
     Merge,
     Progressed,
@@ -52,6 +53,7 @@ __all__ = [
     "Crashed",
     "Ending",
     "Event",
+    "LookedAtText",
     "Progressed",
     "SaveFailed",
     "Saved",
@@ -78,6 +80,7 @@ class TrainerProcess:
         engine: how per-record gradients are clipped.
         resumed_step: of the checkpoint that it went on from; None = it began anew.
         corpus: its share of the shared corpus, if there is one.
+        text_problem: why it takes no step; empty = it has text.
         shard: what its text files hold.
     """
 
@@ -92,6 +95,7 @@ class TrainerProcess:
         self.device = self.engine = ""
         self.resumed_step: int | None = None
         self.corpus: CorpusShare | None = None
+        self.text_problem = ""
         self.shard: ShardSummary | None = None
         self._rests_until_s = 0.0
         self._child: Child
@@ -132,6 +136,7 @@ class TrainerProcess:
         trainer.ledger_counter = max(trainer.ledger_counter, ready.ledger_counter)
         trainer.resumed_step = ready.step if ready.resumed else None
         trainer.corpus, trainer.shard = ready.corpus, ready.shard
+        trainer.text_problem = ready.text_problem
         return trainer
 
     @property

@@ -150,6 +150,8 @@ class Ready(Struct, frozen=True, tag=True):
     resumed: bool
     corpus: CorpusShare | None = None
     shard: ShardSummary | None = None
+    text_problem: str = ""
+    """Why no step is taken; empty = the text was read."""
     notes: list[str] = []
     """What the operator should know, e.g. why a slower engine was chosen."""
     warnings: list[str] = []
@@ -245,6 +247,13 @@ class Saved(Struct, frozen=True, tag=True):
     step: int
 
 
+class LookedAtText(Struct, frozen=True, tag=True):
+    """The text could not be read at the start, and was looked at again."""
+
+    problem: str
+    """Empty: it can be read now."""
+
+
 class Ending(Struct, frozen=True, tag=True):
     """Twice a second since a stop: the trainer is alive, and this is how far it is."""
 
@@ -269,7 +278,7 @@ class Crashed(Struct, frozen=True, tag=True):
     failure: Failure
 
 
-FromTrainer = Ready | Reply | Progressed | Saved | SaveFailed | Ending | Crashed
+FromTrainer = Ready | Reply | Progressed | Saved | SaveFailed | LookedAtText | Ending | Crashed
 ToTrainer = Begin | Request
 
 _TO_TRAINER: Final[msgspec.msgpack.Decoder[ToTrainer]] = msgspec.msgpack.Decoder(ToTrainer)

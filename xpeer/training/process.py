@@ -114,8 +114,8 @@ def _train(
         torch.set_num_threads(begin.setup.config.training.threads)
     assembled = (assemble or production.assemble)(begin.setup)
     trainer = assembled.trainer
-    trainer.set_mode(begin.setup.mode)
     service = Service(channel, arena, assembled, begin.setup.config.checkpoint.every_s)
+    service.set_mode(begin.setup.mode)
     receiver.service = service
     if hasattr(signal, "SIGXCPU"):  # a CPU limit is near: the next trainer has one of its own
         signal.signal(signal.SIGXCPU, lambda _number, _frame: trainer.stop())

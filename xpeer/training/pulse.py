@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 NEVER = float("inf")
 
@@ -43,6 +48,15 @@ class Pulse:
     def late(self) -> bool:
         """Whether no step may go on."""
         return time.monotonic() >= self._abandon_at
+
+    def before(self, work: Callable[P, R]) -> Callable[P, R]:
+        """The same, counted as a micro-batch."""
+
+        def counted(*args: P.args, **kwargs: P.kwargs) -> R:
+            self.micro_batch()
+            return work(*args, **kwargs)
+
+        return counted
 
     def wrote(self, written: int, total: int) -> None:
         """So much of a file is on the disk."""

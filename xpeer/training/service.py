@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 import torch
 
-from xpeer.errors import XpeerError
+from xpeer.errors import LocalError, XpeerError
 from xpeer.status import PrivacySpent
 from xpeer.training.arena import Arena
 from xpeer.training.assemble import Assembled
@@ -29,6 +30,7 @@ from xpeer.training.ipc import (
     Evaluate,
     ExportState,
     ImportState,
+    LookedAtText,
     Losses,
     Merge,
     Progressed,
@@ -51,10 +53,14 @@ from xpeer.training.ipc import (
     failure_of,
 )
 from xpeer.training.saving import Saving
+from xpeer.training.setup import Mode
 from xpeer.update import PrivateUpdate
 
 _PROGRESS_EVERY_S: Final = 0.1
 _ENDING_EVERY_S: Final = 0.5
+_LOOK_FIRST_S: Final = 2.0
+_LOOK_LAST_S: Final = 300.0
+"""Between two looks at a text that can't be read."""
 logger = logging.getLogger("xpeer.training")
 
 Work = Callable[[], Result | None]
@@ -127,8 +133,17 @@ class Service:
                 shard=made.shard,
                 notes=made.notes,
                 warnings=made.warnings,
+                text_problem=made.text_problem,
             )
         )
+        if made.look_again is not None:
+            look = partial(self._look_for_text, made.look_again)
+            threading.Thread(target=look, name="text", daemon=True).start()
+
+    def set_mode(self, mode: Mode) -> None:
+        """At a boundary: as asked, but that nothing is trained without text."""
+        lacks = self._assembled.look_again is not None
+        self._trainer.set_mode("mix" if lacks and mode == "train" else mode)
 
     def handle(self, request: Request) -> None:
         """Take a command, on the receiving thread; returns at once."""
@@ -162,6 +177,19 @@ class Service:
             logger.exception("the steps since the last checkpoint could not be saved")
 
     # ---- on the receiving thread --------------------------------------------------------------
+
+    def _look_for_text(self, look: Callable[[], object]) -> None:
+        """On a thread of its own, until it can be read; the daemon then starts another trainer."""
+        pause_s, problem = _LOOK_FIRST_S, "?"
+        while problem:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LOOK_LAST_S)
+            try:
+                look()
+                problem = ""
+            except LocalError as e:
+                problem = str(e)
+            self._channel.send(LookedAtText(problem))
 
     def _begin_to_end(self) -> None:
         threading.Thread(target=self._tell_of_the_end, name="ending", daemon=True).start()
@@ -212,7 +240,7 @@ class Service:
         return StateImported(before, after)
 
     def _run(self, command: Run) -> Done:
-        self._trainer.set_mode(command.mode)
+        self.set_mode(command.mode)
         return Done()
 
     def _write_checkpoint(self, number: int) -> None:

@@ -27,6 +27,8 @@ class TrainerSetup(Struct, frozen=True, kw_only=True):
     """With a shared corpus: tokens/s by PeerID of all who take part, us included; 0: unknown."""
     mode: Mode = "train"
     """What to do once ready."""
+    has_trained: bool = False
+    """This home took steps: without its text it mixes and serves."""
     initial: Literal["initial", "awaited"] = "initial"
     """Where the parameters come from if there is no checkpoint. initial: the manifest's, from
     home/initial, checked against its digest. awaited: a joiner's: `import_state` brings them, and

@@ -1,0 +1,20 @@
+"""A node whose text can't be read: where it trained before, it mixes and serves until it can."""
+
+from __future__ import annotations
+
+from xpeer.config import Home
+from xpeer.privacy.ledger import Ledger
+
+
+def has_trained(home: Home) -> bool:
+    """Whether this home took steps: a fault of its text is then one that may pass.
+
+    Raises:
+        LocalError: its ledger is damaged.
+    """
+    if any(home.checkpoints.glob("ckpt-*.safetensors")):
+        return True
+    if not home.ledger_db.exists():
+        return False
+    with Ledger.look(home.ledger_db) as ledger:
+        return ledger.counter > 0
