@@ -12,9 +12,8 @@ from click.testing import CliRunner, Result
 from tests.cases.support import found, model_folder, sets, skipping, tokenizer_folder, xpeer
 from xpeer.cli import main
 from xpeer.config import Home
-from xpeer.identity import Identity
 
-PEER = Identity.generate().peer_id
+PEER = "12D3KooWQh1eEHfK3YjQB46WgrQhvpecUQT6suAPZfoSCgSV3m51"
 UNUSABLE = {"bos_token": None, "eos_token": None, "pad_token": None}
 
 
