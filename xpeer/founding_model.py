@@ -103,6 +103,27 @@ class InitialModel:
         source = Source(self.config, self.origin.generation, folders, "float32")
         export_hf(self.module, None, folder, source=source)
 
+    def without_frozen(self, section: Model, tokenizer_vocab: int, sequence_tokens: int) -> Model:
+        """The manifest's section, with what no text reaches taken out of what is trained."""
+        from xpeer.training import flat, frozen  # noqa: PLC0415 - torch takes seconds
+        from xpeer.training.adapters import adapt  # noqa: PLC0415
+
+        module = self.module
+        if self.lora is not None:
+            module = adapt(copy.deepcopy(module), self.lora)
+        found = frozen.find(module, sequence_tokens, tokenizer_vocab)
+        if found is None:
+            return section
+        frozen.freeze(module, found)
+        values = flat.read_flat(module)
+        frozen.thaw(module, found)
+        return msgspec.structs.replace(
+            section,
+            num_params=values.numel(),
+            initial_digest=flat.digest(values),
+            frozen=found,
+        )
+
     def check(self, tokenizer_vocab: int, sequence_tokens: int) -> None:
         """Refuse ids or positions that the model has no embeddings for.
 
@@ -234,7 +255,11 @@ def draft_manifest(
         raise ConfigError(
             f"manifest{f' {field}' if field else ''}: {problem}", f"correct {given_by(field)}"
         ) from e
-    _require_startable(manifest, source, ids)
+    source.check(ids.vocab_size, manifest.optimiser.sequence_tokens)
+    length = manifest.optimiser.sequence_tokens
+    model = source.without_frozen(manifest.model, ids.vocab_size, length)
+    manifest = msgspec.structs.replace(manifest, model=model)
+    _require_startable(manifest, ids)
     return manifest
 
 
@@ -246,16 +271,15 @@ def given_by(field: str) -> str:
     return f"--set {field}" if field else "it with --set"
 
 
-def _require_startable(manifest: Manifest, source: InitialModel, tokenizer: Any) -> None:
+def _require_startable(manifest: Manifest, tokenizer: Any) -> None:
     """Refuse what nodes would refuse at their start, as far as a moment tells; see `trial`."""
     from xpeer.training.documents import document_of  # noqa: PLC0415 - torch takes seconds
     from xpeer.training.fragments import Fragments  # noqa: PLC0415
     from xpeer.training.shard import cut  # noqa: PLC0415
 
     length = manifest.optimiser.sequence_tokens
-    source.check(tokenizer.vocab_size, length)
     try:
-        Fragments(source.num_params, manifest.round.fragments)
+        Fragments(manifest.model.num_params, manifest.round.fragments)
     except LocalError as e:
         raise ConfigError(f"manifest {e.problem}", e.remedy) from e
     try:

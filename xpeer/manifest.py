@@ -41,13 +41,26 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
     """Last parts of the names of the layers that get one; empty: all linear ones but the output."""
 
 
+class Frozen(Struct, frozen=True, forbid_unknown_fields=True):
+    """Parameters that no text of this length reaches, whatever it says: positions beyond a record,
+    parts that are never called. They keep their initial values: no noise, no exchange, no decay.
+    """
+
+    parameters: dict[str, tuple[int, int]]
+    """By name: the first row that is trained, and the one behind the last; [0, 0]: none is."""
+    num_values: Count
+    """Frozen, together."""
+    digest: str
+    """BLAKE2b-256 (hex) of them in the order of names, flat float32 little endian."""
+
+
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """What is trained."""
 
     config: dict[str, Any]
     """Hugging Face config as JSON, `model_type` included."""
     num_params: Count
-    """Trained, and exchanged."""
+    """Trained, and exchanged; without what is frozen."""
     initial_digest: str
     """BLAKE2b-256 (hex) of their initial values, flat float32 little endian."""
     lora: Lora | None = None
@@ -56,6 +69,13 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """What the founder's folder was called: joiners are told which model they need."""
     generation: dict[str, Any] = {}
     """generation_config.json of the model that training starts from, for exports."""
+    frozen: Frozen | None = None
+    """None: all of it is trained, even what no text reaches."""
+
+    @property
+    def state_values(self) -> int:
+        """What a joiner is given: trained values, then frozen ones."""
+        return self.num_params + (self.frozen.num_values if self.frozen else 0)
 
 
 class Tokenizer(Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -32,8 +32,7 @@ from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import delta_of, told_size
 from xpeer.training import checkpoint, model
 from xpeer.training.assemble import Assembled, assemble
-from xpeer.training.flat import write_flat
-from xpeer.training.initial import model_of, source_folders
+from xpeer.training.initial import source_folders, trained_model
 from xpeer.training.kept import Source
 from xpeer.training.setup import TrainerSetup
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
@@ -277,8 +276,8 @@ def _save_and_export(
     if bundle is None:
         raise LocalError(f"no checkpoint could be read back: {warnings}", "check the disk")
     with torch.no_grad():
-        rebuilt = model_of(manifest, home, setup.config.data.base_model)
-        write_flat(rebuilt, bundle.flat)
+        own = replace(bundle, consolidation=None)
+        rebuilt = trained_model(manifest, home, setup.config.data.base_model, own)
         _require_equal(made, rebuilt, "restarted", "correct config.json, or report this as a bug")
         tell(f"saved, and rebuilt from the manifest's config ... {_since(began)}")
         began, target = time.monotonic(), folder / "export"
@@ -299,7 +298,8 @@ def _require_equal(made: Assembled, other: torch.nn.Module, what: str, remedy: s
     """The same logits as those of the model that was trained."""
     device = next(made.model.parameters()).device
     limit = min(model.vocab_size(made.model), 256)
-    ids = torch.arange(2, 18).remainder(limit).view(1, -1)
+    length = min(16, made.trainer.manifest.optimiser.sequence_tokens - 1)  # what is trained
+    ids = torch.arange(2, 2 + length).remainder(limit).view(1, -1)
     trained, theirs = made.model.training, other.to(device).eval()
     made.model.eval()
     with made.trainer.parameters.showing():

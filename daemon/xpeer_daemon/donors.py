@@ -158,9 +158,9 @@ class Donors:
         return offers
 
     async def _ask(self, donor: PeerId) -> Offered | None:
-        num_params, last = self._manifest.model.num_params, planned_steps(self._manifest)
+        values, last = self._manifest.model.state_values, planned_steps(self._manifest)
         try:
-            offer = await state.ask(self._party, self._dialler, donor, num_params)
+            offer = await state.ask(self._party, self._dialler, donor, values)
         except PeerError as e:
             self._refused(donor, str(e))
             return None

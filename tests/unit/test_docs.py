@@ -19,7 +19,7 @@ from xpeer.cli.start import start
 from xpeer.config import Home, settings
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.founding_model import MEASURED, InitialModel, draft_manifest
-from xpeer.manifest import DELTA_MAX, DELTA_MIN, Manifest
+from xpeer.manifest import DELTA_MAX, DELTA_MIN, Manifest, Model
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "operating.md").read_text()
@@ -102,6 +102,9 @@ def test_links_inside() -> None:
 class _AnyModel(InitialModel):
     def check(self, tokenizer_vocab: int, sequence_tokens: int) -> None:
         """Fits."""
+
+    def without_frozen(self, section: Model, tokenizer_vocab: int, sequence_tokens: int) -> Model:
+        return section
 
 
 def _parts(kind: Type) -> tuple[Type, ...]:

@@ -116,7 +116,7 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None) ->
     from xpeer.privacy.register import Register  # noqa: PLC0415
     from xpeer.training import model  # noqa: PLC0415
     from xpeer.training.checkpoint import load_latest  # noqa: PLC0415
-    from xpeer.training.initial import model_of, source_folders  # noqa: PLC0415
+    from xpeer.training.initial import source_folders, trained_model  # noqa: PLC0415
     from xpeer.training.kept import Source  # noqa: PLC0415
     from xpeer.training.tokenizer import load_tokenizer  # noqa: PLC0415
 
@@ -136,8 +136,7 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None) ->
             f"there is no checkpoint in {home.checkpoints}",
             "train first: `xpeer start`, or have a running daemon save: `xpeer checkpoint save`",
         )
-    made = model_of(manifest, home, data.base_model)
-    model.write_flat(made, bundle.consolidated())
+    made = trained_model(manifest, home, data.base_model, bundle)
     ledger = Ledger.look(home.ledger_db) if home.ledger_db.exists() else None
     if bundle.ledger_id and (ledger is None or ledger.id != bundle.ledger_id):
         raise LocalError(

@@ -185,7 +185,8 @@ async def ask(party: Party, dialler: Dialler, donor: PeerId, num_params: int) ->
         party: us.
         dialler: opens the stream.
         donor: whom to ask.
-        num_params: of the manifest; any other size is refused before it is read.
+        num_params: `Model.state_values` of the manifest; any other size is refused before it is
+            read.
 
     Raises:
         PeerError: unreachable, busy, or anything does not match.

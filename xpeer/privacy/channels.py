@@ -237,7 +237,7 @@ _HOME: Final = {
         "home",
         noised="flat exp_avg exp_avg_sq",
         derived="consolidation rule",
-        public="manifest_hash",
+        public="manifest_hash frozen",
         timing="optimiser_step",
         withheld="seen",
         parts="counters",

@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from xpeer.config import Home, NodeConfig, privacy_register
-from xpeer.errors import ConfigError, ShardError
+from xpeer.errors import ConfigError, LocalError, PeerError, Reason, ShardError
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.privacy import update_mode
 from xpeer.privacy.budget import delta_of
@@ -25,7 +25,7 @@ from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.register import Register
 from xpeer.status import CorpusShare, PrivacySpent, ShardSummary
-from xpeer.training import checkpoint
+from xpeer.training import checkpoint, frozen
 from xpeer.training.buffers import Buffers
 from xpeer.training.checkpoint import Bundle, read_moments, write_moments
 from xpeer.training.consolidation import Shown, consolidate, packed
@@ -78,6 +78,8 @@ class Assembled:
     text_problem: str = ""
     documents_elsewhere: int = 0
     """That other homes of this machine trained on, too."""
+    _frozen: torch.Tensor | None = field(default=None, init=False)
+    """A copy, made when it is first asked for: it changes for a joiner alone."""
     _buffers: Buffers = field(default_factory=lambda: Buffers(3), init=False)
 
     @property
@@ -102,6 +104,24 @@ class Assembled:
             steps_forfeited=self.steps_forfeited,
         )
 
+    def frozen_values(self) -> torch.Tensor:
+        """What no text reaches: (n,) float32, CPU; not to be written to."""
+        if self._frozen is None:
+            self._frozen = frozen.values(self.model, self.trainer.manifest.model.frozen)
+        return self._frozen
+
+    def replace_frozen(self, flat: torch.Tensor) -> None:
+        """A joiner's.
+
+        Raises:
+            PeerError: not those that the manifest means (WRONG_MODEL); ours stay.
+        """
+        try:
+            frozen.restore(self.model, self.trainer.manifest.model.frozen, flat)
+            self._frozen = None
+        except LocalError as e:
+            raise PeerError(Reason.WRONG_MODEL, e.problem) from e
+
     def capture(self) -> Callable[[], str]:
         """At a boundary: copy everything a checkpoint holds.
 
@@ -121,6 +141,7 @@ class Assembled:
             optimiser_step=optimiser_step,
             rule={name: value.clone() for name, value in trainer.exchanges.state().items()},
             seen=self.mechanism.seen,
+            frozen=self.frozen_values(),
             counters=trainer.counters.to_dict(),
             ledger_id=self.ledger_id,
             manifest_hash=self.manifest_hash,
@@ -187,6 +208,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     if saved is not None:
         saved.require(manifest_hash, ledger_id, parameters.num_params)
         parameters.write(saved.flat)
+        frozen.restore(model, manifest.model.frozen, saved.frozen)
 
     counters = Counters() if saved is None else Counters.from_dict(saved.counters)
 

@@ -31,6 +31,7 @@ _TENSORS: Final = ("flat", "exp_avg", "exp_avg_sq")
 _CONSOLIDATION: Final = "consolidation"
 _RULE: Final = "rule."
 _SEEN: Final = "seen"
+_FROZEN: Final = "frozen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class Bundle:
     """`rules.Rule.state`: anchors and momentum of the aggregation rule."""
     seen: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """`privacy.Passes.seen`."""
+    frozen: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """`frozen.values`: float32, CPU; empty where the manifest freezes nothing."""
     counters: dict[str, Any] = field(default_factory=dict)
     """`schedule.Counters` as builtins; `step` names the file."""
     ledger_id: str = ""
@@ -128,6 +131,8 @@ def save(folder: Path, bundle: Bundle, keep: int = 2, told: Told | None = None) 
     if bundle.consolidation is not None:
         tensors[_CONSOLIDATION] = bundle.consolidation
     tensors[_SEEN] = bundle.seen
+    if bundle.frozen.numel():
+        tensors[_FROZEN] = bundle.frozen
     tensors |= {_RULE + name: value for name, value in bundle.rule.items()}
     text = msgspec.json.encode(words, order="sorted").decode()
     write_tensors(path, tensors, {"xpeer": text}, *([told] if told else []))
@@ -159,6 +164,7 @@ def load(path: Path) -> Bundle:
     rule = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_RULE)}
     addition = tensors.pop(_CONSOLIDATION, None)
     seen = tensors.pop(_SEEN, None)
+    frozen = tensors.pop(_FROZEN, None)
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     if set(shapes) != set(_TENSORS) or len(set(shapes.values())) != 1:
         raise CorruptFileError(f"it holds {shapes}")
@@ -167,6 +173,7 @@ def load(path: Path) -> Bundle:
         consolidation=addition,
         rule={name.removeprefix(_RULE): value for name, value in rule.items()},
         seen=torch.empty(0, dtype=torch.int64) if seen is None else seen,
+        frozen=torch.empty(0) if frozen is None else frozen,
         optimiser_step=parsed.optimiser_step,
         counters=parsed.counters,
         ledger_id=parsed.ledger_id,

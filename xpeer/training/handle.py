@@ -288,7 +288,7 @@ class TrainerProcess:
         """Replace the parameters; moments start afresh, and so does the warm-up.
 
         Args:
-            payload: (num_params,) float32, little endian.
+            payload: (`Model.state_values`,) float32, little endian.
             step: the donor's.
             at_most: public loss that they may have.
 
@@ -355,4 +355,4 @@ def layout_of(manifest: Manifest) -> Layout:
     num_params, rules = manifest.model.num_params, manifest.round
     most = vectors_of(rules) * largest(num_params, rules.fragments)
     room = encoded_bytes(rules.payload_codec, most)
-    return Layout(slot_bytes=room, state_bytes=4 * num_params)
+    return Layout(slot_bytes=room, state_bytes=4 * manifest.model.state_values)

@@ -10,14 +10,16 @@ from xpeer.config import Data, Home
 from xpeer.errors import ConfigError
 from xpeer.manifest import Lora, Manifest
 from xpeer.training.adapters import adapt
+from xpeer.training.checkpoint import Bundle
 from xpeer.training.flat import digest, read_flat, write_flat
+from xpeer.training.frozen import fits, freeze, restore, thaw
 from xpeer.training.model import build, from_folder
 
 
 def model_of(
     manifest: Manifest, home: Home, base_model: str = "", *, fresh: bool = False
 ) -> torch.nn.Module:
-    """The manifest's model, on the CPU.
+    """The manifest's model, on the CPU, without what is frozen (`training.frozen`).
 
     Args:
         manifest: of the swarm.
@@ -34,14 +36,32 @@ def model_of(
     lora = manifest.model.lora
     if lora is not None:
         return _adapted(manifest, lora, Path(base_model).expanduser() if base_model else None, home)
+    kept = manifest.model.frozen
+    model = from_folder(home.initial_model) if fresh else build(manifest.model.config)
+    freeze(model, kept)
     if not fresh:
-        return build(manifest.model.config)
-    model = from_folder(home.initial_model)
-    if digest(read_flat(model)) != manifest.model.initial_digest:
+        return model
+    if digest(read_flat(model)) != manifest.model.initial_digest or not fits(model, kept):
         raise ConfigError(
             f"the model in {home.initial_model} is not the one the swarm starts from",
             "restore the folder, or fetch the parameters from a member",
         )
+    return model
+
+
+def trained_model(
+    manifest: Manifest, home: Home, base_model: str, bundle: Bundle
+) -> torch.nn.Module:
+    """A checkpoint's model, whole, on the CPU: averaged with what the last partners showed.
+
+    Raises:
+        ConfigError: as `model_of`.
+        LocalError: the checkpoint is of another model.
+    """
+    model, kept = model_of(manifest, home, base_model), manifest.model.frozen
+    write_flat(model, bundle.consolidated())
+    restore(model, kept, bundle.frozen)
+    thaw(model, kept)
     return model
 
 
@@ -70,6 +90,7 @@ def _adapted(manifest: Manifest, lora: Lora, named: Path | None, home: Home) -> 
     model = build(manifest.model.config)  # the manifest's config, whatever the folder's says
     write_flat(model, values)
     model = adapt(model, lora)
+    freeze(model, manifest.model.frozen)
     if digest(read_flat(model)) != manifest.model.initial_digest:
         raise ConfigError(
             "the adapters made here are not those that the swarm starts from",

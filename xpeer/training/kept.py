@@ -21,11 +21,12 @@ CONFIG: Final = "config.json"
 GENERATION: Final = "generation_config.json"
 TOKENIZER_FILES: Final = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 _TERMS: Final = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-_CARDS: Final = ("README.md", "privacy.json", "source.*")
+_CARDS: Final = ("README.md", "privacy.json", "source.*README.md", "source.*privacy.json")
 _OF_THIS_MACHINE: Final = ("_name_or_path", "transformers_version")
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from xpeer.errors import ConfigError, LocalError
@@ -65,15 +65,15 @@ def record_losses(
         Sum of negative log-likelihoods in nats, (records,) float32; targets counted, (records,).
     """
     extra: dict[str, torch.Tensor] = {}
+    ids = records[:, :-1].clamp(min=0)  # any token will do where nothing is predicted
     if _takes_positions(type(transformers_model(model)).forward):
         # expanded: GPT-2 otherwise embeds them once for all records, and no per-record gradient
         # of the position embedding exists
-        positions = torch.arange(records.shape[1], device=records.device)
-        extra["position_ids"] = positions.expand_as(records)
-    ids = records.clamp(min=0)  # any token will do where nothing is predicted
-    logits = model(input_ids=ids, use_cache=False, **extra).logits  # (B, T, vocabulary)
-    targets = pad(records[:, 1:], (0, 1), value=_NO_TARGET)  # the last token predicts nothing
-    targets = targets.masked_fill(targets < 0, _NO_TARGET)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        extra["position_ids"] = positions.expand_as(ids)
+    # the last token predicts nothing, so the model never sees it
+    logits = model(input_ids=ids, use_cache=False, **extra).logits  # (B, T - 1, vocabulary)
+    targets = records[:, 1:].masked_fill(records[:, 1:] < 0, _NO_TARGET)
     losses = _cross_entropy(logits.flatten(0, 1), targets.flatten()).view_as(targets)
     return losses.sum(1), (targets >= 0).sum(1)
 

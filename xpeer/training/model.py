@@ -16,7 +16,13 @@ from typing import Any, Final
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from xpeer.errors import ConfigError
@@ -56,8 +62,6 @@ __all__ = [
     "write_flat",
 ]
 
-_ATTENTION: Final = "sdpa"
-"""Per-record gradients through it equal those of one-by-one autograd (tested)."""
 _REFUSED_KEYS: Final = frozenset({"auto_map", "quantization_config", "adapters"})
 """Would load code or weights from elsewhere, or train something that is not float32."""
 
@@ -102,14 +106,14 @@ def _made(config: dict[str, Any]) -> torch.nn.Module:
     try:
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
             made,
-            attn_implementation=_ATTENTION,
+            attn_implementation=_attention(made),
             dtype=torch.float32,
             trust_remote_code=False,
         )
     except _LOADING_ERRORS as e:
         raise ConfigError(
             f"model.config: no causal language model can be built from it: {_one_line(e)}",
-            "use the config.json of a model of one of transformers' causal families",
+            "correct the value that this names",
         ) from e
     return model
 
@@ -123,13 +127,15 @@ def from_folder(path: Path) -> torch.nn.Module:
     transformers_logging.disable_progress_bar()
     safetensors = check_folder(path)
     raw = read_config(path)
+    config = _parse_config(raw)
+    attention = _attention(config)
     try:
         with _quiet():  # it would print a table; we say in a line what is wrong
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
-                config=_parse_config(raw),
+                config=config,
                 dtype=torch.float32,
-                attn_implementation=_ATTENTION,
+                attn_implementation=attention,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=safetensors,
@@ -218,6 +224,23 @@ def _parse_config(config: dict[str, Any]) -> Any:
     return made
 
 
+def _attention(config: Any) -> str:
+    """Scaled dot products of torch where the family's code has them, else its own plain ones.
+
+    Engines are compared with autograd either way.
+
+    Raises:
+        ConfigError: transformers has no causal language model of this family.
+    """
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if known is None:
+        raise ConfigError(
+            f"model.config: transformers has no causal language model of type {config.model_type}",
+            "use a model that predicts the next token, e.g. llama, qwen3, gemma2 or gpt2",
+        )
+    return "sdpa" if getattr(known, "_supports_sdpa", False) else "eager"
+
+
 def _drop_nothing(config: Any) -> None:
     """Switch dropout off, in nested configs, too."""
     for key, value in vars(config).items():
@@ -239,8 +262,15 @@ def _ready(model: Any) -> torch.nn.Module:
     made: torch.nn.Module = model.float().eval()
     ids = torch.zeros((2, 4), dtype=torch.int64)
     ids[1, -1] = 1
-    with torch.no_grad():
-        logits = made(input_ids=ids, use_cache=False).logits
+    try:
+        with torch.no_grad():
+            logits = made(input_ids=ids, use_cache=False).logits
+    except (*_LOADING_ERRORS, IndexError) as e:
+        raise ConfigError(
+            f"model.config: a model of type {model.config.model_type} can be built from it, but "
+            f"does not run: {_one_line(e)}",
+            "correct the value that this names",
+        ) from e
     if not torch.allclose(logits[0, :-1], logits[1, :-1], rtol=1e-3, atol=1e-4):
         raise ConfigError(
             f"model.config: {model.config.model_type} looks at the tokens that it has to predict",

@@ -225,7 +225,9 @@ class Service:
 
     def _export_state(self, number: int) -> None:
         region = torch.frombuffer(self._arena.state(), dtype=torch.float32)
-        step, finish = self._trainer.counters.step, self._trainer.show(region)
+        trained, kept = self._divided(region)
+        step, finish = self._trainer.counters.step, self._trainer.show(trained)
+        kept.copy_(self._assembled.frozen_values())
 
         def exported() -> StateExported:
             loss = finish()
@@ -235,9 +237,16 @@ class Service:
 
     def _import_state(self, command: ImportState) -> StateImported:
         region = torch.frombuffer(self._arena.state(), dtype=torch.float32)
-        before, after = self._trainer.replace(region, command.step, command.at_most)
+        trained, kept = self._divided(region)
+        self._assembled.replace_frozen(kept)
+        before, after = self._trainer.replace(trained, command.step, command.at_most)
         self._tell_all()
         return StateImported(before, after)
+
+    def _divided(self, region: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is trained, and what is frozen."""
+        count = self._trainer.parameters.num_params
+        return region[:count], region[count:]
 
     def _run(self, command: Run) -> Done:
         self.set_mode(command.mode)

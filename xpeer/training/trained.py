@@ -14,8 +14,8 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import SignedManifest
 from xpeer.training import adapters
 from xpeer.training.checkpoint import load_latest
-from xpeer.training.flat import digest, read_flat, write_flat
-from xpeer.training.initial import model_of
+from xpeer.training.flat import digest, read_flat
+from xpeer.training.initial import trained_model
 from xpeer.training.losses import record_losses
 from xpeer.training.model import context_tokens, from_folder
 from xpeer.training.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -54,8 +54,7 @@ def from_home(home: Home, base_model: str = "", tokenizer: str = "") -> Trained:
             f"there is no checkpoint in {home.checkpoints}",
             "train first: `xpeer start`, or have a running daemon save: `xpeer checkpoint save`",
         )
-    model = model_of(manifest, home, base_model)
-    write_flat(model, bundle.consolidated())
+    model = trained_model(manifest, home, base_model, bundle)
     made = load_tokenizer(manifest.tokenizer, tokenizer, base_model=base_model)
     return Trained(model.eval(), made, f"step {bundle.step} of {home.path}", warnings)
 

@@ -1,0 +1,1 @@
+"""Whether a whole run works with models of each family of transformers."""

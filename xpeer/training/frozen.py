@@ -1,0 +1,195 @@
+"""Parameters that no text reaches keep their initial values: no noise, no exchange, no decay.
+
+Which ones the manifest says (`reach` found them when the swarm was founded). While a model trains,
+it is without them: an embedding has only the rows that are reached, and everything else is marked
+as not trained. So all that is made of "the trainable parameters" (the flat vector, noise, moments)
+is without them, too. Their values lie in checkpoints and go to joiners, whose copy has to have the
+manifest's digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import torch
+
+from xpeer.errors import ConfigError, LocalError
+from xpeer.manifest import Frozen
+from xpeer.training.flat import digest
+from xpeer.training.losses import record_losses
+from xpeer.training.reach import Rows, out_of_reach
+
+_BEFORE: Final = "rows_before"
+_BEHIND: Final = "rows_behind"
+_TRIED: Final = 2
+
+
+def find(model: torch.nn.Module, num_tokens: int, num_ids: int) -> Frozen | None:
+    """What of a model no text reaches; None = text reaches all of it.
+
+    Args:
+        model: as it will be trained, on the CPU; unchanged.
+        num_tokens: of every record.
+        num_ids: of the tokenizer.
+    """
+    rows = out_of_reach(model, num_tokens, num_ids)
+    if not rows:
+        return None
+    found = Frozen(parameters=rows, num_values=_count(model, rows), digest="")
+    expected = _tried(model, num_tokens, num_ids)
+    freeze(model, found)
+    try:
+        kept = values(model, found)
+        write(model, found, torch.full_like(kept, torch.nan))
+        same = torch.equal(_tried(model, num_tokens, num_ids), expected)
+        write(model, found, kept)
+    finally:
+        thaw(model, found)
+    if not same:
+        raise LocalError(
+            f"text reaches some of {', '.join(rows)}, which it was shown not to reach",
+            "please report this with the model's config.json",
+        )
+    return Frozen(parameters=rows, num_values=found.num_values, digest=digest(kept))
+
+
+def freeze(model: torch.nn.Module, frozen: Frozen | None) -> None:
+    """Leave the model with what is trained.
+
+    Args:
+        model: whole.
+        frozen: of the manifest; None = nothing is done.
+
+    Raises:
+        ConfigError: it is of another model.
+    """
+    for name, (first, end), module, last in _places(model, frozen):
+        parameter = getattr(module, last)
+        if first == end:
+            parameter.requires_grad_(False)
+            continue
+        if not isinstance(module, torch.nn.Embedding) or not 0 <= first < end <= len(parameter):
+            raise _of_another(name)
+        whole = parameter.detach()
+        # plain attributes: engines refuse layers with buffers, and these are not computed with
+        setattr(module, _BEFORE, whole[:first].clone())
+        setattr(module, _BEHIND, whole[end:].clone())
+        _resize(module, whole[first:end].clone(), -first)
+    count = sum(part.numel() for part in _parts(model, frozen))
+    if frozen is not None and count != frozen.num_values:
+        raise ConfigError(
+            f"model.frozen.num_values is {frozen.num_values}, this model has {count}",
+            "use the transformers version that the founder used",
+        )
+
+
+def thaw(model: torch.nn.Module, frozen: Frozen | None) -> None:
+    """Put the model together again, frozen values in their places, all of it trainable."""
+    for _name, (first, end), module, last in _places(model, frozen):
+        if first == end:
+            getattr(module, last).requires_grad_(True)
+            continue
+        before, behind = getattr(module, _BEFORE), getattr(module, _BEHIND)
+        own = getattr(module, last).detach()
+        whole = torch.cat([before.to(own.device), own, behind.to(own.device)])
+        delattr(module, _BEFORE)
+        delattr(module, _BEHIND)
+        _resize(module, whole, first)
+
+
+@torch.no_grad()
+def values(model: torch.nn.Module, frozen: Frozen | None) -> torch.Tensor:
+    """What is frozen of a model that was frozen, in order of names: (num_values,) float32, CPU."""
+    parts = [part.detach().reshape(-1).to("cpu", torch.float32) for part in _parts(model, frozen)]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+@torch.no_grad()
+def write(model: torch.nn.Module, frozen: Frozen | None, flat: torch.Tensor) -> None:
+    """Replace what is frozen by (num_values,) float32."""
+    parts = list(_parts(model, frozen))
+    for part, given in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
+        part.copy_(given.view_as(part))
+
+
+def fits(model: torch.nn.Module, frozen: Frozen | None) -> bool:
+    """Whether what is frozen of a model has the values that the manifest means."""
+    return frozen is None or digest(values(model, frozen)) == frozen.digest
+
+
+def restore(model: torch.nn.Module, frozen: Frozen | None, flat: torch.Tensor) -> None:
+    """Replace what is frozen by values of a checkpoint, or of a member.
+
+    Raises:
+        LocalError: they are not those that the manifest means; nothing is changed.
+    """
+    count = 0 if frozen is None else frozen.num_values
+    if flat.numel() != count or (frozen is not None and digest(flat) != frozen.digest):
+        raise LocalError(
+            f"{flat.numel()} frozen values are not the {count} that the manifest means",
+            "restore the checkpoint that belongs to this home",
+        )
+    write(model, frozen, flat)
+
+
+def _count(model: torch.nn.Module, rows: Mapping[str, Rows]) -> int:
+    """Values outside of these rows."""
+    known = dict(model.named_parameters())
+    return sum(
+        known[name].numel() - (end - first) * known[name][0].numel()
+        for name, (first, end) in rows.items()
+    )
+
+
+def _parts(model: torch.nn.Module, frozen: Frozen | None) -> Iterator[torch.Tensor]:
+    for _name, (first, end), module, last in _places(model, frozen):
+        if first == end:
+            yield getattr(module, last)
+        else:
+            yield getattr(module, _BEFORE)
+            yield getattr(module, _BEHIND)
+
+
+def _places(
+    model: torch.nn.Module, frozen: Frozen | None
+) -> Iterator[tuple[str, tuple[int, int], Any, str]]:
+    """Of each parameter: its name, the rows that are trained, its module and its name there."""
+    for name, (first, end) in sorted(frozen.parameters.items()) if frozen is not None else ():
+        path, _, last = name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError as e:
+            raise _of_another(name) from e
+        if last not in module._parameters:
+            raise _of_another(name)
+        yield name, (first, end), module, last
+
+
+def _resize(module: Any, weight: torch.Tensor, shift: int) -> None:
+    """Another table of an embedding; lookups are moved by `shift` rows (OPT adds an offset)."""
+    module.weight = torch.nn.Parameter(weight)
+    module.num_embeddings = len(weight)
+    if shift:
+        module.offset += shift
+    if module.padding_idx is not None and module.padding_idx >= len(weight):
+        module.padding_idx = None  # a row that is not reached
+
+
+@torch.no_grad()
+def _tried(model: torch.nn.Module, num_tokens: int, num_ids: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    records = torch.randint(0, num_ids, (_TRIED, num_tokens), generator=generator)
+    training = model.training
+    model.eval()
+    try:
+        return record_losses(model, records)[0]
+    finally:
+        model.train(training)
+
+
+def _of_another(name: str) -> ConfigError:
+    return ConfigError(
+        f"the manifest's model.frozen names {name}, which this model does not have so",
+        "use the transformers version that the founder used",
+    )
