@@ -12,6 +12,7 @@ import msgspec
 
 _TOKEN = re.compile(r"xpeer1\.(?:(?!xpeer1\.)[A-Za-z0-9_=-])+")
 """Of two that follow without a gap each is one."""
+_CUT = " [...] "
 
 
 def hidden(text: str) -> str:
@@ -42,7 +43,7 @@ def json_text(value: Any, *, indent: int = 0) -> str:
     try:
         encoded = msgspec.json.encode(value)
     except UnicodeEncodeError:
-        encoded = msgspec.json.encode(_sayable(msgspec.to_builtins(value)))
+        encoded = msgspec.json.encode(sayable(msgspec.to_builtins(value)))
     if indent:
         encoded = msgspec.json.format(encoded, indent=indent)
     return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in encoded.decode())
@@ -53,11 +54,27 @@ def _escaped(character: str) -> str:
     return "".join(f"\\u{units[n : n + 4]}" for n in range(0, len(units), 4))
 
 
-def _sayable(value: Any) -> Any:
+def sayable(value: Any, longest: int = 0, of_trace: int = 0) -> Any:
+    """The same of builtins, with strings that can be encoded.
+
+    Args:
+        value: str, dict, list, or anything else.
+        longest: characters; of longer strings the middle is cut out; 0 = any.
+        of_trace: the same for a field called `trace`.
+    """
     if isinstance(value, str):
-        return "".join(c if not "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in value)
+        said = "".join(c if not "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in value)
+        return _cut(said, longest) if 0 < longest < len(said) else said
     if isinstance(value, dict):
-        return {_sayable(key): _sayable(inner) for key, inner in value.items()}
+        return {
+            sayable(key, longest): sayable(inner, of_trace if key == "trace" else longest, of_trace)
+            for key, inner in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_sayable(inner) for inner in value]
+        return [sayable(inner, longest, of_trace) for inner in value]
     return value
+
+
+def _cut(text: str, longest: int) -> str:
+    half = (longest - len(_CUT)) // 2
+    return text[:half] + _CUT + text[-half:]

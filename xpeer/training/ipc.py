@@ -31,12 +31,14 @@ from xpeer.errors import (
     TrainerError,
     XpeerError,
 )
-from xpeer.escape import one_line, visible
+from xpeer.escape import one_line, sayable, visible
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
 from xpeer.training.setup import Mode, TrainerSetup
 
 MAX_FRAME_BYTES: Final = 4 << 20
 _LENGTH_BYTES: Final = 4
+_MAX_TEXT, _MAX_TRACE = 2_000, 20_000
+"""Characters of a string from the trainer: a file's name or content may be in it."""
 _LOG_BYTES: Final = 64 << 10
 _MARKED: Final = re.compile(r"<(\d{1,2})>")
 _LAST_WORDS: Final = ("Traceback ", "Fatal Python error", "Exception ")
@@ -334,7 +336,7 @@ class ChildChannel:
 
     def send(self, message: FromTrainer) -> None:
         """Queue, from any thread; a daemon that is gone is noticed by the receiving thread."""
-        self._outbox.put(_frame(message))
+        self._outbox.put(_framed(_encoded(message)))
 
     def flush(self, timeout_s: float) -> None:
         """Send what is queued, and no more after it: before the process exits."""
@@ -386,7 +388,7 @@ class DaemonChannel:
     def send(self, message: ToTrainer) -> None:
         """Queue; the trainer's reading thread takes messages while a step runs."""
         if not self._writer.is_closing():
-            self._writer.write(_frame(message))
+            self._writer.write(_framed(msgspec.msgpack.encode(message)))
 
     async def close(self) -> None:
         """Close the socket: the trainer exits when it sees that."""
@@ -433,8 +435,20 @@ class LevelFormatter(logging.Formatter):
         return "\n".join(f"<{record.levelno}>{line}" for line in lines)
 
 
-def _frame(message: FromTrainer | ToTrainer) -> bytes:
-    body = msgspec.msgpack.encode(message)
+def _encoded(message: FromTrainer) -> bytes:
+    """As msgpack, whatever is in its strings: here alone they are made safe.
+
+    Names of files, and errors that quote files, may hold bytes that are not UTF-8, or megabytes.
+    """
+    with contextlib.suppress(UnicodeEncodeError):
+        body = msgspec.msgpack.encode(message)
+        if len(body) <= _MAX_TEXT:  # then no string is longer
+            return body
+    said = sayable(msgspec.to_builtins(message, builtin_types=(bytes,)), _MAX_TEXT, _MAX_TRACE)
+    return msgspec.msgpack.encode(said)
+
+
+def _framed(body: bytes) -> bytes:
     if len(body) > MAX_FRAME_BYTES:
         raise LocalError(f"a message to or from the trainer has {len(body)} bytes")
     return len(body).to_bytes(_LENGTH_BYTES, "little") + body

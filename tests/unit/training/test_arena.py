@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from xpeer.errors import (
@@ -21,10 +22,13 @@ from xpeer.training.arena import Arena, Layout, Slots
 from xpeer.training.ipc import (
     MAX_FRAME_BYTES,
     ChildChannel,
+    Crashed,
     DaemonChannel,
     Done,
     Drop,
     Failure,
+    LookedAtText,
+    Ready,
     Reply,
     Request,
     Run,
@@ -125,6 +129,30 @@ async def test_messages_cross_both_ways_and_an_end_is_none() -> None:
     await daemon.close()
     assert await asyncio.to_thread(child.receive) is None
     child.send(Reply(2, Done()))  # to nobody
+    child.flush(5)
+    theirs.close()
+
+
+@pytest.mark.parametrize("text", ["/text/caf\udce9.txt can't be read", "\ud800", "k" * (5 << 20)])
+async def test_text_of_a_file_crosses_whatever_is_in_it(text: str) -> None:
+    ours, theirs = socket.socketpair()
+    daemon, child = await DaemonChannel.open(ours), ChildChannel(theirs)
+    ready = Ready(1, 1, "cpu", "ghost", 0, 0, 0, False, text_problem=text, notes=[text])
+    child.send(ready)
+    child.send(LookedAtText(text))
+    child.send(Crashed(failure_of(ShardError(text, text))))
+    child.send(Crashed(failure_of(KeyError(text))))
+    safe = {"\ud800": r"\ud800"}.get(text, text.replace("\udce9", r"\udce9"))
+    if len(text) > 2000:
+        safe = f"{'k' * 996} [...] {'k' * 996}"
+    assert await daemon.receive() == msgspec.structs.replace(ready, text_problem=safe, notes=[safe])
+    assert await daemon.receive() == LookedAtText(safe)
+    for _ in range(2):
+        crashed = await daemon.receive()
+        assert isinstance(crashed, Crashed)
+        assert len(crashed.failure.problem) <= 2000
+        assert len(crashed.failure.trace) <= 20_000
+    await daemon.close()
     child.flush(5)
     theirs.close()
 
