@@ -18,6 +18,7 @@ import msgspec
 import msgspec.structs
 from msgspec import Meta, Struct, field
 
+from xpeer import belonging
 from xpeer.errors import ConfigError
 from xpeer.paths import checked, checked_text
 
@@ -341,8 +342,7 @@ PATHS = frozenset(
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(belonging.read(path).decode())
     except FileNotFoundError:
         return {}
     except tomllib.TOMLDecodeError as e:

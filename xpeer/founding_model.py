@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from xpeer import belonging
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
 from xpeer.manifest import MAX_NAME_CHARS, Lora, Manifest, Model, PublicText, Tokenizer
@@ -375,7 +376,7 @@ def _tokenizer(folder: Path | None) -> Any:
         return load_tokenizer(Tokenizer())
     file = folder / "tokenizer.json"
     try:
-        spec = Tokenizer("huggingface", blake2b(file.read_bytes()).hex())
+        spec = Tokenizer("huggingface", blake2b(belonging.read_inside(file, folder)).hex())
     except OSError as e:
         raise ConfigError(f"--tokenizer: {file} can't be read: {e}", "name its folder") from e
     try:
@@ -386,8 +387,8 @@ def _tokenizer(folder: Path | None) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        value = json.loads(belonging.read(path))
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"--model-config: {path} can't be read: {e}", "give a JSON file") from e
     if not isinstance(value, dict):
         raise ConfigError(f"--model-config: {path} is not a JSON object", "give a config.json")

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from xpeer import belonging
 from xpeer.config import Data, Home
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
@@ -88,7 +89,9 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
             return [said]
         file = Path(named).expanduser() / "tokenizer.json"
         try:
-            seen = blake2b(file.read_bytes()).hex()
+            seen = blake2b(belonging.read_inside(file, file.parent)).hex()
+        except ConfigError as e:
+            return [f"{setting}: {e.problem}"]
         except OSError as e:
             return [f"{setting}: {file} can't be read: {e.strerror}"]
         if seen == self.tokenizer:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+from xpeer import belonging
 from xpeer.errors import ConfigError
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -48,6 +49,7 @@ def check_folder(path: Path, option: str = "model") -> bool:
     _require_folder(path, option)
     names = {entry.name for entry in path.iterdir()}
     _require_config(path, option, names)
+    _require_inside(path, option)
     refuse_pointer(path / "config.json", option)
     index = "model.safetensors.index.json"
     if index in names:
@@ -147,6 +149,7 @@ def _require_tokenizer(folder: Path, option: str) -> None:
     if not folder.is_dir():
         raise missing_folder(folder, option, "name the folder that holds its tokenizer.json")
     if has_tokenizer(folder):
+        _require_inside(folder, option)
         refuse_pointer(folder / "tokenizer.json", option)
         return
     other = _other_tokenizer(folder)
@@ -168,7 +171,7 @@ def _other_tokenizer(folder: Path) -> str:
 def config_in(folder: Path | None, file: Path | None) -> dict[str, Any] | None:
     """A model's config, unchecked, from its folder or the file itself; None = neither is given."""
     path = folder / "config.json" if folder is not None else file
-    return None if path is None else _read(path)
+    return None if path is None else _read(path, folder)
 
 
 def missing_folder(path: Path, option: str, remedy: str = _GET) -> ConfigError:
@@ -212,7 +215,7 @@ def _require_config(path: Path, option: str, names: set[str]) -> None:
     if not names:
         raise ConfigError(f"{option} {path}: the folder is empty", _GET)
     if "adapter_config.json" in names:
-        base = _read(path / "adapter_config.json").get("base_model_name_or_path")
+        base = _read(path / "adapter_config.json", path).get("base_model_name_or_path")
         raise ConfigError(
             f"{option} {path} holds adapters of peft, not a model"
             + (f"; their base is {base}" if isinstance(base, str) and base.isprintable() else ""),
@@ -262,7 +265,7 @@ def _gguf(path: Path, option: str) -> ConfigError:
 
 def _parts(index: Path, option: str) -> list[str]:
     refuse_pointer(index, option)
-    weights = _read(index).get("weight_map")
+    weights = _read(index, index.parent).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise ConfigError(f"{option} {index.parent}: {index.name} is damaged", "download it again")
     return sorted({str(name) for name in weights.values()})
@@ -295,9 +298,24 @@ def _check_safetensors(file: Path, option: str) -> None:
             )
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _require_inside(folder: Path, option: str) -> None:
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        belonging.require_inside(folder)
+    except ConfigError as e:
+        raise ConfigError(f"{option} {folder}: {e.problem}", e.remedy) from e
+
+
+def _read(file: Path, folder: Path | None = None) -> dict[str, Any]:
+    """A JSON object; empty if it is none.
+
+    Args:
+        file: to read.
+        folder: that it has to be in; None = a person named the file.
+    """
+    try:
+        content = json.loads(
+            belonging.read(file) if folder is None else belonging.read_inside(file, folder)
+        )
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from xpeer import belonging
 from xpeer.errors import ConfigError
 
 CONFIG: Final = "config.json"
@@ -106,28 +107,34 @@ def config_for_manifest(config: Mapping[str, Any], model: Any) -> dict[str, Any]
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """generation_config.json of a model's folder; empty if there is none.
+    """generation_config.json of a model's folder, as far as transformers knows its settings.
+
+    Args:
+        folder: without that file there are none.
 
     Raises:
-        ConfigError: it is no JSON object.
+        ConfigError: it is no JSON object, or a link to another folder.
     """
     file = folder / GENERATION
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(belonging.read_inside(file, folder))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{file} can't be read: {e}", "restore it, or remove it") from e
     if not isinstance(found, dict):
         raise ConfigError(f"{file} is not a JSON object", "restore it, or remove it")
-    return _without_paths(found)
+    from transformers import GenerationConfig  # noqa: PLC0415 - takes seconds
+
+    known = GenerationConfig().to_dict().keys()
+    return _without_paths({key: value for key, value in found.items() if key in known})
 
 
 def copy(folder: Path, to: Path, names: Iterable[str], prefix: str = "") -> None:
     """Copy the files that there are, but for those that the target has.
 
     Raises:
-        ConfigError: one can't be read.
+        ConfigError: one can't be read, or is a link to another folder.
     """
     for pattern in names:
         for file in sorted(folder.glob(pattern)):
@@ -135,7 +142,7 @@ def copy(folder: Path, to: Path, names: Iterable[str], prefix: str = "") -> None
             if not file.is_file() or target.exists():
                 continue
             try:
-                content = file.read_bytes()
+                content = belonging.read_inside(file, folder)
             except OSError as e:
                 raise ConfigError(f"{file} can't be read: {e.strerror}", "check its mode") from e
             target.parent.mkdir(exist_ok=True)

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from xpeer import belonging
 from xpeer.errors import ConfigError
 from xpeer.source import check_folder
 from xpeer.training.export import export_adapters, export_hf, generate
@@ -194,8 +195,8 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: there is none, or it is damaged.
     """
     try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError) as e:
+        config = json.loads(belonging.read_inside(path / "config.json", path))
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(
             f"model {path}: its config.json can't be read: {e}",
             "name a folder that save_pretrained wrote, with config.json and model.safetensors",

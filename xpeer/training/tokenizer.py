@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
 
-from xpeer import manifest
+from xpeer import belonging, manifest
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
 from xpeer.source import has_tokenizer
@@ -104,7 +104,7 @@ class HuggingFaceTokenizer:
     def __init__(self, folder: Path, digest: str = "") -> None:
         file = folder / "tokenizer.json"
         try:
-            data = file.read_bytes()
+            data = belonging.read_inside(file, folder)
         except OSError as e:
             raise ConfigError(
                 f"data.tokenizer: {file} can't be read: {e.strerror}",
@@ -193,10 +193,10 @@ def _special_tokens(folder: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = folder / name
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(belonging.read_inside(file, folder))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise ConfigError(f"data.tokenizer: {file} can't be read: {e}", "restore it") from e
         if isinstance(content, dict):
             found.update({key: value for key, value in content.items() if value is not None})

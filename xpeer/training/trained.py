@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from xpeer import belonging
 from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import SignedManifest
@@ -80,6 +81,7 @@ def from_export(
             f"--model {folder} holds adapters, and --base-model is not set",
             "name the folder of the model that they are for, or export with --merged",
         )
+    belonging.require_inside(folder)
     model = from_folder(base_model)
     _require_base(folder, model, base_model)
     adapted = adapters.attach(model, folder)
@@ -98,7 +100,7 @@ def _tokenizer_of(folder: Path, tokenizer: Path | None) -> Tokenizer:
 def _require_base(folder: Path, model: torch.nn.Module, base_model: Path) -> None:
     """Refuse another base than the adapters'; folders of others than us don't name theirs."""
     try:
-        named: Any = json.loads((folder / adapters.BASE_FILE).read_bytes())
+        named: Any = json.loads(belonging.read_inside(folder / adapters.BASE_FILE, folder))
         wanted = named["blake2b_256"]
     except FileNotFoundError:
         return
