@@ -16,6 +16,8 @@ RATIO_MAX: Final = 200
 """Text packs to a fifth or so, the dullest log to a hundredth."""
 UNPACKED_FREE: Final = 64 << 20
 """So many bytes may come of however few."""
+UNPACKED_MAX: Final = 16 << 30
+"""And of however many."""
 
 _MAGIC: Final = {
     b"%PDF": "a PDF",
@@ -37,8 +39,9 @@ class _Bounded(io.RawIOBase):
     """Unpacked bytes, up to what text may come to."""
 
     def __init__(self, packed: gzip.GzipFile, path: Path) -> None:
-        self._packed, self._path, self._left = packed, path, 0
-        self._left = max(UNPACKED_FREE, RATIO_MAX * path.stat().st_size)
+        self._packed, self._path = packed, path
+        size = path.stat().st_size
+        self._left = min(max(UNPACKED_FREE, RATIO_MAX * size), UNPACKED_MAX)
 
     def readable(self) -> bool:
         return True
@@ -48,7 +51,8 @@ class _Bounded(io.RawIOBase):
         self._left -= len(data)
         if self._left < 0:
             raise ShardError(
-                f"{self._path} unpacks to more than {RATIO_MAX} times its size",
+                f"{self._path} unpacks to more than {RATIO_MAX} times its size, or than "
+                f"{UNPACKED_MAX >> 30} GiB",
                 "unpack it yourself if that is meant",
             )
         buffer[: len(data)] = data

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xpeer.errors import ShardError
+from xpeer.training.formats.packed import RATIO_MAX, UNPACKED_FREE
 from xpeer.training.formats.rows import Rows
 
 _BATCH_ROWS: Final = 1024
@@ -28,8 +29,17 @@ def texts(path: Path, rows: Rows) -> Iterator[str]:
         ) from e
     with path.open("rb") as source:
         try:
-            with parquet.ParquetFile(source, page_checksum_verification=True) as file:
+            metadata = parquet.read_metadata(source)
+            leaves = [metadata.schema.column(n).path for n in range(metadata.num_columns)]
+            # As a dictionary: few bytes of a file may say a long text a million times.
+            with parquet.ParquetFile(
+                source,
+                metadata=metadata,
+                page_checksum_verification=True,
+                read_dictionary=[rows.field] if rows.field in leaves else [],
+            ) as file:
                 name = _column(file.schema_arrow, rows, pa.types)
+                _refuse_bomb(file.metadata, name, path)
                 number = 0
                 for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name]):
                     for scalar in batch.column(0):
@@ -70,6 +80,22 @@ def _column(schema: Any, rows: Rows, types: Any) -> str:
             "set data.text_field to the column that holds the text",
         )
     return rows.field
+
+
+def _refuse_bomb(metadata: Any, name: str, path: Path) -> None:
+    """By what the file's own footer says of the column."""
+    columns = (
+        group.column(number)
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+        for number in range(group.num_columns)
+    )
+    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == name)
+    if size > max(UNPACKED_FREE, RATIO_MAX * path.stat().st_size):
+        raise ShardError(
+            f"{path}: column {name!r} unpacks to {size} bytes, more than {RATIO_MAX} times the "
+            "file's size",
+            "write it anew with another compression if that is meant",
+        )
 
 
 def _is_text(kind: Any, types: Any) -> bool:
