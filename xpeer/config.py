@@ -70,9 +70,9 @@ class Network(Struct, frozen=True, forbid_unknown_fields=True):
     """Ask the router by UPnP for a port (multicasts on the local network)."""
     direct_listen: str = ""
     """Multiaddress for partners' direct TCP streams, the bulk's faster way; empty = none."""
-    zone: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*$")] = ""
+    zone: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")] = ""
     """Members that declare the same zone have fast links and meet more often; published."""
-    name: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*$")] = ""
+    name: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")] = ""
     """What the other members' operators see this node called; published. Empty = its PeerID."""
     price_per_gb: Annotated[float, Meta(ge=0)] = 0.09
     """Egress price in `currency` per 10^9 bytes sent."""

@@ -24,7 +24,7 @@ TIMEOUT_S = 5.0
 class About(Struct, frozen=True):
     """A member's own word."""
 
-    name: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*$")] = ""
+    name: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")] = ""
     """As its operator set network.name; "" = none. Two members may have the same."""
     step: Annotated[int, Meta(ge=0, lt=1 << 40)] | None = None
     """Local steps done; None = nothing is trained there."""

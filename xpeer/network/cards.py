@@ -40,12 +40,12 @@ class MemberRecord(Struct, frozen=True, forbid_unknown_fields=True, array_like=T
     peer_id: Annotated[str, Meta(max_length=80)]
     addresses: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=8)]
     role: Role
-    phase: Annotated[str, Meta(max_length=20, pattern="^[a-z-]+$")]
+    phase: Annotated[str, Meta(max_length=20, pattern="^[a-z-]+\\Z")]
     speed: Annotated[float, Meta(ge=0, le=1e9)]
     """Tokens/s: declared, or measured where the swarm trains without privacy; 0: unknown."""
     slot: Annotated[int, Meta(ge=0)]
     """When the card was signed."""
-    zone: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*$")] = ""
+    zone: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")] = ""
     """Declared: members of a zone have fast links among themselves; "" = near nobody."""
 
 

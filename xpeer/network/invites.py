@@ -63,8 +63,8 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
         """Read a token.
 
         Raises:
-            NotAuthorisedError: not a token, damaged, or with a name or seed that a terminal would
-                obey instead of showing it.
+            NotAuthorisedError: not a token, damaged, or with text that a terminal would obey
+                instead of showing it.
         """
         text = text.strip()
         if not text.startswith(PREFIX) or len(text) > MAX_TOKEN_CHARS:
@@ -82,10 +82,11 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
             raise NotAuthorisedError("the token is damaged", _REMEDY) from e
         if not intact:
             raise NotAuthorisedError("the token is damaged or was altered", _REMEDY)
-        source = token.needs.source if token.needs is not None else ""
-        if not all(said.isprintable() for said in (token.name, source, *token.seeds)):
+        needs = msgspec.structs.astuple(token.needs) if token.needs is not None else ()
+        if not all(said.isprintable() for said in (token.name, *token.seeds, *needs)):
             raise NotAuthorisedError(
-                f"the token's name {token.name!r}, or a seed of it, has control characters",
+                f"the token's name {token.name!r}, a seed, or what it says that members need has "
+                "control characters",
                 "don't join: whoever made it wants to deceive; ask somebody you know for another",
             )
         return token

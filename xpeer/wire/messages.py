@@ -23,7 +23,7 @@ Step = Annotated[int, Meta(ge=0, lt=1 << 40)]
 second."""
 Size = Annotated[int, Meta(ge=0, lt=1 << 48)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
-Code = Annotated[str, Meta(max_length=32, pattern="^[a-z0-9-]+$")]
+Code = Annotated[str, Meta(max_length=32, pattern="^[a-z0-9-]+\\Z")]
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True, tag=True):

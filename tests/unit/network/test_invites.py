@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.identity import Domain, Identity, PeerId
 from xpeer.manifest import Genesis
+from xpeer.needs import Needs
 from xpeer.network import invites
 from xpeer.network.invites import Token, create_token
 from xpeer.network.membership import Membership, Role
@@ -133,7 +134,14 @@ def test_every_part_is_sealed() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": "good\x1b[2K\rverified"}, {"seeds": [SEED + "\x1b[8m"]}]
+    "change",
+    [
+        {"name": "good\x1b[2K\rverified"},
+        {"seeds": [SEED + "\x1b[8m"]},
+        {"needs": Needs(tokenizer="\x1b]0;x\x07" + "a" * 40)},
+        {"needs": Needs(base_model="\x1b[2J\r" + "b" * 30)},
+        {"needs": Needs(tokenizer="a" * 64, source="m\n")},
+    ],
 )
 def test_a_tokens_words_cannot_steer_a_terminal(change: dict[str, Any]) -> None:
     plain = msgspec.structs.replace(token(), **change)

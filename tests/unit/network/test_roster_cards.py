@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from xpeer.identity import Domain, Identity, PeerId
 from xpeer.network import shards, spreading
+from xpeer.network.about import About
 from xpeer.network.cards import LINK_S, LINKS, Beat, Card, Chain, Known, MemberRecord, SignedCard
 
 SWARM = "5a" * 32
@@ -108,3 +109,16 @@ def test_padding_is_undone(size: int) -> None:
 def test_padding_is_bounded() -> None:
     with pytest.raises(ValueError, match="roster record"):
         shards._pad(bytes(shards.MAX_RECORD_BYTES + 1))
+
+
+@pytest.mark.parametrize("change", [{"phase": "training\n"}, {"zone": "z\n"}])
+def test_no_word_of_a_card_ends_in_a_line_break(change) -> None:
+    record = MemberRecord("12D3KooWA", [], "member", "training", 1.0, 0)
+    said = msgspec.msgpack.encode(msgspec.structs.replace(record, **change))
+    with pytest.raises(msgspec.ValidationError, match="regex"):
+        msgspec.msgpack.decode(said, type=MemberRecord)
+
+
+def test_no_name_ends_in_a_line_break() -> None:
+    with pytest.raises(msgspec.ValidationError, match="regex"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(About("me\n")), type=About)
