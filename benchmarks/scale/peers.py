@@ -196,6 +196,10 @@ class RigPeer:
         """Everybody who is listed."""
         return [peer for peer in self.roster.members() if peer != self.peer_id]
 
+    def may_exchange(self, peer_id: PeerId) -> bool:
+        """Everybody does."""
+        return True
+
     def settled(self, peer_id: PeerId) -> bool:
         """Nobody ends."""
         return False

@@ -199,6 +199,14 @@ class Gossip(Desk):
         """Whom we leave alone for a while: that never changes whom the matching names."""
         return self._partners.avoided(self._host.partners(), proposing=proposing)
 
+    def _shunned(self, peer_id: PeerId) -> bool:
+        """Whether its proposals are refused for a while; one that we have no card of is judged by
+        itself, so that hiding helps nobody.
+        """
+        if peer_id in self._host.partners():
+            return peer_id in self._avoided(proposing=False)
+        return self._partners.shuns(peer_id)
+
     def _company(self, slot: int) -> list[PeerId]:
         """The others of our group in this slot but those that we avoid."""
         avoided = self._avoided()
@@ -334,7 +342,9 @@ class Gossip(Desk):
             return Reason.NOT_READY
         if (reason := self._host.objection()) is not None:
             return reason
-        if peer_id in self._avoided(proposing=False):
+        if not self._host.may_exchange(peer_id):
+            return Reason.NOT_DUE
+        if self._shunned(peer_id):
             return Reason.AVOIDED
         patience = max(2, round(PROPOSAL_TIMEOUT_S / self._round.slot_s))
         now = matching.slot_number(self._clock(), self._round.slot_s)

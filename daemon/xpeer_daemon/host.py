@@ -52,6 +52,9 @@ class Host(Protocol):
     def partners(self) -> Collection[PeerId]:
         """Live members that exchange, without ourselves."""
 
+    def may_exchange(self, peer_id: PeerId) -> bool:
+        """Whether what we know of a member allows that it exchanges: nothing known allows it."""
+
     def zones(self) -> Mapping[PeerId, str]:
         """What live members declare, ourselves included: those of a zone have fast links."""
 

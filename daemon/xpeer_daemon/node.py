@@ -184,6 +184,11 @@ class Node:
             if record.phase in EXCHANGING and record.role != "observer"
         ]
 
+    def may_exchange(self, peer_id: PeerId) -> bool:
+        """Whether what a member says of itself, if we have it, allows that it exchanges."""
+        record = self.others_listed().get(peer_id)
+        return record is None or (record.phase in EXCHANGING and record.role != "observer")
+
     def zones(self) -> dict[PeerId, str]:
         """As the members declare them, ourselves included."""
         zones = {peer: record.zone for peer, record in self.others().items()}

@@ -229,6 +229,11 @@ class Partners:
             return frozenset()
         return frozenset(peer for peer, r in paused.items() if proposing or r.backoff.shuns)
 
+    def shuns(self, peer_id: PeerId) -> bool:
+        """Whether one that is on no list is left alone now, its own proposals included."""
+        record = self._records.get(peer_id)
+        return record is not None and record.backoff.shuns and record.backoff.active(self._clock())
+
     def refusing_our_ledger(self) -> list[PeerId]:
         """Partners that say that it went back."""
         return [peer for peer, record in self._records.items() if record.refuses_our_ledger]

@@ -63,6 +63,9 @@ class FakeHost:
     def zones(self) -> dict[PeerId, str]:
         return {}
 
+    def may_exchange(self, peer_id: PeerId) -> bool:
+        return True
+
     def settled(self, peer_id: PeerId) -> bool:
         return self.is_settled
 
@@ -567,3 +570,54 @@ def test_who_refuses_our_ledger_is_told_until_it_meets_us_again(
     agreement: Any = SimpleNamespace(peer_id=OTHER, slot=3, fragment=0, exchange_id=1)
     rig.partners.done(agreement, Exchanged(0.1, 5, 5), 1.0)
     assert not any(each.code == "ledger-behind" for each in node.reasons())
+
+
+@pytest.mark.parametrize("listed", [True, False])
+async def test_who_stalls_is_refused_whether_it_is_listed_or_not(monkeypatch, listed: bool):
+    rig = Rig(monkeypatch, me=PeerId("12D3KooWZ"))
+    rig.host.live = [OTHER, PeerId("12D3KooWC"), *([ME] if listed else [])]
+    slot, taken = matching.slot_number(rig.now, ROUND.slot_s), 0
+
+    def stall() -> None:
+        rig.now += 5.0
+        raise PeerError(Reason.TIMEOUT, "it stalls")
+
+    rig.outcome = stall
+    for ahead in range(10):
+        rig.gossip._idle_slots = 9
+        fragment = matching.fragment_of(SWARM, slot + ahead, 5)
+        if rig.gossip.objection(ME, rig.proposal(slot=slot + ahead, fragment=fragment)) is None:
+            taken += 1
+            with pytest.raises(PeerError):
+                await rig.gossip.take_part(
+                    SimpleNamespace(  # type: ignore[arg-type] # a fake
+                        peer_id=ME, slot=slot + ahead, fragment=fragment, exchange_id=ahead,
+                        averaging=False,
+                    )
+                )  # fmt: skip
+    assert taken == 1
+    refused = rig.gossip.objection(ME, rig.proposal(slot=slot + 11, exchange_id=99))
+    assert refused == Reason.AVOIDED
+
+
+@pytest.mark.parametrize(
+    ("phase", "role", "may"),
+    [
+        ("training", "member", True),
+        ("finished", "member", True),
+        ("left", "member", False),
+        ("paused", "member", False),
+        ("training", "observer", False),
+    ],
+)
+def test_who_says_that_it_does_not_exchange_proposes_in_vain(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, phase: str, role: str, may: bool
+):
+    node = Node(ME, NodeConfig())
+    node.roster = SimpleNamespace(  # type: ignore[assignment] # a fake
+        members=lambda: {OTHER: SimpleNamespace(phase=phase, role=role)}
+    )
+    monkeypatch.setattr(rig.host, "may_exchange", node.may_exchange)
+    refused = rig.gossip.objection(OTHER, rig.proposal())
+    assert refused == (None if may else Reason.NOT_DUE)
+    assert node.may_exchange(PeerId("12D3KooWC"))  # its card may not have come yet

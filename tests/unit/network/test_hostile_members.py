@@ -51,6 +51,9 @@ class FakeHost:
     def zones(self) -> dict[PeerId, str]:
         return {}
 
+    def may_exchange(self, peer_id: PeerId) -> bool:
+        return True
+
     def settled(self, peer_id: PeerId) -> bool:
         return False
 
