@@ -102,7 +102,7 @@ _NETWORK: Final = {
         public="genesis subject role serial not_before_unix_s join_before_unix_s not_after_unix_s",
     ),
     "membership.Credential": _of("anybody", public="body signature peer_id binding"),
-    "invites.Token": _of("anybody", public="name seeds body signature bearer seal"),
+    "invites.Token": _of("anybody", public="name seeds body signature bearer seal", parts="needs"),
     "direct.Offer": _of("partners", public="port ticket"),
 }
 
@@ -321,6 +321,7 @@ CHANNELS: Final[dict[str, Channel]] = {
     **_in("xpeer.wire.messages", _MESSAGES),
     **_in("xpeer.wire.session", _SESSION),
     **_in("xpeer.network", _NETWORK),
+    "xpeer.needs.Needs": _of("anybody", public="tokenizer base_model source", why="the manifest's"),
     **_in("xpeer.update", _UPDATE),
     **_in("xpeer.training.ipc", _IPC),
     **_in("xpeer.health", _HEALTH),
@@ -389,6 +390,7 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.privacy.register_file": ("%s",),
     "xpeer.training.handle": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
     "xpeer.training.ipc": ("%s", "%s"),
+    "xpeer.training.local": ("charged steps were not used up: %s",),
     "xpeer.training.process": ("the trainer's receiver failed",),
     "xpeer.training.saving": ("no checkpoint was written: %s",),
     "xpeer.training.service": (
