@@ -141,7 +141,7 @@ class ShardSummary(Struct, frozen=True, kw_only=True):
     skipped: dict[str, int] = {}
     """Rows and files without text, by reason: empty, null, no field, not text."""
     left_out: dict[str, int] = {}
-    """Files by reason: their kind (a suffix), hidden, broken link, pipe, mark-up, ..."""
+    """Files by reason: their kind (a suffix), hidden, broken link, pipe, mark-up, JSON, ..."""
 
     def lines(self) -> list[str]:
         """In words; what there is none of goes unsaid."""

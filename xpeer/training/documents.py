@@ -14,7 +14,7 @@ from xpeer.status import ShardSummary
 from xpeer.training.document import Document, corpus_digest, document_of
 from xpeer.training.files import find
 from xpeer.training.formats import texts
-from xpeer.training.formats.plain import MARK_UP, MarkUpError
+from xpeer.training.formats.plain import OtherFormError
 
 __all__ = ["Document", "Shard", "corpus_digest", "document_of", "load_documents", "read_shard"]
 
@@ -62,10 +62,10 @@ def read_shard(
                 if documents.setdefault(document.id, document) is document:
                     characters += len(text)
             files += 1
-        except MarkUpError:
+        except OtherFormError as e:
             if source.named:
                 raise
-            found.left_out[MARK_UP] += 1
+            found.left_out[e.form] += 1
     summary = ShardSummary(
         files=files,
         documents=len(documents),

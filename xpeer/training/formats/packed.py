@@ -21,6 +21,7 @@ UNPACKED_MAX: Final = 16 << 30
 
 _MAGIC: Final = {
     b"%PDF": "a PDF",
+    b"SQLite format 3\0": "an SQLite database",
     b"PK\x03\x04": "a zip file (as .docx is, too)",
     b"\x1f\x8b": "packed with gzip",
     b"\x28\xb5\x2f\xfd": "packed with zstd",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -10,14 +12,32 @@ from xpeer.errors import ShardError
 from xpeer.training.formats.packed import decoded, opened, refuse_foreign
 from xpeer.training.formats.rows import Rows
 
-MARK_UP: Final = "mark-up"
-_MARK_UP: Final = ("<!doctype html", "<html", "<?xml", "<svg")
+_HEAD: Final = 64 << 10
+_MARK_UP: Final = re.compile(
+    r"(?:\s++|<!--(?>.*?-->))*+"
+    r"<(?:!doctype|\?xml|(?:html|head|body|title|meta|svg|math|rss|feed|mediawiki|tei)\b)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Comments may come before it. Markdown may begin with other tags."""
+_BEGINNINGS: Final = {"{\\rtf": "RTF", "%!PS": "PostScript"}
+_JSON_IN: Final = ("", ".txt", ".md")
+"""Files that nobody calls so if they mean to train on JSON as it stands."""
+_LINES_SEEN: Final = 3
+_MAY_BE_UTF8: Final = (b"%PDF-", b"SQLite format 3\0", b"PK\x03\x04")
 _NUL_SHARE: Final = 4
 """More than one NUL in so many characters: UTF-16 without a byte order mark, or no text at all."""
 
 
-class MarkUpError(ShardError):
-    """A text that is HTML or XML."""
+class OtherFormError(ShardError):
+    """A text in a form that is not to be trained on.
+
+    Attributes:
+        form: its name.
+    """
+
+    def __init__(self, form: str, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.form = form
 
 
 def texts(path: Path, rows: Rows, *, named: bool) -> Iterator[str]:
@@ -25,11 +45,11 @@ def texts(path: Path, rows: Rows, *, named: bool) -> Iterator[str]:
 
     Raises:
         ShardError: no UTF-8, or no text.
-        MarkUpError: HTML or XML by its first characters.
+        OtherFormError: mark-up by its first characters, or JSON.
     """
     with opened(path) as file:
         data = file.read()
-    if data.startswith(b"%PDF-"):  # whose first bytes may be UTF-8
+    if data.startswith(_MAY_BE_UTF8):
         refuse_foreign(data, path)
     text = decoded(data, path).removeprefix("\ufeff")
     del data
@@ -38,10 +58,42 @@ def texts(path: Path, rows: Rows, *, named: bool) -> Iterator[str]:
             f"{path}: {text.count(chr(0))} of {len(text)} characters are NUL: UTF-16, or no text",
             "convert the file to UTF-8, or leave it out",
         )
-    if text[:256].lstrip().lower().startswith(_MARK_UP):
-        raise MarkUpError(
-            f"{path} is mark-up (HTML or XML), whose tags would be trained on",
-            "convert it to plain text first" if named else "convert it, or leave it out",
-        )
+    _refuse_form(text, path, named=named)
     if rows.take(text) is not None:
         yield text
+
+
+def _refuse_form(text: str, path: Path, *, named: bool) -> None:
+    head = text[:_HEAD]
+    instead = "" if named else ", or leave it out"
+    form = next((f for start, f in _BEGINNINGS.items() if head.lstrip().startswith(start)), "")
+    if form or _MARK_UP.match(head):
+        raise OtherFormError(
+            "mark-up",
+            f"{path} is mark-up ({form or 'HTML or XML'}), whose tags would be trained on",
+            f"convert it to plain text{instead}",
+        )
+    kind = next((s for s in reversed(path.suffixes) if s.lower() != ".gz"), "").lower()
+    if kind in _JSON_IN and _is_json(text):
+        raise OtherFormError(
+            "JSON",
+            f"{path} is JSON, whose braces and keys would be trained on",
+            f"call it .jsonl if each line is an object, else make it so with jq{instead}",
+        )
+
+
+def _is_json(text: str) -> bool:
+    """Whether its first lines are objects, or the whole of it is one, or a list of them."""
+    if not text.lstrip().startswith(("{", "[")):
+        return False
+    lines = text.lstrip().split("\n", _LINES_SEEN)[:_LINES_SEEN]
+    return all(_is_object(line) for line in lines if line.strip()) or _is_object(text)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        found = json.loads(text, parse_int=float)
+    except (ValueError, RecursionError):
+        return False
+    first = found[0] if isinstance(found, list) and found else found
+    return bool(first) and isinstance(first, dict)

@@ -20,8 +20,9 @@ NULL: Final = "null"
 NO_FIELD: Final = "no field"
 NOT_TEXT: Final = "not text"
 
-_BLANK: Final = frozenset("\u115f\u1160\u3164\uffa0\u2800")
-"""Letters and a symbol that stand for nothing: Hangul fillers, the empty Braille cell."""
+_BLANK: Final = frozenset("\u115f\u1160\u3164\uffa0\u2800\ufffc\ufffd")
+"""Letters and symbols that stand for nothing: Hangul fillers, the empty Braille cell, the signs for
+an object and for a character that was lost."""
 _NAMES_SHOWN: Final = 20
 _KINDS: Final = {
     bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object",
