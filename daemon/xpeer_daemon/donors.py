@@ -5,12 +5,14 @@ the founder, takes them from another; so does one whose checkpoint lies far behi
 parameters that are mixed in pull everybody back. Its ledger stays its own.
 
 Donors are asked what they have, and the best offer is taken first: the lowest public loss, of about
-equal ones the most steps. What an offer says is measured before it replaces anything.
+equal ones the most steps. What an offer says is measured before it replaces anything; its step
+can't be, and counts no further than others vouch for. Who failed is left alone for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
@@ -24,7 +26,9 @@ from xpeer.network.exchange import Dialler, Party
 from xpeer.network.state import Offered
 from xpeer.training.handle import TrainerProcess
 from xpeer.training.schedule import planned_steps
+from xpeer_daemon.backoff import Backoff
 from xpeer_daemon.node import HOLDING, Node
+from xpeer_daemon.phases import ENDED
 from xpeer_daemon.store import Store
 
 log = logging.getLogger("xpeer.daemon")
@@ -44,8 +48,16 @@ the donor's steps. Less is what training and mixing make good by themselves, and
 worth more."""
 PATIENCE_S: Final = 300.0
 """A founder that lost its parameters waits so long for a member that holds the swarm's."""
+FROM_INITIAL: Final = "(`xpeer start --from-initial` begins at once with the initial model)"
 GRACE_S: Final = 5.0
 """A node that resumes waits so long for members that it knows; then it trains, and looks later."""
+
+CATCH_UP_S: Final = 900.0
+"""A node that has a good checkpoint takes so long to look for better parameters; then it trains."""
+STALE_S: Final = 10.0
+"""After a failure that took longer the other offers may have lapsed: they are asked for anew."""
+LEAST_STEP_S: Final = 1e-3
+"""No step takes less: what bounds a donor's step where nobody else can vouch for it."""
 
 
 class Donors:
@@ -64,10 +76,23 @@ class Donors:
     ) -> None:
         self._node, self._store = node, store
         self._party, self._dialler, self._manifest = party, dialler, manifest
+        self._failed: dict[PeerId, Backoff] = {}
 
     def holders(self) -> list[PeerId]:
-        """Live members that hold the swarm's parameters."""
-        return [peer for peer, record in self._node.others().items() if record.phase in HOLDING]
+        """Live members that hold the swarm's parameters; an observer holds none, say it what it
+        likes.
+        """
+        return [
+            peer
+            for peer, record in self._node.others().items()
+            if record.phase in HOLDING and record.role != "observer"
+        ]
+
+    def _willing(self) -> list[PeerId]:
+        """Holders but those that failed a while ago."""
+        now = asyncio.get_running_loop().time()
+        failed = self._failed
+        return [p for p in self.holders() if p not in failed or not failed[p].active(now)]
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give a trainer that has none the swarm's parameters.
@@ -82,7 +107,7 @@ class Donors:
         """
         node, clock = self._node, asyncio.get_running_loop().time
         node.enter("fetching")
-        until = clock() + patience_s
+        until, told = clock() + patience_s, False
         while True:
             holders = self.holders()
             if not holders and clock() >= until:
@@ -91,39 +116,100 @@ class Donors:
             if not holders and patience_s < math.inf:
                 node.joining_note = (
                     "this swarm ran before, and its parameters are lost here: waiting "
-                    f"{until - clock():.0f} s more for a member that holds them "
-                    "(`xpeer start --from-initial` begins at once with the initial model)"
+                    f"{until - clock():.0f} s more for a member that holds them {FROM_INITIAL}"
                 )
-            if holders and await self._best(trainer, holders, ahead_of=None):
+            elif clock() >= until:
+                node.joining_note = (
+                    f"this swarm ran before, and its parameters are lost here: {len(holders)} "
+                    f"members say that they hold them, and none has given them {FROM_INITIAL}"
+                )
+                if not told:
+                    log.warning("%s", node.joining_note)
+                told = True
+            if await self._best(trainer, self._willing(), own_step=None):
                 node.joining_note = ""
                 return True
             await asyncio.sleep(RETRY_S)
 
     async def catch_up(self, trainer: TrainerProcess, own_step: int) -> bool:
         """Take over a donor's parameters if ours lie far behind; whether somebody was asked."""
-        holders = self.holders()
-        if not holders:
+        if not self.holders():
             return False
-        if await self._best(trainer, holders, ahead_of=own_step):
-            self._store.add_event("caught-up", f"from step {own_step}")
-        return True
+        clock = asyncio.get_running_loop().time
+        until = clock() + CATCH_UP_S
+        while True:
+            taken = await self._best(trainer, self._willing(), own_step, until)
+            if taken:
+                self._store.add_event("caught-up", f"from step {own_step}")
+            if taken is not None or clock() + state.PAUSE_S >= until:
+                return True
+            await asyncio.sleep(state.PAUSE_S)
 
     async def _best(
-        self, trainer: TrainerProcess, holders: list[PeerId], ahead_of: int | None
-    ) -> bool:
-        """Take the best offer that keeps its word; whether there was one."""
-        offers = await self._offers(holders)
-        if ahead_of is not None:
-            for offer in [each for each in offers if not self.far_ahead(each.step, ahead_of)]:
-                offers.remove(offer)
+        self,
+        trainer: TrainerProcess,
+        donors: list[PeerId],
+        own_step: int | None,
+        until: float | None = None,
+    ) -> bool | None:
+        """Take the best offer that keeps its word.
+
+        Args:
+            trainer: is given it.
+            donors: are asked.
+            own_step: only what is far ahead of it is taken; None: anything.
+            until: by the loop's clock; the measuring alone may end later.
+
+        Returns:
+            Whether one was taken; None: others wait to be asked again.
+        """
+        clock = asyncio.get_running_loop().time
+        offers = list[Offered]()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                offers = await self._offers(donors)
+        steps = {offer.donor: self._vouched(offer, offers, own_step) for offer in offers}
+        left = [
+            offer
+            for offer in ranked(offers)
+            if own_step is None or self.far_ahead(steps[offer.donor], own_step)
+        ]
+        for offer in offers:
+            if offer not in left:
                 offer.refuse()
-        taken = False
-        for offer in ranked(offers):
-            if taken:
-                offer.refuse()
-            else:
-                taken = await self._take(trainer, offer)
-        return taken
+        while left:
+            offer, began = left.pop(0), clock()
+            taken = await self._take(trainer, offer, steps[offer.donor], until)
+            if taken or clock() - began > STALE_S:
+                for other in left:
+                    other.refuse()
+                return True if taken else None
+        return False
+
+    def _vouched(self, offer: Offered, offers: list[Offered], own_step: int | None) -> int:
+        """The step at which an offer is taken: its own, but no more than a window beyond what
+        another holder says, in its offer or of itself; and the run's last one only of a member
+        that has ended. Whoever gives true parameters and a false step would end our training.
+        """
+        node, last = self._node, planned_steps(self._manifest)
+        said = [other.step for other in offers if other.donor != offer.donor]
+        for peer in self.holders():
+            heard = node.acquaintances.get(peer)
+            if peer != offer.donor and heard is not None and heard.about.step is not None:
+                said.append(heard.about.step)
+        step = offer.step
+        if said:
+            most = max(*said, own_step or 0)
+            step = min(step, most + self._manifest.round.window_steps)
+        elif own_step is not None and (saved := node.last_saved()) is not None:
+            away_s = max(0.0, node.clock() - saved[1])
+            step = min(step, own_step + int(away_s / LEAST_STEP_S))
+        record = node.others().get(offer.donor)
+        if last is not None and (record is None or record.phase not in ENDED):
+            step = min(step, max(0, last - 1))
+        if step < offer.step:
+            log.info("%s says step %d; it counts as %d", offer.donor[-8:], offer.step, step)
+        return step
 
     def far_ahead(self, step: int, own_step: int) -> bool:
         """Whether a node at `own_step` lies far behind a donor at `step`."""
@@ -170,16 +256,25 @@ class Donors:
             return None
         return offer
 
-    async def _take(self, trainer: TrainerProcess, offer: Offered) -> bool:
+    async def _take(
+        self, trainer: TrainerProcess, offer: Offered, step: int, until: float | None
+    ) -> bool:
         factor, nats = TOLERANCE
+        clock = asyncio.get_running_loop().time
+        began, donor = clock(), offer.donor
         try:
-            given = await offer.take()
+            async with asyncio.timeout_at(until):
+                given = await offer.take()
             at_most = factor * given.loss_public + nats
-            await trainer.import_state(given.payload, given.step, at_most)
-        except PeerError as e:
-            self._refused(offer.donor, str(e))
+            await trainer.import_state(given.payload, step, at_most)
+        except (PeerError, TimeoutError) as e:
+            why = str(e) or f"not all of it came within {clock() - began:.0f} s"
+            self._refused(donor, why)
+            backoff = self._failed.setdefault(donor, Backoff())
+            backoff.failed(clock(), state.PAUSE_S, clock() - began, why, agreed=True)
             return False
-        log.info("took over the parameters of %s at step %d", offer.donor[-8:], given.step)
+        self._failed.pop(donor, None)
+        log.info("took over the parameters of %s at step %d", donor[-8:], step)
         await self._node.checkpoint()  # what was here is older, or nothing
         return True
 

@@ -305,6 +305,10 @@ class Node:
             return End(over=False)
         return await self.ends.told()
 
+    def last_saved(self) -> tuple[int, float] | None:
+        """Step and time of the newest checkpoint, if there is one."""
+        return self.ends.last_saved() if self.ends is not None else None
+
     def saved(self) -> None:
         """A checkpoint is on the disk."""
         self.last_checkpoint_s = self.clock()

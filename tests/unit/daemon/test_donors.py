@@ -67,14 +67,20 @@ class Rig:
         self.phase = "training"
         self.states: list[str] = []
         self.saved = 0
+        self.roles: dict[PeerId, str] = {}
+        self.heard: dict[PeerId, int | None] = {}
+        self.last_saved: tuple[int, float] | None = None
         self.node = SimpleNamespace(
             peer_id=PeerId("12D3KooWMe"), others=self._others, enter=self.states.append,
-            checkpoint=self._checkpoint, joining_note="", catching_up=False,
+            checkpoint=self._checkpoint, joining_note="", catching_up=False, clock=lambda: 1e6,
+            acquaintances=SimpleNamespace(get=self._heard), last_saved=lambda: self.last_saved,
         )  # fmt: skip
         manifest = SimpleNamespace(
-            model=SimpleNamespace(num_params=1), round=SimpleNamespace(window_steps=5),
+            model=SimpleNamespace(num_params=1, state_values=1),
+            round=SimpleNamespace(window_steps=5),
             end=SimpleNamespace(steps=300, rounds=None, tokens=None), optimiser=None,
         )  # fmt: skip
+        self.manifest = manifest
         found = Donors(self.node, self.store, None, None, manifest)  # type: ignore[arg-type] # fakes
         self.donors = found
         self.next_trainer = Trainer()
@@ -91,7 +97,13 @@ class Rig:
         monkeypatch.setattr(parameters, "POLL_S", 0.001)
 
     def _others(self) -> dict[PeerId, Any]:
-        return {peer: SimpleNamespace(phase=self.phase) for peer in self.live}
+        return {
+            peer: SimpleNamespace(phase=self.phase, role=self.roles.get(peer, "member"))
+            for peer in self.live
+        }
+
+    def _heard(self, peer: PeerId) -> Any:
+        return SimpleNamespace(about=SimpleNamespace(step=self.heard.get(peer)))
 
     async def _checkpoint(self) -> str:
         self.saved += 1
@@ -230,3 +242,86 @@ async def test_one_snapshot_serves_all_who_ask_while_it_is_fresh() -> None:
     now_s += 0.2
     assert (await shelf.get(first))[0].step == 2
     assert (await shelf.get(second))[0].step == 3  # another trainer: nothing of the one before
+
+
+@pytest.mark.parametrize(
+    ("phase", "end", "others", "heard", "taken_at"),
+    [
+        ("training", 300, [GOOD, WORSE], {}, 105),  # a window beyond what another says
+        ("finished", 300, [GOOD, WORSE], {}, 105),
+        ("training", 300, [], {}, 299),  # nobody else can say: not the last, at least
+        ("training", None, [], {}, 1 << 39),
+        ("training", None, [OLD], {OLD: 40}, 45),
+        ("finished", 300, [GOOD], {GOOD: 300}, 300),
+    ],
+)
+async def test_a_step_counts_no_further_than_somebody_else_vouches_for(
+    tmp_path, monkeypatch, phase, end, others, heard, taken_at
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.manifest.end.steps = end
+    monkeypatch.setitem(OFFERS, LIAR, (end or 1 << 39, 1.7))
+    monkeypatch.setitem(TRUE_LOSS, LIAR, 1.7)
+    rig.live, rig.phase, rig.heard = [LIAR, *others], phase, heard
+    trainer = Trainer()
+    await rig.hold(trainer)
+    assert (trainer.taken, trainer.step) == ([LIAR], taken_at)
+
+
+@pytest.mark.parametrize(("away_s", "taken"), [(0.01, False), (0.2, True)])
+async def test_a_lone_donor_is_ahead_by_no_more_than_time_allows(
+    tmp_path, monkeypatch, away_s, taken
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live, rig.last_saved = [GOOD], (70, 1e6 - away_s)
+    trainer = Trainer(resumed_step=70)
+    await rig.hold(trainer)
+    assert (trainer.taken == [GOOD], trainer.step) == (taken, 100 if taken else 70)
+
+
+async def test_a_donor_that_stalls_holds_up_nobody_who_has_a_checkpoint(
+    tmp_path, monkeypatch
+) -> None:
+    async def take(offer: Offer) -> ModelState:
+        if offer.donor == LIAR:
+            await asyncio.Event().wait()
+        return ModelState(offer.donor.encode(), offer.step, offer.loss_public)
+
+    monkeypatch.setattr(Offer, "take", take)
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.05)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live = [LIAR, GOOD, WORSE]
+    trainer = Trainer(resumed_step=20)
+    await rig.hold(trainer)
+    assert (trainer.taken, rig.node.catching_up) == ([GOOD], False)
+    assert LIAR not in rig.donors._willing()
+    trainer = Trainer()  # nobody asks it again for a while
+    await rig.hold(trainer)
+    assert trainer.taken == [GOOD]
+
+
+async def test_a_founder_takes_no_observer_for_a_holder(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.store.remember_peer(GOOD, [])
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.live, rig.roles = [GOOD], {GOOD: "observer"}
+    trainer = Trainer()
+    assert await rig.hold(trainer) is rig.next_trainer
+    assert trainer.taken == []
+
+
+async def test_a_founder_whose_donors_all_fail_is_told_of_the_initial_model(
+    tmp_path, monkeypatch, caplog
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.store.remember_peer(LIAR, [])
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.live = [LIAR]
+    holding = asyncio.create_task(rig.hold(Trainer()))
+    async with asyncio.timeout(10):
+        while "none has given" not in rig.node.joining_note:
+            await asyncio.sleep(0.001)
+    assert "--from-initial" in rig.node.joining_note
+    assert sum("--from-initial" in message for message in caplog.messages) == 1
+    assert [event.kind for event in rig.store.events()] == ["donor-refused"]
+    holding.cancel()
