@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from xpeer.config import NodeConfig
 from xpeer.control import End
-from xpeer.errors import LocalError, Reason
+from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.health import Health, HealthReason
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
@@ -293,6 +293,11 @@ class Node:
             return ""
         try:
             path = await trainer.checkpoint()
+        except PeerError as e:
+            raise LocalError(
+                "there is nothing to save yet: this node has no parameters",
+                "wait until it has fetched them (`xpeer status`)",
+            ) from e
         except LocalError as e:
             self.health.failed("checkpoint-failing", e)
             raise

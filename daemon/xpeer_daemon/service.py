@@ -300,7 +300,8 @@ class Service:
         async def again(trainer: TrainerProcess) -> None:
             self._store.add_event("trainer-restarted", f"epoch {trainer.epoch}")
             self._closing.begin()  # what the one before had merged may be lost with it
-            if await self._parameters.hold_again(trainer):
+            to_begin = await self._parameters.hold_again(trainer)
+            if to_begin or (trainer.resumed_step is not None and self._node.state == "fetching"):
                 await self._begin(trainer)
             elif self._node.state in ("training", "mixing"):
                 self._node.train_with(trainer)

@@ -16,6 +16,7 @@ from xpeer.errors import (
     ConfigError,
     LocalError,
     LocalTimeoutError,
+    PeerError,
     ShardError,
     TrainerError,
 )
@@ -68,13 +69,15 @@ class Supervisor:
     async def renew(self, patience_s: float) -> None:
         """Save, stop and start the trainer with a new setup; `run` does the starting.
 
-        A trainer that can't save goes on: what it did would be lost.
+        A trainer that can't save goes on: what it did would be lost. One that still awaits its
+        parameters has nothing to save.
         """
         trainer = self.trainer
         if trainer is None:
             return
         try:
-            await trainer.checkpoint()
+            with contextlib.suppress(PeerError):  # NOT_READY: it awaits its parameters
+                await trainer.checkpoint()
         except LocalError as e:
             log.warning("the trainer goes on with its old setup: %s", e)
             return

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from xpeer.errors import LocalError, XpeerError
+from xpeer.errors import LocalError, PeerError, Reason, XpeerError
 from xpeer.status import PrivacySpent
 from xpeer.training.arena import Arena
 from xpeer.training.assemble import Assembled
@@ -253,6 +253,8 @@ class Service:
         return Done()
 
     def _write_checkpoint(self, number: int) -> None:
+        if self._trainer.awaiting:  # values of chance, which the next start would resume from
+            raise PeerError(Reason.NOT_READY, "the parameters have not been fetched yet")
         write = self._saving.copy()
         _submit(self._disk, self._answer, number, lambda: Written(write()))
 

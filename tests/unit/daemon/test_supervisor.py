@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from xpeer.errors import ConfigError, LocalError, TrainerError
+from xpeer.errors import ConfigError, LocalError, PeerError, Reason, TrainerError
 from xpeer_daemon import supervisor as supervisor_module
 from xpeer_daemon.supervisor import Supervisor
 
@@ -95,4 +95,17 @@ async def test_a_trainer_that_cannot_save_is_not_renewed(rig: Rig):
     await rig.supervisor.renew(1.0)
     assert not rig.made[0].exited.done()
     assert len(rig.made) == 1
+    task.cancel()
+
+
+async def test_a_trainer_that_awaits_its_parameters_is_renewed_without_a_save(rig: Rig):
+    task = await rig.run()
+    await asyncio.sleep(0)
+
+    async def awaiting() -> str:
+        raise PeerError(Reason.NOT_READY)
+
+    rig.made[0].checkpoint = awaiting  # type: ignore[method-assign]
+    await rig.supervisor.renew(1.0)
+    assert await rig.told.get() is rig.made[1]
     task.cancel()
