@@ -65,7 +65,8 @@ def test_within_a_window_nothing_that_is_shown_moves(node: Assembled) -> None:
         expected = fragments.gather(released_of(node).flat, fragment)
         assert torch.equal(shown_by(node, fragment, fragment), expected)
     given = torch.empty(len(before))
-    assert trainer.show(given) == pytest.approx(loss_before)  # a joiner's state and its loss
+    finish = trainer.show(given)  # a joiner's state and its loss
+    assert finish() == pytest.approx(loss_before)
     assert torch.equal(given, before)
     assert trainer.measure()[0] == pytest.approx(loss_before)
     assert trainer.progress().loss_public == pytest.approx(loss_before)
