@@ -35,8 +35,8 @@ _MESSAGES: Final = {
         derived="loss_public",
         timing="epoch ledger_counter loss_age unresolved",
         why="weights are of declared speeds, never of tokens or records counted here; charges "
-        "follow the clock of steps and writes, and end where the budget does: that tells the shard's size in steps "
-        "of 3 %, if the manifest fixes sigma and the run does not end first",
+        "follow the clock of steps and writes, and end where the budget does: that tells the "
+        "shard's size in steps of 3 %, if the manifest fixes sigma and the run does not end first",
     ),
     "Propose": _of(
         "partners",
