@@ -95,13 +95,16 @@ def test_lists_of_checkpoints(tmp_path: Path) -> None:
         clean(done.output)
 
 
-def test_what_the_log_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_log_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import logging
 
     from xpeer.config import Home
     from xpeer_daemon import logs
 
     level = logging.getLogger().level
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's can't take all of it
     try:
         for kind in ("text", "json"):
             logs.setup(Home(tmp_path), "info", "json" if kind == "json" else "text")
