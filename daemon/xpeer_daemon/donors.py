@@ -23,6 +23,7 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import state
 from xpeer.network.exchange import Dialler, Party
+from xpeer.network.rates import Rates
 from xpeer.network.state import Offered
 from xpeer.training.handle import TrainerProcess
 from xpeer.training.schedule import planned_steps
@@ -69,13 +70,21 @@ class Donors:
         party: us.
         dialler: opens streams.
         manifest: of the swarm.
+        rates: what transfers and exchanges reached.
     """
 
     def __init__(
-        self, node: Node, store: Store, party: Party, dialler: Dialler, manifest: Manifest
+        self,
+        node: Node,
+        store: Store,
+        party: Party,
+        dialler: Dialler,
+        manifest: Manifest,
+        rates: Rates,
     ) -> None:
         self._node, self._store = node, store
         self._party, self._dialler, self._manifest = party, dialler, manifest
+        self._rates = rates
         self._failed: dict[PeerId, Backoff] = {}
 
     def holders(self) -> list[PeerId]:
@@ -246,7 +255,7 @@ class Donors:
     async def _ask(self, donor: PeerId) -> Offered | None:
         values, last = self._manifest.model.state_values, planned_steps(self._manifest)
         try:
-            offer = await state.ask(self._party, self._dialler, donor, values)
+            offer = await state.ask(self._party, self._dialler, donor, values, self._rates)
         except PeerError as e:
             self._refused(donor, str(e))
             return None

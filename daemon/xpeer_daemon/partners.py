@@ -16,6 +16,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network.exchange import Agreement, UnresolvedError
 from xpeer.network.link import RefusedError
+from xpeer.network.rates import Rates
 from xpeer.round import Exchanged
 from xpeer.wire.messages import MAX_UNRESOLVED, Terms
 from xpeer_daemon.backoff import Backoff
@@ -91,6 +92,7 @@ class Partners:
         on_went_back: told of a ledger that went back (partner, detail), once an hour at most.
         on_caught_up: told that it has caught up since, once for each time that it was told of.
         slot_s: of the manifest.
+        rates: told how fast exchanges are.
 
     Attributes:
         name_of: what people call a partner, for the log.
@@ -110,7 +112,9 @@ class Partners:
         on_went_back: Callable[[PeerId, str], None] = lambda *_: None,
         on_caught_up: Callable[[PeerId], None] = lambda *_: None,
         slot_s: float = 1.0,
+        rates: Rates | None = None,
     ) -> None:
+        self._rates = rates or Rates()
         self._clock = clock
         self._on_exchanged = on_exchanged
         self._on_skipped = on_skipped
@@ -158,6 +162,7 @@ class Partners:
         record.last_done_s = self._clock()
         record.payload_bytes += result.num_bytes
         record.backoff.done(self._clock(), self._turn_s, clipped=result.clipped)
+        self._rates.saw(agreement.peer_id, result.num_bytes, took_s)
         self.exchanges += 1
         self.values_sent += result.num_values
         self.payload_bytes_sent += result.num_bytes

@@ -23,6 +23,7 @@ from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.network import about, exchange, joining, matching, nudging, state
 from xpeer.network.membership import Certificate, Membership
+from xpeer.network.rates import Rates
 from xpeer.network.roster import ANNOUNCE_EVERY_S, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
@@ -202,10 +203,11 @@ class Service:
                 setup, self._on_trainer, program=self._trainer_program
             ),
         )
+        rates = Rates()
         self._parameters = Parameters(
             node,
             self._store,
-            Donors(node, self._store, self._party, self._swarm, manifest),
+            Donors(node, self._store, self._party, self._swarm, manifest, rates),
             self._supervisor,
             founds=self._joiner.founds,
             begins=self._from_initial or begins(self._home, self._store),
@@ -218,6 +220,7 @@ class Service:
             self._on_went_back,
             lambda peer_id: self._store.add_event("ledger-caught-up", peer_id),
             slot_s=manifest.round.slot_s,
+            rates=rates,
         )
         self._book.name_of = node.name_of
         self._gossip = Gossip(
@@ -261,7 +264,7 @@ class Service:
         )
         await self._swarm.serve_links(
             state.PROTOCOL,
-            state.serving(self._party, node.donor, manifest.limits.max_transfers),
+            state.serving(self._party, node.donor, manifest.limits.max_transfers, rates),
             "observer",
         )
 

@@ -209,7 +209,7 @@ async def test_what_travels_is_not_what_a_member_holds():
                     seen.append(bytes(payload))
                     return payload, digest
 
-                agreement.link.receive_bulk = tap  # type: ignore[method-assign]
+                agreement.link.receive_bulk = tap  # type: ignore[method-assign,assignment]
         await g.meet()
         assert g.merged() == [0, 1, 2]
         assert len(seen) == 6
@@ -349,7 +349,7 @@ async def test_another_payload_than_committed_to_is_refused_by_all(to: str):
                 return bytes(await send_bulk(changed))
 
             if to == "all" or peer_id == victim.peer_id:
-                agreement.link.send_bulk = other  # type: ignore[method-assign]
+                agreement.link.send_bulk = other  # type: ignore[method-assign,assignment]
         await g.meet()
         assert g.merged() == []
         assert Reason.WRONG_COMMITMENT in g.reasons(0)

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import time
 from typing import Final
 
 from xpeer.errors import PeerError, Reason
+from xpeer.network.rates import Pace
 from xpeer.network.stream import Stream
 from xpeer.wire.aead import TAG_BYTES
 from xpeer.wire.frames import (
@@ -41,7 +43,13 @@ def sealed_size(num_bytes: int) -> int:
     return num_bytes + len(_starts(num_bytes)) * FRAME_OVERHEAD
 
 
-def send(stream: Stream, sealer: Sealer, payload: memoryview, frame_timeout_s: float) -> bytes:
+def send(
+    stream: Stream,
+    sealer: Sealer,
+    payload: memoryview,
+    frame_timeout_s: float,
+    pace: Pace | None = None,
+) -> bytes:
     """Seal and send; in a worker thread.
 
     Args:
@@ -49,6 +57,7 @@ def send(stream: Stream, sealer: Sealer, payload: memoryview, frame_timeout_s: f
         sealer: of its session.
         payload: (num_bytes,) uint8, does not change meanwhile.
         frame_timeout_s: for the partner's side to take one frame.
+        pace: of the whole, if it has to be fast enough.
 
     Returns:
         BLAKE2b-256 of the frames' tags.
@@ -62,11 +71,19 @@ def send(stream: Stream, sealer: Sealer, payload: memoryview, frame_timeout_s: f
         part = payload[start : start + FRAME_BYTES]
         size = sealer.seal_into(Kind.BULK, part, frame)
         digest.update(frame[size - TAG_BYTES : size])
-        stream.send(frame[:size], frame_timeout_s)
+        stream.send(frame[:size], _allowed_s(pace, len(part), frame_timeout_s))
+        if pace is not None:
+            pace.moved += len(part)
     return digest.digest()
 
 
-def receive(stream: Stream, opener: Opener, out: memoryview, frame_timeout_s: float) -> bytes:
+def receive(
+    stream: Stream,
+    opener: Opener,
+    out: memoryview,
+    frame_timeout_s: float,
+    pace: Pace | None = None,
+) -> bytes:
     """Receive and open a payload of exactly the buffer's size; in a worker thread.
 
     Args:
@@ -74,6 +91,7 @@ def receive(stream: Stream, opener: Opener, out: memoryview, frame_timeout_s: fl
         opener: of its session.
         out: (num_bytes,) uint8, writable; what is in it after an error is nobody's payload.
         frame_timeout_s: for one frame to arrive.
+        pace: of the whole, if it has to be fast enough.
 
     Returns:
         BLAKE2b-256 of the frames' tags.
@@ -87,7 +105,10 @@ def receive(stream: Stream, opener: Opener, out: memoryview, frame_timeout_s: fl
     sealed = memoryview(bytearray(MAX_SEALED_BYTES))
     for start in _starts(len(out)):
         part = out[start : start + FRAME_BYTES]
-        digest.update(_receive_frame(stream, opener, header, sealed, part, frame_timeout_s))
+        timeout_s = _allowed_s(pace, len(part), frame_timeout_s)
+        digest.update(_receive_frame(stream, opener, header, sealed, part, timeout_s))
+        if pace is not None:
+            pace.moved += len(part)
     return digest.digest()
 
 
@@ -116,6 +137,10 @@ def _starts(num_bytes: int) -> range:
     return range(0, max(num_bytes, 1), FRAME_BYTES)
 
 
+def _allowed_s(pace: Pace | None, num_bytes: int, frame_timeout_s: float) -> float:
+    return frame_timeout_s if pace is None else min(frame_timeout_s, pace.allows_s(num_bytes))
+
+
 def _receive_frame(
     stream: Stream,
     opener: Opener,
@@ -125,10 +150,11 @@ def _receive_frame(
     timeout_s: float,
 ) -> memoryview:
     """The next frame, which has to be of bulk and fill `out`; its tag."""
+    until = time.monotonic() + timeout_s
     stream.fill(header, timeout_s)
     kind, size = parse_header(bytes(header))
     body = sealed[:size]
-    stream.fill(body, timeout_s)
+    stream.fill(body, until - time.monotonic())
     if kind is not Kind.BULK or size != len(out) + TAG_BYTES:
         opener.open(bytes(header), body)  # whose fault it is: a frame that does not open is no word
         if kind is Kind.END:

@@ -19,6 +19,7 @@ from xpeer.errors import PeerError, Reason, known_reason
 from xpeer.identity import PeerId
 from xpeer.network import bulk
 from xpeer.network.direct import NO_OFFER, Direct, Offer, Paths
+from xpeer.network.rates import Pace
 from xpeer.network.stream import Stream
 from xpeer.wire import messages
 from xpeer.wire.frames import FRAME_BYTES, HEADER, Kind, parse_header
@@ -123,7 +124,7 @@ class Link:
             )
         return message
 
-    async def send_bulk(self, payload: bytes | memoryview) -> bytes:
+    async def send_bulk(self, payload: bytes | memoryview, pace: Pace | None = None) -> bytes:
         """Seal and send a payload whose size a message announced, off the event loop.
 
         Returns:
@@ -141,17 +142,20 @@ class Link:
                 await self._write(session.sealer.seal(Kind.ELSEWHERE, b""))
                 stream, session = second
             digest = await stream.in_thread(
-                lambda: bulk.send(stream, session.sealer, view, self._frame_timeout_s)
+                lambda: bulk.send(stream, session.sealer, view, self._frame_timeout_s, pace)
             )
         self._paths.took(direct, len(view), time.monotonic() - started)
         self._meter.bytes_out += bulk.sealed_size(len(view))
         return digest
 
-    async def receive_bulk(self, num_bytes: int) -> tuple[memoryview, bytes]:
+    async def receive_bulk(
+        self, num_bytes: int, pace: Pace | None = None
+    ) -> tuple[memoryview, bytes]:
         """Receive exactly the announced payload, off the event loop.
 
         Args:
             num_bytes: checked by the caller against what the manifest allows.
+            pace: of the whole, if it has to be fast enough.
 
         Returns:
             The payload, writable, and a digest of its frames.
@@ -172,7 +176,7 @@ class Link:
                 stream.unread(header)
         with self._fails_whole(direct):
             digest = await stream.in_thread(
-                lambda: bulk.receive(stream, session.opener, payload, self._frame_timeout_s)
+                lambda: bulk.receive(stream, session.opener, payload, self._frame_timeout_s, pace)
             )
         already = 0 if direct else HEADER.size
         self._meter.bytes_in += bulk.sealed_size(num_bytes) - already

@@ -4,23 +4,25 @@ The donor signs digest, step and its loss on the public text; the joiner checks 
 signature here, and its trainer checks that loss before anything is trained or mixed.
 What is handed out is what gossip hands out anyway: private already, in float32.
 
-One snapshot serves all who ask while it is fresh. There is no limit on how long a transfer takes,
-but on how long it may stand still: 256 KiB have to pass in every `link.FRAME_TIMEOUT_S`. One that
-breaks off begins anew.
+One snapshot serves all who ask while it is fresh, and longer while one before it is still on its
+way to somebody: there are two at most. A transfer has to be fast enough as a whole (`rates`), and
+256 KiB have to pass in every `link.FRAME_TIMEOUT_S`. One that breaks off begins anew.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, PeerId, blake2b, verify
 from xpeer.network.exchange import Dialler, Party
 from xpeer.network.link import Link
+from xpeer.network.rates import Pace, Rates
 from xpeer.update import ModelState
 from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_statement
 
@@ -57,6 +59,23 @@ class Shelf:
         self._lock = asyncio.Lock()
         self._kept: tuple[Source, ModelState, bytes] | None = None
         self._until = 0.0
+        self._lent: list[ModelState] = []
+
+    @contextlib.asynccontextmanager
+    async def lend(self, source: Source) -> AsyncIterator[tuple[ModelState, bytes]]:
+        """As `get`; while it is lent no third one is taken.
+
+        Raises:
+            PeerError: it has none to give.
+        """
+        state, digest = await self.get(source)
+        self._lent.append(state)
+        try:
+            yield state, digest
+        finally:
+            self._lent = _without_one(self._lent, state)
+            if self._clock() >= self._until:
+                self._forget(state)
 
     async def get(self, source: Source) -> tuple[ModelState, bytes]:
         """A snapshot of this trainer, and its digest; of none before it.
@@ -66,7 +85,12 @@ class Shelf:
         """
         async with self._lock:
             kept = self._kept
-            if kept is None or kept[0] is not source or self._clock() >= self._until:
+            if kept is not None and kept[0] is not source:
+                kept = self._kept = None
+            if len({id(state) for state in self._lent}) > 1:
+                if kept is None:
+                    raise PeerError(Reason.BUSY, "two snapshots are on their way already")
+            elif kept is None or self._clock() >= self._until:
                 self._kept = None  # free it before there are two
                 began = self._clock()
                 state = await source.export_state()
@@ -79,12 +103,21 @@ class Shelf:
 
     def _forget(self, state: ModelState) -> None:
         """It takes as much memory as the model."""
-        if self._kept is not None and self._kept[1] is state:
+        lent = any(each is state for each in self._lent)
+        if self._kept is not None and self._kept[1] is state and not lent:
             self._kept = None
 
 
+def _without_one(states: list[ModelState], state: ModelState) -> list[ModelState]:
+    place = next(number for number, each in enumerate(states) if each is state)
+    return states[:place] + states[place + 1 :]
+
+
 def serving(
-    party: Party, source: Callable[[], Source | None], max_donations: int
+    party: Party,
+    source: Callable[[], Source | None],
+    max_donations: int,
+    rates: Rates | None = None,
 ) -> Callable[[Link], Awaitable[None]]:
     """The handler of joiners.
 
@@ -92,7 +125,9 @@ def serving(
         party: us.
         source: the trainer, or None while there is nothing to give.
         max_donations: at the same time; more are refused.
+        rates: what others reached; a joiner that takes it too slowly is dropped.
     """
+    seen = rates or Rates()
     last: dict[PeerId, float] = {}  # one entry per peer that was given to within PAUSE_S
     giving: set[PeerId] = set()
     shelf = Shelf()
@@ -115,7 +150,8 @@ def serving(
                 return  # the joiner sees a closed link and asks another member
             giving.add(link.peer_id)
             try:
-                await _give(party, link, *await shelf.get(trainer))
+                async with shelf.lend(trainer) as (state, digest):
+                    await _give(party, link, state, digest, seen)
             finally:
                 giving.discard(link.peer_id)
                 last[link.peer_id] = time.monotonic()
@@ -125,7 +161,7 @@ def serving(
     return handle
 
 
-async def _give(party: Party, link: Link, state: ModelState, digest: bytes) -> None:
+async def _give(party: Party, link: Link, state: ModelState, digest: bytes, rates: Rates) -> None:
     statement = state_statement(
         party.swarm_id, party.manifest_hash, state.step, state.loss_public, digest
     )
@@ -138,7 +174,11 @@ async def _give(party: Party, link: Link, state: ModelState, digest: bytes) -> N
             signature=party.identity.sign(Domain.STATE, statement),
         )
     )
-    await link.send_bulk(state.payload)
+    pace = Pace(rates.least(link.peer_id))
+    try:
+        await link.send_bulk(state.payload, pace)
+    finally:
+        rates.saw(link.peer_id, pace.moved, pace.seconds)
     reply = await link.receive(PREPARE_TIMEOUT_S)
     if not isinstance(reply, StateReceived) or reply.digest != digest:
         raise PeerError(Reason.DIGEST_MISMATCH, "the joiner did not receive what was sent")
@@ -151,25 +191,27 @@ class Offered:
         link: on which it follows.
         donor: who.
         offer: signed and checked, but for what the parameters really are.
+        rates: what others reached.
     """
 
-    def __init__(self, link: Link, donor: PeerId, offer: StateOffer) -> None:
+    def __init__(self, link: Link, donor: PeerId, offer: StateOffer, rates: Rates) -> None:
         self.donor, self.step, self.loss_public = donor, offer.step, offer.loss_public
-        self._link, self._offer = link, offer
+        self._link, self._offer, self._rates = link, offer, rates
 
     async def take(self) -> ModelState:
         """Receive and check it.
 
         Raises:
-            PeerError: it stalled, broke off, or is not what was signed.
+            PeerError: it stalled, was slow, broke off, or is not what was signed.
         """
-        offer = self._offer
+        offer, pace = self._offer, Pace(self._rates.least(self.donor))
         try:
-            payload, _ = await self._link.receive_bulk(4 * offer.num_params)
+            payload, _ = await self._link.receive_bulk(4 * offer.num_params, pace)
             if await asyncio.to_thread(blake2b, payload) != offer.digest:
                 raise PeerError(Reason.DIGEST_MISMATCH, "not the state that the donor signed")
             await self._link.send(StateReceived(offer.digest))
         finally:
+            self._rates.saw(self.donor, pace.moved, pace.seconds)
             await self._link.close()
         return ModelState(payload=payload, step=offer.step, loss_public=offer.loss_public)
 
@@ -178,7 +220,9 @@ class Offered:
         self._link.abort()
 
 
-async def ask(party: Party, dialler: Dialler, donor: PeerId, num_params: int) -> Offered:
+async def ask(
+    party: Party, dialler: Dialler, donor: PeerId, num_params: int, rates: Rates | None = None
+) -> Offered:
     """Ask a member for its parameters, and check what it says of them.
 
     Args:
@@ -187,6 +231,7 @@ async def ask(party: Party, dialler: Dialler, donor: PeerId, num_params: int) ->
         donor: whom to ask.
         num_params: `Model.state_values` of the manifest; any other size is refused before it is
             read.
+        rates: what others reached.
 
     Raises:
         PeerError: unreachable, busy, or anything does not match.
@@ -202,7 +247,7 @@ async def ask(party: Party, dialler: Dialler, donor: PeerId, num_params: int) ->
     except BaseException:
         link.abort()
         raise
-    return Offered(link, donor, offer)
+    return Offered(link, donor, offer, rates or Rates())
 
 
 def _check_offer(party: Party, donor: PeerId, offer: StateOffer, num_params: int) -> None:

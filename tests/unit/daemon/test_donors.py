@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from xpeer.config import Home
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import state
+from xpeer.network.rates import Rates
 from xpeer.privacy.ledger import Ledger
 from xpeer.update import ModelState
 from xpeer_daemon import donors, parameters
@@ -81,7 +83,7 @@ class Rig:
             end=SimpleNamespace(steps=300, rounds=None, tokens=None), optimiser=None,
         )  # fmt: skip
         self.manifest = manifest
-        found = Donors(self.node, self.store, None, None, manifest)  # type: ignore[arg-type] # fakes
+        found = Donors(self.node, self.store, None, None, manifest, Rates())  # type: ignore[arg-type] # fakes
         self.donors = found
         self.next_trainer = Trainer()
         self.supervisor = SimpleNamespace(first_start=self._start, renew=self._renew, trainer=None)
@@ -109,7 +111,7 @@ class Rig:
         self.saved += 1
         return "path"
 
-    async def _ask(self, party: Any, dialler: Any, donor: PeerId, num_params: int) -> Offer:
+    async def _ask(self, party: Any, dialler: Any, donor: PeerId, *_: Any) -> Offer:
         return Offer(donor)
 
     async def _start(self) -> Trainer:
@@ -325,3 +327,23 @@ async def test_a_founder_whose_donors_all_fail_is_told_of_the_initial_model(
     assert sum("--from-initial" in message for message in caplog.messages) == 1
     assert [event.kind for event in rig.store.events()] == ["donor-refused"]
     holding.cancel()
+
+
+async def test_there_are_two_snapshots_at_most_however_slowly_they_are_read() -> None:
+    now_s, taken = 0.0, 0
+
+    class Source:
+        async def export_state(self) -> ModelState:
+            nonlocal taken
+            taken += 1
+            return ModelState(b"1234", taken, 2.0)
+
+    shelf, source = state.Shelf(lambda: now_s), Source()
+    async with contextlib.AsyncExitStack() as slow:
+        for _ in range(8):  # each comes when the one before has gone stale
+            await slow.enter_async_context(shelf.lend(source))
+            now_s += state.FRESH_S + 1.0
+        assert taken == 2
+        with pytest.raises(PeerError, match=Reason.BUSY):  # of another trainer, a third
+            await shelf.get(Source())
+    assert (await shelf.get(source))[0].step == 3
