@@ -11,6 +11,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from xpeer.escape import visible
 from xpeer.health import HealthReason, Verdict
 
 SCHEMA_VERSION = 2
@@ -142,6 +143,8 @@ class ShardSummary(Struct, frozen=True, kw_only=True):
     """Rows and files without text, by reason: empty, null, no field, not text."""
     left_out: dict[str, int] = {}
     """Files by reason: their kind (a suffix), hidden, broken link, pipe, mark-up, JSON, ..."""
+    outside: dict[str, int] = {}
+    """Files that only links in a folder lead to, by that folder."""
 
     def lines(self) -> list[str]:
         """In words; what there is none of goes unsaid."""
@@ -150,6 +153,8 @@ class ShardSummary(Struct, frozen=True, kw_only=True):
         ]
         if self.left_out:
             lines.append(_counted(self.left_out, "file", "left out"))
+        for folder, count in self.outside.items():
+            lines.append(f"{count:,} file{'' if count == 1 else 's'} outside {visible(folder)}")
         if self.skipped:
             lines.append(_counted(self.skipped, "row", "without text"))
         if self.repeated:

@@ -185,7 +185,7 @@ _STATUS: Final = {
         why="of a corpus that every member holds, by declared speeds",
     ),
     "ShardSummary": _of(
-        "node", local="files documents characters repeated too_short skipped left_out"
+        "node", local="files documents characters repeated too_short skipped left_out outside"
     ),
     "Partner": _of(
         "node",

@@ -73,6 +73,7 @@ def read_shard(
         repeated=texts_found - len(documents),
         skipped=dict(skipped),
         left_out=dict(found.left_out),
+        outside=dict(found.outside),
     )
     if not documents:
         seen = "; ".join(summary.lines()[1:])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from xpeer.errors import ShardError
+from xpeer.status import ShardSummary
 from xpeer.training.documents import read_shard
 
 
@@ -92,3 +93,84 @@ def test_lost_characters_are_no_text(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(ShardError, match="no text in"):
         read_shard([str(tmp_path)], "text", "data.shard")
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder, with a diary, a hidden folder, and downloads that links may be in."""
+    user = tmp_path / "user"
+    monkeypatch.setenv("HOME", str(user))
+    for name in ("diary.txt", ".secret/key.txt", "more/deep/more.txt", "downloads/set/a.txt"):
+        (user / name).parent.mkdir(parents=True, exist_ok=True)
+        (user / name).write_text(f"text of {name}")
+    return user
+
+
+def read(*patterns: Path | str) -> tuple[list[str], ShardSummary]:
+    found = read_shard([str(p) for p in patterns], "text", "data.shard")
+    return sorted(document.text.removeprefix("text of ") for document in found.documents), (
+        found.summary
+    )
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.txt", "/*", "/**"])
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        (".", "link to a folder above"),
+        ("..", "link to a folder above"),
+        ("../..", "link to a folder above"),
+        ("/", "link to a folder above"),
+        ("../../.secret", "hidden"),
+        ("../../.secret/key.txt", "hidden"),
+    ],
+)
+def test_links_that_lead_away_are_left_out(user: Path, pattern: str, target: str, why: str) -> None:
+    folder = user / "downloads" / "set"
+    (folder / "img.txt").symlink_to(target)
+    read_texts, summary = read(f"{folder}{pattern}")
+    assert read_texts == ["downloads/set/a.txt"]
+    assert summary.left_out == {why: 1}
+    assert summary.outside == {}
+
+
+def test_a_link_to_the_home_folder_from_elsewhere(user: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "b.txt").write_text("b")
+    (tmp_path / "data" / "up").symlink_to(user)
+    texts, summary = read(tmp_path / "data")
+    assert (texts, summary.left_out) == (["b"], {"link to the home folder": 1})
+    assert len(read(user)[0]) == 3  # who names it means it
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.txt"])
+def test_files_that_links_reach_outside_are_counted(user: Path, pattern: str) -> None:
+    folder = user / "downloads" / "set"
+    (folder / "more").symlink_to("../../more")
+    (folder / "one.txt").symlink_to("../../diary.txt")
+    (folder / "inside.txt").symlink_to("a.txt")
+    (user / "more" / "back").symlink_to("..")
+    (user / "more" / "deep" / "secret.txt").symlink_to("../../.secret/key.txt")
+    texts, summary = read(f"{folder}{pattern}")
+    assert texts == ["diary.txt", "downloads/set/a.txt", "more/deep/more.txt"]
+    assert summary.outside == {str(folder): 2}
+    assert f"2 files outside {folder}" in summary.lines()
+    assert summary.left_out == {"hidden": 1, "link to a folder above": 1}
+    assert read(f"{folder}{pattern}", user / "more", user / "diary.txt")[1].outside == {}
+
+
+def test_a_hidden_place_that_was_named_is_read(user: Path) -> None:
+    (user / ".secret" / "set").mkdir()
+    (user / ".secret" / "set" / "up.txt").symlink_to("../key.txt")
+    (user / ".secret" / "set" / ".objects").mkdir()
+    (user / ".secret" / "set" / ".objects" / "1").write_text("annexed")
+    (user / ".secret" / "set" / "b.txt").symlink_to(".objects/1")
+    texts, summary = read(user / ".secret" / "set")
+    assert texts == [".secret/key.txt", "annexed"]
+    assert summary.outside == {str(user / ".secret" / "set"): 1}
+
+
+def test_a_glob_of_links_that_lead_away_says_so(user: Path) -> None:
+    (user / "downloads" / "up").symlink_to("..")
+    with pytest.raises(ShardError, match=r"left out: link to a folder above 1"):
+        read(f"{user}/downloads/u*/*.txt")
