@@ -204,8 +204,8 @@ class Donors:
         said = [other.step for other in offers if other.donor != offer.donor]
         for peer in self.holders():
             heard = node.acquaintances.get(peer)
-            if peer != offer.donor and heard is not None and heard.about.step is not None:
-                said.append(heard.about.step)
+            if peer != offer.donor and heard is not None and heard.about.step:
+                said.append(heard.about.step)  # 0 may be from before it took parameters over
         step = offer.step
         if said:
             most = max(*said, own_step or 0)

@@ -22,7 +22,9 @@ from xpeer_daemon.donors import Donors, ranked
 from xpeer_daemon.parameters import Parameters, begins
 from xpeer_daemon.store import Store
 
-GOOD, WORSE, OLD, LIAR = (PeerId(f"12D3KooW{name}") for name in ("Good", "Worse", "Old", "Liar"))
+GOOD, WORSE, OLD, LIAR, BUSY = (
+    PeerId(f"12D3KooW{name}") for name in ("Good", "Worse", "Old", "Liar", "Busy")
+)
 OFFERS = {GOOD: (100, 2.0), WORSE: (100, 3.0), OLD: (20, 2.01), LIAR: (101, 0.1)}
 TRUE_LOSS = {GOOD: 2.0, WORSE: 3.0, OLD: 2.01, LIAR: 9.0}
 
@@ -112,6 +114,8 @@ class Rig:
         return "path"
 
     async def _ask(self, party: Any, dialler: Any, donor: PeerId, *_: Any) -> Offer:
+        if donor == BUSY:
+            raise PeerError(Reason.CLOSED, "it gives to others")
         return Offer(donor)
 
     async def _start(self) -> Trainer:
@@ -254,6 +258,8 @@ async def test_one_snapshot_serves_all_who_ask_while_it_is_fresh() -> None:
         ("training", 300, [], {}, 299),  # nobody else can say: not the last, at least
         ("training", None, [], {}, 1 << 39),
         ("training", None, [OLD], {OLD: 40}, 45),
+        ("training", 300, [BUSY], {BUSY: 0}, 299),  # said before it took them over
+        ("training", 300, [BUSY], {BUSY: 90}, 95),
         ("finished", 300, [GOOD], {GOOD: 300}, 300),
     ],
 )
