@@ -285,12 +285,14 @@ def _check_safetensors(file: Path, option: str) -> None:
         end = 8 + length + max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
         if size != end:
             raise ValueError(f"it has {size} bytes, and {end} belong to it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+    ) as e:  # fmt: skip
         raise ConfigError(
             f"{option} {file.parent}: {file.name} is damaged: {e}", "download or copy it again"
         ) from e
     for name, tensor in tensors.items():
-        if name.endswith("weight") and tensor.get("dtype") not in _FLOATS:
+        if name.endswith("weight") and str(tensor.get("dtype")) not in _FLOATS:
             raise ConfigError(
                 f"{option} {file.parent}: {name} is of type {tensor.get('dtype')}: quantised "
                 "weights can't be trained",

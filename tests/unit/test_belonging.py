@@ -142,3 +142,20 @@ def test_only_settings_of_a_generation_get_into_a_manifest(tmp_path: Path, conte
     wanted = {"top_p": 0.9, "do_sample": True, "eos_token_id": [1, 2]}
     (tmp_path / "generation_config.json").write_text(json.dumps(wanted | {"auths": 1}))
     assert kept.read_generation(tmp_path) == wanted
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 200_000,
+        '{"a.weight": {"dtype": "F32", "data_offsets": [0, 1e999]}}',
+        '{"a.weight": {"dtype": [], "data_offsets": [0, 0]}}',
+    ],
+    ids=["deep", "endless", "no type"],
+)
+def test_a_header_that_was_made_up_is_an_error(tmp_path: Path, header: str) -> None:
+    folder = model_folder(tmp_path / "m")
+    data = len(header).to_bytes(8, "little") + header.encode()
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(ConfigError):
+        check_folder(folder)
