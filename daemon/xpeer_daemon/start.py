@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -9,7 +10,7 @@ import time
 import uvloop
 
 from xpeer import files, founding, needs
-from xpeer.config import Home, NodeConfig, note_of_foreign
+from xpeer.config import Home, NodeConfig, note_of_foreign, privacy_register
 from xpeer.errors import LocalError, NotAuthorisedError, ShardError
 from xpeer.manifest import SignedManifest
 from xpeer.network.addresses import resolve_listen
@@ -17,6 +18,8 @@ from xpeer.network.invites import Token
 from xpeer.network.membership import Certificate
 from xpeer.privacy import accountant
 from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
+from xpeer.privacy.together import Together
 from xpeer.readiness import check_settings
 from xpeer.training import checkpoint
 from xpeer.training.child import PROGRAM
@@ -78,8 +81,10 @@ def _needs(home: Home, join_token: str | None) -> needs.Needs | None:
     return Token.parse(join_token).needs if join_token is not None else None
 
 
-def beginning(home: Home, now_unix_s: float) -> str:
-    """Whether training starts fresh or goes on, from where, and what was spent until now."""
+def beginning(home: Home, now_unix_s: float, config: NodeConfig | None = None) -> str:
+    """Whether training starts fresh or goes on, from where, and what was spent until now: as far as
+    the ledger and the machine's register know together.
+    """
     saved = checkpoint.paths(home.checkpoints)
     if saved:
         minutes = max(0.0, now_unix_s - saved[0].stat().st_mtime) / 60
@@ -90,15 +95,22 @@ def beginning(home: Home, now_unix_s: float) -> str:
         start = "starts fresh, from the parameters of a member"
     if not home.ledger_db.exists():
         return f"{start}; no privacy was spent by this home"
-    with Ledger.look(home.ledger_db) as ledger:
-        charges, steps = ledger.charges(), ledger.steps_charged
+    unread = ""
+    try:
+        register = Register.look(privacy_register(config or NodeConfig()))
+    except LocalError as e:  # the trainer says it, if it needs it
+        register, unread = None, f"; by the ledger alone: {e.problem}"
+    with Ledger.look(home.ledger_db) as ledger, register or contextlib.nullcontext():
+        together = Together(ledger, register)
+        steps = sum(segment.steps for segment in together.charged)
+        charges = ledger.charges()
         about = charges[-1].about if charges else None
         if about is None:
-            return f"{start}; {steps:,} private steps were charged to this home"
-        spent = accountant.epsilon(ledger.segments(), about.delta)
+            return f"{start}; {steps:,} private steps were charged to this home{unread}"
+        spent = accountant.epsilon_worst(together.of_shard(), about.delta)
     return (
         f"{start}; {steps:,} private steps were charged to this home, epsilon {spent:.3g} of "
-        f"{about.epsilon_target:g} (delta {about.delta:.1e})"
+        f"{about.epsilon_target:g} (delta {about.delta:.1e}){unread}"
     )
 
 
@@ -124,7 +136,7 @@ def run(
         founding.prepare_join(home, join_token)
     with HomeLock.acquire(home):
         logs.setup(home, config.daemon.log_level, config.daemon.log_format)
-        log.info("%s", beginning(home, time.time()))
+        log.info("%s", beginning(home, time.time(), config))
         for note in (*closed, note_of_foreign(os.environ)):
             if note:
                 log.warning("%s", note)

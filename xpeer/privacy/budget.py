@@ -22,7 +22,7 @@ from xpeer.privacy.steps import Charged
 
 SIGMA_SETTING: Final = "noise_multiplier"
 """Key of the calibrated sigma in the ledger."""
-_STEPS_MAX: Final = 10_000_000
+STEPS_MAX: Final = 10_000_000
 _SMOOTHING: Final = 0.8
 """Of what a charge takes, per charge."""
 _ANEW: Final = 0.05
@@ -58,7 +58,7 @@ class Budget:
         self._epsilon, self._delta = epsilon, delta
         self._sigma, self._q = noise_multiplier, sampling_probability
         self._lock = threading.Lock()
-        self._left = self._count(_STEPS_MAX)
+        self._left = self._count(STEPS_MAX)
         if not self._left and not ledger.steps_charged and not any(ledger.histories()):
             raise ConfigError(
                 f"privacy.noise_multiplier {noise_multiplier:g}: a single step, with sampling "

@@ -1,6 +1,12 @@
-"""What stands in for a mechanism while there is no text to train on: no step, and honest stamps."""
+"""What stands in for a mechanism while there is no text to train on: no step, and honest accounts.
+
+Which documents the missing text holds is not known now; what they were charged is: the machine's
+register remembers the text that this home trained on last.
+"""
 
 from __future__ import annotations
+
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -8,11 +14,18 @@ from torch import Tensor
 from xpeer import update
 from xpeer.errors import LocalError
 from xpeer.manifest import Manifest
-from xpeer.privacy import accountant
+from xpeer.privacy import accountant, update_mode
+from xpeer.privacy.budget import STEPS_MAX, delta_of
+from xpeer.privacy.charges import About
 from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
 from xpeer.privacy.steps import Charged, StepResult
+from xpeer.privacy.together import Together
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
+
+_UNKNOWN_SIZE: Final = 1 << 40
+"""Of a text whose size nobody noted: delta, and so epsilon, is as for the largest."""
 
 
 class IdleMechanism:
@@ -20,18 +33,35 @@ class IdleMechanism:
 
     Args:
         manifest: of the swarm.
+        swarm_id: its id.
         ledger: of this home.
+        register: of the machine, which this closes; None without privacy.
         seen: of the checkpoint, for the next one.
+
+    Raises:
+        LocalError: the register can't be read, or the ledger not be written.
     """
 
     engine = "none: there is no text"
 
-    def __init__(self, manifest: Manifest, ledger: Ledger, seen: Tensor | None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        swarm_id: str,
+        ledger: Ledger,
+        register: Register | None,
+        seen: Tensor | None,
+    ) -> None:
         self.notes: list[str] = []
         self._mode = manifest.privacy.mode
         self._target = manifest.privacy.epsilon
-        self._ledger = ledger
+        self._ledger, self._register = ledger, register
         self._seen = torch.empty(0, dtype=torch.int64) if seen is None else seen
+        self.steps_behind = 0
+        """That the ledger lacked, and the register holds: charged again."""
+        if register is not None:
+            noted = _noted(ledger) or _about(manifest, swarm_id)
+            self.steps_behind = ledger.catch_up(register, noted)
 
     @property
     def seen(self) -> Tensor:
@@ -64,20 +94,47 @@ class IdleMechanism:
         return PrivateUpdate(values=raw.values, step=raw.step, stamp=stamp)
 
     def spent(self) -> PrivacySpent:
-        """The ledger's answer, as of the last charge."""
-        charges = [] if self._mode == "off" else self._ledger.charges()
-        about = charges[-1].about if charges else None
-        if about is None:
+        """What the ledger and the register know together of the text that was trained on last."""
+        about = _noted(self._ledger)
+        if self._register is None or about is None:
             return PrivacySpent(mode=self._mode, engine=self.engine)
+        of_text = Together(self._ledger, self._register).of_shard()
+        last, left = self._ledger.charges()[-1].segment, STEPS_MAX
+        for history in of_text:
+            left = accountant.steps_within(
+                self._target,
+                about.delta,
+                history,
+                last.noise_multiplier,
+                last.sampling_probability,
+                left,
+            )
         return PrivacySpent(
             mode=self._mode,
-            epsilon_spent=accountant.epsilon_worst(self._ledger.histories(), about.delta),
+            epsilon_spent=accountant.epsilon_worst(of_text, about.delta),
             epsilon_target=self._target,
             delta=about.delta,
+            noise_multiplier=last.noise_multiplier,
             steps_charged=self._ledger.steps_charged,
+            steps_left=left,
             unit=about.unit,
             engine=self.engine,
         )
 
     def close(self) -> None:
         """Nothing to wait for."""
+        if self._register is not None:
+            self._register.close()
+
+
+def _noted(ledger: Ledger) -> About | None:
+    """What the newest charge says of itself that says anything."""
+    return next((c.about for c in reversed(ledger.charges()) if c.about is not None), None)
+
+
+def _about(manifest: Manifest, swarm_id: str) -> About:
+    rules = manifest.privacy
+    update = rules.mode == "update"
+    delta = update_mode.delta_of(manifest) if update else delta_of(manifest, _UNKNOWN_SIZE)
+    unit = "shard" if update else rules.unit
+    return About(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon, unit)

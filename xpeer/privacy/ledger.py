@@ -27,7 +27,7 @@ from xpeer.errors import LocalError
 from xpeer.files import require_own
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.charges import MECHANISM, About, Chain, Charge, Row, forecast, in_parts
-from xpeer.privacy.histories import ByUnit, Joined, segments_of
+from xpeer.privacy.histories import ByUnit, Joined, missing, segments_of, steps_of
 from xpeer.privacy.ledger_file import (
     MEND,
     RESTORE,
@@ -142,8 +142,27 @@ class Ledger:
             self._chain.counter,
         )
         if joined.behind:
-            self._catch_up(joined)
+            self._catch_up(joined.behind, joined.counter)
         return joined
+
+    def catch_up(self, register: Register, about: About) -> int:
+        """As `share`, where it isn't known which documents there are: nothing is joined.
+
+        Args:
+            register: stays the caller's.
+            about: what charges are for that are found again.
+
+        Returns:
+            Steps that are charged again.
+
+        Raises:
+            LocalError: the register can't be read, or the ledger not be written.
+        """
+        behind = missing(register.own(self.id), self.by_unit())
+        if behind:
+            self.about = about
+            self._catch_up(behind, register.counter(self.id))
+        return steps_of(behind)
 
     @property
     def shared(self) -> bool:
@@ -227,14 +246,14 @@ class Ledger:
             self._chain.add(row)
             return row.counter
 
-    def _catch_up(self, joined: Joined) -> None:
+    def _catch_up(self, behind: ByUnit, counter: int) -> None:
         """In as many charges as there were, if that is known: partners remember their number."""
         if self.about is None:
             raise LocalError(f"privacy ledger {self.path}: nobody says what is charged")
         with self._lock, self._transaction():
             self._refuse_another_writer()
-            spare = joined.counter - self._chain.counter
-            for unit, history in joined.behind.items():
+            spare = counter - self._chain.counter
+            for unit, history in behind.items():
                 kind, _, cut = unit.partition(" of ")
                 about = msgspec.structs.replace(
                     self.about, unit=kind, cut=cut, unix_s=time.time(), found_again=True

@@ -211,6 +211,11 @@ class Register:
         with self._lock, self._reading():
             return self._tables.own(ledger_id)
 
+    def counter(self, ledger_id: str) -> int:
+        """The largest number of charges that was seen of a home's ledger."""
+        with self._lock, self._reading():
+            return self._tables.counter(ledger_id)
+
     def charge(self, segment: Segment, fits: Fits | None = None, counter: int = 0) -> None:
         """Charge steps to all documents of the shard; durable when this returns.
 

@@ -213,9 +213,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     counters = Counters() if saved is None else Counters.from_dict(saved.counters)
 
     elsewhere, notes = 0, []
-    if private and problem:
-        Register.open(privacy_register(config)).close()  # its faults are no faults of the text
-    elif private:
+    if private and not problem:
         joined = _share(ledger, setup, manifest, text)
         elsewhere = joined.elsewhere
         notes = _notes_of(joined, ledger)
@@ -223,10 +221,12 @@ def assemble(setup: TrainerSetup) -> Assembled:
     pulse = Pulse()
 
     seen = saved.seen if saved is not None else None
-    mechanism: Mechanism | IdleMechanism = (
-        IdleMechanism(manifest, ledger, seen)
-        if problem
-        else build_mechanism(
+    mechanism: Mechanism | IdleMechanism
+    if problem:
+        mechanism = _idle(manifest, setup, ledger, seen)
+        warnings += _behind(mechanism.steps_behind)
+    else:
+        mechanism = build_mechanism(
             manifest,
             model,
             text.records,
@@ -239,7 +239,6 @@ def assemble(setup: TrainerSetup) -> Assembled:
             clip_norm=counters.clip_norm,
             cache=home.cache,
         )
-    )
     shown: FlatParameters | Released = parameters
     if isinstance(mechanism, update_mode.UpdateMechanism):
         shown = Released(parameters, mechanism.privatise)
@@ -252,15 +251,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
         awaiting=saved is None and setup.initial == "awaited",
     )
     trainer.counters, trainer.pulse = counters, pulse
-    if saved is not None:
-        trainer.exchanges.restore(saved.rule)
-        write_moments(
-            trainer.optimiser,
-            parameters.parameters(),
-            saved.exp_avg,
-            saved.exp_avg_sq,
-            saved.optimiser_step,
-        )
+    _resume(trainer, parameters, saved)
     if trainer.ended:  # it takes no step anyway
         problem = ""
     return Assembled(
@@ -284,6 +275,20 @@ def assemble(setup: TrainerSetup) -> Assembled:
         look_again=(lambda: text_of(setup, manifest, tokenizer, home)) if problem else None,
         text_problem=problem,
         documents_elsewhere=elsewhere,
+    )
+
+
+def _resume(trainer: LocalTrainer, parameters: FlatParameters, saved: Bundle | None) -> None:
+    """What the rule and the optimiser knew."""
+    if saved is None:
+        return
+    trainer.exchanges.restore(saved.rule)
+    write_moments(
+        trainer.optimiser,
+        parameters.parameters(),
+        saved.exp_avg,
+        saved.exp_avg_sq,
+        saved.optimiser_step,
     )
 
 
@@ -318,6 +323,15 @@ def _share(ledger: Ledger, setup: TrainerSetup, manifest: Manifest, text: Text) 
     return ledger.share(register, text.documents, _about(manifest, setup.swarm_id, text))
 
 
+def _idle(
+    manifest: Manifest, setup: TrainerSetup, ledger: Ledger, seen: torch.Tensor | None
+) -> IdleMechanism:
+    """Takes no step, and has the machine's register asked what the missing text was charged."""
+    private = manifest.privacy.mode != "off"
+    register = Register.open(privacy_register(setup.config)) if private else None
+    return IdleMechanism(manifest, setup.swarm_id, ledger, register, seen)
+
+
 def _notes_of(joined: Joined, ledger: Ledger) -> list[str]:
     """What the operator should know of the documents' accounts."""
     notes = []
@@ -347,13 +361,16 @@ def _warnings_of(joined: Joined) -> list[str]:
             f"privacy: {joined.unknown_steps} steps of this home's ledger were once lost to the "
             "machine's register; they count for all of its documents, new ones included"
         )
-    if joined.steps_behind:
-        warnings.append(
-            f"privacy: this home's ledger lacked {joined.steps_behind} steps that the machine's "
-            "register holds (an older copy was restored, or the node died while charging); they "
-            "are charged to it again"
-        )
-    return warnings
+    return warnings + _behind(joined.steps_behind)
+
+
+def _behind(steps: int) -> list[str]:
+    if not steps:
+        return []
+    return [
+        f"privacy: this home's ledger lacked {steps} steps that the machine's register holds (an "
+        "older copy was restored, or the node died while charging); they are charged to it again"
+    ]
 
 
 @dataclass(frozen=True, slots=True)

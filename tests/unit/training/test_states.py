@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from tests.unit.training.homes import make_homes
+from xpeer.config import Data
 from xpeer.training.assemble import Assembled, assemble
 from xpeer.training.ipc import Failure, Reply, Request, WriteCheckpoint
 from xpeer.training.service import Service
@@ -53,3 +56,71 @@ def test_who_awaits_parameters_saves_none(tmp_path: Path) -> None:
         assert not list(node.home.checkpoints.glob("*"))
     finally:
         node.close()
+
+
+class Machine:
+    """Two homes that train on one text, which can go missing."""
+
+    def __init__(self, folder: Path) -> None:
+        first, second = make_homes(folder, 2, privacy="record", changes=(*FEW, "end.steps=100"))
+        self.text, self.gone = folder / "text", folder / "gone"
+        shutil.copytree(first.config.data.shard[0], self.text)
+        self.setups = [
+            msgspec.structs.replace(
+                setup,
+                has_trained=True,
+                config=msgspec.structs.replace(setup.config, data=Data(shard=[str(self.text)])),
+            )
+            for setup in (first, second)
+        ]
+
+    def train(self, home: int, steps: int) -> None:
+        node = assemble(self.setups[home])
+        node.trainer.run(steps=steps)
+        node.capture()()
+        node.close()
+
+    def told(self) -> tuple[float, int, int]:
+        """Epsilon, steps and the counter of the first home."""
+        node = assemble(self.setups[0])
+        try:
+            spent = node.spent()
+            return spent.epsilon_spent, spent.steps_charged, node.ledger.counter
+        finally:
+            node.close()
+
+
+def another_home(machine: Machine) -> None:
+    machine.train(1, 12)
+
+
+def an_older_ledger(machine: Machine) -> None:
+    ledger = Path(machine.setups[0].home) / "ledger.sqlite"
+    older = shutil.copy(ledger, machine.text.parent / "older")
+    machine.train(0, 12)
+    shutil.copy(older, ledger)
+
+
+def a_lost_register(machine: Machine) -> None:
+    shutil.rmtree(machine.setups[0].config.privacy.register)
+
+
+@pytest.mark.parametrize("happens", [another_home, an_older_ledger, a_lost_register])
+def test_epsilon_is_the_same_with_and_without_the_text(
+    tmp_path: Path, happens: Callable[[Machine], None]
+) -> None:
+    from xpeer.config import Home
+    from xpeer_daemon.start import beginning
+
+    machine = Machine(tmp_path)
+    machine.train(0, 2)
+    alone = machine.told()[0]
+    happens(machine)
+    if happens is not a_lost_register:  # which is mended by a start with the text
+        said = beginning(Home(Path(machine.setups[0].home)), 0.0, machine.setups[0].config)
+        assert f"epsilon {alone:.3g} " not in said
+    machine.text.rename(machine.gone)
+    without = machine.told()
+    machine.gone.rename(machine.text)
+    assert without == machine.told()
+    assert without[0] > alone or happens is a_lost_register
