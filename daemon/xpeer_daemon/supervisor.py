@@ -53,7 +53,9 @@ class Supervisor:
         self.last: TrainerProcess | None = None
         """The one that ended before."""
         self.restarts = 0
-        self._renewing = False
+        self._renewing = self._watching = False
+        self._due_s: float | None = None
+        """With this patience the trainer is renewed as soon as it is watched."""
         self.down_reason = ""
         """Why there is no trainer now; empty while there is one."""
 
@@ -69,11 +71,17 @@ class Supervisor:
     async def renew(self, patience_s: float) -> None:
         """Save, stop and start the trainer with a new setup; `run` does the starting.
 
+        Where nobody watches the trainer (the node still starts, or the trainer is told what to do),
+        that waits until `run` watches it.
+
         A trainer that can't save goes on: what it did would be lost. One that still awaits its
         parameters has nothing to save.
         """
         trainer = self.trainer
-        if trainer is None:
+        if trainer is None or self._renewing:
+            return
+        if not self._watching:
+            self._due_s = patience_s
             return
         try:
             with contextlib.suppress(PeerError):  # NOT_READY: it awaits its parameters
@@ -81,6 +89,8 @@ class Supervisor:
         except LocalError as e:
             log.warning("the trainer goes on with its old setup: %s", e)
             return
+        if self.trainer is not trainer:
+            return  # it ended meanwhile
         self._renewing = True
         await trainer.stop(patience_s)
 
@@ -97,7 +107,7 @@ class Supervisor:
             if trainer is None:
                 raise RuntimeError("first_start() comes first")
             started = loop.time()
-            code = await asyncio.shield(trainer.exited)
+            code = await self._watch(trainer)
             self.trainer, self.last = None, trainer
             self.down_reason = f"trainer exited with {code}"
             if trainer.crash is not None:
@@ -130,3 +140,13 @@ class Supervisor:
             self.restarts += 1
             self.down_reason = ""
             await on_restart(self.trainer)
+
+    async def _watch(self, trainer: TrainerProcess) -> int:
+        """Until it has exited: its status."""
+        self._watching = True
+        if self._due_s is not None:
+            due_s, self._due_s = self._due_s, None
+            await self.renew(due_s)
+        code = await asyncio.shield(trainer.exited)
+        self._watching = False
+        return code

@@ -87,6 +87,7 @@ async def test_a_renewal_is_no_death(rig: Rig):
 
 async def test_a_trainer_that_cannot_save_is_not_renewed(rig: Rig):
     task = await rig.run()
+    await asyncio.sleep(0)
 
     async def full() -> str:
         raise LocalError("disk full")
@@ -108,4 +109,22 @@ async def test_a_trainer_that_awaits_its_parameters_is_renewed_without_a_save(ri
     rig.made[0].checkpoint = awaiting  # type: ignore[method-assign]
     await rig.supervisor.renew(1.0)
     assert await rig.told.get() is rig.made[1]
+    task.cancel()
+
+
+async def test_a_renewal_waits_until_the_trainer_is_watched(rig: Rig):
+    """The text came back while the node still started, or while a trainer was told what to do."""
+    await rig.supervisor.first_start()
+    await rig.supervisor.renew(1.0)
+    assert not rig.made[0].exited.done()
+
+    async def told(trainer: Any) -> None:
+        if trainer is rig.made[1]:
+            await rig.supervisor.renew(1.0)
+            assert not trainer.exited.done()
+        await rig.told.put(trainer)
+
+    task = asyncio.create_task(rig.supervisor.run(told))
+    assert [await rig.told.get() for _ in range(2)] == rig.made[1:]
+    assert (rig.supervisor.restarts, rig.supervisor.trainer) == (0, rig.made[2])
     task.cancel()
