@@ -302,6 +302,7 @@ class Service:
     async def _supervise(self) -> None:
         async def again(trainer: TrainerProcess) -> None:
             self._store.add_event("trainer-restarted", f"epoch {trainer.epoch}")
+            self._node.looked_at_text(trainer.text_problem)
             self._closing.begin()  # what the one before had merged may be lost with it
             to_begin = await self._parameters.hold_again(trainer)
             if to_begin or (trainer.resumed_step is not None and self._node.state == "fetching"):
@@ -340,9 +341,10 @@ class Service:
         elif isinstance(event, SaveFailed):
             self._node.health.failed("checkpoint-failing", event.problem)
         elif isinstance(event, LookedAtText):
-            self._node.looked_at_text(event.problem)
-            if not event.problem:
-                log.info("the text can be read again")
+            if event.problem:
+                self._node.looked_at_text(event.problem)
+            else:  # the condition lasts until a trainer has the text
+                log.info("the text can be read again: the trainer is started anew")
                 self._tasks.create_task(self._renew())
         elif isinstance(event, Crashed):
             log.error("trainer: %s", event.failure.problem)  # its trace is logged already

@@ -179,16 +179,21 @@ class Service:
     # ---- on the receiving thread --------------------------------------------------------------
 
     def _look_for_text(self, look: Callable[[], object]) -> None:
-        """On a thread of its own, until it can be read; the daemon then starts another trainer."""
-        pause_s, problem = _LOOK_FIRST_S, "?"
-        while problem:
+        """On a thread of its own, as long as there is this trainer: where the text can be read, the
+        daemon starts another one, and asks again if that fails.
+        """
+        pause_s = _LOOK_FIRST_S
+        while True:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LOOK_LAST_S)
+            problem = ""
             try:
                 look()
-                problem = ""
             except LocalError as e:
                 problem = str(e)
+            except Exception as e:  # e.g. no memory for it now
+                logger.exception("the text could not be looked at")
+                problem = f"it could not be looked at: {type(e).__name__}"
             self._channel.send(LookedAtText(problem))
 
     def _begin_to_end(self) -> None:

@@ -13,8 +13,10 @@ import torch
 
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data
+from xpeer.errors import ShardError
+from xpeer.training import service as service_module
 from xpeer.training.assemble import Assembled, assemble
-from xpeer.training.ipc import Failure, Reply, Request, WriteCheckpoint
+from xpeer.training.ipc import Failure, LookedAtText, Reply, Request, WriteCheckpoint
 from xpeer.training.service import Service
 
 FEW = ("privacy.noise_multiplier=2", "privacy.epsilon=8", "optimiser.batch_records=2")
@@ -124,3 +126,31 @@ def test_epsilon_is_the_same_with_and_without_the_text(
     machine.gone.rename(machine.text)
     assert without == machine.told()
     assert without[0] > alone or happens is a_lost_register
+
+
+def test_the_text_is_looked_at_as_long_as_there_is_no_other_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon may fail to start one, and reading may fail in ways of its own."""
+    node = assemble(make_homes(tmp_path, 1)[0])
+    monkeypatch.setattr(service_module, "_LOOK_FIRST_S", 0.0)
+    monkeypatch.setattr(service_module, "_LOOK_LAST_S", 0.0)
+    found: list[Exception | None] = [ShardError("gone"), MemoryError("private"), None, None]
+
+    class OverError(BaseException):
+        pass
+
+    def look() -> None:
+        if not found:
+            raise OverError
+        if (error := found.pop(0)) is not None:
+            raise error
+
+    try:
+        service, channel = serving(node)
+        with pytest.raises(OverError):
+            service._look_for_text(look)
+        told = [message.problem for message in channel.sent if isinstance(message, LookedAtText)]
+        assert told == ["gone", "it could not be looked at: MemoryError", "", ""]
+    finally:
+        node.close()
