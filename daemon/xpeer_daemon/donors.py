@@ -18,7 +18,7 @@ import math
 import random
 from typing import Final
 
-from xpeer.errors import PeerError
+from xpeer.errors import LocalError, PeerError
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import state
@@ -284,7 +284,10 @@ class Donors:
             return False
         self._failed.pop(donor, None)
         log.info("took over the parameters of %s at step %d", donor[-8:], step)
-        await self._node.checkpoint()  # what was here is older, or nothing
+        try:
+            await self._node.checkpoint()  # what was here is older, or nothing
+        except LocalError as e:  # the node's health says it, and the next one may succeed
+            log.warning("the parameters that were taken over are not saved yet: %s", e)
         return True
 
     def _refused(self, donor: PeerId, why: str) -> None:

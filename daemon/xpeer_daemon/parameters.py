@@ -12,7 +12,7 @@ import math
 from typing import Literal
 
 from xpeer.config import Home
-from xpeer.errors import TrainerError
+from xpeer.errors import LocalError
 from xpeer.privacy.ledger import Ledger
 from xpeer.training.handle import TrainerProcess
 from xpeer_daemon import donors
@@ -116,8 +116,8 @@ class Parameters:
                 try:
                     if await self._donors.catch_up(trainer, trainer.step):
                         self._node.catching_up = False
-                except TrainerError:
-                    log.info("the trainer ended while it was to catch up")
+                except LocalError as e:
+                    log.warning("the trainer could not catch up: %s", e)
             await asyncio.sleep(POLL_S)
 
 

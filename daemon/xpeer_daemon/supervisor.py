@@ -119,7 +119,7 @@ class Supervisor:
                 with contextlib.suppress(*_PASSING):  # then it is started as after a death
                     self.trainer = await self._start(self._setup())
                     self.down_reason = ""
-                    await on_restart(self.trainer)
+                    await self._tell(on_restart, self.trainer)
                     continue
             if loop.time() - started > QUIET_S:
                 delay_s, quick_deaths = FIRST_DELAY_S, 0
@@ -139,7 +139,17 @@ class Supervisor:
                     self.down_reason = str(e)
             self.restarts += 1
             self.down_reason = ""
-            await on_restart(self.trainer)
+            await self._tell(on_restart, self.trainer)
+
+    async def _tell(
+        self, on_restart: Callable[[TrainerProcess], Awaitable[None]], trainer: TrainerProcess
+    ) -> None:
+        """One that can't be told what to do is ended: what follows is as after any death."""
+        try:
+            await on_restart(trainer)
+        except _PASSING as e:
+            log.warning("the trainer could not go on: %s", e)
+            await trainer.kill()
 
     async def _watch(self, trainer: TrainerProcess) -> int:
         """Until it has exited: its status."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from xpeer.config import Home
-from xpeer.errors import PeerError, Reason
+from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import state
 from xpeer.network.rates import Rates
@@ -353,3 +353,19 @@ async def test_there_are_two_snapshots_at_most_however_slowly_they_are_read() ->
         with pytest.raises(PeerError, match=Reason.BUSY):  # of another trainer, a third
             await shelf.get(Source())
     assert (await shelf.get(source))[0].step == 3
+
+
+@pytest.mark.parametrize("own_step", [None, 10])
+async def test_parameters_that_can_not_be_saved_at_once_are_kept(
+    tmp_path, monkeypatch, own_step
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live = [GOOD]
+
+    async def full() -> str:
+        raise LocalError("no space is left")
+
+    rig.node.checkpoint = full
+    trainer = Trainer(resumed_step=own_step)
+    assert await rig.hold(trainer) is trainer
+    assert trainer.taken == [GOOD]

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from xpeer.errors import ConfigError, LocalError, PeerError, Reason, TrainerError
+from xpeer.errors import (
+    ConfigError,
+    LocalError,
+    LocalTimeoutError,
+    PeerError,
+    Reason,
+    TrainerError,
+)
 from xpeer_daemon import supervisor as supervisor_module
 from xpeer_daemon.supervisor import Supervisor
 
@@ -23,6 +30,11 @@ class FakeTrainer:
 
     async def checkpoint(self) -> str:
         return "path"
+
+    async def kill(self) -> int:
+        if not self.exited.done():
+            self.exited.set_result(-9)
+        return -9
 
     async def stop(self, patience_s: float) -> int:
         self.exited.set_result(0)
@@ -127,4 +139,30 @@ async def test_a_renewal_waits_until_the_trainer_is_watched(rig: Rig):
     task = asyncio.create_task(rig.supervisor.run(told))
     assert [await rig.told.get() for _ in range(2)] == rig.made[1:]
     assert (rig.supervisor.restarts, rig.supervisor.trainer) == (0, rig.made[2])
+    task.cancel()
+
+
+@pytest.mark.parametrize("dies", [True, False])
+@pytest.mark.parametrize("renewed", [True, False])
+async def test_a_trainer_that_fails_while_it_is_told_is_replaced(
+    rig: Rig, dies: bool, renewed: bool
+):
+    """It died, or did not answer in time."""
+
+    async def told(trainer: Any) -> None:
+        if trainer is rig.made[1]:
+            if dies:
+                trainer.die()
+            raise TrainerError("it ended") if dies else LocalTimeoutError("no answer")
+        await rig.told.put(trainer)
+
+    await rig.supervisor.first_start()
+    task = asyncio.create_task(rig.supervisor.run(told))
+    await asyncio.sleep(0)
+    if renewed:
+        await rig.supervisor.renew(1.0)
+    else:
+        rig.made[0].die()
+    assert await rig.told.get() is rig.made[2]
+    assert rig.made[1].exited.done()
     task.cancel()
