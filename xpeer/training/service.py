@@ -192,7 +192,6 @@ class Service:
             except LocalError as e:
                 problem = str(e)
             except Exception as e:  # e.g. no memory for it now
-                logger.exception("the text could not be looked at")
                 problem = f"it could not be looked at: {type(e).__name__}"
             self._channel.send(LookedAtText(problem))
 
