@@ -191,7 +191,7 @@ class Service:
                 look()
             except LocalError as e:
                 problem = str(e)
-            except Exception as e:  # e.g. no memory for it now
+            except Exception as e:  # noqa: BLE001 - e.g. no memory; the daemon tells it
                 problem = f"it could not be looked at: {type(e).__name__}"
             self._channel.send(LookedAtText(problem))
 
