@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xpeer.training.handle import TrainerProcess
 
 ENDED = frozenset({"closing", "budget-spent", "finished"})
 """Phases in which a member takes no further steps."""
@@ -24,6 +28,13 @@ def closing_windows(num_peers: int, configured: int | None) -> int:
     if configured is not None:
         return configured
     return 2 * math.ceil(math.log2(num_peers)) if num_peers > 1 else 0
+
+
+def left_alone(state: str, trainer: TrainerProcess | None, phases: Iterable[str]) -> bool:
+    """Whether a node without text need not wait for it any longer: all others have ended."""
+    others = list(phases)
+    idle = state == "mixing" and trainer is not None and bool(trainer.text_problem)
+    return idle and bool(others) and all(phase in ENDED for phase in others)
 
 
 class Closing:

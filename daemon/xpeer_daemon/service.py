@@ -49,7 +49,7 @@ from xpeer_daemon.joiner import Joiner
 from xpeer_daemon.node import Node
 from xpeer_daemon.parameters import Parameters, begins
 from xpeer_daemon.partners import ORDINARY, Partners
-from xpeer_daemon.phases import ENDED, Closing
+from xpeer_daemon.phases import ENDED, Closing, left_alone
 from xpeer_daemon.presence import ROSTER_EVERY_S, Presence
 from xpeer_daemon.shares import Shares
 from xpeer_daemon.store import RoundRow, Store
@@ -391,6 +391,10 @@ class Service:
             settled = not phases or node.clock() - node.since_s > 2 * ROSTER_EVERY_S
             if node.clock() - node.since_s > self._patience_s():
                 phases = [phase for phase in phases if phase in ENDED]
+            if settled and left_alone(node.state, self._supervisor.trainer, phases):
+                log.warning("all others have ended, and this node has no text: it ends, too")
+                node.enter("closing")
+                continue
             if node.state in ("closing", "budget-spent") and settled:
                 if self._closing.finished(phases):
                     await self._finish()

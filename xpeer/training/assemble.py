@@ -191,8 +191,12 @@ def assemble(setup: TrainerSetup) -> Assembled:
     saved, warnings = checkpoint.load_latest(home.checkpoints)
     device = choose_device(config.training.device)
     kernels.configure(compile=config.training.compile_codec)
-    fresh = saved is None and setup.initial == "initial"
-    model = model_of(manifest, home, config.data.base_model, fresh=fresh).to(device)
+    model = model_of(
+        manifest,
+        home,
+        config.data.base_model,
+        fresh=saved is None and setup.initial == "initial",
+    ).to(device)
     check_fits(model, tokenizer.vocab_size, manifest.optimiser.sequence_tokens)
     parameters = FlatParameters(model)
     if parameters.num_params != manifest.model.num_params:
@@ -202,8 +206,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
             "use the transformers version that the founder used",
         )
     private = manifest.privacy.mode != "off"
-    must_exist = saved.ledger_id or None if saved is not None else None
-    ledger = Ledger.open(home.ledger_db, must_exist=must_exist)
+    ledger = Ledger.open(home.ledger_db, must_exist=(saved.ledger_id or None) if saved else None)
     ledger_id = ledger.id if private else ""
     if saved is not None:
         saved.require(manifest_hash, ledger_id, parameters.num_params)
@@ -254,6 +257,8 @@ def assemble(setup: TrainerSetup) -> Assembled:
     _resume(trainer, parameters, saved)
     if trainer.ended:  # it takes no step anyway
         problem = ""
+    elif isinstance(mechanism, IdleMechanism):
+        trainer.begin_idle(budget_spent=mechanism.spent().steps_left == 0)
     return Assembled(
         trainer=trainer,
         mechanism=mechanism,

@@ -107,6 +107,8 @@ class LocalTrainer:
         self._throttle = throttle
         self._mode: Mode = "train"
         self._budget_spent = False
+        self.idle = False
+        """There is no text: no step is taken, and the run or the budget ends as for others."""
         self._stopping = False
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.permits = Permits(manifest, mechanism, lambda: self.counters)
@@ -131,6 +133,10 @@ class LocalTrainer:
         self.pulse.end_step_within(SHORT_S)
         self.submit(self._stop)
 
+    def begin_idle(self, *, budget_spent: bool) -> None:
+        """Before `run`: there is no text."""
+        self.idle, self._budget_spent = True, budget_spent
+
     @property
     def state(self) -> TrainerState:
         """What the loop does now."""
@@ -142,7 +148,9 @@ class LocalTrainer:
             return "training"
         if self.ended:
             return "closing"
-        return "budget-spent" if self._budget_spent else "training"
+        if self._budget_spent:
+            return "budget-spent"
+        return "mixing" if self.idle else "training"
 
     @property
     def ended(self) -> bool:

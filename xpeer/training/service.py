@@ -141,9 +141,8 @@ class Service:
             threading.Thread(target=look, name="text", daemon=True).start()
 
     def set_mode(self, mode: Mode) -> None:
-        """At a boundary: as asked, but that nothing is trained without text."""
-        lacks = self._assembled.look_again is not None
-        self._trainer.set_mode("mix" if lacks and mode == "train" else mode)
+        """At a boundary."""
+        self._trainer.set_mode(mode)
 
     def handle(self, request: Request) -> None:
         """Take a command, on the receiving thread; returns at once."""

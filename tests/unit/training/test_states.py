@@ -154,3 +154,39 @@ def test_the_text_is_looked_at_as_long_as_there_is_no_other_trainer(
         assert told == ["gone", "it could not be looked at: MemoryError", "", ""]
     finally:
         node.close()
+
+
+def test_a_node_without_text_ends_with_its_run(tmp_path: Path) -> None:
+    setup = make_homes(tmp_path, 1, privacy="record", changes=(*FEW, "end.steps=40"))[0]
+    shutil.rmtree(setup.config.data.shard[0])
+    node = assemble(msgspec.structs.replace(setup, has_trained=True, mode="mix"))
+    try:
+        service, _ = serving(node)
+        for mode, state in (("mix", "mixing"), ("train", "mixing"), ("pause", "paused")):
+            service.set_mode(mode)  # type: ignore[arg-type]
+            assert node.trainer.state == state
+        service.set_mode("train")
+        node.trainer.replace(node.trainer.parameters.read(), 40)
+        assert node.trainer.state == "closing"
+    finally:
+        node.close()
+
+
+def test_a_node_without_text_knows_that_its_budget_is_spent(tmp_path: Path) -> None:
+    changes = ("privacy.noise_multiplier=1.2", "privacy.epsilon=1", "end.steps=400")
+    setup = make_homes(tmp_path, 1, privacy="record", changes=changes)[0]
+    node = assemble(setup)
+    node.trainer.run(steps=400)
+    assert node.trainer.state == "budget-spent"
+    node.capture()()
+    node.close()
+    shutil.rmtree(setup.config.data.shard[0])
+    node = assemble(msgspec.structs.replace(setup, has_trained=True))
+    try:
+        service, _ = serving(node)
+        service.set_mode("train")
+        assert node.trainer.state == "budget-spent"
+        assert node.spent().steps_left == 0
+        assert node.text_problem
+    finally:
+        node.close()
