@@ -385,6 +385,7 @@ class LocalTrainer:
         self.seconds_blocked += time.perf_counter() - began - saved_s
         if permission == "spent":
             self._budget_spent = True
+            self._gradient_due = self._gradients is not None and self._gradients.begun
             self.on_state()
         elif permission == "held":
             self._serve_for(_HELD_S)
@@ -465,6 +466,7 @@ class LocalTrainer:
             self.counters.window += 1
             self._window_step = 0
             self._window_began = now
+        if over or self.ended:  # what a short last window gathered counts, too
             self._gradient_due = self._gradients is not None
         if (over or self.ended) and self.parameters.end_window():
             self.optimiser = make_optimiser(self.manifest, self.parameters)
@@ -488,7 +490,7 @@ class LocalTrainer:
         if self._stopping or self.state != "training":
             return  # paused: the gradient stays due
         self._take_window_step(self._gradients)
-        if self.ended:
+        if self.ended or self._budget_spent:
             self.on_state()
 
     def _serve_for(

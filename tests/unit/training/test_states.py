@@ -190,3 +190,33 @@ def test_a_node_without_text_knows_that_its_budget_is_spent(tmp_path: Path) -> N
         assert node.text_problem
     finally:
         node.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "end"), [(("end.steps=6",), "closing"), (("privacy.epsilon=1",), "budget-spent")]
+)
+def test_the_gradients_of_a_short_last_window_are_used(
+    tmp_path: Path, changes: tuple[str, ...], end: str
+) -> None:
+    rule = ("round.rule=gradient", "round.fragments=1", "round.group=0", "round.deadline_s=0.1")
+    sigma = 2 if end == "closing" else 1.4
+    told = ("optimiser.batch_records=2", f"privacy.noise_multiplier={sigma}", "end.steps=400")
+    setup = make_homes(tmp_path, 1, privacy="record", changes=(*rule, *told, *changes))[0]
+    node = assemble(setup)
+    trainer = node.trainer
+    states: list[str] = []
+
+    def ended() -> None:
+        states.append(trainer.state)
+        if trainer.state == end:
+            trainer.stop()
+
+    trainer.on_state = ended
+    try:
+        trainer.run()
+        charged = node.ledger.steps_charged
+        assert states[-1] == end
+        assert charged % 4, "the last window is short"
+        assert charged == node.mechanism.charged().used == trainer.counters.charges_used
+    finally:
+        node.close()

@@ -42,6 +42,11 @@ class GradientAveraging(Rule):
         self.averaged = self._sum = self._residual = None
         self._batches = 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether a gradient waits for its step."""
+        return self._sum is not None
+
     def accumulate(self, gradient: torch.Tensor) -> None:
         """Add a batch's gradient, (P,) float32, CPU; kept."""
         self._sum = gradient if self._sum is None else self._sum.add_(gradient)
