@@ -19,6 +19,7 @@ from xpeer.control import End
 from xpeer.errors import ExitCode, LocalError, NotSavedError, PeerError
 from xpeer.health import duration
 from xpeer.training import checkpoint
+from xpeer.training.tensorfile import CorruptFileError
 
 if TYPE_CHECKING:
     from xpeer.training.handle import Ending, TrainerProcess
@@ -115,10 +116,12 @@ class Ends:
         log.error("%s", self.lost)
 
     def last_saved(self) -> tuple[int, float] | None:
-        """Step and time of the newest checkpoint, if there is one."""
+        """Step and time of the newest checkpoint that is whole, if there is one."""
         try:
             for newest in checkpoint.paths(self._home.checkpoints):
-                return checkpoint.step_of(newest), newest.stat().st_mtime
+                with contextlib.suppress(CorruptFileError):
+                    checkpoint.load(newest)
+                    return checkpoint.step_of(newest), newest.stat().st_mtime
         except (LocalError, OSError) as e:
             log.warning("checkpoints can't be looked at: %s", e)
         return None

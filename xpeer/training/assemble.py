@@ -150,6 +150,11 @@ class Assembled:
         return lambda: self._save(bundle, received)
 
     def _save(self, bundle: Bundle, received: dict[int, tuple[Shown, ...]]) -> str:
+        if not bool(torch.isfinite(bundle.flat).all()):
+            raise LocalError(
+                f"the parameters of step {bundle.step} are not finite: they are not saved",
+                "training diverged; the checkpoint before is kept",
+            )
         own = bundle.flat, bundle.exp_avg, bundle.exp_avg_sq
         if received:
             averaged = consolidate(bundle.flat, self.trainer.exchanges.fragments, received)

@@ -13,7 +13,7 @@ import torch
 
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data
-from xpeer.errors import ShardError
+from xpeer.errors import LocalError, ShardError
 from xpeer.training import service as service_module
 from xpeer.training.assemble import Assembled, assemble
 from xpeer.training.ipc import Failure, LookedAtText, Reply, Request, WriteCheckpoint
@@ -220,3 +220,31 @@ def test_the_gradients_of_a_short_last_window_are_used(
         assert charged == node.mechanism.charged().used == trainer.counters.charges_used
     finally:
         node.close()
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    node = assemble(make_homes(tmp_path, 1)[0])
+    try:
+        node.trainer.parameters.flat[3] = torch.nan
+        write = node.capture()
+        with pytest.raises(LocalError, match="not finite"):
+            write()
+        assert not list(node.home.checkpoints.glob("*"))
+    finally:
+        node.close()
+
+
+def test_a_damaged_checkpoint_saved_nothing(tmp_path: Path) -> None:
+    from xpeer.config import NodeConfig
+    from xpeer_daemon.ending import Ends
+
+    node = assemble(make_homes(tmp_path, 1)[0])
+    folder = node.home.checkpoints
+    ends = Ends(node.home, NodeConfig())
+    assert ends.last_saved() is None
+    node.capture()()
+    node.close()
+    (folder / "ckpt-000000100.safetensors").write_bytes(b"damaged")
+    saved = ends.last_saved()
+    assert saved is not None
+    assert saved[0] == 0
