@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 
-from tests.cases.support import Nodes, found, trainer_of
+from tests.cases.support import Nodes, found, trainer_of, xpeer
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data, Home
 from xpeer.errors import ConfigError, LocalError, PeerError
@@ -30,6 +30,7 @@ def test_a_half_written_line_does_not_end_a_node_that_trains(nodes: Nodes, tmp_p
     found(nodes.home("a"), rows, fields=["end.steps=100000"])
     nodes.start("a")
     trained = nodes.until("a", lambda s: s.progress.step > 0)
+    assert xpeer("checkpoint", "save", "--home", nodes.home("a")).returncode == 0
     whole = rows.read_bytes()
     rows.write_bytes(whole + b'{"text": "half a li')
     os.kill(trainer_of(nodes.pid("a")), signal.SIGKILL)

@@ -73,17 +73,17 @@ def test_a_fault_that_only_a_restart_would_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from xpeer import trial
-    from xpeer.training.initial import model_of
+    from xpeer.training.initial import trained_model
 
     def another(*_args: object, **_kwargs: object) -> torch.nn.Module:
-        made = model_of(*_args, **_kwargs)  # type: ignore[arg-type]
+        made = trained_model(*_args, **_kwargs)  # type: ignore[arg-type]
         with torch.no_grad():
             for module in made.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.register_forward_hook(lambda _m, _i, out: 1.1 * out)
         return made
 
-    monkeypatch.setattr(trial, "model_of", another)
+    monkeypatch.setattr(trial, "trained_model", another)
     code, err = init(tmp_path / "h", "--preset", "tiny")
     assert code == 1, err
     assert "as restarted is not the one that was trained" in err
