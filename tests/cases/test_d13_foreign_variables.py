@@ -32,6 +32,8 @@ def test_services_of_other_names(prefix: str) -> None:
     given = {name.replace("XPEER", prefix, 1): value for name, value in KUBERNETES.items()}
     given |= {f"{prefix}_PORT_53_UDP": "udp://[fd00::1]:53", f"{prefix}_PORT_9_SCTP_ADDR": "::1"}
     linked = {f"{prefix}_NAME": "/web/xpeer", f"{prefix}_ENV_HOME": "/root"}
+    if prefix == "XPEER_NETWORK":  # its _NAME is a setting of ours
+        linked = {}
     assert config.foreign(given | linked) == sorted(given | linked)
     config.load(Path("none"), given | linked)
     assert " ignored: " in config.note_of_foreign(given)

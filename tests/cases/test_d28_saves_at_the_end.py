@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.cases.slow_disk_trainer import SAVE_S
 from tests.cases.support import Nodes, found, trainer_of, xpeer
@@ -39,7 +40,8 @@ async def test_a_save_that_gets_on_is_not_killed(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_what_could_not_be_saved_is_told(nodes: Nodes, shard: Path) -> None:
-    found(nodes.home("a"), shard, fields=["end.steps=100000"])
+    # the first checkpoint is due at the end of the first window
+    found(nodes.home("a"), shard, fields=["end.steps=100000", "round.window_steps=1000"])
     nodes.start("a", XPEER_DAEMON_STOP_TIMEOUT_S="2")
     nodes.until("a", lambda s: s.progress.step > 0)
     os.kill(trainer_of(nodes.pid("a")), signal.SIGSTOP)
@@ -97,12 +99,16 @@ async def test_the_time_follows_from_size_and_steps_and_is_asked_of_systemd(
 async def test_what_is_lost_is_counted_from_the_last_checkpoint(
     tmp_path: Path, crash: LocalError | None, saved: int | None
 ) -> None:
+    from xpeer.training import checkpoint
+    from xpeer.training.checkpoint import Bundle
     from xpeer_daemon.ending import Ends
 
     home = Home(tmp_path)
     home.checkpoints.mkdir()
     if saved is not None:
-        (home.checkpoints / f"ckpt-{saved:09}.safetensors").touch()
+        flat = torch.ones(8)
+        whole = Bundle(flat, flat * 2, flat * 3, saved, counters={"step": saved})
+        checkpoint.save(home.checkpoints, whole)
     ends = Ends(home, NodeConfig(daemon=Daemon(stop_timeout_s=1.0)))
     trainer = FakeTrainer(-9, 12)
     trainer.crash = crash  # type: ignore[assignment]

@@ -10,7 +10,7 @@ import click
 from xpeer.cli.common import GivenPath, echo, echo_json, home_option, json_option, load_config, say
 from xpeer.config import Home, privacy_register
 from xpeer.control import Client
-from xpeer.errors import ConfigError, ExitCode, LocalError
+from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import SignedManifest
 
 SAVE_TIMEOUT_S = 120.0
@@ -80,8 +80,11 @@ def verify_command(home: Home, as_json: bool) -> None:
     else:
         for name, problem in problems.items():
             echo(f"{name}  {f'damaged: {problem}' if problem else 'ok'}")
-    if any(problems.values()):
-        raise click.exceptions.Exit(int(ExitCode.ERROR))
+    if damaged := sum(map(bool, problems.values())):
+        raise LocalError(
+            f"{damaged} of {len(problems)} checkpoints are damaged",
+            "the newest whole one is used; restore the others from a backup, or remove them",
+        )
 
 
 @checkpoint.command("export")

@@ -32,8 +32,8 @@ _SOCKET_BYTES: Final = 107
 """Of a Unix socket's path on Linux (unix(7), sun_path)."""
 _OUR_BYTES: Final = 42
 """Of these, the folder's own name and a socket's in it."""
-_EMPTY_AFTER_S: Final = 3600.0
-"""An empty folder may be one that a node has just made; an hour old, it is left over."""
+_EMPTY_AFTER_S: Final = 1.0
+"""An empty folder may be one that an older version, which locks nothing, has just made."""
 
 
 class Scratch:
