@@ -271,7 +271,7 @@ async def test_a_taken_port_and_a_seed_without_peer_id_are_named(launch):
 
 async def test_close_leaves_no_process_and_no_socket_behind(launch):
     swarm = await launch()
-    folder, pid = swarm._p2p._folder, swarm._p2p._child.pid
+    folder, pid = swarm._p2p._scratch.path, swarm._p2p._child.pid
     assert folder.stat().st_mode & 0o777 == 0o700
     await swarm.close()
     assert not folder.exists()

@@ -64,9 +64,11 @@ class Scratch:
             # another node that starts now took it for one that was left over
 
     def close(self) -> None:
-        """Remove it with all that is in it."""
+        """Remove it with all that is in it; once is enough, twice does no harm."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def sweep() -> int:
