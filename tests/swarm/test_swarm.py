@@ -173,7 +173,7 @@ async def test_a_sidecar_that_hangs_holds_up_no_end(
 ):
     monkeypatch.setattr(p2p, "STOP_TIMEOUT_S", 0.5)
     node = await launch()
-    child, folder = node._p2p._child, node._p2p._folder
+    child, folder = node._p2p._child, node._p2p._scratch.path
     os.kill(child.pid, signal.SIGSTOP)
     threads = Path(f"/proc/{child.pid}/task")
     await until(lambda: all(state_of(thread) == "T" for thread in threads.iterdir()))
