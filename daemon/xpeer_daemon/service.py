@@ -130,8 +130,8 @@ class Service:
             saved = [checkpoint.step_of(path) for path in checkpoint.paths(self._home.checkpoints)]
             log.info("this node %s", report.beginning(max(saved, default=None), node.known))
             self._windows = Windows(self._home.losses, node, self._store.keep_known)
-            ending.callback(self._windows.keep)
             ending.callback(self._store.close)
+            ending.callback(self._windows.keep)  # before it is closed: last in, first out
             self._joiner = Joiner(
                 self._home, self._config, self._identity, self._membership, node, self._store
             )
