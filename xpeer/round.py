@@ -86,6 +86,7 @@ class Gathering:
 
     Attributes:
         accepted: by both sides: partner -> exchange id.
+        begun: somebody came.
         closed: no further exchange may begin.
     """
 
@@ -98,7 +99,7 @@ class Gathering:
         self._waiting = set(given["expected"])
         self.accepted: dict[PeerId, int] = {}
         self._changed = asyncio.Event()
-        self.closed = False
+        self.begun = self.closed = False
 
     def expects(self, peer_id: PeerId) -> bool:
         """Whether this partner's exchange is still to come."""
@@ -106,11 +107,22 @@ class Gathering:
 
     def give_up(self, peer_id: PeerId) -> None:
         """There will be no exchange with this one."""
-        self._comes(peer_id)
-
-    def _comes(self, peer_id: PeerId) -> None:
         self._waiting.discard(peer_id)
         self._changed.set()
+
+    def gives_way_to(self, slot: int) -> bool:
+        """Whether a later slot's meeting may take its place: as long as nobody came."""
+        return slot > self.slot and not self.begun and not self.closed
+
+    def give_way(self) -> None:
+        """End it: nobody came, and the others meet in a later slot."""
+        self.closed = True
+        self._waiting.clear()
+        self._changed.set()
+
+    def _comes(self, peer_id: PeerId) -> None:
+        self.begun = True
+        self.give_up(peer_id)
 
     async def _gathered(self) -> None:
         """All that were expected came or won't come, or the time for that is over."""

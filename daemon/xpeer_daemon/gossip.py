@@ -277,7 +277,9 @@ class Gossip(Desk):
         self._last_partner = peer_id
         expected = [peer_id] if self._round.group == PAIR else self._company(slot)
         averaging = agreement.averaging
-        meeting = self._meetings.join(trainer, slot, averaging=averaging, expected=expected)
+        meeting = self._meetings.join(
+            trainer, slot, averaging=averaging, expected=expected, agreed=True
+        )
         began = self._clock()
         start: Start | None = None
         try:

@@ -55,11 +55,16 @@ class Meetings:
         return fragment in self._running
 
     def joinable(self, slot: int, fragment: int, averaging: bool, peer_id: PeerId) -> bool:
-        """Whether an exchange with this partner can begin, or join its group's meeting."""
+        """Whether an exchange with this partner can begin, or join its group's meeting.
+
+        A meeting to which nobody came gives way to a later slot's: who ended theirs at other times
+        would else wait for one another in turn.
+        """
         meeting = self._running.get(fragment)
-        return meeting is None or (
-            (meeting.slot, meeting.averaging) == (slot, averaging) and meeting.expects(peer_id)
-        )
+        if meeting is None:
+            return True
+        same = (meeting.slot, meeting.averaging) == (slot, averaging)
+        return (same or meeting.gives_way_to(slot)) and meeting.expects(peer_id)
 
     def join(
         self,
@@ -68,13 +73,25 @@ class Meetings:
         *,
         averaging: bool,
         expected: Collection[PeerId],
+        agreed: bool = False,
     ) -> Meeting | MaskedMeeting | None:
-        """The slot's meeting, begun if need be; None = the fragment is in another one."""
+        """The slot's meeting, begun if need be; None = the fragment is in another one.
+
+        Args:
+            trainer: ours.
+            slot: of the shared clock.
+            averaging: see `round.Given`.
+            expected: by a meeting that begins.
+            agreed: with a partner, to meet in this slot.
+        """
         fragment = matching.fragment_of(self._us.swarm_id, slot, self._rules.fragments)
         meeting = self._running.get(fragment)
         if meeting is not None:
-            same = (meeting.slot, meeting.averaging) == (slot, averaging)
-            return meeting if same and not meeting.closed else None
+            if (meeting.slot, meeting.averaging) == (slot, averaging):
+                return None if meeting.closed else meeting
+            if not (agreed and meeting.gives_way_to(slot)):
+                return None
+            meeting.give_way()
         self._last_id += 1
         given = Given(
             meeting_id=self._last_id,
@@ -110,7 +127,8 @@ class Meetings:
             reason = e.reason if isinstance(e, PeerError) else Reason.TRAINER_RESTARTED
             self._partners.skipped("", meeting.slot, reason, str(e))
         finally:
-            del self._running[meeting.fragment]
+            if self._running.get(meeting.fragment) is meeting:  # else it gave way
+                del self._running[meeting.fragment]
             if isinstance(meeting, MaskedMeeting):
                 self._remember(meeting, epoch)
 

@@ -113,7 +113,7 @@ class Rig:
         self.outcome: Callable[[], Any] = lambda: Exchanged(0.01, 408, 100)
 
         async def exchange(meeting: Meeting, agreement: Any, **_: Any) -> Any:
-            meeting.give_up(agreement.peer_id)
+            meeting._comes(agreement.peer_id)
             return self.outcome()
 
         monkeypatch.setattr(Meeting, "exchange", exchange)
@@ -387,6 +387,43 @@ async def test_a_group_meets_at_once_and_waits_for_the_lower_ones(monkeypatch: p
     assert rig.gossip.terms(ME, slot).group_weight == 4.0
 
 
+@pytest.mark.parametrize("masks", [False, True])
+async def test_a_meeting_to_which_nobody_came_gives_way_to_a_later_slot(
+    monkeypatch: pytest.MonkeyPatch, masks: bool
+):
+    """Those whose meetings began in different slots would else wait for one another in turn."""
+    rules = MASKED if masks else msgspec.structs.replace(ROUND, group=0)
+    rig = Rig(monkeypatch, me=THIRD, rules=msgspec.structs.replace(rules, fragments=1))
+    rig.host.live = [ME, OTHER]
+    slot = matching.slot_number(rig.now, ROUND.slot_s)
+    rig.gossip._begin(slot)
+    waiting = rig.gossip._meetings._running[0]
+    later = rig.proposal(slot=slot + 1, fragment=0, exchange_id=78)
+    if masks:
+        later = msgspec.structs.replace(later, averaging=True, codec="masked16")
+    assert rig.gossip.objection(ME, later) is None
+    earlier = msgspec.structs.replace(later, slot=slot - 1)
+    assert rig.gossip.objection(ME, earlier) == Reason.BUSY
+    agreement: Any = SimpleNamespace(
+        peer_id=ME, slot=slot + 1, fragment=0, exchange_id=78, averaging=later.averaging
+    )
+    met = asyncio.create_task(rig.gossip.take_part(agreement))
+    while rig.gossip._meetings._running[0] is waiting:
+        await asyncio.sleep(0)
+    meeting = rig.gossip._meetings._running[0]
+    assert waiting.closed
+    assert meeting.slot == slot + 1
+    assert meeting.expects(OTHER)
+    while not meeting.begun:
+        await asyncio.sleep(0)
+    again = msgspec.structs.replace(later, slot=slot + 2, exchange_id=79)
+    assert rig.gossip.objection(OTHER, again) == Reason.BUSY  # somebody came to ours
+    for task in rig.gossip._tasks:
+        task.cancel()
+    met.cancel()
+    await asyncio.gather(met, *rig.gossip._tasks, return_exceptions=True)
+
+
 async def test_a_member_of_the_group_that_refuses_is_given_up(monkeypatch: pytest.MonkeyPatch):
     rig = Rig(monkeypatch, rules=msgspec.structs.replace(ROUND, group=0))
     rig.host.live = [OTHER, THIRD]
@@ -462,7 +499,7 @@ def masked_rig(monkeypatch: pytest.MonkeyPatch, *outcomes: Outcome) -> tuple[Rig
         meeting.revealed, meeting.merged = next(ends)
 
     async def exchange(meeting: MaskedMeeting, agreement: Any, **_: Any) -> Any:
-        meeting.give_up(agreement.peer_id)
+        meeting._comes(agreement.peer_id)
         return Exchanged(0.1, 4, 4)
 
     monkeypatch.setattr(MaskedMeeting, "run", run)
