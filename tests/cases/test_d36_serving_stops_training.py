@@ -1,0 +1,146 @@
+"""D36: while joiners of SmolLM2 came, the donor's training thread measured a loss for each: 98 of
+160 s without training.
+
+What it may do for a joiner is a copy at a step boundary. No timings: evaluations and threads are
+counted.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from tests.unit.training.homes import make_homes
+from xpeer.training import assemble as assembling
+from xpeer.training import service as serving
+from xpeer.training.arena import Arena
+from xpeer.training.consolidation import Shown
+from xpeer.training.handle import layout_of
+from xpeer.training.ipc import (
+    Evaluate,
+    ExportState,
+    Losses,
+    Progressed,
+    Reply,
+    Request,
+    StateExported,
+)
+from xpeer.training.local import LocalTrainer
+from xpeer.training.service import Service
+from xpeer.wire import codec
+
+JOINERS = 4
+TRAINING = "training of the test"
+ANSWER_S = 60.0
+"""Only so that a test that fails ends."""
+LONG = ("end.steps=1000000", "round.window_steps=100000")
+"""No window ends: nothing is measured but for whoever asks."""
+
+
+class Daemon:
+    """The other end of a trainer that trains on a thread of this process."""
+
+    def __init__(self, trainer: LocalTrainer) -> None:
+        self._trainer = trainer
+        self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._number = 0
+        self.service: Service
+
+    def send(self, message: Any) -> None:
+        """What the trainer says."""
+        self._told.put(message)
+
+    def ask(self, command: Any) -> Any:
+        self._number += 1
+        self.service.handle(Request(self._number, command))
+        while True:
+            message = self._told.get(timeout=ANSWER_S)
+            if isinstance(message, Reply) and message.number == self._number:
+                return message.result
+
+    def more_steps(self, count: int) -> None:
+        """Wait until so many more were taken."""
+        wanted = self._trainer.counters.step + count
+        while True:
+            message = self._told.get(timeout=ANSWER_S)
+            if isinstance(message, Progressed) and message.progress.step >= wanted:
+                return
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, bool]]:
+    """Evaluations and hashes of whole models: how many, and whether on the training thread."""
+    found: Counter[tuple[str, bool]] = Counter()
+
+    def counted(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            found[name, threading.current_thread().name == TRAINING] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(assembling, "evaluate")
+    counted(serving, "digest")
+    return found
+
+
+@contextmanager
+def training(folder: Path) -> Iterator[tuple[LocalTrainer, Daemon]]:
+    """A trainer in the middle of its run, and who may ask it."""
+    torch.set_num_threads(1)
+    node = assembling.assemble(make_homes(folder, 1, changes=LONG)[0])
+    trainer, arena = node.trainer, Arena.create(layout_of(node.trainer.manifest))
+    daemon = Daemon(trainer)
+    daemon.service = Service(cast(Any, daemon), arena, node, 3600.0)
+    thread = threading.Thread(target=trainer.run, name=TRAINING)
+    thread.start()
+    try:
+        yield trainer, daemon
+    finally:
+        trainer.stop()
+        thread.join()
+        daemon.service._disk.shutdown()
+        node.close()
+        arena.close()
+
+
+def show_partners(trainer: LocalTrainer) -> None:
+    """As after a merge of each fragment: what joiners get is an average with these."""
+    exchanges = trainer.exchanges
+    for fragment in range(exchanges.fragments.num_fragments):
+        values = exchanges.fragments.gather(trainer.parameters.flat, fragment)
+        kept = torch.frombuffer(bytearray(codec.encode("int8", values)), dtype=torch.uint8)
+        exchanges.consolidation.merged(fragment, Shown("int8", kept))
+
+
+@pytest.mark.parametrize("met", [False, True], ids=["alone", "with partners"])
+def test_joiners_one_after_another_cost_the_training_thread_no_evaluation(
+    tmp_path: Path, calls: Counter[tuple[str, bool]], met: bool
+) -> None:
+    with training(tmp_path) as (trainer, daemon):
+        daemon.more_steps(1)
+        measured = daemon.ask(Evaluate())
+        assert isinstance(measured, Losses)
+        if met:
+            trainer.submit(lambda: show_partners(trainer))
+        calls.clear()
+        steps = []
+        for _ in range(JOINERS):
+            daemon.more_steps(3)
+            given = daemon.ask(ExportState())
+            assert isinstance(given, StateExported), given
+            assert given.loss_public == pytest.approx(measured.public, rel=0.5)
+            steps.append(given.step)
+        for_joiners = dict(calls)
+    assert for_joiners == {("digest", False): JOINERS}
+    assert steps == sorted(set(steps))  # each was given what had been trained by then
