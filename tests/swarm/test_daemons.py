@@ -32,7 +32,7 @@ SMALL = {
     "round.window_steps": 5,
     "round.deadline_s": 10,
 }
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(240)
 
 
 class Swarm:

@@ -7,7 +7,7 @@ import pytest
 from tests.swarm.test_daemons import LOOPBACK, Swarm, swarm
 
 __all__ = ["swarm"]  # the fixture
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.mark.parametrize(

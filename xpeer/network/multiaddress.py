@@ -14,7 +14,8 @@ from xpeer.errors import ConfigError
 from xpeer.identity import public_key_of
 
 _NAMES: Final = frozenset({"dns", "dns4", "dns6"})
-_HOST_NAME: Final = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}\.?)+")
+_LABEL: Final = "[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
+_HOST_NAME: Final = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*\.?")
 _FORM: Final = "write it as /ip4/ADDRESS/tcp/PORT or /dns4/NAME/tcp/PORT"
 
 
