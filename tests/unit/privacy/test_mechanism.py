@@ -122,6 +122,25 @@ def test_the_gradient_is_the_clipped_sum_plus_noise_over_the_expected_batch(
     assert result.loss == pytest.approx(float(losses.sum() / tokens.sum()))
 
 
+@pytest.mark.parametrize(("records", "batch"), [(7, 2), (7, 7), (6, 100), (3, 1), (700, 33)])
+def test_what_the_ledger_says_is_what_the_sampler_and_the_noise_are_told(
+    ledger: Ledger, records: int, batch: int
+) -> None:
+    """An epsilon accounted for other numbers than those drawn with is none."""
+    model = llama(tied=False)
+    some = some_records()
+    shard = some.repeat(records // len(some) + 1, 1)[:records]
+    mechanism = record(ledger, model, rules=manifest(batch=batch), records=shard)
+    generator = scripted(mechanism, [0])
+    assert mechanism.begin_window(2) == 2
+    for _ in range(2):
+        mechanism.step_gradient()
+    (charged,) = ledger.segments()
+    assert generator.asked == [(records, charged.sampling_probability)] * 2
+    assert set(generator.stds) == {charged.noise_multiplier * CLIP}
+    assert charged.steps == 2
+
+
 def test_an_empty_batch_is_a_step_of_pure_noise(ledger: Ledger) -> None:
     model = llama(tied=False)
     mechanism = record(ledger, model, rules=manifest(batch=2))
