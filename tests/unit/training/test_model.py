@@ -235,6 +235,11 @@ def test_export_and_load_again(config: dict[str, Any], tmp_path: Path):
     m.export_hf(model, None, folder)
     loaded = m.from_folder(folder)
     assert torch.equal(m.read_flat(loaded), m.read_flat(model))
+    theirs, ours = dict(loaded.named_buffers()), dict(model.named_buffers())
+    assert {name: buffer.dtype for name, buffer in theirs.items()} == {
+        name: buffer.dtype for name, buffer in ours.items()
+    }
+    assert all(torch.equal(theirs[name], buffer) for name, buffer in ours.items())
     rebuilt = m.build(json.loads(json.dumps(m.config_of(loaded))), seed=8)
     m.write_flat(rebuilt, m.read_flat(loaded))
     ids = records(2)
