@@ -258,8 +258,16 @@ class Service:
     def _write_checkpoint(self, number: int) -> None:
         if self._trainer.awaiting:  # values of chance, which the next start would resume from
             raise PeerError(Reason.NOT_READY, "the parameters have not been fetched yet")
-        write = self._saving.copy()
-        _submit(self._disk, self._answer, number, lambda: Written(write()))
+        write, step = self._saving.copy(), self._trainer.counters.step
+
+        def written() -> Written:
+            try:
+                return Written(write())
+            except LocalError as e:  # whoever asked is told, and health, too
+                self._channel.send(SaveFailed(str(e), step))
+                raise
+
+        _submit(self._disk, self._answer, number, written)
 
     def _evaluate(self) -> Losses:
         public, validation = self._trainer.measure()

@@ -372,6 +372,19 @@ async def test_a_checkpoint_that_cannot_be_written_is_told_and_training_goes_on(
     assert await trainer.stop(30) == 0
 
 
+async def test_a_checkpoint_that_was_asked_for_and_fails_is_told_like_any_other(tmp_path: Path):
+    setup = make_homes(tmp_path, 1)[0]
+    watch = Watch()
+    trainer = await TrainerProcess.start(msgspec.structs.replace(setup, mode="pause"), watch)
+    (Path(setup.home) / "checkpoints").touch()
+    with pytest.raises(LocalError, match="checkpoints"):
+        await trainer.checkpoint()
+    failed = await watch.until(lambda event: isinstance(event, SaveFailed))
+    assert isinstance(failed, SaveFailed)
+    assert "checkpoint" in failed.problem
+    await trainer.kill()
+
+
 async def test_the_end_of_the_run_is_told_and_a_joiner_waits_for_its_parameters(
     tmp_path: Path,
 ) -> None:
