@@ -163,7 +163,18 @@ class Link:
         Raises:
             PeerError: more or less than announced, or altered; ended or stalled.
         """
-        session, payload, stream = self._open_session(), bulk.allocate(num_bytes), self._stream
+        payload = bulk.allocate(num_bytes)
+        return payload, await self.receive_into(payload, pace)
+
+    async def receive_into(self, payload: memoryview, pace: Pace | None = None) -> bytes:
+        """As `receive_bulk`, into memory of the caller's: what came before an error is in it, whole
+        frames of `pace.moved` bytes.
+
+        Args:
+            payload: (num_bytes,) uint8, writable.
+            pace: of the whole, if it has to be fast enough.
+        """
+        session, stream = self._open_session(), self._stream
         direct = False
         with self._fails_whole(direct=False):
             header = await self._read(HEADER.size)
@@ -179,8 +190,8 @@ class Link:
                 lambda: bulk.receive(stream, session.opener, payload, self._frame_timeout_s, pace)
             )
         already = 0 if direct else HEADER.size
-        self._meter.bytes_in += bulk.sealed_size(num_bytes) - already
-        return payload, digest
+        self._meter.bytes_in += bulk.sealed_size(len(payload)) - already
+        return digest
 
     async def close(self) -> None:
         """Say goodbye with the END frame, if the stream still takes it, and close."""

@@ -6,111 +6,50 @@ What is handed out is what gossip hands out anyway: private already, in float32.
 
 One snapshot serves all who ask while it is fresh, and longer while one before it is still on its
 way to somebody: there are two at most. A transfer has to be fast enough as a whole (`rates`), and
-256 KiB have to pass in every `link.FRAME_TIMEOUT_S`. One that breaks off begins anew.
+256 KiB have to pass in every `link.FRAME_TIMEOUT_S`. Where one breaks off, the joiner asks the same
+donor for the rest, which keeps that snapshot for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Final
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, PeerId, blake2b, verify
+from xpeer.network import bulk
 from xpeer.network.exchange import Dialler, Party
 from xpeer.network.link import Link
 from xpeer.network.rates import Pace, Rates
+from xpeer.network.shelf import KEPT_S, Shelf, Source
 from xpeer.update import ModelState
 from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_statement
 
 PROTOCOL = "xpeer/state/1"
 PREPARE_TIMEOUT_S = 300.0
 """The donor takes its snapshot at a step boundary, and a step of a large model is long."""
-FRESH_S, FRESH_COST = 20.0, 20.0
-"""A snapshot is handed out for so long, or for so many times as long as it took: joiners, however
-many, cost a twentieth of the donor's time at most."""
 DIAL_TIMEOUT_S = 30.0
 PAUSE_S = 10.0
 """Between two donations to the same peer: each costs the trainer a copy."""
+WORTH: Final = 0.05
+"""Of a model: a donor keeps nothing of which less was sent, e.g. to a joiner that took another."""
+RESUME_WITHIN_S = 60.0
+"""A joiner tries so long to reach the donor again; then it asks others, for all of it."""
+RESUME_PAUSE_S, RESUME_PAUSE_MOST_S = 1.0, 8.0
+_BROKE: Final = frozenset({Reason.CLOSED, Reason.TRUNCATED, Reason.TIMEOUT})
+"""How a transfer ends whose link broke. Anything else is somebody's fault."""
+_NOT_THERE: Final = frozenset({Reason.UNREACHABLE, Reason.TRUNCATED, Reason.TIMEOUT})
+"""How a donor fails to answer. CLOSED is an answer: no."""
 MAX_LOSS_PUBLIC = 20.0
 """Nats per token; guessing among a million tokens makes 14. A donor that claims more could pass
 anything off as what it claimed."""
 
-
-class Source(Protocol):
-    """Where a donor's parameters come from; the trainer in production."""
-
-    async def export_state(self) -> ModelState:
-        """Parameters at the next step boundary."""
-
-
-class Shelf:
-    """The last snapshot, while it is fresh; one at a time is taken.
-
-    Args:
-        clock: monotonic, seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = asyncio.Lock()
-        self._kept: tuple[Source, ModelState, bytes] | None = None
-        self._until = 0.0
-        self._lent: list[ModelState] = []
-
-    @contextlib.asynccontextmanager
-    async def lend(self, source: Source) -> AsyncIterator[tuple[ModelState, bytes]]:
-        """As `get`; while it is lent no third one is taken.
-
-        Raises:
-            PeerError: it has none to give.
-        """
-        state, digest = await self.get(source)
-        self._lent.append(state)
-        try:
-            yield state, digest
-        finally:
-            self._lent = _without_one(self._lent, state)
-            if self._clock() >= self._until:
-                self._forget(state)
-
-    async def get(self, source: Source) -> tuple[ModelState, bytes]:
-        """A snapshot of this trainer, and its digest; of none before it.
-
-        Raises:
-            PeerError: it has none to give.
-        """
-        async with self._lock:
-            kept = self._kept
-            if kept is not None and kept[0] is not source:
-                kept = self._kept = None
-            if len({id(state) for state in self._lent}) > 1:
-                if kept is None:
-                    raise PeerError(Reason.BUSY, "two snapshots are on their way already")
-            elif kept is None or self._clock() >= self._until:
-                self._kept = None  # free it before there are two
-                began = self._clock()
-                state = await source.export_state()
-                digest = await asyncio.to_thread(blake2b, state.payload)
-                now = self._clock()
-                self._until = now + max(FRESH_S, FRESH_COST * (now - began))
-                kept = self._kept = (source, state, digest)
-                asyncio.get_running_loop().call_later(self._until - now, self._forget, state)
-            return kept[1], kept[2]
-
-    def _forget(self, state: ModelState) -> None:
-        """It takes as much memory as the model."""
-        lent = any(each is state for each in self._lent)
-        if self._kept is not None and self._kept[1] is state and not lent:
-            self._kept = None
-
-
-def _without_one(states: list[ModelState], state: ModelState) -> list[ModelState]:
-    place = next(number for number, each in enumerate(states) if each is state)
-    return states[:place] + states[place + 1 :]
+log = logging.getLogger("xpeer.network")
 
 
 def serving(
@@ -127,41 +66,106 @@ def serving(
         max_donations: at the same time; more are refused.
         rates: what others reached; a joiner that takes it too slowly is dropped.
     """
-    seen = rates or Rates()
-    last: dict[PeerId, float] = {}  # one entry per peer that was given to within PAUSE_S
-    giving: set[PeerId] = set()
-    shelf = Shelf()
-
-    def has_turn(peer_id: PeerId) -> bool:
-        now = time.monotonic()
-        for peer, ended in list(last.items()):
-            if now - ended >= PAUSE_S:
-                del last[peer]
-        return peer_id not in last and peer_id not in giving and len(giving) < max_donations
+    turns, shelf = _Turns(max_donations, rates or Rates()), Shelf()
 
     async def handle(link: Link) -> None:
+        peer_id = link.peer_id
         try:
-            handshake = party.handshake(link.peer_id, "state", initiator=False)
-            await link.connect(handshake, initiator=False)
-            if not isinstance(await link.receive(), StateRequest):
+            await link.connect(party.handshake(peer_id, "state", initiator=False), initiator=False)
+            request = await link.receive()
+            if not isinstance(request, StateRequest):
                 raise PeerError(Reason.MALFORMED, "a state request was due")
             trainer = source()
-            if trainer is None or not has_turn(link.peer_id):
+            if trainer is None or not await turns.may(peer_id, request):
                 return  # the joiner sees a closed link and asks another member
-            giving.add(link.peer_id)
-            try:
-                async with shelf.lend(trainer) as (state, digest):
-                    await _give(party, link, state, digest, seen)
-            finally:
-                giving.discard(link.peer_id)
-                last[link.peer_id] = time.monotonic()
+            with turns.giving(link):
+                async with shelf.lend(trainer, request.digest) as (state, digest):
+                    pace = turns.pace(peer_id, request)
+                    try:
+                        await _give(party, link, state, digest, request.start, pace)
+                    except PeerError as e:
+                        if e.reason in _BROKE and pace.moved >= WORTH * len(state.payload):
+                            turns.broke(peer_id, digest, pace)
+                            shelf.keep(trainer, digest)
+                        raise
+                    finally:
+                        turns.rates.saw(peer_id, pace.moved, pace.seconds)
         finally:
             await link.close()
 
     return handle
 
 
-async def _give(party: Party, link: Link, state: ModelState, digest: bytes, rates: Rates) -> None:
+class _Turns:
+    """Who may be given parameters, and at which pace.
+
+    Args:
+        most: at the same time.
+        rates: what others reached.
+    """
+
+    def __init__(self, most: int, rates: Rates) -> None:
+        self.rates = rates
+        self._most = most
+        self._giving: dict[PeerId, tuple[Link, asyncio.Event]] = {}
+        self._ended: dict[PeerId, float] = {}
+        """When, of peers that were given to within PAUSE_S."""
+        self._broken: dict[PeerId, tuple[bytes, Pace]] = {}
+        """What it has half of, for KEPT_S."""
+
+    async def may(self, peer_id: PeerId, request: StateRequest) -> bool:
+        """Whether it is given something now. The rest of something costs no copy, and no pause."""
+        if request.digest is None:
+            now = time.monotonic()
+            for peer, ended_at in list(self._ended.items()):
+                if now - ended_at >= PAUSE_S:
+                    del self._ended[peer]
+            allowed = peer_id not in self._ended
+        else:
+            if peer_id in self._giving:  # its link broke, and we have not noticed yet
+                link, ended = self._giving[peer_id]
+                link.abort()
+                await ended.wait()
+            allowed = self._broken.get(peer_id, (b"",))[0] == request.digest
+        return allowed and peer_id not in self._giving and len(self._giving) < self._most
+
+    def pace(self, peer_id: PeerId, request: StateRequest) -> Pace:
+        """From now on; or that of the transfer which is gone on with, whose time went on, too, and
+        in which nothing counts that was not sent.
+        """
+        if request.digest is None:
+            return Pace(self.rates.least(peer_id))
+        pace = self._broken.pop(peer_id)[1]
+        pace.moved = min(pace.moved, request.start)
+        return pace
+
+    @contextlib.contextmanager
+    def giving(self, link: Link) -> Iterator[None]:
+        """On this link."""
+        ended = asyncio.Event()
+        self._giving[link.peer_id] = link, ended
+        try:
+            yield
+        finally:
+            del self._giving[link.peer_id]
+            self._ended[link.peer_id] = time.monotonic()
+            ended.set()
+
+    def broke(self, peer_id: PeerId, digest: bytes, pace: Pace) -> None:
+        """It may ask for the rest."""
+        self._broken[peer_id] = entry = digest, pace
+        asyncio.get_running_loop().call_later(KEPT_S, self._give_up, peer_id, entry)
+
+    def _give_up(self, peer_id: PeerId, entry: tuple[bytes, Pace]) -> None:
+        if self._broken.get(peer_id) is entry:
+            del self._broken[peer_id]
+
+
+async def _give(
+    party: Party, link: Link, state: ModelState, digest: bytes, start: int, pace: Pace
+) -> None:
+    if start > len(state.payload):
+        raise PeerError(Reason.MALFORMED, f"{start} bytes of {len(state.payload)} are there")
     statement = state_statement(
         party.swarm_id, party.manifest_hash, state.step, state.loss_public, digest
     )
@@ -174,11 +178,7 @@ async def _give(party: Party, link: Link, state: ModelState, digest: bytes, rate
             signature=party.identity.sign(Domain.STATE, statement),
         )
     )
-    pace = Pace(rates.least(link.peer_id))
-    try:
-        await link.send_bulk(state.payload, pace)
-    finally:
-        rates.saw(link.peer_id, pace.moved, pace.seconds)
+    await link.send_bulk(memoryview(state.payload)[start:], pace)
     reply = await link.receive(PREPARE_TIMEOUT_S)
     if not isinstance(reply, StateReceived) or reply.digest != digest:
         raise PeerError(Reason.DIGEST_MISMATCH, "the joiner did not receive what was sent")
@@ -192,28 +192,72 @@ class Offered:
         donor: who.
         offer: signed and checked, but for what the parameters really are.
         rates: what others reached.
+        again: asks for the rest of what was offered, on another link.
     """
 
-    def __init__(self, link: Link, donor: PeerId, offer: StateOffer, rates: Rates) -> None:
+    def __init__(
+        self,
+        link: Link,
+        donor: PeerId,
+        offer: StateOffer,
+        rates: Rates,
+        again: Callable[[StateRequest], Awaitable[tuple[Link, StateOffer]]],
+    ) -> None:
         self.donor, self.step, self.loss_public = donor, offer.step, offer.loss_public
-        self._link, self._offer, self._rates = link, offer, rates
+        self._link, self._offer, self._rates, self._again = link, offer, rates, again
 
     async def take(self) -> ModelState:
-        """Receive and check it.
+        """Receive and check it. If the link breaks, what came is kept, and the rest asked for.
 
         Raises:
-            PeerError: it stalled, was slow, broke off, or is not what was signed.
+            PeerError: it stalled, was slow, broke off for good, or is not what was signed.
         """
         offer, pace = self._offer, Pace(self._rates.least(self.donor))
+        payload = bulk.allocate(4 * offer.num_params)
         try:
-            payload, _ = await self._link.receive_bulk(4 * offer.num_params, pace)
+            while True:
+                try:
+                    await self._link.receive_into(payload[pace.moved :], pace)
+                    break
+                except PeerError as e:
+                    if e.reason not in _BROKE:
+                        raise
+                    await self._resume(pace, e)
             if await asyncio.to_thread(blake2b, payload) != offer.digest:
                 raise PeerError(Reason.DIGEST_MISMATCH, "not the state that the donor signed")
-            await self._link.send(StateReceived(offer.digest))
+            with contextlib.suppress(PeerError):  # nothing is missing but thanks
+                await self._link.send(StateReceived(offer.digest))
         finally:
             self._rates.saw(self.donor, pace.moved, pace.seconds)
             await self._link.close()
         return ModelState(payload=payload, step=offer.step, loss_public=offer.loss_public)
+
+    async def _resume(self, pace: Pace, broke: PeerError) -> None:
+        """Have another link that goes on where this one broke.
+
+        Raises:
+            PeerError: the donor can't be reached, or has it no more; or all of it takes too long.
+        """
+        clock = asyncio.get_running_loop().time
+        until, pause_s = clock() + RESUME_WITHIN_S, RESUME_PAUSE_S
+        request = StateRequest(self._offer.digest, pace.moved)
+        size = 4 * self._offer.num_params
+        log.info("%s broke off at %d of %d bytes: %s", self.donor[-8:], pace.moved, size, broke)
+        while True:
+            await asyncio.sleep(pause_s)
+            pace.allows_s(0)
+            pause_s = min(2 * pause_s, RESUME_PAUSE_MOST_S)
+            try:
+                link, offer = await self._again(request)
+            except PeerError as e:
+                if e.reason in _NOT_THERE and clock() < until:
+                    continue
+                detail = f"it broke off at {pace.moved} of {size} bytes, and did not go on: {e}"
+                raise PeerError(e.reason, detail) from broke
+            self._link = link
+            if offer.digest != self._offer.digest:
+                raise PeerError(Reason.DIGEST_MISMATCH, "another state than the one that was begun")
+            return
 
     def refuse(self) -> None:
         """Another one is better."""
@@ -236,18 +280,23 @@ async def ask(
     Raises:
         PeerError: unreachable, busy, or anything does not match.
     """
-    link = await dialler.open_link(donor, PROTOCOL, DIAL_TIMEOUT_S)
-    try:
-        await link.connect(party.handshake(donor, "state", initiator=True), initiator=True)
-        await link.send(StateRequest())
-        offer = await link.receive(PREPARE_TIMEOUT_S)
-        if not isinstance(offer, StateOffer):
-            raise PeerError(Reason.MALFORMED, "a state offer was due")
-        _check_offer(party, donor, offer, num_params)
-    except BaseException:
-        link.abort()
-        raise
-    return Offered(link, donor, offer, rates or Rates())
+
+    async def offered(request: StateRequest) -> tuple[Link, StateOffer]:
+        link = await dialler.open_link(donor, PROTOCOL, DIAL_TIMEOUT_S)
+        try:
+            await link.connect(party.handshake(donor, "state", initiator=True), initiator=True)
+            await link.send(request)
+            offer = await link.receive(PREPARE_TIMEOUT_S)
+            if not isinstance(offer, StateOffer):
+                raise PeerError(Reason.MALFORMED, "a state offer was due")
+            _check_offer(party, donor, offer, num_params)
+        except BaseException:
+            link.abort()
+            raise
+        return link, offer
+
+    link, offer = await offered(StateRequest())
+    return Offered(link, donor, offer, rates or Rates(), offered)
 
 
 def _check_offer(party: Party, donor: PeerId, offer: StateOffer, num_params: int) -> None:

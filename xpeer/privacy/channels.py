@@ -58,7 +58,7 @@ _MESSAGES: Final = {
         why="of errors.Reason: the pace of windows, or a judgement of the partner's own bytes",
     ),
     "MaskStep": _of("partners", public="exchange_id step", derived="value", why="keys, digests"),
-    "StateRequest": _of("partners"),
+    "StateRequest": _of("partners", derived="digest", timing="start", why="what its link carried"),
     "StateOffer": _of(
         "members",
         public="num_params",

@@ -101,8 +101,14 @@ class MaskStep(Message, frozen=True):
     our masked payload; echo: of all commitments."""
 
 
-class StateRequest(Message, frozen=True):
-    """A joiner asks for the current parameters."""
+class StateRequest(Message, frozen=True, omit_defaults=True):
+    """A joiner asks for the current parameters; or, where that broke off, for the rest of them."""
+
+    digest: Digest | None = None
+    """What it was offered, and holds the beginning of; None = it begins. Who no longer has that, or
+    is older than this field, ends the session."""
+    start: Size = 0
+    """Bytes that it has."""
 
 
 class StateOffer(Message, frozen=True):

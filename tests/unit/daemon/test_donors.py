@@ -13,6 +13,7 @@ import pytest
 from xpeer.config import Home
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
+from xpeer.network import shelf as shelves
 from xpeer.network import state
 from xpeer.network.rates import Rates
 from xpeer.privacy.ledger import Ledger
@@ -239,10 +240,10 @@ async def test_one_snapshot_serves_all_who_ask_while_it_is_fresh() -> None:
             now_s += 3.0
             return ModelState(b"1234", len(taken), 2.0)
 
-    shelf, first, second = state.Shelf(lambda: now_s), Source(), Source()
+    shelf, first, second = shelves.Shelf(lambda: now_s), Source(), Source()
     given = await asyncio.gather(*(shelf.get(first) for _ in range(9)))
     assert (len(taken), {kept.step for kept, _ in given}) == (1, {1})
-    now_s += state.FRESH_COST * 3.0 - 0.1
+    now_s += shelves.FRESH_COST * 3.0 - 0.1
     await shelf.get(first)
     assert len(taken) == 1
     now_s += 0.2
@@ -344,11 +345,11 @@ async def test_there_are_two_snapshots_at_most_however_slowly_they_are_read() ->
             taken += 1
             return ModelState(b"1234", taken, 2.0)
 
-    shelf, source = state.Shelf(lambda: now_s), Source()
+    shelf, source = shelves.Shelf(lambda: now_s), Source()
     async with contextlib.AsyncExitStack() as slow:
         for _ in range(8):  # each comes when the one before has gone stale
             await slow.enter_async_context(shelf.lend(source))
-            now_s += state.FRESH_S + 1.0
+            now_s += shelves.FRESH_S + 1.0
         assert taken == 2
         with pytest.raises(PeerError, match=Reason.BUSY):  # of another trainer, a third
             await shelf.get(Source())

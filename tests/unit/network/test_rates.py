@@ -45,6 +45,16 @@ def test_a_trickle_ends_though_every_frame_comes_in_time() -> None:
     assert frames == 4
 
 
+def test_a_long_transfer_has_no_end_in_time_as_long_as_it_moves() -> None:
+    now_s, size = 0.0, 5 << 30
+    pace = Pace(LEAST_BYTES_PER_S, lambda: now_s)
+    while pace.moved < size:
+        assert pace.allows_s(1 << 18) > 0
+        now_s += 1.1 * (1 << 18) / (1.2 * LEAST_BYTES_PER_S)
+        pace.moved += 1 << 18
+    assert now_s > 20 * 3600
+
+
 @pytest.mark.parametrize("sends", [True, False])
 async def test_bulk_is_broken_off_when_it_is_too_slow(
     monkeypatch: pytest.MonkeyPatch, sends: bool

@@ -1,0 +1,199 @@
+"""Parameters on their way to a joiner over a link that breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from tests.unit.network.test_exchange import party
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import Identity, PeerId
+from xpeer.network import rates as rates_module
+from xpeer.network import state
+from xpeer.network.link import Link
+from xpeer.network.rates import Pace, Rates
+from xpeer.network.stream import Stream
+from xpeer.update import ModelState
+from xpeer.wire.frames import FRAME_BYTES
+from xpeer.wire.messages import StateRequest, encode
+
+FRAMES = 24
+PAYLOAD = random.Random(1).randbytes(FRAMES * FRAME_BYTES - 400)
+
+
+class Source:
+    """A trainer, of which each snapshot is another."""
+
+    def __init__(self) -> None:
+        self.exports = 0
+
+    async def export_state(self) -> ModelState:
+        self.exports += 1
+        return ModelState(payload=PAYLOAD, step=self.exports, loss_public=1.0)
+
+
+class DonorLink(Link):
+    """Breaks after so many frames of bulk, if any."""
+
+    frames: int | None = None
+    break_now: Callable[[], None]
+    noticed = True
+    """Whether this end learns it at once, or when it is dropped."""
+    sent = 0
+
+    def __init__(self, peer_id: PeerId, stream: Stream) -> None:
+        super().__init__(peer_id, stream, 5.0)
+        self._dropped = asyncio.Event()
+
+    async def send_bulk(self, payload: bytes | memoryview, pace: Pace | None = None) -> bytes:
+        if self.frames is None:
+            DonorLink.sent += len(payload)
+            return await super().send_bulk(payload, pace)
+        part = memoryview(payload)[: self.frames * FRAME_BYTES]
+        DonorLink.sent += len(part)
+        if part:
+            await super().send_bulk(part, pace)
+        self.break_now()
+        if not self.noticed:
+            await self._dropped.wait()
+        raise PeerError(Reason.CLOSED, "the stream broke while sending")
+
+    def abort(self) -> None:
+        self._dropped.set()
+        super().abort()
+
+
+class Network:
+    """A donor, and a joiner whose links to it break: one after so many frames, for each number."""
+
+    def __init__(
+        self, breaks: list[int | None], *, noticed: bool = True, unreachable: int = 0
+    ) -> None:
+        self.donor, self.joiner = Identity.generate(), Identity.generate()
+        self.source = self.first = Source()
+        self.rates = Rates()
+        self.dialled = 0
+        self._breaks, self._noticed, self._unreachable = breaks, noticed, unreachable
+        self._handle = state.serving(party(self.donor), lambda: self.source, 2, self.rates)
+        self._tasks: list[asyncio.Task[None]] = []
+        DonorLink.sent = 0
+
+    async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
+        self.dialled += 1
+        if self.dialled > 1 and self._unreachable:
+            self._unreachable -= 1
+            raise PeerError(Reason.UNREACHABLE, "no route")
+        ours, theirs = socket.socketpair()
+        link = DonorLink(self.joiner.peer_id, Stream(theirs))
+        link.frames = self._breaks.pop(0) if self._breaks else None
+        link.noticed = self._noticed
+        stream = Stream(ours)
+        # the end of what was sent is read before the break
+        link.break_now = lambda: theirs.shutdown(socket.SHUT_WR)
+        self._tasks.append(asyncio.ensure_future(self._serve(link)))
+        return Link(self.donor.peer_id, stream, 5.0)
+
+    async def _serve(self, link: Link) -> None:
+        with contextlib.suppress(PeerError):
+            await self._handle(link)
+
+    async def ask(self) -> state.Offered:
+        return await state.ask(
+            party(self.joiner), self, self.donor.peer_id, len(PAYLOAD) // 4, self.rates
+        )
+
+    async def fetch(self) -> ModelState:
+        try:
+            return await (await self.ask()).take()
+        finally:
+            async with asyncio.timeout(20):
+                await asyncio.gather(*self._tasks)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "RESUME_PAUSE_S", 0.0)
+
+
+@pytest.mark.parametrize("noticed", [True, False], ids=["both notice", "the donor does not"])
+@pytest.mark.parametrize(("breaks", "unreachable"), [([9], 0), ([9], 3), ([4, 5, 0, 1], 0)])
+async def test_a_joiner_goes_on_where_the_link_broke(
+    breaks: list[int | None], unreachable: int, noticed: bool
+) -> None:
+    network = Network(list(breaks), noticed=noticed, unreachable=unreachable)
+    given = await network.fetch()
+    assert bytes(given.payload) == PAYLOAD
+    assert (given.step, network.source.exports) == (1, 1)  # of one snapshot
+    assert DonorLink.sent == len(PAYLOAD)  # nothing came twice
+    assert network.dialled == 1 + len(breaks) + unreachable
+
+
+async def test_a_donor_that_no_longer_has_it_says_so_at_once() -> None:
+    network = Network([9])
+    offered = await network.ask()
+    network.source = Source()  # its trainer was started again
+    with pytest.raises(PeerError, match=r"broke off at .* and did not go on") as error:
+        await offered.take()
+    assert (error.value.reason, network.dialled) == (Reason.CLOSED, 2)
+    assert network.source.exports == 0
+
+
+async def test_what_was_hardly_begun_takes_no_memory() -> None:
+    """Offers that a joiner refuses end so."""
+    network = Network([1])
+    with pytest.raises(PeerError, match="did not go on"):
+        await network.fetch()
+    assert network.dialled == 2
+
+
+async def test_breaks_buy_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network([9])
+    offered = await network.ask()
+    monkeypatch.setattr(rates_module, "GRACE_S", 0.0)
+
+    def too_slow(pace: Pace, num_bytes: int) -> float:
+        if num_bytes == 0:
+            raise PeerError(Reason.TIMEOUT, "slower than 64 KiB/s")
+        return 60.0
+
+    monkeypatch.setattr(Pace, "allows_s", too_slow)
+    with pytest.raises(PeerError, match="slower"):
+        await offered.take()
+    assert network.dialled == 1
+
+
+async def test_nobody_gets_the_rest_of_what_another_was_given() -> None:
+    network = Network([9])
+    offered = await network.ask()
+    digest = offered._offer.digest
+    network.joiner = Identity.generate()  # who links from now on
+    with pytest.raises(PeerError, match="did not go on"):
+        await offered.take()
+    turns = state._Turns(2, Rates())
+    turns.broke(network.donor.peer_id, digest, Pace(1.0))
+    assert not await turns.may(network.joiner.peer_id, StateRequest(digest, FRAME_BYTES))
+    assert not await turns.may(network.donor.peer_id, StateRequest(bytes(32), FRAME_BYTES))
+    assert await turns.may(network.donor.peer_id, StateRequest(digest, FRAME_BYTES))
+
+
+def test_who_begins_asks_as_before() -> None:
+    """Donors of the first release refuse what they do not know."""
+    assert msgspec.msgpack.decode(encode(StateRequest())) == {"type": "StateRequest"}
+
+
+def test_of_bytes_that_were_not_sent_none_count() -> None:
+    turns, peer = state._Turns(2, Rates()), Identity.generate().peer_id
+    pace = Pace(1.0)
+    pace.moved = 1000
+
+    async def scenario() -> int:
+        turns.broke(peer, bytes(32), pace)
+        return turns.pace(peer, StateRequest(bytes(32), 1 << 40)).moved
+
+    assert asyncio.run(scenario()) == 1000
