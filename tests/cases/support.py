@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import psutil
 
 from xpeer.cli.demo.daemons import Daemons, status_of
@@ -69,11 +70,13 @@ def sets(*fields: str) -> list[str]:
     return [part for field in fields for part in ("--set", field)]
 
 
-def skipping() -> list[str]:
-    """`--skip-trial`, where `init` knows it: seconds that only tests of the trial need."""
-    from xpeer.cli.init import init
+def skipping(command: str = "init") -> list[str]:
+    """`--skip-trial`, where the command knows it: seconds that only tests of the trial need."""
+    from xpeer.cli import main
 
-    return ["--skip-trial"] if any(p.name == "skip_trial" for p in init.params) else []
+    found = main.get_command(click.Context(main), command)
+    known = found is not None and any(p.name == "skip_trial" for p in found.params)
+    return ["--skip-trial"] if known else []
 
 
 def found(home: Path, shard: Path, *arguments: str | Path, fields: Sequence[str] = ()) -> None:

@@ -128,6 +128,6 @@ def test_a_home_that_was_founded_with_a_fault_is_told_by_a_dry_run(
     found(home, shard, "--model", model, "--tokenizer", tokens)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (tokens / name).unlink(missing_ok=True)
-    done = cli("start", "--home", home, "--dry-run", "--skip-trial")
+    done = cli("start", "--home", home, "--dry-run", *skipping("start"))
     assert (done.exit_code, "pad_token" in done.stderr) == (8, True), done.stderr
     assert not Home(home).ledger_db.exists()
