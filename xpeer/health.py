@@ -307,6 +307,14 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="the clocks agree within 2 s",
     ),
     Condition(
+        code="loop-late",
+        severity="note",
+        text="the daemon has woken its tasks late for {age}, by up to {worst_ms:.0f} ms: {why}",
+        remedy="give the daemon a core of its own (a smaller training.threads), and HOME a faster "
+        "disk: exchanges take longer, and commands are answered late",
+        clears="no task was woken more than 100 ms late for 10 s",
+    ),
+    Condition(
         code="disk-nearly-full",
         severity="degraded",
         text="{free} free where the home is; two checkpoints need {needed}",

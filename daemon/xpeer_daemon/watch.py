@@ -9,6 +9,7 @@ from pathlib import Path
 
 from xpeer.config import Home
 from xpeer.health import HealthReason
+from xpeer_daemon.lag import Lag
 from xpeer_daemon.node import Node
 
 log = logging.getLogger("xpeer.health")
@@ -26,14 +27,14 @@ async def keep_watching(node: Node, home: Home) -> None:
     """Until cancelled."""
     told: dict[str, HealthReason] = {}
     looked_s = -DISK_EVERY_S
-    loop = asyncio.get_running_loop()
+    loop, lag = asyncio.get_running_loop(), Lag(node.health, node.clock)
     while True:
         if loop.time() - looked_s >= DISK_EVERY_S:
             looked_s = loop.time()
             free = await asyncio.to_thread(free_bytes, home.path)
             look_at_disk(node, free)
         told = tell(told, node.reasons())
-        await asyncio.sleep(EVERY_S)
+        await lag.sleep(EVERY_S)
 
 
 def tell(told: dict[str, HealthReason], reasons: list[HealthReason]) -> dict[str, HealthReason]:
