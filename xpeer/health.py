@@ -67,6 +67,11 @@ def _registry(*conditions: Condition) -> dict[str, Condition]:
     return {condition.code: condition for condition in conditions}
 
 
+_RENEW: Final = (
+    "ask an admin for a new token: `xpeer invite create --for PEERID`, with what `xpeer id` prints "
+    "here; then `xpeer stop` and `xpeer start --join TOKEN`"
+)
+
 CONDITIONS: Final[dict[str, Condition]] = _registry(
     # Beginning and end
     Condition(
@@ -186,6 +191,31 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         hides=("no-seed", "no-partner", "no-exchange", "partners-lost"),
     ),
     # Partners
+    Condition(
+        code="certificate-expiring",
+        severity="degraded",
+        text="this node's membership expires in {left}, at {ends}: no member meets it after that",
+        remedy=_RENEW,
+        clears="the node has started with a new token",
+    ),
+    Condition(
+        code="certificate-expired",
+        severity="down",
+        text="this node's membership expired {age} ago, at {ends}: no member meets it",
+        remedy=_RENEW,
+        clears="the node has started with a new token",
+        hides=(
+            "joining",
+            "fetching",
+            "waiting-for-peers",
+            "no-partner",
+            "partners-lost",
+            "no-exchange",
+            "roster-failing",
+            "card-failing",
+            "no-seed",
+        ),
+    ),
     Condition(
         code="no-partner",
         severity="degraded",

@@ -6,6 +6,7 @@ What only the job itself knows (a failed write) is noted by the job, in `Node.he
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -41,14 +42,20 @@ LATE_CHECKPOINTS = 3.0
 """Intervals without a checkpoint."""
 MAX_CLOCK_S = 2.0
 """Beyond 3 s hivemind refuses a peer."""
+RENEWAL_S = 7 * 86400.0
+RENEWAL_SHARE = 0.1
+"""A certificate is renewed in time: so long before its end, or this share of its lifetime if that
+is longer; a short-lived one in its second half."""
 NAMED = 4
 """Members that a reason names; more are counted."""
+_DATE = "%Y-%m-%d %H:%M UTC"
 
 
 def observe(node: Node) -> None:
     """Note in the node's health what can be seen of it now."""
     now = node.clock()
     _life(node)
+    _certificate(node, now)
     _trainer(node, now)
     _network(node)
     _exchanges(node, now)
@@ -76,6 +83,20 @@ def _life(node: Node) -> None:
     drowns = spent.mode == "record" and signal.drowns(spent.noise_norm, steps)
     health.hold("noise-drowns-signal", drowns, norm=spent.noise_norm)
     health.hold("run-had-ended", not node.budget_spent and _came_too_late(node))
+
+
+def _certificate(node: Node, now: float) -> None:
+    health, certificate = node.health, node.certificate
+    if certificate is None:
+        return
+    ends_s = certificate.not_after_unix_s
+    lifetime_s = ends_s - certificate.not_before_unix_s
+    soon_s = ends_s - min(max(RENEWAL_S, RENEWAL_SHARE * lifetime_s), lifetime_s / 2)
+    left, ends = duration(max(0.0, ends_s - now)), time.strftime(_DATE, time.gmtime(ends_s))
+    health.hold("certificate-expiring", soon_s <= now < ends_s, left=left, ends=ends)
+    health.hold("certificate-expired", now >= ends_s, ends=ends)
+    if now >= ends_s:
+        health.began("certificate-expired", ends_s)
 
 
 def who_is_there(node: Node) -> str:

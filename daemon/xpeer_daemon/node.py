@@ -17,6 +17,7 @@ from xpeer.health import Health, HealthReason
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network.about import About
+from xpeer.network.membership import Certificate
 from xpeer.network.roster import MemberRecord, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.status import PrivacySpent, Progress, State, Status
@@ -68,6 +69,8 @@ class Node:
         """Set whenever the state changes: the roster record is renewed at once."""
         self.manifest: Manifest | None = None
         self.swarm_id = ""
+        self.certificate: Certificate | None = None
+        """Of this node's membership."""
         self.swarm: Swarm | None = None
         self.roster: Roster | None = None
         self.supervisor: Supervisor | None = None

@@ -96,7 +96,7 @@ class Service:
         self._certificate: Certificate = credential.verify(self._swarm_id, time.time())
         self._membership = Membership(self._swarm_id, credential)
         self._node = Node(self._identity.peer_id, config)
-        self._node.swarm_id = self._swarm_id
+        self._node.swarm_id, self._node.certificate = self._swarm_id, self._certificate
         self._ends = self._node.ends = Ends(home, config)
         self._node.paused = paused
         self._from_initial = from_initial

@@ -9,12 +9,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from msgspec import structs
 
-from tests.unit.daemon.fakes import ALPHA, BETA, GAMMA, FakeNode, member
+from tests.unit.daemon.fakes import ALPHA, BETA, GAMMA, ME, FakeNode, member
 from xpeer.config import Checkpoint, Home, NodeConfig, Training
 from xpeer.errors import LocalError
 from xpeer.health import Health
 from xpeer.identity import PeerId
+from xpeer.manifest import Genesis
+from xpeer.network.membership import Certificate
 from xpeer.status import Progress
 from xpeer_daemon import logs, watch
 from xpeer_daemon.missed import BACK_S, FORGOTTEN_S
@@ -223,6 +226,43 @@ def test_a_sidecar_that_is_down(fake: FakeNode) -> None:
     fake.members.clear()
     assert fake.codes == ["sidecar-down"]
     assert fake.node.status().health == "down"
+
+
+DAY_S = 86_400
+
+
+@pytest.mark.parametrize(
+    ("lifetime_days", "notice_days"),
+    [(365, 36.5), (30, 7), (10, 5), (3650, 365)],
+)
+def test_a_membership_that_ends_is_told_in_time(
+    fake: FakeNode, lifetime_days: int, notice_days: float
+) -> None:
+    began_s = int(fake.clock.now)
+    ends_s = began_s + lifetime_days * DAY_S
+    founder = Genesis(b"k" * 32, b"h" * 32)
+    fake.node.certificate = Certificate(founder, ME, "member", 1, began_s, began_s, ends_s)
+
+    def at(now_s: float) -> list[str]:
+        fake.clock.now = fake.node.last_checkpoint_s = now_s
+        fake.works()
+        return fake.codes
+
+    assert at(ends_s - notice_days * DAY_S - 1) == []
+    assert at(ends_s - notice_days * DAY_S) == ["certificate-expiring"]
+    assert at(ends_s - 2 * 3600 - 180) == ["certificate-expiring"]
+    assert "expires in 2h 3m, at 19" in fake.text("certificate-expiring")
+    assert fake.node.status().health == "degraded"
+    assert at(ends_s) == ["certificate-expired"]
+    fake.members.clear()  # nobody answers it any more: that is no news
+    assert at(ends_s + 3700) == ["certificate-expired"]
+    assert "expired 1h 1m ago, at " in fake.text("certificate-expired")
+    (reason,) = fake.node.reasons()
+    assert "`xpeer invite create --for PEERID`" in reason.remedy
+    assert "`xpeer start --join TOKEN`" in reason.remedy
+    assert fake.node.status().health == "down"
+    fake.node.certificate = structs.replace(fake.node.certificate, not_after_unix_s=ends_s * 2)
+    assert not {"certificate-expired", "certificate-expiring"} & set(fake.codes)
 
 
 def test_a_disk_that_is_nearly_full(fake: FakeNode) -> None:

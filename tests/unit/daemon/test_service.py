@@ -25,6 +25,7 @@ class Offline(Service):
 
     async def _live(self) -> None:
         node = self._node
+        assert node.certificate == self._certificate  # else nobody hears of its end
         node.follow_trainer("training", Progress(step=341, window=34), PrivacySpent(mode="off"))
         node.request_stop(leave=False)
         await asyncio.Event().wait()
