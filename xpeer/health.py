@@ -281,6 +281,24 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="one is written",
     ),
     Condition(
+        code="evaluation-failing",
+        severity="degraded",
+        text="the public and the held-out loss can't be measured for {age}: {why}",
+        remedy="training goes on, and they are measured again at a window's end; the run can't "
+        "finish without. Out of memory: stop what else runs there, or restart the node",
+        clears="they are measured",
+        hides=("evaluation-late",),
+    ),
+    Condition(
+        code="evaluation-late",
+        severity="note",
+        text="no loss was measured for {late}: that is done at a window's end, and may take 3% of "
+        "the training time",
+        remedy="nothing is lost, the losses shown are old. A smaller training.validation_records "
+        "takes less; in a new swarm a shorter public text, or a smaller round.window_steps",
+        clears="they are measured",
+    ),
+    Condition(
         code="state-file-failing",
         severity="degraded",
         text="state.sqlite can't be written for {age} ({count} tried): {cause}",

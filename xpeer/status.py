@@ -56,6 +56,8 @@ class Progress(Struct, frozen=True, kw_only=True):
     """At which the public and the validation loss were measured; None = not yet."""
     loss_measured_age_s: float | None = None
     """Since then."""
+    loss_problem: str = ""
+    """Why they could not be measured the last time; empty: they could, or it was not tried."""
     learning_rate: float = 0.0
     tokens_per_s: float = 0.0
     consensus_distance: float | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from xpeer.health import duration
 from xpeer.identity import PeerId
 from xpeer.privacy import signal
-from xpeer.status import PrivacySpent
+from xpeer.status import PrivacySpent, Progress
 from xpeer_daemon.phases import ENDED, EXCHANGING
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ LEAST_STEP_S, FIRST_STEP_S = 120.0, 900.0
 """No step for so long is no normal step; the first one may measure engines and compile."""
 SLOW_STEPS = 10.0
 """... nor is one that takes so many times as long as the others did."""
+LATE_EVALUATION_S = 3600.0
+"""Losses that were measured so long ago tell little."""
 LATE_CHECKPOINTS = 3.0
 """Intervals without a checkpoint."""
 MAX_CLOCK_S = 2.0
@@ -57,6 +59,7 @@ def observe(node: Node) -> None:
     _life(node)
     _certificate(node, now)
     _trainer(node, now)
+    _losses(node, now)
     _network(node)
     _exchanges(node, now)
     _members(node, now)
@@ -140,6 +143,20 @@ def _trainer(node: Node, now: float) -> None:
     saved_s = max(node.last_checkpoint_s or 0.0, node.since_s)
     late = at_work and now - saved_s > LATE_CHECKPOINTS * every_s + LEAST_STEP_S
     health.hold("checkpoint-late", late, late_s=now - saved_s, every_s=every_s)
+
+
+def _losses(node: Node, now: float) -> None:
+    health, trainer, known = node.health, node.running(), node.known
+    progress = known.progress if known is not None else Progress()
+    problem = node.evaluation_problem or progress.loss_problem
+    health.hold("evaluation-failing", trainer is not None and bool(problem), why=problem)
+
+    late_s = now - node.since_s
+    if known is not None and progress.loss_measured_age_s is not None:
+        late_s = min(late_s, progress.loss_measured_age_s + now - known.unix_s)
+    at_work = node.state == "training" and trainer is not None
+    late = at_work and late_s > LATE_EVALUATION_S
+    health.hold("evaluation-late", late, late=duration(late_s))
 
 
 def _network(node: Node) -> None:

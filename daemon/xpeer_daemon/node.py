@@ -89,6 +89,9 @@ class Node:
         self.died_at_step: int | None = None
         """Of a trainer that died; None once its successor is further."""
         self.ends: Ends | None = None
+        self.evaluation_problem = ""
+        """Why the last losses of the run can't be measured; empty: they can, or it is not the time
+        yet."""
 
     # What the service tells it
 
@@ -306,6 +309,19 @@ class Node:
             raise
         self.saved()
         return path
+
+    async def evaluate(self, trainer: TrainerProcess) -> None:
+        """Measure the losses of the run's end.
+
+        Raises:
+            LocalError: it failed.
+        """
+        try:
+            await trainer.evaluate()
+        except LocalError as e:
+            self.evaluation_problem = str(e)
+            raise
+        self.evaluation_problem = ""
 
     async def end(self) -> End:
         """How far this node's end is; answers after a moment, or when it is over."""

@@ -410,7 +410,7 @@ class Service:
         if trainer is None:
             return  # it is being restarted; look again
         try:
-            await trainer.evaluate()
+            await node.evaluate(trainer)
             await node.checkpoint()
         except LocalError as e:
             log.warning("this node can't finish yet: %s", e)

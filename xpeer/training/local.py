@@ -174,6 +174,7 @@ class LocalTrainer:
             loss_validation=self.measurements.validation,
             loss_public=self.measurements.public,
             loss_public_age=self.measurements.age(self.counters),
+            loss_problem=self.measurements.problem,
             learning_rate=learning_rate(self.counters, self.manifest),
             tokens_per_s=self._tokens_per_s,
             consensus_distance=self.exchanges.consensus_distance,

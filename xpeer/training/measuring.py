@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import Final
 
 from xpeer.errors import DivergedError
+from xpeer.escape import one_line
 from xpeer.manifest import Round
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters
@@ -14,6 +16,8 @@ from xpeer.training.worktime import WorkTime
 
 SHARE: Final = 0.03
 """Of the training time: with short windows not every one is measured."""
+
+logger = logging.getLogger("xpeer.training")
 
 
 class Measurements:
@@ -27,6 +31,7 @@ class Measurements:
         public: nats per token on the public text.
         validation: the same on held-out text of the shard, if there is any. Local only.
         seconds: that all of them took together.
+        problem: why the last try failed; empty: it did not.
     """
 
     def __init__(self, evaluation: Evaluation, rules: Round) -> None:
@@ -37,18 +42,21 @@ class Measurements:
         self._step = self._merges = 0
         self._taken_at = 0.0
         self.seconds = 0.0
+        self.problem = ""
         self._time = WorkTime()
 
     def take(self, counters: Counters) -> tuple[float, float | None]:
         """Measure now: public and held-out loss."""
-        began = time.monotonic()
-        public = self.public = self._evaluation.public()
-        if self._evaluation.validation is not None:
-            self.validation = self._evaluation.validation()
+        began, evaluation = time.monotonic(), self._evaluation
+        try:
+            public = evaluation.public()
+            validation = evaluation.validation() if evaluation.validation is not None else None
+        finally:
+            self.seconds += self._time.counted(time.monotonic() - began)
+        self.public, self.validation, self.problem = public, validation, ""
         self._step, self._merges = counters.step, counters.merges
         self._taken_at = time.monotonic()
-        self.seconds += self._time.counted(time.monotonic() - began)
-        return public, self.validation
+        return public, validation
 
     @property
     def step(self) -> int | None:
@@ -61,9 +69,17 @@ class Measurements:
         return None if self.public is None else time.monotonic() - self._taken_at
 
     def at_window_end(self, counters: Counters) -> None:
-        """Measure, unless that took more than its share already."""
-        if self.seconds <= SHARE * counters.seconds:
+        """Measure, unless that took more than its share already. Training goes on without: what
+        fails is told, and tried again when it is due.
+        """
+        if self.seconds > SHARE * counters.seconds:
+            return
+        try:
             self.take(counters)
+        except Exception as e:  # noqa: BLE001 - e.g. a batch that does not fit into the GPU
+            if not self.problem:
+                logger.warning("the loss can't be measured: %s", e)
+            self.problem = one_line(str(e)) or type(e).__name__
 
     def public_of_others(self) -> float:
         """Of parameters that stand in for ours; nothing is kept."""

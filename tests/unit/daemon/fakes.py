@@ -55,7 +55,11 @@ class FakeNode:
     def works(self, steps: int = 1, state: str = "training") -> None:
         """A step and an exchange went well."""
         self.step += steps
-        self.node.follow_trainer(state, Progress(step=self.step, planned_steps=1000, tokens=1))
+        progress = Progress(
+            step=self.step, planned_steps=1000, tokens=1,
+            loss_measured_step=self.step, loss_measured_age_s=0.0,
+        )  # fmt: skip
+        self.node.follow_trainer(state, progress)
         self.node.last_exchange_s = self.clock()
 
     def passes(self, seconds: float, *, working: bool = True) -> None:

@@ -13,12 +13,13 @@ from msgspec import structs
 
 from tests.unit.daemon.fakes import ALPHA, BETA, GAMMA, ME, FakeNode, member
 from xpeer.config import Checkpoint, Home, NodeConfig, Training
-from xpeer.errors import LocalError
+from xpeer.errors import LocalError, TrainerError
 from xpeer.health import Health
 from xpeer.identity import PeerId
 from xpeer.manifest import Genesis
 from xpeer.network.membership import Certificate
 from xpeer.status import Progress
+from xpeer.training.ipc import Losses
 from xpeer_daemon import logs, watch
 from xpeer_daemon.missed import BACK_S, FORGOTTEN_S
 from xpeer_daemon.presence import Presence
@@ -226,6 +227,63 @@ def test_a_sidecar_that_is_down(fake: FakeNode) -> None:
     fake.members.clear()
     assert fake.codes == ["sidecar-down"]
     assert fake.node.status().health == "down"
+
+
+def losses(fake: FakeNode, **fields: Any) -> None:
+    """The trainer took a step, and says this of its losses."""
+    fake.step += 1
+    fake.node.follow_trainer("training", Progress(step=fake.step, tokens=1, **fields))
+
+
+def test_losses_that_cannot_be_measured(fake: FakeNode) -> None:
+    losses(fake, loss_problem="CUDA out of memory")
+    fake.node.reasons()
+    for _ in range(65):
+        fake.clock.now += 1
+        fake.node.last_exchange_s = fake.clock()
+        losses(fake, loss_problem="CUDA out of memory")
+        fake.node.reasons()
+    told = fake.text("evaluation-failing")
+    assert told.endswith("can't be measured for 1m 5s: CUDA out of memory")
+    assert fake.node.status().health == "degraded"
+    losses(fake)
+    assert fake.codes == []
+
+
+async def test_losses_of_the_end_that_cannot_be_measured(
+    fake: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails() -> Losses:
+        raise TrainerError("the trainer failed: OutOfMemoryError", "see the log")
+
+    async def works() -> Losses:
+        return Losses(2.0, None)
+
+    monkeypatch.setattr(fake.trainer, "evaluate", fails)
+    for _ in range(3):
+        with pytest.raises(TrainerError):
+            await fake.node.evaluate(fake.trainer)
+        fake.passes(10)
+    assert "for 29s: the trainer failed: OutOfMemoryError" in fake.text("evaluation-failing")
+    monkeypatch.setattr(fake.trainer, "evaluate", works)
+    await fake.node.evaluate(fake.trainer)
+    assert fake.codes == []
+
+
+def test_losses_that_are_old(fake: FakeNode) -> None:
+    def at(age_s: float) -> list[str]:
+        fake.node.last_exchange_s = fake.node.last_checkpoint_s = fake.clock()
+        losses(fake, loss_measured_step=1, loss_measured_age_s=age_s)
+        return fake.codes
+
+    fake.clock.now += 7200
+    assert at(3599) == []
+    assert at(3725) == ["evaluation-late"]
+    assert "for 1h 2m: that is done at a window's end" in fake.text("evaluation-late")
+    assert fake.node.status().health == "ok"
+    assert at(2) == []
+    fake.node.enter("paused")
+    assert "evaluation-late" not in at(9999)
 
 
 DAY_S = 86_400

@@ -17,6 +17,7 @@ from xpeer.identity import blake2b
 from xpeer.manifest import Codec, End, Manifest, Model, Optimiser, Privacy, PublicText, Round
 from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
+from xpeer.training import measuring
 from xpeer.training.exchanges import MAX_IN_FLIGHT
 from xpeer.training.local import LocalTrainer
 from xpeer.training.parts import Evaluation
@@ -587,3 +588,29 @@ def test_averaging_beside_an_outer_rule_moves_its_anchors() -> None:
         sent = trainer.snapshot(2, 0, averaging=False).values.view(2, -1)
         assert float(sent[0].norm()) < 1e-5  # theta - phi: training did nothing
         assert torch.allclose(sent[1], trainer.parameters.read(), atol=1e-5)
+
+
+def test_losses_that_cannot_be_measured_end_no_training(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measuring, "SHARE", math.inf)
+    trainer, works = trainer_with(), [True]
+
+    def public() -> float:
+        if not works[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        return 1.5
+
+    trainer.measurements._evaluation = Evaluation(public=public)
+    trainer.run(4)
+    works[0] = False
+    trainer.run(8)
+    progress = trainer.progress()
+    assert progress.step == 12
+    assert progress.loss_problem == "CUDA out of memory. Tried to allocate 2 GiB"
+    assert (progress.loss_public, progress.loss_measured_step) == (1.5, 4)  # old, and said to be
+    assert caplog.text.count("the loss can't be measured") == 1
+    works[0] = True
+    trainer.run(4)
+    progress = trainer.progress()
+    assert (progress.loss_problem, progress.loss_measured_step) == ("", 16)
