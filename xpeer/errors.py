@@ -71,6 +71,12 @@ class NotRunningError(LocalError):
     exit_code = ExitCode.NOT_RUNNING
 
 
+class LedgerError(LocalError):
+    """Ledger or register can't be written, for want of space or rights: no step can be charged, and
+    none is taken. It may be mended while we run.
+    """
+
+
 class BudgetSpentError(LocalError):
     """The privacy budget of this shard is spent; training on it must not go on."""
 

@@ -166,6 +166,16 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="the trainer runs again",
     ),
     Condition(
+        code="ledger-failing",
+        severity="down",
+        text="no privacy charge can be written for {age} ({count} tried), so no step is taken: "
+        "{cause}",
+        remedy="free space, or correct owner and mode of HOME/ledger.sqlite and of "
+        "`privacy.register`; it is tried again by itself, every 2 minutes at least",
+        clears="a step is charged",
+        hides=("trainer-down", "no-step"),
+    ),
+    Condition(
         code="steps-lost",
         severity="degraded",
         text="the trainer was at step {at}, ended without a checkpoint, and is at step {step} now: "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from xpeer.config import NodeConfig
 from xpeer.control import End
-from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.errors import LedgerError, LocalError, PeerError, Reason, XpeerError
 from xpeer.health import Health, HealthReason
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
@@ -131,8 +131,15 @@ class Node:
         elif trainer_state == "closing":
             self.enter("closing")
 
+    def crashed(self, cause: XpeerError) -> None:
+        """The trainer said why it can't go on, now or at its start."""
+        if isinstance(cause, LedgerError):
+            self.health.failed("ledger-failing", cause.problem)
+
     def _remember(self, progress: Progress, privacy: PrivacySpent | None) -> None:
         before = self.known
+        if before is not None and progress.tokens > before.progress.tokens:
+            self.health.worked("ledger-failing")  # no step without a charge
         if before is not None and progress.step < before.progress.step:
             self.died_at_step = max(before.progress.step, self.died_at_step or 0)
         elif self.died_at_step is not None and progress.step >= self.died_at_step:

@@ -38,6 +38,7 @@ from xpeer.training.handle import (
     SaveFailed,
     TrainerProcess,
 )
+from xpeer.training.ipc import error_of
 from xpeer.training.setup import TrainerSetup
 from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs, report, watch
@@ -348,6 +349,7 @@ class Service:
                 self._tasks.create_task(self._renew())
         elif isinstance(event, Crashed):
             log.error("trainer: %s", event.failure.problem)  # its trace is logged already
+            self._node.crashed(error_of(event.failure))
 
     # Gossip
 

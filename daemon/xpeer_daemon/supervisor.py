@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from xpeer.errors import (
     BudgetSpentError,
     ConfigError,
+    LedgerError,
     LocalError,
     LocalTimeoutError,
     PeerError,
@@ -30,7 +31,7 @@ QUIET_S = 300.0
 """A trainer that lived this long is forgiven its earlier deaths."""
 MAX_QUICK_DEATHS = 8
 _FINAL = ConfigError, BudgetSpentError
-_PASSING = TrainerError, LocalTimeoutError, ShardError
+_PASSING = TrainerError, LocalTimeoutError, ShardError, LedgerError
 """What may be otherwise at the next try."""
 
 
@@ -99,7 +100,7 @@ class Supervisor:
 
         Raises:
             ConfigError, BudgetSpentError: the trainer's own word.
-            TrainerError: it died too often in too short a time.
+            TrainerError: it died too often in too short a time, and not for want of a ledger.
         """
         loop, delay_s, quick_deaths = asyncio.get_running_loop(), FIRST_DELAY_S, 0
         while True:
@@ -123,8 +124,10 @@ class Supervisor:
                     continue
             if loop.time() - started > QUIET_S:
                 delay_s, quick_deaths = FIRST_DELAY_S, 0
+            cause = trainer.crash
             while self.trainer is None:
-                quick_deaths += 1
+                # a full disk is mended by people, in their time
+                quick_deaths += not isinstance(cause, LedgerError)
                 if quick_deaths > MAX_QUICK_DEATHS:
                     raise TrainerError(
                         f"the trainer died {quick_deaths} times in a row ({self.down_reason})",
@@ -136,7 +139,7 @@ class Supervisor:
                 try:
                     self.trainer = await self._start(self._setup())
                 except _PASSING as e:
-                    self.down_reason = str(e)
+                    self.down_reason, cause = str(e), e
             self.restarts += 1
             self.down_reason = ""
             await self._tell(on_restart, self.trainer)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from xpeer.errors import LocalError
+from xpeer.errors import LedgerError, LocalError
 from xpeer.privacy.charges import Chain
 
 VERSION: Final = 2
@@ -129,7 +129,7 @@ def told(path: Path, what: str, remedy: str) -> Iterator[None]:
         yield
     except sqlite3.Error as e:
         if getattr(e, "sqlite_errorcode", 0) & 0xFF in _NOT_THE_CONTENT:
-            raise LocalError(f"privacy ledger {path} can't be used: {e}", MEND) from e
+            raise LedgerError(f"privacy ledger {path} can't be used: {e}", MEND) from e
         raise LocalError(f"privacy ledger {path} {what}: {e}", remedy) from e
     except (OSError, UnicodeError) as e:
         raise LocalError(f"privacy ledger {path} {what}: {e}", remedy) from e

@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from xpeer.errors import ConfigError, LocalError
+from xpeer.errors import ConfigError, LedgerError, LocalError
 from xpeer.files import require_own, secure_folder
 
 log = logging.getLogger("xpeer.register")
@@ -316,10 +316,9 @@ def told(path: Path) -> Iterator[None]:
         yield
     except sqlite3.DatabaseError as e:
         damaged = type(e) is sqlite3.DatabaseError or "no such" in str(e)
-        raise LocalError(
-            f"privacy register {path} can't be used: {e}", RESTORE if damaged else MEND
-        ) from e
+        kind, remedy = (LocalError, RESTORE) if damaged else (LedgerError, MEND)
+        raise kind(f"privacy register {path} can't be used: {e}", remedy) from e
     except UnicodeError as e:
         raise LocalError(f"privacy register {path} is damaged: {e}", RESTORE) from e
     except OSError as e:
-        raise LocalError(f"privacy register {path} can't be used: {e}", MEND) from e
+        raise LedgerError(f"privacy register {path} can't be used: {e}", MEND) from e

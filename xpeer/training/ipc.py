@@ -23,6 +23,7 @@ from xpeer.errors import (
     BudgetSpentError,
     ConfigError,
     ExitCode,
+    LedgerError,
     LocalError,
     LocalTimeoutError,
     NotAuthorisedError,
@@ -290,7 +291,7 @@ _ERRORS: Final[dict[str, type[LocalError]]] = {
     kind.__name__: kind
     for kind in (
         LocalError, ConfigError, ShardError, NotAuthorisedError, BudgetSpentError,
-        LocalTimeoutError, TrainerError,
+        LocalTimeoutError, TrainerError, LedgerError,
     )
 }  # fmt: skip
 

@@ -14,10 +14,13 @@ from tests.unit.daemon.fakes import FakeNode
 from tests.unit.test_founding import found
 from xpeer import signals
 from xpeer.config import Home, NodeConfig
+from xpeer.errors import LedgerError
 from xpeer.status import PrivacySpent, Progress
+from xpeer.training.ipc import Crashed, Progressed, failure_of
 from xpeer_daemon.joiner import Joiner
 from xpeer_daemon.service import Service
 from xpeer_daemon.store import Known, Store
+from xpeer_daemon.windows import Windows
 
 
 class Offline(Service):
@@ -56,3 +59,31 @@ async def test_a_stop_keeps_what_the_trainer_said_last(
     assert known is not None
     assert known.progress.step == 341, "a status after the next start shows an older step"
     assert "can't be written" not in caplog.text
+
+
+def test_a_charge_that_cannot_be_written_is_named_until_a_step_is_charged(home: Home) -> None:
+    service, now = Service(home, NodeConfig()), [1e9]
+    node = service._node
+    node.health._clock = lambda: now[0]
+    service._store = Store.open(home.state_db)
+    service._windows = Windows(home.losses, node, service._store.keep_known)
+    full = LedgerError("privacy ledger x can't be used: database or disk is full", "free some")
+
+    def says(step: int) -> None:
+        progress = Progress(step=step, tokens=10 * step)
+        service._on_trainer(Progressed("training", progress, 0))
+
+    says(341)
+    for _ in range(2):  # the second time it can't even start
+        service._on_trainer(Crashed(failure_of(full)))
+        now[0] += 65
+    says(340)  # of an older checkpoint: it has started, and has not charged yet
+    (reason,) = [r for r in node.health.reasons() if r.code == "ledger-failing"]
+    assert reason.severity == "down"
+    assert reason.text == (
+        "no privacy charge can be written for 2m 10s (2 tried), so no step is taken: "
+        "privacy ledger x can't be used: database or disk is full"
+    )
+    says(341)
+    assert "ledger-failing" not in {r.code for r in node.health.reasons()}
+    service._store.close()

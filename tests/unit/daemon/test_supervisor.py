@@ -9,6 +9,7 @@ import pytest
 
 from xpeer.errors import (
     ConfigError,
+    LedgerError,
     LocalError,
     LocalTimeoutError,
     PeerError,
@@ -46,11 +47,14 @@ class Rig:
         self.made: list[FakeTrainer] = []
         self.told: asyncio.Queue[Any] = asyncio.Queue()
         self.refuse = False
+        self.full: list[LocalError] = []
         self.supervisor = Supervisor(dict, self.start)  # type: ignore[arg-type] # a fake
 
     async def start(self, setup: Any) -> Any:
         if self.refuse:
             raise TrainerError("no memory")
+        if self.full:
+            raise self.full.pop()
         self.made.append(FakeTrainer())
         return self.made[-1]
 
@@ -87,6 +91,22 @@ async def test_dying_again_and_again_ends_the_node(rig: Rig):
     rig.made[0].die()
     with pytest.raises(TrainerError, match="times in a row"):
         await task
+
+
+async def test_a_ledger_that_cannot_be_written_is_waited_for(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(supervisor_module, "LONGEST_DELAY_S", 0.0)
+    full: LocalError = LedgerError("privacy ledger: database or disk is full")
+    task = await rig.run()
+    rig.full = [full] * 3 * supervisor_module.MAX_QUICK_DEATHS
+    rig.made[0].die(full)
+    told = asyncio.ensure_future(rig.told.get())
+    await asyncio.wait({task, told}, return_when=asyncio.FIRST_COMPLETED)
+    assert not task.done(), "the node ended"
+    assert told.result() is rig.made[1]
+    assert rig.supervisor.restarts == 1
+    task.cancel()
 
 
 async def test_a_renewal_is_no_death(rig: Rig):

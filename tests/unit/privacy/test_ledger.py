@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from xpeer.errors import LocalError
+from xpeer.errors import LedgerError, LocalError
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.ledger import Ledger
+from xpeer.training.ipc import error_of, failure_of
 
 STEP = Segment(1.0, 0.01, 20)
 
@@ -217,6 +218,17 @@ def test_a_failed_write_charges_nothing_and_stops_the_account(path: Path) -> Non
     alter(path, "DROP TRIGGER full")
     with Ledger.open(path) as ledger:
         assert ledger.charge(STEP) == 2
+
+
+def test_a_full_disk_can_be_told_from_a_damaged_ledger(path: Path) -> None:
+    with Ledger.open(path) as ledger:
+        ledger.charge(STEP)
+        (pages,) = ledger._connection.execute("PRAGMA page_count").fetchone()
+        ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(LedgerError, match="is full") as full:
+            for _ in range(1000):
+                ledger.charge(STEP)
+    assert type(error_of(failure_of(full.value))) is LedgerError, "as the daemon hears of it"
 
 
 def test_a_closed_ledger_refuses(path: Path) -> None:
