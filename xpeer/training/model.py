@@ -29,6 +29,7 @@ from xpeer import belonging
 from xpeer.errors import ConfigError
 from xpeer.source import check_folder
 from xpeer.training.export import export_adapters, export_hf, generate
+from xpeer.training.filler import Filler
 from xpeer.training.flat import FlatParameters, digest, num_params, read_flat, write_flat
 from xpeer.training.kept import config_for_manifest
 from xpeer.training.losses import (
@@ -74,21 +75,24 @@ _LOADING_ERRORS: Final = (
 
 
 def build(config: dict[str, Any], seed: int | None = None) -> torch.nn.Module:
-    """A causal language model with random weights, in training mode, on the CPU.
+    """A causal language model with initial weights, in training mode, on the CPU.
 
     Dropout is switched off whatever the config says: a record's gradient has to be a function of
     the record and the parameters, or the engines' self-test could not check it.
 
     Args:
         config: Hugging Face config as JSON, `model_type` included.
-        seed: of the initial weights; None = the process's generator.
+        seed: of the initial weights; None = the caller replaces them, and nothing is drawn.
 
     Raises:
         ConfigError: not a config of a causal language model that transformers knows.
     """
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    if seed is None:
+        with Filler():
+            made = _made(config)
+        return _ready(made)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         return _ready(_made(config))
 
 
