@@ -11,8 +11,9 @@ from click.testing import CliRunner
 
 from tests.swarm.test_daemons import LOOPBACK, Swarm, swarm  # noqa: F401 - a fixture
 from xpeer.cli import main
+from xpeer.conditions import CONDITIONS
 from xpeer.errors import ExitCode
-from xpeer.health import CONDITIONS, HealthReason
+from xpeer.health import HealthReason
 from xpeer.status import Status
 
 PATIENCE_S = 150.0

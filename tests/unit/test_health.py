@@ -7,7 +7,8 @@ import re
 import pytest
 
 from xpeer import health
-from xpeer.health import CONDITIONS, Condition, Health, verdict
+from xpeer.conditions import CONDITIONS, Condition
+from xpeer.health import Health, verdict
 
 
 class Clock:

@@ -1,0 +1,366 @@
+"""Every condition that a node can be in and its operator should know: one list for all who tell.
+
+Status, exit codes, systemd's line and the table in docs/operating.md come from here.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Severity = Literal["note", "degraded", "down"]
+"""note: worth knowing, the node is well. degraded: work is lost or late. down: none is done."""
+
+_OF_THE_TRACKER = frozenset({"age", "count", "cause"})
+"""Fields of texts that `Health` fills in by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What can be the matter.
+
+    Args:
+        code: its name for programs; never changes.
+        severity: what it makes of the node's health.
+        text: for people; {fields} are given with `set`, {age}, {count} and {cause} are the
+            tracker's.
+        remedy: what the operator can do; for the docs and the answer alike.
+        clears: when it goes away, for the docs.
+        grace_s: how long it has to last before it shows; 0: at once.
+        hides: codes that say nothing while this one shows.
+    """
+
+    code: str
+    severity: Severity
+    text: str
+    remedy: str
+    clears: str
+    grace_s: float = 0.0
+    hides: tuple[str, ...] = ()
+
+    @property
+    def facts(self) -> frozenset[str]:
+        """What `set` has to be given."""
+        named = {name for _, name, _, _ in string.Formatter().parse(self.text) if name}
+        return frozenset(named - _OF_THE_TRACKER)
+
+
+def _registry(*conditions: Condition) -> dict[str, Condition]:
+    return {condition.code: condition for condition in conditions}
+
+
+_RENEW: Final = (
+    "ask an admin for a new token: `xpeer invite create --for PEERID`, with what `xpeer id` prints "
+    "here; then `xpeer stop` and `xpeer start --join TOKEN`"
+)
+
+CONDITIONS: Final[dict[str, Condition]] = _registry(
+    # Beginning and end
+    Condition(
+        code="starting",
+        severity="degraded",
+        text="{note}",
+        remedy="wait; `xpeer logs` says how far it is",
+        clears="the trainer has read model and text",
+    ),
+    Condition(
+        code="joining",
+        severity="degraded",
+        text="{note}",
+        remedy="check the address, the firewall, the port; give another with --bootstrap",
+        clears="a member has answered",
+        hides=("no-seed",),
+    ),
+    Condition(
+        code="fetching",
+        severity="degraded",
+        text="{note}",
+        remedy="wait; are members up that could give their parameters? `xpeer peers`",
+        clears="a member's parameters are taken over",
+    ),
+    Condition(
+        code="waiting-for-peers",
+        severity="degraded",
+        text="{note}",
+        remedy="start the others, or lower training.min_peers",
+        clears="enough members are there",
+    ),
+    Condition(
+        code="stopping",
+        severity="degraded",
+        text="state is stopping",
+        remedy="wait: the daemon saves and ends",
+        clears="the daemon has ended",
+    ),
+    Condition(
+        code="paused",
+        severity="degraded",
+        text="paused by the operator",
+        remedy="`xpeer resume`",
+        clears="`xpeer resume`",
+    ),
+    Condition(
+        code="resting",
+        severity="note",
+        text="resting for {rest_s:.0f} s after a step, as training.throttle says",
+        remedy="raise training.throttle to rest less",
+        clears="the next step begins",
+    ),
+    Condition(
+        code="noise-drowns-signal",
+        severity="note",
+        text="a step's privacy noise is {norm:.0f} times its signal: next to nothing is learnt",
+        remedy="found a swarm with more records a step (optimiser.batch_records), more steps, or "
+        "adapters alone (--lora-rank)",
+        clears="another swarm, or a larger shard of a new home",
+    ),
+    Condition(
+        code="run-had-ended",
+        severity="degraded",
+        text="the run had ended when this node joined: none of its text was used",
+        remedy="found a longer run (`end.steps`), and have the founder wait: `--min-peers`",
+        clears="never in this run",
+    ),
+    Condition(
+        code="budget-spent",
+        severity="degraded",
+        text="the privacy budget is spent: mixing and serving only",
+        remedy="nothing: the node mixes and serves on. If only some documents are spent (`xpeer "
+        "privacy status`), take their files out of the shard (`xpeer privacy documents --above "
+        "EPSILON`) and start again",
+        clears="the node trains again",
+    ),
+    Condition(
+        code="text-missing",
+        severity="degraded",
+        text="the text can't be read for {age} ({count} tried), so this node mixes and serves "
+        "without training: {cause}",
+        remedy="mend what it names; it is looked at again by itself, every 5 minutes at least",
+        clears="it can be read; training goes on",
+    ),
+    # Processes
+    Condition(
+        code="trainer-down",
+        severity="down",
+        text="no trainer for {age}: {why}",
+        remedy="it is restarted with growing pauses; see `xpeer logs --level warning`. CUDA out of "
+        "memory: lower `training.micro_batch`",
+        clears="the trainer runs again",
+    ),
+    Condition(
+        code="ledger-failing",
+        severity="down",
+        text="no privacy charge can be written for {age} ({count} tried), so no step is taken: "
+        "{cause}",
+        remedy="free space, or correct owner and mode of HOME/ledger.sqlite and of "
+        "`privacy.register`; it is tried again by itself, every 2 minutes at least",
+        clears="a step is charged",
+        hides=("trainer-down", "no-step"),
+    ),
+    Condition(
+        code="steps-lost",
+        severity="degraded",
+        text="the trainer was at step {at}, ended without a checkpoint, and is at step {step} now: "
+        "the steps between are taken, and charged, again",
+        remedy="`xpeer logs --level warning` says why it died; a shorter checkpoint.every_s loses "
+        "less",
+        clears="it is further than it was",
+    ),
+    Condition(
+        code="no-step",
+        severity="degraded",
+        text="no step for {silent_s:.0f} s",
+        remedy="is the machine overloaded or suspended, or a GPU stuck? `xpeer logs`, then `xpeer "
+        "stop` and start again",
+        clears="a step is taken",
+    ),
+    Condition(
+        code="sidecar-down",
+        severity="down",
+        text="the libp2p sidecar is down for {age}",
+        remedy="it is restarted with the same identity; see `xpeer logs --level warning`",
+        clears="it runs again",
+        hides=("no-seed", "no-partner", "no-exchange", "partners-lost"),
+    ),
+    # Partners
+    Condition(
+        code="certificate-expiring",
+        severity="degraded",
+        text="this node's membership expires in {left}, at {ends}: no member meets it after that",
+        remedy=_RENEW,
+        clears="the node has started with a new token",
+    ),
+    Condition(
+        code="certificate-expired",
+        severity="down",
+        text="this node's membership expired {age} ago, at {ends}: no member meets it",
+        remedy=_RENEW,
+        clears="the node has started with a new token",
+        hides=(
+            "joining",
+            "fetching",
+            "waiting-for-peers",
+            "no-partner",
+            "partners-lost",
+            "no-exchange",
+            "roster-failing",
+            "card-failing",
+            "no-seed",
+        ),
+    ),
+    Condition(
+        code="no-partner",
+        severity="degraded",
+        text="no live partner: nothing is averaged",
+        remedy="training goes on alone. Are the others up? `xpeer peers`",
+        clears="a member is there that exchanges",
+        hides=("no-exchange",),
+    ),
+    Condition(
+        code="partners-lost",
+        severity="degraded",
+        text="{lost} of {known} known partners are gone: {who}",
+        remedy="are they up, and is the network between? `xpeer peers`. One that is gone for good "
+        "leaves with `xpeer leave`, or is forgotten after a day",
+        clears="they are back, have left, or are gone for a day",
+    ),
+    Condition(
+        code="no-exchange",
+        severity="degraded",
+        text="no good exchange for {silent_s:.0f} s",
+        remedy="`xpeer status` counts failures by reason; `xpeer logs --level warning`",
+        clears="an exchange succeeds",
+    ),
+    Condition(
+        code="exchange-failed",
+        severity="note",
+        text="{count} exchanges in a row failed in the last {age}, the last one with {cause}",
+        remedy="`xpeer peers` shows the reason by partner; one failure now and then is nothing",
+        clears="an exchange succeeds",
+    ),
+    Condition(
+        code="ledger-behind",
+        severity="degraded",
+        text="{refusing} partners do not meet this node until it has caught up: they say "
+        "that they saw more privacy charges of it than it shows: {who}",
+        remedy="home and register were restored from an older copy, or a copy of this home runs "
+        "elsewhere. Restore newer copies, or let it go on alone: it is met again when it has made "
+        "as many charges",
+        clears="they meet this node again",
+    ),
+    Condition(
+        code="waiting-for-the-end",
+        severity="degraded",
+        text="this node has taken its steps and has waited {waited} for {who}",
+        remedy="wait, or ask their operators whether they still train",
+        clears="they have ended or are gone",
+    ),
+    # Periodic work
+    Condition(
+        code="checkpoint-failing",
+        severity="degraded",
+        text="no checkpoint could be written for {age} ({count} tried): {cause}",
+        remedy="free space, or correct owner and mode of HOME/checkpoints; steps since the last "
+        "checkpoint are lost if the node ends",
+        clears="one is written",
+        hides=("checkpoint-late",),
+    ),
+    Condition(
+        code="checkpoint-late",
+        severity="degraded",
+        text="no checkpoint for {late_s:.0f} s, though one is due every {every_s:.0f} s",
+        remedy="is the trainer stuck, or the disk slow? `xpeer logs`, `xpeer checkpoint save`",
+        clears="one is written",
+    ),
+    Condition(
+        code="evaluation-failing",
+        severity="degraded",
+        text="the public and the held-out loss can't be measured for {age}: {why}",
+        remedy="training goes on, and they are measured again at a window's end; the run can't "
+        "finish without. Out of memory: stop what else runs there, or restart the node",
+        clears="they are measured",
+        hides=("evaluation-late",),
+    ),
+    Condition(
+        code="evaluation-late",
+        severity="note",
+        text="no loss was measured for {late}: that is done at a window's end, and may take 3% of "
+        "the training time",
+        remedy="nothing is lost, the losses shown are old. A smaller training.validation_records "
+        "takes less; in a new swarm a shorter public text, or a smaller round.window_steps",
+        clears="they are measured",
+    ),
+    Condition(
+        code="state-file-failing",
+        severity="degraded",
+        text="state.sqlite can't be written for {age} ({count} tried): {cause}",
+        remedy="free space, or correct owner and mode of HOME; history and the partners' highest "
+        "ledger counters are lost if the node ends",
+        clears="a write succeeds",
+    ),
+    Condition(
+        code="log-failing",
+        severity="degraded",
+        text="daemon.log can't be written for {age} ({count} lines lost): {cause}",
+        remedy="free space, or correct owner and mode of HOME/daemon.log",
+        clears="a line is written",
+    ),
+    Condition(
+        code="losses-failing",
+        severity="degraded",
+        text="losses.csv can't be written for {age} ({count} rows lost): {cause}",
+        remedy="free space, or correct owner and mode of HOME/losses.csv",
+        clears="a row is written",
+    ),
+    Condition(
+        code="card-failing",
+        severity="degraded",
+        text="no node of the DHT has taken this node's card for {age}",
+        remedy="members still hear of this node from one another, newcomers may not; check the "
+        "network, and give seeds with --bootstrap",
+        clears="a node stores the card",
+        grace_s=60.0,
+    ),
+    Condition(
+        code="roster-failing",
+        severity="degraded",
+        text="no member answers questions about who is there for {age}: {cause}",
+        remedy="check the network and the firewall; `xpeer peers` may be out of date",
+        clears="a member answers",
+        grace_s=30.0,
+    ),
+    Condition(
+        code="no-seed",
+        severity="degraded",
+        text="no seed answers for {age}: {why}",
+        remedy="check the address, the firewall, the port; give another with --bootstrap. Who "
+        "joins now can't find this swarm there",
+        clears="a seed or a member answers",
+    ),
+    # The machine
+    Condition(
+        code="clock-off",
+        severity="degraded",
+        text="this node's clock is {how} the clocks of the {clocks} members that answered; beyond "
+        "3 s they refuse it",
+        remedy="run NTP here: `timedatectl set-ntp true`, or chrony",
+        clears="the clocks agree within 2 s",
+    ),
+    Condition(
+        code="loop-late",
+        severity="note",
+        text="the daemon has woken its tasks late for {age}, by up to {worst_ms:.0f} ms: {why}",
+        remedy="give the daemon a core of its own (a smaller training.threads), and HOME a faster "
+        "disk: exchanges take longer, and commands are answered late",
+        clears="no task was woken more than 100 ms late for 10 s",
+    ),
+    Condition(
+        code="disk-nearly-full",
+        severity="degraded",
+        text="{free} free where the home is; two checkpoints need {needed}",
+        remedy="free space on the disk of HOME",
+        clears="there is space for two checkpoints again",
+    ),
+)
+"""By code. A code never changes its meaning; what a condition says may."""
