@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from xpeer.config import Daemon, Home, NodeConfig
 from xpeer.errors import LocalError
 from xpeer.status import Progress
 from xpeer.training.checkpoint import paths, step_of
-from xpeer.training.handle import TrainerProcess
+from xpeer.training.handle import Saved, TrainerProcess
 
 PATIENCE_S = 2.0
 
@@ -130,8 +131,10 @@ async def test_what_is_lost_is_counted_from_the_last_checkpoint(
 async def test_a_disk_that_takes_no_checkpoint_is_the_trainers_last_word(tmp_path: Path) -> None:
     setup, watch = make_homes(tmp_path, 1)[0], Watch()
     trainer = await TrainerProcess.start(setup, watch)
-    await watch.step(2)
-    Home(Path(setup.home)).checkpoints.write_text("in the way of the folder")
+    await watch.until(lambda event: isinstance(event, Saved))  # the first one: no other is due
+    folder = Home(Path(setup.home)).checkpoints
+    shutil.rmtree(folder)
+    folder.write_text("in the way of the folder")
     assert await trainer.stop(60) != 0
     assert trainer.crash is not None
     assert "can't be written" in trainer.crash.problem

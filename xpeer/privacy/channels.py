@@ -169,7 +169,7 @@ _STATUS: Final = {
         timing="step window loss_public_age loss_train_age_s loss_measured_step "
         "loss_measured_age_s learning_rate merges steps_late seconds_training "
         "seconds_blocked seconds_boundary seconds_saving seconds_snapshot seconds_merge",
-        local="tokens loss_train loss_validation tokens_per_s rest_s",
+        local="tokens loss_train loss_validation loss_problem tokens_per_s rest_s",
     ),
     "PrivacySpent": _of(
         "node",
@@ -391,6 +391,7 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.training.handle": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
     "xpeer.training.ipc": ("%s", "%s"),
     "xpeer.training.local": ("charged steps were not used up: %s",),
+    "xpeer.training.measuring": ("the loss can't be measured: %s",),
     "xpeer.training.process": ("the trainer's receiver failed",),
     "xpeer.training.saving": ("no checkpoint was written: %s",),
     "xpeer.training.service": (

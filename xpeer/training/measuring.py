@@ -7,7 +7,7 @@ import math
 import time
 from typing import Final
 
-from xpeer.errors import DivergedError
+from xpeer.errors import DivergedError, XpeerError
 from xpeer.escape import one_line
 from xpeer.manifest import Round
 from xpeer.training.parts import Evaluation
@@ -77,9 +77,11 @@ class Measurements:
         try:
             self.take(counters)
         except Exception as e:  # noqa: BLE001 - e.g. a batch that does not fit into the GPU
+            # of others' errors the kind alone: their words may be about the text
+            why = one_line(str(e)) if isinstance(e, XpeerError) else type(e).__name__
             if not self.problem:
-                logger.warning("the loss can't be measured: %s", e)
-            self.problem = one_line(str(e)) or type(e).__name__
+                logger.warning("the loss can't be measured: %s", why)
+            self.problem = why
 
     def public_of_others(self) -> float:
         """Of parameters that stand in for ours; nothing is kept."""
