@@ -110,9 +110,9 @@ class Gathering:
         self._waiting.discard(peer_id)
         self._changed.set()
 
-    def gives_way_to(self, slot: int) -> bool:
-        """Whether a later slot's meeting may take its place: as long as nobody came."""
-        return slot > self.slot and not self.begun and not self.closed
+    def waits_for_lower(self, me: PeerId) -> bool:
+        """Whether nobody came, and nobody that we proposed to can: those left are to propose."""
+        return not self.begun and not self.closed and all(peer < me for peer in self._waiting)
 
     def give_way(self) -> None:
         """End it: nobody came, and the others meet in a later slot."""

@@ -57,14 +57,13 @@ class Meetings:
     def joinable(self, slot: int, fragment: int, averaging: bool, peer_id: PeerId) -> bool:
         """Whether an exchange with this partner can begin, or join its group's meeting.
 
-        A meeting to which nobody came gives way to a later slot's: who ended theirs at other times
-        would else wait for one another in turn.
+        A meeting to which nobody came gives way to a later slot's (`_gives_way`).
         """
         meeting = self._running.get(fragment)
         if meeting is None:
             return True
         same = (meeting.slot, meeting.averaging) == (slot, averaging)
-        return (same or meeting.gives_way_to(slot)) and meeting.expects(peer_id)
+        return (same or self._gives_way(meeting, slot)) and meeting.expects(peer_id)
 
     def join(
         self,
@@ -89,7 +88,7 @@ class Meetings:
         if meeting is not None:
             if (meeting.slot, meeting.averaging) == (slot, averaging):
                 return None if meeting.closed else meeting
-            if not (agreed and meeting.gives_way_to(slot)):
+            if not (agreed and self._gives_way(meeting, slot)):
                 return None
             meeting.give_way()
         self._last_id += 1
@@ -116,6 +115,15 @@ class Meetings:
         meeting = self._running.get(fragment)
         if meeting is not None and meeting.slot == slot:
             meeting.give_up(peer_id)
+
+    def _gives_way(self, meeting: Meeting | MaskedMeeting, slot: int) -> bool:
+        """Whether a later slot's meeting takes its place: members whose meetings began in different
+        slots would else wait for one another in turn.
+
+        A masked group needs everybody, and loses the slot if one is called away.
+        """
+        later = slot > meeting.slot and not self._rules.masks
+        return later and meeting.waits_for_lower(self._us.me)
 
     async def _hold(self, meeting: Meeting | MaskedMeeting, epoch: int) -> None:
         """Until everybody's exchange has ended and what was accepted is merged."""

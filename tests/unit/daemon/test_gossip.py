@@ -387,20 +387,17 @@ async def test_a_group_meets_at_once_and_waits_for_the_lower_ones(monkeypatch: p
     assert rig.gossip.terms(ME, slot).group_weight == 4.0
 
 
-@pytest.mark.parametrize("masks", [False, True])
 async def test_a_meeting_to_which_nobody_came_gives_way_to_a_later_slot(
-    monkeypatch: pytest.MonkeyPatch, masks: bool
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """Those whose meetings began in different slots would else wait for one another in turn."""
-    rules = MASKED if masks else msgspec.structs.replace(ROUND, group=0)
-    rig = Rig(monkeypatch, me=THIRD, rules=msgspec.structs.replace(rules, fragments=1))
+    rules = msgspec.structs.replace(ROUND, group=0, fragments=1)
+    rig = Rig(monkeypatch, me=THIRD, rules=rules)
     rig.host.live = [ME, OTHER]
     slot = matching.slot_number(rig.now, ROUND.slot_s)
     rig.gossip._begin(slot)
     waiting = rig.gossip._meetings._running[0]
     later = rig.proposal(slot=slot + 1, fragment=0, exchange_id=78)
-    if masks:
-        later = msgspec.structs.replace(later, averaging=True, codec="masked16")
     assert rig.gossip.objection(ME, later) is None
     earlier = msgspec.structs.replace(later, slot=slot - 1)
     assert rig.gossip.objection(ME, earlier) == Reason.BUSY
@@ -418,10 +415,31 @@ async def test_a_meeting_to_which_nobody_came_gives_way_to_a_later_slot(
         await asyncio.sleep(0)
     again = msgspec.structs.replace(later, slot=slot + 2, exchange_id=79)
     assert rig.gossip.objection(OTHER, again) == Reason.BUSY  # somebody came to ours
-    for task in rig.gossip._tasks:
+    await ended(rig, met)
+
+
+async def ended(rig: Rig, *tasks: asyncio.Task[None]) -> None:
+    for task in (*tasks, *rig.gossip._tasks):
         task.cancel()
-    met.cancel()
-    await asyncio.gather(met, *rig.gossip._tasks, return_exceptions=True)
+    await asyncio.gather(*tasks, *rig.gossip._tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("why", ["one that we proposed to may come", "masks need everybody"])
+async def test_a_meeting_does_not_give_way_where_that_loses_another_one(
+    monkeypatch: pytest.MonkeyPatch, why: str
+):
+    masked = why.startswith("masks")
+    rules = MASKED if masked else msgspec.structs.replace(ROUND, group=0)
+    me = THIRD if masked else OTHER
+    rig = Rig(monkeypatch, me=me, rules=msgspec.structs.replace(rules, fragments=1))
+    rig.host.live = [ME, OTHER] if masked else [ME, THIRD]
+    slot = matching.slot_number(rig.now, ROUND.slot_s)
+    rig.gossip._begin(slot)  # what it proposes has not been answered yet
+    later = rig.proposal(slot=slot + 1, fragment=0, exchange_id=78)
+    if masked:
+        later = msgspec.structs.replace(later, averaging=True, codec="masked16")
+    assert rig.gossip.objection(ME, later) == Reason.BUSY
+    await ended(rig)
 
 
 async def test_a_member_of_the_group_that_refuses_is_given_up(monkeypatch: pytest.MonkeyPatch):
