@@ -86,7 +86,6 @@ class Gathering:
 
     Attributes:
         accepted: by both sides: partner -> exchange id.
-        begun: somebody came.
         closed: no further exchange may begin.
     """
 
@@ -99,7 +98,7 @@ class Gathering:
         self._waiting = set(given["expected"])
         self.accepted: dict[PeerId, int] = {}
         self._changed = asyncio.Event()
-        self.begun = self.closed = False
+        self.closed = False
 
     def expects(self, peer_id: PeerId) -> bool:
         """Whether this partner's exchange is still to come."""
@@ -107,22 +106,11 @@ class Gathering:
 
     def give_up(self, peer_id: PeerId) -> None:
         """There will be no exchange with this one."""
-        self._waiting.discard(peer_id)
-        self._changed.set()
-
-    def waits_for_lower(self, me: PeerId) -> bool:
-        """Whether nobody came, and nobody that we proposed to can: those left are to propose."""
-        return not self.begun and not self.closed and all(peer < me for peer in self._waiting)
-
-    def give_way(self) -> None:
-        """End it: nobody came, and the others meet in a later slot."""
-        self.closed = True
-        self._waiting.clear()
-        self._changed.set()
+        self._comes(peer_id)
 
     def _comes(self, peer_id: PeerId) -> None:
-        self.begun = True
-        self.give_up(peer_id)
+        self._waiting.discard(peer_id)
+        self._changed.set()
 
     async def _gathered(self) -> None:
         """All that were expected came or won't come, or the time for that is over."""

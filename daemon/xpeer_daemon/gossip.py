@@ -132,7 +132,13 @@ class Gossip(Desk):
             self._keep(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
 
     def _meet_group(self, slot: int) -> None:
-        """Everybody proposes to the higher PeerIDs of its group, and waits for the lower ones."""
+        """Everybody proposes to the higher PeerIDs of its group, and waits for the lower ones.
+
+        Groups begin in every `Meetings.stride`-th slot: members that began when it suits them would
+        wait for one another in turn. A masked one needs all its members, so none is in two.
+        """
+        if slot % self._meetings.stride or (self._round.masks and len(self._meetings)):
+            return
         others = [peer for peer in self._company(slot) if not self._settled(peer, slot)]
         trainer = self._host.trainer
         if trainer is None or not others:
@@ -277,9 +283,7 @@ class Gossip(Desk):
         self._last_partner = peer_id
         expected = [peer_id] if self._round.group == PAIR else self._company(slot)
         averaging = agreement.averaging
-        meeting = self._meetings.join(
-            trainer, slot, averaging=averaging, expected=expected, agreed=True
-        )
+        meeting = self._meetings.join(trainer, slot, averaging=averaging, expected=expected)
         began = self._clock()
         start: Start | None = None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
@@ -28,6 +29,10 @@ class Meetings:
         partners: the book.
         keep: runs a meeting to its end.
         due_again: a masked group did not come together: the window's pace has lost nothing.
+
+    Attributes:
+        stride: slots between two at which groups begin to meet: as many as their members wait for
+            one another. Whoever missed one is there for the next, as is everybody who waited.
     """
 
     def __init__(
@@ -49,21 +54,23 @@ class Meetings:
         self._revealed: dict[int, int] = {}  # in vain: local steps by fragment
         self._epoch: int | None = None  # of the trainer that revealed it
         self._last_id = 0
+        self._gather_s = max(MIN_GATHER_S, GATHER_SLOTS * rules.slot_s)
+        self.stride = math.ceil(self._gather_s / rules.slot_s)
 
     def __contains__(self, fragment: int) -> bool:
         """Whether a fragment is being exchanged."""
         return fragment in self._running
 
-    def joinable(self, slot: int, fragment: int, averaging: bool, peer_id: PeerId) -> bool:
-        """Whether an exchange with this partner can begin, or join its group's meeting.
+    def __len__(self) -> int:
+        """How many fragments are being exchanged."""
+        return len(self._running)
 
-        A meeting to which nobody came gives way to a later slot's (`_gives_way`).
-        """
+    def joinable(self, slot: int, fragment: int, averaging: bool, peer_id: PeerId) -> bool:
+        """Whether an exchange with this partner can begin, or join its group's meeting."""
         meeting = self._running.get(fragment)
-        if meeting is None:
-            return True
-        same = (meeting.slot, meeting.averaging) == (slot, averaging)
-        return (same or self._gives_way(meeting, slot)) and meeting.expects(peer_id)
+        return meeting is None or (
+            (meeting.slot, meeting.averaging) == (slot, averaging) and meeting.expects(peer_id)
+        )
 
     def join(
         self,
@@ -72,25 +79,13 @@ class Meetings:
         *,
         averaging: bool,
         expected: Collection[PeerId],
-        agreed: bool = False,
     ) -> Meeting | MaskedMeeting | None:
-        """The slot's meeting, begun if need be; None = the fragment is in another one.
-
-        Args:
-            trainer: ours.
-            slot: of the shared clock.
-            averaging: see `round.Given`.
-            expected: by a meeting that begins.
-            agreed: with a partner, to meet in this slot.
-        """
+        """The slot's meeting, begun if need be; None = the fragment is in another one."""
         fragment = matching.fragment_of(self._us.swarm_id, slot, self._rules.fragments)
         meeting = self._running.get(fragment)
         if meeting is not None:
-            if (meeting.slot, meeting.averaging) == (slot, averaging):
-                return None if meeting.closed else meeting
-            if not (agreed and self._gives_way(meeting, slot)):
-                return None
-            meeting.give_way()
+            same = (meeting.slot, meeting.averaging) == (slot, averaging)
+            return meeting if same and not meeting.closed else None
         self._last_id += 1
         given = Given(
             meeting_id=self._last_id,
@@ -98,7 +93,7 @@ class Meetings:
             fragment=fragment,
             averaging=averaging,
             expected=expected,
-            gather_s=max(MIN_GATHER_S, GATHER_SLOTS * self._rules.slot_s),
+            gather_s=self._gather_s,
         )
         if self._rules.masks:
             self._follow(trainer)
@@ -116,15 +111,6 @@ class Meetings:
         if meeting is not None and meeting.slot == slot:
             meeting.give_up(peer_id)
 
-    def _gives_way(self, meeting: Meeting | MaskedMeeting, slot: int) -> bool:
-        """Whether a later slot's meeting takes its place: members whose meetings began in different
-        slots would else wait for one another in turn.
-
-        A masked group needs everybody, and loses the slot if one is called away.
-        """
-        later = slot > meeting.slot and not self._rules.masks
-        return later and meeting.waits_for_lower(self._us.me)
-
     async def _hold(self, meeting: Meeting | MaskedMeeting, epoch: int) -> None:
         """Until everybody's exchange has ended and what was accepted is merged."""
         try:
@@ -135,8 +121,7 @@ class Meetings:
             reason = e.reason if isinstance(e, PeerError) else Reason.TRAINER_RESTARTED
             self._partners.skipped("", meeting.slot, reason, str(e))
         finally:
-            if self._running.get(meeting.fragment) is meeting:  # else it gave way
-                del self._running[meeting.fragment]
+            del self._running[meeting.fragment]
             if isinstance(meeting, MaskedMeeting):
                 self._remember(meeting, epoch)
 

@@ -144,7 +144,8 @@ class Rig:
         self.gossip._begin(matching.slot_number(self.now, ROUND.slot_s))
         while self.gossip._tasks:
             await asyncio.gather(*self.gossip._tasks)
-        self.now += ROUND.slot_s
+        pairs = self.gossip._round.group == 2
+        self.now += ROUND.slot_s * (1 if pairs else self.gossip._meetings.stride)
 
     def proposal(self, **changed: Any) -> Propose:
         slot = matching.slot_number(self.now, ROUND.slot_s)
@@ -387,59 +388,42 @@ async def test_a_group_meets_at_once_and_waits_for_the_lower_ones(monkeypatch: p
     assert rig.gossip.terms(ME, slot).group_weight == 4.0
 
 
-async def test_a_meeting_to_which_nobody_came_gives_way_to_a_later_slot(
+@pytest.mark.parametrize("masks", [False, True])
+async def test_groups_begin_in_slots_that_are_as_far_apart_as_members_wait(
+    monkeypatch: pytest.MonkeyPatch, masks: bool
+):
+    """Members that began in any slot would wait for one another in turn, and refuse meanwhile."""
+    rules = MASKED if masks else msgspec.structs.replace(ROUND, group=0)
+    rules = msgspec.structs.replace(rules, slot_s=0.2, fragments=5)
+    began = []
+    for me in (ME, OTHER, THIRD):
+        rig = Rig(monkeypatch, me=me, rules=rules)
+        rig.host.live = [peer for peer in (ME, OTHER, THIRD) if peer != me]
+        for slot in range(5003, 5016):
+            rig.gossip._begin(slot)
+        meetings = list(rig.gossip._meetings._running.values())
+        began += [(me, meeting.slot) for meeting in meetings]
+        assert all(m._gather_s == rig.gossip._meetings.stride * rules.slot_s for m in meetings)
+        for task in rig.gossip._tasks:
+            task.cancel()
+        await asyncio.gather(*rig.gossip._tasks, return_exceptions=True)
+    assert began == [(me, 5010) for me in (ME, OTHER, THIRD)]
+
+
+async def test_a_masked_group_is_not_begun_while_another_one_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Those whose meetings began in different slots would else wait for one another in turn."""
-    rules = msgspec.structs.replace(ROUND, group=0, fragments=1)
-    rig = Rig(monkeypatch, me=THIRD, rules=rules)
+    rig = Rig(monkeypatch, me=THIRD, rules=MASKED)
     rig.host.live = [ME, OTHER]
-    slot = matching.slot_number(rig.now, ROUND.slot_s)
-    rig.gossip._begin(slot)
-    waiting = rig.gossip._meetings._running[0]
-    later = rig.proposal(slot=slot + 1, fragment=0, exchange_id=78)
-    assert rig.gossip.objection(ME, later) is None
-    earlier = msgspec.structs.replace(later, slot=slot - 1)
-    assert rig.gossip.objection(ME, earlier) == Reason.BUSY
-    agreement: Any = SimpleNamespace(
-        peer_id=ME, slot=slot + 1, fragment=0, exchange_id=78, averaging=later.averaging
-    )
-    met = asyncio.create_task(rig.gossip.take_part(agreement))
-    while rig.gossip._meetings._running[0] is waiting:
-        await asyncio.sleep(0)
-    meeting = rig.gossip._meetings._running[0]
-    assert waiting.closed
-    assert meeting.slot == slot + 1
-    assert meeting.expects(OTHER)
-    while not meeting.begun:
-        await asyncio.sleep(0)
-    again = msgspec.structs.replace(later, slot=slot + 2, exchange_id=79)
-    assert rig.gossip.objection(OTHER, again) == Reason.BUSY  # somebody came to ours
-    await ended(rig, met)
-
-
-async def ended(rig: Rig, *tasks: asyncio.Task[None]) -> None:
-    for task in (*tasks, *rig.gossip._tasks):
+    rig.gossip._begin(1000)
+    assert len(rig.gossip._meetings) == 1
+    later = next(s for s in range(1002, 1100, 2) if matching.fragment_of(SWARM, s, 5) !=
+                 matching.fragment_of(SWARM, 1000, 5))  # fmt: skip
+    rig.gossip._begin(later)
+    assert len(rig.gossip._meetings) == 1
+    for task in rig.gossip._tasks:
         task.cancel()
-    await asyncio.gather(*tasks, *rig.gossip._tasks, return_exceptions=True)
-
-
-@pytest.mark.parametrize("why", ["one that we proposed to may come", "masks need everybody"])
-async def test_a_meeting_does_not_give_way_where_that_loses_another_one(
-    monkeypatch: pytest.MonkeyPatch, why: str
-):
-    masked = why.startswith("masks")
-    rules = MASKED if masked else msgspec.structs.replace(ROUND, group=0)
-    me = THIRD if masked else OTHER
-    rig = Rig(monkeypatch, me=me, rules=msgspec.structs.replace(rules, fragments=1))
-    rig.host.live = [ME, OTHER] if masked else [ME, THIRD]
-    slot = matching.slot_number(rig.now, ROUND.slot_s)
-    rig.gossip._begin(slot)  # what it proposes has not been answered yet
-    later = rig.proposal(slot=slot + 1, fragment=0, exchange_id=78)
-    if masked:
-        later = msgspec.structs.replace(later, averaging=True, codec="masked16")
-    assert rig.gossip.objection(ME, later) == Reason.BUSY
-    await ended(rig)
+    await asyncio.gather(*rig.gossip._tasks, return_exceptions=True)
 
 
 async def test_a_member_of_the_group_that_refuses_is_given_up(monkeypatch: pytest.MonkeyPatch):
