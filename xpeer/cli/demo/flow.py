@@ -184,6 +184,7 @@ class Demo:
         changes = [part for key, value in fields.items() for part in ("--set", f"{key}={value}")]
         return daemons.call(
             ["init", "--home", str(home.path), "--swarm", name, "--model", str(start),
+             "--tokenizer", "bytes",
              "--public-text", str(self._run / "text" / "public.txt"),
              "--shard", str(self._run / "text" / corpus), "--listen", LOOPBACK, *changes]
         )  # fmt: skip
