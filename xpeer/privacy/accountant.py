@@ -142,22 +142,21 @@ def calibrate(
     if steps < 1:
         raise LocalError(f"privacy accountant: can't calibrate noise for {steps} steps")
 
-    def fits(thousandths: int, coarser: int) -> bool:
+    def cost(coarser: int, thousandths: int) -> float:
         segment = Segment(thousandths / SIGMA_GRID, sampling_probability, steps)
-        return _epsilon((segment,), delta, coarser) <= epsilon_target
+        return _epsilon((segment,), delta, coarser)
 
-    found = SIGMA_GRID
-    while not fits(found, _COARSER[0]):
-        found *= 2
-        if found > SIGMA_MAX * SIGMA_GRID:
+    start = SIGMA_GRID
+    while cost(_COARSER[0], start) > epsilon_target:
+        start *= 2
+        if start > SIGMA_MAX * SIGMA_GRID:
             raise ConfigError(
                 f"privacy.epsilon {epsilon_target} can't be reached with {steps} steps at "
                 f"sampling probability {sampling_probability}",
                 "raise privacy.epsilon, or plan fewer steps",
             )
-    for coarser in _COARSER:
-        found = _gallop(partial(fits, coarser=coarser), found, 0)
-    while not fits(found, 1):  # never seen; rounding
+    found = _last_within(epsilon_target, cost, start, 0)
+    while cost(1, found) > epsilon_target:  # never seen; rounding
         found += 1
     return found / SIGMA_GRID
 
@@ -192,33 +191,80 @@ def steps_within(
     _check(limit, "limit of steps", limit >= 0)
     Segment(noise_multiplier, sampling_probability, limit)
 
-    def fits(steps: int, coarser: int) -> bool:
+    def cost(coarser: int, steps: int) -> float:
         more = Segment(noise_multiplier, sampling_probability, steps)
-        return _epsilon(tuple(merge([*spent, more])), delta, coarser) <= epsilon_target
+        return _epsilon(tuple(merge([*spent, more])), delta, coarser)
 
-    found = 0
-    for coarser in _COARSER:
-        found = _gallop(partial(fits, coarser=coarser), found, limit + 1)
-    while found and not fits(found, 1):  # never seen; rounding
+    found = _last_within(epsilon_target, cost, 0, limit + 1)
+    while found and cost(1, found) > epsilon_target:  # never seen; rounding
         found -= 1
     return found
 
 
-def _gallop(fits: Callable[[int], bool], start: int, end: int) -> int:
-    """The last number that fits, from `start`, taken to fit, towards `end`, which is not tried.
+def _last_within(target: float, cost: Callable[[int, int], float], start: int, end: int) -> int:
+    """The last number whose cost is within the target; see `_Search`. Coarse costs come first."""
+    found, rise = start, None
+    for coarser in _COARSER:
+        search = _Search(target, partial(cost, coarser), found, end, rise)
+        found, rise = search.found(), search.rise
+    return found
 
-    Strides that double, then bisection: quick where the answer is near the start.
+
+class _Search:
+    """Of the last whole number whose cost is within a target. Cost rises from `start`, which is
+    taken to be within it, towards `end`, which is taken not to be and is not tried.
+
+    Strides that grow until one is too far, then false position; every third try halves what is
+    left, as a curve may hold the false position up.
     """
-    towards, stride = (1 if end > start else -1), 1
-    while stride < abs(end - start):
-        if not fits(start + towards * stride):
-            end = start + towards * stride
-            break
-        start, stride = start + towards * stride, stride * 2
-    while abs(end - start) > 1:
-        middle = (start + end) // 2
-        start, end = (middle, end) if fits(middle) else (start, middle)
-    return start
+
+    def __init__(
+        self,
+        target: float,
+        cost: Callable[[int], float],
+        start: int,
+        end: int,
+        rise: float | None,
+    ) -> None:
+        self.rise = rise
+        """Of the cost, a number; None: not known yet."""
+        self._target, self._cost = target, cost
+        self._near, self._near_cost = start, cost(start)
+        self._far, self._far_cost = end, math.inf
+        self._too_far = False
+        """Whether a number was tried that is."""
+        self._towards = 1 if end > start else -1
+        self._stride = max(1, start // 8)
+
+    def found(self) -> int:
+        tries = 0
+        while (gap := abs(self._far - self._near)) > 1:
+            tries += 1
+            ahead = min(max(1, self._ahead(gap, tries)), gap - 1)
+            self._try(self._near + self._towards * ahead)
+        return self._near
+
+    def _ahead(self, gap: int, tries: int) -> int:
+        by_rise = (self._target - self._near_cost) / self.rise if self.rise else math.inf
+        if self._too_far:
+            usable = tries % 3 and math.isfinite(self._far_cost) and by_rise < gap
+            return int(by_rise) if usable else gap // 2
+        if tries == 1 and self.rise:
+            return int(min(by_rise, gap))
+        stride, self._stride = self._stride, 4 * self._stride
+        return max(stride, int(min(by_rise, gap))) if self.rise else stride
+
+    def _try(self, number: int) -> None:
+        cost = self._cost(number)
+        if cost > self._target:
+            self._far, self._far_cost, self._too_far = number, cost, True
+        before, before_cost = self._near, self._near_cost
+        if cost <= self._target:
+            self._near, self._near_cost = number, cost
+        if self._too_far:
+            before, before_cost = self._far, self._far_cost
+        if self._near != before:
+            self.rise = abs(before_cost - self._near_cost) / abs(before - self._near)
 
 
 @lru_cache(maxsize=256)

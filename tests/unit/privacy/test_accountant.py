@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from xpeer.errors import ConfigError, LocalError
 from xpeer.privacy.accountant import (
     Segment,
+    _Search,
     calibrate,
     default_delta,
     epsilon,
@@ -198,3 +199,28 @@ def test_impossible_targets_are_refused(target: float) -> None:
         calibrate(target, 1e-5, 0.1, 10)
     with pytest.raises(LocalError, match="epsilon"):
         steps_within(target, 1e-5, [], 1.0, 0.1, 10)
+
+
+@given(data=st.data())
+def test_a_search_finds_the_last_number_within_the_target(data: st.DataObject) -> None:
+    """Whatever shape the cost has that rises, in either direction, from any start."""
+    end = data.draw(st.integers(1, 10**6))
+    last = data.draw(st.integers(0, end - 1))
+    start = data.draw(st.integers(0, last))
+    power = data.draw(st.sampled_from([0.1, 0.5, 1.0, 2.0, 10.0]))
+    rise = data.draw(st.sampled_from([None, 1e-9, 1.0, 1e9]))
+    down = data.draw(st.booleans())
+    infinite = data.draw(st.integers(last + 1, end))
+    tried = []
+
+    def cost(number: int) -> float:
+        tried.append(number)
+        ahead = end - number if down else number
+        return math.inf if ahead >= infinite else float((ahead + 0.5) ** power)
+
+    target = float((last + 1.0) ** power)
+    ends = (end - start, 0) if down else (start, end)
+    found = _Search(target, cost, *ends, rise).found()
+    assert found == (end - last if down else last)
+    assert len(tried) < 90
+    assert ends[1] not in tried
