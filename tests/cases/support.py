@@ -31,10 +31,10 @@ SMALL = ("optimiser.batch_records=8", "optimiser.sequence_tokens=64", "round.fra
 """Fields of a private run that ends in seconds."""
 
 
-def write_shard(folder: Path, files: int = 60) -> Path:
+def write_shard(folder: Path, files: int = 60, first: int = 0) -> Path:
     """Short texts, one a file, no two alike."""
     folder.mkdir(parents=True, exist_ok=True)
-    for n in range(files):
+    for n in range(first, first + files):
         words = [WORDS[(n * k + k * k) % len(WORDS)] for k in range(1, 40)]
         (folder / f"{n:03}.txt").write_text(f"Text {n}: {' '.join(words)}.\n", encoding="utf-8")
     return folder

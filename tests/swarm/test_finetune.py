@@ -52,7 +52,7 @@ class Clouds:
         model_folder(root / "base")
         tokenizer_folder(root / "base")
         for number, cloud in enumerate("ABC"):
-            write_shard(root / f"text-{cloud}", files=60 + number)
+            write_shard(root / f"text-{cloud}", first=100 * number)
         (root / "letter.txt").write_text("Dear Madam, we have your letter.\n", encoding="utf-8")
         self.ids: dict[str, str] = {}
 

@@ -175,6 +175,10 @@ class Ledger:
         """
         return [self.segments()] if self._register is None else self._register.histories()
 
+    def documents_elsewhere(self) -> int:
+        """Documents of the shard that other homes of this machine were charged for, too."""
+        return 0 if self._register is None else self._register.documents_elsewhere()
+
     @property
     def id(self) -> str:
         """32 hex digits, random; the same for the life of the account."""

@@ -161,12 +161,11 @@ class Register:
             tables, own = self._tables, self._tables.own(ledger_id)
             self._seen, self._shared = tables.seen_by(ledger_id, self._span), False
             self._steps = steps_of(own)
-            classes = tables.classes(ledger_id, self._span)
             unknown = combined(tables.charges(), tables.spans_of(ledger_id, RECOVERED))
             return Joined(
                 documents=len(hashes),
                 new=new,
-                elsewhere=sum(c.documents for c in classes if c.here and c.ledgers > 1),
+                elsewhere=self._elsewhere(),
                 recovered=lacking,
                 unknown_steps=sum(unknown.values()),
                 behind=missing(own, charged),
@@ -179,6 +178,11 @@ class Register:
         """
         with self._lock, self._reading():
             return self._histories()
+
+    def documents_elsewhere(self) -> int:
+        """Documents of the shard that other homes were charged for, too, by now."""
+        with self._lock, self._reading():
+            return self._elsewhere()
 
     def looked_up(self, ledger_id: str) -> list[list[Segment]]:
         """`histories` of a home's shard as it last started; none if it never did."""
@@ -322,6 +326,10 @@ class Register:
                     f"{swarm_id[:16]}, this swarm counts for each {self._unit}: these don't add up",
                     f"train on other documents, or in a swarm with privacy of each {unit}",
                 )
+
+    def _elsewhere(self) -> int:
+        classes = self._tables.classes(self._ledger_id, self._span)
+        return sum(each.documents for each in classes if each.here and each.ledgers > 1)
 
     def _histories(self) -> list[list[Segment]]:
         charges = self._tables.charges()

@@ -76,8 +76,6 @@ class Assembled:
     look_again: Callable[[], object] | None = None
     """Of a trainer without text: reads it, or raises ShardError; None = there is text."""
     text_problem: str = ""
-    documents_elsewhere: int = 0
-    """That other homes of this machine trained on, too."""
     _frozen: torch.Tensor | None = field(default=None, init=False)
     """A copy, made when it is first asked for: it changes for a joiner alone."""
     _buffers: Buffers = field(default_factory=lambda: Buffers(3), init=False)
@@ -100,7 +98,7 @@ class Assembled:
         return msgspec.structs.replace(
             found,
             ends_unix_s=ends,
-            documents_elsewhere=self.documents_elsewhere,
+            documents_elsewhere=self.ledger.documents_elsewhere(),
             steps_forfeited=self.steps_forfeited,
         )
 
@@ -220,10 +218,9 @@ def assemble(setup: TrainerSetup) -> Assembled:
 
     counters = Counters() if saved is None else Counters.from_dict(saved.counters)
 
-    elsewhere, notes = 0, []
+    notes = []
     if private and not problem:
         joined = _share(ledger, setup, manifest, text)
-        elsewhere = joined.elsewhere
         notes = _notes_of(joined, ledger)
         warnings += _warnings_of(joined)
     pulse = Pulse()
@@ -284,7 +281,6 @@ def assemble(setup: TrainerSetup) -> Assembled:
         steps_forfeited=_forfeited(counters, saved, manifest, ledger) if private else 0,
         look_again=(lambda: text_of(setup, manifest, tokenizer, home)) if problem else None,
         text_problem=problem,
-        documents_elsewhere=elsewhere,
     )
 
 

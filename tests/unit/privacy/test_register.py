@@ -65,6 +65,17 @@ def test_another_home_with_the_same_documents_goes_on(folder: Path) -> None:
         assert total(again) == [25]
 
 
+def test_documents_that_another_home_begins_to_charge_are_seen_at_once(folder: Path) -> None:
+    with Register.open(folder) as a, Register.open(folder) as b:
+        a.join("a", {}, documents("x", "y", "z"))
+        assert a.documents_elsewhere() == 0
+        b.join("b", {}, documents("y", "z", "own"))
+        b.charge(STEP)
+        assert (a.documents_elsewhere(), b.documents_elsewhere()) == (2, 0)
+        a.charge(OTHER)
+        assert (a.documents_elsewhere(), b.documents_elsewhere()) == (2, 2)
+
+
 def test_an_edited_shard_keeps_what_its_documents_lost(folder: Path) -> None:
     """x: 20 and 5 steps; new: 5; gone: 20."""
     with Register.open(folder) as register:
