@@ -6,6 +6,7 @@ Whatever is printed for people or logged passes here.
 from __future__ import annotations
 
 import re
+import traceback
 from typing import Any
 
 import msgspec
@@ -32,6 +33,16 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """An error's text in one visible line."""
     return visible(" ".join(part.strip() for part in text.splitlines() if part.strip()))
+
+
+def without_words(error: BaseException) -> str:
+    """An error whose words may be about private text: its type, and the last line of ours."""
+    ours = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] == "xpeer":
+            ours = f" in {module}, line {line}"
+    return type(error).__name__ + ours
 
 
 def json_text(value: Any, *, indent: int = 0) -> str:

@@ -8,7 +8,7 @@ import time
 from typing import Final
 
 from xpeer.errors import DivergedError, XpeerError
-from xpeer.escape import one_line
+from xpeer.escape import one_line, without_words
 from xpeer.manifest import Round
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters
@@ -77,8 +77,7 @@ class Measurements:
         try:
             self.take(counters)
         except Exception as e:  # noqa: BLE001 - e.g. a batch that does not fit into the GPU
-            # of others' errors the kind alone: their words may be about the text
-            why = one_line(str(e)) if isinstance(e, XpeerError) else type(e).__name__
+            why = one_line(str(e)) if isinstance(e, XpeerError) else without_words(e)
             if not self.problem:
                 logger.warning("the loss can't be measured: %s", why)
             self.problem = why

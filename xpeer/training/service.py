@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, XpeerError
+from xpeer.escape import without_words
 from xpeer.status import PrivacySpent
 from xpeer.training.arena import Arena
 from xpeer.training.assemble import Assembled
@@ -191,7 +192,7 @@ class Service:
             except LocalError as e:
                 problem = str(e)
             except Exception as e:  # noqa: BLE001 - e.g. no memory; the daemon tells it
-                problem = f"it could not be looked at: {type(e).__name__}"
+                problem = f"it could not be looked at: {without_words(e)}"
             self._channel.send(LookedAtText(problem))
 
     def _begin_to_end(self) -> None:
