@@ -1,7 +1,9 @@
 """`python -m benchmarks.hostile`: three honest daemons and one hostile member with a certificate.
 
 Each run is a swarm of four real daemons on this machine, from the first step to the closing
-consolidation. `clean` is without an attack, `speeds` with members 1, 1, 1/2 and 1/4 as fast.
+consolidation. Without an attack: `clean`; `speeds`, with members 1, 1, 1/2 and 1/4 as fast;
+`joining`, where the last member joins after a third of the steps; `late`, where everybody merges
+four steps later than it could.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import emit, say, write_result
-from benchmarks.hostile.attacks import ALL
+from benchmarks.hostile.attacks import ALL, LATE
 from benchmarks.hostile.peers import HOSTILE, NAMES, Peers, figures
 
 COMMAND = "python -m benchmarks.hostile"
@@ -21,6 +23,8 @@ STEPS, QUICK_STEPS = 300, 40
 TIMEOUT_S = 1500.0
 SHARE = 1 / (len(NAMES) - 1)
 """Of everybody's meetings, those with the hostile one."""
+CALM = ("clean", "speeds", "joining", LATE)
+"""Without an attack."""
 SPEEDS = (1.0, 1.0, 0.5, 0.25)
 MAIN = ("flip", "drift", "stall")
 """What the results are of; the other attacks with `--only`."""
@@ -29,12 +33,13 @@ MAIN = ("flip", "drift", "stall")
 def measure(name: str, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """One swarm; its figures, and all that was seen."""
     attack = name if name in ALL else ""
+    joins_at = steps // 3 if name == "joining" else 0
     with tempfile.TemporaryDirectory(prefix="xh-") as folder:
         peers = Peers(Path(folder), steps)
         peers.prepare()
         honest = [peer for peer in NAMES if not attack or peer != HOSTILE]
         throttles = SPEEDS if name == "speeds" else (1.0,) * len(NAMES)
-        with peers.running(attack, throttles):
+        with peers.running(attack or name * (name == LATE), throttles, joins_at):
             seen = peers.watch(honest, TIMEOUT_S)
     found = figures(seen)
     say(f"{name}: {found}")
@@ -45,9 +50,9 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one attack, few steps, no result")
-    parser.add_argument("--only", nargs="*", choices=["clean", "speeds", *ALL], default=None)
+    parser.add_argument("--only", nargs="*", choices=[*CALM, *ALL], default=None)
     options = parser.parse_args()
-    wanted = options.only or (["clean", "flip"] if options.quick else ["clean", "speeds", *MAIN])
+    wanted = options.only or (["clean", "flip"] if options.quick else [*CALM, *MAIN])
     runs, details = {}, {}
     for name in wanted:
         runs[name], details[name] = measure(name, QUICK_STEPS if options.quick else STEPS)

@@ -46,3 +46,5 @@ SHOWN: Final[dict[str, Callable[[], Shown]]] = {
 STALLS: Final = ("stall", "silent", "refuse")
 """Attacks by what is said: nothing after AGREE, no ACCEPT, a refusal of every proposal."""
 ALL: Final = (*SHOWN, *STALLS)
+LATE: Final = "late"
+"""No attack: everybody merges four steps later than it could."""

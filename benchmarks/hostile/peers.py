@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hostile.attacks import ATTACK_VARIABLE
+from benchmarks.hostile.attacks import ATTACK_VARIABLE, LATE
 from benchmarks.simulator import corpora
 from xpeer.cli.demo.daemons import call, status_of
 from xpeer.config import Home
@@ -45,6 +46,8 @@ class Seen:
     """The closing consolidation included."""
     clipped_at_the_end: int = 0
     distance: float | None = None
+    steps_late: float = 0.0
+    """From the snapshot to the merge, on average."""
     avoided: dict[str, str] = field(default_factory=dict)
     """Partners that were left alone at some time: why."""
 
@@ -62,6 +65,8 @@ class Peers:
         self.homes = {name: Home(folder / name) for name in NAMES}
         self.ids: dict[str, str] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._joins_at = 0
+        self._join: Callable[[], None] | None = None
 
     def prepare(self) -> None:
         """Texts, homes, invitations."""
@@ -83,19 +88,27 @@ class Peers:
 
     @contextlib.contextmanager
     def running(
-        self, attack: str = "", throttles: Sequence[float] = (1, 1, 1, 1)
+        self, attack: str = "", throttles: Sequence[float] = (1, 1, 1, 1), joins_at: int = 0
     ) -> Iterator[None]:
-        """All daemons; the last one is hostile if an attack is named."""
+        """All daemons; the last one is hostile if an attack is named, and joins once the founder
+        is at this step.
+        """
+        self._joins_at = joins_at
         try:
             shares = dict(zip(NAMES, throttles, strict=True))
             founder, *joiners = NAMES
-            self._start(founder, "", shares[founder])
+            does = {name: attack if name == HOSTILE or attack == LATE else "" for name in NAMES}
+            self._start(founder, does[founder], shares[founder])
             status = self._wait(founder)
             for name in joiners:
                 token = call(["invite", "create", "--home", str(self.homes[founder].path), "--for",
                               self.ids[name], "--seed", status.addresses[0]])  # fmt: skip
                 call(["init", *self._place(name), "--join", token])
-                self._start(name, attack if name == HOSTILE else "", shares[name])
+                start = partial(self._start, name, does[name], shares[name])
+                if joins_at and name == HOSTILE:
+                    self._join = start
+                else:
+                    start()
             yield
         finally:
             for process in self._processes.values():
@@ -115,7 +128,7 @@ class Peers:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "XPEER_TRAINING_THREADS": "1",
-            "XPEER_TRAINING_MIN_PEERS": str(len(NAMES) - 1),
+            "XPEER_TRAINING_MIN_PEERS": str(len(NAMES) - (2 if self._joins_at else 1)),
             "XPEER_TRAINING_THROTTLE": str(throttle),
             "XPEER_PRIVACY_REGISTER": str(self._folder / f"register-{name}"),
             ATTACK_VARIABLE: attack,
@@ -155,11 +168,16 @@ class Peers:
         while len(closed) < len(names) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             for name in names:
+                if name not in self._processes:
+                    continue
                 status = status_of(self.homes[name])
                 if status is None:
                     self._require_alive(name, deadline)
                     continue
                 self._note(name, status, seen[name], began, ended)
+                if self._join is not None and status.progress.step >= self._joins_at:
+                    self._join()
+                    self._join = None
                 closing_s = time.monotonic() - ended.get(name, time.monotonic())
                 if status.state == "finished" or closing_s > 60.0:
                     closed.add(name)
@@ -187,6 +205,7 @@ class Peers:
         found.exchanges = {self._name(p.peer_id): p.exchanges for p in status.partners}
         found.failed, found.skipped = status.exchanges_failed, status.exchanges_skipped
         found.merges, found.clipped = progress.merges, progress.merges_clipped
+        found.steps_late = progress.steps_late
         if progress.step >= self._steps:
             ended[name] = now
 
@@ -207,5 +226,6 @@ def figures(seen: dict[str, Seen]) -> dict[str, Any]:
         "clip_rate": round(sum(f.clipped_at_the_end for f in seen.values()) / max(1, merges), 4),
         "exchanges_per_s": round(everybody / max(1.0, seconds), 4),
         "honest_exchanges_per_s": round(honest / max(1.0, seconds), 4),
+        "steps_late": round(sum(found.steps_late for found in seen.values()) / len(seen), 2),
         "steps": min(found.steps for found in seen.values()),
     }

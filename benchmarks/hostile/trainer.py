@@ -1,20 +1,26 @@
-"""The trainer process of a hostile member: the real one, but for what it shows its partners."""
+"""The trainer process of a hostile member: the real one, but for what it shows its partners, or for
+when it merges.
+"""
 
 from __future__ import annotations
 
 import os
+from collections import deque
 
 import torch
 
-from benchmarks.hostile.attacks import ATTACK_VARIABLE, SHOWN, Shown
+from benchmarks.hostile.attacks import ATTACK_VARIABLE, LATE, SHOWN, Shown
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.privacy.steps import Charged, StepResult
 from xpeer.status import PrivacySpent
 from xpeer.training import assemble as production
 from xpeer.training import process
 from xpeer.training.assemble import Assembled
+from xpeer.training.local import LocalTrainer
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import PrivateUpdate, RawUpdate
+
+STEPS_LATE = 4
 
 
 class Liar:
@@ -63,9 +69,28 @@ class Liar:
         self._real.close()
 
 
+def put_off(trainer: LocalTrainer, steps: int) -> None:
+    """While it trains, merge everything so many steps after it was resolved."""
+    merge, boundary = trainer.merge, trainer._boundary
+    waiting: deque[tuple[int, int]] = deque()
+
+    def later(meeting_id: int) -> None:
+        waiting.append((trainer.counters.step + steps, meeting_id))
+
+    def merge_what_is_due() -> None:
+        boundary()
+        while waiting and (waiting[0][0] <= trainer.counters.step or trainer.state != "training"):
+            merge(waiting.popleft()[1])
+
+    trainer.merge = later  # type: ignore[method-assign]
+    trainer._boundary = merge_what_is_due  # type: ignore[method-assign]
+
+
 def assemble(setup: TrainerSetup) -> Assembled:
     """The production's trainer; its exchanges show what the attack says."""
     assembled = production.assemble(setup)
+    if os.environ[ATTACK_VARIABLE] == LATE:
+        put_off(assembled.trainer, STEPS_LATE)
     if (attack := SHOWN.get(os.environ[ATTACK_VARIABLE])) is not None:
         liar = Liar(assembled.mechanism, attack())
         assembled.trainer.exchanges._mechanism = liar
