@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from xpeer.cli.demo import corpora
+from xpeer.cli.demo import corpora, flow
 from xpeer.cli.demo.daemons import Daemons, first_address
 from xpeer.cli.demo.warmup import records_of
 from xpeer.errors import LocalError
+from xpeer.training.model import from_folder
 
 BOOTSTRAP = ["bootstrap", "--swarm", "ab" * 32, "--listen", "/ip4/127.0.0.1/tcp/0", "--json"]
 
@@ -87,3 +88,19 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.timeout(600)
+def test_the_whole_demo_with_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Corpora, public start, founding, invitations, three daemons, report, export."""
+    few = flow.Plan(steps=5, start_steps=25, alone_rates=())
+    small = {"QUICK": few, "SHARD_BYTES": 300_000, "HELD_OUT_RECORDS": 8, "BATCH_RECORDS": 8}
+    for name, value in small.items():
+        monkeypatch.setattr(flow, name, value)
+    report = flow.Demo(tmp_path, 1, few).run()
+    assert {peer.corpus for peer in report.peers} == set(corpora.PRIVATE)
+    assert all(peer.steps > 0 and peer.exchanges > 0 for peer in report.peers)
+    assert 0 < report.epsilon <= 8
+    assert Path(report.report).stat().st_size > 10_000
+    exported = from_folder(Path(report.checkpoint))
+    assert sum(each.numel() for each in exported.parameters()) > 0
