@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests at once: as many as there are cores. Whole swarms run one at a time, as each takes all cores.
+# Tests at once: as many as there are cores. Half of them run whole swarms (tests/conftest.py).
 WORKERS ?= $(shell nproc)
 # Options of the demo, e.g. make demo DEMO="--seed 2"
 DEMO ?=
@@ -22,8 +22,7 @@ demo: install
 	$(BIN)/xpeer demo $(DEMO)
 
 test: install
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal --ignore=tests/swarm
-	$(BIN)/pytest tests/swarm
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 check: install
 	$(BIN)/ruff check .

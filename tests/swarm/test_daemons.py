@@ -60,7 +60,7 @@ class Swarm:
         options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
         return call(
             ["init", "--home", str(self.home(name).path), "--swarm", "test", "--preset", "tiny",
-             "--shard", self.shard(name), "--listen", LOOPBACK, *options]
+             "--shard", self.shard(name), "--listen", LOOPBACK, "--skip-trial", *options]
         )  # fmt: skip
 
     def bootstrap(self, swarm_id: str) -> None:

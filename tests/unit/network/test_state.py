@@ -168,7 +168,10 @@ async def test_breaks_buy_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert network.dialled == 1
 
 
-async def test_nobody_gets_the_rest_of_what_another_was_given() -> None:
+async def test_nobody_gets_the_rest_of_what_another_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(state, "RESUME_WITHIN_S", 1.0)
     network = Network([9])
     offered = await network.ask()
     digest = offered._offer.digest
