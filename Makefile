@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/xpeer demo $(DEMO)
 
 test: install
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS)
 
 check: install
 	$(BIN)/ruff check .

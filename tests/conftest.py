@@ -1,14 +1,12 @@
-"""For every test: what it charges to documents is not counted on this machine."""
+"""For every test: what it charges to documents is not counted on this machine; and who runs it."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
-
-_DAEMONS = "nodes", "swarm", "launch"
-"""Fixtures whose tests start daemons or sidecars."""
 
 
 @pytest.fixture(autouse=True)
@@ -18,14 +16,31 @@ def register_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable[..., None]) -> object:
     """Of several workers half run whole swarms, which wait more than they work, one at a time each;
     the others run what is left, file by file, so that a module's fixtures are made once.
     """
-    groups = max(1, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) // 2)
-    number = 0
-    for item in items:
-        folder, file = item.path.parent.name, str(item.path)
-        if folder == "swarm" or set(_DAEMONS) & set(getattr(item, "fixturenames", ())):
-            file, number = f"daemons {number % groups}", number + 1
-        item.add_marker(pytest.mark.xdist_group(file))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):  # type: ignore[misc] # untyped
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if not _starts_daemons(config.rootpath / file):
+                return file
+            number = _number_of(file)
+            return f"daemons {number % max(1, len(self.nodes) // 2)}"
+
+    return Scheduler(config, log)
+
+
+@cache
+def _starts_daemons(file: Path) -> bool:
+    return file.parent.name == "swarm" or "Nodes" in file.read_text(encoding="utf-8")
+
+
+_numbers: dict[str, int] = {}
+
+
+def _number_of(file: str) -> int:
+    return _numbers.setdefault(file, len(_numbers))
