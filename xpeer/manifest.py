@@ -118,9 +118,10 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     window_s: Positive | None = None
     """... or after this many seconds, whichever comes first (None: by steps alone)."""
     slot_s: Positive = 1.0
-    """Length of a slot of the shared clock: pairs are matched anew at every slot."""
+    """Length of a slot of the shared clock: groups are drawn anew in every slot. Groups of more than
+    two begin to meet in every n-th only."""
     fragments: Annotated[int, Meta(ge=1, le=1024)] = 5
-    """F: a window exchanges every fragment once; 1 = the whole model at once."""
+    """F: the parameters are exchanged in so many parts, F of them a window; 1 = all at once."""
     codec: Codec = "int8"
     """int4 and int2 round stochastically; modulo codecs send values modulo how far peers differ."""
     rule: Literal[
@@ -144,7 +145,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     mask_step: Annotated[float, Meta(ge=1e-9, le=1.0)] = 2.0**-14
     """Distance of two neighbouring masked values, in parameters' units."""
     deadline_s: Positive = 30.0
-    """One exchange may take this long from proposal to acceptance."""
+    """One exchange may take this long once it is agreed on."""
     closing_windows: Annotated[int, Meta(ge=0)] | None = None
     """Windows of mixing without training at the end (None: 2*ceil(log2 N))."""
 

@@ -32,7 +32,7 @@ class RawUpdate:
 class PrivacyStamp:
     """The mechanism's word that every step behind a snapshot was clipped, noised and charged.
 
-    Only `xpeer.privacy.mechanism` makes one.
+    Only the mechanisms of `xpeer.privacy` make one.
     """
 
     mode: str
