@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,24 +22,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable[..., None])
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    numbers: dict[str, int] = {}
+
     class Scheduler(LoadScopeScheduling):  # type: ignore[misc] # untyped
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            if not _starts_daemons(config.rootpath / file):
+            if not file.startswith("tests/swarm/"):
                 return file
-            number = _number_of(file)
-            return f"daemons {number % max(1, len(self.nodes) // 2)}"
+            number = numbers.setdefault(file, len(numbers))
+            return f"swarms {number % max(1, len(self.nodes) // 2)}"
 
     return Scheduler(config, log)
-
-
-@cache
-def _starts_daemons(file: Path) -> bool:
-    return file.parent.name == "swarm" or "Nodes" in file.read_text(encoding="utf-8")
-
-
-_numbers: dict[str, int] = {}
-
-
-def _number_of(file: str) -> int:
-    return _numbers.setdefault(file, len(_numbers))
