@@ -118,7 +118,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     window_s: Positive | None = None
     """... or after this many seconds, whichever comes first (None: by steps alone)."""
     slot_s: Positive = 1.0
-    """Length of a slot of the shared clock: groups are drawn anew in every slot. Groups of more than
+    """Length of a slot of the shared clock: groups are drawn anew in every slot. Those of more than
     two begin to meet in every n-th only."""
     fragments: Annotated[int, Meta(ge=1, le=1024)] = 5
     """F: the parameters are exchanged in so many parts, F of them a window; 1 = all at once."""
