@@ -134,7 +134,7 @@ def _exchange(
         own = codec.decode("int8", payloads[here], len(chosen))
         for there, payload in enumerate(payloads):
             if there != here:
-                found = difference("int8", own, payload, own.numel(), [limit.limit], 0)
+                found = difference("int8", own, payload, own.numel(), [limit.kept], 0)
                 theta[m].index_add_(0, chosen, found.values[0], alpha=1 / k)
                 if not found.clipped:
                     limit.accepted(found.norms[0])

@@ -158,7 +158,13 @@ class Exchanges:
         return self._steps_late / self.merges if self.merges else 0.0
 
     def take(
-        self, meeting_id: int, fragment: int, step: int, *, averaging: bool = False
+        self,
+        meeting_id: int,
+        fragment: int,
+        step: int,
+        *,
+        averaging: bool = False,
+        warmed_up: float = 1.0,
     ) -> PrivateUpdate:
         """At a step boundary: copy the fragment and have it certified.
 
@@ -167,6 +173,7 @@ class Exchanges:
             fragment: f.
             step: now.
             averaging: plain averaging of the parameters instead of the manifest's rule.
+            warmed_up: share of the learning rate that the warm-up allows now.
 
         Raises:
             PeerError: too many are in flight, or this fragment is (BUSY).
@@ -185,7 +192,7 @@ class Exchanges:
                 raise PeerError(Reason.BUSY, f"fragment {fragment} is in flight")
         theta = self._gather(fragment, self.buffers.take(self.fragments.size(fragment)))
         private = self._mechanism.stamp(RawUpdate(rule.outgoing(fragment, theta), step))
-        scale = self._movement.scale(fragment, theta)
+        scale = self._movement.scale(fragment, theta, warmed_up)
         with self._waiting():
             self._in_flight[meeting_id] = _Meeting(fragment, step, rule, theta, scale)
         self.seconds_snapshot += time.perf_counter() - began

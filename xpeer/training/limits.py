@@ -4,10 +4,13 @@
                     8 M, 16 M)
 
 M is how far our own training moves a fragment between two merges of it: honest partners train as
-we do, so they are a few M away (docs/decisions.md has the measurements). What was clipped teaches
-nothing, a partner's own norms never bound itself, and M caps what all others could teach: nobody
-raises its own limit, and several together not beyond the cap. Each clipped merge in a row halves
-the partner's limit, to 2 M at least.
+we do, so they are a few M away (docs/decisions.md has the measurements). While our learning rate
+warms up, faster partners have a larger one; M is scaled up for that.
+
+What was clipped teaches nothing, a partner's own norms never bound itself, and M caps what all
+others could teach: nobody raises its own limit, and several together not beyond the cap. Each
+clipped merge in a row halves what is left of the next one that is beyond the limit, to 2 M at
+least; what is within the limit passes.
 
 All of it follows from values that were exchanged: M is the distance between two of our own
 snapshots, less what merges added.
@@ -25,8 +28,8 @@ from typing import Final
 
 import torch
 
-Limit = Callable[[float], float]
-"""From ||Q(theta_i[f])|| to the largest ||z|| that passes unclipped."""
+Limit = Callable[[float, float], float]
+"""From ||Q(theta_i[f])|| and ||z|| to the norm that z keeps: its own, or a smaller one."""
 
 CLIP_MULTIPLE: Final = 4.0
 CLIP_AFTER: Final = 5
@@ -42,12 +45,14 @@ FLOOR, CAP = 8.0, 16.0
 """In units of M; the cap while there is no median, too. Of honest partners 99 of 100 are within
 4.2 M at equal speeds; a peer that is four times slower than the others sees them at up to 15 M."""
 NARROWEST: Final = 2.0
-"""In units of M: how far a partner's limit is halved while it is clipped again and again."""
+"""In units of M: what is left at least of one that is clipped again and again."""
 STALE_SHARE: Final = 0.5
 """Of our own norm: how far others may be from parameters that were fetched or read from a
 checkpoint, while M says nothing yet."""
 STALE_MERGES: Final = 10
 """Merges of each fragment after which M is believed again: a joiner warms up, and moves little."""
+LEAST_WARMED_UP: Final = 0.25
+"""Share of the learning rate that M is scaled up from, at least."""
 _SAMPLE: Final = 4096
 _MOST_CLIPPED: Final = 8
 _MOVEMENTS: Final = 32
@@ -88,11 +93,19 @@ class Movement:
         """What was set is a checkpoint's or a donor's: others have trained on meanwhile."""
         self._stale_merges = STALE_MERGES * self._num_fragments
 
-    def scale(self, fragment: int, theta: torch.Tensor) -> Scale:
-        """At a snapshot: how far training has moved it since its last merge, or usually does."""
+    def scale(self, fragment: int, theta: torch.Tensor, warmed_up: float = 1.0) -> Scale:
+        """At a snapshot: how far training has moved it since its last merge, or usually does.
+
+        Args:
+            fragment: which.
+            theta: (n,) float32, CPU.
+            warmed_up: share of the learning rate that the warm-up allows; partners that are further
+                move that much farther.
+        """
         now = self._moved(fragment, theta)
         usual = statistics.median(self._recent) if self._recent else 0.0
-        return Scale(max(now, usual), self._stale_merges > 0)
+        moved = max(now, usual) / max(warmed_up, LEAST_WARMED_UP)
+        return Scale(moved, self._stale_merges > 0)
 
     def merged(
         self, fragment: int, theta: torch.Tensor, correction: torch.Tensor, scale: float
@@ -126,7 +139,7 @@ class NormLimit:
 
     def of(self, partner: str, scale: Scale) -> Limit:
         """The limit for one partner now."""
-        return partial(self.limit, scale=scale, partner=partner)
+        return partial(self.kept, scale=scale, partner=partner)
 
     def limit(self, own_norm: float, scale: Scale | None = None, partner: str = "") -> float:
         """Largest ||z|| that passes unclipped.
@@ -136,12 +149,22 @@ class NormLimit:
             scale: what our own training says; None: nothing.
             partner: whose own norms don't count; "" = a group's, which has no others.
         """
-        scale = scale or Scale()
-        floor, cap = self._bounds(own_norm, scale)
+        floor, cap = self._bounds(own_norm, scale or Scale())
         median = self._median(partner)
         wanted = cap if median is None else min(max(CLIP_MULTIPLE * median, floor), cap)
+        return max(wanted, CLIP_FLOOR * own_norm)
+
+    def kept(
+        self, own_norm: float, norm: float, scale: Scale | None = None, partner: str = ""
+    ) -> float:
+        """What is left of a ||z||: all within the limit; beyond it ever less of one that was
+        clipped the times before. Arguments as for `limit`.
+        """
+        wanted = self.limit(own_norm, scale, partner)
+        if norm <= wanted:
+            return norm
+        moved = own_norm if self._of_differences else (scale or Scale()).moved
         narrowed = wanted * 0.5 ** self._clipped.get(partner, 0)
-        moved = own_norm if self._of_differences else scale.moved
         return max(narrowed, min(wanted, NARROWEST * moved), CLIP_FLOOR * own_norm)
 
     def clipped(self, partner: str) -> None:

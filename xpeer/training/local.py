@@ -32,7 +32,7 @@ from xpeer.training.measuring import Measurements, require_finite
 from xpeer.training.optimiser import make_optimiser
 from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.pulse import Pulse, StepAbandonedError
-from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
+from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done, warmed_up
 from xpeer.training.setup import Mode
 from xpeer.training.worktime import WorkTime
 from xpeer.update import PrivateUpdate
@@ -238,7 +238,8 @@ class LocalTrainer:
         if self._gradients is not None and not (averaging or self._gradient_due):
             raise PeerError(Reason.NOT_READY, "the window's gradient is not complete")
         step = self.counters.step
-        return self.exchanges.take(meeting_id, fragment, step, averaging=averaging)
+        ramp = warmed_up(self.counters, self.manifest)
+        return self.exchanges.take(meeting_id, fragment, step, averaging=averaging, warmed_up=ramp)
 
     def merge(self, meeting_id: int) -> None:
         """At a boundary: merge what was resolved, unless it was dropped."""

@@ -79,10 +79,10 @@ def difference(
         norm, own_norm = measured[number]
         if number == parameters_at:
             distance = norm / own_norm if own_norm > 0 else float(norm > 0)
-        allowed = limit(own_norm)
-        if own_norm > 0 and norm > allowed:
-            row.mul_(allowed / norm)
-            norm, clipped = allowed, True
+        kept = limit(own_norm, norm)
+        if own_norm > 0 and kept < norm:
+            row.mul_(kept / norm)
+            norm, clipped = kept, True
         norms.append(norm)
     return Difference(rows, tuple(norms), distance, clipped, whole.largest)
 
@@ -97,11 +97,11 @@ def bounded(z: torch.Tensor, own: torch.Tensor, limit: Limit) -> Difference:
     """
     norm, own_norm = _norm(z), _norm(own)
     distance = norm / own_norm if own_norm > 0 else float(norm > 0)
-    allowed = limit(own_norm)
-    clipped = own_norm > 0 and norm > allowed
+    kept = limit(own_norm, norm)
+    clipped = own_norm > 0 and kept < norm
     if clipped:
-        z.mul_(allowed / norm)
-        norm = allowed
+        z.mul_(kept / norm)
+        norm = kept
     return Difference(z.view(1, -1), (norm,), distance, clipped)
 
 

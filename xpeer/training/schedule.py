@@ -87,13 +87,17 @@ def learning_rate(counters: Counters, manifest: Manifest) -> float:
 
     Without an end there is no decay. A joiner warms up shortly, towards the swarm's current rate.
     """
-    optimiser = manifest.optimiser
-    warmup = optimiser.warmup_steps
+    rate = manifest.optimiser.learning_rate
+    return rate * warmed_up(counters, manifest) * _decay(counters, manifest)
+
+
+def warmed_up(counters: Counters, manifest: Manifest) -> float:
+    """How much of the rate the warm-up allows the next step: above 0, at most 1."""
+    warmup = manifest.optimiser.warmup_steps
     if counters.joined:
         warmup = min(warmup, JOINER_WARMUP_STEPS)
     since = counters.step - counters.moments_step + 1
-    ramp = min(1.0, since / warmup) if warmup else 1.0
-    return optimiser.learning_rate * ramp * _decay(counters, manifest)
+    return min(1.0, since / warmup) if warmup else 1.0
 
 
 def _decay(counters: Counters, manifest: Manifest) -> float:

@@ -13,7 +13,7 @@ from xpeer.training.limits import Movement, NormLimit
 from xpeer.training.mixing import difference
 from xpeer.wire import codec
 
-N, FRAGMENTS = 1280, 5
+N, FRAGMENTS, WARMUP = 1280, 5, 30
 
 
 class Toy:
@@ -25,6 +25,7 @@ class Toy:
         self.start = 0.1 * torch.randn(FRAGMENTS, N, generator=self.random)
         self.target = self.start + torch.randn(FRAGMENTS, N, generator=self.random)
         self.theta: list[torch.Tensor] = []
+        self.steps: list[int] = []
         self.movements: list[Movement] = []
         self.limits: list[NormLimit] = []
         self.merges = self.clipped = self.slot = 0
@@ -40,14 +41,21 @@ class Toy:
         if behind:
             movement.lies_behind()
         self.theta.append(theta.clone())
+        self.steps.append(0)
         self.movements.append(movement)
         self.limits.append(NormLimit())
 
     def step(self, peer: int) -> None:
-        """The size of a step of AdamW: the rate, whatever the gradient's."""
+        """The size of a step of AdamW: the rate, whatever the gradient's. It warms up by steps, so
+        that a fast peer is ahead.
+        """
+        self.steps[peer] += 1
         noise = torch.randn(FRAGMENTS, N, generator=self.random)
         gradient = self.theta[peer] - self.target + noise
-        self.theta[peer] -= 0.01 * min(1.0, self.slot / 10) * gradient.clamp(-1, 1)
+        self.theta[peer] -= 0.01 * self.warmed_up(peer) * gradient.clamp(-1, 1)
+
+    def warmed_up(self, peer: int) -> float:
+        return min(1.0, max(1, self.steps[peer]) / WARMUP)
 
     def run(self, slots: int) -> None:
         for _ in range(slots):
@@ -73,7 +81,8 @@ class Toy:
         sent = {p: codec.encode("int8", self.theta[p][fragment]) for p in (one, other)}
         for me, peer in ((one, other), (other, one)):
             theta = self.theta[me][fragment].clone()
-            limit = self.limits[me].of(str(peer), self.movements[me].scale(fragment, theta))
+            scale = self.movements[me].scale(fragment, theta, self.warmed_up(me))
+            limit = self.limits[me].of(str(peer), scale)
             found = difference("int8", sent[me], sent[peer], N, [limit], 0)
             self.merges += 1
             self.clipped += found.clipped

@@ -11,6 +11,7 @@ from xpeer.training.limits import (
     CLIP_FLOOR,
     CLIP_MULTIPLE,
     FLOOR,
+    LEAST_WARMED_UP,
     MAX_PARTNERS,
     STALE_MERGES,
     STALE_SHARE,
@@ -67,14 +68,15 @@ def test_an_attacker_that_is_far_away_starves_no_honest_partner_and_one_that_is_
 
 def test_who_is_clipped_again_and_again_is_heard_less_and_forgiven_at_once() -> None:
     limit = taught(a=2.0, b=2.0)
-    limits = []
+    kept = []
     for _ in range(6):
-        limits.append(limit.limit(OWN, M, "bad"))
+        kept.append(limit.kept(OWN, 80.0, M, "bad"))
         limit.clipped("bad")
-    assert limits == [8.0, 4.0, 2.0, 2.0, 2.0, 2.0]
-    assert limit.limit(OWN, M, "a") == 8.0  # nobody else pays for it
-    limit.accepted(1.5, "bad")
-    assert limit.limit(OWN, M, "bad") == 8.0
+    assert kept == [8.0, 4.0, 2.0, 2.0, 2.0, 2.0]
+    assert limit.kept(OWN, 80.0, M, "a") == 8.0  # nobody else pays for it
+    assert limit.kept(OWN, 7.9, M, "bad") == 7.9  # an honest one that was too far away once
+    limit.accepted(7.9, "bad")
+    assert limit.kept(OWN, 80.0, M, "bad") == 8.0
 
 
 def test_a_median_of_zero_does_not_keep_peers_apart() -> None:
@@ -141,3 +143,12 @@ def test_a_checkpoint_lies_behind_for_some_merges() -> None:
         assert movement.scale(0, theta).stale
         movement.merged(0, theta, theta, 1.0)
     assert not movement.scale(0, theta).stale
+
+
+def test_while_the_learning_rate_warms_up_others_may_be_ahead() -> None:
+    theta, movement = torch.zeros(100), Movement(1)
+    movement.begin(0, theta)
+    theta = theta + 0.1
+    moved = movement.scale(0, theta).moved
+    assert movement.scale(0, theta, 0.5).moved == pytest.approx(2 * moved)
+    assert movement.scale(0, theta, 0.01).moved == pytest.approx(moved / LEAST_WARMED_UP)
