@@ -66,6 +66,7 @@ class FakeNode:
         self.calls: list[str] = []
         self.statuses = [status]
         self.error: Exception | None = None
+        self.paused_as = "paused"
         self.ending = End(over=True)
         self.stopped = asyncio.Event()
 
@@ -73,11 +74,13 @@ class FakeNode:
         self.calls.append("status")
         return self.statuses[0]
 
-    async def pause(self) -> None:
+    async def pause(self) -> str:
         await self._called("pause")
+        return self.paused_as
 
-    async def resume(self) -> None:
+    async def resume(self) -> str:
         await self._called("resume")
+        return "training"
 
     def request_stop(self, *, leave: bool) -> None:
         self.calls.append("leave" if leave else "stop")

@@ -58,6 +58,8 @@ class Done(Versioned, frozen=True, kw_only=True):
     pid: int
     path: str = ""
     """Of the checkpoint that was written."""
+    state: str = ""
+    """Of the node, after pause and resume."""
 
 
 class End(Versioned, frozen=True, kw_only=True):
@@ -116,13 +118,13 @@ class Client:
         """The daemon's version and pid."""
         return self._ask("GET", "version", Version)
 
-    def pause(self) -> None:
-        """Take no steps and no exchanges until `resume`."""
-        self._ask("POST", "pause", Done)
+    def pause(self) -> str:
+        """Take no steps and no exchanges until `resume`; the node's state now."""
+        return self._ask("POST", "pause", Done).state
 
-    def resume(self) -> None:
-        """Undo `pause`."""
-        self._ask("POST", "resume", Done)
+    def resume(self) -> str:
+        """Undo `pause`; the node's state now."""
+        return self._ask("POST", "resume", Done).state
 
     def checkpoint(self) -> str:
         """Write a checkpoint now; its path on the daemon's side, empty if nothing is trained."""

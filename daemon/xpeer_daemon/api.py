@@ -38,11 +38,11 @@ class Subject(Protocol):
     def status(self) -> Status:
         """GET status, GET peers. Quick: no IO."""
 
-    async def pause(self) -> None:
-        """POST pause."""
+    async def pause(self) -> str:
+        """POST pause: the node's state then."""
 
-    async def resume(self) -> None:
-        """POST resume."""
+    async def resume(self) -> str:
+        """POST resume: the node's state then."""
 
     def request_stop(self, *, leave: bool) -> None:
         """POST stop, POST leave: returns at once, the node ends later."""
@@ -104,21 +104,22 @@ def _application(subject: Subject) -> web.Application:
     async def version(_request: web.Request) -> web.StreamResponse:
         return _json(Version(version=__version__, pid=os.getpid()))
 
-    async def pause() -> str:
-        await subject.pause()
-        return ""
+    async def pause() -> Done:
+        return Done(pid=os.getpid(), state=await subject.pause())
 
-    async def resume() -> str:
-        await subject.resume()
-        return ""
+    async def resume() -> Done:
+        return Done(pid=os.getpid(), state=await subject.resume())
 
-    async def stop() -> str:
+    async def checkpoint() -> Done:
+        return Done(pid=os.getpid(), path=await subject.checkpoint())
+
+    async def stop() -> Done:
         subject.request_stop(leave=False)
-        return ""
+        return Done(pid=os.getpid())
 
-    async def leave() -> str:
+    async def leave() -> Done:
         subject.request_stop(leave=True)
-        return ""
+        return Done(pid=os.getpid())
 
     app = web.Application(middlewares=[_explain], client_max_size=MAX_REQUEST_BYTES)
     app.add_routes(
@@ -127,21 +128,14 @@ def _application(subject: Subject) -> web.Application:
             web.get(f"{API}/peers", peers),
             web.get(f"{API}/version", version),
             web.get(f"{API}/end", _tell(subject.end)),
-            web.post(f"{API}/pause", _act(pause)),
-            web.post(f"{API}/resume", _act(resume)),
-            web.post(f"{API}/stop", _act(stop)),
-            web.post(f"{API}/leave", _act(leave)),
-            web.post(f"{API}/checkpoint", _act(subject.checkpoint)),
+            web.post(f"{API}/pause", _tell(pause)),
+            web.post(f"{API}/resume", _tell(resume)),
+            web.post(f"{API}/stop", _tell(stop)),
+            web.post(f"{API}/leave", _tell(leave)),
+            web.post(f"{API}/checkpoint", _tell(checkpoint)),
         ]
     )
     return app
-
-
-def _act(action: Callable[[], Awaitable[str]]) -> Handler:
-    async def handler(_request: web.Request) -> web.StreamResponse:
-        return _json(Done(pid=os.getpid(), path=await action()))
-
-    return handler
 
 
 def _tell(ask: Callable[[], Awaitable[msgspec.Struct]]) -> Handler:

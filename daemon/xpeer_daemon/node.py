@@ -60,6 +60,9 @@ class Node:
         self.health = Health(clock)
         self.state: State = "starting"
         self.paused = False
+        """True from the operator's pause until resume."""
+        self.resumes_as: State = "training"
+        """The state that a pause interrupted."""
         self.budget_spent = False
         self.catching_up = False
         """Nothing is exchanged until it is known whether our parameters lie far behind."""
@@ -268,19 +271,51 @@ class Node:
 
     # Subject of the control API
 
-    async def pause(self) -> None:
-        """Take no steps and no exchanges until `resume`."""
-        self.paused = True
-        if (trainer := self.running()) is not None and self.state in ("training", "mixing"):
-            await trainer.run("pause")
-            self.enter("paused")
+    async def pause(self) -> State:
+        """Take no steps and no exchanges until `resume`. A node that still joins pauses once it
+        would begin.
 
-    async def resume(self) -> None:
-        """Undo `pause`."""
+        Returns:
+            The state now.
+
+        Raises:
+            LocalError: there is nothing to pause, or the trainer does not answer: nothing changed.
+        """
+        if self.state in ("observing", "stopping"):
+            raise LocalError(
+                f"there is nothing to pause: this node is {self.state}",
+                "an observer takes no steps and no exchanges"
+                if self.state == "observing"
+                else "start it again with `xpeer start --paused`",
+            )
+        if self.state in EXCHANGING:
+            interrupted = self.state
+            if (trainer := self.running()) is not None:
+                await trainer.run("pause")
+            self.resumes_as = interrupted
+            self.enter("paused")
+        self.paused = True
+        return self.state
+
+    async def resume(self) -> State:
+        """Undo `pause`: go on in the state that it interrupted.
+
+        Returns:
+            The state now.
+
+        Raises:
+            LocalError: the trainer does not answer: the node is still paused.
+        """
+        if self.state == "paused":
+            trainer = self.running()
+            if trainer is not None:
+                await trainer.run("train")
+            if trainer is not None and self.resumes_as in ("training", "mixing"):
+                self.train_with(trainer)
+            else:
+                self.enter(self.resumes_as)
         self.paused = False
-        if (trainer := self.running()) is not None and self.state == "paused":
-            await trainer.run("train")
-            self.train_with(trainer)
+        return self.state
 
     def train_with(self, trainer: TrainerProcess) -> None:
         """It was told to train; without text it mixes."""

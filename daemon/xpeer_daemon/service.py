@@ -308,6 +308,8 @@ class Service:
             to_begin = await self._parameters.hold_again(trainer)
             if to_begin or (trainer.resumed_step is not None and self._node.state == "fetching"):
                 await self._begin(trainer)
+            elif self._node.state == "paused":
+                await trainer.run("pause")  # it may have been started before
             elif self._node.state in ("training", "mixing"):
                 self._node.train_with(trainer)
 
@@ -411,6 +413,7 @@ class Service:
         node, trainer = self._node, self._supervisor.trainer
         if trainer is None:
             return  # it is being restarted; look again
+        state = node.state
         try:
             await node.evaluate(trainer)
             await node.checkpoint()
@@ -418,6 +421,8 @@ class Service:
             log.warning("this node can't finish yet: %s", e)
             await asyncio.sleep(FINISH_AGAIN_S)
             return
+        if node.state != state:
+            return  # it was paused meanwhile
         node.enter("finished")
         self._store.add_event("finished", f"step {trainer.progress.step}")
         if self._config.daemon.exit_when_finished:

@@ -71,16 +71,16 @@ def peers(home: Home, as_json: bool, wide: bool) -> None:
 @home_option
 def pause(home: Home) -> None:
     """Take no steps and no exchanges until `xpeer resume`."""
-    client_of(home, SLOW_S).pause()
-    say("paused")
+    state = client_of(home, SLOW_S).pause()
+    say("paused" if state in ("", "paused") else f"{state}: it pauses once it would begin")
 
 
 @click.command()
 @home_option
 def resume(home: Home) -> None:
     """Undo `xpeer pause`."""
-    client_of(home, SLOW_S).resume()
-    say("resumed")
+    state = client_of(home, SLOW_S).resume()
+    say(f"resumed: {state}" if state else "resumed")
 
 
 _timeout_option = click.option(

@@ -212,7 +212,7 @@ _CONTROL: Final = {
     "Versioned": _of("node", public="schema_version"),
     "Peers": _of("node", public="schema_version", parts="peers"),
     "Version": _of("node", public="schema_version version pid"),
-    "Done": _of("node", public="schema_version pid path"),
+    "Done": _of("node", public="schema_version pid path", timing="state"),
     "End": _of(
         "node", public="schema_version", timing="over written total problem remedy exit_code"
     ),

@@ -250,11 +250,14 @@ def test_pause_and_resume(tmp_path: Path) -> None:
         for command in ("pause", "resume"):
             result = xpeer(tmp_path, command)
             assert (result.exit_code, result.stdout) == (ExitCode.OK, "")
+        fake.paused_as = "joining"
+        told = xpeer(tmp_path, "pause").stderr
+        assert told == "joining: it pauses once it would begin\n"
         fake.error = LocalError("the trainer is busy", "wait")
         result = xpeer(tmp_path, "pause")
         assert result.exit_code == ExitCode.ERROR
         assert result.stderr == "xpeer: error: the trainer is busy - wait\n"
-        assert fake.calls == ["pause", "resume", "pause"]
+        assert fake.calls == ["pause", "resume", "pause", "pause"]
 
 
 @pytest.mark.parametrize("command", ["stop", "leave"])
