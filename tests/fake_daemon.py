@@ -33,7 +33,8 @@ HEALTHY = Status(
         step=240, planned_steps=1000, tokens=123456, loss_train=3.25, loss_validation=3.5,
         loss_public=4.125, loss_train_age_s=1.0, loss_measured_step=230,
         loss_measured_age_s=12.0, tokens_per_s=4321.0, consensus_distance=0.0125,
-        seconds_training=100.0, seconds_blocked=1.5,
+        seconds_training=900.0, seconds_here=100.0,
+        seconds_blocked=1.5,
     ),
     privacy=PrivacySpent(
         epsilon_spent=3.25, epsilon_target=8.0, delta=1e-5, noise_multiplier=1.125,
@@ -45,7 +46,7 @@ HEALTHY = Status(
             phase="training", addresses=["/ip4/192.0.2.2/tcp/4001"], exchanges=40,
             failures=2, last_reason="timeout", last_exchange_age_s=3.0, bytes_in=10, bytes_out=20,
         ),
-        Partner(peer_id="12D3KooWGone", state="suspect"),
+        Partner(peer_id="12D3KooWGone", state="missed", silent_s=125.0),
     ],
     exchanges_done=40,
     exchanges_failed={"timeout": 2},

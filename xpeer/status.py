@@ -68,12 +68,15 @@ class Progress(Struct, frozen=True, kw_only=True):
     steps_late: float = 0.0
     """Mean steps between snapshot and merge."""
     seconds_training: float = 0.0
+    """Of this run, earlier trainers' included."""
+    seconds_here: float = 0.0
+    """Seconds of training since the trainer's start. All further seconds began then, too."""
     seconds_blocked: float = 0.0
-    """Of these, waiting for anything else than computing (since the trainer's start)."""
+    """Seconds of `seconds_here` in which the loop waited for anything else than computing."""
     seconds_boundary: float = 0.0
-    """Between steps: merging, taking snapshots (since the trainer's start)."""
+    """Between steps: merging, taking snapshots."""
     seconds_saving: float = 0.0
-    """Copying what checkpoints hold (since the trainer's start)."""
+    """Copying what checkpoints hold."""
     seconds_snapshot: float = 0.0
     """Of these, copying fragments out of the model."""
     seconds_merge: float = 0.0
@@ -192,7 +195,10 @@ class Partner(Struct, frozen=True, kw_only=True):
     """Since then."""
     exchange_s: float | None = None
     """That an exchange with it takes, smoothed; None = there was none."""
-    state: Literal["alive", "suspect", "left"] = "alive"
+    state: Literal["alive", "missed"] = "alive"
+    """missed: it fell silent without a word, within the last day."""
+    silent_s: float | None = None
+    """Seconds since a missed member was last seen; None: it is alive."""
     phase: str = ""
     role: str = "member"
     addresses: list[str] = []

@@ -164,6 +164,34 @@ def _partner_rows(node: Node, now: float) -> list[Partner]:
                 bytes_out=record.payload_bytes if record else 0,
             )
         )
+    return rows + _missed_rows(node, now)
+
+
+def _missed_rows(node: Node, now: float) -> list[Partner]:
+    """Members that fell silent: the latest first."""
+    rows, listed = [], node.others_listed()
+    for peer, seen_s in sorted(node.missed.lost(now).items(), key=lambda item: -item[1]):
+        if peer in listed:
+            continue
+        record = node.book.get(peer) if node.book else None
+        heard = node.acquaintances.get(peer)
+        rows.append(
+            Partner(
+                peer_id=peer,
+                name=heard.about.name if heard else "",
+                step=heard.about.step if heard else None,
+                step_age_s=_age(now, heard.at_s) if heard else None,
+                state="missed",
+                silent_s=now - seen_s,
+                exchanges=record.done if record else 0,
+                failures=record.failed if record else 0,
+                skipped=record.skipped if record else 0,
+                last_reason=record.last_reason if record else "",
+                ledger_went_back=record.went_back if record else "",
+                ledger_caught_up=record.caught_up if record else False,
+                last_exchange_age_s=_age(now, record.last_done_s) if record else None,
+            )
+        )
     return rows
 
 

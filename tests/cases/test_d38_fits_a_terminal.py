@@ -29,7 +29,7 @@ LONG = Status(
     progress=Progress(
         step=1234567, planned_steps=2345678, tokens=10**12, loss_train=3.25, loss_public=4.125,
         loss_validation=3.5, tokens_per_s=1234567.0, consensus_distance=0.01, seconds_training=9e6,
-        seconds_blocked=1e5,
+        seconds_here=1e6, seconds_blocked=1e5,
     ),
     privacy=PrivacySpent(
         epsilon_spent=3.25, epsilon_target=8.0, delta=1e-6, noise_multiplier=1.125,

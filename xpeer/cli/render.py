@@ -176,8 +176,8 @@ def _training(status: Status) -> Iterator[tuple[str, str]]:
         validation = f"validation {_measured(progress.loss_validation, progress)}"
         yield "", f"never leaving this node: {train}; {validation}"
     blocked = ""
-    if progress.seconds_training:
-        share = progress.seconds_blocked / progress.seconds_training
+    if progress.seconds_here:
+        share = progress.seconds_blocked / progress.seconds_here
         blocked = f", {share:.1%} of the time blocked"
     yield (
         "speed",
@@ -321,7 +321,7 @@ def _in_phases(partners: Sequence[Partner]) -> str:
     gone = len(partners) - live(partners)
     phases = Counter(p.phase for p in partners if p.state == "alive" and p.phase)
     each = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
-    return f"{live(partners)} live{f' ({each})' if each else ''}{f', {gone} not' if gone else ''}"
+    return f"{live(partners)} live{f' ({each})' if each else ''}{f', {gone} missed' if gone else ''}"
 
 
 def _partner(partner: Partner) -> str:
@@ -329,7 +329,10 @@ def _partner(partner: Partner) -> str:
     step = "" if partner.step is None else f", step {partner.step}"
     took = "" if partner.exchange_s is None else f", takes {partner.exchange_s:.1f} s"
     met = f"exchange {ago(partner.last_exchange_age_s)}" if partner.exchanges else "no exchange yet"
-    return f"{_called(partner)}: {partner.phase or partner.state}{step}; {met}{took}"
+    doing = partner.phase or partner.state
+    if partner.silent_s is not None:
+        doing = f"missed for {duration(partner.silent_s)}"
+    return f"{_called(partner)}: {doing}{step}; {met}{took}"
 
 
 def _called(partner: Partner) -> str:

@@ -168,7 +168,7 @@ _STATUS: Final = {
         derived="loss_public consensus_distance merges_clipped",
         timing="step window loss_public_age loss_train_age_s loss_measured_step "
         "loss_measured_age_s learning_rate merges steps_late seconds_training "
-        "seconds_blocked seconds_boundary seconds_saving seconds_snapshot seconds_merge",
+        "seconds_here seconds_blocked seconds_boundary seconds_saving seconds_snapshot seconds_merge",
         local="tokens loss_train loss_validation loss_problem tokens_per_s rest_s",
     ),
     "PrivacySpent": _of(
@@ -189,7 +189,7 @@ _STATUS: Final = {
     ),
     "Partner": _of(
         "node",
-        public="peer_id name step step_age_s exchange_s state phase role addresses speed "
+        public="peer_id name step step_age_s exchange_s state silent_s phase role addresses speed "
         "exchanges failures skipped last_reason avoided_s avoided_why privacy "
         "ledger_went_back ledger_caught_up last_exchange_age_s bytes_in bytes_out",
         why="what others say and do",

@@ -101,6 +101,7 @@ class LocalTrainer:
         self._gradient_due = False
         self.on_step: Callable[[float], None] = lambda _rest_s: None
         self.on_state: Callable[[], None] = _nothing
+        self._seconds_here = 0.0
         self.seconds_blocked = 0.0
         self.seconds_boundary = 0.0
         self.seconds_saving = 0.0
@@ -182,6 +183,7 @@ class LocalTrainer:
             merges_clipped=self.counters.merges_clipped,
             steps_late=self.exchanges.steps_late,
             seconds_training=self.counters.seconds,
+            seconds_here=self._seconds_here,
             seconds_blocked=self.seconds_blocked + self.exchanges.seconds_blocked,
             seconds_boundary=self.seconds_boundary,
             seconds_saving=self.seconds_saving,
@@ -363,6 +365,7 @@ class LocalTrainer:
         now = time.monotonic()
         worked_s = self._step_time.counted(now - began)
         self.counters.seconds += worked_s
+        self._seconds_here += worked_s
         self._follow_speed(tokens / max(worked_s, 1e-9))
         self._window(now)
         worked_s += self.measurements.seconds - measured_s

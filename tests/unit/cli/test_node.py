@@ -66,11 +66,11 @@ def test_status_for_people(tmp_path: Path) -> None:
         "public 4.1250, 12s ago at step 230 never leaving this node: train 3.2500, 1s ago; "
         "validation 3.5000, 12s ago at step 230"
     )
-    assert lines["time"] == "1m 40s of training so far"
+    assert lines["time"] == "15m 0s of training so far"
     assert lines["speed"].startswith("4,321 tokens/s on cpu, 123,456 tokens so far, 1.5%")
     assert lines["partners"] == (
-        f"1 live (1 training), 1 not beta ({OTHER[-8:]}): training, step 231; exchange 3s ago, "
-        "takes 1.5 s KooWGone: suspect; no exchange yet"
+        f"1 live (1 training), 1 missed beta ({OTHER[-8:]}): training, step 231; exchange 3s ago, "
+        "takes 1.5 s KooWGone: missed for 2m 5s; no exchange yet"
     )
     assert lines["exchanges"] == (
         "40 done, 2 failed (2 timeout), 0 one-sided; last good round 3s ago"
@@ -205,11 +205,11 @@ def test_peers(tmp_path: Path) -> None:
     assert header.split() == ["NAME", "ID", "PHASE", "STEP", "DONE", "FAILED", "LAST", "TOOK"]
     assert first.split() == ["beta", OTHER[-8:], "training", "231", "40", "2", "3s", "1.5s"]
     assert failure == "    last failure: timeout"
-    assert header.index("PHASE") == first.index("training") == second.index("suspect")
+    assert header.index("PHASE") == first.index("training") == second.index("missed")
     header, first, second = wide.stdout.splitlines()
     assert header.split()[:3] == ["PEER", "NAME", "STATE"]
     assert first.split()[:5] == [OTHER, "beta", "alive", "training", "member"]
-    assert header.index("STATE") == first.index("alive") == second.index("suspect")
+    assert header.index("STATE") == first.index("alive") == second.index("missed")
     assert msgspec.json.decode(answer.stdout, type=Peers).peers == HEALTHY.partners
 
 
