@@ -107,7 +107,7 @@ class Partners:
     def __init__(
         self,
         clock: Callable[[], float],
-        on_exchanged: Callable[[PeerId, int, int, Exchanged], None],
+        on_exchanged: Callable[[Agreement, Exchanged, float], None],
         on_skipped: Callable[[str, int, str, str], None],
         on_went_back: Callable[[PeerId, str], None] = lambda *_: None,
         on_caught_up: Callable[[PeerId], None] = lambda *_: None,
@@ -166,7 +166,7 @@ class Partners:
         self.exchanges += 1
         self.values_sent += result.num_values
         self.payload_bytes_sent += result.num_bytes
-        self._on_exchanged(agreement.peer_id, agreement.slot, agreement.fragment, result)
+        self._on_exchanged(agreement, result, took_s)
 
     def failed(
         self,

@@ -355,14 +355,22 @@ class Service:
 
     # Gossip
 
-    def _on_exchanged(self, peer_id: PeerId, slot: int, fragment: int, result: Exchanged) -> None:
+    def _on_exchanged(
+        self, agreement: exchange.Agreement, result: Exchanged, took_s: float
+    ) -> None:
         node = self._node
         node.last_exchange_s = node.clock()
         node.health.worked("exchange-failed")
         if node.state in ENDED and all(phase in ENDED for phase in node.active_phases()):
-            self._closing.merged(fragment)
+            self._closing.merged(agreement.fragment)
         self._store.add_round(
-            RoundRow(slot=slot, partner=peer_id, fragment=fragment, distance=result.distance)
+            RoundRow(
+                slot=agreement.slot,
+                partner=agreement.peer_id,
+                fragment=agreement.fragment,
+                distance=result.distance,
+                seconds=took_s,
+            )
         )
 
     def _on_skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:

@@ -143,6 +143,28 @@ class Store:
             raise ConfigError(f"state file {path} can't be created", "check the disk")
         return cls(database, clock, health)
 
+    @classmethod
+    def open_readonly(cls, path: Path) -> Store:
+        """Open an existing file for reading, beside a daemon that may be writing.
+
+        Raises:
+            ConfigError: it is damaged, of another version, or can't be read.
+        """
+        try:
+            database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+        except sqlite3.Error as e:
+            raise ConfigError(
+                f"history {path} can't be read: {e}", "as another user: sudo; is it damaged?"
+            ) from e
+        if version != SCHEMA:
+            database.close()
+            raise ConfigError(
+                f"history {path} is of version {version}, this xpeer reads {SCHEMA}",
+                "use the xpeer that the daemon runs",
+            )
+        return cls(database, time.time)
+
     def add_round(self, row: RoundRow) -> None:
         """Remember how an exchange ended. Its time is now."""
         self._write(
@@ -255,9 +277,15 @@ class Store:
         self._database.close()
 
     def _read(self, kind: type[Any], query: str, limit: int) -> list[Any]:
-        cursor = self._database.execute(query, (limit,))
-        names = [column[0] for column in cursor.description]
-        return [kind(**dict(zip(names, row, strict=True))) for row in cursor]
+        try:
+            rows = self._database.execute(query, (limit,))
+            names = [column[0] for column in rows.description]
+            return [kind(**dict(zip(names, row, strict=True))) for row in rows]
+        except sqlite3.Error as e:
+            raise ConfigError(
+                f"history can't be read from state.sqlite: {e}",
+                "a daemon that starts moves a damaged one aside",
+            ) from e
 
     def _write(self, statement: str, values: tuple[object, ...]) -> None:
         try:

@@ -42,6 +42,7 @@ COMMANDS = {
     "eval": Lazy("xpeer.cli.use:eval_command", "The loss of a text under what was trained."),
     "privacy": Lazy("xpeer.cli.privacy:privacy", "What was spent; plan, report, verify."),
     "logs": Lazy("xpeer.cli.logs:logs", "Show the daemon's log."),
+    "events": Lazy("xpeer.cli.events:events", "What happened to this node, and its exchanges."),
     "demo": Lazy("xpeer.cli.demo.command:demo", "A real swarm on this machine, start to end."),
     "completion": Lazy("xpeer.cli.misc:completion", "Print a shell completion script."),
     "version": Lazy("xpeer.cli.misc:version", "Print the version."),

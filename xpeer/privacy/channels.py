@@ -210,6 +210,7 @@ _STATUS: Final = {
 
 _CONTROL: Final = {
     "Versioned": _of("node", public="schema_version"),
+    "xpeer.cli.events.History": _of("node", public="schema_version", parts="events exchanges"),
     "Peers": _of("node", public="schema_version", parts="peers"),
     "Version": _of("node", public="schema_version version pid"),
     "Done": _of("node", public="schema_version pid path", timing="state"),
@@ -413,7 +414,7 @@ COMMANDS: Final[dict[str, str]] = {
     "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",
     "bootstrap": "addresses", "start": "the log", "status": "Status", "peers": "Peers",
     "pause": "Done", "resume": "Done", "stop": "Done", "leave": "Done",
-    "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "demo": "Status, of text on this machine",
+    "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "events": "History", "demo": "Status, of text on this machine",
     "completion": "nothing", "version": "versions",
     "generate": "text of the model that is named", "eval": "a loss of the text that is named",
     "privacy": "Account, FileAccount, Verdict, Plan, Charge",
