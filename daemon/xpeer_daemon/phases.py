@@ -77,7 +77,3 @@ class Closing:
             return True
         needed = closing_windows(1 + len(phases), self._configured)
         return all(self._merged[fragment] >= needed for fragment in range(self._fragments))
-
-    def waiting_for(self, other_phases: Iterable[str]) -> int:
-        """How many live members still train."""
-        return sum(phase not in ENDED for phase in other_phases)

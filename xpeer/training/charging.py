@@ -73,11 +73,6 @@ class Permits:
         self._writing: list[int] = []
 
     @property
-    def whole_windows(self) -> bool:
-        """Whether the parameters move at windows' ends only."""
-        return self._whole
-
-    @property
     def most(self) -> int:
         """Charges that a kill may lose, but for those that are made while a checkpoint is written;
         known once it was first asked for, at the loop's first step.

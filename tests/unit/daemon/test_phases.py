@@ -24,7 +24,6 @@ def test_a_lone_peer_has_nobody_to_mix_with():
 def test_nobody_finishes_while_somebody_trains(phase: str):
     closing = Closing(1, 0)
     assert not closing.finished(["closing", phase])
-    assert closing.waiting_for(["closing", phase]) == 1
     assert closing.finished(["closing", "budget-spent", "finished"])
 
 
