@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from xpeer.cli.common import Whole, echo_json, home_option, json_option
 from xpeer.config import Home
@@ -25,8 +26,8 @@ _SHORT = 8
 class History(Versioned, frozen=True, kw_only=True):
     """What `xpeer events --json` prints: the latest last."""
 
-    events: list[EventRow] = []
-    exchanges: list[RoundRow] = []
+    events: list[EventRow] = msgspec.field(default_factory=list)
+    exchanges: list[RoundRow] = msgspec.field(default_factory=list)
 
 
 @click.command()

@@ -321,7 +321,8 @@ def _in_phases(partners: Sequence[Partner]) -> str:
     gone = len(partners) - live(partners)
     phases = Counter(p.phase for p in partners if p.state == "alive" and p.phase)
     each = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
-    return f"{live(partners)} live{f' ({each})' if each else ''}{f', {gone} missed' if gone else ''}"
+    missed = f", {gone} missed" if gone else ""
+    return f"{live(partners)} live{f' ({each})' if each else ''}{missed}"
 
 
 def _partner(partner: Partner) -> str:

@@ -168,7 +168,8 @@ _STATUS: Final = {
         derived="loss_public consensus_distance merges_clipped",
         timing="step window loss_public_age loss_train_age_s loss_measured_step "
         "loss_measured_age_s learning_rate merges steps_late seconds_training "
-        "seconds_here seconds_blocked seconds_boundary seconds_saving seconds_snapshot seconds_merge",
+        "seconds_here seconds_blocked seconds_boundary seconds_saving seconds_snapshot "
+        "seconds_merge",
         local="tokens loss_train loss_validation loss_problem tokens_per_s rest_s",
     ),
     "PrivacySpent": _of(
@@ -414,8 +415,8 @@ COMMANDS: Final[dict[str, str]] = {
     "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",
     "bootstrap": "addresses", "start": "the log", "status": "Status", "peers": "Peers",
     "pause": "Done", "resume": "Done", "stop": "Done", "leave": "Done",
-    "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "events": "History", "demo": "Status, of text on this machine",
-    "completion": "nothing", "version": "versions",
+    "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "events": "History",
+    "demo": "Status, of text on this machine", "completion": "nothing", "version": "versions",
     "generate": "text of the model that is named", "eval": "a loss of the text that is named",
     "privacy": "Account, FileAccount, Verdict, Plan, Charge",
 }  # fmt: skip
