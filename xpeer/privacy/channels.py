@@ -211,7 +211,6 @@ _STATUS: Final = {
 
 _CONTROL: Final = {
     "Versioned": _of("node", public="schema_version"),
-    "xpeer.cli.events.History": _of("node", public="schema_version", parts="events exchanges"),
     "Peers": _of("node", public="schema_version", parts="peers"),
     "Version": _of("node", public="schema_version version pid"),
     "Done": _of("node", public="schema_version pid path", timing="state"),
@@ -222,6 +221,9 @@ _CONTROL: Final = {
 }
 
 _HOME: Final = {
+    "xpeer.cli.events.History": _of(
+        "node", public="schema_version", parts="events exchanges", why="printed by xpeer events"
+    ),
     "xpeer_daemon.store.RoundRow": _of(
         "home",
         public="slot partner fragment",

@@ -119,7 +119,7 @@ class Rig:
         monkeypatch.setattr(Meeting, "exchange", exchange)
         self.partners = Partners(
             lambda: self.now,
-            lambda peer, slot, fragment, result: self.merged.append(peer),
+            lambda agreement, result, took_s: self.merged.append(agreement.peer_id),
             lambda peer, slot, reason, detail: self.skipped.append((peer, reason)),
         )
         self.nudged: list[PeerId] = []

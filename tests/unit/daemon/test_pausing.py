@@ -9,23 +9,25 @@ import pytest
 from tests.unit.daemon.fakes import FakeNode
 from xpeer.errors import LocalError, LocalTimeoutError, Reason
 from xpeer.status import Progress, State
+from xpeer.training.handle import TrainerProcess
+from xpeer.training.setup import Mode
 from xpeer_daemon.phases import EXCHANGING
 
 NOTHING_TO_PAUSE = {"observing", "stopping"}
 BEFORE = set(get_args(State)) - EXCHANGING - NOTHING_TO_PAUSE - {"paused"}
 
 
-class FakeTrainer:
+class FakeTrainer(TrainerProcess):
     """Does what it is told, and says so."""
 
-    text_problem = ""
-
     def __init__(self, fake: FakeNode) -> None:
+        super().__init__(lambda _event: None)
+        self.text_problem = ""
         self.orders: list[str] = []
         self.fails = False
         self._fake = fake
 
-    async def run(self, mode: str) -> None:
+    async def run(self, mode: Mode) -> None:
         if self.fails:
             raise LocalTimeoutError("the trainer does not answer", "wait")
         self.orders.append(mode)
