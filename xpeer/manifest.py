@@ -8,7 +8,7 @@ The manifest is public to members only; it holds no secret.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -105,9 +105,9 @@ class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
     sequence_tokens: Annotated[int, Meta(ge=8)] = 128
 
 
-Codec = Literal[
-    "float32", "bfloat16", "int8", "int4", "int2", "int8-modulo", "int4-modulo", "int2-modulo"
-]
+Codec = Literal["float32", "bfloat16", "int8", "int4", "int2"]
+REMOVED_CODECS: Final = ("int8-modulo", "int4-modulo", "int2-modulo")
+"""Of swarms founded up to 2026-11-29: no newer xpeer decodes what their members send."""
 
 
 class Round(Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,7 +123,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     fragments: Annotated[int, Meta(ge=1, le=1024)] = 5
     """F: the parameters are exchanged in so many parts, F of them a window; 1 = all at once."""
     codec: Codec = "int8"
-    """int4 and int2 round stochastically; modulo codecs send values modulo how far peers differ."""
+    """int4 and int2 round stochastically."""
     rule: Literal[
         "gossip", "fedavg", "dynamic", "asynchronous", "gradient", "diloco", "noloco", "gasloc"
     ] = "gossip"
@@ -155,11 +155,6 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: names fields and remedy.
         """
-        if self.codec.endswith("-modulo") and self.rule in ("gradient", "noloco"):
-            raise ValueError(
-                f"round.codec = {self.codec} is for parameters, and round.rule = {self.rule} sends "
-                f"differences, too: set round.codec = {self.codec.removesuffix('-modulo')}"
-            )
         if self.group == 1:
             raise ValueError("round.group = 1 meets nobody: use 2 to 8, or 0 for all")
         if self.rule == "asynchronous" and self.group != 2:
@@ -451,7 +446,7 @@ class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
         try:
             return msgspec.json.decode(self.body, type=Manifest)
         except (msgspec.MsgspecError, ValueError, RecursionError) as e:
-            raise ConfigError(f"manifest: {e}", "all members need the same xpeer version") from e
+            raise _unreadable(self.body, e) from e
 
     def to_bytes(self) -> bytes:
         """As JSON, for the disk and for joiners."""
@@ -479,6 +474,21 @@ class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f"manifest {path} can't be read: {e.strerror}", "run `xpeer init` first"
             ) from e
+
+
+def _unreadable(body: str, error: Exception) -> ConfigError:
+    """Why a signed manifest can't be read: it names what is gone, or is of another version."""
+    try:
+        codec = msgspec.json.decode(body)["round"]["codec"]
+    except (msgspec.MsgspecError, ValueError, LookupError, TypeError, RecursionError):
+        codec = None
+    if codec not in REMOVED_CODECS:
+        return ConfigError(f"manifest: {error}", "all members need the same xpeer version")
+    return ConfigError(
+        f"manifest: round.codec = {codec}: modulo codecs were removed",
+        "run this swarm with xpeer 0.1.0 as of 2026-11-29 or earlier, or found another one with "
+        f"round.codec = {codec.removesuffix('-modulo')}",
+    )
 
 
 class Genesis(Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(240)
     "changes",
     [
         {"rule": "gradient", "group": 0, "fragments": 1},
-        {"rule": "asynchronous", "codec": "int4-modulo"},
+        {"rule": "asynchronous", "codec": "bfloat16"},
     ],
     ids=lambda changes: changes["rule"],
 )

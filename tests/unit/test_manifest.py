@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from xpeer.errors import ConfigError, NotAuthorisedError, XpeerError
-from xpeer.identity import Identity, blake2b
+from xpeer.errors import ConfigError, ExitCode, NotAuthorisedError, XpeerError
+from xpeer.identity import Domain, Identity, blake2b
 from xpeer.manifest import (
     MAX_MANIFEST_BYTES,
     Manifest,
@@ -114,11 +115,23 @@ def test_keys_and_signatures_of_any_length(field: str, value: bytes) -> None:
 
 def test_signed_nonsense_is_a_clear_error() -> None:
     for body in ("", "{}", "[]", "null", SIGNED.body.replace('"version":1', '"version":2')):
-        from xpeer.identity import Domain
-
         signature = ADMIN.sign(Domain.MANIFEST, body.encode())
         with pytest.raises(ConfigError, match="manifest"):
             SignedManifest(body, ADMIN.verify_key, signature).open()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_codec_that_was_removed_is_named_with_a_remedy(bits: int) -> None:
+    body = json.dumps(tree(round={"codec": f"int{bits}-modulo"}))
+    signature = ADMIN.sign(Domain.MANIFEST, body.encode())
+    with pytest.raises(ConfigError) as error:
+        SignedManifest(body, ADMIN.verify_key, signature).open()
+    assert str(error.value) == (
+        f"manifest: round.codec = int{bits}-modulo: modulo codecs were removed - run this swarm "
+        "with xpeer 0.1.0 as of 2026-11-29 or earlier, or found another one with "
+        f"round.codec = int{bits}"
+    )
+    assert error.value.exit_code == ExitCode.BAD_CONFIG
 
 
 @pytest.mark.parametrize(
@@ -130,6 +143,7 @@ def test_signed_nonsense_is_a_clear_error() -> None:
         ({"colour": "red"}, "colour"),
         ({"round": {"fragments": 0}}, "fragments"),
         ({"round": {"codec": "int3"}}, "codec"),
+        ({"round": {"codec": "int8-modulo"}}, "codec"),
         ({"round": {"slot_s": 0}}, "slot_s"),
         ({"privacy": {"epsilon": -1}}, "epsilon"),
         ({"privacy": {"delta": 1}}, "delta"),

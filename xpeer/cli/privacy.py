@@ -246,11 +246,7 @@ def _looked(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Regi
     from xpeer.privacy.register import Register  # noqa: PLC0415
 
     if path is None and home.manifest.exists():
-        if SignedManifest.load(home.manifest).open().privacy.mode == "off":
-            raise LocalError(
-                "this swarm trains without privacy: nothing is charged, and nothing is protected",
-                "join or found a swarm with privacy.mode = record",
-            )
+        _require_private(SignedManifest.load(home.manifest))
     if path is None and not home.ledger_db.exists() and any(home.checkpoints.glob("*")):
         raise LocalError(
             f"privacy ledger {home.ledger_db} is missing, but there are checkpoints",
@@ -266,6 +262,22 @@ def _looked(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Regi
             )
         with register or nullcontext():
             yield ledger, register
+
+
+def _require_private(signed: SignedManifest) -> None:
+    """Refuse a swarm that charges nothing. What was charged is read all the same where this version
+    can't read the manifest.
+    """
+    try:
+        mode = signed.open().privacy.mode
+    except ConfigError as e:
+        say(f"warning: {e}")
+        return
+    if mode == "off":
+        raise LocalError(
+            "this swarm trains without privacy: nothing is charged, and nothing is protected",
+            "join or found a swarm with privacy.mode = record",
+        )
 
 
 def _checked_delta(delta: float | None) -> float | None:

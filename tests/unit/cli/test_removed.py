@@ -1,0 +1,65 @@
+"""A home of a swarm that uses what later versions don't know: it does not start, and is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.test_init import xpeer
+from xpeer import founding
+from xpeer.config import Home
+from xpeer.errors import ExitCode
+from xpeer.identity import Domain, Identity, blake2b
+from xpeer.manifest import End, Manifest, Model, PublicText, SignedManifest
+from xpeer.privacy.accountant import Segment
+from xpeer.privacy.charges import About
+from xpeer.privacy.ledger import Ledger
+
+SETTINGS = f"""
+[network]
+listen = ["/ip4/127.0.0.1/tcp/0"]
+[data]
+shard = ["{__file__}"]
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """Of round.codec int8-modulo: no manifest of this version can say that, so that it is JSON."""
+    home = Home(tmp_path / "h")
+    text = PublicText(digest=blake2b(b"text").hex(), text="text")
+    model = Model(config={"model_type": "llama"}, num_params=1, initial_digest="")
+    manifest = Manifest(name="s", created_unix_s=0, model=model, public_text=text, end=End(steps=1))
+    founding.found(home, manifest, lambda folder: folder.mkdir(), SETTINGS)
+    tree = json.loads(SignedManifest.load(home.manifest).body)
+    tree["round"]["codec"] = "int8-modulo"
+    body, admin = json.dumps(tree), Identity.load(home.admin_key)
+    signature = admin.sign(Domain.MANIFEST, body.encode())
+    signed = SignedManifest(body, admin.verify_key, signature)
+    home.manifest.chmod(0o600)
+    home.manifest.write_bytes(signed.to_bytes())
+    with Ledger.open(home.ledger_db) as ledger:
+        ledger.about = About("swarm", "record", 1.0, 1e-5, 8.0)
+        ledger.charge(Segment(1.0, 0.02, 40))
+    return home
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_it_is_refused_to_start(home: Home, options: tuple[str, ...]) -> None:
+    code, _, err = xpeer("start", "--home", str(home.path), *options)
+    assert code == 8 == int(ExitCode.BAD_CONFIG)
+    assert "round.codec = int8-modulo: modulo codecs were removed" in err
+    assert "run this swarm with xpeer 0.1.0 as of 2026-11-29 or earlier" in err
+
+
+def test_its_ledger_stays_readable(home: Home) -> None:
+    code, out, err = xpeer("privacy", "status", "--home", str(home.path))
+    assert code == ExitCode.OK, err
+    assert "of 8 at delta 1e-05" in out
+    assert "warning: manifest: round.codec = int8-modulo" in err
+    for command in ("report", "verify"):
+        code, out, err = xpeer("privacy", command, "--home", str(home.path), "--json")
+        assert code == ExitCode.OK, err
+        assert json.loads(out)
