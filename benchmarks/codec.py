@@ -29,7 +29,6 @@ from xpeer.wire.codec import (
     decode,
     encode_into,
     encoded_bytes,
-    is_modulo,
 )
 from xpeer.wire.merge import add_difference, difference
 
@@ -51,7 +50,7 @@ def main() -> None:
     values = torch.randn(NUM_VALUES, generator=generator) * 0.02
     # as far from ours as partners' values were in our runs: one hundredth, relative
     others = values + torch.randn(NUM_VALUES, generator=generator) * 2e-4
-    codecs = ("int8", "int4", "int8-modulo") if quick else NAMES
+    codecs = ("int8", "int4") if quick else NAMES
     repetitions = 5 if quick else 15
     per_codec = {}
     for name in codecs:
@@ -107,14 +106,11 @@ def measure(
 
 def _cases(name: str, values: torch.Tensor, others: torch.Tensor, *, compiled: bool) -> Cases:
     """Each operation, run once, so that nothing is compiled while the clock runs."""
-    near = values if is_modulo(name) else None
-    reach = 2e-3 if is_modulo(name) else None
     ours, theirs, rough = (bytearray(encoded_bytes(name, NUM_VALUES)) for _ in range(3))
     out = torch.empty(NUM_VALUES)
     kernels.configure(compile=compiled)
-    encode_into(name, values, memoryview(ours), reach=reach)
-    encode_into(name, others, memoryview(theirs), reach=reach)
-    own = decode(name, ours, NUM_VALUES, near=near) if is_modulo(name) else ours
+    encode_into(name, values, memoryview(ours))
+    encode_into(name, others, memoryview(theirs))
 
     def switched(run: Callable[[], object]) -> Callable[[], object]:
         def case() -> object:
@@ -124,28 +120,26 @@ def _cases(name: str, values: torch.Tensor, others: torch.Tensor, *, compiled: b
         return case
 
     cases: Cases = {
-        "quantise": lambda: encode_into(name, values, memoryview(ours), reach=reach),
-        "stochastic": lambda: encode_into(name, values, memoryview(rough), dither=1, reach=reach),
-        "dequantise": lambda: decode(name, theirs, NUM_VALUES, near=near, out=out),
-        "merge": lambda: difference(name, own, theirs, NUM_VALUES, out=out),
-        "merge_add": lambda: add_difference(name, own, theirs, out, 0.5),
+        "quantise": lambda: encode_into(name, values, memoryview(ours)),
+        "stochastic": lambda: encode_into(name, values, memoryview(rough), dither=1),
+        "dequantise": lambda: decode(name, theirs, NUM_VALUES, out=out),
+        "merge": lambda: difference(name, ours, theirs, NUM_VALUES, out=out),
+        "merge_add": lambda: add_difference(name, ours, theirs, out, 0.5),
     }
     if name in FLOATS:
         del cases["stochastic"]
     for run in cases.values():
         run()
     if compiled and kernels.compiling():
-        _assert_same_bytes(name, values, (ours, rough), reach)
+        _assert_same_bytes(name, values, (ours, rough))
     return {op: switched(run) for op, run in cases.items()}
 
 
-def _assert_same_bytes(
-    name: str, values: torch.Tensor, made: tuple[bytearray, bytearray], reach: float | None
-) -> None:
+def _assert_same_bytes(name: str, values: torch.Tensor, made: tuple[bytearray, bytearray]) -> None:
     kernels.configure(compile=False)
     for payload, dither in zip(made, _roundings(name), strict=False):
         plain = bytearray(len(payload))
-        encode_into(name, values, memoryview(plain), dither=dither, reach=reach)
+        encode_into(name, values, memoryview(plain), dither=dither)
         if plain != payload:
             raise SystemExit(f"{name}: compiled and plain bytes differ")
     kernels.configure(compile=True)
@@ -158,14 +152,12 @@ def _roundings(name: str) -> tuple[int | None, ...]:
 
 def _errors(name: str, values: torch.Tensor, others: torch.Tensor) -> dict[str, Any]:
     """Root mean square, relative to the values' (x) and to the distance of partners (z)."""
-    near = others if is_modulo(name) else None
-    reach = 2e-3 if is_modulo(name) else None
     found: dict[str, Any] = {}
     for dither in _roundings(name):
         rounding = "nearest" if dither is None else "stochastic"
         payload = bytearray(encoded_bytes(name, NUM_VALUES))
-        encode_into(name, values, memoryview(payload), dither=dither, reach=reach)
-        error = decode(name, payload, NUM_VALUES, near=near).sub_(values).norm()
+        encode_into(name, values, memoryview(payload), dither=dither)
+        error = decode(name, payload, NUM_VALUES).sub_(values).norm()
         found[f"error_{rounding}"] = float(f"{float(error / values.norm()):.3g}")
         found[f"error_{rounding}_of_distance"] = float(
             f"{float(error / (values - others).norm()):.3g}"

@@ -26,9 +26,8 @@ from xpeer.training.mixing import difference
 from xpeer.training.rules.base import Correction
 from xpeer.wire import codec
 from xpeer.wire.messages import Terms
-from xpeer.wire.reach import Reach
 
-COARSE = ("int4", "int2", "int4-modulo", "int2-modulo")
+COARSE = ("int4", "int2")
 """Rounded stochastically, as in the trainer."""
 
 
@@ -78,7 +77,6 @@ class Exchange:
         fragments = Fragments(NUM_PARAMS, run.fragments)
         self._indices = [_inside(fragments.indices(f)) for f in range(run.fragments)]
         self._rules = [rules.make(run.manifest().round) for _ in range(run.peers)]
-        self._reaches = [Reach() for _ in range(run.peers)]
         self._movements = [Movement(run.fragments) for _ in range(run.peers)]
         self._limits = [
             [NormLimit(of_differences=v != rule.parameters_at) for v in range(rule.vectors)]
@@ -136,17 +134,14 @@ class Exchange:
 
     def coded(self, values: torch.Tensor) -> torch.Tensor:
         """Q(values), (n,) float32."""
-        return self._coded(values, None)[1]
+        return self._coded(values)[1]
 
-    def _coded(
-        self, values: torch.Tensor, reach: torch.Tensor | None
-    ) -> tuple[bytes, torch.Tensor]:
+    def _coded(self, values: torch.Tensor) -> tuple[bytes, torch.Tensor]:
         """The bytes that would travel, and Q(values), (n,) float32."""
         name = self._run.codec
         dither = self._chance.getrandbits(62) if name in COARSE else None
-        payload = codec.encode(name, values, dither=dither, reach=reach)
-        near = values if codec.is_modulo(name) else None
-        return payload, codec.decode(name, payload, values.numel(), near=near)
+        payload = codec.encode(name, values, dither=dither)
+        return payload, codec.decode(name, payload, values.numel())
 
     def _groups(self, slot: int) -> list[Sequence[int]]:
         if self._run.group == "all":
@@ -159,10 +154,7 @@ class Exchange:
         failed = self._failures(group)
         theta = {peer: self._read(peer, fragment) for peer in group}
         sent = {
-            peer: self._coded(
-                self._rules[peer].outgoing(fragment, theta[peer]), self._reaches[peer].of(fragment)
-            )
-            for peer in group
+            peer: self._coded(self._rules[peer].outgoing(fragment, theta[peer])) for peer in group
         }
         size = len(sent[group[0]][0])
         if run.group == "all":
@@ -212,12 +204,10 @@ class Exchange:
             found = difference(
                 self._run.codec, own.view(-1), payload, own.numel(), bounds, rule.parameters_at
             )
-            if found.largest is not None:
-                self._reaches[peer].saw(fragment, own.view(-1), found.largest)
             for limit, norm in zip(limits, found.norms, strict=True):
                 if found.clipped:
                     limit.clipped(self._names[other])
-                elif found.whole:
+                else:
                     limit.accepted(norm, self._names[other])
             self.counts.clipped += found.clipped
             weight = weights.of_pair(self._weighting, terms[peer], terms[other])

@@ -32,7 +32,7 @@ _KEPT: Final = "int8"
 class Shown:
     """A partner's values of one fragment, as it showed them."""
 
-    codec: str  # no modulo codec: it is decoded without any other values
+    codec: str
     payload: torch.Tensor  # (bytes,) uint8
     lent: bool = False
     """Another thread may be reading it."""
@@ -43,7 +43,6 @@ def shown(
     payload: codec.Payload,
     num_values: int,
     vector: slice,
-    near: torch.Tensor | None,
     buffers: Buffers,
 ) -> Shown:
     """Keep a verified payload, or what it holds of the parameters as int8.
@@ -53,14 +52,13 @@ def shown(
         payload: as received; copied.
         num_values: in it.
         vector: which of them are parameters.
-        near: for modulo codecs, as `codec.decode`.
         buffers: where memory is taken.
     """
-    if near is None and vector == slice(0, num_values):
+    if vector == slice(0, num_values):
         kept = buffers.take(memoryview(payload).nbytes, torch.uint8)
         codec.view(kept)[:] = memoryview(payload).cast("B")
         return Shown(name, kept)
-    values = codec.decode(name, payload, num_values, near=near)[vector]
+    values = codec.decode(name, payload, num_values)[vector]
     kept = buffers.take(codec.encoded_bytes(_KEPT, values.numel()), torch.uint8)
     codec.encode_into(_KEPT, values, codec.view(kept))
     return Shown(_KEPT, kept)

@@ -32,14 +32,13 @@ from xpeer.update import Checked, CompressedUpdate, PrivateUpdate, RawUpdate
 from xpeer.wire import codec as wire_codec
 from xpeer.wire import fixedpoint, merge
 from xpeer.wire.fixedpoint import Grid
-from xpeer.wire.reach import Reach
 
 MAX_IN_FLIGHT: Final = 16
 """Each holds one fragment in float32, and one more for each partner."""
 MAX_GROUP: Final = 64
 SPARE: Final = 8
 """Buffers that are kept for the next meetings: snapshot, payload, difference and what was shown."""
-_STOCHASTIC: Final = frozenset({"int4", "int2", "int4-modulo", "int2-modulo"})
+_STOCHASTIC: Final = frozenset({"int4", "int2"})
 _SMOOTHING: Final = 0.9
 """Of the consensus distance, per exchange."""
 
@@ -109,7 +108,6 @@ class Exchanges:
         self._followers = followers
         self._mechanism = mechanism
         self._averaging = Rule()
-        self._reach = Reach()
         self._movement = Movement(fragments.num_fragments)
         self._limits = {
             each: [
@@ -132,7 +130,6 @@ class Exchanges:
         self.consolidation.begin()
         if self.common is not None:
             self.common.begin(self._parameters.flat)
-        self._reach = Reach()
         for fragment in range(self.fragments.num_fragments):
             theta = self._gather(fragment)
             self._movement.begin(fragment, theta)
@@ -215,17 +212,13 @@ class Exchanges:
                 compressed = fixedpoint.compress(update, self.grid, payload)
             else:
                 compressed = wire_codec.compress(
-                    update,
-                    self.codec,
-                    dither=self._dither(),
-                    reach=self._reach.of(meeting.fragment),
-                    out=payload,
+                    update, self.codec, dither=self._dither(), out=payload
                 )
         except LocalError as e:
             self.drop(meeting_id)
             raise TrainerError(e.problem, e.remedy) from e
         meeting.payload = payload
-        meeting.own = self._own(meeting.rule, update, compressed)
+        meeting.own = self._own(meeting.rule, compressed)
         return compressed
 
     def verify(
@@ -272,10 +265,7 @@ class Exchanges:
             rule.parameters_at,
             out=self.buffers.take(expected),
         )
-        near = own if isinstance(own, torch.Tensor) and wire_codec.is_modulo(codec) else None
-        if near is not None and found.largest is not None:
-            self._reach.saw(meeting.fragment, near, found.largest)
-        values = None if found.clipped else self._shown(rule, payload, num_values, near)
+        values = None if found.clipped else self._shown(rule, payload, num_values)
         meeting.partners[exchange_id] = partner
         return self._found(meeting, exchange_id, found, values)
 
@@ -373,7 +363,7 @@ class Exchanges:
             for limit, norm in zip(self._limits[meeting.rule], found.norms, strict=True):
                 if found.clipped:
                     limit.clipped(partner)
-                elif found.whole:
+                else:
                     limit.accepted(norm, partner)
         differences = (each.values.view(-1) for each in meeting.differences.values())
         for spare in (meeting.theta, meeting.payload, *differences):
@@ -414,26 +404,21 @@ class Exchanges:
         """Coarse codecs round stochastically: to nearest, what is small would stand still."""
         return secrets.randbits(63) if self.codec in _STOCHASTIC else None
 
-    def _own(
-        self, rule: Rule, update: PrivateUpdate, sent: CompressedUpdate
-    ) -> wire_codec.Payload | torch.Tensor:
-        """The payload, to be decoded on the way when it is compared; or its values, where the rule,
-        the codec or norms of several vectors need them.
+    def _own(self, rule: Rule, sent: CompressedUpdate) -> wire_codec.Payload | torch.Tensor:
+        """The payload, to be decoded on the way when it is compared; or its values, where the rule
+        or norms of several vectors need them.
         """
         if self.grid is not None or not self._decodes_own(rule):
             return sent.payload
-        near = update.values if wire_codec.is_modulo(self.codec) else None
-        return wire_codec.decode(self.codec, sent.payload, sent.num_values, near=near)
+        return wire_codec.decode(self.codec, sent.payload, sent.num_values)
 
     def _decodes_own(self, rule: Rule) -> bool:
-        return wire_codec.is_modulo(self.codec) or rule.reads_own or rule.vectors > 1
+        return rule.reads_own or rule.vectors > 1
 
-    def _shown(
-        self, rule: Rule, payload: memoryview, num_values: int, near: torch.Tensor | None
-    ) -> Shown:
+    def _shown(self, rule: Rule, payload: memoryview, num_values: int) -> Shown:
         each = num_values // rule.vectors
         vector = slice(each * rule.parameters_at, each * (rule.parameters_at + 1))
-        return shown(self.codec, payload, num_values, vector, near, self.buffers)
+        return shown(self.codec, payload, num_values, vector, self.buffers)
 
     def _gather(self, fragment: int, out: torch.Tensor | None = None) -> torch.Tensor:
         flat = self._parameters.flat

@@ -34,13 +34,6 @@ class Difference:
     distance: float
     """||z|| / ||Q(theta_i[f])|| of the parameters, before clipping."""
     clipped: bool
-    largest: torch.Tensor | None = None
-    """Modulo codecs: as `wire.payload.Norms.largest`."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether every block could be decoded: else the norm says too little to bound others."""
-        return self.largest is None or bool((self.largest >= 0).all())
 
 
 def difference(
@@ -56,8 +49,8 @@ def difference(
 
     Args:
         codec: of both payloads.
-        own: what we sent: the payload itself, where there is one vector and no modulo codec; or Q
-            of it, (num_values,) float32, as the partner decoded it.
+        own: what we sent: the payload itself, where there is one vector; or Q of it, (num_values,)
+            float32, as the partner decoded it.
         payload: the partner's.
         num_values: V n.
         limits: one for each vector: see `training.limits`.
@@ -84,7 +77,7 @@ def difference(
             row.mul_(kept / norm)
             norm, clipped = kept, True
         norms.append(norm)
-    return Difference(rows, tuple(norms), distance, clipped, whole.largest)
+    return Difference(rows, tuple(norms), distance, clipped)
 
 
 def bounded(z: torch.Tensor, own: torch.Tensor, limit: Limit) -> Difference:

@@ -1,23 +1,16 @@
 """Blockwise quantisation: the format of the int codecs, and its arithmetic on rows of blocks.
 
-128 values in a row share one float16 step s. A value x becomes the integer k = round(x / s), of
-which the low b bits travel. A receiver takes the integer with those low bits that is nearest to
-where it expects the value:
-
-    direct (int8, int4, int2)   nearest to 0: the encoder sees to |k| <= 2^(b-1) - 1
-    modulo (int8-modulo, ...)   nearest to the receiver's own y / s: right while |x - y| stays
-                                within `reach` = (2^(b-1) - 1) s, however large x is;
-                                else wrong, but within 2^(b-1) s of y
-                                (Moniqua, Lu and De Sa 2020, arXiv 2002.11787: x mod 2^b s)
+128 values in a row share one float16 step s. A value x becomes the integer k = round(x / s) with
+|k| <= 2^(b-1) - 1, of which the low b bits travel.
 
 The functions of this module take (rows, 128) tensors and write into tensors that they are given.
 `kernels` compiles the same functions, so compiled and plain code can't differ by design: each
 result is one IEEE operation away from its operands, and nothing may be contracted or reordered
 except sums of integers. (Sums of squares do depend on the order. They are no part of the format.)
 
-Payload: all steps (float16), with modulo all checks (16 bits), then all codes. A block of w values
-has m = ceil(w b / 8) bytes of codes; byte j holds the codes j, j + m, j + 2m, ... from its low bits
-up, so that packing works on long vectors. Little endian.
+Payload: all steps (float16), then all codes. A block of w values has m = ceil(w b / 8) bytes of
+codes; byte j holds the codes j, j + m, j + 2m, ... from its low bits up, so that packing works on
+long vectors. Little endian.
 """
 
 from __future__ import annotations
@@ -27,42 +20,25 @@ from typing import Final
 
 import torch
 
-from xpeer.wire.dither import splitmix64, uniform
+from xpeer.wire.dither import uniform
 
 BLOCK: Final = 128
 STEP_BYTES: Final = 2
-CHECK_BYTES: Final = 2
-INITIAL_SHARE: Final = 0.25
-"""Of a block's largest value: the reach of a modulo codec until differences were seen."""
 
 _F16_MAX: Final = 65504.0
 _F16_MIN_NORMAL: Final = 2.0**-14
-_F16_MIN: Final = 2.0**-24
-_MODULO_STEPS: Final = 2.0**17
-"""|x / s| at most: float32 still tells apart sixty-fourths of a step."""
-_MODULO_CLAMP: Final = 2.0**22
-"""|y / s| at most; beyond, float32 can't tell which step is meant, and a value decodes to y."""
-_CHECK_TURNS: Final = 64.0
-_WEIGHTS: Final = 1024
-CHECK_MODULUS: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """One int codec: bits per value, and whether values are sent modulo 2^b steps."""
+    """One int codec: bits per value."""
 
     bits: int
-    modulo: bool = False
 
     @property
     def levels(self) -> int:
-        """Largest k of a direct code; symmetric, so that Q(-x) = -Q(x) and zero is exact."""
+        """Largest k; symmetric, so that Q(-x) = -Q(x) and zero is exact."""
         return (1 << (self.bits - 1)) - 1
-
-    @property
-    def turn(self) -> float:
-        """2^b: what codes are counted modulo."""
-        return float(1 << self.bits)
 
     @property
     def per_byte(self) -> int:
@@ -75,10 +51,9 @@ class Blocks:
 
     def encoded_bytes(self, num_values: int) -> int:
         """Exact payload size."""
-        head = STEP_BYTES + (CHECK_BYTES if self.modulo else 0)
         whole, rest = divmod(num_values, BLOCK)
         codes = whole * self.code_bytes(BLOCK) + self.code_bytes(rest)
-        return head * num_blocks(num_values) + codes
+        return STEP_BYTES * num_blocks(num_values) + codes
 
 
 def num_blocks(num_values: int) -> int:
@@ -93,7 +68,7 @@ def quantise(
     steps: torch.Tensor,  # (rows,) float16, written; infinite where values are not finite
     codes: torch.Tensor,  # (rows, m) int8 for 8 bits, else uint8; written
 ) -> None:
-    """Encode rows of a direct codec.
+    """Encode rows.
 
     A step is rounded *up* to float16, so that no code needs clamping and the error stays within
     half a step, among the subnormals too. The one exception is int2 to nearest: its levels are zero
@@ -110,50 +85,14 @@ def quantise(
     steps.copy_(step)
 
 
-def quantise_modulo(
-    form: Blocks,
-    values: torch.Tensor,  # (rows, width) float32
-    reach: torch.Tensor | None,  # (rows,) float32, not negative; None = `INITIAL_SHARE`
-    dither: torch.Tensor | None,
-    weights: torch.Tensor,  # see `check_weights`
-    steps: torch.Tensor,
-    totals: torch.Tensor,  # (rows,) float32, written: the checks, not yet mod 2^16
-    codes: torch.Tensor,
-) -> None:
-    """Encode rows of a modulo codec."""
-    largest = values.abs().amax(1)
-    wanted = largest * INITIAL_SHARE if reach is None else reach
-    least = (largest * (1 / _MODULO_STEPS)).clamp_min(_F16_MIN)
-    step = _round_up_to_f16(torch.maximum(wanted / form.levels, least))
-    rounded = _round(values, step, dither)
-    turns = ((rounded + (form.levels + 1)) * (1 / form.turn)).floor()
-    pack(form, rounded - turns * form.turn, codes)
-    totals.copy_(_total(turns, weights))
-    steps.copy_(step)
-
-
 def dequantise(
     form: Blocks,
     steps: torch.Tensor,  # (rows,) float32, finite, not negative
     codes: torch.Tensor,  # (rows, m) as for `quantise`
     out: torch.Tensor,  # (rows, width) float32, written
 ) -> None:
-    """Decode rows of a direct codec."""
+    """Decode rows."""
     out.copy_(unpack(form, codes) * steps.unsqueeze(1))
-
-
-def dequantise_modulo(
-    form: Blocks,
-    steps: torch.Tensor,  # (rows,) float32, finite, positive
-    codes: torch.Tensor,
-    checks: torch.Tensor,  # (rows,) float32: integers mod 2^16
-    weights: torch.Tensor,
-    near: torch.Tensor,  # (rows, width) float32, finite
-    out: torch.Tensor,  # (rows, width) float32, written
-) -> None:
-    """Decode rows of a modulo codec. A block whose check fails becomes `near`."""
-    values, right = _decode_near(form, steps, codes, checks, weights, near)
-    out.copy_(torch.where(right.unsqueeze(1), values, near))
 
 
 def subtract(
@@ -167,7 +106,7 @@ def subtract(
     squares: torch.Tensor,  # (rows,) float32, written: |z|^2
     own_squares: torch.Tensor,  # (rows,) float32, written: |Q(own)|^2
 ) -> None:
-    """Rows of z = Q(peer) - Q(own) of a direct codec, from both payloads."""
+    """Rows of z = Q(peer) - Q(own), from both payloads."""
     own = unpack(form, own_codes) * own_steps.unsqueeze(1)
     subtract_values(form, own, steps, codes, weight, out, squares, own_squares)
 
@@ -182,44 +121,11 @@ def subtract_values(
     squares: torch.Tensor,
     own_squares: torch.Tensor,
 ) -> None:
-    """Rows of z of a direct codec, from Q(own) as values."""
+    """Rows of z, from Q(own) as values."""
     z = unpack(form, codes) * steps.unsqueeze(1) - own
     squares.copy_((z * z).sum(1))
     own_squares.copy_((own * own).sum(1))
     _deliver(z, weight, out)
-
-
-def subtract_modulo(
-    form: Blocks,
-    own: torch.Tensor,  # (rows, width) float32: Q(own)
-    steps: torch.Tensor,
-    codes: torch.Tensor,
-    checks: torch.Tensor,
-    weights: torch.Tensor,
-    weight: torch.Tensor | None,
-    out: torch.Tensor,
-    squares: torch.Tensor,
-    own_squares: torch.Tensor,
-    largest: torch.Tensor,  # (rows,) float32, written: max |z|; -1 where the check fails
-) -> None:
-    """Rows of z of a modulo codec, decoded near Q(own); zero where the check fails."""
-    values, right = _decode_near(form, steps, codes, checks, weights, own)
-    z = values - own
-    largest.copy_(torch.where(right, z.abs().amax(1), -1.0))
-    squares.copy_(torch.where(right, (z * z).sum(1), 0.0))
-    own_squares.copy_((own * own).sum(1))
-    _deliver(torch.where(right.unsqueeze(1), z, 0.0), weight, out)
-
-
-def check_weights(width: int) -> torch.Tensor:
-    """(1, width) float32, distinct odd integers: a check is sum(weight * (turns mod 64)) mod 2^16.
-
-    A single value that is off by any number of turns but a multiple of 64 is always noticed, two
-    that are off by one turn each are, too;
-    more at once escape by chance, about once in 2^12 blocks.
-    """
-    by_hash = sorted(range(_WEIGHTS), key=splitmix64)
-    return torch.tensor([[2.0 * i + 1.0 for i in by_hash[:width]]])
 
 
 def _round_up_to_f16(exact: torch.Tensor) -> torch.Tensor:
@@ -266,31 +172,6 @@ def unpack(form: Blocks, codes: torch.Tensor) -> torch.Tensor:
     shifts = torch.arange(form.per_byte, dtype=torch.int32, device=codes.device) * form.bits
     planes = (whole >> shifts.view(1, -1, 1)) & mask
     return ((planes ^ half) - half).to(torch.float32).view(codes.shape[0], -1)
-
-
-def _decode_near(
-    form: Blocks,
-    steps: torch.Tensor,
-    codes: torch.Tensor,
-    checks: torch.Tensor,
-    weights: torch.Tensor,
-    near: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, width) float32 values nearest to `near`, and (rows,) whether the checks hold."""
-    code = unpack(form, codes)
-    expected = near * (1.0 / steps).unsqueeze(1)
-    known = expected.abs() <= _MODULO_CLAMP
-    expected = torch.where(known, expected, 0.0)
-    turns = ((expected - code) * (1 / form.turn)).round()
-    values = torch.where(known, (code + turns * form.turn) * steps.unsqueeze(1), near)
-    apart = (_total(turns, weights) - checks) * (1 / CHECK_MODULUS)
-    return values, apart == apart.round()
-
-
-def _total(turns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(rows,) float32. All are integers below 2^24, so the sum is exact in any order."""
-    low = turns - (turns * (1 / _CHECK_TURNS)).round() * _CHECK_TURNS
-    return (low * weights).sum(1)
 
 
 def _deliver(z: torch.Tensor, weight: torch.Tensor | None, out: torch.Tensor) -> None:

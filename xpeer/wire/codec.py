@@ -1,8 +1,7 @@
 """How parameter values become bytes, and back.
 
-    float32, bfloat16                          as they are, or rounded
-    int8, int4, int2                           blockwise quantised (see `blockwise`)
-    int8-modulo, int4-modulo, int2-modulo      the same, modulo a range; decoded near own values
+    float32, bfloat16      as they are, or rounded
+    int8, int4, int2       blockwise quantised (see `blockwise`)
 
 The size of a payload follows from the codec and the number of values alone, both of which the
 receiver knows from its own manifest; so nothing is ever allocated by a length that a peer claims.
@@ -11,15 +10,6 @@ All integers and floats are little endian. Every result is the same bits on ever
 Rounding is to nearest and deterministic unless a `dither` seeds stochastic rounding, which is
 unbiased. Either way a payload decodes to the same values at both ends: both sides of an exchange
 must know Q(own) exactly, and do by decoding their own payload.
-
-Modulo codecs send k mod 2^b where x is about k steps, and leave it to the receiver's own value y to
-tell which k was meant (Moniqua, Lu and De Sa 2020). The step travels with each block, so both sides
-know the range. Right while |x - y| <= reach. Beyond that a value overflows: it decodes to something
-wrong by a multiple of the range, but within half a range of y. A 16-bit check per block notices;
-such a block decodes to y itself, so that it merges nothing, and is counted. Whoever sends picks the
-reach; `reach.Reach` learns it from differences seen. An overflow is one-sided unless both sides
-notice one, and a range that is never widened never recovers: int2-modulo ran away in our
-measurements (see docs/decisions.md).
 
 What a codec does not give: privacy. `compress` takes only what the privacy mechanism stamped, and
 dither is no noise in that sense.
@@ -36,20 +26,13 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.update import CompressedUpdate, PrivateUpdate
 from xpeer.wire import fixedpoint
 from xpeer.wire import payload as blocks
-from xpeer.wire.blockwise import BLOCK, Blocks, num_blocks
+from xpeer.wire.blockwise import BLOCK, Blocks
 from xpeer.wire.payload import diverged
 
 _CHUNK_VALUES: Final = 1 << 17
 """512 KiB of float32: temporaries stay in the second-level cache."""
 FLOATS: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-INTS: Final = {
-    "int8": Blocks(8),
-    "int4": Blocks(4),
-    "int2": Blocks(2),
-    "int8-modulo": Blocks(8, modulo=True),
-    "int4-modulo": Blocks(4, modulo=True),
-    "int2-modulo": Blocks(2, modulo=True),
-}
+INTS: Final = {"int8": Blocks(8), "int4": Blocks(4), "int2": Blocks(2)}
 NAMES: Final = (*FLOATS, *INTS)
 Payload = bytes | bytearray | memoryview
 
@@ -77,17 +60,11 @@ def bits_per_value(name: str) -> float:
     return encoded_bytes(name, BLOCK) * 8 / BLOCK
 
 
-def is_modulo(name: str) -> bool:
-    """Whether decoding needs the receiver's own values."""
-    return name in INTS and INTS[name].modulo
-
-
 def compress(
     update: PrivateUpdate,
     codec: str,
     *,
     dither: int | None = None,
-    reach: float | torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> CompressedUpdate:
     """The only way from values to bytes that leave the trainer.
@@ -96,7 +73,6 @@ def compress(
         update: stamped by the privacy mechanism.
         codec: one of `NAMES`.
         dither: as for `encode`.
-        reach: as for `encode`.
         out: (encoded bytes,) uint8, to hold the payload; None = new memory.
 
     Raises:
@@ -108,7 +84,7 @@ def compress(
     if out is None:
         out = torch.empty(encoded_bytes(codec, update.values.numel()), dtype=torch.uint8)
     payload = view(out)
-    encode_into(codec, update.values, payload, dither=dither, reach=reach)
+    encode_into(codec, update.values, payload, dither=dither)
     return CompressedUpdate(
         payload=payload,
         codec=codec,
@@ -123,7 +99,6 @@ def encode(
     values: torch.Tensor,
     *,
     dither: int | None = None,
-    reach: float | torch.Tensor | None = None,
 ) -> bytes:
     """Values as bytes.
 
@@ -132,15 +107,13 @@ def encode(
         values: (n,) float32, CPU.
         dither: None rounds to nearest; an integer seeds stochastic rounding (int codecs): E[Q(x)]
             = x over seeds. Take another for every payload. It is no secret, and hides nothing.
-        reach: modulo codecs: how far a partner's values may be from ours, one number or (blocks,)
-            float32. None: a quarter of each block's largest value.
 
     Raises:
         LocalError: values that are not finite, or too large for the codec: the model diverged. Or
             an argument that does not fit the codec.
     """
     out = bytearray(encoded_bytes(name, values.numel()))
-    encode_into(name, values, memoryview(out), dither=dither, reach=reach)
+    encode_into(name, values, memoryview(out), dither=dither)
     return bytes(out)
 
 
@@ -150,7 +123,6 @@ def encode_into(
     out: memoryview,
     *,
     dither: int | None = None,
-    reach: float | torch.Tensor | None = None,
 ) -> None:
     """`encode` into a writable buffer of exactly `encoded_bytes(name, n)` bytes.
 
@@ -163,13 +135,12 @@ def encode_into(
         raise LocalError(f"the buffer has {out.nbytes} bytes, wrong for {values.numel()} {name}")
     if dither is not None and name in FLOATS:
         raise LocalError(f"codec {name} rounds to nearest: it takes no dither")
-    reaches = _reaches(name, reach, values.numel())
     if values.numel() == 0:
         return
     values = values.detach().contiguous()
     raw = torch.frombuffer(out, dtype=torch.uint8)
     if name in INTS:
-        blocks.encode(INTS[name], values, raw, dither=dither, reach=reaches)
+        blocks.encode(INTS[name], values, raw, dither=dither)
         return
     target = raw.view(FLOATS[name])
     target.copy_(values)
@@ -182,7 +153,6 @@ def decode(
     payload: Payload,
     num_values: int,
     *,
-    near: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bytes from a partner as values; nothing is allocated before the size was checked.
@@ -191,12 +161,10 @@ def decode(
         name: codec.
         payload: as received.
         num_values: what our own manifest says, never what the partner says.
-        near: modulo codecs: (num_values,) float32 of our own, finite. The values that were sent
-            will do to learn what was sent.
         out: (num_values,) float32 to write to; undefined after an error.
 
     Returns:
-        (num_values,) float32, CPU. Blocks of a modulo codec that overflowed are those of `near`.
+        (num_values,) float32, CPU.
 
     Raises:
         PeerError: wrong size (MALFORMED, OVERSIZE), a negative scale or codes beyond the last value
@@ -204,16 +172,13 @@ def decode(
         LocalError: an argument that does not fit the codec.
     """
     raw = raw_payload(name, payload, num_values)
-    if is_modulo(name) != (near is not None):
-        raise LocalError(f"codec {name}: own values are needed for modulo codecs, and for no other")
-    for given in (near, out):
-        check_flat(given, num_values)
+    check_flat(out, num_values)
     if out is None:
         out = torch.empty(num_values, dtype=torch.float32)
     if num_values == 0:
         return out
     if name in INTS:
-        blocks.decode(INTS[name], raw, out, None if near is None else near.contiguous())
+        blocks.decode(INTS[name], raw, out)
         return out
     out.copy_(raw.view(FLOATS[name]))
     if not _all_finite(out):
@@ -257,21 +222,6 @@ def check_flat(values: torch.Tensor | None, num_values: int) -> None:
         raise LocalError(f"{tuple(values.shape)} {values.dtype} given, ({num_values},) needed")
     if values.device.type != "cpu" or not values.is_contiguous():
         raise LocalError("a codec works on contiguous values on the CPU")
-
-
-def _reaches(name: str, reach: float | torch.Tensor | None, num_values: int) -> torch.Tensor | None:
-    """(blocks,) float32."""
-    if reach is None:
-        return None
-    if not is_modulo(name):
-        raise LocalError(f"codec {name} has no reach: only modulo codecs do")
-    size = num_blocks(num_values)
-    reaches = torch.full((size,), reach) if isinstance(reach, (int, float)) else reach
-    if reaches.shape != (size,) or reaches.dtype != torch.float32:
-        raise LocalError(f"a reach is one number, or {size} float32 numbers, one per block")
-    if not bool(((reaches >= 0) & torch.isfinite(reaches)).all()):
-        raise LocalError("a reach is negative or not finite")
-    return reaches
 
 
 def _all_finite(values: torch.Tensor) -> bool:

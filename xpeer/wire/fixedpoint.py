@@ -31,7 +31,8 @@ import torch
 from xpeer.errors import PeerError, Reason
 from xpeer.manifest import Round
 from xpeer.update import CompressedUpdate, PrivateUpdate
-from xpeer.wire.blockwise import BLOCK, check_weights, num_blocks
+from xpeer.wire.blockwise import BLOCK, num_blocks
+from xpeer.wire.dither import splitmix64
 from xpeer.wire.payload import diverged
 
 NAMES: Final = {"masked16": 16, "masked32": 32}
@@ -44,7 +45,10 @@ _CHUNK_BLOCKS: Final = 512
 
 Ring = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Payload = bytes | bytearray | memoryview
-_WEIGHTS: Final = check_weights(BLOCK)[0].numpy().astype(np.uint32)
+_WEIGHTS: Final = np.array(
+    [2 * i + 1 for i in sorted(range(1024), key=splitmix64)[:BLOCK]], dtype=np.uint32
+)
+"""w of the checks, (BLOCK,): distinct odd integers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,7 @@
 
 The norms that a merge checks (||z||, ||Q(own)||) fall out on the way, and so does finiteness: an
 int payload whose scales are finite can't decode to anything that is not. Both sides compute z from
-the same two payloads, so z here is exactly -z there (modulo codecs: in blocks that overflow on
-neither side).
+the same two payloads, so z here is exactly -z there.
 
 Knows nothing of limits, weights and partners: those are `training.mixing`'s.
 """
@@ -28,7 +27,6 @@ from xpeer.wire.codec import (
     check_flat,
     decode,
     encode,
-    is_modulo,
     raw_payload,
 )
 from xpeer.wire.payload import Norms
@@ -49,8 +47,7 @@ def difference(
 
     Args:
         name: codec.
-        own: our payload as it was sent, or Q(own) as (num_values,) float32; modulo codecs need the
-            latter.
+        own: our payload as it was sent, or Q(own) as (num_values,) float32.
         peer: the partner's payload as received.
         num_values: what our own manifest says.
         out: (num_values,) float32 to write to; undefined after an error.
@@ -114,13 +111,8 @@ def prepare(name: str, num_values: int, *, stochastic: bool = False, decoded: bo
     zeros = torch.zeros(kernels.ROWS * BLOCK)
     dither = 0 if stochastic else None
     payload = encode(name, zeros, dither=dither)
-    if is_modulo(name):
-        encode(name, zeros, dither=dither, reach=1.0)
-        own = decode(name, payload, zeros.numel(), near=zeros)
-        difference(name, own, payload, zeros.numel())
-    else:
-        own = decode(name, payload, zeros.numel())
-        difference(name, own if decoded else payload, payload, zeros.numel())
+    own = decode(name, payload, zeros.numel())
+    difference(name, own if decoded else payload, payload, zeros.numel())
 
 
 def _merge(
@@ -135,12 +127,10 @@ def _merge(
     if isinstance(own, torch.Tensor):
         check_flat(own, n)
         ours = own
-    elif is_modulo(name):
-        raise LocalError(f"codec {name}: a merge needs Q(own) as values")
     else:
         ours = raw_payload(name, own, n)
     if n == 0:
-        return Norms(0.0, 0.0, torch.empty(0) if is_modulo(name) else None)
+        return Norms(0.0, 0.0)
     if name in INTS:
         return int_payload.difference(INTS[name], ours, theirs, out, weight)
     if ours.dtype == torch.uint8:

@@ -1,4 +1,4 @@
-"""Payloads of the int codecs: where steps, checks and codes lie, and what may be in them.
+"""Payloads of the int codecs: where steps and codes lie, and what may be in them.
 
 Everything here is on the CPU. Sizes were checked by the caller against the number of values that
 our own manifest says; nothing in a payload decides how much is read or allocated.
@@ -7,7 +7,6 @@ our own manifest says; nothing in a payload decides how much is read or allocate
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,18 +15,12 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.wire import kernels
 from xpeer.wire.blockwise import (
     BLOCK,
-    CHECK_BYTES,
-    CHECK_MODULUS,
     STEP_BYTES,
     Blocks,
-    check_weights,
     dequantise,
-    dequantise_modulo,
     num_blocks,
     quantise,
-    quantise_modulo,
     subtract,
-    subtract_modulo,
     subtract_values,
     unpack,
 )
@@ -42,20 +35,12 @@ class Norms:
     """||z||, z = Q(peer) - Q(own)."""
     own_norm: float
     """||Q(own)||."""
-    largest: torch.Tensor | None = None  # (blocks,) float32
-    """Modulo codecs: max |z| of each block, or -1 where it overflowed and z is zero."""
-
-    @property
-    def overflowed(self) -> int:
-        """Blocks that a modulo codec could not decode."""
-        return 0 if self.largest is None else int((self.largest < 0).sum())
 
 
 class _Parts(NamedTuple):
     """Views of a payload."""
 
     steps: torch.Tensor  # (blocks,) float16
-    checks: torch.Tensor  # (blocks,) int16; empty unless modulo
     codes: torch.Tensor  # (bytes,) int8 for 8 bits, else uint8
 
 
@@ -93,7 +78,6 @@ def encode(
     raw: torch.Tensor,  # (bytes,) uint8, written
     *,
     dither: int | None,
-    reach: torch.Tensor | None,  # (blocks,) float32
 ) -> None:
     """Fill a payload.
 
@@ -103,29 +87,18 @@ def encode(
     parts = _split(form, raw, values.numel())
     blocks = parts.steps.numel()
     keys = None if dither is None else dither_keys(dither, blocks)
-    totals = torch.empty(blocks if form.modulo else 0)
     for run in _runs(form, values.numel()):
         rows, steps, codes = run.rows(values), parts.steps[run.blocks], run.code_rows(parts)
         key = None if keys is None else keys[run.blocks]
-        if form.modulo:
-            wanted = None if reach is None else reach[run.blocks]
-            weights = _weights(run.width)
-            checks = totals[run.blocks]
-            kernels.run(quantise_modulo, form, rows, wanted, key, weights, steps, checks, codes)
-        else:
-            kernels.run(quantise, form, rows, key, steps, codes)
+        kernels.run(quantise, form, rows, key, steps, codes)
     if not bool(torch.isfinite(parts.steps).all()):
         raise diverged()
-    if form.modulo:
-        half = CHECK_MODULUS // 2
-        parts.checks.copy_(((totals.int() + half) & (CHECK_MODULUS - 1)) - half)
 
 
 def decode(
     form: Blocks,
     raw: torch.Tensor,  # (bytes,) uint8
     out: torch.Tensor,  # (n,) float32, written
-    near: torch.Tensor | None,  # (n,) float32, finite; modulo only
 ) -> None:
     """Read a payload. Nothing is written if it is refused.
 
@@ -134,20 +107,15 @@ def decode(
     """
     parts = _split(form, raw, out.numel())
     all_steps = _checked_steps(form, parts, out.numel())
-    checks = parts.checks.float()
     for run in _runs(form, out.numel()):
         rows, steps, codes = run.rows(out), all_steps[run.blocks], run.code_rows(parts)
-        if near is None:
-            kernels.run(dequantise, form, steps, codes, rows)
-        else:
-            theirs = steps, codes, checks[run.blocks], _weights(run.width)
-            kernels.run(dequantise_modulo, form, *theirs, run.rows(near), rows)
+        kernels.run(dequantise, form, steps, codes, rows)
         run.return_to(out, rows)
 
 
 def difference(
     form: Blocks,
-    own: torch.Tensor,  # (bytes,) uint8: our payload (direct codecs only); or (n,) float32: Q(own)
+    own: torch.Tensor,  # (bytes,) uint8: our payload; or (n,) float32: Q(own)
     peer: torch.Tensor,  # (bytes,) uint8
     out: torch.Tensor,  # (n,) float32: z is written, or with a weight w z added
     weight: float | None,
@@ -161,12 +129,10 @@ def difference(
     parts = _split(form, peer, n)
     steps = _checked_steps(form, parts, n)
     blocks = steps.numel()
-    checks = parts.checks.float()
     ours = _split(form, own, n) if own.dtype == torch.uint8 else None
     own_steps = ours.steps.float() if ours is not None else None
     factor = None if weight is None else torch.tensor(weight, dtype=torch.float32)
     squares, own_squares = torch.empty(blocks), torch.empty(blocks)
-    largest = torch.empty(blocks if form.modulo else 0)
     for run in _runs(form, n):
         rows = run.rows(out)
         theirs = steps[run.blocks], run.code_rows(parts)
@@ -174,23 +140,10 @@ def difference(
         if ours is not None and own_steps is not None:
             mine = own_steps[run.blocks], run.code_rows(ours)
             kernels.run(subtract, form, *mine, *theirs, factor, rows, *seen)
-        elif form.modulo:
-            kernels.run(
-                subtract_modulo,
-                form,
-                run.rows(own),
-                *theirs,
-                checks[run.blocks],
-                _weights(run.width),
-                factor,
-                rows,
-                *seen,
-                largest[run.blocks],
-            )
         else:
             kernels.run(subtract_values, form, run.rows(own), *theirs, factor, rows, *seen)
         run.return_to(out, rows)
-    return Norms(_root(squares), _root(own_squares), largest if form.modulo else None)
+    return Norms(_root(squares), _root(own_squares))
 
 
 def diverged() -> LocalError:
@@ -203,11 +156,9 @@ def diverged() -> LocalError:
 
 def _split(form: Blocks, raw: torch.Tensor, num_values: int) -> _Parts:
     head = num_blocks(num_values) * STEP_BYTES
-    tail = head + (num_blocks(num_values) * CHECK_BYTES if form.modulo else 0)
     return _Parts(
         steps=raw[:head].view(torch.float16),
-        checks=raw[head:tail].view(torch.int16),
-        codes=raw[tail:].view(torch.int8 if form.bits == 8 else torch.uint8),
+        codes=raw[head:].view(torch.int8 if form.bits == 8 else torch.uint8),
     )
 
 
@@ -230,25 +181,20 @@ def _checked_steps(form: Blocks, parts: _Parts, num_values: int) -> torch.Tensor
     can't change what was checked. With sane steps every code decodes to a finite value.
 
     Raises:
-        PeerError: a step is not finite (NOT_FINITE); negative, or zero in a modulo codec, or
-            there are codes beyond the last value (MALFORMED).
+        PeerError: a step is not finite (NOT_FINITE); or it is negative, or there are codes beyond
+            the last value (MALFORMED).
     """
     steps = parts.steps.float()
     if not bool(torch.isfinite(steps).all()):
         raise PeerError(Reason.NOT_FINITE, "a scale is not finite")
-    if bool((steps <= 0).any() if form.modulo else (steps < 0).any()):
-        raise PeerError(Reason.MALFORMED, "a scale is negative or zero")
+    if bool((steps < 0).any()):
+        raise PeerError(Reason.MALFORMED, "a scale is negative")
     rest = num_values % BLOCK
     if rest and form.per_byte > 1:
         last = parts.codes[-form.code_bytes(rest) :].view(1, -1)
         if bool(unpack(form, last)[:, rest:].any()):
             raise PeerError(Reason.MALFORMED, "there are codes beyond the last value")
     return steps
-
-
-@lru_cache(maxsize=BLOCK)
-def _weights(width: int) -> torch.Tensor:
-    return check_weights(width)
 
 
 def _root(squares: torch.Tensor) -> float:

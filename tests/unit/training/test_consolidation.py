@@ -25,7 +25,7 @@ def randn(n: int, seed: int) -> torch.Tensor:
 def shown_by(model: torch.Tensor, fragments: Fragments, fragment: int) -> consolidation.Shown:
     values = fragments.gather(torch.nn.functional.pad(model, (0, -P % 64)), fragment)
     payload = codec.encode("int8", values)
-    return shown("int8", payload, len(values), slice(0, len(values)), None, Buffers(4))
+    return shown("int8", payload, len(values), slice(0, len(values)), Buffers(4))
 
 
 @given(partners=st.integers(0, PARTNERS), num_fragments=st.integers(1, 5), seed=st.integers(0, 99))
@@ -60,12 +60,11 @@ def test_a_fragment_that_nobody_showed_stays_and_old_values_are_forgotten() -> N
 
 @pytest.mark.parametrize("name", codec.NAMES)
 def test_any_payload_is_kept_as_values_of_its_own(name: str) -> None:
-    """Of two vectors the parameters are kept; a modulo codec's values need no neighbour later."""
-    near = randn(512, 1) if codec.is_modulo(name) else None
+    """Of two vectors the parameters are kept."""
     sent = randn(512, 1) + 0.01 * randn(512, 2)
     payload = codec.encode(name, sent)
-    kept = shown(name, payload, 512, slice(256, 512), near, Buffers(4))
-    arrived = codec.decode(name, payload, 512, near=near)[256:]
+    kept = shown(name, payload, 512, slice(256, 512), Buffers(4))
+    arrived = codec.decode(name, payload, 512)[256:]
     assert torch.allclose(
         codec.decode(kept.codec, codec.view(kept.payload), 256), arrived, atol=0.02
     )

@@ -17,7 +17,6 @@ from xpeer.wire.codec import (
     encode,
     encode_into,
     encoded_bytes,
-    is_modulo,
 )
 
 sizes = st.sampled_from([1, 2, 127, 128, 129, 255, 256, 1000, 32768, 32769, 70001])
@@ -59,12 +58,11 @@ def test_size_is_exact_and_decoding_is_idempotent(name: str, n: int, seed: int) 
     values = random_values(n, 0.05, seed)
     payload = encode(name, values)
     assert len(payload) == encoded_bytes(name, n)
-    near = values if is_modulo(name) else None
-    once = decode(name, payload, n, near=near)
+    once = decode(name, payload, n)
     assert once.dtype == torch.float32
-    assert torch.equal(once, decode(name, memoryview(bytearray(payload)), n, near=near))
+    assert torch.equal(once, decode(name, memoryview(bytearray(payload)), n))
     again = torch.empty(n)
-    assert decode(name, payload, n, near=near, out=again) is again
+    assert decode(name, payload, n, out=again) is again
     assert torch.equal(once, again)
 
 
@@ -144,7 +142,7 @@ def test_bad_values_are_refused(name: str) -> None:
 @settings(max_examples=100, deadline=None)
 def test_arbitrary_bytes_decode_or_are_a_peer_error(name: str, n: int, payload: bytes) -> None:
     try:
-        values = decode(name, payload, n, near=torch.ones(n) if is_modulo(name) else None)
+        values = decode(name, payload, n)
     except PeerError:
         return
     assert values.shape == (n,)

@@ -13,9 +13,8 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.wire.blockwise import BLOCK
 from xpeer.wire.codec import NAMES, bits_per_value, decode, encode, encoded_bytes
 
-DIRECT = ["int8", "int4", "int2"]
-MODULO = ["int8-modulo", "int4-modulo", "int2-modulo"]
-names = st.sampled_from([*DIRECT, *MODULO])
+INTS = ["int8", "int4", "int2"]
+names = st.sampled_from(INTS)
 lengths = st.sampled_from([1, 2, 3, 5, 127, 128, 129, 255, 256, 300, 515])
 dithers = st.one_of(st.none(), st.integers(-(2**65), 2**65))
 seeds = st.integers(0, 2**32)
@@ -57,25 +56,8 @@ def test_bytes_are_those_of_the_reference(
     payload = encode(name, values, dither=dither)
     assert len(payload) == encoded_bytes(name, values.numel())
     assert payload == reference.encode(name, values.numpy(), dither)
-    near = values if name in MODULO else None
-    decoded = decode(name, payload, values.numel(), near=near)
-    expected = reference.decode(name, payload, len(values), None if near is None else near.numpy())
-    assert torch.equal(decoded, torch.from_numpy(expected))
-
-
-@given(st.sampled_from(MODULO), vectors(), dithers, st.floats(0, 10, width=32), seeds)
-@settings(max_examples=80, deadline=None)
-def test_modulo_bytes_with_a_given_reach_are_those_of_the_reference(
-    name: str, values: torch.Tensor, dither: int | None, largest: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    reach = torch.rand(blocks_of(len(values)), generator=generator) * largest
-    payload = encode(name, values, dither=dither, reach=reach)
-    assert payload == reference.encode(name, values.numpy(), dither, reach.numpy())
-    # somebody else's values: some blocks overflow, and the reference finds the same ones
-    near = values + torch.randn(len(values), generator=generator) * largest
-    decoded = decode(name, payload, len(values), near=near)
-    expected = reference.decode(name, payload, len(values), near.numpy())
+    decoded = decode(name, payload, values.numel())
+    expected = reference.decode(name, payload, len(values))
     assert torch.equal(decoded, torch.from_numpy(expected))
 
 
@@ -85,8 +67,7 @@ def test_the_error_is_within_a_step_and_half_of_one_to_nearest(
     name: str, values: torch.Tensor, dither: int | None
 ) -> None:
     payload = encode(name, values, dither=dither)
-    near = values if name in MODULO else None
-    error = (decode(name, payload, len(values), near=near).double() - values.double()).abs()
+    error = (decode(name, payload, len(values)).double() - values.double()).abs()
     steps = steps_of(payload, len(values))
     share = 0.5 if dither is None else 1.0
     limit = steps * share * (1 + 1e-5) + values.abs() * 2.0**-22 + 1e-40  # float32's own rounding
@@ -95,7 +76,7 @@ def test_the_error_is_within_a_step_and_half_of_one_to_nearest(
     assert bool((error <= limit).all())
 
 
-@given(st.sampled_from(DIRECT), vectors())
+@given(names, vectors())
 @settings(max_examples=60, deadline=None)
 def test_to_nearest_is_symmetric_and_never_further_than_zero(
     name: str, values: torch.Tensor
@@ -108,16 +89,15 @@ def test_to_nearest_is_symmetric_and_never_further_than_zero(
     assert bool(((quantised.double() - values.double()).abs() <= slack).all())
 
 
-@given(st.sampled_from([*DIRECT, *MODULO]), st.integers(0, 2**63), st.floats(0.125, 2.0, width=32))
+@given(names, st.integers(0, 2**63))
 @settings(max_examples=25, deadline=None)
-def test_stochastic_rounding_is_unbiased(name: str, seed: int, reach: float) -> None:
+def test_stochastic_rounding_is_unbiased(name: str, seed: int) -> None:
     """128 different values, 2,000 times each: within six standard errors of the mean."""
     values = torch.linspace(-2, 2, BLOCK)
     trials = 2000
     many = values.repeat(trials)
-    modulo = name in MODULO
-    payload = encode(name, many, dither=seed, reach=reach if modulo else None)
-    rounded = decode(name, payload, len(many), near=many if modulo else None)
+    payload = encode(name, many, dither=seed)
+    rounded = decode(name, payload, len(many))
     step = float(steps_of(payload, 1)[0])
     error = (rounded.view(-1, BLOCK).double().mean(0) - values.double()).abs() / step
     share = values.double() / step % 1
@@ -140,72 +120,21 @@ def test_dither_differs_between_values_blocks_and_seeds() -> None:
     assert abs(float((up == other).float().mean()) - 0.5) < 5 * 0.5 / n**0.5
 
 
-@given(st.sampled_from(MODULO), st.integers(1, 400), seeds, st.sampled_from([1e-3, 0.1, 1.0]))
-@settings(max_examples=60, deadline=None)
-def test_modulo_is_right_within_its_reach(name: str, n: int, seed: int, reach: float) -> None:
-    """Whatever the receiver holds, as long as it is within reach: exactly what was sent."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(n, generator=generator) * 5
-    payload = encode(name, values, reach=reach, dither=seed)
-    sent = decode(name, payload, n, near=values)
-    near = values + (torch.rand(n, generator=generator) * 2 - 1) * reach * 0.98
-    assert torch.equal(decode(name, payload, n, near=near), sent)
-
-
-@given(st.sampled_from(MODULO), seeds, st.integers(1, 10), st.integers(1, 200))
-@settings(max_examples=100, deadline=None)
-def test_an_overflow_is_noticed_and_merges_nothing(
-    name: str, seed: int, turns: int, how_many: int
-) -> None:
-    """One value too far, or many in one direction, as when a block drifted away."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(2 * BLOCK, generator=generator) * 0.1
-    payload = encode(name, values, reach=0.01)
-    step = float(steps_of(payload, 1)[0])
-    bits = reference.parse(name)[0]
-    near = values.clone()
-    moved = torch.randperm(BLOCK, generator=generator)[: min(how_many, 3)]
-    near[moved] += turns * step * 2**bits
-    decoded = decode(name, payload, 2 * BLOCK, near=near)
-    assert torch.equal(decoded[:BLOCK], near[:BLOCK])  # the block is given up
-    sent = decode(name, payload, 2 * BLOCK, near=values)
-    assert torch.equal(decoded[BLOCK:], sent[BLOCK:])  # its neighbour is not
-
-
-@given(st.sampled_from(MODULO), st.binary(min_size=300, max_size=300), seeds)
-@settings(max_examples=60, deadline=None)
-def test_whatever_a_modulo_payload_holds_it_moves_nothing_beyond_half_its_range(
-    name: str, noise: bytes, seed: int
-) -> None:
-    n = 200
-    payload = bytearray(noise[: encoded_bytes(name, n)])
-    near = torch.randn(n, generator=torch.Generator().manual_seed(seed))
-    try:
-        decoded = decode(name, payload, n, near=near)
-    except PeerError:
-        return
-    half = steps_of(bytes(payload), n) * 2 ** (reference.parse(name)[0] - 1)
-    assert bool(torch.isfinite(decoded).all())
-    assert bool(((decoded - near).double().abs() <= half * 1.01 + 1e-5).all())
-
-
-@pytest.mark.parametrize("name", [*DIRECT, *MODULO])
+@pytest.mark.parametrize("name", INTS)
 def test_nothing_is_zero_bytes(name: str) -> None:
-    near = torch.empty(0) if name in MODULO else None
     assert encode(name, torch.empty(0)) == b""
-    assert decode(name, b"", 0, near=near).shape == (0,)
+    assert decode(name, b"", 0).shape == (0,)
 
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("float32", 32), ("bfloat16", 16), ("int8", 8.125), ("int4", 4.125), ("int2", 2.125),
-     ("int8-modulo", 8.25), ("int4-modulo", 4.25), ("int2-modulo", 2.25)],
+    [("float32", 32), ("bfloat16", 16), ("int8", 8.125), ("int4", 4.125), ("int2", 2.125)],
 )  # fmt: skip
 def test_bits_per_value(name: str, bits: float) -> None:
     assert bits_per_value(name) == bits
 
 
-@pytest.mark.parametrize("name", [*DIRECT, *MODULO])
+@pytest.mark.parametrize("name", INTS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("position", [0, 130, 258])
 def test_values_that_are_not_finite_are_refused(name: str, bad: float, position: int) -> None:
@@ -224,21 +153,12 @@ def test_every_kind_of_nan_is_refused(payload_bits: int) -> None:
         encode("int8", values)
 
 
-@pytest.mark.parametrize("name", MODULO)
-def test_a_modulo_scale_of_zero_is_refused(name: str) -> None:
-    payload = bytearray(encode(name, torch.ones(300)))
-    payload[2:4] = b"\0\0"
-    with pytest.raises(PeerError) as error:
-        decode(name, payload, 300, near=torch.ones(300))
-    assert error.value.reason == Reason.MALFORMED
-
-
-@pytest.mark.parametrize("name", ["int4", "int2", "int4-modulo", "int2-modulo"])
+@pytest.mark.parametrize("name", ["int4", "int2"])
 def test_codes_beyond_the_last_value_are_refused(name: str) -> None:
     payload = bytearray(encode(name, torch.ones(129)))
     payload[-1] |= 0x80
     with pytest.raises(PeerError) as error:
-        decode(name, payload, 129, near=torch.ones(129) if name in MODULO else None)
+        decode(name, payload, 129)
     assert error.value.reason == Reason.MALFORMED
 
 
@@ -246,16 +166,6 @@ def test_arguments_that_do_not_fit_the_codec() -> None:
     ones = torch.ones(4)
     with pytest.raises(LocalError, match="dither"):
         encode("bfloat16", ones, dither=1)
-    with pytest.raises(LocalError, match="reach"):
-        encode("int8", ones, reach=1.0)
-    with pytest.raises(LocalError, match="reach"):
-        encode("int8-modulo", ones, reach=torch.ones(2))
-    with pytest.raises(LocalError, match="negative"):
-        encode("int8-modulo", ones, reach=-1.0)
-    with pytest.raises(LocalError, match="own values"):
-        decode("int8-modulo", encode("int8-modulo", ones), 4)
-    with pytest.raises(LocalError, match="own values"):
-        decode("int8", encode("int8", ones), 4, near=ones)
     with pytest.raises(LocalError, match="needed"):
         decode("int8", encode("int8", ones), 4, out=torch.ones(5))
     assert "int4" in NAMES

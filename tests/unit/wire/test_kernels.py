@@ -13,7 +13,7 @@ import torch
 
 from xpeer.wire import kernels
 from xpeer.wire.blockwise import BLOCK
-from xpeer.wire.codec import decode, encode, is_modulo
+from xpeer.wire.codec import decode, encode
 from xpeer.wire.merge import add_difference, difference, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch, on itself
@@ -45,13 +45,12 @@ def everything(name: str, n: int, seed: int, dither: int | None) -> list[Any]:
     sizes = 10.0 ** torch.randint(-9, 3, (-(-n // BLOCK),), generator=generator)
     values = torch.randn(n, generator=generator) * sizes.repeat_interleave(BLOCK)[:n]
     values *= torch.rand(n, generator=generator) < 0.9
-    # of a modulo codec, some blocks are out of reach
     others = values * (1 + 0.5 * torch.rand(n, generator=generator))
     payload, theirs = encode(name, values, dither=dither), encode(name, others, dither=dither)
-    own = decode(name, payload, n, near=values if is_modulo(name) else None)
+    own = decode(name, payload, n)
     if name == "int4":
         return [payload, theirs, own]
-    z, _ = difference(name, own if is_modulo(name) else payload, theirs, n)
+    z, _ = difference(name, own if name == "int2" else payload, theirs, n)
     if name != "int8":
         return [payload, theirs, own, z]
     parameters = values.clone()
@@ -66,11 +65,9 @@ def same(a: Any, b: Any) -> bool:
 @needs_compiler
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize(
-    ("name", "stochastic"), [("int8", False), ("int4", True), ("int2-modulo", False)]
-)
+@pytest.mark.parametrize(("name", "stochastic"), [("int8", False), ("int4", True), ("int2", False)])
 def test_compiled_and_plain_give_the_same_bytes(name: str, stochastic: bool) -> None:
-    """Three of twelve, as each kernel takes seconds to compile; the benchmark checks them all."""
+    """Three of six, as each kernel takes seconds to compile; the benchmark checks them all."""
     outputs = 0
     for seed in range(20):
         n = (5 + seed) * BLOCK + (37 * seed) % BLOCK
@@ -136,20 +133,21 @@ def test_small_inputs_and_a_process_that_may_not_compile_stay_plain(
 
 
 @pytest.mark.parametrize(
-    ("name", "stochastic"), [("int8", False), ("int4", True), ("int8-modulo", False)]
+    ("name", "stochastic", "decoded"),
+    [("int8", False, False), ("int4", True, False), ("int8", False, True)],
 )
 def test_what_was_prepared_is_not_compiled_again(
-    monkeypatch: pytest.MonkeyPatch, name: str, stochastic: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, stochastic: bool, decoded: bool
 ) -> None:
     monkeypatch.setattr(kernels, "ROWS", 5)
     monkeypatch.setattr(torch, "compile", lambda kernel, **_: kernel)
-    prepare(name, 10 * BLOCK, stochastic=stochastic)
+    prepare(name, 10 * BLOCK, stochastic=stochastic, decoded=decoded)
     prepared = set(kernels._compiled)
     assert prepared
     values = torch.randn(10 * BLOCK)
     dither = 7 if stochastic else None
-    payload = encode(name, values, dither=dither, reach=1.0 if is_modulo(name) else None)
-    own = decode(name, payload, len(values), near=values) if is_modulo(name) else payload
+    payload = encode(name, values, dither=dither)
+    own = decode(name, payload, len(values)) if decoded else payload
     difference(name, own, payload, len(values))
     assert set(kernels._compiled) == prepared
 

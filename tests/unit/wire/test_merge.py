@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.wire.blockwise import BLOCK
-from xpeer.wire.codec import NAMES, decode, encode, is_modulo
+from xpeer.wire.codec import NAMES, decode, encode
 from xpeer.wire.merge import add_difference, difference
 
 names = st.sampled_from(NAMES)
@@ -20,7 +19,6 @@ seeds = st.integers(0, 2**32)
 def pair(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ours = torch.randn(n, generator=generator) * 0.02
-    # within a modulo codec's reach, which follows from its block: of one small value, perhaps
     return ours, ours * (1 + torch.randn(n, generator=generator) * 5e-3)
 
 
@@ -28,8 +26,7 @@ def sent(name: str, values: torch.Tensor, dither: int | None = None) -> tuple[by
     """The payload, and what it decodes to."""
     dither = None if name in {"float32", "bfloat16"} else dither
     payload = encode(name, values, dither=dither)
-    near = values if is_modulo(name) else None
-    return payload, decode(name, payload, len(values), near=near)
+    return payload, decode(name, payload, len(values))
 
 
 @given(names, lengths, seeds, st.one_of(st.none(), seeds), st.booleans())
@@ -40,18 +37,12 @@ def test_the_difference_is_that_of_what_was_sent(
     ours, theirs = pair(n, seed)
     our_payload, q_ours = sent(name, ours, dither)
     their_payload, q_theirs = sent(name, theirs, dither)
-    own = our_payload if as_payload and not is_modulo(name) else q_ours
+    own = our_payload if as_payload else q_ours
     z, norms = difference(name, own, their_payload, n)
-    assert norms.overflowed == 0
     assert torch.equal(z, q_theirs - q_ours)
     exact = (q_theirs - q_ours).double()
     assert math.isclose(norms.norm, float(exact.norm()), rel_tol=1e-5, abs_tol=1e-30)
     assert math.isclose(norms.own_norm, float(q_ours.double().norm()), rel_tol=1e-5)
-    if norms.largest is not None:
-        padded = torch.zeros(-(-n // BLOCK) * BLOCK)
-        padded[:n] = z.abs()
-        expected = padded.view(-1, BLOCK).amax(1) if n else torch.empty(0)
-        assert torch.equal(norms.largest, expected)
 
 
 @given(names, lengths, seeds, st.sampled_from([0.5, 0.1, 1.0, -0.5]))
@@ -62,7 +53,7 @@ def test_adding_is_adding_the_difference(name: str, n: int, seed: int, weight: f
     _, q_ours = sent(name, ours)
     parameters = ours.clone()
     norms = add_difference(name, q_ours, their_payload, parameters, weight)
-    assert norms == norms.__class__(norms.norm, norms.own_norm, norms.largest)
+    assert norms == norms.__class__(norms.norm, norms.own_norm)
     assert torch.equal(parameters, ours + (q_theirs - q_ours) * torch.tensor(weight))
 
 
@@ -76,20 +67,6 @@ def test_what_one_side_adds_the_other_takes_away(name: str, seed: int) -> None:
     z_ours, _ = difference(name, q_ours, their_payload, 1000)
     z_theirs, _ = difference(name, q_theirs, our_payload, 1000)
     assert torch.equal(z_ours, -z_theirs)
-
-
-def test_a_block_that_overflows_is_not_merged_and_counted() -> None:
-    ours, _ = pair(1000, 1)
-    theirs = ours.clone()
-    theirs[300] += 1.0  # block 2
-    payload = encode("int8-modulo", theirs, reach=1e-3)
-    _, q_ours = sent("int8-modulo", ours)
-    parameters = ours.clone()
-    norms = add_difference("int8-modulo", q_ours, payload, parameters, 0.5)
-    assert norms.overflowed == 1
-    assert norms.largest is not None
-    assert norms.largest.tolist().index(-1.0) == 2
-    assert torch.equal(parameters[256:384], ours[256:384])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,9 +102,7 @@ def test_large_float32_values_have_a_norm() -> None:
 
 
 def test_arguments_that_do_not_fit() -> None:
-    payload = encode("int8-modulo", torch.ones(4))
-    with pytest.raises(LocalError, match="as values"):
-        difference("int8-modulo", payload, payload, 4)
+    payload = encode("int8", torch.ones(4))
     with pytest.raises(LocalError, match="needed"):
         difference("int8", torch.ones(5), encode("int8", torch.ones(4)), 4)
     with pytest.raises(LocalError, match="weight"):
