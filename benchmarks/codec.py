@@ -22,15 +22,8 @@ from hivemind.proto.runtime_pb2 import CompressionType
 
 from benchmarks.common import RESULTS, emit, say, write_result
 from xpeer.wire import kernels
-from xpeer.wire.codec import (
-    FLOATS,
-    NAMES,
-    bits_per_value,
-    decode,
-    encode_into,
-    encoded_bytes,
-)
-from xpeer.wire.merge import add_difference, difference
+from xpeer.wire.codec import FLOATS, NAMES, decode, encode_into, encoded_bytes
+from xpeer.wire.merge import difference
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -101,7 +94,8 @@ def measure(
     speeds: dict[str, Any] = {group: {} for group in groups}
     for (group, op), times in seconds.items():
         speeds[group][op] = round(4 * NUM_VALUES / statistics.median(times) / 1e9, 2)
-    return {"bits_per_value": bits_per_value(name), **_errors(name, values, others), **speeds}
+    bits = 8 * encoded_bytes(name, NUM_VALUES) / NUM_VALUES
+    return {"bits_per_value": bits, **_errors(name, values, others), **speeds}
 
 
 def _cases(name: str, values: torch.Tensor, others: torch.Tensor, *, compiled: bool) -> Cases:
@@ -124,7 +118,6 @@ def _cases(name: str, values: torch.Tensor, others: torch.Tensor, *, compiled: b
         "stochastic": lambda: encode_into(name, values, memoryview(rough), dither=1),
         "dequantise": lambda: decode(name, theirs, NUM_VALUES, out=out),
         "merge": lambda: difference(name, ours, theirs, NUM_VALUES, out=out),
-        "merge_add": lambda: add_difference(name, ours, theirs, out, 0.5),
     }
     if name in FLOATS:
         del cases["stochastic"]

@@ -101,14 +101,13 @@ def subtract(
     own_codes: torch.Tensor,
     steps: torch.Tensor,
     codes: torch.Tensor,
-    weight: torch.Tensor | None,  # () float32
-    out: torch.Tensor,  # (rows, width) float32: z is written, or with a weight w z added
+    out: torch.Tensor,  # (rows, width) float32, written: z
     squares: torch.Tensor,  # (rows,) float32, written: |z|^2
     own_squares: torch.Tensor,  # (rows,) float32, written: |Q(own)|^2
 ) -> None:
     """Rows of z = Q(peer) - Q(own), from both payloads."""
     own = unpack(form, own_codes) * own_steps.unsqueeze(1)
-    subtract_values(form, own, steps, codes, weight, out, squares, own_squares)
+    subtract_values(form, own, steps, codes, out, squares, own_squares)
 
 
 def subtract_values(
@@ -116,7 +115,6 @@ def subtract_values(
     own: torch.Tensor,  # (rows, width) float32: Q(own)
     steps: torch.Tensor,
     codes: torch.Tensor,
-    weight: torch.Tensor | None,
     out: torch.Tensor,
     squares: torch.Tensor,
     own_squares: torch.Tensor,
@@ -125,7 +123,7 @@ def subtract_values(
     z = unpack(form, codes) * steps.unsqueeze(1) - own
     squares.copy_((z * z).sum(1))
     own_squares.copy_((own * own).sum(1))
-    _deliver(z, weight, out)
+    out.copy_(z)
 
 
 def _round_up_to_f16(exact: torch.Tensor) -> torch.Tensor:
@@ -172,10 +170,3 @@ def unpack(form: Blocks, codes: torch.Tensor) -> torch.Tensor:
     shifts = torch.arange(form.per_byte, dtype=torch.int32, device=codes.device) * form.bits
     planes = (whole >> shifts.view(1, -1, 1)) & mask
     return ((planes ^ half) - half).to(torch.float32).view(codes.shape[0], -1)
-
-
-def _deliver(z: torch.Tensor, weight: torch.Tensor | None, out: torch.Tensor) -> None:
-    if weight is None:
-        out.copy_(z)
-    else:
-        out.add_(z * weight)

@@ -26,7 +26,7 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.update import CompressedUpdate, PrivateUpdate
 from xpeer.wire import fixedpoint
 from xpeer.wire import payload as blocks
-from xpeer.wire.blockwise import BLOCK, Blocks
+from xpeer.wire.blockwise import Blocks
 from xpeer.wire.payload import diverged
 
 _CHUNK_VALUES: Final = 1 << 17
@@ -49,15 +49,6 @@ def encoded_bytes(name: str, num_values: int) -> int:
     if name in FLOATS:
         return num_values * FLOATS[name].itemsize
     return INTS[name].encoded_bytes(num_values)
-
-
-def bits_per_value(name: str) -> float:
-    """Of whole blocks, scales and checks included.
-
-    Raises:
-        LocalError: unknown codec.
-    """
-    return encoded_bytes(name, BLOCK) * 8 / BLOCK
 
 
 def compress(

@@ -47,8 +47,7 @@ def run(plain: Plain, form: Blocks, *arguments: Argument) -> None:
     Args:
         plain: of `blockwise`.
         form: codec.
-        arguments: the first has one row per block; so have all others, but for those that are
-            None, a number, or have a first dimension of one.
+        arguments: each has one row per block; all but the first may be None.
     """
     first = arguments[0]
     if first is None:
@@ -61,16 +60,10 @@ def run(plain: Plain, form: Blocks, *arguments: Argument) -> None:
             # compiled code is for any number of rows but one, which torch treats apart
             compiled = _state.allowed and rows >= ROWS and rows - start > 1
             end = min(start + (ROWS if compiled else PLAIN_ROWS), rows)
-            chunk = [_cut(a, rows, start, end) for a in arguments]
+            chunk = [None if a is None else a[start:end] for a in arguments]
             if not (compiled and _run_compiled(plain, form, chunk)):
                 plain(form, *chunk)
             start = end
-
-
-def _cut(argument: Argument, rows: int, start: int, end: int) -> Argument:
-    if argument is None or argument.dim() == 0 or argument.shape[0] != rows:
-        return argument
-    return argument[start:end]
 
 
 @dataclass(slots=True)
@@ -130,7 +123,6 @@ def _wrap(plain: Plain, form: Blocks, number: int) -> Callable[..., None]:
 
 def _mark_rows(chunk: list[Argument]) -> None:
     """The number of rows may differ from call to call; everything else is fixed."""
-    first = chunk[0]
     for a in chunk:
-        if a is not None and first is not None and a.dim() and a.shape[0] == first.shape[0]:
+        if a is not None:
             torch._dynamo.mark_dynamic(a, 0)

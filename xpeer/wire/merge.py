@@ -1,6 +1,6 @@
-"""From two payloads to a correction: dequantise, subtract, measure and add in one pass over memory.
+"""How two payloads differ: dequantise, subtract and measure in one pass over memory.
 
-    z = Q(peer) - Q(own)            parameters += w z
+    z = Q(peer) - Q(own)
 
 The norms that a merge checks (||z||, ||Q(own)||) fall out on the way, and so does finiteness: an
 int payload whose scales are finite can't decode to anything that is not. Both sides compute z from
@@ -16,19 +16,11 @@ from typing import Final
 
 import torch
 
-from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.errors import PeerError, Reason
 from xpeer.wire import kernels
 from xpeer.wire import payload as int_payload
 from xpeer.wire.blockwise import BLOCK
-from xpeer.wire.codec import (
-    FLOATS,
-    INTS,
-    Payload,
-    check_flat,
-    decode,
-    encode,
-    raw_payload,
-)
+from xpeer.wire.codec import FLOATS, INTS, Payload, check_flat, decode, encode, raw_payload
 from xpeer.wire.payload import Norms
 
 _CHUNK_VALUES: Final = 1 << 17
@@ -50,7 +42,8 @@ def difference(
         own: our payload as it was sent, or Q(own) as (num_values,) float32.
         peer: the partner's payload as received.
         num_values: what our own manifest says.
-        out: (num_values,) float32 to write to; undefined after an error.
+        out: (num_values,) float32 to write to; after an error undefined with a float codec,
+            unchanged with an int codec.
 
     Returns:
         z, (num_values,) float32, CPU, finite; and the norms.
@@ -61,37 +54,19 @@ def difference(
     """
     check_flat(out, num_values)
     z = torch.empty(num_values, dtype=torch.float32) if out is None else out
-    return z, _merge(name, own, peer, z, None)
-
-
-def add_difference(
-    name: str,
-    own: Payload | torch.Tensor,
-    peer: Payload,
-    parameters: torch.Tensor,
-    weight: float,
-) -> Norms:
-    """Add weight * (Q(peer) - Q(own)) to parameters, in one pass.
-
-    Args:
-        name: codec.
-        own: as for `difference`.
-        peer: the partner's payload.
-        parameters: (n,) float32, CPU, contiguous; unchanged if the payload is refused.
-        weight: w.
-
-    Raises:
-        PeerError: as `difference`.
-        LocalError: an argument that does not fit the codec, or a weight that is not a number.
-    """
-    if not math.isfinite(weight):
-        raise LocalError(f"mixing weight {weight!r} is not a number")
-    check_flat(parameters, parameters.numel())
+    theirs = raw_payload(name, peer, num_values)
+    if isinstance(own, torch.Tensor):
+        check_flat(own, num_values)
+        ours = own
+    else:
+        ours = raw_payload(name, own, num_values)
+    if num_values == 0:
+        return z, Norms(0.0, 0.0)
     if name in INTS:
-        return _merge(name, own, peer, parameters, weight)
-    z, norms = difference(name, own, peer, parameters.numel())  # may yet turn out not finite
-    parameters.add_(z.mul_(weight))
-    return norms
+        return z, int_payload.difference(INTS[name], ours, theirs, z)
+    if ours.dtype == torch.uint8:
+        ours = ours.view(FLOATS[name])
+    return z, _subtract_floats(ours, theirs.view(FLOATS[name]), z)
 
 
 def prepare(name: str, num_values: int, *, stochastic: bool = False, decoded: bool = False) -> None:
@@ -113,29 +88,6 @@ def prepare(name: str, num_values: int, *, stochastic: bool = False, decoded: bo
     payload = encode(name, zeros, dither=dither)
     own = decode(name, payload, zeros.numel())
     difference(name, own if decoded else payload, payload, zeros.numel())
-
-
-def _merge(
-    name: str,
-    own: Payload | torch.Tensor,
-    peer: Payload,
-    out: torch.Tensor,
-    weight: float | None,
-) -> Norms:
-    n = out.numel()
-    theirs = raw_payload(name, peer, n)
-    if isinstance(own, torch.Tensor):
-        check_flat(own, n)
-        ours = own
-    else:
-        ours = raw_payload(name, own, n)
-    if n == 0:
-        return Norms(0.0, 0.0)
-    if name in INTS:
-        return int_payload.difference(INTS[name], ours, theirs, out, weight)
-    if ours.dtype == torch.uint8:
-        ours = ours.view(FLOATS[name])
-    return _subtract_floats(ours, theirs.view(FLOATS[name]), out)
 
 
 def _subtract_floats(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> Norms:

@@ -117,8 +117,7 @@ def difference(
     form: Blocks,
     own: torch.Tensor,  # (bytes,) uint8: our payload; or (n,) float32: Q(own)
     peer: torch.Tensor,  # (bytes,) uint8
-    out: torch.Tensor,  # (n,) float32: z is written, or with a weight w z added
-    weight: float | None,
+    out: torch.Tensor,  # (n,) float32, written: z
 ) -> Norms:
     """Z = Q(peer) - Q(own) in one pass. Nothing is written if the payload is refused.
 
@@ -131,7 +130,6 @@ def difference(
     blocks = steps.numel()
     ours = _split(form, own, n) if own.dtype == torch.uint8 else None
     own_steps = ours.steps.float() if ours is not None else None
-    factor = None if weight is None else torch.tensor(weight, dtype=torch.float32)
     squares, own_squares = torch.empty(blocks), torch.empty(blocks)
     for run in _runs(form, n):
         rows = run.rows(out)
@@ -139,9 +137,9 @@ def difference(
         seen = squares[run.blocks], own_squares[run.blocks]
         if ours is not None and own_steps is not None:
             mine = own_steps[run.blocks], run.code_rows(ours)
-            kernels.run(subtract, form, *mine, *theirs, factor, rows, *seen)
+            kernels.run(subtract, form, *mine, *theirs, rows, *seen)
         else:
-            kernels.run(subtract_values, form, run.rows(own), *theirs, factor, rows, *seen)
+            kernels.run(subtract_values, form, run.rows(own), *theirs, rows, *seen)
         run.return_to(out, rows)
     return Norms(_root(squares), _root(own_squares))
 

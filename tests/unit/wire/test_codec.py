@@ -10,14 +10,7 @@ from hypothesis import strategies as st
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.update import _ISSUER, PrivacyStamp, PrivateUpdate, RawUpdate
 from xpeer.wire.blockwise import BLOCK
-from xpeer.wire.codec import (
-    NAMES,
-    compress,
-    decode,
-    encode,
-    encode_into,
-    encoded_bytes,
-)
+from xpeer.wire.codec import NAMES, compress, decode, encode, encode_into, encoded_bytes
 
 sizes = st.sampled_from([1, 2, 127, 128, 129, 255, 256, 1000, 32768, 32769, 70001])
 magnitudes = st.sampled_from([1e-30, 1e-12, 1e-7, 1e-5, 1e-3, 1.0, 50.0, 1e6])

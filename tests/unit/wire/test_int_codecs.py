@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.wire import reference_codec as reference
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.wire.blockwise import BLOCK
-from xpeer.wire.codec import NAMES, bits_per_value, decode, encode, encoded_bytes
+from xpeer.wire.codec import NAMES, decode, encode, encoded_bytes
 
 INTS = ["int8", "int4", "int2"]
 names = st.sampled_from(INTS)
@@ -131,7 +131,7 @@ def test_nothing_is_zero_bytes(name: str) -> None:
     [("float32", 32), ("bfloat16", 16), ("int8", 8.125), ("int4", 4.125), ("int2", 2.125)],
 )  # fmt: skip
 def test_bits_per_value(name: str, bits: float) -> None:
-    assert bits_per_value(name) == bits
+    assert encoded_bytes(name, BLOCK) * 8 / BLOCK == bits
 
 
 @pytest.mark.parametrize("name", INTS)
