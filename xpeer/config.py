@@ -91,7 +91,7 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True):
     validation_share: Annotated[float, Meta(gt=0, lt=0.5)] = 0.05
     split: Literal["document", "file"] = "document"
     """What is held out whole."""
-    privacy: Literal["", "record", "update", "off"] = ""
+    privacy: Literal["", "record", "off"] = ""
     """What the swarm's manifest must say, or this node does not start; empty = whatever it says."""
     tokenizer: Place = ""
     """Folder of the Hugging Face tokenizer, where the manifest asks for one."""

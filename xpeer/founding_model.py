@@ -197,7 +197,7 @@ def draft_manifest(
     public_text: Path | None,
     changes: Iterable[str],
     corpus: Sequence[str] = (),
-    privacy: Literal["record", "update", "off"] = "record",
+    privacy: Literal["record", "off"] = "record",
 ) -> Manifest:
     """A manifest from defaults, what was given, and `section.field=value` changes.
 

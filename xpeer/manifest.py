@@ -199,17 +199,15 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     """The floor that every member's shard is trained under."""
 
-    mode: Literal["record", "update", "off"] = "record"
-    """record: DP-SGD, one training sequence is the unit of privacy. update, an experiment: one
-    noised release a window, all of a peer's shard is the unit; the noise swamps small swarms."""
+    mode: Literal["record", "off"] = "record"
+    """record: DP-SGD, one training sequence or document is the unit of privacy. off: none."""
     epsilon: Positive = 8.0
     delta: Annotated[float, Meta(gt=0, lt=1)] | None = None
-    """None: min(1e-5, n^-1.1) for a shard of n records; mode update: 1e-5."""
+    """None: min(1e-5, n^-1.1) for a shard of n records."""
     clip_norm: Positive = 1.0
-    """C: L2 norm that each record's gradient is clipped to; mode update: a window's difference."""
+    """C: L2 norm that each record's gradient is clipped to."""
     noise_multiplier: Positive | None = None
-    """sigma; None: each peer calibrates it so that `end.steps` steps spend exactly epsilon; mode
-    update: as many windows as the end allows."""
+    """sigma; None: each peer calibrates it so that `end.steps` steps spend exactly epsilon."""
     unit: Literal["record", "document"] = "record"
     """What epsilon holds for. document: whole documents are sampled (`optimiser.batch_records` of
     them a step), and n counts documents."""
@@ -345,8 +343,6 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(f"name {self.name!r}: use 1 to {MAX_NAME_CHARS} printable characters")
         self.round.check()
         self.privacy.check(shared_corpus=self.shared_corpus is not None)
-        if self.privacy.mode == "update":
-            self._check_update()
         if self.public_text.digest != blake2b(self.public_text.text.encode()).hex():
             raise ValueError("public_text.digest does not match public_text.text")
 
@@ -375,29 +371,6 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 f"privacy.mode = {mode}",
                 "its manifest decides, for all members and for ever: join or found another swarm, "
                 f"or set data.privacy (--privacy) to {mode}",
-            )
-
-    def _check_update(self) -> None:
-        """Refuse what would show more of a window than its one release.
-
-        Raises:
-            ValueError: names fields and remedy.
-        """
-        if self.round.rule == "gradient":
-            raise ValueError(
-                "round.rule = gradient sends what is inside a window, and privacy.mode = update "
-                "protects its release alone: use another rule, or privacy.mode = record"
-            )
-        if self.round.window_s is not None:
-            raise ValueError(
-                "round.window_s lets a shard's speed decide how many windows there are, and "
-                "privacy.mode = update charges each: unset it, and set round.window_steps"
-            )
-        end = self.end
-        if self.privacy.noise_multiplier is None and (end.steps, end.rounds) == (None, None):
-            raise ValueError(
-                "privacy.noise_multiplier is unset, and so are end.steps and end.rounds: "
-                "sigma can't be calibrated for privacy.mode = update; set one of them"
             )
 
 

@@ -29,8 +29,6 @@ serving only. closing: consolidation without training."""
 
 SHOUTED = {
     "off": "PRIVACY OFF: the swarm's manifest says so; what is shared protects no record",
-    "update": "PRIVACY IS EXPERIMENTAL: mode update, one noised release a window; few members' "
-    "models drown in its noise",
 }
 """By privacy mode: what an operator is told at every turn."""
 
@@ -89,7 +87,7 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     """The ledger's answer."""
 
     mode: str = "record"
-    """Of the manifest. record: steps are charged; update: releases, one a window; off: nothing."""
+    """Of the manifest. record: steps are charged; off: nothing."""
     epsilon_spent: float = 0.0
     epsilon_target: float = 0.0
     delta: float = 0.0

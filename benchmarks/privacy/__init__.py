@@ -2,7 +2,6 @@
 
 setting      model, text, public start, manifests
 swarm        peers of the product's own parts, and what each shows the others
-update       privacy for whole updates, for comparison
 utility      loss against epsilon: swarm, each peer alone, the start
 bounds       statistics of attacks: lower bounds on epsilon, exposure, rates
 attacked     canaries and membership, from the released model and from what a partner sees

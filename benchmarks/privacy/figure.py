@@ -40,7 +40,7 @@ def draw(rows: dict[str, list[Row]], path: Path) -> None:
 
 
 def _losses(axis: Axes, rows: list[Row]) -> None:
-    for method in dict.fromkeys(row["method"] for row in rows if "update" not in row["method"]):
+    for method in dict.fromkeys(row["method"] for row in rows):
         points = sorted(
             (_PLACES[row["epsilon"]], statistics.fmean(row["loss"]))
             for row in rows
@@ -48,10 +48,6 @@ def _losses(axis: Axes, rows: list[Row]) -> None:
         )
         wide = 3 if method == "swarm" else 1.3
         axis.plot(*zip(*points, strict=True), label=method, linewidth=wide, marker="o", ms=3)
-    for row in rows:
-        if "update" in row["method"]:
-            place, loss = _PLACES[row["epsilon"]], statistics.fmean(row["loss"])
-            axis.plot(place, loss, "kx", label=row["method"])
     starts = [statistics.fmean(row["start"]) for row in rows]
     if starts:
         axis.axhline(statistics.fmean(starts), color="grey", ls="--", label="public start")

@@ -19,8 +19,6 @@ from benchmarks.privacy.work import Job, Known
 RATES: Final = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 """The grid: a factor of 2. A method is tuned on it until its best rate is no edge."""
 FIRST_RATES: Final = (4e-3, 8e-3)
-CLIP_NORMS: Final = (0.001, 0.01, 0.1)
-"""Of update mode, at one rate: its noise leaves no use for finer tuning."""
 FIRST_EPSILON: Final = 8.0
 METHODS: Final[tuple[tuple[Method, int], ...]] = (
     ("swarm", 0),
@@ -53,8 +51,6 @@ class Plan:
                 jobs += self.final(method, peer, epsilon, known) or []
             if epsilon == FIRST_EPSILON:
                 jobs += self.audit_jobs()
-        jobs += self.updates()
-        jobs += self.final_updates(known) or []
         return [*jobs, *self.loras()]
 
     @property
@@ -125,19 +121,6 @@ class Plan:
     ) -> list[Utility] | None:
         """At the tuned rate, one for each seed; None = not tuned yet."""
         grid = self.tuning(method, peer, epsilon, known)
-        if any(job not in known for job in grid):
-            return None
-        return self._seeds(_best(grid, known))
-
-    def updates(self) -> list[Utility]:
-        """Update mode is tuned by its clipping norm."""
-        norms = CLIP_NORMS[:1] if self.quick else CLIP_NORMS
-        job = self._job("update", 0, FIRST_EPSILON, FIRST_RATES[0])
-        return [msgspec.structs.replace(job, clip_norm=norm) for norm in norms]
-
-    def final_updates(self, known: Known) -> list[Utility] | None:
-        """The best of those, one for each seed; None = not tuned yet."""
-        grid = self.updates()
         if any(job not in known for job in grid):
             return None
         return self._seeds(_best(grid, known))

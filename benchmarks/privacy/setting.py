@@ -24,8 +24,6 @@ PEERS: Final = 4
 RECORD_TOKENS: Final = 64
 FRAGMENTS: Final = 5
 WINDOW_STEPS: Final = 5
-UPDATE_WINDOW_STEPS: Final = 10
-"""Of update mode, whose noise is by the window: fewer and longer ones."""
 WARMUP_STEPS: Final = 5
 """Of the learning rate."""
 CONFIG: Final[dict[str, Any]] = {
@@ -107,7 +105,6 @@ def manifest_of(
     steps: int,
     rule: Literal["gossip", "gradient"] = "gossip",
     num_params: int = 1,
-    update_norm: float | None = None,
 ) -> Manifest:
     """As a founder would write it; sigma is calibrated by every peer.
 
@@ -118,15 +115,8 @@ def manifest_of(
         steps: until the end of the run.
         rule: what is exchanged.
         num_params: of the model.
-        update_norm: C of update mode, which then takes the place of record mode.
     """
-    if epsilon is None:
-        privacy = Privacy(mode="off")
-    elif update_norm is None:
-        privacy = Privacy(epsilon=epsilon)
-    else:
-        privacy = Privacy(mode="update", epsilon=epsilon, clip_norm=update_norm)
-    window_steps = WINDOW_STEPS if update_norm is None else UPDATE_WINDOW_STEPS
+    privacy = Privacy(mode="off") if epsilon is None else Privacy(epsilon=epsilon)
     return Manifest(
         name="privacy benchmark",
         created_unix_s=0,
@@ -137,7 +127,7 @@ def manifest_of(
             batch_records=batch,
             sequence_tokens=RECORD_TOKENS,
         ),
-        round=Round(rule=rule, fragments=FRAGMENTS, window_steps=window_steps)
+        round=Round(rule=rule, fragments=FRAGMENTS, window_steps=WINDOW_STEPS)
         if rule == "gossip"
         else Round(rule=rule, fragments=1, group=0, window_steps=1, codec="float32"),
         privacy=privacy,

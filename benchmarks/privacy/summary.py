@@ -26,7 +26,7 @@ def utility(plan: Plan, known: Known) -> list[Row]:
             jobs = plan.final(method, peer, epsilon, known)
             label = "swarm" if method == "swarm" else f"alone: {kinds()[peer]}"
             rows += _row(jobs, known, label)
-    return rows + _row(plan.final_updates(known), known, "update mode, swarm")
+    return rows
 
 
 def _row(jobs: list[Utility] | None, known: Known, label: str) -> list[Row]:
@@ -38,7 +38,6 @@ def _row(jobs: list[Utility] | None, known: Known, label: str) -> list[Row]:
             "method": label,
             "epsilon": jobs[0].epsilon,
             "rate": jobs[0].rate,
-            "clip_norm": jobs[0].clip_norm,
             "loss": [statistics.fmean(f["report"]) for f in figures],
             "worst_peer": [max(f["report"]) for f in figures],
             "best_peer": [min(f["report"]) for f in figures],

@@ -25,12 +25,10 @@ from xpeer.privacy.clipping import Engine, RecordLosses
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, OffMechanism, RecordMechanism
-from xpeer.privacy.update_mode import UpdateMechanism
 from xpeer.training.flat import FlatParameters
 from xpeer.training.local import LocalTrainer
 from xpeer.training.losses import record_losses
 from xpeer.training.parts import Evaluation
-from xpeer.training.released import Released
 from xpeer.wire import codec
 
 SWARM_ID = "5eed" * 16
@@ -79,19 +77,15 @@ class Swarm:
         engine: Engine | None = None
         for model, records, ledger in zip(self.models, shards, self.ledgers, strict=True):
             parameters = FlatParameters(model)
-            shown: FlatParameters | Released = parameters
             mechanism: Mechanism
             if manifest.privacy.mode == "off":
                 mechanism = OffMechanism(manifest, model, records, losses)
-            elif manifest.privacy.mode == "update":
-                mechanism = UpdateMechanism(manifest, model, records, losses, ledger)
-                shown = Released(parameters, mechanism.privatise)
             else:
                 engine = _engine(model, losses, records, like=engine)
                 mechanism = RecordMechanism(manifest, model, records, losses, ledger, engine=engine)
             evaluation = Evaluation(public=lambda: 0.0)  # nobody looks at it
             self.mechanisms.append(mechanism)
-            self.trainers.append(LocalTrainer(manifest, shown, mechanism, evaluation))
+            self.trainers.append(LocalTrainer(manifest, parameters, mechanism, evaluation))
         self._names = [PeerId(f"peer{number}") for number in range(len(shards))]
         self._slot = 0
 

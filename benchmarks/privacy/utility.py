@@ -19,7 +19,7 @@ BATCH: Final = 64
 SHARD_RECORDS: Final = 26_000
 """Of every peer, so that epsilon means the same for all."""
 
-Method = Literal["swarm", "alone", "update"]
+Method = Literal["swarm", "alone"]
 
 
 class Utility(Struct, frozen=True, kw_only=True, tag=True):
@@ -34,8 +34,6 @@ class Utility(Struct, frozen=True, kw_only=True, tag=True):
     steps: int = STEPS
     batch: int = BATCH
     start_steps: int = setting.START_STEPS
-    clip_norm: float = 1.0
-    """Of a window's difference; in update mode only."""
 
     def figures(self) -> dict[str, Any]:
         """Losses in nats per byte on everybody's held-out text; `tuning` is reported nowhere."""
@@ -64,7 +62,6 @@ class Utility(Struct, frozen=True, kw_only=True, tag=True):
             batch=self.batch,
             steps=self.steps,
             num_params=start.numel(),
-            update_norm=self.clip_norm if self.method == "update" else None,
         )
         with (
             tempfile.TemporaryDirectory() as folder,

@@ -35,7 +35,6 @@ KINDS: dict[str, list[str]] = {
     "private": [],
     "documents": ["--set", "privacy.unit=document"],
     "adaptive": ["--set", "privacy.clipping=adaptive"],
-    "update": ["--privacy", "update"],
     "off": ["--privacy", "off"],
     "masks": ["--set", "round.masks=true", "--set", "round.group=3"],
     "gradient": ["--privacy", "off", "--set", "round.rule=gradient", "--set", "round.fragments=1",

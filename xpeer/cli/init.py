@@ -107,7 +107,7 @@ _EXPLAINED = {
 )
 @click.option(
     "--privacy",
-    type=click.Choice(["record", "update", "off"]),
+    type=click.Choice(["record", "off"]),
     default="record",
     show_default=True,
     help="For all, for ever, only decided here. update: an experiment; its noise swamps what few "
@@ -151,7 +151,7 @@ def init(
     tokenizer: str | None,
     public_text: Path | None,
     changes: tuple[str, ...],
-    privacy: Literal["record", "update", "off"],
+    privacy: Literal["record", "off"],
     shard: tuple[str, ...],
     corpus: tuple[str, ...],
     listen: tuple[str, ...],

@@ -238,17 +238,16 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
     if not privacy.epsilon_target:
         yield "privacy", "-"  # no trainer yet
         return
-    unit = "windows" if privacy.mode == "update" else "steps"
     yield (
         "privacy",
         f"epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g} spent per "
-        f"{privacy.unit}, {_left(privacy, unit)}; delta {privacy.delta:.1e}, "
-        f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} {unit} charged",
+        f"{privacy.unit}, {_left(privacy)}; delta {privacy.delta:.1e}, "
+        f"noise {privacy.noise_multiplier:.3f}, {privacy.steps_charged} steps charged",
     )
     if privacy.steps_forfeited:
         yield (
             "charged twice",
-            f"{privacy.steps_forfeited} of these {unit}: charged and not used, before a crash",
+            f"{privacy.steps_forfeited} of these steps: charged and not used, before a crash",
         )
     if privacy.ends_unix_s is not None and privacy.steps_left:
         yield "budget ends", f"about {moment(privacy.ends_unix_s)}, at the pace of the last hour"
@@ -263,15 +262,15 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
         yield "clipping", f"to {privacy.clip_norm:.3g} by {privacy.engine}{reason}"
 
 
-def _left(privacy: PrivacySpent, unit: str) -> str:
+def _left(privacy: PrivacySpent) -> str:
     """Of the budget; in steps alone where no step is left, for the rest of epsilon buys none."""
     left = max(0.0, privacy.epsilon_target - privacy.epsilon_spent)
     if privacy.steps_left is None:
         return f"{left:.3f} left"
     if privacy.steps_left == 0:
         rest = f": the other {left:.3f} are less than one costs" if left >= 0.0005 else ""
-        return f"no {unit} left{rest}"
-    return f"{left:.3f} or {privacy.steps_left} {unit} left"
+        return f"no steps left{rest}"
+    return f"{left:.3f} or {privacy.steps_left} steps left"
 
 
 def _exchange(status: Status) -> Iterator[tuple[str, str]]:

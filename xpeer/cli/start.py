@@ -42,7 +42,7 @@ _KNOWN_SEEDS = "known"
 )
 @click.option(
     "--privacy",
-    type=click.Choice(["record", "update", "off"]),
+    type=click.Choice(["record", "off"]),
     help="Start only if the swarm's manifest says so.",
 )
 @click.option("--name", metavar="NAME", help="What the other members see this node called.")

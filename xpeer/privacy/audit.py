@@ -68,7 +68,7 @@ def markdown(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str
         f"Each step samples every {found.unit} with probability q (Poisson), bounds what it gives "
         f"by norm C ({found.clip_norm:g} at first), adds up and adds N(0, sigma^2 C^2) to every "
         f"coordinate; neighbouring texts differ by one {found.unit} added or removed. Compose the "
-        "steps below (mode update: releases, one a window).",
+        "steps below.",
         "",
         "| sigma | q | steps |",
         "|---|---|---|",

@@ -78,7 +78,7 @@ def card_of(
         swarm_name=manifest.name,
         step=step,
         mode=rules.mode,
-        unit="shard" if rules.mode == "update" else rules.unit,
+        unit=rules.unit,
         epsilon_target=rules.epsilon,
         epsilon_spent=told if spent > rules.epsilon else min(told, rules.epsilon),
         delta=delta,

@@ -247,7 +247,7 @@ _HOME: Final = {
         parts="counters",
         local="ledger_id",
         why="export, rather than copy: counters hold tokens and seconds; moments follow from "
-        "noised gradients (mode update: they are zero), `seen` is empty under privacy",
+        "noised gradients, `seen` is empty under privacy",
     ),
     "xpeer.training.checkpoint._Words": _of(
         "home",

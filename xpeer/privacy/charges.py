@@ -37,7 +37,7 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
     delta: float
     epsilon_target: float
     unit: str = "record"
-    """What epsilon holds for: a record, a document, or (mode update) the shard."""
+    """What epsilon holds for: record or document; shard in charges of mode update, now gone."""
     unix_s: float = 0.0
     """When it was charged."""
     cut: str = ""

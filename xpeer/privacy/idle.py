@@ -14,7 +14,7 @@ from torch import Tensor
 from xpeer import update
 from xpeer.errors import LocalError
 from xpeer.manifest import Manifest
-from xpeer.privacy import accountant, update_mode
+from xpeer.privacy import accountant
 from xpeer.privacy.budget import STEPS_MAX, delta_of
 from xpeer.privacy.charges import About
 from xpeer.privacy.ledger import Ledger
@@ -134,7 +134,5 @@ def _noted(ledger: Ledger) -> About | None:
 
 def _about(manifest: Manifest, swarm_id: str) -> About:
     rules = manifest.privacy
-    update = rules.mode == "update"
-    delta = update_mode.delta_of(manifest) if update else delta_of(manifest, _UNKNOWN_SIZE)
-    unit = "shard" if update else rules.unit
-    return About(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon, unit)
+    delta = delta_of(manifest, _UNKNOWN_SIZE)
+    return About(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon, rules.unit)

@@ -43,7 +43,6 @@ from xpeer.privacy.ranks import Ranks
 from xpeer.privacy.signal import noise_norm
 from xpeer.privacy.steps import Charged, Precision, StepResult, Switchable, check_records
 from xpeer.privacy.units import units_of
-from xpeer.privacy.update_mode import UpdateMechanism
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
@@ -311,16 +310,6 @@ def build_mechanism(
             record_losses,
             micro_batch=micro_batch,
             seen=seen,
-            precision=precision,
-        )
-    if manifest.privacy.mode == "update":
-        return UpdateMechanism(
-            manifest,
-            model,
-            records,
-            record_losses,
-            ledger,
-            micro_batch=micro_batch,
             precision=precision,
         )
     return RecordMechanism(

@@ -20,7 +20,7 @@ the clipping is exact for the gradients that come of it."""
 
 
 class Charged(NamedTuple):
-    """What a mechanism charged since it was made; steps, or releases in mode update."""
+    """What a mechanism charged since it was made."""
 
     made: int = 0
     """Charges on the disk, or on their way there."""

@@ -16,7 +16,6 @@ import torch
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason, ShardError
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.privacy import update_mode
 from xpeer.privacy.budget import delta_of
 from xpeer.privacy.charges import About
 from xpeer.privacy.histories import Joined
@@ -38,7 +37,6 @@ from xpeer.training.model import check_fits
 from xpeer.training.partition import divide, refuse_other
 from xpeer.training.parts import Evaluation
 from xpeer.training.pulse import Pulse
-from xpeer.training.released import Released
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
 from xpeer.training.shard import cut, load_owned_records, load_records, split
@@ -130,7 +128,7 @@ class Assembled:
         trained = list(trainer.parameters.parameters())
         flat, *moments = (self._buffers.take(trainer.parameters.num_params) for _ in range(3))
         exp_avg, exp_avg_sq, optimiser_step = read_moments(
-            trainer.lasting_optimiser(), trained, (moments[0], moments[1])
+            trainer.optimiser, trained, (moments[0], moments[1])
         )
         bundle = Bundle(
             flat=trainer.parameters.read(flat),
@@ -244,12 +242,9 @@ def assemble(setup: TrainerSetup) -> Assembled:
             clip_norm=counters.clip_norm,
             cache=home.cache,
         )
-    shown: FlatParameters | Released = parameters
-    if isinstance(mechanism, update_mode.UpdateMechanism):
-        shown = Released(parameters, mechanism.privatise)
     trainer = LocalTrainer(
         manifest,
-        shown,
+        parameters,
         mechanism,
         _evaluation(manifest, config, model, tokenizer, text.held_out, pulse.beat),
         throttle=config.training.throttle,
@@ -278,7 +273,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
         resumed=saved is not None,
         notes=[*(f"text: {line}" for line in text.shard.lines()), *notes, *mechanism.notes],
         warnings=warnings,
-        steps_forfeited=_forfeited(counters, saved, manifest, ledger) if private else 0,
+        steps_forfeited=_forfeited(counters, saved, ledger) if private else 0,
         look_again=(lambda: text_of(setup, manifest, tokenizer, home)) if problem else None,
         text_problem=problem,
     )
@@ -298,12 +293,11 @@ def _resume(trainer: LocalTrainer, parameters: FlatParameters, saved: Bundle | N
     )
 
 
-def _forfeited(counters: Counters, saved: Bundle | None, manifest: Manifest, ledger: Ledger) -> int:
+def _forfeited(counters: Counters, saved: Bundle | None, ledger: Ledger) -> int:
     """Charges of this home that are not behind the parameters it goes on from."""
     if saved is not None and "charges_used" not in saved.counters:  # of an earlier version
         steps = counters.step - (counters.moments_step if counters.joined else 0)
-        per_charge = manifest.round.window_steps if manifest.privacy.mode == "update" else 1
-        counters.charges_used = min(steps // per_charge, ledger.steps_charged)
+        counters.charges_used = min(steps, ledger.steps_charged)
     return max(0, ledger.steps_charged - counters.charges_used)
 
 
@@ -311,9 +305,6 @@ def _about(manifest: Manifest, swarm_id: str, text: Text) -> About:
     """What the ledger notes beside each charge."""
     rules, length = manifest.privacy, manifest.optimiser.sequence_tokens
     about = About(swarm_id, rules.mode, rules.clip_norm, 0.0, rules.epsilon)
-    if rules.mode == "update":
-        delta = update_mode.delta_of(manifest)
-        return msgspec.structs.replace(about, delta=delta, unit="shard")
     if rules.unit == "document":
         delta = delta_of(manifest, len(set(text.owners.tolist())))
         return msgspec.structs.replace(about, delta=delta, unit="document")

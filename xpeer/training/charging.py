@@ -62,9 +62,7 @@ class Permits:
         self._counters = counters
         self._private = manifest.privacy.mode != "off"
         self._window = manifest.round.window_steps
-        one_release = manifest.privacy.mode == "update"
-        self._whole = one_release or manifest.round.rule == "gradient"
-        self._per_window = 1 if one_release else self._window
+        self._whole = manifest.round.rule == "gradient"
         self._most: int | None = None
         self._preparing = self._closing = False
         self._behind = 0
@@ -78,7 +76,7 @@ class Permits:
         known once it was first asked for, at the loop's first step.
         """
         if self._most is None:
-            self._most = max(self._per_window, int(SHARE_LOST * self._planned()))
+            self._most = max(self._window, int(SHARE_LOST * self._planned()))
         return self._most
 
     @property
@@ -158,7 +156,7 @@ class Permits:
             return self._window
         if self._whole:
             wanted = min(window_left, max(1, self._until_the_end()))
-            least = min(self._per_window, wanted)
+            least = min(self._window, wanted)
         else:
             wanted = min(self._part_of(step_s), max(self._until_the_end() - self.left, 0))
             wanted, least = max(wanted, 0 if self.left else 1), 1
@@ -189,8 +187,6 @@ class Permits:
         if planned is None:
             return charged.possible
         own = planned - counters.step + counters.charges_used
-        if self._per_window == 1:
-            own = -(-own // self._window)
         return max(0, min(own, charged.possible))
 
     def _until_the_end(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -74,7 +74,6 @@ class Exchanges:
         rule: of the manifest; while no steps are taken, and where a partner takes none, plain
             averaging of the parameters takes its place.
         grid: of masked groups: then there is no codec, and one payload that is a group's sum.
-        followers: vectors like `parameters.flat` that merges are added to, too.
 
     Attributes:
         seconds_snapshot: of the training thread, in `take`.
@@ -90,7 +89,6 @@ class Exchanges:
         mechanism: Mechanism,
         rule: Rule,
         grid: Grid | None = None,
-        followers: Sequence[torch.Tensor] = (),
     ) -> None:
         self.fragments = fragments
         self.grid = grid
@@ -105,7 +103,6 @@ class Exchanges:
         self.seconds_snapshot = self.seconds_merge = self.seconds_blocked = 0.0
         self._steps_late = 0
         self._parameters = parameters
-        self._followers = followers
         self._mechanism = mechanism
         self._averaging = Rule()
         self._movement = Movement(fragments.num_fragments)
@@ -336,8 +333,7 @@ class Exchanges:
         correction, rule = meeting.correction, meeting.rule
         flat = self._parameters.flat
         values = correction.values.to(flat.device)
-        for moved in (flat, *self._followers):
-            self.fragments.add_(moved, meeting.fragment, values, correction.scale)
+        self.fragments.add_(flat, meeting.fragment, values, correction.scale)
         self._movement.merged(meeting.fragment, meeting.theta, correction.values, correction.scale)
         if rule is self.rule:
             rule.merged(meeting.fragment, correction.state)

@@ -73,27 +73,15 @@ class FlatParameters:
         for p, view in zip(self._parameters, _views(self._parameters, flat), strict=True):
             p.grad = view.to(p.device, copy=True)
 
-    @property
-    def followers(self) -> tuple[torch.Tensor, ...]:
-        """None: what is shown is what is trained."""
-        return ()
-
     @contextmanager
-    def showing(self, values: torch.Tensor | None = None) -> Iterator[None]:
+    def showing(self, values: torch.Tensor) -> Iterator[None]:
         """Have the model compute with other values, (num_params,) float32, CPU, for a while."""
-        if values is None:
-            yield
-            return
         own = self.read()
         self.write(values)
         try:
             yield
         finally:
             self.write(own)
-
-    def end_window(self) -> bool:
-        """Nothing is replaced."""
-        return False
 
     def digest(self) -> str:
         """See `digest`."""

@@ -94,7 +94,6 @@ class LocalTrainer:
             mechanism,
             rule,
             grid_of(manifest.round),
-            parameters.followers,
         )
         self.exchanges.begin()
         self._gradients = rule if isinstance(rule, rules.GradientAveraging) else None
@@ -329,19 +328,12 @@ class LocalTrainer:
         return finish
 
     def measure(self) -> tuple[float, float | None]:
-        """At a boundary: public and held-out loss of what is shown."""
-        with self.parameters.showing():
-            return self.measurements.take(self.counters)
-
-    def lasting_optimiser(self) -> torch.optim.AdamW:
-        """For a checkpoint; a fresh one where the moments know what is not released yet."""
-        unreleased = bool(self.parameters.followers)
-        return make_optimiser(self.manifest, self.parameters) if unreleased else self.optimiser
+        """At a boundary: public and held-out loss."""
+        return self.measurements.take(self.counters)
 
     def public_loss(self) -> float:
-        """At a boundary: loss of what is shown on the public text."""
-        with self.parameters.showing():
-            return self.measurements.fresh_public(self.counters)
+        """At a boundary: loss on the public text."""
+        return self.measurements.fresh_public(self.counters)
 
     def _boundary(self) -> None:
         began = time.perf_counter()
@@ -473,8 +465,6 @@ class LocalTrainer:
             self._window_began = now
         if over or self.ended:  # what a short last window gathered counts, too
             self._gradient_due = self._gradients is not None
-        if (over or self.ended) and self.parameters.end_window():
-            self.optimiser = make_optimiser(self.manifest, self.parameters)
         if over:
             self.measurements.at_window_end(self.counters)
             require_finite(self.measurements.public, self.counters)

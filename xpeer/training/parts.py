@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,17 +78,8 @@ class Parameters(Protocol):
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         """In flat order."""
 
-    @property
-    def followers(self) -> Sequence[torch.Tensor]:
-        """Vectors like `flat` that everything added to it is added to, too."""
-
-    def showing(self, values: torch.Tensor | None = None) -> AbstractContextManager[None]:
-        """For the time being the model computes with (num_params,) values; with `flat` if None."""
-
-    def end_window(self) -> bool:
-        """A window of steps is over. Whether the parameters trained from now on are others: what
-        the optimiser knows is of those before.
-        """
+    def showing(self, values: torch.Tensor) -> AbstractContextManager[None]:
+        """For the time being the model computes with these (num_params,) values."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -376,7 +376,7 @@ def test_the_headline_is_of_all_that_was_ever_trained_on(machine: Machine) -> No
 
 
 def test_of_a_shard_all_that_was_ever_released_is_told(machine: Machine) -> None:
-    """Mode update: one unit, whatever text it held."""
+    """As mode update charged, which is gone: one unit, whatever text it held."""
     many = Segment(SIGMA, Q, 40)
     for text in ("x", "y"):
         with machine.start("a", [text], "shard") as ledger:

@@ -25,7 +25,7 @@ def make_homes(
     folder: Path,
     count: int,
     *,
-    privacy: Literal["record", "update", "off"] = "off",
+    privacy: Literal["record", "off"] = "off",
     changes: tuple[str, ...] = (),
     lora: LoraOptions | None = None,
 ) -> list[TrainerSetup]:

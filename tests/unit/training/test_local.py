@@ -4,7 +4,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,20 +68,12 @@ class Parameters:
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [self.weight]
 
-    @property
-    def followers(self) -> Sequence[torch.Tensor]:
-        return ()
-
     @contextmanager
-    def showing(self, values: torch.Tensor | None = None) -> Iterator[None]:
+    def showing(self, values: torch.Tensor) -> Iterator[None]:
         own = self.read()
-        if values is not None:
-            self.write(values)
+        self.write(values)
         yield
         self.write(own)
-
-    def end_window(self) -> bool:
-        return False
 
 
 class FakeMechanism:
