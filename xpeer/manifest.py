@@ -106,8 +106,14 @@ class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 Codec = Literal["float32", "bfloat16", "int8", "int4", "int2"]
-REMOVED_CODECS: Final = ("int8-modulo", "int4-modulo", "int2-modulo")
-"""Of swarms founded up to 2026-11-29: no newer xpeer decodes what their members send."""
+REMOVED: Final = (
+    (
+        "round", "codec", ("int8-modulo", "int4-modulo", "int2-modulo"),
+        "modulo codecs were removed", "int8",
+    ),
+    ("privacy", "mode", ("update",), "mode update was removed", "record"),
+)  # fmt: skip
+"""What manifests up to 2026-11-29 could say: section, field, values, why not, what to say now."""
 
 
 class Round(Struct, frozen=True, forbid_unknown_fields=True):
@@ -229,7 +235,7 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
         """Mode and target, e.g. "record, epsilon 8"."""
         if self.mode == "off":
             return "off"
-        unit = ", per document" if self.mode == "record" and self.unit == "document" else ""
+        unit = ", per document" if self.unit == "document" else ""
         return f"{self.mode}, epsilon {self.epsilon:g}{unit}"
 
     def check(self, *, shared_corpus: bool) -> None:
@@ -451,17 +457,18 @@ class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
 
 def _unreadable(body: str, error: Exception) -> ConfigError:
     """Why a signed manifest can't be read: it names what is gone, or is of another version."""
-    try:
-        codec = msgspec.json.decode(body)["round"]["codec"]
-    except (msgspec.MsgspecError, ValueError, LookupError, TypeError, RecursionError):
-        codec = None
-    if codec not in REMOVED_CODECS:
-        return ConfigError(f"manifest: {error}", "all members need the same xpeer version")
-    return ConfigError(
-        f"manifest: round.codec = {codec}: modulo codecs were removed",
-        "run this swarm with xpeer 0.1.0 as of 2026-11-29 or earlier, or found another one with "
-        f"round.codec = {codec.removesuffix('-modulo')}",
-    )
+    for section, field, gone, what, instead in REMOVED:
+        try:
+            value = msgspec.json.decode(body)[section][field]
+        except (msgspec.MsgspecError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+        if value in gone:
+            return ConfigError(
+                f"manifest: {section}.{field} = {value}: {what}",
+                "run this swarm with xpeer 0.1.0 as of 2026-11-29 or earlier, or found another one "
+                f"with {section}.{field} = {instead}",
+            )
+    return ConfigError(f"manifest: {error}", "all members need the same xpeer version")
 
 
 class Genesis(Struct, frozen=True, forbid_unknown_fields=True):

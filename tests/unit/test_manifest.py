@@ -129,7 +129,7 @@ def test_a_codec_that_was_removed_is_named_with_a_remedy(bits: int) -> None:
     assert str(error.value) == (
         f"manifest: round.codec = int{bits}-modulo: modulo codecs were removed - run this swarm "
         "with xpeer 0.1.0 as of 2026-11-29 or earlier, or found another one with "
-        f"round.codec = int{bits}"
+        "round.codec = int8"
     )
     assert error.value.exit_code == ExitCode.BAD_CONFIG
 
