@@ -1,7 +1,7 @@
 """Opacus' per-record gradients, clipped and summed: a third opinion, beside autograd's.
 
-It shares no code with our engines. Its hooks note what goes into each layer and what comes back, and
-its own rules for each layer turn that into one gradient per record (Yousefpour et al. 2021,
+It shares no code with our engines. Its hooks note what goes into each layer and what comes back.
+Its rules for each kind of layer turn that into one gradient per record (Yousefpour et al. 2021,
 arXiv:2109.12298).
 """
 

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -110,8 +109,6 @@ def _name(job: Job) -> str:
 
 def _begin_worker() -> None:
     torch.set_num_threads(1)
-    # opacus on the white box's layer, whose inputs are whole numbers
-    warnings.filterwarnings("ignore", message="In CPU autocast")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -8,7 +8,7 @@ chooses the parameters, and could provoke them to learn whether a record is ther
 `BookKeepingEngine` is the fastest, `MicrobatchEngine` makes no assumption on the model;
 `engines.choose_engine` takes the first that is exact. Tokens a second on one CPU thread, Llama of
 1.66 M parameters (hidden 128, 6 layers, vocabulary 320), 64 records of 128 tokens: 5,900 without
-privacy, 5,450 book-keeping, 4,950 vmap, 4,070 opacus' GradSampleModule, 3,890 one by one.
+privacy, 5,450 book-keeping, 4,950 vmap, 3,890 one by one.
 
 What an engine tells of its records (losses, norms) is private.
 """

@@ -21,7 +21,7 @@ from torch import nn
 from xpeer.files import private_umask
 
 NAME: Final = "engine.json"
-_PACKAGES: Final = ("xpeer", "torch", "transformers", "opacus", "peft")
+_PACKAGES: Final = ("xpeer", "torch", "transformers", "peft")
 
 
 class _Choice(Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,8 +1,8 @@
 """The choice of an engine: the fastest that agrees with plain autograd on records of the shard.
 
-Checks of a model's layers are not enough (opacus' validator accepts models that it then gets
-wrong), so every engine is tried at start-up, and one that finds smaller norms than autograd does,
-which would clip too little, is never used.
+A look at a model's layers is not enough: a wrong gradient can come from layers that all seem fine.
+So every engine is tried at start-up. One that finds smaller norms than autograd does would clip too
+little, and is never used.
 """
 
 from __future__ import annotations
@@ -91,7 +91,6 @@ def choose_engine(
         candidates = [
             lambda: BookKeepingEngine(model, record_losses, **options),
             lambda: FunctionalEngine(model, record_losses, **options),
-            lambda: _opacus(model, record_losses, options),
         ]
     known = memory.recall() if memory is not None else None
     if known is not None and (engine := _again(model, record_losses, sample, candidates, known[0])):
@@ -136,18 +135,6 @@ def refuse_coupled(model: nn.Module) -> None:
                 "one another, and privacy per record can't be given",
                 "use a model without it, or privacy.mode off",
             )
-
-
-def _opacus(model: nn.Module, record_losses: RecordLosses, options: dict[str, int]) -> Engine:
-    # imported late: slow, and its warnings at import are no reason to refuse the others
-    from xpeer.privacy.opacus_engine import OpacusEngine  # noqa: PLC0415
-
-    return OpacusEngine(
-        model,
-        record_losses,
-        micro_batch=options["micro_batch"],
-        memory_bytes=options["memory_bytes"],
-    )
 
 
 def _fastest(

@@ -21,7 +21,7 @@ class FlatParameters:
     is then copied out of it, or added to it, in a few strided passes.
 
     Build it on the model itself, not on a wrapper, on its final device. It keeps the parameters,
-    not the model, and so stays valid when the model is wrapped later (opacus).
+    not the model, and so stays valid when the model is wrapped later.
 
     Attributes:
         num_params: P.

@@ -133,7 +133,7 @@ def evaluate(
 
 
 def transformers_model(model: torch.nn.Module) -> Any:
-    """The transformers model in a wrapper such as opacus', or the model itself."""
+    """The transformers model in a wrapper such as peft's, or the model itself."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module

@@ -253,7 +253,7 @@ def test_the_fast_engine_is_chosen_where_it_is_right(name: str) -> None:
 
 
 def test_the_fastest_right_engine_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when that is opacus; one that is only a little faster than an earlier one is not."""
+    """One that is only a little faster than an earlier one is not."""
     model, now = llama(tied=True), [0.0]
 
     class Timed(MicrobatchEngine):
@@ -311,7 +311,7 @@ def test_an_engine_that_fails_in_training_mode_is_refused() -> None:
     assert "refused quiet: RuntimeError: not in training" in choice.reason
 
 
-def test_opacus_is_among_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_record_at_a_time_always_works(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> Engine:
         raise RuntimeError("not here")
 
@@ -319,7 +319,8 @@ def test_opacus_is_among_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xpeer.privacy.engines.FunctionalEngine", fails)
     model = llama(tied=True)
     choice = choose_engine(model, record_losses, some_records()[:4], clock=no_time)
-    assert choice.engine.name == "opacus"
+    assert choice.engine.name == "microbatch"
+    assert choice.reason.startswith("no other is exact for this model; refused ")
     assert choice.reason.count("not here") == 2
 
 

@@ -88,6 +88,7 @@ def test_one_that_is_wrong_today_is_not_taken(bench: Bench, tmp_path: Path) -> N
         b"\xff\xfe",
         b"null",
         b'{"setting":"this","engine":"unheard of","reason":""}',
+        b'{"setting":"this","engine":"opacus","reason":"of a version that had it"}',
     ],
 )
 def test_a_memory_that_makes_no_sense_is_made_again(
