@@ -10,7 +10,7 @@ from xpeer import __version__
 from xpeer.cli.common import echo_json, json_option
 from xpeer.status import SCHEMA_VERSION
 
-PACKAGES = ("torch", "transformers", "hivemind", "PyNaCl", "opacus", "dp-accounting")
+PACKAGES = ("torch", "transformers", "hivemind", "PyNaCl", "dp-accounting")
 """Versions that a bug report needs; read from their metadata, nothing is imported."""
 
 
