@@ -9,6 +9,7 @@ import msgspec
 
 from xpeer import __version__
 from xpeer.health import verdict
+from xpeer.identity import PeerId
 from xpeer.status import SHOUTED, Partner, PrivacySpent, Progress, Status
 
 MAX_SHORT_CHARS = 500
@@ -134,65 +135,51 @@ def _privacy(node: Node) -> PrivacySpent:
 
 
 def _partner_rows(node: Node, now: float) -> list[Partner]:
-    rows = []
     avoided = node.book.avoided(node.partners()) if node.book else frozenset()
+    listed = node.others_listed()
+    rows = []
     for peer, member in sorted(node.others().items()):
         record = node.book.get(peer) if node.book else None
-        heard = node.acquaintances.get(peer)
         rows.append(
-            Partner(
-                peer_id=peer,
-                name=heard.about.name if heard else "",
-                step=heard.about.step if heard else None,
-                step_age_s=_age(now, heard.at_s) if heard else None,
+            msgspec.structs.replace(
+                _known_of(node, peer, now),
                 exchange_s=record.seconds if record else None,
                 phase=member.phase,
                 role=member.role,
                 addresses=member.addresses,
                 speed=member.speed or None,
-                exchanges=record.done if record else 0,
-                failures=record.failed if record else 0,
-                skipped=record.skipped if record else 0,
-                last_reason=record.last_reason if record else "",
                 avoided_s=record.backoff.until_s - now if record and peer in avoided else 0.0,
                 avoided_why=record.backoff.reason if record and peer in avoided else "",
-                ledger_went_back=record.went_back if record else "",
-                ledger_caught_up=record.caught_up if record else False,
                 privacy=node.manifest.privacy.in_short() if node.manifest else "",
-                last_exchange_age_s=_age(now, record.last_done_s) if record else None,
                 bytes_in=record.payload_bytes if record else 0,
                 bytes_out=record.payload_bytes if record else 0,
             )
         )
-    return rows + _missed_rows(node, now)
+    missed = sorted(node.missed.lost(now).items(), key=lambda item: -item[1])  # the latest first
+    return rows + [
+        msgspec.structs.replace(_known_of(node, peer, now), state="missed", silent_s=now - seen_s)
+        for peer, seen_s in missed
+        if peer not in listed
+    ]
 
 
-def _missed_rows(node: Node, now: float) -> list[Partner]:
-    """Members that fell silent: the latest first."""
-    rows, listed = [], node.others_listed()
-    for peer, seen_s in sorted(node.missed.lost(now).items(), key=lambda item: -item[1]):
-        if peer in listed:
-            continue
-        record = node.book.get(peer) if node.book else None
-        heard = node.acquaintances.get(peer)
-        rows.append(
-            Partner(
-                peer_id=peer,
-                name=heard.about.name if heard else "",
-                step=heard.about.step if heard else None,
-                step_age_s=_age(now, heard.at_s) if heard else None,
-                state="missed",
-                silent_s=now - seen_s,
-                exchanges=record.done if record else 0,
-                failures=record.failed if record else 0,
-                skipped=record.skipped if record else 0,
-                last_reason=record.last_reason if record else "",
-                ledger_went_back=record.went_back if record else "",
-                ledger_caught_up=record.caught_up if record else False,
-                last_exchange_age_s=_age(now, record.last_done_s) if record else None,
-            )
-        )
-    return rows
+def _known_of(node: Node, peer: PeerId, now: float) -> Partner:
+    """What is known of a member, be it there or not."""
+    record = node.book.get(peer) if node.book else None
+    heard = node.acquaintances.get(peer)
+    return Partner(
+        peer_id=peer,
+        name=heard.about.name if heard else "",
+        step=heard.about.step if heard else None,
+        step_age_s=_age(now, heard.at_s) if heard else None,
+        exchanges=record.done if record else 0,
+        failures=record.failed if record else 0,
+        skipped=record.skipped if record else 0,
+        last_reason=record.last_reason if record else "",
+        ledger_went_back=record.went_back if record else "",
+        ledger_caught_up=record.caught_up if record else False,
+        last_exchange_age_s=_age(now, record.last_done_s) if record else None,
+    )
 
 
 def _age(now: float, then: float | None) -> float | None:
