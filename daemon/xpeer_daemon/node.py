@@ -317,6 +317,17 @@ class Node:
         self.paused = False
         return self.state
 
+    async def instruct(self, trainer: TrainerProcess) -> None:
+        """One that was restarted: the operator may have paused or resumed while it started."""
+        if self.state == "paused" and self.paused:
+            await trainer.run("pause")
+        elif self.state == "paused":
+            await self.resume()
+        elif self.state in EXCHANGING - {"finished"}:
+            await trainer.run("train")
+            if self.state in ("training", "mixing"):
+                self.train_with(trainer)
+
     def train_with(self, trainer: TrainerProcess) -> None:
         """It was told to train; without text it mixes."""
         self.enter("mixing" if trainer.text_problem else "training")

@@ -308,10 +308,8 @@ class Service:
             to_begin = await self._parameters.hold_again(trainer)
             if to_begin or (trainer.resumed_step is not None and self._node.state == "fetching"):
                 await self._begin(trainer)
-            elif self._node.state == "paused":
-                await trainer.run("pause")  # it may have been started before
-            elif self._node.state in ("training", "mixing"):
-                self._node.train_with(trainer)
+            else:
+                await self._node.instruct(trainer)
 
         await self._supervisor.run(again)
 

@@ -85,6 +85,30 @@ async def test_a_trainer_that_is_being_restarted_comes_back_paused(state: str) -
     assert await fake.node.resume() == state
 
 
+@pytest.mark.parametrize("state", sorted(EXCHANGING - {"finished"}))
+@pytest.mark.parametrize("told", [False, True], ids=["silent", "says paused"])
+async def test_resumed_while_a_trainer_starts_paused_it_goes_on(state: str, told: bool) -> None:
+    fake, trainer = in_state(state)
+    fake.supervisor.trainer = cast(Any, None)
+    await fake.node.pause()
+    await fake.node.resume()
+    fake.supervisor.trainer = cast(Any, trainer)  # its setup was made in between
+    if told:
+        fake.node.follow_trainer("paused", Progress())
+    await fake.node.instruct(trainer)
+    assert trainer.orders == ["train"]
+    assert fake.node.state == state
+
+
+async def test_paused_while_a_trainer_starts_it_is_told() -> None:
+    fake, trainer = in_state("closing")
+    fake.supervisor.trainer = cast(Any, None)
+    await fake.node.pause()
+    fake.supervisor.trainer = cast(Any, trainer)
+    await fake.node.instruct(trainer)
+    assert (trainer.orders, fake.node.state) == (["pause"], "paused")
+
+
 @pytest.mark.parametrize("state", sorted(EXCHANGING))
 async def test_a_trainer_that_does_not_answer_changes_nothing(state: str) -> None:
     fake, trainer = in_state(state)
