@@ -221,11 +221,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with one of each file."""
     import torch
 
+    from tests.unit.privacy.accounts import open_declared
     from xpeer import founding
     from xpeer.config import Home
     from xpeer.privacy.accountant import Segment
-    from xpeer.privacy.ledger import Ledger
-    from xpeer.privacy.register import Register
     from xpeer.training.tensorfile import write_tensors
     from xpeer_daemon.store import Store
 
@@ -233,9 +232,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     of = Home(home)
     founding.record_invite(of, founding.Issued(1, "s", "", "member", 0, 0, []))
     (home / "seeds.json").write_text("[]")
-    Register.open(home / "register").close()
     Store.open(of.state_db).close()
-    with Ledger.open(of.ledger_db) as ledger:
+    with open_declared(of.ledger_db) as ledger:
         ledger.charge(Segment(1.0, 0.1, 5))
     write_tensors(home / "checkpoints" / "ckpt-000000003.safetensors", {"a": torch.zeros(3)}, {})
     (home / "daemon.log").write_text("2026-11-29T07:00:00.000Z info xpeer: hello\n")

@@ -120,9 +120,8 @@ def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, register_of_the_test: P
 
 
 def test_a_start_says_where_it_begins(tmp_path: Path) -> None:
+    from tests.unit.privacy.accounts import open_declared
     from xpeer.privacy.accountant import Segment
-    from xpeer.privacy.charges import About
-    from xpeer.privacy.ledger import Ledger
     from xpeer_daemon.start import beginning
 
     home = Home(tmp_path)
@@ -131,8 +130,7 @@ def test_a_start_says_where_it_begins(tmp_path: Path) -> None:
     assert "fresh, from the swarm's initial model" in beginning(home, 0.0)
     home.checkpoints.mkdir()
     (home.checkpoints / "ckpt-000000237.safetensors").write_bytes(b"")
-    with Ledger.open(home.ledger_db) as ledger:
-        ledger.about = About("s", "record", 1.0, 1e-5, 8.0)
+    with open_declared(home.ledger_db) as ledger:
         ledger.charge(Segment(1.0, 0.01, 395))
     said = beginning(home, (home.checkpoints / "ckpt-000000237.safetensors").stat().st_mtime + 120)
     assert "resumes from step 237, saved 2 min ago; 395 private steps" in said

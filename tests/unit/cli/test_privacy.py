@@ -10,21 +10,17 @@ import msgspec
 import pytest
 
 from tests.unit.cli.test_init import xpeer
-from tests.unit.privacy.accounts import about_in
+from tests.unit.privacy.accounts import about_in, open_declared
 from tests.unit.training.homes import make_homes
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.privacy.accountant import Segment, epsilon
-from xpeer.privacy.charges import About
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     (tmp_path / "home").mkdir()
-    with Ledger.open(Home(tmp_path / "home").ledger_db) as ledger:
-        ledger.about = About("swarm", "record", 1.0, 1e-5, 8.0)
+    with open_declared(Home(tmp_path / "home").ledger_db) as ledger:
         ledger.charge(Segment(1.0, 0.02, 40))
     return tmp_path / "home"
 
@@ -109,10 +105,10 @@ def test_plan_counts_a_shard(tmp_path: Path) -> None:
 
 
 def test_other_homes_of_the_machine_count(home: Path, register_of_the_test: Path) -> None:
-    with Ledger.open(Home(home).ledger_db) as ledger:
-        ledger.share(Register.open(register_of_the_test), ["x", "y"], about_in("swarm"))
-    with Ledger.open(home / "another.sqlite") as other:
-        other.share(Register.open(register_of_the_test), ["y"], about_in("other swarm"))
+    register, other_swarm = register_of_the_test, about_in("other swarm")
+    open_declared(Home(home).ledger_db, ["x", "y"], register=register).close()
+    another = home / "another.sqlite"
+    with open_declared(another, ["y"], register=register, about=other_swarm) as other:
         other.charge(Segment(1.0, 0.03, 40))
     code, out, err = xpeer("privacy", "status", "--home", str(home), "--json")
     assert code == ExitCode.OK, err
@@ -136,10 +132,10 @@ def test_which_files_were_charged(home: Path, register_of_the_test: Path) -> Non
     (shard / "c.txt").write_text("a new text")
     (home / "config.toml").write_text(f"[data]\nshard = [{str(shard)!r}]\n")
     ids = [document.id for document in load_documents([str(shard)])]
-    with Ledger.open(Home(home).ledger_db) as ledger:
-        ledger.share(Register.open(register_of_the_test), ids[:2], about_in("swarm"))
-    with Ledger.open(home / "another.sqlite") as other:
-        other.share(Register.open(register_of_the_test), ids[:1], about_in("other swarm"))
+    register, other_swarm = register_of_the_test, about_in("other swarm")
+    open_declared(Home(home).ledger_db, ids[:2], register=register).close()
+    another = home / "another.sqlite"
+    with open_declared(another, ids[:1], register=register, about=other_swarm) as other:
         other.charge(Segment(1.0, 0.03, 40))
     code, out, err = xpeer("privacy", "documents", "--home", str(home), "--json")
     assert code == ExitCode.OK, err
@@ -174,8 +170,8 @@ def test_what_is_not_covered_follows_from_the_unit(home: Path) -> None:
     _, _, err = xpeer("privacy", "status", "--home", str(home))
     assert "m times epsilon" in err
     assert "register is not in" in err
-    with Ledger.open(Home(home).ledger_db) as ledger:
-        ledger.about = msgspec.structs.replace(about_in("swarm"), unit="document")
+    by_document = msgspec.structs.replace(about_in("swarm"), unit="document")
+    with open_declared(Home(home).ledger_db, ["another"], about=by_document) as ledger:
         ledger.charge(Segment(1.0, 0.02, 1))
     _, _, err = xpeer("privacy", "status", "--home", str(home))
     assert "m times epsilon" not in err

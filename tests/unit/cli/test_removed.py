@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cli.test_init import xpeer
+from tests.unit.privacy.accounts import open_declared
 from xpeer import founding
 from xpeer.config import Home
 from xpeer.errors import ExitCode
@@ -15,7 +16,6 @@ from xpeer.identity import Domain, Identity, blake2b
 from xpeer.manifest import End, Manifest, Model, PublicText, SignedManifest
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.charges import About
-from xpeer.privacy.ledger import Ledger
 
 SETTINGS = f"""
 [network]
@@ -53,9 +53,9 @@ def home(tmp_path: Path, gone: tuple[str, str, str, str, str]) -> Home:
     signed = SignedManifest(body, admin.verify_key, signature)
     home.manifest.chmod(0o600)
     home.manifest.write_bytes(signed.to_bytes())
-    with Ledger.open(home.ledger_db) as ledger:
-        mode, unit = ("update", "shard") if value == "update" else ("record", "record")
-        ledger.about = About("swarm", mode, 1.0, 1e-5, 8.0, unit)
+    mode, unit = ("update", "shard") if value == "update" else ("record", "record")
+    about = About("swarm", mode, 1.0, 1e-5, 8.0, unit)
+    with open_declared(home.ledger_db, about=about) as ledger:
         ledger.charge(Segment(1.0, 0.02, 40))
     return home
 

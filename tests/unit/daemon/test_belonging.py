@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from tests.unit.privacy.accounts import open_declared
 from xpeer import founding
 from xpeer.config import Data, Home, NodeConfig, Privacy
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
@@ -18,8 +19,6 @@ from xpeer.founding_model import draft_manifest, initial_model
 from xpeer.manifest import SignedManifest
 from xpeer.privacy import register_file
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 from xpeer.training import checkpoint
 from xpeer.training.checkpoint import Bundle
 from xpeer_daemon import belonging, start
@@ -71,11 +70,10 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Made]:
         config = NodeConfig(
             data=Data(shard=[str(folder / "shard")]), privacy=Privacy(register=str(folder / "r")),
         )  # fmt: skip
-        with Ledger.open(home.ledger_db) as ledger:
+        with open_declared(home.ledger_db, register=folder / "r") as ledger:
             ledger.charge(Segment(1.0, 0.1, 5))
             save(home, ledger.id, manifest.model.num_params)
             made.append(Made(home, config, ledger.id))
-    Register.open(folder / "r").close()
     return made[0], made[1]
 
 

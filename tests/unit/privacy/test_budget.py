@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.unit.privacy.accounts import about_in
+from tests.unit.privacy.accounts import ROOT, open_declared
 from xpeer.errors import ConfigError, LocalError
 from xpeer.privacy.accountant import Segment, epsilon
 from xpeer.privacy.budget import Budget
 from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 
 TARGET, DELTA, SIGMA = 8.6, 1e-5, 4.0
 FITS = 50
@@ -32,7 +31,7 @@ def budget(ledger: Ledger, **more: Any) -> Budget:
 
 
 def test_charges_before_use_and_never_more_than_fits(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+    with open_declared(tmp_path / "ledger.sqlite") as ledger:
         made = budget(ledger)
         assert made.left == FITS
         with pytest.raises(LocalError, match="none is charged"):
@@ -59,7 +58,7 @@ def test_charges_before_use_and_never_more_than_fits(tmp_path: Path) -> None:
 
 
 def test_prepared_charges_are_collected(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+    with open_declared(tmp_path / "ledger.sqlite") as ledger:
         made = budget(ledger)
         assert made.begin(4) == 4
         made.use()
@@ -78,7 +77,7 @@ def test_prepared_charges_are_collected(tmp_path: Path) -> None:
 def test_steps_go_on_while_a_charge_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+    with open_declared(tmp_path / "ledger.sqlite") as ledger:
         made = budget(ledger)
         made.begin(2)
         written, inner = threading.Event(), ledger.charge
@@ -101,7 +100,7 @@ def test_steps_go_on_while_a_charge_is_written(
 def test_a_charge_that_can_not_be_written_permits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+    with open_declared(tmp_path / "ledger.sqlite") as ledger:
         made = budget(ledger)
 
         def full(segment: Segment, fits: Any) -> int:
@@ -119,7 +118,7 @@ def test_a_charge_that_can_not_be_written_permits_nothing(
 
 
 def test_other_kinds_of_steps_count(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+    with open_declared(tmp_path / "ledger.sqlite") as ledger:
         first = budget(ledger)
         first.begin(25)
         first.close()
@@ -140,8 +139,8 @@ CRASH = """
 import os, signal, sys
 from pathlib import Path
 from xpeer.privacy.budget import Budget
-from xpeer.privacy.ledger import Ledger
-ledger = Ledger.open(Path(sys.argv[1]))
+from tests.unit.privacy.accounts import open_declared
+ledger = open_declared(Path(sys.argv[1]))
 budget = Budget(
     ledger, epsilon=8.6, delta=1e-5, noise_multiplier=4.0, sampling_probability=1.0
 )
@@ -158,9 +157,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize(("how", "charged"), [("window", 20), ("prepare", 30)])
 def test_a_killed_process_is_refunded_nothing(tmp_path: Path, how: str, charged: int) -> None:
     path = tmp_path / "ledger.sqlite"
-    done = subprocess.run([sys.executable, "-c", CRASH, str(path), how], check=False, timeout=50)
+    command = [sys.executable, "-c", CRASH, str(path), how]
+    done = subprocess.run(command, cwd=ROOT, check=False, timeout=50)
     assert done.returncode == -signal.SIGKILL
-    with Ledger.open(path) as ledger:
+    with open_declared(path) as ledger:
         assert ledger.steps_charged == charged
         made = budget(ledger)
         assert made.left == FITS - charged
@@ -170,7 +170,7 @@ def test_a_killed_process_is_refunded_nothing(tmp_path: Path, how: str, charged:
 
 
 def test_negative_steps_are_a_mistake(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+    with open_declared(tmp_path / "ledger.sqlite") as ledger:
         made = budget(ledger)
         with pytest.raises(ValueError, match="-1"):
             made.begin(-1)
@@ -181,9 +181,7 @@ def test_negative_steps_are_a_mistake(tmp_path: Path) -> None:
 
 def test_homes_with_common_documents_never_spend_more_than_one_budget(tmp_path: Path) -> None:
     """Each has a whole budget before it when it starts; only together they reach its end."""
-    ledgers = [Ledger.open(tmp_path / f"{name}.sqlite") for name in "ab"]
-    for ledger, documents in zip(ledgers, (["x", "a"], ["x", "b"]), strict=True):
-        ledger.share(Register.open(tmp_path / "register"), documents, about_in("swarm"))
+    ledgers = [open_declared(tmp_path / f"{name}.sqlite", ["x", name]) for name in "ab"]
     budgets = [budget(ledger) for ledger in ledgers]
     assert [made.left for made in budgets] == [FITS, FITS]
     used = [0, 0]
@@ -207,8 +205,7 @@ def test_homes_with_common_documents_never_spend_more_than_one_budget(tmp_path: 
 
 def test_documents_without_a_past_have_a_whole_budget(tmp_path: Path) -> None:
     for documents, left in ((["x"], FITS), (["y"], FITS), (["x", "y"], FITS - 30)):
-        with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
-            ledger.share(Register.open(tmp_path / "register"), documents, about_in("swarm"))
+        with open_declared(tmp_path / "ledger.sqlite", documents) as ledger:
             made = budget(ledger)
             assert made.left == left
             if len(documents) == 1:
@@ -218,17 +215,15 @@ def test_documents_without_a_past_have_a_whole_budget(tmp_path: Path) -> None:
 
 def test_noise_with_which_no_step_fits_is_an_error_of_the_founder(tmp_path: Path) -> None:
     wrong = pytest.raises(ConfigError, match=r"privacy\.noise_multiplier 0\.01: a single step")
-    with Ledger.open(tmp_path / "ledger.sqlite") as ledger, wrong:
+    with open_declared(tmp_path / "ledger.sqlite") as ledger, wrong:
         Budget(ledger, epsilon=8, delta=1e-5, noise_multiplier=0.01, sampling_probability=0.5)
 
 
 def test_a_smaller_shard_with_an_older_sigma_is_a_spent_budget(tmp_path: Path) -> None:
     """Sigma was calibrated for more text: nobody's mistake, and the node mixes on."""
-    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
-        ledger.share(Register.open(tmp_path / "register"), ["x"], about_in("swarm"))
+    with open_declared(tmp_path / "ledger.sqlite", ["x"]) as ledger:
         ledger.charge(Segment(0.6, 0.001, 10))
-    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
-        ledger.share(Register.open(tmp_path / "register"), ["y"], about_in("swarm"))
+    with open_declared(tmp_path / "ledger.sqlite", ["y"]) as ledger:
         made = Budget(ledger, epsilon=1, delta=1e-5, noise_multiplier=0.6, sampling_probability=0.9)
         assert made.left == 0
         made.close()

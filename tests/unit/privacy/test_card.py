@@ -7,17 +7,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.unit.privacy.accounts import open_declared
 from tests.unit.privacy.test_mechanism import OFF, manifest
 from xpeer.privacy import accountant, card
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.charges import About
 from xpeer.privacy.ledger import Ledger
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    with Ledger.open(tmp_path / "ledger.sqlite") as made:
-        made.about = About("swarm", "record", 1.0, 1e-5, 8.0)
+    with open_declared(tmp_path / "ledger.sqlite") as made:
         made.charge(Segment(1.0, 0.02, 40))
     return Ledger.look(tmp_path / "ledger.sqlite")
 

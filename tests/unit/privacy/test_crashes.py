@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.privacy.accounts import about_in
+from tests.unit.privacy.accounts import open_declared
 from xpeer.errors import LocalError
 from xpeer.privacy.accountant import Segment, epsilon, epsilon_worst
 from xpeer.privacy.budget import Budget
@@ -24,9 +24,7 @@ DOCUMENTS = ["x", "y"]
 
 
 def opened(folder: Path) -> Ledger:
-    ledger = Ledger.open(folder / "ledger.sqlite")
-    ledger.share(Register.open(folder / "register"), DOCUMENTS, about_in("swarm"))
-    return ledger
+    return open_declared(folder / "ledger.sqlite", DOCUMENTS)
 
 
 def budget(ledger: Ledger) -> Budget:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.privacy.accounts import ROOT, open_declared
 from xpeer.errors import LedgerError, LocalError
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.ledger import Ledger
@@ -25,9 +26,9 @@ CHARGE_AND_HANG = """
 import sys, time
 from pathlib import Path
 from xpeer.privacy.accountant import Segment
-from xpeer.privacy.ledger import Ledger
+from tests.unit.privacy.accounts import open_declared
 
-ledger = Ledger.open(Path(sys.argv[1]))
+ledger = open_declared(Path(sys.argv[1]))
 for _ in range(3):
     ledger.charge(Segment(1.0, 0.01, 20))
 print(ledger.id, flush=True)
@@ -41,7 +42,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def made(path: Path, charges: int = 3) -> str:
-    with Ledger.open(path) as ledger:
+    with open_declared(path) as ledger:
         for _ in range(charges):
             ledger.charge(STEP)
         return ledger.id
@@ -56,24 +57,26 @@ def alter(path: Path, sql: str, *values: Any) -> None:
 
 def test_charges_add_up_and_survive(path: Path) -> None:
     other = Segment(0.7, 0.02, 5)
-    with Ledger.open(path) as ledger:
+    with open_declared(path) as ledger:
         assert (ledger.counter, ledger.steps_charged, ledger.segments()) == (0, 0, [])
         assert [ledger.charge(s) for s in (STEP, other, STEP)] == [1, 2, 3]
     with Ledger.open(path, must_exist=ledger.id) as again:
         assert again.id == ledger.id
         assert (again.counter, again.steps_charged) == (3, 45)
         assert again.segments() == [Segment(1.0, 0.01, 40), other]
+    with open_declared(path) as again:
         assert again.charge(other) == 4
 
 
 def test_only_the_owner_can_read_it(path: Path) -> None:
     before = os.umask(0)
     try:
-        ledger = Ledger.open(path)
+        ledger = open_declared(path)
         ledger.charge(STEP)
     finally:
         os.umask(before)
-    files = list(path.parent.iterdir())
+    files = list(path.parent.glob(f"{path.name}*"))
+    assert path in files
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     ledger.close()
     path.chmod(0o644)
@@ -96,8 +99,9 @@ def test_a_setting_is_stored_once(path: Path) -> None:
 
 def test_kill_in_the_middle_loses_no_charge(path: Path) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", CHARGE_AND_HANG, str(path)], stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", CHARGE_AND_HANG, str(path)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
         assert child.stdout is not None
         ledger_id = child.stdout.readline().strip()
@@ -112,7 +116,7 @@ def test_kill_in_the_middle_loses_no_charge(path: Path) -> None:
 def test_the_main_file_alone_holds_every_charge(path: Path, tmp_path: Path) -> None:
     """A backup that forgets the -wal file must not give steps back."""
     copy = tmp_path / "copy.sqlite"
-    with Ledger.open(path) as ledger:
+    with open_declared(path) as ledger:
         for _ in range(3):
             ledger.charge(STEP)
         copy.write_bytes(path.read_bytes())
@@ -194,7 +198,9 @@ def test_what_does_not_add_up_is_refused(path: Path, sql: str) -> None:
 
 
 def test_a_second_writer_is_noticed(path: Path) -> None:
-    with Ledger.open(path) as first, Ledger.open(path) as second:
+    """By the file itself: where both have one register, that refuses first."""
+    a, b = path.with_name("register a"), path.with_name("register b")
+    with open_declared(path, register=a) as first, open_declared(path, register=b) as second:
         second.charge(STEP)
         with pytest.raises(LocalError, match="another process"):
             first.charge(STEP)
@@ -206,7 +212,7 @@ def test_a_second_writer_is_noticed(path: Path) -> None:
 
 
 def test_a_failed_write_charges_nothing_and_stops_the_account(path: Path) -> None:
-    with Ledger.open(path) as ledger:
+    with open_declared(path) as ledger:
         ledger.charge(STEP)
         alter(
             path, "CREATE TRIGGER full BEFORE INSERT ON charges BEGIN SELECT RAISE(ABORT, 'x'); END"
@@ -216,12 +222,13 @@ def test_a_failed_write_charges_nothing_and_stops_the_account(path: Path) -> Non
                 ledger.charge(STEP)
         assert (ledger.counter, ledger.steps_charged) == (1, 20)
     alter(path, "DROP TRIGGER full")
-    with Ledger.open(path) as ledger:
-        assert ledger.charge(STEP) == 2
+    with open_declared(path) as ledger:
+        assert ledger.counter == 2  # the register was charged first, and errs upwards
+        assert ledger.charge(STEP) == 3
 
 
 def test_a_full_disk_can_be_told_from_a_damaged_ledger(path: Path) -> None:
-    with Ledger.open(path) as ledger:
+    with open_declared(path) as ledger:
         ledger.charge(STEP)
         (pages,) = ledger._connection.execute("PRAGMA page_count").fetchone()
         ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
@@ -232,7 +239,7 @@ def test_a_full_disk_can_be_told_from_a_damaged_ledger(path: Path) -> None:
 
 
 def test_a_closed_ledger_refuses(path: Path) -> None:
-    ledger = Ledger.open(path)
+    ledger = open_declared(path)
     ledger.close()
     with pytest.raises(LocalError):
         ledger.charge(STEP)
@@ -242,7 +249,7 @@ def test_a_closed_ledger_refuses(path: Path) -> None:
 
 @pytest.mark.parametrize("what", [Segment(1.0, 0.1, 0), Segment(1.0, 0.1, 1 << 31), (1.0, 0.1, 1)])
 def test_only_charges_that_make_sense_are_taken(path: Path, what: Any) -> None:
-    with Ledger.open(path) as ledger:
+    with open_declared(path) as ledger:
         with pytest.raises(LocalError, match="can't charge"):
             ledger.charge(what)
         assert ledger.counter == 0
@@ -260,7 +267,7 @@ def test_threads_charge_one_after_the_other(path: Path) -> None:
         start.wait()
         return [ledger.charge(STEP) for _ in range(10)]
 
-    with Ledger.open(path) as ledger, ThreadPoolExecutor(4) as threads:
+    with open_declared(path) as ledger, ThreadPoolExecutor(4) as threads:
         counters = [c for part in threads.map(charge, range(4)) for c in part]
         assert sorted(counters) == list(range(1, 41))
         assert sum(s.steps for s in ledger.segments()) == ledger.steps_charged == 800

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.unit.privacy.accounts import open_declared
 from tests.unit.privacy.models import by_autograd, llama, record_losses, some_records
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
@@ -70,7 +71,7 @@ class Scripted:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    with Ledger.open(tmp_path / "ledger.sqlite") as opened:
+    with open_declared(tmp_path / "ledger.sqlite") as opened:
         yield opened
 
 
@@ -244,7 +245,7 @@ def test_sigma_is_calibrated_once(ledger: Ledger, monkeypatch: pytest.MonkeyPatc
     more.begin_window(3)
     assert ledger.segments() == [Segment(sigma, 1.0, 5), Segment(sigma, 0.5, 3)]
     spent = more.spent()
-    assert spent.epsilon_spent == accountant.epsilon(ledger.segments(), 1e-5)
+    assert spent.epsilon_spent == pytest.approx(accountant.epsilon(ledger.segments(), 1e-5))
     assert (spent.steps_left or 0) > 15
     more.close()
 

@@ -8,23 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.privacy.accounts import about_in
+from tests.unit.privacy.accounts import about_in, charge_file_alone, open_declared
 from xpeer.errors import ConfigError, LocalError
 from xpeer.privacy import accountant, audit, planning, report
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import told_size
-from xpeer.privacy.charges import About, Chain
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
 
-ABOUT = About("swarm", "record", 1.0, 1e-5, 8.0)
+ABOUT = about_in("swarm")
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def lost(tmp_path: Path) -> Path:
+    """The register that `path` was charged with, which no report looks at."""
+    return tmp_path / "lost register"
+
+
+@pytest.fixture
+def path(tmp_path: Path, lost: Path) -> Path:
     found = tmp_path / "ledger.sqlite"
-    with Ledger.open(found) as ledger:
-        ledger.about = ABOUT
+    with open_declared(found, register=lost) as ledger:
         ledger.charge(Segment(1.0, 0.02, 40))
         ledger.charge(Segment(1.2, 0.01, 60))
     return found
@@ -42,9 +46,8 @@ def test_the_account_follows_from_the_file_alone(path: Path) -> None:
     assert accountant.epsilon([*more, Segment(1.2, 0.01, 1)], 1e-5) > 8.0
 
 
-def test_a_ledger_is_looked_at_while_it_is_charged(path: Path) -> None:
-    with Ledger.open(path) as writer, Ledger.look(path) as before:
-        writer.about = ABOUT
+def test_a_ledger_is_looked_at_while_it_is_charged(path: Path, lost: Path) -> None:
+    with open_declared(path, register=lost) as writer, Ledger.look(path) as before:
         writer.charge(Segment(1.0, 0.02, 5))
         with Ledger.look(path) as after:
             assert (before.steps_charged, after.steps_charged) == (100, 105)
@@ -81,30 +84,27 @@ def test_a_charge_that_was_altered_is_found_out(path: Path) -> None:
         Ledger.look(path)
 
 
-def test_a_ledger_of_the_first_version_goes_on(path: Path) -> None:
+def test_a_ledger_of_the_first_version_goes_on(tmp_path: Path) -> None:
     """As written before charges noted what they were for."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger.open(path).close()
+    charge_file_alone(path, Segment(1.0, 0.02, 7))
     with sqlite3.connect(path) as connection:
         connection.executescript(
-            "DELETE FROM charges; ALTER TABLE charges DROP COLUMN about;"
-            "UPDATE head SET version = 1, counter = 0;"
+            "ALTER TABLE charges DROP COLUMN about; UPDATE head SET version = 1;"
         )
-        ledger_id = connection.execute("SELECT ledger_id FROM head").fetchone()[0]
-        connection.execute("UPDATE head SET hash = ?", (Chain(ledger_id).head,))
     connection.close()
     with Ledger.look(path) as old:
-        assert old.segments() == []
-    with Ledger.open(path) as ledger:
-        ledger.charge(Segment(1.0, 0.02, 7))  # as the first version did: without a note
-        ledger.about = ABOUT
+        assert old.segments() == [Segment(1.0, 0.02, 7)]
+    with open_declared(path) as ledger:
         ledger.charge(Segment(1.0, 0.02, 3))
     with Ledger.look(path) as again:
         assert [c.about is None for c in again.charges()] == [True, False]
         assert again.segments() == [Segment(1.0, 0.02, 10)]
 
 
-def test_the_end_is_forecast_from_the_last_hour(path: Path) -> None:
-    with Ledger.open(path) as ledger:
-        ledger.about = ABOUT
+def test_the_end_is_forecast_from_the_last_hour(path: Path, lost: Path) -> None:
+    with open_declared(path, register=lost) as ledger:
         ledger.charge(Segment(1.2, 0.01, 60))
         times = [charge.about.unix_s for charge in ledger.charges() if charge.about]
         assert len(times) == 3
@@ -143,13 +143,10 @@ def test_a_plan_names_what_is_wrong(wrong: dict[str, float], named: str) -> None
 def test_documents_of_the_shard_count_with_what_other_homes_charged(
     path: Path, tmp_path: Path
 ) -> None:
-    with Ledger.open(path) as ledger:
+    with open_declared(path, ["x", "y", "gone"]) as ledger:
         own = ledger.segments()
-        ledger.share(Register.open(tmp_path / "register"), ["x", "y", "gone"], about_in("swarm"))
-    with Ledger.open(path) as ledger:
-        ledger.share(Register.open(tmp_path / "register"), ["x", "y"], about_in("swarm"))
-    with Ledger.open(tmp_path / "other.sqlite") as other:
-        other.share(Register.open(tmp_path / "register"), ["x"], about_in("other"))
+    open_declared(path, ["x", "y"]).close()
+    with open_declared(tmp_path / "other.sqlite", ["x"], about=about_in("other")) as other:
         other.charge(Segment(0.9, 0.03, 50))
     register = Register.look(tmp_path / "register")
     assert register is not None
@@ -169,11 +166,8 @@ def test_documents_of_the_shard_count_with_what_other_homes_charged(
 
 
 def test_a_register_that_lacks_charges_is_found_out(path: Path, tmp_path: Path) -> None:
-    with Ledger.open(path) as ledger:
-        ledger.share(Register.open(tmp_path / "register"), ["x"], about_in("swarm"))
-    with Ledger.open(path) as ledger:  # by a version that knew no register
-        ledger.about = ABOUT
-        ledger.charge(Segment(1.0, 0.02, 3))
+    open_declared(path, ["x"]).close()
+    charge_file_alone(path, Segment(1.0, 0.02, 3), about=ABOUT)
     register = Register.look(tmp_path / "register")
     assert register is not None
     with Ledger.look(path) as ledger, register:
