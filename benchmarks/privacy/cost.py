@@ -26,6 +26,7 @@ from typing import Any, Final
 import torch
 
 from benchmarks import common
+from benchmarks.privacy.ledgers import open_ledger
 from xpeer.founding_model import PRESETS
 from xpeer.identity import blake2b
 from xpeer.manifest import Lora, Manifest, Model, Optimiser, Privacy, PublicText
@@ -130,7 +131,7 @@ class _Trainer:
 def _trainer(kind: str, mode: str) -> Iterator[_Trainer]:
     with (
         tempfile.TemporaryDirectory() as folder,
-        Ledger.open(Path(folder) / "ledger.sqlite") as ledger,
+        open_ledger(Path(folder), _manifest(mode)) as ledger,
     ):
         made = _Trainer(kind, mode, ledger)
         try:

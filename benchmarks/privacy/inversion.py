@@ -21,8 +21,8 @@ import torch
 from msgspec import Struct
 
 from benchmarks.privacy import setting
+from benchmarks.privacy.ledgers import open_ledger
 from benchmarks.privacy.utility import model_with
-from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism
 from xpeer.training.losses import record_losses
 
@@ -74,7 +74,7 @@ class Inversion(Struct, frozen=True, kw_only=True, tag=True):
         if self.epsilon is None:
             OffMechanism(manifest, model, record, record_losses).step_gradient()
             return
-        with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder) / "l") as ledger:
+        with tempfile.TemporaryDirectory() as folder, open_ledger(Path(folder), manifest) as ledger:
             mechanism = RecordMechanism(manifest, model, record, record_losses, ledger)
             mechanism.begin_window(1)
             mechanism.step_gradient()

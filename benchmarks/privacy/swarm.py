@@ -18,12 +18,12 @@ from typing import Self
 
 import torch
 
+from benchmarks.privacy.ledgers import open_ledger
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import matching
 from xpeer.privacy.clipping import Engine, RecordLosses
 from xpeer.privacy.engines import choose_engine, sample_of
-from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, OffMechanism, RecordMechanism
 from xpeer.training.flat import FlatParameters
 from xpeer.training.local import LocalTrainer
@@ -71,7 +71,7 @@ class Swarm:
     ) -> None:
         self.manifest, self._watch = manifest, watch
         self.models = [make_model() for _ in shards]
-        self.ledgers = [Ledger.open(folder / f"{i}.sqlite") for i in range(len(shards))]
+        self.ledgers = [open_ledger(folder / str(i), manifest) for i in range(len(shards))]
         self.mechanisms: list[Mechanism] = []
         self.trainers: list[LocalTrainer] = []
         engine: Engine | None = None

@@ -24,10 +24,10 @@ from scipy import stats
 from torch import nn
 
 from benchmarks.privacy import bounds, setting
+from benchmarks.privacy.ledgers import open_ledger
 from xpeer.manifest import Privacy
 from xpeer.privacy.clipping import Engine
 from xpeer.privacy.engines import choose_engine, sample_of
-from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism
 
 RECORDS: Final = 40
@@ -71,17 +71,15 @@ class Whitebox(Struct, frozen=True, kw_only=True, tag=True):
         engine = choose_engine(model, _losses, sample_of(torch.cat([canary, ordinary]))).engine
         scores: dict[bool, list[float]] = {True: [], False: []}
         seen = _Seen([], None, None)
-        with tempfile.TemporaryDirectory() as folder:
-            for run in range(self.runs):
-                for there in (True, False):
-                    records = torch.cat([ordinary, canary if there else silent])
-                    path = Path(folder) / f"{run}-{there}.sqlite"
-                    seen = self._one(model, engine, records, path)
-                    scores[there].append(_score(seen, self.batch / RECORDS))
+        for _ in range(self.runs):
+            for there in (True, False):
+                records = torch.cat([ordinary, canary if there else silent])
+                seen = self._one(model, engine, records)
+                scores[there].append(_score(seen, self.batch / RECORDS))
         figures = self._bounds(np.array(scores[True]), np.array(scores[False]))
         return figures | {"claimed": seen.claimed, "noise_multiplier": seen.sigma}
 
-    def _one(self, model: nn.Module, engine: Engine, records: torch.Tensor, path: Path) -> _Seen:
+    def _one(self, model: nn.Module, engine: Engine, records: torch.Tensor) -> _Seen:
         manifest = setting.manifest_of(self.epsilon, rate=1.0, batch=self.batch, steps=STEPS)
         weight = next(model.parameters())
         sums = []
@@ -95,7 +93,7 @@ class Whitebox(Struct, frozen=True, kw_only=True, tag=True):
         manifest = msgspec.structs.replace(
             manifest, privacy=Privacy(epsilon=self.epsilon, delta=DELTA)
         )
-        with Ledger.open(path) as ledger:
+        with tempfile.TemporaryDirectory() as folder, open_ledger(Path(folder), manifest) as ledger:
             mechanism = RecordMechanism(manifest, model, records, _losses, ledger, engine=engine)
             for _ in range(mechanism.begin_window(STEPS)):
                 mechanism.step_gradient()
@@ -103,7 +101,6 @@ class Whitebox(Struct, frozen=True, kw_only=True, tag=True):
                 sums.append(self.batch * float(weight.grad[_CANARY]))
             told = mechanism.spent()
             mechanism.close()
-        path.unlink()
         return _Seen(sums, told.noise_multiplier, told.epsilon_spent)
 
     def _bounds(self, present: bounds.Floats, absent: bounds.Floats) -> dict[str, Any]:

@@ -1,0 +1,25 @@
+"""Ledgers of runs: each is alone on its machine, so that no run is charged for another's steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xpeer.manifest import Manifest
+from xpeer.privacy.charges import About
+from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
+
+
+def open_ledger(folder: Path, manifest: Manifest) -> Ledger:
+    """Open a ledger that can be charged, in a folder of its own; the register lies beside it.
+
+    Args:
+        folder: of this ledger alone; made if need be.
+        manifest: of the run.
+    """
+    folder.mkdir(exist_ok=True)
+    rules = manifest.privacy
+    about = About(manifest.name, rules.mode, rules.clip_norm, rules.delta or 0.0, rules.epsilon)
+    ledger = Ledger.open(folder / "ledger.sqlite")
+    ledger.share(Register.open(folder / "register"), ["shard"], about)
+    return ledger
