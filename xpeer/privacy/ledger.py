@@ -59,9 +59,10 @@ class Ledger:
         self._usable = True
         self._id, self._old = "", False
         self._chain = Chain("")
-        self.about: About | None = None
-        """What the next charges are for."""
         self._register: Register | None = None
+        """None until `share` is called."""
+        self._about: About | None = None
+        """What charges are for. None until documents are declared: nothing is charged before."""
 
     @classmethod
     def look(cls, path: Path) -> Ledger:
@@ -132,7 +133,7 @@ class Ledger:
             ConfigError: the documents were charged for another unit.
             LocalError: the register or the ledger can't be written.
         """
-        self._register, self.about = register, about
+        self._register, self._about = register, None
         joined = register.join(
             self.id,
             self._chain.by_unit,
@@ -142,7 +143,8 @@ class Ledger:
             self._chain.counter,
         )
         if joined.behind:
-            self._catch_up(joined.behind, joined.counter)
+            self._catch_up(about, joined.behind, joined.counter)
+        self._about = about
         return joined
 
     def catch_up(self, register: Register, about: About) -> int:
@@ -160,8 +162,7 @@ class Ledger:
         """
         behind = missing(register.own(self.id), self.by_unit())
         if behind:
-            self.about = about
-            self._catch_up(behind, register.counter(self.id))
+            self._catch_up(about, behind, register.counter(self.id))
         return steps_of(behind)
 
     @property
@@ -222,7 +223,8 @@ class Ledger:
             return {unit: dict(history) for unit, history in self._chain.by_unit.items()}
 
     def charge(self, segment: Segment, fits: Fits | None = None) -> int:
-        """Charge steps before they are taken; durable when this returns.
+        """Charge steps before they are taken, in the machine's register first; durable when this
+        returns.
 
         Args:
             segment: the steps.
@@ -233,16 +235,23 @@ class Ledger:
 
         Raises:
             BudgetExceededError: it does not fit; nothing was charged.
-            LocalError: not a kind of step this account knows, or it could not be written. After
-                a failed write the account refuses further charges until it is opened again.
+            LocalError: not a kind of step this account knows, no documents were declared, or it
+                could not be written. After a failed write the account refuses further charges
+                until it is opened again.
         """
         if type(segment) is not Segment or not 1 <= segment.steps < _MAX_STEPS:
             raise LocalError(f"privacy ledger {self.path}: can't charge {segment!r}")
         with self._lock:
             self._refuse_if_unusable()
-            if self._register is not None:  # first: a crash in between counts too much
-                self._register.charge(segment, fits, self._chain.counter + 1)
-            about = self.about and msgspec.structs.replace(self.about, unix_s=time.time())
+            register, about = self._register, self._about
+            if register is None or about is None:
+                raise LocalError(
+                    f"privacy ledger {self.path}: charged before its documents were declared",
+                    "`share` comes first",
+                )
+            # first: a crash in between counts too much
+            register.charge(segment, fits, self._chain.counter + 1)
+            about = msgspec.structs.replace(about, unix_s=time.time())
             with self._transaction():
                 self._refuse_another_writer()
                 row = self._chain.next_row(segment, about)
@@ -250,22 +259,22 @@ class Ledger:
             self._chain.add(row)
             return row.counter
 
-    def _catch_up(self, behind: ByUnit, counter: int) -> None:
-        """In as many charges as there were, if that is known: partners remember their number."""
-        if self.about is None:
-            raise LocalError(f"privacy ledger {self.path}: nobody says what is charged")
+    def _catch_up(self, about: About, behind: ByUnit, counter: int) -> None:
+        """Charge again what the register holds and this does not: in as many charges as there were,
+        if that is known, since partners remember their number.
+        """
         with self._lock, self._transaction():
             self._refuse_another_writer()
             spare = counter - self._chain.counter
             for unit, history in behind.items():
                 kind, _, cut = unit.partition(" of ")
-                about = msgspec.structs.replace(
-                    self.about, unit=kind, cut=cut, unix_s=time.time(), found_again=True
+                again = msgspec.structs.replace(
+                    about, unit=kind, cut=cut, unix_s=time.time(), found_again=True
                 )
                 parts = in_parts(segments_of(history), spare)
                 spare -= len(parts)
                 for segment in parts:
-                    row = self._chain.next_row(segment, about)
+                    row = self._chain.next_row(segment, again)
                     self._store(row)
                     self._chain.add(row)
 

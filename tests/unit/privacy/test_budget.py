@@ -117,6 +117,20 @@ def test_a_charge_that_can_not_be_written_permits_nothing(
         made.close()
 
 
+def test_without_declared_documents_no_step_is_permitted(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        made = budget(ledger)
+        with pytest.raises(LocalError, match="documents were declared"):
+            made.begin(3)
+        made.prepare(3)
+        with pytest.raises(LocalError, match="documents were declared"):
+            made.begin(3)
+        with pytest.raises(LocalError, match="none is charged"):
+            made.use()
+        assert ledger.counter == 0
+        made.close()
+
+
 def test_other_kinds_of_steps_count(tmp_path: Path) -> None:
     with open_declared(tmp_path / "ledger.sqlite") as ledger:
         first = budget(ledger)

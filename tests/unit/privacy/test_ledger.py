@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from tests.unit.privacy.accounts import ROOT, open_declared
-from xpeer.errors import LedgerError, LocalError
+from tests.unit.privacy.accounts import ROOT, about_in, open_declared
+from xpeer.errors import ConfigError, LedgerError, LocalError
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.register import Register
 from xpeer.training.ipc import error_of, failure_of
 
 STEP = Segment(1.0, 0.01, 20)
@@ -66,6 +68,48 @@ def test_charges_add_up_and_survive(path: Path) -> None:
         assert again.segments() == [Segment(1.0, 0.01, 40), other]
     with open_declared(path) as again:
         assert again.charge(other) == 4
+
+
+UNDECLARED = "before its documents were declared"
+
+
+def test_nothing_is_charged_before_documents_are_declared(path: Path) -> None:
+    """Or the machine's register would never hear of it."""
+    with Ledger.open(path) as ledger:
+        with pytest.raises(LocalError, match=UNDECLARED) as caught:
+            ledger.charge(STEP)
+        assert caught.value.remedy
+        assert ledger.counter == 0
+        ledger.share(Register.open(path.with_name("register")), ["x"], about_in("swarm"))
+        assert ledger.charge(STEP) == 1
+
+
+def test_a_ledger_without_text_catches_up_and_is_not_charged(path: Path) -> None:
+    empty = path.with_name("empty")
+    open_declared(path).close()
+    empty.write_bytes(path.read_bytes())
+    with open_declared(path) as ledger:
+        ledger.charge(STEP)
+    empty.replace(path)
+    register = Register.open(path.with_name("register"))
+    with register, Ledger.open(path) as ledger:
+        assert ledger.catch_up(register, about_in("swarm")) == 20
+        with pytest.raises(LocalError, match=UNDECLARED):
+            ledger.charge(STEP)
+        assert ledger.steps_charged == 20
+
+
+def test_documents_that_the_register_refused_are_not_charged(path: Path) -> None:
+    with open_declared(path, ["x"]) as ledger:
+        ledger.charge(STEP)
+    register = path.with_name("register")
+    by_document = msgspec.structs.replace(about_in("swarm"), unit="document")
+    with Ledger.open(path.with_name("other.sqlite")) as other:
+        with pytest.raises(ConfigError, match="don't add up"):
+            other.share(Register.open(register), ["x"], by_document)
+        with pytest.raises(LocalError, match=UNDECLARED):
+            other.charge(STEP)
+        assert other.counter == 0
 
 
 def test_only_the_owner_can_read_it(path: Path) -> None:
