@@ -21,5 +21,5 @@ def open_ledger(folder: Path, manifest: Manifest) -> Ledger:
     rules = manifest.privacy
     about = About(manifest.name, rules.mode, rules.clip_norm, rules.delta or 0.0, rules.epsilon)
     ledger = Ledger.open(folder / "ledger.sqlite")
-    ledger.share(Register.open(folder / "register"), ["shard"], about)
+    ledger.declare_documents(Register.open(folder / "register"), ["shard"], about)
     return ledger

@@ -60,7 +60,7 @@ class Ledger:
         self._id, self._old = "", False
         self._chain = Chain("")
         self._register: Register | None = None
-        """None until `share` is called."""
+        """None until `declare_documents` is called."""
         self._about: About | None = None
         """What charges are for. None until documents are declared: nothing is charged before."""
 
@@ -118,8 +118,11 @@ class Ledger:
             raise
         return ledger
 
-    def share(self, register: Register, documents: Iterable[str], about: About) -> Joined:
-        """Count charges in the machine's register, too, for the documents of the shard.
+    def declare_documents(
+        self, register: Register, documents: Iterable[str], about: About
+    ) -> Joined:
+        """Declare what the next charges are for: the machine's register counts them, too, for these
+        documents. Nothing can be charged before.
 
         What the register knows of this ledger and the ledger has forgotten (an older copy of it was
         restored, or the node died between the two) is charged to the ledger again.
@@ -148,7 +151,8 @@ class Ledger:
         return joined
 
     def catch_up(self, register: Register, about: About) -> int:
-        """As `share`, where it isn't known which documents there are: nothing is joined.
+        """Charge again what this ledger has forgotten, as `declare_documents` does, while nobody
+        knows which documents there are. Further charges are refused.
 
         Args:
             register: stays the caller's.
@@ -247,7 +251,7 @@ class Ledger:
             if register is None or about is None:
                 raise LocalError(
                     f"privacy ledger {self.path}: charged before its documents were declared",
-                    "`share` comes first",
+                    "`declare_documents` comes first",
                 )
             # first: a crash in between counts too much
             register.charge(segment, fits, self._chain.counter + 1)

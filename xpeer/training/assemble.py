@@ -218,7 +218,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
 
     notes = []
     if private and not problem:
-        joined = _share(ledger, setup, manifest, text)
+        joined = _declare_documents(ledger, setup, manifest, text)
         notes = _notes_of(joined, ledger)
         warnings += _warnings_of(joined)
     pulse = Pulse()
@@ -314,10 +314,14 @@ def _about(manifest: Manifest, swarm_id: str, text: Text) -> About:
     )
 
 
-def _share(ledger: Ledger, setup: TrainerSetup, manifest: Manifest, text: Text) -> Joined:
+def _declare_documents(
+    ledger: Ledger, setup: TrainerSetup, manifest: Manifest, text: Text
+) -> Joined:
     """Have charges counted for these documents on the whole machine."""
     register = Register.open(privacy_register(setup.config))
-    return ledger.share(register, text.documents, _about(manifest, setup.swarm_id, text))
+    return ledger.declare_documents(
+        register, text.documents, _about(manifest, setup.swarm_id, text)
+    )
 
 
 def _idle(

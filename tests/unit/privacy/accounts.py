@@ -40,7 +40,7 @@ def open_declared(
     ledger = Ledger.open(path)
     try:
         machine = Register.open(register or path.with_name("register"))
-        ledger.share(machine, documents, about or about_in("swarm"))
+        ledger.declare_documents(machine, documents, about or about_in("swarm"))
     except LocalError:
         ledger.close()
         raise

@@ -80,7 +80,9 @@ def test_nothing_is_charged_before_documents_are_declared(path: Path) -> None:
             ledger.charge(STEP)
         assert caught.value.remedy
         assert ledger.counter == 0
-        ledger.share(Register.open(path.with_name("register")), ["x"], about_in("swarm"))
+        ledger.declare_documents(
+            Register.open(path.with_name("register")), ["x"], about_in("swarm")
+        )
         assert ledger.charge(STEP) == 1
 
 
@@ -106,7 +108,7 @@ def test_documents_that_the_register_refused_are_not_charged(path: Path) -> None
     by_document = msgspec.structs.replace(about_in("swarm"), unit="document")
     with Ledger.open(path.with_name("other.sqlite")) as other:
         with pytest.raises(ConfigError, match="don't add up"):
-            other.share(Register.open(register), ["x"], by_document)
+            other.declare_documents(Register.open(register), ["x"], by_document)
         with pytest.raises(LocalError, match=UNDECLARED):
             other.charge(STEP)
         assert other.counter == 0

@@ -48,7 +48,7 @@ class Machine:
         ledger = Ledger.open(self.ledger(home))
         about = msgspec.structs.replace(about_in("swarm"), unit=unit)
         try:
-            self.joined = ledger.share(Register.open(self.register), documents, about)
+            self.joined = ledger.declare_documents(Register.open(self.register), documents, about)
         except LocalError:
             ledger.close()
             raise
@@ -113,12 +113,12 @@ def test_records_of_other_lengths_are_other_units(machine: Machine) -> None:
         about = msgspec.structs.replace(about_in("swarm"), cut=cut)
         with Ledger.open(machine.ledger(cut[:3])) as ledger:
             if charged:
-                ledger.share(Register.open(machine.register), ["x"], about)
+                ledger.declare_documents(Register.open(machine.register), ["x"], about)
                 ledger.charge(STEP)
                 continue
             with pytest.raises(ConfigError, match=r"record of 128 byte.*record of 256 byte"):
-                ledger.share(Register.open(machine.register), ["x"], about)
-            assert ledger.share(Register.open(machine.register), ["y"], about).new == 1
+                ledger.declare_documents(Register.open(machine.register), ["x"], about)
+            assert ledger.declare_documents(Register.open(machine.register), ["y"], about).new == 1
 
 
 def test_charges_of_others_that_are_not_the_largest_are_noticed(machine: Machine) -> None:
@@ -266,7 +266,7 @@ def test_a_register_of_the_first_version_goes_on(machine: Machine) -> None:
         assert (machine.joined.counter, steps(ledger)) == (2, 40)
     about = msgspec.structs.replace(about_in("swarm"), cut="64 byte tokens")
     with Ledger.open(machine.ledger("a")) as ledger:  # what was not noted is not held against it
-        ledger.share(Register.open(machine.register), ["x"], about)
+        ledger.declare_documents(Register.open(machine.register), ["x"], about)
         assert steps(ledger) == 40
 
 
