@@ -15,10 +15,10 @@ from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import PeerID
 from hivemind.utils import get_dht_time
 
+from tests.factories import privacy_stamp
 from tests.meetings import meet
 from tests.swarm.conftest import Founder
 from tests.swarm.test_network import ECHO, KEY, echo, record, until
-from xpeer import update as update_module
 from xpeer.errors import NotAuthorisedError, PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network import joining, present
@@ -27,11 +27,11 @@ from xpeer.network.link import Link
 from xpeer.network.p2p import STREAMS_PER_PEER
 from xpeer.network.roster import Roster
 from xpeer.network.swarm import Swarm
-from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivacyStamp
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 from xpeer.wire.messages import Propose, Terms
 
 SIZE = 400_000
-STAMP = PrivacyStamp("record", 1, update_module._ISSUER)
+STAMP = privacy_stamp()
 DEADLINE_S = 8.0
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from xpeer import update as update_module
+from tests.factories import privacy_stamp
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.identity import PeerId
 from xpeer.round import Meeting
-from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivacyStamp
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 from xpeer.wire.messages import Terms
 
-STAMP = PrivacyStamp("record", 1, update_module._ISSUER)
+STAMP = privacy_stamp()
 B, C, D = PeerId("B"), PeerId("C"), PeerId("D")
 
 

@@ -8,22 +8,22 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from tests.factories import privacy_stamp
 from tests.meetings import meet
-from xpeer import update as update_module
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network.exchange import Party, Proposer, answering
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.stream import Stream
-from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivacyStamp
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 from xpeer.wire import messages
 from xpeer.wire.frames import FRAME_BYTES, Kind
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
 
 SIZE = 300_000  # more than one frame
 SWARM = "ab" * 32
-STAMP = PrivacyStamp("record", 1, update_module._ISSUER)
+STAMP = privacy_stamp()
 
 
 class FakeTrainer:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.factories import privacy_stamp
 from tests.unit.privacy.accounts import open_declared
 from tests.unit.privacy.models import by_autograd, llama, record_losses, some_records
 from xpeer.errors import ConfigError, LocalError
@@ -192,9 +193,7 @@ def test_no_step_without_a_charge(ledger: Ledger) -> None:
     mechanism.step_gradient()
     with pytest.raises(LocalError, match="none is charged"):
         mechanism.step_gradient()
-    assert mechanism.stamp(RAW).stamp == PrivacyStamp(
-        mode="record", steps_charged=1, issuer=mechanism.stamp(RAW).stamp.issuer
-    )
+    assert mechanism.stamp(RAW).stamp == privacy_stamp("record", 1)
 
 
 def test_the_budget_ends(ledger: Ledger) -> None:

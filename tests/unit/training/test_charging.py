@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
+from tests.factories import privacy_stamp
 from tests.unit.training.test_local import Parameters, Result, manifest_with
 from xpeer.errors import LocalError
 from xpeer.manifest import End, Manifest, Privacy, Round
@@ -26,7 +27,7 @@ from xpeer.training.charging import Permits
 from xpeer.training.local import LocalTrainer
 from xpeer.training.parts import Evaluation
 from xpeer.training.saving import Saving
-from xpeer.update import _ISSUER, PrivacyStamp, PrivateUpdate, RawUpdate
+from xpeer.update import PrivateUpdate, RawUpdate
 
 
 @dataclass
@@ -168,7 +169,7 @@ class Mechanism:
         return Result(1.0, 1)
 
     def stamp(self, raw: RawUpdate) -> PrivateUpdate:
-        return PrivateUpdate(raw.values, raw.step, PrivacyStamp("record", 1, _ISSUER))
+        return PrivateUpdate(raw.values, raw.step, privacy_stamp())
 
     def spent(self) -> PrivacySpent:
         return PrivacySpent()

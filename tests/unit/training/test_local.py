@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import torch
 
+from tests.factories import privacy_stamp
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.identity import blake2b
 from xpeer.manifest import Codec, End, Manifest, Model, Optimiser, Privacy, PublicText, Round
@@ -23,14 +24,7 @@ from xpeer.training.exchanges import MAX_IN_FLIGHT
 from xpeer.training.local import LocalTrainer
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
-from xpeer.update import (
-    _ISSUER,
-    Checked,
-    CompressedUpdate,
-    PrivacyStamp,
-    PrivateUpdate,
-    RawUpdate,
-)
+from xpeer.update import Checked, CompressedUpdate, PrivateUpdate, RawUpdate
 
 NUM_PARAMS = 640  # 10 lines
 
@@ -113,7 +107,7 @@ class FakeMechanism:
         return Result(self.loss(), 100)
 
     def stamp(self, raw: RawUpdate) -> PrivateUpdate:
-        return PrivateUpdate(raw.values, raw.step, PrivacyStamp("record", 1, _ISSUER))
+        return PrivateUpdate(raw.values, raw.step, privacy_stamp())
 
     def spent(self) -> PrivacySpent:
         return PrivacySpent()

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.factories import privacy_stamp
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.update import _ISSUER, PrivacyStamp, PrivateUpdate, RawUpdate
+from xpeer.update import PrivateUpdate, RawUpdate
 from xpeer.wire.blockwise import BLOCK
 from xpeer.wire.codec import NAMES, compress, decode, encode, encode_into, encoded_bytes
 
@@ -152,9 +153,8 @@ def test_an_unknown_codec_and_a_wrong_buffer_are_local_errors() -> None:
 
 
 def test_only_a_private_update_is_compressed() -> None:
-    stamp = PrivacyStamp(mode="record", steps_charged=3, issuer=_ISSUER)
     values = random_values(300, 1.0, 2)
-    update = compress(PrivateUpdate(values=values, step=7, stamp=stamp), "int8")
+    update = compress(PrivateUpdate(values=values, step=7, stamp=privacy_stamp()), "int8")
     assert (update.codec, update.num_values, update.step) == ("int8", 300, 7)
     assert update.payload == encode("int8", values)
     with pytest.raises(TypeError):

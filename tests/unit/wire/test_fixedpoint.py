@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpeer import update as update_module
+from tests.factories import privacy_stamp
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
+from xpeer.update import PrivateUpdate, RawUpdate
 from xpeer.wire import codec, fixedpoint
 from xpeer.wire.blockwise import BLOCK
 from xpeer.wire.fixedpoint import Grid
 
-STAMP = PrivacyStamp("record", 1, update_module._ISSUER)
+STAMP = privacy_stamp()
 GRIDS = [Grid(16, 2.0**-14), Grid(32, 2.0**-14), Grid(16, 1e-3)]
 
 
