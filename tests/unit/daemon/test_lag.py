@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import functools
 from pathlib import Path
 
 import pytest
@@ -58,17 +58,17 @@ def test_the_cause_is_what_the_loop_did_meanwhile(busy: float, why: str) -> None
 async def test_what_blocks_the_real_loop_is_seen_by_the_watch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "EVERY_S", 0.2)
-    node = FakeNode(ALPHA).node
+    moment, node = Clock(), FakeNode(ALPHA).node
+    measured = functools.partial(Lag, moment=moment, busy=lambda: 0.0)
+    monkeypatch.setattr(watch, "Lag", measured)
+    monkeypatch.setattr(lag, "TICK_S", 0.0)  # each turn of the loop
     watching = asyncio.create_task(watch.keep_watching(node, Home(tmp_path)))
 
     def told() -> bool:
         return "loop-late" in {reason.code for reason in node.reasons()}
 
-    for _ in range(40):
-        time.sleep(0.25)  # noqa: ASYNC251 - a long encode, or a write to a slow disk
-        await asyncio.sleep(0.01)
-        if told():
-            break
+    async with asyncio.timeout(20):
+        while not told():
+            moment.now += 0.25  # a long encode, or a write to a slow disk
+            await asyncio.sleep(0)
     watching.cancel()
-    assert told()
