@@ -7,19 +7,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import msgspec
 import pytest
 from msgspec.inspect import Field, LiteralType, StructType, Type, UnionType, type_info
 
-from xpeer import health
+from xpeer import control, health
 from xpeer.cli import COMMANDS
 from xpeer.cli.start import start
 from xpeer.config import Home, settings
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.founding_model import MEASURED, InitialModel, draft_manifest
-from xpeer.manifest import DELTA_MAX, DELTA_MIN, Manifest, Model
+from xpeer.manifest import DELTA_MAX, DELTA_MIN, Codec, Manifest, Model, Round
+from xpeer.privacy.channels import ROUTES
+from xpeer.status import SCHEMA_VERSION
+from xpeer.training import rules
+from xpeer.wire import codec
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "operating.md").read_text()
@@ -97,6 +101,40 @@ def test_file() -> None:
 
 def test_links_inside() -> None:
     assert set(re.findall(r"\(#([^)]+)\)", TEXT)) <= headings_of(TEXT)
+
+
+CONTROL = TEXT.partition("\n## Control socket\n")[2].partition("\n## ")[0]
+
+
+def _routes(cell: str) -> list[str]:
+    """Of "`POST /v1/pause`, `/v1/stop`": all with their method."""
+    method, _, first = cell.strip("`").partition(" ")
+    return [f"{method} {path}" for path in first.replace("`", "").split(", ")]
+
+
+def test_control_socket() -> None:
+    answers: dict[str, set[str]] = {}
+    documented = []
+    for request, answer in rows_of(CONTROL)[2:]:
+        routes = _routes(request)
+        documented += routes
+        for route in routes:
+            answers.setdefault(ROUTES[route], set()).update(_quoted(answer))
+    assert sorted(documented) == sorted(ROUTES)
+    assert answers.pop("Status") == set()  # it is what `xpeer status --json` prints
+    assert answers == {name: _fields_of(name) for name in answers}
+    problem = next(line for line in CONTROL.splitlines() if line.startswith("409 and 502 carry"))
+    assert set(_quoted(problem)) == _fields_of("Problem")
+    assert f"`schema_version` ({SCHEMA_VERSION};" in CONTROL
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall(r'"(\w+)"', text)
+
+
+def _fields_of(answer: str) -> set[str]:
+    """What an answer of the control socket has, beside what all have."""
+    return {*getattr(control, answer).__struct_fields__} - {"schema_version"}
 
 
 class _AnyModel(InitialModel):
@@ -177,3 +215,28 @@ def test_no_manifest_field_that_is_gone() -> None:
 def test_links_of_manifest() -> None:
     for name, heading in re.findall(r"\(([a-z]*)(?:\.md)?#([^)]+)\)", MANIFEST_TEXT):
         assert heading in headings_of((DOCS / f"{name or 'manifest'}.md").read_text()), heading
+
+
+AGGREGATION_TEXT = (DOCS / "aggregation.md").read_text()
+
+
+def test_codecs() -> None:
+    """Three lists: what a manifest may say, what can be coded, and what is documented."""
+    assert sorted(get_args(Codec)) == sorted(codec.NAMES)
+    (listed,) = re.findall(r"`round\.codec` is any of ([^.]*)\.", AGGREGATION_TEXT)
+    assert sorted(listed.split(", ")) == sorted(codec.NAMES)
+
+
+def test_rules() -> None:
+    """Which there are, which one is the default, and what each puts on the wire."""
+    rows = rows_of(AGGREGATION_TEXT)[2:]
+    names = [cells[0].partition(" ")[0].strip("`") for cells in rows]
+    known = FIELDS["round.rule"].type
+    assert isinstance(known, LiteralType)
+    assert len(names) == len(set(names))
+    assert set(names) == set(known.values)
+    assert [cells[0] for cells in rows if "default" in cells[0]] == [f"`{Round().rule}` (default)"]
+    for name, cells in zip(names, rows, strict=True):
+        values = re.match(r"\d+", cells[3])
+        assert values is not None
+        assert int(values[0]) == rules.vectors_of(Round(rule=cast(Any, name))), name
