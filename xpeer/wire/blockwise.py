@@ -62,7 +62,7 @@ def num_blocks(num_values: int) -> int:
 
 
 def quantise(
-    form: Blocks,
+    ints: Blocks,
     values: torch.Tensor,  # (rows, width) float32
     dither: torch.Tensor | None,  # (rows,) int32, see `dither.keys`; None = to nearest
     steps: torch.Tensor,  # (rows,) float16, written; infinite where values are not finite
@@ -77,26 +77,26 @@ def quantise(
     |x - Q(x)| <= |x|, which is what error feedback asks. Stochastic rounding must not clip, or it
     is biased: there the level is the largest value itself.
     """
-    clips = form.bits == 2 and dither is None
+    clips = ints.bits == 2 and dither is None
     largest = values.abs().amax(1)
-    step = _round_up_to_f16(largest * 0.5 if clips else largest / form.levels)
+    step = _round_up_to_f16(largest * 0.5 if clips else largest / ints.levels)
     rounded = _round(values, step, dither)
-    pack(form, rounded.clamp(-1.0, 1.0) if clips else rounded, codes)
+    pack(ints, rounded.clamp(-1.0, 1.0) if clips else rounded, codes)
     steps.copy_(step)
 
 
 def dequantise(
-    form: Blocks,
+    ints: Blocks,
     steps: torch.Tensor,  # (rows,) float32, finite, not negative
     codes: torch.Tensor,  # (rows, m) as for `quantise`
     out: torch.Tensor,  # (rows, width) float32, written
 ) -> None:
     """Decode rows."""
-    out.copy_(unpack(form, codes) * steps.unsqueeze(1))
+    out.copy_(unpack(ints, codes) * steps.unsqueeze(1))
 
 
 def subtract(
-    form: Blocks,
+    ints: Blocks,
     own_steps: torch.Tensor,
     own_codes: torch.Tensor,
     steps: torch.Tensor,
@@ -106,12 +106,12 @@ def subtract(
     own_squares: torch.Tensor,  # (rows,) float32, written: |Q(own)|^2
 ) -> None:
     """Rows of z = Q(peer) - Q(own), from both payloads."""
-    own = unpack(form, own_codes) * own_steps.unsqueeze(1)
-    subtract_values(form, own, steps, codes, out, squares, own_squares)
+    own = unpack(ints, own_codes) * own_steps.unsqueeze(1)
+    subtract_values(ints, own, steps, codes, out, squares, own_squares)
 
 
 def subtract_values(
-    form: Blocks,
+    ints: Blocks,
     own: torch.Tensor,  # (rows, width) float32: Q(own)
     steps: torch.Tensor,
     codes: torch.Tensor,
@@ -120,7 +120,7 @@ def subtract_values(
     own_squares: torch.Tensor,
 ) -> None:
     """Rows of z, from Q(own) as values."""
-    z = unpack(form, codes) * steps.unsqueeze(1) - own
+    z = unpack(ints, codes) * steps.unsqueeze(1) - own
     squares.copy_((z * z).sum(1))
     own_squares.copy_((own * own).sum(1))
     out.copy_(z)
@@ -147,26 +147,26 @@ def _round(values: torch.Tensor, step: torch.Tensor, dither: torch.Tensor | None
     return low + ((scaled - low) + uniform(values.shape[1], dither)).floor()
 
 
-def pack(form: Blocks, rounded: torch.Tensor, codes: torch.Tensor) -> None:
+def pack(ints: Blocks, rounded: torch.Tensor, codes: torch.Tensor) -> None:
     """(rows, width) float32 integers to (rows, m) codes: their low b bits."""
-    if form.bits == 8:
+    if ints.bits == 8:
         codes.copy_(rounded.to(torch.int8))
         return
-    planes = (rounded.to(torch.int32) & ((1 << form.bits) - 1)).view(
-        rounded.shape[0], form.per_byte, -1
+    planes = (rounded.to(torch.int32) & ((1 << ints.bits) - 1)).view(
+        rounded.shape[0], ints.per_byte, -1
     )
     packed = planes[:, 0]
-    for i in range(1, form.per_byte):
-        packed = packed | (planes[:, i] << (i * form.bits))
+    for i in range(1, ints.per_byte):
+        packed = packed | (planes[:, i] << (i * ints.bits))
     codes.copy_(packed.to(torch.uint8))
 
 
-def unpack(form: Blocks, codes: torch.Tensor) -> torch.Tensor:
+def unpack(ints: Blocks, codes: torch.Tensor) -> torch.Tensor:
     """Codes as (rows, width) float32, sign extended."""
-    if form.bits == 8:
+    if ints.bits == 8:
         return codes.to(torch.float32)
-    mask, half = (1 << form.bits) - 1, 1 << (form.bits - 1)
+    mask, half = (1 << ints.bits) - 1, 1 << (ints.bits - 1)
     whole = codes.to(torch.int32).unsqueeze(1)
-    shifts = torch.arange(form.per_byte, dtype=torch.int32, device=codes.device) * form.bits
+    shifts = torch.arange(ints.per_byte, dtype=torch.int32, device=codes.device) * ints.bits
     planes = (whole >> shifts.view(1, -1, 1)) & mask
     return ((planes ^ half) - half).to(torch.float32).view(codes.shape[0], -1)

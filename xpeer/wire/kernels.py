@@ -41,12 +41,12 @@ def compiling() -> bool:
     return _state.allowed
 
 
-def run(plain: Plain, form: Blocks, *arguments: Argument) -> None:
-    """Call `plain(form, *arguments)` on chunks of rows.
+def run(plain: Plain, ints: Blocks, *arguments: Argument) -> None:
+    """Call `plain(ints, *arguments)` on chunks of rows.
 
     Args:
         plain: of `blockwise`.
-        form: codec.
+        ints: the int codec.
         arguments: each has one row per block; all but the first may be None.
     """
     first = arguments[0]
@@ -61,8 +61,8 @@ def run(plain: Plain, form: Blocks, *arguments: Argument) -> None:
             compiled = _state.allowed and rows >= ROWS and rows - start > 1
             end = min(start + (ROWS if compiled else PLAIN_ROWS), rows)
             chunk = [None if a is None else a[start:end] for a in arguments]
-            if not (compiled and _run_compiled(plain, form, chunk)):
-                plain(form, *chunk)
+            if not (compiled and _run_compiled(plain, ints, chunk)):
+                plain(ints, *chunk)
             start = end
 
 
@@ -76,16 +76,16 @@ _compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
 _compile_lock = threading.Lock()
 
 
-def _run_compiled(plain: Plain, form: Blocks, chunk: list[Argument]) -> bool:
+def _run_compiled(plain: Plain, ints: Blocks, chunk: list[Argument]) -> bool:
     """False if it can't be; nothing was written then."""
-    key = (plain, form, *(a is None for a in chunk))
+    key = (plain, ints, *(a is None for a in chunk))
     try:
         kernel = _compiled.get(key)
         if kernel is not None:
             kernel(*chunk)
             return True
         with _compile_lock:
-            kernel = _compiled.get(key) or _wrap(plain, form, len(_compiled))
+            kernel = _compiled.get(key) or _wrap(plain, ints, len(_compiled))
             _mark_rows(chunk)
             kernel(*chunk)
             _compiled[key] = kernel
@@ -102,9 +102,9 @@ def _run_compiled(plain: Plain, form: Blocks, chunk: list[Argument]) -> bool:
     return True
 
 
-def _wrap(plain: Plain, form: Blocks, number: int) -> Callable[..., None]:
+def _wrap(plain: Plain, ints: Blocks, number: int) -> Callable[..., None]:
     def kernel(*arguments: Argument) -> None:
-        plain(form, *arguments)
+        plain(ints, *arguments)
 
     # torch finds compiled code by the code object: each kernel needs its own, as nothing else is
     # checked at a call. Types, widths and contiguity are always the same; rows may differ.

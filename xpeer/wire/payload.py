@@ -73,7 +73,7 @@ class _Run(NamedTuple):
 
 
 def encode(
-    form: Blocks,
+    ints: Blocks,
     values: torch.Tensor,  # (n,) float32
     raw: torch.Tensor,  # (bytes,) uint8, written
     *,
@@ -84,19 +84,19 @@ def encode(
     Raises:
         LocalError: values that are not finite, or too large.
     """
-    parts = _split(form, raw, values.numel())
+    parts = _split(ints, raw, values.numel())
     blocks = parts.steps.numel()
     keys = None if dither is None else dither_keys(dither, blocks)
-    for run in _runs(form, values.numel()):
+    for run in _runs(ints, values.numel()):
         rows, steps, codes = run.rows(values), parts.steps[run.blocks], run.code_rows(parts)
         key = None if keys is None else keys[run.blocks]
-        kernels.run(quantise, form, rows, key, steps, codes)
+        kernels.run(quantise, ints, rows, key, steps, codes)
     if not bool(torch.isfinite(parts.steps).all()):
         raise diverged()
 
 
 def decode(
-    form: Blocks,
+    ints: Blocks,
     raw: torch.Tensor,  # (bytes,) uint8
     out: torch.Tensor,  # (n,) float32, written
 ) -> None:
@@ -105,16 +105,16 @@ def decode(
     Raises:
         PeerError: as `_checked_steps`.
     """
-    parts = _split(form, raw, out.numel())
-    all_steps = _checked_steps(form, parts, out.numel())
-    for run in _runs(form, out.numel()):
+    parts = _split(ints, raw, out.numel())
+    all_steps = _checked_steps(ints, parts, out.numel())
+    for run in _runs(ints, out.numel()):
         rows, steps, codes = run.rows(out), all_steps[run.blocks], run.code_rows(parts)
-        kernels.run(dequantise, form, steps, codes, rows)
+        kernels.run(dequantise, ints, steps, codes, rows)
         run.return_to(out, rows)
 
 
 def difference(
-    form: Blocks,
+    ints: Blocks,
     own: torch.Tensor,  # (bytes,) uint8: our payload; or (n,) float32: Q(own)
     peer: torch.Tensor,  # (bytes,) uint8
     out: torch.Tensor,  # (n,) float32, written: z
@@ -125,21 +125,21 @@ def difference(
         PeerError: as `_checked_steps`.
     """
     n = out.numel()
-    parts = _split(form, peer, n)
-    steps = _checked_steps(form, parts, n)
+    parts = _split(ints, peer, n)
+    steps = _checked_steps(ints, parts, n)
     blocks = steps.numel()
-    ours = _split(form, own, n) if own.dtype == torch.uint8 else None
+    ours = _split(ints, own, n) if own.dtype == torch.uint8 else None
     own_steps = ours.steps.float() if ours is not None else None
     squares, own_squares = torch.empty(blocks), torch.empty(blocks)
-    for run in _runs(form, n):
+    for run in _runs(ints, n):
         rows = run.rows(out)
         theirs = steps[run.blocks], run.code_rows(parts)
         seen = squares[run.blocks], own_squares[run.blocks]
         if ours is not None and own_steps is not None:
             mine = own_steps[run.blocks], run.code_rows(ours)
-            kernels.run(subtract, form, *mine, *theirs, rows, *seen)
+            kernels.run(subtract, ints, *mine, *theirs, rows, *seen)
         else:
-            kernels.run(subtract_values, form, run.rows(own), *theirs, rows, *seen)
+            kernels.run(subtract_values, ints, run.rows(own), *theirs, rows, *seen)
         run.return_to(out, rows)
     return Norms(_root(squares), _root(own_squares))
 
@@ -152,29 +152,29 @@ def diverged() -> LocalError:
     )
 
 
-def _split(form: Blocks, raw: torch.Tensor, num_values: int) -> _Parts:
+def _split(ints: Blocks, raw: torch.Tensor, num_values: int) -> _Parts:
     head = num_blocks(num_values) * STEP_BYTES
     return _Parts(
         steps=raw[:head].view(torch.float16),
-        codes=raw[head:].view(torch.int8 if form.bits == 8 else torch.uint8),
+        codes=raw[head:].view(torch.int8 if ints.bits == 8 else torch.uint8),
     )
 
 
-def _runs(form: Blocks, num_values: int) -> list[_Run]:
+def _runs(ints: Blocks, num_values: int) -> list[_Run]:
     whole, rest = divmod(num_values, BLOCK)
-    end, cut = whole * BLOCK, whole * form.code_bytes(BLOCK)
+    end, cut = whole * BLOCK, whole * ints.code_bytes(BLOCK)
     runs = []
     if whole:
         runs.append(_Run(slice(0, whole), slice(0, end), slice(0, cut), BLOCK))
     if rest:
-        m = form.code_bytes(rest)
+        m = ints.code_bytes(rest)
         codes = slice(cut, cut + m)
         last = slice(whole, whole + 1)
-        runs.append(_Run(last, slice(end, num_values), codes, m * form.per_byte))
+        runs.append(_Run(last, slice(end, num_values), codes, m * ints.per_byte))
     return runs
 
 
-def _checked_steps(form: Blocks, parts: _Parts, num_values: int) -> torch.Tensor:
+def _checked_steps(ints: Blocks, parts: _Parts, num_values: int) -> torch.Tensor:
     """The steps as (blocks,) float32: a copy, so that a sender that still writes to the buffer
     can't change what was checked. With sane steps every code decodes to a finite value.
 
@@ -188,9 +188,9 @@ def _checked_steps(form: Blocks, parts: _Parts, num_values: int) -> torch.Tensor
     if bool((steps < 0).any()):
         raise PeerError(Reason.MALFORMED, "a scale is negative")
     rest = num_values % BLOCK
-    if rest and form.per_byte > 1:
-        last = parts.codes[-form.code_bytes(rest) :].view(1, -1)
-        if bool(unpack(form, last)[:, rest:].any()):
+    if rest and ints.per_byte > 1:
+        last = parts.codes[-ints.code_bytes(rest) :].view(1, -1)
+        if bool(unpack(ints, last)[:, rest:].any()):
             raise PeerError(Reason.MALFORMED, "there are codes beyond the last value")
     return steps
 
