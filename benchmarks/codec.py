@@ -21,8 +21,9 @@ from hivemind.compression import deserialize_torch_tensor, serialize_torch_tenso
 from hivemind.proto.runtime_pb2 import CompressionType
 
 from benchmarks.common import RESULTS, emit, say, write_result
+from xpeer.update import Form
 from xpeer.wire import kernels
-from xpeer.wire.codec import FLOATS, NAMES, decode, encode_into, encoded_bytes
+from xpeer.wire.codec import FLOATS, NAMES, decode, encode_into
 from xpeer.wire.merge import difference
 
 mpl.use("Agg")
@@ -94,13 +95,13 @@ def measure(
     speeds: dict[str, Any] = {group: {} for group in groups}
     for (group, op), times in seconds.items():
         speeds[group][op] = round(4 * NUM_VALUES / statistics.median(times) / 1e9, 2)
-    bits = 8 * encoded_bytes(name, NUM_VALUES) / NUM_VALUES
+    bits = 8 * Form(name, NUM_VALUES).num_bytes / NUM_VALUES
     return {"bits_per_value": bits, **_errors(name, values, others), **speeds}
 
 
 def _cases(name: str, values: torch.Tensor, others: torch.Tensor, *, compiled: bool) -> Cases:
     """Each operation, run once, so that nothing is compiled while the clock runs."""
-    ours, theirs, rough = (bytearray(encoded_bytes(name, NUM_VALUES)) for _ in range(3))
+    ours, theirs, rough = (bytearray(Form(name, NUM_VALUES).num_bytes) for _ in range(3))
     out = torch.empty(NUM_VALUES)
     kernels.configure(compile=compiled)
     encode_into(name, values, memoryview(ours))
@@ -116,8 +117,8 @@ def _cases(name: str, values: torch.Tensor, others: torch.Tensor, *, compiled: b
     cases: Cases = {
         "quantise": lambda: encode_into(name, values, memoryview(ours)),
         "stochastic": lambda: encode_into(name, values, memoryview(rough), dither=1),
-        "dequantise": lambda: decode(name, theirs, NUM_VALUES, out=out),
-        "merge": lambda: difference(name, ours, theirs, NUM_VALUES, out=out),
+        "dequantise": lambda: decode(Form(name, NUM_VALUES), theirs, out=out),
+        "merge": lambda: difference(Form(name, NUM_VALUES), ours, theirs, out=out),
     }
     if name in FLOATS:
         del cases["stochastic"]
@@ -148,9 +149,9 @@ def _errors(name: str, values: torch.Tensor, others: torch.Tensor) -> dict[str, 
     found: dict[str, Any] = {}
     for dither in _roundings(name):
         rounding = "nearest" if dither is None else "stochastic"
-        payload = bytearray(encoded_bytes(name, NUM_VALUES))
+        payload = bytearray(Form(name, NUM_VALUES).num_bytes)
         encode_into(name, values, memoryview(payload), dither=dither)
-        error = decode(name, payload, NUM_VALUES).sub_(values).norm()
+        error = decode(Form(name, NUM_VALUES), payload).sub_(values).norm()
         found[f"error_{rounding}"] = float(f"{float(error / values.norm()):.3g}")
         found[f"error_{rounding}_of_distance"] = float(
             f"{float(error / (values - others).norm()):.3g}"

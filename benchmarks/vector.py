@@ -80,9 +80,7 @@ class Vector:
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         """Decode the partner's, and compare."""
-        payload = memoryview(update.payload)
-        what = update.codec, payload, update.num_values, update.parties, update.peer_id
-        return await asyncio.to_thread(self.exchanges.verify, meeting_id, exchange_id, *what)
+        return await asyncio.to_thread(self.exchanges.verify, meeting_id, exchange_id, update)
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         """Add what was accepted."""

@@ -166,7 +166,7 @@ class MaskedMeeting(Gathering):
     async def _mask(self, update: CompressedUpdate) -> tuple[bytes, MaskedUpdate]:
         """Draw keys, lock the roster, and hide our payload."""
         us, own = self._us, masks.Ephemeral()
-        group = masks.Group(us.swarm_id, self.slot, self.fragment, update.codec, update.num_values)
+        group = masks.Group(us.swarm_id, self.slot, self.fragment, update.form)
         # the partner may be in the middle of a long step: the group's deadline bounds this
         keys = await self._step("key", own.public, us.deadline_s)
         roster = group.roster({us.me: own.public, **keys})
@@ -176,8 +176,8 @@ class MaskedMeeting(Gathering):
         pair_keys = {
             peer: own.pair_key(group, roster, us.me, peer, theirs) for peer, theirs in keys.items()
         }
-        masked = MaskedUpdate(memoryview(bytearray(update.payload)), update.codec, group.num_values)
-        rings = fixedpoint.rings(masked.codec, masked.payload, masked.num_values)
+        masked = MaskedUpdate(memoryview(bytearray(update.payload)), update.form)
+        rings = fixedpoint.rings(masked.form, masked.payload)
         await asyncio.to_thread(masks.mask, rings, us.me, pair_keys)
         return roster, masked
 
@@ -232,22 +232,15 @@ class MaskedMeeting(Gathering):
         await asyncio.to_thread(_add, masked, received.values())
         for peer_id, theirs in received.items():
             self._pairs[peer_id].agreement.release(theirs)
-        total = PeerUpdate(
-            payload=masked.payload,
-            codec=masked.codec,
-            num_values=masked.num_values,
-            peer_id="",
-            parties=self._us.size,
-        )
+        total = PeerUpdate(masked.payload, masked.form, peer_id="", parties=self._us.size)
         return await self._trainer.verify(self._id, _SUM, total)
 
     async def _merge(self, distance: float) -> None:
         """Move to the group's mean: (k - 1) / k of the way to the mean of the others."""
         for peer_id, pair in self._pairs.items():
             self.accepted[peer_id] = pair.agreement.exchange_id
-            done = Exchanged(distance, pair.agreement.num_bytes, pair.agreement.num_values)
             if not pair.result.done():
-                pair.result.set_result(done)
+                pair.result.set_result(Exchanged(distance))
         await self._trainer.merge(self._id, {_SUM: (self._us.size - 1) / self._us.size})
         self.merged = True
 
@@ -308,9 +301,9 @@ def _outcome(pair: _Pair, error: PeerError | None) -> PeerError:
 
 def _add(total: MaskedUpdate, received: Iterable[PeerUpdate]) -> None:
     """Total += all, in place: of the sum the masks are gone."""
-    rings = fixedpoint.rings(total.codec, total.payload, total.num_values)
+    rings = fixedpoint.rings(total.form, total.payload)
     for theirs in received:
-        fixedpoint.add_into(rings, fixedpoint.rings(theirs.codec, theirs.payload, total.num_values))
+        fixedpoint.add_into(rings, fixedpoint.rings(theirs.form, theirs.payload))
 
 
 @contextlib.contextmanager

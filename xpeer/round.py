@@ -55,8 +55,6 @@ class Exchanged:
 
     distance: float
     """||Q(theta_j) - Q(theta_i)|| / ||Q(theta_i)|| on the fragment."""
-    num_bytes: int
-    num_values: int
     clipped: bool = False
     """The partner's difference was above the norm limit, and merged in part."""
 
@@ -182,8 +180,7 @@ class Meeting(Gathering):
         finally:
             self._running.discard(peer_id)
             self._changed.set()
-        sizes = agreement.num_bytes, agreement.num_values
-        return Exchanged(found.distance, *sizes, clipped=found.clipped)
+        return Exchanged(found.distance, found.clipped)
 
     async def _taken(self) -> CompressedUpdate:
         """The one snapshot that all partners get."""

@@ -36,6 +36,7 @@ from xpeer.training.initial import source_folders, trained_model
 from xpeer.training.kept import Source
 from xpeer.training.setup import TrainerSetup
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
+from xpeer.update import Form, PeerUpdate
 from xpeer.wire import fixedpoint
 
 Tell = Callable[[str], None]
@@ -238,8 +239,8 @@ def _exchange(made: Assembled, manifest: Manifest, tell: Tell) -> None:
         payload, parties = memoryview(sent.payload), 1
         if manifest.round.masks:
             parties = manifest.round.group
-            payload = _sum(sent.codec, payload, sent.num_values, parties)
-        exchanges.verify(0, 0, sent.codec, payload, sent.num_values, parties)
+            payload = _sum(sent.form, payload, parties)
+        exchanges.verify(0, 0, PeerUpdate(payload, sent.form, peer_id="", parties=parties))
         exchanges.resolve(0, {0: 0.5})
         trainer.merge(0)
     except (PeerError, LocalError) as e:
@@ -254,15 +255,16 @@ def _exchange(made: Assembled, manifest: Manifest, tell: Tell) -> None:
         raise LocalError(
             "an exchange of the parameters with themselves changed them", "report this as a bug"
         )
-    tell(f"one exchange with itself ({sent.codec}, {payload.nbytes:,} bytes) ... {_since(began)}")
+    what = f"{sent.form.codec}, {payload.nbytes:,} bytes"
+    tell(f"one exchange with itself ({what}) ... {_since(began)}")
 
 
-def _sum(codec: str, payload: memoryview, num_values: int, parties: int) -> memoryview:
+def _sum(form: Form, payload: memoryview, parties: int) -> memoryview:
     """What a group of equal members would add up to."""
     total = bytearray(payload)
-    rings = fixedpoint.rings(codec, total, num_values)
+    rings = fixedpoint.rings(form, total)
     for _ in range(parties - 1):
-        fixedpoint.add_into(rings, fixedpoint.rings(codec, payload, num_values))
+        fixedpoint.add_into(rings, fixedpoint.rings(form, payload))
     return memoryview(total)
 
 

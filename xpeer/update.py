@@ -11,10 +11,48 @@ mechanism did not make.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, Final, NamedTuple, final
+
+from xpeer.errors import LocalError
 
 if TYPE_CHECKING:
     import torch
+
+BLOCK: Final = 128
+"""Values that have a quantisation step, or a check, in common."""
+SIZES: Final = {
+    "float32": (32, 0),
+    "bfloat16": (16, 0),
+    "int8": (8, 2),
+    "int4": (4, 2),
+    "int2": (2, 2),
+    "masked16": (16, 4),
+    "masked32": (32, 0),
+}
+"""Of every codec: bits of a value, and bytes that each block takes besides."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a payload holds. Both sides know it from the manifest and the fragment, so that nobody
+    reads or allocates by a length that a peer claims.
+    """
+
+    codec: str
+    num_values: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Exact size of the payload.
+
+        Raises:
+            LocalError: unknown codec.
+        """
+        if self.codec not in SIZES:
+            raise LocalError(f"codec {self.codec!r} is unknown", f"valid: {', '.join(SIZES)}")
+        bits, block_bytes = SIZES[self.codec]
+        return -(-self.num_values * bits // 8) + block_bytes * -(-self.num_values // BLOCK)
 
 
 @final
@@ -73,8 +111,7 @@ class CompressedUpdate:
     """Private values as bytes of a codec; what the trainer hands to the daemon."""
 
     payload: bytes | memoryview
-    codec: str
-    num_values: int
+    form: Form
     step: int
     stamp: PrivacyStamp
 
@@ -87,8 +124,7 @@ class MaskedUpdate:
     """
 
     payload: bytes | memoryview
-    codec: str
-    num_values: int
+    form: Form
 
 
 @final
@@ -99,8 +135,7 @@ class PeerUpdate:
     """
 
     payload: bytes | memoryview
-    codec: str
-    num_values: int
+    form: Form
     peer_id: str
     parties: int = 1
     """Of a masked group: how many peers' values, ours included, are added up in it."""

@@ -14,6 +14,7 @@ from benchmarks.simulator.links import Links
 from benchmarks.simulator.peers import EPSILON, Peers
 from benchmarks.simulator.spec import Run
 from xpeer.manifest import Optimiser
+from xpeer.update import Form
 from xpeer.wire import codec
 
 
@@ -101,6 +102,6 @@ class Together:
         wanted = gradient + self._left[peer]
         payload = codec.encode(CODEC, wanted)
         self.sent_bytes = 2 * len(payload)  # parameters travel beside it
-        sent = codec.decode(CODEC, payload, wanted.numel())
+        sent = codec.decode(Form(CODEC, wanted.numel()), payload)
         self._left[peer] = wanted - sent
         return sent

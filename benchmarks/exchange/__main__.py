@@ -14,7 +14,7 @@ from benchmarks import common
 from benchmarks.exchange import measure
 from benchmarks.exchange.hosts import Host, can_shape, hosts
 from benchmarks.exchange.plot import draw
-from xpeer.wire.codec import encoded_bytes
+from xpeer.update import Form
 
 COMMAND = "python -m benchmarks.exchange"
 FULL = {"params": 100_000_000, "groups": [2, 4], "links": [100.0, 500.0], "repeats": 5}
@@ -73,7 +73,7 @@ async def shaped(machines: list[Host], mbit: float, plan: dict[str, Any]) -> dic
     """Averaging on shaped links, and the share of the link's rate that payloads got."""
     plan = {**plan, "repeats": min(2, plan["repeats"])}
     found: dict[str, Any] = {"averaging": await averaging(machines, ["float16"], ["int8"], plan)}
-    payload = encoded_bytes("int8", plan["params"])
+    payload = Form("int8", plan["params"]).num_bytes
     shares = {
         name: payload / statistics.median(run["swaps"])
         for name, run in found["averaging"].items()

@@ -18,12 +18,12 @@ from xpeer.training.rules import Rule
 from xpeer.update import (
     Checked,
     CompressedUpdate,
+    Form,
     PeerUpdate,
     PrivateUpdate,
     RawUpdate,
     received_stamp,
 )
-from xpeer.wire import codec
 
 if TYPE_CHECKING:
     from xpeer.training.parts import Mechanism, Parameters
@@ -59,17 +59,15 @@ class AveragingTrainer:
     def __init__(self, values: torch.Tensor, codec_name: str) -> None:
         flat = torch.nn.functional.pad(values, (0, padded(len(values)) - len(values)))
         self.values = flat[: len(values)]
-        self.codec = codec_name
         self.seconds: defaultdict[str, float] = defaultdict(float)
         parameters = cast("Parameters", SimpleNamespace(flat=flat))
         mechanism = cast("Mechanism", SimpleNamespace(stamp=_stamp))
         fragments = Fragments(len(values), 1)
-        self.num_values = fragments.size(0)
+        self.form = Form(codec_name, fragments.size(0))
         self._exchanges = Exchanges(parameters, fragments, codec_name, mechanism, Rule())
         for _ in range(2):  # memory that a peer in mid-run has in use
-            self._exchanges.buffers.give(torch.zeros(self.num_values))
-            payload = codec.encoded_bytes(codec_name, self.num_values)
-            self._exchanges.buffers.give(torch.zeros(payload, dtype=torch.uint8))
+            self._exchanges.buffers.give(torch.zeros(self.form.num_values))
+            self._exchanges.buffers.give(torch.zeros(self.form.num_bytes, dtype=torch.uint8))
         self._ready = 0.0
 
     async def snapshot(
@@ -101,9 +99,7 @@ class AveragingTrainer:
 
     def _verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         with self._timed("difference"):
-            return self._exchanges.verify(
-                meeting_id, exchange_id, update.codec, memoryview(update.payload), update.num_values
-            )
+            return self._exchanges.verify(meeting_id, exchange_id, update)
 
     def _merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         with self._timed("merge"):

@@ -20,7 +20,6 @@ from xpeer.network.link import Link
 from xpeer.network.membership import Credential, Membership
 from xpeer.network.swarm import Swarm
 from xpeer.round import Meeting
-from xpeer.wire.codec import encoded_bytes
 from xpeer.wire.messages import Accept, Payload, Propose, Terms
 
 DEADLINE_S = 300.0
@@ -41,9 +40,7 @@ class Peer:
 
     async def serve(self) -> None:
         """Answer partners."""
-        await self._swarm.serve_links(
-            PROTOCOL, answering(self._party, self, encoded_bytes), "member"
-        )
+        await self._swarm.serve_links(PROTOCOL, answering(self._party, self), "member")
         await self._swarm.serve_links(BULK_PROTOCOL, self._take_bulk, "member")
 
     async def handle(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -79,16 +76,13 @@ class Peer:
 
     async def _propose(self, to: PeerId, number: int) -> None:
         assert self._trainer is not None
-        name, num_values = self._trainer.codec, self._trainer.num_values
         agreement = await self._proposer.propose(
             to,
             self,
             slot=number,
             fragment=0,
             averaging=False,
-            codec=name,
-            num_values=num_values,
-            num_bytes=encoded_bytes(name, num_values),
+            form=self._trainer.form,
             timeout_s=DEADLINE_S,
         )
         healthy = False

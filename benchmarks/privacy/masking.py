@@ -30,8 +30,8 @@ from xpeer.network.membership import Membership, Scope
 from xpeer.network.stream import Stream
 from xpeer.privacy import masks
 from xpeer.round import Given, Meeting
+from xpeer.update import Form
 from xpeer.wire import fixedpoint, kernels
-from xpeer.wire.codec import encoded_bytes
 from xpeer.wire.fixedpoint import Grid
 from xpeer.wire.messages import Terms
 
@@ -65,8 +65,8 @@ class _Member:
         n = self.vector.fragment_values(0, averaging=True)
         terms = Terms(weight=1.0, group_weight=float(k), epoch=1, ledger_counter=0)
         return Agreement(
-            link=link, exchange_id=number, slot=slot, fragment=0, averaging=True, codec=name,
-            num_values=n, num_bytes=encoded_bytes(name, n), ours=terms, theirs=terms,
+            link=link, exchange_id=number, slot=slot, fragment=0, averaging=True,
+            form=Form(name, n), ours=terms, theirs=terms,
         )  # fmt: skip
 
     async def meet(self, name: str, slot: int) -> None:
@@ -143,13 +143,13 @@ def _parts(name: str, num_params: int, repetitions: int) -> dict[str, float]:
     grid, me, partner = GRIDS[name], PeerId("a"), PeerId("b")
     values = torch.randn(num_params, generator=torch.Generator().manual_seed(0)) * 0.02
     out = torch.empty(num_params)
-    payload = bytearray(encoded_bytes(name, num_params))
+    payload = bytearray(Form(name, num_params).num_bytes)
     fixedpoint.encode_into(grid, values, payload)
     own, total, hidden = bytes(payload), bytearray(payload), bytearray(payload)
-    rings = fixedpoint.rings(name, total, num_params)
+    rings = fixedpoint.rings(Form(name, num_params), total)
     for _ in range(2):
-        fixedpoint.add_into(rings, fixedpoint.rings(name, own, num_params))
-    masked = fixedpoint.rings(name, hidden, num_params)
+        fixedpoint.add_into(rings, fixedpoint.rings(Form(name, num_params), own))
+    masked = fixedpoint.rings(Form(name, num_params), hidden)
     work: dict[str, Callable[[], object]] = {
         "decode the sum": lambda: fixedpoint.difference(grid, own, total, 3, out),
         "round to the grid": lambda: fixedpoint.encode_into(grid, values, payload),

@@ -29,6 +29,7 @@ from xpeer.training.flat import FlatParameters
 from xpeer.training.local import LocalTrainer
 from xpeer.training.losses import record_losses
 from xpeer.training.parts import Evaluation
+from xpeer.update import PeerUpdate
 from xpeer.wire import codec
 
 SWARM_ID = "5eed" * 16
@@ -153,13 +154,13 @@ class Swarm:
             trainer = self.trainers[peer]
             private = trainer.snapshot(number, fragment, averaging=averaging)
             update = trainer.exchanges.compress(number, private)
-            sent.append((bytes(update.payload), update.codec, update.num_values))
+            sent.append(PeerUpdate(bytes(update.payload), update.form, peer_id=""))
             if self._watch is not None and not averaging:
-                values = codec.decode(update.codec, sent[-1][0], update.num_values)
+                values = codec.decode(update.form, sent[-1].payload)
                 self._watch(Shown(peer, self._slot, fragment, values))
-        for peer, (payload, name, num_values) in zip(pair, reversed(sent), strict=True):
+        for peer, received in zip(pair, reversed(sent), strict=True):
             exchanges = self.trainers[peer].exchanges
-            exchanges.verify(number, number, name, memoryview(payload), num_values)
+            exchanges.verify(number, number, received)
             exchanges.resolve(number, {number: 0.5})
             self.trainers[peer].merge(number)
 

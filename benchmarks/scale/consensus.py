@@ -21,6 +21,7 @@ from xpeer.network import matching
 from xpeer.training.fragments import Fragments
 from xpeer.training.limits import NormLimit
 from xpeer.training.mixing import difference
+from xpeer.update import Form
 from xpeer.wire import codec, messages
 from xpeer.wire.frames import FRAME_BYTES, FRAME_OVERHEAD
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Terms
@@ -78,7 +79,7 @@ def run(peers: int, *, k: int = 2, zones: int = 0, seed: int = 0) -> Consensus:
             _exchange(theta, members, chosen, [limits[m] for m in members], k or len(members))
             exchanges += len(members) * (len(members) - 1)
         slot += 1
-    num_bytes = codec.encoded_bytes("int8", len(fragments.indices(0)))
+    num_bytes = Form("int8", len(fragments.indices(0))).num_bytes
     num_messages, sent = _of_one_exchange(num_bytes)
     each = exchanges / peers
     return Consensus(
@@ -129,12 +130,13 @@ def _exchange(
     k: int,
 ) -> None:
     """All pairs of a group, from one snapshot of each."""
+    form = Form("int8", len(chosen))
     payloads = [codec.encode("int8", theta[m].index_select(0, chosen)) for m in members]
     for m, (here, limit) in zip(members, enumerate(limits), strict=True):
-        own = codec.decode("int8", payloads[here], len(chosen))
+        own = codec.decode(form, payloads[here])
         for there, payload in enumerate(payloads):
             if there != here:
-                found = difference("int8", own, payload, own.numel(), [limit.kept], 0)
+                found = difference(form, own, payload, [limit.kept], 0)
                 theta[m].index_add_(0, chosen, found.values[0], alpha=1 / k)
                 if not found.clipped:
                     limit.accepted(found.norms[0])

@@ -24,7 +24,6 @@ from xpeer.network.membership import Credential, Membership
 from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
-from xpeer.wire import codec
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.partners import Partners, Record
 
@@ -129,15 +128,12 @@ class RigPeer:
             manifest=self._manifest,
             host=self,
             proposer=self._proposer,
-            num_bytes=codec.encoded_bytes,
             nudge=lambda peer_id: nudging.ask(self.swarm, peer_id),
             clock=time.time,
             partners=self.book,
         )
         await self.swarm.serve_links(
-            exchange.PROTOCOL,
-            exchange.answering(party, self.gossip, codec.encoded_bytes),
-            "member",
+            exchange.PROTOCOL, exchange.answering(party, self.gossip), "member"
         )
         loops = (self._announcing(), self._refreshing(), self.gossip.run())
         self._tasks = [asyncio.create_task(loop) for loop in loops]

@@ -24,6 +24,7 @@ from xpeer.training.fragments import Fragments
 from xpeer.training.limits import Movement, NormLimit, Scale
 from xpeer.training.mixing import difference
 from xpeer.training.rules.base import Correction
+from xpeer.update import Form
 from xpeer.wire import codec
 from xpeer.wire.messages import Terms
 
@@ -141,7 +142,7 @@ class Exchange:
         name = self._run.codec
         dither = self._chance.getrandbits(62) if name in COARSE else None
         payload = codec.encode(name, values, dither=dither)
-        return payload, codec.decode(name, payload, values.numel())
+        return payload, codec.decode(Form(name, values.numel()), payload)
 
     def _groups(self, slot: int) -> list[Sequence[int]]:
         if self._run.group == "all":
@@ -201,9 +202,8 @@ class Exchange:
             if other == peer:
                 continue
             bounds = [limit.of(self._names[other], scale) for limit in limits]
-            found = difference(
-                self._run.codec, own.view(-1), payload, own.numel(), bounds, rule.parameters_at
-            )
+            form = Form(self._run.codec, own.numel())
+            found = difference(form, own.view(-1), payload, bounds, rule.parameters_at)
             for limit, norm in zip(limits, found.norms, strict=True):
                 if found.clipped:
                     limit.clipped(self._names[other])

@@ -18,6 +18,7 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import matching
 from xpeer.network.exchange import Agreement, Desk, Proposer, UnresolvedError
+from xpeer.update import Form
 from xpeer.weights import weighting_of
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.host import GossipTrainer, Host
@@ -44,7 +45,6 @@ class Gossip(Desk):
         manifest: slots, fragments, codec, weighting, deadlines.
         host: the node.
         proposer: our links.
-        num_bytes: exact payload size of (codec, num_values).
         nudge: ask a member with a lower PeerID to propose to us.
         clock: shared wall clock, seconds; slots are numbered by it.
         partners: what came of all exchanges is written down there.
@@ -58,7 +58,6 @@ class Gossip(Desk):
         manifest: Manifest,
         host: Host,
         proposer: Proposer,
-        num_bytes: Callable[[str, int], int],
         nudge: Callable[[PeerId], Awaitable[None]],
         clock: Callable[[], float],
         partners: Partners,
@@ -68,7 +67,6 @@ class Gossip(Desk):
         self._round = manifest.round
         self._host = host
         self._proposer = proposer
-        self._num_bytes = num_bytes
         self._nudge = nudge
         self._clock = clock
         self._partners = partners
@@ -250,7 +248,7 @@ class Gossip(Desk):
         if not self._meetings.joinable(slot, fragment, averaging, candidates[0]):
             return
         num_values = trainer.fragment_values(fragment, averaging=averaging)
-        codec = self._round.payload_codec
+        form = Form(self._round.payload_codec, num_values)
         for peer_id in candidates:
             began = self._clock()
             try:
@@ -260,9 +258,7 @@ class Gossip(Desk):
                     slot=slot,
                     fragment=fragment,
                     averaging=averaging,
-                    codec=codec,
-                    num_values=num_values,
-                    num_bytes=self._num_bytes(codec, num_values),
+                    form=form,
                     timeout_s=min(PROPOSAL_TIMEOUT_S, self._round.deadline_s),
                 )
             except PeerError as e:

@@ -153,19 +153,19 @@ class Partners:
 
     def done(self, agreement: Agreement, result: Exchanged, took_s: float) -> None:
         """Both sides accepted."""
-        record = self[agreement.peer_id]
+        record, form = self[agreement.peer_id], agreement.form
         before = took_s if record.seconds is None else record.seconds
         record.seconds = _SMOOTHING * before + (1 - _SMOOTHING) * took_s
         record.merged.append(agreement.exchange_id)
         record.refuses_our_ledger = False
         record.done += 1
         record.last_done_s = self._clock()
-        record.payload_bytes += result.num_bytes
+        record.payload_bytes += form.num_bytes
         record.backoff.done(self._clock(), self._turn_s, clipped=result.clipped)
-        self._rates.saw(agreement.peer_id, result.num_bytes, took_s)
+        self._rates.saw(agreement.peer_id, form.num_bytes, took_s)
         self.exchanges += 1
-        self.values_sent += result.num_values
-        self.payload_bytes_sent += result.num_bytes
+        self.values_sent += form.num_values
+        self.payload_bytes_sent += form.num_bytes
         self._on_exchanged(agreement, result, took_s)
 
     def failed(

@@ -40,7 +40,6 @@ from xpeer.training.handle import (
 )
 from xpeer.training.ipc import error_of
 from xpeer.training.setup import TrainerSetup
-from xpeer.wire.codec import encoded_bytes
 from xpeer_daemon import logs, report, watch
 from xpeer_daemon.api import ControlApi
 from xpeer_daemon.donors import Donors
@@ -230,7 +229,6 @@ class Service:
             manifest=manifest,
             host=node,
             proposer=self._proposer,
-            num_bytes=encoded_bytes,
             nudge=lambda peer_id: nudging.ask(self._swarm, peer_id),
             clock=time.time,
             partners=self._book,
@@ -260,7 +258,7 @@ class Service:
         await about.serve(self._swarm, node.about)
         await self._swarm.serve_links(
             exchange.PROTOCOL,
-            exchange.answering(self._party, self._gossip, encoded_bytes),
+            exchange.answering(self._party, self._gossip),
             "member",
         )
         await self._swarm.serve_links(

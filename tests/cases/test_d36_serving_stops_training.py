@@ -35,6 +35,7 @@ from xpeer.training.ipc import (
 )
 from xpeer.training.local import LocalTrainer
 from xpeer.training.service import Service
+from xpeer.update import Form
 from xpeer.wire import codec
 
 JOINERS = 4
@@ -120,7 +121,7 @@ def show_partners(trainer: LocalTrainer) -> None:
     for fragment in range(exchanges.fragments.num_fragments):
         values = exchanges.fragments.gather(trainer.parameters.flat, fragment)
         kept = torch.frombuffer(bytearray(codec.encode("int8", values)), dtype=torch.uint8)
-        exchanges.consolidation.merged(fragment, Shown("int8", kept))
+        exchanges.consolidation.merged(fragment, Shown(Form("int8", len(values)), kept))
 
 
 @pytest.mark.parametrize("met", [False, True], ids=["alone", "with partners"])

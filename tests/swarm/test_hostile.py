@@ -27,10 +27,11 @@ from xpeer.network.link import Link
 from xpeer.network.p2p import STREAMS_PER_PEER
 from xpeer.network.roster import Roster
 from xpeer.network.swarm import Swarm
-from xpeer.update import Checked, CompressedUpdate, PeerUpdate
+from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
 from xpeer.wire.messages import Propose, Terms
 
-SIZE = 400_000
+FORM = Form("int8", 400_000)
+SIZE = FORM.num_bytes
 STAMP = privacy_stamp()
 DEADLINE_S = 8.0
 
@@ -50,7 +51,7 @@ class Trainer:
     async def snapshot(
         self, meeting_id: int, fragment: int, *, averaging: bool
     ) -> CompressedUpdate:
-        return CompressedUpdate(bytes(SIZE), "int8", SIZE, 1, STAMP)
+        return CompressedUpdate(bytes(SIZE), FORM, 1, STAMP)
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         self.in_the_middle.set()
@@ -75,14 +76,12 @@ class Peer:
         self.proposer = Proposer(self.party, swarm)
 
     async def answer(self) -> None:
-        await self.swarm.serve_links(
-            PROTOCOL, answering(self.party, self, lambda codec, n: n), "member"
-        )
+        await self.swarm.serve_links(PROTOCOL, answering(self.party, self), "member")
 
     async def propose(self, to: PeerId) -> None:
         agreement = await self.proposer.propose(
-            to, self, slot=1, fragment=0, averaging=False, codec="int8", num_values=SIZE,
-            num_bytes=SIZE, timeout_s=DEADLINE_S,
+            to, self, slot=1, fragment=0, averaging=False, form=FORM,
+            timeout_s=DEADLINE_S,
         )  # fmt: skip
         healthy = False
         try:

@@ -27,8 +27,7 @@ from xpeer.identity import Identity
 from xpeer.network.exchange import Proposer, answering
 from xpeer.training.handle import TrainerProcess
 from xpeer.training.setup import TrainerSetup
-from xpeer.update import Checked, CompressedUpdate, PeerUpdate
-from xpeer.wire.codec import encoded_bytes
+from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -117,13 +116,12 @@ async def exchange(low: Node, high: Node, slot: int) -> tuple[Noise, Noise]:
     ours, theirs = sorted((Identity.generate(), Identity.generate()), key=lambda i: i.peer_id)
     near, far = streams(ours, theirs)
     desk = FakeDesk(high.tapped)  # type: ignore[arg-type] # any trainer will do
-    serving = asyncio.ensure_future(answering(party(theirs), desk, encoded_bytes)(far))
+    serving = asyncio.ensure_future(answering(party(theirs), desk)(far))
     values = low.trainer.fragment_values(0, averaging=False)
     proposer = Proposer(party(ours), Dialler(near))
     agreement = await proposer.propose(
         theirs.peer_id, FakeDesk(low.tapped), slot=slot, fragment=0, averaging=False,  # type: ignore[arg-type] # likewise
-        codec="float32", num_values=values, num_bytes=encoded_bytes("float32", values),
-        timeout_s=DEADLINE_S,
+        form=Form("float32", values), timeout_s=DEADLINE_S,
     )  # fmt: skip
     await meet(low.tapped, agreement, DEADLINE_S)
     await desk.outcome

@@ -23,7 +23,6 @@ from xpeer.network.stream import Stream
 from xpeer.privacy import masks
 from xpeer.round import Exchanged
 from xpeer.wire import messages
-from xpeer.wire.codec import encoded_bytes
 from xpeer.wire.fixedpoint import Grid
 from xpeer.wire.messages import Accept, MaskStep, Payload, Terms
 
@@ -138,10 +137,10 @@ class Group:
 
 def _agreement(member: Member, link: Link, number: int) -> Agreement:
     n = member.trainer.fragment_values(0, averaging=True)
-    codec = (member.trainer.exchanges.grid or GRID).codec
+    form = (member.trainer.exchanges.grid or GRID).form(n)
     return Agreement(
-        link=link, exchange_id=number, slot=7, fragment=0, averaging=True, codec=codec,
-        num_values=n, num_bytes=encoded_bytes(codec, n), ours=TERMS, theirs=TERMS,
+        link=link, exchange_id=number, slot=7, fragment=0, averaging=True, form=form,
+        ours=TERMS, theirs=TERMS,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from tests.factories import privacy_stamp
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.identity import PeerId
 from xpeer.round import Meeting
-from xpeer.update import Checked, CompressedUpdate, PeerUpdate
+from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
 from xpeer.wire.messages import Terms
 
 STAMP = privacy_stamp()
@@ -29,7 +29,7 @@ class FakeTrainer:
     ) -> CompressedUpdate:
         self.log.append(("snapshot", meeting_id, fragment, averaging))
         await asyncio.sleep(0)
-        return CompressedUpdate(b"ours", "int8", 4, 1, STAMP)
+        return CompressedUpdate(b"ours", Form("int8", 2), 1, STAMP)
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         if update.payload == b"bad":
@@ -46,7 +46,7 @@ class FakeTrainer:
 
 
 class FakeAgreement:
-    slot, fragment, num_bytes, num_values = 5, 2, 4, 4
+    slot, fragment = 5, 2
 
     def __init__(self, peer_id: PeerId, exchange_id: int, payload: bytes = b"good") -> None:
         self.peer_id, self.exchange_id = peer_id, exchange_id

@@ -26,7 +26,7 @@ from xpeer.identity import Identity, PeerId
 from xpeer.network import bulk
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
-from xpeer.update import CompressedUpdate, MaskedUpdate, PeerUpdate
+from xpeer.update import CompressedUpdate, Form, MaskedUpdate, PeerUpdate
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
 from xpeer.wire.session import Handshake, Purpose
 
@@ -122,10 +122,8 @@ class Agreement:
     slot: int
     fragment: int
     averaging: bool
-    codec: str
-    num_values: int
-    num_bytes: int
-    """Exact size of either payload, from codec and num_values: never the partner's word."""
+    form: Form
+    """Of either payload. Its size follows from it: nobody's word counts."""
     ours: Terms
     theirs: Terms
     digests: Digests = field(default_factory=Digests, init=False)
@@ -141,8 +139,8 @@ class Agreement:
         Raises:
             PeerError: size or digest wrong, stream broken or stalled.
         """
-        if len(update.payload) != self.num_bytes or update.num_values != self.num_values:
-            raise PeerError(Reason.WRONG_MODEL, "our own update is not of the agreed size")
+        if update.form != self.form or len(update.payload) != self.form.num_bytes:
+            raise PeerError(Reason.WRONG_MODEL, "our own update is not of the agreed form")
         sending = asyncio.ensure_future(self._send(update.payload))
         receiving = asyncio.ensure_future(self._receive())
         try:
@@ -153,26 +151,22 @@ class Agreement:
             await asyncio.gather(sending, receiving, return_exceptions=True)
         payload, self.digests.received = receiving.result()
         self.digests.sent = sending.result()
-        return PeerUpdate(
-            payload=payload,
-            codec=self.codec,
-            num_values=self.num_values,
-            peer_id=self.peer_id,
-        )
+        return PeerUpdate(payload, self.form, self.peer_id)
 
     async def _send(self, payload: bytes | memoryview) -> bytes:
-        await self.link.send(Payload(self.exchange_id, self.num_bytes))
+        await self.link.send(Payload(self.exchange_id, self.form.num_bytes))
         return await self.link.send_bulk(payload)
 
     async def _receive(self) -> tuple[memoryview, bytes]:
         # The partner may be in the middle of a long step: the exchange's own deadline bounds this.
         announced = await self.link.expect(Payload, self.exchange_id, timeout_s=float("inf"))
-        if announced.num_bytes != self.num_bytes:
+        agreed = self.form.num_bytes
+        if announced.num_bytes != agreed:
             raise PeerError(
-                Reason.OVERSIZE if announced.num_bytes > self.num_bytes else Reason.MALFORMED,
-                f"{announced.num_bytes} bytes announced, {self.num_bytes} agreed",
+                Reason.OVERSIZE if announced.num_bytes > agreed else Reason.MALFORMED,
+                f"{announced.num_bytes} bytes announced, {agreed} agreed",
             )
-        return await self.link.receive_bulk(self.num_bytes)
+        return await self.link.receive_bulk(agreed)
 
     def release(self, received: PeerUpdate) -> None:
         """What `swap` gave was verified, and nobody refers to it any more."""
@@ -226,9 +220,7 @@ class Proposer:
         slot: int,
         fragment: int,
         averaging: bool,
-        codec: str,
-        num_values: int,
-        num_bytes: int,
+        form: Form,
         timeout_s: float,
     ) -> Agreement:
         """Ask a partner for an exchange. Release with `done`, whatever happens after.
@@ -244,9 +236,8 @@ class Proposer:
                 link = await self._link(peer_id, timeout_s)
                 ours = desk.terms(peer_id, slot)
                 exchange_id = secrets.randbits(63)
-                await link.send(
-                    Propose(exchange_id, slot, fragment, codec, num_values, averaging, ours)
-                )
+                what = form.codec, form.num_values, averaging
+                await link.send(Propose(exchange_id, slot, fragment, *what, ours))
                 answer = await link.expect(Agree, exchange_id, timeout_s=float("inf"))
                 try:
                     desk.settled_before(peer_id, answer.terms)
@@ -269,9 +260,7 @@ class Proposer:
             slot=slot,
             fragment=fragment,
             averaging=averaging,
-            codec=codec,
-            num_values=num_values,
-            num_bytes=num_bytes,
+            form=form,
             ours=ours,
             theirs=answer.terms,
         )
@@ -307,15 +296,12 @@ class Proposer:
         return link
 
 
-def answering(
-    party: Party, desk: Desk, num_bytes: Callable[[str, int], int]
-) -> Callable[[Link], Awaitable[None]]:
+def answering(party: Party, desk: Desk) -> Callable[[Link], Awaitable[None]]:
     """The handler of links that lower PeerIDs open to us.
 
     Args:
         party: us.
-        desk: decides and takes part.
-        num_bytes: exact payload size of (codec, num_values).
+        desk: decides and takes part. What it has no objection to is of a form that it expects.
     """
 
     async def handle(link: Link) -> None:
@@ -352,9 +338,7 @@ def answering(
                 slot=proposal.slot,
                 fragment=proposal.fragment,
                 averaging=proposal.averaging,
-                codec=proposal.codec,
-                num_values=proposal.num_values,
-                num_bytes=num_bytes(proposal.codec, proposal.num_values),
+                form=proposal.form,
                 ours=ours,
                 theirs=proposal.terms,
             )

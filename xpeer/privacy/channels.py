@@ -107,18 +107,19 @@ _NETWORK: Final = {
 }
 
 _UPDATE: Final = {
+    "Form": _of("partners", public="codec num_values", why="sent as fields of Propose"),
     "RawUpdate": _of("node", noised="values", timing="step", why="never leaves the trainer"),
     "PrivacyStamp": _of("node", public="mode", local="steps_charged", withheld="issuer"),
     "PrivateUpdate": _of("node", noised="values", timing="step", parts="stamp"),
     "CompressedUpdate": _of(
         "partners",
         noised="payload",
-        public="codec num_values",
+        parts="form",
         withheld="step stamp",
         why="step and stamp stay with the daemon; rounding has randomness of its own",
     ),
-    "MaskedUpdate": _of("partners", noised="payload", public="codec num_values"),
-    "PeerUpdate": _of("node", derived="payload", public="codec num_values peer_id parties"),
+    "MaskedUpdate": _of("partners", noised="payload", parts="form"),
+    "PeerUpdate": _of("node", derived="payload", public="peer_id parties", parts="form"),
     "ModelState": _of("members", noised="payload", timing="step", derived="loss_public"),
 }
 
@@ -133,9 +134,10 @@ _IPC: Final = {
     "Reply": _of("node", public="number", parts="result"),
     "Snapshotted": _of(
         "node",
-        public="num_bytes codec num_values privacy_mode",
+        public="privacy_mode",
         timing="step",
         local="steps_charged",
+        parts="form",
     ),
     "Verified": _of("node", derived="distance clipped"),
     "Done": _of("node"),

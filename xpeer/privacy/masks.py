@@ -36,6 +36,7 @@ from nacl.public import PrivateKey
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, PeerId, blake2b
+from xpeer.update import Form
 
 _NONCE: Final = bytes(16)
 """Counter and nonce: every key is used for one stream."""
@@ -52,8 +53,7 @@ class Group:
     swarm_id: str
     slot: int
     fragment: int
-    codec: str
-    num_values: int
+    form: Form
 
     def roster(self, keys: Mapping[PeerId, bytes]) -> bytes:
         """The roster's digest: what is exchanged, by whom, and everybody's fresh key."""
@@ -62,8 +62,8 @@ class Group:
             Domain.MASKS,
             b"roster",
             self.swarm_id.encode(),
-            self.codec.encode(),
-            *_numbers(self.slot, self.fragment, self.num_values),
+            self.form.codec.encode(),
+            *_numbers(self.slot, self.fragment, self.form.num_values),
             *members,
         )
 

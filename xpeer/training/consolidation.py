@@ -21,6 +21,7 @@ import torch
 
 from xpeer.training.buffers import Buffers
 from xpeer.training.fragments import Fragments, padded
+from xpeer.update import Form
 from xpeer.wire import codec
 
 PARTNERS: Final = 2
@@ -32,36 +33,26 @@ _KEPT: Final = "int8"
 class Shown:
     """A partner's values of one fragment, as it showed them."""
 
-    codec: str
+    form: Form
     payload: torch.Tensor  # (bytes,) uint8
     lent: bool = False
     """Another thread may be reading it."""
 
 
-def shown(
-    name: str,
-    payload: codec.Payload,
-    num_values: int,
-    vector: slice,
-    buffers: Buffers,
-) -> Shown:
+def shown(form: Form, payload: codec.Payload, vector: slice, buffers: Buffers) -> Shown:
     """Keep a verified payload, or what it holds of the parameters as int8.
 
     Args:
-        name: its codec.
+        form: of the payload.
         payload: as received; copied.
-        num_values: in it.
-        vector: which of them are parameters.
+        vector: which of its values are parameters.
         buffers: where memory is taken.
     """
-    if vector == slice(0, num_values):
+    if vector == slice(0, form.num_values):
         kept = buffers.take(memoryview(payload).nbytes, torch.uint8)
         codec.view(kept)[:] = memoryview(payload).cast("B")
-        return Shown(name, kept)
-    values = codec.decode(name, payload, num_values)[vector]
-    kept = buffers.take(codec.encoded_bytes(_KEPT, values.numel()), torch.uint8)
-    codec.encode_into(_KEPT, values, codec.view(kept))
-    return Shown(_KEPT, kept)
+        return Shown(form, kept)
+    return _kept(codec.decode(form, payload)[vector], buffers)
 
 
 def shown_mean(theta: torch.Tensor, z: torch.Tensor, buffers: Buffers) -> Shown:
@@ -72,9 +63,14 @@ def shown_mean(theta: torch.Tensor, z: torch.Tensor, buffers: Buffers) -> Shown:
         z: (n,) float32: the others' mean minus it, up to the grid's step.
         buffers: where memory is taken.
     """
-    kept = buffers.take(codec.encoded_bytes(_KEPT, theta.numel()), torch.uint8)
-    codec.encode_into(_KEPT, theta + z, codec.view(kept))
-    return Shown(_KEPT, kept)
+    return _kept(theta + z, buffers)
+
+
+def _kept(values: torch.Tensor, buffers: Buffers) -> Shown:
+    form = Form(_KEPT, values.numel())
+    payload = buffers.take(form.num_bytes, torch.uint8)
+    codec.encode_into(_KEPT, values, codec.view(payload))
+    return Shown(form, payload)
 
 
 class Consolidation:
@@ -124,14 +120,14 @@ def consolidate(
     out[: flat.numel()] = flat
     for fragment, kept in received.items():
         own = fragments.gather(out, fragment)
-        total = sum((codec.decode(s.codec, codec.view(s.payload), own.numel()) for s in kept), own)
+        total = sum((codec.decode(s.form, codec.view(s.payload)) for s in kept), own)
         fragments.add_(out, fragment, total.div(1 + len(kept)).sub_(own))
     return out[: flat.numel()]
 
 
 def packed(flat: torch.Tensor, consolidated: torch.Tensor) -> torch.Tensor:
     """For a checkpoint: what consolidation adds, (bytes,) uint8; a byte for each parameter."""
-    out = torch.empty(codec.encoded_bytes(_KEPT, flat.numel()), dtype=torch.uint8)
+    out = torch.empty(Form(_KEPT, flat.numel()).num_bytes, dtype=torch.uint8)
     codec.encode_into(_KEPT, consolidated - flat, codec.view(out))
     return out
 
@@ -142,4 +138,4 @@ def unpacked(flat: torch.Tensor, addition: torch.Tensor) -> torch.Tensor:
     Raises:
         PeerError: `addition` is not what `packed` makes of this many parameters.
     """
-    return flat + codec.decode(_KEPT, codec.view(addition), flat.numel())
+    return flat + codec.decode(Form(_KEPT, flat.numel()), codec.view(addition))

@@ -28,7 +28,7 @@ from xpeer.training.mixing import Difference, difference
 from xpeer.training.parts import Mechanism, Parameters
 from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
-from xpeer.update import Checked, CompressedUpdate, PrivateUpdate, RawUpdate
+from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate, PrivateUpdate, RawUpdate
 from xpeer.wire import codec as wire_codec
 from xpeer.wire import fixedpoint, merge
 from xpeer.wire.fixedpoint import Grid
@@ -140,8 +140,7 @@ class Exchanges:
             return
         each = max(self.fragments.size(f) for f in range(self.fragments.num_fragments))
         merge.prepare(
-            self.codec,
-            self.rule.vectors * each,
+            Form(self.codec, self.rule.vectors * each),
             stochastic=self._dither() is not None,
             decoded=self._decodes_own(self.rule),
         )
@@ -201,9 +200,8 @@ class Exchanges:
         """
         with self._lock:
             meeting = self._get(meeting_id)
-        name = self.codec if self.grid is None else self.grid.codec
-        num_bytes = wire_codec.encoded_bytes(name, update.values.numel())
-        payload = self.buffers.take(num_bytes, torch.uint8)
+        form = self._form(update.values.numel())
+        payload = self.buffers.take(form.num_bytes, torch.uint8)
         try:
             if self.grid is not None:
                 compressed = fixedpoint.compress(update, self.grid, payload)
@@ -218,16 +216,7 @@ class Exchanges:
         meeting.own = self._own(meeting.rule, compressed)
         return compressed
 
-    def verify(
-        self,
-        meeting_id: int,
-        exchange_id: int,
-        codec: str,
-        payload: memoryview,
-        num_values: int,
-        parties: int = 1,
-        partner: str = "",
-    ) -> Checked:
+    def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         """Off the training thread: decode and check one partner's payload, or a masked group's sum.
 
         Returns:
@@ -245,35 +234,33 @@ class Exchanges:
             raise TrainerError(f"meeting {meeting_id} has no snapshot, or knows {exchange_id}")
         if crowded:
             raise PeerError(Reason.BUSY, f"{MAX_GROUP} partners in one meeting")
-        rule = meeting.rule
-        expected = rule.vectors * meeting.theta.numel()
-        if num_values != expected:
-            raise PeerError(Reason.WRONG_MODEL, f"{num_values} values, {expected} expected")
-        if codec != (self.codec if self.grid is None else self.grid.codec):
+        rule, form = meeting.rule, update.form
+        expected = self._form(rule.vectors * meeting.theta.numel())
+        if form.num_values != expected.num_values:
+            detail = f"{form.num_values} values, {expected.num_values} expected"
+            raise PeerError(Reason.WRONG_MODEL, detail)
+        if form != expected:
             raise PeerError(Reason.WRONG_CODEC, "the payload is not of the manifest's codec")
         if self.grid is not None:
-            return self._verify_sum(meeting, exchange_id, payload, parties)
+            return self._verify_sum(meeting, exchange_id, update)
         found = difference(
-            codec,
+            form,
             own,
-            payload,
-            expected,
-            [limit.of(partner, meeting.scale) for limit in self._limits[rule]],
+            update.payload,
+            [limit.of(update.peer_id, meeting.scale) for limit in self._limits[rule]],
             rule.parameters_at,
-            out=self.buffers.take(expected),
+            out=self.buffers.take(form.num_values),
         )
-        values = None if found.clipped else self._shown(rule, payload, num_values)
-        meeting.partners[exchange_id] = partner
+        values = None if found.clipped else self._shown(rule, update)
+        meeting.partners[exchange_id] = update.peer_id
         return self._found(meeting, exchange_id, found, values)
 
-    def _verify_sum(
-        self, meeting: _Meeting, exchange_id: int, total: memoryview, parties: int
-    ) -> Checked:
+    def _verify_sum(self, meeting: _Meeting, exchange_id: int, total: PeerUpdate) -> Checked:
         if self.grid is None or meeting.payload is None:
             raise TrainerError("a group's sum, and no masks")
         own = wire_codec.view(meeting.payload)
         limit = self._limits[meeting.rule][0].of("", meeting.scale)
-        found = sums.decoded(self.grid, meeting.theta, own, total, parties, limit, self.buffers)
+        found = sums.decoded(self.grid, meeting.theta, own, total, limit, self.buffers)
         meeting.mean = found.mean
         return self._found(meeting, exchange_id, found.difference, found.shown)
 
@@ -406,15 +393,18 @@ class Exchanges:
         """
         if self.grid is not None or not self._decodes_own(rule):
             return sent.payload
-        return wire_codec.decode(self.codec, sent.payload, sent.num_values)
+        return wire_codec.decode(sent.form, sent.payload)
 
     def _decodes_own(self, rule: Rule) -> bool:
         return rule.reads_own or rule.vectors > 1
 
-    def _shown(self, rule: Rule, payload: memoryview, num_values: int) -> Shown:
-        each = num_values // rule.vectors
+    def _form(self, num_values: int) -> Form:
+        return Form(self.codec, num_values) if self.grid is None else self.grid.form(num_values)
+
+    def _shown(self, rule: Rule, update: PeerUpdate) -> Shown:
+        each = update.form.num_values // rule.vectors
         vector = slice(each * rule.parameters_at, each * (rule.parameters_at + 1))
-        return shown(self.codec, payload, num_values, vector, self.buffers)
+        return shown(update.form, update.payload, vector, self.buffers)
 
     def _gather(self, fragment: int, out: torch.Tensor | None = None) -> torch.Tensor:
         flat = self._parameters.flat

@@ -46,8 +46,14 @@ from xpeer.training.ipc import (
 )
 from xpeer.training.rules import vectors_of
 from xpeer.training.setup import Mode, TrainerSetup
-from xpeer.update import Checked, CompressedUpdate, ModelState, PeerUpdate, received_stamp
-from xpeer.wire.codec import encoded_bytes
+from xpeer.update import (
+    Checked,
+    CompressedUpdate,
+    Form,
+    ModelState,
+    PeerUpdate,
+    received_stamp,
+)
 
 __all__ = [
     "Crashed",
@@ -207,15 +213,11 @@ class TrainerProcess:
         async with self._slots.one() as slot:
             command = Snapshot(meeting_id, fragment, averaging, slot)
             taken = await self._child.ask(command, Snapshotted)
-            payload = memoryview(bytearray(taken.num_bytes))
-            await copy_in_parts(self._child.arena.slot(slot, taken.num_bytes), payload)
-        return CompressedUpdate(
-            payload=payload,
-            codec=taken.codec,
-            num_values=taken.num_values,
-            step=taken.step,
-            stamp=received_stamp(taken.privacy_mode, taken.steps_charged),
-        )
+            size = taken.form.num_bytes
+            payload = memoryview(bytearray(size))
+            await copy_in_parts(self._child.arena.slot(slot, size), payload)
+        stamp = received_stamp(taken.privacy_mode, taken.steps_charged)
+        return CompressedUpdate(payload, taken.form, taken.step, stamp)
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         """Decode and check one partner's payload, or a masked group's sum.
@@ -228,19 +230,21 @@ class TrainerProcess:
             PeerError: wrong size or codec, not finite, too far away to be decoded.
             TrainerError: the trainer died.
         """
-        size, room = memoryview(update.payload).nbytes, self._child.arena.layout.slot_bytes
+        size, expected = memoryview(update.payload).nbytes, update.form.num_bytes
+        if size != expected:
+            reason = Reason.OVERSIZE if size > expected else Reason.MALFORMED
+            raise PeerError(reason, f"payload of {size} bytes, {expected} expected")
+        room = self._child.arena.layout.slot_bytes
         if size > room:
             raise PeerError(Reason.OVERSIZE, f"payload of {size} bytes, at most {room}")
-        return await self._child.whole(self._verify(meeting_id, exchange_id, update, size))
+        return await self._child.whole(self._verify(meeting_id, exchange_id, update))
 
-    async def _verify(
-        self, meeting_id: int, exchange_id: int, update: PeerUpdate, size: int
-    ) -> Checked:
+    async def _verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         async with self._slots.one() as slot:
             payload = memoryview(update.payload).cast("B")
-            await copy_in_parts(payload, self._child.arena.slot(slot, size))
-            what = update.codec, update.num_values, update.parties
-            command = Verify(meeting_id, exchange_id, slot, size, *what, update.peer_id)
+            await copy_in_parts(payload, self._child.arena.slot(slot, payload.nbytes))
+            whose = update.parties, update.peer_id
+            command = Verify(meeting_id, exchange_id, slot, update.form, *whose)
             found = await self._child.ask(command, Verified)
         return Checked(found.distance, found.clipped)
 
@@ -354,5 +358,5 @@ def layout_of(manifest: Manifest) -> Layout:
     """The arena that a manifest needs."""
     num_params, rules = manifest.model.num_params, manifest.round
     most = vectors_of(rules) * largest(num_params, rules.fragments)
-    room = encoded_bytes(rules.payload_codec, most)
+    room = Form(rules.payload_codec, most).num_bytes
     return Layout(slot_bytes=room, state_bytes=4 * manifest.model.state_values)

@@ -35,6 +35,7 @@ from xpeer.errors import (
 from xpeer.escape import one_line, sayable, visible
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
 from xpeer.training.setup import Mode, TrainerSetup
+from xpeer.update import Form
 
 MAX_FRAME_BYTES: Final = 4 << 20
 _LENGTH_BYTES: Final = 4
@@ -74,9 +75,7 @@ class Verify(Struct, frozen=True, tag=True):
     meeting_id: int
     exchange_id: int
     slot: int
-    num_bytes: int
-    codec: str
-    num_values: int
+    form: Form
     parties: int = 1
     """Of a masked group's sum: k."""
     partner: str = ""
@@ -162,11 +161,9 @@ class Ready(Struct, frozen=True, tag=True):
 
 
 class Snapshotted(Struct, frozen=True, tag=True):
-    """The slot holds this many bytes."""
+    """The slot holds a payload of this form."""
 
-    num_bytes: int
-    codec: str
-    num_values: int
+    form: Form
     step: int
     privacy_mode: str
     steps_charged: int

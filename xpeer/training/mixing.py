@@ -18,6 +18,7 @@ from typing import Final
 import torch
 
 from xpeer.training.limits import Limit
+from xpeer.update import Form
 from xpeer.wire import merge
 from xpeer.wire.codec import Payload
 
@@ -37,10 +38,9 @@ class Difference:
 
 
 def difference(
-    codec: str,
+    form: Form,
     own: Payload | torch.Tensor,
     payload: Payload,
-    num_values: int,
     limits: Sequence[Limit],
     parameters_at: int,
     out: torch.Tensor | None = None,
@@ -48,11 +48,10 @@ def difference(
     """Decode a partner's payload against our own values: z, and how far apart we are.
 
     Args:
-        codec: of both payloads.
+        form: of both payloads: V n values.
         own: what we sent: the payload itself, where there is one vector; or Q of it, (num_values,)
             float32, as the partner decoded it.
         payload: the partner's.
-        num_values: V n.
         limits: one for each vector: see `training.limits`.
         parameters_at: the vector that holds parameters.
         out: (num_values,) float32 to write z to.
@@ -60,7 +59,7 @@ def difference(
     Raises:
         PeerError: as `codec.decode`; or the difference overflows.
     """
-    z, whole = merge.difference(codec, own, payload, num_values, out=out)
+    z, whole = merge.difference(form, own, payload, out=out)
     rows = z.view(len(limits), -1)
     if isinstance(own, torch.Tensor) and len(rows) > 1:
         own_rows = own.view(rows.shape)

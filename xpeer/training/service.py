@@ -55,7 +55,7 @@ from xpeer.training.ipc import (
 )
 from xpeer.training.saving import Saving
 from xpeer.training.setup import Mode
-from xpeer.update import PrivateUpdate
+from xpeer.update import PeerUpdate, PrivateUpdate
 
 _PROGRESS_EVERY_S: Final = 0.1
 _ENDING_EVERY_S: Final = 0.5
@@ -287,28 +287,19 @@ class Service:
 
     def _compress(self, command: Snapshot, private: PrivateUpdate) -> Snapshotted:
         update = self._trainer.exchanges.compress(command.meeting_id, private)
-        size = memoryview(update.payload).nbytes
-        self._arena.slot(command.slot, size)[:] = update.payload
+        self._arena.slot(command.slot, update.form.num_bytes)[:] = update.payload
         return Snapshotted(
-            num_bytes=size,
-            codec=update.codec,
-            num_values=update.num_values,
+            form=update.form,
             step=update.step,
             privacy_mode=update.stamp.mode,
             steps_charged=update.stamp.steps_charged,
         )
 
     def _verify(self, command: Verify) -> Verified:
-        found = self._trainer.exchanges.verify(
-            command.meeting_id,
-            command.exchange_id,
-            command.codec,
-            self._arena.slot(command.slot, command.num_bytes),
-            command.num_values,
-            command.parties,
-            command.partner,
-        )
-        return Verified(found.distance, found.clipped)
+        payload = self._arena.slot(command.slot, command.form.num_bytes)
+        update = PeerUpdate(payload, command.form, command.partner, command.parties)
+        checked = self._trainer.exchanges.verify(command.meeting_id, command.exchange_id, update)
+        return Verified(checked.distance, checked.clipped)
 
     def _merge(self, command: Merge) -> Done:
         self._trainer.exchanges.resolve(command.meeting_id, command.weights)

@@ -20,6 +20,7 @@ from xpeer.training.consolidation import Shown, shown_mean
 from xpeer.training.fragments import Fragments
 from xpeer.training.limits import Limit
 from xpeer.training.mixing import Difference, bounded
+from xpeer.update import PeerUpdate
 from xpeer.wire import fixedpoint
 from xpeer.wire.codec import Payload
 from xpeer.wire.fixedpoint import Grid
@@ -42,8 +43,7 @@ def decoded(
     grid: Grid,
     theta: torch.Tensor,
     own: Payload,
-    total: Payload,
-    parties: int,
+    total: PeerUpdate,
     limit: Limit,
     buffers: Buffers,
 ) -> Sum:
@@ -53,18 +53,18 @@ def decoded(
         grid: of the manifest.
         theta: (n,) float32, CPU: our snapshot.
         own: our payload, before it was masked.
-        total: the sum of all k payloads.
-        parties: k.
+        total: the sum of all k payloads, with k as `parties`.
         limit: of ||z||.
         buffers: where memory is taken.
 
     Raises:
         PeerError: not a group (MALFORMED), or as `fixedpoint.difference`.
     """
+    parties = total.parties
     if not 2 <= parties <= fixedpoint.MAX_PARTIES:
         raise PeerError(Reason.MALFORMED, f"a sum over {parties} members")
     z = buffers.take(theta.numel())
-    fixedpoint.difference(grid, own, total, parties, z)
+    fixedpoint.difference(grid, own, total.payload, parties, z)
     found = bounded(z, theta, limit)
     if found.clipped:
         return Sum(found, None, None)

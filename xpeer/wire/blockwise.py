@@ -20,9 +20,9 @@ from typing import Final
 
 import torch
 
+from xpeer.update import BLOCK
 from xpeer.wire.dither import uniform
 
-BLOCK: Final = 128
 STEP_BYTES: Final = 2
 
 _F16_MAX: Final = 65504.0
@@ -48,12 +48,6 @@ class Blocks:
     def code_bytes(self, width: int) -> int:
         """Of a block of `width` values."""
         return -(-width * self.bits // 8)
-
-    def encoded_bytes(self, num_values: int) -> int:
-        """Exact payload size."""
-        whole, rest = divmod(num_values, BLOCK)
-        codes = whole * self.code_bytes(BLOCK) + self.code_bytes(rest)
-        return STEP_BYTES * num_blocks(num_values) + codes
 
 
 def num_blocks(num_values: int) -> int:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xpeer.errors import LocalError
-from xpeer.wire.codec import encoded_bytes
+from xpeer.update import Form
 
 SHARE: Final = 0.5
 """Of the link's time, and of a window."""
@@ -125,7 +125,7 @@ def _shortest(link: Link, codec: str, num_params: int, step_s: float) -> _Candid
 
 def _fitted(link: Link, codec: str, num_params: int, step_s: float, fragments: int) -> _Candidate:
     """The shortest slot, in whole steps, that keeps every bound."""
-    payload_s = 8 * encoded_bytes(codec, -(-num_params // fragments)) / link.bits_per_s
+    payload_s = 8 * Form(codec, -(-num_params // fragments)).num_bytes / link.bits_per_s
     exchange_s = payload_s + ROUND_TRIPS * link.round_trip_s
     least_slot_s = max(payload_s / SHARE, exchange_s / (SHARE * fragments), exchange_s / IN_FLIGHT)
     steps = max(1, math.ceil(least_slot_s / step_s))
@@ -135,7 +135,7 @@ def _fitted(link: Link, codec: str, num_params: int, step_s: float, fragments: i
 
 
 def _why(chosen: _Candidate, link: Link, num_params: int, step_s: float, peers: int) -> str:
-    total = encoded_bytes(chosen.codec, num_params)
+    total = Form(chosen.codec, num_params).num_bytes
     slot = "step" if chosen.steps_per_slot == 1 else f"{chosen.steps_per_slot} steps"
     said = (
         f"{num_params:,} parameters are {total / 1e6:,.1f} MB in {chosen.codec}, "

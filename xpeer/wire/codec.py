@@ -3,7 +3,7 @@
     float32, bfloat16      as they are, or rounded
     int8, int4, int2       blockwise quantised (see `blockwise`)
 
-The size of a payload follows from the codec and the number of values alone, both of which the
+A payload's size follows from its form (`update.Form`: codec and number of values) alone, which the
 receiver knows from its own manifest; so nothing is ever allocated by a length that a peer claims.
 All integers and floats are little endian. Every result is the same bits on every machine.
 
@@ -23,8 +23,7 @@ from typing import Final
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.update import CompressedUpdate, PrivateUpdate
-from xpeer.wire import fixedpoint
+from xpeer.update import CompressedUpdate, Form, PrivateUpdate
 from xpeer.wire import payload as blocks
 from xpeer.wire.blockwise import Blocks
 from xpeer.wire.payload import diverged
@@ -35,20 +34,6 @@ FLOATS: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 INTS: Final = {"int8": Blocks(8), "int4": Blocks(4), "int2": Blocks(2)}
 NAMES: Final = (*FLOATS, *INTS)
 Payload = bytes | bytearray | memoryview
-
-
-def encoded_bytes(name: str, num_values: int) -> int:
-    """Exact payload size in bytes; a receiver checks it before it reads or allocates.
-
-    Raises:
-        LocalError: unknown codec.
-    """
-    if name in fixedpoint.NAMES:
-        return fixedpoint.encoded_bytes(name, num_values)
-    _known(name)
-    if name in FLOATS:
-        return num_values * FLOATS[name].itemsize
-    return INTS[name].encoded_bytes(num_values)
 
 
 def compress(
@@ -64,7 +49,7 @@ def compress(
         update: stamped by the privacy mechanism.
         codec: one of `NAMES`.
         dither: as for `encode`.
-        out: (encoded bytes,) uint8, to hold the payload; None = new memory.
+        out: (bytes of the form,) uint8, to hold the payload; None = new memory.
 
     Raises:
         TypeError: not a `PrivateUpdate`.
@@ -72,17 +57,12 @@ def compress(
     """
     if not isinstance(update, PrivateUpdate):
         raise TypeError("only a PrivateUpdate may be compressed: stamp it first")
+    form = Form(codec, update.values.numel())
     if out is None:
-        out = torch.empty(encoded_bytes(codec, update.values.numel()), dtype=torch.uint8)
+        out = torch.empty(form.num_bytes, dtype=torch.uint8)
     payload = view(out)
     encode_into(codec, update.values, payload, dither=dither)
-    return CompressedUpdate(
-        payload=payload,
-        codec=codec,
-        num_values=update.values.numel(),
-        step=update.step,
-        stamp=update.stamp,
-    )
+    return CompressedUpdate(payload, form, update.step, update.stamp)
 
 
 def encode(
@@ -103,7 +83,7 @@ def encode(
         LocalError: values that are not finite, or too large for the codec: the model diverged. Or
             an argument that does not fit the codec.
     """
-    out = bytearray(encoded_bytes(name, values.numel()))
+    out = bytearray(Form(name, values.numel()).num_bytes)
     encode_into(name, values, memoryview(out), dither=dither)
     return bytes(out)
 
@@ -115,14 +95,15 @@ def encode_into(
     *,
     dither: int | None = None,
 ) -> None:
-    """`encode` into a writable buffer of exactly `encoded_bytes(name, n)` bytes.
+    """`encode` into a writable buffer of exactly `Form(name, n).num_bytes` bytes.
 
     Raises:
         LocalError: as `encode`; also a buffer of the wrong size.
     """
     if values.dtype != torch.float32 or values.dim() != 1 or values.device.type != "cpu":
         raise LocalError("a codec takes flat float32 values on the CPU")
-    if out.nbytes != encoded_bytes(name, values.numel()):
+    _require_known(name)
+    if out.nbytes != Form(name, values.numel()).num_bytes:
         raise LocalError(f"the buffer has {out.nbytes} bytes, wrong for {values.numel()} {name}")
     if dither is not None and name in FLOATS:
         raise LocalError(f"codec {name} rounds to nearest: it takes no dither")
@@ -139,19 +120,12 @@ def encode_into(
         raise diverged()
 
 
-def decode(
-    name: str,
-    payload: Payload,
-    num_values: int,
-    *,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+def decode(form: Form, payload: Payload, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Bytes from a partner as values; nothing is allocated before the size was checked.
 
     Args:
-        name: codec.
+        form: what our own manifest says, never what the partner says.
         payload: as received.
-        num_values: what our own manifest says, never what the partner says.
         out: (num_values,) float32 to write to; undefined after an error.
 
     Returns:
@@ -162,30 +136,30 @@ def decode(
             (MALFORMED), or a value or scale that is not finite (NOT_FINITE).
         LocalError: an argument that does not fit the codec.
     """
-    raw = raw_payload(name, payload, num_values)
-    check_flat(out, num_values)
+    raw = raw_payload(form, payload)
+    check_flat(out, form.num_values)
     if out is None:
-        out = torch.empty(num_values, dtype=torch.float32)
-    if num_values == 0:
+        out = torch.empty(form.num_values, dtype=torch.float32)
+    if form.num_values == 0:
         return out
-    if name in INTS:
-        blocks.decode(INTS[name], raw, out)
+    if form.codec in INTS:
+        blocks.decode(INTS[form.codec], raw, out)
         return out
-    out.copy_(raw.view(FLOATS[name]))
+    out.copy_(raw.view(FLOATS[form.codec]))
     if not _all_finite(out):
         raise PeerError(Reason.NOT_FINITE, "a value is not finite")
     return out
 
 
-def raw_payload(name: str, payload: Payload, num_values: int) -> torch.Tensor:
+def raw_payload(form: Form, payload: Payload) -> torch.Tensor:
     """A payload as (bytes,) uint8, without a copy if it is writable.
 
     Raises:
         PeerError: wrong size (MALFORMED, OVERSIZE).
         LocalError: unknown codec.
     """
-    expected = encoded_bytes(name, num_values)
-    size = memoryview(payload).nbytes
+    _require_known(form.codec)
+    size, expected = memoryview(payload).nbytes, form.num_bytes
     if size != expected:
         reason = Reason.OVERSIZE if size > expected else Reason.MALFORMED
         raise PeerError(reason, f"payload of {size} bytes, {expected} expected")
@@ -221,6 +195,6 @@ def _all_finite(values: torch.Tensor) -> bool:
     return all(math.isfinite(float(x)) for chunk in chunks for x in chunk.aminmax())
 
 
-def _known(name: str) -> None:
+def _require_known(name: str) -> None:
     if name not in NAMES:
         raise LocalError(f"codec {name!r} is unknown", f"valid: {', '.join(NAMES)}")

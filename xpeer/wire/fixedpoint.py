@@ -30,13 +30,12 @@ import torch
 
 from xpeer.errors import PeerError, Reason
 from xpeer.manifest import Round
-from xpeer.update import CompressedUpdate, PrivateUpdate
-from xpeer.wire.blockwise import BLOCK, num_blocks
+from xpeer.update import BLOCK, CompressedUpdate, Form, PrivateUpdate
+from xpeer.wire.blockwise import num_blocks
 from xpeer.wire.dither import splitmix64
 from xpeer.wire.payload import diverged
 
 NAMES: Final = {"masked16": 16, "masked32": 32}
-CHECK_BYTES: Final = 4
 LARGEST: Final = 2.0**27
 """|x / step| has to stay below."""
 MAX_PARTIES: Final = 8
@@ -68,6 +67,10 @@ class Grid:
         """The name of its payloads."""
         return f"masked{self.bits}"
 
+    def form(self, num_values: int) -> Form:
+        """Of a payload of so many values."""
+        return Form(self.codec, num_values)
+
     def reach(self, parties: int) -> float:
         """How far the sum of k members may be from k times one's own value."""
         span = self.step * 2.0 ** (self.bits - 1)
@@ -79,27 +82,20 @@ def grid_of(rules: Round) -> Grid | None:
     return Grid(rules.mask_bits, rules.mask_step) if rules.masks else None
 
 
-def encoded_bytes(name: str, num_values: int) -> int:
-    """Exact payload size."""
-    bits = NAMES[name]
-    checks = CHECK_BYTES * num_blocks(num_values) if bits == 16 else 0
-    return num_values * bits // 8 + checks
-
-
-def rings(name: str, payload: Payload, num_values: int) -> tuple[Ring, ...]:
+def rings(form: Form, payload: Payload) -> tuple[Ring, ...]:
     """A payload's integers, by their modulus: views of its memory, 2^b and, with 16 bits, 2^32.
 
     Raises:
         PeerError: wrong size (MALFORMED, OVERSIZE).
     """
-    size, expected = memoryview(payload).nbytes, encoded_bytes(name, num_values)
+    size, expected = memoryview(payload).nbytes, form.num_bytes
     if size != expected:
         reason = Reason.OVERSIZE if size > expected else Reason.MALFORMED
         raise PeerError(reason, f"payload of {size} bytes, {expected} expected")
-    if NAMES[name] == 32:
+    if NAMES[form.codec] == 32:
         return (np.frombuffer(payload, dtype="<u4"),)
-    codes = np.frombuffer(payload, dtype="<u2", count=num_values)
-    return codes, np.frombuffer(payload, dtype="<u4", offset=2 * num_values)
+    codes = np.frombuffer(payload, dtype="<u2", count=form.num_values)
+    return codes, np.frombuffer(payload, dtype="<u4", offset=2 * form.num_values)
 
 
 def add_into(total: tuple[Ring, ...], other: tuple[Ring, ...]) -> None:
@@ -114,7 +110,7 @@ def compress(update: PrivateUpdate, grid: Grid, out: torch.Tensor) -> Compressed
     Args:
         update: stamped by the privacy mechanism.
         grid: of the manifest.
-        out: (encoded bytes,) uint8, holds the payload.
+        out: (bytes of the form,) uint8, holds the payload.
 
     Raises:
         TypeError: not a `PrivateUpdate`.
@@ -124,13 +120,7 @@ def compress(update: PrivateUpdate, grid: Grid, out: torch.Tensor) -> Compressed
         raise TypeError("only a PrivateUpdate may be compressed: stamp it first")
     payload = memoryview(out.numpy())  # type: ignore[arg-type]  # an array is a buffer
     encode_into(grid, update.values, payload)
-    return CompressedUpdate(
-        payload=payload,
-        codec=grid.codec,
-        num_values=update.values.numel(),
-        step=update.step,
-        stamp=update.stamp,
-    )
+    return CompressedUpdate(payload, grid.form(update.values.numel()), update.step, update.stamp)
 
 
 def encode_into(
@@ -145,14 +135,14 @@ def encode_into(
     Args:
         grid: of the manifest.
         values: what to round.
-        out: writable, of exactly `encoded_bytes`.
+        out: writable, of exactly the form's size.
         seed: of the rounding, for tests; else the operating system's.
 
     Raises:
         LocalError: values that are not finite or too large.
     """
     source = values.detach().numpy()
-    codes, *checks = rings(grid.codec, out, len(source))
+    codes, *checks = rings(grid.form(len(source)), out)
     # Whoever knows the rounding's seed learns nothing of what is masked: no cryptography needed.
     draw = np.random.Generator(
         np.random.SFC64(secrets.randbits(128) if seed is None else seed)
@@ -181,7 +171,7 @@ def encode_into(
 def rounded(grid: Grid, values: torch.Tensor, payload: Payload) -> torch.Tensor:
     """What `encode_into` made of these values: q step, (n,) float32."""
     source = values.detach().numpy()
-    codes = rings(grid.codec, payload, len(source))[0]
+    codes = rings(grid.form(len(source)), payload)[0]
     low = np.floor(source / np.float32(grid.step)).astype(np.int32)
     up = (codes - low.view(np.uint32).astype(codes.dtype)).astype(np.int32)  # 0 or 1
     return torch.from_numpy((low + up) * np.float32(grid.step)).float()
@@ -208,8 +198,8 @@ def difference(
             grid reaches, the masks did not cancel, or somebody sent what is no payload.
     """
     z = out.numpy()
-    sums, *sum_checks = rings(grid.codec, total, len(z))
-    ours, *own_checks = rings(grid.codec, own, len(z))
+    sums, *sum_checks = rings(grid.form(len(z)), total)
+    ours, *own_checks = rings(grid.form(len(z)), own)
     signed = np.int16 if grid.bits == 16 else np.int32
     times = ours.dtype.type(parties)
     scale, chunk = np.float32(grid.step / (parties - 1)), _CHUNK_BLOCKS * BLOCK

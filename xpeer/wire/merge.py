@@ -17,9 +17,9 @@ from typing import Final
 import torch
 
 from xpeer.errors import PeerError, Reason
+from xpeer.update import BLOCK, Form
 from xpeer.wire import kernels
 from xpeer.wire import payload as int_payload
-from xpeer.wire.blockwise import BLOCK
 from xpeer.wire.codec import FLOATS, INTS, Payload, check_flat, decode, encode, raw_payload
 from xpeer.wire.payload import Norms
 
@@ -28,20 +28,18 @@ _CHUNK_VALUES: Final = 1 << 17
 
 
 def difference(
-    name: str,
+    form: Form,
     own: Payload | torch.Tensor,
     peer: Payload,
-    num_values: int,
     *,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Norms]:
     """Get z = Q(peer) - Q(own) and its norms, in one pass.
 
     Args:
-        name: codec.
+        form: of both payloads, as our own manifest says.
         own: our payload as it was sent, or Q(own) as (num_values,) float32.
         peer: the partner's payload as received.
-        num_values: what our own manifest says.
         out: (num_values,) float32 to write to; after an error undefined with a float codec,
             unchanged with an int codec.
 
@@ -52,42 +50,41 @@ def difference(
         PeerError: as `decode`; also a difference that overflows (NOT_FINITE).
         LocalError: an argument that does not fit the codec.
     """
-    check_flat(out, num_values)
-    z = torch.empty(num_values, dtype=torch.float32) if out is None else out
-    theirs = raw_payload(name, peer, num_values)
+    check_flat(out, form.num_values)
+    z = torch.empty(form.num_values, dtype=torch.float32) if out is None else out
+    theirs = raw_payload(form, peer)
     if isinstance(own, torch.Tensor):
-        check_flat(own, num_values)
+        check_flat(own, form.num_values)
         ours = own
     else:
-        ours = raw_payload(name, own, num_values)
-    if num_values == 0:
+        ours = raw_payload(form, own)
+    if form.num_values == 0:
         return z, Norms(0.0, 0.0)
-    if name in INTS:
-        return z, int_payload.difference(INTS[name], ours, theirs, z)
+    if form.codec in INTS:
+        return z, int_payload.difference(INTS[form.codec], ours, theirs, z)
+    dtype = FLOATS[form.codec]
     if ours.dtype == torch.uint8:
-        ours = ours.view(FLOATS[name])
-    return z, _subtract_floats(ours, theirs.view(FLOATS[name]), z)
+        ours = ours.view(dtype)
+    return z, _subtract_floats(ours, theirs.view(dtype), z)
 
 
-def prepare(name: str, num_values: int, *, stochastic: bool = False, decoded: bool = False) -> None:
+def prepare(form: Form, *, stochastic: bool = False, decoded: bool = False) -> None:
     """Compile now what exchanges with this codec will run, rather than in the first large one.
 
     Takes seconds, once per process, if anything is compiled at all: the first exchange would
     otherwise be late by as much.
 
     Args:
-        name: codec.
-        num_values: of the largest payloads; small ones are not worth it.
+        form: of the largest payloads; small ones are not worth it.
         stochastic: whether payloads will be rounded with a dither.
         decoded: whether `difference` will be given Q(own) instead of our payload.
     """
-    if name in FLOATS or not kernels.compiling() or num_values < kernels.ROWS * BLOCK:
+    large = Form(form.codec, kernels.ROWS * BLOCK)
+    if form.codec in FLOATS or not kernels.compiling() or form.num_values < large.num_values:
         return
-    zeros = torch.zeros(kernels.ROWS * BLOCK)
-    dither = 0 if stochastic else None
-    payload = encode(name, zeros, dither=dither)
-    own = decode(name, payload, zeros.numel())
-    difference(name, own if decoded else payload, payload, zeros.numel())
+    payload = encode(form.codec, torch.zeros(large.num_values), dither=0 if stochastic else None)
+    own = decode(large, payload)
+    difference(large, own if decoded else payload, payload)
 
 
 def _subtract_floats(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> Norms:

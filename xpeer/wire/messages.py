@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from xpeer.errors import PeerError, Reason
+from xpeer.update import Form
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 8 << 10
@@ -60,6 +61,11 @@ class Propose(Message, frozen=True):
     averaging: bool
     """Plain averaging of the parameters, whatever the manifest's rule: one of us takes no steps."""
     terms: Terms
+
+    @property
+    def form(self) -> Form:
+        """Of both payloads, by the proposer's word."""
+        return Form(self.codec, self.num_values)
 
 
 class Agree(Message, frozen=True):

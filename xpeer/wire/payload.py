@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.update import BLOCK
 from xpeer.wire import kernels
 from xpeer.wire.blockwise import (
-    BLOCK,
     STEP_BYTES,
     Blocks,
     dequantise,

@@ -16,7 +16,7 @@ from benchmarks.simulator.peers import Peers
 from benchmarks.simulator.run import simulate
 from benchmarks.simulator.spec import Link, Run
 from xpeer.manifest import Optimiser
-from xpeer.wire import codec
+from xpeer.update import Form
 
 STEPS = 4
 
@@ -238,7 +238,7 @@ def test_a_run_can_be_repeated_and_counts_its_bytes(texts):
     assert {**one, "cpu_s": 0} == {**other, "cpu_s": 0}
     assert set(one["exports"]) == {"2/8", "4/8", "6/8"}
     values = -(-model.NUM_PARAMS // 4)
-    expected = codec.encoded_bytes("int8", values) / (4 * model.NUM_PARAMS)
+    expected = Form("int8", values).num_bytes / (4 * model.NUM_PARAMS)
     assert one["sent_share"] == pytest.approx(expected, rel=1e-3)
     assert len(one["curve"]) == 8
     assert max(one["closed"]) - min(one["closed"]) < 0.01

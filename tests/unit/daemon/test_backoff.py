@@ -14,13 +14,16 @@ from xpeer.network import matching
 from xpeer.network.exchange import UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged
+from xpeer.update import Form
 from xpeer_daemon import backoff
 from xpeer_daemon.backoff import Backoff
 from xpeer_daemon.partners import FIRST_MULTIPLE, MIN_DEADLINE_S
 
 LAST = PeerId("12D3KooWD")
-AGREED: Any = SimpleNamespace(peer_id=OTHER, slot=1, fragment=0, exchange_id=1)
-DONE = Exchanged(0.1, 4, 4)
+AGREED: Any = SimpleNamespace(
+    peer_id=OTHER, slot=1, fragment=0, exchange_id=1, form=Form("int8", 4)
+)
+DONE = Exchanged(0.1)
 
 
 def pauses(count: int, lost_s: float = 0.0) -> list[float]:

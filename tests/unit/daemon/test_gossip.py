@@ -20,6 +20,7 @@ from xpeer.network import matching
 from xpeer.network.exchange import UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged, Meeting
+from xpeer.update import Form
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.node import Node
@@ -28,6 +29,7 @@ from xpeer_daemon.store import Store
 
 SWARM = "ab" * 32
 ME, OTHER = PeerId("12D3KooWA"), PeerId("12D3KooWB")
+FORM = Form("int8", 100)
 ROUND = Round(window_steps=10, slot_s=1.0, fragments=5, codec="int8", deadline_s=5)
 
 
@@ -97,6 +99,7 @@ class FakeProposer:
             fragment=terms["fragment"],
             exchange_id=len(self.log),
             averaging=terms["averaging"],
+            form=terms["form"],
         )
 
     async def done(self, peer_id: PeerId, *, healthy: bool) -> None:
@@ -110,7 +113,7 @@ class Rig:
         self.host, self.proposer, self.now = FakeHost(), FakeProposer(), 1000.5
         self.merged: list[PeerId] = []
         self.skipped: list[tuple[str, str]] = []
-        self.outcome: Callable[[], Any] = lambda: Exchanged(0.01, 408, 100)
+        self.outcome: Callable[[], Any] = lambda: Exchanged(0.01)
 
         async def exchange(meeting: Meeting, agreement: Any, **_: Any) -> Any:
             meeting._comes(agreement.peer_id)
@@ -133,7 +136,6 @@ class Rig:
             manifest=SimpleNamespace(round=rules),  # type: ignore[arg-type] # its round is all
             host=self.host,  # type: ignore[arg-type] # half of the trainer is never called
             proposer=self.proposer,  # type: ignore[arg-type] # a fake
-            num_bytes=lambda codec, n: n,
             clock=lambda: self.now,
             nudge=nudge,
             partners=self.partners,
@@ -268,13 +270,14 @@ def test_objections_of_the_host(rig: Rig):
 async def test_a_proposal_seen_before_or_of_a_fragment_in_flight_is_refused(rig: Rig):
     first = rig.proposal()
     agreement: Any = SimpleNamespace(
-        peer_id=OTHER, slot=first.slot, fragment=first.fragment, exchange_id=1, averaging=True
-    )
+        peer_id=OTHER, slot=first.slot, fragment=first.fragment, exchange_id=1, averaging=True,
+        form=FORM,
+    )  # fmt: skip
     inside: list[str | None] = []
 
     def look() -> Any:
         inside.append(rig.gossip.objection(PeerId("12D3KooWC"), rig.proposal()))
-        return Exchanged(0.01, 408, 100)
+        return Exchanged(0.01)
 
     rig.outcome = look
     rig.host.is_training = False
@@ -379,7 +382,7 @@ async def test_a_group_meets_at_once_and_waits_for_the_lower_ones(monkeypatch: p
     assert rig.gossip._meetings._running[fragment].expects(ME)
     assert rig.gossip.objection(ME, rig.proposal()) is None  # a lower one joins the same meeting
     agreement: Any = SimpleNamespace(
-        peer_id=ME, slot=slot, fragment=fragment, exchange_id=77, averaging=False
+        peer_id=ME, slot=slot, fragment=fragment, exchange_id=77, averaging=False, form=FORM
     )
     await rig.gossip.take_part(agreement)
     await asyncio.gather(*rig.gossip._tasks)
@@ -502,7 +505,7 @@ def masked_rig(monkeypatch: pytest.MonkeyPatch, *outcomes: Outcome) -> tuple[Rig
 
     async def exchange(meeting: MaskedMeeting, agreement: Any, **_: Any) -> Any:
         meeting._comes(agreement.peer_id)
-        return Exchanged(0.1, 4, 4)
+        return Exchanged(0.1)
 
     monkeypatch.setattr(MaskedMeeting, "run", run)
     monkeypatch.setattr(MaskedMeeting, "exchange", exchange)
@@ -581,12 +584,12 @@ def test_who_takes_no_steps_averages_and_nothing_else(rig: Rig):
 def test_a_partners_deadline_follows_from_what_it_took(rig: Rig):
     book = rig.partners
     assert book.deadline_s(OTHER, 60.0) == 60.0
-    agreement: Any = SimpleNamespace(peer_id=OTHER, slot=1, fragment=0, exchange_id=1)
-    book.done(agreement, Exchanged(0.1, 4, 4), 4.0)
+    agreement: Any = SimpleNamespace(peer_id=OTHER, slot=1, fragment=0, exchange_id=1, form=FORM)
+    book.done(agreement, Exchanged(0.1), 4.0)
     assert book.deadline_s(OTHER, 60.0) == DEADLINE_MULTIPLE * 4.0
     assert book.deadline_s(OTHER, 3.0) == 3.0
     for _ in range(40):
-        book.done(agreement, Exchanged(0.1, 4, 4), 0.1)
+        book.done(agreement, Exchanged(0.1), 0.1)
     assert book.deadline_s(OTHER, 60.0) == MIN_DEADLINE_S
 
 
@@ -606,8 +609,8 @@ def test_who_refuses_our_ledger_is_told_until_it_meets_us_again(
     assert not any(each.code == "ledger-behind" for each in node.reasons())
     live.append(OTHER)
     assert any(each.code == "ledger-behind" for each in node.reasons())
-    agreement: Any = SimpleNamespace(peer_id=OTHER, slot=3, fragment=0, exchange_id=1)
-    rig.partners.done(agreement, Exchanged(0.1, 5, 5), 1.0)
+    agreement: Any = SimpleNamespace(peer_id=OTHER, slot=3, fragment=0, exchange_id=1, form=FORM)
+    rig.partners.done(agreement, Exchanged(0.1), 1.0)
     assert not any(each.code == "ledger-behind" for each in node.reasons())
 
 

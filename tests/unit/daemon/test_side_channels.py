@@ -82,7 +82,6 @@ class World:
             manifest=manifest,
             host=node,
             proposer=cast(Any, None),
-            num_bytes=lambda codec, n: n,
             nudge=cast(Any, None),
             clock=lambda: NOW_S,
             partners=Partners(lambda: NOW_S, lambda *_: None, lambda *_: None),

@@ -16,12 +16,13 @@ from xpeer.network.exchange import Party, Proposer, answering
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.stream import Stream
-from xpeer.update import Checked, CompressedUpdate, PeerUpdate
+from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
 from xpeer.wire import messages
 from xpeer.wire.frames import FRAME_BYTES, Kind
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
 
-SIZE = 300_000  # more than one frame
+FORM = Form("int8", 300_000)  # more than one frame
+SIZE = FORM.num_bytes
 SWARM = "ab" * 32
 STAMP = privacy_stamp()
 
@@ -38,7 +39,7 @@ class FakeTrainer:
         self, meeting_id: int, fragment: int, *, averaging: bool
     ) -> CompressedUpdate:
         self.log.append("snapshot")
-        return CompressedUpdate(self.payload, "int8", len(self.payload), 1, STAMP)
+        return CompressedUpdate(self.payload, FORM, 1, STAMP)
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         self.log.append("verify")
@@ -119,7 +120,7 @@ async def answerer(identities, trainer, refusal=None, went_back=False):
     low, high = identities
     near, far = streams(low, high)
     desk = FakeDesk(trainer, refusal, went_back)
-    task = asyncio.ensure_future(answering(party(high), desk, lambda codec, n: n)(far))
+    task = asyncio.ensure_future(answering(party(high), desk)(far))
     proposer = Proposer(party(low), Dialler(near))
     yield proposer, desk, near
     near.abort()
@@ -128,8 +129,8 @@ async def answerer(identities, trainer, refusal=None, went_back=False):
 
 async def propose(proposer, identities, desk):
     return await proposer.propose(
-        identities[1].peer_id, desk, slot=7, fragment=2, averaging=False, codec="int8",
-        num_values=SIZE, num_bytes=SIZE, timeout_s=2,
+        identities[1].peer_id, desk, slot=7, fragment=2, averaging=False, form=FORM,
+        timeout_s=2,
     )  # fmt: skip
 
 
@@ -328,7 +329,7 @@ async def test_the_higher_peer_may_not_propose(identities):
     low, high = identities
     near, far = streams(low, high)
     desk = FakeDesk(FakeTrainer(b""))
-    task = asyncio.ensure_future(answering(party(low), desk, lambda codec, n: n)(near))
+    task = asyncio.ensure_future(answering(party(low), desk)(near))
     handshake = party(high).handshake(low.peer_id, "exchange", initiator=True)
     await far.connect(handshake, initiator=True)
     with pytest.raises(PeerError, match="does not propose"):

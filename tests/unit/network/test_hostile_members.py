@@ -75,7 +75,6 @@ def gossip_of(me: PeerId, partners: list[PeerId], now: list[float]) -> Gossip:
         manifest=manifest,
         host=cast(Any, FakeHost(partners)),
         proposer=cast(Any, type("None", (), {"busy_with": lambda self, peer: True})()),
-        num_bytes=lambda codec, n: n,
         clock=lambda: now[0],
         nudge=cast(Any, None),
         partners=Partners(lambda: now[0], lambda *a: None, lambda *a: None),

@@ -18,13 +18,14 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.privacy import masks
 from xpeer.privacy.masks import Ephemeral
+from xpeer.update import Form
 
 SWARM = "ab" * 32
 PEERS = [PeerId(f"12D3KooW{letter}") for letter in "ABCDEFGH"]
 
 
 def slot(n: int = 100) -> masks.Group:
-    return masks.Group(SWARM, 7, 2, "masked16", n)
+    return masks.Group(SWARM, 7, 2, Form("masked16", n))
 
 
 class Group:
@@ -128,9 +129,10 @@ def test_a_key_is_bound_to_everything_that_the_roster_says() -> None:
     ours, theirs = Ephemeral(), Ephemeral()
     public = {a: ours.public, b: theirs.public, c: Ephemeral().public}
     contexts = [
-        slot(), slot(n=101), masks.Group(SWARM, 8, 2, "masked16", 100),
-        masks.Group(SWARM, 7, 3, "masked16", 100), masks.Group(SWARM, 7, 2, "masked32", 100),
-        masks.Group("cd" * 32, 7, 2, "masked16", 100),
+        slot(), slot(n=101), masks.Group(SWARM, 8, 2, Form("masked16", 100)),
+        masks.Group(SWARM, 7, 3, Form("masked16", 100)),
+        masks.Group(SWARM, 7, 2, Form("masked32", 100)),
+        masks.Group("cd" * 32, 7, 2, Form("masked16", 100)),
     ]  # fmt: skip
     rosters = [each.roster(public) for each in contexts]
     other = {**public, c: Ephemeral().public}

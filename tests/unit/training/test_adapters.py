@@ -121,7 +121,7 @@ async def test_two_peers_train_and_average_adapters(setups: list[TrainerSetup]) 
         before = await parameters_of(a, b)
         assert not np.array_equal(before[0], before[1])
         ours, theirs = await asyncio.gather(*(t.snapshot(0, 0, averaging=False) for t in (a, b)))
-        assert ours.num_values == a.num_params
+        assert ours.form.num_values == a.num_params
         assert ours.stamp.mode == "record"
         await asyncio.gather(a.verify(0, 1, from_peer(theirs)), b.verify(0, 1, from_peer(ours)))
         await asyncio.gather(a.merge(0, {1: 0.5}), b.merge(0, {1: 0.5}))

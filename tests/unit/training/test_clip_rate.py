@@ -11,6 +11,7 @@ import torch
 
 from xpeer.training.limits import Movement, NormLimit
 from xpeer.training.mixing import difference
+from xpeer.update import Form
 from xpeer.wire import codec
 
 N, FRAGMENTS, WARMUP = 1280, 5, 30
@@ -83,7 +84,7 @@ class Toy:
             theta = self.theta[me][fragment].clone()
             scale = self.movements[me].scale(fragment, theta, self.warmed_up(me))
             limit = self.limits[me].of(str(peer), scale)
-            found = difference("int8", sent[me], sent[peer], N, [limit], 0)
+            found = difference(Form("int8", N), sent[me], sent[peer], [limit], 0)
             self.merges += 1
             self.clipped += found.clipped
             if found.clipped:

@@ -13,6 +13,7 @@ from xpeer.training import checkpoint, consolidation
 from xpeer.training.buffers import Buffers
 from xpeer.training.consolidation import PARTNERS, Consolidation, consolidate, shown
 from xpeer.training.fragments import Fragments
+from xpeer.update import Form
 from xpeer.wire import codec
 
 P = 1000
@@ -25,7 +26,7 @@ def randn(n: int, seed: int) -> torch.Tensor:
 def shown_by(model: torch.Tensor, fragments: Fragments, fragment: int) -> consolidation.Shown:
     values = fragments.gather(torch.nn.functional.pad(model, (0, -P % 64)), fragment)
     payload = codec.encode("int8", values)
-    return shown("int8", payload, len(values), slice(0, len(values)), Buffers(4))
+    return shown(Form("int8", len(values)), payload, slice(0, len(values)), Buffers(4))
 
 
 @given(partners=st.integers(0, PARTNERS), num_fragments=st.integers(1, 5), seed=st.integers(0, 99))
@@ -63,11 +64,9 @@ def test_any_payload_is_kept_as_values_of_its_own(name: str) -> None:
     """Of two vectors the parameters are kept."""
     sent = randn(512, 1) + 0.01 * randn(512, 2)
     payload = codec.encode(name, sent)
-    kept = shown(name, payload, 512, slice(256, 512), Buffers(4))
-    arrived = codec.decode(name, payload, 512)[256:]
-    assert torch.allclose(
-        codec.decode(kept.codec, codec.view(kept.payload), 256), arrived, atol=0.02
-    )
+    kept = shown(Form(name, 512), payload, slice(256, 512), Buffers(4))
+    arrived = codec.decode(Form(name, 512), payload)[256:]
+    assert torch.allclose(codec.decode(kept.form, codec.view(kept.payload)), arrived, atol=0.02)
 
 
 def test_a_checkpoint_carries_it(tmp_path: Path) -> None:

@@ -25,7 +25,14 @@ from xpeer.training.exchanges import MAX_IN_FLIGHT
 from xpeer.training.local import LocalTrainer
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
-from xpeer.update import Checked, CompressedUpdate, PrivateUpdate, RawUpdate
+from xpeer.update import (
+    Checked,
+    CompressedUpdate,
+    Form,
+    PeerUpdate,
+    PrivateUpdate,
+    RawUpdate,
+)
 
 NUM_PARAMS = 640  # 10 lines
 
@@ -198,8 +205,8 @@ def unbounded(trainer: LocalTrainer) -> None:
 
 
 def verify(trainer: LocalTrainer, meeting_id: int, update: CompressedUpdate) -> Checked:
-    payload = memoryview(update.payload)
-    return trainer.exchanges.verify(meeting_id, 1, update.codec, payload, update.num_values)
+    received = PeerUpdate(memoryview(update.payload), update.form, "")
+    return trainer.exchanges.verify(meeting_id, 1, received)
 
 
 def merge(trainer: LocalTrainer, meeting_id: int) -> None:
@@ -320,8 +327,8 @@ def test_in_flight_is_bounded_and_out_of_order_is_refused() -> None:
     [
         ({"payload": b"\0"}, Reason.MALFORMED),
         ({"payload": b"\0" * 10_000}, Reason.OVERSIZE),
-        ({"codec": "float32"}, Reason.WRONG_CODEC),
-        ({"num_values": 10**12}, Reason.WRONG_MODEL),
+        ({"form": Form("float32", 256)}, Reason.WRONG_CODEC),
+        ({"form": Form("int8", 10**12)}, Reason.WRONG_MODEL),
         ({"payload": b"\xff" * (2 * 2 + 256)}, Reason.NOT_FINITE),
     ],
 )
@@ -588,8 +595,8 @@ def test_three_peers_in_a_group_have_their_mean() -> None:
     for number, peer in enumerate(peers):
         others = [other for other in range(3) if other != number]
         for other in others:
-            payload = memoryview(updates[other].payload)
-            peer.exchanges.verify(1, other, "int8", payload, updates[other].num_values)
+            update = updates[other]
+            peer.exchanges.verify(1, other, PeerUpdate(update.payload, update.form, ""))
         peer.exchanges.resolve(1, dict.fromkeys(others, 1 / 3))
         peer.merge(1)
         assert torch.allclose(peer.parameters.flat[indices], mean, atol=0.05)

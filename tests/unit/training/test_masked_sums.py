@@ -12,7 +12,7 @@ from xpeer.errors import PeerError
 from xpeer.manifest import Round
 from xpeer.training.limits import CLIP_AFTER
 from xpeer.training.local import LocalTrainer
-from xpeer.update import Checked
+from xpeer.update import Checked, Form, PeerUpdate
 from xpeer.wire import codec as wire_codec
 from xpeer.wire.fixedpoint import add_into, rings
 
@@ -28,12 +28,13 @@ def masked_verify(peers: list[LocalTrainer]) -> list[Checked]:
     for peer in peers:
         private = peer.snapshot(1, 0, averaging=True)
         updates.append(peer.exchanges.compress(1, private))
-    codec, n = updates[0].codec, updates[0].num_values
+    form = updates[0].form
     total = bytearray(updates[0].payload)
     for update in updates[1:]:
-        add_into(rings(codec, total, n), rings(codec, update.payload, n))
+        add_into(rings(form, total), rings(form, update.payload))
+    parties = len(peers)
     return [
-        peer.exchanges.verify(1, 0, codec, memoryview(bytearray(total)), n, len(peers))
+        peer.exchanges.verify(1, 0, PeerUpdate(memoryview(bytearray(total)), form, "", parties))
         for peer in peers
     ]
 
@@ -50,7 +51,7 @@ def test_a_masked_groups_sum_brings_all_to_their_mean_and_consolidation_sees_it_
         peer.merge(1)
         assert torch.allclose(peer.parameters.read(), before.mean(0), atol=2e-4)
         (kept,) = peer.exchanges.consolidation.now()[0]
-        shown = wire_codec.decode(kept.codec, wire_codec.view(kept.payload), NUM_PARAMS)
+        shown = wire_codec.decode(kept.form, wire_codec.view(kept.payload))
         others = [other for other in range(3) if other != number]
         assert torch.allclose(shown[:NUM_PARAMS], before[others].mean(0), atol=0.05)
 
@@ -110,6 +111,7 @@ def test_a_sum_over_no_group_is_refused(parties: int, reason: str) -> None:
     update = peer.exchanges.compress(1, peer.snapshot(1, 0, averaging=True))
     payload = memoryview(bytearray(update.payload))
     with pytest.raises(PeerError, match=reason):
-        peer.exchanges.verify(1, 0, update.codec, payload, update.num_values, parties)
+        peer.exchanges.verify(1, 0, PeerUpdate(payload, update.form, "", parties))
     with pytest.raises(PeerError, match="wrong-codec"):
-        peer.exchanges.verify(1, 0, "int8", payload, update.num_values, 3)
+        int8 = Form("int8", update.form.num_values)
+        peer.exchanges.verify(1, 0, PeerUpdate(payload, int8, "", 3))

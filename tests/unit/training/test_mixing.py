@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from xpeer.errors import PeerError, Reason
 from xpeer.training.limits import Limit
 from xpeer.training.mixing import Difference, difference
+from xpeer.update import Form
 from xpeer.wire.codec import NAMES, decode, encode
 
 
@@ -22,7 +23,7 @@ def at(norm: float) -> Limit:
 
 def found(own: torch.Tensor, peer: torch.Tensor, limit: Limit) -> Difference:
     """Of one vector."""
-    return difference("float32", own, encode("float32", peer), own.numel(), [limit], 0)
+    return difference(Form("float32", own.numel()), own, encode("float32", peer), [limit], 0)
 
 
 @given(
@@ -39,7 +40,7 @@ def test_mixing_keeps_the_sum(
     n = 1000
     start = (randn(n, seed), randn(n, seed) + distance * randn(n, seed + 1))
     sent = [encode(codec, theta) for theta in start]
-    seen = [decode(codec, payload, n) for payload in sent]
+    seen = [decode(Form(codec, n), payload) for payload in sent]
     thetas = [theta.double() for theta in start]
     trained = torch.zeros(n, dtype=torch.float64)
     for side in (0, 1):
@@ -47,7 +48,7 @@ def test_mixing_keeps_the_sum(
             delta = randn(n, seed + 100 * side + step).double() * 0.01
             thetas[side] += delta
             trained += delta
-        z = difference(codec, seen[side], sent[1 - side], n, [at(1e3)], 0)
+        z = difference(Form(codec, n), seen[side], sent[1 - side], [at(1e3)], 0)
         assert not z.clipped
         thetas[side] += 0.5 * z.values[0].double()
     before = start[0].double() + start[1].double() + trained
@@ -71,10 +72,9 @@ def test_vectors_are_clipped_one_by_one_and_the_distance_is_the_parameters() -> 
     own, limits = torch.ones(2, 100), [at(4.0), at(1e3)]
     peer = torch.stack([torch.full((100,), 9.0), torch.full((100,), 3.0)])
     z = difference(
-        "float32",
+        Form("float32", own.numel()),
         own.view(-1),
         encode("float32", peer.view(-1)),
-        own.numel(),
         limits,
         parameters_at=1,
     )

@@ -30,7 +30,7 @@ from xpeer.training.fragments import Fragments, padded
 from xpeer.training.handle import Progressed, Saved, SaveFailed, TrainerProcess
 from xpeer.training.ipc import Drop, Snapshot, Snapshotted
 from xpeer.training.setup import TrainerSetup
-from xpeer.update import CompressedUpdate, PeerUpdate
+from xpeer.update import CompressedUpdate, Form, PeerUpdate
 from xpeer.wire.codec import decode, encode
 
 module_loop = pytest.mark.asyncio(loop_scope="module")
@@ -73,8 +73,12 @@ def with_config(setup: TrainerSetup, section: str, **changes: Any) -> TrainerSet
 
 
 def from_peer(update: CompressedUpdate, **changes: Any) -> PeerUpdate:
-    fields = {"payload": update.payload, "codec": update.codec, "num_values": update.num_values}
+    fields = {"payload": update.payload, "form": update.form}
     return PeerUpdate(**{**fields, **changes}, peer_id="peer")
+
+
+def empty_of(form: Form) -> PeerUpdate:
+    return PeerUpdate(bytes(form.num_bytes), form, peer_id="peer")
 
 
 def values_to_bytes(values: torch.Tensor) -> bytes:
@@ -117,7 +121,7 @@ async def parameters_of(*trainers: TrainerProcess) -> list[np.ndarray]:
 
 
 def values_sent(update: CompressedUpdate) -> torch.Tensor:
-    return decode(update.codec, bytes(update.payload), update.num_values)
+    return decode(update.form, bytes(update.payload))
 
 
 def relative_distances(x: torch.Tensor, y: torch.Tensor) -> list[float]:
@@ -138,7 +142,7 @@ async def test_an_exchange_between_two_trainers_keeps_the_sum(pair: Pair) -> Non
             a.snapshot(fragment, fragment, averaging=False),
             b.snapshot(fragment, fragment, averaging=False),
         )
-        assert ours.num_values == a.fragment_values(fragment, averaging=False)
+        assert ours.form.num_values == a.fragment_values(fragment, averaging=False)
         one, other = values_sent(ours), values_sent(theirs)
         expected = relative_distances(one, other)
         fragments.add_(half_way, fragment, other - one, 0.5)
@@ -183,14 +187,16 @@ async def test_snapshots_and_merges_are_served_while_training(pair: Pair) -> Non
 async def test_payloads_that_are_wrong_are_refused(pair: Pair) -> None:
     a, _ = pair
     update = await a.snapshot(60, 1, averaging=False)
+    n = update.form.num_values
     poisoned = bytearray(update.payload)
     poisoned[:2] = struct.pack("<e", float("nan"))
     wrong = [
         (from_peer(update, payload=bytes(poisoned)), Reason.NOT_FINITE),
         (from_peer(update, payload=update.payload[:-1]), Reason.MALFORMED),
         (from_peer(update, payload=bytes(10**6)), Reason.OVERSIZE),
-        (from_peer(update, codec="float32"), Reason.WRONG_CODEC),
-        (from_peer(update, num_values=7), Reason.WRONG_MODEL),
+        (empty_of(Form("float32", n)), Reason.OVERSIZE),
+        (empty_of(Form("int4", n)), Reason.WRONG_CODEC),
+        (empty_of(Form("int8", 7)), Reason.WRONG_MODEL),
     ]
     for bad, reason in wrong:
         with pytest.raises(PeerError) as error:
@@ -198,7 +204,7 @@ async def test_payloads_that_are_wrong_are_refused(pair: Pair) -> None:
         assert error.value.reason == reason
     with pytest.raises(TrainerError, match="verified"):
         await a.merge(60, {1: 0.5})
-    far = torch.full((update.num_values,), 1e4)
+    far = torch.full((n,), 1e4)
     assert (await a.verify(60, 1, from_peer(update, payload=encode("int8", far)))).distance > 1000
     clipped = a.progress.merges_clipped
     await a.merge(60, {1: 0.5})

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xpeer.errors import LocalError
+from xpeer.update import Form
 from xpeer.wire.budget import (
     IN_FLIGHT,
     LONG_WINDOW_STEPS,
@@ -14,7 +15,6 @@ from xpeer.wire.budget import (
     Link,
     plan,
 )
-from xpeer.wire.codec import encoded_bytes
 
 bandwidths = st.floats(1e4, 1e12)
 round_trips = st.floats(0, 2)
@@ -33,7 +33,7 @@ def test_the_budget_is_never_exceeded(
     assert chosen.window_steps % chosen.fragments == 0
     window_s = chosen.window_steps * step_s
     largest = -(-num_params // chosen.fragments)
-    payload_s = 8 * encoded_bytes(chosen.codec, largest) / bits_per_s
+    payload_s = 8 * Form(chosen.codec, largest).num_bytes / bits_per_s
     assert payload_s * chosen.fragments <= SHARE * window_s * (1 + 1e-9)
     assert chosen.exchange_s == payload_s + ROUND_TRIPS * round_trip_s
     assert chosen.exchange_s <= SHARE * window_s * (1 + 1e-9)
@@ -51,7 +51,7 @@ def test_a_faster_link_never_means_less(
     slow = plan(Link(bits_per_s, round_trip_s), num_params=num_params, step_s=step_s, peers=4)
     link = Link(bits_per_s * times, round_trip_s)
     fast = plan(link, num_params=num_params, step_s=step_s, peers=4)
-    assert encoded_bytes(fast.codec, num_params) >= encoded_bytes(slow.codec, num_params)
+    assert Form(fast.codec, num_params).num_bytes >= Form(slow.codec, num_params).num_bytes
     if fast.codec == slow.codec:
         assert fast.window_steps <= slow.window_steps
 

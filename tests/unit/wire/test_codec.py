@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from tests.factories import privacy_stamp
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.update import PrivateUpdate, RawUpdate
-from xpeer.wire.blockwise import BLOCK
-from xpeer.wire.codec import NAMES, compress, decode, encode, encode_into, encoded_bytes
+from xpeer.manifest import Codec
+from xpeer.update import BLOCK, SIZES, Form, PrivateUpdate, RawUpdate
+from xpeer.wire import fixedpoint
+from xpeer.wire.codec import NAMES, compress, decode, encode, encode_into
 
 sizes = st.sampled_from([1, 2, 127, 128, 129, 255, 256, 1000, 32768, 32769, 70001])
 magnitudes = st.sampled_from([1e-30, 1e-12, 1e-7, 1e-5, 1e-3, 1.0, 50.0, 1e6])
@@ -33,7 +34,7 @@ def bound(payload: bytes, n: int) -> torch.Tensor:
 def test_int8_error_is_at_most_half_a_scale(n: int, magnitude: float, seed: int) -> None:
     values = random_values(n, magnitude, seed)
     payload = encode("int8", values)
-    error = (decode("int8", payload, n).double() - values.double()).abs()
+    error = (decode(Form("int8", n), payload).double() - values.double()).abs()
     assert bool((error <= bound(payload, n)).all())
 
 
@@ -42,7 +43,7 @@ def test_int8_error_is_at_most_half_a_scale(n: int, magnitude: float, seed: int)
 def test_int8_error_bound_for_arbitrary_values(numbers: list[float]) -> None:
     values = torch.tensor(numbers, dtype=torch.float32)
     payload = encode("int8", values)
-    error = (decode("int8", payload, len(numbers)).double() - values.double()).abs()
+    error = (decode(Form("int8", len(numbers)), payload).double() - values.double()).abs()
     assert bool((error <= bound(payload, len(numbers))).all())
 
 
@@ -51,19 +52,24 @@ def test_int8_error_bound_for_arbitrary_values(numbers: list[float]) -> None:
 def test_size_is_exact_and_decoding_is_idempotent(name: str, n: int, seed: int) -> None:
     values = random_values(n, 0.05, seed)
     payload = encode(name, values)
-    assert len(payload) == encoded_bytes(name, n)
-    once = decode(name, payload, n)
+    assert len(payload) == Form(name, n).num_bytes
+    once = decode(Form(name, n), payload)
     assert once.dtype == torch.float32
-    assert torch.equal(once, decode(name, memoryview(bytearray(payload)), n))
+    assert torch.equal(once, decode(Form(name, n), memoryview(bytearray(payload))))
     again = torch.empty(n)
-    assert decode(name, payload, n, out=again) is again
+    assert decode(Form(name, n), payload, out=again) is again
     assert torch.equal(once, again)
 
 
 def test_float32_is_exact_and_int8_takes_a_quarter() -> None:
     values = random_values(12800, 1.0, 1)
-    assert torch.equal(decode("float32", encode("float32", values), 12800), values)
-    assert encoded_bytes("int8", 12800) == 12800 + 2 * 100
+    assert torch.equal(decode(Form("float32", 12800), encode("float32", values)), values)
+    assert Form("int8", 12800).num_bytes == 12800 + 2 * 100
+
+
+def test_every_codec_of_the_manifest_has_a_size() -> None:
+    assert set(NAMES) == set(get_args(Codec))
+    assert set(SIZES) == {*NAMES, *fixedpoint.NAMES}
 
 
 def test_known_bytes() -> None:
@@ -75,7 +81,7 @@ def test_known_bytes() -> None:
 def test_zeros_stay_zero() -> None:
     payload = encode("int8", torch.zeros(300))
     assert payload == bytes(len(payload))
-    assert torch.equal(decode("int8", payload, 300), torch.zeros(300))
+    assert torch.equal(decode(Form("int8", 300), payload), torch.zeros(300))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,18 +96,18 @@ def test_values_that_are_not_finite_are_refused_on_encode(name: str, bad: float)
 def test_a_scale_beyond_float16_is_refused_on_encode() -> None:
     with pytest.raises(LocalError, match="too large"):
         encode("int8", torch.full((128,), 1e8))
-    assert decode("int8", encode("int8", torch.full((128,), 8.3e6)), 128)[0] > 8.2e6
+    assert decode(Form("int8", 128), encode("int8", torch.full((128,), 8.3e6)))[0] > 8.2e6
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_lengths_are_refused(name: str) -> None:
     payload = encode(name, torch.ones(300))
     with pytest.raises(PeerError) as short:
-        decode(name, payload[:-1], 300)
+        decode(Form(name, 300), payload[:-1])
     with pytest.raises(PeerError) as long:
-        decode(name, payload + b"\0", 300)
+        decode(Form(name, 300), payload + b"\0")
     with pytest.raises(PeerError) as empty:
-        decode(name, b"", 300)
+        decode(Form(name, 300), b"")
     assert [e.value.reason for e in (short, long, empty)] == [
         Reason.MALFORMED, Reason.OVERSIZE, Reason.MALFORMED,
     ]  # fmt: skip
@@ -119,7 +125,7 @@ def test_bad_scales_are_refused(scale: float, reason: str) -> None:
     payload = bytearray(encode("int8", torch.ones(300)))
     payload[2:4] = bytes(torch.tensor([scale], dtype=torch.float16).view(torch.uint8).tolist())
     with pytest.raises(PeerError) as error:
-        decode("int8", payload, 300)
+        decode(Form("int8", 300), payload)
     assert error.value.reason == reason
 
 
@@ -128,7 +134,7 @@ def test_bad_values_are_refused(name: str) -> None:
     dtype = torch.float32 if name == "float32" else torch.bfloat16
     values = torch.tensor([1.0, float("inf")], dtype=dtype)
     with pytest.raises(PeerError) as error:
-        decode(name, bytes(values.view(torch.uint8).tolist()), 2)
+        decode(Form(name, 2), bytes(values.view(torch.uint8).tolist()))
     assert error.value.reason == Reason.NOT_FINITE
 
 
@@ -136,7 +142,7 @@ def test_bad_values_are_refused(name: str) -> None:
 @settings(max_examples=100, deadline=None)
 def test_arbitrary_bytes_decode_or_are_a_peer_error(name: str, n: int, payload: bytes) -> None:
     try:
-        values = decode(name, payload, n)
+        values = decode(Form(name, n), payload)
     except PeerError:
         return
     assert values.shape == (n,)
@@ -145,7 +151,7 @@ def test_arbitrary_bytes_decode_or_are_a_peer_error(name: str, n: int, payload: 
 
 def test_an_unknown_codec_and_a_wrong_buffer_are_local_errors() -> None:
     with pytest.raises(LocalError, match="unknown"):
-        encoded_bytes("zip", 3)
+        encode("zip", torch.ones(3))
     with pytest.raises(LocalError, match="buffer"):
         encode_into("float32", torch.ones(3), memoryview(bytearray(11)))
     with pytest.raises(LocalError, match="flat float32"):
@@ -155,7 +161,7 @@ def test_an_unknown_codec_and_a_wrong_buffer_are_local_errors() -> None:
 def test_only_a_private_update_is_compressed() -> None:
     values = random_values(300, 1.0, 2)
     update = compress(PrivateUpdate(values=values, step=7, stamp=privacy_stamp()), "int8")
-    assert (update.codec, update.num_values, update.step) == ("int8", 300, 7)
+    assert (update.form, update.step) == (Form("int8", 300), 7)
     assert update.payload == encode("int8", values)
     with pytest.raises(TypeError):
         compress(cast("Any", RawUpdate(values=values, step=7)), "int8")

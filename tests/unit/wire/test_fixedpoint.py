@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from tests.factories import privacy_stamp
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.update import PrivateUpdate, RawUpdate
-from xpeer.wire import codec, fixedpoint
-from xpeer.wire.blockwise import BLOCK
+from xpeer.update import BLOCK, Form, PrivateUpdate, RawUpdate
+from xpeer.wire import fixedpoint
 from xpeer.wire.fixedpoint import Grid
 
 STAMP = privacy_stamp()
@@ -24,7 +23,7 @@ def randn(n: int, seed: int) -> torch.Tensor:
 
 
 def encode(grid: Grid, values: torch.Tensor, seed: int | None = None) -> bytearray:
-    out = bytearray(fixedpoint.encoded_bytes(grid.codec, len(values)))
+    out = bytearray(grid.form(len(values)).num_bytes)
     fixedpoint.encode_into(grid, values, out, seed=seed)
     return out
 
@@ -33,7 +32,7 @@ def total(grid: Grid, payloads: list[bytearray], n: int) -> bytearray:
     out = bytearray(payloads[0])
     for payload in payloads[1:]:
         fixedpoint.add_into(
-            fixedpoint.rings(grid.codec, out, n), fixedpoint.rings(grid.codec, payload, n)
+            fixedpoint.rings(grid.form(n), out), fixedpoint.rings(grid.form(n), payload)
         )
     return out
 
@@ -87,19 +86,19 @@ def test_what_was_sent_is_known_to_its_sender(grid: Grid) -> None:
     payload = encode(grid, values)
     sent = fixedpoint.rounded(grid, values, payload)
     assert float((sent - values).abs().max()) < grid.step * 1.001
-    again = fixedpoint.rings(grid.codec, encode(grid, sent + grid.step * 1e-3, seed=1), 5000)[0]
-    codes = fixedpoint.rings(grid.codec, payload, 5000)[0]
+    again = fixedpoint.rings(grid.form(5000), encode(grid, sent + grid.step * 1e-3, seed=1))[0]
+    codes = fixedpoint.rings(grid.form(5000), payload)[0]
     assert float((codes == again).mean()) > 0.99
 
 
 def test_rounding_is_unbiased_and_to_a_neighbour() -> None:
     grid = Grid(32, 0.5)
     values = torch.full((200_000,), 0.15)  # 0.3 of a step
-    codes = fixedpoint.rings(grid.codec, encode(grid, values), len(values))[0]
+    codes = fixedpoint.rings(grid.form(len(values)), encode(grid, values))[0]
     assert set(np.unique(codes).tolist()) == {0, 1}
     share = float(codes.mean())
     assert share == pytest.approx(0.3, abs=5 * (0.21 / 200_000) ** 0.5)
-    negative = fixedpoint.rings(grid.codec, encode(grid, -values), len(values))[0].view(np.int32)
+    negative = fixedpoint.rings(grid.form(len(values)), encode(grid, -values))[0].view(np.int32)
     assert set(np.unique(negative).tolist()) == {-1, 0}
 
 
@@ -107,7 +106,7 @@ def test_what_is_on_the_grid_is_exact() -> None:
     grid = Grid(16, 2.0**-14)
     values = torch.arange(-3000, 3000, dtype=torch.float32) * 2.0**-14
     for seed in range(3):
-        codes = fixedpoint.rings(grid.codec, encode(grid, values, seed), len(values))[0]
+        codes = fixedpoint.rings(grid.form(len(values)), encode(grid, values, seed))[0]
         assert torch.equal(torch.from_numpy(codes.view(np.int16).astype(np.float32)) * grid.step,
                            values)  # fmt: skip
 
@@ -160,21 +159,20 @@ def test_values_that_cannot_be_sent_are_our_own_error(bad: float) -> None:
         encode(Grid(16, 2.0**-14), values)
 
 
-def test_sizes_are_checked_and_known_to_the_codec() -> None:
+def test_sizes_are_checked_and_known_to_the_form() -> None:
     for grid in GRIDS:
-        size = fixedpoint.encoded_bytes(grid.codec, 1000)
-        assert size == codec.encoded_bytes(grid.codec, 1000)
+        size = grid.form(1000).num_bytes
         assert size == (1000 * 4 if grid.bits == 32 else 1000 * 2 + 8 * 4)
         with pytest.raises(PeerError, match=Reason.MALFORMED):
-            fixedpoint.rings(grid.codec, bytes(size - 1), 1000)
+            fixedpoint.rings(grid.form(1000), bytes(size - 1))
         with pytest.raises(PeerError, match=Reason.OVERSIZE):
-            fixedpoint.rings(grid.codec, bytes(size + 1), 1000)
+            fixedpoint.rings(grid.form(1000), bytes(size + 1))
 
 
 def test_only_a_private_update_is_compressed() -> None:
     grid = GRIDS[0]
-    out = torch.empty(fixedpoint.encoded_bytes(grid.codec, 10), dtype=torch.uint8)
+    out = torch.empty(grid.form(10).num_bytes, dtype=torch.uint8)
     with pytest.raises(TypeError, match="PrivateUpdate"):
         fixedpoint.compress(RawUpdate(torch.zeros(10), 1), grid, out)  # type: ignore[arg-type]
     done = fixedpoint.compress(PrivateUpdate(torch.zeros(10), 1, STAMP), grid, out)
-    assert (done.codec, done.num_values, len(done.payload)) == ("masked16", 10, len(out))
+    assert (done.form, len(done.payload)) == (Form("masked16", 10), len(out))

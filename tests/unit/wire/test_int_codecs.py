@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.unit.wire import reference_codec as reference
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.wire.blockwise import BLOCK
-from xpeer.wire.codec import NAMES, decode, encode, encoded_bytes
+from xpeer.update import BLOCK, Form
+from xpeer.wire.codec import NAMES, decode, encode
 
 INTS = ["int8", "int4", "int2"]
 names = st.sampled_from(INTS)
@@ -54,9 +54,9 @@ def test_bytes_are_those_of_the_reference(
     name: str, values: torch.Tensor, dither: int | None
 ) -> None:
     payload = encode(name, values, dither=dither)
-    assert len(payload) == encoded_bytes(name, values.numel())
+    assert len(payload) == Form(name, values.numel()).num_bytes
     assert payload == reference.encode(name, values.numpy(), dither)
-    decoded = decode(name, payload, values.numel())
+    decoded = decode(Form(name, values.numel()), payload)
     expected = reference.decode(name, payload, len(values))
     assert torch.equal(decoded, torch.from_numpy(expected))
 
@@ -67,7 +67,7 @@ def test_the_error_is_within_a_step_and_half_of_one_to_nearest(
     name: str, values: torch.Tensor, dither: int | None
 ) -> None:
     payload = encode(name, values, dither=dither)
-    error = (decode(name, payload, len(values)).double() - values.double()).abs()
+    error = (decode(Form(name, len(values)), payload).double() - values.double()).abs()
     steps = steps_of(payload, len(values))
     share = 0.5 if dither is None else 1.0
     limit = steps * share * (1 + 1e-5) + values.abs() * 2.0**-22 + 1e-40  # float32's own rounding
@@ -83,8 +83,8 @@ def test_to_nearest_is_symmetric_and_never_further_than_zero(
 ) -> None:
     """|x - Q(x)| <= |x| for every value: what error feedback needs to converge."""
     n = len(values)
-    quantised = decode(name, encode(name, values), n)
-    assert torch.equal(decode(name, encode(name, -values), n), -quantised)
+    quantised = decode(Form(name, n), encode(name, values))
+    assert torch.equal(decode(Form(name, n), encode(name, -values)), -quantised)
     slack = values.double().abs() * (1 + 1e-6) + 1e-40
     assert bool(((quantised.double() - values.double()).abs() <= slack).all())
 
@@ -97,7 +97,7 @@ def test_stochastic_rounding_is_unbiased(name: str, seed: int) -> None:
     trials = 2000
     many = values.repeat(trials)
     payload = encode(name, many, dither=seed)
-    rounded = decode(name, payload, len(many))
+    rounded = decode(Form(name, len(many)), payload)
     step = float(steps_of(payload, 1)[0])
     error = (rounded.view(-1, BLOCK).double().mean(0) - values.double()).abs() / step
     share = values.double() / step % 1
@@ -108,8 +108,8 @@ def test_stochastic_rounding_is_unbiased(name: str, seed: int) -> None:
 def test_dither_differs_between_values_blocks_and_seeds() -> None:
     values = torch.full((1 << 16,), 0.5)
     values[::BLOCK] = 127.0  # int8 with a step of 1
-    ones = decode("int8", encode("int8", values, dither=1), len(values))
-    twos = decode("int8", encode("int8", values, dither=2), len(values))
+    ones = decode(Form("int8", len(values)), encode("int8", values, dither=1))
+    twos = decode(Form("int8", len(values)), encode("int8", values, dither=2))
     keep = torch.arange(len(values)) % BLOCK != 0
     up, other = ones[keep], twos[keep]
     n = up.numel()
@@ -123,7 +123,7 @@ def test_dither_differs_between_values_blocks_and_seeds() -> None:
 @pytest.mark.parametrize("name", INTS)
 def test_nothing_is_zero_bytes(name: str) -> None:
     assert encode(name, torch.empty(0)) == b""
-    assert decode(name, b"", 0).shape == (0,)
+    assert decode(Form(name, 0), b"").shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_nothing_is_zero_bytes(name: str) -> None:
     [("float32", 32), ("bfloat16", 16), ("int8", 8.125), ("int4", 4.125), ("int2", 2.125)],
 )  # fmt: skip
 def test_bits_per_value(name: str, bits: float) -> None:
-    assert encoded_bytes(name, BLOCK) * 8 / BLOCK == bits
+    assert Form(name, BLOCK).num_bytes * 8 / BLOCK == bits
 
 
 @pytest.mark.parametrize("name", INTS)
@@ -158,7 +158,7 @@ def test_codes_beyond_the_last_value_are_refused(name: str) -> None:
     payload = bytearray(encode(name, torch.ones(129)))
     payload[-1] |= 0x80
     with pytest.raises(PeerError) as error:
-        decode(name, payload, 129)
+        decode(Form(name, 129), payload)
     assert error.value.reason == Reason.MALFORMED
 
 
@@ -167,5 +167,5 @@ def test_arguments_that_do_not_fit_the_codec() -> None:
     with pytest.raises(LocalError, match="dither"):
         encode("bfloat16", ones, dither=1)
     with pytest.raises(LocalError, match="needed"):
-        decode("int8", encode("int8", ones), 4, out=torch.ones(5))
+        decode(Form("int8", 4), encode("int8", ones), out=torch.ones(5))
     assert "int4" in NAMES

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from xpeer.update import BLOCK, Form
 from xpeer.wire import kernels
-from xpeer.wire.blockwise import BLOCK
 from xpeer.wire.codec import decode, encode
 from xpeer.wire.merge import difference, prepare
 
@@ -47,10 +47,10 @@ def everything(name: str, n: int, seed: int, dither: int | None) -> list[Any]:
     values *= torch.rand(n, generator=generator) < 0.9
     others = values * (1 + 0.5 * torch.rand(n, generator=generator))
     payload, theirs = encode(name, values, dither=dither), encode(name, others, dither=dither)
-    own = decode(name, payload, n)
+    own = decode(Form(name, n), payload)
     if name == "int4":
         return [payload, theirs, own]
-    z, _ = difference(name, own if name == "int2" else payload, theirs, n)
+    z, _ = difference(Form(name, n), own if name == "int2" else payload, theirs)
     return [payload, theirs, own, z]
 
 
@@ -103,7 +103,9 @@ def test_without_a_compiler_it_is_said_once_and_goes_on(
     monkeypatch.setattr(torch, "compile", _no_compiler)
     with caplog.at_level(logging.WARNING, logger="xpeer.codec"):
         assert encode("int8", values) == plain
-        assert torch.equal(decode("int8", plain, len(values)), decode("int8", plain, len(values)))
+        assert torch.equal(
+            decode(Form("int8", len(values)), plain), decode(Form("int8", len(values)), plain)
+        )
     assert [r.getMessage() for r in caplog.records] == [
         "codec kernels are not compiled, so the codec is slower: RuntimeError: no compiler found"
     ]
@@ -137,22 +139,22 @@ def test_what_was_prepared_is_not_compiled_again(
 ) -> None:
     monkeypatch.setattr(kernels, "ROWS", 5)
     monkeypatch.setattr(torch, "compile", lambda kernel, **_: kernel)
-    prepare(name, 10 * BLOCK, stochastic=stochastic, decoded=decoded)
+    prepare(Form(name, 10 * BLOCK), stochastic=stochastic, decoded=decoded)
     prepared = set(kernels._compiled)
     assert prepared
     values = torch.randn(10 * BLOCK)
     dither = 7 if stochastic else None
     payload = encode(name, values, dither=dither)
-    own = decode(name, payload, len(values)) if decoded else payload
-    difference(name, own, payload, len(values))
+    own = decode(Form(name, len(values)), payload) if decoded else payload
+    difference(Form(name, len(values)), own, payload)
     assert set(kernels._compiled) == prepared
 
 
 def test_nothing_is_prepared_where_nothing_may_be_compiled() -> None:
     kernels.configure(compile=False)
-    prepare("int8", 1 << 30)
+    prepare(Form("int8", 1 << 30))
     assert not kernels._compiled
     kernels.configure(compile=True)
-    prepare("float32", 1 << 30)
-    prepare("int8", 100)
+    prepare(Form("float32", 1 << 30))
+    prepare(Form("int8", 100))
     assert not kernels._compiled
