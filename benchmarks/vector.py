@@ -9,7 +9,7 @@ import asyncio
 import torch
 
 from xpeer.training.exchanges import Exchanges
-from xpeer.training.fragments import Fragments, padded
+from xpeer.training.flat import FlatVector
 from xpeer.training.rules import Rule
 from xpeer.update import (
     Checked,
@@ -20,15 +20,6 @@ from xpeer.update import (
     received_stamp,
 )
 from xpeer.wire.fixedpoint import Grid
-
-
-class _Parameters:
-    """What `Exchanges` needs of the model's."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.num_params = len(values)
-        self.flat = torch.zeros(padded(len(values)))
-        self.flat[: len(values)] = values
 
 
 class _NoPrivacy:
@@ -55,10 +46,10 @@ class Vector:
         self, values: torch.Tensor, num_fragments: int, codec: str, grid: Grid | None = None
     ) -> None:
         self.epoch = 1
-        self.parameters = _Parameters(values)
+        self.parameters = FlatVector(len(values), num_fragments)
+        self.parameters.write(values)
         self.exchanges = Exchanges(
-            self.parameters,  # type: ignore[arg-type] # only its values are used
-            Fragments(len(values), num_fragments),
+            self.parameters,  # type: ignore[arg-type] # it has no gradients
             codec,
             _NoPrivacy(),  # type: ignore[arg-type] # only its stamp is used
             Rule(),

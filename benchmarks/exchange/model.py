@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from xpeer.training.exchanges import Exchanges
-from xpeer.training.fragments import Fragments, padded
+from xpeer.training.flat import FlatVector
 from xpeer.training.rules import Rule
 from xpeer.update import (
     Checked,
@@ -49,7 +49,7 @@ class AveragingTrainer:
     process, which costs a copy of them each way in production.
 
     Args:
-        values: (n,) float32, CPU; changed in place.
+        values: (n,) float32, CPU; copied.
         codec_name: of all payloads.
 
     Attributes:
@@ -57,18 +57,22 @@ class AveragingTrainer:
     """
 
     def __init__(self, values: torch.Tensor, codec_name: str) -> None:
-        flat = torch.nn.functional.pad(values, (0, padded(len(values)) - len(values)))
-        self.values = flat[: len(values)]
+        self._vector = FlatVector(len(values), 1)
+        self._vector.write(values)
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        parameters = cast("Parameters", SimpleNamespace(flat=flat))
+        parameters = cast("Parameters", self._vector)  # it has no gradients
         mechanism = cast("Mechanism", SimpleNamespace(stamp=_stamp))
-        fragments = Fragments(len(values), 1)
-        self.form = Form(codec_name, fragments.size(0))
-        self._exchanges = Exchanges(parameters, fragments, codec_name, mechanism, Rule())
+        self.form = Form(codec_name, self._vector.fragments.size(0))
+        self._exchanges = Exchanges(parameters, codec_name, mechanism, Rule())
         for _ in range(2):  # memory that a peer in mid-run has in use
             self._exchanges.buffers.give(torch.zeros(self.form.num_values))
             self._exchanges.buffers.give(torch.zeros(self.form.num_bytes, dtype=torch.uint8))
         self._ready = 0.0
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(n,) float32: a copy."""
+        return self._vector.read()
 
     async def snapshot(
         self, meeting_id: int, fragment: int, *, averaging: bool

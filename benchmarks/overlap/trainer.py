@@ -79,9 +79,10 @@ class SleepingMechanism:
         self._used += 1
         began, core = time.perf_counter(), time.thread_time()
         self._write_row()
-        values = self._trainer.parameters.flat[self._start : self._start + MOVED]
+        largest = max(self._trainer.parameters.parameters(), key=torch.Tensor.numel).data.view(-1)
+        values = largest[self._start : self._start + MOVED]
         values.add_(torch.randn_like(values), alpha=1e-3)
-        self._start = (self._start + MOVED) % (self._trainer.parameters.num_params - MOVED)
+        self._start = (self._start + MOVED) % max(1, largest.numel() - MOVED)
         time.sleep(max(0.0, self._step_s - (time.perf_counter() - began)))
         self._compute_s += time.perf_counter() - began
         self._core_s += time.thread_time() - core

@@ -126,7 +126,7 @@ async def _meetings(k: int, num_params: int, name: str, repetitions: int) -> dic
             wall.append(time.perf_counter() - started)
             sent = members[0].meter.bytes_out - sent_before
     mean = torch.stack(values).double().mean(0)
-    away = max(float((m.vector.parameters.flat[:num_params] - mean).abs().max()) for m in members)
+    away = max(float((m.vector.parameters.read() - mean).abs().max()) for m in members)
     for member in members:
         for link, _ in member.links.values():
             link.abort()

@@ -77,7 +77,7 @@ class Swarm:
         self.trainers: list[LocalTrainer] = []
         engine: Engine | None = None
         for model, records, ledger in zip(self.models, shards, self.ledgers, strict=True):
-            parameters = FlatParameters(model)
+            parameters = FlatParameters(model, manifest.round.fragments)
             mechanism: Mechanism
             if manifest.privacy.mode == "off":
                 mechanism = OffMechanism(manifest, model, records, losses)

@@ -119,7 +119,8 @@ def show_partners(trainer: LocalTrainer) -> None:
     """As after a merge of each fragment: what joiners get is an average with these."""
     exchanges = trainer.exchanges
     for fragment in range(exchanges.fragments.num_fragments):
-        values = exchanges.fragments.gather(trainer.parameters.flat, fragment)
+        size = exchanges.fragments.size(fragment)
+        values = trainer.parameters.gather(fragment, torch.empty(size))
         kept = torch.frombuffer(bytearray(codec.encode("int8", values)), dtype=torch.uint8)
         exchanges.consolidation.merged(fragment, Shown(Form("int8", len(values)), kept))
 

@@ -50,7 +50,7 @@ class Member:
 
     @property
     def values(self) -> torch.Tensor:
-        return self.trainer.parameters.flat[: self.trainer.parameters.num_params]
+        return self.trainer.parameters.read()
 
     def spoil(self, change: Callable[[PeerId, Any], Any]) -> None:
         """Pass all that we send through `change(to, message)`; None ends all our links."""

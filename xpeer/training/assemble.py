@@ -199,7 +199,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
         fresh=saved is None and setup.initial == "initial",
     ).to(device)
     check_fits(model, tokenizer.vocab_size, manifest.optimiser.sequence_tokens)
-    parameters = FlatParameters(model)
+    parameters = FlatParameters(model, manifest.round.fragments)
     if parameters.num_params != manifest.model.num_params:
         raise ConfigError(
             f"the model has {parameters.num_params} parameters, the manifest "

@@ -22,7 +22,6 @@ from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.training import sums
 from xpeer.training.buffers import Buffers
 from xpeer.training.consolidation import Consolidation, Shown, shown
-from xpeer.training.fragments import Fragments
 from xpeer.training.limits import Movement, NormLimit, Scale
 from xpeer.training.mixing import Difference, difference
 from xpeer.training.parts import Mechanism, Parameters
@@ -68,7 +67,6 @@ class Exchanges:
 
     Args:
         parameters: of the model.
-        fragments: how they are cut.
         codec: of the manifest.
         mechanism: certifies snapshots.
         rule: of the manifest; while no steps are taken, and where a partner takes none, plain
@@ -84,13 +82,12 @@ class Exchanges:
     def __init__(
         self,
         parameters: Parameters,
-        fragments: Fragments,
         codec: str,
         mechanism: Mechanism,
         rule: Rule,
         grid: Grid | None = None,
     ) -> None:
-        self.fragments = fragments
+        self.fragments = fragments = parameters.fragments
         self.grid = grid
         self.codec = codec
         self.rule = rule
@@ -126,9 +123,9 @@ class Exchanges:
             self._in_flight.clear()
         self.consolidation.begin()
         if self.common is not None:
-            self.common.begin(self._parameters.flat)
+            self.common.begin(self._parameters.read())
         for fragment in range(self.fragments.num_fragments):
-            theta = self._gather(fragment)
+            theta = self._parameters.gather(fragment, torch.empty(self.fragments.size(fragment)))
             self._movement.begin(fragment, theta)
             self.rule.begin(fragment, theta)
         if behind:
@@ -174,7 +171,7 @@ class Exchanges:
             LocalError: no such fragment.
         """
         began = time.perf_counter()
-        self.fragments.size(fragment)
+        size = self.fragments.size(fragment)
         rule = self._averaging if averaging else self.rule
         with self._waiting():
             if meeting_id in self._in_flight:
@@ -183,7 +180,7 @@ class Exchanges:
                 raise PeerError(Reason.BUSY, f"{MAX_IN_FLIGHT} meetings are in flight")
             if any(other.fragment == fragment for other in self._in_flight.values()):
                 raise PeerError(Reason.BUSY, f"fragment {fragment} is in flight")
-        theta = self._gather(fragment, self.buffers.take(self.fragments.size(fragment)))
+        theta = self._parameters.gather(fragment, self.buffers.take(size))
         private = self._mechanism.stamp(RawUpdate(rule.outgoing(fragment, theta), step))
         scale = self._movement.scale(fragment, theta, warmed_up)
         with self._waiting():
@@ -318,9 +315,7 @@ class Exchanges:
         if meeting is None or meeting.correction is None:
             return -1
         correction, rule = meeting.correction, meeting.rule
-        flat = self._parameters.flat
-        values = correction.values.to(flat.device)
-        self.fragments.add_(flat, meeting.fragment, values, correction.scale)
+        self._parameters.add_(meeting.fragment, correction.values, correction.scale)
         self._movement.merged(meeting.fragment, meeting.theta, correction.values, correction.scale)
         if rule is self.rule:
             rule.merged(meeting.fragment, correction.state)
@@ -405,13 +400,6 @@ class Exchanges:
         each = update.form.num_values // rule.vectors
         vector = slice(each * rule.parameters_at, each * (rule.parameters_at + 1))
         return shown(update.form, update.payload, vector, self.buffers)
-
-    def _gather(self, fragment: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        flat = self._parameters.flat
-        if flat.device.type == "cpu":
-            return self.fragments.gather(flat, fragment, out)
-        copied = self.fragments.gather(flat, fragment)
-        return copied.cpu() if out is None else out.copy_(copied)
 
     def _get(self, meeting_id: int) -> _Meeting:
         try:

@@ -13,34 +13,78 @@ import torch
 
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
-from xpeer.training.fragments import padded
+from xpeer.training.fragments import Fragments, padded
 
 
-class FlatParameters:
-    """A model's trainable parameters, moved into one vector that they become views of: a fragment
-    is then copied out of it, or added to it, in a few strided passes.
+class FlatVector:
+    """Values that are read and changed as a whole, or by fragments in a few strided passes.
+
+    Args:
+        num_params: P.
+        num_fragments: F.
+        device: where they lie; zeros at first.
+
+    Attributes:
+        num_params: P.
+        fragments: how the vector is cut.
+
+    Raises:
+        LocalError: too many fragments.
+    """
+
+    def __init__(
+        self, num_params: int, num_fragments: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.num_params = num_params
+        self.fragments = Fragments(num_params, num_fragments)
+        self._flat = torch.zeros(padded(num_params), dtype=torch.float32, device=device)
+
+    def gather(self, fragment: int, out: torch.Tensor) -> torch.Tensor:
+        """Copy a fragment to `out`, (size,) float32 on the CPU; returns it."""
+        if self._flat.device.type == "cpu":
+            return self.fragments.gather(self._flat, fragment, out)
+        return out.copy_(self.fragments.gather(self._flat, fragment))
+
+    def add_(self, fragment: int, values: torch.Tensor, scale: float = 1.0) -> None:
+        """Add scale times (size,) float32 from the CPU to a fragment."""
+        self.fragments.add_(self._flat, fragment, values.to(self._flat.device), scale)
+
+    def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Copy all to (num_params,) float32 on the CPU, into `out` if given."""
+        if out is None:
+            out = torch.empty(self.num_params, dtype=torch.float32)
+        _check(out, self.num_params)
+        return out.copy_(self._flat[: self.num_params])
+
+    def write(self, flat: torch.Tensor) -> None:
+        """Replace all by (num_params,) float32 from the CPU."""
+        _check(flat, self.num_params)
+        self._flat[: self.num_params].copy_(flat)
+
+
+class FlatParameters(FlatVector):
+    """A model's trainable parameters, moved into one vector that they become views of.
 
     Build it on the model itself, not on a wrapper, on its final device. It keeps the parameters,
     not the model, and so stays valid when the model is wrapped later.
 
-    Attributes:
-        num_params: P.
-        flat: (P, padded with zeros to whole lines,) float32, on the model's device.
+    Args:
+        model: whose parameters they are.
+        num_fragments: F.
 
     Raises:
-        LocalError: parameters of several types or devices.
+        LocalError: parameters of several types or devices; too many fragments.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, num_fragments: int = 1) -> None:
         self._parameters = _trained(model)
         kinds = {(p.dtype, p.device) for p in self._parameters}
         if len(kinds) != 1 or kinds.pop()[0] != torch.float32:
             raise LocalError("the model's parameters are not all float32 on one device")
-        self.num_params = sum(p.numel() for p in self._parameters)
         device = self._parameters[0].device
-        self.flat = torch.zeros(padded(self.num_params), dtype=torch.float32, device=device)
+        super().__init__(sum(p.numel() for p in self._parameters), num_fragments, device)
         with torch.no_grad():
-            for p, view in zip(self._parameters, _views(self._parameters, self.flat), strict=True):
+            for p, view in zip(self._parameters, _views(self._parameters, self._flat), strict=True):
                 view.copy_(p)
                 p.data = view
 
@@ -48,28 +92,18 @@ class FlatParameters:
         """In flat order."""
         return list(self._parameters)
 
-    def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Copy all to (num_params,) float32 on the CPU, into `out` if given."""
-        if out is None:
-            out = torch.empty(self.num_params, dtype=torch.float32)
-        _check(out, self.num_params)
-        return out.copy_(self.flat[: self.num_params])
-
-    def write(self, flat: torch.Tensor) -> None:
-        """Replace all by (num_params,) float32 from the CPU."""
-        _check(flat, self.num_params)
-        self.flat[: self.num_params].copy_(flat)
-
     def read_gradients(self) -> torch.Tensor:
-        """Copy all gradients, in the shape of `flat`, to the CPU; a missing one is zero."""
-        out = torch.zeros(self.flat.numel(), dtype=torch.float32)
+        """Copy all gradients to (P, padded with zeros to whole lines,) float32 on the CPU; a
+        missing one is zero.
+        """
+        out = torch.zeros(self._flat.numel(), dtype=torch.float32)
         for p, view in zip(self._parameters, _views(self._parameters, out), strict=True):
             if p.grad is not None:
                 view.copy_(p.grad)
         return out
 
     def write_gradients(self, flat: torch.Tensor) -> None:
-        """Replace all gradients from a vector in the shape of `flat`, on the CPU."""
+        """Replace all gradients by what has the shape of `read_gradients`, from the CPU."""
         for p, view in zip(self._parameters, _views(self._parameters, flat), strict=True):
             p.grad = view.to(p.device, copy=True)
 

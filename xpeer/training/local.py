@@ -26,7 +26,6 @@ from xpeer.training import rules
 from xpeer.training.charging import Permits
 from xpeer.training.consolidation import consolidate
 from xpeer.training.exchanges import Exchanges
-from xpeer.training.fragments import Fragments
 from xpeer.training.ipc import TrainerState
 from xpeer.training.measuring import Measurements, require_finite
 from xpeer.training.optimiser import make_optimiser
@@ -85,11 +84,9 @@ class LocalTrainer:
         self.counters = Counters()
         self.awaiting = awaiting
         self.optimiser = make_optimiser(manifest, parameters)
-        fragments = Fragments(parameters.num_params, manifest.round.fragments)
         rule = rules.make(manifest.round)
         self.exchanges = Exchanges(
             parameters,
-            fragments,
             manifest.round.codec,
             mechanism,
             rule,

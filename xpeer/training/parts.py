@@ -11,6 +11,7 @@ import torch
 
 from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
+from xpeer.training.fragments import Fragments
 from xpeer.update import PrivateUpdate, RawUpdate
 
 
@@ -56,12 +57,18 @@ class Parameters(Protocol):
     """`flat.FlatParameters`, as the loop uses it."""
 
     @property
-    def flat(self) -> torch.Tensor:
-        """(num_params padded to whole lines,) float32, on the device: the parameters themselves."""
-
-    @property
     def num_params(self) -> int:
         """P."""
+
+    @property
+    def fragments(self) -> Fragments:
+        """How they are cut."""
+
+    def gather(self, fragment: int, out: torch.Tensor) -> torch.Tensor:
+        """Copy a fragment to `out`, (size,) float32, CPU; returns it."""
+
+    def add_(self, fragment: int, values: torch.Tensor, scale: float = 1.0) -> None:
+        """Add scale times (size,) float32, CPU, to a fragment."""
 
     def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """(num_params,) float32, CPU."""
@@ -70,7 +77,7 @@ class Parameters(Protocol):
         """Replace all."""
 
     def read_gradients(self) -> torch.Tensor:
-        """In the shape of `flat`, CPU: a copy."""
+        """(num_params padded to whole lines,) float32, CPU: a copy."""
 
     def write_gradients(self, flat: torch.Tensor) -> None:
         """Replace all."""

@@ -17,7 +17,7 @@ import torch
 from xpeer.errors import PeerError, Reason
 from xpeer.training.buffers import Buffers
 from xpeer.training.consolidation import Shown, shown_mean
-from xpeer.training.fragments import Fragments
+from xpeer.training.fragments import Fragments, padded
 from xpeer.training.limits import Limit
 from xpeer.training.mixing import Difference, bounded
 from xpeer.update import PeerUpdate
@@ -90,8 +90,8 @@ class Common:
         self._flat = torch.empty(0)  # (num_params padded to whole lines,) float32, CPU
 
     def begin(self, flat: torch.Tensor) -> None:
-        """The parameters were set anew, to what other members know: padded, any device; copied."""
-        self._flat = flat.detach().to("cpu", copy=True)
+        """The parameters were set anew, to (num_params,) float32, CPU, that other members know."""
+        self._flat = torch.nn.functional.pad(flat, (0, padded(flat.numel()) - flat.numel()))
 
     def merged(self, fragment: int, mean: torch.Tensor) -> None:
         """A group with this mean, (n,) float32, CPU, is merged."""

@@ -55,7 +55,7 @@ class Machine:
     def __post_init__(self) -> None:
         self.ledger = Account(self)
         self.queue = deque[tuple[float, Callable[[], None]]]()
-        self.parameters = Parameters(0)
+        self.parameters = Parameters(0, self.manifest.round.fragments)
         self.mechanism = Mechanism(self)
         self.trainer = LocalTrainer(
             self.manifest, self.parameters, self.mechanism, Evaluation(public=lambda: 1.0)

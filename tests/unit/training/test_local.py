@@ -22,6 +22,7 @@ from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
 from xpeer.training import exchanges, local, measuring
 from xpeer.training.exchanges import MAX_IN_FLIGHT
+from xpeer.training.fragments import Fragments
 from xpeer.training.local import LocalTrainer
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
@@ -47,11 +48,17 @@ class Result:
 class Parameters:
     """One flat parameter."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, num_fragments: int = 3) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.weight = torch.nn.Parameter(torch.randn(NUM_PARAMS, generator=generator))
         self.num_params = NUM_PARAMS
-        self.flat = self.weight.data
+        self.fragments = Fragments(NUM_PARAMS, num_fragments)
+
+    def gather(self, fragment: int, out: torch.Tensor) -> torch.Tensor:
+        return self.fragments.gather(self.weight.data, fragment, out)
+
+    def add_(self, fragment: int, values: torch.Tensor, scale: float = 1.0) -> None:
+        self.fragments.add_(self.weight.data, fragment, values, scale)
 
     def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
         return self.weight.detach().clone() if out is None else out.copy_(self.weight.detach())
@@ -168,9 +175,10 @@ def trainer_with(
     awaiting: bool = False,
     **changes: Any,
 ) -> LocalTrainer:
-    parameters = Parameters(seed)
+    manifest = manifest_with(**changes)
+    parameters = Parameters(seed, manifest.round.fragments)
     return LocalTrainer(
-        manifest_with(**changes),
+        manifest,
         parameters,
         FakeMechanism(parameters, budget),
         Evaluation(public=lambda: float(parameters.weight.detach().abs().mean())),
@@ -590,7 +598,7 @@ def test_three_peers_in_a_group_have_their_mean() -> None:
     for peer in peers:
         unbounded(peer)
     indices = peers[0].exchanges.fragments.indices(0)
-    mean = torch.stack([peer.parameters.flat[indices] for peer in peers]).mean(0)
+    mean = torch.stack([peer.parameters.read()[indices] for peer in peers]).mean(0)
     updates = [taken(peer, 1, 0) for peer in peers]
     for number, peer in enumerate(peers):
         others = [other for other in range(3) if other != number]
@@ -599,7 +607,7 @@ def test_three_peers_in_a_group_have_their_mean() -> None:
             peer.exchanges.verify(1, other, PeerUpdate(update.payload, update.form, ""))
         peer.exchanges.resolve(1, dict.fromkeys(others, 1 / 3))
         peer.merge(1)
-        assert torch.allclose(peer.parameters.flat[indices], mean, atol=0.05)
+        assert torch.allclose(peer.parameters.read()[indices], mean, atol=0.05)
 
 
 def test_averaging_beside_an_outer_rule_moves_its_anchors() -> None:

@@ -12,6 +12,7 @@ from opacus.grad_sample import GradSampleModule
 from xpeer.errors import ConfigError, LocalError
 from xpeer.training import model as m
 from xpeer.training.export import export_hf
+from xpeer.training.fragments import LINE
 from xpeer.training.losses import transformers_model
 from xpeer.training.shard import FILL
 from xpeer.training.tokenizer import ByteTokenizer
@@ -137,10 +138,26 @@ def test_gradients_of_the_flat_vector_and_back():
     model = m.build(GPT2, seed=4)
     flat = m.FlatParameters(model)
     assert not flat.read_gradients().any()
-    values = torch.randn(flat.flat.numel())
-    values[flat.num_params :] = 0
+    values = torch.nn.functional.pad(torch.randn(flat.num_params), (0, -flat.num_params % LINE))
     flat.write_gradients(values)
     assert torch.equal(flat.read_gradients(), values)
+
+
+def test_fragments_are_copied_out_and_added_to_in_place():
+    model = m.build(GPT2, seed=4)
+    flat = m.FlatParameters(model, 3)
+    before, after = flat.read(), m.read_flat(model)
+    for fragment in range(3):
+        indices = flat.fragments.indices(fragment)
+        inside = indices < flat.num_params
+        out = torch.empty(len(indices))
+        assert flat.gather(fragment, out) is out
+        assert torch.equal(out[inside], before[indices[inside]])
+        change = torch.randn(len(indices)) * inside
+        flat.add_(fragment, change, 0.5)
+        after[indices[inside]] += 0.5 * change[inside]
+    assert torch.allclose(m.read_flat(model), after)
+    assert not torch.equal(after, before)
 
 
 def test_parameters_of_several_types_are_refused():

@@ -228,7 +228,9 @@ def test_the_gradients_of_a_short_last_window_are_used(
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     node = assemble(make_homes(tmp_path, 1)[0])
     try:
-        node.trainer.parameters.flat[3] = torch.nan
+        values = node.trainer.parameters.read()
+        values[3] = torch.nan
+        node.trainer.parameters.write(values)
         write = node.capture()
         with pytest.raises(LocalError, match="not finite"):
             write()
