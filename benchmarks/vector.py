@@ -5,6 +5,9 @@ and merge is the real one.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +23,8 @@ from xpeer.update import (
     received_stamp,
 )
 from xpeer.wire.fixedpoint import Grid
+
+_T = TypeVar("_T")
 
 
 class _NoPrivacy:
@@ -56,6 +61,7 @@ class Vector:
             grid,
         )
         self.exchanges.begin()
+        self._helper = ThreadPoolExecutor(1, "helper")
 
     def fragment_values(self, fragment: int, *, averaging: bool) -> int:
         """Values in a fragment."""
@@ -67,17 +73,20 @@ class Vector:
     ) -> CompressedUpdate:
         """Copy a fragment, then quantise it."""
         private = self.exchanges.take(meeting_id, fragment, self.step, averaging=averaging)
-        return await asyncio.to_thread(self.exchanges.compress, meeting_id, private)
+        return await self._on_helper(self.exchanges.compress, meeting_id, private)
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         """Decode the partner's, and compare."""
-        return await asyncio.to_thread(self.exchanges.verify, meeting_id, exchange_id, update)
+        return await self._on_helper(self.exchanges.verify, meeting_id, exchange_id, update)
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
         """Add what was accepted."""
-        await asyncio.to_thread(self.exchanges.resolve, meeting_id, weights)
+        await self._on_helper(self.exchanges.resolve, meeting_id, weights)
         self.exchanges.merge(meeting_id, self.step)
 
     def drop(self, meeting_id: int) -> None:
         """Give up."""
         self.exchanges.drop(meeting_id)
+
+    async def _on_helper(self, work: Callable[..., _T], *arguments: object) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._helper, work, *arguments)

@@ -137,7 +137,7 @@ class Group:
 
 def _agreement(member: Member, link: Link, number: int) -> Agreement:
     n = member.trainer.fragment_values(0, averaging=True)
-    form = (member.trainer.exchanges.grid or GRID).form(n)
+    form = member.trainer.exchanges.payloads.form(n)
     return Agreement(
         link=link, exchange_id=number, slot=7, fragment=0, averaging=True, form=form,
         ours=TERMS, theirs=TERMS,

@@ -3,17 +3,14 @@
 A meeting is one fragment's exchange with the other peers of a group: one snapshot, a payload of
 each partner, one merge. Only copying a fragment out of the model and adding a correction to it
 happen on the training thread, at step boundaries. Compressing, decoding, verifying and the rule's
-arithmetic happen on a helper thread meanwhile.
+arithmetic happen on the helper thread meanwhile; `stages` says what follows on what, and why there
+is one helper.
 """
 
 from __future__ import annotations
 
-import secrets
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -21,49 +18,27 @@ import torch
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.training import sums
 from xpeer.training.buffers import Buffers
-from xpeer.training.consolidation import Consolidation, Shown, shown
-from xpeer.training.limits import Movement, NormLimit, Scale
-from xpeer.training.mixing import Difference, difference
+from xpeer.training.consolidation import Consolidation
+from xpeer.training.limits import Movement, NormLimit
 from xpeer.training.parts import Mechanism, Parameters
+from xpeer.training.payloads import CodecPayloads, MaskedPayloads, Payloads
 from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
-from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate, PrivateUpdate, RawUpdate
-from xpeer.wire import codec as wire_codec
-from xpeer.wire import fixedpoint, merge
+from xpeer.training.stages import Certified, InFlight, Resolved, Sent
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate
 from xpeer.wire.fixedpoint import Grid
 
-MAX_IN_FLIGHT: Final = 16
-"""Each holds one fragment in float32, and one more for each partner."""
-MAX_GROUP: Final = 64
 SPARE: Final = 8
 """Buffers that are kept for the next meetings: snapshot, payload, difference and what was shown."""
-_STOCHASTIC: Final = frozenset({"int4", "int2"})
 _SMOOTHING: Final = 0.9
 """Of the consensus distance, per exchange."""
-
-
-@dataclass(slots=True)
-class _Meeting:
-    fragment: int
-    step: int
-    rule: Rule
-    theta: torch.Tensor  # (n,) float32: the snapshot
-    scale: Scale  # what honest partners' distances are measured by
-    payload: torch.Tensor | None = None  # (bytes,) uint8: what was sent
-    own: wire_codec.Payload | torch.Tensor | None = None
-    """What was sent, or Q of it, (V n,) float32: see `_own`."""
-    differences: dict[int, Difference] = field(default_factory=dict)
-    partners: dict[int, str] = field(default_factory=dict)
-    shown: dict[int, Shown] = field(default_factory=dict)
-    correction: Correction | None = None
-    merged: tuple[int, ...] = ()
-    mean: torch.Tensor | None = None  # (n,) float32: a masked group's, on the grid
 
 
 class Exchanges:
     """What is in flight, and what came of it.
 
-    Thread-safe: the training thread calls `take` and `merge`, a helper the others.
+    The training thread calls `take` and `merge`, one helper `compress`, `verify` and `resolve`,
+    any thread `drop`.
 
     Args:
         parameters: of the model.
@@ -74,9 +49,11 @@ class Exchanges:
         grid: of masked groups: then there is no codec, and one payload that is a group's sum.
 
     Attributes:
+        consensus_distance: of verified partners, smoothed; None until the first one.
+        merges: corrections that were added.
+        merges_clipped: partners' differences in them that were clipped.
         seconds_snapshot: of the training thread, in `take`.
         seconds_merge: of the training thread, in `merge`.
-        seconds_blocked: of both, waiting for a helper to let go of the lock.
     """
 
     def __init__(
@@ -88,16 +65,18 @@ class Exchanges:
         grid: Grid | None = None,
     ) -> None:
         self.fragments = fragments = parameters.fragments
-        self.grid = grid
-        self.codec = codec
         self.rule = rule
         self.buffers = Buffers(SPARE)
+        self.payloads: Payloads = (
+            CodecPayloads(codec, self.buffers)
+            if grid is None
+            else MaskedPayloads(grid, self.buffers)
+        )
         self.consolidation = Consolidation(self.buffers)
         self.common = sums.Common(fragments) if grid is not None else None
-        self.merges = 0
-        self.merges_clipped = 0
         self.consensus_distance: float | None = None
-        self.seconds_snapshot = self.seconds_merge = self.seconds_blocked = 0.0
+        self.merges = self.merges_clipped = 0
+        self.seconds_snapshot = self.seconds_merge = 0.0
         self._steps_late = 0
         self._parameters = parameters
         self._mechanism = mechanism
@@ -110,8 +89,23 @@ class Exchanges:
             ]
             for each in (rule, self._averaging)
         }
-        self._in_flight: dict[int, _Meeting] = {}
-        self._lock = threading.Lock()
+        self._in_flight = InFlight()
+
+    def __len__(self) -> int:
+        """Number of meetings in flight."""
+        return len(self._in_flight)
+
+    @property
+    def seconds_blocked(self) -> float:
+        """Time that the training thread waited for the helper to let go of the lock."""
+        return self._in_flight.seconds_blocked
+
+    @property
+    def steps_late(self) -> float:
+        """Mean steps between snapshot and merge."""
+        return self._steps_late / self.merges if self.merges else 0.0
+
+    # ---- on the training thread ---------------------------------------------------------------
 
     def begin(self, *, behind: bool = False) -> None:
         """The parameters were set anew: what is in flight refers to others.
@@ -119,8 +113,7 @@ class Exchanges:
         Args:
             behind: to a donor's: the others have trained on meanwhile.
         """
-        with self._lock:
-            self._in_flight.clear()
+        self._in_flight.clear()
         self.consolidation.begin()
         if self.common is not None:
             self.common.begin(self._parameters.read())
@@ -130,22 +123,6 @@ class Exchanges:
             self.rule.begin(fragment, theta)
         if behind:
             self._movement.lies_behind()
-
-    def prepare(self) -> None:
-        """Off the training thread: have the codec ready before the first exchange needs it."""
-        if self.grid is not None:
-            return
-        each = max(self.fragments.size(f) for f in range(self.fragments.num_fragments))
-        merge.prepare(
-            Form(self.codec, self.rule.vectors * each),
-            stochastic=self._dither() is not None,
-            decoded=self._decodes_own(self.rule),
-        )
-
-    @property
-    def steps_late(self) -> float:
-        """Mean steps between snapshot and merge."""
-        return self._steps_late / self.merges if self.merges else 0.0
 
     def take(
         self,
@@ -173,181 +150,62 @@ class Exchanges:
         began = time.perf_counter()
         size = self.fragments.size(fragment)
         rule = self._averaging if averaging else self.rule
-        with self._waiting():
-            if meeting_id in self._in_flight:
-                raise TrainerError(f"meeting {meeting_id} has its snapshot already")
-            if len(self._in_flight) >= MAX_IN_FLIGHT:
-                raise PeerError(Reason.BUSY, f"{MAX_IN_FLIGHT} meetings are in flight")
-            if any(other.fragment == fragment for other in self._in_flight.values()):
-                raise PeerError(Reason.BUSY, f"fragment {fragment} is in flight")
+        self._in_flight.require_room(meeting_id, fragment)
         theta = self._parameters.gather(fragment, self.buffers.take(size))
         private = self._mechanism.stamp(RawUpdate(rule.outgoing(fragment, theta), step))
         scale = self._movement.scale(fragment, theta, warmed_up)
-        with self._waiting():
-            self._in_flight[meeting_id] = _Meeting(fragment, step, rule, theta, scale)
+        self._in_flight.begin(meeting_id, Certified(fragment, step, rule, theta, scale))
         self.seconds_snapshot += time.perf_counter() - began
         return private
-
-    def compress(self, meeting_id: int, update: PrivateUpdate) -> CompressedUpdate:
-        """Off the training thread: compress, and keep what the partners will decode.
-
-        Raises:
-            PeerError: dropped meanwhile (CLOSED).
-            TrainerError: the parameters can't be encoded.
-        """
-        with self._lock:
-            meeting = self._get(meeting_id)
-        form = self._form(update.values.numel())
-        payload = self.buffers.take(form.num_bytes, torch.uint8)
-        try:
-            if self.grid is not None:
-                compressed = fixedpoint.compress(update, self.grid, payload)
-            else:
-                compressed = wire_codec.compress(
-                    update, self.codec, dither=self._dither(), out=payload
-                )
-        except LocalError as e:
-            self.drop(meeting_id)
-            raise TrainerError(e.problem, e.remedy) from e
-        meeting.payload = payload
-        meeting.own = self._own(meeting.rule, compressed)
-        return compressed
-
-    def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
-        """Off the training thread: decode and check one partner's payload, or a masked group's sum.
-
-        Returns:
-            Relative distance of the two snapshots; of a sum, between the others' mean and ours.
-            And whether it is above the limit.
-
-        Raises:
-            PeerError: not this codec or size, not finite, too many partners (BUSY), a sum that is
-                too far away (OUT_OF_RANGE), or dropped meanwhile (CLOSED).
-        """
-        with self._lock:
-            meeting = self._get(meeting_id)
-            own, crowded = meeting.own, len(meeting.differences) >= MAX_GROUP
-        if own is None or exchange_id in meeting.differences:
-            raise TrainerError(f"meeting {meeting_id} has no snapshot, or knows {exchange_id}")
-        if crowded:
-            raise PeerError(Reason.BUSY, f"{MAX_GROUP} partners in one meeting")
-        rule, form = meeting.rule, update.form
-        expected = self._form(rule.vectors * meeting.theta.numel())
-        if form.num_values != expected.num_values:
-            detail = f"{form.num_values} values, {expected.num_values} expected"
-            raise PeerError(Reason.WRONG_MODEL, detail)
-        if form != expected:
-            raise PeerError(Reason.WRONG_CODEC, "the payload is not of the manifest's codec")
-        if self.grid is not None:
-            return self._verify_sum(meeting, exchange_id, update)
-        found = difference(
-            form,
-            own,
-            update.payload,
-            [limit.of(update.peer_id, meeting.scale) for limit in self._limits[rule]],
-            rule.parameters_at,
-            out=self.buffers.take(form.num_values),
-        )
-        values = None if found.clipped else self._shown(rule, update)
-        meeting.partners[exchange_id] = update.peer_id
-        return self._found(meeting, exchange_id, found, values)
-
-    def _verify_sum(self, meeting: _Meeting, exchange_id: int, total: PeerUpdate) -> Checked:
-        if self.grid is None or meeting.payload is None:
-            raise TrainerError("a group's sum, and no masks")
-        own = wire_codec.view(meeting.payload)
-        limit = self._limits[meeting.rule][0].of("", meeting.scale)
-        found = sums.decoded(self.grid, meeting.theta, own, total, limit, self.buffers)
-        meeting.mean = found.mean
-        return self._found(meeting, exchange_id, found.difference, found.shown)
-
-    def _found(
-        self, meeting: _Meeting, exchange_id: int, found: Difference, values: Shown | None
-    ) -> Checked:
-        with self._lock:
-            meeting.differences[exchange_id] = found
-            if values is not None:
-                meeting.shown[exchange_id] = values
-            before = self.consensus_distance
-            self.consensus_distance = (
-                found.distance
-                if before is None
-                else _SMOOTHING * before + (1 - _SMOOTHING) * found.distance
-            )
-        return Checked(found.distance, found.clipped)
-
-    def resolve(self, meeting_id: int, weights: Mapping[int, float]) -> None:
-        """Off the training thread: what the partners that accepted ask of our parameters.
-
-        Args:
-            meeting_id: of the snapshot.
-            weights: w_j of every exchange that both sides accepted.
-
-        Raises:
-            PeerError: unknown or dropped (CLOSED).
-            TrainerError: an exchange was not verified.
-        """
-        with self._lock:
-            meeting = self._get(meeting_id)
-        if meeting.own is None or not weights or not meeting.differences.keys() >= weights.keys():
-            raise TrainerError(f"meeting {meeting_id}: not all of {list(weights)} were verified")
-        first, *others = weights.items()
-        meeting.merged = tuple(weights)
-        if not others and type(meeting.rule) is Rule:  # weighted on its way into the parameters
-            found = meeting.differences[first[0]]
-            meeting.correction = Correction(found.values[0], scale=first[1])
-            return
-        shift = meeting.differences[first[0]].values.mul_(first[1])
-        for exchange_id, weight in others:
-            shift.add_(meeting.differences[exchange_id].values, alpha=weight)
-        own = torch.empty(0)
-        if meeting.rule.reads_own and isinstance(meeting.own, torch.Tensor):
-            own = meeting.own.view(shift.shape)
-        meeting.correction = meeting.rule.correct(meeting.fragment, meeting.theta, own, shift)
 
     def merge(self, meeting_id: int, step: int) -> int:
         """At a step boundary: add the correction. How many of the partners' differences were
         clipped; -1 = the meeting was dropped.
+
+        Raises:
+            TrainerError: it is not resolved.
         """
         began = time.perf_counter()
-        with self._waiting():
-            meeting = self._in_flight.pop(meeting_id, None)
-        if meeting is None or meeting.correction is None:
+        meeting = self._in_flight.end(meeting_id)
+        if meeting is None:
             return -1
-        correction, rule = meeting.correction, meeting.rule
-        self._parameters.add_(meeting.fragment, correction.values, correction.scale)
-        self._movement.merged(meeting.fragment, meeting.theta, correction.values, correction.scale)
+        correction, snapshot = meeting.correction, meeting.sent.snapshot
+        fragment, rule = snapshot.fragment, snapshot.rule
+        self._parameters.add_(fragment, correction.values, correction.scale)
+        self._movement.merged(fragment, snapshot.theta, correction.values, correction.scale)
         if rule is self.rule:
-            rule.merged(meeting.fragment, correction.state)
+            rule.merged(fragment, correction.state)
         else:
-            self.rule.moved(meeting.fragment, correction.values.mul_(correction.scale))
+            self.rule.moved(fragment, correction.values.mul_(correction.scale))
         clipped = self._learn(meeting)
         self.merges += 1
         self.merges_clipped += clipped
-        self._steps_late += step - meeting.step
+        self._steps_late += step - snapshot.step
         self.seconds_merge += time.perf_counter() - began
         return clipped
 
-    def _learn(self, meeting: _Meeting) -> int:
-        """What a merged meeting tells besides; give its memory back. How many were clipped."""
-        if self.common is not None and meeting.mean is not None:
-            self.common.merged(meeting.fragment, meeting.mean)
-        for exchange_id in meeting.merged:
-            if exchange_id in meeting.shown:
-                self.consolidation.merged(meeting.fragment, meeting.shown[exchange_id])
-        merged = {each: meeting.differences[each] for each in meeting.merged}
-        for exchange_id, found in merged.items():
-            partner = meeting.partners.get(exchange_id, "")
-            for limit, norm in zip(self._limits[meeting.rule], found.norms, strict=True):
-                if found.clipped:
-                    limit.clipped(partner)
+    def _learn(self, meeting: Resolved) -> int:
+        """Note what a merged meeting says of its partners; returns how many were clipped."""
+        snapshot = meeting.sent.snapshot
+        for each in meeting.accepted:
+            if self.common is not None and each.mean is not None:
+                self.common.merged(snapshot.fragment, each.mean)
+            if each.received is not None:
+                self.consolidation.merged(snapshot.fragment, each.received)
+            norms = each.difference.norms
+            for limit, norm in zip(self._limits[snapshot.rule], norms, strict=True):
+                if each.difference.clipped:
+                    limit.clipped(each.partner)
                 else:
-                    limit.accepted(norm, partner)
-        differences = (each.values.view(-1) for each in meeting.differences.values())
-        for spare in (meeting.theta, meeting.payload, *differences):
-            if spare is not None:
-                self.buffers.give(spare)
-        return sum(found.clipped for found in merged.values())
+                    limit.accepted(norm, each.partner)
+        self._give_back(meeting.sent)
+        return sum(each.difference.clipped for each in meeting.accepted)
+
+    def _give_back(self, sent: Sent) -> None:
+        """Nobody refers to a merged meeting's memory any more."""
+        differences = (each.difference.values.view(-1) for each in sent.verified.values())
+        for spare in (sent.snapshot.theta, sent.payload, *differences):
+            self.buffers.give(spare)
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint: the rule's, and what masked groups have in common."""
@@ -361,48 +219,91 @@ class Exchanges:
         if self.common is not None:
             self.common.restore(state)
 
+    # ---- on the helper ------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Have the codec ready before the first exchange needs it."""
+        count = self.fragments.num_fragments
+        self.payloads.prepare(self.rule, max(self.fragments.size(f) for f in range(count)))
+
+    def compress(self, meeting_id: int, update: PrivateUpdate) -> CompressedUpdate:
+        """Compress, and keep what the partners will decode.
+
+        Raises:
+            PeerError: dropped meanwhile (CLOSED).
+            TrainerError: the parameters can't be encoded, or were before.
+        """
+        snapshot = self._in_flight.at(meeting_id, Certified)
+        try:
+            compressed, sent = self.payloads.make(snapshot, update)
+        except LocalError as e:
+            self.drop(meeting_id)
+            raise TrainerError(e.problem, e.remedy) from e
+        self._in_flight.advance(meeting_id, snapshot, sent)
+        return compressed
+
+    def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
+        """Decode and check one partner's payload, or a masked group's sum.
+
+        Returns:
+            Relative distance of the two snapshots; of a sum, between the others' mean and ours.
+            And whether it is above the limit.
+
+        Raises:
+            PeerError: not this codec or size, not finite, too many partners (BUSY), a sum that is
+                too far away (OUT_OF_RANGE), or dropped meanwhile (CLOSED).
+            TrainerError: nothing was sent, or this exchange was verified before.
+        """
+        sent = self._in_flight.at(meeting_id, Sent)
+        sent.require_new(exchange_id)
+        given, expected = update.form, sent.form
+        if given.num_values != expected.num_values:
+            detail = f"{given.num_values} values, {expected.num_values} expected"
+            raise PeerError(Reason.WRONG_MODEL, detail)
+        if given != expected:
+            raise PeerError(Reason.WRONG_CODEC, "the payload is not of the manifest's codec")
+        verified = self.payloads.verify(sent, update, self._limits[sent.snapshot.rule])
+        self._in_flight.advance(meeting_id, sent, sent.with_verified(exchange_id, verified))
+        distance, before = verified.difference.distance, self.consensus_distance
+        if before is not None:
+            distance = _SMOOTHING * before + (1 - _SMOOTHING) * distance
+        self.consensus_distance = distance
+        return Checked(verified.difference.distance, verified.difference.clipped)
+
+    def resolve(self, meeting_id: int, weights: Mapping[int, float]) -> None:
+        """Compute what the partners that accepted ask of our parameters.
+
+        Args:
+            meeting_id: of the snapshot.
+            weights: w_j of every exchange that both sides accepted.
+
+        Raises:
+            PeerError: unknown or dropped (CLOSED).
+            TrainerError: an exchange was not verified.
+        """
+        sent = self._in_flight.at(meeting_id, Sent)
+        if not weights or not sent.verified.keys() >= weights.keys():
+            raise TrainerError(f"meeting {meeting_id}: not all of {list(weights)} were verified")
+        accepted = tuple(sent.verified[exchange_id] for exchange_id in weights)
+        correction = _correction(sent, [a.difference.values for a in accepted], [*weights.values()])
+        self._in_flight.advance(meeting_id, sent, Resolved(sent, correction, accepted))
+
+    # ---- on any thread ------------------------------------------------------------------------
+
     def drop(self, meeting_id: int) -> None:
         """Forget a meeting; harmless if it is unknown."""
-        with self._lock:
-            self._in_flight.pop(meeting_id, None)
+        self._in_flight.drop(meeting_id)
 
-    def __len__(self) -> int:
-        """Number in flight."""
-        return len(self._in_flight)
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """The lock, on the training thread: how long it was waited for is time blocked."""
-        began = time.perf_counter()
-        with self._lock:
-            self.seconds_blocked += time.perf_counter() - began
-            yield
-
-    def _dither(self) -> int | None:
-        """Coarse codecs round stochastically: to nearest, what is small would stand still."""
-        return secrets.randbits(63) if self.codec in _STOCHASTIC else None
-
-    def _own(self, rule: Rule, sent: CompressedUpdate) -> wire_codec.Payload | torch.Tensor:
-        """The payload, to be decoded on the way when it is compared; or its values, where the rule
-        or norms of several vectors need them.
-        """
-        if self.grid is not None or not self._decodes_own(rule):
-            return sent.payload
-        return wire_codec.decode(sent.form, sent.payload)
-
-    def _decodes_own(self, rule: Rule) -> bool:
-        return rule.reads_own or rule.vectors > 1
-
-    def _form(self, num_values: int) -> Form:
-        return Form(self.codec, num_values) if self.grid is None else self.grid.form(num_values)
-
-    def _shown(self, rule: Rule, update: PeerUpdate) -> Shown:
-        each = update.form.num_values // rule.vectors
-        vector = slice(each * rule.parameters_at, each * (rule.parameters_at + 1))
-        return shown(update.form, update.payload, vector, self.buffers)
-
-    def _get(self, meeting_id: int) -> _Meeting:
-        try:
-            return self._in_flight[meeting_id]
-        except KeyError:
-            raise PeerError(Reason.CLOSED, f"meeting {meeting_id} was dropped") from None
+def _correction(sent: Sent, differences: list[torch.Tensor], weights: list[float]) -> Correction:
+    """What the rule wants to be added; overwrites the differences, (V, n) each."""
+    snapshot, rule = sent.snapshot, sent.snapshot.rule
+    if len(differences) == 1 and type(rule) is Rule:  # weighted on its way into the parameters
+        return Correction(differences[0][0], scale=weights[0])
+    shift = differences[0].mul_(weights[0])
+    for values, weight in zip(differences[1:], weights[1:], strict=True):
+        shift.add_(values, alpha=weight)
+    own = torch.empty(0)
+    if rule.reads_own and isinstance(sent.own, torch.Tensor):
+        own = sent.own.view(shift.shape)
+    return rule.correct(snapshot.fragment, snapshot.theta, own, shift)

@@ -85,7 +85,7 @@ class Service:
         self._arena = arena
         self._assembled = assembled
         self._trainer = assembled.trainer
-        self._helper = ThreadPoolExecutor(1, "helper")
+        self._helper = ThreadPoolExecutor(1, "helper")  # one: see `stages`
         self._disk = ThreadPoolExecutor(1, "disk")
         self._told_at = 0.0
         self._told_window = -1

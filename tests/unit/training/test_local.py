@@ -20,12 +20,12 @@ from xpeer.identity import blake2b
 from xpeer.manifest import Codec, End, Manifest, Model, Optimiser, Privacy, PublicText, Round
 from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
-from xpeer.training import exchanges, local, measuring
-from xpeer.training.exchanges import MAX_IN_FLIGHT
+from xpeer.training import exchanges, local, measuring, stages
 from xpeer.training.fragments import Fragments
 from xpeer.training.local import LocalTrainer
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
+from xpeer.training.stages import MAX_IN_FLIGHT
 from xpeer.update import (
     Checked,
     CompressedUpdate,
@@ -149,7 +149,7 @@ class NoJobs:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What the loop and its meetings take for the time."""
     made = Clock()
-    for module in (local, exchanges, measuring):
+    for module in (local, exchanges, measuring, stages):
         monkeypatch.setattr(module, "time", made)
     return made
 
@@ -324,7 +324,7 @@ def test_in_flight_is_bounded_and_out_of_order_is_refused() -> None:
     assert error.value.reason == Reason.BUSY
     with pytest.raises(TrainerError, match="has its snapshot"):
         trainer.snapshot(0, 0, averaging=False)
-    with pytest.raises(TrainerError, match="verified"):
+    with pytest.raises(TrainerError, match="is certified, not sent"):
         trainer.exchanges.resolve(0, {1: 0.5})
     with pytest.raises(LocalError, match="fragment 3"):
         trainer.snapshot(0, 3, averaging=False)
@@ -470,7 +470,7 @@ def test_snapshots_and_merges_are_timed_and_so_is_waiting_for_a_helper(clock: Cl
             pass
 
     busy, before = Busy(), a.progress().seconds_blocked
-    a.exchanges._lock = busy  # type: ignore[assignment]
+    a.exchanges._in_flight._lock = busy  # type: ignore[assignment]
     clock.tick = 0.0
     a.snapshot(2, 1, averaging=False)
     assert a.progress().seconds_blocked - before == 20.0 * busy.waits

@@ -1,0 +1,156 @@
+"""How a meeting's payloads are made, and what a partner's says: of a codec, or of masked groups.
+
+On the helper thread. Knows nothing of processes, weights and rules' arithmetic.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import torch
+
+from xpeer.training import sums
+from xpeer.training.buffers import Buffers
+from xpeer.training.consolidation import Shown, shown
+from xpeer.training.limits import NormLimit
+from xpeer.training.mixing import difference
+from xpeer.training.rules import Rule
+from xpeer.training.stages import Certified, Sent, Verified
+from xpeer.update import CompressedUpdate, Form, PeerUpdate, PrivateUpdate
+from xpeer.wire import codec as wire_codec
+from xpeer.wire import fixedpoint, merge
+from xpeer.wire.fixedpoint import Grid
+
+_STOCHASTIC: Final = frozenset({"int4", "int2"})
+
+
+class Payloads(Protocol):
+    """Makes our payload and verifies partners'."""
+
+    def form(self, num_values: int) -> Form:
+        """Of a payload of so many values."""
+
+    def prepare(self, rule: Rule, most: int) -> None:
+        """Called once, before the first meeting: do now what would make it late.
+
+        Args:
+            rule: of the manifest.
+            most: values of the largest fragment.
+        """
+
+    def make(self, snapshot: Certified, update: PrivateUpdate) -> tuple[CompressedUpdate, Sent]:
+        """Compress, and keep what partners' payloads are compared with.
+
+        Raises:
+            LocalError: the parameters can't be encoded.
+        """
+
+    def verify(self, sent: Sent, update: PeerUpdate, limits: Sequence[NormLimit]) -> Verified:
+        """Decode and check a payload of our own's form.
+
+        Args:
+            sent: our own.
+            update: the partner's, or a group's sum.
+            limits: one for each vector.
+
+        Raises:
+            PeerError: not of this size, not finite, or not to be decoded.
+        """
+
+
+class CodecPayloads:
+    """Each partner sends its own values, in the manifest's codec.
+
+    Args:
+        codec: its name.
+        buffers: where memory is taken.
+    """
+
+    def __init__(self, codec: str, buffers: Buffers) -> None:
+        self._codec = codec
+        self._buffers = buffers
+
+    def form(self, num_values: int) -> Form:
+        """See `Payloads`."""
+        return Form(self._codec, num_values)
+
+    def prepare(self, rule: Rule, most: int) -> None:
+        """Compile the codec's kernels."""
+        merge.prepare(
+            self.form(rule.vectors * most),
+            stochastic=self._dither() is not None,
+            decoded=_decodes_own(rule),
+        )
+
+    def make(self, snapshot: Certified, update: PrivateUpdate) -> tuple[CompressedUpdate, Sent]:
+        """See `Payloads`. The own payload is kept, to be decoded on the way when it is compared;
+        or its values, where the rule or norms of several vectors need them.
+        """
+        form = self.form(update.values.numel())
+        payload = self._buffers.take(form.num_bytes, torch.uint8)
+        made = wire_codec.compress(update, form.codec, dither=self._dither(), out=payload)
+        own = wire_codec.decode(form, made.payload) if _decodes_own(snapshot.rule) else made.payload
+        return made, Sent(snapshot, form, payload, own, {})
+
+    def verify(self, sent: Sent, update: PeerUpdate, limits: Sequence[NormLimit]) -> Verified:
+        """See `Payloads`."""
+        snapshot = sent.snapshot
+        compared = difference(
+            sent.form,
+            sent.own,
+            update.payload,
+            [limit.of(update.peer_id, snapshot.scale) for limit in limits],
+            snapshot.rule.parameters_at,
+            out=self._buffers.take(sent.form.num_values),
+        )
+        received = None if compared.clipped else self._parameters_of(update, snapshot.rule)
+        return Verified(update.peer_id, compared, received)
+
+    def _parameters_of(self, update: PeerUpdate, rule: Rule) -> Shown:
+        each = update.form.num_values // rule.vectors
+        vector = slice(each * rule.parameters_at, each * (rule.parameters_at + 1))
+        return shown(update.form, update.payload, vector, self._buffers)
+
+    def _dither(self) -> int | None:
+        """Coarse codecs round stochastically: to nearest, what is small would stand still."""
+        return secrets.randbits(63) if self._codec in _STOCHASTIC else None
+
+
+class MaskedPayloads:
+    """A group's members send what only their sum can be read of.
+
+    Args:
+        grid: of the manifest.
+        buffers: where memory is taken.
+    """
+
+    def __init__(self, grid: Grid, buffers: Buffers) -> None:
+        self._grid = grid
+        self._buffers = buffers
+
+    def form(self, num_values: int) -> Form:
+        """See `Payloads`."""
+        return self._grid.form(num_values)
+
+    def prepare(self, rule: Rule, most: int) -> None:
+        """There is nothing to prepare."""
+
+    def make(self, snapshot: Certified, update: PrivateUpdate) -> tuple[CompressedUpdate, Sent]:
+        """See `Payloads`."""
+        form = self.form(update.values.numel())
+        payload = self._buffers.take(form.num_bytes, torch.uint8)
+        made = fixedpoint.compress(update, self._grid, payload)
+        return made, Sent(snapshot, form, payload, made.payload, {})
+
+    def verify(self, sent: Sent, update: PeerUpdate, limits: Sequence[NormLimit]) -> Verified:
+        """See `Payloads`: a sum. It is compared with the payload before it was masked."""
+        theta, own = sent.snapshot.theta, wire_codec.view(sent.payload)
+        limit = limits[0].of("", sent.snapshot.scale)
+        total = sums.decoded(self._grid, theta, own, update, limit, self._buffers)
+        return Verified("", total.difference, total.shown, total.mean)
+
+
+def _decodes_own(rule: Rule) -> bool:
+    return rule.reads_own or rule.vectors > 1
