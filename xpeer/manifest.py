@@ -134,6 +134,11 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
         "gossip", "fedavg", "dynamic", "asynchronous", "gradient", "diloco", "noloco", "gasloc"
     ] = "gossip"
     """What is made of what a group exchanged: see `xpeer/training/rules`."""
+    combiner: Literal["mean", "trimmed-mean"] = "mean"
+    """How the values of a group become one: see `xpeer/training/combine.py`."""
+    trim: Annotated[int, Meta(ge=1, le=31)] = 1
+    """Of trimmed-mean: so many of the largest and of the smallest values of each parameter are
+    left out. As many hostile members of a group can't move it out of the honest ones' range."""
     group: Annotated[int, Meta(ge=0, le=8)] = 2
     """k: peers that meet in a slot; 0 = all."""
     outer_rate: Positive | None = None
@@ -163,6 +168,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
         """
         if self.group == 1:
             raise ValueError("round.group = 1 meets nobody: use 2 to 8, or 0 for all")
+        self._check_combiner()
         if self.rule == "asynchronous" and self.group != 2:
             raise ValueError("round.rule = asynchronous meets in pairs: set round.group = 2")
         if self.rule == "diloco" and self.group != 0:
@@ -183,6 +189,43 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
                 f"round.rule = {self.rule} has no outer optimiser: leave round.outer_rate, "
                 "round.outer_momentum and round.consensus_rate unset"
             )
+
+    def _check_combiner(self) -> None:
+        if self.combiner == "mean":
+            if self.trim != 1:
+                raise ValueError(
+                    "round.trim means nothing for round.combiner = mean: unset it, or set "
+                    "round.combiner = trimmed-mean"
+                )
+            return
+        if self.masks:
+            raise ValueError(
+                "round.combiner = trimmed-mean compares the values of single members, which "
+                "round.masks = true hides: set one of them back"
+            )
+        if self.rule == "asynchronous":
+            raise ValueError(
+                "round.rule = asynchronous meets in pairs, of which round.combiner = trimmed-mean "
+                "leaves nothing: set round.rule = gossip"
+            )
+        if self.rule in ("fedavg", "dynamic"):
+            raise ValueError(
+                f"round.rule = {self.rule} weights members by what they declare, and "
+                "round.combiner = trimmed-mean counts all alike: set round.rule = gossip"
+            )
+        if 0 < self.group < self.least_group:
+            raise ValueError(
+                f"round.combiner = trimmed-mean with round.trim = {self.trim} leaves nothing of "
+                f"round.group = {self.group}: set round.group to {self.least_group} or more (8 at "
+                "most), or to 0 for all"
+            )
+
+    @property
+    def least_group(self) -> int:
+        """Members, ourselves included, without whom a group merges nothing."""
+        if self.masks:
+            return self.group
+        return 2 * self.trim + 1 if self.combiner == "trimmed-mean" else 2
 
     def _check_masks(self) -> None:
         if self.rule != "gossip":

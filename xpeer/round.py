@@ -10,7 +10,8 @@ An update on its way from a shard to everybody's checkpoint:
     seal         wire/session.py        to this partner, for this session
     exchange     network/exchange.py    ours against theirs, both accept or neither merges
     verify       training/exchanges.py  size, finite, norm
-    merge        training/rules/        theta += c(Q(theta_j) - Q(theta_i), ...), at a step boundary
+    combine      training/combine.py    the differences Q(theta_j) - Q(theta_i) become one shift
+    merge        training/rules/        theta += c(shift), at a step boundary
     checkpoint   training/checkpoint.py and, for exports, what partners showed: consolidation.py
 
 Training goes on meanwhile: each `await` below waits for the network or for the trainer's next step
@@ -125,10 +126,17 @@ class Gathering:
 
 
 class Meeting(Gathering):
-    """A fragment's exchanges with the other peers of a group: one snapshot, one merge."""
+    """A fragment's exchanges with the other peers of a group: one snapshot, one merge.
 
-    def __init__(self, trainer: Trainer, **given: Unpack[Given]) -> None:
+    Args:
+        trainer: ours.
+        least: members, ourselves included, without whom nothing is merged.
+        given: see `Given`.
+    """
+
+    def __init__(self, trainer: Trainer, least: int = 2, **given: Unpack[Given]) -> None:
         super().__init__(trainer, **given)
+        self._least = least
         self._running: set[PeerId] = set()
         self._weights: dict[int, float] = {}
         self._snapshot: asyncio.Task[CompressedUpdate] | None = None
@@ -137,12 +145,13 @@ class Meeting(Gathering):
         """Wait for the group's exchanges, then merge what was accepted.
 
         Raises:
-            PeerError, LocalError: it could not be merged.
+            PeerError, LocalError: it could not be merged, or too few accepted (GROUP_TOO_SMALL).
         """
         try:
             await self._gathered()
             await self._until(lambda: not self._running)
             self.closed = True
+            self._require_enough()
             if self._weights:
                 await self._trainer.merge(self._id, self._weights)
             else:
@@ -154,6 +163,12 @@ class Meeting(Gathering):
             self.closed = True
             if self._snapshot is not None:
                 self._snapshot.cancel()
+
+    def _require_enough(self) -> None:
+        if 0 < len(self._weights) < self._least - 1:
+            came = 1 + len(self._weights)
+            self.accepted.clear()  # a combiner that needs more keeps no sum: nothing is one-sided
+            raise PeerError(Reason.GROUP_TOO_SMALL, f"{came} of {self._least} came")
 
     async def exchange(
         self, agreement: Agreement, *, weighting: Weighting, deadline_s: float

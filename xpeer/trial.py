@@ -240,8 +240,10 @@ def _exchange(made: Assembled, manifest: Manifest, tell: Tell) -> None:
         if manifest.round.masks:
             parties = manifest.round.group
             payload = _sum(sent.form, payload, parties)
-        exchanges.verify(0, 0, PeerUpdate(payload, sent.form, peer_id="", parties=parties))
-        exchanges.resolve(0, {0: 0.5})
+        others = range(1 if manifest.round.masks else manifest.round.least_group - 1)
+        for other in others:
+            exchanges.verify(0, other, PeerUpdate(payload, sent.form, peer_id="", parties=parties))
+        exchanges.resolve(0, dict.fromkeys(others, 1 / (1 + len(others))))
         trainer.merge(0)
     except (PeerError, LocalError) as e:
         raise ConfigError(

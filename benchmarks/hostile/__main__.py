@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ MAIN = ("flip", "drift", "stall")
 """What the results are of; the other attacks with `--only`."""
 
 
-def measure(name: str, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(name: str, steps: int, changes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """One swarm; its figures, and all that was seen."""
     attack = name if name in ALL else ""
     joins_at = steps // 3 if name == "joining" else 0
     with tempfile.TemporaryDirectory(prefix="xh-") as folder:
-        peers = Peers(Path(folder), steps)
+        peers = Peers(Path(folder), steps, changes)
         peers.prepare()
         honest = [peer for peer in NAMES if not attack or peer != HOSTILE]
         throttles = SPEEDS if name == "speeds" else (1.0,) * len(NAMES)
@@ -51,11 +52,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one attack, few steps, no result")
     parser.add_argument("--only", nargs="*", choices=[*CALM, *ALL], default=None)
+    parser.add_argument(
+        "--set", dest="changes", action="append", default=[], metavar="FIELD=VALUE",
+        help="a field of the manifest, e.g. round.group=0; no result",
+    )  # fmt: skip
     options = parser.parse_args()
     wanted = options.only or (["clean", "flip"] if options.quick else [*CALM, *MAIN])
     runs, details = {}, {}
     for name in wanted:
-        runs[name], details[name] = measure(name, QUICK_STEPS if options.quick else STEPS)
+        steps = QUICK_STEPS if options.quick else STEPS
+        runs[name], details[name] = measure(name, steps, options.changes)
     summary: dict[str, Any] = {"runs": runs}
     if "clean" in runs:
         left = (1 - SHARE) * runs["clean"]["exchanges_per_s"]
@@ -64,7 +70,7 @@ def main() -> None:
             runs[name]["of_what_the_share_leaves"] = round(kept, 3)
             added = runs[name]["public_loss"] - runs["clean"]["public_loss"]
             runs[name]["loss_added"] = round(added, 3)
-    if not options.quick and options.only is None:
+    if not (options.quick or options.only or options.changes):
         write_result("hostile", summary, details, COMMAND)
     emit("hostile", summary)
 

@@ -58,10 +58,12 @@ class Peers:
     Args:
         folder: everything of them.
         steps: of the run.
+        changes: of the manifest, as `xpeer init --set` takes them.
     """
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, folder: Path, steps: int, changes: Sequence[str] = ()) -> None:
         self._folder, self._steps = folder, steps
+        self._changes = [f"--set={change}" for change in changes]
         self.homes = {name: Home(folder / name) for name in NAMES}
         self.ids: dict[str, str] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -77,7 +79,7 @@ class Peers:
         fields = [f"--set=end.steps={self._steps}", "--set=optimiser.learning_rate=0.004",
                   "--set=optimiser.warmup_steps=30"]  # fmt: skip
         call(["init", *self._place(founder), "--swarm", "hostile", "--privacy", "off",
-              "--preset", "tiny", *fields])  # fmt: skip
+              "--preset", "tiny", *fields, *self._changes])  # fmt: skip
         self.ids[founder] = call(["id", "--home", str(self.homes[founder].path)])
         for name in joiners:
             self.ids[name] = call(["id", "--home", str(self.homes[name].path)])

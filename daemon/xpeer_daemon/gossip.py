@@ -141,8 +141,9 @@ class Gossip(Desk):
         trainer = self._host.trainer
         if trainer is None or not others:
             return
-        if self._round.masks and 1 + len(others) < self._round.group:
-            detail = f"the slot leaves {1 + len(others)} of {self._round.group} for us"
+        least = self._round.least_group
+        if 1 + len(others) < least:
+            detail = f"the slot leaves {1 + len(others)} of {least} for us"
             self._partners.skipped("", slot, Reason.GROUP_TOO_SMALL, detail)
             return
         meeting = self._meetings.join(trainer, slot, averaging=self._averaging(), expected=others)
@@ -186,10 +187,12 @@ class Gossip(Desk):
         return self._me < peer_id and not busy and not self._settled(peer_id, slot)
 
     def _settled(self, peer_id: PeerId, slot: int) -> bool:
-        """Whether no exchange is due between us; a masked group needs all its members or none."""
+        """Whether no exchange is due between us. A group that needs more than two of its members
+        may need those who ended for those who did not.
+        """
         if not self._host.settled(peer_id):
             return False
-        return not self._round.masks or all(map(self._host.settled, self._group(slot)))
+        return self._round.least_group == PAIR or all(map(self._host.settled, self._group(slot)))
 
     def _averaging(self) -> bool:
         """Masked groups average in any case, so that all their members agree on it."""

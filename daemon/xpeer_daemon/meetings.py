@@ -100,7 +100,7 @@ class Meetings:
             before = self._revealed.get(fragment)
             meeting = MaskedMeeting(trainer, self._us, before, **given)
         else:
-            meeting = Meeting(trainer, **given)
+            meeting = Meeting(trainer, self._rules.least_group, **given)
         self._running[fragment] = meeting
         self._keep(self._hold(meeting, trainer.epoch))
         return meeting

@@ -204,8 +204,44 @@ def test_optional_parts_travel() -> None:
             for rule in ("fedavg", "dynamic", "noloco", "gasloc")
         ),
         ({"outer_rate": 0.5}, "unset"),
+        ({"trim": 2, "group": 5}, "round.combiner = trimmed-mean"),
+        ({"combiner": "trimmed-mean"}, "round.group to 3 or more"),
+        ({"combiner": "trimmed-mean", "group": 4, "trim": 2}, "round.group to 5 or more"),
+        ({"combiner": "trimmed-mean", "group": 8, "trim": 4}, "or to 0 for all"),
+        ({"combiner": "trimmed-mean", "group": 3, "masks": True}, "which round.masks = true hides"),
+        *(
+            ({"combiner": "trimmed-mean", "group": 5, "rule": rule}, "set round.rule = gossip")
+            for rule in ("asynchronous", "fedavg", "dynamic")
+        ),
     ],
 )
 def test_rounds_that_make_no_sense_name_field_and_remedy(rules: dict[str, object], remedy: str):
     with pytest.raises(ValueError, match=remedy):
         Round(**rules).check()  # type: ignore[arg-type] # of several types
+
+
+def test_a_manifest_from_before_combiners_means_what_it_meant() -> None:
+    fields = msgspec.to_builtins(manifest())
+    for name in ("combiner", "trim"):
+        del fields["round"][name]
+    body = json.dumps(fields)
+    signed = SignedManifest(body, ADMIN.verify_key, ADMIN.sign(Domain.MANIFEST, body.encode()))
+    opened = signed.open(signed.genesis.swarm_id)
+    assert (opened.round.combiner, opened.round.least_group) == ("mean", 2)
+    assert signed.genesis.manifest_hash == blake2b(body.encode())
+
+
+@pytest.mark.parametrize(
+    ("rules", "least"),
+    [
+        ({}, 2),
+        ({"group": 8}, 2),
+        ({"group": 5, "masks": True}, 5),
+        ({"group": 5, "combiner": "trimmed-mean"}, 3),
+        ({"group": 0, "combiner": "trimmed-mean", "trim": 3}, 7),
+    ],
+)
+def test_how_many_a_group_needs(rules: dict[str, object], least: int) -> None:
+    made = Round(**rules)  # type: ignore[arg-type] # of several types
+    made.check()
+    assert made.least_group == least

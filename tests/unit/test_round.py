@@ -67,9 +67,11 @@ class FakeAgreement:
         return
 
 
-def meeting(trainer: FakeTrainer, *expected: PeerId, gather_s: float = 30.0) -> Meeting:
+def meeting(
+    trainer: FakeTrainer, *expected: PeerId, gather_s: float = 30.0, least: int = 2
+) -> Meeting:
     return Meeting(
-        trainer, meeting_id=9, slot=5, fragment=2, averaging=False, expected=expected,
+        trainer, least, meeting_id=9, slot=5, fragment=2, averaging=False, expected=expected,
         gather_s=gather_s,
     )  # fmt: skip
 
@@ -101,6 +103,19 @@ async def test_who_fails_or_never_comes_holds_up_nobody():
     group.give_up(D)
     await running
     assert trainer.log[-1] == ("merge", 9, {2: 0.25})
+
+
+async def test_a_group_that_is_too_small_for_its_combiner_merges_nothing():
+    trainer = FakeTrainer()
+    group = meeting(trainer, B, C, D, least=4)
+    running = asyncio.create_task(group.run())
+    for number, peer in enumerate((B, C)):
+        await exchange(group, FakeAgreement(peer, number))
+    group.give_up(D)
+    with pytest.raises(PeerError, match=Reason.GROUP_TOO_SMALL):
+        await running
+    assert trainer.log[1:] == [("drop", 9)]
+    assert not group.accepted  # nobody is told of a one-sided merge
 
 
 async def test_the_gathering_ends_but_what_has_begun_is_waited_for():

@@ -42,6 +42,8 @@ KINDS: dict[str, list[str]] = {
     "diloco": ["--set", "round.rule=diloco", "--set", "round.group=0"],
     "noloco": ["--set", "round.rule=noloco", "--set", "round.codec=bfloat16"],
     "gasloc": ["--set", "round.rule=gasloc", "--set", "round.codec=int4"],
+    "trimmed mean": ["--set", "round.combiner=trimmed-mean", "--set", "round.group=5",
+                     "--set", "round.trim=2"],
     "adapters": ["--lora-rank", "2"],
     "one step a window": ["--set", "round.window_steps=1", "--set", "end.steps=1"],
 }  # fmt: skip

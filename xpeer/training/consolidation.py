@@ -56,11 +56,11 @@ def shown(form: Form, payload: codec.Payload, vector: slice, buffers: Buffers) -
 
 
 def shown_mean(theta: torch.Tensor, z: torch.Tensor, buffers: Buffers) -> Shown:
-    """What a masked group showed: the mean of the others, and no one's values.
+    """Keep what a group's values came to, and no one's own: theta + z, as int8.
 
     Args:
-        theta: (n,) float32: our snapshot.
-        z: (n,) float32: the others' mean minus it, up to the grid's step.
+        theta: (n,) float32: our values.
+        z: (n,) float32: what the others' mean, or a combiner's answer, is away from them.
         buffers: where memory is taken.
     """
     return _kept(theta + z, buffers)

@@ -18,10 +18,11 @@ import torch
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.training import sums
 from xpeer.training.buffers import Buffers
+from xpeer.training.combine import Combiner, Mean, Shift
 from xpeer.training.consolidation import Consolidation
 from xpeer.training.limits import Movement, NormLimit
 from xpeer.training.parts import Mechanism, Parameters
-from xpeer.training.payloads import CodecPayloads, MaskedPayloads, Payloads
+from xpeer.training.payloads import CodecPayloads, MaskedPayloads, Payloads, combined
 from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
 from xpeer.training.stages import Certified, InFlight, Resolved, Sent
@@ -47,6 +48,7 @@ class Exchanges:
         rule: of the manifest; while no steps are taken, and where a partner takes none, plain
             averaging of the parameters takes its place.
         grid: of masked groups: then there is no codec, and one payload that is a group's sum.
+        combiner: of the manifest; None = the mean.
 
     Attributes:
         consensus_distance: of verified partners, smoothed; None until the first one.
@@ -63,12 +65,14 @@ class Exchanges:
         mechanism: Mechanism,
         rule: Rule,
         grid: Grid | None = None,
+        combiner: Combiner | None = None,
     ) -> None:
         self.fragments = fragments = parameters.fragments
         self.rule = rule
         self.buffers = Buffers(SPARE)
+        self._combiner = combiner or Mean()
         self.payloads: Payloads = (
-            CodecPayloads(codec, self.buffers)
+            CodecPayloads(codec, self.buffers, remember=self._combiner.trusts_each)
             if grid is None
             else MaskedPayloads(grid, self.buffers)
         )
@@ -190,14 +194,14 @@ class Exchanges:
         for each in meeting.accepted:
             if self.common is not None and each.mean is not None:
                 self.common.merged(snapshot.fragment, each.mean)
-            if each.received is not None:
-                self.consolidation.merged(snapshot.fragment, each.received)
             norms = each.difference.norms
             for limit, norm in zip(self._limits[snapshot.rule], norms, strict=True):
                 if each.difference.clipped:
                     limit.clipped(each.partner)
                 else:
                     limit.accepted(norm, each.partner)
+        for received in meeting.received:
+            self.consolidation.merged(snapshot.fragment, received)
         self._give_back(meeting.sent)
         return sum(each.difference.clipped for each in meeting.accepted)
 
@@ -278,15 +282,20 @@ class Exchanges:
             weights: w_j of every exchange that both sides accepted.
 
         Raises:
-            PeerError: unknown or dropped (CLOSED).
+            PeerError: unknown or dropped (CLOSED), or too few for the combiner (GROUP_TOO_SMALL).
             TrainerError: an exchange was not verified.
         """
         sent = self._in_flight.at(meeting_id, Sent)
         if not weights or not sent.verified.keys() >= weights.keys():
             raise TrainerError(f"meeting {meeting_id}: not all of {list(weights)} were verified")
         accepted = tuple(sent.verified[exchange_id] for exchange_id in weights)
-        correction = _correction(sent, [a.difference.values for a in accepted], [*weights.values()])
-        self._in_flight.advance(meeting_id, sent, Resolved(sent, correction, accepted))
+        differences = [each.difference.values for each in accepted]
+        shift = self._combiner.combine(differences, list(weights.values()))
+        received = tuple(each.received for each in accepted if each.received is not None)
+        if not self._combiner.trusts_each:
+            received = (combined(sent, shift.scaled(), self.buffers),)
+        correction = _correction(sent, shift)
+        self._in_flight.advance(meeting_id, sent, Resolved(sent, correction, accepted, received))
 
     # ---- on any thread ------------------------------------------------------------------------
 
@@ -295,15 +304,12 @@ class Exchanges:
         self._in_flight.drop(meeting_id)
 
 
-def _correction(sent: Sent, differences: list[torch.Tensor], weights: list[float]) -> Correction:
-    """What the rule wants to be added; overwrites the differences, (V, n) each."""
+def _correction(sent: Sent, shift: Shift) -> Correction:
+    """What the rule wants to be added; may overwrite the shift."""
     snapshot, rule = sent.snapshot, sent.snapshot.rule
-    if len(differences) == 1 and type(rule) is Rule:  # weighted on its way into the parameters
-        return Correction(differences[0][0], scale=weights[0])
-    shift = differences[0].mul_(weights[0])
-    for values, weight in zip(differences[1:], weights[1:], strict=True):
-        shift.add_(values, alpha=weight)
+    if type(rule) is Rule:  # weighted on its way into the parameters
+        return Correction(shift.values[0], scale=shift.scale)
     own = torch.empty(0)
     if rule.reads_own and isinstance(sent.own, torch.Tensor):
-        own = sent.own.view(shift.shape)
-    return rule.correct(snapshot.fragment, snapshot.theta, own, shift)
+        own = sent.own.view(shift.values.shape)
+    return rule.correct(snapshot.fragment, snapshot.theta, own, shift.scaled())

@@ -22,7 +22,7 @@ import torch
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest
 from xpeer.status import Progress
-from xpeer.training import rules
+from xpeer.training import combine, rules
 from xpeer.training.charging import Permits
 from xpeer.training.consolidation import consolidate
 from xpeer.training.exchanges import Exchanges
@@ -91,6 +91,7 @@ class LocalTrainer:
             mechanism,
             rule,
             grid_of(manifest.round),
+            combine.make(manifest.round),
         )
         self.exchanges.begin()
         self._gradients = rule if isinstance(rule, rules.GradientAveraging) else None

@@ -13,7 +13,7 @@ import torch
 
 from xpeer.training import sums
 from xpeer.training.buffers import Buffers
-from xpeer.training.consolidation import Shown, shown
+from xpeer.training.consolidation import Shown, shown, shown_mean
 from xpeer.training.limits import NormLimit
 from xpeer.training.mixing import difference
 from xpeer.training.rules import Rule
@@ -66,11 +66,13 @@ class CodecPayloads:
     Args:
         codec: its name.
         buffers: where memory is taken.
+        remember: whether consolidation gets what single partners sent.
     """
 
-    def __init__(self, codec: str, buffers: Buffers) -> None:
+    def __init__(self, codec: str, buffers: Buffers, *, remember: bool = True) -> None:
         self._codec = codec
         self._buffers = buffers
+        self._remember = remember
 
     def form(self, num_values: int) -> Form:
         """See `Payloads`."""
@@ -105,7 +107,9 @@ class CodecPayloads:
             snapshot.rule.parameters_at,
             out=self._buffers.take(sent.form.num_values),
         )
-        received = None if compared.clipped else self._parameters_of(update, snapshot.rule)
+        received = None
+        if self._remember and not compared.clipped:
+            received = self._parameters_of(update, snapshot.rule)
         return Verified(update.peer_id, compared, received)
 
     def _parameters_of(self, update: PeerUpdate, rule: Rule) -> Shown:
@@ -150,6 +154,20 @@ class MaskedPayloads:
         limit = limits[0].of("", sent.snapshot.scale)
         total = sums.decoded(self._grid, theta, own, update, limit, self._buffers)
         return Verified("", total.difference, total.shown, total.mean)
+
+
+def combined(sent: Sent, shift: torch.Tensor, buffers: Buffers) -> Shown:
+    """Keep the parameters that a combiner made of several partners', for consolidation.
+
+    Args:
+        sent: our own, in a codec.
+        shift: (V, n) float32: the answer minus what we sent.
+        buffers: where memory is taken.
+    """
+    own, at = sent.own, sent.snapshot.rule.parameters_at
+    if not isinstance(own, torch.Tensor):
+        own = wire_codec.decode(sent.form, own)
+    return shown_mean(own.view(shift.shape)[at], shift[at], buffers)
 
 
 def _decodes_own(rule: Rule) -> bool:

@@ -57,7 +57,8 @@ class Verified:
     """PeerID; empty for a sum."""
     difference: Difference
     received: Shown | None
-    """The partner's values, or the mean of the others of a group; None if they were clipped."""
+    """The partner's values, or the mean of the others of a group. None if they were clipped, or the
+    combiner trusts no single partner."""
     mean: torch.Tensor | None = None  # (n,) float32, on the grid
     """A masked group's, ours included; None if it was clipped, or for a single partner."""
 
@@ -101,6 +102,8 @@ class Resolved:
     correction: Correction
     accepted: tuple[Verified, ...]
     """Whose values are in the correction: both sides accepted."""
+    received: tuple[Shown, ...]
+    """What consolidation remembers of them."""
 
 
 Stage = Certified | Sent | Resolved

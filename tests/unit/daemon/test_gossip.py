@@ -454,12 +454,25 @@ async def test_a_masked_group_that_does_not_come_together_is_a_reason_and_due_ag
     assert rig.proposer.log == [OTHER, THIRD] * 2
 
 
-async def test_a_slot_that_leaves_too_few_for_masks_asks_nobody(monkeypatch: pytest.MonkeyPatch):
-    rig = Rig(monkeypatch, rules=MASKED)
+TRIMMED = msgspec.structs.replace(ROUND, combiner="trimmed-mean", group=5)
+
+
+@pytest.mark.parametrize("rules", [MASKED, TRIMMED], ids=["masks", "trimmed mean"])
+async def test_a_slot_that_leaves_too_few_asks_nobody(
+    monkeypatch: pytest.MonkeyPatch, rules: Round
+):
+    rig = Rig(monkeypatch, rules=rules)
     rig.host.live = [OTHER]
     await rig.slot()
     assert rig.skipped == [("", Reason.GROUP_TOO_SMALL)]
     assert rig.proposer.log == []
+
+
+async def test_three_of_five_are_enough_for_a_trimmed_mean(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(monkeypatch, rules=TRIMMED)
+    rig.host.live = [OTHER, THIRD]
+    await rig.slot()
+    assert sorted(rig.merged) == [OTHER, THIRD]
 
 
 async def test_masked_groups_average_and_use_their_own_codec(monkeypatch: pytest.MonkeyPatch):

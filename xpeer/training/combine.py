@@ -1,0 +1,118 @@
+"""What becomes of the differences to several partners: one shift, which goes to the rule.
+
+    mean            shift = sum_j w_j z_j
+    trimmed mean    shift = mean of what is left of {0, z_1, ..., z_m} in each coordinate
+                            without the k largest and the k smallest values
+
+z_j = Q(theta_j) - Q(theta_i) as `mixing` has it, so that 0 is our own value. The mean keeps the sum
+over the group whoever of it is missing. The trimmed mean (Yin et al. 2018, arXiv 1803.01498,
+definition 2) does not, and is bounded instead: with at most k hostile partners each coordinate lies
+between the smallest and the largest honest value, ours included. How far hostile values are out
+makes no difference.
+
+What it does not give: a defence against values that are among the honest ones and all pull one way,
+or against more than k hostile members of one group. Knows nothing of rules and processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final, Protocol
+
+import torch
+
+from xpeer.errors import PeerError, Reason
+from xpeer.manifest import Round
+
+_CHUNK_VALUES: Final = 1 << 14
+"""64 KiB of each partner: what is sorted stays in the second-level cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """The group's answer minus our own values."""
+
+    values: torch.Tensor  # (V, n) float32: shift / scale
+    scale: float = 1.0
+
+    def scaled(self) -> torch.Tensor:
+        """The shift itself; overwrites `values`."""
+        return self.values if self.scale == 1.0 else self.values.mul_(self.scale)
+
+
+class Combiner(Protocol):
+    """Makes one shift of differences to one partner or several.
+
+    Attributes:
+        trusts_each: whether what a single partner sent may go into exports and donations as it is.
+    """
+
+    trusts_each: ClassVar[bool]
+
+    def combine(self, differences: Sequence[torch.Tensor], weights: Sequence[float]) -> Shift:
+        """Called once for each meeting, on the helper.
+
+        Args:
+            differences: z_j of each partner, (V, n) float32, CPU; may be overwritten.
+            weights: w_j, in the same order.
+
+        Raises:
+            PeerError: too few partners (GROUP_TOO_SMALL).
+        """
+
+
+class Mean:
+    """The weighted mean. What is missing of the weights to 1 is our own."""
+
+    trusts_each: ClassVar[bool] = True
+
+    def combine(self, differences: Sequence[torch.Tensor], weights: Sequence[float]) -> Shift:
+        """Add up. A single difference is weighted on its way into the parameters."""
+        first, *others = differences
+        if not others:
+            return Shift(first, weights[0])
+        first.mul_(weights[0])
+        for values, weight in zip(others, weights[1:], strict=True):
+            first.add_(values, alpha=weight)
+        return Shift(first)
+
+
+class TrimmedMean:
+    """The mean without the k largest and the k smallest values of each coordinate.
+
+    All values that are left count alike, whatever the weights: a weight is a partner's word.
+
+    Args:
+        trim: k.
+    """
+
+    trusts_each: ClassVar[bool] = False
+
+    def __init__(self, trim: int) -> None:
+        self._trim = trim
+
+    def combine(self, differences: Sequence[torch.Tensor], weights: Sequence[float]) -> Shift:
+        """Needs 2 k partners at least: with fewer, k of them could decide alone."""
+        del weights
+        count, trim = 1 + len(differences), self._trim
+        if count < 2 * trim + 1:
+            detail = f"{count} of {2 * trim + 1} members that a trimmed mean needs"
+            raise PeerError(Reason.GROUP_TOO_SMALL, detail)
+        flat = [values.view(-1) for values in differences]
+        size = flat[0].numel()
+        rows = torch.zeros(count, min(_CHUNK_VALUES, size))
+        for start in range(0, size, _CHUNK_VALUES):
+            part = slice(start, min(start + _CHUNK_VALUES, size))
+            values = rows[:, : part.stop - part.start]
+            values[0] = 0.0
+            for row, each in zip(values[1:], flat, strict=True):
+                row.copy_(each[part])
+            kept = values.sort(dim=0).values[trim : count - trim]
+            torch.mean(kept, dim=0, out=flat[0][part])
+        return Shift(differences[0])
+
+
+def make(round_: Round) -> Combiner:
+    """The manifest's."""
+    return TrimmedMean(round_.trim) if round_.combiner == "trimmed-mean" else Mean()
