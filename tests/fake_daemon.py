@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xpeer.control import End
+from xpeer.phase import Phase
 from xpeer.status import Partner, PrivacySpent, Progress, Status
 from xpeer_daemon.api import ControlApi
 
@@ -18,7 +19,7 @@ OTHER = "12D3KooWOther"
 
 HEALTHY = Status(
     health="ok",
-    state="training",
+    state=Phase.TRAINING,
     peer_id=ME,
     swarm_id="ab" * 32,
     swarm_name="demo",

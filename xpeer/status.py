@@ -13,19 +13,11 @@ from msgspec import Struct
 
 from xpeer.escape import visible
 from xpeer.health import HealthReason, Verdict
+from xpeer.phase import Phase
 
 SCHEMA_VERSION = 2
 _REASONS = 5
 """2: reasons are objects with a code, a text and a remedy; before, they were texts."""
-
-State = Literal[
-    "starting", "joining", "fetching", "waiting", "training", "mixing", "paused", "budget-spent",
-    "closing", "finished", "observing", "stopping",
-]  # fmt: skip
-"""joining: no seed answers yet. fetching: parameters from a member. waiting: for min_peers.
-mixing: its text can't be read, so it mixes and serves without training. budget-spent: mixing and
-serving only. closing: consolidation without training."""
-
 
 SHOUTED = {
     "off": "PRIVACY OFF: the swarm's manifest says so; what is shared protects no record",
@@ -229,7 +221,7 @@ class Status(Struct, frozen=True, kw_only=True):
     health: Verdict = "degraded"
     reasons: list[HealthReason] = []
     """Why not ok, worst first, and notes."""
-    state: State = "starting"
+    state: Phase = Phase.STARTING
     peer_id: str = ""
     name: str = ""
     swarm_id: str = ""

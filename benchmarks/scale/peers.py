@@ -57,7 +57,7 @@ class Book(Partners):
     """
 
     def __init__(self) -> None:
-        super().__init__(time.time, lambda *_: None, lambda *_: None)
+        super().__init__(time.time)
         self.begun: set[int] = set()
         self.merged: set[int] = set()
         self.dropped: set[int] = set()

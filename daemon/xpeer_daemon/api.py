@@ -39,10 +39,10 @@ class Subject(Protocol):
         """GET status, GET peers. Quick: no IO."""
 
     async def pause(self) -> str:
-        """POST pause: the node's state then."""
+        """POST pause: the phase then."""
 
     async def resume(self) -> str:
-        """POST resume: the node's state then."""
+        """POST resume: the phase then."""
 
     def request_stop(self, *, leave: bool) -> None:
         """POST stop, POST leave: returns at once, the node ends later."""

@@ -13,27 +13,27 @@ from typing import TYPE_CHECKING
 
 from xpeer.health import duration
 from xpeer.identity import PeerId
+from xpeer.phase import Phase
 from xpeer.privacy import signal
 from xpeer.status import PrivacySpent, Progress
-from xpeer_daemon.phases import ENDED, EXCHANGING
 
 if TYPE_CHECKING:
+    from xpeer_daemon.member import Member
     from xpeer_daemon.node import Node
+    from xpeer_daemon.swarm_view import SwarmView
 
 STALE_ROUNDS = 20
 """No good exchange for this many windows' slots, with partners alive: degraded."""
 MIN_STALE_S = 60.0
 _BEGINNINGS = {
-    "starting": "starting",
-    "joining": "joining",
-    "fetching": "fetching",
-    "waiting": "waiting-for-peers",
+    Phase.STARTING: "starting",
+    Phase.JOINING: "joining",
+    Phase.FETCHING: "fetching",
+    Phase.WAITING: "waiting-for-peers",
 }
-"""Conditions by state."""
+"""Conditions by phase."""
 RESTING_S = 1.0
 """A shorter rest between two steps is not worth a word."""
-ACTIVE = EXCHANGING | {"fetching", "waiting"}
-"""Phases of members that the end waits for, unless they have ended."""
 LEAST_STEP_S, FIRST_STEP_S = 120.0, 900.0
 """No step for so long is no normal step; the first one may measure engines and compile."""
 SLOW_STEPS = 10.0
@@ -58,40 +58,44 @@ def observe(node: Node) -> None:
     now = node.clock()
     _life(node)
     _certificate(node, now)
+    _text(node)
     _trainer(node, now)
     _losses(node, now)
     _network(node)
-    _exchanges(node, now)
-    _members(node, now)
+    if node.member is not None:
+        _exchanges(node, node.member, now)
+        _members(node, node.member, now)
 
 
 def _life(node: Node) -> None:
-    health, state = node.health, node.state
+    health, phase = node.health, node.phase
     for known, code in _BEGINNINGS.items():
-        note = node.joining_note or f"state is {known}"
-        now = state if state != "joining" or node.manifest is None else "starting"
-        health.hold(code, now == known, note=note)
-    needed = node.config.training.min_peers
-    if state == "waiting" and len(node.present()) < needed:
-        note = f"waiting for training.min_peers = {needed}: {who_is_there(node)}"
+        note = node.life.note or f"state is {known}"
+        now = phase if phase is not Phase.JOINING or node.member is None else Phase.STARTING
+        health.hold(code, now is known, note=note)
+    needed, member = node.config.training.min_peers, node.member
+    if member is not None and phase is Phase.WAITING and len(member.view.present()) < needed:
+        note = f"waiting for training.min_peers = {needed}: {who_is_there(member)}"
         health.set("waiting-for-peers", note=note)
-    health.hold("stopping", state == "stopping")
-    health.hold("paused", state == "paused")
-    trainer = node.running()
-    rest_s = trainer.resting_s if trainer is not None and node.training() else 0.0
+    health.hold("stopping", phase is Phase.STOPPING)
+    health.hold("paused", phase is Phase.PAUSED)
+    health.hold("budget-spent", node.record.budget_spent)
+    health.hold("run-had-ended", not node.record.budget_spent and _came_too_late(node))
+
+
+def _text(node: Node) -> None:
+    """What the text makes of the steps."""
+    health, trainer = node.health, node.running()
+    rest_s = trainer.resting_s if trainer is not None and node.phase is Phase.TRAINING else 0.0
     health.hold("resting", rest_s >= RESTING_S, rest_s=rest_s)
-    health.hold("budget-spent", node.budget_spent)
     spent = trainer.privacy if trainer is not None else PrivacySpent()
     steps = trainer.progress.planned_steps if trainer is not None else None
     drowns = spent.mode == "record" and signal.drowns(spent.noise_norm, steps)
     health.hold("noise-drowns-signal", drowns, norm=spent.noise_norm)
-    health.hold("run-had-ended", not node.budget_spent and _came_too_late(node))
 
 
 def _certificate(node: Node, now: float) -> None:
     health, certificate = node.health, node.certificate
-    if certificate is None:
-        return
     ends_s = certificate.not_after_unix_s
     lifetime_s = ends_s - certificate.not_before_unix_s
     soon_s = ends_s - min(max(RENEWAL_S, RENEWAL_SHARE * lifetime_s), lifetime_s / 2)
@@ -102,9 +106,9 @@ def _certificate(node: Node, now: float) -> None:
         health.began("certificate-expired", ends_s)
 
 
-def who_is_there(node: Node) -> str:
+def who_is_there(member: Member) -> str:
     """Live members by phase, and how many of them count as being there."""
-    others, present = node.others(), node.present()
+    others, present = member.view.others(), member.view.present()
     phases = Counter(record.phase for record in others.values())
     each = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
     return f"{len(present)} of {len(others)} live members are there" + (
@@ -115,104 +119,102 @@ def who_is_there(node: Node) -> str:
 def _came_too_late(node: Node) -> bool:
     """Whether none of this node's text was used, and none will be."""
     trainer = node.running()
-    if node.state not in ENDED or trainer is None:
+    if not node.phase.traits.ended or trainer is None:
         return False
     return trainer.progress.tokens == 0 and not trainer.privacy.steps_charged
 
 
 def _trainer(node: Node, now: float) -> None:
-    health, supervisor, trainer = node.health, node.supervisor, node.running()
-    if supervisor is not None and supervisor.down_reason:
-        health.set("trainer-down", why=supervisor.down_reason)
-    else:
-        health.clear("trainer-down")
-    step = node.known.progress.step if node.known else 0
-    again = node.died_at_step is not None and trainer is not None
-    health.hold("steps-lost", again, at=node.died_at_step, step=step)
+    health, record, trainer = node.health, node.record, node.running()
+    why = node.member.supervisor.down_reason if node.member else ""
+    health.hold("trainer-down", bool(why), why=why)
+    step = record.known.progress.step if record.known else 0
+    again = record.died_at_step is not None and trainer is not None
+    health.hold("steps-lost", again, at=record.died_at_step, step=step)
 
-    at_work = node.state == "training" and trainer is not None
+    at_work = node.phase is Phase.TRAINING and trainer is not None
     resting = trainer is not None and trainer.resting_s > 0
-    patience_s, since_s = FIRST_STEP_S, node.since_s
-    if node.steps.last_step_s is not None:
-        patience_s = max(LEAST_STEP_S, SLOW_STEPS * (node.steps.step_s or 0.0))
-        since_s = max(since_s, node.steps.last_step_s)
+    patience_s, since_s = FIRST_STEP_S, node.life.since_s
+    if record.steps.last_step_s is not None:
+        patience_s = max(LEAST_STEP_S, SLOW_STEPS * (record.steps.step_s or 0.0))
+        since_s = max(since_s, record.steps.last_step_s)
     still = at_work and not resting and now - since_s > patience_s
     health.hold("no-step", still, silent_s=now - since_s)
 
     every_s = node.config.checkpoint.every_s
-    saved_s = max(node.last_checkpoint_s or 0.0, node.since_s)
+    saved_s = max(record.saved_s or 0.0, node.life.since_s)
     late = at_work and now - saved_s > LATE_CHECKPOINTS * every_s + LEAST_STEP_S
     health.hold("checkpoint-late", late, late_s=now - saved_s, every_s=every_s)
 
 
 def _losses(node: Node, now: float) -> None:
-    health, trainer, known = node.health, node.running(), node.known
+    health, trainer, known = node.health, node.running(), node.record.known
     progress = known.progress if known is not None else Progress()
-    problem = node.evaluation_problem or progress.loss_problem
+    problem = node.record.evaluation_problem or progress.loss_problem
     health.hold("evaluation-failing", trainer is not None and bool(problem), why=problem)
 
-    late_s = now - node.since_s
+    late_s = now - node.life.since_s
     if known is not None and progress.loss_measured_age_s is not None:
         late_s = min(late_s, progress.loss_measured_age_s + now - known.unix_s)
-    at_work = node.state == "training" and trainer is not None
+    at_work = node.phase is Phase.TRAINING and trainer is not None
     late = at_work and late_s > LATE_EVALUATION_S
     health.hold("evaluation-late", late, late=duration(late_s))
 
 
 def _network(node: Node) -> None:
     swarm, health = node.swarm, node.health
-    health.hold("sidecar-down", swarm is not None and not swarm.sidecar_alive)
-    silence = swarm.bootstrapping.silent_seeds if swarm is not None else ""
+    health.hold("sidecar-down", not swarm.sidecar_alive)
+    silence = swarm.bootstrapping.silent_seeds
     health.hold("no-seed", bool(silence), why=silence)
-    ahead_s = swarm.bootstrapping.clock_ahead_s if swarm is not None else 0.0
+    ahead_s, clocks = swarm.bootstrapping.clock_ahead_s, swarm.bootstrapping.clocks
     how = f"{abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'}"
-    clocks = swarm.bootstrapping.clocks if swarm is not None else 0
     health.hold("clock-off", abs(ahead_s) > MAX_CLOCK_S, how=how, clocks=clocks)
 
 
-def _exchanges(node: Node, now: float) -> None:
-    health, partners, book = node.health, node.partners(), node.book
-    refusing = set(book.refusing_our_ledger()) if book is not None else set()
+def _is_exchanging(node: Node) -> bool:
+    """Whether it should be; one that has finished meets only those who have not."""
+    return node.phase.traits.exchanges and node.phase is not Phase.FINISHED
+
+
+def _exchanges(node: Node, member: Member, now: float) -> None:
+    health, view, exchanging = node.health, member.view, _is_exchanging(node)
+    partners, refusing = view.partners(), set(member.partners.refusing_our_ledger())
     behind = [peer for peer in partners if peer in refusing]
-    health.hold("ledger-behind", bool(behind), refusing=len(behind), who=names(node, behind))
-    exchanging = node.state in EXCHANGING and node.state != "finished"
+    health.hold("ledger-behind", bool(behind), refusing=len(behind), who=names(view, behind))
     health.hold("no-partner", exchanging and not partners)
-    slot_s = node.manifest.round.slot_s if node.manifest else 1.0
-    silent_s = now - (node.last_exchange_s or node.started_s)
-    silent = exchanging and bool(partners) and silent_s > max(MIN_STALE_S, STALE_ROUNDS * slot_s)
+    silent_s = now - (member.partners.last_done_s or node.started_s)
+    patience_s = max(MIN_STALE_S, STALE_ROUNDS * member.manifest.round.slot_s)
+    silent = exchanging and bool(partners) and silent_s > patience_s
     health.hold("no-exchange", silent, silent_s=silent_s)
     if not exchanging:
         health.clear("exchange-failed")
 
 
-def _members(node: Node, now: float) -> None:
-    health = node.health
-    if node.roster is not None:
-        node.missed.look(node.others_listed(), now)
-    lost = node.missed.lost(now)
-    exchanging = node.state in EXCHANGING and node.state != "finished"
+def _members(node: Node, member: Member, now: float) -> None:
+    health, view = node.health, member.view
+    view.missed.look(view.others_listed(), now)
+    lost = view.missed.lost(now)
     longest_first = sorted(lost, key=lost.__getitem__)
-    who = names(node, longest_first, {p: f"for {duration(now - s)}" for p, s in lost.items()})
-    missing = exchanging and bool(lost)
-    health.hold("partners-lost", missing, lost=len(lost), known=node.missed.known, who=who)
+    who = names(view, longest_first, {p: f"for {duration(now - s)}" for p, s in lost.items()})
+    missing = _is_exchanging(node) and bool(lost)
+    health.hold("partners-lost", missing, lost=len(lost), known=view.missed.known, who=who)
 
-    training = [
-        peer
-        for peer, record in node.others().items()
-        if record.role != "observer" and record.phase in ACTIVE and record.phase not in ENDED
-    ]
-    waiting = node.state in ("closing", "budget-spent") and bool(training)
-    phases = {peer: f"still {node.others()[peer].phase}" for peer in training}
-    waited_s = duration(now - node.since_s)
-    who = names(node, sorted(training), phases)
+    training = sorted(view.still_training())
+    waiting = node.phase in {Phase.CLOSING, Phase.BUDGET_SPENT} and bool(training)
+    others = view.others()
+    phases = {peer: f"still {others[peer].phase}" for peer in training}
+    waited_s = duration(now - node.life.since_s)
+    who = names(view, training, phases)
     health.hold("waiting-for-the-end", waiting, waited=waited_s, who=who)
 
 
-def names(node: Node, peers: Sequence[PeerId], more: Mapping[PeerId, str] | None = None) -> str:
+def names(
+    view: SwarmView, peers: Sequence[PeerId], more: Mapping[PeerId, str] | None = None
+) -> str:
     """Some members, each with a word more about it."""
     said = more or {}
     each = [
-        node.name_of(peer) + (f" ({said[peer]})" if peer in said else "") for peer in peers[:NAMED]
+        view.name_of(peer) + (f" ({said[peer]})" if peer in said else "") for peer in peers[:NAMED]
     ]
     left = f" and {len(peers) - NAMED} more" if len(peers) > NAMED else ""
     return ", ".join(each) + left

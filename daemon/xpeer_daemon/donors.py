@@ -25,12 +25,13 @@ from xpeer.network import state
 from xpeer.network.exchange import Dialler, Party
 from xpeer.network.rates import Rates
 from xpeer.network.state import Offered
+from xpeer.phase import Phase, traits_of
 from xpeer.training.handle import TrainerProcess
 from xpeer.training.schedule import planned_steps
 from xpeer_daemon.backoff import Backoff
-from xpeer_daemon.node import HOLDING, Node
-from xpeer_daemon.phases import ENDED
+from xpeer_daemon.node import Node
 from xpeer_daemon.store import Store
+from xpeer_daemon.swarm_view import SwarmView
 
 log = logging.getLogger("xpeer.daemon")
 
@@ -65,7 +66,8 @@ class Donors:
     """Parameters from other members, for one node.
 
     Args:
-        node: who is there, and told what is going on.
+        node: its phase says what is going on.
+        view: who is there.
         store: remembers events.
         party: us.
         dialler: opens streams.
@@ -76,32 +78,23 @@ class Donors:
     def __init__(
         self,
         node: Node,
+        view: SwarmView,
         store: Store,
         party: Party,
         dialler: Dialler,
         manifest: Manifest,
         rates: Rates,
     ) -> None:
-        self._node, self._store = node, store
+        self._node, self._view, self._store = node, view, store
         self._party, self._dialler, self._manifest = party, dialler, manifest
         self._rates = rates
         self._failed: dict[PeerId, Backoff] = {}
-
-    def holders(self) -> list[PeerId]:
-        """Live members that hold the swarm's parameters; an observer holds none, say it what it
-        likes.
-        """
-        return [
-            peer
-            for peer, record in self._node.others().items()
-            if record.phase in HOLDING and record.role != "observer"
-        ]
 
     def _willing(self) -> list[PeerId]:
         """Holders but those that failed a while ago."""
         now = asyncio.get_running_loop().time()
         failed = self._failed
-        return [p for p in self.holders() if p not in failed or not failed[p].active(now)]
+        return [p for p in self._view.holders() if p not in failed or not failed[p].active(now)]
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give a trainer that has none the swarm's parameters.
@@ -114,35 +107,35 @@ class Donors:
         Returns:
             Whether it has some now.
         """
-        node, clock = self._node, asyncio.get_running_loop().time
-        node.enter("fetching")
+        life, clock = self._node.life, asyncio.get_running_loop().time
+        life.enter(Phase.FETCHING)
         until, told = clock() + patience_s, False
         while True:
-            holders = self.holders()
+            holders = self._view.holders()
             if not holders and clock() >= until:
                 return False
-            node.joining_note = f"fetching: {len(holders)} members could give the parameters"
+            life.note = f"fetching: {len(holders)} members could give the parameters"
             if not holders and patience_s < math.inf:
-                node.joining_note = (
+                life.note = (
                     "this swarm ran before, and its parameters are lost here: waiting "
                     f"{until - clock():.0f} s more for a member that holds them {FROM_INITIAL}"
                 )
             elif clock() >= until:
-                node.joining_note = (
+                life.note = (
                     f"this swarm ran before, and its parameters are lost here: {len(holders)} "
                     f"members say that they hold them, and none has given them {FROM_INITIAL}"
                 )
                 if not told:
-                    log.warning("%s", node.joining_note)
+                    log.warning("%s", life.note)
                 told = True
             if await self._best(trainer, self._willing(), own_step=None):
-                node.joining_note = ""
+                life.note = ""
                 return True
             await asyncio.sleep(RETRY_S)
 
     async def catch_up(self, trainer: TrainerProcess, own_step: int) -> bool:
         """Take over a donor's parameters if ours lie far behind; whether somebody was asked."""
-        if not self.holders():
+        if not self._view.holders():
             return False
         clock = asyncio.get_running_loop().time
         until = clock() + CATCH_UP_S
@@ -200,21 +193,21 @@ class Donors:
         another holder says, in its offer or of itself; and the run's last one only of a member
         that has ended. Whoever gives true parameters and a false step would end our training.
         """
-        node, last = self._node, planned_steps(self._manifest)
+        view, last = self._view, planned_steps(self._manifest)
         said = [other.step for other in offers if other.donor != offer.donor]
-        for peer in self.holders():
-            heard = node.acquaintances.get(peer)
+        for peer in self._view.holders():
+            heard = view.acquaintances.get(peer)
             if peer != offer.donor and heard is not None and heard.about.step:
                 said.append(heard.about.step)  # 0 may be from before it took parameters over
         step = offer.step
         if said:
             most = max(*said, own_step or 0)
             step = min(step, most + self._manifest.round.window_steps)
-        elif own_step is not None and (saved := node.last_saved()) is not None:
-            away_s = max(0.0, node.clock() - saved[1])
+        elif own_step is not None and (saved := self._node.ends.last_saved()) is not None:
+            away_s = max(0.0, self._node.clock() - saved[1])
             step = min(step, own_step + int(away_s / LEAST_STEP_S))
-        record = node.others().get(offer.donor)
-        if last is not None and (record is None or record.phase not in ENDED):
+        record = view.others().get(offer.donor)
+        if last is not None and (record is None or not traits_of(record.phase).ended):
             step = min(step, max(0, last - 1))
         if step < offer.step:
             log.info("%s says step %d; it counts as %d", offer.donor[-8:], offer.step, step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 
 from xpeer import founding
 from xpeer.config import Home, NodeConfig
@@ -17,13 +18,58 @@ from xpeer.manifest import Manifest, SignedManifest
 from xpeer.network import joining
 from xpeer.network.membership import Membership
 from xpeer.network.swarm import Swarm
+from xpeer.phase import Phase
 from xpeer.status import SHOUTED
-from xpeer_daemon.node import Node
+from xpeer_daemon.life import Life
 from xpeer_daemon.store import Store
 
 log = logging.getLogger("xpeer.daemon")
 
 RETRY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What a member has that a stranger has not."""
+
+    signed: SignedManifest
+    manifest: Manifest
+    swarm_key: bytes
+
+
+async def connect(
+    home: Home, config: NodeConfig, identity: Identity, membership: Membership, store: Store
+) -> Swarm:
+    """Start the network; returns at once, while the seeds are still being dialled.
+
+    Raises:
+        ConfigError: no way in is known, or an address is wrong.
+    """
+    network = config.network
+    seeds = list(dict.fromkeys([*network.bootstrap, *founding.load_seeds(home)]))
+    known = [a for peer in store.known_peers() for a in peer.addresses]
+    if not seeds and not known and not founds(home):
+        raise ConfigError(
+            "network.bootstrap: no seed is known, and this home did not found the swarm",
+            "give one: xpeer start --bootstrap /ip4/ADDRESS/tcp/PORT/p2p/PEERID",
+        )
+    swarm = await Swarm.start(
+        identity,
+        home.identity_key,
+        membership,
+        listen=network.listen,
+        announce=network.announce,
+        seeds=seeds,
+        nat_port_map=network.nat_port_map,
+        direct_listen=network.direct_listen,
+    )
+    swarm.learn(known)
+    return swarm
+
+
+def founds(home: Home) -> bool:
+    """Whether this home made the swarm: it may be the first, and holds the initial model."""
+    return home.initial_model.exists()
 
 
 class Joiner:
@@ -33,96 +79,51 @@ class Joiner:
         home: locked by us.
         config: settings.
         identity: our key.
-        membership: whom we let in, and our credential.
-        node: told what is going on.
-        store: remembers peers and events.
+        swarm: the network.
+        life: told what is going on.
     """
 
     def __init__(
-        self,
-        home: Home,
-        config: NodeConfig,
-        identity: Identity,
-        membership: Membership,
-        node: Node,
-        store: Store,
+        self, home: Home, config: NodeConfig, identity: Identity, swarm: Swarm, life: Life
     ) -> None:
         self._home = home
         self._config = config
         self._identity = identity
-        self._membership = membership
-        self._node = node
-        self._store = store
-        self._swarm: Swarm
-
-    @property
-    def founds(self) -> bool:
-        """Whether this home made the swarm: it may be the first, and holds the initial model."""
-        return self._home.initial_model.exists()
-
-    async def connect(self) -> Swarm:
-        """Start the network; returns at once, while the seeds are still being dialled.
-
-        Raises:
-            ConfigError: no way in is known, or an address is wrong.
-        """
-        network = self._config.network
-        seeds = list(dict.fromkeys([*network.bootstrap, *founding.load_seeds(self._home)]))
-        known = [a for peer in self._store.known_peers() for a in peer.addresses]
-        if not seeds and not known and not self.founds:
-            raise ConfigError(
-                "network.bootstrap: no seed is known, and this home did not found the swarm",
-                "give one: xpeer start --bootstrap /ip4/ADDRESS/tcp/PORT/p2p/PEERID",
-            )
-        swarm = await Swarm.start(
-            self._identity,
-            self._home.identity_key,
-            self._membership,
-            listen=network.listen,
-            announce=network.announce,
-            seeds=seeds,
-            nat_port_map=network.nat_port_map,
-            direct_listen=network.direct_listen,
-        )
         self._swarm = swarm
-        swarm.learn(known)
-        self._node.swarm = swarm
-        return swarm
+        self._life = life
 
-    async def admission(self) -> tuple[Manifest, bytes]:
+    async def admission(self) -> Admitted:
         """Manifest and swarm key, from the home or from any member."""
-        node = self._node
-        node.enter("joining")
+        self._life.enter(Phase.JOINING)
+        swarm_id = self._swarm.membership.swarm_id
         if not (self._home.manifest.exists() and self._home.swarm_key.exists()):
-            node.joining_note = "joining: no member has answered yet"
-            given, swarm_key = await self._ask_members()
-            manifest = given.open(self._membership.swarm_id)
+            self._life.note = "joining: no member has answered yet"
+            given, swarm_key = await self._ask_members(swarm_id)
+            manifest = given.open(swarm_id)
             try:
                 self._accept(manifest)
             except ConfigError:
                 founding.forget_join(self._home)  # another swarm may be joined with this home
                 raise
             founding.keep_admission(self._home, given, swarm_key)
-        node.joining_note = ""
-        manifest = SignedManifest.load(self._home.manifest).open(self._membership.swarm_id)
+        self._life.note = ""
+        signed = SignedManifest.load(self._home.manifest)
+        manifest = signed.open(swarm_id)
         self._accept(manifest)
         if (mode := manifest.privacy.mode) in SHOUTED:
             log.warning("%s", SHOUTED[mode])
-        node.manifest = manifest
-        return manifest, founding.load_swarm_key(self._home)
+        return Admitted(signed, manifest, founding.load_swarm_key(self._home))
 
     def _accept(self, manifest: Manifest) -> None:
         manifest.require_privacy(self._config.data.privacy, self._config.privacy.max_epsilon)
 
-    async def _ask_members(self) -> tuple[SignedManifest, bytes]:
+    async def _ask_members(self, swarm_id: str) -> tuple[SignedManifest, bytes]:
         while True:
             for member in self._swarm.candidates():
                 try:
-                    return await joining.request(
-                        self._swarm, self._identity, self._membership.swarm_id, member
-                    )
+                    return await joining.request(self._swarm, self._identity, swarm_id, member)
                 except PeerError as e:
                     log.debug("%s does not admit us: %s", member[-8:], e)
             note = self._swarm.bootstrap_note or "no member has answered yet"
-            self._node.joining_note = f"joining: {note}"
+            self._life.note = f"joining: {note}"
             await asyncio.sleep(RETRY_S)

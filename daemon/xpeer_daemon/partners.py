@@ -82,23 +82,40 @@ class Record:
     backoff: Backoff = field(default_factory=Backoff)
 
 
+class Events:
+    """What happens to partners; by itself it notes nothing."""
+
+    def name_of(self, peer_id: PeerId) -> str:
+        """What people call a partner, for the log."""
+        return peer_id[-8:]
+
+    def exchanged(self, agreement: Agreement, result: Exchanged, took_s: float) -> None:
+        """An exchange is done, after so many seconds."""
+
+    def skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:
+        """Nothing came of an exchange with a partner, or ("") with nobody."""
+
+    def went_back(self, peer_id: PeerId, highest_counter: int, detail: str) -> None:
+        """A ledger shows fewer charges than it once did; said once an hour at most."""
+
+    def caught_up(self, peer_id: PeerId) -> None:
+        """It shows as many again, once for each time that it was said to have gone back."""
+
+
 class Partners:
-    """The book of exchanges.
+    """The record of every partner, and counts over all of them.
 
     Args:
         clock: shared wall clock, seconds.
-        on_exchanged: told of every exchange (partner, slot, fragment, result).
-        on_skipped: told of every failure (partner or "", slot, reason, detail).
-        on_went_back: told of a ledger that went back (partner, detail), once an hour at most.
-        on_caught_up: told that it has caught up since, once for each time that it was told of.
+        events: learns what happens.
         slot_s: of the manifest.
-        rates: told how fast exchanges are.
+        rates: learns how fast exchanges are.
 
     Attributes:
-        name_of: what people call a partner, for the log.
         failures: how often each reason occurred.
         skips: the same of reasons that belong to the schedule.
         exchanges: done, with anybody.
+        last_done_s: when the last one was done; None until there is one.
         one_sided: merges that the partner reported as its own failure.
         values_sent: in all.
         payload_bytes_sent: in all.
@@ -107,26 +124,20 @@ class Partners:
     def __init__(
         self,
         clock: Callable[[], float],
-        on_exchanged: Callable[[Agreement, Exchanged, float], None],
-        on_skipped: Callable[[str, int, str, str], None],
-        on_went_back: Callable[[PeerId, str], None] = lambda *_: None,
-        on_caught_up: Callable[[PeerId], None] = lambda *_: None,
+        events: Events | None = None,
         slot_s: float = 1.0,
         rates: Rates | None = None,
     ) -> None:
         self._rates = rates or Rates()
         self._clock = clock
-        self._on_exchanged = on_exchanged
-        self._on_skipped = on_skipped
-        self._on_went_back = on_went_back
-        self._on_caught_up = on_caught_up
+        self._events = events or Events()
         self._slot_s = slot_s
         self._num_partners = 1
         self._records: dict[PeerId, Record] = {}
-        self.name_of: Callable[[PeerId], str] = lambda peer_id: peer_id[-8:]
         self.failures: Counter[str] = Counter()
         self.skips: Counter[str] = Counter()
         self.exchanges = 0
+        self.last_done_s: float | None = None
         self.one_sided = 0
         self.values_sent = 0
         self.payload_bytes_sent = 0
@@ -159,14 +170,14 @@ class Partners:
         record.merged.append(agreement.exchange_id)
         record.refuses_our_ledger = False
         record.done += 1
-        record.last_done_s = self._clock()
+        record.last_done_s = self.last_done_s = self._clock()
         record.payload_bytes += form.num_bytes
         record.backoff.done(self._clock(), self._turn_s, clipped=result.clipped)
         self._rates.saw(agreement.peer_id, form.num_bytes, took_s)
         self.exchanges += 1
         self.values_sent += form.num_values
         self.payload_bytes_sent += form.num_bytes
-        self._on_exchanged(agreement, result, took_s)
+        self._events.exchanged(agreement, result, took_s)
 
     def failed(
         self,
@@ -254,9 +265,9 @@ class Partners:
             if not (ordinary and record.failed):
                 record.last_reason = reason
         level = logging.DEBUG if ordinary else logging.INFO
-        who = self.name_of(PeerId(peer_id)) if peer_id else "nobody"
+        who = self._events.name_of(PeerId(peer_id)) if peer_id else "nobody"
         log.log(level, "slot %d skipped with %s: %s %s", slot, who, reason, detail)
-        self._on_skipped(peer_id, slot, reason, detail)
+        self._events.skipped(peer_id, slot, reason, detail)
 
     def deadline_s(self, peer_id: PeerId, longest_s: float) -> float:
         """How long an exchange with this partner may take.
@@ -292,7 +303,7 @@ class Partners:
         record.caught_up = bool(record.went_back)
         if record.caught_up and record.back_is_news:
             record.back_is_news = False
-            self._on_caught_up(peer_id)
+            self._events.caught_up(peer_id)
 
     def restore(
         self,
@@ -326,7 +337,7 @@ class Partners:
                 peer_id,
                 detail,
             )
-            self._on_went_back(peer_id, detail)
+            self._events.went_back(peer_id, record.highest_counter, detail)
 
     def take_unresolved(self, peer_id: PeerId) -> list[int]:
         """Exchanges that the partner may have merged alone: told once."""

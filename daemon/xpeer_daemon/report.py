@@ -10,60 +10,72 @@ import msgspec
 from xpeer import __version__
 from xpeer.health import verdict
 from xpeer.identity import PeerId
+from xpeer.phase import Phase
 from xpeer.status import SHOUTED, Partner, PrivacySpent, Progress, Status
 
 MAX_SHORT_CHARS = 500
 
 if TYPE_CHECKING:
+    from xpeer_daemon.member import Member
     from xpeer_daemon.node import Node
     from xpeer_daemon.store import Known
 
 
 def status_of(node: Node) -> Status:
     """Everything an operator may want to know."""
-    trainer, book, swarm, config = node.running(), node.book, node.swarm, node.config
-    now, reasons = node.clock(), node.reasons()
-    bytes_in, bytes_out = (swarm.meter.bytes_in, swarm.meter.bytes_out) if swarm else (0, 0)
-    carried = book.payload_bytes_sent if book else 0
-    progress, last = _progress(node, now), trainer or node.last_trainer
-    return Status(
+    now, reasons, swarm = node.clock(), node.reasons(), node.swarm
+    meter, config, record = swarm.meter, node.config, node.record
+    last = node.running() or record.last_trainer
+    progress = _progress(node, now)
+    status = Status(
         health=verdict(reasons),
         reasons=reasons,
-        state=node.state,
+        state=node.phase,
         peer_id=node.peer_id,
         name=config.network.name,
-        swarm_id=node.swarm_id,
-        swarm_name=node.manifest.name if node.manifest else "",
+        swarm_id=node.certificate.genesis.swarm_id,
         version=__version__,
         pid=os.getpid(),
         uptime_s=now - node.started_s,
-        addresses=swarm.addresses if swarm else [],
-        num_params=last.num_params if last else _num_params(node),
+        addresses=swarm.addresses,
+        num_params=last.num_params if last else 0,
         device=last.device if last else "",
         round=progress.window,
         progress=progress,
-        progress_age_s=_age(now, node.known.unix_s) if node.known else None,
-        trainer_runs=trainer is not None,
+        progress_age_s=_age(now, record.known.unix_s) if record.known else None,
+        trainer_runs=node.running() is not None,
         eta_unix_s=eta_unix_s(node),
         corpus=last.corpus if last else None,
         shard=last.shard if last else None,
         privacy=_privacy(node),
-        privacy_warning=SHOUTED.get(node.manifest.privacy.mode, "") if node.manifest else "",
-        partners=_partner_rows(node, now),
-        exchanges_done=book.exchanges if book else 0,
-        exchanges_failed=dict(book.failures) if book else {},
-        exchanges_skipped=dict(book.skips) if book else {},
-        one_sided_merges=book.one_sided if book else 0,
-        bytes_in=bytes_in,
-        bytes_out=bytes_out,
-        egress_cost=bytes_out / 1e9 * config.network.price_per_gb,
+        bytes_in=meter.bytes_in,
+        bytes_out=meter.bytes_out,
+        egress_cost=meter.bytes_out / 1e9 * config.network.price_per_gb,
         currency=config.network.currency,
-        compression_ratio=4 * book.values_sent / carried if book and carried else None,
-        last_good_round_age_s=_age(now, node.last_exchange_s),
-        last_checkpoint_age_s=_age(now, node.last_checkpoint_s),
-        trainer_restarts=node.supervisor.restarts if node.supervisor else 0,
-        sidecar_restarts=swarm.sidecar_restarts if swarm else 0,
-        strangers_refused=swarm.strangers_refused if swarm else 0,
+        last_checkpoint_age_s=_age(now, record.saved_s),
+        sidecar_restarts=swarm.sidecar_restarts,
+        strangers_refused=swarm.strangers_refused,
+    )
+    return status if node.member is None else _of_member(status, node, node.member, now)
+
+
+def _of_member(status: Status, node: Node, member: Member, now: float) -> Status:
+    """What an admitted node has to say beside."""
+    partners, manifest = member.partners, member.manifest
+    carried = partners.payload_bytes_sent
+    return msgspec.structs.replace(
+        status,
+        swarm_name=manifest.name,
+        num_params=status.num_params or manifest.model.num_params,
+        privacy_warning=SHOUTED.get(manifest.privacy.mode, ""),
+        partners=_partner_rows(member, now),
+        exchanges_done=partners.exchanges,
+        exchanges_failed=dict(partners.failures),
+        exchanges_skipped=dict(partners.skips),
+        one_sided_merges=partners.one_sided,
+        compression_ratio=4 * partners.values_sent / carried if carried else None,
+        last_good_round_age_s=_age(now, partners.last_done_s),
+        trainer_restarts=member.supervisor.restarts,
     )
 
 
@@ -97,10 +109,10 @@ def in_short(status: Status) -> str:
 
 def _progress(node: Node, now: float) -> Progress:
     """As the trainer said last, with ages of now."""
-    trainer = node.running()
-    if node.known is None:
+    trainer, known = node.running(), node.record.known
+    if known is None:
         return trainer.progress if trainer else Progress()
-    progress, since_s = node.known.progress, max(0.0, now - node.known.unix_s)
+    progress, since_s = known.progress, max(0.0, now - known.unix_s)
     return msgspec.structs.replace(
         progress,
         loss_train_age_s=_older(progress.loss_train_age_s, since_s),
@@ -110,63 +122,61 @@ def _progress(node: Node, now: float) -> Progress:
 
 def eta_unix_s(node: Node) -> float | None:
     """When the last step will be taken: the run's, or the budget's if that comes first."""
-    if node.known is None or not node.training():
+    known = node.record.known
+    if known is None or node.phase is not Phase.TRAINING:
         return None
-    planned, step = node.known.progress.planned_steps, node.known.progress.step
-    step_s = node.steps.step_s
-    ends = [node.known.privacy.ends_unix_s] if node.known.privacy else []
+    planned, step = known.progress.planned_steps, known.progress.step
+    step_s = node.record.steps.step_s
+    ends = [known.privacy.ends_unix_s] if known.privacy else []
     if planned is not None and step_s is not None:
-        ends.append(node.known.unix_s + max(0, planned - step) * step_s)
+        ends.append(known.unix_s + max(0, planned - step) * step_s)
     return min((end for end in ends if end is not None), default=None)
-
-
-def _num_params(node: Node) -> int:
-    return node.manifest.model.num_params if node.manifest else 0
 
 
 def _privacy(node: Node) -> PrivacySpent:
     """As the trainer said last; before that, what the manifest says."""
-    trainer = node.running()
-    if node.known is not None and node.known.privacy is not None:
-        return node.known.privacy
+    trainer, known = node.running(), node.record.known
+    if known is not None and known.privacy is not None:
+        return known.privacy
     if trainer is not None:
         return trainer.privacy
-    return PrivacySpent(mode=node.manifest.privacy.mode if node.manifest else "record")
+    return PrivacySpent(mode=node.member.manifest.privacy.mode if node.member else "record")
 
 
-def _partner_rows(node: Node, now: float) -> list[Partner]:
-    avoided = node.book.avoided(node.partners()) if node.book else frozenset()
-    listed = node.others_listed()
+def _partner_rows(member: Member, now: float) -> list[Partner]:
+    view, privacy = member.view, member.manifest.privacy.in_short()
+    avoided = member.partners.avoided(view.partners())
+    listed = view.others_listed()
     rows = []
-    for peer, member in sorted(node.others().items()):
-        record = node.book.get(peer) if node.book else None
+    for peer, card in sorted(view.others().items()):
+        record = member.partners.get(peer)
         rows.append(
             msgspec.structs.replace(
-                _known_of(node, peer, now),
+                _known_of(member, peer, now),
                 exchange_s=record.seconds if record else None,
-                phase=member.phase,
-                role=member.role,
-                addresses=member.addresses,
-                speed=member.speed or None,
+                phase=card.phase,
+                role=card.role,
+                addresses=card.addresses,
+                speed=card.speed or None,
                 avoided_s=record.backoff.until_s - now if record and peer in avoided else 0.0,
                 avoided_why=record.backoff.reason if record and peer in avoided else "",
-                privacy=node.manifest.privacy.in_short() if node.manifest else "",
+                privacy=privacy,
                 bytes_in=record.payload_bytes if record else 0,
                 bytes_out=record.payload_bytes if record else 0,
             )
         )
-    missed = sorted(node.missed.lost(now).items(), key=lambda item: -item[1])  # the latest first
+    missed = sorted(view.missed.lost(now).items(), key=lambda item: -item[1])  # the latest first
     return rows + [
-        msgspec.structs.replace(_known_of(node, peer, now), state="missed", silent_s=now - seen_s)
+        msgspec.structs.replace(_known_of(member, peer, now), state="missed", silent_s=now - seen_s)
         for peer, seen_s in missed
         if peer not in listed
     ]
 
 
-def _known_of(node: Node, peer: PeerId, now: float) -> Partner:
+def _known_of(member: Member, peer: PeerId, now: float) -> Partner:
     """What is known of a member, be it there or not."""
-    record = node.book.get(peer) if node.book else None
-    heard = node.acquaintances.get(peer)
+    record = member.partners.get(peer)
+    heard = member.view.acquaintances.get(peer)
     return Partner(
         peer_id=peer,
         name=heard.about.name if heard else "",

@@ -24,9 +24,9 @@ from xpeer.readiness import check_settings
 from xpeer.training import checkpoint
 from xpeer.training.child import PROGRAM
 from xpeer.training.files import find
-from xpeer_daemon import belonging, logs
+from xpeer_daemon import belonging, logs, service
 from xpeer_daemon.lock import HomeLock
-from xpeer_daemon.service import Service
+from xpeer_daemon.member import Options
 from xpeer_daemon.text import has_trained
 
 log = logging.getLogger("xpeer.daemon")
@@ -141,10 +141,8 @@ def run(
             if note:
                 log.warning("%s", note)
         try:
-            service = Service(
-                home, config, paused=paused, from_initial=from_initial, trainer=trainer
-            )
-            return uvloop.run(service.main())
+            options = Options(paused=paused, from_initial=from_initial, trainer=trainer)
+            return uvloop.run(service.run(home, config, options))
         except LocalError as e:
             log.error("%s", e)
             raise

@@ -58,7 +58,7 @@ def free_bytes(folder: Path) -> int | None:
 
 def look_at_disk(node: Node, free: int | None) -> None:
     """Whether what a run writes next still fits."""
-    num_params = node.manifest.model.num_params if node.manifest else 0
+    num_params = node.member.manifest.model.num_params if node.member else 0
     needed = CHECKPOINTS_FREE * BYTES_PER_PARAM * num_params + LEAST_FREE_BYTES
     node.health.hold(
         "disk-nearly-full",

@@ -51,7 +51,7 @@ class Windows:
 
     def look(self) -> None:
         """The trainer has told what a window cost."""
-        known = self._node.known
+        known = self._node.record.known
         if known is None:
             return
         before, self._window = self._window, known.progress.window
@@ -67,18 +67,17 @@ class Windows:
 
     def keep(self) -> None:
         """For a status after the next start of the daemon, before a trainer runs."""
-        if self._node.known is not None:
-            self._keep(self._node.known)
+        if self._node.record.known is not None:
+            self._keep(self._node.record.known)
 
     def _add_row(self, known: Known) -> None:
         progress, node = known.progress, self._node
-        meter = node.swarm.meter if node.swarm else None
+        meter = node.swarm.meter
         cells = (
             SCHEMA, round(node.clock(), 3), progress.step, progress.window,
             progress.loss_public, progress.loss_train, progress.loss_validation,
             known.privacy.epsilon_spent if known.privacy and known.privacy.mode != "off" else None,
-            node.book.exchanges if node.book else 0,
-            meter.bytes_in if meter else 0, meter.bytes_out if meter else 0,
+            self._exchanges(), meter.bytes_in, meter.bytes_out,
         )  # fmt: skip
         row = ",".join("" if cell is None else f"{cell:.10g}" for cell in cells) + "\n"
         try:
@@ -88,6 +87,9 @@ class Windows:
         else:
             node.health.worked("losses-failing")
 
+    def _exchanges(self) -> int:
+        return self._node.member.partners.exchanges if self._node.member else 0
+
     def _line(self, known: Known) -> str:
         progress, privacy, node = known.progress, known.privacy, self._node
         planned = f"/{progress.planned_steps}" if progress.planned_steps else ""
@@ -96,7 +98,7 @@ class Windows:
             parts.append(f"public loss {progress.loss_public:.4f}")
         if privacy is not None and privacy.mode != "off":
             parts.append(f"epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g}")
-        parts.append(f"{node.book.exchanges if node.book else 0} exchanges")
+        parts.append(f"{self._exchanges()} exchanges")
         parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
         if (eta := eta_unix_s(node)) is not None:
             parts.append(time.strftime("ETA %Y-%m-%d %H:%M UTC", time.gmtime(eta)))

@@ -109,12 +109,12 @@ def test_any_exception_is_one_line_and_a_trace_in_the_log(
 
 
 def test_the_daemon_s_own_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xpeer_daemon.service import Service
+    from xpeer_daemon import service
 
-    async def fail(_self: object) -> int:
+    async def fail(*_: object) -> int:
         raise ZeroDivisionError("deep inside")
 
-    monkeypatch.setattr(Service, "main", fail)
+    monkeypatch.setattr(service, "run", fail)
     home = founded(tmp_path / "h")
     done = run("start", "--home", home)
     assert done.exit_code == 1
@@ -247,19 +247,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A start that finds nothing wrong ends where its service would begin."""
     import xpeer_bootstrap.node as bootstrap
-    from xpeer_daemon import start
-
-    class Idle:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
-
-        async def main(self) -> int:
-            return 0
+    from xpeer_daemon import service
 
     async def serve(*_: Any) -> int:
         return 0
 
-    monkeypatch.setattr(start, "Service", Idle)
+    monkeypatch.setattr(service, "run", serve)
     monkeypatch.setattr(bootstrap, "_serve", serve)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from tests.unit.training.test_local import trainer_with
-from xpeer.config import NodeConfig
 from xpeer.training.local import LocalTrainer
 
 INTERRUPTED_S = 600.0
@@ -115,10 +113,9 @@ def test_a_suspended_machine_does_not_publish_a_slower_node() -> None:
 
 
 async def test_status_says_that_it_rests(clock: Clock) -> None:
-    from xpeer.identity import PeerId
+    from tests.unit.daemon.fakes import FakeNode
     from xpeer.status import Progress
     from xpeer.training.handle import Progressed, TrainerProcess
-    from xpeer_daemon.node import Node
 
     trainer = TrainerProcess(lambda _event: None)
     trainer._follow(Progressed("training", Progress(step=3, rest_s=20.0), 0))
@@ -128,8 +125,7 @@ async def test_status_says_that_it_rests(clock: Clock) -> None:
     clock.now += 19.0
     assert trainer.resting_s == 0.0
     trainer._follow(Progressed("training", Progress(step=3, rest_s=20.0), 0))
-    node = Node(PeerId("12D3KooWA"), NodeConfig())
-    node.enter("training")
-    node.supervisor = cast(Any, SimpleNamespace(trainer=trainer, restarts=0, down_reason=""))
-    (resting,) = [reason for reason in node.reasons() if reason.code == "resting"]
+    fake = FakeNode()
+    fake.supervisor.trainer = trainer
+    (resting,) = [reason for reason in fake.node.reasons() if reason.code == "resting"]
     assert "resting for 20 s" in resting.text

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 
+from tests.unit.daemon.fakes import FakeNode
 from tests.unit.daemon.test_gossip import OTHER, Rig
 from xpeer.cli.render import status_lines
-from xpeer.config import NodeConfig
 from xpeer.errors import PeerError, Reason
-from xpeer.identity import PeerId
 from xpeer.network.link import RefusedError
 from xpeer.status import Status
-from xpeer_daemon.node import Node
 from xpeer_daemon.partners import Partners
 
 SCHEDULE = [Reason.NOT_DUE, Reason.BUSY, Reason.PAUSED]
 
 
-def status_with(book: Partners) -> Status:
-    node = Node(PeerId("12D3KooWA"), NodeConfig())
-    node.book = book
-    return node.status()
+def status_with(partners: Partners) -> Status:
+    fake = FakeNode()
+    cast(Any, fake.node.member).partners = partners
+    return fake.node.status()
 
 
 async def test_a_lone_node_has_no_failed_exchange(monkeypatch: pytest.MonkeyPatch) -> None:

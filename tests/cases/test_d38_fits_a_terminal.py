@@ -12,6 +12,7 @@ from tests.cases.support import LOOPBACK, found, xpeer
 from tests.fake_daemon import answering
 from xpeer.cli import main
 from xpeer.config import Home
+from xpeer.phase import Phase
 from xpeer.status import Partner, PrivacySpent, Progress, Status
 
 ID = "12D3KooWSahP5pFRCEfaziPEba7urXGeif6T1y8jmodzdFUvzBHj"
@@ -23,7 +24,7 @@ PEER: dict[str, Any] = {
     "addresses": [f"/dns4/a-rather-long-name.of-some-cloud.example.org/tcp/40001/p2p/{ID}"],
 }  # fmt: skip
 LONG = Status(
-    state="training", peer_id=ID, swarm_id="ab" * 32, swarm_name="hospitals-of-three-countries",
+    state=Phase.TRAINING, peer_id=ID, swarm_id="ab" * 32, swarm_name="hospitals-of-three-countries",
     version="0.1.0", pid=4194304, uptime_s=9e6, addresses=PEER["addresses"], num_params=10**9,
     device="cuda:0", round=123456,
     progress=Progress(

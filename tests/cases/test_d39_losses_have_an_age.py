@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from xpeer.cli import render
+from xpeer.phase import Phase
 from xpeer.status import Partner, PrivacySpent, Progress, Status
 
 
@@ -17,7 +18,7 @@ def progress(**fields: Any) -> Progress:
 
 
 def lines(**fields: Any) -> str:
-    rows = "\n".join(render.status_lines(Status(state="training", **fields)))
+    rows = "\n".join(render.status_lines(Status(state=Phase.TRAINING, **fields)))
     return re.sub(r"\n {12}(?! )", " ", rows)
 
 

@@ -15,6 +15,7 @@ from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest, SignedManifest
+from xpeer.phase import Order, TrainerPhase
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
 from xpeer.training.arena import Arena, Layout, Slots, copy_in_parts
 from xpeer.training.child import PROGRAM, Child, Event, logger
@@ -38,14 +39,13 @@ from xpeer.training.ipc import (
     Snapshotted,
     StateExported,
     StateImported,
-    TrainerState,
     Verified,
     Verify,
     WriteCheckpoint,
     Written,
 )
 from xpeer.training.rules import vectors_of
-from xpeer.training.setup import Mode, TrainerSetup
+from xpeer.training.setup import TrainerSetup
 from xpeer.update import (
     Checked,
     CompressedUpdate,
@@ -92,7 +92,7 @@ class TrainerProcess:
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
         self.epoch = time.time_ns() // 1_000_000
-        self.state: TrainerState = "starting"
+        self.state: TrainerPhase = "starting"
         self.progress = Progress()
         self.privacy = PrivacySpent()
         self.ledger_counter = 0
@@ -331,7 +331,7 @@ class TrainerProcess:
         """Losses of the present parameters."""
         return await self._child.whole(self._child.ask(Evaluate(), Losses))
 
-    async def run(self, mode: Mode) -> None:
+    async def run(self, mode: Order) -> None:
         """Change the mode at the next step boundary."""
         await self._child.whole(self._child.ask(Run(mode), Done))
 

@@ -14,7 +14,7 @@ import re
 import socket
 import threading
 import traceback
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 from msgspec import Struct
@@ -33,8 +33,9 @@ from xpeer.errors import (
     XpeerError,
 )
 from xpeer.escape import one_line, sayable, visible
+from xpeer.phase import Order, TrainerPhase
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
-from xpeer.training.setup import Mode, TrainerSetup
+from xpeer.training.setup import TrainerSetup
 from xpeer.update import Form
 
 MAX_FRAME_BYTES: Final = 4 << 20
@@ -44,10 +45,6 @@ _MAX_TEXT, _MAX_TRACE = 2_000, 20_000
 _LOG_BYTES: Final = 64 << 10
 _MARKED: Final = re.compile(r"<(\d{1,2})>")
 _LAST_WORDS: Final = ("Traceback ", "Fatal Python error", "Exception ")
-
-TrainerState = Literal["starting", "training", "paused", "mixing", "closing", "budget-spent"]
-"""mixing: as asked. closing: the end condition was reached. budget-spent: no step is left.
-In the last three the trainer serves snapshots and merges at once, and takes no steps."""
 
 
 class Begin(Struct, frozen=True, tag=True):
@@ -111,7 +108,7 @@ class ImportState(Struct, frozen=True, tag=True):
 class Run(Struct, frozen=True, tag=True):
     """Change the mode."""
 
-    mode: Mode
+    mode: Order
 
 
 class WriteCheckpoint(Struct, frozen=True, tag=True):
@@ -233,7 +230,7 @@ class Reply(Struct, frozen=True, tag=True):
 class Progressed(Struct, frozen=True, tag=True):
     """After a step, at most some ten times a second, and at every change of state."""
 
-    state: TrainerState
+    state: TrainerPhase
     progress: Progress
     ledger_counter: int
     privacy: PrivacySpent | None = None

@@ -21,18 +21,17 @@ import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest
+from xpeer.phase import Order, TrainerPhase
 from xpeer.status import Progress
 from xpeer.training import combine, rules
 from xpeer.training.charging import Permits
 from xpeer.training.consolidation import consolidate
 from xpeer.training.exchanges import Exchanges
-from xpeer.training.ipc import TrainerState
 from xpeer.training.measuring import Measurements, require_finite
 from xpeer.training.optimiser import make_optimiser
 from xpeer.training.parts import Evaluation, Mechanism, Parameters
 from xpeer.training.pulse import Pulse, StepAbandonedError
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done, warmed_up
-from xpeer.training.setup import Mode
 from xpeer.training.worktime import WorkTime
 from xpeer.update import PrivateUpdate
 from xpeer.wire.fixedpoint import grid_of
@@ -103,7 +102,7 @@ class LocalTrainer:
         self.seconds_boundary = 0.0
         self.seconds_saving = 0.0
         self._throttle = throttle
-        self._mode: Mode = "train"
+        self._mode: Order = "train"
         self._budget_spent = False
         self.idle = False
         """There is no text: no step is taken, and the run or the budget ends as for others."""
@@ -136,7 +135,7 @@ class LocalTrainer:
         self.idle, self._budget_spent = True, budget_spent
 
     @property
-    def state(self) -> TrainerState:
+    def state(self) -> TrainerPhase:
         """What the loop does now."""
         if self._mode == "pause":
             return "paused"
@@ -219,7 +218,7 @@ class LocalTrainer:
             else:
                 self._jobs.get()()
 
-    def set_mode(self, mode: Mode) -> None:
+    def set_mode(self, mode: Order) -> None:
         """At a boundary: train, mix or pause from now on."""
         before, self._mode = self.state, mode
         if self.state != before:

@@ -18,6 +18,7 @@ import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, XpeerError
 from xpeer.escape import without_words
+from xpeer.phase import Order
 from xpeer.status import PrivacySpent
 from xpeer.training.arena import Arena
 from xpeer.training.assemble import Assembled
@@ -54,7 +55,6 @@ from xpeer.training.ipc import (
     failure_of,
 )
 from xpeer.training.saving import Saving
-from xpeer.training.setup import Mode
 from xpeer.update import PeerUpdate, PrivateUpdate
 
 _PROGRESS_EVERY_S: Final = 0.1
@@ -141,7 +141,7 @@ class Service:
             look = partial(self._look_for_text, made.look_again)
             threading.Thread(target=look, name="text", daemon=True).start()
 
-    def set_mode(self, mode: Mode) -> None:
+    def set_mode(self, mode: Order) -> None:
         """At a boundary."""
         self._trainer.set_mode(mode)
 

@@ -7,10 +7,7 @@ from typing import Literal
 from msgspec import Struct
 
 from xpeer.config import NodeConfig
-
-Mode = Literal["train", "mix", "pause"]
-"""train: steps. mix and pause: none, while snapshots and merges are served at once; they differ in
-what the operator is told."""
+from xpeer.phase import Order
 
 
 class TrainerSetup(Struct, frozen=True, kw_only=True):
@@ -25,7 +22,7 @@ class TrainerSetup(Struct, frozen=True, kw_only=True):
     peer_id: str
     members: dict[str, float] = {}
     """With a shared corpus: tokens/s by PeerID of all who take part, us included; 0: unknown."""
-    mode: Mode = "train"
+    mode: Order = "train"
     """What to do once ready."""
     has_trained: bool = False
     """This home took steps: without its text it mixes and serves."""

@@ -54,7 +54,7 @@ async def test_few_are_asked_at_once_and_each_in_its_turn() -> None:
 async def test_what_partners_say_is_in_status() -> None:
     fake = FakeNode(ALPHA, BETA)
     members = Members(**{ALPHA: "clinic", BETA: None})
-    await fake.node.acquaintances.ask_some(members.ask, fake.members)
+    await fake.view.acquaintances.ask_some(members.ask, fake.members)
     fake.clock.now += 4
     alpha, beta = fake.node.status().partners
     assert (alpha.name, alpha.step, alpha.step_age_s) == ("clinic", 7, 4.0)

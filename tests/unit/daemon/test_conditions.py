@@ -55,7 +55,7 @@ def test_partners_that_fell_silent_are_missed_until_they_are_back(fake: FakeNode
 @pytest.mark.parametrize("phase", ["left", "finished"])
 def test_who_left_or_had_finished_is_not_missed(fake: FakeNode, phase: str) -> None:
     ended: list[str] = []
-    fake.node.missed.on_ended = ended.append
+    fake.view.missed.on_ended = ended.append
     fake.passes(2)
     fake.members[PeerId(BETA)] = member(BETA, phase)
     fake.passes(3)
@@ -67,11 +67,11 @@ def test_who_left_or_had_finished_is_not_missed(fake: FakeNode, phase: str) -> N
 
 def test_who_is_gone_for_a_day_is_forgotten(fake: FakeNode) -> None:
     del fake.members[PeerId(BETA)]
-    fake.node.missed.restore([(PeerId(BETA), fake.clock() - 60)], fake.clock())
+    fake.view.missed.restore([(PeerId(BETA), fake.clock() - 60)], fake.clock())
     fake.passes(BACK_S + 2)  # seen before our own start: it gets a minute to be heard of
     assert fake.codes == ["partners-lost"]
     fake.clock.now += FORGOTTEN_S + BACK_S
-    fake.node.last_checkpoint_s = fake.clock()
+    fake.record.saved_s = fake.clock()
     fake.works()
     assert fake.codes == []
 
@@ -136,10 +136,10 @@ def test_a_trainer_that_dies_is_named_until_its_steps_are_taken_again(fake: Fake
 
 def test_a_trainer_that_stands_still(fake: FakeNode) -> None:
     fake.passes(100)
-    fake.node.last_checkpoint_s = fake.clock()
+    fake.record.saved_s = fake.clock()
     for _ in range(119):
         fake.clock.now += 1
-        fake.node.last_exchange_s = fake.clock()
+        fake.partners.last_done_s = fake.clock()
         assert fake.codes == []
     fake.clock.now += 2
     assert "no-step" in fake.codes
@@ -150,10 +150,10 @@ def test_a_trainer_that_stands_still(fake: FakeNode) -> None:
 def test_slow_steps_are_not_taken_for_none(fake: FakeNode) -> None:
     for _ in range(10):
         fake.clock.now += 200
-        fake.node.last_checkpoint_s = fake.clock()
+        fake.record.saved_s = fake.clock()
         fake.works()
     fake.clock.now += 1900
-    fake.node.last_exchange_s = fake.node.last_checkpoint_s = fake.clock()
+    fake.partners.last_done_s = fake.record.saved_s = fake.clock()
     assert fake.codes == []
     fake.clock.now += 200
     assert "no-step" in fake.codes
@@ -165,7 +165,7 @@ def test_checkpoints_that_do_not_come() -> None:
     assert fake.codes == []
     fake.passes(2)
     assert fake.codes == ["checkpoint-late"]
-    fake.node.last_checkpoint_s = fake.clock()
+    fake.record.saved_s = fake.clock()
     assert fake.codes == []
 
 
@@ -193,21 +193,20 @@ async def test_a_checkpoint_that_cannot_be_written(
 def test_waiting_for_peers_counts_as_the_table_of_peers_does() -> None:
     fake = FakeNode(ALPHA, BETA, config=NodeConfig(training=Training(min_peers=2)))
     fake.members = {PeerId(p): member(p, "joining") for p in (ALPHA, BETA)}
-    fake.node.enter("waiting")
+    fake.is_in("waiting")
     assert fake.text("waiting-for-peers") == (
         "waiting for training.min_peers = 2: 0 of 2 live members are there (2 joining)"
     )
 
 
-def test_who_was_admitted_does_not_look_for_seeds_any_more(fake: FakeNode) -> None:
-    fake.node.enter("joining")
-    fake.node.joining_note = "joining: no member has answered yet"
+def test_who_was_admitted_does_not_look_for_seeds_any_more() -> None:
+    fake = FakeNode(admitted=False)
+    fake.is_in("joining")
+    fake.life.note = "joining: no member has answered yet"
     assert fake.text("joining") == "joining: no member has answered yet"
-    fake.node.manifest = cast(Any, SimpleNamespace(
-        round=SimpleNamespace(slot_s=1.0), name="s", model=SimpleNamespace(num_params=1),
-        privacy=SimpleNamespace(mode="off", in_short=lambda: "off"),
-    ))  # fmt: skip
-    fake.node.joining_note = "the trainer reads the shard and the model"
+    fake = FakeNode(ALPHA)
+    fake.is_in("joining")
+    fake.life.note = "the trainer reads the shard and the model"
     assert fake.codes == ["starting"]
 
 
@@ -218,7 +217,7 @@ def test_exchanges_that_fail(fake: FakeNode) -> None:
     assert "2 exchanges in a row failed" in fake.text("exchange-failed")
     assert "BetaBBBB: closed" in fake.text("exchange-failed")
     fake.passes(2)
-    fake.node.last_exchange_s = fake.clock() - 61
+    fake.partners.last_done_s = fake.clock() - 61
     assert "no-exchange" in fake.codes
 
 
@@ -240,7 +239,7 @@ def test_losses_that_cannot_be_measured(fake: FakeNode) -> None:
     fake.node.reasons()
     for _ in range(65):
         fake.clock.now += 1
-        fake.node.last_exchange_s = fake.clock()
+        fake.partners.last_done_s = fake.clock()
         losses(fake, loss_problem="CUDA out of memory")
         fake.node.reasons()
     told = fake.text("evaluation-failing")
@@ -262,17 +261,17 @@ async def test_losses_of_the_end_that_cannot_be_measured(
     monkeypatch.setattr(fake.trainer, "evaluate", fails)
     for _ in range(3):
         with pytest.raises(TrainerError):
-            await fake.node.evaluate(fake.trainer)
+            await fake.record.evaluate(fake.trainer)
         fake.passes(10)
     assert "for 29s: the trainer failed: OutOfMemoryError" in fake.text("evaluation-failing")
     monkeypatch.setattr(fake.trainer, "evaluate", works)
-    await fake.node.evaluate(fake.trainer)
+    await fake.record.evaluate(fake.trainer)
     assert fake.codes == []
 
 
 def test_losses_that_are_old(fake: FakeNode) -> None:
     def at(age_s: float) -> list[str]:
-        fake.node.last_exchange_s = fake.node.last_checkpoint_s = fake.clock()
+        fake.partners.last_done_s = fake.record.saved_s = fake.clock()
         losses(fake, loss_measured_step=1, loss_measured_age_s=age_s)
         return fake.codes
 
@@ -282,7 +281,7 @@ def test_losses_that_are_old(fake: FakeNode) -> None:
     assert "for 1h 2m: that is done at a window's end" in fake.text("evaluation-late")
     assert fake.node.status().health == "ok"
     assert at(2) == []
-    fake.node.enter("paused")
+    fake.is_in("paused")
     assert "evaluation-late" not in at(9999)
 
 
@@ -302,7 +301,7 @@ def test_a_membership_that_ends_is_told_in_time(
     fake.node.certificate = Certificate(founder, ME, "member", 1, began_s, began_s, ends_s)
 
     def at(now_s: float) -> list[str]:
-        fake.clock.now = fake.node.last_checkpoint_s = now_s
+        fake.clock.now = fake.record.saved_s = now_s
         fake.works()
         return fake.codes
 
@@ -379,7 +378,7 @@ async def test_a_card_that_no_node_of_the_dht_takes(fake: FakeNode) -> None:
 
     roster: Any = SimpleNamespace(announce=announce, unstored=True)
     nothing: Any = None
-    presence = Presence(fake.node, cast(Any, fake.swarm), roster, fake.book, nothing, "member")
+    presence = Presence(fake.node, fake.view, roster, fake.partners, nothing, 1.0)
     await presence.announce("training")
     fake.passes(59)
     assert fake.codes == []
@@ -398,7 +397,7 @@ async def test_nobody_answers_the_roster(fake: FakeNode, tmp_path: Path) -> None
         asked.set()
 
     roster.refresh = refresh
-    presence = Presence(fake.node, cast(Any, fake.swarm), roster, fake.book, store, "member")
+    presence = Presence(fake.node, fake.view, roster, fake.partners, store, 1.0)
     refreshing = asyncio.create_task(presence.keep_refreshing())
     await asked.wait()
     refreshing.cancel()
@@ -411,10 +410,10 @@ async def test_nobody_answers_the_roster(fake: FakeNode, tmp_path: Path) -> None
 
 def test_changes_are_logged_once(caplog: pytest.LogCaptureFixture, fake: FakeNode) -> None:
     caplog.set_level(logging.INFO)
-    fake.node.enter("paused")
+    fake.is_in("paused")
     told = watch.tell({}, fake.node.reasons())
     told = watch.tell(told, fake.node.reasons())
     assert caplog.text.count("paused by the operator - `xpeer resume`") == 1
-    fake.node.enter("training")
+    fake.is_in("training")
     watch.tell(told, fake.node.reasons())
     assert "paused is over" in caplog.text

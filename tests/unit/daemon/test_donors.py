@@ -16,11 +16,12 @@ from xpeer.identity import PeerId
 from xpeer.network import shelf as shelves
 from xpeer.network import state
 from xpeer.network.rates import Rates
+from xpeer.phase import Phase, traits_of
 from xpeer.privacy.ledger import Ledger
 from xpeer.update import ModelState
 from xpeer_daemon import donors, parameters
 from xpeer_daemon.donors import Donors, ranked
-from xpeer_daemon.parameters import Parameters, begins
+from xpeer_daemon.parameters import Origin, Parameters, begins
 from xpeer_daemon.store import Store
 
 GOOD, WORSE, OLD, LIAR, BUSY = (
@@ -70,15 +71,19 @@ class Rig:
         self.store = Store.open(tmp_path / "state.sqlite")
         self.live: list[PeerId] = []
         self.phase = "training"
-        self.states: list[str] = []
+        self.states: list[Phase] = []
         self.saved = 0
         self.roles: dict[PeerId, str] = {}
         self.heard: dict[PeerId, int | None] = {}
         self.last_saved: tuple[int, float] | None = None
+        self.life = SimpleNamespace(enter=self.states.append, note="", catching_up=False)
         self.node = SimpleNamespace(
-            peer_id=PeerId("12D3KooWMe"), others=self._others, enter=self.states.append,
-            checkpoint=self._checkpoint, joining_note="", catching_up=False, clock=lambda: 1e6,
-            acquaintances=SimpleNamespace(get=self._heard), last_saved=lambda: self.last_saved,
+            peer_id=PeerId("12D3KooWMe"), checkpoint=self._checkpoint, life=self.life,
+            clock=lambda: 1e6, ends=SimpleNamespace(last_saved=lambda: self.last_saved),
+        )  # fmt: skip
+        view: Any = SimpleNamespace(
+            others=self._others, holders=self._holders,
+            acquaintances=SimpleNamespace(get=self._heard),
         )  # fmt: skip
         manifest = SimpleNamespace(
             model=SimpleNamespace(num_params=1, state_values=1),
@@ -86,14 +91,15 @@ class Rig:
             end=SimpleNamespace(steps=300, rounds=None, tokens=None), optimiser=None,
         )  # fmt: skip
         self.manifest = manifest
-        found = Donors(self.node, self.store, None, None, manifest, Rates())  # type: ignore[arg-type] # fakes
+        found = Donors(self.node, view, self.store, None, None, manifest, Rates())  # type: ignore[arg-type] # fakes
         self.donors = found
         self.next_trainer = Trainer()
         self.supervisor = SimpleNamespace(first_start=self._start, renew=self._renew, trainer=None)
         self.renewed = 0
+        self.origin = Origin(founds and begins(Home(tmp_path), self.store))
         self.parameters = Parameters(
             self.node, self.store, found, self.supervisor,  # type: ignore[arg-type] # fakes
-            founds=founds, begins=begins(Home(tmp_path), self.store),
+            self.origin, founds=founds,
         )  # fmt: skip
         monkeypatch.setattr(state, "ask", self._ask)
         monkeypatch.setattr(donors, "RETRY_S", 0.001)
@@ -106,6 +112,13 @@ class Rig:
             peer: SimpleNamespace(phase=self.phase, role=self.roles.get(peer, "member"))
             for peer in self.live
         }
+
+    def _holders(self) -> list[PeerId]:
+        return [
+            peer
+            for peer, record in self._others().items()
+            if record.role != "observer" and traits_of(record.phase).holds_parameters
+        ]
 
     def _heard(self, peer: PeerId) -> Any:
         return SimpleNamespace(about=SimpleNamespace(step=self.heard.get(peer)))
@@ -140,16 +153,16 @@ async def test_a_joiner_takes_the_best_and_never_one_that_lies(tmp_path, monkeyp
     trainer = Trainer()
     assert await rig.hold(trainer) is trainer
     assert (trainer.taken, rig.saved) == ([GOOD], 1)
-    assert rig.parameters.source == "awaited"
+    assert rig.origin.source == "awaited"
     assert [event.kind for event in rig.store.events()] == ["donor-refused"]
 
 
 async def test_a_founder_that_begins_has_the_initial_model_at_once(tmp_path, monkeypatch) -> None:
     rig = Rig(tmp_path, monkeypatch, founds=True)
-    assert str(rig.parameters.source) == "initial"
+    assert str(rig.origin.source) == "initial"
     await rig.hold(Trainer())
     assert rig.states == []
-    assert str(rig.parameters.source) == "awaited"  # from now on others may hold what it gave them
+    assert str(rig.origin.source) == "awaited"  # from now on others may hold what it gave them
 
 
 @pytest.mark.parametrize("what", ["a member is known", "the ledger was charged"])
@@ -163,7 +176,7 @@ async def test_a_founder_that_lost_its_state_takes_it_from_a_member(
         monkeypatch.setattr(Ledger, "counter", 5)
         Ledger.open(Home(tmp_path).ledger_db).close()
     rig = Rig(tmp_path, monkeypatch, founds=True)  # it starts again
-    assert rig.parameters.source == "awaited"
+    assert rig.origin.source == "awaited"
     rig.live = [GOOD]
     trainer = Trainer()
     await rig.hold(trainer)
@@ -180,7 +193,7 @@ async def test_a_founder_whom_nobody_can_help_begins_anew_after_its_patience(
     trainer = Trainer()
     assert await rig.hold(trainer) is rig.next_trainer
     assert (trainer.stopped, trainer.taken) == (True, [])
-    assert "--from-initial" in rig.node.joining_note
+    assert "--from-initial" in rig.life.note
     assert [event.kind for event in rig.store.events()] == ["began-anew"]
 
 
@@ -195,9 +208,9 @@ async def test_a_trainer_that_died_before_its_first_checkpoint_brings_no_initial
     assert again.taken == [GOOD]
     rig.live = []
     assert not await rig.parameters.hold_again(Trainer())  # type: ignore[arg-type] # a fake
-    assert (rig.renewed, rig.parameters.source) == (1, "initial")
+    assert (rig.renewed, rig.origin.source) == (1, "initial")
     assert await rig.parameters.hold_again(Trainer())  # type: ignore[arg-type] # a fake
-    assert rig.parameters.source == "awaited"
+    assert rig.origin.source == "awaited"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +223,7 @@ async def test_a_checkpoint_far_behind_is_replaced_before_anything_is_exchanged(
     rig.live = [GOOD, WORSE]
     trainer = Trainer(resumed_step=own_step)
     await rig.hold(trainer)
-    assert (trainer.taken, rig.node.catching_up) == (taken, False)
+    assert (trainer.taken, rig.life.catching_up) == (taken, False)
 
 
 async def test_who_resumes_alone_exchanges_nothing_until_it_has_looked(
@@ -219,12 +232,12 @@ async def test_who_resumes_alone_exchanges_nothing_until_it_has_looked(
     rig = Rig(tmp_path, monkeypatch, founds=False)
     trainer = Trainer(resumed_step=10)
     await rig.hold(trainer)
-    assert rig.node.catching_up
+    assert rig.life.catching_up
     rig.supervisor.trainer = trainer
     looking = asyncio.create_task(rig.parameters.look_later())
     rig.live = [GOOD]
     async with asyncio.timeout(10):
-        while rig.node.catching_up:
+        while rig.life.catching_up:
             await asyncio.sleep(0.001)
     looking.cancel()
     assert trainer.taken == [GOOD]
@@ -302,7 +315,7 @@ async def test_a_donor_that_stalls_holds_up_nobody_who_has_a_checkpoint(
     rig.live = [LIAR, GOOD, WORSE]
     trainer = Trainer(resumed_step=20)
     await rig.hold(trainer)
-    assert (trainer.taken, rig.node.catching_up) == ([GOOD], False)
+    assert (trainer.taken, rig.life.catching_up) == ([GOOD], False)
     assert LIAR not in rig.donors._willing()
     trainer = Trainer()  # nobody asks it again for a while
     await rig.hold(trainer)
@@ -328,9 +341,9 @@ async def test_a_founder_whose_donors_all_fail_is_told_of_the_initial_model(
     rig.live = [LIAR]
     holding = asyncio.create_task(rig.hold(Trainer()))
     async with asyncio.timeout(10):
-        while "none has given" not in rig.node.joining_note:
+        while "none has given" not in rig.life.note:
             await asyncio.sleep(0.001)
-    assert "--from-initial" in rig.node.joining_note
+    assert "--from-initial" in rig.life.note
     assert sum("--from-initial" in message for message in caplog.messages) == 1
     assert [event.kind for event in rig.store.events()] == ["donor-refused"]
     holding.cancel()

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 
-from xpeer.config import NodeConfig
+from tests.unit.daemon.fakes import FakeNode, member
 from xpeer.errors import PeerError, Reason, TrainerError
+from xpeer.health import Health
 from xpeer.identity import PeerId
 from xpeer.manifest import Round
 from xpeer.masked_round import MaskedMeeting
@@ -23,8 +24,8 @@ from xpeer.round import Exchanged, Meeting
 from xpeer.update import Form
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.gossip import Gossip
-from xpeer_daemon.node import Node
-from xpeer_daemon.partners import DEADLINE_MULTIPLE, MIN_DEADLINE_S, Partners
+from xpeer_daemon.outcomes import Outcomes
+from xpeer_daemon.partners import DEADLINE_MULTIPLE, MIN_DEADLINE_S, Events, Partners
 from xpeer_daemon.store import Store
 
 SWARM = "ab" * 32
@@ -106,6 +107,19 @@ class FakeProposer:
         self.done_with.append((peer_id, healthy))
 
 
+class Seen(Events):
+    """Keeps what happens to partners in a rig's lists."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+
+    def exchanged(self, agreement: Any, result: Any, took_s: float) -> None:
+        self._rig.merged.append(agreement.peer_id)
+
+    def skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:
+        self._rig.skipped.append((peer_id, reason))
+
+
 class Rig:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, me: PeerId = ME, rules: Round = ROUND
@@ -120,11 +134,7 @@ class Rig:
             return self.outcome()
 
         monkeypatch.setattr(Meeting, "exchange", exchange)
-        self.partners = Partners(
-            lambda: self.now,
-            lambda agreement, result, took_s: self.merged.append(agreement.peer_id),
-            lambda peer, slot, reason, detail: self.skipped.append((peer, reason)),
-        )
+        self.partners = Partners(lambda: self.now, Seen(self))
         self.nudged: list[PeerId] = []
 
         async def nudge(peer_id: PeerId) -> None:
@@ -312,17 +322,9 @@ def test_a_ledger_that_goes_back_is_told_once_and_remembered(
         """As the service does it."""
         store = Store.open(tmp_path / "state.sqlite")
 
-        def note(peer_id: PeerId, detail: str) -> None:
-            store.add_event("ledger-went-back", f"{peer_id} {detail}")
-            store.remember_peer(peer_id, [], book[peer_id].highest_counter)
-
-        book = Partners(
-            lambda: now_s,
-            lambda *_: None,
-            lambda *_: None,
-            note,
-            lambda peer_id: store.add_event("ledger-caught-up", peer_id),
-        )
+        nothing: Any = None
+        outcomes = Outcomes(SWARM, nothing, Health(lambda: now_s), store, nothing)
+        book = Partners(lambda: now_s, outcomes)
         known = [(peer.peer_id, peer.ledger_counter) for peer in store.known_peers()]
         book.restore(known, store.went_back(), store.caught_up())
         return store, book
@@ -609,9 +611,10 @@ def test_a_partners_deadline_follows_from_what_it_took(rig: Rig):
 def test_who_refuses_our_ledger_is_told_until_it_meets_us_again(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
-    node, live = Node(ME, NodeConfig()), [OTHER]
-    monkeypatch.setattr(node, "partners", lambda: live)
-    node.book = rig.partners
+    fake, live = FakeNode(), [OTHER]
+    node, parts = fake.node, cast(Any, fake.node.member)
+    monkeypatch.setattr(fake.view, "partners", lambda: live)
+    parts.partners = rig.partners
     rig.partners.failed(OTHER, 1, PeerError(Reason.LEDGER_WENT_BACK, "ours of it"))
     assert rig.partners.refusing_our_ledger() == []
     rig.partners.failed(OTHER, 1, RefusedError(Reason.LEDGER_WENT_BACK, ""))
@@ -668,11 +671,9 @@ async def test_who_stalls_is_refused_whether_it_is_listed_or_not(monkeypatch, li
 def test_who_says_that_it_does_not_exchange_proposes_in_vain(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, phase: str, role: str, may: bool
 ):
-    node = Node(ME, NodeConfig())
-    node.roster = SimpleNamespace(  # type: ignore[assignment] # a fake
-        members=lambda: {OTHER: SimpleNamespace(phase=phase, role=role)}
-    )
-    monkeypatch.setattr(rig.host, "may_exchange", node.may_exchange)
+    fake = FakeNode()
+    fake.members = {OTHER: member(OTHER, phase, role)}
+    monkeypatch.setattr(rig.host, "may_exchange", fake.view.may_exchange)
     refused = rig.gossip.objection(OTHER, rig.proposal())
     assert refused == (None if may else Reason.NOT_DUE)
-    assert node.may_exchange(PeerId("12D3KooWC"))  # its card may not have come yet
+    assert fake.view.may_exchange(PeerId("12D3KooWC"))  # its card may not have come yet

@@ -5,60 +5,53 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
+from tests.unit.daemon.fakes import FakeNode
 from tests.unit.training.homes import make_homes
 from xpeer import founding
 from xpeer.config import Data, Home, Network, NodeConfig
 from xpeer.errors import ConfigError, LocalError
-from xpeer.identity import Identity, PeerId
+from xpeer.identity import Identity
 from xpeer.manifest import SignedManifest
+from xpeer.phase import Phase
 from xpeer.status import PrivacySpent, Progress
-from xpeer.training.handle import TrainerProcess
 from xpeer_daemon import start
 from xpeer_daemon.joiner import Joiner
+from xpeer_daemon.life import Life
 from xpeer_daemon.lock import HomeLock
-from xpeer_daemon.node import Node
 
 
 @pytest.fixture
-def node() -> Node:
-    found = Node(PeerId("12D3KooWMe"), NodeConfig())
-    trainer = TrainerProcess(lambda event: None)
-    trainer.progress = Progress(step=600, tokens=0)
-    found.supervisor = cast(Any, SimpleNamespace(trainer=trainer, restarts=0, down_reason=""))
-    found.state = "training"
+def fake() -> FakeNode:
+    found = FakeNode()
+    found.trainer.progress = Progress(step=600, tokens=0)
     return found
 
 
-def codes(node: Node) -> list[str]:
-    return [reason.code for reason in node.reasons()]
-
-
-def test_a_run_that_had_ended_before_we_came(node: Node) -> None:
-    node.follow_trainer("closing", Progress(step=600))
-    node.enter("finished")
-    assert "run-had-ended" in codes(node)
-    assert node.status().health == "degraded"
-    trainer = node.supervisor.trainer if node.supervisor else None
-    assert trainer is not None
+def test_a_run_that_had_ended_before_we_came(fake: FakeNode) -> None:
+    fake.node.follow_trainer("closing", Progress(step=600))
+    fake.life.enter(Phase.FINISHED)
+    assert "run-had-ended" in fake.codes
+    assert fake.node.status().health == "degraded"
+    trainer = fake.trainer
     for used in (Progress(step=600, tokens=1), None):
         trainer.progress = used or Progress(step=600, tokens=0)
         if used is None:  # its checkpoint was lost, its charges were not
             trainer.privacy = PrivacySpent(steps_charged=5)
-        assert "run-had-ended" not in codes(node)
+        assert "run-had-ended" not in fake.codes
 
 
-def test_a_budget_that_ended_before_the_run_is_told_to_the_end(node: Node) -> None:
-    node.follow_trainer("budget-spent", Progress(step=2))
-    for state in ("budget-spent", "finished"):
-        node.enter(cast(Any, state))
-        assert "budget-spent" in codes(node)
-    node.state = "training"
-    node.follow_trainer("training", Progress(step=3))  # with other text
-    assert "budget-spent" not in codes(node)
+def test_a_budget_that_ended_before_the_run_is_told_to_the_end(fake: FakeNode) -> None:
+    fake.node.follow_trainer("budget-spent", Progress(step=2))
+    for phase in (Phase.BUDGET_SPENT, Phase.FINISHED):
+        fake.life.enter(phase)
+        assert "budget-spent" in fake.codes
+    fake.is_in("training")
+    fake.node.follow_trainer("training", Progress(step=3))  # with other text
+    assert "budget-spent" not in fake.codes
 
 
 async def test_a_swarm_that_is_refused_leaves_the_home_free_for_another(tmp_path: Path) -> None:
@@ -69,10 +62,10 @@ async def test_a_swarm_that_is_refused_leaves_the_home_free_for_another(tmp_path
     home.credential.write_bytes(b"of the refused swarm")
     home.seeds.write_bytes(b"[]")
     config = NodeConfig(data=Data(privacy="record"))
-    node, membership = Node(PeerId("12D3KooWMe"), config), SimpleNamespace(swarm_id=setup.swarm_id)
-    joiner = Joiner(home, config, Identity.generate(), cast(Any, membership), node, cast(Any, None))
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(swarm_id=setup.swarm_id))
+    joiner = Joiner(home, config, Identity.generate(), swarm, Life(lambda: 0.0))
 
-    async def asked() -> tuple[SignedManifest, bytes]:
+    async def asked(swarm_id: str) -> tuple[SignedManifest, bytes]:
         return signed, bytes(32)
 
     joiner._ask_members = asked  # type: ignore[method-assign]

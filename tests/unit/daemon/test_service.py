@@ -17,29 +17,29 @@ from xpeer.config import Home, NodeConfig
 from xpeer.errors import LedgerError
 from xpeer.status import PrivacySpent, Progress
 from xpeer.training.ipc import Crashed, Progressed, failure_of
-from xpeer_daemon.joiner import Joiner
-from xpeer_daemon.service import Service
+from xpeer_daemon import joiner, service
+from xpeer_daemon.member import Candidate, Options
 from xpeer_daemon.store import Known, Store
+from xpeer_daemon.trainer_events import TrainerEvents
 from xpeer_daemon.windows import Windows
 
 
-class Offline(Service):
+async def lives_offline(candidate: Candidate) -> None:
     """It reaches nobody; its trainer speaks once, in the middle of a window."""
-
-    async def _live(self) -> None:
-        node = self._node
-        assert node.certificate == self._certificate  # else nobody hears of its end
-        node.follow_trainer("training", Progress(step=341, window=34), PrivacySpent(mode="off"))
-        node.request_stop(leave=False)
-        await asyncio.Event().wait()
+    node = candidate.node
+    assert node.certificate.role == "admin"
+    node.follow_trainer("training", Progress(step=341, window=34), PrivacySpent(mode="off"))
+    node.request_stop(leave=False)
+    await asyncio.Event().wait()
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    async def connect(joiner: Joiner) -> Any:
+    async def connect(*_: Any) -> Any:
         return SimpleNamespace(**vars(FakeNode().swarm), close=lambda: asyncio.sleep(0))
 
-    monkeypatch.setattr(Joiner, "connect", connect)
+    monkeypatch.setattr(joiner, "connect", connect)
+    monkeypatch.setattr(service, "live", lives_offline)
     monkeypatch.setattr(signals, "end_by", lambda loop, end: None)  # pytest keeps its own
     return found(tmp_path / "home")
 
@@ -48,11 +48,10 @@ async def test_a_stop_keeps_what_the_trainer_said_last(
     home: Home, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    config = NodeConfig()
     before = Store.open(home.state_db)
     before.keep_known(Known(Progress(step=330, window=33), PrivacySpent(mode="off"), 1e9))
     before.close()
-    assert await Offline(home, config).main() == 0
+    assert await service.run(home, NodeConfig(), Options()) == 0
     after = Store.open(home.state_db)
     known = after.last_known()
     after.close()
@@ -61,29 +60,27 @@ async def test_a_stop_keeps_what_the_trainer_said_last(
     assert "can't be written" not in caplog.text
 
 
-def test_a_charge_that_cannot_be_written_is_named_until_a_step_is_charged(home: Home) -> None:
-    service, now = Service(home, NodeConfig()), [1e9]
-    node = service._node
-    node.health._clock = lambda: now[0]
-    service._store = Store.open(home.state_db)
-    service._windows = Windows(home.losses, node, service._store.keep_known)
+def test_a_charge_that_cannot_be_written_is_named_until_a_step_is_charged(tmp_path: Path) -> None:
+    fake = FakeNode()
+    says_so = TrainerEvents(
+        fake.node, Windows(tmp_path / "losses.csv", fake.node, lambda _: None), lambda: None
+    )
     full = LedgerError("privacy ledger x can't be used: database or disk is full", "free some")
 
     def says(step: int) -> None:
         progress = Progress(step=step, tokens=10 * step)
-        service._on_trainer(Progressed("training", progress, 0))
+        says_so(Progressed("training", progress, 0))
 
     says(341)
     for _ in range(2):  # the second time it can't even start
-        service._on_trainer(Crashed(failure_of(full)))
-        now[0] += 65
+        says_so(Crashed(failure_of(full)))
+        fake.clock.now += 65
     says(340)  # of an older checkpoint: it has started, and has not charged yet
-    (reason,) = [r for r in node.health.reasons() if r.code == "ledger-failing"]
+    (reason,) = [r for r in fake.node.health.reasons() if r.code == "ledger-failing"]
     assert reason.severity == "down"
     assert reason.text == (
         "no privacy charge can be written for 2m 10s (2 tried), so no step is taken: "
         "privacy ledger x can't be used: database or disk is full"
     )
     says(341)
-    assert "ledger-failing" not in {r.code for r in node.health.reasons()}
-    service._store.close()
+    assert "ledger-failing" not in {r.code for r in fake.node.health.reasons()}

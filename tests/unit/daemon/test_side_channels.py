@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import torch
 
+from tests.unit.daemon.fakes import FakeNode
 from tests.unit.privacy.models import llama, record_losses, some_records
 from tests.unit.training.homes import make_homes
 from xpeer.config import NodeConfig, Training
@@ -34,7 +35,7 @@ from xpeer.weights import of_pair, weighting_of
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.joiner import Joiner
-from xpeer_daemon.node import Node
+from xpeer_daemon.life import Life
 from xpeer_daemon.partners import Partners
 from xpeer_daemon.presence import Presence
 
@@ -70,21 +71,22 @@ class World:
         trainer.epoch, trainer.ledger_counter = 5, 3
         trainer.num_params, trainer.num_fragments = 1000, manifest.round.fragments
         trainer.progress, trainer.privacy = progress, privacy
-        self.node = node = Node(ME, NodeConfig(training=Training(speed=0.0)), lambda: NOW_S)
-        node.manifest, node.state = manifest, "training"
-        node.supervisor = cast(Any, SimpleNamespace(trainer=trainer, restarts=0, down_reason=""))
-        self.told: list[MemberRecord] = []
+        config = NodeConfig(training=Training(speed=0.0))
+        self.fake = fake = FakeNode(config=config, clock=lambda: NOW_S, manifest=manifest)
+        fake.supervisor.trainer, fake.record.known = trainer, None
+        fake.members = self.members()
+        self.node, self.view = fake.node, fake.view
+        self.said: list[MemberRecord] = []
         self.unstored = False
-        node.roster = cast(Any, self)
         self.gossip = Gossip(
             me=ME,
             swarm_id="ab" * 32,
             manifest=manifest,
-            host=node,
+            host=fake.view,
             proposer=cast(Any, None),
             nudge=cast(Any, None),
             clock=lambda: NOW_S,
-            partners=Partners(lambda: NOW_S, lambda *_: None, lambda *_: None),
+            partners=Partners(lambda: NOW_S),
         )
 
     def members(self) -> dict[PeerId, MemberRecord]:
@@ -95,16 +97,15 @@ class World:
         }
 
     async def announce(self, record: MemberRecord) -> None:
-        self.told.append(record)
+        self.said.append(record)
 
     async def shown(self) -> dict[str, Any]:
         """Everything that others get of this node, but for updates."""
-        swarm = cast(Any, SimpleNamespace(addresses=["/ip4/192.0.2.1/tcp/1"]))
-        presence = Presence(
-            self.node, swarm, cast(Any, self), cast(Any, None), cast(Any, None), "member"
-        )
-        await presence.announce(self.node.state)
-        record = msgspec.structs.replace(self.told[-1], slot=0)  # of the real clock
+        self.fake.swarm.addresses = ["/ip4/192.0.2.1/tcp/1"]
+        roster, nothing = cast(Any, self), cast(Any, None)
+        presence = Presence(self.node, self.view, roster, nothing, nothing, 1.0)
+        await presence.announce(self.node.phase)
+        record = msgspec.structs.replace(self.said[-1], slot=0)  # of the real clock
         terms = self.gossip.terms(OTHER, 1000)
         refusal = self.gossip.objection(OTHER, Propose(1, 1000, 0, "int8", 5, False, terms))
         return {"record": record, "terms": terms, "refusal": refusal}
@@ -146,7 +147,7 @@ async def test_nothing_that_the_daemon_tells_depends_on_what_is_local(
 async def test_what_is_timing_shows_as_timing_only(tmp_path: Path) -> None:
     manifest = msgspec.structs.replace(manifest_of(tmp_path), round=RULES["dynamic"])
     one, other = (World(manifest, progress_of(1), privacy_of(1)) for _ in range(2))
-    trainer = other.node.trainer
+    trainer = other.view.trainer
     assert trainer is not None
     trainer.epoch, trainer.ledger_counter = 6, 9
     trainer.progress = msgspec.structs.replace(trainer.progress, step=77, loss_public_age=9.0)
@@ -162,8 +163,8 @@ def test_no_speed_is_measured_under_privacy(tmp_path: Path) -> None:
     world = World(manifest_of(tmp_path), progress_of(1), privacy_of(1))
     for step in range(500):
         world.node.follow_trainer("training", Progress(step=step, seconds_blocked=0.0))
-    assert world.node.speed == 0.0
-    assert world.node.declared_rate(ME) == 1.0
+    assert world.view.speed == 0.0
+    assert world.view.declared_rate(ME) == 1.0
 
 
 # Real trainers
@@ -274,18 +275,17 @@ async def test_a_start_without_privacy_is_shouted(
     home = Path(setup.home)
     (home / "swarm.key").write_bytes(bytes(32))
     (home / "swarm.key").chmod(0o400)
-    node = Node(ME, setup.config)
     joiner = Joiner(
         cast(Any, SimpleNamespace(manifest=home / "manifest.json", swarm_key=home / "swarm.key")),
         setup.config,
         Identity.generate(),
-        cast(Any, SimpleNamespace(swarm_id=setup.swarm_id)),
-        node,
-        cast(Any, None),
+        cast(Any, SimpleNamespace(membership=SimpleNamespace(swarm_id=setup.swarm_id))),
+        Life(lambda: 0.0),
     )
     with caplog.at_level("WARNING"):
-        await joiner.admission()
+        admitted = await joiner.admission()
     assert ("PRIVACY OFF" in caplog.text) == shouted
+    node = FakeNode(manifest=admitted.manifest).node
     assert node.status().privacy_warning.startswith("PRIVACY OFF") == shouted
 
 

@@ -156,7 +156,7 @@ def test_what_was_last_known_outlives_the_daemon(fake: FakeNode, tmp_path: Path)
     store = Store.open(tmp_path / "state.sqlite")
     later = FakeNode()
     later.supervisor.trainer = None
-    later.node.known = store.last_known()
+    later.record.known = store.last_known()
     later.clock.now = fake.clock() + 100
     status = later.node.status()
     assert (status.progress.step, status.privacy.epsilon_spent) == (340, 3.2)

@@ -77,7 +77,7 @@ def gossip_of(me: PeerId, partners: list[PeerId], now: list[float]) -> Gossip:
         proposer=cast(Any, type("None", (), {"busy_with": lambda self, peer: True})()),
         clock=lambda: now[0],
         nudge=cast(Any, None),
-        partners=Partners(lambda: now[0], lambda *a: None, lambda *a: None),
+        partners=Partners(lambda: now[0]),
     )
 
 

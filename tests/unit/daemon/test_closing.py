@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
-
 import pytest
 
-from xpeer_daemon.phases import Closing, closing_windows, left_alone
+from xpeer_daemon.closing import Closing, closing_windows
 
 
 @pytest.mark.parametrize(("peers", "windows"), [(1, 0), (2, 2), (3, 4), (4, 4), (5, 6), (8, 6)])
@@ -32,14 +29,3 @@ def test_every_fragment_has_to_be_mixed_often_enough():
     for merged, finished in [(0, False), (0, False), (1, False), (1, True)]:
         closing.merged(merged)
         assert closing.finished(["closing"]) is finished
-
-
-def test_a_node_without_text_ends_when_all_others_have() -> None:
-    idle: Any = SimpleNamespace(text_problem="gone")
-    ended = ["closing", "budget-spent", "finished"]
-    assert left_alone("mixing", idle, ended)
-    assert not left_alone("mixing", idle, [*ended, "mixing"])
-    assert not left_alone("mixing", idle, [])  # those who are away may come back
-    assert not left_alone("mixing", None, ended)
-    assert not left_alone("training", idle, ended)
-    assert not left_alone("mixing", cast(Any, SimpleNamespace(text_problem="")), ended)

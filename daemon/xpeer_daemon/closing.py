@@ -9,16 +9,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from xpeer.training.handle import TrainerProcess
-
-ENDED = frozenset({"closing", "budget-spent", "finished"})
-"""Phases in which a member takes no further steps."""
-EXCHANGING = frozenset({"training", "mixing", "budget-spent", "closing", "finished"})
-"""Phases in which a member exchanges."""
-
+from xpeer.phase import traits_of
 
 _ENOUGH = 1 << 30
 
@@ -28,13 +20,6 @@ def closing_windows(num_peers: int, configured: int | None) -> int:
     if configured is not None:
         return configured
     return 2 * math.ceil(math.log2(num_peers)) if num_peers > 1 else 0
-
-
-def left_alone(state: str, trainer: TrainerProcess | None, phases: Iterable[str]) -> bool:
-    """Whether a node without text need not wait for it any longer: all others have ended."""
-    others = list(phases)
-    idle = state == "mixing" and trainer is not None and bool(trainer.text_problem)
-    return idle and bool(others) and all(phase in ENDED for phase in others)
 
 
 class Closing:
@@ -47,7 +32,7 @@ class Closing:
     """
 
     def __init__(self, fragments: int, configured: int | None, least: int = 2) -> None:
-        self._fragments = fragments
+        self.fragments = fragments
         self._configured = configured
         self._least = least
         self._merged: Counter[int] = Counter()
@@ -71,9 +56,9 @@ class Closing:
         still training: not yet.
         """
         phases = list(other_phases)
-        if any(phase not in ENDED for phase in phases):
+        if not all(traits_of(phase).ended for phase in phases):
             return False
         if 1 + len(phases) < self._least:
             return True
         needed = closing_windows(1 + len(phases), self._configured)
-        return all(self._merged[fragment] >= needed for fragment in range(self._fragments))
+        return all(self._merged[fragment] >= needed for fragment in range(self.fragments))

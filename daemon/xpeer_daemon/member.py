@@ -1,0 +1,253 @@
+"""The parts of an admitted node: all are made here and wired here; nothing runs before `serve`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from xpeer.config import Home, NodeConfig
+from xpeer.identity import Identity, PeerId
+from xpeer.manifest import Manifest
+from xpeer.network import about, exchange, joining, nudging, state
+from xpeer.network.membership import Membership
+from xpeer.network.rates import Rates
+from xpeer.network.roster import Roster
+from xpeer.training.child import PROGRAM
+from xpeer.training.handle import TrainerProcess
+from xpeer.training.setup import TrainerSetup
+from xpeer_daemon.acquaintances import Acquaintances
+from xpeer_daemon.closing import Closing
+from xpeer_daemon.donors import Donors
+from xpeer_daemon.gossip import Gossip
+from xpeer_daemon.joiner import Admitted, founds
+from xpeer_daemon.missed import Missed
+from xpeer_daemon.node import Node
+from xpeer_daemon.outcomes import Outcomes
+from xpeer_daemon.parameters import Origin, Parameters, begins
+from xpeer_daemon.partners import Partners
+from xpeer_daemon.presence import Presence
+from xpeer_daemon.run_end import RunEnd
+from xpeer_daemon.setups import Setups
+from xpeer_daemon.shares import Shares
+from xpeer_daemon.store import Store
+from xpeer_daemon.supervisor import Supervisor
+from xpeer_daemon.swarm_view import SwarmView
+from xpeer_daemon.throughput import Throughput
+from xpeer_daemon.trainer_events import TrainerEvents
+from xpeer_daemon.windows import Windows
+
+PAIR = 2
+
+Spawn = Callable[[Coroutine[Any, Any, None]], object]
+"""Run something beside everything else, until the node ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How this run of the daemon was asked for.
+
+    Attributes:
+        paused: take no steps until `xpeer resume`.
+        from_initial: a founder that lost its parameters waits for nobody who holds them.
+        trainer: the module that the trainer process runs.
+    """
+
+    paused: bool = False
+    from_initial: bool = False
+    trainer: str = PROGRAM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What a node has before it is admitted."""
+
+    home: Home
+    config: NodeConfig
+    options: Options
+    identity: Identity
+    membership: Membership
+    store: Store
+    node: Node
+    windows: Windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """What an admitted node has beside."""
+
+    manifest: Manifest
+    party: exchange.Party
+    view: SwarmView
+    roster: Roster
+    supervisor: Supervisor
+    shares: Shares
+    partners: Partners
+    proposer: exchange.Proposer
+    gossip: Gossip
+    parameters: Parameters
+    presence: Presence
+    closing: Closing
+    run_end: RunEnd
+    rates: Rates
+    renew: Callable[[], Coroutine[Any, Any, None]]
+
+
+def build_member(candidate: Candidate, admitted: Admitted, spawn: Spawn) -> Member:
+    """Make every part of a member, each with what it needs to know of the others.
+
+    Args:
+        candidate: what there is already.
+        admitted: what the swarm gave us.
+        spawn: runs what a part begins by itself.
+    """
+    node, store, manifest = candidate.node, candidate.store, admitted.manifest
+    party = _party(candidate, admitted)
+    roster = Roster(node.swarm, admitted.swarm_key, manifest.limits.max_members)
+    training = _training(candidate, manifest, roster, spawn)
+    view, supervisor, origin = training.view, training.supervisor, training.origin
+    rates, closing = Rates(), _closing(manifest)
+    donors = Donors(node, view, store, party, node.swarm, manifest, rates)
+    partners = _partners(candidate, manifest, view, closing, rates)
+    proposer = exchange.Proposer(party, node.swarm)
+    return Member(
+        manifest=manifest,
+        party=party,
+        view=view,
+        roster=roster,
+        supervisor=supervisor,
+        shares=training.shares,
+        partners=partners,
+        proposer=proposer,
+        gossip=_gossip(candidate, manifest, view, proposer, partners),
+        parameters=Parameters(
+            node, store, donors, supervisor, origin, founds=founds(candidate.home)
+        ),
+        presence=Presence(node, view, roster, partners, store, manifest.round.slot_s),
+        closing=closing,
+        run_end=RunEnd(node, view, supervisor, closing, store),
+        rates=rates,
+        renew=training.renew,
+    )
+
+
+class _Training(NamedTuple):
+    view: SwarmView
+    supervisor: Supervisor
+    shares: Shares
+    origin: Origin
+    renew: Callable[[], Coroutine[Any, Any, None]]
+
+
+def _training(candidate: Candidate, manifest: Manifest, roster: Roster, spawn: Spawn) -> _Training:
+    """What starts trainers: a circle, as a setup names the members that share the corpus, and these
+    are told our speed, which is that of our trainer.
+    """
+    node, home, options = candidate.node, candidate.home, candidate.options
+
+    def setup() -> TrainerSetup:
+        return setups.make()  # made below, before any trainer is started
+
+    async def renew() -> None:
+        if supervisor.trainer is not None:
+            await supervisor.renew(node.ends.patience_s(supervisor.trainer))
+
+    events = TrainerEvents(node, candidate.windows, lambda: spawn(renew()))
+    supervisor = Supervisor(
+        setup, lambda made: TrainerProcess.start(made, events, program=options.trainer)
+    )
+    view = SwarmView(
+        node.peer_id,
+        candidate.config,
+        node.life,
+        supervisor,
+        roster.members,
+        _missed(candidate.store, node.clock()),
+        Acquaintances(node.clock),
+        _throughput(manifest),
+    )
+    shares = Shares(view.speeds, node.clock, by_speed=manifest.privacy.mode == "off")
+    origin = Origin(founds(home) and (options.from_initial or begins(home, candidate.store)))
+    setups = Setups(home, candidate.membership.swarm_id, node, shares, origin)
+    return _Training(view, supervisor, shares, origin, renew)
+
+
+def _party(candidate: Candidate, admitted: Admitted) -> exchange.Party:
+    return exchange.Party(
+        identity=candidate.identity,
+        swarm_id=candidate.membership.swarm_id,
+        swarm_key=admitted.swarm_key,
+        manifest_hash=admitted.signed.genesis.manifest_hash,
+        serial=candidate.node.certificate.serial,
+        membership=candidate.membership,
+    )
+
+
+def _missed(store: Store, now_s: float) -> Missed:
+    missed = Missed(store.partner_ended)
+    missed.restore([(PeerId(p.peer_id), p.seen_unix_s) for p in store.known_peers()], now_s)
+    return missed
+
+
+def _throughput(manifest: Manifest) -> Throughput | None:
+    if manifest.privacy.mode != "off":
+        return None
+    rules = manifest.optimiser
+    return Throughput(rules.batch_records * rules.sequence_tokens)
+
+
+def _closing(manifest: Manifest) -> Closing:
+    rules = manifest.round
+    return Closing(
+        rules.fragments, rules.closing_windows, least=rules.group if rules.masks else PAIR
+    )
+
+
+def _partners(
+    candidate: Candidate, manifest: Manifest, view: SwarmView, closing: Closing, rates: Rates
+) -> Partners:
+    node, store = candidate.node, candidate.store
+    outcomes = Outcomes(candidate.membership.swarm_id, view, node.health, store, closing)
+    partners = Partners(time.time, outcomes, manifest.round.slot_s, rates)
+    partners.restore(
+        [(peer.peer_id, peer.ledger_counter) for peer in store.known_peers()],
+        store.went_back(),
+        store.caught_up(),
+    )
+    return partners
+
+
+def _gossip(
+    candidate: Candidate,
+    manifest: Manifest,
+    view: SwarmView,
+    proposer: exchange.Proposer,
+    partners: Partners,
+) -> Gossip:
+    node = candidate.node
+    return Gossip(
+        me=node.peer_id,
+        swarm_id=candidate.membership.swarm_id,
+        manifest=manifest,
+        host=view,
+        proposer=proposer,
+        nudge=partial(nudging.ask, node.swarm),
+        clock=time.time,
+        partners=partners,
+    )
+
+
+async def serve(member: Member, candidate: Candidate, admitted: Admitted) -> None:
+    """Answer everything that other members may ask of us."""
+    swarm, manifest, party = candidate.node.swarm, member.manifest, member.party
+    await member.roster.serve()
+    await joining.serve(swarm, admitted.signed, admitted.swarm_key)
+    await nudging.serve(swarm, member.gossip.nudged)
+    await about.serve(swarm, candidate.node.about)
+    await swarm.serve_links(exchange.PROTOCOL, exchange.answering(party, member.gossip), "member")
+    most = manifest.limits.max_transfers
+    await swarm.serve_links(
+        state.PROTOCOL, state.serving(party, member.view.donor, most, member.rates), "observer"
+    )

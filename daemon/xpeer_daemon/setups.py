@@ -1,0 +1,49 @@
+"""What a trainer is told first, as things are when it is started."""
+
+from __future__ import annotations
+
+from xpeer.config import Home
+from xpeer.training.setup import TrainerSetup
+from xpeer_daemon.node import Node
+from xpeer_daemon.parameters import Origin
+from xpeer_daemon.shares import Shares
+from xpeer_daemon.text import has_trained
+
+
+class Setups:
+    """Makes one for each start of the trainer: the order and the members change.
+
+    Args:
+        home: paths.
+        swarm_id: of the manifest.
+        node: its phase gives the order, its record whether there were steps.
+        shares: the division of the corpus, made anew.
+        origin: where parameters come from without a checkpoint.
+    """
+
+    def __init__(
+        self, home: Home, swarm_id: str, node: Node, shares: Shares, origin: Origin
+    ) -> None:
+        self._home = home
+        self._swarm_id = swarm_id
+        self._node = node
+        self._shares = shares
+        self._origin = origin
+
+    def make(self) -> TrainerSetup:
+        """As things are now.
+
+        One whose run had ended takes the steps again that its checkpoint lacks.
+        """
+        node = self._node
+        return TrainerSetup(
+            manifest_path=str(self._home.manifest),
+            swarm_id=self._swarm_id,
+            home=str(self._home.path),
+            config=node.config,
+            peer_id=node.peer_id,
+            members=self._shares.take(),
+            mode=node.phase.traits.order,
+            has_trained=node.record.last_trainer is not None or has_trained(self._home),
+            initial=self._origin.source,
+        )

@@ -1,0 +1,49 @@
+"""What the trainer says of itself, and who has to know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from xpeer.training.handle import Crashed, Event, LookedAtText, Progressed, Saved, SaveFailed
+from xpeer.training.ipc import error_of
+from xpeer_daemon.node import Node
+from xpeer_daemon.windows import Windows
+
+log = logging.getLogger("xpeer.daemon")
+
+
+class TrainerEvents:
+    """Called with each event, on the event loop.
+
+    Args:
+        node: follows the trainer.
+        windows: writes down what a window cost.
+        renew: have the trainer started anew, soon.
+    """
+
+    def __init__(self, node: Node, windows: Windows, renew: Callable[[], object]) -> None:
+        self._node = node
+        self._windows = windows
+        self._renew = renew
+
+    def __call__(self, event: Event) -> None:
+        """Pass one on."""
+        record = self._node.record
+        if isinstance(event, Progressed):
+            self._node.follow_trainer(event.state, event.progress, event.privacy)
+            if event.privacy is not None:
+                self._windows.look()
+        elif isinstance(event, Saved):
+            record.saved()
+        elif isinstance(event, SaveFailed):
+            record.health.failed("checkpoint-failing", event.problem)
+        elif isinstance(event, LookedAtText):
+            if event.problem:
+                record.looked_at_text(event.problem)
+            else:  # the condition lasts until a trainer has the text
+                log.info("the text can be read again: the trainer is started anew")
+                self._renew()
+        elif isinstance(event, Crashed):
+            log.error("trainer: %s", event.failure.problem)  # its trace is logged already
+            record.crashed(error_of(event.failure))
