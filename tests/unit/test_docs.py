@@ -229,7 +229,8 @@ def test_codecs() -> None:
 
 def test_rules() -> None:
     """Which there are, which one is the default, and what each puts on the wire."""
-    rows = rows_of(AGGREGATION_TEXT)[2:]
+    table, _, combiners = AGGREGATION_TEXT.partition("## Combiners")
+    rows = rows_of(table)[2:]
     names = [cells[0].partition(" ")[0].strip("`") for cells in rows]
     known = FIELDS["round.rule"].type
     assert isinstance(known, LiteralType)
@@ -240,3 +241,7 @@ def test_rules() -> None:
         values = re.match(r"\d+", cells[3])
         assert values is not None
         assert int(values[0]) == rules.vectors_of(Round(rule=cast(Any, name))), name
+    known = FIELDS["round.combiner"].type
+    assert isinstance(known, LiteralType)
+    names = [cells[0].partition(" ")[0].strip("`") for cells in rows_of(combiners)[2:]]
+    assert sorted(names) == sorted(known.values)
