@@ -22,9 +22,9 @@ from xpeer.privacy.mechanism import Mechanism
 from xpeer.privacy.steps import Charged, StepResult
 from xpeer.status import PrivacySpent
 from xpeer.training import assemble as production
-from xpeer.training import process
 from xpeer.training.assemble import Assembled
 from xpeer.training.local import LocalTrainer
+from xpeer.training.main import main
 from xpeer.training.measuring import Measurements
 from xpeer.training.parts import Evaluation
 from xpeer.training.setup import TrainerSetup
@@ -131,4 +131,4 @@ def assemble(setup: TrainerSetup) -> Assembled:
 
 
 if __name__ == "__main__":
-    process.main(assemble)
+    main(assemble)

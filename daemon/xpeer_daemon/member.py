@@ -16,7 +16,7 @@ from xpeer.network.membership import Membership
 from xpeer.network.rates import Rates
 from xpeer.network.roster import Roster
 from xpeer.training.child import PROGRAM
-from xpeer.training.handle import TrainerProcess
+from xpeer.training.client import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 from xpeer_daemon.acquaintances import Acquaintances
 from xpeer_daemon.closing import Closing

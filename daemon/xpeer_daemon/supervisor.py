@@ -21,7 +21,7 @@ from xpeer.errors import (
     ShardError,
     TrainerError,
 )
-from xpeer.training.handle import TrainerProcess
+from xpeer.training.client import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 
 log = logging.getLogger("xpeer.supervisor")

@@ -18,7 +18,7 @@ from xpeer_daemon.supervisor import Supervisor
 from xpeer_daemon.throughput import Throughput
 
 if TYPE_CHECKING:
-    from xpeer.training.handle import TrainerProcess
+    from xpeer.training.client import TrainerProcess
 
 
 class SwarmView:

@@ -13,7 +13,7 @@ from xpeer_daemon.steps import Steps
 from xpeer_daemon.store import Known
 
 if TYPE_CHECKING:
-    from xpeer.training.handle import TrainerProcess
+    from xpeer.training.client import TrainerProcess
 
 
 class TrainingRecord:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from xpeer.training import tensorfile
-from xpeer.training.process import main
+from xpeer.training.main import main
 
 SAVE_S = 5.0
 

@@ -16,7 +16,7 @@ from tests.unit.training.homes import make_homes
 from tests.unit.training.test_trainer_process import Watch
 from xpeer.config import Home
 from xpeer.training.checkpoint import paths
-from xpeer.training.handle import Saved, TrainerProcess
+from xpeer.training.client import Saved, TrainerProcess
 
 
 @pytest.mark.timeout(180)

@@ -22,7 +22,7 @@ from xpeer.config import Daemon, Home, NodeConfig
 from xpeer.errors import LocalError
 from xpeer.status import Progress
 from xpeer.training.checkpoint import paths, step_of
-from xpeer.training.handle import Saved, TrainerProcess
+from xpeer.training.client import Saved, TrainerProcess
 
 PATIENCE_S = 2.0
 
@@ -65,7 +65,7 @@ class FakeTrainer:
         self.progress = Progress(step=10, seconds_training=300.0)
 
     async def stop(self, patience_s: float, told: Any) -> int:
-        from xpeer.training.ipc import Ending
+        from xpeer.training.answers import Ending
 
         self.patience_s = patience_s
         for n in range(self.tells):

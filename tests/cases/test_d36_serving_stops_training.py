@@ -20,21 +20,14 @@ import torch
 
 from tests.unit.training.homes import make_homes
 from xpeer.training import assemble as assembling
-from xpeer.training import service as serving
+from xpeer.training import server as serving
+from xpeer.training.answers import Losses, Progressed, Reply, StateExported
 from xpeer.training.arena import Arena
+from xpeer.training.client import layout_of
+from xpeer.training.commands import Evaluate, ExportState, Request
 from xpeer.training.consolidation import Shown
-from xpeer.training.handle import layout_of
-from xpeer.training.ipc import (
-    Evaluate,
-    ExportState,
-    Losses,
-    Progressed,
-    Reply,
-    Request,
-    StateExported,
-)
 from xpeer.training.local import LocalTrainer
-from xpeer.training.service import Service
+from xpeer.training.server import Server
 from xpeer.update import Form
 from xpeer.wire import codec
 
@@ -53,7 +46,7 @@ class Daemon:
         self._trainer = trainer
         self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._number = 0
-        self.service: Service
+        self.server: Server
 
     def send(self, message: Any) -> None:
         """What the trainer says."""
@@ -61,7 +54,7 @@ class Daemon:
 
     def ask(self, command: Any) -> Any:
         self._number += 1
-        self.service.handle(Request(self._number, command))
+        self.server.handle(Request(self._number, command))
         while True:
             message = self._told.get(timeout=ANSWER_S)
             if isinstance(message, Reply) and message.number == self._number:
@@ -102,7 +95,7 @@ def training(folder: Path) -> Iterator[tuple[LocalTrainer, Daemon]]:
     node = assembling.assemble(make_homes(folder, 1, changes=LONG)[0])
     trainer, arena = node.trainer, Arena.create(layout_of(node.trainer.manifest))
     daemon = Daemon(trainer)
-    daemon.service = Service(cast(Any, daemon), arena, node, 3600.0)
+    daemon.server = Server(cast(Any, daemon), arena, node, 3600.0)
     thread = threading.Thread(target=trainer.run, name=TRAINING)
     thread.start()
     try:
@@ -110,7 +103,7 @@ def training(folder: Path) -> Iterator[tuple[LocalTrainer, Daemon]]:
     finally:
         trainer.stop()
         thread.join()
-        daemon.service._disk.shutdown()
+        daemon.server._disk.shutdown()
         node.close()
         arena.close()
 

@@ -25,7 +25,7 @@ from tests.unit.training.homes import make_homes
 from tests.unit.training.test_trainer_process import Watch
 from xpeer.identity import Identity
 from xpeer.network.exchange import Proposer, answering
-from xpeer.training.handle import TrainerProcess
+from xpeer.training.client import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
 

@@ -329,7 +329,7 @@ CHANNELS: Final[dict[str, Channel]] = {
     **_in("xpeer.network", _NETWORK),
     "xpeer.needs.Needs": _of("anybody", public="tokenizer base_model source", why="the manifest's"),
     **_in("xpeer.update", _UPDATE),
-    **_in("xpeer.training.ipc", _IPC),
+    **_in("xpeer.training.answers", _IPC),
     **_in("xpeer.health", _HEALTH),
     **_in("xpeer.status", _STATUS),
     **_in("xpeer.control", _CONTROL),
@@ -340,14 +340,8 @@ CHANNELS: Final[dict[str, Channel]] = {
 NEVER_LEAVE: Final = (
     "xpeer.config.",
     "xpeer.training.setup.",
-    *(
-        f"xpeer.training.ipc.{name}"
-        for name in (
-            "Begin", "Request", "Snapshot", "Verify", "Merge", "Drop", "ExportState",
-            "ImportState", "Run", "WriteCheckpoint", "Evaluate", "Stop",
-        )
-    ),
-)  # fmt: skip
+    "xpeer.training.commands.",
+)
 """This node's settings, and what the daemon tells its own trainer; names or prefixes."""
 
 THE_MANIFEST: Final = "xpeer.manifest."
@@ -392,15 +386,15 @@ EVENTS: Final = (
 """Kinds of events in state.sqlite."""
 
 TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
+    "xpeer.training.channel": ("%s", "%s"),
     "xpeer.training.child": ("%s", "%s", "%s", "%s"),
     "xpeer.privacy.register_file": ("%s",),
-    "xpeer.training.handle": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
-    "xpeer.training.ipc": ("%s", "%s"),
+    "xpeer.training.client": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
     "xpeer.training.local": ("charged steps were not used up: %s",),
     "xpeer.training.measuring": ("the loss can't be measured: %s",),
-    "xpeer.training.process": ("the trainer's receiver failed",),
+    "xpeer.training.main": ("the trainer's receiver failed",),
     "xpeer.training.saving": ("no checkpoint was written: %s",),
-    "xpeer.training.service": (
+    "xpeer.training.server": (
         "saved step %d before the trainer ends",
         "the steps since the last checkpoint could not be saved",
         "a helper of the trainer failed",

@@ -1,6 +1,6 @@
 """Life and death of the trainer process on the daemon's side, and requests to it.
 
-What the requests mean is `handle.TrainerProcess`'s business.
+What the requests mean is `client.TrainerProcess`'s business.
 """
 
 from __future__ import annotations
@@ -16,12 +16,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 from xpeer.errors import LocalError, LocalTimeoutError, TrainerError
-from xpeer.training.arena import Arena
-from xpeer.training.ipc import (
-    Begin,
-    Command,
+from xpeer.training.answers import (
     Crashed,
-    DaemonChannel,
     Ending,
     Failure,
     FromTrainer,
@@ -29,19 +25,19 @@ from xpeer.training.ipc import (
     Progressed,
     Ready,
     Reply,
-    Request,
     Result,
     Saved,
     SaveFailed,
-    Stop,
     error_of,
-    log_lines,
 )
+from xpeer.training.arena import Arena
+from xpeer.training.channel import DaemonChannel, log_lines
+from xpeer.training.commands import Begin, Command, Request, Stop
 from xpeer.training.setup import TrainerSetup
 
 BOUNDARY_TIMEOUT_S: Final = 300.0
 """A step of a large model is long; exchanges have their own, shorter deadline."""
-PROGRAM: Final = "xpeer.training.process"
+PROGRAM: Final = "xpeer.training.main"
 _EXIT_TIMEOUT_S: Final = 1.0
 """From the end of the socket to the end of the process."""
 _OUTPUT_TIMEOUT_S: Final = 5.0

@@ -28,7 +28,7 @@ from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import build_mechanism
 from xpeer.status import PrivacySpent, Progress
 from xpeer.training.assemble import Assembled, assemble
-from xpeer.training.handle import TrainerProcess
+from xpeer.training.client import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import CompressedUpdate
 from xpeer.weights import of_pair, weighting_of

@@ -29,8 +29,8 @@ from xpeer.manifest import Lora, SignedManifest
 from xpeer.training import checkpoint
 from xpeer.training.adapters import adapt, merged
 from xpeer.training.assemble import assemble
+from xpeer.training.client import TrainerProcess
 from xpeer.training.flat import digest, read_flat
-from xpeer.training.handle import TrainerProcess
 from xpeer.training.model import build, from_folder
 from xpeer.training.setup import TrainerSetup
 

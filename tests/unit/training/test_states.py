@@ -15,10 +15,11 @@ import torch
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data
 from xpeer.errors import LocalError, ShardError
-from xpeer.training import service as service_module
+from xpeer.training import server as server_module
+from xpeer.training.answers import Failure, LookedAtText, Reply
 from xpeer.training.assemble import Assembled, assemble
-from xpeer.training.ipc import Failure, LookedAtText, Reply, Request, WriteCheckpoint
-from xpeer.training.service import Service
+from xpeer.training.commands import Request, WriteCheckpoint
+from xpeer.training.server import Server
 
 FEW = ("privacy.noise_multiplier=2", "privacy.epsilon=8", "optimiser.batch_records=2")
 
@@ -39,20 +40,20 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def serving(node: Assembled) -> tuple[Service, Channel]:
+def serving(node: Assembled) -> tuple[Server, Channel]:
     channel = Channel()
-    return Service(cast(Any, channel), cast(Any, None), node, 3600.0), channel
+    return Server(cast(Any, channel), cast(Any, None), node, 3600.0), channel
 
 
 def test_who_awaits_parameters_saves_none(tmp_path: Path) -> None:
     setup = make_homes(tmp_path, 1, privacy="record", changes=FEW)[0]
     node = assemble(msgspec.structs.replace(setup, initial="awaited", mode="mix"))
     try:
-        service, channel = serving(node)
-        service.handle(Request(7, WriteCheckpoint()))
+        server, channel = serving(node)
+        server.handle(Request(7, WriteCheckpoint()))
         node.trainer.submit(node.trainer._stop)
         node.trainer.run()
-        service.finish()
+        server.finish()
         (refused,) = channel.results()
         assert isinstance(refused, Failure)
         assert "not-ready" in str(refused).lower()
@@ -134,8 +135,8 @@ def test_the_text_is_looked_at_as_long_as_there_is_no_other_trainer(
 ) -> None:
     """The daemon may fail to start one, and reading may fail in ways of its own."""
     node = assemble(make_homes(tmp_path, 1)[0])
-    monkeypatch.setattr(service_module, "_LOOK_FIRST_S", 0.0)
-    monkeypatch.setattr(service_module, "_LOOK_LAST_S", 0.0)
+    monkeypatch.setattr(server_module, "_LOOK_FIRST_S", 0.0)
+    monkeypatch.setattr(server_module, "_LOOK_LAST_S", 0.0)
     found: list[Exception | None] = [ShardError("gone"), MemoryError("private"), None, None]
 
     class OverError(BaseException):
@@ -148,11 +149,11 @@ def test_the_text_is_looked_at_as_long_as_there_is_no_other_trainer(
             raise error
 
     try:
-        service, channel = serving(node)
+        server, channel = serving(node)
         with pytest.raises(OverError):
-            service._look_for_text(look)
+            server._look_for_text(look)
         told = [message.problem for message in channel.sent if isinstance(message, LookedAtText)]
-        kind = r"it could not be looked at: MemoryError in xpeer\.training\.service, line \d+"
+        kind = r"it could not be looked at: MemoryError in xpeer\.training\.server, line \d+"
         assert (told[0], told[2:]) == ("gone", ["", ""])
         assert re.fullmatch(kind, told[1])
     finally:
@@ -164,11 +165,11 @@ def test_a_node_without_text_ends_with_its_run(tmp_path: Path) -> None:
     shutil.rmtree(setup.config.data.shard[0])
     node = assemble(msgspec.structs.replace(setup, has_trained=True, mode="mix"))
     try:
-        service, _ = serving(node)
+        server, _ = serving(node)
         for mode, state in (("mix", "mixing"), ("train", "mixing"), ("pause", "paused")):
-            service.set_mode(mode)  # type: ignore[arg-type]
+            server.set_mode(mode)  # type: ignore[arg-type]
             assert node.trainer.state == state
-        service.set_mode("train")
+        server.set_mode("train")
         node.trainer.replace(node.trainer.parameters.read(), 40)
         assert node.trainer.state == "closing"
     finally:
@@ -186,8 +187,8 @@ def test_a_node_without_text_knows_that_its_budget_is_spent(tmp_path: Path) -> N
     shutil.rmtree(setup.config.data.shard[0])
     node = assemble(msgspec.structs.replace(setup, has_trained=True))
     try:
-        service, _ = serving(node)
-        service.set_mode("train")
+        server, _ = serving(node)
+        server.set_mode("train")
         assert node.trainer.state == "budget-spent"
         assert node.spent().steps_left == 0
         assert node.text_problem

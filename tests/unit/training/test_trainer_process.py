@@ -24,11 +24,12 @@ import uvloop
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason, TrainerError
 from xpeer.training import checkpoint
+from xpeer.training.answers import Snapshotted
 from xpeer.training.assemble import assemble
 from xpeer.training.child import Event
+from xpeer.training.client import Progressed, Saved, SaveFailed, TrainerProcess
+from xpeer.training.commands import Drop, Snapshot
 from xpeer.training.fragments import Fragments, padded
-from xpeer.training.handle import Progressed, Saved, SaveFailed, TrainerProcess
-from xpeer.training.ipc import Drop, Snapshot, Snapshotted
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import CompressedUpdate, Form, PeerUpdate
 from xpeer.wire.codec import decode, encode
@@ -443,7 +444,7 @@ async def test_it_runs_the_program_that_it_is_told_to(tmp_path: Path) -> None:
 
 PARENT = """
 import asyncio, sys, msgspec
-from xpeer.training.handle import TrainerProcess
+from xpeer.training.client import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 
 async def main():

@@ -17,33 +17,35 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.phase import Order, TrainerPhase
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
-from xpeer.training.arena import Arena, Layout, Slots, copy_in_parts
-from xpeer.training.child import PROGRAM, Child, Event, logger
-from xpeer.training.fragments import fragment_size, largest
-from xpeer.training.ipc import (
+from xpeer.training.answers import (
     Crashed,
     Done,
-    Drop,
     Ending,
-    Evaluate,
-    ExportState,
-    ImportState,
     LookedAtText,
     Losses,
-    Merge,
     Progressed,
-    Run,
     Saved,
     SaveFailed,
-    Snapshot,
     Snapshotted,
     StateExported,
     StateImported,
     Verified,
-    Verify,
-    WriteCheckpoint,
     Written,
 )
+from xpeer.training.arena import Arena, Layout, Slots, copy_in_parts
+from xpeer.training.child import PROGRAM, Child, Event, logger
+from xpeer.training.commands import (
+    Drop,
+    Evaluate,
+    ExportState,
+    ImportState,
+    Merge,
+    Run,
+    Snapshot,
+    Verify,
+    WriteCheckpoint,
+)
+from xpeer.training.fragments import fragment_size, largest
 from xpeer.training.rules import vectors_of
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import (
@@ -123,7 +125,7 @@ class TrainerProcess:
             setup: what the child needs to know.
             on_event: called on this event loop for every event.
             timeout_s: for everything up to readiness.
-            program: the module that it runs; one that calls `process.main`.
+            program: the module that it runs; one that calls `main.main`.
 
         Raises:
             LocalError: the child's own, with its class, remedy and exit code.

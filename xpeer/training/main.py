@@ -1,6 +1,6 @@
-"""The trainer process: `python -m xpeer.training.process SOCKET_FD ARENA_FD PARENT_PID`.
+"""The trainer process: `python -m xpeer.training.main SOCKET_FD ARENA_FD PARENT_PID`.
 
-Started by `handle.TrainerProcess`. It trains on its main thread until it is told to stop, and never
+Started by `client.TrainerProcess`. It trains on its main thread until it is told to stop, and never
 outlives the daemon: the kernel kills it with its parent (Linux), and the end of the socket ends it
 everywhere.
 """
@@ -20,19 +20,13 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from xpeer import signals
 from xpeer.errors import DivergedError, ExitCode, LocalError, TrainerError
-from xpeer.training.ipc import (
-    Begin,
-    ChildChannel,
-    Crashed,
-    LevelFormatter,
-    Request,
-    Stop,
-    failure_of,
-)
+from xpeer.training.answers import Crashed, failure_of
+from xpeer.training.channel import ChildChannel, LevelFormatter
+from xpeer.training.commands import Begin, Request, Stop
 
 if TYPE_CHECKING:
     from xpeer.training.assemble import Assembled
-    from xpeer.training.service import Service
+    from xpeer.training.server import Server
     from xpeer.training.setup import TrainerSetup
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -45,7 +39,7 @@ class Receiver:
     """Takes the daemon's commands on a thread of its own; its end is the process's end."""
 
     def __init__(self, channel: ChildChannel) -> None:
-        self.service: Service | None = None
+        self.server: Server | None = None
         self._channel = channel
         threading.Thread(target=self._receive, name="receiver", daemon=True).start()
 
@@ -54,8 +48,8 @@ class Receiver:
             while (message := self._channel.receive()) is not None:
                 if not isinstance(message, Request):
                     raise TrainerError(f"{type(message).__name__} came twice")
-                if self.service is not None:
-                    self.service.handle(message)
+                if self.server is not None:
+                    self.server.handle(message)
                 elif isinstance(message.command, Stop):
                     _leave(ExitCode.OK)  # still starting: there is nothing to save
         except BaseException:
@@ -106,7 +100,7 @@ def _train(
 
     from xpeer.training import assemble as production  # noqa: PLC0415
     from xpeer.training.arena import Arena, Layout  # noqa: PLC0415
-    from xpeer.training.service import Service  # noqa: PLC0415
+    from xpeer.training.server import Server  # noqa: PLC0415
 
     layout = Layout(begin.slot_bytes, begin.state_bytes, begin.num_slots)
     arena = Arena.attach(layout, arena_fd)
@@ -114,20 +108,20 @@ def _train(
         torch.set_num_threads(begin.setup.config.training.threads)
     assembled = (assemble or production.assemble)(begin.setup)
     trainer = assembled.trainer
-    service = Service(channel, arena, assembled, begin.setup.config.checkpoint.every_s)
-    service.set_mode(begin.setup.mode)
-    receiver.service = service
+    server = Server(channel, arena, assembled, begin.setup.config.checkpoint.every_s)
+    server.set_mode(begin.setup.mode)
+    receiver.server = server
     if hasattr(signal, "SIGXCPU"):  # a CPU limit is near: the next trainer has one of its own
         signal.signal(signal.SIGXCPU, lambda _number, _frame: trainer.stop())
-    service.announce()
+    server.announce()
     try:
         trainer.run()
     except DivergedError:
         raise
     except Exception:
-        service.rescue()
+        server.rescue()
         raise
-    service.finish()
+    server.finish()
 
 
 def _set_up_logging() -> None:

@@ -20,40 +20,42 @@ from xpeer.errors import LocalError, PeerError, Reason, XpeerError
 from xpeer.escape import without_words
 from xpeer.phase import Order
 from xpeer.status import PrivacySpent
-from xpeer.training.arena import Arena
-from xpeer.training.assemble import Assembled
-from xpeer.training.flat import digest
-from xpeer.training.ipc import (
-    ChildChannel,
-    Command,
+from xpeer.training.answers import (
     Done,
-    Drop,
     Ending,
-    Evaluate,
-    ExportState,
-    ImportState,
     LookedAtText,
     Losses,
-    Merge,
     Progressed,
     Ready,
     Reply,
-    Request,
     Result,
-    Run,
     Saved,
     SaveFailed,
-    Snapshot,
     Snapshotted,
     StateExported,
     StateImported,
-    Stop,
     Verified,
-    Verify,
-    WriteCheckpoint,
     Written,
     failure_of,
 )
+from xpeer.training.arena import Arena
+from xpeer.training.assemble import Assembled
+from xpeer.training.channel import ChildChannel
+from xpeer.training.commands import (
+    Command,
+    Drop,
+    Evaluate,
+    ExportState,
+    ImportState,
+    Merge,
+    Request,
+    Run,
+    Snapshot,
+    Stop,
+    Verify,
+    WriteCheckpoint,
+)
+from xpeer.training.flat import digest
 from xpeer.training.saving import Saving
 from xpeer.update import PeerUpdate, PrivateUpdate
 
@@ -68,7 +70,7 @@ Work = Callable[[], Result | None]
 """None: the answer comes later, from another thread."""
 
 
-class Service:
+class Server:
     """Between the channel and the loop.
 
     Args:
