@@ -20,14 +20,15 @@ import torch
 
 from tests.unit.training.homes import make_homes
 from xpeer.training import assemble as assembling
-from xpeer.training import server as serving
+from xpeer.training import worker as working
 from xpeer.training.answers import Losses, Progressed, Reply, StateExported
 from xpeer.training.arena import Arena
 from xpeer.training.client import layout_of
-from xpeer.training.commands import Evaluate, ExportState, Request
+from xpeer.training.commands import NOBODY, Evaluate, ExportState, Request
 from xpeer.training.consolidation import Shown
 from xpeer.training.local import LocalTrainer
-from xpeer.training.server import Server
+from xpeer.training.server import Server, serve
+from xpeer.training.worker import Worker
 from xpeer.update import Form
 from xpeer.wire import codec
 
@@ -84,7 +85,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, bool]]:
         monkeypatch.setattr(module, name, call)
 
     counted(assembling, "evaluate")
-    counted(serving, "digest")
+    counted(working, "digest")
     return found
 
 
@@ -95,7 +96,7 @@ def training(folder: Path) -> Iterator[tuple[LocalTrainer, Daemon]]:
     node = assembling.assemble(make_homes(folder, 1, changes=LONG)[0])
     trainer, arena = node.trainer, Arena.create(layout_of(node.trainer.manifest))
     daemon = Daemon(trainer)
-    daemon.server = Server(cast(Any, daemon), arena, node, 3600.0)
+    daemon.server = serve(daemon.send, arena, node, 3600.0)
     thread = threading.Thread(target=trainer.run, name=TRAINING)
     thread.start()
     try:
@@ -103,19 +104,23 @@ def training(folder: Path) -> Iterator[tuple[LocalTrainer, Daemon]]:
     finally:
         trainer.stop()
         thread.join()
-        daemon.server._disk.shutdown()
+        daemon.server._threads.close()
         node.close()
         arena.close()
 
 
-def show_partners(trainer: LocalTrainer) -> None:
-    """As after a merge of each fragment: what joiners get is an average with these."""
-    exchanges = trainer.exchanges
-    for fragment in range(exchanges.fragments.num_fragments):
-        size = exchanges.fragments.size(fragment)
-        values = trainer.parameters.gather(fragment, torch.empty(size))
-        kept = torch.frombuffer(bytearray(codec.encode("int8", values)), dtype=torch.uint8)
-        exchanges.consolidation.merged(fragment, Shown(Form("int8", len(values)), kept))
+class MergeAll:
+    """A command: as after a merge of each fragment. What joiners get is an average with these."""
+
+    on = "training"
+
+    def apply(self, trainer: Worker) -> None:
+        exchanges = trainer.exchanges
+        for fragment in range(exchanges.fragments.num_fragments):
+            size = exchanges.fragments.size(fragment)
+            values = trainer.loop.parameters.gather(fragment, torch.empty(size))
+            kept = torch.frombuffer(bytearray(codec.encode("int8", values)), dtype=torch.uint8)
+            exchanges.consolidation.merged(fragment, Shown(Form("int8", len(values)), kept))
 
 
 @pytest.mark.parametrize("met", [False, True], ids=["alone", "with partners"])
@@ -127,7 +132,7 @@ def test_joiners_one_after_another_cost_the_training_thread_no_evaluation(
         measured = daemon.ask(Evaluate())
         assert isinstance(measured, Losses)
         if met:
-            trainer.submit(lambda: show_partners(trainer))
+            trainer.submit(Request(NOBODY, cast(Any, MergeAll())))
         calls.clear()
         steps = []
         for _ in range(JOINERS):

@@ -394,12 +394,12 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.training.measuring": ("the loss can't be measured: %s",),
     "xpeer.training.main": ("the trainer's receiver failed",),
     "xpeer.training.saving": ("no checkpoint was written: %s",),
-    "xpeer.training.server": (
+    "xpeer.training.shard": ("tokenised records are not cached: %s",),
+    "xpeer.training.threads": ("a helper of the trainer failed",),
+    "xpeer.training.worker": (
         "saved step %d before the trainer ends",
         "the steps since the last checkpoint could not be saved",
-        "a helper of the trainer failed",
     ),
-    "xpeer.training.shard": ("tokenised records are not cached: %s",),
     "xpeer.wire.kernels": ("codec kernels are not compiled, so the codec is slower: %s: %s",),
 }
 """What the trainer process and its handle write to the log: local, and never a loss, a count or a

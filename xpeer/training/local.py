@@ -15,11 +15,11 @@ import math
 import queue
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 
-from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.manifest import Manifest
 from xpeer.phase import Order, TrainerPhase
 from xpeer.status import Progress
@@ -48,10 +48,10 @@ _USE_UP_S: Final = 5.0
 """A stop may take so long for steps that were charged."""
 _HELD_S: Final = 1.0
 """Between two looks whether checkpoints can be written again."""
+_STOP: Final = object()
+"""A job: the last one that is looked at."""
 
 logger = logging.getLogger("xpeer.training")
-
-Job = Callable[[], None]
 
 
 class LocalTrainer:
@@ -97,6 +97,7 @@ class LocalTrainer:
         self._gradient_due = False
         self.on_step: Callable[[float], None] = lambda _rest_s: None
         self.on_state: Callable[[], None] = _nothing
+        self.carry_out: Callable[[Any], None] = _nobody_asks
         self._seconds_here = 0.0
         self.seconds_blocked = 0.0
         self.seconds_boundary = 0.0
@@ -107,7 +108,7 @@ class LocalTrainer:
         self.idle = False
         """There is no text: no step is taken, and the run or the budget ends as for others."""
         self._stopping = False
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.permits = Permits(manifest, mechanism, lambda: self.counters)
         self._step_s = 0.0
         self._window_step = 0
@@ -121,14 +122,14 @@ class LocalTrainer:
 
     # ---- what other threads may call -------------------------------------------------------
 
-    def submit(self, job: Job) -> None:
-        """Run a job on the training thread at the next boundary. It must not raise."""
+    def submit(self, job: object) -> None:
+        """Have `carry_out` called with a job on the training thread, at the next boundary."""
         self._jobs.put(job)
 
     def stop(self) -> None:
         """Let `run` return at the next boundary; a step that is far from its end is abandoned."""
         self.pulse.end_step_within(SHORT_S)
-        self.submit(self._stop)
+        self.submit(_STOP)
 
     def begin_idle(self, *, budget_spent: bool) -> None:
         """Before `run`: there is no text."""
@@ -216,7 +217,7 @@ class LocalTrainer:
             elif target is not None:
                 return
             else:
-                self._jobs.get()()
+                self._do(self._jobs.get())
 
     def set_mode(self, mode: Order) -> None:
         """At a boundary: train, mix or pause from now on."""
@@ -225,14 +226,22 @@ class LocalTrainer:
             self._window_began = time.monotonic()
             self.on_state()
 
+    def require_parameters(self) -> None:
+        """Refuse while the parameters are only those of chance.
+
+        Raises:
+            PeerError: they are still to be imported (NOT_READY).
+        """
+        if self.awaiting:
+            raise PeerError(Reason.NOT_READY, "the parameters have not been fetched yet")
+
     def snapshot(self, meeting_id: int, fragment: int, *, averaging: bool) -> PrivateUpdate:
         """At a boundary: a certified copy of a fragment.
 
         Raises:
             PeerError: there is nothing to show yet (NOT_READY), or as `Exchanges.take`.
         """
-        if self.awaiting:
-            raise PeerError(Reason.NOT_READY, "the parameters have not been fetched yet")
+        self.require_parameters()
         if self._gradients is not None and not (averaging or self._gradient_due):
             raise PeerError(Reason.NOT_READY, "the window's gradient is not complete")
         step = self.counters.step
@@ -307,8 +316,7 @@ class LocalTrainer:
         Raises:
             PeerError: there is nothing to show yet (NOT_READY).
         """
-        if self.awaiting:
-            raise PeerError(Reason.NOT_READY, "the parameters have not been fetched yet")
+        self.require_parameters()
         if self.exchanges.common is not None:
             self.exchanges.common.read(out)
             with self.parameters.showing(out):
@@ -339,7 +347,7 @@ class LocalTrainer:
                 job = self._jobs.get_nowait()
             except queue.Empty:
                 break
-            job()
+            self._do(job)
         self.seconds_boundary += time.perf_counter() - began
 
     def _step_and_rest(self) -> None:
@@ -504,12 +512,19 @@ class LocalTrainer:
             except queue.Empty:
                 pass
             else:
-                job()
+                self._do(job)
             left -= min(time.monotonic() - began, most_s)
 
-    def _stop(self) -> None:
-        self._stopping = True
+    def _do(self, job: object) -> None:
+        if job is _STOP:
+            self._stopping = True
+        else:
+            self.carry_out(job)
 
 
 def _nothing() -> None:
     return None
+
+
+def _nobody_asks(job: object) -> None:
+    raise TrainerError(f"nobody carries out {job}")

@@ -100,7 +100,7 @@ def _train(
 
     from xpeer.training import assemble as production  # noqa: PLC0415
     from xpeer.training.arena import Arena, Layout  # noqa: PLC0415
-    from xpeer.training.server import Server  # noqa: PLC0415
+    from xpeer.training.server import serve  # noqa: PLC0415
 
     layout = Layout(begin.slot_bytes, begin.state_bytes, begin.num_slots)
     arena = Arena.attach(layout, arena_fd)
@@ -108,20 +108,20 @@ def _train(
         torch.set_num_threads(begin.setup.config.training.threads)
     assembled = (assemble or production.assemble)(begin.setup)
     trainer = assembled.trainer
-    server = Server(channel, arena, assembled, begin.setup.config.checkpoint.every_s)
-    server.set_mode(begin.setup.mode)
+    server = serve(channel.send, arena, assembled, begin.setup.config.checkpoint.every_s)
+    trainer.set_mode(begin.setup.mode)
     receiver.server = server
     if hasattr(signal, "SIGXCPU"):  # a CPU limit is near: the next trainer has one of its own
         signal.signal(signal.SIGXCPU, lambda _number, _frame: trainer.stop())
-    server.announce()
+    server.worker.announce()
     try:
         trainer.run()
     except DivergedError:
         raise
     except Exception:
-        server.rescue()
+        server.worker.rescue()
         raise
-    server.finish()
+    server.worker.finish()
 
 
 def _set_up_logging() -> None:

@@ -34,8 +34,8 @@ class Saving:
         trainer: whose parameters are saved.
         capture: copies everything that a checkpoint holds.
         submit: has something done on the disk's thread.
-        told: of each checkpoint: its path and step.
-        failed: told of each that could not be written: why, and its step.
+        saved: called for each checkpoint: its path and step.
+        failed: called for each that could not be written: why, and its step.
         every_s: seconds between checkpoints.
         resumed: there is one already.
         clock: seconds.
@@ -46,7 +46,7 @@ class Saving:
         trainer: LocalTrainer,
         capture: Callable[[], Write],
         submit: Callable[[Callable[[], None]], object],
-        told: Callable[[str, int], None],
+        saved: Callable[[str, int], None],
         failed: Callable[[str, int], None] = lambda _why, _step: None,
         *,
         every_s: float,
@@ -56,7 +56,7 @@ class Saving:
         self._trainer = trainer
         self._capture = capture
         self._submit = submit
-        self._told, self._failed = told, failed
+        self._saved, self._failed = saved, failed
         self._every_s = every_s
         self._clock = clock
         self._saved_at = clock()
@@ -107,7 +107,7 @@ class Saving:
         try:
             path = write()
             again_at = None
-            self._told(path, step)
+            self._saved(path, step)
         except LocalError as e:  # a full disk: training goes on, and the next one may succeed
             logger.warning("no checkpoint was written: %s", e)
             self._failed(str(e), step)

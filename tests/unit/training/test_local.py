@@ -413,6 +413,7 @@ def test_commands_are_served_while_training_resting_and_paused(clock: Clock) -> 
     trainer, resting = trainer_with(throttle=0.5), threading.Event()
     mechanism_of(trainer).on_step = lambda: clock.advance(1.0)
     trainer.on_step = lambda rest_s: resting.set() if rest_s else None
+    trainer.carry_out = lambda job: job()
     thread = threading.Thread(target=trainer.run)
     thread.start()
     try:

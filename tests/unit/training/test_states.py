@@ -15,11 +15,12 @@ import torch
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data
 from xpeer.errors import LocalError, ShardError
-from xpeer.training import server as server_module
+from xpeer.training import reporting
 from xpeer.training.answers import Failure, LookedAtText, Reply
 from xpeer.training.assemble import Assembled, assemble
 from xpeer.training.commands import Request, WriteCheckpoint
-from xpeer.training.server import Server
+from xpeer.training.reporting import look_for_text
+from xpeer.training.server import Server, serve
 
 FEW = ("privacy.noise_multiplier=2", "privacy.epsilon=8", "optimiser.batch_records=2")
 
@@ -42,7 +43,7 @@ def one_thread() -> None:
 
 def serving(node: Assembled) -> tuple[Server, Channel]:
     channel = Channel()
-    return Server(cast(Any, channel), cast(Any, None), node, 3600.0), channel
+    return serve(channel.send, cast(Any, None), node, 3600.0), channel
 
 
 def test_who_awaits_parameters_saves_none(tmp_path: Path) -> None:
@@ -51,9 +52,9 @@ def test_who_awaits_parameters_saves_none(tmp_path: Path) -> None:
     try:
         server, channel = serving(node)
         server.handle(Request(7, WriteCheckpoint()))
-        node.trainer.submit(node.trainer._stop)
+        node.trainer.stop()
         node.trainer.run()
-        server.finish()
+        server.worker.finish()
         (refused,) = channel.results()
         assert isinstance(refused, Failure)
         assert "not-ready" in str(refused).lower()
@@ -135,8 +136,8 @@ def test_the_text_is_looked_at_as_long_as_there_is_no_other_trainer(
 ) -> None:
     """The daemon may fail to start one, and reading may fail in ways of its own."""
     node = assemble(make_homes(tmp_path, 1)[0])
-    monkeypatch.setattr(server_module, "_LOOK_FIRST_S", 0.0)
-    monkeypatch.setattr(server_module, "_LOOK_LAST_S", 0.0)
+    monkeypatch.setattr(reporting, "_LOOK_FIRST_S", 0.0)
+    monkeypatch.setattr(reporting, "_LOOK_LAST_S", 0.0)
     found: list[Exception | None] = [ShardError("gone"), MemoryError("private"), None, None]
 
     class OverError(BaseException):
@@ -149,11 +150,11 @@ def test_the_text_is_looked_at_as_long_as_there_is_no_other_trainer(
             raise error
 
     try:
-        server, channel = serving(node)
+        channel = Channel()
         with pytest.raises(OverError):
-            server._look_for_text(look)
+            look_for_text(look, channel.send)
         told = [message.problem for message in channel.sent if isinstance(message, LookedAtText)]
-        kind = r"it could not be looked at: MemoryError in xpeer\.training\.server, line \d+"
+        kind = r"it could not be looked at: MemoryError in xpeer\.training\.reporting, line \d+"
         assert (told[0], told[2:]) == ("gone", ["", ""])
         assert re.fullmatch(kind, told[1])
     finally:
@@ -165,11 +166,10 @@ def test_a_node_without_text_ends_with_its_run(tmp_path: Path) -> None:
     shutil.rmtree(setup.config.data.shard[0])
     node = assemble(msgspec.structs.replace(setup, has_trained=True, mode="mix"))
     try:
-        server, _ = serving(node)
         for mode, state in (("mix", "mixing"), ("train", "mixing"), ("pause", "paused")):
-            server.set_mode(mode)  # type: ignore[arg-type]
+            node.trainer.set_mode(mode)  # type: ignore[arg-type]
             assert node.trainer.state == state
-        server.set_mode("train")
+        node.trainer.set_mode("train")
         node.trainer.replace(node.trainer.parameters.read(), 40)
         assert node.trainer.state == "closing"
     finally:
@@ -187,8 +187,7 @@ def test_a_node_without_text_knows_that_its_budget_is_spent(tmp_path: Path) -> N
     shutil.rmtree(setup.config.data.shard[0])
     node = assemble(msgspec.structs.replace(setup, has_trained=True))
     try:
-        server, _ = serving(node)
-        server.set_mode("train")
+        node.trainer.set_mode("train")
         assert node.trainer.state == "budget-spent"
         assert node.spent().steps_left == 0
         assert node.text_problem

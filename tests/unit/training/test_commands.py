@@ -1,0 +1,163 @@
+"""Commands are data: whoever applies the same bytes to the same trainer gets the same of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+import torch
+
+from tests.unit.training.homes import make_homes
+from xpeer.config import Data
+from xpeer.errors import PeerError, Reason
+from xpeer.training import commands, reporting
+from xpeer.training.answers import Result, Snapshotted, Written
+from xpeer.training.arena import Arena
+from xpeer.training.assemble import assemble
+from xpeer.training.client import layout_of
+from xpeer.training.commands import (
+    AddCorrection,
+    Command,
+    Compress,
+    Drop,
+    DropLate,
+    Evaluate,
+    ExportState,
+    FinishState,
+    ImportState,
+    Merge,
+    Request,
+    Run,
+    Snapshot,
+    Stop,
+    Thread,
+    ToTrainer,
+    Verify,
+    Work,
+    WriteCheckpoint,
+    WriteCopy,
+)
+from xpeer.training.server import Server, serve
+from xpeer.training.setup import TrainerSetup
+from xpeer.wire import codec
+
+COMMANDS: tuple[type[Work], ...] = get_args(Command)
+LATER = (Compress, FinishState, WriteCopy)
+
+
+class Rank:
+    """A trainer that is sent bytes, and carries them out on the thread of the test."""
+
+    def __init__(self, setup: TrainerSetup) -> None:
+        self.node = assemble(setup)
+        self.loop = self.node.trainer
+        self.arena = Arena.create(layout_of(self.loop.manifest))
+        self.server: Server = serve(lambda _message: None, self.arena, self.node, 3600.0)
+        self.jobs: list[object] = []
+        submit = self.loop.submit
+
+        def seen(job: object) -> None:
+            self.jobs.append(job)
+            submit(job)
+
+        self.loop.submit = seen  # type: ignore[method-assign]
+
+    def carry_out(self, data: bytes) -> Any:
+        """The answer; what the command leaves for the boundary is done, too."""
+        request = msgspec.msgpack.decode(data, type=ToTrainer)
+        assert isinstance(request, Request)
+        outcome: Any = request.command
+        while not (outcome is None or isinstance(outcome, Result)):
+            outcome = outcome.apply(self.server.worker)
+        self.loop.run(steps=0)
+        return outcome
+
+    def close(self) -> None:
+        self.node.close()
+        self.arena.close()
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Rank, Rank]]:
+    """Two trainers of one home, as it was founded."""
+    monkeypatch.setattr(reporting, "report_ending", lambda _pulse, _send: None)
+    torch.set_num_threads(1)
+    setup = make_homes(tmp_path, 1)[0]
+    shutil.copytree(setup.home, tmp_path / "twin")
+    config = msgspec.structs.replace(
+        setup.config, data=Data(shard=[str(tmp_path / "twin" / "shard")])
+    )
+    twin = msgspec.structs.replace(setup, home=str(tmp_path / "twin"), config=config)
+    both = Rank(setup), Rank(twin)
+    yield both
+    for rank in both:
+        rank.close()
+
+
+@pytest.mark.parametrize("kind", [*COMMANDS, *LATER], ids=lambda kind: kind.__name__)
+def test_everything_that_is_carried_out_says_on_which_thread_and_how(kind: type[Work]) -> None:
+    assert kind.on in get_args(Thread)
+    assert callable(kind.apply)
+    assert kind in COMMANDS or kind.on in ("helper", "disk"), "a copy goes to no other rank"
+
+
+def test_no_work_is_left_out() -> None:
+    carried_out = {each for each in vars(commands).values() if hasattr(each, "apply")}
+    assert carried_out == {*COMMANDS, *LATER, Work}
+
+
+def test_the_same_bytes_give_the_same_answers_and_parameters(ranks: tuple[Rank, Rank]) -> None:
+    before = ranks[0].loop.parameters.read()
+    applied = set()
+
+    def both(command: Command) -> Any:
+        applied.add(type(command))
+        data = msgspec.msgpack.encode(Request(7, command))
+        first, second = (rank.carry_out(data) for rank in ranks)
+        if isinstance(first, Written):
+            first, second = (Written(Path(each.path).name) for each in (first, second))
+        assert first == second
+        assert torch.equal(*(rank.loop.parameters.read() for rank in ranks))
+        return first
+
+    both(Run("mix"))
+    both(Evaluate())
+    sent = both(Snapshot(1, 0, averaging=True, slot=0))
+    assert isinstance(sent, Snapshotted)
+    values = 1e-3 * torch.randn(sent.form.num_values, generator=torch.Generator().manual_seed(1))
+    payload = codec.encode(sent.form.codec, values)
+    assert bytes(ranks[0].arena.slot(0, len(payload))) == bytes(
+        ranks[1].arena.slot(0, len(payload))
+    )
+    for rank in ranks:
+        rank.arena.slot(1, len(payload))[:] = payload
+    both(Verify(1, 5, 1, sent.form, partner="peer"))
+    both(Merge(1, {5: 0.5}))
+    merged = ranks[0].loop.parameters.read()
+    assert not torch.equal(merged, before)
+    both(Snapshot(2, 1, averaging=True, slot=0))
+    both(Drop(2))
+    assert not ranks[0].loop.exchanges
+    both(ExportState())
+    both(ImportState(step=3))
+    assert ranks[0].loop.counters.step == 3
+    both(WriteCheckpoint())
+    both(Stop())
+    assert applied | {AddCorrection, DropLate} == set(COMMANDS)
+    for rank in ranks:
+        left = [type(job.command) for job in rank.jobs if isinstance(job, Request)]
+        assert left == [AddCorrection, DropLate]
+        for job in rank.jobs[:2]:
+            assert msgspec.msgpack.decode(msgspec.msgpack.encode(job), type=Request) == job
+
+
+def test_what_a_command_refuses_is_refused_by_both(ranks: tuple[Rank, Rank]) -> None:
+    data = msgspec.msgpack.encode(Request(7, Merge(9, {1: 0.5})))
+    for rank in ranks:
+        with pytest.raises(PeerError) as refused:
+            rank.carry_out(data)
+        assert refused.value.reason == Reason.CLOSED

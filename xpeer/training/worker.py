@@ -1,0 +1,146 @@
+"""What commands are applied to: the loop, the memory shared with the daemon, and checkpoints.
+
+One object, so that a command needs nothing else, in this process or on another rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from xpeer.training.answers import Saved
+from xpeer.training.arena import Arena
+from xpeer.training.assemble import Assembled
+from xpeer.training.commands import NOBODY, Command, Request
+from xpeer.training.flat import digest
+from xpeer.training.reporting import Reports
+from xpeer.training.saving import Saving
+from xpeer.training.threads import Threads
+
+logger = logging.getLogger("xpeer.training")
+
+
+class Worker:
+    """A trainer as its commands see it.
+
+    Args:
+        assembled: the trainer and what belongs to it.
+        arena: shared with the daemon.
+        saving: its checkpoints.
+        reports: what it says of itself.
+        threads: beside the training thread.
+
+    Attributes:
+        loop: takes the steps.
+        exchanges: its meetings in flight.
+        arena, saving, reports: as given.
+    """
+
+    def __init__(
+        self,
+        assembled: Assembled,
+        arena: Arena,
+        saving: Saving,
+        reports: Reports,
+        threads: Threads,
+    ) -> None:
+        self.loop = assembled.trainer
+        self.exchanges = assembled.trainer.exchanges
+        self.arena = arena
+        self.saving = saving
+        self.reports = reports
+        self._assembled = assembled
+        self._threads = threads
+
+    def queue(self, command: Command) -> None:
+        """Have a command carried out at the next boundary, for nobody's answer."""
+        self.loop.submit(Request(NOBODY, command))
+
+    # ---- at a boundary ------------------------------------------------------------------------
+
+    def after_step(self, rest_s: float) -> None:
+        """A step was taken, and a rest of so many seconds follows."""
+        self.reports.after_step(rest_s)
+        self.saving.after_step()
+
+    def copy_state(self) -> Callable[[], float]:
+        """Copy all parameters to the arena's region.
+
+        Returns:
+            What completes the copy, on any thread, and gives its public loss.
+
+        Raises:
+            PeerError: there are none yet (NOT_READY).
+        """
+        trained, kept = self._state()
+        finish = self.loop.show(trained)
+        kept.copy_(self._assembled.frozen_values())
+        return finish
+
+    def replace_state(self, step: int, at_most: float) -> tuple[float, float]:
+        """Replace all parameters by those in the arena's region.
+
+        Args:
+            step: the donor's.
+            at_most: public loss that they may have.
+
+        Returns:
+            Public loss before and after.
+
+        Raises:
+            PeerError: as `loop.replace`, or the frozen ones are others (WRONG_MODEL).
+        """
+        trained, kept = self._state()
+        self._assembled.replace_frozen(kept)
+        return self.loop.replace(trained, step, at_most)
+
+    def _state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The arena's region: what is trained, and what is frozen."""
+        region = torch.frombuffer(self.arena.state(), dtype=torch.float32)
+        count = self.loop.parameters.num_params
+        return region[:count], region[count:]
+
+    # ---- on the disk's thread -----------------------------------------------------------------
+
+    def state_digest(self) -> str:
+        """Of the arena's region; takes as long as reading a whole model."""
+        return digest(torch.frombuffer(self.arena.state(), dtype=torch.float32))
+
+    # ---- begin and end ------------------------------------------------------------------------
+
+    def announce(self) -> None:
+        """Say that the trainer is ready."""
+        self._threads.submit("helper", self.exchanges.prepare)
+        self.reports.ready()
+
+    def finish(self) -> None:
+        """After the loop returned: save, and say the last word.
+
+        Raises:
+            LocalError: it can't be saved.
+        """
+        self.save()
+        self._threads.close()
+        self.reports.progress(self._assembled.spent())
+        self._assembled.close()
+
+    def save(self) -> None:
+        """On the training thread, when the loop has ended: behind a save that is being written.
+
+        Raises:
+            LocalError: it can't be written.
+        """
+        if not self.loop.awaiting:
+            write, step = self.saving.copy(), self.loop.counters.step
+            self.reports.send(Saved(self._threads.wait_for("disk", write), step))
+
+    def rescue(self) -> None:
+        """The loop broke off: keep the steps before, which are complete. Never raises."""
+        try:
+            if bool(torch.isfinite(self.loop.parameters.read()).all()):
+                self.save()
+                logger.warning("saved step %d before the trainer ends", self.loop.counters.step)
+        except Exception:
+            logger.exception("the steps since the last checkpoint could not be saved")
