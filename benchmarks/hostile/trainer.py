@@ -15,7 +15,7 @@ from xpeer.privacy.steps import Charged, StepResult
 from xpeer.status import PrivacySpent
 from xpeer.training import assemble as production
 from xpeer.training.assemble import Assembled
-from xpeer.training.local import LocalTrainer
+from xpeer.training.loop import TrainingLoop
 from xpeer.training.main import main
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import PrivateUpdate, RawUpdate
@@ -69,7 +69,7 @@ class Liar:
         self._real.close()
 
 
-def put_off(trainer: LocalTrainer, steps: int) -> None:
+def put_off(trainer: TrainingLoop, steps: int) -> None:
     """While it trains, merge everything so many steps after it was resolved."""
     merge, boundary = trainer.merge, trainer._boundary
     waiting: deque[tuple[int, int]] = deque()

@@ -23,7 +23,7 @@ from xpeer.privacy.steps import Charged, StepResult
 from xpeer.status import PrivacySpent
 from xpeer.training import assemble as production
 from xpeer.training.assemble import Assembled
-from xpeer.training.local import LocalTrainer
+from xpeer.training.loop import TrainingLoop
 from xpeer.training.main import main
 from xpeer.training.measuring import Measurements
 from xpeer.training.parts import Evaluation
@@ -47,7 +47,7 @@ class SleepingMechanism:
     """
 
     def __init__(
-        self, real: Mechanism, trainer: LocalTrainer, step_s: float, timeline: Path
+        self, real: Mechanism, trainer: TrainingLoop, step_s: float, timeline: Path
     ) -> None:
         self.engine, self.notes = "asleep", real.notes
         self._real = real
@@ -124,7 +124,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     trainer, step_s = assembled.trainer, float(os.environ[STEP_VARIABLE])
     timeline = assembled.home.path / TIMELINE
     mechanism = SleepingMechanism(assembled.mechanism, trainer, step_s, timeline)
-    assembled.mechanism = trainer.mechanism = mechanism
+    assembled.mechanism = trainer.learner.mechanism = mechanism
     trainer.measurements = Measurements(Evaluation(lambda: 1.0), trainer.manifest.round)
     threading.current_thread().name = "trainer"
     return assembled

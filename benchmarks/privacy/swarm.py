@@ -25,8 +25,9 @@ from xpeer.network import matching
 from xpeer.privacy.clipping import Engine, RecordLosses
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.mechanism import Mechanism, OffMechanism, RecordMechanism
+from xpeer.training.assemble import make_loop
 from xpeer.training.flat import FlatParameters
-from xpeer.training.local import LocalTrainer
+from xpeer.training.loop import TrainingLoop
 from xpeer.training.losses import record_losses
 from xpeer.training.parts import Evaluation
 from xpeer.update import PeerUpdate
@@ -74,7 +75,7 @@ class Swarm:
         self.models = [make_model() for _ in shards]
         self.ledgers = [open_ledger(folder / str(i), manifest) for i in range(len(shards))]
         self.mechanisms: list[Mechanism] = []
-        self.trainers: list[LocalTrainer] = []
+        self.trainers: list[TrainingLoop] = []
         engine: Engine | None = None
         for model, records, ledger in zip(self.models, shards, self.ledgers, strict=True):
             parameters = FlatParameters(model, manifest.round.fragments)
@@ -86,7 +87,7 @@ class Swarm:
                 mechanism = RecordMechanism(manifest, model, records, losses, ledger, engine=engine)
             evaluation = Evaluation(public=lambda: 0.0)  # nobody looks at it
             self.mechanisms.append(mechanism)
-            self.trainers.append(LocalTrainer(manifest, parameters, mechanism, evaluation))
+            self.trainers.append(make_loop(manifest, parameters, mechanism, evaluation))
         self._names = [PeerId(f"peer{number}") for number in range(len(shards))]
         self._slot = 0
 

@@ -49,7 +49,7 @@ def test_the_token_that_is_padding_too_is_learned(tmp_path: Path, pad: str, lear
         config=config, peer_id="us",
     )  # fmt: skip
     node = assemble(setup)
-    optimiser = node.trainer.optimiser
+    optimiser = node.trainer.learner.optimiser
     for group in optimiser.param_groups:
         group["lr"] = 5e-3
     for _ in range(STEPS):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.training.test_local import trainer_with
-from xpeer.training.local import LocalTrainer
+from tests.unit.training.test_loop import trainer_with
+from xpeer.training.loop import TrainingLoop
 
 INTERRUPTED_S = 600.0
 
@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def throttled(clock: Clock, durations: list[float]) -> tuple[LocalTrainer, list[float]]:
+def throttled(clock: Clock, durations: list[float]) -> tuple[TrainingLoop, list[float]]:
     """A trainer at a tenth of its speed whose steps take so long; and the rests it takes."""
     trainer = trainer_with(throttle=0.1)
     taking, rests = iter(durations), []
@@ -42,8 +42,8 @@ def throttled(clock: Clock, durations: list[float]) -> tuple[LocalTrainer, list[
         for name in ("_serve_for", "_serve_until"):
             setattr(trainer, name, lambda *_a, **_k: None)
 
-    real, trainer.mechanism.step_gradient = (  # type: ignore[method-assign]
-        trainer.mechanism.step_gradient,
+    real, trainer.learner.mechanism.step_gradient = (  # type: ignore[method-assign]
+        trainer.learner.mechanism.step_gradient,
         step,
     )
     trainer.on_step = rested
@@ -88,13 +88,13 @@ def test_an_interrupted_measurement_does_not_end_measuring(clock: Clock) -> None
 
     trainer = trainer_with()
     trainer.measurements._evaluation = Evaluation(public, None)
-    real = trainer.mechanism.step_gradient
+    real = trainer.learner.mechanism.step_gradient
 
     def step() -> Any:
         clock.now += 1.0
         return real()
 
-    trainer.mechanism.step_gradient = step  # type: ignore[method-assign]
+    trainer.learner.mechanism.step_gradient = step  # type: ignore[method-assign]
     trainer.run(steps=trainer.manifest.round.window_steps * 12)
     assert len(measured) >= 10
 

@@ -26,7 +26,7 @@ from xpeer.training.arena import Arena
 from xpeer.training.client import layout_of
 from xpeer.training.commands import NOBODY, Evaluate, ExportState, Request
 from xpeer.training.consolidation import Shown
-from xpeer.training.local import LocalTrainer
+from xpeer.training.loop import TrainingLoop
 from xpeer.training.server import Server, serve
 from xpeer.training.worker import Worker
 from xpeer.update import Form
@@ -43,7 +43,7 @@ LONG = ("end.steps=1000000", "round.window_steps=100000")
 class Daemon:
     """The other end of a trainer that trains on a thread of this process."""
 
-    def __init__(self, trainer: LocalTrainer) -> None:
+    def __init__(self, trainer: TrainingLoop) -> None:
         self._trainer = trainer
         self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._number = 0
@@ -90,7 +90,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, bool]]:
 
 
 @contextmanager
-def training(folder: Path) -> Iterator[tuple[LocalTrainer, Daemon]]:
+def training(folder: Path) -> Iterator[tuple[TrainingLoop, Daemon]]:
     """A trainer in the middle of its run, and who may ask it."""
     torch.set_num_threads(1)
     node = assembling.assemble(make_homes(folder, 1, changes=LONG)[0])

@@ -64,7 +64,7 @@ def test_a_trainer_goes_on_from_the_same_bytes(old: OldHome) -> None:
     trainer, trained = node.trainer, list(node.trainer.parameters.parameters())
     flat = trainer.parameters.read()
     first, second, step = checkpoint.read_moments(
-        trainer.optimiser, trained, (flat.clone(), flat.clone())
+        trainer.learner.optimiser, trained, (flat.clone(), flat.clone())
     )  # fmt: skip
     found = {
         "step": trainer.counters.step, "optimiser_step": step, "flat": digest(flat),

@@ -390,7 +390,7 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.training.child": ("%s", "%s", "%s", "%s"),
     "xpeer.privacy.register_file": ("%s",),
     "xpeer.training.client": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
-    "xpeer.training.local": ("charged steps were not used up: %s",),
+    "xpeer.training.loop": ("charged steps were not used up: %s",),
     "xpeer.training.measuring": ("the loss can't be measured: %s",),
     "xpeer.training.main": ("the trainer's receiver failed",),
     "xpeer.training.saving": ("no checkpoint was written: %s",),

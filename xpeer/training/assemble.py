@@ -1,4 +1,4 @@
-"""Builds a `LocalTrainer` from files: manifest, shard, model or checkpoint, ledger.
+"""Builds a `TrainingLoop` from files: manifest, shard, model or checkpoint, ledger.
 
 For the trainer process, and for whoever trains without partners in its own process.
 """
@@ -24,25 +24,32 @@ from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.register import Register
 from xpeer.status import CorpusShare, PrivacySpent, ShardSummary
-from xpeer.training import checkpoint, frozen
+from xpeer.training import checkpoint, combine, frozen, parts, rules
 from xpeer.training.buffers import Buffers
 from xpeer.training.checkpoint import Bundle, read_moments, write_moments
 from xpeer.training.consolidation import Shown, consolidate, packed
 from xpeer.training.documents import document_of, read_shard
+from xpeer.training.exchanges import Exchanges
 from xpeer.training.flat import FlatParameters
+from xpeer.training.gradient_window import GradientWindow
 from xpeer.training.initial import model_of
-from xpeer.training.local import LocalTrainer
+from xpeer.training.learner import Learner
+from xpeer.training.loop import TrainingLoop
 from xpeer.training.losses import choose_device, evaluate, record_losses
+from xpeer.training.measuring import Measurements
 from xpeer.training.model import check_fits
+from xpeer.training.pacing import Pacing
 from xpeer.training.partition import divide, refuse_other
-from xpeer.training.parts import Evaluation
+from xpeer.training.parts import Evaluation, Parameters
 from xpeer.training.pulse import Pulse
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
 from xpeer.training.shard import cut, load_owned_records, load_records, split
 from xpeer.training.tensorfile import clear_staging
+from xpeer.training.timings import Timings
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
 from xpeer.wire import kernels
+from xpeer.wire.fixedpoint import grid_of
 
 PUBLIC_RECORDS: Final = 64
 """Of the public text; evenly spread over it, the same at every peer."""
@@ -52,7 +59,7 @@ PUBLIC_RECORDS: Final = 64
 class Assembled:
     """A trainer and what belongs to it."""
 
-    trainer: LocalTrainer
+    trainer: TrainingLoop
     mechanism: Mechanism
     ledger: Ledger
     home: Home
@@ -128,7 +135,7 @@ class Assembled:
         trained = list(trainer.parameters.parameters())
         flat, *moments = (self._buffers.take(trainer.parameters.num_params) for _ in range(3))
         exp_avg, exp_avg_sq, optimiser_step = read_moments(
-            trainer.optimiser, trained, (moments[0], moments[1])
+            trainer.learner.optimiser, trained, (moments[0], moments[1])
         )
         bundle = Bundle(
             flat=trainer.parameters.read(flat),
@@ -242,20 +249,21 @@ def assemble(setup: TrainerSetup) -> Assembled:
             clip_norm=counters.clip_norm,
             cache=home.cache,
         )
-    trainer = LocalTrainer(
+    trainer = make_loop(
         manifest,
         parameters,
         mechanism,
         _evaluation(manifest, config, model, tokenizer, text.held_out, pulse.beat),
+        counters=counters,
+        pulse=pulse,
         throttle=config.training.throttle,
         awaiting=saved is None and setup.initial == "awaited",
     )
-    trainer.counters, trainer.pulse = counters, pulse
     _resume(trainer, parameters, saved)
-    if trainer.ended:  # it takes no step anyway
+    if trainer.pacing.ended:  # it takes no step anyway
         problem = ""
     elif isinstance(mechanism, IdleMechanism):
-        trainer.begin_idle(budget_spent=mechanism.spent().steps_left == 0)
+        trainer.pacing.begin_idle(budget_spent=mechanism.spent().steps_left == 0)
     return Assembled(
         trainer=trainer,
         mechanism=mechanism,
@@ -279,13 +287,59 @@ def assemble(setup: TrainerSetup) -> Assembled:
     )
 
 
-def _resume(trainer: LocalTrainer, parameters: FlatParameters, saved: Bundle | None) -> None:
+def make_loop(
+    manifest: Manifest,
+    parameters: Parameters,
+    mechanism: parts.Mechanism,
+    evaluation: Evaluation,
+    *,
+    counters: Counters | None = None,
+    pulse: Pulse | None = None,
+    throttle: float = 1.0,
+    awaiting: bool = False,
+) -> TrainingLoop:
+    """A loop and its parts.
+
+    Args:
+        manifest: of the swarm.
+        parameters: of the model.
+        mechanism: makes the gradients.
+        evaluation: measures the losses.
+        counters: of a checkpoint; None = begin at zero.
+        pulse: signs of life of this process.
+        throttle: fraction of the time to compute in.
+        awaiting: the parameters are still to be imported; nothing is trained or sent before.
+    """
+    counters = Counters() if counters is None else counters
+    timings, rule = Timings(), rules.make(manifest.round)
+    exchanges = Exchanges(
+        parameters,
+        manifest.round.codec,
+        mechanism,
+        rule,
+        grid_of(manifest.round),
+        combine.make(manifest.round),
+    )
+    exchanges.begin()
+    return TrainingLoop(
+        Learner(manifest, parameters, mechanism, GradientWindow(rule), counters),
+        exchanges,
+        Pacing(manifest, mechanism, counters, timings),
+        Measurements(evaluation, manifest.round),
+        timings,
+        pulse or Pulse(),
+        throttle=throttle,
+        awaiting=awaiting,
+    )
+
+
+def _resume(trainer: TrainingLoop, parameters: FlatParameters, saved: Bundle | None) -> None:
     """What the rule and the optimiser knew."""
     if saved is None:
         return
     trainer.exchanges.restore(saved.rule)
     write_moments(
-        trainer.optimiser,
+        trainer.learner.optimiser,
         parameters.parameters(),
         saved.exp_avg,
         saved.exp_avg_sq,

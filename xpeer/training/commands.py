@@ -90,7 +90,7 @@ class Snapshot(Struct, frozen=True, tag=True):
         """Copy the fragment.
 
         Raises:
-            PeerError: as `LocalTrainer.snapshot`.
+            PeerError: as `TrainingLoop.snapshot`.
         """
         private = trainer.loop.snapshot(self.meeting_id, self.fragment, averaging=self.averaging)
         return Compress(self.meeting_id, self.slot, private)
@@ -253,7 +253,7 @@ class ImportState(Struct, frozen=True, tag=True):
         """Replace them.
 
         Raises:
-            PeerError: as `LocalTrainer.replace`, or of another model (WRONG_MODEL).
+            PeerError: as `TrainingLoop.replace`, or of another model (WRONG_MODEL).
         """
         before, after = trainer.replace_state(self.step, self.at_most)
         trainer.reports.everything()

@@ -15,7 +15,7 @@ from typing import Final
 
 from xpeer.errors import LocalError
 from xpeer.training.charging import Begun
-from xpeer.training.local import LocalTrainer
+from xpeer.training.loop import TrainingLoop
 
 SHARE_SAVING: Final = 0.02
 """Of the loop's time, for copies that are due by the clock."""
@@ -43,7 +43,7 @@ class Saving:
 
     def __init__(
         self,
-        trainer: LocalTrainer,
+        trainer: TrainingLoop,
         capture: Callable[[], Write],
         submit: Callable[[Callable[[], None]], object],
         saved: Callable[[str, int], None],
@@ -64,22 +64,22 @@ class Saving:
         self._running = False
         self._again_at: float | None = None
         self._copy_s = 0.0
-        trainer.permits.save = self.begin
+        trainer.pacing.permits.save = self.begin
 
     def copy(self) -> Write:
         """At a boundary: take a copy, to be written on any thread."""
         began = self._clock()
         write = self._capture()
         self._copy_s = self._clock() - began
-        self._trainer.seconds_saving += self._copy_s
-        self._trainer.permits.captured()
+        self._trainer.timings.saving_s += self._copy_s
+        self._trainer.pacing.permits.captured()
 
         def written() -> str:
             path = ""
             try:
                 path = write()
             finally:
-                self._trainer.permits.saved(written=bool(path))
+                self._trainer.pacing.permits.saved(written=bool(path))
             return path
 
         return written

@@ -16,7 +16,7 @@ import pytest
 
 from tests.factories import privacy_stamp
 from tests.unit.training.clocks import Clock
-from tests.unit.training.test_local import Parameters, Result, manifest_with
+from tests.unit.training.test_loop import Parameters, Result, manifest_with
 from xpeer.errors import LocalError
 from xpeer.manifest import End, Manifest, Privacy, Round
 from xpeer.privacy import budget as budgets
@@ -24,9 +24,9 @@ from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import Budget
 from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
-from xpeer.training import local, measuring, saving
+from xpeer.training import learner, loop, measuring, pacing, saving, timings
+from xpeer.training.assemble import make_loop
 from xpeer.training.charging import Permits
-from xpeer.training.local import LocalTrainer
 from xpeer.training.parts import Evaluation
 from xpeer.training.saving import SHARE_SAVING, Saving
 from xpeer.update import PrivateUpdate, RawUpdate
@@ -57,7 +57,7 @@ class Machine:
         self.queue = deque[tuple[float, Callable[[], None]]]()
         self.parameters = Parameters(0, self.manifest.round.fragments)
         self.mechanism = Mechanism(self)
-        self.trainer = LocalTrainer(
+        self.trainer = make_loop(
             self.manifest, self.parameters, self.mechanism, Evaluation(public=lambda: 1.0)
         )
         self.saving = Saving(
@@ -171,7 +171,7 @@ class Mechanism:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    for module in (local, measuring, saving, budgets):
+    for module in (learner, loop, measuring, pacing, saving, timings, budgets):
         monkeypatch.setattr(module, "time", made)
     monkeypatch.setattr("xpeer.privacy.accountant.steps_within", lambda *given: given[-1])
     return made
@@ -200,7 +200,7 @@ def test_a_kill_at_any_moment_loses_a_window_or_a_hundredth_of_the_plan(
     machine = Machine(planned(steps), clock=clock, **costs)  # type: ignore[arg-type]
     machine.trainer.run(steps=steps)
     assert machine.trainer.counters.step == machine.ledger.steps_charged == steps
-    assert machine.trainer.permits.most == may_lose
+    assert machine.trainer.pacing.permits.most == may_lose
     assert machine.worst <= may_lose
     saving_s = machine.trainer.progress().seconds_saving
     assert saving_s == pytest.approx(machine.saves * costs["copy_s"])
@@ -270,11 +270,11 @@ def test_with_checkpoints_that_fail_two_windows_are_charged_and_no_more(
 def test_a_plan_without_steps_goes_by_what_the_budget_allows(clock: Clock) -> None:
     machine = Machine(msgspec.structs.replace(planned(1), end=End(seconds=5.0)), clock=clock)
     possible = machine.mechanism.budget.charged.possible
-    assert machine.trainer.permits.most == possible // 100
+    assert machine.trainer.pacing.permits.most == possible // 100
     machine.trainer.run(steps=1000)
-    assert machine.trainer.ended
+    assert machine.trainer.pacing.ended
     assert machine.ledger.steps_charged - machine.trainer.counters.step <= 1  # near the end: singly
-    assert isinstance(machine.trainer.permits, Permits)
+    assert isinstance(machine.trainer.pacing.permits, Permits)
 
 
 def test_a_ledger_that_fails_at_a_stop_costs_no_checkpoint(

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.training.test_local import NUM_PARAMS, trainer_with, unbounded
+from tests.unit.training.test_loop import NUM_PARAMS, trainer_with, unbounded
 from xpeer.errors import PeerError, Reason
 from xpeer.manifest import Round
 from xpeer.training.combine import Mean, TrimmedMean, make
 from xpeer.training.consolidation import consolidate
-from xpeer.training.local import LocalTrainer
+from xpeer.training.loop import TrainingLoop
 from xpeer.update import Form, PeerUpdate
 from xpeer.wire import codec
 
@@ -93,7 +93,7 @@ def test_too_few_partners_decide_nothing(trim: int, partners: int) -> None:
 # Through a trainer
 
 
-def peers_of(k: int, **changes: Any) -> list[LocalTrainer]:
+def peers_of(k: int, **changes: Any) -> list[TrainingLoop]:
     rules = Round(window_steps=4, fragments=1, codec="float32", group=k, **changes)
     peers = [trainer_with(seed=seed, round=rules) for seed in range(k)]
     for peer in peers:
@@ -101,7 +101,7 @@ def peers_of(k: int, **changes: Any) -> list[LocalTrainer]:
     return peers
 
 
-def meet(peers: list[LocalTrainer], attack: torch.Tensor, hostile: int) -> None:
+def meet(peers: list[TrainingLoop], attack: torch.Tensor, hostile: int) -> None:
     """All exchange with all; the hostile one sends what it likes."""
     form = Form("float32", attack.numel())
     sent = [

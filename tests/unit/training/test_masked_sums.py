@@ -7,22 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.training.test_local import NUM_PARAMS, trainer_with, unbounded
+from tests.unit.training.test_loop import NUM_PARAMS, trainer_with, unbounded
 from xpeer.errors import PeerError
 from xpeer.manifest import Round
 from xpeer.training.limits import CLIP_AFTER
-from xpeer.training.local import LocalTrainer
+from xpeer.training.loop import TrainingLoop
 from xpeer.update import Checked, Form, PeerUpdate
 from xpeer.wire import codec as wire_codec
 from xpeer.wire.fixedpoint import add_into, rings
 
 
-def masked_trainers(k: int, **changes: Any) -> list[LocalTrainer]:
+def masked_trainers(k: int, **changes: Any) -> list[TrainingLoop]:
     rules = Round(window_steps=4, fragments=1, masks=True, group=3, **changes)
     return [trainer_with(seed=seed, round=rules) for seed in range(k)]
 
 
-def masked_verify(peers: list[LocalTrainer]) -> list[Checked]:
+def masked_verify(peers: list[TrainingLoop]) -> list[Checked]:
     """Everybody's sum, as the group would make it without masks."""
     updates = []
     for peer in peers:
@@ -71,7 +71,7 @@ def test_a_masked_groups_difference_is_clipped_as_a_whole() -> None:
         assert not peer.exchanges.consolidation.now()
 
 
-def common_of(peer: LocalTrainer) -> torch.Tensor:
+def common_of(peer: TrainingLoop) -> torch.Tensor:
     out = torch.empty(NUM_PARAMS)
     peer.show(out)
     return out

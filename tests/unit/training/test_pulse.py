@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from tests.unit.training.test_local import mechanism_of, trainer_with
-from xpeer.training import local
-from xpeer.training.local import LocalTrainer
+from tests.unit.training.test_loop import mechanism_of, trainer_with
+from xpeer.training import loop
+from xpeer.training.loop import TrainingLoop
 from xpeer.training.pulse import Pulse, StepAbandonedError
 
 
-def stopped_in_a_step(trainer: LocalTrainer) -> list[int]:
+def stopped_in_a_step(trainer: TrainingLoop) -> list[int]:
     """Train until a stop in the middle of the third step; micro-batches of each step."""
     done: list[int] = []
-    real = trainer.mechanism.step_gradient
+    real = trainer.learner.mechanism.step_gradient
 
     def step() -> Any:
         done.append(0)
@@ -26,7 +26,7 @@ def stopped_in_a_step(trainer: LocalTrainer) -> list[int]:
             done[-1] += 1
         return real()
 
-    trainer.mechanism.step_gradient = step  # type: ignore[method-assign]
+    trainer.learner.mechanism.step_gradient = step  # type: ignore[method-assign]
     trainer.run()
     return done
 
@@ -39,12 +39,14 @@ def test_a_step_that_ends_soon_is_finished() -> None:
 
 
 def test_a_long_step_is_abandoned_and_stays_charged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "SHORT_S", 0.0)
+    monkeypatch.setattr(loop, "SHORT_S", 0.0)
     trainer = trainer_with()
     before = trainer.parameters.read()
     assert stopped_in_a_step(trainer) == [4, 4, 2]
     assert trainer.counters.step == 2
-    assert trainer.permits.left == mechanism_of(trainer).permitted - 1  # charged, and not taken
+    assert (
+        trainer.pacing.permits.left == mechanism_of(trainer).permitted - 1
+    )  # charged, and not taken
     assert not before.equal(trainer.parameters.read())
 
 

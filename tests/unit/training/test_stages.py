@@ -8,16 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.unit.training.test_local import taken, trainer_with
+from tests.unit.training.test_loop import taken, trainer_with
 from xpeer.errors import PeerError, Reason, TrainerError
-from xpeer.training.local import LocalTrainer
+from xpeer.training.loop import TrainingLoop
 from xpeer.training.stages import MAX_GROUP
 from xpeer.update import PeerUpdate, PrivateUpdate
 
 Act = Callable[[], object]
 
 
-def acts(trainer: LocalTrainer, private: PrivateUpdate, received: PeerUpdate) -> dict[str, Act]:
+def acts(trainer: TrainingLoop, private: PrivateUpdate, received: PeerUpdate) -> dict[str, Act]:
     """What may be done with meeting 1, by name."""
     exchanges = trainer.exchanges
     return {

@@ -20,9 +20,10 @@ from xpeer.identity import blake2b
 from xpeer.manifest import Codec, End, Manifest, Model, Optimiser, Privacy, PublicText, Round
 from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
-from xpeer.training import exchanges, local, measuring, stages
+from xpeer.training import exchanges, learner, loop, measuring, pacing, stages, timings
+from xpeer.training.assemble import make_loop
 from xpeer.training.fragments import Fragments
-from xpeer.training.local import LocalTrainer
+from xpeer.training.loop import TrainingLoop
 from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.stages import MAX_IN_FLIGHT
@@ -149,7 +150,7 @@ class NoJobs:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What the loop and its meetings take for the time."""
     made = Clock()
-    for module in (local, exchanges, measuring, stages):
+    for module in (exchanges, learner, loop, measuring, pacing, stages, timings):
         monkeypatch.setattr(module, "time", made)
     return made
 
@@ -174,10 +175,10 @@ def trainer_with(
     throttle: float = 1.0,
     awaiting: bool = False,
     **changes: Any,
-) -> LocalTrainer:
+) -> TrainingLoop:
     manifest = manifest_with(**changes)
     parameters = Parameters(seed, manifest.round.fragments)
-    return LocalTrainer(
+    return make_loop(
         manifest,
         parameters,
         FakeMechanism(parameters, budget),
@@ -187,37 +188,37 @@ def trainer_with(
     )
 
 
-def mechanism_of(trainer: LocalTrainer) -> FakeMechanism:
-    mechanism = trainer.mechanism
+def mechanism_of(trainer: TrainingLoop) -> FakeMechanism:
+    mechanism = trainer.learner.mechanism
     assert isinstance(mechanism, FakeMechanism)
     return mechanism
 
 
-def swap(a: LocalTrainer, b: LocalTrainer, exchange_id: int, fragment: int) -> None:
+def swap(a: TrainingLoop, b: TrainingLoop, exchange_id: int, fragment: int) -> None:
     """Snapshot both, verify both; merging is the caller's."""
     updates = [taken(t, exchange_id, fragment) for t in (a, b)]
     for trainer, update in ((a, updates[1]), (b, updates[0])):
         verify(trainer, exchange_id, update)
 
 
-def taken(trainer: LocalTrainer, meeting_id: int, fragment: int) -> CompressedUpdate:
+def taken(trainer: TrainingLoop, meeting_id: int, fragment: int) -> CompressedUpdate:
     private = trainer.snapshot(meeting_id, fragment, averaging=False)
     return trainer.exchanges.compress(meeting_id, private)
 
 
-def unbounded(trainer: LocalTrainer) -> None:
+def unbounded(trainer: TrainingLoop) -> None:
     """Unrelated models are farther apart than any that trained together."""
     for limits in trainer.exchanges._limits.values():
         for limit in limits:
             limit.limit = lambda *_, **__: math.inf  # type: ignore[method-assign]
 
 
-def verify(trainer: LocalTrainer, meeting_id: int, update: CompressedUpdate) -> Checked:
+def verify(trainer: TrainingLoop, meeting_id: int, update: CompressedUpdate) -> Checked:
     received = PeerUpdate(memoryview(update.payload), update.form, "")
     return trainer.exchanges.verify(meeting_id, 1, received)
 
 
-def merge(trainer: LocalTrainer, meeting_id: int) -> None:
+def merge(trainer: TrainingLoop, meeting_id: int) -> None:
     trainer.exchanges.resolve(meeting_id, {1: 0.5})
     trainer.merge(meeting_id)
 
@@ -523,7 +524,7 @@ def test_learning_rate_decays_to_its_final_share(schedule: Any, half: float, end
 # Aggregation rules in the loop
 
 
-def gradient_trainer(seed: int, end: End | None = None, **changes: Any) -> LocalTrainer:
+def gradient_trainer(seed: int, end: End | None = None, **changes: Any) -> TrainingLoop:
     rules = Round(rule="gradient", group=0, fragments=1, window_steps=2, **changes)
     optimiser = Optimiser(learning_rate=0.1, warmup_steps=0, schedule="constant")
     return trainer_with(seed=seed, round=rules, optimiser=optimiser, end=end or End())
@@ -544,14 +545,14 @@ def test_gradient_aggregation_is_one_step_on_the_mean_gradient() -> None:
         merge(trainer, 1)
         trainer._finish_gradient()
     reference.parameters.write_gradients((gradients[0] + gradients[1]) / 2)
-    for group in reference.optimiser.param_groups:
+    for group in reference.learner.optimiser.param_groups:
         group["lr"] = 0.1
-    reference.optimiser.step()
+    reference.learner.optimiser.step()
     for trainer in (a, b):
         assert torch.allclose(trainer.parameters.read(), reference.parameters.read(), atol=1e-6)
 
 
-def with_gradient(trainer: LocalTrainer, gradient: torch.Tensor) -> None:
+def with_gradient(trainer: TrainingLoop, gradient: torch.Tensor) -> None:
     mechanism, plain = mechanism_of(trainer), mechanism_of(trainer).step_gradient
 
     def step_gradient() -> Result:
@@ -569,7 +570,7 @@ def test_a_peer_that_nobody_meets_steps_with_its_own_gradient(clock: Clock) -> N
     trainer.run(steps=3)
     moved = (trainer.parameters.read() - before).abs()
     assert torch.allclose(moved, torch.full_like(moved, 0.1), atol=1e-3)  # AdamW's first step
-    assert trainer.seconds_blocked == 3.0
+    assert trainer.timings.blocked_s == 3.0
 
 
 def test_the_last_gradient_is_taken_before_the_end_is_told() -> None:
@@ -579,7 +580,7 @@ def test_the_last_gradient_is_taken_before_the_end_is_told() -> None:
     trainer.run(steps=100)
     assert states == ["closing"]
     assert mechanism_of(trainer).permitted == 0
-    assert trainer.optimiser.state[trainer.parameters.parameters()[0]]["step"] == 2  # type: ignore[index]
+    assert trainer.learner.optimiser.state[trainer.parameters.parameters()[0]]["step"] == 2  # type: ignore[index]
 
 
 def test_a_gradient_is_shown_only_when_its_window_is_complete() -> None:

@@ -1,0 +1,91 @@
+"""One step of training: gradient, optimiser, counters. Knows no partners."""
+
+from __future__ import annotations
+
+import time
+
+from xpeer.manifest import Manifest
+from xpeer.training.gradient_window import GradientWindow
+from xpeer.training.measuring import require_finite
+from xpeer.training.optimiser import make_optimiser
+from xpeer.training.parts import Mechanism, Parameters
+from xpeer.training.schedule import Counters, learning_rate
+
+
+class Learner:
+    """One peer's parameters, moments and counters. Belongs to the training thread.
+
+    Args:
+        manifest: of the swarm.
+        parameters: of the model.
+        mechanism: makes the gradients.
+        gradients: gathers them, where a window makes one step.
+        counters: how far training has come.
+
+    Attributes:
+        manifest, parameters, mechanism, gradients, counters: as given.
+        optimiser: of local steps; another one after `begin_at`.
+        loss: of the last step's batch; None until one was taken, or where the batch was empty.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        parameters: Parameters,
+        mechanism: Mechanism,
+        gradients: GradientWindow,
+        counters: Counters,
+    ) -> None:
+        self.manifest = manifest
+        self.parameters = parameters
+        self.mechanism = mechanism
+        self.gradients = gradients
+        self.counters = counters
+        self.optimiser = make_optimiser(manifest, parameters)
+        self.loss: float | None = None
+        self._stepped_at = 0.0
+        """When the last step was taken, monotonic s; 0 until one was."""
+
+    @property
+    def loss_age_s(self) -> float | None:
+        """Seconds since `loss`; None where there is none."""
+        return None if self.loss is None else time.monotonic() - self._stepped_at
+
+    def step(self) -> int:
+        """Use up a charged step; returns its tokens.
+
+        Raises:
+            StepAbandonedError: it was given up.
+            DivergedError: without privacy, the loss is no number.
+        """
+        rate = learning_rate(self.counters, self.manifest)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        result = self.mechanism.step_gradient()
+        # Under privacy, stopping on a private loss would reveal it.
+        if self.manifest.privacy.mode == "off":
+            require_finite(result.loss, self.counters)
+        if self.gradients.in_use:
+            self.gradients.add(self.parameters.read_gradients())
+        else:
+            self.optimiser.step()
+        self.loss, self._stepped_at = result.loss, time.monotonic()
+        self.counters.step += 1
+        self.counters.tokens += result.tokens
+        self.counters.clip_norm = result.clip_norm
+        return result.tokens
+
+    def take_window_step(self) -> None:
+        """The optimiser's step on the gradient that a window gathered."""
+        gradient = self.gradients.take()
+        if gradient is not None:
+            self.parameters.write_gradients(gradient)
+            self.optimiser.step()
+
+    def begin_at(self, step: int) -> None:
+        """The parameters are a donor's of that step: fresh moments, and a short warm-up."""
+        self.gradients.begin()
+        self.optimiser = make_optimiser(self.manifest, self.parameters)
+        self.counters.step = self.counters.moments_step = step
+        self.counters.window = step // self.manifest.round.window_steps
+        self.counters.joined = True

@@ -1,0 +1,387 @@
+"""The training loop of one peer. Knows nothing of processes, sockets or partners' addresses.
+
+    boundary: merge, snapshot, whatever was submitted    | the only moments at which
+    step:     private gradient, AdamW                    | anything touches the parameters
+
+Everything that other threads want from the parameters is a job that is carried out at the next
+boundary, and at once while no steps are taken. The loop never waits for the network: what it does
+wait for (the ledger's disk, at most) is counted in `seconds_blocked`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from xpeer.errors import LocalError, PeerError, Reason, TrainerError
+from xpeer.phase import Order, TrainerPhase
+from xpeer.status import Progress
+from xpeer.training.exchanges import Exchanges
+from xpeer.training.handover import copy_for_joiner, require_as_good, require_numbers
+from xpeer.training.learner import Learner
+from xpeer.training.measuring import Measurements, require_finite
+from xpeer.training.pacing import Pacing
+from xpeer.training.progress import progress_of
+from xpeer.training.pulse import Pulse, StepAbandonedError
+from xpeer.training.schedule import warmed_up
+from xpeer.training.timings import Timings
+from xpeer.update import PrivateUpdate
+
+SHORT_S: Final = 5.0
+"""A step that ends so soon after a stop is finished; a longer one is abandoned."""
+_LOOK_S: Final = 1.0
+_USE_UP_S: Final = 5.0
+"""A stop may take so long for steps that were charged."""
+_HELD_S: Final = 1.0
+"""Between two looks whether checkpoints can be written again."""
+_STOP: Final = object()
+"""The last job that is looked at."""
+
+logger = logging.getLogger("xpeer.training")
+
+
+class TrainingLoop:
+    """Steps and boundaries of one peer.
+
+    Args:
+        learner: takes the steps.
+        exchanges: meetings in flight.
+        pacing: says whether and when.
+        measurements: of the losses.
+        timings: where the time goes.
+        pulse: signs of life.
+        throttle: fraction of the time to compute in.
+        awaiting: the parameters are still to be imported; nothing is trained or sent before.
+
+    Attributes:
+        learner, exchanges, pacing, measurements, timings, pulse: as given.
+        manifest, parameters, counters: the learner's.
+        awaiting: True iff the parameters are those of chance.
+        carry_out: called with each job at a boundary; it must not raise but for bugs.
+        on_step: called after each step with the rest that follows, s.
+        on_state: called when `state` has changed.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        exchanges: Exchanges,
+        pacing: Pacing,
+        measurements: Measurements,
+        timings: Timings,
+        pulse: Pulse,
+        *,
+        throttle: float = 1.0,
+        awaiting: bool = False,
+    ) -> None:
+        self.learner = learner
+        self.exchanges = exchanges
+        self.pacing = pacing
+        self.measurements = measurements
+        self.timings = timings
+        self.pulse = pulse
+        self.manifest, self.parameters = learner.manifest, learner.parameters
+        self.counters = learner.counters
+        self.awaiting = awaiting
+        self.carry_out: Callable[[Any], None] = _nobody_asks
+        self.on_step: Callable[[float], None] = lambda _rest_s: None
+        self.on_state: Callable[[], None] = _nothing
+        self._gradients = learner.gradients
+        self._throttle = throttle
+        self._mode: Order = "train"
+        """What the daemon ordered last."""
+        self._stopping = False
+        """True iff the last job was looked at."""
+        self._jobs: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    # ---- what other threads may call -------------------------------------------------------
+
+    def submit(self, job: object) -> None:
+        """Have a job carried out on the training thread, at the next boundary."""
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """Let `run` return at the next boundary; a step that is far from its end is abandoned."""
+        self.pulse.end_step_within(SHORT_S)
+        self.submit(_STOP)
+
+    @property
+    def state(self) -> TrainerPhase:
+        """What the loop does now."""
+        if self._mode == "pause":
+            return "paused"
+        if self._mode == "mix" or self.awaiting:
+            return "mixing"
+        return "training" if self._gradients.due else self.pacing.state
+
+    def progress(self) -> Progress:
+        """The counters as `status` shows them."""
+        return progress_of(self.learner, self.exchanges, self.measurements, self.timings)
+
+    # ---- at a boundary ---------------------------------------------------------------------
+
+    def set_mode(self, mode: Order) -> None:
+        """Train, mix or pause from now on."""
+        before, self._mode = self.state, mode
+        if self.state != before:
+            self._change_state()
+
+    def require_parameters(self) -> None:
+        """Refuse while the parameters are those of chance.
+
+        Raises:
+            PeerError: they are still to be imported (NOT_READY).
+        """
+        if self.awaiting:
+            raise PeerError(Reason.NOT_READY, "the parameters have not been fetched yet")
+
+    def snapshot(self, meeting_id: int, fragment: int, *, averaging: bool) -> PrivateUpdate:
+        """A certified copy of a fragment.
+
+        Raises:
+            PeerError: there is nothing to send yet (NOT_READY), or as `Exchanges.take`.
+        """
+        self.require_parameters()
+        if self._gradients.in_use and not (averaging or self._gradients.due):
+            raise PeerError(Reason.NOT_READY, "the window's gradient is not complete")
+        step = self.counters.step
+        ramp = warmed_up(self.counters, self.manifest)
+        return self.exchanges.take(meeting_id, fragment, step, averaging=averaging, warmed_up=ramp)
+
+    def merge(self, meeting_id: int) -> None:
+        """Merge what was resolved, unless it was dropped."""
+        clipped = self.exchanges.merge(meeting_id, self.counters.step)
+        if clipped >= 0:
+            self.counters.merges += 1
+            self.counters.merges_clipped += clipped
+
+    def replace(
+        self, flat: torch.Tensor, step: int, at_most: float = math.inf
+    ) -> tuple[float, float]:
+        """Go on from a donor's parameters, with fresh moments and a short warm-up.
+
+        Args:
+            flat: (num_params,) float32, CPU.
+            step: of the donor; ours from now on, so that both end together.
+            at_most: public loss that they may have.
+
+        Returns:
+            Public loss before (NaN: there was nothing to measure) and after.
+
+        Raises:
+            PeerError: not finite (NOT_FINITE), worse than `at_most`, or than what we have
+                (REFUSED); ours stay.
+        """
+        require_numbers(flat)
+        before = math.nan if self.awaiting else self.public_loss()
+        require_as_good(flat, self.parameters, self.measurements, before, at_most)
+        self.parameters.write(flat)
+        self.exchanges.begin(behind=True)
+        self.learner.begin_at(step)
+        self.pacing.begin_at(step)
+        was, self.awaiting = self.state, False
+        after = self.measure()[0]
+        if self.state != was:
+            self._change_state()
+        return before, after
+
+    def show(self, out: torch.Tensor) -> Callable[[], float]:
+        """What a joiner is given; see `handover.copy_for_joiner`.
+
+        Raises:
+            PeerError: there is nothing to give yet (NOT_READY).
+        """
+        self.require_parameters()
+        parts = self.parameters, self.exchanges, self.measurements
+        return copy_for_joiner(out, *parts, self.public_loss)
+
+    def measure(self) -> tuple[float, float | None]:
+        """Public and held-out loss, measured now."""
+        return self.measurements.take(self.counters)
+
+    def public_loss(self) -> float:
+        """Loss on the public text, measured if need be."""
+        return self.measurements.fresh_public(self.counters)
+
+    # ---- the loop; one thread --------------------------------------------------------------
+
+    def run(self, steps: int | None = None) -> None:
+        """Train until stopped; or, without anybody to serve, at most so many steps.
+
+        Args:
+            steps: return after so many, or as soon as no more steps may be taken.
+
+        Raises:
+            LocalError: training diverged, or the ledger can't be written.
+        """
+        target = None if steps is None else self.counters.step + steps
+        self.pacing.restart_clock()
+        while True:
+            self._boundary()
+            if self._stopping:
+                self._use_up()
+                return
+            if target is not None and self.counters.step >= target:
+                return
+            if self.state == "training":
+                if self._gradients.due:
+                    self._finish_gradient()
+                else:
+                    self._step_and_rest()
+            elif target is not None:
+                return
+            else:
+                self._do(self._jobs.get())
+
+    def _boundary(self) -> None:
+        with self.timings.at_boundary():
+            while not self._stopping:
+                try:
+                    job = self._jobs.get_nowait()
+                except queue.Empty:
+                    break
+                self._do(job)
+
+    def _do(self, job: object) -> None:
+        if job is _STOP:
+            self._stopping = True
+        else:
+            self.carry_out(job)
+
+    def _change_state(self) -> None:
+        self.pacing.restart_clock()
+        self.on_state()
+
+    def _step_and_rest(self) -> None:
+        began, measured_s = time.monotonic(), self.measurements.seconds
+        if not self._permit():
+            return
+        try:
+            tokens = self._step()
+        except StepAbandonedError:
+            self.pacing.permits.left -= 1  # charged, and not taken
+            return
+        now = time.monotonic()
+        worked_s = self.timings.worked(now - began, tokens)
+        self.counters.seconds += worked_s
+        self._count_step(now)
+        worked_s += self.measurements.seconds - measured_s
+        throttle = self._throttle if self.state == "training" else 1.0
+        rest_s = self.timings.begin_rest(worked_s, throttle)
+        self.on_step(rest_s)
+        if self.state != "training":
+            self.on_state()
+        elif rest_s:
+            self._serve_for(rest_s)
+
+    def _permit(self) -> bool:
+        """Have a charged step; else say that the budget is spent, or wait a moment for the disk."""
+        permission = self.pacing.obtain_step()
+        if permission == "spent":
+            self._gradients.end_budget()
+            self.on_state()
+        elif permission == "held":
+            self._serve_for(_HELD_S)
+        return permission == "step"
+
+    def _step(self) -> int:
+        with self.timings.step():
+            tokens = self.learner.step()
+            self.pacing.permits.left -= 1
+        return tokens
+
+    def _count_step(self, now: float) -> None:
+        """A step was taken: at a window's end look at the losses."""
+        over = self.pacing.count_step(now)
+        if over or self.pacing.ended:  # what a short last window gathered counts, too
+            self._gradients.end_window()
+        if over:
+            self.measurements.at_window_end(self.counters)
+            require_finite(self.measurements.public, self.counters)
+        if not self._gradients.in_use:
+            self.pacing.permits.moved()
+
+    def _finish_gradient(self) -> None:
+        """Gradient aggregation: wait for the group's gradient, then take the window's step."""
+        with self.timings.waiting_for_the_group():
+            self._serve_for(
+                self.manifest.round.deadline_s,
+                lambda: self._gradients.averaged,
+                most_s=2 * _LOOK_S,
+            )
+        if self._stopping or self.state != "training":
+            return  # paused: the gradient stays due
+        self._take_window_step()
+        if self.pacing.state != "training":
+            self.on_state()
+
+    def _take_window_step(self) -> None:
+        self.learner.take_window_step()
+        self.pacing.permits.moved()
+
+    def _serve_for(
+        self, seconds: float, done: Callable[[], bool] = lambda: False, most_s: float = math.inf
+    ) -> None:
+        """Take no step for so long, or until done, or until something else is ordered.
+
+        Args:
+            seconds: by the clock.
+            done: looked at after every job.
+            most_s: that one look at the clock may count: while nothing ran (the process was
+                stopped, the machine suspended), nobody else could do anything either.
+        """
+        left = seconds
+        while left > 0 and not (self._stopping or done()) and self.state == "training":
+            began = time.monotonic()
+            try:
+                job = self._jobs.get(timeout=min(left, _LOOK_S))
+            except queue.Empty:
+                pass
+            else:
+                self._do(job)
+            left -= min(time.monotonic() - began, most_s)
+
+    # ---- the end ---------------------------------------------------------------------------
+
+    def _use_up(self) -> None:
+        """Take the steps that were charged, if that is quick: the next start charges its own."""
+        if self.awaiting:
+            return
+        self._take_the_rest()
+        if self._gradients.due:
+            self._take_window_step()
+
+    def _take_the_rest(self) -> None:
+        step_s, permits = self.timings.step_s, self.pacing.permits
+        if not step_s or self._gradients.due or self.pacing.budget_spent or self.pulse.late:
+            return
+        try:
+            rest = permits.rest(self.pacing.window_left)
+        except LocalError as e:  # what was taken is charged, and can be saved
+            logger.warning("charged steps were not used up: %s", e)
+            return
+        if rest * step_s > _USE_UP_S:
+            return
+        for _ in range(rest):
+            if self.pacing.ended or not self._permit():
+                break
+            try:
+                self._step()
+            except StepAbandonedError:
+                permits.left -= 1
+                break
+            self._count_step(time.monotonic())
+
+
+def _nothing() -> None:
+    return None
+
+
+def _nobody_asks(job: object) -> None:
+    raise TrainerError(f"nobody carries out {job}")
