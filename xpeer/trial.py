@@ -31,7 +31,8 @@ from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import delta_of, told_size
 from xpeer.training import checkpoint, model
-from xpeer.training.assemble import Assembled, assemble
+from xpeer.training.assembled import Assembled
+from xpeer.training.build import assemble
 from xpeer.training.initial import source_folders, trained_model
 from xpeer.training.kept import Source
 from xpeer.training.setup import TrainerSetup
@@ -137,16 +138,17 @@ def rehearse(
             if made.trainer.awaiting:  # a joiner's trial begins with any values
                 made.trainer.awaiting = False
             num_params = made.trainer.parameters.num_params
-            tell(f"  {_count(num_params)} parameters on {made.device}, {_since(began)}")
+            tell(f"  {_count(num_params)} parameters on {made.beginning.device}, {_since(began)}")
             step_s, tokens = _step(made, manifest, steps, tell)
             _exchange(made, manifest, tell)
             if export:
                 _save_and_export(made, manifest, setup, folder, tell)
         finally:
             made.close()
-        device = torch.device(made.device)
+        device = torch.device(made.beginning.device)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        return Trial(num_params, made.device, made.engine, step_s, tokens, _peak_rss(), peak)
+        names = made.beginning.device, made.mechanism.engine
+        return Trial(num_params, *names, step_s, tokens, _peak_rss(), peak)
 
 
 def _setup(manifest: Manifest, source: Home, config: NodeConfig, folder: Path) -> TrainerSetup:
@@ -211,7 +213,7 @@ def _step(made: Assembled, manifest: Manifest, steps: int, tell: Tell) -> tuple[
         began = time.monotonic()
         trainer.run(1)
         step_s = time.monotonic() - began
-        tell(f"one {private}step on public text ({made.engine}) ... {step_s:.2g} s")
+        tell(f"one {private}step on public text ({made.mechanism.engine}) ... {step_s:.2g} s")
         if trainer.counters.step <= number:
             raise LocalError("the trial took no step: the run ends before it begins", "see end.*")
     values = trainer.parameters.read()
@@ -275,7 +277,7 @@ def _save_and_export(
 ) -> None:
     """What is loaded after a restart, and what others load from an export, is what was trained."""
     began, home = time.monotonic(), Home(Path(setup.home))
-    made.capture()()
+    made.checkpoints.copy()()
     bundle, warnings = checkpoint.load_latest(home.checkpoints)
     if bundle is None:
         raise LocalError(f"no checkpoint could be read back: {warnings}", "check the disk")

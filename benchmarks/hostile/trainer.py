@@ -13,8 +13,8 @@ from benchmarks.hostile.attacks import ATTACK_VARIABLE, LATE, SHOWN, Shown
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.privacy.steps import Charged, StepResult
 from xpeer.status import PrivacySpent
-from xpeer.training import assemble as production
-from xpeer.training.assemble import Assembled
+from xpeer.training import build as production
+from xpeer.training.assembled import Assembled
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.main import main
 from xpeer.training.setup import TrainerSetup

@@ -21,8 +21,8 @@ from benchmarks.overlap.timeline import Row
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.privacy.steps import Charged, StepResult
 from xpeer.status import PrivacySpent
-from xpeer.training import assemble as production
-from xpeer.training.assemble import Assembled
+from xpeer.training import build as production
+from xpeer.training.assembled import Assembled
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.main import main
 from xpeer.training.measuring import Measurements
@@ -122,7 +122,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     """The production's trainer, with emulated steps."""
     assembled = production.assemble(setup)
     trainer, step_s = assembled.trainer, float(os.environ[STEP_VARIABLE])
-    timeline = assembled.home.path / TIMELINE
+    timeline = Path(setup.home) / TIMELINE
     mechanism = SleepingMechanism(assembled.mechanism, trainer, step_s, timeline)
     assembled.mechanism = trainer.learner.mechanism = mechanism
     trainer.measurements = Measurements(Evaluation(lambda: 1.0), trainer.manifest.round)

@@ -18,7 +18,8 @@ from xpeer import config
 from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.founding import load_credential
-from xpeer.training.assemble import Assembled, assemble
+from xpeer.training.assembled import Assembled
+from xpeer.training.build import assemble
 from xpeer.training.setup import TrainerSetup
 
 
@@ -58,7 +59,7 @@ def train(home: Path, steps: int) -> None:
     """Take steps and save a checkpoint."""
     node = assembled(home)
     node.trainer.run(steps)
-    node.capture()()
+    node.checkpoints.copy()()
     node.close()
 
 

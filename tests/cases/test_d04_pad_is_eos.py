@@ -13,7 +13,7 @@ from tests.cases.support import LOOPBACK, WORDS, model_folder, sets, tokenizer_f
 from xpeer.cli import main
 from xpeer.config import Home, load
 from xpeer.manifest import SignedManifest
-from xpeer.training.assemble import assemble
+from xpeer.training.build import assemble
 from xpeer.training.setup import TrainerSetup
 
 ROWS = [

@@ -96,24 +96,24 @@ def test_a_joiner_gets_what_is_frozen_and_refuses_anything_else(
     tokens, home = tokenizer_folder(tmp_path / "tokenizer"), tmp_path / "home"
     found_here(home, shard, "--model", model, "--tokenizer", tokens, fields=FIELDS)
     donor = assembled(home)
-    values = donor.frozen_values()
+    values = donor.frozen.read()
     assert values.numel() == (128 - 31) * 32
     donor.close()
     (home / "initial").rename(tmp_path / "aside")
     joiner = assembled(home, initial="awaited")
     assert joiner.trainer.parameters.num_params == donor.trainer.parameters.num_params
-    assert not torch.equal(joiner.frozen_values(), values)
+    assert not torch.equal(joiner.frozen.read(), values)
     with pytest.raises(PeerError, match="frozen values"):
-        joiner.replace_frozen(values + 1)
-    joiner.replace_frozen(values)
+        joiner.frozen.replace(values + 1)
+    joiner.frozen.replace(values)
     joiner.trainer.replace(donor.trainer.parameters.read(), 0)
-    joiner.capture()()
+    joiner.checkpoints.copy()()
     joiner.close()
     bundle, _ = checkpoint.load_latest(home / "checkpoints")
     assert bundle is not None
     assert torch.equal(bundle.frozen, values)
     resumed = assembled(home)
-    assert torch.equal(resumed.frozen_values(), values)
+    assert torch.equal(resumed.frozen.read(), values)
     resumed.close()
     written = weights(export(home, tmp_path / "out"))
     assert all(torch.equal(written[k], v) for k, v in weights(model).items())

@@ -100,7 +100,7 @@ FAULTS: dict[str, Fault] = {
 @pytest.fixture(scope="module", params=["off", "record"])
 def home_that_trained(request: pytest.FixtureRequest, tmp_path_factory: Any) -> TrainerSetup:
     """After two steps and a checkpoint."""
-    from xpeer.training.assemble import assemble
+    from xpeer.training.build import assemble
 
     torch.set_num_threads(1)  # two on a busy machine take ten times as long
     folder = tmp_path_factory.mktemp(request.param)
@@ -108,7 +108,7 @@ def home_that_trained(request: pytest.FixtureRequest, tmp_path_factory: Any) -> 
     setup = make_homes(folder, 1, privacy=request.param, changes=changes)[0]
     node = assemble(setup)
     node.trainer.run(steps=2)
-    node.capture()()
+    node.checkpoints.copy()()
     node.close()
     return setup
 
@@ -126,7 +126,7 @@ def setup(home_that_trained: TrainerSetup, tmp_path: Path) -> TrainerSetup:
 def test_without_its_text_a_trainer_serves_and_takes_no_step(
     setup: TrainerSetup, fault: Fault
 ) -> None:
-    from xpeer.training.assemble import assemble
+    from xpeer.training.build import assemble
 
     if fault is not half_a_line and "record" in setup.home:
         pytest.skip("the modes differ in stamps, not in how text is read")
@@ -137,34 +137,34 @@ def test_without_its_text_a_trainer_serves_and_takes_no_step(
     assert error.value.exit_code == 8
     node = assemble(setup)
     try:
-        assert node.text_problem == str(error.value)
+        assert node.beginning.text.problem == str(error.value)
         assert node.trainer.counters.step == 2
         node.trainer.set_mode("mix")
         charged = node.ledger.steps_charged
         private = node.trainer.snapshot(1, 0, averaging=True)
         assert private.stamp.steps_charged == charged
         assert node.ledger.steps_charged == charged
-        node.capture()()
+        node.checkpoints.copy()()
     finally:
         node.close()
 
 
 def test_it_goes_on_when_the_text_is_there_again(setup: TrainerSetup) -> None:
-    from xpeer.training.assemble import assemble
+    from xpeer.training.build import assemble
 
     if "record" in setup.home:
         pytest.skip("one mode will do")
     shard = Path(setup.config.data.shard[0])
     half_a_line(shard)
     node = assemble(setup)
-    assert node.look_again is not None
+    assert node.beginning.text.look_again is not None
     with pytest.raises(ConfigError):
-        node.look_again()
+        node.beginning.text.look_again()
     (shard / "x.jsonl").unlink()
-    node.look_again()
+    node.beginning.text.look_again()
     node.close()
     node = assemble(setup)
-    assert node.look_again is None
+    assert node.beginning.text.look_again is None
     node.trainer.run(steps=1)
     assert node.trainer.counters.step == 3
     node.close()
@@ -190,7 +190,7 @@ OTHERS: dict[str, Callable[[Home, Path], object]] = {
 def test_other_faults_end_the_start_with_or_without_text(
     setup: TrainerSetup, tmp_path: Path, broken: str, text: str
 ) -> None:
-    from xpeer.training.assemble import assemble
+    from xpeer.training.build import assemble
 
     if "record" not in setup.home:
         pytest.skip("one mode will do")
@@ -210,7 +210,7 @@ def test_other_faults_end_the_start_with_or_without_text(
 
 
 def test_a_setting_that_names_no_text_is_no_fault_of_the_text(setup: TrainerSetup) -> None:
-    from xpeer.training.assemble import assemble
+    from xpeer.training.build import assemble
 
     config = msgspec.structs.replace(setup.config, data=Data(shard=[]))
     with pytest.raises(ConfigError):

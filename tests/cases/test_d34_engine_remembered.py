@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.unit.training.homes import make_homes
-from xpeer.training.assemble import assemble
+from xpeer.training.build import assemble
 
 
 def test_the_choice_of_an_engine_outlives_a_restart(tmp_path: Path) -> None:
@@ -15,6 +15,6 @@ def test_the_choice_of_an_engine_outlives_a_restart(tmp_path: Path) -> None:
     told = []
     for _ in range(2):
         node = assemble(setup)
-        told.append((node.engine, node.spent().engine_reason))
+        told.append((node.mechanism.engine, node.spent().engine_reason))
         node.close()
     assert told[0] == told[1]

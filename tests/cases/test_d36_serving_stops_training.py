@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.unit.training.homes import make_homes
-from xpeer.training import assemble as assembling
+from xpeer.training import build as assembling
 from xpeer.training import worker as working
 from xpeer.training.answers import Losses, Progressed, Reply, StateExported
 from xpeer.training.arena import Arena

@@ -29,7 +29,7 @@ def test_a_whole_run(family: str, tmp_path: Path, shard: Path) -> None:
     found_here(home, shard, "--model", model)
     donor = assembled(home)
     donor.trainer.run(2)
-    donor.capture()()
+    donor.checkpoints.copy()()
     donor.close()
     resumed = assembled(home)
     assert resumed.trainer.counters.step == 2
@@ -41,10 +41,10 @@ def test_a_whole_run(family: str, tmp_path: Path, shard: Path) -> None:
     for name in ("manifest.json", "credential", "swarm.key", "config.toml"):
         (joiner / name).write_bytes((home / name).read_bytes())
     second = assembled(joiner, initial="awaited")
-    second.replace_frozen(resumed.frozen_values())
+    second.frozen.replace(resumed.frozen.read())
     _, measured = second.trainer.replace(resumed.trainer.parameters.read(), 2)
     assert measured == pytest.approx(public)
-    second.capture()()
+    second.checkpoints.copy()()
     second.close()
 
     loaded = AutoModelForCausalLM.from_pretrained(export(joiner, tmp_path / "out")).eval()

@@ -71,7 +71,7 @@ def test_a_trainer_goes_on_from_the_same_bytes(old: OldHome) -> None:
         "exp_avg": digest(first), "exp_avg_sq": digest(second),
     }  # fmt: skip
     assert found == {key: was[key] for key in found}
-    assert not node.warnings
+    assert not node.beginning.warnings
     assert node.ledger_counter() == old.expected["counter"]
     spent = node.spent()
     assert spent.steps_charged == account["steps_charged"]

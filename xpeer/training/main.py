@@ -25,7 +25,7 @@ from xpeer.training.channel import ChildChannel, LevelFormatter
 from xpeer.training.commands import Begin, Request, Stop
 
 if TYPE_CHECKING:
-    from xpeer.training.assemble import Assembled
+    from xpeer.training.assembled import Assembled
     from xpeer.training.server import Server
     from xpeer.training.setup import TrainerSetup
 
@@ -63,7 +63,7 @@ def main(assemble: Callable[[TrainerSetup], Assembled] | None = None) -> NoRetur
     """Train until told to stop.
 
     Args:
-        assemble: instead of `assemble.assemble`: where a benchmark puts in its own parts.
+        assemble: instead of `build.assemble`: where a benchmark puts in its own parts.
     """
     socket_fd, arena_fd, parent_pid = (int(argument) for argument in sys.argv[1:])
     _die_with(parent_pid)
@@ -98,7 +98,7 @@ def _train(
     # torch takes seconds to import; by now the receiver notices a daemon that is gone
     import torch  # noqa: PLC0415
 
-    from xpeer.training import assemble as production  # noqa: PLC0415
+    from xpeer.training import build as production  # noqa: PLC0415
     from xpeer.training.arena import Arena, Layout  # noqa: PLC0415
     from xpeer.training.server import serve  # noqa: PLC0415
 

@@ -11,7 +11,7 @@ from xpeer.errors import LocalError
 from xpeer.escape import without_words
 from xpeer.status import PrivacySpent
 from xpeer.training.answers import Ending, FromTrainer, LookedAtText, Progressed, Ready
-from xpeer.training.assemble import Assembled
+from xpeer.training.assembled import Assembled
 from xpeer.training.pulse import Pulse
 from xpeer.training.threads import Threads
 
@@ -50,26 +50,27 @@ class Reports:
     def ready(self) -> None:
         """The trainer can be asked from now on."""
         self.everything()  # first, so that the daemon has its counters when it is ready
-        made, loop = self._made, self._loop
+        made, loop, beginning = self._made, self._loop, self._made.beginning
+        text = beginning.text
         self.send(
             Ready(
                 num_params=loop.parameters.num_params,
                 num_fragments=loop.exchanges.fragments.num_fragments,
-                device=made.device,
-                engine=made.engine,
-                num_records=made.num_records,
+                device=beginning.device,
+                engine=made.mechanism.engine,
+                num_records=text.num_records,
                 step=loop.counters.step,
                 ledger_counter=made.ledger_counter(),
-                resumed=made.resumed,
-                corpus=made.corpus,
-                shard=made.shard,
-                notes=made.notes,
-                warnings=made.warnings,
-                text_problem=made.text_problem,
+                resumed=beginning.resumed,
+                corpus=text.corpus,
+                shard=text.shard,
+                notes=beginning.notes,
+                warnings=beginning.warnings,
+                text_problem=text.problem,
             )
         )
-        if made.look_again is not None:
-            arguments = made.look_again, self.send
+        if text.look_again is not None:
+            arguments = text.look_again, self.send
             threading.Thread(target=look_for_text, args=arguments, name="text", daemon=True).start()
 
     def after_step(self, rest_s: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from xpeer.errors import XpeerError
 from xpeer.training.answers import Reply, Result, Saved, SaveFailed, failure_of
 from xpeer.training.arena import Arena
-from xpeer.training.assemble import Assembled
+from xpeer.training.assembled import Assembled
 from xpeer.training.commands import Outcome, Request, Work
 from xpeer.training.reporting import Reports, Send
 from xpeer.training.saving import Saving
@@ -83,12 +83,12 @@ def serve(send: Send, arena: Arena, assembled: Assembled, checkpoint_every_s: fl
     loop = assembled.trainer
     saving = Saving(
         loop,
-        assembled.capture,
+        assembled.checkpoints.copy,
         lambda write: threads.submit("disk", write),
         lambda path, step: send(Saved(path, step)),
         lambda problem, step: send(SaveFailed(problem, step)),
         every_s=checkpoint_every_s,
-        resumed=assembled.resumed,
+        resumed=assembled.beginning.resumed,
     )
     worker = Worker(assembled, arena, saving, reports, threads)
     server = Server(send, worker, threads)

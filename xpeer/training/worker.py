@@ -12,7 +12,7 @@ import torch
 
 from xpeer.training.answers import Saved
 from xpeer.training.arena import Arena
-from xpeer.training.assemble import Assembled
+from xpeer.training.assembled import Assembled
 from xpeer.training.commands import NOBODY, Command, Request
 from xpeer.training.flat import digest
 from xpeer.training.reporting import Reports
@@ -76,7 +76,7 @@ class Worker:
         """
         trained, kept = self._state()
         finish = self.loop.show(trained)
-        kept.copy_(self._assembled.frozen_values())
+        kept.copy_(self._assembled.frozen.read())
         return finish
 
     def replace_state(self, step: int, at_most: float) -> tuple[float, float]:
@@ -93,7 +93,7 @@ class Worker:
             PeerError: as `loop.replace`, or the frozen ones are others (WRONG_MODEL).
         """
         trained, kept = self._state()
-        self._assembled.replace_frozen(kept)
+        self._assembled.frozen.replace(kept)
         return self.loop.replace(trained, step, at_most)
 
     def _state(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,8 @@ from xpeer.privacy.channels import CHANNELS
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import build_mechanism
 from xpeer.status import PrivacySpent, Progress
-from xpeer.training.assemble import Assembled, assemble
+from xpeer.training.assembled import Assembled
+from xpeer.training.build import assemble
 from xpeer.training.client import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import CompressedUpdate
@@ -210,7 +211,7 @@ def test_trainers_on_different_text_look_alike(tmp_path: Path, rule: str) -> Non
     nodes = [assemble(setup) for setup in shards(tmp_path, f"round.rule={rule}")]
     try:
         seen = [steps_of(node, 10) for node in nodes]
-        sizes = [node.num_records for node in nodes]
+        sizes = [node.beginning.text.num_records for node in nodes]
     finally:
         for node in nodes:
             node.close()

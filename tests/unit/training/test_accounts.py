@@ -9,9 +9,10 @@ import msgspec
 import pytest
 
 from tests.unit.training.homes import make_homes
-from xpeer.config import Data
+from xpeer.config import Data, Home
 from xpeer.errors import ConfigError
-from xpeer.training.assemble import Assembled, assemble
+from xpeer.training.assembled import Assembled
+from xpeer.training.build import assemble
 from xpeer.training.setup import TrainerSetup
 
 FEW = (
@@ -58,7 +59,7 @@ def test_the_same_text_in_another_home_or_swarm_goes_on(tmp_path: Path) -> None:
     goes_on = again.spent()
     assert goes_on.epsilon_spent >= spent.epsilon_spent
     assert goes_on.steps_left is not None
-    assert any("other homes of this machine" in note for note in again.notes)
+    assert any("other homes of this machine" in note for note in again.beginning.notes)
     again.close()
     # elsewhere on the machine: another register, a whole budget
     config = msgspec.structs.replace(
@@ -96,19 +97,19 @@ def test_two_homes_at_once_count_together(tmp_path: Path) -> None:
 def test_an_older_checkpoint_or_none_refunds_nothing(tmp_path: Path) -> None:
     (setup,) = make_homes(tmp_path, 1, privacy="record", changes=FEW)
     node = trained(setup, 4)
-    node.capture()()
+    node.checkpoints.copy()()
     spent = [node.spent()]
     node.close()
-    kept = tmp_path / "older"
-    shutil.copytree(node.home.checkpoints, kept)
+    kept, saved = tmp_path / "older", Home(Path(setup.home)).checkpoints
+    shutil.copytree(saved, kept)
     node = trained(setup, 8)
-    node.capture()()
+    node.checkpoints.copy()()
     spent.append(node.spent())
     node.close()
     for how in ("older", "none"):
-        shutil.rmtree(node.home.checkpoints)
+        shutil.rmtree(saved)
         if how == "older":
-            shutil.copytree(kept, node.home.checkpoints)
+            shutil.copytree(kept, saved)
         node = trained(setup, 0)
         spent.append(node.spent())
         node.close()
@@ -126,7 +127,7 @@ def test_a_ledger_from_before_the_register_goes_on(tmp_path: Path) -> None:
     shutil.rmtree(setup.config.privacy.register)
     node = trained(setup, 0)
     assert node.spent().epsilon_spent >= spent.epsilon_spent
-    assert any("lacked" in note for note in node.warnings)
+    assert any("lacked" in note for note in node.beginning.warnings)
     node.close()
 
 

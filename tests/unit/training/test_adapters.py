@@ -28,7 +28,7 @@ from xpeer.founding_model import PRESETS, LoraOptions, initial_model
 from xpeer.manifest import Lora, SignedManifest
 from xpeer.training import checkpoint
 from xpeer.training.adapters import adapt, merged
-from xpeer.training.assemble import assemble
+from xpeer.training.build import assemble
 from xpeer.training.client import TrainerProcess
 from xpeer.training.flat import digest, read_flat
 from xpeer.training.model import build, from_folder
@@ -146,7 +146,7 @@ def test_an_export_loads_in_peft_and_names_its_base(
     assembled.trainer.run(2)
     frozen = [p for p in assembled.model.parameters() if not p.requires_grad]
     assert all(torch.equal(x, y) for x, y in zip(base, frozen, strict=True))
-    assembled.capture()()
+    assembled.checkpoints.copy()()
     spent = assembled.spent()
     assembled.close()
     model = assembled.model.eval()

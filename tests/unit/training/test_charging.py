@@ -25,7 +25,7 @@ from xpeer.privacy.budget import Budget
 from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
 from xpeer.training import learner, loop, measuring, pacing, saving, timings
-from xpeer.training.assemble import make_loop
+from xpeer.training.build import make_loop
 from xpeer.training.charging import Permits
 from xpeer.training.parts import Evaluation
 from xpeer.training.saving import SHARE_SAVING, Saving

@@ -17,7 +17,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.training import commands, reporting
 from xpeer.training.answers import Result, Snapshotted, Written
 from xpeer.training.arena import Arena
-from xpeer.training.assemble import assemble
+from xpeer.training.build import assemble
 from xpeer.training.client import layout_of
 from xpeer.training.commands import (
     AddCorrection,

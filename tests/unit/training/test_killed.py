@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from tests.unit.training.homes import make_homes
+from xpeer.config import Home
 from xpeer.privacy.accountant import Segment, epsilon, epsilon_worst
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
-from xpeer.training.assemble import Assembled, assemble
+from xpeer.training.assembled import Assembled
+from xpeer.training.build import assemble
 from xpeer.training.setup import TrainerSetup
 
 SIGMA = 2.0
@@ -47,7 +49,7 @@ def live(setup: TrainerSetup, taken: Path, dies_at: int) -> None:
         while True:
             node.trainer.run(steps=2)
             count()
-            node.capture()()
+            node.checkpoints.copy()()
 
 
 @contextmanager
@@ -104,8 +106,8 @@ def test_killed_and_restored_again_and_again(tmp_path: Path, seed: int) -> None:
     (setup,) = make_homes(tmp_path, 1, privacy="record", changes=FEW)
     node = assemble(setup)  # a first checkpoint and charge
     node.trainer.run(steps=1)
-    node.capture()()
-    home = node.home
+    node.checkpoints.copy()()
+    home = Home(Path(setup.home))
     node.close()
     taken, older = tmp_path / "taken", tmp_path / "older"
     taken.write_bytes(b".")

@@ -21,7 +21,7 @@ from xpeer.manifest import Codec, End, Manifest, Model, Optimiser, Privacy, Publ
 from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
 from xpeer.training import exchanges, learner, loop, measuring, pacing, stages, timings
-from xpeer.training.assemble import make_loop
+from xpeer.training.build import make_loop
 from xpeer.training.fragments import Fragments
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.parts import Evaluation

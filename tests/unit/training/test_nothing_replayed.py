@@ -14,7 +14,7 @@ import torch
 from tests.unit.training.homes import make_homes
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.training import checkpoint
-from xpeer.training.assemble import assemble
+from xpeer.training.build import assemble
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
 from xpeer.training.tensorfile import read_tensors
@@ -46,7 +46,7 @@ def run(
         patch.setattr(os, "urandom", kept)
         node = assemble(setup)
         node.trainer.run(steps=3)
-        node.capture()()
+        node.checkpoints.copy()()
         node.close()
     return sampled, drawn
 

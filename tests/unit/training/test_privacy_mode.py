@@ -12,7 +12,7 @@ from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError, ExitCode, NotAuthorisedError
 from xpeer.manifest import SignedManifest
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism
-from xpeer.training.assemble import assemble
+from xpeer.training.build import assemble
 from xpeer.training.setup import TrainerSetup
 
 Mode = Literal["record", "off"]

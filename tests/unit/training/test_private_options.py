@@ -9,7 +9,7 @@ import pytest
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError
 from xpeer.privacy import accountant
-from xpeer.training.assemble import assemble
+from xpeer.training.build import assemble
 
 OPTIONS = (
     "privacy.unit=document",
@@ -25,7 +25,7 @@ OPTIONS = (
 def test_documents_are_counted_and_the_norm_survives(tmp_path: Path) -> None:
     (setup,) = make_homes(tmp_path, 1, privacy="record", changes=OPTIONS)
     first = assemble(setup)
-    assert first.num_records > 20  # of 12 documents less those held out
+    assert first.beginning.text.num_records > 20  # of 12 documents less those held out
     first.trainer.run(6)
     spent = first.mechanism.spent()
     assert spent.unit == "document"
@@ -37,7 +37,7 @@ def test_documents_are_counted_and_the_norm_survives(tmp_path: Path) -> None:
     assert 8 <= documents <= 11
     assert spent.delta == accountant.default_delta(round(documents))
     assert segment.noise_multiplier == spent.noise_multiplier  # no more than with a fixed norm
-    first.capture()()
+    first.checkpoints.copy()()
     first.close()
     again = assemble(setup)
     assert again.mechanism.spent().clip_norm == spent.clip_norm

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError
 from xpeer.training import shard
-from xpeer.training.assemble import assemble
+from xpeer.training.build import assemble
 from xpeer.training.documents import Document, document_of, load_documents
 from xpeer.training.shard import FILL, MIN_TOKENS, cut, load_records, split
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer
@@ -343,7 +343,7 @@ def test_the_trainer_tells_what_became_of_the_text(tmp_path: Path):
     (folder / "short.txt").write_text("short")
     node = assemble(setup)
     node.close()
-    assert node.shard.documents == 13
-    assert node.shard.left_out == {".docx": 1}
-    assert node.shard.too_short in (0, 1)  # or it is held out
-    assert "text: 1 file left out: .docx 1" in node.notes
+    assert node.beginning.text.shard.documents == 13
+    assert node.beginning.text.shard.left_out == {".docx": 1}
+    assert node.beginning.text.shard.too_short in (0, 1)  # or it is held out
+    assert "text: 1 file left out: .docx 1" in node.beginning.notes

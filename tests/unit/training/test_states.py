@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from tests.unit.training.homes import make_homes
-from xpeer.config import Data
+from xpeer.config import Data, Home
 from xpeer.errors import LocalError, ShardError
 from xpeer.training import reporting
 from xpeer.training.answers import Failure, LookedAtText, Reply
-from xpeer.training.assemble import Assembled, assemble
+from xpeer.training.assembled import Assembled
+from xpeer.training.build import assemble
 from xpeer.training.commands import Request, WriteCheckpoint
 from xpeer.training.reporting import look_for_text
 from xpeer.training.server import Server, serve
@@ -58,7 +59,7 @@ def test_who_awaits_parameters_saves_none(tmp_path: Path) -> None:
         (refused,) = channel.results()
         assert isinstance(refused, Failure)
         assert "not-ready" in str(refused).lower()
-        assert not list(node.home.checkpoints.glob("*"))
+        assert not list(Home(Path(setup.home)).checkpoints.glob("*"))
     finally:
         node.close()
 
@@ -82,7 +83,7 @@ class Machine:
     def train(self, home: int, steps: int) -> None:
         node = assemble(self.setups[home])
         node.trainer.run(steps=steps)
-        node.capture()()
+        node.checkpoints.copy()()
         node.close()
 
     def told(self) -> tuple[float, int, int]:
@@ -114,7 +115,6 @@ def a_lost_register(machine: Machine) -> None:
 def test_epsilon_is_the_same_with_and_without_the_text(
     tmp_path: Path, happens: Callable[[Machine], None]
 ) -> None:
-    from xpeer.config import Home
     from xpeer_daemon.start import beginning
 
     machine = Machine(tmp_path)
@@ -182,7 +182,7 @@ def test_a_node_without_text_knows_that_its_budget_is_spent(tmp_path: Path) -> N
     node = assemble(setup)
     node.trainer.run(steps=400)
     assert node.trainer.state == "budget-spent"
-    node.capture()()
+    node.checkpoints.copy()()
     node.close()
     shutil.rmtree(setup.config.data.shard[0])
     node = assemble(msgspec.structs.replace(setup, has_trained=True))
@@ -190,7 +190,7 @@ def test_a_node_without_text_knows_that_its_budget_is_spent(tmp_path: Path) -> N
         node.trainer.set_mode("train")
         assert node.trainer.state == "budget-spent"
         assert node.spent().steps_left == 0
-        assert node.text_problem
+        assert node.beginning.text.problem
     finally:
         node.close()
 
@@ -226,15 +226,16 @@ def test_the_gradients_of_a_short_last_window_are_used(
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    node = assemble(make_homes(tmp_path, 1)[0])
+    setup = make_homes(tmp_path, 1)[0]
+    node = assemble(setup)
     try:
         values = node.trainer.parameters.read()
         values[3] = torch.nan
         node.trainer.parameters.write(values)
-        write = node.capture()
+        write = node.checkpoints.copy()
         with pytest.raises(LocalError, match="not finite"):
             write()
-        assert not list(node.home.checkpoints.glob("*"))
+        assert not list(Home(Path(setup.home)).checkpoints.glob("*"))
     finally:
         node.close()
 
@@ -243,13 +244,13 @@ def test_a_damaged_checkpoint_saved_nothing(tmp_path: Path) -> None:
     from xpeer.config import NodeConfig
     from xpeer_daemon.ending import Ends
 
-    node = assemble(make_homes(tmp_path, 1)[0])
-    folder = node.home.checkpoints
-    ends = Ends(node.home, NodeConfig())
+    setup = make_homes(tmp_path, 1)[0]
+    node, home = assemble(setup), Home(Path(setup.home))
+    ends = Ends(home, NodeConfig())
     assert ends.last_saved() is None
-    node.capture()()
+    node.checkpoints.copy()()
     node.close()
-    (folder / "ckpt-000000100.safetensors").write_bytes(b"damaged")
+    (home.checkpoints / "ckpt-000000100.safetensors").write_bytes(b"damaged")
     saved = ends.last_saved()
     assert saved is not None
     assert saved[0] == 0

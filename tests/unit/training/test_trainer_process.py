@@ -25,7 +25,7 @@ from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason, TrainerError
 from xpeer.training import checkpoint
 from xpeer.training.answers import Snapshotted
-from xpeer.training.assemble import assemble
+from xpeer.training.build import assemble
 from xpeer.training.child import Event
 from xpeer.training.client import Progressed, Saved, SaveFailed, TrainerProcess
 from xpeer.training.commands import Drop, Snapshot

@@ -1,0 +1,353 @@
+"""Builds a trainer from files: manifest, text, checkpoint or initial model, ledger.
+
+For the trainer process, and for whoever trains without partners in its own process. `assemble` is
+the order of things; every function below it does one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from xpeer.config import Home, NodeConfig, privacy_register
+from xpeer.errors import ConfigError
+from xpeer.manifest import Manifest, SignedManifest
+from xpeer.privacy.idle import IdleMechanism
+from xpeer.privacy.ledger import Ledger
+from xpeer.privacy.mechanism import Mechanism, build_mechanism
+from xpeer.privacy.register import Register
+from xpeer.training import checkpoint, combine, frozen, parts, rules
+from xpeer.training.assembled import Assembled, Beginning, TextFacts
+from xpeer.training.capture import Capture, FrozenValues, Keeping
+from xpeer.training.checkpoint import Bundle, write_moments
+from xpeer.training.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
+from xpeer.training.documents import document_of
+from xpeer.training.exchanges import Exchanges
+from xpeer.training.flat import FlatParameters
+from xpeer.training.gradient_window import GradientWindow
+from xpeer.training.initial import model_of
+from xpeer.training.learner import Learner
+from xpeer.training.loop import TrainingLoop
+from xpeer.training.losses import choose_device, evaluate, record_losses
+from xpeer.training.measuring import Measurements
+from xpeer.training.model import check_fits
+from xpeer.training.pacing import Pacing
+from xpeer.training.parts import Evaluation, Parameters
+from xpeer.training.pulse import Pulse
+from xpeer.training.schedule import Counters
+from xpeer.training.setup import TrainerSetup
+from xpeer.training.shard import cut
+from xpeer.training.tensorfile import clear_staging
+from xpeer.training.text import Text, text_if_any, text_of
+from xpeer.training.timings import Timings
+from xpeer.training.tokenizer import Tokenizer, load_tokenizer
+from xpeer.wire import kernels
+from xpeer.wire.fixedpoint import grid_of
+
+PUBLIC_RECORDS: Final = 64
+"""Of the public text; evenly spread over it, the same at every peer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Swarm:
+    """What a trainer is to train for, and where it lives."""
+
+    setup: TrainerSetup
+    home: Home
+    manifest: Manifest
+    manifest_hash: str
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> NodeConfig:
+        """The operator's settings."""
+        return self.setup.config
+
+    @property
+    def private(self) -> bool:
+        """Whether steps are charged."""
+        return self.manifest.privacy.mode != "off"
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where training goes on from."""
+
+    saved: Bundle | None
+    """The newest checkpoint; None = this home's first start."""
+    model: torch.nn.Module
+    parameters: FlatParameters
+    ledger: Ledger
+    ledger_id: str
+    """What checkpoints demand; empty without privacy."""
+    counters: Counters
+    device: torch.device
+
+
+def assemble(setup: TrainerSetup) -> Assembled:
+    """Read everything, resume from the newest checkpoint if there is one.
+
+    Raises:
+        ConfigError: shard, tokenizer, model, device or checkpoint do not fit.
+        NotAuthorisedError: the manifest is not the swarm's.
+        LocalError: the ledger is damaged, or is not the checkpoint's.
+    """
+    _silence_progress_bars()
+    swarm = _open_swarm(setup)
+    text, problem = text_if_any(setup, swarm.manifest, swarm.tokenizer, swarm.home)
+    saved, warnings = _load_checkpoint(swarm.home)
+    start = _restore(swarm, saved)
+    notes, of_accounts = _declare(swarm, start.ledger, text, problem)
+    pulse = Pulse()
+    mechanism: Mechanism | IdleMechanism
+    if problem:
+        mechanism = _idle(swarm, start)
+        of_accounts += warnings_of_lost(mechanism.steps_behind)
+    else:
+        mechanism = _mechanism(swarm, start, text, pulse)
+    loop = _loop(swarm, start, mechanism, text.held_out, pulse)
+    if loop.pacing.ended:  # it takes no step anyway
+        problem = ""
+    elif isinstance(mechanism, IdleMechanism):
+        loop.pacing.begin_idle(budget_spent=mechanism.spent().steps_left == 0)
+    beginning = Beginning(
+        device=str(start.device),
+        resumed=saved is not None,
+        text=_facts(swarm, text, problem),
+        notes=[*(f"text: {line}" for line in text.shard.lines()), *notes, *mechanism.notes],
+        warnings=warnings + of_accounts,
+        steps_forfeited=_forfeited(start.counters, saved, start.ledger) if swarm.private else 0,
+    )
+    return _assembled(swarm, start, loop, mechanism, beginning)
+
+
+def _open_swarm(setup: TrainerSetup) -> _Swarm:
+    """Manifest and tokenizer."""
+    config = setup.config
+    signed = SignedManifest.load(Path(setup.manifest_path))
+    manifest = signed.open(setup.swarm_id)
+    manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
+    tokenizer = load_tokenizer(
+        manifest.tokenizer, config.data.tokenizer, base_model=config.data.base_model
+    )
+    digest = signed.genesis.manifest_hash.hex()
+    return _Swarm(setup, Home(Path(setup.home)), manifest, digest, tokenizer)
+
+
+def _load_checkpoint(home: Home) -> tuple[Bundle | None, list[str]]:
+    """The newest that can be read, and which can't."""
+    for folder in (home.checkpoints, home.cache):
+        clear_staging(folder)
+    return checkpoint.load_latest(home.checkpoints)
+
+
+def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
+    """The model with the parameters of the checkpoint, and the ledger that it demands."""
+    manifest = swarm.manifest
+    device = choose_device(swarm.config.training.device)
+    fresh = saved is None and swarm.setup.initial == "initial"
+    model = _model(swarm, device, fresh=fresh)
+    parameters = FlatParameters(model, manifest.round.fragments)
+    if parameters.num_params != manifest.model.num_params:
+        raise ConfigError(
+            f"the model has {parameters.num_params} parameters, the manifest "
+            f"{manifest.model.num_params}",
+            "use the transformers version that the founder used",
+        )
+    demanded = (saved.ledger_id or None) if saved else None
+    ledger = Ledger.open(swarm.home.ledger_db, must_exist=demanded)
+    ledger_id = ledger.id if swarm.private else ""
+    counters = Counters()
+    if saved is not None:
+        saved.require(swarm.manifest_hash, ledger_id, parameters.num_params)
+        parameters.write(saved.flat)
+        frozen.restore(model, manifest.model.frozen, saved.frozen)
+        counters = Counters.from_dict(saved.counters)
+    return _Start(saved, model, parameters, ledger, ledger_id, counters, device)
+
+
+def _model(swarm: _Swarm, device: torch.device, *, fresh: bool) -> torch.nn.Module:
+    """On its device; with the initial parameters, or with those of chance."""
+    config, manifest = swarm.config, swarm.manifest
+    kernels.configure(compile=config.training.compile_codec)
+    model = model_of(manifest, swarm.home, config.data.base_model, fresh=fresh).to(device)
+    check_fits(model, swarm.tokenizer.vocab_size, manifest.optimiser.sequence_tokens)
+    return model
+
+
+def _declare(
+    swarm: _Swarm, ledger: Ledger, text: Text, problem: str
+) -> tuple[list[str], list[str]]:
+    """Name the text's documents to the ledger; notes and warnings about their accounts."""
+    if not swarm.private or problem:
+        return [], []
+    joined = declare_documents(ledger, swarm.setup, swarm.manifest, text)
+    return notes_of(joined, ledger), warnings_of(joined)
+
+
+def _idle(swarm: _Swarm, start: _Start) -> IdleMechanism:
+    """Takes no step, and has the machine's register asked what the missing text was charged."""
+    register = Register.open(privacy_register(swarm.config)) if swarm.private else None
+    seen = start.saved.seen if start.saved is not None else None
+    return IdleMechanism(swarm.manifest, swarm.setup.swarm_id, start.ledger, register, seen)
+
+
+def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechanism:
+    """Makes the gradients."""
+    return build_mechanism(
+        swarm.manifest,
+        start.model,
+        text.records,
+        pulse.before(record_losses),
+        start.ledger,
+        micro_batch=swarm.config.training.micro_batch,
+        seen=start.saved.seen if start.saved is not None else None,
+        owners=text.owners,
+        generator=swarm.config.privacy.generator,
+        clip_norm=start.counters.clip_norm,
+        cache=swarm.home.cache,
+    )
+
+
+def _loop(
+    swarm: _Swarm, start: _Start, mechanism: Mechanism, held_out: torch.Tensor, pulse: Pulse
+) -> TrainingLoop:
+    """The loop, with what rule and optimiser knew."""
+    saved = start.saved
+    loop = make_loop(
+        swarm.manifest,
+        start.parameters,
+        mechanism,
+        _evaluation(swarm, start.model, held_out, pulse.beat),
+        counters=start.counters,
+        pulse=pulse,
+        throttle=swarm.config.training.throttle,
+        awaiting=saved is None and swarm.setup.initial == "awaited",
+    )
+    if saved is not None:
+        loop.exchanges.restore(saved.rule)
+        write_moments(
+            loop.learner.optimiser,
+            start.parameters.parameters(),
+            saved.exp_avg,
+            saved.exp_avg_sq,
+            saved.optimiser_step,
+        )
+    return loop
+
+
+def make_loop(
+    manifest: Manifest,
+    parameters: Parameters,
+    mechanism: parts.Mechanism,
+    evaluation: Evaluation,
+    *,
+    counters: Counters | None = None,
+    pulse: Pulse | None = None,
+    throttle: float = 1.0,
+    awaiting: bool = False,
+) -> TrainingLoop:
+    """A loop and its parts.
+
+    Args:
+        manifest: of the swarm.
+        parameters: of the model.
+        mechanism: makes the gradients.
+        evaluation: measures the losses.
+        counters: of a checkpoint; None = begin at zero.
+        pulse: signs of life of this process.
+        throttle: fraction of the time to compute in.
+        awaiting: the parameters are still to be imported; nothing is trained or sent before.
+    """
+    counters = Counters() if counters is None else counters
+    timings, rule = Timings(), rules.make(manifest.round)
+    exchanges = Exchanges(
+        parameters,
+        manifest.round.codec,
+        mechanism,
+        rule,
+        grid_of(manifest.round),
+        combine.make(manifest.round),
+    )
+    exchanges.begin()
+    return TrainingLoop(
+        Learner(manifest, parameters, mechanism, GradientWindow(rule), counters),
+        exchanges,
+        Pacing(manifest, mechanism, counters, timings),
+        Measurements(evaluation, manifest.round),
+        timings,
+        pulse or Pulse(),
+        throttle=throttle,
+        awaiting=awaiting,
+    )
+
+
+def _facts(swarm: _Swarm, text: Text, problem: str) -> TextFacts:
+    given = swarm.setup, swarm.manifest, swarm.tokenizer, swarm.home
+    return TextFacts(
+        num_records=len(text.records),
+        corpus=text.share,
+        shard=text.shard,
+        problem=problem,
+        look_again=partial(text_of, *given) if problem else None,
+    )
+
+
+def _assembled(
+    swarm: _Swarm, start: _Start, loop: TrainingLoop, mechanism: Mechanism, beginning: Beginning
+) -> Assembled:
+    """All of it, and its checkpoints."""
+    frozen_values = FrozenValues(start.model, swarm.manifest.model.frozen)
+    keep = swarm.config.checkpoint.keep
+    keeping = Keeping(swarm.home.checkpoints, keep, start.ledger_id, swarm.manifest_hash)
+    return Assembled(
+        trainer=loop,
+        mechanism=mechanism,
+        ledger=start.ledger,
+        model=start.model,
+        tokenizer=swarm.tokenizer,
+        frozen=frozen_values,
+        checkpoints=Capture(loop, mechanism, frozen_values, keeping),
+        beginning=beginning,
+    )
+
+
+def _forfeited(counters: Counters, saved: Bundle | None, ledger: Ledger) -> int:
+    """Charges of this home that are not behind the parameters it goes on from."""
+    if saved is not None and "charges_used" not in saved.counters:  # of an earlier version
+        steps = counters.step - (counters.moments_step if counters.joined else 0)
+        counters.charges_used = min(steps, ledger.steps_charged)
+    return max(0, ledger.steps_charged - counters.charges_used)
+
+
+def _evaluation(
+    swarm: _Swarm, model: torch.nn.Module, held_out: torch.Tensor, beat: Callable[[], None]
+) -> Evaluation:
+    """Measures on the public text, and on what is held out of the shard."""
+    manifest = swarm.manifest
+    document = document_of(manifest.public_text.text, "public text")
+    length = manifest.optimiser.sequence_tokens
+    public = _spread(cut([document], swarm.tokenizer, length), PUBLIC_RECORDS)
+    private = _spread(held_out, swarm.config.training.validation_records)
+    return Evaluation(
+        public=lambda: evaluate(model, public, told=beat),
+        validation=(lambda: evaluate(model, private, told=beat)) if len(private) else None,
+    )
+
+
+def _spread(records: torch.Tensor, at_most: int) -> torch.Tensor:
+    """Evenly spread rows."""
+    if len(records) <= at_most:
+        return records
+    return records[torch.linspace(0, len(records) - 1, at_most).long()]
+
+
+def _silence_progress_bars() -> None:
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415 - takes seconds
+
+    disable_progress_bar()

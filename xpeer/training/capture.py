@@ -1,0 +1,132 @@
+"""Copies of what a checkpoint holds: taken at step boundaries, written on another thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.manifest import Frozen
+from xpeer.privacy.mechanism import Mechanism
+from xpeer.training import checkpoint, frozen
+from xpeer.training.buffers import Buffers
+from xpeer.training.checkpoint import Bundle, read_moments
+from xpeer.training.consolidation import Shown, consolidate, packed
+from xpeer.training.loop import TrainingLoop
+
+
+class FrozenValues:
+    """What of the model no text reaches.
+
+    Args:
+        model: that holds them.
+        which: the manifest's; None = there are none.
+    """
+
+    def __init__(self, model: torch.nn.Module, which: Frozen | None) -> None:
+        self._model = model
+        self._which = which
+        self._copy: torch.Tensor | None = None
+        """None until it is first asked for, and after `replace`."""
+
+    def read(self) -> torch.Tensor:
+        """(n,) float32, CPU; not to be written to."""
+        if self._copy is None:
+            self._copy = frozen.values(self._model, self._which)
+        return self._copy
+
+    def replace(self, flat: torch.Tensor) -> None:
+        """Take a donor's.
+
+        Raises:
+            PeerError: not those that the manifest means (WRONG_MODEL); ours stay.
+        """
+        try:
+            frozen.restore(self._model, self._which, flat)
+            self._copy = None
+        except LocalError as e:
+            raise PeerError(Reason.WRONG_MODEL, e.problem) from e
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Where checkpoints go, and whose they are."""
+
+    folder: Path
+    keep: int
+    """How many of them stay."""
+    ledger_id: str
+    """What they demand at the next start; empty without privacy."""
+    manifest_hash: str
+
+
+class Capture:
+    """Takes the copies.
+
+    Args:
+        loop: whose parameters, moments and counters they hold.
+        mechanism: knows which records were seen.
+        frozen_values: of the model.
+        keeping: where they go.
+    """
+
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        mechanism: Mechanism,
+        frozen_values: FrozenValues,
+        keeping: Keeping,
+    ) -> None:
+        self._loop = loop
+        self._mechanism = mechanism
+        self._frozen = frozen_values
+        self._keeping = keeping
+        self._buffers = Buffers(3)
+
+    def copy(self) -> Callable[[], str]:
+        """At a boundary: copy everything a checkpoint holds.
+
+        Returns:
+            To be called on any thread: writes it; its path.
+        """
+        loop = self._loop
+        trained = list(loop.parameters.parameters())
+        flat, *moments = (self._buffers.take(loop.parameters.num_params) for _ in range(3))
+        exp_avg, exp_avg_sq, optimiser_step = read_moments(
+            loop.learner.optimiser, trained, (moments[0], moments[1])
+        )
+        bundle = Bundle(
+            flat=loop.parameters.read(flat),
+            exp_avg=exp_avg,
+            exp_avg_sq=exp_avg_sq,
+            optimiser_step=optimiser_step,
+            rule={name: value.clone() for name, value in loop.exchanges.state().items()},
+            seen=self._mechanism.seen,
+            frozen=self._frozen.read(),
+            counters=loop.counters.to_dict(),
+            ledger_id=self._keeping.ledger_id,
+            manifest_hash=self._keeping.manifest_hash,
+        )
+        received = loop.exchanges.consolidation.now()
+        return lambda: self._write(bundle, received)
+
+    def _write(self, bundle: Bundle, received: dict[int, tuple[Shown, ...]]) -> str:
+        if not bool(torch.isfinite(bundle.flat).all()):
+            raise LocalError(
+                f"the parameters of step {bundle.step} are not finite: they are not saved",
+                "training diverged; the checkpoint before is kept",
+            )
+        own = bundle.flat, bundle.exp_avg, bundle.exp_avg_sq
+        if received:
+            averaged = consolidate(bundle.flat, self._loop.exchanges.fragments, received)
+            bundle = replace(bundle, consolidation=packed(bundle.flat, averaged))
+        pulse = self._loop.pulse
+        pulse.beat()
+        folder, keep = self._keeping.folder, self._keeping.keep
+        path = str(checkpoint.save(folder, bundle, keep=keep, told=pulse.wrote))
+        for tensor in own:  # the next checkpoint stops the training for a fraction of the time
+            self._buffers.give(tensor)
+        return path

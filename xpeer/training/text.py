@@ -1,0 +1,87 @@
+"""The text that a node trains on, read, divided and cut into records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from xpeer.config import Home
+from xpeer.errors import ShardError
+from xpeer.manifest import Manifest
+from xpeer.status import CorpusShare, ShardSummary
+from xpeer.training.documents import read_shard
+from xpeer.training.partition import divide, refuse_other
+from xpeer.training.setup import TrainerSetup
+from xpeer.training.shard import load_owned_records, load_records, split
+from xpeer.training.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a node trains on."""
+
+    records: torch.Tensor  # (n, T) int64
+    owners: torch.Tensor  # (n,) int64: the number of each record's document
+    documents: list[str]
+    """Ids; of pieces those of the whole."""
+    held_out: torch.Tensor  # (m, T) int64
+    shard: ShardSummary
+    share: CorpusShare | None
+    """Of a shared corpus."""
+
+
+def text_if_any(
+    setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home
+) -> tuple[Text, str]:
+    """The text; or none, and why, where that may pass.
+
+    Raises:
+        ShardError: this home has never trained, or names no text at all.
+    """
+    try:
+        return text_of(setup, manifest, tokenizer, home), ""
+    except ShardError as e:
+        data = setup.config.data
+        if not (setup.has_trained and (data.corpus or data.shard)):
+            raise
+        empty = torch.empty((0, manifest.optimiser.sequence_tokens), dtype=torch.int64)
+        return Text(empty, empty[:, 0], [], empty, ShardSummary(), None), str(e)
+
+
+def text_of(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home) -> Text:
+    """The shard, or this node's part of the corpus, as the trainer reads it.
+
+    Args:
+        setup: names the files.
+        manifest: of the swarm.
+        tokenizer: of the swarm.
+        home: whose cache is used.
+
+    Raises:
+        ShardError: there is no text, or it can't be read.
+    """
+    data, shared = setup.config.data, manifest.shared_corpus
+    patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
+    found = read_shard(patterns, data.text_field, setting)
+    documents = found.documents
+    if shared:
+        refuse_other(shared, documents)
+    training, held_out = split(documents, data.validation_share, data.split)
+    share = None
+    if shared:
+        # held out before it is shared: what one member measures on, none trains on
+        training, share = divide(training, manifest, setup.members, setup.peer_id)
+    length = manifest.optimiser.sequence_tokens
+    records, owners = load_owned_records(training, tokenizer, length, home.cache)
+    if share is not None:
+        share = msgspec.structs.replace(share, tokens=int((records >= 0).sum()))
+    try:
+        validation = load_records(held_out, tokenizer, length, home.cache)
+    except ShardError:  # a single document, or too little held out for one record
+        validation = records[:0]
+    ids = [document.whole or document.id for document in training]
+    too_short = len(training) - len(set(owners.tolist()))
+    summary = msgspec.structs.replace(found.summary, too_short=too_short)
+    return Text(records, owners, ids, validation, summary, share)
