@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.identity import Domain, Identity, blake2b, verify_with
+from xpeer.policies import RULES, RuleName, RulePolicy
 
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
@@ -130,9 +131,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     """F: the parameters are exchanged in so many parts, F of them a window; 1 = all at once."""
     codec: Codec = "int8"
     """int4 and int2 round stochastically."""
-    rule: Literal[
-        "gossip", "fedavg", "dynamic", "asynchronous", "gradient", "diloco", "noloco", "gasloc"
-    ] = "gossip"
+    rule: RuleName = "gossip"
     """What is made of what a group exchanged: see `xpeer/training/rules`."""
     combiner: Literal["mean", "trimmed-mean"] = "mean"
     """How the values of a group become one: see `xpeer/training/combine.py`."""
@@ -169,22 +168,12 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
         if self.group == 1:
             raise ValueError("round.group = 1 meets nobody: use 2 to 8, or 0 for all")
         self._check_combiner()
-        if self.rule == "asynchronous" and self.group != 2:
-            raise ValueError("round.rule = asynchronous meets in pairs: set round.group = 2")
-        if self.rule == "diloco" and self.group != 0:
-            raise ValueError(
-                "round.rule = diloco needs everybody in one group: set round.group = 0, "
-                "or round.rule = noloco for smaller ones"
-            )
-        if self.rule == "gradient" and (self.fragments, self.group) != (1, 0):
-            raise ValueError(
-                "round.rule = gradient exchanges all of the gradient with everybody: "
-                "set round.fragments = 1 and round.group = 0"
-            )
+        if not self.policy.fits(self.group, self.fragments):
+            raise ValueError(self.policy.misfit)
         if self.masks:
             self._check_masks()
         outer = (self.outer_rate, self.outer_momentum, self.consensus_rate)
-        if outer != (None, None, None) and self.rule not in ("diloco", "noloco", "gasloc"):
+        if outer != (None, None, None) and self.policy.outer is None:
             raise ValueError(
                 f"round.rule = {self.rule} has no outer optimiser: leave round.outer_rate, "
                 "round.outer_momentum and round.consensus_rate unset"
@@ -203,12 +192,12 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
                 "round.combiner = trimmed-mean compares the values of single members, which "
                 "round.masks = true hides: set one of them back"
             )
-        if self.rule == "asynchronous":
+        if not self.policy.uses_slots:
             raise ValueError(
-                "round.rule = asynchronous meets in pairs, of which round.combiner = trimmed-mean "
+                f"round.rule = {self.rule} meets in pairs, of which round.combiner = trimmed-mean "
                 "leaves nothing: set round.rule = gossip"
             )
-        if self.rule in ("fedavg", "dynamic"):
+        if self.policy.weighting != "equal":
             raise ValueError(
                 f"round.rule = {self.rule} weights members by what they declare, and "
                 "round.combiner = trimmed-mean counts all alike: set round.rule = gossip"
@@ -228,7 +217,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
         return 2 * self.trim + 1 if self.combiner == "trimmed-mean" else 2
 
     def _check_masks(self) -> None:
-        if self.rule != "gossip":
+        if not self.policy.needs_only_sum:
             raise ValueError(
                 f"round.masks = true shows nothing but a group's plain sum, and round.rule = "
                 f"{self.rule} asks for more: set round.rule = gossip, or round.masks = false"
@@ -238,6 +227,11 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
                 f"round.masks = true hides nothing with round.group = {self.group}: "
                 "set round.group = 3 to 8, or round.masks = false"
             )
+
+    @property
+    def policy(self) -> RulePolicy:
+        """What `rule` asks of those who match, schedule, charge and send for it."""
+        return RULES[self.rule]
 
     @property
     def payload_codec(self) -> str:

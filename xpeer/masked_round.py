@@ -35,10 +35,10 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network.exchange import Agreement, UnresolvedError
 from xpeer.network.link import RefusedError
+from xpeer.policies import Weighting
 from xpeer.privacy import masks
 from xpeer.round import Exchanged, Gathering, Given, Trainer
 from xpeer.update import Checked, CompressedUpdate, MaskedUpdate, PeerUpdate
-from xpeer.weights import Weighting
 from xpeer.wire import fixedpoint
 from xpeer.wire.messages import MaskStep
 

@@ -28,8 +28,9 @@ from typing import Protocol, TypedDict, Unpack
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network.exchange import Agreement
+from xpeer.policies import Weighting
 from xpeer.update import Checked, CompressedUpdate, PeerUpdate
-from xpeer.weights import Weighting, of_pair
+from xpeer.weights import of_pair
 
 
 class Trainer(Protocol):

@@ -13,12 +13,11 @@ Nobody's word outweighs everybody else: shares are bounded. What is declared may
 from __future__ import annotations
 
 import math
-from typing import Final, Literal
+from typing import Final
 
 from xpeer.errors import PeerError, Reason
+from xpeer.policies import Weighting
 from xpeer.wire.messages import Terms
-
-Weighting = Literal["equal", "tokens", "quality"]
 
 WEIGHT_BOUNDS: Final = 1e-3, 1e3
 """Of declared tokens per second, relative."""
@@ -27,13 +26,6 @@ QUALITY_SHARES: Final = 0.25, 0.75
 """Narrower: a loss is easier to invent than tokens, which a roster shows over time."""
 QUALITY_SLOPE: Final = 10.0
 """Per nat: a model that is better by 0.1 nats on the public text gets 0.73 of a pair."""
-
-
-def weighting_of(rule: str) -> Weighting:
-    """What a rule of the manifest weights by."""
-    if rule == "fedavg":
-        return "tokens"
-    return "quality" if rule == "dynamic" else "equal"
 
 
 def of_pair(weighting: Weighting, ours: Terms, theirs: Terms) -> float:

@@ -16,6 +16,7 @@ from benchmarks.simulator import corpora
 from xpeer.founding_model import PRESETS
 from xpeer.identity import blake2b
 from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText, Round
+from xpeer.policies import RULES
 from xpeer.training.flat import read_flat
 from xpeer.training.losses import record_losses
 from xpeer.training.model import build
@@ -128,7 +129,7 @@ def manifest_of(
             sequence_tokens=RECORD_TOKENS,
         ),
         round=Round(rule=rule, fragments=FRAGMENTS, window_steps=WINDOW_STEPS)
-        if rule == "gossip"
+        if not RULES[rule].waits
         else Round(rule=rule, fragments=1, group=0, window_steps=1, codec="float32"),
         privacy=privacy,
         public_text=PublicText(digest=blake2b(b"").hex(), text=""),

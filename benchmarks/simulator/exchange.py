@@ -84,7 +84,7 @@ class Exchange:
             for rule in self._rules
         ]
         self._chance = random.Random(run.seed)
-        self._weighting = weights.weighting_of(run.manifest().round.rule)
+        self._weighting = run.manifest().round.policy.weighting
         self._speeds = [1 / slow for slow in run.slowness] or [1.0] * run.peers
         self._public = public
         for fragment in range(run.fragments):

@@ -19,7 +19,6 @@ from xpeer.manifest import Manifest
 from xpeer.network import matching
 from xpeer.network.exchange import Agreement, Desk, Proposer, UnresolvedError
 from xpeer.update import Form
-from xpeer.weights import weighting_of
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.host import GossipTrainer, Host
 from xpeer_daemon.meetings import Meetings
@@ -70,7 +69,7 @@ class Gossip(Desk):
         self._nudge = nudge
         self._clock = clock
         self._partners = partners
-        self._weighting = weighting_of(self._round.rule)
+        self._weighting = self._round.policy.weighting
         self._pace = Pace(manifest.round)
         self._meetings = Meetings(
             me=me,
@@ -200,7 +199,7 @@ class Gossip(Desk):
 
     def _asynchronous(self) -> bool:
         """Whether we meet without slots; once training is over, everybody uses them."""
-        return self._round.rule == "asynchronous" and self._host.training()
+        return not self._round.policy.uses_slots and self._host.training()
 
     def _avoided(self, *, proposing: bool = True) -> frozenset[PeerId]:
         """Whom we leave alone for a while: that never changes whom the matching names."""
@@ -371,7 +370,7 @@ class Gossip(Desk):
         """Whether an exchange is due between us, by the window's pace and the slot's matching."""
         if self._settled(peer_id, proposal.slot):
             return False
-        if self._host.training() and proposal.averaging and self._round.rule == "gradient":
+        if self._host.training() and proposal.averaging and self._round.policy.waits:
             return False  # our gradients would be at other parameters
         if not self._host.training() and not proposal.averaging:
             return False  # it will learn that we take no more steps

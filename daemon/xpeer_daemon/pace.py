@@ -32,7 +32,7 @@ class Pace:
     def __init__(self, rules: Round) -> None:
         self._rules = rules
         self._last: Start | None = None
-        self._seen: tuple[int, int] | None = None  # (epoch, window): rule `gradient`
+        self._seen: tuple[int, int] | None = None  # (epoch, window): of rules that wait
 
     def began(self, trainer: GossipTrainer, now_s: float) -> Start:
         """An exchange begins; the next one is due when the window's pace says so."""
@@ -51,7 +51,7 @@ class Pace:
 
     def due(self, trainer: GossipTrainer, now_s: float) -> bool:
         """Whether a node that trains may begin another one."""
-        if self._rules.rule == "gradient":
+        if self._rules.policy.waits:
             return self._window_is_new(trainer)
         last = self._last
         if last is None or last.epoch != trainer.epoch or last.step > trainer.step:

@@ -22,7 +22,6 @@ from xpeer.founding_model import MEASURED, InitialModel, draft_manifest
 from xpeer.manifest import DELTA_MAX, DELTA_MIN, Codec, Manifest, Model, Round
 from xpeer.privacy.channels import ROUTES
 from xpeer.status import SCHEMA_VERSION
-from xpeer.training import rules
 from xpeer.wire import codec
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -240,7 +239,7 @@ def test_rules() -> None:
     for name, cells in zip(names, rows, strict=True):
         values = re.match(r"\d+", cells[3])
         assert values is not None
-        assert int(values[0]) == rules.vectors_of(Round(rule=cast(Any, name))), name
+        assert int(values[0]) == Round(rule=cast(Any, name)).policy.vectors, name
     known = FIELDS["round.combiner"].type
     assert isinstance(known, LiteralType)
     names = [cells[0].partition(" ")[0].strip("`") for cells in rows_of(combiners)[2:]]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xpeer.errors import PeerError, Reason
-from xpeer.weights import QUALITY_SHARES, of_pair, weighting_of
+from xpeer.weights import QUALITY_SHARES, of_pair
 from xpeer.wire.messages import Terms
 
 weights = st.floats(1e-3, 1e3)
@@ -84,9 +84,3 @@ def test_declared_weights_out_of_bounds_are_refused(weight: float) -> None:
 def test_a_declared_loss_that_is_no_number_is_refused(loss: float) -> None:
     with pytest.raises(PeerError):
         of_pair("quality", terms(loss=1.0), terms(loss=loss))
-
-
-def test_rules_and_what_they_weight_by() -> None:
-    assert [weighting_of(rule) for rule in ("gossip", "fedavg", "dynamic", "diloco")] == [
-        "equal", "tokens", "quality", "equal",
-    ]  # fmt: skip

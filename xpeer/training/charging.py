@@ -62,7 +62,7 @@ class Permits:
         self._counters = counters
         self._private = manifest.privacy.mode != "off"
         self._window = manifest.round.window_steps
-        self._whole = manifest.round.rule == "gradient"
+        self._whole = manifest.round.policy.waits
         self._most: int | None = None
         self._preparing = self._closing = False
         self._behind = 0

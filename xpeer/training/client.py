@@ -46,7 +46,6 @@ from xpeer.training.commands import (
     WriteCheckpoint,
 )
 from xpeer.training.fragments import fragment_size, largest
-from xpeer.training.rules import vectors_of
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import (
     Checked,
@@ -135,7 +134,7 @@ class TrainerProcess:
         manifest = SignedManifest.load(Path(setup.manifest_path)).open(setup.swarm_id)
         arena = Arena.create(layout_of(manifest))
         trainer = cls(on_event)
-        trainer._vectors = vectors_of(manifest.round)
+        trainer._vectors = manifest.round.policy.vectors
         trainer._slots = Slots(arena.layout.num_slots)
         trainer._child = await Child.spawn(program, setup, arena, trainer._follow)
         ready = await trainer._child.wait_ready(timeout_s)
@@ -359,6 +358,6 @@ class TrainerProcess:
 def layout_of(manifest: Manifest) -> Layout:
     """The arena that a manifest needs."""
     num_params, rules = manifest.model.num_params, manifest.round
-    most = vectors_of(rules) * largest(num_params, rules.fragments)
+    most = rules.policy.vectors * largest(num_params, rules.fragments)
     room = Form(rules.payload_codec, most).num_bytes
     return Layout(slot_bytes=room, state_bytes=4 * manifest.model.state_values)

@@ -307,7 +307,7 @@ class Exchanges:
 def _correction(sent: Sent, shift: Shift) -> Correction:
     """What the rule wants to be added; may overwrite the shift."""
     snapshot, rule = sent.snapshot, sent.snapshot.rule
-    if type(rule) is Rule:  # weighted on its way into the parameters
+    if rule.is_plain:  # weighted on its way into the parameters
         return Correction(shift.values[0], scale=shift.scale)
     own = torch.empty(0)
     if rule.reads_own and isinstance(sent.own, torch.Tensor):

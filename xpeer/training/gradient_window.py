@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from xpeer.training import rules
 from xpeer.training.rules import Rule
 
 
@@ -20,17 +19,17 @@ class GradientWindow:
 
     def __init__(self, rule: Rule) -> None:
         self.due = False
-        self._rule = rule if isinstance(rule, rules.GradientAveraging) else None
+        self._gradients = rule.gradients
 
     @property
     def in_use(self) -> bool:
         """Whether steps are taken a window at a time."""
-        return self._rule is not None
+        return self._gradients is not None
 
     @property
     def averaged(self) -> bool:
         """Whether the group's gradient is there."""
-        return self._rule is not None and self._rule.averaged is not None
+        return self._gradients is not None and self._gradients.averaged is not None
 
     def begin(self) -> None:
         """The parameters were set anew: no gradient of others is due."""
@@ -42,14 +41,14 @@ class GradientWindow:
 
     def end_budget(self) -> None:
         """No more gradients come: those that there are make the last step."""
-        self.due = self._rule is not None and self._rule.begun
+        self.due = self._gradients is not None and self._gradients.begun
 
     def add(self, gradient: torch.Tensor) -> None:
         """Add a batch's gradient, (P,) float32, CPU; kept."""
-        if self._rule is not None:
-            self._rule.accumulate(gradient)
+        if self._gradients is not None:
+            self._gradients.accumulate(gradient)
 
     def take(self) -> torch.Tensor | None:
         """The gradient to step with, (P,) float32, CPU; None without this rule."""
         self.due = False
-        return None if self._rule is None else self._rule.take()
+        return None if self._gradients is None else self._gradients.take()

@@ -32,7 +32,7 @@ from xpeer.training.build import assemble
 from xpeer.training.client import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import CompressedUpdate
-from xpeer.weights import of_pair, weighting_of
+from xpeer.weights import of_pair
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.joiner import Joiner
@@ -141,7 +141,8 @@ async def test_nothing_that_the_daemon_tells_depends_on_what_is_local(
     shown = [await world.shown() for world in worlds]
     assert shown[0] == shown[1]
     assert shown[0]["record"].speed == 0.0
-    weight = of_pair(weighting_of(rule), shown[0]["terms"], Terms(1.0, 2.0, 1, 0, loss_public=2.5))
+    weighting = manifest.round.policy.weighting
+    weight = of_pair(weighting, shown[0]["terms"], Terms(1.0, 2.0, 1, 0, loss_public=2.5))
     assert 0 < weight <= 0.5
 
 

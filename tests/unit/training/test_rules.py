@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from xpeer.manifest import Round
 from xpeer.training import rules
-from xpeer.training.rules import GradientAveraging, Rule
+from xpeer.training.rules import Rule
+from xpeer.training.rules.gradient import GradientAveraging
 
 N = 5
 
@@ -176,10 +177,3 @@ def test_gradients_are_averaged_and_what_is_dropped_comes_back() -> None:
     rule.accumulate(torch.tensor([1.0, 1.0]))
     assert rule.outgoing(0, theta).tolist()[:2] == [1.5, 1.0]  # 0.5 was left
     assert rule.take().tolist() == [1.0, 1.0]  # nobody came: our own
-
-
-def test_values_on_the_wire() -> None:
-    assert rules.vectors_of(Round(rule="gossip")) == 1
-    assert rules.vectors_of(Round(rule="noloco")) == 2
-    assert rules.vectors_of(Round(rule="gasloc")) == 1
-    assert rules.vectors_of(Round(rule="gradient", fragments=1, group=0)) == 2

@@ -9,6 +9,9 @@ own + shift is the group's weighted mean of what was sent, whoever of the group 
 rule answers with a *correction*, so that training goes on between snapshot and merge; one that is
 never merged changes nothing.
 
+What a rule asks of those around it (who meets whom, when, at which weight, how many vectors) is its
+policy: `xpeer/policies.py`, which needs no torch.
+
 A rule knows nothing of partners, networks, clocks or processes. A fragment is in flight at most
 once. `correct` may run on another thread than the rest, beside anything but `merged`, `moved` and
 `begin` of the same fragment.
@@ -17,7 +20,7 @@ once. `correct` may run on another thread than the rest, beside anything but `me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -32,6 +35,26 @@ class Correction:
     scale: float = 1.0
 
 
+class GradientSum(Protocol):
+    """Gradients of a window, of a rule that waits (`RulePolicy.waits`), as the loop uses them.
+
+    Attributes:
+        averaged: (P,) float32: the group's mean gradient. None until it is merged.
+    """
+
+    averaged: torch.Tensor | None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a gradient waits for its step."""
+
+    def accumulate(self, gradient: torch.Tensor) -> None:
+        """Add a batch's gradient, (P,) float32, CPU; kept."""
+
+    def take(self) -> torch.Tensor:
+        """(P,) float32, CPU: the group's mean gradient, or our own; the next sum begins."""
+
+
 class Rule:
     """One aggregation rule with its state. As it stands: plain averaging, without any state.
 
@@ -42,7 +65,7 @@ class Rule:
     is it for pairs with equal weights.
 
     Attributes:
-        vectors: V, how many values are sent for each parameter.
+        vectors: V, how many values are sent for each parameter, as its policy says.
         parameters_at: which of the V vectors holds parameters: there the distance is measured.
         reads_own: whether `correct` needs `own`; else it need not be decoded.
     """
@@ -50,6 +73,16 @@ class Rule:
     vectors: ClassVar[int] = 1
     parameters_at: ClassVar[int] = 0
     reads_own: ClassVar[bool] = False
+
+    @property
+    def gradients(self) -> GradientSum | None:
+        """What the loop gathers gradients in. None: the optimiser steps at each of them."""
+        return None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is this class's averaging: a correction is the shift, and nothing is kept."""
+        return type(self) is Rule
 
     def begin(self, fragment: int, theta: torch.Tensor) -> None:
         """The fragment's parameters were set anew: at the start, or those of a donor.

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 
 from xpeer.errors import LocalError
-from xpeer.training.rules.base import Correction, Rule
+from xpeer.policies import RULES
+from xpeer.training.rules.base import Correction, GradientSum, Rule
 
 _RESIDUAL = "residual"
 
@@ -27,7 +28,7 @@ class GradientAveraging(Rule):
         averaged: (P,) float32: the group's mean gradient, once it is there.
     """
 
-    vectors = 2
+    vectors = RULES["gradient"].vectors
     parameters_at = 1
     reads_own = True
 
@@ -41,6 +42,11 @@ class GradientAveraging(Rule):
         """Gradients at other parameters are forgotten."""
         self.averaged = self._sum = self._residual = None
         self._batches = 0
+
+    @property
+    def gradients(self) -> GradientSum:
+        """Itself."""
+        return self
 
     @property
     def begun(self) -> bool:

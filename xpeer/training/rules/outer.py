@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from xpeer.policies import RULES
 from xpeer.training.rules.base import Correction, Rule
 
 _ANCHOR, _MEMORY, _RESIDUAL = "anchor.", "memory.", "residual."
@@ -87,7 +88,7 @@ class NoLoCo(_Anchored):
     Karimireddy et al. 2019, algorithm 2).
     """
 
-    vectors = 2
+    vectors = RULES["noloco"].vectors
     parameters_at = 1
     reads_own = True
 
