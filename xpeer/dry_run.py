@@ -80,7 +80,7 @@ def _tell_text(config: NodeConfig, manifest: Manifest, text: Text, tell: Tell) -
 def _tell_privacy(home: Home, manifest: Manifest, text: Text, tell: Tell) -> None:
     """Noise, and epsilon at the end."""
     rules, steps = manifest.privacy, planned_steps(manifest)
-    if rules.mode != "record":
+    if not rules.policy.clips_records:
         tell(f"privacy: {rules.in_short()}")
         return
     units = len(text.records) if rules.unit == "record" else len(set(text.owners.tolist()))

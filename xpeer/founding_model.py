@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -19,6 +19,7 @@ from xpeer import belonging
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
 from xpeer.manifest import MAX_NAME_CHARS, Lora, Manifest, Model, PublicText, Tokenizer
+from xpeer.policies import PrivacyMode, privacy_policy
 from xpeer.source import name_of
 from xpeer.training.documents import corpus_digest, load_documents
 from xpeer.training.formats.rows import holds_text
@@ -197,7 +198,7 @@ def draft_manifest(
     public_text: Path | None,
     changes: Iterable[str],
     corpus: Sequence[str] = (),
-    privacy: Literal["record", "off"] = "record",
+    privacy: PrivacyMode = "record",
 ) -> Manifest:
     """A manifest from defaults, what was given, and `section.field=value` changes.
 
@@ -296,7 +297,7 @@ def _named(tokenizer: Any) -> Tokenizer:
 
 def _needs_steps(privacy: dict[str, Any], end: dict[str, Any]) -> bool:
     """Whether a run without end.steps would have no noise, or no end."""
-    if privacy["mode"] == "off":
+    if not privacy_policy(privacy["mode"]).charges:
         return all(value is None for value in end.values())
     return privacy.get("noise_multiplier") is None
 

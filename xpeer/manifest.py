@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.identity import Domain, Identity, blake2b, verify_with
-from xpeer.policies import RULES, RuleName, RulePolicy
+from xpeer.policies import RULES, PrivacyMode, PrivacyPolicy, RuleName, RulePolicy, privacy_policy
 
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
@@ -242,7 +242,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     """The floor that every member's shard is trained under."""
 
-    mode: Literal["record", "off"] = "record"
+    mode: PrivacyMode = "record"
     """record: DP-SGD, one training sequence or document is the unit of privacy. off: none."""
     epsilon: Positive = 8.0
     delta: Annotated[float, Meta(gt=0, lt=1)] | None = None
@@ -268,10 +268,15 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     """sigma_b, standard deviation of the noise of the count within C; None: a 20th of the batch, or
     twice sigma if that is more."""
 
+    @property
+    def policy(self) -> PrivacyPolicy:
+        """What `mode` asks of those who train, measure and report under it."""
+        return privacy_policy(self.mode)
+
     def in_short(self) -> str:
         """Mode and target, e.g. "record, epsilon 8"."""
-        if self.mode == "off":
-            return "off"
+        if not self.policy.charges:
+            return self.mode
         unit = ", per document" if self.unit == "document" else ""
         return f"{self.mode}, epsilon {self.epsilon:g}{unit}"
 
@@ -286,7 +291,7 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
                 f"privacy.delta = {self.delta:g}: it is the probability with which privacy.epsilon "
                 f"does not hold: set it to {DELTA_MIN:g} to {DELTA_MAX:g}, or leave it out"
             )
-        if self.mode != "record" and (self.unit, self.clipping) != ("record", "fixed"):
+        if not self.policy.clips_records and (self.unit, self.clipping) != ("record", "fixed"):
             raise ValueError(
                 f"privacy.unit and privacy.clipping mean nothing for privacy.mode = {self.mode}: "
                 "unset them"
@@ -376,7 +381,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check what no single field can."""
-        if self.privacy.mode == "record" and self.privacy.noise_multiplier is None:
+        if self.privacy.policy.clips_records and self.privacy.noise_multiplier is None:
             if self.end.steps is None:
                 raise ValueError(
                     "privacy.noise_multiplier is unset and so is end.steps: "
@@ -399,12 +404,13 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Raises:
             ConfigError: nobody trains with less, or more, than the manifest says.
         """
-        if max_epsilon and (self.privacy.mode == "off" or self.privacy.epsilon > max_epsilon):
+        charges = self.privacy.policy.charges
+        if max_epsilon and (not charges or self.privacy.epsilon > max_epsilon):
             raise ConfigError(
                 f"privacy.max_epsilon = {max_epsilon:g}, but the manifest of {self.name!r} says "
                 f"{self.privacy.in_short()}",
                 "its manifest decides, for all members and for ever: join or found another swarm, "
-                + ("or unset" if self.privacy.mode == "off" else "or raise")
+                + ("or raise" if charges else "or unset")
                 + " privacy.max_epsilon",
             )
         mode = self.privacy.mode

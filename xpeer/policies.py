@@ -1,9 +1,10 @@
-"""Policies of the aggregation rules, by their names in the manifest.
+"""Policies of the aggregation rules and of the privacy modes, by their names in the manifest.
 
-Code that behaves differently under some rule asks for its policy's attribute and compares no names
-(tests/unit/test_policies.py), so that a new rule says here once what it asks for.
+Code that behaves differently under some rule or mode asks for a policy's attribute and compares no
+names (tests/unit/test_policies.py), so that a new rule or mode says here once what it asks for.
 
-Knows neither torch nor the manifest. The arithmetic of rules is in `xpeer/training/rules`.
+Knows neither torch nor the manifest. The arithmetic of rules is in `xpeer/training/rules`, the
+mechanisms of modes are in `xpeer/privacy`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Final, Literal
 RuleName = Literal[
     "gossip", "fedavg", "dynamic", "asynchronous", "gradient", "diloco", "noloco", "gasloc"
 ]
+PrivacyMode = Literal["record", "off"]
 Weighting = Literal["equal", "tokens", "quality"]
 """What a partner counts by: as much as we do, its tokens per second, or its loss on the public
 text."""
@@ -87,3 +89,43 @@ RULES: Final[Mapping[RuleName, RulePolicy]] = MappingProxyType(
         "gasloc": RulePolicy(outer=OuterRates(1.0, 0.2, 1.0)),
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyPolicy:
+    """What a mode asks of those who train, measure and report under it."""
+
+    clips_records: bool = False
+    """True iff a step is one of DP-SGD: each record's gradient is clipped, their sum is noised."""
+    charges: bool = True
+    """True iff steps are charged to the ledger before they are taken."""
+    hides_batches: bool = True
+    """True iff nothing that others see may follow from what a batch held: from its tokens, its
+    loss, or how long it took."""
+    warning: str = ""
+    """What the operator reads at every turn. Empty: nothing."""
+    unit: str = ""
+    """What all its charges are counted by, whatever they note. Empty: what they note."""
+
+
+MODES: Final[Mapping[str, PrivacyPolicy]] = MappingProxyType(
+    {
+        "record": PrivacyPolicy(clips_records=True),
+        "off": PrivacyPolicy(
+            charges=False,
+            hides_batches=False,
+            warning="PRIVACY OFF: the swarm's manifest says so; what is shared protects no record",
+        ),
+        # Removed on 2026-11-29: no manifest has it. Ledgers do; early ones noted no unit.
+        "update": PrivacyPolicy(unit="shard"),
+    }
+)
+
+
+def privacy_policy(mode: str) -> PrivacyPolicy:
+    """Policy of a mode as a manifest, a ledger, a card or a status names it.
+
+    A name that this version does not know counts as a mode that charges and hides, and that no
+    mechanism knows how to train under.
+    """
+    return MODES.get(mode, PrivacyPolicy())

@@ -14,15 +14,11 @@ from msgspec import Struct
 from xpeer.escape import visible
 from xpeer.health import HealthReason, Verdict
 from xpeer.phase import Phase
+from xpeer.policies import PrivacyPolicy, privacy_policy
 
 SCHEMA_VERSION = 2
 _REASONS = 5
 """2: reasons are objects with a code, a text and a remedy; before, they were texts."""
-
-SHOUTED = {
-    "off": "PRIVACY OFF: the swarm's manifest says so; what is shared protects no record",
-}
-"""By privacy mode: what an operator is told at every turn."""
 
 
 class Progress(Struct, frozen=True, kw_only=True):
@@ -103,6 +99,11 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     engine: str = ""
     engine_reason: str = ""
     """Why this one clips: speeds of the exact ones, and what was refused."""
+
+    @property
+    def policy(self) -> PrivacyPolicy:
+        """What the mode asks of those who report it."""
+        return privacy_policy(self.mode)
 
 
 class CorpusShare(Struct, frozen=True, kw_only=True):

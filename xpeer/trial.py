@@ -78,7 +78,7 @@ def require_reachable(manifest: Manifest) -> None:
         ConfigError: not even one step fits, or no noise is enough for all of them.
     """
     rules, end = manifest.privacy, manifest.end
-    if rules.mode != "record":
+    if not rules.policy.clips_records:
         return
     size = told_size(max(_LARGEST_SHARD, manifest.optimiser.batch_records))
     q = min(manifest.optimiser.batch_records, size) / size
@@ -156,7 +156,7 @@ def _setup(manifest: Manifest, source: Home, config: NodeConfig, folder: Path) -
     home = Home(folder / "home")
     home.path.mkdir()
     rules = manifest.privacy
-    if rules.mode != "off":
+    if rules.policy.charges:
         sigma = min(_SIGMA, 1.9 * (rules.clip_count_noise or 1.0))  # which may exceed half of it
         epsilon = _EPSILON * (_SIGMA / sigma) ** 2
         rules = structs.replace(rules, epsilon=epsilon, noise_multiplier=sigma, delta=None)
@@ -207,7 +207,7 @@ def _write_text(file: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
 
 
 def _step(made: Assembled, manifest: Manifest, steps: int, tell: Tell) -> tuple[float, float]:
-    private = "" if manifest.privacy.mode == "off" else "private "
+    private = "private " if manifest.privacy.policy.charges else ""
     trainer, step_s = made.trainer, 0.0
     for number in range(steps):
         began = time.monotonic()

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any, Final
@@ -80,8 +80,8 @@ def measure(quick: bool) -> dict[str, Any]:
 def _speeds(kind: str, rounds: int) -> dict[str, Any]:
     """Tokens per second by mode, a step of each in turn."""
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    with _trainer(kind, "off") as off, _trainer(kind, "record") as record:
-        both = {"off": off, "record": record}
+    with ExitStack() as ending:
+        both = {mode: ending.enter_context(_trainer(kind, mode)) for mode in MODES}
         for turn in range(rounds + 1):
             for mode in MODES if turn % 2 else reversed(MODES):
                 began = time.perf_counter()

@@ -80,7 +80,7 @@ class Swarm:
         for model, records, ledger in zip(self.models, shards, self.ledgers, strict=True):
             parameters = FlatParameters(model, manifest.round.fragments)
             mechanism: Mechanism
-            if manifest.privacy.mode == "off":
+            if not manifest.privacy.policy.charges:
                 mechanism = OffMechanism(manifest, model, records, losses)
             else:
                 engine = _engine(model, losses, records, like=engine)
@@ -139,7 +139,7 @@ class Swarm:
     def epsilon_spent(self) -> float | None:
         """The largest of any peer; None without privacy."""
         spent = [mechanism.spent().epsilon_spent for mechanism in self.mechanisms]
-        return max(spent) if self.manifest.privacy.mode != "off" else None
+        return max(spent) if self.manifest.privacy.policy.charges else None
 
     def _pairs(self) -> list[tuple[int, int]]:
         if len(self._names) == 1:

@@ -145,7 +145,7 @@ def _check_training(
                 "restore the ledger that belongs to the checkpoint: another would spend the "
                 "privacy of the shard twice",
             )
-        if manifest is None or manifest.privacy.mode != "off":
+        if manifest is None or manifest.privacy.policy.charges:
             register = Register.look(privacy_register(config))  # whole, and its key fits
             if register is not None:
                 register.close()

@@ -90,7 +90,7 @@ def _text(node: Node) -> None:
     health.hold("resting", rest_s >= RESTING_S, rest_s=rest_s)
     spent = trainer.privacy if trainer is not None else PrivacySpent()
     steps = trainer.progress.planned_steps if trainer is not None else None
-    drowns = spent.mode == "record" and signal.drowns(spent.noise_norm, steps)
+    drowns = spent.policy.clips_records and signal.drowns(spent.noise_norm, steps)
     health.hold("noise-drowns-signal", drowns, norm=spent.noise_norm)
 
 

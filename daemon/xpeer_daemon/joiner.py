@@ -19,7 +19,6 @@ from xpeer.network import joining
 from xpeer.network.membership import Membership
 from xpeer.network.swarm import Swarm
 from xpeer.phase import Phase
-from xpeer.status import SHOUTED
 from xpeer_daemon.life import Life
 from xpeer_daemon.store import Store
 
@@ -110,8 +109,8 @@ class Joiner:
         signed = SignedManifest.load(self._home.manifest)
         manifest = signed.open(swarm_id)
         self._accept(manifest)
-        if (mode := manifest.privacy.mode) in SHOUTED:
-            log.warning("%s", SHOUTED[mode])
+        if warning := manifest.privacy.policy.warning:
+            log.warning("%s", warning)
         return Admitted(signed, manifest, founding.load_swarm_key(self._home))
 
     def _accept(self, manifest: Manifest) -> None:

@@ -168,7 +168,7 @@ def _training(candidate: Candidate, manifest: Manifest, roster: Roster, spawn: S
         Acquaintances(node.clock),
         _throughput(manifest),
     )
-    shares = Shares(view.speeds, node.clock, by_speed=manifest.privacy.mode == "off")
+    shares = Shares(view.speeds, node.clock, by_speed=not manifest.privacy.policy.hides_batches)
     origin = Origin(founds(home) and (options.from_initial or begins(home, candidate.store)))
     setups = Setups(home, candidate.membership.swarm_id, node, shares, origin)
     return _Training(view, supervisor, shares, origin, renew)
@@ -192,7 +192,7 @@ def _missed(store: Store, now_s: float) -> Missed:
 
 
 def _throughput(manifest: Manifest) -> Throughput | None:
-    if manifest.privacy.mode != "off":
+    if manifest.privacy.policy.hides_batches:
         return None
     rules = manifest.optimiser
     return Throughput(rules.batch_records * rules.sequence_tokens)

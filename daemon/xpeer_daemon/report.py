@@ -11,7 +11,7 @@ from xpeer import __version__
 from xpeer.health import verdict
 from xpeer.identity import PeerId
 from xpeer.phase import Phase
-from xpeer.status import SHOUTED, Partner, PrivacySpent, Progress, Status
+from xpeer.status import Partner, PrivacySpent, Progress, Status
 
 MAX_SHORT_CHARS = 500
 
@@ -67,7 +67,7 @@ def _of_member(status: Status, node: Node, member: Member, now: float) -> Status
         status,
         swarm_name=manifest.name,
         num_params=status.num_params or manifest.model.num_params,
-        privacy_warning=SHOUTED.get(manifest.privacy.mode, ""),
+        privacy_warning=manifest.privacy.policy.warning,
         partners=_partner_rows(member, now),
         exchanges_done=partners.exchanges,
         exchanges_failed=dict(partners.failures),
@@ -87,8 +87,8 @@ def beginning(saved_step: int | None, known: Known | None) -> str:
         known: what a trainer said last, before this start.
     """
     spent = ""
-    if known is not None and known.privacy is not None and known.privacy.mode != "off":
-        privacy = known.privacy
+    privacy = known.privacy if known is not None else None
+    if privacy is not None and privacy.policy.charges:
         spent = (
             f"; epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g} was spent by then"
         )

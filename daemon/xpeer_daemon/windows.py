@@ -76,7 +76,7 @@ class Windows:
         cells = (
             SCHEMA, round(node.clock(), 3), progress.step, progress.window,
             progress.loss_public, progress.loss_train, progress.loss_validation,
-            known.privacy.epsilon_spent if known.privacy and known.privacy.mode != "off" else None,
+            known.privacy.epsilon_spent if known.privacy and known.privacy.policy.charges else None,
             self._exchanges(), meter.bytes_in, meter.bytes_out,
         )  # fmt: skip
         row = ",".join("" if cell is None else f"{cell:.10g}" for cell in cells) + "\n"
@@ -96,7 +96,7 @@ class Windows:
         parts = [f"step {progress.step}{planned}"]
         if progress.loss_public is not None:
             parts.append(f"public loss {progress.loss_public:.4f}")
-        if privacy is not None and privacy.mode != "off":
+        if privacy is not None and privacy.policy.charges:
             parts.append(f"epsilon {privacy.epsilon_spent:.3f} of {privacy.epsilon_target:g}")
         parts.append(f"{self._exchanges()} exchanges")
         parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")

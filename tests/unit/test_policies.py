@@ -1,4 +1,4 @@
-"""Names of rules are compared by nobody: code asks their policies."""
+"""Names of rules and privacy modes are compared by nobody: code asks their policies."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from typing import Final, get_args
 import pytest
 import torch
 
-from xpeer.manifest import Round
-from xpeer.policies import RULES, RuleName
+from xpeer.manifest import Privacy, Round
+from xpeer.policies import MODES, RULES, PrivacyMode, RuleName, privacy_policy
+from xpeer.privacy.charges import About
 from xpeer.training import rules
 
 ROOT: Final = Path(__file__).parents[2]
 PRODUCT: Final = ("xpeer", "daemon", "bootstrap")
 OWNERS: Final = ("xpeer/policies.py", "xpeer/training/rules/")
 """Where names mean something: the policies, and the classes that do the arithmetic."""
-KINDS: Final = {"Rule", "GradientAveraging", "DiLoCo", "NoLoCo", "GASLoC"}
+KINDS: Final = {
+    *("Rule", "GradientAveraging", "DiLoCo", "NoLoCo", "GASLoC"),
+    *("Mechanism", "RecordMechanism", "OffMechanism", "IdleMechanism"),
+}
+UNITS: Final = {"unit", "kind", "row"}
+"""What else may be "record": the unit of privacy, and a register's row, which begins with it."""
 
 
 def words_in(*nodes: ast.AST) -> tuple[set[str], set[str]]:
-    """Identifiers of expressions, and the names of rules among their constants."""
+    """Identifiers of expressions, and the names of rules and modes among their constants."""
     identifiers: set[str] = set()
     names: set[str] = set()
     for node in nodes:
@@ -31,19 +37,19 @@ def words_in(*nodes: ast.AST) -> tuple[set[str], set[str]]:
             match each:
                 case ast.Name(id=word) | ast.Attribute(attr=word):
                     identifiers.add(word)
-                case ast.Constant(value=str(word)) if word in RULES:
+                case ast.Constant(value=str(word)) if word in RULES or word in MODES:
                     names.add(word)
                 case ast.Constant(value=str(word)):
-                    identifiers.add(word)  # a key: section["rule"]
+                    identifiers.add(word)  # a key: privacy["mode"]
     return identifiers, names
 
 
 def is_comparison(node: ast.AST, *, strict: bool = True) -> bool:
-    """Whether it asks which rule something is, or of which class.
+    """Whether it asks which rule or mode something is, or of which class.
 
     Args:
         node: of the tree.
-        strict: "gossip" is always a rule. Else only beside something that is called rule:
+        strict: "gossip" is always a rule. Else only beside something that is called rule or mode:
             benchmarks have methods of their own by some of these names.
     """
     match node:
@@ -55,7 +61,9 @@ def is_comparison(node: ast.AST, *, strict: bool = True) -> bool:
             identifiers, names = words_in(kinds)
         case _:
             return False
-    return bool(identifiers & KINDS or (names and (strict or "rule" in identifiers)))
+    if identifiers & KINDS or (names and identifiers & {"rule", "mode"}):
+        return True
+    return bool(names) and strict and not (names == {"record"} and identifiers & UNITS)
 
 
 def is_table(node: ast.AST) -> bool:
@@ -66,7 +74,7 @@ def is_table(node: ast.AST) -> bool:
     elif isinstance(node, (ast.Set, ast.List)) or (isinstance(node, ast.Tuple) and node.elts[1:]):
         words += node.elts
     texts = [word.value for word in words if isinstance(word, ast.Constant)]
-    return bool(words) and len(texts) == len(words) and all(text in RULES for text in texts)
+    return bool(words) and len(texts) == len(words) and all(t in RULES or t in MODES for t in texts)
 
 
 def nodes_of(*folders: str) -> Iterator[tuple[str, ast.AST]]:
@@ -79,13 +87,13 @@ def nodes_of(*folders: str) -> Iterator[tuple[str, ast.AST]]:
                     yield f"{name}:{getattr(node, 'lineno', 0)}", node
 
 
-def test_nobody_compares_the_name_of_a_rule() -> None:
+def test_nobody_compares_the_name_of_a_rule_or_of_a_mode() -> None:
     assert [where for where, node in nodes_of(*PRODUCT) if is_comparison(node)] == []
     benchmarks = nodes_of("benchmarks")
     assert [where for where, node in benchmarks if is_comparison(node, strict=False)] == []
 
 
-def test_nobody_else_keeps_a_table_of_rules() -> None:
+def test_nobody_else_keeps_a_table_of_rules_or_of_modes() -> None:
     assert [where for where, node in nodes_of(*PRODUCT) if is_table(node)] == []
 
 
@@ -95,8 +103,11 @@ def test_nobody_else_keeps_a_table_of_rules() -> None:
         'manifest.round.rule == "gradient"',
         '"gossip" != anything',
         'self.rule not in ("diloco", "noloco")',
+        'privacy["mode"] == "off"',
+        'known.privacy.mode != "off"',
+        'rules.mode != "record"',
         "isinstance(rule, rules.GradientAveraging)",
-        "isinstance(rule, (Rule, int))",
+        "isinstance(mechanism, (IdleMechanism, int))",
         "type(meeting.rule) is Rule",
         'match rule:\n    case "asynchronous":\n        pass',
     ],
@@ -105,13 +116,13 @@ def test_a_comparison_is_noticed(code: str) -> None:
     assert any(map(is_comparison, ast.walk(ast.parse(code))))
 
 
-@pytest.mark.parametrize("code", ['rule == "a rule"', "a != rule", 'group["pairs"] == 2'])
+@pytest.mark.parametrize("code", ['rules.unit == "record"', 'self._mode == "pause"', "a != mode"])
 def test_other_comparisons_are_not(code: str) -> None:
     assert not any(map(is_comparison, ast.walk(ast.parse(code))))
 
 
 @pytest.mark.parametrize(
-    "code", ['{"diloco": 1.0}', '{"diloco", "noloco"}', '("gossip", "fedavg")']
+    "code", ['{"off": "PRIVACY OFF"}', '{"diloco", "noloco"}', '("off", "record")']
 )
 def test_a_table_is_noticed(code: str) -> None:
     assert any(map(is_table, ast.walk(ast.parse(code))))
@@ -119,6 +130,7 @@ def test_a_table_is_noticed(code: str) -> None:
 
 def test_every_name_of_a_manifest_has_its_policy() -> None:
     assert list(RULES) == list(get_args(RuleName))
+    assert set(get_args(PrivacyMode)) < set(MODES)
 
 
 def test_policies_need_the_standard_library_alone() -> None:
@@ -150,3 +162,23 @@ def test_a_rule_refuses_the_groups_that_its_policy_excludes(name: RuleName) -> N
     with pytest.raises(ValueError, match=f"round.rule = {name} ") as refused:
         Round(rule=name, group=3, fragments=policy.fragments or 5).check()
     assert str(refused.value) == policy.misfit
+
+
+def test_what_the_modes_ask_for() -> None:
+    record, off = Privacy(mode="record").policy, Privacy(mode="off").policy
+    assert (record.clips_records, record.charges, record.hides_batches) == (True, True, True)
+    assert (off.clips_records, off.charges, off.hides_batches) == (False, False, False)
+    assert record.warning == ""
+    assert off.warning.startswith("PRIVACY OFF")
+
+
+@pytest.mark.parametrize("mode", ["update", "tomorrow's"])
+def test_a_mode_that_nobody_trains_under_counts_as_one_that_charges(mode: str) -> None:
+    policy = privacy_policy(mode)
+    assert (policy.clips_records, policy.charges, policy.hides_batches) == (False, True, True)
+
+
+def test_charges_of_the_removed_mode_are_counted_by_shard() -> None:
+    """Early versions noted no unit with them."""
+    assert About("s", "update", 1.0, 1e-5, 8.0).exact_unit == "shard"
+    assert About("s", "record", 1.0, 1e-5, 8.0, cut="128 byte tokens").exact_unit.endswith("tokens")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -31,10 +31,10 @@ from xpeer.needs import Needs
 from xpeer.network.invites import Token
 from xpeer.network.multiaddress import check_peer
 from xpeer.paths import checked
+from xpeer.policies import PrivacyMode
 from xpeer.privacy import signal
 from xpeer.readiness import check_settings
 from xpeer.source import BYTES, check_folder, config_in, tokenizer_of
-from xpeer.status import SHOUTED
 
 _COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 _FOUNDING = (
@@ -107,7 +107,7 @@ _EXPLAINED = {
 )
 @click.option(
     "--privacy",
-    type=click.Choice(["record", "off"]),
+    type=click.Choice(get_args(PrivacyMode)),
     default="record",
     show_default=True,
     help="For all, for ever, only decided here. update: an experiment; its noise swamps what few "
@@ -151,7 +151,7 @@ def init(
     tokenizer: str | None,
     public_text: Path | None,
     changes: tuple[str, ...],
-    privacy: Literal["record", "off"],
+    privacy: PrivacyMode,
     shard: tuple[str, ...],
     corpus: tuple[str, ...],
     listen: tuple[str, ...],
@@ -212,8 +212,8 @@ def init(
         as_toml(settings),
         trial=None if skip_trial else partial(_try, manifest, config),
     )
-    if privacy in SHOUTED:
-        say(f"warning: {SHOUTED[privacy]}")
+    if warning := manifest.privacy.policy.warning:
+        say(f"warning: {warning}")
     what = "parameters" if source.lora is None else "parameters of adapters"
     say(f"founded {name}: {manifest.model.num_params:,} {what}, in {home.path}")
     if warning := _noise(manifest):
@@ -334,7 +334,7 @@ def _noise(manifest: Manifest) -> str:
     from xpeer.training.schedule import planned_steps  # noqa: PLC0415 - as the model's modules
 
     rules, batch = manifest.privacy, manifest.optimiser.batch_records
-    if rules.mode != "record":
+    if not rules.policy.clips_records:
         return ""
     sigma = rules.noise_multiplier or signal.SIGMA_LEAST
     norm = signal.noise_norm(sigma, batch, manifest.model.num_params)

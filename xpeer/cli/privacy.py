@@ -269,11 +269,11 @@ def _require_private(signed: SignedManifest) -> None:
     can't read the manifest.
     """
     try:
-        mode = signed.open().privacy.mode
+        policy = signed.open().privacy.policy
     except ConfigError as e:
         say(f"warning: {e}")
         return
-    if mode == "off":
+    if not policy.charges:
         raise LocalError(
             "this swarm trains without privacy: nothing is charged, and nothing is protected",
             "join or found a swarm with privacy.mode = record",

@@ -62,9 +62,9 @@ def summary(status: Status) -> str:
     """A status in one line, for `--watch` into a pipe."""
     progress, privacy = status.progress, status.privacy
     spent = (
-        "PRIVACY OFF"
-        if privacy.mode == "off"
-        else f"epsilon {privacy.epsilon_spent:.3f}/{privacy.epsilon_target:g}"
+        f"epsilon {privacy.epsilon_spent:.3f}/{privacy.epsilon_target:g}"
+        if privacy.policy.charges
+        else "PRIVACY OFF"
     )
     return visible(
         f"{health(status)} | {status.state} round {status.round} step {_step(status)}"
@@ -233,7 +233,7 @@ def _corpus(share: CorpusShare) -> str:
 
 def _privacy(status: Status) -> Iterator[tuple[str, str]]:
     privacy = status.privacy
-    if privacy.mode == "off":
+    if not privacy.policy.charges:
         return
     if not privacy.epsilon_target:
         yield "privacy", "-"  # no trainer yet

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -12,6 +13,7 @@ from xpeer.cli.common import GivenPath, GivenText, home_option, load_config, say
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.paths import checked
+from xpeer.policies import PrivacyMode
 
 MAX_TOKEN_CHARS = 8192
 _KNOWN_SEEDS = "known"
@@ -42,7 +44,7 @@ _KNOWN_SEEDS = "known"
 )
 @click.option(
     "--privacy",
-    type=click.Choice(["record", "off"]),
+    type=click.Choice(get_args(PrivacyMode)),
     help="Start only if the swarm's manifest says so.",
 )
 @click.option("--name", metavar="NAME", help="What the other members see this node called.")

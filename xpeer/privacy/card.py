@@ -10,6 +10,7 @@ from msgspec import Struct
 from xpeer import __version__
 from xpeer.errors import LocalError
 from xpeer.manifest import Manifest
+from xpeer.policies import privacy_policy
 from xpeer.privacy import accountant, report
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
@@ -62,8 +63,8 @@ def card_of(
         register: of the machine, which knows what a restored ledger has forgotten.
     """
     rules = manifest.privacy
-    if rules.mode == "off":
-        return Card(swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode="off")
+    if not rules.policy.charges:
+        return Card(swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode=rules.mode)
     together = Together(ledger, register) if ledger else None
     charged = together.own() if together and together.charged else []
     if ledger and charged and not ledger.counter:
@@ -97,7 +98,7 @@ def _words(card: Card) -> str:
         f"each on text of its own; exported at step {card.step} by xpeer {card.xpeer}.\n\n"
         "## Privacy\n\n"
     )
-    if card.mode == "off":
+    if not privacy_policy(card.mode).charges:
         return head + (
             "**None.** The swarm trained without differential privacy: the model may repeat parts "
             "of its members' text.\n"

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
+from xpeer.policies import privacy_policy
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.histories import ByUnit
 
@@ -48,8 +49,8 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def exact_unit(self) -> str:
         """Charges of one text add up if this is equal."""
-        if self.mode == "update":  # early versions noted no unit
-            return "shard"
+        if unit := privacy_policy(self.mode).unit:
+            return unit
         return f"record of {self.cut}" if self.unit == "record" and self.cut else self.unit
 
 

@@ -54,6 +54,7 @@ class IdleMechanism:
     ) -> None:
         self.notes: list[str] = []
         self._mode = manifest.privacy.mode
+        self._charges = manifest.privacy.policy.charges
         self._target = manifest.privacy.epsilon
         self._ledger, self._register = ledger, register
         self._seen = torch.empty(0, dtype=torch.int64) if seen is None else seen
@@ -89,7 +90,7 @@ class IdleMechanism:
 
     def stamp(self, raw: RawUpdate) -> PrivateUpdate:
         """Certify a snapshot: every step behind it was charged."""
-        charged = 0 if self._mode == "off" else self._ledger.steps_charged
+        charged = self._ledger.steps_charged if self._charges else 0
         stamp = PrivacyStamp(mode=self._mode, steps_charged=charged, issuer=update._ISSUER)
         return PrivateUpdate(values=raw.values, step=raw.step, stamp=stamp)
 

@@ -129,7 +129,7 @@ class RecordMechanism:
         cache: Path | None = None,
     ) -> None:
         rules = manifest.privacy
-        if rules.mode != "record":
+        if not rules.policy.clips_records:
             raise ConfigError(f"privacy.mode is {rules.mode!r}: records are not protected")
         check_records(records)
         units = units_of(rules.unit, len(records), owners, rules.document_records)
@@ -302,7 +302,7 @@ def build_mechanism(
         clip_norm: of the checkpoint, where it adapts.
         cache: folder where the choice of the engine is remembered.
     """
-    if manifest.privacy.mode == "off":
+    if not manifest.privacy.policy.charges:
         return OffMechanism(
             manifest,
             model,

@@ -52,7 +52,7 @@ class OffMechanism:
         seen: Tensor | None = None,
         precision: Precision = nullcontext,
     ) -> None:
-        if manifest.privacy.mode != "off":
+        if manifest.privacy.policy.charges:
             raise ConfigError(
                 f"privacy.mode is {manifest.privacy.mode!r}: training without privacy is refused",
                 "found another swarm with privacy.mode off, if the text is no secret",

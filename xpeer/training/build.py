@@ -71,7 +71,7 @@ class _Swarm:
     @property
     def private(self) -> bool:
         """Whether steps are charged."""
-        return self.manifest.privacy.mode != "off"
+        return self.manifest.privacy.policy.charges
 
 
 @dataclass(frozen=True, slots=True)

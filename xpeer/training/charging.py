@@ -60,7 +60,7 @@ class Permits:
         self._manifest = manifest
         self._mechanism = mechanism
         self._counters = counters
-        self._private = manifest.privacy.mode != "off"
+        self._private = manifest.privacy.policy.charges
         self._window = manifest.round.window_steps
         self._whole = manifest.round.policy.waits
         self._most: int | None = None

@@ -63,7 +63,7 @@ class Learner:
             group["lr"] = rate
         result = self.mechanism.step_gradient()
         # Under privacy, stopping on a private loss would reveal it.
-        if self.manifest.privacy.mode == "off":
+        if not self.manifest.privacy.policy.hides_batches:
             require_finite(result.loss, self.counters)
         if self.gradients.in_use:
             self.gradients.add(self.parameters.read_gradients())

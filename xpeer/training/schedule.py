@@ -54,7 +54,7 @@ def share_done(counters: Counters, manifest: Manifest) -> float | None:
     """
     end, optimiser = manifest.end, manifest.optimiser
     tokens = counters.tokens
-    if manifest.privacy.mode != "off":
+    if manifest.privacy.policy.hides_batches:
         tokens = counters.step * optimiser.batch_records * optimiser.sequence_tokens
     shares = [
         done / limit

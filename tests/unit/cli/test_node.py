@@ -18,7 +18,8 @@ from xpeer.cli.peer_table import peer_lines
 from xpeer.control import Peers
 from xpeer.errors import ExitCode, LocalError, NotRunningError
 from xpeer.health import HealthReason
-from xpeer.status import SHOUTED, Partner, PrivacySpent, ShardSummary, Status
+from xpeer.policies import MODES
+from xpeer.status import Partner, PrivacySpent, ShardSummary, Status
 
 SICK = msgspec.structs.replace(
     HEALTHY,
@@ -29,7 +30,7 @@ SICK = msgspec.structs.replace(
     ],
 )
 OPEN = msgspec.structs.replace(
-    HEALTHY, privacy=PrivacySpent(mode="off"), privacy_warning=SHOUTED["off"]
+    HEALTHY, privacy=PrivacySpent(mode="off"), privacy_warning=MODES["off"].warning
 )
 
 

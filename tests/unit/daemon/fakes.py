@@ -9,6 +9,7 @@ from typing import Any, cast
 from xpeer.config import Home, NodeConfig
 from xpeer.health import Health
 from xpeer.identity import PeerId
+from xpeer.manifest import Privacy
 from xpeer.network.cards import MemberRecord
 from xpeer.phase import Phase
 from xpeer.status import Progress
@@ -28,7 +29,7 @@ ALPHA, BETA, GAMMA = "12D3KooWAlphaAAA", "12D3KooWBetaBBBB", "12D3KooWGammaCCC"
 MANIFEST = SimpleNamespace(
     name="swarm",
     round=SimpleNamespace(slot_s=1.0),
-    privacy=SimpleNamespace(mode="record", in_short=lambda: "record, epsilon 8"),
+    privacy=Privacy(),
     model=SimpleNamespace(num_params=0),
 )
 CERTIFICATE = SimpleNamespace(
