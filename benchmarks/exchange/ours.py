@@ -16,6 +16,7 @@ from benchmarks.exchange.model import SHOWN, AveragingTrainer, values_of
 from xpeer.errors import Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network.exchange import PROTOCOL, Agreement, Party, Proposer, answering
+from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link
 from xpeer.network.membership import Credential, Membership
 from xpeer.network.swarm import Swarm
@@ -182,7 +183,7 @@ async def main(requests: Requests) -> None:
             if config["seeds"]:
                 async with asyncio.timeout(30):
                     await swarm.reached_seed.wait()
-            party = Party(identity, config["swarm_id"], KEY, MANIFEST, 1, membership)
+            party = Party(identity, config["swarm_id"], KeyRing(KEY), MANIFEST, 1, membership)
             peer = Peer(swarm, party)
             await peer.serve()
             requests.answer(peer_id=swarm.peer_id, addresses=swarm.addresses)

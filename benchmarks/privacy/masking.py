@@ -25,6 +25,7 @@ from benchmarks.vector import Vector
 from xpeer.identity import Identity, PeerId
 from xpeer.masked_round import MaskedMeeting, Us
 from xpeer.network.exchange import Agreement, Party
+from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link, Meter
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.stream import Stream
@@ -55,7 +56,9 @@ class _Member:
     def __init__(self, identity: Identity, values: torch.Tensor, name: str) -> None:
         self.peer_id = identity.peer_id
         self.meter = Meter()
-        self.party = Party(identity, SWARM, b"k" * 32, b"m" * 32, 1, _Everybody(SWARM, None))
+        self.party = Party(
+            identity, SWARM, KeyRing(b"k" * 32), b"m" * 32, 1, _Everybody(SWARM, None)
+        )
         codec = "int8" if name in GRIDS else name
         self.vector = Vector(values, 1, codec, GRIDS.get(name))
         self.links: dict[PeerId, tuple[Link, int]] = {}

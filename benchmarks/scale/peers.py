@@ -20,6 +20,7 @@ from xpeer.manifest import Genesis, Manifest, Model, Privacy, PublicText, Round
 from xpeer.network import exchange, nudging
 from xpeer.network.exchange import Agreement
 from xpeer.network.invites import grant
+from xpeer.network.keyring import KeyRing
 from xpeer.network.membership import Credential, Membership
 from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer.network.swarm import Swarm
@@ -116,10 +117,11 @@ class RigPeer:
         self.swarm = await Swarm.start(
             self.identity, self._path, membership, listen=[LOOPBACK], seeds=seeds
         )
+        keyring = KeyRing(KEY)
         party = exchange.Party(
-            self.identity, genesis.swarm_id, KEY, b"m" * 32, certificate.serial, membership
+            self.identity, genesis.swarm_id, keyring, b"m" * 32, certificate.serial, membership
         )
-        self.roster = Roster(self.swarm, KEY, self._manifest.limits.max_members)
+        self.roster = Roster(self.swarm, keyring, self._manifest.limits.max_members)
         await self.roster.serve()
         self._proposer = exchange.Proposer(party, self.swarm)
         self.gossip = Gossip(

@@ -19,6 +19,7 @@ from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Genesis
 from xpeer.network.addresses import peer_of
 from xpeer.network.invites import grant
+from xpeer.network.keyring import KeyRing
 from xpeer.network.membership import Credential, Membership, Role
 from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 
@@ -107,7 +108,8 @@ class Node:
             "addresses": [address], "role": role, "phase": "training", "speed": 1.0, "slot": 7,
         }  # fmt: skip
         self.record = MemberRecord(self.peer_id, **(plain | record))
-        self.roster = Roster(cast(Any, self), b"k" * 32, net.max_members, lambda: net.now_s)
+        self.keyring = KeyRing(b"k" * 32)
+        self.roster = Roster(cast(Any, self), self.keyring, net.max_members, lambda: net.now_s)
         self._refresh_s = net.now_s + net.random.uniform(0, REFRESH_EVERY_S)
         self._announce_s = net.now_s
 

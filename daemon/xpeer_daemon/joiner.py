@@ -16,6 +16,7 @@ from xpeer.errors import ConfigError, PeerError
 from xpeer.identity import Identity
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.network import joining
+from xpeer.network.keyring import KeyRing
 from xpeer.network.membership import Membership
 from xpeer.network.swarm import Swarm
 from xpeer.phase import Phase
@@ -33,7 +34,7 @@ class Admitted:
 
     signed: SignedManifest
     manifest: Manifest
-    swarm_key: bytes
+    keyring: KeyRing
 
 
 async def connect(
@@ -111,7 +112,8 @@ class Joiner:
         self._accept(manifest)
         if warning := manifest.privacy.policy.warning:
             log.warning("%s", warning)
-        return Admitted(signed, manifest, founding.load_swarm_key(self._home))
+        keyring = KeyRing(founding.load_swarm_key(self._home))
+        return Admitted(signed, manifest, keyring)
 
     def _accept(self, manifest: Manifest) -> None:
         manifest.require_privacy(self._config.data.privacy, self._config.privacy.max_epsilon)

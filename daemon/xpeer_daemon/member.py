@@ -105,7 +105,7 @@ def build_member(candidate: Candidate, admitted: Admitted, spawn: Spawn) -> Memb
     """
     node, store, manifest = candidate.node, candidate.store, admitted.manifest
     party = _party(candidate, admitted)
-    roster = Roster(node.swarm, admitted.swarm_key, manifest.limits.max_members)
+    roster = Roster(node.swarm, admitted.keyring, manifest.limits.max_members)
     training = _training(candidate, manifest, roster, spawn)
     view, supervisor, origin = training.view, training.supervisor, training.origin
     rates, closing = Rates(), _closing(manifest)
@@ -178,7 +178,7 @@ def _party(candidate: Candidate, admitted: Admitted) -> exchange.Party:
     return exchange.Party(
         identity=candidate.identity,
         swarm_id=candidate.membership.swarm_id,
-        swarm_key=admitted.swarm_key,
+        keyring=admitted.keyring,
         manifest_hash=admitted.signed.genesis.manifest_hash,
         serial=candidate.node.certificate.serial,
         membership=candidate.membership,
@@ -243,7 +243,7 @@ async def serve(member: Member, candidate: Candidate, admitted: Admitted) -> Non
     """Answer everything that other members may ask of us."""
     swarm, manifest, party = candidate.node.swarm, member.manifest, member.party
     await member.roster.serve()
-    await joining.serve(swarm, admitted.signed, admitted.swarm_key)
+    await joining.serve(swarm, admitted.signed, admitted.keyring)
     await nudging.serve(swarm, member.gossip.nudged)
     await about.serve(swarm, candidate.node.about)
     await swarm.serve_links(exchange.PROTOCOL, exchange.answering(party, member.gossip), "member")

@@ -17,6 +17,7 @@ from xpeer.errors import Reason
 from xpeer.identity import Identity
 from xpeer.network import exchange, joining, state
 from xpeer.network.dht import MAX_RECORDS, MAX_TTL_S, MAX_VALUE_BYTES
+from xpeer.network.keyring import KeyRing
 from xpeer.network.roster import Roster
 from xpeer.network.swarm import Swarm, _hivemind_id
 
@@ -42,7 +43,7 @@ async def test_no_handler_of_hiveminds_parses_a_strangers_bytes(launch: Launch):
 async def test_every_handler_that_is_registered_is_gated(launch: Launch):
     """Also one that somebody adds later: nothing but the introduction answers a stranger."""
     member = await launch()
-    await joining.serve(member, manifest_of(Identity.generate()), KEY)
+    await joining.serve(member, manifest_of(Identity.generate()), KeyRing(KEY))
     stranger = await launch(role=None)
     await stranger._connect(member.peer_id, member.addresses)
     peer = _hivemind_id(member.peer_id)
@@ -78,7 +79,7 @@ async def test_a_bad_request_of_a_member_costs_nothing(pair: tuple[Swarm, Swarm]
         await second._p2p._client.call_unary_handler(
             _hivemind_id(first.peer_id), handler, b"\xff\xff"
         )
-    assert await Roster(second, KEY, 64).announce(record(second))
+    assert await Roster(second, KeyRing(KEY), 64).announce(record(second))
 
 
 async def test_storage_is_bounded_and_nothing_is_cached(pair: tuple[Swarm, Swarm]):
@@ -114,7 +115,7 @@ async def test_a_bootstrap_node_stores_what_it_can_not_read(launch: Launch):
     first, second = await launch(seeds=node.addresses), await launch(seeds=node.addresses)
     for member in (first, second):
         await asyncio.wait_for(member.reached_seed.wait(), 20)
-        assert await Roster(member, KEY, 16).announce(record(member))
+        assert await Roster(member, KeyRing(KEY), 16).announce(record(member))
     await until(lambda: len(node.dht.protocol.storage) > 0)
     [(_, (shard, _))] = node.dht.protocol.storage.items()
     owners = {owner: stored.value for owner, stored in shard.items()}

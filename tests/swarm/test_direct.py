@@ -11,6 +11,7 @@ import pytest
 from tests.swarm.conftest import LOOPBACK, Founder, Launch
 from xpeer.errors import ConfigError, PeerError
 from xpeer.network.exchange import Party
+from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link
 from xpeer.network.swarm import Swarm
 from xpeer.wire.messages import Accept, Payload
@@ -20,7 +21,9 @@ SIZE = 24 << 20
 
 
 def party(swarm: Swarm, founder: Founder) -> Party:
-    return Party(swarm._identity, founder.swarm_id, b"k" * 32, b"m" * 32, 1, swarm.membership)
+    return Party(
+        swarm._identity, founder.swarm_id, KeyRing(b"k" * 32), b"m" * 32, 1, swarm.membership
+    )
 
 
 async def serve_bulk(swarm: Swarm, founder: Founder) -> None:

@@ -23,6 +23,7 @@ from xpeer.errors import NotAuthorisedError, PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network import joining, present
 from xpeer.network.exchange import PROTOCOL, Agreement, Party, Proposer, answering
+from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link
 from xpeer.network.p2p import STREAMS_PER_PEER
 from xpeer.network.roster import Roster
@@ -71,7 +72,7 @@ class Peer:
     def __init__(self, swarm: Swarm, founder: Founder) -> None:
         self.swarm, self.trainer = swarm, Trainer()
         self.party = Party(
-            swarm._identity, founder.swarm_id, KEY, b"m" * 32, 1, swarm.membership
+            swarm._identity, founder.swarm_id, KeyRing(KEY), b"m" * 32, 1, swarm.membership
         )  # fmt: skip
         self.proposer = Proposer(self.party, swarm)
 
@@ -217,7 +218,7 @@ async def test_an_error_of_ours_is_logged_and_told_to_nobody(pair, caplog):
 
 async def test_a_members_bad_record_hides_and_hangs_nobody(trio):
     low, bad, high = trio
-    rosters = {peer: Roster(peer.swarm, KEY, 16) for peer in trio}
+    rosters = {peer: Roster(peer.swarm, KeyRing(KEY), 16) for peer in trio}
     for peer in trio:
         assert await rosters[peer].announce(record(peer.swarm))
     # what it holds itself it may serve: signed, and nothing that hivemind could decode
@@ -227,7 +228,7 @@ async def test_a_members_bad_record_hides_and_hangs_nobody(trio):
     storage.store_subkey(key, bad.swarm.peer_id, unsigned, get_dht_time() + 60)
     storage.store_subkey(key, low.swarm.peer_id, b"nonsense", get_dht_time() + 60)
     for reader in (low, high):
-        fresh = Roster(reader.swarm, KEY, 16)
+        fresh = Roster(reader.swarm, KeyRing(KEY), 16)
         await asyncio.wait_for(fresh.refresh(), 10)
         other = high if reader is low else low
         assert other.swarm.peer_id in fresh.members()
@@ -248,13 +249,13 @@ async def test_a_member_speaks_in_the_roster_for_itself_alone(trio, founder):
     lie = msgspec.structs.replace(
         record(swarm), role="admin", addresses=[*swarm.addresses, others, "\x1b[2J"]
     )
-    assert await Roster(swarm, KEY, 64).announce(lie)
-    roster = Roster(reader.swarm, KEY, 64)
+    assert await Roster(swarm, KeyRing(KEY), 64).announce(lie)
+    roster = Roster(reader.swarm, KeyRing(KEY), 64)
     await roster.refresh()
     seen = roster.members()[swarm.peer_id]
     assert seen.role == "member"  # what the admin signed
     assert seen.addresses == swarm.addresses
-    small = Roster(reader.swarm, KEY, 64)
+    small = Roster(reader.swarm, KeyRing(KEY), 64)
     small._max_members = 0
     await small.refresh()
     assert small.members() == {}
@@ -262,14 +263,14 @@ async def test_a_member_speaks_in_the_roster_for_itself_alone(trio, founder):
 
 async def test_the_roster_outlives_a_dead_sidecar(pair):
     first, second = pair
-    roster = Roster(second, KEY, 64)
+    roster = Roster(second, KeyRing(KEY), 64)
     assert await roster.announce(record(second))
     os.kill(second._p2p._child.pid, signal.SIGKILL)
     while second.sidecar_restarts == 0:  # whatever happens to the DHT meanwhile, nothing escapes
         await asyncio.gather(roster.announce(record(second)), roster.refresh())
     first.learn(second.addresses)
     async with asyncio.timeout(20):
-        while not await Roster(second, KEY, 64).announce(record(second)):
+        while not await Roster(second, KeyRing(KEY), 64).announce(record(second)):
             await asyncio.sleep(0.05)
 
 

@@ -19,6 +19,7 @@ from xpeer.manifest import (
     swarm_key_digest,
 )
 from xpeer.network import joining
+from xpeer.network.keyring import KeyRing
 
 KEY = b"k" * 32
 
@@ -53,7 +54,7 @@ def founder() -> Founder:
 
 async def test_a_member_admits_a_peer_with_a_right_to_join(founder: RealFounder, launch: Launch):
     member = await launch()
-    await joining.serve(member, founder.signed, KEY)
+    await joining.serve(member, founder.signed, KeyRing(KEY))
     joiner = await launch(seeds=member.addresses)
     signed, key = await joining.request(joiner, joiner._identity, founder.swarm_id, member.peer_id)
     assert (signed, key) == (founder.signed, KEY)
@@ -61,7 +62,7 @@ async def test_a_member_admits_a_peer_with_a_right_to_join(founder: RealFounder,
 
 async def test_a_wrong_swarm_key_is_refused(founder: RealFounder, launch: Launch):
     liar = await launch()
-    await joining.serve(liar, founder.signed, b"x" * 32)
+    await joining.serve(liar, founder.signed, KeyRing(b"x" * 32))
     joiner = await launch(seeds=liar.addresses)
     with pytest.raises(PeerError, match=Reason.TAMPERED):
         await joining.request(joiner, joiner._identity, founder.swarm_id, liar.peer_id)
@@ -69,7 +70,7 @@ async def test_a_wrong_swarm_key_is_refused(founder: RealFounder, launch: Launch
 
 async def test_another_swarms_manifest_is_refused(founder: RealFounder, launch: Launch):
     liar = await launch()
-    await joining.serve(liar, manifest_of(Identity.generate()), KEY)
+    await joining.serve(liar, manifest_of(Identity.generate()), KeyRing(KEY))
     joiner = await launch(seeds=liar.addresses)
     with pytest.raises(PeerError, match=Reason.MALFORMED):
         await joining.request(joiner, joiner._identity, founder.swarm_id, liar.peer_id)
@@ -77,7 +78,7 @@ async def test_another_swarms_manifest_is_refused(founder: RealFounder, launch: 
 
 async def test_a_right_that_has_expired_admits_nobody(founder: RealFounder, launch: Launch):
     member = await launch()
-    await joining.serve(member, founder.signed, KEY)
+    await joining.serve(member, founder.signed, KeyRing(KEY))
     late = Identity.generate()
     joiner = await launch(seeds=member.addresses, identity=late)
     expired = founder.credential(late, ttl_s=-1.0)

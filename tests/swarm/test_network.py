@@ -13,6 +13,7 @@ from hivemind.utils import get_dht_time
 
 from tests.swarm.conftest import Founder
 from xpeer.errors import ConfigError, PeerError, Reason
+from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link
 from xpeer.network.roster import TTL_S, MemberRecord, Roster
 from xpeer.network.swarm import Swarm
@@ -61,7 +62,7 @@ async def test_a_stranger_reads_stores_and_calls_nothing(launch, founder):
         touched.set()
 
     await member.serve_links("xpeer/test-stream/1", listen, "member")
-    assert await Roster(member, KEY, 64).announce(record(member))
+    assert await Roster(member, KeyRing(KEY), 64).announce(record(member))
 
     stranger = await launch(seeds=member.addresses, role=None)  # dials, and has no credential
     await until(lambda: stranger.bootstrap_note)
@@ -77,7 +78,7 @@ async def test_a_stranger_reads_stores_and_calls_nothing(launch, founder):
     with pytest.raises(PeerError, match=Reason.TRUNCATED):
         await link._read(100)
     link.abort()
-    roster = Roster(stranger, KEY, 64)  # even with the key, it gets no record to open
+    roster = Roster(stranger, KeyRing(KEY), 64)  # even with the key, it gets no record to open
     await roster.refresh()
     assert roster.members() == {}
     found = await stranger.dht.protocol.call_store(
@@ -189,7 +190,7 @@ async def test_members_find_one_another_and_go_on_when_the_seed_is_gone(launch):
     second = await launch(seeds=seed.addresses)
     for swarm in (first, second):
         await asyncio.wait_for(swarm.reached_seed.wait(), 20)
-    rosters = [Roster(first, KEY, 64), Roster(second, KEY, 64)]
+    rosters = [Roster(first, KeyRing(KEY), 64), Roster(second, KeyRing(KEY), 64)]
     for swarm, roster in zip((first, second), rosters, strict=True):
         assert await roster.announce(record(swarm))
     for roster in rosters:
@@ -199,20 +200,20 @@ async def test_members_find_one_another_and_go_on_when_the_seed_is_gone(launch):
     await seed.close()
     assert await second.call(first.peer_id, ECHO, b"x") == b"x"
     assert await rosters[0].announce(record(first, "closing"))
-    fresh = Roster(second, KEY, 64)  # the other has read the DHT a moment ago
+    fresh = Roster(second, KeyRing(KEY), 64)  # the other has read the DHT a moment ago
     await fresh.refresh()
     assert fresh.members()[first.peer_id].phase == "closing"
 
 
 async def test_roster_records_are_unreadable_without_the_key_and_expire(pair):
     first, second = pair
-    await Roster(first, KEY, 64).announce(record(first))
-    other = Roster(second, KEY, 64)
-    other._shards._box = Roster(second, b"x" * 32, 64)._shards._box
+    await Roster(first, KeyRing(KEY), 64).announce(record(first))
+    other = Roster(second, KeyRing(KEY), 64)
+    other._shards._keyring = KeyRing(b"x" * 32)
     await other.refresh()
     assert other.members() == {}
     passed_s = 0.0
-    mine = Roster(second, KEY, 64, lambda: get_dht_time() + passed_s)
+    mine = Roster(second, KeyRing(KEY), 64, lambda: get_dht_time() + passed_s)
     await mine.refresh()
     assert set(mine.members()) == {first.peer_id}
     passed_s = TTL_S
@@ -221,7 +222,7 @@ async def test_roster_records_are_unreadable_without_the_key_and_expire(pair):
 
 async def test_members_that_serve_their_rosters_need_no_dht(pair, monkeypatch):
     first, second = pair
-    rosters = [Roster(first, KEY, 64), Roster(second, KEY, 64)]
+    rosters = [Roster(first, KeyRing(KEY), 64), Roster(second, KeyRing(KEY), 64)]
 
     async def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError

@@ -17,6 +17,7 @@ from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.identity import Identity, PeerId
 from xpeer.masked_round import MaskedMeeting, Us
 from xpeer.network.exchange import Agreement, Party, UnresolvedError
+from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.stream import Stream
@@ -44,7 +45,9 @@ class Member:
         self.identity, self.peer_id = identity, identity.peer_id
         self.before = values.clone()
         self.trainer = Vector(values, 1, "int8", grid)
-        self.party = Party(identity, SWARM, b"k" * 32, b"m" * 32, 1, Everybody(SWARM, None))
+        self.party = Party(
+            identity, SWARM, KeyRing(b"k" * 32), b"m" * 32, 1, Everybody(SWARM, None)
+        )
         self.agreements: dict[PeerId, Agreement] = {}
         self.meeting: MaskedMeeting
 

@@ -24,6 +24,7 @@ from typing import Protocol
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network import bulk
+from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
 from xpeer.update import CompressedUpdate, Form, MaskedUpdate, PeerUpdate
@@ -43,7 +44,7 @@ class Party:
 
     identity: Identity
     swarm_id: str
-    swarm_key: bytes
+    keyring: KeyRing
     manifest_hash: bytes
     serial: int
     membership: Membership
@@ -61,7 +62,7 @@ class Party:
             self.identity,
             partner,
             swarm_id=self.swarm_id,
-            swarm_key=self.swarm_key,
+            keys=self.keyring,
             manifest_hash=self.manifest_hash,
             serial=self.serial,
             purpose=purpose,

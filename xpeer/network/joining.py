@@ -15,6 +15,7 @@ from msgspec import Struct
 from xpeer.errors import ConfigError, NotAuthorisedError, PeerError, Reason
 from xpeer.identity import Identity, PeerId, seal_to
 from xpeer.manifest import MAX_MANIFEST_BYTES, SignedManifest, swarm_key_digest
+from xpeer.network.keyring import KeyRing
 from xpeer.network.membership import MAX_CREDENTIAL_BYTES
 from xpeer.network.swarm import Swarm
 
@@ -34,9 +35,9 @@ class Admission(Struct, frozen=True, forbid_unknown_fields=True):
 _decoder = msgspec.msgpack.Decoder(Admission)
 
 
-async def serve(swarm: Swarm, manifest: SignedManifest, swarm_key: bytes) -> None:
+async def serve(swarm: Swarm, manifest: SignedManifest, keyring: KeyRing) -> None:
     """Admit peers whose introduction carried a right to join that has not expired."""
-    admission = msgspec.msgpack.encode(Admission(manifest.to_bytes(), swarm_key))
+    signed = manifest.to_bytes()
 
     async def handle(peer_id: PeerId, request: bytes) -> bytes:
         certificate = swarm.membership.certificate_of(peer_id)
@@ -44,7 +45,8 @@ async def serve(swarm: Swarm, manifest: SignedManifest, swarm_key: bytes) -> Non
             log.info("not admitted: %s has no right to join, or it expired", peer_id)
             return b""
         log.info("admitted %s as %s", peer_id, certificate.role)
-        return seal_to(peer_id, admission)
+        admission = Admission(signed, keyring.current)
+        return seal_to(peer_id, msgspec.msgpack.encode(admission))
 
     await swarm.serve_call(PROTOCOL, handle, "observer", MAX_CREDENTIAL_BYTES)
 

@@ -23,10 +23,9 @@ import msgspec
 from hivemind.utils import get_dht_time
 from msgspec import Struct
 from nacl.exceptions import CryptoError
-from nacl.secret import SecretBox
 
 from xpeer.errors import NotAuthorisedError, PeerError
-from xpeer.identity import Domain, PeerId, blake2b
+from xpeer.identity import Domain, PeerId
 from xpeer.network import spreading
 from xpeer.network.addresses import is_dialled, peer_of
 from xpeer.network.cards import (
@@ -39,6 +38,7 @@ from xpeer.network.cards import (
     MemberRecord,
     SignedCard,
 )
+from xpeer.network.keyring import KeyRing
 from xpeer.network.pace import (
     BEATS_PER_LIFETIME,
     TTL_S,
@@ -55,6 +55,8 @@ __all__ = ["ANNOUNCE_EVERY_S", "TTL_S", "MemberRecord", "Roster"]
 log = logging.getLogger("xpeer.network")
 
 PROTOCOL = "xpeer/roster/1"
+_SEALED = b"xpeer/roster/v2"
+"""Purpose of the key that messages are sealed with."""
 ANNOUNCE_EVERY_S = 10.0
 FANOUT = 3
 """Members that news is pushed to, by each whom it reaches."""
@@ -81,7 +83,7 @@ class Roster:
 
     Args:
         swarm: the network.
-        swarm_key: 32 bytes.
+        keyring: has the swarm key, which messages and stored cards are sealed with.
         max_members: sets the number of keys.
         clock: shared wall clock, seconds.
     """
@@ -89,7 +91,7 @@ class Roster:
     def __init__(
         self,
         swarm: Swarm,
-        swarm_key: bytes,
+        keyring: KeyRing,
         max_members: int,
         clock: Callable[[], float] = get_dht_time,
     ) -> None:
@@ -97,8 +99,8 @@ class Roster:
         self._clock = clock
         self._me = swarm.peer_id
         self._swarm_id = swarm.membership.swarm_id
-        self._box = SecretBox(blake2b(b"xpeer/roster/v2", swarm_key))
-        self._shards = Shards(swarm, swarm_key, max_members)
+        self._keyring = keyring
+        self._shards = Shards(swarm, keyring, max_members)
         self._max_members = max_members
         self._known: dict[PeerId, Known] = {}
         self._chain: Chain | None = None
@@ -369,11 +371,11 @@ class Roster:
     # Sealing
 
     def _seal(self, message: Struct) -> bytes:
-        return bytes(self._box.encrypt(msgspec.msgpack.encode(message)))
+        return bytes(self._keyring.box(_SEALED).encrypt(msgspec.msgpack.encode(message)))
 
     def _unseal(self, sealed: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T | None:
         try:
-            return decoder.decode(self._box.decrypt(sealed))
+            return decoder.decode(self._keyring.box(_SEALED).decrypt(sealed))
         except (CryptoError, ValueError, msgspec.MsgspecError) as e:
             log.debug("a roster message does not open: %s", type(e).__name__)
             return None

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 from nacl.exceptions import CryptoError
-from nacl.secret import SecretBox
 
 from xpeer.identity import blake2b
 from xpeer.network.cards import Beat, SignedCard
+from xpeer.network.keyring import KeyRing
 from xpeer.network.swarm import Swarm
 
 log = logging.getLogger("xpeer.network")
@@ -28,6 +28,8 @@ STORED_S = 900.0
 DHT_TIMEOUT_S = 15.0
 PAD_BYTES = 256
 MAX_RECORD_BYTES = 2560
+_SEALED, _NAMED = b"xpeer/shard/v1", b"xpeer/shard-key/v1"
+"""Purposes of keys that follow from the swarm key."""
 _T = TypeVar("_T")
 
 
@@ -43,30 +45,37 @@ class Shards:
 
     Args:
         swarm: the network.
-        swarm_key: 32 bytes.
+        keyring: has the swarm key, on which contents and names of keys depend.
         max_members: sets the number of keys.
-
-    Attributes:
-        keys: all of them.
     """
 
-    def __init__(self, swarm: Swarm, swarm_key: bytes, max_members: int) -> None:
+    def __init__(self, swarm: Swarm, keyring: KeyRing, max_members: int) -> None:
         self._swarm = swarm
-        self._box = SecretBox(blake2b(b"xpeer/shard/v1", swarm_key))
-        self.keys = [
-            blake2b(b"xpeer/shard-key/v1", swarm_key, str(shard).encode()).hex()
-            for shard in range(-(-max_members // MEMBERS_PER_SHARD))
-        ]
+        self._keyring = keyring
+        self._number = -(-max_members // MEMBERS_PER_SHARD)
+        self._names: list[str] = []
+        self._named_in: int | None = None
+        """Key epoch of `_names`. None until they were first asked for."""
+
+    @property
+    def keys(self) -> list[str]:
+        """All of them, under the swarm key of now."""
+        if self._named_in != self._keyring.key_epoch:
+            numbers = (str(number).encode() for number in range(self._number))
+            self._names = [self._keyring.derived(_NAMED, number).hex() for number in numbers]
+            self._named_in = self._keyring.key_epoch
+        return self._names
 
     def key_of(self, peer_id: str) -> str:
         """Where a member's card lies."""
         number = int.from_bytes(blake2b(peer_id.encode(), size=4), "big")
-        return self.keys[number % len(self.keys)]
+        return self.keys[number % self._number]
 
     async def store(self, stored: Stored, now_s: float) -> bool:
         """Store our own card; whether at least one node took it."""
         me = self._swarm.peer_id
-        sealed = bytes(self._box.encrypt(_pad(msgspec.msgpack.encode(stored))))
+        box = self._keyring.box(_SEALED)
+        sealed = bytes(box.encrypt(_pad(msgspec.msgpack.encode(stored))))
         storing = self._swarm.dht.store(self.key_of(me), sealed, now_s + STORED_S, subkey=me)
         return bool(await self._ask(storing))
 
@@ -101,7 +110,7 @@ class Shards:
         if not isinstance(sealed, bytes):
             return None
         try:
-            padded = bytes(self._box.decrypt(sealed))
+            padded = bytes(self._keyring.box(_SEALED).decrypt(sealed))
             return msgspec.msgpack.decode(_unpad(padded), type=Stored)
         except (CryptoError, ValueError, msgspec.MsgspecError) as e:
             log.debug("a stored card does not open: %s", type(e).__name__)

@@ -12,7 +12,7 @@ frame keys leak from memory while it is open.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 from msgspec import Meta, Struct
@@ -62,6 +62,14 @@ _hello = msgspec.msgpack.Decoder(Hello)
 _signed_hello = msgspec.msgpack.Decoder(SignedHello)
 
 
+class SwarmKeys(Protocol):
+    """Where the swarm key is asked for; `network.keyring.KeyRing` in production."""
+
+    @property
+    def current(self) -> bytes:
+        """32 bytes that only members hold."""
+
+
 class Handshake:
     """One side of the HELLO exchange. The initiator sends first; the responder answers.
 
@@ -69,7 +77,7 @@ class Handshake:
         identity: our key.
         partner: whom we mean to talk to (libp2p authenticated it already).
         swarm_id: fingerprint of the swarm.
-        swarm_key: 32 bytes that only members hold.
+        keys: asked for the swarm key when the frame keys are derived.
         manifest_hash: 32 bytes; both must train by the same manifest.
         serial: of our certificate.
         purpose: what the session is for.
@@ -83,7 +91,7 @@ class Handshake:
         partner: PeerId,
         *,
         swarm_id: str,
-        swarm_key: bytes,
+        keys: SwarmKeys,
         manifest_hash: bytes,
         serial: int,
         purpose: Purpose,
@@ -93,7 +101,7 @@ class Handshake:
         self._identity = identity
         self._partner = partner
         self._swarm_id = swarm_id
-        self._swarm_key = swarm_key
+        self._keys = keys
         self._manifest_hash = manifest_hash
         self._serial = serial
         self._purpose: Purpose = purpose
@@ -176,8 +184,9 @@ class Handshake:
         first, second = (
             (self._ours, self._theirs) if self._initiator else (self._theirs, self._ours)
         )
-        forth = blake2b(b"initiator", shared, self._swarm_key, first, second)
-        back = blake2b(b"responder", shared, self._swarm_key, first, second)
+        swarm_key = self._keys.current
+        forth = blake2b(b"initiator", shared, swarm_key, first, second)
+        back = blake2b(b"responder", shared, swarm_key, first, second)
         ours, theirs = (forth, back) if self._initiator else (back, forth)
         return Session(ours, theirs, cipher)
 

@@ -13,6 +13,7 @@ from tests.meetings import meet
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network.exchange import Party, Proposer, answering
+from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.stream import Stream
@@ -92,7 +93,7 @@ class Everybody(Membership):
 
 
 def party(identity: Identity) -> Party:
-    return Party(identity, SWARM, b"k" * 32, b"m" * 32, 1, Everybody(SWARM, None))
+    return Party(identity, SWARM, KeyRing(b"k" * 32), b"m" * 32, 1, Everybody(SWARM, None))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from xpeer.network import spreading
 from xpeer.network.cards import LINK_S, Beat, Card, Chain, SignedCard
 from xpeer.network.dht import MAX_TTL_S
 from xpeer.network.invites import grant
+from xpeer.network.keyring import KeyRing
 from xpeer.network.membership import Credential
 from xpeer.network.pace import (
     BEAT_BYTES,
@@ -210,7 +211,7 @@ async def test_the_role_is_the_admins_word_and_addresses_are_the_owners(net: Net
 
 async def test_strangers_messages_and_other_keys_are_no_answer(net: Net) -> None:
     one, other = await swarm_of(net, 2)
-    foreign = Roster(one.roster._swarm, b"x" * 32, 64)
+    foreign = Roster(one.roster._swarm, KeyRing(b"x" * 32), 64)
     handler = other.handlers[PROTOCOL]
     for request in (b"", b"x" * 100, foreign._seal(Question(bytes(8), b"")), one.roster._seal(
         Answer(more=True)
@@ -278,7 +279,7 @@ async def test_what_is_stored_is_sealed_and_says_nothing_by_its_size(net: Net) -
 
 def test_keys_follow_the_swarm_key_and_spread_the_members(net: Net) -> None:
     node = net.join()
-    mine, others = node.roster._shards, Roster(node.roster._swarm, b"x" * 32, 256)._shards
+    mine, others = node.roster._shards, Roster(node.roster._swarm, KeyRing(b"x" * 32), 256)._shards
     assert not set(mine.keys) & set(others.keys)
     assert len(mine.keys) == 16
     assert len({mine.key_of(Identity.generate().peer_id) for _ in range(200)}) > 12
@@ -288,7 +289,8 @@ async def test_stored_values_that_do_not_open_are_left_out(net: Net) -> None:
     reader, owner = await swarm_of(net, 2)
     shards, key = reader.roster._shards, reader.roster._shards.key_of(owner.peer_id)
     good, until = net.stored[key][owner.peer_id]
-    for value in (good[:-1], b"", None, 7, shards._box.encrypt(b"\x00\x01\xc1" + bytes(253))):
+    box = shards._keyring.box(b"xpeer/shard/v1")
+    for value in (good[:-1], b"", None, 7, box.encrypt(b"\x00\x01\xc1" + bytes(253))):
         net.stored[key] = {owner.peer_id: (value, until)}  # type: ignore[dict-item]
         assert await shards.read([key]) == []
     net.stored[key] = {owner.peer_id: (good, until)}

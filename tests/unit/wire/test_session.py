@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId
+from xpeer.network.keyring import KeyRing
 from xpeer.wire import frames
 from xpeer.wire.aead import NONCE_BYTES, TAG_BYTES, Aead, Cipher, ForgedError, supported
 from xpeer.wire.frames import (
@@ -29,7 +30,7 @@ SWARM, KEY, MODEL = "ab" * 32, b"k" * 32, b"m" * 32
 
 def side(me: Identity, partner: PeerId, *, initiator: bool, **changed) -> Handshake:
     facts = {
-        "swarm_id": SWARM, "swarm_key": KEY, "manifest_hash": MODEL, "serial": 1,
+        "swarm_id": SWARM, "keys": KeyRing(KEY), "manifest_hash": MODEL, "serial": 1,
         "purpose": "exchange",
     }  # fmt: skip
     return Handshake(me, partner, initiator=initiator, **{**facts, **changed})
@@ -241,7 +242,7 @@ def test_buffers_of_the_wrong_size_are_refused_before_the_library_sees_them(ciph
 
 
 def test_without_the_swarm_key_no_frame_opens(pair):
-    a, b = established(pair, swarm_key=b"x" * 32)
+    a, b = established(pair, keys=KeyRing(b"x" * 32))
     with pytest.raises(PeerError, match=Reason.TAMPERED):
         opened(b, seal(a, b"payload"))
 
