@@ -25,6 +25,7 @@ from xpeer.network import matching
 from xpeer.privacy.clipping import Engine, RecordLosses
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.mechanism import Mechanism, OffMechanism, RecordMechanism
+from xpeer.privacy.options import Options
 from xpeer.training.build import make_loop
 from xpeer.training.flat import FlatParameters
 from xpeer.training.loop import TrainingLoop
@@ -84,7 +85,9 @@ class Swarm:
                 mechanism = OffMechanism(manifest, model, records, losses)
             else:
                 engine = _engine(model, losses, records, like=engine)
-                mechanism = RecordMechanism(manifest, model, records, losses, ledger, engine=engine)
+                mechanism = RecordMechanism(
+                    manifest, model, records, losses, ledger, Options(engine=engine)
+                )
             evaluation = Evaluation(public=lambda: 0.0)  # nobody looks at it
             self.mechanisms.append(mechanism)
             self.trainers.append(make_loop(manifest, parameters, mechanism, evaluation))

@@ -29,6 +29,7 @@ from xpeer.manifest import Privacy
 from xpeer.privacy.clipping import Engine
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism
+from xpeer.privacy.options import Options
 
 RECORDS: Final = 40
 STEPS: Final = 8
@@ -94,7 +95,9 @@ class Whitebox(Struct, frozen=True, kw_only=True, tag=True):
             manifest, privacy=Privacy(epsilon=self.epsilon, delta=DELTA)
         )
         with tempfile.TemporaryDirectory() as folder, open_ledger(Path(folder), manifest) as ledger:
-            mechanism = RecordMechanism(manifest, model, records, _losses, ledger, engine=engine)
+            mechanism = RecordMechanism(
+                manifest, model, records, _losses, ledger, Options(engine=engine)
+            )
             for _ in range(mechanism.begin_window(STEPS)):
                 mechanism.step_gradient()
                 assert weight.grad is not None

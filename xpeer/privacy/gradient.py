@@ -9,16 +9,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from xpeer.manifest import Manifest
 from xpeer.privacy.clipping import Clipped, Engine
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.privacy.norms import ClipNorm
 from xpeer.privacy.ranks import Alone, Ranks
 from xpeer.privacy.steps import StepResult, result_of
 from xpeer.privacy.units import Sample, Units
+
+
+class Sampling(NamedTuple):
+    """How units are sampled.
+
+    Attributes:
+        expected: B, units of a step.
+        probability: q that steps are charged with.
+    """
+
+    expected: int
+    probability: float
+
+
+def sampling_of(manifest: Manifest, size: int) -> Sampling:
+    """The manifest's batch, of a shard of so many units as others may infer (`told_size`)."""
+    expected = min(manifest.optimiser.batch_records, size)
+    return Sampling(expected, expected / size)
 
 
 class PrivateGradient:
@@ -30,8 +50,7 @@ class PrivateGradient:
         records: (n, T) int64, CPU.
         units: of privacy, made of these records; of all ranks.
         clip_norm: C, and the noise that goes with it.
-        expected: B, units of a step, all ranks together.
-        probability: q that steps are charged with.
+        sampling: B, of all ranks together, and q.
         generator: of noise and samples.
         ranks: that take each step together; all have the same units and the same B.
     """
@@ -43,20 +62,19 @@ class PrivateGradient:
         records: Tensor,
         units: Units,
         clip_norm: ClipNorm,
-        expected: int,
-        probability: float,
+        sampling: Sampling,
         generator: SecretGenerator,
         ranks: Ranks | None = None,
     ) -> None:
         self.engine = engine
         self.generator = generator
         self.clip_norm = clip_norm
-        self.expected = expected
+        self.expected = sampling.expected
         self._ranks = ranks or Alone()
         self._parameters = parameters
         self._device = parameters[0].device
         self._records = records
-        self._probability = probability
+        self._probability = sampling.probability
         self._units = units.part(self._ranks.rank, self._ranks.world)
 
     def step(self) -> StepResult:

@@ -20,8 +20,7 @@ record, of the shard's size, of timing, or of anything tuned by looking at priva
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -32,16 +31,16 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
 from xpeer.privacy import accountant, noise
 from xpeer.privacy.budget import Budget, delta_of, noise_multiplier, told_size
-from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine, RecordLosses, trainable
+from xpeer.privacy.clipping import RecordLosses, trainable
 from xpeer.privacy.engine_memory import EngineMemory, setting_of
 from xpeer.privacy.engines import Choice, choose_engine, sample_of
-from xpeer.privacy.gradient import PrivateGradient
+from xpeer.privacy.gradient import PrivateGradient, sampling_of
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.norms import clip_norm_of
+from xpeer.privacy.options import DEFAULT, Options
 from xpeer.privacy.plain import OffMechanism
-from xpeer.privacy.ranks import Ranks
 from xpeer.privacy.signal import noise_norm
-from xpeer.privacy.steps import Charged, Precision, StepResult, Switchable, check_records
+from xpeer.privacy.steps import Charged, StepResult, Switchable, check_records
 from xpeer.privacy.units import units_of
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
@@ -94,16 +93,10 @@ class RecordMechanism:
         records: (n, T) int64, CPU.
         record_losses: sums of losses and counts of tokens by record.
         ledger: of this shard.
-        micro_batch: records per pass; 0 = the engine chooses.
-        memory_bytes: bound of what the engine keeps during a pass.
-        precision: of forward passes in steps; engines are compared in float32.
-        engine: to use instead of choosing one by `choose_engine`.
+        options: how this node computes.
         owners: the document of each record, (n,) int64, ascending; needed where documents are the
             unit.
-        generator: of noise.
         clip_norm: C of a checkpoint, where it adapts; None = begin with the manifest's.
-        ranks: of this node that take each step together; the ledger is that of one of them.
-        cache: folder where the choice of the engine is remembered.
 
     Raises:
         ConfigError: another mode, no records, or a model that can't be trained privately.
@@ -117,16 +110,10 @@ class RecordMechanism:
         records: Tensor,
         record_losses: RecordLosses,
         ledger: Ledger,
+        options: Options = DEFAULT,
         *,
-        micro_batch: int = 0,
-        memory_bytes: int = DEFAULT_MEMORY_BYTES,
-        precision: Precision = nullcontext,
-        engine: Engine | None = None,
         owners: Tensor | None = None,
-        generator: noise.Generator = "fast",
         clip_norm: float | None = None,
-        ranks: Ranks | None = None,
-        cache: Path | None = None,
     ) -> None:
         rules = manifest.privacy
         if not rules.policy.clips_records:
@@ -134,30 +121,11 @@ class RecordMechanism:
         check_records(records)
         units = units_of(rules.unit, len(records), owners, rules.document_records)
         self._parameters = trainable(model)
-        self._target = rules.epsilon
-        size = told_size(len(units))
-        expected = min(manifest.optimiser.batch_records, size)
+        self._ledger, self._unit, self._target = ledger, units.kind, rules.epsilon
         self._delta = delta_of(manifest, len(units))
-        self._ledger = ledger
-        self._unit = units.kind
-        q = expected / size
-        self._sigma = noise_multiplier(manifest, ledger, self._delta, q)
-        device = next(model.parameters()).device
-        if engine is None:
-            losses = Switchable(record_losses)
-            sample = sample_of(records).to(device)
-            details = rules.mode, rules.unit, expected, micro_batch, memory_bytes
-            choice = choose_engine(
-                model,
-                losses,
-                sample,
-                micro_batch=micro_batch,
-                memory_bytes=memory_bytes,
-                memory=EngineMemory(cache, setting_of(model, records, *details)) if cache else None,
-            )
-            losses.precision = precision
-        else:
-            choice = Choice(engine, "it was asked for")
+        sampling = sampling_of(manifest, told_size(len(units)))
+        self._sigma = noise_multiplier(manifest, ledger, self._delta, sampling.probability)
+        choice = _engine(manifest, model, records, record_losses, sampling.expected, options)
         self.engine = choice.engine.name
         self.notes: list[str] = [f"private gradients by {self.engine}: {choice.reason}"]
         self._engine_reason = choice.reason
@@ -166,21 +134,20 @@ class RecordMechanism:
             choice.engine,
             records,
             units,
-            clip_norm_of(rules, self._sigma, expected, clip_norm),
-            expected,
-            q,
-            noise.SecretGenerator(device, generator),
-            ranks,
+            clip_norm_of(rules, self._sigma, sampling.expected, clip_norm),
+            sampling,
+            noise.SecretGenerator(next(model.parameters()).device, options.generator),
+            options.ranks,
         )
         values = sum(parameter.numel() for parameter in self._parameters)
-        self._noise_norm = noise_norm(self._sigma, expected, values)
+        self._noise_norm = noise_norm(self._sigma, sampling.expected, values)
         self._incomplete = False
         self._budget = Budget(
             ledger,
             epsilon=self._target,
             delta=self._delta,
             noise_multiplier=self._sigma,
-            sampling_probability=q,
+            sampling_probability=sampling.probability,
         )
 
     @property
@@ -269,21 +236,45 @@ class RecordMechanism:
                     parameter.grad = None
 
 
+def _engine(
+    manifest: Manifest,
+    model: nn.Module,
+    records: Tensor,
+    record_losses: RecordLosses,
+    expected: int,
+    options: Options,
+) -> Choice:
+    """What clips the records' gradients: as asked for, or the fastest one that is exact."""
+    if options.engine is not None:
+        return Choice(options.engine, "it was asked for")
+    losses, memory = Switchable(record_losses), None
+    rules, micro_batch, memory_bytes = manifest.privacy, options.micro_batch, options.memory_bytes
+    if options.cache is not None:
+        details = rules.mode, rules.unit, expected, micro_batch, memory_bytes
+        memory = EngineMemory(options.cache, setting_of(model, records, *details))
+    choice = choose_engine(
+        model,
+        losses,
+        sample_of(records).to(next(model.parameters()).device),
+        micro_batch=micro_batch,
+        memory_bytes=memory_bytes,
+        memory=memory,
+    )
+    losses.precision = options.precision
+    return choice
+
+
 def build_mechanism(
     manifest: Manifest,
     model: nn.Module,
     records: Tensor,
     record_losses: RecordLosses,
     ledger: Ledger,
+    options: Options = DEFAULT,
     *,
-    micro_batch: int = 0,
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    seen: Tensor | None = None,
-    precision: Precision = nullcontext,
     owners: Tensor | None = None,
-    generator: noise.Generator = "fast",
     clip_norm: float | None = None,
-    cache: Path | None = None,
+    seen: Tensor | None = None,
 ) -> Mechanism:
     """The mechanism that the manifest asks for. Takes seconds where privacy is accounted for.
 
@@ -293,36 +284,20 @@ def build_mechanism(
         records: (n, T) int64, CPU.
         record_losses: sums of losses and counts of tokens by record.
         ledger: of this shard; untouched without privacy.
-        micro_batch: training.micro_batch of the node.
-        memory_bytes: bound of what the engine keeps during a pass.
-        seen: of the checkpoint.
-        precision: of forward passes in steps, e.g. autocast.
+        options: how this node computes.
         owners: the document of each record, (n,) int64, ascending.
-        generator: privacy.generator of the node.
         clip_norm: of the checkpoint, where it adapts.
-        cache: folder where the choice of the engine is remembered.
+        seen: of the checkpoint.
     """
     if not manifest.privacy.policy.charges:
-        return OffMechanism(
-            manifest,
-            model,
-            records,
-            record_losses,
-            micro_batch=micro_batch,
-            seen=seen,
-            precision=precision,
-        )
+        return OffMechanism(manifest, model, records, record_losses, options, seen=seen)
     return RecordMechanism(
         manifest,
         model,
         records,
         record_losses,
         ledger,
-        micro_batch=micro_batch,
-        memory_bytes=memory_bytes,
-        precision=precision,
+        options,
         owners=owners,
-        generator=generator,
         clip_norm=clip_norm,
-        cache=cache,
     )

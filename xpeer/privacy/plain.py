@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Final
 
 import torch
@@ -12,8 +11,9 @@ from xpeer import update
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest
 from xpeer.privacy.clipping import RecordLosses, trainable
+from xpeer.privacy.options import DEFAULT, Options
 from xpeer.privacy.passes import Passes
-from xpeer.privacy.steps import Charged, Precision, StepResult, Switchable, check_records
+from xpeer.privacy.steps import Charged, StepResult, Switchable, check_records
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
@@ -31,9 +31,9 @@ class OffMechanism:
         model: on its device.
         records: (n, T) int64, CPU.
         record_losses: sums of losses and counts of tokens by record.
-        micro_batch: records per pass; 0 = all at once, or what suits a processor's caches.
+        options: how this node computes; a micro_batch of 0 is all at once, or what suits a
+            processor's caches.
         seen: `seen` of an earlier start.
-        precision: of forward passes.
 
     Raises:
         ConfigError: the manifest asks for privacy, or there are no records.
@@ -47,10 +47,9 @@ class OffMechanism:
         model: nn.Module,
         records: Tensor,
         record_losses: RecordLosses,
+        options: Options = DEFAULT,
         *,
-        micro_batch: int = 0,
         seen: Tensor | None = None,
-        precision: Precision = nullcontext,
     ) -> None:
         if manifest.privacy.policy.charges:
             raise ConfigError(
@@ -64,11 +63,12 @@ class OffMechanism:
         self._device = next(model.parameters()).device
         self._records = records
         self._record_losses = Switchable(record_losses)
-        self._record_losses.precision = precision
+        self._record_losses.precision = options.precision
         self._batch = min(manifest.optimiser.batch_records, len(records))
         self._clip = manifest.optimiser.gradient_clip
         cached = max(1, _CPU_TOKENS // records.shape[1])
-        self._micro_batch = micro_batch or (cached if self._device.type == "cpu" else self._batch)
+        whole = cached if self._device.type == "cpu" else self._batch
+        self._micro_batch = options.micro_batch or whole
         self._passes = Passes(records, seen)
 
     @property

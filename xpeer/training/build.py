@@ -20,6 +20,7 @@ from xpeer.manifest import Manifest, SignedManifest
 from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
+from xpeer.privacy.options import Options
 from xpeer.privacy.register import Register
 from xpeer.training import checkpoint, combine, frozen, parts, rules
 from xpeer.training.assembled import Assembled, Beginning, TextFacts
@@ -113,7 +114,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     loop = _loop(swarm, start, mechanism, text.held_out, pulse)
     if loop.pacing.ended:  # it takes no step anyway
         problem = ""
-    elif isinstance(mechanism, IdleMechanism):
+    elif problem:
         loop.pacing.begin_idle(budget_spent=mechanism.spent().steps_left == 0)
     beginning = Beginning(
         device=str(start.device),
@@ -205,12 +206,14 @@ def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechan
         text.records,
         pulse.before(record_losses),
         start.ledger,
-        micro_batch=swarm.config.training.micro_batch,
-        seen=start.saved.seen if start.saved is not None else None,
+        Options(
+            micro_batch=swarm.config.training.micro_batch,
+            generator=swarm.config.privacy.generator,
+            cache=swarm.home.cache,
+        ),
         owners=text.owners,
-        generator=swarm.config.privacy.generator,
         clip_norm=start.counters.clip_norm,
-        cache=swarm.home.cache,
+        seen=start.saved.seen if start.saved is not None else None,
     )
 
 

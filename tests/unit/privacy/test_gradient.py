@@ -19,7 +19,7 @@ from tests.unit.privacy.models import by_autograd, llama, record_losses, some_re
 from tests.unit.privacy.test_units import Chosen
 from xpeer.manifest import Privacy
 from xpeer.privacy.clipping import BookKeepingEngine, Bound, Clipped, MicrobatchEngine, trainable
-from xpeer.privacy.gradient import PrivateGradient
+from xpeer.privacy.gradient import PrivateGradient, Sampling
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.privacy.norms import ClipNorm, clip_norm_of
 from xpeer.privacy.ranks import ProcessGroup, Ranks
@@ -44,7 +44,7 @@ def gradient(
     made = engine(model, record_losses)
     records = some_records()
     private = PrivateGradient(
-        parameters, made, records, units, norm, expected, 0.5, generator, ranks
+        parameters, made, records, units, norm, Sampling(expected, 0.5), generator, ranks
     )
     return private, parameters
 
@@ -144,8 +144,7 @@ def test_a_batch_of_thousands_is_taken_in_parts_that_fit() -> None:
             some_records(64).repeat(count // 64, 1),
             Records(torch.arange(count)),
             ClipNorm(1.0, 1.0),
-            count,
-            0.5,
+            Sampling(count, 0.5),
             generator,
         )
         _reset_peak()

@@ -23,6 +23,7 @@ from xpeer.privacy.budget import told_size
 from xpeer.privacy.clipping import BookKeepingEngine, Bound, Clipped, Engine, MicrobatchEngine
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism, build_mechanism
+from xpeer.privacy.options import Options
 from xpeer.privacy.passes import Passes
 from xpeer.update import PrivacyStamp, RawUpdate
 
@@ -90,7 +91,7 @@ def record(
         some_records() if records is None else records,
         record_losses,
         ledger,
-        engine=engine or BookKeepingEngine(model, record_losses),
+        Options(engine=engine or BookKeepingEngine(model, record_losses)),
     )
 
 
@@ -344,7 +345,7 @@ def test_the_mode_is_the_manifests(ledger: Ledger) -> None:
 
 def test_off_is_plain_training(ledger: Ledger) -> None:
     model, records = llama(tied=True), some_records()
-    mechanism = OffMechanism(OFF, model, records, record_losses, micro_batch=2)
+    mechanism = OffMechanism(OFF, model, records, record_losses, Options(micro_batch=2))
     assert mechanism.begin_window(5) == 5
     mechanism.prepare_window(5)
     order = torch.tensor([4, 2, 0, 1, 3, 5, 6])
@@ -409,7 +410,7 @@ def test_forward_passes_in_less_precision(ledger: Ledger, mode: str) -> None:
             some_records(),
             record_losses,
             ledger,
-            precision=partial(torch.autocast, "cpu", torch.bfloat16, enabled=low),
+            Options(precision=partial(torch.autocast, "cpu", torch.bfloat16, enabled=low)),
         )
         if isinstance(mechanism, RecordMechanism):
             assert "refused" not in mechanism.notes[0]

@@ -1,0 +1,39 @@
+"""How this node computes its gradients: nothing of it changes what they are."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from xpeer.privacy import noise
+from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine
+from xpeer.privacy.ranks import Ranks
+from xpeer.privacy.steps import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of a mechanism.
+
+    Attributes:
+        micro_batch: records per pass; 0 = the engine chooses.
+        memory_bytes: bound of what the engine keeps during a pass.
+        precision: of forward passes in steps, e.g. autocast. Engines are compared in float32.
+        engine: clips the records' gradients; None = the fastest exact one is chosen.
+        generator: of noise.
+        cache: folder where the choice of the engine is remembered; None = nowhere.
+        ranks: that take each step together; the ledger is that of one of them. None = one alone.
+    """
+
+    micro_batch: int = 0
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    precision: Precision = nullcontext
+    engine: Engine | None = None
+    generator: noise.Generator = "fast"
+    cache: Path | None = None
+    ranks: Ranks | None = None
+
+
+DEFAULT: Final = Options()
