@@ -28,7 +28,7 @@ class Closing:
     Args:
         fragments: F.
         configured: `round.closing_windows` of the manifest.
-        least: members that an exchange needs: 2, with masks k.
+        least: members, ourselves included, that a merge needs: `Round.least_group`.
     """
 
     def __init__(self, fragments: int, configured: int | None, least: int = 2) -> None:

@@ -39,8 +39,6 @@ from xpeer_daemon.throughput import Throughput
 from xpeer_daemon.trainer_events import TrainerEvents
 from xpeer_daemon.windows import Windows
 
-PAIR = 2
-
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 """Run something beside everything else, until the node ends."""
 
@@ -200,9 +198,7 @@ def _throughput(manifest: Manifest) -> Throughput | None:
 
 def _closing(manifest: Manifest) -> Closing:
     rules = manifest.round
-    return Closing(
-        rules.fragments, rules.closing_windows, least=rules.group if rules.masks else PAIR
-    )
+    return Closing(rules.fragments, rules.closing_windows, least=rules.least_group)
 
 
 def _partners(
