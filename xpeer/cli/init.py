@@ -110,8 +110,8 @@ _EXPLAINED = {
     type=click.Choice(get_args(PrivacyMode)),
     default="record",
     show_default=True,
-    help="For all, for ever, only decided here. update: an experiment; its noise swamps what few "
-    "members learn. off: what members share protects nothing.",
+    help="For all, for ever, only decided here. record: every record is protected by differential "
+    "privacy. off: what members share protects nothing.",
 )
 @click.option(
     "--shard", multiple=True, type=GivenText(), metavar="PATH", help="Text this node trains on."

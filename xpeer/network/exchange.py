@@ -29,7 +29,7 @@ from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership import Membership, Scope
 from xpeer.update import CompressedUpdate, Form, MaskedUpdate, PeerUpdate
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
-from xpeer.wire.session import Handshake, Purpose
+from xpeer.wire.session import Credentials, Handshake, Purpose
 
 PROTOCOL = "xpeer/exchange/1"
 IDLE_TIMEOUT_S = 900.0
@@ -58,16 +58,10 @@ class Party:
         """
         reads = purpose == "state" and not initiator
         self.require(partner, "observer" if reads else "member")
-        return Handshake(
-            self.identity,
-            partner,
-            swarm_id=self.swarm_id,
-            keys=self.keyring,
-            manifest_hash=self.manifest_hash,
-            serial=self.serial,
-            purpose=purpose,
-            initiator=initiator,
+        own = Credentials(
+            self.identity, self.swarm_id, self.keyring, self.manifest_hash, self.serial
         )
+        return Handshake(own, partner, purpose=purpose, initiator=initiator)
 
     def require(self, partner: PeerId, scope: Scope) -> None:
         """Check the partner's certificate, which may have expired since its link was opened.

@@ -12,6 +12,7 @@ frame keys leak from memory while it is open.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
 import msgspec
@@ -70,16 +71,31 @@ class SwarmKeys(Protocol):
         """32 bytes that only members hold."""
 
 
-class Handshake:
-    """One side of the HELLO exchange. The initiator sends first; the responder answers.
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What we bring to every handshake.
 
-    Args:
+    Attributes:
         identity: our key.
-        partner: whom we mean to talk to (libp2p authenticated it already).
         swarm_id: fingerprint of the swarm.
         keys: asked for the swarm key when the frame keys are derived.
         manifest_hash: 32 bytes; both must train by the same manifest.
         serial: of our certificate.
+    """
+
+    identity: Identity
+    swarm_id: str
+    keys: SwarmKeys
+    manifest_hash: bytes
+    serial: int
+
+
+class Handshake:
+    """One side of the HELLO exchange. The initiator sends first; the responder answers.
+
+    Args:
+        own: our credentials.
+        partner: whom we mean to talk to (libp2p authenticated it already).
         purpose: what the session is for.
         initiator: whether we opened the stream.
         ciphers: what we have, the best first.
@@ -87,23 +103,15 @@ class Handshake:
 
     def __init__(
         self,
-        identity: Identity,
+        own: Credentials,
         partner: PeerId,
         *,
-        swarm_id: str,
-        keys: SwarmKeys,
-        manifest_hash: bytes,
-        serial: int,
         purpose: Purpose,
         initiator: bool,
         ciphers: tuple[Cipher, ...] | None = None,
     ) -> None:
-        self._identity = identity
+        self._own = own
         self._partner = partner
-        self._swarm_id = swarm_id
-        self._keys = keys
-        self._manifest_hash = manifest_hash
-        self._serial = serial
         self._purpose: Purpose = purpose
         self._initiator = initiator
         self._ciphers = ciphers or supported()
@@ -121,18 +129,18 @@ class Handshake:
             Hello(
                 version=PROTOCOL_VERSION,
                 purpose=self._purpose,
-                swarm_id=self._swarm_id,
-                manifest_hash=self._manifest_hash,
-                sender=self._identity.peer_id,
+                swarm_id=self._own.swarm_id,
+                manifest_hash=self._own.manifest_hash,
+                sender=self._own.identity.peer_id,
                 receiver=self._partner,
-                serial=self._serial,
+                serial=self._own.serial,
                 ephemeral=bytes(self._secret.public_key),
                 ciphers=list(self._ciphers),
                 answers=b"" if self._initiator else blake2b(self._theirs),
             )
         )
         self._ours = msgspec.msgpack.encode(
-            SignedHello(body, self._identity.sign(Domain.HELLO, body))
+            SignedHello(body, self._own.identity.sign(Domain.HELLO, body))
         )
         return self._ours
 
@@ -158,11 +166,11 @@ class Handshake:
     def _check(self, hello: Hello) -> None:
         if hello.version != PROTOCOL_VERSION:
             raise PeerError(Reason.WRONG_VERSION, f"partner speaks version {hello.version}")
-        if hello.swarm_id != self._swarm_id:
+        if hello.swarm_id != self._own.swarm_id:
             raise PeerError(Reason.WRONG_SWARM, "partner is of another swarm")
-        if hello.manifest_hash != self._manifest_hash:
+        if hello.manifest_hash != self._own.manifest_hash:
             raise PeerError(Reason.WRONG_MODEL, "partner trains by another manifest")
-        if (hello.sender, hello.receiver) != (self._partner, self._identity.peer_id):
+        if (hello.sender, hello.receiver) != (self._partner, self._own.identity.peer_id):
             raise PeerError(Reason.TAMPERED, "HELLO is of or for another peer")
         if hello.purpose != self._purpose:
             raise PeerError(Reason.MALFORMED, "HELLO is for another protocol")
@@ -184,7 +192,7 @@ class Handshake:
         first, second = (
             (self._ours, self._theirs) if self._initiator else (self._theirs, self._ours)
         )
-        swarm_key = self._keys.current
+        swarm_key = self._own.keys.current
         forth = blake2b(b"initiator", shared, swarm_key, first, second)
         back = blake2b(b"responder", shared, swarm_key, first, second)
         ours, theirs = (forth, back) if self._initiator else (back, forth)

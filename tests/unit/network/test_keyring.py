@@ -22,7 +22,7 @@ from xpeer.network.membership import Credential, Membership, Scope
 from xpeer.network.shards import Stored
 from xpeer.network.spreading import Answer, Question
 from xpeer.wire.frames import HEADER, Kind
-from xpeer.wire.session import Handshake
+from xpeer.wire.session import Credentials, Handshake
 
 OLD, NEW = b"k" * 32, b"n" * 32
 SWARM, MODEL = "ab" * 32, b"m" * 32
@@ -145,14 +145,16 @@ def test_a_party_makes_handshakes_with_the_key_of_now(key: bytes, expected: bool
 
 def test_a_handshake_asks_for_the_key_when_it_derives_those_of_frames() -> None:
     low, high = Identity.generate(), Identity.generate()
-    keyring, facts = KeyRing(OLD), {"swarm_id": SWARM, "manifest_hash": MODEL, "serial": 1}
+    keyring = KeyRing(OLD)
     first, second = (
         Handshake(
-            me, partner.peer_id, keys=keys, purpose="exchange", initiator=me is low,
-            **cast(Any, facts),
+            Credentials(me, SWARM, keys, MODEL, 1),
+            partner.peer_id,
+            purpose="exchange",
+            initiator=me is low,
         )
         for me, partner, keys in ((low, high, keyring), (high, low, KeyRing(NEW)))
-    )  # fmt: skip
+    )
     exchange_hellos(first, second)
     assert not passes(first, second)
     keyring.replace(NEW)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
@@ -22,18 +24,18 @@ from xpeer.wire.frames import (
     Sealer,
     parse_header,
 )
-from xpeer.wire.session import Handshake, Hello, Session, SignedHello
+from xpeer.wire.session import Credentials, Handshake, Hello, Session, SignedHello
 
 CIPHERS: tuple[Cipher, ...] = ("aes-256-gcm", "chacha20-poly1305")
 SWARM, KEY, MODEL = "ab" * 32, b"k" * 32, b"m" * 32
 
 
 def side(me: Identity, partner: PeerId, *, initiator: bool, **changed) -> Handshake:
-    facts = {
-        "swarm_id": SWARM, "keys": KeyRing(KEY), "manifest_hash": MODEL, "serial": 1,
-        "purpose": "exchange",
-    }  # fmt: skip
-    return Handshake(me, partner, initiator=initiator, **{**facts, **changed})
+    how: dict[str, Any] = {"purpose": "exchange"}
+    how.update({name: changed.pop(name) for name in ("purpose", "ciphers") if name in changed})
+    facts = {"swarm_id": SWARM, "keys": KeyRing(KEY), "manifest_hash": MODEL, "serial": 1}
+    own = Credentials(me, **{**facts, **changed})
+    return Handshake(own, partner, initiator=initiator, **how)
 
 
 @pytest.fixture
