@@ -26,7 +26,8 @@ from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer.network.swarm import Swarm
 from xpeer.round import Exchanged
 from xpeer_daemon.gossip import Gossip
-from xpeer_daemon.partners import Partners, Record
+from xpeer_daemon.partners import Partners
+from xpeer_daemon.record import Record
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 KEY = b"k" * 32

@@ -177,7 +177,7 @@ class Gossip(Desk):
             and self._host.objection() is None
             and peer_id in self._host.partners()
             and self._may_propose(peer_id, slot)
-            and slot > self._partners[peer_id].last_slot
+            and slot > self._partners[peer_id].ids.last_slot
         ):
             self._keep(self._propose(slot, [peer_id]))
 
@@ -296,7 +296,7 @@ class Gossip(Desk):
             )
         except PeerError as e:
             if isinstance(e, UnresolvedError):
-                self._partners[peer_id].unresolved.append(e.exchange_id)
+                self._partners[peer_id].ids.unresolved(e.exchange_id)
             self._partners.failed(peer_id, slot, e, agreement, self._clock() - began)
             self._failed(start)
             return False
@@ -360,7 +360,7 @@ class Gossip(Desk):
         if proposal.num_values != trainer.fragment_values(fragment, averaging=proposal.averaging):
             return Reason.WRONG_MODEL
         record = self._partners[peer_id]
-        if proposal.exchange_id in record.seen or proposal.slot <= record.last_slot:
+        if record.ids.is_replay(proposal.exchange_id, proposal.slot):
             return Reason.REPLAYED
         if not self._meetings.joinable(proposal.slot, fragment, proposal.averaging, peer_id):
             return Reason.BUSY

@@ -117,7 +117,7 @@ class Meetings:
             await meeting.run()
         except (PeerError, LocalError) as e:
             for peer_id, exchange_id in meeting.accepted.items():  # they merged, we did not
-                self._partners[peer_id].unresolved.append(exchange_id)
+                self._partners[peer_id].ids.unresolved(exchange_id)
             reason = e.reason if isinstance(e, PeerError) else Reason.TRAINER_RESTARTED
             self._partners.skipped("", meeting.slot, reason, str(e))
         finally:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
@@ -18,22 +17,17 @@ from xpeer.network.exchange import Agreement, UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.network.rates import Rates
 from xpeer.round import Exchanged
-from xpeer.wire.messages import MAX_UNRESOLVED, Terms
-from xpeer_daemon.backoff import Backoff
+from xpeer.wire.messages import Terms
+from xpeer_daemon.record import LedgerState, LedgerWatch, Record
 
 log = logging.getLogger("xpeer.gossip")
 
-REMEMBERED = 256
-"""Exchange ids per partner, for one-sided merges and replays."""
 MAX_PARTNERS = 4096
-TOLD_AGAIN_S = 3600.0
-"""A ledger that goes back again and again is told of so often."""
 MIN_DEADLINE_S, DEADLINE_MULTIPLE = 5.0, 4.0
 """A partner may take this many times as long as its exchanges took so far."""
 FIRST_MULTIPLE = 8.0
 """One that we never exchanged with may take this many times as long as the others' do, in the
 median."""
-_SMOOTHING = 0.8
 
 ORDINARY = frozenset(
     {
@@ -45,41 +39,6 @@ ORDINARY = frozenset(
 _NOT_THEIRS = frozenset({Reason.TRAINER_RESTARTED, Reason.SIDECAR_DOWN, Reason.LEDGER_WENT_BACK})
 """Failures for which a partner is not left alone: ours, and what ends when its ledger has caught
 up."""
-
-
-@dataclass
-class Record:
-    """What we remember of one partner."""
-
-    done: int = 0
-    failed: int = 0
-    skipped: int = 0
-    """By the schedule."""
-    last_reason: str = ""
-    """Of the last failure; else of the last slot that was skipped."""
-    last_done_s: float | None = None
-    payload_bytes: int = 0
-    """Sent to it, and as many received from it, in merged exchanges."""
-    highest_counter: int = 0
-    """Privacy charges that it has shown."""
-    went_back: str = ""
-    """What was seen when it last showed fewer; empty = never."""
-    caught_up: bool = False
-    """It has shown as many again since."""
-    went_back_told_s: float | None = None
-    """When the operator was last told."""
-    back_is_news: bool = False
-    """The operator was told that it went back, and not yet that it has caught up."""
-    refuses_our_ledger: bool = False
-    """It says that ours went back; until it meets us again."""
-    merged: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    unresolved: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_UNRESOLVED))
-    seen: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    last_slot: int = -1
-    """Of the last exchange: there is one for a pair and slot."""
-    seconds: float | None = None
-    """An exchange takes, smoothed."""
-    backoff: Backoff = field(default_factory=Backoff)
 
 
 class Events:
@@ -158,23 +117,17 @@ class Partners:
     def began(self, agreement: Agreement) -> Record:
         """An exchange was agreed to."""
         record = self[agreement.peer_id]
-        record.seen.append(agreement.exchange_id)
-        record.last_slot = max(record.last_slot, agreement.slot)
+        record.ids.began(agreement.exchange_id, agreement.slot)
         return record
 
     def done(self, agreement: Agreement, result: Exchanged, took_s: float) -> None:
         """Both sides accepted."""
-        record, form = self[agreement.peer_id], agreement.form
-        before = took_s if record.seconds is None else record.seconds
-        record.seconds = _SMOOTHING * before + (1 - _SMOOTHING) * took_s
-        record.merged.append(agreement.exchange_id)
-        record.refuses_our_ledger = False
-        record.done += 1
-        record.last_done_s = self.last_done_s = self._clock()
-        record.payload_bytes += form.num_bytes
-        record.backoff.done(self._clock(), self._turn_s, clipped=result.clipped)
+        record, form, now_s = self[agreement.peer_id], agreement.form, self._clock()
+        record.exchanged(agreement.exchange_id, form.num_bytes, took_s, now_s)
+        record.backoff.done(now_s, self._turn_s, clipped=result.clipped)
         self._rates.saw(agreement.peer_id, form.num_bytes, took_s)
         self.exchanges += 1
+        self.last_done_s = now_s
         self.values_sent += form.num_values
         self.payload_bytes_sent += form.num_bytes
         self._events.exchanged(agreement, result, took_s)
@@ -198,13 +151,13 @@ class Partners:
         """
         record = self[peer_id]
         if isinstance(error, RefusedError) and error.reason == Reason.LEDGER_WENT_BACK:
-            if not record.refuses_our_ledger:
+            if not record.ledger.refuses_ours:
                 log.warning(
                     "%s says that our privacy ledger went back, and does not meet us until it has "
                     "caught up",
                     peer_id,
                 )
-            record.refuses_our_ledger = True
+            record.ledger.refuses_ours = True
         self._hold_against(record, error, agreement, lost_s)
         self.skipped(peer_id, slot, error.reason, error.detail)
 
@@ -252,18 +205,14 @@ class Partners:
 
     def refusing_our_ledger(self) -> list[PeerId]:
         """Partners that say that it went back."""
-        return [peer for peer, record in self._records.items() if record.refuses_our_ledger]
+        return [peer for peer, record in self._records.items() if record.ledger.refuses_ours]
 
     def skipped(self, peer_id: PeerId | str, slot: int, reason: str, detail: str = "") -> None:
         """Nothing came of it: a failure, or the schedule."""
         ordinary = reason in ORDINARY
         (self.skips if ordinary else self.failures)[reason] += 1
         if peer_id:
-            record = self[PeerId(peer_id)]
-            record.skipped += ordinary
-            record.failed += not ordinary
-            if not (ordinary and record.failed):
-                record.last_reason = reason
+            self[PeerId(peer_id)].came_to_nothing(reason, ordinary=ordinary)
         level = logging.DEBUG if ordinary else logging.INFO
         who = self._events.name_of(PeerId(peer_id)) if peer_id else "nobody"
         log.log(level, "slot %d skipped with %s: %s %s", slot, who, reason, detail)
@@ -291,19 +240,23 @@ class Partners:
             PeerError: its ledger went back.
         """
         record = self[peer_id]
-        for exchange_id in theirs.unresolved:
-            if exchange_id in record.merged:
-                record.merged.remove(exchange_id)
-                self.one_sided += 1
-        if theirs.ledger_counter < record.highest_counter:
-            detail = f"{theirs.ledger_counter} charges now, {record.highest_counter} before"
-            self._note(peer_id, record, detail)
-            raise PeerError(Reason.LEDGER_WENT_BACK, detail)
-        record.highest_counter = theirs.ledger_counter
-        record.caught_up = bool(record.went_back)
-        if record.caught_up and record.back_is_news:
-            record.back_is_news = False
+        self.one_sided += record.ids.one_sided(theirs.unresolved)
+        news = record.ledger.shows(theirs.ledger_counter, self._clock())
+        if record.ledger.state is LedgerState.WENT_BACK:
+            if news:
+                self._say_that_it_went_back(peer_id, record.ledger)
+            raise PeerError(Reason.LEDGER_WENT_BACK, record.ledger.detail)
+        if news:
             self._events.caught_up(peer_id)
+
+    def _say_that_it_went_back(self, peer_id: PeerId, ledger: LedgerWatch) -> None:
+        log.warning(
+            "the privacy ledger of %s went back: %s; it may spend its budget twice, and is not "
+            "met until it has caught up",
+            peer_id,
+            ledger.detail,
+        )
+        self._events.went_back(peer_id, ledger.highest, ledger.detail)
 
     def restore(
         self,
@@ -319,29 +272,13 @@ class Partners:
             caught_up: those that have since.
         """
         for peer_id, counter in counters:
-            record = self[PeerId(peer_id)]
-            record.highest_counter = counter
-            record.went_back = went_back.get(peer_id, "")
-            record.caught_up = peer_id in caught_up
-            record.back_is_news = bool(record.went_back) and not record.caught_up
-            record.went_back_told_s = self._clock() if record.went_back else None
-
-    def _note(self, peer_id: PeerId, record: Record, detail: str) -> None:
-        record.went_back, record.caught_up = detail, False
-        told_s, now = record.went_back_told_s, self._clock()
-        if told_s is None or now - told_s >= TOLD_AGAIN_S:
-            record.went_back_told_s, record.back_is_news = now, True
-            log.warning(
-                "the privacy ledger of %s went back: %s; it may spend its budget twice, and is not "
-                "met until it has caught up",
-                peer_id,
-                detail,
+            self[PeerId(peer_id)].ledger.restore(
+                counter,
+                went_back.get(peer_id, ""),
+                caught_up=peer_id in caught_up,
+                now_s=self._clock(),
             )
-            self._events.went_back(peer_id, record.highest_counter, detail)
 
     def take_unresolved(self, peer_id: PeerId) -> list[int]:
-        """Exchanges that the partner may have merged alone: told once."""
-        record = self[peer_id]
-        unresolved = list(record.unresolved)
-        record.unresolved.clear()
-        return unresolved
+        """Exchanges that the partner may have merged alone: each is given once."""
+        return self[peer_id].ids.take_unresolved()

@@ -74,6 +74,6 @@ class Presence:
             else:
                 self._node.health.worked("roster-failing")
             for peer_id, record in self._view.others().items():
-                counter = self._partners[peer_id].highest_counter
+                counter = self._partners[peer_id].ledger.highest
                 self._store.remember_peer(peer_id, record.addresses, counter)
             await asyncio.sleep(ROSTER_EVERY_S)

@@ -12,6 +12,7 @@ from xpeer.health import verdict
 from xpeer.identity import PeerId
 from xpeer.phase import Phase
 from xpeer.status import Partner, PrivacySpent, Progress, Status
+from xpeer_daemon.record import LedgerState
 
 MAX_SHORT_CHARS = 500
 
@@ -186,8 +187,8 @@ def _known_of(member: Member, peer: PeerId, now: float) -> Partner:
         failures=record.failed if record else 0,
         skipped=record.skipped if record else 0,
         last_reason=record.last_reason if record else "",
-        ledger_went_back=record.went_back if record else "",
-        ledger_caught_up=record.caught_up if record else False,
+        ledger_went_back=record.ledger.detail if record else "",
+        ledger_caught_up=record is not None and record.ledger.state is LedgerState.CAUGHT_UP,
         last_exchange_age_s=_age(now, record.last_done_s) if record else None,
     )
 

@@ -26,6 +26,7 @@ from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.outcomes import Outcomes
 from xpeer_daemon.partners import DEADLINE_MULTIPLE, MIN_DEADLINE_S, Events, Partners
+from xpeer_daemon.record import LedgerState
 from xpeer_daemon.store import Store
 
 SWARM = "ab" * 32
@@ -305,11 +306,11 @@ async def test_a_merge_that_the_partner_did_not_make_is_counted_once(rig: Rig):
 
 
 def test_a_ledger_that_goes_back_is_refused_across_restarts(rig: Rig):
-    rig.partners[OTHER].highest_counter = 5
+    rig.partners[OTHER].ledger.highest = 5
     rig.gossip.settled_before(OTHER, Terms(1.0, 2.0, 1, 6))
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
         rig.gossip.settled_before(OTHER, Terms(1.0, 2.0, 1, 5))
-    assert rig.partners[OTHER].highest_counter == 6
+    assert rig.partners[OTHER].ledger.highest == 6
 
 
 def test_a_ledger_that_goes_back_is_told_once_and_remembered(
@@ -332,29 +333,32 @@ def test_a_ledger_that_goes_back_is_told_once_and_remembered(
     now_s = 1e6
     store, book = restarted()
     met(book, 20)
-    assert book[OTHER].went_back == ""
+    assert book[OTHER].ledger.detail == ""
     for lower in (7, 8, 9):  # the restored peer goes on
         with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
             met(book, lower)
-    assert book[OTHER].went_back == "9 charges now, 20 before"
+    assert book[OTHER].ledger.detail == "9 charges now, 20 before"
     assert len(store.events()) == 1
     assert sum("went back" in message for message in caplog.messages) == 1
     store.close()
     store, book = restarted()
-    assert (book[OTHER].highest_counter, book[OTHER].went_back) == (20, "7 charges now, 20 before")
+    assert (book[OTHER].ledger.highest, book[OTHER].ledger.detail) == (
+        20,
+        "7 charges now, 20 before",
+    )
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
         met(book, 19)
     assert len(store.events()) == 1
-    assert not book[OTHER].caught_up
+    assert book[OTHER].ledger.state is LedgerState.WENT_BACK
     met(book, 20)  # it has caught up, and what it did is still told
-    assert book[OTHER].caught_up
+    assert book[OTHER].ledger.state is LedgerState.CAUGHT_UP
     met(book, 30)
-    assert book[OTHER].went_back
+    assert book[OTHER].ledger.detail
     for counter in range(30, 60):  # it makes a game of it
         met(book, counter)
         with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
             met(book, counter - 1)
-    assert book[OTHER].went_back == "58 charges now, 59 before"
+    assert book[OTHER].ledger.detail == "58 charges now, 59 before"
     assert [event.kind for event in store.events()] == ["ledger-caught-up", "ledger-went-back"]
     now_s += 3600
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
@@ -364,7 +368,10 @@ def test_a_ledger_that_goes_back_is_told_once_and_remembered(
     assert len(store.events()) == 4
     store.close()
     store, book = restarted()
-    assert (book[OTHER].went_back, book[OTHER].caught_up) == ("58 charges now, 59 before", True)
+    assert (book[OTHER].ledger.detail, book[OTHER].ledger.state) == (
+        "58 charges now, 59 before",
+        LedgerState.CAUGHT_UP,
+    )
     store.close()
 
 
@@ -566,7 +573,7 @@ async def test_a_nudge_is_answered_by_a_proposal_once_a_slot(monkeypatch: pytest
         rig.gossip.nudged(OTHER)
         while rig.gossip._tasks:
             await asyncio.gather(*rig.gossip._tasks)
-        rig.partners[OTHER].last_slot = matching.slot_number(rig.now, ROUND.slot_s)
+        rig.partners[OTHER].ids.last_slot = matching.slot_number(rig.now, ROUND.slot_s)
     rig.gossip.nudged(THIRD)  # no member
     assert rig.proposer.log == [OTHER]
 

@@ -99,7 +99,7 @@ def test_a_member_that_proposes_all_the_time_gets_its_own_slots_only(members):
         now[0] = float(slot)
         for ahead in range(-8, 9):  # whichever slot suits it
             if gossip.objection(bad, proposal(slot + ahead, slot * 100 + ahead)) is None:
-                gossip._partners[bad].last_slot = slot + ahead
+                gossip._partners[bad].ids.last_slot = slot + ahead
                 accepted.append(slot + ahead)
     assert 0 < len(accepted) <= 20  # 1 in 5, not all 40 slots and not 17 in each
     assert all(bad == matching.partner(SWARM, s, members, me)[0] for s in accepted)
@@ -127,7 +127,7 @@ def test_a_counter_that_jumps_hurts_the_liar_alone(members):
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
         gossip.settled_before(members[0], Terms(1.0, 2.0, 1, 5))
     gossip.settled_before(members[1], Terms(1.0, 2.0, 1, 5))
-    assert gossip._partners[members[1]].highest_counter == 5
+    assert gossip._partners[members[1]].ledger.highest == 5
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0, 0.0, 1e7])
