@@ -223,7 +223,7 @@ async def measure(peers: int, seed: int = 0, minutes: float = 2.0) -> Measured:
         grown = sum(getattr(n.traffic, name) - getattr(before[id(n)], name) for n in nodes)
         return float(grown) / len(nodes) / minutes
 
-    lifetime_s = first.roster._lifetime_s
+    lifetime_s = first.roster._own._lifetime_s
     steady = {name: rate(name) for name in ("bytes_out", "bytes_in", "calls", "stores", "reads")}
     newcomer = net.join([first])
     joined_s = await _until(net, lambda: net.agree() and len(newcomer.roster.members()) > peers)

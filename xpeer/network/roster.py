@@ -25,7 +25,7 @@ from msgspec import Struct
 from nacl.exceptions import CryptoError
 
 from xpeer.errors import NotAuthorisedError, PeerError
-from xpeer.identity import Domain, PeerId
+from xpeer.identity import PeerId
 from xpeer.network import spreading
 from xpeer.network.addresses import is_dialled, peer_of
 from xpeer.network.cards import (
@@ -33,16 +33,14 @@ from xpeer.network.cards import (
     MAX_SKEW_S,
     Beat,
     Card,
-    Chain,
     Known,
     MemberRecord,
     SignedCard,
 )
 from xpeer.network.keyring import KeyRing
+from xpeer.network.own_card import OwnCard
 from xpeer.network.pace import (
-    BEATS_PER_LIFETIME,
     TTL_S,
-    bounded_lifetime_s,
     question_every_s,
 )
 from xpeer.network.present import RateLimit
@@ -103,8 +101,7 @@ class Roster:
         self._shards = Shards(swarm, keyring, max_members)
         self._max_members = max_members
         self._known: dict[PeerId, Known] = {}
-        self._chain: Chain | None = None
-        self._lifetime_s = TTL_S
+        self._own = OwnCard(swarm)
         self._random = random.Random()
         self._limit = RateLimit()
         self._news: set[PeerId] = set()
@@ -134,13 +131,14 @@ class Roster:
             False: this was the time to store it in the DHT, and no node took it.
         """
         now = self._clock()
-        changed = self._renew(record, now)
-        if changed:
+        before = self._known.get(self._me)
+        known = self._own.renew(before, record, len(self._known), now)
+        self._known[self._me] = known
+        if known is not before:
             await self._push([self._me])
-        if not changed and now - self._stored_s < STORE_EVERY_S:
+        if known is before and now - self._stored_s < STORE_EVERY_S:
             return True
-        mine = self._known[self._me]
-        stored = await self._shards.store(Stored(mine.signed, mine.beat), now)
+        stored = await self._shards.store(Stored(known.signed, known.beat), now)
         if not stored:  # members still hear of us from one another; newcomers may not
             log.info("no node of the DHT took our card; again in %g s", STORE_AGAIN_S)
         self.unstored = not stored
@@ -174,37 +172,6 @@ class Roster:
     def zones(self) -> dict[PeerId, str]:
         """What the members declare, for `matching`."""
         return {peer: record.zone for peer, record in self.members().items()}
-
-    # Our own card
-
-    def _renew(self, record: MemberRecord, now: float) -> bool:
-        """Show the next link, or sign a new card; whether it is a new card."""
-        known, chain = self._known.get(self._me), self._chain
-        lifetime_s = self._lifetime_of(len(self._known))
-        if known is not None and chain is not None and not chain.ends(now):
-            then = known.card
-            said = msgspec.structs.replace(record, slot=then.record.slot)
-            if said == then.record and lifetime_s == then.lifetime_s:
-                known.beat = chain.beat(now, lifetime_s / BEATS_PER_LIFETIME)
-                known.until = known.beat.alive_until(then)
-                return False
-        self._lifetime_s = lifetime_s
-        self._chain = Chain.begin(now)
-        version_ms = max(int(now * 1000), known.card.version_ms + 1 if known else 0)
-        card = Card(record, version_ms, now, lifetime_s, self._chain.links[0])
-        body = msgspec.msgpack.encode(card)
-        signature = self._swarm.sign(Domain.CARD, self._swarm_id.encode() + body)
-        beat = Beat(0, card.anchor)
-        self._known[self._me] = Known(
-            self._me, SignedCard(body, signature), card, beat, beat.alive_until(card)
-        )
-        return True
-
-    def _lifetime_of(self, num_members: int) -> float:
-        """The lifetime that bounds the links' traffic; shortened late, lest it swings."""
-        needed = bounded_lifetime_s(num_members)
-        shorter = bounded_lifetime_s(math.ceil(1.25 * num_members)) < self._lifetime_s
-        return needed if needed > self._lifetime_s or shorter else self._lifetime_s
 
     # Asking and answering
 

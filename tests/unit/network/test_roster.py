@@ -137,10 +137,10 @@ def test_links_spread_before_they_end_and_cost_is_bounded(members: int) -> None:
 
 async def test_a_lifetime_does_not_swing(net: Net) -> None:
     roster = (await swarm_of(net, 2))[0].roster
-    assert roster._lifetime_of(70) == 80
-    roster._lifetime_s = 80.0
-    assert roster._lifetime_of(60) == 80
-    assert roster._lifetime_of(50) == 40
+    assert roster._own._lifetime_of(70) == 80
+    roster._own._lifetime_s = 80.0
+    assert roster._own._lifetime_of(60) == 80
+    assert roster._own._lifetime_of(50) == 40
 
 
 async def test_only_the_owner_speaks_for_itself(net: Net) -> None:
@@ -169,7 +169,7 @@ async def test_nobody_is_kept_alive_by_another(net: Net) -> None:
     for value in (bytes(16), known.beat.value, known.card.anchor):
         fake = msgspec.structs.replace(known.beat, link=link + 1, value=value)
         assert not known.advance(fake, net.now_s + 100)
-    true = victim.roster._chain
+    true = victim.roster._own._chain
     assert true is not None
     early = int((net.now_s + 1000 - true.since_s) / LINK_S)
     assert not known.advance(Beat(early, true.links[early]), net.now_s)  # from the future
@@ -181,7 +181,7 @@ async def test_a_message_makes_us_walk_few_links(net: Net, monkeypatch: pytest.M
     reader, victim = await swarm_of(net, 2)
     known = reader.roster._known[victim.peer_id]
     net.now_s += 30
-    chain = victim.roster._chain
+    chain = victim.roster._own._chain
     assert chain is not None
     beat = chain.beat(net.now_s)
     with monkeypatch.context() as patch:

@@ -1,0 +1,61 @@
+"""The card of this node: signed anew when what it says changes, and else shown to be alive."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from xpeer.identity import Domain
+from xpeer.network.cards import Beat, Card, Chain, Known, MemberRecord, SignedCard
+from xpeer.network.pace import BEATS_PER_LIFETIME, TTL_S, bounded_lifetime_s
+from xpeer.network.swarm import Swarm
+
+
+class OwnCard:
+    """Signs cards, and keeps the hash chain whose links show that we are alive.
+
+    Args:
+        swarm: signs for us.
+    """
+
+    def __init__(self, swarm: Swarm) -> None:
+        self._swarm = swarm
+        self._chain: Chain | None = None  # None until the first card
+        self._lifetime_s = TTL_S
+
+    def renew(self, known: Known | None, record: MemberRecord, members: int, now: float) -> Known:
+        """The card to show from now on: a new one, or the old one with the chain's next link.
+
+        Args:
+            known: our card so far; None = there is none.
+            record: what the card is to say.
+            members: number of members; it bounds how often each may show a link.
+            now: seconds.
+
+        Returns:
+            `known` itself, with a later beat, if it says all that yet.
+        """
+        lifetime_s = self._lifetime_of(members)
+        if known is not None and self._chain is not None and not self._chain.ends(now):
+            then = known.card
+            said = msgspec.structs.replace(record, slot=then.record.slot)
+            if said == then.record and lifetime_s == then.lifetime_s:
+                known.beat = self._chain.beat(now, lifetime_s / BEATS_PER_LIFETIME)
+                known.until = known.beat.alive_until(then)
+                return known
+        self._lifetime_s = lifetime_s
+        self._chain = Chain.begin(now)
+        version_ms = max(int(now * 1000), known.card.version_ms + 1 if known else 0)
+        card = Card(record, version_ms, now, lifetime_s, self._chain.links[0])
+        body = msgspec.msgpack.encode(card)
+        swarm_id = self._swarm.membership.swarm_id
+        signature = self._swarm.sign(Domain.CARD, swarm_id.encode() + body)
+        beat, me = Beat(0, card.anchor), self._swarm.peer_id
+        return Known(me, SignedCard(body, signature), card, beat, beat.alive_until(card))
+
+    def _lifetime_of(self, members: int) -> float:
+        """The lifetime that bounds the links' traffic; shortened late, lest it swings."""
+        needed = bounded_lifetime_s(members)
+        shorter = bounded_lifetime_s(math.ceil(1.25 * members)) < self._lifetime_s
+        return needed if needed > self._lifetime_s or shorter else self._lifetime_s
