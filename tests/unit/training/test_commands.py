@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -153,6 +155,13 @@ def test_the_same_bytes_give_the_same_answers_and_parameters(ranks: tuple[Rank, 
         assert left == [AddCorrection, DropLate]
         for job in rank.jobs[:2]:
             assert msgspec.msgpack.decode(msgspec.msgpack.encode(job), type=Request) == job
+
+
+def test_who_only_names_commands_loads_no_torch() -> None:
+    """The daemon does."""
+    names = "xpeer.training.commands, xpeer.training.answers, xpeer.training.channel"
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_what_a_command_refuses_is_refused_by_both(ranks: tuple[Rank, Rank]) -> None:
