@@ -20,6 +20,7 @@ from msgspec import Meta, Struct, field
 
 from xpeer import belonging
 from xpeer.errors import ConfigError
+from xpeer.leaves import stays
 from xpeer.paths import checked, checked_text
 
 ENV_PREFIX = "XPEER_"
@@ -57,6 +58,7 @@ Place = Annotated[str, Meta(extra={"path": True})]
 """A path; blank ones are refused, since they would mean the current folder."""
 
 
+@stays("settings of this node")
 class Network(Struct, frozen=True, forbid_unknown_fields=True):
     """How this node is reached and whom it asks first."""
 
@@ -79,6 +81,7 @@ class Network(Struct, frozen=True, forbid_unknown_fields=True):
     currency: str = "USD"
 
 
+@stays("settings of this node")
 class Data(Struct, frozen=True, forbid_unknown_fields=True):
     """The text this node trains on. It never leaves the node."""
 
@@ -100,6 +103,7 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True):
     model.lora; empty: the founder's own copy in the home."""
 
 
+@stays("settings of this node")
 class Training(Struct, frozen=True, forbid_unknown_fields=True):
     """The trainer process."""
 
@@ -121,6 +125,7 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     validation_records: Annotated[int, Meta(ge=1)] = 32
 
 
+@stays("settings of this node")
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     """What a node decides about its privacy; what all share is in the manifest."""
 
@@ -134,6 +139,7 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     count together. Empty: `privacy_register`."""
 
 
+@stays("settings of this node")
 class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True):
     """Saved state."""
 
@@ -141,6 +147,7 @@ class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True):
     keep: Annotated[int, Meta(ge=1)] = 2
 
 
+@stays("settings of this node")
 class Daemon(Struct, frozen=True, forbid_unknown_fields=True):
     """The long-lived process."""
 
@@ -156,6 +163,7 @@ class Daemon(Struct, frozen=True, forbid_unknown_fields=True):
     """Exit 0 after the closing consolidation, instead of serving on."""
 
 
+@stays("settings of this node")
 class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """config.toml, one section per part."""
 

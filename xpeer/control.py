@@ -25,6 +25,7 @@ from xpeer.errors import (
     NotRunningError,
     NotSavedError,
 )
+from xpeer.leaves import Local, Parts, Public, Timing, seen_by
 from xpeer.status import SCHEMA_VERSION, Partner, Status
 
 API = "/v1"
@@ -33,56 +34,62 @@ _POLL_S = 0.1
 _HOW_TO_REACH = "start it with `xpeer start`, or name its folder with --home or XPEER_HOME"
 
 
+@seen_by("node")
 class Versioned(Struct, frozen=True, kw_only=True):
     """What every answer has; read before anything else in it is."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Public[int] = SCHEMA_VERSION
 
 
+@seen_by("node")
 class Peers(Versioned, frozen=True, kw_only=True):
     """Answer of GET /v1/peers."""
 
-    peers: list[Partner]
+    peers: Parts[list[Partner]]
 
 
+@seen_by("node")
 class Version(Versioned, frozen=True, kw_only=True):
     """Answer of GET /v1/version."""
 
-    version: str
-    pid: int
+    version: Public[str]
+    pid: Public[int]
 
 
+@seen_by("node")
 class Done(Versioned, frozen=True, kw_only=True):
     """Answer of every POST."""
 
-    pid: int
-    path: str = ""
+    pid: Public[int]
+    path: Public[str] = ""
     """Of the checkpoint that was written."""
-    state: str = ""
+    state: Timing[str] = ""
     """Of the node, after pause and resume."""
 
 
+@seen_by("node")
 class End(Versioned, frozen=True, kw_only=True):
     """Answer of GET /v1/end, which stays open for a moment: how far the daemon's end is."""
 
-    over: bool
+    over: Timing[bool]
     """Nothing more happens but that the process ends."""
-    written: int = 0
+    written: Timing[int] = 0
     """Bytes of the last checkpoint."""
-    total: int = 0
+    total: Timing[int] = 0
     """0 = it is not being written."""
-    problem: str = ""
+    problem: Timing[str] = ""
     """What was not saved; empty = nothing is lost."""
-    remedy: str = ""
-    exit_code: int = int(ExitCode.OK)
+    remedy: Timing[str] = ""
+    exit_code: Timing[int] = int(ExitCode.OK)
 
 
+@seen_by("node")
 class Problem(Versioned, frozen=True, kw_only=True):
     """Answer of a request that the daemon could not fulfil."""
 
-    problem: str
-    remedy: str = ""
-    exit_code: int = int(ExitCode.ERROR)
+    problem: Local[str]
+    remedy: Local[str] = ""
+    exit_code: Local[int] = int(ExitCode.ERROR)
 
 
 A = TypeVar("A", Status, Peers, Version, Done, End, Problem)

@@ -23,6 +23,7 @@ from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.files import open_own, private_umask
 from xpeer.identity import Identity, read_secret, write_secret
+from xpeer.leaves import Public, seen_by
 from xpeer.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, swarm_key_digest
 from xpeer.network.invites import Token, grant
 from xpeer.network.membership import Credential, Role
@@ -137,16 +138,17 @@ def prepare_join(home: Home, token_text: str, config_text: str | None = None) ->
     return token
 
 
+@seen_by("home")
 class Issued(Struct, frozen=True, forbid_unknown_fields=True):
     """An invitation as its admin remembers it: nothing in it lets anybody join."""
 
-    serial: int
-    swarm_id: str
-    subject: str
-    role: Role
-    not_before_unix_s: int
-    join_before_unix_s: int
-    seeds: list[str]
+    serial: Public[int]
+    swarm_id: Public[str]
+    subject: Public[str]
+    role: Public[Role]
+    not_before_unix_s: Public[int]
+    join_before_unix_s: Public[int]
+    seeds: Public[list[str]]
 
     @classmethod
     def of(cls, token: Token) -> Issued:

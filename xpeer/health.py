@@ -14,19 +14,21 @@ from msgspec import Struct
 
 from xpeer.conditions import CONDITIONS, Condition, Severity
 from xpeer.escape import one_line
+from xpeer.leaves import Public, Timing, seen_by
 
 Verdict = Literal["ok", "degraded", "down"]
 
 MAX_CAUSE_CHARS = 300
 
 
+@seen_by("node", "on the Unix socket, in the log and in systemd's line")
 class HealthReason(Struct, frozen=True, kw_only=True):
     """Why a node is not well, or a note about one that is."""
 
-    code: str
-    severity: Severity = "degraded"
-    text: str = ""
-    remedy: str = ""
+    code: Timing[str]
+    severity: Timing[Severity] = "degraded"
+    text: Timing[str] = ""
+    remedy: Public[str] = ""
 
 
 @dataclass

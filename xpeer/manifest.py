@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.identity import Domain, Identity, blake2b, verify_with
+from xpeer.leaves import seen_by
 from xpeer.policies import RULES, PrivacyMode, PrivacyPolicy, RuleName, RulePolicy, privacy_policy
 
 MANIFEST_VERSION = 1
@@ -27,6 +28,7 @@ Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 
 
+@seen_by("members", all_public=True)
 class Lora(Struct, frozen=True, forbid_unknown_fields=True):
     """Adapters of low rank, trained in place of the model's weights (arXiv:2106.09685)."""
 
@@ -42,6 +44,7 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
     """Last parts of the names of the layers that get one; empty: all linear ones but the output."""
 
 
+@seen_by("members", all_public=True)
 class Frozen(Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters that no text of this length reaches, whatever it says: positions beyond a record,
     parts that are never called. They keep their initial values: no noise, no exchange, no decay.
@@ -55,6 +58,7 @@ class Frozen(Struct, frozen=True, forbid_unknown_fields=True):
     """BLAKE2b-256 (hex) of them in the order of names, flat float32 little endian."""
 
 
+@seen_by("members", all_public=True)
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """What is trained."""
 
@@ -79,6 +83,7 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
         return self.num_params + (self.frozen.num_values if self.frozen else 0)
 
 
+@seen_by("members", all_public=True)
 class Tokenizer(Struct, frozen=True, forbid_unknown_fields=True):
     """How text becomes tokens."""
 
@@ -87,6 +92,7 @@ class Tokenizer(Struct, frozen=True, forbid_unknown_fields=True):
     """For huggingface: BLAKE2b-256 (hex) of its tokenizer.json; every node names its own path."""
 
 
+@seen_by("members", all_public=True)
 class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
     """AdamW on the local shard; moments never leave the peer."""
 
@@ -117,6 +123,7 @@ REMOVED: Final = (
 """What manifests up to 2026-11-29 could say: section, field, values, why not, what to say now."""
 
 
+@seen_by("members", all_public=True)
 class Round(Struct, frozen=True, forbid_unknown_fields=True):
     """How often peers exchange, and what."""
 
@@ -239,6 +246,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
         return f"masked{self.mask_bits}" if self.masks else self.codec
 
 
+@seen_by("members", all_public=True)
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     """The floor that every member's shard is trained under."""
 
@@ -326,6 +334,7 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
             )
 
 
+@seen_by("members", all_public=True)
 class PublicText(Struct, frozen=True, forbid_unknown_fields=True):
     """Text that is no secret: validation, joiners' checks, warm-up."""
 
@@ -335,6 +344,7 @@ class PublicText(Struct, frozen=True, forbid_unknown_fields=True):
     """The text itself, so that every member measures the same thing."""
 
 
+@seen_by("members", all_public=True)
 class SharedCorpus(Struct, frozen=True, forbid_unknown_fields=True):
     """A corpus all members hold; each trains the documents that rendezvous hashing gives it."""
 
@@ -344,6 +354,7 @@ class SharedCorpus(Struct, frozen=True, forbid_unknown_fields=True):
     do, and members with different ones divide them differently."""
 
 
+@seen_by("members", all_public=True)
 class End(Struct, frozen=True, forbid_unknown_fields=True):
     """When a peer's training ends, whichever comes first; then consolidation, then `finished`."""
 
@@ -353,6 +364,7 @@ class End(Struct, frozen=True, forbid_unknown_fields=True):
     seconds: Positive | None = None
 
 
+@seen_by("members", all_public=True)
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """Bounds that every peer enforces on every other."""
 
@@ -361,6 +373,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """Open transfers per node."""
 
 
+@seen_by("members", "the founder wrote it, before any training", all_public=True)
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that has to be the same at every peer."""
 
@@ -428,6 +441,7 @@ def swarm_key_digest(key: bytes) -> str:
     return blake2b(Domain.SWARM_KEY, key).hex()
 
 
+@seen_by("members", all_public=True)
 class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
     """A manifest as it travels and lies on disk. Make with `sign`, read with `open`."""
 
@@ -514,6 +528,7 @@ def _unreadable(body: str, error: Exception) -> ConfigError:
     return ConfigError(f"manifest: {error}", "all members need the same xpeer version")
 
 
+@seen_by("anybody", all_public=True)
 class Genesis(Struct, frozen=True, forbid_unknown_fields=True):
     """The two things a swarm's fingerprint commits to."""
 

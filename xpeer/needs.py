@@ -15,20 +15,22 @@ from xpeer import belonging
 from xpeer.config import Data, Home
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
+from xpeer.leaves import Public, seen_by
 from xpeer.manifest import Manifest
 from xpeer.source import check_folder, has_tokenizer
 
 _Digest = Annotated[str, Meta(max_length=64)]
 
 
+@seen_by("anybody", "the manifest's")
 class Needs(Struct, frozen=True, forbid_unknown_fields=True):
     """Of every member of a swarm that trains."""
 
-    tokenizer: _Digest = ""
+    tokenizer: Public[_Digest] = ""
     """BLAKE2b-256 (hex) of its tokenizer.json; empty: bytes."""
-    base_model: _Digest = ""
+    base_model: Public[_Digest] = ""
     """BLAKE2b-256 (hex) of the weights whose adapters are trained; empty: none."""
-    source: Annotated[str, Meta(max_length=200)] = ""
+    source: Public[Annotated[str, Meta(max_length=200)]] = ""
     """What the founder's folder of the model was called."""
 
     @classmethod

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, final
 
 from xpeer.errors import LocalError
+from xpeer.leaves import Derived, Local, Noised, Parts, Public, Timing, Withheld, seen_by
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ SIZES: Final = {
 """Of every codec: bits of a value, and bytes that each block takes besides."""
 
 
+@seen_by("partners", "sent as fields of Propose")
 @final
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -39,8 +41,8 @@ class Form:
     reads or allocates by a length that a peer claims.
     """
 
-    codec: str
-    num_values: int
+    codec: Public[str]
+    num_values: Public[int]
 
     @property
     def num_bytes(self) -> int:
@@ -55,16 +57,18 @@ class Form:
         return -(-self.num_values * bits // 8) + block_bytes * -(-self.num_values // BLOCK)
 
 
+@seen_by("node", "never leaves the trainer")
 @final
 @dataclass(frozen=True, slots=True)
 class RawUpdate:
     """Values straight from training. Has no method that sends it anywhere."""
 
-    values: torch.Tensor  # (fragment_params,) float32, CPU
-    step: int
+    values: Noised[torch.Tensor]  # (fragment_params,) float32, CPU
+    step: Timing[int]
     """Local step at whose boundary the snapshot was taken."""
 
 
+@seen_by("node")
 @final
 @dataclass(frozen=True, slots=True)
 class PrivacyStamp:
@@ -73,9 +77,9 @@ class PrivacyStamp:
     Only the mechanisms of `xpeer.privacy` make one.
     """
 
-    mode: str
-    steps_charged: int
-    issuer: object
+    mode: Public[str]
+    steps_charged: Local[int]
+    issuer: Withheld[object]
 
     def __post_init__(self) -> None:
         """Refuse a stamp from anywhere else."""
@@ -95,27 +99,33 @@ def received_stamp(mode: str, steps_charged: int) -> PrivacyStamp:
     return PrivacyStamp(mode=mode, steps_charged=steps_charged, issuer=_ISSUER)
 
 
+@seen_by("node")
 @final
 @dataclass(frozen=True, slots=True)
 class PrivateUpdate:
     """Values that may be shown to anyone: post-processing of charged, noised steps."""
 
-    values: torch.Tensor  # (fragment_params,) float32, CPU
-    step: int
-    stamp: PrivacyStamp
+    values: Noised[torch.Tensor]  # (fragment_params,) float32, CPU
+    step: Timing[int]
+    stamp: Parts[PrivacyStamp]
 
 
+@seen_by(
+    "partners",
+    "step and stamp stay with the daemon; rounding has randomness of its own",
+)
 @final
 @dataclass(frozen=True, slots=True)
 class CompressedUpdate:
     """Private values as bytes of a codec; what the trainer hands to the daemon."""
 
-    payload: bytes | memoryview
-    form: Form
-    step: int
-    stamp: PrivacyStamp
+    payload: Noised[bytes | memoryview]
+    form: Parts[Form]
+    step: Withheld[int]
+    stamp: Withheld[PrivacyStamp]
 
 
+@seen_by("partners")
 @final
 @dataclass(frozen=True, slots=True)
 class MaskedUpdate:
@@ -123,10 +133,11 @@ class MaskedUpdate:
     read. A masked meeting swaps nothing else.
     """
 
-    payload: bytes | memoryview
-    form: Form
+    payload: Noised[bytes | memoryview]
+    form: Parts[Form]
 
 
+@seen_by("node")
 @final
 @dataclass(frozen=True, slots=True)
 class PeerUpdate:
@@ -134,10 +145,10 @@ class PeerUpdate:
     numbers are not yet trusted: the trainer verifies them before it merges.
     """
 
-    payload: bytes | memoryview
-    form: Form
-    peer_id: str
-    parties: int = 1
+    payload: Derived[bytes | memoryview]
+    form: Parts[Form]
+    peer_id: Public[str]
+    parties: Public[int] = 1
     """Of a masked group: how many peers' values, ours included, are added up in it."""
 
 
@@ -150,12 +161,13 @@ class Checked(NamedTuple):
     """Above the norm limit: merged in part."""
 
 
+@seen_by("members")
 @final
 @dataclass(frozen=True, slots=True)
 class ModelState:
     """All parameters of a member at one step boundary, for a joiner; private like any update."""
 
-    payload: bytes | memoryview  # (num_params,) float32, little endian
-    step: int
-    loss_public: float
+    payload: Noised[bytes | memoryview]  # (num_params,) float32, little endian
+    step: Timing[int]
+    loss_public: Derived[float]
     """The donor's loss on the manifest's public text, nats per token."""

@@ -24,6 +24,7 @@ from xpeer import founding
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.identity import Identity
+from xpeer.leaves import Local, Public, seen_by
 from xpeer.manifest import Manifest, SignedManifest, swarm_key_digest
 from xpeer.network.membership import Certificate, Credential
 from xpeer.privacy.ledger import Ledger
@@ -34,11 +35,12 @@ _HEADER_BYTES_MAX: Final = 100_000_000
 """Of safetensors' own format."""
 
 
+@seen_by("home")
 class _Words(Struct, frozen=True):
     """Of a checkpoint, what binds it to the home's other parts."""
 
-    ledger_id: str
-    manifest_hash: str
+    ledger_id: Local[str]
+    manifest_hash: Public[str]
 
 
 def check_parts(home: Home, config: NodeConfig, certificate: Certificate) -> None:

@@ -19,6 +19,7 @@ from msgspec import Struct
 from xpeer.errors import ConfigError
 from xpeer.files import require_own
 from xpeer.health import Health
+from xpeer.leaves import Derived, Parts, Public, Timing, seen_by
 from xpeer.status import PrivacySpent, Progress
 
 log = logging.getLogger("xpeer.store")
@@ -60,44 +61,48 @@ _LATER_TABLES = "CREATE TABLE IF NOT EXISTS known (name TEXT PRIMARY KEY, value 
 """Made in files of earlier versions too, which do not look at them."""
 
 
+@seen_by("home")
 class RoundRow(Struct, frozen=True, kw_only=True):
     """One exchange, or one that was skipped."""
 
-    slot: int
-    partner: str = ""
-    fragment: int | None = None
-    reason: str = ""
+    slot: Public[int]
+    partner: Public[str] = ""
+    fragment: Public[int | None] = None
+    reason: Timing[str] = ""
     """Empty: merged; else a reason code."""
-    detail: str = ""
-    distance: float | None = None
-    seconds: float | None = None
-    unix_s: float = 0.0
+    detail: Timing[str] = ""
+    distance: Derived[float | None] = None
+    seconds: Timing[float | None] = None
+    unix_s: Timing[float] = 0.0
 
 
+@seen_by("home")
 class EventRow(Struct, frozen=True, kw_only=True):
     """Something an operator may ask about later."""
 
-    kind: str
-    detail: str
-    unix_s: float
+    kind: Timing[str]
+    detail: Timing[str]
+    unix_s: Timing[float]
 
 
+@seen_by("home")
 class KnownPeer(Struct, frozen=True, kw_only=True):
     """Where a peer was, for the next start."""
 
-    peer_id: str
-    addresses: list[str]
-    seen_unix_s: float
-    ledger_counter: int
+    peer_id: Public[str]
+    addresses: Public[list[str]]
+    seen_unix_s: Public[float]
+    ledger_counter: Public[int]
     """The highest it has shown: one that goes back was restored from an old copy."""
 
 
+@seen_by("home", "for a status before a trainer runs")
 class Known(Struct, frozen=True):
     """What the trainer said last."""
 
-    progress: Progress
-    privacy: PrivacySpent | None
-    unix_s: float
+    progress: Parts[Progress]
+    privacy: Parts[PrivacySpent | None]
+    unix_s: Timing[float]
 
 
 class Store:

@@ -14,6 +14,7 @@ from xpeer.config import Home
 from xpeer.control import Versioned
 from xpeer.errors import NotRunningError
 from xpeer.escape import visible
+from xpeer.leaves import Parts, seen_by
 from xpeer_daemon.store import EventRow, RoundRow, Store
 
 if TYPE_CHECKING:
@@ -23,11 +24,12 @@ _SHORT = 8
 """The end of a PeerID tells it from others."""
 
 
+@seen_by("node", "printed by xpeer events")
 class History(Versioned, frozen=True, kw_only=True):
     """What `xpeer events --json` prints: the latest last."""
 
-    events: list[EventRow] = msgspec.field(default_factory=list)
-    exchanges: list[RoundRow] = msgspec.field(default_factory=list)
+    events: Parts[list[EventRow]] = msgspec.field(default_factory=list)
+    exchanges: Parts[list[RoundRow]] = msgspec.field(default_factory=list)
 
 
 @click.command()

@@ -19,20 +19,22 @@ from xpeer.cli.common import Whole, home_option, json_option
 from xpeer.config import Home
 from xpeer.errors import ConfigError, NotRunningError
 from xpeer.escape import json_text, visible
+from xpeer.leaves import Local, seen_by
 
 POLL_S = 0.2
 LEVELS = ("debug", "info", "warning", "error", "critical")
 _TEXT = re.compile(r"(\S+Z) (debug|info|warning|error|critical) (\S+): (.*)", re.ASCII)
 
 
+@seen_by("home")
 class Entry(Struct, omit_defaults=True):
     """One entry, whichever format the daemon wrote it in."""
 
-    time: str
-    level: str
-    logger: str
-    message: str
-    trace: str = ""
+    time: Local[str]
+    level: Local[str]
+    logger: Local[str]
+    message: Local[str]
+    trace: Local[str] = ""
 
     def text(self) -> str:
         """As the daemon writes text: no message, whichever format it came in, steers a terminal."""

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
+from xpeer.leaves import Public, Timing, seen_by
 from xpeer.network.swarm import Swarm
 
 PROTOCOL = "xpeer/about/1"
@@ -21,12 +22,13 @@ MAX_ANSWER_BYTES = 1024
 TIMEOUT_S = 5.0
 
 
+@seen_by("members", "the operator's own word")
 class About(Struct, frozen=True):
     """A member's own word."""
 
-    name: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")] = ""
+    name: Public[Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")]] = ""
     """As its operator set network.name; "" = none. Two members may have the same."""
-    step: Annotated[int, Meta(ge=0, lt=1 << 40)] | None = None
+    step: Timing[Annotated[int, Meta(ge=0, lt=1 << 40)] | None] = None
     """Local steps done; None = nothing is trained there."""
 
 

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from xpeer.identity import Domain, PeerId, verify
+from xpeer.leaves import Parts, Public, Timing, seen_by
 from xpeer.network.membership import Role
 
 LINK_S = 5.0
@@ -34,40 +35,47 @@ MAX_SKEW_S = 30.0
 LinkValue = Annotated[bytes, Meta(min_length=LINK_BYTES, max_length=LINK_BYTES)]
 
 
+@seen_by(
+    "members",
+    "the speed is the declared one: none is measured under privacy; the phase says "
+    "when steps or budget ended",
+)
 class MemberRecord(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """What a member says of itself. Under privacy nothing in it depends on its text."""
 
-    peer_id: Annotated[str, Meta(max_length=80)]
-    addresses: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=8)]
-    role: Role
-    phase: Annotated[str, Meta(max_length=20, pattern="^[a-z-]+\\Z")]
-    speed: Annotated[float, Meta(ge=0, le=1e9)]
+    peer_id: Public[Annotated[str, Meta(max_length=80)]]
+    addresses: Public[Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=8)]]
+    role: Public[Role]
+    phase: Timing[Annotated[str, Meta(max_length=20, pattern="^[a-z-]+\\Z")]]
+    speed: Public[Annotated[float, Meta(ge=0, le=1e9)]]
     """Tokens/s: declared, or measured where the swarm trains without privacy; 0: unknown."""
-    slot: Annotated[int, Meta(ge=0)]
+    slot: Timing[Annotated[int, Meta(ge=0)]]
     """When the card was signed."""
-    zone: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")] = ""
+    zone: Public[Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")]] = ""
     """Declared: members of a zone have fast links among themselves; "" = near nobody."""
 
 
+@seen_by("members")
 class Card(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """What its owner signs."""
 
-    record: MemberRecord
-    version_ms: Annotated[int, Meta(ge=0, lt=1 << 48)]
+    record: Parts[MemberRecord]
+    version_ms: Public[Annotated[int, Meta(ge=0, lt=1 << 48)]]
     """The time of signing: of two cards of an owner the later one counts."""
-    since_s: Annotated[float, Meta(ge=0, lt=1 << 40)]
+    since_s: Public[Annotated[float, Meta(ge=0, lt=1 << 40)]]
     """When the chain begins, by the shared clock."""
-    lifetime_s: Annotated[float, Meta(gt=0, le=MAX_LIFETIME_S)]
+    lifetime_s: Public[Annotated[float, Meta(gt=0, le=MAX_LIFETIME_S)]]
     """How long a link says that its owner is alive."""
-    anchor: LinkValue
+    anchor: Public[LinkValue]
     """Link 0."""
 
 
+@seen_by("members")
 class SignedCard(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """A card as it travels."""
 
-    body: Annotated[bytes, Meta(max_length=MAX_CARD_BYTES)]
-    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    body: Parts[Annotated[bytes, Meta(max_length=MAX_CARD_BYTES)]]
+    signature: Public[Annotated[bytes, Meta(min_length=64, max_length=64)]]
 
     @property
     def mark(self) -> int:
@@ -85,11 +93,12 @@ class SignedCard(Struct, frozen=True, forbid_unknown_fields=True, array_like=Tru
         return card if card.record.peer_id == owner else None
 
 
+@seen_by("members")
 class Beat(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """A link of an owner's chain."""
 
-    link: Annotated[int, Meta(ge=0, le=LINKS)]
-    value: LinkValue
+    link: Public[Annotated[int, Meta(ge=0, le=LINKS)]]
+    value: Public[LinkValue]
 
     def alive_until(self, card: Card) -> float:
         """Until when it says that the card's owner is alive, by the shared clock."""

@@ -29,6 +29,7 @@ from msgspec import Struct
 
 from xpeer.errors import NotAuthorisedError
 from xpeer.identity import Domain, Identity, verify
+from xpeer.leaves import Public, seen_by
 from xpeer.network.membership import Membership
 from xpeer.network.p2p import GatedP2P
 
@@ -48,12 +49,13 @@ CALL_TIMEOUT_S = 3.0
 _Found = tuple[ValueWithExpiration[Any] | None, dict[DHTID, PeerID]]
 
 
+@seen_by("anybody", "sealed")
 class SignedValue(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """A record's value as it is stored."""
 
-    payload: bytes
-    credential: bytes
-    signature: bytes
+    payload: Public[bytes]
+    credential: Public[bytes]
+    signature: Public[bytes]
 
 
 class OwnerSigned(RecordValidatorBase):

@@ -29,6 +29,7 @@ from msgspec import Meta, Struct
 
 from xpeer.errors import ConfigError, PeerError, Reason
 from xpeer.identity import PeerId
+from xpeer.leaves import Public, seen_by
 from xpeer.network.addresses import resolve_listen
 from xpeer.network.stream import Stream
 from xpeer.wire.frames import HEADER, Kind, parse_header
@@ -56,12 +57,13 @@ TRY_OTHER_EVERY: Final = 32
 HostsOf = Callable[[PeerId], Awaitable[list[str]]]
 
 
+@seen_by("partners")
 class Offer(Struct, frozen=True, forbid_unknown_fields=True):
     """The first message each way in a session."""
 
-    port: Annotated[int, Meta(ge=0, le=65535)]
+    port: Public[Annotated[int, Meta(ge=0, le=65535)]]
     """Where the sender listens; 0 = it does not."""
-    ticket: Annotated[bytes, Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]
+    ticket: Public[Annotated[bytes, Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]]
     """For one connection, soon."""
 
     def to_bytes(self) -> bytes:

@@ -20,6 +20,7 @@ from nacl.signing import SigningKey
 
 from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.identity import Domain, Identity, PeerId, verify_with
+from xpeer.leaves import Parts, Public, seen_by
 from xpeer.manifest import Genesis
 from xpeer.needs import Needs
 from xpeer.network.membership import BEARER_PREFIX, Certificate, Credential, Role, unpack
@@ -31,19 +32,20 @@ MEMBERSHIP_S = 365 * 86400
 _REMEDY = "copy the whole token again, or ask for a new one (`xpeer invite create`)"
 
 
+@seen_by("anybody")
 class Token(Struct, frozen=True, forbid_unknown_fields=True):
     """What `xpeer invite create` prints."""
 
-    name: Annotated[str, Meta(max_length=200)]
-    seeds: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=MAX_SEEDS)]
-    body: bytes
+    name: Public[Annotated[str, Meta(max_length=200)]]
+    seeds: Public[Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=MAX_SEEDS)]]
+    body: Public[bytes]
     """The certificate, as signed."""
-    signature: bytes
-    bearer: bytes = b""
+    signature: Public[bytes]
+    bearer: Public[bytes] = b""
     """Seed of the one-time key; empty in tokens for one PeerID."""
-    seal: bytes = b""
+    seal: Public[bytes] = b""
     """The admin key's signature over everything else."""
-    needs: Needs | None = None
+    needs: Parts[Needs | None] = None
     """What members bring besides their text; None, and then not in its bytes: nothing, or the token
     is of a version that said nothing of it."""
 

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from xpeer.errors import ConfigError, NotAuthorisedError, PeerError, Reason
 from xpeer.identity import Identity, PeerId, seal_to
+from xpeer.leaves import Public, seen_by
 from xpeer.manifest import MAX_MANIFEST_BYTES, SignedManifest, swarm_key_digest
 from xpeer.network.keyring import KeyRing
 from xpeer.network.membership import MAX_CREDENTIAL_BYTES
@@ -25,11 +26,12 @@ PROTOCOL = "xpeer/admit/1"
 CALL_TIMEOUT_S = 30.0
 
 
+@seen_by("members")
 class Admission(Struct, frozen=True, forbid_unknown_fields=True):
     """What a member hands over, sealed as a whole."""
 
-    manifest: bytes
-    swarm_key: bytes
+    manifest: Public[bytes]
+    swarm_key: Public[bytes]
 
 
 _decoder = msgspec.msgpack.Decoder(Admission)

@@ -21,6 +21,7 @@ from msgspec import Meta, Struct
 
 from xpeer.errors import NotAuthorisedError
 from xpeer.identity import Domain, Identity, verify_with
+from xpeer.leaves import Parts, Public, seen_by
 from xpeer.manifest import Genesis
 
 MAX_CREDENTIAL_BYTES = 2048
@@ -45,29 +46,31 @@ _Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 _Name = Annotated[str, Meta(max_length=80)]
 
 
+@seen_by("anybody")
 class Certificate(Struct, frozen=True, forbid_unknown_fields=True):
     """What the admin key signs."""
 
-    genesis: Genesis
-    subject: _Name
+    genesis: Parts[Genesis]
+    subject: Public[_Name]
     """A PeerID, or "bearer:" and the hex Ed25519 key whose holder may name the PeerID."""
-    role: Role
-    serial: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-    not_before_unix_s: int
-    join_before_unix_s: int
+    role: Public[Role]
+    serial: Public[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]]
+    not_before_unix_s: Public[int]
+    join_before_unix_s: Public[int]
     """Until then a member hands over the swarm key."""
-    not_after_unix_s: int
+    not_after_unix_s: Public[int]
     """Until then the membership lasts."""
 
 
+@seen_by("anybody")
 class Credential(Struct, frozen=True, forbid_unknown_fields=True):
     """A certificate as its holder presents it."""
 
-    body: bytes
+    body: Public[bytes]
     """msgpack of the Certificate; signed as it stands."""
-    signature: _Signature
-    peer_id: _Name
-    binding: bytes = b""
+    signature: Public[_Signature]
+    peer_id: Public[_Name]
+    binding: Public[bytes] = b""
     """Bearer certificates: the bearer key's signature over peer_id."""
 
     @classmethod

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 
 from xpeer.errors import NotAuthorisedError, PeerError, Reason
 from xpeer.identity import PeerId
+from xpeer.leaves import Public, seen_by
 from xpeer.network.membership import MAX_CREDENTIAL_BYTES, Certificate, Membership, unpack
 
 if TYPE_CHECKING:
@@ -37,12 +38,15 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 MAX_NOTED = 4096
 
 
+@seen_by("anybody")
 class Introduction(Struct, frozen=True, forbid_unknown_fields=True):
     """The answer to a valid credential."""
 
-    credential: Annotated[bytes, Meta(max_length=MAX_CREDENTIAL_BYTES)]
+    credential: Public[Annotated[bytes, Meta(max_length=MAX_CREDENTIAL_BYTES)]]
     """Empty: a bootstrap node without one."""
-    addresses: Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=2 * MAX_TOLD)]
+    addresses: Public[
+        Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=2 * MAX_TOLD)]
+    ]
 
 
 _decoder = msgspec.msgpack.Decoder(Introduction)

@@ -17,6 +17,7 @@ from msgspec import Struct
 from nacl.exceptions import CryptoError
 
 from xpeer.identity import blake2b
+from xpeer.leaves import Parts, seen_by
 from xpeer.network.cards import Beat, SignedCard
 from xpeer.network.keyring import KeyRing
 from xpeer.network.swarm import Swarm
@@ -33,11 +34,12 @@ _SEALED, _NAMED = b"xpeer/shard/v1", b"xpeer/shard-key/v1"
 _T = TypeVar("_T")
 
 
+@seen_by("members")
 class Stored(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """What lies in the DHT of a member; its credential is stored with it (`dht.SignedValue`)."""
 
-    signed: SignedCard
-    beat: Beat
+    signed: Parts[SignedCard]
+    beat: Parts[Beat]
 
 
 class Shards:

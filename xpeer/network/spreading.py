@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from xpeer.identity import PeerId, blake2b
+from xpeer.leaves import Parts, Public, seen_by
 from xpeer.network.cards import LINK_BYTES, Beat, Known, SignedCard
 from xpeer.network.membership import MAX_CREDENTIAL_BYTES
 
@@ -32,33 +33,36 @@ MAX_NEWS_BYTES = 256 << 10
 """Of a question or an answer, sealed."""
 
 
+@seen_by("members")
 class News(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """A member, as one tells another."""
 
-    owner: Annotated[str, Meta(max_length=80)]
-    credential: Annotated[bytes, Meta(max_length=MAX_CREDENTIAL_BYTES)]
-    signed: SignedCard
-    beat: Beat
+    owner: Public[Annotated[str, Meta(max_length=80)]]
+    credential: Public[Annotated[bytes, Meta(max_length=MAX_CREDENTIAL_BYTES)]]
+    signed: Parts[SignedCard]
+    beat: Parts[Beat]
 
 
+@seen_by("members")
 class Question(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """What do you know that I don't? Or, without a digest: did you know?"""
 
-    salt: Annotated[bytes, Meta(min_length=SALT_BYTES, max_length=SALT_BYTES)]
-    digest: Annotated[bytes, Meta(max_length=MAX_DIGEST_BYTES)] | None
-    cards: Annotated[list[News], Meta(max_length=MAX_CARDS)] = []
-    beats: Annotated[bytes, Meta(max_length=MAX_BEATS_BYTES)] = b""
+    salt: Public[Annotated[bytes, Meta(min_length=SALT_BYTES, max_length=SALT_BYTES)]]
+    digest: Public[Annotated[bytes, Meta(max_length=MAX_DIGEST_BYTES)] | None]
+    cards: Parts[Annotated[list[News], Meta(max_length=MAX_CARDS)]] = []
+    beats: Public[Annotated[bytes, Meta(max_length=MAX_BEATS_BYTES)]] = b""
     """The asker's own, and those that it heard of since its last question."""
 
 
+@seen_by("members")
 class Answer(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """What the other knows."""
 
-    cards: Annotated[list[News], Meta(max_length=MAX_CARDS)] = []
-    beats: Annotated[bytes, Meta(max_length=MAX_BEATS_BYTES)] = b""
-    more: bool = False
+    cards: Parts[Annotated[list[News], Meta(max_length=MAX_CARDS)]] = []
+    beats: Public[Annotated[bytes, Meta(max_length=MAX_BEATS_BYTES)]] = b""
+    more: Public[bool] = False
     """More cards than one answer holds: ask again."""
-    unknown: bool = False
+    unknown: Public[bool] = False
     """The asker's own card is not known here, or has changed."""
 
 

@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from typing import Any, Final
 
 from xpeer.errors import ConfigError, LocalError
+from xpeer.leaves import Local, seen_by
 from xpeer.manifest import DELTA_MIN
 
 _INTERVAL: Final = 2e-4
@@ -39,6 +40,7 @@ SIGMA_GRID: Final = 1000
 SIGMA_MAX: Final = 10_000
 
 
+@seen_by("home", "sigma and q follow from the shard's size")
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Steps of one kind, charged together.
@@ -52,9 +54,9 @@ class Segment:
         LocalError: a number outside its range or not finite: never guessed.
     """
 
-    noise_multiplier: float
-    sampling_probability: float
-    steps: int
+    noise_multiplier: Local[float]
+    sampling_probability: Local[float]
+    steps: Local[int]
 
     def __post_init__(self) -> None:
         """Refuse what has no defined cost."""

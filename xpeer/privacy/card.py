@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from xpeer import __version__
 from xpeer.errors import LocalError
+from xpeer.leaves import Public, Timing, seen_by
 from xpeer.manifest import Manifest
 from xpeer.policies import privacy_policy
 from xpeer.privacy import accountant, report
@@ -23,24 +24,28 @@ _GRID = 0.5
 """Of the epsilon that is told."""
 
 
+@seen_by(
+    "export",
+    "no sigma, no q, no size; epsilon and delta are rounded up to a coarse grid",
+)
 class Card(Struct, frozen=True, kw_only=True):
     """Of one export. Anybody may read it, so what would tell the shard's size is not in it: noise
     and sampling are left out, epsilon and delta are rounded up, coarsely.
     """
 
-    swarm_id: str
-    swarm_name: str
-    step: int
-    xpeer: str = __version__
-    mode: str
+    swarm_id: Public[str]
+    swarm_name: Public[str]
+    step: Timing[int]
+    xpeer: Public[str] = __version__
+    mode: Public[str]
     """privacy.mode of the manifest."""
-    unit: str | None = None
+    unit: Public[str | None] = None
     """What epsilon holds for; None without privacy."""
-    epsilon_target: float | None = None
+    epsilon_target: Public[float | None] = None
     """No member's text is trained on beyond it."""
-    epsilon_spent: float | None = None
+    epsilon_spent: Timing[float | None] = None
     """By the node that exported, on any of its units, at most: a multiple of 0.5, or the target."""
-    delta: float | None = None
+    delta: Timing[float | None] = None
     """For which both epsilons hold at that node: a power of ten, unless the manifest sets it. Each
     member's follows from its own text.
     """

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
+from xpeer.leaves import Local, Parts, Public, Timing, seen_by
 from xpeer.policies import privacy_policy
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.histories import ByUnit
@@ -27,23 +28,24 @@ _STILL_S, _STILL = 60.0, 5.0
 """A node that charged nothing for so long, or so many times its interval, is not training."""
 
 
+@seen_by("home")
 class About(Struct, frozen=True, forbid_unknown_fields=True):
     """What charges are for: with a charge's own numbers, all that epsilon follows from."""
 
-    swarm_id: str
-    mode: str
+    swarm_id: Public[str]
+    mode: Public[str]
     """privacy.mode of the manifest."""
-    clip_norm: float
+    clip_norm: Public[float]
     """C."""
-    delta: float
-    epsilon_target: float
-    unit: str = "record"
+    delta: Local[float]
+    epsilon_target: Public[float]
+    unit: Public[str] = "record"
     """What epsilon holds for: record or document; shard in charges of mode update, now gone."""
-    unix_s: float = 0.0
+    unix_s: Timing[float] = 0.0
     """When it was charged."""
-    cut: str = ""
+    cut: Public[str] = ""
     """How text is cut into records, where they are the unit, e.g. "128 byte tokens"."""
-    found_again: bool = False
+    found_again: Timing[bool] = False
     """Charged earlier, and lost with a part of this ledger; the machine's register held it."""
 
     @property
@@ -54,13 +56,14 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
         return f"record of {self.cut}" if self.unit == "record" and self.cut else self.unit
 
 
+@seen_by("home")
 @dataclass(frozen=True, slots=True)
 class Charge:
     """As it is stored."""
 
-    counter: int
-    segment: Segment
-    about: About | None
+    counter: Timing[int]
+    segment: Parts[Segment]
+    about: Parts[About | None]
     """None: charged by a version that did not note it."""
 
 

@@ -19,16 +19,18 @@ from msgspec import Struct
 from torch import nn
 
 from xpeer.files import private_umask
+from xpeer.leaves import Local, seen_by
 
 NAME: Final = "engine.json"
 _PACKAGES: Final = ("xpeer", "torch", "transformers", "peft")
 
 
+@seen_by("home", "as PrivacySpent's engine")
 class _Choice(Struct, frozen=True, forbid_unknown_fields=True):
-    setting: str
+    setting: Local[str]
     """What it was chosen for: `setting_of`."""
-    engine: str
-    reason: str
+    engine: Local[str]
+    reason: Local[str]
 
 
 class EngineMemory:

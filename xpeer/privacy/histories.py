@@ -7,6 +7,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from xpeer.leaves import Local, seen_by
 from xpeer.privacy.accountant import Segment
 
 History = dict[tuple[float, float], int]
@@ -17,35 +18,37 @@ _MOST: Final = 8
 """Histories that are accounted for one by one; each takes a second or so."""
 
 
+@seen_by("home")
 class DocumentClass(Struct, frozen=True, kw_only=True):
     """Documents of one history."""
 
-    documents: int
-    here: bool
+    documents: Local[int]
+    here: Local[bool]
     """Whether they are in the shard now, or were."""
-    segments: list[Segment]
-    own: list[Segment]
+    segments: Local[list[Segment]]
+    own: Local[list[Segment]]
     """Of these, what the home itself charged."""
-    ledgers: int
+    ledgers: Local[int]
     """Homes that trained on them, this one included."""
-    swarms: list[str]
+    swarms: Local[list[str]]
 
 
+@seen_by("home")
 class Joined(Struct, frozen=True, kw_only=True):
     """What a start found."""
 
-    documents: int
-    new: int
+    documents: Local[int]
+    new: Local[int]
     """Never seen on this machine."""
-    elsewhere: int
+    elsewhere: Local[int]
     """That other homes trained on, too."""
-    recovered: ByUnit
+    recovered: Local[ByUnit]
     """That the ledger holds and the register did not."""
-    unknown_steps: int
+    unknown_steps: Local[int]
     """Recovered now or earlier: they count for every document that this home ever has."""
-    behind: ByUnit
+    behind: Local[ByUnit]
     """That the register holds and the ledger does not."""
-    counter: int
+    counter: Local[int]
     """The largest number of charges that the register saw of the ledger."""
 
     @property

@@ -7,6 +7,7 @@ import math
 from msgspec import Struct
 
 from xpeer.errors import ConfigError
+from xpeer.leaves import Public, seen_by
 from xpeer.manifest import DELTA_MAX, DELTA_MIN
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
@@ -14,28 +15,29 @@ from xpeer.privacy.budget import told_size
 from xpeer.privacy.signal import noise_norm
 
 
+@seen_by("home", "of the operator's own numbers")
 class Plan(Struct, frozen=True, kw_only=True):
     """What a budget asks for."""
 
-    epsilon: float
-    delta: float
-    unit: str
+    epsilon: Public[float]
+    delta: Public[float]
+    unit: Public[str]
     """What is counted and protected: records or documents."""
-    records: int
+    records: Public[int]
     """Units in the shard."""
-    batch: int
-    sampling_probability: float
-    steps: int
-    noise_multiplier: float
-    noise_to_signal: float
+    batch: Public[int]
+    sampling_probability: Public[float]
+    steps: Public[int]
+    noise_multiplier: Public[float]
+    noise_to_signal: Public[float]
     """Standard deviation of the noise in each coordinate of the mean gradient, as a share of C,
     which the norm of a mean of clipped gradients can't exceed: sigma / batch."""
-    noise_norm: float | None
+    noise_norm: Public[float | None]
     """Norm of the whole noise as a share of C: sigma / batch * sqrt(parameters)."""
-    passes: float
+    passes: Public[float]
     """Over the shard."""
-    tokens_per_step: int | None
-    curve: list[tuple[int, float]]
+    tokens_per_step: Public[int | None]
+    curve: Public[list[tuple[int, float]]]
     """(steps, epsilon) on the way."""
 
 

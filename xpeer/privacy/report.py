@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from msgspec import Struct
 
 from xpeer.errors import LocalError
+from xpeer.leaves import Local, Public, seen_by
 from xpeer.manifest import DELTA_MAX
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
@@ -28,18 +29,19 @@ _MOST_CLASSES: Final = 12
 """Of documents, that are told one by one; each takes up to half a second."""
 
 
+@seen_by("home")
 class DocumentAccount(Struct, frozen=True, kw_only=True):
     """Documents of one history, by the machine's register."""
 
-    documents: int
-    here: bool
+    documents: Local[int]
+    here: Local[bool]
     """Whether they are in the shard as the node last started; else they were."""
-    homes: int
+    homes: Local[int]
     """That were charged for them, this one included."""
-    swarms: list[str]
-    epsilon: float
+    swarms: Local[list[str]]
+    epsilon: Local[float]
     """All that was charged to them on this machine, at the node's delta."""
-    segments: list[Segment]
+    segments: Local[list[Segment]]
 
 
 class Noted(NamedTuple):
@@ -49,76 +51,84 @@ class Noted(NamedTuple):
     about: About
 
 
+@seen_by("home")
 class FileAccount(Struct, frozen=True, kw_only=True):
     """One file of a shard."""
 
-    path: str
-    documents: int
-    epsilon: float
+    path: Local[str]
+    documents: Local[int]
+    epsilon: Local[float]
     """Of its document that was charged most, by all homes of this machine."""
 
 
+@seen_by(
+    "home",
+    "`xpeer privacy status` and `report`: sigma, q and delta tell the shard's size by "
+    "six bits to whoever is shown them",
+)
 class Account(Struct, frozen=True, kw_only=True):
     """Where a ledger stands."""
 
-    ledger_id: str
-    swarm_id: str
-    mode: str
-    unit: str
-    epsilon_spent: float
+    ledger_id: Local[str]
+    swarm_id: Public[str]
+    mode: Public[str]
+    unit: Public[str]
+    epsilon_spent: Local[float]
     """Of documents in the shard as the node last started, charges of other homes included: what the
     budget is compared with."""
-    epsilon_ever: float
+    epsilon_ever: Local[float]
     """Of all documents that the node ever had."""
-    epsilon_target: float
-    delta: float
-    clip_norm: float
-    segments: list[Segment]
+    epsilon_target: Public[float]
+    delta: Local[float]
+    clip_norm: Public[float]
+    segments: Local[list[Segment]]
     """All steps of this node."""
-    steps_charged: int
-    charges: int
-    steps_left: int | None
+    steps_charged: Local[int]
+    charges: Local[int]
+    steps_left: Local[int | None]
     """At the last charge's noise and sampling."""
-    ends_unix_s: float | None
+    ends_unix_s: Local[float | None]
     """At the pace of the last hour; None = not training now."""
-    chain_head: str
+    chain_head: Local[str]
     """The last link of the chain of charges: who knows it can tell that none was altered."""
-    documents: list[DocumentAccount]
+    documents: Local[list[DocumentAccount]]
     """By the machine's register; largest first. Empty: there is none."""
-    classes_left_out: int
+    classes_left_out: Local[int]
     """Of documents, charged no more steps than any that is told."""
-    problems: list[str]
+    problems: Local[list[str]]
     """Where ledger and register differ; the larger of the two is told."""
 
 
+@seen_by("home")
 class Checked(Struct, frozen=True, kw_only=True):
     """One account by three roads."""
 
-    what: str
-    epsilon_accountant: float
+    what: Local[str]
+    epsilon_accountant: Local[float]
     """dp-accounting's privacy loss distributions: the node's own number, an upper bound."""
-    epsilon_replayed: float
+    epsilon_replayed: Local[float]
     """`replay`: an estimate, that lies, for certain, between"""
-    epsilon_lower: float
+    epsilon_lower: Local[float]
     """this"""
-    epsilon_upper: float
+    epsilon_upper: Local[float]
     """and this."""
-    epsilon_rdp: float
+    epsilon_rdp: Local[float]
     """Renyi differential privacy: a looser upper bound."""
 
 
+@seen_by("home")
 class Verdict(Struct, frozen=True, kw_only=True):
     """Whether stored charges and epsilon add up."""
 
-    delta: float
-    epsilon_spent: float
+    delta: Local[float]
+    epsilon_spent: Local[float]
     """The largest of what is checked, by the accountant."""
-    checked: list[Checked]
+    checked: Local[list[Checked]]
     """This ledger, and the documents charged most by all homes: of its shard, and of all it had."""
-    charges: int
-    steps_registered: int | None
+    charges: Local[int]
+    steps_registered: Local[int | None]
     """Of this ledger's steps, in the machine's register; None = there is none."""
-    problems: list[str]
+    problems: Local[list[str]]
     """Empty: they agree."""
 
 

@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from xpeer.errors import ConfigError, LocalError
+from xpeer.leaves import Derived, Local, Noised, Parts, Public, Timing, Withheld, seen_by
 from xpeer.training import consolidation
 from xpeer.training.tensorfile import (
     CorruptFileError,
@@ -34,27 +35,32 @@ _SEEN: Final = "seen"
 _FROZEN: Final = "frozen"
 
 
+@seen_by(
+    "home",
+    "export, rather than copy: counters hold tokens and seconds; moments follow from "
+    "noised gradients, `seen` is empty under privacy",
+)
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """Everything that training needs to go on as if it had not stopped."""
 
-    flat: torch.Tensor  # (num_params,) float32, CPU
-    exp_avg: torch.Tensor  # (num_params,) float32, CPU: AdamW's first moment, in flat order
-    exp_avg_sq: torch.Tensor  # (num_params,) float32, CPU: its second
-    optimiser_step: int
+    flat: Noised[torch.Tensor]  # (num_params,) float32, CPU
+    exp_avg: Noised[torch.Tensor]  # (num_params,) float32, CPU: AdamW's first moment, in flat order
+    exp_avg_sq: Noised[torch.Tensor]  # (num_params,) float32, CPU: its second
+    optimiser_step: Timing[int]
     """AdamW's own count, of its bias correction; 0 = the moments are fresh."""
-    consolidation: torch.Tensor | None = None  # (bytes,) uint8
+    consolidation: Derived[torch.Tensor | None] = None  # (bytes,) uint8
     """What to add for an export (`consolidation.packed`); None: there is nothing to add."""
-    rule: dict[str, torch.Tensor] = field(default_factory=dict)
+    rule: Derived[dict[str, torch.Tensor]] = field(default_factory=dict)
     """`rules.Rule.state`: anchors and momentum of the aggregation rule."""
-    seen: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    seen: Withheld[torch.Tensor] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """`privacy.Passes.seen`."""
-    frozen: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    frozen: Public[torch.Tensor] = field(default_factory=lambda: torch.empty(0))
     """`frozen.values`: float32, CPU; empty where the manifest freezes nothing."""
-    counters: dict[str, Any] = field(default_factory=dict)
+    counters: Parts[dict[str, Any]] = field(default_factory=dict)
     """`schedule.Counters` as builtins; `step` names the file."""
-    ledger_id: str = ""
-    manifest_hash: str = ""
+    ledger_id: Local[str] = ""
+    manifest_hash: Public[str] = ""
 
     @property
     def step(self) -> int:
@@ -93,14 +99,15 @@ class Bundle:
             )
 
 
+@seen_by("home")
 class _Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of a bundle, what is no tensor."""
 
-    schema_version: int
-    optimiser_step: int
-    counters: dict[str, Any]
-    ledger_id: str
-    manifest_hash: str
+    schema_version: Public[int]
+    optimiser_step: Timing[int]
+    counters: Parts[dict[str, Any]]
+    ledger_id: Local[str]
+    manifest_hash: Public[str]
 
 
 def save(folder: Path, bundle: Bundle, keep: int = 2, told: Told | None = None) -> Path:

@@ -8,32 +8,34 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from xpeer.leaves import Local, Noised, Timing, seen_by
 from xpeer.manifest import Manifest
 
 JOINER_WARMUP_STEPS = 20
 """At most; fresh moments need a few gradients before their ratio means anything."""
 
 
+@seen_by("home")
 class Counters(Struct, kw_only=True):
     """How far training has come. Saved in checkpoints."""
 
-    step: int = 0
+    step: Timing[int] = 0
     """Optimiser steps; a joiner starts at its donor's."""
-    window: int = 0
-    tokens: int = 0
+    window: Timing[int] = 0
+    tokens: Local[int] = 0
     """Tokens this node trained on."""
-    seconds: float = 0.0
+    seconds: Timing[float] = 0.0
     """Time spent training."""
-    moments_step: int = 0
+    moments_step: Timing[int] = 0
     """Step at which the moments were zero."""
-    joined: bool = False
+    joined: Timing[bool] = False
     """Whether those were a joiner's fresh moments."""
-    merges: int = 0
-    merges_clipped: int = 0
-    charges_used: int = 0
+    merges: Timing[int] = 0
+    merges_clipped: Timing[int] = 0
+    charges_used: Timing[int] = 0
     """Privacy charges of this node that are behind its parameters: the rest of the ledger's were
     lost with processes that died, or with a newer checkpoint."""
-    clip_norm: float | None = None
+    clip_norm: Noised[float | None] = None
     """C of the next private step, where it adapts."""
 
     def to_dict(self) -> dict[str, Any]:

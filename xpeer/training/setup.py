@@ -7,9 +7,11 @@ from typing import Literal
 from msgspec import Struct
 
 from xpeer.config import NodeConfig
+from xpeer.leaves import stays
 from xpeer.phase import Order
 
 
+@stays("what the daemon tells its own trainer")
 class TrainerSetup(Struct, frozen=True, kw_only=True):
     """Paths and settings; contains no secret and no text."""
 

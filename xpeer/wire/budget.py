@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xpeer.errors import LocalError
+from xpeer.leaves import Public, seen_by
 from xpeer.update import Form
 
 SHARE: Final = 0.5
@@ -47,22 +48,23 @@ class Link:
     round_trip_s: float = 0.05
 
 
+@seen_by("node", "of the operator's own numbers")
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to write into the manifest's `round`."""
 
-    fragments: int
+    fragments: Public[int]
     """F."""
-    window_steps: int
+    window_steps: Public[int]
     """H, a multiple of F: every fragment is exchanged once in a window."""
-    codec: str
-    slot_s: float
+    codec: Public[str]
+    slot_s: Public[float]
     """Seconds from exchange to exchange."""
-    exchange_s: float
+    exchange_s: Public[float]
     """Seconds from proposal to acceptance."""
-    link_share: float
+    link_share: Public[float]
     """Of the time that the link is busy: at most `SHARE`."""
-    why: str
+    why: Public[str]
     """One sentence or a few for the operator."""
 
 

@@ -23,6 +23,7 @@ from nacl.public import PrivateKey
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId, blake2b, verify
+from xpeer.leaves import Public, seen_by
 from xpeer.wire.aead import Cipher, supported
 from xpeer.wire.frames import Opener, Sealer
 from xpeer.wire.messages import PROTOCOL_VERSION, Code, unpack
@@ -33,30 +34,32 @@ Purpose = Literal["exchange", "state"]
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
+@seen_by("members")
 class Hello(Struct, frozen=True, forbid_unknown_fields=True):
     """The signed body of the first message each way."""
 
-    version: int
-    purpose: Purpose
-    swarm_id: str
-    manifest_hash: Key
-    sender: str
-    receiver: str
-    serial: int
+    version: Public[int]
+    purpose: Public[Purpose]
+    swarm_id: Public[str]
+    manifest_hash: Public[Key]
+    sender: Public[str]
+    receiver: Public[str]
+    serial: Public[int]
     """Of the sender's membership certificate."""
-    ephemeral: Key
+    ephemeral: Public[Key]
     """X25519 public key, made for this session alone."""
-    ciphers: Annotated[list[Code], Meta(min_length=1, max_length=4)]
+    ciphers: Public[Annotated[list[Code], Meta(min_length=1, max_length=4)]]
     """What the sender has, the best first."""
-    answers: bytes = b""
+    answers: Public[bytes] = b""
     """Responder: BLAKE2b-256 of the initiator's HELLO."""
 
 
+@seen_by("members")
 class SignedHello(Struct, frozen=True, forbid_unknown_fields=True):
     """A HELLO as it travels."""
 
-    body: bytes
-    signature: bytes
+    body: Public[bytes]
+    signature: Public[bytes]
 
 
 _hello = msgspec.msgpack.Decoder(Hello)

@@ -10,51 +10,54 @@ from typing import Any
 from rich.table import Table
 
 from xpeer.cli.demo.heldout import Curve, mean
+from xpeer.leaves import Local, Parts, Public, seen_by
 
 
+@seen_by("node", "of text on this machine")
 @dataclass
 class PeerReport:
     """One peer; `--json` prints it as it stands. Losses are nats per byte."""
 
-    corpus: str
-    peer_id: str = ""
-    speed: float = 1.0
-    loss_alone: float | None = None
+    corpus: Public[str]
+    peer_id: Public[str] = ""
+    speed: Public[float] = 1.0
+    loss_alone: Local[float | None] = None
     """On everybody's text, of its best run without partners; None: not run."""
-    alone_by_kind: dict[str, float] = field(default_factory=dict)
-    alone_learning_rate: float | None = None
-    loss_swarm: float = float("nan")
-    swarm_by_kind: dict[str, float] = field(default_factory=dict)
-    swarm_curve: Curve = field(default_factory=list)
-    alone_curve: Curve = field(default_factory=list)
-    epsilon: float = 0.0
-    delta: float = 0.0
-    steps: int = 0
-    exchanges: int = 0
-    one_sided: int = 0
-    bytes_sent: int = 0
+    alone_by_kind: Local[dict[str, float]] = field(default_factory=dict)
+    alone_learning_rate: Local[float | None] = None
+    loss_swarm: Local[float] = float("nan")
+    swarm_by_kind: Local[dict[str, float]] = field(default_factory=dict)
+    swarm_curve: Local[Curve] = field(default_factory=list)
+    alone_curve: Local[Curve] = field(default_factory=list)
+    epsilon: Local[float] = 0.0
+    delta: Local[float] = 0.0
+    steps: Local[int] = 0
+    exchanges: Local[int] = 0
+    one_sided: Local[int] = 0
+    bytes_sent: Local[int] = 0
 
 
+@seen_by("node", "of text on this machine")
 @dataclass
 class Report:
     """Everything that the demo found out."""
 
-    seed: int
-    quick: bool = False
-    start_by_kind: dict[str, float] = field(default_factory=dict)
-    loss_start: float = float("nan")
-    loss_alone_averaged: float | None = None
+    seed: Public[int]
+    quick: Public[bool] = False
+    start_by_kind: Local[dict[str, float]] = field(default_factory=dict)
+    loss_start: Local[float] = float("nan")
+    loss_alone_averaged: Local[float | None] = None
     """Of the plain average of the lone models."""
-    peers: list[PeerReport] = field(default_factory=list)
-    windows: int = 0
-    bytes_sent: int = 0
-    compression_ratio: float | None = None
-    epsilon: float = 0.0
-    delta: float = 0.0
-    consensus_distance: float | None = None
-    report: str = ""
-    checkpoint: str = ""
-    seconds: float = 0.0
+    peers: Parts[list[PeerReport]] = field(default_factory=list)
+    windows: Local[int] = 0
+    bytes_sent: Local[int] = 0
+    compression_ratio: Local[float | None] = None
+    epsilon: Local[float] = 0.0
+    delta: Local[float] = 0.0
+    consensus_distance: Local[float | None] = None
+    report: Local[str] = ""
+    checkpoint: Local[str] = ""
+    seconds: Local[float] = 0.0
 
 
 def table_of(report: Report, labels: Mapping[str, str]) -> Table:
