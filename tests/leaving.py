@@ -154,14 +154,20 @@ def visible(value: Any, *wanted: Treatment, path: str = "") -> Iterator[tuple[st
 
 def table() -> str:
     """What docs/privacy.md says of every structure that leaves."""
-    rows = ["| structure | who reads it | fields | why |", "|---|---|---|---|"]
-    every = [(kind, destination(kind)) for kind in all_structures()]
-    for audience in AUDIENCES:
-        for kind, goes in sorted(every, key=lambda each: name_of(each[0])):
-            if goes is not None and goes.audience == audience and fields(kind):
-                name = name_of(kind).removeprefix("xpeer.")
-                rows.append(f"| `{name}` | {audience} | {_by_treatment(kind, goes)} | {goes.why} |")
-    return "\n".join(rows)
+    rows: dict[tuple[int, str], list[tuple[str, str, str]]] = {}
+    for kind in sorted(all_structures(), key=name_of):
+        goes = destination(kind)
+        if goes is not None and goes.audience is not None and fields(kind):
+            name = name_of(kind).removeprefix("xpeer.")
+            group = name.rpartition(".")[0] if goes.all_public else name
+            row = rows.setdefault((AUDIENCES.index(goes.audience), group), [])
+            row.append((name, _by_treatment(kind, goes), goes.why))
+    lines = ["| structure | who reads it | fields | why |", "|---|---|---|---|"]
+    for (audience, group), each in sorted(rows.items()):
+        structure = f"`{each[0][0]}`" if len(each) == 1 else f"all others of `{group}`"
+        why = next((why for _, _, why in each if why), "")
+        lines.append(f"| {structure} | {AUDIENCES[audience]} | {each[0][1]} | {why} |")
+    return "\n".join(lines)
 
 
 def _by_treatment(kind: type, goes: Destination) -> str:

@@ -20,8 +20,8 @@ from xpeer.config import Home, settings
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.founding_model import MEASURED, InitialModel, draft_manifest
 from xpeer.manifest import DELTA_MAX, DELTA_MIN, Codec, Manifest, Model, Round
-from xpeer.privacy.channels import ROUTES
 from xpeer.status import SCHEMA_VERSION
+from xpeer.surfaces import ROUTES
 from xpeer.wire import codec
 
 DOCS = Path(__file__).parents[2] / "docs"

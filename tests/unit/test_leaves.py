@@ -124,6 +124,11 @@ def test_every_treatment_has_a_use_and_a_meaning(kinds: list[type]) -> None:
         assert f"    {treatment:10}" in leaving.legend()
 
 
+def test_the_table_of_the_docs_is_what_the_markers_say() -> None:
+    text = leaving.DOCUMENT.read_text(encoding="utf-8")
+    assert leaving.written(text) == text, "run `python -m tests.leaving`"
+
+
 @pytest.mark.parametrize("name", VECTORS)
 def test_messages_are_what_they_were_byte_for_byte(name: str, kinds: list[type]) -> None:
     (kind,) = [kind for kind in kinds if name_of(kind) == name]

@@ -1,6 +1,6 @@
 """Two nodes that differ in nothing but their text: what others see of them is the same.
 
-Treatments are those of `privacy.channels`: what is public must be equal; timing, too, since here
+Treatments are those of `xpeer.leaves`: what is public must be equal; timing, too, since here
 both take the same steps; what is noised or derived from it can't be compared, and must be all else.
 """
 
@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import torch
 
+from tests import leaving
 from tests.unit.daemon.fakes import FakeNode
 from tests.unit.privacy.models import llama, record_losses, some_records
 from tests.unit.training.homes import make_homes
@@ -23,7 +24,6 @@ from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest, Round, SignedManifest
 from xpeer.network.cards import MemberRecord
 from xpeer.privacy.budget import told_size
-from xpeer.privacy.channels import CHANNELS
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import build_mechanism
 from xpeer.status import PrivacySpent, Progress
@@ -60,8 +60,9 @@ def manifest_of(folder: Path) -> Manifest:
 
 
 def fields_by(kind: type, *treatments: str) -> list[str]:
-    listed = CHANNELS[f"{kind.__module__}.{kind.__name__}"].fields
-    return [field for field, treatment in listed.items() if treatment in treatments]
+    return [
+        field for field, treatment in leaving.treatments(kind).items() if treatment in treatments
+    ]
 
 
 class World:

@@ -1,0 +1,83 @@
+"""What a node says that is no field of a structure: protocols, frames, routes, events, log lines,
+files, and what commands print. What fields say is declared at the fields: see `leaves`.
+
+A table, not a filter: `tests/unit/test_surfaces.py` walks the real ones, and fails for whatever is
+not listed, or is listed and gone.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+PROTOCOLS: Final[dict[str, str]] = {
+    "xpeer/exchange/1": "exchange: wire.messages in a sealed session, and payloads",
+    "xpeer/state/1": "a joiner's parameters: wire.messages in a sealed session, and the state",
+    "xpeer/roster/1": "spreading: cards and beats, sealed with the swarm key",
+    "xpeer/present/1": "present: credentials and addresses",
+    "xpeer/about/1": "about: name and step",
+    "xpeer/admit/1": "joining: manifest and swarm key, sealed to the joiner",
+    "xpeer/nudge/1": "nothing but that it came: timing",
+}
+"""Every libp2p protocol that a member serves, the DHT's aside (`dht.SignedValue`)."""
+
+FRAMES: Final = ("MESSAGE", "BULK", "END", "ELSEWHERE")
+"""Kinds of frames of a session; lengths and kinds are seen by whoever sees the network: public."""
+
+ROUTES: Final[dict[str, str]] = {
+    "GET /v1/status": "Status",
+    "GET /v1/peers": "Peers",
+    "GET /v1/version": "Version",
+    "GET /v1/end": "End",
+    "POST /v1/pause": "Done",
+    "POST /v1/resume": "Done",
+    "POST /v1/stop": "Done",
+    "POST /v1/leave": "Done",
+    "POST /v1/checkpoint": "Done",
+}
+"""Of the control API, with their answers. There is no other API, page or port for metrics."""
+
+EVENTS: Final = (
+    "trainer-restarted",
+    "donor-refused",
+    "caught-up",
+    "began-anew",
+    "finished",
+    "ledger-went-back",
+    "ledger-caught-up",
+)
+"""Kinds of events in state.sqlite."""
+
+TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
+    "xpeer.training.child": ("%s", "%s", "%s", "%s"),
+    "xpeer.privacy.register_file": ("%s",),
+    "xpeer.training.channel": ("%s", "%s"),
+    "xpeer.training.client": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
+    "xpeer.training.loop": ("charged steps were not used up: %s",),
+    "xpeer.training.main": ("the trainer's receiver failed",),
+    "xpeer.training.measuring": ("the loss can't be measured: %s",),
+    "xpeer.training.saving": ("no checkpoint was written: %s",),
+    "xpeer.training.shard": ("tokenised records are not cached: %s",),
+    "xpeer.training.threads": ("a helper of the trainer failed",),
+    "xpeer.training.worker": (
+        "saved step %d before the trainer ends",
+        "the steps since the last checkpoint could not be saved",
+    ),
+    "xpeer.wire.kernels": ("codec kernels are not compiled, so the codec is slower: %s: %s",),
+}
+"""What the trainer process and its handle write to the log: local, and never a loss, a count or a
+text of records."""
+
+EXPORTED: Final = ("config.json", "generation_config.json", "model.safetensors")
+"""Files of `xpeer checkpoint export`, those of tokenizer and source and `card.FILES` aside:
+released parameters and the manifest's config."""
+
+COMMANDS: Final[dict[str, str]] = {
+    "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",
+    "bootstrap": "addresses", "start": "the log", "status": "Status", "peers": "Peers",
+    "pause": "Done", "resume": "Done", "stop": "Done", "leave": "Done",
+    "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "events": "History",
+    "demo": "Status, of text on this machine", "completion": "nothing", "version": "versions",
+    "generate": "text of the model that is named", "eval": "a loss of the text that is named",
+    "privacy": "Account, FileAccount, Verdict, Plan, Charge",
+}  # fmt: skip
+"""What commands print or write, by the structures above: for the operator."""
