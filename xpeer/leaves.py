@@ -6,9 +6,9 @@
         digest: Derived[Digest]
 
 The markers change nothing at run time: they are notes, not a filter. Tests read them.
-`tests/unit/test_leaves.py` fails for a field without a marker.
-`tests/unit/daemon/test_side_channels.py` trains on different shards, and fails if a field that is
-public or derived differs. `python -m tests.leaving` writes the table of docs/privacy.md.
+`tests/unit/test_leaves.py` fails for a field without a marker. `test_non_interference.py` trains on
+different shards with equal released gradients, and fails if a public or derived field differs.
+`python -m tests.leaving` writes the table of docs/privacy.md.
 
 Treatments, from harmless to private, while privacy is on:
 

@@ -17,31 +17,24 @@ import torch
 
 from tests import leaving
 from tests.unit.daemon.fakes import FakeNode
+from tests.unit.daemon.worlds import ME, World, saying
 from tests.unit.privacy.models import llama, record_losses, some_records
 from tests.unit.training.homes import make_homes
-from xpeer.config import NodeConfig, Training
-from xpeer.identity import Identity, PeerId
+from xpeer.identity import Identity
 from xpeer.manifest import Manifest, Round, SignedManifest
-from xpeer.network.cards import MemberRecord
 from xpeer.privacy.budget import told_size
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import build_mechanism
 from xpeer.status import PrivacySpent, Progress
 from xpeer.training.assembled import Assembled
 from xpeer.training.build import assemble
-from xpeer.training.client import TrainerProcess
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import CompressedUpdate
 from xpeer.weights import of_pair
-from xpeer.wire.messages import Propose, Terms
-from xpeer_daemon.gossip import Gossip
+from xpeer.wire.messages import Terms
 from xpeer_daemon.joiner import Joiner
 from xpeer_daemon.life import Life
-from xpeer_daemon.partners import Partners
-from xpeer_daemon.presence import Presence
 
-ME, OTHER, THIRD = (PeerId(f"12D3KooW{letter}") for letter in "ABC")
-NOW_S = 1_000.5
 RULES = {
     "gossip": Round(),
     "fedavg": Round(rule="fedavg"),
@@ -63,54 +56,6 @@ def fields_by(kind: type, *treatments: str) -> list[str]:
     return [
         field for field, treatment in leaving.treatments(kind).items() if treatment in treatments
     ]
-
-
-class World:
-    """A node with a trainer that says what it is told to; all around are fakes."""
-
-    def __init__(self, manifest: Manifest, progress: Progress, privacy: PrivacySpent) -> None:
-        trainer = TrainerProcess(lambda event: None)
-        trainer.epoch, trainer.ledger_counter = 5, 3
-        trainer.num_params, trainer.num_fragments = 1000, manifest.round.fragments
-        trainer.progress, trainer.privacy = progress, privacy
-        config = NodeConfig(training=Training(speed=0.0))
-        self.fake = fake = FakeNode(config=config, clock=lambda: NOW_S, manifest=manifest)
-        fake.supervisor.trainer, fake.record.known = trainer, None
-        fake.members = self.members()
-        self.node, self.view = fake.node, fake.view
-        self.said: list[MemberRecord] = []
-        self.unstored = False
-        self.gossip = Gossip(
-            me=ME,
-            swarm_id="ab" * 32,
-            manifest=manifest,
-            host=fake.view,
-            proposer=cast(Any, None),
-            nudge=cast(Any, None),
-            clock=lambda: NOW_S,
-            partners=Partners(lambda: NOW_S),
-        )
-
-    def members(self) -> dict[PeerId, MemberRecord]:
-        speeds = {ME: 0.0, OTHER: 100.0, THIRD: 300.0}
-        return {
-            peer: MemberRecord(peer, [], "member", "training", speed, 1)
-            for peer, speed in speeds.items()
-        }
-
-    async def announce(self, record: MemberRecord) -> None:
-        self.said.append(record)
-
-    async def shown(self) -> dict[str, Any]:
-        """Everything that others get of this node, but for updates."""
-        self.fake.swarm.addresses = ["/ip4/192.0.2.1/tcp/1"]
-        roster, nothing = cast(Any, self), cast(Any, None)
-        presence = Presence(self.node, self.view, roster, nothing, nothing, 1.0)
-        await presence.announce(self.node.phase)
-        record = msgspec.structs.replace(self.said[-1], slot=0)  # of the real clock
-        terms = self.gossip.terms(OTHER, 1000)
-        refusal = self.gossip.objection(OTHER, Propose(1, 1000, 0, "int8", 5, False, terms))
-        return {"record": record, "terms": terms, "refusal": refusal}
 
 
 def progress_of(salt: int) -> Progress:
@@ -136,7 +81,7 @@ async def test_nothing_that_the_daemon_tells_depends_on_what_is_local(
     tmp_path: Path, rule: str
 ) -> None:
     manifest = msgspec.structs.replace(manifest_of(tmp_path), round=RULES[rule])
-    worlds = [World(manifest, progress_of(salt), privacy_of(salt)) for salt in (1, 2)]
+    worlds = [World(manifest, saying(progress_of(salt), privacy_of(salt))) for salt in (1, 2)]
     statuses = [world.node.status() for world in worlds]
     assert statuses[0].progress != statuses[1].progress  # the operators see the difference
     shown = [await world.shown() for world in worlds]
@@ -149,7 +94,7 @@ async def test_nothing_that_the_daemon_tells_depends_on_what_is_local(
 
 async def test_what_is_timing_shows_as_timing_only(tmp_path: Path) -> None:
     manifest = msgspec.structs.replace(manifest_of(tmp_path), round=RULES["dynamic"])
-    one, other = (World(manifest, progress_of(1), privacy_of(1)) for _ in range(2))
+    one, other = (World(manifest, saying(progress_of(1), privacy_of(1))) for _ in range(2))
     trainer = other.view.trainer
     assert trainer is not None
     trainer.epoch, trainer.ledger_counter = 6, 9
@@ -163,7 +108,7 @@ async def test_what_is_timing_shows_as_timing_only(tmp_path: Path) -> None:
 
 def test_no_speed_is_measured_under_privacy(tmp_path: Path) -> None:
     """fedavg weights by what is declared; who declares nothing counts as the median."""
-    world = World(manifest_of(tmp_path), progress_of(1), privacy_of(1))
+    world = World(manifest_of(tmp_path), saying(progress_of(1), privacy_of(1)))
     for step in range(500):
         world.node.follow_trainer("training", Progress(step=step, seconds_blocked=0.0))
     assert world.view.speed == 0.0
