@@ -77,7 +77,7 @@ class End(Versioned, frozen=True, kw_only=True):
     """Bytes of the last checkpoint."""
     total: Timing[int] = 0
     """0 = it is not being written."""
-    problem: Timing[str] = ""
+    problem: Local[str] = ""
     """What was not saved; empty = nothing is lost."""
     remedy: Timing[str] = ""
     exit_code: Timing[int] = int(ExitCode.OK)

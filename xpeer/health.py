@@ -14,20 +14,24 @@ from msgspec import Struct
 
 from xpeer.conditions import CONDITIONS, Condition, Severity
 from xpeer.escape import one_line
-from xpeer.leaves import Public, Timing, seen_by
+from xpeer.leaves import Local, Public, Timing, seen_by
 
 Verdict = Literal["ok", "degraded", "down"]
 
 MAX_CAUSE_CHARS = 300
 
 
-@seen_by("node", "on the Unix socket, in the log and in systemd's line")
+@seen_by(
+    "node",
+    "on the Unix socket, in the log and in systemd's line; the text may quote what the trainer "
+    "says of files",
+)
 class HealthReason(Struct, frozen=True, kw_only=True):
     """Why a node is not well, or a note about one that is."""
 
     code: Timing[str]
     severity: Timing[Severity] = "degraded"
-    text: Timing[str] = ""
+    text: Local[str] = ""
     remedy: Public[str] = ""
 
 

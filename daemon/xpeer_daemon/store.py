@@ -19,7 +19,7 @@ from msgspec import Struct
 from xpeer.errors import ConfigError
 from xpeer.files import require_own
 from xpeer.health import Health
-from xpeer.leaves import Derived, Parts, Public, Timing, seen_by
+from xpeer.leaves import Derived, Local, Parts, Public, Timing, seen_by
 from xpeer.status import PrivacySpent, Progress
 
 log = logging.getLogger("xpeer.store")
@@ -70,7 +70,7 @@ class RoundRow(Struct, frozen=True, kw_only=True):
     fragment: Public[int | None] = None
     reason: Timing[str] = ""
     """Empty: merged; else a reason code."""
-    detail: Timing[str] = ""
+    detail: Local[str] = ""
     distance: Derived[float | None] = None
     seconds: Timing[float | None] = None
     unix_s: Timing[float] = 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from xpeer.leaves import Local, Noised, Timing, seen_by
+from xpeer.leaves import Derived, Local, Noised, Timing, seen_by
 from xpeer.manifest import Manifest
 
 JOINER_WARMUP_STEPS = 20
@@ -31,7 +31,7 @@ class Counters(Struct, kw_only=True):
     joined: Timing[bool] = False
     """Whether those were a joiner's fresh moments."""
     merges: Timing[int] = 0
-    merges_clipped: Timing[int] = 0
+    merges_clipped: Derived[int] = 0
     charges_used: Timing[int] = 0
     """Privacy charges of this node that are behind its parameters: the rest of the ledger's were
     lost with processes that died, or with a newer checkpoint."""
