@@ -24,148 +24,165 @@ from xpeer.errors import (
     XpeerError,
 )
 from xpeer.escape import one_line, visible
+from xpeer.leaves import Derived, Local, Parts, Public, Timing, seen_by
 from xpeer.phase import TrainerPhase
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
 from xpeer.update import Form
 
 
+@seen_by("node")
 class Ready(Struct, frozen=True, tag=True):
     """The model is built, the shard is read, the ledger is open."""
 
-    num_params: int
-    num_fragments: int
-    device: str
-    engine: str
-    num_records: int
-    step: int
-    ledger_counter: int
-    resumed: bool
-    corpus: CorpusShare | None = None
-    shard: ShardSummary | None = None
-    text_problem: str = ""
+    num_params: Public[int]
+    num_fragments: Public[int]
+    device: Public[str]
+    engine: Local[str]
+    num_records: Local[int]
+    step: Timing[int]
+    ledger_counter: Timing[int]
+    resumed: Timing[bool]
+    corpus: Parts[CorpusShare | None] = None
+    shard: Parts[ShardSummary | None] = None
+    text_problem: Local[str] = ""
     """Why no step is taken; empty = the text was read."""
-    notes: list[str] = []
+    notes: Local[list[str]] = []
     """What the operator should know, e.g. why a slower engine was chosen."""
-    warnings: list[str] = []
+    warnings: Local[list[str]] = []
     """What is not as it should be, e.g. files that were restored."""
 
 
+@seen_by("node")
 class Snapshotted(Struct, frozen=True, tag=True):
     """The slot holds a payload of this form."""
 
-    form: Form
-    step: int
-    privacy_mode: str
-    steps_charged: int
+    form: Parts[Form]
+    step: Timing[int]
+    privacy_mode: Public[str]
+    steps_charged: Local[int]
 
 
+@seen_by("node")
 class Verified(Struct, frozen=True, tag=True):
     """Finite and of the right size."""
 
-    distance: float
-    clipped: bool = False
+    distance: Derived[float]
+    clipped: Derived[bool] = False
     """Above the norm limit."""
 
 
+@seen_by("node")
 class Done(Struct, frozen=True, tag=True):
     """Nothing more to say."""
 
 
+@seen_by("node")
 class StateExported(Struct, frozen=True, tag=True):
     """The region holds the parameters."""
 
-    digest: str
-    step: int
-    loss_public: float
+    digest: Derived[str]
+    step: Timing[int]
+    loss_public: Derived[float]
 
 
+@seen_by("node")
 class StateImported(Struct, frozen=True, tag=True):
     """Public loss before and after."""
 
-    loss_before: float
-    loss_after: float
+    loss_before: Derived[float]
+    loss_after: Derived[float]
 
 
+@seen_by("node")
 class Written(Struct, frozen=True, tag=True):
     """A file or folder was written."""
 
-    path: str
+    path: Public[str]
 
 
+@seen_by("node")
 class Losses(Struct, frozen=True, tag=True):
     """Nats per token; None where there is no such text."""
 
-    public: float
-    validation: float | None
+    public: Derived[float]
+    validation: Local[float | None]
 
 
+@seen_by("node")
 class Failure(Struct, frozen=True, tag=True):
     """An error on its way to the daemon."""
 
-    kind: str
-    problem: str
-    remedy: str = ""
-    exit_code: int = ExitCode.ERROR
-    trace: str = ""
+    kind: Local[str]
+    problem: Local[str]
+    remedy: Local[str] = ""
+    exit_code: Local[int] = ExitCode.ERROR
+    trace: Local[str] = ""
     """Only of errors that are bugs of ours."""
 
 
 Result = Snapshotted | Verified | Done | StateExported | StateImported | Written | Losses | Failure
 
 
+@seen_by("node")
 class Reply(Struct, frozen=True, tag=True):
     """The answer to a request."""
 
-    number: int
-    result: Result
+    number: Public[int]
+    result: Parts[Result]
 
 
+@seen_by("node")
 class Progressed(Struct, frozen=True, tag=True):
     """After a step, at most some ten times a second, and at every change of state."""
 
-    state: TrainerPhase
-    progress: Progress
-    ledger_counter: int
-    privacy: PrivacySpent | None = None
+    state: Timing[TrainerPhase]
+    progress: Parts[Progress]
+    ledger_counter: Timing[int]
+    privacy: Parts[PrivacySpent | None] = None
     """Present when it changed."""
 
 
+@seen_by("node")
 class Saved(Struct, frozen=True, tag=True):
     """A periodic checkpoint is on the disk."""
 
-    path: str
-    step: int
+    path: Public[str]
+    step: Timing[int]
 
 
+@seen_by("node")
 class LookedAtText(Struct, frozen=True, tag=True):
     """The text could not be read at the start, and was looked at again."""
 
-    problem: str
+    problem: Local[str]
     """Empty: it can be read now."""
 
 
+@seen_by("node")
 class Ending(Struct, frozen=True, tag=True):
     """Twice a second since a stop: the trainer is alive, and this is how far it is."""
 
-    work: int
+    work: Timing[int]
     """Grows while it gets anywhere."""
-    written: int = 0
+    written: Timing[int] = 0
     """Bytes of the checkpoint."""
-    total: int = 0
+    total: Timing[int] = 0
     """0 = the step before it has not ended."""
 
 
+@seen_by("node")
 class SaveFailed(Struct, frozen=True, tag=True):
     """A periodic checkpoint could not be written; training goes on, and it is tried again."""
 
-    problem: str
-    step: int
+    problem: Local[str]
+    step: Timing[int]
 
 
+@seen_by("node", "that a trainer died is seen: see measuring.py")
 class Crashed(Struct, frozen=True, tag=True):
     """The last message of a trainer that can't go on."""
 
-    failure: Failure
+    failure: Parts[Failure]
 
 
 FromTrainer = Ready | Reply | Progressed | Saved | SaveFailed | LookedAtText | Ending | Crashed

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol
 from msgspec import Struct
 
 from xpeer.errors import LocalError
+from xpeer.leaves import stays
 from xpeer.phase import Order
 from xpeer.training.answers import (
     Done,
@@ -63,6 +64,7 @@ Outcome = Result | Work | None
 """The answer; or more work, which will give it; or none, where nobody waits."""
 
 
+@stays("what the daemon tells its own trainer")
 class Begin(Struct, frozen=True, tag=True):
     """First message to the child: what it needs to start."""
 
@@ -75,6 +77,7 @@ class Begin(Struct, frozen=True, tag=True):
 # ---- one exchange -------------------------------------------------------------------------------
 
 
+@stays("what the daemon tells its own trainer")
 class Snapshot(Struct, frozen=True, tag=True):
     """Take a fragment at the next boundary, compress it into the slot."""
 
@@ -122,6 +125,7 @@ class Compress:
         )
 
 
+@stays("what the daemon tells its own trainer")
 class Verify(Struct, frozen=True, tag=True):
     """Decode and check a partner's payload in the slot."""
 
@@ -148,6 +152,7 @@ class Verify(Struct, frozen=True, tag=True):
         return Verified(checked.distance, checked.clipped)
 
 
+@stays("what the daemon tells its own trainer")
 class Merge(Struct, frozen=True, tag=True):
     """Merge verified payloads at the next boundary; answered once that is queued."""
 
@@ -168,6 +173,7 @@ class Merge(Struct, frozen=True, tag=True):
         return Done()
 
 
+@stays("what the daemon tells its own trainer")
 class AddCorrection(Struct, frozen=True, tag=True):
     """What a `Merge` leaves for the next boundary. No daemon sends it."""
 
@@ -182,6 +188,7 @@ class AddCorrection(Struct, frozen=True, tag=True):
             trainer.reports.progress()
 
 
+@stays("what the daemon tells its own trainer")
 class Drop(Struct, frozen=True, tag=True):
     """Forget a meeting; not answered."""
 
@@ -195,6 +202,7 @@ class Drop(Struct, frozen=True, tag=True):
         trainer.queue(DropLate(self.meeting_id))
 
 
+@stays("what the daemon tells its own trainer")
 class DropLate(Struct, frozen=True, tag=True):
     """What a `Drop` leaves for the next boundary. No daemon sends it."""
 
@@ -210,6 +218,7 @@ class DropLate(Struct, frozen=True, tag=True):
 # ---- all parameters -----------------------------------------------------------------------------
 
 
+@stays("what the daemon tells its own trainer")
 class ExportState(Struct, frozen=True, tag=True):
     """Write all parameters to the arena's region."""
 
@@ -240,6 +249,7 @@ class FinishState:
         return StateExported(trainer.state_digest(), self.step, loss)
 
 
+@stays("what the daemon tells its own trainer")
 class ImportState(Struct, frozen=True, tag=True):
     """Replace all parameters by the arena's region."""
 
@@ -263,6 +273,7 @@ class ImportState(Struct, frozen=True, tag=True):
 # ---- the rest -----------------------------------------------------------------------------------
 
 
+@stays("what the daemon tells its own trainer")
 class Run(Struct, frozen=True, tag=True):
     """Change the mode."""
 
@@ -276,6 +287,7 @@ class Run(Struct, frozen=True, tag=True):
         return Done()
 
 
+@stays("what the daemon tells its own trainer")
 class WriteCheckpoint(Struct, frozen=True, tag=True):
     """Save now."""
 
@@ -314,6 +326,7 @@ class WriteCopy:
             raise
 
 
+@stays("what the daemon tells its own trainer")
 class Evaluate(Struct, frozen=True, tag=True):
     """Measure the losses on public and held-out text now."""
 
@@ -326,6 +339,7 @@ class Evaluate(Struct, frozen=True, tag=True):
         return Losses(public, validation)
 
 
+@stays("what the daemon tells its own trainer")
 class Stop(Struct, frozen=True, tag=True):
     """Save and exit."""
 
@@ -343,6 +357,7 @@ Command = (
 )  # fmt: skip
 
 
+@stays("what the daemon tells its own trainer")
 class Request(Struct, frozen=True, tag=True):
     """A command with the number that its reply will carry."""
 

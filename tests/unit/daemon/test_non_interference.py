@@ -42,6 +42,7 @@ from xpeer.network.stream import Stream
 from xpeer.privacy import card, report
 from xpeer.privacy.ledger import Ledger
 from xpeer.training import checkpoint
+from xpeer.training.channel import DaemonChannel
 from xpeer.training.client import TrainerProcess
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
@@ -148,6 +149,8 @@ class Life:
             await self._meets(trainer)
             path = Path(await trainer.checkpoint())
             await self._speaks(trainer)
+            state = await trainer.export_state()
+            await trainer.import_state(state.payload, state.step)
         finally:
             await trainer.stop(60)
         self._leaves_files(path)
@@ -215,6 +218,21 @@ class Life:
 
 
 @pytest.fixture
+def last_words(monkeypatch: pytest.MonkeyPatch) -> dict[type, object]:
+    """The last message of each kind from the trainer: how many there are is a matter of time."""
+    last: dict[type, object] = {}
+    real = DaemonChannel.receive
+
+    async def receive(self: DaemonChannel) -> Any:
+        message = await real(self)
+        last[type(getattr(message, "result", message))] = message
+        return message
+
+    monkeypatch.setattr(DaemonChannel, "receive", receive)
+    return last
+
+
+@pytest.fixture
 def same_randomness(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Session keys and numbers of exchanges are no secrets here; and what is sent is noted."""
     sent: list[object] = []
@@ -267,7 +285,7 @@ def write_other_text(shard: Path) -> None:
 
 @pytest.mark.timeout(300)
 async def test_only_what_is_local_or_timing_depends_on_the_text(
-    tmp_path: Path, same_randomness: list[object]
+    tmp_path: Path, same_randomness: list[object], last_words: dict[type, object]
 ) -> None:
     (setup,) = make_homes(
         tmp_path, 1, privacy="record",
@@ -287,8 +305,9 @@ async def test_only_what_is_local_or_timing_depends_on_the_text(
             shutil.copytree(fresh, home)
             write_other_text(home / "shard")
         same_randomness.clear()
+        last_words.clear()
         left = await Life(setup, manifest).live()
-        lives.append([*left, *same_randomness])
+        lives.append([*left, *same_randomness, *last_words.values()])
 
     one, other = (fields_of(left, *SAME) for left in lives)
     assert [path for path, _ in one] == [path for path, _ in other]
