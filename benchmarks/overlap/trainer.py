@@ -71,8 +71,8 @@ class SleepingMechanism:
         self._real.prepare_window(steps)
 
     def charged(self) -> Charged:
-        """See `Mechanism`; steps are this class's."""
-        return self._real.charged()._replace(used=self._used)
+        """See `Mechanism`; steps are this class's, and each is asked for."""
+        return self._real.charged()._replace(used=self._used, left=0)
 
     def step_gradient(self) -> StepResult:
         """Take the step's time, and no gradient."""

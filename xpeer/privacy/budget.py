@@ -93,7 +93,7 @@ class Budget:
     def charged(self) -> Charged:
         """What became of this process's charges."""
         made = self._used + self._permitted + self._prepared_steps
-        return Charged(made, self._used, self._seconds or 0.0, self._possible)
+        return Charged(made, self._used, self._seconds or 0.0, self._possible, self._permitted)
 
     def begin(self, steps: int) -> int:
         """Charge until `steps` may be used; charges prepared or left over count.

@@ -30,6 +30,13 @@ class Charged(NamedTuple):
     """That a charge takes, smoothed."""
     possible: int = 0
     """Charges that the budget allows in all, those of earlier starts included."""
+    left: int = 0
+    """On the disk, and not taken: so many steps may be taken now."""
+
+    @property
+    def under_way(self) -> int:
+        """On their way to the disk: `begin_window` waits for them."""
+        return self.made - self.used - self.left
 
 
 @dataclass(frozen=True, slots=True)

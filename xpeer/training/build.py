@@ -268,21 +268,16 @@ def make_loop(
         awaiting: the parameters are still to be imported; nothing is trained or sent before.
     """
     counters = Counters() if counters is None else counters
-    timings, rule = Timings(), rules.make(manifest.round)
-    exchanges = Exchanges(
-        parameters,
-        manifest.round.codec,
-        mechanism,
-        rule,
-        grid_of(manifest.round),
-        combine.make(manifest.round),
-    )
+    timings, section = Timings(), manifest.round
+    rule = rules.make(section)
+    mixing = section.codec, mechanism, rule, grid_of(section), combine.make(section)
+    exchanges = Exchanges(parameters, *mixing)
     exchanges.begin()
     return TrainingLoop(
         Learner(manifest, parameters, mechanism, GradientWindow(rule), counters),
         exchanges,
         Pacing(manifest, mechanism, counters, timings),
-        Measurements(evaluation, manifest.round),
+        Measurements(evaluation, section),
         timings,
         pulse or Pulse(),
         throttle=throttle,

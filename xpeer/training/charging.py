@@ -8,8 +8,8 @@ checkpoint is lost when the process is killed, and is charged again. So
   more than a window, or 1% of the planned charges, whichever is more. Charges that are made while
   one is being written come on top: the loop does not wait for the disk.
 
-What this module does not give: the charges themselves (`privacy.budget`), and the writing of
-checkpoints (`training.saving`).
+What this module does not give: the charges themselves and their count (`privacy.budget`), and the
+writing of checkpoints (`training.saving`).
 """
 
 from __future__ import annotations
@@ -48,14 +48,12 @@ class Permits:
         counters: of the loop, now.
 
     Attributes:
-        left: charged steps that may be taken.
         save: begins a checkpoint, on the loop's thread; nobody saves until it is set.
     """
 
     def __init__(
         self, manifest: Manifest, mechanism: Mechanism, counters: Callable[[], Counters]
     ) -> None:
-        self.left = 0
         self.save: Callable[[], Begun] = _nobody_saves
         self._manifest = manifest
         self._mechanism = mechanism
@@ -64,7 +62,7 @@ class Permits:
         self._window = manifest.round.window_steps
         self._whole = manifest.round.policy.waits
         self._most: int | None = None
-        self._preparing = self._closing = False
+        self._closing = False
         self._behind = 0
         self._lock = threading.Lock()
         self._durable = 0
@@ -97,17 +95,15 @@ class Permits:
             spent: no further one fits the budget. held: checkpoints can't be written, and as many
             charges as may be lost wait for one.
         """
-        if self.left == 0:
-            # what was prepared is collected; should that be none, one more is tried
-            wanted = 1 if self._preparing else self._part(step_s, window_left)
+        charged = self._mechanism.charged()
+        if charged.left == 0:
+            # what is under way is collected; should that be none, one more is tried
+            wanted = 1 if charged.under_way else self._part(step_s, window_left)
             if wanted == 0:
                 return "held"
-            self.left = self._mechanism.begin_window(wanted)
-            self._preparing = False
-            if self.left == 0:
+            if self._mechanism.begin_window(wanted) == 0:
                 return "spent"
         if self._is_time(step_s) and (wanted := self._part(step_s, window_left)):
-            self._preparing = True
             self._mechanism.prepare_window(wanted)
         return "step"
 
@@ -122,8 +118,7 @@ class Permits:
         self.save, self._closing = _nobody_saves, True
         if self._whole:
             return window_left if self._mechanism.charged().made > self._behind else 0
-        self.left, self._preparing = self._mechanism.begin_window(0), False
-        return self.left
+        return self._mechanism.begin_window(0)
 
     def moved(self) -> None:
         """The parameters are behind the steps that were taken."""
@@ -144,11 +139,12 @@ class Permits:
 
     def _is_time(self, step_s: float) -> bool:
         """To charge ahead: where charging takes long, and late in the part."""
-        if not self._private or self._whole or self._preparing or self._closing or step_s <= 0:
+        charged = self._mechanism.charged()
+        if not self._private or self._whole or self._closing or charged.under_way or step_s <= 0:
             return False
-        takes_s = self._mechanism.charged().seconds
+        takes_s = charged.seconds
         late = min(max(1, self._part_of(step_s) // 4), math.ceil(takes_s / step_s))
-        return takes_s > SHARE_CHARGING * step_s and self.left <= late < self.most
+        return takes_s > SHARE_CHARGING * step_s and charged.left <= late < self.most
 
     def _part(self, step_s: float, window_left: int) -> int:
         """Steps to charge now; 0: none."""
@@ -158,8 +154,9 @@ class Permits:
             wanted = min(window_left, max(1, self._until_the_end()))
             least = min(self._window, wanted)
         else:
-            wanted = min(self._part_of(step_s), max(self._until_the_end() - self.left, 0))
-            wanted, least = max(wanted, 0 if self.left else 1), 1
+            left = self._mechanism.charged().left
+            wanted = min(self._part_of(step_s), max(self._until_the_end() - left, 0))
+            wanted, least = max(wanted, 0 if left else 1), 1
         if not wanted:
             return 0
         begun: Begun | None = None

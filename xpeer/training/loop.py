@@ -265,8 +265,7 @@ class TrainingLoop:
         try:
             tokens = self._step()
         except StepAbandonedError:
-            self.pacing.permits.left -= 1  # charged, and not taken
-            return
+            return  # its charge is used up, too
         now = time.monotonic()
         worked_s = self.timings.worked(now - began, tokens)
         self.counters.seconds += worked_s
@@ -292,9 +291,7 @@ class TrainingLoop:
 
     def _step(self) -> int:
         with self.timings.step():
-            tokens = self.learner.step()
-            self.pacing.permits.left -= 1
-        return tokens
+            return self.learner.step()
 
     def _count_step(self, now: float) -> None:
         """A step was taken: at a window's end look at the losses."""
@@ -358,11 +355,11 @@ class TrainingLoop:
             self._take_window_step()
 
     def _take_the_rest(self) -> None:
-        step_s, permits = self.timings.step_s, self.pacing.permits
+        step_s = self.timings.step_s
         if not step_s or self._gradients.due or self.pacing.budget_spent or self.pulse.late:
             return
         try:
-            rest = permits.rest(self.pacing.window_left)
+            rest = self.pacing.permits.rest(self.pacing.window_left)
         except LocalError as e:  # what was taken is charged, and can be saved
             logger.warning("charged steps were not used up: %s", e)
             return
@@ -374,7 +371,6 @@ class TrainingLoop:
             try:
                 self._step()
             except StepAbandonedError:
-                permits.left -= 1
                 break
             self._count_step(time.monotonic())
 

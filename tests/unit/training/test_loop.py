@@ -129,7 +129,7 @@ class FakeMechanism:
 
     def charged(self) -> Charged:
         made = self.used + self.permitted + self.prepared
-        return Charged(made, self.used, self.charge_s, 1000)
+        return Charged(made, self.used, self.charge_s, 1000, self.permitted)
 
 
 class NoJobs:
