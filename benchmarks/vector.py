@@ -56,7 +56,7 @@ class Vector:
         self.exchanges = Exchanges(
             self.parameters,  # type: ignore[arg-type] # it has no gradients
             codec,
-            _NoPrivacy(),  # type: ignore[arg-type] # only its stamp is used
+            _NoPrivacy(),
             Rule(),
             grid,
         )

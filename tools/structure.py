@@ -38,7 +38,7 @@ CHARGE_COUNTS: Final = (
     "xpeer/privacy/register_file.py:ledgers.counter",
     "xpeer/training/ipc.py:Progressed.ledger_counter",
     "xpeer/training/handle.py:TrainerProcess.ledger_counter",
-    "daemon/xpeer_daemon/partners.py:Record.highest_counter",
+    "daemon/xpeer_daemon/partners.py:Record.highest_counter|LedgerWatch.highest",
     "daemon/xpeer_daemon/store.py:peers.ledger_counter",
 )
 """Where the number of privacy charges is stored: attributes of classes, or columns of tables."""
@@ -260,15 +260,19 @@ def _fields(each: Class) -> Iterator[str]:
 def places_of(modules: Mapping[str, Module], places: Sequence[str]) -> dict[str, list[str]]:
     """Which "path:Class.attribute" and "path:table.column" there are, and which are not.
 
-    One that moved counts by its name, if only one module has it.
+    One that moved counts by its name, if only one module has it; of names between bars the first.
     """
     there, missing = [], []
     for place in places:
-        path, _, name = place.partition(":")
-        homes = [module.path for module in modules.values() if _has(module, name)]
-        home = path if path in homes else homes[0] if len(homes) == 1 else ""
-        there += [f"{home}:{name}"] if home else []
-        missing += [] if home else [place]
+        path, _, names = place.partition(":")
+        for name in names.split("|"):
+            homes = [module.path for module in modules.values() if _has(module, name)]
+            home = path if path in homes else homes[0] if len(homes) == 1 else ""
+            if home:
+                there.append(f"{home}:{name}")
+                break
+        else:
+            missing.append(place)
     return {"there": there, "missing": missing}
 
 

@@ -26,7 +26,8 @@ from xpeer.update import (
 )
 
 if TYPE_CHECKING:
-    from xpeer.training.parts import Mechanism, Parameters
+    from xpeer.privacy.mechanism import Mechanism
+    from xpeer.training.parameters import Parameters
 
 SHOWN = 2048
 """Values that a child shows for checking."""

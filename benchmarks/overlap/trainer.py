@@ -25,8 +25,7 @@ from xpeer.training import build as production
 from xpeer.training.assembled import Assembled
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.main import main
-from xpeer.training.measuring import Measurements
-from xpeer.training.parts import Evaluation
+from xpeer.training.measuring import Evaluation, Measurements
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import PrivateUpdate, RawUpdate
 

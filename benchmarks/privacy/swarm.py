@@ -30,7 +30,7 @@ from xpeer.training.build import make_loop
 from xpeer.training.flat import FlatParameters
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.losses import record_losses
-from xpeer.training.parts import Evaluation
+from xpeer.training.measuring import Evaluation
 from xpeer.update import PeerUpdate
 from xpeer.wire import codec
 

@@ -76,7 +76,7 @@ def test_slow_steps_are_work_when_all_are_slow(clock: Clock) -> None:
 
 def test_an_interrupted_measurement_does_not_end_measuring(clock: Clock) -> None:
     """It is bounded to a share of the training time: ten minutes would count for hours."""
-    from xpeer.training.parts import Evaluation
+    from xpeer.training.measuring import Evaluation
 
     took = iter([0.01, 0.01, INTERRUPTED_S, *[0.01] * 1000])
     measured = []

@@ -22,7 +22,7 @@ from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
 from xpeer.privacy.register import Register
-from xpeer.training import checkpoint, combine, frozen, parts, rules
+from xpeer.training import checkpoint, combine, frozen, rules
 from xpeer.training.assembled import Assembled, Beginning, TextFacts
 from xpeer.training.capture import Capture, FrozenValues, Keeping
 from xpeer.training.checkpoint import Bundle, write_moments
@@ -35,10 +35,10 @@ from xpeer.training.initial import model_of
 from xpeer.training.learner import Learner
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.losses import choose_device, evaluate, record_losses
-from xpeer.training.measuring import Measurements
+from xpeer.training.measuring import Evaluation, Measurements
 from xpeer.training.model import check_fits
 from xpeer.training.pacing import Pacing
-from xpeer.training.parts import Evaluation, Parameters
+from xpeer.training.parameters import Parameters
 from xpeer.training.pulse import Pulse
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup
@@ -247,7 +247,7 @@ def _loop(
 def make_loop(
     manifest: Manifest,
     parameters: Parameters,
-    mechanism: parts.Mechanism,
+    mechanism: Mechanism,
     evaluation: Evaluation,
     *,
     counters: Counters | None = None,

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Final, Literal
 
 from xpeer.manifest import Manifest
-from xpeer.training.parts import Mechanism
+from xpeer.privacy.mechanism import Mechanism
 from xpeer.training.schedule import Counters, planned_steps, share_done
 
 SHARE_CHARGING: Final = 0.01

@@ -21,7 +21,7 @@ from xpeer.training.buffers import Buffers
 from xpeer.training.combine import Combiner, Mean, Shift
 from xpeer.training.consolidation import Consolidation
 from xpeer.training.limits import Movement, NormLimit
-from xpeer.training.parts import Mechanism, Parameters
+from xpeer.training.parameters import Certifier, Parameters
 from xpeer.training.payloads import CodecPayloads, MaskedPayloads, Payloads, combined
 from xpeer.training.rules import Rule
 from xpeer.training.rules.base import Correction
@@ -62,7 +62,7 @@ class Exchanges:
         self,
         parameters: Parameters,
         codec: str,
-        mechanism: Mechanism,
+        mechanism: Certifier,
         rule: Rule,
         grid: Grid | None = None,
         combiner: Combiner | None = None,

@@ -12,7 +12,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.training.consolidation import consolidate
 from xpeer.training.exchanges import Exchanges
 from xpeer.training.measuring import Measurements
-from xpeer.training.parts import Parameters
+from xpeer.training.parameters import Parameters
 
 WORSE: Final = 1.05, 0.02
 """A donor's parameters may be this much worse on the public text than those that they replace:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from xpeer.errors import DivergedError, XpeerError
 from xpeer.escape import one_line, without_words
 from xpeer.manifest import Round
-from xpeer.training.parts import Evaluation
 from xpeer.training.schedule import Counters
 from xpeer.training.worktime import WorkTime
 
@@ -18,6 +19,16 @@ SHARE: Final = 0.03
 """Of the training time: with short windows not every one is measured."""
 
 logger = logging.getLogger("xpeer.training")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Losses in nats per token, measured on demand."""
+
+    public: Callable[[], float]
+    """On the manifest's public text."""
+    validation: Callable[[], float] | None = None
+    """On held-out text of the shard. Local only."""
 
 
 class Measurements:

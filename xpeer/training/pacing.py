@@ -10,8 +10,8 @@ import time
 
 from xpeer.manifest import Manifest
 from xpeer.phase import TrainerPhase
+from xpeer.privacy.mechanism import Mechanism
 from xpeer.training.charging import Permission, Permits
-from xpeer.training.parts import Mechanism
 from xpeer.training.schedule import Counters, share_done
 from xpeer.training.timings import Timings
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -27,7 +28,7 @@ from xpeer.status import PrivacySpent
 from xpeer.training import learner, loop, measuring, pacing, saving, timings
 from xpeer.training.build import make_loop
 from xpeer.training.charging import Permits
-from xpeer.training.parts import Evaluation
+from xpeer.training.measuring import Evaluation
 from xpeer.training.saving import SHARE_SAVING, Saving
 from xpeer.update import PrivateUpdate, RawUpdate
 
@@ -58,7 +59,7 @@ class Machine:
         self.parameters = Parameters(0, self.manifest.round.fragments)
         self.mechanism = Mechanism(self)
         self.trainer = make_loop(
-            self.manifest, self.parameters, self.mechanism, Evaluation(public=lambda: 1.0)
+            self.manifest, self.parameters, cast(Any, self.mechanism), Evaluation(lambda: 1.0)
         )
         self.saving = Saving(
             self.trainer, self.capture, self.submit, lambda *_: None,

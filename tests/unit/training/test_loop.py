@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -24,7 +24,7 @@ from xpeer.training import exchanges, learner, loop, measuring, pacing, stages, 
 from xpeer.training.build import make_loop
 from xpeer.training.fragments import Fragments
 from xpeer.training.loop import TrainingLoop
-from xpeer.training.parts import Evaluation
+from xpeer.training.measuring import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.training.stages import MAX_IN_FLIGHT
 from xpeer.update import (
@@ -181,7 +181,7 @@ def trainer_with(
     return make_loop(
         manifest,
         parameters,
-        FakeMechanism(parameters, budget),
+        cast(Any, FakeMechanism(parameters, budget)),  # it has no notes
         Evaluation(public=lambda: float(parameters.weight.detach().abs().mean())),
         throttle=throttle,
         awaiting=awaiting,
@@ -189,7 +189,7 @@ def trainer_with(
 
 
 def mechanism_of(trainer: TrainingLoop) -> FakeMechanism:
-    mechanism = trainer.learner.mechanism
+    mechanism: Any = trainer.learner.mechanism
     assert isinstance(mechanism, FakeMechanism)
     return mechanism
 
