@@ -11,9 +11,9 @@ from typing import TypeVar
 
 import torch
 
-from xpeer.training.exchanges import Exchanges
+from xpeer.mixing.exchanges import Exchanges
+from xpeer.mixing.rules import Rule
 from xpeer.training.flat import FlatVector
-from xpeer.training.rules import Rule
 from xpeer.update import (
     Checked,
     CompressedUpdate,

@@ -141,7 +141,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     rule: RuleName = "gossip"
     """What is made of what a group exchanged: see `xpeer/training/rules`."""
     combiner: Literal["mean", "trimmed-mean"] = "mean"
-    """How the values of a group become one: see `xpeer/training/combine.py`."""
+    """How the values of a group become one: see `xpeer/mixing/combine.py`."""
     trim: Annotated[int, Meta(ge=1, le=31)] = 1
     """Of trimmed-mean: so many of the largest and of the smallest values of each parameter are
     left out. As many hostile members of a group can't move it out of the honest ones' range."""

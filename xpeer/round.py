@@ -4,18 +4,18 @@ An update on its way from a shard to everybody's checkpoint:
 
     shard        training/shard.py      text -> records; they never leave the trainer
     train        privacy/mechanism.py   per record: clip; per batch: noise; charged beforehand
-    snapshot     training/exchanges.py  a fragment of the parameters, at a step boundary
+    snapshot     mixing/exchanges.py  a fragment of the parameters, at a step boundary
     compress     wire/codec.py          takes a PrivateUpdate and nothing else
     (mask        masked_round.py        groups of three and more, where the manifest says so)
     seal         wire/session.py        to this partner, for this session
     exchange     network/exchange.py    ours against theirs, both accept or neither merges
-    verify       training/exchanges.py  size, finite, norm
-    combine      training/combine.py    the differences Q(theta_j) - Q(theta_i) become one shift
+    verify       mixing/exchanges.py  size, finite, norm
+    combine      mixing/combine.py    the differences Q(theta_j) - Q(theta_i) become one shift
     merge        training/rules/        theta += c(shift), at a step boundary
     checkpoint   training/checkpoint.py and, for exports, what partners showed: consolidation.py
 
 Training goes on meanwhile: each `await` below waits for the network or for the trainer's next step
-boundary, and the trainer waits for none of them (but see `training/rules/gradient.py`).
+boundary, and the trainer waits for none of them (but see `mixing/rules/gradient.py`).
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from xpeer.training.exchanges import Exchanges
+from xpeer.mixing.exchanges import Exchanges
+from xpeer.mixing.rules import Rule
 from xpeer.training.flat import FlatVector
-from xpeer.training.rules import Rule
 from xpeer.update import (
     Checked,
     CompressedUpdate,
@@ -26,8 +26,8 @@ from xpeer.update import (
 )
 
 if TYPE_CHECKING:
+    from xpeer.mixing.parameters import Parameters
     from xpeer.privacy.mechanism import Mechanism
-    from xpeer.training.parameters import Parameters
 
 SHOWN = 2048
 """Values that a child shows for checking."""

@@ -26,7 +26,7 @@ from msgspec import Struct
 from benchmarks.privacy import bounds, setting
 from benchmarks.privacy.swarm import Shown, Swarm
 from benchmarks.privacy.utility import model_with
-from xpeer.training.fragments import Fragments, padded
+from xpeer.mixing.fragments import Fragments, padded
 
 VICTIM, PARTNER = 0, 1
 REPEATS: Final = (1, 4, 16)

@@ -18,12 +18,12 @@ from benchmarks.simulator.model import NUM_PARAMS, evaluate
 from benchmarks.simulator.spec import Run
 from xpeer import weights
 from xpeer.identity import PeerId
+from xpeer.mixing import rules
+from xpeer.mixing.differences import difference
+from xpeer.mixing.fragments import Fragments
+from xpeer.mixing.rules.base import Correction
+from xpeer.mixing.screen import Movement, NormLimit, Scale
 from xpeer.network import matching
-from xpeer.training import rules
-from xpeer.training.fragments import Fragments
-from xpeer.training.limits import Movement, NormLimit, Scale
-from xpeer.training.mixing import difference
-from xpeer.training.rules.base import Correction
 from xpeer.update import Form
 from xpeer.wire import codec
 from xpeer.wire.messages import Terms

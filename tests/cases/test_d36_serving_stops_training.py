@@ -19,13 +19,13 @@ import pytest
 import torch
 
 from tests.unit.training.homes import make_homes
+from xpeer.mixing.received import Shown
 from xpeer.training import build as assembling
 from xpeer.training import worker as working
 from xpeer.training.answers import Losses, Progressed, Reply, StateExported
 from xpeer.training.arena import Arena
 from xpeer.training.client import layout_of
 from xpeer.training.commands import NOBODY, Evaluate, ExportState, Request
-from xpeer.training.consolidation import Shown
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.server import Server, serve
 from xpeer.training.worker import Worker

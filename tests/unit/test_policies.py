@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from xpeer.manifest import Privacy, Round
+from xpeer.mixing import rules
 from xpeer.policies import MODES, RULES, PrivacyMode, RuleName, privacy_policy
 from xpeer.privacy.charges import About
-from xpeer.training import rules
 
 ROOT: Final = Path(__file__).parents[2]
 PRODUCT: Final = ("xpeer", "daemon", "bootstrap")

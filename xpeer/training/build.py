@@ -17,18 +17,20 @@ import torch
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest, SignedManifest
+from xpeer.mixing import combine, rules
+from xpeer.mixing.exchanges import Exchanges
+from xpeer.mixing.parameters import Parameters
 from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
 from xpeer.privacy.register import Register
-from xpeer.training import checkpoint, combine, frozen, rules
+from xpeer.training import checkpoint, frozen
 from xpeer.training.assembled import Assembled, Beginning, TextFacts
 from xpeer.training.capture import Capture, FrozenValues, Keeping
 from xpeer.training.checkpoint import Bundle, write_moments
 from xpeer.training.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
 from xpeer.training.documents import document_of
-from xpeer.training.exchanges import Exchanges
 from xpeer.training.flat import FlatParameters
 from xpeer.training.gradient_window import GradientWindow
 from xpeer.training.initial import model_of
@@ -38,7 +40,6 @@ from xpeer.training.losses import choose_device, evaluate, record_losses
 from xpeer.training.measuring import Evaluation, Measurements
 from xpeer.training.model import check_fits
 from xpeer.training.pacing import Pacing
-from xpeer.training.parameters import Parameters
 from xpeer.training.pulse import Pulse
 from xpeer.training.schedule import Counters
 from xpeer.training.setup import TrainerSetup

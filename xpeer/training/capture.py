@@ -10,11 +10,11 @@ import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Frozen
+from xpeer.mixing.buffers import Buffers
+from xpeer.mixing.received import Shown, consolidate, packed
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.training import checkpoint, frozen
-from xpeer.training.buffers import Buffers
 from xpeer.training.checkpoint import Bundle, read_moments
-from xpeer.training.consolidation import Shown, consolidate, packed
 from xpeer.training.loop import TrainingLoop
 
 

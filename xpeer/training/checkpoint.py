@@ -17,7 +17,7 @@ import torch
 
 from xpeer.errors import ConfigError, LocalError
 from xpeer.leaves import Derived, Local, Noised, Parts, Public, Timing, Withheld, seen_by
-from xpeer.training import consolidation
+from xpeer.mixing import received
 from xpeer.training.tensorfile import (
     CorruptFileError,
     Told,
@@ -71,7 +71,7 @@ class Bundle:
         """The parameters to export, (num_params,) float32."""
         if self.consolidation is None:
             return self.flat
-        return consolidation.unpacked(self.flat, self.consolidation)
+        return received.unpacked(self.flat, self.consolidation)
 
     def require(self, manifest_hash: str, ledger_id: str, num_params: int) -> None:
         """Refuse to go on with another swarm's model, or another ledger than the one charged.

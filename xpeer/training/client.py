@@ -15,6 +15,7 @@ from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest, SignedManifest
+from xpeer.mixing.fragments import fragment_size, largest
 from xpeer.phase import Order, TrainerPhase
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
 from xpeer.training.answers import (
@@ -45,7 +46,6 @@ from xpeer.training.commands import (
     Verify,
     WriteCheckpoint,
 )
-from xpeer.training.fragments import fragment_size, largest
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import (
     Checked,

@@ -13,7 +13,7 @@ import torch
 
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
-from xpeer.training.fragments import Fragments, padded
+from xpeer.mixing.fragments import Fragments, padded
 
 
 class FlatVector:

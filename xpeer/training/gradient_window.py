@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xpeer.training.rules import Rule
+from xpeer.mixing.rules import Rule
 
 
 class GradientWindow:

@@ -9,10 +9,10 @@ from typing import Final
 import torch
 
 from xpeer.errors import PeerError, Reason
-from xpeer.training.consolidation import consolidate
-from xpeer.training.exchanges import Exchanges
+from xpeer.mixing.exchanges import Exchanges
+from xpeer.mixing.parameters import Parameters
+from xpeer.mixing.received import consolidate
 from xpeer.training.measuring import Measurements
-from xpeer.training.parameters import Parameters
 
 WORSE: Final = 1.05, 0.02
 """A donor's parameters may be this much worse on the public text than those that they replace:

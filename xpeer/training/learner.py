@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 from xpeer.manifest import Manifest
+from xpeer.mixing.parameters import Parameters
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.training.gradient_window import GradientWindow
 from xpeer.training.measuring import require_finite
 from xpeer.training.optimiser import make_optimiser
-from xpeer.training.parameters import Parameters
 from xpeer.training.schedule import Counters, learning_rate
 
 

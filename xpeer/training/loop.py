@@ -20,9 +20,9 @@ from typing import Any, Final
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
+from xpeer.mixing.exchanges import Exchanges
 from xpeer.phase import Order, TrainerPhase
 from xpeer.status import Progress
-from xpeer.training.exchanges import Exchanges
 from xpeer.training.handover import copy_for_joiner, require_as_good, require_numbers
 from xpeer.training.learner import Learner
 from xpeer.training.measuring import Measurements, require_finite

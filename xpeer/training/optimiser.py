@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from xpeer.manifest import Manifest
-from xpeer.training.parameters import Parameters
+from xpeer.mixing.parameters import Parameters
 
 
 def make_optimiser(manifest: Manifest, parameters: Parameters) -> torch.optim.AdamW:

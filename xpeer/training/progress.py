@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from xpeer.mixing.exchanges import Exchanges
 from xpeer.status import Progress
-from xpeer.training.exchanges import Exchanges
 from xpeer.training.learner import Learner
 from xpeer.training.measuring import Measurements
 from xpeer.training.schedule import learning_rate, planned_steps

@@ -18,15 +18,16 @@ from tests.unit.training.clocks import Clock
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.identity import blake2b
 from xpeer.manifest import Codec, End, Manifest, Model, Optimiser, Privacy, PublicText, Round
+from xpeer.mixing import exchanges, in_flight
+from xpeer.mixing.fragments import Fragments
+from xpeer.mixing.in_flight import MAX_IN_FLIGHT
 from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
-from xpeer.training import exchanges, learner, loop, measuring, pacing, stages, timings
+from xpeer.training import learner, loop, measuring, pacing, timings
 from xpeer.training.build import make_loop
-from xpeer.training.fragments import Fragments
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.measuring import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
-from xpeer.training.stages import MAX_IN_FLIGHT
 from xpeer.update import (
     Checked,
     CompressedUpdate,
@@ -150,7 +151,7 @@ class NoJobs:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What the loop and its meetings take for the time."""
     made = Clock()
-    for module in (exchanges, learner, loop, measuring, pacing, stages, timings):
+    for module in (exchanges, learner, loop, measuring, pacing, in_flight, timings):
         monkeypatch.setattr(module, "time", made)
     return made
 

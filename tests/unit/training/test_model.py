@@ -10,9 +10,9 @@ import torch
 from opacus.grad_sample import GradSampleModule
 
 from xpeer.errors import ConfigError, LocalError
+from xpeer.mixing.fragments import LINE
 from xpeer.training import model as m
 from xpeer.training.export import export_hf
-from xpeer.training.fragments import LINE
 from xpeer.training.losses import transformers_model
 from xpeer.training.shard import FILL
 from xpeer.training.tokenizer import ByteTokenizer

@@ -23,13 +23,13 @@ import uvloop
 
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason, TrainerError
+from xpeer.mixing.fragments import Fragments, padded
 from xpeer.training import checkpoint
 from xpeer.training.answers import Snapshotted
 from xpeer.training.build import assemble
 from xpeer.training.child import Event
 from xpeer.training.client import Progressed, Saved, SaveFailed, TrainerProcess
 from xpeer.training.commands import Drop, Snapshot
-from xpeer.training.fragments import Fragments, padded
 from xpeer.training.setup import TrainerSetup
 from xpeer.update import CompressedUpdate, Form, PeerUpdate
 from xpeer.wire.codec import decode, encode

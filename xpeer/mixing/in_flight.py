@@ -22,11 +22,11 @@ from typing import Final, TypeVar
 import torch
 
 from xpeer.errors import PeerError, Reason, TrainerError
-from xpeer.training.consolidation import Shown
-from xpeer.training.limits import Scale
-from xpeer.training.mixing import Difference
-from xpeer.training.rules import Rule
-from xpeer.training.rules.base import Correction
+from xpeer.mixing.differences import Difference
+from xpeer.mixing.received import Shown
+from xpeer.mixing.rules import Rule
+from xpeer.mixing.rules.base import Correction
+from xpeer.mixing.screen import Scale
 from xpeer.update import Form
 from xpeer.wire.codec import Payload
 

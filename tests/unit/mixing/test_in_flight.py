@@ -10,8 +10,8 @@ import torch
 
 from tests.unit.training.test_loop import taken, trainer_with
 from xpeer.errors import PeerError, Reason, TrainerError
+from xpeer.mixing.in_flight import MAX_GROUP
 from xpeer.training.loop import TrainingLoop
-from xpeer.training.stages import MAX_GROUP
 from xpeer.update import PeerUpdate, PrivateUpdate
 
 Act = Callable[[], object]

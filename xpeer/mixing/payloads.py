@@ -11,13 +11,13 @@ from typing import Final, Protocol
 
 import torch
 
-from xpeer.training import sums
-from xpeer.training.buffers import Buffers
-from xpeer.training.consolidation import Shown, shown, shown_mean
-from xpeer.training.limits import NormLimit
-from xpeer.training.mixing import difference
-from xpeer.training.rules import Rule
-from xpeer.training.stages import Certified, Sent, Verified
+from xpeer.mixing import group_means
+from xpeer.mixing.buffers import Buffers
+from xpeer.mixing.differences import difference
+from xpeer.mixing.in_flight import Certified, Sent, Verified
+from xpeer.mixing.received import Shown, shown, shown_mean
+from xpeer.mixing.rules import Rule
+from xpeer.mixing.screen import NormLimit
 from xpeer.update import CompressedUpdate, Form, PeerUpdate, PrivateUpdate
 from xpeer.wire import codec as wire_codec
 from xpeer.wire import fixedpoint, merge
@@ -152,7 +152,7 @@ class MaskedPayloads:
         """See `Payloads`: a sum. It is compared with the payload before it was masked."""
         theta, own = sent.snapshot.theta, wire_codec.view(sent.payload)
         limit = limits[0].of("", sent.snapshot.scale)
-        total = sums.decoded(self._grid, theta, own, update, limit, self._buffers)
+        total = group_means.decoded(self._grid, theta, own, update, limit, self._buffers)
         return Verified("", total.difference, total.shown, total.mean)
 
 

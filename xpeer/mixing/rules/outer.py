@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from xpeer.mixing.rules.base import Correction, Rule
 from xpeer.policies import RULES
-from xpeer.training.rules.base import Correction, Rule
 
 _ANCHOR, _MEMORY, _RESIDUAL = "anchor.", "memory.", "residual."
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.unit.training.test_loop import NUM_PARAMS, trainer_with, unbounded
 from xpeer.errors import PeerError, Reason
 from xpeer.manifest import Round
-from xpeer.training.combine import Mean, TrimmedMean, make
-from xpeer.training.consolidation import consolidate
+from xpeer.mixing.combine import Mean, TrimmedMean, make
+from xpeer.mixing.received import consolidate
 from xpeer.training.loop import TrainingLoop
 from xpeer.update import Form, PeerUpdate
 from xpeer.wire import codec

@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 
-from xpeer.training.limits import Movement, NormLimit
-from xpeer.training.mixing import difference
+from xpeer.mixing.differences import difference
+from xpeer.mixing.screen import Movement, NormLimit
 from xpeer.update import Form
 from xpeer.wire import codec
 

@@ -15,11 +15,11 @@ from typing import Final
 import torch
 
 from xpeer.errors import PeerError, Reason
-from xpeer.training.buffers import Buffers
-from xpeer.training.consolidation import Shown, shown_mean
-from xpeer.training.fragments import Fragments, padded
-from xpeer.training.limits import Limit
-from xpeer.training.mixing import Difference, bounded
+from xpeer.mixing.buffers import Buffers
+from xpeer.mixing.differences import Difference, bounded
+from xpeer.mixing.fragments import Fragments, padded
+from xpeer.mixing.received import Shown, shown_mean
+from xpeer.mixing.screen import Limit
 from xpeer.update import PeerUpdate
 from xpeer.wire import fixedpoint
 from xpeer.wire.codec import Payload

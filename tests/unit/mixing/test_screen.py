@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xpeer.training.limits import (
+from xpeer.mixing.screen import (
     CAP,
     CLIP_AFTER,
     CLIP_FLOOR,

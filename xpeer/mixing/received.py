@@ -19,8 +19,8 @@ from typing import Final
 
 import torch
 
-from xpeer.training.buffers import Buffers
-from xpeer.training.fragments import Fragments, padded
+from xpeer.mixing.buffers import Buffers
+from xpeer.mixing.fragments import Fragments, padded
 from xpeer.update import Form
 from xpeer.wire import codec
 

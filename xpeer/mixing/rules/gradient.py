@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 
 from xpeer.errors import LocalError
+from xpeer.mixing.rules.base import Correction, GradientSum, Rule
 from xpeer.policies import RULES
-from xpeer.training.rules.base import Correction, GradientSum, Rule
 
 _RESIDUAL = "residual"
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpeer.manifest import Round
-from xpeer.training import rules
-from xpeer.training.rules import Rule
-from xpeer.training.rules.gradient import GradientAveraging
+from xpeer.mixing import rules
+from xpeer.mixing.rules import Rule
+from xpeer.mixing.rules.gradient import GradientAveraging
 
 N = 5
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from xpeer.training.fragments import Fragments
+from xpeer.mixing.fragments import Fragments
 from xpeer.update import PrivateUpdate, RawUpdate
 
 

@@ -17,7 +17,7 @@ from typing import Final
 
 import torch
 
-from xpeer.training.limits import Limit
+from xpeer.mixing.screen import Limit
 from xpeer.update import Form
 from xpeer.wire import merge
 from xpeer.wire.codec import Payload

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpeer.errors import PeerError, Reason
-from xpeer.training.limits import Limit
-from xpeer.training.mixing import Difference, difference
+from xpeer.mixing.differences import Difference, difference
+from xpeer.mixing.screen import Limit
 from xpeer.update import Form
 from xpeer.wire.codec import NAMES, decode, encode
 

@@ -16,16 +16,16 @@ from typing import Final
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
-from xpeer.training import sums
-from xpeer.training.buffers import Buffers
-from xpeer.training.combine import Combiner, Mean, Shift
-from xpeer.training.consolidation import Consolidation
-from xpeer.training.limits import Movement, NormLimit
-from xpeer.training.parameters import Certifier, Parameters
-from xpeer.training.payloads import CodecPayloads, MaskedPayloads, Payloads, combined
-from xpeer.training.rules import Rule
-from xpeer.training.rules.base import Correction
-from xpeer.training.stages import Certified, InFlight, Resolved, Sent
+from xpeer.mixing import group_means
+from xpeer.mixing.buffers import Buffers
+from xpeer.mixing.combine import Combiner, Mean, Shift
+from xpeer.mixing.in_flight import Certified, InFlight, Resolved, Sent
+from xpeer.mixing.parameters import Certifier, Parameters
+from xpeer.mixing.payloads import CodecPayloads, MaskedPayloads, Payloads, combined
+from xpeer.mixing.received import Consolidation
+from xpeer.mixing.rules import Rule
+from xpeer.mixing.rules.base import Correction
+from xpeer.mixing.screen import Movement, NormLimit
 from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate
 from xpeer.wire.fixedpoint import Grid
 
@@ -77,7 +77,7 @@ class Exchanges:
             else MaskedPayloads(grid, self.buffers)
         )
         self.consolidation = Consolidation(self.buffers)
-        self.common = sums.Common(fragments) if grid is not None else None
+        self.common = group_means.Common(fragments) if grid is not None else None
         self.consensus_distance: float | None = None
         self.merges = self.merges_clipped = 0
         self.seconds_snapshot = self.seconds_merge = 0.0

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpeer.training import checkpoint, consolidation
-from xpeer.training.buffers import Buffers
-from xpeer.training.consolidation import PARTNERS, Consolidation, consolidate, shown
-from xpeer.training.fragments import Fragments
+from xpeer.mixing import received
+from xpeer.mixing.buffers import Buffers
+from xpeer.mixing.fragments import Fragments
+from xpeer.mixing.received import PARTNERS, Consolidation, consolidate, shown
+from xpeer.training import checkpoint
 from xpeer.update import Form
 from xpeer.wire import codec
 
@@ -23,7 +24,7 @@ def randn(n: int, seed: int) -> torch.Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
 
-def shown_by(model: torch.Tensor, fragments: Fragments, fragment: int) -> consolidation.Shown:
+def shown_by(model: torch.Tensor, fragments: Fragments, fragment: int) -> received.Shown:
     values = fragments.gather(torch.nn.functional.pad(model, (0, -P % 64)), fragment)
     payload = codec.encode("int8", values)
     return shown(Form("int8", len(values)), payload, slice(0, len(values)), Buffers(4))
@@ -77,7 +78,7 @@ def test_a_checkpoint_carries_it(tmp_path: Path) -> None:
         torch.zeros(P),
         torch.ones(P),
         1,
-        consolidation=consolidation.packed(own, averaged),
+        consolidation=received.packed(own, averaged),
         counters={"step": 1},
     )
     loaded = checkpoint.load(checkpoint.save(tmp_path, bundle))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from xpeer.manifest import Round
-from xpeer.training.rules.base import GradientSum, Rule
-from xpeer.training.rules.gradient import GradientAveraging
-from xpeer.training.rules.outer import DiLoCo, GASLoC, NoLoCo
+from xpeer.mixing.rules.base import GradientSum, Rule
+from xpeer.mixing.rules.gradient import GradientAveraging
+from xpeer.mixing.rules.outer import DiLoCo, GASLoC, NoLoCo
 
 __all__ = ["GradientSum", "Rule", "make"]
 
