@@ -14,10 +14,10 @@ from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import SIGMA_SETTING, delta_of, told_size
 from xpeer.privacy.ledger import Ledger
+from xpeer.trainer.setup import TrainerSetup
+from xpeer.trainer.text import Text, text_of
 from xpeer.training.checkpoint import newest_step
 from xpeer.training.schedule import planned_steps
-from xpeer.training.setup import TrainerSetup
-from xpeer.training.text import Text, text_of
 from xpeer.training.tokenizer import load_tokenizer
 from xpeer.trial import Tell, Trial, rehearse, require_reachable
 

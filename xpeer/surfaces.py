@@ -48,17 +48,17 @@ EVENTS: Final = (
 """Kinds of events in state.sqlite."""
 
 TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
-    "xpeer.training.child": ("%s", "%s", "%s", "%s"),
+    "xpeer.trainer.child": ("%s", "%s", "%s", "%s"),
     "xpeer.privacy.register_file": ("%s",),
-    "xpeer.training.channel": ("%s", "%s"),
-    "xpeer.training.client": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
+    "xpeer.trainer.channel": ("%s", "%s"),
+    "xpeer.trainer.client": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
     "xpeer.training.loop": ("charged steps were not used up: %s",),
-    "xpeer.training.main": ("the trainer's receiver failed",),
+    "xpeer.trainer.main": ("the trainer's receiver failed",),
     "xpeer.training.measuring": ("the loss can't be measured: %s",),
-    "xpeer.training.saving": ("no checkpoint was written: %s",),
+    "xpeer.trainer.saving": ("no checkpoint was written: %s",),
     "xpeer.training.shard": ("tokenised records are not cached: %s",),
-    "xpeer.training.threads": ("a helper of the trainer failed",),
-    "xpeer.training.worker": (
+    "xpeer.trainer.threads": ("a helper of the trainer failed",),
+    "xpeer.trainer.worker": (
         "saved step %d before the trainer ends",
         "the steps since the last checkpoint could not be saved",
     ),

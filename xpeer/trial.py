@@ -30,12 +30,12 @@ from xpeer.manifest import Manifest, SignedManifest
 from xpeer.privacy import accountant
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import delta_of, told_size
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.build import assemble
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint, model
-from xpeer.training.assembled import Assembled
-from xpeer.training.build import assemble
 from xpeer.training.initial import source_folders, trained_model
 from xpeer.training.kept import Source
-from xpeer.training.setup import TrainerSetup
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
 from xpeer.update import Form, PeerUpdate
 from xpeer.wire import fixedpoint

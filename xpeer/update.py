@@ -93,7 +93,7 @@ _ISSUER = object()
 def received_stamp(mode: str, steps_charged: int) -> PrivacyStamp:
     """A stamp that crossed from the trainer process, where the mechanism made it.
 
-    Only `xpeer.training.client` calls this: objects don't cross processes, so the daemon takes its
+    Only `xpeer.trainer.client` calls this: objects don't cross processes, so the daemon takes its
     own trainer's word over their private socket.
     """
     return PrivacyStamp(mode=mode, steps_charged=steps_charged, issuer=_ISSUER)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from xpeer.training.child import HUGE_PAGES
+from xpeer.trainer.child import HUGE_PAGES
 
 _PREFIX = f"xb{os.getpid() % 10_000}"
 _SWITCH = f"{_PREFIX}s"

@@ -13,11 +13,11 @@ from benchmarks.hostile.attacks import ATTACK_VARIABLE, LATE, SHOWN, Shown
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.privacy.steps import Charged, StepResult
 from xpeer.status import PrivacySpent
-from xpeer.training import build as production
-from xpeer.training.assembled import Assembled
+from xpeer.trainer import build as production
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.main import main
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.training.loop import TrainingLoop
-from xpeer.training.main import main
-from xpeer.training.setup import TrainerSetup
 from xpeer.update import PrivateUpdate, RawUpdate
 
 STEPS_LATE = 4

@@ -26,7 +26,7 @@ from xpeer.privacy.clipping import Engine, RecordLosses
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.mechanism import Mechanism, OffMechanism, RecordMechanism
 from xpeer.privacy.options import Options
-from xpeer.training.build import make_loop
+from xpeer.trainer.build import make_loop
 from xpeer.training.flat import FlatParameters
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.losses import record_losses

@@ -26,7 +26,7 @@ from xpeer.network.exchange import Dialler, Party
 from xpeer.network.rates import Rates
 from xpeer.network.state import Offered
 from xpeer.phase import Phase, traits_of
-from xpeer.training.client import TrainerProcess
+from xpeer.trainer.client import TrainerProcess
 from xpeer.training.schedule import planned_steps
 from xpeer_daemon.backoff import Backoff
 from xpeer_daemon.node import Node

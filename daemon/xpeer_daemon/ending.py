@@ -22,7 +22,7 @@ from xpeer.training import checkpoint
 from xpeer.training.tensorfile import CorruptFileError
 
 if TYPE_CHECKING:
-    from xpeer.training.client import Ending, TrainerProcess
+    from xpeer.trainer.client import Ending, TrainerProcess
     from xpeer_daemon.supervisor import Supervisor
 
 log = logging.getLogger("xpeer.daemon")

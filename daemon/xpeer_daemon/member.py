@@ -15,9 +15,9 @@ from xpeer.network import about, exchange, joining, nudging, state
 from xpeer.network.membership import Membership
 from xpeer.network.rates import Rates
 from xpeer.network.roster import Roster
-from xpeer.training.child import PROGRAM
-from xpeer.training.client import TrainerProcess
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.child import PROGRAM
+from xpeer.trainer.client import TrainerProcess
+from xpeer.trainer.setup import TrainerSetup
 from xpeer_daemon.acquaintances import Acquaintances
 from xpeer_daemon.closing import Closing
 from xpeer_daemon.donors import Donors

@@ -22,7 +22,7 @@ from xpeer_daemon.training_record import TrainingRecord
 if TYPE_CHECKING:
     from xpeer.network.membership import Certificate
     from xpeer.network.swarm import Swarm
-    from xpeer.training.client import TrainerProcess
+    from xpeer.trainer.client import TrainerProcess
     from xpeer_daemon.member import Member
 
 _WORKING = (Phase.TRAINING, Phase.MIXING)

@@ -15,7 +15,7 @@ from typing import Literal
 from xpeer.config import Home
 from xpeer.errors import LocalError
 from xpeer.privacy.ledger import Ledger
-from xpeer.training.client import TrainerProcess
+from xpeer.trainer.client import TrainerProcess
 from xpeer_daemon import donors
 from xpeer_daemon.donors import Donors
 from xpeer_daemon.node import Node

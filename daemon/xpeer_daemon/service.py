@@ -19,8 +19,8 @@ from xpeer.identity import Identity
 from xpeer.network import about
 from xpeer.network.membership import Membership
 from xpeer.phase import Phase
+from xpeer.trainer.client import TrainerProcess
 from xpeer.training import checkpoint
-from xpeer.training.client import TrainerProcess
 from xpeer_daemon import joiner, logs, report, watch
 from xpeer_daemon.api import ControlApi
 from xpeer_daemon.ending import SPARE_S, Ends, raise_first, within

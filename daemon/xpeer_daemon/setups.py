@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xpeer.config import Home
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.setup import TrainerSetup
 from xpeer_daemon.node import Node
 from xpeer_daemon.parameters import Origin
 from xpeer_daemon.shares import Shares

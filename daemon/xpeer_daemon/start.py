@@ -21,8 +21,8 @@ from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
 from xpeer.privacy.together import Together
 from xpeer.readiness import check_settings
+from xpeer.trainer.child import PROGRAM
 from xpeer.training import checkpoint
-from xpeer.training.child import PROGRAM
 from xpeer.training.files import find
 from xpeer_daemon import belonging, logs, service
 from xpeer_daemon.lock import HomeLock

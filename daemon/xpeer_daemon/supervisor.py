@@ -21,8 +21,8 @@ from xpeer.errors import (
     ShardError,
     TrainerError,
 )
-from xpeer.training.client import TrainerProcess
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.client import TrainerProcess
+from xpeer.trainer.setup import TrainerSetup
 
 log = logging.getLogger("xpeer.supervisor")
 

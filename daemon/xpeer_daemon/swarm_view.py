@@ -18,7 +18,7 @@ from xpeer_daemon.supervisor import Supervisor
 from xpeer_daemon.throughput import Throughput
 
 if TYPE_CHECKING:
-    from xpeer.training.client import TrainerProcess
+    from xpeer.trainer.client import TrainerProcess
 
 
 class SwarmView:

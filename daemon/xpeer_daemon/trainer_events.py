@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from xpeer.training.answers import error_of
-from xpeer.training.client import Crashed, Event, LookedAtText, Progressed, Saved, SaveFailed
+from xpeer.trainer.answers import error_of
+from xpeer.trainer.client import Crashed, Event, LookedAtText, Progressed, Saved, SaveFailed
 from xpeer_daemon.node import Node
 from xpeer_daemon.windows import Windows
 

@@ -13,7 +13,7 @@ from xpeer_daemon.steps import Steps
 from xpeer_daemon.store import Known
 
 if TYPE_CHECKING:
-    from xpeer.training.client import TrainerProcess
+    from xpeer.trainer.client import TrainerProcess
 
 
 class TrainingRecord:

@@ -18,9 +18,9 @@ from xpeer import config
 from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.founding import load_credential
-from xpeer.training.assembled import Assembled
-from xpeer.training.build import assemble
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.build import assemble
+from xpeer.trainer.setup import TrainerSetup
 
 
 def call(*arguments: str | Path) -> Result:

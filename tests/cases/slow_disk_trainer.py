@@ -6,8 +6,8 @@ import os
 import time
 from typing import Any
 
+from xpeer.trainer.main import main
 from xpeer.training import tensorfile
-from xpeer.training.main import main
 
 SAVE_S = 5.0
 

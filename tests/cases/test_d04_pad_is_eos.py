@@ -13,8 +13,8 @@ from tests.cases.support import LOOPBACK, WORDS, model_folder, sets, tokenizer_f
 from xpeer.cli import main
 from xpeer.config import Home, load
 from xpeer.manifest import SignedManifest
-from xpeer.training.build import assemble
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.build import assemble
+from xpeer.trainer.setup import TrainerSetup
 
 ROWS = [
     f"{WORDS[n % 15]} {WORDS[n // 15 % 15]} {WORDS[(n + n // 225) % 15]} end." for n in range(400)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.cases.support import Nodes, found
+from tests.unit.trainer.test_trainer_process import Watch
 from tests.unit.training.homes import make_homes
-from tests.unit.training.test_trainer_process import Watch
 from xpeer.config import Home
+from xpeer.trainer.client import Saved, TrainerProcess
 from xpeer.training.checkpoint import paths
-from xpeer.training.client import Saved, TrainerProcess
 
 
 @pytest.mark.timeout(180)

@@ -18,7 +18,7 @@ from tests.unit.training.homes import make_homes
 from xpeer.config import Data, Home
 from xpeer.errors import ConfigError, LocalError, PeerError
 from xpeer.status import Status
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.setup import TrainerSetup
 
 ROW = '{"text": "the quick brown fox jumps over a lazy dog, and runs home before rain %d"}\n'
 
@@ -100,7 +100,7 @@ FAULTS: dict[str, Fault] = {
 @pytest.fixture(scope="module", params=["off", "record"])
 def home_that_trained(request: pytest.FixtureRequest, tmp_path_factory: Any) -> TrainerSetup:
     """After two steps and a checkpoint."""
-    from xpeer.training.build import assemble
+    from xpeer.trainer.build import assemble
 
     torch.set_num_threads(1)  # two on a busy machine take ten times as long
     folder = tmp_path_factory.mktemp(request.param)
@@ -126,7 +126,7 @@ def setup(home_that_trained: TrainerSetup, tmp_path: Path) -> TrainerSetup:
 def test_without_its_text_a_trainer_serves_and_takes_no_step(
     setup: TrainerSetup, fault: Fault
 ) -> None:
-    from xpeer.training.build import assemble
+    from xpeer.trainer.build import assemble
 
     if fault is not half_a_line and "record" in setup.home:
         pytest.skip("the modes differ in stamps, not in how text is read")
@@ -150,7 +150,7 @@ def test_without_its_text_a_trainer_serves_and_takes_no_step(
 
 
 def test_it_goes_on_when_the_text_is_there_again(setup: TrainerSetup) -> None:
-    from xpeer.training.build import assemble
+    from xpeer.trainer.build import assemble
 
     if "record" in setup.home:
         pytest.skip("one mode will do")
@@ -190,7 +190,7 @@ OTHERS: dict[str, Callable[[Home, Path], object]] = {
 def test_other_faults_end_the_start_with_or_without_text(
     setup: TrainerSetup, tmp_path: Path, broken: str, text: str
 ) -> None:
-    from xpeer.training.build import assemble
+    from xpeer.trainer.build import assemble
 
     if "record" not in setup.home:
         pytest.skip("one mode will do")
@@ -210,7 +210,7 @@ def test_other_faults_end_the_start_with_or_without_text(
 
 
 def test_a_setting_that_names_no_text_is_no_fault_of_the_text(setup: TrainerSetup) -> None:
-    from xpeer.training.build import assemble
+    from xpeer.trainer.build import assemble
 
     config = msgspec.structs.replace(setup.config, data=Data(shard=[]))
     with pytest.raises(ConfigError):

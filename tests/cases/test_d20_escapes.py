@@ -125,7 +125,7 @@ def test_what_the_log_takes(
 
 def test_errors_that_cross_from_the_trainer() -> None:
     from xpeer.errors import ConfigError
-    from xpeer.training.answers import failure_of
+    from xpeer.trainer.answers import failure_of
 
     for error in (ConfigError(f"file {EVIL}\udcff", EVIL), ValueError(f"x{EVIL}")):
         failure = failure_of(error)

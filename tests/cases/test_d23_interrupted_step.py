@@ -115,7 +115,7 @@ def test_a_suspended_machine_does_not_publish_a_slower_node() -> None:
 async def test_status_says_that_it_rests(clock: Clock) -> None:
     from tests.unit.daemon.fakes import FakeNode
     from xpeer.status import Progress
-    from xpeer.training.client import Progressed, TrainerProcess
+    from xpeer.trainer.client import Progressed, TrainerProcess
 
     trainer = TrainerProcess(lambda _event: None)
     trainer._follow(Progressed("training", Progress(step=3, rest_s=20.0), 0))

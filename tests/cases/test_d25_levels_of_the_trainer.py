@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.training.homes import make_homes
-from xpeer.training.channel import log_lines
-from xpeer.training.client import TrainerProcess
+from xpeer.trainer.channel import log_lines
+from xpeer.trainer.client import TrainerProcess
 
 
 async def test_a_warning_of_the_trainer_process_stays_one(
@@ -37,7 +37,7 @@ async def passed_on(output: bytes, caplog: pytest.LogCaptureFixture) -> list[tup
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error", "critical"])
 async def test_every_level_is_kept(level: str, caplog: pytest.LogCaptureFixture) -> None:
-    from xpeer.training.channel import LevelFormatter
+    from xpeer.trainer.channel import LevelFormatter
 
     record = logging.LogRecord(
         "xpeer.x", logging.getLevelNamesMapping()[level.upper()], "", 0, "a %s\n<10>b", ("x",), None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.unit.daemon.fakes import FakeNode
 from xpeer.status import PrivacySpent, Progress
-from xpeer.training.client import TrainerProcess
+from xpeer.trainer.client import TrainerProcess
 
 
 def test_a_step_that_was_taken_is_never_zero() -> None:

@@ -16,13 +16,13 @@ import torch
 
 from tests.cases.slow_disk_trainer import SAVE_S
 from tests.cases.support import Nodes, found, trainer_of, xpeer
+from tests.unit.trainer.test_trainer_process import Watch
 from tests.unit.training.homes import make_homes
-from tests.unit.training.test_trainer_process import Watch
 from xpeer.config import Daemon, Home, NodeConfig
 from xpeer.errors import LocalError
 from xpeer.status import Progress
+from xpeer.trainer.client import Saved, TrainerProcess
 from xpeer.training.checkpoint import paths, step_of
-from xpeer.training.client import Saved, TrainerProcess
 
 PATIENCE_S = 2.0
 
@@ -65,7 +65,7 @@ class FakeTrainer:
         self.progress = Progress(step=10, seconds_training=300.0)
 
     async def stop(self, patience_s: float, told: Any) -> int:
-        from xpeer.training.answers import Ending
+        from xpeer.trainer.answers import Ending
 
         self.patience_s = patience_s
         for n in range(self.tells):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.unit.training.homes import make_homes
-from xpeer.training.build import assemble
+from xpeer.trainer.build import assemble
 
 
 def test_the_choice_of_an_engine_outlives_a_restart(tmp_path: Path) -> None:

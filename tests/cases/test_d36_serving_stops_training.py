@@ -20,15 +20,15 @@ import torch
 
 from tests.unit.training.homes import make_homes
 from xpeer.mixing.received import Shown
-from xpeer.training import build as assembling
-from xpeer.training import worker as working
-from xpeer.training.answers import Losses, Progressed, Reply, StateExported
-from xpeer.training.arena import Arena
-from xpeer.training.client import layout_of
-from xpeer.training.commands import NOBODY, Evaluate, ExportState, Request
+from xpeer.trainer import build as assembling
+from xpeer.trainer import worker as working
+from xpeer.trainer.answers import Losses, Progressed, Reply, StateExported
+from xpeer.trainer.arena import Arena
+from xpeer.trainer.client import layout_of
+from xpeer.trainer.commands import NOBODY, Evaluate, ExportState, Request
+from xpeer.trainer.server import Server, serve
+from xpeer.trainer.worker import Worker
 from xpeer.training.loop import TrainingLoop
-from xpeer.training.server import Server, serve
-from xpeer.training.worker import Worker
 from xpeer.update import Form
 from xpeer.wire import codec
 

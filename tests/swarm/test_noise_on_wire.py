@@ -21,12 +21,12 @@ from scipy import stats
 
 from tests.meetings import meet
 from tests.unit.network.test_exchange import Dialler, FakeDesk, party, streams
+from tests.unit.trainer.test_trainer_process import Watch
 from tests.unit.training.homes import make_homes
-from tests.unit.training.test_trainer_process import Watch
 from xpeer.identity import Identity
 from xpeer.network.exchange import Proposer, answering
-from xpeer.training.client import TrainerProcess
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.client import TrainerProcess
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
 
 pytestmark = pytest.mark.timeout(150)

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from tests import leaving
 from tests.leaving import SEEN_BY_OTHERS, destination, name_of, treatments, types_of
 from xpeer.leaves import Local, Parts, Public, Treatment, seen_by, stays
-from xpeer.training import answers, commands
+from xpeer.trainer import answers, commands
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "messages.json").read_text())
 """By class: bytes of a message as xpeer encoded it before there were markers."""

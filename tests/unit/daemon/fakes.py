@@ -13,7 +13,7 @@ from xpeer.manifest import Privacy
 from xpeer.network.cards import MemberRecord
 from xpeer.phase import Phase
 from xpeer.status import Progress
-from xpeer.training.client import TrainerProcess
+from xpeer.trainer.client import TrainerProcess
 from xpeer_daemon.acquaintances import Acquaintances
 from xpeer_daemon.ending import Ends
 from xpeer_daemon.life import Life

@@ -10,7 +10,7 @@ import torch
 
 from xpeer.privacy.gradient import PrivateGradient
 from xpeer.privacy.steps import StepResult
-from xpeer.training.main import main
+from xpeer.trainer.main import main
 
 
 def give_gradients() -> None:

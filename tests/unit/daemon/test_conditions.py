@@ -19,7 +19,7 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Genesis
 from xpeer.network.membership import Certificate
 from xpeer.status import Progress
-from xpeer.training.answers import Losses
+from xpeer.trainer.answers import Losses
 from xpeer_daemon import logs, watch
 from xpeer_daemon.missed import BACK_S, FORGOTTEN_S
 from xpeer_daemon.presence import Presence

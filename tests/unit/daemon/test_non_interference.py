@@ -29,8 +29,8 @@ from tests.leaving import destination, name_of, treatments, visible
 from tests.meetings import meet
 from tests.unit.daemon.worlds import World
 from tests.unit.network.test_exchange import Dialler, FakeDesk, FakeTrainer, party, streams
+from tests.unit.trainer.test_trainer_process import Watch
 from tests.unit.training.homes import make_homes
-from tests.unit.training.test_trainer_process import Watch
 from xpeer.config import Home
 from xpeer.identity import Identity, blake2b
 from xpeer.leaves import Treatment
@@ -41,11 +41,11 @@ from xpeer.network.link import Link
 from xpeer.network.stream import Stream
 from xpeer.privacy import card, report
 from xpeer.privacy.ledger import Ledger
+from xpeer.trainer.channel import DaemonChannel
+from xpeer.trainer.client import TrainerProcess
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
-from xpeer.training.channel import DaemonChannel
-from xpeer.training.client import TrainerProcess
 from xpeer.training.schedule import Counters
-from xpeer.training.setup import TrainerSetup
 from xpeer.update import CompressedUpdate, Form, ModelState, PeerUpdate
 from xpeer.wire import codec, messages, session
 from xpeer.wire.messages import Refuse

@@ -10,7 +10,7 @@ from tests.unit.daemon.fakes import FakeNode
 from xpeer.errors import LocalError, LocalTimeoutError, Reason
 from xpeer.phase import Order, Phase
 from xpeer.status import Progress
-from xpeer.training.client import TrainerProcess
+from xpeer.trainer.client import TrainerProcess
 
 EXCHANGING = {phase for phase in Phase if phase.traits.exchanges}
 NOTHING_TO_PAUSE = {Phase.OBSERVING, Phase.STOPPING}

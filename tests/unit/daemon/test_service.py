@@ -16,7 +16,7 @@ from xpeer import signals
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import LedgerError
 from xpeer.status import PrivacySpent, Progress
-from xpeer.training.answers import Crashed, Progressed, failure_of
+from xpeer.trainer.answers import Crashed, Progressed, failure_of
 from xpeer_daemon import joiner, service
 from xpeer_daemon.member import Candidate, Options
 from xpeer_daemon.store import Known, Store

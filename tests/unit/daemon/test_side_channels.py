@@ -26,9 +26,9 @@ from xpeer.privacy.budget import told_size
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import build_mechanism
 from xpeer.status import PrivacySpent, Progress
-from xpeer.training.assembled import Assembled
-from xpeer.training.build import assemble
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.build import assemble
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.update import CompressedUpdate
 from xpeer.weights import of_pair
 from xpeer.wire.messages import Terms

@@ -12,7 +12,7 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network.cards import MemberRecord
 from xpeer.status import PrivacySpent, Progress
-from xpeer.training.client import TrainerProcess
+from xpeer.trainer.client import TrainerProcess
 from xpeer.wire.messages import Propose
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.presence import Presence

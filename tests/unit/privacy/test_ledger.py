@@ -20,7 +20,7 @@ from xpeer.errors import ConfigError, LedgerError, LocalError
 from xpeer.privacy.accountant import Segment
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
-from xpeer.training.answers import error_of, failure_of
+from xpeer.trainer.answers import error_of, failure_of
 
 STEP = Segment(1.0, 0.01, 20)
 

@@ -9,7 +9,7 @@ from xpeer.config import Checkpoint, Data, NodeConfig, Privacy, Training
 from xpeer.founding_model import LoraOptions, draft_manifest, initial_model
 from xpeer.identity import Identity
 from xpeer.manifest import SignedManifest
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.setup import TrainerSetup
 
 SENTENCE = "the quick brown fox jumps over the lazy dog, and node {node} saw it on day {day}. "
 FAST = (

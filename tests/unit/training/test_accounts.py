@@ -11,9 +11,9 @@ import pytest
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data, Home
 from xpeer.errors import ConfigError
-from xpeer.training.assembled import Assembled
-from xpeer.training.build import assemble
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.build import assemble
+from xpeer.trainer.setup import TrainerSetup
 
 FEW = (
     "privacy.noise_multiplier=2",

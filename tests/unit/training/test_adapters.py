@@ -15,24 +15,24 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.unit.training.homes import make_homes
-from tests.unit.training.test_trainer_process import (
+from tests.unit.trainer.test_trainer_process import (
     Watch,
     from_peer,
     parameters_of,
     with_config,
 )
+from tests.unit.training.homes import make_homes
 from xpeer.cli import main
 from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, LoraOptions, initial_model
 from xpeer.manifest import Lora, SignedManifest
+from xpeer.trainer.build import assemble
+from xpeer.trainer.client import TrainerProcess
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
 from xpeer.training.adapters import adapt, merged
-from xpeer.training.build import assemble
-from xpeer.training.client import TrainerProcess
 from xpeer.training.flat import digest, read_flat
 from xpeer.training.model import build, from_folder
-from xpeer.training.setup import TrainerSetup
 
 RANK = 4
 LORA = Lora(rank=RANK, alpha=8.0, seed=5, base_digest="")

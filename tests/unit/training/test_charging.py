@@ -25,11 +25,12 @@ from xpeer.privacy.accountant import Segment
 from xpeer.privacy.budget import Budget
 from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
-from xpeer.training import learner, loop, measuring, pacing, saving, timings
-from xpeer.training.build import make_loop
+from xpeer.trainer import saving
+from xpeer.trainer.build import make_loop
+from xpeer.trainer.saving import SHARE_SAVING, Saving
+from xpeer.training import learner, loop, measuring, pacing, timings
 from xpeer.training.charging import Permits
 from xpeer.training.measuring import Evaluation
-from xpeer.training.saving import SHARE_SAVING, Saving
 from xpeer.update import PrivateUpdate, RawUpdate
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.families.models import FAMILIES, VOCABULARY
 from tests.unit.training.homes import make_homes
-from xpeer.training.build import assemble
+from xpeer.trainer.build import assemble
 from xpeer.training.losses import record_losses
 from xpeer.training.model import build, read_flat, write_flat
 

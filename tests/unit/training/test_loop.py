@@ -23,8 +23,8 @@ from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.in_flight import MAX_IN_FLIGHT
 from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
+from xpeer.trainer.build import make_loop
 from xpeer.training import learner, loop, measuring, pacing, timings
-from xpeer.training.build import make_loop
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.measuring import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done

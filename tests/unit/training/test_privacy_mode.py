@@ -12,8 +12,8 @@ from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError, ExitCode, NotAuthorisedError
 from xpeer.manifest import SignedManifest
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism
-from xpeer.training.build import assemble
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.build import assemble
+from xpeer.trainer.setup import TrainerSetup
 
 Mode = Literal["record", "off"]
 SIGMA = ("privacy.noise_multiplier=2",)

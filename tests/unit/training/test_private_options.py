@@ -9,7 +9,7 @@ import pytest
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError
 from xpeer.privacy import accountant
-from xpeer.training.build import assemble
+from xpeer.trainer.build import assemble
 
 OPTIONS = (
     "privacy.unit=document",

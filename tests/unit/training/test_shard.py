@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError
+from xpeer.trainer.build import assemble
 from xpeer.training import shard
-from xpeer.training.build import assemble
 from xpeer.training.documents import Document, document_of, load_documents
 from xpeer.training.shard import FILL, MIN_TOKENS, cut, load_records, split
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer

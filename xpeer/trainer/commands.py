@@ -21,7 +21,7 @@ from msgspec import Struct
 from xpeer.errors import LocalError
 from xpeer.leaves import stays
 from xpeer.phase import Order
-from xpeer.training.answers import (
+from xpeer.trainer.answers import (
     Done,
     Losses,
     Result,
@@ -32,11 +32,11 @@ from xpeer.training.answers import (
     Verified,
     Written,
 )
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.update import Form, PeerUpdate, PrivateUpdate
 
 if TYPE_CHECKING:
-    from xpeer.training.worker import Worker
+    from xpeer.trainer.worker import Worker
 
 Thread = Literal["receiver", "training", "helper", "disk"]
 """receiver: at once, on the thread that reads commands, so it must be short. training: between two

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from xpeer.errors import LocalError, TrainerError
-from xpeer.training.arena import Arena, Layout, Slots
+from xpeer.trainer.arena import Arena, Layout, Slots
 
 LAYOUT = Layout(slot_bytes=5000, state_bytes=10_000, num_slots=3)
 
@@ -33,7 +33,7 @@ def test_slots_and_state_do_not_overlap(arena: Arena) -> None:
 def test_another_process_sees_what_was_written(arena: Arena) -> None:
     arena.slot(1, 5)[:] = b"hello"
     code = (
-        "import sys; from xpeer.training.arena import Arena, Layout;"
+        "import sys; from xpeer.trainer.arena import Arena, Layout;"
         "a = Arena.attach(Layout(5000, 10000, 3), int(sys.argv[1]));"
         "a.state()[:5] = bytes(reversed(a.slot(1, 5)))"
     )

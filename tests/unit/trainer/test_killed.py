@@ -19,9 +19,9 @@ from xpeer.config import Home
 from xpeer.privacy.accountant import Segment, epsilon, epsilon_worst
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
-from xpeer.training.assembled import Assembled
-from xpeer.training.build import assemble
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.build import assemble
+from xpeer.trainer.setup import TrainerSetup
 
 SIGMA = 2.0
 FEW = (f"privacy.noise_multiplier={SIGMA}", "privacy.epsilon=8", "optimiser.batch_records=2")

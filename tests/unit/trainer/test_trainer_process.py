@@ -24,13 +24,13 @@ import uvloop
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason, TrainerError
 from xpeer.mixing.fragments import Fragments, padded
+from xpeer.trainer.answers import Snapshotted
+from xpeer.trainer.build import assemble
+from xpeer.trainer.child import Event
+from xpeer.trainer.client import Progressed, Saved, SaveFailed, TrainerProcess
+from xpeer.trainer.commands import Drop, Snapshot
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
-from xpeer.training.answers import Snapshotted
-from xpeer.training.build import assemble
-from xpeer.training.child import Event
-from xpeer.training.client import Progressed, Saved, SaveFailed, TrainerProcess
-from xpeer.training.commands import Drop, Snapshot
-from xpeer.training.setup import TrainerSetup
 from xpeer.update import CompressedUpdate, Form, PeerUpdate
 from xpeer.wire.codec import decode, encode
 
@@ -444,8 +444,8 @@ async def test_it_runs_the_program_that_it_is_told_to(tmp_path: Path) -> None:
 
 PARENT = """
 import asyncio, sys, msgspec
-from xpeer.training.client import TrainerProcess
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.client import TrainerProcess
+from xpeer.trainer.setup import TrainerSetup
 
 async def main():
     setup = msgspec.json.decode(sys.stdin.buffer.read(), type=TrainerSetup)

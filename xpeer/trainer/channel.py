@@ -19,8 +19,8 @@ import msgspec
 
 from xpeer.errors import LocalError, TrainerError
 from xpeer.escape import sayable
-from xpeer.training.answers import FromTrainer
-from xpeer.training.commands import ToTrainer
+from xpeer.trainer.answers import FromTrainer
+from xpeer.trainer.commands import ToTrainer
 
 MAX_FRAME_BYTES: Final = 4 << 20
 _LENGTH_BYTES: Final = 4

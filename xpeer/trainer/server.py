@@ -6,14 +6,14 @@ What a command does, it says itself (`commands`); what it does that to is the `w
 from __future__ import annotations
 
 from xpeer.errors import XpeerError
-from xpeer.training.answers import Reply, Result, Saved, SaveFailed, failure_of
-from xpeer.training.arena import Arena
-from xpeer.training.assembled import Assembled
-from xpeer.training.commands import Outcome, Request, Work
-from xpeer.training.reporting import Reports, Send
-from xpeer.training.saving import Saving
-from xpeer.training.threads import Threads
-from xpeer.training.worker import Worker
+from xpeer.trainer.answers import Reply, Result, Saved, SaveFailed, failure_of
+from xpeer.trainer.arena import Arena
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.commands import Outcome, Request, Work
+from xpeer.trainer.reporting import Reports, Send
+from xpeer.trainer.saving import Saving
+from xpeer.trainer.threads import Threads
+from xpeer.trainer.worker import Worker
 
 
 class Server:

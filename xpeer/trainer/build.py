@@ -25,11 +25,13 @@ from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
 from xpeer.privacy.register import Register
+from xpeer.trainer.assembled import Assembled, Beginning, TextFacts
+from xpeer.trainer.capture import Capture, FrozenValues, Keeping
+from xpeer.trainer.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
+from xpeer.trainer.setup import TrainerSetup
+from xpeer.trainer.text import Text, text_if_any, text_of
 from xpeer.training import checkpoint, frozen
-from xpeer.training.assembled import Assembled, Beginning, TextFacts
-from xpeer.training.capture import Capture, FrozenValues, Keeping
 from xpeer.training.checkpoint import Bundle, write_moments
-from xpeer.training.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
 from xpeer.training.documents import document_of
 from xpeer.training.flat import FlatParameters
 from xpeer.training.gradient_window import GradientWindow
@@ -42,10 +44,8 @@ from xpeer.training.model import check_fits
 from xpeer.training.pacing import Pacing
 from xpeer.training.pulse import Pulse
 from xpeer.training.schedule import Counters
-from xpeer.training.setup import TrainerSetup
 from xpeer.training.shard import cut
 from xpeer.training.tensorfile import clear_staging
-from xpeer.training.text import Text, text_if_any, text_of
 from xpeer.training.timings import Timings
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
 from xpeer.wire import kernels

@@ -13,10 +13,10 @@ import torch
 
 from tests.unit.training.homes import make_homes
 from xpeer.privacy.noise import SecretGenerator
+from xpeer.trainer.build import assemble
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
-from xpeer.training.build import assemble
 from xpeer.training.schedule import Counters
-from xpeer.training.setup import TrainerSetup
 from xpeer.training.tensorfile import read_tensors
 
 FEW = ("privacy.noise_multiplier=2.0", "privacy.epsilon=50", "optimiser.batch_records=6")

@@ -15,7 +15,7 @@ from xpeer.errors import (
     ShardError,
     TrainerError,
 )
-from xpeer.training.answers import (
+from xpeer.trainer.answers import (
     Crashed,
     Done,
     Failure,
@@ -25,8 +25,8 @@ from xpeer.training.answers import (
     error_of,
     failure_of,
 )
-from xpeer.training.channel import MAX_FRAME_BYTES, ChildChannel, DaemonChannel
-from xpeer.training.commands import Drop, Request, Run
+from xpeer.trainer.channel import MAX_FRAME_BYTES, ChildChannel, DaemonChannel
+from xpeer.trainer.commands import Drop, Request, Run
 
 
 async def test_messages_cross_both_ways_and_an_end_is_none() -> None:

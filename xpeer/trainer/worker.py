@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 import torch
 
-from xpeer.training.answers import Saved
-from xpeer.training.arena import Arena
-from xpeer.training.assembled import Assembled
-from xpeer.training.commands import NOBODY, Command, Request
+from xpeer.trainer.answers import Saved
+from xpeer.trainer.arena import Arena
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.commands import NOBODY, Command, Request
+from xpeer.trainer.reporting import Reports
+from xpeer.trainer.saving import Saving
+from xpeer.trainer.threads import Threads
 from xpeer.training.flat import digest
-from xpeer.training.reporting import Reports
-from xpeer.training.saving import Saving
-from xpeer.training.threads import Threads
 
 logger = logging.getLogger("xpeer.training")
 

@@ -16,12 +16,12 @@ import torch
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data
 from xpeer.errors import PeerError, Reason
-from xpeer.training import commands, reporting
-from xpeer.training.answers import Result, Snapshotted, Written
-from xpeer.training.arena import Arena
-from xpeer.training.build import assemble
-from xpeer.training.client import layout_of
-from xpeer.training.commands import (
+from xpeer.trainer import commands, reporting
+from xpeer.trainer.answers import Result, Snapshotted, Written
+from xpeer.trainer.arena import Arena
+from xpeer.trainer.build import assemble
+from xpeer.trainer.client import layout_of
+from xpeer.trainer.commands import (
     AddCorrection,
     Command,
     Compress,
@@ -43,8 +43,8 @@ from xpeer.training.commands import (
     WriteCheckpoint,
     WriteCopy,
 )
-from xpeer.training.server import Server, serve
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.server import Server, serve
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.wire import codec
 
 COMMANDS: tuple[type[Work], ...] = get_args(Command)
@@ -159,7 +159,7 @@ def test_the_same_bytes_give_the_same_answers_and_parameters(ranks: tuple[Rank, 
 
 def test_who_only_names_commands_loads_no_torch() -> None:
     """The daemon does."""
-    names = "xpeer.training.commands, xpeer.training.answers, xpeer.training.channel"
+    names = "xpeer.trainer.commands, xpeer.trainer.answers, xpeer.trainer.channel"
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 from xpeer.errors import LocalError, LocalTimeoutError, TrainerError
-from xpeer.training.answers import (
+from xpeer.trainer.answers import (
     Crashed,
     Ending,
     Failure,
@@ -30,14 +30,14 @@ from xpeer.training.answers import (
     SaveFailed,
     error_of,
 )
-from xpeer.training.arena import Arena
-from xpeer.training.channel import DaemonChannel, log_lines
-from xpeer.training.commands import Begin, Command, Request, Stop
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.arena import Arena
+from xpeer.trainer.channel import DaemonChannel, log_lines
+from xpeer.trainer.commands import Begin, Command, Request, Stop
+from xpeer.trainer.setup import TrainerSetup
 
 BOUNDARY_TIMEOUT_S: Final = 300.0
 """A step of a large model is long; exchanges have their own, shorter deadline."""
-PROGRAM: Final = "xpeer.training.main"
+PROGRAM: Final = "xpeer.trainer.main"
 _EXIT_TIMEOUT_S: Final = 1.0
 """From the end of the socket to the end of the process."""
 _OUTPUT_TIMEOUT_S: Final = 5.0

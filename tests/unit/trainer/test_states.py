@@ -15,13 +15,13 @@ import torch
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data, Home
 from xpeer.errors import LocalError, ShardError
-from xpeer.training import reporting
-from xpeer.training.answers import Failure, LookedAtText, Reply
-from xpeer.training.assembled import Assembled
-from xpeer.training.build import assemble
-from xpeer.training.commands import Request, WriteCheckpoint
-from xpeer.training.reporting import look_for_text
-from xpeer.training.server import Server, serve
+from xpeer.trainer import reporting
+from xpeer.trainer.answers import Failure, LookedAtText, Reply
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.build import assemble
+from xpeer.trainer.commands import Request, WriteCheckpoint
+from xpeer.trainer.reporting import look_for_text
+from xpeer.trainer.server import Server, serve
 
 FEW = ("privacy.noise_multiplier=2", "privacy.epsilon=8", "optimiser.batch_records=2")
 

@@ -18,7 +18,7 @@ from xpeer.manifest import Manifest, SignedManifest
 from xpeer.mixing.fragments import fragment_size, largest
 from xpeer.phase import Order, TrainerPhase
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
-from xpeer.training.answers import (
+from xpeer.trainer.answers import (
     Crashed,
     Done,
     Ending,
@@ -33,9 +33,9 @@ from xpeer.training.answers import (
     Verified,
     Written,
 )
-from xpeer.training.arena import Arena, Layout, Slots, copy_in_parts
-from xpeer.training.child import PROGRAM, Child, Event, logger
-from xpeer.training.commands import (
+from xpeer.trainer.arena import Arena, Layout, Slots, copy_in_parts
+from xpeer.trainer.child import PROGRAM, Child, Event, logger
+from xpeer.trainer.commands import (
     Drop,
     Evaluate,
     ExportState,
@@ -46,7 +46,7 @@ from xpeer.training.commands import (
     Verify,
     WriteCheckpoint,
 )
-from xpeer.training.setup import TrainerSetup
+from xpeer.trainer.setup import TrainerSetup
 from xpeer.update import (
     Checked,
     CompressedUpdate,

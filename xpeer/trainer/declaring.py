@@ -14,8 +14,8 @@ from xpeer.privacy.charges import About
 from xpeer.privacy.histories import Joined
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.register import Register
-from xpeer.training.setup import TrainerSetup
-from xpeer.training.text import Text
+from xpeer.trainer.setup import TrainerSetup
+from xpeer.trainer.text import Text
 
 
 def declare_documents(

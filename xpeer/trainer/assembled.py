@@ -11,7 +11,7 @@ import torch
 from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.status import CorpusShare, PrivacySpent, ShardSummary
-from xpeer.training.capture import Capture, FrozenValues
+from xpeer.trainer.capture import Capture, FrozenValues
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.tokenizer import Tokenizer
 

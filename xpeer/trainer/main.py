@@ -1,4 +1,4 @@
-"""The trainer process: `python -m xpeer.training.main SOCKET_FD ARENA_FD PARENT_PID`.
+"""The trainer process: `python -m xpeer.trainer.main SOCKET_FD ARENA_FD PARENT_PID`.
 
 Started by `client.TrainerProcess`. It trains on its main thread until it is told to stop, and never
 outlives the daemon: the kernel kills it with its parent (Linux), and the end of the socket ends it
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from xpeer import signals
 from xpeer.errors import DivergedError, ExitCode, LocalError, TrainerError
-from xpeer.training.answers import Crashed, failure_of
-from xpeer.training.channel import ChildChannel, LevelFormatter
-from xpeer.training.commands import Begin, Request, Stop
+from xpeer.trainer.answers import Crashed, failure_of
+from xpeer.trainer.channel import ChildChannel, LevelFormatter
+from xpeer.trainer.commands import Begin, Request, Stop
 
 if TYPE_CHECKING:
-    from xpeer.training.assembled import Assembled
-    from xpeer.training.server import Server
-    from xpeer.training.setup import TrainerSetup
+    from xpeer.trainer.assembled import Assembled
+    from xpeer.trainer.server import Server
+    from xpeer.trainer.setup import TrainerSetup
 
 _PR_SET_PDEATHSIG: Final = 1
 _FLUSH_TIMEOUT_S: Final = 5.0
@@ -98,9 +98,9 @@ def _train(
     # torch takes seconds to import; by now the receiver notices a daemon that is gone
     import torch  # noqa: PLC0415
 
-    from xpeer.training import build as production  # noqa: PLC0415
-    from xpeer.training.arena import Arena, Layout  # noqa: PLC0415
-    from xpeer.training.server import serve  # noqa: PLC0415
+    from xpeer.trainer import build as production  # noqa: PLC0415
+    from xpeer.trainer.arena import Arena, Layout  # noqa: PLC0415
+    from xpeer.trainer.server import serve  # noqa: PLC0415
 
     layout = Layout(begin.slot_bytes, begin.state_bytes, begin.num_slots)
     arena = Arena.attach(layout, arena_fd)

@@ -10,10 +10,10 @@ from typing import Final
 from xpeer.errors import LocalError
 from xpeer.escape import without_words
 from xpeer.status import PrivacySpent
-from xpeer.training.answers import Ending, FromTrainer, LookedAtText, Progressed, Ready
-from xpeer.training.assembled import Assembled
+from xpeer.trainer.answers import Ending, FromTrainer, LookedAtText, Progressed, Ready
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.threads import Threads
 from xpeer.training.pulse import Pulse
-from xpeer.training.threads import Threads
 
 Send = Callable[[FromTrainer], None]
 _PROGRESS_EVERY_S: Final = 0.1
