@@ -8,12 +8,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from xpeer.accounts import accountant
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.budget import SIGMA_SETTING, delta_of, told_size
+from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home, NodeConfig
 from xpeer.manifest import Manifest
-from xpeer.privacy import accountant
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.budget import SIGMA_SETTING, delta_of, told_size
-from xpeer.privacy.ledger import Ledger
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.text import Text, text_of
 from xpeer.training.checkpoint import newest_step

@@ -49,7 +49,7 @@ EVENTS: Final = (
 
 TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.trainer.child": ("%s", "%s", "%s", "%s"),
-    "xpeer.privacy.register_file": ("%s",),
+    "xpeer.accounts.register_file": ("%s",),
     "xpeer.trainer.channel": ("%s", "%s"),
     "xpeer.trainer.client": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
     "xpeer.training.loop": ("charged steps were not used up: %s",),

@@ -23,13 +23,13 @@ import msgspec
 import torch
 from msgspec import structs
 
+from xpeer.accounts import accountant
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.budget import delta_of, told_size
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason
 from xpeer.identity import Identity
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.privacy import accountant
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.budget import delta_of, told_size
 from xpeer.trainer.assembled import Assembled
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup

@@ -10,8 +10,9 @@ from collections import deque
 import torch
 
 from benchmarks.hostile.attacks import ATTACK_VARIABLE, LATE, SHOWN, Shown
+from xpeer.accounts.budget import Charged
 from xpeer.privacy.mechanism import Mechanism
-from xpeer.privacy.steps import Charged, StepResult
+from xpeer.privacy.steps import StepResult
 from xpeer.status import PrivacySpent
 from xpeer.trainer import build as production
 from xpeer.trainer.assembled import Assembled

@@ -18,8 +18,9 @@ from typing import Final
 import torch
 
 from benchmarks.overlap.timeline import Row
+from xpeer.accounts.budget import Charged
 from xpeer.privacy.mechanism import Mechanism
-from xpeer.privacy.steps import Charged, StepResult
+from xpeer.privacy.steps import StepResult
 from xpeer.status import PrivacySpent
 from xpeer.trainer import build as production
 from xpeer.trainer.assembled import Assembled

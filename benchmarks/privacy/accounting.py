@@ -14,8 +14,8 @@ import warnings
 from typing import Any
 
 from benchmarks import common
-from xpeer.privacy.accountant import Segment, epsilon, epsilon_rdp
-from xpeer.privacy.replay import replay
+from xpeer.accounts.accountant import Segment, epsilon, epsilon_rdp
+from xpeer.accounts.replay import replay
 
 KNOWN = [
     ([Segment(1.0, 0.01, 1000)], 1e-5),

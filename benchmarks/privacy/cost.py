@@ -27,10 +27,10 @@ import torch
 
 from benchmarks import common
 from benchmarks.privacy.ledgers import open_ledger
+from xpeer.accounts.ledger import Ledger
 from xpeer.founding_model import PRESETS
 from xpeer.identity import blake2b
 from xpeer.manifest import Lora, Manifest, Model, Optimiser, Privacy, PublicText
-from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.training.adapters import adapt

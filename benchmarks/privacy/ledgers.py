@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from xpeer.accounts.chain import About
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.manifest import Manifest
-from xpeer.privacy.charges import About
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 
 
 def open_ledger(folder: Path, manifest: Manifest) -> Ledger:

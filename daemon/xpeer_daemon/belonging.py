@@ -21,14 +21,14 @@ import msgspec
 from msgspec import Struct
 
 from xpeer import founding
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.identity import Identity
 from xpeer.leaves import Local, Public, seen_by
 from xpeer.manifest import Manifest, SignedManifest, swarm_key_digest
 from xpeer.network.membership import Certificate, Credential
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 
 _CHECKPOINT: Final = re.compile(r"ckpt-\d{9,}\.safetensors")
 _HEADER_BYTES_MAX: Final = 100_000_000

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from xpeer.accounts import signal
 from xpeer.health import duration
 from xpeer.identity import PeerId
 from xpeer.phase import Phase
-from xpeer.privacy import signal
 from xpeer.status import PrivacySpent, Progress
 
 if TYPE_CHECKING:

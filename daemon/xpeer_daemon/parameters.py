@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
 from xpeer.errors import LocalError
-from xpeer.privacy.ledger import Ledger
 from xpeer.trainer.client import TrainerProcess
 from xpeer_daemon import donors
 from xpeer_daemon.donors import Donors

@@ -10,16 +10,16 @@ import time
 import uvloop
 
 from xpeer import files, founding, needs
+from xpeer.accounts import accountant
+from xpeer.accounts.account_view import Together
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.config import Home, NodeConfig, note_of_foreign, privacy_register
 from xpeer.errors import LocalError, NotAuthorisedError, ShardError
 from xpeer.manifest import SignedManifest
 from xpeer.network.addresses import resolve_listen
 from xpeer.network.invites import Token
 from xpeer.network.membership import Certificate
-from xpeer.privacy import accountant
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
-from xpeer.privacy.together import Together
 from xpeer.readiness import check_settings
 from xpeer.trainer.child import PROGRAM
 from xpeer.training import checkpoint

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
-from xpeer.privacy.ledger import Ledger
 
 
 def has_trained(home: Home) -> bool:

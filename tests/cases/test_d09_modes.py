@@ -191,9 +191,9 @@ def test_what_is_opened_to_write_is_a_file_of_ours(
     home: Path, name: str, plant: Callable[[Path], None]
 ) -> None:
     from xpeer import founding
+    from xpeer.accounts.ledger import Ledger
     from xpeer.config import Home
     from xpeer.errors import LocalError
-    from xpeer.privacy.ledger import Ledger
     from xpeer_daemon import logs
     from xpeer_daemon.lock import HomeLock
     from xpeer_daemon.store import Store
@@ -239,8 +239,8 @@ def test_logs_that_were_rotated_are_closed_too(home: Path, monkeypatch: pytest.M
 
 
 def test_a_register_that_others_may_enter_or_write_to(tmp_path: Path) -> None:
+    from xpeer.accounts.register import Register
     from xpeer.errors import ConfigError
-    from xpeer.privacy.register import Register
 
     folder = tmp_path / "register"
     folder.mkdir()

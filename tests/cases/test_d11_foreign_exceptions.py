@@ -221,10 +221,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with one of each file."""
     import torch
 
-    from tests.unit.privacy.accounts import open_declared
+    from tests.unit.accounts.ledgers import open_declared
     from xpeer import founding
+    from xpeer.accounts.accountant import Segment
     from xpeer.config import Home
-    from xpeer.privacy.accountant import Segment
     from xpeer.training.tensorfile import write_tensors
     from xpeer_daemon.store import Store
 

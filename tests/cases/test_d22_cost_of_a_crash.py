@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from tests.cases.support import Nodes, found, trainer_of, xpeer
+from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
-from xpeer.privacy.ledger import Ledger
 
 WINDOW = 5
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.cases.support import Nodes, found
+from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
-from xpeer.privacy.ledger import Ledger
 
 
 @pytest.mark.timeout(180)

@@ -11,10 +11,10 @@ from typing import Final, get_args
 import pytest
 import torch
 
+from xpeer.accounts.chain import About
 from xpeer.manifest import Privacy, Round
 from xpeer.mixing import rules
 from xpeer.policies import MODES, RULES, PrivacyMode, RuleName, privacy_policy
-from xpeer.privacy.charges import About
 
 ROOT: Final = Path(__file__).parents[2]
 PRODUCT: Final = ("xpeer", "daemon", "bootstrap")

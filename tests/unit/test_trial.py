@@ -122,8 +122,8 @@ def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, register_of_the_test: P
 
 
 def test_a_start_says_where_it_begins(tmp_path: Path) -> None:
-    from tests.unit.privacy.accounts import open_declared
-    from xpeer.privacy.accountant import Segment
+    from tests.unit.accounts.ledgers import open_declared
+    from xpeer.accounts.accountant import Segment
     from xpeer_daemon.start import beginning
 
     home = Home(tmp_path)

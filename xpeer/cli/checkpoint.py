@@ -114,9 +114,9 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None) ->
     showed: near the swarm's mean, which all have after the closing windows.
     """
     # torch takes seconds
-    from xpeer.privacy.card import card_of  # noqa: PLC0415
-    from xpeer.privacy.ledger import Ledger  # noqa: PLC0415
-    from xpeer.privacy.register import Register  # noqa: PLC0415
+    from xpeer.accounts.ledger import Ledger  # noqa: PLC0415
+    from xpeer.accounts.model_card import card_of  # noqa: PLC0415
+    from xpeer.accounts.register import Register  # noqa: PLC0415
     from xpeer.training import model  # noqa: PLC0415
     from xpeer.training.checkpoint import load_latest  # noqa: PLC0415
     from xpeer.training.initial import source_folders, trained_model  # noqa: PLC0415

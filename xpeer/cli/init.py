@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from xpeer import founding
+from xpeer.accounts import signal
 from xpeer.cli.commands import command
 from xpeer.cli.common import (
     GivenPath,
@@ -32,7 +33,6 @@ from xpeer.network.invites import Token
 from xpeer.network.multiaddress import check_peer
 from xpeer.paths import checked
 from xpeer.policies import PrivacyMode
-from xpeer.privacy import signal
 from xpeer.readiness import check_settings
 from xpeer.source import BYTES, check_folder, config_in, tokenizer_of
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from xpeer.accounts import signal
 from xpeer.cli.common import (
     GivenPath,
     GivenText,
@@ -25,13 +26,12 @@ from xpeer.cli.render import moment
 from xpeer.config import Home, privacy_register
 from xpeer.errors import ConfigError, ExitCode, LocalError
 from xpeer.manifest import DELTA_MIN, SignedManifest
-from xpeer.privacy import signal
 
 if TYPE_CHECKING:
-    from xpeer.privacy.ledger import Ledger
-    from xpeer.privacy.planning import Plan
-    from xpeer.privacy.register import Register
-    from xpeer.privacy.report import Account
+    from xpeer.accounts.ledger import Ledger
+    from xpeer.accounts.planning import Plan
+    from xpeer.accounts.register import Register
+    from xpeer.accounts.report import Account
 
 MAX_COUNT = 10**12
 """Of records, and of steps: the accountant's doubles tell no more apart."""
@@ -49,7 +49,7 @@ def privacy() -> None:
 @json_option
 def status_command(home: Home, as_json: bool) -> None:
     """Say what this node's ledger has been charged; the daemon need not run."""
-    from xpeer.privacy import audit, report  # noqa: PLC0415 - slow to import
+    from xpeer.accounts import audit, report  # noqa: PLC0415 - slow to import
 
     with _looked(home) as (ledger, register):
         found = report.account(ledger, register)
@@ -118,7 +118,7 @@ def plan_command(
     Prints the options for `xpeer init --swarm`; without --batch, a table to choose from: the noise
     in a mean gradient falls with the batch, and a step costs as many tokens more.
     """
-    from xpeer.privacy import planning  # noqa: PLC0415 - slow to import
+    from xpeer.accounts import planning  # noqa: PLC0415 - slow to import
 
     if (records is None) == (not shard):
         raise ConfigError(
@@ -172,7 +172,7 @@ def documents_command(
 
     A node trains no more once one of its documents is spent: take those files out of its shard.
     """
-    from xpeer.privacy import report  # noqa: PLC0415 - slow to import
+    from xpeer.accounts import report  # noqa: PLC0415 - slow to import
     from xpeer.training.documents import load_documents  # noqa: PLC0415
 
     data = load_config(home).data
@@ -199,7 +199,7 @@ def documents_command(
 @json_option
 def report_command(home: Home, as_json: bool) -> None:
     """Write what an auditor needs to recompute epsilon, as Markdown or JSON."""
-    from xpeer.privacy import audit, report  # noqa: PLC0415 - slow to import
+    from xpeer.accounts import audit, report  # noqa: PLC0415 - slow to import
 
     with _looked(home) as (ledger, register):
         found, verdict = report.account(ledger, register), report.verify(ledger, register)
@@ -217,7 +217,7 @@ def report_command(home: Home, as_json: bool) -> None:
 @json_option
 def verify_command(home: Home, path: Path | None, delta: float | None, as_json: bool) -> None:
     """Check the chain of charges and recompute epsilon independently; exit 1 if they disagree."""
-    from xpeer.privacy import report  # noqa: PLC0415 - slow to import
+    from xpeer.accounts import report  # noqa: PLC0415 - slow to import
 
     with _looked(home, path) as (ledger, register):
         verdict = report.verify(ledger, register, _checked_delta(delta))
@@ -242,8 +242,8 @@ def verify_command(home: Home, path: Path | None, delta: float | None, as_json: 
 @contextmanager
 def _looked(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Register | None]]:
     """The ledger and, if there is one, the machine's register, both to read."""
-    from xpeer.privacy.ledger import Ledger  # noqa: PLC0415 - imports cryptography
-    from xpeer.privacy.register import Register  # noqa: PLC0415
+    from xpeer.accounts.ledger import Ledger  # noqa: PLC0415 - imports cryptography
+    from xpeer.accounts.register import Register  # noqa: PLC0415
 
     if path is None and home.manifest.exists():
         _require_private(SignedManifest.load(home.manifest))

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from xpeer import update
+from xpeer.accounts import accountant
+from xpeer.accounts.account_view import Together
+from xpeer.accounts.budget import STEPS_MAX, Charged, delta_of
+from xpeer.accounts.chain import About
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.errors import LocalError
 from xpeer.manifest import Manifest
-from xpeer.privacy import accountant
-from xpeer.privacy.budget import STEPS_MAX, delta_of
-from xpeer.privacy.charges import About
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
-from xpeer.privacy.steps import Charged, StepResult
-from xpeer.privacy.together import Together
+from xpeer.privacy.steps import StepResult
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 

@@ -27,20 +27,21 @@ import torch
 from torch import Tensor, nn
 
 from xpeer import update
+from xpeer.accounts import accountant
+from xpeer.accounts.budget import Budget, Charged, delta_of, noise_multiplier, told_size
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.signal import noise_norm
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
-from xpeer.privacy import accountant, noise
-from xpeer.privacy.budget import Budget, delta_of, noise_multiplier, told_size
+from xpeer.privacy import noise
 from xpeer.privacy.clipping import RecordLosses, trainable
 from xpeer.privacy.engine_memory import EngineMemory, setting_of
 from xpeer.privacy.engines import Choice, choose_engine, sample_of
 from xpeer.privacy.gradient import PrivateGradient, sampling_of
-from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.norms import clip_norm_of
 from xpeer.privacy.options import DEFAULT, Options
 from xpeer.privacy.plain import OffMechanism
-from xpeer.privacy.signal import noise_norm
-from xpeer.privacy.steps import Charged, StepResult, Switchable, check_records
+from xpeer.privacy.steps import StepResult, Switchable, check_records
 from xpeer.privacy.units import units_of
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from xpeer import update
+from xpeer.accounts.budget import Charged
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest
 from xpeer.privacy.clipping import RecordLosses, trainable
 from xpeer.privacy.options import DEFAULT, Options
 from xpeer.privacy.passes import Passes
-from xpeer.privacy.steps import Charged, StepResult, Switchable, check_records
+from xpeer.privacy.steps import StepResult, Switchable, check_records
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 

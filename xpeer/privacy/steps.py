@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +16,6 @@ from xpeer.privacy.clipping import Clipped, RecordLosses
 Precision = Callable[[], AbstractContextManager[object]]
 """E.g. `torch.autocast`, around forward passes of steps. Norms, sums and noise stay float32, and
 the clipping is exact for the gradients that come of it."""
-
-
-class Charged(NamedTuple):
-    """What a mechanism charged since it was made."""
-
-    made: int = 0
-    """Charges on the disk, or on their way there."""
-    used: int = 0
-    """Of these, taken."""
-    seconds: float = 0.0
-    """That a charge takes, smoothed."""
-    possible: int = 0
-    """Charges that the budget allows in all, those of earlier starts included."""
-    left: int = 0
-    """On the disk, and not taken: so many steps may be taken now."""
-
-    @property
-    def under_way(self) -> int:
-        """On their way to the disk: `begin_window` waits for them."""
-        return self.made - self.used - self.left
 
 
 @dataclass(frozen=True, slots=True)

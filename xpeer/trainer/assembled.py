@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from xpeer.privacy.ledger import Ledger
+from xpeer.accounts.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.status import CorpusShare, PrivacySpent, ShardSummary
 from xpeer.trainer.capture import Capture, FrozenValues

@@ -14,6 +14,8 @@ from typing import Final
 
 import torch
 
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest, SignedManifest
@@ -21,10 +23,8 @@ from xpeer.mixing import combine, rules
 from xpeer.mixing.exchanges import Exchanges
 from xpeer.mixing.parameters import Parameters
 from xpeer.privacy.idle import IdleMechanism
-from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
-from xpeer.privacy.register import Register
 from xpeer.trainer.assembled import Assembled, Beginning, TextFacts
 from xpeer.trainer.capture import Capture, FrozenValues, Keeping
 from xpeer.trainer.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import msgspec
 
+from xpeer.accounts.budget import delta_of
+from xpeer.accounts.chain import About
+from xpeer.accounts.histories import Joined
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.config import privacy_register
 from xpeer.manifest import Manifest
-from xpeer.privacy.budget import delta_of
-from xpeer.privacy.charges import About
-from xpeer.privacy.histories import Joined
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.text import Text
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from xpeer.accounts.model_card import Card, files
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Lora
-from xpeer.privacy.card import Card, files
 from xpeer.training import adapters, reloading
 from xpeer.training.kept import CONFIG, Source, write_json
 from xpeer.training.losses import autocast, transformers_model

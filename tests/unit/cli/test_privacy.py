@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.unit.accounts.ledgers import about_in, open_declared
 from tests.unit.cli.test_init import xpeer
-from tests.unit.privacy.accounts import about_in, open_declared
 from tests.unit.training.homes import make_homes
+from xpeer.accounts.accountant import Segment, epsilon
 from xpeer.config import Home
 from xpeer.errors import ExitCode
-from xpeer.privacy.accountant import Segment, epsilon
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.accounts.ledgers import open_declared
 from tests.unit.cli.test_init import xpeer
-from tests.unit.privacy.accounts import open_declared
 from xpeer import founding
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.chain import About
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.identity import Domain, Identity, blake2b
 from xpeer.manifest import End, Manifest, Model, PublicText, SignedManifest
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.charges import About
 
 SETTINGS = f"""
 [network]

@@ -11,14 +11,14 @@ import msgspec
 import pytest
 import torch
 
-from tests.unit.privacy.accounts import open_declared
+from tests.unit.accounts.ledgers import open_declared
 from xpeer import founding
+from xpeer.accounts import register_file
+from xpeer.accounts.accountant import Segment
 from xpeer.config import Data, Home, NodeConfig, Privacy
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.founding_model import draft_manifest, initial_model
 from xpeer.manifest import SignedManifest
-from xpeer.privacy import register_file
-from xpeer.privacy.accountant import Segment
 from xpeer.training import checkpoint
 from xpeer.training.checkpoint import Bundle
 from xpeer_daemon import belonging, start

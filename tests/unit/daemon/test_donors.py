@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
@@ -17,7 +18,6 @@ from xpeer.network import shelf as shelves
 from xpeer.network import state
 from xpeer.network.rates import Rates
 from xpeer.phase import Phase, traits_of
-from xpeer.privacy.ledger import Ledger
 from xpeer.update import ModelState
 from xpeer_daemon import donors, parameters
 from xpeer_daemon.donors import Donors, ranked

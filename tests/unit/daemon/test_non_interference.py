@@ -31,6 +31,8 @@ from tests.unit.daemon.worlds import World
 from tests.unit.network.test_exchange import Dialler, FakeDesk, FakeTrainer, party, streams
 from tests.unit.trainer.test_trainer_process import Watch
 from tests.unit.training.homes import make_homes
+from xpeer.accounts import model_card, report
+from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
 from xpeer.identity import Identity, blake2b
 from xpeer.leaves import Treatment
@@ -39,8 +41,6 @@ from xpeer.network import state
 from xpeer.network.exchange import Proposer, answering
 from xpeer.network.link import Link
 from xpeer.network.stream import Stream
-from xpeer.privacy import card, report
-from xpeer.privacy.ledger import Ledger
 from xpeer.trainer.channel import DaemonChannel
 from xpeer.trainer.client import TrainerProcess
 from xpeer.trainer.setup import TrainerSetup
@@ -75,7 +75,7 @@ NOT_OF_THE_TRAINER = {
     "xpeer.network.spreading.": "others' cards",
     "xpeer.wire.messages.MaskStep": "fresh keys, and digests of what they mask",
     "xpeer.wire.budget.": "numbers that a person typed",
-    "xpeer.privacy.planning.": "numbers that a person typed",
+    "xpeer.accounts.planning.": "numbers that a person typed",
     "xpeer.status.CorpusShare": "of a corpus that all members have: there is no shard",
     "xpeer.control.": "Status, and what is printed of it; see its fields",
     "xpeer.cli.": "the demo's own text; what the daemon's history holds, which is compared",
@@ -213,7 +213,7 @@ class Life:
                 newest[1],
                 ledger.charges()[-1],
                 report.account(ledger),
-                card.card_of(self.manifest, self.setup.swarm_id, bundle.step, ledger),
+                model_card.card_of(self.manifest, self.setup.swarm_id, bundle.step, ledger),
             ]
 
 

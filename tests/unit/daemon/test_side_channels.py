@@ -20,10 +20,10 @@ from tests.unit.daemon.fakes import FakeNode
 from tests.unit.daemon.worlds import ME, World, saying
 from tests.unit.privacy.models import llama, record_losses, some_records
 from tests.unit.training.homes import make_homes
+from xpeer.accounts.budget import told_size
+from xpeer.accounts.ledger import Ledger
 from xpeer.identity import Identity
 from xpeer.manifest import Manifest, Round, SignedManifest
-from xpeer.privacy.budget import told_size
-from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import build_mechanism
 from xpeer.status import PrivacySpent, Progress
 from xpeer.trainer.assembled import Assembled

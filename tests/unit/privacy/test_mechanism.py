@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from tests.factories import privacy_stamp
-from tests.unit.privacy.accounts import open_declared
+from tests.unit.accounts.ledgers import open_declared
 from tests.unit.privacy.models import by_autograd, llama, record_losses, some_records
+from xpeer.accounts import accountant
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.budget import told_size
+from xpeer.accounts.ledger import Ledger
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
 from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText
-from xpeer.privacy import accountant
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.budget import told_size
 from xpeer.privacy.clipping import BookKeepingEngine, Bound, Clipped, Engine, MicrobatchEngine
-from xpeer.privacy.ledger import Ledger
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism, build_mechanism
 from xpeer.privacy.options import Options
 from xpeer.privacy.passes import Passes

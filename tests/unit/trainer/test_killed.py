@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from tests.unit.training.homes import make_homes
+from xpeer.accounts.accountant import Segment, epsilon, epsilon_worst
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.config import Home
-from xpeer.privacy.accountant import Segment, epsilon, epsilon_worst
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 from xpeer.trainer.assembled import Assembled
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup

@@ -18,12 +18,11 @@ import pytest
 from tests.factories import privacy_stamp
 from tests.unit.training.clocks import Clock
 from tests.unit.training.test_loop import Parameters, Result, manifest_with
+from xpeer.accounts import budget as budgets
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.budget import Budget, Charged
 from xpeer.errors import LocalError
 from xpeer.manifest import End, Manifest, Privacy, Round
-from xpeer.privacy import budget as budgets
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.budget import Budget
-from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
 from xpeer.trainer import saving
 from xpeer.trainer.build import make_loop
@@ -175,7 +174,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     for module in (learner, loop, measuring, pacing, saving, timings, budgets):
         monkeypatch.setattr(module, "time", made)
-    monkeypatch.setattr("xpeer.privacy.accountant.steps_within", lambda *given: given[-1])
+    monkeypatch.setattr("xpeer.accounts.accountant.steps_within", lambda *given: given[-1])
     return made
 
 

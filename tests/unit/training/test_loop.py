@@ -15,13 +15,13 @@ import torch
 
 from tests.factories import privacy_stamp
 from tests.unit.training.clocks import Clock
+from xpeer.accounts.budget import Charged
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.identity import blake2b
 from xpeer.manifest import Codec, End, Manifest, Model, Optimiser, Privacy, PublicText, Round
 from xpeer.mixing import exchanges, in_flight
 from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.in_flight import MAX_IN_FLIGHT
-from xpeer.privacy.steps import Charged
 from xpeer.status import PrivacySpent
 from xpeer.trainer.build import make_loop
 from xpeer.training import learner, loop, measuring, pacing, timings

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.training.homes import make_homes
+from xpeer.accounts import accountant
 from xpeer.errors import ConfigError
-from xpeer.privacy import accountant
 from xpeer.trainer.build import assemble
 
 OPTIONS = (

@@ -23,12 +23,10 @@ from typing import Final, Self
 
 import msgspec
 
-from xpeer.errors import LocalError
-from xpeer.files import require_own
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.charges import MECHANISM, About, Chain, Charge, Row, forecast, in_parts
-from xpeer.privacy.histories import ByUnit, Joined, missing, segments_of, steps_of
-from xpeer.privacy.ledger_file import (
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.chain import MECHANISM, About, Chain, Charge, Row, forecast, in_parts
+from xpeer.accounts.histories import ByUnit, Joined, missing, segments_of, steps_of
+from xpeer.accounts.ledger_file import (
     MEND,
     RESTORE,
     TAKE_OVER,
@@ -39,7 +37,9 @@ from xpeer.privacy.ledger_file import (
     refuse_a_loss,
     told,
 )
-from xpeer.privacy.register import Fits, Register
+from xpeer.accounts.register import Fits, Register
+from xpeer.errors import LocalError
+from xpeer.files import require_own
 
 _MAX_STEPS: Final = 1 << 31
 """Of one charge; no run is that long."""

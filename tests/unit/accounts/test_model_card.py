@@ -7,11 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.unit.privacy.accounts import open_declared
+from tests.unit.accounts.ledgers import open_declared
 from tests.unit.privacy.test_mechanism import OFF, manifest
-from xpeer.privacy import accountant, card
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.ledger import Ledger
+from xpeer.accounts import accountant, model_card
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.ledger import Ledger
 
 
 @pytest.fixture
@@ -22,24 +22,24 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_a_card_tells_epsilon_and_no_size(ledger: Ledger) -> None:
-    made = card.card_of(manifest(), "swarm", 40, ledger)
+    made = model_card.card_of(manifest(), "swarm", 40, ledger)
     spent = accountant.epsilon([Segment(1.0, 0.02, 40)], 1e-5)
     assert made.epsilon_spent is not None
     assert spent <= made.epsilon_spent < spent + 0.5
     assert (made.unit, made.delta) == ("record", 1e-5)
-    words, machine = (content.decode() for content in card.files(made).values())
+    words, machine = (content.decode() for content in model_card.files(made).values())
     assert f"epsilon = {made.epsilon_spent:g}" in words
-    assert msgspec.json.decode(machine, type=card.Card) == made
+    assert msgspec.json.decode(machine, type=model_card.Card) == made
     assert "0.02" not in words + machine
 
 
 def test_a_card_without_privacy_says_so() -> None:
-    made = card.card_of(OFF, "swarm", 1, None)
+    made = model_card.card_of(OFF, "swarm", 1, None)
     assert (made.epsilon_spent, made.unit) == (None, None)
-    assert "**None.**" in card.files(made)["README.md"].decode()
+    assert "**None.**" in model_card.files(made)["README.md"].decode()
 
 
 def test_a_node_that_never_trained() -> None:
-    made = card.card_of(manifest(), "swarm", 1, None)
+    made = model_card.card_of(manifest(), "swarm", 1, None)
     assert made.epsilon_spent == 0.0
-    assert "has trained on no text of its own" in card.files(made)["README.md"].decode()
+    assert "has trained on no text of its own" in model_card.files(made)["README.md"].decode()

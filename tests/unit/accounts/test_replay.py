@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.privacy.accounting import by_opacus, random_charges
-from tests.unit.privacy.test_accountant import REFERENCE
+from tests.unit.accounts.test_accountant import REFERENCE
+from xpeer.accounts.accountant import Segment, epsilon, epsilon_rdp
+from xpeer.accounts.replay import epsilon_replayed, replay
 from xpeer.errors import LocalError
-from xpeer.privacy.accountant import Segment, epsilon, epsilon_rdp
-from xpeer.privacy.replay import epsilon_replayed, replay
 
 
 @pytest.mark.parametrize(("sigma", "q", "steps", "delta", "by_rdp", "by_pld"), REFERENCE)

@@ -27,8 +27,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from xpeer.accounts.accountant import Segment, merge
 from xpeer.errors import LocalError
-from xpeer.privacy.accountant import Segment, merge
 
 EPSILON_ERROR: Final = 2e-3
 DELTA_ERROR: Final = 1e-3

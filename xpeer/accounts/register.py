@@ -30,10 +30,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from xpeer.errors import ConfigError, LocalError
-from xpeer.privacy import register_file as file
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.histories import (
+from xpeer.accounts import register_file as file
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.histories import (
     ByUnit,
     DocumentClass,
     History,
@@ -44,8 +43,9 @@ from xpeer.privacy.histories import (
     steps_of,
     undominated,
 )
-from xpeer.privacy.ledger_file import file_id
-from xpeer.privacy.register_tables import RECOVERED, Tables
+from xpeer.accounts.ledger_file import file_id
+from xpeer.accounts.register_tables import RECOVERED, Tables
+from xpeer.errors import ConfigError, LocalError
 
 _SPAN: Final = "SELECT id FROM spans WHERE ledger_id = ? AND documents = ? AND unit = ?"
 _CHARGE: Final = (

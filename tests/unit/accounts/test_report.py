@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.privacy.accounts import about_in, charge_file_alone, open_declared
+from tests.unit.accounts.ledgers import about_in, charge_file_alone, open_declared
+from xpeer.accounts import accountant, audit, planning, report
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.budget import told_size
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.errors import ConfigError, LocalError
-from xpeer.privacy import accountant, audit, planning, report
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.budget import told_size
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 
 ABOUT = about_in("swarm")
 

@@ -6,12 +6,12 @@ import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.chain import About, Chain, Row
+from xpeer.accounts.histories import ByUnit, History
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.errors import LocalError
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.charges import About, Chain, Row
-from xpeer.privacy.histories import ByUnit, History
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 
 ROOT = Path(__file__).parents[3]
 """Where processes of their own can import this."""

@@ -8,14 +8,14 @@ import msgspec
 from msgspec import Struct
 
 from xpeer import __version__
+from xpeer.accounts import accountant, report
+from xpeer.accounts.account_view import Together
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.errors import LocalError
 from xpeer.leaves import Public, Timing, seen_by
 from xpeer.manifest import Manifest
 from xpeer.policies import privacy_policy
-from xpeer.privacy import accountant, report
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
-from xpeer.privacy.together import Together
 
 FILES = ("README.md", "privacy.json")
 

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.unit.privacy.accounts import ROOT, about_in, open_declared
+from tests.unit.accounts.ledgers import ROOT, about_in, open_declared
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.errors import ConfigError, LedgerError, LocalError
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 from xpeer.trainer.answers import error_of, failure_of
 
 STEP = Segment(1.0, 0.01, 20)
@@ -27,8 +27,8 @@ STEP = Segment(1.0, 0.01, 20)
 CHARGE_AND_HANG = """
 import sys, time
 from pathlib import Path
-from xpeer.privacy.accountant import Segment
-from tests.unit.privacy.accounts import open_declared
+from xpeer.accounts.accountant import Segment
+from tests.unit.accounts.ledgers import open_declared
 
 ledger = open_declared(Path(sys.argv[1]))
 for _ in range(3):

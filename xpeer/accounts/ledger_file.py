@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from xpeer.accounts.chain import Chain
 from xpeer.errors import LedgerError, LocalError
-from xpeer.privacy.charges import Chain
 
 VERSION: Final = 2
 """1: without what a charge was for; such files are taken over, their charges stay as they are."""

@@ -7,17 +7,17 @@ from typing import Final, NamedTuple
 
 from msgspec import Struct
 
+from xpeer.accounts import accountant
+from xpeer.accounts.account_view import Together
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.chain import About
+from xpeer.accounts.histories import DocumentClass
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
+from xpeer.accounts.replay import replay
 from xpeer.errors import LocalError
 from xpeer.leaves import Local, Public, seen_by
 from xpeer.manifest import DELTA_MAX
-from xpeer.privacy import accountant
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.charges import About
-from xpeer.privacy.histories import DocumentClass
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
-from xpeer.privacy.replay import replay
-from xpeer.privacy.together import Together
 
 START: Final = "start the node: it takes up what was lost"
 TOLERANCE: Final = 0.01

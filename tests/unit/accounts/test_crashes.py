@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.unit.privacy.accounts import open_declared
+from tests.unit.accounts.ledgers import open_declared
+from xpeer.accounts.accountant import Segment, epsilon, epsilon_worst
+from xpeer.accounts.budget import Budget
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.errors import LocalError
-from xpeer.privacy.accountant import Segment, epsilon, epsilon_worst
-from xpeer.privacy.budget import Budget
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
 
 SIGMA, Q, DELTA = 4.0, 1.0, 1e-5
 DOCUMENTS = ["x", "y"]

@@ -10,15 +10,14 @@ import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from typing import Final, NamedTuple
 
+from xpeer.accounts import accountant
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import BudgetExceededError
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
-from xpeer.privacy import accountant
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import BudgetExceededError
-from xpeer.privacy.steps import Charged
 
 SIGMA_SETTING: Final = "noise_multiplier"
 """Key of the calibrated sigma in the ledger."""
@@ -27,6 +26,26 @@ _SMOOTHING: Final = 0.8
 """Of what a charge takes, per charge."""
 _ANEW: Final = 0.05
 """Other homes' charges are estimated until this share of the steps left was charged since."""
+
+
+class Charged(NamedTuple):
+    """What a mechanism charged since it was made."""
+
+    made: int = 0
+    """Charges on the disk, or on their way there."""
+    used: int = 0
+    """Of these, taken."""
+    seconds: float = 0.0
+    """That a charge takes, smoothed."""
+    possible: int = 0
+    """Charges that the budget allows in all, those of earlier starts included."""
+    left: int = 0
+    """On the disk, and not taken: so many steps may be taken now."""
+
+    @property
+    def under_way(self) -> int:
+        """On their way to the disk: `begin_window` waits for them."""
+        return self.made - self.used - self.left
 
 
 class Budget:

@@ -7,8 +7,8 @@ from typing import Final
 
 from msgspec import Struct
 
+from xpeer.accounts.accountant import Segment
 from xpeer.leaves import Local, seen_by
-from xpeer.privacy.accountant import Segment
 
 History = dict[tuple[float, float], int]
 """Steps by (noise multiplier, sampling probability)."""

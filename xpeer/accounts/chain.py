@@ -13,12 +13,12 @@ from typing import Final, NamedTuple
 import msgspec
 from msgspec import Struct
 
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.histories import ByUnit
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
 from xpeer.leaves import Local, Parts, Public, Timing, seen_by
 from xpeer.policies import privacy_policy
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.histories import ByUnit
 
 DOMAIN: Final = b"xpeer/ledger/v1\0"
 MECHANISM: Final = "poisson-subsampled-gaussian"

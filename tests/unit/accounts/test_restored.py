@@ -17,16 +17,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.privacy.accounts import about_in, by_unit
+from tests.unit.accounts.ledgers import about_in, by_unit
 from tests.unit.privacy.test_mechanism import manifest
+from xpeer.accounts import audit, model_card, register_file, report
+from xpeer.accounts.account_view import Together
+from xpeer.accounts.accountant import Segment, epsilon, epsilon_worst
+from xpeer.accounts.budget import Budget
+from xpeer.accounts.chain import in_parts
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 from xpeer.errors import ConfigError, LocalError
-from xpeer.privacy import audit, card, register_file, report
-from xpeer.privacy.accountant import Segment, epsilon, epsilon_worst
-from xpeer.privacy.budget import Budget
-from xpeer.privacy.charges import in_parts
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
-from xpeer.privacy.together import Together
 
 STEP, OTHER = Segment(1.0, 0.01, 20), Segment(0.8, 0.02, 5)
 SIGMA, Q, DELTA = 4.0, 1.0, 1e-5
@@ -284,7 +284,7 @@ def test_a_restored_ledger_is_charged_again_what_the_register_knows(machine: Mac
     assert found is not None
     with found, Ledger.look(machine.ledger("a")) as ledger:
         (problem,) = report.verify(ledger, found).problems
-        told = card.card_of(manifest(), "swarm", 1, ledger, found)
+        told = model_card.card_of(manifest(), "swarm", 1, ledger, found)
         assert Together(ledger, found).charged == segments
     assert "lacks 30 steps" in problem
     assert told.epsilon_spent is not None
@@ -352,7 +352,7 @@ def test_a_ledger_that_forgot_all_says_so(machine: Machine) -> None:
     found = Register.look(machine.register)
     assert found is not None
     with found, Ledger.look(machine.ledger("a")) as ledger:
-        for told in (report.account, lambda *given: card.card_of(manifest(), "s", 1, *given)):
+        for told in (report.account, lambda *given: model_card.card_of(manifest(), "s", 1, *given)):
             with pytest.raises(LocalError, match=r"lacks 20 steps|has lost all") as caught:
                 told(ledger, found)
             assert "start the node" in caught.value.remedy
@@ -385,7 +385,7 @@ def test_of_a_shard_all_that_was_ever_released_is_told(machine: Machine) -> None
     assert found is not None
     with found, Ledger.look(machine.ledger("a")) as ledger:
         told, verdict = report.account(ledger, found), report.verify(ledger, found)
-        on_card = card.card_of(manifest(), "s", 1, ledger, found)
+        on_card = model_card.card_of(manifest(), "s", 1, ledger, found)
     spent = epsilon([many, many], DELTA)
     assert told.epsilon_ever == told.epsilon_spent == verdict.epsilon_spent == spent
     assert told.unit == "shard"
@@ -427,8 +427,8 @@ def test_a_card_tells_of_no_unit_more_than_was_spent_on_it(machine: Machine) -> 
     found = Register.look(machine.register)
     assert found is not None
     with found, Ledger.look(machine.ledger("a")) as ledger:
-        told = card.card_of(manifest(), "s", 1, ledger, found)
-        alone = card.card_of(manifest(), "s", 1, ledger)
+        told = model_card.card_of(manifest(), "s", 1, ledger, found)
+        alone = model_card.card_of(manifest(), "s", 1, ledger)
     spent = epsilon([many], DELTA)
     assert told.epsilon_spent is not None
     assert alone.epsilon_spent is not None
@@ -442,7 +442,9 @@ def test_a_card_holds_for_the_delta_that_it_names(machine: Machine) -> None:
     machine.charge("a", ["x"], *[STEP] * 30)  # noted with 1e-5
     rules = msgspec.structs.replace(manifest().privacy, delta=1e-8)
     with Ledger.look(machine.ledger("a")) as ledger:
-        told = card.card_of(msgspec.structs.replace(manifest(), privacy=rules), "s", 1, ledger)
+        told = model_card.card_of(
+            msgspec.structs.replace(manifest(), privacy=rules), "s", 1, ledger
+        )
     assert told.delta == 1e-8
     assert told.epsilon_spent is not None
     assert told.epsilon_spent >= epsilon([STEP] * 30, 1e-8)

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from typing import Final
 
 from xpeer import __version__
-from xpeer.privacy.charges import Charge
-from xpeer.privacy.report import Account, Checked, Verdict
+from xpeer.accounts.chain import Charge
+from xpeer.accounts.report import Account, Checked, Verdict
 
 _OF_UNIT: Final = {
     "record": "a document cut into m records: at most m times epsilon, not epsilon",

@@ -6,13 +6,13 @@ import math
 
 from msgspec import Struct
 
+from xpeer.accounts import accountant
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.budget import told_size
+from xpeer.accounts.signal import noise_norm
 from xpeer.errors import ConfigError
 from xpeer.leaves import Public, seen_by
 from xpeer.manifest import DELTA_MAX, DELTA_MIN
-from xpeer.privacy import accountant
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.budget import told_size
-from xpeer.privacy.signal import noise_norm
 
 
 @seen_by("home", "of the operator's own numbers")

@@ -7,8 +7,8 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpeer.privacy.accountant import Segment, epsilon, epsilon_worst
-from xpeer.privacy.replay import EPSILON_ERROR, epsilon_replayed
+from xpeer.accounts.accountant import Segment, epsilon, epsilon_worst
+from xpeer.accounts.replay import EPSILON_ERROR, epsilon_replayed
 
 SIGMAS = st.floats(0.6, 4.0).map(lambda sigma: round(sigma, 2))
 RATES = st.sampled_from([0.001, 0.004, 0.01, 0.03, 0.1, 1.0])

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.unit.privacy.accounts import ROOT, open_declared
+from tests.unit.accounts.ledgers import ROOT, open_declared
+from xpeer.accounts.accountant import Segment, epsilon
+from xpeer.accounts.budget import Budget
+from xpeer.accounts.ledger import Ledger
 from xpeer.errors import ConfigError, LocalError
-from xpeer.privacy.accountant import Segment, epsilon
-from xpeer.privacy.budget import Budget
-from xpeer.privacy.ledger import Ledger
 
 TARGET, DELTA, SIGMA = 8.6, 1e-5, 4.0
 FITS = 50
@@ -152,8 +152,8 @@ def test_other_kinds_of_steps_count(tmp_path: Path) -> None:
 CRASH = """
 import os, signal, sys
 from pathlib import Path
-from xpeer.privacy.budget import Budget
-from tests.unit.privacy.accounts import open_declared
+from xpeer.accounts.budget import Budget
+from tests.unit.accounts.ledgers import open_declared
 ledger = open_declared(Path(sys.argv[1]))
 budget = Budget(
     ledger, epsilon=8.6, delta=1e-5, noise_multiplier=4.0, sampling_probability=1.0

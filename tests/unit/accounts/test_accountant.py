@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpeer.errors import ConfigError, LocalError
-from xpeer.privacy.accountant import (
+from xpeer.accounts.accountant import (
     Segment,
     _Search,
     calibrate,
@@ -18,6 +17,7 @@ from xpeer.privacy.accountant import (
     merge,
     steps_within,
 )
+from xpeer.errors import ConfigError, LocalError
 
 # sigma, q, steps, delta, epsilon by RDP, epsilon by PLD. RDP agrees with opacus 1.6's
 # RDPAccountant to four digits, PLD with its PRVAccountant to 0.6%.

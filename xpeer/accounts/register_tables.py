@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
-from xpeer.privacy import register_file as file
-from xpeer.privacy.histories import ByUnit, DocumentClass, History, combined, segments_of, steps_of
+from xpeer.accounts import register_file as file
+from xpeer.accounts.histories import ByUnit, DocumentClass, History, combined, segments_of, steps_of
 
 RECOVERED: Final = b"recovered"
 """In the place of a span's documents: nobody knows which they were."""

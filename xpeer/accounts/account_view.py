@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.histories import (
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.histories import (
     ByUnit,
     DocumentClass,
     History,
@@ -20,8 +20,8 @@ from xpeer.privacy.histories import (
     steps_of,
     undominated,
 )
-from xpeer.privacy.ledger import Ledger
-from xpeer.privacy.register import Register
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
 
 PATIENCE_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """A running node charges the register first, and its ledger a little later."""

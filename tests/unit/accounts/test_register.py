@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.privacy.accounts import by_unit
+from tests.unit.accounts.ledgers import by_unit
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.histories import History, segments_of, undominated
+from xpeer.accounts.register import BudgetExceededError, Register
 from xpeer.errors import ConfigError, LocalError
-from xpeer.privacy.accountant import Segment
-from xpeer.privacy.histories import History, segments_of, undominated
-from xpeer.privacy.register import BudgetExceededError, Register
 
 STEP = Segment(1.0, 0.01, 20)
 OTHER = Segment(0.8, 0.02, 5)
