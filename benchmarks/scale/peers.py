@@ -22,8 +22,8 @@ from xpeer.network.exchange import Agreement
 from xpeer.network.invites import grant
 from xpeer.network.keyring import KeyRing
 from xpeer.network.membership import Credential, Membership
-from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer.network.swarm import Swarm
+from xpeer.roster.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer.round import Exchanged
 from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.partners import Partners

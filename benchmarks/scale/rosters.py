@@ -21,7 +21,7 @@ from xpeer.network.addresses import peer_of
 from xpeer.network.invites import grant
 from xpeer.network.keyring import KeyRing
 from xpeer.network.membership import Credential, Membership, Role
-from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
+from xpeer.roster.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 
 REFRESH_EVERY_S = 3.0
 START_S = 1_800_000_000.0

@@ -14,7 +14,7 @@ from xpeer.manifest import Manifest
 from xpeer.network import about, exchange, joining, nudging, state
 from xpeer.network.membership import Membership
 from xpeer.network.rates import Rates
-from xpeer.network.roster import Roster
+from xpeer.roster.roster import Roster
 from xpeer.trainer.child import PROGRAM
 from xpeer.trainer.client import TrainerProcess
 from xpeer.trainer.setup import TrainerSetup

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from xpeer.identity import PeerId
-from xpeer.network.cards import MemberRecord
+from xpeer.roster.cards import MemberRecord
 
 FORGOTTEN_S = 86_400.0
 """One that is gone for so long is not missed any more."""

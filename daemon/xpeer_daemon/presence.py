@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 
-from xpeer.network.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
+from xpeer.roster.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer_daemon.node import Node
 from xpeer_daemon.partners import Partners
 from xpeer_daemon.store import Store

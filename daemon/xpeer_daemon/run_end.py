@@ -6,8 +6,8 @@ import asyncio
 import logging
 
 from xpeer.errors import ExitCode, LocalError
-from xpeer.network.roster import ANNOUNCE_EVERY_S
 from xpeer.phase import Phase, traits_of
+from xpeer.roster.roster import ANNOUNCE_EVERY_S
 from xpeer_daemon.closing import Closing
 from xpeer_daemon.node import Node
 from xpeer_daemon.presence import ROSTER_EVERY_S

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from xpeer.network.roster import TTL_S
+from xpeer.roster.roster import TTL_S
 from xpeer.training import partition
 
 log = logging.getLogger("xpeer.shares")

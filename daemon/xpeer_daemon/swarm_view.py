@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from xpeer.config import NodeConfig
 from xpeer.errors import Reason
 from xpeer.identity import PeerId
-from xpeer.network.cards import MemberRecord
 from xpeer.phase import Phase, Traits, traits_of
+from xpeer.roster.cards import MemberRecord
 from xpeer.training import partition
 from xpeer_daemon.acquaintances import Acquaintances
 from xpeer_daemon.life import Life

@@ -10,8 +10,8 @@ import pytest
 
 from tests.unit.daemon.fakes import ALPHA, BETA, GAMMA, FakeNode
 from xpeer.identity import PeerId
-from xpeer.network.roster import MemberRecord
 from xpeer.phase import TrainerPhase
+from xpeer.roster.roster import MemberRecord
 from xpeer.status import Progress, Status
 
 OTHERS = (PeerId(ALPHA), PeerId(BETA), PeerId(GAMMA))

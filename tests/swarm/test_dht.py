@@ -18,8 +18,8 @@ from xpeer.identity import Identity
 from xpeer.network import exchange, joining, state
 from xpeer.network.dht import MAX_RECORDS, MAX_TTL_S, MAX_VALUE_BYTES
 from xpeer.network.keyring import KeyRing
-from xpeer.network.roster import Roster
 from xpeer.network.swarm import Swarm, _hivemind_id
+from xpeer.roster.roster import Roster
 
 DHT_HANDLERS = ("rpc_ping", "rpc_store", "rpc_find")
 

@@ -26,8 +26,8 @@ from xpeer.network.exchange import PROTOCOL, Agreement, Party, Proposer, answeri
 from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link
 from xpeer.network.p2p import STREAMS_PER_PEER
-from xpeer.network.roster import Roster
 from xpeer.network.swarm import Swarm
+from xpeer.roster.roster import Roster
 from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
 from xpeer.wire.messages import Propose, Terms
 

@@ -15,8 +15,8 @@ from tests.swarm.conftest import Founder
 from xpeer.errors import ConfigError, PeerError, Reason
 from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link
-from xpeer.network.roster import TTL_S, MemberRecord, Roster
 from xpeer.network.swarm import Swarm
+from xpeer.roster.roster import TTL_S, MemberRecord, Roster
 
 KEY = b"k" * 32
 ECHO = "xpeer/test-echo/1"

@@ -10,8 +10,8 @@ from xpeer.config import Home, NodeConfig
 from xpeer.health import Health
 from xpeer.identity import PeerId
 from xpeer.manifest import Privacy
-from xpeer.network.cards import MemberRecord
 from xpeer.phase import Phase
+from xpeer.roster.cards import MemberRecord
 from xpeer.status import Progress
 from xpeer.trainer.client import TrainerProcess
 from xpeer_daemon.acquaintances import Acquaintances

@@ -10,7 +10,7 @@ from tests.unit.daemon.fakes import FakeNode
 from xpeer.config import NodeConfig, Training
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
-from xpeer.network.cards import MemberRecord
+from xpeer.roster.cards import MemberRecord
 from xpeer.status import PrivacySpent, Progress
 from xpeer.trainer.client import TrainerProcess
 from xpeer.wire.messages import Propose

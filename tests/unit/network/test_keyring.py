@@ -13,14 +13,15 @@ from benchmarks.scale.rosters import Net, Node
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, blake2b
 from xpeer.manifest import SignedManifest
-from xpeer.network import joining, roster
+from xpeer.network import joining
 from xpeer.network.exchange import Party
 from xpeer.network.invites import grant
 from xpeer.network.joining import Admission
 from xpeer.network.keyring import KeyRing
 from xpeer.network.membership import Credential, Membership, Scope
-from xpeer.network.shards import Stored
-from xpeer.network.spreading import Answer, Question
+from xpeer.roster import roster
+from xpeer.roster.dht_cards import Stored
+from xpeer.roster.spreading import Answer, Question
 from xpeer.wire.frames import HEADER, Kind
 from xpeer.wire.session import Credentials, Handshake
 

@@ -10,14 +10,15 @@ import pytest
 from benchmarks.scale.rosters import Net, Node, measure
 from xpeer.errors import PeerError
 from xpeer.identity import Domain, Identity
-from xpeer.network import roster as roster_module
-from xpeer.network import spreading
-from xpeer.network.cards import LINK_S, Beat, Card, Chain, SignedCard
 from xpeer.network.dht import MAX_TTL_S
 from xpeer.network.invites import grant
 from xpeer.network.keyring import KeyRing
 from xpeer.network.membership import Credential
-from xpeer.network.pace import (
+from xpeer.roster import roster as roster_module
+from xpeer.roster import spreading
+from xpeer.roster.cards import LINK_S, Beat, Card, Chain, SignedCard
+from xpeer.roster.dht_cards import Stored
+from xpeer.roster.pace import (
     BEAT_BYTES,
     BEATS_BYTES_PER_MINUTE,
     BEATS_PER_LIFETIME,
@@ -26,9 +27,8 @@ from xpeer.network.pace import (
     bounded_lifetime_s,
     question_every_s,
 )
-from xpeer.network.roster import PROTOCOL, Roster
-from xpeer.network.shards import Stored
-from xpeer.network.spreading import Answer, News, Question
+from xpeer.roster.roster import PROTOCOL, Roster
+from xpeer.roster.spreading import Answer, News, Question
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from msgspec import Meta, Struct
 
 from xpeer.identity import PeerId, blake2b
 from xpeer.leaves import Parts, Public, seen_by
-from xpeer.network.cards import LINK_BYTES, Beat, Known, SignedCard
 from xpeer.network.membership import MAX_CREDENTIAL_BYTES
+from xpeer.roster.cards import LINK_BYTES, Beat, Known, SignedCard
 
 MAX_MEMBERS = 4096
 MAX_CARDS = 64

@@ -26,27 +26,16 @@ from nacl.exceptions import CryptoError
 
 from xpeer.errors import NotAuthorisedError, PeerError
 from xpeer.identity import PeerId
-from xpeer.network import spreading
 from xpeer.network.addresses import is_dialled, peer_of
-from xpeer.network.cards import (
-    LINK_S,
-    MAX_SKEW_S,
-    Beat,
-    Card,
-    Known,
-    MemberRecord,
-    SignedCard,
-)
 from xpeer.network.keyring import KeyRing
-from xpeer.network.own_card import OwnCard
-from xpeer.network.pace import (
-    TTL_S,
-    question_every_s,
-)
 from xpeer.network.present import RateLimit
-from xpeer.network.shards import Shards, Stored
-from xpeer.network.spreading import Answer, News, Question
 from xpeer.network.swarm import Swarm
+from xpeer.roster import spreading
+from xpeer.roster.cards import LINK_S, MAX_SKEW_S, Beat, Card, Known, MemberRecord, SignedCard
+from xpeer.roster.dht_cards import Shards, Stored
+from xpeer.roster.own_card import OwnCard
+from xpeer.roster.pace import TTL_S, question_every_s
+from xpeer.roster.spreading import Answer, News, Question
 
 __all__ = ["ANNOUNCE_EVERY_S", "TTL_S", "MemberRecord", "Roster"]
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpeer.identity import Domain, Identity, PeerId
-from xpeer.network import shards, spreading
 from xpeer.network.about import About
-from xpeer.network.cards import LINK_S, LINKS, Beat, Card, Chain, Known, MemberRecord, SignedCard
+from xpeer.roster import dht_cards, spreading
+from xpeer.roster.cards import LINK_S, LINKS, Beat, Card, Chain, Known, MemberRecord, SignedCard
 
 SWARM = "5a" * 32
 CHAIN = Chain.begin(1000.0)
@@ -99,16 +99,16 @@ def test_a_digest_brings_what_its_sender_lacks(ours, theirs) -> None:
     assert {m.owner: beat for m, beat in unpacked} == {m.owner: m.beat for m in beats}
 
 
-@pytest.mark.parametrize("size", [0, 1, 253, 254, 255, 256, shards.MAX_RECORD_BYTES])
+@pytest.mark.parametrize("size", [0, 1, 253, 254, 255, 256, dht_cards.MAX_RECORD_BYTES])
 def test_padding_is_undone(size: int) -> None:
-    padded = shards._pad(b"x" * size)
-    assert len(padded) % shards.PAD_BYTES == 0
-    assert shards._unpad(padded) == b"x" * size
+    padded = dht_cards._pad(b"x" * size)
+    assert len(padded) % dht_cards.PAD_BYTES == 0
+    assert dht_cards._unpad(padded) == b"x" * size
 
 
 def test_padding_is_bounded() -> None:
     with pytest.raises(ValueError, match="roster record"):
-        shards._pad(bytes(shards.MAX_RECORD_BYTES + 1))
+        dht_cards._pad(bytes(dht_cards.MAX_RECORD_BYTES + 1))
 
 
 @pytest.mark.parametrize("change", [{"phase": "training\n"}, {"zone": "z\n"}])

@@ -7,9 +7,9 @@ import math
 import msgspec
 
 from xpeer.identity import Domain
-from xpeer.network.cards import Beat, Card, Chain, Known, MemberRecord, SignedCard
-from xpeer.network.pace import BEATS_PER_LIFETIME, TTL_S, bounded_lifetime_s
 from xpeer.network.swarm import Swarm
+from xpeer.roster.cards import Beat, Card, Chain, Known, MemberRecord, SignedCard
+from xpeer.roster.pace import BEATS_PER_LIFETIME, TTL_S, bounded_lifetime_s
 
 
 class OwnCard:
