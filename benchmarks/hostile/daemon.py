@@ -12,13 +12,13 @@ from benchmarks.hostile.attacks import ATTACK_VARIABLE
 from xpeer import config
 from xpeer.config import Home
 from xpeer.errors import Reason
+from xpeer.gossip.clock import Gossip
 from xpeer.identity import PeerId
 from xpeer.network.exchange import Agreement
 from xpeer.round import Meeting
 from xpeer.update import CompressedUpdate
 from xpeer.wire.messages import Propose
 from xpeer_daemon import start
-from xpeer_daemon.gossip import Gossip
 
 _FOR_EVER_S = 3600.0
 

@@ -22,14 +22,14 @@ import torch
 
 from benchmarks.common import emit, say, write_result
 from benchmarks.vector import Vector
+from xpeer.gossip import masks
+from xpeer.gossip.masked import MaskedMeeting, Us
 from xpeer.identity import Identity, PeerId
-from xpeer.masked_round import MaskedMeeting, Us
 from xpeer.network.exchange import Agreement, Party
 from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link, Meter
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.stream import Stream
-from xpeer.privacy import masks
 from xpeer.round import Given, Meeting
 from xpeer.update import Form
 from xpeer.wire import fixedpoint, kernels

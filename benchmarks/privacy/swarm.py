@@ -3,7 +3,7 @@
 Each peer is the trainer's own loop with the trainer's own mechanism (Poisson samples, per-record
 clipping, secret noise, a ledger on the disk) and its own exchanges (fragments, codec, norm limits,
 rules). What is simulated is the network between them: payloads are handed over, one slot at every
-step, pairs as `xpeer.network.matching` draws them. Noise and samples have no seed, so no two runs
+step, pairs as `xpeer.gossip.matching` draws them. Noise and samples have no seed, so no two runs
 are alike.
 """
 
@@ -19,9 +19,9 @@ from typing import Self
 import torch
 
 from benchmarks.privacy.ledgers import open_ledger
+from xpeer.gossip import matching
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
-from xpeer.network import matching
 from xpeer.privacy.clipping import Engine, RecordLosses
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.mechanism import Mechanism, OffMechanism, RecordMechanism

@@ -15,6 +15,9 @@ import torch
 
 from benchmarks.vector import Vector
 from xpeer.errors import PeerError
+from xpeer.gossip.clock import Gossip
+from xpeer.gossip.partners import Partners
+from xpeer.gossip.record import Record
 from xpeer.identity import Identity, PeerId, blake2b
 from xpeer.manifest import Genesis, Manifest, Model, Privacy, PublicText, Round
 from xpeer.network import exchange, nudging
@@ -25,9 +28,6 @@ from xpeer.network.membership import Credential, Membership
 from xpeer.network.swarm import Swarm
 from xpeer.roster.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer.round import Exchanged
-from xpeer_daemon.gossip import Gossip
-from xpeer_daemon.partners import Partners
-from xpeer_daemon.record import Record
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 KEY = b"k" * 32

@@ -17,13 +17,13 @@ from benchmarks.simulator.links import Links
 from benchmarks.simulator.model import NUM_PARAMS, evaluate
 from benchmarks.simulator.spec import Run
 from xpeer import weights
+from xpeer.gossip import matching
 from xpeer.identity import PeerId
 from xpeer.mixing import rules
 from xpeer.mixing.differences import difference
 from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.rules.base import Correction
 from xpeer.mixing.screen import Movement, NormLimit, Scale
-from xpeer.network import matching
 from xpeer.update import Form
 from xpeer.wire import codec
 from xpeer.wire.messages import Terms

@@ -19,6 +19,7 @@ import random
 from typing import Final
 
 from xpeer.errors import LocalError, PeerError
+from xpeer.gossip.backoff import Backoff
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import state
@@ -28,7 +29,6 @@ from xpeer.network.state import Offered
 from xpeer.phase import Phase, traits_of
 from xpeer.trainer.client import TrainerProcess
 from xpeer.training.schedule import planned_steps
-from xpeer_daemon.backoff import Backoff
 from xpeer_daemon.node import Node
 from xpeer_daemon.store import Store
 from xpeer_daemon.swarm_view import SwarmView

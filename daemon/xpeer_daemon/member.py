@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from xpeer.config import Home, NodeConfig
+from xpeer.gossip.clock import Gossip
+from xpeer.gossip.partners import Partners
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import about, exchange, joining, nudging, state
@@ -21,13 +23,11 @@ from xpeer.trainer.setup import TrainerSetup
 from xpeer_daemon.acquaintances import Acquaintances
 from xpeer_daemon.closing import Closing
 from xpeer_daemon.donors import Donors
-from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.joiner import Admitted, founds
 from xpeer_daemon.missed import Missed
 from xpeer_daemon.node import Node
 from xpeer_daemon.outcomes import Outcomes
 from xpeer_daemon.parameters import Origin, Parameters, begins
-from xpeer_daemon.partners import Partners
 from xpeer_daemon.presence import Presence
 from xpeer_daemon.run_end import RunEnd
 from xpeer_daemon.setups import Setups

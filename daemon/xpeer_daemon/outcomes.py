@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from xpeer.errors import Reason
+from xpeer.gossip import matching
+from xpeer.gossip.partners import ORDINARY, Events
 from xpeer.health import Health
 from xpeer.identity import PeerId
-from xpeer.network import matching
 from xpeer.network.exchange import Agreement
 from xpeer.round import Exchanged
 from xpeer_daemon.closing import Closing
-from xpeer_daemon.partners import ORDINARY, Events
 from xpeer_daemon.store import RoundRow, Store
 from xpeer_daemon.swarm_view import SwarmView
 

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import time
 
+from xpeer.gossip.partners import Partners
 from xpeer.roster.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer_daemon.node import Node
-from xpeer_daemon.partners import Partners
 from xpeer_daemon.store import Store
 from xpeer_daemon.swarm_view import SwarmView
 

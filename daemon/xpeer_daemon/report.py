@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from xpeer import __version__
+from xpeer.gossip.record import LedgerState
 from xpeer.health import verdict
 from xpeer.identity import PeerId
 from xpeer.phase import Phase
 from xpeer.status import Partner, PrivacySpent, Progress, Status
-from xpeer_daemon.record import LedgerState
 
 MAX_SHORT_CHARS = 500
 

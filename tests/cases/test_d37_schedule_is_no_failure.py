@@ -7,12 +7,12 @@ from typing import Any, cast
 import pytest
 
 from tests.unit.daemon.fakes import FakeNode
-from tests.unit.daemon.test_gossip import OTHER, Rig
+from tests.unit.gossip.test_clock import OTHER, Rig
 from xpeer.cli.render import status_lines
 from xpeer.errors import PeerError, Reason
+from xpeer.gossip.partners import Partners
 from xpeer.network.link import RefusedError
 from xpeer.status import Status
-from xpeer_daemon.partners import Partners
 
 SCHEDULE = [Reason.NOT_DUE, Reason.BUSY, Reason.PAUSED]
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from xpeer.config import Home, NodeConfig
+from xpeer.gossip.partners import Partners
 from xpeer.health import Health
 from xpeer.identity import PeerId
 from xpeer.manifest import Privacy
@@ -19,7 +20,6 @@ from xpeer_daemon.ending import Ends
 from xpeer_daemon.life import Life
 from xpeer_daemon.missed import Missed
 from xpeer_daemon.node import Node
-from xpeer_daemon.partners import Partners
 from xpeer_daemon.swarm_view import SwarmView
 from xpeer_daemon.throughput import Throughput
 from xpeer_daemon.training_record import TrainingRecord

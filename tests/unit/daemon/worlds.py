@@ -8,13 +8,13 @@ import msgspec
 
 from tests.unit.daemon.fakes import FakeNode
 from xpeer.config import NodeConfig, Training
+from xpeer.gossip.clock import Gossip
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.roster.cards import MemberRecord
 from xpeer.status import PrivacySpent, Progress
 from xpeer.trainer.client import TrainerProcess
 from xpeer.wire.messages import Propose
-from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.presence import Presence
 
 ME, OTHER, THIRD = (PeerId(f"12D3KooW{letter}") for letter in "ABC")

@@ -15,9 +15,9 @@ from nacl.public import PrivateKey
 from scipy import stats
 
 from xpeer.errors import PeerError, Reason
+from xpeer.gossip import masks
+from xpeer.gossip.masks import Ephemeral
 from xpeer.identity import PeerId
-from xpeer.privacy import masks
-from xpeer.privacy.masks import Ephemeral
 from xpeer.update import Form
 
 SWARM = "ab" * 32

@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from xpeer.errors import PeerError, Reason
+from xpeer.gossip.record import LedgerState, LedgerWatch, Record
 from xpeer.identity import PeerId
 from xpeer.network.exchange import Agreement, UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.network.rates import Rates
 from xpeer.round import Exchanged
 from xpeer.wire.messages import Terms
-from xpeer_daemon.record import LedgerState, LedgerWatch, Record
 
 log = logging.getLogger("xpeer.gossip")
 

@@ -17,7 +17,7 @@ of k learn the sum of the other k - c payloads and nothing more.
 
 What this does not give: anything with k = 2 or c = k - 1; differential privacy; protection of sums
 that differ in one member only, in one slot or in successive ones; a bound on what a member sends.
-The order of messages is `xpeer.masked_round`'s business.
+The order of messages is `xpeer.gossip.masked`'s business.
 """
 
 from __future__ import annotations

@@ -14,16 +14,16 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.gossip import matching
+from xpeer.gossip.meetings import Meetings
+from xpeer.gossip.pace import Pace, Start
+from xpeer.gossip.partners import Partners
+from xpeer.gossip.view import GossipTrainer, Host
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
-from xpeer.network import matching
 from xpeer.network.exchange import Agreement, Desk, Proposer, UnresolvedError
 from xpeer.update import Form
 from xpeer.wire.messages import Propose, Terms
-from xpeer_daemon.host import GossipTrainer, Host
-from xpeer_daemon.meetings import Meetings
-from xpeer_daemon.pace import Pace, Start
-from xpeer_daemon.partners import Partners
 
 log = logging.getLogger("xpeer.gossip")
 

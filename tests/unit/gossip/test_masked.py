@@ -14,14 +14,14 @@ import torch
 
 from benchmarks.vector import Vector
 from xpeer.errors import PeerError, Reason, TrainerError
+from xpeer.gossip import masks
+from xpeer.gossip.masked import MaskedMeeting, Us
 from xpeer.identity import Identity, PeerId
-from xpeer.masked_round import MaskedMeeting, Us
 from xpeer.network.exchange import Agreement, Party, UnresolvedError
 from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link
 from xpeer.network.membership import Membership, Scope
 from xpeer.network.stream import Stream
-from xpeer.privacy import masks
 from xpeer.round import Exchanged
 from xpeer.wire import messages
 from xpeer.wire.fixedpoint import Grid

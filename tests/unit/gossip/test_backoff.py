@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 
-from tests.unit.daemon.test_gossip import ME, OTHER, SWARM, THIRD, Rig
+from tests.unit.gossip.test_clock import ME, OTHER, SWARM, THIRD, Rig
 from xpeer.errors import PeerError, Reason
+from xpeer.gossip import backoff, matching
+from xpeer.gossip.backoff import Backoff
+from xpeer.gossip.partners import FIRST_MULTIPLE, MIN_DEADLINE_S
 from xpeer.identity import PeerId
-from xpeer.network import matching
 from xpeer.network.exchange import UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged
 from xpeer.update import Form
-from xpeer_daemon import backoff
-from xpeer_daemon.backoff import Backoff
-from xpeer_daemon.partners import FIRST_MULTIPLE, MIN_DEADLINE_S
 
 LAST = PeerId("12D3KooWD")
 AGREED: Any = SimpleNamespace(

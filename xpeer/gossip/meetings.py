@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.gossip import matching
+from xpeer.gossip.masked import MaskedMeeting, Us
+from xpeer.gossip.partners import Partners
+from xpeer.gossip.view import GossipTrainer
 from xpeer.identity import PeerId
 from xpeer.manifest import Round
-from xpeer.masked_round import MaskedMeeting, Us
-from xpeer.network import matching
 from xpeer.round import Given, Meeting
-from xpeer_daemon.host import GossipTrainer
-from xpeer_daemon.partners import Partners
 
 MIN_GATHER_S, GATHER_SLOTS = 2.0, 2
 """An exchange that has not begun after this long does not hold up the merge of the others."""

@@ -13,20 +13,20 @@ import pytest
 
 from tests.unit.daemon.fakes import FakeNode, member
 from xpeer.errors import PeerError, Reason, TrainerError
+from xpeer.gossip import matching
+from xpeer.gossip.clock import Gossip
+from xpeer.gossip.masked import MaskedMeeting
+from xpeer.gossip.partners import DEADLINE_MULTIPLE, MIN_DEADLINE_S, Events, Partners
+from xpeer.gossip.record import LedgerState
 from xpeer.health import Health
 from xpeer.identity import PeerId
 from xpeer.manifest import Round
-from xpeer.masked_round import MaskedMeeting
-from xpeer.network import matching
 from xpeer.network.exchange import UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged, Meeting
 from xpeer.update import Form
 from xpeer.wire.messages import Propose, Terms
-from xpeer_daemon.gossip import Gossip
 from xpeer_daemon.outcomes import Outcomes
-from xpeer_daemon.partners import DEADLINE_MULTIPLE, MIN_DEADLINE_S, Events, Partners
-from xpeer_daemon.record import LedgerState
 from xpeer_daemon.store import Store
 
 SWARM = "ab" * 32

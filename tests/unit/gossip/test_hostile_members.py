@@ -12,15 +12,16 @@ import pytest
 
 from tests.unit.network.test_exchange import party
 from xpeer.errors import PeerError, Reason
+from xpeer.gossip import matching
+from xpeer.gossip.clock import PATIENT_SLOTS, Gossip
+from xpeer.gossip.partners import Partners
 from xpeer.identity import Domain, Identity, PeerId, blake2b
 from xpeer.manifest import Round
-from xpeer.network import matching, state
+from xpeer.network import state
 from xpeer.network.link import Link
 from xpeer.network.stream import Stream
 from xpeer.update import ModelState
 from xpeer.wire.messages import Propose, StateOffer, Terms, decode, encode, state_statement
-from xpeer_daemon.gossip import PATIENT_SLOTS, Gossip
-from xpeer_daemon.partners import Partners
 
 SWARM = "ab" * 32
 

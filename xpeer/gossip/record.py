@@ -6,8 +6,8 @@ import enum
 from collections import deque
 from collections.abc import Iterable
 
+from xpeer.gossip.backoff import Backoff
 from xpeer.wire.messages import MAX_UNRESOLVED
-from xpeer_daemon.backoff import Backoff
 
 REMEMBERED = 256
 """Exchange ids per partner, for one-sided merges and replays."""

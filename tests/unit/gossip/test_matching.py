@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xpeer.gossip import matching
 from xpeer.identity import PeerId
-from xpeer.network import matching
 
 SWARM = "5a" * 32
 PEERS = [PeerId(f"12D3KooW{i:03d}") for i in range(256)]

@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.unit.daemon.test_gossip import ROUND, FakeTrainer
+from tests.unit.gossip.test_clock import ROUND, FakeTrainer
+from xpeer.gossip.pace import Pace
 from xpeer.manifest import Round
-from xpeer_daemon.pace import Pace
 
 GRADIENT = msgspec.structs.replace(ROUND, rule="gradient", group=0, fragments=1)
 

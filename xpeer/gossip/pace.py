@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xpeer.gossip.view import GossipTrainer
 from xpeer.manifest import Round
-from xpeer_daemon.host import GossipTrainer
 
 
 @dataclass(frozen=True, slots=True)

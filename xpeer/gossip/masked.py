@@ -32,11 +32,11 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeVar, Unpack
 
 from xpeer.errors import PeerError, Reason
+from xpeer.gossip import masks
 from xpeer.identity import PeerId
 from xpeer.network.exchange import Agreement, UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.policies import Weighting
-from xpeer.privacy import masks
 from xpeer.round import Exchanged, Gathering, Given, Trainer
 from xpeer.update import Checked, CompressedUpdate, MaskedUpdate, PeerUpdate
 from xpeer.wire import fixedpoint
