@@ -1,6 +1,5 @@
-"""A home's ledger and the machine's register are told which documents the charges are for.
-
-(That is `Ledger.declare_documents`; here is what it needs to know, and what the operator should.)
+"""The documents that a home charges for, as its ledger and the machine's register need them; and
+what the operator should know of their accounts.
 """
 
 from __future__ import annotations

@@ -144,7 +144,8 @@ def steps_of(node: Assembled, count: int) -> list[dict[str, Any]]:
         entry["size"] = memoryview(update.payload).nbytes
         progress = msgspec.to_builtins(trainer.progress())
         for field in fields_by(Progress, "public", "timing"):
-            if not field.startswith("seconds_") and "_age" not in field:
+            # losses are measured where that takes no more than a share of the time
+            if not field.startswith(("seconds_", "loss_measured")) and "_age" not in field:
                 entry[field] = progress[field]
         seen.append(entry)
     node.mechanism.close()  # a charge that is being written counts when it is
