@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from xpeer.network.exchange import Agreement
+from xpeer.network.agreement import Agreement
 from xpeer.round import Exchanged, Meeting, Trainer
 
 

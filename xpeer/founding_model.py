@@ -277,7 +277,7 @@ def _require_startable(manifest: Manifest, tokenizer: Any) -> None:
     """Refuse what nodes would refuse at their start, as far as a moment tells; see `trial`."""
     from xpeer.mixing.fragments import Fragments  # noqa: PLC0415
     from xpeer.training.documents import document_of  # noqa: PLC0415 - torch takes seconds
-    from xpeer.training.shard import cut  # noqa: PLC0415
+    from xpeer.training.records import cut  # noqa: PLC0415
 
     length = manifest.optimiser.sequence_tokens
     try:

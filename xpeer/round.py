@@ -2,13 +2,13 @@
 
 An update on its way from a shard to everybody's checkpoint:
 
-    shard        training/shard.py      text -> records; they never leave the trainer
+    shard        training/records.py      text -> records; they never leave the trainer
     train        privacy/mechanism.py   per record: clip; per batch: noise; charged beforehand
     snapshot     mixing/exchanges.py  a fragment of the parameters, at a step boundary
     compress     wire/codec.py          takes a PrivateUpdate and nothing else
     (mask        masked_round.py        groups of three and more, where the manifest says so)
     seal         wire/session.py        to this partner, for this session
-    exchange     network/exchange.py    ours against theirs, both accept or neither merges
+    exchange     network/agreement.py    ours against theirs, both accept or neither merges
     verify       mixing/exchanges.py  size, finite, norm
     combine      mixing/combine.py    the differences Q(theta_j) - Q(theta_i) become one shift
     merge        training/rules/        theta += c(shift), at a step boundary
@@ -27,7 +27,7 @@ from typing import Protocol, TypedDict, Unpack
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
-from xpeer.network.exchange import Agreement
+from xpeer.network.agreement import Agreement
 from xpeer.policies import Weighting
 from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 from xpeer.weights import of_pair

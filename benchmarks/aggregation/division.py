@@ -1,8 +1,8 @@
 """One corpus, four unequal clouds: equal shares, shares by declared and by measured speed.
 
 The division is the product's (`xpeer.training.partition`), so is when it is made anew
-(`xpeer_daemon.shares`, `throughput`) and in which order records are seen (`privacy.passes`). Clouds
-gossip as in `spread gossip`. Half-way through, one of the fast ones slows down to a third.
+(`xpeer_daemon.division`, `throughput`) and in which order records are seen (`privacy.passes`).
+Clouds gossip as in `spread gossip`. Half-way through, one of the fast ones slows down to a third.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from xpeer.privacy.passes import Passes
 from xpeer.training import partition
 from xpeer.training.documents import Document, document_of
 from xpeer.training.schedule import Counters, learning_rate
-from xpeer_daemon.shares import SETTLED_S, Shares
+from xpeer_daemon.division import SETTLED_S, Shares
 from xpeer_daemon.throughput import Throughput
 
 Policy = Literal["equal", "weighted", "dynamic"]

@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks.exchange.hosts import Child, Host
 from xpeer.identity import Identity
 from xpeer.manifest import Genesis
-from xpeer.network.invites import grant
-from xpeer.network.membership import Credential
+from xpeer.network.membership.certificates import Credential
+from xpeer.network.membership.invites import grant
 
 LEAD_S = 0.5
 """Between telling the peers to begin and the moment they do."""

@@ -15,10 +15,10 @@ from benchmarks.exchange.child import Requests, run
 from benchmarks.exchange.model import SHOWN, AveragingTrainer, values_of
 from xpeer.errors import Reason
 from xpeer.identity import Identity, PeerId
-from xpeer.network.exchange import PROTOCOL, Agreement, Party, Proposer, answering
-from xpeer.network.keyring import KeyRing
+from xpeer.network.agreement import PROTOCOL, Agreement, Party, Proposer, answering
 from xpeer.network.link import Link
-from xpeer.network.membership import Credential, Membership
+from xpeer.network.membership.certificates import Credential, Membership
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm
 from xpeer.round import Meeting
 from xpeer.wire.messages import Accept, Payload, Propose, Terms

@@ -14,7 +14,7 @@ from xpeer.config import Home
 from xpeer.errors import Reason
 from xpeer.gossip.clock import Gossip
 from xpeer.identity import PeerId
-from xpeer.network.exchange import Agreement
+from xpeer.network.agreement import Agreement
 from xpeer.round import Meeting
 from xpeer.update import CompressedUpdate
 from xpeer.wire.messages import Propose

@@ -17,7 +17,7 @@ from benchmarks.overlap import timeline, wire
 from benchmarks.overlap.figure import draw
 from benchmarks.overlap.peers import Peer
 from benchmarks.overlap.wire import Wire
-from xpeer.wire import budget
+from xpeer.wire import link_plan
 
 COMMAND = "python -m benchmarks.overlap"
 SMOLLM2_135M = {
@@ -73,8 +73,8 @@ QUICK = Plan(SMALL, 8_062_656, 0.25, 40, (PROMISED,))
 
 def round_of(plan: Plan, point: Point) -> dict[str, Any]:
     """Fields of the manifest: what `xpeer plan` recommends for this link and step."""
-    link = budget.Link(min(point.mbit_per_s, 1e5) * 1e6, 2 * point.delay_s)
-    found = budget.plan(link, num_params=plan.num_params, step_s=plan.step_s, peers=2)
+    link = link_plan.Link(min(point.mbit_per_s, 1e5) * 1e6, 2 * point.delay_s)
+    found = link_plan.plan(link, num_params=plan.num_params, step_s=plan.step_s, peers=2)
     say(found.why)
     return {
         "round.fragments": found.fragments,

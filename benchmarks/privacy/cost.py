@@ -39,7 +39,7 @@ from xpeer.training.flat import FlatParameters
 from xpeer.training.losses import record_losses
 from xpeer.training.model import build
 from xpeer.training.optimiser import make_optimiser
-from xpeer.training.shard import cut
+from xpeer.training.records import cut
 from xpeer.training.tokenizer import ByteTokenizer
 
 KINDS: Final = ("full", "lora")

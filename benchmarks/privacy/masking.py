@@ -25,10 +25,10 @@ from benchmarks.vector import Vector
 from xpeer.gossip import masks
 from xpeer.gossip.masked import MaskedMeeting, Us
 from xpeer.identity import Identity, PeerId
-from xpeer.network.exchange import Agreement, Party
-from xpeer.network.keyring import KeyRing
+from xpeer.network.agreement import Agreement, Party
 from xpeer.network.link import Link, Meter
-from xpeer.network.membership import Membership, Scope
+from xpeer.network.membership.certificates import Membership, Scope
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.stream import Stream
 from xpeer.round import Given, Meeting
 from xpeer.update import Form

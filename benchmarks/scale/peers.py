@@ -20,11 +20,11 @@ from xpeer.gossip.partners import Partners
 from xpeer.gossip.record import Record
 from xpeer.identity import Identity, PeerId, blake2b
 from xpeer.manifest import Genesis, Manifest, Model, Privacy, PublicText, Round
-from xpeer.network import exchange, nudging
-from xpeer.network.exchange import Agreement
-from xpeer.network.invites import grant
-from xpeer.network.keyring import KeyRing
-from xpeer.network.membership import Credential, Membership
+from xpeer.network import agreement, nudging
+from xpeer.network.agreement import Agreement
+from xpeer.network.membership.certificates import Credential, Membership
+from xpeer.network.membership.invites import grant
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm
 from xpeer.roster.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer.round import Exchanged
@@ -119,12 +119,12 @@ class RigPeer:
             self.identity, self._path, membership, listen=[LOOPBACK], seeds=seeds
         )
         keyring = KeyRing(KEY)
-        party = exchange.Party(
+        party = agreement.Party(
             self.identity, genesis.swarm_id, keyring, b"m" * 32, certificate.serial, membership
         )
         self.roster = Roster(self.swarm, keyring, self._manifest.limits.max_members)
         await self.roster.serve()
-        self._proposer = exchange.Proposer(party, self.swarm)
+        self._proposer = agreement.Proposer(party, self.swarm)
         self.gossip = Gossip(
             me=self.peer_id,
             swarm_id=genesis.swarm_id,
@@ -136,7 +136,7 @@ class RigPeer:
             partners=self.book,
         )
         await self.swarm.serve_links(
-            exchange.PROTOCOL, exchange.answering(party, self.gossip), "member"
+            agreement.PROTOCOL, agreement.answering(party, self.gossip), "member"
         )
         loops = (self._announcing(), self._refreshing(), self.gossip.run())
         self._tasks = [asyncio.create_task(loop) for loop in loops]

@@ -18,9 +18,9 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Genesis
 from xpeer.network.addresses import peer_of
-from xpeer.network.invites import grant
-from xpeer.network.keyring import KeyRing
-from xpeer.network.membership import Credential, Membership, Role
+from xpeer.network.membership.certificates import Credential, Membership, Role
+from xpeer.network.membership.invites import grant
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.roster.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 
 REFRESH_EVERY_S = 3.0

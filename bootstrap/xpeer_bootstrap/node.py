@@ -24,8 +24,8 @@ from xpeer.errors import ConfigError, ExitCode, LocalError
 from xpeer.files import open_own, secure
 from xpeer.identity import Identity
 from xpeer.network.addresses import peer_of, resolve_listen
-from xpeer.network.invites import Token
-from xpeer.network.membership import Credential, Membership
+from xpeer.network.membership.certificates import Credential, Membership
+from xpeer.network.membership.invites import Token
 from xpeer.network.multiaddress import check_announce
 from xpeer.network.swarm import Swarm
 

@@ -28,7 +28,7 @@ from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.identity import Identity
 from xpeer.leaves import Local, Public, seen_by
 from xpeer.manifest import Manifest, SignedManifest, swarm_key_digest
-from xpeer.network.membership import Certificate, Credential
+from xpeer.network.membership.certificates import Certificate, Credential
 
 _CHECKPOINT: Final = re.compile(r"ckpt-\d{9,}\.safetensors")
 _HEADER_BYTES_MAX: Final = 100_000_000

@@ -22,10 +22,10 @@ from xpeer.errors import LocalError, PeerError
 from xpeer.gossip.backoff import Backoff
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
-from xpeer.network import state
-from xpeer.network.exchange import Dialler, Party
+from xpeer.network import donation
+from xpeer.network.agreement import Dialler, Party
+from xpeer.network.donation import Offered
 from xpeer.network.rates import Rates
-from xpeer.network.state import Offered
 from xpeer.phase import Phase, traits_of
 from xpeer.trainer.client import TrainerProcess
 from xpeer.training.schedule import planned_steps
@@ -143,9 +143,9 @@ class Donors:
             taken = await self._best(trainer, self._willing(), own_step, until)
             if taken:
                 self._store.add_event("caught-up", f"from step {own_step}")
-            if taken is not None or clock() + state.PAUSE_S >= until:
+            if taken is not None or clock() + donation.PAUSE_S >= until:
                 return True
-            await asyncio.sleep(state.PAUSE_S)
+            await asyncio.sleep(donation.PAUSE_S)
 
     async def _best(
         self,
@@ -248,7 +248,7 @@ class Donors:
     async def _ask(self, donor: PeerId) -> Offered | None:
         values, last = self._manifest.model.state_values, planned_steps(self._manifest)
         try:
-            offer = await state.ask(self._party, self._dialler, donor, values, self._rates)
+            offer = await donation.ask(self._party, self._dialler, donor, values, self._rates)
         except PeerError as e:
             self._refused(donor, str(e))
             return None
@@ -273,7 +273,7 @@ class Donors:
             why = str(e) or f"not all of it came within {clock() - began:.0f} s"
             self._refused(donor, why)
             backoff = self._failed.setdefault(donor, Backoff())
-            backoff.failed(clock(), state.PAUSE_S, clock() - began, why, agreed=True)
+            backoff.failed(clock(), donation.PAUSE_S, clock() - began, why, agreed=True)
             return False
         self._failed.pop(donor, None)
         log.info("took over the parameters of %s at step %d", donor[-8:], step)

@@ -19,7 +19,7 @@ from xpeer.control import End
 from xpeer.errors import ExitCode, LocalError, NotSavedError, PeerError
 from xpeer.health import duration
 from xpeer.training import checkpoint
-from xpeer.training.tensorfile import CorruptFileError
+from xpeer.training.tensor_file import CorruptFileError
 
 if TYPE_CHECKING:
     from xpeer.trainer.client import Ending, TrainerProcess

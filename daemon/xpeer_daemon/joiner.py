@@ -15,9 +15,9 @@ from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, PeerError
 from xpeer.identity import Identity
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.network import joining
-from xpeer.network.keyring import KeyRing
-from xpeer.network.membership import Membership
+from xpeer.network import admission
+from xpeer.network.membership.certificates import Membership
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm
 from xpeer.phase import Phase
 from xpeer_daemon.life import Life
@@ -122,7 +122,7 @@ class Joiner:
         while True:
             for member in self._swarm.candidates():
                 try:
-                    return await joining.request(self._swarm, self._identity, swarm_id, member)
+                    return await admission.request(self._swarm, self._identity, swarm_id, member)
                 except PeerError as e:
                     log.debug("%s does not admit us: %s", member[-8:], e)
             note = self._swarm.bootstrap_note or "no member has answered yet"

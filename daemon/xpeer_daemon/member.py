@@ -13,8 +13,8 @@ from xpeer.gossip.clock import Gossip
 from xpeer.gossip.partners import Partners
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest
-from xpeer.network import about, exchange, joining, nudging, state
-from xpeer.network.membership import Membership
+from xpeer.network import about, admission, agreement, donation, nudging
+from xpeer.network.membership.certificates import Membership
 from xpeer.network.rates import Rates
 from xpeer.roster.roster import Roster
 from xpeer.trainer.child import PROGRAM
@@ -22,6 +22,7 @@ from xpeer.trainer.client import TrainerProcess
 from xpeer.trainer.setup import TrainerSetup
 from xpeer_daemon.acquaintances import Acquaintances
 from xpeer_daemon.closing import Closing
+from xpeer_daemon.division import Shares
 from xpeer_daemon.donors import Donors
 from xpeer_daemon.joiner import Admitted, founds
 from xpeer_daemon.missed import Missed
@@ -31,7 +32,6 @@ from xpeer_daemon.parameters import Origin, Parameters, begins
 from xpeer_daemon.presence import Presence
 from xpeer_daemon.run_end import RunEnd
 from xpeer_daemon.setups import Setups
-from xpeer_daemon.shares import Shares
 from xpeer_daemon.store import Store
 from xpeer_daemon.supervisor import Supervisor
 from xpeer_daemon.swarm_view import SwarmView
@@ -77,13 +77,13 @@ class Member:
     """What an admitted node has beside."""
 
     manifest: Manifest
-    party: exchange.Party
+    party: agreement.Party
     view: SwarmView
     roster: Roster
     supervisor: Supervisor
     shares: Shares
     partners: Partners
-    proposer: exchange.Proposer
+    proposer: agreement.Proposer
     gossip: Gossip
     parameters: Parameters
     presence: Presence
@@ -109,7 +109,7 @@ def build_member(candidate: Candidate, admitted: Admitted, spawn: Spawn) -> Memb
     rates, closing = Rates(), _closing(manifest)
     donors = Donors(node, view, store, party, node.swarm, manifest, rates)
     partners = _partners(candidate, manifest, view, closing, rates)
-    proposer = exchange.Proposer(party, node.swarm)
+    proposer = agreement.Proposer(party, node.swarm)
     return Member(
         manifest=manifest,
         party=party,
@@ -172,8 +172,8 @@ def _training(candidate: Candidate, manifest: Manifest, roster: Roster, spawn: S
     return _Training(view, supervisor, shares, origin, renew)
 
 
-def _party(candidate: Candidate, admitted: Admitted) -> exchange.Party:
-    return exchange.Party(
+def _party(candidate: Candidate, admitted: Admitted) -> agreement.Party:
+    return agreement.Party(
         identity=candidate.identity,
         swarm_id=candidate.membership.swarm_id,
         keyring=admitted.keyring,
@@ -219,7 +219,7 @@ def _gossip(
     candidate: Candidate,
     manifest: Manifest,
     view: SwarmView,
-    proposer: exchange.Proposer,
+    proposer: agreement.Proposer,
     partners: Partners,
 ) -> Gossip:
     node = candidate.node
@@ -239,11 +239,13 @@ async def serve(member: Member, candidate: Candidate, admitted: Admitted) -> Non
     """Answer everything that other members may ask of us."""
     swarm, manifest, party = candidate.node.swarm, member.manifest, member.party
     await member.roster.serve()
-    await joining.serve(swarm, admitted.signed, admitted.keyring)
+    await admission.serve(swarm, admitted.signed, admitted.keyring)
     await nudging.serve(swarm, member.gossip.nudged)
     await about.serve(swarm, candidate.node.about)
-    await swarm.serve_links(exchange.PROTOCOL, exchange.answering(party, member.gossip), "member")
+    await swarm.serve_links(agreement.PROTOCOL, agreement.answering(party, member.gossip), "member")
     most = manifest.limits.max_transfers
     await swarm.serve_links(
-        state.PROTOCOL, state.serving(party, member.view.donor, most, member.rates), "observer"
+        donation.PROTOCOL,
+        donation.serving(party, member.view.donor, most, member.rates),
+        "observer",
     )

@@ -20,7 +20,7 @@ from xpeer_daemon.life import Life
 from xpeer_daemon.training_record import TrainingRecord
 
 if TYPE_CHECKING:
-    from xpeer.network.membership import Certificate
+    from xpeer.network.membership.certificates import Certificate
     from xpeer.network.swarm import Swarm
     from xpeer.trainer.client import TrainerProcess
     from xpeer_daemon.member import Member

@@ -7,7 +7,7 @@ from xpeer.gossip import matching
 from xpeer.gossip.partners import ORDINARY, Events
 from xpeer.health import Health
 from xpeer.identity import PeerId
-from xpeer.network.exchange import Agreement
+from xpeer.network.agreement import Agreement
 from xpeer.round import Exchanged
 from xpeer_daemon.closing import Closing
 from xpeer_daemon.store import RoundRow, Store

@@ -17,7 +17,7 @@ from xpeer.config import Home, NodeConfig
 from xpeer.health import Health
 from xpeer.identity import Identity
 from xpeer.network import about
-from xpeer.network.membership import Membership
+from xpeer.network.membership.certificates import Membership
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
 from xpeer.training import checkpoint

@@ -18,8 +18,8 @@ from xpeer.config import Home, NodeConfig, note_of_foreign, privacy_register
 from xpeer.errors import LocalError, NotAuthorisedError, ShardError
 from xpeer.manifest import SignedManifest
 from xpeer.network.addresses import resolve_listen
-from xpeer.network.invites import Token
-from xpeer.network.membership import Certificate
+from xpeer.network.membership.certificates import Certificate
+from xpeer.network.membership.invites import Token
 from xpeer.readiness import check_settings
 from xpeer.trainer.child import PROGRAM
 from xpeer.training import checkpoint

@@ -7,25 +7,25 @@ import time
 from typing import Any
 
 from xpeer.trainer.main import main
-from xpeer.training import tensorfile
+from xpeer.training import tensor_file
 
 SAVE_S = 5.0
 
 
 def slow_down() -> None:
     """A checkpoint takes about `SAVE_S`, in whatever pieces it is written."""
-    real = tensorfile.save_file
+    real = tensor_file.save_file
 
     def slow(tensors: Any, path: Any, **options: Any) -> None:
-        if hasattr(tensorfile, "_PIECE"):
+        if hasattr(tensor_file, "_PIECE"):
             size = sum(tensor.nbytes for tensor in tensors.values())
-            setattr(tensorfile, "_PIECE", size // 10)  # noqa: B010 - older code has none
+            setattr(tensor_file, "_PIECE", size // 10)  # noqa: B010 - older code has none
             setattr(os, "fdatasync", lambda _fd: time.sleep(SAVE_S / 10))  # noqa: B010
         else:
             time.sleep(SAVE_S)
         real(tensors, path, **options)
 
-    tensorfile.save_file = slow
+    tensor_file.save_file = slow
 
 
 if __name__ == "__main__":

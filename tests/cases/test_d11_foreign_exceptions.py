@@ -225,7 +225,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from xpeer import founding
     from xpeer.accounts.accountant import Segment
     from xpeer.config import Home
-    from xpeer.training.tensorfile import write_tensors
+    from xpeer.training.tensor_file import write_tensors
     from xpeer_daemon.store import Store
 
     home = founded(tmp_path_factory.mktemp("d11") / "h")

@@ -12,7 +12,7 @@ from tests.cases.support import model_folder, skipping, tokenizer_folder, xpeer
 from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.identity import Identity
-from xpeer.network.invites import Token
+from xpeer.network.membership.invites import Token
 
 SEED = f"/ip4/127.0.0.1/tcp/4001/p2p/{Identity.generate().peer_id}"
 

@@ -12,8 +12,8 @@ import pytest
 
 from xpeer.identity import Identity
 from xpeer.manifest import Genesis
-from xpeer.network.invites import grant
-from xpeer.network.membership import Credential, Membership, Role
+from xpeer.network.membership.certificates import Credential, Membership, Role
+from xpeer.network.membership.invites import grant
 from xpeer.network.swarm import Swarm
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"

@@ -22,7 +22,7 @@ from tests.swarm.conftest import LOOPBACK, Founder
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.identity import Identity
-from xpeer.network.invites import create_token
+from xpeer.network.membership.invites import create_token
 from xpeer.network.swarm import Swarm
 
 SWARM_ID = "ab" * 32

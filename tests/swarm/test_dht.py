@@ -15,9 +15,9 @@ from tests.swarm.test_joining import manifest_of
 from tests.swarm.test_network import KEY, record, until
 from xpeer.errors import Reason
 from xpeer.identity import Identity
-from xpeer.network import exchange, joining, state
+from xpeer.network import admission, agreement, donation
 from xpeer.network.dht import MAX_RECORDS, MAX_TTL_S, MAX_VALUE_BYTES
-from xpeer.network.keyring import KeyRing
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm, _hivemind_id
 from xpeer.roster.roster import Roster
 
@@ -43,7 +43,7 @@ async def test_no_handler_of_hiveminds_parses_a_strangers_bytes(launch: Launch):
 async def test_every_handler_that_is_registered_is_gated(launch: Launch):
     """Also one that somebody adds later: nothing but the introduction answers a stranger."""
     member = await launch()
-    await joining.serve(member, manifest_of(Identity.generate()), KeyRing(KEY))
+    await admission.serve(member, manifest_of(Identity.generate()), KeyRing(KEY))
     stranger = await launch(role=None)
     await stranger._connect(member.peer_id, member.addresses)
     peer = _hivemind_id(member.peer_id)
@@ -67,7 +67,7 @@ async def test_every_handler_that_is_registered_is_gated(launch: Launch):
 async def test_protocols_that_are_not_served_are_a_named_error(pair: tuple[Swarm, Swarm]):
     first, second = pair
     peer = _hivemind_id(first.peer_id)
-    for name in (exchange.PROTOCOL, state.PROTOCOL):
+    for name in (agreement.PROTOCOL, donation.PROTOCOL):
         with pytest.raises(P2PDaemonError):
             await second._p2p.call(peer, name, b"")
 

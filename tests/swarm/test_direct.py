@@ -10,9 +10,9 @@ import pytest
 
 from tests.swarm.conftest import LOOPBACK, Founder, Launch
 from xpeer.errors import ConfigError, PeerError
-from xpeer.network.exchange import Party
-from xpeer.network.keyring import KeyRing
+from xpeer.network.agreement import Party
 from xpeer.network.link import Link
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm
 from xpeer.wire.messages import Accept, Payload
 

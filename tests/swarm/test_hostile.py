@@ -21,10 +21,10 @@ from tests.swarm.conftest import Founder
 from tests.swarm.test_network import ECHO, KEY, echo, record, until
 from xpeer.errors import NotAuthorisedError, PeerError, Reason
 from xpeer.identity import Identity, PeerId
-from xpeer.network import joining, present
-from xpeer.network.exchange import PROTOCOL, Agreement, Party, Proposer, answering
-from xpeer.network.keyring import KeyRing
+from xpeer.network import admission, introductions
+from xpeer.network.agreement import PROTOCOL, Agreement, Party, Proposer, answering
 from xpeer.network.link import Link
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.p2p import STREAMS_PER_PEER
 from xpeer.network.swarm import Swarm
 from xpeer.roster.roster import Roster
@@ -290,15 +290,15 @@ async def test_a_refusal_by_anybody_ends_no_joining(launch, founder):
         return b""
 
     for node in (liar, stranger):
-        await node.serve_call(joining.PROTOCOL, refuse, "observer", 2048)
+        await node.serve_call(admission.PROTOCOL, refuse, "observer", 2048)
     joiner = await launch(seeds=[*liar.addresses, *stranger.addresses])
     await asyncio.wait_for(joiner.reached_seed.wait(), 20)
     for node, reason in ((liar, Reason.REFUSED), (stranger, Reason.NOT_A_MEMBER)):
         with pytest.raises(PeerError, match=reason):
-            await joining.request(joiner, joiner._identity, founder.swarm_id, node.peer_id)
+            await admission.request(joiner, joiner._identity, founder.swarm_id, node.peer_id)
     joiner.membership._clock = lambda: 2e9  # our own clock agrees: then it is so
     with pytest.raises((NotAuthorisedError, PeerError)):
-        await joining.request(joiner, joiner._identity, founder.swarm_id, liar.peer_id)
+        await admission.request(joiner, joiner._identity, founder.swarm_id, liar.peer_id)
 
 
 async def test_a_stranger_exhausts_its_own_introductions_only(pair, launch):
@@ -307,7 +307,9 @@ async def test_a_stranger_exhausts_its_own_introductions_only(pair, launch):
     await until(lambda: stranger.bootstrap_note)
 
     async def knock() -> None:
-        await stranger._p2p.call(PeerID.from_base58(first.peer_id), present.PROTOCOL, b"x" * 100)
+        await stranger._p2p.call(
+            PeerID.from_base58(first.peer_id), introductions.PROTOCOL, b"x" * 100
+        )
 
     await asyncio.gather(*(knock() for _ in range(300)))
     second.rejected_by(first.peer_id)

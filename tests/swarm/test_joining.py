@@ -18,8 +18,8 @@ from xpeer.manifest import (
     SignedManifest,
     swarm_key_digest,
 )
-from xpeer.network import joining
-from xpeer.network.keyring import KeyRing
+from xpeer.network import admission
+from xpeer.network.membership.keyring import KeyRing
 
 KEY = b"k" * 32
 
@@ -54,35 +54,37 @@ def founder() -> Founder:
 
 async def test_a_member_admits_a_peer_with_a_right_to_join(founder: RealFounder, launch: Launch):
     member = await launch()
-    await joining.serve(member, founder.signed, KeyRing(KEY))
+    await admission.serve(member, founder.signed, KeyRing(KEY))
     joiner = await launch(seeds=member.addresses)
-    signed, key = await joining.request(joiner, joiner._identity, founder.swarm_id, member.peer_id)
+    signed, key = await admission.request(
+        joiner, joiner._identity, founder.swarm_id, member.peer_id
+    )
     assert (signed, key) == (founder.signed, KEY)
 
 
 async def test_a_wrong_swarm_key_is_refused(founder: RealFounder, launch: Launch):
     liar = await launch()
-    await joining.serve(liar, founder.signed, KeyRing(b"x" * 32))
+    await admission.serve(liar, founder.signed, KeyRing(b"x" * 32))
     joiner = await launch(seeds=liar.addresses)
     with pytest.raises(PeerError, match=Reason.TAMPERED):
-        await joining.request(joiner, joiner._identity, founder.swarm_id, liar.peer_id)
+        await admission.request(joiner, joiner._identity, founder.swarm_id, liar.peer_id)
 
 
 async def test_another_swarms_manifest_is_refused(founder: RealFounder, launch: Launch):
     liar = await launch()
-    await joining.serve(liar, manifest_of(Identity.generate()), KeyRing(KEY))
+    await admission.serve(liar, manifest_of(Identity.generate()), KeyRing(KEY))
     joiner = await launch(seeds=liar.addresses)
     with pytest.raises(PeerError, match=Reason.MALFORMED):
-        await joining.request(joiner, joiner._identity, founder.swarm_id, liar.peer_id)
+        await admission.request(joiner, joiner._identity, founder.swarm_id, liar.peer_id)
 
 
 async def test_a_right_that_has_expired_admits_nobody(founder: RealFounder, launch: Launch):
     member = await launch()
-    await joining.serve(member, founder.signed, KeyRing(KEY))
+    await admission.serve(member, founder.signed, KeyRing(KEY))
     late = Identity.generate()
     joiner = await launch(seeds=member.addresses, identity=late)
     expired = founder.credential(late, ttl_s=-1.0)
     joiner.membership.own = expired
     member.membership.admit(late.peer_id, expired.to_bytes())
     with pytest.raises((NotAuthorisedError, PeerError)):
-        await joining.request(joiner, late, founder.swarm_id, member.peer_id)
+        await admission.request(joiner, late, founder.swarm_id, member.peer_id)

@@ -13,8 +13,8 @@ from hivemind.utils import get_dht_time
 
 from tests.swarm.conftest import Founder
 from xpeer.errors import ConfigError, PeerError, Reason
-from xpeer.network.keyring import KeyRing
 from xpeer.network.link import Link
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm
 from xpeer.roster.roster import TTL_S, MemberRecord, Roster
 

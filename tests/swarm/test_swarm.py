@@ -21,8 +21,8 @@ from tests.swarm.conftest import LOOPBACK, Founder, Launch
 from tests.swarm.test_network import ECHO, echo, until
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import Identity
-from xpeer.network import p2p, present, swarm
-from xpeer.network.membership import Membership
+from xpeer.network import introductions, p2p, swarm
+from xpeer.network.membership.certificates import Membership
 from xpeer.network.swarm import Swarm
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ OWNER = """
 import asyncio, sys
 from pathlib import Path
 from xpeer.identity import Identity
-from xpeer.network.membership import Membership
+from xpeer.network.membership.certificates import Membership
 from xpeer.network.swarm import Swarm
 
 async def main():
@@ -200,13 +200,13 @@ async def test_a_stranger_that_knocks_too_often_is_counted(pair, launch: Launch)
     stranger = await launch(role=None)
     await stranger._connect(first.peer_id, first.addresses)
     before = first.strangers_refused
-    peer, knocks = swarm._hivemind_id(first.peer_id), 2 * present.PER_PEER + 10
+    peer, knocks = swarm._hivemind_id(first.peer_id), 2 * introductions.PER_PEER + 10
     answers = await asyncio.gather(
-        *(stranger._p2p.call(peer, present.PROTOCOL, b"x") for _ in range(knocks))
+        *(stranger._p2p.call(peer, introductions.PROTOCOL, b"x") for _ in range(knocks))
     )
     assert first.strangers_refused - before == knocks
-    assert 10 <= sum(not ok for ok, _ in answers) <= knocks - present.PER_PEER
-    big = await stranger._p2p.call(peer, present.PROTOCOL, b"x" * 5000)
+    assert 10 <= sum(not ok for ok, _ in answers) <= knocks - introductions.PER_PEER
+    big = await stranger._p2p.call(peer, introductions.PROTOCOL, b"x" * 5000)
     assert big[0] is False
 
 

@@ -58,7 +58,7 @@ def test_a_parameter_that_never_gets_a_gradient_is_saved_and_resumed() -> None:
 def test_a_loss_is_weighted_by_tokens_not_by_batches() -> None:
     from tests.unit.privacy.models import LENGTH, VOCABULARY, llama
     from xpeer.training.losses import evaluate
-    from xpeer.training.shard import FILL
+    from xpeer.training.records import FILL
 
     generator, model = torch.Generator().manual_seed(0), llama(tied=True)
     records = torch.randint(0, VOCABULARY, (5, LENGTH), generator=generator)

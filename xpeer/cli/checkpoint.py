@@ -66,7 +66,7 @@ def save_command(home: Home) -> None:
 def verify_command(home: Home, as_json: bool) -> None:
     """Read every checkpoint in full and check its digest; exit 1 if one is damaged."""
     from xpeer.training.checkpoint import load, paths  # noqa: PLC0415 - torch takes seconds
-    from xpeer.training.tensorfile import CorruptFileError  # noqa: PLC0415
+    from xpeer.training.tensor_file import CorruptFileError  # noqa: PLC0415
 
     problems: dict[str, str] = {}
     for path in paths(home.checkpoints):

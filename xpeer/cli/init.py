@@ -29,7 +29,7 @@ from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, LoraOptions, draft_manifest, initial_model
 from xpeer.manifest import Manifest
 from xpeer.needs import Needs
-from xpeer.network.invites import Token
+from xpeer.network.membership.invites import Token
 from xpeer.network.multiaddress import check_peer
 from xpeer.paths import checked
 from xpeer.policies import PrivacyMode

@@ -29,8 +29,8 @@ from xpeer.founding import Issued
 from xpeer.identity import Identity, PeerId, public_key_of
 from xpeer.manifest import SignedManifest
 from xpeer.needs import Needs
-from xpeer.network.invites import MAX_SEEDS, MEMBERSHIP_S, create_token
-from xpeer.network.membership import Role
+from xpeer.network.membership.certificates import Role
+from xpeer.network.membership.invites import MAX_SEEDS, MEMBERSHIP_S, create_token
 from xpeer.network.multiaddress import check_peer
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -29,7 +29,7 @@ def plan(
 
     Prints the options for `xpeer init --swarm`, and on stderr the reasons.
     """
-    from xpeer.wire import budget  # noqa: PLC0415 - imports torch
+    from xpeer.wire import link_plan  # noqa: PLC0415 - imports torch
 
     for option, value, least, most in (
         ("--params", params, 1, 1e15),
@@ -40,8 +40,8 @@ def plan(
     ):
         if not least <= value <= most:  # nor is anything between them that is no number
             raise LocalError(f"{option} {value} makes no sense", f"{least:g} to {most:g}")
-    link = budget.Link(bits_per_s=link_mbit * 1e6, round_trip_s=round_trip_ms / 1e3)
-    found = budget.plan(link, num_params=int(params), step_s=step_seconds, peers=peers)
+    link = link_plan.Link(bits_per_s=link_mbit * 1e6, round_trip_s=round_trip_ms / 1e3)
+    found = link_plan.plan(link, num_params=int(params), step_s=step_seconds, peers=peers)
     if as_json:
         echo_json(asdict(found))
         return

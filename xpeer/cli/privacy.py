@@ -293,7 +293,7 @@ def _counted(
 ) -> int:
     """Units that a node would train on with this shard, the default share held out."""
     from xpeer.config import Data  # noqa: PLC0415
-    from xpeer.training.shard import cut_owned, load_documents, split  # noqa: PLC0415 - torch
+    from xpeer.training.records import cut_owned, load_documents, split  # noqa: PLC0415 - torch
     from xpeer.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer  # noqa: PLC0415
 
     training, _ = split(load_documents(shard, text_field, "--shard"), Data().validation_share)

@@ -152,7 +152,7 @@ def _check_token(home: Home, text: str) -> None:
     """Say what is wrong with a token before anything slow is imported; writes nothing."""
     from xpeer import founding  # noqa: PLC0415 - cryptography only where a token is
     from xpeer.identity import Identity  # noqa: PLC0415
-    from xpeer.network.invites import Token  # noqa: PLC0415
+    from xpeer.network.membership.invites import Token  # noqa: PLC0415
 
     token = Token.parse(text)
     if home.identity_key.exists():

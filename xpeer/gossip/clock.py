@@ -21,7 +21,7 @@ from xpeer.gossip.partners import Partners
 from xpeer.gossip.view import GossipTrainer, Host
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
-from xpeer.network.exchange import Agreement, Desk, Proposer, UnresolvedError
+from xpeer.network.agreement import Agreement, Desk, Proposer, UnresolvedError
 from xpeer.update import Form
 from xpeer.wire.messages import Propose, Terms
 

@@ -34,7 +34,7 @@ from typing import Final, Literal, TypeVar, Unpack
 from xpeer.errors import PeerError, Reason
 from xpeer.gossip import masks
 from xpeer.identity import PeerId
-from xpeer.network.exchange import Agreement, UnresolvedError
+from xpeer.network.agreement import Agreement, UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.policies import Weighting
 from xpeer.round import Exchanged, Gathering, Given, Trainer

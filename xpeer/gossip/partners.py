@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from xpeer.errors import PeerError, Reason
 from xpeer.gossip.record import LedgerState, LedgerWatch, Record
 from xpeer.identity import PeerId
-from xpeer.network.exchange import Agreement, UnresolvedError
+from xpeer.network.agreement import Agreement, UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.network.rates import Rates
 from xpeer.round import Exchanged

@@ -30,7 +30,7 @@ from msgspec import Struct
 from xpeer.errors import NotAuthorisedError
 from xpeer.identity import Domain, Identity, verify
 from xpeer.leaves import Public, seen_by
-from xpeer.network.membership import Membership
+from xpeer.network.membership.certificates import Membership
 from xpeer.network.p2p import GatedP2P
 
 log = logging.getLogger("xpeer.network")

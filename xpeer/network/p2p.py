@@ -29,7 +29,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from xpeer.errors import Reason
 from xpeer.identity import PeerId
-from xpeer.network.membership import Scope
+from xpeer.network.membership.certificates import Scope
 from xpeer.network.scratch import Scratch, sweep
 
 log = logging.getLogger("xpeer.network")

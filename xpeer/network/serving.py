@@ -11,7 +11,7 @@ from xpeer.errors import LocalError, PeerError
 from xpeer.identity import PeerId
 from xpeer.network.direct import Direct
 from xpeer.network.link import Link, Meter
-from xpeer.network.membership import Scope
+from xpeer.network.membership.certificates import Scope
 from xpeer.network.p2p import CallHandler, GatedP2P, StreamHandler
 from xpeer.network.stream import Stream
 

@@ -20,7 +20,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from xpeer.errors import LocalError, PeerError, Reason, known_reason
 from xpeer.identity import Identity, PeerId
-from xpeer.network import present, serving
+from xpeer.network import introductions, serving
 from xpeer.network.addresses import (
     AddressBook,
     host_of,
@@ -28,13 +28,13 @@ from xpeer.network.addresses import (
     resolve_listen,
     without_peer,
 )
-from xpeer.network.bootstrapping import FIRST_RETRY_S, LONGEST_RETRY_S, Bootstrapping
 from xpeer.network.dht import OwnerSigned, ping, start_node
 from xpeer.network.direct import Direct
 from xpeer.network.link import Link, Meter
-from xpeer.network.membership import Membership, Scope
+from xpeer.network.membership.certificates import Membership, Scope
 from xpeer.network.multiaddress import check_announce
 from xpeer.network.p2p import CallHandler, GatedP2P
+from xpeer.network.seeds import FIRST_RETRY_S, LONGEST_RETRY_S, Bootstrapping
 from xpeer.network.serving import LinkHandler, Served
 from xpeer.network.stream import Stream
 
@@ -78,9 +78,9 @@ class Swarm:
         self._bootstrapping = Bootstrapping(
             self._book.targets, self._dial, self._settle, self._book.seeds
         )
-        self._introduced = present.Introduced()
+        self._introduced = introductions.Introduced()
         self._introducing: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
-        self._limit = present.RateLimit()
+        self._limit = introductions.RateLimit()
         self._background: list[asyncio.Task[None]] = []
         self._changing = asyncio.Lock()
         for seed in self._book.seeds:
@@ -129,7 +129,7 @@ class Swarm:
         )
         if direct_listen:
             await self.direct.listen(direct_listen)
-        await present.serve(self)
+        await introductions.serve(self)
         try:
             await self._bring_up()
         except BaseException:
@@ -274,10 +274,10 @@ class Swarm:
                 raise PeerError(Reason.NOT_A_MEMBER, "it refused our credential a moment ago")
             await self._reach(peer_id)
             ok, reply = await self._p2p.call(
-                _hivemind_id(peer_id), present.PROTOCOL, self.membership.own.to_bytes()
+                _hivemind_id(peer_id), introductions.PROTOCOL, self.membership.own.to_bytes()
             )
             try:
-                heard = present.take(self.membership, peer_id, reply if ok else b"")
+                heard = introductions.take(self.membership, peer_id, reply if ok else b"")
             except PeerError:
                 self._introduced.refused(peer_id)
                 raise

@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 
 from xpeer.identity import Domain, PeerId, verify
 from xpeer.leaves import Parts, Public, Timing, seen_by
-from xpeer.network.membership import Role
+from xpeer.network.membership.certificates import Role
 
 LINK_S = 5.0
 LINKS = 1440

@@ -18,7 +18,7 @@ from nacl.exceptions import CryptoError
 
 from xpeer.identity import blake2b
 from xpeer.leaves import Parts, seen_by
-from xpeer.network.keyring import KeyRing
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm
 from xpeer.roster.cards import Beat, SignedCard
 

@@ -27,8 +27,8 @@ from nacl.exceptions import CryptoError
 from xpeer.errors import NotAuthorisedError, PeerError
 from xpeer.identity import PeerId
 from xpeer.network.addresses import is_dialled, peer_of
-from xpeer.network.keyring import KeyRing
-from xpeer.network.present import RateLimit
+from xpeer.network.introductions import RateLimit
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm
 from xpeer.roster import spreading
 from xpeer.roster.cards import LINK_S, MAX_SKEW_S, Beat, Card, Known, MemberRecord, SignedCard

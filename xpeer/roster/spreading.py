@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from xpeer.identity import PeerId, blake2b
 from xpeer.leaves import Parts, Public, seen_by
-from xpeer.network.membership import MAX_CREDENTIAL_BYTES
+from xpeer.network.membership.certificates import MAX_CREDENTIAL_BYTES
 from xpeer.roster.cards import LINK_BYTES, Beat, Known, SignedCard
 
 MAX_MEMBERS = 4096

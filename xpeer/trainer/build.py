@@ -43,9 +43,9 @@ from xpeer.training.measuring import Evaluation, Measurements
 from xpeer.training.model import check_fits
 from xpeer.training.pacing import Pacing
 from xpeer.training.pulse import Pulse
+from xpeer.training.records import cut
 from xpeer.training.schedule import Counters
-from xpeer.training.shard import cut
-from xpeer.training.tensorfile import clear_staging
+from xpeer.training.tensor_file import clear_staging
 from xpeer.training.timings import Timings
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
 from xpeer.wire import kernels

@@ -14,7 +14,7 @@ from xpeer.status import CorpusShare, ShardSummary
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training.documents import read_shard
 from xpeer.training.partition import divide, refuse_other
-from xpeer.training.shard import load_owned_records, load_records, split
+from xpeer.training.records import load_owned_records, load_records, split
 from xpeer.training.tokenizer import Tokenizer
 
 

@@ -18,7 +18,7 @@ import torch
 from xpeer.errors import ConfigError, LocalError
 from xpeer.leaves import Derived, Local, Noised, Parts, Public, Timing, Withheld, seen_by
 from xpeer.mixing import received
-from xpeer.training.tensorfile import (
+from xpeer.training.tensor_file import (
     CorruptFileError,
     Told,
     clear_staging,

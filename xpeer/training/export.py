@@ -19,7 +19,7 @@ from xpeer.manifest import Lora
 from xpeer.training import adapters, reloading
 from xpeer.training.kept import CONFIG, Source, write_json
 from xpeer.training.losses import autocast, transformers_model
-from xpeer.training.tensorfile import sync
+from xpeer.training.tensor_file import sync
 from xpeer.training.tokenizer import Tokenizer
 
 

@@ -24,9 +24,9 @@ import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.update import CompressedUpdate, Form, PrivateUpdate
-from xpeer.wire import payload as blocks
+from xpeer.wire import int_payload as blocks
 from xpeer.wire.blockwise import Blocks
-from xpeer.wire.payload import diverged
+from xpeer.wire.int_payload import diverged
 
 _CHUNK_VALUES: Final = 1 << 17
 """512 KiB of float32: temporaries stay in the second-level cache."""

@@ -33,7 +33,7 @@ from xpeer.manifest import Round
 from xpeer.update import BLOCK, CompressedUpdate, Form, PrivateUpdate
 from xpeer.wire.blockwise import num_blocks
 from xpeer.wire.dither import splitmix64
-from xpeer.wire.payload import diverged
+from xpeer.wire.int_payload import diverged
 
 NAMES: Final = {"masked16": 16, "masked32": 32}
 LARGEST: Final = 2.0**27

@@ -18,10 +18,9 @@ import torch
 
 from xpeer.errors import PeerError, Reason
 from xpeer.update import BLOCK, Form
-from xpeer.wire import kernels
-from xpeer.wire import payload as int_payload
+from xpeer.wire import int_payload, kernels
 from xpeer.wire.codec import FLOATS, INTS, Payload, check_flat, decode, encode, raw_payload
-from xpeer.wire.payload import Norms
+from xpeer.wire.int_payload import Norms
 
 _CHUNK_VALUES: Final = 1 << 17
 """512 KiB of float32: temporaries stay in the second-level cache."""

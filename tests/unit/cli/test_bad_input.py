@@ -19,7 +19,7 @@ from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.identity import Identity, PeerId, blake2b
 from xpeer.manifest import End, Manifest, Model, PublicText, SignedManifest
-from xpeer.network.invites import create_token
+from xpeer.network.membership.invites import create_token
 from xpeer_daemon.lock import HomeLock
 
 CONFIG = '[network]\nlisten = ["/ip4/127.0.0.1/tcp/0"]\n'

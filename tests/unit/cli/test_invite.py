@@ -17,7 +17,7 @@ from xpeer.config import Home, NodeConfig
 from xpeer.errors import ExitCode
 from xpeer.identity import Identity, blake2b
 from xpeer.manifest import End, Manifest, Model, PublicText
-from xpeer.network.invites import Token
+from xpeer.network.membership.invites import Token
 
 SEED = f"/ip4/192.0.2.1/tcp/4001/p2p/{Identity.generate().peer_id}"
 OTHER_SEED = f"/dns4/seed.example/tcp/4001/p2p/{Identity.generate().peer_id}"

@@ -17,7 +17,7 @@ from xpeer.errors import LocalError, TrainerError
 from xpeer.health import Health
 from xpeer.identity import PeerId
 from xpeer.manifest import Genesis
-from xpeer.network.membership import Certificate
+from xpeer.network.membership.certificates import Certificate
 from xpeer.status import Progress
 from xpeer.trainer.answers import Losses
 from xpeer_daemon import logs, watch

@@ -14,8 +14,8 @@ from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
+from xpeer.network import donation
 from xpeer.network import shelf as shelves
-from xpeer.network import state
 from xpeer.network.rates import Rates
 from xpeer.phase import Phase, traits_of
 from xpeer.update import ModelState
@@ -101,7 +101,7 @@ class Rig:
             self.node, self.store, found, self.supervisor,  # type: ignore[arg-type] # fakes
             self.origin, founds=founds,
         )  # fmt: skip
-        monkeypatch.setattr(state, "ask", self._ask)
+        monkeypatch.setattr(donation, "ask", self._ask)
         monkeypatch.setattr(donors, "RETRY_S", 0.001)
         monkeypatch.setattr(donors, "PATIENCE_S", 0.05)
         monkeypatch.setattr(donors, "GRACE_S", 0.02)

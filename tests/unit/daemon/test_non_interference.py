@@ -28,7 +28,7 @@ from tests.factories import privacy_stamp
 from tests.leaving import destination, name_of, treatments, visible
 from tests.meetings import meet
 from tests.unit.daemon.worlds import World
-from tests.unit.network.test_exchange import Dialler, FakeDesk, FakeTrainer, party, streams
+from tests.unit.network.test_agreement import Dialler, FakeDesk, FakeTrainer, party, streams
 from tests.unit.trainer.test_trainer_process import Watch
 from tests.unit.training.homes import make_homes
 from xpeer.accounts import model_card, report
@@ -37,8 +37,8 @@ from xpeer.config import Home
 from xpeer.identity import Identity, blake2b
 from xpeer.leaves import Treatment
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.network import state
-from xpeer.network.exchange import Proposer, answering
+from xpeer.network import donation
+from xpeer.network.agreement import Proposer, answering
 from xpeer.network.link import Link
 from xpeer.network.stream import Stream
 from xpeer.trainer.channel import DaemonChannel
@@ -67,14 +67,14 @@ NOT_OF_THE_TRAINER = {
     "xpeer.roster.cards.": "keys and clocks around a MemberRecord, which is compared",
     "xpeer.network.dht.": "sealed cards",
     "xpeer.network.direct.": "a port and a random ticket",
-    "xpeer.network.invites.": "keys",
-    "xpeer.network.joining.": "manifest and swarm key",
-    "xpeer.network.membership.": "keys",
-    "xpeer.network.present.": "credentials and addresses",
+    "xpeer.network.membership.invites.": "keys",
+    "xpeer.network.admission.": "manifest and swarm key",
+    "xpeer.network.membership.certificates.": "keys",
+    "xpeer.network.introductions.": "credentials and addresses",
     "xpeer.roster.dht_cards.": "sealed cards",
     "xpeer.roster.spreading.": "others' cards",
     "xpeer.wire.messages.MaskStep": "fresh keys, and digests of what they mask",
-    "xpeer.wire.budget.": "numbers that a person typed",
+    "xpeer.wire.link_plan.": "numbers that a person typed",
     "xpeer.accounts.planning.": "numbers that a person typed",
     "xpeer.status.CorpusShare": "of a corpus that all members have: there is no shard",
     "xpeer.control.": "Status, and what is printed of it; see its fields",
@@ -183,10 +183,10 @@ class Life:
 
     async def _gives(self, recorded: Recorded) -> None:
         ours, theirs = socket.socketpair()
-        handle = state.serving(party(LOW), lambda: recorded, 2)
+        handle = donation.serving(party(LOW), lambda: recorded, 2)
         giving = asyncio.ensure_future(handle(Link(THIRD.peer_id, Stream(theirs), 20.0)))
         joiner = Dialler(Link(LOW.peer_id, Stream(ours), 20.0))
-        offered = await state.ask(
+        offered = await donation.ask(
             party(THIRD), joiner, LOW.peer_id, self.manifest.model.state_values
         )
         await offered.take()

@@ -13,7 +13,7 @@ from xpeer.gossip import backoff, matching
 from xpeer.gossip.backoff import Backoff
 from xpeer.gossip.partners import FIRST_MULTIPLE, MIN_DEADLINE_S
 from xpeer.identity import PeerId
-from xpeer.network.exchange import UnresolvedError
+from xpeer.network.agreement import UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged
 from xpeer.update import Form

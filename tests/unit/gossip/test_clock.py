@@ -21,7 +21,7 @@ from xpeer.gossip.record import LedgerState
 from xpeer.health import Health
 from xpeer.identity import PeerId
 from xpeer.manifest import Round
-from xpeer.network.exchange import UnresolvedError
+from xpeer.network.agreement import UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged, Meeting
 from xpeer.update import Form

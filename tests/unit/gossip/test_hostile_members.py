@@ -10,14 +10,14 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from tests.unit.network.test_exchange import party
+from tests.unit.network.test_agreement import party
 from xpeer.errors import PeerError, Reason
 from xpeer.gossip import matching
 from xpeer.gossip.clock import PATIENT_SLOTS, Gossip
 from xpeer.gossip.partners import Partners
 from xpeer.identity import Domain, Identity, PeerId, blake2b
 from xpeer.manifest import Round
-from xpeer.network import state
+from xpeer.network import donation
 from xpeer.network.link import Link
 from xpeer.network.stream import Stream
 from xpeer.update import ModelState
@@ -156,10 +156,10 @@ def test_a_donor_can_not_claim_any_loss(loss, reason):
     statement = state_statement(SWARM, b"m" * 32, 7, loss, digest)
     offer = StateOffer(1, 7, loss, digest, donor.sign(Domain.STATE, statement))
     if not reason:
-        state._check_offer(joiner, donor.peer_id, offer, 1)
+        donation._check_offer(joiner, donor.peer_id, offer, 1)
         return
     with pytest.raises(PeerError, match=reason):
-        state._check_offer(joiner, donor.peer_id, offer, 1)
+        donation._check_offer(joiner, donor.peer_id, offer, 1)
 
 
 class Source:
@@ -174,7 +174,7 @@ class Source:
 async def test_one_peer_gets_one_donation_at_a_time_and_then_waits():
     donor, greedy, other = (Identity.generate() for _ in range(3))
     source = Source()
-    handle = state.serving(party(donor), lambda: source, max_donations=2)
+    handle = donation.serving(party(donor), lambda: source, max_donations=2)
 
     async def ask(who: Identity) -> ModelState:
         a, b = socket.socketpair()
@@ -185,7 +185,7 @@ async def test_one_peer_gets_one_donation_at_a_time_and_then_waits():
                 return Link(donor.peer_id, Stream(a), 2.0)
 
         try:
-            offered = await state.ask(party(who), Dialler(), donor.peer_id, 100)
+            offered = await donation.ask(party(who), Dialler(), donor.peer_id, 100)
             return await offered.take()
         finally:
             await asyncio.gather(serving, return_exceptions=True)

@@ -17,10 +17,10 @@ from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.gossip import masks
 from xpeer.gossip.masked import MaskedMeeting, Us
 from xpeer.identity import Identity, PeerId
-from xpeer.network.exchange import Agreement, Party, UnresolvedError
-from xpeer.network.keyring import KeyRing
+from xpeer.network.agreement import Agreement, Party, UnresolvedError
 from xpeer.network.link import Link
-from xpeer.network.membership import Membership, Scope
+from xpeer.network.membership.certificates import Membership, Scope
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.stream import Stream
 from xpeer.round import Exchanged
 from xpeer.wire import messages

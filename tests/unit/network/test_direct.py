@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.network.test_exchange import party
+from tests.unit.network.test_agreement import party
 from xpeer.errors import ConfigError, PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network import direct as direct_module

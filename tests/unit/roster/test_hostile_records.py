@@ -21,11 +21,11 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 from xpeer.errors import Reason, known_reason
 from xpeer.identity import Identity
 from xpeer.manifest import Genesis
-from xpeer.network import present
+from xpeer.network import introductions
 from xpeer.network.addresses import MAX_PEERS, AddressBook, is_dialled
 from xpeer.network.dht import MAX_KEYS_OF_OWNER, OwnerSigned, harden, keep_valid
-from xpeer.network.invites import grant
-from xpeer.network.membership import Credential, Membership
+from xpeer.network.membership.certificates import Credential, Membership
+from xpeer.network.membership.invites import grant
 from xpeer.network.p2p import _Handling, _Waiting
 
 ADMIN = Identity.generate()
@@ -147,15 +147,15 @@ def test_somebody_elses_record_teaches_nothing_about_a_peer(validator):
 
 
 def test_strangers_can_not_use_up_the_introductions_of_members():
-    limit = present.RateLimit()
+    limit = introductions.RateLimit()
     stranger, member = Identity.generate().peer_id, Identity.generate().peer_id
-    assert sum(limit.allows(stranger, known=False) for _ in range(5000)) == present.PER_PEER
+    assert sum(limit.allows(stranger, known=False) for _ in range(5000)) == introductions.PER_PEER
     assert limit.allows(Identity.generate().peer_id, known=False)
-    for _ in range(present.ALL_PEERS):
+    for _ in range(introductions.ALL_PEERS):
         limit.allows(Identity.generate().peer_id, known=False)
     assert not limit.allows(Identity.generate().peer_id, known=False)
     assert limit.allows(member, known=True)
-    assert len(limit._counts) <= present.ALL_PEERS + 2
+    assert len(limit._counts) <= introductions.ALL_PEERS + 2
 
 
 def test_hearsay_displaces_no_peers_own_word_and_is_bounded():

@@ -11,9 +11,9 @@ from benchmarks.scale.rosters import Net, Node, measure
 from xpeer.errors import PeerError
 from xpeer.identity import Domain, Identity
 from xpeer.network.dht import MAX_TTL_S
-from xpeer.network.invites import grant
-from xpeer.network.keyring import KeyRing
-from xpeer.network.membership import Credential
+from xpeer.network.membership.certificates import Credential
+from xpeer.network.membership.invites import grant
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.roster import roster as roster_module
 from xpeer.roster import spreading
 from xpeer.roster.cards import LINK_S, Beat, Card, Chain, SignedCard

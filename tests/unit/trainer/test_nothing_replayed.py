@@ -17,7 +17,7 @@ from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
 from xpeer.training.schedule import Counters
-from xpeer.training.tensorfile import read_tensors
+from xpeer.training.tensor_file import read_tensors
 
 FEW = ("privacy.noise_multiplier=2.0", "privacy.epsilon=50", "optimiser.batch_records=6")
 KEY_BYTES = 32

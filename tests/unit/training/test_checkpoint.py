@@ -20,9 +20,9 @@ from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import Identity, blake2b
 from xpeer.manifest import End, Manifest, Model, PublicText, SignedManifest
-from xpeer.training import checkpoint, model, tensorfile
+from xpeer.training import checkpoint, model, tensor_file
 from xpeer.training.checkpoint import Bundle, load, load_latest, paths, save
-from xpeer.training.tensorfile import CorruptFileError
+from xpeer.training.tensor_file import CorruptFileError
 
 P = 50
 
@@ -135,7 +135,7 @@ def test_a_foreign_safetensors_file_is_no_checkpoint(tmp_path: Path):
     save_file({"flat": torch.zeros(1)}, path)
     with pytest.raises(CorruptFileError, match="not written by xpeer"):
         load(path)
-    tensorfile.write_tensors(path, {"flat": torch.zeros(1)}, {})
+    tensor_file.write_tensors(path, {"flat": torch.zeros(1)}, {})
     with pytest.raises(CorruptFileError, match="metadata"):
         load(path)
 
@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_the_old_one_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
     old = save(tmp_path, bundle(1))
-    monkeypatch.setattr(tensorfile, "save_file", partial_write(error))
+    monkeypatch.setattr(tensor_file, "save_file", partial_write(error))
     with pytest.raises(LocalError, match=r"No space left.*check free space"):
         save(tmp_path, bundle(2))
     assert list(tmp_path.iterdir()) == [old]

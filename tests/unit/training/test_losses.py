@@ -18,7 +18,7 @@ from xpeer.privacy.clipping import (
 from xpeer.training import losses
 from xpeer.training.losses import record_losses
 from xpeer.training.model import build
-from xpeer.training.shard import FILL
+from xpeer.training.records import FILL
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,

@@ -14,7 +14,7 @@ from xpeer.mixing.fragments import LINE
 from xpeer.training import model as m
 from xpeer.training.export import export_hf
 from xpeer.training.losses import transformers_model
-from xpeer.training.shard import FILL
+from xpeer.training.records import FILL
 from xpeer.training.tokenizer import ByteTokenizer
 
 GPT2: dict[str, Any] = {

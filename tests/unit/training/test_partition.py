@@ -15,7 +15,7 @@ from xpeer.identity import blake2b
 from xpeer.manifest import End, Manifest, Model, Optimiser, PublicText, SharedCorpus, Tokenizer
 from xpeer.training import partition
 from xpeer.training.documents import Document, corpus_digest, document_of
-from xpeer.training.shard import FILL, cut
+from xpeer.training.records import FILL, cut
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer
 
 T = 16

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId
-from xpeer.network.keyring import KeyRing
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.wire import frames
 from xpeer.wire.aead import NONCE_BYTES, TAG_BYTES, Aead, Cipher, ForgedError, supported
 from xpeer.wire.frames import (

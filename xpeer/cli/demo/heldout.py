@@ -11,7 +11,7 @@ from xpeer.training import checkpoint
 from xpeer.training.flat import write_flat
 from xpeer.training.losses import evaluate
 from xpeer.training.model import from_folder
-from xpeer.training.tensorfile import CorruptFileError
+from xpeer.training.tensor_file import CorruptFileError
 
 Curve = list[tuple[int, float]]
 """(private step, loss on everybody's held-out text in nats per byte)."""

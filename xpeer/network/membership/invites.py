@@ -23,7 +23,13 @@ from xpeer.identity import Domain, Identity, PeerId, verify_with
 from xpeer.leaves import Parts, Public, seen_by
 from xpeer.manifest import Genesis
 from xpeer.needs import Needs
-from xpeer.network.membership import BEARER_PREFIX, Certificate, Credential, Role, unpack
+from xpeer.network.membership.certificates import (
+    BEARER_PREFIX,
+    Certificate,
+    Credential,
+    Role,
+    unpack,
+)
 
 PREFIX = "xpeer1."
 MAX_TOKEN_CHARS = 4096

@@ -13,12 +13,12 @@ from benchmarks.scale.rosters import Net, Node
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, blake2b
 from xpeer.manifest import SignedManifest
-from xpeer.network import joining
-from xpeer.network.exchange import Party
-from xpeer.network.invites import grant
-from xpeer.network.joining import Admission
-from xpeer.network.keyring import KeyRing
-from xpeer.network.membership import Credential, Membership, Scope
+from xpeer.network import admission
+from xpeer.network.admission import Admission
+from xpeer.network.agreement import Party
+from xpeer.network.membership.certificates import Credential, Membership, Scope
+from xpeer.network.membership.invites import grant
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.roster import roster
 from xpeer.roster.dht_cards import Stored
 from xpeer.roster.spreading import Answer, Question
@@ -171,9 +171,9 @@ async def test_a_newcomer_is_handed_the_key_of_now(node: Node) -> None:
     credential = Credential.issue(net.admin, certificate, guest.peer_id)
     node.membership.admit(guest.peer_id, credential.to_bytes())
     signed = SignedManifest("{}", bytes(32), bytes(64))
-    await joining.serve(cast(Any, node), signed, node.keyring)
+    await admission.serve(cast(Any, node), signed, node.keyring)
     for key in (OLD, NEW):
-        sealed = await node.handlers[joining.PROTOCOL](guest.peer_id, b"")
+        sealed = await node.handlers[admission.PROTOCOL](guest.peer_id, b"")
         expected = msgspec.msgpack.encode({"manifest": signed.to_bytes(), "swarm_key": key})
         assert guest.open(sealed) == expected
         assert msgspec.msgpack.decode(expected, type=Admission).swarm_key == key

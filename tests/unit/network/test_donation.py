@@ -11,11 +11,11 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from tests.unit.network.test_exchange import party
+from tests.unit.network.test_agreement import party
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
+from xpeer.network import donation
 from xpeer.network import rates as rates_module
-from xpeer.network import state
 from xpeer.network.link import Link
 from xpeer.network.rates import Pace, Rates
 from xpeer.network.stream import Stream
@@ -80,7 +80,7 @@ class Network:
         self.rates = Rates()
         self.dialled = 0
         self._breaks, self._noticed, self._unreachable = breaks, noticed, unreachable
-        self._handle = state.serving(party(self.donor), lambda: self.source, 2, self.rates)
+        self._handle = donation.serving(party(self.donor), lambda: self.source, 2, self.rates)
         self._tasks: list[asyncio.Task[None]] = []
         DonorLink.sent = 0
 
@@ -103,8 +103,8 @@ class Network:
         with contextlib.suppress(PeerError):
             await self._handle(link)
 
-    async def ask(self) -> state.Offered:
-        return await state.ask(
+    async def ask(self) -> donation.Offered:
+        return await donation.ask(
             party(self.joiner), self, self.donor.peer_id, len(PAYLOAD) // 4, self.rates
         )
 
@@ -118,7 +118,7 @@ class Network:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "RESUME_PAUSE_S", 0.0)
+    monkeypatch.setattr(donation, "RESUME_PAUSE_S", 0.0)
 
 
 @pytest.mark.parametrize("noticed", [True, False], ids=["both notice", "the donor does not"])
@@ -171,14 +171,14 @@ async def test_breaks_buy_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_nobody_gets_the_rest_of_what_another_was_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(state, "RESUME_WITHIN_S", 1.0)
+    monkeypatch.setattr(donation, "RESUME_WITHIN_S", 1.0)
     network = Network([9])
     offered = await network.ask()
     digest = offered._offer.digest
     network.joiner = Identity.generate()  # who links from now on
     with pytest.raises(PeerError, match="did not go on"):
         await offered.take()
-    turns = state._Turns(2, Rates())
+    turns = donation._Turns(2, Rates())
     turns.broke(network.donor.peer_id, digest, Pace(1.0))
     assert not await turns.may(network.joiner.peer_id, StateRequest(digest, FRAME_BYTES))
     assert not await turns.may(network.donor.peer_id, StateRequest(bytes(32), FRAME_BYTES))
@@ -191,7 +191,7 @@ def test_who_begins_asks_as_before() -> None:
 
 
 def test_of_bytes_that_were_not_sent_none_count() -> None:
-    turns, peer = state._Turns(2, Rates()), Identity.generate().peer_id
+    turns, peer = donation._Turns(2, Rates()), Identity.generate().peer_id
     pace = Pace(1.0)
     pace.moved = 1000
 

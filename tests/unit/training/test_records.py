@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError
 from xpeer.trainer.build import assemble
-from xpeer.training import shard
+from xpeer.training import records
 from xpeer.training.documents import Document, document_of, load_documents
-from xpeer.training.shard import FILL, MIN_TOKENS, cut, load_records, split
+from xpeer.training.records import FILL, MIN_TOKENS, cut, load_records, split
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -291,7 +291,7 @@ def test_the_cache_depends_on_everything(tmp_path: Path):
 
 def test_an_older_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tokenizer = CountingTokenizer()
-    monkeypatch.setattr(shard, "_CACHE_VERSION", b"records/2")
+    monkeypatch.setattr(records, "_CACHE_VERSION", b"records/2")
     load_records(documents(10), tokenizer, 16, tmp_path)
     monkeypatch.undo()
     assert FILL in load_records(documents(10), tokenizer, 16, tmp_path)
@@ -321,9 +321,9 @@ def test_a_cache_that_can_not_be_written_is_no_error(
 
 
 def test_the_cache_does_not_grow(tmp_path: Path):
-    for n in range(1, shard.CACHE_FILES + 4):
+    for n in range(1, records.CACHE_FILES + 4):
         load_records(documents(n), TOKENIZER, 16, tmp_path)
-    assert len(list(tmp_path.iterdir())) == shard.CACHE_FILES
+    assert len(list(tmp_path.iterdir())) == records.CACHE_FILES
 
 
 def test_jsonl_rows_of_one_file_share_its_side_when_files_are_split(tmp_path: Path):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from xpeer.errors import LocalError
 from xpeer.update import Form
-from xpeer.wire.budget import (
+from xpeer.wire.link_plan import (
     IN_FLIGHT,
     LONG_WINDOW_STEPS,
     MAX_FRAGMENTS,

@@ -12,10 +12,10 @@ from tests.factories import privacy_stamp
 from tests.meetings import meet
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
-from xpeer.network.exchange import Party, Proposer, answering
-from xpeer.network.keyring import KeyRing
+from xpeer.network.agreement import Party, Proposer, answering
 from xpeer.network.link import Link, RefusedError
-from xpeer.network.membership import Membership, Scope
+from xpeer.network.membership.certificates import Membership, Scope
+from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.stream import Stream
 from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
 from xpeer.wire import messages

@@ -9,9 +9,9 @@ import pytest
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
-from xpeer.network import present
+from xpeer.network import introductions
 from xpeer.network.addresses import AddressBook, reachable
-from xpeer.network.bootstrapping import HEALTHY_TARGETS, Bootstrapping
+from xpeer.network.seeds import HEALTHY_TARGETS, Bootstrapping
 
 A, B, C = (Identity.generate().peer_id for _ in range(3))
 
@@ -189,20 +189,20 @@ class Clock:
 
 def test_an_introduction_lasts_a_while():
     clock = Clock()
-    introduced = present.Introduced(clock)
+    introduced = introductions.Introduced(clock)
     assert A not in introduced
     introduced.accepted(A)
     assert A in introduced
     introduced.forget(A)
     assert A not in introduced
     introduced.accepted(A)
-    clock.now += present.KNOWN_S
+    clock.now += introductions.KNOWN_S
     assert A not in introduced
 
 
 def test_who_refuses_us_is_left_alone_for_longer_every_time():
     clock = Clock()
-    introduced = present.Introduced(clock)
+    introduced = introductions.Introduced(clock)
     pauses = []
     for _ in range(9):
         introduced.refused(A)
@@ -220,11 +220,11 @@ def test_who_refuses_us_is_left_alone_for_longer_every_time():
 
 
 def test_what_is_remembered_of_introductions_is_bounded():
-    introduced = present.Introduced(Clock())
-    for n in range(present.MAX_NOTED + 10):
+    introduced = introductions.Introduced(Clock())
+    for n in range(introductions.MAX_NOTED + 10):
         introduced.accepted(PeerId(f"a{n}"))
         introduced.refused(PeerId(f"r{n}"))
-    assert len(introduced._since) == len(introduced._refused) == present.MAX_NOTED
+    assert len(introduced._since) == len(introduced._refused) == introductions.MAX_NOTED
     introduced.clear()
     assert not introduced._since
     assert not introduced._refused

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xpeer_daemon.shares import EVERY_S, SETTLED_S, Shares
+from xpeer_daemon.division import EVERY_S, SETTLED_S, Shares
 from xpeer_daemon.throughput import SPAN_S, Throughput
 
 

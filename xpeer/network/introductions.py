@@ -18,7 +18,12 @@ from msgspec import Meta, Struct
 from xpeer.errors import NotAuthorisedError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.leaves import Public, seen_by
-from xpeer.network.membership import MAX_CREDENTIAL_BYTES, Certificate, Membership, unpack
+from xpeer.network.membership.certificates import (
+    MAX_CREDENTIAL_BYTES,
+    Certificate,
+    Membership,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from xpeer.network.swarm import Swarm

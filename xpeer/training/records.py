@@ -19,7 +19,7 @@ import torch
 from xpeer.errors import LocalError, ShardError
 from xpeer.identity import blake2b
 from xpeer.training.documents import Document, load_documents
-from xpeer.training.tensorfile import CorruptFileError, clear_staging, read_tensors, write_tensors
+from xpeer.training.tensor_file import CorruptFileError, clear_staging, read_tensors, write_tensors
 from xpeer.training.tokenizer import Tokenizer
 from xpeer.training.tokens import ids_of
 

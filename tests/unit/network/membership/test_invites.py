@@ -14,9 +14,9 @@ from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.identity import Domain, Identity, PeerId
 from xpeer.manifest import Genesis
 from xpeer.needs import Needs
-from xpeer.network import invites
-from xpeer.network.invites import Token, create_token
-from xpeer.network.membership import Membership, Role
+from xpeer.network.membership import invites
+from xpeer.network.membership.certificates import Membership, Role
+from xpeer.network.membership.invites import Token, create_token
 from xpeer.network.multiaddress import check_peer
 
 NOW = 1_800_000_000.0

@@ -14,9 +14,9 @@ from nacl.signing import SigningKey
 from xpeer.errors import ExitCode, NotAuthorisedError
 from xpeer.identity import Domain, Identity
 from xpeer.manifest import Genesis
-from xpeer.network import membership
-from xpeer.network.invites import grant
-from xpeer.network.membership import Certificate, Credential, Membership, Role, Scope
+from xpeer.network.membership import certificates
+from xpeer.network.membership.certificates import Certificate, Credential, Membership, Role, Scope
+from xpeer.network.membership.invites import grant
 
 NOW = 1_800_000_000.0
 DAY = 86400
@@ -35,7 +35,7 @@ def credential(
 
 
 def bearer_credential(peer_id: str) -> Credential:
-    made = credential(f"{membership.BEARER_PREFIX}{BEARER.verify_key.hex()}")
+    made = credential(f"{certificates.BEARER_PREFIX}{BEARER.verify_key.hex()}")
     binding = BEARER.sign(Domain.BEARER, peer_id.encode())
     return Credential(made.body, made.signature, peer_id, binding)
 
@@ -53,13 +53,13 @@ def test_a_good_credential() -> None:
     assert certificate.subject == PEER.peer_id
     assert certificate.role == "member"
     assert made.claimed_swarm() == SWARM
-    assert len(made.to_bytes()) < membership.MAX_CREDENTIAL_BYTES / 2
+    assert len(made.to_bytes()) < certificates.MAX_CREDENTIAL_BYTES / 2
 
 
 def test_time() -> None:
     made = credential()
-    made.verify(SWARM, NOW - membership.CLOCK_SKEW_S + 1)
-    refused(made, "not valid yet", NOW - membership.CLOCK_SKEW_S - 2)
+    made.verify(SWARM, NOW - certificates.CLOCK_SKEW_S + 1)
+    refused(made, "not valid yet", NOW - certificates.CLOCK_SKEW_S - 2)
     made.verify(SWARM, NOW + 365 * DAY - 1)
     refused(made, "expired", NOW + 365 * DAY)
 
@@ -133,7 +133,7 @@ def test_every_cut_and_every_tail_is_refused() -> None:
     with pytest.raises(NotAuthorisedError, match="malformed"):
         Credential.from_bytes(good + b"\0")
     with pytest.raises(NotAuthorisedError, match="too large"):
-        Credential.from_bytes(good + bytes(membership.MAX_CREDENTIAL_BYTES))
+        Credential.from_bytes(good + bytes(certificates.MAX_CREDENTIAL_BYTES))
 
 
 @given(st.binary(max_size=300))
@@ -220,7 +220,7 @@ def test_membership_ends_while_connected() -> None:
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "MAX_REMEMBERED", 3)
+    monkeypatch.setattr(certificates, "MAX_REMEMBERED", 3)
     gate = Membership(SWARM, None, lambda: NOW)
     peers = [Identity.generate().peer_id for _ in range(5)]
     for peer in peers:

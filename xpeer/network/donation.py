@@ -23,7 +23,7 @@ from typing import Final
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, PeerId, blake2b, verify
 from xpeer.network import bulk
-from xpeer.network.exchange import Dialler, Party
+from xpeer.network.agreement import Dialler, Party
 from xpeer.network.link import Link
 from xpeer.network.rates import Pace, Rates
 from xpeer.network.shelf import KEPT_S, Shelf, Source

@@ -1,0 +1,1 @@
+"""Who belongs to the swarm: certificates, invitations, and the key that members share."""
