@@ -62,7 +62,7 @@ HEALTHY = Status(
 
 
 class FakeNode:
-    """A `Subject` that says what it is told to."""
+    """A `ControlledNode` that says what it is told to."""
 
     def __init__(self, status: Status = HEALTHY) -> None:
         self.calls: list[str] = []

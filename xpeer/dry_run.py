@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xpeer.accounts import accountant
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.budget import SIGMA_SETTING, delta_of, told_size
+from xpeer.accounts.budget import SIGMA_SETTING, coarse_size, delta_of
 from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home, NodeConfig
 from xpeer.manifest import Manifest
@@ -84,7 +84,7 @@ def _tell_privacy(home: Home, manifest: Manifest, text: Text, tell: Tell) -> Non
         tell(f"privacy: {rules.in_short()}")
         return
     units = len(text.records) if rules.unit == "record" else len(set(text.owners.tolist()))
-    size = told_size(units)
+    size = coarse_size(units)
     q, delta = min(manifest.optimiser.batch_records, size) / size, delta_of(manifest, units)
     sigma, charged = rules.noise_multiplier, 0
     if home.ledger_db.exists():

@@ -189,7 +189,7 @@ class Meeting(Gathering):
                 received = await agreement.swap(update)
                 found = await self._trainer.verify(self._id, exchange_id, received)
                 agreement.release(received)
-                await agreement.settle()
+                await agreement.accept_both()
                 self.accepted[peer_id], self._weights[exchange_id] = exchange_id, weight
         except TimeoutError as e:
             raise PeerError(Reason.TIMEOUT, f"not accepted within {deadline_s:g} s") from e

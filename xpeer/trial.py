@@ -25,7 +25,7 @@ from msgspec import structs
 
 from xpeer.accounts import accountant
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.budget import delta_of, told_size
+from xpeer.accounts.budget import coarse_size, delta_of
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason
 from xpeer.identity import Identity
@@ -80,7 +80,7 @@ def require_reachable(manifest: Manifest) -> None:
     rules, end = manifest.privacy, manifest.end
     if not rules.policy.clips_records:
         return
-    size = told_size(max(_LARGEST_SHARD, manifest.optimiser.batch_records))
+    size = coarse_size(max(_LARGEST_SHARD, manifest.optimiser.batch_records))
     q = min(manifest.optimiser.batch_records, size) / size
     delta = delta_of(manifest, size)
     sigma, steps = rules.noise_multiplier, 1

@@ -26,7 +26,7 @@ from xpeer.privacy.passes import Passes
 from xpeer.training import partition
 from xpeer.training.documents import Document, document_of
 from xpeer.training.schedule import Counters, learning_rate
-from xpeer_daemon.division import SETTLED_S, Shares
+from xpeer_daemon.division import STABLE_S, Shares
 from xpeer_daemon.throughput import Throughput
 
 Policy = Literal["equal", "weighted", "dynamic"]
@@ -159,7 +159,7 @@ class Run:
         losses: list[dict[str, float]] = []
         seen_by_then = None
         while bool((self._clouds.times_seen == 0).any()):
-            self._now_s = min(*boundary_s, slot * slot_s, looks * SETTLED_S)
+            self._now_s = min(*boundary_s, slot * slot_s, looks * STABLE_S)
             active = [peer for peer, at_s in enumerate(boundary_s) if at_s <= self._now_s]
             learning = self._now_s <= learn_until_s
             if active:
@@ -173,7 +173,7 @@ class Run:
                     if slot % 40 == 0:
                         losses.append({"time_s": self._now_s, "loss": self._loss()})
                 slot += 1
-            if self._now_s >= looks * SETTLED_S:
+            if self._now_s >= looks * STABLE_S:
                 looks += 1
                 if self._shares.look():
                     self._divide_anew(boundary_s)

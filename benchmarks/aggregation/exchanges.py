@@ -58,7 +58,7 @@ class Asynchronous(ByData):
             self._last[one], self._met_at_step[one] = two, steps[one]
 
 
-class Together:
+class AccountView:
     """Gradient aggregation: everybody's mean gradient of H batches at the same parameters, rounded
     with error feedback, averaged, one AdamW step.
 

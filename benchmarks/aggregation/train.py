@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.aggregation.exchanges import Asynchronous, ByData, Together
+from benchmarks.aggregation.exchanges import AccountView, Asynchronous, ByData
 from benchmarks.aggregation.setting import (
     CLOUDS,
     DATA,
@@ -128,7 +128,7 @@ class _Gradient(_Training):
     """The same, with one optimiser step a round for all."""
 
     def run(self) -> dict[str, Any]:
-        together = Together(self._clouds, self._manifest.optimiser, self._trial.seed)
+        together = AccountView(self._clouds, self._manifest.optimiser, self._trial.seed)
         for number in range(self._trial.rounds):
             together.step(self._rate(number / self._trial.rounds, number), WINDOW_STEPS)
             self._now_s += WINDOW_STEPS * max(self._step_s)

@@ -29,7 +29,7 @@ KEY, MANIFEST = b"k" * 32, b"m" * 32
 
 
 class Peer:
-    """Desk and children's commands in one."""
+    """ProposalHandler and children's commands in one."""
 
     def __init__(self, swarm: Swarm, party: Party) -> None:
         self._swarm = swarm
@@ -93,17 +93,17 @@ class Peer:
         finally:
             await self._proposer.done(to, healthy=healthy)
 
-    # Desk
+    # ProposalHandler
 
     def terms(self, peer_id: PeerId, slot: int) -> Terms:
         """Nothing to say."""
         return Terms(weight=1.0, group_weight=2.0, epoch=1, ledger_counter=0)
 
-    def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
+    def refusal_of(self, peer_id: PeerId, proposal: Propose) -> str | None:
         """None."""
         return None
 
-    def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
+    def before_agreement(self, peer_id: PeerId, theirs: Terms) -> None:
         """Nothing to count."""
 
     async def take_part(self, agreement: Agreement) -> None:

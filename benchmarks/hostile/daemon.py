@@ -51,9 +51,9 @@ def main() -> int:
     if attack == "stall":
         Meeting._taken = _stall  # type: ignore[method-assign]
     elif attack == "silent":
-        Agreement.settle = _silent  # type: ignore[method-assign]
+        Agreement.accept_both = _silent  # type: ignore[method-assign]
     elif attack == "refuse":
-        Gossip.objection = _refuse  # type: ignore[method-assign]
+        Gossip.refusal_of = _refuse  # type: ignore[method-assign]
     home = Home(given.home)
     settings = config.load(home.config, os.environ)
     return start.run(home, settings, trainer="benchmarks.hostile.trainer")

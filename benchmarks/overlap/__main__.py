@@ -73,7 +73,7 @@ QUICK = Plan(SMALL, 8_062_656, 0.25, 40, (PROMISED,))
 
 def round_of(plan: Plan, point: Point) -> dict[str, Any]:
     """Fields of the manifest: what `xpeer plan` recommends for this link and step."""
-    link = link_plan.Link(min(point.mbit_per_s, 1e5) * 1e6, 2 * point.delay_s)
+    link = link_plan.Bandwidth(min(point.mbit_per_s, 1e5) * 1e6, 2 * point.delay_s)
     found = link_plan.plan(link, num_params=plan.num_params, step_s=plan.step_s, peers=2)
     say(found.why)
     return {

@@ -24,7 +24,7 @@ import torch
 from msgspec import Struct
 
 from benchmarks.privacy import bounds, setting
-from benchmarks.privacy.swarm import Shown, Swarm
+from benchmarks.privacy.swarm import ReceivedFragment, Swarm
 from benchmarks.privacy.utility import model_with
 from xpeer.mixing.fragments import Fragments, padded
 
@@ -93,7 +93,7 @@ class Attacked(Struct, frozen=True, kw_only=True, tag=True):
         known[: start.numel()] = start
         seen: list[torch.Tensor] = []
 
-        def watch(shown: Shown) -> None:
+        def watch(shown: ReceivedFragment) -> None:
             if shown.sender == VICTIM:
                 own = fragments.gather(known, shown.fragment)
                 fragments.add_(known, shown.fragment, shown.values - own, 1.0)

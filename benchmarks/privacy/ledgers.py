@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xpeer.accounts.chain import About
+from xpeer.accounts.chain import ChargeContext
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.manifest import Manifest
@@ -19,7 +19,9 @@ def open_ledger(folder: Path, manifest: Manifest) -> Ledger:
     """
     folder.mkdir(exist_ok=True)
     rules = manifest.privacy
-    about = About(manifest.name, rules.mode, rules.clip_norm, rules.delta or 0.0, rules.epsilon)
+    about = ChargeContext(
+        manifest.name, rules.mode, rules.clip_norm, rules.delta or 0.0, rules.epsilon
+    )
     ledger = Ledger.open(folder / "ledger.sqlite")
     ledger.declare_documents(Register.open(folder / "register"), ["shard"], about)
     return ledger

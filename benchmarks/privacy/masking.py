@@ -23,7 +23,7 @@ import torch
 from benchmarks.common import emit, say, write_result
 from benchmarks.vector import Vector
 from xpeer.gossip import masks
-from xpeer.gossip.masked import MaskedMeeting, Us
+from xpeer.gossip.masked import MaskedGroup, MaskedMeeting
 from xpeer.identity import Identity, PeerId
 from xpeer.network.agreement import Agreement, Party
 from xpeer.network.link import Link, Meter
@@ -81,7 +81,9 @@ class _Member:
         k = len(self.links) + 1
         meeting: Meeting | MaskedMeeting = Meeting(self.vector, **given)
         if name in GRIDS:
-            meeting = MaskedMeeting(self.vector, Us(self.peer_id, SWARM, k, DEADLINE_S), **given)
+            meeting = MaskedMeeting(
+                self.vector, MaskedGroup(self.peer_id, SWARM, k, DEADLINE_S), **given
+            )
         exchanges = [
             meeting.exchange(
                 self.agreement(link, number, name, k, slot), weighting="equal",

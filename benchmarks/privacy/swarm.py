@@ -38,7 +38,7 @@ SWARM_ID = "5eed" * 16
 
 
 @dataclass(frozen=True)
-class Shown:
+class ReceivedFragment:
     """What one peer gave another, as the other decodes it."""
 
     sender: int
@@ -47,7 +47,7 @@ class Shown:
     values: torch.Tensor  # (n,) float32
 
 
-Watch = Callable[[Shown], None]
+Watch = Callable[[ReceivedFragment], None]
 
 
 class Swarm:
@@ -161,7 +161,7 @@ class Swarm:
             sent.append(PeerUpdate(bytes(update.payload), update.form, peer_id=""))
             if self._watch is not None and not averaging:
                 values = codec.decode(update.form, sent[-1].payload)
-                self._watch(Shown(peer, self._slot, fragment, values))
+                self._watch(ReceivedFragment(peer, self._slot, fragment, values))
         for peer, received in zip(pair, reversed(sent), strict=True):
             exchanges = self.trainers[peer].exchanges
             exchanges.verify(number, number, received)

@@ -183,7 +183,7 @@ class RigPeer:
 
     # Host of gossip
 
-    def objection(self) -> str | None:
+    def idle_reason(self) -> str | None:
         """Exchange, or not."""
         return None if self.exchanging else "paused"
 
@@ -199,7 +199,7 @@ class RigPeer:
         """Everybody does."""
         return True
 
-    def settled(self, peer_id: PeerId) -> bool:
+    def has_nothing_due(self, peer_id: PeerId) -> bool:
         """Nobody ends."""
         return False
 

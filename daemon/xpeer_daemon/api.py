@@ -1,7 +1,8 @@
 """The control API: HTTP with versioned JSON on a Unix socket, for `xpeer` and for programs.
 
-Knows the node only as a `Subject`. There is no authentication beyond the socket's owner, group and
-mode (0660): whoever may open it may stop the node and read its losses, so it is never on a network.
+Knows the node only as a `ControlledNode`. There is no authentication beyond the socket's owner,
+group and mode (0660): whoever may open it may stop the node and read its losses, so it is never on
+a network.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ GRACE_S = 2.0
 """Open requests get this long when the API closes."""
 
 
-class Subject(Protocol):
+class ControlledNode(Protocol):
     """What the API asks of the node; called on the event loop."""
 
     def status(self) -> Status:
@@ -63,7 +64,7 @@ class ControlApi:
         self._inode = inode
 
     @classmethod
-    async def start(cls, path: Path, subject: Subject) -> ControlApi:
+    async def start(cls, path: Path, subject: ControlledNode) -> ControlApi:
         """Listen.
 
         Args:
@@ -94,7 +95,7 @@ class ControlApi:
             self._path.unlink(missing_ok=True)
 
 
-def _application(subject: Subject) -> web.Application:
+def _application(subject: ControlledNode) -> web.Application:
     async def status(_request: web.Request) -> web.StreamResponse:
         return _json(subject.status())
 

@@ -16,7 +16,7 @@ from xpeer.training import partition
 
 log = logging.getLogger("xpeer.shares")
 
-SETTLED_S: Final = 2 * TTL_S
+STABLE_S: Final = 2 * TTL_S
 """Nothing is divided anew before those who share have been the same for this long."""
 EVERY_S: Final = 600.0
 """Changed speeds alone divide anew no more often, but for the first that are known: the trainer
@@ -52,7 +52,7 @@ class Shares:
         return self._assigned
 
     def look(self) -> bool:
-        """Whether to divide anew, to be asked every SETTLED_S: twice the same is settled."""
+        """Whether to divide anew, to be asked every STABLE_S: twice the same is settled."""
         before, self._seen = self._seen, self._members()
         return self._out_of_date(before) and self._out_of_date(self._seen)
 
@@ -70,7 +70,7 @@ class Shares:
     ) -> None:
         """Until cancelled."""
         while True:
-            await asyncio.sleep(SETTLED_S)
+            await asyncio.sleep(STABLE_S)
             if self.look() and training():
                 log.info("the shared corpus is divided anew among %d members", len(self._seen))
                 await renew()

@@ -1,4 +1,4 @@
-"""The node as its operator commands it: the control API's `Subject`."""
+"""The node as its operator commands it: the control API's `ControlledNode`."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import uvloop
 
 from xpeer import files, founding, needs
 from xpeer.accounts import accountant
-from xpeer.accounts.account_view import Together
+from xpeer.accounts.account_view import AccountView
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.config import Home, NodeConfig, note_of_foreign, privacy_register
@@ -101,7 +101,7 @@ def beginning(home: Home, now_unix_s: float, config: NodeConfig | None = None) -
     except LocalError as e:  # the trainer says it, if it needs it
         register, unread = None, f"; by the ledger alone: {e.problem}"
     with Ledger.look(home.ledger_db) as ledger, register or contextlib.nullcontext():
-        together = Together(ledger, register)
+        together = AccountView(ledger, register)
         steps = sum(segment.steps for segment in together.charged)
         charges = ledger.charges()
         about = charges[-1].about if charges else None

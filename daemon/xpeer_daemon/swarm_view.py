@@ -1,4 +1,4 @@
-"""The swarm as this node sees it, and what it says of itself: gossip's `Host`."""
+"""The swarm as this node sees it, and what it says of itself: gossip's `NodeView`."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class SwarmView:
         zones = {peer: record.zone for peer, record in self.others().items()}
         return {**zones, self._me: self._config.network.zone}
 
-    def settled(self, peer_id: PeerId) -> bool:
+    def has_nothing_due(self, peer_id: PeerId) -> bool:
         """Whether an exchange between the partner and us would move nothing that matters.
 
         Two that have ended wait for those who still train, and then for the consolidation.
@@ -154,7 +154,7 @@ class SwarmView:
         """The trainer, if a joiner may have its parameters."""
         return self._supervisor.trainer if self._life.phase.traits.holds_parameters else None
 
-    def objection(self) -> str | None:
+    def idle_reason(self) -> str | None:
         """Why nothing is exchanged now."""
         if self._life.phase is Phase.PAUSED:
             return Reason.PAUSED

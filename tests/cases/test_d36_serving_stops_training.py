@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.unit.training.homes import make_homes
-from xpeer.mixing.received import Shown
+from xpeer.mixing.received import ReceivedFragment
 from xpeer.trainer import build as assembling
 from xpeer.trainer import worker as working
 from xpeer.trainer.answers import Losses, Progressed, Reply, StateExported
@@ -120,7 +120,9 @@ class MergeAll:
             size = exchanges.fragments.size(fragment)
             values = trainer.loop.parameters.gather(fragment, torch.empty(size))
             kept = torch.frombuffer(bytearray(codec.encode("int8", values)), dtype=torch.uint8)
-            exchanges.consolidation.merged(fragment, Shown(Form("int8", len(values)), kept))
+            exchanges.consolidation.merged(
+                fragment, ReceivedFragment(Form("int8", len(values)), kept)
+            )
 
 
 @pytest.mark.parametrize("met", [False, True], ids=["alone", "with partners"])

@@ -91,15 +91,15 @@ class Peer:
         finally:
             await self.proposer.done(to, healthy=healthy)
 
-    # Desk
+    # ProposalHandler
 
     def terms(self, peer_id: PeerId, slot: int) -> Terms:
         return Terms(weight=1.0, group_weight=2.0, epoch=1, ledger_counter=0)
 
-    def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
+    def refusal_of(self, peer_id: PeerId, proposal: Propose) -> str | None:
         return None
 
-    def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
+    def before_agreement(self, peer_id: PeerId, theirs: Terms) -> None:
         return
 
     async def take_part(self, agreement: Agreement) -> None:

@@ -54,7 +54,7 @@ def test_every_structure_says_who_reads_it_and_every_field_what_makes_it_harmles
         "wire.messages.Terms",
         "update.Form",
         "status.Progress",
-        "privacy.charges.Charge",
+        "accounts.chain.Charge",
     ):
         assert f"xpeer.{known}" in names
 

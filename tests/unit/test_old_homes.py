@@ -151,7 +151,7 @@ def test_what_mode_update_charged_still_counts_for_the_documents(
         Register.open(register_of_the_test) as register,
         pytest.raises(ConfigError, match="charged for privacy of each shard"),
     ):
-        register.join("another", {}, documents, unit="record of 64 byte tokens")
+        register.declare("another", {}, documents, unit="record of 64 byte tokens")
 
 
 def approximately(tree: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Final, get_args
 import pytest
 import torch
 
-from xpeer.accounts.chain import About
+from xpeer.accounts.chain import ChargeContext
 from xpeer.manifest import Privacy, Round
 from xpeer.mixing import rules
 from xpeer.policies import MODES, RULES, PrivacyMode, RuleName, privacy_policy
@@ -180,5 +180,7 @@ def test_a_mode_that_nobody_trains_under_counts_as_one_that_charges(mode: str) -
 
 def test_charges_of_the_removed_mode_are_counted_by_shard() -> None:
     """Early versions noted no unit with them."""
-    assert About("s", "update", 1.0, 1e-5, 8.0).exact_unit == "shard"
-    assert About("s", "record", 1.0, 1e-5, 8.0, cut="128 byte tokens").exact_unit.endswith("tokens")
+    assert ChargeContext("s", "update", 1.0, 1e-5, 8.0).exact_unit == "shard"
+    assert ChargeContext("s", "record", 1.0, 1e-5, 8.0, cut="128 byte tokens").exact_unit.endswith(
+        "tokens"
+    )

@@ -27,7 +27,7 @@ PATIENCE_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """A running node charges the register first, and its ledger a little later."""
 
 
-class Together:
+class AccountView:
     """What is known of one home's charges.
 
     Args:
@@ -57,7 +57,7 @@ class Together:
         """What all homes charged to documents that the shard has: one for each kind that may have
         lost most; of this home alone as long as nobody knows them.
         """
-        found = self._register.looked_up(self._ledger.id) if self._register else []
+        found = self._register.histories_of(self._ledger.id) if self._register else []
         return [self.with_unregistered(history) for history in found] or [self.charged]
 
     def ever(self) -> list[list[Segment]]:

@@ -195,10 +195,10 @@ class Budget:
 
 def delta_of(manifest: Manifest, num_units: int) -> float:
     """Delta of a shard in mode record: the manifest's, or the default for its told size."""
-    return manifest.privacy.delta or accountant.default_delta(told_size(num_units))
+    return manifest.privacy.delta or accountant.default_delta(coarse_size(num_units))
 
 
-def told_size(num_records: int) -> int:
+def coarse_size(num_records: int) -> int:
     """The shard's size as far as q, sigma and delta may follow it: its six leading bits, rounded
     down, so that shards of one record more or less are sampled and noised alike.
 

@@ -1,6 +1,6 @@
 """What a privacy ledger holds: charges, what they were for, and the chain that binds them.
 
-Pure: knows no files. `ledger` stores what `Chain` makes.
+Pure: knows no files. `ledger` stores what `ChargeChain` makes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STILL_S, _STILL = 60.0, 5.0
 
 
 @seen_by("home")
-class About(Struct, frozen=True, forbid_unknown_fields=True):
+class ChargeContext(Struct, frozen=True, forbid_unknown_fields=True):
     """What charges are for: with a charge's own numbers, all that epsilon follows from."""
 
     swarm_id: Public[str]
@@ -63,7 +63,7 @@ class Charge:
 
     counter: Timing[int]
     segment: Parts[Segment]
-    about: Parts[About | None]
+    about: Parts[ChargeContext | None]
     """None: charged by a version that did not note it."""
 
 
@@ -80,7 +80,7 @@ class Row(NamedTuple):
     about: str
 
 
-class Chain:
+class ChargeChain:
     """All charges of an account, each bound to those before it by a hash.
 
     Args:
@@ -100,7 +100,7 @@ class Chain:
         """Number of charges; only ever grows."""
         return len(self.charges)
 
-    def next_row(self, segment: Segment, about: About | None) -> Row:
+    def next_row(self, segment: Segment, about: ChargeContext | None) -> Row:
         """The row that continues the chain; to be stored, then given to `add`."""
         return self._continuing(segment, msgspec.json.encode(about).decode() if about else "")
 
@@ -114,7 +114,7 @@ class Chain:
             segment = Segment(row.noise_multiplier, row.sampling_probability, row.steps)
             if row != self._continuing(segment, row.about):
                 raise LocalError("it does not continue those before it")
-            about = msgspec.json.decode(row.about, type=About) if row.about else None
+            about = msgspec.json.decode(row.about, type=ChargeContext) if row.about else None
         except (struct.error, msgspec.MsgspecError, ValueError, RecursionError) as e:
             raise LocalError(str(e)) from e
         kind = segment.noise_multiplier, segment.sampling_probability

@@ -34,7 +34,7 @@ class DocumentClass(Struct, frozen=True, kw_only=True):
 
 
 @seen_by("home")
-class Joined(Struct, frozen=True, kw_only=True):
+class DeclaredDocuments(Struct, frozen=True, kw_only=True):
     """What a start found."""
 
     documents: Local[int]

@@ -24,8 +24,16 @@ from typing import Final, Self
 import msgspec
 
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.chain import MECHANISM, About, Chain, Charge, Row, forecast, in_parts
-from xpeer.accounts.histories import ByUnit, Joined, missing, segments_of, steps_of
+from xpeer.accounts.chain import (
+    MECHANISM,
+    Charge,
+    ChargeChain,
+    ChargeContext,
+    Row,
+    forecast,
+    in_parts,
+)
+from xpeer.accounts.histories import ByUnit, DeclaredDocuments, missing, segments_of, steps_of
 from xpeer.accounts.ledger_file import (
     MEND,
     RESTORE,
@@ -34,8 +42,8 @@ from xpeer.accounts.ledger_file import (
     connected,
     create,
     file_id,
+    local_errors,
     refuse_a_loss,
-    told,
 )
 from xpeer.accounts.register import Fits, Register
 from xpeer.errors import LocalError
@@ -58,10 +66,10 @@ class Ledger:
         self._lock = threading.Lock()
         self._usable = True
         self._id, self._old = "", False
-        self._chain = Chain("")
+        self._chain = ChargeChain("")
         self._register: Register | None = None
         """None until `declare_documents` is called."""
-        self._about: About | None = None
+        self._about: ChargeContext | None = None
         """What charges are for. None until documents are declared: nothing is charged before."""
 
     @classmethod
@@ -101,7 +109,7 @@ class Ledger:
         if not path.exists():
             refuse_a_loss(path, must_exist)
             create(path)
-        with told(path, "can't be opened", MEND):
+        with local_errors(path, "can't be opened", MEND):
             path.chmod(0o600)
         ledger = cls(path, connected(path, "rw"))
         try:
@@ -119,8 +127,8 @@ class Ledger:
         return ledger
 
     def declare_documents(
-        self, register: Register, documents: Iterable[str], about: About
-    ) -> Joined:
+        self, register: Register, documents: Iterable[str], about: ChargeContext
+    ) -> DeclaredDocuments:
         """Declare what the next charges are for: the machine's register counts them, too, for these
         documents. Nothing can be charged before.
 
@@ -137,7 +145,7 @@ class Ledger:
             LocalError: the register or the ledger can't be written.
         """
         self._register, self._about = register, None
-        joined = register.join(
+        joined = register.declare(
             self.id,
             self._chain.by_unit,
             documents,
@@ -150,7 +158,7 @@ class Ledger:
         self._about = about
         return joined
 
-    def catch_up(self, register: Register, about: About) -> int:
+    def catch_up(self, register: Register, about: ChargeContext) -> int:
         """Charge again what this ledger has forgotten, as `declare_documents` does, while nobody
         knows which documents there are. Further charges are refused.
 
@@ -263,7 +271,7 @@ class Ledger:
             self._chain.add(row)
             return row.counter
 
-    def _catch_up(self, about: About, behind: ByUnit, counter: int) -> None:
+    def _catch_up(self, about: ChargeContext, behind: ByUnit, counter: int) -> None:
         """Charge again what the register holds and this does not: in as many charges as there were,
         if that is known, since partners remember their number.
         """
@@ -284,7 +292,7 @@ class Ledger:
 
     def settings(self, key: str) -> str | None:
         """What was stored by `set_once`; None if nothing was."""
-        with self._lock, told(self.path, "can't be read", MEND):
+        with self._lock, local_errors(self.path, "can't be read", MEND):
             row = self._connection.execute(
                 "SELECT value FROM settings WHERE key = ?", (key,)
             ).fetchone()
@@ -325,7 +333,7 @@ class Ledger:
         self.close()
 
     def _read(self) -> None:
-        with told(self.path, "is corrupt", RESTORE):
+        with local_errors(self.path, "is corrupt", RESTORE):
             state = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             self._connection.execute("BEGIN")  # both as of one moment: a node may be writing
             heads = self._connection.execute("SELECT version, ledger_id, counter, hash FROM head")
@@ -341,7 +349,7 @@ class Ledger:
                 f"privacy ledger {self.path} has version {version}, this xpeer knows {VERSION}",
                 "use the version of xpeer that wrote it",
             )
-        self._chain = Chain(self._id)
+        self._chain = ChargeChain(self._id)
         for values in rows:
             self._take_in(Row(*values, *([""] if self._old else [])))
         if (counter, last) != (self._chain.counter, self._chain.head):
@@ -355,7 +363,7 @@ class Ledger:
         """Only once the content is known to be good: a damaged file is left as it is."""
         # FULL: every commit is fsynced. A checkpoint after each keeps the main file complete,
         # so that a copy without its -wal loses nothing.
-        with told(self.path, "can't be written", MEND):
+        with local_errors(self.path, "can't be written", MEND):
             self._connection.executescript(
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA fullfsync = ON;"
                 "PRAGMA wal_autocheckpoint = 1;"
@@ -404,7 +412,7 @@ class Ledger:
             )
         done = False
         try:
-            with told(self.path, "can't be written", MEND):
+            with local_errors(self.path, "can't be written", MEND):
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("COMMIT")

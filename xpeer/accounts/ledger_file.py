@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from xpeer.accounts.chain import Chain
+from xpeer.accounts.chain import ChargeChain
 from xpeer.errors import LedgerError, LocalError
 
 VERSION: Final = 2
@@ -57,7 +57,7 @@ MEND: Final = "check the disk's space and the file's owner, then start the node 
 
 def connected(path: Path, mode: str) -> sqlite3.Connection:
     """Open it; mode is "ro" or "rw"."""
-    with told(path, "can't be opened", MEND):
+    with local_errors(path, "can't be opened", MEND):
         return sqlite3.connect(
             f"{path.as_uri()}?mode={mode}",
             uri=True,
@@ -86,7 +86,7 @@ def refuse_a_loss(path: Path, must_exist: str | None) -> None:
 def create(path: Path) -> None:
     """Make the file whole beside its place, so that a crash leaves either none or a good one."""
     beside = path.with_name(path.name + ".new")
-    with told(path, "can't be made", MEND):
+    with local_errors(path, "can't be made", MEND):
         beside.unlink(missing_ok=True)
         beside.with_name(beside.name + "-journal").unlink(missing_ok=True)
         os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -98,7 +98,7 @@ def create(path: Path) -> None:
                 VERSION,
                 ledger_id,
                 0,
-                Chain(ledger_id).head,
+                ChargeChain(ledger_id).head,
             )
             connection.executescript(_SCHEMA)
             connection.execute("INSERT INTO head VALUES (?, ?, ?, ?, ?)", start)
@@ -123,7 +123,7 @@ def file_id(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def told(path: Path, what: str, remedy: str) -> Iterator[None]:
+def local_errors(path: Path, what: str, remedy: str) -> Iterator[None]:
     """Errors of the file system and of SQLite, in words for the operator."""
     try:
         yield

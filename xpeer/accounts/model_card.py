@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from xpeer import __version__
 from xpeer.accounts import accountant, report
-from xpeer.accounts.account_view import Together
+from xpeer.accounts.account_view import AccountView
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.errors import LocalError
@@ -28,7 +28,7 @@ _GRID = 0.5
     "export",
     "no sigma, no q, no size; epsilon and delta are rounded up to a coarse grid",
 )
-class Card(Struct, frozen=True, kw_only=True):
+class PrivacyCard(Struct, frozen=True, kw_only=True):
     """Of one export. Anybody may read it, so what would tell the shard's size is not in it: noise
     and sampling are left out, epsilon and delta are rounded up, coarsely.
     """
@@ -57,7 +57,7 @@ def card_of(
     step: int,
     ledger: Ledger | None,
     register: Register | None = None,
-) -> Card:
+) -> PrivacyCard:
     """Of an export of now; takes a second.
 
     Args:
@@ -69,8 +69,8 @@ def card_of(
     """
     rules = manifest.privacy
     if not rules.policy.charges:
-        return Card(swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode=rules.mode)
-    together = Together(ledger, register) if ledger else None
+        return PrivacyCard(swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode=rules.mode)
+    together = AccountView(ledger, register) if ledger else None
     charged = together.own() if together and together.charged else []
     if ledger and charged and not ledger.counter:
         raise LocalError(f"privacy ledger {ledger.path} has lost all charges", report.START)
@@ -79,7 +79,7 @@ def card_of(
     delta = noted and (rules.delta or 10.0 ** math.ceil(math.log10(noted)))
     spent = accountant.epsilon_worst(charged, min(noted, delta)) if noted and delta else 0.0
     told = math.ceil(spent / _GRID) * _GRID
-    return Card(
+    return PrivacyCard(
         swarm_id=swarm_id,
         swarm_name=manifest.name,
         step=step,
@@ -91,13 +91,13 @@ def card_of(
     )
 
 
-def files(card: Card) -> dict[str, bytes]:
+def files(card: PrivacyCard) -> dict[str, bytes]:
     """By name, in the order of `FILES`."""
     machine = msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n"
     return dict(zip(FILES, (_words(card).encode(), machine), strict=True))
 
 
-def _words(card: Card) -> str:
+def _words(card: PrivacyCard) -> str:
     head = (
         f"# {card.swarm_name}\n\nTrained by the members of an xpeer swarm (`{card.swarm_id}`), "
         f"each on text of its own; exported at step {card.step} by xpeer {card.xpeer}.\n\n"

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from xpeer.accounts import accountant
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.budget import told_size
+from xpeer.accounts.budget import coarse_size
 from xpeer.accounts.signal import noise_norm
 from xpeer.errors import ConfigError
 from xpeer.leaves import Public, seen_by
@@ -80,7 +80,7 @@ def plan(
         raise ConfigError(
             f"--delta {delta} is not between {DELTA_MIN:g} and {DELTA_MAX:g}", "e.g. --delta 1e-5"
         )
-    size = told_size(records)  # as nodes do
+    size = coarse_size(records)  # as nodes do
     batch = min(batch, size)
     delta = delta or accountant.default_delta(size)
     q = batch / size

@@ -34,9 +34,9 @@ from xpeer.accounts import register_file as file
 from xpeer.accounts.accountant import Segment
 from xpeer.accounts.histories import (
     ByUnit,
+    DeclaredDocuments,
     DocumentClass,
     History,
-    Joined,
     combined,
     missing,
     segments_of,
@@ -105,7 +105,7 @@ class Register:
         register._usable = False
         return register
 
-    def join(
+    def declare(
         self,
         ledger_id: str,
         charged: Mapping[str, History],
@@ -113,7 +113,7 @@ class Register:
         unit: str = "record",
         swarm_id: str = "",
         counter: int = 0,
-    ) -> Joined:
+    ) -> DeclaredDocuments:
         """Say which documents this home's next charges are for; durable when this returns.
 
         Cheap if they are those of an earlier start: then documents are counted, not looked up.
@@ -162,7 +162,7 @@ class Register:
             self._seen, self._shared = tables.seen_by(ledger_id, self._span), False
             self._steps = steps_of(own)
             unknown = combined(tables.charges(), tables.spans_of(ledger_id, RECOVERED))
-            return Joined(
+            return DeclaredDocuments(
                 documents=len(hashes),
                 new=new,
                 elsewhere=self._elsewhere(),
@@ -184,7 +184,7 @@ class Register:
         with self._lock, self._reading():
             return self._elsewhere()
 
-    def looked_up(self, ledger_id: str) -> list[list[Segment]]:
+    def histories_of(self, ledger_id: str) -> list[list[Segment]]:
         """`histories` of a home's shard as it last started; none if it never did."""
         with self._lock, self._reading():
             self._ledger_id = ledger_id
@@ -225,7 +225,7 @@ class Register:
 
         Args:
             segment: the steps.
-            fits: asked if other homes charged some of these documents since `join`.
+            fits: asked if other homes charged some of these documents since `declare`.
             counter: which charge of its ledger this is.
 
         Raises:
@@ -253,7 +253,7 @@ class Register:
 
     @property
     def shared(self) -> bool:
-        """Whether others charged some of these documents between `join` and our last charge."""
+        """Whether others charged some of these documents between `declare` and our last charge."""
         return self._shared
 
     def close(self) -> None:
@@ -357,7 +357,7 @@ class Register:
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """All as of one moment."""
-        with file.told(self.path):
+        with file.local_errors(self.path):
             self._connection.execute("BEGIN")
             try:
                 yield
@@ -376,7 +376,7 @@ class Register:
             )
         written = False
         try:
-            with file.told(self.path):
+            with file.local_errors(self.path):
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection.execute
                 self._connection.execute("COMMIT")

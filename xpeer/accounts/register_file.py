@@ -88,7 +88,7 @@ def opened(folder: Path) -> tuple[sqlite3.Connection, bytes]:
             f"privacy.register: {folder} can't be used: {e}",
             "set privacy.register to a folder of this user's that outlives its homes",
         ) from e
-    with told(path):
+    with local_errors(path):
         connection = _connected(path, "rw")
         try:
             # FULL: every commit is fsynced
@@ -115,7 +115,7 @@ def key_of(folder: Path) -> bytes:
         LocalError: it is missing or damaged.
     """
     path = folder / KEY
-    with told(folder / NAME):
+    with local_errors(folder / NAME):
         key = path.read_bytes() if path.exists() else None
     if key is None:
         raise LocalError(f"privacy register: {path} is missing", RESTORE)
@@ -131,7 +131,7 @@ def is_there(folder: Path) -> bool:
         LocalError: it was lost, and its key is left.
     """
     path = folder / NAME
-    with told(path):
+    with local_errors(path):
         if path.exists():
             return True
         begun = folder.joinpath(NAME + _NEW_FILE).exists()
@@ -170,7 +170,7 @@ def _begin(folder: Path) -> None:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        with told(path):
+        with local_errors(path):
             connection = sqlite3.connect(new, isolation_level=None)
             try:
                 connection.execute("BEGIN IMMEDIATE")
@@ -195,7 +195,7 @@ def looked(folder: Path) -> tuple[sqlite3.Connection, bytes]:
         LocalError: one of the two files is damaged or missing, or they don't belong together.
     """
     path, key = folder / NAME, key_of(folder)
-    with told(path):
+    with local_errors(path):
         connection = _connected(path, "ro")
         try:
             _refuse_damage(path, connection, key)
@@ -310,7 +310,7 @@ def _class_of(run: Run, spans: str) -> int:
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def local_errors(path: Path) -> Iterator[None]:
     """Errors of the file system and of SQLite, in words for the operator."""
     try:
         yield

@@ -8,9 +8,9 @@ from typing import Final, NamedTuple
 from msgspec import Struct
 
 from xpeer.accounts import accountant
-from xpeer.accounts.account_view import Together
+from xpeer.accounts.account_view import AccountView
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.chain import About
+from xpeer.accounts.chain import ChargeContext
 from xpeer.accounts.histories import DocumentClass
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
@@ -48,7 +48,7 @@ class Noted(NamedTuple):
     """A charge, and what it was for."""
 
     segment: Segment
-    about: About
+    about: ChargeContext
 
 
 @seen_by("home")
@@ -162,7 +162,7 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
     Raises:
         LocalError: nothing was charged, or by a version that noted too little.
     """
-    together = Together(ledger, register)
+    together = AccountView(ledger, register)
     if not together.charged:
         raise LocalError(
             f"privacy ledger {ledger.path}: nothing was charged yet",
@@ -219,7 +219,7 @@ def files(
     by_file: dict[str, list[str]] = {}
     for document, path in documents:
         by_file.setdefault(path, []).append(document)
-    together = Together(ledger, register)
+    together = AccountView(ledger, register)
     histories = {
         document: together.with_unregistered(history)
         for document, history in register.of_documents(
@@ -242,7 +242,7 @@ def files(
     return sorted(found, key=lambda each: (-each.epsilon, each.path))
 
 
-def _documents(together: Together, delta: float) -> tuple[list[DocumentAccount], int]:
+def _documents(together: AccountView, delta: float) -> tuple[list[DocumentAccount], int]:
     def steps(found: DocumentClass) -> int:
         return sum(segment.steps for segment in found.segments)
 
@@ -276,7 +276,7 @@ def verify(ledger: Ledger, register: Register | None = None, delta: float | None
     Raises:
         LocalError: delta is neither given nor noted, or the replay is out of reach.
     """
-    together = Together(ledger, register)
+    together = AccountView(ledger, register)
     if delta is None:
         lost = together.charged and not ledger.counter
         delta = DELTA_MAX if lost else about(ledger)[0]

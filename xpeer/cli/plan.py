@@ -40,7 +40,7 @@ def plan(
     ):
         if not least <= value <= most:  # nor is anything between them that is no number
             raise LocalError(f"{option} {value} makes no sense", f"{least:g} to {most:g}")
-    link = link_plan.Link(bits_per_s=link_mbit * 1e6, round_trip_s=round_trip_ms / 1e3)
+    link = link_plan.Bandwidth(bits_per_s=link_mbit * 1e6, round_trip_s=round_trip_ms / 1e3)
     found = link_plan.plan(link, num_params=int(params), step_s=step_seconds, peers=peers)
     if as_json:
         echo_json(asdict(found))

@@ -18,10 +18,10 @@ from xpeer.gossip import matching
 from xpeer.gossip.meetings import Meetings
 from xpeer.gossip.pace import Pace, Start
 from xpeer.gossip.partners import Partners
-from xpeer.gossip.view import GossipTrainer, Host
+from xpeer.gossip.view import GossipTrainer, NodeView
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
-from xpeer.network.agreement import Agreement, Desk, Proposer, UnresolvedError
+from xpeer.network.agreement import Agreement, ProposalHandler, Proposer, UnresolvedError
 from xpeer.update import Form
 from xpeer.wire.messages import Propose, Terms
 
@@ -35,7 +35,7 @@ else one that proposes all the time would be the only one that we ever meet."""
 PAIR = 2
 
 
-class Gossip(Desk):
+class Gossip(ProposalHandler):
     """Runs exchanges at slots and answers proposals.
 
     Args:
@@ -55,7 +55,7 @@ class Gossip(Desk):
         me: PeerId,
         swarm_id: str,
         manifest: Manifest,
-        host: Host,
+        host: NodeView,
         proposer: Proposer,
         nudge: Callable[[PeerId], Awaitable[None]],
         clock: Callable[[], float],
@@ -100,7 +100,7 @@ class Gossip(Desk):
 
     def _begin(self, slot: int) -> None:
         partners = self._host.partners()
-        if self._host.objection() is not None or not self._due():
+        if self._host.idle_reason() is not None or not self._due():
             self._idle_slots = 0
             return
         self._idle_slots += 1
@@ -174,7 +174,7 @@ class Gossip(Desk):
         slot = matching.slot_number(self._clock(), self._round.slot_s)
         if (
             self._asynchronous()
-            and self._host.objection() is None
+            and self._host.idle_reason() is None
             and peer_id in self._host.partners()
             and self._may_propose(peer_id, slot)
             and slot > self._partners[peer_id].ids.last_slot
@@ -189,9 +189,11 @@ class Gossip(Desk):
         """Whether no exchange is due between us. A group that needs more than two of its members
         may need those who ended for those who did not.
         """
-        if not self._host.settled(peer_id):
+        if not self._host.has_nothing_due(peer_id):
             return False
-        return self._round.least_group == PAIR or all(map(self._host.settled, self._group(slot)))
+        return self._round.least_group == PAIR or all(
+            map(self._host.has_nothing_due, self._group(slot))
+        )
 
     def _averaging(self) -> bool:
         """Masked groups average in any case, so that all their members agree on it."""
@@ -312,7 +314,7 @@ class Gossip(Desk):
         if start is not None and self._round.group == PAIR:
             self._pace.failed(start)
 
-    # The answering side (Desk)
+    # The answering side (ProposalHandler)
 
     def terms(self, peer_id: PeerId, slot: int) -> Terms:
         """Our terms towards this partner; what is unresolved is told once."""
@@ -339,12 +341,12 @@ class Gossip(Desk):
         own = self._host.declared_rate(self._me)
         return own, own + sum(self._host.declared_rate(peer) for peer in others)
 
-    def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
+    def refusal_of(self, peer_id: PeerId, proposal: Propose) -> str | None:
         """Why we do not take part in this proposal, or None."""
         trainer = self._host.trainer
         if trainer is None:
             return Reason.NOT_READY
-        if (reason := self._host.objection()) is not None:
+        if (reason := self._host.idle_reason()) is not None:
             return reason
         if not self._host.may_exchange(peer_id):
             return Reason.NOT_DUE
@@ -395,9 +397,9 @@ class Gossip(Desk):
         avoided = self._avoided()
         return self._round.group == PAIR and self._candidates(slot)[:1] in [[p] for p in avoided]
 
-    def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
-        """See `Partners.settle`."""
-        self._partners.settle(peer_id, theirs)
+    def before_agreement(self, peer_id: PeerId, theirs: Terms) -> None:
+        """See `Partners.reconcile`."""
+        self._partners.reconcile(peer_id, theirs)
 
     async def take_part(self, agreement: Agreement) -> None:
         """Run the exchange that a lower PeerID proposed and we agreed to."""

@@ -52,7 +52,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Us:
+class MaskedGroup:
     """Who we are in masked groups, how large those are, and how patient we are."""
 
     me: PeerId
@@ -91,7 +91,7 @@ class MaskedMeeting(Gathering):
     def __init__(
         self,
         trainer: Trainer,
-        us: Us,
+        us: MaskedGroup,
         before: int | None = None,
         **given: Unpack[Given],
     ) -> None:
@@ -154,7 +154,7 @@ class MaskedMeeting(Gathering):
         found = await self._reveal(roster, masked, commitments)
         for pair in self._pairs.values():
             pair.accepted = True
-        await self._with_all(lambda pair: pair.agreement.settle())
+        await self._with_all(lambda pair: pair.agreement.accept_both())
         await self._merge(found.distance)
 
     # Before anything is shown

@@ -8,7 +8,7 @@ from typing import Any
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.gossip import matching
-from xpeer.gossip.masked import MaskedMeeting, Us
+from xpeer.gossip.masked import MaskedGroup, MaskedMeeting
 from xpeer.gossip.partners import Partners
 from xpeer.gossip.view import GossipTrainer
 from xpeer.identity import PeerId
@@ -45,7 +45,7 @@ class Meetings:
         keep: Callable[[Coroutine[Any, Any, None]], None],
         due_again: Callable[[], None],
     ) -> None:
-        self._us = Us(me, swarm_id, rules.group, rules.deadline_s)
+        self._us = MaskedGroup(me, swarm_id, rules.group, rules.deadline_s)
         self._rules = rules
         self._partners = partners
         self._keep = keep

@@ -233,7 +233,7 @@ class Partners:
             usual_s = FIRST_MULTIPLE * statistics.median(others) if others else longest_s
         return min(longest_s, max(MIN_DEADLINE_S, usual_s) * 2.0**record.backoff.timeouts)
 
-    def settle(self, peer_id: PeerId, theirs: Terms) -> None:
+    def reconcile(self, peer_id: PeerId, theirs: Terms) -> None:
         """Count merges that the partner reports as one-sided, and watch its ledger.
 
         Raises:

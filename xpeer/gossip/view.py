@@ -36,14 +36,14 @@ class GossipTrainer(Trainer, Protocol):
         """Values that a fragment's exchange sends."""
 
 
-class Host(Protocol):
+class NodeView(Protocol):
     """The node around gossip."""
 
     @property
     def trainer(self) -> GossipTrainer | None:
         """The running trainer, if it holds the swarm's parameters."""
 
-    def objection(self) -> str | None:
+    def idle_reason(self) -> str | None:
         """Why this node exchanges nothing now (paused, not ready), or None."""
 
     def training(self) -> bool:
@@ -58,7 +58,7 @@ class Host(Protocol):
     def zones(self) -> Mapping[PeerId, str]:
         """What live members declare, ourselves included: those of a zone have fast links."""
 
-    def settled(self, peer_id: PeerId) -> bool:
+    def has_nothing_due(self, peer_id: PeerId) -> bool:
         """Whether the partner and we both ended, so that no exchange is due between us."""
 
     def declared_rate(self, peer_id: PeerId) -> float:

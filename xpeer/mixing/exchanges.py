@@ -77,7 +77,7 @@ class Exchanges:
             else MaskedPayloads(grid, self.buffers)
         )
         self.consolidation = Consolidation(self.buffers)
-        self.common = group_means.Common(fragments) if grid is not None else None
+        self.common = group_means.GroupMeans(fragments) if grid is not None else None
         self.consensus_distance: float | None = None
         self.merges = self.merges_clipped = 0
         self.seconds_snapshot = self.seconds_merge = 0.0

@@ -18,7 +18,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.mixing.buffers import Buffers
 from xpeer.mixing.differences import Difference, bounded
 from xpeer.mixing.fragments import Fragments, padded
-from xpeer.mixing.received import Shown, shown_mean
+from xpeer.mixing.received import ReceivedFragment, received_mean
 from xpeer.mixing.screen import Limit
 from xpeer.update import PeerUpdate
 from xpeer.wire import fixedpoint
@@ -33,7 +33,7 @@ class Sum:
     """A decoded sum."""
 
     difference: Difference
-    shown: Shown | None
+    shown: ReceivedFragment | None
     """The others' mean; None if it was clipped."""
     mean: torch.Tensor | None  # (n,) float32, on the grid
     """The group's; None if it was clipped."""
@@ -69,10 +69,10 @@ def decoded(
     if found.clipped:
         return Sum(found, None, None)
     mean = fixedpoint.rounded(grid, theta, own).add_(z, alpha=(parties - 1) / parties)
-    return Sum(found, shown_mean(theta, z, buffers), mean)
+    return Sum(found, received_mean(theta, z, buffers), mean)
 
 
-class Common:
+class GroupMeans:
     """What other members know of our parameters already, and a joiner may be given: where they were
     set from (the initial model, a donor's), and of every fragment the mean of the last group.
 

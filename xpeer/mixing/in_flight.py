@@ -23,7 +23,7 @@ import torch
 
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.mixing.differences import Difference
-from xpeer.mixing.received import Shown
+from xpeer.mixing.received import ReceivedFragment
 from xpeer.mixing.rules import Rule
 from xpeer.mixing.rules.base import Correction
 from xpeer.mixing.screen import Scale
@@ -56,7 +56,7 @@ class Verified:
     partner: str
     """PeerID; empty for a sum."""
     difference: Difference
-    received: Shown | None
+    received: ReceivedFragment | None
     """The partner's values, or the mean of the others of a group. None if they were clipped, or the
     combiner trusts no single partner."""
     mean: torch.Tensor | None = None  # (n,) float32, on the grid
@@ -102,7 +102,7 @@ class Resolved:
     correction: Correction
     accepted: tuple[Verified, ...]
     """Whose values are in the correction: both sides accepted."""
-    received: tuple[Shown, ...]
+    received: tuple[ReceivedFragment, ...]
     """What consolidation remembers of them."""
 
 

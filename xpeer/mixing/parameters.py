@@ -51,5 +51,5 @@ class Parameters(Protocol):
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         """In flat order."""
 
-    def showing(self, values: torch.Tensor) -> AbstractContextManager[None]:
+    def with_values(self, values: torch.Tensor) -> AbstractContextManager[None]:
         """For the time being the model computes with these (num_params,) values."""

@@ -15,7 +15,7 @@ from xpeer.mixing import group_means
 from xpeer.mixing.buffers import Buffers
 from xpeer.mixing.differences import difference
 from xpeer.mixing.in_flight import Certified, Sent, Verified
-from xpeer.mixing.received import Shown, shown, shown_mean
+from xpeer.mixing.received import ReceivedFragment, received_mean, shown
 from xpeer.mixing.rules import Rule
 from xpeer.mixing.screen import NormLimit
 from xpeer.update import CompressedUpdate, Form, PeerUpdate, PrivateUpdate
@@ -112,7 +112,7 @@ class CodecPayloads:
             received = self._parameters_of(update, snapshot.rule)
         return Verified(update.peer_id, compared, received)
 
-    def _parameters_of(self, update: PeerUpdate, rule: Rule) -> Shown:
+    def _parameters_of(self, update: PeerUpdate, rule: Rule) -> ReceivedFragment:
         each = update.form.num_values // rule.vectors
         vector = slice(each * rule.parameters_at, each * (rule.parameters_at + 1))
         return shown(update.form, update.payload, vector, self._buffers)
@@ -156,7 +156,7 @@ class MaskedPayloads:
         return Verified("", total.difference, total.shown, total.mean)
 
 
-def combined(sent: Sent, shift: torch.Tensor, buffers: Buffers) -> Shown:
+def combined(sent: Sent, shift: torch.Tensor, buffers: Buffers) -> ReceivedFragment:
     """Keep the parameters that a combiner made of several partners', for consolidation.
 
     Args:
@@ -167,7 +167,7 @@ def combined(sent: Sent, shift: torch.Tensor, buffers: Buffers) -> Shown:
     own, at = sent.own, sent.snapshot.rule.parameters_at
     if not isinstance(own, torch.Tensor):
         own = wire_codec.decode(sent.form, own)
-    return shown_mean(own.view(shift.shape)[at], shift[at], buffers)
+    return received_mean(own.view(shift.shape)[at], shift[at], buffers)
 
 
 def _decodes_own(rule: Rule) -> bool:

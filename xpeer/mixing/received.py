@@ -30,7 +30,7 @@ _KEPT: Final = "int8"
 
 
 @dataclass(slots=True)
-class Shown:
+class ReceivedFragment:
     """A partner's values of one fragment, as it showed them."""
 
     form: Form
@@ -39,7 +39,7 @@ class Shown:
     """Another thread may be reading it."""
 
 
-def shown(form: Form, payload: codec.Payload, vector: slice, buffers: Buffers) -> Shown:
+def shown(form: Form, payload: codec.Payload, vector: slice, buffers: Buffers) -> ReceivedFragment:
     """Keep a verified payload, or what it holds of the parameters as int8.
 
     Args:
@@ -51,11 +51,11 @@ def shown(form: Form, payload: codec.Payload, vector: slice, buffers: Buffers) -
     if vector == slice(0, form.num_values):
         kept = buffers.take(memoryview(payload).nbytes, torch.uint8)
         codec.view(kept)[:] = memoryview(payload).cast("B")
-        return Shown(form, kept)
+        return ReceivedFragment(form, kept)
     return _kept(codec.decode(form, payload)[vector], buffers)
 
 
-def shown_mean(theta: torch.Tensor, z: torch.Tensor, buffers: Buffers) -> Shown:
+def received_mean(theta: torch.Tensor, z: torch.Tensor, buffers: Buffers) -> ReceivedFragment:
     """Keep what a group's values came to, and no one's own: theta + z, as int8.
 
     Args:
@@ -66,11 +66,11 @@ def shown_mean(theta: torch.Tensor, z: torch.Tensor, buffers: Buffers) -> Shown:
     return _kept(theta + z, buffers)
 
 
-def _kept(values: torch.Tensor, buffers: Buffers) -> Shown:
+def _kept(values: torch.Tensor, buffers: Buffers) -> ReceivedFragment:
     form = Form(_KEPT, values.numel())
     payload = buffers.take(form.num_bytes, torch.uint8)
     codec.encode_into(_KEPT, values, codec.view(payload))
-    return Shown(form, payload)
+    return ReceivedFragment(form, payload)
 
 
 class Consolidation:
@@ -82,20 +82,20 @@ class Consolidation:
 
     def __init__(self, buffers: Buffers) -> None:
         self._buffers = buffers
-        self._shown: dict[int, deque[Shown]] = {}
+        self._shown: dict[int, deque[ReceivedFragment]] = {}
 
     def begin(self) -> None:
         """The parameters were set anew."""
         self._shown.clear()
 
-    def merged(self, fragment: int, values: Shown) -> None:
+    def merged(self, fragment: int, values: ReceivedFragment) -> None:
         """An exchange of this fragment was merged."""
         kept = self._shown.setdefault(fragment, deque())
         kept.append(values)
         if len(kept) > PARTNERS and not (oldest := kept.popleft()).lent:
             self._buffers.give(oldest.payload)
 
-    def now(self) -> dict[int, tuple[Shown, ...]]:
+    def now(self) -> dict[int, tuple[ReceivedFragment, ...]]:
         """A copy that another thread may read."""
         for kept in self._shown.values():
             for values in kept:
@@ -104,7 +104,7 @@ class Consolidation:
 
 
 def consolidate(
-    flat: torch.Tensor, fragments: Fragments, received: dict[int, tuple[Shown, ...]]
+    flat: torch.Tensor, fragments: Fragments, received: dict[int, tuple[ReceivedFragment, ...]]
 ) -> torch.Tensor:
     """The average.
 

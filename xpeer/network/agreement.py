@@ -80,16 +80,16 @@ class Dialler(Protocol):
         """An unconnected link to a member. Raises PeerError."""
 
 
-class Desk(Protocol):
+class ProposalHandler(Protocol):
     """What this node answers to proposals; the daemon's gossip in production."""
 
     def terms(self, peer_id: PeerId, slot: int) -> Terms:
         """Our terms towards this partner in this slot."""
 
-    def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
+    def refusal_of(self, peer_id: PeerId, proposal: Propose) -> str | None:
         """Why not (a reason code), or None."""
 
-    def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
+    def before_agreement(self, peer_id: PeerId, theirs: Terms) -> None:
         """Check the partner's terms and count merges that it reports as one-sided.
 
         Raises:
@@ -168,7 +168,7 @@ class Agreement:
         if isinstance(received.payload, memoryview):
             bulk.release(received.payload)
 
-    async def settle(self) -> None:
+    async def accept_both(self) -> None:
         """Accept the partner's update and wait until it accepts ours.
 
         Raises:
@@ -210,7 +210,7 @@ class Proposer:
     async def propose(
         self,
         peer_id: PeerId,
-        desk: Desk,
+        desk: ProposalHandler,
         *,
         slot: int,
         fragment: int,
@@ -235,7 +235,7 @@ class Proposer:
                 await link.send(Propose(exchange_id, slot, fragment, *what, ours))
                 answer = await link.expect(Agree, exchange_id, timeout_s=float("inf"))
                 try:
-                    desk.settled_before(peer_id, answer.terms)
+                    desk.before_agreement(peer_id, answer.terms)
                 except PeerError as e:
                     await link.send(Refuse(exchange_id, e.reason))
                     await link.ended()
@@ -291,12 +291,12 @@ class Proposer:
         return link
 
 
-def answering(party: Party, desk: Desk) -> Callable[[Link], Awaitable[None]]:
+def answering(party: Party, desk: ProposalHandler) -> Callable[[Link], Awaitable[None]]:
     """The handler of links that lower PeerIDs open to us.
 
     Args:
         party: us.
-        desk: decides and takes part. What it has no objection to is of a form that it expects.
+        desk: decides and takes part. What it has no refusal_of to is of a form that it expects.
     """
 
     async def handle(link: Link) -> None:
@@ -316,11 +316,11 @@ def answering(party: Party, desk: Desk) -> Callable[[Link], Awaitable[None]]:
 
     async def _answer(link: Link, proposal: Propose) -> None:
         try:
-            desk.settled_before(link.peer_id, proposal.terms)
+            desk.before_agreement(link.peer_id, proposal.terms)
         except PeerError as e:  # told rather than dropped: it may not know that it was restored
             reason: str | None = e.reason
         else:
-            reason = desk.objection(link.peer_id, proposal)
+            reason = desk.refusal_of(link.peer_id, proposal)
         if reason is not None:
             await link.send(Refuse(proposal.exchange_id, reason))
             return

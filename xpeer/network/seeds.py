@@ -54,7 +54,7 @@ class Bootstrapping:
         self.note = ""
         self._targets = targets
         self._dial = dial
-        self._settle = settle
+        self._find_neighbours = settle
         self._seeds = seeds
         self._failures: dict[PeerId, str] = {}
         self.clock_ahead_s = 0.0
@@ -115,7 +115,7 @@ class Bootstrapping:
         self.clock_ahead_s, self.clocks = -ahead_s[len(ahead_s) // 2], len(ahead_s)
         self._say(_of_clocks(self.clock_ahead_s))
         if self._answered % SETTLE_EVERY == 0:
-            await self._settle()
+            await self._find_neighbours()
         self._answered += 1
         return True
 

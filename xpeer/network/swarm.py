@@ -76,7 +76,7 @@ class Swarm:
         self._served: list[Served] = []
         self._book = AddressBook(identity.peer_id, seeds)
         self._bootstrapping = Bootstrapping(
-            self._book.targets, self._dial, self._settle, self._book.seeds
+            self._book.targets, self._dial, self._find_neighbours, self._book.seeds
         )
         self._introduced = introductions.Introduced()
         self._introducing: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
@@ -410,7 +410,7 @@ class Swarm:
                 await self.introduce(peer_id)
                 return await ping(self.dht, _hivemind_id(peer_id))
 
-    async def _settle(self) -> None:
+    async def _find_neighbours(self) -> None:
         with contextlib.suppress(P2PDaemonError):
             await self.dht.find_nearest_nodes([self.dht.node_id])
 

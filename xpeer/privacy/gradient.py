@@ -36,7 +36,7 @@ class Sampling(NamedTuple):
 
 
 def sampling_of(manifest: Manifest, size: int) -> Sampling:
-    """The manifest's batch, of a shard of so many units as others may infer (`told_size`)."""
+    """The manifest's batch, of a shard of so many units as others may infer (`coarse_size`)."""
     expected = min(manifest.optimiser.batch_records, size)
     return Sampling(expected, expected / size)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from xpeer import update
 from xpeer.accounts import accountant
-from xpeer.accounts.account_view import Together
+from xpeer.accounts.account_view import AccountView
 from xpeer.accounts.budget import STEPS_MAX, Charged, delta_of
-from xpeer.accounts.chain import About
+from xpeer.accounts.chain import ChargeContext
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.errors import LocalError
@@ -99,7 +99,7 @@ class IdleMechanism:
         about = _noted(self._ledger)
         if self._register is None or about is None:
             return PrivacySpent(mode=self._mode, engine=self.engine)
-        of_text = Together(self._ledger, self._register).of_shard()
+        of_text = AccountView(self._ledger, self._register).of_shard()
         last, left = self._ledger.charges()[-1].segment, STEPS_MAX
         for history in of_text:
             left = accountant.steps_within(
@@ -128,12 +128,12 @@ class IdleMechanism:
             self._register.close()
 
 
-def _noted(ledger: Ledger) -> About | None:
+def _noted(ledger: Ledger) -> ChargeContext | None:
     """What the newest charge says of itself that says anything."""
     return next((c.about for c in reversed(ledger.charges()) if c.about is not None), None)
 
 
-def _about(manifest: Manifest, swarm_id: str) -> About:
+def _about(manifest: Manifest, swarm_id: str) -> ChargeContext:
     rules = manifest.privacy
     delta = delta_of(manifest, _UNKNOWN_SIZE)
-    return About(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon, rules.unit)
+    return ChargeContext(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon, rules.unit)

@@ -7,7 +7,7 @@ before they are taken. What follows a step, by any optimiser, mixed with anythin
 post-processing.
 
 sigma, q, n, the size of a batch and its loss are this node's secrets: only its own operator sees
-them, and q takes n by `told_size`. A step with an empty batch is a step like any other.
+them, and q takes n by `coarse_size`. A step with an empty batch is a step like any other.
 
 If the shard changes between starts, q changes with it: the ledger counts what was taken at the old
 rate and what is taken at the new one. sigma, once calibrated, stays; where the remaining steps no
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from xpeer import update
 from xpeer.accounts import accountant
-from xpeer.accounts.budget import Budget, Charged, delta_of, noise_multiplier, told_size
+from xpeer.accounts.budget import Budget, Charged, coarse_size, delta_of, noise_multiplier
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.signal import noise_norm
 from xpeer.errors import ConfigError, LocalError
@@ -124,7 +124,7 @@ class RecordMechanism:
         self._parameters = trainable(model)
         self._ledger, self._unit, self._target = ledger, units.kind, rules.epsilon
         self._delta = delta_of(manifest, len(units))
-        sampling = sampling_of(manifest, told_size(len(units)))
+        sampling = sampling_of(manifest, coarse_size(len(units)))
         self._sigma = noise_multiplier(manifest, ledger, self._delta, sampling.probability)
         choice = _engine(manifest, model, records, record_losses, sampling.expected, options)
         self.engine = choice.engine.name

@@ -56,7 +56,7 @@ class MemberRecord(Struct, frozen=True, forbid_unknown_fields=True, array_like=T
 
 
 @seen_by("members")
-class Card(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+class MemberCard(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """What its owner signs."""
 
     record: Parts[MemberRecord]
@@ -82,12 +82,12 @@ class SignedCard(Struct, frozen=True, forbid_unknown_fields=True, array_like=Tru
         """16 bits that tell two cards of an owner apart, but for 1 in 65,536."""
         return int.from_bytes(self.signature[:2], "little")
 
-    def open(self, owner: str, swarm_id: str) -> Card | None:
+    def open(self, owner: str, swarm_id: str) -> MemberCard | None:
         """The card, if its owner signed it for this swarm."""
         if not verify(owner, Domain.CARD, swarm_id.encode() + self.body, self.signature):
             return None
         try:
-            card = msgspec.msgpack.decode(self.body, type=Card)
+            card = msgspec.msgpack.decode(self.body, type=MemberCard)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return None
         return card if card.record.peer_id == owner else None
@@ -100,7 +100,7 @@ class Beat(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     link: Public[Annotated[int, Meta(ge=0, le=LINKS)]]
     value: Public[LinkValue]
 
-    def alive_until(self, card: Card) -> float:
+    def alive_until(self, card: MemberCard) -> float:
         """Until when it says that the card's owner is alive, by the shared clock."""
         return card.since_s + LINK_S * self.link + card.lifetime_s
 
@@ -120,7 +120,7 @@ def next_link(value: bytes) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class LivenessChain:
     """An owner's own chain; `repr` never shows it.
 
     Args:
@@ -133,10 +133,10 @@ class Chain:
 
     def __repr__(self) -> str:
         """Show nothing secret."""
-        return f"Chain(since_s={self.since_s})"
+        return f"LivenessChain(since_s={self.since_s})"
 
     @classmethod
-    def begin(cls, now_s: float) -> Chain:
+    def begin(cls, now_s: float) -> LivenessChain:
         """A new one, from the operating system's randomness; 1 ms."""
         links = [secrets.token_bytes(LINK_BYTES)]
         for _ in range(LINKS):
@@ -161,7 +161,7 @@ class Known:
 
     owner: PeerId
     signed: SignedCard
-    card: Card
+    card: MemberCard
     beat: Beat
     until: float
     """By the shared clock."""

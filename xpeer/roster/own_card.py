@@ -8,7 +8,7 @@ import msgspec
 
 from xpeer.identity import Domain
 from xpeer.network.swarm import Swarm
-from xpeer.roster.cards import Beat, Card, Chain, Known, MemberRecord, SignedCard
+from xpeer.roster.cards import Beat, Known, LivenessChain, MemberCard, MemberRecord, SignedCard
 from xpeer.roster.pace import BEATS_PER_LIFETIME, TTL_S, bounded_lifetime_s
 
 
@@ -21,7 +21,7 @@ class OwnCard:
 
     def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
-        self._chain: Chain | None = None  # None until the first card
+        self._chain: LivenessChain | None = None  # None until the first card
         self._lifetime_s = TTL_S
 
     def renew(self, known: Known | None, record: MemberRecord, members: int, now: float) -> Known:
@@ -45,9 +45,9 @@ class OwnCard:
                 known.until = known.beat.alive_until(then)
                 return known
         self._lifetime_s = lifetime_s
-        self._chain = Chain.begin(now)
+        self._chain = LivenessChain.begin(now)
         version_ms = max(int(now * 1000), known.card.version_ms + 1 if known else 0)
-        card = Card(record, version_ms, now, lifetime_s, self._chain.links[0])
+        card = MemberCard(record, version_ms, now, lifetime_s, self._chain.links[0])
         body = msgspec.msgpack.encode(card)
         swarm_id = self._swarm.membership.swarm_id
         signature = self._swarm.sign(Domain.CARD, swarm_id.encode() + body)

@@ -31,7 +31,7 @@ from xpeer.network.introductions import RateLimit
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm
 from xpeer.roster import spreading
-from xpeer.roster.cards import LINK_S, MAX_SKEW_S, Beat, Card, Known, MemberRecord, SignedCard
+from xpeer.roster.cards import LINK_S, MAX_SKEW_S, Beat, Known, MemberCard, MemberRecord, SignedCard
 from xpeer.roster.dht_cards import Shards, Stored
 from xpeer.roster.own_card import OwnCard
 from xpeer.roster.pace import TTL_S, question_every_s
@@ -297,7 +297,7 @@ class Roster:
         self._known[peer_id] = Known(peer_id, signed, card, beat, beat.alive_until(card))
         return True
 
-    def _believed(self, card: Card) -> Card:
+    def _believed(self, card: MemberCard) -> MemberCard:
         """What the owner can lie about is replaced by what the admin signed, or dropped."""
         record = card.record
         certificate = self._swarm.membership.certificate_of(record.peer_id)
@@ -337,7 +337,7 @@ class Roster:
             return None
 
 
-def _is_of_now(card: Card, beat: Beat, now: float) -> bool:
+def _is_of_now(card: MemberCard, beat: Beat, now: float) -> bool:
     """Whether it says that its owner is alive, and is not from the future."""
     latest = max(card.version_ms / 1000, card.since_s + LINK_S * beat.link)
     return beat.alive_until(card) > now and latest <= now + MAX_SKEW_S

@@ -11,7 +11,7 @@ import torch
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Frozen
 from xpeer.mixing.buffers import Buffers
-from xpeer.mixing.received import Shown, consolidate, packed
+from xpeer.mixing.received import ReceivedFragment, consolidate, packed
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.training import checkpoint, frozen
 from xpeer.training.checkpoint import Bundle, read_moments
@@ -113,7 +113,7 @@ class Capture:
         received = loop.exchanges.consolidation.now()
         return lambda: self._write(bundle, received)
 
-    def _write(self, bundle: Bundle, received: dict[int, tuple[Shown, ...]]) -> str:
+    def _write(self, bundle: Bundle, received: dict[int, tuple[ReceivedFragment, ...]]) -> str:
         if not bool(torch.isfinite(bundle.flat).all()):
             raise LocalError(
                 f"the parameters of step {bundle.step} are not finite: they are not saved",

@@ -7,8 +7,8 @@ from __future__ import annotations
 import msgspec
 
 from xpeer.accounts.budget import delta_of
-from xpeer.accounts.chain import About
-from xpeer.accounts.histories import Joined
+from xpeer.accounts.chain import ChargeContext
+from xpeer.accounts.histories import DeclaredDocuments
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.config import privacy_register
@@ -19,7 +19,7 @@ from xpeer.trainer.text import Text
 
 def declare_documents(
     ledger: Ledger, setup: TrainerSetup, manifest: Manifest, text: Text
-) -> Joined:
+) -> DeclaredDocuments:
     """Have charges counted for these documents on the whole machine."""
     register = Register.open(privacy_register(setup.config))
     return ledger.declare_documents(
@@ -27,7 +27,7 @@ def declare_documents(
     )
 
 
-def notes_of(joined: Joined, ledger: Ledger) -> list[str]:
+def notes_of(joined: DeclaredDocuments, ledger: Ledger) -> list[str]:
     """What the operator should know of the documents' accounts."""
     notes = []
     if joined.elsewhere:
@@ -43,7 +43,7 @@ def notes_of(joined: Joined, ledger: Ledger) -> list[str]:
     return notes
 
 
-def warnings_of(joined: Joined) -> list[str]:
+def warnings_of(joined: DeclaredDocuments) -> list[str]:
     """Which files were lost or restored."""
     warnings = []
     if joined.recovered_steps:
@@ -69,10 +69,10 @@ def warnings_of_lost(steps: int) -> list[str]:
     ]
 
 
-def _context_of(manifest: Manifest, swarm_id: str, text: Text) -> About:
+def _context_of(manifest: Manifest, swarm_id: str, text: Text) -> ChargeContext:
     """What the ledger notes beside each charge."""
     rules, length = manifest.privacy, manifest.optimiser.sequence_tokens
-    about = About(swarm_id, rules.mode, rules.clip_norm, 0.0, rules.epsilon)
+    about = ChargeContext(swarm_id, rules.mode, rules.clip_norm, 0.0, rules.epsilon)
     if rules.unit == "document":
         delta = delta_of(manifest, len(set(text.owners.tolist())))
         return msgspec.structs.replace(about, delta=delta, unit="document")

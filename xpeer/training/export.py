@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from xpeer.accounts.model_card import Card, files
+from xpeer.accounts.model_card import PrivacyCard, files
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Lora
 from xpeer.training import adapters, reloading
@@ -42,7 +42,7 @@ def export_hf(
     model: torch.nn.Module,
     tokenizer: Tokenizer | None,
     folder: Path,
-    card: Card | None = None,
+    card: PrivacyCard | None = None,
     *,
     source: Source | None = None,
     text: str = "",
@@ -90,7 +90,7 @@ def export_adapters(
     lora: Lora,
     tokenizer: Tokenizer | None,
     folder: Path,
-    card: Card | None = None,
+    card: PrivacyCard | None = None,
     *,
     base: Path,
     source: Source | None = None,
@@ -126,7 +126,7 @@ def export_adapters(
 
 
 def _add(
-    folder: Path, tokenizer: Tokenizer | None, card: Card | None, source: Source, text: str
+    folder: Path, tokenizer: Tokenizer | None, card: PrivacyCard | None, source: Source, text: str
 ) -> list[str]:
     notes = []
     if tokenizer is not None:

@@ -108,7 +108,7 @@ class FlatParameters(FlatVector):
             p.grad = view.to(p.device, copy=True)
 
     @contextmanager
-    def showing(self, values: torch.Tensor) -> Iterator[None]:
+    def with_values(self, values: torch.Tensor) -> Iterator[None]:
         """Have the model compute with other values, (num_params,) float32, CPU, for a while."""
         own = self.read()
         self.write(values)

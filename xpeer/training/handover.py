@@ -46,7 +46,7 @@ def copy_for_joiner(
     """
     if exchanges.common is not None:
         exchanges.common.read(out)
-        with parameters.showing(out):
+        with parameters.with_values(out):
             measured = measurements.public_of_others()
         return lambda: measured
     loss = measurements.public
@@ -89,7 +89,7 @@ def require_as_good(
     Raises:
         PeerError: REFUSED.
     """
-    with parameters.showing(flat):
+    with parameters.with_values(flat):
         measured = measurements.public_of_others()
     factor, nats = WORSE
     if not math.isnan(before):

@@ -40,7 +40,7 @@ LONG_WINDOW_STEPS: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class Bandwidth:
     """What exchanges have to get through; full duplex."""
 
     bits_per_s: float
@@ -68,7 +68,7 @@ class Plan:
     """One sentence or a few for the operator."""
 
 
-def plan(link: Link, *, num_params: int, step_s: float, peers: int) -> Plan:
+def plan(link: Bandwidth, *, num_params: int, step_s: float, peers: int) -> Plan:
     """Choose F, H and codec.
 
     Args:
@@ -116,7 +116,7 @@ class _Candidate:
         return self.steps_per_slot * step_s
 
 
-def _shortest(link: Link, codec: str, num_params: int, step_s: float) -> _Candidate:
+def _shortest(link: Bandwidth, codec: str, num_params: int, step_s: float) -> _Candidate:
     most = max(1, min(MAX_FRAGMENTS, num_params // MIN_FRAGMENT_VALUES))
     candidates = (
         _fitted(link, codec, num_params, step_s, fragments)
@@ -125,7 +125,9 @@ def _shortest(link: Link, codec: str, num_params: int, step_s: float) -> _Candid
     return min(candidates, key=lambda c: (c.window_steps, -c.fragments))
 
 
-def _fitted(link: Link, codec: str, num_params: int, step_s: float, fragments: int) -> _Candidate:
+def _fitted(
+    link: Bandwidth, codec: str, num_params: int, step_s: float, fragments: int
+) -> _Candidate:
     """The shortest slot, in whole steps, that keeps every bound."""
     payload_s = 8 * Form(codec, -(-num_params // fragments)).num_bytes / link.bits_per_s
     exchange_s = payload_s + ROUND_TRIPS * link.round_trip_s
@@ -136,7 +138,7 @@ def _fitted(link: Link, codec: str, num_params: int, step_s: float, fragments: i
     return _Candidate(fragments, steps, codec, payload_s, exchange_s)
 
 
-def _why(chosen: _Candidate, link: Link, num_params: int, step_s: float, peers: int) -> str:
+def _why(chosen: _Candidate, link: Bandwidth, num_params: int, step_s: float, peers: int) -> str:
     total = Form(chosen.codec, num_params).num_bytes
     slot = "step" if chosen.steps_per_slot == 1 else f"{chosen.steps_per_slot} steps"
     said = (

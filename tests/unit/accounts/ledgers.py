@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.chain import About, Chain, Row
+from xpeer.accounts.chain import ChargeChain, ChargeContext, Row
 from xpeer.accounts.histories import ByUnit, History
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[3]
 """Where processes of their own can import this."""
 
 
-def about_in(swarm_id: str, delta: float = 1e-5) -> About:
+def about_in(swarm_id: str, delta: float = 1e-5) -> ChargeContext:
     """What charges in a swarm are for."""
-    return About(swarm_id, "record", 1.0, delta, 8.0)
+    return ChargeContext(swarm_id, "record", 1.0, delta, 8.0)
 
 
 def open_declared(
@@ -27,7 +27,7 @@ def open_declared(
     documents: Iterable[str] = ("a document",),
     *,
     register: Path | None = None,
-    about: About | None = None,
+    about: ChargeContext | None = None,
 ) -> Ledger:
     """Open a ledger that can be charged: its documents are declared, as a trainer does.
 
@@ -47,10 +47,10 @@ def open_declared(
     return ledger
 
 
-def charge_file_alone(path: Path, *segments: Segment, about: About | None = None) -> None:
+def charge_file_alone(path: Path, *segments: Segment, about: ChargeContext | None = None) -> None:
     """Write charges as versions did that knew no register; `about` None: nor noted anything."""
     with Ledger.look(path) as ledger:
-        chain = Chain(ledger.id)
+        chain = ChargeChain(ledger.id)
     database = sqlite3.connect(path)
     for values in database.execute("SELECT * FROM charges ORDER BY counter"):
         chain.add(Row(*values))

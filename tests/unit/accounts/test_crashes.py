@@ -121,7 +121,7 @@ def test_killed_at_every_statement(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def check(folder: Path) -> None:
     before = taken(folder)
     with Register.open(folder / "register") as other:  # what another home would see at once
-        other.join("another home", {}, DOCUMENTS)
+        other.declare("another home", {}, DOCUMENTS)
         assert sum(segment.steps for segment in other.histories()[0]) >= before
     with opened(folder) as ledger:
         truth = epsilon([Segment(SIGMA, Q, before)], DELTA)

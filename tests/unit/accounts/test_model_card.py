@@ -29,7 +29,7 @@ def test_a_card_tells_epsilon_and_no_size(ledger: Ledger) -> None:
     assert (made.unit, made.delta) == ("record", 1e-5)
     words, machine = (content.decode() for content in model_card.files(made).values())
     assert f"epsilon = {made.epsilon_spent:g}" in words
-    assert msgspec.json.decode(machine, type=model_card.Card) == made
+    assert msgspec.json.decode(machine, type=model_card.PrivacyCard) == made
     assert "0.02" not in words + machine
 
 

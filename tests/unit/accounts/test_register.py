@@ -51,25 +51,25 @@ def folder(tmp_path: Path) -> Path:
 
 def test_another_home_with_the_same_documents_goes_on(folder: Path) -> None:
     with Register.open(folder) as a:
-        joined = a.join("a", {}, documents("x", "y", "z"))
+        joined = a.declare("a", {}, documents("x", "y", "z"))
         assert (joined.documents, joined.new, joined.elsewhere) == (3, 3, 0)
         a.charge(STEP)
     with Register.open(folder) as b:
-        joined = b.join("b", {}, documents("z", "y", "x", "x"))
+        joined = b.declare("b", {}, documents("z", "y", "x", "x"))
         assert (joined.documents, joined.new, joined.elsewhere) == (3, 0, 3)
         assert steps(b) == [{(1.0, 0.01): 20}]
         b.charge(OTHER)
         assert steps(b) == [{(1.0, 0.01): 20, (0.8, 0.02): 5}]
     with Register.open(folder) as again:
-        again.join("a", by_unit(STEP), documents("x", "y", "z"))
+        again.declare("a", by_unit(STEP), documents("x", "y", "z"))
         assert total(again) == [25]
 
 
 def test_documents_that_another_home_begins_to_charge_are_seen_at_once(folder: Path) -> None:
     with Register.open(folder) as a, Register.open(folder) as b:
-        a.join("a", {}, documents("x", "y", "z"))
+        a.declare("a", {}, documents("x", "y", "z"))
         assert a.documents_elsewhere() == 0
-        b.join("b", {}, documents("y", "z", "own"))
+        b.declare("b", {}, documents("y", "z", "own"))
         b.charge(STEP)
         assert (a.documents_elsewhere(), b.documents_elsewhere()) == (2, 0)
         a.charge(OTHER)
@@ -79,23 +79,23 @@ def test_documents_that_another_home_begins_to_charge_are_seen_at_once(folder: P
 def test_an_edited_shard_keeps_what_its_documents_lost(folder: Path) -> None:
     """x: 20 and 5 steps; new: 5; gone: 20."""
     with Register.open(folder) as register:
-        register.join("a", {}, documents("x", "gone"))
+        register.declare("a", {}, documents("x", "gone"))
         register.charge(STEP)
-        assert register.join("a", by_unit(STEP), documents("x", "new")).new == 1
+        assert register.declare("a", by_unit(STEP), documents("x", "new")).new == 1
         register.charge(OTHER)
         assert total(register) == [25]  # of x; that of `new` is part of it
-        register.join("b", {}, documents("new"))
+        register.declare("b", {}, documents("new"))
         assert total(register) == [5]
-        register.join("b", {}, documents("gone", "new"))
+        register.declare("b", {}, documents("gone", "new"))
         assert total(register) == [20, 5]
-        register.join("b", {}, documents("never seen"))
+        register.declare("b", {}, documents("never seen"))
         assert total(register) == [0]
 
 
 def test_the_same_documents_again_are_the_same_span(folder: Path) -> None:
     for _ in range(3):
         with Register.open(folder) as register:
-            register.join("a", {}, documents("x", "y"))
+            register.declare("a", {}, documents("x", "y"))
     database = sqlite3.connect(folder / "register.sqlite")
     assert database.execute("SELECT count(*) FROM spans").fetchone() == (1,)
     assert database.execute("SELECT documents FROM classes").fetchall() == [(2,)]
@@ -111,9 +111,9 @@ def test_two_homes_at_once_see_one_another_before_they_charge(folder: Path) -> N
         return found + more.steps <= 60
 
     with Register.open(folder) as a, Register.open(folder) as b, Register.open(folder) as c:
-        a.join("a", {}, documents("x", "y"))
-        b.join("b", {}, documents("y", "z"))
-        c.join("c", {}, documents("unrelated"))
+        a.declare("a", {}, documents("x", "y"))
+        b.declare("b", {}, documents("y", "z"))
+        c.declare("c", {}, documents("unrelated"))
         a.charge(STEP, fits)
         c.charge(STEP, fits)
         assert asked == []  # nobody else's charge touched these documents
@@ -136,7 +136,7 @@ def test_homes_charging_from_threads_never_pass_the_limit(folder: Path) -> None:
 
     homes = [Register.open(folder) for _ in range(4)]
     for number, home in enumerate(homes):
-        home.join(str(number), {}, documents("x", str(number)))
+        home.declare(str(number), {}, documents("x", str(number)))
     start = threading.Barrier(4)
     charged: Counter[int] = Counter()
 
@@ -155,7 +155,7 @@ def test_homes_charging_from_threads_never_pass_the_limit(folder: Path) -> None:
     for thread in threads:
         thread.join()
     with Register.open(folder) as last:
-        last.join("last", {}, documents("x"))
+        last.declare("last", {}, documents("x"))
         assert total(last) == [sum(charged.values())]
     assert sum(charged.values()) == 100
     for home in homes:
@@ -166,7 +166,7 @@ def test_only_the_owner_can_read_it_and_no_hash_is_the_documents_own(folder: Pat
     before = os.umask(0)
     try:
         with Register.open(folder) as register:
-            register.join("a", {}, documents("x"))
+            register.declare("a", {}, documents("x"))
             register.charge(STEP)
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
             assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
@@ -177,7 +177,7 @@ def test_only_the_owner_can_read_it_and_no_hash_is_the_documents_own(folder: Pat
     database.close()
     other = folder.with_name("other")
     with Register.open(other) as register:
-        register.join("a", {}, documents("x"))
+        register.declare("a", {}, documents("x"))
     database = sqlite3.connect(other / "register.sqlite")
     assert database.execute("SELECT hash FROM documents").fetchone() != (one,)
     database.close()
@@ -185,17 +185,17 @@ def test_only_the_owner_can_read_it_and_no_hash_is_the_documents_own(folder: Pat
 
 def test_a_home_that_comes_without_its_register_brings_its_ledger(folder: Path) -> None:
     with Register.open(folder) as register:
-        joined = register.join("a", by_unit(STEP, OTHER), documents("x", "y"))
+        joined = register.declare("a", by_unit(STEP, OTHER), documents("x", "y"))
         assert joined.recovered_steps == 25
         assert total(register) == [25]
-        assert register.join("a", by_unit(STEP, OTHER), documents("x", "y")).recovered_steps == 0
-        register.join("b", {}, documents("y"))
+        assert register.declare("a", by_unit(STEP, OTHER), documents("x", "y")).recovered_steps == 0
+        register.declare("b", {}, documents("y"))
         assert total(register) == [25]
 
 
 def test_what_a_restored_register_lacks_counts_for_all_documents_of_the_home(folder: Path) -> None:
     with Register.open(folder) as register:
-        register.join("a", {}, documents("x", "y"))
+        register.declare("a", {}, documents("x", "y"))
         register.charge(STEP)
         old = folder.with_name("old")
         shutil.copytree(folder, old)
@@ -203,32 +203,32 @@ def test_what_a_restored_register_lacks_counts_for_all_documents_of_the_home(fol
     shutil.rmtree(folder)
     old.rename(folder)
     with Register.open(folder) as register:
-        joined = register.join("a", by_unit(STEP, OTHER), documents("y", "z"))
+        joined = register.declare("a", by_unit(STEP, OTHER), documents("y", "z"))
         assert joined.recovered_steps == 5
         assert total(register) == [25]
-        register.join("b", {}, documents("x"))  # that the home no longer has
+        register.declare("b", {}, documents("x"))  # that the home no longer has
         assert total(register) == [25]
-        register.join("b", {}, documents("z"))
+        register.declare("b", {}, documents("z"))
         assert total(register) == [5]
 
 
 def test_other_units_are_not_added_up(folder: Path) -> None:
     with Register.open(folder) as register:
-        register.join("a", {}, documents("x"), "document", "swarm-of-a")
-        register.join("b", {}, documents("x"), "record")  # nothing was charged yet
-        register.join("a", {}, documents("x"), "document", "swarm-of-a")
+        register.declare("a", {}, documents("x"), "document", "swarm-of-a")
+        register.declare("b", {}, documents("x"), "record")  # nothing was charged yet
+        register.declare("a", {}, documents("x"), "document", "swarm-of-a")
         register.charge(STEP)
         with pytest.raises(ConfigError, match="each document in swarm swarm-of-a"):
-            register.join("b", {}, documents("x", "y"), "record")
-        assert register.join("b", {}, documents("y"), "record").new == 1
-        register.join("c", {}, documents("x", "y"), "document")
+            register.declare("b", {}, documents("x", "y"), "record")
+        assert register.declare("b", {}, documents("y"), "record").new == 1
+        register.declare("c", {}, documents("x", "y"), "document")
         assert total(register) == [20]
 
 
 def test_another_unit_that_comes_while_both_run_is_refused(folder: Path) -> None:
     with Register.open(folder) as a, Register.open(folder) as b:
-        a.join("a", {}, documents("x"), "record")
-        b.join("b", {}, documents("x", "y"), "document")
+        a.declare("a", {}, documents("x"), "record")
+        b.declare("b", {}, documents("x", "y"), "document")
         a.charge(STEP)
         with pytest.raises(ConfigError, match="don't add up"):
             b.charge(STEP)
@@ -238,21 +238,21 @@ def test_another_unit_that_comes_while_both_run_is_refused(folder: Path) -> None
 
 def test_a_shard_as_the_unit_adds_up_all_that_touched_it(folder: Path) -> None:
     with Register.open(folder) as register:
-        register.join("a", {}, documents("x"), "shard")
+        register.declare("a", {}, documents("x"), "shard")
         register.charge(STEP)
-        register.join("b", {}, documents("y"), "shard")
+        register.declare("b", {}, documents("y"), "shard")
         register.charge(OTHER)
-        register.join("b", by_unit(OTHER, unit="shard"), documents("x", "z"), "shard")
+        register.declare("b", by_unit(OTHER, unit="shard"), documents("x", "z"), "shard")
         assert total(register) == [25]
 
 
 def test_what_a_home_ever_had_is_told(folder: Path) -> None:
     with Register.open(folder) as register:
-        register.join("a", {}, documents("x", "y", "gone"), "record", "one")
+        register.declare("a", {}, documents("x", "y", "gone"), "record", "one")
         register.charge(STEP)
-        register.join("b", {}, documents("x"), "record", "two")
+        register.declare("b", {}, documents("x"), "record", "two")
         register.charge(OTHER)
-        register.join("a", by_unit(STEP), documents("x", "y"), "record", "one")
+        register.declare("a", by_unit(STEP), documents("x", "y"), "record", "one")
     found = Register.look(folder)
     assert found is not None
     with found:
@@ -264,7 +264,7 @@ def test_what_a_home_ever_had_is_told(folder: Path) -> None:
         )
         assert (classes[2].documents, classes[2].here) == (1, False)
         with pytest.raises(LocalError, match="closed"):
-            found.join("a", {}, documents("x"))
+            found.declare("a", {}, documents("x"))
     assert Register.look(folder.with_name("nowhere")) is None
 
 
@@ -284,7 +284,7 @@ def test_what_a_home_ever_had_is_told(folder: Path) -> None:
 )
 def test_damage_is_refused(folder: Path, sql: str) -> None:
     with Register.open(folder) as register:
-        register.join("a", {}, documents("x"))
+        register.declare("a", {}, documents("x"))
         register.charge(STEP)
     database = sqlite3.connect(folder / "register.sqlite")
     with database:
@@ -350,11 +350,12 @@ def test_every_document_has_lost_exactly_what_its_shards_were_charged(
                 open_[home].close()
             open_[home] = Register.open(folder)
             shard[home] = frozenset(texts)
-            open_[home].join(home, by_unit(*charged[home]), texts)
+            open_[home].declare(home, by_unit(*charged[home]), texts)
         if what == "restart":
             open_[home].close()
             open_[home] = Register.open(folder)
-            assert open_[home].join(home, by_unit(*charged[home]), shard[home]).recovered_steps == 0
+            declared = open_[home].declare(home, by_unit(*charged[home]), shard[home])
+            assert declared.recovered_steps == 0
         if what == "charge":
             open_[home].charge(how)
             charged[home].append(how)

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.accounts.ledgers import about_in, charge_file_alone, open_declared
 from xpeer.accounts import accountant, audit, planning, report
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.budget import told_size
+from xpeer.accounts.budget import coarse_size
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.errors import ConfigError, LocalError
@@ -117,7 +117,7 @@ def test_the_end_is_forecast_from_the_last_hour(path: Path, lost: Path) -> None:
 
 def test_a_plan_spends_the_budget_and_no_more() -> None:
     found = planning.plan(epsilon=3.0, records=5000, batch=100, steps=200, sequence_tokens=64)
-    assert found.delta == accountant.default_delta(told_size(5000))
+    assert found.delta == accountant.default_delta(coarse_size(5000))
     assert found.curve[-1][0] == 200
     assert 2.97 < found.curve[-1][1] <= 3.0
     assert [eps for _, eps in found.curve] == sorted(eps for _, eps in found.curve)

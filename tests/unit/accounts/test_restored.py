@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.unit.accounts.ledgers import about_in, by_unit
 from tests.unit.privacy.test_mechanism import manifest
 from xpeer.accounts import audit, model_card, register_file, report
-from xpeer.accounts.account_view import Together
+from xpeer.accounts.account_view import AccountView
 from xpeer.accounts.accountant import Segment, epsilon, epsilon_worst
 from xpeer.accounts.budget import Budget
 from xpeer.accounts.chain import in_parts
@@ -188,7 +188,7 @@ def test_a_shard_that_the_register_forgot_has_no_whole_budget(machine: Machine, 
     with found:
         if table == "classes":
             with pytest.raises(LocalError, match="knows no document"):
-                found.looked_up(Ledger.look(machine.ledger("a")).id)
+                found.histories_of(Ledger.look(machine.ledger("a")).id)
 
 
 def test_a_register_that_is_lost_beside_its_key_is_not_begun_anew(machine: Machine) -> None:
@@ -285,7 +285,7 @@ def test_a_restored_ledger_is_charged_again_what_the_register_knows(machine: Mac
     with found, Ledger.look(machine.ledger("a")) as ledger:
         (problem,) = report.verify(ledger, found).problems
         told = model_card.card_of(manifest(), "swarm", 1, ledger, found)
-        assert Together(ledger, found).charged == segments
+        assert AccountView(ledger, found).charged == segments
     assert "lacks 30 steps" in problem
     assert told.epsilon_spent is not None
     assert told.epsilon_spent >= epsilon(segments, DELTA)

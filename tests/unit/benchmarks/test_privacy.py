@@ -13,7 +13,7 @@ from scipy import stats
 from benchmarks.privacy import bounds, lira, setting
 from benchmarks.privacy.inversion import _perceptron_inputs, _read, _spanned, _tokens
 from benchmarks.privacy.plan import RATES, Plan
-from benchmarks.privacy.swarm import Shown, Swarm
+from benchmarks.privacy.swarm import ReceivedFragment, Swarm
 from benchmarks.privacy.utility import Utility, model_with
 from benchmarks.privacy.whitebox import RECORDS, Whitebox
 from benchmarks.privacy.work import Job, Kept
@@ -129,7 +129,7 @@ def test_a_swarm_trains_meets_and_agrees(tmp_path: Path, epsilon: float | None):
     shards = [torch.randint(97, 107, (40, 64), generator=generator) for _ in range(2)]
     start = read_flat(build(setting.CONFIG, seed=0))
     manifest = setting.manifest_of(epsilon, rate=1e-3, batch=8, steps=5)
-    shown: list[Shown] = []
+    shown: list[ReceivedFragment] = []
     with Swarm(manifest, lambda: model_with(start), shards, tmp_path, watch=shown.append) as swarm:
         swarm.train()
         assert sorted((s.sender, s.fragment) for s in shown) == [

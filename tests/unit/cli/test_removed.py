@@ -11,7 +11,7 @@ from tests.unit.accounts.ledgers import open_declared
 from tests.unit.cli.test_init import xpeer
 from xpeer import founding
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.chain import About
+from xpeer.accounts.chain import ChargeContext
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.identity import Domain, Identity, blake2b
@@ -54,7 +54,7 @@ def home(tmp_path: Path, gone: tuple[str, str, str, str, str]) -> Home:
     home.manifest.chmod(0o600)
     home.manifest.write_bytes(signed.to_bytes())
     mode, unit = ("update", "shard") if value == "update" else ("record", "record")
-    about = About("swarm", mode, 1.0, 1e-5, 8.0, unit)
+    about = ChargeContext("swarm", mode, 1.0, 1e-5, 8.0, unit)
     with open_declared(home.ledger_db, about=about) as ledger:
         ledger.charge(Segment(1.0, 0.02, 40))
     return home

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xpeer_daemon.division import EVERY_S, SETTLED_S, Shares
+from xpeer_daemon.division import EVERY_S, STABLE_S, Shares
 from xpeer_daemon.throughput import SPAN_S, Throughput
 
 
@@ -18,7 +18,7 @@ class Rig:
     def looks(self, count: int) -> list[bool]:
         found = []
         for _ in range(count):
-            self.now_s += SETTLED_S
+            self.now_s += STABLE_S
             found.append(self.shares.look())
         return found
 
@@ -50,7 +50,7 @@ def test_a_speed_that_changed_for_good_moves_the_shares_after_a_while():
     rig = Rig()
     rig.looks(1)
     rig.members["b"] = 30.0
-    while rig.now_s + SETTLED_S < 1000.0 + EVERY_S:
+    while rig.now_s + STABLE_S < 1000.0 + EVERY_S:
         assert rig.looks(1) == [False]
     assert True in rig.looks(2)
 

@@ -49,11 +49,11 @@ def in_state(state: Phase) -> tuple[FakeNode, FakeTrainer]:
 async def test_whoever_exchanges_stops_and_goes_on_where_it_was(state: Phase) -> None:
     fake, trainer = in_state(state)
     assert await fake.node.pause() == "paused"
-    assert (fake.node.phase, fake.view.objection()) == ("paused", Reason.PAUSED)
+    assert (fake.node.phase, fake.view.idle_reason()) == ("paused", Reason.PAUSED)
     assert "paused" in fake.codes
     assert await fake.node.pause() == "paused"  # twice is once
     assert await fake.node.resume() == state
-    assert (fake.node.phase, fake.view.objection()) == (state, None)
+    assert (fake.node.phase, fake.view.idle_reason()) == (state, None)
     assert trainer.orders == ["pause", state.traits.order]
     assert not fake.life.pause_wanted
 
@@ -81,7 +81,7 @@ async def test_a_trainer_that_is_being_restarted_comes_back_paused(state: Phase)
     fake, _ = in_state(state)
     fake.supervisor.trainer = cast(Any, None)
     assert await fake.node.pause() == "paused"
-    assert fake.view.objection() == Reason.PAUSED
+    assert fake.view.idle_reason() == Reason.PAUSED
     assert await fake.node.resume() == state
 
 
@@ -115,7 +115,7 @@ async def test_what_a_trainer_says_that_was_started_before_the_pause_ends_no_pau
     await fake.node.pause()
     fake.supervisor.trainer = cast(Any, trainer)  # its setup was made before: it trains
     fake.node.follow_trainer("training", Progress(step=1))
-    assert (fake.node.phase, fake.view.objection()) == ("paused", Reason.PAUSED)
+    assert (fake.node.phase, fake.view.idle_reason()) == ("paused", Reason.PAUSED)
     await fake.node.instruct(trainer)
     assert (trainer.orders, fake.node.phase) == (["pause"], "paused")
 

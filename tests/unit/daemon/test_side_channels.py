@@ -20,7 +20,7 @@ from tests.unit.daemon.fakes import FakeNode
 from tests.unit.daemon.worlds import ME, World, saying
 from tests.unit.privacy.models import llama, record_losses, some_records
 from tests.unit.training.homes import make_homes
-from xpeer.accounts.budget import told_size
+from xpeer.accounts.budget import coarse_size
 from xpeer.accounts.ledger import Ledger
 from xpeer.identity import Identity
 from xpeer.manifest import Manifest, Round, SignedManifest
@@ -185,12 +185,12 @@ def test_a_run_in_tokens_ends_at_the_same_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [64, 100, 203, 1000, 123_456, 2**40 + 12_345])
 def test_a_record_more_or_less_changes_neither_rate_nor_noise(size: int) -> None:
-    told = told_size(size)
+    told = coarse_size(size)
     assert told <= size < told * (1 + 1 / 32)
-    assert told_size(told) == told
-    alike = sum(told_size(n) == told_size(n + 1) for n in range(1000, 2000))
+    assert coarse_size(told) == told
+    alike = sum(coarse_size(n) == coarse_size(n + 1) for n in range(1000, 2000))
     assert alike >= 1000 - 1000 // 16
-    assert [told_size(n) for n in range(64)] == list(range(64))
+    assert [coarse_size(n) for n in range(64)] == list(range(64))
 
 
 def test_neighbouring_shards_spend_alike(tmp_path: Path) -> None:

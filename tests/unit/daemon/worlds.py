@@ -83,7 +83,7 @@ class World:
         await presence.announce(self.node.phase)
         record = msgspec.structs.replace(self.said[-1], slot=0)  # of the real clock
         terms = self.gossip.terms(self.others[0], 1000)
-        refusal = self.gossip.objection(
+        refusal = self.gossip.refusal_of(
             self.others[0], Propose(1, 1000, 0, "int8", 5, False, terms)
         )
         return {"record": record, "terms": terms, "refusal": refusal}

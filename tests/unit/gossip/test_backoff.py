@@ -95,7 +95,7 @@ def test_what_is_held_against_a_partner(
     rig.partners.failed(OTHER, 1, error, agreement, lost_s=1.0)
     assert (OTHER in rig.partners.avoided(rig.host.live)) == pauses_it
     assert (OTHER in rig.partners.avoided(rig.host.live, proposing=False)) == shuns
-    refused = rig.gossip.objection(OTHER, rig.proposal()) == Reason.AVOIDED
+    refused = rig.gossip.refusal_of(OTHER, rig.proposal()) == Reason.AVOIDED
     assert refused == shuns
 
 
@@ -143,9 +143,9 @@ def test_who_is_left_free_takes_any_proposal(monkeypatch: pytest.MonkeyPatch) ->
     rig.host.live = [ME, OTHER, THIRD]
     slot = slot_of(LAST, OTHER, [LAST, *rig.host.live], 1000)
     rig.now = slot + 0.5
-    assert rig.gossip.objection(ME, rig.proposal()) == Reason.NOT_DUE
+    assert rig.gossip.refusal_of(ME, rig.proposal()) == Reason.NOT_DUE
     rig.partners.failed(OTHER, 1, PeerError(Reason.TIMEOUT), AGREED, lost_s=100.0)
-    assert rig.gossip.objection(ME, rig.proposal()) is None
+    assert rig.gossip.refusal_of(ME, rig.proposal()) is None
 
 
 async def test_two_that_avoid_the_same_one_still_meet_and_the_matching_is_as_before(
@@ -173,7 +173,7 @@ async def test_two_that_avoid_the_same_one_still_meet_and_the_matching_is_as_bef
         if true_partner(SWARM, slot, roster, ME)[:1] == [OTHER]:
             met += 1
             proposal = rigs[ME].proposal()
-            assert rigs[OTHER].gossip.objection(ME, proposal) is None
+            assert rigs[OTHER].gossip.refusal_of(ME, proposal) is None
             before = len(rigs[ME].merged)
             rigs[ME].host.trainer.step += 10  # type: ignore[union-attr] # it is there
             await rigs[ME].slot()

@@ -55,7 +55,7 @@ class FakeHost:
         self.no: str | None = None
         self.is_training, self.is_settled = True, False
 
-    def objection(self) -> str | None:
+    def idle_reason(self) -> str | None:
         return self.no
 
     def training(self) -> bool:
@@ -70,7 +70,7 @@ class FakeHost:
     def may_exchange(self, peer_id: PeerId) -> bool:
         return True
 
-    def settled(self, peer_id: PeerId) -> bool:
+    def has_nothing_due(self, peer_id: PeerId) -> bool:
         return self.is_settled
 
     def declared_rate(self, peer_id: PeerId) -> float:
@@ -266,16 +266,16 @@ async def test_a_failed_exchange_drops_the_link_and_has_a_reason(rig: Rig, error
     ],
 )
 def test_objections_to_a_proposal(rig: Rig, changed, reason):
-    assert rig.gossip.objection(OTHER, rig.proposal(**changed)) == reason
+    assert rig.gossip.refusal_of(OTHER, rig.proposal(**changed)) == reason
 
 
 def test_objections_of_the_host(rig: Rig):
     rig.host.no = Reason.PAUSED
-    assert rig.gossip.objection(OTHER, rig.proposal()) == Reason.PAUSED
+    assert rig.gossip.refusal_of(OTHER, rig.proposal()) == Reason.PAUSED
     rig.host.no, rig.host.is_settled = None, True
-    assert rig.gossip.objection(OTHER, rig.proposal()) == Reason.NOT_DUE
+    assert rig.gossip.refusal_of(OTHER, rig.proposal()) == Reason.NOT_DUE
     rig.host.trainer = None
-    assert rig.gossip.objection(OTHER, rig.proposal()) == Reason.NOT_READY
+    assert rig.gossip.refusal_of(OTHER, rig.proposal()) == Reason.NOT_READY
 
 
 async def test_a_proposal_seen_before_or_of_a_fragment_in_flight_is_refused(rig: Rig):
@@ -287,29 +287,29 @@ async def test_a_proposal_seen_before_or_of_a_fragment_in_flight_is_refused(rig:
     inside: list[str | None] = []
 
     def look() -> Any:
-        inside.append(rig.gossip.objection(PeerId("12D3KooWC"), rig.proposal()))
+        inside.append(rig.gossip.refusal_of(PeerId("12D3KooWC"), rig.proposal()))
         return Exchanged(0.01)
 
     rig.outcome = look
     rig.host.is_training = False
     await rig.gossip.take_part(agreement)
     assert inside == [Reason.BUSY]
-    assert rig.gossip.objection(OTHER, rig.proposal(exchange_id=1)) == Reason.REPLAYED
+    assert rig.gossip.refusal_of(OTHER, rig.proposal(exchange_id=1)) == Reason.REPLAYED
 
 
 async def test_a_merge_that_the_partner_did_not_make_is_counted_once(rig: Rig):
     await rig.slot()
     theirs = Terms(1.0, 2.0, 1, 0, [1, 99])
-    rig.gossip.settled_before(OTHER, theirs)
-    rig.gossip.settled_before(OTHER, theirs)
+    rig.gossip.before_agreement(OTHER, theirs)
+    rig.gossip.before_agreement(OTHER, theirs)
     assert rig.partners.one_sided == 1
 
 
 def test_a_ledger_that_goes_back_is_refused_across_restarts(rig: Rig):
     rig.partners[OTHER].ledger.highest = 5
-    rig.gossip.settled_before(OTHER, Terms(1.0, 2.0, 1, 6))
+    rig.gossip.before_agreement(OTHER, Terms(1.0, 2.0, 1, 6))
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
-        rig.gossip.settled_before(OTHER, Terms(1.0, 2.0, 1, 5))
+        rig.gossip.before_agreement(OTHER, Terms(1.0, 2.0, 1, 5))
     assert rig.partners[OTHER].ledger.highest == 6
 
 
@@ -317,7 +317,7 @@ def test_a_ledger_that_goes_back_is_told_once_and_remembered(
     rig: Rig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     def met(partners: Partners, counter: int) -> None:
-        partners.settle(OTHER, Terms(1.0, 2.0, 1, counter))
+        partners.reconcile(OTHER, Terms(1.0, 2.0, 1, counter))
 
     def restarted() -> tuple[Store, Partners]:
         """As the service does it."""
@@ -389,7 +389,7 @@ async def test_a_group_meets_at_once_and_waits_for_the_lower_ones(monkeypatch: p
     assert rig.proposer.log == [THIRD, LAST]  # the higher ones
     fragment = matching.fragment_of(SWARM, slot, 5)
     assert rig.gossip._meetings._running[fragment].expects(ME)
-    assert rig.gossip.objection(ME, rig.proposal()) is None  # a lower one joins the same meeting
+    assert rig.gossip.refusal_of(ME, rig.proposal()) is None  # a lower one joins the same meeting
     agreement: Any = SimpleNamespace(
         peer_id=ME, slot=slot, fragment=fragment, exchange_id=77, averaging=False, form=FORM
     )
@@ -488,10 +488,10 @@ async def test_masked_groups_average_and_use_their_own_codec(monkeypatch: pytest
     rig = Rig(monkeypatch, me=THIRD, rules=MASKED)
     rig.host.live = [ME, OTHER]
     good = {"averaging": True, "codec": "masked16"}
-    assert rig.gossip.objection(ME, rig.proposal(**good)) is None
-    assert rig.gossip.objection(ME, rig.proposal(averaging=True)) == Reason.WRONG_CODEC
+    assert rig.gossip.refusal_of(ME, rig.proposal(**good)) is None
+    assert rig.gossip.refusal_of(ME, rig.proposal(averaging=True)) == Reason.WRONG_CODEC
     rig.host.is_training = False
-    assert rig.gossip.objection(ME, rig.proposal(**good)) is None
+    assert rig.gossip.refusal_of(ME, rig.proposal(**good)) is None
 
 
 async def test_who_ended_still_meets_in_a_masked_group_that_needs_it(
@@ -501,10 +501,10 @@ async def test_who_ended_still_meets_in_a_masked_group_that_needs_it(
     rig.host.live, rig.host.is_training = [ME, OTHER], False
     good = {"averaging": True, "codec": "masked16"}
     settled = {ME}
-    monkeypatch.setattr(rig.host, "settled", lambda peer: peer in settled)
-    assert rig.gossip.objection(ME, rig.proposal(**good)) is None
+    monkeypatch.setattr(rig.host, "has_nothing_due", lambda peer: peer in settled)
+    assert rig.gossip.refusal_of(ME, rig.proposal(**good)) is None
     settled.add(OTHER)
-    assert rig.gossip.objection(ME, rig.proposal(**good)) == Reason.NOT_DUE
+    assert rig.gossip.refusal_of(ME, rig.proposal(**good)) == Reason.NOT_DUE
 
 
 Outcome = tuple[int | None, bool]
@@ -598,9 +598,9 @@ async def test_gradients_are_due_once_a_window(monkeypatch: pytest.MonkeyPatch):
 
 def test_who_takes_no_steps_averages_and_nothing_else(rig: Rig):
     rig.host.is_training = False
-    refused = rig.gossip.objection(OTHER, rig.proposal(averaging=False))
+    refused = rig.gossip.refusal_of(OTHER, rig.proposal(averaging=False))
     assert refused == Reason.NOT_DUE
-    assert rig.gossip.objection(OTHER, rig.proposal(averaging=True)) is None
+    assert rig.gossip.refusal_of(OTHER, rig.proposal(averaging=True)) is None
 
 
 def test_a_partners_deadline_follows_from_what_it_took(rig: Rig):
@@ -651,7 +651,7 @@ async def test_who_stalls_is_refused_whether_it_is_listed_or_not(monkeypatch, li
     for ahead in range(10):
         rig.gossip._idle_slots = 9
         fragment = matching.fragment_of(SWARM, slot + ahead, 5)
-        if rig.gossip.objection(ME, rig.proposal(slot=slot + ahead, fragment=fragment)) is None:
+        if rig.gossip.refusal_of(ME, rig.proposal(slot=slot + ahead, fragment=fragment)) is None:
             taken += 1
             with pytest.raises(PeerError):
                 await rig.gossip.take_part(
@@ -661,7 +661,7 @@ async def test_who_stalls_is_refused_whether_it_is_listed_or_not(monkeypatch, li
                     )
                 )  # fmt: skip
     assert taken == 1
-    refused = rig.gossip.objection(ME, rig.proposal(slot=slot + 11, exchange_id=99))
+    refused = rig.gossip.refusal_of(ME, rig.proposal(slot=slot + 11, exchange_id=99))
     assert refused == Reason.AVOIDED
 
 
@@ -681,6 +681,6 @@ def test_who_says_that_it_does_not_exchange_proposes_in_vain(
     fake = FakeNode()
     fake.members = {OTHER: member(OTHER, phase, role)}
     monkeypatch.setattr(rig.host, "may_exchange", fake.view.may_exchange)
-    refused = rig.gossip.objection(OTHER, rig.proposal())
+    refused = rig.gossip.refusal_of(OTHER, rig.proposal())
     assert refused == (None if may else Reason.NOT_DUE)
     assert fake.view.may_exchange(PeerId("12D3KooWC"))  # its card may not have come yet

@@ -40,7 +40,7 @@ class FakeHost:
         self.trainer = FakeTrainer()
         self.others = partners
 
-    def objection(self) -> None:
+    def idle_reason(self) -> None:
         return None
 
     def training(self) -> bool:
@@ -55,7 +55,7 @@ class FakeHost:
     def may_exchange(self, peer_id: PeerId) -> bool:
         return True
 
-    def settled(self, peer_id: PeerId) -> bool:
+    def has_nothing_due(self, peer_id: PeerId) -> bool:
         return False
 
     def declared_rate(self, peer_id: PeerId) -> float:
@@ -99,7 +99,7 @@ def test_a_member_that_proposes_all_the_time_gets_its_own_slots_only(members):
     for slot in range(1000, 1040):
         now[0] = float(slot)
         for ahead in range(-8, 9):  # whichever slot suits it
-            if gossip.objection(bad, proposal(slot + ahead, slot * 100 + ahead)) is None:
+            if gossip.refusal_of(bad, proposal(slot + ahead, slot * 100 + ahead)) is None:
                 gossip._partners[bad].ids.last_slot = slot + ahead
                 accepted.append(slot + ahead)
     assert 0 < len(accepted) <= 20  # 1 in 5, not all 40 slots and not 17 in each
@@ -114,20 +114,20 @@ def test_a_fallback_is_welcome_once_our_own_partner_did_not_come(members):
     now[0] = float(slot)
     matched = matching.partner(SWARM, slot, members, me)[0]
     other = next(m for m in members[:-1] if m != matched)
-    assert gossip.objection(other, proposal(slot)) == Reason.NOT_DUE
-    assert gossip.objection(matched, proposal(slot)) is None
+    assert gossip.refusal_of(other, proposal(slot)) == Reason.NOT_DUE
+    assert gossip.refusal_of(matched, proposal(slot)) is None
     for earlier in range(PATIENT_SLOTS):
         gossip._begin(slot - PATIENT_SLOTS + earlier)
-    assert gossip.objection(other, proposal(slot)) is None
+    assert gossip.refusal_of(other, proposal(slot)) is None
 
 
 def test_a_counter_that_jumps_hurts_the_liar_alone(members):
     gossip = gossip_of(members[-1], members[:-1], [1000.0])
     top = (1 << 63) - 1
-    gossip.settled_before(members[0], Terms(1.0, 2.0, 1, top))
+    gossip.before_agreement(members[0], Terms(1.0, 2.0, 1, top))
     with pytest.raises(PeerError, match=Reason.LEDGER_WENT_BACK):
-        gossip.settled_before(members[0], Terms(1.0, 2.0, 1, 5))
-    gossip.settled_before(members[1], Terms(1.0, 2.0, 1, 5))
+        gossip.before_agreement(members[0], Terms(1.0, 2.0, 1, 5))
+    gossip.before_agreement(members[1], Terms(1.0, 2.0, 1, 5))
     assert gossip._partners[members[1]].ledger.highest == 5
 
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks.vector import Vector
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.gossip import masks
-from xpeer.gossip.masked import MaskedMeeting, Us
+from xpeer.gossip.masked import MaskedGroup, MaskedMeeting
 from xpeer.identity import Identity, PeerId
 from xpeer.network.agreement import Agreement, Party, UnresolvedError
 from xpeer.network.link import Link
@@ -105,7 +105,8 @@ class Group:
         running = []
         for member in here:
             member.meeting = MaskedMeeting(
-                member.trainer, Us(member.peer_id, SWARM, len(self.members), **given), before,
+                member.trainer,
+                MaskedGroup(member.peer_id, SWARM, len(self.members), **given), before,
                 meeting_id=1, slot=7, fragment=0, averaging=True, gather_s=0.5,
                 expected=list(member.agreements),
             )  # fmt: skip
@@ -458,7 +459,8 @@ async def test_a_meeting_that_is_cancelled_lets_go_of_its_links():
     async with group(3) as g:
         member = g.members[0]
         member.meeting = MaskedMeeting(
-            member.trainer, Us(member.peer_id, SWARM, 3, 6.0), meeting_id=1, slot=7, fragment=0,
+            member.trainer,
+            MaskedGroup(member.peer_id, SWARM, 3, 6.0), meeting_id=1, slot=7, fragment=0,
             averaging=True, expected=list(member.agreements), gather_s=0.5,
         )  # fmt: skip
         exchanges = [

@@ -24,7 +24,7 @@ def randn(n: int, seed: int) -> torch.Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
 
-def shown_by(model: torch.Tensor, fragments: Fragments, fragment: int) -> received.Shown:
+def shown_by(model: torch.Tensor, fragments: Fragments, fragment: int) -> received.ReceivedFragment:
     values = fragments.gather(torch.nn.functional.pad(model, (0, -P % 64)), fragment)
     payload = codec.encode("int8", values)
     return shown(Form("int8", len(values)), payload, slice(0, len(values)), Buffers(4))

@@ -68,10 +68,10 @@ class FakeDesk:
     def terms(self, peer_id: PeerId, slot: int) -> Terms:
         return Terms(weight=1.0, group_weight=2.0, epoch=1, ledger_counter=0)
 
-    def objection(self, peer_id: PeerId, proposal: Propose) -> str | None:
+    def refusal_of(self, peer_id: PeerId, proposal: Propose) -> str | None:
         return self.refusal
 
-    def settled_before(self, peer_id: PeerId, theirs: Terms) -> None:
+    def before_agreement(self, peer_id: PeerId, theirs: Terms) -> None:
         self.told += theirs.unresolved
         if self.went_back:
             raise PeerError(Reason.LEDGER_WENT_BACK, "5 charges now, 6 before")

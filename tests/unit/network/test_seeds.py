@@ -145,7 +145,7 @@ async def test_an_error_of_ours_does_not_end_the_loop(waits, caplog):
         count += 1
         raise RuntimeError("a DHT node that is being replaced")
 
-    loop._settle = broken
+    loop._find_neighbours = broken
     await run_until(loop, lambda: count >= 3)
     assert "being replaced" in caplog.text
 

@@ -16,7 +16,7 @@ from tests.unit.accounts.ledgers import open_declared
 from tests.unit.privacy.models import by_autograd, llama, record_losses, some_records
 from xpeer.accounts import accountant
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.budget import told_size
+from xpeer.accounts.budget import coarse_size
 from xpeer.accounts.ledger import Ledger
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
@@ -259,7 +259,7 @@ def test_delta_follows_the_shard_unless_the_manifest_sets_it(ledger: Ledger) -> 
     records = some_records().repeat(10_000, 1)  # 70,000^-1.1 < 1e-5
     rules = manifest(delta=None, batch=70_000)
     mechanism = record(ledger, llama(tied=False), rules=rules, records=records)
-    assert mechanism.spent().delta == accountant.default_delta(told_size(70_000)) < 1e-5
+    assert mechanism.spent().delta == accountant.default_delta(coarse_size(70_000)) < 1e-5
     mechanism.close()
 
 

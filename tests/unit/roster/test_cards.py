@@ -12,17 +12,26 @@ from hypothesis import strategies as st
 from xpeer.identity import Domain, Identity, PeerId
 from xpeer.network.about import About
 from xpeer.roster import dht_cards, spreading
-from xpeer.roster.cards import LINK_S, LINKS, Beat, Card, Chain, Known, MemberRecord, SignedCard
+from xpeer.roster.cards import (
+    LINK_S,
+    LINKS,
+    Beat,
+    Known,
+    LivenessChain,
+    MemberCard,
+    MemberRecord,
+    SignedCard,
+)
 
 SWARM = "5a" * 32
-CHAIN = Chain.begin(1000.0)
+CHAIN = LivenessChain.begin(1000.0)
 OWNERS = [Identity.generate() for _ in range(6)]
 
 
 def known(number: int, link: int, version: int = 1) -> Known:
     identity = OWNERS[number]
     record = MemberRecord(identity.peer_id, [], "member", "training", 1.0, 0)
-    body = msgspec.msgpack.encode(Card(record, version, 1000.0, 40.0, CHAIN.links[0]))
+    body = msgspec.msgpack.encode(MemberCard(record, version, 1000.0, 40.0, CHAIN.links[0]))
     signed = SignedCard(body, identity.sign(Domain.CARD, SWARM.encode() + body))
     card = signed.open(identity.peer_id, SWARM)
     assert card is not None

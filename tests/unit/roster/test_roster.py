@@ -16,7 +16,7 @@ from xpeer.network.membership.invites import grant
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.roster import roster as roster_module
 from xpeer.roster import spreading
-from xpeer.roster.cards import LINK_S, Beat, Card, Chain, SignedCard
+from xpeer.roster.cards import LINK_S, Beat, LivenessChain, MemberCard, SignedCard
 from xpeer.roster.dht_cards import Stored
 from xpeer.roster.pace import (
     BEAT_BYTES,
@@ -48,7 +48,7 @@ async def swarm_of(net: Net, number: int) -> list[Node]:
 def news_of(node: Node, **changes: object) -> News:
     """What anybody may relay of a node; its card signed anew with changes."""
     [news] = node.roster._news_of([node.roster._known[node.peer_id]])
-    card = msgspec.msgpack.decode(news.signed.body, type=Card)
+    card = msgspec.msgpack.decode(news.signed.body, type=MemberCard)
     body = msgspec.msgpack.encode(msgspec.structs.replace(card, **changes))
     signature = node.sign(Domain.CARD, node.membership.swarm_id.encode() + body)
     return msgspec.structs.replace(news, signed=SignedCard(body, signature))
@@ -234,9 +234,9 @@ async def test_an_expired_certificate_ends_a_listing(net: Net) -> None:
     granted = grant(net.genesis, guest.peer_id, "member", 20, net.now_s)
     certificate = msgspec.structs.replace(granted, not_after_unix_s=int(net.now_s) + 20)
     credential = Credential.issue(net.admin, certificate, guest.peer_id)
-    chain = Chain.begin(net.now_s)
+    chain = LivenessChain.begin(net.now_s)
     record = msgspec.structs.replace(reader.record, peer_id=guest.peer_id, addresses=[])
-    card = Card(record, int(net.now_s * 1000), net.now_s, TTL_S, chain.links[0])
+    card = MemberCard(record, int(net.now_s * 1000), net.now_s, TTL_S, chain.links[0])
     body = msgspec.msgpack.encode(card)
     signature = guest.sign(Domain.CARD, net.genesis.swarm_id.encode() + body)
     news = News(guest.peer_id, credential.to_bytes(), SignedCard(body, signature), chain.beat(0.0))

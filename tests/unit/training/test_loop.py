@@ -80,7 +80,7 @@ class Parameters:
         return [self.weight]
 
     @contextmanager
-    def showing(self, values: torch.Tensor) -> Iterator[None]:
+    def with_values(self, values: torch.Tensor) -> Iterator[None]:
         own = self.read()
         self.write(values)
         yield
