@@ -43,6 +43,10 @@ class Backoff:
         """Whether it is left alone now."""
         return now_s < self.until_s
 
+    def timed_out(self) -> None:
+        """An exchange took too long: the next deadline is later."""
+        self.timeouts += 1
+
     def failed(
         self, now_s: float, turn_s: float, lost_s: float, reason: str, *, agreed: bool
     ) -> None:

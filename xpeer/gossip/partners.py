@@ -151,13 +151,12 @@ class Partners:
         """
         record = self[peer_id]
         if isinstance(error, RefusedError) and error.reason == Reason.LEDGER_WENT_BACK:
-            if not record.ledger.refuses_ours:
+            if record.ledger.refused():
                 log.warning(
                     "%s says that our privacy ledger went back, and does not meet us until it has "
                     "caught up",
                     peer_id,
                 )
-            record.ledger.refuses_ours = True
         self._hold_against(record, error, agreement, lost_s)
         self.skipped(peer_id, slot, error.reason, error.detail)
 
@@ -173,7 +172,7 @@ class Partners:
                 backoff.refused(now_s, self._turn_s, error.reason)
             return
         if error.reason == Reason.TIMEOUT or isinstance(error, UnresolvedError):
-            backoff.timeouts += 1
+            backoff.timed_out()
         agreed = agreement is not None
         backoff.failed(now_s, self._turn_s, lost_s, error.reason, agreed=agreed)
 

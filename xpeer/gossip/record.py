@@ -53,6 +53,15 @@ class LedgerWatch:
             self._said_s = now_s
         self._to_be_said = self.state is LedgerState.WENT_BACK
 
+    def refused(self) -> bool:
+        """The partner says that our ledger went back. Whether that is news."""
+        news, self.refuses_ours = not self.refuses_ours, True
+        return news
+
+    def met(self) -> None:
+        """The partner exchanged with us: our ledger is good enough for it."""
+        self.refuses_ours = False
+
     def shows(self, charges: int, now_s: float) -> bool:
         """It shows so many charges. Whether that is news for the operator: see `state`."""
         if charges < self.highest:
@@ -147,7 +156,7 @@ class Record:
         before = took_s if self.seconds is None else self.seconds
         self.seconds = _SMOOTHING * before + (1 - _SMOOTHING) * took_s
         self.ids.merged(exchange_id)
-        self.ledger.refuses_ours = False
+        self.ledger.met()
         self.done += 1
         self.last_done_s = now_s
         self.payload_bytes += num_bytes
