@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec import structs
+
 from tests.unit.daemon.fakes import FakeNode
 from xpeer.status import PrivacySpent, Progress
 from xpeer.trainer.client import TrainerProcess
@@ -14,7 +16,7 @@ def test_a_step_that_was_taken_is_never_zero() -> None:
     progress = Progress(step=340, window=34, tokens=5, loss_public=2.41, tokens_per_s=9.0)
     trainer = TrainerProcess(lambda event: None)
     trainer.progress, trainer.privacy = progress, spent
-    trainer.num_params, trainer.device = 1000, "cpu"
+    trainer.facts = structs.replace(trainer.facts, num_params=1000, device="cpu")
     supervisor = fake.supervisor
     supervisor.trainer = trainer
     node.follow_trainer("training", progress, spent)

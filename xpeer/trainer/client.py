@@ -10,10 +10,11 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.mixing.fragments import fragment_size, largest
 from xpeer.phase import Order, TrainerPhase
@@ -25,6 +26,7 @@ from xpeer.trainer.answers import (
     LookedAtText,
     Losses,
     Progressed,
+    Ready,
     Saved,
     SaveFailed,
     Snapshotted,
@@ -72,41 +74,55 @@ START_TIMEOUT_S: Final = 600.0
 """Reading and tokenising a large shard takes minutes."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """What there is once the process was spawned.
+
+    Attributes:
+        child: the process.
+        slots: places for payloads in the shared memory.
+        vectors: V, values that the rule sends for each parameter.
+    """
+
+    child: Child
+    slots: Slots
+    vectors: int
+
+
+UNREADY: Final = Ready(
+    num_params=0,
+    num_fragments=0,
+    device="",
+    engine="",
+    num_records=0,
+    step=0,
+    ledger_counter=0,
+    resumed=False,
+)
+"""What is known of a trainer before it is ready."""
+
+
 class TrainerProcess:
     """A running trainer. Made by `start`.
 
     Attributes:
         epoch: differs at every start; partners drop what was in flight with another one.
+        facts: what the trainer said when it was ready; `UNREADY` until then.
         state: what it does now.
         progress: its counters, some ten times a second.
         privacy: the ledger's answer, after every window.
         ledger_counter: privacy charges so far, for partners to remember.
-        num_params: P.
-        num_fragments: F.
-        device: where the model lies.
-        engine: how per-record gradients are clipped.
-        resumed_step: of the checkpoint that it went on from; None = it began anew.
-        corpus: its share of the shared corpus, if there is one.
-        text_problem: why it takes no step; empty = it has text.
-        shard: what its text files hold.
     """
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
         self.epoch = time.time_ns() // 1_000_000
+        self.facts = UNREADY
         self.state: TrainerPhase = "starting"
         self.progress = Progress()
         self.privacy = PrivacySpent()
         self.ledger_counter = 0
-        self.num_params = self.num_fragments = 0
-        self._vectors = 1
-        self.device = self.engine = ""
-        self.resumed_step: int | None = None
-        self.corpus: CorpusShare | None = None
-        self.text_problem = ""
-        self.shard: ShardSummary | None = None
         self._rests_until_s = 0.0
-        self._child: Child
-        self._slots: Slots
+        self._started: _Started | None = None  # None until the process was spawned
         self._region = asyncio.Lock()
         self._tell = on_event
 
@@ -134,17 +150,61 @@ class TrainerProcess:
         manifest = SignedManifest.load(Path(setup.manifest_path)).open(setup.swarm_id)
         arena = Arena.create(layout_of(manifest))
         trainer = cls(on_event)
-        trainer._vectors = manifest.round.policy.vectors
-        trainer._slots = Slots(arena.layout.num_slots)
-        trainer._child = await Child.spawn(program, setup, arena, trainer._follow)
-        ready = await trainer._child.wait_ready(timeout_s)
-        trainer.num_params, trainer.num_fragments = ready.num_params, ready.num_fragments
-        trainer.device, trainer.engine = ready.device, ready.engine
-        trainer.ledger_counter = max(trainer.ledger_counter, ready.ledger_counter)
-        trainer.resumed_step = ready.step if ready.resumed else None
-        trainer.corpus, trainer.shard = ready.corpus, ready.shard
-        trainer.text_problem = ready.text_problem
+        child = await Child.spawn(program, setup, arena, trainer._follow)
+        slots = Slots(arena.layout.num_slots)
+        trainer._started = _Started(child, slots, manifest.round.policy.vectors)
+        trainer.facts = await child.wait_ready(timeout_s)
+        trainer.ledger_counter = max(trainer.ledger_counter, trainer.facts.ledger_counter)
         return trainer
+
+    @property
+    def _running(self) -> _Started:
+        if self._started is None:
+            raise TrainerError("the trainer was not started")
+        return self._started
+
+    @property
+    def _child(self) -> Child:
+        return self._running.child
+
+    @property
+    def _slots(self) -> Slots:
+        return self._running.slots
+
+    @property
+    def num_params(self) -> int:
+        """P."""
+        return self.facts.num_params
+
+    @property
+    def device(self) -> str:
+        """Where the model lies."""
+        return self.facts.device
+
+    @property
+    def engine(self) -> str:
+        """How per-record gradients are clipped."""
+        return self.facts.engine
+
+    @property
+    def resumed_step(self) -> int | None:
+        """Of the checkpoint that it went on from; None = it began anew."""
+        return self.facts.step if self.facts.resumed else None
+
+    @property
+    def corpus(self) -> CorpusShare | None:
+        """Its share of the shared corpus, if there is one."""
+        return self.facts.corpus
+
+    @property
+    def text_problem(self) -> str:
+        """Why it takes no step; "" = it has text."""
+        return self.facts.text_problem
+
+    @property
+    def shard(self) -> ShardSummary | None:
+        """What its text files hold."""
+        return self.facts.shard
 
     @property
     def exited(self) -> asyncio.Future[int]:
@@ -188,8 +248,8 @@ class TrainerProcess:
             fragment: f.
             averaging: as for `snapshot`.
         """
-        vectors = 1 if averaging else self._vectors
-        return vectors * fragment_size(self.num_params, self.num_fragments, fragment)
+        vectors = 1 if averaging else self._running.vectors
+        return vectors * fragment_size(self.num_params, self.facts.num_fragments, fragment)
 
     # ---- one exchange: see xpeer/round.py -----------------------------------------------------
 

@@ -162,7 +162,7 @@ class Life:
         others = HIGH.peer_id, THIRD.peer_id
         self.world = world = World(self.manifest, trainer, others)
         store = Store.open(self.home.path / "state.sqlite")
-        closing = Closing(trainer.num_fragments, None)
+        closing = Closing(trainer.facts.num_fragments, None)
         world.partners._events = Outcomes("ab" * 32, world.view, world.node.health, store, closing)
         form = Form(self.manifest.round.codec, trainer.fragment_values(1, averaging=True))
         near, far = streams(LOW, HIGH)

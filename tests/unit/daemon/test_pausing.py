@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pytest
+from msgspec import structs
 
 from tests.unit.daemon.fakes import FakeNode
 from xpeer.errors import LocalError, LocalTimeoutError, Reason
@@ -22,7 +23,6 @@ class FakeTrainer(TrainerProcess):
 
     def __init__(self, fake: FakeNode) -> None:
         super().__init__(lambda _event: None)
-        self.text_problem = ""
         self.orders: list[str] = []
         self.fails = False
         self._fake = fake
@@ -40,7 +40,7 @@ def in_state(state: Phase) -> tuple[FakeNode, FakeTrainer]:
     trainer = FakeTrainer(fake)
     fake.supervisor.trainer = cast(Any, trainer)
     if state == "mixing":
-        trainer.text_problem = "it is not mounted"
+        trainer.facts = structs.replace(trainer.facts, text_problem="it is not mounted")
     fake.is_in(state)
     return fake, trainer
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from tests.unit.daemon.fakes import ALPHA, BETA, FakeNode, member
 from xpeer.config import Daemon, NodeConfig
@@ -127,7 +128,8 @@ async def test_one_that_is_paused_meanwhile_does_not_finish(tmp_path: Path) -> N
 
 async def test_a_node_without_text_ends_when_all_others_have(tmp_path: Path) -> None:
     rig = Rig(tmp_path, ALPHA, BETA)
-    rig.fake.trainer.text_problem = "it is not mounted"
+    trainer = rig.fake.trainer
+    trainer.facts = structs.replace(trainer.facts, text_problem="it is not mounted")
     for phases, ends in [
         (("closing", "mixing"), False),
         ((), False),  # those who are away may come back
@@ -140,7 +142,7 @@ async def test_a_node_without_text_ends_when_all_others_have(tmp_path: Path) -> 
         }
         assert (await rig.look() is Phase.CLOSING) == ends
     rig.fake.is_in("mixing")
-    rig.fake.trainer.text_problem = ""
+    trainer.facts = structs.replace(trainer.facts, text_problem="")
     assert await rig.look() is Phase.MIXING
     rig.fake.supervisor.trainer = None
     assert await rig.look() is Phase.MIXING

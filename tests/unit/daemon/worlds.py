@@ -13,7 +13,7 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.roster.cards import MemberRecord
 from xpeer.status import PrivacySpent, Progress
-from xpeer.trainer.client import TrainerProcess
+from xpeer.trainer.client import TrainerProcess, _Started
 from xpeer.wire.messages import Propose
 from xpeer_daemon.presence import Presence
 
@@ -25,7 +25,9 @@ def saying(progress: Progress, privacy: PrivacySpent) -> TrainerProcess:
     """A trainer that said so last."""
     trainer = TrainerProcess(lambda event: None)
     trainer.epoch, trainer.ledger_counter = 5, 3
-    trainer.num_params, trainer.num_fragments = 1000, 3
+    trainer.facts = msgspec.structs.replace(trainer.facts, num_params=1000, num_fragments=3)
+    nothing: Any = None
+    trainer._started = _Started(nothing, nothing, 1)
     trainer.progress, trainer.privacy = progress, privacy
     return trainer
 

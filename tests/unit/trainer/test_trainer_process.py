@@ -136,9 +136,9 @@ async def test_an_exchange_between_two_trainers_keeps_the_sum(pair: Pair) -> Non
     await asyncio.gather(a.run("pause"), b.run("pause"))
     saved = await saved_by(a, b)
     before = [each.flat.numpy() for each in saved]
-    fragments = Fragments(a.num_params, a.num_fragments)
+    fragments = Fragments(a.num_params, a.facts.num_fragments)
     half_way = torch.zeros(padded(a.num_params))  # from what a sent to the mean with b's
-    for fragment in range(a.num_fragments):
+    for fragment in range(a.facts.num_fragments):
         ours, theirs = await asyncio.gather(
             a.snapshot(fragment, fragment, averaging=False),
             b.snapshot(fragment, fragment, averaging=False),
