@@ -34,7 +34,7 @@ OWNERS: Final = ("*/policies.py", "*/rules/*")
 
 CHARGE_COUNTS: Final = (
     "xpeer/privacy/ledger_file.py:head.counter",
-    "xpeer/privacy/charges.py:Chain.charges",
+    "xpeer/privacy/charges.py:Chain.charges|ChargeChain.charges",
     "xpeer/privacy/register_file.py:ledgers.counter",
     "xpeer/training/ipc.py:Progressed.ledger_counter",
     "xpeer/training/handle.py:TrainerProcess.ledger_counter",
