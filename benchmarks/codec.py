@@ -21,7 +21,7 @@ from hivemind.compression import deserialize_torch_tensor, serialize_torch_tenso
 from hivemind.proto.runtime_pb2 import CompressionType
 
 from benchmarks.common import RESULTS, emit, say, write_result
-from xpeer.update import Form
+from xpeer.forms import Form
 from xpeer.wire import kernels
 from xpeer.wire.codec import FLOATS, NAMES, decode, encode_into
 from xpeer.wire.merge import difference

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from xpeer.errors import ConfigError, NotAuthorisedError
+from xpeer.forms import Codec
 from xpeer.identity import Domain, Identity, blake2b, verify_with
 from xpeer.leaves import seen_by
 from xpeer.policies import RULES, PrivacyMode, PrivacyPolicy, RuleName, RulePolicy, privacy_policy
@@ -112,7 +113,6 @@ class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
     sequence_tokens: Annotated[int, Meta(ge=8)] = 128
 
 
-Codec = Literal["float32", "bfloat16", "int8", "int4", "int2"]
 REMOVED: Final = (
     (
         "round", "codec", ("int8-modulo", "int4-modulo", "int2-modulo"),

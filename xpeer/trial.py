@@ -28,6 +28,7 @@ from xpeer.accounts.accountant import Segment
 from xpeer.accounts.budget import coarse_size, delta_of
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason
+from xpeer.forms import Form
 from xpeer.identity import Identity
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.trainer.assembled import Assembled
@@ -37,7 +38,7 @@ from xpeer.training import checkpoint, model
 from xpeer.training.initial import source_folders, trained_model
 from xpeer.training.kept import Source
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
-from xpeer.update import Form, PeerUpdate
+from xpeer.update import PeerUpdate
 from xpeer.wire import fixedpoint
 
 Tell = Callable[[str], None]

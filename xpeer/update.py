@@ -11,50 +11,13 @@ mechanism did not make.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
-from xpeer.errors import LocalError
+from xpeer.forms import Form
 from xpeer.leaves import Derived, Local, Noised, Parts, Public, Timing, Withheld, seen_by
 
 if TYPE_CHECKING:
     import torch
-
-BLOCK: Final = 128
-"""Values that have a quantisation step, or a check, in common."""
-SIZES: Final = {
-    "float32": (32, 0),
-    "bfloat16": (16, 0),
-    "int8": (8, 2),
-    "int4": (4, 2),
-    "int2": (2, 2),
-    "masked16": (16, 4),
-    "masked32": (32, 0),
-}
-"""Of every codec: bits of a value, and bytes that each block takes besides."""
-
-
-@seen_by("partners", "sent as fields of Propose")
-@final
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What a payload holds. Both sides know it from the manifest and the fragment, so that nobody
-    reads or allocates by a length that a peer claims.
-    """
-
-    codec: Public[str]
-    num_values: Public[int]
-
-    @property
-    def num_bytes(self) -> int:
-        """Exact size of the payload.
-
-        Raises:
-            LocalError: unknown codec.
-        """
-        if self.codec not in SIZES:
-            raise LocalError(f"codec {self.codec!r} is unknown", f"valid: {', '.join(SIZES)}")
-        bits, block_bytes = SIZES[self.codec]
-        return -(-self.num_values * bits // 8) + block_bytes * -(-self.num_values // BLOCK)
 
 
 @seen_by("node", "never leaves the trainer")

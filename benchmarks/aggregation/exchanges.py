@@ -13,8 +13,8 @@ from benchmarks.simulator.exchange import Exchange
 from benchmarks.simulator.links import Links
 from benchmarks.simulator.peers import EPSILON, Peers
 from benchmarks.simulator.spec import Run
+from xpeer.forms import Form
 from xpeer.manifest import Optimiser
-from xpeer.update import Form
 from xpeer.wire import codec
 
 

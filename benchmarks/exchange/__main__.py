@@ -14,7 +14,7 @@ from benchmarks import common
 from benchmarks.exchange import measure
 from benchmarks.exchange.hosts import Host, can_shape, hosts
 from benchmarks.exchange.plot import draw
-from xpeer.update import Form
+from xpeer.forms import Form
 
 COMMAND = "python -m benchmarks.exchange"
 FULL = {"params": 100_000_000, "groups": [2, 4], "links": [100.0, 500.0], "repeats": 5}

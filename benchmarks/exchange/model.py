@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from xpeer.forms import Form
 from xpeer.mixing.exchanges import Exchanges
 from xpeer.mixing.rules import Rule
 from xpeer.training.flat import FlatVector
 from xpeer.update import (
     Checked,
     CompressedUpdate,
-    Form,
     PeerUpdate,
     PrivateUpdate,
     RawUpdate,

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.common import emit, say, write_result
 from benchmarks.vector import Vector
+from xpeer.forms import Form
 from xpeer.gossip import masks
 from xpeer.gossip.masked import MaskedGroup, MaskedMeeting
 from xpeer.identity import Identity, PeerId
@@ -31,7 +32,6 @@ from xpeer.network.membership.certificates import Membership, Scope
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.stream import Stream
 from xpeer.round import Given, Meeting
-from xpeer.update import Form
 from xpeer.wire import fixedpoint, kernels
 from xpeer.wire.fixedpoint import Grid
 from xpeer.wire.messages import Terms

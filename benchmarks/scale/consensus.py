@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from xpeer.forms import Form
 from xpeer.gossip import matching
 from xpeer.identity import PeerId
 from xpeer.mixing.differences import difference
 from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.screen import NormLimit
-from xpeer.update import Form
 from xpeer.wire import codec, messages
 from xpeer.wire.frames import FRAME_BYTES, FRAME_OVERHEAD
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Terms

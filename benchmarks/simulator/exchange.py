@@ -17,6 +17,7 @@ from benchmarks.simulator.links import Links
 from benchmarks.simulator.model import NUM_PARAMS, evaluate
 from benchmarks.simulator.spec import Run
 from xpeer import weights
+from xpeer.forms import Form
 from xpeer.gossip import matching
 from xpeer.identity import PeerId
 from xpeer.mixing import rules
@@ -24,7 +25,6 @@ from xpeer.mixing.differences import difference
 from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.rules.base import Correction
 from xpeer.mixing.screen import Movement, NormLimit, Scale
-from xpeer.update import Form
 from xpeer.wire import codec
 from xpeer.wire.messages import Terms
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests.unit.training.homes import make_homes
+from xpeer.forms import Form
 from xpeer.mixing.received import ReceivedFragment
 from xpeer.trainer import build as assembling
 from xpeer.trainer import worker as working
@@ -29,7 +30,6 @@ from xpeer.trainer.commands import NOBODY, Evaluate, ExportState, Request
 from xpeer.trainer.server import Server, serve
 from xpeer.trainer.worker import Worker
 from xpeer.training.loop import TrainingLoop
-from xpeer.update import Form
 from xpeer.wire import codec
 
 JOINERS = 4

@@ -20,6 +20,7 @@ from tests.meetings import meet
 from tests.swarm.conftest import Founder
 from tests.swarm.test_network import ECHO, KEY, echo, record, until
 from xpeer.errors import NotAuthorisedError, PeerError, Reason
+from xpeer.forms import Form
 from xpeer.identity import Identity, PeerId
 from xpeer.network import admission, introductions
 from xpeer.network.agreement import PROTOCOL, Agreement, Party, Proposer, answering
@@ -28,7 +29,7 @@ from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.p2p import STREAMS_PER_PEER
 from xpeer.network.swarm import Swarm
 from xpeer.roster.roster import Roster
-from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 from xpeer.wire.messages import Propose, Terms
 
 FORM = Form("int8", 400_000)

@@ -23,11 +23,12 @@ from tests.meetings import meet
 from tests.unit.network.test_agreement import Dialler, FakeDesk, party, streams
 from tests.unit.trainer.test_trainer_process import Watch
 from tests.unit.training.homes import make_homes
+from xpeer.forms import Form
 from xpeer.identity import Identity
 from xpeer.network.agreement import Proposer, answering
 from xpeer.trainer.client import TrainerProcess
 from xpeer.trainer.setup import TrainerSetup
-from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 
 pytestmark = pytest.mark.timeout(150)
 

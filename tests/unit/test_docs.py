@@ -18,8 +18,9 @@ from xpeer.cli import COMMANDS
 from xpeer.cli.start import start
 from xpeer.config import Home, settings
 from xpeer.errors import ConfigError, ExitCode
+from xpeer.forms import Codec
 from xpeer.founding_model import MEASURED, InitialModel, draft_manifest
-from xpeer.manifest import DELTA_MAX, DELTA_MIN, Codec, Manifest, Model, Round
+from xpeer.manifest import DELTA_MAX, DELTA_MIN, Manifest, Model, Round
 from xpeer.status import SCHEMA_VERSION
 from xpeer.surfaces import ROUTES
 from xpeer.wire import codec

@@ -52,7 +52,7 @@ def test_every_structure_says_who_reads_it_and_every_field_what_makes_it_harmles
     names = {name_of(kind) for kind in kinds}
     for known in (
         "wire.messages.Terms",
-        "update.Form",
+        "forms.Form",
         "status.Progress",
         "accounts.chain.Charge",
     ):

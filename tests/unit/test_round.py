@@ -10,9 +10,10 @@ import pytest
 
 from tests.factories import privacy_stamp
 from xpeer.errors import PeerError, Reason, TrainerError
+from xpeer.forms import Form
 from xpeer.identity import PeerId
 from xpeer.round import Meeting
-from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 from xpeer.wire.messages import Terms
 
 STAMP = privacy_stamp()

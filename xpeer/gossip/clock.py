@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.forms import Form
 from xpeer.gossip import matching
 from xpeer.gossip.meetings import Meetings
 from xpeer.gossip.pace import Pace, Start
@@ -22,7 +23,6 @@ from xpeer.gossip.view import GossipTrainer, NodeView
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network.agreement import Agreement, ProposalHandler, Proposer, UnresolvedError
-from xpeer.update import Form
 from xpeer.wire.messages import Propose, Terms
 
 log = logging.getLogger("xpeer.gossip")

@@ -35,8 +35,8 @@ from nacl.exceptions import CryptoError
 from nacl.public import PrivateKey
 
 from xpeer.errors import PeerError, Reason
+from xpeer.forms import Form
 from xpeer.identity import Domain, PeerId, blake2b
-from xpeer.update import Form
 
 _NONCE: Final = bytes(16)
 """Counter and nonce: every key is used for one stream."""

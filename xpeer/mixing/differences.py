@@ -17,8 +17,8 @@ from typing import Final
 
 import torch
 
+from xpeer.forms import Form
 from xpeer.mixing.screen import Limit
-from xpeer.update import Form
 from xpeer.wire import merge
 from xpeer.wire.codec import Payload
 

@@ -22,12 +22,12 @@ from typing import Final, TypeVar
 import torch
 
 from xpeer.errors import PeerError, Reason, TrainerError
+from xpeer.forms import Form
 from xpeer.mixing.differences import Difference
 from xpeer.mixing.received import ReceivedFragment
 from xpeer.mixing.rules import Rule
 from xpeer.mixing.rules.base import Correction
 from xpeer.mixing.screen import Scale
-from xpeer.update import Form
 from xpeer.wire.codec import Payload
 
 MAX_IN_FLIGHT: Final = 16

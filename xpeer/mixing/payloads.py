@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 import torch
 
+from xpeer.forms import Form
 from xpeer.mixing import group_means
 from xpeer.mixing.buffers import Buffers
 from xpeer.mixing.differences import difference
@@ -18,7 +19,7 @@ from xpeer.mixing.in_flight import Certified, Sent, Verified
 from xpeer.mixing.received import ReceivedFragment, received_mean, shown
 from xpeer.mixing.rules import Rule
 from xpeer.mixing.screen import NormLimit
-from xpeer.update import CompressedUpdate, Form, PeerUpdate, PrivateUpdate
+from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate
 from xpeer.wire import codec as wire_codec
 from xpeer.wire import fixedpoint, merge
 from xpeer.wire.fixedpoint import Grid

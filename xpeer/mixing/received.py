@@ -19,9 +19,9 @@ from typing import Final
 
 import torch
 
+from xpeer.forms import Form
 from xpeer.mixing.buffers import Buffers
 from xpeer.mixing.fragments import Fragments, padded
-from xpeer.update import Form
 from xpeer.wire import codec
 
 PARTNERS: Final = 2

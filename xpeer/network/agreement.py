@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from xpeer.errors import PeerError, Reason
+from xpeer.forms import Form
 from xpeer.identity import Identity, PeerId
 from xpeer.network import bulk
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership.certificates import Membership, Scope
 from xpeer.network.membership.keyring import KeyRing
-from xpeer.update import CompressedUpdate, Form, MaskedUpdate, PeerUpdate
+from xpeer.update import CompressedUpdate, MaskedUpdate, PeerUpdate
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms
 from xpeer.wire.session import Credentials, Handshake, Purpose
 

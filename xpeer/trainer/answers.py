@@ -24,10 +24,10 @@ from xpeer.errors import (
     XpeerError,
 )
 from xpeer.escape import one_line, visible
+from xpeer.forms import Form
 from xpeer.leaves import Derived, Local, Parts, Public, Timing, seen_by
 from xpeer.phase import TrainerPhase
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
-from xpeer.update import Form
 
 
 @seen_by("node")

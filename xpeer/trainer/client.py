@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
+from xpeer.forms import Form
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.mixing.fragments import fragment_size, largest
 from xpeer.phase import Order, TrainerPhase
@@ -49,14 +50,7 @@ from xpeer.trainer.commands import (
     WriteCheckpoint,
 )
 from xpeer.trainer.setup import TrainerSetup
-from xpeer.update import (
-    Checked,
-    CompressedUpdate,
-    Form,
-    ModelState,
-    PeerUpdate,
-    received_stamp,
-)
+from xpeer.update import Checked, CompressedUpdate, ModelState, PeerUpdate, received_stamp
 
 __all__ = [
     "Crashed",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol
 from msgspec import Struct
 
 from xpeer.errors import LocalError
+from xpeer.forms import Form
 from xpeer.leaves import stays
 from xpeer.phase import Order
 from xpeer.trainer.answers import (
@@ -33,7 +34,7 @@ from xpeer.trainer.answers import (
     Written,
 )
 from xpeer.trainer.setup import TrainerSetup
-from xpeer.update import Form, PeerUpdate, PrivateUpdate
+from xpeer.update import PeerUpdate, PrivateUpdate
 
 if TYPE_CHECKING:
     from xpeer.trainer.worker import Worker

@@ -20,7 +20,7 @@ from typing import Final
 
 import torch
 
-from xpeer.update import BLOCK
+from xpeer.forms import BLOCK
 from xpeer.wire.dither import uniform
 
 STEP_BYTES: Final = 2

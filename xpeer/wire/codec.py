@@ -3,7 +3,7 @@
     float32, bfloat16      as they are, or rounded
     int8, int4, int2       blockwise quantised (see `blockwise`)
 
-A payload's size follows from its form (`update.Form`: codec and number of values) alone, which the
+A payload's size follows from its form (`forms.Form`: codec and number of values) alone, which the
 receiver knows from its own manifest; so nothing is ever allocated by a length that a peer claims.
 All integers and floats are little endian. Every result is the same bits on every machine.
 
@@ -22,15 +22,17 @@ from typing import Final
 
 import torch
 
+from xpeer import forms
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.update import CompressedUpdate, Form, PrivateUpdate
+from xpeer.forms import Form
+from xpeer.update import CompressedUpdate, PrivateUpdate
 from xpeer.wire import int_payload as blocks
 from xpeer.wire.blockwise import Blocks
 from xpeer.wire.int_payload import diverged
 
 _CHUNK_VALUES: Final = 1 << 17
 """512 KiB of float32: temporaries stay in the second-level cache."""
-FLOATS: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FLOATS: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in forms.FLOATS}
 INTS: Final = {"int8": Blocks(8), "int4": Blocks(4), "int2": Blocks(2)}
 NAMES: Final = (*FLOATS, *INTS)
 Payload = bytes | bytearray | memoryview

@@ -29,8 +29,9 @@ import numpy.typing as npt
 import torch
 
 from xpeer.errors import PeerError, Reason
+from xpeer.forms import BLOCK, Form
 from xpeer.manifest import Round
-from xpeer.update import BLOCK, CompressedUpdate, Form, PrivateUpdate
+from xpeer.update import CompressedUpdate, PrivateUpdate
 from xpeer.wire.blockwise import num_blocks
 from xpeer.wire.dither import splitmix64
 from xpeer.wire.int_payload import diverged

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.update import BLOCK
+from xpeer.forms import BLOCK
 from xpeer.wire import kernels
 from xpeer.wire.blockwise import (
     STEP_BYTES,

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from xpeer.errors import LocalError
+from xpeer.forms import Form
 from xpeer.leaves import Public, seen_by
-from xpeer.update import Form
 
 SHARE: Final = 0.5
 """Of the link's time, and of a window."""

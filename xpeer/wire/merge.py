@@ -17,7 +17,7 @@ from typing import Final
 import torch
 
 from xpeer.errors import PeerError, Reason
-from xpeer.update import BLOCK, Form
+from xpeer.forms import BLOCK, Form
 from xpeer.wire import int_payload, kernels
 from xpeer.wire.codec import FLOATS, INTS, Payload, check_flat, decode, encode, raw_payload
 from xpeer.wire.int_payload import Norms

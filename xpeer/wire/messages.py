@@ -12,8 +12,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from xpeer.errors import PeerError, Reason
+from xpeer.forms import Form
 from xpeer.leaves import Derived, Parts, Public, Timing, seen_by
-from xpeer.update import Form
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 8 << 10

@@ -15,8 +15,8 @@ from benchmarks.simulator.links import Links
 from benchmarks.simulator.peers import Peers
 from benchmarks.simulator.run import simulate
 from benchmarks.simulator.spec import Link, Run
+from xpeer.forms import Form
 from xpeer.manifest import Optimiser
-from xpeer.update import Form
 
 STEPS = 4
 

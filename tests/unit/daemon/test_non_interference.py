@@ -34,6 +34,7 @@ from tests.unit.training.homes import make_homes
 from xpeer.accounts import model_card, report
 from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
+from xpeer.forms import Form
 from xpeer.identity import Identity, blake2b
 from xpeer.leaves import Treatment
 from xpeer.manifest import Manifest, SignedManifest
@@ -46,7 +47,7 @@ from xpeer.trainer.client import TrainerProcess
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
 from xpeer.training.schedule import Counters
-from xpeer.update import CompressedUpdate, Form, ModelState, PeerUpdate
+from xpeer.update import CompressedUpdate, ModelState, PeerUpdate
 from xpeer.wire import codec, messages, session
 from xpeer.wire.messages import Refuse
 from xpeer_daemon import belonging

@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.gossip.test_clock import ME, OTHER, SWARM, THIRD, Rig
 from xpeer.errors import PeerError, Reason
+from xpeer.forms import Form
 from xpeer.gossip import backoff, matching
 from xpeer.gossip.backoff import Backoff
 from xpeer.gossip.partners import FIRST_MULTIPLE, MIN_DEADLINE_S
@@ -16,7 +17,6 @@ from xpeer.identity import PeerId
 from xpeer.network.agreement import UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged
-from xpeer.update import Form
 
 LAST = PeerId("12D3KooWD")
 AGREED: Any = SimpleNamespace(

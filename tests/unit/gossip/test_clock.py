@@ -13,6 +13,7 @@ import pytest
 
 from tests.unit.daemon.fakes import FakeNode, member
 from xpeer.errors import PeerError, Reason, TrainerError
+from xpeer.forms import Form
 from xpeer.gossip import matching
 from xpeer.gossip.clock import Gossip
 from xpeer.gossip.masked import MaskedMeeting
@@ -24,7 +25,6 @@ from xpeer.manifest import Round
 from xpeer.network.agreement import UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged, Meeting
-from xpeer.update import Form
 from xpeer.wire.messages import Propose, Terms
 from xpeer_daemon.outcomes import Outcomes
 from xpeer_daemon.store import Store

@@ -15,10 +15,10 @@ from nacl.public import PrivateKey
 from scipy import stats
 
 from xpeer.errors import PeerError, Reason
+from xpeer.forms import Form
 from xpeer.gossip import masks
 from xpeer.gossip.masks import Ephemeral
 from xpeer.identity import PeerId
-from xpeer.update import Form
 
 SWARM = "ab" * 32
 PEERS = [PeerId(f"12D3KooW{letter}") for letter in "ABCDEFGH"]

@@ -9,9 +9,9 @@ import random
 import pytest
 import torch
 
+from xpeer.forms import Form
 from xpeer.mixing.differences import difference
 from xpeer.mixing.screen import Movement, NormLimit
-from xpeer.update import Form
 from xpeer.wire import codec
 
 N, FRAGMENTS, WARMUP = 1280, 5, 30

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from tests.unit.training.test_loop import NUM_PARAMS, trainer_with, unbounded
 from xpeer.errors import PeerError, Reason
+from xpeer.forms import Form
 from xpeer.manifest import Round
 from xpeer.mixing.combine import Mean, TrimmedMean, make
 from xpeer.mixing.received import consolidate
 from xpeer.training.loop import TrainingLoop
-from xpeer.update import Form, PeerUpdate
+from xpeer.update import PeerUpdate
 from xpeer.wire import codec
 
 sizes = st.sampled_from([1, 5, 1000, (1 << 14) + 3])

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpeer.errors import PeerError, Reason
+from xpeer.forms import Form
 from xpeer.mixing.differences import Difference, difference
 from xpeer.mixing.screen import Limit
-from xpeer.update import Form
 from xpeer.wire.codec import NAMES, decode, encode
 
 

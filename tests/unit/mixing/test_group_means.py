@@ -9,10 +9,11 @@ import torch
 
 from tests.unit.training.test_loop import NUM_PARAMS, trainer_with, unbounded
 from xpeer.errors import PeerError
+from xpeer.forms import Form
 from xpeer.manifest import Round
 from xpeer.mixing.screen import CLIP_AFTER
 from xpeer.training.loop import TrainingLoop
-from xpeer.update import Checked, Form, PeerUpdate
+from xpeer.update import Checked, PeerUpdate
 from xpeer.wire import codec as wire_codec
 from xpeer.wire.fixedpoint import add_into, rings
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xpeer.forms import Form
 from xpeer.mixing import received
 from xpeer.mixing.buffers import Buffers
 from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.received import PARTNERS, Consolidation, consolidate, shown
 from xpeer.training import checkpoint
-from xpeer.update import Form
 from xpeer.wire import codec
 
 P = 1000

@@ -11,13 +11,14 @@ import pytest
 from tests.factories import privacy_stamp
 from tests.meetings import meet
 from xpeer.errors import PeerError, Reason
+from xpeer.forms import Form
 from xpeer.identity import Identity, PeerId
 from xpeer.network.agreement import Party, Proposer, answering
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership.certificates import Membership, Scope
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.stream import Stream
-from xpeer.update import Checked, CompressedUpdate, Form, PeerUpdate
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 from xpeer.wire import messages
 from xpeer.wire.frames import FRAME_BYTES, Kind
 from xpeer.wire.messages import Accept, Agree, Payload, Propose, Refuse, Terms

@@ -23,6 +23,7 @@ import uvloop
 
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason, TrainerError
+from xpeer.forms import Form
 from xpeer.mixing.fragments import Fragments, padded
 from xpeer.trainer.answers import Snapshotted
 from xpeer.trainer.build import assemble
@@ -31,7 +32,7 @@ from xpeer.trainer.client import Progressed, Saved, SaveFailed, TrainerProcess
 from xpeer.trainer.commands import Drop, Snapshot
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
-from xpeer.update import CompressedUpdate, Form, PeerUpdate
+from xpeer.update import CompressedUpdate, PeerUpdate
 from xpeer.wire.codec import decode, encode
 
 module_loop = pytest.mark.asyncio(loop_scope="module")

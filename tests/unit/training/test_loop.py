@@ -17,8 +17,9 @@ from tests.factories import privacy_stamp
 from tests.unit.training.clocks import Clock
 from xpeer.accounts.budget import Charged
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
+from xpeer.forms import Codec, Form
 from xpeer.identity import blake2b
-from xpeer.manifest import Codec, End, Manifest, Model, Optimiser, Privacy, PublicText, Round
+from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText, Round
 from xpeer.mixing import exchanges, in_flight
 from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.in_flight import MAX_IN_FLIGHT
@@ -28,14 +29,7 @@ from xpeer.training import learner, loop, measuring, pacing, timings
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.measuring import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
-from xpeer.update import (
-    Checked,
-    CompressedUpdate,
-    Form,
-    PeerUpdate,
-    PrivateUpdate,
-    RawUpdate,
-)
+from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate
 
 NUM_PARAMS = 640  # 10 lines
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tests.factories import privacy_stamp
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.manifest import Codec
-from xpeer.update import BLOCK, SIZES, Form, PrivateUpdate, RawUpdate
+from xpeer.forms import BLOCK, SIZES, Codec, Form
+from xpeer.update import PrivateUpdate, RawUpdate
 from xpeer.wire import fixedpoint
 from xpeer.wire.codec import NAMES, compress, decode, encode, encode_into
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.factories import privacy_stamp
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.update import BLOCK, Form, PrivateUpdate, RawUpdate
+from xpeer.forms import BLOCK, Form
+from xpeer.update import PrivateUpdate, RawUpdate
 from xpeer.wire import fixedpoint
 from xpeer.wire.fixedpoint import Grid
 

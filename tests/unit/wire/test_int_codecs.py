@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.unit.wire import reference_codec as reference
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.update import BLOCK, Form
+from xpeer.forms import BLOCK, Form
 from xpeer.wire.codec import NAMES, decode, encode
 
 INTS = ["int8", "int4", "int2"]

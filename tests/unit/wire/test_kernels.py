@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from xpeer.update import BLOCK, Form
+from xpeer.forms import BLOCK, Form
 from xpeer.wire import kernels
 from xpeer.wire.codec import decode, encode
 from xpeer.wire.merge import difference, prepare

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xpeer.errors import LocalError
-from xpeer.update import Form
+from xpeer.forms import Form
 from xpeer.wire.link_plan import (
     IN_FLIGHT,
     LONG_WINDOW_STEPS,

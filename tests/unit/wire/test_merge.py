@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.update import Form
+from xpeer.forms import Form
 from xpeer.wire.codec import INTS, NAMES, decode, encode
 from xpeer.wire.merge import difference
 
