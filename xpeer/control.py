@@ -11,8 +11,10 @@ import os
 import select
 import socket
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -92,7 +94,37 @@ class Problem(Versioned, frozen=True, kw_only=True):
     exit_code: Local[int] = int(ExitCode.ERROR)
 
 
-A = TypeVar("A", Status, Peers, Version, Done, End, Problem)
+Answer = Status | Peers | Version | Done | End
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A question to the daemon, or an order.
+
+    Attributes:
+        method: of HTTP; a GET changes nothing.
+        answer: what comes back.
+    """
+
+    method: Literal["GET", "POST"]
+    answer: type[Answer]
+
+
+ROUTES: Final[Mapping[str, Route]] = {
+    "status": Route("GET", Status),
+    "peers": Route("GET", Peers),
+    "version": Route("GET", Version),
+    "end": Route("GET", End),
+    "pause": Route("POST", Done),
+    "resume": Route("POST", Done),
+    "stop": Route("POST", Done),
+    "leave": Route("POST", Done),
+    "checkpoint": Route("POST", Done),
+}
+"""Everything that the socket answers, by path below `API`. In the daemon `xpeer_daemon.commands`
+has a method for each. There is no other API, page or port for metrics."""
+
+A = TypeVar("A", bound=Struct)
 
 
 class Client:
@@ -115,31 +147,31 @@ class Client:
 
     def status(self) -> Status:
         """Everything the node says of itself."""
-        return self._ask("GET", "status", Status)
+        return self.ask("status", Status)
 
     def peers(self) -> list[Partner]:
         """The members of the swarm as the node sees them."""
-        return self._ask("GET", "peers", Peers).peers
+        return self.ask("peers", Peers).peers
 
     def version(self) -> Version:
         """The daemon's version and pid."""
-        return self._ask("GET", "version", Version)
+        return self.ask("version", Version)
 
     def pause(self) -> str:
         """Take no steps and no exchanges until `resume`; the node's state now."""
-        return self._ask("POST", "pause", Done).state
+        return self.ask("pause", Done).state
 
     def resume(self) -> str:
         """Undo `pause`; the node's state now."""
-        return self._ask("POST", "resume", Done).state
+        return self.ask("resume", Done).state
 
     def checkpoint(self) -> str:
         """Write a checkpoint now; its path on the daemon's side, empty if nothing is trained."""
-        return self._ask("POST", "checkpoint", Done).path
+        return self.ask("checkpoint", Done).path
 
     def stop(self, *, leave: bool = False) -> int:
         """Ask the daemon to end, with `leave` to announce it first; its pid. Does not wait."""
-        return self._ask("POST", "leave" if leave else "stop", Done).pid
+        return self.ask("leave" if leave else "stop", Done).pid
 
     def stop_and_wait(self, timeout_s: float, *, leave: bool = False, patient: bool = False) -> int:
         """Like `stop`, and wait until the process is gone.
@@ -180,7 +212,7 @@ class Client:
         last = None
         while time.monotonic() < deadline:
             try:
-                last = self._ask("GET", "end", End)
+                last = self.ask("end", End)
             except LocalTimeoutError:
                 continue
             except LocalError:  # gone already, or of a version that does not tell
@@ -202,10 +234,11 @@ class Client:
             time.sleep(_POLL_S)
         return False
 
-    def _ask(self, method: str, what: str, kind: type[A]) -> A:
+    def ask(self, route: str, answer: type[A]) -> A:
+        """The daemon's answer to a route of `ROUTES`; see the class for what it raises."""
         connection = _UnixConnection(self.path, self.timeout_s)
         try:
-            connection.request(method, f"{API}/{what}")
+            connection.request(ROUTES[route].method, f"{API}/{route}")
             response = connection.getresponse()
             body = response.read(MAX_ANSWER_BYTES)
         except (FileNotFoundError, ConnectionError) as e:
@@ -228,7 +261,7 @@ class Client:
         finally:
             connection.close()
         if response.status == http.HTTPStatus.OK:
-            return self._read(body, kind)
+            return self._read(body, answer)
         raise self._refusal(response.status, body)
 
     def _refusal(self, status: int, body: bytes) -> LocalError:

@@ -23,19 +23,6 @@ PROTOCOLS: Final[dict[str, str]] = {
 FRAMES: Final = ("MESSAGE", "BULK", "END", "ELSEWHERE")
 """Kinds of frames of a session; lengths and kinds are seen by whoever sees the network: public."""
 
-ROUTES: Final[dict[str, str]] = {
-    "GET /v1/status": "Status",
-    "GET /v1/peers": "Peers",
-    "GET /v1/version": "Version",
-    "GET /v1/end": "End",
-    "POST /v1/pause": "Done",
-    "POST /v1/resume": "Done",
-    "POST /v1/stop": "Done",
-    "POST /v1/leave": "Done",
-    "POST /v1/checkpoint": "Done",
-}
-"""Of the control API, with their answers. There is no other API, page or port for metrics."""
-
 EVENTS: Final = (
     "trainer-restarted",
     "donor-refused",
@@ -73,11 +60,11 @@ released parameters and the manifest's config."""
 
 COMMANDS: Final[dict[str, str]] = {
     "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",
-    "bootstrap": "addresses", "start": "the log", "status": "Status", "peers": "Peers",
-    "pause": "Done", "resume": "Done", "stop": "Done", "leave": "Done",
+    "bootstrap": "addresses", "start": "the log",
     "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "events": "History",
     "demo": "Status, of text on this machine", "completion": "nothing", "version": "versions",
     "generate": "text of the model that is named", "eval": "a loss of the text that is named",
     "privacy": "Account, FileAccount, Verdict, Plan, Charge",
 }  # fmt: skip
-"""What commands print or write, by the structures above: for the operator."""
+"""What commands print or write, by the structures above: for the operator. Those that ask the
+daemon print its answers (`control.ROUTES`)."""

@@ -13,17 +13,15 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from xpeer import __version__
-from xpeer.control import API, Done, End, Peers, Problem, Version
+from xpeer.control import API, ROUTES, Problem
 from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
 from xpeer.escape import visible
-from xpeer.status import Status
+from xpeer_daemon.commands import Commands, ControlledNode
 
 log = logging.getLogger("xpeer.api")
 
@@ -31,28 +29,6 @@ SOCKET_MODE = 0o660
 MAX_REQUEST_BYTES = 4096
 GRACE_S = 2.0
 """Open requests get this long when the API closes."""
-
-
-class ControlledNode(Protocol):
-    """What the API asks of the node; called on the event loop."""
-
-    def status(self) -> Status:
-        """GET status, GET peers. Quick: no IO."""
-
-    async def pause(self) -> str:
-        """POST pause: the phase then."""
-
-    async def resume(self) -> str:
-        """POST resume: the phase then."""
-
-    def request_stop(self, *, leave: bool) -> None:
-        """POST stop, POST leave: returns at once, the node ends later."""
-
-    async def checkpoint(self) -> str:
-        """POST checkpoint: the written file's path."""
-
-    async def end(self) -> End:
-        """GET end: how far the node's end is, after a moment or when it is over."""
 
 
 class ControlApi:
@@ -95,51 +71,15 @@ class ControlApi:
             self._path.unlink(missing_ok=True)
 
 
-def _application(subject: ControlledNode) -> web.Application:
-    async def status(_request: web.Request) -> web.StreamResponse:
-        return _json(subject.status())
-
-    async def peers(_request: web.Request) -> web.StreamResponse:
-        return _json(Peers(peers=subject.status().partners))
-
-    async def version(_request: web.Request) -> web.StreamResponse:
-        return _json(Version(version=__version__, pid=os.getpid()))
-
-    async def pause() -> Done:
-        return Done(pid=os.getpid(), state=await subject.pause())
-
-    async def resume() -> Done:
-        return Done(pid=os.getpid(), state=await subject.resume())
-
-    async def checkpoint() -> Done:
-        return Done(pid=os.getpid(), path=await subject.checkpoint())
-
-    async def stop() -> Done:
-        subject.request_stop(leave=False)
-        return Done(pid=os.getpid())
-
-    async def leave() -> Done:
-        subject.request_stop(leave=True)
-        return Done(pid=os.getpid())
-
+def _application(node: ControlledNode) -> web.Application:
+    commands = Commands(node)
     app = web.Application(middlewares=[_explain], client_max_size=MAX_REQUEST_BYTES)
-    app.add_routes(
-        [
-            web.get(f"{API}/status", status),
-            web.get(f"{API}/peers", peers),
-            web.get(f"{API}/version", version),
-            web.get(f"{API}/end", _tell(subject.end)),
-            web.post(f"{API}/pause", _tell(pause)),
-            web.post(f"{API}/resume", _tell(resume)),
-            web.post(f"{API}/stop", _tell(stop)),
-            web.post(f"{API}/leave", _tell(leave)),
-            web.post(f"{API}/checkpoint", _tell(checkpoint)),
-        ]
-    )
+    for name, route in ROUTES.items():
+        app.router.add_route(route.method, f"{API}/{name}", _answering(getattr(commands, name)))
     return app
 
 
-def _tell(ask: Callable[[], Awaitable[msgspec.Struct]]) -> Handler:
+def _answering(ask: Callable[[], Awaitable[msgspec.Struct]]) -> Handler:
     async def handler(_request: web.Request) -> web.StreamResponse:
         return _json(await ask())
 

@@ -14,15 +14,15 @@ import pytest
 from msgspec.inspect import Field, LiteralType, StructType, Type, UnionType, type_info
 
 from xpeer import control, health
-from xpeer.cli import COMMANDS
+from xpeer.cli import all_commands
 from xpeer.cli.start import start
 from xpeer.config import Home, settings
+from xpeer.control import ROUTES
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.forms import Codec
 from xpeer.founding_model import MEASURED, InitialModel, draft_manifest
 from xpeer.manifest import DELTA_MAX, DELTA_MIN, Manifest, Model, Round
 from xpeer.status import SCHEMA_VERSION
-from xpeer.surfaces import ROUTES
 from xpeer.wire import codec
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -73,7 +73,7 @@ def test_no_setting_that_is_gone() -> None:
     assert documented - {"`daemon.log`"} == {f"`{s}.{k}`" for s, k, _ in settings()}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", all_commands())
 def test_command(command: str) -> None:
     assert row(f"`xpeer {command}`")[1]
 
@@ -119,8 +119,9 @@ def test_control_socket() -> None:
         routes = _routes(request)
         documented += routes
         for route in routes:
-            answers.setdefault(ROUTES[route], set()).update(_quoted(answer))
-    assert sorted(documented) == sorted(ROUTES)
+            kind = ROUTES[route.removeprefix("GET /v1/").removeprefix("POST /v1/")].answer
+            answers.setdefault(kind.__name__, set()).update(_quoted(answer))
+    assert sorted(documented) == sorted(f"{r.method} /v1/{name}" for name, r in ROUTES.items())
     assert answers.pop("Status") == set()  # it is what `xpeer status --json` prints
     assert answers == {name: _fields_of(name) for name in answers}
     problem = next(line for line in CONTROL.splitlines() if line.startswith("409 and 502 carry"))

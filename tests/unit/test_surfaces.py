@@ -13,8 +13,9 @@ import msgspec
 
 from tests import leaving
 from xpeer import surfaces
-from xpeer.cli import COMMANDS
+from xpeer.cli import COMMANDS, asking_the_daemon
 from xpeer.config import Home
+from xpeer.control import ROUTES
 from xpeer.founding_model import initial_model
 from xpeer.wire import frames
 from xpeer_daemon import logs
@@ -28,24 +29,26 @@ def test_protocols_and_frames() -> None:
     served = {
         str(module.PROTOCOL)
         for module in leaving.modules()
-        if module.__name__.startswith("xpeer.network") and hasattr(module, "PROTOCOL")
+        if module.__name__.startswith(("xpeer.network", "xpeer.roster"))
+        and hasattr(module, "PROTOCOL")
     }
     assert served == set(surfaces.PROTOCOLS)
     assert tuple(kind.name for kind in frames.Kind) == surfaces.FRAMES
 
 
 def test_routes_of_the_control_api() -> None:
-    subject: Any = type("Subject", (), {"checkpoint": None, "end": None})
+    subject: Any = None
     routes = {
         f"{route.method} {route.resource.canonical}"
         for route in _application(subject).router.routes()
         if route.resource is not None and route.method != "HEAD"
     }
-    assert routes == set(surfaces.ROUTES)
+    assert routes == {f"{route.method} /v1/{name}" for name, route in ROUTES.items()}
 
 
 def test_commands() -> None:
     assert set(surfaces.COMMANDS) == set(COMMANDS)
+    assert not set(COMMANDS) & set(asking_the_daemon())
 
 
 def test_columns_of_the_history(tmp_path: Path) -> None:
@@ -92,7 +95,7 @@ LEVELS = ("debug", "info", "warning", "error", "exception", "critical", "log")
 
 def test_what_the_trainer_logs() -> None:
     logged = {}
-    for folder in ("training", "privacy", "wire"):
+    for folder in ("accounts", "mixing", "privacy", "trainer", "training", "wire"):
         for path in sorted((ROOT / "xpeer" / folder).rglob("*.py")):
             if lines := tuple(calls(path, ("log", "logger", "logging"), LEVELS)):
                 logged[".".join(path.relative_to(ROOT).with_suffix("").parts)] = lines

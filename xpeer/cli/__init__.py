@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import click
 from click.shell_completion import CompletionItem
@@ -24,19 +24,13 @@ class Lazy(NamedTuple):
     help: str
 
 
-COMMANDS = {
+COMMANDS: Final = {
     "init": Lazy("xpeer.cli.init:init", "Found a swarm, or join one with a token."),
     "plan": Lazy("xpeer.cli.plan:plan", "Which fragments, window and codec suit a link."),
     "id": Lazy("xpeer.cli.identity:id_command", "Print this node's PeerID; make its key."),
     "invite": Lazy("xpeer.cli.invite:invite", "Create tokens that let others join."),
     "bootstrap": Lazy("xpeer.cli.bootstrap:bootstrap", "Run a DHT entry point."),
     "start": Lazy("xpeer.cli.start:start", "Run the daemon: join, train, exchange."),
-    "status": Lazy("xpeer.cli.node:status", "What the daemon is doing, and its health."),
-    "peers": Lazy("xpeer.cli.node:peers", "The members of the swarm as this node sees them."),
-    "pause": Lazy("xpeer.cli.node:pause", "Stop training and exchanging for a while."),
-    "resume": Lazy("xpeer.cli.node:resume", "Undo pause."),
-    "stop": Lazy("xpeer.cli.node:stop", "Stop the daemon; it saves a checkpoint first."),
-    "leave": Lazy("xpeer.cli.node:leave", "Tell the swarm, then stop the daemon."),
     "checkpoint": Lazy("xpeer.cli.checkpoint:checkpoint", "List, save, verify, export."),
     "generate": Lazy("xpeer.cli.use:generate", "Continue a prompt with what was trained."),
     "eval": Lazy("xpeer.cli.use:eval_command", "The loss of a text under what was trained."),
@@ -49,17 +43,39 @@ COMMANDS = {
 }
 
 
+"""All but those that ask the daemon."""
+_THEN_ASKING: Final = "start"
+"""The command behind which those are listed that ask the daemon."""
+
+
+def asking_the_daemon() -> dict[str, click.Command]:
+    """Commands that ask or tell a running daemon: what `xpeer.cli.node` has, in its order."""
+    module = importlib.import_module("xpeer.cli.node")
+    found = [value for value in vars(module).values() if isinstance(value, click.Command)]
+    return {str(command.name): command for command in found}
+
+
+def all_commands() -> dict[str, str]:
+    """The help line of every command by its name, in the order of a node's life."""
+    lines = {}
+    for name, entry in COMMANDS.items():
+        lines[name] = entry.help
+        if name == _THEN_ASKING:
+            lines |= {name: str(each.short_help) for name, each in asking_the_daemon().items()}
+    return lines
+
+
 class LazyGroup(click.Group):
     """A group whose subcommands are imported when they are needed, inside the error boundary."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Every name, in the order of a node's life."""
-        return list(COMMANDS)
+        return list(all_commands())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one subcommand."""
         if cmd_name not in COMMANDS:
-            return None
+            return asking_the_daemon().get(cmd_name)
         module, _, attribute = COMMANDS[cmd_name].target.partition(":")
         command = getattr(importlib.import_module(module), attribute)
         if not isinstance(command, click.Command):
@@ -69,13 +85,13 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Print the table without importing what it names."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+            formatter.write_dl(list(all_commands().items()))
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Names from the table, without importing what it names."""
         names = [
-            CompletionItem(name, help=entry.help)
-            for name, entry in COMMANDS.items()
+            CompletionItem(name, help=line)
+            for name, line in all_commands().items()
             if name.startswith(incomplete)
         ]
         return [*names, *click.Command.shell_complete(self, ctx, incomplete)]

@@ -28,7 +28,7 @@ def client_of(home: Home, timeout_s: float = 10.0) -> Client:
     return Client(home.socket(load_config(home)), timeout_s)
 
 
-@click.command()
+@click.command(short_help="What the daemon is doing, and its health.")
 @home_option
 @json_option
 @click.option("-w", "--watch", is_flag=True, help="Show it anew until Ctrl-C.")
@@ -54,7 +54,7 @@ def status(
         raise click.exceptions.Exit(int(ExitCode.DEGRADED))
 
 
-@click.command()
+@click.command(short_help="The members of the swarm as this node sees them.")
 @home_option
 @json_option
 @click.option("--wide", is_flag=True, help="All columns, with whole PeerIDs and addresses.")
@@ -67,7 +67,7 @@ def peers(home: Home, as_json: bool, wide: bool) -> None:
         render.show(peer_lines(partners, wide=wide))
 
 
-@click.command()
+@click.command(short_help="Stop training and exchanging for a while.")
 @home_option
 def pause(home: Home) -> None:
     """Take no steps and no exchanges until `xpeer resume`."""
@@ -75,7 +75,7 @@ def pause(home: Home) -> None:
     say("paused" if state in ("", "paused") else f"{state}: it pauses once it would begin")
 
 
-@click.command()
+@click.command(short_help="Undo pause.")
 @home_option
 def resume(home: Home) -> None:
     """Undo `xpeer pause`."""
@@ -89,7 +89,7 @@ _timeout_option = click.option(
 )  # fmt: skip
 
 
-@click.command()
+@click.command(short_help="Stop the daemon; it saves a checkpoint first.")
 @home_option
 @_timeout_option
 def stop(home: Home, timeout_s: float | None) -> None:
@@ -98,7 +98,7 @@ def stop(home: Home, timeout_s: float | None) -> None:
     say("stopped")
 
 
-@click.command()
+@click.command(short_help="Tell the swarm, then stop the daemon.")
 @home_option
 @_timeout_option
 def leave(home: Home, timeout_s: float | None) -> None:
