@@ -139,7 +139,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
     codec: Codec = "int8"
     """int4 and int2 round stochastically."""
     rule: RuleName = "gossip"
-    """What is made of what a group exchanged: see `xpeer/training/rules`."""
+    """What is made of what a group exchanged: see `xpeer/mixing/rules`."""
     combiner: Literal["mean", "trimmed-mean"] = "mean"
     """How the values of a group become one: see `xpeer/mixing/combine.py`."""
     trim: Annotated[int, Meta(ge=1, le=31)] = 1

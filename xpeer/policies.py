@@ -3,7 +3,7 @@
 Code that behaves differently under some rule or mode asks for a policy's attribute and compares no
 names (tests/unit/test_policies.py), so that a new rule or mode says here once what it asks for.
 
-Knows neither torch nor the manifest. The arithmetic of rules is in `xpeer/training/rules`, the
+Knows neither torch nor the manifest. The arithmetic of rules is in `xpeer/mixing/rules`, the
 mechanisms of modes are in `xpeer/privacy`.
 """
 

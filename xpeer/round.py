@@ -11,7 +11,7 @@ An update on its way from a shard to everybody's checkpoint:
     exchange     network/agreement.py    ours against theirs, both accept or neither merges
     verify       mixing/exchanges.py  size, finite, norm
     combine      mixing/combine.py    the differences Q(theta_j) - Q(theta_i) become one shift
-    merge        training/rules/        theta += c(shift), at a step boundary
+    merge        mixing/rules/          theta += c(shift), at a step boundary
     checkpoint   training/checkpoint.py and, for exports, what partners showed: consolidation.py
 
 Training goes on meanwhile: each `await` below waits for the network or for the trainer's next step

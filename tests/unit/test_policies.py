@@ -18,7 +18,7 @@ from xpeer.policies import MODES, RULES, PrivacyMode, RuleName, privacy_policy
 
 ROOT: Final = Path(__file__).parents[2]
 PRODUCT: Final = ("xpeer", "daemon", "bootstrap")
-OWNERS: Final = ("xpeer/policies.py", "xpeer/training/rules/")
+OWNERS: Final = ("xpeer/policies.py", "xpeer/mixing/rules/")
 """Where names mean something: the policies, and the classes that do the arithmetic."""
 KINDS: Final = {
     *("Rule", "GradientAveraging", "DiLoCo", "NoLoCo", "GASLoC"),

@@ -64,7 +64,7 @@ class FakeAgreement:
     def release(self, received: PeerUpdate) -> None:
         self.payload = b""
 
-    async def settle(self) -> None:
+    async def accept_both(self) -> None:
         return
 
 

@@ -5,7 +5,7 @@
 Both sides of a pair know both quantised snapshots, and z_j here is -z_i there: whatever the codec
 drops, however late either side merges and whoever else of the group is missing, what is added here
 is subtracted there, to float rounding. A clipped z breaks this on one side; that is counted. What
-becomes of the shift is the aggregation rule's business (`xpeer/training/rules`).
+becomes of the shift is the aggregation rule's business (`xpeer/mixing/rules`).
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def test_the_text_is_looked_at_as_long_as_there_is_no_other_trainer(
         with pytest.raises(OverError):
             look_for_text(look, channel.send)
         told = [message.problem for message in channel.sent if isinstance(message, LookedAtText)]
-        kind = r"it could not be looked at: MemoryError in xpeer\.training\.reporting, line \d+"
+        kind = r"it could not be looked at: MemoryError in xpeer\.trainer\.reporting, line \d+"
         assert (told[0], told[2:]) == ("gone", ["", ""])
         assert re.fullmatch(kind, told[1])
     finally:
