@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.slow import SLOW, without_parameters
+
 
 @pytest.fixture(scope="session", autouse=True)
 def hangups_end_processes() -> Iterator[None]:
@@ -22,6 +24,14 @@ def register_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     folder = tmp_path / "xpeer-privacy"
     monkeypatch.setenv("XPEER_PRIVACY_REGISTER", str(folder))
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make quick` leaves out what took long when it was last measured (`tests/slow.py`)."""
+    slow = set(SLOW.read_text().split())
+    for item in items:
+        if without_parameters(item.nodeid) in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,0 +1,43 @@
+"""Which tests take long: measured, not declared by whoever writes them.
+
+    PYTEST_ADDOPTS="--durations=0 --durations-min=0.02" make test | python -m tests.slow
+
+writes the list that `make quick` leaves out. `make test` runs everything.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+SLOW: Final = Path(__file__).parent / "slow.txt"
+LONG_S: Final = 0.3
+"""A function is slow if all its cases together, with what they set up, take longer."""
+_LINE: Final = re.compile(r"\s*([\d.]+)s (?:call|setup|teardown)\s+(tests/\S+?::.+)$")
+
+
+def without_parameters(test: str) -> str:
+    """A test function's id, of one of its cases."""
+    return test.partition("[")[0].strip()
+
+
+def slow_ones(report: Iterable[str]) -> list[str]:
+    """Functions that took long, by pytest's list of durations."""
+    seconds: Counter[str] = Counter()
+    for line in report:
+        if match := _LINE.match(line):
+            seconds[without_parameters(match[2])] += float(match[1])
+    return sorted(test for test, took in seconds.items() if took > LONG_S)
+
+
+def main() -> None:
+    """Write the list."""
+    SLOW.write_text("\n".join(slow_ones(sys.stdin)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
