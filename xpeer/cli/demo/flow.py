@@ -80,14 +80,18 @@ class Demo:
             texts = self._write_texts()
             start = self._public_start(texts)
             held_out = HeldOut(self._held_out, start)
-            report = Report(seed=self._seed, quick=self._plan is QUICK)
-            report.start_by_kind = held_out.of_start()
-            report.loss_start = mean(report.start_by_kind)
+            by_kind = held_out.of_start()
+            report = Report(
+                seed=self._seed,
+                quick=self._plan is QUICK,
+                start_by_kind=by_kind,
+                loss_start=mean(by_kind),
+                checkpoint=str(self._run / "model"),
+                report=str(self._run / "report.png"),
+            )
             self._swarm(start, report, held_out)
             if self._plan.alone_rates:
                 self._alone(start, report, held_out)
-            report.checkpoint = str(self._run / "model")
-            report.report = str(self._run / "report.png")
             plot(report, Path(report.report))
         self._view.print(table_of(report, corpora.LABELS))
         self._tell(report)
