@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -27,10 +26,11 @@ def without_parameters(test: str) -> str:
 
 def slow_ones(report: Iterable[str]) -> list[str]:
     """Functions that took long, by pytest's list of durations."""
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = {}
     for line in report:
         if match := _LINE.match(line):
-            seconds[without_parameters(match[2])] += float(match[1])
+            test = without_parameters(match[2])
+            seconds[test] = seconds.get(test, 0.0) + float(match[1])
     return sorted(test for test, took in seconds.items() if took > LONG_S)
 
 
