@@ -15,8 +15,9 @@ pytestmark = pytest.mark.timeout(240)
     [
         {"rule": "gradient", "group": 0, "fragments": 1},
         {"rule": "asynchronous", "codec": "bfloat16"},
+        {"combiner": "trimmed-mean", "group": 0},
     ],
-    ids=lambda changes: changes["rule"],
+    ids=["gradient", "asynchronous", "trimmed-mean"],
 )
 def test_three_peers_end_at_one_model(swarm: Swarm, changes: dict[str, object]):
     fields = {f"round__{name}": value for name, value in changes.items()}
