@@ -1,6 +1,6 @@
-"""A ledger and the machine's register, read together: where they differ, whichever says more.
+"""What a ledger and the machine's register say of one home. Where they differ, the larger counts.
 
-They differ while one of them was restored from an older copy and the node has not started since.
+They differ after one of them was restored from an older copy, until the node starts again.
 """
 
 from __future__ import annotations
@@ -24,84 +24,98 @@ from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 
 PATIENCE_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""A running node charges the register first, and its ledger a little later."""
+"""Pauses before the ledger is read again. A running node charges the register first and its ledger
+a little later, so the ledger may seem to lack a charge."""
 
 
 class AccountView:
-    """What is known of one home's charges.
+    """All that is known of one home's charges.
 
     Args:
-        ledger: of the home.
-        register: of its machine; None = there is none.
+        ledger: the home's ledger.
+        register: the machine's register; None = there is none.
     """
 
     def __init__(self, ledger: Ledger, register: Register | None) -> None:
         self._ledger, self._register = ledger, register
         self._registered = register.own(ledger.id) if register else {}
-        told = ledger.by_unit()
-        self._by_shard = "shard" in told or "shard" in self._registered
-        self._charged = at_least([_of_all_units(told), _of_all_units(self._registered)])
-        self._unregistered = _of_all_units(missing(told, self._registered)) if register else {}
+        in_ledger = ledger.by_unit()
+        self._by_shard = "shard" in in_ledger or "shard" in self._registered
+        self._charged = at_least([_of_all_units(in_ledger), _of_all_units(self._registered)])
+        self._unregistered = _of_all_units(missing(in_ledger, self._registered)) if register else {}
 
     @property
     def charged(self) -> list[Segment]:
-        """All steps of this home."""
+        """All steps that this home charged."""
         return segments_of(self._charged)
 
     @property
     def steps_registered(self) -> int | None:
-        """Of this home's, in the register; None = there is none."""
+        """Number of this home's steps that the register holds; None = there is no register."""
         return steps_of(self._registered) if self._register else None
 
     def of_shard(self) -> list[list[Segment]]:
-        """What all homes charged to documents that the shard has: one for each kind that may have
-        lost most; of this home alone as long as nobody knows them.
+        """Charges of all homes to the documents that are in the shard now.
+
+        Returns:
+            One history for each class of documents that may have lost most. This home's charges
+            alone if the register does not know which documents the shard has.
         """
-        found = self._register.histories_of(self._ledger.id) if self._register else []
-        return [self.with_unregistered(history) for history in found] or [self.charged]
+        histories = self._register.histories_of(self._ledger.id) if self._register else []
+        return [self.with_unregistered(history) for history in histories] or [self.charged]
 
     def ever(self) -> list[list[Segment]]:
-        """The same of all documents that this home ever had."""
+        """Charges of all homes to all documents that this home ever had; else as `of_shard`."""
         if self._by_shard:
             return [*self.of_shard(), self.charged]
         return self._worst([each.segments for each in self.classes()])
 
     def own(self) -> list[list[Segment]]:
-        """What this home charged to any document: what its own releases tell."""
+        """Charges of this home alone, whatever document they were for. They bound what this home's
+        own releases reveal.
+        """
         if self._by_shard:
             return [self.charged]
         return self._worst([each.own for each in self.classes()])
 
-    def _worst(self, told_of: list[list[Segment]]) -> list[list[Segment]]:
-        found = undominated([_history(segments) for segments in told_of])
-        told = [self.with_unregistered(segments_of(history)) for history in found]
-        return told or [self.charged]
+    def _worst(self, accounts: list[list[Segment]]) -> list[list[Segment]]:
+        histories = undominated([_history(segments) for segments in accounts])
+        worst = [self.with_unregistered(segments_of(history)) for history in histories]
+        return worst or [self.charged]
 
     def classes(self) -> list[DocumentClass]:
-        """All documents that this home ever had, by history; none without a register."""
+        """All documents that this home ever had, grouped by their charges. Empty without a
+        register.
+        """
         return self._register.classes(self._ledger.id) if self._register else []
 
     def with_unregistered(self, history: list[Segment]) -> list[Segment]:
-        """What the register lost counts for every document."""
+        """Add the steps that the register lacks. Nobody knows which documents they were for, so
+        they count for every document.
+        """
         return segments_of(combined({0: _history(history), 1: self._unregistered}, (0, 1)))
 
     def problems(self) -> list[str]:
-        """Where the two differ; waits a moment for a charge that is on its way."""
-        found = []
+        """Differences between ledger and register, in words for the operator.
+
+        Waits up to two seconds for a charge that a running node is writing.
+        """
+        differences = []
         if lost := sum(self._unregistered.values()):
-            found.append(
+            differences.append(
                 f"the machine's register lacks {lost} of this ledger's "
                 f"{self._ledger.steps_charged} steps: it is older, or was lost; the node adds them "
                 "when it starts"
             )
         if behind := steps_of(self._behind()):
-            found.append(
+            differences.append(
                 f"this ledger lacks {behind} steps that the machine's register holds of it: an "
                 "older copy was restored; the node charges them again when it starts"
             )
-        return found
+        return differences
 
     def _behind(self) -> ByUnit:
+        """Steps of this home that the register holds and the ledger lacks."""
         lacking = missing(self._registered, self._ledger.by_unit())
         for pause_s in PATIENCE_S:
             if not lacking:
@@ -112,8 +126,8 @@ class AccountView:
         return lacking
 
 
-def _of_all_units(told: ByUnit) -> History:
-    return combined(dict(enumerate(told.values())), range(len(told)))
+def _of_all_units(charged: ByUnit) -> History:
+    return combined(dict(enumerate(charged.values())), range(len(charged)))
 
 
 def _history(segments: list[Segment]) -> History:

@@ -1,4 +1,4 @@
-"""How much privacy steps cost: Poisson-subsampled Gaussian mechanisms, composed. Pure numbers.
+"""The privacy cost of steps: Poisson-subsampled Gaussian mechanisms, composed. Pure numbers.
 
 Setting: neighbouring shards differ by one record, added or removed; every step samples each record
 with probability q and adds N(0, sigma^2 C^2 I) to a sum whose records are clipped to norm C
@@ -24,17 +24,19 @@ from xpeer.leaves import Local, seen_by
 from xpeer.manifest import DELTA_MIN
 
 _INTERVAL: Final = 2e-4
-"""Widest discretisation of the privacy loss: epsilon within 1e-4 of the limit in the tests' table.
-It is the same for every number of steps, so that epsilon grows with each."""
+"""Widest interval into which the privacy loss is discretised. With it epsilon lies within 1e-4 of
+the limit in the tests' table. It does not depend on the number of steps, so epsilon grows with
+every step."""
 _COARSER: Final = (20, 4, 1)
-"""Searches begin with intervals so many times as wide: much faster, and they only err upwards."""
+"""Factors by which a search widens the interval, one after the other. Wide intervals are much
+faster, and their epsilon only errs upwards."""
 _DELTA_SLACK: Final = 1e-12
-"""Sums of a distribution's doubles err by some 2e-14: taken off delta, many times over. Below
-`DELTA_MIN` the simple bound alone counts."""
+"""Subtracted from delta, because a sum of a distribution's doubles errs by some 2e-14. Below
+`DELTA_MIN` the distribution is not used: the simple bound alone counts."""
 _AT_ONCE: Final = 1024
-"""Steps that are composed in one go."""
+"""Steps composed in one go; see `_composed`."""
 _HOPELESS: Final = 1000.0
-"""Above this epsilon a simple bound will do, and the distribution would need gigabytes."""
+"""Above this epsilon the simple bound is good enough. The distribution would need gigabytes."""
 SIGMA_GRID: Final = 1000
 """Calibrated noise multipliers are multiples of a thousandth."""
 SIGMA_MAX: Final = 10_000
@@ -43,15 +45,15 @@ SIGMA_MAX: Final = 10_000
 @seen_by("home", "sigma and q follow from the shard's size")
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Steps of one kind, charged together.
+    """Steps of one kind, charged at once.
 
     Args:
         noise_multiplier: sigma, standard deviation of the noise over the clipping norm; > 0.
         sampling_probability: q, in (0, 1]; 1 = every record in every step.
-        steps: how many; >= 0.
+        steps: number of steps; >= 0.
 
     Raises:
-        LocalError: a number outside its range or not finite: never guessed.
+        LocalError: a number is outside its range or not finite. No default replaces it.
     """
 
     noise_multiplier: Local[float]
@@ -59,7 +61,7 @@ class Segment:
     steps: Local[int]
 
     def __post_init__(self) -> None:
-        """Refuse what has no defined cost."""
+        """Refuse numbers for which no cost is defined."""
         _check(self.noise_multiplier, "noise multiplier", self.noise_multiplier > 0)
         q = self.sampling_probability
         _check(q, "sampling probability", 0 < q <= 1)
@@ -69,7 +71,9 @@ class Segment:
 
 
 def default_delta(num_records: int) -> float:
-    """min(1e-5, n^-1.1), 1e-10 at least: well below one over the number of records.
+    """The delta for n records where none is set: min(1e-5, n^-1.1), but at least 1e-10.
+
+    It is well below 1 / n.
 
     Raises:
         LocalError: fewer than one record.
@@ -79,10 +83,10 @@ def default_delta(num_records: int) -> float:
 
 
 def epsilon(segments: Iterable[Segment], delta: float) -> float:
-    """An upper bound of epsilon at this delta for all segments together; 0 for none.
+    """An upper bound of epsilon at this delta for all segments together; 0 without any.
 
     Args:
-        segments: in any order; equal mechanisms are merged.
+        segments: in any order; those with equal sigma and q are added up.
         delta: in (0, 1).
 
     Raises:
@@ -93,12 +97,14 @@ def epsilon(segments: Iterable[Segment], delta: float) -> float:
 
 
 def epsilon_worst(histories: Iterable[Iterable[Segment]], delta: float) -> float:
-    """Of several accounts the one that costs most; see `epsilon`."""
+    """The largest `epsilon` of several accounts; 0 without any."""
     return max((epsilon(history, delta) for history in histories), default=0.0)
 
 
 def epsilon_rdp(segments: Iterable[Segment], delta: float) -> float:
-    """The same by Renyi differential privacy: looser, by independent formulas.
+    """A looser upper bound of the same epsilon, by Renyi differential privacy.
+
+    Its formulas are independent of those behind `epsilon`.
 
     Raises:
         LocalError: numbers out of range.
@@ -121,7 +127,7 @@ def epsilon_rdp(segments: Iterable[Segment], delta: float) -> float:
 
 
 def merge(segments: Iterable[Segment]) -> list[Segment]:
-    """One segment per distinct mechanism, in order of appearance; those without steps dropped."""
+    """Add up segments of equal sigma and q, in order of appearance; drop those without steps."""
     steps: dict[tuple[float, float], int] = {}
     for segment in segments:
         key = (segment.noise_multiplier, segment.sampling_probability)
@@ -132,13 +138,13 @@ def merge(segments: Iterable[Segment]) -> list[Segment]:
 def calibrate(
     epsilon_target: float, delta: float, sampling_probability: float, steps: int
 ) -> float:
-    """The smallest noise multiplier, in thousandths, whose steps stay within the target.
+    """Find the smallest noise multiplier, a multiple of 1/1000, that keeps steps within the target.
 
     Takes seconds.
 
     Raises:
         LocalError: numbers out of range.
-        ConfigError: a target that no noise reaches.
+        ConfigError: no noise reaches the target.
     """
     _check_target(epsilon_target, delta)
     if steps < 1:
@@ -157,10 +163,10 @@ def calibrate(
                 f"sampling probability {sampling_probability}",
                 "raise privacy.epsilon, or plan fewer steps",
             )
-    found = _last_within(epsilon_target, cost, start, 0)
-    while cost(1, found) > epsilon_target:  # never seen; rounding
-        found += 1
-    return found / SIGMA_GRID
+    thousandths = _last_within(epsilon_target, cost, start, 0)
+    while cost(1, thousandths) > epsilon_target:  # rounding; never seen so far
+        thousandths += 1
+    return thousandths / SIGMA_GRID
 
 
 def steps_within(
@@ -171,17 +177,17 @@ def steps_within(
     sampling_probability: float,
     limit: int,
 ) -> int:
-    """How many further steps of this mechanism fit after those spent: the largest number.
+    """The largest number of further steps of one kind that fits the target after those spent.
 
-    Takes seconds: ask once and compare whole numbers after that.
+    Takes seconds. Ask once, then compare whole numbers.
 
     Args:
-        epsilon_target: for everything together.
+        epsilon_target: bound for the spent and the further steps together.
         delta: in (0, 1).
-        spent: already charged, of any mechanisms.
-        noise_multiplier: of the further steps.
-        sampling_probability: of the further steps.
-        limit: search no further than this many.
+        spent: steps already charged, of any kinds.
+        noise_multiplier: sigma of the further steps.
+        sampling_probability: q of the further steps.
+        limit: largest answer that is of interest.
 
     Returns:
         0 .. limit.
@@ -197,27 +203,32 @@ def steps_within(
         more = Segment(noise_multiplier, sampling_probability, steps)
         return _epsilon(tuple(merge([*spent, more])), delta, coarser)
 
-    found = _last_within(epsilon_target, cost, 0, limit + 1)
-    while found and cost(1, found) > epsilon_target:  # never seen; rounding
-        found -= 1
-    return found
+    fitting = _last_within(epsilon_target, cost, 0, limit + 1)
+    while fitting and cost(1, fitting) > epsilon_target:  # rounding; never seen so far
+        fitting -= 1
+    return fitting
 
 
 def _last_within(target: float, cost: Callable[[int, int], float], start: int, end: int) -> int:
-    """The last number whose cost is within the target; see `_Search`. Coarse costs come first."""
-    found, rise = start, None
+    """Search with coarse costs first, then go on from there with finer ones; see `_Search`."""
+    last, rise = start, None
     for coarser in _COARSER:
-        search = _Search(target, partial(cost, coarser), found, end, rise)
-        found, rise = search.found(), search.rise
-    return found
+        search = _Search(target, partial(cost, coarser), last, end, rise)
+        last, rise = search.last_within(), search.rise
+    return last
 
 
 class _Search:
-    """Of the last whole number whose cost is within a target. Cost rises from `start`, which is
-    taken to be within it, towards `end`, which is taken not to be and is not tried.
+    """Search for the last whole number whose cost is within a target.
 
-    Strides that grow until one is too far, then false position; every third try halves what is
-    left, as a curve may hold the false position up.
+    Cost rises from `start` towards `end`. The cost at `start` is assumed to be within the target.
+    The cost at `end` is assumed to exceed it, and is never computed.
+
+    Strides grow until one goes too far. Then the search interpolates (false position), but every
+    third try halves the interval, since on some curves interpolation hardly advances.
+
+    Attributes:
+        rise: slope of the cost, per whole number. None until it is known.
     """
 
     def __init__(
@@ -229,16 +240,15 @@ class _Search:
         rise: float | None,
     ) -> None:
         self.rise = rise
-        """Of the cost, a number; None: not known yet."""
         self._target, self._cost = target, cost
         self._near, self._near_cost = start, cost(start)
         self._far, self._far_cost = end, math.inf
         self._too_far = False
-        """Whether a number was tried that is."""
+        """True iff a number beyond the target was tried."""
         self._towards = 1 if end > start else -1
         self._stride = max(1, start // 8)
 
-    def found(self) -> int:
+    def last_within(self) -> int:
         tries = 0
         while (gap := abs(self._far - self._near)) > 1:
             tries += 1
@@ -283,13 +293,15 @@ def _epsilon(merged: tuple[Segment, ...], delta: float, coarser: int) -> float:
         one = _single(segment.noise_multiplier, segment.sampling_probability, interval)
         part = _composed(one, segment.steps)
         whole = part if whole is None else whole.compose(part)
-    # both are upper bounds; with a minute delta the truncated tails leave only the first
+    # both are upper bounds; at a minute delta the distribution's truncated tails make it useless
     return min(bound, max(0.0, float(whole.get_epsilon_for_delta(delta - _DELTA_SLACK))))
 
 
 def _composed(one: Any, steps: int) -> Any:
-    """Of so many steps. The library raises a size to the power of their number, which for a million
-    is an integer of megabytes; in two stages it is none.
+    """The distribution of so many steps, composed in two stages.
+
+    In one stage the library would raise a size to the power of the number of steps. For a million
+    steps that is an integer of megabytes.
     """
     whole, rest = divmod(steps, _AT_ONCE)
     if not whole:
@@ -329,7 +341,9 @@ def _simple_bound(merged: Sequence[Segment], delta: float) -> float:
 
 
 def _without_dropped_orders(record: logging.LogRecord) -> bool:
-    """Orders whose series does not converge are left out of a minimum: that only errs upwards."""
+    """Hide a harmless warning: the library leaves an order whose series does not converge out of a
+    minimum, so its epsilon only errs upwards.
+    """
     return "_compute_log_a_frac failed to converge" not in record.getMessage()
 
 

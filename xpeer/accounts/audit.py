@@ -32,52 +32,52 @@ _PROTECTED: Final = {
 
 
 def not_covered(unit: str) -> list[str]:
-    """Said wherever epsilon is told."""
+    """Sentences that must stand wherever epsilon is reported: what it does not cover."""
     return [_OF_UNIT[unit], *_NOT_COVERED]
 
 
-def markdown(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
-    """Markdown for an auditor: everything that epsilon can be recomputed from."""
+def markdown(account: Account, verdict: Verdict, charges: Sequence[Charge]) -> str:
+    """Write the report: everything that epsilon can be recomputed from."""
     lines = [
         "# Privacy report",
         "",
-        f"Made {_date(time.time())} by xpeer {__version__} from ledger `{found.ledger_id}`.",
+        f"Made {_date(time.time())} by xpeer {__version__} from ledger `{account.ledger_id}`.",
         "",
-        f"- swarm `{found.swarm_id}`, mode **{found.mode}**, per **{found.unit}**",
-        f"- **epsilon {found.epsilon_ever:.4f}** at delta {found.delta:.3g}, for all that this "
+        f"- swarm `{account.swarm_id}`, mode **{account.mode}**, per **{account.unit}**",
+        f"- **epsilon {account.epsilon_ever:.4f}** at delta {account.delta:.3g}, for all that this "
         "node ever trained on",
-        f"- epsilon {found.epsilon_spent:.4f} of {found.epsilon_target:g} for what is in its shard "
-        "now",
+        f"- epsilon {account.epsilon_spent:.4f} of {account.epsilon_target:g} for what is in its "
+        "shard now",
         *map(_check_line, verdict.checked),
-        f"- {found.steps_charged} steps in {found.charges} charges; last link of their chain "
-        f"`{found.chain_head}`",
+        f"- {account.steps_charged} steps in {account.charges} charges; last link of their chain "
+        f"`{account.chain_head}`",
         "",
         "## What that means",
         "",
         "Whoever sees everything that this node ever sent, all other members together included, "
-        f"can hardly tell whether {_PROTECTED[found.unit]}: the probability of any conclusion "
+        f"can hardly tell whether {_PROTECTED[account.unit]}: the probability of any conclusion "
         "changes by a factor of at most e^epsilon, except with probability delta. It needs no "
         "trust in other members, in encryption or in masks.",
         "",
         "Not covered:",
         "",
-        *(f"- {what}" for what in not_covered(found.unit)),
+        *(f"- {what}" for what in not_covered(account.unit)),
         "",
         "## How to recompute it",
         "",
-        f"Each step samples every {found.unit} with probability q (Poisson), bounds what it gives "
-        f"by norm C ({found.clip_norm:g} at first), adds up and adds N(0, sigma^2 C^2) to every "
-        f"coordinate; neighbouring texts differ by one {found.unit} added or removed. Compose the "
-        "steps below.",
+        f"Each step samples every {account.unit} with probability q (Poisson), bounds what it "
+        f"gives by norm C ({account.clip_norm:g} at first), adds up and adds N(0, sigma^2 C^2) to "
+        f"every coordinate; neighbouring texts differ by one {account.unit} added or removed. "
+        "Compose the steps below.",
         "",
         "| sigma | q | steps |",
         "|---|---|---|",
         *(
             f"| {s.noise_multiplier!r} | {s.sampling_probability!r} | {s.steps} |"
-            for s in found.segments
+            for s in account.segments
         ),
         "",
-        *_documents_told(found),
+        *_document_table(account),
         "## Charges",
         "",
         "| no. | time | sigma | q | steps |",
@@ -89,24 +89,24 @@ def markdown(found: Account, verdict: Verdict, charges: Sequence[Charge]) -> str
     return "\n".join(lines) + "\n"
 
 
-def _check_line(found: Checked) -> str:
+def _check_line(checked: Checked) -> str:
     return (
-        f"- {found.what}: the node's accountant (privacy loss distributions, dp-accounting "
-        f"{version('dp-accounting')}) {found.epsilon_accountant:.4f}; recomputed by Fourier "
-        f"transforms (Gopi et al. 2021) {found.epsilon_replayed:.4f}, certainly between "
-        f"{max(0.0, found.epsilon_lower):.4f} and {found.epsilon_upper:.4f}; by Renyi's looser "
-        f"bound {found.epsilon_rdp:.4f}"
+        f"- {checked.what}: the node's accountant (privacy loss distributions, dp-accounting "
+        f"{version('dp-accounting')}) {checked.epsilon_accountant:.4f}; recomputed by Fourier "
+        f"transforms (Gopi et al. 2021) {checked.epsilon_replayed:.4f}, certainly between "
+        f"{max(0.0, checked.epsilon_lower):.4f} and {checked.epsilon_upper:.4f}; by Renyi's looser "
+        f"bound {checked.epsilon_rdp:.4f}"
     )
 
 
-def _documents_told(found: Account) -> list[str]:
-    """By documents, where the machine's register knows them."""
-    if not found.documents:
+def _document_table(account: Account) -> list[str]:
+    """The cost of each class of documents. Empty where the machine's register knows none."""
+    if not account.documents:
         return []
     rows = [
         f"| {each.documents} | {'yes' if each.here else 'no longer'} | {each.homes} | "
         f"{each.epsilon:.4f} | {sum(s.steps for s in each.segments)} |"
-        for each in found.documents
+        for each in account.documents
     ]
     return [
         "## Documents",
@@ -118,8 +118,8 @@ def _documents_told(found: Account) -> list[str]:
         "|---|---|---|---|---|",
         *rows,
         *(
-            [f"| | | | and {found.classes_left_out} kinds with fewer steps | |"]
-            if found.classes_left_out
+            [f"| | | | and {account.classes_left_out} kinds with fewer steps | |"]
+            if account.classes_left_out
             else []
         ),
         "",

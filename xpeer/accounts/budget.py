@@ -1,7 +1,7 @@
-"""Steps that may be taken: charged to the ledger first, never more than the budget allows.
+"""The budget of a node: it permits steps, which are charged first, until epsilon is spent.
 
-Knows no tensors. The accountant is asked once, for the largest number of steps that still fit;
-after that whole numbers are compared.
+Knows no tensors. The accountant is asked once for the largest number of steps that still fit.
+After that only whole numbers are compared.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ SIGMA_SETTING: Final = "noise_multiplier"
 """Key of the calibrated sigma in the ledger."""
 STEPS_MAX: Final = 10_000_000
 _SMOOTHING: Final = 0.8
-"""Of what a charge takes, per charge."""
+"""Weight of the earlier charges in the smoothed duration of a charge."""
 _ANEW: Final = 0.05
-"""Other homes' charges are estimated until this share of the steps left was charged since."""
+"""Where other homes charge too, the steps left are counted again once this node has charged so
+large a fraction of them."""
 
 
 class Charged(NamedTuple):
-    """What a mechanism charged since it was made."""
+    """Steps that a mechanism charged since it was made."""
 
     made: int = 0
-    """Charges on the disk, or on their way there."""
+    """Steps charged, on the disk or on the way there."""
     used: int = 0
-    """Of these, taken."""
+    """Charged steps that were taken."""
     seconds: float = 0.0
-    """That a charge takes, smoothed."""
+    """Duration of a charge, smoothed."""
     possible: int = 0
-    """Charges that the budget allows in all, those of earlier starts included."""
+    """Steps that the budget allows in all. Charges of earlier starts are included."""
     left: int = 0
-    """On the disk, and not taken: so many steps may be taken now."""
+    """Steps that may be taken now: on the disk, and not taken yet."""
 
     @property
     def under_way(self) -> int:
-        """On their way to the disk: `begin_window` waits for them."""
+        """Steps whose charge is on the way to the disk. `begin_window` waits for it."""
         return self.made - self.used - self.left
 
 
@@ -54,14 +55,14 @@ class Budget:
     `begin`, `prepare` and `use` belong to one thread.
 
     Args:
-        ledger: of this shard.
-        epsilon: the target for all that any document of the shard was charged.
-        delta: for which epsilon holds.
+        ledger: ledger of this home.
+        epsilon: bound for everything that any document of the shard was charged.
+        delta: delta at which epsilon is computed.
         noise_multiplier: sigma of the steps to come.
         sampling_probability: q of the steps to come.
 
     Raises:
-        ConfigError: nothing was charged yet, and not even one step fits.
+        ConfigError: nothing was charged yet, and even one step exceeds the budget.
     """
 
     def __init__(
@@ -86,18 +87,23 @@ class Budget:
                 "train on more text, or in a swarm with more noise (`xpeer privacy plan`)",
             )
         self._since_counted = 0
+        """Steps charged since `_left` was last counted by the accountant."""
         self._charged_before = ledger.steps_charged
         self._permitted = 0
+        """Steps on the disk that were not used yet."""
         self._used = 0
         self._prepared_steps = 0
+        """Steps asked of `_prepared`; 0 while there is none."""
         self._seconds: float | None = None
+        """Smoothed duration of a charge. None until the first."""
         self._possible = ledger.steps_charged + self._left
         self._prepared: Future[int] | None = None
+        """A charge that runs on another thread. None until `prepare`, and again after `begin`."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="privacy-ledger")
 
     @property
     def left(self) -> int:
-        """Steps that can still be charged; takes seconds where other homes charge, too."""
+        """Steps that can still be charged. Takes seconds where other homes charge, too."""
         with self._lock:
             if self._ledger.shared and self._since_counted > _ANEW * self._left:
                 self._left, self._since_counted = self._count(self._left), 0
@@ -110,20 +116,21 @@ class Budget:
 
     @property
     def charged(self) -> Charged:
-        """What became of this process's charges."""
+        """Steps charged through this budget, and how far they are."""
         made = self._used + self._permitted + self._prepared_steps
         return Charged(made, self._used, self._seconds or 0.0, self._possible, self._permitted)
 
     def begin(self, steps: int) -> int:
-        """Charge until `steps` may be used; charges prepared or left over count.
+        """Charge until `steps` may be used. Prepared and unused charges count.
 
         The charges are on the disk when this returns. They are never refunded.
 
         Returns:
-            How many steps may be used now: fewer than asked where the budget ends, 0 when spent.
+            Number of steps that may be used now. Fewer than asked where the budget ends; 0 when it
+            is spent.
 
         Raises:
-            LocalError: the ledger can't be written, now or when it was prepared.
+            LocalError: the ledger can't be written, now or when the charge was prepared.
         """
         _check_steps(steps)
         prepared, self._prepared = self._prepared, None
@@ -137,8 +144,8 @@ class Budget:
     def prepare(self, steps: int) -> None:
         """Charge `steps` more on another thread, so that the next `begin` need not wait.
 
-        Does nothing while an earlier charge waits to be collected. If the process ends before it
-        is used, the charge is lost.
+        Does nothing while an earlier prepared charge waits for `begin`. If the process ends before
+        the steps are used, their charge is lost.
         """
         _check_steps(steps)
         if self._prepared is None and steps:
@@ -149,7 +156,7 @@ class Budget:
         """Use up one charged step.
 
         Raises:
-            LocalError: none is left.
+            LocalError: no charged step is left.
         """
         if self._permitted < 1:
             raise LocalError(
@@ -159,7 +166,7 @@ class Budget:
         self._used += 1
 
     def close(self) -> None:
-        """Wait for a charge that is being written. The ledger is its owner's to close."""
+        """Wait for a charge that is being written. The ledger's owner closes the ledger."""
         self._writer.shutdown(wait=True)
 
     def _charge(self, steps: int) -> int:
@@ -180,7 +187,7 @@ class Budget:
             return steps
 
     def _count(self, limit: int) -> int:
-        """Steps that fit after what every document was charged, `limit` at most."""
+        """Count the steps that still fit for every document of the shard, `limit` at most."""
         for spent in self._ledger.histories():
             limit = accountant.steps_within(
                 self._epsilon, self._delta, spent, self._sigma, self._q, limit
@@ -194,16 +201,19 @@ class Budget:
 
 
 def delta_of(manifest: Manifest, num_units: int) -> float:
-    """Delta of a shard in mode record: the manifest's, or the default for its told size."""
+    """Delta of a shard in mode record: the manifest's, else the default for its coarse size."""
     return manifest.privacy.delta or accountant.default_delta(coarse_size(num_units))
 
 
 def coarse_size(num_records: int) -> int:
-    """The shard's size as far as q, sigma and delta may follow it: its six leading bits, rounded
-    down, so that shards of one record more or less are sampled and noised alike.
+    """Round the size of a shard down to its six leading bits.
 
-    The magnitude of a peer's noise, and when its budget ends, tell sigma and q to whoever watches.
-    Sizes below 64, and those at the edge of a step (1.6 to 3.1 % wide), tell themselves apart.
+    q, sigma and delta follow from the rounded size alone, so that shards of one record more or less
+    are sampled and noised alike. Whoever watches a peer can infer sigma and q from the magnitude of
+    its noise and from when its budget ends.
+
+    A step between two rounded sizes is 1.6 to 3.1 % wide. One record more or less is still visible
+    at the edge of a step, and always below 64 records.
     """
     spare = max(0, num_records.bit_length() - 6)
     return num_records >> spare << spare
@@ -212,14 +222,14 @@ def coarse_size(num_records: int) -> int:
 def noise_multiplier(
     manifest: Manifest, ledger: Ledger, delta: float, sampling_probability: float
 ) -> float:
-    """Sigma: the manifest's, or the one in the ledger, or calibrated now and kept in the ledger.
+    """Sigma: the manifest's, else the ledger's, else one calibrated now and kept in the ledger.
 
-    Calibrated so that `end.steps` steps spend the budget. It tells the size of the shard, so it
-    never leaves the node.
+    It is calibrated so that `end.steps` steps spend the budget. A calibrated sigma reveals the size
+    of the shard, so it never leaves the node.
 
     Raises:
-        ConfigError: neither sigma nor end.steps is set.
-        LocalError: what the ledger holds is no sigma, or no sigma reaches the target.
+        ConfigError: neither sigma nor end.steps is set, or no sigma reaches the target.
+        LocalError: the value in the ledger is no sigma.
     """
     if manifest.privacy.noise_multiplier is not None:
         return manifest.privacy.noise_multiplier

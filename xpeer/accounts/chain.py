@@ -1,6 +1,6 @@
-"""What a privacy ledger holds: charges, what they were for, and the chain that binds them.
+"""The content of a privacy ledger: charges, what they were for, and the chain that binds them.
 
-Pure: knows no files. `ledger` stores what `ChargeChain` makes.
+Knows no files: `ledger` stores the rows that `ChargeChain` makes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from xpeer.policies import privacy_policy
 DOMAIN: Final = b"xpeer/ledger/v1\0"
 MECHANISM: Final = "poisson-subsampled-gaussian"
 _PACE_S: Final = 3600.0
-"""Over which a forecast looks back."""
+"""Span before now whose charges a forecast uses."""
 _STILL_S, _STILL = 60.0, 5.0
-"""A node that charged nothing for so long, or so many times its interval, is not training."""
+"""A node is not training if its last charge is older than so many seconds and older than so many
+times the mean interval between charges."""
 
 
 @seen_by("home")
 class ChargeContext(Struct, frozen=True, forbid_unknown_fields=True):
-    """What charges are for: with a charge's own numbers, all that epsilon follows from."""
+    """The context of charges. With a charge's own numbers it determines epsilon."""
 
     swarm_id: Public[str]
     mode: Public[str]
@@ -40,17 +41,21 @@ class ChargeContext(Struct, frozen=True, forbid_unknown_fields=True):
     delta: Local[float]
     epsilon_target: Public[float]
     unit: Public[str] = "record"
-    """What epsilon holds for: record or document; shard in charges of mode update, now gone."""
+    """What epsilon holds for: "record" or "document". "shard" in old charges of mode update, which
+    is gone."""
     unix_s: Timing[float] = 0.0
-    """When it was charged."""
+    """Time of the charge."""
     cut: Public[str] = ""
-    """How text is cut into records, where they are the unit, e.g. "128 byte tokens"."""
+    """How text is cut into records, e.g. "128 byte tokens"; "" unless records are the unit."""
     found_again: Timing[bool] = False
-    """Charged earlier, and lost with a part of this ledger; the machine's register held it."""
+    """True iff this repeats a charge that the ledger had lost and the machine's register still
+    held."""
 
     @property
     def exact_unit(self) -> str:
-        """Charges of one text add up if this is equal."""
+        """The unit and, for records, how they are cut. Two charges of one text add up only if
+        theirs are equal.
+        """
         if unit := privacy_policy(self.mode).unit:
             return unit
         return f"record of {self.cut}" if self.unit == "record" and self.cut else self.unit
@@ -59,16 +64,17 @@ class ChargeContext(Struct, frozen=True, forbid_unknown_fields=True):
 @seen_by("home")
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """As it is stored."""
+    """One entry of a ledger."""
 
     counter: Timing[int]
+    """Number of this charge, from 1."""
     segment: Parts[Segment]
     about: Parts[ChargeContext | None]
-    """None: charged by a version that did not note it."""
+    """None if an old version charged it, which did not note what a charge was for."""
 
 
 class Row(NamedTuple):
-    """A charge as the file holds it."""
+    """A charge as a row of the ledger's file."""
 
     counter: int
     mechanism: str
@@ -81,34 +87,40 @@ class Row(NamedTuple):
 
 
 class ChargeChain:
-    """All charges of an account, each bound to those before it by a hash.
+    """All charges of a ledger, each bound to those before it by a hash.
 
     Args:
-        ledger_id: where the chain begins.
+        ledger_id: id of the ledger; the first hash is made from it.
+
+    Attributes:
+        charges: all charges, oldest first.
+        head: hash of the last charge, or of the ledger's id while there is none.
+        steps: steps charged, by (noise multiplier, sampling probability), in order of appearance.
+        steps_charged: number of all steps.
+        by_unit: steps charged, by what epsilon holds for.
     """
 
     def __init__(self, ledger_id: str) -> None:
         self.charges: list[Charge] = []
         self.head = blake2b(DOMAIN, ledger_id.encode())
         self.steps: dict[tuple[float, float], int] = {}
-        """By kind, in order of appearance."""
         self.steps_charged = 0
         self.by_unit: ByUnit = {}
 
     @property
     def counter(self) -> int:
-        """Number of charges; only ever grows."""
+        """Number of charges. It only ever grows."""
         return len(self.charges)
 
     def next_row(self, segment: Segment, about: ChargeContext | None) -> Row:
-        """The row that continues the chain; to be stored, then given to `add`."""
+        """Make the row that continues the chain. The caller stores it, then calls `add`."""
         return self._continuing(segment, msgspec.json.encode(about).decode() if about else "")
 
     def add(self, row: Row) -> None:
-        """Take in a row.
+        """Append a stored row.
 
         Raises:
-            LocalError: it does not continue the chain, or has no sense.
+            LocalError: it does not continue the chain, or makes no sense.
         """
         try:
             segment = Segment(row.noise_multiplier, row.sampling_probability, row.steps)
@@ -128,14 +140,17 @@ class ChargeChain:
         counter, total = self.counter + 1, self.steps_charged + segment.steps
         numbers = (segment.noise_multiplier, segment.sampling_probability, segment.steps)
         packed = struct.pack("<qddqq", counter, *numbers, total)
-        due = blake2b(
+        head = blake2b(
             DOMAIN, self.head, MECHANISM.encode(), packed, *([noted.encode()] if noted else [])
         )
-        return Row(counter, MECHANISM, *numbers, total, due, noted)
+        return Row(counter, MECHANISM, *numbers, total, head, noted)
 
 
 def in_parts(segments: Sequence[Segment], at_least: int) -> list[Segment]:
-    """The same steps in so many parts, or in as many as they allow."""
+    """Split segments into `at_least` parts with the same steps, or fewer if there are fewer steps.
+
+    Never fewer parts than segments.
+    """
     parts, spare = [], at_least - len(segments)
     for segment in segments:
         single = max(0, min(spare, segment.steps - 1))
@@ -146,15 +161,15 @@ def in_parts(segments: Sequence[Segment], at_least: int) -> list[Segment]:
 
 
 def forecast(charges: Sequence[Charge], steps_left: int, now: float) -> float | None:
-    """When so many further steps will have been charged, at the pace of the last hour.
+    """Time at which so many further steps will have been charged, at the pace of the last hour.
 
     Args:
-        charges: oldest first.
-        steps_left: to be charged.
+        charges: all charges, oldest first.
+        steps_left: number of further steps.
         now: unix time, seconds.
 
     Returns:
-        Unix time, seconds; None if no pace is known.
+        Unix time, seconds. None if the node is not training, or has not charged enough yet.
     """
     noted = [
         (charge.about.unix_s, charge.segment.steps)

@@ -1,4 +1,4 @@
-"""What documents were charged, as numbers of steps by kind; and which of many accounts matter."""
+"""Charges of documents as numbers of steps by kind, and which of many such histories matter."""
 
 from __future__ import annotations
 
@@ -11,59 +11,64 @@ from xpeer.accounts.accountant import Segment
 from xpeer.leaves import Local, seen_by
 
 History = dict[tuple[float, float], int]
-"""Steps by (noise multiplier, sampling probability)."""
+"""Number of steps by (noise multiplier, sampling probability)."""
 ByUnit = dict[str, History]
-"""Steps by what epsilon holds for: charges for different units don't add up."""
+"""One history for each unit that epsilon holds for. Charges for different units don't add up."""
 _MOST: Final = 8
-"""Histories that are accounted for one by one; each takes a second or so."""
+"""Histories that `undominated` returns at most. The accountant takes about a second for each."""
 
 
 @seen_by("home")
 class DocumentClass(Struct, frozen=True, kw_only=True):
-    """Documents of one history."""
+    """Documents that were charged alike, as one home sees them."""
 
     documents: Local[int]
+    """Number of documents."""
     here: Local[bool]
-    """Whether they are in the shard now, or were."""
+    """True iff they are in the shard now; else they were."""
     segments: Local[list[Segment]]
+    """Charges of all homes."""
     own: Local[list[Segment]]
-    """Of these, what the home itself charged."""
+    """Charges of this home alone, which `segments` includes."""
     ledgers: Local[int]
-    """Homes that trained on them, this one included."""
+    """Number of homes that trained on them, this one included."""
     swarms: Local[list[str]]
+    """Ids of the swarms that they were charged in."""
 
 
 @seen_by("home")
 class DeclaredDocuments(Struct, frozen=True, kw_only=True):
-    """What a start found."""
+    """Answer of the register when a home declares its documents."""
 
     documents: Local[int]
+    """Number of documents declared."""
     new: Local[int]
-    """Never seen on this machine."""
+    """Documents that no home of this machine ever declared before."""
     elsewhere: Local[int]
-    """That other homes trained on, too."""
+    """Documents that other homes of this machine also trained on."""
     recovered: Local[ByUnit]
-    """That the ledger holds and the register did not."""
+    """Charges that were in the ledger but missing from the register. They are in both now."""
     unknown_steps: Local[int]
-    """Recovered now or earlier: they count for every document that this home ever has."""
+    """Steps recovered now or at an earlier start. They count for every document that this home ever
+    has, since nobody knows which documents they were for."""
     behind: Local[ByUnit]
-    """That the register holds and the ledger does not."""
+    """Charges that are in the register but missing from the ledger."""
     counter: Local[int]
-    """The largest number of charges that the register saw of the ledger."""
+    """The largest number of charges that the register ever saw in the ledger."""
 
     @property
     def recovered_steps(self) -> int:
-        """Of all kinds."""
+        """Number of all steps in `recovered`."""
         return steps_of(self.recovered)
 
     @property
     def steps_behind(self) -> int:
-        """Of all kinds."""
+        """Number of all steps in `behind`."""
         return steps_of(self.behind)
 
 
 def combined(charges: Mapping[int, History], spans: Iterable[int]) -> History:
-    """All steps of some spans."""
+    """Add up the charges of some spans."""
     total: History = {}
     for span in spans:
         for kind, steps in charges.get(span, {}).items():
@@ -72,33 +77,34 @@ def combined(charges: Mapping[int, History], spans: Iterable[int]) -> History:
 
 
 def missing(charged: Mapping[str, History], here: Mapping[str, History]) -> ByUnit:
-    """What was charged, beyond what is here."""
-    found: ByUnit = {}
+    """Steps in `charged` beyond those in `here`, by unit and kind."""
+    lacking: ByUnit = {}
     for unit, history in charged.items():
         known = here.get(unit, {})
         for kind, steps in history.items():
             if steps > known.get(kind, 0):
-                found.setdefault(unit, {})[kind] = steps - known.get(kind, 0)
-    return found
+                lacking.setdefault(unit, {})[kind] = steps - known.get(kind, 0)
+    return lacking
 
 
 def steps_of(charged: Mapping[str, History]) -> int:
-    """Of all units and kinds."""
+    """Number of steps of all units and kinds."""
     return sum(sum(history.values()) for history in charged.values())
 
 
 def segments_of(history: History) -> list[Segment]:
-    """As the accountant takes them."""
+    """Convert a history into segments, as the accountant needs them."""
     return [Segment(sigma, q, steps) for (sigma, q), steps in history.items()]
 
 
-def undominated(found: Sequence[History]) -> list[History]:
-    """Those that may cost most: none has as many steps or more of every kind than another kept.
+def undominated(histories: Sequence[History]) -> list[History]:
+    """Select the histories that may cost most.
 
-    Where many are left, the smaller are replaced by one that is at least as large as each of them,
-    so that the answer errs upwards.
+    A history is dropped if another one has at least as many steps of every kind. If more than
+    `_MOST` are left, the smaller ones are replaced by one history that covers each of them. So the
+    answer errs upwards.
     """
-    distinct = {frozenset(history.items()): history for history in found}
+    distinct = {frozenset(history.items()): history for history in histories}
     kept: list[History] = []
     for history in sorted(distinct.values(), key=_steps, reverse=True):
         if not any(_within(history, other) for other in kept):
@@ -108,10 +114,10 @@ def undominated(found: Sequence[History]) -> list[History]:
     return undominated([*kept[: _MOST - 1], at_least(kept[_MOST - 1 :])])
 
 
-def at_least(found: Iterable[History]) -> History:
-    """The smallest history that covers each of these."""
+def at_least(histories: Iterable[History]) -> History:
+    """The smallest history that covers each of these: the maximum for every kind of step."""
     total: History = {}
-    for history in found:
+    for history in histories:
         for kind, steps in history.items():
             total[kind] = max(total.get(kind, 0), steps)
     return total

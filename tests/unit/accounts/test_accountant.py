@@ -220,7 +220,7 @@ def test_a_search_finds_the_last_number_within_the_target(data: st.DataObject) -
 
     target = float((last + 1.0) ** power)
     ends = (end - start, 0) if down else (start, end)
-    found = _Search(target, cost, *ends, rise).found()
+    found = _Search(target, cost, *ends, rise).last_within()
     assert found == (end - last if down else last)
     assert len(tried) < 90
     assert ends[1] not in tried
