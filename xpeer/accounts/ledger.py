@@ -1,12 +1,12 @@
-"""The account of private steps: what was charged stays charged, whatever happens to the rest.
+"""The ledger of a home: its private steps. What was charged stays charged, whatever happens.
 
-A charge is on the disk before `charge` returns, so steps that follow it are paid for even if the
-power fails. Nothing is ever refunded: steps that were charged and not taken, because the process
-died or a checkpoint was restored, count as taken. One row per charge, chained by hashes; a file
-that does not add up is an error, never a new account.
+A charge is on the disk before `charge` returns, so the steps that follow are paid for even if the
+power fails. Nothing is ever refunded: steps that were charged but not taken, because the process
+died or a checkpoint was restored, count as taken. Each charge is a row, and hashes chain the rows.
+A file that does not add up is an error. It is never replaced by an empty ledger.
 
 What this module does not give: protection from its owner, who can put back an older copy of the
-whole file (partners remember the highest `counter` they were shown), and what the steps cost
+whole file (partners remember the highest `counter` that they received); and what the steps cost
 (`accountant`).
 """
 
@@ -50,13 +50,16 @@ from xpeer.errors import LocalError
 from xpeer.files import require_own
 
 _MAX_STEPS: Final = 1 << 31
-"""Of one charge; no run is that long."""
+"""A charge must have fewer steps than this. No run is that long."""
 
 
 class Ledger:
-    """One shard's account. Make with `Ledger.open`; safe to use from several threads.
+    """The ledger of one home. Make it with `Ledger.open`. Safe to use from several threads.
 
-    Only one process at a time may charge; a second one is noticed and refused.
+    Only one process at a time may charge. A second one is noticed and refused.
+
+    Attributes:
+        path: the ledger's file.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -65,19 +68,23 @@ class Ledger:
         self._file = file_id(path)
         self._lock = threading.Lock()
         self._usable = True
+        """True until the ledger is closed, or a write fails. False from the start if it was opened
+        by `look`."""
         self._id, self._old = "", False
         self._chain = ChargeChain("")
+        """The charges as of the last read or write; replaced by `_read`."""
         self._register: Register | None = None
         """None until `declare_documents` is called."""
         self._about: ChargeContext | None = None
-        """What charges are for. None until documents are declared: nothing is charged before."""
+        """What the next charges are for. None until documents are declared: nothing can be charged
+        before."""
 
     @classmethod
     def look(cls, path: Path) -> Ledger:
-        """Open an account to read it, while its node runs or not; nothing is changed.
+        """Open a ledger read-only. Its node may be running.
 
         Raises:
-            LocalError: missing, unreadable, corrupt or inconsistent.
+            LocalError: it is missing, unreadable, corrupt or inconsistent.
         """
         path = path.absolute()
         if not path.exists():
@@ -95,14 +102,14 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path, must_exist: str | None = None) -> Ledger:
-        """Open the account, or begin one if there is none.
+        """Open the ledger, or begin one if there is none.
 
         Args:
             path: the file, usually `Home.ledger_db`; made with mode 0600.
-            must_exist: the `id` that a checkpoint remembers; only that very account will do.
+            must_exist: the ledger's `id` in a checkpoint. Any other ledger, or none, is refused.
 
         Raises:
-            LocalError: unreadable, corrupt, inconsistent, or not the account that must exist.
+            LocalError: it is unreadable, corrupt, inconsistent, or not the one that must exist.
         """
         path = path.absolute()
         require_own(path)
@@ -129,15 +136,15 @@ class Ledger:
     def declare_documents(
         self, register: Register, documents: Iterable[str], about: ChargeContext
     ) -> DeclaredDocuments:
-        """Declare what the next charges are for: the machine's register counts them, too, for these
-        documents. Nothing can be charged before.
+        """Declare which documents the next charges are for. Nothing can be charged before.
 
-        What the register knows of this ledger and the ledger has forgotten (an older copy of it was
-        restored, or the node died between the two) is charged to the ledger again.
+        From now on the machine's register counts each charge for these documents, too. Charges that
+        the register holds and this ledger lacks are charged to the ledger again. It lacks them if
+        an older copy was restored, or if the node died between the two writes.
 
         Args:
-            register: closed with the ledger.
-            documents: ids of those that are trained on.
+            register: the machine's register; closed with the ledger.
+            documents: ids of the documents that are trained on.
             about: what the next charges are for.
 
         Raises:
@@ -145,7 +152,7 @@ class Ledger:
             LocalError: the register or the ledger can't be written.
         """
         self._register, self._about = register, None
-        joined = register.declare(
+        declared = register.declare(
             self.id,
             self._chain.by_unit,
             documents,
@@ -153,24 +160,25 @@ class Ledger:
             about.swarm_id,
             self._chain.counter,
         )
-        if joined.behind:
-            self._catch_up(about, joined.behind, joined.counter)
+        if declared.behind:
+            self._catch_up(about, declared.behind, declared.counter)
         self._about = about
-        return joined
+        return declared
 
     def catch_up(self, register: Register, about: ChargeContext) -> int:
-        """Charge again what this ledger has forgotten, as `declare_documents` does, while nobody
-        knows which documents there are. Further charges are refused.
+        """Charge again what this ledger lacks, where there is no text whose documents to declare.
+
+        This is the half of `declare_documents` that needs no documents. `charge` stays refused.
 
         Args:
-            register: stays the caller's.
-            about: what charges are for that are found again.
+            register: the machine's register; the caller closes it.
+            about: what the repeated charges were for.
 
         Returns:
-            Steps that are charged again.
+            Number of steps that were charged again.
 
         Raises:
-            LocalError: the register can't be read, or the ledger not be written.
+            LocalError: the register can't be read, or the ledger can't be written.
         """
         behind = missing(register.own(self.id), self.by_unit())
         if behind:
@@ -183,49 +191,49 @@ class Ledger:
         return self._register is not None and self._register.shared
 
     def histories(self) -> list[list[Segment]]:
-        """What was charged to documents of the shard, by this home and others: one for each kind of
-        document that may have lost most.
+        """Charges of this home and others to documents of the shard.
+
+        Returns:
+            One history for each class of documents that may have lost most.
         """
         return [self.segments()] if self._register is None else self._register.histories()
 
     def documents_elsewhere(self) -> int:
-        """Documents of the shard that other homes of this machine were charged for, too."""
+        """Number of documents of the shard that other homes of this machine charged, too."""
         return 0 if self._register is None else self._register.documents_elsewhere()
 
     @property
     def id(self) -> str:
-        """32 hex digits, random; the same for the life of the account."""
+        """32 random hex digits. They stay the same for the life of the ledger."""
         return self._id
 
     @property
     def counter(self) -> int:
-        """Number of charges; only ever grows."""
+        """Number of charges. It only ever grows."""
         return self._chain.counter
 
     @property
     def steps_charged(self) -> int:
-        """Steps of all charges together."""
+        """Number of steps of all charges."""
         return self._chain.steps_charged
 
     @property
     def head(self) -> str:
-        """The last link of the chain of charges, hex."""
+        """Hash of the last charge, hex. It binds all charges before it."""
         return self._chain.head.hex()
 
     def charges(self) -> list[Charge]:
-        """All of them, oldest first."""
+        """All charges, oldest first."""
         with self._lock:
             return list(self._chain.charges)
 
     def ends_unix_s(self, steps_left: int, clock: Callable[[], float] = time.time) -> float | None:
-        """When so many further steps will have been charged, at the pace of the last hour; None if
-        no pace is known.
-        """
+        """Unix time at which so many further steps will have been charged; see `forecast`."""
         with self._lock:
             return forecast(self._chain.charges, steps_left, clock())
 
     def segments(self) -> list[Segment]:
-        """What was charged, one segment for each kind of step, in order of appearance."""
+        """All charges added up: one segment for each kind of step, in order of appearance."""
         with self._lock:
             return [Segment(sigma, q, steps) for (sigma, q), steps in self._chain.steps.items()]
 
@@ -235,21 +243,23 @@ class Ledger:
             return {unit: dict(history) for unit, history in self._chain.by_unit.items()}
 
     def charge(self, segment: Segment, fits: Fits | None = None) -> int:
-        """Charge steps before they are taken, in the machine's register first; durable when this
-        returns.
+        """Charge steps before they are taken. The charge is on the disk when this returns.
+
+        It is written to the machine's register first, then to this file.
 
         Args:
             segment: the steps.
-            fits: asked if other homes charged documents of this shard meanwhile.
+            fits: says whether the budget still allows the charge. Called only if other homes
+                charged documents of this shard meanwhile.
 
         Returns:
             The new `counter`.
 
         Raises:
-            BudgetExceededError: it does not fit; nothing was charged.
-            LocalError: not a kind of step this account knows, no documents were declared, or it
-                could not be written. After a failed write the account refuses further charges
-                until it is opened again.
+            BudgetExceededError: the charge does not fit; nothing was charged.
+            LocalError: the segment can't be charged, no documents were declared, or the write
+                failed. After a failed write all charges are refused until the ledger is opened
+                again.
         """
         if type(segment) is not Segment or not 1 <= segment.steps < _MAX_STEPS:
             raise LocalError(f"privacy ledger {self.path}: can't charge {segment!r}")
@@ -261,7 +271,7 @@ class Ledger:
                     f"privacy ledger {self.path}: charged before its documents were declared",
                     "`declare_documents` comes first",
                 )
-            # first: a crash in between counts too much
+            # register first: after a crash in between, one charge too many counts
             register.charge(segment, fits, self._chain.counter + 1)
             about = msgspec.structs.replace(about, unix_s=time.time())
             with self._transaction():
@@ -272,8 +282,10 @@ class Ledger:
             return row.counter
 
     def _catch_up(self, about: ChargeContext, behind: ByUnit, counter: int) -> None:
-        """Charge again what the register holds and this does not: in as many charges as there were,
-        if that is known, since partners remember their number.
+        """Charge again what the register holds and this ledger lacks.
+
+        Partners remember the number of charges. So the steps are split into as many charges as the
+        register has seen, where possible.
         """
         with self._lock, self._transaction():
             self._refuse_another_writer()
@@ -291,7 +303,7 @@ class Ledger:
                     self._chain.add(row)
 
     def settings(self, key: str) -> str | None:
-        """What was stored by `set_once`; None if nothing was."""
+        """The value that `set_once` stored; None if it stored none."""
         with self._lock, local_errors(self.path, "can't be read", MEND):
             row = self._connection.execute(
                 "SELECT value FROM settings WHERE key = ?", (key,)
@@ -299,10 +311,10 @@ class Ledger:
         return None if row is None else str(row[0])
 
     def set_once(self, key: str, value: str) -> str:
-        """Store a value for good, unless there is one already; durable when this returns.
+        """Store a value for good, unless one is stored already. On the disk when this returns.
 
         Returns:
-            The value that is stored.
+            The value that is stored now.
         """
         with self._lock, self._transaction():
             self._connection.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (key, value))
@@ -312,7 +324,7 @@ class Ledger:
         return str(row[0])
 
     def close(self) -> None:
-        """Close the file; the account can't be used after that."""
+        """Close the file, and the register. The ledger can't be used after that."""
         with self._lock:
             self._usable = False
             self._connection.close()
@@ -320,7 +332,7 @@ class Ledger:
                 self._register.close()
 
     def __enter__(self) -> Self:
-        """For `with`: closes at the end."""
+        """Return this ledger. `with` closes it at the end."""
         return self
 
     def __exit__(
@@ -335,7 +347,7 @@ class Ledger:
     def _read(self) -> None:
         with local_errors(self.path, "is corrupt", RESTORE):
             state = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            self._connection.execute("BEGIN")  # both as of one moment: a node may be writing
+            self._connection.execute("BEGIN")  # a node may write between the two queries
             heads = self._connection.execute("SELECT version, ledger_id, counter, hash FROM head")
             head = heads.fetchall()
             rows = self._connection.execute("SELECT * FROM charges ORDER BY counter").fetchall()
@@ -351,7 +363,7 @@ class Ledger:
             )
         self._chain = ChargeChain(self._id)
         for values in rows:
-            self._take_in(Row(*values, *([""] if self._old else [])))
+            self._append(Row(*values, *([""] if self._old else [])))
         if (counter, last) != (self._chain.counter, self._chain.head):
             raise LocalError(
                 f"privacy ledger {self.path} is inconsistent: {counter} charges were made and "
@@ -360,9 +372,9 @@ class Ledger:
             )
 
     def _prepare_to_write(self) -> None:
-        """Only once the content is known to be good: a damaged file is left as it is."""
-        # FULL: every commit is fsynced. A checkpoint after each keeps the main file complete,
-        # so that a copy without its -wal loses nothing.
+        """Set up the file for writing. Called after `_read`, so a damaged file is never touched."""
+        # FULL: every commit is fsynced. SQLite checkpoints after every commit, so the main file
+        # is complete and a copy without its -wal loses nothing.
         with local_errors(self.path, "can't be written", MEND):
             self._connection.executescript(
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA fullfsync = ON;"
@@ -373,7 +385,7 @@ class Ledger:
                 for statement in TAKE_OVER:
                     self._connection.execute(statement)
 
-    def _take_in(self, row: Row) -> None:
+    def _append(self, row: Row) -> None:
         if row.mechanism != MECHANISM:
             raise LocalError(
                 f"privacy ledger {self.path}: charge {row.counter} is of an unknown mechanism",
@@ -418,7 +430,7 @@ class Ledger:
                 self._connection.execute("COMMIT")
             done = True
         finally:
-            if not done:  # what reached the disk is unknown: read it anew before going on
+            if not done:  # nobody knows what reached the disk: the ledger must be opened again
                 self._usable = False
                 if self._connection.in_transaction:
                     self._connection.rollback()

@@ -1,6 +1,6 @@
-"""The file of a privacy ledger: how it is made, opened, taken over, and what its errors mean.
+"""The file of a privacy ledger: making, opening, upgrading, and translating its errors.
 
-What its rows say is `ledger`'s business.
+Knows nothing of the meaning of its rows: that is `ledger`'s business.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from xpeer.accounts.chain import ChargeChain
 from xpeer.errors import LedgerError, LocalError
 
 VERSION: Final = 2
-"""1: without what a charge was for; such files are taken over, their charges stay as they are."""
+"""Version of the schema. Files of version 1 do not note what a charge was for. They are upgraded,
+and their charges stay as they are."""
 _BUSY_S: Final = 5.0
+"""How long SQLite waits for a lock."""
 _NOT_THE_CONTENT: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -30,7 +32,7 @@ _NOT_THE_CONTENT: Final = frozenset(
         sqlite3.SQLITE_PERM,
     }
 )
-"""Error codes of the disk or of rights."""
+"""SQLite's error codes of the disk, of locks or of rights: the content may be good."""
 TAKE_OVER: Final = (
     "ALTER TABLE charges ADD COLUMN about TEXT NOT NULL DEFAULT ''",
     f"UPDATE head SET version = {VERSION:d}",  # noqa: S608 - a number of ours
@@ -56,7 +58,7 @@ MEND: Final = "check the disk's space and the file's owner, then start the node 
 
 
 def connected(path: Path, mode: str) -> sqlite3.Connection:
-    """Open it; mode is "ro" or "rw"."""
+    """Connect to the file; mode is "ro" or "rw"."""
     with local_errors(path, "can't be opened", MEND):
         return sqlite3.connect(
             f"{path.as_uri()}?mode={mode}",
@@ -68,7 +70,11 @@ def connected(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def refuse_a_loss(path: Path, must_exist: str | None) -> None:
-    """There is no file: refuse to make one where there has been one.
+    """Refuse to begin a ledger where an earlier one was lost. Call it if there is no file.
+
+    Args:
+        path: the file that is missing.
+        must_exist: the ledger's id in a checkpoint; None = no checkpoint remembers one.
 
     Raises:
         LocalError: there was a ledger.
@@ -84,7 +90,7 @@ def refuse_a_loss(path: Path, must_exist: str | None) -> None:
 
 
 def create(path: Path) -> None:
-    """Make the file whole beside its place, so that a crash leaves either none or a good one."""
+    """Make the whole file beside its place, then rename it. A crash leaves none, or a good one."""
     beside = path.with_name(path.name + ".new")
     with local_errors(path, "can't be made", MEND):
         beside.unlink(missing_ok=True)
@@ -114,17 +120,27 @@ def create(path: Path) -> None:
 
 
 def file_id(path: Path) -> tuple[int, int] | None:
-    """Device and inode; None if there is no file."""
+    """Device and inode of a file; None if there is none."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 @contextmanager
 def local_errors(path: Path, what: str, remedy: str) -> Iterator[None]:
-    """Errors of the file system and of SQLite, in words for the operator."""
+    """Translate errors of the file system and of SQLite into words for the operator.
+
+    Args:
+        path: the ledger's file.
+        what: what failed, e.g. "can't be opened".
+        remedy: what the operator can do, unless the disk or its rights are at fault.
+
+    Raises:
+        LedgerError: the disk, a lock or rights; the content may be good.
+        LocalError: anything else.
+    """
     try:
         yield
     except sqlite3.Error as e:

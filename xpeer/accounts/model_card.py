@@ -1,4 +1,4 @@
-"""What an exported model says of the privacy of the text behind it, for people and programs."""
+"""The privacy card of an exported model, for people and programs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from xpeer.policies import privacy_policy
 
 FILES = ("README.md", "privacy.json")
 
-
 _GRID = 0.5
-"""Of the epsilon that is told."""
+"""The card's epsilon is a multiple of this."""
 
 
 @seen_by(
@@ -29,8 +28,10 @@ _GRID = 0.5
     "no sigma, no q, no size; epsilon and delta are rounded up to a coarse grid",
 )
 class PrivacyCard(Struct, frozen=True, kw_only=True):
-    """Of one export. Anybody may read it, so what would tell the shard's size is not in it: noise
-    and sampling are left out, epsilon and delta are rounded up, coarsely.
+    """Privacy of the text behind one export.
+
+    Anybody may read it, so it must not reveal the shard's size. Noise and sampling are left out.
+    Epsilon and delta are rounded up coarsely.
     """
 
     swarm_id: Public[str]
@@ -42,13 +43,14 @@ class PrivacyCard(Struct, frozen=True, kw_only=True):
     unit: Public[str | None] = None
     """What epsilon holds for; None without privacy."""
     epsilon_target: Public[float | None] = None
-    """No member's text is trained on beyond it."""
+    """Bound that every member keeps for its own text. None without privacy."""
     epsilon_spent: Timing[float | None] = None
-    """By the node that exported, on any of its units, at most: a multiple of 0.5, or the target."""
+    """Upper bound of what the exporting node spent on any one unit: rounded up to a multiple of
+    0.5, but no more than the target while that is kept. None without privacy."""
     delta: Timing[float | None] = None
-    """For which both epsilons hold at that node: a power of ten, unless the manifest sets it. Each
-    member's follows from its own text.
-    """
+    """Delta of both epsilons at the exporting node: a power of ten, unless the manifest sets it.
+    Other members' deltas follow from their own text. None without privacy, and if the node trained
+    on no text."""
 
 
 def card_of(
@@ -58,41 +60,46 @@ def card_of(
     ledger: Ledger | None,
     register: Register | None = None,
 ) -> PrivacyCard:
-    """Of an export of now; takes a second.
+    """Make the card of an export. Takes about a second.
 
     Args:
-        manifest: of the swarm.
+        manifest: the swarm's manifest.
         swarm_id: its fingerprint.
-        step: of the checkpoint.
-        ledger: None = this node has trained on no text.
-        register: of the machine, which knows what a restored ledger has forgotten.
+        step: step of the exported checkpoint.
+        ledger: the node's ledger; None = this node has trained on no text.
+        register: the machine's register, which knows what a restored ledger has forgotten.
+
+    Raises:
+        LocalError: the ledger has lost all its charges.
     """
-    rules = manifest.privacy
-    if not rules.policy.charges:
-        return PrivacyCard(swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode=rules.mode)
-    together = AccountView(ledger, register) if ledger else None
-    charged = together.own() if together and together.charged else []
+    section = manifest.privacy
+    if not section.policy.charges:
+        return PrivacyCard(
+            swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode=section.mode
+        )
+    view = AccountView(ledger, register) if ledger else None
+    charged = view.own() if view and view.charged else []
     if ledger and charged and not ledger.counter:
         raise LocalError(f"privacy ledger {ledger.path} has lost all charges", report.START)
     noted = report.about(ledger)[0] if ledger and charged else None
-    # (epsilon, delta) holds for every larger epsilon and delta, too
-    delta = noted and (rules.delta or 10.0 ** math.ceil(math.log10(noted)))
+    # rounding up is safe: a guarantee holds for every larger epsilon and delta, too
+    delta = noted and (section.delta or 10.0 ** math.ceil(math.log10(noted)))
     spent = accountant.epsilon_worst(charged, min(noted, delta)) if noted and delta else 0.0
-    told = math.ceil(spent / _GRID) * _GRID
+    rounded = math.ceil(spent / _GRID) * _GRID
     return PrivacyCard(
         swarm_id=swarm_id,
         swarm_name=manifest.name,
         step=step,
-        mode=rules.mode,
-        unit=rules.unit,
-        epsilon_target=rules.epsilon,
-        epsilon_spent=told if spent > rules.epsilon else min(told, rules.epsilon),
+        mode=section.mode,
+        unit=section.unit,
+        epsilon_target=section.epsilon,
+        epsilon_spent=rounded if spent > section.epsilon else min(rounded, section.epsilon),
         delta=delta,
     )
 
 
 def files(card: PrivacyCard) -> dict[str, bytes]:
-    """By name, in the order of `FILES`."""
+    """Contents of the card's files by name, in the order of `FILES`."""
     machine = msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n"
     return dict(zip(FILES, (_words(card).encode(), machine), strict=True))
 

@@ -1,4 +1,4 @@
-"""What a privacy budget asks for, before anything is trained: noise, sampling, cost."""
+"""Planning of a privacy budget before anything is trained: noise, sampling, cost."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ from xpeer.manifest import DELTA_MAX, DELTA_MIN
 
 @seen_by("home", "of the operator's own numbers")
 class Plan(Struct, frozen=True, kw_only=True):
-    """What a budget asks for."""
+    """Noise, sampling and cost that a budget leads to."""
 
     epsilon: Public[float]
     delta: Public[float]
     unit: Public[str]
-    """What is counted and protected: records or documents."""
+    """The unit that is counted and protected: "record" or "document"."""
     records: Public[int]
-    """Units in the shard."""
+    """Number of units in the shard."""
     batch: Public[int]
+    """Expected number of units a step."""
     sampling_probability: Public[float]
     steps: Public[int]
     noise_multiplier: Public[float]
     noise_to_signal: Public[float]
-    """Standard deviation of the noise in each coordinate of the mean gradient, as a share of C,
-    which the norm of a mean of clipped gradients can't exceed: sigma / batch."""
+    """Standard deviation of the noise in each coordinate of the mean gradient, over C:
+    sigma / batch. The norm of a mean of clipped gradients can't exceed C."""
     noise_norm: Public[float | None]
-    """Norm of the whole noise as a share of C: sigma / batch * sqrt(parameters)."""
+    """Norm of the whole noise over C: sigma / batch * sqrt(parameters). None if the number of
+    parameters is unknown."""
     passes: Public[float]
-    """Over the shard."""
+    """How often the run goes over the shard, on average."""
     tokens_per_step: Public[int | None]
+    """Expected tokens a step. None if the length of a record is unknown."""
     curve: Public[list[tuple[int, float]]]
-    """(steps, epsilon) on the way."""
+    """Epsilon after some numbers of steps: (steps, epsilon), the last at the end of the run."""
 
 
 def plan(
@@ -52,16 +55,16 @@ def plan(
     parameters: int | None = None,
     unit: str = "record",
 ) -> Plan:
-    """Calibrate: which noise so many private steps need. Takes seconds.
+    """Calibrate the noise that so many private steps need. Takes seconds.
 
     Args:
-        epsilon: to be spent by the last step.
-        records: n, of the shard.
-        batch: expected records a step.
-        steps: private ones.
+        epsilon: budget, spent when the last step is taken.
+        records: n, units in the shard.
+        batch: expected units a step.
+        steps: number of private steps.
         delta: None = `accountant.default_delta`.
-        sequence_tokens: of a record, to tell what a step costs.
-        parameters: that are trained, to tell the noise's norm.
+        sequence_tokens: tokens of a record, for `tokens_per_step`; None = unknown.
+        parameters: number of trained parameters, for `noise_norm`; None = unknown.
         unit: "record" or "document": what `records` and `batch` count.
 
     Raises:
@@ -80,12 +83,12 @@ def plan(
         raise ConfigError(
             f"--delta {delta} is not between {DELTA_MIN:g} and {DELTA_MAX:g}", "e.g. --delta 1e-5"
         )
-    size = coarse_size(records)  # as nodes do
+    size = coarse_size(records)  # nodes round alike
     batch = min(batch, size)
     delta = delta or accountant.default_delta(size)
     q = batch / size
     sigma = accountant.calibrate(epsilon, delta, q, steps)
-    marks = sorted({max(1, round(steps * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
+    marks = sorted({max(1, round(steps * part)) for part in (0.1, 0.25, 0.5, 0.75, 1.0)})
     return Plan(
         epsilon=epsilon,
         delta=delta,

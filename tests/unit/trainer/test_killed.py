@@ -77,7 +77,7 @@ def deadly(dies_at: int) -> Iterator[Count]:
             patch.setattr(os, name, counted(getattr(os, name)))
         # statements of connections that are open already
         patch.setattr(Ledger, "_transaction", counted(Ledger._transaction))
-        patch.setattr(Ledger, "_take_in", counted(Ledger._take_in))
+        patch.setattr(Ledger, "_append", counted(Ledger._append))
         patch.setattr(Register, "_written", counted(Register._written))
         patch.setattr(Register, "charge", counted(Register.charge))
         yield count
