@@ -1,17 +1,20 @@
-"""What every document was charged on this machine, whichever home, run or swarm it was part of.
+"""The register of a machine: what each document was charged, by all homes, runs and swarms.
 
-One file for all homes that use one folder, beside a key that never leaves it. A document is known
-by a keyed hash of its text. A *span* is a home with one set of documents: every start with other
-documents begins another, and a charge belongs to the span it was made in. A document's account is
-all charges of all spans that it was part of: its total loss, whatever else each shard held. As
-documents of equal spans have equal accounts, they are kept as classes, and there are few.
+All homes that use one folder share one register. A key lies beside it and never leaves the folder.
+A document is known by a keyed hash of its text.
+
+A *span* is one home with one set of documents. A start with other documents begins another span. A
+charge belongs to the span in which it was made. A document's account is all charges of all spans
+that it was part of: its total loss, whatever else each shard held. Documents with equal spans have
+equal accounts. They form a class, and there are few classes.
 
     documents (keyed hash) -> class -> spans -> steps charged, by noise and sampling probability
 
-A charge is written here before the home's own ledger: a crash between the two leaves one too many,
-never one too few. What a ledger holds and the register does not (it was restored, or the home came
-from another machine) is added at the next start. Nobody knows to which documents it was charged: it
-counts for all that the home is known to have had, and for all that it ever has later.
+A charge is written here before the home's own ledger. A crash between the two leaves one charge too
+many, never one too few. A ledger may hold charges that the register lacks, if the register was
+restored or the home came from another machine. They are added at the next start. Nobody knows which
+documents they were for, so they count for all documents that the home is known to have had, and for
+all that it ever has later.
 
 What this module does not give: recognition of text that was changed, cut differently into files, or
 nearly the same; accounts of other machines, or of homes with another register; protection from the
@@ -59,15 +62,21 @@ _COUNTER: Final = (
 )
 
 Fits = Callable[[list[list[Segment]], Segment], bool]
-"""Whether a charge still fits, after these histories."""
+"""(histories, further charge) -> whether the budget allows the charge after each of them."""
 
 
 class BudgetExceededError(LocalError):
-    """Others charged the same documents meanwhile, and this charge fits no longer."""
+    """Other homes charged the same documents meanwhile, so that this charge no longer fits."""
 
 
 class Register:
-    """Make with `Register.open`; safe to use from several threads and processes."""
+    """The register, as one home uses it. Make it with `Register.open`.
+
+    Safe to use from several threads and processes.
+
+    Attributes:
+        path: the register's file.
+    """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, key: bytes) -> None:
         self.path = path
@@ -77,9 +86,16 @@ class Register:
         self._key = key
         self._lock = threading.Lock()
         self._usable = True
+        """True until the register is closed, or a write fails. False from the start if it was
+        opened by `look`."""
         self._ledger_id, self._unit, self._span = "", "record", 0
-        self._writes = self._steps = 0
+        """The home, its unit and its span, once they are declared; span 0 until then."""
+        self._writes = 0
+        """The register's count of writes at our last one."""
+        self._steps = 0
+        """Steps that this home charged, as far as it knows."""
         self._seen: object = None
+        """Other homes' charges of our documents at `declare`. None until then."""
         self._shared = False
 
     @classmethod
@@ -94,10 +110,10 @@ class Register:
 
     @classmethod
     def look(cls, folder: Path) -> Register | None:
-        """Open it to read, while nodes run or not; None if there is none.
+        """Open the register read-only; None if there is none. Nodes may be running.
 
         Raises:
-            LocalError: as `open`.
+            LocalError: the register or its key is damaged or missing, or they don't fit.
         """
         if not file.is_there(folder):
             return None
@@ -114,21 +130,21 @@ class Register:
         swarm_id: str = "",
         counter: int = 0,
     ) -> DeclaredDocuments:
-        """Say which documents this home's next charges are for; durable when this returns.
+        """Declare which documents this home's next charges are for. On the disk when this returns.
 
-        Cheap if they are those of an earlier start: then documents are counted, not looked up.
+        Cheap for documents that an earlier start declared: they are counted, not looked up.
 
         Args:
-            ledger_id: of the home.
-            charged: what its ledger holds.
-            documents: their ids, in any order, repeats allowed.
-            unit: that epsilon holds for: "record of ...", "document" or "shard".
-            swarm_id: for reports.
-            counter: of its ledger.
+            ledger_id: id of the home's ledger.
+            charged: charges in that ledger.
+            documents: ids of the documents, in any order, repeats allowed.
+            unit: what epsilon holds for: "record of ...", "document" or "shard".
+            swarm_id: the swarm, for reports.
+            counter: number of charges in the ledger.
 
         Raises:
             ConfigError: these documents were charged for another unit.
-            LocalError: it can't be written.
+            LocalError: the register can't be written.
         """
         hashes = sorted({self._hash(document) for document in documents})
         digest = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
@@ -173,32 +189,34 @@ class Register:
             )
 
     def histories(self) -> list[list[Segment]]:
-        """What was charged to documents of the shard as it was joined: one for each class whose
-        documents may have lost most.
+        """Charges of all homes to the declared documents.
+
+        Returns:
+            One history for each class whose documents may have lost most.
         """
         with self._lock, self._reading():
             return self._histories()
 
     def documents_elsewhere(self) -> int:
-        """Documents of the shard that other homes were charged for, too, by now."""
+        """Number of declared documents that other homes have charged, too, by now."""
         with self._lock, self._reading():
             return self._elsewhere()
 
     def histories_of(self, ledger_id: str) -> list[list[Segment]]:
-        """`histories` of a home's shard as it last started; none if it never did."""
+        """`histories` of the documents that a home declared last; empty if it never did."""
         with self._lock, self._reading():
             self._ledger_id = ledger_id
             self._span, self._unit = self._tables.newest(ledger_id)
             return self._histories() if self._span else []
 
     def classes(self, ledger_id: str) -> list[DocumentClass]:
-        """All documents that a home ever had, those of its shard now first."""
+        """All documents that a home ever had. Those that are in its shard now come first."""
         with self._lock, self._reading():
-            found = self._tables.classes(ledger_id, self._tables.newest(ledger_id)[0])
-            return sorted(found, key=lambda each: not each.here)
+            classes = self._tables.classes(ledger_id, self._tables.newest(ledger_id)[0])
+            return sorted(classes, key=lambda each: not each.here)
 
     def of_documents(self, documents: Iterable[str]) -> dict[str, list[Segment]]:
-        """What all homes charged to documents, by id; none to those that were never seen."""
+        """Charges of all homes by document id. Documents that no home declared have none."""
         with self._lock, self._reading():
             charges = self._tables.charges()
             known: dict[int | None, list[Segment]] = {
@@ -211,28 +229,29 @@ class Register:
             }
 
     def own(self, ledger_id: str) -> ByUnit:
-        """What a home charged, as far as the register knows."""
+        """Charges of one home, as far as the register knows."""
         with self._lock, self._reading():
             return self._tables.own(ledger_id)
 
     def counter(self, ledger_id: str) -> int:
-        """The largest number of charges that was seen of a home's ledger."""
+        """The largest number of charges that the register ever saw in a home's ledger."""
         with self._lock, self._reading():
             return self._tables.counter(ledger_id)
 
     def charge(self, segment: Segment, fits: Fits | None = None, counter: int = 0) -> None:
-        """Charge steps to all documents of the shard; durable when this returns.
+        """Charge steps to all declared documents. The charge is on the disk when this returns.
 
         Args:
             segment: the steps.
-            fits: asked if other homes charged some of these documents since `declare`.
-            counter: which charge of its ledger this is.
+            fits: says whether the budget still allows the charge. Called only if other homes
+                charged some of these documents since `declare`.
+            counter: number of this charge in the home's ledger.
 
         Raises:
-            BudgetExceededError: it does not fit; nothing was charged.
-            ConfigError: others charged these documents for another unit meanwhile, or a copy of
-                this home is charging, too.
-            LocalError: it can't be written, or nothing was joined.
+            BudgetExceededError: the charge does not fit; nothing was charged.
+            ConfigError: other homes charged these documents for another unit meanwhile, or a copy
+                of this home is charging, too.
+            LocalError: the register can't be written, or no documents were declared.
         """
         if not self._span:
             raise LocalError(f"privacy register {self.path}: charged before it was joined")
@@ -253,7 +272,9 @@ class Register:
 
     @property
     def shared(self) -> bool:
-        """Whether others charged some of these documents between `declare` and our last charge."""
+        """True iff other homes charged some of these documents between `declare` and our last
+        charge.
+        """
         return self._shared
 
     def close(self) -> None:
@@ -263,7 +284,7 @@ class Register:
             self._connection.close()
 
     def __enter__(self) -> Self:
-        """For `with`: closes at the end."""
+        """Return this register. `with` closes it at the end."""
         return self
 
     def __exit__(
@@ -291,8 +312,11 @@ class Register:
         return made
 
     def _recover(self, lacking: Mapping[str, History], swarm_id: str) -> None:
-        """Nobody knows to which documents these steps were charged: to all that the home ever had,
-        as far as is known, and to those that are staged. So are those of earlier times.
+        """Charge steps that the ledger holds and the register lacks.
+
+        Nobody knows which documents they were for. So they are charged to all documents that the
+        home is known to have had, and to the staged ones. The staged ones are charged, too, for
+        what was recovered at earlier starts.
         """
         for unit, history in lacking.items():
             before = self._tables.spans_of(self._ledger_id)
@@ -318,7 +342,7 @@ class Register:
             )
 
     def _refuse_other_units(self) -> None:
-        spans = self._together()
+        spans = self._related_spans()
         for span, unit, swarm_id in self._tables.of_other_units(self._unit):
             if span in spans:
                 raise ConfigError(
@@ -334,18 +358,20 @@ class Register:
     def _histories(self) -> list[list[Segment]]:
         charges = self._tables.charges()
         if self._unit == "shard":
-            found = [combined(charges, self._together())]
+            histories = [combined(charges, self._related_spans())]
         else:
             rows = self._tables.class_rows(self._span)
-            found = [combined(charges, spans) for _, spans in rows]
-        if not found:
+            histories = [combined(charges, spans) for _, spans in rows]
+        if not histories:
             raise LocalError(
                 f"privacy register {self.path} knows no document of this shard", file.RESTORE
             )
-        return [segments_of(history) for history in undominated(found)]
+        return [segments_of(history) for history in undominated(histories)]
 
-    def _together(self) -> Collection[int]:
-        """Spans that share a document with this shard, and all of this home."""
+    def _related_spans(self) -> Collection[int]:
+        """Spans that have a document in common with this shard. If the unit is the shard, all other
+        spans of this home, too.
+        """
         shared = {span for _, spans in self._tables.class_rows(self._span) for span in spans}
         own = self._tables.spans_of(self._ledger_id)
         return shared | own if self._unit == "shard" else shared
@@ -356,7 +382,7 @@ class Register:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """All as of one moment."""
+        """Let all queries of a block see the register as of one moment."""
         with file.local_errors(self.path):
             self._connection.execute("BEGIN")
             try:
@@ -383,10 +409,10 @@ class Register:
             written = True
         except (BudgetExceededError, ConfigError):
             self._connection.rollback()
-            written = True  # nothing was
+            written = True  # nothing was written, and we know it
             raise
         finally:
-            if not written:  # what reached the disk is unknown
+            if not written:  # nobody knows what reached the disk
                 self._usable = False
                 if self._connection.in_transaction:
                     self._connection.rollback()

@@ -1,6 +1,6 @@
 """The files of the machine's register: the key, the tables, and how documents change classes.
 
-What a charge means is `register`'s business.
+Knows nothing of the meaning of a charge: that is `register`'s business.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ log = logging.getLogger("xpeer.register")
 NAME: Final = "register.sqlite"
 KEY: Final = "register.key"
 VERSION: Final = 2
-"""1: without the number of charges of each ledger; such files are taken over."""
+"""Version of the schema. Version 1 did not hold the number of charges of each ledger. Such files
+are upgraded."""
 _KEY_BYTES: Final = 32
 _BUSY_S: Final = 120.0
-"""Another home may be asking the accountant whether its charge fits."""
+"""How long SQLite waits for a lock. Another home may hold it while it asks the accountant whether
+its charge fits."""
 _NEW_FILE: Final = ".new"
 _FILES: Final = frozenset(
     f"{name}{end}"
@@ -37,7 +39,7 @@ _FILES: Final = frozenset(
     for end in ("", "-wal", "-shm", "-journal", _NEW_FILE, f"{_NEW_FILE}-journal")
 )
 _NEW: Final = -1
-"""Class of documents that are in none."""
+"""Stands for the class of documents that have none yet."""
 _LEDGERS: Final = (
     "CREATE TABLE ledgers (ledger_id TEXT PRIMARY KEY, counter INTEGER NOT NULL)"
     " STRICT, WITHOUT ROWID"
@@ -67,11 +69,11 @@ Run = Callable[..., sqlite3.Cursor]
 
 
 def opened(folder: Path) -> tuple[sqlite3.Connection, bytes]:
-    """Open the register in a folder, and its key; both are made if there is neither.
+    """Open the register in a folder, and its key. Make both if neither exists.
 
     Raises:
         ConfigError: the folder can't be made or read.
-        LocalError: one of the two is damaged or missing, or they don't belong together.
+        LocalError: one of the two files is damaged or missing, or the key is another register's.
     """
     path = folder / NAME
     try:
@@ -128,7 +130,7 @@ def is_there(folder: Path) -> bool:
     """Whether there is a register.
 
     Raises:
-        LocalError: it was lost, and its key is left.
+        LocalError: the register was lost: only its key is left.
     """
     path = folder / NAME
     with local_errors(path):
@@ -143,7 +145,7 @@ def is_there(folder: Path) -> bool:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Of all processes that begin a register in this folder."""
+    """Keep out other processes that begin a register in this folder."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -154,14 +156,16 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _begin(folder: Path) -> None:
-    """Make both files beside their places, then move the key, then the register: a crash leaves
-    neither in place, or the key and what is to be moved yet. A key alone was left by a loss.
+    """Make both files beside their places, then move the key, then the register.
+
+    A crash leaves neither file in place, or the key in place and the register still to be moved. If
+    a key is there alone, without a file to be moved, the register was lost.
     """
     path, key_path = folder / NAME, folder / KEY
     new, new_key = folder / (NAME + _NEW_FILE), folder / (KEY + _NEW_FILE)
     if not is_there(folder) and not key_path.exists():
-        for left in (new, new.with_name(new.name + "-journal"), new_key):
-            left.unlink(missing_ok=True)
+        for leftover in (new, new.with_name(new.name + "-journal"), new_key):
+            leftover.unlink(missing_ok=True)
         key = secrets.token_bytes(_KEY_BYTES)
         for made, content in ((new_key, key), (new, b"")):
             handle = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -189,10 +193,10 @@ def _check(key: bytes) -> bytes:
 
 
 def looked(folder: Path) -> tuple[sqlite3.Connection, bytes]:
-    """Open it to read.
+    """Open the register read-only, and its key.
 
     Raises:
-        LocalError: one of the two files is damaged or missing, or they don't belong together.
+        LocalError: one of the two files is damaged or missing, or the key is another register's.
     """
     path, key = folder / NAME, key_of(folder)
     with local_errors(path):
@@ -216,8 +220,8 @@ def _connected(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _refuse_damage(path: Path, connection: sqlite3.Connection, key: bytes) -> None:
-    """Of the small tables; documents are too many to be read at every start."""
-    connection.execute("BEGIN")  # all as of one moment: homes may be writing
+    """Check the small tables. Documents are too many to be read at every start."""
+    connection.execute("BEGIN")  # homes may write between the queries
     head = connection.execute("SELECT version, key_check FROM head").fetchall()
     spans = {number for (number,) in connection.execute("SELECT id FROM spans")}
     charged = connection.execute("SELECT span, steps FROM charges").fetchall()
@@ -240,12 +244,16 @@ def _refuse_damage(path: Path, connection: sqlite3.Connection, key: bytes) -> No
 
 
 def packed(spans: Sequence[int]) -> str:
-    """A class's spans as they are stored."""
+    """Encode the spans of a class for its row."""
     return msgspec.json.encode(sorted(spans)).decode()
 
 
 def unpacked(spans: str) -> list[int]:
-    """The reverse."""
+    """Decode the spans of a class from its row.
+
+    Raises:
+        LocalError: they are damaged.
+    """
     try:
         return msgspec.json.decode(spans, type=list[int])
     except (msgspec.MsgspecError, ValueError, RecursionError) as e:
@@ -253,7 +261,7 @@ def unpacked(spans: str) -> list[int]:
 
 
 def stage(run: Run, hashes: Sequence[bytes]) -> None:
-    """Put the documents of a shard into a table of this connection."""
+    """Put the documents of a shard into a temporary table of this connection."""
     run("CREATE TEMP TABLE mine (hash BLOB PRIMARY KEY) WITHOUT ROWID")
     for start in range(0, len(hashes), 256):
         part = hashes[start : start + 256]
@@ -261,22 +269,22 @@ def stage(run: Run, hashes: Sequence[bytes]) -> None:
 
 
 def unstage(run: Run) -> None:
-    """Forget them."""
+    """Drop the staged documents."""
     run("DROP TABLE mine")
 
 
 def add_span(run: Run, span: int) -> int:
-    """Add a span to every staged document: each class of them becomes another.
+    """Add a span to every staged document, so that each moves to another class.
 
     Returns:
-        How many documents were in no class yet.
+        Number of documents that were in no class yet.
     """
-    found = run(
+    classes = run(
         "SELECT coalesce(class, ?), count(*) FROM mine LEFT JOIN documents USING (hash) GROUP BY 1",
         (_NEW,),
     ).fetchall()
     run("CREATE TEMP TABLE moves (old INTEGER PRIMARY KEY, new INTEGER NOT NULL)")
-    for old, count in found:
+    for old, count in classes:
         spans = [] if old == _NEW else _spans_of(run, old)
         if span not in spans:
             new = _class_of(run, packed([*spans, span]))
@@ -294,7 +302,7 @@ def add_span(run: Run, span: int) -> int:
     )
     run("DROP TABLE moves")
     run("DELETE FROM classes WHERE documents = 0")
-    return sum(count for old, count in found if old == _NEW)
+    return sum(count for old, count in classes if old == _NEW)
 
 
 def _spans_of(run: Run, number: int) -> list[int]:
@@ -311,7 +319,12 @@ def _class_of(run: Run, spans: str) -> int:
 
 @contextmanager
 def local_errors(path: Path) -> Iterator[None]:
-    """Errors of the file system and of SQLite, in words for the operator."""
+    """Translate errors of the file system and of SQLite into words for the operator.
+
+    Raises:
+        LedgerError: the disk, a lock or rights; the content may be good.
+        LocalError: the content is damaged.
+    """
     try:
         yield
     except sqlite3.DatabaseError as e:

@@ -1,4 +1,4 @@
-"""What the machine's register says, read from its tables; the owner of the connection locks."""
+"""Queries on the tables of the machine's register. The caller holds the connection's lock."""
 
 from __future__ import annotations
 
@@ -9,72 +9,82 @@ from xpeer.accounts import register_file as file
 from xpeer.accounts.histories import ByUnit, DocumentClass, History, combined, segments_of, steps_of
 
 RECOVERED: Final = b"recovered"
-"""In the place of a span's documents: nobody knows which they were."""
+"""Stands in a span for the digest of its documents, if nobody knows which they were."""
 
 
 class Tables:
-    """Queries."""
+    """Queries on one connection."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._run = connection.execute
 
     def writes(self) -> int:
-        """How often anybody wrote."""
+        """Number of writes by all homes."""
         return int(self._run("SELECT writes FROM head").fetchone()[0])
 
     def charges(self) -> dict[int, History]:
-        """Of all spans."""
-        found: dict[int, History] = {}
+        """Steps charged, by span and kind."""
+        by_span: dict[int, History] = {}
         for span, sigma, q, steps in self._run("SELECT * FROM charges"):
-            found.setdefault(span, {})[sigma, q] = steps
-        return found
+            by_span.setdefault(span, {})[sigma, q] = steps
+        return by_span
 
     def own(self, ledger_id: str) -> ByUnit:
-        """What a ledger charged."""
+        """Steps that one ledger charged, by unit and kind."""
         rows = self._run(
             "SELECT unit, noise_multiplier, sampling_probability, sum(steps) FROM charges"
             " JOIN spans ON spans.id = span WHERE ledger_id = ? GROUP BY 1, 2, 3",
             (ledger_id,),
         )
-        found: ByUnit = {}
+        by_unit: ByUnit = {}
         for unit, sigma, q, steps in rows:
-            found.setdefault(unit, {})[sigma, q] = steps
-        return found
+            by_unit.setdefault(unit, {})[sigma, q] = steps
+        return by_unit
 
     def counter(self, ledger_id: str) -> int:
-        """The largest number of charges that was seen of a ledger."""
+        """The largest number of charges that the register ever saw in a ledger."""
         row = self._run("SELECT counter FROM ledgers WHERE ledger_id = ?", (ledger_id,)).fetchone()
         return 0 if row is None else int(row[0])
 
     def class_rows(self, span: int | None = None) -> list[tuple[int, list[int]]]:
-        """Classes that have documents, or of these those of a span: number, spans."""
+        """Classes that have documents, as (number, spans).
+
+        Args:
+            span: only classes with this span; None = all.
+        """
         rows = self._run("SELECT id, spans FROM classes WHERE documents > 0")
-        found = [(int(number), file.unpacked(spans)) for number, spans in rows]
-        return [(number, spans) for number, spans in found if span is None or span in spans]
+        classes = [(int(number), file.unpacked(spans)) for number, spans in rows]
+        return [(number, spans) for number, spans in classes if span is None or span in spans]
 
     def documents_of(self, span: int) -> int:
-        """How many documents a span has; looks at all that the register knows.
+        """Number of documents of a span. Reads all documents of the register.
 
-        0 if classes and documents disagree: pages of several times are mixed.
+        0 if the tables of classes and of documents disagree: then the file mixes pages of different
+        points in time.
         """
-        there = dict(self._run("SELECT class, count(*) FROM documents GROUP BY class").fetchall())
-        told = dict(self._run("SELECT id, documents FROM classes").fetchall())
+        counted = dict(self._run("SELECT class, count(*) FROM documents GROUP BY class").fetchall())
+        noted = dict(self._run("SELECT id, documents FROM classes").fetchall())
         classes = [number for number, _ in self.class_rows(span)]
-        agree = all(told[number] == there.get(number) for number in classes)
-        return sum(told[number] for number in classes) if agree else 0
+        agree = all(noted[number] == counted.get(number) for number in classes)
+        return sum(noted[number] for number in classes) if agree else 0
 
     def class_of(self, hashed: bytes) -> int | None:
-        """Of a document; None if it was never seen."""
+        """The class of a document; None if no home ever declared it."""
         row = self._run("SELECT class FROM documents WHERE hash = ?", (hashed,)).fetchone()
         return None if row is None else int(row[0])
 
     def spans_of(self, ledger_id: str, documents: bytes | None = None) -> set[int]:
-        """All of a ledger, or of these those with this digest of documents."""
+        """Numbers of a ledger's spans.
+
+        Args:
+            ledger_id: the ledger.
+            documents: only spans with this digest of documents; None = all.
+        """
         rows = self._run("SELECT id, documents FROM spans WHERE ledger_id = ?", (ledger_id,))
         return {int(number) for number, digest in rows if documents in (None, digest)}
 
     def newest(self, ledger_id: str) -> tuple[int, str]:
-        """The span that a ledger joined last, and its unit; 0 if it never did."""
+        """The span that a ledger declared last, and its unit; (0, "record") if it never did."""
         row = self._run(
             "SELECT id, unit FROM spans WHERE ledger_id = ? ORDER BY joined DESC LIMIT 1",
             (ledger_id,),
@@ -82,7 +92,7 @@ class Tables:
         return (int(row[0]), str(row[1])) if row else (0, "record")
 
     def of_other_units(self, unit: str) -> list[tuple[int, str, str]]:
-        """Spans that were charged for another unit: number, unit, swarm."""
+        """Spans that were charged for another unit, as (number, unit, swarm)."""
         rows = self._run(
             "SELECT DISTINCT spans.id, unit, swarm_id FROM spans"
             " JOIN charges ON spans.id = charges.span WHERE unit != ?",
@@ -94,7 +104,12 @@ class Tables:
     def seen_by(
         self, ledger_id: str, span: int
     ) -> set[tuple[frozenset[int], frozenset[tuple[tuple[float, float], int]]]]:
-        """What others charged, beside which spans of ours, for every class of a span."""
+        """The state of other homes' charges to the documents of a span, to compare it later.
+
+        Returns:
+            For every class of the span: our own spans among the class's, and the steps that other
+            homes charged to it, by kind.
+        """
         charges, own = self.charges(), self.spans_of(ledger_id)
         return {
             (frozenset(own & set(spans)), frozenset(combined(charges, set(spans) - own).items()))
@@ -102,19 +117,24 @@ class Tables:
         }
 
     def classes(self, ledger_id: str, span: int) -> list[DocumentClass]:
-        """All documents that a ledger ever had; here = those of a span."""
+        """All documents that a ledger ever had, by class.
+
+        Args:
+            ledger_id: the ledger.
+            span: documents of this span are `here`.
+        """
         charges, own = self.charges(), self.spans_of(ledger_id)
         owners = {
             int(number): (str(owner), str(swarm_id))
             for number, owner, swarm_id in self._run("SELECT id, ledger_id, swarm_id FROM spans")
         }
         counts = dict(self._run("SELECT id, documents FROM classes").fetchall())
-        found = []
+        classes = []
         for number, spans in self.class_rows():
             if not own & set(spans):
                 continue
             charged = [owners[each] for each in spans if charges.get(each)]
-            found.append(
+            classes.append(
                 DocumentClass(
                     documents=counts[number],
                     here=span in spans,
@@ -124,8 +144,8 @@ class Tables:
                     swarms=sorted({swarm_id for _, swarm_id in charged}),
                 )
             )
-        return found
+        return classes
 
     def steps(self, ledger_id: str) -> int:
-        """Of all of a ledger's charges."""
+        """Number of steps that a ledger charged."""
         return steps_of(self.own(ledger_id))
