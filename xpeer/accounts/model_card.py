@@ -81,7 +81,7 @@ def card_of(
     charged = view.own() if view and view.charged else []
     if ledger and charged and not ledger.counter:
         raise LocalError(f"privacy ledger {ledger.path} has lost all charges", report.START)
-    noted = report.about(ledger)[0] if ledger and charged else None
+    noted = report.noted_targets(ledger)[0] if ledger and charged else None
     # rounding up is safe: a guarantee holds for every larger epsilon and delta, too
     delta = noted and (section.delta or 10.0 ** math.ceil(math.log10(noted)))
     spent = accountant.epsilon_worst(charged, min(noted, delta)) if noted and delta else 0.0

@@ -89,7 +89,7 @@ class Register:
         """True until the register is closed, or a write fails. False from the start if it was
         opened by `look`."""
         self._ledger_id, self._unit, self._span = "", "record", 0
-        """The home, its unit and its span, once they are declared; span 0 until then."""
+        """The home, its unit and its span, as of `declare` or `histories_of`; span 0 until then."""
         self._writes = 0
         """The register's count of writes at our last one."""
         self._steps = 0

@@ -1,10 +1,10 @@
-"""Epsilon once more, by another road: what an auditor recomputes from the stored charges.
+"""An independent computation of epsilon, by which an auditor checks the stored charges.
 
-The accountant (`accountant`) composes distributions of dp-accounting. Here the privacy loss random
-variable of one step is written down in closed form, put on a grid, and composed by Fourier
-transforms: Gopi, Lee and Wutschitz 2021, "Numerical composition of differential privacy",
-arXiv:2106.02848, algorithm 1, with the mean-preserving rounding of section 5.2. Nothing is shared
-with the accountant but the definition of a charge.
+The accountant (`accountant`) composes distributions of dp-accounting. This module writes the
+privacy loss random variable of one step down in closed form, puts it on a grid, and composes it by
+Fourier transforms: Gopi, Lee and Wutschitz 2021, "Numerical composition of differential privacy",
+arXiv:2106.02848, algorithm 1, with the mean-preserving rounding of section 5.2. The two have
+nothing in common but the definition of a charge.
 
 With or without a record, a step draws from P = (1 - q) N(0, sigma^2) + q N(1, sigma^2) or from
 Q = N(0, sigma^2), and the loss at t is
@@ -31,15 +31,16 @@ from xpeer.accounts.accountant import Segment, merge
 from xpeer.errors import LocalError
 
 EPSILON_ERROR: Final = 2e-3
+"""Error of epsilon that theorem 1.1 allows, absolute. It sets the grid, with DELTA_ERROR."""
 DELTA_ERROR: Final = 1e-3
-"""Of delta: with EPSILON_ERROR the errors of theorem 1.1, which set the grid. Exactly composed,
-epsilon lies between epsilon(delta + error) - EPSILON_ERROR and epsilon(delta - error) +
-EPSILON_ERROR of the composition on the grid."""
+"""Error of delta that theorem 1.1 allows, relative to delta. Let epsilon() be the composition on
+the grid and error = DELTA_ERROR * delta. Then the exact epsilon lies between
+epsilon(delta + error) - EPSILON_ERROR and epsilon(delta - error) + EPSILON_ERROR."""
 _LEAST_DELTA: Final = 1e-11
-"""Double precision adds up to about 1e-12 over a grid."""
+"""Smallest delta. Rounding of doubles adds up to about 1e-12 over a grid."""
 _MOST_POINTS: Final = 1 << 24
 _ORDERS: Final = np.concatenate([np.linspace(0.05, 1, 20), np.linspace(1.25, 64, 252)])
-"""Exponents that are tried for the tail of the composed loss."""
+"""Exponents that are tried for Chernoff's bound on the tail of the composed loss."""
 
 _Floats = npt.NDArray[np.float64]
 _Cdf = Callable[[_Floats], _Floats]
@@ -47,7 +48,7 @@ _Cdf = Callable[[_Floats], _Floats]
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """Epsilon, and what it lies between for certain, rounding of doubles aside."""
+    """An estimate of epsilon, and bounds that hold for certain, rounding of doubles aside."""
 
     lower: float
     estimate: float
@@ -56,41 +57,46 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class _Loss:
-    """One step's loss, in one direction."""
+    """One step's loss, in one direction (a record is removed, or added).
+
+    Attributes:
+        cdf: y -> probability of a loss of at most y.
+        low: only a negligible part of the loss lies below.
+        high: only a negligible part of the loss lies above.
+    """
 
     cdf: _Cdf
     low: float
     high: float
-    """Outside of which lies a negligible part of it."""
 
 
 def epsilon_replayed(segments: Iterable[Segment], delta: float) -> float:
-    """The estimate of `replay`."""
+    """The estimate of `replay` alone."""
     return replay(segments, delta).estimate
 
 
 def replay(segments: Iterable[Segment], delta: float) -> Replayed:
-    """Epsilon at this delta for all segments together; 0 for none.
+    """Compute epsilon at this delta for all segments together; 0 without any.
 
-    Takes a second or so.
+    Takes about a second.
 
     Args:
-        segments: charged, in any order.
+        segments: charged steps, in any order.
         delta: in (0, 1).
 
     Raises:
-        LocalError: a cost too large to be put on a grid, or a delta too small for doubles.
+        LocalError: the cost is too large for a grid, or delta is too small for doubles.
     """
     charged = merge(segments)
     if not charged:
         return Replayed(0.0, 0.0, 0.0)
     if delta < _LEAST_DELTA:
         raise LocalError(f"privacy replay: delta {delta:.3g} is too small for double precision")
-    found = [_replayed(charged, delta, adding) for adding in (False, True)]
+    directions = [_replayed(charged, delta, adding) for adding in (False, True)]
     return Replayed(
-        max(0.0, *(each.lower for each in found)),
-        max(each.estimate for each in found),
-        max(each.upper for each in found),
+        max(0.0, *(each.lower for each in directions)),
+        max(each.estimate for each in directions),
+        max(each.upper for each in directions),
     )
 
 
@@ -105,7 +111,7 @@ def _replayed(charged: Sequence[Segment], delta: float, adding: bool) -> Replaye
 
 
 def _composed(charged: Sequence[Segment], delta: float, adding: bool) -> tuple[_Floats, _Floats]:
-    """The loss of all steps, and its probabilities."""
+    """Values of the loss of all steps on the grid, and their probabilities."""
     steps = sum(segment.steps for segment in charged)
     negligible = delta * DELTA_ERROR
     width = EPSILON_ERROR / math.sqrt(steps / 2 * math.log(12 / negligible))
@@ -143,7 +149,7 @@ def _loss(segment: Segment, negligible: float, adding: bool) -> _Loss:
         return float(np.logaddexp(least, math.log(q) + grows))
 
     def draw(y: _Floats) -> _Floats:
-        """t(y), minus infinity below the least loss."""
+        """The draw t at which the loss is y; minus infinity if y is below the least loss."""
         above = y > least
         inside = np.where(above, y, 1.0)
         # ln(e^y - (1 - q)) without overflow
@@ -167,8 +173,11 @@ def _loss(segment: Segment, negligible: float, adding: bool) -> _Loss:
 
 
 def _on_grid(loss: _Loss, width: float) -> tuple[int, _Floats, float]:
-    """Index of the first point, masses of multiples of `width`, and what to add to each so that the
-    mean is the truncated loss's own.
+    """Put a loss on multiples of `width`.
+
+    Returns:
+        Index of the first point; probabilities of the points; what to add to each point, so that
+        the mean on the grid is that of the truncated loss.
     """
     first = math.floor(loss.low / width) - 1
     last = math.ceil(loss.high / width) + 1
@@ -185,7 +194,7 @@ def _on_grid(loss: _Loss, width: float) -> tuple[int, _Floats, float]:
 
 
 def _mean(loss: _Loss, low: float, high: float, total: float) -> float:
-    """Of the loss between two values: high - the integral of its distribution function."""
+    """Mean of the loss between two values: high - the integral of its distribution function."""
     nodes, weights = np.polynomial.legendre.leggauss(8)
     cuts = np.linspace(low, high, 4097)
     half = np.diff(cuts) / 2
@@ -202,12 +211,12 @@ def _reach(
     negligible: float,
     width: float,
 ) -> float:
-    """L so that the composed loss lies beyond -L..L with a negligible probability (Chernoff)."""
+    """Find L such that the composed loss leaves -L..L with negligible probability (Chernoff)."""
     bound = {1.0: np.zeros(len(_ORDERS)), -1.0: np.zeros(len(_ORDERS))}
     for (first, masses, moved), count in zip(singles, steps, strict=True):
         values = (first + np.arange(len(masses))) * width + moved
-        kept = masses > 0
-        logs, values = np.log(masses[kept]), values[kept]
+        positive = masses > 0
+        logs, values = np.log(masses[positive]), values[positive]
         for sign, sums in bound.items():
             for i, order in enumerate(_ORDERS):
                 exponents = logs + sign * order * values

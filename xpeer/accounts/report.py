@@ -1,4 +1,4 @@
-"""What is known of a privacy ledger, for its operator and for auditors. Knows no terminals."""
+"""Reports on a privacy ledger, for its operator and for auditors. Knows no terminals."""
 
 from __future__ import annotations
 
@@ -21,31 +21,34 @@ from xpeer.manifest import DELTA_MAX
 
 START: Final = "start the node: it takes up what was lost"
 TOLERANCE: Final = 0.01
-"""By which two accountants may differ, relative: both have grids."""
+"""Relative difference that two accountants may have, since both compute on grids."""
 _NEGLIGIBLE: Final = 2e-3
-"""The grids' errors, absolute: more than TOLERANCE where epsilon is tiny."""
+"""Absolute difference that they may have besides. It exceeds TOLERANCE where epsilon is tiny."""
 _STEPS_MAX: Final = 10_000_000
 _MOST_CLASSES: Final = 12
-"""Of documents, that are told one by one; each takes up to half a second."""
+"""Classes of documents that a report lists. Each takes up to half a second."""
 
 
 @seen_by("home")
 class DocumentAccount(Struct, frozen=True, kw_only=True):
-    """Documents of one history, by the machine's register."""
+    """A class of documents: all that the machine's register charged alike."""
 
     documents: Local[int]
+    """Number of documents."""
     here: Local[bool]
-    """Whether they are in the shard as the node last started; else they were."""
+    """True iff they were in the shard when the node last started; else they were earlier."""
     homes: Local[int]
-    """That were charged for them, this one included."""
+    """Number of homes that charged them, this one included."""
     swarms: Local[list[str]]
+    """Ids of the swarms that they were charged in."""
     epsilon: Local[float]
-    """All that was charged to them on this machine, at the node's delta."""
+    """Cost of all charges to them on this machine, at the node's delta."""
     segments: Local[list[Segment]]
+    """All charges to them on this machine."""
 
 
 class Noted(NamedTuple):
-    """A charge, and what it was for."""
+    """A charge that notes what it was for."""
 
     segment: Segment
     about: ChargeContext
@@ -53,12 +56,13 @@ class Noted(NamedTuple):
 
 @seen_by("home")
 class FileAccount(Struct, frozen=True, kw_only=True):
-    """One file of a shard."""
+    """The cost of one file of a shard."""
 
     path: Local[str]
     documents: Local[int]
+    """Number of its documents."""
     epsilon: Local[float]
-    """Of its document that was charged most, by all homes of this machine."""
+    """Cost of its most charged document. Charges of all homes of this machine count."""
 
 
 @seen_by(
@@ -67,76 +71,83 @@ class FileAccount(Struct, frozen=True, kw_only=True):
     "six bits to whoever is shown them",
 )
 class Account(Struct, frozen=True, kw_only=True):
-    """Where a ledger stands."""
+    """The state of a ledger, for `xpeer privacy status` and `report`."""
 
     ledger_id: Local[str]
     swarm_id: Public[str]
     mode: Public[str]
     unit: Public[str]
     epsilon_spent: Local[float]
-    """Of documents in the shard as the node last started, charges of other homes included: what the
-    budget is compared with."""
+    """Cost for documents that were in the shard when the node last started. Charges of other homes
+    are included. The budget bounds this number."""
     epsilon_ever: Local[float]
-    """Of all documents that the node ever had."""
+    """The same for all documents that the node ever had."""
     epsilon_target: Public[float]
     delta: Local[float]
     clip_norm: Public[float]
     segments: Local[list[Segment]]
     """All steps of this node."""
     steps_charged: Local[int]
+    """Number of all steps of this node."""
     charges: Local[int]
+    """Number of charges in the ledger."""
     steps_left: Local[int | None]
-    """At the last charge's noise and sampling."""
+    """Further steps that fit the budget, with the noise and sampling of the last charge."""
     ends_unix_s: Local[float | None]
-    """At the pace of the last hour; None = not training now."""
+    """Time at which the budget will be spent, at the pace of the last hour. None = not training
+    now."""
     chain_head: Local[str]
-    """The last link of the chain of charges: who knows it can tell that none was altered."""
+    """Hash of the last charge, hex. With it one can check later that no charge was altered."""
     documents: Local[list[DocumentAccount]]
-    """By the machine's register; largest first. Empty: there is none."""
+    """The most charged classes of documents; those in the shard come first. Empty without a
+    register."""
     classes_left_out: Local[int]
-    """Of documents, charged no more steps than any that is told."""
+    """Number of classes that `documents` omits. None has more steps than those listed."""
     problems: Local[list[str]]
-    """Where ledger and register differ; the larger of the two is told."""
+    """Differences between ledger and register. All numbers here follow the larger of the two."""
 
 
 @seen_by("home")
 class Checked(Struct, frozen=True, kw_only=True):
-    """One account by three roads."""
+    """Epsilon of one account, computed in three ways."""
 
     what: Local[str]
+    """Name of the account, for people."""
     epsilon_accountant: Local[float]
-    """dp-accounting's privacy loss distributions: the node's own number, an upper bound."""
+    """The node's own number, an upper bound: dp-accounting's privacy loss distributions."""
     epsilon_replayed: Local[float]
-    """`replay`: an estimate, that lies, for certain, between"""
+    """The estimate of `replay`."""
     epsilon_lower: Local[float]
-    """this"""
+    """Lower bound of the exact epsilon, by `replay`."""
     epsilon_upper: Local[float]
-    """and this."""
+    """Upper bound of the exact epsilon, by `replay`."""
     epsilon_rdp: Local[float]
-    """Renyi differential privacy: a looser upper bound."""
+    """A looser upper bound, by Renyi differential privacy."""
 
 
 @seen_by("home")
 class Verdict(Struct, frozen=True, kw_only=True):
-    """Whether stored charges and epsilon add up."""
+    """The outcome of `verify`."""
 
     delta: Local[float]
     epsilon_spent: Local[float]
-    """The largest of what is checked, by the accountant."""
+    """The largest `epsilon_accountant` in `checked`."""
     checked: Local[list[Checked]]
-    """This ledger, and the documents charged most by all homes: of its shard, and of all it had."""
+    """The charges of this ledger, then those of the most charged documents: in the shard, and of
+    all that the node ever had."""
     charges: Local[int]
+    """Number of charges in the ledger."""
     steps_registered: Local[int | None]
-    """Of this ledger's steps, in the machine's register; None = there is none."""
+    """Number of this ledger's steps that the machine's register holds. None without a register."""
     problems: Local[list[str]]
-    """Empty: they agree."""
+    """Disagreements. Empty iff everything adds up."""
 
 
-def about(ledger: Ledger) -> tuple[float, float]:
-    """Delta and the target of the last charge that noted them.
+def noted_targets(ledger: Ledger) -> tuple[float, float]:
+    """Delta and epsilon's target, as the last charge that notes them has them.
 
     Raises:
-        LocalError: none did.
+        LocalError: no charge notes them.
     """
     noted = _last_noted(ledger).about
     return noted.delta, noted.epsilon_target
@@ -153,26 +164,27 @@ def _last_noted(ledger: Ledger) -> Noted:
 
 
 def account(ledger: Ledger, register: Register | None = None) -> Account:
-    """Where it stands; takes a second or two.
+    """Report the state of a ledger. Takes a second or two.
 
     Args:
-        ledger: of the node.
-        register: of the machine.
+        ledger: the node's ledger.
+        register: the machine's register; None = there is none.
 
     Raises:
-        LocalError: nothing was charged, or by a version that noted too little.
+        LocalError: nothing was charged, all charges were lost, or the charges are those of an old
+            version that did not note what they were for.
     """
-    together = AccountView(ledger, register)
-    if not together.charged:
+    view = AccountView(ledger, register)
+    if not view.charged:
         raise LocalError(
             f"privacy ledger {ledger.path}: nothing was charged yet",
             "train first: `xpeer start`; if it does not train, `xpeer status` says why",
         )
     if not ledger.counter:
-        raise LocalError(f"privacy ledger {ledger.path}: {'; '.join(together.problems())}", START)
+        raise LocalError(f"privacy ledger {ledger.path}: {'; '.join(view.problems())}", START)
     last = _last_noted(ledger)
     noted, delta = last.about, last.about.delta
-    left, of_shard = _STEPS_MAX, together.of_shard()
+    left, of_shard = _STEPS_MAX, view.of_shard()
     for spent in of_shard:
         left = accountant.steps_within(
             noted.epsilon_target,
@@ -182,46 +194,46 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
             last.segment.sampling_probability,
             left,
         )
-    documents, left_out = _documents(together, delta)
+    documents, left_out = _documents(view, delta)
     return Account(
         ledger_id=ledger.id,
         swarm_id=noted.swarm_id,
         mode=noted.mode,
         unit=noted.exact_unit.partition(" of ")[0],
         epsilon_spent=accountant.epsilon_worst(of_shard, delta),
-        epsilon_ever=accountant.epsilon_worst(together.ever(), delta),
+        epsilon_ever=accountant.epsilon_worst(view.ever(), delta),
         epsilon_target=noted.epsilon_target,
         delta=delta,
         clip_norm=noted.clip_norm,
-        segments=together.charged,
-        steps_charged=sum(segment.steps for segment in together.charged),
+        segments=view.charged,
+        steps_charged=sum(segment.steps for segment in view.charged),
         charges=ledger.counter,
         steps_left=left,
         ends_unix_s=ledger.ends_unix_s(left),
         chain_head=ledger.head,
         documents=documents,
         classes_left_out=left_out,
-        problems=together.problems(),
+        problems=view.problems(),
     )
 
 
 def files(
     ledger: Ledger, register: Register, documents: Iterable[tuple[str, str]], delta: float
 ) -> list[FileAccount]:
-    """Which files of a shard hold documents that were charged; the most charged first.
+    """Compute the cost of each file of a shard. The most charged file comes first.
 
     Args:
-        ledger: of the node whose shard it is.
-        register: of the machine.
-        documents: ids, and the files that they lie in.
-        delta: for which epsilon holds.
+        ledger: ledger of the node whose shard it is.
+        register: the machine's register.
+        documents: (id, path of its file) of each document.
+        delta: delta at which epsilon is computed.
     """
     by_file: dict[str, list[str]] = {}
     for document, path in documents:
         by_file.setdefault(path, []).append(document)
-    together = AccountView(ledger, register)
+    view = AccountView(ledger, register)
     histories = {
-        document: together.with_unregistered(history)
+        document: view.with_unregistered(history)
         for document, history in register.of_documents(
             each for ids in by_file.values() for each in ids
         ).items()
@@ -231,7 +243,7 @@ def files(
         key = tuple(history)
         if key not in costs:
             costs[key] = accountant.epsilon(history, delta)
-    found = [
+    accounts = [
         FileAccount(
             path=path,
             documents=len(ids),
@@ -239,70 +251,72 @@ def files(
         )
         for path, ids in by_file.items()
     ]
-    return sorted(found, key=lambda each: (-each.epsilon, each.path))
+    return sorted(accounts, key=lambda each: (-each.epsilon, each.path))
 
 
-def _documents(together: AccountView, delta: float) -> tuple[list[DocumentAccount], int]:
-    def steps(found: DocumentClass) -> int:
-        return sum(segment.steps for segment in found.segments)
+def _documents(view: AccountView, delta: float) -> tuple[list[DocumentAccount], int]:
+    """The most charged classes of documents, and the number of the others."""
 
-    classes = sorted(together.classes(), key=steps, reverse=True)
-    told = []
-    for found in sorted(classes[:_MOST_CLASSES], key=lambda each: not each.here):
-        segments = together.with_unregistered(found.segments)
-        told.append(
+    def steps(each: DocumentClass) -> int:
+        return sum(segment.steps for segment in each.segments)
+
+    classes = sorted(view.classes(), key=steps, reverse=True)
+    listed = []
+    for each in sorted(classes[:_MOST_CLASSES], key=lambda each: not each.here):
+        segments = view.with_unregistered(each.segments)
+        listed.append(
             DocumentAccount(
-                documents=found.documents,
-                here=found.here,
-                homes=found.ledgers,
-                swarms=found.swarms,
+                documents=each.documents,
+                here=each.here,
+                homes=each.ledgers,
+                swarms=each.swarms,
                 epsilon=accountant.epsilon(segments, delta),
                 segments=segments,
             )
         )
-    return told, len(classes) - len(told)
+    return listed, len(classes) - len(listed)
 
 
 def verify(ledger: Ledger, register: Register | None = None, delta: float | None = None) -> Verdict:
     """Compare the accountant with an independent replay, and with a looser bound.
 
-    That the chain of charges holds was checked when the ledger was read.
+    The chain of charges is not checked here: that happened when the ledger was read.
 
     Args:
-        ledger: of a node.
-        register: of its machine.
-        delta: None = as noted in the ledger; the largest there is if the ledger forgot all.
+        ledger: the ledger of a node.
+        register: the register of its machine; None = there is none.
+        delta: None = the one that the ledger notes, or DELTA_MAX if the ledger lost all charges.
 
     Raises:
-        LocalError: delta is neither given nor noted, or the replay is out of reach.
+        LocalError: delta is neither given nor noted, or the replay can't compute such a cost.
     """
-    together = AccountView(ledger, register)
+    view = AccountView(ledger, register)
     if delta is None:
-        lost = together.charged and not ledger.counter
-        delta = DELTA_MAX if lost else about(ledger)[0]
+        lost = view.charged and not ledger.counter
+        delta = DELTA_MAX if lost else noted_targets(ledger)[0]
     accounts = [("this ledger", ledger.segments())]
-    if together.steps_registered:
-        told = [accountant.merge(ledger.segments())]
+    if view.steps_registered:
+        distinct = [accountant.merge(ledger.segments())]
         for what, histories in (
-            ("documents of the shard, all homes", together.of_shard()),
-            ("documents that ever were in the shard, all homes", together.ever()),
+            ("documents of the shard, all homes", view.of_shard()),
+            ("documents that ever were in the shard, all homes", view.ever()),
         ):
             for history in map(accountant.merge, histories):
-                if history not in told:
-                    told.append(history)
+                if history not in distinct:
+                    distinct.append(history)
                     accounts.append((what, history))
     checked, problems = [], []
     for what, segments in accounts:
-        found = _checked(what, segments, delta)
-        checked.append(found)
-        problems += _disagreements(found)
-    problems += together.problems()
+        comparison = _checked(what, segments, delta)
+        checked.append(comparison)
+        problems += _disagreements(comparison)
+    problems += view.problems()
     return Verdict(
         delta=delta,
-        epsilon_spent=max(found.epsilon_accountant for found in checked),
+        epsilon_spent=max(each.epsilon_accountant for each in checked),
         checked=checked,
         charges=ledger.counter,
-        steps_registered=together.steps_registered,
+        steps_registered=view.steps_registered,
         problems=problems,
     )
 
@@ -319,20 +333,20 @@ def _checked(what: str, segments: list[Segment], delta: float) -> Checked:
     )
 
 
-def _disagreements(found: Checked) -> list[str]:
-    ours, again = found.epsilon_accountant, found.epsilon_replayed
+def _disagreements(checked: Checked) -> list[str]:
+    ours, again = checked.epsilon_accountant, checked.epsilon_replayed
     problems = []
     if abs(ours - again) > TOLERANCE * max(ours, again) + _NEGLIGIBLE:
-        problems.append(f"{found.what}: the accountant says {ours:.4f}, the replay {again:.4f}")
-    if ours < found.epsilon_lower:
+        problems.append(f"{checked.what}: the accountant says {ours:.4f}, the replay {again:.4f}")
+    if ours < checked.epsilon_lower:
         problems.append(
-            f"{found.what}: the accountant says {ours:.4f}, but epsilon is at least "
-            f"{found.epsilon_lower:.4f}"
+            f"{checked.what}: the accountant says {ours:.4f}, but epsilon is at least "
+            f"{checked.epsilon_lower:.4f}"
         )
     for name, value in (("accountant", ours), ("replay", again)):
-        if value > found.epsilon_rdp * (1 + TOLERANCE):
+        if value > checked.epsilon_rdp * (1 + TOLERANCE):
             problems.append(
-                f"{found.what}: the {name} says {value:.4f}, more than Renyi's bound "
-                f"{found.epsilon_rdp:.4f}"
+                f"{checked.what}: the {name} says {value:.4f}, more than Renyi's bound "
+                f"{checked.epsilon_rdp:.4f}"
             )
     return problems

@@ -184,7 +184,7 @@ def documents_command(
             ledger,
             register,
             [(document.id, document.source) for document in held],
-            _checked_delta(delta) or report.about(ledger)[0],
+            _checked_delta(delta) or report.noted_targets(ledger)[0],
         )
     found = [each for each in found if each.epsilon > above]
     if as_json:

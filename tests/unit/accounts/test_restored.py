@@ -297,7 +297,7 @@ def test_a_restored_ledger_is_charged_again_what_the_register_knows(machine: Mac
         ledger.charge(STEP)
     with machine.start("a", ["x"]) as ledger:
         assert machine.joined.steps_behind == machine.joined.recovered_steps == 0
-        assert report.about(ledger) == (DELTA, 8.0)
+        assert report.noted_targets(ledger) == (DELTA, 8.0)
 
 
 def test_a_charge_on_its_way_to_the_ledger_is_no_restored_copy(
