@@ -1,1 +1,1 @@
-"""Clipping, noise, the accountant and the ledger."""
+"""Private gradients: sampling, clipping, noise, and the mechanisms that charge for them."""

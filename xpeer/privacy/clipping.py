@@ -5,12 +5,12 @@ a long one and the clipping norm means the same for both. Clipping is over all t
 together (flat), in full precision. Records whose gradient is not finite count as zero: a partner
 chooses the parameters, and could provoke them to learn whether a record is there.
 
-`BookKeepingEngine` is the fastest, `MicrobatchEngine` makes no assumption on the model;
-`engines.choose_engine` takes the first that is exact. Tokens a second on one CPU thread, Llama of
+`BookKeepingEngine` is usually the fastest. `MicrobatchEngine` makes no assumption on the model.
+`engines.choose_engine` picks the fastest that is exact. Tokens a second on one CPU thread, Llama of
 1.66 M parameters (hidden 128, 6 layers, vocabulary 320), 64 records of 128 tokens: 5,900 without
 privacy, 5,450 book-keeping, 4,950 vmap, 3,890 one by one.
 
-What an engine tells of its records (losses, norms) is private.
+What an engine reports of its records (losses, norms) is private.
 """
 
 from __future__ import annotations
@@ -31,28 +31,30 @@ RecordLosses = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 numbers of predicted tokens (B,)."""
 
 Bound = float | Tensor
-"""The norm that records are clipped to: one for all, or each its own, (B,)."""
+"""The norm that records are clipped to: one for all, or one for each, (B,)."""
 
 DEFAULT_MEMORY_BYTES: Final = 1 << 30
 _ROUNDING: Final = 1e-6
 """Clip to C (1 - this), so that float32's rounding can't carry a record over C."""
 _WRITTEN_RATIO: Final = 20
-"""Write a record's gradient of a matrix down if it has at most so many times T^2 values; otherwise
-T^2 inner products tell its norm. Between 8 and 40 it hardly matters."""
+"""Write a record's gradient of a matrix down if the matrix has at most so many times T^2 values.
+Otherwise compute its norm from T^2 inner products. Between 8 and 40 it hardly matters."""
 _CANCELLED: Final = 1e-5
-"""A squared norm from inner products counts as at least this share of its reach squared. Rounding
-errs by 1e-6 of that at most where terms cancel, as a partner's parameters might make them, and the
-record would go unclipped. Real text cancels to about 1 / T."""
+"""Lower bound of a squared norm from inner products, over the square of its reach (`Outer.reach`).
+Where terms cancel, rounding errs by up to 1e-6 of that square. A partner could choose parameters
+whose terms cancel, and without the bound the record would go unclipped. Real text cancels to about
+1 / T."""
 _PIECE: Final = 4096
-"""Values whose squares are added in float32: of more a processor's sum loses too much (1e-4 of the
-norm of 5 M values, 2% of that of 60 M equal ones)."""
+"""Values whose squares are added in float32 on a processor. Longer sums lose too much: 1e-4 of the
+norm of 5 M values, 2% of that of 60 M equal ones."""
 _CPU_TOKENS: Final = 1024
-"""Per pass; larger passes fall out of a processor's caches (64 records of 128: half the speed)."""
+"""Tokens of a pass on a processor. Larger passes fall out of its caches (64 records of 128: half
+the speed)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clipped:
-    """What a batch was like, beside the sums. Private: for the node's own operator only."""
+    """Losses and norms of a batch. Private: for the node's own operator only."""
 
     losses: Tensor  # (B,) summed negative log-likelihood in nats
     tokens: Tensor  # (B,) predicted tokens
@@ -60,21 +62,25 @@ class Clipped:
 
 
 class Engine(Protocol):
-    """A way to get sums of clipped gradients."""
+    """A way to compute sums of clipped gradients.
+
+    Attributes:
+        name: of the engine, for logs and reports.
+    """
 
     name: str
 
     def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
-        """Add the clipped gradients of (B, T) records to sums, in the order of `trainable`."""
+        """Add the clipped gradients of (B, T) records to `sums`, in the order of `trainable`."""
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that are trained, tied ones once, in the order of their names."""
+    """Parameters that are trained, in the model's order. Tied ones come once."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def batches(records: Tensor, clip_norm: Bound, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, T) records and their bounds, (B,) float64, at most `size` at once."""
+    """Split (B, T) records and their bounds, (B,) float64, into batches of at most `size`."""
     for part, bounds in zip(
         torch.split(records, size), torch.split(bounds_of(records, clip_norm), size), strict=True
     ):
@@ -84,8 +90,8 @@ def batches(records: Tensor, clip_norm: Bound, size: int) -> Iterator[tuple[Tens
 
 def bounds_of(records: Tensor, clip_norm: Bound) -> Tensor:
     """The norm that each record is clipped to, (B,) float64."""
-    given = torch.as_tensor(clip_norm, dtype=torch.float64, device=records.device)
-    return given.expand(len(records))
+    bounds = torch.as_tensor(clip_norm, dtype=torch.float64, device=records.device)
+    return bounds.expand(len(records))
 
 
 def clip_factors(norms: Tensor, clip_norm: Bound) -> Tensor:
@@ -95,7 +101,7 @@ def clip_factors(norms: Tensor, clip_norm: Bound) -> Tensor:
 
 
 def squared_norms(gradients: Tensor) -> Tensor:
-    """Of each record's gradient, (B, ...) float32 -> (B,) float64."""
+    """Squared norm of each record's gradient, (B, ...) float32 -> (B,) float64."""
     flat = gradients.flatten(1)
     if flat.device.type != "cpu":
         return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square()  # type: ignore[no-any-return]
@@ -104,7 +110,7 @@ def squared_norms(gradients: Tensor) -> Tensor:
 
 
 class MicrobatchEngine:
-    """One record at a time by plain autograd: exact for every model, with hardly more memory."""
+    """One record at a time by plain autograd. Exact for every model, and needs little memory."""
 
     name = "microbatch"
 
@@ -114,9 +120,11 @@ class MicrobatchEngine:
         self._parameters = trainable(model)
 
     def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
-        """See `Engine`."""
-        told = [self._one(record, bound, sums) for record, bound in batches(records, clip_norm, 1)]
-        return _joined(told, records.device)
+        """See `Engine.accumulate`."""
+        passes = [
+            self._one(record, bound, sums) for record, bound in batches(records, clip_norm, 1)
+        ]
+        return _joined(passes, records.device)
 
     def _one(self, record: Tensor, bound: Tensor, sums: Sequence[Tensor]) -> Clipped:
         losses, tokens = self._record_losses(self._model, record)
@@ -136,8 +144,8 @@ class MicrobatchEngine:
 
 
 class _Losses(nn.Module):
-    """The loss as a module around the model, so that `functional_call` reaches its parameters and
-    the loss still sees a model.
+    """The loss as a module around the model. `functional_call` can replace the model's parameters,
+    and the loss still gets a model.
     """
 
     def __init__(self, model: nn.Module, record_losses: RecordLosses) -> None:
@@ -150,7 +158,14 @@ class _Losses(nn.Module):
 
 
 class FunctionalEngine:
-    """Many records at once by `torch.func.vmap`: exact for every model that it can run."""
+    """Many records at once by `torch.func.vmap`. Exact for every model that vmap can run.
+
+    Args:
+        model: records must not influence one another.
+        record_losses: the loss.
+        micro_batch: records per pass; 0 = as many as suit memory and device.
+        memory_bytes: bound of what the engine itself keeps during a pass.
+    """
 
     name = "vmap"
 
@@ -170,24 +185,25 @@ class FunctionalEngine:
         self._fits = max(1, memory_bytes // (8 * max(1, values)))  # gradients, and as much again
 
     def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
-        """See `Engine`."""
+        """See `Engine.accumulate`."""
         size = self._micro_batch or min(self._fits, cache_records(records))
-        told = [
+        passes = [
             self._pass(part, bounds, sums) for part, bounds in batches(records, clip_norm, size)
         ]
-        return _joined(told, records.device)
+        return _joined(passes, records.device)
 
     def _pass(self, records: Tensor, bounds: Tensor, sums: Sequence[Tensor]) -> Clipped:
         def loss(values: dict[str, Tensor], record: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            told: Any = torch.func.functional_call(self._losses, values, (record.unsqueeze(0),))
-            losses, tokens = told
+            output: Any = torch.func.functional_call(self._losses, values, (record.unsqueeze(0),))
+            losses, tokens = output
             return (losses / tokens.clamp(min=1)).sum(), (losses[0], tokens[0])
 
         values = dict(zip(self._names, (p.detach() for p in self._parameters), strict=True))
-        per_record: Any = torch.func.vmap(  # "same": chance knows nothing of the records
+        # randomness "same": one dropout mask for all records; it does not depend on them
+        per_record: Any = torch.func.vmap(
             torch.func.grad(loss, has_aux=True), in_dims=(None, 0), randomness="same"
         )
-        # the plain attention: vmap would run the fused ones record by record, and warn
+        # plain attention: vmap would run the fused kernels record by record, and warn
         with sdpa_kernel(SDPBackend.MATH):
             grads, (losses, tokens) = per_record(values, records)
         with torch.no_grad():
@@ -202,16 +218,18 @@ class FunctionalEngine:
 
 
 class BookKeepingEngine:
-    """Many records in one pass, from what went into each layer and what came back (`layers`).
+    """Many records in one pass, from each layer's inputs and the gradients of its outputs.
+
+    `layers` does the work on one layer.
 
     Args:
         model: records must not influence one another.
         record_losses: the loss.
-        micro_batch: records per pass; 0 = as many as the memory allows.
-        memory_bytes: for what the engine itself keeps during a pass.
+        micro_batch: records per pass; 0 = as many as suit memory and device.
+        memory_bytes: bound of what the engine itself keeps during a pass.
 
     Raises (from `accumulate`):
-        ConfigError: a layer whose gradients can't be told apart by record.
+        ConfigError: a layer's gradients can't be separated by record.
     """
 
     name = "book-keeping"
@@ -232,112 +250,114 @@ class BookKeepingEngine:
         ]
         self._memory_bytes = memory_bytes
         self.micro_batch = micro_batch
-        """Records per pass; 0 until the first pass has told what a record needs."""
+        """Records per pass. 0 until the first pass has measured how much memory a record needs."""
 
     def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
-        """See `Engine`."""
-        told: list[Clipped] = []
+        """See `Engine.accumulate`."""
+        passes: list[Clipped] = []
         bounds = bounds_of(records, clip_norm)
         while len(records):
-            size = self.micro_batch or 1  # the first record tells how many fit
-            told.append(self._pass(records[:size], bounds[:size], sums))
+            size = self.micro_batch or 1  # the first pass measures one record
+            passes.append(self._pass(records[:size], bounds[:size], sums))
             records, bounds = records[size:], bounds[size:]
-        return _joined(told, records.device)
+        return _joined(passes, records.device)
 
     def _pass(self, records: Tensor, bounds: Tensor, sums: Sequence[Tensor]) -> Clipped:
-        losses, tokens, shares = self._backward(records)
+        losses, tokens, gradients = self._backward(records)
         with torch.no_grad():
             squares = torch.zeros(len(records), dtype=torch.float64, device=records.device)
             written: list[Tensor | None] = []
-            for parameter, found in zip(self._parameters, shares, strict=True):
-                whole = _written(parameter, found)
+            for parameter, terms in zip(self._parameters, gradients, strict=True):
+                whole = _written(parameter, terms)
                 written.append(whole)
-                squares += _squares(found, whole)
+                squares += _squares(terms, whole)
             norms = squares.clamp(min=0).sqrt()
-            told = Clipped(losses, tokens, norms)
+            clipped = Clipped(losses, tokens, norms)
             good = torch.isfinite(norms)
             if not bool(good.all()):  # 0 times infinity is not 0: leave those records out
-                del shares, written
+                del gradients, written
                 rest = records[good]
                 if len(rest):
                     self._pass(rest, bounds[good], sums)
-                return told
+                return clipped
             factors = clip_factors(norms, bounds)
-            for total, found, whole in zip(sums, shares, written, strict=True):
-                _add_weighted(total, found, whole, factors.to(total.dtype))
-        return told
+            for total, terms, whole in zip(sums, gradients, written, strict=True):
+                _add_weighted(total, terms, whole, factors.to(total.dtype))
+        return clipped
 
     def _backward(self, records: Tensor) -> tuple[Tensor, Tensor, list[list[Part]]]:
-        """Losses (B,), tokens (B,), and per parameter its shares."""
+        """Losses (B,), tokens (B,), and the gradient of each parameter as the terms of a sum."""
         probe = torch.zeros((), device=records.device, requires_grad=True)
         with tapped(self._layers, probe) as calls, torch.enable_grad():
             losses, tokens = self._record_losses(self._model, records)
             mean = (losses / tokens.clamp(min=1)).sum()
             torch.autograd.grad(mean, probe, allow_unused=True)
         places = {id(p): i for i, p in enumerate(self._parameters)}
-        shares: list[list[Part]] = [[] for _ in self._parameters]
+        gradients: list[list[Part]] = [[] for _ in self._parameters]
         with torch.no_grad():
             for call in calls:
                 for parameter, part in parts(call, len(records)):
-                    shares[places[id(parameter)]].append(part)
+                    gradients[places[id(parameter)]].append(part)
         if not self.micro_batch:
-            self._choose_micro_batch(shares, records)
-        return losses.detach(), tokens, shares
+            self._choose_micro_batch(gradients, records)
+        return losses.detach(), tokens, gradients
 
-    def _choose_micro_batch(self, shares: Sequence[list[Part]], records: Tensor) -> None:
-        """Bound what a pass keeps: gradients that are written down, and layers' two ends.
+    def _choose_micro_batch(self, gradients: Sequence[list[Part]], records: Tensor) -> None:
+        """Set `micro_batch` so that a pass keeps no more than the memory allowed.
 
-        Autograd keeps about as much again.
+        A pass keeps the gradients that are written down, and inputs and output gradients of the
+        layers. Autograd keeps about as much again.
         """
         values, batch = 0, len(records)
-        for parameter, found in zip(self._parameters, shares, strict=True):
-            for part in found:
+        for parameter, terms in zip(self._parameters, gradients, strict=True):
+            for part in terms:
                 ends = (part.rows, part.cols) if isinstance(part, Outer) else (part,)
                 values += 2 * sum(x.numel() for x in ends)
-            if _is_written(parameter, found):
+            if _is_written(parameter, terms):
                 values += parameter.numel() * batch
         fits = self._memory_bytes // (4 * max(1, values // batch))
         self.micro_batch = max(1, min(fits, cache_records(records)))
 
 
 def cache_records(records: Tensor) -> int:
-    """Records per pass that suit where they are: few on a CPU, all of them elsewhere."""
+    """Number of records per pass that suits their device: few on a CPU, all of them elsewhere."""
     if records.device.type != "cpu":
         return max(1, len(records))
     return max(4, _CPU_TOKENS // max(1, records.shape[1]))
 
 
-def _is_written(parameter: Tensor, found: list[Part]) -> bool:
-    """Whether to write the gradients of every record down: where the matrix is small.
+def _is_written(parameter: Tensor, terms: list[Part]) -> bool:
+    """Whether to write the gradient of every record down: if the matrix is small, or if a term is
+    no sum of outer products.
 
     Otherwise T^2 inner products of the factors give the norm.
     """
-    outers = [part for part in found if isinstance(part, Outer)]
-    if len(outers) < len(found):
+    outers = [part for part in terms if isinstance(part, Outer)]
+    if len(outers) < len(terms):
         return True
     tokens = max((part.cols.shape[1] for part in outers), default=0)
     return parameter.numel() <= _WRITTEN_RATIO * tokens * tokens
 
 
-def _written(parameter: Tensor, found: list[Part]) -> Tensor | None:
-    """(B, *shape), if it is to be written down."""
-    if not found or not _is_written(parameter, found):
+def _written(parameter: Tensor, terms: list[Part]) -> Tensor | None:
+    """Each record's gradient of a parameter, (B, *shape); None if it is not to be written down."""
+    if not terms or not _is_written(parameter, terms):
         return None
     whole: Tensor | None = None
-    for part in found:
+    for part in terms:
         one = part.written(parameter.shape) if isinstance(part, Outer) else part
         whole = one if whole is None else whole.add_(one)
     return whole
 
 
-def _squares(found: list[Part], whole: Tensor | None) -> Tensor | float:
-    """Squared norm per record, (B,) float64."""
+def _squares(terms: list[Part], whole: Tensor | None) -> Tensor | float:
+    """Squared norm of each record's gradient of a parameter, (B,) float64."""
     if whole is not None:
         return squared_norms(whole)
     total: Tensor | float = 0.0
     reach: Tensor | float = 0.0
-    for i, a in enumerate(found):
-        for b in found[i:]:
+    for i, a in enumerate(terms):
+        for b in terms[i:]:
             if not isinstance(a, Outer) or not isinstance(b, Outer):
                 raise LocalError("a gradient that must be written down was not")
             total = total + a.inner(b) * (1.0 if a is b else 2.0)
@@ -346,21 +366,21 @@ def _squares(found: list[Part], whole: Tensor | None) -> Tensor | float:
     return torch.maximum(torch.as_tensor(total), torch.as_tensor(_CANCELLED * reach * reach))
 
 
-def _add_weighted(total: Tensor, found: list[Part], whole: Tensor | None, factors: Tensor) -> None:
+def _add_weighted(total: Tensor, terms: list[Part], whole: Tensor | None, factors: Tensor) -> None:
     if whole is not None:
         total.view(-1).addmv_(whole.flatten(1).T, factors)
         return
-    for part in found:
+    for part in terms:
         if isinstance(part, Outer):
             part.add_weighted(factors, total)
 
 
-def _joined(told: list[Clipped], device: torch.device) -> Clipped:
-    if not told:
+def _joined(passes: list[Clipped], device: torch.device) -> Clipped:
+    if not passes:
         empty = torch.zeros(0, device=device)
         return Clipped(empty, empty.long(), empty.double())
     return Clipped(
-        torch.cat([c.losses for c in told]),
-        torch.cat([c.tokens for c in told]),
-        torch.cat([c.norms for c in told]),
+        torch.cat([c.losses for c in passes]),
+        torch.cat([c.tokens for c in passes]),
+        torch.cat([c.norms for c in passes]),
     )

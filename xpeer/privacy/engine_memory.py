@@ -1,8 +1,9 @@
-"""Which engine clipped last time, so that a start need not try them all again.
+"""A memory of the engine that clipped last time, so that a start need not try them all again.
 
-One small file in the home's cache. It says nothing of the text, and nothing depends on it but time:
-the engine it names is held against plain autograd at every start, as any candidate is, and a file
-that can't be read, or is of another model, device, version or batch, is made again.
+It is one small file in the home's cache, and says nothing of the text. Only the time of a start
+depends on it: the remembered engine is compared with plain autograd at every start, as any
+candidate is. A file that can't be read, or is for another model, device, version or batch, is
+replaced.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ _PACKAGES: Final = ("xpeer", "torch", "transformers", "peft")
 @seen_by("home", "as PrivacySpent's engine")
 class _Choice(Struct, frozen=True, forbid_unknown_fields=True):
     setting: Local[str]
-    """What it was chosen for: `setting_of`."""
+    """Hash of what the engine was chosen for: `setting_of`."""
     engine: Local[str]
     reason: Local[str]
 
 
 class EngineMemory:
-    """The file.
+    """The file with the choice.
 
     Args:
         folder: `Home.cache`.
-        setting: what the choice is for.
+        setting: what the choice is for: `setting_of`.
     """
 
     def __init__(self, folder: Path, setting: str) -> None:
@@ -46,15 +47,15 @@ class EngineMemory:
         self._setting = setting
 
     def recall(self) -> tuple[str, str] | None:
-        """The engine's name, and why it was chosen; None: nothing that is of use is known."""
+        """The engine's name, and why it was chosen; None if nothing is stored for this setting."""
         try:
-            found = msgspec.json.decode(self._path.read_bytes(), type=_Choice)
+            choice = msgspec.json.decode(self._path.read_bytes(), type=_Choice)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
-        return (found.engine, found.reason) if found.setting == self._setting else None
+        return (choice.engine, choice.reason) if choice.setting == self._setting else None
 
     def keep(self, engine: str, reason: str) -> None:
-        """Remember a choice, if the disk allows: the next start can do without."""
+        """Store a choice. Errors of the disk are ignored: the next start can do without."""
         beside = self._path.with_name(NAME + ".new")
         content = msgspec.json.encode(_Choice(self._setting, engine, reason))
         with private_umask(), contextlib.suppress(OSError):
@@ -64,12 +65,12 @@ class EngineMemory:
 
 
 def setting_of(model: nn.Module, records: torch.Tensor, *details: object) -> str:
-    """A hash of all that the engines' order may depend on.
+    """Hash everything that the choice of an engine may depend on.
 
     Args:
-        model: on its device: its config, and which parameters are trained.
+        model: on its device. Its config counts, and which parameters are trained.
         records: (n, T); only T counts.
-        details: of the node and the manifest: privacy mode and unit, sizes of batches.
+        details: what else counts: privacy mode and unit, sizes of batches.
     """
     device = next(model.parameters()).device
     config: Any = getattr(model, "config", None)

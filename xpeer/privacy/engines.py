@@ -1,8 +1,8 @@
 """The choice of an engine: the fastest that agrees with plain autograd on records of the shard.
 
-A look at a model's layers is not enough: a wrong gradient can come from layers that all seem fine.
-So every engine is tried at start-up. One that finds smaller norms than autograd does would clip too
-little, and is never used.
+Looking at a model's layers is not enough: layers that all seem fine can give a wrong gradient. So
+every engine is tried at start-up. An engine that computes smaller norms than autograd would clip
+too little, and is never used.
 """
 
 from __future__ import annotations
@@ -30,29 +30,31 @@ from xpeer.privacy.clipping import (
 from xpeer.privacy.engine_memory import EngineMemory
 
 UNDERESTIMATE_MAX: Final = 1e-3
-"""Of a record's norm, relative."""
+"""Largest relative amount by which an engine may underestimate a record's norm."""
 SUM_ERROR_MAX: Final = 1e-4
-"""Of the sum of clipped gradients, relative to its norm."""
+"""Largest error of the sum of clipped gradients, relative to its norm."""
 COUPLING_MAX: Final = 1e-3
-"""Relative difference of a record's loss alone and among others."""
+"""Largest relative difference between a record's loss alone and its loss in a batch."""
 SAMPLE_RECORDS: Final = 4
 _LOOK_AT: Final = 256
+"""Records from which the sample is picked."""
 _TIMED_RECORDS: Final = 8
 _TRIED_RECORDS: Final = 2
-"""An engine that takes longer for these than the best for all is given up."""
+"""An engine is given up if it needs longer for so many records than the best one for all."""
 _WORTH_IT: Final = 0.9
-"""An engine that stands later in the order has to need less than this share of the time."""
+"""An engine replaces the best of those before it only if it needs less than this part of its
+time."""
 
 Candidate = Callable[[], Engine]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An engine, and why it."""
+    """The engine to use, and why."""
 
     engine: Engine
     reason: str
-    """In words for the operator: how fast the exact ones were, and why others were refused."""
+    """How fast the exact engines were, and why others were refused; in words for the operator."""
 
 
 def choose_engine(
@@ -66,22 +68,22 @@ def choose_engine(
     clock: Callable[[], float] = time.perf_counter,
     memory: EngineMemory | None = None,
 ) -> Choice:
-    """The fastest engine that is right for this model; the one of last time, if it still is right.
+    """Choose last time's engine if it is still right, else the fastest that is right.
 
     Args:
-        model: on its device; put into evaluation mode for the comparison, for dropout is chance,
-            but engines are timed in its own mode.
+        model: on its device. It is in evaluation mode while engines are compared, since dropout is
+            random; they are timed in the mode that it came in.
         record_losses: the loss.
         sample: (n, T) int64 records, some of them padded; see `sample_of`.
         micro_batch: records per pass; 0 = the engine chooses.
         memory_bytes: bound of what an engine keeps during a pass.
-        candidates: in the order of preference where speeds are alike; one record at a time is
-            always the last.
-        clock: seconds, for the comparison.
-        memory: of the node, for this model, device and batch.
+        candidates: engines to try; where speeds are alike, an earlier one is preferred.
+            `MicrobatchEngine` always follows as the last. None = all others.
+        clock: seconds, for the timing.
+        memory: the node's memory of the choice for this model, device and batch; None = none.
 
     Raises:
-        ConfigError: records influence one another in this model, or nothing of it is trained.
+        ConfigError: records influence one another in this model, or no parameter is trained.
     """
     refuse_coupled(model)
     if not trainable(model):
@@ -104,8 +106,9 @@ def choose_engine(
 
 
 def sample_of(records: Tensor) -> Tensor:
-    """A few records for the test, the one with most places filled up (negative) among them:
-    (n, T) -> (m, T), 2 <= m <= 4; n >= 1.
+    """Pick a few records for the test: (n, T) -> (m, T), 2 <= m <= 4; n >= 1.
+
+    The record with the most padding (negative numbers) is among them.
     """
     first = records[:_LOOK_AT]
     filled = (first < 0).sum(1)
@@ -118,7 +121,7 @@ def refuse_coupled(model: nn.Module) -> None:
     """Refuse layers through which one record of a batch reaches another.
 
     Raises:
-        ConfigError: there is one: no clipping would bound a single record's influence.
+        ConfigError: the model has such a layer. No clipping would bound a record's influence.
     """
     for name, module in model.named_modules():
         owners: list[Any] = [module, getattr(module, "config", None)]
@@ -144,22 +147,25 @@ def _fastest(
     clock: Callable[[], float],
     refused: list[str],
 ) -> tuple[Engine, str]:
-    """By one pass over a few records each; the test before was the warm-up.
+    """Time each engine by one pass over a few records. The test before was the warm-up.
 
-    The last of them must work. Others that don't, in the mode in which the model will be trained,
-    are added to `refused`.
+    The model is in the mode in which it will be trained. An engine that fails in it is added to
+    `refused`; if it is the last one, its error is raised.
+
+    Returns:
+        The fastest engine, and why it was chosen.
     """
     records = _repeated(sample)
     sums = [torch.zeros_like(p) for p in trainable(model)]
     best, best_s = engines[-1], float("inf")
-    told = []
+    timings = []
     for engine in engines:
         began = clock()
         try:
             if best_s < float("inf"):
                 _run(engine, records[:_TRIED_RECORDS], sums)
                 if (tried_s := clock() - began) > best_s:
-                    told.append(f"{engine.name} given up at {1e3 * tried_s:.3g} ms")
+                    timings.append(f"{engine.name} given up at {1e3 * tried_s:.3g} ms")
                     continue
                 began = clock()
             _run(engine, records, sums)
@@ -169,12 +175,12 @@ def _fastest(
             refused.append(f"{engine.name}: {type(e).__name__}: {e}")
             continue
         needed_s = clock() - began
-        told.append(f"{engine.name} {1e3 * needed_s:.3g} ms")
+        timings.append(f"{engine.name} {1e3 * needed_s:.3g} ms")
         if best_s == float("inf") or needed_s < _WORTH_IT * best_s:
             best, best_s = engine, needed_s
-    if len(told) == 1:
+    if len(timings) == 1:
         return best, "no other is exact for this model"
-    return best, f"{_TIMED_RECORDS} records take {', '.join(told)}"
+    return best, f"{_TIMED_RECORDS} records take {', '.join(timings)}"
 
 
 def _repeated(sample: Tensor) -> Tensor:
@@ -192,13 +198,13 @@ def _again(
     candidates: Sequence[Candidate],
     name: str,
 ) -> Engine | None:
-    """The engine of this name, if it is right and works in training mode."""
+    """The engine of this name. None unless it is right and works in training mode."""
     right, _ = _right_ones(model, record_losses, sample, candidates, only=name)
     if right[0].name != name:
         return None
     try:
         _run(right[0], sample, [torch.zeros_like(p) for p in trainable(model)])
-    except Exception:  # noqa: BLE001 - whatever it is, all are tried then
+    except Exception:  # noqa: BLE001 - after any failure all engines are tried
         return None
     return right[0]
 
@@ -210,9 +216,10 @@ def _right_ones(
     candidates: Sequence[Candidate],
     only: str | None = None,
 ) -> tuple[list[Engine], list[str]]:
-    """Engines that agree with plain autograd, which is the last; and why others do not.
+    """Engines that agree with plain autograd, and reasons against the others.
 
-    With `only` that one alone is run; candidates before it are made.
+    Plain autograd is the last of the engines. The model is in evaluation mode meanwhile. With
+    `only`, the candidate of that name alone is compared.
     """
     training = model.training
     model.eval()
@@ -249,11 +256,11 @@ def _agreeing(
             name = engine.name
             if only not in (None, name):
                 continue
-            told, got = _try(model, engine, sample, clip_norm)
-        except Exception as e:  # noqa: BLE001 - whatever a model does to it, the next may work
+            clipped, got = _try(model, engine, sample, clip_norm)
+        except Exception as e:  # noqa: BLE001 - after any failure the next engine may work
             refused.append(f"{name}: {type(e).__name__}: {e}")
             continue
-        problem = _problem(expected, sums, told, got)
+        problem = _problem(expected, sums, clipped, got)
         if problem:
             refused.append(f"{name}: {problem}")
         else:
@@ -271,11 +278,12 @@ def _try(
 
 
 def _problem(
-    expected: Clipped, sums: Sequence[Tensor], told: Clipped, got: Sequence[Tensor]
+    expected: Clipped, sums: Sequence[Tensor], clipped: Clipped, got: Sequence[Tensor]
 ) -> str:
-    if told.norms.shape != expected.norms.shape:
+    """Why an engine's norms and sums are wrong; "" if they agree with those of plain autograd."""
+    if clipped.norms.shape != expected.norms.shape:
         return "it does not tell one norm per record"
-    low = _largest((expected.norms - told.norms).clamp(min=0), expected.norms)
+    low = _largest((expected.norms - clipped.norms).clamp(min=0), expected.norms)
     if not low <= UNDERESTIMATE_MAX:
         return f"norms under-estimated by {low:.2g}"
     error = sum(float((a - b).double().square().sum()) for a, b in zip(sums, got, strict=True))
@@ -290,8 +298,8 @@ def _refuse_coupling(
     model: nn.Module, record_losses: RecordLosses, sample: Tensor, alone: Clipped
 ) -> None:
     with torch.no_grad():
-        together, _ = record_losses(model, sample)
-    change = _largest(together - alone.losses, alone.losses)
+        in_batch, _ = record_losses(model, sample)
+    change = _largest(in_batch - alone.losses, alone.losses)
     if change > COUPLING_MAX:
         raise ConfigError(
             f"records influence one another in this model: their losses change by {change:.1%} "
@@ -301,7 +309,7 @@ def _refuse_coupling(
 
 
 def _largest(differences: Tensor, values: Tensor) -> float:
-    """Largest relative difference where both are finite."""
+    """The largest difference relative to its value, where both are finite."""
     relative = differences.abs().double() / values.abs().double().clamp(min=1e-12)
     relative = relative[torch.isfinite(values) & torch.isfinite(differences)]
     return float(relative.max()) if len(relative) else 0.0

@@ -1,8 +1,8 @@
 """One private step: sample, clip, add up, add noise. Knows no ledger: `mechanism` charges first.
 
-    grad = (sum over sampled units of what they give, norm C at most + N(0, sigma^2 C^2 I)) / B
+    grad = (sum over sampled units of their vectors, norm C at most + N(0, sigma^2 C^2 I)) / B
 
-with q = B / n; B is the number of units expected, not the number sampled, which is private.
+with q = B / n. B is the expected number of units. The number sampled is private.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from xpeer.privacy.units import Sample, Units
 
 
 class Sampling(NamedTuple):
-    """How units are sampled.
+    """The sampling of units.
 
     Attributes:
-        expected: B, units of a step.
-        probability: q that steps are charged with.
+        expected: B, the expected number of units of a step.
+        probability: q, with which steps are charged.
     """
 
     expected: int
@@ -36,23 +36,28 @@ class Sampling(NamedTuple):
 
 
 def sampling_of(manifest: Manifest, size: int) -> Sampling:
-    """The manifest's batch, of a shard of so many units as others may infer (`coarse_size`)."""
+    """The sampling that gives the manifest's batch.
+
+    Args:
+        manifest: of the swarm.
+        size: number of units of the shard, made coarse by `coarse_size`, since others may infer q.
+    """
     expected = min(manifest.optimiser.batch_records, size)
     return Sampling(expected, expected / size)
 
 
 class PrivateGradient:
-    """Steps over the units of this shard; one thread.
+    """Private steps over the units of this shard. For one thread.
 
     Args:
-        parameters: that are trained, on their device.
+        parameters: trained parameters, on their device.
         engine: clips the records' gradients.
         records: (n, T) int64, CPU.
-        units: of privacy, made of these records; of all ranks.
+        units: units of privacy, made of these records, for all ranks.
         clip_norm: C, and the noise that goes with it.
-        sampling: B, of all ranks together, and q.
-        generator: of noise and samples.
-        ranks: that take each step together; all have the same units and the same B.
+        sampling: B, summed over all ranks, and q.
+        generator: makes noise and samples.
+        ranks: ranks that take each step in common, with the same units and B. None = one alone.
     """
 
     def __init__(
@@ -78,40 +83,40 @@ class PrivateGradient:
         self._units = units.part(self._ranks.rank, self._ranks.world)
 
     def step(self) -> StepResult:
-        """Set `grad` of every parameter, and C of the next step."""
+        """Take a step: set `grad` of every parameter, and C of the next step."""
         norm = self.clip_norm.norm
         sample = self._units.sample(self.generator, self._probability)
         batch = self._records[sample.indices].to(self._device)
-        bounds = (sample.shares * norm).to(self._device)
+        bounds = (sample.fractions * norm).to(self._device)
         sums = [_zeroed_grad(p) for p in self._parameters]
-        told = self.engine.accumulate(batch, bounds, sums)
-        share = 1 / math.sqrt(self._ranks.world)
+        clipped = self.engine.accumulate(batch, bounds, sums)
+        of_rank = 1 / math.sqrt(self._ranks.world)  # std of a rank's noise over the step's
         for total in sums:
             noise = torch.empty_like(total)
-            std = self.clip_norm.gradient_multiplier * norm * share
+            std = self.clip_norm.gradient_multiplier * norm * of_rank
             total.add_(self.generator.gaussian_(noise, std))
-        counted = self._noised_count(told, bounds, sample, share)
+        counted = self._noised_count(clipped, bounds, sample, of_rank)
         self._ranks.add_up([*sums, *counted])
         for total in sums:
             total.div_(self.expected)
         for count in counted:
             self.clip_norm.follow(float(count), self.expected)
-        return result_of(told, self.clip_norm.norm if counted else None)
+        return result_of(clipped, self.clip_norm.norm if counted else None)
 
     def _noised_count(
-        self, told: Clipped, bounds: Tensor, sample: Sample, share: float
+        self, clipped: Clipped, bounds: Tensor, sample: Sample, of_rank: float
     ) -> list[Tensor]:
-        """Sum over units of b - 1/2, with its noise, where C follows it: () float64.
+        """Sum over units of b - 1/2, plus noise: one () float64. Empty where C is fixed.
 
-        b is the share of a unit's records within their bounds; a gradient that is not finite is
-        within none.
+        b is the fraction of a unit's records that are within their bounds. A gradient that is not
+        finite is never within its bound.
         """
         std = self.clip_norm.count_std
         if std is None:
             return []
-        within = (told.norms <= bounds).cpu().double()
-        total = ((within - 0.5) * sample.shares).sum()
-        noise = self.generator.gaussian_(torch.empty((), dtype=torch.float64), std * share)
+        within = (clipped.norms <= bounds).cpu().double()
+        total = ((within - 0.5) * sample.fractions).sum()
+        noise = self.generator.gaussian_(torch.empty((), dtype=torch.float64), std * of_rank)
         return [(total + noise).to(self._device)]
 
 

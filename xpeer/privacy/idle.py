@@ -1,7 +1,7 @@
-"""What stands in for a mechanism while there is no text to train on: no step, and honest accounts.
+"""A mechanism for a node without text to train on. It takes no step, and its accounts stay honest.
 
-Which documents the missing text holds is not known now; what they were charged is: the machine's
-register remembers the text that this home trained on last.
+Nobody knows which documents the missing text holds. But the machine's register remembers the
+documents that this home trained on last, and what they were charged.
 """
 
 from __future__ import annotations
@@ -25,21 +25,29 @@ from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
 _UNKNOWN_SIZE: Final = 1 << 40
-"""Of a text whose size nobody noted: delta, and so epsilon, is as for the largest."""
+"""Size to assume for a text whose size nobody noted. Delta is then that of the largest text."""
 
 
 class IdleMechanism:
-    """Takes no step. What the parameters hold was charged before: it is a checkpoint's, or others'.
+    """A mechanism that takes no step.
+
+    Every step behind the parameters was charged before: they come from a checkpoint, or from other
+    members.
 
     Args:
-        manifest: of the swarm.
-        swarm_id: its id.
-        ledger: of this home.
-        register: of the machine, which this closes; None without privacy.
-        seen: of the checkpoint, for the next one.
+        manifest: the swarm's manifest.
+        swarm_id: its fingerprint.
+        ledger: this home's ledger.
+        register: the machine's register, closed with this; None without privacy.
+        seen: `seen` of the last checkpoint, kept for the next one.
 
     Raises:
-        LocalError: the register can't be read, or the ledger not be written.
+        LocalError: the register can't be read, or the ledger can't be written.
+
+    Attributes:
+        notes: see `Mechanism.notes`; empty.
+        steps_behind: steps that the register held and the ledger lacked. They were charged to the
+            ledger again at the start.
     """
 
     engine = "none: there is no text"
@@ -59,29 +67,28 @@ class IdleMechanism:
         self._ledger, self._register = ledger, register
         self._seen = torch.empty(0, dtype=torch.int64) if seen is None else seen
         self.steps_behind = 0
-        """That the ledger lacked, and the register holds: charged again."""
         if register is not None:
-            noted = _noted(ledger) or _about(manifest, swarm_id)
-            self.steps_behind = ledger.catch_up(register, noted)
+            about = _noted(ledger) or _assumed(manifest, swarm_id)
+            self.steps_behind = ledger.catch_up(register, about)
 
     @property
     def seen(self) -> Tensor:
-        """Where the pass over the records was."""
+        """See `Mechanism.seen`: as the last checkpoint had it."""
         return self._seen
 
     def begin_window(self, steps: int) -> int:
-        """None."""
+        """Return 0: no step may be taken."""
         return 0
 
     def prepare_window(self, steps: int) -> None:
-        """Nothing."""
+        """Do nothing: no step follows."""
 
     def charged(self) -> Charged:
-        """Nothing is."""
+        """Return zeros: this charges nothing."""
         return Charged()
 
     def step_gradient(self) -> StepResult:
-        """Never.
+        """Refuse to take a step.
 
         Raises:
             LocalError: always.
@@ -95,7 +102,7 @@ class IdleMechanism:
         return PrivateUpdate(values=raw.values, step=raw.step, stamp=stamp)
 
     def spent(self) -> PrivacySpent:
-        """What the ledger and the register know together of the text that was trained on last."""
+        """The cost for the documents that this home trained on last, by ledger and register."""
         about = _noted(self._ledger)
         if self._register is None or about is None:
             return PrivacySpent(mode=self._mode, engine=self.engine)
@@ -123,17 +130,20 @@ class IdleMechanism:
         )
 
     def close(self) -> None:
-        """Nothing to wait for."""
+        """Close the register."""
         if self._register is not None:
             self._register.close()
 
 
 def _noted(ledger: Ledger) -> ChargeContext | None:
-    """What the newest charge says of itself that says anything."""
+    """The context of the newest charge that notes one; None if none does."""
     return next((c.about for c in reversed(ledger.charges()) if c.about is not None), None)
 
 
-def _about(manifest: Manifest, swarm_id: str) -> ChargeContext:
-    rules = manifest.privacy
+def _assumed(manifest: Manifest, swarm_id: str) -> ChargeContext:
+    """The context to assume where no charge notes one."""
+    section = manifest.privacy
     delta = delta_of(manifest, _UNKNOWN_SIZE)
-    return ChargeContext(swarm_id, rules.mode, rules.clip_norm, delta, rules.epsilon, rules.unit)
+    return ChargeContext(
+        swarm_id, section.mode, section.clip_norm, delta, section.epsilon, section.unit
+    )

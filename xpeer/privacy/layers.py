@@ -1,13 +1,14 @@
 """Gradients of single records out of one backward pass over many.
 
-Where a layer applies a weight matrix, the gradient of one record is a sum of outer products over
-its tokens, sum_t u_t v_t^T, of what went into the layer and what came back. `Outer` keeps the
-factors: norms, inner products and weighted sums follow from them with or without ever writing the
-matrices down (Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679, section 4;
-Bu et al. 2023, arXiv:2210.00038, "book-keeping"). Every other small parameter is written down.
+Where a layer applies a weight matrix, the gradient of one record is a sum over its tokens of outer
+products, sum_t u_t v_t^T. One factor is the layer's input, the other the gradient of its output.
+`Outer` keeps the factors. Norms, inner products and weighted sums follow from them without writing
+the matrices down (Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679, section 4;
+Bu et al. 2023, arXiv:2210.00038, "book-keeping"). Gradients of other parameters, which are small,
+are written down.
 
-Exact for layers that treat the records of a batch separately, with the batch as first dimension;
-`clipping.choose_engine` tests each model for that.
+Exact for layers that treat the records of a batch separately, with the batch as first dimension.
+`engines.choose_engine` tests each model for that.
 """
 
 from __future__ import annotations
@@ -26,19 +27,24 @@ from xpeer.errors import ConfigError
 
 @dataclass(slots=True)
 class Call:
-    """One call of a layer: what went in, and the gradient of the loss by what came out."""
+    """One call of a layer: its inputs, and the gradient of the loss by its output.
+
+    Attributes:
+        grad: (B, ..., features_out). None until the backward pass reaches the layer.
+    """
 
     module: nn.Module
     inputs: tuple[Any, ...]
     keywords: dict[str, Any]
-    grad: Tensor | None = None  # (B, ..., features_out)
+    grad: Tensor | None = None
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, noting the gradient that passes.
+    """The identity. Its backward pass notes the gradient that arrives.
 
-    `probe` is an input only so that the pass reaches every tap without computing any weight's
-    ordinary gradient, a third of its work.
+    `probe` is an input only because the gradient by it is what the backward pass computes. So the
+    pass reaches every tap, but computes no weight's ordinary gradient, which saves a third of the
+    work.
     """
 
     @staticmethod
@@ -57,7 +63,7 @@ def tapped(modules: list[nn.Module], probe: Tensor) -> Iterator[list[Call]]:
     """Note every call of these modules until the end of the block.
 
     Args:
-        modules: that hold parameters of their own.
+        modules: modules with parameters of their own.
         probe: () float32 that requires a gradient; `torch.autograd.grad(loss, probe)` fills the
             calls.
 
@@ -101,7 +107,7 @@ class Outer:
         return self.rows.dim() == 2
 
     def written(self, shape: torch.Size) -> Tensor:
-        """(B, *shape)."""
+        """Write the gradients down, (B, *shape)."""
         if not self.sparse:
             return torch.bmm(self.rows.transpose(1, 2), self.cols)
         out = self.cols.new_zeros(self.rows.shape[0], *shape)
@@ -123,7 +129,7 @@ class Outer:
         return cols.mul_(rows).sum((1, 2), dtype=torch.float64)
 
     def reach(self) -> Tensor:
-        """What the norm would be if nothing cancelled, (B,) float64: sum over t of |u_t| |v_t|."""
+        """The norm if no terms cancelled, (B,) float64: sum over t of |u_t| |v_t|."""
         lengths = torch.linalg.vector_norm(self.cols, dim=2)
         if not self.sparse:
             lengths = lengths * torch.linalg.vector_norm(self.rows, dim=2)
@@ -140,14 +146,15 @@ class Outer:
 
 
 Part = Outer | Tensor
-"""A layer's share in the gradients of a parameter; a Tensor is (B, *shape)."""
+"""What one call of a layer adds to the records' gradients of a parameter. A Tensor is
+(B, *shape)."""
 
 
 def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
     """Gradients of each record by the layer's own trainable parameters.
 
     Raises:
-        ConfigError: this layer's gradients can't be told apart by record.
+        ConfigError: this layer's gradients can't be separated by record.
     """
     if call.grad is None:  # its output did not enter the loss
         return
@@ -173,7 +180,9 @@ def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
 
 
 def _in_full(call: Call) -> Call:
-    """In float32, if the forward pass ran in less: products and norms are then exact for it."""
+    """Convert a call to float32, if the forward pass ran in less precision. Products and norms of
+    its values are then exact to float32.
+    """
     inputs = tuple(
         x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call.inputs
     )
@@ -182,7 +191,7 @@ def _in_full(call: Call) -> Call:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(B, ..., d) to (B, T, d)."""
+    """Reshape (B, ..., d) to (B, T, d)."""
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
@@ -217,7 +226,9 @@ def _is_scale(module: nn.Module) -> bool:
 
 
 def _scale(module: nn.Module, call: Call, grad: Tensor) -> Iterator[tuple[nn.Parameter, Part]]:
-    """RMSNorms are linear in their weight (or in 1 + weight): the slope is f(1) - f(0)."""
+    """Gradient by the weight of an RMSNorm. Its output is linear in the weight (or in 1 + weight),
+    so the slope is f(1) - f(0).
+    """
     weight: Any = module.weight
     with torch.no_grad():
         ones, zeros = torch.ones_like(weight), torch.zeros_like(weight)
@@ -228,7 +239,7 @@ def _scale(module: nn.Module, call: Call, grad: Tensor) -> Iterator[tuple[nn.Par
 
 
 def _anything(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
-    """Run the layer again, record by record at once (torch.func.vmap)."""
+    """Gradients by the parameters of any layer: run it again for all records (torch.func.vmap)."""
     module, grad = call.module, call.grad
     if grad is None:
         return

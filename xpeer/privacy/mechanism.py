@@ -1,17 +1,18 @@
-"""Private gradients, and the stamp without which nothing may be shown to anybody.
+"""Private gradients, and the stamp without which nothing may leave the node.
 
 Differential privacy for records or documents (Abadi et al. 2016, arXiv:1607.00133, algorithm 1):
 every step samples each unit with probability q = B / n, bounds what it gives by norm C, adds up,
 and adds N(0, sigma^2 C^2 I); see `gradient`, `units` and `norms`. Steps are charged to the ledger
-before they are taken. What follows a step, by any optimiser, mixed with anything partners send, is
+before they are taken. What any optimiser makes of a step, mixed with anything partners send, is
 post-processing.
 
-sigma, q, n, the size of a batch and its loss are this node's secrets: only its own operator sees
-them, and q takes n by `coarse_size`. A step with an empty batch is a step like any other.
+sigma, q, n, the size of a batch and its loss are this node's secrets. Only its own operator sees
+them. q follows from n as rounded by `coarse_size`. A step with an empty batch is a step like any
+other.
 
-If the shard changes between starts, q changes with it: the ledger counts what was taken at the old
-rate and what is taken at the new one. sigma, once calibrated, stays; where the remaining steps no
-longer fit the budget, or a crash forfeited some, the node stops training a little earlier.
+If the shard changes between starts, q changes with it. The ledger counts steps at the old q and
+steps at the new one. sigma, once calibrated, stays. If the remaining steps no longer fit the
+budget, or a crash forfeited some, the node stops training a little earlier.
 
 What this module does not give: privacy of documents cut into several records where the unit is the
 record, of the shard's size, of timing, or of anything tuned by looking at private results.
@@ -50,37 +51,46 @@ __all__ = ["Mechanism", "OffMechanism", "RecordMechanism", "build_mechanism"]
 
 
 class Mechanism(Protocol):
-    """What makes gradients, and certifies what comes of them."""
+    """Makes gradients, charges for them, and certifies snapshots of what was trained with them.
+
+    Attributes:
+        engine: name of the engine that computes the gradients.
+        notes: sentences for the operator, e.g. why faster engines were refused.
+    """
 
     engine: str
-    """Name of what computes the gradients."""
     notes: list[str]
-    """What the operator should know, e.g. why faster engines were refused."""
 
     @property
     def seen(self) -> Tensor:
-        """Where the pass over the records is, (m,) int64, for checkpoints. Empty under privacy."""
+        """Names of the records that the present pass has used, (m,) int64, for checkpoints. Empty
+        under privacy, where records are sampled.
+        """
 
     def begin_window(self, steps: int) -> int:
-        """Charge, durably, until so many steps may be taken; how many may: 0 = budget spent."""
+        """Charge until so many steps may be taken. The charges are on the disk when this returns.
+
+        Returns:
+            Number of steps that may be taken; 0 = the budget is spent.
+        """
 
     def prepare_window(self, steps: int) -> None:
-        """Begin to charge further steps in the background; `begin_window` collects them."""
+        """Begin to charge further steps in the background. `begin_window` waits for them."""
 
     def charged(self) -> Charged:
-        """What was charged since this was made, and what became of it."""
+        """Steps charged since this was made, and how far they are."""
 
     def step_gradient(self) -> StepResult:
-        """Set `grad` of every trainable parameter; uses up one charged step."""
+        """Set `grad` of every trainable parameter. This uses up one charged step."""
 
     def stamp(self, raw: RawUpdate) -> PrivateUpdate:
-        """Certify a snapshot."""
+        """Certify a snapshot, so that it may leave the node."""
 
     def spent(self) -> PrivacySpent:
-        """The ledger's answer; may take a moment, on any thread."""
+        """The cost of all charges. May take a moment; on any thread."""
 
     def close(self) -> None:
-        """Wait for a charge that is being written; what is not used by then is lost."""
+        """Wait for a charge that is being written. Charged steps that were not taken are lost."""
 
 
 class RecordMechanism:
@@ -89,19 +99,19 @@ class RecordMechanism:
     `begin_window`, `step_gradient` and `stamp` belong to one thread.
 
     Args:
-        manifest: with privacy.mode "record".
-        model: on its device.
+        manifest: a manifest with privacy.mode "record".
+        model: the model, on its device.
         records: (n, T) int64, CPU.
         record_losses: sums of losses and counts of tokens by record.
-        ledger: of this shard.
+        ledger: this home's ledger, with its documents declared.
         options: how this node computes.
         owners: the document of each record, (n,) int64, ascending; needed where documents are the
             unit.
-        clip_norm: C of a checkpoint, where it adapts; None = begin with the manifest's.
+        clip_norm: C of the last checkpoint, where it adapts; None = begin with the manifest's.
 
     Raises:
         ConfigError: another mode, no records, or a model that can't be trained privately.
-        LocalError: the ledger.
+        LocalError: the ledger can't be read or written.
     """
 
     def __init__(
@@ -116,13 +126,13 @@ class RecordMechanism:
         owners: Tensor | None = None,
         clip_norm: float | None = None,
     ) -> None:
-        rules = manifest.privacy
-        if not rules.policy.clips_records:
-            raise ConfigError(f"privacy.mode is {rules.mode!r}: records are not protected")
+        section = manifest.privacy
+        if not section.policy.clips_records:
+            raise ConfigError(f"privacy.mode is {section.mode!r}: records are not protected")
         check_records(records)
-        units = units_of(rules.unit, len(records), owners, rules.document_records)
+        units = units_of(section.unit, len(records), owners, section.document_records)
         self._parameters = trainable(model)
-        self._ledger, self._unit, self._target = ledger, units.kind, rules.epsilon
+        self._ledger, self._unit, self._target = ledger, units.kind, section.epsilon
         self._delta = delta_of(manifest, len(units))
         sampling = sampling_of(manifest, coarse_size(len(units)))
         self._sigma = noise_multiplier(manifest, ledger, self._delta, sampling.probability)
@@ -135,7 +145,7 @@ class RecordMechanism:
             choice.engine,
             records,
             units,
-            clip_norm_of(rules, self._sigma, sampling.expected, clip_norm),
+            clip_norm_of(section, self._sigma, sampling.expected, clip_norm),
             sampling,
             noise.SecretGenerator(next(model.parameters()).device, options.generator),
             options.ranks,
@@ -143,6 +153,8 @@ class RecordMechanism:
         values = sum(parameter.numel() for parameter in self._parameters)
         self._noise_norm = noise_norm(self._sigma, sampling.expected, values)
         self._incomplete = False
+        """True iff a step has begun and not ended, or broke off. It stays True after a step that
+        broke off."""
         self._budget = Budget(
             ledger,
             epsilon=self._target,
@@ -153,11 +165,11 @@ class RecordMechanism:
 
     @property
     def seen(self) -> Tensor:
-        """Nothing: batches are samples."""
+        """Empty: records are sampled, so there is no pass over them."""
         return torch.empty(0, dtype=torch.int64)
 
     def begin_window(self, steps: int) -> int:
-        """Charge until so many steps may be taken, and how many may; see `Budget.begin`."""
+        """Charge until so many steps may be taken; see `Budget.begin`."""
         return self._budget.begin(steps)
 
     def prepare_window(self, steps: int) -> None:
@@ -169,10 +181,10 @@ class RecordMechanism:
         return self._budget.charged
 
     def step_gradient(self) -> StepResult:
-        """Sample, clip, add up, add noise: see `PrivateGradient`.
+        """Sample, clip, add up, add noise; see `PrivateGradient`.
 
         Raises:
-            LocalError: no charged step is left: `begin_window` comes first.
+            LocalError: no charged step is left. `begin_window` comes first.
         """
         self._budget.use()
         with self._all_or_nothing():
@@ -198,11 +210,11 @@ class RecordMechanism:
         return PrivateUpdate(values=raw.values, step=raw.step, stamp=stamp)
 
     def spent(self) -> PrivacySpent:
-        """What the ledger's charges cost together, taken or not. For the operator only.
+        """The cost of all charges in the ledger, taken or not. For the operator only.
 
-        Computed when the ledger has changed: tenths of a second. On any thread.
+        Takes tenths of a second if the ledger has changed. On any thread.
         """
-        # in this order: steps are charged meanwhile, and epsilon holds for all that are told
+        # steps are charged meanwhile: counted before epsilon, so that epsilon covers them all
         left, charged = self._budget.left, self._ledger.steps_charged
         return PrivacySpent(
             mode="record",
@@ -220,12 +232,12 @@ class RecordMechanism:
         )
 
     def close(self) -> None:
-        """Wait for a charge that is being written. The ledger is its owner's to close."""
+        """Wait for a charge that is being written. The ledger's owner closes the ledger."""
         self._budget.close()
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Leave no gradient behind that lacks its noise, and remember a step that broke off."""
+        """Remember a step that breaks off, and delete its gradients, which may lack their noise."""
         before, self._incomplete = self._incomplete, True
         done = False
         try:
@@ -245,13 +257,13 @@ def _engine(
     expected: int,
     options: Options,
 ) -> Choice:
-    """What clips the records' gradients: as asked for, or the fastest one that is exact."""
+    """The engine that was asked for, else the fastest one that is exact."""
     if options.engine is not None:
         return Choice(options.engine, "it was asked for")
     losses, memory = Switchable(record_losses), None
-    rules, micro_batch, memory_bytes = manifest.privacy, options.micro_batch, options.memory_bytes
+    section, micro_batch, memory_bytes = manifest.privacy, options.micro_batch, options.memory_bytes
     if options.cache is not None:
-        details = rules.mode, rules.unit, expected, micro_batch, memory_bytes
+        details = section.mode, section.unit, expected, micro_batch, memory_bytes
         memory = EngineMemory(options.cache, setting_of(model, records, *details))
     choice = choose_engine(
         model,
@@ -277,18 +289,18 @@ def build_mechanism(
     clip_norm: float | None = None,
     seen: Tensor | None = None,
 ) -> Mechanism:
-    """The mechanism that the manifest asks for. Takes seconds where privacy is accounted for.
+    """Build the mechanism that the manifest asks for. Takes seconds under privacy.
 
     Args:
-        manifest: of the swarm.
-        model: on its device.
+        manifest: the swarm's manifest.
+        model: the model, on its device.
         records: (n, T) int64, CPU.
         record_losses: sums of losses and counts of tokens by record.
-        ledger: of this shard; untouched without privacy.
+        ledger: this home's ledger; untouched without privacy.
         options: how this node computes.
         owners: the document of each record, (n,) int64, ascending.
-        clip_norm: of the checkpoint, where it adapts.
-        seen: of the checkpoint.
+        clip_norm: C of the last checkpoint, where it adapts.
+        seen: `seen` of the last checkpoint.
     """
     if not manifest.privacy.policy.charges:
         return OffMechanism(manifest, model, records, record_losses, options, seen=seen)

@@ -1,20 +1,20 @@
-"""Noise and sampling that nobody can replay: every bit comes from the operating system, or from a
-stream cipher that it has just keyed.
+"""Noise and sampling that nobody can replay.
 
-A partner who could reproduce the noise would subtract it. So nothing here has a seed that could be
-stored, checkpointed, logged or shared, and there is no state to copy. torch's own generators won't
-do on a CPU: `manual_seed` keeps 32 of its 64 bits, which can be searched, the Mersenne Twister is
-linear, and float32 normals end at 5.8 standard deviations.
+Every bit comes from the operating system, or from a cipher with a fresh key from the operating
+system. A partner who could reproduce the noise would subtract it. So nothing here has a seed that
+could be stored, checkpointed, logged or shared, and there is no state to copy. torch's own
+generators won't do on a CPU: `manual_seed` keeps 32 of its 64 bits, which can be searched, the
+Mersenne Twister is linear, and float32 normals end at 5.8 standard deviations.
 
-Noise is AES-256 in counter mode under a key of 256 bits from the operating system, another one for
-every tensor, turned into normals in float64 (Box and Muller 1958): 9 ns a value on one CPU thread,
-1 for the cipher and 8 for logarithm and cosines, so 1.2 s for 135 M parameters; with every bit from
-the kernel it was 58 ns. On a CPU nothing less is offered: torch's own normals would take 4 ns.
-On CUDA the fast way is the device's Philox under a fresh key of 64 bits; the cryptographic one
+Noise is the stream of AES-256 in counter mode, turned into normals in float64 (Box and Muller
+1958). Every tensor has a fresh key of 256 bits. A value takes 9 ns on one CPU thread, 1 for the
+cipher and 8 for logarithm and cosines, so 135 M parameters take 1.2 s. With every bit from the
+kernel it was 58 ns. torch's own normals would take 4 ns, but a CPU offers nothing weaker than AES.
+On CUDA the fast way is the device's Philox under a fresh key of 64 bits. The cryptographic way
 makes the stream on the CPU and the normals on the device.
 
-Precision: the radius comes of 63 bits, so that tails end at 9.3 standard deviations (normals beyond
-have a probability of 1e-20 each), the angle of 53; the result is rounded to the tensor's type.
+Precision: the radius has 63 random bits, so tails end at 9.3 standard deviations (a normal lies
+beyond with a probability of 1e-20). The angle has 53. The result is rounded to the tensor's type.
 
 What this module does not give: protection against an observer of the lowest bits of the sums
 (Mironov 2012, "On significance of the least significant bits for differential privacy").
@@ -36,20 +36,20 @@ from xpeer.errors import LocalError
 Generator = Literal["fast", "cryptographic"]
 
 _CHUNK: Final = 1 << 15
-"""Pairs of normals made at once; their temporaries stay in the processor's cache."""
+"""Pairs of normals made at once on a CPU. Their temporaries stay in the processor's cache."""
 _DEVICE_CHUNK: Final = 1 << 22
-"""The same on an accelerator: what is copied to it at once."""
+"""Pairs of normals made at once on an accelerator. Their random bits are copied to it at once."""
 _MANTISSA: Final = 53
 _BLOCK: Final = 16
-"""Bytes of an AES block, which the cipher may write beyond the end."""
+"""Bytes of an AES block. The cipher needs so many bytes of room beyond its output."""
 
 
 class SecretGenerator:
-    """Gaussian noise and Poisson samples. Can be neither copied nor pickled.
+    """Gaussian noise and Poisson samples. It can be neither copied nor pickled.
 
     Args:
-        device: of the tensors to fill.
-        kind: "cryptographic" has the device's own generator left out where there is one; on a CPU
+        device: device of the tensors to fill.
+        kind: "fast" uses the device's own generator on CUDA, "cryptographic" never does. Elsewhere
             both are the same.
     """
 
@@ -72,7 +72,7 @@ class SecretGenerator:
 
     @torch.no_grad()
     def gaussian_(self, tensor: Tensor, std: float) -> Tensor:
-        """Fill a floating tensor with independent N(0, std^2).
+        """Fill a floating tensor with independent N(0, std^2), and return it.
 
         Raises:
             LocalError: std is not a finite positive number.
@@ -84,7 +84,7 @@ class SecretGenerator:
             wide = torch.empty(tensor.shape, dtype=torch.float64, device=tensor.device)
             return tensor.copy_(wide.normal_(0.0, std, generator=self._philox))
         on_cuda = tensor.device.type == "cuda"
-        where = tensor.device if on_cuda else torch.device("cpu")  # others may have no float64
+        where = tensor.device if on_cuda else torch.device("cpu")  # other devices may lack float64
         in_place = tensor.device == where and tensor.is_contiguous()
         flat = tensor if in_place else torch.empty(tensor.shape, dtype=tensor.dtype, device=where)
         normals = flat.view(-1)
@@ -98,15 +98,18 @@ class SecretGenerator:
     def poisson_sample(self, num_records: int, probability: float) -> Tensor:
         """Choose each record independently with this probability.
 
-        Exact but for rounding the probability down by less than 2^-64: two random bytes decide a
-        record, and six more those that are undecided.
+        Exact, but for rounding the probability down by less than 2^-64. Two random bytes decide
+        most records. Six more decide the others.
 
         Args:
-            num_records: how many there are.
+            num_records: number of records to choose from.
             probability: q, in [0, 1].
 
         Returns:
-            Indices in ascending order, (m,) int64, CPU; m may be 0.
+            Indices of the chosen records, ascending, (m,) int64, CPU; m may be 0.
+
+        Raises:
+            LocalError: a number is out of range.
         """
         if num_records < 0 or not 0.0 <= probability <= 1.0:
             raise LocalError(f"privacy sampling: q = {probability!r} of {num_records} records")
@@ -122,32 +125,33 @@ class SecretGenerator:
         return chosen.nonzero().flatten()
 
     def ranks_within(self, groups: Tensor) -> Tensor:
-        """A uniformly random order of the members of each group.
+        """Draw a uniformly random order of the elements of each group.
 
         Args:
-            groups: (m,) int64, ascending: the group of each member.
+            groups: the group of each element, (m,) int64, ascending.
 
         Returns:
-            Each member's place in its group, from 0: (m,) int64, CPU.
+            Each element's place in its group, from 0: (m,) int64, CPU.
         """
         order = self.shuffled(len(groups))
         order = order[groups[order].argsort(stable=True)]
-        first = torch.searchsorted(groups, groups)  # where each member's group begins
+        first = torch.searchsorted(groups, groups)  # where each element's group begins
         places = torch.empty_like(order)
         places[order] = torch.arange(len(groups))
         return places - first
 
     def shuffled(self, num_records: int) -> Tensor:
-        """A permutation, (n,) int64, CPU. Ties of the 64-bit keys are left as they come."""
+        """Draw a permutation, (n,) int64, CPU. Elements with equal 64-bit keys are not shuffled."""
         keys = torch.frombuffer(bytearray(os.urandom(8 * max(1, num_records))), dtype=torch.int64)
         return keys[:num_records].argsort()
 
 
 class _Stream:
-    """AES-256 in counter mode over zeros; the key is the operating system's and kept nowhere else.
+    """AES-256 in counter mode over zeros. The operating system makes the key, and only the cipher
+    keeps it.
 
     Args:
-        pairs: of 64-bit words, to be made at once.
+        pairs: pairs of 64-bit words to make at once.
     """
 
     def __init__(self, pairs: int) -> None:
@@ -158,14 +162,14 @@ class _Stream:
         self._bytes = bytearray(16 * pairs + _BLOCK)
 
     def next(self) -> Tensor:
-        """(2, pairs) int64, valid until the next call."""
+        """Make (2, pairs) int64 random words. They are valid until the next call."""
         self._cipher.update_into(self._zeros, self._bytes)
         words = torch.frombuffer(self._bytes, dtype=torch.int64, count=2 * self.pairs)
         return words.view(2, self.pairs)
 
 
 def _box_muller(bits: Tensor) -> Tensor:
-    """(2, n) int64 random words to (2n,) float64 standard normals (Box and Muller 1958)."""
+    """Turn (2, n) int64 random words into (2n,) float64 standard normals (Box and Muller 1958)."""
     radius = (bits[0] & ((1 << 63) - 1)).double()
     radius.add_(1.0).mul_(2.0**-63).clamp_(max=1.0).log_().mul_(-2.0).sqrt_()
     angle = (bits[1] & ((1 << _MANTISSA) - 1)).double().mul_(2.0 * math.pi * 2.0**-_MANTISSA)

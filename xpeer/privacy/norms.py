@@ -6,14 +6,15 @@ from it alone:
 
     sum of gradients            + N(0, (sigma_g C)^2 I)     sensitivity C
     sum over units of b - 1/2   + N(0, sigma_b^2)           b in [0, 1], sensitivity 1/2
-    C *= exp(-rate (quantile found - quantile wanted))
+    C *= exp(-rate (quantile measured - quantile wanted))
 
-Both are one Gaussian mechanism: divided by their noise, they move together by at most
+The two sums are one Gaussian mechanism. Divided by their noise, they move together by at most
 sqrt(1 / sigma_g^2 + 1 / (2 sigma_b)^2). With sigma_g = (sigma^-2 - (2 sigma_b)^-2)^(-1/2) that is
-1 / sigma, so that a step costs exactly what one with noise multiplier sigma and a fixed C costs:
-the quantile is paid for by a little more noise in the gradient (their theorem 1).
+1 / sigma. So a step costs exactly what one with noise multiplier sigma and a fixed C costs. A
+little more noise in the gradient pays for the quantile (their theorem 1).
 
-C is made of released numbers: it may be saved, shown and lost. A restart without it begins again.
+C follows from released numbers, so it may be saved and published. A restart without it begins with
+the manifest's C again.
 """
 
 from __future__ import annotations
@@ -25,24 +26,26 @@ from typing import Final
 from xpeer.errors import ConfigError
 from xpeer.manifest import Privacy
 
-_COUNT_SHARE: Final = 1 / 20
-"""sigma_b over the expected units of a step (their section 3.1: enough to know it)."""
+_COUNT_FRACTION: Final = 1 / 20
+"""sigma_b over the expected units of a step. Their section 3.1 finds this precise enough."""
 _COUNT_LEAST: Final = 2.0
-"""sigma_b over sigma, at least: in small batches the gradient's noise grows by 3.3% at most."""
+"""Least sigma_b over sigma. It matters in small batches: the gradient's noise grows by 3.3% at
+most."""
 _RANGE: Final = 1e6
-"""C stays within so many times, or of, the norm that the manifest begins with."""
+"""Bound of C over the manifest's C, and of the manifest's C over C."""
 
 
 @dataclass(slots=True)
 class ClipNorm:
-    """C of the step to come, and the noise that goes with it.
+    """C of the next step, and the noise that goes with it.
 
-    Args:
-        norm: C.
-        gradient_multiplier: noise of the gradient over C.
-        count_std: sigma_b of the count of units within C; None = C is fixed, and none is asked for.
-        quantile: of the units that shall be within C.
-        rate: of C's logarithm.
+    Attributes:
+        norm: C; `follow` changes it.
+        gradient_multiplier: sigma_g, standard deviation of the gradient's noise over C.
+        count_std: sigma_b, standard deviation of the noise of the count of units within C. None = C
+            is fixed, and units are not counted.
+        quantile: fraction of units that is wanted within C.
+        rate: rate at which C's logarithm follows.
         start: C of the manifest.
     """
 
@@ -57,11 +60,11 @@ class ClipNorm:
         """Set C for the next step.
 
         Args:
-            noised_sum: of b - 1/2 over the units of this one, with its noise.
-            expected: units of a step, B.
+            noised_sum: sum of b - 1/2 over the units of this step, with its noise.
+            expected: B, the expected number of units of a step.
         """
-        found = noised_sum / expected + 0.5
-        norm = self.norm * math.exp(-self.rate * (found - self.quantile))
+        measured = noised_sum / expected + 0.5
+        norm = self.norm * math.exp(-self.rate * (measured - self.quantile))
         self.norm = min(max(norm, self.start / _RANGE), self.start * _RANGE)
 
 
@@ -71,18 +74,18 @@ def clip_norm_of(
     """The clipping norm that a manifest asks for.
 
     Args:
-        rules: of the manifest.
-        noise_multiplier: sigma, which a step is charged with.
-        expected: units of a step, B.
-        saved: C of a checkpoint.
+        rules: the manifest's privacy section.
+        noise_multiplier: sigma, with which a step is charged.
+        expected: B, the expected number of units of a step.
+        saved: C of the last checkpoint; None = begin with the manifest's.
 
     Raises:
-        ConfigError: so little noise for the count that it alone costs more than the step may.
+        ConfigError: the count has so little noise that it alone costs more than a step may.
     """
     if rules.clipping == "fixed":
         return ClipNorm(rules.clip_norm, noise_multiplier)
     least = _COUNT_LEAST * noise_multiplier
-    count_std = rules.clip_count_noise or max(_COUNT_SHARE * expected, least)
+    count_std = rules.clip_count_noise or max(_COUNT_FRACTION * expected, least)
     left = noise_multiplier**-2 - (2 * count_std) ** -2
     if left <= 0:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""How this node computes its gradients: nothing of it changes what they are."""
+"""Options of one node for computing gradients. None of them changes what the gradients are."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from xpeer.privacy.steps import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Of a mechanism.
+    """Options of a mechanism.
 
     Attributes:
         micro_batch: records per pass; 0 = the engine chooses.
         memory_bytes: bound of what the engine keeps during a pass.
-        precision: of forward passes in steps, e.g. autocast. Engines are compared in float32.
+        precision: context of forward passes in steps, e.g. autocast. Engines are compared in
+            float32.
         engine: clips the records' gradients; None = the fastest exact one is chosen.
-        generator: of noise.
+        generator: kind of noise generator.
         cache: folder where the choice of the engine is remembered; None = nowhere.
-        ranks: that take each step together; the ledger is that of one of them. None = one alone.
+        ranks: ranks that take each step in common. One of them holds the ledger. None = one alone.
     """
 
     micro_batch: int = 0

@@ -1,8 +1,9 @@
-"""In which order records are seen without privacy: shuffled passes that survive a new division.
+"""The order of records without privacy: shuffled passes that survive a change of the shard.
 
-When a shard changes, e.g. because a shared corpus is divided anew, a pass goes on with those of the
-present records that this node has not seen in it. What comes from another member is seen once more,
-what goes to another is dropped, and nothing waits for a second pass.
+A shard changes, for instance, when a corpus is divided anew. The pass then goes on with those of
+the present records that this node has not used in it. A record that comes from another member is
+used here, even if that member has used it already. One that goes to another member is dropped. No
+record of this node waits for the next pass.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from xpeer.privacy.noise import SecretGenerator
 
 
 class Passes:
-    """Where training is among its records.
+    """Endless shuffled passes over the records.
 
     Args:
         records: (n, T) int64, CPU.
-        seen: `seen` of an earlier start, maybe with other records.
+        seen: `seen` of an earlier start, whose records may have been others.
     """
 
     def __init__(self, records: Tensor, seen: Tensor | None = None) -> None:
@@ -30,23 +31,25 @@ class Passes:
         self._order = order
 
     def take(self, count: int) -> Tensor:
-        """The next records' indices, (count,) int64; at most as many as there are."""
-        if len(self._order) < count:  # the rest of a pass goes to the front of the next
+        """Indices of the next records, (count,) int64. `count` is at most the number of records."""
+        if len(self._order) < count:  # the rest of this pass comes before the next one
             fresh = self._generator.shuffled(len(self._names))
             self._order = torch.cat([self._order, fresh])
-        taken, self._order = self._order[:count], self._order[count:]
-        return taken
+        chosen, self._order = self._order[:count], self._order[count:]
+        return chosen
 
     @property
     def seen(self) -> Tensor:
-        """Names of the records that the present pass is through with, (m,) int64."""
+        """Names of the records that the present pass has used, (m,) int64."""
         left = torch.zeros(len(self._names), dtype=torch.bool)
         left[self._order] = True
         return self._names[~left]
 
 
 def _names(records: Tensor) -> Tensor:
-    """By content, (n,) int64: a multilinear hash modulo 2^64, with fixed factors."""
+    """Name records by their content, (n,) int64: a multilinear hash modulo 2^64, with fixed
+    factors.
+    """
     limits = torch.iinfo(torch.int64)
     factors = torch.randint(
         limits.min, limits.max, (records.shape[1],), generator=torch.Generator().manual_seed(0)

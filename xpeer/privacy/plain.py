@@ -19,21 +19,21 @@ from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
 _CPU_TOKENS: Final = 2048
-"""Per pass; larger passes fall out of a processor's caches."""
+"""Tokens of a pass on a processor. Larger passes fall out of its caches."""
 
 
 class OffMechanism:
     """Plain minibatches, for a swarm whose manifest says that records need no protection.
 
-    Nothing is clipped by record, noised or charged; updates may reveal the text.
+    Gradients are not clipped by record, noised or charged. Updates may reveal the text.
 
     Args:
-        manifest: with privacy.mode "off".
-        model: on its device.
+        manifest: a manifest with privacy.mode "off".
+        model: the model, on its device.
         records: (n, T) int64, CPU.
         record_losses: sums of losses and counts of tokens by record.
-        options: how this node computes; a micro_batch of 0 is all at once, or what suits a
-            processor's caches.
+        options: how this node computes. A micro_batch of 0 means all records at once, or on a CPU
+            what suits its caches.
         seen: `seen` of an earlier start.
 
     Raises:
@@ -78,28 +78,31 @@ class OffMechanism:
         return self._passes.seen
 
     def begin_window(self, steps: int) -> int:
-        """All of them: nothing is charged."""
+        """Allow all steps: none is charged."""
         return steps
 
     def prepare_window(self, steps: int) -> None:
-        """Nothing is charged."""
+        """Do nothing: no step is charged."""
 
     def charged(self) -> Charged:
-        """Nothing is."""
+        """Return zeros: no step is charged."""
         return Charged()
 
     def step_gradient(self) -> StepResult:
-        """Mean gradient over the tokens of the next records in shuffled order, clipped as one."""
+        """Set `grad` to the mean gradient over the tokens of the next records in shuffled order.
+
+        The mean is clipped as a whole, if the manifest asks for that.
+        """
         chosen = self._passes.take(self._batch)
-        told: list[tuple[Tensor, Tensor]] = []
+        measured: list[tuple[Tensor, Tensor]] = []
         for parameter in self._parameters:
             parameter.grad = None
         for part in torch.split(self._records[chosen], self._micro_batch):
             losses, tokens = self._record_losses(self._model, part.to(self._device))
             torch.autograd.backward(losses.sum())
-            told.append((losses.detach().sum(), tokens.sum()))
-        total = float(torch.stack([loss for loss, _ in told]).sum())
-        tokens_seen = int(torch.stack([count for _, count in told]).sum())
+            measured.append((losses.detach().sum(), tokens.sum()))
+        total = float(torch.stack([loss for loss, _ in measured]).sum())
+        tokens_seen = int(torch.stack([count for _, count in measured]).sum())
         with torch.no_grad():
             for parameter in self._parameters:
                 if parameter.grad is not None:
@@ -113,13 +116,13 @@ class OffMechanism:
         )
 
     def stamp(self, raw: RawUpdate) -> PrivateUpdate:
-        """Say that the manifest asks for no privacy."""
+        """Stamp a snapshot as one of a swarm without privacy."""
         stamp = PrivacyStamp(mode="off", steps_charged=0, issuer=update._ISSUER)
         return PrivateUpdate(values=raw.values, step=raw.step, stamp=stamp)
 
     def spent(self) -> PrivacySpent:
-        """Nothing is accounted for."""
+        """Return the mode and the engine: there is no account."""
         return PrivacySpent(mode="off", engine=self.engine)
 
     def close(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: no charge is being written."""

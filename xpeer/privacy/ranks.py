@@ -1,12 +1,14 @@
-"""Several local ranks that take one private step together, with its noise added exactly once.
+"""Several local ranks that take one private step in common, with its noise added exactly once.
 
-Each rank samples from a part of the units of its own and adds noise of variance 1 / world of the
-step's to its own sum, before the sums are added up. So no rank shows another a sum without noise,
-the total has the variance that is accounted for, and no rank waits for one that draws for all. All
-ranks belong to one node and one trust: each knows its own part of the noise and could subtract it.
+Each rank samples from its own part of the units. It adds noise of variance 1 / world of the step's
+to its own sum, before the sums are added up. So no rank reveals a sum without noise to another, the
+total has the variance that is accounted for, and no rank waits for one that draws for all. All
+ranks belong to one node and trust one another: each knows its own part of the noise and could
+subtract it.
 
-The steps of all ranks are one step of the ledger, charged by whoever holds it before any begins. A
-rank that fails makes the sum fail at every other, and a step that broke off is never shown.
+A step of all ranks is one step of the ledger. The rank that holds the ledger charges it before any
+rank begins. If a rank fails, the sum fails at every other, and a step that broke off is never
+released.
 """
 
 from __future__ import annotations
@@ -19,23 +21,28 @@ from torch import Tensor
 
 
 class Ranks(Protocol):
-    """The ranks of a step, seen from one of them."""
+    """The ranks of a step, seen from one of them.
+
+    Attributes:
+        rank: number of this rank, from 0.
+        world: number of ranks.
+    """
 
     rank: int
     world: int
 
     def add_up(self, sums: Sequence[Tensor]) -> None:
-        """Replace each by its sum over all ranks, the same bits everywhere."""
+        """Replace each tensor by its sum over all ranks. All ranks get the same bits."""
 
 
 class Alone:
-    """One rank."""
+    """A single rank."""
 
     rank = 0
     world = 1
 
     def add_up(self, sums: Sequence[Tensor]) -> None:
-        """Nobody else has one."""
+        """Do nothing: there is no other rank."""
 
 
 class ProcessGroup:
@@ -51,7 +58,7 @@ class ProcessGroup:
         self.world = dist.get_world_size(group)
 
     def add_up(self, sums: Sequence[Tensor]) -> None:
-        """All at once; waits for the slowest rank."""
+        """Add up all tensors concurrently. Waits for the slowest rank."""
         waiting = [dist.all_reduce(x, group=self._group, async_op=True) for x in sums]
         for work in waiting:
             if work is not None:

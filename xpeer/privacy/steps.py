@@ -1,4 +1,4 @@
-"""What a step tells, and the precision in which it computes."""
+"""The result of a step, and the precision in which it computes."""
 
 from __future__ import annotations
 
@@ -14,28 +14,33 @@ from xpeer.errors import ShardError
 from xpeer.privacy.clipping import Clipped, RecordLosses
 
 Precision = Callable[[], AbstractContextManager[object]]
-"""E.g. `torch.autocast`, around forward passes of steps. Norms, sums and noise stay float32, and
-the clipping is exact for the gradients that come of it."""
+"""Makes a context for the forward passes of steps, e.g. `torch.autocast`. Norms, sums and noise
+stay float32, and clipping is exact for the gradients that result."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step tells. Private: for this node's own operator."""
+    """Loss and counts of a step. All but `clip_norm` is private: for this node's own operator."""
 
     loss: float | None
-    """Mean over predicted tokens, nats; None = no record was sampled, NaN = none had a finite
+    """Mean loss over predicted tokens, nats. None = no record was sampled, NaN = none had a finite
     loss."""
     records: int
+    """Number of records."""
     tokens: int
-    """Predicted tokens."""
+    """Number of predicted tokens."""
     zeroed: int = 0
-    """Records left out for gradients that are not finite."""
+    """Number of records that were left out, since their gradients are not finite."""
     clip_norm: float | None = None
-    """C of the next step, where it follows what steps release; that alone of all this is public."""
+    """C of the next step. Public, since it follows from released numbers. None unless C adapts."""
 
 
 class Switchable:
-    """The loss, in full precision until told otherwise."""
+    """A loss whose precision can be changed later.
+
+    Attributes:
+        precision: context of the forward passes; full precision until somebody sets it.
+    """
 
     def __init__(self, record_losses: RecordLosses) -> None:
         self._record_losses = record_losses
@@ -47,18 +52,18 @@ class Switchable:
             return self._record_losses(model, records)
 
 
-def result_of(told: Clipped, clip_norm: float | None = None) -> StepResult:
-    """What a batch of clipped records tells."""
-    good = torch.isfinite(told.norms) & torch.isfinite(told.losses)
-    tokens = int(told.tokens[good].sum())
-    loss = float(told.losses[good].sum()) / tokens if tokens else None
-    if len(told.norms) and not bool(good.any()):
+def result_of(clipped: Clipped, clip_norm: float | None = None) -> StepResult:
+    """The result of a step from its batch of clipped records, and C of the next step."""
+    good = torch.isfinite(clipped.norms) & torch.isfinite(clipped.losses)
+    tokens = int(clipped.tokens[good].sum())
+    loss = float(clipped.losses[good].sum()) / tokens if tokens else None
+    if len(clipped.norms) and not bool(good.any()):
         loss = math.nan
     return StepResult(
         loss=loss,
-        records=len(told.norms),
-        tokens=int(told.tokens.sum()),
-        zeroed=int((~torch.isfinite(told.norms)).sum()),
+        records=len(clipped.norms),
+        tokens=int(clipped.tokens.sum()),
+        zeroed=int((~torch.isfinite(clipped.norms)).sum()),
         clip_norm=clip_norm,
     )
 

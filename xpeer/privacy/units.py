@@ -1,15 +1,15 @@
 """What privacy protects, and how a step samples it: records, or whole documents.
 
-Units are sampled independently, each with probability q. Whatever a sampled unit then gives to the
-sum has norm C at most, so that adding or removing one unit moves the sum by C at most, and the
-accountant's numbers hold for that unit:
+Units are sampled independently, each with probability q. A sampled unit adds a vector of norm C at
+most to the sum. So adding or removing one unit moves the sum by C at most, and the accountant's
+numbers hold for that unit:
 
     record      its gradient, clipped to C
     document    k of its records, chosen anew uniformly at random, each clipped to C / k
 
-The choice within a document is no part of the guarantee, so its records are not amplified a second
-time by sampling. k is the document's number of records, or `at_most` if it has more: the more, the
-more of a document a step sees, for as many times the work.
+The choice within a document is no part of the guarantee, so sampling amplifies privacy only once. k
+is the document's number of records, or `at_most` if it has more. With a larger k a step sees more
+of a document, at as many times the work.
 
 What this module does not give: privacy of anything that several documents share, e.g. a person who
 wrote two of them, or a text that lies in both with different surroundings.
@@ -34,30 +34,33 @@ class Sample:
     """The records of a step."""
 
     indices: Tensor  # (m,) int64, ascending
-    shares: Tensor  # (m,) float64: of the clipping norm that each may use
-    """Those of a unit add up to 1."""
+    fractions: Tensor  # (m,) float64
+    """Fraction of the clipping norm to which each record is clipped. Those of a unit add up to
+    1."""
 
 
 class Units(Protocol):
-    """A shard's units of privacy."""
+    """The units of privacy of a shard."""
 
     kind: Unit
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of units."""
 
     def sample(self, generator: SecretGenerator, probability: float) -> Sample:
-        """Poisson sampling: every unit independently with this probability."""
+        """Sample every unit independently with this probability (Poisson sampling)."""
 
     def part(self, rank: int, world: int) -> Units:
-        """Those whose number is `rank` modulo `world`: disjoint parts that make the whole."""
+        """Units whose number is `rank` modulo `world`. The parts of all ranks are disjoint and make
+        the whole.
+        """
 
 
 class Records:
     """Each record is a unit.
 
     Args:
-        indices: of the records, (n,) int64, ascending.
+        indices: indices of the records, (n,) int64, ascending.
     """
 
     kind: Unit = "record"
@@ -66,16 +69,16 @@ class Records:
         self._indices = indices
 
     def __len__(self) -> int:
-        """How many records there are."""
+        """Return the number of records."""
         return len(self._indices)
 
     def sample(self, generator: SecretGenerator, probability: float) -> Sample:
-        """See `Units`."""
+        """See `Units.sample`."""
         chosen = self._indices[generator.poisson_sample(len(self), probability)]
         return Sample(chosen, torch.ones(len(chosen), dtype=torch.float64))
 
     def part(self, rank: int, world: int) -> Records:
-        """See `Units`."""
+        """See `Units.part`."""
         return Records(self._indices[rank::world])
 
 
@@ -83,9 +86,12 @@ class Documents:
     """Each document is a unit.
 
     Args:
-        indices: of the records, (n,) int64, ascending.
-        owners: the document that each is of, (n,) int64, ascending; any numbers.
-        at_most: records of one document in a step.
+        indices: indices of the records, (n,) int64, ascending.
+        owners: number of the document of each record, (n,) int64, ascending; gaps are allowed.
+        at_most: largest number of records of one document in a step.
+
+    Raises:
+        ConfigError: the owners are not ascending.
     """
 
     kind: Unit = "document"
@@ -102,11 +108,11 @@ class Documents:
         self._ends = self._counts.cumsum(0)
 
     def __len__(self) -> int:
-        """How many documents there are."""
+        """Return the number of documents."""
         return len(self._counts)
 
     def sample(self, generator: SecretGenerator, probability: float) -> Sample:
-        """See `Units`."""
+        """See `Units.sample`."""
         documents = generator.poisson_sample(len(self), probability)
         counts = self._counts[documents]
         owners = documents.repeat_interleave(counts)  # of all records of the sampled documents
@@ -114,11 +120,11 @@ class Documents:
         before = (counts.cumsum(0) - counts).repeat_interleave(counts)
         rows = first + torch.arange(len(owners)) - before
         kept = generator.ranks_within(owners) < self._at_most
-        shares = 1.0 / self._counts[owners].clamp(max=self._at_most).double()
-        return Sample(self._indices[rows[kept]], shares[kept])
+        fractions = 1.0 / self._counts[owners].clamp(max=self._at_most).double()
+        return Sample(self._indices[rows[kept]], fractions[kept])
 
     def part(self, rank: int, world: int) -> Documents:
-        """See `Units`."""
+        """See `Units.part`."""
         mine = self._owners % world == rank
         return Documents(self._indices[mine], self._owners[mine], self._at_most)
 
@@ -127,13 +133,14 @@ def units_of(kind: Unit, num_records: int, owners: Tensor | None, at_most: int) 
     """The units that a manifest asks for.
 
     Args:
-        kind: of the manifest.
+        kind: the manifest's unit.
         num_records: n.
-        owners: the document of each record, (n,) int64, ascending; needed for documents only.
-        at_most: records of one document in a step.
+        owners: number of the document of each record, (n,) int64, ascending. Needed for documents
+            only.
+        at_most: largest number of records of one document in a step.
 
     Raises:
-        ConfigError: nobody knows which document a record is of.
+        ConfigError: documents are the unit, and `owners` is None or not ascending.
     """
     if kind == "record":
         return Records(torch.arange(num_records))

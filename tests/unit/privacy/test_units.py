@@ -41,7 +41,7 @@ def test_a_documents_shares_make_one_whole(at_most: int) -> None:
     for document in (0, 2, 3, 6):
         mine = owners == document
         assert int(mine.sum()) == min(at_most, int(SIZES[document]))
-        assert float(sample.shares[mine].sum()) == pytest.approx(1.0)
+        assert float(sample.fractions[mine].sum()) == pytest.approx(1.0)
     assert set(owners.tolist()) == {0, 2, 3, 6}
 
 
@@ -58,7 +58,7 @@ def test_every_record_of_a_document_has_its_turn() -> None:
 
 def test_no_document_no_record() -> None:
     sample = documents(3).sample(Chosen([]), 0.5)
-    assert len(sample.indices) == len(sample.shares) == 0
+    assert len(sample.indices) == len(sample.fractions) == 0
 
 
 def test_documents_are_sampled_as_often_as_each_other() -> None:
