@@ -93,7 +93,7 @@ class Budget:
         """Steps on the disk that were not used yet."""
         self._used = 0
         self._prepared_steps = 0
-        """Steps asked of `_prepared`; 0 while there is none."""
+        """Steps that `_prepared` is to charge; 0 while there is none."""
         self._seconds: float | None = None
         """Smoothed duration of a charge. None until the first."""
         self._possible = ledger.steps_charged + self._left
@@ -208,9 +208,9 @@ def delta_of(manifest: Manifest, num_units: int) -> float:
 def coarse_size(num_records: int) -> int:
     """Round the size of a shard down to its six leading bits.
 
-    q, sigma and delta follow from the rounded size alone, so that shards of one record more or less
-    are sampled and noised alike. Whoever watches a peer can infer sigma and q from the magnitude of
-    its noise and from when its budget ends.
+    q, sigma and delta follow from the rounded size alone, so that most shards that differ by one
+    record are sampled and noised alike. Whoever watches a peer can infer sigma and q from the
+    magnitude of its noise and from when its budget ends.
 
     A step between two rounded sizes is 1.6 to 3.1 % wide. One record more or less is still visible
     at the edge of a step, and always below 64 records.

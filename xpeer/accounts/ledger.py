@@ -166,7 +166,7 @@ class Ledger:
         return declared
 
     def catch_up(self, register: Register, about: ChargeContext) -> int:
-        """Charge again what this ledger lacks, where there is no text whose documents to declare.
+        """Charge again what this ledger lacks, while there is no text to train on.
 
         This is the half of `declare_documents` that needs no documents. `charge` stays refused.
 

@@ -369,8 +369,8 @@ class Register:
         return [segments_of(history) for history in undominated(histories)]
 
     def _related_spans(self) -> Collection[int]:
-        """Spans that have a document in common with this shard. If the unit is the shard, all other
-        spans of this home, too.
+        """Spans that have a document in common with this shard. If the unit is the shard, also all
+        spans of this home.
         """
         shared = {span for _, spans in self._tables.class_rows(self._span) for span in spans}
         own = self._tables.spans_of(self._ledger_id)

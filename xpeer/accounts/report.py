@@ -23,7 +23,7 @@ START: Final = "start the node: it takes up what was lost"
 TOLERANCE: Final = 0.01
 """Relative difference that two accountants may have, since both compute on grids."""
 _NEGLIGIBLE: Final = 2e-3
-"""Absolute difference that they may have besides. It exceeds TOLERANCE where epsilon is tiny."""
+"""Absolute difference that they may have on top. It matters where epsilon is tiny."""
 _STEPS_MAX: Final = 10_000_000
 _MOST_CLASSES: Final = 12
 """Classes of documents that a report lists. Each takes up to half a second."""
@@ -144,7 +144,7 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
 
 def noted_targets(ledger: Ledger) -> tuple[float, float]:
-    """Delta and epsilon's target, as the last charge that notes them has them.
+    """Delta and target epsilon of the newest charge that notes them.
 
     Raises:
         LocalError: no charge notes them.
