@@ -40,10 +40,10 @@ _WRITTEN_RATIO: Final = 20
 """Write a record's gradient of a matrix down if the matrix has at most so many times T^2 values.
 Otherwise compute its norm from T^2 inner products. Between 8 and 40 it hardly matters."""
 _CANCELLED: Final = 1e-5
-"""Lower bound of a squared norm from inner products, over the square of its reach (`Outer.reach`).
-Where terms cancel, rounding errs by up to 1e-6 of that square. A partner could choose parameters
-whose terms cancel, and without the bound the record would go unclipped. Real text cancels to about
-1 / T."""
+"""A squared norm from inner products counts as at least so many times its reach squared
+(`Outer.reach`). Where terms cancel, rounding errs by up to 1e-6 of the reach squared. A partner
+could choose parameters that make terms cancel, and without this bound the record would go
+unclipped. Real text cancels to about 1 / T."""
 _PIECE: Final = 4096
 """Values whose squares are added in float32 on a processor. Longer sums lose too much: 1e-4 of the
 norm of 5 M values, 2% of that of 60 M equal ones."""

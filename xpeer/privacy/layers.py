@@ -42,9 +42,8 @@ class Call:
 class _Tap(torch.autograd.Function):
     """The identity. Its backward pass notes the gradient that arrives.
 
-    `probe` is an input only because the gradient by it is what the backward pass computes. So the
-    pass reaches every tap, but computes no weight's ordinary gradient, which saves a third of the
-    work.
+    The backward pass is asked for the gradient by `probe` alone. So it reaches every tap, but does
+    not compute the ordinary gradient of any weight. That saves a third of the work.
     """
 
     @staticmethod
@@ -181,7 +180,7 @@ def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
 
 def _in_full(call: Call) -> Call:
     """Convert a call to float32, if the forward pass ran in less precision. Products and norms of
-    its values are then exact to float32.
+    its values then lose nothing further.
     """
     inputs = tuple(
         x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call.inputs
