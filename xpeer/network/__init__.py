@@ -1,1 +1,4 @@
-"""The swarm: libp2p, DHT, membership, matching, exchanges. Only here is hivemind imported."""
+"""Bytes between members: libp2p, DHT, membership, links, exchanges.
+
+No other package imports hivemind, but for its clock.
+"""

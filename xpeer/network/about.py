@@ -1,7 +1,7 @@
-"""What a member calls itself and how far it is, asked of the member: for its partners' operators.
+"""Asks a member for its name and its step, so that operators of other nodes can see them.
 
-Nothing depends on the answer. A member of an earlier version gives none, and later ones may say
-more: fields that we do not know are left alone.
+Nothing depends on the answer. A member of an earlier version gives none. A later version may say
+more, so unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ TIMEOUT_S = 5.0
 
 @seen_by("members", "the operator's own word")
 class About(Struct, frozen=True):
-    """A member's own word."""
+    """What a member says of itself. Nobody can check it."""
 
     name: Public[Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")]] = ""
-    """As its operator set network.name; "" = none. Two members may have the same."""
+    """The operator's setting network.name; "" = none. Two members may have the same name."""
     step: Timing[Annotated[int, Meta(ge=0, lt=1 << 40)] | None] = None
-    """Local steps done; None = nothing is trained there."""
+    """Local steps done; None = the member trains nothing."""
 
 
 async def ask(swarm: Swarm, peer_id: PeerId) -> About:
-    """Ask.
+    """Ask one member.
 
     Raises:
-        PeerError: unreachable, of an earlier version, or it answers nonsense.
+        PeerError: it is unreachable, has an earlier version, or answers nonsense.
     """
     answer = await swarm.call(peer_id, PROTOCOL, b"", TIMEOUT_S)
     if len(answer) > MAX_ANSWER_BYTES:
@@ -48,7 +48,7 @@ async def ask(swarm: Swarm, peer_id: PeerId) -> About:
 
 
 async def serve(swarm: Swarm, about: Callable[[], About]) -> None:
-    """Answer every member, observers included."""
+    """Answer all members and observers that ask."""
 
     async def handle(_peer_id: PeerId, _request: bytes) -> bytes:
         return msgspec.msgpack.encode(about())

@@ -1,4 +1,4 @@
-"""Multiaddresses that people write: checked before anything is started."""
+"""Multiaddresses: checks of those that people write, and a book of those that peers announce."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from xpeer.network.multiaddress import check_listen
 
 MAX_PEERS = 4096
 PER_PEER = 8
-DIALLED_TOLD, DIALLED_HEARD = 12, 4
-"""Members that are dialled beside the seeds: that spoke for themselves, or known by hearsay."""
+DIALLED_ANNOUNCED, DIALLED_HEARD = 12, 4
+"""How many members are dialled beside the seeds: those that announced their own addresses, and
+those that others named."""
 _DIALLED = frozenset({"ip4", "ip6", "dns", "dns4", "dns6"})
 
 
@@ -24,7 +25,7 @@ def peer_of(address: str) -> PeerId:
     """The PeerID at the end of a multiaddress.
 
     Raises:
-        ConfigError: malformed, or it does not end in /p2p/PEERID.
+        ConfigError: it is malformed, or does not end in /p2p/PEERID.
     """
     check_address("network.bootstrap", address)
     _, mark, peer_id = address.rpartition("/p2p/")
@@ -39,14 +40,16 @@ def peer_of(address: str) -> PeerId:
 
 
 def resolve_listen(listen: list[str], field: str = "network.listen") -> list[str]:
-    """Check the addresses and their ports; port 0 becomes a free port that survives restarts.
+    """Check the addresses and their ports.
+
+    A port 0 is replaced by a free port, so that a restarted sidecar listens on the same one.
 
     Args:
         listen: TCP multiaddresses.
-        field: the setting they come from.
+        field: the setting that names them, for messages.
 
     Raises:
-        ConfigError: malformed, not TCP, or the port is taken.
+        ConfigError: an address is malformed or not TCP, or its port is in use.
     """
     resolved = []
     for address in listen:
@@ -93,13 +96,13 @@ def host_of(address: str) -> str:
 
 
 def reachable(visible: Iterable[str]) -> list[str]:
-    """What others can dial of the addresses that we listen on; loopback only if that is all."""
-    found = list(visible)
-    return [a for a in found if not a.startswith(("/ip4/127.", "/ip6/::1/"))] or found
+    """Leave out loopback addresses, unless there are no others."""
+    addresses = list(visible)
+    return [a for a in addresses if not a.startswith(("/ip4/127.", "/ip6/::1/"))] or addresses
 
 
 def is_dialled(address: str) -> bool:
-    """Whether it is /ip4|ip6|dns*/HOST/tcp/PORT/p2p/PEERID: what others may have us dial."""
+    """Whether it is /ip4|ip6|dns*/HOST/tcp/PORT/p2p/PEERID. We dial no other form for others."""
     parts = address.split("/")
     if len(parts) != 7 or parts[1] not in _DIALLED or (parts[3], parts[5]) != ("tcp", "p2p"):
         return False
@@ -111,18 +114,18 @@ def is_dialled(address: str) -> bool:
 
 
 class AddressBook:
-    """Where members can be reached; bounded.
+    """Where members can be reached: at most MAX_PEERS peers of each kind.
 
-    What a peer said of itself and what others say of it are kept apart: hearsay never displaces a
-    peer's own word, only other hearsay. A wrong address costs a failed dial and nothing else:
-    libp2p authenticates the PeerID.
+    Addresses that a peer announced and addresses that others named (hearsay) are kept apart.
+    Hearsay can only displace other hearsay. A wrong address costs a failed dial and nothing else,
+    since libp2p authenticates the PeerID.
 
     Args:
-        own: our PeerID, never noted.
-        seeds: addresses that our operator gave; always the first to be dialled.
+        own: our PeerID. It is never noted.
+        seeds: addresses that our operator gave. They are dialled first.
 
     Attributes:
-        seeds: by PeerID; a seed may have several addresses.
+        seeds: addresses of each seed. Never changes.
     """
 
     def __init__(self, own: PeerId, seeds: Iterable[str] = ()) -> None:
@@ -131,48 +134,53 @@ class AddressBook:
         for address in seeds:
             if (peer_id := peer_of(address)) != own:
                 self.seeds.setdefault(peer_id, []).append(address)
-        self._told: OrderedDict[PeerId, list[str]] = OrderedDict()
+        self._announced: OrderedDict[PeerId, list[str]] = OrderedDict()
         self._heard: OrderedDict[PeerId, list[str]] = OrderedDict()
 
     def learn(self, addresses: Iterable[str], *, hearsay: bool) -> None:
-        """Note addresses; unusable ones are dropped."""
+        """Note addresses, and drop unusable ones.
+
+        Args:
+            addresses: each ends in /p2p/PEERID.
+            hearsay: True iff they come from another peer than the one that they name.
+        """
         fresh: dict[PeerId, list[str]] = {}
         for address in addresses:
             if is_dialled(address):
                 fresh.setdefault(peer_of(address), []).append(address)
-        book = self._heard if hearsay else self._told
+        kind = self._heard if hearsay else self._announced
         for peer_id, known in fresh.items():
             if peer_id != self._own:
-                book[peer_id] = known[:PER_PEER]
-                book.move_to_end(peer_id)
-        while len(book) > MAX_PEERS:
-            book.popitem(last=False)
+                kind[peer_id] = known[:PER_PEER]
+                kind.move_to_end(peer_id)
+        while len(kind) > MAX_PEERS:
+            kind.popitem(last=False)
 
     def of(self, peer_id: PeerId) -> list[str]:
-        """All addresses of a peer: our operator's, its own word, hearsay."""
+        """All addresses of a peer: first our operator's, then its own, then hearsay."""
         given = self.seeds.get(peer_id, ())
-        known = [*given, *self._told.get(peer_id, ()), *self._heard.get(peer_id, ())]
+        known = [*given, *self._announced.get(peer_id, ()), *self._heard.get(peer_id, ())]
         return list(dict.fromkeys(known))
 
     def peers(self) -> list[PeerId]:
-        """Newest first; those that are known by hearsay alone last."""
-        return list(dict.fromkeys([*reversed(self._told), *reversed(self._heard)]))
+        """Peers with known addresses, the newest first. Peers of hearsay alone come last."""
+        return list(dict.fromkeys([*reversed(self._announced), *reversed(self._heard)]))
 
     def candidates(self) -> list[PeerId]:
-        """Peers that might be members, seeds last."""
+        """Peers that might be members; seeds come last."""
         return [*(peer for peer in self.peers() if peer not in self.seeds), *self.seeds]
 
     def targets(self) -> dict[PeerId, str]:
-        """Whom to dial, and one address of each: the seeds, and some members."""
-        members = self.newest(DIALLED_TOLD, DIALLED_HEARD)
+        """One address of each peer to dial: of all seeds and some members."""
+        members = self.newest(DIALLED_ANNOUNCED, DIALLED_HEARD)
         return {peer: self.of(peer)[0] for peer in [*self.seeds, *members]}
 
-    def newest(self, told: int, heard: int) -> list[PeerId]:
-        """Some of both kinds."""
+    def newest(self, announced: int, heard: int) -> list[PeerId]:
+        """The newest peers: so many that announced their addresses, and so many of hearsay."""
         return list(
             dict.fromkeys(
                 [
-                    *itertools.islice(reversed(self._told), told),
+                    *itertools.islice(reversed(self._announced), announced),
                     *itertools.islice(reversed(self._heard), heard),
                 ]
             )

@@ -1,7 +1,7 @@
 """Admission: any member hands the manifest and the swarm key to a peer with a right to join.
 
-The reply is sealed to the joiner's PeerID; the manifest is checked against the fingerprint that
-the joiner's token carries, and the swarm key against the manifest's digest of it.
+The reply is sealed to the newcomer's PeerID. The newcomer checks the manifest against the
+fingerprint in its token, and the swarm key against the digest in the manifest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CALL_TIMEOUT_S = 30.0
 
 @seen_by("members")
 class Admission(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a member hands over, sealed as a whole."""
+    """Manifest and swarm key as a member hands them over; sealed as a whole."""
 
     manifest: Public[bytes]
     swarm_key: Public[bytes]
@@ -56,14 +56,14 @@ async def serve(swarm: Swarm, manifest: SignedManifest, keyring: KeyRing) -> Non
 async def request(
     swarm: Swarm, identity: Identity, swarm_id: str, member: PeerId
 ) -> tuple[SignedManifest, bytes]:
-    """Ask one member.
+    """Ask one member for admission.
 
     Returns:
-        The manifest, checked against the fingerprint, and the swarm key.
+        The manifest, checked against the fingerprint, and the swarm key (32 bytes).
 
     Raises:
-        PeerError: it does not answer, is no member, or hands over something else.
-        NotAuthorisedError: it refused: our right to join has expired.
+        PeerError: the member does not answer, is no member, or hands over something else.
+        NotAuthorisedError: it refused, and our right to join has expired.
     """
     sealed = await swarm.call(member, PROTOCOL, b"", CALL_TIMEOUT_S)
     if not swarm.membership.allows(member, "observer"):

@@ -1,16 +1,16 @@
-"""Settling an exchange with a partner, and swapping the two updates over a sealed link.
+"""An exchange with a partner: agree on it, swap the two payloads over a sealed link, accept.
 
-Between two peers the lower PeerID opens the link, keeps it open, and proposes. Both sides:
+Of two peers, the one with the lower PeerID opens the link, keeps it open, and proposes:
 
     PROPOSE -> AGREE, or REFUSE(reason)
     PAYLOAD + frames  <->  PAYLOAD + frames
     ACCEPT            <->  ACCEPT
 
-and merge only after both accepted. Exact atomicity is impossible: a side that accepted and heard
-nothing more does not merge, and names the exchange at the next contact, so that the partner can
-count its one-sided merge.
+Both merge only after both accepted. Exact atomicity is impossible. A side that accepted and heard
+nothing more does not merge. At the next contact it names that exchange, and the partner can count
+its one-sided merge.
 
-This module knows neither models nor privacy; it moves bytes that are private already.
+This module knows neither models nor privacy. It moves bytes that are private already.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from xpeer.wire.session import Credentials, Handshake, Purpose
 
 PROTOCOL = "xpeer/exchange/1"
 IDLE_TIMEOUT_S = 900.0
-"""A link without a proposal for this long is closed."""
+"""A link is closed after this long without a proposal."""
 PROPOSAL_INTERVAL_S = 0.05
-"""At most so often a partner's next proposal is read: honest ones come once a slot."""
+"""Least time between two proposals of a partner. An honest one proposes once a slot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Party:
-    """Who we are to partners: what every handshake needs."""
+    """Our identity and our view of the swarm, as every handshake needs them."""
 
     identity: Identity
     swarm_id: str
@@ -54,8 +54,8 @@ class Party:
         """A fresh handshake with this partner.
 
         Raises:
-            PeerError: it may not take this part (NOT_A_MEMBER): only members exchange and give
-                state; observers may read it.
+            PeerError: NOT_A_MEMBER: its certificate does not allow this. Only members exchange and
+                give their parameters; observers may fetch them.
         """
         reads = purpose == "state" and not initiator
         self.require(partner, "observer" if reads else "member")
@@ -78,7 +78,7 @@ class Dialler(Protocol):
     """Opens raw streams; `network.swarm.Swarm` in production."""
 
     async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
-        """An unconnected link to a member. Raises PeerError."""
+        """An open link to a member, before its handshake. Raises PeerError."""
 
 
 class ProposalHandler(Protocol):
@@ -88,13 +88,13 @@ class ProposalHandler(Protocol):
         """Our terms towards this partner in this slot."""
 
     def refusal_of(self, peer_id: PeerId, proposal: Propose) -> str | None:
-        """Why not (a reason code), or None."""
+        """The reason code for refusing this proposal; None if we agree."""
 
     def before_agreement(self, peer_id: PeerId, theirs: Terms) -> None:
-        """Check the partner's terms and count merges that it reports as one-sided.
+        """Check the partner's terms, and count our merges that it reports as one-sided.
 
         Raises:
-            PeerError: its ledger went back.
+            PeerError: the partner's ledger went back.
         """
 
     async def take_part(self, agreement: Agreement) -> None:
@@ -103,7 +103,7 @@ class ProposalHandler(Protocol):
 
 @dataclass(slots=True)
 class Digests:
-    """Of the frames of what was swapped, from the workers that moved them."""
+    """Digests of the frames of both payloads; empty until `swap` has moved them."""
 
     sent: bytes = b""
     received: bytes = b""
@@ -111,7 +111,7 @@ class Digests:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Both sides will exchange this fragment now."""
+    """An exchange of one fragment that both sides agreed to."""
 
     link: Link
     exchange_id: int
@@ -119,7 +119,7 @@ class Agreement:
     fragment: int
     averaging: bool
     form: Form
-    """Of either payload. Its size follows from it: nobody's word counts."""
+    """Form of both payloads. Their size follows from it, whatever a partner announces."""
     ours: Terms
     theirs: Terms
     digests: Digests = field(default_factory=Digests, init=False)
@@ -133,7 +133,7 @@ class Agreement:
         """Send our update and receive the partner's, at the same time.
 
         Raises:
-            PeerError: size or digest wrong, stream broken or stalled.
+            PeerError: the size or a frame is wrong, or the stream broke or stalled.
         """
         if update.form != self.form or len(update.payload) != self.form.num_bytes:
             raise PeerError(Reason.WRONG_MODEL, "our own update is not of the agreed form")
@@ -154,7 +154,7 @@ class Agreement:
         return await self.link.send_bulk(payload)
 
     async def _receive(self) -> tuple[memoryview, bytes]:
-        # The partner may be in the middle of a long step: the exchange's own deadline bounds this.
+        # The partner may be in the middle of a long step. The exchange's own deadline bounds this.
         announced = await self.link.expect(Payload, self.exchange_id, timeout_s=float("inf"))
         agreed = self.form.num_bytes
         if announced.num_bytes != agreed:
@@ -165,7 +165,7 @@ class Agreement:
         return await self.link.receive_bulk(agreed)
 
     def release(self, received: PeerUpdate) -> None:
-        """What `swap` gave was verified, and nobody refers to it any more."""
+        """Give back the memory of a payload from `swap`; nobody may refer to it any more."""
         if isinstance(received.payload, memoryview):
             bulk.release(received.payload)
 
@@ -174,7 +174,7 @@ class Agreement:
 
         Raises:
             UnresolvedError: we accepted and can't know whether the partner merges.
-            PeerError: it refused, or accepted something else than ours (DIGEST_MISMATCH).
+            PeerError: it refused, or accepted another payload than ours (DIGEST_MISMATCH).
         """
         await self.link.send(Accept(self.exchange_id, self.digests.received))
         try:
@@ -192,7 +192,7 @@ class Agreement:
 
 
 class UnresolvedError(PeerError):
-    """We accepted, the partner's word never came: it may have merged alone."""
+    """We accepted, and no answer came. The partner may have merged alone."""
 
     def __init__(self, exchange_id: int) -> None:
         super().__init__(Reason.CLOSED, "lost after our acceptance; not merged here")
@@ -200,7 +200,7 @@ class UnresolvedError(PeerError):
 
 
 class Proposer:
-    """Our links to partners with higher PeerIDs, kept open, one exchange at a time on each."""
+    """Our links to partners with higher PeerIDs; each stays open, for one exchange at a time."""
 
     def __init__(self, party: Party, dialler: Dialler) -> None:
         self._party = party
@@ -219,10 +219,10 @@ class Proposer:
         form: Form,
         timeout_s: float,
     ) -> Agreement:
-        """Ask a partner for an exchange. Release with `done`, whatever happens after.
+        """Ask a partner for an exchange. After an agreement, `done` must be called in any case.
 
         Raises:
-            PeerError: unreachable, refused, or busy with us already.
+            PeerError: the partner is unreachable, refuses, or is busy with us already.
         """
         if peer_id in self._busy:
             raise PeerError(Reason.BUSY, "an exchange with this partner is going on")
@@ -262,17 +262,17 @@ class Proposer:
         )
 
     def busy_with(self, peer_id: PeerId) -> bool:
-        """Whether an exchange that we proposed to this partner is going on."""
+        """Whether we are in an exchange that we proposed to this partner."""
         return peer_id in self._busy
 
     async def done(self, peer_id: PeerId, *, healthy: bool) -> None:
-        """The exchange is over; a link that failed is dropped."""
+        """End an exchange; drop the link unless it is healthy."""
         self._busy.discard(peer_id)
         if not healthy and (link := self._links.pop(peer_id, None)) is not None:
             link.abort()
 
     async def close(self) -> None:
-        """End all links properly."""
+        """Close all links with their END frames."""
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close() for link in links))
 
@@ -297,7 +297,7 @@ def answering(party: Party, desk: ProposalHandler) -> Callable[[Link], Awaitable
 
     Args:
         party: us.
-        desk: decides and takes part. What it has no refusal_of to is of a form that it expects.
+        desk: decides on proposals and runs the exchanges. It refuses forms that it does not expect.
     """
 
     async def handle(link: Link) -> None:
@@ -318,7 +318,7 @@ def answering(party: Party, desk: ProposalHandler) -> Callable[[Link], Awaitable
     async def _answer(link: Link, proposal: Propose) -> None:
         try:
             desk.before_agreement(link.peer_id, proposal.terms)
-        except PeerError as e:  # told rather than dropped: it may not know that it was restored
+        except PeerError as e:  # refuse, keep the link: it may not know that it was restored
             reason: str | None = e.reason
         else:
             reason = desk.refusal_of(link.peer_id, proposal)
@@ -344,10 +344,10 @@ def answering(party: Party, desk: ProposalHandler) -> Callable[[Link], Awaitable
 
 
 def check_rank(me: PeerId, proposer: PeerId) -> None:
-    """Only the lower PeerID opens exchange links.
+    """Check that the proposer has the lower PeerID: only that side opens exchange links.
 
     Raises:
-        PeerError: it is the higher one.
+        PeerError: it has the higher one.
     """
     if not proposer < me:
         raise PeerError(Reason.MALFORMED, "the higher PeerID does not propose")

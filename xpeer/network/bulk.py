@@ -57,7 +57,7 @@ def send(
         sealer: of its session.
         payload: (num_bytes,) uint8, does not change meanwhile.
         frame_timeout_s: for the partner's side to take one frame.
-        pace: of the whole, if it has to be fast enough.
+        pace: bounds the time of the whole transfer; None = no bound.
 
     Returns:
         BLAKE2b-256 of the frames' tags.
@@ -89,9 +89,9 @@ def receive(
     Args:
         stream: nobody else reads from it.
         opener: of its session.
-        out: (num_bytes,) uint8, writable; what is in it after an error is nobody's payload.
+        out: (num_bytes,) uint8, writable. After an error its content must not be used.
         frame_timeout_s: for one frame to arrive.
-        pace: of the whole, if it has to be fast enough.
+        pace: bounds the time of the whole transfer; None = no bound.
 
     Returns:
         BLAKE2b-256 of the frames' tags.
@@ -113,8 +113,9 @@ def receive(
 
 
 def allocate(num_bytes: int) -> memoryview:
-    """Writable memory of any content; new memory is taken only where something is written, so that
-    an announcement costs nothing. Freed with the view, unless it is released.
+    """Writable memory of any content; freed with the view, unless `release` gets it.
+
+    The kernel gives a page only when it is written, so a mere announcement costs nothing.
     """
     for number, spare in enumerate(_spare):
         if len(spare) == num_bytes:
@@ -125,15 +126,17 @@ def allocate(num_bytes: int) -> memoryview:
 
 
 def release(payload: memoryview) -> None:
-    """Keep the memory of a payload that nobody refers to any more for the next one of its size:
-    fresh pages cost as much as opening what is written to them. On the event loop, like `allocate`.
+    """Keep a payload's memory for the next payload of its size; nobody may refer to it any more.
+
+    Fresh pages cost as much as opening the frames that fill them. Call it on the event loop, as
+    `allocate`.
     """
     _spare.append(payload)
     del _spare[:-SPARE_PAYLOADS]
 
 
 def _starts(num_bytes: int) -> range:
-    """Of each frame's part; an empty payload is one empty frame."""
+    """Where each frame's part of the payload starts; an empty payload is one empty frame."""
     return range(0, max(num_bytes, 1), FRAME_BYTES)
 
 
@@ -149,14 +152,15 @@ def _receive_frame(
     out: memoryview,
     timeout_s: float,
 ) -> memoryview:
-    """The next frame, which has to be of bulk and fill `out`; its tag."""
+    """Open the next frame into `out`, which it has to fill, and return its tag."""
     until = time.monotonic() + timeout_s
     stream.fill(header, timeout_s)
     kind, size = parse_header(bytes(header))
     body = sealed[:size]
     stream.fill(body, until - time.monotonic())
     if kind is not Kind.BULK or size != len(out) + TAG_BYTES:
-        opener.open(bytes(header), body)  # whose fault it is: a frame that does not open is no word
+        # Authenticate first: a forged frame has to raise TAMPERED, whatever else is wrong with it.
+        opener.open(bytes(header), body)
         if kind is Kind.END:
             raise PeerError(Reason.CLOSED, "the partner ended the session")
         if kind is not Kind.BULK:

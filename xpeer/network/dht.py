@@ -1,9 +1,9 @@
-"""The DHT's records: signed by their owner, a member; bounded in size and lifetime.
+"""The DHT's records: each is signed by its owner, a member, and bounded in size and lifetime.
 
-Whoever stores or returns a record checks it, the bootstrap node included: a record carries its
-owner's credential, which the swarm's fingerprint is enough to verify. What a record says is
-encrypted with the swarm key, and lies under a keyed hash (see `roster`), so that a node without the
-key stores what it can't read.
+Every node checks the records that it stores or returns, also a bootstrap node. A record carries its
+owner's credential, and the swarm's fingerprint is enough to verify that. Contents are encrypted
+with the swarm key and lie under a keyed hash (see `roster`): a node without the key can't read what
+it stores.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ MAX_VALUE_BYTES = 4096
 MAX_TTL_S = 1200.0
 MAX_RECORDS = 4096
 MAX_KEYS_OF_OWNER = 8
-"""Members need one key; whoever used them all would push the others' records out."""
+"""An honest member needs one key. One that used all keys would push out the others' records."""
 MAX_OWNERS = 4096
 REPLICAS = 5
 NEIGHBOURS = 8
-"""Kademlia's k, as in BitTorrent's (BEP 5): a search asks as many nodes, each answers with as many.
+"""Kademlia's k, as in BitTorrent (BEP 5). A search asks k nodes, and each names up to k others.
 hivemind's 20 costs six times the bytes, and finds nothing more in swarms of hundreds."""
 CALL_TIMEOUT_S = 3.0
-_Found = tuple[ValueWithExpiration[Any] | None, dict[DHTID, PeerID]]
+_Answer = tuple[ValueWithExpiration[Any] | None, dict[DHTID, PeerID]]
 
 
 @seen_by("anybody", "sealed")
@@ -59,11 +59,14 @@ class SignedValue(Struct, frozen=True, forbid_unknown_fields=True, array_like=Tr
 
 
 class OwnerSigned(RecordValidatorBase):
-    """hivemind's hook: which records may exist at all.
+    """Decides which records may exist. hivemind calls it for each record.
 
     Args:
-        membership: who may own records.
-        identity: signs ours; None on a node that stores only others' records.
+        membership: says who may own records.
+        identity: signs our records; None on a node that only stores those of others.
+
+    Attributes:
+        rejected: records that were refused so far.
     """
 
     def __init__(self, membership: Membership, identity: Identity | None) -> None:
@@ -79,7 +82,8 @@ class OwnerSigned(RecordValidatorBase):
         return valid
 
     def _valid(self, record: DHTRecord) -> bool:
-        expiration = record.expiration_time  # as all of it: whatever a stranger's msgpack holds
+        # Any field may hold whatever a stranger put into its msgpack, of any type.
+        expiration = record.expiration_time
         if not isinstance(record.value, bytes) or len(record.value) > MAX_VALUE_BYTES:
             return False
         if not isinstance(expiration, float | int):
@@ -89,11 +93,11 @@ class OwnerSigned(RecordValidatorBase):
         try:
             owner = msgspec.msgpack.decode(record.subkey, type=str)
             value = msgspec.msgpack.decode(record.value, type=SignedValue)
-            # hivemind decodes it without a net: a failure there would hang every reader for ever
+            # hivemind decodes the payload unguarded: an error there would hang every reader.
             msgspec.msgpack.decode(value.payload, type=bytes)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return False
-        # first the owner's word: a credential that somebody else stored must teach us nothing
+        # Check the owner's signature first: we must not learn a credential from anybody else.
         if not verify(owner, Domain.DHT_RECORD, _statement(record, value), value.signature):
             return False
         try:
@@ -103,10 +107,10 @@ class OwnerSigned(RecordValidatorBase):
         return self._membership.allows(owner, "observer") and self._has_room(owner, record)
 
     def _has_room(self, owner: str, record: DHTRecord) -> bool:
-        """Whether this is the owner's latest record, and it has not spread over too many keys.
+        """Whether this is the owner's latest record under its key, and the owner uses few keys.
 
-        An earlier record that is stored again would, in hivemind's storage, take the later one
-        along when it expires.
+        hivemind's storage must not see an earlier record again: when that expires, the later one
+        goes with it.
         """
         now = get_dht_time()
         keys = {k: end for k, end in self._keys_of.pop(owner, {}).items() if end > now}
@@ -122,7 +126,7 @@ class OwnerSigned(RecordValidatorBase):
         return room
 
     def sign_value(self, record: DHTRecord) -> bytes:
-        """Make our value storable."""
+        """Our value, signed and with our credential."""
         own = self._membership.own
         if self._identity is None or own is None:
             return bytes(record.value)
@@ -131,12 +135,12 @@ class OwnerSigned(RecordValidatorBase):
         return msgspec.msgpack.encode(SignedValue(record.value, unsigned.credential, signature))
 
     def strip_value(self, record: DHTRecord) -> bytes:
-        """What the owner stored."""
+        """The owner's value, without signature and credential."""
         return msgspec.msgpack.decode(record.value, type=SignedValue).payload
 
     @property
     def priority(self) -> int:
-        """Order among validators; we are alone."""
+        """Rank among validators. It has no effect: there is no other."""
         return 10
 
 
@@ -147,7 +151,7 @@ def _statement(record: DHTRecord, value: SignedValue) -> bytes:
 
 
 async def start_node(p2p: GatedP2P, validator: OwnerSigned) -> DHTNode:
-    """A DHT node in this process, with no neighbours yet."""
+    """Start a DHT node in this process. It has no neighbours yet."""
     node = await DHTNode.create(
         p2p=p2p,
         node_id=DHTID.generate(p2p.peer_id.to_base58()),
@@ -167,15 +171,16 @@ async def start_node(p2p: GatedP2P, validator: OwnerSigned) -> DHTNode:
 
 
 async def ping(node: DHTNode, peer: PeerID) -> float:
-    """Meet a node, and have it meet us.
+    """Exchange a ping with a node, so that each puts the other into its routing table.
 
-    hivemind's own ping keeps to itself why there was no answer, and what the time is there.
+    hivemind's own ping hides errors and the other node's clock.
 
     Returns:
-        By how many seconds its clock is ahead of ours; within the time that the answer took, 0.
+        Seconds by which its clock is ahead of ours; 0 if the difference is smaller than the time
+        that the call took.
 
     Raises:
-        Exception: whatever the call ended with.
+        Exception: the call's own error, of any type.
     """
     protocol = node.protocol
     request = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
@@ -194,21 +199,22 @@ async def ping(node: DHTNode, peer: PeerID) -> float:
 
 
 def harden(protocol: DHTProtocol, validator: OwnerSigned) -> None:
-    """Take from another node's answer what is valid, and nothing else.
+    """Make hivemind use only the valid records of another node's answer.
 
-    hivemind refuses a key's whole dictionary for one bad record in it: one expired certificate or
-    slow clock would hide every member of that key. It believes the answer's own expiration, which
-    ends the search when it is large; and an error in what it merges hangs the search for ever.
+    Three faults of hivemind are mended here. One bad record in a key's dictionary makes it refuse
+    all: an expired certificate or a slow clock would hide every member of that key. It believes the
+    expiration that an answer claims, and a large one ends the search. An error while it merges
+    answers hangs the search for ever.
     """
     find = protocol.call_find
 
-    async def call_find(peer: PeerID, keys: Collection[DHTID]) -> dict[DHTID, _Found] | None:
-        found = await find(peer, keys)
-        if found is None:
+    async def call_find(peer: PeerID, keys: Collection[DHTID]) -> dict[DHTID, _Answer] | None:
+        answers = await find(peer, keys)
+        if answers is None:
             return None
         return {
             key: (_dictionary(item), dict(itertools.islice(nearest.items(), protocol.bucket_size)))
-            for key, (item, nearest) in found.items()
+            for key, (item, nearest) in answers.items()
         }
 
     protocol.call_find = call_find
@@ -216,7 +222,7 @@ def harden(protocol: DHTProtocol, validator: OwnerSigned) -> None:
 
 
 def keep_valid(validator: OwnerSigned, key: bytes, records: DictionaryDHTValue) -> bool:
-    """Drop the records of a key that are not valid, and keep the others."""
+    """Drop a key's invalid records and keep the others. Always True: the key itself is valid."""
     records.maxsize = math.inf
     for subkey, (value, expiration_time) in list(records.data.items()):
         named = msgspec.msgpack.encode(subkey) if isinstance(subkey, str) else b""
@@ -226,7 +232,7 @@ def keep_valid(validator: OwnerSigned, key: bytes, records: DictionaryDHTValue) 
 
 
 def _dictionary(item: ValueWithExpiration[Any] | None) -> ValueWithExpiration[Any] | None:
-    """The answer with the expiration of its latest record; we keep no values but dictionaries."""
+    """The answer with its latest record's expiration; None unless it is a dictionary of records."""
     if item is None or not isinstance(item.value, DictionaryDHTValue) or not item.value.data:
         return None
     latest = max(record.expiration_time for record in item.value.data.values())

@@ -1,17 +1,19 @@
-"""A second stream to a partner, plain TCP beside libp2p's, for bulk: the same sealed frames, fewer
-copies. Used where one end listens (`network.direct_listen`) and the other reaches it.
+"""A second stream to a partner for bulk: plain TCP beside libp2p's stream.
+
+It carries the same sealed frames with fewer copies. It needs one end that listens
+(`network.direct_listen`) and can be reached by the other.
 
     in the sealed session, each way   OFFER{port, ticket}
     dialler -> listener               ticket, then an empty sealed frame
     listener -> dialler               an empty sealed frame
 
-The frames' keys are a child of the session's, by the listener's ticket, so a stolen ticket opens
-nothing. The dialler takes the host from its own sidecar's connection to this partner: no partner
-names hosts for us to dial. A stranger who connects is read 16 bytes, within a few seconds, and told
-nothing; of such sockets there are few at a time.
+The frames' keys follow from the session's keys and the listener's ticket, so a stolen ticket opens
+nothing. The dialler uses the address of its own sidecar's connection to this partner: no partner
+can name hosts for us to dial. From a stranger who connects we read 16 bytes, within a few seconds,
+and send nothing. There are few such sockets at a time.
 
-What it does not give: hiding the lengths of frames from the wire, which libp2p's Noise does not
-hide either; a way through NATs.
+What it does not give: it does not hide the lengths of frames (libp2p's Noise does not either), and
+it finds no way through NATs.
 """
 
 from __future__ import annotations
@@ -40,19 +42,19 @@ log = logging.getLogger("xpeer.network")
 
 TICKET_BYTES: Final = 16
 OPEN_TIMEOUT_S: Final = 5.0
-"""For each step: connecting, showing a ticket, the first frame."""
+"""Time for each step: to connect, to present a ticket, to send the first frame."""
 TICKET_S: Final = 2 * OPEN_TIMEOUT_S
-"""A ticket that nobody showed in this time is void."""
+"""A ticket is void if nobody presented it within this time."""
 MAX_KNOCKING: Final = 32
-"""Sockets that have not shown a ticket yet; a further one is closed at once."""
+"""Sockets at a time that have not presented a ticket yet. A further one is closed at once."""
 MAX_HOSTS: Final = 4
 AVOID_S: Final = 600.0
-"""A partner whose direct stream broke in use is served through libp2p for so long."""
+"""After a direct stream broke in use, its partner is served through libp2p for this long."""
 MAX_AVOIDED: Final = 1024
 MEASURED_BYTES: Final = 4 << 20
-"""The least transfer that says something about a stream's speed."""
+"""Smaller transfers say nothing about a stream's speed."""
 TRY_OTHER_EVERY: Final = 32
-"""Transfers between two of the slower stream."""
+"""Every so many transfers the slower stream is tried again."""
 
 HostsOf = Callable[[PeerId], Awaitable[list[str]]]
 
@@ -62,17 +64,17 @@ class Offer(Struct, frozen=True, forbid_unknown_fields=True):
     """The first message each way in a session."""
 
     port: Public[Annotated[int, Meta(ge=0, le=65535)]]
-    """Where the sender listens; 0 = it does not."""
+    """TCP port at which the sender listens; 0 = it does not listen."""
     ticket: Public[Annotated[bytes, Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]]
-    """For one connection, soon."""
+    """Lets the receiver make one connection, within TICKET_S."""
 
     def to_bytes(self) -> bytes:
-        """Msgpack."""
+        """As msgpack."""
         return msgspec.msgpack.encode(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Offer:
-        """A partner's.
+        """Read a partner's offer.
 
         Raises:
             PeerError: MALFORMED.
@@ -85,8 +87,10 @@ NO_OFFER: Final = Offer(0, bytes(TICKET_BYTES))
 
 
 class Paths:
-    """Which of a link's two streams carries bulk: the one that was faster, the other tried again
-    now and then. Counts large transfers only: a small one lies in a socket buffer when it "ends".
+    """Chooses which of a link's two streams carries bulk.
+
+    The faster one does. The other is tried again now and then. Only large transfers are measured:
+    a small one "ends" while it still lies in a socket buffer.
     """
 
     def __init__(self) -> None:
@@ -103,21 +107,27 @@ class Paths:
         return best != (self._transfers % TRY_OTHER_EVERY == 0)
 
     def took(self, direct: bool, num_bytes: int, seconds: float) -> None:
-        """Learn from a transfer."""
+        """Note the speed of a transfer.
+
+        Args:
+            direct: True iff it went over the direct stream.
+            num_bytes: its size.
+            seconds: how long it took.
+        """
         if num_bytes >= MEASURED_BYTES:
             self._bytes_per_s[direct] = num_bytes / max(seconds, 1e-9)
 
 
 class Direct:
-    """This node's door, if it has one, and its way to others'.
+    """Opens direct streams: accepts them at this node's own port, if it has one, and dials others.
 
     Args:
         hosts_of: IP addresses at which our sidecar is connected to a peer now.
 
     Attributes:
-        port: where we listen; 0 = nowhere.
-        strangers: connections that showed no valid ticket.
-        opened: direct streams so far, either way.
+        port: TCP port at which we listen; 0 while we do not.
+        strangers: connections so far that presented no valid ticket.
+        opened: direct streams opened so far, in both directions.
     """
 
     def __init__(self, hosts_of: HostsOf) -> None:
@@ -130,13 +140,13 @@ class Direct:
         self._avoided: dict[PeerId, float] = {}
 
     async def listen(self, address: str) -> None:
-        """Open the door.
+        """Listen for direct streams.
 
         Args:
             address: /ip4|ip6/HOST/tcp/PORT; port 0 = any free one.
 
         Raises:
-            ConfigError: malformed, or the port is taken.
+            ConfigError: the address is malformed, or its port is in use.
         """
         _, kind, host, _, port = resolve_listen([address], "network.direct_listen")[0].split("/")
         door = socket.socket(socket.AF_INET if kind == "ip4" else socket.AF_INET6)
@@ -154,7 +164,7 @@ class Direct:
         self._accepting = asyncio.create_task(self._accept(door))
 
     async def close(self) -> None:
-        """Close the door; streams that are open belong to their links."""
+        """Stop listening. Open streams belong to their links and stay open."""
         tasks = [*self._knocking, *([self._accepting] if self._accepting else [])]
         for task in tasks:
             task.cancel()
@@ -166,7 +176,7 @@ class Direct:
     # One link
 
     def offer(self, peer_id: PeerId) -> Offer:
-        """What to tell this partner; give it to `open` at once."""
+        """Make our offer to this partner. Pass it to `open` at once."""
         offer = Offer(0 if self._avoids(peer_id) else self.port, secrets.token_bytes(TICKET_BYTES))
         if offer.port:
             self._expected[offer.ticket] = asyncio.get_running_loop().create_future()
@@ -175,16 +185,19 @@ class Direct:
     async def open(
         self, peer_id: PeerId, session: Session, ours: Offer, theirs: Offer, *, initiator: bool
     ) -> tuple[Stream, Session] | None:
-        """The direct stream to a partner and its session, or None: there is no way.
+        """Open the direct stream to a partner.
 
-        The initiator dials if the responder listens; else the responder dials the initiator.
+        The initiator dials if the responder listens. Else the responder dials the initiator.
 
         Args:
             peer_id: the partner.
-            session: the sealed one, whose child this becomes.
-            ours: from `offer`.
-            theirs: the partner's.
+            session: the link's sealed session; the new one is its child.
+            ours: our offer, from `offer`.
+            theirs: the partner's offer.
             initiator: whether we opened the session.
+
+        Returns:
+            The stream and its session; None if no direct stream could be opened.
         """
         dialling = theirs.port > 0 and (initiator or not ours.port)
         try:
@@ -205,7 +218,7 @@ class Direct:
         return stream, child
 
     def broke(self, peer_id: PeerId) -> None:
-        """A direct stream failed in use: libp2p's serves for a while."""
+        """Note that a direct stream failed in use: for AVOID_S, bulk goes through libp2p."""
         if len(self._avoided) >= MAX_AVOIDED:
             del self._avoided[next(iter(self._avoided))]
         self._avoided[peer_id] = time.monotonic() + AVOID_S
@@ -214,7 +227,7 @@ class Direct:
         return time.monotonic() < self._avoided.get(peer_id, 0.0)
 
     async def _knock(self, ticket: bytes) -> Stream:
-        """Whoever shows this ticket."""
+        """Wait for the stream that presents this ticket."""
         knock = self._expected[ticket]
         try:
             async with asyncio.timeout(TICKET_S):
@@ -255,7 +268,7 @@ class Direct:
         while True:
             try:
                 sock, _ = await loop.sock_accept(door)
-            except OSError as e:  # e.g. no descriptor is left
+            except OSError as e:  # e.g. out of file descriptors
                 log.warning("network.direct_listen: %s", e)
                 await asyncio.sleep(1.0)
                 continue
@@ -268,7 +281,7 @@ class Direct:
             task.add_done_callback(self._knocking.discard)
 
     async def _hear(self, stream: Stream) -> None:
-        """Hand a socket that shows a valid ticket to the link that waits for it."""
+        """Read a socket's ticket, and hand the socket to the link that waits for it."""
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 knock = self._expected.pop(await stream.read(TICKET_BYTES), None)
@@ -285,7 +298,7 @@ class Direct:
 
 
 async def _greet(stream: Stream, session: Session, *, first: bool) -> None:
-    """An empty sealed frame each way: both hold the keys, and both know it."""
+    """Exchange empty sealed frames, which prove to each end that the other has the keys."""
     try:
         async with asyncio.timeout(OPEN_TIMEOUT_S):
             if first:

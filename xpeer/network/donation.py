@@ -1,13 +1,13 @@
 """A joiner fetches the current parameters from a member, over the same sealed links.
 
-The donor signs digest, step and its loss on the public text; the joiner checks size, digest and
-signature here, and its trainer checks that loss before anything is trained or mixed.
-What is handed out is what gossip hands out anyway: private already, in float32.
+The donor signs digest, step and its loss on the public text. The joiner checks size, digest and
+signature here. Its trainer checks that loss before anything is trained or mixed. A donation holds
+what exchanges hand out anyway: private parameters, in float32.
 
-One snapshot serves all who ask while it is fresh, and longer while one before it is still on its
-way to somebody: there are two at most. A transfer has to be fast enough as a whole (`rates`), and
-256 KiB have to pass in every `link.FRAME_TIMEOUT_S`. Where one breaks off, the joiner asks the same
-donor for the rest, which keeps that snapshot for a while.
+All joiners that ask while a snapshot is fresh get the same one. There are two snapshots at most:
+while an older one is still being sent, the newer one serves longer. A transfer has to be fast
+enough as a whole (`rates`), and 256 KiB have to pass in every `link.FRAME_TIMEOUT_S`. If a transfer
+breaks off, the donor keeps its snapshot for a while, and the joiner asks for the rest.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_s
 
 PROTOCOL = "xpeer/state/1"
 PREPARE_TIMEOUT_S = 300.0
-"""The donor takes its snapshot at a step boundary, and a step of a large model is long."""
+"""The donor makes its snapshot at a step boundary, and a step of a large model is long."""
 DIAL_TIMEOUT_S = 30.0
 PAUSE_S = 10.0
-"""Between two donations to the same peer: each costs the trainer a copy."""
+"""Least time between two donations to one peer, since each costs the trainer a copy."""
 WORTH: Final = 0.05
-"""Of a model: a donor keeps nothing of which less was sent, e.g. to a joiner that took another."""
+"""Fraction of the model. A donor keeps the snapshot of a broken transfer only if at least this much
+was sent; less is sent e.g. to a joiner that chose another donor."""
 RESUME_WITHIN_S = 60.0
-"""A joiner tries so long to reach the donor again; then it asks others, for all of it."""
+"""A joiner tries this long to reach the donor again. Then it asks other members for everything."""
 RESUME_PAUSE_S, RESUME_PAUSE_MOST_S = 1.0, 8.0
 _BROKE: Final = frozenset({Reason.CLOSED, Reason.TRUNCATED, Reason.TIMEOUT})
-"""How a transfer ends whose link broke. Anything else is somebody's fault."""
+"""Reasons that a broken link has. Any other is a fault of a peer."""
 _NOT_THERE: Final = frozenset({Reason.UNREACHABLE, Reason.TRUNCATED, Reason.TIMEOUT})
-"""How a donor fails to answer. CLOSED is an answer: no."""
+"""Reasons that a silent donor has. CLOSED is not among them: it is a donor's refusal."""
 MAX_LOSS_PUBLIC = 20.0
-"""Nats per token; guessing among a million tokens makes 14. A donor that claims more could pass
-anything off as what it claimed."""
+"""Nats per token; guessing among a million tokens gives 14. The joiner compares the parameters with
+the donor's claim, so a claim without a bound would let any parameters pass."""
 
 log = logging.getLogger("xpeer.network")
 
@@ -58,13 +59,13 @@ def serving(
     max_donations: int,
     rates: Rates | None = None,
 ) -> Callable[[Link], Awaitable[None]]:
-    """The handler of joiners.
+    """The handler of links that joiners open to us.
 
     Args:
         party: us.
-        source: the trainer, or None while there is nothing to give.
-        max_donations: at the same time; more are refused.
-        rates: what others reached; a joiner that takes it too slowly is dropped.
+        source: returns the trainer, or None while there is nothing to give.
+        max_donations: how many run at the same time; more are refused.
+        rates: speeds of transfers so far; a joiner that is too slow is dropped.
     """
     turns, shelf = _Turns(max_donations, rates or Rates()), Shelf()
 
@@ -97,11 +98,11 @@ def serving(
 
 
 class _Turns:
-    """Who may be given parameters, and at which pace.
+    """Decides which joiner gets parameters, and how fast it has to receive them.
 
     Args:
-        most: at the same time.
-        rates: what others reached.
+        most: donations at the same time.
+        rates: speeds of transfers so far.
     """
 
     def __init__(self, most: int, rates: Rates) -> None:
@@ -109,12 +110,15 @@ class _Turns:
         self._most = most
         self._giving: dict[PeerId, tuple[Link, asyncio.Event]] = {}
         self._ended: dict[PeerId, float] = {}
-        """When, of peers that were given to within PAUSE_S."""
+        """When each peer's last donation ended; kept for PAUSE_S."""
         self._broken: dict[PeerId, tuple[bytes, Pace]] = {}
-        """What it has half of, for KEPT_S."""
+        """Digest and pace of each peer's transfer that broke off; kept for KEPT_S."""
 
     async def may(self, peer_id: PeerId, request: StateRequest) -> bool:
-        """Whether it is given something now. The rest of something costs no copy, and no pause."""
+        """Whether this peer gets a donation now.
+
+        The rest of a broken one costs the trainer no copy, so it needs no pause.
+        """
         if request.digest is None:
             now = time.monotonic()
             for peer, ended_at in list(self._ended.items()):
@@ -122,7 +126,7 @@ class _Turns:
                     del self._ended[peer]
             allowed = peer_id not in self._ended
         else:
-            if peer_id in self._giving:  # its link broke, and we have not noticed yet
+            if peer_id in self._giving:  # its old link broke, and we have not noticed yet
                 link, ended = self._giving[peer_id]
                 link.abort()
                 await ended.wait()
@@ -130,8 +134,10 @@ class _Turns:
         return allowed and peer_id not in self._giving and len(self._giving) < self._most
 
     def pace(self, peer_id: PeerId, request: StateRequest) -> Pace:
-        """From now on; or that of the transfer which is gone on with, whose time went on, too, and
-        in which nothing counts that was not sent.
+        """The pace of this donation.
+
+        A resumed transfer keeps its pace: its clock ran on, and bytes that did not arrive do not
+        count.
         """
         if request.digest is None:
             return Pace(self.rates.least(peer_id))
@@ -141,7 +147,7 @@ class _Turns:
 
     @contextlib.contextmanager
     def giving(self, link: Link) -> Iterator[None]:
-        """On this link."""
+        """Count a donation on this link while it runs."""
         ended = asyncio.Event()
         self._giving[link.peer_id] = link, ended
         try:
@@ -152,7 +158,7 @@ class _Turns:
             ended.set()
 
     def broke(self, peer_id: PeerId, digest: bytes, pace: Pace) -> None:
-        """It may ask for the rest."""
+        """Let this peer ask for the rest of a broken transfer, for KEPT_S."""
         self._broken[peer_id] = entry = digest, pace
         asyncio.get_running_loop().call_later(KEPT_S, self._give_up, peer_id, entry)
 
@@ -185,14 +191,19 @@ async def _give(
 
 
 class Offered:
-    """What a member would give: compare it with others' before it is taken. Made by `ask`.
+    """A member's offer of its parameters, to be compared with other offers. Made by `ask`.
 
     Args:
-        link: on which it follows.
-        donor: who.
-        offer: signed and checked, but for what the parameters really are.
-        rates: what others reached.
-        again: asks for the rest of what was offered, on another link.
+        link: the parameters follow on it.
+        donor: the member.
+        offer: its signature and size are checked. Whether the parameters are good is not.
+        rates: speeds of transfers so far.
+        again: opens another link and asks for the rest of a broken transfer.
+
+    Attributes:
+        donor: the member.
+        step: the donor's steps, as it claims.
+        loss_public: the donor's loss on the public text, as it claims; nats per token.
     """
 
     def __init__(
@@ -207,10 +218,11 @@ class Offered:
         self._link, self._offer, self._rates, self._again = link, offer, rates, again
 
     async def take(self) -> ModelState:
-        """Receive and check it. If the link breaks, what came is kept, and the rest asked for.
+        """Receive the parameters and check their digest. If the link breaks, ask for the rest.
 
         Raises:
-            PeerError: it stalled, was slow, broke off for good, or is not what was signed.
+            PeerError: the transfer stalled, was too slow, or broke off for good, or the parameters
+                are not those that the donor signed.
         """
         offer, pace = self._offer, Pace(self._rates.least(self.donor))
         payload = bulk.allocate(4 * offer.num_params)
@@ -225,7 +237,7 @@ class Offered:
                     await self._resume(pace, e)
             if await asyncio.to_thread(blake2b, payload) != offer.digest:
                 raise PeerError(Reason.DIGEST_MISMATCH, "not the state that the donor signed")
-            with contextlib.suppress(PeerError):  # nothing is missing but thanks
+            with contextlib.suppress(PeerError):  # all has arrived; the receipt may get lost
                 await self._link.send(StateReceived(offer.digest))
         finally:
             self._rates.saw(self.donor, pace.moved, pace.seconds)
@@ -233,10 +245,11 @@ class Offered:
         return ModelState(payload=payload, step=offer.step, loss_public=offer.loss_public)
 
     async def _resume(self, pace: Pace, broke: PeerError) -> None:
-        """Have another link that goes on where this one broke.
+        """Replace the broken link by one that continues where it broke.
 
         Raises:
-            PeerError: the donor can't be reached, or has it no more; or all of it takes too long.
+            PeerError: the donor can't be reached or no longer has the snapshot, or the whole
+                transfer takes too long.
         """
         clock = asyncio.get_running_loop().time
         until, pause_s = clock() + RESUME_WITHIN_S, RESUME_PAUSE_S
@@ -260,25 +273,25 @@ class Offered:
             return
 
     def refuse(self) -> None:
-        """Another one is better."""
+        """Decline the offer, because another one is better."""
         self._link.abort()
 
 
 async def ask(
     party: Party, dialler: Dialler, donor: PeerId, num_params: int, rates: Rates | None = None
 ) -> Offered:
-    """Ask a member for its parameters, and check what it says of them.
+    """Ask a member for its parameters, and check its offer.
 
     Args:
         party: us.
         dialler: opens the stream.
-        donor: whom to ask.
-        num_params: `Model.state_values` of the manifest; any other size is refused before it is
-            read.
-        rates: what others reached.
+        donor: the member to ask.
+        num_params: `Model.state_values` of the manifest. Parameters of another size are refused
+            before a byte is read.
+        rates: speeds of transfers so far.
 
     Raises:
-        PeerError: unreachable, busy, or anything does not match.
+        PeerError: the member is unreachable or busy, or its offer does not match.
     """
 
     async def offered(request: StateRequest) -> tuple[Link, StateOffer]:

@@ -1,7 +1,8 @@
-"""Introductions: the one handler that strangers can call. Bounded, rate-limited, and brief.
+"""Introductions: the only handler that strangers can call. It is bounded and rate-limited.
 
-A caller presents its credential. If it is valid, it gets ours and the addresses of some members;
-if not, a refusal and nothing else. Callers remember who knows them, and leave alone who refused.
+A caller presents its credential. If it is valid, we answer with ours and the addresses of some
+members. If not, we refuse and say nothing else. A caller remembers who knows it, and calls nobody
+again soon who refused.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ log = logging.getLogger("xpeer.network")
 _T = TypeVar("_T")
 
 PROTOCOL = "xpeer/present/1"
-MAX_TOLD = 16
+MAX_MEMBERS_NAMED = 16
 PER_PEER, ALL_PEERS, PERIOD_S = 20, 400, 10.0
-"""Open calls allowed in a period."""
+"""Calls allowed in a period: so many of one peer. After so many in all, strangers are refused."""
 KNOWN_S = 600.0
-"""Then we introduce ourselves again. A restarted peer that has forgotten us tells so when it is
-called, and learns of us from the roster before it exchanges anything."""
+"""After this long we introduce ourselves again. A restarted peer has forgotten us. It says so when
+we call it, and before an exchange it hears of us from the roster."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-"""How long a peer that refused our credential is left alone; doubled every time."""
+"""How long we do not call a peer that refused our credential. Each refusal doubles the pause."""
 MAX_NOTED = 4096
 
 
@@ -48,35 +49,38 @@ class Introduction(Struct, frozen=True, forbid_unknown_fields=True):
     """The answer to a valid credential."""
 
     credential: Public[Annotated[bytes, Meta(max_length=MAX_CREDENTIAL_BYTES)]]
-    """Empty: a bootstrap node without one."""
+    """The answering peer's own; empty for a bootstrap node that has none."""
     addresses: Public[
-        Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=2 * MAX_TOLD)]
+        Annotated[
+            list[Annotated[str, Meta(max_length=300)]], Meta(max_length=2 * MAX_MEMBERS_NAMED)
+        ]
     ]
+    """Addresses of members, each with /p2p/PEERID."""
 
 
 _decoder = msgspec.msgpack.Decoder(Introduction)
 
 
 class RateLimit:
-    """Calls per period, per peer and in all; memory bounded by the total."""
+    """Limits the calls in a period, per peer and in all. The total bounds its memory, too."""
 
     def __init__(self) -> None:
         self._period = -1
         self._counts: Counter[PeerId] = Counter()
 
     def allows(self, peer_id: PeerId, *, known: bool) -> bool:
-        """Count one call.
+        """Count a call; whether it is within the limits.
 
         Args:
             peer_id: the caller.
-            known: a member already: strangers can't use up what is left for it.
+            known: True iff the caller is a member; strangers can't use up a member's calls.
         """
         period = int(time.monotonic() // PERIOD_S)
         if period != self._period:
             self._period = period
             self._counts.clear()
         if self._counts[peer_id] >= PER_PEER:
-            return False  # and is not counted: one caller can't use up everybody's
+            return False  # not counted: one caller must not use up the calls of all
         if not known and self._counts.total() >= ALL_PEERS:
             return False
         self._counts[peer_id] += 1
@@ -84,7 +88,7 @@ class RateLimit:
 
 
 class Introduced:
-    """Who has seen our credential lately, and who refused it; bounded.
+    """Which peers have seen our credential lately, and which refused it: at most MAX_NOTED each.
 
     Args:
         clock: monotonic, seconds.
@@ -100,28 +104,28 @@ class Introduced:
         return since is not None and self._clock() - since < KNOWN_S
 
     def accepted(self, peer_id: PeerId) -> None:
-        """It knows us now."""
+        """Note that this peer knows us now."""
         self._refused.pop(peer_id, None)
         _put(self._since, peer_id, self._clock())
 
     def refused(self, peer_id: PeerId) -> None:
-        """It does not want to know us: leave it alone for a while."""
+        """Note that this peer refused our credential, and do not call it for a while."""
         self._since.pop(peer_id, None)
         _, pause_s = self._refused.get(peer_id, (0.0, FIRST_PAUSE_S / 2))
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         _put(self._refused, peer_id, (self._clock() + pause_s, pause_s))
 
     def is_left_alone(self, peer_id: PeerId) -> bool:
-        """Whether it refused us a moment ago."""
+        """Whether this peer refused us so lately that we do not call it yet."""
         until, _ = self._refused.get(peer_id, (0.0, 0.0))
         return self._clock() < until
 
     def forget(self, peer_id: PeerId) -> None:
-        """It may know nothing of us any more."""
+        """Note that this peer may have forgotten us."""
         self._since.pop(peer_id, None)
 
     def clear(self) -> None:
-        """Nobody knows us."""
+        """Note that nobody knows us, and that nobody refused us."""
         self._since.clear()
         self._refused.clear()
 
@@ -134,7 +138,11 @@ def _put(notes: OrderedDict[PeerId, _T], peer_id: PeerId, note: _T) -> None:
 
 
 async def serve(swarm: Swarm) -> None:
-    """Answer introductions; a member tells those that it knows of others in its roster alone."""
+    """Answer introductions.
+
+    A member that keeps a roster sends addresses only to newcomers: a peer that it knows already
+    gets them from the roster.
+    """
     mine = swarm.membership.own
     role = unpack(mine.body, Certificate, "certificate").role if mine else "infrastructure"
     has_roster = role != "infrastructure"
@@ -148,20 +156,20 @@ async def serve(swarm: Swarm) -> None:
             log.info("refused %s: %s", peer_id[-8:], e)
             return b""
         own = swarm.membership.own
-        told: list[str] = []
+        addresses: list[str] = []
         if not (known and has_roster):
-            told = [a for a in await swarm.connected() if not a.endswith(peer_id)]
-        answer = Introduction(own.to_bytes() if own else b"", told[: 2 * MAX_TOLD])
+            addresses = [a for a in await swarm.connected() if not a.endswith(peer_id)]
+        answer = Introduction(own.to_bytes() if own else b"", addresses[: 2 * MAX_MEMBERS_NAMED])
         return msgspec.msgpack.encode(answer)
 
     await swarm.serve_call(PROTOCOL, handle, None, MAX_CREDENTIAL_BYTES)
 
 
 def take(membership: Membership, peer_id: PeerId, reply: bytes) -> list[str]:
-    """Read the answer: remember the peer's credential, return the addresses.
+    """Read the answer to an introduction: remember the peer's credential, return the addresses.
 
     Raises:
-        PeerError: it refused us, or answered nonsense.
+        PeerError: the peer refused us, or answered nonsense.
     """
     if not reply:
         raise PeerError(Reason.NOT_A_MEMBER, "our credential was refused")

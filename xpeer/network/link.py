@@ -1,9 +1,9 @@
 """A sealed, bounded, ordered channel to one member.
 
 Wire: a HELLO each way, each preceded by its length in four bytes; then sealed frames
-(`wire.frames`), whose headers are checked before a byte more is read, the first of which offers a
-direct stream. Bulk takes that one if it can be opened and is the faster one. libp2p ends a stream
-silently when either process dies, so an end without an END frame is a truncation, never an end.
+(`wire.frames`). A frame's header is checked before a byte more is read. The first frame offers a
+direct stream, and bulk uses that stream if it opens and is faster. libp2p ends a stream silently
+when either process dies, so an end without an END frame is a truncation, never an end.
 """
 
 from __future__ import annotations
@@ -29,30 +29,33 @@ from xpeer.wire.session import MAX_HELLO_BYTES, Handshake, Session
 FRAME_TIMEOUT_S = 15.0
 """libp2p notices a silent partner after 40 s; we do after this."""
 ENDS_IN_S, ENDS_IN_FRAMES = 1.0, 64
-"""A partner that was refused in mid-exchange has this long, and may still send so much."""
+"""Time and frames that a partner still has after we refused it in mid-exchange."""
 _LENGTH_BYTES = 4
 _M = TypeVar("_M", bound=messages.Message)
 
 
 @dataclass
 class Meter:
-    """Bytes of this node over all links and calls; bulk is counted when it ends."""
+    """Counts this node's bytes over all links and calls. Bulk is counted once it ends."""
 
     bytes_in: int = 0
     bytes_out: int = 0
 
 
 class Link:
-    """One open session with one partner. Make with `connect`.
+    """One open session with one partner. It is usable after `connect`.
 
-    One user at a time, who may send and receive at the same time.
+    It has one user at a time, who may send and receive at the same time.
 
     Args:
         peer_id: the partner, authenticated by libp2p.
-        stream: raw.
-        frame_timeout_s: for one frame to arrive or to be taken.
+        stream: the raw stream.
+        frame_timeout_s: for one frame to arrive, or for the partner to read one.
         meter: counts sealed bytes, framing included.
-        direct: our way to direct streams.
+        direct: opens direct streams; None = the link offers none.
+
+    Attributes:
+        closed: True iff this end closed or aborted the link.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Link:
         self._paths = Paths()
 
     async def connect(self, handshake: Handshake, *, initiator: bool) -> None:
-        """Exchange HELLOs, derive the keys, and begin to look for a direct stream.
+        """Exchange HELLOs, derive the keys, and begin to open a direct stream.
 
         Raises:
             PeerError: see `Handshake.receive`; or the stream ended or stalled.
@@ -103,15 +106,16 @@ class Link:
         """The partner's next message.
 
         Args:
-            timeout_s: for it to begin; None = the usual time per frame.
+            timeout_s: for the message to begin; None = the usual time per frame.
         """
         return messages.decode(await self._next(timeout_s))
 
     async def expect(self, kind: type[_M], exchange_id: int, timeout_s: float | None = None) -> _M:
-        """The partner's next message, which has to be this one.
+        """The partner's next message, which has to be of this kind and exchange.
 
         Raises:
-            PeerError: it refused (with its reason), sent something else, or another exchange's.
+            RefusedError: the partner refused; it has the partner's reason.
+            PeerError: the message is of another kind or another exchange.
         """
         message = await self.receive(timeout_s)
         if getattr(message, "exchange_id", None) != exchange_id:
@@ -128,7 +132,7 @@ class Link:
         """Seal and send a payload whose size a message announced, off the event loop.
 
         Returns:
-            What `receive_bulk` has to give at the other end.
+            The digest that `receive_bulk` has to return at the other end.
 
         Raises:
             PeerError: the stream broke or stalled.
@@ -154,25 +158,27 @@ class Link:
         """Receive exactly the announced payload, off the event loop.
 
         Args:
-            num_bytes: checked by the caller against what the manifest allows.
-            pace: of the whole, if it has to be fast enough.
+            num_bytes: the caller has checked it against what the manifest allows.
+            pace: bounds the time of the whole transfer; None = no bound.
 
         Returns:
             The payload, writable, and a digest of its frames.
 
         Raises:
-            PeerError: more or less than announced, or altered; ended or stalled.
+            PeerError: the payload is longer or shorter than announced, or was altered; or the
+                stream ended or stalled.
         """
         payload = bulk.allocate(num_bytes)
         return payload, await self.receive_into(payload, pace)
 
     async def receive_into(self, payload: memoryview, pace: Pace | None = None) -> bytes:
-        """As `receive_bulk`, into memory of the caller's: what came before an error is in it, whole
-        frames of `pace.moved` bytes.
+        """Receive the announced payload into the caller's memory, and return its digest.
+
+        After an error, the first `pace.moved` bytes of `payload` are valid: whole frames.
 
         Args:
             payload: (num_bytes,) uint8, writable.
-            pace: of the whole, if it has to be fast enough.
+            pace: bounds the time of the whole transfer; None = no bound.
         """
         session, stream = self._open_session(), self._stream
         direct = False
@@ -194,7 +200,7 @@ class Link:
         return digest
 
     async def close(self) -> None:
-        """Say goodbye with the END frame, if the stream still takes it, and close."""
+        """Send the END frame, if the stream still works, and close."""
         if not self.closed and self._session is not None:
             self.closed = True
             with contextlib.suppress(PeerError):
@@ -202,8 +208,9 @@ class Link:
         self.abort()
 
     async def ended(self) -> None:
-        """After a refusal in mid-exchange: take what the partner still sends, until it drops the
-        link because of it. Closing at once could cost it the reason.
+        """Wait, after a refusal in mid-exchange, until the partner has read it and drops the link.
+
+        What it still sends is thrown away. If we closed at once, the refusal might be lost.
         """
         with contextlib.suppress(PeerError, TimeoutError):
             async with asyncio.timeout(ENDS_IN_S):
@@ -231,7 +238,7 @@ class Link:
         return task.result() if task is not None and task.done() and not task.cancelled() else None
 
     async def _second_stream(self) -> tuple[Stream, Session]:
-        """The direct stream that the partner has opened already; ours may lag behind a little."""
+        """Wait for the direct stream. The partner uses it already; our end may lag a little."""
         second = await self._second if self._second is not None else None
         if second is None:
             raise PeerError(Reason.MALFORMED, "bulk on a direct stream that is not there")
@@ -239,7 +246,7 @@ class Link:
 
     @contextlib.contextmanager
     def _fails_whole(self, direct: bool) -> Iterator[None]:
-        """Bulk that was broken off leaves no place to go on from."""
+        """Abort the link if the transfer fails: the stream is then in the middle of a frame."""
         try:
             yield
         except BaseException as e:
@@ -292,4 +299,4 @@ def _timeout_as(detail: str) -> Iterator[None]:
 
 
 class RefusedError(PeerError):
-    """The partner refused, politely: the session stays usable."""
+    """The partner refused with a message. The session stays usable."""

@@ -1,7 +1,7 @@
-"""Multiaddresses that people write, checked without libp2p, at once; see also `addresses`.
+"""Checks of multiaddresses that people write; they need no libp2p. See also `addresses`.
 
-TCP alone is spoken here: /ip4/ADDRESS/tcp/PORT, /ip6/..., /dns4/NAME/tcp/PORT and their like, with
-/p2p/PEERID behind where a peer is meant.
+Only TCP is supported: /ip4/ADDRESS/tcp/PORT, /ip6/..., /dns4/NAME/tcp/PORT and their like, followed
+by /p2p/PEERID if the address names a peer.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _FORM: Final = "write it as /ip4/ADDRESS/tcp/PORT or /dns4/NAME/tcp/PORT"
 
 
 def check_listen(field: str, address: str) -> str:
-    """An address to listen on; port 0 = any free one.
+    """Check an address to listen on, and return it; port 0 = any free one.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: nobody can listen on it.
     """
     kind, host, _ = _parts(field, address, "only TCP is supported, e.g. /ip4/0.0.0.0/tcp/4001")
     if kind in _NAMES:
@@ -35,10 +35,10 @@ def check_listen(field: str, address: str) -> str:
 
 
 def check_announce(field: str, address: str) -> str:
-    """An address that others can dial.
+    """Check an address at which others are to dial us, and return it.
 
     Raises:
-        ConfigError: nobody could.
+        ConfigError: nobody can dial it.
     """
     whole, mark, _ = address.rpartition("/p2p/")
     kind, host, port = _parts(field, whole if mark else address, _FORM)
@@ -56,10 +56,10 @@ def check_announce(field: str, address: str) -> str:
 
 
 def check_peer(field: str, address: str) -> str:
-    """An address that others can be told: it ends in the PeerID that answers there.
+    """Check the address of a peer, and return it: it has to end in /p2p/PEERID.
 
     Raises:
-        ConfigError: it does not, or can't be dialled.
+        ConfigError: it does not, or nobody can dial it.
     """
     before, mark, peer_id = address.rpartition("/p2p/")
     remedy = "copy the whole address that `xpeer bootstrap` or `xpeer status --wide` prints"
@@ -87,10 +87,10 @@ def _host(kind: str, host: str) -> bool:
     if kind in _NAMES:
         return _HOST_NAME.fullmatch(host) is not None
     try:
-        found = ipaddress.ip_address(host)
+        ip_address = ipaddress.ip_address(host)
     except ValueError:
         return False
-    return kind == f"ip{found.version}" and "%" not in host
+    return kind == f"ip{ip_address.version}" and "%" not in host
 
 
 def _port(text: str) -> bool:

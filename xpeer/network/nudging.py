@@ -1,4 +1,4 @@
-"""Asking a member with a lower PeerID to propose an exchange: links are opened by the lower one."""
+"""Asking a member with a lower PeerID to propose an exchange, since only that side opens links."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ PROTOCOL = "xpeer/nudge/1"
 
 
 async def ask(swarm: Swarm, peer_id: PeerId) -> None:
-    """Ask; whether it will is its own business.
+    """Ask this member to propose. It need not do so.
 
     Raises:
-        PeerError: unreachable.
+        PeerError: it is unreachable.
     """
     await swarm.call(peer_id, PROTOCOL, b"")
 
 
 async def serve(swarm: Swarm, nudged: Callable[[PeerId], None]) -> None:
-    """Tell of every member that asks."""
+    """Call `nudged` for every member that asks."""
 
     async def handle(peer_id: PeerId, _request: bytes) -> bytes:
         nudged(peer_id)

@@ -1,12 +1,13 @@
-"""hivemind's P2P with a gate before every handler, and a sidecar whose death is noticed.
+"""hivemind's P2P with a gate before every handler. It notices when its sidecar dies.
 
-What hivemind 1.1.12 leaves open, and is closed here: its handlers parse bytes of strangers; a unary
-reply over 4 MiB hangs the caller for ever; so does every call when the local sidecar dies; errors
-of handlers travel to the caller in full; the sidecar's sockets lie in a public folder.
+Faults of hivemind 1.1.12 that are closed here: its handlers parse bytes of strangers. A unary reply
+over 4 MiB hangs the caller for ever; so does every call when the local sidecar dies. Errors of
+handlers reach the caller in full. The sidecar's sockets lie in a public folder.
+
 What stays open: a stranger can complete a handshake, and libp2p's own protocols (identify,
-routing) answer it with addresses. A stream whose far end dies ends like any other, and so does one
-that the far end had no room for: the framing above must notice, and may try again. A sidecar that
-hangs without dying is noticed by nothing but the timeouts of calls.
+routing) send it addresses. A stream ends in the same way if its far end dies, has no room for it,
+or closes it: the framing above has to tell these apart, and may try again. Only the timeouts of
+calls notice a sidecar that hangs without dying.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from xpeer.network.scratch import Scratch, sweep
 
 log = logging.getLogger("xpeer.network")
 
-# At import hivemind takes its lines out of the usual log, and renames a level of everybody's.
+# At import, hivemind sends its own lines past the usual log, and renames a level for all loggers.
 use_hivemind_log_handler("nowhere")
 logging.addLevelName(logging.WARNING, "WARNING")
 
 MAX_REPLY_BYTES = 2 << 20
 STARTUP_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
-"""For the sidecar to end by itself; then it is killed."""
+"""The sidecar is killed if it has not ended by itself after this long."""
 MAX_OPENING = 32
-"""Streams that are being opened at the same time: of several hundred, many fail silently."""
+"""Streams that we open at the same time. If it were several hundred, many would fail silently."""
 MAX_STREAMS, STREAMS_PER_PEER = 256, 2
-"""Incoming streams of a protocol at the same time, in all and from one peer. A partner that comes
-back before its broken stream was noticed (40 s) needs a second one; nobody needs a third."""
+"""Incoming streams of a protocol at the same time, in all and from one peer. A partner may come
+back before we notice (within 40 s) that its old stream broke, so it may need two."""
 _OK, _NO = b"\x00", b"\x01"
 
 CallHandler = Callable[[PeerId, bytes], Awaitable[bytes]]
@@ -54,27 +55,28 @@ StreamHandler = Callable[[PeerId, asyncio.StreamReader, asyncio.StreamWriter], A
 
 
 class Gate(Protocol):
-    """Decides before a byte is read."""
+    """Decides whether a peer may call us, before a byte of it is read."""
 
     def admits(self, peer_id: PeerId, scope: Scope | None) -> bool:
         """Whether this peer may call a handler of this scope; None = open to all, within limits."""
 
     async def introduce(self, peer_id: PeerId) -> bool:
-        """Called before we call a peer: it has to know who we are.
+        """Make sure that a peer knows who we are, before we call it.
 
         Returns:
-            False: it was told earlier. If it knows nothing of us now, it has forgotten.
+            True: we introduced ourselves now. False: we did so earlier; if the peer does not know
+            us, it has forgotten.
         """
 
     def rejected_by(self, peer_id: PeerId) -> None:
-        """A peer does not know us: introduce ourselves again before the next call."""
+        """Note that a peer does not know us: we have to introduce ourselves again."""
 
 
 class _Waiting(dict[Any, "asyncio.Future[Any]"]):
-    """Calls that wait for an answer. One that was cancelled a moment ago is not waiting any more.
+    """Calls that wait for an answer. A cancelled call counts as absent.
 
-    hivemind would set the result of a cancelled future, and the error would end its reader of the
-    sidecar's answers, unseen: every later call would hang for ever.
+    hivemind would set a result on a cancelled future. The error would silently end the task that
+    reads the sidecar's answers, and every later call would hang for ever.
     """
 
     def __contains__(self, call_id: object) -> bool:
@@ -83,7 +85,7 @@ class _Waiting(dict[Any, "asyncio.Future[Any]"]):
 
 
 class _Handling(dict[Any, "asyncio.Task[None]"]):
-    """Calls that are being answered. hivemind forgets none that the caller cancelled."""
+    """Calls that we are answering. hivemind alone would keep those that the caller cancelled."""
 
     def __setitem__(self, call_id: Any, task: asyncio.Task[None]) -> None:
         super().__setitem__(call_id, task)
@@ -91,15 +93,16 @@ class _Handling(dict[Any, "asyncio.Task[None]"]):
 
 
 class GatedP2P(P2P):
-    """One sidecar process. Start with `launch`.
+    """One sidecar process. Start it with `launch`.
 
     Attributes:
-        died: set when the sidecar is gone, whoever ended it.
+        gate: decides who may call us.
+        died: set once the sidecar has ended, for whatever reason.
     """
 
     DHT_MODE_MAPPING: Final[dict[str, dict[str, int]]] = {"none": {}}
-    """libp2p's own Kademlia stays off: strangers could ask it for members' addresses, and it asked
-    everybody for a peer that is gone at every call (60 kB for each of 32 peers and minute)."""
+    """libp2p's own Kademlia stays off. Strangers could ask it for members' addresses. And at every
+    call to a peer that is gone it asked all others (60 kB per minute for each of 32 peers)."""
     gate: Gate
     died: asyncio.Event
     _scratch: Scratch
@@ -117,10 +120,10 @@ class GatedP2P(P2P):
         announce: list[str],
         nat_port_map: bool,
     ) -> GatedP2P:
-        """Start the sidecar with this identity; no peer needs to be reachable.
+        """Start the sidecar with this identity. No peer needs to be reachable.
 
         Raises:
-            P2PDaemonError: it did not start.
+            P2PDaemonError: the sidecar did not start.
         """
         sweep()
         scratch = Scratch.make()  # 0700: only we control the sidecar
@@ -153,7 +156,7 @@ class GatedP2P(P2P):
         return self
 
     def _channel_ended(self, task: asyncio.Task[None]) -> None:
-        """Without its channel a living sidecar is as good as dead: end it, and it is restarted."""
+        """Kill a sidecar whose channel broke: it is useless then, and has to be restarted."""
         if task.cancelled() or self.died.is_set():
             return
         if (error := task.exception()) is not None:
@@ -176,7 +179,7 @@ class GatedP2P(P2P):
             with contextlib.suppress(ProcessLookupError):
                 self._child.kill()
             await self._child.wait()
-        # hivemind leaves these two to be complained about when they are collected.
+        # hivemind does not await its two tasks, and Python would warn when it collects them.
         await asyncio.gather(
             self._watcher, control._read_task, control._write_task, return_exceptions=True
         )
@@ -196,7 +199,7 @@ class GatedP2P(P2P):
     async def add_binary_stream_handler(
         self, name: str, handler: Any, balanced: bool = False
     ) -> None:
-        """Hivemind's hook; nothing of ours registers through it."""
+        """Refuse: hivemind would register a handler here that has no gate."""
         raise PermissionError(f"{name}: stream handlers need a scope; use serve_stream")
 
     async def serve_stream(self, name: str, handler: StreamHandler, scope: Scope) -> None:
@@ -242,7 +245,7 @@ class GatedP2P(P2P):
     async def serve_call(
         self, name: str, handler: CallHandler, scope: Scope | None, max_request: int
     ) -> None:
-        """Register a bounded request-reply handler behind the gate; its errors stay here."""
+        """Register a bounded request-reply handler behind the gate. No caller sees its errors."""
 
         async def gated(request: bytes, remote: PeerID) -> bytes:
             peer_id = PeerId(remote.to_base58())
@@ -252,7 +255,7 @@ class GatedP2P(P2P):
                 return _NO + Reason.OVERSIZE.encode()
             try:
                 reply = await handler(peer_id, request)
-            except Exception:  # ours to see and to mend; the caller is told nothing of it
+            except Exception:  # a bug of ours: log it, and say nothing of it to the caller
                 log.exception("%s: a call of %s failed", name, peer_id[-8:])
                 return _NO + Reason.REFUSED.encode()
             if len(reply) > MAX_REPLY_BYTES:
@@ -265,7 +268,7 @@ class GatedP2P(P2P):
     async def _add_protobuf_unary_handler(
         self, handle_name: str, handler: Any, input_protobuf_type: Any, balanced: bool = False
     ) -> None:
-        """Hivemind's DHT registers here."""
+        """Register a handler of hivemind's DHT behind the gate."""
 
         async def gated(request: bytes, remote: PeerID) -> bytes:
             if not self.gate.admits(PeerId(remote.to_base58()), "dht"):
@@ -274,7 +277,7 @@ class GatedP2P(P2P):
             try:
                 response = await handler(input_protobuf_type.FromString(request), context)
                 data: bytes = response.SerializeToString()
-            except Exception:  # hivemind's asserts and decoders, on bytes of the caller
+            except Exception:  # hivemind's asserts and decoders fail on a caller's bad bytes
                 log.debug("%s: a bad request of %s", handle_name, remote, exc_info=True)
                 raise ValueError(Reason.MALFORMED) from None
             if len(data) > MAX_REPLY_BYTES:
@@ -286,7 +289,11 @@ class GatedP2P(P2P):
     # Outgoing
 
     async def call(self, peer: PeerID, name: str, request: bytes) -> tuple[bool, bytes]:
-        """One of our own calls: (whether it was answered, reply or reason code)."""
+        """Call a handler of ours at a peer.
+
+        Returns:
+            (True, the reply), or (False, the reason code).
+        """
         self._require_sidecar()
         reply: bytes = await self._client.call_unary_handler(peer, name, request)
         return reply[:1] == _OK, reply[1:]
@@ -294,7 +301,7 @@ class GatedP2P(P2P):
     async def open_stream(
         self, peer: PeerID, name: str
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A raw stream to a peer's handler."""
+        """Open a raw stream to a peer's handler."""
         async with self._opening:
             self._require_sidecar()
             reader, writer, _ = await self._request(
@@ -304,7 +311,7 @@ class GatedP2P(P2P):
         return reader, writer
 
     async def dial(self, peer: PeerID, maddrs: list[Multiaddr]) -> None:
-        """Have the sidecar connect to a peer."""
+        """Make the sidecar connect to a peer."""
         await self._ask(
             type=p2pd_pb2.Request.CONNECT,
             connect=p2pd_pb2.ConnectRequest(
@@ -313,12 +320,12 @@ class GatedP2P(P2P):
         )
 
     async def list_peers(self) -> list[PeerInfo]:
-        """Whoever is connected."""
+        """The peers that the sidecar is connected to."""
         answer = await self._ask(type=p2pd_pb2.Request.LIST_PEERS)
         return [PeerInfo.from_protobuf(peer) for peer in answer.peers]
 
     async def _ask(self, **request: Any) -> Any:
-        """One request to the sidecar on a connection of its own; its `p2pd_pb2.Response`."""
+        """Send one request to the sidecar on a new connection; returns its `p2pd_pb2.Response`."""
         _, writer, answer = await self._request(**request)
         writer.transport.abort()
         return answer
@@ -326,11 +333,13 @@ class GatedP2P(P2P):
     async def _request(
         self, **request: Any
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Any]:
-        """The same, and the connection; hivemind's own leak it whenever they fail or are cancelled.
+        """As `_ask`, and keep the connection open for the caller.
+
+        hivemind's own functions leak it if they fail or are cancelled.
 
         Raises:
-            ControlFailure: the sidecar says no.
-            asyncio.IncompleteReadError, OSError: it is gone.
+            ControlFailure: the sidecar refuses.
+            asyncio.IncompleteReadError, OSError: the sidecar is gone.
         """
         reader, writer = await self._client.control.daemon_connector.open_connection()
         try:
@@ -346,7 +355,7 @@ class GatedP2P(P2P):
     async def _call_unary_protobuf_handler(
         self, peer_id: PeerID, handle_name: str, input: Any, output_protobuf_type: Any
     ) -> Any:
-        """Hivemind's DHT calls through here."""
+        """Make a call of hivemind's DHT, after an introduction."""
         self._require_sidecar()
         name = PeerId(peer_id.to_base58())
         just_now = await self.gate.introduce(name)
@@ -356,7 +365,7 @@ class GatedP2P(P2P):
         except P2PHandlerError as e:
             if just_now or Reason.NOT_A_MEMBER not in str(e):
                 raise
-        self.gate.rejected_by(name)  # it was restarted, and has forgotten us
+        self.gate.rejected_by(name)  # the peer was restarted, and has forgotten us
         await self.gate.introduce(name)
         return await ask(peer_id, handle_name, input, output_protobuf_type)
 

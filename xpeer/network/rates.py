@@ -1,7 +1,8 @@
-"""How fast a model has to be handed out and taken over: slow transfers hold places, memory, starts.
+"""The least speed of a donation. A slow one blocks a place and memory, and delays a start.
 
-At least 64 KiB/s, or a tenth of what others reached with us if that is less: on a slow line all are
-slow. Who breaks off for being slow has shown how slow, and the next one is measured by that.
+The bound is 64 KiB/s, or a tenth of what other peers reached with us if that is less: on a slow
+line all transfers are slow. The speed of a transfer that was broken off counts as measured, too,
+and the bound of the next one follows from it.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from xpeer.identity import PeerId
 LEAST_BYTES_PER_S: Final = 65536.0
 SHARE: Final = 0.1
 GRACE_S: Final = 30.0
-"""Beyond what the rate allows, for the whole transfer: the other side may still be comparing."""
+"""Extra time for the whole transfer, since the other side may still compare offers."""
 SHORT_S: Final = 1.0
-"""What took less says nothing: it may lie in the kernel's buffers."""
+"""A shorter transfer says nothing about speed: it may lie in the kernel's buffers."""
 MAX_PEERS: Final = 4096
 
 
 class Pace:
-    """Of one transfer that has to be fast enough, from now on.
+    """Bounds the time of one transfer, from now on.
 
     Args:
-        least: bytes/s.
+        least: speed that it has to reach, bytes/s.
         clock: monotonic, seconds.
 
     Attributes:
-        moved: bytes so far; whoever moves them counts.
+        moved: bytes so far, counted by the code that moves them.
     """
 
     def __init__(self, least: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,14 +41,14 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the transfer began."""
         return self._clock() - self._began
 
     def allows_s(self, num_bytes: int) -> float:
-        """How long the next bytes may take.
+        """Seconds that the next bytes may take.
 
         Raises:
-            PeerError: no longer at all.
+            PeerError: the transfer is too slow already.
         """
         left_s = GRACE_S + (self.moved + num_bytes) / self._least - self.seconds
         if left_s <= 0:
@@ -56,13 +57,13 @@ class Pace:
 
 
 class Rates:
-    """What transfers of bulk have reached in this run, by partner."""
+    """The highest speed of bulk with each partner in this run; at most MAX_PEERS partners."""
 
     def __init__(self) -> None:
         self._fastest: dict[PeerId, float] = {}
 
     def saw(self, peer_id: PeerId, num_bytes: int, seconds: float) -> None:
-        """A transfer or an exchange, whole or broken off."""
+        """Note the speed of a transfer or an exchange, whether it was completed or broke off."""
         if num_bytes and seconds >= SHORT_S:
             rate = num_bytes / seconds
             self._fastest[peer_id] = max(rate, self._fastest.get(peer_id, 0.0))
@@ -70,9 +71,10 @@ class Rates:
                 del self._fastest[next(iter(self._fastest))]
 
     def least(self, peer_id: PeerId) -> float:
-        """Bytes/s that a transfer with this partner has to reach: measured by the others, and by
-        its own where there are none.
+        """Bytes/s that a transfer with this partner has to reach.
+
+        They follow from the fastest other partner, or from this one's own speed if there is none.
         """
         others = [rate for peer, rate in self._fastest.items() if peer != peer_id]
-        seen = max(others, default=self._fastest.get(peer_id, LEAST_BYTES_PER_S / SHARE))
-        return min(LEAST_BYTES_PER_S, SHARE * seen)
+        fastest = max(others, default=self._fastest.get(peer_id, LEAST_BYTES_PER_S / SHARE))
+        return min(LEAST_BYTES_PER_S, SHARE * fastest)

@@ -1,7 +1,8 @@
-"""Folders for the sidecars' sockets: private, and removed at the next start if we were killed.
+"""Private folders for the sidecars' sockets. What a killed node left is removed at the next start.
 
-A folder is locked while its node lives, and the kernel unlocks it however the node dies. A folder
-without a lock may be a living older version's, or an orphaned sidecar's: then a socket answers.
+A node locks its folder while it lives, and the kernel unlocks it however the node dies. A folder
+without a lock may still be in use by a node of an older version or by an orphaned sidecar. Then
+one of its sockets answers.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ log = logging.getLogger("xpeer.network")
 
 _PREFIX: Final = "xpeer-"
 _NAME: Final = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")
-"""As `tempfile.mkdtemp` makes them."""
+"""Names that `tempfile.mkdtemp` makes."""
 _SOCKET: Final = re.compile(r"p2p(d|client)-[A-Za-z0-9_-]+\.sock")
 _SOCKET_BYTES: Final = 107
-"""Of a Unix socket's path on Linux (unix(7), sun_path)."""
+"""Longest path of a Unix socket on Linux (unix(7), sun_path)."""
 _OUR_BYTES: Final = 42
-"""Of these, the folder's own name and a socket's in it."""
+"""Part of the path that we need for the folder's name and the socket's name in it."""
 _EMPTY_AFTER_S: Final = 1.0
-"""An empty folder may be one that an older version, which locks nothing, has just made."""
+"""A younger empty folder stays: a node of an older version, which locks nothing, may have just made
+it."""
 
 
 class Scratch:
-    """One folder, 0700, locked until it is closed. Made by `make`."""
+    """One folder, mode 0700, locked until `close`. Made by `make`."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
@@ -45,15 +47,15 @@ class Scratch:
 
     @classmethod
     def make(cls) -> Scratch:
-        """A new one in TMPDIR.
+        """Make a new folder in TMPDIR.
 
         Raises:
-            ConfigError: no socket's path in TMPDIR would be short enough.
+            ConfigError: TMPDIR is too long for a socket's path.
         """
         folder = tempfile.gettempdir()
-        if (taken := len(os.fsencode(folder))) > _SOCKET_BYTES - _OUR_BYTES:
+        if (length := len(os.fsencode(folder))) > _SOCKET_BYTES - _OUR_BYTES:
             raise ConfigError(
-                f"TMPDIR {folder} has {taken} bytes, too many for the path of a socket in it",
+                f"TMPDIR {folder} has {length} bytes, too many for the path of a socket in it",
                 f"set TMPDIR to a folder of at most {_SOCKET_BYTES - _OUR_BYTES}",
             )
         while True:
@@ -61,10 +63,10 @@ class Scratch:
             fd = _locked(path)
             if fd is not None:
                 return cls(path, fd)
-            # another node that starts now took it for one that was left over
+            # Another node that starts now locked it, to sweep it. Make another folder.
 
     def close(self) -> None:
-        """Remove it with all that is in it; once is enough, twice does no harm."""
+        """Remove the folder with its content. A second call does nothing."""
         shutil.rmtree(self.path, ignore_errors=True)
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -72,9 +74,9 @@ class Scratch:
 
 
 def sweep() -> int:
-    """Remove what killed nodes of this user left in TMPDIR; how many folders.
+    """Remove the folders that killed nodes of this user left in TMPDIR, and count them.
 
-    Links are not followed, and a folder with anything in it but sidecars' sockets is left alone.
+    Links are not followed. A folder that holds anything but sidecars' sockets is left alone.
     """
     removed = 0
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
@@ -96,7 +98,7 @@ def sweep() -> int:
 
 
 def _locked(path: Path) -> int | None:
-    """The folder's descriptor with its lock; None if it is not ours, in use, or gone."""
+    """Lock the folder and return its descriptor; None if it is not ours, in use, or gone."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -123,5 +125,5 @@ def _dead_socket(fd: int, name: str) -> bool:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
-        # through the descriptor: the path may be longer than an address can be
+        # Go through the descriptor: the path itself may be too long for a socket's address.
         return probe.connect_ex(f"/proc/self/fd/{fd}/{name}") == errno.ECONNREFUSED

@@ -1,7 +1,7 @@
-"""Dialling seeds and known members: late, again, and for ever.
+"""Dialling seeds and known members, again and again, as long as the node runs.
 
-A seed that is down never stops a peer; two halves of a split DHT find together, since the seeds are
-dialled while all is well, too. Knows nothing of sockets: it is given whom to dial and how.
+A seed that is down never stops a node. Seeds are dialled while all is well, too, so that a split
+DHT rejoins. This module knows nothing of sockets: its caller says whom to dial, and how.
 """
 
 from __future__ import annotations
@@ -20,41 +20,44 @@ log = logging.getLogger("xpeer.network")
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 HEALTHY_RETRY_S = 60.0
 HEALTHY_TARGETS = 4
-"""Dialled while somebody answers, of all that might be; drawn anew each time."""
-SETTLE_EVERY = 5
-"""Times that somebody answered: looking for neighbours asks a dozen nodes, and they last."""
+"""How many targets are dialled while somebody answers; drawn anew each time."""
+NEIGHBOURS_EVERY = 5
+"""Neighbours are looked for at every fifth successful round of dials. A search asks a dozen nodes,
+and its result stays good for a while."""
 MAX_SKEW_S = 3.0
 """hivemind's bound. Records live for 40 s, and slots follow the clock: more costs exchanges."""
 
 
 class Bootstrapping:
-    """The loop, and what it has found.
+    """Dials in a loop, and keeps what the last dials showed.
 
     Args:
-        targets: whom to dial now, and where that is; none = nobody is known, which is no failure.
-        dial: connect, introduce, ping; returns by how many seconds the peer's clock is ahead.
-        settle: look for neighbours, after somebody answered.
-        seeds: those among them that our operator named.
+        targets: returns the peers to dial now, with their addresses. An empty result means that
+            nobody is known; that is no failure.
+        dial: connects, introduces us and pings; returns by how many seconds the peer's clock is
+            ahead of ours.
+        find_neighbours: looks for DHT nodes near us, after somebody answered.
+        seeds: the peers that our operator named.
 
     Attributes:
         reached: set while somebody answers us.
-        note: why nobody does, or what is wrong although somebody does, for the operator.
-        clock_ahead_s: of ours, by how much the median of those who answered last is.
-        clocks: how many that were.
+        note: why nobody answers, or that our clock is wrong, for the operator. Empty: all is well.
+        clock_ahead_s: seconds by which our clock is ahead of the median of the last answers.
+        clocks: number of peers in the last answers.
     """
 
     def __init__(
         self,
         targets: Callable[[], dict[PeerId, str]],
         dial: Callable[[PeerId], Awaitable[float]],
-        settle: Callable[[], Awaitable[None]],
+        find_neighbours: Callable[[], Awaitable[None]],
         seeds: Collection[PeerId] = (),
     ) -> None:
         self.reached = asyncio.Event()
         self.note = ""
         self._targets = targets
         self._dial = dial
-        self._find_neighbours = settle
+        self._find_neighbours = find_neighbours
         self._seeds = seeds
         self._failures: dict[PeerId, str] = {}
         self.clock_ahead_s = 0.0
@@ -64,16 +67,16 @@ class Bootstrapping:
 
     @property
     def silent_seeds(self) -> str:
-        """Why none of the seeds answers, each dialled at least once; empty if one does."""
+        """The first seed's failure, if every seed failed when it was last dialled; else empty."""
         failures = [self._failures.get(seed, "") for seed in self._seeds]
         return failures[0] if failures and all(failures) else ""
 
     def lost(self) -> None:
-        """Nobody can be reached at the moment."""
+        """Note that nobody can be reached at the moment."""
         self.reached.clear()
 
     def again(self) -> None:
-        """Dial now, without waiting for the next time."""
+        """Dial now, without waiting for the next turn."""
         self._again.set()
 
     async def run(self) -> None:
@@ -83,7 +86,7 @@ class Bootstrapping:
             self._again.clear()
             try:
                 reached = await self.once()
-            except Exception:  # of a DHT node that is being replaced, or a bug: the loop goes on
+            except Exception:  # the DHT node is being replaced, or a bug: the loop goes on
                 log.exception("dialling the seeds failed")
                 reached = False
             if reached:
@@ -97,7 +100,11 @@ class Bootstrapping:
                     await self._again.wait()
 
     async def once(self) -> bool:
-        """Dial everybody, or some while all is well; whether somebody answered."""
+        """Dial all targets, or only some while all is well.
+
+        Returns:
+            True if somebody answered, or if there is nobody to dial.
+        """
         targets = self._targets()
         if not targets:
             self._say("")
@@ -114,13 +121,13 @@ class Bootstrapping:
         ahead_s = sorted(answer for answer in answers if isinstance(answer, float))
         self.clock_ahead_s, self.clocks = -ahead_s[len(ahead_s) // 2], len(ahead_s)
         self._say(_of_clocks(self.clock_ahead_s))
-        if self._answered % SETTLE_EVERY == 0:
+        if self._answered % NEIGHBOURS_EVERY == 0:
             await self._find_neighbours()
         self._answered += 1
         return True
 
     def _some(self, targets: dict[PeerId, str]) -> dict[PeerId, str]:
-        """A few, a seed always among them: else nobody would see that the seeds are gone."""
+        """Draw a few targets, one of them a seed, so that we notice when the seeds are gone."""
         seeds = [peer for peer in targets if peer in self._seeds]
         chosen = random.sample(seeds, min(1, len(seeds)))
         others = [peer for peer in targets if peer not in chosen]
@@ -144,7 +151,7 @@ class Bootstrapping:
 
 
 def _of_clocks(ahead_s: float) -> str:
-    """What is wrong with our clock, if it is so far ahead of most of those who answered."""
+    """The warning for the operator if our clock is this far ahead of the others'; else empty."""
     if abs(ahead_s) <= MAX_SKEW_S:
         return ""
     how = "behind" if ahead_s < 0 else "ahead of"

@@ -1,4 +1,4 @@
-"""What this node answers, and what becomes of an error while it does: nothing that others see."""
+"""Registers this node's handlers on its sidecar, and keeps their errors from other peers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ LinkHandler = Callable[[Link], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Served:
-    """One protocol: of calls, or of links."""
+    """One protocol with its handler: of calls, or of links.
+
+    Attributes:
+        protocol: its name.
+        scope: what the caller's certificate has to allow; None = open to strangers.
+        call: the handler, if the protocol is one of calls.
+        link: the handler, if the protocol is one of links.
+        max_request: bytes of a call, at most.
+    """
 
     protocol: str
     scope: Scope | None
@@ -62,7 +70,7 @@ def _linked(handler: LinkHandler, meter: Meter, direct: Direct) -> StreamHandler
             log.debug("link from %s ended: %s", peer_id[-8:], e)
         except LocalError as e:
             log.warning("link from %s ended by a fault of ours: %s", peer_id[-8:], e)
-        except Exception:  # a bug of ours costs this link, and is seen
+        except Exception:  # a bug of ours: it costs this link and is logged
             log.exception("link from %s ended by an error of ours", peer_id[-8:])
         finally:
             if link is not None:

@@ -1,5 +1,6 @@
-"""Snapshots of a donor's parameters, for joiners: few, since each takes as much memory as the
-model, and a copy on the training thread.
+"""Snapshots of a donor's parameters, for joiners.
+
+There are few, since each needs as much memory as the model, and a copy on the training thread.
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ from xpeer.identity import blake2b
 from xpeer.update import ModelState
 
 FRESH_S, FRESH_COST = 20.0, 20.0
-"""A snapshot is handed out for so long, or for so many times as long as it took: joiners, however
-many, cost a twentieth of the donor's time at most."""
+"""A snapshot is fresh for this many seconds, or for this many times as long as it took to make, if
+that is longer. So joiners cost at most a twentieth of the donor's time, however many they are."""
 KEPT_S = 120.0
-"""One that was broken off in the middle is kept so long for whoever has half of it, unless the room
-is needed."""
+"""The snapshot of a transfer that broke off is kept for this long, unless its memory is needed."""
 
 
 class Source(Protocol):
-    """Where a donor's parameters come from; the trainer in production."""
+    """Gives a donor's parameters; the trainer in production."""
 
     async def export_state(self) -> ModelState:
-        """Parameters at the next step boundary."""
+        """Copy the parameters at the next step boundary."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +38,9 @@ class _Snapshot:
 
 
 class Shelf:
-    """The last snapshot, while it is fresh; one at a time is taken. And one that somebody has half
-    of, as long as there is room.
+    """Keeps the last snapshot while it is fresh, and one of a broken transfer while there is room.
+
+    Only one snapshot is made at a time.
 
     Args:
         clock: monotonic, seconds.
@@ -57,14 +58,14 @@ class Shelf:
     async def lend(
         self, source: Source, digest: bytes | None = None
     ) -> AsyncIterator[tuple[ModelState, bytes]]:
-        """As `get`; while it is lent no third one is taken.
+        """Lend a snapshot with its digest. While two are lent, no third one is made.
 
         Args:
             source: the trainer.
-            digest: of the one that is meant; None = the last.
+            digest: of the snapshot to lend; None = the last one, or a new one if that is not fresh.
 
         Raises:
-            PeerError: it has none to give, or no longer this one.
+            PeerError: there is no snapshot to lend, or this one is no longer held.
         """
         lent = await self._last(source) if digest is None else self._held(source, digest)
         self._lent.append(lent)
@@ -76,15 +77,15 @@ class Shelf:
                 self._forget(lent)
 
     def keep(self, source: Source, digest: bytes) -> None:
-        """While it is lent: somebody will ask for the rest of it."""
+        """Keep a lent snapshot for KEPT_S, for a joiner that will ask for the rest of it."""
         self._broken = broken = self._held(source, digest)
         asyncio.get_running_loop().call_later(KEPT_S, self._give_up, broken)
 
     async def get(self, source: Source) -> tuple[ModelState, bytes]:
-        """A snapshot of this trainer, and its digest; of none before it.
+        """A snapshot of this trainer and its digest. One of an earlier trainer is never given.
 
         Raises:
-            PeerError: it has none to give.
+            PeerError: there is none to give.
         """
         last = await self._last(source)
         return last.state, last.digest
@@ -98,7 +99,7 @@ class Shelf:
                 if kept is None:
                     raise PeerError(Reason.BUSY, "two snapshots are on their way already")
             elif kept is None or self._clock() >= self._until:
-                self._kept = None  # free it before there are two
+                self._kept = None  # free its memory before the next one is made
                 if self._lent:
                     self._broken = None
                 began = self._clock()
@@ -117,7 +118,7 @@ class Shelf:
         raise PeerError(Reason.NOT_READY, "that snapshot is no longer held")
 
     def _forget(self, snapshot: _Snapshot) -> None:
-        """It takes as much memory as the model."""
+        """Free the last snapshot's memory, unless it is lent."""
         if self._kept is snapshot and snapshot not in self._lent:
             self._kept = None
 

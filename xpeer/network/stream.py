@@ -111,11 +111,11 @@ class Stream:
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([future])
                 if not future.cancelled():
-                    future.exception()  # seen
+                    future.exception()  # else Python would log that nobody read it
                 raise
 
     def shutdown(self) -> None:
-        """End it at once, both ways; whoever waits on it learns it."""
+        """End the stream at once, in both directions. Whoever waits on it gets an error."""
         if not self._shut:
             self._shut = True
             with contextlib.suppress(OSError):

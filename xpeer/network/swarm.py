@@ -1,7 +1,7 @@
 """This peer in the network: one sidecar, one DHT node, every handler gated. Starts hivemind.
 
-The sidecar is restarted with the same identity when it dies, and the seeds are dialled late and
-again: a seed that is down never stops a peer, and a swarm whose seed is gone goes on.
+A sidecar that dies is restarted with the same identity. Seeds are dialled again and again in the
+background, so a seed that is down stops neither a node nor the swarm.
 """
 
 from __future__ import annotations
@@ -45,14 +45,16 @@ CONNECT_TIMEOUT_S = 10.0
 
 
 class Swarm:
-    """The network as the rest of the node sees it. Make with `start`, end with `close`.
+    """The network as the rest of the node sees it. Make it with `start`, end it with `close`.
 
     Attributes:
-        peer_id: ours.
-        membership: whom we let in.
-        meter: bytes over links and calls.
-        strangers_refused: calls and streams that the gate turned away.
-        sidecar_restarts: since the start.
+        peer_id: our PeerID.
+        membership: says whom we let in.
+        meter: counts bytes over links and calls.
+        direct: opens direct streams.
+        strangers_refused: calls and streams of strangers that the gate refused so far.
+        sidecar_restarts: how often the sidecar was restarted since `start`.
+        dht: the DHT node in this process; another one after each restart of the sidecar.
     """
 
     def __init__(
@@ -74,16 +76,16 @@ class Swarm:
         self._identity, self._identity_path = identity, identity_path
         self._listen, self._announce, self._nat_port_map = listen, announce, nat_port_map
         self._served: list[Served] = []
-        self._book = AddressBook(identity.peer_id, seeds)
+        self._addresses = AddressBook(identity.peer_id, seeds)
         self._bootstrapping = Bootstrapping(
-            self._book.targets, self._dial, self._find_neighbours, self._book.seeds
+            self._addresses.targets, self._dial, self._find_neighbours, self._addresses.seeds
         )
         self._introduced = introductions.Introduced()
         self._introducing: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
         self._limit = introductions.RateLimit()
         self._background: list[asyncio.Task[None]] = []
         self._changing = asyncio.Lock()
-        for seed in self._book.seeds:
+        for seed in self._addresses.seeds:
             membership.trust_seed(seed)
 
     @classmethod
@@ -104,15 +106,15 @@ class Swarm:
         Args:
             identity: our key.
             identity_path: the file that the sidecar reads it from.
-            membership: whom we let in, and our own credential.
+            membership: says whom we let in, and has our own credential.
             listen: TCP multiaddresses.
-            announce: what to tell others, if it differs.
+            announce: addresses that others get, if they differ from `listen`.
             seeds: addresses ending in /p2p/PEERID; none of them needs to be up.
-            nat_port_map: ask the router for a port; multicasts.
-            direct_listen: IP:PORT for direct streams; empty = none.
+            nat_port_map: ask the router for a port, by multicast.
+            direct_listen: multiaddress for direct streams; empty = none.
 
         Raises:
-            ConfigError: an address is malformed or its port is taken.
+            ConfigError: an address is malformed, or its port is in use.
             LocalError: the sidecar does not start.
         """
         listen = resolve_listen(listen)
@@ -142,8 +144,8 @@ class Swarm:
         return self
 
     async def close(self) -> None:
-        """Leave the network; nothing of ours is left running."""
-        async with self._changing:  # a sidecar that is just being started would be orphaned
+        """Leave the network, and end everything that `start` began."""
+        async with self._changing:  # wait for a restart: its sidecar would be orphaned
             for task in self._background:
                 task.cancel()
             await asyncio.gather(*self._background, return_exceptions=True)
@@ -153,13 +155,13 @@ class Swarm:
     # Serving
 
     async def serve_links(self, protocol: str, handler: LinkHandler, scope: Scope) -> None:
-        """Answer streams that partners open; an error ends the stream and nothing else."""
+        """Answer streams that partners open. An error in the handler ends only its stream."""
         await self._serve(Served(protocol, scope, link=handler))
 
     async def serve_call(
         self, protocol: str, handler: CallHandler, scope: Scope | None, max_request: int
     ) -> None:
-        """Answer calls of at most `max_request` bytes; scope None is open to strangers."""
+        """Answer calls of at most `max_request` bytes. Scope None lets strangers call."""
         await self._serve(Served(protocol, scope, call=handler, max_request=max_request))
 
     async def _serve(self, served: Served) -> None:
@@ -175,16 +177,16 @@ class Swarm:
     async def call(
         self, peer_id: PeerId, protocol: str, request: bytes, timeout_s: float = CALL_TIMEOUT_S
     ) -> bytes:
-        """Ask a peer.
+        """Call a peer's handler, and return the reply.
 
         Raises:
-            PeerError: unreachable, silent, it refused, or our own sidecar is down.
+            PeerError: the peer is unreachable, silent or refuses, or our own sidecar is down.
         """
         with self._peer_errors(peer_id):
             async with asyncio.timeout(timeout_s):
                 just_now = await self.introduce(peer_id)
                 reply, reason = await self._ask(peer_id, protocol, request)
-                if reason == Reason.NOT_A_MEMBER and not just_now:  # restarted, it forgot us
+                if reason == Reason.NOT_A_MEMBER and not just_now:  # it restarted and forgot us
                     self.rejected_by(peer_id)
                     await self.introduce(peer_id)
                     reply, reason = await self._ask(peer_id, protocol, request)
@@ -193,7 +195,7 @@ class Swarm:
         return reply
 
     async def _ask(self, peer_id: PeerId, protocol: str, request: bytes) -> tuple[bytes, str]:
-        """The reply, and why there is none."""
+        """(The reply, ""), or (anything, the reason code) if the peer refused."""
         ok, reply = await self._p2p.call(_hivemind_id(peer_id), protocol, request)
         self.meter.bytes_out += len(request)
         self.meter.bytes_in += len(reply)
@@ -202,10 +204,10 @@ class Swarm:
     async def open_link(
         self, peer_id: PeerId, protocol: str, timeout_s: float = CONNECT_TIMEOUT_S
     ) -> Link:
-        """Open a raw stream to a member, not yet sealed.
+        """Open a link to a member. It is not sealed before `Link.connect`.
 
         Raises:
-            PeerError: unreachable, or our own sidecar is down.
+            PeerError: the member is unreachable, or our own sidecar is down.
         """
         with self._peer_errors(peer_id):
             async with asyncio.timeout(timeout_s):
@@ -231,8 +233,8 @@ class Swarm:
             raise PeerError(Reason.UNREACHABLE, f"{str(e)[:120]!r}") from e
 
     async def _reach(self, peer_id: PeerId) -> None:
-        """Tell the sidecar the addresses we know; a wrong one is no error yet."""
-        if addresses := self._book.of(peer_id):
+        """Make the sidecar connect at the addresses we know. A failure shows at the next call."""
+        if addresses := self._addresses.of(peer_id):
             with contextlib.suppress(ControlFailure, P2PDaemonError):
                 await self._connect(peer_id, addresses)
 
@@ -247,7 +249,7 @@ class Swarm:
     # The gate (p2p.Gate)
 
     def admits(self, peer_id: PeerId, scope: Scope | None) -> bool:
-        """Before a byte is read."""
+        """Whether the gate lets this peer call a handler of this scope; see `p2p.Gate.admits`."""
         if scope is None:
             known = self.membership.certificate_of(peer_id) is not None
             allowed = self._limit.allows(peer_id, known=known)
@@ -257,10 +259,14 @@ class Swarm:
         return allowed
 
     async def introduce(self, peer_id: PeerId) -> bool:
-        """Connect and present our credential, at most every KNOWN_S; False: it was done before.
+        """Connect and present our credential, unless we did so within KNOWN_S.
+
+        Returns:
+            False: this peer knew us already. See `p2p.Gate.introduce`.
 
         Raises:
-            PeerError: it was refused, now or a moment ago, or our own sidecar is down.
+            PeerError: the peer refused our credential, now or a moment ago, or our own sidecar is
+                down.
         """
         if self._p2p.died.is_set():
             raise PeerError(Reason.SIDECAR_DOWN)
@@ -281,30 +287,30 @@ class Swarm:
             except PeerError:
                 self._introduced.refused(peer_id)
                 raise
-            self._book.learn(heard, hearsay=True)
+            self._addresses.learn(heard, hearsay=True)
             self._introduced.accepted(peer_id)
             return True
 
     def rejected_by(self, peer_id: PeerId) -> None:
-        """Introduce ourselves again next time."""
+        """Note that this peer does not know us: the next call introduces us again."""
         self._introduced.forget(peer_id)
 
     # Addresses
 
     @property
     def addresses(self) -> list[str]:
-        """Ours, each ending in /p2p/PEERID; loopback only if we listen on nothing else."""
-        found = [without_peer(address) for address in self._announce]
-        found = found or reachable(str(address) for address in self._p2p._visible_maddrs)
-        return [f"{address}/p2p/{self.peer_id}" for address in found]
+        """Our addresses, each ending in /p2p/PEERID; loopback only if we listen on nothing else."""
+        announced = [without_peer(address) for address in self._announce]
+        ours = announced or reachable(str(address) for address in self._p2p._visible_maddrs)
+        return [f"{address}/p2p/{self.peer_id}" for address in ours]
 
     def learn(self, addresses: Iterable[str]) -> None:
-        """Remember where members say that they can be reached; unusable ones are dropped."""
-        self._book.learn(addresses, hearsay=False)
+        """Note addresses that members announced for themselves; unusable ones are dropped."""
+        self._addresses.learn(addresses, hearsay=False)
 
     def candidates(self) -> list[PeerId]:
-        """Peers that might be members, seeds last."""
-        return self._book.candidates()
+        """Peers that might be members; seeds come last."""
+        return self._addresses.candidates()
 
     async def connected(self) -> list[str]:
         """Addresses of the members that are connected now."""
@@ -328,12 +334,12 @@ class Swarm:
 
     @property
     def bootstrap_note(self) -> str:
-        """Why no seed answers, or that our clock is wrong, for the operator."""
+        """Why no seed answers, or that our clock is wrong, for the operator. Empty: all is well."""
         return self._bootstrapping.note
 
     @property
     def bootstrapping(self) -> Bootstrapping:
-        """What was seen of the seeds, and of the clocks of those who answered."""
+        """The loop that dials: it knows which seeds answer, and how far our clock is off."""
         return self._bootstrapping
 
     @property
@@ -360,7 +366,7 @@ class Swarm:
                     await self._register(served)
                 self.dht = await start_node(self._p2p, OwnerSigned(self.membership, self._identity))
             except BaseException:
-                await self._p2p.shutdown()  # else a half-started one would be left, or used
+                await self._p2p.shutdown()  # never leave a half-started sidecar
                 raise
         except (P2PDaemonError, OSError, asyncio.IncompleteReadError) as e:
             raise LocalError(
@@ -390,23 +396,23 @@ class Swarm:
             self._bootstrapping.again()
 
     async def _restart(self) -> bool:
-        """A new sidecar and DHT node; False with everything down, to be tried again."""
+        """Start a new sidecar and DHT node. False: nothing runs, and it has to be tried again."""
         try:
             await self._take_down()
             await self._bring_up()
         except LocalError as e:
             log.error("%s", e)
-        except Exception:  # e.g. the new one died while handlers were registered: the same again
+        except Exception:  # e.g. the new sidecar died while handlers were registered
             log.exception("the libp2p sidecar was not restarted")
         else:
             return True
         return False
 
     async def _dial(self, peer_id: PeerId) -> float:
-        """Connect, introduce, ping."""
+        """Connect, introduce ourselves and ping; returns how far the peer's clock is ahead, s."""
         with self._peer_errors(peer_id):
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await self._connect(peer_id, self._book.of(peer_id))
+                await self._connect(peer_id, self._addresses.of(peer_id))
                 await self.introduce(peer_id)
                 return await ping(self.dht, _hivemind_id(peer_id))
 

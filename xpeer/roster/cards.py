@@ -1,12 +1,13 @@
-"""What a member says of itself, signed once, and that it is alive, at 16 bytes a time.
+"""Members' cards and beats. A card says what a member is; a beat of 16 bytes proves it is alive.
 
-A card is signed by its owner when it changes. Between changes a hash chain shows that it is alive
-(Lamport 1981, "Password authentication with insecure communication"): the card holds the end of a
-chain that only its owner can walk backwards, and link n, shown no earlier than n * LINK_S after the
-chain's start, says that the owner was alive then. Whoever relays a card or a link can neither forge
-nor renew it. No IO, no clock.
+The owner signs a card when it changes. Between changes a hash chain shows that the owner is alive
+(Lamport 1981, "Password authentication with insecure communication"). The card holds link 0 of a
+chain, and only the owner knows the later links. It publishes link n no earlier than n * LINK_S
+after the chain's start, so that link n proves that it was alive then. Whoever relays a card or a
+link can neither forge nor renew it. No IO, no clock.
 
-Not given: that a live owner can be reached, or that what it says of itself is true.
+What this does not give: a live owner need not be reachable, and what it says of itself need not be
+true.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from xpeer.network.membership.certificates import Role
 
 LINK_S = 5.0
 LINKS = 1440
-"""Of a chain: two hours; then its owner signs a new card. Walking all of it takes 1 ms."""
+"""Links of a chain: two hours. Then its owner signs a new card. Hashing all of them takes 1 ms."""
 LINK_BYTES = 16
 MAX_CARD_BYTES = 2048
 MAX_LIFETIME_S = 300.0
@@ -41,31 +42,31 @@ LinkValue = Annotated[bytes, Meta(min_length=LINK_BYTES, max_length=LINK_BYTES)]
     "when steps or budget ended",
 )
 class MemberRecord(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """What a member says of itself. Under privacy nothing in it depends on its text."""
+    """What a member says of itself. Under privacy, nothing in it depends on the member's text."""
 
     peer_id: Public[Annotated[str, Meta(max_length=80)]]
     addresses: Public[Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=8)]]
     role: Public[Role]
     phase: Timing[Annotated[str, Meta(max_length=20, pattern="^[a-z-]+\\Z")]]
     speed: Public[Annotated[float, Meta(ge=0, le=1e9)]]
-    """Tokens/s: declared, or measured where the swarm trains without privacy; 0: unknown."""
+    """Tokens/s: declared, or measured where the swarm trains without privacy; 0 = unknown."""
     slot: Timing[Annotated[int, Meta(ge=0)]]
-    """When the card was signed."""
+    """The slot in which the card was signed."""
     zone: Public[Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")]] = ""
-    """Declared: members of a zone have fast links among themselves; "" = near nobody."""
+    """Declared label. Members of one zone have fast links among themselves; "" = near nobody."""
 
 
 @seen_by("members")
 class MemberCard(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """What its owner signs."""
+    """A card as its owner signs it."""
 
     record: Parts[MemberRecord]
     version_ms: Public[Annotated[int, Meta(ge=0, lt=1 << 48)]]
-    """The time of signing: of two cards of an owner the later one counts."""
+    """The time of signing, in ms. Of two cards of an owner the later one counts."""
     since_s: Public[Annotated[float, Meta(ge=0, lt=1 << 40)]]
     """When the chain begins, by the shared clock."""
     lifetime_s: Public[Annotated[float, Meta(gt=0, le=MAX_LIFETIME_S)]]
-    """How long a link says that its owner is alive."""
+    """How long the owner counts as alive after each link."""
     anchor: Public[LinkValue]
     """Link 0."""
 
@@ -79,11 +80,11 @@ class SignedCard(Struct, frozen=True, forbid_unknown_fields=True, array_like=Tru
 
     @property
     def mark(self) -> int:
-        """16 bits that tell two cards of an owner apart, but for 1 in 65,536."""
+        """16 bits that differ between an owner's cards, except by chance (1 in 65,536)."""
         return int.from_bytes(self.signature[:2], "little")
 
     def open(self, owner: str, swarm_id: str) -> MemberCard | None:
-        """The card, if its owner signed it for this swarm."""
+        """The card; None unless this owner signed it for this swarm."""
         if not verify(owner, Domain.CARD, swarm_id.encode() + self.body, self.signature):
             return None
         try:
@@ -95,17 +96,17 @@ class SignedCard(Struct, frozen=True, forbid_unknown_fields=True, array_like=Tru
 
 @seen_by("members")
 class Beat(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """A link of an owner's chain."""
+    """A link of an owner's chain: proof that the owner is alive."""
 
     link: Public[Annotated[int, Meta(ge=0, le=LINKS)]]
     value: Public[LinkValue]
 
     def alive_until(self, card: MemberCard) -> float:
-        """Until when it says that the card's owner is alive, by the shared clock."""
+        """Until when the card's owner counts as alive, by the shared clock."""
         return card.since_s + LINK_S * self.link + card.lifetime_s
 
     def follows(self, known: Beat) -> bool:
-        """Whether it is a later link of the same chain, or the same one."""
+        """Whether this is the same link as `known`, or a later one of its chain."""
         if self.link < known.link:
             return False
         value = self.value
@@ -115,13 +116,13 @@ class Beat(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
 
 
 def next_link(value: bytes) -> bytes:
-    """One step towards the anchor; nobody can step back."""
+    """The link before this one, towards the anchor. Nobody can compute the one after it."""
     return hashlib.blake2b(value, digest_size=LINK_BYTES, person=b"xpeer/beat/v1").digest()
 
 
 @dataclass(frozen=True, slots=True)
 class LivenessChain:
-    """An owner's own chain; `repr` never shows it.
+    """A chain with its secret, as its owner has it. `repr` never shows the links.
 
     Args:
         since_s: when it begins, by the shared clock.
@@ -132,42 +133,42 @@ class LivenessChain:
     links: tuple[bytes, ...]
 
     def __repr__(self) -> str:
-        """Show nothing secret."""
+        """Without the links, which are secret."""
         return f"LivenessChain(since_s={self.since_s})"
 
     @classmethod
     def begin(cls, now_s: float) -> LivenessChain:
-        """A new one, from the operating system's randomness; 1 ms."""
+        """Make a new chain from the operating system's randomness. That takes 1 ms."""
         links = [secrets.token_bytes(LINK_BYTES)]
         for _ in range(LINKS):
             links.append(next_link(links[-1]))
         return cls(now_s, tuple(reversed(links)))
 
     def beat(self, now_s: float, every_s: float = LINK_S) -> Beat:
-        """The link to show now, if one is shown every so many seconds."""
+        """The link to publish now, if one is published every `every_s` seconds."""
         step = max(1, round(every_s / LINK_S))
         link = int(max(0.0, now_s - self.since_s) / LINK_S) // step * step
         link = min(link, LINKS)
         return Beat(link, self.links[link])
 
     def ends(self, now_s: float) -> bool:
-        """Whether a new one is due."""
+        """Whether the chain is nearly used up, so that a new one is due."""
         return now_s - self.since_s > LINK_S * LINKS - MAX_LIFETIME_S
 
 
 @dataclass(slots=True)
 class Known:
-    """What we know of a member."""
+    """A listed member: its card and its latest beat."""
 
     owner: PeerId
     signed: SignedCard
     card: MemberCard
     beat: Beat
     until: float
-    """By the shared clock."""
+    """When the member stops counting as alive, unless a later beat comes; shared clock, seconds."""
 
     def advance(self, beat: Beat, now_s: float) -> bool:
-        """Take a later link; whether it was one. None from the future is looked at."""
+        """Note a later link. False: it is not later, lies in the future, or does not verify."""
         if beat.link <= self.beat.link or self.card.since_s + LINK_S * beat.link > (
             now_s + MAX_SKEW_S
         ):

@@ -1,7 +1,8 @@
-"""Members' cards in the DHT, for those who know nobody: sealed, padded, spread over many keys.
+"""Members' cards in the DHT, for nodes that know nobody yet: sealed, padded, spread over many keys.
 
-hivemind returns a key's dictionary whole, so the number of keys follows from how many members there
-may be: about 15 kB lie under one. Names of keys follow from the swarm key.
+hivemind always returns a key's whole dictionary. So the number of keys grows with the number of
+members that a swarm may have, and about 15 kB lie under one key. The names of keys are derived from
+the swarm key.
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ DHT_TIMEOUT_S = 15.0
 PAD_BYTES = 256
 MAX_RECORD_BYTES = 2560
 _SEALED, _NAMED = b"xpeer/shard/v1", b"xpeer/shard-key/v1"
-"""Purposes of keys that follow from the swarm key."""
+"""Purposes of keys that are derived from the swarm key."""
 _T = TypeVar("_T")
 
 
 @seen_by("members")
 class Stored(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """What lies in the DHT of a member; its credential is stored with it (`dht.SignedValue`)."""
+    """A member's record in the DHT. `dht.SignedValue` adds the credential."""
 
     signed: Parts[SignedCard]
     beat: Parts[Beat]
 
 
 class Shards:
-    """The swarm's keys in the DHT.
+    """The DHT keys under which a swarm's cards lie.
 
     Args:
         swarm: the network.
-        keyring: has the swarm key, on which contents and names of keys depend.
+        keyring: has the swarm key, which seals cards and names keys.
         max_members: sets the number of keys.
     """
 
@@ -57,11 +58,11 @@ class Shards:
         self._number = -(-max_members // MEMBERS_PER_SHARD)
         self._names: list[str] = []
         self._named_in: int | None = None
-        """Key epoch of `_names`. None until they were first asked for."""
+        """Key epoch of `_names`. None until `keys` was first read."""
 
     @property
     def keys(self) -> list[str]:
-        """All of them, under the swarm key of now."""
+        """Names of all keys, under the current swarm key."""
         if self._named_in != self._keyring.key_epoch:
             numbers = (str(number).encode() for number in range(self._number))
             self._names = [self._keyring.derived(_NAMED, number).hex() for number in numbers]
@@ -69,12 +70,12 @@ class Shards:
         return self._names
 
     def key_of(self, peer_id: str) -> str:
-        """Where a member's card lies."""
+        """The key under which a member's card lies."""
         number = int.from_bytes(blake2b(peer_id.encode(), size=4), "big")
         return self.keys[number % self._number]
 
     async def store(self, stored: Stored, now_s: float) -> bool:
-        """Store our own card; whether at least one node took it."""
+        """Store our own card. True iff at least one node accepted it."""
         me = self._swarm.peer_id
         box = self._keyring.box(_SEALED)
         sealed = bytes(box.encrypt(_pad(msgspec.msgpack.encode(stored))))
@@ -82,29 +83,32 @@ class Shards:
         return bool(await self._ask(storing))
 
     async def read(self, keys: list[str]) -> list[tuple[str, Stored]]:
-        """Owners and what they stored; whatever does not open is left out."""
-        found = await self._ask(self._swarm.dht.get_many(keys, sufficient_expiration_time=math.inf))
+        """Owners with the records that they stored. Records that do not open are left out."""
+        answer = await self._ask(
+            self._swarm.dht.get_many(keys, sufficient_expiration_time=math.inf)
+        )
         opened = []
-        for shard in (found or {}).values():
-            if shard is None or not isinstance(shard.value, dict):
+        for dictionary in (answer or {}).values():
+            if dictionary is None or not isinstance(dictionary.value, dict):
                 continue
-            for owner, item in shard.value.items():
+            for owner, item in dictionary.value.items():
                 stored = self._open(item.value)
                 if isinstance(owner, str) and stored is not None:
                     opened.append((owner, stored))
         return opened
 
     async def _ask(self, request: Coroutine[Any, Any, _T]) -> _T | None:
-        """The DHT's answer; None if there is none: a sidecar that restarts must not end the node.
+        """The DHT's answer; None if it fails or is late.
 
-        hivemind's node raises whatever happened to it, and has searches without a deadline.
+        hivemind's node raises errors of any type, and some searches have no deadline. A sidecar
+        that restarts must not end this node.
         """
         try:
             async with asyncio.timeout(DHT_TIMEOUT_S):
                 return await request
         except TimeoutError:
             log.warning("the DHT does not answer")
-        except Exception:  # logged: the next announcement or refresh is seconds away
+        except Exception:  # only logged: the next announcement or refresh is seconds away
             log.warning("the DHT failed", exc_info=True)
         return None
 

@@ -1,4 +1,4 @@
-"""The card of this node: signed anew when what it says changes, and else shown to be alive."""
+"""This node's own card: signed anew when its content changes, kept alive by beats otherwise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xpeer.roster.pace import BEATS_PER_LIFETIME, TTL_S, bounded_lifetime_s
 
 
 class OwnCard:
-    """Signs cards, and keeps the hash chain whose links show that we are alive.
+    """Signs our cards, and keeps the hash chain whose links prove that we are alive.
 
     Args:
         swarm: signs for us.
@@ -25,22 +25,22 @@ class OwnCard:
         self._lifetime_s = TTL_S
 
     def renew(self, known: Known | None, record: MemberRecord, members: int, now: float) -> Known:
-        """The card to show from now on: a new one, or the old one with the chain's next link.
+        """The card to publish from now on: a new one, or the old one with the chain's next link.
 
         Args:
             known: our card so far; None = there is none.
-            record: what the card is to say.
-            members: number of members; it bounds how often each may show a link.
-            now: seconds.
+            record: the content that the card should have.
+            members: number of members. It bounds how often each may publish a link.
+            now: seconds, by the shared clock.
 
         Returns:
-            `known` itself, with a later beat, if it says all that yet.
+            `known` itself with a later beat, if its content is still right; else a new card.
         """
         lifetime_s = self._lifetime_of(members)
         if known is not None and self._chain is not None and not self._chain.ends(now):
             then = known.card
-            said = msgspec.structs.replace(record, slot=then.record.slot)
-            if said == then.record and lifetime_s == then.lifetime_s:
+            same_slot = msgspec.structs.replace(record, slot=then.record.slot)
+            if same_slot == then.record and lifetime_s == then.lifetime_s:
                 known.beat = self._chain.beat(now, lifetime_s / BEATS_PER_LIFETIME)
                 known.until = known.beat.alive_until(then)
                 return known
@@ -55,7 +55,7 @@ class OwnCard:
         return Known(me, SignedCard(body, signature), card, beat, beat.alive_until(card))
 
     def _lifetime_of(self, members: int) -> float:
-        """The lifetime that bounds the links' traffic; shortened late, lest it swings."""
+        """The lifetime that bounds the traffic of links; it is shortened late, lest it swing."""
         needed = bounded_lifetime_s(members)
         shorter = bounded_lifetime_s(math.ceil(1.25 * members)) < self._lifetime_s
         return needed if needed > self._lifetime_s or shorter else self._lifetime_s

@@ -1,13 +1,14 @@
-"""Who is alive: every member's card and beats, from other members; from the DHT if nobody is met.
+"""Who is alive: every member's card and beats, from other members or else from the DHT.
 
-A member asks another, drawn at random, every few seconds what it does not know yet (`spreading`). A
-card that changes is pushed at once, and on by whoever it reaches, so that rosters agree within
-seconds. In the DHT lies every member's card, for those who know nobody: sealed under a keyed hash
-of the swarm key, padded, signed by its owner; a node without the key sees who stores and when, and
-nothing else. A key's dictionary is returned whole, so the cards are spread over many keys, and a
-member that is met reads one of them now and then.
+Every few seconds a member asks another, drawn at random, for what it does not know yet
+(`spreading`). A card that changes is pushed at once, and its receivers push it on, so that rosters
+agree within seconds. Every member's card also lies in the DHT, for nodes that know nobody. There it
+is sealed, padded, and signed by its owner, under a key that is derived from the swarm key. A node
+without the swarm key sees who stores and when, and nothing else. The cards are spread over many
+keys, since a key's dictionary is always returned whole. A member that others answer reads one key
+now and then.
 
-How often, and so what it costs, follows from the number of members (`pace`).
+How often all this happens, and so its cost, follows from the number of members (`pace`).
 """
 
 from __future__ import annotations
@@ -46,32 +47,33 @@ _SEALED = b"xpeer/roster/v2"
 """Purpose of the key that messages are sealed with."""
 ANNOUNCE_EVERY_S = 10.0
 FANOUT = 3
-"""Members that news is pushed to, by each whom it reaches."""
+"""Each receiver of news forwards it to this many members."""
 STRAY = 0.125
-"""Share of questions that go to somebody who is not listed: two halves of a swarm find together."""
+"""Fraction of questions that go to a peer that is not listed, so that a split swarm rejoins."""
 DEAF_S = 60.0
-"""Whoever is not listed and did not answer is left alone for this long."""
+"""An unlisted peer that did not answer is not asked again for this long."""
 ASK_TIMEOUT_S = 5.0
 
 SHARD_EVERY_S = 400.0
 STORE_EVERY_S, STORE_AGAIN_S = 400.0, 30.0
-"""A store asks some ten nodes, and may cost more than all questions; again after a failure."""
+"""Seconds between two stores of our card: after a success, and after a failure. A store asks some
+ten nodes, and may cost more than all questions."""
 LONELY_S = 10.0
-"""Without an answer for this long the DHT is read instead ..."""
+"""If nobody answered for this long, the DHT is read instead ..."""
 LONELY_READ_S, LONELY_SHARDS = 3.0, 16
-"""... so often, and so many keys at a time."""
+"""... every LONELY_READ_S, this many keys at a time."""
 MAX_WALK = 50_000
-"""Links of chains that one message may have us compute: 30 ms."""
+"""Links that we hash for one message, at most: 30 ms."""
 _T = TypeVar("_T")
 
 
 class Roster:
-    """The live members, as last heard of.
+    """The members that are alive, as far as this node knows.
 
     Args:
         swarm: the network.
-        keyring: has the swarm key, which messages and stored cards are sealed with.
-        max_members: sets the number of keys.
+        keyring: has the swarm key, which seals messages and stored cards.
+        max_members: most members of the swarm; it sets the number of DHT keys.
         clock: shared wall clock, seconds.
     """
 
@@ -98,9 +100,9 @@ class Roster:
         self._deaf: dict[PeerId, float] = {}
         self._heard_s = self._asked_s = self._read_s = self._stored_s = -math.inf
         self.silence = ""
-        """Why no listed member has answered since the last that did; empty: the last one did."""
+        """First failure of a listed member since somebody answered; empty if there was none."""
         self.unstored = False
-        """True iff no node of the DHT took our card when it was stored last."""
+        """True iff no node of the DHT accepted our card when we last tried to store it."""
 
     async def serve(self) -> None:
         """Answer other members' questions."""
@@ -114,10 +116,10 @@ class Roster:
         await self._swarm.serve_call(PROTOCOL, handle, "observer", spreading.MAX_NEWS_BYTES)
 
     async def announce(self, record: MemberRecord) -> bool:
-        """Say that we are alive, and what we are; at once if it changed.
+        """Renew our card, push it at once if it changed, and store it in the DHT when that is due.
 
         Returns:
-            False: this was the time to store it in the DHT, and no node took it.
+            False: a store was due, and no node accepted the card.
         """
         now = self._clock()
         before = self._known.get(self._me)
@@ -135,17 +137,17 @@ class Roster:
         return stored
 
     async def refresh(self) -> None:
-        """Ask a member for what is new, tell others what was pushed to us, read the DHT if due."""
+        """Ask a member for news and push on what reached us; read the DHT if that is due."""
         now = self._clock()
         self._expire(now)
         news, self._news = self._news, set()
-        telling = [self._push(news)] if news else []
+        calls = [self._push(news)] if news else []
         if now - self._asked_s >= question_every_s(len(self._known)) * self._random.uniform(
             0.8, 1.0
         ):
             self._asked_s = now
-            telling.append(self._ask_somebody())
-        await asyncio.gather(*telling)
+            calls.append(self._ask_somebody())
+        await asyncio.gather(*calls)
         lonely = self._clock() - self._heard_s > LONELY_S
         if now - self._read_s >= (LONELY_READ_S if lonely else SHARD_EVERY_S):
             self._read_s = now
@@ -154,12 +156,12 @@ class Roster:
             await self._read(self._random.sample(keys, count))
 
     def members(self) -> dict[PeerId, MemberRecord]:
-        """Those that showed lately that they are alive, ourselves included once we announced."""
+        """Members that proved lately that they are alive. We are among them after `announce`."""
         now = self._clock()
         return {peer: known.card.record for peer, known in self._known.items() if known.until > now}
 
     def zones(self) -> dict[PeerId, str]:
-        """What the members declare, for `matching`."""
+        """Zones that the members declare, for `matching`."""
         return {peer: record.zone for peer, record in self.members().items()}
 
     # Asking and answering
@@ -193,18 +195,24 @@ class Roster:
         return self._random.choice(strays or listed) if strays or listed else None
 
     async def _push(self, owners: Collection[PeerId]) -> None:
-        """Tell some members about cards that changed."""
+        """Send the cards of these owners to FANOUT members."""
         listed = [peer for peer in self._known if peer != self._me and peer not in owners]
-        told = self._random.sample(listed, min(FANOUT, len(listed)))
+        receivers = self._random.sample(listed, min(FANOUT, len(listed)))
         chosen = list(owners)[: spreading.MAX_CARDS]
-        await asyncio.gather(*(self._ask(peer, chosen) for peer in told))
+        await asyncio.gather(*(self._ask(peer, chosen) for peer in receivers))
 
     async def _ask(
         self, peer: PeerId, owners: Iterable[PeerId] = (), *, with_digest: bool = False
     ) -> Answer | None:
-        """One question; None if there was no answer."""
+        """Send one question and learn from the answer; None if there was none.
+
+        Args:
+            peer: whom to ask.
+            owners: their cards go with the question.
+            with_digest: True = ask for what we lack; False = only push.
+        """
         salt, advanced = spreading.new_salt(), {self._me}
-        if with_digest:  # tell what we heard since the last time, and ask for the rest
+        if with_digest:  # send all beats that came since the last question, and ask for the rest
             advanced |= self._advanced
             self._advanced = set()
         question = Question(
@@ -232,9 +240,9 @@ class Roster:
         if question.digest is None:
             return Answer()
         self._heard_s, self.silence = self._clock(), ""
-        told = spreading.read_digest(question.digest)
-        lacking, late = spreading.later_than(told, self._known.values(), question.salt)
-        self._random.shuffle(lacking)  # whoever asks again gets others
+        digest = spreading.read_digest(question.digest)
+        lacking, late = spreading.later_than(digest, self._known.values(), question.salt)
+        self._random.shuffle(lacking)  # a peer that asks again gets other cards
         return Answer(
             self._news_of(lacking[: spreading.MAX_CARDS]),
             spreading.pack_beats(late, question.salt),
@@ -256,7 +264,7 @@ class Roster:
     # Learning
 
     def _learn(self, cards: Iterable[News], beats: bytes, salt: bytes) -> set[PeerId]:
-        """Take what is valid; whose card was new."""
+        """Note all valid cards and beats; returns the owners whose cards were new to us."""
         now, fresh = self._clock(), set()
         for news in cards:
             try:
@@ -264,7 +272,7 @@ class Roster:
             except NotAuthorisedError as e:
                 log.debug("a card without a valid credential: %s", e)
                 continue
-            if self._take(news.owner, news.signed, news.beat, now):
+            if self._note_card(news.owner, news.signed, news.beat, now):
                 fresh.add(PeerId(news.owner))
         walked = 0
         for member, beat in spreading.unpack_beats(beats, self._known.values(), salt):
@@ -273,8 +281,8 @@ class Roster:
                 self._advanced.add(member.owner)
         return fresh
 
-    def _take(self, owner: str, signed: SignedCard, beat: Beat, now: float) -> bool:
-        """Note a card; whether it is new to us."""
+    def _note_card(self, owner: str, signed: SignedCard, beat: Beat, now: float) -> bool:
+        """Note a card, if it is valid. True iff it is new to us."""
         peer_id = PeerId(owner)
         known = self._known.get(peer_id)
         if peer_id == self._me or self._swarm.membership.certificate_of(owner) is None:
@@ -298,7 +306,10 @@ class Roster:
         return True
 
     def _believed(self, card: MemberCard) -> MemberCard:
-        """What the owner can lie about is replaced by what the admin signed, or dropped."""
+        """The card with the role from the certificate, and without addresses of other peers.
+
+        An owner could lie about both.
+        """
         record = card.record
         certificate = self._swarm.membership.certificate_of(record.peer_id)
         own = [a for a in record.addresses if is_dialled(a) and peer_of(a) == record.peer_id]
@@ -307,7 +318,7 @@ class Roster:
         return msgspec.structs.replace(card, record=record)
 
     def _expire(self, now: float) -> None:
-        """Forget who fell silent, or is no member any more."""
+        """Forget members that fell silent or whose certificates expired."""
         of = self._swarm.membership.certificate_of
         for peer, known in list(self._known.items()):
             if peer != self._me and (known.until <= now or of(peer) is None):
@@ -318,10 +329,10 @@ class Roster:
     async def _read(self, keys: list[str]) -> None:
         for owner, stored in await self._shards.read(keys):
             now = self._clock()
-            if self._take(owner, stored.signed, stored.beat, now) or owner in self._known:
+            if self._note_card(owner, stored.signed, stored.beat, now) or owner in self._known:
                 continue
             card = stored.signed.open(owner, self._swarm_id)
-            if card is not None:  # it was alive a while ago: worth asking
+            if card is not None:  # the owner was alive a while ago: it is worth asking
                 self._swarm.learn(self._believed(card).record.addresses)
 
     # Sealing
@@ -338,6 +349,6 @@ class Roster:
 
 
 def _is_of_now(card: MemberCard, beat: Beat, now: float) -> bool:
-    """Whether it says that its owner is alive, and is not from the future."""
+    """Whether card and beat show that the owner is alive now, and are not from the future."""
     latest = max(card.version_ms / 1000, card.since_s + LINK_S * beat.link)
     return beat.alive_until(card) > now and latest <= now + MAX_SKEW_S

@@ -1,9 +1,10 @@
-"""How cards and beats spread among members: what two that meet tell each other. No IO, no clock.
+"""How cards and beats spread among members: the messages of two that talk. No IO, no clock.
 
 Anti-entropy (Demers et al. 1987; in the form of van Renesse et al. 2008, "Efficient reconciliation
-and flow control for anti-entropy protocols"): one sends a digest of eight bytes for every member
-it knows, the other answers with cards that differ and links that are later. Names in a digest are
-short hashes under a salt drawn for each question, so that two that collide do so once.
+and flow control for anti-entropy protocols"): one member sends a digest, eight bytes for every
+member that it knows. The other answers with cards that differ and links that are later. Names in a
+digest are short hashes. Each question has its own salt, so two names that collide in one question
+differ in the next.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from xpeer.roster.cards import LINK_BYTES, Beat, Known, SignedCard
 
 MAX_MEMBERS = 4096
 MAX_CARDS = 64
-"""In one message; who lacks more asks again."""
+"""Cards in one message, at most. A member that lacks more asks again."""
 SALT_BYTES = 8
 _ENTRY = struct.Struct("<IHH")  # name, mark of the card, link
 _BEAT = struct.Struct(f"<IH{LINK_BYTES}s")  # name, link, value
 MAX_DIGEST_BYTES = MAX_MEMBERS * _ENTRY.size
 MAX_BEATS_BYTES = MAX_MEMBERS * _BEAT.size
 MAX_NEWS_BYTES = 256 << 10
-"""Of a question or an answer, sealed."""
+"""Size of a sealed question or answer, at most."""
 
 
 @seen_by("members")
 class News(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """A member, as one tells another."""
+    """A member's card, as one member sends it to another."""
 
     owner: Public[Annotated[str, Meta(max_length=80)]]
     credential: Public[Annotated[bytes, Meta(max_length=MAX_CREDENTIAL_BYTES)]]
@@ -45,51 +46,56 @@ class News(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
 
 @seen_by("members")
 class Question(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """What do you know that I don't? Or, without a digest: did you know?"""
+    """A pull (with a digest: send what I lack) or a push (without one)."""
 
     salt: Public[Annotated[bytes, Meta(min_length=SALT_BYTES, max_length=SALT_BYTES)]]
     digest: Public[Annotated[bytes, Meta(max_length=MAX_DIGEST_BYTES)] | None]
     cards: Parts[Annotated[list[News], Meta(max_length=MAX_CARDS)]] = []
     beats: Public[Annotated[bytes, Meta(max_length=MAX_BEATS_BYTES)]] = b""
-    """The asker's own, and those that it heard of since its last question."""
+    """The asker's own beat, and those that reached it since its last question."""
 
 
 @seen_by("members")
 class Answer(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """What the other knows."""
+    """The answer to a question; empty to a push."""
 
     cards: Parts[Annotated[list[News], Meta(max_length=MAX_CARDS)]] = []
     beats: Public[Annotated[bytes, Meta(max_length=MAX_BEATS_BYTES)]] = b""
     more: Public[bool] = False
-    """More cards than one answer holds: ask again."""
+    """True iff the asker lacks more cards than one answer holds: it should ask again."""
     unknown: Public[bool] = False
-    """The asker's own card is not known here, or has changed."""
+    """True iff the asker's own card is unknown here or differs: it should send it."""
 
 
 def new_salt() -> bytes:
-    """For one question."""
+    """Draw a salt for one question."""
     return secrets.token_bytes(SALT_BYTES)
 
 
 def digest_of(known: Iterable[Known], salt: bytes) -> bytes:
-    """Names, marks and links; eight bytes each."""
+    """Name, mark and link of each member, in eight bytes each."""
     entries = (_ENTRY.pack(_name(m.owner, salt), m.signed.mark, m.beat.link) for m in known)
     return b"".join(entries)
 
 
 def read_digest(digest: bytes) -> dict[int, tuple[int, int]]:
-    """Name -> mark and link; an incomplete last entry is ignored."""
+    """Mark and link by name. An incomplete last entry is ignored."""
     whole = len(digest) - len(digest) % _ENTRY.size
     return {name: (mark, link) for name, mark, link in _ENTRY.iter_unpack(digest[:whole])}
 
 
 def later_than(
-    told: Mapping[int, tuple[int, int]], known: Iterable[Known], salt: bytes
+    digest: Mapping[int, tuple[int, int]], known: Iterable[Known], salt: bytes
 ) -> tuple[list[Known], list[Known]]:
-    """Whose cards the sender of a digest lacks or has in another version, and whose later links."""
+    """Compare a digest with what we know.
+
+    Returns:
+        Members whose cards the digest's sender lacks or has in another version, then members of
+        whom it only lacks a later link.
+    """
     cards, beats = [], []
     for member in known:
-        mark, link = told.get(_name(member.owner, salt), (None, 0))
+        mark, link = digest.get(_name(member.owner, salt), (None, 0))
         if mark != member.signed.mark:
             cards.append(member)
         elif link < member.beat.link:
@@ -98,12 +104,12 @@ def later_than(
 
 
 def pack_beats(known: Iterable[Known], salt: bytes) -> bytes:
-    """Links, 22 bytes each."""
+    """The members' links, in 22 bytes each."""
     return b"".join(_BEAT.pack(_name(m.owner, salt), m.beat.link, m.beat.value) for m in known)
 
 
 def unpack_beats(data: bytes, known: Iterable[Known], salt: bytes) -> list[tuple[Known, Beat]]:
-    """Links of members that we know; others and incomplete ones are ignored."""
+    """Links of members that we know. Unknown names and an incomplete last link are ignored."""
     named = {_name(member.owner, salt): member for member in known}
     whole = len(data) - len(data) % _BEAT.size
     return [

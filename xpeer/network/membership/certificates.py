@@ -1,12 +1,13 @@
 """Who belongs to the swarm: certificates signed by the admin key, checked by anyone.
 
 A certificate says: this PeerID (or whoever holds this bearer key) may take part in this role until
-then. With it travels the genesis (admin key and hash of the first manifest) that the swarm's
-fingerprint commits to, so that a bootstrap node, which knows nothing but the fingerprint, can check
-it. Forms: `Certificate` (what is signed), `Credential` (a certificate as its holder presents it).
+then. It contains the genesis (admin key and hash of the first manifest), to which the swarm's
+fingerprint commits. So a bootstrap node can check it, though it knows only the fingerprint.
+`Certificate` is what the admin signs. `Credential` is a certificate as its holder presents it.
 
-What this does not give: revocation before `not_after` (a later version), or a use limit of bearer
-tokens: whoever holds one before `join_before` can join with any PeerID.
+What this does not give: nobody can revoke a certificate before `not_after` (a later version may).
+Bearer tokens have no limit of uses: whoever holds one before `join_before` can join, with any
+PeerID.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ BEARER_PREFIX = "bearer:"
 
 Role = Literal["member", "observer", "admin", "infrastructure"]
 Scope = Literal["dht", "observer", "member"]
-"""What a handler asks of its caller, weakest first."""
+"""What a caller's certificate has to allow; the weakest first."""
 
 _SCOPES: dict[Role, frozenset[Scope]] = {
     "infrastructure": frozenset({"dht"}),
@@ -48,18 +49,18 @@ _Name = Annotated[str, Meta(max_length=80)]
 
 @seen_by("anybody")
 class Certificate(Struct, frozen=True, forbid_unknown_fields=True):
-    """What the admin key signs."""
+    """The right to take part, as the admin key signs it."""
 
     genesis: Parts[Genesis]
     subject: Public[_Name]
-    """A PeerID, or "bearer:" and the hex Ed25519 key whose holder may name the PeerID."""
+    """A PeerID; or "bearer:" and a hex Ed25519 key, whose holder chooses the PeerID."""
     role: Public[Role]
     serial: Public[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]]
     not_before_unix_s: Public[int]
     join_before_unix_s: Public[int]
-    """Until then a member hands over the swarm key."""
+    """Members hand over the swarm key until then."""
     not_after_unix_s: Public[int]
-    """Until then the membership lasts."""
+    """When the membership ends."""
 
 
 @seen_by("anybody")
@@ -67,11 +68,11 @@ class Credential(Struct, frozen=True, forbid_unknown_fields=True):
     """A certificate as its holder presents it."""
 
     body: Public[bytes]
-    """msgpack of the Certificate; signed as it stands."""
+    """The Certificate as msgpack. The signature is over these bytes."""
     signature: Public[_Signature]
     peer_id: Public[_Name]
     binding: Public[bytes] = b""
-    """Bearer certificates: the bearer key's signature over peer_id."""
+    """The bearer key's signature over peer_id; empty without a bearer key."""
 
     @classmethod
     def issue(cls, admin: Identity, certificate: Certificate, peer_id: str) -> Credential:
@@ -80,10 +81,10 @@ class Credential(Struct, frozen=True, forbid_unknown_fields=True):
         return cls(body, admin.sign(Domain.CERTIFICATE, body), peer_id)
 
     def verify(self, swarm_id: str, now_unix_s: float) -> Certificate:
-        """Check everything that can be checked without asking anyone.
+        """Check signatures, holder, swarm and dates. That needs no network.
 
         Raises:
-            NotAuthorisedError: says which part is wrong.
+            NotAuthorisedError: a check failed; its text says which.
         """
         certificate = unpack(self.body, Certificate, "certificate")
         if certificate.genesis.swarm_id != swarm_id:
@@ -123,7 +124,7 @@ class Credential(Struct, frozen=True, forbid_unknown_fields=True):
             )
 
     def claimed_swarm(self) -> str:
-        """The swarm that the certificate names; says nothing of its validity."""
+        """The swarm that the certificate names. It is not verified."""
         return unpack(self.body, Certificate, "certificate").genesis.swarm_id
 
     def to_bytes(self) -> bytes:
@@ -135,7 +136,7 @@ class Credential(Struct, frozen=True, forbid_unknown_fields=True):
         """Read what `to_bytes` wrote.
 
         Raises:
-            NotAuthorisedError: too large or malformed.
+            NotAuthorisedError: it is too large or malformed.
         """
         if len(data) > MAX_CREDENTIAL_BYTES:
             raise NotAuthorisedError(
@@ -145,12 +146,15 @@ class Credential(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Membership:
-    """Whom this node lets in: credentials seen so far, and the seeds it was told to use.
+    """Decides whom this node lets in, by the credentials that it saw and the operator's seeds.
 
     Args:
         swarm_id: fingerprint.
-        own: what we present; None for a bootstrap node without a certificate.
+        own: the credential that we present; None for a bootstrap node without a certificate.
         clock: wall clock, seconds.
+
+    Attributes:
+        own: as above; the node itself never changes it.
     """
 
     def __init__(
@@ -163,13 +167,13 @@ class Membership:
         self._seeds: set[str] = set()
 
     def admit(self, peer_id: str, data: bytes) -> Certificate:
-        """Verify and remember the credential that this (authenticated) peer presents.
+        """Verify and remember the credential of this peer.
 
-        Of several that are valid the one issued last counts, so that nobody can bring back an
+        If the peer has several valid ones, the one issued last counts. Nobody can bring back an
         earlier one.
 
         Raises:
-            NotAuthorisedError: not for it, or see `Credential.verify`.
+            NotAuthorisedError: the credential is another peer's; or see `Credential.verify`.
         """
         credential = Credential.from_bytes(data)
         if credential.peer_id != peer_id:
@@ -184,7 +188,7 @@ class Membership:
         return certificate
 
     def certificate_of(self, peer_id: str) -> Certificate | None:
-        """The peer's certificate, while it is valid."""
+        """The peer's certificate; None if it has shown none, or it expired."""
         certificate, _ = self._known.get(peer_id, (None, b""))
         if certificate is not None and self._clock() >= certificate.not_after_unix_s:
             del self._known[peer_id]
@@ -192,12 +196,12 @@ class Membership:
         return certificate
 
     def credential_of(self, peer_id: str) -> bytes | None:
-        """What the peer (or whoever spoke for it) presented, for others to check."""
+        """The peer's credential as bytes, to be passed on; None if there is no valid one."""
         valid = self.certificate_of(peer_id) is not None
         return self._known[peer_id][1] if valid else None
 
     def may_join(self, certificate: Certificate) -> bool:
-        """Whether the right to be handed the swarm key has not expired."""
+        """Whether members may still hand the swarm key to this certificate's holder."""
         return self._clock() < certificate.join_before_unix_s
 
     def trust_seed(self, peer_id: str) -> None:
@@ -213,10 +217,15 @@ class Membership:
 
 
 def unpack(data: bytes, kind: type[_T], what: str) -> _T:
-    """Decode msgpack that somebody else chose.
+    """Decode msgpack from outside.
+
+    Args:
+        data: anything.
+        kind: the type that it should hold.
+        what: a name for it, for the error's text.
 
     Raises:
-        NotAuthorisedError: it is not a `kind`.
+        NotAuthorisedError: it does not hold a `kind`.
     """
     try:
         return msgspec.msgpack.decode(data, type=kind)

@@ -1,10 +1,12 @@
 """Invitations: a token holds the swarm's fingerprint, seeds, and a signed right to join.
 
-With `for_peer` the token is useless to anybody else. A bearer token also holds a one-time key that
-signs for the joiner's PeerID; whoever holds it before it expires can join, as often as it likes:
-a use limit would need a server. The whole token is signed, its seeds included, so that an altered
-one is refused before anybody is contacted. What this does not give: proof that the swarm is the one
-that was meant; compare its fingerprint over another channel.
+A token for one PeerID is useless to anybody else. A bearer token also holds a key that signs for
+the newcomer's PeerID. Whoever holds it before it expires can join, as often as they like: a limit
+of uses would need a server. The admin key signs the whole token, its seeds included, so an altered
+one is refused before anybody is contacted.
+
+What this does not give: proof that the swarm is the one that was meant. Compare its fingerprint
+over another channel.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ _REMEDY = "copy the whole token again, or ask for a new one (`xpeer invite creat
 
 @seen_by("anybody")
 class Token(Struct, frozen=True, forbid_unknown_fields=True):
-    """What `xpeer invite create` prints."""
+    """An invitation token: `xpeer invite create` prints it as text."""
 
     name: Public[Annotated[str, Meta(max_length=200)]]
     seeds: Public[Annotated[list[Annotated[str, Meta(max_length=300)]], Meta(max_length=MAX_SEEDS)]]
@@ -48,15 +50,15 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
     """The certificate, as signed."""
     signature: Public[bytes]
     bearer: Public[bytes] = b""
-    """Seed of the one-time key; empty in tokens for one PeerID."""
+    """Secret seed of the bearer key; empty in a token for one PeerID."""
     seal: Public[bytes] = b""
     """The admin key's signature over everything else."""
     needs: Parts[Needs | None] = None
-    """What members bring besides their text; None, and then not in its bytes: nothing, or the token
-    is of a version that said nothing of it."""
+    """What members need besides their text. None = nothing, or an earlier version made the token;
+    the field is then left out of the token's bytes."""
 
     def __repr__(self) -> str:
-        """Never the token itself: a bearer token in a log is an open door."""
+        """Without the secret: with a bearer token from a log, anybody could join."""
         return f"Token({self.name!r}, {len(self.seeds)} seeds)"
 
     def __str__(self) -> str:
@@ -71,8 +73,8 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
         """Read a token.
 
         Raises:
-            NotAuthorisedError: not a token, damaged, or with text that a terminal would obey
-                instead of showing it.
+            NotAuthorisedError: it is not a token, is damaged, or has control characters that a
+                terminal would obey.
         """
         text = text.strip()
         if not text.startswith(PREFIX) or len(text) > MAX_TOKEN_CHARS:
@@ -109,19 +111,19 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def certificate(self) -> Certificate:
-        """What it grants; unchecked until `credential_for`."""
+        """The certificate in the token. It is not verified before `credential_for`."""
         return unpack(self.body, Certificate, "token")
 
     @property
     def swarm_id(self) -> str:
-        """The swarm it is for."""
+        """Fingerprint of the swarm that the token is for."""
         return self.certificate.genesis.swarm_id
 
     def credential_for(self, identity: Identity, now_unix_s: float) -> Credential:
         """Turn the token into this peer's credential.
 
         Raises:
-            NotAuthorisedError: altered, expired, or for another PeerID.
+            NotAuthorisedError: the token was altered, has expired, or is for another PeerID.
         """
         if len(self.signature) != 64 or len(self.bearer) not in (0, 32):
             raise NotAuthorisedError("the token is damaged", _REMEDY)
@@ -159,11 +161,11 @@ def create_token(
         genesis: of the swarm.
         name: of the swarm, for people.
         seeds: multiaddresses of bootstrap nodes or members.
-        for_peer: the only PeerID that can use it; None makes a bearer token.
-        role: what it grants.
+        for_peer: the only PeerID that can use it; None = make a bearer token.
+        role: of whoever joins with it.
         ttl_s: the right to join expires after this.
         now_unix_s: wall clock.
-        needs: of members.
+        needs: what members need besides their text.
 
     Raises:
         ConfigError: the seeds do not fit into a token.
@@ -186,7 +188,7 @@ def create_token(
 def grant(
     genesis: Genesis, subject: str, role: Role, ttl_s: float, now_unix_s: float
 ) -> Certificate:
-    """A certificate that starts now."""
+    """Make a certificate that is valid from now on; it is not signed yet."""
     now = int(now_unix_s)
     return Certificate(
         genesis=genesis,

@@ -1,7 +1,7 @@
-"""The swarm key of now, held by reference by all who seal with it.
+"""The current swarm key. All code that seals or opens with it holds a reference to one key ring.
 
-Knows neither where the key is kept (`founding`) nor who is given it (`joining`). No message
-announces another key yet; whoever replaces it here reaches everybody who seals or opens.
+So a key that is replaced here is replaced for all of them. No message announces another key yet.
+This module does not know where the key is stored (`founding`) or who gets it (`admission`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from xpeer.identity import blake2b
 
 
 class KeyRing:
-    """Gives the current swarm key, and keys that follow from it.
+    """Gives the current swarm key, and keys that are derived from it.
 
-    Ask whenever something is sealed or opened, and keep nothing of the answer: a key that was
-    replaced is used from the next message on.
+    Ask it each time something is sealed or opened, and do not keep the answer. Then another key is
+    in use from the next message on.
 
     Args:
         key: 32 bytes that only members hold.
 
     Attributes:
-        current: 32 bytes: the key of now.
-        key_epoch: keys that it had before this one.
+        current: the key that is in use, 32 bytes.
+        key_epoch: number of keys that this ring had before the current one.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -34,14 +34,14 @@ class KeyRing:
         self.current, self.key_epoch = key, self.key_epoch + 1
 
     def derived(self, purpose: bytes, *more: bytes) -> bytes:
-        """32 bytes that follow from the key and the purpose, and say nothing of the key.
+        """A key of 32 bytes for one purpose. The swarm key can't be computed from it.
 
         Args:
-            purpose: of one use alone, with its version.
-            more: which of several keys for it.
+            purpose: names one use and its version; no other use may have the same.
+            more: tells several keys of one purpose apart.
         """
         return blake2b(purpose, self.current, *more)
 
     def box(self, purpose: bytes) -> SecretBox:
-        """A box that members alone can fill and open, for one purpose; not to be kept."""
+        """A box for one purpose, which only members can fill and open. Do not keep it."""
         return SecretBox(self.derived(purpose))
