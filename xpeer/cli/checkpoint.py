@@ -14,7 +14,7 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import SignedManifest
 
 SAVE_TIMEOUT_S = 120.0
-"""The daemon waits for the step that runs."""
+"""The daemon finishes the current step first."""
 
 
 @click.group()
@@ -31,18 +31,18 @@ def list_command(home: Home, as_json: bool) -> None:
 
     rows = []
     for path in paths(home.checkpoints):
-        found = path.stat()
+        stat = path.stat()
         rows.append(
             {
                 "step": step_of(path),
                 "path": str(path),
-                "bytes": found.st_size,
-                "saved_unix_s": found.st_mtime,
+                "bytes": stat.st_size,
+                "saved_unix_s": stat.st_mtime,
             }
         )
         if not as_json:
-            saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.st_mtime))
-            echo(f"step {step_of(path):<9} {saved}  {found.st_size / 1e6:9.2f} MB  {path}")
+            saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stat.st_mtime))
+            echo(f"step {step_of(path):<9} {saved}  {stat.st_size / 1e6:9.2f} MB  {path}")
     if as_json:
         echo_json(rows)
     elif not rows:

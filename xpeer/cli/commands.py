@@ -1,4 +1,4 @@
-"""Commands that people are told to type next: complete, and quoted for a shell."""
+"""Commands for people to type next: complete, and quoted for a shell."""
 
 from __future__ import annotations
 

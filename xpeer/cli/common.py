@@ -28,13 +28,13 @@ from xpeer.paths import checked, checked_home, checked_text
 
 HOME_VARIABLE = "XPEER_HOME"
 _HOME = "xpeer.home"
-"""Where a command's context, and so its parents', keeps its home."""
+"""Key under which a command's context keeps its home; parent contexts share it."""
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
 
 class GivenPath(click.Path):
-    """A path option; an empty one never comes to mean the current folder."""
+    """A path option. It refuses an empty path, which would mean the current folder."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -45,13 +45,17 @@ class GivenPath(click.Path):
         param: click.Parameter | None,
         ctx: click.Context | None,
     ) -> Any:
-        """A `Path`, `~` expanded."""
+        """The path as `Path`, with `~` expanded."""
         checked(_name_of(param), os.fspath(value))
         return Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()
 
 
 class GivenText(click.ParamType[str]):
-    """A file, folder or glob of text to train on, as `str`; or what another check allows."""
+    """A file, folder or glob of text to train on, as `str`.
+
+    Args:
+        check: refuses bad values; called with the option's name and the value.
+    """
 
     name = "path"
 
@@ -59,17 +63,17 @@ class GivenText(click.ParamType[str]):
         self._check = check
 
     def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> str:
-        """As it was given."""
+        """The value, checked and unchanged."""
         return self._check(_name_of(param), str(value))
 
 
 class Number(click.FloatRange):
-    """A finite number in bounds; another one is an error of a setting, exit code 8."""
+    """An option with a finite number in bounds. Any other is a ConfigError: exit code 8."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Also refuse what no comparison refuses."""
+        """As click does, but refuse NaN and infinity, too."""
         with _bad_values(param):
             number = float(super().convert(value, param, ctx))
             if not math.isfinite(number):
@@ -78,7 +82,7 @@ class Number(click.FloatRange):
 
 
 class Whole(click.IntRange):
-    """The same for whole numbers."""
+    """An option with a whole number in bounds. Any other is a ConfigError: exit code 8."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """As click does."""
@@ -126,7 +130,7 @@ def load_config(
     Args:
         home: where config.toml is looked for; there it may be missing.
         overrides: flags as {"section.key": value}.
-        path: a file that was named on the command line, and so must exist.
+        path: a file that was named on the command line; it must exist.
 
     Raises:
         ConfigError: names the key, the value and a remedy.
@@ -142,31 +146,31 @@ def echo_json(value: Any) -> None:
 
 
 def echo(line: str) -> None:
-    """Print a line of what was asked for, on stdout."""
+    """Print a line of the answer on stdout."""
     click.echo(visible(line))
 
 
 def echo_text(text: str) -> None:
-    """Print text of several lines, e.g. what a model wrote, on stdout."""
+    """Print text of several lines on stdout, e.g. the words of a model."""
     click.echo("\n".join("\t".join(map(visible, x.split("\t"))) for x in text.split("\n")))
 
 
 def say(line: str) -> None:
-    """Tell a person something, on stderr."""
+    """Print a line for people on stderr."""
     click.echo(visible(line), err=True)
 
 
 def say_foreign() -> None:
-    """Say which variables with our prefix were taken for somebody else's."""
+    """Say which variables with our prefix were ignored, because they belong to another program."""
     if note := config.note_of_foreign(os.environ):
         say(f"note: {note}")
 
 
 def secure_home(home: Home) -> None:
-    """Close a home to others, before anything is written to it; what was closed is said.
+    """Close a home to other users before anything is written to it, and say what was closed.
 
     Raises:
-        ConfigError: others may write to it.
+        ConfigError: other users may write to it.
     """
     for note in secure(home):
         say(f"note: {note}")
@@ -174,10 +178,10 @@ def secure_home(home: Home) -> None:
 
 @contextmanager
 def error_boundary(ctx: click.Context | None = None) -> Iterator[None]:
-    """Turn what a command raises into one line on stderr and an exit code.
+    """Turn a command's error into one line on stderr and an exit code.
 
-    What was not raised on purpose is a fault of ours: its trace goes to the log of the home, if the
-    command got as far as one.
+    An error that was not raised on purpose is a fault of ours. Its trace goes to the home's log, or
+    to a new file if the command has no home yet.
 
     Raises:
         click.exceptions.Exit: with the code; click ends the process with it.
@@ -203,13 +207,13 @@ def error_boundary(ctx: click.Context | None = None) -> Iterator[None]:
         raise click.exceptions.Exit(INTERRUPTED) from e
     except Exception as e:
         if isinstance(e, OSError) and e.errno == errno.EPIPE:
-            raise  # whoever read our output has gone: click ends without a word
+            raise  # nobody reads our output any more: click ends without a message
         _complain(f"a fault of xpeer: {type(e).__name__}: {e} - {_trace_kept(ctx, e)}")
         raise click.exceptions.Exit(int(ExitCode.ERROR)) from e
 
 
 def _trace_kept(ctx: click.Context | None, error: Exception) -> str:
-    """Put the trace where it can be found; what to do about it."""
+    """Write the trace to a log; returns the remedy, which names that log."""
     from xpeer_daemon import logs  # noqa: PLC0415 - rarely needed
 
     home: Home | None = ctx.meta.get(_HOME) if ctx is not None else None
@@ -231,7 +235,7 @@ def _complain(message: str) -> None:
 def _home(ctx: click.Context, param: click.Parameter, value: str) -> Home:
     source = ctx.get_parameter_source(param.name or "")
     if source is ParameterSource.DEFAULT:
-        value = os.environ.get(HOME_VARIABLE, value)  # click takes an empty one for unset
+        value = os.environ.get(HOME_VARIABLE, value)  # click treats an empty one as unset
     name = "--home" if source is ParameterSource.COMMANDLINE else HOME_VARIABLE
     home = Home(Path(checked_home(name, value)))
     if home.path.exists() and not home.path.is_dir():

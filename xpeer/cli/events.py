@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _SHORT = 8
-"""The end of a PeerID tells it from others."""
+"""Characters at the end of a PeerID that are printed; they differ between members."""
 
 
 @seen_by("node", "printed by xpeer events")
 class History(Versioned, frozen=True, kw_only=True):
-    """What `xpeer events --json` prints: the latest last."""
+    """The answer of `xpeer events --json`; the latest entries come last."""
 
     events: Parts[list[EventRow]] = msgspec.field(default_factory=list)
     exchanges: Parts[list[RoundRow]] = msgspec.field(default_factory=list)

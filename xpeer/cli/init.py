@@ -41,7 +41,7 @@ _FOUNDING = (
     *("model", "model_config", "preset", "lora_rank", "lora_alpha", "lora_target"),
     *("public_text", "changes", "privacy"),
 )
-"""Options that decide something for all members, and so mean nothing to a joiner."""
+"""Options that decide something for all members. A joiner can't use them."""
 _EXPLAINED = {
     "network.listen": "where members reach this node (TCP)",
     "network.announce": "what to tell others instead, behind NAT or port forwarding",
@@ -250,7 +250,7 @@ def _adapters(
 def _tokenizer_folder(
     model: Path | None, model_config: Path | None, given: str | None, *, joins: bool
 ) -> Path | None:
-    """Before anything slow is imported: refuse what is no model folder, and find its tokenizer."""
+    """Refuse a folder that holds no model, and find its tokenizer. This imports nothing slow."""
     if joins:
         return None if given in (None, BYTES) else tokenizer_of(given, None, None)
     if model is not None:
@@ -265,7 +265,7 @@ def _tokenizer_folder(
 
 
 def _try(manifest: Manifest, config: NodeConfig, new: Home) -> None:
-    """The founder's run in small, in the home that is being made."""
+    """Rehearse the founder's run in small, in the home that is being made."""
     from xpeer.trial import rehearse, require_reachable  # noqa: PLC0415 - torch takes seconds
 
     require_reachable(manifest)
@@ -294,7 +294,7 @@ def _join(home: Home, join: str, settings: dict[str, Any], *, as_json: bool) -> 
 
 
 def _check_settings(home: Home, settings: dict[str, Any]) -> None:
-    """Refuse what `xpeer start` would refuse, and never replace what a person wrote."""
+    """Refuse settings that `xpeer start` would refuse. Never replace a config.toml that exists."""
     given = {key: value for key, value in settings.items() if value}
     try:
         msgspec.json.encode(given)
@@ -311,10 +311,10 @@ def _check_settings(home: Home, settings: dict[str, Any]) -> None:
 
 
 def as_toml(settings: dict[str, Any]) -> str:
-    """config.toml: what was given, and the rest of what people usually set as comments.
+    """config.toml with the given settings, and the other usual settings as comments.
 
     Args:
-        settings: {"section.key": value}; an empty value is not given.
+        settings: {"section.key": value}; an empty value becomes a comment.
     """
     lines = ["# Settings of this node. `xpeer start` refuses keys that it does not know."]
     section = ""
@@ -330,7 +330,7 @@ def as_toml(settings: dict[str, Any]) -> str:
 
 
 def _noise(manifest: Manifest) -> str:
-    """A warning where a private run can't learn, however large the shards are."""
+    """The warning if a private run can't learn, however large the shards are; else empty."""
     from xpeer.training.schedule import planned_steps  # noqa: PLC0415 - as the model's modules
 
     rules, batch = manifest.privacy, manifest.optimiser.batch_records

@@ -147,7 +147,7 @@ def _admin_key(home: Home) -> Identity:
 
 
 def _seeds(home: Home, given: tuple[str, ...]) -> list[str]:
-    """What was given, or else what the settings name and where our own daemon listens."""
+    """The given seeds; if there are none, those in the settings and our own daemon's addresses."""
     if given:
         return [check_peer("--seed", seed) for seed in given]
     config = load_config(home)

@@ -1,4 +1,4 @@
-"""`xpeer logs`: reads the file that the daemon writes, running or not."""
+"""`xpeer logs`: reads the daemon's log file, whether the daemon runs or not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TEXT = re.compile(r"(\S+Z) (debug|info|warning|error|critical) (\S+): (.*)", re
 
 @seen_by("home")
 class Entry(Struct, omit_defaults=True):
-    """One entry, whichever format the daemon wrote it in."""
+    """One entry of the log, in either format."""
 
     time: Local[str]
     level: Local[str]
@@ -37,7 +37,7 @@ class Entry(Struct, omit_defaults=True):
     trace: Local[str] = ""
 
     def text(self) -> str:
-        """As the daemon writes text: no message, whichever format it came in, steers a terminal."""
+        """The entry as the daemon writes text. Control characters are made visible."""
         line = visible(f"{self.time} {self.level} {self.logger}: {self.message}")
         trace = "\n".join(map(visible, self.trace.split("\n")))
         return f"{line}\n{trace}" if trace else line
@@ -69,7 +69,7 @@ def logs(home: Home, as_json: bool, follow: bool, tail: int, level: str) -> None
 
 
 class _Tail:
-    """Reads on in a file that grows and is replaced by a new one at times."""
+    """Follows a file that grows, and that a new file replaces at times."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -80,7 +80,7 @@ class _Tail:
         """Complete lines that came since the last call."""
         text = self._rest + self._file.read()
         if self._replaced():
-            text += self._file.read()  # what came between the two calls
+            text += self._file.read()  # lines that came between the two calls
             self._file.close()
             self._file = _open(self._path)
             text += self._file.read()
@@ -107,7 +107,7 @@ def _rotated(path: Path) -> list[str]:
 
 
 def parse(lines: Sequence[str]) -> Iterator[Entry]:
-    """Entries of a log; lines in neither format belong to the entry before them."""
+    """Entries of a log. A line in neither format belongs to the entry before it."""
     current: Entry | None = None
     for line in lines:
         entry = _entry(line)

@@ -1,4 +1,4 @@
-"""Commands that ask or tell a running daemon. They must answer at once, so imports are few."""
+"""Commands that talk to a running daemon. They must answer at once, so imports are few."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from xpeer.escape import json_text
 from xpeer.status import Status
 
 SLOW_S = 120.0
-"""Pausing and checkpointing wait for the step that runs."""
+"""Pausing and checkpointing wait for the end of the current step."""
 GRACE_S = 15.0
-"""`stop` waits this much longer than the daemon, once that says nothing any more."""
+"""Once the daemon is silent, `stop` waits for daemon.stop_timeout_s and this much longer."""
 
 
 def client_of(home: Home, timeout_s: float = 10.0) -> Client:
@@ -114,7 +114,10 @@ def _end(home: Home, timeout_s: float | None, *, leave: bool) -> None:
 
 
 def _watch(ask: Callable[[], Status], interval_s: float, *, as_json: bool) -> None:
-    """Until Ctrl-C or the daemon's end: redraw on a terminal, else a line per look."""
+    """Print a status again and again until Ctrl-C or the daemon's end.
+
+    On a terminal it is redrawn. Elsewhere each is a line.
+    """
     if as_json or not sys.stdout.isatty():
         for answer in _looks(ask, interval_s):
             line = json_text(answer) if as_json else render.summary(answer)

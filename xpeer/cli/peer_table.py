@@ -1,6 +1,6 @@
-"""The table of `xpeer peers`: 80 columns with what matters, or all there is.
+"""The table of `xpeer peers`: 80 characters with the main columns, or all columns.
 
-Names and addresses in it came from other peers, so control characters are made visible.
+Names and addresses in it come from other peers, so control characters are made visible.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _WIDE_COLUMNS = (
     "FAILED", "SKIPPED", "LAST", "TOOK", "REASON", "IN", "OUT", "ADDRESS",
 )  # fmt: skip
 _NAME, _PHASE = 14, 12
-"""Of a name so many characters are shown; --wide shows all of it."""
+"""Characters of a name and of a phase that are printed; --wide prints all of them."""
 
 
 def peer_lines(partners: Sequence[Partner], *, wide: bool = False) -> list[str]:
-    """A table of the members; in 80 columns what matters, with a line more where something fails.
+    """The lines of the table. A member with failures gets a second line that says why.
 
     Args:
         partners: the members.
-        wide: everything, columns as wide as they need to be.
+        wide: True = all columns, as wide as they need to be, and no second lines.
     """
     columns = _WIDE_COLUMNS if wide else _COLUMNS
     rows = [columns, *(_wide_row(partner) if wide else _peer_row(partner) for partner in partners)]
@@ -50,13 +50,13 @@ def _reason(partner: Partner) -> str:
 
 
 def _trouble(partner: Partner) -> str:
-    """What a row of the narrow table leaves out, if it is no good news."""
-    found = []
+    """Bad news that a row of the narrow table leaves out; empty if there is none."""
+    news = []
     if partner.avoided_s > 0 or partner.failures:
-        found.append(f"last failure: {_reason(partner)}" if partner.failures else _reason(partner))
+        news.append(f"last failure: {_reason(partner)}" if partner.failures else _reason(partner))
     if is_back(partner):
-        found.append(f"its ledger WENT BACK: {partner.ledger_went_back}")
-    return "; ".join(found)
+        news.append(f"its ledger WENT BACK: {partner.ledger_went_back}")
+    return "; ".join(news)
 
 
 def _peer_row(partner: Partner) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def _step_of(partner: Partner, *, short: bool = False) -> str:
 
 
 def _count(number: int) -> str:
-    """In seven characters at most."""
+    """A number in seven characters at most."""
     if number < 1_000_000:
         return str(number)
     return f"{number / 1e6:.0f}M" if number < 10**11 else "..."

@@ -38,18 +38,18 @@ def plan(
         ("--round-trip-ms", round_trip_ms, 0, 1e7),
         ("--peers", peers, 1, 1e6),
     ):
-        if not least <= value <= most:  # nor is anything between them that is no number
+        if not least <= value <= most:  # NaN is refused as well
             raise LocalError(f"{option} {value} makes no sense", f"{least:g} to {most:g}")
     link = link_plan.Bandwidth(bits_per_s=link_mbit * 1e6, round_trip_s=round_trip_ms / 1e3)
-    found = link_plan.plan(link, num_params=int(params), step_s=step_seconds, peers=peers)
+    chosen = link_plan.plan(link, num_params=int(params), step_s=step_seconds, peers=peers)
     if as_json:
-        echo_json(asdict(found))
+        echo_json(asdict(chosen))
         return
-    say(found.why)
+    say(chosen.why)
     fields = {
-        "round.fragments": found.fragments,
-        "round.window_steps": found.window_steps,
-        "round.slot_s": round(found.slot_s, 3),
-        "round.codec": found.codec,
+        "round.fragments": chosen.fragments,
+        "round.window_steps": chosen.window_steps,
+        "round.slot_s": round(chosen.slot_s, 3),
+        "round.codec": chosen.codec,
     }
     click.echo(" ".join(f"--set {name}={value}" for name, value in fields.items()))

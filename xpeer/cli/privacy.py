@@ -1,4 +1,4 @@
-"""`xpeer privacy`: what was spent, what a budget asks for, and whether the sums are right."""
+"""`xpeer privacy`: reports what was spent, plans the noise of a budget, and checks the sums."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from xpeer.accounts.report import Account
 
 MAX_COUNT = 10**12
-"""Of records, and of steps: the accountant's doubles tell no more apart."""
+"""Most records or steps. Above it the accountant's doubles are too coarse."""
 BATCHES = (32, 128, 512, 2048, 8192)
-"""Tried where --batch is missing."""
+"""Batches in the table that is printed without --batch."""
 
 
 @click.group()
@@ -51,16 +51,16 @@ def status_command(home: Home, as_json: bool) -> None:
     """Say what this node's ledger has been charged; the daemon need not run."""
     from xpeer.accounts import audit, report  # noqa: PLC0415 - slow to import
 
-    with _looked(home) as (ledger, register):
-        found = report.account(ledger, register)
+    with _opened(home) as (ledger, register):
+        account = report.account(ledger, register)
     if as_json:
-        echo_json(found)
+        echo_json(account)
         return
-    for label, text in _rows(found):
+    for label, text in _rows(account):
         echo(f"{label:12}{text}")
-    for problem in found.problems:
+    for problem in account.problems:
         say(f"warning: {problem}")
-    say("not covered: " + "; ".join(audit.not_covered(found.unit)))
+    say("not covered: " + "; ".join(audit.not_covered(account.unit)))
 
 
 @privacy.command("plan")
@@ -176,22 +176,22 @@ def documents_command(
     from xpeer.training.documents import load_documents  # noqa: PLC0415
 
     data = load_config(home).data
-    with _looked(home) as (ledger, register):
+    with _opened(home) as (ledger, register):
         if register is None:
             raise LocalError("the machine's register is not there", "it is made when a node trains")
         held = load_documents(shard or data.corpus or data.shard, data.text_field)
-        found = report.files(
+        files = report.files(
             ledger,
             register,
             [(document.id, document.source) for document in held],
             _checked_delta(delta) or report.noted_targets(ledger)[0],
         )
-    found = [each for each in found if each.epsilon > above]
+    files = [file for file in files if file.epsilon > above]
     if as_json:
-        echo_json(found)
+        echo_json(files)
         return
-    for each in found:
-        echo(f"{each.epsilon:9.4f}  {each.documents:6d}  {each.path}")
+    for file in files:
+        echo(f"{file.epsilon:9.4f}  {file.documents:6d}  {file.path}")
 
 
 @privacy.command("report")
@@ -201,13 +201,13 @@ def report_command(home: Home, as_json: bool) -> None:
     """Write what an auditor needs to recompute epsilon, as Markdown or JSON."""
     from xpeer.accounts import audit, report  # noqa: PLC0415 - slow to import
 
-    with _looked(home) as (ledger, register):
-        found, verdict = report.account(ledger, register), report.verify(ledger, register)
+    with _opened(home) as (ledger, register):
+        account, verdict = report.account(ledger, register), report.verify(ledger, register)
         charges = ledger.charges()
     if as_json:
-        echo_json({"account": found, "verdict": verdict, "charges": charges})
+        echo_json({"account": account, "verdict": verdict, "charges": charges})
     else:
-        click.echo(audit.markdown(found, verdict, charges), nl=False)
+        click.echo(audit.markdown(account, verdict, charges), nl=False)
 
 
 @privacy.command("verify")
@@ -219,7 +219,7 @@ def verify_command(home: Home, path: Path | None, delta: float | None, as_json: 
     """Check the chain of charges and recompute epsilon independently; exit 1 if they disagree."""
     from xpeer.accounts import report  # noqa: PLC0415 - slow to import
 
-    with _looked(home, path) as (ledger, register):
+    with _opened(home, path) as (ledger, register):
         verdict = report.verify(ledger, register, _checked_delta(delta))
     if as_json:
         echo_json(verdict)
@@ -227,11 +227,11 @@ def verify_command(home: Home, path: Path | None, delta: float | None, as_json: 
         click.echo(
             f"{verdict.charges} charges, an unbroken chain; epsilon at delta {verdict.delta:.3g}:"
         )
-        for found in verdict.checked:
+        for sums in verdict.checked:
             click.echo(
-                f"  {found.what}: accountant {found.epsilon_accountant:.4f}, replayed "
-                f"{found.epsilon_replayed:.4f} (in {max(0.0, found.epsilon_lower):.4f} .. "
-                f"{found.epsilon_upper:.4f}), Renyi {found.epsilon_rdp:.4f}"
+                f"  {sums.what}: accountant {sums.epsilon_accountant:.4f}, replayed "
+                f"{sums.epsilon_replayed:.4f} (in {max(0.0, sums.epsilon_lower):.4f} .. "
+                f"{sums.epsilon_upper:.4f}), Renyi {sums.epsilon_rdp:.4f}"
             )
     for problem in verdict.problems:
         say(f"xpeer: error: {problem}")
@@ -240,8 +240,8 @@ def verify_command(home: Home, path: Path | None, delta: float | None, as_json: 
 
 
 @contextmanager
-def _looked(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Register | None]]:
-    """The ledger and, if there is one, the machine's register, both to read."""
+def _opened(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Register | None]]:
+    """Open the ledger and, if there is one, the machine's register, both read-only."""
     from xpeer.accounts.ledger import Ledger  # noqa: PLC0415 - imports cryptography
     from xpeer.accounts.register import Register  # noqa: PLC0415
 
@@ -265,8 +265,9 @@ def _looked(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Regi
 
 
 def _require_private(signed: SignedManifest) -> None:
-    """Refuse a swarm that charges nothing. What was charged is read all the same where this version
-    can't read the manifest.
+    """Refuse a swarm that charges nothing.
+
+    If this version can't read the manifest, only warn, so that the charges can still be read.
     """
     try:
         policy = signed.open().privacy.policy
@@ -291,7 +292,7 @@ def _checked_delta(delta: float | None) -> float | None:
 def _counted(
     shard: Sequence[str], text_field: str, tokenizer: Path | None, sequence_tokens: int, unit: str
 ) -> int:
-    """Units that a node would train on with this shard, the default share held out."""
+    """Count the units that a node would train on. The default part of the shard is held out."""
     from xpeer.config import Data  # noqa: PLC0415
     from xpeer.training.records import cut_owned, load_documents, split  # noqa: PLC0415 - torch
     from xpeer.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer  # noqa: PLC0415

@@ -1,6 +1,6 @@
 """A status as lines for people: plain text always, coloured by rich only on a terminal.
 
-Names and addresses in it came from other peers, so control characters are made visible.
+Names and addresses in it come from other peers, so control characters are made visible.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 WIDTH = 80
-"""Of a terminal, as status is written for."""
+"""Width that the lines are made for, in characters."""
 _LABEL = 12
 _COLOURS = {"ok": "bold green", "degraded": "bold yellow", "down": "bold red"}
 HEADS = ("NAME ", "PEER ")
 _PARTNERS = 8
-"""Of whom status has a line each."""
+"""Members that get a line each in a status."""
 
 
 def status_lines(status: Status, *, wide: bool = False) -> list[str]:
-    """What can't be overlooked, health and its reasons, then what an operator asks next.
+    """A whole status: first warnings, health and its reasons, then details.
 
     Args:
         status: of the node.
-        wide: a line each, however long, so that addresses and ids can be copied.
+        wide: True = do not wrap lines, so that addresses and ids can be copied.
     """
     width = 10**6 if wide else WIDTH
     lines = textwrap.wrap(visible(status.privacy_warning), width)
@@ -59,7 +59,7 @@ def health(status: Status) -> str:
 
 
 def summary(status: Status) -> str:
-    """A status in one line, for `--watch` into a pipe."""
+    """A status in one line, for `--watch` when it writes into a pipe."""
     progress, privacy = status.progress, status.privacy
     spent = (
         f"epsilon {privacy.epsilon_spent:.3f}/{privacy.epsilon_target:g}"
@@ -74,7 +74,7 @@ def summary(status: Status) -> str:
 
 
 def show(lines: Sequence[str]) -> None:
-    """Print lines: as they are into a pipe or file, coloured on a terminal."""
+    """Print lines: coloured on a terminal, plain elsewhere."""
     if sys.stdout.isatty():
         console().print(painted(lines), soft_wrap=True)
     else:
@@ -82,14 +82,14 @@ def show(lines: Sequence[str]) -> None:
 
 
 def console() -> Console:
-    """Rich's view of stdout; without colour if NO_COLOR is set."""
+    """Rich's console on stdout; it has no colours if NO_COLOR is set."""
     from rich.console import Console  # noqa: PLC0415 - only a terminal needs rich
 
     return Console(highlight=False, no_color=bool(os.environ.get("NO_COLOR")))
 
 
 def painted(lines: Sequence[str]) -> Text:
-    """Lines with labels dimmed and health and warnings coloured."""
+    """Colour lines of a status or a table: labels dim, health and warnings bright."""
     from rich.text import Text  # noqa: PLC0415 - only a terminal needs rich
 
     text, shouting = Text(), True
@@ -112,17 +112,17 @@ def painted(lines: Sequence[str]) -> Text:
 
 
 def live(partners: Sequence[Partner]) -> int:
-    """How many of them are alive."""
+    """How many of these members are alive."""
     return sum(partner.state == "alive" for partner in partners)
 
 
 def moment(unix_s: float) -> str:
-    """Local time, to the minute."""
+    """A time in the local zone, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
 
 
 def size(num_bytes: float) -> str:
-    """Decimal units, as networks are priced."""
+    """A number of bytes in decimal units, as traffic is priced."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -136,12 +136,12 @@ def number(value: float | None) -> str:
 
 
 def ago(age_s: float | None) -> str:
-    """An age."""
+    """An age in words; "never" for None."""
     return "never" if age_s is None else f"{duration(age_s)} ago"
 
 
 def _wrapped(label: str, text: str, width: int) -> list[str]:
-    """A row in as many lines as it needs; an address breaks before its PeerID, if it has to."""
+    """Wrap a row. An address that is too long breaks before its PeerID."""
     text = visible(text)
     if len(text) > width - _LABEL:
         text = re.sub(r"(?<=\S)/p2p/", " /p2p/", text)
@@ -193,7 +193,7 @@ def _training(status: Status) -> Iterator[tuple[str, str]]:
 
 
 def _step(status: Status) -> str:
-    """A step that nobody knows is no step 0."""
+    """The step; "-" while it is unknown."""
     unknown = not status.trainer_runs and status.progress_age_s is None
     return "-" if unknown else str(status.progress.step)
 
@@ -263,7 +263,7 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
 
 
 def _left(privacy: PrivacySpent) -> str:
-    """Of the budget; in steps alone where no step is left, for the rest of epsilon buys none."""
+    """What is left of the budget. If the rest is too small for another step, it says so."""
     left = max(0.0, privacy.epsilon_target - privacy.epsilon_spent)
     if privacy.steps_left is None:
         return f"{left:.3f} left"
@@ -305,18 +305,21 @@ def _exchange(status: Status) -> Iterator[tuple[str, str]]:
 
 
 def _counted(reasons: dict[str, int], what: str) -> str:
-    """How many, and how many of them for which reason."""
+    """The sum, with the count of each reason in brackets."""
     each = ", ".join(f"{count} {why}" for why, count in sorted(reasons.items()))
     return f"{sum(reasons.values())} {what}{f' ({each})' if each else ''}"
 
 
 def is_back(partner: Partner) -> bool:
-    """Whether its ledger shows fewer charges than it once did."""
+    """Whether this member's ledger has fewer charges than it once had."""
     return bool(partner.ledger_went_back) and not partner.ledger_caught_up
 
 
 def _in_phases(partners: Sequence[Partner]) -> str:
-    """How many live, and how many of them in which phase: waiting counts some of these alone."""
+    """How many members are live, and how many of them are in each phase.
+
+    A node that waits for peers counts only some phases, so the operator needs these numbers.
+    """
     gone = len(partners) - live(partners)
     phases = Counter(p.phase for p in partners if p.state == "alive" and p.phase)
     each = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
@@ -325,7 +328,7 @@ def _in_phases(partners: Sequence[Partner]) -> str:
 
 
 def _partner(partner: Partner) -> str:
-    """One of them, in a line."""
+    """A member in one line."""
     step = "" if partner.step is None else f", step {partner.step}"
     took = "" if partner.exchange_s is None else f", takes {partner.exchange_s:.1f} s"
     met = f"exchange {ago(partner.last_exchange_age_s)}" if partner.exchanges else "no exchange yet"
@@ -336,6 +339,6 @@ def _partner(partner: Partner) -> str:
 
 
 def _called(partner: Partner) -> str:
-    """A name is not unique: the end of the id is, here."""
+    """A member's name with the end of its PeerID, since two members may have the same name."""
     short = partner.peer_id[-8:]
     return f"{partner.name} ({short})" if partner.name else short

@@ -1,4 +1,4 @@
-"""`xpeer start`: checks what it can at once, then becomes the daemon."""
+"""`xpeer start`: first makes all quick checks, then becomes the daemon."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xpeer.policies import PrivacyMode
 
 MAX_TOKEN_CHARS = 8192
 _KNOWN_SEEDS = "known"
-"""What --bootstrap without ADDR means; an empty ADDR is an unset variable."""
+"""Value of --bootstrap without ADDR. An empty ADDR is different: it is an unset variable."""
 
 
 @click.command()
@@ -118,11 +118,11 @@ def start(
 
 
 def read_token(argument: str | None) -> str | None:
-    """A token given directly, in a file, or on standard input; unchecked.
+    """Read a token from the argument itself, a file, or standard input. It is not checked.
 
     Raises:
         ConfigError: the file can't be read.
-        NotAuthorisedError: there is nothing in it.
+        NotAuthorisedError: the token is empty.
     """
     if argument is None:
         return None
@@ -149,7 +149,7 @@ def read_token(argument: str | None) -> str | None:
 
 
 def _check_token(home: Home, text: str) -> None:
-    """Say what is wrong with a token before anything slow is imported; writes nothing."""
+    """Refuse a bad token before anything slow is imported. It writes nothing."""
     from xpeer import founding  # noqa: PLC0415 - cryptography only where a token is
     from xpeer.identity import Identity  # noqa: PLC0415
     from xpeer.network.membership.invites import Token  # noqa: PLC0415
@@ -172,10 +172,10 @@ def _absolute(path: Path | None) -> str | None:
 
 
 def _look(home: Home, config: NodeConfig, *, observes: bool, trial: bool) -> None:
-    """What a start would come to, in lines.
+    """Print what a start would do.
 
     Raises:
-        LocalError: what it would be stopped by.
+        LocalError: a start would end with this error.
     """
     from xpeer.training.documents import read_shard  # noqa: PLC0415 - only a dry run needs it
 

@@ -1,4 +1,4 @@
-"""`xpeer generate` and `xpeer eval`: try what was trained, on this machine."""
+"""`xpeer generate` and `xpeer eval`: use the trained model on this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAX_TOKENS = 100_000
 
 
 def _model_options(command: F) -> F:
-    """Which model: the home's newest checkpoint, or a folder."""
+    """Give a command the options that choose a model: the newest checkpoint, or a folder."""
     for option in (
         click.option(
             "--tokenizer", type=GivenPath(), help="Folder; default: MODEL's own, or data.tokenizer."
@@ -112,25 +112,25 @@ def eval_command(
     trained = _load(home, model, base_model, tokenizer)
     from xpeer.training.trained import evaluate_text  # noqa: PLC0415 - torch takes seconds
 
-    found = evaluate_text(trained, content)
-    perplexity = math.exp(min(found.loss_per_token, 700.0))
+    loss = evaluate_text(trained, content)
+    perplexity = math.exp(min(loss.loss_per_token, 700.0))
     if as_json:
         echo_json(
             {
                 "schema_version": 1,
                 "model": trained.source,
                 "text": str(text),
-                "tokens": found.tokens,
-                "bytes": found.bytes,
-                "loss_per_token": found.loss_per_token,
-                "loss_per_byte": found.loss_per_byte,
+                "tokens": loss.tokens,
+                "bytes": loss.bytes,
+                "loss_per_token": loss.loss_per_token,
+                "loss_per_byte": loss.loss_per_byte,
                 "perplexity": perplexity,
             }
         )
         return
     click.echo(
-        f"{found.loss_per_token:.4f} nats per token, {found.loss_per_byte:.4f} per byte, "
-        f"perplexity {perplexity:.2f}, {found.tokens:,} tokens"
+        f"{loss.loss_per_token:.4f} nats per token, {loss.loss_per_byte:.4f} per byte, "
+        f"perplexity {perplexity:.2f}, {loss.tokens:,} tokens"
     )
 
 
@@ -142,13 +142,13 @@ def _load(
     if model is not None:
         return trained.from_export(model.expanduser(), base_model, tokenizer)
     data = load_config(home).data
-    found = trained.from_home(
+    newest = trained.from_home(
         home, str(base_model or data.base_model), str(tokenizer or data.tokenizer)
     )
-    for warning in found.warnings:
+    for warning in newest.warnings:
         say(f"warning: {warning}")
-    say(f"model: {found.source}")
-    return found
+    say(f"model: {newest.source}")
+    return newest
 
 
 def _read(text: Path) -> str:

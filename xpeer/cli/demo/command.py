@@ -1,4 +1,4 @@
-"""`xpeer demo`."""
+"""`xpeer demo`: the command and its options."""
 
 from __future__ import annotations
 

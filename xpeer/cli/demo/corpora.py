@@ -1,7 +1,7 @@
-"""Real text from the installed environment: four kinds, as unlike one another as clouds get.
+"""Real text from the installed environment, of four very different kinds.
 
 Nothing is downloaded. One kind is the public text, three are private shards. Whole files are held
-out for the report before any daemon sees the rest.
+out for the report, and no daemon sees them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Corpus:
 
 
 def collect(kind: str, max_bytes: int) -> Corpus:
-    """Read a kind of text, the same files in the same order at every call on one environment.
+    """Read a kind of text. In one environment each call gives the same files in the same order.
 
     Args:
         kind: a key of LABELS.
-        max_bytes: of `texts`, about; a twelfth of it comes on top as held-out text.
+        max_bytes: about the size of `texts`. Held-out text comes on top, a twelfth of it.
     """
     texts: list[str] = []
     held_out: list[str] = []
@@ -87,7 +87,7 @@ def _headers() -> Iterator[str]:
 
 
 def _licences() -> Iterator[str]:
-    # of this environment, whatever else is on the path
+    # Only of this environment: the path may have other packages.
     for distribution in importlib.metadata.distributions(path=[sysconfig.get_paths()["purelib"]]):
         for file in distribution.files or []:
             name = file.name.upper()

@@ -1,4 +1,4 @@
-"""Real daemons through the public command line, and the promise that none of them stays behind."""
+"""Real daemons, started through the public command line. None of them outlives the demo."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PR_SET_PDEATHSIG = 1
 
 
 class Daemons:
-    """The processes of one demo. Use as a context: all of them are gone when it ends.
+    """The processes of one demo. Use `running` as a context: it ends all of them.
 
-    What each charges to documents is counted beside its log, not in the machine's register: runs
-    that are compared train on the same text, and each has the budget of its own.
+    Each process has its own register beside its log, not the machine's: runs that are compared
+    train on the same text, and each has its own budget.
 
     Args:
-        logs: folder for their output, which nothing else shares.
+        logs: folder for their output, for nothing else.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -40,7 +40,7 @@ class Daemons:
 
     @contextmanager
     def running(self) -> Iterator[Daemons]:
-        """End them all at the end, politely first."""
+        """End all processes when the block ends; see `end`."""
         try:
             yield self
         finally:
@@ -61,17 +61,17 @@ class Daemons:
             )
 
     def forget(self, name: str) -> None:
-        """Reap one that has ended, before another of its name starts."""
+        """Reap a process that has ended, so that another of its name can start."""
         process = self._processes.pop(name, None)
         if process is not None:
             process.wait(END_TIMEOUT_S)
 
     def log(self, name: str) -> Path:
-        """Where its output goes."""
+        """The file with a process's output."""
         return self._logs / f"{name}.log"
 
     def wait(self, name: str, timeout_s: float) -> int:
-        """Its exit code."""
+        """Wait for a process to end; returns its exit code."""
         try:
             return self._processes[name].wait(timeout_s)
         except subprocess.TimeoutExpired as e:
@@ -80,17 +80,17 @@ class Daemons:
             ) from e
 
     def check_alive(self) -> None:
-        """Nobody died unnoticed.
+        """Check that no process has failed.
 
         Raises:
-            LocalError: names the one that did, and shows its last words.
+            LocalError: one did; it is named with the last line of its log.
         """
         for name, process in self._processes.items():
             if process.poll() not in (None, 0):
                 raise LocalError(f"{name} ended with {process.returncode}", self._hint(name))
 
     def end(self, names: Sequence[str]) -> None:
-        """SIGTERM, wait, and SIGKILL for whoever does not listen."""
+        """End these processes with SIGTERM, or with SIGKILL if they do not end in END_TIMEOUT_S."""
         chosen = {name: self._processes[name] for name in names if name in self._processes}
         for process in chosen.values():
             if process.poll() is None:
@@ -104,7 +104,7 @@ class Daemons:
                 process.wait()
 
     def end_all(self) -> None:
-        """All of them."""
+        """End all processes."""
         self.end(list(self._processes))
 
     def _hint(self, name: str) -> str:
@@ -113,10 +113,10 @@ class Daemons:
 
 
 def call(arguments: Sequence[str], settings: Mapping[str, str] | None = None) -> str:
-    """Run `xpeer ARGUMENTS` to its end; what it printed.
+    """Run `xpeer ARGUMENTS` to its end; returns what it printed on stdout.
 
     Raises:
-        LocalError: it failed; carries its message.
+        LocalError: it failed; has its message.
     """
     done = subprocess.run(  # noqa: S603 - our own command
         [*XPEER, *arguments],
@@ -132,7 +132,7 @@ def call(arguments: Sequence[str], settings: Mapping[str, str] | None = None) ->
 
 
 def status_of(home: Home) -> Status | None:
-    """What the daemon says; None while it does not answer."""
+    """The daemon's status; None while it does not answer."""
     try:
         return Client(home.socket(NodeConfig())).status()
     except (NotRunningError, LocalTimeoutError):
@@ -140,7 +140,7 @@ def status_of(home: Home) -> Status | None:
 
 
 def first_address(daemons: Daemons, name: str, timeout_s: float) -> str:
-    """The address that a bootstrap node prints once it can be reached."""
+    """Wait for the address that a bootstrap node prints once it can be reached."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         daemons.check_alive()

@@ -28,7 +28,7 @@ HELD_OUT_RECORDS = 96
 SWARM_RATE = 6e-3
 SPEEDS = {"python": 1.0, "headers": 1.0, "licences": 0.5}
 PRIVATE_OVERHEAD = 1.3
-"""A private step beside a plain one of the same records, noise and exchanges included."""
+"""A private step with its noise and exchanges takes this many times as long as a plain one."""
 TIMEOUT_S = 1800.0
 SAVING = {"XPEER_CHECKPOINT_EVERY_S": "2"}
 """The report's curves are read from the checkpoints."""
@@ -38,28 +38,28 @@ LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run."""
+    """How long the demo's runs are."""
 
     steps: int
     """Private steps of a peer at full speed."""
     start_steps: int
-    """Of the public start's training."""
+    """Steps of the public start's training."""
     alone_rates: tuple[float, ...]
-    """A lone peer gets the best of these; the swarm's rate is fixed beforehand. Empty: no lone
-    runs."""
+    """Learning rates for the lone runs; the best run of each peer counts. The swarm's rate is fixed
+    beforehand. Empty = no lone runs."""
 
 
 FULL = Plan(35, warmup.STEPS, (4e-3, 6e-3, 9e-3))
 QUICK = Plan(15, 60, ())
-"""One swarm without anything to compare it with but its start: two minutes."""
+"""One swarm, compared only with its start: two minutes."""
 
 
 class Demo:
-    """One run.
+    """One run of the demo.
 
     Args:
-        out: folder for everything.
-        seed: of the public start.
+        out: folder for all its files.
+        seed: random seed of the public start.
         plan: FULL or QUICK.
     """
 
@@ -75,8 +75,8 @@ class Demo:
         self._snapshots: dict[str, Snapshots] = {}
 
     def run(self) -> Report:
-        """From corpora to report; nothing is left running, whatever happens."""
-        with self._processes.running(), self._view.shown():
+        """Run everything, from corpora to report. No process is left running, whatever happens."""
+        with self._processes.running(), self._view.drawing():
             texts = self._write_texts()
             start = self._public_start(texts)
             held_out = HeldOut(self._held_out, start)
@@ -94,13 +94,13 @@ class Demo:
                 self._alone(start, report, held_out)
             plot(report, Path(report.report))
         self._view.print(table_of(report, corpora.LABELS))
-        self._tell(report)
+        self._print_summary(report)
         return report
 
     # Text and start
 
     def _write_texts(self) -> list[str]:
-        """Shards as files for the daemons; the public texts are returned."""
+        """Write the shards as files for the daemons; returns the public texts."""
         self._view.phase("collecting text from this environment", 4)
         self._held_out: dict[str, torch.Tensor] = {}
         public: list[str] = []
@@ -205,7 +205,7 @@ class Demo:
         self._processes.start(name, ["start", "--home", str(home.path), *arguments], settings)
 
     def _follow(self, homes: dict[str, Home]) -> None:
-        """Watch until all have finished."""
+        """Watch the daemons until all have finished."""
         total = self._plan.steps * len(homes)
         self._view.phase("training together", total)
         deadline = time.monotonic() + TIMEOUT_S
@@ -217,7 +217,7 @@ class Demo:
             self._wait(deadline)
 
     def _seen(self, homes: dict[str, Home]) -> dict[str, Status]:
-        """What the daemons say now, drawn; without those that do not answer yet."""
+        """Ask all daemons for their status and draw it; returns the answers that came."""
         self._processes.check_alive()
         answers = {name: daemons.status_of(home) for name, home in homes.items()}
         seen = {name: status for name, status in answers.items() if status is not None}
@@ -275,10 +275,13 @@ class Demo:
     # Alone
 
     def _alone(self, start: Path, report: Report, held_out: HeldOut) -> None:
-        """Every peer by itself: same steps, same budget, its rate tuned; the best run counts."""
+        """Train every peer by itself, with the swarm's steps and budget, at several rates.
+
+        The best run of each peer counts.
+        """
         waiting = sorted(
             ((peer, rate) for peer in report.peers for rate in self._plan.alone_rates),
-            key=lambda job: job[0].steps,  # taken from the end: the longest first
+            key=lambda job: job[0].steps,  # `pop` takes the last: the longest run first
         )
         total, done = sum(peer.steps for peer, _ in waiting), 0
         best: dict[str, Snapshots] = {}
@@ -320,7 +323,7 @@ class Demo:
 
     # Report
 
-    def _tell(self, report: Report) -> None:
+    def _print_summary(self, report: Report) -> None:
         ratio = report.compression_ratio or 0.0
         for line in words_of(report):
             say(line)
@@ -342,7 +345,7 @@ class Demo:
 
 
 def step_seconds(start: Path) -> float:
-    """About how long a private step takes a peer at full speed, when all train at once here."""
+    """Estimate the seconds of a private step at full speed while all peers train here."""
     model = from_folder(start)
     records = torch.randint(0, 256, (BATCH_RECORDS // 6, SEQUENCE_TOKENS))
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Losses on text that no daemon has seen, and how they fell from window to window."""
+"""Losses on text that no daemon has seen, window by window."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xpeer.training.model import from_folder
 from xpeer.training.tensor_file import CorruptFileError
 
 Curve = list[tuple[int, float]]
-"""(private step, loss on everybody's held-out text in nats per byte)."""
+"""Pairs of private step and loss on everybody's held-out text, in nats per byte."""
 BATCH_RECORDS = 64
 
 
@@ -33,11 +33,11 @@ class HeldOut:
 
     @property
     def num_records(self) -> int:
-        """Of all kinds together."""
+        """Held-out records of all kinds."""
         return sum(len(part) for part in self._parts.values())
 
     def of_start(self) -> dict[str, float]:
-        """Nats per byte of the public start, by kind of text; call first."""
+        """Nats per byte of the public start, by kind of text. Call it before `by_kind`."""
         return {
             kind: evaluate(self._model, part, BATCH_RECORDS) for kind, part in self._parts.items()
         }
@@ -53,47 +53,47 @@ class HeldOut:
 
 
 def mean(by_kind: Mapping[str, float]) -> float:
-    """On everybody's text: the kinds' parts are equal."""
+    """Loss on everybody's text: the mean, since all kinds have equally many records."""
     return sum(by_kind.values()) / len(by_kind)
 
 
 class Snapshots:
-    """What a running peer's model was, once a window, read from its checkpoints.
+    """Collects a running peer's parameters, about once a window, from its checkpoints.
 
     Args:
-        checkpoints: the home's folder.
-        every: steps between two of them, at least.
+        checkpoints: the home's folder of checkpoints.
+        every: least number of steps between two snapshots.
     """
 
     def __init__(self, checkpoints: Path, every: int) -> None:
         self._folder = checkpoints
         self._every = every
-        self.taken: list[tuple[int, torch.Tensor]] = []
+        self._kept: list[tuple[int, torch.Tensor]] = []  # (step, (P,) parameters)
 
     def look(self, *, last: bool = False) -> None:
-        """Keep the newest checkpoint's parameters, if a window has passed since the one before.
+        """Keep the newest checkpoint's parameters, if `every` steps passed since the last ones.
 
         Args:
-            last: keep them in any case: the run has ended.
+            last: True = the run has ended: keep them in any case.
         """
         newest = next(iter(checkpoint.paths(self._folder)), None)
         if newest is None:
             return
-        seen = self.taken[-1][0] if self.taken else 0
+        kept_step = self._kept[-1][0] if self._kept else 0
         step = checkpoint.step_of(newest)
-        if step < seen + self._every and not last:
+        if step < kept_step + self._every and not last:
             return
         try:
             params = checkpoint.load(newest).flat
         except (FileNotFoundError, CorruptFileError):
             return  # the daemon has just removed it; the next one comes
-        if last and step == seen:
-            self.taken.pop()
-        self.taken.append((step, params))
+        if last and step == kept_step:
+            self._kept.pop()
+        self._kept.append((step, params))
 
     def curve(self, start: float, held_out: HeldOut) -> Curve:
-        """Their losses, beginning with the public start's."""
-        return [(0, start), *((step, held_out.loss(params)) for step, params in self.taken)]
+        """Losses of the snapshots, after the public start's loss."""
+        return [(0, start), *((step, held_out.loss(params)) for step, params in self._kept)]
 
     def last(self) -> torch.Tensor:
         """(P,) parameters at the end.
@@ -101,6 +101,6 @@ class Snapshots:
         Raises:
             FileNotFoundError: there was no checkpoint at all.
         """
-        if not self.taken:
+        if not self._kept:
             raise FileNotFoundError(self._folder)
-        return self.taken[-1][1]
+        return self._kept[-1][1]

@@ -1,4 +1,4 @@
-"""What came of it: losses on everybody's held-out text as tables, words and a plot."""
+"""The demo's report: losses on everybody's held-out text as a table, as text and as a plot."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from xpeer.leaves import Local, Parts, Public, seen_by
 @seen_by("node", "of text on this machine")
 @dataclass
 class PeerReport:
-    """One peer; `--json` prints it as it stands. Losses are nats per byte."""
+    """The results of one peer, as `--json` prints them. Losses are nats per byte."""
 
     corpus: Public[str]
     peer_id: Public[str] = ""
     speed: Public[float] = 1.0
     loss_alone: Local[float | None] = None
-    """On everybody's text, of its best run without partners; None: not run."""
+    """Loss on everybody's text of its best run without partners; None = there was no such run."""
     alone_by_kind: Local[dict[str, float]] = field(default_factory=dict)
     alone_learning_rate: Local[float | None] = None
     loss_swarm: Local[float] = float("nan")
@@ -40,14 +40,14 @@ class PeerReport:
 @seen_by("node", "of text on this machine")
 @dataclass
 class Report:
-    """Everything that the demo found out."""
+    """All results of the demo. Losses are nats per byte."""
 
     seed: Public[int]
     quick: Public[bool] = False
     start_by_kind: Local[dict[str, float]] = field(default_factory=dict)
     loss_start: Local[float] = float("nan")
     loss_alone_averaged: Local[float | None] = None
-    """Of the plain average of the lone models."""
+    """Loss of the plain average of the lone models; None without lone runs."""
     peers: Parts[list[PeerReport]] = field(default_factory=list)
     windows: Local[int] = 0
     bytes_sent: Local[int] = 0
@@ -61,7 +61,7 @@ class Report:
 
 
 def table_of(report: Report, labels: Mapping[str, str]) -> Table:
-    """Losses by model and kind of text: a lone model against the swarm's on text of all kinds."""
+    """A table of losses by model and kind of text, of lone models and the swarm's."""
     table = Table(title="Loss on held-out text (nats per byte; lower is better)", box=None)
     table.add_column("model", no_wrap=True)
     for kind in report.start_by_kind:
@@ -85,7 +85,7 @@ def _add(table: Table, name: str, by_kind: Mapping[str, float]) -> None:
 
 
 def words_of(report: Report) -> list[str]:
-    """What the table shows, said aloud; lone models' advantages, too."""
+    """The table's results in sentences, including those in which a lone model is better."""
     worst = max(peer.loss_swarm for peer in report.peers)
     lines = [
         f"swarm: {report.loss_start - worst:.3f} nats better than the public start on all text"
@@ -119,7 +119,7 @@ def _about_own_text(peer: PeerReport) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Save a PNG: everybody's held-out loss from window to window, and what was gained by kind."""
+    """Save a PNG with the held-out loss by step and the gains by kind of text."""
     import matplotlib as mpl  # noqa: PLC0415 - takes a second, wanted here only
 
     mpl.use("Agg")

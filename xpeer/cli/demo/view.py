@@ -1,4 +1,4 @@
-"""The live table and progress bar on a terminal; a line now and then elsewhere. All on stderr."""
+"""The demo's progress on stderr: a live table and a bar on a terminal, else lines now and then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from xpeer.cli.render import size
 from xpeer.status import Status
 
 PLAIN_EVERY_S = 15.0
-PLAIN_WIDTH = 100  # of a log: rich would guess 80 and cut
+PLAIN_WIDTH = 100
+"""Characters of a line in a log; rich would guess 80 and cut the table."""
 
 _COLUMNS = ("peer", "state", "step", "train", "valid.", "tok/s", "exchanges", "epsilon", "sent",
             "distance")  # fmt: skip
@@ -38,7 +39,7 @@ class View:
         self._said_at = 0.0
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def drawing(self) -> Iterator[None]:
         """Draw until the block ends."""
         if not self._console.is_terminal:
             yield
@@ -47,7 +48,7 @@ class View:
             yield
 
     def phase(self, what: str, total: int) -> None:
-        """Begin something with this many parts."""
+        """Begin a phase with this many parts."""
         self._table = ""
         self._progress.update(self._task, visible=False)
         self._task = self._progress.add_task(what, total=total)
@@ -57,17 +58,17 @@ class View:
         self._refresh()
 
     def advance(self) -> None:
-        """One part is done."""
+        """Count one more part as done."""
         self._progress.advance(self._task)
         self._refresh()
 
     def to(self, done: int, total: int) -> None:
-        """So many parts are done."""
+        """Set how many parts are done."""
         self._progress.update(self._task, completed=done, total=total)
         self._refresh()
 
     def show(self, statuses: Mapping[str, Status | None]) -> None:
-        """The peers now."""
+        """Draw the table of peers. None = a daemon that does not answer yet."""
         table = Table(box=None, pad_edge=False)
         columns = _COLUMNS if self._console.width >= PLAIN_WIDTH else _COLUMNS[:-2]
         for column in columns:
@@ -82,7 +83,7 @@ class View:
             self._console.print(table)
 
     def print(self, table: Table) -> None:
-        """The report, on stderr as well: stdout is for --json."""
+        """Print the report's table, on stderr, since stdout is for --json."""
         self._console.print(table)
 
     def _drawn(self) -> Group:

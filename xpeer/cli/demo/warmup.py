@@ -1,6 +1,7 @@
-"""The public start: a small model warmed up on public text, once per environment, then cached.
+"""The public start: a small model, trained on public text once per environment and then cached.
 
-Private training from a random start teaches little; so every peer begins where anyone could begin.
+Private training from a random start learns little. So every peer begins with this model, which
+anybody could make.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 def records_of(texts: Sequence[str], sequence_tokens: int) -> torch.Tensor:
-    """Whole sequences of bytes, never across texts: (n, sequence_tokens) int64."""
+    """Cut texts into whole sequences of bytes, each of one text: (n, sequence_tokens) int64."""
     tokenizer = ByteTokenizer()
     rows = []
     for text in texts:
@@ -51,10 +52,10 @@ def warmed_up(
     Args:
         texts: public text.
         sequence_tokens: length of a record.
-        seed: of the initial parameters and of the batches.
+        seed: random seed of the initial parameters and of the batches.
         cache: folder of finished starts.
-        progress: gets (steps done, steps in all).
-        steps: of training.
+        progress: called with (steps done, steps in all).
+        steps: steps of training.
     """
     key = blake2b(
         torch.__version__.encode(),
@@ -93,5 +94,5 @@ def _train(records: torch.Tensor, seed: int, progress: Progress, steps: int) -> 
 
 
 def clear(folder: Path) -> None:
-    """Remove an earlier run."""
+    """Remove the files of an earlier run, if there are any."""
     shutil.rmtree(folder, ignore_errors=True)
