@@ -1,1 +1,1 @@
-"""What bytes look like on the way to a partner: codecs, sealed sessions, messages."""
+"""Bytes on their way to a partner: codecs, messages, sealed sessions. No IO."""

@@ -3,8 +3,8 @@
 128 values in a row share one float16 step s. A value x becomes the integer k = round(x / s) with
 |k| <= 2^(b-1) - 1, of which the low b bits travel.
 
-The functions of this module take (rows, 128) tensors and write into tensors that they are given.
-`kernels` compiles the same functions, so compiled and plain code can't differ by design: each
+The functions of this module take (rows, 128) tensors and write into tensors of the caller.
+`kernels` compiles the same functions. Compiled and plain code give the same bits by design: each
 result is one IEEE operation away from its operands, and nothing may be contracted or reordered
 except sums of integers. (Sums of squares do depend on the order. They are no part of the format.)
 
@@ -37,7 +37,7 @@ class Blocks:
 
     @property
     def levels(self) -> int:
-        """Largest k; symmetric, so that Q(-x) = -Q(x) and zero is exact."""
+        """Largest k. The range is symmetric, so that Q(-x) = -Q(x) and zero is exact."""
         return (1 << (self.bits - 1)) - 1
 
     @property
@@ -46,12 +46,12 @@ class Blocks:
         return 8 // self.bits
 
     def code_bytes(self, width: int) -> int:
-        """Of a block of `width` values."""
+        """Bytes of codes in a block of `width` values."""
         return -(-width * self.bits // 8)
 
 
 def num_blocks(num_values: int) -> int:
-    """Blocks, the last of which may be short."""
+    """Number of blocks; the last one may be short."""
     return -(-num_values // BLOCK)
 
 
@@ -121,9 +121,9 @@ def subtract_values(
 
 
 def _round_up_to_f16(exact: torch.Tensor) -> torch.Tensor:
-    """The smallest float16 that is not below, as float32; infinity if there is none, or for NaN.
+    """The smallest float16 that is at least `exact`, as float32; infinity for NaN or above all.
 
-    In integers, since compilers drop a conversion to float16 and back.
+    It works on integers, since compilers drop a conversion to float16 and back.
     """
     normal = ((exact.view(torch.int32) + 0x1FFF) & -0x2000).view(torch.float32)
     subnormal = torch.ceil(exact * 2.0**24) * 2.0**-24
@@ -142,7 +142,7 @@ def _round(values: torch.Tensor, step: torch.Tensor, dither: torch.Tensor | None
 
 
 def pack(ints: Blocks, rounded: torch.Tensor, codes: torch.Tensor) -> None:
-    """(rows, width) float32 integers to (rows, m) codes: their low b bits."""
+    """Pack the low b bits of (rows, width) float32 integers into (rows, m) codes."""
     if ints.bits == 8:
         codes.copy_(rounded.to(torch.int8))
         return
@@ -156,7 +156,7 @@ def pack(ints: Blocks, rounded: torch.Tensor, codes: torch.Tensor) -> None:
 
 
 def unpack(ints: Blocks, codes: torch.Tensor) -> torch.Tensor:
-    """Codes as (rows, width) float32, sign extended."""
+    """The integers of the codes, (rows, width) float32, with their signs."""
     if ints.bits == 8:
         return codes.to(torch.float32)
     mask, half = (1 << ints.bits) - 1, 1 << (ints.bits - 1)

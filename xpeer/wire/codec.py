@@ -3,16 +3,16 @@
     float32, bfloat16      as they are, or rounded
     int8, int4, int2       blockwise quantised (see `blockwise`)
 
-A payload's size follows from its form (`forms.Form`: codec and number of values) alone, which the
-receiver knows from its own manifest; so nothing is ever allocated by a length that a peer claims.
-All integers and floats are little endian. Every result is the same bits on every machine.
+A payload's size follows only from its form (`forms.Form`: codec and number of values). The
+receiver knows the form from its own manifest, so nothing is allocated by a length that a peer
+claims. All integers and floats are little endian. Every result is the same bits on every machine.
 
-Rounding is to nearest and deterministic unless a `dither` seeds stochastic rounding, which is
-unbiased. Either way a payload decodes to the same values at both ends: both sides of an exchange
-must know Q(own) exactly, and do by decoding their own payload.
+Rounding is to nearest and deterministic, unless a `dither` seeds stochastic rounding, which is
+unbiased. Either way a payload decodes to the same values at both ends. Both sides of an exchange
+must know Q(own) exactly, so each decodes its own payload, too.
 
-What a codec does not give: privacy. `compress` takes only what the privacy mechanism stamped, and
-dither is no noise in that sense.
+What a codec does not give: privacy. `compress` accepts only values that the privacy mechanism
+stamped, and dither is no privacy noise.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def compress(
     dither: int | None = None,
     out: torch.Tensor | None = None,
 ) -> CompressedUpdate:
-    """The only way from values to bytes that leave the trainer.
+    """Encode private values. Values can leave the trainer in no other way.
 
     Args:
         update: stamped by the privacy mechanism.
         codec: one of `NAMES`.
         dither: as for `encode`.
-        out: (bytes of the form,) uint8, to hold the payload; None = new memory.
+        out: (bytes of the form,) uint8, receives the payload; None = new memory.
 
     Raises:
-        TypeError: not a `PrivateUpdate`.
+        TypeError: `update` is not a `PrivateUpdate`.
         LocalError: as `encode`.
     """
     if not isinstance(update, PrivateUpdate):
@@ -78,12 +78,13 @@ def encode(
     Args:
         name: codec.
         values: (n,) float32, CPU.
-        dither: None rounds to nearest; an integer seeds stochastic rounding (int codecs): E[Q(x)]
-            = x over seeds. Take another for every payload. It is no secret, and hides nothing.
+        dither: None = round to nearest. An integer seeds stochastic rounding (int codecs only):
+            E[Q(x)] = x over seeds. Use another one for every payload. It is no secret, and hides
+            nothing.
 
     Raises:
-        LocalError: values that are not finite, or too large for the codec: the model diverged. Or
-            an argument that does not fit the codec.
+        LocalError: values are not finite or too large for the codec, so the model diverged; or an
+            argument does not fit the codec.
     """
     out = bytearray(Form(name, values.numel()).num_bytes)
     encode_into(name, values, memoryview(out), dither=dither)
@@ -100,7 +101,7 @@ def encode_into(
     """`encode` into a writable buffer of exactly `Form(name, n).num_bytes` bytes.
 
     Raises:
-        LocalError: as `encode`; also a buffer of the wrong size.
+        LocalError: as `encode`; or the buffer has another size.
     """
     if values.dtype != torch.float32 or values.dim() != 1 or values.device.type != "cpu":
         raise LocalError("a codec takes flat float32 values on the CPU")
@@ -123,20 +124,20 @@ def encode_into(
 
 
 def decode(form: Form, payload: Payload, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Bytes from a partner as values; nothing is allocated before the size was checked.
+    """Decode a partner's bytes. Nothing is allocated before their size was checked.
 
     Args:
-        form: what our own manifest says, never what the partner says.
+        form: from our own manifest, never from the partner.
         payload: as received.
-        out: (num_values,) float32 to write to; undefined after an error.
+        out: (num_values,) float32, receives the values; undefined after an error.
 
     Returns:
         (num_values,) float32, CPU.
 
     Raises:
-        PeerError: wrong size (MALFORMED, OVERSIZE), a negative scale or codes beyond the last value
-            (MALFORMED), or a value or scale that is not finite (NOT_FINITE).
-        LocalError: an argument that does not fit the codec.
+        PeerError: the size is wrong (MALFORMED, OVERSIZE), a scale is negative or there are codes
+            beyond the last value (MALFORMED), or a value or scale is not finite (NOT_FINITE).
+        LocalError: an argument does not fit the codec.
     """
     raw = raw_payload(form, payload)
     check_flat(out, form.num_values)
@@ -157,8 +158,8 @@ def raw_payload(form: Form, payload: Payload) -> torch.Tensor:
     """A payload as (bytes,) uint8, without a copy if it is writable.
 
     Raises:
-        PeerError: wrong size (MALFORMED, OVERSIZE).
-        LocalError: unknown codec.
+        PeerError: the size is wrong (MALFORMED, OVERSIZE).
+        LocalError: the codec is unknown.
     """
     _require_known(form.codec)
     size, expected = memoryview(payload).nbytes, form.num_bytes
@@ -173,12 +174,12 @@ def raw_payload(form: Form, payload: Payload) -> torch.Tensor:
 
 
 def view(raw: torch.Tensor) -> memoryview:
-    """The memory of (bytes,) uint8 on the CPU."""
+    """The memory of a (bytes,) uint8 tensor on the CPU."""
     return memoryview(raw.numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
 def check_flat(values: torch.Tensor | None, num_values: int) -> None:
-    """That a tensor, if one is given, is contiguous (num_values,) float32 on the CPU.
+    """Check that a tensor is contiguous (num_values,) float32 on the CPU; None passes.
 
     Raises:
         LocalError: it is not.
@@ -192,7 +193,10 @@ def check_flat(values: torch.Tensor | None, num_values: int) -> None:
 
 
 def _all_finite(values: torch.Tensor) -> bool:
-    """Without a second array of the values' size: extremes carry every infinity and NaN."""
+    """Whether all values are finite.
+
+    Minimum and maximum show every infinity and NaN, and need no second array of the same size.
+    """
     chunks = torch.split(values, _CHUNK_VALUES)
     return all(math.isfinite(float(x)) for chunk in chunks for x in chunk.aminmax())
 

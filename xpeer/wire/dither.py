@@ -1,7 +1,7 @@
 """Pseudo-random numbers for stochastic rounding: a hash of seed, block and column.
 
-Counter-based (Salmon et al. 2011), so that they need no memory, no order and no state, and are the
-same in compiled and plain code, in one chunk or many. Integers of 32 bits, which vectorise.
+They are counter-based (Salmon et al. 2011): they need no memory, no order and no state, and are the
+same in compiled and plain code, in one chunk or many. They use 32-bit integers, which vectorise.
 
 They are no secret and hide nothing: whoever knows the seed can subtract them. They are not privacy
 noise.
@@ -38,7 +38,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def splitmix64(x: int) -> int:
-    """Steele et al. 2014, figure 17, of the low 64 bits."""
+    """Mix the low 64 bits of x (Steele et al. 2014, figure 17)."""
     mask = (1 << 64) - 1
     z = (x + 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -47,5 +47,5 @@ def splitmix64(x: int) -> int:
 
 
 def _signed(word: int) -> int:
-    """32 bits as torch's int32 has them."""
+    """The value of 32 bits as a signed integer, as torch's int32 has it."""
     return word - (word >> 31 << 32)

@@ -1,21 +1,21 @@
-"""Fixed-point payloads that can be added up without being read: what masked groups exchange.
+"""Fixed-point payloads of masked groups: they can be added up without being read.
 
 A value x becomes the integer q with E[q] = x / step, rounded stochastically to a grid that is the
-same at every peer. Of q, the low b bits travel. Integers mod 2^b may be added, masked and unmasked
-in any order, and of the sum S over k members each one learns, by its own q,
+same at every peer. The low b bits of q travel. Integers mod 2^b may be added, masked and unmasked
+in any order. From the sum S over k members and its own q, each member computes
 
-    D = S - k q_own  (mod 2^b, taken from -2^(b-1) up)   =  sum_j (q_j - q_own)
+    D = S - k q_own  (mod 2^b, in the range from -2^(b-1) up)   =  sum_j (q_j - q_own)
 
-as long as the right-hand side lies in that range, however large the values themselves are (the idea
-of Moniqua, Lu and De Sa 2020, arXiv 2002.11787, for sums). With 32 bits it always does, since the
-encoder refuses |q| >= 2^27 and a group has 8 members at most. With 16 bits the difference may grow
-too large, so every block of 128 values carries a check, sum(w q) mod 2^32 of all of q, not only of
-its low bits. Checks add up and are masked like the rest, and say nothing of a sum that the sum does
-not say itself. The decoded D has to fit them, else the payload is refused as a whole.
+This holds as long as the right-hand side lies in that range, however large the values themselves
+are (the idea of Moniqua, Lu and De Sa 2020, arXiv 2002.11787, for sums). With 32 bits it always
+does, since the encoder refuses |q| >= 2^27 and a group has 8 members at most. With 16 bits the
+difference may grow too large. So every block of 128 values has a check: sum(w q) mod 2^32 over all
+bits of q, not only the low ones. Checks add up and are masked like the rest, and reveal no more of
+a sum than the sum itself. The decoded D has to fit them, else the whole payload is refused.
 
-Payload: all codes (16 or 32 bits), with 16 bits all checks (32 bits). Little endian.
+Payload: all codes (16 or 32 bits), then, with 16 bits, all checks (32 bits each). Little endian.
 
-What it does not give: secrecy (see `privacy.masks`), or privacy: rounding is no such noise.
+What it does not give: secrecy (see `gossip.masks`), or privacy: rounding is no privacy noise.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from xpeer.wire.int_payload import diverged
 
 NAMES: Final = {"masked16": 16, "masked32": 32}
 LARGEST: Final = 2.0**27
-"""|x / step| has to stay below."""
+"""|x / step| has to be smaller."""
 MAX_PARTIES: Final = 8
 _CHUNK_BLOCKS: Final = 512
 """256 KiB of float32: temporaries stay in the second-level cache."""
@@ -53,7 +53,7 @@ _WEIGHTS: Final = np.array(
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The integers of a swarm.
+    """The grid that a swarm rounds values to.
 
     Args:
         bits: b, 16 or 32.
@@ -65,29 +65,29 @@ class Grid:
 
     @property
     def codec(self) -> str:
-        """The name of its payloads."""
+        """The codec's name in forms of its payloads."""
         return f"masked{self.bits}"
 
     def form(self, num_values: int) -> Form:
-        """Of a payload of so many values."""
+        """The form of a payload of this many values."""
         return Form(self.codec, num_values)
 
     def reach(self, parties: int) -> float:
-        """How far the sum of k members may be from k times one's own value."""
+        """Largest distance of the sum of k members from k times one's own value."""
         span = self.step * 2.0 ** (self.bits - 1)
         return span if self.bits == 16 else min(span, 2 * (parties - 1) * self.step * LARGEST)
 
 
 def grid_of(rules: Round) -> Grid | None:
-    """The manifest's, if its groups mask what they exchange."""
+    """The manifest's grid; None if its groups exchange without masks."""
     return Grid(rules.mask_bits, rules.mask_step) if rules.masks else None
 
 
 def rings(form: Form, payload: Payload) -> tuple[Ring, ...]:
-    """A payload's integers, by their modulus: views of its memory, 2^b and, with 16 bits, 2^32.
+    """A payload's codes (mod 2^b) and, with 16 bits, its checks (mod 2^32): views of its memory.
 
     Raises:
-        PeerError: wrong size (MALFORMED, OVERSIZE).
+        PeerError: the size is wrong (MALFORMED, OVERSIZE).
     """
     size, expected = memoryview(payload).nbytes, form.num_bytes
     if size != expected:
@@ -100,22 +100,22 @@ def rings(form: Form, payload: Payload) -> tuple[Ring, ...]:
 
 
 def add_into(total: tuple[Ring, ...], other: tuple[Ring, ...]) -> None:
-    """Total += other, each ring by its own modulus."""
+    """Add `other` to `total`, each ring by its own modulus."""
     for ours, theirs in zip(total, other, strict=True):
         np.add(ours, theirs, out=ours)
 
 
 def compress(update: PrivateUpdate, grid: Grid, out: torch.Tensor) -> CompressedUpdate:
-    """Round private values to the grid; still readable by anybody, so that it has to be masked.
+    """Round private values to the grid. Anybody can read the result: it has to be masked yet.
 
     Args:
         update: stamped by the privacy mechanism.
         grid: of the manifest.
-        out: (bytes of the form,) uint8, holds the payload.
+        out: (bytes of the form,) uint8, receives the payload.
 
     Raises:
-        TypeError: not a `PrivateUpdate`.
-        LocalError: values that are not finite or too large.
+        TypeError: `update` is not a `PrivateUpdate`.
+        LocalError: values are not finite or too large.
     """
     if not isinstance(update, PrivateUpdate):
         raise TypeError("only a PrivateUpdate may be compressed: stamp it first")
@@ -131,20 +131,20 @@ def encode_into(
     *,
     seed: int | None = None,
 ) -> None:
-    """Fill a payload.
+    """Round values to the grid and fill a payload with them.
 
     Args:
         grid: of the manifest.
-        values: what to round.
+        values: to be rounded.
         out: writable, of exactly the form's size.
-        seed: of the rounding, for tests; else the operating system's.
+        seed: random seed of the rounding, for tests; None = from the operating system.
 
     Raises:
-        LocalError: values that are not finite or too large.
+        LocalError: values are not finite or too large.
     """
     source = values.detach().numpy()
     codes, *checks = rings(grid.form(len(source)), out)
-    # Whoever knows the rounding's seed learns nothing of what is masked: no cryptography needed.
+    # The rounding's seed says nothing of masked values, so it needs no cryptographic generator.
     draw = np.random.Generator(
         np.random.SFC64(secrets.randbits(128) if seed is None else seed)
     ).random
@@ -170,7 +170,7 @@ def encode_into(
 
 
 def rounded(grid: Grid, values: torch.Tensor, payload: Payload) -> torch.Tensor:
-    """What `encode_into` made of these values: q step, (n,) float32."""
+    """The values that `encode_into` rounded these to: q step, (n,) float32."""
     source = values.detach().numpy()
     codes = rings(grid.form(len(source)), payload)[0]
     low = np.floor(source / np.float32(grid.step)).astype(np.int32)
@@ -195,8 +195,8 @@ def difference(
         out: z.
 
     Raises:
-        PeerError: wrong size; or no safe answer (OUT_OF_RANGE): somebody is further away than the
-            grid reaches, the masks did not cancel, or somebody sent what is no payload.
+        PeerError: the size is wrong; or there is no safe answer (OUT_OF_RANGE), since somebody is
+            further away than the grid reaches, the masks did not cancel, or somebody sent garbage.
     """
     z = out.numpy()
     sums, *sum_checks = rings(grid.form(len(z)), total)
@@ -218,8 +218,10 @@ def difference(
 
 
 def _check(q: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """(blocks,): sum(w q) mod 2^32 of each block; w are distinct and odd, so that a value that is
-    off by 2^16 is always noticed, two are, too, and more at once but for one case in 2^12.
+    """Checks of all blocks, (blocks,): sum(w q) mod 2^32.
+
+    The weights w are distinct and odd. So one or two values that are off by 2^16 are always
+    noticed; more at once are missed in one case of 2^12.
     """
     rest = len(q) % BLOCK
     if rest:

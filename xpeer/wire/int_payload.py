@@ -1,7 +1,7 @@
-"""Payloads of the int codecs: where steps and codes lie, and what may be in them.
+"""Payloads of the int codecs: where steps and codes lie, and which contents are valid.
 
-Everything here is on the CPU. Sizes were checked by the caller against the number of values that
-our own manifest says; nothing in a payload decides how much is read or allocated.
+Everything here is on the CPU. The caller has checked sizes against our own manifest's number of
+values. Nothing in a payload decides how much is read or allocated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from xpeer.wire.dither import keys as dither_keys
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """What a merge saw on its way, for checks that need no second pass."""
+    """Norms that `difference` measures on its way, for checks that then need no second pass."""
 
     norm: float
     """||z||, z = Q(peer) - Q(own)."""
@@ -53,7 +53,7 @@ class _Run(NamedTuple):
     width: int
 
     def rows(self, flat: torch.Tensor) -> torch.Tensor:
-        """(rows, width): a view of whole blocks, a padded copy of a short one."""
+        """The run's values as (rows, width): a view of whole blocks, or a padded short one."""
         chosen = flat[self.values]
         if self.width == BLOCK and chosen.numel() % BLOCK == 0:
             return chosen.view(-1, BLOCK)
@@ -68,7 +68,7 @@ class _Run(NamedTuple):
             chosen.copy_(rows.view(-1)[: chosen.numel()])
 
     def code_rows(self, parts: _Parts) -> torch.Tensor:
-        """(rows, m), a view."""
+        """The run's codes as (rows, m), a view."""
         return parts.codes[self.codes].view(self.blocks.stop - self.blocks.start, -1)
 
 
@@ -79,10 +79,10 @@ def encode(
     *,
     dither: int | None,
 ) -> None:
-    """Fill a payload.
+    """Fill a payload with values.
 
     Raises:
-        LocalError: values that are not finite, or too large.
+        LocalError: values are not finite, or too large.
     """
     parts = _split(ints, raw, values.numel())
     blocks = parts.steps.numel()
@@ -134,18 +134,18 @@ def difference(
     for run in _runs(ints, n):
         rows = run.rows(out)
         theirs = steps[run.blocks], run.code_rows(parts)
-        seen = squares[run.blocks], own_squares[run.blocks]
+        sums = squares[run.blocks], own_squares[run.blocks]
         if ours is not None and own_steps is not None:
             mine = own_steps[run.blocks], run.code_rows(ours)
-            kernels.run(subtract, ints, *mine, *theirs, rows, *seen)
+            kernels.run(subtract, ints, *mine, *theirs, rows, *sums)
         else:
-            kernels.run(subtract_values, ints, run.rows(own), *theirs, rows, *seen)
+            kernels.run(subtract_values, ints, run.rows(own), *theirs, rows, *sums)
         run.return_to(out, rows)
     return Norms(_root(squares), _root(own_squares))
 
 
 def diverged() -> LocalError:
-    """What our own training did, if values can't be sent."""
+    """The error for values that can't be sent: our own training diverged."""
     return LocalError(
         "the parameters are not finite or too large to be sent: training diverged",
         "restart from an older checkpoint with a smaller learning rate",
@@ -175,8 +175,10 @@ def _runs(ints: Blocks, num_values: int) -> list[_Run]:
 
 
 def _checked_steps(ints: Blocks, parts: _Parts, num_values: int) -> torch.Tensor:
-    """The steps as (blocks,) float32: a copy, so that a sender that still writes to the buffer
-    can't change what was checked. With sane steps every code decodes to a finite value.
+    """Check a payload, and return its steps as (blocks,) float32.
+
+    With valid steps, every code decodes to a finite value. The steps are copied, so that a sender
+    that still writes to the buffer can't change them after the check.
 
     Raises:
         PeerError: a step is not finite (NOT_FINITE); or it is negative, or there are codes beyond
@@ -196,5 +198,5 @@ def _checked_steps(ints: Blocks, parts: _Parts, num_values: int) -> torch.Tensor
 
 
 def _root(squares: torch.Tensor) -> float:
-    """A norm from blocks' sums of squares, added up in float64."""
+    """The norm from the blocks' sums of squares, which are added up in float64."""
     return float(squares.sum(dtype=torch.float64).sqrt())

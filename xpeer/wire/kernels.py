@@ -3,9 +3,9 @@
 Compiled code reads a chunk's memory once; plain code makes its temporaries in chunks that stay in
 the cache. Both give the same bytes, so no peer needs to know what its partner runs.
 
-A function is compiled at its first large use in a process (seconds; torch keeps the result on the
-disk for the next), for any number of rows. Small inputs are never worth it. If anything goes wrong,
-the reason is logged once and the process goes on with plain code.
+A function is compiled for any number of rows, at its first large use in a process. That takes
+seconds, and torch keeps the result on the disk for the next process. Small inputs are not worth it.
+If anything goes wrong, the reason is logged once and the process goes on with plain code.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ log = logging.getLogger("xpeer.codec")
 ROWS: Final = 8192
 """Blocks per call of a compiled function: 4 MiB of float32, against 30 microseconds per call."""
 PLAIN_ROWS: Final = 1024
-"""Blocks per call of a plain one: 512 KiB of float32, so that temporaries fit the cache."""
+"""Blocks per call of a plain function: 512 KiB of float32, so that temporaries fit the cache."""
 
 Argument = torch.Tensor | None
 Plain = Callable[..., None]
 
 
 def configure(*, compile: bool) -> None:
-    """Whether this process may compile kernels from now on. It may by default."""
+    """Set whether this process may compile kernels from now on. It may by default."""
     _state.allowed = compile
 
 
 def compiling() -> bool:
-    """Whether large inputs run compiled: allowed, and it has not failed."""
+    """Whether large inputs run compiled: it is allowed and has not failed."""
     return _state.allowed
 
 
@@ -45,7 +45,7 @@ def run(plain: Plain, ints: Blocks, *arguments: Argument) -> None:
     """Call `plain(ints, *arguments)` on chunks of rows.
 
     Args:
-        plain: of `blockwise`.
+        plain: a function of `blockwise`.
         ints: the int codec.
         arguments: each has one row per block; all but the first may be None.
     """
@@ -57,7 +57,7 @@ def run(plain: Plain, ints: Blocks, *arguments: Argument) -> None:
     with torch.no_grad():
         start = 0
         while start < rows:
-            # compiled code is for any number of rows but one, which torch treats apart
+            # Compiled code runs for any number of rows except one, which torch treats apart.
             compiled = _state.allowed and rows >= ROWS and rows - start > 1
             end = min(start + (ROWS if compiled else PLAIN_ROWS), rows)
             chunk = [None if a is None else a[start:end] for a in arguments]
@@ -77,7 +77,7 @@ _compile_lock = threading.Lock()
 
 
 def _run_compiled(plain: Plain, ints: Blocks, chunk: list[Argument]) -> bool:
-    """False if it can't be; nothing was written then."""
+    """Run a chunk compiled. False: it can't be compiled, and nothing was written."""
     key = (plain, ints, *(a is None for a in chunk))
     try:
         kernel = _compiled.get(key)
@@ -122,7 +122,7 @@ def _wrap(plain: Plain, ints: Blocks, number: int) -> Callable[..., None]:
 
 
 def _mark_rows(chunk: list[Argument]) -> None:
-    """The number of rows may differ from call to call; everything else is fixed."""
+    """Tell torch that only the number of rows may differ from call to call."""
     for a in chunk:
         if a is not None:
             torch._dynamo.mark_dynamic(a, 0)

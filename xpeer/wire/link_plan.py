@@ -1,17 +1,17 @@
-"""How often to exchange how much over a given link: fragments F, steps per window H, and codec.
+"""Plans exchanges for a given link: fragments F, steps per window H, and codec.
 
-A pure function of what an operator knows. With P parameters of b bits, F fragments, a step of t
-seconds, p steps per slot (so H = F p), a link of B bit/s and a round trip of r seconds:
+It is a pure function of numbers that an operator knows. With P parameters of b bits, F fragments, a
+step of t seconds, p steps per slot (so H = F p), a link of B bit/s and a round trip of r seconds:
 
     payload    P b / (F B)       at most half of a slot p t: half of the link is left for partners
-                                 that are slower than they say, for repeats, and for everybody else
-    exchange   payload + 3 r     at most half of a window H t, and at most four slots, since four
-                                 exchanges are in flight at once at most; later ones would queue
+                                 that are slower than they say, for repeats, and for other uses
+    exchange   payload + 3 r     at most half of a window H t, and at most four slots, since at most
+                                 four exchanges are in flight at once; later ones would queue
 
-Nothing here can make a step wait: a link that can't hold its plan delivers late, and is skipped.
-The least H that fits is taken, and for it the most fragments, so that slots are as short as a step
-where they can be: small frequent exchanges were worth more than anything else that we tried. int8
-unless its window is so long that peers drift apart; then int4, at half the bytes.
+No plan can make a step wait: a link that can't hold its plan delivers late, and is skipped. The
+plan has the least H that fits and, for that H, the most fragments. So slots are as short as a step
+if possible: small frequent exchanges were worth more than anything else that we tried. The codec is
+int8, unless its window is so long that peers drift apart. Then it is int4, at half the bytes.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from xpeer.forms import Form
 from xpeer.leaves import Public, seen_by
 
 SHARE: Final = 0.5
-"""Of the link's time, and of a window."""
+"""Fraction of the link's time, and of a window, that an exchange may use."""
 IN_FLIGHT: Final = 4
-"""Exchanges at once: the daemon and the trainer share eight payload slots, two for each."""
+"""Exchanges at once: daemon and trainer have eight places for payloads, two for each exchange."""
 ROUND_TRIPS: Final = 3
-"""Of an exchange: proposal and agreement, first bytes there and back, acceptance."""
+"""Round trips of an exchange: proposal and agreement, first bytes there and back, acceptance."""
 MIN_FRAGMENTS: Final = 5
-"""A fifth of the parameters at every step was better than all of them, on any link."""
+"""Exchanging a fifth of the parameters at every step was better than all of them, on any link."""
 MAX_FRAGMENTS: Final = 64
 MIN_FRAGMENT_VALUES: Final = 4096
-"""Smaller fragments are mostly messages."""
+"""In smaller fragments the messages around the payload cost too much."""
 LONG_WINDOW_STEPS: Final = 500
-"""Above, a coarser codec is the smaller loss."""
+"""For longer windows, a coarser codec loses less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bandwidth:
-    """What exchanges have to get through; full duplex."""
+    """The link that exchanges have to go through; full duplex."""
 
     bits_per_s: float
-    """Of the slower direction, as far as it is ours."""
+    """Bandwidth of the slower direction that we may use."""
     round_trip_s: float = 0.05
 
 
 @seen_by("node", "of the operator's own numbers")
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to write into the manifest's `round`."""
+    """Values for the manifest's section `round`, and what they lead to."""
 
     fragments: Public[int]
     """F."""
@@ -63,22 +63,22 @@ class Plan:
     exchange_s: Public[float]
     """Seconds from proposal to acceptance."""
     link_share: Public[float]
-    """Of the time that the link is busy: at most `SHARE`."""
+    """Fraction of the time that the link is busy: at most `SHARE`."""
     why: Public[str]
-    """One sentence or a few for the operator."""
+    """The reasons, in a few sentences for the operator."""
 
 
 def plan(link: Bandwidth, *, num_params: int, step_s: float, peers: int) -> Plan:
     """Choose F, H and codec.
 
     Args:
-        link: of this node, or the slowest that shall keep up.
-        num_params: P, what is trained and sent.
+        link: of this node, or the slowest one that has to keep up.
+        num_params: P, the parameters that are trained and sent.
         step_s: seconds per training step of the fastest peer.
-        peers: N; pairs meet, so it decides how far news has to travel, not what an exchange costs.
+        peers: N. Pairs meet, so N decides how far news has to travel, and not an exchange's cost.
 
     Raises:
-        LocalError: an argument that is not a positive number.
+        LocalError: an argument is not a positive number.
     """
     _check_positive("bandwidth", link.bits_per_s)
     _check_positive("step time", step_s)
@@ -128,7 +128,7 @@ def _shortest(link: Bandwidth, codec: str, num_params: int, step_s: float) -> _C
 def _fitted(
     link: Bandwidth, codec: str, num_params: int, step_s: float, fragments: int
 ) -> _Candidate:
-    """The shortest slot, in whole steps, that keeps every bound."""
+    """The candidate with the shortest slot, in whole steps, that keeps every bound."""
     payload_s = 8 * Form(codec, -(-num_params // fragments)).num_bytes / link.bits_per_s
     exchange_s = payload_s + ROUND_TRIPS * link.round_trip_s
     least_slot_s = max(payload_s / SHARE, exchange_s / (SHARE * fragments), exchange_s / IN_FLIGHT)

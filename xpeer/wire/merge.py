@@ -1,12 +1,12 @@
-"""How two payloads differ: dequantise, subtract and measure in one pass over memory.
+"""The difference of two payloads: dequantise, subtract and measure in one pass over memory.
 
     z = Q(peer) - Q(own)
 
-The norms that a merge checks (||z||, ||Q(own)||) fall out on the way, and so does finiteness: an
-int payload whose scales are finite can't decode to anything that is not. Both sides compute z from
+The same pass gives the norms that a merge checks (||z||, ||Q(own)||), and shows that all values are
+finite: an int payload with finite scales can't decode to anything else. Both sides compute z from
 the same two payloads, so z here is exactly -z there.
 
-Knows nothing of limits, weights and partners: those are `training.mixing`'s.
+This module knows nothing of limits, weights and partners: see `mixing.differences`.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def difference(
     *,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Norms]:
-    """Get z = Q(peer) - Q(own) and its norms, in one pass.
+    """Compute z = Q(peer) - Q(own) and its norms, in one pass.
 
     Args:
-        form: of both payloads, as our own manifest says.
+        form: of both payloads, from our own manifest.
         own: our payload as it was sent, or Q(own) as (num_values,) float32.
         peer: the partner's payload as received.
-        out: (num_values,) float32 to write to; after an error undefined with a float codec,
-            unchanged with an int codec.
+        out: (num_values,) float32, receives z. After an error it is undefined with a float codec,
+            and unchanged with an int codec.
 
     Returns:
         z, (num_values,) float32, CPU, finite; and the norms.
 
     Raises:
-        PeerError: as `decode`; also a difference that overflows (NOT_FINITE).
-        LocalError: an argument that does not fit the codec.
+        PeerError: as `decode`; or the difference overflows (NOT_FINITE).
+        LocalError: an argument does not fit the codec.
     """
     check_flat(out, form.num_values)
     z = torch.empty(form.num_values, dtype=torch.float32) if out is None else out
@@ -68,15 +68,15 @@ def difference(
 
 
 def prepare(form: Form, *, stochastic: bool = False, decoded: bool = False) -> None:
-    """Compile now what exchanges with this codec will run, rather than in the first large one.
+    """Compile now the kernels that exchanges with this codec will run.
 
-    Takes seconds, once per process, if anything is compiled at all: the first exchange would
-    otherwise be late by as much.
+    Otherwise the first large exchange would compile them, and be late. It takes seconds, once per
+    process, if kernels are compiled at all.
 
     Args:
-        form: of the largest payloads; small ones are not worth it.
+        form: of the largest payloads; for small ones nothing is compiled.
         stochastic: whether payloads will be rounded with a dither.
-        decoded: whether `difference` will be given Q(own) instead of our payload.
+        decoded: whether `difference` will get Q(own) instead of our payload.
     """
     large = Form(form.codec, kernels.ROWS * BLOCK)
     if form.codec in FLOATS or not kernels.compiling() or form.num_values < large.num_values:
@@ -87,7 +87,7 @@ def prepare(form: Form, *, stochastic: bool = False, decoded: bool = False) -> N
 
 
 def _subtract_floats(own: torch.Tensor, peer: torch.Tensor, out: torch.Tensor) -> Norms:
-    """Norms are added up in float64, so that large float32 values don't overflow on the way."""
+    """Subtract float payloads. Norms are added up in float64, lest large values overflow."""
     square = own_square = 0.0
     for start in range(0, out.numel(), _CHUNK_VALUES):
         cut = slice(start, start + _CHUNK_VALUES)

@@ -1,7 +1,7 @@
-"""What two members say to each other inside a sealed session, and how large it may be.
+"""The messages of two members in a sealed session, with bounds for each field.
 
-Small messages are msgpack, tagged by type; bulk (an update, a state) follows a message that
-announced its size, in raw frames.
+Messages are msgpack, tagged by type. Bulk (an update, a donation) follows in raw frames, after a
+message that announces its size.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ MAX_UNRESOLVED = 16
 
 Id = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Step = Annotated[int, Meta(ge=0, lt=1 << 40)]
-"""A schedule has to survive any step that a donor claims: 2**40 steps are 34,000 years of one a
-second."""
+"""A schedule has to work with any step that a donor claims. 2**40 steps of a second each take
+34,000 years."""
 Size = Annotated[int, Meta(ge=0, lt=1 << 48)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Code = Annotated[str, Meta(max_length=32, pattern="^[a-z0-9-]+\\Z")]
@@ -30,7 +30,7 @@ Code = Annotated[str, Meta(max_length=32, pattern="^[a-z0-9-]+\\Z")]
 
 @seen_by("partners")
 class Message(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """Base of everything below."""
+    """Base of all messages."""
 
 
 @seen_by(
@@ -41,27 +41,29 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     "not end first",
 )
 class Terms(Struct, frozen=True, forbid_unknown_fields=True):
-    """One side's part of an exchange."""
+    """What one side declares for an exchange."""
 
     weight: Public[Annotated[float, Meta(gt=0, le=1e6)]]
-    """Declared tokens per second where the manifest's rule weights by tokens, else 1."""
+    """Declared tokens per second if the manifest's rule weights by tokens, else 1."""
     group_weight: Public[Annotated[float, Meta(gt=0, le=1e9)]]
-    """The same, summed over the group as we see it."""
+    """Sum of the weights in the group, as the sender sees it."""
     epoch: Timing[Id]
-    """Drawn at every start of the trainer: an exchange never survives its restart."""
+    """Drawn at every start of the trainer, so that no exchange survives a restart."""
     ledger_counter: Timing[Id]
-    """Privacy charges so far: a peer whose counter went back was restored from an old copy."""
+    """Privacy charges so far. A peer whose counter went back was restored from an old copy."""
     unresolved: Timing[Annotated[list[Id], Meta(max_length=MAX_UNRESOLVED)]] = []
-    """Exchanges with this partner that we accepted and, hearing nothing more, did not merge."""
+    """Exchanges with this partner that the sender accepted, and did not merge since no answer came.
+    """
     loss_public: Derived[float | None] = None
-    """On the manifest's public text, nats per token, where the rule weights by quality."""
+    """Loss on the manifest's public text, nats per token. None unless the rule weights by quality.
+    """
     loss_age: Timing[Annotated[float, Meta(ge=0, le=1e6)]] = 0.0
-    """Windows since that was measured."""
+    """Windows since `loss_public` was measured."""
 
 
 @seen_by("partners")
 class Propose(Message, frozen=True):
-    """The lower PeerID proposes the exchange of one fragment."""
+    """A proposal of the lower PeerID to exchange one fragment."""
 
     exchange_id: Public[Id]
     slot: Public[Id]
@@ -69,18 +71,19 @@ class Propose(Message, frozen=True):
     codec: Public[Code]
     num_values: Public[Size]
     averaging: Timing[bool]
-    """Plain averaging of the parameters, whatever the manifest's rule: one of us takes no steps."""
+    """True iff parameters are plainly averaged, whatever the manifest's rule, since one of the two
+    takes no steps."""
     terms: Parts[Terms]
 
     @property
     def form(self) -> Form:
-        """Of both payloads, by the proposer's word."""
+        """Form of both payloads, as the proposer claims."""
         return Form(self.codec, self.num_values)
 
 
 @seen_by("partners")
 class Agree(Message, frozen=True):
-    """The higher PeerID takes part."""
+    """The higher PeerID agrees to an exchange."""
 
     exchange_id: Public[Id]
     terms: Parts[Terms]
@@ -99,11 +102,11 @@ class Payload(Message, frozen=True):
 
 @seen_by("partners")
 class Accept(Message, frozen=True):
-    """The partner's payload is complete and sane: merge once both accepted."""
+    """The partner's payload is complete and valid. Both merge once both accepted."""
 
     exchange_id: Public[Id]
     digest: Derived[Digest]
-    """Of the frames that it came in, as `network.bulk` makes it."""
+    """Digest of the payload's frames, as `network.bulk` makes it."""
 
 
 @seen_by(
@@ -111,7 +114,7 @@ class Accept(Message, frozen=True):
     "of errors.Reason: the pace of windows, or a judgement of the partner's own bytes",
 )
 class Refuse(Message, frozen=True):
-    """No, with a reason code; the session stays open."""
+    """A refusal with a reason code. The session stays open."""
 
     exchange_id: Public[Id]
     reason: Timing[Code]
@@ -119,24 +122,24 @@ class Refuse(Message, frozen=True):
 
 @seen_by("partners", "keys, digests")
 class MaskStep(Message, frozen=True):
-    """What a member of a masked group says to every other at one step, before it shows anything."""
+    """What a member of a masked group sends to every other in one turn, before its payload."""
 
     exchange_id: Public[Id]
     step: Public[Literal["key", "lock", "commit", "echo"]]
     value: Derived[Digest]
-    """key: X25519, made for this group alone. Else a digest, lock: of members and keys; commit: of
-    our masked payload; echo: of all commitments."""
+    """key: an X25519 key, made for this group alone. lock: digest of members and keys. commit:
+    digest of our masked payload. echo: digest of all commitments."""
 
 
 @seen_by("partners", "what its link carried")
 class StateRequest(Message, frozen=True, omit_defaults=True):
-    """A joiner asks for the current parameters; or, where that broke off, for the rest of them."""
+    """A joiner asks for the current parameters, or for the rest of a transfer that broke off."""
 
     digest: Derived[Digest | None] = None
-    """What it was offered, and holds the beginning of; None = it begins. Who no longer has that, or
-    is older than this field, ends the session."""
+    """Digest of the parameters whose beginning the joiner has; None = it has none. A donor that no
+    longer has these, or whose version lacks this field, ends the session."""
     start: Timing[Size] = 0
-    """Bytes that it has."""
+    """Bytes that the joiner has."""
 
 
 @seen_by(
@@ -144,7 +147,7 @@ class StateRequest(Message, frozen=True, omit_defaults=True):
     "what a joiner is given: released parameters, averaged with those partners showed",
 )
 class StateOffer(Message, frozen=True):
-    """The donor's parameters follow, flat float32 little endian; it stands by digest and loss."""
+    """The donor's parameters follow, as flat float32 little endian. It signs digest and loss."""
 
     num_params: Public[Size]
     step: Timing[Step]
@@ -155,7 +158,7 @@ class StateOffer(Message, frozen=True):
 
 @seen_by("members")
 class StateReceived(Message, frozen=True):
-    """The joiner holds all of it."""
+    """The joiner has received all parameters."""
 
     digest: Derived[Digest]
 
@@ -171,15 +174,15 @@ _T = TypeVar("_T")
 
 
 def encode(message: AnyMessage) -> bytes:
-    """To msgpack."""
+    """A message as msgpack."""
     return _encoder.encode(message)
 
 
 def decode(data: bytes) -> AnyMessage:
-    """From msgpack.
+    """Read a message from msgpack.
 
     Raises:
-        PeerError: too large, unknown, or a field out of bounds.
+        PeerError: it is too large or unknown, or a field is out of bounds.
     """
     if len(data) > MAX_MESSAGE_BYTES:
         raise PeerError(Reason.OVERSIZE, f"message of {len(data)} bytes")
@@ -201,5 +204,5 @@ def unpack(data: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T:
 def state_statement(
     swarm_id: str, manifest_hash: bytes, step: int, loss_public: float, digest: bytes
 ) -> bytes:
-    """What a donor signs (Domain.STATE) about the parameters that it hands out."""
+    """The bytes that a donor signs (Domain.STATE) for the parameters that it hands out."""
     return msgspec.msgpack.encode([swarm_id, manifest_hash, step, loss_public, digest])
