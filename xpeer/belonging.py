@@ -1,7 +1,7 @@
-"""Files that somebody else may have made: a model that was downloaded, a config that was copied.
+"""Reading files that somebody else may have made: a downloaded model, a copied config.
 
-A link in a model's folder could name any file of this user's, whose content would then be signed
-into the manifest, or be in an export. And a pipe would be waited for, for ever.
+A link in a model's folder could point to any file of this user. Its content would then be signed
+into the manifest, or be part of an export. And reading a pipe would wait for ever.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def read(file: Path) -> bytes:
     """The content of a file that a person named; links are followed.
 
     Raises:
-        OSError: it can't be read, or is a pipe, a device, a folder.
+        OSError: it can't be read, or is a pipe, a device or a folder.
     """
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe is not waited for
     with open(fd, "rb") as opened:  # noqa: PTH123 - a descriptor
@@ -38,10 +38,10 @@ def read_inside(file: Path, folder: Path) -> bytes:
 
 
 def inside(file: Path, folder: Path) -> Path:
-    """Where a file of a model's folder really is: in that folder, or in the blobs of a hub's cache.
+    """Resolve a file of a model's folder. It has to be in that folder or in a hub cache's blobs.
 
     Raises:
-        ConfigError: it is a link to elsewhere; names both.
+        ConfigError: it is a link to elsewhere; names both files.
     """
     try:
         real, base = file.resolve(), folder.resolve()
@@ -61,7 +61,7 @@ def inside(file: Path, folder: Path) -> Path:
 def require_inside(folder: Path) -> None:
     """Refuse a model's folder that holds links to files elsewhere, pipes or devices.
 
-    For folders that a library is about to read by itself.
+    Call it before a library reads the folder by itself.
 
     Raises:
         ConfigError: names the first of them.

@@ -1,6 +1,6 @@
-"""Every condition that a node can be in and its operator should know: one list for all who tell.
+"""All health conditions of a node that its operator should know of.
 
-Status, exit codes, systemd's line and the table in docs/operating.md come from here.
+Status, exit codes, systemd's line and the table in docs/operating.md come from this list.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Severity = Literal["note", "degraded", "down"]
-"""note: worth knowing, the node is well. degraded: work is lost or late. down: none is done."""
+"""note: worth knowing, but the node is well. degraded: work is lost or late. down: no work is done.
+"""
 
 _OF_THE_TRACKER = frozenset({"age", "count", "cause"})
 """Fields of texts that `Health` fills in by itself."""
@@ -18,17 +19,17 @@ _OF_THE_TRACKER = frozenset({"age", "count", "cause"})
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What can be the matter.
+    """Something that can be the matter with a node.
 
     Args:
-        code: its name for programs; never changes.
-        severity: what it makes of the node's health.
-        text: for people; {fields} are given with `set`, {age}, {count} and {cause} are the
-            tracker's.
-        remedy: what the operator can do; for the docs and the answer alike.
+        code: its name for programs. It never changes.
+        severity: how it affects the node's health.
+        text: for people. `set` gets the values of its {fields}; the tracker fills in {age}, {count}
+            and {cause}.
+        remedy: what the operator can do; for docs and status.
         clears: when it goes away, for the docs.
-        grace_s: how long it has to last before it shows; 0: at once.
-        hides: codes that say nothing while this one shows.
+        grace_s: how long it has to last before it shows; 0 = show it at once.
+        hides: codes of conditions that do not show while this one does.
     """
 
     code: str
@@ -41,7 +42,7 @@ class Condition:
 
     @property
     def facts(self) -> frozenset[str]:
-        """What `set` has to be given."""
+        """Names of the fields that `set` needs values for."""
         named = {name for _, name, _, _ in string.Formatter().parse(self.text) if name}
         return frozenset(named - _OF_THE_TRACKER)
 

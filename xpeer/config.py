@@ -30,10 +30,10 @@ _SERVICE = re.compile(
     r"XPEER(_\w+)?(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)_(ADDR|PORT|PROTO))"
 )
 _LINK = re.compile(r"XPEER(_\w+)?_PORT(_\d+_(TCP|UDP|SCTP))?")
-"""With an address as their value."""
+"""Variables of this form belong to another program only if their value is an address."""
 DEFAULT_HOME = Path("~/.xpeer")
 MAX_NUMBER = 1_000_000_000
-"""Of any setting; as seconds 31 years, and no timer takes much more."""
+"""Largest value of any setting. In seconds it is 31 years, and timers can't take much more."""
 SOCKET = "xpeer.sock"
 OPTIONS = {
     "network.listen": "--listen",
@@ -55,7 +55,7 @@ SOCKET_PATH_MAX = 100
 
 
 Place = Annotated[str, Meta(extra={"path": True})]
-"""A path; blank ones are refused, since they would mean the current folder."""
+"""A path. A blank one is refused, since it would mean the current folder."""
 
 
 @stays("settings of this node")
@@ -65,17 +65,17 @@ class Network(Struct, frozen=True, forbid_unknown_fields=True):
     listen: list[str] = field(default_factory=lambda: ["/ip4/0.0.0.0/tcp/4001"])
     """Multiaddresses, TCP only; port 0 = any free port."""
     announce: list[str] = []
-    """Addresses to tell others, if they differ from `listen` (NAT, port forwarding)."""
+    """Addresses that others get, if they differ from `listen` (NAT, port forwarding)."""
     bootstrap: list[str] = []
     """Seeds: .../p2p/PEERID."""
     nat_port_map: bool = False
     """Ask the router by UPnP for a port (multicasts on the local network)."""
     direct_listen: str = ""
-    """Multiaddress for partners' direct TCP streams, the bulk's faster way; empty = none."""
+    """Multiaddress for direct TCP streams, a faster way for bulk; empty = none."""
     zone: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")] = ""
     """Members that declare the same zone have fast links and meet more often; published."""
     name: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")] = ""
-    """What the other members' operators see this node called; published. Empty = its PeerID."""
+    """Name of this node for the other members' operators; published. Empty = its PeerID."""
     price_per_gb: Annotated[float, Meta(ge=0)] = 0.09
     """Egress price in `currency` per 10^9 bytes sent."""
     currency: str = "USD"
@@ -95,12 +95,12 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True):
     split: Literal["document", "file"] = "document"
     """What is held out whole."""
     privacy: Literal["", "record", "off"] = ""
-    """What the swarm's manifest must say, or this node does not start; empty = whatever it says."""
+    """The node starts only if the manifest has this privacy mode; empty = with any."""
     tokenizer: Place = ""
-    """Folder of the Hugging Face tokenizer, where the manifest asks for one."""
+    """Folder of the Hugging Face tokenizer, if the manifest asks for one."""
     base_model: Place = ""
-    """Folder of the Hugging Face model whose adapters the swarm trains, where the manifest has
-    model.lora; empty: the founder's own copy in the home."""
+    """Folder of the Hugging Face model whose adapters the swarm trains, if the manifest has
+    model.lora; empty = the founder's own copy in the home."""
 
 
 @stays("settings of this node")
@@ -111,15 +111,15 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     threads: Annotated[int, Meta(ge=0)] = 0
     """CPU threads; 0 = all cores."""
     speed: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
-    """Declared tokens per second: weights a shared corpus and fedavg; published. 0 = measured,
-    where the swarm trains without privacy, else taken for the others' median."""
+    """Declared tokens per second, published; it weights a shared corpus and fedavg. 0 = measured if
+    the swarm trains without privacy, else the others' median is assumed."""
     throttle: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    """Share of the time to compute in; 0.5 = half speed."""
+    """Fraction of the time in which the trainer computes; 0.5 = half speed."""
     micro_batch: Annotated[int, Meta(ge=0)] = 0
     """Records per forward pass; 0 = chosen by the engine."""
     compile_codec: bool = True
-    """Compile the codec's kernels where there is a C++ compiler: several times faster from a
-    million parameters in a fragment on, the same bytes."""
+    """Compile the codec's kernels if there is a C++ compiler. That is several times faster for
+    fragments of a million parameters or more, with the same bytes."""
     min_peers: Annotated[int, Meta(ge=0)] = 0
     """Wait for this many live partners before training."""
     validation_records: Annotated[int, Meta(ge=1)] = 32
@@ -130,13 +130,13 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     """What a node decides about its privacy; what all share is in the manifest."""
 
     generator: Literal["fast", "cryptographic"] = "fast"
-    """Of noise on CUDA. fast: the device's Philox under a fresh key of 64 bits for every tensor.
-    cryptographic: AES-256 from the CPU, as on a CPU always."""
+    """Generator of the noise on CUDA. fast: the device's Philox under a fresh key of 64 bits for
+    every tensor. cryptographic: AES-256 from the CPU, as always on a CPU."""
     max_epsilon: Annotated[float, Meta(ge=0)] = 0.0
-    """The largest privacy.epsilon of a manifest that this node starts with; 0 = any, or none."""
+    """The node starts only if the manifest's privacy.epsilon is at most this; 0 = no bound."""
     register: Place = ""
-    """Folder of the machine's register of what documents were charged; homes that use the same one
-    count together. Empty: `privacy_register`."""
+    """Folder of the machine's register of charged documents. The charges of all homes that use the
+    same register add up. Empty = `privacy_register`."""
 
 
 @stays("settings of this node")
@@ -156,7 +156,7 @@ class Daemon(Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     stop_timeout_s: Annotated[float, Meta(gt=0)] = 30.0
-    """A trainer that is to save and end is killed once it makes no progress for so long."""
+    """A trainer that has to save and end is killed after this long without progress."""
     exit_on_budget: bool = False
     """Exit 6 when the privacy budget is spent, instead of mixing and serving on."""
     exit_when_finished: bool = False
@@ -198,7 +198,7 @@ class Home:
         self.lock = self.path / "lock"
 
     def parts(self) -> list[Path]:
-        """What of ours may lie in it, by name; what checkpoints and the like hold is not listed."""
+        """All files and folders that a node may put into its home, without contents of folders."""
         databases = (self.state_db, self.ledger_db)
         beside = [f"{each.name}{end}" for each in databases for end in ("-wal", "-shm", "-journal")]
         beside += [f"{self.log.name}.{n}" for n in range(1, OLD_LOGS + 1)]
@@ -210,7 +210,7 @@ class Home:
         """The control socket's path.
 
         Raises:
-            ConfigError: longer than the kernel allows.
+            ConfigError: it is longer than the kernel allows.
         """
         path = Path(config.daemon.socket or self.path / SOCKET).expanduser().absolute()
         if len(os.fsencode(path)) > SOCKET_PATH_MAX:
@@ -222,7 +222,7 @@ class Home:
 
 
 def privacy_register(config: NodeConfig) -> Path:
-    """The machine's register: for root the system's, else the user's."""
+    """The folder of the machine's register: the system's for root, else the user's."""
     if config.privacy.register:
         path = Path(config.privacy.register).expanduser()
         if not path.is_absolute():
@@ -234,7 +234,7 @@ def privacy_register(config: NodeConfig) -> Path:
     if os.geteuid() == 0:
         return Path("/var/lib/xpeer-privacy")
     state = os.environ.get("XDG_STATE_HOME", "")
-    if not state.startswith("/"):  # the standard has relative ones ignored
+    if not state.startswith("/"):  # the XDG standard says to ignore relative ones
         state = checked("the default of privacy.register", "~/.local/state")
     return Path(state).expanduser() / "xpeer-privacy"
 
@@ -284,7 +284,7 @@ def load(
 def _origin(
     where: str, path: Path, environ: Mapping[str, str], overrides: Mapping[str, Any]
 ) -> str:
-    """Which of a setting's places it came from."""
+    """The option, variable or file that a setting came from, for messages."""
     setting = where.partition("[")[0]
     variable = f"{ENV_PREFIX}{setting.replace('.', '_')}".upper()
     if overrides.get(setting) is not None:
@@ -293,23 +293,23 @@ def _origin(
 
 
 def foreign(environ: Mapping[str, str]) -> list[str]:
-    """Variables with our prefix that Kubernetes or Docker made of a service called xpeer-something.
+    """Variables with our prefix that Kubernetes or Docker made for a service named xpeer-something.
 
-    A misspelt setting is none of them: where the name alone could be one, the value decides.
+    A misspelt setting is not among them: if the name alone does not tell, the value does.
     """
-    found = [name for name, value in environ.items() if _of_a_service(name, value)]
-    linked = tuple(f"{name.removesuffix('NAME')}ENV_" for name in found if name.endswith("_NAME"))
-    found += [name for name in environ if linked and name.startswith(linked)]
-    return sorted(set(found) - {f"{ENV_PREFIX}{s}_{k}".upper() for s, k, _ in settings()})
+    names = [name for name, value in environ.items() if _of_a_service(name, value)]
+    linked = tuple(f"{name.removesuffix('NAME')}ENV_" for name in names if name.endswith("_NAME"))
+    names += [name for name in environ if linked and name.startswith(linked)]
+    return sorted(set(names) - {f"{ENV_PREFIX}{s}_{k}".upper() for s, k, _ in settings()})
 
 
 def note_of_foreign(environ: Mapping[str, str]) -> str:
-    """What to tell the operator of them; empty if there are none."""
-    found = foreign(environ)
-    if not found:
+    """A note for the operator on variables that are ignored (see `foreign`); empty if none are."""
+    names = foreign(environ)
+    if not names:
         return ""
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return f"{found[0]}{more} ignored: of a service in Kubernetes or Docker, no setting of xpeer"
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more} ignored: of a service in Kubernetes or Docker, no setting of xpeer"
 
 
 def _of_a_service(name: str, value: str) -> bool:
@@ -409,7 +409,7 @@ def _parse_list(name: str, raw: str) -> list[str]:
 
 
 def _refuse_odd(config: NodeConfig) -> None:
-    """Blank paths, and parts of lists; everything on the machine as text; numbers without end."""
+    """Refuse blank paths and parts of lists, the whole machine as text, and huge numbers."""
     for section, key, _ in settings():
         name, value = f"{section}.{key}", getattr(getattr(config, section), key)
         if isinstance(value, int | float) and not value <= MAX_NUMBER:

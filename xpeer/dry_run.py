@@ -1,6 +1,6 @@
-"""What a start would come to: `xpeer start --dry-run`. Charges nothing, and changes nothing.
+"""`xpeer start --dry-run`: says what a start would do. It charges nothing, and changes nothing.
 
-The shard is read and counted as the trainer does it; the step that is timed is one on public text.
+The shard is read and counted as the trainer does it. The timed step is one on public text.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from xpeer.trainer.text import Text, text_of
 from xpeer.training.checkpoint import newest_step
 from xpeer.training.schedule import planned_steps
 from xpeer.training.tokenizer import load_tokenizer
-from xpeer.trial import Tell, Trial, rehearse, require_reachable
+from xpeer.trial import Report, Trial, rehearse, require_reachable
 
 
-def look(
-    home: Home, config: NodeConfig, manifest: Manifest, tell: Tell, *, trial: bool = True
+def examine(
+    home: Home, config: NodeConfig, manifest: Manifest, report: Report, *, trial: bool = True
 ) -> None:
-    """Count the text, take a step in small, and tell what a run would take.
+    """Count the text, time a step, and report what a run would need.
 
     Args:
         home: has the swarm's manifest.
         config: of the node.
         manifest: of the swarm.
-        tell: is told, line by line.
-        trial: try and time a step, too.
+        report: called with each line of the answer.
+        trial: True = also make a trial and time its step.
 
     Raises:
-        LocalError: what a start would be stopped by.
+        LocalError: a start would stop with this error.
     """
     with tempfile.TemporaryDirectory(prefix="xpeer-dry-run-") as folder:
         text = _counted(home, config, manifest, Path(folder))
-        _tell_text(config, manifest, text, tell)
-        _tell_privacy(home, manifest, text, tell)
+        _report_text(config, manifest, text, report)
+        _report_privacy(home, manifest, text, report)
         if not trial:
             return
         require_reachable(manifest)
-        found = rehearse(manifest, home, config, Path(folder), tell, steps=2, export=False)
-    _tell_speed(home, manifest, found, tell)
+        measured = rehearse(manifest, home, config, Path(folder), report, steps=2, export=False)
+    _report_speed(home, manifest, measured, report)
 
 
 def _counted(home: Home, config: NodeConfig, manifest: Manifest, folder: Path) -> Text:
@@ -63,25 +63,25 @@ def _counted(home: Home, config: NodeConfig, manifest: Manifest, folder: Path) -
     return text_of(setup, manifest, tokenizer, Home(folder))
 
 
-def _tell_text(config: NodeConfig, manifest: Manifest, text: Text, tell: Tell) -> None:
+def _report_text(config: NodeConfig, manifest: Manifest, text: Text, report: Report) -> None:
     setting = "data.corpus" if manifest.shared_corpus else "data.shard"
     for line in text.shard.lines():
-        tell(f"{setting}: {line}")
+        report(f"{setting}: {line}")
     tokens = int((text.records >= 0).sum())
-    tell(
+    report(
         f"{setting}: {len(set(text.documents)):,} documents to train on, "
         f"{len(text.records):,} records of at most {manifest.optimiser.sequence_tokens} tokens, "
         f"{tokens:,} tokens; {len(text.held_out):,} records held out"
     )
     if manifest.shared_corpus:
-        tell("(all of the corpus: its division among the members is known once they are there)")
+        report("(all of the corpus: its division among the members is known once they are there)")
 
 
-def _tell_privacy(home: Home, manifest: Manifest, text: Text, tell: Tell) -> None:
-    """Noise, and epsilon at the end."""
+def _report_privacy(home: Home, manifest: Manifest, text: Text, report: Report) -> None:
+    """Report the noise, and epsilon at the end."""
     rules, steps = manifest.privacy, planned_steps(manifest)
     if not rules.policy.clips_records:
-        tell(f"privacy: {rules.in_short()}")
+        report(f"privacy: {rules.in_short()}")
         return
     units = len(text.records) if rules.unit == "record" else len(set(text.owners.tolist()))
     size = coarse_size(units)
@@ -93,33 +93,33 @@ def _tell_privacy(home: Home, manifest: Manifest, text: Text, tell: Tell) -> Non
             stored = ledger.settings(SIGMA_SETTING)
             sigma = sigma or (float(stored) if stored else None)
             spent = accountant.epsilon(ledger.segments(), delta)
-        tell(f"privacy: {charged:,} steps were charged before, epsilon {spent:.3g}")
+        report(f"privacy: {charged:,} steps were charged before, epsilon {spent:.3g}")
     if sigma is None:
         sigma = accountant.calibrate(rules.epsilon, delta, q, steps or 1)
     fits = accountant.steps_within(rules.epsilon, delta, [], sigma, q, steps or 10_000_000)
     at_end = accountant.epsilon([Segment(sigma, q, fits)], delta)
     ends = f"after {fits:,} steps" if steps is None or fits < steps else "at the end"
-    tell(
+    report(
         f"privacy: {rules.in_short()}: {q:.3g} of the {rules.unit}s a step, noise {sigma:.3g}; "
         f"epsilon {at_end:.3g} (delta {delta:.1e}) {ends}"
     )
 
 
-def _tell_speed(home: Home, manifest: Manifest, found: Trial, tell: Tell) -> None:
-    speed = found.tokens_per_step / max(found.step_s, 1e-9)
-    device = f", {_size(found.device_bytes)} of the GPU's" if found.device_bytes else ""
-    tell(
-        f"speed: {speed:,.0f} tokens/s on {found.device} ({found.engine}); memory: "
-        f"{_size(found.host_bytes)}{device} at most"
+def _report_speed(home: Home, manifest: Manifest, trial: Trial, report: Report) -> None:
+    speed = trial.tokens_per_step / max(trial.step_s, 1e-9)
+    device = f", {_size(trial.device_bytes)} of the GPU's" if trial.device_bytes else ""
+    report(
+        f"speed: {speed:,.0f} tokens/s on {trial.device} ({trial.engine}); memory: "
+        f"{_size(trial.host_bytes)}{device} at most"
     )
     planned, done = planned_steps(manifest), newest_step(home.checkpoints) or 0
     if planned is None:
-        tell(f"planned steps: it depends on the clock (end.seconds = {manifest.end.seconds})")
+        report(f"planned steps: it depends on the clock (end.seconds = {manifest.end.seconds})")
         return
-    left_s = max(0, planned - done) * found.step_s
-    tell(
+    left_s = max(0, planned - done) * trial.step_s
+    report(
         f"planned steps: {planned:,}, of which {done:,} are done; the rest takes about "
-        f"{_duration(left_s)}, and a step {found.step_s:.2g} s, without waiting for partners"
+        f"{_duration(left_s)}, and a step {trial.step_s:.2g} s, without waiting for partners"
     )
 
 

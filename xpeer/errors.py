@@ -1,8 +1,8 @@
 """Errors that say whose fault it is, in words for an operator.
 
-`PeerError`: a partner misbehaved or vanished; the pairing is dropped and the node goes on.
-`LocalError`: something on this node must be mended; the command or the node stops with the
-exit code that the class carries. Everything else that escapes is a bug of ours.
+`PeerError`: a partner misbehaved or vanished. The exchange is dropped and the node goes on.
+`LocalError`: something on this node must be mended. The command or the node stops with the exit
+code of the error's class. Any other error that escapes is a bug of ours.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LocalError(XpeerError):
     """This node can't go on until its operator acts.
 
     Args:
-        problem: what is wrong, naming the field or file and the value seen.
+        problem: what is wrong; names the field or file, and its value.
         remedy: what the operator can do about it.
     """
 
@@ -56,7 +56,7 @@ class ConfigError(LocalError):
 
 
 class ShardError(ConfigError):
-    """The text to train on is missing, unreadable or malformed; it may be mended while we run."""
+    """The text to train on is missing, unreadable or malformed. It may be mended while we run."""
 
 
 class NotAuthorisedError(LocalError):
@@ -72,8 +72,9 @@ class NotRunningError(LocalError):
 
 
 class LedgerError(LocalError):
-    """Ledger or register can't be written, for want of space or rights: no step can be charged, and
-    none is taken. It may be mended while we run.
+    """Ledger or register can't be written, e.g. on a full disk.
+
+    No step can be charged, so the trainer takes none. It may be mended while we run.
     """
 
 
@@ -90,13 +91,13 @@ class LocalTimeoutError(LocalError):
 
 
 class NotSavedError(LocalError):
-    """The node has ended, and steps since its last checkpoint are lost."""
+    """The node has ended, and the steps since its last checkpoint are lost."""
 
     exit_code = ExitCode.NOT_SAVED
 
 
 class DivergedError(LocalError):
-    """Training has diverged: its parameters are not worth keeping."""
+    """Training has diverged, so its parameters are not saved."""
 
 
 class TrainerError(LocalError):
@@ -131,7 +132,7 @@ class Reason:
     TRAINER_RESTARTED = "trainer-restarted"
     SIDECAR_DOWN = "sidecar-down"
     GROUP_TOO_SMALL = "group-too-small"
-    """Masks: not all of a group came together in this slot."""
+    """Masks: some members of the group did not come in this slot."""
     GROUP_FAILED = "group-failed"
     """Masks: another member of the group was lost, or lied."""
     WRONG_ROSTER = "wrong-roster"
@@ -139,13 +140,13 @@ class Reason:
     WRONG_COMMITMENT = "wrong-commitment"
     """Masks: a payload is not the one that was committed to."""
     EQUIVOCATION = "equivocation"
-    """Masks: somebody was told other commitments than we were."""
+    """Masks: another member received other commitments than we did."""
     REVEALED_BEFORE = "revealed-before"
-    """Masks: these values were shown in a group that failed, and no other may see them."""
+    """Masks: these values were sent in a group that failed, so no other group may get them."""
     OUT_OF_RANGE = "out-of-range"
     """Masks: the group's sum is too far from our values to be decoded."""
     AVOIDED = "avoided"
-    """Its exchanges with us failed lately: it is left alone for a while."""
+    """Exchanges with this partner failed lately, so we ask for none for a while."""
     REFUSED = "refused"
 
 
@@ -153,7 +154,10 @@ _REASONS = frozenset(code for name, code in vars(Reason).items() if name.isupper
 
 
 def known_reason(code: str) -> str:
-    """A reason code that a partner sent; REFUSED if there is no such code: they are counted."""
+    """The reason code that a partner sent, or REFUSED if we do not know it.
+
+    Reasons are counted, so their number must be bounded.
+    """
     return code if code in _REASONS else Reason.REFUSED
 
 
@@ -162,7 +166,7 @@ class PeerError(XpeerError):
 
     Args:
         reason: one of `Reason`.
-        detail: what was seen; never bytes that the partner chose, unescaped.
+        detail: what happened. It never holds bytes of the partner, unless escaped.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:

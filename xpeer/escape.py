@@ -1,6 +1,6 @@
-"""Text from outside, made harmless for a terminal: names of files and peers, errors of libraries.
+"""Makes text from outside harmless for a terminal: names of files and peers, errors of libraries.
 
-Whatever is printed for people or logged passes here.
+All text that is printed for people or logged goes through this module.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 import msgspec
 
 _TOKEN = re.compile(r"xpeer1\.(?:(?!xpeer1\.)[A-Za-z0-9_=-])+")
-"""Of two that follow without a gap each is one."""
+"""An invitation token; two without a gap between them are two matches."""
 _CUT = " [...] "
 
 
 def hidden(text: str) -> str:
-    """Without the tokens in it: whoever holds one may join."""
+    """The text without invitation tokens, since whoever has one may join."""
     return _TOKEN.sub("xpeer1.[hidden]", text)
 
 
 def visible(text: str) -> str:
-    """Control characters as escapes: what somebody else named never steers a terminal.
+    """The text with control characters as escapes, so that no foreign name can steer a terminal.
 
-    So are characters that reverse or hide text, and bytes of a file's name that are not UTF-8,
-    which nothing could print.
+    Characters that reverse or hide text become escapes, too, and bytes of a file's name that are
+    not UTF-8, which nothing could print.
     """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -36,7 +36,7 @@ def one_line(text: str) -> str:
 
 
 def without_words(error: BaseException) -> str:
-    """An error whose words may be about private text: its type, and the last line of ours."""
+    """A summary of an error whose message may quote private text: its type, and our last line."""
     ours = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         module = frame.f_globals.get("__name__", "")
@@ -48,8 +48,8 @@ def without_words(error: BaseException) -> str:
 def json_text(value: Any, *, indent: int = 0) -> str:
     """A struct, dict or list as JSON in which nothing steers a terminal.
 
-    Strings keep their value: what can't be printed is written as JSON's own escape. Only bytes that
-    are not UTF-8, which JSON has no way to say, are spelled out.
+    Strings keep their value: characters that can't be printed become JSON's own escapes. Only bytes
+    that are not UTF-8 are spelled out, since JSON can't express them.
     """
     try:
         encoded = msgspec.json.encode(value)
@@ -66,16 +66,16 @@ def _escaped(character: str) -> str:
 
 
 def sayable(value: Any, longest: int = 0, of_trace: int = 0) -> Any:
-    """The same of builtins, with strings that can be encoded.
+    """Builtins with all strings made encodable.
 
     Args:
         value: str, dict, list, or anything else.
-        longest: characters; of longer strings the middle is cut out; 0 = any.
+        longest: characters; the middle of longer strings is cut out; 0 = no limit.
         of_trace: the same for a field called `trace`.
     """
     if isinstance(value, str):
-        said = "".join(c if not "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in value)
-        return _cut(said, longest) if 0 < longest < len(said) else said
+        text = "".join(c if not "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in value)
+        return _cut(text, longest) if 0 < longest < len(text) else text
     if isinstance(value, dict):
         return {
             sayable(key, longest): sayable(inner, of_trace if key == "trace" else longest, of_trace)

@@ -1,6 +1,6 @@
-"""Files and folders that only this user may read or write, whatever others have left there.
+"""Files and folders that only this user may read or write, whatever other users put there.
 
-What a node keeps is its keys, its text as tokens, and logs with losses on that text.
+A node stores its keys, its text as tokens, and logs with losses on that text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OTHERS_WRITE: Final = 0o022
 
 @contextmanager
 def private_umask() -> Iterator[None]:
-    """Whatever is made meanwhile, by libraries too, is for this user alone."""
+    """Make all new files private to this user while the block runs, also those of libraries."""
     previous = os.umask(OTHERS)
     try:
         yield
@@ -33,27 +33,27 @@ def private_umask() -> Iterator[None]:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file of a node's home, mode 0600 if it is made; a link is never followed.
+    """Open a file of a node's home. A new one gets mode 0600. Links are never followed.
 
     Returns:
         A descriptor that child processes don't inherit.
 
     Raises:
-        ConfigError: a link, a folder, a pipe, or a file of another user.
-        OSError: any other reason why it can't be opened.
+        ConfigError: it is a link, a folder, a pipe, or a file of another user.
+        OSError: it can't be opened for another reason.
     """
     try:
-        # O_NONBLOCK: a pipe that somebody has put there would wait for ever.
+        # O_NONBLOCK: opening a pipe that somebody put there would wait for ever.
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as e:
         if e.errno == errno.ELOOP:
             raise _link(path) from e
         raise
     try:
-        found = os.fstat(fd)
-        _refuse_foreign(path, found)
-        if found.st_mode & OTHERS:
-            os.fchmod(fd, stat.S_IMODE(found.st_mode) & ~OTHERS)
+        status = os.fstat(fd)
+        _refuse_foreign(path, status)
+        if status.st_mode & OTHERS:
+            os.fchmod(fd, stat.S_IMODE(status.st_mode) & ~OTHERS)
     except BaseException:
         os.close(fd)
         raise
@@ -61,38 +61,36 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def require_own(path: Path) -> None:
-    """Check a file that a library is about to open by its name; it may be missing.
+    """Check a file that a library is about to open by its name. It may be missing.
 
     It is not opened here: closing it would release the locks that SQLite may have on it.
 
     Raises:
-        ConfigError: a link, no file, or one of another user.
+        ConfigError: it is a link, no regular file, or a file of another user.
     """
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return
     except OSError as e:
         raise ConfigError(f"{path} can't be used: {e.strerror}", "check its owner and mode") from e
-    if stat.S_ISLNK(found.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         raise _link(path)
-    _refuse_foreign(path, found)
+    _refuse_foreign(path, status)
 
 
 def secure(home: Home, *, look_only: bool = False) -> list[str]:
-    """See to it that nobody else can enter a home, before anything is read from or written to it.
-
-    A home that others may enter is closed to them, as are its files.
+    """Close a home and its files to other users, before anything is read or written there.
 
     Args:
         home: it need not exist.
-        look_only: change nothing.
+        look_only: True = only check, change nothing.
 
     Returns:
-        What was closed, in words.
+        Sentences that say what was closed.
 
     Raises:
-        ConfigError: others may write to it, or put another in its place, or it is theirs.
+        ConfigError: other users may write to the home or replace it, or it belongs to one of them.
     """
     is_home = home.identity_key.exists() or home.credential.exists()
     ours = None if is_home else {path.name for path in home.parts()}
@@ -103,29 +101,29 @@ def secure(home: Home, *, look_only: bool = False) -> list[str]:
 def secure_folder(
     path: Path, what: str, option: str, ours: Collection[str] | None, *, look_only: bool = False
 ) -> list[str]:
-    """`secure` for one folder.
+    """Close one folder to other users, as `secure` does.
 
     Args:
         path: it need not exist.
-        what: it is, for messages.
-        option: that names it.
-        ours: names that may be in it if it is to be closed; None: any.
-        look_only: change nothing.
+        what: what the folder is, for messages.
+        option: the option that names it, for messages.
+        ours: the folder is closed only if it holds no other names; None = whatever it holds.
+        look_only: True = only check, change nothing.
 
     Returns:
-        What was closed, in words.
+        Sentences that say what was closed.
 
     Raises:
-        ConfigError: as `secure`.
+        ConfigError: as `secure`; or the folder holds other names and is open to others.
     """
     other = f"choose another folder with {option}"
     try:
         _refuse_replaceable(path, what, other)
         if not path.exists():
             return []
-        found = path.stat()
-        mode = stat.S_IMODE(found.st_mode)
-        _refuse_others(path, found, what, other)
+        status = path.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        _refuse_others(path, status, what, other)
         if not mode & OTHERS or look_only:
             return []
         foreign = [] if ours is None else [e.name for e in path.iterdir() if e.name not in ours]
@@ -160,29 +158,29 @@ def _refuse_replaceable(path: Path, what: str, other: str) -> None:
         )
 
 
-def _refuse_others(path: Path, found: os.stat_result, what: str, other: str) -> None:
-    if found.st_uid != os.geteuid():
-        owner = _user(found.st_uid)
+def _refuse_others(path: Path, status: os.stat_result, what: str, other: str) -> None:
+    if status.st_uid != os.geteuid():
+        owner = _user(status.st_uid)
         raise ConfigError(
             f"{what} {path} belongs to user {owner}, not to {_user(os.geteuid())}",
             f"run this as that user (sudo -u {owner} xpeer ...), or {other}",
         )
-    if found.st_mode & _OTHERS_WRITE:
+    if status.st_mode & _OTHERS_WRITE:
         raise ConfigError(
-            f"{what} {path} has mode {stat.S_IMODE(found.st_mode):04o}: others can write to it",
+            f"{what} {path} has mode {stat.S_IMODE(status.st_mode):04o}: others can write to it",
             f"look what is in it, then run: chmod 0700 {path}; or {other}",
         )
 
 
 def _close_files(home: Home) -> list[str]:
-    # A key that others could read stays an error: it is theirs, too, by now.
+    # A key that others could read stays an error: they may have copied it.
     keys = (home.identity_key, home.admin_key, home.swarm_key)
     closed = []
     for path in (path for path in home.parts() if path not in keys):
         with contextlib.suppress(OSError):  # not there, or not a file that we can open
-            found = path.lstat()
-            if stat.S_ISREG(found.st_mode) and found.st_mode & OTHERS:
-                path.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_mode & OTHERS:
+                path.chmod(stat.S_IMODE(status.st_mode) & ~OTHERS)
                 closed.append(path.name)
     if not closed:
         return []
@@ -196,12 +194,12 @@ def _link(path: Path) -> ConfigError:
     )
 
 
-def _refuse_foreign(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
+def _refuse_foreign(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
         raise ConfigError(f"{path} is no file", "move it away")
-    if found.st_uid != os.geteuid():
+    if status.st_uid != os.geteuid():
         raise ConfigError(
-            f"{path} belongs to user {_user(found.st_uid)}, not to {_user(os.geteuid())}",
+            f"{path} belongs to user {_user(status.st_uid)}, not to {_user(os.geteuid())}",
             "run this as that user, or move the file away",
         )
 

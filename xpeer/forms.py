@@ -9,7 +9,7 @@ from xpeer.errors import LocalError
 from xpeer.leaves import Public, seen_by
 
 BLOCK: Final = 128
-"""Values that have a quantisation step, or a check, in common."""
+"""Number of values with a common quantisation step or check."""
 Codec = Literal["float32", "bfloat16", "int8", "int4", "int2"]
 """What a manifest may ask for."""
 FLOATS: Final = ("float32", "bfloat16")
@@ -30,8 +30,10 @@ SIZES: Final = {
 @final
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a payload holds. Both sides know it from the manifest and the fragment, so that nobody
-    reads or allocates by a length that a peer claims.
+    """Codec and number of values of a payload.
+
+    Both sides know it from the manifest and the fragment, so that nobody reads or allocates by a
+    length that a peer claims.
     """
 
     codec: Public[str]

@@ -1,6 +1,7 @@
-"""What makes a home: a key, a new swarm, or the right to join one.
+"""Makes homes: with a key, a new swarm, or the right to join one.
 
-Everything is written beside the home first and moved in at the end: an error changes nothing.
+Files are first written to a staging folder and moved into the home at the end, so that an error
+changes nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FOUNDER_S = 10 * 365 * 86400.0
 
 
 def ensure_identity(home: Home) -> Identity:
-    """This node's key, made on first use."""
+    """This node's key. It is made if there is none."""
     if home.identity_key.exists():
         return Identity.load(home.identity_key)
     with _beside(home) as new:
@@ -40,7 +41,7 @@ def ensure_identity(home: Home) -> Identity:
 
 
 def make_folder(path: Path) -> None:
-    """A folder only its owner can enter.
+    """Make a folder that only its owner can enter, with its parents.
 
     Raises:
         ConfigError: it can't be made.
@@ -70,15 +71,16 @@ def found(
     """Make a swarm and its first member.
 
     Args:
-        home: holds no swarm yet.
-        manifest: to be signed by a new admin key.
-        write_initial: writes the initial model into the folder it is given.
+        home: belongs to no swarm yet.
+        manifest: a new admin key signs it.
+        write_initial: called with a folder; writes the initial model there.
         config_text: config.toml to write if there is none.
-        trial: is given the new home before it becomes this one; what it raises undoes all.
+        trial: called with the staging folder as a home, before it becomes the home. If it raises,
+            nothing is changed.
 
     Raises:
         ConfigError: the home belongs to a swarm already, or the manifest is too large to be sent.
-        LocalError: it can't be written.
+        LocalError: the home can't be written.
     """
     refuse_second_swarm(home)
     with _beside(home) as new:
@@ -102,15 +104,15 @@ def found(
 
 
 def prepare_join(home: Home, token_text: str, config_text: str | None = None) -> Token:
-    """Check a token and keep what it grants; the swarm key comes from a member at `start`.
+    """Check a token and store its credential. A member gives the swarm key later, at `start`.
 
     Args:
-        home: holds no swarm yet, or the same swarm's manifest.
-        token_text: what `xpeer invite create` printed.
+        home: belongs to no swarm yet, or to the token's swarm.
+        token_text: as `xpeer invite create` printed it.
         config_text: config.toml to write if there is none.
 
     Raises:
-        NotAuthorisedError: damaged, expired, or for another PeerID.
+        NotAuthorisedError: the token is damaged, has expired, or is for another PeerID.
         ConfigError: the home belongs to another swarm.
     """
     token = Token.parse(token_text)
@@ -120,7 +122,7 @@ def prepare_join(home: Home, token_text: str, config_text: str | None = None) ->
             f"home {home.path} founded this swarm: it needs no token", "leave out --join"
         )
     if home.credential.exists() and load_credential(home).body == token.body:
-        return token  # a unit file may name its token for ever, long after it has expired
+        return token  # a unit file may go on naming its token long after it has expired
     known = Identity.load(home.identity_key) if home.identity_key.exists() else None
     if known is None and not token.bearer:
         raise NotAuthorisedError(
@@ -140,7 +142,7 @@ def prepare_join(home: Home, token_text: str, config_text: str | None = None) ->
 
 @seen_by("home")
 class Issued(Struct, frozen=True, forbid_unknown_fields=True):
-    """An invitation as its admin remembers it: nothing in it lets anybody join."""
+    """An invitation as the founder's home lists it. Nobody can join with it."""
 
     serial: Public[int]
     swarm_id: Public[str]
@@ -152,7 +154,7 @@ class Issued(Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, token: Token) -> Issued:
-        """What may be kept of a token."""
+        """The parts of a token that are no secret."""
         made = token.certificate
         return cls(
             serial=made.serial,
@@ -166,14 +168,14 @@ class Issued(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def record_invite(home: Home, issued: Issued) -> None:
-    """Append to the list of invitations.
+    """Append an invitation to the home's list.
 
     Raises:
-        LocalError: it can't be written.
+        LocalError: the list can't be written.
     """
     line = msgspec.json.encode(issued) + b"\n"
     try:
-        # One write of one line, so that two commands at once do not mix theirs.
+        # One write per line, so that the lines of two commands do not mix.
         fd = open_own(home.invites, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         with os.fdopen(fd, "ab", buffering=0) as file:
             file.write(line)
@@ -185,7 +187,7 @@ def record_invite(home: Home, issued: Issued) -> None:
 
 
 def load_invites(home: Home) -> list[Issued]:
-    """All invitations that were made here, oldest first.
+    """All invitations that were made in this home, the oldest first.
 
     Raises:
         ConfigError: a line is damaged.
@@ -206,15 +208,16 @@ def load_invites(home: Home) -> list[Issued]:
 
 
 def keep_admission(home: Home, manifest: SignedManifest, swarm_key: bytes) -> None:
-    """Keep what a member handed over."""
+    """Store the manifest and the swarm key that a member handed over."""
     with _beside(home) as new:
         new.manifest.write_bytes(manifest.to_bytes())
         write_secret(new.swarm_key, swarm_key)
 
 
 def forget_join(home: Home) -> None:
-    """Undo `prepare_join`; the identity stays. Nothing is done to a home that was more than that: a
-    founder's, or one that has been admitted or has trained.
+    """Undo `prepare_join`, but keep the identity.
+
+    It changes nothing in a founder's home, or in one that was admitted or has trained.
     """
     more = (home.admin_key, home.swarm_key, home.manifest, home.ledger_db, home.checkpoints)
     if any(path.exists() for path in more):
@@ -241,7 +244,7 @@ def load_credential(home: Home) -> Credential:
 
 
 def load_seeds(home: Home) -> list[str]:
-    """Addresses that the token named.
+    """The seeds that the token named.
 
     Raises:
         ConfigError: the file is damaged.
@@ -255,10 +258,10 @@ def load_seeds(home: Home) -> list[str]:
 
 
 def load_swarm_key(home: Home) -> bytes:
-    """The 32 bytes that only members hold.
+    """The swarm key, 32 bytes.
 
     Raises:
-        ConfigError: missing, readable by others, or of another length.
+        ConfigError: its file is missing, readable by others, or of another length.
     """
     key = read_secret(home.swarm_key, "swarm key", "join again with a token")
     if len(key) != 32:
@@ -269,7 +272,7 @@ def load_swarm_key(home: Home) -> bytes:
 
 
 def refuse_second_swarm(home: Home) -> None:
-    """A home belongs to one swarm for ever: its ledger does."""
+    """Refuse a home that belongs to a swarm: like its ledger, it does so for ever."""
     parts = (home.manifest, home.credential, home.admin_key, home.swarm_key, home.initial_model)
     for path in parts:
         if path.exists():
@@ -280,7 +283,7 @@ def refuse_second_swarm(home: Home) -> None:
 
 
 def refuse_other_swarm(home: Home, swarm_id: str) -> None:
-    """Joining again with a fresh token is fine; joining another swarm is not."""
+    """Refuse a home that belongs to another swarm. Joining the same swarm again is allowed."""
     if home.credential.exists():
         known = load_credential(home).claimed_swarm()
         if known != swarm_id:
@@ -299,7 +302,7 @@ def _identity_for(home: Home, new: Home) -> Identity:
 
 
 def _sendable(signed: SignedManifest) -> bytes:
-    """As bytes that every member accepts."""
+    """The signed manifest as bytes, after the checks that every member makes."""
     data = signed.to_bytes()
     if len(data) > MAX_MANIFEST_BYTES:
         raise ConfigError(
@@ -312,9 +315,9 @@ def _sendable(signed: SignedManifest) -> bytes:
 
 @contextmanager
 def _beside(home: Home) -> Iterator[Home]:
-    """A staging folder whose entries replace the home's, if the block succeeds.
+    """Make a staging folder. Its entries move into the home if the block succeeds.
 
-    It lies in the home where there is one: a service's user can't write to /var/lib itself.
+    It lies in the home if there is one: a service's user can't write to /var/lib itself.
     """
     with private_umask():
         yield from _staged(home)
@@ -353,7 +356,7 @@ def _staged(home: Home) -> Iterator[Home]:
 
 
 def _move_into(staging: Path, home: Home, moved: list[Path]) -> None:
-    """Move every entry; the credential comes last, since it is what makes a member."""
+    """Move every entry, the credential last: only with it does the home belong to the swarm."""
     for entry in sorted(staging.iterdir(), key=lambda e: (e.name == home.credential.name, e.name)):
         target = home.path / entry.name
         fresh = not target.exists()

@@ -1,4 +1,4 @@
-"""What a founder decides: the initial model, the public text, and every field of the manifest."""
+"""The founder's decisions: the initial model, the public text, and every field of the manifest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from xpeer.training.formats.rows import holds_text
 
 PUBLIC_TEXT_BYTES = 200_000
 MEASURED = frozenset({"model", "tokenizer", "public_text"})
-"""Sections that are computed from files, never written by hand."""
+"""Sections that are computed from files. Nobody writes them by hand."""
 OPTIONS = {
     "name": "--swarm",
     "model.lora.rank": "--lora-rank",
@@ -38,7 +38,7 @@ OPTIONS = {
     "privacy.mode": "--privacy",
     "shared_corpus": "--corpus",
 }
-"""What decides fields that --set does not; all others are its."""
+"""Options that decide fields of the manifest. --set decides all other fields."""
 BYTE_VOCABULARY = 320
 """The byte tokenizer's 259 ids, rounded up to a multiple of 64."""
 
@@ -68,16 +68,16 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from."""
+    """The source of an initial model."""
 
     folder: Path | None = None
-    """None: it was drawn here."""
+    """The model's folder; None = its parameters were drawn here."""
     generation: dict[str, Any] = field(default_factory=dict)
-    """Its generation_config.json."""
+    """The model's generation_config.json."""
 
     @property
     def name(self) -> str:
-        """What its folder is called; empty if there is none."""
+        """The name of the model's folder; empty if there is none."""
         return "" if self.folder is None else name_of(self.folder)
 
 
@@ -88,13 +88,14 @@ class InitialModel:
     module: Any
     config: dict[str, Any]
     num_params: int
-    """Trained."""
+    """Number of trained parameters."""
     digest: str
+    """BLAKE2b-256 (hex) of the trained parameters."""
     lora: Lora | None = None
     origin: Origin = Origin()
 
     def write(self, folder: Path) -> None:
-        """Keep them as a Hugging Face folder, in float32."""
+        """Write the parameters as a Hugging Face folder, in float32."""
         from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
         from xpeer.training.export import export_hf  # noqa: PLC0415 - torch takes seconds
@@ -106,28 +107,28 @@ class InitialModel:
         export_hf(self.module, None, folder, source=source)
 
     def without_frozen(self, section: Model, tokenizer_vocab: int, sequence_tokens: int) -> Model:
-        """The manifest's section, with what no text reaches taken out of what is trained."""
+        """The manifest's section, after freezing the parameters that no text reaches."""
         from xpeer.training import flat, frozen  # noqa: PLC0415 - torch takes seconds
         from xpeer.training.adapters import adapt  # noqa: PLC0415
 
         module = self.module
         if self.lora is not None:
             module = adapt(copy.deepcopy(module), self.lora)
-        found = frozen.find(module, sequence_tokens, tokenizer_vocab)
-        if found is None:
+        untouched = frozen.find(module, sequence_tokens, tokenizer_vocab)
+        if untouched is None:
             return section
-        frozen.freeze(module, found)
+        frozen.freeze(module, untouched)
         values = flat.read_flat(module)
-        frozen.thaw(module, found)
+        frozen.thaw(module, untouched)
         return msgspec.structs.replace(
             section,
             num_params=values.numel(),
             initial_digest=flat.digest(values),
-            frozen=found,
+            frozen=untouched,
         )
 
     def check(self, tokenizer_vocab: int, sequence_tokens: int) -> None:
-        """Refuse ids or positions that the model has no embeddings for.
+        """Refuse a tokenizer or a length for which the model lacks embeddings.
 
         Raises:
             ConfigError: names both numbers.
@@ -139,11 +140,11 @@ class InitialModel:
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """What a founder says of adapters."""
+    """The founder's options for adapters; see `manifest.Lora`."""
 
     rank: int
     alpha: float | None = None
-    """None: twice the rank."""
+    """None = twice the rank."""
     targets: tuple[str, ...] = ()
 
 
@@ -153,16 +154,16 @@ def initial_model(
     preset: str | None,
     lora: LoraOptions | None = None,
 ) -> InitialModel:
-    """Load or draw the initial parameters.
+    """Load or draw the initial parameters. At most one source may be given; default: preset small.
 
     Args:
-        folder: of a Hugging Face model.
-        config_file: or of a config, for random weights.
-        preset: or one of ours.
+        folder: a Hugging Face model's folder.
+        config_file: a model's config.json, for random weights.
+        preset: a key of `PRESETS`, for random weights.
         lora: train adapters of that model; None = train all of it.
 
     Raises:
-        ConfigError: more than one source, it can't be read, or it has no layers to adapt.
+        ConfigError: there is more than one source, it can't be read, or it has no layers to adapt.
     """
     from xpeer.training import flat, kept, losses, model  # noqa: PLC0415 - torch takes seconds
     from xpeer.training.rebuild import require_same  # noqa: PLC0415
@@ -200,16 +201,16 @@ def draft_manifest(
     corpus: Sequence[str] = (),
     privacy: PrivacyMode = "record",
 ) -> Manifest:
-    """A manifest from defaults, what was given, and `section.field=value` changes.
+    """Make a manifest from the arguments, `section.field=value` changes and defaults.
 
     Args:
         name: of the swarm.
-        source: the model.
-        tokenizer: folder; None = bytes.
-        public_text: file; None = the Python manual's topics.
-        changes: as of `--set`.
-        corpus: files of a corpus that all members hold a copy of and share.
-        privacy: mode.
+        source: the initial model.
+        tokenizer: its folder; None = bytes.
+        public_text: a file; None = the Python manual's topics.
+        changes: values of `--set`.
+        corpus: files of a corpus of which all members hold a copy, and each trains a part.
+        privacy: the privacy mode.
 
     Raises:
         ConfigError: a field is unknown or out of bounds, or the model does not fit the tokenizer
@@ -247,7 +248,7 @@ def draft_manifest(
     if "steps" not in end and _needs_steps(tree["privacy"], end):
         end["steps"] = 1000
     try:
-        # There and back: what JSON can't hold (infinity) is found here, not by a member.
+        # Encode and decode, so that a value that JSON can't hold (infinity) fails here.
         manifest = msgspec.json.decode(
             msgspec.json.encode(msgspec.convert(tree, Manifest)), type=Manifest
         )
@@ -274,7 +275,7 @@ def given_by(field: str) -> str:
 
 
 def _require_startable(manifest: Manifest, tokenizer: Any) -> None:
-    """Refuse what nodes would refuse at their start, as far as a moment tells; see `trial`."""
+    """Refuse a manifest that nodes would refuse at their start. Quick checks only; see `trial`."""
     from xpeer.mixing.fragments import Fragments  # noqa: PLC0415
     from xpeer.training.documents import document_of  # noqa: PLC0415 - torch takes seconds
     from xpeer.training.records import cut  # noqa: PLC0415
@@ -361,7 +362,7 @@ def _public_text(path: Path | None) -> str:
 
 
 def _cut(data: bytes) -> str:
-    """The beginning as text; a character that the cut has broken is left out."""
+    """The beginning of the data as text, without a last character that the cut broke."""
     whole = data[:PUBLIC_TEXT_BYTES]
     for end in range(len(whole), max(len(whole) - 4, -1), -1):
         with contextlib.suppress(UnicodeDecodeError):
@@ -370,7 +371,7 @@ def _cut(data: bytes) -> str:
 
 
 def _tokenizer(folder: Path | None) -> Any:
-    """As nodes will load it."""
+    """Load the tokenizer in the way in which nodes will load it."""
     from xpeer.training.tokenizer import load_tokenizer  # noqa: PLC0415 - tokenizers is slow
 
     if folder is None:

@@ -78,7 +78,7 @@ def verify(peer_id: str, domain: bytes, message: bytes, signature: bytes) -> boo
 
 
 def verify_with(verify_key: bytes, domain: bytes, message: bytes, signature: bytes) -> bool:
-    """Whether `signature` is of the holder of this 32-byte Ed25519 key."""
+    """Whether the holder of this 32-byte Ed25519 key made `signature`."""
     if len(signature) != SIGNATURE_BYTES or len(verify_key) != 32:
         return False
     try:
@@ -101,7 +101,7 @@ class Identity:
     signing_key: SigningKey
 
     def __repr__(self) -> str:
-        """Show the public half only."""
+        """Only the public half."""
         return f"Identity({self.peer_id})"
 
     @classmethod
@@ -144,7 +144,7 @@ class Identity:
         """Read the 68-byte protobuf.
 
         Raises:
-            ValueError: another key type, a wrong length, or halves that do not belong together.
+            ValueError: the key type or the length is wrong, or the halves do not match.
         """
         if len(data) != len(_PRIVATE_PREFIX) + 64 or not data.startswith(_PRIVATE_PREFIX):
             raise ValueError(f"not a libp2p Ed25519 private key ({len(data)} bytes, expected 68)")
@@ -167,7 +167,7 @@ class Identity:
         """Read a key file that only its owner may read.
 
         Raises:
-            ConfigError: missing, unreadable, readable by others, or malformed.
+            ConfigError: it is missing, unreadable, readable by others, or malformed.
         """
         data = read_secret(path, "identity key", "make one with `xpeer init` or `xpeer id`")
         try:
@@ -191,7 +191,7 @@ def read_secret(path: Path, what: str, how_to_make: str) -> bytes:
     """Read a small secret file.
 
     Raises:
-        ConfigError: missing, unreadable, or group or others have any right on it.
+        ConfigError: it is missing or unreadable, or group or others have any right on it.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What may become of a value that leaves this node, said at its field; and who reads the whole.
+"""Markers for values that leave this node: how each field is treated, and who reads a structure.
 
     @seen_by("partners", why="...")
     class Accept(Message, frozen=True):
@@ -16,14 +16,14 @@ Treatments, from harmless to private, while privacy is on:
               operator's own word (an address, a declared speed)
     derived   computed from released parameters and public data alone: post-processing
     noised    computed from records, clipped, noised and charged before it leaves
-    timing    tells how many steps were taken by when, and nothing else of the text. Not protected:
-              a step takes as long as its random batch is large, and the clock is everybody's
+    timing    reveals how many steps were taken by when, and nothing else of the text. Not
+              protected: a larger random batch makes a longer step, and everybody has a clock
     withheld  exists, and is not sent or made while privacy is on
     local     may depend on records. For this node's operator: the Unix socket, files of the home,
               the log. Whoever passes them on passes on private data
     parts     holds other marked structures, or their bytes
 
-What this module does not give: that the network hides sizes, numbers and moments of messages.
+What this module does not give: the network does not hide sizes, numbers and times of messages.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ K = TypeVar("K")
 
 
 class Treatment(StrEnum):
-    """What makes it harmless that a value leaves, if anything does."""
+    """Why it is harmless that a value leaves this node, if it is."""
 
     PUBLIC = "public"
     DERIVED = "derived"
@@ -62,7 +62,7 @@ Audience = Literal["anybody", "members", "partners", "export", "node", "home"]
 export: whoever is given an export or a trained model's card."""
 
 ATTRIBUTE: Final = "__leaves__"
-"""Where a class holds its `Destination`. A subclass declares its own."""
+"""Name of the class attribute that holds the `Destination`. A subclass declares its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,9 @@ class Destination:
     """Where a structure goes.
 
     Args:
-        audience: who reads it; None: it stays in this node.
-        why: what a reader of the table would ask.
-        all_public: True iff all its fields are public, whatever is added to them.
+        audience: who reads it; None = it stays in this node.
+        why: an explanation for readers of the table.
+        all_public: True iff all its fields are public, also those that are added later.
     """
 
     audience: Audience | None

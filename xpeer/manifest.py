@@ -1,8 +1,8 @@
-"""The manifest: the signed document that all peers of a swarm share.
+"""The manifest: the signed document that all members of a swarm have in common.
 
-`swarm_id` commits to the founder's admin key and to the first manifest, so a fingerprint read over
-the telephone is enough to check a manifest, a certificate or a token from a stranger.
-The manifest is public to members only; it holds no secret.
+`swarm_id` commits to the founder's admin key and to the first manifest. So a fingerprint that is
+read out over the telephone is enough to check a manifest, a certificate or a token from a stranger.
+Only members get the manifest, but it holds no secret.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NAME_CHARS = 80
 DELTA_MIN, DELTA_MAX = 1e-10, 1e-4
-"""Of privacy.delta: below, the accountant's doubles can't tell; above, epsilon means too little."""
+"""Bounds of privacy.delta. Below, the accountant's doubles are too coarse. Above, epsilon means too
+little."""
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -35,52 +36,56 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
 
     rank: Annotated[int, Meta(ge=1, le=1024)]
     alpha: Positive
-    """What an adapter adds is scaled by alpha / rank."""
+    """The output of an adapter is multiplied by alpha / rank."""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-    """Of the initial adapters."""
+    """Random seed of the initial adapters."""
     base_digest: str
-    """BLAKE2b-256 (hex) of the frozen weights, flat float32 little endian; every node names its own
+    """BLAKE2b-256 (hex) of the frozen weights, flat float32 little endian. Every node has its own
     copy of them."""
     targets: list[str] = []
-    """Last parts of the names of the layers that get one; empty: all linear ones but the output."""
+    """Last parts of the names of the layers with adapters; empty = all linear ones but the output.
+    """
 
 
 @seen_by("members", all_public=True)
 class Frozen(Struct, frozen=True, forbid_unknown_fields=True):
-    """Parameters that no text of this length reaches, whatever it says: positions beyond a record,
-    parts that are never called. They keep their initial values: no noise, no exchange, no decay.
+    """Parameters that no text of this length can reach.
+
+    Such are positions beyond a record and parts that are never called. They keep their initial
+    values: no noise, no exchange, no decay.
     """
 
     parameters: dict[str, tuple[int, int]]
-    """By name: the first row that is trained, and the one behind the last; [0, 0]: none is."""
+    """By name: the first trained row, and the row after the last trained one; [0, 0] = no row is
+    trained."""
     num_values: Count
-    """Frozen, together."""
+    """Number of all frozen values."""
     digest: str
-    """BLAKE2b-256 (hex) of them in the order of names, flat float32 little endian."""
+    """BLAKE2b-256 (hex) of the frozen values in the order of names, flat float32 little endian."""
 
 
 @seen_by("members", all_public=True)
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
-    """What is trained."""
+    """The model that is trained."""
 
     config: dict[str, Any]
     """Hugging Face config as JSON, `model_type` included."""
     num_params: Count
-    """Trained, and exchanged; without what is frozen."""
+    """Number of parameters that are trained and exchanged, without the frozen ones."""
     initial_digest: str
-    """BLAKE2b-256 (hex) of their initial values, flat float32 little endian."""
+    """BLAKE2b-256 (hex) of these parameters' initial values, flat float32 little endian."""
     lora: Lora | None = None
-    """None: all weights are trained."""
+    """None = all weights are trained, not adapters."""
     source: Annotated[str, Meta(max_length=200)] = ""
-    """What the founder's folder was called: joiners are told which model they need."""
+    """Name of the model in the founder's folder, so that joiners know which model they need."""
     generation: dict[str, Any] = {}
     """generation_config.json of the model that training starts from, for exports."""
     frozen: Frozen | None = None
-    """None: all of it is trained, even what no text reaches."""
+    """None = all parameters are trained, even those that no text reaches."""
 
     @property
     def state_values(self) -> int:
-        """What a joiner is given: trained values, then frozen ones."""
+        """Number of values that a joiner receives: trained ones, then frozen ones."""
         return self.num_params + (self.frozen.num_values if self.frozen else 0)
 
 
@@ -90,12 +95,12 @@ class Tokenizer(Struct, frozen=True, forbid_unknown_fields=True):
 
     kind: Literal["byte", "huggingface"] = "byte"
     digest: str = ""
-    """For huggingface: BLAKE2b-256 (hex) of its tokenizer.json; every node names its own path."""
+    """For huggingface: BLAKE2b-256 (hex) of tokenizer.json. Every node has its own copy."""
 
 
 @seen_by("members", all_public=True)
 class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
-    """AdamW on the local shard; moments never leave the peer."""
+    """AdamW on the local shard. Its moments never leave the node."""
 
     learning_rate: Positive = 1e-3
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
@@ -103,13 +108,13 @@ class Optimiser(Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     warmup_steps: Annotated[int, Meta(ge=0)] = 10
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay over the steps expected until the end of the run."""
+    """Decay of the learning rate over the steps that are expected until the end of the run."""
     final_rate: Annotated[float, Meta(ge=0, le=1)] = 0.1
-    """Share of the learning rate left at the end."""
+    """Fraction of the learning rate that is left at the end."""
     gradient_clip: Annotated[float, Meta(ge=0)] = 1.0
     """Norm of the batch gradient without privacy; 0 = none. With privacy, records are clipped."""
     batch_records: Count = 64
-    """(Expected) records per step; one record is one training sequence."""
+    """Records per step; with privacy, their expected number. A record is one training sequence."""
     sequence_tokens: Annotated[int, Meta(ge=8)] = 128
 
 
@@ -120,51 +125,55 @@ REMOVED: Final = (
     ),
     ("privacy", "mode", ("update",), "mode update was removed", "record"),
 )  # fmt: skip
-"""What manifests up to 2026-11-29 could say: section, field, values, why not, what to say now."""
+"""Values that manifests up to 2026-11-29 could have: section, field, values, why they are gone, and
+the value to use now."""
 
 
 @seen_by("members", all_public=True)
 class Round(Struct, frozen=True, forbid_unknown_fields=True):
-    """How often peers exchange, and what."""
+    """How often members exchange, and what."""
 
     window_steps: Count = 5
     """H: a window ends after this many local steps ..."""
     window_s: Positive | None = None
-    """... or after this many seconds, whichever comes first (None: by steps alone)."""
+    """... or after this many seconds, whichever comes first. None = by steps alone."""
     slot_s: Positive = 1.0
-    """Length of a slot of the shared clock: groups are drawn anew in every slot. Those of more than
-    two begin to meet in every n-th only."""
+    """Length of a slot of the shared clock. Groups are drawn anew in every slot; groups of more
+    than two begin to meet only in every n-th slot."""
     fragments: Annotated[int, Meta(ge=1, le=1024)] = 5
-    """F: the parameters are exchanged in so many parts, F of them a window; 1 = all at once."""
+    """F: the parameters are exchanged in this many parts, F parts a window; 1 = all at once."""
     codec: Codec = "int8"
-    """int4 and int2 round stochastically."""
+    """Form of the values in a payload. int4 and int2 round stochastically."""
     rule: RuleName = "gossip"
-    """What is made of what a group exchanged: see `xpeer/mixing/rules`."""
+    """How an exchange changes the parameters: see `xpeer/mixing/rules`."""
     combiner: Literal["mean", "trimmed-mean"] = "mean"
     """How the values of a group become one: see `xpeer/mixing/combine.py`."""
     trim: Annotated[int, Meta(ge=1, le=31)] = 1
-    """Of trimmed-mean: so many of the largest and of the smallest values of each parameter are
-    left out. As many hostile members of a group can't move it out of the honest ones' range."""
+    """For trimmed-mean: this many of the largest and of the smallest values of each parameter are
+    left out. As many hostile members of a group can't move the result out of the range of the
+    honest members' values."""
     group: Annotated[int, Meta(ge=0, le=8)] = 2
-    """k: peers that meet in a slot; 0 = all."""
+    """k: members that meet in a slot; 0 = all."""
     outer_rate: Positive | None = None
-    """Of rules with an outer optimiser: diloco and noloco alpha, gasloc eta (None: the paper's)."""
+    """Constant of the outer optimiser: alpha of diloco and noloco, eta of gasloc. None = value of
+    the paper, here and below."""
     outer_momentum: Annotated[float, Meta(ge=0, lt=1)] | None = None
-    """diloco and noloco mu, gasloc gamma."""
+    """Constant of the outer optimiser: mu of diloco and noloco, gamma of gasloc."""
     consensus_rate: Positive | None = None
-    """noloco gamma, gasloc alpha."""
+    """Constant of the outer optimiser: gamma of noloco, alpha of gasloc."""
     masks: bool = False
-    """Groups of exactly `group` peers exchange fixed-point values under masks that cancel in their
-    sum: partners learn the sum of the others and no single one. Takes the place of `codec`; is no
-    differential privacy."""
+    """True iff groups of exactly `group` members exchange fixed-point values under masks, which
+    cancel in the group's sum. A member learns the sum of the others and no single value. The values
+    replace those of `codec`. This is no differential privacy."""
     mask_bits: Literal[16, 32] = 16
-    """Per parameter. With 16, k peers' sum may be 32768 steps from k times one's own value."""
+    """Bits per parameter. With 16, the sum of k members may be at most 32768 steps away from k
+    times one's own value."""
     mask_step: Annotated[float, Meta(ge=1e-9, le=1.0)] = 2.0**-14
     """Distance of two neighbouring masked values, in parameters' units."""
     deadline_s: Positive = 30.0
-    """One exchange may take this long once it is agreed on."""
+    """Longest duration of an exchange, from its agreement on."""
     closing_windows: Annotated[int, Meta(ge=0)] | None = None
-    """Windows of mixing without training at the end (None: 2*ceil(log2 N))."""
+    """Windows of mixing without training at the end; None = 2*ceil(log2 N)."""
 
     def check(self) -> None:
         """Check what no single field can.
@@ -218,7 +227,7 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def least_group(self) -> int:
-        """Members, ourselves included, without whom a group merges nothing."""
+        """Least number of members, ourselves included, with which a group merges."""
         if self.masks:
             return self.group
         return 2 * self.trim + 1 if self.combiner == "trimmed-mean" else 2
@@ -237,48 +246,49 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def policy(self) -> RulePolicy:
-        """What `rule` asks of those who match, schedule, charge and send for it."""
+        """Policy of `rule`."""
         return RULES[self.rule]
 
     @property
     def payload_codec(self) -> str:
-        """What an exchange's payload is encoded in."""
+        """Name of the codec of an exchange's payload."""
         return f"masked{self.mask_bits}" if self.masks else self.codec
 
 
 @seen_by("members", all_public=True)
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
-    """The floor that every member's shard is trained under."""
+    """The privacy that every member's shard has at least."""
 
     mode: PrivacyMode = "record"
-    """record: DP-SGD, one training sequence or document is the unit of privacy. off: none."""
+    """record: DP-SGD that protects each training sequence or document (`unit`). off: no protection.
+    """
     epsilon: Positive = 8.0
     delta: Annotated[float, Meta(gt=0, lt=1)] | None = None
-    """None: min(1e-5, n^-1.1) for a shard of n records."""
+    """None = min(1e-5, n^-1.1) for a shard of n records."""
     clip_norm: Positive = 1.0
     """C: L2 norm that each record's gradient is clipped to."""
     noise_multiplier: Positive | None = None
-    """sigma; None: each peer calibrates it so that `end.steps` steps spend exactly epsilon."""
+    """sigma; None = each node calibrates it so that `end.steps` steps spend exactly epsilon."""
     unit: Literal["record", "document"] = "record"
-    """What epsilon holds for. document: whole documents are sampled (`optimiser.batch_records` of
-    them a step), and n counts documents."""
+    """The unit that epsilon protects. document: whole documents are sampled, about
+    `optimiser.batch_records` of them a step, and n counts documents."""
     document_records: Count = 1
-    """Records of a sampled document that a step uses at most, each clipped to C over their number.
-    """
+    """A step uses at most this many records of a sampled document. Each is clipped to C divided by
+    their number."""
     clipping: Literal["fixed", "adaptive"] = "fixed"
-    """adaptive: from clip_norm on, C follows a quantile of the norms, estimated privately at no
-    further epsilon."""
+    """adaptive: C starts at clip_norm and follows a quantile of the norms. Its private estimate
+    costs no further epsilon."""
     clip_quantile: Annotated[float, Meta(gt=0, lt=1)] = 0.5
-    """Share of the units whose norm shall be within C."""
+    """Fraction of the units whose norm should be within C."""
     clip_rate: Annotated[float, Meta(gt=0, le=2)] = 0.2
-    """How fast the logarithm of C follows."""
+    """How fast the logarithm of C follows the quantile."""
     clip_count_noise: Positive | None = None
-    """sigma_b, standard deviation of the noise of the count within C; None: a 20th of the batch, or
-    twice sigma if that is more."""
+    """sigma_b: standard deviation of the noise that is added to the count of units within C. None =
+    a 20th of the batch, or twice sigma if that is more."""
 
     @property
     def policy(self) -> PrivacyPolicy:
-        """What `mode` asks of those who train, measure and report under it."""
+        """Policy of `mode`."""
         return privacy_policy(self.mode)
 
     def in_short(self) -> str:
@@ -336,27 +346,27 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
 
 @seen_by("members", all_public=True)
 class PublicText(Struct, frozen=True, forbid_unknown_fields=True):
-    """Text that is no secret: validation, joiners' checks, warm-up."""
+    """Text that is no secret, for losses that all members compare, and for joiners' checks."""
 
     digest: str
     """BLAKE2b-256 (hex) of the text in UTF-8."""
     text: str
-    """The text itself, so that every member measures the same thing."""
+    """The text itself, so that all members measure on the same text."""
 
 
 @seen_by("members", all_public=True)
 class SharedCorpus(Struct, frozen=True, forbid_unknown_fields=True):
-    """A corpus all members hold; each trains the documents that rendezvous hashing gives it."""
+    """A corpus of which all members hold a copy. Rendezvous hashing gives each its documents."""
 
     name: str
     digest: str = ""
-    """`documents.corpus_digest` of it, which every member's copy must have; empty: any copy will
-    do, and members with different ones divide them differently."""
+    """`documents.corpus_digest` that every member's copy must have. Empty = any copy will do, and
+    members with different copies divide them differently."""
 
 
 @seen_by("members", all_public=True)
 class End(Struct, frozen=True, forbid_unknown_fields=True):
-    """When a peer's training ends, whichever comes first; then consolidation, then `finished`."""
+    """When a node's training ends: at whichever bound comes first. Then it closes and finishes."""
 
     steps: Count | None = None
     rounds: Count | None = None
@@ -366,16 +376,16 @@ class End(Struct, frozen=True, forbid_unknown_fields=True):
 
 @seen_by("members", all_public=True)
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds that every peer enforces on every other."""
+    """Bounds that every member enforces on every other."""
 
     max_members: Annotated[int, Meta(ge=2, le=4096)] = 256
     max_transfers: Annotated[int, Meta(ge=1, le=64)] = 8
-    """Open transfers per node."""
+    """Transfers of bulk at the same time per node."""
 
 
 @seen_by("members", "the founder wrote it, before any training", all_public=True)
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything that has to be the same at every peer."""
+    """Everything that has to be the same at every member."""
 
     version: Literal[1] = 1
     name: str
@@ -387,7 +397,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     privacy: Privacy = Privacy()
     public_text: PublicText
     swarm_key_digest: str = ""
-    """`swarm_key_digest` of the first swarm key, so that a joiner can't be given a wrong one."""
+    """`swarm_key_digest` of the first swarm key, so that a newcomer can check the key it gets."""
     shared_corpus: SharedCorpus | None = None
     end: End = End()
     limits: Limits = Limits()
@@ -408,14 +418,14 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError("public_text.digest does not match public_text.text")
 
     def require_privacy(self, asked: str, max_epsilon: float = 0.0) -> None:
-        """Refuse what the node's operator does not want.
+        """Refuse a manifest whose privacy is not what the node's operator wants.
 
         Args:
-            asked: the only mode that will do; "" = any.
-            max_epsilon: the largest privacy.epsilon that will do; 0 = any, or none at all.
+            asked: the only mode that is accepted; "" = any.
+            max_epsilon: the largest privacy.epsilon that is accepted; 0 = any, and also no privacy.
 
         Raises:
-            ConfigError: nobody trains with less, or more, than the manifest says.
+            ConfigError: the manifest says otherwise. No node can deviate from it.
         """
         charges = self.privacy.policy.charges
         if max_epsilon and (not charges or self.privacy.epsilon > max_epsilon):
@@ -437,7 +447,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def swarm_key_digest(key: bytes) -> str:
-    """What may be known of a swarm key: it is 32 random bytes, so nobody can guess it."""
+    """Digest of a swarm key. It may be public, since nobody can guess 32 random bytes."""
     return blake2b(Domain.SWARM_KEY, key).hex()
 
 
@@ -446,7 +456,7 @@ class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
     """A manifest as it travels and lies on disk. Make with `sign`, read with `open`."""
 
     body: str
-    """The manifest as JSON; signed as it stands, so nothing is ever re-encoded."""
+    """The manifest as JSON. The signature is over these bytes, so nobody ever re-encodes them."""
     admin: bytes
     """Ed25519 public key of the founder's admin key."""
     signature: bytes
@@ -460,15 +470,15 @@ class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def genesis(self) -> Genesis:
-        """What the swarm's fingerprint commits to."""
+        """Admin key and hash of this manifest, to which the swarm's fingerprint commits."""
         return Genesis(admin=self.admin, manifest_hash=blake2b(self.body.encode()))
 
     def open(self, swarm_id: str | None = None) -> Manifest:
         """Verify the signature, the fingerprint if given, and every field.
 
         Raises:
-            NotAuthorisedError: altered, or of another swarm.
-            ConfigError: signed, but not a manifest this version can read.
+            NotAuthorisedError: it was altered, or is of another swarm.
+            ConfigError: it is signed, but this version can't read it.
         """
         if not verify_with(self.admin, Domain.MANIFEST, self.body.encode(), self.signature):
             raise NotAuthorisedError(
@@ -490,7 +500,7 @@ class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "manifest") -> SignedManifest:
-        """Read what `to_bytes` wrote; the signature is checked by `open`."""
+        """Read what `to_bytes` wrote. `open` checks the signature."""
         if len(data) > MAX_MANIFEST_BYTES:
             raise ConfigError(
                 f"{source} has {len(data)} bytes, at most {MAX_MANIFEST_BYTES}",
@@ -503,7 +513,7 @@ class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def load(cls, path: Path) -> SignedManifest:
-        """Read the file."""
+        """Read a manifest's file."""
         try:
             return cls.from_bytes(path.read_bytes(), f"manifest {path}")
         except OSError as e:
@@ -513,7 +523,7 @@ class SignedManifest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _unreadable(body: str, error: Exception) -> ConfigError:
-    """Why a signed manifest can't be read: it names what is gone, or is of another version."""
+    """The error for a signed manifest that has a removed value, or is of another version."""
     for section, field, gone, what, instead in REMOVED:
         try:
             value = msgspec.json.decode(body)[section][field]

@@ -1,6 +1,6 @@
-"""What a member has to bring besides its text: told in an invitation, and all at once.
+"""What a member needs besides its text. An invitation lists all of it.
 
-Knows no torch: whether a model's weights are the right ones is seen when they are loaded.
+Needs no torch. Whether a model's weights are the right ones shows when they are loaded.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ _Digest = Annotated[str, Meta(max_length=64)]
 
 @seen_by("anybody", "the manifest's")
 class Needs(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of every member of a swarm that trains."""
+    """Files that every training member of a swarm needs."""
 
     tokenizer: Public[_Digest] = ""
-    """BLAKE2b-256 (hex) of its tokenizer.json; empty: bytes."""
+    """BLAKE2b-256 (hex) of the tokenizer's tokenizer.json; empty = bytes."""
     base_model: Public[_Digest] = ""
-    """BLAKE2b-256 (hex) of the weights whose adapters are trained; empty: none."""
+    """BLAKE2b-256 (hex) of the weights whose adapters are trained; empty = no adapters."""
     source: Public[Annotated[str, Meta(max_length=200)]] = ""
-    """What the founder's folder of the model was called."""
+    """Name of the model in the founder's folder."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Needs | None:
-        """None: nothing."""
+        """The needs of a manifest's members; None = they need nothing."""
         lora, digest = manifest.model.lora, manifest.tokenizer.digest
         if lora is None and not digest:
             return None
         return cls(digest, lora.base_digest if lora is not None else "", manifest.model.source)
 
     def options(self) -> list[str]:
-        """Of `xpeer init --join` and `xpeer start`."""
+        """Options of `xpeer init --join` and `xpeer start` for the files, with placeholders."""
         options = ["--base-model /path/to/model"] if self.base_model else []
         return options + (["--tokenizer /path/to/tokenizer"] if self.tokenizer else [])
 
     def in_words(self) -> list[str]:
-        """All of it, an item each."""
+        """The needs in words, one item each."""
         named = f" ({self.source})" if self.source else ""
         items = []
         if self.base_model:
@@ -65,19 +65,19 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
         return items
 
     def unmet(self, data: Data, home: Home) -> list[str]:
-        """What is missing or wrong on this node, an item each; empty: all is there."""
+        """The needs that are missing or wrong on this node, one item each; empty = all are met."""
         model, peft, *tokenizer = self.in_words() if self.base_model else ("", "", *self.in_words())
-        found = []
+        items = []
         if self.base_model and not data.base_model and not home.initial_model.exists():
-            found.append(model)
+            items.append(model)
         if self.base_model and data.base_model:
             try:
                 check_folder(Path(data.base_model).expanduser(), "data.base_model")
             except ConfigError as e:
-                found.append(str(e))
+                items.append(str(e))
         if self.base_model and importlib.util.find_spec("peft") is None:
-            found.append(peft)
-        return found + self._unmet_tokenizer(data, *tokenizer)
+            items.append(peft)
+        return items + self._unmet_tokenizer(data, *tokenizer)
 
     def _unmet_tokenizer(self, data: Data, said: str = "") -> list[str]:
         if not self.tokenizer:
@@ -102,10 +102,10 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def require(needs: Needs | None, data: Data, home: Home) -> None:
-    """Refuse a node that lacks something, and name all of it.
+    """Refuse a node that lacks something.
 
     Raises:
-        ConfigError: an item each.
+        ConfigError: names everything that is missing or wrong.
     """
     unmet = needs.unmet(data, home) if needs is not None else []
     if unmet:

@@ -1,7 +1,7 @@
-"""Paths that a person wrote: an unset variable must never come to mean a folder.
+"""Checks of paths that a person wrote: an unset variable must never be read as a folder.
 
-An empty path would be the current folder, and "$DIR/" without DIR the whole machine, so that
-text nobody meant would be trained on. All of them are refused before anything is read.
+An empty path would mean the current folder, and "$DIR/" without DIR the whole machine. The node
+would then train on text that nobody meant. Such paths are refused before anything is read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _OUR_FOLDERS: Final = frozenset({"checkpoints", "initial", "cache"})
 
 
 def checked(name: str, text: str) -> str:
-    """A path as it was given.
+    """Check a path, and return it unchanged.
 
     Args:
         name: option, setting or variable, for the error.
-        text: what was given.
+        text: the path.
 
     Raises:
         ConfigError: it is blank, no path, not UTF-8, or its `~` stands for nothing.
@@ -43,7 +43,7 @@ def checked(name: str, text: str) -> str:
 
 
 def checked_text(name: str, text: str) -> str:
-    """A path, folder or glob of text to train on.
+    """Check a file, folder or glob of text to train on, and return it unchanged.
 
     Raises:
         ConfigError: as `checked`, or it is the root of the file system, or a glob from there.
@@ -59,7 +59,7 @@ def checked_text(name: str, text: str) -> str:
 
 
 def checked_home(name: str, text: str) -> str:
-    """A node's folder.
+    """Check a node's folder, and return it unchanged.
 
     Raises:
         ConfigError: as `checked`, or it is the root of the file system.
@@ -73,10 +73,10 @@ def checked_home(name: str, text: str) -> str:
 
 
 def refuse_homes(files: Iterable[Path], setting: str) -> None:
-    """Refuse files of a node's home, or of a privacy register, as text.
+    """Refuse to train on files of a node's home or of a privacy register.
 
     Raises:
-        ConfigError: names the first.
+        ConfigError: names the first such file.
     """
     by_folder: dict[Path, Path] = {}
     for file in files:

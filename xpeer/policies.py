@@ -1,7 +1,7 @@
 """Policies of the aggregation rules and of the privacy modes, by their names in the manifest.
 
-Code that behaves differently under some rule or mode asks for a policy's attribute and compares no
-names (tests/unit/test_policies.py), so that a new rule or mode says here once what it asks for.
+Code that behaves differently under some rule or mode reads an attribute of its policy. It compares
+no names (tests/unit/test_policies.py), so a new rule or mode only needs a policy here.
 
 Knows neither torch nor the manifest. The arithmetic of rules is in `xpeer/mixing/rules`, the
 mechanisms of modes are in `xpeer/privacy`.
@@ -19,7 +19,7 @@ RuleName = Literal[
 ]
 PrivacyMode = Literal["record", "off"]
 Weighting = Literal["equal", "tokens", "quality"]
-"""What a partner counts by: as much as we do, its tokens per second, or its loss on the public
+"""What a partner's weight depends on: nothing, its tokens per second, or its loss on the public
 text."""
 
 
@@ -34,7 +34,7 @@ class OuterRates:
 
 @dataclass(frozen=True, slots=True)
 class RulePolicy:
-    """What a rule asks of those who match, schedule, charge and send for it."""
+    """Attributes of a rule that matching, scheduling, charging and sending depend on."""
 
     weighting: Weighting = "equal"
     vectors: int = 1
@@ -43,18 +43,18 @@ class RulePolicy:
     """True iff a window's steps end in one optimiser step that waits for the group's answer. The
     parameters stay where they are until then."""
     uses_slots: bool = True
-    """False: a member that trains meets anybody who is free, at any time. Once its training is
-    over, it uses slots as all do."""
+    """False: a member that trains meets any free member, at any time. Once its training is over,
+    it uses slots like all rules."""
     needs_only_sum: bool = False
-    """True iff a group's plain sum is all that it asks for, so that masks may hide the rest."""
+    """True iff the rule needs only a group's plain sum, so that masks may hide single values."""
     outer: OuterRates | None = None
-    """None: it has no outer optimiser."""
+    """None = it has no outer optimiser."""
     group: int | None = None
-    """The only `round.group` that it works with. None: any."""
+    """The only `round.group` that it works with; None = it works with any."""
     fragments: int | None = None
-    """The only `round.fragments` that it works with. None: any."""
+    """The only `round.fragments` that it works with; None = it works with any."""
     misfit: str = ""
-    """What a founder reads who asks for another group or number of fragments."""
+    """Error text for a founder who sets another group or number of fragments."""
 
     def fits(self, group: int, fragments: int) -> bool:
         """Whether it works with `round.group` and `round.fragments`."""
@@ -93,19 +93,19 @@ RULES: Final[Mapping[RuleName, RulePolicy]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class PrivacyPolicy:
-    """What a mode asks of those who train, measure and report under it."""
+    """Attributes of a mode that training, measuring and reporting depend on."""
 
     clips_records: bool = False
     """True iff a step is one of DP-SGD: each record's gradient is clipped, their sum is noised."""
     charges: bool = True
     """True iff steps are charged to the ledger before they are taken."""
     hides_batches: bool = True
-    """True iff nothing that others see may follow from what a batch held: from its tokens, its
-    loss, or how long it took."""
+    """True iff nothing that others see may depend on a batch: on its tokens, its loss, or the time
+    that it took."""
     warning: str = ""
-    """What the operator reads at every turn. Empty: nothing."""
+    """Warning for the operator, in the log and in every status; empty = none."""
     unit: str = ""
-    """What all its charges are counted by, whatever they note. Empty: what they note."""
+    """The unit of all its charges, whatever they note; empty = the unit that they note."""
 
 
 MODES: Final[Mapping[str, PrivacyPolicy]] = MappingProxyType(
@@ -123,9 +123,8 @@ MODES: Final[Mapping[str, PrivacyPolicy]] = MappingProxyType(
 
 
 def privacy_policy(mode: str) -> PrivacyPolicy:
-    """Policy of a mode as a manifest, a ledger, a card or a status names it.
+    """Policy of a mode that a manifest, a ledger, a card or a status names.
 
-    A name that this version does not know counts as a mode that charges and hides, and that no
-    mechanism knows how to train under.
+    A mode that this version does not know charges and hides, and no mechanism can train under it.
     """
     return MODES.get(mode, PrivacyPolicy())

@@ -1,6 +1,6 @@
-"""What `xpeer init`, `xpeer start` and `xpeer start --dry-run` check alike, before anything else.
+"""Checks that `xpeer init`, `xpeer start` and `xpeer start --dry-run` make before anything else.
 
-Knows neither torch nor libp2p: it has to be quick.
+They have to be quick, so they need neither torch nor libp2p.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from xpeer.network.multiaddress import check_announce, check_listen, check_peer
 
 
 def check_settings(home: Home, config: NodeConfig) -> None:
-    """Refuse settings with which no node could run, whatever swarm it is of.
+    """Refuse settings with which no node of any swarm could run.
 
     Raises:
         ConfigError: names the setting, its value and a remedy.

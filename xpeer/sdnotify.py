@@ -1,4 +1,4 @@
-"""Tell systemd how the service does: sd_notify(3) over its datagram socket.
+"""Reports the service's state to systemd: sd_notify(3) over its datagram socket.
 
 Without systemd (no NOTIFY_SOCKET) every call does nothing.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 
 def notify(state: str, environ: Mapping[str, str] = os.environ) -> bool:
-    r"""Send one message; whether systemd took it.
+    r"""Send one message. True iff systemd received it.
 
     Args:
         state: e.g. "READY=1", "WATCHDOG=1", "STOPPING=1", "STATUS=text"; several joined by "\n".
@@ -32,18 +32,18 @@ def notify(state: str, environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def extend(seconds: float, environ: Mapping[str, str] = os.environ) -> bool:
-    """Ask for more time to start or stop, from now on; whether systemd took it."""
+    """Ask for this much time to start or stop, from now on. True iff systemd received it."""
     return notify(f"EXTEND_TIMEOUT_USEC={max(1, int(seconds * 1e6))}", environ)
 
 
 def watchdog_interval_s(
     environ: Mapping[str, str] = os.environ, pid: int | None = None
 ) -> float | None:
-    """How often to send WATCHDOG=1: half of WatchdogSec; None if nobody watches this process.
+    """Seconds between two WATCHDOG=1: half of WatchdogSec. None if nobody watches this process.
 
     Args:
         environ: where WATCHDOG_USEC and WATCHDOG_PID are looked up.
-        pid: ours; a child that inherited the variables is not watched.
+        pid: our process; a child that inherited the variables is not watched. None = `os.getpid()`.
     """
     usec, watched = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
     if not usec.isdecimal() or int(usec) == 0:

@@ -1,8 +1,8 @@
-"""What signals do to our processes: end them properly, or nothing. The table is in
-docs/operating.md.
+"""Signal handlers of our processes: a signal ends a process properly, or does nothing.
 
-Left as the system has them: those that nobody can handle (KILL, STOP), those of faults (ABRT, BUS,
-FPE, ILL, SEGV, SYS, TRAP), and those that do not kill (CHLD, CONT, TSTP, TTIN, TTOU, URG, WINCH).
+The table is in docs/operating.md. Some signals keep the system's default: those that nobody can
+handle (KILL, STOP), those of faults (ABRT, BUS, FPE, ILL, SEGV, SYS, TRAP), and those that do not
+kill (CHLD, CONT, TSTP, TTIN, TTOU, URG, WINCH).
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ log = logging.getLogger("xpeer.daemon")
 
 
 def _known(*names: str) -> frozenset[signal.Signals]:
-    """Those that this system has."""
+    """The signals of these names that this system has."""
     return frozenset(signal.Signals[name] for name in names if name in signal.Signals.__members__)
 
 
 ENDING: Final = _known("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGPWR", "SIGXCPU")
-"""The node saves and ends: by an operator, a closed terminal, a failing power supply, a used-up
-CPU limit (its hard limit comes some seconds later)."""
+"""Signals at which the node saves and ends: from an operator, a closed terminal, a failing power
+supply, or a used-up CPU limit (the hard limit comes some seconds later)."""
 _LEFT: Final = _known(
     "SIGKILL", "SIGSTOP", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP",
     "SIGCHLD", "SIGCONT", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH", "SIGINFO",
 )  # fmt: skip
 IGNORED: Final = frozenset(int(n) for n in signal.valid_signals()) - ENDING - _LEFT
-"""Killers that nobody sends to us on purpose: ALRM, IO, PIPE, PROF, STKFLT, USR1, USR2, VTALRM,
-XFSZ, real-time ones."""
+"""Signals that kill by default, and that nobody sends to us on purpose: ALRM, IO, PIPE, PROF,
+STKFLT, USR1, USR2, VTALRM, XFSZ, real-time ones."""
 
 
 def end_by(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> None:
-    """Have `ENDING` call a function on the loop, and `IGNORED` do nothing.
+    """Make signals of `ENDING` call a function on the loop, and those of `IGNORED` do nothing.
 
-    `nohup` has us ignore SIGHUP, and we go on doing so.
+    If `nohup` set SIGHUP to be ignored, it stays ignored.
     """
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -52,6 +52,6 @@ def end_by(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> None:
 
 
 def leave_it_to_the_parent() -> None:
-    """Ignore whatever could end this process: its parent decides when it ends."""
+    """Ignore all signals that could end this process, since its parent decides when it ends."""
     for number in (*ENDING, *IGNORED):
         signal.signal(number, signal.SIG_IGN)

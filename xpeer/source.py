@@ -1,6 +1,6 @@
-"""What a path that should be a model's folder really is, said before anything is loaded.
+"""Checks that a path is a model's folder before anything is loaded; else says what it is instead.
 
-Knows no torch: only names, and the first bytes of files.
+It reads only names and the first bytes of files, and needs no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SNAPSHOT: Final = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{7,
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_HEADER: Final = 100_000_000
-"""As safetensors has it."""
+"""The bound that safetensors itself has, in bytes."""
 _ELSEWHERE: Final = {
     "tf_model.h5": "TensorFlow's",
     "flax_model.msgpack": "Flax's",
@@ -26,25 +26,26 @@ _ELSEWHERE: Final = {
     "consolidated.00.pth": "the maker's own form",
 }
 BYTES: Final = "bytes"
-"""As --tokenizer."""
+"""Value of --tokenizer for bytes."""
 _BYTE_VOCABULARY_MAX: Final = 512
-"""A model of so few ids, without a tokenizer, is one for bytes: 256, and a few special ones."""
+"""A model without a tokenizer and with at most this many ids is one for bytes: 256 ids and a few
+special ones."""
 _GET: Final = "name a folder that save_pretrained wrote, with config.json and model.safetensors"
 
 
 def check_folder(path: Path, option: str = "model") -> bool:
-    """Refuse what is no folder of a whole model.
+    """Refuse a path that is not the folder of a whole model.
 
     Args:
         path: as given.
-        option: named in errors.
+        option: the option's name, for errors.
 
     Returns:
-        Whether its weights are safetensors. Else they are a pickle, which is read without running
-        anything in it (`weights_only`).
+        True iff the weights are safetensors. Else they are a pickle, which is read without running
+        code in it (`weights_only`).
 
     Raises:
-        ConfigError: says what it is instead, and what to do.
+        ConfigError: says what the path is instead, and what to do.
     """
     _require_folder(path, option)
     names = {entry.name for entry in path.iterdir()}
@@ -75,10 +76,10 @@ def check_folder(path: Path, option: str = "model") -> bool:
 
 
 def refuse_pointer(file: Path, option: str) -> None:
-    """Refuse what git-lfs leaves in a clone in place of a large file.
+    """Refuse a pointer of git-lfs, which a clone may have in place of a large file.
 
     Raises:
-        ConfigError: it is one, or can't be read.
+        ConfigError: the file is a pointer, or can't be read.
     """
     try:
         with file.open("rb") as opened:
@@ -95,26 +96,26 @@ def refuse_pointer(file: Path, option: str) -> None:
 
 
 def name_of(folder: Path) -> str:
-    """What people call the model in a folder: its last part, or its name in a cache of the hub."""
+    """A model's name: the last part of its folder, or its name in a cache of the hub."""
     whole = folder.expanduser().resolve()
-    found = _SNAPSHOT.search(whole.as_posix())
-    if found is not None:
-        return f"{found[1]}/{found[2]}@{found[3][:12]}"
+    snapshot = _SNAPSHOT.search(whole.as_posix())
+    if snapshot is not None:
+        return f"{snapshot[1]}/{snapshot[2]}@{snapshot[3][:12]}"
     return "".join(c for c in whole.name if c.isprintable())[:80]
 
 
 def tokenizer_of(
     given: str | None, folder: Path | None, config: dict[str, Any] | None
 ) -> Path | None:
-    """The folder of the tokenizer that a founder means; None = bytes.
+    """The folder of the founder's tokenizer; None = bytes.
 
     Args:
-        given: `--tokenizer`; None = not given.
+        given: value of `--tokenizer`; None = the option is not given.
         folder: of the model, or of the config.json that it is made from; None = a preset.
         config: of that model; None = a preset.
 
     Raises:
-        ConfigError: it has none that can be read, and its vocabulary is not one of bytes.
+        ConfigError: there is no tokenizer that can be read, and the vocabulary is not one of bytes.
     """
     if given == BYTES or (given is None and (folder is None or config is None)):
         return None
@@ -141,7 +142,7 @@ def tokenizer_of(
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether it holds one that is read here."""
+    """Whether the folder holds a tokenizer that xpeer can read."""
     return (folder / "tokenizer.json").exists()
 
 
@@ -163,19 +164,19 @@ def _require_tokenizer(folder: Path, option: str) -> None:
 
 
 def _other_tokenizer(folder: Path) -> str:
-    """A tokenizer's file in a form that is not read here; empty = there is none."""
+    """Name of a tokenizer's file in a form that xpeer can't read; empty = there is none."""
     names = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
     return next((name for name in names if (folder / name).exists()), "")
 
 
 def config_in(folder: Path | None, file: Path | None) -> dict[str, Any] | None:
-    """A model's config, unchecked, from its folder or the file itself; None = neither is given."""
+    """Read a model's config from its folder or its file, unchecked; None = neither is given."""
     path = folder / "config.json" if folder is not None else file
     return None if path is None else _read(path, folder)
 
 
 def missing_folder(path: Path, option: str, remedy: str = _GET) -> ConfigError:
-    """What a path that does not exist was probably meant to be."""
+    """The error for a folder that does not exist. It guesses whether a hub's model was meant."""
     text = str(path)
     hub = re.sub(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/", "", text)
     if hub == text and text.startswith("hf:/"):
@@ -272,7 +273,7 @@ def _parts(index: Path, option: str) -> list[str]:
 
 
 def _check_safetensors(file: Path, option: str) -> None:
-    """Whole, and numbers that can be trained; only the header is read."""
+    """Refuse a file that is damaged or quantised. Only its header is read."""
     refuse_pointer(file, option)
     try:
         size = file.stat().st_size
@@ -308,11 +309,11 @@ def _require_inside(folder: Path, option: str) -> None:
 
 
 def _read(file: Path, folder: Path | None = None) -> dict[str, Any]:
-    """A JSON object; empty if it is none.
+    """Read a JSON object; empty if the file holds none.
 
     Args:
-        file: to read.
-        folder: that it has to be in; None = a person named the file.
+        file: to be read.
+        folder: the file has to be in it; None = a person named the file, so it may be anywhere.
     """
     try:
         content = json.loads(

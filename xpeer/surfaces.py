@@ -1,8 +1,10 @@
-"""What a node says that is no field of a structure: protocols, frames, routes, events, log lines,
-files, and what commands print. What fields say is declared at the fields: see `leaves`.
+"""All ways in which data leaves a node, besides fields of structures.
 
-A table, not a filter: `tests/unit/test_surfaces.py` walks the real ones, and fails for whatever is
-not listed, or is listed and gone.
+These are protocols, frames, routes, events, log lines, files, and the output of commands. Fields of
+structures are declared at the fields: see `leaves`.
+
+The tables filter nothing. `tests/unit/test_surfaces.py` compares them with the code, and fails for
+anything that is missing on either side.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ PROTOCOLS: Final[dict[str, str]] = {
     "xpeer/admit/1": "joining: manifest and swarm key, sealed to the joiner",
     "xpeer/nudge/1": "nothing but that it came: timing",
 }
-"""Every libp2p protocol that a member serves, the DHT's aside (`dht.SignedValue`)."""
+"""Every libp2p protocol that a member serves, except the DHT's (`dht.SignedValue`)."""
 
 FRAMES: Final = ("MESSAGE", "BULK", "END", "ELSEWHERE")
-"""Kinds of frames of a session; lengths and kinds are seen by whoever sees the network: public."""
+"""Kinds of frames of a session. Kinds and lengths are public: the network shows them."""
 
 EVENTS: Final = (
     "trainer-restarted",
@@ -51,12 +53,12 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "xpeer.wire.kernels": ("codec kernels are not compiled, so the codec is slower: %s: %s",),
 }
-"""What the trainer process and its handle write to the log: local, and never a loss, a count or a
-text of records."""
+"""Log lines of the trainer process and its client. They are local, and never hold a loss, a count
+or a text of records."""
 
 EXPORTED: Final = ("config.json", "generation_config.json", "model.safetensors")
-"""Files of `xpeer checkpoint export`, those of tokenizer and source and `card.FILES` aside:
-released parameters and the manifest's config."""
+"""Files of `xpeer checkpoint export`: released parameters and the manifest's config. Files of the
+tokenizer, of the source and of `card.FILES` come on top."""
 
 COMMANDS: Final[dict[str, str]] = {
     "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",
@@ -66,5 +68,5 @@ COMMANDS: Final[dict[str, str]] = {
     "generate": "text of the model that is named", "eval": "a loss of the text that is named",
     "privacy": "Account, FileAccount, Verdict, Plan, Charge",
 }  # fmt: skip
-"""What commands print or write, by the structures above: for the operator. Those that ask the
-daemon print its answers (`control.ROUTES`)."""
+"""Output of each command, for the operator: the structures that it prints or writes. Those that ask
+the daemon print its answers (`control.ROUTES`)."""

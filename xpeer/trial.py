@@ -1,9 +1,10 @@
-"""A run in small, before anything is signed or started: what nodes would refuse later is found now.
+"""A trial: a small run before anything is signed or started. It fails where nodes would fail later.
 
-By the trainer's own code: model and tokenizer are built from the manifest, one step is taken by the
-privacy mechanism's own engine, one exchange is made with oneself, the model is saved, rebuilt from
-its config as a restart does, exported, and loaded again. All of it on the manifest's public text,
-in a folder that is removed: no private text is read, nothing is charged, nothing is kept.
+It runs the trainer's own code. It builds model and tokenizer from the manifest, takes a step with
+the privacy mechanism's own engine, and makes an exchange with itself. It saves the model, rebuilds
+it from its config as a restart does, exports it, and loads the export. All of this uses the
+manifest's public text, in a folder that is removed at the end: no private text is read, and nothing
+is charged or kept.
 """
 
 from __future__ import annotations
@@ -41,25 +42,25 @@ from xpeer.training.tokenizer import Tokenizer, load_tokenizer
 from xpeer.update import PeerUpdate
 from xpeer.wire import fixedpoint
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 _MOST_TOKENS: Final = 2_000_000
-"""Of the text that is tried, which is public text again and again."""
+"""Most tokens of the trial's text, which repeats the public text."""
 _LARGEST_SHARD: Final = 10**6
-"""Records: the more, the less noise a budget asks for."""
+"""Records of the largest shard that is considered. A larger shard needs less noise."""
 _EPSILON, _SIGMA = 10.0, 1.0
-"""Of the trial, in place of the manifest's: a few steps fit at any rate of sampling, and the
-accountant has counted them at once. What a budget allows: `require_reachable`."""
+"""The trial's budget and noise, in place of the manifest's. A few steps fit at any rate of
+sampling, and are counted quickly. `require_reachable` checks the manifest's own budget."""
 _TINY: Final = 0.01
-"""Larger epsilons are reached by the largest noise, however many steps there are."""
+"""With the largest noise, any larger epsilon can be kept, however many steps there are."""
 _LARGE: Final = 1e9
-"""No trained parameter is larger; a rate that makes one so is a slip."""
+"""Trained parameters are never larger. If they are, the learning rate is a slip."""
 _CLOSE: Final = 1e-3
-"""Relative difference of logits that are the same but for the order of sums."""
+"""Largest relative difference of logits of the same model, since the order of sums differs."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What was seen."""
+    """What the trial measured."""
 
     num_params: int
     device: str
@@ -67,16 +68,16 @@ class Trial:
     step_s: float
     tokens_per_step: float
     host_bytes: int
-    """The process's peak, model, optimiser and engine included."""
+    """Peak memory of the process, including model, optimiser and engine."""
     device_bytes: int
-    """Of a GPU's memory; 0 on a CPU."""
+    """Peak memory on the GPU; 0 on a CPU."""
 
 
 def require_reachable(manifest: Manifest) -> None:
     """Refuse a budget that no shard can keep, however large it is. Takes a moment.
 
     Raises:
-        ConfigError: not even one step fits, or no noise is enough for all of them.
+        ConfigError: not even one step fits, or no noise is enough for all steps.
     """
     rules, end = manifest.privacy, manifest.end
     if not rules.policy.clips_records:
@@ -111,39 +112,39 @@ def rehearse(
     source: Home,
     config: NodeConfig,
     near: Path,
-    tell: Tell,
+    report: Report,
     *,
     steps: int = 1,
     export: bool = True,
 ) -> Trial:
-    """Go once through all that a node will do.
+    """Do once everything that a node will do.
 
     Args:
-        manifest: as it is, or is about to be, signed.
-        source: the home whose initial model is used; a joiner's has none.
-        config: of the node: device, threads, where tokenizer and base model are.
-        near: a folder on the disk that the home is on, for what is removed at the end.
-        tell: is told what is going on.
-        steps: the last one is timed.
-        export: save, rebuild, export, and load again, too.
+        manifest: signed, or about to be signed.
+        source: the home with the initial model; a joiner's has none.
+        config: of the node: device, threads, folders of tokenizer and base model.
+        near: a folder on the home's disk, for files that are removed at the end.
+        report: called with each line on the trial's progress.
+        steps: number of steps; the last one is timed.
+        export: True = also save, rebuild, export, and load again.
 
     Raises:
-        LocalError: what a node would be stopped by.
+        LocalError: a node would stop with this error.
     """
     with _staged(near) as folder:
         setup = _setup(manifest, source, config, folder)
         began = time.monotonic()
-        tell("building the model, and choosing how its gradients are clipped ...")
+        report("building the model, and choosing how its gradients are clipped ...")
         made = assemble(setup)
         try:
             if made.trainer.awaiting:  # a joiner's trial begins with any values
                 made.trainer.awaiting = False
             num_params = made.trainer.parameters.num_params
-            tell(f"  {_count(num_params)} parameters on {made.beginning.device}, {_since(began)}")
-            step_s, tokens = _step(made, manifest, steps, tell)
-            _exchange(made, manifest, tell)
+            report(f"  {_count(num_params)} parameters on {made.beginning.device}, {_since(began)}")
+            step_s, tokens = _step(made, manifest, steps, report)
+            _exchange(made, manifest, report)
             if export:
-                _save_and_export(made, manifest, setup, folder, tell)
+                _save_and_export(made, manifest, setup, folder, report)
         finally:
             made.close()
         device = torch.device(made.beginning.device)
@@ -153,12 +154,12 @@ def rehearse(
 
 
 def _setup(manifest: Manifest, source: Home, config: NodeConfig, folder: Path) -> TrainerSetup:
-    """A home of its own: the same manifest but for the budget, and public text as the shard."""
+    """Make the trial's home: the manifest with another budget, and public text as the shard."""
     home = Home(folder / "home")
     home.path.mkdir()
     rules = manifest.privacy
     if rules.policy.charges:
-        sigma = min(_SIGMA, 1.9 * (rules.clip_count_noise or 1.0))  # which may exceed half of it
+        sigma = min(_SIGMA, 1.9 * (rules.clip_count_noise or 1.0))  # it must stay below twice that
         epsilon = _EPSILON * (_SIGMA / sigma) ** 2
         rules = structs.replace(rules, epsilon=epsilon, noise_multiplier=sigma, delta=None)
     tried = structs.replace(manifest, privacy=rules, shared_corpus=None)
@@ -191,7 +192,7 @@ def _setup(manifest: Manifest, source: Home, config: NodeConfig, folder: Path) -
 
 
 def _write_text(file: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """Documents of about a record each, so many that a batch is a sample of them."""
+    """Write documents of about a record each, so many that a batch is a sample of them."""
     text, length = manifest.public_text.text, manifest.optimiser.sequence_tokens
     start = text[:20_000]
     characters = max(1, round(length * len(start) / max(1, len(tokenizer.encode(start)))))
@@ -207,14 +208,14 @@ def _write_text(file: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
             opened.write(msgspec.json.encode({"text": row}) + b"\n")
 
 
-def _step(made: Assembled, manifest: Manifest, steps: int, tell: Tell) -> tuple[float, float]:
+def _step(made: Assembled, manifest: Manifest, steps: int, report: Report) -> tuple[float, float]:
     private = "private " if manifest.privacy.policy.charges else ""
     trainer, step_s = made.trainer, 0.0
     for number in range(steps):
         began = time.monotonic()
         trainer.run(1)
         step_s = time.monotonic() - began
-        tell(f"one {private}step on public text ({made.mechanism.engine}) ... {step_s:.2g} s")
+        report(f"one {private}step on public text ({made.mechanism.engine}) ... {step_s:.2g} s")
         if trainer.counters.step <= number:
             raise LocalError("the trial took no step: the run ends before it begins", "see end.*")
     values = trainer.parameters.read()
@@ -227,8 +228,8 @@ def _step(made: Assembled, manifest: Manifest, steps: int, tell: Tell) -> tuple[
     return step_s, trainer.counters.tokens / trainer.counters.step
 
 
-def _exchange(made: Assembled, manifest: Manifest, tell: Tell) -> None:
-    """Meet oneself: the payload that is sent is the one that comes back."""
+def _exchange(made: Assembled, manifest: Manifest, report: Report) -> None:
+    """Exchange with oneself: the payload that is sent is also the one that is received."""
     began, trainer, exchanges = time.monotonic(), made.trainer, made.trainer.exchanges
     before = trainer.parameters.read()
     try:
@@ -261,11 +262,11 @@ def _exchange(made: Assembled, manifest: Manifest, tell: Tell) -> None:
             "an exchange of the parameters with themselves changed them", "report this as a bug"
         )
     what = f"{sent.form.codec}, {payload.nbytes:,} bytes"
-    tell(f"one exchange with itself ({what}) ... {_since(began)}")
+    report(f"one exchange with itself ({what}) ... {_since(began)}")
 
 
 def _sum(form: Form, payload: memoryview, parties: int) -> memoryview:
-    """What a group of equal members would add up to."""
+    """The sum of a masked group whose members all have the same values."""
     total = bytearray(payload)
     rings = fixedpoint.rings(form, total)
     for _ in range(parties - 1):
@@ -274,9 +275,9 @@ def _sum(form: Form, payload: memoryview, parties: int) -> memoryview:
 
 
 def _save_and_export(
-    made: Assembled, manifest: Manifest, setup: TrainerSetup, folder: Path, tell: Tell
+    made: Assembled, manifest: Manifest, setup: TrainerSetup, folder: Path, report: Report
 ) -> None:
-    """What is loaded after a restart, and what others load from an export, is what was trained."""
+    """Check that a restart and an export load the model that was trained."""
     began, home = time.monotonic(), Home(Path(setup.home))
     made.checkpoints.copy()()
     bundle, warnings = checkpoint.load_latest(home.checkpoints)
@@ -286,7 +287,7 @@ def _save_and_export(
         own = replace(bundle, consolidation=None)
         rebuilt = trained_model(manifest, home, setup.config.data.base_model, own)
         _require_equal(made, rebuilt, "restarted", "correct config.json, or report this as a bug")
-        tell(f"saved, and rebuilt from the manifest's config ... {_since(began)}")
+        report(f"saved, and rebuilt from the manifest's config ... {_since(began)}")
         began, target = time.monotonic(), folder / "export"
         folders = source_folders(home, setup.config.data)
         kept = Source(manifest.model.config, manifest.model.generation, folders)
@@ -298,14 +299,16 @@ def _save_and_export(
             model.export_adapters(
                 rebuilt, lora, made.tokenizer, target, base=base, source=kept, text=text
             )
-    tell(f"exported, and loaded again ... {_since(began)}")
+    report(f"exported, and loaded again ... {_since(began)}")
 
 
 def _require_equal(made: Assembled, other: torch.nn.Module, what: str, remedy: str) -> None:
-    """The same logits as those of the model that was trained."""
+    """Check that a model gives the same logits as the trained one."""
     device = next(made.model.parameters()).device
     limit = min(model.vocab_size(made.model), 256)
-    length = min(16, made.trainer.manifest.optimiser.sequence_tokens - 1)  # what is trained
+    length = min(
+        16, made.trainer.manifest.optimiser.sequence_tokens - 1
+    )  # no later position is trained
     ids = torch.arange(2, 2 + length).remainder(limit).view(1, -1)
     trained, theirs = made.model.training, other.to(device).eval()
     made.model.eval()

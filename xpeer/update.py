@@ -3,9 +3,9 @@
     RawUpdate --privacy.Mechanism--> PrivateUpdate --wire.codec--> CompressedUpdate
         [--privacy.masks--> MaskedUpdate] --wire.session--> sealed frames --partner--> PeerUpdate
 
-The first three live in the trainer; only `CompressedUpdate` bytes cross to the daemon, only sealed
-frames leave it. Python can't forbid anything, but `PrivateUpdate` refuses a stamp that the privacy
-mechanism did not make.
+The first three live in the trainer. Only the bytes of a `CompressedUpdate` go to the daemon, and
+only sealed frames leave the daemon. Python can't forbid anything, but `PrivateUpdate` refuses a
+stamp that the privacy mechanism did not make.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, slots=True)
 class RawUpdate:
-    """Values straight from training. Has no method that sends it anywhere."""
+    """Values straight from training. No method sends them anywhere."""
 
     values: Noised[torch.Tensor]  # (fragment_params,) float32, CPU
     step: Timing[int]
@@ -35,7 +35,7 @@ class RawUpdate:
 @final
 @dataclass(frozen=True, slots=True)
 class PrivacyStamp:
-    """The mechanism's word that every step behind a snapshot was clipped, noised and charged.
+    """The mechanism's statement that every step behind a snapshot was clipped, noised and charged.
 
     Only the mechanisms of `xpeer.privacy` make one.
     """
@@ -54,10 +54,10 @@ _ISSUER = object()
 
 
 def received_stamp(mode: str, steps_charged: int) -> PrivacyStamp:
-    """A stamp that crossed from the trainer process, where the mechanism made it.
+    """A stamp that came from the trainer process, where the mechanism made it.
 
-    Only `xpeer.trainer.client` calls this: objects don't cross processes, so the daemon takes its
-    own trainer's word over their private socket.
+    Only `xpeer.trainer.client` calls this. Objects can't cross processes, so the daemon believes
+    its own trainer over their private socket.
     """
     return PrivacyStamp(mode=mode, steps_charged=steps_charged, issuer=_ISSUER)
 
@@ -66,7 +66,7 @@ def received_stamp(mode: str, steps_charged: int) -> PrivacyStamp:
 @final
 @dataclass(frozen=True, slots=True)
 class PrivateUpdate:
-    """Values that may be shown to anyone: post-processing of charged, noised steps."""
+    """Values that anybody may see: post-processing of charged, noised steps."""
 
     values: Noised[torch.Tensor]  # (fragment_params,) float32, CPU
     step: Timing[int]
@@ -80,7 +80,7 @@ class PrivateUpdate:
 @final
 @dataclass(frozen=True, slots=True)
 class CompressedUpdate:
-    """Private values as bytes of a codec; what the trainer hands to the daemon."""
+    """Private values as bytes of a codec. The trainer hands them to the daemon."""
 
     payload: Noised[bytes | memoryview]
     form: Parts[Form]
@@ -92,8 +92,9 @@ class CompressedUpdate:
 @final
 @dataclass(frozen=True, slots=True)
 class MaskedUpdate:
-    """Compressed private values under the masks of one group: only their sum over the group can be
-    read. A masked meeting swaps nothing else.
+    """Compressed private values under the masks of one group.
+
+    Only their sum over the group can be read. A masked meeting swaps nothing else.
     """
 
     payload: Noised[bytes | memoryview]
@@ -104,15 +105,17 @@ class MaskedUpdate:
 @final
 @dataclass(frozen=True, slots=True)
 class PeerUpdate:
-    """A partner's compressed values, complete and authenticated. Its privacy can't be proven, its
-    numbers are not yet trusted: the trainer verifies them before it merges.
+    """A partner's compressed values, complete and authenticated.
+
+    Their privacy can't be proven, and the trainer verifies them before it merges.
     """
 
     payload: Derived[bytes | memoryview]
     form: Parts[Form]
     peer_id: Public[str]
     parties: Public[int] = 1
-    """Of a masked group: how many peers' values, ours included, are added up in it."""
+    """Number of members whose values are added up in it, ours included, in a masked group; else 1.
+    """
 
 
 class Checked(NamedTuple):
@@ -121,14 +124,16 @@ class Checked(NamedTuple):
     distance: float
     """||Q(theta_j) - Q(theta_i)|| / ||Q(theta_i)|| on the fragment."""
     clipped: bool = False
-    """Above the norm limit: merged in part."""
+    """True iff the difference is above the norm limit, so that it is merged only in part."""
 
 
 @seen_by("members")
 @final
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """All parameters of a member at one step boundary, for a joiner; private like any update."""
+    """All parameters of a member at one step boundary, for a joiner. They are private, as updates
+    are.
+    """
 
     payload: Noised[bytes | memoryview]  # (num_params,) float32, little endian
     step: Timing[int]

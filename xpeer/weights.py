@@ -4,10 +4,10 @@ For every pair, with p_ij + p_ji = 1 and the same S on both sides:
 
     w_ij = p_ij S,   S = (n_i + n_j) / sum n  over the group
 
-so that in a pair w_ij + w_ji = 1, and what the pair as a whole holds (weighted by n where that is
-the rule) stays as it was, whoever else is missing. In a full group the result is the weighted mean.
+So in a group of two, w_ij + w_ji = 1. The pair's sum (weighted by n if that is the rule) stays as
+it was, whoever else is missing. In a full group the result is the weighted mean.
 
-Nobody's word outweighs everybody else: shares are bounded. What is declared may be a lie.
+Declared values may be lies. So p is bounded, and nobody can outweigh all others.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from xpeer.policies import Weighting
 from xpeer.wire.messages import Terms
 
 WEIGHT_BOUNDS: Final = 1e-3, 1e3
-"""Of declared tokens per second, relative."""
+"""Bounds of a declared weight, in relative tokens per second."""
 TOKEN_SHARES: Final = 0.1, 0.9
 QUALITY_SHARES: Final = 0.25, 0.75
-"""Narrower: a loss is easier to invent than tokens, which a roster shows over time."""
+"""Narrower bounds, since a loss is easier to invent than tokens, which a roster shows over time."""
 QUALITY_SLOPE: Final = 10.0
-"""Per nat: a model that is better by 0.1 nats on the public text gets 0.73 of a pair."""
+"""Per nat: in a pair, a model that is better by 0.1 nats on the public text gets p = 0.73."""
 
 
 def of_pair(weighting: Weighting, ours: Terms, theirs: Terms) -> float:
@@ -37,7 +37,7 @@ def of_pair(weighting: Weighting, ours: Terms, theirs: Terms) -> float:
         theirs: the partner's.
 
     Raises:
-        PeerError: the partner declares what is out of bounds (MALFORMED).
+        PeerError: a value that the partner declares is out of bounds (MALFORMED).
     """
     low, high = WEIGHT_BOUNDS
     if not low <= theirs.weight <= high:
@@ -53,7 +53,7 @@ def of_pair(weighting: Weighting, ours: Terms, theirs: Terms) -> float:
 
 
 def _of_quality(ours: Terms, theirs: Terms) -> float:
-    """Softmax of the two losses on the public text, discounted by the older one's age."""
+    """Softmax of the two losses on the public text; the older one's age weakens it."""
     if ours.loss_public is None or theirs.loss_public is None:
         return 0.5
     better_by = QUALITY_SLOPE * (ours.loss_public - theirs.loss_public)

@@ -110,7 +110,7 @@ def start(
     if dry_run:
         say_foreign()
         certificate = daemon.check(home, config, join_token=token)
-        _look(home, config, observes=certificate.role == "observer", trial=not skip_trial)
+        _examine(home, config, observes=certificate.role == "observer", trial=not skip_trial)
         say("all is well; nothing was started")
         return
     code = daemon.run(home, config, join_token=token, paused=paused, from_initial=from_initial)
@@ -171,7 +171,7 @@ def _absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.expanduser().absolute())
 
 
-def _look(home: Home, config: NodeConfig, *, observes: bool, trial: bool) -> None:
+def _examine(home: Home, config: NodeConfig, *, observes: bool, trial: bool) -> None:
     """Print what a start would do.
 
     Raises:
@@ -186,7 +186,7 @@ def _look(home: Home, config: NodeConfig, *, observes: bool, trial: bool) -> Non
         from xpeer import dry_run  # noqa: PLC0415 - slow
         from xpeer.manifest import SignedManifest  # noqa: PLC0415
 
-        dry_run.look(home, config, SignedManifest.load(home.manifest).open(), say, trial=trial)
+        dry_run.examine(home, config, SignedManifest.load(home.manifest).open(), say, trial=trial)
         return
     setting = "data.corpus" if config.data.corpus else "data.shard"
     patterns = config.data.corpus or config.data.shard

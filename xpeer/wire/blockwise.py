@@ -132,7 +132,7 @@ def _round_up_to_f16(exact: torch.Tensor) -> torch.Tensor:
 
 
 def _round(values: torch.Tensor, step: torch.Tensor, dither: torch.Tensor | None) -> torch.Tensor:
-    """(rows, width) float32 integers."""
+    """Values divided by their row's step and rounded: (rows, width) float32 integers."""
     scaled = values / torch.where(step == 0, 1.0, step).unsqueeze(1)
     if dither is None:
         return scaled.round()
