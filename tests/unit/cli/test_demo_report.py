@@ -89,7 +89,7 @@ def test_a_curve_has_the_start_a_point_a_window_and_the_end(tmp_path: Path):
         save(folder, flat * (1 - step / 100), step)
         snapshots.look()
     snapshots.look(last=True)
-    assert [step for step, _ in snapshots.taken] == [5, 10, 12]
+    assert [step for step, _ in snapshots.kept] == [5, 10, 12]
     assert torch.equal(snapshots.last(), flat * 0.88)
     save(folder, flat * 0.5, 12)  # the same step after the closing consolidation
     snapshots.look(last=True)

@@ -68,7 +68,7 @@ class Snapshots:
     def __init__(self, checkpoints: Path, every: int) -> None:
         self._folder = checkpoints
         self._every = every
-        self._kept: list[tuple[int, torch.Tensor]] = []  # (step, (P,) parameters)
+        self.kept: list[tuple[int, torch.Tensor]] = []  # (step, (P,) parameters)
 
     def look(self, *, last: bool = False) -> None:
         """Keep the newest checkpoint's parameters, if `every` steps passed since the last ones.
@@ -79,7 +79,7 @@ class Snapshots:
         newest = next(iter(checkpoint.paths(self._folder)), None)
         if newest is None:
             return
-        kept_step = self._kept[-1][0] if self._kept else 0
+        kept_step = self.kept[-1][0] if self.kept else 0
         step = checkpoint.step_of(newest)
         if step < kept_step + self._every and not last:
             return
@@ -88,12 +88,12 @@ class Snapshots:
         except (FileNotFoundError, CorruptFileError):
             return  # the daemon has just removed it; the next one comes
         if last and step == kept_step:
-            self._kept.pop()
-        self._kept.append((step, params))
+            self.kept.pop()
+        self.kept.append((step, params))
 
     def curve(self, start: float, held_out: HeldOut) -> Curve:
         """Losses of the snapshots, after the public start's loss."""
-        return [(0, start), *((step, held_out.loss(params)) for step, params in self._kept)]
+        return [(0, start), *((step, held_out.loss(params)) for step, params in self.kept)]
 
     def last(self) -> torch.Tensor:
         """(P,) parameters at the end.
@@ -101,6 +101,6 @@ class Snapshots:
         Raises:
             FileNotFoundError: there was no checkpoint at all.
         """
-        if not self._kept:
+        if not self.kept:
             raise FileNotFoundError(self._folder)
-        return self._kept[-1][1]
+        return self.kept[-1][1]
