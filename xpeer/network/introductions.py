@@ -1,8 +1,8 @@
 """Introductions: the only handler that strangers can call. It is bounded and rate-limited.
 
 A caller presents its credential. If it is valid, we answer with ours and the addresses of some
-members. If not, we refuse and say nothing else. A caller remembers who knows it, and calls nobody
-again soon who refused.
+members. If not, we refuse and say nothing else. A caller remembers who knows it. It does not call a
+peer that refused it for a while.
 """
 
 from __future__ import annotations

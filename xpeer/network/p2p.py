@@ -289,7 +289,7 @@ class GatedP2P(P2P):
     # Outgoing
 
     async def call(self, peer: PeerID, name: str, request: bytes) -> tuple[bool, bytes]:
-        """Call a handler of ours at a peer.
+        """Call one of our own protocols at a peer.
 
         Returns:
             (True, the reply), or (False, the reason code).

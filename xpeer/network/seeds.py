@@ -151,7 +151,7 @@ class Bootstrapping:
 
 
 def _of_clocks(ahead_s: float) -> str:
-    """The warning for the operator if our clock is this far ahead of the others'; else empty."""
+    """The operator's warning that our clock is off by more than MAX_SKEW_S; empty if it is not."""
     if abs(ahead_s) <= MAX_SKEW_S:
         return ""
     how = "behind" if ahead_s < 0 else "ahead of"
