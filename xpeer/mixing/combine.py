@@ -1,17 +1,17 @@
-"""What becomes of the differences to several partners: one shift, which goes to the rule.
+"""Combines the differences to several partners into one shift, which goes to the rule.
 
     mean            shift = sum_j w_j z_j
     trimmed mean    shift = mean of what is left of {0, z_1, ..., z_m} in each coordinate
                             without the k largest and the k smallest values
 
-z_j = Q(theta_j) - Q(theta_i) as `mixing` has it, so that 0 is our own value. The mean keeps the sum
-over the group whoever of it is missing. The trimmed mean (Yin et al. 2018, arXiv 1803.01498,
-definition 2) does not, and is bounded instead: with at most k hostile partners each coordinate lies
-between the smallest and the largest honest value, ours included. How far hostile values are out
-makes no difference.
+z_j = Q(theta_j) - Q(theta_i) as in `differences`, so that 0 is our own value. The mean keeps the
+sum over the group, even if some members are missing. The trimmed mean (Yin et al. 2018, arXiv
+1803.01498, definition 2) does not, and is bounded instead: with at most k hostile partners each
+coordinate lies between the smallest and the largest honest value, ours included. How far away the
+hostile values are makes no difference.
 
-What it does not give: a defence against values that are among the honest ones and all pull one way,
-or against more than k hostile members of one group. Knows nothing of rules and processes.
+What it does not give: a defence against hostile values that lie among the honest ones and all pull
+one way, or against more than k hostile members of one group. Knows nothing of rules and processes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from xpeer.errors import PeerError, Reason
 from xpeer.manifest import Round
 
 _CHUNK_VALUES: Final = 1 << 14
-"""64 KiB of each partner: what is compared stays in the second-level cache."""
+"""Values of each partner that are compared at a time: 64 KiB, to stay in the second-level cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """The group's answer minus our own values."""
+    """The group's combined values minus our own."""
 
     values: torch.Tensor  # (V, n) float32: shift / scale
     scale: float = 1.0
@@ -42,16 +42,16 @@ class Shift:
 
 
 class Combiner(Protocol):
-    """Makes one shift of differences to one partner or several.
+    """Makes one shift from the differences to one or more partners.
 
     Attributes:
-        trusts_each: whether what a single partner sent may go into exports and donations as it is.
+        trusts_each: whether a single partner's values may go into exports and donations.
     """
 
     trusts_each: ClassVar[bool]
 
     def combine(self, differences: Sequence[torch.Tensor], weights: Sequence[float]) -> Shift:
-        """Called once for each meeting, on the helper.
+        """Combine the differences; called once for each meeting, on the helper.
 
         Args:
             differences: z_j of each partner, (V, n) float32, CPU; may be overwritten.
@@ -63,12 +63,12 @@ class Combiner(Protocol):
 
 
 class Mean:
-    """The weighted mean. What is missing of the weights to 1 is our own."""
+    """The weighted mean. Our own weight is 1 minus the partners' weights."""
 
     trusts_each: ClassVar[bool] = True
 
     def combine(self, differences: Sequence[torch.Tensor], weights: Sequence[float]) -> Shift:
-        """Add up. A single difference is weighted on its way into the parameters."""
+        """Add up. A single difference is weighted later, as it is added to the parameters."""
         first, *others = differences
         if not others:
             return Shift(first, weights[0])
@@ -81,7 +81,7 @@ class Mean:
 class TrimmedMean:
     """The mean without the k largest and the k smallest values of each coordinate.
 
-    All values that are left count alike, whatever the weights: a weight is a partner's word.
+    The values that are left count alike. Weights are ignored: a partner could claim any.
 
     Args:
         trim: k.
@@ -93,7 +93,7 @@ class TrimmedMean:
         self._trim = trim
 
     def combine(self, differences: Sequence[torch.Tensor], weights: Sequence[float]) -> Shift:
-        """Needs 2 k partners at least: with fewer, k of them could decide alone."""
+        """Combine at least 2 k partners: with fewer, k of them could decide alone."""
         del weights
         count, trim = 1 + len(differences), self._trim
         if count < 2 * trim + 1:
@@ -115,13 +115,13 @@ class TrimmedMean:
 
 
 def _move_extremes(rows: list[torch.Tensor], trim: int, spare: torch.Tensor) -> None:
-    """Of each coordinate, move the smallest values to the first rows and the largest to the last.
+    """Move each coordinate's smallest values to the first rows and its largest to the last.
 
-    By neighbours, as in bubble sort: sorting along this dimension took six times as long.
+    Neighbours are compared, as in bubble sort: sorting along this dimension took six times as long.
 
     Args:
         rows: (n,) each; changed in place.
-        trim: so many rows at either end.
+        trim: number of rows at either end.
         spare: (n,) of any content.
     """
     for done in range(trim):
@@ -139,5 +139,5 @@ def _put_in_order(low: torch.Tensor, high: torch.Tensor, spare: torch.Tensor) ->
 
 
 def make(round_: Round) -> Combiner:
-    """The manifest's."""
+    """The combiner that the manifest names."""
     return TrimmedMean(round_.trim) if round_.combiner == "trimmed-mean" else Mean()

@@ -2,10 +2,10 @@
 
     z_j = Q(theta_j[f]) - Q(theta_i[f])        shift = sum_j w_j z_j
 
-Both sides of a pair know both quantised snapshots, and z_j here is -z_i there: whatever the codec
-drops, however late either side merges and whoever else of the group is missing, what is added here
-is subtracted there, to float rounding. A clipped z breaks this on one side; that is counted. What
-becomes of the shift is the aggregation rule's business (`xpeer/mixing/rules`).
+Both sides of a pair know both quantised snapshots, and z_j here is -z_i there. So what one side
+adds, the other subtracts, up to float rounding. This holds whatever the codec drops, however late
+either side merges, and whoever else in the group is missing. A clipped z breaks it on one side;
+clips are counted. The aggregation rule decides what becomes of the shift (`xpeer/mixing/rules`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CHUNK_VALUES: Final = 1 << 15
 class Difference:
     """How a verified partner's vectors differ from ours."""
 
-    values: torch.Tensor  # (V, n) float32, CPU: z, each vector clipped if need be
+    values: torch.Tensor  # (V, n) float32, CPU: z, each vector clipped to its limit
     norms: tuple[float, ...]
     """||z|| of each vector, after clipping."""
     distance: float
@@ -45,19 +45,19 @@ def difference(
     parameters_at: int,
     out: torch.Tensor | None = None,
 ) -> Difference:
-    """Decode a partner's payload against our own values: z, and how far apart we are.
+    """Decode a partner's payload and subtract our own values.
 
     Args:
         form: of both payloads: V n values.
-        own: what we sent: the payload itself, where there is one vector; or Q of it, (num_values,)
-            float32, as the partner decoded it.
+        own: what we sent: the payload itself, if it holds one vector; or the values that the
+            partner decoded from it, (num_values,) float32.
         payload: the partner's.
-        limits: one for each vector: see `training.limits`.
+        limits: one for each vector; see `screen`.
         parameters_at: the vector that holds parameters.
         out: (num_values,) float32 to write z to.
 
     Raises:
-        PeerError: as `codec.decode`; or the difference overflows.
+        PeerError: see `codec.decode`; or the difference overflows.
     """
     z, whole = merge.difference(form, own, payload, out=out)
     rows = z.view(len(limits), -1)
@@ -80,7 +80,7 @@ def difference(
 
 
 def bounded(z: torch.Tensor, own: torch.Tensor, limit: Limit) -> Difference:
-    """A difference of parameters that was decoded already, measured and clipped in place.
+    """Measure and clip, in place, a difference of parameters that was decoded before.
 
     Args:
         z: (n,) float32.
@@ -98,8 +98,9 @@ def bounded(z: torch.Tensor, own: torch.Tensor, limit: Limit) -> Difference:
 
 
 def _norm(values: torch.Tensor) -> float:
-    """||x||, accumulated in float64 so that large float32 values don't overflow on the way; in
-    chunks that stay in the cache, since the whole at once is six times slower.
+    """||x||, accumulated in float64 so that large float32 values don't overflow on the way.
+
+    It is computed in chunks that stay in the cache, since the whole at once is six times slower.
     """
     squares = (
         float(torch.linalg.vector_norm(chunk, dtype=torch.float64)) ** 2

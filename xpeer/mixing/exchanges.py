@@ -1,10 +1,9 @@
 """Meetings in flight, from our snapshot to the merge; the trainer's half of `xpeer/round.py`.
 
-A meeting is one fragment's exchange with the other peers of a group: one snapshot, a payload of
-each partner, one merge. Only copying a fragment out of the model and adding a correction to it
-happen on the training thread, at step boundaries. Compressing, decoding, verifying and the rule's
-arithmetic happen on the helper thread meanwhile; `stages` says what follows on what, and why there
-is one helper.
+A meeting exchanges one fragment with the other peers of a group: one snapshot, a payload from each
+partner, one merge. The training thread only copies a fragment out of the model and adds a
+correction to it, both at step boundaries. Meanwhile the helper thread compresses, decodes, verifies
+and does the rule's arithmetic. `in_flight` lists the stages, and says why there is one helper.
 """
 
 from __future__ import annotations
@@ -30,32 +29,33 @@ from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivateUpdate, R
 from xpeer.wire.fixedpoint import Grid
 
 SPARE: Final = 8
-"""Buffers that are kept for the next meetings: snapshot, payload, difference and what was shown."""
+"""Buffers kept for the next meetings: snapshots, payloads, differences and received values."""
 _SMOOTHING: Final = 0.9
-"""Of the consensus distance, per exchange."""
+"""Weight of the past in the consensus distance, per exchange."""
 
 
 class Exchanges:
-    """What is in flight, and what came of it.
+    """The meetings in flight, and statistics of those that were merged.
 
-    The training thread calls `take` and `merge`, one helper `compress`, `verify` and `resolve`,
-    any thread `drop`.
+    The training thread calls `take` and `merge`. One helper calls `compress`, `verify` and
+    `resolve`. Any thread may call `drop`.
 
     Args:
         parameters: of the model.
         codec: of the manifest.
         mechanism: certifies snapshots.
-        rule: of the manifest; while no steps are taken, and where a partner takes none, plain
-            averaging of the parameters takes its place.
-        grid: of masked groups: then there is no codec, and one payload that is a group's sum.
+        rule: of the manifest. Plain averaging of the parameters takes its place while we take no
+            steps, and in meetings with a partner that takes none.
+        grid: of masked groups, which use no codec and verify one payload, the group's sum. None =
+            groups are not masked.
         combiner: of the manifest; None = the mean.
 
     Attributes:
-        consensus_distance: of verified partners, smoothed; None until the first one.
-        merges: corrections that were added.
-        merges_clipped: partners' differences in them that were clipped.
-        seconds_snapshot: of the training thread, in `take`.
-        seconds_merge: of the training thread, in `merge`.
+        consensus_distance: smoothed distance to verified partners; None until the first one.
+        merges: number of corrections that were added.
+        merges_clipped: number of clipped differences in them.
+        seconds_snapshot: time that the training thread spent in `take`.
+        seconds_merge: time that the training thread spent in `merge`.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class Exchanges:
     # ---- on the training thread ---------------------------------------------------------------
 
     def begin(self, *, behind: bool = False) -> None:
-        """The parameters were set anew: what is in flight refers to others.
+        """Start again from new parameters; meetings in flight are dropped, since theirs are gone.
 
         Args:
-            behind: to a donor's: the others have trained on meanwhile.
+            behind: whether the parameters may be older than the other members'.
         """
         self._in_flight.clear()
         self.consolidation.begin()
@@ -137,17 +137,17 @@ class Exchanges:
         averaging: bool = False,
         warmed_up: float = 1.0,
     ) -> PrivateUpdate:
-        """At a step boundary: copy the fragment and have it certified.
+        """Copy a fragment and have it certified; at a step boundary.
 
         Args:
-            meeting_id: of the caller's choice.
+            meeting_id: chosen by the caller.
             fragment: f.
-            step: now.
-            averaging: plain averaging of the parameters instead of the manifest's rule.
-            warmed_up: share of the learning rate that the warm-up allows now.
+            step: number of local steps so far.
+            averaging: average the parameters instead of using the manifest's rule.
+            warmed_up: fraction of the learning rate that the warm-up allows now.
 
         Raises:
-            PeerError: too many are in flight, or this fragment is (BUSY).
+            PeerError: too many meetings are in flight, or this fragment is (BUSY).
             TrainerError: the id is in use.
             LocalError: no such fragment.
         """
@@ -163,11 +163,13 @@ class Exchanges:
         return private
 
     def merge(self, meeting_id: int, step: int) -> int:
-        """At a step boundary: add the correction. How many of the partners' differences were
-        clipped; -1 = the meeting was dropped.
+        """Add the correction to the parameters; at a step boundary.
+
+        Returns:
+            Number of the partners' differences that were clipped; -1 = the meeting was dropped.
 
         Raises:
-            TrainerError: it is not resolved.
+            TrainerError: the meeting is not resolved.
         """
         began = time.perf_counter()
         meeting = self._in_flight.end(meeting_id)
@@ -189,7 +191,7 @@ class Exchanges:
         return clipped
 
     def _learn(self, meeting: Resolved) -> int:
-        """Note what a merged meeting says of its partners; returns how many were clipped."""
+        """Record the norms and values of a merged meeting; returns how many were clipped."""
         snapshot = meeting.sent.snapshot
         for each in meeting.accepted:
             if self.common is not None and each.mean is not None:
@@ -206,18 +208,18 @@ class Exchanges:
         return sum(each.difference.clipped for each in meeting.accepted)
 
     def _give_back(self, sent: Sent) -> None:
-        """Nobody refers to a merged meeting's memory any more."""
+        """Give the memory of a merged meeting back: nobody refers to it any more."""
         differences = (each.difference.values.view(-1) for each in sent.verified.values())
         for spare in (sent.snapshot.theta, sent.payload, *differences):
             self.buffers.give(spare)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """For a checkpoint: the rule's, and what masked groups have in common."""
+        """Return tensors for a checkpoint: the rule's state and the masked groups' means."""
         common = self.common.state() if self.common is not None else {}
         return {**self.rule.state(), **common}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """What `state` gave, after the parameters were put back: a checkpoint's."""
+        """Restore what `state` returned, after the checkpoint's parameters were put back."""
         self._movement.lies_behind()
         self.rule.restore(state)
         if self.common is not None:
@@ -226,16 +228,16 @@ class Exchanges:
     # ---- on the helper ------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Have the codec ready before the first exchange needs it."""
+        """Prepare the codec before the first exchange needs it."""
         count = self.fragments.num_fragments
         self.payloads.prepare(self.rule, max(self.fragments.size(f) for f in range(count)))
 
     def compress(self, meeting_id: int, update: PrivateUpdate) -> CompressedUpdate:
-        """Compress, and keep what the partners will decode.
+        """Compress a snapshot, and keep what the partners will decode.
 
         Raises:
-            PeerError: dropped meanwhile (CLOSED).
-            TrainerError: the parameters can't be encoded, or were before.
+            PeerError: the meeting was dropped meanwhile (CLOSED).
+            TrainerError: the parameters can't be encoded, or were encoded before.
         """
         snapshot = self._in_flight.at(meeting_id, Certified)
         try:
@@ -250,13 +252,14 @@ class Exchanges:
         """Decode and check one partner's payload, or a masked group's sum.
 
         Returns:
-            Relative distance of the two snapshots; of a sum, between the others' mean and ours.
-            And whether it is above the limit.
+            The relative distance between the two snapshots (for a sum: between the others' mean
+            and our snapshot), and whether it is above the limit.
 
         Raises:
-            PeerError: not this codec or size, not finite, too many partners (BUSY), a sum that is
-                too far away (OUT_OF_RANGE), or dropped meanwhile (CLOSED).
-            TrainerError: nothing was sent, or this exchange was verified before.
+            PeerError: the payload has another codec or size, or is not finite; too many partners
+                (BUSY); a sum is too far away (OUT_OF_RANGE); or the meeting was dropped meanwhile
+                (CLOSED).
+            TrainerError: we have sent nothing yet, or this exchange was verified before.
         """
         sent = self._in_flight.at(meeting_id, Sent)
         sent.require_new(exchange_id)
@@ -275,14 +278,15 @@ class Exchanges:
         return Checked(verified.difference.distance, verified.difference.clipped)
 
     def resolve(self, meeting_id: int, weights: Mapping[int, float]) -> None:
-        """Compute what the partners that accepted ask of our parameters.
+        """Compute the correction from the partners that accepted.
 
         Args:
-            meeting_id: of the snapshot.
+            meeting_id: as given to `take`.
             weights: w_j of every exchange that both sides accepted.
 
         Raises:
-            PeerError: unknown or dropped (CLOSED), or too few for the combiner (GROUP_TOO_SMALL).
+            PeerError: the meeting is unknown or was dropped (CLOSED), or has too few partners for
+                the combiner (GROUP_TOO_SMALL).
             TrainerError: an exchange was not verified.
         """
         sent = self._in_flight.at(meeting_id, Sent)
@@ -300,14 +304,14 @@ class Exchanges:
     # ---- on any thread ------------------------------------------------------------------------
 
     def drop(self, meeting_id: int) -> None:
-        """Forget a meeting; harmless if it is unknown."""
+        """Forget a meeting; an unknown one is ignored."""
         self._in_flight.drop(meeting_id)
 
 
 def _correction(sent: Sent, shift: Shift) -> Correction:
-    """What the rule wants to be added; may overwrite the shift."""
+    """Compute the rule's correction; may overwrite the shift."""
     snapshot, rule = sent.snapshot, sent.snapshot.rule
-    if rule.is_plain:  # weighted on its way into the parameters
+    if rule.is_plain:  # the scale is applied as it is added to the parameters
         return Correction(shift.values[0], scale=shift.scale)
     own = torch.empty(0)
     if rule.reads_own and isinstance(sent.own, torch.Tensor):

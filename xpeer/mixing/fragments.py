@@ -4,12 +4,13 @@ The flat vector is cut into lines of 64 values, and line l belongs to fragment
 
     f(l) = (l + floor(l / (13 F))) mod F
 
-so that a fragment is a few strided views of the vector: no table of indices, no random reads, and
-every layer, row and column has its part in all fragments. The shift after every 13 F lines breaks
-step with matrices whose rows are a multiple of F lines. A pure function of P and F, in integers.
+A fragment is a few strided views of the vector, without a table of indices or random reads. Every
+layer, row and column has a part in every fragment. After every 13 F lines the pattern shifts by
+one, so that it does not line up with matrices whose rows are a multiple of F lines. The cut is a
+pure function of P and F, in integers.
 
-Element by element with random indices, copying a fifth of 135 M parameters out took 0.12 s on a
-core and adding to them 0.055 s; by lines 0.025 s and 0.032 s.
+With random indices of single values, copying a fifth of 135 M parameters out took 0.12 s on a core,
+and adding to them 0.055 s. By lines it took 0.025 s and 0.032 s.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ import torch
 from xpeer.errors import LocalError
 
 LINE: Final = 64
-"""Values; half a quantisation block."""
+"""Number of values in a line; half a quantisation block."""
 _RUN: Final = 13
 
 
 def padded(num_params: int) -> int:
-    """P rounded up to whole lines; the rest are zeros at every peer, and stay so."""
+    """P rounded up to whole lines. The values beyond P are and stay zero at every peer."""
     return -(-num_params // LINE) * LINE
 
 
@@ -55,7 +56,7 @@ class Fragments:
         self._tails = _tails(lines, num_fragments)
 
     def size(self, fragment: int) -> int:
-        """Values in a fragment."""
+        """Number of values in a fragment."""
         self._check(fragment)
         body = self._blocks * self.num_fragments * _RUN
         return LINE * (body + len(self._tails[fragment]))
@@ -63,7 +64,7 @@ class Fragments:
     def gather(
         self, flat: torch.Tensor, fragment: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Copy a fragment.
+        """Copy a fragment out of the flat vector.
 
         Args:
             flat: (padded P,), any device and dtype.
@@ -102,7 +103,7 @@ class Fragments:
     def _parts(
         self, flat: torch.Tensor, packed: torch.Tensor, fragment: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Corresponding views of what is packed, and of where it lies in the model."""
+        """Pairs of views: a part of a packed fragment, and the same part in the model."""
         if self._blocks == 0:
             return
         f_, blocks = self.num_fragments, self._blocks
@@ -120,12 +121,12 @@ class Fragments:
 
 
 def fragment_size(num_params: int, num_fragments: int, fragment: int) -> int:
-    """`Fragments.size`."""
+    """See `Fragments.size`."""
     return _fragments(num_params, num_fragments).size(fragment)
 
 
 def largest(num_params: int, num_fragments: int) -> int:
-    """Values in the largest fragment."""
+    """Number of values in the largest fragment."""
     fragments = _fragments(num_params, num_fragments)
     return max(fragments.size(f) for f in range(num_fragments))
 
@@ -136,7 +137,7 @@ def _fragments(num_params: int, num_fragments: int) -> Fragments:
 
 
 def _tails(lines: int, num_fragments: int) -> list[torch.Tensor]:
-    """Of every fragment: its lines after the last whole block, sorted, int64."""
+    """For each fragment, its lines after the last whole block, sorted, int64."""
     run = num_fragments * _RUN
     block = num_fragments * run
     rest = torch.arange(lines - lines % block, lines)

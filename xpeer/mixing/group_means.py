@@ -1,10 +1,10 @@
-"""What a masked group's sum says, and what others may know of our parameters because of it.
+"""Decodes a masked group's sum, and remembers the groups' means for joiners.
 
     z = mean of the others' values - Q(theta_i[f])        shift = (k - 1) / k  z
 
-The others' mean takes the place of a partner's values in every respect: the distance, the norm's
-limit, and what consolidation remembers. Nobody's own difference can be told, so the limit bounds
-that of the mean as a whole: a single far member is diluted by k - 1 before it is seen.
+The others' mean takes the place of a partner's values everywhere: for the distance, for the norm's
+limit, and in consolidation. No single member's difference is known, so the limit bounds the mean's.
+A single far member is diluted by k - 1 before the limit sees it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Sum:
     """A decoded sum."""
 
     difference: Difference
-    shown: ReceivedFragment | None
-    """The others' mean; None if it was clipped."""
+    received: ReceivedFragment | None
+    """The others' mean; None if the difference was clipped."""
     mean: torch.Tensor | None  # (n,) float32, on the grid
-    """The group's; None if it was clipped."""
+    """The whole group's mean, ours included; None if the difference was clipped."""
 
 
 def decoded(
@@ -53,33 +53,35 @@ def decoded(
         grid: of the manifest.
         theta: (n,) float32, CPU: our snapshot.
         own: our payload, before it was masked.
-        total: the sum of all k payloads, with k as `parties`.
+        total: the sum of all k payloads; its `parties` is k.
         limit: of ||z||.
-        buffers: where memory is taken.
+        buffers: supplies memory.
 
     Raises:
-        PeerError: not a group (MALFORMED), or as `fixedpoint.difference`.
+        PeerError: k is impossible (MALFORMED), or see `fixedpoint.difference`.
     """
     parties = total.parties
     if not 2 <= parties <= fixedpoint.MAX_PARTIES:
         raise PeerError(Reason.MALFORMED, f"a sum over {parties} members")
     z = buffers.take(theta.numel())
     fixedpoint.difference(grid, own, total.payload, parties, z)
-    found = bounded(z, theta, limit)
-    if found.clipped:
-        return Sum(found, None, None)
+    difference = bounded(z, theta, limit)
+    if difference.clipped:
+        return Sum(difference, None, None)
     mean = fixedpoint.rounded(grid, theta, own).add_(z, alpha=(parties - 1) / parties)
-    return Sum(found, received_mean(theta, z, buffers), mean)
+    return Sum(difference, received_mean(theta, z, buffers), mean)
 
 
 class GroupMeans:
-    """What other members know of our parameters already, and a joiner may be given: where they were
-    set from (the initial model, a donor's), and of every fragment the mean of the last group.
+    """Parameters that other members know already, and that a joiner may therefore get.
 
-    A donor's own parameters would show a joiner, or whoever says that it is one, what masks hide
-    from partners. A group's mean is what its members know; it is at most a window old, and rounded
-    to the grid like all that the group showed. Costs four bytes for each parameter, in memory and
-    in a checkpoint. Used by the training thread alone.
+    They begin as the parameters that we started from (the initial model or a donor's). Then each
+    fragment is the mean of the last group that exchanged it.
+
+    Our own parameters would show a joiner, or an impostor, what masks hide from partners. A group's
+    mean is known to its members anyway. It is at most a window old, and rounded to the grid like
+    the payloads. This costs four bytes for each parameter, in memory and in a checkpoint. Only the
+    training thread uses it.
 
     Args:
         fragments: how the parameters are cut.
@@ -90,23 +92,23 @@ class GroupMeans:
         self._flat = torch.empty(0)  # (num_params padded to whole lines,) float32, CPU
 
     def begin(self, flat: torch.Tensor) -> None:
-        """The parameters were set anew, to (num_params,) float32, CPU, that other members know."""
+        """Start again from (num_params,) float32, CPU: parameters that other members know."""
         self._flat = torch.nn.functional.pad(flat, (0, padded(flat.numel()) - flat.numel()))
 
     def merged(self, fragment: int, mean: torch.Tensor) -> None:
-        """A group with this mean, (n,) float32, CPU, is merged."""
+        """Put the mean of a merged group, (n,) float32, CPU, in the place of its fragment."""
         before = self._fragments.gather(self._flat, fragment)
         self._fragments.add_(self._flat, fragment, mean - before)
 
     def read(self, out: torch.Tensor) -> None:
-        """Copy to (num_params,) float32."""
+        """Copy the parameters to `out`, (num_params,) float32."""
         out.copy_(self._flat[: out.numel()])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """For a checkpoint."""
+        """Return tensors for a checkpoint."""
         return {_NAME: self._flat}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """What `state` gave: a checkpoint's own parameters are not common."""
+        """Restore what `state` returned; others do not know a checkpoint's own parameters."""
         if _NAME in state:
             self._flat = state[_NAME].clone()

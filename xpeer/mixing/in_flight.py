@@ -1,13 +1,13 @@
-"""The stages of a meeting in flight, as types: what comes too early or twice finds the wrong one.
+"""The stages of a meeting in flight, as types: a call that comes too early or twice is refused.
 
     Certified --compress--> Sent --verify, once for each partner--> Sent
                                  --resolve--> Resolved --merge-->
 
-A meeting may be dropped at any stage. Stages are frozen: one takes the place of another.
+A meeting may be dropped at any stage. Stages are immutable: the next one replaces the one before.
 
-Invariant: there is one helper. All that happens off the training thread (compress, verify, resolve)
-runs on one thread, one after the other. So a stage that the helper works on can be forgotten by
-others meanwhile, but never be replaced, and what the helper puts in its place is complete.
+Invariant: there is one helper. Everything that happens off the training thread (compress, verify,
+resolve) runs on one thread, one call after the other. While the helper works on a stage, other
+threads may drop the meeting, but none replaces the stage. So the helper's next stage is complete.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from xpeer.mixing.screen import Scale
 from xpeer.wire.codec import Payload
 
 MAX_IN_FLIGHT: Final = 16
-"""Each holds one fragment in float32, and one more for each partner."""
+"""Meetings at a time. Each holds one fragment in float32, and one more for each partner."""
 MAX_GROUP: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """The fragment was copied, and the mechanism has certified what is sent of it."""
+    """The fragment was copied, and the mechanism has certified the values to send."""
 
     fragment: int
     step: int
@@ -57,10 +57,10 @@ class Verified:
     """PeerID; empty for a sum."""
     difference: Difference
     received: ReceivedFragment | None
-    """The partner's values, or the mean of the others of a group. None if they were clipped, or the
-    combiner trusts no single partner."""
+    """The partner's values, or the mean of a group's other members. None if they were clipped, or
+    if the combiner trusts no single partner."""
     mean: torch.Tensor | None = None  # (n,) float32, on the grid
-    """A masked group's, ours included; None if it was clipped, or for a single partner."""
+    """A masked group's mean, ours included. None if it was clipped, or for a single partner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +69,15 @@ class Sent:
 
     snapshot: Certified
     form: Form
-    """Of our payload, and so of each partner's."""
+    """The form of our payload, and of each partner's."""
     payload: torch.Tensor  # (bytes,) uint8
     own: Payload | torch.Tensor
-    """What partners' payloads are compared with: ours, or what it decodes to, (V n,) float32."""
+    """Our payload, or what it decodes to, (V n,) float32, to compare partners' payloads with."""
     verified: Mapping[int, Verified]
     """By exchange id."""
 
     def with_verified(self, exchange_id: int, verified: Verified) -> Sent:
-        """The next stage: one more partner.
+        """Return the stage with one more verified partner.
 
         Raises:
             TrainerError: this exchange was verified before.
@@ -87,7 +87,7 @@ class Sent:
         return replace(self, verified={**self.verified, exchange_id: verified})
 
     def require_new(self, exchange_id: int) -> None:
-        """Check that one more exchange can be verified. Raises as `with_verified`."""
+        """Check that one more exchange can be verified; raises what `with_verified` raises."""
         if exchange_id in self.verified:
             raise TrainerError(f"exchange {exchange_id} was verified before")
         if len(self.verified) >= MAX_GROUP:
@@ -96,14 +96,14 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What the partners ask of our parameters is known. It is added at the next step boundary."""
+    """The correction is computed. It is added at the next step boundary."""
 
     sent: Sent
     correction: Correction
     accepted: tuple[Verified, ...]
-    """Whose values are in the correction: both sides accepted."""
+    """The exchanges in the correction: those that both sides accepted."""
     received: tuple[ReceivedFragment, ...]
-    """What consolidation remembers of them."""
+    """Values that consolidation will remember."""
 
 
 Stage = Certified | Sent | Resolved
@@ -132,7 +132,7 @@ class InFlight:
         """Check that a meeting may begin.
 
         Raises:
-            PeerError: too many are in flight, or this fragment is (BUSY).
+            PeerError: too many meetings are in flight, or this fragment is (BUSY).
             TrainerError: the id is in use.
         """
         with self._waiting():
@@ -144,7 +144,7 @@ class InFlight:
                 raise PeerError(Reason.BUSY, f"fragment {fragment} is in flight")
 
     def begin(self, meeting_id: int, snapshot: Certified) -> None:
-        """Add a meeting."""
+        """Add a meeting at its first stage."""
         with self._waiting():
             self._stages[meeting_id] = snapshot
 
@@ -152,7 +152,7 @@ class InFlight:
         """Remove a meeting to merge it; None = it was dropped.
 
         Raises:
-            TrainerError: it is not resolved.
+            TrainerError: the meeting is not resolved.
         """
         with self._waiting():
             stage = self._stages.pop(meeting_id, None)
@@ -161,7 +161,7 @@ class InFlight:
         return _require(meeting_id, stage, Resolved)
 
     def clear(self) -> None:
-        """Drop all."""
+        """Drop all meetings."""
         with self._lock:
             self._stages.clear()
 
@@ -175,7 +175,7 @@ class InFlight:
     # ---- on the helper ------------------------------------------------------------------------
 
     def at(self, meeting_id: int, kind: type[_S]) -> _S:
-        """The meeting's stage, which has to be this one.
+        """Return the meeting's stage, which has to be of this kind.
 
         Raises:
             PeerError: the meeting was dropped (CLOSED).
@@ -188,11 +188,11 @@ class InFlight:
         return _require(meeting_id, stage, kind)
 
     def advance(self, meeting_id: int, before: Stage, after: Stage) -> None:
-        """Put a stage in the place of the one that the helper began with.
+        """Replace the stage that the helper began with by the next one.
 
         Raises:
             PeerError: the meeting was dropped meanwhile (CLOSED).
-            TrainerError: there is another helper.
+            TrainerError: another helper has replaced the stage.
         """
         with self._lock:
             now = self._stages.get(meeting_id)
@@ -205,7 +205,7 @@ class InFlight:
     # ---- on any thread ------------------------------------------------------------------------
 
     def drop(self, meeting_id: int) -> None:
-        """Forget a meeting; harmless if it is unknown."""
+        """Forget a meeting; an unknown one is ignored."""
         with self._lock:
             self._stages.pop(meeting_id, None)
 

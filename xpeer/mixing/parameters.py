@@ -1,4 +1,4 @@
-"""What mixing needs of the model and of the privacy mechanism, and the loop of the model."""
+"""Protocols: what mixing and the training loop need of the model and of the privacy mechanism."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from xpeer.update import PrivateUpdate, RawUpdate
 
 
 class Certifier(Protocol):
-    """Says that values may leave the node; `privacy.mechanism` alone can."""
+    """Certifies values that may leave the node. Only `privacy.mechanism` has the right to."""
 
     def stamp(self, raw: RawUpdate) -> PrivateUpdate:
         """Certify a snapshot."""
 
 
 class Parameters(Protocol):
-    """`flat.FlatParameters`, as the loop uses it."""
+    """A model's parameters as mixing and the loop use them; see `flat.FlatParameters`."""
 
     @property
     def num_params(self) -> int:
-        """P."""
+        """P, the number of parameters."""
 
     @property
     def fragments(self) -> Fragments:
-        """How they are cut."""
+        """How the parameters are cut."""
 
     def gather(self, fragment: int, out: torch.Tensor) -> torch.Tensor:
         """Copy a fragment to `out`, (size,) float32, CPU; returns it."""
@@ -37,19 +37,19 @@ class Parameters(Protocol):
         """Add scale times (size,) float32, CPU, to a fragment."""
 
     def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(num_params,) float32, CPU."""
+        """Copy all parameters, to `out` if given; (num_params,) float32, CPU."""
 
     def write(self, flat: torch.Tensor) -> None:
-        """Replace all."""
+        """Replace all parameters by (num_params,) float32, CPU."""
 
     def read_gradients(self) -> torch.Tensor:
-        """(num_params padded to whole lines,) float32, CPU: a copy."""
+        """Copy all gradients; (num_params padded to whole lines,) float32, CPU."""
 
     def write_gradients(self, flat: torch.Tensor) -> None:
-        """Replace all."""
+        """Replace all gradients by a vector of that shape."""
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
-        """In flat order."""
+        """The parameters in flat order."""
 
     def with_values(self, values: torch.Tensor) -> AbstractContextManager[None]:
-        """For the time being the model computes with these (num_params,) values."""
+        """Have the model compute with these (num_params,) values within the block."""

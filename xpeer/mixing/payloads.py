@@ -1,6 +1,6 @@
-"""How a meeting's payloads are made, and what a partner's says: of a codec, or of masked groups.
+"""Makes and verifies the payloads of a meeting: in a codec, or in masked groups.
 
-On the helper thread. Knows nothing of processes, weights and rules' arithmetic.
+Runs on the helper thread. Knows nothing of processes, weights and rules' arithmetic.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xpeer.mixing import group_means
 from xpeer.mixing.buffers import Buffers
 from xpeer.mixing.differences import difference
 from xpeer.mixing.in_flight import Certified, Sent, Verified
-from xpeer.mixing.received import ReceivedFragment, received_mean, shown
+from xpeer.mixing.received import ReceivedFragment, received_mean, received_payload
 from xpeer.mixing.rules import Rule
 from xpeer.mixing.screen import NormLimit
 from xpeer.update import CompressedUpdate, PeerUpdate, PrivateUpdate
@@ -31,33 +31,33 @@ class Payloads(Protocol):
     """Makes our payload and verifies partners'."""
 
     def form(self, num_values: int) -> Form:
-        """Of a payload of so many values."""
+        """The form of a payload of this many values."""
 
     def prepare(self, rule: Rule, most: int) -> None:
-        """Called once, before the first meeting: do now what would make it late.
+        """Do slow preparations; called once, before the first meeting.
 
         Args:
             rule: of the manifest.
-            most: values of the largest fragment.
+            most: number of values in the largest fragment.
         """
 
     def make(self, snapshot: Certified, update: PrivateUpdate) -> tuple[CompressedUpdate, Sent]:
-        """Compress, and keep what partners' payloads are compared with.
+        """Compress a snapshot, and keep what partners' payloads are compared with.
 
         Raises:
             LocalError: the parameters can't be encoded.
         """
 
     def verify(self, sent: Sent, update: PeerUpdate, limits: Sequence[NormLimit]) -> Verified:
-        """Decode and check a payload of our own's form.
+        """Decode and check a payload that has the same form as our own.
 
         Args:
-            sent: our own.
-            update: the partner's, or a group's sum.
+            sent: our own payload.
+            update: the partner's payload, or a group's sum.
             limits: one for each vector.
 
         Raises:
-            PeerError: not of this size, not finite, or not to be decoded.
+            PeerError: the payload has another size, is not finite, or can't be decoded.
         """
 
 
@@ -66,8 +66,8 @@ class CodecPayloads:
 
     Args:
         codec: its name.
-        buffers: where memory is taken.
-        remember: whether consolidation gets what single partners sent.
+        buffers: supplies memory.
+        remember: whether consolidation gets single partners' values.
     """
 
     def __init__(self, codec: str, buffers: Buffers, *, remember: bool = True) -> None:
@@ -76,7 +76,7 @@ class CodecPayloads:
         self._remember = remember
 
     def form(self, num_values: int) -> Form:
-        """See `Payloads`."""
+        """See `Payloads.form`."""
         return Form(self._codec, num_values)
 
     def prepare(self, rule: Rule, most: int) -> None:
@@ -88,8 +88,10 @@ class CodecPayloads:
         )
 
     def make(self, snapshot: Certified, update: PrivateUpdate) -> tuple[CompressedUpdate, Sent]:
-        """See `Payloads`. The own payload is kept, to be decoded on the way when it is compared;
-        or its values, where the rule or norms of several vectors need them.
+        """See `Payloads.make`.
+
+        Our payload is kept, and decoded while it is compared. If the rule or the norms of several
+        vectors need our decoded values, those are kept instead.
         """
         form = self.form(update.values.numel())
         payload = self._buffers.take(form.num_bytes, torch.uint8)
@@ -98,7 +100,7 @@ class CodecPayloads:
         return made, Sent(snapshot, form, payload, own, {})
 
     def verify(self, sent: Sent, update: PeerUpdate, limits: Sequence[NormLimit]) -> Verified:
-        """See `Payloads`."""
+        """See `Payloads.verify`."""
         snapshot = sent.snapshot
         compared = difference(
             sent.form,
@@ -116,19 +118,22 @@ class CodecPayloads:
     def _parameters_of(self, update: PeerUpdate, rule: Rule) -> ReceivedFragment:
         each = update.form.num_values // rule.vectors
         vector = slice(each * rule.parameters_at, each * (rule.parameters_at + 1))
-        return shown(update.form, update.payload, vector, self._buffers)
+        return received_payload(update.form, update.payload, vector, self._buffers)
 
     def _dither(self) -> int | None:
-        """Coarse codecs round stochastically: to nearest, what is small would stand still."""
+        """A seed for stochastic rounding; None for codecs that round to nearest.
+
+        With coarse codecs, rounding to nearest would lose a small change every time.
+        """
         return secrets.randbits(63) if self._codec in _STOCHASTIC else None
 
 
 class MaskedPayloads:
-    """A group's members send what only their sum can be read of.
+    """A group's members send masked payloads, of which only the sum can be read.
 
     Args:
         grid: of the manifest.
-        buffers: where memory is taken.
+        buffers: supplies memory.
     """
 
     def __init__(self, grid: Grid, buffers: Buffers) -> None:
@@ -136,34 +141,34 @@ class MaskedPayloads:
         self._buffers = buffers
 
     def form(self, num_values: int) -> Form:
-        """See `Payloads`."""
+        """See `Payloads.form`."""
         return self._grid.form(num_values)
 
     def prepare(self, rule: Rule, most: int) -> None:
-        """There is nothing to prepare."""
+        """Do nothing: fixed-point payloads need no preparation."""
 
     def make(self, snapshot: Certified, update: PrivateUpdate) -> tuple[CompressedUpdate, Sent]:
-        """See `Payloads`."""
+        """See `Payloads.make`."""
         form = self.form(update.values.numel())
         payload = self._buffers.take(form.num_bytes, torch.uint8)
         made = fixedpoint.compress(update, self._grid, payload)
         return made, Sent(snapshot, form, payload, made.payload, {})
 
     def verify(self, sent: Sent, update: PeerUpdate, limits: Sequence[NormLimit]) -> Verified:
-        """See `Payloads`: a sum. It is compared with the payload before it was masked."""
+        """See `Payloads.verify`. A sum is compared with our payload as it was before masking."""
         theta, own = sent.snapshot.theta, wire_codec.view(sent.payload)
         limit = limits[0].of("", sent.snapshot.scale)
         total = group_means.decoded(self._grid, theta, own, update, limit, self._buffers)
-        return Verified("", total.difference, total.shown, total.mean)
+        return Verified("", total.difference, total.received, total.mean)
 
 
 def combined(sent: Sent, shift: torch.Tensor, buffers: Buffers) -> ReceivedFragment:
-    """Keep the parameters that a combiner made of several partners', for consolidation.
+    """Keep the parameters that a combiner made from several partners' values, for consolidation.
 
     Args:
-        sent: our own, in a codec.
-        shift: (V, n) float32: the answer minus what we sent.
-        buffers: where memory is taken.
+        sent: our own payload, in a codec.
+        shift: (V, n) float32: the combined values minus what we sent.
+        buffers: supplies memory.
     """
     own, at = sent.own, sent.snapshot.rule.parameters_at
     if not isinstance(own, torch.Tensor):

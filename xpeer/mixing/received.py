@@ -1,14 +1,15 @@
-"""What a peer shows in mid-run: its parameters averaged with those that partners showed last.
+"""Consolidation: averages our parameters with the last ones that partners sent.
 
     theta_i[f]  ->  (theta_i[f] + sum of the last m values received of f) / (1 + m),   m <= 2
 
-Between closing windows peers differ; their mean is better than any of them. An average over a few
-partners is nearly as good and costs no traffic, since every exchange brings a partner's values
-anyway (of a masked group: the mean of the others); that they are some steps old matters little
-(docs/benchmarks.md, `convergence`). A moving average of one's own parameters doesn't help.
+Exports and donations in mid-run hold this average. Peers differ until the run closes, and their
+mean is better than any of them. An average over a few partners is nearly as good. It costs no
+traffic, since every exchange brings a partner's values anyway (a masked group's exchange brings the
+mean of the others). The values are some steps old, which matters little (docs/benchmarks.md,
+`convergence`). A moving average of one's own parameters doesn't help.
 
-Kept as they came, compressed: with int8 2 bytes for each parameter. Received values were stamped as
-private by their sender, and averages of them stay so.
+Values are kept compressed, as they came: with int8, 2 bytes for each parameter. Their sender
+stamped them as private, and so averages of them are private, too.
 """
 
 from __future__ import annotations
@@ -25,28 +26,30 @@ from xpeer.mixing.fragments import Fragments, padded
 from xpeer.wire import codec
 
 PARTNERS: Final = 2
-"""m: more were hardly better in our measurements."""
+"""m; more were hardly better in our measurements."""
 _KEPT: Final = "int8"
 
 
 @dataclass(slots=True)
 class ReceivedFragment:
-    """A partner's values of one fragment, as it showed them."""
+    """A partner's values of one fragment, as it sent them."""
 
     form: Form
     payload: torch.Tensor  # (bytes,) uint8
     lent: bool = False
-    """Another thread may be reading it."""
+    """True iff another thread may be reading the payload."""
 
 
-def shown(form: Form, payload: codec.Payload, vector: slice, buffers: Buffers) -> ReceivedFragment:
-    """Keep a verified payload, or what it holds of the parameters as int8.
+def received_payload(
+    form: Form, payload: codec.Payload, vector: slice, buffers: Buffers
+) -> ReceivedFragment:
+    """Keep a verified payload; if it holds more than parameters, keep only those, as int8.
 
     Args:
         form: of the payload.
         payload: as received; copied.
         vector: which of its values are parameters.
-        buffers: where memory is taken.
+        buffers: supplies memory.
     """
     if vector == slice(0, form.num_values):
         kept = buffers.take(memoryview(payload).nbytes, torch.uint8)
@@ -56,12 +59,12 @@ def shown(form: Form, payload: codec.Payload, vector: slice, buffers: Buffers) -
 
 
 def received_mean(theta: torch.Tensor, z: torch.Tensor, buffers: Buffers) -> ReceivedFragment:
-    """Keep what a group's values came to, and no one's own: theta + z, as int8.
+    """Keep a group's combined values, theta + z, as int8, instead of any single member's.
 
     Args:
         theta: (n,) float32: our values.
-        z: (n,) float32: what the others' mean, or a combiner's answer, is away from them.
-        buffers: where memory is taken.
+        z: (n,) float32: the others' mean, or a combiner's result, minus our values.
+        buffers: supplies memory.
     """
     return _kept(theta + z, buffers)
 
@@ -74,44 +77,44 @@ def _kept(values: torch.Tensor, buffers: Buffers) -> ReceivedFragment:
 
 
 class Consolidation:
-    """The last values received of every fragment. Used by the training thread alone.
+    """The values of every fragment that were received last. Only the training thread uses it.
 
     Args:
-        buffers: where memory that is no longer needed goes.
+        buffers: gets memory back that is no longer needed.
     """
 
     def __init__(self, buffers: Buffers) -> None:
         self._buffers = buffers
-        self._shown: dict[int, deque[ReceivedFragment]] = {}
+        self._kept: dict[int, deque[ReceivedFragment]] = {}
 
     def begin(self) -> None:
-        """The parameters were set anew."""
-        self._shown.clear()
+        """Forget everything: the parameters were replaced."""
+        self._kept.clear()
 
     def merged(self, fragment: int, values: ReceivedFragment) -> None:
-        """An exchange of this fragment was merged."""
-        kept = self._shown.setdefault(fragment, deque())
+        """Remember the values of a fragment that was merged; all but the last two are forgotten."""
+        kept = self._kept.setdefault(fragment, deque())
         kept.append(values)
         if len(kept) > PARTNERS and not (oldest := kept.popleft()).lent:
             self._buffers.give(oldest.payload)
 
     def now(self) -> dict[int, tuple[ReceivedFragment, ...]]:
-        """A copy that another thread may read."""
-        for kept in self._shown.values():
+        """Return the values of each fragment; another thread may read them."""
+        for kept in self._kept.values():
             for values in kept:
                 values.lent = True
-        return {fragment: tuple(kept) for fragment, kept in self._shown.items()}
+        return {fragment: tuple(kept) for fragment, kept in self._kept.items()}
 
 
 def consolidate(
     flat: torch.Tensor, fragments: Fragments, received: dict[int, tuple[ReceivedFragment, ...]]
 ) -> torch.Tensor:
-    """The average.
+    """Average our parameters with the received ones.
 
     Args:
         flat: (num_params,) float32, CPU: our own.
         fragments: how they are cut.
-        received: `Consolidation.now`.
+        received: what `Consolidation.now` returned.
 
     Returns:
         (num_params,) float32.
@@ -126,16 +129,16 @@ def consolidate(
 
 
 def packed(flat: torch.Tensor, consolidated: torch.Tensor) -> torch.Tensor:
-    """For a checkpoint: what consolidation adds, (bytes,) uint8; a byte for each parameter."""
+    """Compress what consolidation adds, for a checkpoint: (bytes,) uint8, a byte a parameter."""
     out = torch.empty(Form(_KEPT, flat.numel()).num_bytes, dtype=torch.uint8)
     codec.encode_into(_KEPT, consolidated - flat, codec.view(out))
     return out
 
 
 def unpacked(flat: torch.Tensor, addition: torch.Tensor) -> torch.Tensor:
-    """The consolidated parameters again, (num_params,) float32.
+    """Compute the consolidated parameters again, (num_params,) float32.
 
     Raises:
-        PeerError: `addition` is not what `packed` makes of this many parameters.
+        PeerError: `addition` is not `packed` for this many parameters.
     """
     return flat + codec.decode(Form(_KEPT, flat.numel()), codec.view(addition))

@@ -3,16 +3,16 @@
     limit_j = clamp(4 * median over the partners k != j of (median of their accepted norms),
                     8 M, 16 M)
 
-M is how far our own training moves a fragment between two merges of it: honest partners train as
-we do, so they are a few M away (docs/decisions.md has the measurements). While our learning rate
-warms up, faster partners have a larger one; M is scaled up for that.
+M is how far our own training moves a fragment between two merges of it. Honest partners train as we
+do, so they are a few M away (docs/decisions.md has the measurements). While our learning rate warms
+up, partners that are further along move more than we do; M is scaled up for that.
 
-What was clipped teaches nothing, a partner's own norms never bound itself, and M caps what all
-others could teach: nobody raises its own limit, and several together not beyond the cap. Each
-clipped merge in a row halves what is left of the next one that is beyond the limit, to 2 M at
-least; what is within the limit passes.
+Clipped norms are not counted as accepted, and a partner's own norms do not count for its own limit.
+So nobody can raise its own limit, and several partners that collude can't raise it beyond the cap.
+If a partner is clipped several times in a row, each further difference beyond the limit is clipped
+to half as much as the one before, but not below 2 M. A difference within the limit always passes.
 
-All of it follows from values that were exchanged: M is the distance between two of our own
+The limits depend only on values that were exchanged: M is the distance between two of our own
 snapshots, less what merges added.
 """
 
@@ -29,30 +29,31 @@ from typing import Final
 import torch
 
 Limit = Callable[[float, float], float]
-"""From ||Q(theta_i[f])|| and ||z|| to the norm that z keeps: its own, or a smaller one."""
+"""Maps ||Q(theta_i[f])|| and ||z|| to the norm that z keeps: its own, or a smaller one."""
 
 CLIP_MULTIPLE: Final = 4.0
 CLIP_AFTER: Final = 5
-"""Norms accepted from others that are needed for a median to mean something."""
+"""Accepted norms of other partners below which a median means nothing."""
 CLIP_HISTORY: Final = 16
-"""Norms kept of a partner."""
+"""Number of norms kept for each partner."""
 MAX_PARTNERS: Final = 64
-"""Whose norms are kept: those who met us last."""
+"""Number of partners whose norms are kept: those whose differences were merged last."""
 CLIP_FLOOR: Final = 0.01
-"""Relative distance that is never clipped. int8 alone makes 0.006; after consolidation the medians
-tend to zero, and would otherwise keep peers apart for ever."""
+"""Relative distance that is never clipped. int8 alone causes 0.006. After consolidation the medians
+tend to zero, and without this floor they would keep peers apart for ever."""
 FLOOR, CAP = 8.0, 16.0
-"""In units of M; the cap while there is no median, too. Of honest partners 99 of 100 are within
-4.2 M at equal speeds; a peer that is four times slower than the others sees them at up to 15 M."""
+"""Bounds of the limit in units of M. While there is no median, the limit is the cap. 99 of 100
+honest partners are within 4.2 M at equal speeds. A peer that is four times slower than the others
+sees them at up to 15 M."""
 NARROWEST: Final = 2.0
-"""In units of M: what is left at least of one that is clipped again and again."""
+"""In units of M: the least norm that repeated clipping leaves."""
 STALE_SHARE: Final = 0.5
-"""Of our own norm: how far others may be from parameters that were fetched or read from a
-checkpoint, while M says nothing yet."""
+"""Fraction of our own norm: how far others may be from parameters that we have just fetched or read
+from a checkpoint, while M says nothing yet."""
 STALE_MERGES: Final = 10
-"""Merges of each fragment after which M is believed again: a joiner warms up, and moves little."""
+"""Merges of each fragment before M is trusted again: a joiner warms up, and moves little."""
 LEAST_WARMED_UP: Final = 0.25
-"""Share of the learning rate that M is scaled up from, at least."""
+"""Least fraction of the learning rate by which M is divided."""
 _SAMPLE: Final = 4096
 _MOST_CLIPPED: Final = 8
 _MOVEMENTS: Final = 32
@@ -60,18 +61,18 @@ _MOVEMENTS: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What honest distances are measured by."""
+    """The measure of honest distances."""
 
     moved: float = 0.0
-    """M; 0: we have not trained."""
+    """M; 0 = we have not trained."""
     stale: bool = False
-    """Our parameters may lie behind the others'."""
+    """Whether our parameters may lie behind the others'."""
 
 
 class Movement:
     """How far our own training moves fragments between merges: M.
 
-    Estimated from some 4,096 values of each fragment. Used by the training thread alone.
+    It is estimated from some 4,096 values of each fragment. Only the training thread uses it.
 
     Args:
         num_fragments: F.
@@ -84,23 +85,25 @@ class Movement:
         self._stale_merges = 0
 
     def begin(self, fragment: int, theta: torch.Tensor) -> None:
-        """The fragment was set anew: at the start, or to a donor's; (n,) float32, CPU."""
+        """Start again from new values of a fragment, (n,) float32, CPU."""
         self._base[fragment] = _sample(theta)
         self._recent.clear()
         self._stale_merges = 0
 
     def lies_behind(self) -> None:
-        """What was set is a checkpoint's or a donor's: others have trained on meanwhile."""
+        """Note that the new values are a checkpoint's or a donor's: others trained on since."""
         self._stale_merges = STALE_MERGES * self._num_fragments
 
     def scale(self, fragment: int, theta: torch.Tensor, warmed_up: float = 1.0) -> Scale:
-        """At a snapshot: how far training has moved it since its last merge, or usually does.
+        """M at a snapshot: how far training moved the fragment since its last merge.
+
+        If fragments usually move farther between merges, M is that.
 
         Args:
-            fragment: which.
-            theta: (n,) float32, CPU.
-            warmed_up: share of the learning rate that the warm-up allows; partners that are further
-                move that much farther.
+            fragment: f.
+            theta: (n,) float32, CPU: the snapshot.
+            warmed_up: fraction of the learning rate that the warm-up allows now. M is divided by
+                it: partners that are further along move that much more.
         """
         now = self._moved(fragment, theta)
         usual = statistics.median(self._recent) if self._recent else 0.0
@@ -110,7 +113,7 @@ class Movement:
     def merged(
         self, fragment: int, theta: torch.Tensor, correction: torch.Tensor, scale: float
     ) -> None:
-        """A correction, (n,) float32, was added to what had this snapshot."""
+        """Note that a correction, (n,) float32, was added to a fragment with this snapshot."""
         moved = self._moved(fragment, theta)
         if moved > 0:
             self._recent.append(moved)
@@ -127,8 +130,8 @@ class NormLimit:
     """Bounds ||z|| of one kind of vector. Thread-safe.
 
     Args:
-        of_differences: the vector holds no parameters but a gradient or a pseudo-gradient: our own
-            is then the measure, and honest partners differ by more than its norm.
+        of_differences: whether the vector is a gradient or a pseudo-gradient instead of parameters.
+            Then the norm of our own vector takes the place of M.
     """
 
     def __init__(self, *, of_differences: bool = False) -> None:
@@ -146,8 +149,8 @@ class NormLimit:
 
         Args:
             own_norm: ||Q(theta_i[f])||.
-            scale: what our own training says; None: nothing.
-            partner: whose own norms don't count; "" = a group's, which has no others.
+            scale: M; None = we have not trained.
+            partner: its own norms don't count. "" = a group, for which all norms count.
         """
         floor, cap = self._bounds(own_norm, scale or Scale())
         median = self._median(partner)
@@ -157,8 +160,9 @@ class NormLimit:
     def kept(
         self, own_norm: float, norm: float, scale: Scale | None = None, partner: str = ""
     ) -> float:
-        """What is left of a ||z||: all within the limit; beyond it ever less of one that was
-        clipped the times before. Arguments as for `limit`.
+        """The norm that z keeps: its own within the limit, a smaller one beyond it.
+
+        The more often in a row the partner was clipped, the less is left. Arguments as for `limit`.
         """
         wanted = self.limit(own_norm, scale, partner)
         if norm <= wanted:
@@ -168,14 +172,14 @@ class NormLimit:
         return max(narrowed, min(wanted, NARROWEST * moved), CLIP_FLOOR * own_norm)
 
     def clipped(self, partner: str) -> None:
-        """A correction is merged in part: it teaches nothing but that."""
+        """Count a merged difference that was clipped; its norm is not remembered."""
         with self._lock:
             self._clipped[partner] = min(_MOST_CLIPPED, self._clipped.get(partner, 0) + 1)
             if len(self._clipped) > MAX_PARTNERS:
                 del self._clipped[next(iter(self._clipped))]
 
     def accepted(self, norm: float, partner: str = "") -> None:
-        """A correction of this norm is merged, and was not clipped."""
+        """Remember the norm of a merged difference that was not clipped."""
         with self._lock:
             self._clipped.pop(partner, None)
             norms = self._accepted.setdefault(partner, deque(maxlen=CLIP_HISTORY))
@@ -190,7 +194,10 @@ class NormLimit:
             return FLOOR * moved, max(FLOOR * moved, STALE_SHARE * own_norm)
         if moved > 0:
             return FLOOR * moved, CAP * moved
-        return 0.0, own_norm  # all start from the same: nobody honest is that far away
+        return (
+            0.0,
+            own_norm,
+        )  # all members start from the same parameters: no honest one is that far away
 
     def _median(self, partner: str) -> float | None:
         with self._lock:
@@ -205,5 +212,5 @@ class NormLimit:
 
 
 def _sample(theta: torch.Tensor) -> torch.Tensor:
-    """Some values, evenly spread; an odd stride, so that rows of matrices are not met alike."""
+    """Some 4,096 evenly spread values. The odd stride hits each row of a matrix at other places."""
     return theta[:: (theta.numel() // _SAMPLE) | 1].clone()

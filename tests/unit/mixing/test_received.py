@@ -13,7 +13,7 @@ from xpeer.forms import Form
 from xpeer.mixing import received
 from xpeer.mixing.buffers import Buffers
 from xpeer.mixing.fragments import Fragments
-from xpeer.mixing.received import PARTNERS, Consolidation, consolidate, shown
+from xpeer.mixing.received import PARTNERS, Consolidation, consolidate, received_payload
 from xpeer.training import checkpoint
 from xpeer.wire import codec
 
@@ -27,7 +27,7 @@ def randn(n: int, seed: int) -> torch.Tensor:
 def shown_by(model: torch.Tensor, fragments: Fragments, fragment: int) -> received.ReceivedFragment:
     values = fragments.gather(torch.nn.functional.pad(model, (0, -P % 64)), fragment)
     payload = codec.encode("int8", values)
-    return shown(Form("int8", len(values)), payload, slice(0, len(values)), Buffers(4))
+    return received_payload(Form("int8", len(values)), payload, slice(0, len(values)), Buffers(4))
 
 
 @given(partners=st.integers(0, PARTNERS), num_fragments=st.integers(1, 5), seed=st.integers(0, 99))
@@ -65,7 +65,7 @@ def test_any_payload_is_kept_as_values_of_its_own(name: str) -> None:
     """Of two vectors the parameters are kept."""
     sent = randn(512, 1) + 0.01 * randn(512, 2)
     payload = codec.encode(name, sent)
-    kept = shown(Form(name, 512), payload, slice(256, 512), Buffers(4))
+    kept = received_payload(Form(name, 512), payload, slice(256, 512), Buffers(4))
     arrived = codec.decode(Form(name, 512), payload)[256:]
     assert torch.allclose(codec.decode(kept.form, codec.view(kept.payload)), arrived, atol=0.02)
 

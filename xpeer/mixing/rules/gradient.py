@@ -3,11 +3,11 @@
     g_i = mean gradient of H batches at the same theta;  theta <- AdamW(theta, mean_j g_j)
 
 With H = 1, all peers in one group and nobody missing, this is data parallel training, step by
-step. The step needs the others' gradients, so this rule alone waits for the network, at most for
-an exchange's deadline; a peer left alone then steps with its own gradient. Its parameters travel
-along and are averaged, too, so that what a missed exchange parts comes together again (D-PSGD, Lian
-et al. 2017, algorithm 1). What the codec drops of a gradient is added to the next one (error
-feedback, Seide et al. 2014; Karimireddy et al. 2019, algorithm 2).
+step. The step needs the others' gradients, so this is the only rule that waits for the network, at
+most for an exchange's deadline. A peer that is then alone steps with its own gradient. The
+parameters travel along and are averaged, too, so that peers that missed an exchange converge again
+(D-PSGD, Lian et al. 2017, algorithm 1). What the codec drops of a gradient is added to the next one
+(error feedback, Seide et al. 2014; Karimireddy et al. 2019, algorithm 2).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class GradientAveraging(Rule):
     """Sends gradient and parameters, all of them as one fragment.
 
     Attributes:
-        averaged: (P,) float32: the group's mean gradient, once it is there.
+        averaged: (P,) float32: the group's mean gradient. None until it is merged.
     """
 
     vectors = RULES["gradient"].vectors
@@ -39,18 +39,18 @@ class GradientAveraging(Rule):
         self._residual: torch.Tensor | None = None
 
     def begin(self, fragment: int, theta: torch.Tensor) -> None:
-        """Gradients at other parameters are forgotten."""
+        """Forget all gradients: they belong to other parameters."""
         self.averaged = self._sum = self._residual = None
         self._batches = 0
 
     @property
     def gradients(self) -> GradientSum:
-        """Itself."""
+        """This rule itself: it sums up gradients."""
         return self
 
     @property
     def begun(self) -> bool:
-        """Whether a gradient waits for its step."""
+        """Whether a gradient was added since the last step."""
         return self._sum is not None
 
     def accumulate(self, gradient: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ class GradientAveraging(Rule):
         self._batches += 1
 
     def take(self) -> torch.Tensor:
-        """The group's mean gradient, or our own if there is none; the next sum begins.
+        """Return the group's mean gradient, or our own if there is none, and begin the next sum.
 
         Returns:
             (P,) float32, CPU.
@@ -69,7 +69,7 @@ class GradientAveraging(Rule):
         return gradient
 
     def outgoing(self, fragment: int, theta: torch.Tensor) -> torch.Tensor:
-        """Two vectors: g + e, then theta."""
+        """Return two vectors: g + e (the residual), then theta."""
         return torch.cat((self._to_send(), theta))
 
     def correct(
@@ -79,19 +79,19 @@ class GradientAveraging(Rule):
         own: torch.Tensor,
         shift: torch.Tensor,
     ) -> Correction:
-        """The parameters' shift; the gradients' mean and the new residual are remembered."""
+        """Return the parameters' shift, with the mean gradient and the new residual as state."""
         return Correction(shift[1], (own[0] + shift[0], self._to_send() - own[0]))
 
     def merged(self, fragment: int, state: tuple[torch.Tensor, ...]) -> None:
-        """The mean gradient waits for the optimiser."""
+        """Keep the mean gradient for the optimiser, and the residual."""
         self.averaged, self._residual = state
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The residual."""
+        """Return the residual, if there is one."""
         return {} if self._residual is None else {_RESIDUAL: self._residual}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """See `state`."""
+        """Restore what `state` returned."""
         self._residual = state.get(_RESIDUAL)
 
     def _to_send(self) -> torch.Tensor:

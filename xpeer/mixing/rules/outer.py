@@ -1,7 +1,8 @@
-"""Rules with an outer optimiser: a fragment's way since its last exchange is a pseudo-gradient.
+"""Rules with an outer optimiser; its gradient is how far a fragment moved since its last exchange.
 
-phi_i is the fragment's anchor, its parameters after the last outer step. An exchange that does not
-happen is no outer step: training goes on, and the next pseudo-gradient is longer.
+This is called a pseudo-gradient. phi_i is the fragment's anchor, its parameters after the last
+outer step. If an exchange fails, there is no outer step: training goes on, and the next
+pseudo-gradient is longer.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ class _Anchored(Rule):
         self._memory: dict[int, torch.Tensor] = {}
 
     def begin(self, fragment: int, theta: torch.Tensor) -> None:
-        """Both anew: phi = theta, m = 0."""
+        """Start again: phi = theta, m = 0."""
         self._anchor[fragment] = theta.clone()
         self._memory[fragment] = torch.zeros_like(theta)
 
     def merged(self, fragment: int, state: tuple[torch.Tensor, ...]) -> None:
-        """Both follow."""
+        """Replace phi and m by those that `correct` computed."""
         self._anchor[fragment], self._memory[fragment] = state
 
     def moved(self, fragment: int, correction: torch.Tensor) -> None:
-        """The anchor moves along."""
+        """Move the anchor by the correction."""
         self._anchor[fragment].add_(correction)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Both, of every fragment."""
+        """Return phi and m of every fragment."""
         anchors = {f"{_ANCHOR}{f}": value for f, value in self._anchor.items()}
         return anchors | {f"{_MEMORY}{f}": value for f, value in self._memory.items()}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """See `state`."""
+        """Restore what `state` returned."""
         for kind, kept in ((_ANCHOR, self._anchor), (_MEMORY, self._memory)):
             for fragment, began in kept.items():
                 kept[fragment] = state.get(f"{kind}{fragment}", began).clone()
@@ -60,8 +61,8 @@ class DiLoCo(_Anchored):
 
         Delta = phi - mean_j theta_j;  m <- mu m + Delta;  phi <- phi - alpha (Delta + mu m)
 
-    Parameters travel instead of the difference, so that a peer whose anchor drifted in a failed
-    round is pulled back by the next one. For groups smaller than the swarm there is NoLoCo.
+    Parameters travel instead of their change, so that a peer whose anchor drifted when an exchange
+    failed is pulled back by the next one. For groups smaller than the swarm there is NoLoCo.
     """
 
     reads_own = True
@@ -69,7 +70,7 @@ class DiLoCo(_Anchored):
     def correct(
         self, fragment: int, theta: torch.Tensor, own: torch.Tensor, shift: torch.Tensor
     ) -> Correction:
-        """One outer step."""
+        """Do one outer step."""
         phi, mu = self._anchor[fragment], self._momentum
         delta = phi - (own[0] + shift[0])
         velocity = mu * self._memory[fragment] + delta
@@ -97,19 +98,19 @@ class NoLoCo(_Anchored):
         self._residual: dict[int, torch.Tensor] = {}
 
     def begin(self, fragment: int, theta: torch.Tensor) -> None:
-        """Nothing was dropped yet."""
+        """Start again, with a residual of zero."""
         super().begin(fragment, theta)
         self._residual[fragment] = torch.zeros_like(theta)
 
     def outgoing(self, fragment: int, theta: torch.Tensor) -> torch.Tensor:
-        """Two vectors: theta - phi + e, then phi."""
+        """Return two vectors: theta - phi + e (the residual), then phi."""
         phi = self._anchor[fragment]
         return torch.cat((theta - phi + self._residual[fragment], phi))
 
     def correct(
         self, fragment: int, theta: torch.Tensor, own: torch.Tensor, shift: torch.Tensor
     ) -> Correction:
-        """One outer step."""
+        """Do one outer step."""
         velocity = self._momentum * self._memory[fragment]
         velocity += self._rate * (own[0] + shift[0])
         velocity += self._consensus * shift[1]
@@ -118,38 +119,38 @@ class NoLoCo(_Anchored):
         return Correction(target - theta, (target, velocity, residual))
 
     def merged(self, fragment: int, state: tuple[torch.Tensor, ...]) -> None:
-        """All follow."""
+        """Replace phi, m and the residual by those that `correct` computed."""
         *both, self._residual[fragment] = state
         super().merged(fragment, tuple(both))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Residuals, too."""
+        """Return phi, m and the residual of every fragment."""
         return super().state() | {f"{_RESIDUAL}{f}": e for f, e in self._residual.items()}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """See `state`."""
+        """Restore what `state` returned."""
         super().restore(state)
         for fragment, began in self._residual.items():
             self._residual[fragment] = state.get(f"{_RESIDUAL}{fragment}", began).clone()
 
 
 class GASLoC(_Anchored):
-    """Accelerated gossip on what local steps made of the parameters (arXiv 2606.11081).
+    """Accelerated gossip on the parameters after local steps (arXiv 2606.11081).
 
         y_t = theta_t + eta g_t,  g_t = theta after the local steps - theta_t
         theta_(t+1) = y_t - alpha Lambda y_t + gamma (y_t - y_(t-1))
 
-    Lambda is the weighted Laplacian of the round's groups, so that -Lambda y is the shift.
+    Lambda is the weighted Laplacian of the slot's groups, so that -Lambda y is the shift.
     phi is theta_t, and y_(t-1) takes the place of m.
     """
 
     def begin(self, fragment: int, theta: torch.Tensor) -> None:
-        """Both anew: phi = y_(-1) = theta."""
+        """Start again: phi = y_(-1) = theta."""
         super().begin(fragment, theta)
         self._memory[fragment] = theta.clone()
 
     def outgoing(self, fragment: int, theta: torch.Tensor) -> torch.Tensor:
-        """The extrapolated y."""
+        """Return the extrapolated y."""
         phi = self._anchor[fragment]
         return phi + self._rate * (theta - phi)
 
@@ -160,12 +161,12 @@ class GASLoC(_Anchored):
         own: torch.Tensor,
         shift: torch.Tensor,
     ) -> Correction:
-        """One round."""
+        """Compute theta_(t+1) from y and the shift."""
         y = self.outgoing(fragment, theta)
         target = y + self._consensus * shift[0] + self._momentum * (y - self._memory[fragment])
         return Correction(target - theta, (target, y))
 
     def moved(self, fragment: int, correction: torch.Tensor) -> None:
-        """Both move along."""
+        """Move phi and y_(t-1) by the correction."""
         super().moved(fragment, correction)
         self._memory[fragment].add_(correction)
