@@ -64,12 +64,12 @@ class FakeTrainer:
         self.status, self.step, self.tells = status, step, tells
         self.progress = Progress(step=10, seconds_training=300.0)
 
-    async def stop(self, patience_s: float, told: Any) -> int:
+    async def stop(self, patience_s: float, on_progress: Any) -> int:
         from xpeer.trainer.answers import Ending
 
         self.patience_s = patience_s
         for n in range(self.tells):
-            told(Ending(work=n, written=n * 10**8, total=10**9))
+            on_progress(Ending(work=n, written=n * 10**8, total=10**9))
         return self.status
 
 

@@ -1,6 +1,6 @@
-"""What the trainer sends to its daemon: answers to commands, events, and errors, as data.
+"""The messages from the trainer to its daemon, as data: answers to commands, events and errors.
 
-Knows nothing of how they travel (`channel`) or of what they answer (`commands`).
+Knows nothing of how they travel (`channel`) or which commands they answer (`commands`).
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Ready(Struct, frozen=True, tag=True):
     corpus: Parts[CorpusShare | None] = None
     shard: Parts[ShardSummary | None] = None
     text_problem: Local[str] = ""
-    """Why no step is taken; empty = the text was read."""
+    """Why the trainer takes no step; empty = the text was read."""
     notes: Local[list[str]] = []
-    """What the operator should know, e.g. why a slower engine was chosen."""
+    """Lines for the log, e.g. why a slower engine was chosen."""
     warnings: Local[list[str]] = []
-    """What is not as it should be, e.g. files that were restored."""
+    """Warnings for the log, e.g. about files that were restored."""
 
 
 @seen_by("node")
@@ -64,21 +64,21 @@ class Snapshotted(Struct, frozen=True, tag=True):
 
 @seen_by("node")
 class Verified(Struct, frozen=True, tag=True):
-    """Finite and of the right size."""
+    """The payload is finite and of the right size."""
 
     distance: Derived[float]
     clipped: Derived[bool] = False
-    """Above the norm limit."""
+    """Whether the distance is above the norm limit."""
 
 
 @seen_by("node")
 class Done(Struct, frozen=True, tag=True):
-    """Nothing more to say."""
+    """The command was carried out; there is nothing to return."""
 
 
 @seen_by("node")
 class StateExported(Struct, frozen=True, tag=True):
-    """The region holds the parameters."""
+    """The arena's region holds the parameters."""
 
     digest: Derived[str]
     step: Timing[int]
@@ -87,7 +87,7 @@ class StateExported(Struct, frozen=True, tag=True):
 
 @seen_by("node")
 class StateImported(Struct, frozen=True, tag=True):
-    """Public loss before and after."""
+    """The parameters were replaced: public loss before and after."""
 
     loss_before: Derived[float]
     loss_after: Derived[float]
@@ -102,7 +102,7 @@ class Written(Struct, frozen=True, tag=True):
 
 @seen_by("node")
 class Losses(Struct, frozen=True, tag=True):
-    """Nats per token; None where there is no such text."""
+    """Losses in nats per token; None where there is no such text."""
 
     public: Derived[float]
     validation: Local[float | None]
@@ -117,7 +117,7 @@ class Failure(Struct, frozen=True, tag=True):
     remedy: Local[str] = ""
     exit_code: Local[int] = ExitCode.ERROR
     trace: Local[str] = ""
-    """Only of errors that are bugs of ours."""
+    """The traceback of an unexpected error; empty for errors raised on purpose."""
 
 
 Result = Snapshotted | Verified | Done | StateExported | StateImported | Written | Losses | Failure
@@ -133,13 +133,13 @@ class Reply(Struct, frozen=True, tag=True):
 
 @seen_by("node")
 class Progressed(Struct, frozen=True, tag=True):
-    """After a step, at most some ten times a second, and at every change of state."""
+    """Sent after a step, at most some ten times a second, and at every change of state."""
 
     state: Timing[TrainerPhase]
     progress: Parts[Progress]
     ledger_counter: Timing[int]
     privacy: Parts[PrivacySpent | None] = None
-    """Present when it changed."""
+    """None = as before."""
 
 
 @seen_by("node")
@@ -152,27 +152,27 @@ class Saved(Struct, frozen=True, tag=True):
 
 @seen_by("node")
 class LookedAtText(Struct, frozen=True, tag=True):
-    """The text could not be read at the start, and was looked at again."""
+    """The trainer, whose text could not be read at the start, has tried to read it again."""
 
     problem: Local[str]
-    """Empty: it can be read now."""
+    """Why it can't be read; empty = it can be read now."""
 
 
 @seen_by("node")
 class Ending(Struct, frozen=True, tag=True):
-    """Twice a second since a stop: the trainer is alive, and this is how far it is."""
+    """Sent twice a second after a stop: the trainer is alive, and this is its progress."""
 
     work: Timing[int]
-    """Grows while it gets anywhere."""
+    """Grows while the trainer makes progress."""
     written: Timing[int] = 0
-    """Bytes of the checkpoint."""
+    """Bytes of the checkpoint that are done."""
     total: Timing[int] = 0
-    """0 = the step before it has not ended."""
+    """Bytes of the checkpoint in all; 0 = the step before it has not ended."""
 
 
 @seen_by("node")
 class SaveFailed(Struct, frozen=True, tag=True):
-    """A periodic checkpoint could not be written; training goes on, and it is tried again."""
+    """A checkpoint could not be written. Training goes on, and a later one is tried."""
 
     problem: Local[str]
     step: Timing[int]
@@ -197,7 +197,7 @@ _ERRORS: Final[dict[str, type[LocalError]]] = {
 
 
 def failure_of(error: BaseException) -> Failure:
-    """An exception as it crosses the socket; unexpected ones carry their traceback."""
+    """Convert an exception for the socket; unexpected ones carry their traceback."""
     if isinstance(error, PeerError):
         return Failure("PeerError", error.reason, visible(error.detail))
     if isinstance(error, LocalError):
@@ -212,7 +212,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def error_of(failure: Failure) -> XpeerError:
-    """The same exception on the daemon's side."""
+    """Convert a failure back to an exception, on the daemon's side."""
     if failure.kind == "PeerError":
         return PeerError(failure.problem, failure.remedy)
     return _ERRORS.get(failure.kind, TrainerError)(failure.problem, failure.remedy)

@@ -1,10 +1,11 @@
 """Shared memory between daemon and trainer: payload slots, and one region for a whole model.
 
-An anonymous file that the child inherits by its descriptor: no name, so nothing to clean up after a
-crash. The daemon owns all of it and hands out slots; the child reads and writes only where a
-command says. Pages take memory from their first use on; the region of the model gives them back.
+The memory is an anonymous file, whose descriptor the child inherits. It has no name, so a crash
+leaves nothing to clean up. The daemon owns all of it and hands out slots. The child reads and
+writes only where a command says. A page takes memory from its first use on; the pages of the
+model's region are given back after each use.
 
-What is in here is never trusted by its reader: sizes come from the reader's own manifest.
+Readers never trust the content: sizes come from the reader's own manifest.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from xpeer.errors import LocalError, TrainerError
 NUM_SLOTS = 8
 _PAGE = mmap.PAGESIZE
 _COPY_BYTES = 4 << 20
-"""Copied per turn of the event loop."""
+"""Bytes copied per turn of the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where things lie: the same in both processes."""
+    """Sizes and offsets in the arena; the same in both processes."""
 
     slot_bytes: int
-    """Room for one compressed fragment."""
+    """Bytes for one compressed fragment."""
     state_bytes: int
-    """Room for all parameters in float32."""
+    """Bytes for all parameters in float32."""
     num_slots: int = NUM_SLOTS
 
     @property
@@ -57,7 +58,7 @@ class Layout:
 
 
 class Arena:
-    """One process's view. Made by `create` in the daemon and `attach` in the trainer."""
+    """One process's view of the memory: the daemon's by `create`, the trainer's by `attach`."""
 
     def __init__(self, layout: Layout, fd: int) -> None:
         self.layout = layout
@@ -68,10 +69,10 @@ class Arena:
 
     @classmethod
     def create(cls, layout: Layout) -> Arena:
-        """A new, empty arena. Its `fd` is to be inherited by the child.
+        """Make a new, empty arena, whose `fd` the child inherits.
 
         Raises:
-            LocalError: the system gives no shared memory.
+            LocalError: the system has no shared memory for it.
         """
         try:
             fd = _anonymous_file()
@@ -85,7 +86,7 @@ class Arena:
 
     @classmethod
     def attach(cls, layout: Layout, fd: int) -> Arena:
-        """The arena behind an inherited descriptor.
+        """Open the arena behind an inherited descriptor.
 
         Raises:
             LocalError: it is too small for the layout.
@@ -98,7 +99,7 @@ class Arena:
         """The first bytes of a slot, writable.
 
         Raises:
-            LocalError: no such slot, or more bytes than it has.
+            LocalError: the slot does not exist, or is smaller.
         """
         start = self.layout.slot_start(slot)
         if not 0 <= num_bytes <= self.layout.slot_bytes:
@@ -137,7 +138,7 @@ class Arena:
 
 
 class Slots:
-    """Hands out slots one by one; whoever finds none waits. Belongs to one event loop."""
+    """Hands out slots; callers wait while none is free. Belongs to one event loop."""
 
     def __init__(self, num_slots: int) -> None:
         self._free = list(range(num_slots))
@@ -145,7 +146,7 @@ class Slots:
 
     @contextlib.asynccontextmanager
     async def one(self) -> AsyncIterator[int]:
-        """A slot for the duration of the block."""
+        """Lend a slot for the duration of the block."""
         async with self._available:
             slot = self._free.pop()
             try:
@@ -155,7 +156,7 @@ class Slots:
 
 
 async def copy_in_parts(source: memoryview, target: memoryview) -> None:
-    """Copy a whole model without holding up the event loop."""
+    """Copy many bytes without holding up the event loop."""
     for start in range(0, source.nbytes, _COPY_BYTES):
         target[start : start + _COPY_BYTES] = source[start : start + _COPY_BYTES]
         await asyncio.sleep(0)
@@ -170,5 +171,5 @@ def _anonymous_file() -> int:
 
 
 def _pages(num_bytes: int) -> int:
-    """Rounded up to whole pages, at least one: a mapping can't be empty."""
+    """Bytes of as many whole pages as are needed, at least one: a mapping can't be empty."""
     return max(1, -(-num_bytes // _PAGE)) * _PAGE

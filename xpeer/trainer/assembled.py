@@ -1,4 +1,4 @@
-"""A trainer and what belongs to it, as `build` leaves it."""
+"""The parts of a trainer, as `build` returns them."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from xpeer.training.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextFacts:
-    """What is known of the text once it was cut into records."""
+    """Facts about the text, once it is cut into records."""
 
     num_records: int
     corpus: CorpusShare | None
     shard: ShardSummary
     problem: str = ""
-    """Why no step is taken; empty = the text was read."""
+    """Why the trainer takes no step; empty = the text was read."""
     look_again: Callable[[], object] | None = None
-    """Of a trainer without text: reads it, or raises ShardError; None = there is text."""
+    """Tries to read the missing text, and raises ShardError if it can't; None = there is text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What there is to say once, when the trainer is ready."""
+    """Facts to report once, when the trainer is ready."""
 
     device: str
     resumed: bool
-    """Whether it goes on from a checkpoint."""
+    """Whether training goes on from a checkpoint."""
     text: TextFacts
     notes: list[str]
-    """What the operator should know."""
+    """Lines for the operator's log."""
     warnings: list[str]
-    """What is not as it should be."""
+    """Warnings for the operator's log."""
     steps_forfeited: int
-    """Charged, and not behind the parameters that training began with."""
+    """Steps that were charged, but that the initial parameters do not contain."""
 
 
 @dataclass(slots=True)
 class Assembled:
-    """A trainer, the account that it charges, and its checkpoints."""
+    """A training loop with its ledger and its checkpoints."""
 
     trainer: TrainingLoop
     mechanism: Mechanism
@@ -59,11 +59,11 @@ class Assembled:
     beginning: Beginning
 
     def ledger_counter(self) -> int:
-        """Privacy charges so far."""
+        """Number of privacy charges so far."""
         return self.ledger.counter
 
     def spent(self) -> PrivacySpent:
-        """What the ledger was charged, and when it ends; may take a moment, on any thread."""
+        """Ask the ledger what was spent, and when the budget ends; may be slow, on any thread."""
         spent = self.mechanism.spent()
         if spent.steps_left is None:
             return spent
@@ -76,6 +76,6 @@ class Assembled:
         )
 
     def close(self) -> None:
-        """Wait for the ledger's disk, and close it."""
+        """Wait until the ledger is on the disk, and close it."""
         self.mechanism.close()
         self.ledger.close()

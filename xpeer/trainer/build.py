@@ -1,7 +1,7 @@
 """Builds a trainer from files: manifest, text, checkpoint or initial model, ledger.
 
-For the trainer process, and for whoever trains without partners in its own process. `assemble` is
-the order of things; every function below it does one of them.
+Used by the trainer process, and by programs that train without partners in their own process.
+`assemble` lists the steps in order; each function below it does one of them.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from xpeer.wire import kernels
 from xpeer.wire.fixedpoint import grid_of
 
 PUBLIC_RECORDS: Final = 64
-"""Of the public text; evenly spread over it, the same at every peer."""
+"""Most records of the public text to measure on: evenly spread, and the same at every peer."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Swarm:
-    """What a trainer is to train for, and where it lives."""
+    """The swarm that a trainer works for, and the home that it works in."""
 
     setup: TrainerSetup
     home: Home
@@ -78,7 +78,7 @@ class _Swarm:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """Where training goes on from."""
+    """The state that training starts from."""
 
     saved: Bundle | None
     """The newest checkpoint; None = this home's first start."""
@@ -86,16 +86,16 @@ class _Start:
     parameters: FlatParameters
     ledger: Ledger
     ledger_id: str
-    """What checkpoints demand; empty without privacy."""
+    """The ledger that checkpoints will need; empty without privacy."""
     counters: Counters
     device: torch.device
 
 
 def assemble(setup: TrainerSetup) -> Assembled:
-    """Read everything, resume from the newest checkpoint if there is one.
+    """Read everything, and resume from the newest checkpoint if there is one.
 
     Raises:
-        ConfigError: shard, tokenizer, model, device or checkpoint do not fit.
+        ConfigError: shard, tokenizer, model, device or checkpoint do not fit the manifest.
         NotAuthorisedError: the manifest is not the swarm's.
         LocalError: the ledger is damaged, or is not the checkpoint's.
     """
@@ -113,7 +113,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
     else:
         mechanism = _mechanism(swarm, start, text, pulse)
     loop = _loop(swarm, start, mechanism, text.held_out, pulse)
-    if loop.pacing.ended:  # it takes no step anyway
+    if loop.pacing.ended:  # it would take no step anyway
         problem = ""
     elif problem:
         loop.pacing.begin_idle(budget_spent=mechanism.spent().steps_left == 0)
@@ -129,7 +129,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
 
 
 def _open_swarm(setup: TrainerSetup) -> _Swarm:
-    """Manifest and tokenizer."""
+    """Read the manifest and the tokenizer."""
     config = setup.config
     signed = SignedManifest.load(Path(setup.manifest_path))
     manifest = signed.open(setup.swarm_id)
@@ -142,14 +142,14 @@ def _open_swarm(setup: TrainerSetup) -> _Swarm:
 
 
 def _load_checkpoint(home: Home) -> tuple[Bundle | None, list[str]]:
-    """The newest that can be read, and which can't."""
+    """Load the newest checkpoint that can be read, with a warning for each that can't."""
     for folder in (home.checkpoints, home.cache):
         clear_staging(folder)
     return checkpoint.load_latest(home.checkpoints)
 
 
 def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
-    """The model with the parameters of the checkpoint, and the ledger that it demands."""
+    """Build the model with the checkpoint's parameters, and open the ledger that it needs."""
     manifest = swarm.manifest
     device = choose_device(swarm.config.training.device)
     fresh = saved is None and swarm.setup.initial == "initial"
@@ -174,7 +174,7 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
 
 
 def _model(swarm: _Swarm, device: torch.device, *, fresh: bool) -> torch.nn.Module:
-    """On its device; with the initial parameters, or with those of chance."""
+    """Build the model on its device; with the initial parameters if fresh, else with any."""
     config, manifest = swarm.config, swarm.manifest
     kernels.configure(compile=config.training.compile_codec)
     model = model_of(manifest, swarm.home, config.data.base_model, fresh=fresh).to(device)
@@ -185,7 +185,7 @@ def _model(swarm: _Swarm, device: torch.device, *, fresh: bool) -> torch.nn.Modu
 def _declare(
     swarm: _Swarm, ledger: Ledger, text: Text, problem: str
 ) -> tuple[list[str], list[str]]:
-    """Name the text's documents to the ledger; notes and warnings about their accounts."""
+    """Declare the text's documents to the ledger; returns notes and warnings on their accounts."""
     if not swarm.private or problem:
         return [], []
     joined = declare_documents(ledger, swarm.setup, swarm.manifest, text)
@@ -193,14 +193,17 @@ def _declare(
 
 
 def _idle(swarm: _Swarm, start: _Start) -> IdleMechanism:
-    """Takes no step, and has the machine's register asked what the missing text was charged."""
+    """Make a mechanism that takes no step.
+
+    It asks the machine's register what the documents of the missing text were charged.
+    """
     register = Register.open(privacy_register(swarm.config)) if swarm.private else None
     seen = start.saved.seen if start.saved is not None else None
     return IdleMechanism(swarm.manifest, swarm.setup.swarm_id, start.ledger, register, seen)
 
 
 def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechanism:
-    """Makes the gradients."""
+    """Make the mechanism that computes the gradients."""
     return build_mechanism(
         swarm.manifest,
         start.model,
@@ -221,7 +224,7 @@ def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechan
 def _loop(
     swarm: _Swarm, start: _Start, mechanism: Mechanism, held_out: torch.Tensor, pulse: Pulse
 ) -> TrainingLoop:
-    """The loop, with what rule and optimiser knew."""
+    """Make the loop, with the checkpoint's state of rule and optimiser."""
     saved = start.saved
     loop = make_loop(
         swarm.manifest,
@@ -256,17 +259,18 @@ def make_loop(
     throttle: float = 1.0,
     awaiting: bool = False,
 ) -> TrainingLoop:
-    """A loop and its parts.
+    """Make a loop and its parts.
 
     Args:
         manifest: of the swarm.
         parameters: of the model.
-        mechanism: makes the gradients.
+        mechanism: computes the gradients.
         evaluation: measures the losses.
         counters: of a checkpoint; None = begin at zero.
         pulse: signs of life of this process.
         throttle: fraction of the time to compute in.
-        awaiting: the parameters are still to be imported; nothing is trained or sent before.
+        awaiting: whether the parameters are still to be imported; until then nothing is trained or
+            sent.
     """
     counters = Counters() if counters is None else counters
     timings, section = Timings(), manifest.round
@@ -287,20 +291,20 @@ def make_loop(
 
 
 def _facts(swarm: _Swarm, text: Text, problem: str) -> TextFacts:
-    given = swarm.setup, swarm.manifest, swarm.tokenizer, swarm.home
+    arguments = swarm.setup, swarm.manifest, swarm.tokenizer, swarm.home
     return TextFacts(
         num_records=len(text.records),
         corpus=text.share,
         shard=text.shard,
         problem=problem,
-        look_again=partial(text_of, *given) if problem else None,
+        look_again=partial(text_of, *arguments) if problem else None,
     )
 
 
 def _assembled(
     swarm: _Swarm, start: _Start, loop: TrainingLoop, mechanism: Mechanism, beginning: Beginning
 ) -> Assembled:
-    """All of it, and its checkpoints."""
+    """Put the parts into one object, with a writer of checkpoints."""
     frozen_values = FrozenValues(start.model, swarm.manifest.model.frozen)
     keep = swarm.config.checkpoint.keep
     keeping = Keeping(swarm.home.checkpoints, keep, start.ledger_id, swarm.manifest_hash)
@@ -317,8 +321,8 @@ def _assembled(
 
 
 def _forfeited(counters: Counters, saved: Bundle | None, ledger: Ledger) -> int:
-    """Charges of this home that are not behind the parameters it goes on from."""
-    if saved is not None and "charges_used" not in saved.counters:  # of an earlier version
+    """Steps that this home was charged for, but that its parameters do not contain."""
+    if saved is not None and "charges_used" not in saved.counters:  # written by an earlier version
         steps = counters.step - (counters.moments_step if counters.joined else 0)
         counters.charges_used = min(steps, ledger.steps_charged)
     return max(0, ledger.steps_charged - counters.charges_used)
@@ -327,20 +331,20 @@ def _forfeited(counters: Counters, saved: Bundle | None, ledger: Ledger) -> int:
 def _evaluation(
     swarm: _Swarm, model: torch.nn.Module, held_out: torch.Tensor, beat: Callable[[], None]
 ) -> Evaluation:
-    """Measures on the public text, and on what is held out of the shard."""
+    """Prepare to measure the losses on the public text and on text held out of the shard."""
     manifest = swarm.manifest
     document = document_of(manifest.public_text.text, "public text")
     length = manifest.optimiser.sequence_tokens
     public = _spread(cut([document], swarm.tokenizer, length), PUBLIC_RECORDS)
     private = _spread(held_out, swarm.config.training.validation_records)
     return Evaluation(
-        public=lambda: evaluate(model, public, told=beat),
-        validation=(lambda: evaluate(model, private, told=beat)) if len(private) else None,
+        public=lambda: evaluate(model, public, on_progress=beat),
+        validation=(lambda: evaluate(model, private, on_progress=beat)) if len(private) else None,
     )
 
 
 def _spread(records: torch.Tensor, at_most: int) -> torch.Tensor:
-    """Evenly spread rows."""
+    """Return at most so many rows, evenly spread."""
     if len(records) <= at_most:
         return records
     return records[torch.linspace(0, len(records) - 1, at_most).long()]

@@ -1,4 +1,4 @@
-"""Copies of what a checkpoint holds: taken at step boundaries, written on another thread."""
+"""Copies the content of a checkpoint at a step boundary, to be written on another thread."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from xpeer.training.loop import TrainingLoop
 
 
 class FrozenValues:
-    """What of the model no text reaches.
+    """The parameters that no text reaches (`training.frozen`).
 
     Args:
-        model: that holds them.
-        which: the manifest's; None = there are none.
+        model: holds them.
+        which: names them; None = there are none.
     """
 
     def __init__(self, model: torch.nn.Module, which: Frozen | None) -> None:
         self._model = model
         self._which = which
         self._copy: torch.Tensor | None = None
-        """None until it is first asked for, and after `replace`."""
+        """The values; None until they are first read, and after `replace`."""
 
     def read(self) -> torch.Tensor:
-        """(n,) float32, CPU; not to be written to."""
+        """Return the values, (n,) float32, CPU; do not write to them."""
         if self._copy is None:
             self._copy = frozen.values(self._model, self._which)
         return self._copy
 
     def replace(self, flat: torch.Tensor) -> None:
-        """Take a donor's.
+        """Replace the values by a donor's.
 
         Raises:
-            PeerError: not those that the manifest means (WRONG_MODEL); ours stay.
+            PeerError: they are not the manifest's (WRONG_MODEL); ours stay.
         """
         try:
             frozen.restore(self._model, self._which, flat)
@@ -53,24 +53,24 @@ class FrozenValues:
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """Where checkpoints go, and whose they are."""
+    """Where checkpoints are written, and what they belong to."""
 
     folder: Path
     keep: int
-    """How many of them stay."""
+    """Number of checkpoints to keep."""
     ledger_id: str
-    """What they demand at the next start; empty without privacy."""
+    """The ledger that the next start needs; empty without privacy."""
     manifest_hash: str
 
 
 class Capture:
-    """Takes the copies.
+    """Copies and writes checkpoints.
 
     Args:
-        loop: whose parameters, moments and counters they hold.
+        loop: has the parameters, moments and counters.
         mechanism: knows which records were seen.
         frozen_values: of the model.
-        keeping: where they go.
+        keeping: where checkpoints go.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Capture:
         self._buffers = Buffers(3)
 
     def copy(self) -> Callable[[], str]:
-        """At a boundary: copy everything a checkpoint holds.
+        """Copy the content of a checkpoint; at a boundary.
 
         Returns:
-            To be called on any thread: writes it; its path.
+            A function that writes the copy and returns its path; call it on any thread.
         """
         loop = self._loop
         trained = list(loop.parameters.parameters())
@@ -126,7 +126,7 @@ class Capture:
         pulse = self._loop.pulse
         pulse.beat()
         folder, keep = self._keeping.folder, self._keeping.keep
-        path = str(checkpoint.save(folder, bundle, keep=keep, told=pulse.wrote))
-        for tensor in own:  # the next checkpoint stops the training for a fraction of the time
+        path = str(checkpoint.save(folder, bundle, keep=keep, on_progress=pulse.wrote))
+        for tensor in own:  # memory that is used again makes the next copy faster
             self._buffers.give(tensor)
         return path

@@ -1,7 +1,7 @@
-"""Messages between daemon and trainer: small and framed; bulk goes through the arena.
+"""Sends small framed messages between daemon and trainer; bulk goes through the arena.
 
 A frame is a 4-byte little-endian length and a msgpack document. Both ends are ours, but the length
-is bounded all the same: a bug must not become an allocation of 4 GiB.
+is bounded all the same, so that a bug can't allocate 4 GiB.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from xpeer.trainer.commands import ToTrainer
 MAX_FRAME_BYTES: Final = 4 << 20
 _LENGTH_BYTES: Final = 4
 _MAX_TEXT, _MAX_TRACE = 2_000, 20_000
-"""Characters of a string from the trainer: a file's name or content may be in it."""
+"""Most characters of a string from the trainer: it may quote a file's name or content."""
 _LOG_BYTES: Final = 64 << 10
 _MARKED: Final = re.compile(r"<(\d{1,2})>")
 _LAST_WORDS: Final = ("Traceback ", "Fatal Python error", "Exception ")
@@ -35,8 +35,9 @@ _FROM_TRAINER: Final[msgspec.msgpack.Decoder[FromTrainer]] = msgspec.msgpack.Dec
 
 
 class ChildChannel:
-    """The trainer's end. One thread receives; sending never blocks, so that training can't wait
-    for a daemon that is busy.
+    """The trainer's end of the channel.
+
+    One thread receives. Sending never blocks, so that training can't wait for a busy daemon.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -46,17 +47,17 @@ class ChildChannel:
         self._sender.start()
 
     def receive(self) -> ToTrainer | None:
-        """The next message; None when the daemon is gone."""
+        """Wait for the next message; None = the daemon is gone."""
         header = self._exactly(_LENGTH_BYTES)
         body = None if header is None else self._exactly(_checked_length(header))
         return None if body is None else _TO_TRAINER.decode(body)
 
     def send(self, message: FromTrainer) -> None:
-        """Queue, from any thread; a daemon that is gone is noticed by the receiving thread."""
+        """Queue a message, on any thread; the receiving thread notices if the daemon is gone."""
         self._outbox.put(_framed(_encoded(message)))
 
     def flush(self, timeout_s: float) -> None:
-        """Send what is queued, and no more after it: before the process exits."""
+        """Send the queued messages, and none after them; called before the process exits."""
         self._outbox.put(None)
         self._sender.join(timeout_s)
 
@@ -79,7 +80,7 @@ class ChildChannel:
 
 
 class DaemonChannel:
-    """The daemon's end, on its event loop."""
+    """The daemon's end of the channel, on its event loop."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -87,11 +88,11 @@ class DaemonChannel:
 
     @classmethod
     async def open(cls, sock: socket.socket) -> DaemonChannel:
-        """Over one end of a socketpair, which it owns from now on."""
+        """Open a channel over one end of a socketpair, and own that end."""
         return cls(*await asyncio.open_connection(sock=sock))
 
     async def receive(self) -> FromTrainer | None:
-        """The next message; None when the trainer is gone."""
+        """Wait for the next message; None = the trainer is gone."""
         try:
             header = await self._reader.readexactly(_LENGTH_BYTES)
             body = await self._reader.readexactly(_checked_length(header))
@@ -103,7 +104,7 @@ class DaemonChannel:
             raise TrainerError(f"the trainer's message can't be read: {e}") from e
 
     def send(self, message: ToTrainer) -> None:
-        """Queue; the trainer's reading thread takes messages while a step runs."""
+        """Queue a message; the trainer reads it even while a step runs."""
         if not self._writer.is_closing():
             self._writer.write(_framed(msgspec.msgpack.encode(message)))
 
@@ -115,10 +116,10 @@ class DaemonChannel:
 
 
 async def log_lines(stream: asyncio.StreamReader | None, logger: logging.Logger) -> None:
-    """Pass a child's output on line by line, each at its level; a line without an end is cut.
+    """Log a child's output line by line, each at its level; very long lines are split.
 
-    Lines that no logger of the child wrote come from a library or from the interpreter's last
-    words: warnings, and errors from a traceback or a fatal error on.
+    Lines without a level were not written by the child's loggers, but by a library or by the dying
+    interpreter. They are warnings, and errors from the first line of a traceback or fatal error on.
     """
     rest, level = b"", logging.WARNING
     while stream is not None and (part := await stream.read(_LOG_BYTES)):
@@ -132,7 +133,7 @@ async def log_lines(stream: asyncio.StreamReader | None, logger: logging.Logger)
 
 
 def _log_line(line: bytes, before: int, logger: logging.Logger) -> int:
-    """Log it; the level of lines that follow without one."""
+    """Log a line; returns the level of a next line that has none."""
     text = line.decode(errors="backslashreplace")
     if (marked := _MARKED.match(text)) is not None:
         logger.log(int(marked[1]), "%s", text[marked.end() :])
@@ -144,25 +145,26 @@ def _log_line(line: bytes, before: int, logger: logging.Logger) -> int:
 
 
 class LevelFormatter(logging.Formatter):
-    """Puts the level in front of every line, for `log_lines` at the other end."""
+    """Writes the level in front of every line, for `log_lines` at the other end."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line or, with a traceback, several."""
+        """Return one line or, with a traceback, several."""
         lines = super().format(record).splitlines() or [""]
         return "\n".join(f"<{record.levelno}>{line}" for line in lines)
 
 
 def _encoded(message: FromTrainer) -> bytes:
-    """As msgpack, whatever is in its strings: here alone they are made safe.
+    """Encode a message as msgpack, with its strings made safe.
 
-    Names of files, and errors that quote files, may hold bytes that are not UTF-8, or megabytes.
+    Names of files, and errors that quote files, may hold bytes that are not UTF-8, or megabytes of
+    text. They are made safe nowhere else.
     """
     with contextlib.suppress(UnicodeEncodeError):
         body = msgspec.msgpack.encode(message)
         if len(body) <= _MAX_TEXT:  # then no string is longer
             return body
-    said = sayable(msgspec.to_builtins(message, builtin_types=(bytes,)), _MAX_TEXT, _MAX_TRACE)
-    return msgspec.msgpack.encode(said)
+    safe = sayable(msgspec.to_builtins(message, builtin_types=(bytes,)), _MAX_TEXT, _MAX_TRACE)
+    return msgspec.msgpack.encode(safe)
 
 
 def _framed(body: bytes) -> bytes:

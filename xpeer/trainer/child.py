@@ -1,6 +1,6 @@
-"""Life and death of the trainer process on the daemon's side, and requests to it.
+"""Starts, asks and ends the trainer process, on the daemon's side.
 
-What the requests mean is `client.TrainerProcess`'s business.
+Knows nothing of what the requests mean; `client.TrainerProcess` does.
 """
 
 from __future__ import annotations
@@ -36,15 +36,18 @@ from xpeer.trainer.commands import Begin, Command, Request, Stop
 from xpeer.trainer.setup import TrainerSetup
 
 BOUNDARY_TIMEOUT_S: Final = 300.0
-"""A step of a large model is long; exchanges have their own, shorter deadline."""
+"""Time for an answer. A step of a large model is long; exchanges have a shorter deadline."""
 PROGRAM: Final = "xpeer.trainer.main"
 _EXIT_TIMEOUT_S: Final = 1.0
-"""From the end of the socket to the end of the process."""
+"""Time that the process may live on after its socket has closed."""
 _OUTPUT_TIMEOUT_S: Final = 5.0
+"""Time to read the rest of the output of a process that has ended."""
 _LOOK_S: Final = 1.0
+"""Time between two looks at the progress of an ending."""
 HUGE_PAGES: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""Have torch ask Linux for huge pages: a fragment touches every small page of the model, so that
-copying an eleventh of 135 M parameters out took 44 ms on a core without them, and 23 ms with."""
+"""Environment that has torch ask Linux for huge pages. A fragment touches every small page of the
+model: copying an eleventh of 135 M parameters out took 44 ms on a core without huge pages, and
+23 ms with them."""
 
 Event = Progressed | Saved | SaveFailed | LookedAtText | Crashed
 logger = logging.getLogger("xpeer.trainer")
@@ -56,10 +59,12 @@ class Child:
     """A spawned trainer, its channel and its arena.
 
     Attributes:
-        exited: the exit status, once the process is gone (negative: the signal).
-        ready: what it said when it was ready.
-        crash: its last word, if it could say one.
-        gave_up: it was to stop, got no further, and was killed.
+        exited: done once the process is gone: the exit status (negative: the signal).
+        ready: done once the trainer is ready, or gone: its first message, or the error.
+        crash: the error that ended the process; None unless it sent one, or a frame that
+            can't be decoded.
+        gave_up: True iff it was asked to stop, made no progress, and was killed.
+        arena: memory shared with the process.
     """
 
     def __init__(
@@ -79,18 +84,22 @@ class Child:
         self._on_event = on_event
         self._loop = loop
         self._gone = False
+        """True iff the process has ended: no request is answered any more."""
         self.gave_up = False
         self._ending: Ending | None = None
+        """The last report of an ending trainer; None until there is one."""
         self._number = 0
+        """The number of the last request."""
         self._pending: dict[int, asyncio.Future[Result]] = {}
+        """Requests without an answer so far, by number."""
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._keep(self._serve())
+        self._start_task(self._serve())
 
     @classmethod
     async def spawn(
         cls, program: str, setup: TrainerSetup, arena: Arena, on_event: Callable[[Event], None]
     ) -> Child:
-        """Start the process, a Python module, which inherits one end of a socketpair and the arena.
+        """Start a Python module as a process that inherits one end of a socketpair and the arena.
 
         Raises:
             TrainerError: the system can't start another process.
@@ -120,11 +129,11 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Also the id of its process group."""
+        """Process id, and id of its process group."""
         return self._process.pid
 
     def send(self, command: Command) -> int:
-        """Send a command, whose answer nobody waits for; its number."""
+        """Send a command without waiting for an answer; returns its number."""
         self._number += 1
         self._channel.send(Request(self._number, command))
         return self._number
@@ -133,8 +142,8 @@ class Child:
         """Send a command and wait for its answer. Callers bound the wait with `whole`.
 
         Raises:
-            PeerError, LocalError: the child's own.
-            TrainerError: it is gone.
+            PeerError, LocalError: raised in the child.
+            TrainerError: the child is gone.
         """
         if self._gone:
             raise self._died()
@@ -153,13 +162,14 @@ class Child:
     async def whole(
         self, work: Coroutine[Any, Any, _T], timeout_s: float = BOUNDARY_TIMEOUT_S
     ) -> _T:
-        """Bound the caller's wait, while the work itself goes on until the child has answered: a
-        slot is not handed to anybody else while the child may still write to it.
+        """Bound the caller's wait, but let the work go on until the child has answered.
+
+        So no slot is handed to another request while the child may still write to it.
 
         Raises:
-            LocalTimeoutError: it did not answer in time.
+            LocalTimeoutError: the child did not answer in time.
         """
-        task = self._keep(work)
+        task = self._start_task(work)
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(task)
@@ -169,10 +179,10 @@ class Child:
             ) from None
 
     async def wait_ready(self, timeout_s: float) -> Ready:
-        """Wait until it can be asked; on failure it is ended.
+        """Wait until the trainer can be asked; on failure it is killed.
 
         Raises:
-            LocalError: why it is not ready.
+            LocalError: says why it is not ready.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -187,34 +197,36 @@ class Child:
             await self.kill()
             raise
 
-    async def stop(self, patience_s: float, told: Callable[[Ending], None] | None = None) -> int:
-        """Save and exit; killed once it gets no further for so long.
+    async def stop(
+        self, patience_s: float, on_progress: Callable[[Ending], None] | None = None
+    ) -> int:
+        """Have the trainer save and exit; kill it if it makes no progress.
 
         Time in which we did not run either (the machine was suspended) does not count.
 
         Args:
-            patience_s: without any progress.
-            told: how far it is.
+            patience_s: seconds without progress after which it is killed.
+            on_progress: called when the trainer reports how far its ending is.
 
         Returns:
             The exit status.
         """
         self.send(Stop())
-        seen, still_s = self._ending, 0.0
+        last, still_s = self._ending, 0.0
         while not self.exited.done() and still_s < patience_s:
             began = self._loop.time()
             await asyncio.wait({self.exited}, timeout=min(_LOOK_S, patience_s))
-            if self._ending == seen:
+            if self._ending == last:
                 still_s += min(self._loop.time() - began, 2 * _LOOK_S)
                 continue
-            seen, still_s = self._ending, 0.0
-            if told is not None and seen is not None:
-                told(seen)
+            last, still_s = self._ending, 0.0
+            if on_progress is not None and last is not None:
+                on_progress(last)
         self.gave_up = not self.exited.done()
         return await self.kill()
 
     async def kill(self) -> int:
-        """End the process group at once, and free everything. Returns the exit status."""
+        """Kill the process group, and free everything. Returns the exit status."""
         if not self.exited.done():
             self._kill_group()
         return await asyncio.shield(self.exited)
@@ -223,7 +235,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _keep(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+    def _start_task(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
@@ -232,15 +244,15 @@ class Child:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever waited has seen it; nobody may be left
+            task.exception()  # mark it as seen: its waiter, if any, has raised it
 
     async def _serve(self) -> None:
-        """Receive until the child is gone, then fail whatever still waits."""
-        output = self._keep(log_lines(self._process.stdout, logger))
+        """Receive until the child is gone, then fail all requests that still wait."""
+        output = self._start_task(log_lines(self._process.stdout, logger))
         try:
             while (message := await self._channel.receive()) is not None:
-                self._take(message)
-        except TrainerError as e:  # a broken frame: nothing after it can be understood
+                self._handle(message)
+        except TrainerError as e:  # a broken frame: nothing after it can be decoded
             self.crash = e
             self._kill_group()
         except asyncio.CancelledError:  # the loop is being closed: no child outlives it
@@ -250,7 +262,7 @@ class Child:
             await self._bury(output)
 
     async def _bury(self, output: asyncio.Task[None]) -> None:
-        """Nobody waits for ever, even if the loop is being closed."""
+        """Fail all requests and close everything, even if the loop is being closed."""
         status = await self._end_of_process()
         self._gone = True
         died = self._died(status)
@@ -273,7 +285,7 @@ class Child:
             self._kill_group()
             return await self._process.wait()
 
-    def _take(self, message: FromTrainer) -> None:
+    def _handle(self, message: FromTrainer) -> None:
         if isinstance(message, Reply):
             if isinstance(message.result, Failure) and message.result.trace:
                 logger.error("%s", message.result.trace)
@@ -294,11 +306,11 @@ class Child:
                 self.crash = error if isinstance(error, LocalError) else TrainerError(str(error))
                 if message.failure.trace:
                     logger.error("%s", message.failure.trace)
-            # not called from here: an error in it must not end this task
+            # call it later: an error in it must not end this task
             self._loop.call_soon(self._on_event, message)
 
     def _died(self, status: int | None = None) -> LocalError:
-        """Why it is gone. For a request under way that is always a TrainerError."""
+        """The error that says why the trainer is gone; after readiness always a TrainerError."""
         if self.crash is None:
             ended = "" if status is None else f" with status {status}"
             return TrainerError(f"the trainer process ended{ended}", "see the log")

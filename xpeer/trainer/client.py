@@ -1,7 +1,7 @@
 """The trainer process as the daemon sees it: an object whose methods wait for its answers.
 
-Every request has a deadline. A trainer that dies fails all of them at once; whoever holds the
-handle starts a new one, with a new epoch, and what was in flight is lost (TRAINER_RESTARTED).
+Every request has a deadline. If the trainer dies, all requests fail at once. The owner then starts
+a new trainer, with a new epoch; meetings in flight are lost (TRAINER_RESTARTED).
 """
 
 from __future__ import annotations
@@ -97,15 +97,22 @@ UNREADY: Final = Ready(
 
 
 class TrainerProcess:
-    """A running trainer. Made by `start`.
+    """A running trainer, as the daemon sees it. Made by `start`.
 
     Attributes:
-        epoch: differs at every start; partners drop what was in flight with another one.
-        facts: what the trainer said when it was ready; `UNREADY` until then.
-        state: what it does now.
-        progress: its counters, some ten times a second.
-        privacy: the ledger's answer, after every window.
-        ledger_counter: privacy charges so far, for partners to remember.
+        epoch: differs at every start; partners drop their exchanges with an earlier epoch.
+        state: phase that the trainer reported last.
+        progress: counters that it reported last; it reports some ten times a second.
+        privacy: what the ledger said last; it is asked after every window.
+        ledger_counter: number of privacy charges so far, for partners to remember.
+        num_params: P; 0 until the trainer is ready.
+        num_fragments: F; 0 until the trainer is ready.
+        device: where the model lies; empty until the trainer is ready.
+        engine: how per-record gradients are clipped; empty until the trainer is ready.
+        resumed_step: step of the checkpoint that it resumed from; None = it began anew.
+        corpus: its share of the shared corpus; None until it is ready, or if there is no corpus.
+        text_problem: why it takes no step; empty = it has text.
+        shard: what its text files hold; None until it is ready.
     """
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
@@ -133,13 +140,13 @@ class TrainerProcess:
         Args:
             setup: what the child needs to know.
             on_event: called on this event loop for every event.
-            timeout_s: for everything up to readiness.
-            program: the module that it runs; one that calls `main.main`.
+            timeout_s: seconds until it has to be ready.
+            program: name of the module to run; the module calls `main.main`.
 
         Raises:
-            LocalError: the child's own, with its class, remedy and exit code.
-            TrainerError: it died without a word.
-            LocalTimeoutError: it was not ready in time.
+            LocalError: raised in the child, with its class, remedy and exit code.
+            TrainerError: the child died without saying why.
+            LocalTimeoutError: the child was not ready in time.
         """
         manifest = SignedManifest.load(Path(setup.manifest_path)).open(setup.swarm_id)
         arena = Arena.create(layout_of(manifest))
@@ -207,32 +214,32 @@ class TrainerProcess:
 
     @property
     def crash(self) -> LocalError | None:
-        """Its last word, if it could say one."""
+        """The error that ended the trainer, if it could still send one."""
         return self._child.crash
 
     @property
     def gave_up(self) -> bool:
-        """It was to stop, got no further, and was killed."""
+        """Whether it was asked to stop, made no progress, and was killed."""
         return self._child.gave_up
 
     @property
     def pid(self) -> int:
-        """Also the id of its process group."""
+        """Process id, and id of its process group."""
         return self._child.pid
 
     @property
     def resting_s(self) -> float:
-        """Left of the rest that `training.throttle` asks for; 0 = at work."""
+        """Seconds left of the rest that `training.throttle` asks for; 0 = at work."""
         return max(0.0, self._rests_until_s - time.monotonic())
 
     @property
     def step(self) -> int:
-        """Local steps done."""
+        """Number of local steps done."""
         return self.progress.step
 
     @property
     def window(self) -> int:
-        """Windows of local steps done."""
+        """Number of windows done."""
         return self.progress.window
 
     def fragment_values(self, fragment: int, *, averaging: bool) -> int:
@@ -240,7 +247,7 @@ class TrainerProcess:
 
         Args:
             fragment: f.
-            averaging: as for `snapshot`.
+            averaging: see `snapshot`.
         """
         vectors = 1 if averaging else self._running.vectors
         return vectors * fragment_size(self.num_params, self.facts.num_fragments, fragment)
@@ -250,15 +257,16 @@ class TrainerProcess:
     async def snapshot(
         self, meeting_id: int, fragment: int, *, averaging: bool
     ) -> CompressedUpdate:
-        """A private, compressed fragment, taken at the next step boundary.
+        """Copy a fragment at the next step boundary, certify and compress it.
 
         Args:
-            meeting_id: of the caller's choice.
+            meeting_id: chosen by the caller.
             fragment: f.
             averaging: average the parameters, whatever the manifest's rule.
 
         Raises:
-            PeerError: too many meetings in flight (BUSY), or nothing to show yet (NOT_READY).
+            PeerError: too many meetings are in flight (BUSY), or there is nothing to send yet
+                (NOT_READY).
             TrainerError: the trainer died.
             LocalTimeoutError: no step boundary within `child.BOUNDARY_TIMEOUT_S`.
         """
@@ -267,22 +275,23 @@ class TrainerProcess:
     async def _snapshot(self, meeting_id: int, fragment: int, averaging: bool) -> CompressedUpdate:
         async with self._slots.one() as slot:
             command = Snapshot(meeting_id, fragment, averaging, slot)
-            taken = await self._child.ask(command, Snapshotted)
-            size = taken.form.num_bytes
+            snapshot = await self._child.ask(command, Snapshotted)
+            size = snapshot.form.num_bytes
             payload = memoryview(bytearray(size))
             await copy_in_parts(self._child.arena.slot(slot, size), payload)
-        stamp = received_stamp(taken.privacy_mode, taken.steps_charged)
-        return CompressedUpdate(payload, taken.form, taken.step, stamp)
+        stamp = received_stamp(snapshot.privacy_mode, snapshot.steps_charged)
+        return CompressedUpdate(payload, snapshot.form, snapshot.step, stamp)
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
         """Decode and check one partner's payload, or a masked group's sum.
 
         Returns:
-            Relative distance between the partner's values, or the others' mean, and ours; and
+            The relative distance between our values and the partner's (or the others' mean), and
             whether it is above the norm limit.
 
         Raises:
-            PeerError: wrong size or codec, not finite, too far away to be decoded.
+            PeerError: the payload has another size or codec, is not finite, or is too far away to
+                be decoded.
             TrainerError: the trainer died.
         """
         size, expected = memoryview(update.payload).nbytes, update.form.num_bytes
@@ -300,30 +309,30 @@ class TrainerProcess:
             await copy_in_parts(payload, self._child.arena.slot(slot, payload.nbytes))
             whose = update.parties, update.peer_id
             command = Verify(meeting_id, exchange_id, slot, update.form, *whose)
-            found = await self._child.ask(command, Verified)
-        return Checked(found.distance, found.clipped)
+            verified = await self._child.ask(command, Verified)
+        return Checked(verified.distance, verified.clipped)
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
-        """Queue the merge of what was verified for the next step boundary.
+        """Queue the merge of verified payloads for the next step boundary.
 
         Args:
-            meeting_id: of `snapshot`.
+            meeting_id: as given to `snapshot`.
             weights: w_j of every exchange that both sides accepted.
 
         Raises:
-            PeerError: it was dropped.
-            TrainerError: not all was verified, or the trainer died.
+            PeerError: the meeting was dropped.
+            TrainerError: an exchange was not verified, or the trainer died.
         """
         await self._child.whole(self._child.ask(Merge(meeting_id, weights), Done))
 
     def drop(self, meeting_id: int) -> None:
-        """Forget a meeting; harmless if it is unknown."""
+        """Forget a meeting; an unknown one is ignored."""
         self._child.send(Drop(meeting_id))
 
     # ---- state --------------------------------------------------------------------------------
 
     async def export_state(self) -> ModelState:
-        """All parameters at the next step boundary, in memory of the caller's own.
+        """Copy all parameters at the next step boundary, to memory that the caller owns.
 
         Raises:
             PeerError: there are none yet (NOT_READY).
@@ -344,19 +353,19 @@ class TrainerProcess:
     async def import_state(
         self, payload: bytes | memoryview, step: int, at_most: float = math.inf
     ) -> float:
-        """Replace the parameters; moments start afresh, and so does the warm-up.
+        """Replace the parameters; moments and warm-up start afresh.
 
         Args:
             payload: (`Model.state_values`,) float32, little endian.
-            step: the donor's.
-            at_most: public loss that they may have.
+            step: the donor's step.
+            at_most: highest public loss to accept.
 
         Returns:
-            Our own measurement of the public loss.
+            The public loss of the new parameters, as we measured it.
 
         Raises:
-            PeerError: wrong size, not finite, worse than that or than what is there; the old
-                parameters stay.
+            PeerError: the parameters have another size, are not finite, or have a higher loss than
+                `at_most` or than the old ones. The old parameters stay.
         """
         size, expected = memoryview(payload).nbytes, self._child.arena.layout.state_bytes
         if size != expected:
@@ -379,11 +388,11 @@ class TrainerProcess:
                 arena.release_state()
 
     async def checkpoint(self) -> str:
-        """Save now; the path of what was written."""
+        """Write a checkpoint now; returns its path."""
         return (await self._child.whole(self._child.ask(WriteCheckpoint(), Written))).path
 
     async def evaluate(self) -> Losses:
-        """Losses of the present parameters."""
+        """Measure the losses of the present parameters."""
         return await self._child.whole(self._child.ask(Evaluate(), Losses))
 
     async def run(self, mode: Order) -> None:
@@ -392,9 +401,11 @@ class TrainerProcess:
 
     # ---- the end ------------------------------------------------------------------------------
 
-    async def stop(self, patience_s: float, told: Callable[[Ending], None] | None = None) -> int:
-        """Save and exit; killed once it gets no further for so long. Returns the exit status."""
-        return await self._child.stop(patience_s, told)
+    async def stop(
+        self, patience_s: float, on_progress: Callable[[Ending], None] | None = None
+    ) -> int:
+        """Have the trainer save and exit; see `Child.stop`. Returns the exit status."""
+        return await self._child.stop(patience_s, on_progress)
 
     async def kill(self) -> int:
         """End the process group at once. Returns the exit status."""
@@ -410,7 +421,7 @@ class TrainerProcess:
 
 
 def layout_of(manifest: Manifest) -> Layout:
-    """The arena that a manifest needs."""
+    """Compute the arena that a manifest needs."""
     num_params, rules = manifest.model.num_params, manifest.round
     most = rules.policy.vectors * largest(num_params, rules.fragments)
     room = Form(rules.payload_codec, most).num_bytes

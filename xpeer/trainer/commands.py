@@ -1,13 +1,14 @@
-"""What the daemon asks of its trainer: every command is data, and says how it is carried out.
+"""The commands that the daemon sends to its trainer, as data, and how each is carried out.
 
-A command declares its thread (`on`) and has `apply`, which gives the answer. Nothing else crosses
-to a thread of the trainer: no closure, so that a rank could send what it was asked to other ranks,
-and all would come to the same parameters.
+A command declares its thread (`on`) and has a method `apply`, which returns the answer. Threads of
+the trainer get nothing else from outside, and no closures. So one rank could forward its commands
+to other ranks, and all would compute the same parameters.
 
-`apply` may return more work for another thread, which then gives the answer. Such work holds what
-was copied on this machine (`Compress`, `FinishState`, `WriteCopy`) and never leaves the process.
+`apply` may return more work for another thread, which then returns the answer. Such work
+(`Compress`, `FinishState`, `WriteCopy`) holds copies made on this machine, and never leaves the
+process.
 
-Knows nothing of how commands travel (`channel`) or of who puts them on their threads (`server`).
+Knows nothing of how commands travel (`channel`) or how they get to their threads (`server`).
 """
 
 from __future__ import annotations
@@ -40,34 +41,35 @@ if TYPE_CHECKING:
     from xpeer.trainer.worker import Worker
 
 Thread = Literal["receiver", "training", "helper", "disk"]
-"""receiver: at once, on the thread that reads commands, so it must be short. training: between two
-steps, the only place where the parameters may be read or changed. helper: compresses and verifies,
-one thing after another (`stages` says why). disk: writes checkpoints and hashes whole models."""
+"""receiver: reads commands; its work is done at once, and must be short.
+training: works between two steps. Only then may the parameters be read or changed.
+helper: compresses and verifies, one piece of work after another (`in_flight` says why).
+disk: writes checkpoints and hashes whole models."""
 
 NOBODY: Final = 0
-"""The number of a command whose answer nobody waits for."""
+"""The number of a command that nobody wants an answer to."""
 
 
 class Work(Protocol):
-    """Something that one thread of the trainer does."""
+    """A piece of work for one thread of the trainer."""
 
     on: ClassVar[Thread]
 
     def apply(self, trainer: Worker) -> Outcome:
-        """Do it, on that thread.
+        """Do the work, on that thread.
 
         Raises:
-            XpeerError: it is the answer.
+            XpeerError: sent as the answer.
         """
 
 
 Outcome = Result | Work | None
-"""The answer; or more work, which will give it; or none, where nobody waits."""
+"""The answer; or more work, which will return it; or None, if nobody waits."""
 
 
 @stays("what the daemon tells its own trainer")
 class Begin(Struct, frozen=True, tag=True):
-    """First message to the child: what it needs to start."""
+    """The first message to the child: everything that it needs to start."""
 
     setup: TrainerSetup
     slot_bytes: int
@@ -80,7 +82,7 @@ class Begin(Struct, frozen=True, tag=True):
 
 @stays("what the daemon tells its own trainer")
 class Snapshot(Struct, frozen=True, tag=True):
-    """Take a fragment at the next boundary, compress it into the slot."""
+    """Copy a fragment at the next boundary, and compress it into the slot."""
 
     on: ClassVar[Thread] = "training"
 
@@ -94,7 +96,7 @@ class Snapshot(Struct, frozen=True, tag=True):
         """Copy the fragment.
 
         Raises:
-            PeerError: as `TrainingLoop.snapshot`.
+            PeerError: see `TrainingLoop.snapshot`.
         """
         private = trainer.loop.snapshot(self.meeting_id, self.fragment, averaging=self.averaging)
         return Compress(self.meeting_id, self.slot, private)
@@ -111,7 +113,7 @@ class Compress:
     private: PrivateUpdate
 
     def apply(self, trainer: Worker) -> Snapshotted:
-        """Compress it.
+        """Compress the copy into the slot.
 
         Raises:
             PeerError: the meeting was dropped meanwhile.
@@ -137,15 +139,15 @@ class Verify(Struct, frozen=True, tag=True):
     slot: int
     form: Form
     parties: int = 1
-    """Of a masked group's sum: k."""
+    """Number of payloads in the sum: k for a masked group."""
     partner: str = ""
-    """Whose payload it is: a PeerID."""
+    """PeerID of the sender; empty for a sum."""
 
     def apply(self, trainer: Worker) -> Verified:
-        """Verify it.
+        """Verify the payload.
 
         Raises:
-            PeerError: as `Exchanges.verify`.
+            PeerError: see `Exchanges.verify`.
         """
         payload = trainer.arena.slot(self.slot, self.form.num_bytes)
         update = PeerUpdate(payload, self.form, self.partner, self.parties)
@@ -155,19 +157,19 @@ class Verify(Struct, frozen=True, tag=True):
 
 @stays("what the daemon tells its own trainer")
 class Merge(Struct, frozen=True, tag=True):
-    """Merge verified payloads at the next boundary; answered once that is queued."""
+    """Merge verified payloads at the next boundary; answered once the merge is queued."""
 
     on: ClassVar[Thread] = "helper"
 
     meeting_id: int
     weights: dict[int, float]
-    """w_j of every exchange that was accepted."""
+    """w_j of every exchange that both sides accepted."""
 
     def apply(self, trainer: Worker) -> Done:
-        """Compute the correction, and queue it.
+        """Compute the correction, and queue its addition.
 
         Raises:
-            PeerError: as `Exchanges.resolve`.
+            PeerError: see `Exchanges.resolve`.
         """
         trainer.exchanges.resolve(self.meeting_id, self.weights)
         trainer.queue(AddCorrection(self.meeting_id))
@@ -176,14 +178,14 @@ class Merge(Struct, frozen=True, tag=True):
 
 @stays("what the daemon tells its own trainer")
 class AddCorrection(Struct, frozen=True, tag=True):
-    """What a `Merge` leaves for the next boundary. No daemon sends it."""
+    """The part of a `Merge` that is done at the next boundary. No daemon sends it."""
 
     on: ClassVar[Thread] = "training"
 
     meeting_id: int
 
     def apply(self, trainer: Worker) -> None:
-        """Add it to the parameters, unless the meeting was dropped."""
+        """Add the correction to the parameters, unless the meeting was dropped."""
         trainer.loop.merge(self.meeting_id)
         if trainer.loop.state != "training":  # else the next step reports it
             trainer.reports.progress()
@@ -198,21 +200,21 @@ class Drop(Struct, frozen=True, tag=True):
     meeting_id: int
 
     def apply(self, trainer: Worker) -> None:
-        """Do so now, to free memory, and once more behind a snapshot that is still due."""
+        """Forget the meeting now, to free memory, and again after a snapshot that is queued."""
         trainer.exchanges.drop(self.meeting_id)
         trainer.queue(DropLate(self.meeting_id))
 
 
 @stays("what the daemon tells its own trainer")
 class DropLate(Struct, frozen=True, tag=True):
-    """What a `Drop` leaves for the next boundary. No daemon sends it."""
+    """The part of a `Drop` that is done at the next boundary. No daemon sends it."""
 
     on: ClassVar[Thread] = "training"
 
     meeting_id: int
 
     def apply(self, trainer: Worker) -> None:
-        """Forget a meeting whose snapshot was still due when it was dropped."""
+        """Forget a meeting whose snapshot was still queued when it was dropped."""
         trainer.exchanges.drop(self.meeting_id)
 
 
@@ -226,7 +228,7 @@ class ExportState(Struct, frozen=True, tag=True):
     on: ClassVar[Thread] = "training"
 
     def apply(self, trainer: Worker) -> FinishState:
-        """Copy them.
+        """Copy the parameters.
 
         Raises:
             PeerError: there are none yet (NOT_READY).
@@ -242,10 +244,10 @@ class FinishState:
 
     step: int
     finish: Callable[[], float]
-    """Completes it; the public loss."""
+    """Completes the copy, and returns its public loss."""
 
     def apply(self, trainer: Worker) -> StateExported:
-        """Do so."""
+        """Complete and hash the copy."""
         loss = self.finish()
         return StateExported(trainer.state_digest(), self.step, loss)
 
@@ -258,13 +260,13 @@ class ImportState(Struct, frozen=True, tag=True):
 
     step: int
     at_most: float = float("inf")
-    """Public loss that they may have."""
+    """Highest public loss to accept."""
 
     def apply(self, trainer: Worker) -> StateImported:
-        """Replace them.
+        """Replace the parameters.
 
         Raises:
-            PeerError: as `TrainingLoop.replace`, or of another model (WRONG_MODEL).
+            PeerError: see `TrainingLoop.replace`; or they are of another model (WRONG_MODEL).
         """
         before, after = trainer.replace_state(self.step, self.at_most)
         trainer.reports.everything()
@@ -276,7 +278,7 @@ class ImportState(Struct, frozen=True, tag=True):
 
 @stays("what the daemon tells its own trainer")
 class Run(Struct, frozen=True, tag=True):
-    """Change the mode."""
+    """Change what the loop does."""
 
     on: ClassVar[Thread] = "training"
 
@@ -290,17 +292,17 @@ class Run(Struct, frozen=True, tag=True):
 
 @stays("what the daemon tells its own trainer")
 class WriteCheckpoint(Struct, frozen=True, tag=True):
-    """Save now."""
+    """Write a checkpoint now."""
 
     on: ClassVar[Thread] = "training"
 
     def apply(self, trainer: Worker) -> WriteCopy:
-        """Copy what a checkpoint holds.
+        """Copy the content of a checkpoint.
 
         Raises:
             PeerError: there are no parameters yet (NOT_READY).
         """
-        trainer.loop.require_parameters()  # the next start would resume from values of chance
+        trainer.loop.require_parameters()  # else the next start would resume from random values
         return WriteCopy(trainer.loop.counters.step, trainer.saving.copy())
 
 
@@ -312,13 +314,13 @@ class WriteCopy:
 
     step: int
     write: Callable[[], str]
-    """Writes it; its path."""
+    """Writes the copy, and returns its path."""
 
     def apply(self, trainer: Worker) -> Written:
-        """Write it.
+        """Write the copy.
 
         Raises:
-            LocalError: the disk is full, say. It is reported as an event, too, for `health`.
+            LocalError: it can't be written. This is also reported as an event, for `health`.
         """
         try:
             return Written(self.write())
@@ -334,7 +336,7 @@ class Evaluate(Struct, frozen=True, tag=True):
     on: ClassVar[Thread] = "training"
 
     def apply(self, trainer: Worker) -> Losses:
-        """Measure them."""
+        """Measure the losses."""
         public, validation = trainer.loop.measure()
         trainer.reports.everything()
         return Losses(public, validation)
@@ -347,7 +349,7 @@ class Stop(Struct, frozen=True, tag=True):
     on: ClassVar[Thread] = "receiver"
 
     def apply(self, trainer: Worker) -> None:
-        """Let the loop end, and report how far that is."""
+        """Have the loop end, and report its progress until then."""
         trainer.reports.begin_ending()
         trainer.loop.stop()
 

@@ -1,6 +1,4 @@
-"""The documents that a home charges for, as its ledger and the machine's register need them; and
-what the operator should know of their accounts.
-"""
+"""Declares the text's documents to the ledger and the machine's register, and reports on them."""
 
 from __future__ import annotations
 
@@ -20,47 +18,47 @@ from xpeer.trainer.text import Text
 def declare_documents(
     ledger: Ledger, setup: TrainerSetup, manifest: Manifest, text: Text
 ) -> DeclaredDocuments:
-    """Have charges counted for these documents on the whole machine."""
+    """Declare the documents, so that the whole machine counts their charges."""
     register = Register.open(privacy_register(setup.config))
     return ledger.declare_documents(
         register, text.documents, _context_of(manifest, setup.swarm_id, text)
     )
 
 
-def notes_of(joined: DeclaredDocuments, ledger: Ledger) -> list[str]:
-    """What the operator should know of the documents' accounts."""
+def notes_of(declared: DeclaredDocuments, ledger: Ledger) -> list[str]:
+    """Lines for the operator about the documents' accounts."""
     notes = []
-    if joined.elsewhere:
+    if declared.elsewhere:
         notes.append(
-            f"privacy: {joined.elsewhere} of {joined.documents} documents were trained on by "
+            f"privacy: {declared.elsewhere} of {declared.documents} documents were trained on by "
             "other homes of this machine; their account goes on"
         )
-    if joined.new and ledger.counter:
+    if declared.new and ledger.counter:
         notes.append(
-            f"privacy: {joined.new} of {joined.documents} documents are new to this machine and "
-            "begin with a whole budget; text that was merely altered counts as new, too"
+            f"privacy: {declared.new} of {declared.documents} documents are new to this machine "
+            "and begin with a whole budget; text that was merely altered counts as new, too"
         )
     return notes
 
 
-def warnings_of(joined: DeclaredDocuments) -> list[str]:
-    """Which files were lost or restored."""
+def warnings_of(declared: DeclaredDocuments) -> list[str]:
+    """Warn of charges that the ledger or the register had lost."""
     warnings = []
-    if joined.recovered_steps:
+    if declared.recovered_steps:
         warnings.append(
-            f"privacy: the machine's register lacked {joined.recovered_steps} steps of this "
+            f"privacy: the machine's register lacked {declared.recovered_steps} steps of this "
             "home's ledger; they count for all documents that this home has or will have"
         )
-    elif joined.unknown_steps:
+    elif declared.unknown_steps:
         warnings.append(
-            f"privacy: {joined.unknown_steps} steps of this home's ledger were once lost to the "
+            f"privacy: {declared.unknown_steps} steps of this home's ledger were once lost to the "
             "machine's register; they count for all of its documents, new ones included"
         )
-    return warnings + warnings_of_lost(joined.steps_behind)
+    return warnings + warnings_of_lost(declared.steps_behind)
 
 
 def warnings_of_lost(steps: int) -> list[str]:
-    """Whether the ledger is an older copy: steps that only the register still held."""
+    """Warn of steps that only the register held."""
     if not steps:
         return []
     return [
@@ -70,13 +68,13 @@ def warnings_of_lost(steps: int) -> list[str]:
 
 
 def _context_of(manifest: Manifest, swarm_id: str, text: Text) -> ChargeContext:
-    """What the ledger notes beside each charge."""
+    """The context that the ledger notes beside each charge."""
     rules, length = manifest.privacy, manifest.optimiser.sequence_tokens
-    about = ChargeContext(swarm_id, rules.mode, rules.clip_norm, 0.0, rules.epsilon)
+    context = ChargeContext(swarm_id, rules.mode, rules.clip_norm, 0.0, rules.epsilon)
     if rules.unit == "document":
         delta = delta_of(manifest, len(set(text.owners.tolist())))
-        return msgspec.structs.replace(about, delta=delta, unit="document")
+        return msgspec.structs.replace(context, delta=delta, unit="document")
     tokens = manifest.tokenizer.digest[:16] or manifest.tokenizer.kind
     return msgspec.structs.replace(
-        about, delta=delta_of(manifest, len(text.records)), cut=f"{length} {tokens} tokens"
+        context, delta=delta_of(manifest, len(text.records)), cut=f"{length} {tokens} tokens"
     )

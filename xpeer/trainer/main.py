@@ -1,8 +1,8 @@
 """The trainer process: `python -m xpeer.trainer.main SOCKET_FD ARENA_FD PARENT_PID`.
 
-Started by `client.TrainerProcess`. It trains on its main thread until it is told to stop, and never
-outlives the daemon: the kernel kills it with its parent (Linux), and the end of the socket ends it
-everywhere.
+`client.TrainerProcess` starts it. It trains on its main thread until the daemon asks it to stop. It
+never outlives the daemon: on Linux the kernel kills it with its parent, and on every system it
+exits when the socket is closed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ logger = logging.getLogger("xpeer.training")
 
 
 class Receiver:
-    """Takes the daemon's commands on a thread of its own; its end is the process's end."""
+    """Receives the daemon's commands on its own thread; when that thread ends, the process exits.
+
+    Attributes:
+        server: carries the commands out; None until the trainer is built.
+    """
 
     def __init__(self, channel: ChildChannel) -> None:
         self.server: Server | None = None
@@ -56,19 +60,19 @@ class Receiver:
             logger.exception("the trainer's receiver failed")
             raise
         finally:
-            _leave(ExitCode.ERROR)  # no daemon, no trainer: at once, whatever a step is doing
+            _leave(ExitCode.ERROR)  # without a daemon the process ends at once, even within a step
 
 
 def main(assemble: Callable[[TrainerSetup], Assembled] | None = None) -> NoReturn:
-    """Train until told to stop.
+    """Train until the daemon sends `Stop`.
 
     Args:
-        assemble: instead of `build.assemble`: where a benchmark puts in its own parts.
+        assemble: replaces `build.assemble`, for benchmarks with parts of their own.
     """
     socket_fd, arena_fd, parent_pid = (int(argument) for argument in sys.argv[1:])
     _die_with(parent_pid)
     os.umask(0o077)
-    # a ^C, a closed terminal or a stop of the whole group reaches the daemon, too
+    # a ^C, a closed terminal or a stop of the whole group reaches the daemon, too, which decides
     signals.leave_it_to_the_parent()
     faulthandler.enable()
     _set_up_logging()
@@ -80,7 +84,7 @@ def main(assemble: Callable[[TrainerSetup], Assembled] | None = None) -> NoRetur
     try:
         _train(begin, arena_fd, channel, receiver, assemble)
     except BaseException as e:  # noqa: BLE001 - it crosses to the daemon instead
-        # everything there is: the daemon shows it, and decides whether to start another trainer
+        # every error is sent: the daemon logs it, and decides whether to start another trainer
         channel.send(Crashed(failure_of(e)))
         channel.flush(_FLUSH_TIMEOUT_S)
         _leave(e.exit_code if isinstance(e, LocalError) else ExitCode.ERROR)
@@ -95,7 +99,7 @@ def _train(
     receiver: Receiver,
     assemble: Callable[[TrainerSetup], Assembled] | None,
 ) -> None:
-    # torch takes seconds to import; by now the receiver notices a daemon that is gone
+    # torch takes seconds to import; meanwhile the receiver would notice the end of the daemon
     import torch  # noqa: PLC0415
 
     from xpeer.trainer import build as production  # noqa: PLC0415
@@ -111,7 +115,7 @@ def _train(
     server = serve(channel.send, arena, assembled, begin.setup.config.checkpoint.every_s)
     trainer.set_mode(begin.setup.mode)
     receiver.server = server
-    if hasattr(signal, "SIGXCPU"):  # a CPU limit is near: the next trainer has one of its own
+    if hasattr(signal, "SIGXCPU"):  # a CPU limit is near: the next trainer gets a new one
         signal.signal(signal.SIGXCPU, lambda _number, _frame: trainer.stop())
     server.worker.announce()
     try:
@@ -125,7 +129,7 @@ def _train(
 
 
 def _set_up_logging() -> None:
-    """As in the daemon: xpeer's own loggers from info on, libraries from warning on."""
+    """Log as the daemon does: xpeer's own loggers from info on, libraries from warning on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LevelFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

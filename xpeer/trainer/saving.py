@@ -1,9 +1,11 @@
 """When checkpoints are written while training goes on, and what that costs the loop.
 
-The copy is taken on the loop's thread, at a boundary; it is written on another, one at a time.
-One is due every `checkpoint.every_s` seconds, but not so often that the copies take more than 2% of
-the time; at the end of a new node's first window; and whenever further private steps may not be
-charged without one (`training.charging`).
+The loop's thread copies a checkpoint at a boundary. The disk's thread writes it, one at a time.
+A checkpoint is due
+
+- every `checkpoint.every_s` seconds, but not so often that copying takes more than 2% of the time;
+- at the end of a new node's first window;
+- whenever no further private steps may be charged before one is written (`training.charging`).
 """
 
 from __future__ import annotations
@@ -18,26 +20,26 @@ from xpeer.training.charging import Begun
 from xpeer.training.loop import TrainingLoop
 
 SHARE_SAVING: Final = 0.02
-"""Of the loop's time, for copies that are due by the clock."""
+"""Most of the loop's time that copies due by the clock may take, as a fraction."""
 AGAIN_S: Final = 10.0
-"""After a checkpoint that could not be written."""
+"""Pause after a checkpoint that could not be written."""
 logger = logging.getLogger("xpeer.training")
 
 Write = Callable[[], str]
-"""Writes a copy that was taken; its path."""
+"""Writes a copy, and returns its path."""
 
 
 class Saving:
     """Checkpoints of one trainer. `_write` belongs to the disk's thread, the rest to the loop's.
 
     Args:
-        trainer: whose parameters are saved.
-        capture: copies everything that a checkpoint holds.
-        submit: has something done on the disk's thread.
-        saved: called for each checkpoint: its path and step.
-        failed: called for each that could not be written: why, and its step.
+        trainer: has the parameters to save.
+        capture: copies the content of a checkpoint.
+        submit: runs a function on the disk's thread.
+        saved: called for each checkpoint with its path and step.
+        failed: called for each checkpoint that could not be written, with the reason and its step.
         every_s: seconds between checkpoints.
-        resumed: there is one already.
+        resumed: whether there is a checkpoint already.
         clock: seconds.
     """
 
@@ -60,21 +62,26 @@ class Saving:
         self._every_s = every_s
         self._clock = clock
         self._saved_at = clock()
+        """When the last attempt to write a checkpoint ended; at first, when this was made."""
         self._first_window = None if resumed else trainer.counters.window
+        """A new node's first window; None once a checkpoint was begun, or if there was one."""
         self._running = False
+        """True iff a checkpoint is being written."""
         self._again_at: float | None = None
+        """When a failed checkpoint may be tried again; None = the last one did not fail."""
         self._copy_s = 0.0
+        """Time that the last copy took; 0 until there was one."""
         trainer.pacing.permits.save = self.begin
 
     def copy(self) -> Write:
-        """At a boundary: take a copy, to be written on any thread."""
+        """Copy a checkpoint, at a boundary; returns a function that writes it, on any thread."""
         began = self._clock()
         write = self._capture()
         self._copy_s = self._clock() - began
         self._trainer.timings.saving_s += self._copy_s
         self._trainer.pacing.permits.captured()
 
-        def written() -> str:
+        def write_and_note() -> str:
             path = ""
             try:
                 path = write()
@@ -82,10 +89,10 @@ class Saving:
                 self._trainer.pacing.permits.saved(written=bool(path))
             return path
 
-        return written
+        return write_and_note
 
     def begin(self) -> Begun:
-        """At a boundary: have a checkpoint written, if none is being written."""
+        """Begin a checkpoint, at a boundary, unless one is being written or has just failed."""
         if self._running:
             return "running"
         if self._again_at is not None and self._clock() < self._again_at:
@@ -96,7 +103,7 @@ class Saving:
         return "begun"
 
     def after_step(self) -> None:
-        """At a boundary: begin a checkpoint if it is due by the clock, or is the first."""
+        """Begin a checkpoint, at a boundary, if it is due by the clock or the first window."""
         waited_s = self._clock() - self._saved_at
         first = self._first_window not in (None, self._trainer.counters.window)
         if first or waited_s >= max(self._every_s, self._copy_s / SHARE_SAVING):

@@ -1,6 +1,6 @@
-"""Receives commands, has each carried out on the thread that it declares, and replies.
+"""Has each command carried out on the thread that it declares, and replies.
 
-What a command does, it says itself (`commands`); what it does that to is the `worker`.
+The commands themselves (`commands`) say what is done. They are applied to the `worker`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from xpeer.trainer.worker import Worker
 
 
 class Server:
-    """Between the channel and the threads.
+    """Passes commands from the channel to the threads.
 
     Args:
         send: queues a message to the daemon.
         worker: commands are applied to it.
-        threads: beside the training thread.
+        threads: all but the training thread.
 
     Attributes:
-        worker: the same.
+        worker: as given.
     """
 
     def __init__(self, send: Send, worker: Worker, threads: Threads) -> None:
@@ -34,14 +34,14 @@ class Server:
         self._threads = threads
 
     def handle(self, request: Request) -> None:
-        """Have a command carried out; on the receiving thread, returns at once."""
+        """Have a command carried out. Called on the receiving thread; returns soon."""
         if request.command.on == "training":
             self.worker.loop.submit(request)
         else:
             self._begin(request.number, request.command)
 
     def at_boundary(self, request: Request) -> None:
-        """Carry out what the loop was given, on its thread."""
+        """Carry out a command that the loop was given, on the loop's thread."""
         self._carry_out(request.number, request.command)
 
     def _begin(self, number: int, work: Work) -> None:
@@ -52,8 +52,10 @@ class Server:
                 self._carry_out(number, work)
 
     def _carry_out(self, number: int, work: Work) -> None:
-        """Errors made on purpose are answers; any other is a bug, which ends the training thread
-        (and so the process) if it happened there.
+        """Apply a command and send the answer.
+
+        Errors raised on purpose are answers. Any other is a bug; on the training thread it ends the
+        process.
         """
         outcome: Outcome
         try:
@@ -70,12 +72,12 @@ class Server:
 
 
 def serve(send: Send, arena: Arena, assembled: Assembled, checkpoint_every_s: float) -> Server:
-    """Connect a trainer with its daemon; it is to `announce` itself once it may be asked.
+    """Connect a trainer with its daemon. Call `Worker.announce` once it may be asked.
 
     Args:
         send: queues a message to the daemon.
-        arena: shared with it.
-        assembled: the trainer and what belongs to it.
+        arena: shared with the daemon.
+        assembled: the parts of the trainer.
         checkpoint_every_s: time between periodic checkpoints.
     """
     threads = Threads()

@@ -1,4 +1,4 @@
-"""Everything the trainer process needs to know; the daemon sends it as the first message."""
+"""Everything that the trainer process needs to know; part of the daemon's first message."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class TrainerSetup(Struct, frozen=True, kw_only=True):
     """Paths and settings; contains no secret and no text."""
 
     manifest_path: str
-    """A `SignedManifest` as JSON; the trainer opens it against `swarm_id` itself."""
+    """A `SignedManifest` as JSON; the trainer verifies it against `swarm_id` itself."""
     swarm_id: str
     home: str
-    """Ledger, checkpoints, initial model and cache lie in it (`config.Home`)."""
+    """Folder of ledger, checkpoints, initial model and cache (`config.Home`)."""
     config: NodeConfig = NodeConfig()
     peer_id: str
     members: dict[str, float] = {}
-    """With a shared corpus: tokens/s by PeerID of all who take part, us included; 0: unknown."""
+    """With a shared corpus: tokens/s of all members, ours included, by PeerID; 0 = unknown."""
     mode: Order = "train"
     """What to do once ready."""
     has_trained: bool = False
-    """This home took steps: without its text it mixes and serves."""
+    """Whether this home has ever taken a step. If so, it mixes and serves even without its text."""
     initial: Literal["initial", "awaited"] = "initial"
-    """Where the parameters come from if there is no checkpoint. initial: the manifest's, from
-    home/initial, checked against its digest. awaited: a joiner's: `import_state` brings them, and
-    nothing is trained before."""
+    """Source of the parameters if there is no checkpoint. initial: the swarm's initial model, from
+    home/initial, checked against the manifest's digest. awaited: a donor's, which `import_state`
+    brings; until then nothing is trained."""

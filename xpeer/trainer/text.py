@@ -1,4 +1,4 @@
-"""The text that a node trains on, read, divided and cut into records."""
+"""Reads the text that a node trains on, divides it, and cuts it into records."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from xpeer.training.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What a node trains on."""
+    """The text that a node trains on."""
 
     records: torch.Tensor  # (n, T) int64
     owners: torch.Tensor  # (n,) int64: the number of each record's document
     documents: list[str]
-    """Ids; of pieces those of the whole."""
+    """Ids of the documents; for a piece, the id of the whole document."""
     held_out: torch.Tensor  # (m, T) int64
     shard: ShardSummary
     share: CorpusShare | None
-    """Of a shared corpus."""
+    """This node's part of a shared corpus; None = there is none."""
 
 
 def text_if_any(
     setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home
 ) -> tuple[Text, str]:
-    """The text; or none, and why, where that may pass.
+    """Read the text. If a home that has trained can't read it, return no text, and why.
 
     Raises:
-        ShardError: this home has never trained, or names no text at all.
+        ShardError: there is no text, and this home has never trained or names no files.
     """
     try:
         return text_of(setup, manifest, tokenizer, home), ""
@@ -51,27 +51,27 @@ def text_if_any(
 
 
 def text_of(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home) -> Text:
-    """The shard, or this node's part of the corpus, as the trainer reads it.
+    """Read the shard, or this node's part of the corpus.
 
     Args:
         setup: names the files.
         manifest: of the swarm.
         tokenizer: of the swarm.
-        home: whose cache is used.
+        home: has the cache.
 
     Raises:
         ShardError: there is no text, or it can't be read.
     """
     data, shared = setup.config.data, manifest.shared_corpus
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
-    found = read_shard(patterns, data.text_field, setting)
-    documents = found.documents
+    shard = read_shard(patterns, data.text_field, setting)
+    documents = shard.documents
     if shared:
         refuse_other(shared, documents)
     training, held_out = split(documents, data.validation_share, data.split)
     share = None
     if shared:
-        # held out before it is shared: what one member measures on, none trains on
+        # after the split: no member trains on text that another one measures on
         training, share = divide(training, manifest, setup.members, setup.peer_id)
     length = manifest.optimiser.sequence_tokens
     records, owners = load_owned_records(training, tokenizer, length, home.cache)
@@ -83,5 +83,5 @@ def text_of(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home:
         validation = records[:0]
     ids = [document.whole or document.id for document in training]
     too_short = len(training) - len(set(owners.tolist()))
-    summary = msgspec.structs.replace(found.summary, too_short=too_short)
+    summary = msgspec.structs.replace(shard.summary, too_short=too_short)
     return Text(records, owners, ids, validation, summary, share)

@@ -1,4 +1,4 @@
-"""The trainer's threads beside the training thread. None waits for another."""
+"""The trainer's threads, besides the training thread. None waits for another."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ logger = logging.getLogger("xpeer.training")
 
 
 class Threads:
-    """One thread of each kind, which does one thing after another.
+    """One thread of each kind. Each does one piece of work after another.
 
-    Invariant: there is one helper (`stages` says why), and one writer of checkpoints.
+    Invariant: there is one helper (`in_flight` says why), and one writer of checkpoints.
     """
 
     def __init__(self) -> None:
         self._pools = {name: ThreadPoolExecutor(1, name) for name in _POOLS}
 
     def submit(self, name: Pool, work: Callable[..., object], *arguments: object) -> None:
-        """Have something done. An error in it is a bug, and is logged."""
+        """Queue work for a thread. An error in it is a bug, and is logged."""
         self._pools[name].submit(work, *arguments).add_done_callback(_log_bug)
 
     def wait_for(self, name: Pool, work: Callable[[], _T]) -> _T:
-        """Have something done behind all that was submitted, and wait for it; it may raise."""
+        """Queue work behind all earlier work, and wait for its result; raises its error."""
         return self._pools[name].submit(work).result()
 
     def close(self) -> None:
-        """Wait for the disk; what nobody needs any more is not begun."""
+        """Wait for the disk's thread; queued questions to the ledger are dropped."""
         self._pools["disk"].shutdown()
         self._pools["accounts"].shutdown(cancel_futures=True)
 
 
 def _log_bug(done: Future[object]) -> None:
-    """Errors made on purpose have been answered before; the rest must not vanish."""
+    """Log an error. Errors raised on purpose were answered before; the others are bugs."""
     if (error := done.exception()) is not None:
         logger.error("a helper of the trainer failed", exc_info=error)

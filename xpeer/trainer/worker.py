@@ -1,6 +1,6 @@
-"""What commands are applied to: the loop, the memory shared with the daemon, and checkpoints.
+"""The object that commands are applied to: the loop, the shared memory and the checkpoints.
 
-One object, so that a command needs nothing else, in this process or on another rank.
+A command needs nothing else, in this process or on another rank.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Worker:
     """A trainer as its commands see it.
 
     Args:
-        assembled: the trainer and what belongs to it.
+        assembled: the parts of the trainer.
         arena: shared with the daemon.
-        saving: its checkpoints.
-        reports: what it says of itself.
-        threads: beside the training thread.
+        saving: begins and copies checkpoints.
+        reports: sends events to the daemon.
+        threads: all but the training thread.
 
     Attributes:
         loop: takes the steps.
@@ -55,13 +55,13 @@ class Worker:
         self._threads = threads
 
     def queue(self, command: Command) -> None:
-        """Have a command carried out at the next boundary, for nobody's answer."""
+        """Have a command carried out at the next boundary, without an answer."""
         self.loop.submit(Request(NOBODY, command))
 
     # ---- at a boundary ------------------------------------------------------------------------
 
     def after_step(self, rest_s: float) -> None:
-        """A step was taken, and a rest of so many seconds follows."""
+        """Report a step, and begin a checkpoint if one is due; `rest_s` seconds of rest follow."""
         self.reports.after_step(rest_s)
         self.saving.after_step()
 
@@ -69,7 +69,7 @@ class Worker:
         """Copy all parameters to the arena's region.
 
         Returns:
-            What completes the copy, on any thread, and gives its public loss.
+            A function that completes the copy and returns its public loss; call it on any thread.
 
         Raises:
             PeerError: there are none yet (NOT_READY).
@@ -83,21 +83,22 @@ class Worker:
         """Replace all parameters by those in the arena's region.
 
         Args:
-            step: the donor's.
-            at_most: public loss that they may have.
+            step: the donor's step.
+            at_most: highest public loss to accept.
 
         Returns:
             Public loss before and after.
 
         Raises:
-            PeerError: as `loop.replace`, or the frozen ones are others (WRONG_MODEL).
+            PeerError: see `TrainingLoop.replace`; or the frozen ones are not the manifest's
+                (WRONG_MODEL).
         """
         trained, kept = self._state()
         self._assembled.frozen.replace(kept)
         return self.loop.replace(trained, step, at_most)
 
     def _state(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The arena's region: what is trained, and what is frozen."""
+        """Views of the arena's region: the trained parameters and the frozen ones."""
         region = torch.frombuffer(self.arena.state(), dtype=torch.float32)
         count = self.loop.parameters.num_params
         return region[:count], region[count:]
@@ -105,21 +106,21 @@ class Worker:
     # ---- on the disk's thread -----------------------------------------------------------------
 
     def state_digest(self) -> str:
-        """Of the arena's region; takes as long as reading a whole model."""
+        """The digest of the arena's region; takes as long as reading a whole model."""
         return digest(torch.frombuffer(self.arena.state(), dtype=torch.float32))
 
     # ---- begin and end ------------------------------------------------------------------------
 
     def announce(self) -> None:
-        """Say that the trainer is ready."""
+        """Report that the trainer is ready."""
         self._threads.submit("helper", self.exchanges.prepare)
         self.reports.ready()
 
     def finish(self) -> None:
-        """After the loop returned: save, and say the last word.
+        """Save, report for the last time, and close everything, after the loop has returned.
 
         Raises:
-            LocalError: it can't be saved.
+            LocalError: the checkpoint can't be written.
         """
         self.save()
         self._threads.close()
@@ -127,17 +128,19 @@ class Worker:
         self._assembled.close()
 
     def save(self) -> None:
-        """On the training thread, when the loop has ended: behind a save that is being written.
+        """Write a checkpoint after the loop has ended, behind one that is being written.
+
+        Called on the training thread.
 
         Raises:
-            LocalError: it can't be written.
+            LocalError: the checkpoint can't be written.
         """
         if not self.loop.awaiting:
             write, step = self.saving.copy(), self.loop.counters.step
             self.reports.send(Saved(self._threads.wait_for("disk", write), step))
 
     def rescue(self) -> None:
-        """The loop broke off: keep the steps before, which are complete. Never raises."""
+        """Save the complete steps after the loop has failed. Never raises."""
         try:
             if bool(torch.isfinite(self.loop.parameters.read()).all()):
                 self.save()

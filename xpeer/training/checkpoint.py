@@ -20,7 +20,7 @@ from xpeer.leaves import Derived, Local, Noised, Parts, Public, Timing, Withheld
 from xpeer.mixing import received
 from xpeer.training.tensor_file import (
     CorruptFileError,
-    Told,
+    OnProgress,
     clear_staging,
     read_tensors,
     write_tensors,
@@ -110,7 +110,9 @@ class _Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     manifest_hash: Public[str]
 
 
-def save(folder: Path, bundle: Bundle, keep: int = 2, told: Told | None = None) -> Path:
+def save(
+    folder: Path, bundle: Bundle, keep: int = 2, on_progress: OnProgress | None = None
+) -> Path:
     """Write a checkpoint, then remove all but the newest.
 
     A crash at any byte leaves the previous one whole. Checkpoints of later steps are removed, too:
@@ -120,7 +122,7 @@ def save(folder: Path, bundle: Bundle, keep: int = 2, told: Told | None = None) 
         folder: of the checkpoints, made if need be; one writer at a time.
         bundle: what to write; must not change meanwhile.
         keep: checkpoints to keep, this one included.
-        told: how far it is.
+        on_progress: called as for `write_tensors`.
 
     Raises:
         LocalError: it can't be written; those before it are as they were.
@@ -142,7 +144,7 @@ def save(folder: Path, bundle: Bundle, keep: int = 2, told: Told | None = None) 
         tensors[_FROZEN] = bundle.frozen
     tensors |= {_RULE + name: value for name, value in bundle.rule.items()}
     text = msgspec.json.encode(words, order="sorted").decode()
-    write_tensors(path, tensors, {"xpeer": text}, *([told] if told else []))
+    write_tensors(path, tensors, {"xpeer": text}, *([on_progress] if on_progress else []))
     older = [other for other in paths(folder) if step_of(other) < bundle.step]
     later = [other for other in paths(folder) if step_of(other) > bundle.step]
     for superfluous in [*later, *older[max(keep, 1) - 1 :]]:

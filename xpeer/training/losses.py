@@ -101,7 +101,7 @@ def evaluate(
     model: torch.nn.Module,
     records: torch.Tensor,
     micro_batch: int = 16,
-    told: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean loss in nats per token.
 
@@ -109,7 +109,7 @@ def evaluate(
         model: causal language model; its mode is as before afterwards.
         records: (records, tokens) int64, any device; filled up as for `record_losses`.
         micro_batch: records per forward pass.
-        told: called after each of them.
+        on_progress: called after each forward pass.
 
     Raises:
         ConfigError: there is not one token to predict.
@@ -124,7 +124,7 @@ def evaluate(
                 losses, counted = record_losses(model, part.to(device))
             nats += float(losses.cpu().double().sum())
             tokens += int(counted.sum())
-            told()
+            on_progress()
     finally:
         model.train(was_training)
     if tokens == 0:

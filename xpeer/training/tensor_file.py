@@ -1,8 +1,8 @@
 """Tensors and a few words in one file that is either whole and verified, or not there.
 
-The format is safetensors'; a digest over names, words and values is added to its metadata, since
-safetensors checks sizes only. We write it ourselves, in pieces: its own writer copies everything
-first, holds up every other thread, and can't tell how far it is.
+The format is safetensors'. Its metadata also holds a digest of names, words and values, since
+safetensors checks sizes only. We write the file ourselves, in pieces. The writer of safetensors
+copies everything first, holds up every other thread, and reports no progress.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ from xpeer.errors import LocalError
 _STAGING: Final = ".writing-"
 _DIGEST: Final = "digest"
 _PIECE: Final = 16 << 20
-"""Bytes that are on the disk before the next are written."""
+"""Bytes written between two syncs of the disk."""
 _KINDS: Final = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
-Told = Callable[[int, int], None]
-"""Bytes done and in all: each is looked at twice, for the digest and to be written."""
+OnProgress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all. Every byte counts twice: it is hashed, then written."""
 
 
-def _nobody(_done: int, _total: int) -> None:
-    """Is told."""
+def _ignore(_done: int, _total: int) -> None:
+    """Ignore the progress."""
 
 
 class CorruptFileError(Exception):
-    """A file is damaged, incomplete, or none of ours. Says how."""
+    """The file is damaged, incomplete, or not written by us. The message says which."""
 
 
 def write_tensors(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
     words: Mapping[str, str],
-    told: Told = _nobody,
+    on_progress: OnProgress = _ignore,
 ) -> str:
     """Write a file, mode 0600, in place of any that is there; durable when this returns.
 
-    At a crash at any moment the old file, if any, is whole.
+    After a crash at any moment the old file, if there was one, is still whole.
 
     Args:
         path: its folder is made, mode 0700, if need be.
         tensors: contiguous, CPU, not sharing memory.
-        words: kept beside them.
-        told: how far it is, after every piece.
+        words: stored in the metadata.
+        on_progress: called after every piece.
 
     Returns:
         The digest, BLAKE2b-256 in hex.
@@ -68,7 +68,7 @@ def write_tensors(
     """
     staging: Path | None = None
     size = sum(tensor.nbytes for tensor in tensors.values())
-    digest = _digest(tensors, words, lambda done: told(done, 2 * size))
+    digest = _digest(tensors, words, lambda done: on_progress(done, 2 * size))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=path.parent))  # mode 0700
@@ -77,7 +77,7 @@ def write_tensors(
             tensors,
             beside,
             words={**words, _DIGEST: digest},
-            told=lambda done: told(size + done, 2 * size),
+            on_progress=lambda done: on_progress(size + done, 2 * size),
         )
         beside.replace(path)
         sync(path.parent)
@@ -113,7 +113,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def clear_staging(folder: Path) -> None:
-    """Remove what a crash in the middle of a write left. Only while nobody writes there."""
+    """Remove what a crash in the middle of a write left. Call it only while nobody writes there."""
     for left in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -123,9 +123,9 @@ def save_file(
     path: Path,
     *,
     words: Mapping[str, str],
-    told: Callable[[int], None],
+    on_progress: Callable[[int], None],
 ) -> None:
-    """A new file, mode 0600; on the disk when this returns."""
+    """Write a new file, mode 0600; it is on the disk when this returns."""
     # widest values first, so that all are aligned
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(words)}
@@ -150,7 +150,7 @@ def save_file(
             if done - synced >= _PIECE:
                 os.fdatasync(file.fileno())
                 synced = done
-                told(done)
+                on_progress(done)
         os.fsync(file.fileno())
 
 
@@ -160,7 +160,7 @@ def _write_all(file: io.RawIOBase, data: memoryview) -> None:
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Its bytes, in parts."""
+    """The tensor's bytes, at most `_PIECE` at a time."""
     if tensor.numel():
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         for begin in range(0, len(data), _PIECE):
@@ -170,7 +170,7 @@ def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
 def _digest(
     tensors: Mapping[str, torch.Tensor],
     words: Mapping[str, str],
-    told: Callable[[int], None] = lambda _done: None,
+    on_progress: Callable[[int], None] = lambda _done: None,
 ) -> str:
     digest, done = hashlib.blake2b(digest_size=32), 0
     for key in sorted(words):
@@ -184,7 +184,7 @@ def _digest(
             for piece in _pieces(tensor):
                 digest.update(piece)
                 done += len(piece)
-                told(done)
+                on_progress(done)
     return digest.hexdigest()
 
 
@@ -194,7 +194,7 @@ def _absorb(digest: hashlib.blake2b, part: bytes | memoryview) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder on the disk."""
+    """Wait until a file or folder is on the disk (fsync)."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
