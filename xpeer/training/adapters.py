@@ -1,10 +1,11 @@
-"""Adapters of low rank, trained in place of a model's own weights, by peft.
+"""Low-rank adapters, made with peft and trained in place of a model's own weights.
 
-LoRA (Hu et al. 2021, arXiv:2106.09685): next to each chosen layer, whose weights W stay as they
-are, B A x * alpha / rank is added, with A (rank, in) random and B (out, rank) zero at the start.
-A and B alone are trained, and so exchanged, saved and exported; W is the same at every member.
+LoRA (Hu et al. 2021, arXiv:2106.09685): the weights W of each chosen layer stay as they are, and
+B A x * alpha / rank is added to the layer's output. At the start A (rank, in) is random, and
+B (out, rank) is zero. Only A and B are trained, exchanged, saved and exported; W is the same at
+every member.
 
-The initial A is drawn here and not by peft, so that it depends on the manifest's seed alone.
+The initial A is drawn here and not by peft, so that it depends only on the manifest's seed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from xpeer.manifest import Lora
 from xpeer.training.losses import transformers_model
 
 BASE_FILE: Final = "base_model.json"
-"""In an export: which weights the adapters belong to."""
+"""File in an export that says which weights the adapters belong to."""
 _ADAPTER: Final = "default"
 
 
@@ -32,14 +33,14 @@ def adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
     """Freeze a model and put fresh adapters into it.
 
     Args:
-        model: of transformers, on the CPU; changed.
+        model: of transformers, on the CPU; it is changed.
         lora: of the manifest.
 
     Returns:
         peft's wrapper around it; only adapters are trainable.
 
     Raises:
-        ConfigError: peft is missing, or there are no such layers.
+        ConfigError: peft is missing, or the model has no such layers.
     """
     peft = _peft()
     targets: Any = list(lora.targets) or "all-linear"
@@ -53,7 +54,7 @@ def adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
     training = model.training
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            # of transposed weights, tied ones and older names: `_draw` looks at what came of it
+            # it warns of transposed weights, tied ones and older names; `_draw` checks the result
             warnings.simplefilter("ignore")
             adapted: torch.nn.Module = peft.get_peft_model(model, config)
     except (ValueError, TypeError) as e:
@@ -66,7 +67,7 @@ def adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
 
 
 def attach(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """The model with adapters that `write` wrote, to be used, not trained.
+    """Add the adapters that `write` wrote to a model, to use it, not to train it.
 
     Raises:
         ConfigError: peft is missing, or they don't fit the model.
@@ -86,16 +87,17 @@ def attach(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
 
 
 def is_adapted(model: torch.nn.Module) -> bool:
-    """Whether adapters are in it."""
+    """Whether the model has adapters."""
     return hasattr(model, "peft_config")
 
 
 def untie(adapted: torch.nn.Module) -> bool:
-    """Give weights of its own to each layer with an adapter whose weights another layer shares:
-    merged, the adapter would change both.
+    """Copy weights that a layer with an adapter shares with another layer.
+
+    Otherwise merging the adapter would change both layers.
 
     Returns:
-        Whether there were any; the config then says that nothing is tied.
+        Whether there were any. If so, the model's config says from now on that nothing is tied.
     """
     named = list(adapted.named_parameters(remove_duplicate=False))
     shared = Counter(id(parameter) for _, parameter in named)
@@ -113,28 +115,28 @@ def untie(adapted: torch.nn.Module) -> bool:
 
 
 def merged(adapted: torch.nn.Module) -> torch.nn.Module:
-    """The model without adapters, its weights W + B A alpha / rank; the adapted one is used up."""
+    """Return a model with weights W + B A alpha / rank, and no adapters; `adapted` is used up."""
     inner: Any = adapted
     whole: torch.nn.Module = inner.merge_and_unload()
     return whole
 
 
 def write(adapted: torch.nn.Module, lora: Lora, folder: Path) -> None:
-    """Write what `peft.PeftModel.from_pretrained(base, folder)` reads, and which base that is.
+    """Write the files for `peft.PeftModel.from_pretrained(base, folder)`, and name the base.
 
     Args:
-        adapted: by `adapt`.
+        adapted: made by `adapt`.
         lora: of the manifest.
         folder: exists.
 
     Raises:
-        OSError: it can't be written.
+        OSError: a file can't be written.
     """
     peft, inner = _peft(), _inner(adapted)
     own = {n: p.detach().cpu().clone() for n, p in adapted.named_parameters() if p.requires_grad}
-    found = peft.get_peft_model_state_dict(inner, state_dict=own, save_embedding_layers=False)
+    tensors = peft.get_peft_model_state_dict(inner, state_dict=own, save_embedding_layers=False)
     weights = folder / "adapter_model.safetensors"
-    save_file(found, weights, metadata={"format": "pt"})
+    save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o600)
     config = inner.peft_config[_ADAPTER]
     config.inference_mode, config.base_model_name_or_path = True, None
@@ -148,10 +150,10 @@ def write(adapted: torch.nn.Module, lora: Lora, folder: Path) -> None:
 
 
 def _draw(adapted: torch.nn.Module, seed: int) -> None:
-    """A as torch draws a linear layer's weights (uniform within 1 / sqrt(in)), B zero.
+    """Draw A as torch draws a linear layer's weights (uniform within 1 / sqrt(in)); set B to zero.
 
     Raises:
-        ConfigError: something else than A and B would be trained.
+        ConfigError: parameters other than A and B would be trained.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

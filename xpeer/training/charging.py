@@ -1,15 +1,15 @@
-"""How many private steps are charged at once, and when that wants a checkpoint first.
+"""Decides how many private steps are charged at once, and when a checkpoint has to come first.
 
-A step is charged before it is taken. Whatever was charged and is not behind the parameters of a
-checkpoint is lost when the process is killed, and is charged again. So
+A step is charged before it is taken. If the process is killed, all charges since the last
+checkpoint are lost: their steps are not in the parameters, and have to be charged again. So
 
-- steps are charged in small parts: one at a time where a step takes long, a window at most;
-- a checkpoint is begun before so many charges lie behind the last one that losing them would cost
-  more than a window, or 1% of the planned charges, whichever is more. Charges that are made while
-  one is being written come on top: the loop does not wait for the disk.
+- steps are charged in small parts: a window at most, and one at a time if steps are slow;
+- a checkpoint is begun before a kill could lose more charges than a window has, or than 1% of the
+  planned charges, whichever is more. Charges made while the checkpoint is being written come on
+  top, since the loop does not wait for the disk.
 
-What this module does not give: the charges themselves and their count (`privacy.budget`), and the
-writing of checkpoints (`training.saving`).
+What this module does not give: the charges themselves and their count (`accounts.budget`), and the
+writing of checkpoints (`trainer.saving`).
 """
 
 from __future__ import annotations
@@ -24,31 +24,37 @@ from xpeer.privacy.mechanism import Mechanism
 from xpeer.training.schedule import Counters, planned_steps, share_done
 
 SHARE_CHARGING: Final = 0.01
-"""Of a step's time: where a charge takes less, every step is charged just before it is taken."""
+"""Fraction of a step's time. A charge that takes less is made for one step, just before it."""
 SHARE_AHEAD: Final = 0.02
-"""Of their time, for charges that are written beside the steps before them."""
+"""Slower charges are made for several steps at once, to take this fraction of the time."""
 SHARE_LOST: Final = 0.01
-"""Of the planned charges: as much may be lost by a kill, or one window if that is more."""
+"""Fraction of the planned charges that a kill may lose; or one window, if that is more."""
 SHARE_PART: Final = 0.001
-"""Of the planned charges, at least, in one part: ledgers stay small."""
+"""Least fraction of the planned charges to make at a time, so that ledgers stay small."""
 _FAR: Final = 1 << 31
+"""More steps than any run has."""
 
 Begun = Literal["begun", "running", "failing"]
-"""Whether a checkpoint is begun now; is one being written already; or could the last not be, and
-it is too early to try again."""
+"""begun: a checkpoint was begun now.
+running: one is being written.
+failing: the last one could not be written, and it is too early to try again."""
 Permission = Literal["step", "spent", "held"]
+"""step: a charged step may be taken.
+spent: no further step fits the budget.
+held: checkpoints can't be written, and a kill would lose as many charges as it may."""
 
 
 class Permits:
-    """The charged steps of a loop. `saved` may be called on any thread; the rest belongs to one.
+    """The charged steps of a loop. Any thread may call `saved`; the rest belongs to the loop's.
 
     Args:
         manifest: of the swarm.
-        mechanism: charges.
-        counters: of the loop, now.
+        mechanism: charges the ledger.
+        counters: returns the loop's present counters.
 
     Attributes:
-        save: begins a checkpoint, on the loop's thread; nobody saves until it is set.
+        save: begins a checkpoint, on the loop's thread; does nothing until it is set, and after
+            `rest`.
     """
 
     def __init__(
@@ -62,16 +68,22 @@ class Permits:
         self._window = manifest.round.window_steps
         self._whole = manifest.round.policy.waits
         self._most: int | None = None
+        """See `most`; None until it is first asked for."""
         self._closing = False
+        """True iff the loop is ending: nothing is charged ahead any more."""
         self._behind = 0
+        """Charges whose steps are in the parameters."""
         self._lock = threading.Lock()
         self._durable = 0
+        """Charges whose steps are in the last checkpoint on the disk."""
         self._writing: list[int] = []
+        """The same number for each checkpoint that is being written, the oldest first."""
 
     @property
     def most(self) -> int:
-        """Charges that a kill may lose, but for those that are made while a checkpoint is written;
-        known once it was first asked for, at the loop's first step.
+        """Charges that a kill may lose, not counting those made while a checkpoint is written.
+
+        It is computed once, at the loop's first step.
         """
         if self._most is None:
             self._most = max(self._window, int(SHARE_LOST * self._planned()))
@@ -79,25 +91,21 @@ class Permits:
 
     @property
     def unsaved(self) -> int:
-        """Charges, made or on their way, that no checkpoint has behind it that was begun."""
+        """Charges, made or under way, whose steps are in no checkpoint, written or begun."""
         with self._lock:
             base = self._writing[-1] if self._writing else self._durable
         return self._mechanism.charged().made - base
 
     def obtain(self, step_s: float, window_left: int) -> Permission:
-        """Have a charged step to take.
+        """Get a charged step to take, charging more steps if need be.
 
         Args:
-            step_s: what a step takes, seconds; 0 = unknown.
+            step_s: seconds that a step takes; 0 = unknown.
             window_left: steps until the window's end.
-
-        Returns:
-            spent: no further one fits the budget. held: checkpoints can't be written, and as many
-            charges as may be lost wait for one.
         """
         charged = self._mechanism.charged()
         if charged.left == 0:
-            # what is under way is collected; should that be none, one more is tried
+            # collect the charges under way; if they come to none, one more is tried
             wanted = 1 if charged.under_way else self._part(step_s, window_left)
             if wanted == 0:
                 return "held"
@@ -108,7 +116,7 @@ class Permits:
         return "step"
 
     def rest(self, window_left: int) -> int:
-        """Before the loop ends: how many steps use up what was charged.
+        """Count the steps that use up the charges, before the loop ends; nothing more is charged.
 
         Args:
             window_left: steps until the window's end; a whole window if it has not begun.
@@ -121,24 +129,24 @@ class Permits:
         return self._mechanism.begin_window(0)
 
     def moved(self) -> None:
-        """The parameters are behind the steps that were taken."""
+        """Note that all steps taken so far are in the parameters."""
         behind = self._mechanism.charged().used
         self._counters().charges_used += behind - self._behind
         self._behind = behind
 
     def captured(self) -> None:
-        """A checkpoint of the parameters as they are now is being written."""
+        """Note that a checkpoint of the present parameters is being written."""
         with self._lock:
             self._writing.append(self._behind)
 
     def saved(self, *, written: bool) -> None:
-        """The oldest of those is on the disk, or can't be written."""
+        """Note that the oldest checkpoint being written is on the disk, or can't be written."""
         with self._lock:
             behind = self._writing.pop(0)
             self._durable = behind if written else self._durable
 
     def _is_time(self, step_s: float) -> bool:
-        """To charge ahead: where charging takes long, and late in the part."""
+        """Whether to charge ahead now: charging is slow, and few charged steps are left."""
         charged = self._mechanism.charged()
         if not self._private or self._whole or self._closing or charged.under_way or step_s <= 0:
             return False
@@ -147,7 +155,7 @@ class Permits:
         return takes_s > SHARE_CHARGING * step_s and charged.left <= late < self.most
 
     def _part(self, step_s: float, window_left: int) -> int:
-        """Steps to charge now; 0: none."""
+        """Number of steps to charge now; 0 = none."""
         if not self._private:
             return self._window
         if self._whole:
@@ -165,7 +173,7 @@ class Permits:
         if begun == "running":
             return wanted
         room = self.most - self.unsaved
-        if room < least:  # it failed, now or a moment ago
+        if room < least:  # a checkpoint failed, now or a moment ago
             return wanted if self.unsaved < 2 * self.most else 0
         return wanted if self._whole else min(wanted, room)
 
@@ -178,7 +186,7 @@ class Permits:
         return min(self._window, max(by_time, int(SHARE_PART * self._planned())))
 
     def _planned(self) -> int:
-        """Charges that this node will have made."""
+        """Charges that this node will have made at the end of the run."""
         charged, counters = self._mechanism.charged(), self._counters()
         planned = planned_steps(self._manifest)
         if planned is None:
@@ -187,7 +195,7 @@ class Permits:
         return max(0, min(own, charged.possible))
 
     def _until_the_end(self) -> int:
-        """Steps that are still to be taken; as far as can be said."""
+        """Steps until the end of the run, as far as they can be estimated."""
         counters = self._counters()
         planned = planned_steps(self._manifest)
         if planned is not None:
@@ -195,8 +203,8 @@ class Permits:
         done = share_done(counters, self._manifest)
         if not done:  # there is no end, or nothing is done yet
             return _FAR
-        taken = max(1, counters.step)
-        return max(1, math.floor(taken * max(0.0, 1.0 - done) / done))
+        so_far = max(1, counters.step)
+        return max(1, math.floor(so_far * max(0.0, 1.0 - done) / done))
 
 
 def _nobody_saves() -> Begun:

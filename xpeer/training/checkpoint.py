@@ -1,7 +1,7 @@
-"""Checkpoints: one atomic file of model, optimiser and counters, and the id of the ledger.
+"""Checkpoints: one atomic file with model, optimiser, counters, and the id of the ledger.
 
-Never in it: the ledger's content (a restored checkpoint refunds no privacy), nor the state of the
-noise or sampling generators (noise that is replayed could be subtracted by partners).
+A checkpoint never holds the ledger's content: restoring one refunds no privacy. Nor does it hold
+the state of the noise or sampling generators: partners could subtract noise that is used again.
 """
 
 from __future__ import annotations
@@ -48,36 +48,36 @@ class Bundle:
     exp_avg: Noised[torch.Tensor]  # (num_params,) float32, CPU: AdamW's first moment, in flat order
     exp_avg_sq: Noised[torch.Tensor]  # (num_params,) float32, CPU: its second
     optimiser_step: Timing[int]
-    """AdamW's own count, of its bias correction; 0 = the moments are fresh."""
+    """AdamW's own step count, for its bias correction; 0 = the moments are fresh."""
     consolidation: Derived[torch.Tensor | None] = None  # (bytes,) uint8
-    """What to add for an export (`consolidation.packed`); None: there is nothing to add."""
+    """What consolidation adds for an export (`received.packed`); None = nothing."""
     rule: Derived[dict[str, torch.Tensor]] = field(default_factory=dict)
-    """`rules.Rule.state`: anchors and momentum of the aggregation rule."""
+    """State of the aggregation rule, e.g. anchors and momentum, and of masked groups."""
     seen: Withheld[torch.Tensor] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """`privacy.Passes.seen`."""
+    """Names of the records that the present pass has used (`privacy.passes`)."""
     frozen: Public[torch.Tensor] = field(default_factory=lambda: torch.empty(0))
-    """`frozen.values`: float32, CPU; empty where the manifest freezes nothing."""
+    """Frozen values (`frozen.values`), float32, CPU; empty if the manifest freezes nothing."""
     counters: Parts[dict[str, Any]] = field(default_factory=dict)
-    """`schedule.Counters` as builtins; `step` names the file."""
+    """`schedule.Counters` as builtins; the file is named after `step`."""
     ledger_id: Local[str] = ""
     manifest_hash: Public[str] = ""
 
     @property
     def step(self) -> int:
-        """Training steps taken."""
+        """Number of training steps so far."""
         return int(self.counters.get("step", 0))
 
     def consolidated(self) -> torch.Tensor:
-        """The parameters to export, (num_params,) float32."""
+        """Compute the parameters to export, (num_params,) float32."""
         if self.consolidation is None:
             return self.flat
         return received.unpacked(self.flat, self.consolidation)
 
     def require(self, manifest_hash: str, ledger_id: str, num_params: int) -> None:
-        """Refuse to go on with another swarm's model, or another ledger than the one charged.
+        """Refuse a checkpoint of another swarm or model, or one that was charged to another ledger.
 
         Raises:
-            LocalError: names what differs.
+            LocalError: says what differs.
         """
         if self.manifest_hash != manifest_hash:
             raise ConfigError(
@@ -101,7 +101,7 @@ class Bundle:
 
 @seen_by("home")
 class _Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of a bundle, what is no tensor."""
+    """The fields of a bundle that are not tensors."""
 
     schema_version: Public[int]
     optimiser_step: Timing[int]
@@ -115,17 +115,17 @@ def save(
 ) -> Path:
     """Write a checkpoint, then remove all but the newest.
 
-    A crash at any byte leaves the previous one whole. Checkpoints of later steps are removed, too:
-    they are of a state that was given up, and must not be taken for the newest.
+    A crash at any byte leaves the previous checkpoint whole. Checkpoints of later steps are also
+    removed: they belong to a state that was abandoned, and must not count as the newest.
 
     Args:
         folder: of the checkpoints, made if need be; one writer at a time.
-        bundle: what to write; must not change meanwhile.
-        keep: checkpoints to keep, this one included.
+        bundle: content of the checkpoint; must not change meanwhile.
+        keep: number of checkpoints to keep, this one included.
         on_progress: called as for `write_tensors`.
 
     Raises:
-        LocalError: it can't be written; those before it are as they were.
+        LocalError: the checkpoint can't be written; the older ones are untouched.
     """
     clear_staging(folder)
     words = _Words(
@@ -156,8 +156,8 @@ def load(path: Path) -> Bundle:
     """Read one checkpoint and verify all of it.
 
     Raises:
-        CorruptFileError: says what is wrong.
-        LocalError: written by a version that this one can't read.
+        CorruptFileError: the file is damaged; says how.
+        LocalError: another version wrote it, in a format that this one can't read.
     """
     tensors, words = read_tensors(path)
     try:
@@ -194,10 +194,10 @@ def load_latest(folder: Path) -> tuple[Bundle | None, list[str]]:
     """Read the newest checkpoint that is whole.
 
     Returns:
-        It, or None if there are none at all; and a warning for every newer one that is damaged.
+        The checkpoint (None if there is none), and a warning for every newer one that is damaged.
 
     Raises:
-        LocalError: there are checkpoints, and all are damaged: never a silent fresh start.
+        LocalError: all checkpoints are damaged. Training must not silently start afresh.
     """
     warnings: list[str] = []
     for path in paths(folder):
@@ -214,26 +214,26 @@ def load_latest(folder: Path) -> tuple[Bundle | None, list[str]]:
 
 
 def paths(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first.
+    """List the checkpoints in a folder, newest first.
 
     Raises:
         LocalError: the folder can't be read.
     """
     try:
-        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+        files = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
     except FileNotFoundError:
         return []
     except OSError as e:
         raise LocalError(
             f"checkpoints {folder} can't be read: {e.strerror}", "check its owner and mode"
         ) from e
-    return sorted(found, key=step_of, reverse=True)
+    return sorted(files, key=step_of, reverse=True)
 
 
 def newest_step(folder: Path) -> int | None:
-    """Of the newest checkpoint, by its name; None = there is none."""
-    found = paths(folder)
-    return step_of(found[0]) if found else None
+    """The step of the newest checkpoint, by its name; None = there is none."""
+    files = paths(folder)
+    return step_of(files[0]) if files else None
 
 
 def step_of(path: Path) -> int:
@@ -249,15 +249,15 @@ def read_moments(
     parameters: Sequence[torch.nn.Parameter],
     out: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """AdamW's moments as two flat vectors, and its step count; copies, on the CPU.
+    """Copy AdamW's moments to two flat vectors, and return its step count, too.
 
     Args:
         optimiser: AdamW over exactly these parameters.
         parameters: in flat order.
-        out: two of (num_params,) float32, to write to.
+        out: two vectors of (num_params,) float32, CPU, to write to.
 
     Returns:
-        exp_avg and exp_avg_sq, (num_params,) float32 each, and the count: 0 before the first step.
+        exp_avg and exp_avg_sq, (num_params,) float32 each, and the step count, 0 at the start.
     """
     (first, second), step, start = out, 0, 0
     for p in parameters:
@@ -280,17 +280,17 @@ def write_moments(
     exp_avg_sq: torch.Tensor,
     step: int,
 ) -> None:
-    """Put back what `read_moments` gave; the optimiser goes on as if it had not stopped.
+    """Put back what `read_moments` returned; the optimiser goes on as if it had not stopped.
 
     Args:
         optimiser: AdamW over exactly these parameters, one group.
         parameters: in flat order, on their device.
         exp_avg: (num_params,) float32.
         exp_avg_sq: (num_params,) float32.
-        step: of the bias correction; 0 = leave the optimiser fresh.
+        step: AdamW's step count; 0 = leave the optimiser fresh.
 
     Raises:
-        LocalError: the vectors are of another model.
+        LocalError: the vectors belong to another model.
     """
     sizes = [p.numel() for p in parameters]
     if exp_avg.numel() != sum(sizes) or exp_avg_sq.numel() != sum(sizes):

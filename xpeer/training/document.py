@@ -1,4 +1,4 @@
-"""One text, named by its content. Knows no files: whoever divides a corpus needs no more."""
+"""One text, named by its content. Knows nothing of files, since dividing a corpus needs none."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ class Document:
     """One text. Records are never cut across two."""
 
     id: str
-    """BLAKE2b-128 of the text, hex: the same wherever the text lies."""
+    """BLAKE2b-128 of the text, hex; for a piece, of its document's id and the piece's number."""
     text: str
     source: str
     """The file it came from."""
     begins: bool = True
+    """False for a piece that does not begin its document."""
     ends: bool = True
-    """Whether it does so with the document that it is, or is a piece of."""
+    """False for a piece that does not end its document."""
     whole: str = ""
-    """Id of the document that it is a piece of; empty = it is one itself."""
+    """For a piece, the id of the document that it was cut from; empty = it is a whole document."""
 
     def __repr__(self) -> str:
-        """Never the text."""
+        """Describe the document without its text."""
         return f"Document({self.id}, {len(self.text)} characters, {self.source!r})"
 
 
@@ -34,5 +35,5 @@ def document_of(text: str, source: str) -> Document:
 
 
 def corpus_digest(documents: Iterable[Document]) -> str:
-    """BLAKE2b-256 (hex) of a corpus: of its documents' names, whatever files they lie in."""
+    """BLAKE2b-256 (hex) of the ids of a corpus's documents; files and order do not matter."""
     return blake2b(b"corpus", *sorted(document.id.encode() for document in documents)).hex()

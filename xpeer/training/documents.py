@@ -1,6 +1,7 @@
-"""Private text from files, as documents. Knows no tokens; no text gets into an error or a log.
+"""Reads private text from files, as documents. No text gets into an error or a log.
 
-`files` finds the files, `formats` reads their rows; every row with text is a document.
+`files` lists the files, `formats` reads their rows. Every row with text is a document. Knows
+nothing of tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["Document", "Shard", "corpus_digest", "document_of", "load_documents"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What a shard's files hold."""
+    """The documents in a shard's files."""
 
     documents: list[Document]
     summary: ShardSummary
@@ -30,34 +31,35 @@ class Shard:
 def load_documents(
     patterns: Sequence[str], text_field: str = "text", setting: str = "data.shard"
 ) -> list[Document]:
-    """`read_shard`, without its summary."""
+    """Do as `read_shard`, without the summary."""
     return read_shard(patterns, text_field, setting).documents
 
 
 def read_shard(
     patterns: Sequence[str], text_field: str = "text", setting: str = "data.shard"
 ) -> Shard:
-    """Read all text that some files, folders or globs hold.
+    """Read all text in some files, folders and globs.
 
-    Texts without a visible character are left out; of equal texts the first is kept. Files come in
-    the order of the patterns, then by path.
+    Texts without a visible character are left out. Of equal texts only the first is kept. Files are
+    read in the order of the patterns, then by path.
 
     Args:
         patterns: see `files.find`.
-        text_field: of formats with fields.
-        setting: named in errors.
+        text_field: name of the field that holds the text, for formats with fields.
+        setting: name of the setting, for errors.
 
     Raises:
-        ShardError: nothing matches, no text, or a file can't be read; names file, line or byte.
+        ShardError: no file matches, there is no text, or a file can't be read; names the file, and
+            the line or byte.
     """
-    found = find(patterns, setting)
+    matched = find(patterns, setting)
     documents: dict[str, Document] = {}
     skipped: Counter[str] = Counter()
-    files = texts_found = characters = 0
-    for source in found.sources:
+    files = num_texts = characters = 0
+    for source in matched.sources:
         try:
             for text in texts(source.path, text_field, skipped, named=source.named):
-                texts_found += 1
+                num_texts += 1
                 document = document_of(text, str(source.path))
                 if documents.setdefault(document.id, document) is document:
                     characters += len(text)
@@ -65,15 +67,15 @@ def read_shard(
         except OtherFormError as e:
             if source.named:
                 raise
-            found.left_out[e.form] += 1
+            matched.left_out[e.form] += 1
     summary = ShardSummary(
         files=files,
         documents=len(documents),
         characters=characters,
-        repeated=texts_found - len(documents),
+        repeated=num_texts - len(documents),
         skipped=dict(skipped),
-        left_out=dict(found.left_out),
-        outside=dict(found.outside),
+        left_out=dict(matched.left_out),
+        outside=dict(matched.outside),
     )
     if not documents:
         seen = "; ".join(summary.lines()[1:])

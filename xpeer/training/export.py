@@ -1,4 +1,4 @@
-"""What is done with a trained model: a folder for transformers, and a few words from it."""
+"""Exports a trained model as a folder for transformers or peft, and generates text with it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from xpeer.training.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export.
+    """The result of an export.
 
     Attributes:
-        difference: largest one between the logits of what was trained and of what was written.
+        difference: largest difference between the trained model's logits and the export's.
         dtype: name of the type that the weights were written in.
-        notes: what the operator should know.
+        notes: lines for the operator.
     """
 
     difference: float
@@ -49,19 +49,19 @@ def export_hf(
 ) -> Exported:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load.
 
-    It is loaded again and compared with the model before it appears, whole or not at all.
+    The export is loaded again and compared with the model. Only then the folder appears, whole.
 
     Args:
-        model: not wrapped, or wrapped; the transformers model in it is written. One with adapters
-            is used up: they are added to its weights.
+        model: a transformers model, or a wrapper around one. If it has adapters, they are added to
+            its weights, and the model can't be used any more.
         tokenizer: None = the model alone.
         folder: must not exist, or be empty.
-        card: what to say of its privacy.
+        card: its privacy, for the files beside it; None = write none.
         source: what to keep of the model that training started from; None = nothing.
         text: public, for the comparison.
 
     Raises:
-        ConfigError: the folder holds something.
+        ConfigError: the folder is not empty.
         LocalError: it can't be written, or what was written is not what was trained.
     """
     source = source or Source()
@@ -96,23 +96,23 @@ def export_adapters(
     source: Source | None = None,
     text: str = "",
 ) -> Exported:
-    """Write a folder that `peft.PeftModel.from_pretrained(base, folder)` loads: adapters alone,
-    their config, and the hash of the base model that they belong to.
+    """Write a folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
 
-    They are loaded again and compared with the model before they appear, whole or not at all.
+    It holds the adapters, their config, and the hash of the base model that they belong to. The
+    export is loaded again and compared with the model. Only then the folder appears, whole.
 
     Args:
-        adapted: by `adapters.adapt`.
+        adapted: made by `adapters.adapt`.
         lora: of the manifest.
         tokenizer: None = adapters alone.
         folder: must not exist, or be empty.
-        card: what to say of their privacy.
-        base: folder of the model that they are for.
-        source: what to keep of it, config aside; None = nothing.
+        card: their privacy, for the files beside them; None = write none.
+        base: folder of the model that they belong to.
+        source: what to keep of that model, except its config; None = nothing.
         text: public, for the comparison.
 
     Raises:
-        ConfigError: the folder holds something, or peft is missing.
+        ConfigError: the folder is not empty, or peft is missing.
         LocalError: it can't be written, or what was written is not what was trained.
     """
     with _staged(folder) as staging:
@@ -140,7 +140,7 @@ def _add(
 
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside this one, which becomes it at the end."""
+    """Make a new folder beside this one, and rename it to this one at the end of the block."""
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"export folder {folder} is not empty", "name a new folder")
@@ -173,18 +173,18 @@ def generate(
     """Continue a prompt; for demonstrations, not for speed.
 
     Args:
-        model: in any mode, which is restored.
+        model: in any mode; the mode is restored.
         tokenizer: of the model.
         prompt: may be empty if the tokenizer has a begin-of-text id.
-        num_tokens: at most so many; an end-of-text ends it.
-        temperature: 0 = the most likely token always.
-        seed: of the choices.
+        num_tokens: most tokens to add; an end of text ends it sooner.
+        temperature: of the sampling; 0 = always choose the most likely token.
+        seed: of the sampling.
 
     Returns:
         The continuation without the prompt.
 
     Raises:
-        ConfigError: there is nothing to continue.
+        ConfigError: the prompt has no tokens.
     """
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids = start + tokenizer.encode(prompt)
@@ -215,8 +215,10 @@ def generate(
 
 
 def _unshared(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state, floats in this type, with memory of its own for each tensor: in training all are
-    views of one vector, which would be taken for tied weights. Those that are tied stay so.
+    """Copy the state, with floats in this type. Each tensor gets memory of its own.
+
+    In training all parameters are views of one vector, which safetensors would consider to be tied.
+    Parameters that are really tied stay tied.
     """
     copies: dict[int, torch.Tensor] = {}
     for value in model.state_dict().values():

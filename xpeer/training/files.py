@@ -1,7 +1,7 @@
-"""Which files a shard is: files, folders and globs, and what of them is left out, by reason.
+"""Lists the files of a shard, from files, folders and globs, and counts those that are left out.
 
-Opens none of them, so the daemon may use it. Links are followed, but never to where a folder of
-text can't mean to lead; a file that is reached twice is one.
+It opens no file, so the daemon may use it. Links are followed, except to places that are surely a
+mistake (`_Root.refusal`). A file that is reached twice counts once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final
 from xpeer.errors import ShardError
 from xpeer.paths import refuse_homes
 from xpeer.status import by_reason
-from xpeer.training.kinds import FOUND, refusal
+from xpeer.training.kinds import READ_IN_FOLDERS, refusal
 
 HIDDEN: Final = "hidden"
 BROKEN_LINK: Final = "broken link"
@@ -41,49 +41,49 @@ class Source:
 
     path: Path
     named: bool
-    """A person named this very file; it was not found in a folder or by a glob."""
+    """Whether the operator named this very file, not a folder or a glob."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What patterns come to."""
+class Matched:
+    """The files that some patterns match."""
 
     sources: list[Source]
     left_out: Counter[str]
-    """Files by reason: a kind that is not looked for (its suffix), or `hidden`, `pipe`, ..."""
+    """Number of files left out, by reason: a suffix that is not read, or `hidden`, `pipe`, ..."""
     outside: Counter[str]
-    """Files that only links lead to, by the folder that holds such links."""
+    """Number of files that are only reached through links out of a folder, by that folder."""
 
 
-def find(patterns: Sequence[str], setting: str) -> Found:
-    """The files of a shard, in the order of the patterns, then by path.
+def find(patterns: Sequence[str], setting: str) -> Matched:
+    """List the files of a shard, in the order of the patterns, then by path.
 
     Args:
-        patterns: ~ is expanded; folders are searched recursively for `FOUND`. Hidden entries are
-            left out of folders and globs.
-        setting: named in errors.
+        patterns: files, folders or globs; ~ is expanded. Folders are searched recursively for files
+            of `READ_IN_FOLDERS`. Hidden entries are left out of folders and globs.
+        setting: name of the setting, for errors.
 
     Raises:
-        ShardError: a pattern matches nothing that can be read, or names a file that is no text,
-            or a folder can't be searched.
+        ShardError: a pattern matches nothing that can be read, or names a file that is no text; or
+            a folder can't be searched.
     """
     if not patterns:
         raise ShardError(f"{setting} is empty", "name files, folders or globs that hold text")
     search = _Search(setting)
     for pattern in patterns:
         search.take(pattern)
-    found = search.found()
-    real: dict[Path, Path] = {}  # by folder: there may be many files, and links among them
-    for source in found.sources:
+    matched = search.result()
+    real: dict[Path, Path] = {}  # by folder, since there may be many files, and links among them
+    for source in matched.sources:
         place = source.path.resolve().parent if source.path.is_symlink() else source.path.parent
         if place not in real:
             real[place] = place.resolve() / source.path.name
     refuse_homes(real.values(), setting)
-    return found
+    return matched
 
 
 class _Root:
-    """What a pattern names, up to the first part that stands for several; links lead out of it."""
+    """The part of a pattern before its first wildcard. Links may lead out of this folder."""
 
     def __init__(self, named: Path) -> None:
         self.named, self.real = named, named.resolve()
@@ -93,11 +93,11 @@ class _Root:
             self._home = self.real
 
     def refusal(self, target: Path, folder: Path) -> str:
-        """Why a link is not followed; empty = it is.
+        """Why a link is not followed; empty = it is followed.
 
         Args:
-            target: it leads to.
-            folder: it really lies in.
+            target: where it leads to.
+            folder: where it lies, with all links resolved.
         """
         if target.is_dir():
             if self.real.is_relative_to(target) or folder.is_relative_to(target):
@@ -106,9 +106,9 @@ class _Root:
                 return HOME
         if target.is_relative_to(self.real):
             return ""
-        # What both have above them may be hidden: it was named.
-        shared = os.path.commonpath([self.real, target])
-        parts = target.relative_to(shared).parts
+        # Hidden folders above both do not matter: the operator named one below them.
+        common = os.path.commonpath([self.real, target])
+        parts = target.relative_to(common).parts
         return HIDDEN if any(part.startswith(".") for part in parts) else ""
 
 
@@ -123,14 +123,14 @@ class _Search:
         self._inside: set[Hashable] = set()
         self._real: dict[Path, Path] = {}
 
-    def found(self) -> Found:
-        """All of it. What one pattern leaves out, another may have read."""
+    def result(self) -> Matched:
+        """Sum up all patterns. A file that one leaves out may have been added by another."""
         left = [why for key, why in self._left_out.items() if key not in self._sources]
         outside = [f for key, f in self._outside.items() if key not in self._inside]
-        return Found(list(self._sources.values()), Counter(left), Counter(outside))
+        return Matched(list(self._sources.values()), Counter(left), Counter(outside))
 
     def take(self, pattern: str) -> None:
-        """Add what a pattern names."""
+        """Add the files that a pattern matches."""
         before, self._reached = len(self._left_out), 0
         try:
             matched = self._take(Path(pattern).expanduser())
@@ -149,19 +149,19 @@ class _Search:
         if not self._reached:
             left = Counter(list(self._left_out.values())[before:])
             raise ShardError(
-                f"{self._setting}: {pattern} holds no file of {', '.join(FOUND)}"
+                f"{self._setting}: {pattern} holds no file of {', '.join(READ_IN_FOLDERS)}"
                 + (f" (left out: {by_reason(left)})" if left else ""),
                 "other text files are read when they are named or matched by a glob",
             )
 
     def _take(self, named: Path) -> bool:
-        """Whether there is anything."""
+        """Add the files of a path or glob; returns whether anything has this name."""
         if _there(named):
             self._root = _Root(named)
             if named.is_dir():
                 self._folder(named)
             else:
-                self._file(named, FOUND, named=True)
+                self._file(named, READ_IN_FOLDERS, named=True)
             return True
         magic = next((n for n, part in enumerate(named.parts) if glob.has_magic(part)), None)
         base = Path(*named.parts[:magic])
@@ -177,8 +177,9 @@ class _Search:
         return bool(matched)
 
     def _expanded(self, base: Path, parts: Sequence[str]) -> Iterator[Path]:
-        """As `glob.glob` does it, but an unreadable folder is an error, loops of links end, and
-        what is hidden is counted.
+        """Expand a glob as `glob.glob` does.
+
+        But an unreadable folder is an error, loops of links end, and hidden files are counted.
         """
         if not parts:
             yield base
@@ -207,10 +208,10 @@ class _Search:
     def _folder(self, folder: Path) -> None:
         inside = [where / name for where, names in self._walked(folder) for name in names]
         for path in sorted(inside):
-            self._file(path, FOUND, named=False)
+            self._file(path, READ_IN_FOLDERS, named=False)
 
     def _walked(self, top: Path) -> Iterator[tuple[Path, list[str]]]:
-        """Folders and the names of what they hold, each once, whatever links lead to it."""
+        """Walk through folders and their entries, each once, even if several links lead to it."""
         been = set()
         for where, folders, names in os.walk(top, onerror=_raise, followlinks=True):
             status = os.stat(where)  # noqa: PTH116
@@ -229,13 +230,13 @@ class _Search:
             yield Path(where), [name for name in names if not name.startswith(".")]
 
     def _file(self, path: Path, kinds: Sequence[str], *, named: bool) -> None:
-        """Add it, or leave it out.
+        """Add a file, or leave it out.
 
         Args:
-            path: no folder.
-            kinds: that are added; empty = all that may be text.
-            named: this very file was asked for: then its kind does not matter, and what can't be
-                read is an error.
+            path: of the file; not a folder.
+            kinds: suffixes to add; empty = all that may be text.
+            named: whether the operator named this very file. Then its kind does not matter, and it
+                is an error if it can't be read.
         """
         try:
             status = path.stat()
@@ -273,14 +274,14 @@ class _Search:
             self._leave_out(key, suffix if readable else "other" if suffix else "no suffix")
 
     def _place(self, path: Path, key: Hashable, *, named: bool) -> None:
-        """Note whether it lies in the folder."""
+        """Note whether the file really lies in the pattern's folder."""
         if named or self._really(path).is_relative_to(self._root.real):
             self._inside.add(key)
         else:
             self._outside.setdefault(key, str(self._root.named))
 
     def _leads_away(self, path: Path) -> bool:
-        """Whether it is a link that is not followed; then it is counted."""
+        """Whether the path is a link that is not followed; if so, it is counted."""
         if not path.is_symlink():
             return False
         try:
@@ -292,7 +293,7 @@ class _Search:
         return bool(why)
 
     def _really(self, path: Path) -> Path:
-        """`resolve`, remembered by folder: there may be many files."""
+        """Resolve a path; folders are remembered, since there may be many files."""
         if path.is_symlink():
             return path.resolve()
         if path.parent not in self._real:
@@ -304,7 +305,7 @@ class _Search:
 
 
 def _there(path: Path) -> bool:
-    """Whether something has this name, even a link to nothing."""
+    """Whether this path exists, even as a broken link."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):

@@ -1,9 +1,8 @@
-"""Initial values for a model that is about to be given others: made in a moment, none of them
-drawn.
+"""Fills a new model quickly with random values that are replaced soon.
 
-A family's own code computes its buffers and sets norms to one, biases to zero. It is let do so;
-only where it would draw a tensor, it is given values out of a small table. They are no worse than
-drawn ones for what is tried before the true ones come (engines against autograd, causality).
+The model's own code computes its buffers, and sets norms to one and biases to zero, as usual. Only
+where it would draw a tensor, it gets values from a small table. They are good enough for the checks
+that come before the real values (engines against autograd, causality).
 """
 
 from __future__ import annotations
@@ -15,13 +14,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _VALUES: Final = 65537
-"""A prime: two rows of a matrix begin alike only if they are so many apart."""
+"""Size of the table. It is prime, so that two rows of a matrix begin alike only if their distance
+is a multiple of it."""
 _SHIFT: Final = 7919
-"""Between two tensors."""
+"""Shift of the table between two tensors."""
 
 
 class Filler(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
-    """While it is entered, tensors on the CPU are filled where torch would draw them."""
+    """Fills tensors on the CPU where torch would draw them, within its `with` block."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -37,19 +37,19 @@ class Filler(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Called by torch for each operation."""
-        given = dict(kwargs or {})
+        """Carry out an operation; torch calls this for each."""
+        options = dict(kwargs or {})
         aten = torch.ops.aten
         if func in (aten.normal_.default, aten.uniform_.default):
             (out, *bounds) = args
             names = ("mean", "std") if func is aten.normal_.default else ("from", "to")
             if out.device.type == "cpu" and out.is_contiguous() and out.is_floating_point():
-                first = float(bounds[0] if bounds else given.get(names[0], 0.0))
-                second = float(bounds[1] if len(bounds) > 1 else given.get(names[1], 1.0))
+                first = float(bounds[0] if bounds else options.get(names[0], 0.0))
+                second = float(bounds[1] if len(bounds) > 1 else options.get(names[1], 1.0))
                 if func is aten.normal_.default:
                     return self._fill(out, self._normal * second + first)
                 return self._fill(out, self._uniform * (second - first) + first)
-        return func(*args, **given)
+        return func(*args, **options)
 
     def _fill(self, out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         values = values.roll(-_SHIFT * self._filled)

@@ -1,7 +1,7 @@
-"""A model's trainable parameters as one flat vector; the order in which all peers see them.
+"""A model's trainable parameters as one flat vector, in an order that all peers share.
 
-The order is `named_parameters()`, tied weights once, trainable ones only; it is the same at every
-peer because the manifest fixes the config.
+The order is that of `named_parameters()`, with tied weights once and trainable ones only. It is the
+same at every peer because the manifest fixes the config.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from xpeer.mixing.fragments import Fragments, padded
 
 
 class FlatVector:
-    """Values that are read and changed as a whole, or by fragments in a few strided passes.
+    """A vector that is read and changed as a whole, or by fragments in a few strided passes.
 
     Args:
         num_params: P.
         num_fragments: F.
-        device: where they lie; zeros at first.
+        device: where the vector lies; it is zero at first.
 
     Attributes:
         num_params: P.
@@ -50,30 +50,30 @@ class FlatVector:
         self.fragments.add_(self._flat, fragment, values.to(self._flat.device), scale)
 
     def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Copy all to (num_params,) float32 on the CPU, into `out` if given."""
+        """Copy the vector to (num_params,) float32 on the CPU, into `out` if given."""
         if out is None:
             out = torch.empty(self.num_params, dtype=torch.float32)
         _check(out, self.num_params)
         return out.copy_(self._flat[: self.num_params])
 
     def write(self, flat: torch.Tensor) -> None:
-        """Replace all by (num_params,) float32 from the CPU."""
+        """Replace the vector by (num_params,) float32 from the CPU."""
         _check(flat, self.num_params)
         self._flat[: self.num_params].copy_(flat)
 
 
 class FlatParameters(FlatVector):
-    """A model's trainable parameters, moved into one vector that they become views of.
+    """A model's trainable parameters, moved into one vector; they become views of it.
 
     Build it on the model itself, not on a wrapper, on its final device. It keeps the parameters,
     not the model, and so stays valid when the model is wrapped later.
 
     Args:
-        model: whose parameters they are.
+        model: has the parameters.
         num_fragments: F.
 
     Raises:
-        LocalError: parameters of several types or devices; too many fragments.
+        LocalError: the parameters have several types or devices, or there are too many fragments.
     """
 
     def __init__(self, model: torch.nn.Module, num_fragments: int = 1) -> None:
@@ -89,12 +89,13 @@ class FlatParameters(FlatVector):
                 p.data = view
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """In flat order."""
+        """List the parameters in flat order."""
         return list(self._parameters)
 
     def read_gradients(self) -> torch.Tensor:
-        """Copy all gradients to (P, padded with zeros to whole lines,) float32 on the CPU; a
-        missing one is zero.
+        """Copy all gradients to (P padded with zeros to whole lines,) float32 on the CPU.
+
+        A missing gradient counts as zero.
         """
         out = torch.zeros(self._flat.numel(), dtype=torch.float32)
         for p, view in zip(self._parameters, _views(self._parameters, out), strict=True):
@@ -103,13 +104,13 @@ class FlatParameters(FlatVector):
         return out
 
     def write_gradients(self, flat: torch.Tensor) -> None:
-        """Replace all gradients by what has the shape of `read_gradients`, from the CPU."""
+        """Replace all gradients by a vector of the shape of `read_gradients`, from the CPU."""
         for p, view in zip(self._parameters, _views(self._parameters, flat), strict=True):
             p.grad = view.to(p.device, copy=True)
 
     @contextmanager
     def with_values(self, values: torch.Tensor) -> Iterator[None]:
-        """Have the model compute with other values, (num_params,) float32, CPU, for a while."""
+        """Have the model compute with these (num_params,) float32, CPU, within the block."""
         own = self.read()
         self.write(values)
         try:
@@ -118,7 +119,7 @@ class FlatParameters(FlatVector):
             self.write(own)
 
     def digest(self) -> str:
-        """See `digest`."""
+        """Hash the parameters; see the function `digest`."""
         return digest(self.read())
 
 
@@ -139,13 +140,13 @@ def write_flat(model: torch.nn.Module, flat: torch.Tensor) -> None:
 
 
 def digest(flat: torch.Tensor) -> str:
-    """`identity.blake2b` (256 bits) of (n,) float32 on the CPU, as little endian bytes; hex."""
+    """BLAKE2b-256, in hex, of (n,) float32 on the CPU as little endian bytes."""
     values = flat.detach().contiguous().numpy().astype("<f4", copy=False)
     return blake2b(values.data.cast("B")).hex()
 
 
 def num_params(model: torch.nn.Module) -> int:
-    """P: trainable parameters, tied ones once."""
+    """P: number of trainable parameters, tied ones counted once."""
     return sum(p.numel() for p in _trained(model))
 
 
@@ -154,7 +155,7 @@ def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def _views(parameters: list[torch.nn.Parameter], flat: torch.Tensor) -> list[torch.Tensor]:
-    """Where each parameter lies in a flat vector."""
+    """Views of a flat vector, one for each parameter and in its shape."""
     sizes = [p.numel() for p in parameters]
     parts = torch.split(flat[: sum(sizes)], sizes)
     return [part.view(p.shape) for p, part in zip(parameters, parts, strict=True)]

@@ -1,10 +1,10 @@
-"""Parameters that no text reaches keep their initial values: no noise, no exchange, no decay.
+"""Frozen parameters: no text reaches them, so they keep their initial values.
 
-Which ones the manifest says (`reach` found them when the swarm was founded). While a model trains,
-it is without them: an embedding has only the rows that are reached, and everything else is marked
-as not trained. So all that is made of "the trainable parameters" (the flat vector, noise, moments)
-is without them, too. Their values lie in checkpoints and go to joiners, whose copy has to have the
-manifest's digest.
+They get no noise, no exchange and no decay. The manifest lists them; `reach` determined them when
+the swarm was founded. While a model trains, an embedding has only the rows that text reaches, and
+other frozen parameters are marked as not trained. So everything that is made from "the trainable
+parameters" (the flat vector, noise, moments) leaves them out. Their values are part of checkpoints
+and donations. A joiner checks that they have the manifest's digest.
 """
 
 from __future__ import annotations
@@ -26,43 +26,48 @@ _TRIED: Final = 2
 
 
 def find(model: torch.nn.Module, num_tokens: int, num_ids: int) -> Frozen | None:
-    """What of a model no text reaches; None = text reaches all of it.
+    """Determine the parameters that no text reaches; None = text reaches all of them.
+
+    The result is checked: with these parameters set to NaN, losses must stay the same.
 
     Args:
-        model: as it will be trained, on the CPU; unchanged.
-        num_tokens: of every record.
-        num_ids: of the tokenizer.
+        model: as it will be trained, on the CPU; unchanged afterwards.
+        num_tokens: length of every record.
+        num_ids: number of ids of the tokenizer.
+
+    Raises:
+        LocalError: the check failed.
     """
     rows = out_of_reach(model, num_tokens, num_ids)
     if not rows:
         return None
-    found = Frozen(parameters=rows, num_values=_count(model, rows), digest="")
+    frozen = Frozen(parameters=rows, num_values=_count(model, rows), digest="")
     expected = _tried(model, num_tokens, num_ids)
-    freeze(model, found)
+    freeze(model, frozen)
     try:
-        kept = values(model, found)
-        write(model, found, torch.full_like(kept, torch.nan))
+        kept = values(model, frozen)
+        write(model, frozen, torch.full_like(kept, torch.nan))
         same = torch.equal(_tried(model, num_tokens, num_ids), expected)
-        write(model, found, kept)
+        write(model, frozen, kept)
     finally:
-        thaw(model, found)
+        thaw(model, frozen)
     if not same:
         raise LocalError(
             f"text reaches some of {', '.join(rows)}, which it was shown not to reach",
             "please report this with the model's config.json",
         )
-    return Frozen(parameters=rows, num_values=found.num_values, digest=digest(kept))
+    return Frozen(parameters=rows, num_values=frozen.num_values, digest=digest(kept))
 
 
 def freeze(model: torch.nn.Module, frozen: Frozen | None) -> None:
-    """Leave the model with what is trained.
+    """Cut the frozen parameters out of a model.
 
     Args:
-        model: whole.
+        model: a whole one; changed.
         frozen: of the manifest; None = nothing is done.
 
     Raises:
-        ConfigError: it is of another model.
+        ConfigError: `frozen` belongs to another model.
     """
     for name, (first, end), module, last in _places(model, frozen):
         parameter = getattr(module, last)
@@ -85,7 +90,7 @@ def freeze(model: torch.nn.Module, frozen: Frozen | None) -> None:
 
 
 def thaw(model: torch.nn.Module, frozen: Frozen | None) -> None:
-    """Put the model together again, frozen values in their places, all of it trainable."""
+    """Undo `freeze`: put the frozen values back, and make all parameters trainable."""
     for _name, (first, end), module, last in _places(model, frozen):
         if first == end:
             getattr(module, last).requires_grad_(True)
@@ -100,29 +105,29 @@ def thaw(model: torch.nn.Module, frozen: Frozen | None) -> None:
 
 @torch.no_grad()
 def values(model: torch.nn.Module, frozen: Frozen | None) -> torch.Tensor:
-    """What is frozen of a model that was frozen, in order of names: (num_values,) float32, CPU."""
+    """Copy the values that `freeze` cut out, in order of names: (num_values,) float32, CPU."""
     parts = [part.detach().reshape(-1).to("cpu", torch.float32) for part in _parts(model, frozen)]
     return torch.cat(parts) if parts else torch.empty(0)
 
 
 @torch.no_grad()
 def write(model: torch.nn.Module, frozen: Frozen | None, flat: torch.Tensor) -> None:
-    """Replace what is frozen by (num_values,) float32."""
+    """Replace the frozen values by (num_values,) float32."""
     parts = list(_parts(model, frozen))
-    for part, given in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
-        part.copy_(given.view_as(part))
+    for part, new in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
+        part.copy_(new.view_as(part))
 
 
 def fits(model: torch.nn.Module, frozen: Frozen | None) -> bool:
-    """Whether what is frozen of a model has the values that the manifest means."""
+    """Whether the frozen values of a model have the manifest's digest."""
     return frozen is None or digest(values(model, frozen)) == frozen.digest
 
 
 def restore(model: torch.nn.Module, frozen: Frozen | None, flat: torch.Tensor) -> None:
-    """Replace what is frozen by values of a checkpoint, or of a member.
+    """Replace the frozen values by those of a checkpoint or of a donor.
 
     Raises:
-        LocalError: they are not those that the manifest means; nothing is changed.
+        LocalError: they do not have the manifest's digest; nothing is changed.
     """
     count = 0 if frozen is None else frozen.num_values
     if flat.numel() != count or (frozen is not None and digest(flat) != frozen.digest):
@@ -134,7 +139,7 @@ def restore(model: torch.nn.Module, frozen: Frozen | None, flat: torch.Tensor) -
 
 
 def _count(model: torch.nn.Module, rows: Mapping[str, Rows]) -> int:
-    """Values outside of these rows."""
+    """Count the values outside of these rows."""
     known = dict(model.named_parameters())
     return sum(
         known[name].numel() - (end - first) * known[name][0].numel()
@@ -154,7 +159,7 @@ def _parts(model: torch.nn.Module, frozen: Frozen | None) -> Iterator[torch.Tens
 def _places(
     model: torch.nn.Module, frozen: Frozen | None
 ) -> Iterator[tuple[str, tuple[int, int], Any, str]]:
-    """Of each parameter: its name, the rows that are trained, its module and its name there."""
+    """Yield for each parameter its name, the trained rows, its module and its name there."""
     for name, (first, end) in sorted(frozen.parameters.items()) if frozen is not None else ():
         path, _, last = name.rpartition(".")
         try:
@@ -167,7 +172,7 @@ def _places(
 
 
 def _resize(module: Any, weight: torch.Tensor, shift: int) -> None:
-    """Another table of an embedding; lookups are moved by `shift` rows (OPT adds an offset)."""
+    """Replace the table of an embedding, and move lookups by `shift` rows (OPT adds an offset)."""
     module.weight = torch.nn.Parameter(weight)
     module.num_embeddings = len(weight)
     if shift:

@@ -1,4 +1,4 @@
-"""The gradients of a window, where a whole window makes one step of the optimiser."""
+"""Gathers the gradients of a window, for the rule that takes one optimiser step a window."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from xpeer.mixing.rules import Rule
 
 
 class GradientWindow:
-    """What gradient aggregation adds to the loop. With any other rule nothing is ever due.
+    """The part of the loop that only gradient aggregation needs; with other rules it does nothing.
 
     Args:
         rule: of the manifest.
 
     Attributes:
-        due: True iff the window's gradient is complete, and its step is not taken yet.
+        due: True iff the window's gradient is complete, and its step is still to be taken.
     """
 
     def __init__(self, rule: Rule) -> None:
@@ -23,24 +23,24 @@ class GradientWindow:
 
     @property
     def in_use(self) -> bool:
-        """Whether steps are taken a window at a time."""
+        """Whether the optimiser takes one step a window."""
         return self._gradients is not None
 
     @property
     def averaged(self) -> bool:
-        """Whether the group's gradient is there."""
+        """Whether the group's gradient has come."""
         return self._gradients is not None and self._gradients.averaged is not None
 
     def begin(self) -> None:
-        """The parameters were set anew: no gradient of others is due."""
+        """Start again: the parameters were replaced, and no step is due."""
         self.due = False
 
     def end_window(self) -> None:
-        """All gradients of the window are there; also where the run ends within it."""
+        """Note that the window's gradient is complete, also if the run ends within the window."""
         self.due = self.in_use
 
     def end_budget(self) -> None:
-        """No more gradients come: those that there are make the last step."""
+        """Note that no more gradients come: those so far make the last step."""
         self.due = self._gradients is not None and self._gradients.begun
 
     def add(self, gradient: torch.Tensor) -> None:
@@ -49,6 +49,6 @@ class GradientWindow:
             self._gradients.accumulate(gradient)
 
     def take(self) -> torch.Tensor | None:
-        """The gradient to step with, (P,) float32, CPU; None without this rule."""
+        """Return the gradient to step with, (P,) float32, CPU; None with other rules."""
         self.due = False
         return None if self._gradients is None else self._gradients.take()

@@ -1,4 +1,4 @@
-"""Parameters from a donor to a joiner: what is given, and what is accepted."""
+"""Parameters from a donor to a joiner: makes the copy, and checks it before it is used."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from xpeer.mixing.received import consolidate
 from xpeer.training.measuring import Measurements
 
 WORSE: Final = 1.05, 0.02
-"""A donor's parameters may be this much worse on the public text than those that they replace:
-factor, nats."""
+"""How much worse than ours a donor's parameters may be on the public text: factor, nats."""
 
 
 def copy_for_joiner(
@@ -26,23 +25,25 @@ def copy_for_joiner(
     measurements: Measurements,
     public_loss: Callable[[], float],
 ) -> Callable[[], float]:
-    """At a boundary: the parameters averaged with those that partners sent last. Of masked groups,
-    their means alone.
+    """Copy the parameters for a joiner, at a boundary.
 
-    The loss that goes with it is the last one measured of our own parameters, since measuring
-    takes as long as many steps: averages are hardly ever worse, and a joiner measures itself.
-    A group's means may be, and are measured.
+    They are averaged with those that partners sent last. In masked groups, only the groups' means
+    are copied.
+
+    The average comes with the last measured loss of our own parameters. Averages are hardly ever
+    worse, measuring takes as long as many steps, and a joiner measures again. Means of groups may
+    be worse than our own parameters, and so they are measured.
 
     Args:
-        out: (num_params,) float32, CPU; written.
+        out: (num_params,) float32, CPU; written to.
         parameters: our own.
-        exchanges: what partners sent.
-        measurements: the last ones.
-        public_loss: measures, if need be.
+        exchanges: has the values that partners sent.
+        measurements: of our own parameters.
+        public_loss: measures the public loss of our own parameters.
 
     Returns:
-        To be called on any thread, before anything else happens to `out`: finishes it; the
-        public loss.
+        A function that completes `out` and returns the public loss. Call it on any thread, before
+        anything else happens to `out`.
     """
     if exchanges.common is not None:
         exchanges.common.read(out)
@@ -61,10 +62,10 @@ def copy_for_joiner(
 
 
 def require_numbers(flat: torch.Tensor) -> None:
-    """Refuse what is not finite.
+    """Refuse parameters that are not finite.
 
     Raises:
-        PeerError: NOT_FINITE.
+        PeerError: they are not (NOT_FINITE).
     """
     if not bool(torch.isfinite(flat).all()):
         raise PeerError(Reason.NOT_FINITE, "the state has values that are not finite")
@@ -77,23 +78,23 @@ def require_as_good(
     before: float,
     at_most: float,
 ) -> None:
-    """Refuse a donor's parameters that are worse than ours, or than it said.
+    """Refuse a donor's parameters that are worse than ours, or than the donor said.
 
     Args:
-        flat: (num_params,) float32, CPU.
-        parameters: our own; they stay.
-        measurements: measures.
-        before: public loss of our own; NaN = they are those of chance.
-        at_most: public loss that the donor's may have.
+        flat: (num_params,) float32, CPU: the donor's.
+        parameters: our own; unchanged afterwards.
+        measurements: measures the public loss.
+        before: public loss of our own parameters; NaN = ours are random.
+        at_most: highest public loss to accept.
 
     Raises:
-        PeerError: REFUSED.
+        PeerError: they are worse (REFUSED).
     """
     with parameters.with_values(flat):
         measured = measurements.public_of_others()
     factor, nats = WORSE
     if not math.isnan(before):
         at_most = min(at_most, factor * before + nats)
-    if not measured <= at_most:  # or no number at all
+    if not measured <= at_most:  # NaN is refused, too
         detail = f"public loss {measured:.3f}, at most {at_most:.3f} is taken"
         raise PeerError(Reason.REFUSED, detail)

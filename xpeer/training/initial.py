@@ -1,4 +1,4 @@
-"""The model as a swarm's members have it before the first step."""
+"""Builds the model as all members have it before the first step, or as a checkpoint has it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from xpeer.training.model import build, from_folder
 def model_of(
     manifest: Manifest, home: Home, base_model: str = "", *, fresh: bool = False
 ) -> torch.nn.Module:
-    """The manifest's model, on the CPU, without what is frozen (`training.frozen`).
+    """Build the manifest's model, on the CPU, without frozen parameters (`training.frozen`).
 
     Args:
         manifest: of the swarm.
         home: of the node; a founder's holds the initial model.
-        base_model: `data.base_model`: where the frozen weights are, if adapters are trained; empty
-            = in the home.
-        fresh: what is trained has the swarm's initial values; otherwise any, which the caller
-            replaces. Adapters always have them, and frozen weights are always those of the
-            manifest.
+        base_model: `data.base_model`: folder of the base model, if adapters are trained; empty = in
+            the home.
+        fresh: whether the parameters get the swarm's initial values; otherwise they have any, and
+            the caller replaces them. Adapters always have their initial values, and their base
+            model always has the manifest's weights.
 
     Raises:
-        ConfigError: weights are missing, or others than the manifest's.
+        ConfigError: weights are missing, or are not the manifest's.
     """
     lora = manifest.model.lora
     if lora is not None:
@@ -52,11 +52,11 @@ def model_of(
 def trained_model(
     manifest: Manifest, home: Home, base_model: str, bundle: Bundle
 ) -> torch.nn.Module:
-    """A checkpoint's model, whole, on the CPU: averaged with what the last partners showed.
+    """Build a checkpoint's whole model, on the CPU, averaged with the last partners' parameters.
 
     Raises:
-        ConfigError: as `model_of`.
-        LocalError: the checkpoint is of another model.
+        ConfigError: see `model_of`.
+        LocalError: the checkpoint belongs to another model.
     """
     model, kept = model_of(manifest, home, base_model), manifest.model.frozen
     write_flat(model, bundle.consolidated())
@@ -66,7 +66,7 @@ def trained_model(
 
 
 def source_folders(home: Home, data: Data) -> list[Path]:
-    """Where this node has files of the model that training started from, the best first."""
+    """List folders with files of the model that training started from, the best first."""
     named = [Path(name).expanduser() for name in (data.base_model, data.tokenizer) if name]
     known = [named[0]] if data.base_model else []
     return [path for path in dict.fromkeys([*known, home.initial_model, *named]) if path.is_dir()]

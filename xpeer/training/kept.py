@@ -1,8 +1,8 @@
-"""What an export keeps of the model that training started from: its settings and its files.
+"""Keeps settings and files of the model that training started from (the source), for exports.
 
-The config.json of the source is in the manifest as it was, so that every member exports the same;
-so is its generation_config.json. Other files come from the folders that this node has: the copy in
-the founder's home, the base model of adapters, the tokenizer's folder.
+The manifest holds the source's config.json and generation_config.json as they were, so that every
+member exports the same. Other files come from folders that this node has: the copy in the founder's
+home, the base model of adapters, the tokenizer's folder.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 
 @dataclass(frozen=True)
 class Source:
-    """What an export takes over.
+    """What an export keeps of the source.
 
     Attributes:
-        config: of the manifest; empty = the model's own.
-        generation: of the manifest; empty = what transformers makes of the config.
-        folders: with further files; of those that several have, the first's count.
-        dtype: name to write the weights in; empty = the source's.
+        config: config.json, from the manifest; empty = the model's own.
+        generation: generation_config.json, from the manifest; empty = transformers' default.
+        folders: folders with further files; if several have a file, the first one counts.
+        dtype: name of the type to write the weights in; empty = the source's.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -50,21 +50,23 @@ class Source:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """What the weights are written in; float32 where the source has none of the usual ones."""
-        said = self.dtype or self.config.get("dtype") or self.config.get("torch_dtype")
-        return _DTYPES.get(str(said).removeprefix("torch."), torch.float32)
+        """The type to write the weights in; float32 if the source names none of the usual ones."""
+        name = self.dtype or self.config.get("dtype") or self.config.get("torch_dtype")
+        return _DTYPES.get(str(name).removeprefix("torch."), torch.float32)
 
     def config_json(self, model: Any, *, untied: bool = False) -> dict[str, Any]:
-        """config.json of an export: the source's, but for what training changed.
+        """Make the config.json of an export: the source's, except for what training changed.
 
         Args:
-            model: of transformers, as it is written.
-            untied: an output that was tied to the embedding now has weights of its own.
+            model: of transformers, as it is exported.
+            untied: whether an output that was tied to the embedding now has its own weights.
         """
         made: dict[str, Any] = model.config.to_dict()
         kept = dict(self.config) or model.config.to_diff_dict()
         if "architectures" not in kept and kept.get("use_cache") is False:
-            del kept["use_cache"]  # not the source's: older versions switched it off for training
+            del kept[
+                "use_cache"
+            ]  # not from the source: older versions of xpeer switched it off for training
         kept |= {"model_type": made["model_type"], "architectures": [type(model).__name__]}
         for key in _OF_THIS_MACHINE:
             kept.pop(key, None)
@@ -77,15 +79,19 @@ class Source:
         return dict(sorted(kept.items()))
 
     def write_generation(self, folder: Path) -> None:
-        """Replace what transformers made up, if the source had one."""
+        """Write the source's generation_config.json, if it had one, over that of transformers."""
         if self.generation:
             write_json(folder / GENERATION, dict(self.generation))
 
     def copy_files(self, to: Path, *, carded: bool) -> None:
-        """Copy terms of use and cards; the cards as source.NAME if the target has one of its own.
+        """Copy terms of use and cards.
+
+        Args:
+            to: the export's folder.
+            carded: whether the export has cards of its own; then cards are copied as source.NAME.
 
         Raises:
-            ConfigError: one can't be read.
+            ConfigError: a file can't be read.
         """
         for folder in self.folders:
             copy(folder, to, _TERMS)
@@ -93,11 +99,11 @@ class Source:
 
 
 def config_for_manifest(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """A source's config as the manifest holds it: all of it, but for paths of this machine.
+    """Prepare a source's config for the manifest: all of it, except paths of this machine.
 
     Args:
         config: the content of config.json.
-        model: of transformers, made of it.
+        model: of transformers, built from that config.
     """
     kept = _without_paths(config)
     kept["architectures"] = [type(model).__name__]
@@ -107,34 +113,34 @@ def config_for_manifest(config: Mapping[str, Any], model: Any) -> dict[str, Any]
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """generation_config.json of a model's folder, as far as transformers knows its settings.
+    """Read generation_config.json: those settings that transformers knows.
 
     Args:
-        folder: without that file there are none.
+        folder: of a model; without that file there are no settings.
 
     Raises:
-        ConfigError: it is no JSON object, or a link to another folder.
+        ConfigError: the file is no JSON object, or a link to another folder.
     """
     file = folder / GENERATION
     try:
-        found = json.loads(belonging.read_inside(file, folder))
+        content = json.loads(belonging.read_inside(file, folder))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{file} can't be read: {e}", "restore it, or remove it") from e
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ConfigError(f"{file} is not a JSON object", "restore it, or remove it")
     from transformers import GenerationConfig  # noqa: PLC0415 - takes seconds
 
     known = GenerationConfig().to_dict().keys()
-    return _without_paths({key: value for key, value in found.items() if key in known})
+    return _without_paths({key: value for key, value in content.items() if key in known})
 
 
 def copy(folder: Path, to: Path, names: Iterable[str], prefix: str = "") -> None:
-    """Copy the files that there are, but for those that the target has.
+    """Copy the files that match `names` and that the target does not have.
 
     Raises:
-        ConfigError: one can't be read, or is a link to another folder.
+        ConfigError: a file can't be read, or is a link to another folder.
     """
     for pattern in names:
         for file in sorted(folder.glob(pattern)):
@@ -150,7 +156,7 @@ def copy(folder: Path, to: Path, names: Iterable[str], prefix: str = "") -> None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As transformers writes it."""
+    """Write JSON in the layout of transformers."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

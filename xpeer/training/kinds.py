@@ -1,12 +1,12 @@
-"""Kinds of files by their names: what is looked for, what is refused. Opens nothing."""
+"""Kinds of files, by their names: which are read, and which are refused. Opens no file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Final
 
-FOUND: Final = (".txt", ".md", ".jsonl", ".parquet")
-"""What is looked for in folders."""
+READ_IN_FOLDERS: Final = (".txt", ".md", ".jsonl", ".parquet")
+"""Suffixes of the files that are read in folders."""
 
 _UNPACK = "unpack it"
 _REFUSED: Final = {
@@ -30,7 +30,7 @@ _REFUSED: Final = {
 
 
 def refusal(path: Path) -> str:
-    """Why a file of this name is not read, as a remedy; empty = it is."""
+    """The remedy for a file that is not read because of its name; empty = it is read."""
     kinds = [suffix.lower() for suffix in path.suffixes[-2:]]
     if kinds[-1:] == [".gz"]:
         if kinds[:-1] in ([".parquet"], [".tar"]):

@@ -1,4 +1,4 @@
-"""One step of training: gradient, optimiser, counters. Knows no partners."""
+"""Takes one step of training: gradient, optimiser, counters. Knows nothing of partners."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Learner:
     Args:
         manifest: of the swarm.
         parameters: of the model.
-        mechanism: makes the gradients.
-        gradients: gathers them, where a window makes one step.
+        mechanism: computes the gradients.
+        gradients: gathers them, if the optimiser takes one step a window.
         counters: how far training has come.
 
     Attributes:
         manifest, parameters, mechanism, gradients, counters: as given.
-        optimiser: of local steps; another one after `begin_at`.
-        loss: of the last step's batch; None until one was taken, or where the batch was empty.
+        optimiser: of local steps; `begin_at` replaces it.
+        loss: loss of the last step's batch; None until the first step, and after an empty batch.
     """
 
     def __init__(
@@ -45,19 +45,19 @@ class Learner:
         self.optimiser = make_optimiser(manifest, parameters)
         self.loss: float | None = None
         self._stepped_at = 0.0
-        """When the last step was taken, monotonic s; 0 until one was."""
+        """When the last step ended, monotonic s; 0 until the first one has."""
 
     @property
     def loss_age_s(self) -> float | None:
-        """Seconds since `loss`; None where there is none."""
+        """Seconds since `loss` was computed; None if there is none."""
         return None if self.loss is None else time.monotonic() - self._stepped_at
 
     def step(self) -> int:
-        """Use up a charged step; returns its tokens.
+        """Take a charged step; returns its number of tokens.
 
         Raises:
-            StepAbandonedError: it was given up.
-            DivergedError: without privacy, the loss is no number.
+            StepAbandonedError: the step was abandoned; its charge is used up.
+            DivergedError: without privacy, the loss is not finite.
         """
         rate = learning_rate(self.counters, self.manifest)
         for group in self.optimiser.param_groups:
@@ -77,14 +77,14 @@ class Learner:
         return result.tokens
 
     def take_window_step(self) -> None:
-        """The optimiser's step on the gradient that a window gathered."""
+        """Have the optimiser take a step with the gradient of a window."""
         gradient = self.gradients.take()
         if gradient is not None:
             self.parameters.write_gradients(gradient)
             self.optimiser.step()
 
     def begin_at(self, step: int) -> None:
-        """The parameters are a donor's of that step: fresh moments, and a short warm-up."""
+        """Go on from a donor's parameters of that step, with fresh moments and a short warm-up."""
         self.gradients.begin()
         self.optimiser = make_optimiser(self.manifest, self.parameters)
         self.counters.step = self.counters.moments_step = step

@@ -1,11 +1,11 @@
-"""The training loop of one peer. Knows nothing of processes, sockets or partners' addresses.
+"""The training loop of one node. Knows nothing of processes, sockets or partners' addresses.
 
-    boundary: merge, snapshot, whatever was submitted    | the only moments at which
-    step:     private gradient, AdamW                    | anything touches the parameters
+    boundary: merge, snapshot, other submitted jobs    | nothing but these
+    step:     private gradient, AdamW                  | touches the parameters
 
-Everything that other threads want from the parameters is a job that is carried out at the next
-boundary, and at once while no steps are taken. The loop never waits for the network: what it does
-wait for (the ledger's disk, at most) is counted in `seconds_blocked`.
+If another thread needs the parameters, it submits a job. Jobs are carried out at the next boundary,
+or at once while no steps are taken. The loop waits for the ledger's disk, and with gradient
+aggregation for the group; both count as `seconds_blocked`. Other rules never wait for the network.
 """
 
 from __future__ import annotations
@@ -34,37 +34,39 @@ from xpeer.training.timings import Timings
 from xpeer.update import PrivateUpdate
 
 SHORT_S: Final = 5.0
-"""A step that ends so soon after a stop is finished; a longer one is abandoned."""
+"""After a stop, a step may go on for so long; then it is abandoned."""
 _LOOK_S: Final = 1.0
+"""Longest time between two looks at the clock while the loop waits."""
 _USE_UP_S: Final = 5.0
-"""A stop may take so long for steps that were charged."""
+"""After a stop, the steps that are charged already are taken if that takes at most so long."""
 _HELD_S: Final = 1.0
-"""Between two looks whether checkpoints can be written again."""
+"""Pause before the loop checks again whether checkpoints can be written."""
 _STOP: Final = object()
-"""The last job that is looked at."""
+"""The last job of a loop."""
 
 logger = logging.getLogger("xpeer.training")
 
 
 class TrainingLoop:
-    """Steps and boundaries of one peer.
+    """Takes the steps of one node, and carries out jobs at the boundaries between them.
 
     Args:
         learner: takes the steps.
         exchanges: meetings in flight.
-        pacing: says whether and when.
+        pacing: says whether a step may be taken, and when windows end.
         measurements: of the losses.
-        timings: where the time goes.
+        timings: counts where the time goes.
         pulse: signs of life.
         throttle: fraction of the time to compute in.
-        awaiting: the parameters are still to be imported; nothing is trained or sent before.
+        awaiting: whether the parameters are still to be imported; until then nothing is trained or
+            sent.
 
     Attributes:
         learner, exchanges, pacing, measurements, timings, pulse: as given.
         manifest, parameters, counters: the learner's.
-        awaiting: True iff the parameters are those of chance.
-        carry_out: called with each job at a boundary; it must not raise but for bugs.
-        on_step: called after each step with the rest that follows, s.
+        awaiting: True iff the parameters are random, and still to be imported.
+        carry_out: called with each job at a boundary; if it raises, that is a bug.
+        on_step: called after each step with the seconds of rest that follow.
         on_state: called when `state` has changed.
     """
 
@@ -95,9 +97,9 @@ class TrainingLoop:
         self._gradients = learner.gradients
         self._throttle = throttle
         self._mode: Order = "train"
-        """What the daemon ordered last."""
+        """The daemon's last order."""
         self._stopping = False
-        """True iff the last job was looked at."""
+        """True iff the loop was asked to stop, and has reached that job."""
         self._jobs: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     # ---- what other threads may call -------------------------------------------------------
@@ -113,7 +115,7 @@ class TrainingLoop:
 
     @property
     def state(self) -> TrainerPhase:
-        """What the loop does now."""
+        """The loop's present phase."""
         if self._mode == "pause":
             return "paused"
         if self._mode == "mix" or self.awaiting:
@@ -121,7 +123,7 @@ class TrainingLoop:
         return "training" if self._gradients.due else self.pacing.state
 
     def progress(self) -> Progress:
-        """The counters as `status` shows them."""
+        """Collect the counters for `status`."""
         return progress_of(self.learner, self.exchanges, self.measurements, self.timings)
 
     # ---- at a boundary ---------------------------------------------------------------------
@@ -133,7 +135,7 @@ class TrainingLoop:
             self._change_state()
 
     def require_parameters(self) -> None:
-        """Refuse while the parameters are those of chance.
+        """Refuse while the parameters are random.
 
         Raises:
             PeerError: they are still to be imported (NOT_READY).
@@ -142,10 +144,10 @@ class TrainingLoop:
             raise PeerError(Reason.NOT_READY, "the parameters have not been fetched yet")
 
     def snapshot(self, meeting_id: int, fragment: int, *, averaging: bool) -> PrivateUpdate:
-        """A certified copy of a fragment.
+        """Copy a fragment and have it certified.
 
         Raises:
-            PeerError: there is nothing to send yet (NOT_READY), or as `Exchanges.take`.
+            PeerError: there is nothing to send yet (NOT_READY), or see `Exchanges.take`.
         """
         self.require_parameters()
         if self._gradients.in_use and not (averaging or self._gradients.due):
@@ -155,7 +157,7 @@ class TrainingLoop:
         return self.exchanges.take(meeting_id, fragment, step, averaging=averaging, warmed_up=ramp)
 
     def merge(self, meeting_id: int) -> None:
-        """Merge what was resolved, unless it was dropped."""
+        """Merge a resolved meeting, unless it was dropped."""
         clipped = self.exchanges.merge(meeting_id, self.counters.step)
         if clipped >= 0:
             self.counters.merges += 1
@@ -168,15 +170,15 @@ class TrainingLoop:
 
         Args:
             flat: (num_params,) float32, CPU.
-            step: of the donor; ours from now on, so that both end together.
-            at_most: public loss that they may have.
+            step: the donor's step; ours from now on, so that both end at the same time.
+            at_most: highest public loss to accept.
 
         Returns:
-            Public loss before (NaN: there was nothing to measure) and after.
+            Public loss before (NaN = there was nothing to measure) and after.
 
         Raises:
-            PeerError: not finite (NOT_FINITE), worse than `at_most`, or than what we have
-                (REFUSED); ours stay.
+            PeerError: the parameters are not finite (NOT_FINITE), or have a higher loss than
+                `at_most` or than ours (REFUSED). Ours stay.
         """
         require_numbers(flat)
         before = math.nan if self.awaiting else self.public_loss()
@@ -192,7 +194,7 @@ class TrainingLoop:
         return before, after
 
     def show(self, out: torch.Tensor) -> Callable[[], float]:
-        """What a joiner is given; see `handover.copy_for_joiner`.
+        """Copy the parameters for a joiner; see `handover.copy_for_joiner`.
 
         Raises:
             PeerError: there is nothing to give yet (NOT_READY).
@@ -202,20 +204,20 @@ class TrainingLoop:
         return copy_for_joiner(out, *parts, self.public_loss)
 
     def measure(self) -> tuple[float, float | None]:
-        """Public and held-out loss, measured now."""
+        """Measure the public and the held-out loss now."""
         return self.measurements.take(self.counters)
 
     def public_loss(self) -> float:
-        """Loss on the public text, measured if need be."""
+        """The present parameters' loss on the public text, measured if need be."""
         return self.measurements.fresh_public(self.counters)
 
     # ---- the loop; one thread --------------------------------------------------------------
 
     def run(self, steps: int | None = None) -> None:
-        """Train until stopped; or, without anybody to serve, at most so many steps.
+        """Train until stopped; with `steps`, without waiting for jobs.
 
         Args:
-            steps: return after so many, or as soon as no more steps may be taken.
+            steps: return after so many steps, or as soon as no more may be taken.
 
         Raises:
             LocalError: training diverged, or the ledger can't be written.
@@ -265,7 +267,7 @@ class TrainingLoop:
         try:
             tokens = self._step()
         except StepAbandonedError:
-            return  # its charge is used up, too
+            return  # its charge is used up
         now = time.monotonic()
         worked_s = self.timings.worked(now - began, tokens)
         self.counters.seconds += worked_s
@@ -280,7 +282,7 @@ class TrainingLoop:
             self._serve_for(rest_s)
 
     def _permit(self) -> bool:
-        """Have a charged step; else say that the budget is spent, or wait a moment for the disk."""
+        """Get a charged step; returns whether there is one. If the disk is full, wait a while."""
         permission = self.pacing.obtain_step()
         if permission == "spent":
             self._gradients.end_budget()
@@ -294,9 +296,9 @@ class TrainingLoop:
             return self.learner.step()
 
     def _count_step(self, now: float) -> None:
-        """A step was taken: at a window's end look at the losses."""
+        """Count a step; at a window's end, measure the losses."""
         over = self.pacing.count_step(now)
-        if over or self.pacing.ended:  # what a short last window gathered counts, too
+        if over or self.pacing.ended:  # the gradient of a short last window counts, too
             self._gradients.end_window()
         if over:
             self.measurements.at_window_end(self.counters)
@@ -305,7 +307,7 @@ class TrainingLoop:
             self.pacing.permits.moved()
 
     def _finish_gradient(self) -> None:
-        """Gradient aggregation: wait for the group's gradient, then take the window's step."""
+        """Wait for the group's gradient, then take the window's step; gradient aggregation only."""
         with self.timings.waiting_for_the_group():
             self._serve_for(
                 self.manifest.round.deadline_s,
@@ -313,7 +315,7 @@ class TrainingLoop:
                 most_s=2 * _LOOK_S,
             )
         if self._stopping or self.state != "training":
-            return  # paused: the gradient stays due
+            return  # e.g. paused: the gradient stays due
         self._take_window_step()
         if self.pacing.state != "training":
             self.on_state()
@@ -325,13 +327,13 @@ class TrainingLoop:
     def _serve_for(
         self, seconds: float, done: Callable[[], bool] = lambda: False, most_s: float = math.inf
     ) -> None:
-        """Take no step for so long, or until done, or until something else is ordered.
+        """Carry out jobs, but take no step, for so long, or until done or another order.
 
         Args:
-            seconds: by the clock.
-            done: looked at after every job.
-            most_s: that one look at the clock may count: while nothing ran (the process was
-                stopped, the machine suspended), nobody else could do anything either.
+            seconds: to wait, by the clock.
+            done: asked after every job.
+            most_s: the most that the time between two looks at the clock may count. While the
+                process was stopped or the machine suspended, others could not do anything either.
         """
         left = seconds
         while left > 0 and not (self._stopping or done()) and self.state == "training":
@@ -347,7 +349,7 @@ class TrainingLoop:
     # ---- the end ---------------------------------------------------------------------------
 
     def _use_up(self) -> None:
-        """Take the steps that were charged, if that is quick: the next start charges its own."""
+        """Take the steps that are charged already, if that is quick: a restart charges anew."""
         if self.awaiting:
             return
         self._take_the_rest()
@@ -360,7 +362,7 @@ class TrainingLoop:
             return
         try:
             rest = self.pacing.permits.rest(self.pacing.window_left)
-        except LocalError as e:  # what was taken is charged, and can be saved
+        except LocalError as e:  # the steps so far are charged, and can be saved
             logger.warning("charged steps were not used up: %s", e)
             return
         if rest * step_s > _USE_UP_S:

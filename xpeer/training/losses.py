@@ -1,4 +1,4 @@
-"""Losses of a causal language model, and the device they are computed on."""
+"""Computes losses of a causal language model, and chooses the device."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from xpeer.errors import ConfigError, LocalError
 
 _NO_TARGET: Final = -100
 _CPU_VALUES: Final = 1 << 20
-"""Logits per piece of the loss: 4 MB suit a processor's caches."""
+"""Logits per piece of the loss, on a CPU: 4 MB fit its caches."""
 _DEVICE_VALUES: Final = 1 << 27
-"""Elsewhere only memory matters."""
+"""Logits per piece on other devices, where only memory matters."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device to train on: cuda > mps > cpu, or the one that is named.
+    """Choose the device to train on: cuda > mps > cpu, or the one that is named.
 
     Raises:
-        ConfigError: the one named is not there.
+        ConfigError: torch can't use that device here.
     """
     there = {
         "cuda": torch.cuda.is_available(),
@@ -33,17 +33,17 @@ def choose_device(name: str = "auto") -> torch.device:
         "cpu": True,
     }
     if name == "auto":
-        return torch.device(next(kind for kind, found in there.items() if found))
+        return torch.device(next(kind for kind, usable in there.items() if usable))
     if not there.get(name, False):
         raise ConfigError(
             f"training.device = {name}: this machine has none that torch can use",
-            f"set it to auto or one of: {', '.join(k for k, found in there.items() if found)}",
+            f"set it to auto or one of: {', '.join(k for k, usable in there.items() if usable)}",
         )
     return torch.device(name)
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 forward passes where the device is fast at them; nothing elsewhere."""
+    """Have forward passes in bfloat16 on devices that are fast at them; do nothing on others."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return contextlib.nullcontext()
@@ -52,17 +52,18 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def record_losses(
     model: torch.nn.Module, records: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next-token cross-entropy, summed per record; records do not see one another.
+    """Compute the next-token cross-entropy, summed per record; records do not see one another.
 
-    Where a record was filled up (`shard.FILL`) nothing is predicted. That is at the right, so that
-    causal attention never looks at it, and needs no mask.
+    Nothing is predicted where a record was filled up (`records.FILL`). The filling is at the right,
+    where causal attention never looks, so no mask is needed.
 
     Args:
-        model: causal language model, wrapped or not.
+        model: causal language model, or a wrapper around one.
         records: (records, tokens) int64, on the model's device.
 
     Returns:
-        Sum of negative log-likelihoods in nats, (records,) float32; targets counted, (records,).
+        Sums of negative log-likelihoods in nats, (records,) float32, and numbers of targets,
+        (records,).
     """
     extra: dict[str, torch.Tensor] = {}
     ids = records[:, :-1].clamp(min=0)  # any token will do where nothing is predicted
@@ -79,10 +80,10 @@ def record_losses(
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """By token, (n, vocabulary) and (n,) -> (n,) float32, 0 without a target.
+    """Cross-entropy of each token, (n, vocabulary) and (n,) -> (n,) float32; 0 without a target.
 
-    The layout matters: over transposed logits, as (B, vocabulary, T), it takes seven times as long
-    on a CPU, and in pieces that fit its caches 0.6 times as long as in one.
+    The layout matters. With transposed logits, (B, vocabulary, T), it takes seven times as long on
+    a CPU. In pieces that fit the caches it takes 0.6 times as long as in one.
     """
     values = _CPU_VALUES if logits.device.type == "cpu" else _DEVICE_VALUES
     rows = max(1, values // logits.shape[1])
@@ -103,16 +104,16 @@ def evaluate(
     micro_batch: int = 16,
     on_progress: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss in nats per token.
+    """Compute the mean loss in nats per token.
 
     Args:
-        model: causal language model; its mode is as before afterwards.
+        model: causal language model; its mode is restored.
         records: (records, tokens) int64, any device; filled up as for `record_losses`.
         micro_batch: records per forward pass.
         on_progress: called after each forward pass.
 
     Raises:
-        ConfigError: there is not one token to predict.
+        ConfigError: there is no token to predict.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -133,7 +134,7 @@ def evaluate(
 
 
 def transformers_model(model: torch.nn.Module) -> Any:
-    """The transformers model in a wrapper such as peft's, or the model itself."""
+    """Return the transformers model in a wrapper such as peft's, or the model itself."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module

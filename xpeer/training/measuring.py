@@ -1,4 +1,4 @@
-"""Losses of the present parameters: when they are measured, and how old they are."""
+"""Measures the losses of the present parameters, now and then, and knows how old they are."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from xpeer.training.schedule import Counters
 from xpeer.training.worktime import WorkTime
 
 SHARE: Final = 0.03
-"""Of the training time: with short windows not every one is measured."""
+"""Fraction of the training time that measuring may take; so some short windows are skipped."""
 
 logger = logging.getLogger("xpeer.training")
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Losses in nats per token, measured on demand."""
+    """Functions that measure losses, in nats per token."""
 
     public: Callable[[], float]
-    """On the manifest's public text."""
+    """Measures the loss on the manifest's public text."""
     validation: Callable[[], float] | None = None
-    """On held-out text of the shard. Local only."""
+    """Measures the loss on held-out text of the shard; None = there is none. Local only."""
 
 
 class Measurements:
-    """The last ones.
+    """The losses that were measured last.
 
     Args:
-        evaluation: measures.
-        rules: lengths of windows and rounds, for the age.
+        evaluation: measures the losses.
+        rules: section of the manifest with the lengths of windows, for the age.
 
     Attributes:
-        public: nats per token on the public text.
-        validation: the same on held-out text of the shard, if there is any. Local only.
-        seconds: that all of them took together.
-        problem: why the last try failed; empty: it did not.
+        public: nats per token on the public text; None until it was measured.
+        validation: nats per token on held-out text of the shard; None until it was measured, or if
+            there is no such text. Local only.
+        seconds: time that all measurements took so far.
+        problem: why the last attempt failed; empty = it did not.
     """
 
     def __init__(self, evaluation: Evaluation, rules: Round) -> None:
@@ -51,13 +52,13 @@ class Measurements:
         self._evaluation = evaluation
         self._rules = rules
         self._step = self._merges = 0
-        self._taken_at = 0.0
+        self._measured_at = 0.0
         self.seconds = 0.0
         self.problem = ""
         self._time = WorkTime()
 
     def take(self, counters: Counters) -> tuple[float, float | None]:
-        """Measure now: public and held-out loss."""
+        """Measure the public and the held-out loss now."""
         began, evaluation = time.monotonic(), self._evaluation
         try:
             public = evaluation.public()
@@ -66,22 +67,23 @@ class Measurements:
             self.seconds += self._time.counted(time.monotonic() - began)
         self.public, self.validation, self.problem = public, validation, ""
         self._step, self._merges = counters.step, counters.merges
-        self._taken_at = time.monotonic()
+        self._measured_at = time.monotonic()
         return public, validation
 
     @property
     def step(self) -> int | None:
-        """At which they were measured; None = not yet."""
+        """The step of the last measurement; None until there is one."""
         return None if self.public is None else self._step
 
     @property
     def age_s(self) -> float | None:
-        """Seconds since then."""
-        return None if self.public is None else time.monotonic() - self._taken_at
+        """Seconds since the last measurement; None until there is one."""
+        return None if self.public is None else time.monotonic() - self._measured_at
 
     def at_window_end(self, counters: Counters) -> None:
-        """Measure, unless that took more than its share already. Training goes on without: what
-        fails is told, and tried again when it is due.
+        """Measure, unless measuring has taken more than its fraction of the time already.
+
+        If it fails, training goes on: the failure is logged, and the next window tries again.
         """
         if self.seconds > SHARE * counters.seconds:
             return
@@ -94,20 +96,20 @@ class Measurements:
             self.problem = why
 
     def public_of_others(self) -> float:
-        """Of parameters that stand in for ours; nothing is kept."""
+        """Measure the public loss of parameters that stand in for ours; it is not remembered."""
         began = time.monotonic()
         loss = self._evaluation.public()
         self.seconds += self._time.counted(time.monotonic() - began)
         return loss
 
     def fresh_public(self, counters: Counters) -> float:
-        """Of the present parameters, measured if need be."""
+        """The public loss of the present parameters, measured if need be."""
         if self.public is None or self.age(counters) > 0:
             self.take(counters)
         return math.nan if self.public is None else self.public
 
     def age(self, counters: Counters) -> float:
-        """Windows of steps, or of merges, since then."""
+        """Age of the last measurement: windows of steps, plus cycles of merges, since then."""
         steps = (counters.step - self._step) / self._rules.window_steps
         return steps + (counters.merges - self._merges) / self._rules.fragments
 
@@ -116,7 +118,7 @@ def require_finite(loss: float | None, counters: Counters) -> None:
     """Stop a run that has diverged.
 
     Raises:
-        DivergedError: the loss is no number.
+        DivergedError: the loss is not finite.
     """
     if loss is not None and not math.isfinite(loss):
         raise DivergedError(

@@ -1,7 +1,7 @@
-"""The model: built offline from a config or a folder, always a causal language model in float32.
+"""Builds the model offline from a config or a folder: always a causal language model in float32.
 
-Knows nothing of privacy, partners or the shard. Its parameters as a vector are in `flat`, its
-losses in `losses`, what is done with a trained one in `export`; the usual names are here, too.
+Knows nothing of privacy, partners or the shard. `flat` has the parameters as one vector, `losses`
+computes losses, `export` writes trained models. Their usual names can be imported from here, too.
 """
 
 from __future__ import annotations
@@ -65,27 +65,27 @@ __all__ = [
 ]
 
 _REFUSED_KEYS: Final = frozenset({"auto_map", "quantization_config", "adapters"})
-"""Would load code or weights from elsewhere, or train something that is not float32."""
+"""Keys that would load code or weights from elsewhere, or train something that is not float32."""
 
 _LOADING_ERRORS: Final = (
     *(ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
     *(ZeroDivisionError, AssertionError, StrictDataclassError),
 )
-"""What transformers raises at a config that makes no sense."""
+"""Errors that transformers raises at a config that makes no sense."""
 
 
 def build(config: dict[str, Any], seed: int | None = None) -> torch.nn.Module:
-    """A causal language model with initial weights, in training mode, on the CPU.
+    """Build a causal language model with initial weights, in training mode, on the CPU.
 
-    Dropout is switched off whatever the config says: a record's gradient has to be a function of
-    the record and the parameters, or the engines' self-test could not check it.
+    Dropout is switched off, whatever the config says. A record's gradient has to be a function of
+    the record and the parameters alone, or the engines' self-test could not check it.
 
     Args:
         config: Hugging Face config as JSON, `model_type` included.
-        seed: of the initial weights; None = the caller replaces them, and nothing is drawn.
+        seed: of the initial weights; None = nothing is drawn, and the caller replaces the weights.
 
     Raises:
-        ConfigError: not a config of a causal language model that transformers knows.
+        ConfigError: transformers knows no causal language model with this config.
     """
     if seed is None:
         with Filler():
@@ -97,10 +97,10 @@ def build(config: dict[str, Any], seed: int | None = None) -> torch.nn.Module:
 
 
 def skeleton(config: dict[str, Any]) -> torch.nn.Module:
-    """`build` without memory for the values: names, shapes and tying alone.
+    """Build a model without memory for its values: with names, shapes and tying only.
 
     Raises:
-        ConfigError: as `build`.
+        ConfigError: see `build`.
     """
     with torch.device("meta"):
         return _made(config)
@@ -124,10 +124,10 @@ def _made(config: dict[str, Any]) -> torch.nn.Module:
 
 
 def from_folder(path: Path) -> torch.nn.Module:
-    """A pretrained causal language model from a local folder; nothing is ever downloaded.
+    """Load a pretrained causal language model from a local folder; nothing is ever downloaded.
 
     Raises:
-        ConfigError: missing, not a model folder, no causal language model, or weights missing.
+        ConfigError: the folder is missing, or holds no causal language model with all weights.
     """
     transformers_logging.disable_progress_bar()
     safetensors = check_folder(path)
@@ -135,7 +135,7 @@ def from_folder(path: Path) -> torch.nn.Module:
     config = _parse_config(raw)
     attention = _attention(config)
     try:
-        with _quiet():  # it would print a table; we say in a line what is wrong
+        with _quiet():  # transformers would print a table; we say in a line what is wrong
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -157,19 +157,19 @@ def from_folder(path: Path) -> torch.nn.Module:
 
 
 def config_of(model: torch.nn.Module) -> dict[str, Any]:
-    """The config as the manifest holds it: JSON values only, without paths of this machine."""
+    """Make the config for the manifest: JSON values only, without paths of this machine."""
     inner = transformers_model(model)
     return config_for_manifest(inner.config.to_diff_dict(), inner)
 
 
 def context_tokens(model: torch.nn.Module) -> int | None:
-    """Longest sequence the model has positions for; None = it does not say."""
+    """Longest sequence that the model has positions for; None = its config does not say."""
     limit = getattr(transformers_model(model).config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 
 def vocab_size(model: torch.nn.Module) -> int:
-    """Rows of the input embedding."""
+    """Number of rows of the input embedding."""
     return int(transformers_model(model).get_input_embeddings().weight.shape[0])
 
 
@@ -177,7 +177,7 @@ def check_fits(model: torch.nn.Module, tokenizer_vocab: int, sequence_tokens: in
     """Refuse a tokenizer or a sequence length that the model has no embeddings for.
 
     Raises:
-        ConfigError: names both numbers.
+        ConfigError: they do not fit; names both numbers.
     """
     if tokenizer_vocab > vocab_size(model):
         raise ConfigError(
@@ -193,10 +193,10 @@ def check_fits(model: torch.nn.Module, tokenizer_vocab: int, sequence_tokens: in
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a folder's config.json.
+    """Read a folder's config.json.
 
     Raises:
-        ConfigError: there is none, or it is damaged.
+        ConfigError: the file is missing or damaged.
     """
     try:
         config = json.loads(belonging.read_inside(path / "config.json", path))
@@ -225,14 +225,14 @@ def _parse_config(config: dict[str, Any]) -> Any:
             f"model.config: {kind!r} with these values is no known model: {_one_line(e)}",
             "correct it, or install the transformers version that knows it",
         ) from e
-    _drop_nothing(made)
+    _switch_dropout_off(made)
     return made
 
 
 def _attention(config: Any) -> str:
-    """Scaled dot products of torch where the family's code has them, else its own plain ones.
+    """Choose torch's scaled dot products if the family's code supports them, else its own code.
 
-    Engines are compared with autograd either way.
+    The engines are compared with autograd either way.
 
     Raises:
         ConfigError: transformers has no causal language model of this family.
@@ -246,23 +246,25 @@ def _attention(config: Any) -> str:
     return "sdpa" if getattr(known, "_supports_sdpa", False) else "eager"
 
 
-def _drop_nothing(config: Any) -> None:
+def _switch_dropout_off(config: Any) -> None:
     """Switch dropout off, in nested configs, too."""
     for key, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
-            _drop_nothing(value)
+            _switch_dropout_off(value)
         elif isinstance(value, float) and key.endswith(("dropout", "pdrop", "dropout_prob")):
             setattr(config, key, 0.0)
 
 
 def _ready(model: Any) -> torch.nn.Module:
-    """Float32, no dropout, training mode, and shown to be causal."""
+    """Prepare a model: float32, no dropout, training mode. Check that it runs and is causal."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(module, torch.nn.Embedding):
-            module.padding_idx = None  # that id may stand in a text, and is then trained as any
-        if isinstance(module, PreTrainedModel):  # a look at the ids, which vmap can't run
+            module.padding_idx = (
+                None  # that id may occur in a text, and is then trained like any other
+            )
+        if isinstance(module, PreTrainedModel):  # it looks at the ids, which vmap can't run
             module.warn_if_padding_and_no_attention_mask = _no_warning
     made: torch.nn.Module = model.float().eval()
     ids = torch.zeros((2, 4), dtype=torch.int64)
@@ -285,7 +287,7 @@ def _ready(model: Any) -> torch.nn.Module:
 
 
 def _no_warning(*_: object) -> None:
-    """Records need no attention mask: they are filled up at the right."""
+    """Give no warning: records need no attention mask, as they are filled up at the right."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The optimiser of local steps."""
+"""Makes the optimiser of local steps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from xpeer.mixing.parameters import Parameters
 
 
 def make_optimiser(manifest: Manifest, parameters: Parameters) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with zero moments.
+    """Make AdamW (Loshchilov & Hutter 2019) with zero moments.
 
-    The fused kernel does one pass over the memory; it exists for CPU and CUDA.
+    The fused kernel passes over the memory once; it exists for CPU and CUDA.
     """
     trained = list(parameters.parameters())
     rules = manifest.optimiser

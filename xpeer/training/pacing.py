@@ -1,7 +1,7 @@
-"""When a window ends, whether a step may be taken, and when no more are.
+"""Decides when a window ends, whether a step may be taken, and when training is over.
 
 What this module does not give: how many steps are charged at once (`charging`), and the charges
-themselves (`privacy.budget`).
+themselves (`accounts.budget`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from xpeer.training.timings import Timings
 
 
 class Pacing:
-    """Windows, charged steps and the end of one loop.
+    """The windows, the charged steps and the end of one loop.
 
     Args:
         manifest: of the swarm.
-        mechanism: charges.
-        counters: how far training has come; windows are counted here.
-        timings: what a step takes.
+        mechanism: charges the ledger.
+        counters: how far training has come; this class counts the windows.
+        timings: knows how long a step takes.
 
     Attributes:
-        permits: charged steps.
-        idle: True iff there is no text: no step is taken, and the run or the budget ends as for
-            others.
+        permits: the charged steps.
+        idle: True iff there is no text. No step is taken then, but the run and the budget end as
+            usual.
         budget_spent: True iff no further step fits the budget.
     """
 
@@ -41,9 +41,9 @@ class Pacing:
         self._counters = counters
         self._timings = timings
         self._window_step = 0
-        """Steps of this window that were taken."""
+        """Number of steps in this window so far."""
         self._window_began = time.monotonic()
-        """When this window began, monotonic s. Time in which no step may be taken is no part."""
+        """When this window began, monotonic s; set anew after a time without steps."""
 
     @property
     def ended(self) -> bool:
@@ -53,7 +53,7 @@ class Pacing:
 
     @property
     def state(self) -> TrainerPhase:
-        """Whether the next step may be taken, as far as run, budget and text go; else why not."""
+        """`training` if run, budget and text allow a step; else the phase that says why not."""
         if self.ended:
             return "closing"
         if self.budget_spent:
@@ -62,17 +62,17 @@ class Pacing:
 
     @property
     def window_left(self) -> int:
-        """Steps until the window's end, at least one."""
+        """Number of steps until the window's end, at least one."""
         return max(1, self._manifest.round.window_steps - self._window_step)
 
     def begin_idle(self, *, budget_spent: bool) -> None:
-        """Before the loop runs: there is no text."""
+        """Note that there is no text; called before the loop runs."""
         self.idle, self.budget_spent = True, budget_spent
 
     def obtain_step(self) -> Permission:
-        """Have at least one charged step, or learn that the budget is spent.
+        """Get a charged step, or the reason why there is none.
 
-        Charged steps that a window of the clock did not need serve the next one.
+        If the clock ends a window early, its charged steps are left for the next window.
         """
         with self._timings.waiting_for_the_ledger():
             permission = self.permits.obtain(self._timings.step_s, self.window_left)
@@ -81,18 +81,18 @@ class Pacing:
         return permission
 
     def restart_clock(self) -> None:
-        """The loop begins or goes on to take steps: the time before is no part of the window."""
+        """Begin the window's time now: the loop takes steps from now on."""
         self._window_began = time.monotonic()
 
     def begin_at(self, step: int) -> None:
-        """The parameters are a donor's of that step."""
+        """Go on from a donor's step."""
         self._window_step = step % self._manifest.round.window_steps
 
     def count_step(self, now: float) -> bool:
-        """A step was taken; whether the window is over: by steps, or by the clock.
+        """Count a step. Returns whether the window is over, by steps or by the clock.
 
         Args:
-            now: monotonic s.
+            now: when the step ended, monotonic s.
         """
         self._window_step += 1
         section = self._manifest.round

@@ -1,12 +1,13 @@
-"""Who trains what of a corpus that all members hold.
+"""Divides a corpus that all members hold among them.
 
     documents -> pieces    long ones are cut, at places that never move
-    pieces    -> units     as many as the model's size and the members' speed ask for
+    pieces    -> units     the model's size and the members' speeds decide how many
     units     -> members   in proportion to speed; few move when members or speeds change
 
-Every member computes all of it by itself from the manifest, the corpus and what the roster says.
-Members that read different speeds for a while agree on all but a like share of the units, which
-are trained twice or not at all until then. Knows no tokens and no files.
+A unit is called a corpus block in docs/words.md. Every member computes the whole division by
+itself, from the manifest, the corpus and the roster. While members see slightly different speeds,
+they disagree about a similarly small part of the units; these are trained twice or not at all.
+Knows nothing of tokens and files.
 """
 
 from __future__ import annotations
@@ -25,33 +26,33 @@ from xpeer.status import CorpusShare
 from xpeer.training.document import Document, corpus_digest
 
 PIECE_RECORDS: Final = 32
-"""A document of more records than this is cut: its pieces may have different trainers."""
+"""A document of more records is cut, so that several members can train its pieces."""
 CHARACTERS_PER_TOKEN: Final = {"byte": 1, "huggingface": 4}
-"""By kind of tokenizer; a guess, the same everywhere."""
+"""A guess for each kind of tokenizer, the same at every member."""
 UNIT_S: Final = 30.0
-"""A unit is at most about this long a part of a typical member's training."""
+"""A unit keeps a typical member busy for at most about so long."""
 NOMINAL_FLOPS: Final = 1e13
-"""Of a member of which no speed is known."""
+"""FLOP/s of a typical member while no speed is known."""
 UNITS_PER_MEMBER: Final = 1024
-"""At least, where there is text for that: shares then deviate by 1/sqrt(1024) = 3%."""
+"""At least so many, if there is enough text: members' parts then deviate by 1/sqrt(1024) = 3%."""
 MAX_UNITS: Final = 1 << 20
 WEIGHT_RANGE: Final = 64.0
-"""Nobody's word makes it this many times faster, or slower, than the median member."""
+"""No member counts as more than so many times faster, or slower, than the median member."""
 
 
 def divide(
     documents: Iterable[Document], manifest: Manifest, speeds: Mapping[str, float], me: str
 ) -> tuple[list[Document], CorpusShare]:
-    """This member's part of the corpus.
+    """Choose this member's part of the corpus.
 
     Args:
-        documents: of the corpus, the same at every member.
+        documents: the corpus, the same at every member.
         manifest: of the swarm.
-        speeds: tokens/s by PeerID, ours included; 0 = unknown.
-        me: one of them.
+        speeds: tokens/s of each member by PeerID, ours included; 0 = unknown.
+        me: our PeerID.
 
     Returns:
-        Documents and pieces of documents to train on, and what they are in numbers.
+        The documents and pieces to train on, and their numbers for `status`.
 
     Raises:
         LocalError: `me` is not among the members.
@@ -80,25 +81,25 @@ def divide(
 
 
 def refuse_other(shared: SharedCorpus, documents: Iterable[Document]) -> None:
-    """Refuse a copy that is not the founder's.
+    """Refuse a copy of the corpus that differs from the founder's.
 
     Raises:
         ShardError: its documents differ.
     """
-    found = corpus_digest(documents)
-    if shared.digest not in ("", found):
+    digest = corpus_digest(documents)
+    if shared.digest not in ("", digest):
         raise ShardError(
-            f"data.corpus: this copy of {shared.name!r} has digest {found[:16]}, but the swarm's "
+            f"data.corpus: this copy of {shared.name!r} has digest {digest[:16]}, but the swarm's "
             f"has {shared.digest[:16]}",
             "get the founder's documents; data.text_field has to be the same, too",
         )
 
 
 def pieces(documents: Iterable[Document], manifest: Manifest) -> list[Document]:
-    """Cut long documents, each at a space where there is one nearby.
+    """Cut long documents into pieces, at spaces where there are any nearby.
 
-    Depends on nothing that changes during a run: under privacy a record is what the ledger
-    protects, so records must stay the same whoever trains them.
+    The pieces do not depend on anything that changes during a run. Under privacy a record is the
+    unit of protection, so records must stay the same, whoever trains on them.
     """
     per_token = CHARACTERS_PER_TOKEN[manifest.tokenizer.kind]
     length = PIECE_RECORDS * manifest.optimiser.sequence_tokens * per_token
@@ -130,15 +131,15 @@ def _cut(document: Document, length: int) -> list[Document]:
 
 
 def num_units(tokens: int, num_pieces: int, num_params: int, speeds: Mapping[str, float]) -> int:
-    """How many units the corpus is divided into: a power of two, so that it changes rarely.
+    """Number of units to divide the corpus into: a power of two, so that it changes rarely.
 
-    A unit is UNIT_S of a typical member's training, or less where shares would be inaccurate; but
-    hardly less than a piece. A member of unknown speed does NOMINAL_FLOPS, and a token takes 6
-    operations a parameter (Kaplan et al. 2020, section 2.1).
+    A unit takes a typical member UNIT_S to train on, or less if members' parts would otherwise be
+    inaccurate. There are hardly more units than pieces. If no speed is known, a typical member does
+    NOMINAL_FLOPS; a token takes 6 operations a parameter (Kaplan et al. 2020, section 2.1).
 
     Args:
-        tokens: of the corpus, about.
-        num_pieces: of the corpus.
+        tokens: number of tokens in the corpus, about.
+        num_pieces: number of pieces of the corpus.
         num_params: of the model.
         speeds: tokens/s by PeerID; 0 = unknown.
     """
@@ -149,12 +150,12 @@ def num_units(tokens: int, num_pieces: int, num_params: int, speeds: Mapping[str
 
 
 def unit_of(piece: Document, count: int) -> int:
-    """The unit of a piece. Twice as many units leave half of the pieces in units of old names."""
+    """The unit of a piece. If the count doubles, half of the pieces keep their unit."""
     return int(piece.id[:16], 16) % count
 
 
 def weights(speeds: Mapping[str, float]) -> dict[str, float]:
-    """Speeds relative to the median member, which also stands in for those of unknown speed."""
+    """Speeds relative to the median member; a member of unknown speed counts as the median."""
     known = [speed for speed in speeds.values() if _usable(speed)]
     typical = statistics.median_low(known) if known else 1.0
     return {
@@ -164,7 +165,7 @@ def weights(speeds: Mapping[str, float]) -> dict[str, float]:
 
 
 def moved(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """Share of the corpus that another division would give to another member, 0 to 1."""
+    """Fraction of the corpus that changes its member between two divisions, 0 to 1."""
     old, new = weights(before), weights(after)
     old_sum, new_sum = sum(old.values()), sum(new.values())
     return 0.5 * sum(
@@ -174,19 +175,19 @@ def moved(before: Mapping[str, float], after: Mapping[str, float]) -> float:
 
 
 def owners(count: int, shares: Mapping[str, float]) -> tuple[list[str], torch.Tensor]:
-    """Who trains each unit.
+    """Assign each unit to a member.
 
-    Weighted rendezvous hashing: the member with the lowest -ln(u(unit, member)) / weight trains a
-    unit, u uniform from a hash. When a member leaves only its units move, when one comes
-    only those that it takes, and when a weight changes only to or from that member.
+    By weighted rendezvous hashing: the member with the lowest -ln(u(unit, member)) / weight trains
+    a unit, where u is uniform from a hash. When a member leaves, only its units move. When a member
+    comes, only its new units move. When a weight changes, units move only to or from that member.
     (Schindelhauer & Schomaker 2005, "Weighted distributed hash tables": the logarithmic method.)
 
     Args:
-        count: of units.
-        shares: weight by PeerID.
+        count: number of units.
+        shares: weight of each member by PeerID.
 
     Returns:
-        PeerIDs in order, and the index of each unit's owner among them, (count,) int64.
+        The PeerIDs in order, and the index of each unit's owner among them, (count,) int64.
     """
     names = sorted(shares)
     best = torch.full((count,), math.inf, dtype=torch.float64)
@@ -200,15 +201,16 @@ def owners(count: int, shares: Mapping[str, float]) -> tuple[list[str], torch.Te
 
 
 def units_of(units: Sequence[int], count: int, shares: Mapping[str, float], me: str) -> list[int]:
-    """Which units a member trains.
+    """List the units that a member trains.
 
-    One that none falls to trains the one that it came closest to, twice with its owner.
+    A member to which no unit is assigned trains the one that it came closest to. Its owner trains
+    that unit, too.
 
     Args:
-        units: those that have text.
-        count: of all units.
-        shares: weight by PeerID.
-        me: one of them.
+        units: the units that have text.
+        count: number of all units.
+        shares: weight of each member by PeerID.
+        me: PeerID of the member.
     """
     names, owner = owners(count, shares)
     mine = (owner == names.index(me)).tolist()
@@ -220,7 +222,7 @@ def units_of(units: Sequence[int], count: int, shares: Mapping[str, float], me: 
 
 
 def _scores(count: int, name: str, weight: float) -> torch.Tensor:
-    """(count,) float64; exponentially distributed with the weight as its rate."""
+    """A member's score for each unit, (count,) float64, exponential with the weight as its rate."""
     seed = int.from_bytes(blake2b(b"assign", name.encode(), size=8), "little", signed=True)
     return -torch.log(_uniform(seed, count)) / weight
 
@@ -240,7 +242,7 @@ def _uniform(seed: int, count: int) -> torch.Tensor:
 
 
 def _shifted(state: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the right, zeros filled in: torch's own shift of int64 keeps the sign."""
+    """Shift to the right, filling in zeros: torch's own shift of int64 keeps the sign."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""The counters of a trainer, as `status` shows them."""
+"""Collects the counters of a trainer for `status`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xpeer.training.timings import Timings
 def progress_of(
     learner: Learner, exchanges: Exchanges, measured: Measurements, timings: Timings
 ) -> Progress:
-    """Collect them, now; on any thread."""
+    """Collect the present counters; on any thread."""
     counters, manifest = learner.counters, learner.manifest
     return Progress(
         step=counters.step,

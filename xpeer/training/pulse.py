@@ -1,4 +1,4 @@
-"""Signs of life of the trainer process, and how a long step is ended early."""
+"""Signs of life of the trainer process, and a way to end a long step early."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ NEVER = float("inf")
 
 
 class StepAbandonedError(Exception):
-    """The step that ran was given up: it is charged and was not taken."""
+    """The running step was abandoned: it is charged, but does not change the parameters."""
 
 
 class Pulse:
-    """Counts what gets done, on any thread; whoever watches it can tell slow from stuck.
+    """Counts work as it gets done, on any thread, so that others can tell slow from stuck.
 
     Attributes:
         work: grows with every micro-batch, measured batch and piece of a file.
-        written: bytes of the file that is being written.
-        total: its size; 0 = none is.
+        written: bytes done of the file that is being written, or was written last.
+        total: bytes of that file in all; 0 until one is written.
     """
 
     def __init__(self) -> None:
         self.work = 0
         self.written = self.total = 0
         self._abandon_at = NEVER
+        """When a running step is abandoned, monotonic s."""
 
     def beat(self) -> None:
-        """Something got done."""
+        """Count a piece of work."""
         self.work += 1
 
     def micro_batch(self) -> None:
-        """Between two parts of a step.
+        """Count a micro-batch, between two parts of a step.
 
         Raises:
             StepAbandonedError: the step has to end now.
@@ -46,11 +47,11 @@ class Pulse:
 
     @property
     def late(self) -> bool:
-        """Whether no step may go on."""
+        """Whether a running step has to end."""
         return time.monotonic() >= self._abandon_at
 
     def before(self, work: Callable[P, R]) -> Callable[P, R]:
-        """The same, counted as a micro-batch."""
+        """Wrap a function so that each call counts as a micro-batch."""
 
         def counted(*args: P.args, **kwargs: P.kwargs) -> R:
             self.micro_batch()
@@ -59,10 +60,10 @@ class Pulse:
         return counted
 
     def wrote(self, written: int, total: int) -> None:
-        """So much of a file is on the disk."""
+        """Count a piece of a file; progress in bytes, as for `tensor_file.OnProgress`."""
         self.work += 1
         self.written, self.total = written, total
 
     def end_step_within(self, seconds: float) -> None:
-        """Let the step that runs end by itself if it does so soon; no step begins after it."""
+        """Let the running step end by itself within this time; abandon it, or a later one, then."""
         self._abandon_at = time.monotonic() + seconds

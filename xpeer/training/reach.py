@@ -1,13 +1,17 @@
-"""Which parameters no text can reach, whatever it says: shown by following the text, not by trying.
+"""Determines which parameters no text can reach, whatever it says, by following one text.
 
-A record of random ids goes through the model once. Whatever is computed from its ids is marked as
-text, and so is whatever is computed from that. A parameter that nothing reads is out of reach of
-every text of this length. Of an embedding that is only looked up at places that are not text
-(positions), the rows at other places are, too; and of an input embedding, rows beyond the
-tokenizer's ids. If text decides what is computed at all (experts that are skipped), one text shows
-nothing of others, and everything counts as reached.
+A record of random ids goes through the model once. Everything that is computed from its ids is
+marked as text, and so is everything computed from that. Out of reach of every text of this length
+are
 
-Depends on the model, the length and the tokenizer, never on a shard.
+- parameters that nothing reads;
+- rows of an embedding that are never looked up, if its places do not depend on text (positions);
+- rows of an input embedding beyond the tokenizer's ids.
+
+If the text decides what is computed at all (experts that are skipped), one text proves nothing
+about others, and everything counts as reached.
+
+The result depends on the model, the length and the tokenizer, never on a shard.
 """
 
 from __future__ import annotations
@@ -24,35 +28,35 @@ from torch.utils.weak import WeakIdKeyDictionary
 from xpeer.training.losses import record_losses
 
 Rows = tuple[int, int]
-"""The first row that text reaches, and the one behind the last; (0, 0) = none."""
+"""The first row that text reaches, and the row after the last one; (0, 0) = none."""
 
 _LOOKED_AT: Final = frozenset(
     {"tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"}
 )
-"""Methods through which Python sees values."""
-
+"""Methods through which Python reads values of a tensor."""
 
 _COPIES: Final = frozenset(
     {"view", "_unsafe_view", "reshape", "slice", "clone", "_to_copy", "alias", "expand", "detach"}
 )
+"""Operations whose result holds only values of their argument."""
 
 
 class _TextDecidesError(Exception):
-    """What is computed depends on the text."""
+    """The text decides what is computed."""
 
 
 @torch.no_grad()
 def out_of_reach(model: torch.nn.Module, num_tokens: int, num_ids: int) -> dict[str, Rows]:
-    """Trainable parameters that no record reaches, wholly or in part, by name.
+    """List trainable parameters that no record reaches, wholly or in part.
 
     Args:
-        model: on the CPU; unchanged, and in any mode.
-        num_tokens: of every record.
-        num_ids: of the tokenizer; every token is less.
+        model: on the CPU, in any mode; unchanged afterwards.
+        num_tokens: length of every record.
+        num_ids: number of ids of the tokenizer.
 
     Returns:
-        The rows that are reached: of embeddings some, of all others none. What is not named is
-        reached.
+        The rows that are reached, by name: some rows of an embedding, none of other parameters. A
+        parameter that is not named is reached as a whole.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)
@@ -72,28 +76,28 @@ def out_of_reach(model: torch.nn.Module, num_tokens: int, num_ids: int) -> dict[
         for module in model.modules()
         if isinstance(module, torch.nn.Embedding)
     }
-    found: dict[str, Rows] = {}
+    reached: dict[str, Rows] = {}
     for name, parameter in trained.items():
         if id(parameter) in watch.read:
             continue
         lookups = watch.lookups.get(id(parameter), [])
         if not lookups:
-            found[name] = (0, 0)
+            reached[name] = (0, 0)
         elif id(parameter) in embeddings:
             rows = _reached(lookups, num_ids, embeddings[id(parameter)])
             if rows != (0, len(parameter)):
-                found[name] = rows
-    return found
+                reached[name] = rows
+    return reached
 
 
 def _reached(lookups: Sequence[Any], num_ids: int, module: Any) -> Rows:
-    """Rows that are looked up, as one range that `frozen` can cut out of the module."""
+    """The rows that are looked up, as one range that `frozen` can cut out of the module."""
     first, end = len(module.weight), 0
     for places in lookups:
         low, high = (0, num_ids) if places is None else (int(places.min()), int(places.max()) + 1)
         first, end = min(first, low), max(end, high)
     if getattr(module, "offset", None) != first or module.padding_idx is not None:
-        first = 0  # only an offset of the module's own can be taken back
+        first = 0  # `frozen` can only change an offset that the module has
     return first, min(end, len(module.weight))
 
 
@@ -101,9 +105,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the text through every operation.
 
     Attributes:
-        read: ids of parameters that were used as a whole.
-        lookups: by id of a parameter, the places at which it was looked up: (n,) int64, or None
-            for the text's own ids.
+        read: ids of the parameters that were used as a whole so far.
+        lookups: places at which a parameter was looked up so far, by its id: (n,) int64 each, or
+            None for the ids of the text.
     """
 
     def __init__(self, records: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
@@ -111,11 +115,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.read: set[int] = set()
         self.lookups: dict[int, list[torch.Tensor | None]] = {}
         self._names = {_storage(p): id(p) for p in parameters}
-        self._text: Any = WeakIdKeyDictionary()  # tensors that text was computed into
+        self._text: Any = WeakIdKeyDictionary()  # tensors computed from text
         self._text[records] = True
-        self._ids: Any = WeakIdKeyDictionary()  # those that hold its ids, unchanged
+        self._ids: Any = WeakIdKeyDictionary()  # tensors that hold the text's ids, unchanged
         self._ids[records] = True
-        self._written: dict[int, Any] = {}  # storages that text was written into, kept alive
+        self._written: dict[int, Any] = {}  # storages that text was written to, kept alive
 
     def is_text(self, value: object) -> bool:
         """Whether a value depends on the text."""
@@ -129,7 +133,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         self._note(func, args, leaves)
         text = any(self.is_text(x) for x in leaves)
-        if text and _shows(func, leaves, self.is_text):
+        if text and _reveals(func, leaves, self.is_text):
             raise _TextDecidesError(str(func))
         out = func(*args, **(kwargs or {}))
         if text:
@@ -139,7 +143,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _note(self, func: Any, args: Any, leaves: Sequence[torch.Tensor]) -> None:
-        """Which parameters are read, and where."""
+        """Note which parameters an operation reads, and at which places."""
         places = None
         if func is torch.ops.aten.embedding.default:
             weight, indices = args[:2]
@@ -161,9 +165,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, torch.Tensor):
                 self._text[tensor] = True
         arguments = func._schema.arguments
-        given = [*zip(arguments, args, strict=False)]
-        given += [(a, kwargs[a.name]) for a in arguments if a.name in kwargs]
-        for argument, value in given:
+        pairs = [*zip(arguments, args, strict=False)]
+        pairs += [(a, kwargs[a.name]) for a in arguments if a.name in kwargs]
+        for argument, value in pairs:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in tree_leaves(value):
                     if isinstance(tensor, torch.Tensor):
@@ -185,8 +189,8 @@ class _Glances(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _shows(func: Any, leaves: Sequence[torch.Tensor], is_text: Any) -> bool:
-    """Whether an operation lets the text decide shapes, or Python see values."""
+def _reveals(func: Any, leaves: Sequence[torch.Tensor], is_text: Any) -> bool:
+    """Whether the text decides the shape of an operation's result, or Python reads its values."""
     if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
         return any(is_text(x) and x.dtype in (torch.bool, torch.uint8) for x in leaves)
     tags = func.tags
@@ -194,7 +198,7 @@ def _shows(func: Any, leaves: Sequence[torch.Tensor], is_text: Any) -> bool:
 
 
 def _keeps_ids(func: Any, args: Any) -> bool:
-    """Whether what comes out holds nothing but ids that went in (or 0, in place of filling)."""
+    """Whether the result holds only ids from the argument (or 0, in place of filling)."""
     if func is torch.ops.aten.clamp.default:
         return tuple(args[1:]) in ((0,), (0, None))
     return func._schema.name.removeprefix("aten::") in _COPIES

@@ -1,7 +1,7 @@
-"""Whether the manifest's config rebuilds the very model that was loaded.
+"""Checks that the manifest's config rebuilds exactly the model that was loaded.
 
-Transformers forgives: weights that a config has no place for are left out, tied ones that differ
-are loaded apart. A manifest holds the config alone, so that a restart would build another model.
+Transformers is lenient. It leaves out weights that the config has no place for, and it unties tied
+weights that differ. The manifest holds only the config, so a restart would build another model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xpeer.errors import ConfigError
 _CONSTANTS: Final = re.compile(
     r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$"
 )
-"""Computed from the config; older transformers saved them beside the weights."""
+"""Tensors that follow from the config; older versions of transformers saved them, too."""
 _KEYS: Final = (
     (r"embed_positions|wpe|position_emb", ("max_position_embeddings",)),
     (r"embed|wte|lm_head|output", ("vocab_size", "hidden_size")),
@@ -27,7 +27,7 @@ _KEYS: Final = (
     (r"mlp|fc|gate|up_proj|down_proj|expert", ("intermediate_size", "num_local_experts")),
     (r"", ("hidden_size",)),
 )
-"""What decides a tensor's shape, by its name."""
+"""Keys of the config that decide a tensor's shape, by its name."""
 _BIASES: Final = (
     ("attn|attention|_proj", ("attention_bias", "qkv_bias", "use_bias", "bias")),
     ("mlp|fc|gate|up_proj|down_proj", ("mlp_bias", "use_bias", "bias")),
@@ -37,16 +37,16 @@ _BIASES: Final = (
 def require_complete(
     folder: Path, model: torch.nn.Module, raw: Mapping[str, Any], report: Mapping[str, Any]
 ) -> None:
-    """Every weight of the folder has its place in the model, and the other way round.
+    """Check that the folder's weights and the model's are the same ones.
 
     Args:
-        folder: it came from.
+        folder: where the model was loaded from.
         model: as loaded.
         raw: the folder's config.json.
-        report: of `from_pretrained`.
+        report: the loading report of `from_pretrained`.
 
     Raises:
-        ConfigError: names the key of config.json, both values, and a weight.
+        ConfigError: they differ; names the key of config.json, both values, and a weight.
     """
     other = {str(name): tuple(sizes) for name, *sizes in report["mismatched_keys"]}
     missing = sorted(set(map(str, report["missing_keys"])) - other.keys())
@@ -66,14 +66,14 @@ def require_complete(
 
 
 def require_same(model: torch.nn.Module, rebuilt: torch.nn.Module) -> None:
-    """Names, shapes and tying of the parameters, and names and shapes of the buffers.
+    """Compare the parameters' names, shapes and tying, and the buffers' names and shapes.
 
     Args:
         model: as loaded.
-        rebuilt: from the manifest's config; on any device, values do not matter.
+        rebuilt: built from the manifest's config, on any device; its values do not matter.
 
     Raises:
-        ConfigError: names the first difference and both values.
+        ConfigError: they differ; names the first difference and both values.
     """
     for what, ours, theirs in (
         ("parameter", _shapes(model.named_parameters()), _shapes(rebuilt.named_parameters())),
@@ -98,7 +98,7 @@ def require_same(model: torch.nn.Module, rebuilt: torch.nn.Module) -> None:
 
 
 def _require_tying(folder: Path, model: torch.nn.Module, raw: Mapping[str, Any]) -> None:
-    """Tied where the config says so."""
+    """Check that input and output embeddings are tied if the config says so."""
     inner: Any = model
     output, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     tied = bool(getattr(_text_config(model), "tie_word_embeddings", False))
@@ -129,16 +129,16 @@ def _other_shape(
     other: Mapping[str, tuple[Any, ...]],
 ) -> ConfigError:
     name, sizes = next(iter(sorted(other.items(), key=lambda item: "embed" not in item[0])))
-    found, built = (tuple(size) for size in sizes[:2])
+    loaded, built = (tuple(size) for size in sizes[:2])
     keys = next(keys for pattern, keys in _KEYS if re.search(pattern, name))
     config = _text_config(model)
-    differing = [ours for ours, theirs in zip(built, found, strict=False) if ours != theirs]
+    differing = [ours for ours, theirs in zip(built, loaded, strict=False) if ours != theirs]
     known = [key for key in keys if getattr(config, key, None) is not None]
     exact = [key for key in known if getattr(config, key) in differing]
     said = " and ".join(_said(raw, model, key) for key in (exact or known)[:2])
     return ConfigError(
         f"model {folder}: {said}, so that {name} would be {_by(built)}, but in its weights it is "
-        f"{_by(found)}" + (f" ({len(other)} weights are of another shape)" if other else ""),
+        f"{_by(loaded)}" + (f" ({len(other)} weights are of another shape)" if other else ""),
         "correct config.json, so that it describes its weights",
     )
 
@@ -178,7 +178,7 @@ def _other_names(
 
 
 def _said(raw: Mapping[str, Any], model: torch.nn.Module, key: str) -> str:
-    """What config.json says of a key, under the name that it has there."""
+    """Say what config.json has for a key, under the name that it has there."""
     config = _text_config(model)
     own = next(
         (mine for name, mine in getattr(config, "attribute_map", {}).items() if name == key), key
@@ -194,10 +194,10 @@ def _said(raw: Mapping[str, Any], model: torch.nn.Module, key: str) -> str:
 
 
 def _bias_key(model: torch.nn.Module, names: Iterable[str]) -> str:
-    """The key that decides about such biases; empty: they are not all biases, or it has none."""
-    found = list(names)
+    """The key that decides about these biases; empty = not all are biases, or there is no key."""
+    weights = list(names)
     for pattern, keys in _BIASES:
-        if _all_biases(found) and all(re.search(pattern, name) for name in found):
+        if _all_biases(weights) and all(re.search(pattern, name) for name in weights):
             config = _text_config(model)
             return next((key for key in keys if getattr(config, key, None) is not None), "")
     return ""
@@ -208,8 +208,8 @@ def _all_biases(names: Iterable[str]) -> bool:
 
 
 def _layer_of(name: str) -> int | None:
-    found = re.search(r"\.(\d+)\.", f".{name}")
-    return int(found[1]) if found else None
+    match = re.search(r"\.(\d+)\.", f".{name}")
+    return int(match[1]) if match else None
 
 
 def _text_config(model: torch.nn.Module) -> Any:
@@ -234,7 +234,7 @@ def _shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
 
 
 def _ties(model: torch.nn.Module) -> set[frozenset[str]]:
-    """Names of one and the same parameter."""
+    """Groups of names that belong to one parameter."""
     groups: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), set()).add(name)

@@ -1,9 +1,8 @@
-"""A shard: which documents are trained on here, and the records they are cut into.
+"""Splits a shard's documents into training and validation, and cuts them into records.
 
-A record is one training sequence of T tokens from one document, the unit that privacy protects.
-A shorter one is filled up with `FILL`, which is no token: any id might stand in a text.
-Everything random here is a hash, so that a restart trains on the same text, and no text moves from
-validation to training.
+A record is one training sequence of T tokens from one document. Shorter ones are filled up with
+`FILL`, which is no token, since any id might occur in a text. All random choices here are hashes.
+So a restart trains on the same text, and no text moves from validation to training.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ __all__ = [
 MIN_TOKENS: Final = 8
 """A shorter tail of a document is dropped: it teaches little, and costs the privacy of a record."""
 FILL: Final = -1
-"""Stands at the right of a record that is shorter than T. Any negative number counts as this."""
+"""Fills the right of a record that is shorter than T. Any negative number counts as filling."""
 CACHE_FILES: Final = 8
-"""Training and validation records of the last few shards."""
+"""Number of files in the cache: training and validation records of the last few shards."""
 _CACHE_VERSION: Final = b"records/3"
 
 logger = logging.getLogger("xpeer.shard")
@@ -50,48 +49,49 @@ def split(
 ) -> tuple[list[Document], list[Document]]:
     """Hold out whole documents, or all documents of whole files.
 
-    Whether a document is held out depends on its content alone, so that one that is added moves no
-    other. The exception are shards so small that nothing (or everything) would be held out: there
-    the one with the lowest (highest) hash changes sides.
+    Whether a document is held out depends only on its content, so a new document moves no other.
+    Very small shards are an exception. If nothing (or everything) would be held out, the document
+    with the lowest (highest) hash changes sides.
 
     Args:
         documents: of the shard, each once.
-        share: expected share to hold out.
-        by: what is held out whole.
+        share: expected fraction to hold out.
+        by: whether single documents or files are held out.
 
     Returns:
-        For training, for validation. Neither is empty if there are at least two documents (files).
+        Documents for training and for validation. Neither list is empty if there are at least two
+        documents (files).
     """
-    units = _units(documents, by)
-    uniform = {key: _uniform(b"split", key.encode()) for key in units}
+    sets = _hold_out_sets(documents, by)
+    uniform = {key: _uniform(b"split", key.encode()) for key in sets}
     held_out = {key for key, u in uniform.items() if u < share}
-    if len(units) >= 2:
+    if len(sets) >= 2:
         if not held_out:
             held_out = {min(uniform, key=lambda key: (uniform[key], key))}
-        elif len(held_out) == len(units):
+        elif len(held_out) == len(sets):
             held_out.remove(max(uniform, key=lambda key: (uniform[key], key)))
-    elif units:
+    elif sets:
         held_out = set()
-    chosen = {document.id for key in held_out for document in units[key]}
+    chosen = {document.id for key in held_out for document in sets[key]}
     training = [document for document in documents if document.id not in chosen]
     return training, [document for document in documents if document.id in chosen]
 
 
 def cut(documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int) -> torch.Tensor:
-    """`cut_owned`, without the documents' numbers."""
+    """Do as `cut_owned`, but return only the records."""
     return cut_owned(documents, tokenizer, sequence_tokens)[0]
 
 
 def cut_owned(
     documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokenise, and cut into records that never cross from one document into another.
+    """Tokenise documents, and cut each into records.
 
-    A document becomes begin + text + end, cut every T tokens; its tail is filled up at the right,
-    or dropped if it is shorter than MIN_TOKENS.
+    A document becomes begin + text + end, cut every T tokens. Its tail is filled up at the right,
+    or dropped if it is shorter than MIN_TOKENS. No record holds text of two documents.
 
     Args:
-        documents: any length.
+        documents: of any length.
         tokenizer: of the swarm.
         sequence_tokens: T.
 
@@ -100,7 +100,7 @@ def cut_owned(
         document, (records,) int64, ascending.
 
     Raises:
-        ShardError: there is not one record in them.
+        ShardError: they do not have enough text for one record.
     """
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -133,22 +133,22 @@ def cut_owned(
 def load_records(
     documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int, cache: Path
 ) -> torch.Tensor:
-    """`load_owned_records`, without the documents' numbers."""
+    """Do as `load_owned_records`, but return only the records."""
     return load_owned_records(documents, tokenizer, sequence_tokens, cache)[0]
 
 
 def load_owned_records(
     documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int, cache: Path
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`cut_owned`, or its result from an earlier start.
+    """Do as `cut_owned`, or load its result from an earlier start.
 
-    A cache that can't be read or written costs time, never correctness.
+    If the cache can't be read or written, that costs time, but the result is the same.
 
     Args:
-        documents: as for `cut_owned`.
-        tokenizer: as for `cut_owned`.
-        sequence_tokens: as for `cut_owned`.
-        cache: folder of this node; holds private text as tokens, mode 0600.
+        documents: see `cut_owned`.
+        tokenizer: see `cut_owned`.
+        sequence_tokens: see `cut_owned`.
+        cache: folder of this node. Its files hold private text as tokens, and have mode 0600.
     """
     key = blake2b(
         _CACHE_VERSION,
@@ -188,8 +188,8 @@ def _special_ids(tokenizer: Tokenizer) -> Iterator[int]:
         yield -1 if special is None else special
 
 
-def _units(documents: Sequence[Document], by: str) -> dict[str, list[Document]]:
-    """What is held out whole, by a key that depends on content alone."""
+def _hold_out_sets(documents: Sequence[Document], by: str) -> dict[str, list[Document]]:
+    """Group documents that are held out together, by a key that depends only on content."""
     if by == "document":
         return {document.id: [document] for document in documents}
     files = _grouped(documents, lambda document: document.source)
@@ -207,6 +207,6 @@ def _grouped(items: Sequence[_T], key: Callable[[_T], str]) -> dict[str, list[_T
 
 
 def _uniform(*parts: bytes) -> float:
-    """In (0, 1), from a hash."""
+    """A number in (0, 1) from a hash."""
     (number,) = struct.unpack("<Q", blake2b(*parts, size=8))
     return float((number >> 11) + 0.5) / 2.0**53

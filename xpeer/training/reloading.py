@@ -1,8 +1,8 @@
-"""An export is loaded again, as its users will load it, and compared with what was trained.
+"""Loads an export again, as its users will, and compares it with the trained model.
 
-By plain transformers or peft, from the folder that was written. Three things have to agree: the
-weights bit by bit (but for the rounding to the type they are written in), the logits, and the ids
-that the tokenizer makes of a text.
+Plain transformers or peft load it from the folder that was written. Three things have to agree: the
+weights bit by bit (after rounding to the type they are written in), the logits, and the ids that
+the tokenizer makes from a text.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _TOKENS: Final = 48
 _RANDOM: Final = 2
 _TEXT_CHARS: Final = 2000
 _TOLERANCE: Final = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-"""Of the logits, relative to their spread: rounding of the weights through some dozens of layers.
-What this can't tell from rounding, the comparison of the weights does."""
+"""Allowed difference of logits, relative to their spread. Rounding of the weights adds up over
+dozens of layers. The comparison of the weights notices smaller faults."""
 _PLAIN: Final = "PreTrainedTokenizerFast"
 
 Loader = Callable[[], Any]
@@ -38,24 +38,24 @@ Loader = Callable[[], Any]
 def sample_ids(
     model: torch.nn.Module, tokenizer: Tokenizer | None, text: str
 ) -> list[torch.Tensor]:
-    """What to compare logits on: random ids, and the beginning of a public text.
+    """Make batches to compare logits on: random ids, and the beginning of a public text.
 
     Returns:
-        (records, tokens) int64 each.
+        Batches of (records, tokens) int64.
     """
     config = transformers_model(model).config.get_text_config()
     rows = int(transformers_model(model).get_input_embeddings().weight.shape[0])
     limit = getattr(config, "max_position_embeddings", None) or _TOKENS
     length = min(_TOKENS, limit)
     generator = torch.Generator().manual_seed(0)
-    found = [torch.randint(0, rows, (_RANDOM, length), generator=generator)]
+    batches = [torch.randint(0, rows, (_RANDOM, length), generator=generator)]
     ids = tokenizer.encode(text[:_TEXT_CHARS])[:length] if tokenizer is not None else []
-    return [*found, torch.tensor([ids])] if ids else found
+    return [*batches, torch.tensor([ids])] if ids else batches
 
 
 @torch.no_grad()
 def logits_of(model: Any, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """(records, tokens, vocabulary) float32 on the CPU, for each; the model's mode is restored."""
+    """Compute logits of each batch, (records, tokens, vocabulary) float32, CPU; keeps the mode."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
@@ -67,7 +67,7 @@ def logits_of(model: Any, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]
 
 
 def load_model(folder: Path) -> Any:
-    """As transformers loads it, but in float32, so that rounding is that of the file alone.
+    """Load an export with transformers, in float32, so that only the file's type rounds.
 
     Raises:
         LocalError: it does not load, or weights are missing or left over.
@@ -86,7 +86,7 @@ def load_model(folder: Path) -> Any:
 
 
 def load_adapted(base: Any, folder: Path) -> Any:
-    """As peft loads it on a base model, which is changed.
+    """Load adapters with peft on a base model, which is changed.
 
     Raises:
         LocalError: it does not load.
@@ -104,19 +104,19 @@ def require_equal(
     batches: Sequence[torch.Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Refuse an export whose logits are not those of what was trained.
+    """Refuse an export whose logits differ from the trained model's.
 
     Args:
-        loaded: what was written, loaded again.
-        expected: of what was trained, for each batch.
-        batches: by `sample_ids`.
-        dtype: that the weights were written in.
+        loaded: the export, loaded again.
+        expected: the trained model's logits for each batch.
+        batches: made by `sample_ids`.
+        dtype: type that the weights were written in.
 
     Returns:
         The largest difference.
 
     Raises:
-        LocalError: they differ by more than rounding, or are not finite.
+        LocalError: the logits differ by more than rounding, or are not finite.
     """
     if not all(bool(torch.isfinite(e).all()) for e in expected):
         raise LocalError(
@@ -139,7 +139,7 @@ def require_weights(trained: torch.nn.Module, loaded: Any, dtype: torch.dtype) -
     """Refuse weights that are not, bit by bit, the trained ones rounded to a type.
 
     Raises:
-        LocalError: names the first that differs.
+        LocalError: a weight differs; names the first one.
     """
     theirs = dict(loaded.named_parameters())
     for name, ours in transformers_model(trained).named_parameters():
@@ -149,22 +149,22 @@ def require_weights(trained: torch.nn.Module, loaded: Any, dtype: torch.dtype) -
 
 
 def require_tokenizer(folder: Path, tokenizer: Tokenizer, text: str) -> list[str]:
-    """Refuse a tokenizer that makes other ids of a text than those that were trained on.
+    """Refuse a tokenizer that makes other ids from a text than the model was trained on.
 
-    Where transformers' class for it does not read tokenizer.json as it stands, the plain class,
-    which does, is named in tokenizer_config.json.
+    Some classes of transformers do not read tokenizer.json as it is. Then tokenizer_config.json is
+    changed to name the plain class, which does.
 
     Returns:
-        What the operator should know.
+        Lines for the operator.
 
     Raises:
-        LocalError: other ids.
+        LocalError: the plain class makes other ids, too.
     """
     ids = tokenizer.encode(text[:_TEXT_CHARS])
-    found = _ids(folder, text[:_TEXT_CHARS])
-    if isinstance(found, str):
-        return [f"transformers can't load the tokenizer's files: {found}"]
-    if found == ids:
+    loaded = _ids(folder, text[:_TEXT_CHARS])
+    if isinstance(loaded, str):
+        return [f"transformers can't load the tokenizer's files: {loaded}"]
+    if loaded == ids:
         return []
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -176,7 +176,7 @@ def require_tokenizer(folder: Path, tokenizer: Tokenizer, text: str) -> list[str
 
 
 def _ids(folder: Path, text: str) -> list[int] | str:
-    """As AutoTokenizer makes them; or why it does not."""
+    """The ids that AutoTokenizer makes; or why it can't."""
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -188,7 +188,7 @@ def _ids(folder: Path, text: str) -> list[int] | str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars, advice and warnings: the comparison says what matters."""
+    """Silence progress bars, advice and warnings: the comparison says what matters."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""When training ends and how fast it learns until then; pure functions of the counters."""
+"""When training ends, and the learning rate until then: pure functions of the counters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xpeer.leaves import Derived, Local, Noised, Timing, seen_by
 from xpeer.manifest import Manifest
 
 JOINER_WARMUP_STEPS = 20
-"""At most; fresh moments need a few gradients before their ratio means anything."""
+"""Longest warm-up of a joiner; the ratio of fresh moments means nothing before a few gradients."""
 
 
 @seen_by("home")
@@ -20,39 +20,42 @@ class Counters(Struct, kw_only=True):
     """How far training has come. Saved in checkpoints."""
 
     step: Timing[int] = 0
-    """Optimiser steps; a joiner starts at its donor's."""
+    """Number of optimiser steps; a joiner starts at its donor's."""
     window: Timing[int] = 0
+    """Number of windows done; a joiner starts at its donor's."""
     tokens: Local[int] = 0
-    """Tokens this node trained on."""
+    """Number of tokens that this node trained on."""
     seconds: Timing[float] = 0.0
     """Time spent training."""
     moments_step: Timing[int] = 0
-    """Step at which the moments were zero."""
+    """The step at which the moments were zero."""
     joined: Timing[bool] = False
-    """Whether those were a joiner's fresh moments."""
+    """True iff the parameters were a donor's at that step."""
     merges: Timing[int] = 0
+    """Number of merged meetings."""
     merges_clipped: Derived[int] = 0
+    """Number of clipped differences in them."""
     charges_used: Timing[int] = 0
-    """Privacy charges of this node that are behind its parameters: the rest of the ledger's were
-    lost with processes that died, or with a newer checkpoint."""
+    """Privacy charges whose steps are in this node's parameters. Other charges in the ledger were
+    forfeited when a process died, or when a newer checkpoint was lost."""
     clip_norm: Noised[float | None] = None
-    """C of the next private step, where it adapts."""
+    """C of the next private step; None if C does not adapt."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a checkpoint."""
+        """Convert to builtins, for a checkpoint."""
         return msgspec.to_builtins(self)  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Counters:
-        """What `to_dict` gave; counters that a later version added start at zero."""
+        """Convert what `to_dict` returned; counters that a later version added start at zero."""
         return msgspec.convert(saved, cls, strict=False)
 
 
 def share_done(counters: Counters, manifest: Manifest) -> float | None:
-    """How much of the run is over: 1 or more = ended; None = it has no end.
+    """The fraction of the run that is over; 1 or more = ended; None = the run has no end.
 
-    Under privacy, tokens count as declared (batch times sequence length): the realised Poisson
-    batches are private data, and when a node ends is visible to all.
+    Under privacy, every step counts as batch size times sequence length tokens. The sizes of the
+    actual Poisson batches are private, while everybody sees when a node ends.
     """
     end, optimiser = manifest.end, manifest.optimiser
     tokens = counters.tokens
@@ -72,7 +75,7 @@ def share_done(counters: Counters, manifest: Manifest) -> float | None:
 
 
 def planned_steps(manifest: Manifest) -> int | None:
-    """Steps until the end, as far as the manifest alone tells; None = it depends on the clock."""
+    """Number of steps in the run, as far as the manifest says; None = the clock decides, or no end."""
     end, optimiser = manifest.end, manifest.optimiser
     limits = []
     if end.steps is not None:
@@ -85,16 +88,16 @@ def planned_steps(manifest: Manifest) -> int | None:
 
 
 def learning_rate(counters: Counters, manifest: Manifest) -> float:
-    """Rate of the next step: warm-up times decay over the share that is done.
+    """The learning rate of the next step: the manifest's rate times warm-up times decay.
 
-    Without an end there is no decay. A joiner warms up shortly, towards the swarm's current rate.
+    Without an end there is no decay. A joiner warms up briefly, towards the swarm's present rate.
     """
     rate = manifest.optimiser.learning_rate
     return rate * warmed_up(counters, manifest) * _decay(counters, manifest)
 
 
 def warmed_up(counters: Counters, manifest: Manifest) -> float:
-    """How much of the rate the warm-up allows the next step: above 0, at most 1."""
+    """The fraction of the rate that the warm-up allows for the next step: above 0, at most 1."""
     warmup = manifest.optimiser.warmup_steps
     if counters.joined:
         warmup = min(warmup, JOINER_WARMUP_STEPS)

@@ -1,6 +1,6 @@
-"""Text to token ids and back: bytes, or a Hugging Face tokenizer.json whose digest all peers share.
+"""Converts text to token ids and back: as bytes, or by the swarm's Hugging Face tokenizer.json.
 
-Ids of special tokens never come out of `encode`, whatever the text says: a shard that contains
+`encode` never returns ids of special tokens, whatever the text says: a shard that contains
 "<|endoftext|>" can't forge the end of a document.
 """
 
@@ -22,40 +22,40 @@ from xpeer.training.kept import TOKENIZER_FILES, copy
 BYTE_BOS: Final = 256
 BYTE_EOS: Final = 257
 BYTE_VOCABULARY: Final = 259
-"""With one for padding, which other programs fill batches up with."""
+"""Number of ids. The last one is padding, with which other programs fill batches up."""
 
 
 class Tokenizer(Protocol):
-    """Between text and ids. Safe to share between threads."""
+    """Converts between text and ids. Several threads may use it at once."""
 
     @property
     def name(self) -> str:
-        """Changes whenever the ids of any text would; a key for caches."""
+        """A key for caches: two tokenizers of one name make the same ids of every text."""
 
     @property
     def vocab_size(self) -> int:
-        """Every id is less."""
+        """A number above every id."""
 
     @property
     def bos_id(self) -> int | None:
-        """Put before a document, if the tokenizer has one."""
+        """The id to put before a document; None = the tokenizer has none."""
 
     @property
     def eos_id(self) -> int | None:
-        """Put behind a document, if the tokenizer has one."""
+        """The id to put after a document; None = the tokenizer has none."""
 
     def encode(self, text: str) -> list[int]:
-        """Text without lone surrogates to ids, none of them special."""
+        """Convert text without lone surrogates to ids, none of them special."""
 
     def decode(self, ids: list[int]) -> str:
-        """The reverse; special ids vanish, broken characters become U+FFFD."""
+        """Convert ids to text; special ids vanish, broken characters become U+FFFD."""
 
     def save_hf(self, folder: Path) -> None:
         """Write the files that transformers' AutoTokenizer reads. Raises OSError."""
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, then begin, end and padding."""
+    """Uses the bytes of UTF-8 as ids, followed by begin, end and padding."""
 
     name = "byte/1"
     vocab_size = BYTE_VOCABULARY
@@ -63,11 +63,11 @@ class ByteTokenizer:
     eos_id: int | None = BYTE_EOS
 
     def encode(self, text: str) -> list[int]:
-        """One id per byte of UTF-8."""
+        """Convert text to one id per byte of UTF-8."""
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
-        """The reverse; special ids vanish, broken characters become U+FFFD."""
+        """See `Tokenizer.decode`."""
         return bytes(i for i in ids if i < BYTE_BOS).decode(errors="replace")
 
     def save_hf(self, folder: Path) -> None:
@@ -91,14 +91,15 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json, used without transformers.
+    """Reads a tokenizer.json, without transformers.
 
     Args:
-        folder: holds tokenizer.json, and beside it what names its special tokens.
+        folder: holds tokenizer.json, and beside it the files that name its special tokens.
         digest: BLAKE2b-256 (hex) that the manifest demands; empty = any.
 
     Raises:
-        ConfigError: missing, another digest, malformed, or no token can fill up a batch.
+        ConfigError: the file is missing, malformed, or has another digest; or no token can fill up
+            a batch.
     """
 
     def __init__(self, folder: Path, digest: str = "") -> None:
@@ -127,7 +128,7 @@ class HuggingFaceTokenizer:
         self.eos_id = self._id(special.get("eos_token"))
         filling = ("pad_token", "eos_token", "unk_token")
         if all(self._id(special.get(name)) is None for name in filling):
-            # records need none, but nobody could fill up a batch for the exported model
+            # records need none, but users of the exported model could not fill up a batch
             raise ConfigError(
                 f"data.tokenizer: {folder} names no padding, end or unknown token",
                 "add pad_token to its tokenizer_config.json",
@@ -135,19 +136,19 @@ class HuggingFaceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Every id is less: added tokens may leave gaps below them."""
+        """A number above every id. Added tokens may leave gaps below them."""
         return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids, none of them special."""
+        """Convert text to ids, none of them special."""
         return list(self._fast.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
-        """The reverse, as well as the tokenizer can; special ids vanish."""
+        """Convert ids to text as well as the tokenizer can; special ids vanish."""
         return self._fast.decode(ids, skip_special_tokens=True)
 
     def save_hf(self, folder: Path) -> None:
-        """Copy its files, the chat template's, too."""
+        """Copy the tokenizer's files, including the chat template."""
         copy(self._folder, folder, TOKENIZER_FILES)
 
     def _id(self, token: Any) -> int | None:
@@ -158,15 +159,15 @@ class HuggingFaceTokenizer:
 def load_tokenizer(
     spec: manifest.Tokenizer, folder: str = "", *, base_model: str = ""
 ) -> Tokenizer:
-    """The tokenizer that the manifest asks for.
+    """Load the tokenizer that the manifest asks for.
 
     Args:
-        spec: of the manifest.
-        folder: this node's `data.tokenizer`; of no use to the byte tokenizer.
-        base_model: this node's `data.base_model`, which is looked into if `folder` is empty.
+        spec: section of the manifest.
+        folder: this node's `data.tokenizer`; not needed for the byte tokenizer.
+        base_model: this node's `data.base_model`; may hold the tokenizer if `folder` is empty.
 
     Raises:
-        ConfigError: it is not in the folder, or another one is.
+        ConfigError: the folder does not hold that tokenizer.
     """
     if spec.kind == "byte":
         return ByteTokenizer()
@@ -188,8 +189,8 @@ def _parse(data: bytes, file: Path) -> Fast:
 
 
 def _special_tokens(folder: Path) -> dict[str, Any]:
-    """What the two files that transformers writes say; the newer one wins."""
-    found: dict[str, Any] = {}
+    """Read the special tokens from the two files of transformers; the newer format wins."""
+    tokens: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = folder / name
         try:
@@ -199,8 +200,8 @@ def _special_tokens(folder: Path) -> dict[str, Any]:
         except (OSError, ValueError, RecursionError) as e:
             raise ConfigError(f"data.tokenizer: {file} can't be read: {e}", "restore it") from e
         if isinstance(content, dict):
-            found.update({key: value for key, value in content.items() if value is not None})
-    return found
+            tokens.update({key: value for key, value in content.items() if value is not None})
+    return tokens
 
 
 def _byte_symbols() -> list[str]:

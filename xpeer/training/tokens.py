@@ -1,7 +1,7 @@
-"""Token ids of a text of any length, tokenised piece by piece.
+"""Tokenises a text of any length piece by piece.
 
-A tokenizer of the tokenizers library keeps some 250 bytes a token while it works, and takes longer
-than in proportion: 10 MB of bytes as tokens took 2.4 GB and 66 s, in pieces 0.2 GB and 28 s.
+The tokenizers library needs some 250 bytes a token while it works, and its time grows faster than
+the text. 10 MB with a token a byte took 2.4 GB and 66 s; in pieces 0.2 GB and 28 s.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from xpeer.training.tokenizer import Tokenizer
 
 PIECE: Final = 1 << 16
-"""Characters, about."""
+"""Characters in a piece, about."""
 WINDOW: Final = 128
-"""Characters on either side that show whether a seam changes a token."""
+"""Characters on either side of a seam that are used to check whether it changes a token."""
 _LOOK_BACK: Final = 4096
 _TRIES: Final = 16
 _SPACE: Final = re.compile(r"\s")
@@ -25,9 +25,9 @@ _EDGE: Final = re.compile(r"\S(?=\s)|\s(?=\S)")
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    """Ids as of the whole text, (n,) int32; no more is kept of a piece.
+    """Compute the ids of the whole text, (n,) int32, as if it were tokenised at once.
 
-    A word without spaces that is longer than a piece may have other tokens at its seams.
+    Only if a word without spaces is longer than a piece, its tokens may differ at the seams.
     """
     parts = [
         torch.tensor(tokenizer.encode(piece), dtype=torch.int32)
@@ -40,7 +40,7 @@ def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
     start, end = 0, PIECE
     while end < len(text):
         seam = _seam(tokenizer, text, start, end)
-        if seam is None:  # this one gets longer
+        if seam is None:  # make this piece longer
             end += PIECE
         else:
             yield text[start:seam]
@@ -49,10 +49,10 @@ def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
 
 
 def _seam(tokenizer: Tokenizer, text: str, start: int, end: int) -> int | None:
-    """A place before `end` where two tokens meet whatever stands around; None = none was found."""
+    """Search a place before `end` where two tokens meet in any context; None = there is none."""
     first = max(start, end - _LOOK_BACK)
-    # before spaces or behind them, as tokenizers differ; never among them: a run may be long
-    edges = [first + found.end() for found in _EDGE.finditer(text[first:end])]
+    # before or after spaces, as tokenizers differ, but not between them: a run may be long
+    edges = [first + edge.end() for edge in _EDGE.finditer(text[first:end])]
     if not edges and not _SPACE.search(text[first:end]):
         edges = list(range(end - _TRIES, end))
     for place in reversed(edges[-_TRIES:]):

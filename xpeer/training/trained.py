@@ -1,4 +1,4 @@
-"""A trained model to be used: from a home's newest checkpoint, or from an export's folder."""
+"""Loads a trained model for use: from a home's newest checkpoint, or from an export's folder."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from xpeer.training.model import context_tokens, from_folder
 from xpeer.training.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 LONGEST_RECORD = 2048
-"""Tokens of one evaluated sequence, where the model takes more or does not say."""
+"""Tokens of an evaluated sequence, if the model takes more or does not say."""
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model, its tokenizer, and where they come from."""
+    """A trained model, its tokenizer, and where they come from."""
 
     model: torch.nn.Module
     tokenizer: Tokenizer
@@ -37,15 +37,15 @@ class Trained:
 
 
 def from_home(home: Home, base_model: str = "", tokenizer: str = "") -> Trained:
-    """This peer's newest checkpoint, averaged with its last partners as an export is.
+    """Load a node's newest checkpoint, averaged with its last partners as an export is.
 
     Args:
-        home: of the node; its daemon may run.
+        home: of the node; its daemon may be running.
         base_model: `data.base_model`.
         tokenizer: `data.tokenizer`.
 
     Raises:
-        LocalError: there is no checkpoint, or something that belongs to it is missing.
+        LocalError: there is no checkpoint, or a file that belongs to it is missing.
     """
     signed = SignedManifest.load(home.manifest)
     manifest = signed.open()
@@ -63,15 +63,15 @@ def from_home(home: Home, base_model: str = "", tokenizer: str = "") -> Trained:
 def from_export(
     folder: Path, base_model: Path | None = None, tokenizer: Path | None = None
 ) -> Trained:
-    """What `xpeer checkpoint export` wrote, or any folder of transformers' causal models.
+    """Load what `xpeer checkpoint export` wrote, or any causal model of transformers.
 
     Args:
         folder: of a model, or of adapters.
-        base_model: of the model that the adapters are for.
-        tokenizer: None = beside the model.
+        base_model: folder of the model that the adapters belong to.
+        tokenizer: folder of the tokenizer; None = `folder`.
 
     Raises:
-        ConfigError: not such a folder, or adapters without their base.
+        ConfigError: the folder holds no such model, or adapters without their base.
     """
     made = _tokenizer_of(folder, tokenizer)
     if not (folder / ADAPTER_CONFIG).exists():
@@ -98,7 +98,7 @@ def _tokenizer_of(folder: Path, tokenizer: Path | None) -> Tokenizer:
 
 
 def _require_base(folder: Path, model: torch.nn.Module, base_model: Path) -> None:
-    """Refuse another base than the adapters'; folders of others than us don't name theirs."""
+    """Refuse a base model that the adapters do not belong to; only our exports name theirs."""
     try:
         named: Any = json.loads(belonging.read_inside(folder / adapters.BASE_FILE, folder))
         wanted = named["blake2b_256"]
@@ -123,16 +123,16 @@ class Evaluation:
     bytes: int
     """Of UTF-8, of the whole text."""
     nats: float
-    """Summed over the predicted tokens."""
+    """Loss, summed over the predicted tokens."""
 
     @property
     def loss_per_token(self) -> float:
-        """Nats."""
+        """Nats per token."""
         return self.nats / self.tokens
 
     @property
     def loss_per_byte(self) -> float:
-        """Nats; comparable between tokenizers."""
+        """Nats per byte; comparable between tokenizers."""
         return self.nats / self.bytes
 
 
@@ -140,19 +140,19 @@ class Evaluation:
 def evaluate_text(
     trained: Trained, text: str, micro_batch: int = 8, record_tokens: int | None = None
 ) -> Evaluation:
-    """The loss of a text that begins a document and ends it.
+    """Compute the loss of a text, as one whole document.
 
-    It is cut into sequences as long as the model takes; the last token of one is the first of the
-    next, so that each token but the first is predicted once.
+    The text is cut into sequences as long as the model takes. The last token of one is the first of
+    the next, so that each token but the first is predicted once.
 
     Args:
         trained: the model.
         text: of any length.
-        micro_batch: sequences a forward pass.
+        micro_batch: sequences per forward pass.
         record_tokens: length of a sequence; None = the model's own, at most LONGEST_RECORD.
 
     Raises:
-        ConfigError: fewer than two tokens.
+        ConfigError: the text has fewer than two tokens.
     """
     tokenizer, model = trained.tokenizer, trained.model
     ids = [
@@ -166,7 +166,7 @@ def evaluate_text(
     records = [ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)]
     device = next(model.parameters()).device
     nats, tokens = 0.0, 0
-    # Equal lengths go together: nothing is padded, so nothing can be counted that is padding.
+    # A group has sequences of one length: without padding, no padding can be counted by mistake.
     for group in _equal(records, micro_batch):
         losses, counted = record_losses(model, torch.tensor(group, device=device))
         nats += float(losses.double().sum())

@@ -1,7 +1,7 @@
-"""How much of the time that passed was work.
+"""Estimates how much of the time that passed was work.
 
-A clock also counts what was none: a process that was stopped, a machine that was suspended or out
-of memory. So of one piece of work at most four times the usual counts.
+A clock also counts time in which the process was stopped, or the machine was suspended or out of
+memory. So one piece of work counts as at most four times the usual time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import deque
 from typing import Final
 
 MOST: Final = 4.0
-"""Of the median: real steps vary less, with the batch and with what else runs."""
+"""Most multiples of the median that count. Real steps vary less, with the batch and other load."""
 _REMEMBERED: Final = 32
 
 
@@ -23,15 +23,15 @@ class WorkTime:
 
     @property
     def known(self) -> bool:
-        """Whether more than one is known: the first says little, and may have been interrupted."""
+        """Whether there were at least two: one says little, and may have been interrupted."""
         return len(self._seconds) > 1
 
     @property
     def usual(self) -> float:
-        """The median of the last ones, s; 0 while none is known."""
+        """The median of the last durations, s; 0 until there is one."""
         return statistics.median_low(self._seconds) if self._seconds else 0.0
 
     def counted(self, seconds: float) -> float:
-        """One more took so long by the clock; how much of it counts as work."""
+        """Add a duration by the clock, s; returns how much of it counts as work."""
         self._seconds.append(seconds)
         return min(seconds, MOST * self.usual)

@@ -1,11 +1,11 @@
-"""Texts of one file, by its format. Every format reads row by row and keeps nothing.
+"""Reads the texts of one file, by its format, row by row.
 
     .txt, .md, other text     the file is one row
     .jsonl, .ndjson           one object a line
     .parquet                  one row of the table
     .csv, .tsv                one row under a header
 
-All but .parquet may be packed with gzip (`.txt.gz`). What a row without text means is `rows`'.
+All but .parquet may be packed with gzip (`.txt.gz`). `rows` decides about rows without text.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from xpeer.training.formats.rows import Rows
 
 
 def texts(path: Path, text_field: str, skipped: Counter[str], *, named: bool) -> Iterator[str]:
-    """The visible texts of a file.
+    """Read the visible texts of a file.
 
     Args:
-        path: of a file.
-        text_field: of formats with fields.
-        skipped: rows without text, by reason; added to.
-        named: a person named this very file, so that leaving it out is no answer.
+        path: of the file.
+        text_field: name of the field that holds the text, for formats with fields.
+        skipped: counts of rows without text, by reason; added to.
+        named: whether the operator named this very file; then no error advises to leave it out.
 
     Raises:
-        ShardError: it can't be read, or is not what its name says; names the file and the place.
+        ShardError: the file can't be read, or is not what its name says; names file and place.
     """
     kinds = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     rows = Rows(path, text_field, skipped)

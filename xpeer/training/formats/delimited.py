@@ -1,4 +1,4 @@
-"""Tables as text: one row a record of the file, its fields named in the first."""
+"""Tables as text, .csv and .tsv; the first row names the fields."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ _DELIMITERS: Final = ",;\t|"
 
 
 def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str]:
-    """The texts of its rows.
+    """Read the texts of a table's rows.
 
     Args:
         path: of the file.
-        rows: of it.
-        delimiter: between fields; empty = the one of `,;` tab `|` that splits the header best.
+        rows: of that file.
+        delimiter: between fields; empty = whichever of comma, semicolon, tab and bar the header has
+            most often.
 
     Raises:
-        ShardError: no header with the field, bad quotes, no UTF-8; names the line.
+        ShardError: the header lacks the field, quotes are wrong, or the file is not UTF-8; names
+            the line.
     """
     csv.field_size_limit(sys.maxsize)  # a text may be long
     with (

@@ -16,12 +16,12 @@ _DECODER: Final = json.JSONDecoder(parse_int=float)
 
 
 def texts(path: Path, rows: Rows) -> Iterator[str]:
-    """The texts of its lines; blank lines are none.
+    """Read the texts of a file's lines; blank lines are ignored.
 
-    A field that comes twice in an object counts as the last, as for most readers of JSON.
+    If an object has a field twice, the last one counts, as for most readers of JSON.
 
     Raises:
-        ShardError: a line is no JSON object; names it.
+        ShardError: a line is no JSON object; names the line.
     """
     offset = 0
     with opened(path) as file:
@@ -31,9 +31,9 @@ def texts(path: Path, rows: Rows) -> Iterator[str]:
             if text:
                 if number == 1 and not text.startswith("{"):
                     refuse_foreign(line, path)
-                found = _text(text, rows, f"{path}:{number}")
-                if found is not None:
-                    yield found
+                value = _text(text, rows, f"{path}:{number}")
+                if value is not None:
+                    yield value
 
 
 def _text(line: str, rows: Rows, where: str) -> str | None:

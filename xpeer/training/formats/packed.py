@@ -1,4 +1,4 @@
-"""Files as bytes, packed with gzip or not; bytes as UTF-8, and what they are if they aren't."""
+"""Opens files, packed with gzip or not, decodes UTF-8, and recognises what is no text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import IO, Any, Final
 from xpeer.errors import ShardError
 
 RATIO_MAX: Final = 200
-"""Text packs to a fifth or so, the dullest log to a hundredth."""
+"""Most times that a file may grow. Text packs to a fifth or so, the dullest log to a hundredth."""
 UNPACKED_FREE: Final = 64 << 20
-"""So many bytes may come of however few."""
+"""Bytes that any file may unpack to, however small it is."""
 UNPACKED_MAX: Final = 16 << 30
-"""And of however many."""
+"""Bytes that no file may unpack to more than, however large it is."""
 
 _MAGIC: Final = {
     b"%PDF": "a PDF",
@@ -37,7 +37,7 @@ _MAGIC: Final = {
 
 
 class _Bounded(io.RawIOBase):
-    """Unpacked bytes, up to what text may come to."""
+    """Reads unpacked bytes, and refuses more than text could unpack to."""
 
     def __init__(self, packed: gzip.GzipFile, path: Path) -> None:
         self._packed, self._path = packed, path
@@ -62,11 +62,11 @@ class _Bounded(io.RawIOBase):
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """A file's bytes, unpacked if its name ends in .gz.
+    """Open a file for its bytes, unpacked if its name ends in .gz.
 
     Raises:
-        ShardError: it is damaged, or unpacks to far too much.
-        OSError: it can't be read.
+        ShardError: the file is damaged, or unpacks to far too much.
+        OSError: the file can't be read.
     """
     if path.suffix.lower() != ".gz":
         with path.open("rb") as file:
@@ -82,10 +82,10 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def decoded(data: bytes, path: Path, offset: int = 0) -> str:
-    """UTF-8 as text, at an offset in its file.
+    """Decode bytes at an offset of a file as UTF-8.
 
     Raises:
-        ShardError: it isn't.
+        ShardError: they are not UTF-8.
     """
     try:
         return data.decode()
@@ -99,10 +99,10 @@ def decoded(data: bytes, path: Path, offset: int = 0) -> str:
 
 
 def refuse_foreign(head: bytes, path: Path) -> None:
-    """Refuse a file by its first bytes, if they are those of something else than text.
+    """Refuse a file whose first bytes say that it is no text.
 
     Raises:
-        ShardError: what it is.
+        ShardError: it is no text; says what it is.
     """
     for magic, what in _MAGIC.items():
         if head.startswith(magic):

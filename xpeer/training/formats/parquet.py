@@ -1,4 +1,4 @@
-"""Parquet tables, by pyarrow, an extra."""
+"""Parquet tables, read with pyarrow, which is an extra."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _BATCH_ROWS: Final = 1024
 
 
 def texts(path: Path, rows: Rows) -> Iterator[str]:
-    """The texts of its rows: of any of Arrow's types of text, or of bytes that are UTF-8.
+    """Read the texts of a table's rows: any of Arrow's types of text, or bytes that are UTF-8.
 
     Raises:
-        ShardError: pyarrow is missing, no such column or several, no text in it, or damage.
+        ShardError: pyarrow is missing, the file is damaged, or there is not one such column with
+            text.
         OSError: the file can't be read.
     """
     try:
@@ -31,7 +32,7 @@ def texts(path: Path, rows: Rows) -> Iterator[str]:
         try:
             metadata = parquet.read_metadata(source)
             leaves = [metadata.schema.column(n).path for n in range(metadata.num_columns)]
-            # As a dictionary: few bytes of a file may say a long text a million times.
+            # Read as a dictionary: few bytes of a file may repeat a long text a million times.
             with parquet.ParquetFile(
                 source,
                 metadata=metadata,
@@ -83,7 +84,7 @@ def _column(schema: Any, rows: Rows, types: Any) -> str:
 
 
 def _refuse_bomb(metadata: Any, name: str, path: Path) -> None:
-    """By what the file's own footer says of the column."""
+    """Refuse a column that its file's footer says unpacks to far too much."""
     columns = (
         group.column(number)
         for group in map(metadata.row_group, range(metadata.num_row_groups))

@@ -1,4 +1,4 @@
-"""A file that is one text."""
+"""Files that hold one text each."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _MARK_UP: Final = re.compile(
     r"<(?:!doctype|\?xml|(?:html|head|body|title|meta|svg|math|rss|feed|mediawiki|tei)\b)",
     re.IGNORECASE | re.DOTALL,
 )
-"""Comments may come before it. Markdown may begin with other tags."""
+"""The beginning of mark-up, after comments. Other tags do not count, as Markdown may begin so."""
 _BEGINNINGS: Final = {"{\\rtf": "RTF", "%!PS": "PostScript"}
 _JSON_IN: Final = ("", ".txt", ".md")
-"""Files that nobody calls so if they mean to train on JSON as it stands."""
+"""Suffixes of files in which JSON is surely a mistake."""
 _LINES_SEEN: Final = 3
 _MAY_BE_UTF8: Final = (b"%PDF-", b"SQLite format 3\0", b"PK\x03\x04")
 _NUL_SHARE: Final = 4
-"""More than one NUL in so many characters: UTF-16 without a byte order mark, or no text at all."""
+"""More than one NUL in so many characters means UTF-16 without a byte order mark, or no text."""
 
 
 class OtherFormError(ShardError):
-    """A text in a form that is not to be trained on.
+    """A text has a form that is not to be trained on.
 
     Attributes:
-        form: its name.
+        form: name of the form.
     """
 
     def __init__(self, form: str, problem: str, remedy: str) -> None:
@@ -41,11 +41,11 @@ class OtherFormError(ShardError):
 
 
 def texts(path: Path, rows: Rows, *, named: bool) -> Iterator[str]:
-    """Its text, if it has any.
+    """Read the text of a file, if it has any.
 
     Raises:
-        ShardError: no UTF-8, or no text.
-        OtherFormError: mark-up by its first characters, or JSON.
+        ShardError: the file is not UTF-8, or no text.
+        OtherFormError: the file begins like mark-up, or is JSON.
     """
     with opened(path) as file:
         data = file.read()
@@ -83,7 +83,7 @@ def _refuse_form(text: str, path: Path, *, named: bool) -> None:
 
 
 def _is_json(text: str) -> bool:
-    """Whether its first lines are objects, or the whole of it is one, or a list of them."""
+    """Whether the first lines are JSON objects, or the whole text is one, or a list of them."""
     if not text.lstrip().startswith(("{", "[")):
         return False
     lines = text.lstrip().split("\n", _LINES_SEEN)[:_LINES_SEEN]
@@ -92,8 +92,8 @@ def _is_json(text: str) -> bool:
 
 def _is_object(text: str) -> bool:
     try:
-        found = json.loads(text, parse_int=float)
+        value = json.loads(text, parse_int=float)
     except (ValueError, RecursionError):
         return False
-    first = found[0] if isinstance(found, list) and found else found
+    first = value[0] if isinstance(value, list) and value else value
     return bool(first) and isinstance(first, dict)

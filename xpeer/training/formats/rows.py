@@ -1,8 +1,8 @@
-"""What becomes of a row: one rule for all formats.
+"""Decides which rows have text, by one rule for all formats.
 
-A row without text is skipped and counted: no such field, null, not text (a number, a list), or
-without a visible character. A file none of whose rows has the field, or has text in it, was named
-by mistake, or the field was: that is an error.
+A row without text is skipped and counted: the field is missing or null, or its value is not text (a
+number, a list) or has no visible character. If no row of a file has the field, or none has text in
+it, the file or the field was named by mistake, and that is an error.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ NO_FIELD: Final = "no field"
 NOT_TEXT: Final = "not text"
 
 _BLANK: Final = frozenset("\u115f\u1160\u3164\uffa0\u2800\ufffc\ufffd")
-"""Letters and symbols that stand for nothing: Hangul fillers, the empty Braille cell, the signs for
-an object and for a character that was lost."""
-_NAMES_SHOWN: Final = 20
+"""Letters and symbols that mean nothing: Hangul fillers, the empty Braille cell, and the signs for
+an object and for a lost character."""
+_MOST_NAMES: Final = 20
 _KINDS: Final = {
     bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object",
 }  # fmt: skip
 
 
 def holds_text(text: str) -> bool:
-    """Whether a reader would see anything.
+    """Whether a reader would see anything of a text.
 
-    Letters, digits, punctuation and symbols are seen. Not so spaces, controls, format characters
-    (Unicode's categories Z and C), and marks that stand on nothing (M).
+    Letters, digits, punctuation and symbols are visible. Spaces, controls, format characters
+    (Unicode's categories Z and C), and marks on their own (M) are not.
     """
-    return any(map(_seen, text[:64])) or any(map(_seen, set(text)))
+    return any(map(_is_visible, text[:64])) or any(map(_is_visible, set(text)))
 
 
-def _seen(character: str) -> bool:
+def _is_visible(character: str) -> bool:
     return unicodedata.category(character)[0] in "LNPS" and character not in _BLANK
 
 
 class Rows:
-    """Rows of one file.
+    """The rows of one file.
 
     Args:
         path: of the file.
-        field: that holds the text.
-        skipped: by reason; added to.
+        field: name of the field that holds the text.
+        skipped: counts of skipped rows, by reason; added to.
     """
 
     def __init__(self, path: Path, field: str, skipped: Counter[str]) -> None:
@@ -58,7 +58,7 @@ class Rows:
         self._other_kind = ""
 
     def take(self, value: object) -> str | None:
-        """The text of a row that has the field; None = skipped."""
+        """Count a row that has the field; returns its text, or None if it is skipped."""
         self._rows += 1
         if value is None:
             self._skipped[NULL] += 1
@@ -74,15 +74,15 @@ class Rows:
         return None
 
     def lacking(self, fields: Iterable[str]) -> None:
-        """A row that lacks the field, and the fields that it has."""
+        """Count a row that lacks the field, but has these fields."""
         self._rows += 1
         self._without += 1
         self._skipped[NO_FIELD] += 1
-        if len(self._other_fields) < _NAMES_SHOWN:
+        if len(self._other_fields) < _MOST_NAMES:
             self._other_fields.update(dict.fromkeys(fields))
 
     def finish(self) -> None:
-        """After the last row.
+        """Check the counts after the last row.
 
         Raises:
             ShardError: no row had the field, or none had text in it.
@@ -93,15 +93,15 @@ class Rows:
             raise self.no_text(self._other_kind)
 
     def no_field(self, fields: Iterable[str]) -> ShardError:
-        """No row has the field."""
-        names = sorted(fields)[:_NAMES_SHOWN]
+        """Make the error for a file in which no row has the field."""
+        names = sorted(fields)[:_MOST_NAMES]
         return ShardError(
             f"{self.path}: no row has field {self.field!r} (fields: {', '.join(names) or 'none'})",
             "set data.text_field to the field that holds the text",
         )
 
     def no_text(self, kind: str) -> ShardError:
-        """The field never holds text."""
+        """Make the error for a file in which the field never holds text."""
         return ShardError(
             f"{self.path}: field {self.field!r} is no text but {kind}",
             "set data.text_field to the field that holds the text",
