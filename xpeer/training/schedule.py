@@ -75,7 +75,7 @@ def share_done(counters: Counters, manifest: Manifest) -> float | None:
 
 
 def planned_steps(manifest: Manifest) -> int | None:
-    """Number of steps in the run, as far as the manifest says; None = the clock decides, or no end."""
+    """Number of steps in the run, as far as the manifest says; None = that is open."""
     end, optimiser = manifest.end, manifest.optimiser
     limits = []
     if end.steps is not None:
