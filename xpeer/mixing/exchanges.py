@@ -112,7 +112,7 @@ class Exchanges:
     # ---- on the training thread ---------------------------------------------------------------
 
     def begin(self, *, behind: bool = False) -> None:
-        """Start again from new parameters; meetings in flight are dropped, since theirs are gone.
+        """Start again from new parameters, and drop all meetings: they began with the old ones.
 
         Args:
             behind: whether the parameters may be older than the other members'.

@@ -46,7 +46,7 @@ class Certified:
     theta: torch.Tensor  # (n,) float32, CPU
     """The snapshot."""
     scale: Scale
-    """What honest partners' distances are measured by."""
+    """The measure of honest partners' distances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Sent:
     own: Payload | torch.Tensor
     """Our payload, or what it decodes to, (V n,) float32, to compare partners' payloads with."""
     verified: Mapping[int, Verified]
-    """By exchange id."""
+    """Verified payloads by exchange id."""
 
     def with_verified(self, exchange_id: int, verified: Verified) -> Sent:
         """Return the stage with one more verified partner.

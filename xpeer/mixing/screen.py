@@ -53,7 +53,7 @@ from a checkpoint, while M says nothing yet."""
 STALE_MERGES: Final = 10
 """Merges of each fragment before M is trusted again: a joiner warms up, and moves little."""
 LEAST_WARMED_UP: Final = 0.25
-"""Least fraction of the learning rate by which M is divided."""
+"""M is divided by the warmed-up fraction of the learning rate, but by no less than this."""
 _SAMPLE: Final = 4096
 _MOST_CLIPPED: Final = 8
 _MOVEMENTS: Final = 32
@@ -95,9 +95,10 @@ class Movement:
         self._stale_merges = STALE_MERGES * self._num_fragments
 
     def scale(self, fragment: int, theta: torch.Tensor, warmed_up: float = 1.0) -> Scale:
-        """M at a snapshot: how far training moved the fragment since its last merge.
+        """M at a snapshot.
 
-        If fragments usually move farther between merges, M is that.
+        It is how far training moved the fragment since its last merge, or how far it usually moves
+        fragments between merges, whichever is more.
 
         Args:
             fragment: f.

@@ -103,7 +103,7 @@ class Saving:
         return "begun"
 
     def after_step(self) -> None:
-        """Begin a checkpoint, at a boundary, if it is due by the clock or the first window."""
+        """Begin a checkpoint, at a boundary, if the clock or the first window says so."""
         waited_s = self._clock() - self._saved_at
         first = self._first_window not in (None, self._trainer.counters.window)
         if first or waited_s >= max(self._every_s, self._copy_s / SHARE_SAVING):

@@ -25,7 +25,7 @@ class TrainerSetup(Struct, frozen=True, kw_only=True):
     members: dict[str, float] = {}
     """With a shared corpus: tokens/s of all members, ours included, by PeerID; 0 = unknown."""
     mode: Order = "train"
-    """What to do once ready."""
+    """The first order, once the trainer is ready."""
     has_trained: bool = False
     """Whether this home has ever taken a step. If so, it mixes and serves even without its text."""
     initial: Literal["initial", "awaited"] = "initial"

@@ -41,11 +41,11 @@ failing: the last one could not be written, and it is too early to try again."""
 Permission = Literal["step", "spent", "held"]
 """step: a charged step may be taken.
 spent: no further step fits the budget.
-held: checkpoints can't be written, and a kill would lose as many charges as it may."""
+held: checkpoints can't be written, and too many charges are in none."""
 
 
 class Permits:
-    """The charged steps of a loop. Any thread may call `saved`; the rest belongs to the loop's.
+    """The charged steps of a loop. Any thread may call `saved`; the rest is for one thread.
 
     Args:
         manifest: of the swarm.

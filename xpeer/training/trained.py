@@ -119,9 +119,9 @@ class Evaluation:
     """The loss of a text."""
 
     tokens: int
-    """That were predicted: all but the first of each sequence."""
+    """Number of predicted tokens: all but the first of each sequence."""
     bytes: int
-    """Of UTF-8, of the whole text."""
+    """Number of bytes of the whole text as UTF-8."""
     nats: float
     """Loss, summed over the predicted tokens."""
 
