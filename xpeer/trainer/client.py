@@ -101,18 +101,11 @@ class TrainerProcess:
 
     Attributes:
         epoch: differs at every start; partners drop their exchanges with an earlier epoch.
+        facts: what the trainer said when it was ready; `UNREADY` until then.
         state: phase that the trainer reported last.
         progress: counters that it reported last; it reports some ten times a second.
         privacy: what the ledger said last; it is asked after every window.
         ledger_counter: number of privacy charges so far, for partners to remember.
-        num_params: P; 0 until the trainer is ready.
-        num_fragments: F; 0 until the trainer is ready.
-        device: where the model lies; empty until the trainer is ready.
-        engine: how per-record gradients are clipped; empty until the trainer is ready.
-        resumed_step: step of the checkpoint that it resumed from; None = it began anew.
-        corpus: its share of the shared corpus; None until it is ready, or if there is no corpus.
-        text_problem: why it takes no step; empty = it has text.
-        shard: what its text files hold; None until it is ready.
     """
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
