@@ -1,7 +1,7 @@
-"""The daemon's control socket: what its answers look like, and the client that asks.
+"""The daemon's control socket: the types of its answers, and the client.
 
 HTTP over a Unix socket, standard library only, so that `xpeer status` is quick. The daemon's side
-is `xpeer_daemon.api`. Who may connect is decided by the socket's owner, group and mode alone.
+is `xpeer_daemon.api`. The socket's owner, group and mode alone decide who may connect.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HOW_TO_REACH = "start it with `xpeer start`, or name its folder with --home or 
 
 @seen_by("node")
 class Versioned(Struct, frozen=True, kw_only=True):
-    """What every answer has; read before anything else in it is."""
+    """Base of every answer. The client checks the version before it reads the rest."""
 
     schema_version: Public[int] = SCHEMA_VERSION
 
@@ -64,23 +64,26 @@ class Done(Versioned, frozen=True, kw_only=True):
 
     pid: Public[int]
     path: Public[str] = ""
-    """Of the checkpoint that was written."""
+    """Path of the checkpoint that was written; "" after other requests."""
     state: Timing[str] = ""
-    """Of the node, after pause and resume."""
+    """State of the node after pause and resume; "" after other requests."""
 
 
 @seen_by("node")
 class End(Versioned, frozen=True, kw_only=True):
-    """Answer of GET /v1/end, which stays open for a moment: how far the daemon's end is."""
+    """Answer of GET /v1/end: how far the daemon has come with ending.
+
+    The daemon answers after a moment, or as soon as it is done.
+    """
 
     over: Timing[bool]
-    """Nothing more happens but that the process ends."""
+    """True iff only the exit of the process is still to come."""
     written: Timing[int] = 0
-    """Bytes of the last checkpoint."""
+    """Bytes of the last checkpoint that are written."""
     total: Timing[int] = 0
-    """0 = it is not being written."""
+    """Bytes that it will have; 0 = it is not being written."""
     problem: Local[str] = ""
-    """What was not saved; empty = nothing is lost."""
+    """What was not saved; "" = nothing is lost."""
     remedy: Timing[str] = ""
     exit_code: Timing[int] = int(ExitCode.OK)
 
@@ -128,13 +131,13 @@ A = TypeVar("A", bound=Struct)
 
 
 class Client:
-    """Asks one daemon; a connection per request.
+    """Client of one daemon; it opens a connection for each request.
 
     Every method raises:
         NotRunningError: nobody answers on the socket.
         LocalTimeoutError: the daemon did not answer in time.
         NotAuthorisedError: this user may not open the socket.
-        LocalError: it answered that it can't, or in another schema.
+        LocalError: the daemon can't do it, or answers in another schema.
 
     Args:
         path: the control socket.
@@ -158,34 +161,42 @@ class Client:
         return self.ask("version", Version)
 
     def pause(self) -> str:
-        """Take no steps and no exchanges until `resume`; the node's state now."""
+        """Have the node take no steps and no exchanges until `resume`; returns its state."""
         return self.ask("pause", Done).state
 
     def resume(self) -> str:
-        """Undo `pause`; the node's state now."""
+        """Undo `pause`; returns the node's state."""
         return self.ask("resume", Done).state
 
     def checkpoint(self) -> str:
-        """Write a checkpoint now; its path on the daemon's side, empty if nothing is trained."""
+        """Have the node write a checkpoint now.
+
+        Returns:
+            Its path on the daemon's side; "" if there is no trainer.
+        """
         return self.ask("checkpoint", Done).path
 
     def stop(self, *, leave: bool = False) -> int:
-        """Ask the daemon to end, with `leave` to announce it first; its pid. Does not wait."""
+        """Ask the daemon to end, and return its pid at once.
+
+        Args:
+            leave: the daemon first announces that this node is gone for good.
+        """
         return self.ask("leave" if leave else "stop", Done).pid
 
     def stop_and_wait(self, timeout_s: float, *, leave: bool = False, patient: bool = False) -> int:
-        """Like `stop`, and wait until the process is gone.
+        """Ask the daemon to end, wait until the process is gone, and return its pid.
 
         Args:
-            timeout_s: how long.
+            timeout_s: how long to wait.
             leave: as for `stop`.
-            patient: count anew whenever the daemon says that it is still at it.
+            patient: start the timeout again whenever the daemon says that it is still ending.
 
         Raises:
             LocalTimeoutError: it still runs after `timeout_s`.
             NotSavedError: it is gone, and lost steps.
         """
-        # Taken before the request: afterwards the pid could already be somebody else's.
+        # Ask for the pid before the request: afterwards it could be another process's.
         pid = self.version().pid
         process = _open_pid(pid)
         try:
@@ -207,7 +218,11 @@ class Client:
         return pid
 
     def _follow_end(self, timeout_s: float, *, patient: bool) -> tuple[End | None, float]:
-        """The daemon's last word, None if it has none, and what is left of the time."""
+        """Follow the daemon until it is done or the time is over.
+
+        Returns:
+            Its last answer, None if it gave none; seconds that remain of the timeout.
+        """
         deadline = time.monotonic() + timeout_s
         last = None
         while time.monotonic() < deadline:
@@ -215,7 +230,7 @@ class Client:
                 last = self.ask("end", End)
             except LocalTimeoutError:
                 continue
-            except LocalError:  # gone already, or of a version that does not tell
+            except LocalError:  # gone already, or of a version that has no such request
                 break
             if last.over:
                 break
@@ -309,7 +324,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def _open_pid(pid: int) -> int | None:
-    """A handle on a process; None where it can't be had (no Linux, another pid namespace)."""
+    """A handle on a process; None where there is none (no Linux, another pid namespace)."""
     try:
         return os.pidfd_open(pid)
     except (OSError, AttributeError):

@@ -1,6 +1,6 @@
-"""What is the matter with a node now: which conditions of the registry it is in, and since when.
+"""The health of a node: which conditions of the registry are active, and since when.
 
-The daemon notes them in a `Health`, with its clock; nothing here knows what a node is.
+The daemon notes them in a `Health`. Nothing here knows what a node is.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class _Active:
 
 
 class Health:
-    """What is the matter with one node now.
+    """The active conditions of one node.
 
     Args:
-        clock: wall clock, seconds; each method may be given another moment.
+        clock: wall clock, seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -55,64 +55,74 @@ class Health:
         self._active: dict[str, _Active] = {}
 
     def set(self, code: str, **facts: object) -> None:
-        """It is so, since now or still; with what its text names.
+        """Note that a condition is active: from now on, or still.
 
         Args:
-            code: of `CONDITIONS`.
-            facts: as `Condition.facts` names them.
+            code: a key of `CONDITIONS`.
+            facts: values for its text, under the names in `Condition.facts`.
+
+        Raises:
+            TypeError: other facts than the condition's text needs.
         """
         if facts.keys() != CONDITIONS[code].facts:
             raise TypeError(f"{code} needs {sorted(CONDITIONS[code].facts)}, got {sorted(facts)}")
         self._active.setdefault(code, _Active(self._clock())).facts = facts
 
     def began(self, code: str, since_s: float) -> None:
-        """When what is so began, if that is not when it was noticed."""
+        """Correct the time since when a condition is active: it began before it was noticed."""
         self._active[code].since_s = since_s
 
     def clear(self, code: str) -> None:
-        """It is not so, or no longer."""
+        """Note that a condition is not active.
+
+        Raises:
+            KeyError: there is no such condition.
+        """
         if code not in CONDITIONS:
             raise KeyError(code)
         self._active.pop(code, None)
 
     def hold(self, code: str, active: bool, **facts: object) -> None:
-        """`set` or `clear`, by what was seen now."""
+        """`set` a condition if it is active, else `clear` it."""
         if active:
             self.set(code, **facts)
         else:
             self.clear(code)
 
     def failed(self, code: str, cause: object, **facts: object) -> None:
-        """A periodic job failed once more; its age counts from the first time in a row."""
+        """Count one more failure of a periodic job. The condition began with the first in a row."""
         self.set(code, **facts)
         active = self._active[code]
         active.count += 1
         active.cause = _one_line(cause)
 
     def worked(self, code: str) -> None:
-        """A periodic job succeeded."""
+        """Note that a periodic job succeeded: its failures are forgotten."""
         self.clear(code)
 
     def count(self, code: str) -> int:
-        """How often it failed in a row."""
+        """Failures of a periodic job in a row."""
         active = self._active.get(code)
         return active.count if active else 0
 
     def reasons(self) -> list[HealthReason]:
-        """What shows now: worst first, then in the registry's order."""
+        """Active conditions, worst first, then in the registry's order.
+
+        Left out are those that are younger than their grace, and those that another one hides.
+        """
         now = self._clock()
-        showing = {
+        lasting = {
             code: active
             for code, active in self._active.items()
             if now - active.since_s >= CONDITIONS[code].grace_s
         }
-        hidden = {code for shown in showing for code in CONDITIONS[shown].hides}
-        found = [
-            _told(condition, showing[code], now)
+        hidden = {code for cause in lasting for code in CONDITIONS[cause].hides}
+        reasons = [
+            _reason(condition, lasting[code], now)
             for code, condition in CONDITIONS.items()
-            if code in showing and code not in hidden
+            if code in lasting and code not in hidden
         ]
-        return sorted(found, key=lambda reason: -_SEVERITIES.index(reason.severity))
+        return sorted(reasons, key=lambda reason: -_SEVERITIES.index(reason.severity))
 
 
 _SEVERITIES: Final[tuple[Severity, ...]] = ("note", "degraded", "down")
@@ -126,9 +136,9 @@ def verdict(reasons: list[HealthReason]) -> Verdict:
 
 
 def table() -> str:
-    """The table of docs/operating.md."""
+    """The table of all conditions in docs/operating.md, as Markdown."""
     rows = [
-        f"| `{c.code}` | {c.severity} | {_shown_after(c)} | {_in_docs(c.text)} | "
+        f"| `{c.code}` | {c.severity} | {_delay(c)} | {_in_docs(c.text)} | "
         f"{_sentence(c.remedy)} | {_sentence(c.clears)} |"
         for c in CONDITIONS.values()
     ]
@@ -137,7 +147,7 @@ def table() -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: 42s, 3m 5s, 7h 2m, 4d 1h."""
+    """Format a duration with two units at most: 42s, 3m 5s, 7h 2m, 4d 1h."""
     whole = int(seconds)
     for length, unit, smaller, name in (
         (86400, "d", 3600, "h"),
@@ -149,7 +159,7 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
-def _told(condition: Condition, active: _Active, now: float) -> HealthReason:
+def _reason(condition: Condition, active: _Active, now: float) -> HealthReason:
     text = condition.text.format(
         age=duration(max(0.0, now - active.since_s)),
         count=active.count,
@@ -166,7 +176,7 @@ def _one_line(cause: object) -> str:
     return text if len(text) <= MAX_CAUSE_CHARS else f"{text[:MAX_CAUSE_CHARS]}..."
 
 
-def _shown_after(condition: Condition) -> str:
+def _delay(condition: Condition) -> str:
     return f"{condition.grace_s:.0f} s" if condition.grace_s else "at once"
 
 

@@ -1,7 +1,7 @@
-"""The phases of a node's life as one table: what each means, does, and may be followed by.
+"""The phases of a node's life as one table: what each means, and which may follow it.
 
-Everybody who asks what a node does in a phase asks here: gossip, joiners, the end of a run, status,
-and the docs (docs/architecture.md draws the table, and a test compares both).
+All code that depends on a phase asks this table: gossip, joiners, the end of a run, status.
+docs/architecture.md draws it, and a test compares both.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from functools import partial
 from typing import Final, Literal
 
 TrainerPhase = Literal["starting", "training", "paused", "mixing", "closing", "budget-spent"]
-"""What the trainer's loop does. mixing: as ordered, or without text or parameters. closing: the end
-condition was reached. budget-spent: no step is left. In the last four it mixes and serves without
-taking steps."""
+"""What the trainer's loop does. mixing: it was ordered to, or it lacks text or parameters. closing:
+the end condition was reached. budget-spent: no private step is left. In the last four it takes no
+steps, but serves snapshots and merges."""
 
 Order = Literal["train", "mix", "pause"]
-"""What the trainer's loop is to do. train: take steps. mix and pause: take none, while snapshots
-and merges are served at once; they differ in what the operator reads."""
+"""What the trainer's loop is to do. train: take steps. mix and pause: take none, but serve
+snapshots and merges at once. These two differ only in what the operator reads."""
 
 
 class Phase(enum.StrEnum):
@@ -52,14 +52,15 @@ class Traits:
         meaning: for people.
         then: phases that may follow. Every phase but the last may be followed by STOPPING.
         order: what the trainer is ordered to do.
-        exchanges: True iff the node meets partners.
+        exchanges: True iff the node exchanges with partners.
         ended: True iff the node takes no further steps in this run, as far as it knows.
         holds_parameters: True iff it holds the swarm's parameters and gives them to joiners.
         counts_as_present: True iff such a member counts for `training.min_peers`.
-        takes_part: True iff the end of a run looks at such a member: it trains, is about to, or has
-            ended. One that is paused holds up nobody.
-        follows_trainer: True iff what the trainer's loop does next changes the phase.
-        card: the phase that the node's card names: one that members of every version know.
+        takes_part: True iff the end of a run considers such a member: it trains, is about to, or
+            has ended. Nobody waits for a member that is paused.
+        follows_trainer: True iff the phase changes when the trainer's loop does something else.
+        card: the phase that the node's card names instead, for members of earlier versions that
+            don't know this one; "" = this one.
     """
 
     meaning: str
@@ -75,7 +76,7 @@ class Traits:
 
     @property
     def delays_the_end(self) -> bool:
-        """Whether the end of the others' runs waits for such a member: it may take more steps."""
+        """Whether other members wait for this one before they end: it may take more steps."""
         return self.takes_part and not self.ended
 
 
@@ -165,16 +166,16 @@ TABLE: Final[Mapping[Phase, Traits]] = {
     ),
     Phase.STOPPING: Traits(meaning="the daemon saves and ends"),
 }  # fmt: skip
-"""By phase."""
+"""What a node does in each phase."""
 
 _UNKNOWN: Final = Traits(meaning="said by a member of another version, or one that has left")
 
 
 def traits_of(phase: str) -> Traits:
-    """What a member does, by the phase that its card names; of an unknown phase nothing.
+    """What a member does in the phase that its card names; in an unknown phase, nothing.
 
     Args:
-        phase: as a member says it: of any version, "left" included.
+        phase: from a card of any version, "left" included.
     """
     return TABLE[Phase(phase)] if phase in _VALUES else _UNKNOWN
 

@@ -1,18 +1,18 @@
-"""One meeting of a round, start to end: read this file first.
+"""One meeting, from start to end: read this file first.
 
-An update on its way from a shard to everybody's checkpoint:
+The way of an update from a shard to everybody's checkpoint:
 
-    shard        training/records.py      text -> records; they never leave the trainer
-    train        privacy/mechanism.py   per record: clip; per batch: noise; charged beforehand
-    snapshot     mixing/exchanges.py  a fragment of the parameters, at a step boundary
-    compress     wire/codec.py          takes a PrivateUpdate and nothing else
-    (mask        masked_round.py        groups of three and more, where the manifest says so)
-    seal         wire/session.py        to this partner, for this session
+    shard        training/records.py     text -> records; they never leave the trainer
+    train        privacy/mechanism.py    per record: clip; per batch: noise; charged beforehand
+    snapshot     mixing/exchanges.py     a fragment of the parameters, at a step boundary
+    compress     wire/codec.py           accepts a PrivateUpdate and nothing else
+    (mask        gossip/masked.py        groups of three and more, where the manifest says so)
+    seal         wire/session.py         to this partner, for this session
     exchange     network/agreement.py    ours against theirs, both accept or neither merges
-    verify       mixing/exchanges.py  size, finite, norm
-    combine      mixing/combine.py    the differences Q(theta_j) - Q(theta_i) become one shift
-    merge        mixing/rules/          theta += c(shift), at a step boundary
-    checkpoint   training/checkpoint.py and, for exports, what partners showed: consolidation.py
+    verify       mixing/exchanges.py     size, finite, norm
+    combine      mixing/combine.py       the differences Q(theta_j) - Q(theta_i) become one shift
+    merge        mixing/rules/           theta += c(shift), at a step boundary
+    checkpoint   training/checkpoint.py  and, for exports, what partners sent: mixing/received.py
 
 Training goes on meanwhile: each `await` below waits for the network or for the trainer's next step
 boundary, and the trainer waits for none of them (but see `mixing/rules/gradient.py`).
@@ -39,54 +39,63 @@ class Trainer(Protocol):
     async def snapshot(
         self, meeting_id: int, fragment: int, *, averaging: bool
     ) -> CompressedUpdate:
-        """A private, compressed fragment, taken at the next step boundary."""
+        """A private, compressed copy of a fragment, as it is at the next step boundary."""
 
     async def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
-        """How far the partner's values are from ours. Raises PeerError."""
+        """Check a partner's update and measure how far its values are from ours.
+
+        Raises:
+            PeerError: it can't be merged.
+        """
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
-        """Merge what was verified and accepted, at the next step boundary."""
+        """Merge verified updates at the next step boundary.
+
+        Args:
+            meeting_id: of the meeting.
+            weights: weight of each exchange to merge, by exchange id.
+        """
 
     def drop(self, meeting_id: int) -> None:
-        """Forget this meeting; harmless if it is unknown."""
+        """Forget this meeting. An unknown one is ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """What came of one exchange."""
+    """Result of one exchange."""
 
     distance: float
     """||Q(theta_j) - Q(theta_i)|| / ||Q(theta_i)|| on the fragment."""
     clipped: bool = False
-    """The partner's difference was above the norm limit, and merged in part."""
+    """True iff the partner's difference was above the norm limit, and only part of it merges."""
 
 
 class Given(TypedDict):
-    """What a meeting is told at its start."""
+    """Arguments of a meeting."""
 
     meeting_id: int
     """Unique in this node."""
     slot: int
-    """Of the shared clock."""
+    """Number of the slot by the shared clock."""
     fragment: int
     averaging: bool
-    """Plain averaging of the parameters, whatever the manifest's rule."""
+    """True iff the parameters are plainly averaged, whatever the manifest's rule."""
     expected: Collection[PeerId]
-    """Whom we exchange with, at most once each."""
+    """Partners of this meeting. Each exchanges with us once at most."""
     gather_s: float
-    """How long those are waited for that have not begun; late ones are refused."""
+    """Seconds that every partner has to begin its exchange; later ones are refused."""
 
 
 class Gathering:
-    """Who of a group has come, and who is still waited for.
+    """The partners of a meeting: which have come, and which we still wait for.
 
     Args:
         trainer: ours.
-        given: the rest.
+        given: see `Given`.
 
     Attributes:
-        accepted: by both sides: partner -> exchange id.
-        closed: no further exchange may begin.
+        accepted: exchanges that both sides accepted: partner -> exchange id.
+        closed: True iff no further exchange may begin.
     """
 
     def __init__(self, trainer: Trainer, **given: Unpack[Given]) -> None:
@@ -101,19 +110,19 @@ class Gathering:
         self.closed = False
 
     def expects(self, peer_id: PeerId) -> bool:
-        """Whether this partner's exchange is still to come."""
+        """Whether we still wait for this partner to begin its exchange."""
         return not self.closed and peer_id in self._waiting
 
     def give_up(self, peer_id: PeerId) -> None:
-        """There will be no exchange with this one."""
-        self._comes(peer_id)
+        """Wait for this partner no longer: there will be no exchange with it."""
+        self._mark_arrived(peer_id)
 
-    def _comes(self, peer_id: PeerId) -> None:
+    def _mark_arrived(self, peer_id: PeerId) -> None:
         self._waiting.discard(peer_id)
         self._changed.set()
 
-    async def _gathered(self) -> None:
-        """All that were expected came or won't come, or the time for that is over."""
+    async def _wait_for_partners(self) -> None:
+        """Wait until every partner has begun or was given up, `gather_s` at most."""
         try:
             async with asyncio.timeout(self._gather_s):
                 await self._until(lambda: not self._waiting)
@@ -127,11 +136,11 @@ class Gathering:
 
 
 class Meeting(Gathering):
-    """A fragment's exchanges with the other peers of a group: one snapshot, one merge.
+    """A fragment's exchanges with the other members of a group: one snapshot, one merge.
 
     Args:
         trainer: ours.
-        least: members, ourselves included, without whom nothing is merged.
+        least: number of members, ourselves included, that a merge needs.
         given: see `Given`.
     """
 
@@ -143,13 +152,13 @@ class Meeting(Gathering):
         self._snapshot: asyncio.Task[CompressedUpdate] | None = None
 
     async def run(self) -> None:
-        """Wait for the group's exchanges, then merge what was accepted.
+        """Wait for the group's exchanges, then merge those that were accepted.
 
         Raises:
-            PeerError, LocalError: it could not be merged, or too few accepted (GROUP_TOO_SMALL).
+            PeerError, LocalError: they could not be merged, or were too few (GROUP_TOO_SMALL).
         """
         try:
-            await self._gathered()
+            await self._wait_for_partners()
             await self._until(lambda: not self._running)
             self.closed = True
             self._require_enough()
@@ -168,7 +177,7 @@ class Meeting(Gathering):
     def _require_enough(self) -> None:
         if 0 < len(self._weights) < self._least - 1:
             came = 1 + len(self._weights)
-            self.accepted.clear()  # a combiner that needs more keeps no sum: nothing is one-sided
+            self.accepted.clear()  # such a combiner keeps no sum: no merge is one-sided
             raise PeerError(Reason.GROUP_TOO_SMALL, f"{came} of {self._least} came")
 
     async def exchange(
@@ -177,17 +186,17 @@ class Meeting(Gathering):
         """Exchange the fragment with one partner, after both agreed to.
 
         Raises:
-            PeerError: nothing of it will be merged here; `UnresolvedError` if the partner may.
+            PeerError: we will not merge it; `UnresolvedError` if the partner may.
         """
         peer_id, exchange_id = agreement.peer_id, agreement.exchange_id
-        self._comes(peer_id)
+        self._mark_arrived(peer_id)
         self._running.add(peer_id)
         try:
             async with asyncio.timeout(deadline_s):
                 weight = of_pair(weighting, agreement.ours, agreement.theirs)
-                update = await self._taken()
+                update = await self._snapshot_once()
                 received = await agreement.swap(update)
-                found = await self._trainer.verify(self._id, exchange_id, received)
+                checked = await self._trainer.verify(self._id, exchange_id, received)
                 agreement.release(received)
                 await agreement.accept_both()
                 self.accepted[peer_id], self._weights[exchange_id] = exchange_id, weight
@@ -196,10 +205,10 @@ class Meeting(Gathering):
         finally:
             self._running.discard(peer_id)
             self._changed.set()
-        return Exchanged(found.distance, found.clipped)
+        return Exchanged(checked.distance, checked.clipped)
 
-    async def _taken(self) -> CompressedUpdate:
-        """The one snapshot that all partners get."""
+    async def _snapshot_once(self) -> CompressedUpdate:
+        """The snapshot that all partners get; the first caller has it made."""
         if self._snapshot is None:
             self._snapshot = asyncio.create_task(
                 self._trainer.snapshot(self._id, self.fragment, averaging=self.averaging)

@@ -1,7 +1,7 @@
-"""What a node says of itself: one leaf type that `--json` prints and the table shows.
+"""The status of a node: the types that `xpeer status --json` prints and its table shows.
 
-Values here are read by the node's own operator over its private socket. Losses on private text are
-in it; they never leave the node.
+The node's own operator reads them over a private socket. They contain losses on private text, which
+never leave the node.
 """
 
 from __future__ import annotations
@@ -33,122 +33,127 @@ class Progress(Struct, frozen=True, kw_only=True):
     loss_train: Local[float | None] = None
     """Mean loss per token (nats) of the last step's private batch. Local only."""
     loss_train_age_s: Timing[float | None] = None
-    """Since that step; None = there was none."""
+    """Seconds since that step; None until there is one."""
     loss_validation: Local[float | None] = None
-    """On held-out text of this shard. Local only."""
+    """Loss per token on held-out text of this shard; None until it is measured. Local only."""
     loss_public: Derived[float | None] = None
-    """On the manifest's public text."""
+    """Loss per token on the manifest's public text; None until it is measured."""
     loss_public_age: Timing[float] = 0.0
-    """Windows of steps or of merges since then."""
+    """Windows of steps or of merges since the public loss was measured."""
     loss_measured_step: Timing[int | None] = None
-    """At which the public and the validation loss were measured; None = not yet."""
+    """Step at which the public and the validation loss were measured; None until they are."""
     loss_measured_age_s: Timing[float | None] = None
-    """Since then."""
+    """Seconds since they were measured; None until they are."""
     loss_problem: Local[str] = ""
-    """Why they could not be measured the last time; empty: they could, or it was not tried."""
+    """Why the last attempt to measure these two failed; "" if it succeeded, or there was none."""
     learning_rate: Timing[float] = 0.0
     tokens_per_s: Local[float] = 0.0
     consensus_distance: Derived[float | None] = None
     """||s_j - s_i|| / ||s_i||, smoothed over exchanges."""
     merges: Timing[int] = 0
     merges_clipped: Derived[int] = 0
-    """Of these, how many were clipped by norm and so are one-sided."""
+    """How many merges were clipped by norm, and so are one-sided."""
     steps_late: Timing[float] = 0.0
-    """Mean steps between snapshot and merge."""
+    """Mean number of steps between snapshot and merge."""
     seconds_training: Timing[float] = 0.0
-    """Of this run, earlier trainers' included."""
+    """Seconds of training in this run, earlier trainers' included."""
     seconds_here: Timing[float] = 0.0
-    """Seconds of training since the trainer's start. All further seconds began then, too."""
+    """Seconds of training since the trainer's start. The counts below start there, too."""
     seconds_blocked: Timing[float] = 0.0
-    """Seconds of `seconds_here` in which the loop waited for anything else than computing."""
+    """Part of `seconds_here` in which the loop waited and did not compute."""
     seconds_boundary: Timing[float] = 0.0
-    """Between steps: merging, taking snapshots."""
+    """Seconds between steps: merging, taking snapshots."""
     seconds_saving: Timing[float] = 0.0
-    """Copying what checkpoints hold."""
+    """Seconds spent on copying what checkpoints hold."""
     seconds_snapshot: Timing[float] = 0.0
-    """Of these, copying fragments out of the model."""
+    """Part of `seconds_boundary`: copying fragments out of the model."""
     seconds_merge: Timing[float] = 0.0
-    """Of these, adding corrections to it."""
+    """Part of `seconds_boundary`: adding corrections to the model."""
     rest_s: Local[float] = 0.0
-    """Left of the rest that training.throttle asks for; 0 = at work."""
+    """Seconds that remain of the rest that training.throttle asks for; 0 = at work."""
 
 
 @seen_by("node", "sigma and delta follow from the shard's size")
 class PrivacySpent(Struct, frozen=True, kw_only=True):
-    """The ledger's answer."""
+    """What this node has spent of its privacy budget, by its ledger."""
 
     mode: Public[str] = "record"
-    """Of the manifest. record: steps are charged; off: nothing."""
+    """`privacy.mode` of the manifest. record: steps are charged; off: nothing is charged."""
     epsilon_spent: Local[float] = 0.0
     epsilon_target: Public[float] = 0.0
     delta: Local[float] = 0.0
     noise_multiplier: Local[float] = 0.0
     steps_charged: Local[int] = 0
     steps_forfeited: Local[int] = 0
-    """Of these, charged before a crash or a restored checkpoint and not behind this node's
-    parameters: they are paid for a second time when they are taken again."""
+    """Steps that were charged but are not behind this node's parameters, after a crash or a
+    restored checkpoint. Taking them again costs a second charge. `steps_charged` includes them."""
     steps_left: Local[int | None] = None
     """Private steps until the target; None without privacy."""
     ends_unix_s: Local[float | None] = None
-    """When they will be taken at the pace of the last hour; None = unknown."""
+    """When the last of them will be taken, at the pace of the last hour; None = unknown."""
     unit: Public[str] = "record"
     """What epsilon holds for: one record (training sequence), or one whole document."""
     noise_norm: Local[float] = 0.0
-    """Of a step's noise over all parameters, against a mean gradient of norm 1 (C) at most."""
+    """Norm of a step's noise over all parameters, in units of C. The mean gradient's norm is at
+    most 1 in these units."""
     clip_norm: Noised[float] = 0.0
-    """C of the next step; with adaptive clipping it follows released values."""
+    """Clipping norm C of the next step; with adaptive clipping it follows released values."""
     documents_elsewhere: Local[int] = 0
-    """Of the shard, that other homes of this machine trained on, too: counted together."""
+    """Documents of the shard that other homes of this machine also trained on. Their charges are
+    included here."""
     engine: Local[str] = ""
+    """Name of the code that clips the gradients."""
     engine_reason: Local[str] = ""
-    """Why this one clips: speeds of the exact ones, and what was refused."""
+    """Why this engine was chosen: the speeds of the exact ones, and which were refused."""
 
     @property
     def policy(self) -> PrivacyPolicy:
-        """What the mode asks of those who report it."""
+        """What the mode asks of the code that reports it."""
         return privacy_policy(self.mode)
 
 
 @seen_by("node", "of a corpus that every member holds, by declared speeds")
 class CorpusShare(Struct, frozen=True, kw_only=True):
-    """What of the shared corpus this node trains on."""
+    """The part of the shared corpus that this node trains on."""
 
     units: Public[int]
+    """Corpus blocks of this node."""
     units_total: Public[int]
     unit_tokens: Public[int]
-    """Of a unit, about: the granularity."""
+    """Approximate number of tokens in a corpus block: how finely the corpus can be divided."""
     documents: Public[int]
-    """Documents, and pieces of long ones."""
+    """Documents, and pieces of long ones, of this node."""
     documents_total: Public[int]
     tokens: Public[int] = 0
-    """Of this node's records."""
+    """Tokens in this node's records."""
     weight: Public[float]
-    """This node's share by speed."""
+    """Fraction of the corpus that this node gets by its speed."""
 
 
 @seen_by("node")
 class ShardSummary(Struct, frozen=True, kw_only=True):
-    """What the trainer found where the shard's text was said to be. Local only."""
+    """Text that the trainer read for the shard, and files that it left out. Local only."""
 
     files: Local[int] = 0
-    """That were read."""
+    """Files that were read."""
     documents: Local[int] = 0
-    """Different texts, each with something to see."""
+    """Different texts that are not blank."""
     characters: Local[int] = 0
-    """Of these."""
+    """Characters in these documents."""
     repeated: Local[int] = 0
-    """Texts that were there already."""
+    """Texts that are the same as an earlier one."""
     too_short: Local[int] = 0
     """Documents of too few tokens for a record."""
     skipped: Local[dict[str, int]] = {}
-    """Rows and files without text, by reason: empty, null, no field, not text."""
+    """Number of rows and files without text, by reason: empty, null, no field, not text."""
     left_out: Local[dict[str, int]] = {}
-    """Files by reason: their kind (a suffix), hidden, broken link, pipe, mark-up, JSON, ..."""
+    """Number of files that were not read, by reason: their kind (a suffix), hidden, broken link,
+    pipe, mark-up, JSON, ..."""
     outside: Local[dict[str, int]] = {}
-    """Files that only links in a folder lead to, by that folder."""
+    """Number of files outside a named folder that a link inside it leads to, by that folder."""
 
     def lines(self) -> list[str]:
-        """In words; what there is none of goes unsaid."""
+        """Describe it in English, a line a fact. Counts of 0 get no line."""
         lines = [
             f"{self.documents:,} documents, {self.characters:,} characters, in {self.files:,} files"
         ]
@@ -166,13 +171,13 @@ class ShardSummary(Struct, frozen=True, kw_only=True):
 
 
 def _counted(counts: dict[str, int], what: str, fate: str) -> str:
-    """`12 files left out: .gz 10, .json 2`."""
+    """Format a total with its reasons: `12 files left out: .gz 10, .json 2`."""
     total = sum(counts.values())
     return f"{total:,} {what}{'' if total == 1 else 's'} {fate}: {by_reason(counts)}"
 
 
 def by_reason(counts: Mapping[str, int]) -> str:
-    """`.gz 10, .json 2`: the most frequent first, rare ones together."""
+    """Format counts: `.gz 10, .json 2`. The most frequent come first; rare ones are added up."""
     order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     if len(order) > _REASONS:
         order = [*order[:_REASONS], ("others", sum(count for _, count in order[_REASONS:]))]
@@ -185,38 +190,41 @@ class Partner(Struct, frozen=True, kw_only=True):
 
     peer_id: Public[str]
     name: Public[str] = ""
-    """As its operator calls it; empty = not at all, or it is of an earlier version."""
+    """Name that its operator gave it; "" = none, or it runs an earlier version."""
     step: Public[int | None] = None
-    """That it was at when it was last asked; None = unknown."""
+    """Its step when we last asked it; None = unknown."""
     step_age_s: Public[float | None] = None
-    """Since then."""
+    """Seconds since it gave that answer; None = it gave none."""
     exchange_s: Public[float | None] = None
-    """That an exchange with it takes, smoothed; None = there was none."""
+    """Smoothed seconds of an exchange with it; None until there is one."""
     state: Public[Literal["alive", "missed"]] = "alive"
-    """missed: it fell silent without a word, within the last day."""
+    """missed: it fell silent within the last day, and did not say that it leaves."""
     silent_s: Public[float | None] = None
     """Seconds since a missed member was last seen; None: it is alive."""
     phase: Public[str] = ""
     role: Public[str] = "member"
     addresses: Public[list[str]] = []
     speed: Public[float | None] = None
-    """Tokens per second, as it says; None: unknown."""
+    """Tokens per second, as its card says; None: unknown."""
     exchanges: Public[int] = 0
     failures: Public[int] = 0
     skipped: Public[int] = 0
-    """Slots that the schedule left out: not due, busy, paused, or avoided by us."""
+    """Slots without an exchange that are no failures: not due, busy, paused, or avoided by us."""
     last_reason: Public[str] = ""
+    """Reason code of the last failure, else of the last skipped slot; "" = neither yet."""
     avoided_s: Public[float] = 0.0
-    """It failed, and is left alone for so much longer; 0 = it is not."""
+    """Seconds for which we still avoid it after a failure; 0 = we do not avoid it."""
     avoided_why: Public[str] = ""
-    """The reason code of that failure."""
+    """Reason code of that failure; "" while we do not avoid it."""
     privacy: Public[str] = ""
-    """What the swarm's manifest binds its training to; its word, which nobody can check."""
+    """Privacy that the swarm's manifest demands of its training. Nobody can check that it keeps
+    it."""
     ledger_went_back: Public[str] = ""
-    """What was seen when it showed fewer privacy charges than before; empty = never."""
+    """Numbers of charges when its privacy ledger last showed fewer than before; "" = never."""
     ledger_caught_up: Public[bool] = False
-    """It has shown as many charges again as it once did."""
+    """True iff its ledger once went back, and has shown as many charges again since."""
     last_exchange_age_s: Public[float | None] = None
+    """Seconds since the last exchange with it; None until there is one."""
     bytes_in: Public[int] = 0
     bytes_out: Public[int] = 0
 
@@ -227,12 +235,12 @@ class Partner(Struct, frozen=True, kw_only=True):
     "state, step, the number of partners and the reasons' texts",
 )
 class Status(Struct, frozen=True, kw_only=True):
-    """The whole answer of `xpeer status`."""
+    """Everything that `xpeer status` prints."""
 
     schema_version: Public[int] = SCHEMA_VERSION
     health: Timing[Verdict] = "degraded"
     reasons: Parts[list[HealthReason]] = []
-    """Why not ok, worst first, and notes."""
+    """Active conditions: those because of which the node is not ok, worst first, then notes."""
     state: Timing[Phase] = Phase.STARTING
     peer_id: Public[str] = ""
     name: Public[str] = ""
@@ -245,37 +253,42 @@ class Status(Struct, frozen=True, kw_only=True):
     num_params: Public[int] = 0
     device: Public[str] = ""
     round: Timing[int] = 0
+    """Number of the trainer's window."""
     progress: Parts[Progress] = Progress()
-    """As a trainer said last; ages are of now."""
+    """The last counters that a trainer sent; the ages in them are brought up to date."""
     progress_age_s: Timing[float | None] = None
-    """Since it said so; None = none has ever, and all numbers of it are unknown."""
+    """Seconds since a trainer sent them; None = none ever did, and `progress` means nothing."""
     trainer_runs: Timing[bool] = True
-    """False: progress and privacy are what was last known."""
+    """True iff there is a trainer now. Otherwise progress and privacy are what was last known."""
     eta_unix_s: Timing[float | None] = None
-    """When the run's last step will be taken, or the budget's, at the pace of the last hour; None =
-    unknown."""
+    """When the last step will be taken, the run's or the budget's, at the pace of the last hour;
+    None = unknown."""
     corpus: Parts[CorpusShare | None] = None
-    """None: a shard of its own."""
+    """None: the node trains on a shard of its own."""
     shard: Parts[ShardSummary | None] = None
-    """What was found where the text was said to be; None: no trainer yet."""
+    """Summary of the text that a trainer read; None until one has."""
     privacy: Parts[PrivacySpent] = PrivacySpent()
     privacy_warning: Public[str] = ""
-    """What the swarm's privacy mode does not give, if that is out of the ordinary."""
+    """Protection that the swarm's privacy mode lacks; "" if it is the usual mode."""
     partners: Parts[list[Partner]] = []
+    """Members that are alive or missed, observers too."""
     exchanges_done: Timing[int] = 0
     exchanges_failed: Timing[dict[str, int]] = {}
-    """Count by reason code; what the schedule leaves out is not among them."""
+    """Number of failed exchanges by reason code, without those of `exchanges_skipped`."""
     exchanges_skipped: Timing[dict[str, int]] = {}
-    """Slots that the schedule left out, by reason code: no failures."""
+    """Number of slots without an exchange by reason code, where that is no failure."""
     one_sided_merges: Timing[int] = 0
+    """Exchanges that we merged and the partner did not."""
     bytes_in: Timing[int] = 0
     bytes_out: Timing[int] = 0
     egress_cost: Timing[float] = 0.0
     currency: Public[str] = ""
     compression_ratio: Timing[float | None] = None
-    """Float32 bytes of the fragments sent over the bytes that carried them."""
+    """Float32 bytes of the fragments sent, divided by the bytes that carried them."""
     last_good_round_age_s: Timing[float | None] = None
+    """Seconds since the last exchange that was done; None until there is one."""
     last_checkpoint_age_s: Timing[float | None] = None
+    """Seconds since this run of the daemon last wrote a checkpoint; None until it has."""
     trainer_restarts: Timing[int] = 0
     sidecar_restarts: Timing[int] = 0
     strangers_refused: Timing[int] = 0

@@ -112,7 +112,7 @@ class MaskedMeeting(Gathering):
         del weighting, deadline_s  # a sum has equal weights, and the group one deadline
         pair = _Pair(agreement, asyncio.get_running_loop().create_future())
         self._pairs[agreement.peer_id] = pair
-        self._comes(agreement.peer_id)
+        self._mark_arrived(agreement.peer_id)
         return await pair.result
 
     async def run(self) -> None:
@@ -124,7 +124,7 @@ class MaskedMeeting(Gathering):
         """
         error: PeerError | None = None
         try:
-            await self._gathered()
+            await self._wait_for_partners()
             self.closed = True
             with _late(f"not within {self._us.deadline_s:g} s"):
                 async with asyncio.timeout(self._us.deadline_s):

@@ -131,7 +131,7 @@ class Rig:
         self.outcome: Callable[[], Any] = lambda: Exchanged(0.01)
 
         async def exchange(meeting: Meeting, agreement: Any, **_: Any) -> Any:
-            meeting._comes(agreement.peer_id)
+            meeting._mark_arrived(agreement.peer_id)
             return self.outcome()
 
         monkeypatch.setattr(Meeting, "exchange", exchange)
@@ -521,12 +521,12 @@ def masked_rig(monkeypatch: pytest.MonkeyPatch, *outcomes: Outcome) -> tuple[Rig
     ends = iter(outcomes)
 
     async def run(meeting: MaskedMeeting) -> None:
-        await meeting._gathered()
+        await meeting._wait_for_partners()
         befores.append(meeting._before)
         meeting.revealed, meeting.merged = next(ends)
 
     async def exchange(meeting: MaskedMeeting, agreement: Any, **_: Any) -> Any:
-        meeting._comes(agreement.peer_id)
+        meeting._mark_arrived(agreement.peer_id)
         return Exchanged(0.1)
 
     monkeypatch.setattr(MaskedMeeting, "run", run)
