@@ -49,7 +49,7 @@ class Trainer(Protocol):
         """
 
     async def merge(self, meeting_id: int, weights: dict[int, float]) -> None:
-        """Merge verified updates at the next step boundary.
+        """Queue the merge of verified updates for the next step boundary.
 
         Args:
             meeting_id: of the meeting.

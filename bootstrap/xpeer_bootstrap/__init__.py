@@ -1,1 +1,1 @@
-"""The bootstrap node: a DHT entry point that can read nothing."""
+"""The bootstrap node: an entry point of the DHT. It can't read what it holds."""

@@ -1,7 +1,7 @@
-"""The bootstrap node: answers introductions and keeps its part of the DHT, which it can't read.
+"""The bootstrap node: it answers introductions and holds DHT records that it can't read.
 
-It knows the swarm's fingerprint and nothing else: no swarm key, no manifest. Every peer goes on
-when it is gone.
+It knows the swarm's fingerprint and nothing else: no swarm key, no manifest. Peers go on without
+it when it is gone.
 """
 
 from __future__ import annotations
@@ -35,14 +35,18 @@ log = logging.getLogger("xpeer.bootstrap")
 def run(
     home: Home, config: NodeConfig, *, swarm_id: str | None, token: str | None, as_json: bool
 ) -> int:
-    """Serve until a signal of `signals.ENDING`; the exit code.
+    """Serve until a signal of `signals.ENDING`.
 
     Args:
-        home: holds this node's own key, made if there is none.
+        home: holds this node's own key; one is made if there is none.
         config: its network section is used.
-        swarm_id: fingerprint, 64 hex digits; or else
-        token: an infrastructure token for this PeerID, which also tells other members who we are.
+        swarm_id: fingerprint of the swarm, 64 hex digits; None if there is a token.
+        token: an infrastructure token for this PeerID; None if there is a fingerprint. With it
+            members know who this node is.
         as_json: print one JSON object instead of addresses.
+
+    Returns:
+        The exit code.
 
     Raises:
         LocalError: it can't start.
@@ -61,7 +65,7 @@ def run(
     if parsed is not None:
         credential = parsed.credential_for(identity, time.time())
         swarm_id = parsed.swarm_id
-    # As in the daemon: libraries are heard from warning on.
+    # As in the daemon, libraries log from level warning on.
     logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("xpeer").setLevel(config.daemon.log_level.upper())
     for note in (*closed, note_of_foreign(os.environ)):
@@ -92,7 +96,7 @@ async def _serve(
         nat_port_map=config.network.nat_port_map,
     )
     try:
-        _say(swarm.addresses, membership.swarm_id, as_json)
+        _print_addresses(swarm.addresses, membership.swarm_id, as_json)
         sdnotify.notify(f"READY=1\nSTATUS=serving {membership.swarm_id[:16]}")
         interval_s = sdnotify.watchdog_interval_s() or 60.0
         while not stopping.is_set():
@@ -106,7 +110,7 @@ async def _serve(
     return int(ExitCode.OK)
 
 
-def _say(addresses: list[str], swarm_id: str, as_json: bool) -> None:
+def _print_addresses(addresses: list[str], swarm_id: str, as_json: bool) -> None:
     if as_json:
         line = {"swarm_id": swarm_id, "addresses": addresses}
         print(msgspec.json.encode(line).decode(), flush=True)

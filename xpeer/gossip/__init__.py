@@ -1,1 +1,1 @@
-"""Who meets whom, when, and what came of it: the daemon's half of exchanges, without a model."""
+"""The daemon's half of exchanges: who meets whom and when, and what is remembered of partners."""

@@ -1,7 +1,7 @@
-"""How long a partner that fails us is left alone: longer with every failure, bounded, forgiven.
+"""How long we avoid a partner that failed: longer with every failure, an hour at most.
 
-Leaving alone is this node's own business. It never changes whom the slot's matching names: a member
-that is avoided stays in the roster, and whoever was to meet it takes a fallback. If every member
+Every node decides by itself whom it avoids. That never changes whom the slot's matching names: an
+avoided member stays in the roster, and whoever was to meet it meets a fallback. If every member
 left out those that it avoids, two of them would no longer agree on who meets whom.
 """
 
@@ -11,36 +11,38 @@ from dataclasses import dataclass
 from typing import Final
 
 COST: Final = 4.0
-"""A pause is at least this many times as long as the failure took: a partner that stalls costs no
-more than a fifth of the time spent on it, and less with every further failure."""
+"""A pause is at least this many times as long as the failure took: a partner that stalls costs us
+a fifth of our time at most, and less with every further failure."""
 LONGEST_PAUSE_S: Final = 3600.0
 MOST: Final = 10
-"""Failures that count; more make no longer pause and take no longer to forgive."""
+"""Failures beyond this number are not counted: they neither lengthen the pause nor the way back."""
 REFUSALS: Final = 8
-"""Refusals in a row, with nothing exchanged between, that count as a failure. A partner that is
-four times slower refuses three of four proposals, so that eight in a row are one in ten."""
+"""Refusals in a row, without an exchange between them, that count as one failure. A partner that is
+four times slower refuses three of four proposals, so eight in a row have a chance of one in ten."""
 CLIPPED: Final = 2
-"""From so many merges in a row whose difference was clipped, each one counts as a failure."""
+"""After this many merges in a row whose difference was clipped, each one counts as a failure."""
 
 
 @dataclass(slots=True)
 class Backoff:
-    """Of one partner."""
+    """How long we avoid one partner."""
 
     failures: int = 0
-    """Halved by every exchange that is done."""
+    """Failures so far, `MOST` at most. Every exchange that is done halves them."""
     timeouts: int = 0
-    """In a row; each doubles the next deadline."""
+    """Timeouts in a row; each doubles the next deadline."""
     until_s: float = 0.0
+    """When the current or last pause ends; 0 = there is none."""
     reason: str = ""
-    """Of the pause that ends then."""
+    """Reason code of that pause; "" until there is one."""
     shuns: bool = False
-    """It failed in exchanges that it had agreed to: its own proposals are refused, too."""
+    """True iff the partner failed in an exchange that it had agreed to. Then we refuse its
+    proposals as well during the pause."""
     _refused: int = 0
     _clipped: int = 0
 
     def active(self, now_s: float) -> bool:
-        """Whether it is left alone now."""
+        """Whether we avoid the partner now."""
         return now_s < self.until_s
 
     def timed_out(self) -> None:
@@ -50,14 +52,15 @@ class Backoff:
     def failed(
         self, now_s: float, turn_s: float, lost_s: float, reason: str, *, agreed: bool
     ) -> None:
-        """An exchange failed.
+        """Count a failed exchange, and begin a pause.
 
         Args:
             now_s: the time.
-            turn_s: between two meetings that the matching gives us with it, on average.
+            turn_s: mean seconds between two slots in which the matching pairs us with the partner.
             lost_s: how long the failure took.
             reason: a reason code.
-            agreed: it had agreed to the exchange; else it was not reached, or did not answer.
+            agreed: the partner had agreed to the exchange; else it was not reached, or did not
+                answer.
         """
         self.failures = min(MOST, self.failures + 1)
         pause_s = max(turn_s, COST * lost_s) * 2.0 ** (self.failures - 1)
@@ -65,8 +68,8 @@ class Backoff:
         self.reason, self.shuns = reason, agreed
 
     def refused(self, now_s: float, turn_s: float, reason: str) -> None:
-        """It refused a proposal, as a healthy member may; one that always does is not asked for a
-        while. It may still propose.
+        """Count a refused proposal. A healthy member may refuse; one that always does is not asked
+        for a while. It may still propose.
         """
         self._refused += 1
         if self._refused >= REFUSALS:
@@ -74,7 +77,7 @@ class Backoff:
             self.failed(now_s, turn_s, 0.0, reason, agreed=False)
 
     def done(self, now_s: float, turn_s: float, *, clipped: bool) -> None:
-        """An exchange was merged."""
+        """Count a merged exchange: it ends the pause, unless the difference was clipped."""
         self._refused = self.timeouts = 0
         if clipped:
             self._clipped += 1

@@ -1,7 +1,8 @@
-"""The slot clock: whom we meet now, and what came of it.
+"""The slot clock: it begins our meetings, and answers proposals.
 
-At every slot of the shared clock the matching names our partner, or our group; of any two the lower
-PeerID proposes, the other answers. Training goes on meanwhile. Everything skipped has a reason.
+At every slot of the shared clock the matching names our partner, or our group. Of any two members
+the one with the lower PeerID proposes and the other answers. Training goes on meanwhile. Every slot
+that passes without an exchange is counted with a reason.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ log = logging.getLogger("xpeer.gossip")
 PROPOSAL_TIMEOUT_S = 10.0
 MAX_FALLBACKS = 2
 PATIENT_SLOTS = 2
-"""Slots that we were due without an exchange before a partner that is not the slot's may propose:
-else one that proposes all the time would be the only one that we ever meet."""
+"""After this many slots in which an exchange was due and none began, we accept proposals of members
+that the slot does not match with us. If we always did, a member that proposes all the time would be
+the only one that we ever meet."""
 PAIR = 2
 
 
@@ -40,13 +42,13 @@ class Gossip(ProposalHandler):
 
     Args:
         me: our PeerID.
-        swarm_id: seeds the matching.
-        manifest: slots, fragments, codec, weighting, deadlines.
+        swarm_id: seed of the matching.
+        manifest: says slots, fragments, codec, weighting and deadlines.
         host: the node.
-        proposer: our links.
-        nudge: ask a member with a lower PeerID to propose to us.
-        clock: shared wall clock, seconds; slots are numbered by it.
-        partners: what came of all exchanges is written down there.
+        proposer: sends proposals over our links.
+        nudge: asks a member with a lower PeerID to propose to us.
+        clock: shared wall clock, seconds; it numbers the slots.
+        partners: remembers how exchanges went.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Gossip(ProposalHandler):
             swarm_id=swarm_id,
             rules=manifest.round,
             partners=partners,
-            keep=self._keep,
+            spawn=self._spawn,
             due_again=self._pace.again,
         )
         self._tasks: set[asyncio.Task[None]] = set()
@@ -84,12 +86,12 @@ class Gossip(ProposalHandler):
         self._idle_slots = 0
 
     async def run(self) -> None:
-        """One slot after another, until cancelled."""
+        """Begin one slot after another, until cancelled."""
         try:
             slot_s = self._round.slot_s
             slot = matching.slot_number(self._clock(), slot_s)
             while True:
-                self._begin(slot)
+                self._begin_slot(slot)
                 await asyncio.sleep((slot + 1) * slot_s - self._clock())
                 # a sleep may end a moment early: never the same slot twice
                 slot = max(slot + 1, matching.slot_number(self._clock(), slot_s))
@@ -98,7 +100,7 @@ class Gossip(ProposalHandler):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _begin(self, slot: int) -> None:
+    def _begin_slot(self, slot: int) -> None:
         partners = self._host.partners()
         if self._host.idle_reason() is not None or not self._due():
             self._idle_slots = 0
@@ -114,8 +116,8 @@ class Gossip(ProposalHandler):
             self._meet_group(slot)
 
     def _meet_partner(self, slot: int, partners: Collection[PeerId]) -> None:
-        """The lower PeerID of a pair proposes; the higher one waits for it. If the matching names
-        one that we avoid, a fallback is asked at once, and the matching stays as it is.
+        """Propose to the slot's partner if our PeerID is the lower one; else wait for its proposal.
+        If we avoid that partner, propose to a fallback at once; the matching stays as it is.
         """
         candidates = self._candidates(slot)
         if not candidates:
@@ -126,17 +128,19 @@ class Gossip(ProposalHandler):
         free = [peer for peer in candidates if peer not in avoided]
         ours = [peer for peer in free if self._may_propose(peer, slot)]
         if ours and (candidates[0] in avoided or ours[0] == candidates[0]):
-            self._keep(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
+            self._spawn(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
 
     def _meet_group(self, slot: int) -> None:
-        """Everybody proposes to the higher PeerIDs of its group, and waits for the lower ones.
+        """Propose to the members of our group with higher PeerIDs, and wait for the lower ones.
 
-        Groups begin in every `Meetings.stride`-th slot: members that began when it suits them would
-        wait for one another in turn. A masked one needs all its members, so none is in two.
+        Groups begin in every `Meetings.stride`-th slot: if members began in any slot, they would
+        wait for one another in turn. A masked group needs all its members, so that nobody may be in
+        two of them.
         """
         if slot % self._meetings.stride or (self._round.masks and len(self._meetings)):
             return
-        others = [peer for peer in self._company(slot) if not self._settled(peer, slot)]
+        company = self._group_without_avoided(slot)
+        others = [peer for peer in company if not self._has_nothing_due(peer, slot)]
         trainer = self._host.trainer
         if trainer is None or not others:
             return
@@ -150,10 +154,10 @@ class Gossip(ProposalHandler):
             return
         for peer_id in others:
             if self._may_propose(peer_id, slot):
-                self._keep(self._propose(slot, [peer_id]))
+                self._spawn(self._propose(slot, [peer_id]))
 
     def _meet_anybody(self, slot: int, partners: Collection[PeerId]) -> None:
-        """No slots in common: whoever ended its steps meets anybody who is free."""
+        """Propose to any partner, or have it propose: an asynchronous rule knows no matching."""
         avoided = self._avoided()
         free = [peer for peer in partners if peer not in avoided]
         others = [peer for peer in free if peer != self._last_partner] or free
@@ -161,16 +165,16 @@ class Gossip(ProposalHandler):
             return
         peer_id = random.SystemRandom().choice(others)
         if self._may_propose(peer_id, slot):
-            self._keep(self._propose(slot, [peer_id]))
+            self._spawn(self._propose(slot, [peer_id]))
         elif self._me > peer_id:
-            self._keep(self._ask_for_proposal(peer_id))
+            self._spawn(self._ask_for_proposal(peer_id))
 
     async def _ask_for_proposal(self, peer_id: PeerId) -> None:
-        with contextlib.suppress(PeerError):  # it will be somebody else's turn
+        with contextlib.suppress(PeerError):  # the next slot asks another partner
             await self._nudge(peer_id)
 
     def nudged(self, peer_id: PeerId) -> None:
-        """A higher PeerID asks us to propose to it, now."""
+        """Propose to a member with a higher PeerID that has just asked for it, if we may."""
         slot = matching.slot_number(self._clock(), self._round.slot_s)
         if (
             self._asynchronous()
@@ -179,15 +183,15 @@ class Gossip(ProposalHandler):
             and self._may_propose(peer_id, slot)
             and slot > self._partners[peer_id].ids.last_slot
         ):
-            self._keep(self._propose(slot, [peer_id]))
+            self._spawn(self._propose(slot, [peer_id]))
 
     def _may_propose(self, peer_id: PeerId, slot: int) -> bool:
         busy = self._proposer.busy_with(peer_id)
-        return self._me < peer_id and not busy and not self._settled(peer_id, slot)
+        return self._me < peer_id and not busy and not self._has_nothing_due(peer_id, slot)
 
-    def _settled(self, peer_id: PeerId, slot: int) -> bool:
-        """Whether no exchange is due between us. A group that needs more than two of its members
-        may need those who ended for those who did not.
+    def _has_nothing_due(self, peer_id: PeerId, slot: int) -> bool:
+        """Whether no exchange is due between us. A group that can't merge with two members may need
+        members that have ended, for the sake of those that have not.
         """
         if not self._host.has_nothing_due(peer_id):
             return False
@@ -196,54 +200,54 @@ class Gossip(ProposalHandler):
         )
 
     def _averaging(self) -> bool:
-        """Masked groups average in any case, so that all their members agree on it."""
+        """Whether our meetings average plainly. Masked groups always do, so that all agree."""
         return self._round.masks or not self._host.training()
 
     def _asynchronous(self) -> bool:
-        """Whether we meet without slots; once training is over, everybody uses them."""
+        """Whether we meet without a matching now. Once training is over, everybody uses it."""
         return not self._round.policy.uses_slots and self._host.training()
 
     def _avoided(self, *, proposing: bool = True) -> frozenset[PeerId]:
-        """Whom we leave alone for a while: that never changes whom the matching names."""
+        """Partners that we avoid now. The matching names them all the same."""
         return self._partners.avoided(self._host.partners(), proposing=proposing)
 
     def _shunned(self, peer_id: PeerId) -> bool:
-        """Whether its proposals are refused for a while; one that we have no card of is judged by
-        itself, so that hiding helps nobody.
+        """Whether we refuse a peer's proposals now. One without a card is judged by its own record,
+        so that nobody gains by hiding its card.
         """
         if peer_id in self._host.partners():
             return peer_id in self._avoided(proposing=False)
         return self._partners.shuns(peer_id)
 
-    def _company(self, slot: int) -> list[PeerId]:
-        """The others of our group in this slot but those that we avoid."""
+    def _group_without_avoided(self, slot: int) -> list[PeerId]:
+        """The others of our group in this slot, without those that we avoid."""
         avoided = self._avoided()
         return [peer for peer in self._group(slot) if peer not in avoided]
 
     def _candidates(self, slot: int, *also: PeerId) -> list[PeerId]:
-        """Whom the slot's matching of pairs names, then the next best."""
+        """The partner that the slot's matching of pairs names, then the fallbacks, best first."""
         members = {*self._host.partners(), self._me, *also}
         return matching.partner(self._swarm_id, slot, members, self._me, self._host.zones())
 
     def _group(self, slot: int) -> list[PeerId]:
-        """The others of our group in this slot, as the matching has it."""
+        """The others of our group in this slot, by the matching."""
         members = [*self._host.partners(), self._me]
         return matching.group(
             self._swarm_id, slot, members, self._me, self._round.group, self._host.zones()
         )
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._discard_task)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _discard_task(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("an exchange ended by an error of ours", exc_info=error)
 
     async def _propose(self, slot: int, candidates: list[PeerId]) -> None:
-        """To the first; to the next if it can't."""
+        """Propose to one candidate after another until one agrees, then exchange with it."""
         trainer = self._host.trainer
         fragment = matching.fragment_of(self._swarm_id, slot, self._round.fragments)
         averaging = self._averaging()
@@ -277,12 +281,12 @@ class Gossip(ProposalHandler):
             return
 
     async def _exchange(self, trainer: GossipTrainer, agreement: Agreement) -> bool:
-        """Run it and count it; whether the link stays usable."""
+        """Run an exchange and count its result; returns whether the link stays usable."""
         peer_id, slot = agreement.peer_id, agreement.slot
         self._partners.began(agreement)
         self._last_partner = peer_id
-        expected = [peer_id] if self._round.group == PAIR else self._company(slot)
-        averaging = agreement.averaging
+        is_pair, averaging = self._round.group == PAIR, agreement.averaging
+        expected = [peer_id] if is_pair else self._group_without_avoided(slot)
         meeting = self._meetings.join(trainer, slot, averaging=averaging, expected=expected)
         began = self._clock()
         start: Start | None = None
@@ -300,24 +304,24 @@ class Gossip(ProposalHandler):
             if isinstance(e, UnresolvedError):
                 self._partners[peer_id].ids.unresolved(e.exchange_id)
             self._partners.failed(peer_id, slot, e, agreement, self._clock() - began)
-            self._failed(start)
+            self._allow_another(start)
             return False
         except LocalError as e:  # the trainer died, or reaches no step boundary
             self._partners.skipped(peer_id, slot, Reason.TRAINER_RESTARTED, str(e))
-            self._failed(start)
+            self._allow_another(start)
             return False
         self._partners.done(agreement, result, self._clock() - began)
         return True
 
-    def _failed(self, start: Start | None) -> None:
-        """What failed is made up for with the next partner that is free; a group meets on."""
+    def _allow_another(self, start: Start | None) -> None:
+        """Let a pair's failed exchange not count for the pace; a group goes on without it."""
         if start is not None and self._round.group == PAIR:
             self._pace.failed(start)
 
     # The answering side (ProposalHandler)
 
     def terms(self, peer_id: PeerId, slot: int) -> Terms:
-        """Our terms towards this partner; what is unresolved is told once."""
+        """Our terms towards this partner. Unresolved exchanges are in them once."""
         trainer = self._host.trainer
         if trainer is None:
             raise PeerError(Reason.NOT_READY, "no trainer")
@@ -334,7 +338,7 @@ class Gossip(ProposalHandler):
         )
 
     def _weights(self, peer_id: PeerId, slot: int) -> tuple[float, float]:
-        """n_i, and the sum over our group of the slot."""
+        """n_i, and the sum of n over our group in the slot, ourselves included."""
         others = [peer_id] if self._round.group == PAIR else self._group(slot)
         if self._weighting != "tokens":
             return 1.0, 1.0 + len(others)
@@ -342,7 +346,7 @@ class Gossip(ProposalHandler):
         return own, own + sum(self._host.declared_rate(peer) for peer in others)
 
     def refusal_of(self, peer_id: PeerId, proposal: Propose) -> str | None:
-        """Why we do not take part in this proposal, or None."""
+        """Why we refuse this proposal: a reason code. None = we accept it."""
         trainer = self._host.trainer
         if trainer is None:
             return Reason.NOT_READY
@@ -366,17 +370,17 @@ class Gossip(ProposalHandler):
             return Reason.REPLAYED
         if not self._meetings.joinable(proposal.slot, fragment, proposal.averaging, peer_id):
             return Reason.BUSY
-        return None if self._wanted(peer_id, proposal, fragment) else Reason.NOT_DUE
+        return None if self._is_due_with(peer_id, proposal, fragment) else Reason.NOT_DUE
 
-    def _wanted(self, peer_id: PeerId, proposal: Propose, fragment: int) -> bool:
+    def _is_due_with(self, peer_id: PeerId, proposal: Propose, fragment: int) -> bool:
         """Whether an exchange is due between us, by the window's pace and the slot's matching."""
-        if self._settled(peer_id, proposal.slot):
+        if self._has_nothing_due(peer_id, proposal.slot):
             return False
         if self._host.training() and proposal.averaging and self._round.policy.waits:
-            return False  # our gradients would be at other parameters
+            return False  # averaging would move the parameters under the gathered gradients
         if not self._host.training() and not proposal.averaging:
-            return False  # it will learn that we take no more steps
-        if fragment in self._meetings:  # its group's, and it is expected
+            return False  # it does not know yet that we take no more steps
+        if fragment in self._meetings:  # the meeting of its group, which expects it
             return True
         if self._asynchronous():
             return peer_id != self._last_partner or len(self._host.partners()) == 1
@@ -387,13 +391,13 @@ class Gossip(ProposalHandler):
         )
 
     def _matched(self, peer_id: PeerId, slot: int) -> bool:
-        """Whether the slot's matching, as we see it, has us meet."""
+        """Whether the slot's matching, as we compute it, pairs or groups us with this member."""
         if self._round.group != PAIR:
             return peer_id in self._group(slot)
         return self._candidates(slot, peer_id)[:1] == [peer_id]
 
     def _left_free(self, slot: int) -> bool:
-        """Whether the slot's matching names one that we avoid: then anybody may have us."""
+        """Whether the slot's matching names a partner that we avoid: then we accept anybody."""
         avoided = self._avoided()
         return self._round.group == PAIR and self._candidates(slot)[:1] in [[p] for p in avoided]
 
@@ -402,7 +406,7 @@ class Gossip(ProposalHandler):
         self._partners.reconcile(peer_id, theirs)
 
     async def take_part(self, agreement: Agreement) -> None:
-        """Run the exchange that a lower PeerID proposed and we agreed to."""
+        """Run an exchange that a member with a lower PeerID proposed and we agreed to."""
         trainer = self._host.trainer
         if trainer is None or not await self._exchange(trainer, agreement):
             raise PeerError(Reason.CLOSED, "the exchange failed; its link is dropped")
@@ -410,7 +414,7 @@ class Gossip(ProposalHandler):
     # Pace
 
     def _due(self) -> bool:
-        """Whether the window's pace allows another exchange; without steps there is none."""
+        """Whether the pace allows another exchange. A node that takes no steps has no pace."""
         trainer = self._host.trainer
         if trainer is None:
             return False

@@ -1,26 +1,28 @@
-"""One meeting of a masked group: nobody shows its values, all learn their sum.
+"""One meeting of a masked group: nobody reveals its own values, and all learn their sum.
 
-Over the sealed links of the group's pairs, everybody with everybody, step by step; a step ends once
+Every two members of the group exchange messages over their sealed link, in turns. A turn ends once
 all have answered:
 
     key      a fresh X25519 key                   -> everybody can draw the masks
     lock     digest of the members and their keys -> all see the same group, and the same keys
     commit   digest of our masked payload         -> nobody can choose its own by ours
-    echo     digest of all commitments            -> all were told the same ones
+    echo     digest of all commitments            -> all received the same ones
     reveal   the masked payloads                  -> each is what was committed to
     accept   the sum was decoded                  -> merge
 
-A group has exactly the manifest's k members. With fewer, those who collude could drop the honest
-ones until one is left among them; so whoever is missing or lost costs all the others this slot, and
-the next slot is another attempt, with fresh keys and whatever group it brings. As long as nothing
-was revealed, the same values may be tried again. From our reveal on they may not, in no group: with
-another roster the difference of the two sums would be the values of those who are not in both, and
-with the same one others may have merged, to a mean that is known. So what was shown in vain is
-shown to nobody before a step has changed it, and a checkpoint's values neither.
+A group has exactly the manifest's k members. With fewer, colluding members could drop the honest
+ones until only one of these is left. So if a member is missing or lost, all others lose this slot.
+The next slot is another attempt, with fresh keys and with the group that it brings.
 
-A lie is noticed where it makes a difference: other keys for others (lock), other commitments
-(echo), other payloads (reveal, or a refusal by whoever was shown another one). Who lied can't
-always be told: what all agree on is that the slot is lost.
+Until we reveal our values, we may try again with the same ones. After that we may not, in any
+group. With another roster the difference of the two sums would be the values of those who are not
+in both. With the same roster others may have merged, to a mean that is known. So values that were
+revealed without a merge are revealed to nobody until a step has changed them. The same holds for
+the values of a checkpoint.
+
+A lie is noticed where it makes a difference: different keys for different members (lock), different
+commitments (echo), different payloads (reveal, or a refusal by a member that received another one).
+It is not always clear who lied. All agree that the slot is lost.
 """
 
 from __future__ import annotations
@@ -43,24 +45,24 @@ from xpeer.wire import fixedpoint
 from xpeer.wire.messages import MaskStep
 
 STEP_S: Final = 5.0
-"""For one step of one partner, and besides ..."""
+"""Time for one turn with one partner, ..."""
 BYTES_PER_S: Final = 50e6
-"""... the time in which so much is masked and hashed."""
+"""... and, to commit, the time for masking and hashing the payload at this speed."""
 _SUM: Final = 0
-"""The one exchange that the trainer sees of a masked meeting."""
+"""Exchange id of the sum. The trainer sees the meeting as one exchange."""
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class MaskedGroup:
-    """Who we are in masked groups, how large those are, and how patient we are."""
+    """What all masked groups of this node have in common."""
 
     me: PeerId
     swarm_id: str
     size: int
-    """k."""
+    """k, the number of members, ourselves included."""
     deadline_s: float
-    """For everything after the gathering."""
+    """Time for a meeting once its members have come."""
     step_s: float = STEP_S
 
 
@@ -69,9 +71,9 @@ class _Pair:
     agreement: Agreement
     result: asyncio.Future[Exchanged]
     accepted: bool = False
-    """We accepted: the partner may merge."""
+    """True iff we began to accept: from then on the partner may merge."""
     failure: PeerError | None = None
-    """What this partner did, or what became of it."""
+    """Why the exchange with this partner failed; None until it does."""
 
 
 class MaskedMeeting(Gathering):
@@ -79,13 +81,14 @@ class MaskedMeeting(Gathering):
 
     Args:
         trainer: ours.
-        us: who we are.
-        before: local step of what we showed of this fragment, and of which nothing came.
+        us: what all our masked groups have in common.
+        before: local step of this fragment's values that we revealed without a merge; None = there
+            are none.
         given: see `round.Given`.
 
     Attributes:
-        revealed: local step of what we have shown; None = nothing yet.
-        merged: the sum is on its way into the parameters.
+        revealed: local step of the values that we have revealed; None until we do.
+        merged: True iff the trainer has queued the merge of the sum.
     """
 
     def __init__(
@@ -104,12 +107,12 @@ class MaskedMeeting(Gathering):
     async def exchange(
         self, agreement: Agreement, *, weighting: Weighting, deadline_s: float
     ) -> Exchanged:
-        """Take part with this partner, after both agreed to; ends when the group's exchange does.
+        """Add a partner, after both agreed to the exchange; ends when the group's meeting does.
 
         Raises:
-            PeerError: nothing is merged here; `UnresolvedError` if the partner may.
+            PeerError: we do not merge; `UnresolvedError` if the partner may.
         """
-        del weighting, deadline_s  # a sum has equal weights, and the group one deadline
+        del weighting, deadline_s  # a sum has equal weights, and the group has one deadline
         pair = _Pair(agreement, asyncio.get_running_loop().create_future())
         self._pairs[agreement.peer_id] = pair
         self._mark_arrived(agreement.peer_id)
@@ -119,14 +122,14 @@ class MaskedMeeting(Gathering):
         """Wait for the group, exchange, merge.
 
         Raises:
-            PeerError: nobody came; what fails later is told to each pair.
-            LocalError: the trainer.
+            PeerError: nobody came. Later failures are raised by `exchange`, for each partner.
+            LocalError: the trainer failed.
         """
         error: PeerError | None = None
         try:
             await self._wait_for_partners()
             self.closed = True
-            with _late(f"not within {self._us.deadline_s:g} s"):
+            with _as_timeout(f"not within {self._us.deadline_s:g} s"):
                 async with asyncio.timeout(self._us.deadline_s):
                     await self._meet()
         except PeerError as e:
@@ -140,7 +143,7 @@ class MaskedMeeting(Gathering):
             self.closed = True
             if not self.merged:
                 self._trainer.drop(self._id)
-                await self._tell_all(error)
+                await self._end_all_pairs(error)
 
     async def _meet(self) -> None:
         came = 1 + len(self._pairs)
@@ -151,13 +154,13 @@ class MaskedMeeting(Gathering):
         roster, masked = await self._mask(update)
         commitments = await self._commit(roster, masked)
         self.revealed = update.step
-        found = await self._reveal(roster, masked, commitments)
+        checked = await self._reveal(roster, masked, commitments)
         for pair in self._pairs.values():
             pair.accepted = True
         await self._with_all(lambda pair: pair.agreement.accept_both())
-        await self._merge(found.distance)
+        await self._merge(checked.distance)
 
-    # Before anything is shown
+    # Before anything is revealed
 
     def _require_unseen(self, update: CompressedUpdate) -> None:
         if self._before == update.step:
@@ -167,7 +170,7 @@ class MaskedMeeting(Gathering):
         """Draw keys, lock the roster, and hide our payload."""
         us, own = self._us, masks.Ephemeral()
         group = masks.Group(us.swarm_id, self.slot, self.fragment, update.form)
-        # the partner may be in the middle of a long step: the group's deadline bounds this
+        # A partner may be in the middle of a long training step: only the deadline bounds this turn
         keys = await self._step("key", own.public, us.deadline_s)
         roster = group.roster({us.me: own.public, **keys})
         locks = await self._step("lock", roster)
@@ -182,7 +185,7 @@ class MaskedMeeting(Gathering):
         return roster, masked
 
     async def _commit(self, roster: bytes, masked: MaskedUpdate) -> dict[PeerId, bytes]:
-        """Everybody's commitment, ours included, once all were told the same ones."""
+        """Everybody's commitment, ours included, once all have confirmed the same ones."""
         me, payload = self._us.me, memoryview(masked.payload)
         own = await asyncio.to_thread(masks.commitment, roster, me, payload)
         patience_s = self._us.step_s + payload.nbytes / BYTES_PER_S
@@ -199,32 +202,32 @@ class MaskedMeeting(Gathering):
         value: bytes,
         patience_s: float | None = None,
     ) -> dict[PeerId, bytes]:
-        """Tell every partner, and hear every one."""
+        """Send a value to every partner, and receive one from each."""
 
         async def turn(pair: _Pair) -> bytes:
             link, exchange_id = pair.agreement.link, pair.agreement.exchange_id
-            with _late(f"no {step} in time"):
+            with _as_timeout(f"no {step} in time"):
                 async with asyncio.timeout(patience_s or self._us.step_s):
                     await link.send(MaskStep(exchange_id, step, value))
-                    said = await link.expect(MaskStep, exchange_id, timeout_s=float("inf"))
-            if said.step != step:
-                raise PeerError(Reason.MALFORMED, f"{said.step} instead of {step}")
-            return said.value
+                    answer = await link.expect(MaskStep, exchange_id, timeout_s=float("inf"))
+            if answer.step != step:
+                raise PeerError(Reason.MALFORMED, f"{answer.step} instead of {step}")
+            return answer.value
 
         return await self._with_all(turn)
 
-    # From here on our values are out, under their masks
+    # From here on the partners have our masked values
 
     async def _reveal(
         self, roster: bytes, masked: MaskedUpdate, commitments: dict[PeerId, bytes]
     ) -> Checked:
-        """Swap what was committed to, check it, and have the sum decoded."""
+        """Swap masked payloads, check them against the commitments, and have the sum decoded."""
 
         async def swapped(pair: _Pair) -> PeerUpdate:
             theirs, peer_id = await pair.agreement.swap(masked), pair.agreement.peer_id
             payload = memoryview(theirs.payload)
-            shown = await asyncio.to_thread(masks.commitment, roster, peer_id, payload)
-            if shown != commitments[peer_id]:
+            actual = await asyncio.to_thread(masks.commitment, roster, peer_id, payload)
+            if actual != commitments[peer_id]:
                 raise PeerError(Reason.WRONG_COMMITMENT, "another payload than it committed to")
             return theirs
 
@@ -247,10 +250,10 @@ class MaskedMeeting(Gathering):
     # With everybody, and the end
 
     async def _with_all(self, turn: Callable[[_Pair], Awaitable[_T]]) -> dict[PeerId, _T]:
-        """A turn with every partner at the same time; the first that fails ends all.
+        """Take a turn with all partners at the same time; the first failure ends all of them.
 
         Raises:
-            PeerError: GROUP_FAILED; the pair that failed knows more.
+            PeerError: GROUP_FAILED; `failure` of that pair has the cause.
         """
 
         async def one(pair: _Pair) -> _T:
@@ -268,14 +271,17 @@ class MaskedMeeting(Gathering):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _tell_all(self, error: PeerError | None) -> None:
-        """Why nothing is merged here, to whoever is still waiting for us; None = we were cancelled,
-        and wait for nobody. No link is at a place from where it could be used again.
+    async def _end_all_pairs(self, error: PeerError | None) -> None:
+        """Tell partners that still wait for us why we do not merge, and abort all links: none is at
+        a message boundary.
+
+        Args:
+            error: why we do not merge; None = we were cancelled, and send nothing.
         """
         pairs = [pair for pair in self._pairs.values() if not pair.result.done()]
         if error is not None:
-            untold = (p for p in pairs if p.failure is None and not p.accepted)
-            await asyncio.gather(*(self._refuse(pair, error.reason) for pair in untold))
+            waiting = (p for p in pairs if p.failure is None and not p.accepted)
+            await asyncio.gather(*(self._refuse(pair, error.reason) for pair in waiting))
         for pair in pairs:
             pair.agreement.link.abort()
             if not pair.result.done():
@@ -283,7 +289,7 @@ class MaskedMeeting(Gathering):
 
     async def _refuse(self, pair: _Pair, reason: str) -> None:
         if reason == Reason.REVEALED_BEFORE:
-            reason = Reason.NOT_DUE  # what was shown before is our matter
+            reason = Reason.NOT_DUE  # the partner need not know that we revealed these values
         with contextlib.suppress(PeerError, TimeoutError):
             async with asyncio.timeout(self._us.step_s):
                 await pair.agreement.refuse(reason)
@@ -300,14 +306,14 @@ def _outcome(pair: _Pair, error: PeerError | None) -> PeerError:
 
 
 def _add(total: MaskedUpdate, received: Iterable[PeerUpdate]) -> None:
-    """Total += all, in place: of the sum the masks are gone."""
+    """Add the partners' masked payloads to ours, in place. In the sum the masks cancel."""
     rings = fixedpoint.rings(total.form, total.payload)
     for theirs in received:
         fixedpoint.add_into(rings, fixedpoint.rings(theirs.form, theirs.payload))
 
 
 @contextlib.contextmanager
-def _late(detail: str) -> Iterator[None]:
+def _as_timeout(detail: str) -> Iterator[None]:
     try:
         yield
     except TimeoutError as e:

@@ -1,19 +1,19 @@
-"""Masks that hide single updates of a group of k >= 3 and cancel in the group's sum.
+"""Masks that hide the single updates of a group of k >= 3 and cancel in the group's sum.
 
-For every pair of a group's members, both derive the same keystream
+The two members of every pair in a group derive the same keystream
 
     shared  = X25519(a's fresh key, b's fresh key)
     key     = BLAKE2b(shared, swarm, slot, fragment, roster's digest, lower, higher)
     stream  = ChaCha20(key)
 
-of integers mod 2^b, which the lower PeerID adds to its payload and the higher one subtracts
+of integers mod 2^b. The lower PeerID adds it to its payload and the higher one subtracts it
 (Bonawitz et al. 2017, "Practical secure aggregation", section 4, without its recovery of drop-outs:
 a group that loses a member gives up). The roster's digest binds every key to the group, its slot
-and everybody's fresh keys, so that no stream is ever used twice, and members who were shown
-different keys derive different digests, which they compare before anything is masked.
+and everybody's fresh keys, so that no stream is ever used twice. Members that received different
+keys derive different digests, and they compare these before anything is masked.
 
-Whoever lacks one end of a pair can't tell the stream from random integers; so c colluding members
-of k learn the sum of the other k - c payloads and nothing more.
+Whoever lacks the secrets of a pair can't tell its stream from random integers. So c colluding
+members of k learn the sum of the other k - c payloads and nothing more.
 
 What this does not give: anything with k = 2 or c = k - 1; differential privacy; protection of sums
 that differ in one member only, in one slot or in successive ones; a bound on what a member sends.
@@ -39,16 +39,16 @@ from xpeer.forms import Form
 from xpeer.identity import Domain, PeerId, blake2b
 
 _NONCE: Final = bytes(16)
-"""Counter and nonce: every key is used for one stream."""
+"""Counter and nonce. Both may be zero: every key is used for one stream."""
 _CHUNK_BYTES: Final = 1 << 16
 
 Integers = npt.NDArray[np.unsignedinteger[Any]]
-"""Of one modulus: 2^16 or 2^32, by their type."""
+"""Integers of one modulus: 2^16 or 2^32, by their dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What a group is to exchange."""
+    """What a group exchanges, and in which slot."""
 
     swarm_id: str
     slot: int
@@ -56,7 +56,7 @@ class Group:
     form: Form
 
     def roster(self, keys: Mapping[PeerId, bytes]) -> bytes:
-        """The roster's digest: what is exchanged, by whom, and everybody's fresh key."""
+        """32-byte digest of what is exchanged, by whom, and with which fresh keys."""
         members = [part for peer in sorted(keys) for part in (peer.encode(), keys[peer])]
         return blake2b(
             Domain.MASKS,
@@ -86,10 +86,10 @@ class Ephemeral:
 
         Args:
             group: ours.
-            roster: digest of what all locked.
-            me: ours.
-            partner: theirs.
-            theirs: its fresh public key.
+            roster: the digest that all members locked.
+            me: our PeerID.
+            partner: the partner's PeerID.
+            theirs: the partner's fresh public key.
 
         Raises:
             PeerError: that key is degenerate (TAMPERED).
@@ -113,21 +113,21 @@ def mask(rings: Sequence[Integers], me: PeerId, keys: Mapping[PeerId, bytes]) ->
     """Hide a payload, in place.
 
     Args:
-        rings: its integers, by their modulus; one stream runs through all of them.
-        me: ours.
-        keys: of our pairs, each with a partner.
+        rings: its integers, an array for each modulus; one stream runs through all of them.
+        me: our PeerID.
+        keys: key of our stream with each partner.
     """
     for partner, key in keys.items():
         _apply(rings, key, np.add if me < partner else np.subtract)
 
 
 def commitment(roster: bytes, peer: PeerId, masked: bytes | memoryview) -> bytes:
-    """What a member says of its masked payload before it shows it to anybody."""
+    """The digest by which a member commits to its masked payload before it sends it to anybody."""
     return blake2b(Domain.MASKS, b"commitment", roster, peer.encode(), masked)
 
 
 def echo(roster: bytes, commitments: Mapping[PeerId, bytes]) -> bytes:
-    """The digest of all commitments: all members have to have heard the same."""
+    """The digest of all commitments; equal at all members that received the same ones."""
     parts = [part for peer in sorted(commitments) for part in (peer.encode(), commitments[peer])]
     return blake2b(Domain.MASKS, b"echo", roster, *parts)
 

@@ -130,8 +130,8 @@ def group(
     zones: Mapping[PeerId, str] | None = None,
 ) -> list[PeerId]:
     """The other members of our group of this slot; empty if we are alone."""
-    found = (g for g in groups(swarm_id, slot, roster, k, zones) if me in g)
-    return [peer for peer in next(found, ()) if peer != me]
+    ours = (g for g in groups(swarm_id, slot, roster, k, zones) if me in g)
+    return [peer for peer in next(ours, ()) if peer != me]
 
 
 def groups(
@@ -234,9 +234,9 @@ def _passes(
                     recent = []
             continue
         rows.append(np.pad(windows[first], ((0, 0), (0, k - size)), constant_values=-1))
-        taken = np.zeros(len(keys), dtype=bool)
-        taken[windows[first]] = True
-        free = free[~taken[free]]
+        grouped = np.zeros(len(keys), dtype=bool)
+        grouped[windows[first]] = True
+        free = free[~grouped[free]]
     return np.concatenate(rows)
 
 

@@ -1,4 +1,4 @@
-"""This node's meetings, at most one of each fragment: who may join them, and how they end."""
+"""This node's meetings, one for each fragment at most: who may join them, and how they end."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from xpeer.manifest import Round
 from xpeer.round import Given, Meeting
 
 MIN_GATHER_S, GATHER_SLOTS = 2.0, 2
-"""An exchange that has not begun after this long does not hold up the merge of the others."""
+"""Partners have this long to begin their exchange: the larger of so many seconds and so many slots.
+After that the others are merged without them."""
 
 
 class Meetings:
-    """What is being exchanged now.
+    """The meetings that run now.
 
     Args:
         me: our PeerID.
-        swarm_id: says which fragment a slot exchanges.
-        rules: of the manifest.
-        partners: the book.
-        keep: runs a meeting to its end.
-        due_again: a masked group did not come together: the window's pace has lost nothing.
+        swarm_id: determines which fragment a slot exchanges.
+        rules: section `round` of the manifest.
+        partners: remembers how exchanges went.
+        spawn: runs a meeting to its end.
+        due_again: called when a masked group was not complete and nothing was revealed, so that
+            the exchange does not count for the pace.
 
     Attributes:
-        stride: slots between two at which groups begin to meet: as many as their members wait for
-            one another. Whoever missed one is there for the next, as is everybody who waited.
+        stride: groups begin to meet in every `stride`-th slot. That is as many slots as members
+            wait for one another, so that whoever missed one meeting is free for the next, and so
+            are all who waited for it.
     """
 
     def __init__(
@@ -42,17 +45,18 @@ class Meetings:
         swarm_id: str,
         rules: Round,
         partners: Partners,
-        keep: Callable[[Coroutine[Any, Any, None]], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
         due_again: Callable[[], None],
     ) -> None:
         self._us = MaskedGroup(me, swarm_id, rules.group, rules.deadline_s)
         self._rules = rules
         self._partners = partners
-        self._keep = keep
+        self._spawn = spawn
         self._due_again = due_again
         self._running: dict[int, Meeting | MaskedMeeting] = {}  # by fragment
-        self._revealed: dict[int, int] = {}  # in vain: local steps by fragment
-        self._epoch: int | None = None  # of the trainer that revealed it
+        # Fragment -> local step of values that were revealed but not merged
+        self._revealed: dict[int, int] = {}
+        self._epoch: int | None = None  # of the trainer that revealed them; None until there is one
         self._last_id = 0
         self._gather_s = max(MIN_GATHER_S, GATHER_SLOTS * rules.slot_s)
         self.stride = math.ceil(self._gather_s / rules.slot_s)
@@ -66,7 +70,7 @@ class Meetings:
         return len(self._running)
 
     def joinable(self, slot: int, fragment: int, averaging: bool, peer_id: PeerId) -> bool:
-        """Whether an exchange with this partner can begin, or join its group's meeting."""
+        """Whether an exchange with this partner can begin a meeting, or join its group's."""
         meeting = self._running.get(fragment)
         return meeting is None or (
             (meeting.slot, meeting.averaging) == (slot, averaging) and meeting.expects(peer_id)
@@ -80,7 +84,11 @@ class Meetings:
         averaging: bool,
         expected: Collection[PeerId],
     ) -> Meeting | MaskedMeeting | None:
-        """The slot's meeting, begun if need be; None = the fragment is in another one."""
+        """The slot's meeting; one is begun if there is none.
+
+        Returns:
+            None if the fragment is in the meeting of another slot, or in one that is closed.
+        """
         fragment = matching.fragment_of(self._us.swarm_id, slot, self._rules.fragments)
         meeting = self._running.get(fragment)
         if meeting is not None:
@@ -96,38 +104,39 @@ class Meetings:
             gather_s=self._gather_s,
         )
         if self._rules.masks:
-            self._follow(trainer)
+            self._note_trainer(trainer)
             before = self._revealed.get(fragment)
             meeting = MaskedMeeting(trainer, self._us, before, **given)
         else:
             meeting = Meeting(trainer, self._rules.least_group, **given)
         self._running[fragment] = meeting
-        self._keep(self._hold(meeting, trainer.epoch))
+        self._spawn(self._run_meeting(meeting, trainer.epoch))
         return meeting
 
     def give_up(self, peer_id: PeerId, slot: int, fragment: int) -> None:
-        """There will be no exchange with this one in this slot."""
+        """Let the slot's meeting wait for this partner no longer."""
         meeting = self._running.get(fragment)
         if meeting is not None and meeting.slot == slot:
             meeting.give_up(peer_id)
 
-    async def _hold(self, meeting: Meeting | MaskedMeeting, epoch: int) -> None:
-        """Until everybody's exchange has ended and what was accepted is merged."""
+    async def _run_meeting(self, meeting: Meeting | MaskedMeeting, epoch: int) -> None:
+        """Run a meeting until its merge is queued or it failed, and note how it ended."""
         try:
             await meeting.run()
         except (PeerError, LocalError) as e:
-            for peer_id, exchange_id in meeting.accepted.items():  # they merged, we did not
+            for peer_id, exchange_id in meeting.accepted.items():  # the partners merged, we did not
                 self._partners[peer_id].ids.unresolved(exchange_id)
             reason = e.reason if isinstance(e, PeerError) else Reason.TRAINER_RESTARTED
             self._partners.skipped("", meeting.slot, reason, str(e))
         finally:
             del self._running[meeting.fragment]
             if isinstance(meeting, MaskedMeeting):
-                self._remember(meeting, epoch)
+                self._note_revealed(meeting, epoch)
 
-    def _follow(self, trainer: GossipTrainer) -> None:
-        """A trainer that resumes is back at values that may have been shown, to nobody knows whom:
-        no group may see them until it has taken a step.
+    def _note_trainer(self, trainer: GossipTrainer) -> None:
+        """Begin anew with a new trainer. One that resumed has the values of its checkpoint. They
+        may have been revealed before, and nobody knows to whom: no group may see them before the
+        trainer has taken a step.
         """
         if trainer.epoch != self._epoch:
             self._epoch, self._revealed = trainer.epoch, {}
@@ -135,11 +144,11 @@ class Meetings:
                 fragments = range(self._rules.fragments)
                 self._revealed = dict.fromkeys(fragments, trainer.resumed_step)
 
-    def _remember(self, meeting: MaskedMeeting, epoch: int) -> None:
+    def _note_revealed(self, meeting: MaskedMeeting, epoch: int) -> None:
         if not meeting.merged and meeting.revealed is None:
             self._due_again()
         elif epoch != self._epoch:
-            return  # values of a trainer that is gone
+            return  # the values were those of a trainer that is gone
         elif meeting.merged:
             self._revealed.pop(meeting.fragment, None)
         elif meeting.revealed is not None:

@@ -1,7 +1,7 @@
-"""When the next exchange is due: F of them in H local steps, or in `round.window_s`.
+"""When the next exchange is due: there are F of them in H local steps, or in `round.window_s`.
 
-Counted in steps of the running trainer. One that was started anew, or that took over another
-member's parameters, begins to count anew: steps of the one before say nothing about its own.
+The steps are those of the running trainer. The count starts anew with a new trainer, and with one
+that has taken over another member's parameters: earlier steps say nothing about its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from xpeer.manifest import Round
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where the trainer was when an exchange began."""
+    """The trainer's counters when an exchange began."""
 
     epoch: int
     step: int
@@ -23,10 +23,10 @@ class Start:
 
 
 class Pace:
-    """Of one node's exchanges.
+    """The pace of one node's exchanges.
 
     Args:
-        rules: of the manifest.
+        rules: section `round` of the manifest.
     """
 
     def __init__(self, rules: Round) -> None:
@@ -35,22 +35,22 @@ class Pace:
         self._seen: tuple[int, int] | None = None  # (epoch, window): of rules that wait
 
     def began(self, trainer: GossipTrainer, now_s: float) -> Start:
-        """An exchange begins; the next one is due when the window's pace says so."""
+        """Note that an exchange begins: the pace of the next one counts from here."""
         self._last = Start(trainer.epoch, trainer.step, trainer.window, now_s)
         self._seen = (trainer.epoch, trainer.window)
         return self._last
 
     def failed(self, start: Start) -> None:
-        """Nothing came of it, so it does not count, unless another one has begun since."""
+        """Let an exchange that failed not count, unless another one has begun since."""
         if self._last == start:
             self._last = None
 
     def again(self) -> None:
-        """The last one did not come together."""
+        """Let the last exchange not count: its group was not complete."""
         self._last = None
 
     def due(self, trainer: GossipTrainer, now_s: float) -> bool:
-        """Whether a node that trains may begin another one."""
+        """Whether a node that trains may begin another exchange."""
         if self._rules.policy.waits:
             return self._window_is_new(trainer)
         last = self._last
@@ -65,6 +65,6 @@ class Pace:
     def _window_is_new(self, trainer: GossipTrainer) -> bool:
         seen = self._seen
         if seen is None or seen[0] != trainer.epoch or seen[1] > trainer.window:
-            # what came before the trainer's start is nobody's business
+            # count windows from the trainer's own start
             seen = self._seen = (trainer.epoch, trainer.window)
         return trainer.window > seen[1]

@@ -1,7 +1,7 @@
-"""What we remember of every partner, and what came of all exchanges.
+"""What we remember of every partner, and counts over all exchanges.
 
-What belongs to the schedule is counted apart from failures: a slot without a partner, or a partner
-that is not due or busy, is nobody's fault.
+Skipped slots are counted apart from failures: it is nobody's fault if a slot has no partner for us,
+or if the partner is busy or not due.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ MAX_PARTNERS = 4096
 MIN_DEADLINE_S, DEADLINE_MULTIPLE = 5.0, 4.0
 """A partner may take this many times as long as its exchanges took so far."""
 FIRST_MULTIPLE = 8.0
-"""One that we never exchanged with may take this many times as long as the others' do, in the
-median."""
+"""In our first exchange with it, a partner may take this many times the median of the others."""
 
 ORDINARY = frozenset(
     {
@@ -35,30 +34,37 @@ ORDINARY = frozenset(
         Reason.AVOIDED,
     }
 )  # fmt: skip
-"""Reasons that belong to a healthy swarm's schedule: no failures, and logged at debug level."""
+"""Reasons that occur in a healthy swarm. They are no failures, and are logged at debug level."""
 _NOT_THEIRS = frozenset({Reason.TRAINER_RESTARTED, Reason.SIDECAR_DOWN, Reason.LEDGER_WENT_BACK})
-"""Failures for which a partner is not left alone: ours, and what ends when its ledger has caught
-up."""
+"""Failures after which we do not avoid the partner: the first two are ours, and the third ends by
+itself when a ledger has caught up."""
 
 
 class Events:
-    """What happens to partners; by itself it notes nothing."""
+    """Receives what happens to partners. This class ignores all of it."""
 
     def name_of(self, peer_id: PeerId) -> str:
-        """What people call a partner, for the log."""
+        """Name of a partner for the log."""
         return peer_id[-8:]
 
     def exchanged(self, agreement: Agreement, result: Exchanged, took_s: float) -> None:
-        """An exchange is done, after so many seconds."""
+        """An exchange is done; it took this many seconds."""
 
     def skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:
-        """Nothing came of an exchange with a partner, or ("") with nobody."""
+        """A slot passed without an exchange, by a failure or not.
+
+        Args:
+            peer_id: the partner; "" if the slot had none for us.
+            slot: number of the slot.
+            reason: a reason code.
+            detail: more about it, for the log.
+        """
 
     def went_back(self, peer_id: PeerId, highest_counter: int, detail: str) -> None:
-        """A ledger shows fewer charges than it once did; said once an hour at most."""
+        """A partner's ledger shows fewer charges than before; called once an hour at most."""
 
     def caught_up(self, peer_id: PeerId) -> None:
-        """It shows as many again, once for each time that it was said to have gone back."""
+        """That ledger shows as many charges again; called once after each `went_back`."""
 
 
 class Partners:
@@ -66,18 +72,18 @@ class Partners:
 
     Args:
         clock: shared wall clock, seconds.
-        events: learns what happens.
-        slot_s: of the manifest.
-        rates: learns how fast exchanges are.
+        events: receives what happens.
+        slot_s: length of a slot.
+        rates: receives how fast exchanges are.
 
     Attributes:
-        failures: how often each reason occurred.
-        skips: the same of reasons that belong to the schedule.
-        exchanges: done, with anybody.
+        failures: number of failed exchanges by reason code.
+        skips: number of slots without an exchange by reason code, where that is no failure.
+        exchanges: number of exchanges that were done, with all partners.
         last_done_s: when the last one was done; None until there is one.
-        one_sided: merges that the partner reported as its own failure.
-        values_sent: in all.
-        payload_bytes_sent: in all.
+        one_sided: number of exchanges that we merged and the partner reported as not merged.
+        values_sent: number of values sent in exchanges that were done.
+        payload_bytes_sent: number of bytes that carried them.
     """
 
     def __init__(
@@ -102,7 +108,7 @@ class Partners:
         self.payload_bytes_sent = 0
 
     def __getitem__(self, peer_id: PeerId) -> Record:
-        """A partner's record, made if need be."""
+        """A partner's record. A new one is made if there is none."""
         record = self._records.get(peer_id)
         if record is None:
             record = self._records[peer_id] = Record()
@@ -115,13 +121,13 @@ class Partners:
         return self._records.get(peer_id)
 
     def began(self, agreement: Agreement) -> Record:
-        """An exchange was agreed to."""
+        """Note that both agreed to an exchange."""
         record = self[agreement.peer_id]
         record.ids.began(agreement.exchange_id, agreement.slot)
         return record
 
     def done(self, agreement: Agreement, result: Exchanged, took_s: float) -> None:
-        """Both sides accepted."""
+        """Count an exchange that both sides accepted."""
         record, form, now_s = self[agreement.peer_id], agreement.form, self._clock()
         record.exchanged(agreement.exchange_id, form.num_bytes, took_s, now_s)
         record.backoff.done(now_s, self._turn_s, clipped=result.clipped)
@@ -140,14 +146,14 @@ class Partners:
         agreement: Agreement | None = None,
         lost_s: float = 0.0,
     ) -> None:
-        """It was proposed, or agreed to, and nothing came of it.
+        """Count a proposal that was not agreed to, or an exchange that failed.
 
         Args:
             peer_id: the partner.
             slot: of the exchange.
-            error: why.
-            agreement: what it had agreed to, if it had.
-            lost_s: how long that took.
+            error: why it failed.
+            agreement: None if the partner had not agreed to the exchange.
+            lost_s: how long it took.
         """
         record = self[peer_id]
         if isinstance(error, RefusedError) and error.reason == Reason.LEDGER_WENT_BACK:
@@ -157,10 +163,11 @@ class Partners:
                     "caught up",
                     peer_id,
                 )
-        self._hold_against(record, error, agreement, lost_s)
+            record.ledger.refuses_ours = True
+        self._blame(record, error, agreement, lost_s)
         self.skipped(peer_id, slot, error.reason, error.detail)
 
-    def _hold_against(
+    def _blame(
         self, record: Record, error: PeerError, agreement: Agreement | None, lost_s: float
     ) -> None:
         now_s, backoff = self._clock(), record.backoff
@@ -181,13 +188,14 @@ class Partners:
         return self._slot_s * self._num_partners
 
     def avoided(self, partners: Collection[PeerId], *, proposing: bool = True) -> frozenset[PeerId]:
-        """Who is left alone for a while: we do not propose to them.
+        """Partners that we avoid now, after their failures.
 
         If more than half of the partners fail, the fault is more likely ours: nobody is avoided.
 
         Args:
             partners: all that are alive.
-            proposing: we to them; else they to us.
+            proposing: True for those that we do not propose to; False for those whose proposals
+                we refuse.
         """
         self._num_partners = max(1, len(partners))
         now_s = self._clock()
@@ -198,16 +206,16 @@ class Partners:
         return frozenset(peer for peer, r in paused.items() if proposing or r.backoff.shuns)
 
     def shuns(self, peer_id: PeerId) -> bool:
-        """Whether one that is on no list is left alone now, its own proposals included."""
+        """Whether we refuse the proposals of a peer, by its own record alone."""
         record = self._records.get(peer_id)
         return record is not None and record.backoff.shuns and record.backoff.active(self._clock())
 
     def refusing_our_ledger(self) -> list[PeerId]:
-        """Partners that say that it went back."""
+        """Partners that say that our ledger went back."""
         return [peer for peer, record in self._records.items() if record.ledger.refuses_ours]
 
     def skipped(self, peer_id: PeerId | str, slot: int, reason: str, detail: str = "") -> None:
-        """Nothing came of it: a failure, or the schedule."""
+        """Count a slot without an exchange: as a failure, or as skipped if that is ordinary."""
         ordinary = reason in ORDINARY
         (self.skips if ordinary else self.failures)[reason] += 1
         if peer_id:
@@ -218,11 +226,11 @@ class Partners:
         self._events.skipped(peer_id, slot, reason, detail)
 
     def deadline_s(self, peer_id: PeerId, longest_s: float) -> float:
-        """How long an exchange with this partner may take.
+        """How long an exchange with this partner may take, `longest_s` at most.
 
-        From what its exchanges took; before it has done any, from what the others' took; and the
-        longest while nobody has. Each timeout in a row doubles it, so that one that is slow and
-        honest is met in the end.
+        That follows from the duration of its earlier exchanges; if it has none, from the other
+        partners'; if nobody has any, it is `longest_s`. Each timeout in a row doubles it, so that
+        an exchange with a partner that is slow but honest succeeds in the end.
         """
         record = self[peer_id]
         if record.seconds is not None:
@@ -236,19 +244,19 @@ class Partners:
         """Count merges that the partner reports as one-sided, and watch its ledger.
 
         Raises:
-            PeerError: its ledger went back.
+            PeerError: its ledger went back and has not caught up.
         """
         record = self[peer_id]
         self.one_sided += record.ids.one_sided(theirs.unresolved)
-        news = record.ledger.shows(theirs.ledger_counter, self._clock())
+        is_news = record.ledger.shows(theirs.ledger_counter, self._clock())
         if record.ledger.state is LedgerState.WENT_BACK:
-            if news:
-                self._say_that_it_went_back(peer_id, record.ledger)
+            if is_news:
+                self._report_went_back(peer_id, record.ledger)
             raise PeerError(Reason.LEDGER_WENT_BACK, record.ledger.detail)
-        if news:
+        if is_news:
             self._events.caught_up(peer_id)
 
-    def _say_that_it_went_back(self, peer_id: PeerId, ledger: LedgerWatch) -> None:
+    def _report_went_back(self, peer_id: PeerId, ledger: LedgerWatch) -> None:
         log.warning(
             "the privacy ledger of %s went back: %s; it may spend its budget twice, and is not "
             "met until it has caught up",
@@ -263,12 +271,12 @@ class Partners:
         went_back: Mapping[str, str],
         caught_up: Collection[str] = (),
     ) -> None:
-        """What was known when the daemon last ended.
+        """Continue from what was known when the daemon last ended.
 
         Args:
-            counters: highest, by PeerID.
-            went_back: what was seen of ledgers that did, by PeerID.
-            caught_up: those that have since.
+            counters: PeerIDs with the highest number of charges that each ledger has shown.
+            went_back: `LedgerWatch.detail` of ledgers that went back, by PeerID.
+            caught_up: PeerIDs of those that have caught up since.
         """
         for peer_id, counter in counters:
             self[PeerId(peer_id)].ledger.restore(
@@ -279,5 +287,5 @@ class Partners:
             )
 
     def take_unresolved(self, peer_id: PeerId) -> list[int]:
-        """Exchanges that the partner may have merged alone: each is given once."""
+        """Exchanges that the partner may have merged alone. Each is returned once."""
         return self[peer_id].ids.take_unresolved()

@@ -1,4 +1,4 @@
-"""What we remember of one partner: how exchanges went, which, and what its ledger has shown."""
+"""What we remember of one partner: its exchanges, and the charges that its ledger has shown."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from xpeer.gossip.backoff import Backoff
 from xpeer.wire.messages import MAX_UNRESOLVED
 
 REMEMBERED = 256
-"""Exchange ids per partner, for one-sided merges and replays."""
+"""Number of exchange ids kept per partner, to notice one-sided merges and replays."""
 SAID_AGAIN_S = 3600.0
-"""A ledger that goes back again and again is logged once in so long."""
+"""A ledger that keeps going back is logged at most once in this time."""
 _SMOOTHING = 0.8
 
 
 class LedgerState(enum.Enum):
-    """What a partner's privacy ledger has shown of itself."""
+    """Whether a partner's privacy ledger has only grown, as far as we have seen."""
 
     STEADY = "steady"
     """It never went back."""
@@ -28,13 +28,14 @@ class LedgerState(enum.Enum):
 
 
 class LedgerWatch:
-    """Watches that a partner's ledger only grows.
+    """Watches whether a partner's ledger only grows.
 
     Attributes:
-        highest: most charges that it has shown.
-        state: what follows from all that it has shown.
+        highest: largest number of charges that it has shown.
+        state: what follows from all the numbers that it has shown.
         detail: the numbers when it last went back; "" if it never did.
-        refuses_ours: True iff the partner says that our ledger went back, and has not met us since.
+        refuses_ours: True iff the partner says that our ledger went back, and has not exchanged
+            with us since.
     """
 
     def __init__(self) -> None:
@@ -42,16 +43,16 @@ class LedgerWatch:
         self.state = LedgerState.STEADY
         self.detail = ""
         self.refuses_ours = False
-        self._said_s: float | None = None  # when the operator was last told that it went back
-        self._to_be_said = False  # True iff the operator was told so, and not that it caught up
+        self._warned_s: float | None = None  # time of the last warning; None until there is one
+        self._owes_all_clear = False  # True iff a warning was not yet followed by "caught up"
 
     def restore(self, highest: int, detail: str, *, caught_up: bool, now_s: float) -> None:
-        """What was known when the daemon last ended."""
+        """Continue from what was known when the daemon last ended."""
         self.highest, self.detail = highest, detail
         if detail:
             self.state = LedgerState.CAUGHT_UP if caught_up else LedgerState.WENT_BACK
-            self._said_s = now_s
-        self._to_be_said = self.state is LedgerState.WENT_BACK
+            self._warned_s = now_s
+        self._owes_all_clear = self.state is LedgerState.WENT_BACK
 
     def refused(self) -> bool:
         """The partner says that our ledger went back. Whether that is news."""
@@ -63,29 +64,34 @@ class LedgerWatch:
         self.refuses_ours = False
 
     def shows(self, charges: int, now_s: float) -> bool:
-        """It shows so many charges. Whether that is news for the operator: see `state`."""
+        """Note the number of charges that the ledger shows now.
+
+        Returns:
+            True iff the operator should read of the new `state`.
+        """
         if charges < self.highest:
             self.state, self.detail = (
                 LedgerState.WENT_BACK,
                 f"{charges} charges now, {self.highest} before",
             )
-            if self._said_s is not None and now_s - self._said_s < SAID_AGAIN_S:
+            if self._warned_s is not None and now_s - self._warned_s < SAID_AGAIN_S:
                 return False
-            self._said_s, self._to_be_said = now_s, True
+            self._warned_s, self._owes_all_clear = now_s, True
             return True
         self.highest = charges
         if self.state is LedgerState.STEADY:
             return False
         self.state = LedgerState.CAUGHT_UP
-        news, self._to_be_said = self._to_be_said, False
-        return news
+        is_news, self._owes_all_clear = self._owes_all_clear, False
+        return is_news
 
 
 class ExchangeIds:
-    """Which exchanges there were with one partner.
+    """Ids of the exchanges with one partner.
 
     Attributes:
-        last_slot: of the last exchange: there is one for a pair and slot.
+        last_slot: slot of the last exchange, -1 until there is one. A pair has one exchange in a
+            slot at most.
     """
 
     def __init__(self) -> None:
@@ -95,50 +101,54 @@ class ExchangeIds:
         self._unresolved: deque[int] = deque(maxlen=MAX_UNRESOLVED)
 
     def began(self, exchange_id: int, slot: int) -> None:
-        """It was agreed to."""
+        """Note that both agreed to an exchange."""
         self._seen.append(exchange_id)
         self.last_slot = max(self.last_slot, slot)
 
     def is_replay(self, exchange_id: int, slot: int) -> bool:
-        """Whether we have taken part in this one, or in one of this slot or a later one."""
+        """Whether we took part in this exchange, or in another one of its slot or of a later."""
         return exchange_id in self._seen or slot <= self.last_slot
 
     def merged(self, exchange_id: int) -> None:
-        """We merged it, and so did the partner as far as we know."""
+        """Note that we merged an exchange, and so did the partner as far as we know."""
         self._merged.append(exchange_id)
 
     def one_sided(self, reported: Iterable[int]) -> int:
-        """The partner did not merge these; how many of them we did."""
+        """Count how many of the exchanges that the partner did not merge were merged by us.
+
+        Each is counted once.
+        """
         ours = [exchange_id for exchange_id in reported if exchange_id in self._merged]
         for exchange_id in ours:
             self._merged.remove(exchange_id)
         return len(ours)
 
     def unresolved(self, exchange_id: int) -> None:
-        """We did not merge it, and the partner may have."""
+        """Note that we did not merge an exchange, while the partner may have."""
         self._unresolved.append(exchange_id)
 
     def take_unresolved(self) -> list[int]:
-        """All of these that the partner has not been told of."""
-        taken = list(self._unresolved)
+        """Unresolved exchanges that were not reported to the partner yet. Each is returned once."""
+        unresolved = list(self._unresolved)
         self._unresolved.clear()
-        return taken
+        return unresolved
 
 
 class Record:
     """What we remember of one partner.
 
     Attributes:
-        done: exchanges.
-        failed: exchanges that came to nothing.
-        skipped: slots that the schedule left out.
-        last_reason: of the last failure; else of the last slot that was skipped; "" = none yet.
+        done: number of exchanges that were done.
+        failed: number of exchanges that failed.
+        skipped: number of slots without an exchange where that is no failure.
+        last_reason: reason code of the last failure, else of the last skipped slot; "" = neither
+            yet.
         last_done_s: when the last exchange was done; None until there is one.
-        payload_bytes: sent to it, and as many received from it, in merged exchanges.
-        seconds: an exchange takes, smoothed; None until there is one.
+        payload_bytes: bytes sent to it in merged exchanges; as many were received.
+        seconds: smoothed duration of an exchange; None until there is one.
         ledger: what its privacy ledger has shown.
-        ids: which exchanges there were.
-        backoff: for how long it is left alone.
+        ids: exchanges that there were.
+        backoff: for how long we avoid it.
     """
 
     def __init__(self) -> None:
@@ -152,7 +162,7 @@ class Record:
         self.backoff = Backoff()
 
     def exchanged(self, exchange_id: int, num_bytes: int, took_s: float, now_s: float) -> None:
-        """Both sides merged."""
+        """Count an exchange that both sides accepted."""
         before = took_s if self.seconds is None else self.seconds
         self.seconds = _SMOOTHING * before + (1 - _SMOOTHING) * took_s
         self.ids.merged(exchange_id)
@@ -162,7 +172,7 @@ class Record:
         self.payload_bytes += num_bytes
 
     def came_to_nothing(self, reason: str, *, ordinary: bool) -> None:
-        """A slot, for a reason that belongs to the schedule (ordinary) or is a failure."""
+        """Count a slot without an exchange: as skipped if that is ordinary, else as failed."""
         self.skipped += ordinary
         self.failed += not ordinary
         if not (ordinary and self.failed):

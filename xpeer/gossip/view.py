@@ -1,4 +1,4 @@
-"""What gossip asks of the node around it."""
+"""Protocols of the trainer and the node, as far as gossip needs them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from xpeer.round import Trainer
 
 
 class GossipTrainer(Trainer, Protocol):
-    """What gossip asks of the trainer beside exchanges."""
+    """The trainer as gossip sees it: what a meeting needs, and its counters."""
 
     @property
     def epoch(self) -> int:
-        """Drawn at its start."""
+        """A random number that is drawn at each start of a trainer."""
 
     @property
     def resumed_step(self) -> int | None:
-        """Of the checkpoint that it went on from; None = it began anew."""
+        """Step of the checkpoint that it resumed from; None = it resumed from none."""
 
     @property
     def step(self) -> int:
@@ -30,14 +30,14 @@ class GossipTrainer(Trainer, Protocol):
 
     @property
     def ledger_counter(self) -> int:
-        """Privacy charges so far."""
+        """Number of privacy charges in its ledger."""
 
     def fragment_values(self, fragment: int, *, averaging: bool) -> int:
-        """Values that a fragment's exchange sends."""
+        """Number of values that an exchange of this fragment sends."""
 
 
 class NodeView(Protocol):
-    """The node around gossip."""
+    """The node as gossip sees it."""
 
     @property
     def trainer(self) -> GossipTrainer | None:
@@ -53,13 +53,13 @@ class NodeView(Protocol):
         """Live members that exchange, without ourselves."""
 
     def may_exchange(self, peer_id: PeerId) -> bool:
-        """Whether what we know of a member allows that it exchanges: nothing known allows it."""
+        """Whether a member may exchange, by its card; True if we have no card of it."""
 
     def zones(self) -> Mapping[PeerId, str]:
-        """What live members declare, ourselves included: those of a zone have fast links."""
+        """Zones that live members declare, ourselves included. Links within a zone are fast."""
 
     def has_nothing_due(self, peer_id: PeerId) -> bool:
-        """Whether the partner and we both ended, so that no exchange is due between us."""
+        """Whether the partner and we have both ended, so that no exchange is due between us."""
 
     def declared_rate(self, peer_id: PeerId) -> float:
         """Published tokens per second of a member, ourselves included, relative to the median."""

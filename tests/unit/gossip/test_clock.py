@@ -154,7 +154,7 @@ class Rig:
 
     async def slot(self) -> None:
         """One slot, and what it started."""
-        self.gossip._begin(matching.slot_number(self.now, ROUND.slot_s))
+        self.gossip._begin_slot(matching.slot_number(self.now, ROUND.slot_s))
         while self.gossip._tasks:
             await asyncio.gather(*self.gossip._tasks)
         pairs = self.gossip._round.group == 2
@@ -383,7 +383,7 @@ async def test_a_group_meets_at_once_and_waits_for_the_lower_ones(monkeypatch: p
     rig = Rig(monkeypatch, me=OTHER, rules=rules)
     rig.host.live = [ME, THIRD, LAST]
     slot = matching.slot_number(rig.now, ROUND.slot_s)
-    rig.gossip._begin(slot)
+    rig.gossip._begin_slot(slot)
     while len(rig.merged) < 2:
         await asyncio.sleep(0)
     assert rig.proposer.log == [THIRD, LAST]  # the higher ones
@@ -412,7 +412,7 @@ async def test_groups_begin_in_slots_that_are_as_far_apart_as_members_wait(
         rig = Rig(monkeypatch, me=me, rules=rules)
         rig.host.live = [peer for peer in (ME, OTHER, THIRD) if peer != me]
         for slot in range(5003, 5016):
-            rig.gossip._begin(slot)
+            rig.gossip._begin_slot(slot)
         meetings = list(rig.gossip._meetings._running.values())
         began += [(me, meeting.slot) for meeting in meetings]
         assert all(m._gather_s == rig.gossip._meetings.stride * rules.slot_s for m in meetings)
@@ -427,11 +427,11 @@ async def test_a_masked_group_is_not_begun_while_another_one_goes_on(
 ):
     rig = Rig(monkeypatch, me=THIRD, rules=MASKED)
     rig.host.live = [ME, OTHER]
-    rig.gossip._begin(1000)
+    rig.gossip._begin_slot(1000)
     assert len(rig.gossip._meetings) == 1
     later = next(s for s in range(1002, 1100, 2) if matching.fragment_of(SWARM, s, 5) !=
                  matching.fragment_of(SWARM, 1000, 5))  # fmt: skip
-    rig.gossip._begin(later)
+    rig.gossip._begin_slot(later)
     assert len(rig.gossip._meetings) == 1
     for task in rig.gossip._tasks:
         task.cancel()

@@ -117,7 +117,7 @@ def test_a_fallback_is_welcome_once_our_own_partner_did_not_come(members):
     assert gossip.refusal_of(other, proposal(slot)) == Reason.NOT_DUE
     assert gossip.refusal_of(matched, proposal(slot)) is None
     for earlier in range(PATIENT_SLOTS):
-        gossip._begin(slot - PATIENT_SLOTS + earlier)
+        gossip._begin_slot(slot - PATIENT_SLOTS + earlier)
     assert gossip.refusal_of(other, proposal(slot)) is None
 
 
