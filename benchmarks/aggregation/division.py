@@ -149,7 +149,7 @@ class Run:
         self._measured = [Throughput(STEP_TOKENS) for _ in SLOWNESS]
         self._policy, self._changing = policy, changing
         self._shares = Shares(self._speeds, lambda: self._now_s, by_speed=policy == "dynamic")
-        self._divisions = [(0.0, self._clouds.divide(self._shares.take()))]
+        self._divisions = [(0.0, self._clouds.divide(self._shares.divide()))]
 
     def figures(self) -> dict[str, Any]:
         """Time in seconds, losses in nats per byte."""
@@ -175,7 +175,7 @@ class Run:
                 slot += 1
             if self._now_s >= looks * STABLE_S:
                 looks += 1
-                if self._shares.look():
+                if self._shares.is_outdated():
                     self._divide_anew(boundary_s)
             if seen_by_then is None and self._now_s >= self.ideal_s:
                 seen_by_then = self._seen()
@@ -204,7 +204,7 @@ class Run:
             self._exchange.merge(peer, self._now_s)
 
     def _divide_anew(self, boundary_s: list[float]) -> None:
-        self._divisions.append((self._now_s, self._clouds.divide(self._shares.take())))
+        self._divisions.append((self._now_s, self._clouds.divide(self._shares.divide())))
         for peer in range(CLOUDS):
             boundary_s[peer] += RELOAD_S
             self._measured[peer].interrupt()

@@ -1,1 +1,1 @@
-"""The long-lived process on each cloud."""
+"""The daemon: the long-lived process of a node. It has no model and opens no text."""

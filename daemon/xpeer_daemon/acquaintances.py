@@ -1,4 +1,4 @@
-"""What the other members call themselves and how far they are, asked a few at a time."""
+"""Names and steps of the other members: the daemon asks a few of them at a time."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ log = logging.getLogger("xpeer.daemon")
 
 EVERY_S = 10.0
 AT_ONCE = 8
-"""So that up to 8 members are asked every 10 s, and 4,096 cost no more."""
+"""Members asked every `EVERY_S`, at most, so that 4,096 members cost no more than 8."""
 MAX_KNOWN = 4096
 SHORT = 8
-"""Of a PeerID its end: all begin alike."""
+"""Characters of a PeerID's end that stand for it: all PeerIDs begin alike."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """An answer, and when it came."""
+    """A member's answer, and when it came."""
 
     about: About
     at_s: float
 
 
 class Acquaintances:
-    """Who is who.
+    """The last answer of every member.
 
     Args:
         clock: wall clock, seconds.
@@ -42,11 +42,14 @@ class Acquaintances:
         self._asked_s: dict[PeerId, float] = {}
 
     def get(self, peer: PeerId) -> Heard | None:
-        """What it said last; None = nothing yet, or it is of an earlier version."""
+        """A member's last answer; None until it answers. One of an earlier version never does."""
         return self._heard.get(peer)
 
     def name_of(self, peer: PeerId) -> str:
-        """Its name, with the end of its id if another has the same; else that end alone."""
+        """A member's name, with the end of its PeerID if another member has the same name.
+
+        A member whose name is unknown is called by the end of its PeerID alone.
+        """
         heard, short = self._heard.get(peer), peer[-SHORT:]
         name = heard.about.name if heard else ""
         if not name:
@@ -59,7 +62,7 @@ class Acquaintances:
         ask: Callable[[PeerId], Awaitable[About]],
         others: Callable[[], Collection[PeerId]],
     ) -> None:
-        """Until cancelled: those that were asked longest ago, or never, first."""
+        """Ask a few members every `EVERY_S`, until cancelled."""
         while True:
             await self.ask_some(ask, others())
             await asyncio.sleep(EVERY_S)
@@ -67,7 +70,7 @@ class Acquaintances:
     async def ask_some(
         self, ask: Callable[[PeerId], Awaitable[About]], others: Collection[PeerId]
     ) -> None:
-        """A few."""
+        """Ask those `AT_ONCE` members that were never asked, or longest ago."""
         chosen = sorted(others, key=lambda peer: self._asked_s.get(peer, 0.0))[:AT_ONCE]
         await asyncio.gather(*(self._ask(ask, peer) for peer in chosen))
         while len(self._asked_s) > MAX_KNOWN:
@@ -79,5 +82,5 @@ class Acquaintances:
         self._asked_s[peer] = self._clock()
         try:
             self._heard[peer] = Heard(await ask(peer), self._clock())
-        except PeerError as e:  # of an earlier version, or away
+        except PeerError as e:  # it runs an earlier version, or can't be reached
             log.debug("%s says nothing about itself: %s", peer[-SHORT:], e)

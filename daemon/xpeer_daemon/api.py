@@ -1,8 +1,8 @@
 """The control API: HTTP with versioned JSON on a Unix socket, for `xpeer` and for programs.
 
-Knows the node only as a `ControlledNode`. There is no authentication beyond the socket's owner,
-group and mode (0660): whoever may open it may stop the node and read its losses, so it is never on
-a network.
+The API knows the node only as a `ControlledNode`. The socket's owner, group and mode (0660) are all
+the authentication that there is. Whoever may open the socket may stop the node and read its losses,
+so it is never on a network.
 """
 
 from __future__ import annotations
@@ -28,11 +28,35 @@ log = logging.getLogger("xpeer.api")
 SOCKET_MODE = 0o660
 MAX_REQUEST_BYTES = 4096
 GRACE_S = 2.0
-"""Open requests get this long when the API closes."""
+"""When the API closes, open requests have this long to finish."""
+
+
+class ControlledNode(Protocol):
+    """The node as the API sees it. Its methods are called on the event loop."""
+
+    def status(self) -> Status:
+        """Answer GET status and GET peers. Must be quick: no IO."""
+
+    async def pause(self) -> str:
+        """Carry out POST pause; returns the phase afterwards."""
+
+    async def resume(self) -> str:
+        """Carry out POST resume; returns the phase afterwards."""
+
+    def request_stop(self, *, leave: bool) -> None:
+        """Carry out POST stop, and POST leave. Returns at once; the node ends later."""
+
+    async def checkpoint(self) -> str:
+        """Carry out POST checkpoint; returns the path of the file."""
+
+    async def end(self) -> End:
+        """Answer GET end: how far the node has come with ending. Returns after a moment, or as soon
+        as it is over.
+        """
 
 
 class ControlApi:
-    """A running API. Make with `start`."""
+    """A running API. `start` makes one."""
 
     def __init__(self, runner: web.AppRunner, path: Path, inode: int | None) -> None:
         self._runner = runner
@@ -41,14 +65,14 @@ class ControlApi:
 
     @classmethod
     async def start(cls, path: Path, subject: ControlledNode) -> ControlApi:
-        """Listen.
+        """Listen on the socket.
 
         Args:
-            path: of the socket; one left over by a dead daemon is replaced.
+            path: of the socket. A socket that a dead daemon left behind is replaced.
             subject: the node.
 
         Raises:
-            LocalError: somebody answers there already.
+            LocalError: another daemon answers there.
             ConfigError: the path can't be used.
         """
         listener = _listen(path)
@@ -65,21 +89,57 @@ class ControlApi:
         return api
 
     async def close(self) -> None:
-        """Answer what is open, stop listening, remove the socket if it is still ours."""
+        """Finish open requests, stop listening, and remove the socket if it is still ours."""
         await self._runner.cleanup()
         if self._inode is not None and _inode(self._path) == self._inode:
             self._path.unlink(missing_ok=True)
 
 
-def _application(node: ControlledNode) -> web.Application:
-    commands = Commands(node)
-    app = web.Application(middlewares=[_explain], client_max_size=MAX_REQUEST_BYTES)
-    for name, route in ROUTES.items():
-        app.router.add_route(route.method, f"{API}/{name}", _answering(getattr(commands, name)))
+def _application(subject: ControlledNode) -> web.Application:
+    async def status(_request: web.Request) -> web.StreamResponse:
+        return _json(subject.status())
+
+    async def peers(_request: web.Request) -> web.StreamResponse:
+        return _json(Peers(peers=subject.status().partners))
+
+    async def version(_request: web.Request) -> web.StreamResponse:
+        return _json(Version(version=__version__, pid=os.getpid()))
+
+    async def pause() -> Done:
+        return Done(pid=os.getpid(), state=await subject.pause())
+
+    async def resume() -> Done:
+        return Done(pid=os.getpid(), state=await subject.resume())
+
+    async def checkpoint() -> Done:
+        return Done(pid=os.getpid(), path=await subject.checkpoint())
+
+    async def stop() -> Done:
+        subject.request_stop(leave=False)
+        return Done(pid=os.getpid())
+
+    async def leave() -> Done:
+        subject.request_stop(leave=True)
+        return Done(pid=os.getpid())
+
+    app = web.Application(middlewares=[_report_errors], client_max_size=MAX_REQUEST_BYTES)
+    app.add_routes(
+        [
+            web.get(f"{API}/status", status),
+            web.get(f"{API}/peers", peers),
+            web.get(f"{API}/version", version),
+            web.get(f"{API}/end", _handler(subject.end)),
+            web.post(f"{API}/pause", _handler(pause)),
+            web.post(f"{API}/resume", _handler(resume)),
+            web.post(f"{API}/stop", _handler(stop)),
+            web.post(f"{API}/leave", _handler(leave)),
+            web.post(f"{API}/checkpoint", _handler(checkpoint)),
+        ]
+    )
     return app
 
 
-def _answering(ask: Callable[[], Awaitable[msgspec.Struct]]) -> Handler:
+def _handler(ask: Callable[[], Awaitable[msgspec.Struct]]) -> Handler:
     async def handler(_request: web.Request) -> web.StreamResponse:
         return _json(await ask())
 
@@ -87,8 +147,8 @@ def _answering(ask: Callable[[], Awaitable[msgspec.Struct]]) -> Handler:
 
 
 @web.middleware
-async def _explain(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Errors that we raise on purpose travel as `Problem`; others are a 500 and a traceback."""
+async def _report_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer an error that we raise on purpose with a `Problem`, any other with a 500."""
     try:
         return await handler(request)
     except LocalError as e:
@@ -105,7 +165,7 @@ def _json(answer: msgspec.Struct, status: int = 200) -> web.Response:
 
 
 def _listen(path: Path) -> socket.socket:
-    """A listening socket that only its owner and group can ever open."""
+    """A listening socket. At no moment can others than its owner and group open it."""
     _clear(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     previous = os.umask(0o177)
@@ -132,7 +192,12 @@ def _inode(path: Path) -> int | None:
 
 
 def _clear(path: Path) -> None:
-    """Remove what a dead daemon left; refuse anything else."""
+    """Remove a socket that a dead daemon left behind.
+
+    Raises:
+        LocalError: another daemon answers on it.
+        ConfigError: the path can't be used, or is no socket.
+    """
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -154,7 +219,7 @@ def _clear(path: Path) -> None:
             log.info("removed the socket %s of a daemon that is gone", path)
             return
         except OSError:
-            pass  # busy or not ours: somebody holds it
+            pass  # it is busy, or not ours: another daemon has it
     raise LocalError(
         f"another daemon answers at {path}", "stop it with `xpeer stop`, or set daemon.socket"
     )

@@ -1,14 +1,14 @@
-"""Whether the parts of a home belong together: looked at before anything is spent, all at once.
+"""Check that all parts of a home belong to one another, before anything is spent.
 
     identity.key - credential - manifest - swarm.key, admin.key
                                 manifest - checkpoints - ledger - register
 
-A home is put together from backups, moved between machines, and edited by hand. Each part may be
-whole and yet not be this home's. Nothing here writes, and nothing needs a model: of a checkpoint
-its header is read.
+A home may be restored from backups, moved between machines, and edited by hand. Each part may be
+whole and yet belong to another home. Nothing here writes, and nothing needs a model: only the
+header of a checkpoint is read.
 
-What is mended at the start is no fault here: a ledger or a register that was restored from an older
-copy is charged what the other knows (`privacy.register`).
+A ledger or a register that was restored from an older copy passes: at its start the trainer charges
+each of them what the other knows (`accounts.register`).
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from xpeer.network.membership.certificates import Certificate, Credential
 
 _CHECKPOINT: Final = re.compile(r"ckpt-\d{9,}\.safetensors")
 _HEADER_BYTES_MAX: Final = 100_000_000
-"""Of safetensors' own format."""
+"""Limit of the safetensors format."""
 
 
 @seen_by("home")
-class _Words(Struct, frozen=True):
-    """Of a checkpoint, what binds it to the home's other parts."""
+class _Bindings(Struct, frozen=True):
+    """The part of a checkpoint's header that binds it to the home's other parts."""
 
     ledger_id: Local[str]
     manifest_hash: Public[str]
 
 
 def check_parts(home: Home, config: NodeConfig, certificate: Certificate) -> None:
-    """Refuse a home whose parts don't belong together.
+    """Refuse a home with a part that belongs to another one.
 
     Args:
-        home: may lack parts that a first start brings.
+        home: may lack parts that its first start brings.
         config: of the node.
-        certificate: of the home's credential, or of the token it joins with; verified.
+        certificate: verified; of the home's credential, or of the token with which it joins.
 
     Raises:
-        NotAuthorisedError: a key, the credential or the manifest is another's.
-        ConfigError: a checkpoint or the ledger is another's.
-        LocalError: a part is damaged.
+        NotAuthorisedError: a key, the credential or the manifest belongs to another home.
+        ConfigError: a checkpoint or the ledger belongs to another home.
+        LocalError: a part is damaged, or the ledger is missing.
     """
     swarm_id = certificate.genesis.swarm_id
     manifest: Manifest | None = None
@@ -67,11 +67,11 @@ def check_parts(home: Home, config: NodeConfig, certificate: Certificate) -> Non
 
 
 def check_key(home: Home, credential: Credential) -> None:
-    """Refuse a credential for another key.
+    """Refuse a credential that is for another key than the home's.
 
     Raises:
-        NotAuthorisedError: it is for another.
-        ConfigError: there is no key, or it can't be read.
+        NotAuthorisedError: it is for another key.
+        ConfigError: the home has no key, or it can't be read.
     """
     key = Identity.load(home.identity_key).peer_id
     if credential.peer_id != key:
@@ -117,11 +117,12 @@ def _check_training(
     newest = _newest(home.checkpoints)
     ledger_id = ""
     if newest is not None:
-        path, words, num_params = newest
-        due = certificate.genesis.manifest_hash.hex()
-        if words.manifest_hash != due:
+        path, bindings, num_params = newest
+        expected = certificate.genesis.manifest_hash.hex()
+        if bindings.manifest_hash != expected:
             raise ConfigError(
-                f"{path} is of manifest {words.manifest_hash[:16]}, this swarm's is {due[:16]}",
+                f"{path} is of manifest {bindings.manifest_hash[:16]}, this swarm's is "
+                f"{expected[:16]}",
                 "restore this home's checkpoints, or move them away",
             )
         if manifest is not None and num_params not in (None, manifest.model.num_params):
@@ -129,7 +130,7 @@ def _check_training(
                 f"{path} has {num_params} parameters, the manifest {manifest.model.num_params}",
                 "restore this home's checkpoints, or move them away",
             )
-        ledger_id = words.ledger_id
+        ledger_id = bindings.ledger_id
     if not home.ledger_db.exists():
         if ledger_id:
             raise LocalError(
@@ -148,23 +149,23 @@ def _check_training(
                 "privacy of the shard twice",
             )
         if manifest is None or manifest.privacy.policy.charges:
-            register = Register.look(privacy_register(config))  # whole, and its key fits
+            register = Register.look(privacy_register(config))  # raises if it is damaged
             if register is not None:
                 register.close()
 
 
-def _newest(folder: Path) -> tuple[Path, _Words, int | None] | None:
-    """The newest checkpoint whose header can be read: its values are the trainer's to verify."""
+def _newest(folder: Path) -> tuple[Path, _Bindings, int | None] | None:
+    """The newest checkpoint whose header can be read. The trainer verifies its values later."""
     try:
-        found = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)]
-    except OSError:  # none, or the trainer says what is wrong with it
+        paths = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+    except OSError:  # there are none, or the trainer says what is wrong with the folder
         return None
-    for path in sorted(found, key=lambda each: int(each.name[5:].split(".")[0]), reverse=True):
+    for path in sorted(paths, key=lambda each: int(each.name[5:].split(".")[0]), reverse=True):
         header = _header(path)
         try:
             metadata = header["__metadata__"]["xpeer"]
-            words = msgspec.json.decode(metadata, type=_Words)
-            return path, words, int(header["flat"]["shape"][0])
+            bindings = msgspec.json.decode(metadata, type=_Bindings)
+            return path, bindings, int(header["flat"]["shape"][0])
         except (KeyError, IndexError, TypeError, ValueError, msgspec.MsgspecError):
             continue
     return None

@@ -1,7 +1,8 @@
-"""When a run is over: the closing consolidation, as a rule without IO.
+"""When closing is complete: a rule without IO.
 
-A peer whose own training ended goes on mixing. Once every live member has ended, all of them mix
-2*ceil(log2 N) more windows without training, so that everybody holds nearly the same model.
+A member whose own training has ended goes on mixing. Once every live member has ended, all of them
+exchange each fragment 2*ceil(log2 N) more times without training, so that everybody holds nearly
+the same model.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ _ENOUGH = 1 << 30
 
 
 def closing_windows(num_peers: int, configured: int | None) -> int:
-    """Windows of mixing at the end (algorithms: 2*ceil(log2 N))."""
+    """Number of merges of each fragment at the end: as configured, else 2*ceil(log2 N)."""
     if configured is not None:
         return configured
     return 2 * math.ceil(math.log2(num_peers)) if num_peers > 1 else 0
 
 
 class Closing:
-    """Counts the exchanges of one peer's closing consolidation.
+    """Counts one node's merges while it closes.
 
     Args:
         fragments: F.
-        configured: `round.closing_windows` of the manifest.
-        least: members, ourselves included, that a merge needs: `Round.least_group`.
+        configured: `round.closing_windows` of the manifest; None = by the number of members.
+        least: number of members, ourselves included, that a merge needs: `Round.least_group`.
     """
 
     def __init__(self, fragments: int, configured: int | None, least: int = 2) -> None:
@@ -38,22 +39,21 @@ class Closing:
         self._merged: Counter[int] = Counter()
 
     def begin(self) -> None:
-        """The trainer was started again: nothing of this counts."""
+        """Begin to count anew: the trainer was started again, and its merges may be lost."""
         self._merged.clear()
 
     def merged(self, fragment: int) -> None:
-        """One more merge of this fragment while everybody had ended."""
+        """Count a merge of this fragment. Called only once every live member has ended."""
         self._merged[fragment] += 1
 
     def give_up(self, fragment: int) -> None:
-        """Masks: no group that we could still be in may see this fragment again."""
+        """Count a fragment as complete: with masks, no group may see its values again."""
         self._merged[fragment] = _ENOUGH
 
     def finished(self, other_phases: Iterable[str]) -> bool:
-        """Whether consolidation is complete, given the phases of the other live members.
+        """Whether closing is complete, given the phases of the other live members.
 
-        With nobody else alive, or too few, there is nobody to mix with: complete. With somebody
-        still training: not yet.
+        It is not while one of them still trains. It is if there are too few members for a merge.
         """
         phases = list(other_phases)
         if not all(traits_of(phase).ended for phase in phases):

@@ -1,7 +1,6 @@
-"""What is the matter with a node, as far as it follows from what the node is: looked at anew each
-time it is asked.
+"""Conditions of a node that can be seen from its state. They are examined anew for every status.
 
-What only the job itself knows (a failed write) is noted by the job, in `Node.health`.
+A condition that only a job knows of (a failed write) is noted by that job, in `Node.health`.
 """
 
 from __future__ import annotations
@@ -23,38 +22,39 @@ if TYPE_CHECKING:
     from xpeer_daemon.swarm_view import SwarmView
 
 STALE_ROUNDS = 20
-"""No good exchange for this many windows' slots, with partners alive: degraded."""
+"""A node with partners is degraded if no exchange was done for this many slots, ..."""
 MIN_STALE_S = 60.0
+"""... and for this long."""
 _BEGINNINGS = {
     Phase.STARTING: "starting",
     Phase.JOINING: "joining",
     Phase.FETCHING: "fetching",
     Phase.WAITING: "waiting-for-peers",
 }
-"""Conditions by phase."""
+"""Condition of each phase before training."""
 RESTING_S = 1.0
-"""A shorter rest between two steps is not worth a word."""
+"""Shorter rests between two steps are not mentioned."""
 LEAST_STEP_S, FIRST_STEP_S = 120.0, 900.0
-"""No step for so long is no normal step; the first one may measure engines and compile."""
+"""A shorter time without a step is normal. The first step may measure engines and compile."""
 SLOW_STEPS = 10.0
-"""... nor is one that takes so many times as long as the others did."""
+"""... and so is a time that is shorter than this many of the node's steps."""
 LATE_EVALUATION_S = 3600.0
-"""Losses that were measured so long ago tell little."""
+"""Losses should not be older than this."""
 LATE_CHECKPOINTS = 3.0
-"""Intervals without a checkpoint."""
+"""A checkpoint is late after this many of its intervals."""
 MAX_CLOCK_S = 2.0
-"""Beyond 3 s hivemind refuses a peer."""
+"""Largest difference of the clocks without a condition. Beyond 3 s hivemind refuses a peer."""
 RENEWAL_S = 7 * 86400.0
 RENEWAL_SHARE = 0.1
-"""A certificate is renewed in time: so long before its end, or this share of its lifetime if that
-is longer; a short-lived one in its second half."""
+"""The operator is reminded of a certificate's end this long before it, or this fraction of its
+lifetime if that is longer; in the second half of its lifetime at the earliest."""
 NAMED = 4
-"""Members that a reason names; more are counted."""
+"""Number of members that a reason names; the others are only counted."""
 _DATE = "%Y-%m-%d %H:%M UTC"
 
 
 def observe(node: Node) -> None:
-    """Note in the node's health what can be seen of it now."""
+    """Examine the node, and set or clear conditions in its health."""
     now = node.clock()
     _life(node)
     _certificate(node, now)
@@ -84,7 +84,7 @@ def _life(node: Node) -> None:
 
 
 def _text(node: Node) -> None:
-    """What the text makes of the steps."""
+    """Note whether the trainer rests, and whether the noise drowns the text's signal."""
     health, trainer = node.health, node.running()
     rest_s = trainer.resting_s if trainer is not None and node.phase is Phase.TRAINING else 0.0
     health.hold("resting", rest_s >= RESTING_S, rest_s=rest_s)
@@ -107,7 +107,7 @@ def _certificate(node: Node, now: float) -> None:
 
 
 def who_is_there(member: Member) -> str:
-    """Live members by phase, and how many of them count as being there."""
+    """Describe the live members: how many count for `training.min_peers`, and their phases."""
     others, present = member.view.others(), member.view.present()
     phases = Counter(record.phase for record in others.values())
     each = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
@@ -117,7 +117,7 @@ def who_is_there(member: Member) -> str:
 
 
 def _came_too_late(node: Node) -> bool:
-    """Whether none of this node's text was used, and none will be."""
+    """Whether the run ended before any of this node's text was used."""
     trainer = node.running()
     if not node.phase.traits.ended or trainer is None:
         return False
@@ -172,7 +172,7 @@ def _network(node: Node) -> None:
 
 
 def _is_exchanging(node: Node) -> bool:
-    """Whether it should be; one that has finished meets only those who have not."""
+    """Whether exchanges are to be expected. A node that has finished has few: it serves others."""
     return node.phase.traits.exchanges and node.phase is not Phase.FINISHED
 
 
@@ -192,7 +192,7 @@ def _exchanges(node: Node, member: Member, now: float) -> None:
 
 def _members(node: Node, member: Member, now: float) -> None:
     health, view = node.health, member.view
-    view.missed.look(view.others_listed(), now)
+    view.missed.update(view.others_listed(), now)
     lost = view.missed.lost(now)
     longest_first = sorted(lost, key=lost.__getitem__)
     who = names(view, longest_first, {p: f"for {duration(now - s)}" for p, s in lost.items()})
@@ -211,10 +211,17 @@ def _members(node: Node, member: Member, now: float) -> None:
 def names(
     view: SwarmView, peers: Sequence[PeerId], more: Mapping[PeerId, str] | None = None
 ) -> str:
-    """Some members, each with a word more about it."""
-    said = more or {}
+    """Name the first `NAMED` members, and count the others.
+
+    Args:
+        view: knows their names.
+        peers: the members.
+        more: remarks on some of them, in parentheses after the name.
+    """
+    remarks = more or {}
     each = [
-        view.name_of(peer) + (f" ({said[peer]})" if peer in said else "") for peer in peers[:NAMED]
+        view.name_of(peer) + (f" ({remarks[peer]})" if peer in remarks else "")
+        for peer in peers[:NAMED]
     ]
     left = f" and {len(peers) - NAMED} more" if len(peers) > NAMED else ""
     return ", ".join(each) + left

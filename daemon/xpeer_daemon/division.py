@@ -1,7 +1,7 @@
-"""Who shares the manifest's corpus, at what speed, and when it is divided anew.
+"""The division of the manifest's corpus among members, and when it is made anew.
 
-Under privacy the division follows declared speeds and changes with the members alone: whatever
-changes hands is charged to a second ledger, and what its records lose adds up.
+Under privacy the division follows declared speeds, and is made anew only when the members change.
+Text that goes to another member is charged to a second ledger, so that its privacy losses add up.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from xpeer.training import partition
 log = logging.getLogger("xpeer.shares")
 
 STABLE_S: Final = 2 * TTL_S
-"""Nothing is divided anew before those who share have been the same for this long."""
+"""The corpus is not divided anew before its members have been the same for this long."""
 EVERY_S: Final = 600.0
-"""Changed speeds alone divide anew no more often, but for the first that are known: the trainer
-reads the corpus again."""
+"""Least time between two divisions if only speeds have changed: the trainer has to read the corpus
+again. The first time that all speeds are known does not wait."""
 MOVED: Final = 1 / 16
-"""And only if this share of the corpus would change hands."""
+"""Changed speeds divide the corpus anew only if more than this fraction of it would move."""
 
 
 class Shares:
     """The division in force, and whether it is out of date.
 
     Args:
-        members: tokens/s of all who share the corpus now, ourselves included; 0 = unknown.
-        by_speed: divide anew when speeds change, too.
+        members: returns tokens/s of all members of the corpus now, ourselves included; 0 = unknown.
         clock: seconds.
+        by_speed: divide anew when speeds change, too.
     """
 
     def __init__(
@@ -46,13 +46,19 @@ class Shares:
         self._assigned_s = 0.0
         self._seen: dict[str, float] = {}
 
-    def take(self) -> dict[str, float]:
-        """Divide by what is known now."""
+    def divide(self) -> dict[str, float]:
+        """Divide by the members of now.
+
+        Returns:
+            Their tokens/s, by which the corpus is divided.
+        """
         self._assigned, self._assigned_s = self._members(), self._clock()
         return self._assigned
 
-    def look(self) -> bool:
-        """Whether to divide anew, to be asked every STABLE_S: twice the same is settled."""
+    def is_outdated(self) -> bool:
+        """Whether to divide anew: the members differ from those of the division in force, and are
+        those of the last call. To be called every `STABLE_S`.
+        """
         before, self._seen = self._seen, self._members()
         return self._out_of_date(before) and self._out_of_date(self._seen)
 
@@ -65,12 +71,17 @@ class Shares:
         rested = guessed or self._clock() - self._assigned_s >= EVERY_S
         return self._by_speed and rested and partition.moved(self._assigned, seen) > MOVED
 
-    async def keep(
+    async def keep_dividing(
         self, training: Callable[[], bool], renew: Callable[[], Awaitable[None]]
     ) -> None:
-        """Until cancelled."""
+        """Watch whether the division is outdated, until cancelled.
+
+        Args:
+            training: whether steps are taken now; only then the corpus is divided anew.
+            renew: starts the trainer anew, with the new division.
+        """
         while True:
             await asyncio.sleep(STABLE_S)
-            if self.look() and training():
+            if self.is_outdated() and training():
                 log.info("the shared corpus is divided anew among %d members", len(self._seen))
                 await renew()

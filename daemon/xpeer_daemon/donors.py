@@ -1,12 +1,13 @@
-"""Whose parameters a node without any takes over, and one that lies far behind.
+"""Taking over the parameters of another member: by a node that has none, or lies far behind.
 
-The initial model is for a swarm in which nobody holds parameters. A member that lost its own, be it
-the founder, takes them from another; so does one whose checkpoint lies far behind the others: old
-parameters that are mixed in pull everybody back. Its ledger stays its own.
+The initial model is for a swarm in which nobody holds parameters. A member that lost its own, even
+the founder, takes over another's. So does one whose checkpoint lies far behind the others: merging
+old parameters would pull everybody back. Its ledger stays its own.
 
-Donors are asked what they have, and the best offer is taken first: the lowest public loss, of about
-equal ones the most steps. What an offer says is measured before it replaces anything; its step
-can't be, and counts no further than others vouch for. Who failed is left alone for a while.
+The node asks donors for offers, and tries the best one first: the one with the lowest public loss,
+or with the most steps among about equal losses. The trainer measures the loss before the offer
+replaces anything. Nobody can measure an offer's step, so it counts only as far as other members
+confirm it. A donor that failed is avoided for a while.
 """
 
 from __future__ import annotations
@@ -37,42 +38,43 @@ log = logging.getLogger("xpeer.daemon")
 
 RETRY_S = 2.0
 ASKED: Final = 8
-"""Members, at most, that are asked at the same time for what they have."""
+"""Number of members that are asked for an offer at the same time, at most."""
 MORE_OFFERS_S: Final = 5.0
-"""After the first offer the others have this long, or as long again as the first one took."""
+"""After the first offer the others have this long, or as long as the first one took if that is
+longer."""
 TOLERANCE: Final = 1.15, 0.05
-"""A donor's parameters may be this much worse on the public text than it says: factor, nats."""
+"""How much worse than offered a donor's public loss may be: factor, and nats on top."""
 ALIKE: Final = 1.05
 """Public losses within this factor are about equal."""
 BEHIND_WINDOWS, BEHIND_SHARE = 4, 0.05
-"""A node lies far behind if a donor is more windows ahead than this, and more than this share of
-the donor's steps. Less is what training and mixing make good by themselves, and its moments are
-worth more."""
+"""A node lies far behind if a donor is more windows ahead than this, and also more than this
+fraction of the donor's steps. Training and merging make up for less by themselves, and the node's
+own moments are worth more than the difference."""
 PATIENCE_S: Final = 300.0
-"""A founder that lost its parameters waits so long for a member that holds the swarm's."""
+"""A founder that lost its parameters waits this long for a member that holds the swarm's."""
 FROM_INITIAL: Final = "(`xpeer start --from-initial` begins at once with the initial model)"
 GRACE_S: Final = 5.0
-"""A node that resumes waits so long for members that it knows; then it trains, and looks later."""
+"""A node that resumes waits this long for members that it knows. Then it trains, and asks later."""
 
 CATCH_UP_S: Final = 900.0
-"""A node that has a good checkpoint takes so long to look for better parameters; then it trains."""
+"""A node with a good checkpoint looks for better parameters for this long. Then it trains."""
 STALE_S: Final = 10.0
-"""After a failure that took longer the other offers may have lapsed: they are asked for anew."""
+"""After a longer failure the other offers may have lapsed, so they are asked for anew."""
 LEAST_STEP_S: Final = 1e-3
-"""No step takes less: what bounds a donor's step where nobody else can vouch for it."""
+"""No step is shorter. This bounds a donor's step where nobody else can confirm it."""
 
 
 class Donors:
-    """Parameters from other members, for one node.
+    """Fetches parameters from other members, for one node.
 
     Args:
-        node: its phase says what is going on.
-        view: who is there.
+        node: its phase and note say what is going on.
+        view: knows who holds parameters.
         store: remembers events.
-        party: us.
+        party: our identity and keys.
         dialler: opens streams.
         manifest: of the swarm.
-        rates: what transfers and exchanges reached.
+        rates: speeds that transfers and exchanges reached.
     """
 
     def __init__(
@@ -91,25 +93,25 @@ class Donors:
         self._failed: dict[PeerId, Backoff] = {}
 
     def _willing(self) -> list[PeerId]:
-        """Holders but those that failed a while ago."""
+        """Members that hold parameters, without those that failed a while ago."""
         now = asyncio.get_running_loop().time()
         failed = self._failed
         return [p for p in self._view.holders() if p not in failed or not failed[p].active(now)]
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
-        """Give a trainer that has none the swarm's parameters.
+        """Give the swarm's parameters to a trainer that has none.
 
         Args:
             trainer: awaits them.
-            patience_s: how long to wait for somebody who has any: a founder's, that may begin the
-                swarm anew.
+            patience_s: how long to wait for a member that holds any. It is finite for a founder,
+                that may begin the swarm anew.
 
         Returns:
-            Whether it has some now.
+            Whether the trainer has them now.
         """
         life, clock = self._node.life, asyncio.get_running_loop().time
         life.enter(Phase.FETCHING)
-        until, told = clock() + patience_s, False
+        until, has_warned = clock() + patience_s, False
         while True:
             holders = self._view.holders()
             if not holders and clock() >= until:
@@ -125,83 +127,88 @@ class Donors:
                     f"this swarm ran before, and its parameters are lost here: {len(holders)} "
                     f"members say that they hold them, and none has given them {FROM_INITIAL}"
                 )
-                if not told:
+                if not has_warned:
                     log.warning("%s", life.note)
-                told = True
-            if await self._best(trainer, self._willing(), own_step=None):
+                has_warned = True
+            if await self._take_over_best(trainer, self._willing(), own_step=None):
                 life.note = ""
                 return True
             await asyncio.sleep(RETRY_S)
 
     async def catch_up(self, trainer: TrainerProcess, own_step: int) -> bool:
-        """Take over a donor's parameters if ours lie far behind; whether somebody was asked."""
+        """Take over a donor's parameters if ours lie far behind; returns whether there was a donor
+        to ask.
+        """
         if not self._view.holders():
             return False
         clock = asyncio.get_running_loop().time
         until = clock() + CATCH_UP_S
         while True:
-            taken = await self._best(trainer, self._willing(), own_step, until)
-            if taken:
+            succeeded = await self._take_over_best(trainer, self._willing(), own_step, until)
+            if succeeded:
                 self._store.add_event("caught-up", f"from step {own_step}")
-            if taken is not None or clock() + donation.PAUSE_S >= until:
+            if succeeded is not None or clock() + donation.PAUSE_S >= until:
                 return True
             await asyncio.sleep(donation.PAUSE_S)
 
-    async def _best(
+    async def _take_over_best(
         self,
         trainer: TrainerProcess,
         donors: list[PeerId],
         own_step: int | None,
         until: float | None = None,
     ) -> bool | None:
-        """Take the best offer that keeps its word.
+        """Take over the best offer that is as good as it says.
 
         Args:
-            trainer: is given it.
-            donors: are asked.
-            own_step: only what is far ahead of it is taken; None: anything.
-            until: by the loop's clock; the measuring alone may end later.
+            trainer: gets the parameters.
+            donors: members to ask for offers.
+            own_step: offers that are not far ahead of this step are refused; None: none are.
+            until: end by the loop's clock. Only the measuring may end later.
 
         Returns:
-            Whether one was taken; None: others wait to be asked again.
+            Whether the trainer has an offer's parameters. None = an attempt failed after so long
+            that the other offers have to be asked for again.
         """
         clock = asyncio.get_running_loop().time
         offers = list[Offered]()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 offers = await self._offers(donors)
-        steps = {offer.donor: self._vouched(offer, offers, own_step) for offer in offers}
-        left = [
+        steps = {offer.donor: self._confirmed_step(offer, offers, own_step) for offer in offers}
+        remaining = [
             offer
             for offer in ranked(offers)
             if own_step is None or self.far_ahead(steps[offer.donor], own_step)
         ]
         for offer in offers:
-            if offer not in left:
+            if offer not in remaining:
                 offer.refuse()
-        while left:
-            offer, began = left.pop(0), clock()
-            taken = await self._take(trainer, offer, steps[offer.donor], until)
-            if taken or clock() - began > STALE_S:
-                for other in left:
+        while remaining:
+            offer, began = remaining.pop(0), clock()
+            succeeded = await self._import(trainer, offer, steps[offer.donor], until)
+            if succeeded or clock() - began > STALE_S:
+                for other in remaining:
                     other.refuse()
-                return True if taken else None
+                return True if succeeded else None
         return False
 
-    def _vouched(self, offer: Offered, offers: list[Offered], own_step: int | None) -> int:
-        """The step at which an offer is taken: its own, but no more than a window beyond what
-        another holder says, in its offer or of itself; and the run's last one only of a member
-        that has ended. Whoever gives true parameters and a false step would end our training.
+    def _confirmed_step(self, offer: Offered, offers: list[Offered], own_step: int | None) -> int:
+        """The step at which our trainer would go on with an offer's parameters.
+
+        It is the offer's step, but at most a window beyond what another holder says, in an offer or
+        as its own step. It is the run's last step only if the donor has ended. Otherwise a donor
+        could end our training with true parameters and a false step.
         """
         view, last = self._view, planned_steps(self._manifest)
-        said = [other.step for other in offers if other.donor != offer.donor]
+        claims = [other.step for other in offers if other.donor != offer.donor]
         for peer in self._view.holders():
             heard = view.acquaintances.get(peer)
             if peer != offer.donor and heard is not None and heard.about.step:
-                said.append(heard.about.step)  # 0 may be from before it took parameters over
+                claims.append(heard.about.step)  # 0 may be from before it took parameters over
         step = offer.step
-        if said:
-            most = max(*said, own_step or 0)
+        if claims:
+            most = max(*claims, own_step or 0)
             step = min(step, most + self._manifest.round.window_steps)
         elif own_step is not None and (saved := self._node.ends.last_saved()) is not None:
             away_s = max(0.0, self._node.clock() - saved[1])
@@ -219,7 +226,7 @@ class Donors:
         return step - own_step > max(windows, BEHIND_SHARE * step)
 
     async def _offers(self, holders: list[PeerId]) -> list[Offered]:
-        """What some of them have; those that answer about as soon as the first one."""
+        """Offers of some members, from those that answer about as soon as the first one."""
         clock = asyncio.get_running_loop().time
         began, offers = clock(), list[Offered]()
         asked = random.sample(holders, min(ASKED, len(holders)))
@@ -252,13 +259,13 @@ class Donors:
         except PeerError as e:
             self._refused(donor, str(e))
             return None
-        if last is not None and offer.step > last:  # we would end before we began
+        if last is not None and offer.step > last:  # with it our run would be over at once
             offer.refuse()
             self._refused(donor, f"step {offer.step}, the run ends at {last}")
             return None
         return offer
 
-    async def _take(
+    async def _import(
         self, trainer: TrainerProcess, offer: Offered, step: int, until: float | None
     ) -> bool:
         factor, nats = TOLERANCE
@@ -266,9 +273,9 @@ class Donors:
         began, donor = clock(), offer.donor
         try:
             async with asyncio.timeout_at(until):
-                given = await offer.take()
-            at_most = factor * given.loss_public + nats
-            await trainer.import_state(given.payload, step, at_most)
+                state = await offer.take()
+            at_most = factor * state.loss_public + nats
+            await trainer.import_state(state.payload, step, at_most)
         except (PeerError, TimeoutError) as e:
             why = str(e) or f"not all of it came within {clock() - began:.0f} s"
             self._refused(donor, why)
@@ -278,8 +285,8 @@ class Donors:
         self._failed.pop(donor, None)
         log.info("took over the parameters of %s at step %d", donor[-8:], step)
         try:
-            await self._node.checkpoint()  # what was here is older, or nothing
-        except LocalError as e:  # the node's health says it, and the next one may succeed
+            await self._node.checkpoint()  # any checkpoint on the disk is of older parameters
+        except LocalError as e:  # the node's health says so, and the next attempt may succeed
             log.warning("the parameters that were taken over are not saved yet: %s", e)
         return True
 
@@ -289,10 +296,10 @@ class Donors:
 
 
 def ranked(offers: list[Offered]) -> list[Offered]:
-    """The best first."""
+    """Sort offers, the best first: by public loss, about equal ones by step."""
 
-    def worth(offer: Offered) -> tuple[int, int]:
+    def order(offer: Offered) -> tuple[int, int]:
         loss = max(offer.loss_public, 1e-9)
         return math.floor(math.log(loss, ALIKE)), -offer.step
 
-    return sorted(offers, key=worth)
+    return sorted(offers, key=order)

@@ -1,7 +1,7 @@
-"""How a node ends: the trainer saves for as long as it gets on, and what is lost is told.
+"""How a node ends: the trainer saves its steps, and lost steps are reported.
 
-Nothing here is bounded by the clock alone. A save that makes progress goes on, and systemd is asked
-for the time; a trainer that is stuck is ended, and then the end says what was not saved.
+No fixed time limits the end. A save that makes progress may go on, and systemd is asked for more
+time. A trainer that makes none is killed, and then the daemon reports what was not saved.
 """
 
 from __future__ import annotations
@@ -28,37 +28,39 @@ if TYPE_CHECKING:
 log = logging.getLogger("xpeer.daemon")
 
 BYTES_PER_PARAMETER: Final = 12
-"""Of a checkpoint: parameters and two moments."""
+"""Bytes of a checkpoint for each parameter: its value and two moments, float32."""
 SLOWEST_BYTES_PER_S: Final = 50e6
-"""Memory is copied no slower; the disk reports what it has taken."""
+"""Memory is copied at least this fast. Only that is silent: writing to the disk shows progress."""
 STEPS: Final = 4.0
-"""A trainer may be silent for so many of its steps."""
+"""A trainer may be silent for this many of its steps."""
 SPARE_S: Final = 30.0
-"""Asked of systemd beyond our own patience, so that we are the ones who give up."""
-TOLD_EVERY_S: Final = 30.0
+"""Time that we ask of systemd beyond our own patience, so that we give up before it does."""
+LOG_EVERY_S: Final = 30.0
 WAIT_S: Final = 2.0
-"""How long a question for the end stays open."""
+"""How long a request for the end's progress stays open."""
 
 
 class Ends:
     """The end of one node.
 
     Args:
-        home: where the checkpoints are.
+        home: contains the checkpoints.
         config: settings.
+
+    Attributes:
+        lost: says which steps were not saved; None as long as nothing is lost.
     """
 
     def __init__(self, home: Home, config: NodeConfig) -> None:
         self._home = home
         self._config = config
         self.lost: NotSavedError | None = None
-        """What was not saved; None while nothing is lost."""
         self._over = asyncio.Event()
         self._written = self._total = 0
-        self._told_s = 0.0
+        self._logged_s = 0.0
 
     def patience_s(self, trainer: TrainerProcess) -> float:
-        """How long a trainer that is to end may show no sign of progress."""
+        """How long a trainer that is to end may show no progress before it is killed."""
         size = BYTES_PER_PARAMETER * trainer.num_params
         progress = trainer.progress
         step_s = progress.seconds_training / progress.step if progress.step else 0.0
@@ -66,7 +68,7 @@ class Ends:
         return least + size / SLOWEST_BYTES_PER_S
 
     async def save_all(self, supervisor: Supervisor | None) -> None:
-        """Whatever of this node's training is not on the disk yet."""
+        """Save the steps that are not on the disk yet, or note that they are lost."""
         if supervisor is None:
             return
         if supervisor.trainer is not None:
@@ -75,18 +77,18 @@ class Ends:
             self.note_loss(supervisor.last, LocalError(f"its {supervisor.down_reason}"))
 
     async def save(self, trainer: TrainerProcess) -> bool:
-        """Have the trainer save and exit; whether nothing was lost."""
+        """Have the trainer save and exit; returns whether nothing is lost."""
         patience_s = self.patience_s(trainer)
         sdnotify.extend(patience_s + SPARE_S)
 
-        def told(ending: Ending) -> None:
+        def on_progress(ending: Ending) -> None:
             self._written, self._total = ending.written, ending.total
             sdnotify.extend(patience_s + SPARE_S)
-            if ending.total and time.monotonic() - self._told_s > TOLD_EVERY_S:
-                self._told_s = time.monotonic()
+            if ending.total and time.monotonic() - self._logged_s > LOG_EVERY_S:
+                self._logged_s = time.monotonic()
                 log.info("saving: %.0f of %.0f MB", ending.written / 1e6, ending.total / 1e6)
 
-        status = await trainer.stop(patience_s, told)
+        status = await trainer.stop(patience_s, on_progress)
         if status == 0:
             return True
         cause = trainer.crash
@@ -100,7 +102,7 @@ class Ends:
         return self.lost is None
 
     def note_loss(self, trainer: TrainerProcess, cause: LocalError) -> None:
-        """Say what is lost of what this trainer did, if anything is."""
+        """Note and log which steps of this trainer are lost, if any are."""
         saved = self.last_saved()
         if trainer.step <= (saved[0] if saved else 0):
             log.warning("the trainer's last save failed, but no step is lost: %s", cause)
@@ -116,7 +118,7 @@ class Ends:
         log.error("%s", self.lost)
 
     def last_saved(self) -> tuple[int, float] | None:
-        """Step and time of the newest checkpoint that is whole, if there is one."""
+        """Step and time of the newest checkpoint that is whole; None = there is none."""
         try:
             for newest in checkpoint.paths(self._home.checkpoints):
                 with contextlib.suppress(CorruptFileError):
@@ -126,10 +128,12 @@ class Ends:
             log.warning("checkpoints can't be looked at: %s", e)
         return None
 
-    # For those who wait for it
+    # For clients that wait for the end
 
-    async def told(self) -> End:
-        """How far it is, now or in a moment; the last answer says how it went."""
+    async def progress(self) -> End:
+        """How far the end is, after a moment or as soon as it is over. The last answer says whether
+        steps were lost.
+        """
         try:
             async with asyncio.timeout(WAIT_S):
                 await self._over.wait()
@@ -145,25 +149,28 @@ class Ends:
         )
 
     def over(self) -> None:
-        """All is saved or lost."""
+        """Note that the end is over: all is saved or lost."""
         self._over.set()
 
 
 async def within(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
-    """Tell others something, if they are quick."""
+    """Do something with others, and give up on it after this time or if it fails."""
     with contextlib.suppress(TimeoutError, PeerError):
         async with asyncio.timeout(seconds):
             await action()
 
 
 def raise_first(task: asyncio.Task[None]) -> None:
-    """Re-raise what ended the daemon: an operator's error alone, or our bug with all of it."""
+    """Re-raise the error that ended the daemon's task, if one did.
+
+    A `LocalError` within a group is raised alone. Any other error is our bug, and raised as it is.
+    """
     error = task.exception()
     if error is None:
         return
-    found = _first_local(error)
-    if found is not None:
-        raise found
+    local_error = _first_local(error)
+    if local_error is not None:
+        raise local_error
     raise error
 
 

@@ -1,7 +1,7 @@
-"""How a node becomes part of a swarm: find it, and be admitted.
+"""How a node becomes part of a swarm: it finds members, and one of them admits it.
 
-Each step tries until it succeeds and keeps the operator told why it has not yet. How it comes to
-the swarm's parameters is `donors`' business.
+Each step tries until it succeeds; until then the node's note says what it waits for. `donors`
+fetches the swarm's parameters afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RETRY_S = 2.0
 
 @dataclass(frozen=True)
 class Admitted:
-    """What a member has that a stranger has not."""
+    """What admission gives to a node: the manifest and the swarm key."""
 
     signed: SignedManifest
     manifest: Manifest
@@ -40,10 +40,10 @@ class Admitted:
 async def connect(
     home: Home, config: NodeConfig, identity: Identity, membership: Membership, store: Store
 ) -> Swarm:
-    """Start the network; returns at once, while the seeds are still being dialled.
+    """Start the network. Returns at once; the seeds are dialled meanwhile.
 
     Raises:
-        ConfigError: no way in is known, or an address is wrong.
+        ConfigError: no address of the swarm is known, or one is malformed.
     """
     network = config.network
     seeds = list(dict.fromkeys([*network.bootstrap, *founding.load_seeds(home)]))
@@ -68,19 +68,19 @@ async def connect(
 
 
 def founds(home: Home) -> bool:
-    """Whether this home made the swarm: it may be the first, and holds the initial model."""
+    """Whether this home founded the swarm: it may begin it, and has the initial model."""
     return home.initial_model.exists()
 
 
 class Joiner:
-    """The way in, for one home.
+    """Gets one home admitted.
 
     Args:
         home: locked by us.
         config: settings.
         identity: our key.
         swarm: the network.
-        life: told what is going on.
+        life: its phase and note say what is going on.
     """
 
     def __init__(
@@ -93,7 +93,11 @@ class Joiner:
         self._life = life
 
     async def admission(self) -> Admitted:
-        """Manifest and swarm key, from the home or from any member."""
+        """Manifest and swarm key, from the home or else from any member.
+
+        Raises:
+            ConfigError: this node's settings demand more privacy than the manifest gives.
+        """
         self._life.enter(Phase.JOINING)
         swarm_id = self._swarm.membership.swarm_id
         if not (self._home.manifest.exists() and self._home.swarm_key.exists()):
@@ -103,7 +107,7 @@ class Joiner:
             try:
                 self._accept(manifest)
             except ConfigError:
-                founding.forget_join(self._home)  # another swarm may be joined with this home
+                founding.forget_join(self._home)  # this home may still join another swarm
                 raise
             founding.keep_admission(self._home, given, swarm_key)
         self._life.note = ""

@@ -1,6 +1,6 @@
-"""How late the daemon's event loop wakes its tasks: what holds it up holds up every exchange.
+"""How late the daemon's event loop wakes its tasks. A loop that is late delays every exchange.
 
-Measured by a task that sleeps anyway, in short parts, so that a stall between two looks is seen.
+A task that sleeps anyway measures it: it sleeps in short ticks, so that it notices every stall.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from xpeer.health import Health
 
 TICK_S: Final = 0.1
 LATE_S: Final = 0.1
-"""A task that is woken so much too late, once between two looks, makes the look a late one."""
+"""A look is late if one of its ticks ended this much too late."""
 LOOKS, LATE_LOOKS = 5, 3
-"""So many of the last looks have to be late; it is over when none of them is."""
+"""The condition begins when `LATE_LOOKS` of the last `LOOKS` are late; it is over when none is."""
 BUSY: Final = 0.5
-"""Of the delay: whoever computed for more of it held up the others."""
+"""If this thread computed for more than this fraction of a delay, its own work caused the delay."""
 OWN_WORK = "work of the daemon's own held it up"
 WAITED = "it waited for a disk, or for a core that other processes had"
 
 
 class Look(NamedTuple):
-    """The worst tick since the look before."""
+    """The worst tick of one sleep: when it ended, how late, and this thread's CPU time in it."""
 
     at_s: float
     late_s: float = 0.0
@@ -33,11 +33,11 @@ class Look(NamedTuple):
 
 
 class Lag:
-    """Sleeps, and notes `loop-late`. Runs on the loop that it measures.
+    """Sleeps, and notes the condition `loop-late`. Runs on the loop that it measures.
 
     Args:
-        health: is told.
-        clock: wall clock, seconds; as the health's.
+        health: gets the condition.
+        clock: wall clock, seconds; the same as the health's.
         moment: monotonic clock, seconds.
         busy: CPU time of this thread, seconds.
     """
@@ -52,10 +52,10 @@ class Lag:
         self._health = health
         self._clock, self._moment, self._busy = clock, moment, busy
         self._looks: deque[Look] = deque(maxlen=LOOKS)
-        self._shown = False
+        self._is_noted = False
 
     async def sleep(self, seconds: float) -> None:
-        """As asyncio's, and a look at the end."""
+        """Sleep like `asyncio.sleep`, and measure how late the ticks end."""
         worst, ends_s = Look(self._clock()), self._moment() + seconds
         while (left_s := ends_s - self._moment()) > 0:
             tick_s = min(TICK_S, left_s)
@@ -64,19 +64,19 @@ class Lag:
             late_s = self._moment() - began_s - tick_s
             if late_s > worst.late_s:
                 worst = Look(self._clock(), late_s, self._busy() - busy_s)
-        self.look(worst)
+        self.add(worst)
 
-    def look(self, worst: Look) -> None:
-        """Note what follows from the last looks."""
+    def add(self, worst: Look) -> None:
+        """Add a look, then set or clear the condition by the last `LOOKS`."""
         self._looks.append(worst)
         late = [look for look in self._looks if look.late_s > LATE_S]
         if not late:
             self._health.clear("loop-late")
-            self._shown = False
-        elif self._shown or len(late) >= LATE_LOOKS:
+            self._is_noted = False
+        elif self._is_noted or len(late) >= LATE_LOOKS:
             most = max(late, key=lambda look: look.late_s)
             why = OWN_WORK if most.busy_s > BUSY * most.late_s else WAITED
             self._health.set("loop-late", worst_ms=1000 * most.late_s, why=why)
-            if not self._shown:
+            if not self._is_noted:
                 self._health.began("loop-late", late[0].at_s)
-            self._shown = True
+            self._is_noted = True

@@ -1,4 +1,4 @@
-"""Where this node is in its life, and what may come next: the table of `xpeer/phase.py` at work."""
+"""The phase of this node, and its changes by the table of `xpeer/phase.py`."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _BY_TRAINER: dict[TrainerPhase, Phase] = {
     "closing": Phase.CLOSING,
     "budget-spent": Phase.BUDGET_SPENT,
 }
-"""Where the loop of the trainer takes the node."""
+"""The node's phase by what the trainer's loop does."""
 
 
 class Life:
-    """The phase of one node. Nothing else holds it, and `enter` alone changes it.
+    """The phase of one node. It is kept here alone, and `enter` alone changes it.
 
     Args:
         clock: wall clock, seconds.
         pause_wanted: the node starts paused.
 
     Attributes:
-        phase: now.
+        phase: the phase now.
         since_s: when it was entered, by the clock.
-        changed: set at every change; whoever announces the phase clears it.
+        changed: set at every change of the phase; the task that announces the phase clears it.
         pause_wanted: True iff the operator paused the node and has not resumed it. A node that
-            still joins pauses once it would begin.
+            still joins pauses when it would begin to train.
         interrupted: the phase that a pause interrupted; None unless the phase is PAUSED.
         note: what the node waits for while it joins; "" once it trains.
-        catching_up: True iff it is not known yet whether our parameters lie far behind the others';
-            nothing is exchanged until it is.
+        catching_up: True iff we don't know yet whether our parameters lie far behind the others'.
+            Until we do, nothing is exchanged.
         stop_wanted: set once the node is to end.
-        leaving: True iff the others are told at the end that this node is gone for good.
+        leaving: True iff the node announces at its end that it is gone for good.
     """
 
     def __init__(self, clock: Callable[[], float], *, pause_wanted: bool = False) -> None:
@@ -53,10 +53,10 @@ class Life:
         self._clock = clock
 
     def enter(self, phase: Phase) -> None:
-        """Be in a phase from now on; whoever announces it wakes.
+        """Change the phase, and wake the task that announces it.
 
         Raises:
-            LocalError: it can't follow the phase that the node is in: nothing changed.
+            LocalError: the phase can't follow the one that the node is in; nothing changed.
         """
         if phase is self.phase:
             return
@@ -66,7 +66,7 @@ class Life:
             )
         log.info("state: %s -> %s", self.phase, phase)
         paused = phase is Phase.PAUSED
-        # one that would only have begun goes on with training
+        # A node that is paused before it began trains when it is resumed
         before = self.phase if self.phase.traits.exchanges else Phase.TRAINING
         self.interrupted = before if paused else None
         self.phase = phase
@@ -74,14 +74,14 @@ class Life:
         self.changed.set()
 
     def follow(self, trainer: TrainerPhase) -> None:
-        """Go where the trainer's loop went, if that is what moves this phase.
+        """Enter the phase that belongs to what the trainer's loop does, if this phase follows it.
 
-        A pause is the operator's, and a beginning and an end are ours: no trainer ends them.
+        A pause is ended by the operator, and beginning and end by the daemon: no trainer ends them.
         """
         if self.phase.traits.follows_trainer and trainer in _BY_TRAINER:
             self.enter(_BY_TRAINER[trainer])
 
     def request_stop(self, *, leave: bool) -> None:
-        """Have the node end soon; once asked to leave it leaves."""
+        """Have the node end soon. Once it was asked to leave, a later `leave=False` is ignored."""
         self.leaving = self.leaving or leave
         self.stop_wanted.set()

@@ -1,4 +1,4 @@
-"""One daemon per home: an flock that the kernel releases however the daemon dies."""
+"""One daemon for each home: an flock, which the kernel releases however the daemon dies."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from xpeer.files import open_own
 
 
 class HomeLock:
-    """Holds HOME/lock until closed. Not inherited by child processes that are exec'd."""
+    """Holds HOME/lock until closed. Programs that the daemon starts don't inherit it."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     @classmethod
     def acquire(cls, home: Home) -> HomeLock:
-        """Take it.
+        """Lock a home.
 
         Raises:
-            LocalError: another daemon has it; names its pid.
+            LocalError: another daemon has the lock; the text names its pid.
             ConfigError: the home can't be written to.
         """
         try:
-            # Not truncated before we own it: it holds the other daemon's pid.
+            # Don't truncate the file before we own it: it has the other daemon's pid
             fd = open_own(home.lock, os.O_RDWR | os.O_CREAT)
         except OSError as e:
             raise ConfigError(
@@ -48,7 +48,7 @@ class HomeLock:
         return cls(fd)
 
     def close(self) -> None:
-        """Release it; the file stays, since removing it would race with the next daemon."""
+        """Release the lock. The file stays: removing it would race with the next daemon."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,7 +1,7 @@
 """The daemon's log: lines of text or JSON on stderr and in HOME/daemon.log, bounded in size.
 
-Tokens never reach a log, however they got into a message: every finished line is searched for
-them. Control characters in messages are escaped, so that nobody can forge a line.
+No token gets into a log: every finished line is searched for them, and they are replaced. Control
+characters in messages are escaped, so that nobody can forge a line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Formatter(logging.Formatter):
     def _trace(self, record: logging.LogRecord) -> str:
         if not record.exc_info:
             return ""
-        # Indented: a line of a traceback never looks like an entry of its own.
+        # Indent it: a line of a traceback must not look like an entry of its own
         lines = self.formatException(record.exc_info).split("\n")
         return "\n".join(f"  {visible(line)}" for line in lines)
 
@@ -58,9 +58,12 @@ class _JsonFormatter(_Formatter):
 
 
 class _File(logging.handlers.RotatingFileHandler):
-    """The home's log: what can't be written to it is counted, and never ends the daemon.
+    """The home's log file. A line that can't be written is counted, and never ends the daemon.
 
-    Opens without following a link: nobody has our lines written to a file of theirs.
+    It is opened without following a link, so that nobody can direct our lines to another file.
+
+    Attributes:
+        health: gets the condition `log-failing`; None until `watch` sets it.
     """
 
     health: Health | None = None
@@ -77,14 +80,14 @@ class _File(logging.handlers.RotatingFileHandler):
             self.health.worked("log-failing")
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Instead of a trace of logging's own on stderr, where the line itself goes anyway."""
+        """Note the failure. Logging would print a trace to stderr, which has the line anyway."""
         self._failed = True
         if self.health is not None:
             self.health.failed("log-failing", sys.exc_info()[1])
 
 
 def watch(health: Health) -> None:
-    """Note from now on whether the log file can be written."""
+    """Note in the node's health from now on whether the log file can be written."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _File):
             handler.health = health
@@ -93,7 +96,7 @@ def watch(health: Health) -> None:
 def setup(home: Home, level: str, log_format: Literal["text", "json"]) -> None:
     """Send every logger's messages to stderr and to the home's log file.
 
-    Libraries are heard from `warning` on; xpeer's own loggers from `level` on.
+    Libraries log from `warning` on; xpeer's own loggers from `level` on.
 
     Raises:
         ConfigError: the log file can't be written.
@@ -116,10 +119,10 @@ def setup(home: Home, level: str, log_format: Literal["text", "json"]) -> None:
 
 
 def add_fault(path: Path, error: BaseException) -> None:
-    """Append what ended a command, with its trace, as an entry like the daemon's.
+    """Append the error that ended a command, with its trace, as an entry like the daemon's.
 
     Raises:
-        ConfigError, OSError: it can't be written.
+        ConfigError, OSError: the file can't be written.
     """
     raised = (type(error), error, error.__traceback__)
     record = logging.LogRecord(
@@ -131,7 +134,7 @@ def add_fault(path: Path, error: BaseException) -> None:
 
 
 def close() -> None:
-    """Undo `setup`: flush and drop what it added."""
+    """Undo `setup`: flush, close and remove its handlers."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler.formatter, _Formatter):

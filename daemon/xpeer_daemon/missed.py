@@ -1,4 +1,4 @@
-"""Members that fell silent without a word, and since when."""
+"""Members that fell silent and did not say that they leave, and since when."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from xpeer.identity import PeerId
 from xpeer.roster.cards import MemberRecord
 
 FORGOTTEN_S = 86_400.0
-"""One that is gone for so long is not missed any more."""
+"""A member that is gone for this long is not missed any more."""
 BACK_S = 60.0
-"""After our own start the others get this long to be heard of."""
+"""After our own start nobody is missed for this long: we have not heard of the others yet."""
 
 
 class Missed:
-    """Who should be here and is not.
+    """Members that should be here and are not.
 
     Args:
-        on_ended: told of each that left, whose run was over when it went, or that is forgotten.
+        on_ended: called with each member that is not missed any more: it left, its run was over
+            when it went, or it is gone for `FORGOTTEN_S`.
     """
 
     def __init__(self, on_ended: Callable[[PeerId], None] = lambda _: None) -> None:
@@ -26,13 +27,13 @@ class Missed:
         self._phases: dict[PeerId, str] = {}
 
     def restore(self, seen: Iterable[tuple[PeerId, float]], now_s: float) -> None:
-        """Members that were seen before our own start, and when."""
+        """Expect members that were last seen before our own start, at these times."""
         for peer, seen_s in seen:
             if now_s - seen_s < FORGOTTEN_S:
                 self._seen_s[peer] = now_s + BACK_S
 
-    def look(self, members: Mapping[PeerId, MemberRecord], now_s: float) -> None:
-        """Who is there now."""
+    def update(self, members: Mapping[PeerId, MemberRecord], now_s: float) -> None:
+        """Note who is in the roster now, and forget those that are not missed any more."""
         for peer, record in members.items():
             if record.phase == "left":
                 self._forget(peer)
@@ -50,10 +51,10 @@ class Missed:
             self.on_ended(peer)
 
     def lost(self, now_s: float) -> dict[PeerId, float]:
-        """Those that are gone, with the time when they were last here."""
+        """Missed members, with the time when each was last seen."""
         return {peer: seen_s for peer, seen_s in self._seen_s.items() if seen_s < now_s}
 
     @property
     def known(self) -> int:
-        """Members that are here or missed."""
+        """Number of members that are here or missed."""
         return len(self._seen_s)

@@ -204,7 +204,7 @@ class Node:
 
     async def end(self) -> End:
         """How far this node's end is; answers after a moment, or when it is over."""
-        return await self.ends.told()
+        return await self.ends.progress()
 
     # Answers
 

@@ -150,7 +150,7 @@ async def live(candidate: Candidate) -> None:
         tasks.create_task(member.gossip.run())
         tasks.create_task(member.run_end.watch())
         if member.manifest.shared_corpus is not None:
-            tasks.create_task(member.shares.keep(member.view.training, member.renew))
+            tasks.create_task(member.shares.keep_dividing(member.view.training, member.renew))
 
 
 async def _wait_for_peers(node: Node, member: Member) -> None:

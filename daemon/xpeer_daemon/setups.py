@@ -1,4 +1,4 @@
-"""What a trainer is told first, as things are when it is started."""
+"""The setup of a trainer: what it receives when it is started."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from xpeer_daemon.text import has_trained
 
 
 class Setups:
-    """Makes one for each start of the trainer: the order and the members change.
+    """Makes a setup for each start of the trainer, since the order and the members change.
 
     Args:
         home: paths.
-        swarm_id: of the manifest.
-        node: its phase gives the order, its record whether there were steps.
-        shares: the division of the corpus, made anew.
-        origin: where parameters come from without a checkpoint.
+        swarm_id: fingerprint of the swarm.
+        node: its phase gives the order; its record says whether a trainer ran before.
+        shares: divides the corpus anew for each setup.
+        origin: where the parameters of a trainer without a checkpoint come from.
     """
 
     def __init__(
@@ -31,10 +31,7 @@ class Setups:
         self._origin = origin
 
     def make(self) -> TrainerSetup:
-        """As things are now.
-
-        One whose run had ended takes the steps again that its checkpoint lacks.
-        """
+        """Make a setup, as things are now."""
         node = self._node
         return TrainerSetup(
             manifest_path=str(self._home.manifest),
@@ -42,7 +39,7 @@ class Setups:
             home=str(self._home.path),
             config=node.config,
             peer_id=node.peer_id,
-            members=self._shares.take(),
+            members=self._shares.divide(),
             mode=node.phase.traits.order,
             has_trained=node.record.last_trainer is not None or has_trained(self._home),
             initial=self._origin.source,

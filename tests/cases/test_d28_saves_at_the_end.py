@@ -117,7 +117,7 @@ async def test_what_is_lost_is_counted_from_the_last_checkpoint(
     nothing_lost = saved == 12
     assert await ends.save(trainer) == nothing_lost  # type: ignore[arg-type] # a fake
     ends.over()
-    end = await ends.told()
+    end = await ends.progress()
     assert end.over
     if nothing_lost:
         assert (end.problem, end.exit_code) == ("", 0)

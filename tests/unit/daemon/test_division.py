@@ -13,13 +13,13 @@ class Rig:
         self.members = {"a": 100.0, "b": 100.0}
         self.now_s = 1000.0
         self.shares = Shares(lambda: dict(self.members), lambda: self.now_s, by_speed=by_speed)
-        self.shares.take()
+        self.shares.divide()
 
     def looks(self, count: int) -> list[bool]:
         found = []
         for _ in range(count):
             self.now_s += STABLE_S
-            found.append(self.shares.look())
+            found.append(self.shares.is_outdated())
         return found
 
 
@@ -33,7 +33,7 @@ def test_a_member_that_came_and_stayed_gets_a_share(by_speed: bool):
     rig.looks(1)
     rig.members["c"] = 0.0
     assert rig.looks(2) == [False, True]
-    assert rig.shares.take() == rig.members
+    assert rig.shares.divide() == rig.members
     assert not any(rig.looks(3))
 
 
@@ -58,7 +58,7 @@ def test_a_speed_that_changed_for_good_moves_the_shares_after_a_while():
 def test_the_first_speeds_that_are_known_move_the_shares_soon():
     rig = Rig()
     rig.members = {"a": 0.0, "b": 0.0}
-    rig.shares.take()
+    rig.shares.divide()
     rig.looks(1)
     rig.members = {"a": 100.0, "b": 0.0}
     assert rig.looks(2) == [False, False]

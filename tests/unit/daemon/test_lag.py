@@ -21,7 +21,7 @@ def looks(clock: Clock, *late_s: float, busy: float = 0.0) -> Health:
     measured = Lag(health, clock)
     for late in late_s:
         clock.now += watch.EVERY_S
-        measured.look(Look(clock.now, late, busy * late))
+        measured.add(Look(clock.now, late, busy * late))
     return health
 
 
