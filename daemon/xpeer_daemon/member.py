@@ -1,4 +1,4 @@
-"""The parts of an admitted node: all are made here and wired here; nothing runs before `serve`."""
+"""The parts of an admitted node. They are made and wired here; nothing runs before `serve`."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ from xpeer_daemon.trainer_events import TrainerEvents
 from xpeer_daemon.windows import Windows
 
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
-"""Run something beside everything else, until the node ends."""
+"""Runs a task beside all others, until the node ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How this run of the daemon was asked for.
+    """Options of this run of the daemon.
 
     Attributes:
         paused: take no steps until `xpeer resume`.
-        from_initial: a founder that lost its parameters waits for nobody who holds them.
+        from_initial: a founder without parameters begins with the initial model at once. It does
+            not wait for a member that holds the swarm's.
         trainer: the module that the trainer process runs.
     """
 
@@ -60,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What a node has before it is admitted."""
+    """The parts of a node that it has before it is admitted."""
 
     home: Home
     config: NodeConfig
@@ -74,7 +75,11 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """What an admitted node has beside."""
+    """The parts that an admitted node has besides.
+
+    Attributes:
+        renew: saves, stops and starts the trainer with a new setup.
+    """
 
     manifest: Manifest
     party: agreement.Party
@@ -94,12 +99,12 @@ class Member:
 
 
 def build_member(candidate: Candidate, admitted: Admitted, spawn: Spawn) -> Member:
-    """Make every part of a member, each with what it needs to know of the others.
+    """Make every part of a member, and give each the other parts that it needs.
 
     Args:
-        candidate: what there is already.
-        admitted: what the swarm gave us.
-        spawn: runs what a part begins by itself.
+        candidate: the parts that there are already.
+        admitted: manifest and keys that admission gave us.
+        spawn: runs tasks that a part begins by itself.
     """
     node, store, manifest = candidate.node, candidate.store, admitted.manifest
     party = _party(candidate, admitted)
@@ -140,8 +145,8 @@ class _Training(NamedTuple):
 
 
 def _training(candidate: Candidate, manifest: Manifest, roster: Roster, spawn: Spawn) -> _Training:
-    """What starts trainers: a circle, as a setup names the members that share the corpus, and these
-    are told our speed, which is that of our trainer.
+    """Make the parts that start trainers. They need one another in a circle: a trainer's setup has
+    the division of the corpus, the division needs all speeds, and our speed is our trainer's.
     """
     node, home, options = candidate.node, candidate.home, candidate.options
 
@@ -236,7 +241,7 @@ def _gossip(
 
 
 async def serve(member: Member, candidate: Candidate, admitted: Admitted) -> None:
-    """Answer everything that other members may ask of us."""
+    """Begin to answer all requests of other members."""
     swarm, manifest, party = candidate.node.swarm, member.manifest, member.party
     await member.roster.serve()
     await admission.serve(swarm, admitted.signed, admitted.keyring)

@@ -29,7 +29,7 @@ _WORKING = (Phase.TRAINING, Phase.MIXING)
 
 
 class Node:
-    """Commands, and what entering a phase does.
+    """Carries out the operator's commands, and orders the trainer to do what a phase asks.
 
     Args:
         peer_id: ours.
@@ -38,11 +38,12 @@ class Node:
         life: our phase.
         record: what our trainers said.
         swarm: the network.
-        ends: how this node ends.
+        ends: the end of this node.
         clock: wall clock, seconds.
 
     Attributes:
         member: the parts of an admitted node; None until it is admitted.
+        started_s: when the daemon started, by the clock.
     """
 
     def __init__(
@@ -69,65 +70,66 @@ class Node:
 
     @property
     def health(self) -> Health:
-        """What is the matter, as those who met it noted it."""
+        """The active conditions of this node."""
         return self.record.health
 
     @property
     def phase(self) -> Phase:
-        """Where the node is in its life."""
+        """The phase of this node now."""
         return self.life.phase
 
     def running(self) -> TrainerProcess | None:
-        """The trainer process, if there is one now."""
+        """The trainer process; None while there is none."""
         return self.member.supervisor.trainer if self.member else None
 
     # The phase and its effects
 
     async def enter(self, phase: Phase) -> None:
-        """Order the trainer to do what the phase asks, then be in it.
+        """Order the trainer to do what the phase asks, then enter the phase.
 
         Raises:
-            LocalError: the trainer does not answer, or the phase can't follow: nothing changed.
+            LocalError: the trainer does not answer, or this phase can't follow; the phase is as it
+                was.
         """
         trainer = self.running()
         if trainer is not None and phase.traits.order != self.phase.traits.order:
             await trainer.run(phase.traits.order)
         self.life.enter(phase)
         if trainer is not None:
-            self.life.follow(trainer.state)  # it may have come to an end meanwhile
+            self.life.follow(trainer.state)  # its run or budget may have ended meanwhile
 
     async def begin(self, trainer: TrainerProcess) -> None:
-        """The trainer holds the swarm's parameters: train, or stay paused if that is wanted."""
+        """Train, or pause if the operator wants that. The trainer holds the swarm's parameters."""
         if self.life.pause_wanted:
             await self.enter(Phase.PAUSED)
         else:
             await self._work(trainer)
 
     async def instruct(self, trainer: TrainerProcess) -> None:
-        """Tell one that was restarted what to do: the operator may have paused or resumed since."""
+        """Order a trainer that was restarted: the operator may have paused or resumed meanwhile."""
         if not (self.phase.traits.exchanges or self.phase is Phase.PAUSED):
-            return  # it is told once it holds parameters
+            return  # it gets its order once it holds parameters
         if self.phase in _WORKING:
             await self._work(trainer)
         await trainer.run(self.phase.traits.order)
         self.life.follow(trainer.state)
 
     async def _work(self, trainer: TrainerProcess) -> None:
-        """Train; without text, mix."""
+        """Train, or mix if the text can't be read."""
         await self.enter(Phase.MIXING if trainer.text_problem else Phase.TRAINING)
         self.record.looked_at_text(trainer.text_problem)
 
     def follow_trainer(
         self, trainer: TrainerPhase, progress: Progress, privacy: PrivacySpent | None = None
     ) -> None:
-        """The trainer's loop moved on: to another step, or to the end of the run or the budget."""
+        """Note that the trainer took a step, or came to the end of the run or of its budget."""
         self.record.remember(trainer, progress, privacy, self.running())
         at_work = self.phase is Phase.TRAINING and trainer == "training"
         self._observe(progress if at_work else None)
         self.life.follow(trainer)
 
     def _observe(self, progress: Progress | None) -> None:
-        """Measure how fast steps are taken; None: none are."""
+        """Measure how fast steps are taken; None: no steps are taken now."""
         steps = self.record.steps
         throughput = self.member.view.throughput if self.member else None
         if progress is None:
@@ -142,14 +144,14 @@ class Node:
     # Commands
 
     async def pause(self) -> Phase:
-        """Take no steps and no exchanges until `resume`. A node that still joins pauses once it
-        would begin.
+        """Take no steps and no exchanges until `resume`. A node that still joins pauses when it
+        would begin to train.
 
         Returns:
             The phase now.
 
         Raises:
-            LocalError: there is nothing to pause, or the trainer does not answer: nothing changed.
+            LocalError: there is nothing to pause, or the trainer does not answer; nothing changed.
         """
         if self.phase in {Phase.OBSERVING, Phase.STOPPING}:
             raise LocalError(
@@ -170,7 +172,7 @@ class Node:
             The phase now.
 
         Raises:
-            LocalError: the trainer does not answer: the node is still paused.
+            LocalError: the trainer does not answer; the node is still paused.
         """
         interrupted, trainer = self.life.interrupted, self.running()
         if interrupted in _WORKING and trainer is not None:
@@ -181,11 +183,18 @@ class Node:
         return self.phase
 
     def request_stop(self, *, leave: bool) -> None:
-        """Stop soon; with `leave` tell the others that we are gone."""
+        """Stop soon; with `leave` first announce that this node is gone for good."""
         self.life.request_stop(leave=leave)
 
     async def checkpoint(self) -> str:
-        """Write one now; its path."""
+        """Write a checkpoint now.
+
+        Returns:
+            Its path; "" if there is no trainer.
+
+        Raises:
+            LocalError: it can't be written, or the node has no parameters yet.
+        """
         trainer = self.running()
         if trainer is None:
             return ""
@@ -203,22 +212,22 @@ class Node:
         return path
 
     async def end(self) -> End:
-        """How far this node's end is; answers after a moment, or when it is over."""
+        """How far this node has come with ending; returns after a moment, or when it is over."""
         return await self.ends.progress()
 
     # Answers
 
     def about(self) -> About:
-        """What we say of ourselves when a member asks."""
+        """Our name and step, for members that ask."""
         known = self.record.known
         trains = known is not None and self.phase not in {Phase.JOINING, Phase.OBSERVING}
         return About(self.config.network.name, known.progress.step if trains and known else None)
 
     def status(self) -> Status:
-        """Everything an operator may want to know."""
+        """The answer of `xpeer status`."""
         return report.status_of(self)
 
     def reasons(self) -> list[HealthReason]:
-        """What is the matter, notes included; empty when all is well."""
+        """Active conditions now, notes included; empty when all is well."""
         conditions.observe(self)
         return self.health.reasons()

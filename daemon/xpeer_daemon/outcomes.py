@@ -1,4 +1,4 @@
-"""What comes of exchanges, for history, health and the end of the run."""
+"""Notes how exchanges end: for history, health and the end of the run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from xpeer_daemon.swarm_view import SwarmView
 
 
 class Outcomes(Events):
-    """Writes down what partners' exchanges came to.
+    """Writes down how each exchange ended.
 
     Args:
-        swarm_id: seeds the matching.
-        view: who has ended; what people call members.
-        health: failures show there.
+        swarm_id: seed of the matching.
+        view: knows who has ended, and the members' names.
+        health: gets failures.
         store: the history.
         closing: counts merges once everybody has ended.
     """
@@ -40,11 +40,11 @@ class Outcomes(Events):
         self._closing = closing
 
     def name_of(self, peer_id: PeerId) -> str:
-        """See `Events`."""
+        """See `Events.name_of`."""
         return self._view.name_of(peer_id)
 
     def exchanged(self, agreement: Agreement, result: Exchanged, took_s: float) -> None:
-        """See `Events`."""
+        """See `Events.exchanged`."""
         self._health.worked("exchange-failed")
         if self._view.has_ended() and not self._view.still_training():
             self._closing.merged(agreement.fragment)
@@ -59,7 +59,7 @@ class Outcomes(Events):
         )
 
     def skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:
-        """See `Events`."""
+        """See `Events.skipped`."""
         if reason == Reason.REVEALED_BEFORE and self._view.has_ended():
             self._closing.give_up(
                 matching.fragment_of(self._swarm_id, slot, self._closing.fragments)
@@ -71,10 +71,10 @@ class Outcomes(Events):
         self._store.add_round(RoundRow(slot=slot, partner=peer_id, reason=reason, detail=detail))
 
     def went_back(self, peer_id: PeerId, highest_counter: int, detail: str) -> None:
-        """See `Events`."""
+        """See `Events.went_back`."""
         self._store.add_event("ledger-went-back", f"{peer_id} {detail}")
         self._store.remember_peer(peer_id, [], highest_counter)
 
     def caught_up(self, peer_id: PeerId) -> None:
-        """See `Events`."""
+        """See `Events.caught_up`."""
         self._store.add_event("ledger-caught-up", peer_id)

@@ -1,7 +1,7 @@
-"""How this node comes to hold the swarm's parameters: at its start, and after its trainer's.
+"""How this node gets the swarm's parameters: at its own start, and at a later start of its trainer.
 
-The initial model is for a founder that begins: it never was in this swarm with anybody, or nobody
-who holds parameters came within its patience, or its operator says so (`--from-initial`).
+A founder begins with the initial model in three cases: it never met anybody in this swarm; no
+member that holds parameters came in time; or its operator says so (`--from-initial`).
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ STOP_TIMEOUT_S = 60.0
 
 @dataclass
 class Origin:
-    """Where a trainer without a checkpoint has its parameters from.
+    """Where the parameters of a trainer without a checkpoint come from.
 
     Attributes:
-        begins: True iff this node begins the swarm with the initial model; False as soon as others
-            may hold what it gave them.
+        begins: True iff this node begins the swarm with the initial model. False as soon as others
+            may hold parameters that it gave them.
     """
 
     begins: bool
 
     @property
     def source(self) -> Literal["initial", "awaited"]:
-        """As the trainer's setup says it."""
+        """The source under its name in the trainer's setup."""
         return "initial" if self.begins else "awaited"
 
 
 class Parameters:
-    """Of one node.
+    """Gets the swarm's parameters for one node.
 
     Args:
-        node: told what is going on.
-        store: knows whether there ever were others.
-        donors: where parameters come from.
+        node: its phase and note say what is going on.
+        store: knows whether this node ever met others.
+        donors: fetch parameters from other members.
         supervisor: of the trainer.
-        origin: whether a founder begins.
-        founds: this home made the swarm, and has its initial model.
+        origin: says whether this node begins with the initial model.
+        founds: this home founded the swarm, and has its initial model.
     """
 
     def __init__(
@@ -73,9 +73,14 @@ class Parameters:
         self._founds = founds
 
     async def hold(self, trainer: TrainerProcess) -> TrainerProcess:
-        """At the node's start; the trainer that holds them then."""
+        """Get the parameters at the node's start.
+
+        Returns:
+            The trainer that holds them: the given one, or another one that was started in its
+            place.
+        """
         if trainer.resumed_step is not None:
-            await self._look(trainer, trainer.resumed_step)
+            await self._catch_up(trainer, trainer.resumed_step)
         elif not self._origin.begins and not await self._take_over(trainer):
             self._begin_anew()
             await trainer.stop(STOP_TIMEOUT_S)
@@ -84,9 +89,14 @@ class Parameters:
         return trainer
 
     async def hold_again(self, trainer: TrainerProcess) -> bool:
-        """After the trainer was started again; whether it has to be told to go on."""
+        """Get the parameters after the trainer was started again.
+
+        Returns:
+            Whether the node has to begin anew with it. False if it resumed from a checkpoint, or is
+            started once more.
+        """
         if trainer.resumed_step is not None:
-            await self._look(trainer, trainer.resumed_step)
+            await self._catch_up(trainer, trainer.resumed_step)
             return False
         if self._origin.begins:
             self._origin.begins = False
@@ -94,7 +104,7 @@ class Parameters:
         if await self._take_over(trainer):
             return True
         self._begin_anew()
-        await self._supervisor.renew(STOP_TIMEOUT_S)  # and we are called again
+        await self._supervisor.renew(STOP_TIMEOUT_S)  # this method is called again afterwards
         return False
 
     async def _take_over(self, trainer: TrainerProcess) -> bool:
@@ -107,9 +117,9 @@ class Parameters:
         self._store.add_event("began-anew", "nobody holds the swarm's parameters")
         self._origin.begins = True
 
-    async def _look(self, trainer: TrainerProcess, own_step: int) -> None:
-        """Whether others are far ahead, before anything is exchanged; if nobody is there yet, as
-        soon as somebody is.
+    async def _catch_up(self, trainer: TrainerProcess, own_step: int) -> None:
+        """Take over better parameters if others are far ahead, before anything is exchanged. If
+        nobody is there yet, leave it to `catch_up_later`.
         """
         node, clock = self._node, asyncio.get_running_loop().time
         node.life.catching_up = True
@@ -121,8 +131,8 @@ class Parameters:
             asked = await self._donors.catch_up(trainer, own_step)
         node.life.catching_up = not asked
 
-    async def look_later(self) -> None:
-        """For ever: who resumed alone looks as soon as somebody is there."""
+    async def catch_up_later(self) -> None:
+        """Catch up as soon as a donor is there, if nobody was at the start; until cancelled."""
         while True:
             trainer = self._supervisor.trainer
             if (
@@ -139,7 +149,7 @@ class Parameters:
 
 
 def begins(home: Home, store: Store) -> bool:
-    """Whether this home was never in its swarm with anybody: nobody is known, nothing charged."""
+    """Whether this home never met anybody in its swarm: no peer is known, and nothing charged."""
     if store.known_peers(1):
         return False
     if not home.ledger_db.exists():

@@ -1,4 +1,4 @@
-"""Our record in the roster, and everybody else's, kept fresh while the daemon lives."""
+"""Keeps our card in the roster fresh, and reads the others', as long as the daemon lives."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Presence:
     """Announces this node, and reads who else is there.
 
     Args:
-        node: our phase, name and zone.
-        view: our speed, and who is there.
-        roster: the members' records.
-        partners: the highest ledger counters that they have shown.
-        store: remembers both for the next start.
-        slot_s: of the manifest.
+        node: has our phase, addresses and zone.
+        view: knows our speed, and who is there.
+        roster: the members' cards.
+        partners: knows the highest ledger counter that each member has shown.
+        store: remembers members and counters for the next start.
+        slot_s: length of a slot.
     """
 
     def __init__(
@@ -41,7 +41,9 @@ class Presence:
         self._partners, self._store, self._slot_s = partners, store, slot_s
 
     async def keep_announcing(self) -> None:
-        """Now and then, and at every change of state."""
+        """Announce this node every `ANNOUNCE_EVERY_S` and at every change of phase, until
+        cancelled.
+        """
         while True:
             self._node.life.changed.clear()
             traits = self._node.phase.traits
@@ -51,7 +53,7 @@ class Presence:
                     await self._node.life.changed.wait()
 
     async def announce(self, phase: str) -> None:
-        """Once, as being in this phase."""
+        """Announce this node once, as being in this phase."""
         record = MemberRecord(
             peer_id=self._node.peer_id,
             addresses=self._node.swarm.addresses[:MAX_ADDRESSES],
@@ -62,11 +64,11 @@ class Presence:
             zone=self._node.config.network.zone,
         )
         await self._roster.announce(record)
-        # alone there is nobody to store it
+        # While we are alone, nobody can store our card
         self._node.health.hold("card-failing", self._roster.unstored and bool(self._view.others()))
 
     async def keep_refreshing(self) -> None:
-        """Who is there, where, and what its ledger has shown."""
+        """Read the roster, and remember who is there, until cancelled."""
         while True:
             await self._roster.refresh()
             if self._roster.silence:

@@ -1,4 +1,4 @@
-"""What a node says of itself, gathered from its parts: the answer of `xpeer status`."""
+"""The answer of `xpeer status`, gathered from the parts of a node."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def status_of(node: Node) -> Status:
-    """Everything an operator may want to know."""
+    """Everything that an operator may want to know."""
     now, reasons, swarm = node.clock(), node.reasons(), node.swarm
     meter, config, record = swarm.meter, node.config, node.record
     last = node.running() or record.last_trainer
@@ -61,7 +61,7 @@ def status_of(node: Node) -> Status:
 
 
 def _of_member(status: Status, node: Node, member: Member, now: float) -> Status:
-    """What an admitted node has to say beside."""
+    """Add what only an admitted node knows."""
     partners, manifest = member.partners, member.manifest
     carried = partners.payload_bytes_sent
     return msgspec.structs.replace(
@@ -81,11 +81,11 @@ def _of_member(status: Status, node: Node, member: Member, now: float) -> Status
 
 
 def beginning(saved_step: int | None, known: Known | None) -> str:
-    """At the daemon's start: whether it begins anew or goes on, and what was spent before.
+    """Describe for the log how the daemon starts: anew or from a checkpoint, and the budget spent.
 
     Args:
-        saved_step: of the newest checkpoint; None = there is none.
-        known: what a trainer said last, before this start.
+        saved_step: step of the newest checkpoint; None = there is none.
+        known: what a trainer said last, before this start; None = nothing.
     """
     spent = ""
     privacy = known.privacy if known is not None else None
@@ -102,14 +102,14 @@ def beginning(saved_step: int | None, known: Known | None) -> str:
 
 
 def in_short(status: Status) -> str:
-    """For systemd: health, what it does, and what is the matter."""
+    """A line for systemd: health, state, step, number of partners, and the reasons' texts."""
     alive = sum(partner.state == "alive" for partner in status.partners)
     what = f"{status.health}: {status.state}, step {status.progress.step}, {alive} partners"
     return "; ".join([what, *(reason.text for reason in status.reasons)])[:MAX_SHORT_CHARS]
 
 
 def _progress(node: Node, now: float) -> Progress:
-    """As the trainer said last, with ages of now."""
+    """The trainer's last counters, with ages up to date."""
     trainer, known = node.running(), node.record.known
     if known is None:
         return trainer.progress if trainer else Progress()
@@ -122,7 +122,10 @@ def _progress(node: Node, now: float) -> Progress:
 
 
 def eta_unix_s(node: Node) -> float | None:
-    """When the last step will be taken: the run's, or the budget's if that comes first."""
+    """When the last step will be taken, the run's or the budget's, whichever is first.
+
+    None = unknown, or the node does not train.
+    """
     known = node.record.known
     if known is None or node.phase is not Phase.TRAINING:
         return None
@@ -135,7 +138,7 @@ def eta_unix_s(node: Node) -> float | None:
 
 
 def _privacy(node: Node) -> PrivacySpent:
-    """As the trainer said last; before that, what the manifest says."""
+    """What the trainer last said of the budget; until it does, the manifest's mode alone."""
     trainer, known = node.running(), node.record.known
     if known is not None and known.privacy is not None:
         return known.privacy
@@ -175,7 +178,7 @@ def _partner_rows(member: Member, now: float) -> list[Partner]:
 
 
 def _known_of(member: Member, peer: PeerId, now: float) -> Partner:
-    """What is known of a member, be it there or not."""
+    """What we know of a member, whether it is alive or missed."""
     record = member.partners.get(peer)
     heard = member.view.acquaintances.get(peer)
     return Partner(

@@ -1,4 +1,4 @@
-"""The end of the run: when it has come, and what this node does then."""
+"""The end of the run: notices that it has come, and finishes this node."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ log = logging.getLogger("xpeer.daemon")
 LOOK_S = 0.5
 FINISH_AGAIN_S = 10.0
 MIN_PATIENCE_S, PATIENCE = 3600.0, 4.0
-"""At the end, slower peers get this much longer than we took ourselves, and an hour at least."""
+"""At the end we wait for slower members: this multiple of our own training time, and an hour at
+least."""
 
 
 class RunEnd:
     """Watches for the end of one node's run.
 
     Args:
-        node: is finished in the end, or asked to stop.
-        view: whether the others have ended.
-        supervisor: of the trainer that measures and saves.
-        closing: whether everybody has mixed enough.
+        node: enters its last phases, or is asked to stop.
+        view: knows whether the others have ended.
+        supervisor: of the trainer, which measures and saves at the end.
+        closing: says whether all have mixed enough.
         store: remembers the end.
 
     Attributes:
-        exit_code: the daemon's, if nothing else ends it.
+        exit_code: exit code of the daemon, unless an error ends it.
     """
 
     def __init__(
@@ -53,13 +54,13 @@ class RunEnd:
         self._store = store
 
     async def watch(self) -> None:
-        """Until cancelled."""
+        """Look for the end every `LOOK_S`, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
             await self.look()
 
     async def look(self) -> None:
-        """Take the next step towards the end, if it is due."""
+        """Enter the next phase towards the end, if it is due."""
         node, life = self._node, self._node.life
         if life.phase is Phase.BUDGET_SPENT and node.config.daemon.exit_on_budget:
             self.exit_code = ExitCode.BUDGET_SPENT
@@ -67,7 +68,7 @@ class RunEnd:
             node.request_stop(leave=False)
         phases, in_phase_s = self._view.active_phases(), node.clock() - life.since_s
         if phases and in_phase_s <= 2 * ROSTER_EVERY_S:
-            return  # records are a few seconds old: they may not have seen us end, nor we them
+            return  # cards are some seconds old: others may not know our phase yet, nor we theirs
         if in_phase_s > self._patience_s():
             phases = [phase for phase in phases if traits_of(phase).ended]
         if self._left_alone(phases):
@@ -77,14 +78,14 @@ class RunEnd:
             await self._finish()
 
     def _left_alone(self, phases: list[str]) -> bool:
-        """Whether a node without text need not wait for it any longer: all others have ended."""
+        """Whether this node lacks text, and all others have ended: then it waits no longer."""
         trainer = self._supervisor.trainer
         idle = trainer is not None and bool(trainer.text_problem)
         all_ended = bool(phases) and all(traits_of(phase).ended for phase in phases)
         return self._node.phase is Phase.MIXING and idle and all_ended
 
     def _patience_s(self) -> float:
-        """How long we wait for others to end: a member that trains for ever holds up nobody."""
+        """How long we wait for others to end, so that one that trains for ever delays nobody."""
         trainer = self._supervisor.trainer
         trained_s = trainer.progress.seconds_training if trainer else 0.0
         return max(MIN_PATIENCE_S, PATIENCE * trained_s)
@@ -92,7 +93,7 @@ class RunEnd:
     async def _finish(self) -> None:
         node, trainer = self._node, self._supervisor.trainer
         if trainer is None:
-            return  # it is being restarted; look again
+            return  # it is being restarted: the next look comes soon
         phase = node.phase
         try:
             await node.record.evaluate(trainer)
@@ -106,5 +107,5 @@ class RunEnd:
             return
         self._store.add_event("finished", f"step {trainer.progress.step}")
         if node.config.daemon.exit_when_finished:
-            await asyncio.sleep(ANNOUNCE_EVERY_S)  # partners may still need us for theirs
+            await asyncio.sleep(ANNOUNCE_EVERY_S)  # partners may need us for their last exchanges
             node.request_stop(leave=True)

@@ -1,6 +1,6 @@
-"""The daemon's life, start to end: join, become a member, train and gossip, close, stop.
+"""The daemon's life from start to end: join, become a member, train and gossip, close, stop.
 
-`_live` is the order of things on one screen. The parts are made in `member.build_member`.
+`live` has the order of things on one screen. `member.build_member` makes the parts.
 """
 
 from __future__ import annotations
@@ -34,22 +34,25 @@ from xpeer_daemon.windows import Windows
 log = logging.getLogger("xpeer.daemon")
 
 TASKS_S, GOODBYE_S = 10.0, 3.0
-"""At the end, for our own tasks, and for each thing that others are told."""
+"""Time at the end for our own tasks, and for each message to others."""
 PEERS_S = 0.5
-"""Between two looks at who is there: a roster has no event."""
+"""How often the roster is polled for the number of members: it has no event."""
 
 
 async def run(home: Home, config: NodeConfig, options: Options) -> int:
-    """Live until stopped, then end when all is saved; the exit code.
+    """Run the node until it is stopped, and return when all is saved.
 
     Args:
         home: locked by us.
         config: settings.
         options: of this run.
 
+    Returns:
+        The exit code.
+
     Raises:
         NotSavedError: steps since the last checkpoint are lost.
-        LocalError: what ended the node; it goes before.
+        LocalError: an error ended the node. It is raised even if steps are lost, too.
     """
     life = Life(time.time, pause_wanted=options.paused)
     signals.end_by(asyncio.get_running_loop(), lambda: life.request_stop(leave=False))
@@ -77,14 +80,14 @@ async def come_up(
     life: Life,
     ending: contextlib.AsyncExitStack,
 ) -> Candidate:
-    """Everything before this node is admitted: it can be asked, and reaches for the swarm.
+    """Make the parts that a node has before its admission, and start its network and its API.
 
     Args:
         home: locked by us.
         config: settings.
         options: of this run.
         life: of this node.
-        ending: closes what is opened here, last in, first out.
+        ending: closes what is opened here, in the opposite order.
     """
     identity, credential = Identity.load(home.identity_key), founding.load_credential(home)
     membership = Membership(credential.claimed_swarm(), credential)
@@ -98,7 +101,7 @@ async def come_up(
     ending.push_async_callback(swarm.close)
     node = Node(identity.peer_id, certificate, config, life, record, swarm, Ends(home, config))
     windows = Windows(home.losses, node, store.keep_known)
-    ending.callback(windows.keep)
+    ending.callback(windows.remember)
     api = await ControlApi.start(home.socket(config), node)
     ending.push_async_callback(api.close)
     sdnotify.notify("READY=1\nSTATUS=joining")
@@ -122,7 +125,7 @@ def _record(home: Home, store: Store, health: Health) -> TrainingRecord:
 
 
 async def live(candidate: Candidate) -> None:
-    """Join, become a member, hold the parameters, train and gossip until the run ends."""
+    """Join, become a member, get the parameters, then train and gossip; until cancelled."""
     node, home, config = candidate.node, candidate.home, candidate.config
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_feed_watchdog(node))
@@ -145,7 +148,7 @@ async def live(candidate: Candidate) -> None:
         trainer = await member.parameters.hold(await _start_trainer(node, member))
         await _wait_for_peers(node, member)
         await node.begin(trainer)
-        tasks.create_task(member.parameters.look_later())
+        tasks.create_task(member.parameters.catch_up_later())
         tasks.create_task(member.supervisor.run(partial(_go_on, candidate, member)))
         tasks.create_task(member.gossip.run())
         tasks.create_task(member.run_end.watch())
@@ -172,11 +175,11 @@ async def _start_trainer(node: Node, member: Member) -> TrainerProcess:
 
 
 async def _go_on(candidate: Candidate, member: Member, trainer: TrainerProcess) -> None:
-    """The trainer was started again."""
+    """Go on with a trainer that was started again."""
     node = candidate.node
     candidate.store.add_event("trainer-restarted", f"epoch {trainer.epoch}")
     node.record.looked_at_text(trainer.text_problem)
-    member.closing.begin()  # what the one before had merged may be lost with it
+    member.closing.begin()  # the last trainer's merges may be lost with it
     to_begin = await member.parameters.hold_again(trainer)
     if to_begin or (trainer.resumed_step is not None and node.phase is Phase.FETCHING):
         await node.begin(trainer)
@@ -185,7 +188,7 @@ async def _go_on(candidate: Candidate, member: Member, trainer: TrainerProcess) 
 
 
 async def _end(node: Node, *tasks: asyncio.Task[Any]) -> None:
-    """Save, say goodbye, and leave nothing behind. Never raises."""
+    """Cancel the node's tasks, save, and say goodbye to the others. Never raises."""
     sdnotify.notify("STOPPING=1")
     sdnotify.extend(TASKS_S + SPARE_S)
     node.life.enter(Phase.STOPPING)

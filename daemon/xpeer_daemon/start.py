@@ -1,4 +1,4 @@
-"""What `xpeer start` becomes: everything is checked, the home is locked, and the service lives."""
+"""The start of a daemon: everything is checked, the home is locked, and the service runs."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ log = logging.getLogger("xpeer.daemon")
 
 
 def check(home: Home, config: NodeConfig, *, join_token: str | None) -> Certificate:
-    """Everything that can be found wrong without starting anything or writing to the disk.
+    """Check everything that can be checked without starting anything or writing to the disk.
 
     Returns:
-        What this node may do.
+        This node's certificate.
 
     Raises:
         LocalError: the first problem.
@@ -67,23 +67,24 @@ def _check(home: Home, config: NodeConfig, *, join_token: str | None) -> Certifi
         needs.require(_needs(home, join_token), data, home)
         setting = "data.corpus" if data.corpus else "data.shard"
         try:
-            find(data.corpus or data.shard, setting)  # only the trainer opens them
+            find(data.corpus or data.shard, setting)  # only the trainer opens the files
         except ShardError:
             if not (data.corpus or data.shard) or not has_trained(home):
-                raise  # else it may be there again soon, and the node goes on meanwhile
+                raise  # a node that has trained goes on: its text may be there again soon
     return certificate
 
 
 def _needs(home: Home, join_token: str | None) -> needs.Needs | None:
-    """By the manifest; before there is one, by the token."""
+    """Files and packages that members need: by the manifest, or by the token until there is one."""
     if home.manifest.exists():
         return needs.Needs.of(SignedManifest.load(home.manifest).open())
     return Token.parse(join_token).needs if join_token is not None else None
 
 
 def beginning(home: Home, now_unix_s: float, config: NodeConfig | None = None) -> str:
-    """Whether training starts fresh or goes on, from where, and what was spent until now: as far as
-    the ledger and the machine's register know together.
+    """Describe how training starts: fresh or from a checkpoint, and with how much privacy spent.
+
+    What was spent is counted from the home's ledger and the machine's register.
     """
     saved = checkpoint.paths(home.checkpoints)
     if saved:
@@ -98,16 +99,16 @@ def beginning(home: Home, now_unix_s: float, config: NodeConfig | None = None) -
     unread = ""
     try:
         register = Register.look(privacy_register(config or NodeConfig()))
-    except LocalError as e:  # the trainer says it, if it needs it
+    except LocalError as e:  # the trainer raises it, if it needs the register
         register, unread = None, f"; by the ledger alone: {e.problem}"
     with Ledger.look(home.ledger_db) as ledger, register or contextlib.nullcontext():
-        together = AccountView(ledger, register)
-        steps = sum(segment.steps for segment in together.charged)
+        account = AccountView(ledger, register)
+        steps = sum(segment.steps for segment in account.charged)
         charges = ledger.charges()
         about = charges[-1].about if charges else None
         if about is None:
             return f"{start}; {steps:,} private steps were charged to this home{unread}"
-        spent = accountant.epsilon_worst(together.of_shard(), about.delta)
+        spent = accountant.epsilon_worst(account.of_shard(), about.delta)
     return (
         f"{start}; {steps:,} private steps were charged to this home, epsilon {spent:.3g} of "
         f"{about.epsilon_target:g} (delta {about.delta:.1e}){unread}"
@@ -123,14 +124,17 @@ def run(
     from_initial: bool = False,
     trainer: str = PROGRAM,
 ) -> int:
-    """Run the daemon until it is told to stop; the exit code.
+    """Run the daemon until it is asked to stop.
+
+    Returns:
+        The exit code.
 
     Raises:
         LocalError: it can't start, or can't go on.
     """
     closed = files.secure(home)
     if home.lock.exists():
-        HomeLock.acquire(home).close()  # another daemon's port would look taken
+        HomeLock.acquire(home).close()  # without this a running daemon would show as a port in use
     _check(home, config, join_token=join_token)
     if join_token is not None:
         founding.prepare_join(home, join_token)

@@ -1,4 +1,4 @@
-"""How fast steps are taken, as the daemon sees it, and when the last one was."""
+"""How fast the trainer takes steps, as the daemon sees it, and when it took the last one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import deque
 
 REMEMBERED_S = 3600.0
 EVERY_S = 1.0
-"""Of steps closer together one is remembered."""
+"""At most one step is remembered in this time."""
 
 
 class Steps:
-    """Of one trainer's steps; pauses end what is remembered.
+    """The steps of the last hour. A pause, or a new trainer, ends what is remembered.
 
     Attributes:
         last_step_s: when a step was last seen; None until there is one.
@@ -21,7 +21,7 @@ class Steps:
         self._seen: deque[tuple[float, int]] = deque()
 
     def observe(self, step: int, now_s: float) -> None:
-        """So many steps are done now."""
+        """Note how many steps are done now."""
         seen = self._seen
         if seen and step < seen[-1][1]:
             self.interrupt()  # another trainer, from an older checkpoint
@@ -35,12 +35,12 @@ class Steps:
             seen.popleft()
 
     def interrupt(self) -> None:
-        """No step is taken for a while, on purpose."""
+        """Forget the steps so far: none is taken for a while, on purpose."""
         self._seen.clear()
 
     @property
     def step_s(self) -> float | None:
-        """Seconds that a step takes, rests included; None = unknown."""
+        """Mean seconds that a step takes, rests included; None = unknown."""
         if len(self._seen) < 2:
             return None
         (began_s, first), (ended_s, last) = self._seen[0], self._seen[-1]

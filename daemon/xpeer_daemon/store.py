@@ -1,7 +1,7 @@
-"""What a node remembers of its life: exchanges, events, and where its peers were.
+"""The history of a node: exchanges, events, and the addresses of its peers.
 
-Holds nothing that can't be lost: the privacy ledger is another file. So a damaged file is moved
-aside with a warning and the node starts, and a failing disk costs history, not training.
+A node can go on without all of it; the privacy ledger is another file. So a damaged history is
+moved aside with a warning and the node starts. A failing disk costs history, but no training.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ CREATE TABLE peers (
 
 
 _LATER_TABLES = "CREATE TABLE IF NOT EXISTS known (name TEXT PRIMARY KEY, value BLOB NOT NULL);"
-"""Made in files of earlier versions too, which do not look at them."""
+"""Tables that are added to files of earlier versions. These versions ignore them."""
 
 
 @seen_by("home")
 class RoundRow(Struct, frozen=True, kw_only=True):
-    """One exchange, or one that was skipped."""
+    """One exchange, or a slot without one."""
 
     slot: Public[int]
     partner: Public[str] = ""
     fragment: Public[int | None] = None
     reason: Timing[str] = ""
-    """Empty: merged; else a reason code."""
+    """Why nothing was merged, a reason code; "" = it was merged."""
     detail: Local[str] = ""
     distance: Derived[float | None] = None
     seconds: Timing[float | None] = None
@@ -87,18 +87,19 @@ class EventRow(Struct, frozen=True, kw_only=True):
 
 @seen_by("home")
 class KnownPeer(Struct, frozen=True, kw_only=True):
-    """Where a peer was, for the next start."""
+    """A peer that was met, and its addresses, for the next start."""
 
     peer_id: Public[str]
     addresses: Public[list[str]]
     seen_unix_s: Public[float]
     ledger_counter: Public[int]
-    """The highest it has shown: one that goes back was restored from an old copy."""
+    """Largest number of charges that its privacy ledger has shown. A ledger that shows fewer later
+    was restored from an old copy."""
 
 
 @seen_by("home", "for a status before a trainer runs")
 class Known(Struct, frozen=True):
-    """What the trainer said last."""
+    """The last counters that a trainer sent, and when."""
 
     progress: Parts[Progress]
     privacy: Parts[PrivacySpent | None]
@@ -106,12 +107,15 @@ class Known(Struct, frozen=True):
 
 
 class Store:
-    """state.sqlite. One writer: the daemon, on one thread. Make with `open`.
+    """The file state.sqlite. Only the daemon writes it, on one thread. `open` makes a store.
 
     Args:
-        database: an open connection with the tables in it.
+        database: an open connection to a database with the tables.
         clock: wall clock, seconds.
-        health: is told when writes fail, and when they succeed again.
+        health: gets the condition `state-file-failing`.
+
+    Attributes:
+        failed_writes: number of writes that failed.
     """
 
     def __init__(
@@ -171,7 +175,7 @@ class Store:
         return cls(database, time.time)
 
     def add_round(self, row: RoundRow) -> None:
-        """Remember how an exchange ended. Its time is now."""
+        """Remember how an exchange ended, just now."""
         self._write(
             "INSERT INTO rounds"
             " (unix_s, slot, partner, fragment, reason, detail, distance, seconds)"
@@ -183,7 +187,7 @@ class Store:
         )  # fmt: skip
 
     def add_event(self, kind: str, detail: str = "") -> None:
-        """Remember an event. Its time is now."""
+        """Remember an event that happened just now."""
         self._write(
             "INSERT INTO events (unix_s, kind, detail) VALUES (?, ?, ?)",
             (self._clock(), kind, detail),
@@ -192,12 +196,12 @@ class Store:
     def remember_peer(
         self, peer_id: str, addresses: Sequence[str], ledger_counter: int = 0
     ) -> None:
-        """Where a verified peer is now; its highest ledger counter never goes back.
+        """Remember that a verified peer is there now.
 
         Args:
-            peer_id: who.
-            addresses: multiaddresses; none keeps those that are known.
-            ledger_counter: as it showed us.
+            peer_id: the peer.
+            addresses: its multiaddresses; if empty, the addresses remembered so far are kept.
+            ledger_counter: the number of charges that it showed us; the largest one is kept.
         """
         self._write(
             "INSERT INTO peers (peer_id, addresses, seen_unix_s, ledger_counter)"
@@ -208,11 +212,11 @@ class Store:
         )
 
     def partner_ended(self, peer_id: str) -> None:
-        """It left, or its run is over: it is not missed after our next start."""
+        """Note that a partner left or its run is over: it is not missed after our next start."""
         self._write("UPDATE peers SET seen_unix_s = 0 WHERE peer_id = ?", (peer_id,))
 
     def rounds(self, limit: int = 100) -> list[RoundRow]:
-        """The last ones, newest first."""
+        """The last exchanges, newest first."""
         return self._read(
             RoundRow,
             "SELECT unix_s, slot, partner, fragment, reason, detail, distance, seconds"
@@ -221,20 +225,20 @@ class Store:
         )
 
     def events(self, limit: int = 100) -> list[EventRow]:
-        """The last ones, newest first."""
+        """The last events, newest first."""
         return self._read(
             EventRow, "SELECT unix_s, kind, detail FROM events ORDER BY id DESC LIMIT ?", limit
         )
 
     def went_back(self) -> dict[str, str]:
-        """What was last seen of ledgers that went back, by PeerID."""
+        """For each peer whose ledger went back: the numbers of charges when it last did."""
         rows = self._database.execute(
             "SELECT detail FROM events WHERE kind = 'ledger-went-back' ORDER BY id"
         )
         return {peer_id: detail for (text,) in rows for peer_id, _, detail in [text.partition(" ")]}
 
     def caught_up(self) -> set[str]:
-        """PeerIDs of those that have caught up since."""
+        """PeerIDs of peers whose ledger went back and has caught up since."""
         rows = self._database.execute(
             "SELECT kind, detail FROM events WHERE kind IN ('ledger-went-back', 'ledger-caught-up')"
             " ORDER BY id"
@@ -243,7 +247,7 @@ class Store:
         return {peer_id for peer_id, kind in last.items() if kind == "ledger-caught-up"}
 
     def known_peers(self, limit: int = MAX_PEERS) -> list[KnownPeer]:
-        """Those seen last first."""
+        """Peers that were met, the last seen first."""
         rows = self._database.execute(
             "SELECT peer_id, addresses, seen_unix_s, ledger_counter FROM peers"
             " ORDER BY seen_unix_s DESC, peer_id LIMIT ?",
@@ -260,7 +264,7 @@ class Store:
         ]
 
     def keep_known(self, known: Known) -> None:
-        """What the trainer said last, for a status before the next one speaks."""
+        """Remember the trainer's last counters, for a status before the next trainer runs."""
         self._write(
             "INSERT INTO known (name, value) VALUES ('trainer', ?1)"
             " ON CONFLICT (name) DO UPDATE SET value = ?1",
@@ -268,7 +272,7 @@ class Store:
         )
 
     def last_known(self) -> Known | None:
-        """As `keep_known` was given it; None = nothing, or of another version."""
+        """The counters that `keep_known` got last; None if there are none that can be read."""
         row = self._database.execute("SELECT value FROM known WHERE name = 'trainer'").fetchone()
         if row is None:
             return None
@@ -321,7 +325,7 @@ class Store:
 
 
 def _connect(path: Path) -> sqlite3.Connection | None:
-    """An open database with our tables; None if the file is damaged or of another version."""
+    """A connection to a database with our tables; None if it is damaged or of another version."""
     require_own(path)
     database = sqlite3.connect(path)
     try:
@@ -346,8 +350,8 @@ def _connect(path: Path) -> sqlite3.Connection | None:
 
 
 def _damaged(error: sqlite3.DatabaseError) -> bool:
-    # Extended codes carry the primary one in their low byte. A plain SQLITE_ERROR here is a file
-    # whose tables are not ours.
+    # Extended codes have the primary one in their low byte. A plain SQLITE_ERROR here means that
+    # the file has other tables than ours.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
     return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 

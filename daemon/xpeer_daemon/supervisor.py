@@ -1,7 +1,8 @@
 """Keeps the trainer process alive: restarts it from its last checkpoint, with back-off.
 
-A trainer that dies (CUDA out of memory, a bad batch) never takes the network down. One that says
-why it can't go on (a wrong setting, a spent budget) is not restarted: its error is the node's.
+A trainer that dies (CUDA out of memory, a bad batch) never takes the network down. A trainer that
+reports why it can't go on (a wrong setting, a spent budget) is not restarted: its error ends the
+node.
 """
 
 from __future__ import annotations
@@ -28,19 +29,25 @@ log = logging.getLogger("xpeer.supervisor")
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 120.0
 QUIET_S = 300.0
-"""A trainer that lived this long is forgiven its earlier deaths."""
+"""After a trainer has lived this long, earlier deaths don't count."""
 MAX_QUICK_DEATHS = 8
 _FINAL = ConfigError, BudgetSpentError
 _PASSING = TrainerError, LocalTimeoutError, ShardError, LedgerError
-"""What may be otherwise at the next try."""
+"""Errors that may be gone at the next attempt."""
 
 
 class Supervisor:
     """Owns the current trainer.
 
     Args:
-        setup: asked anew at every start, since the mode and the members change.
+        setup: makes a setup; called at every start, since the order and the members change.
         start: makes a trainer from a setup; `TrainerProcess.start` with its callback in production.
+
+    Attributes:
+        trainer: the trainer that runs now; None while there is none.
+        last: the last trainer that ended; None until one has.
+        restarts: number of times that a trainer was started after a death.
+        down_reason: why there is no trainer now; "" while there is one, and before the first.
     """
 
     def __init__(
@@ -52,37 +59,38 @@ class Supervisor:
         self._start = start
         self.trainer: TrainerProcess | None = None
         self.last: TrainerProcess | None = None
-        """The one that ended before."""
         self.restarts = 0
         self._renewing = self._watching = False
-        self._due_s: float | None = None
-        """With this patience the trainer is renewed as soon as it is watched."""
+        # Patience of a `renew` that waits until the trainer is watched; None = none waits
+        self._renewal_patience_s: float | None = None
         self.down_reason = ""
-        """Why there is no trainer now; empty while there is one."""
 
     async def first_start(self) -> TrainerProcess:
-        """Start it; an error here is the operator's to see, so nothing is retried.
+        """Start a trainer. Nothing is retried, so that the operator sees the error.
 
         Raises:
-            LocalError: what the trainer said.
+            LocalError: the trainer's error.
         """
         self.trainer = await self._start(self._setup())
         return self.trainer
 
     async def renew(self, patience_s: float) -> None:
-        """Save, stop and start the trainer with a new setup; `run` does the starting.
+        """Save and stop the trainer; `run` then starts another one, with a new setup.
 
-        Where nobody watches the trainer (the node still starts, or the trainer is told what to do),
-        that waits until `run` watches it.
+        While `run` does not watch the trainer (the node still starts, or the trainer gets its
+        orders), the renewal waits until it does.
 
-        A trainer that can't save goes on: what it did would be lost. One that still awaits its
-        parameters has nothing to save.
+        A trainer that can't save goes on, so that its steps are not lost. A trainer that still
+        awaits its parameters has nothing to save.
+
+        Args:
+            patience_s: how long the trainer may show no progress while it ends.
         """
         trainer = self.trainer
         if trainer is None or self._renewing:
             return
         if not self._watching:
-            self._due_s = patience_s
+            self._renewal_patience_s = patience_s
             return
         try:
             with contextlib.suppress(PeerError):  # NOT_READY: it awaits its parameters
@@ -96,11 +104,15 @@ class Supervisor:
         await trainer.stop(patience_s)
 
     async def run(self, on_restart: Callable[[TrainerProcess], Awaitable[None]]) -> None:
-        """Watch and restart, until cancelled or the trainer says why it can't go on.
+        """Watch and restart the trainer, until cancelled or until it reports why it can't go on.
+
+        Args:
+            on_restart: gives a trainer that was started again its parameters and orders.
 
         Raises:
-            ConfigError, BudgetSpentError: the trainer's own word.
-            TrainerError: it died too often in too short a time, and not for want of a ledger.
+            ConfigError, BudgetSpentError: reported by the trainer.
+            TrainerError: the trainer died too often in too short a time. Deaths by a failing ledger
+                don't count.
         """
         loop, delay_s, quick_deaths = asyncio.get_running_loop(), FIRST_DELAY_S, 0
         while True:
@@ -117,16 +129,16 @@ class Supervisor:
                 raise trainer.crash
             if self._renewing:
                 self._renewing = False
-                with contextlib.suppress(*_PASSING):  # then it is started as after a death
+                with contextlib.suppress(*_PASSING):  # after an error, start it as after a death
                     self.trainer = await self._start(self._setup())
                     self.down_reason = ""
-                    await self._tell(on_restart, self.trainer)
+                    await self._instruct(on_restart, self.trainer)
                     continue
             if loop.time() - started > QUIET_S:
                 delay_s, quick_deaths = FIRST_DELAY_S, 0
             cause = trainer.crash
             while self.trainer is None:
-                # a full disk is mended by people, in their time
+                # A ledger fails with a full disk, which people mend in their time
                 quick_deaths += not isinstance(cause, LedgerError)
                 if quick_deaths > MAX_QUICK_DEATHS:
                     raise TrainerError(
@@ -142,12 +154,14 @@ class Supervisor:
                     self.down_reason, cause = str(e), e
             self.restarts += 1
             self.down_reason = ""
-            await self._tell(on_restart, self.trainer)
+            await self._instruct(on_restart, self.trainer)
 
-    async def _tell(
+    async def _instruct(
         self, on_restart: Callable[[TrainerProcess], Awaitable[None]], trainer: TrainerProcess
     ) -> None:
-        """One that can't be told what to do is ended: what follows is as after any death."""
+        """Call `on_restart`. If it fails, kill the trainer, so that it is restarted as after any
+        death.
+        """
         try:
             await on_restart(trainer)
         except _PASSING as e:
@@ -155,11 +169,11 @@ class Supervisor:
             await trainer.kill()
 
     async def _watch(self, trainer: TrainerProcess) -> int:
-        """Until it has exited: its status."""
+        """Wait until the trainer has exited; returns its exit status."""
         self._watching = True
-        if self._due_s is not None:
-            due_s, self._due_s = self._due_s, None
-            await self.renew(due_s)
+        if self._renewal_patience_s is not None:
+            patience_s, self._renewal_patience_s = self._renewal_patience_s, None
+            await self.renew(patience_s)
         code = await asyncio.shield(trainer.exited)
         self._watching = False
         return code

@@ -1,4 +1,4 @@
-"""The swarm as this node sees it, and what it says of itself: gossip's `NodeView`."""
+"""The swarm as this node sees it, and this node as gossip sees it (`NodeView`)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class SwarmView:
 
     Args:
         me: our PeerID.
-        config: our zone and declared speed.
+        config: has our zone and declared speed.
         life: our phase.
         supervisor: of our trainer.
-        listed: the roster's records by PeerID, perhaps with ours.
-        missed: who fell silent.
-        acquaintances: what members call themselves.
-        throughput: measures our speed; None under privacy, where nothing is measured: how fast
-            batches pass follows from private sizes.
+        listed: returns the roster's cards by PeerID, perhaps with our own.
+        missed: members that fell silent.
+        acquaintances: the members' names and steps.
+        throughput: measures our speed. None under privacy: the time of a batch follows from its
+            private size, so it is not measured.
     """
 
     def __init__(
@@ -59,19 +59,19 @@ class SwarmView:
     # The others
 
     def others(self) -> dict[PeerId, MemberRecord]:
-        """Live members without ourselves and without those who left."""
+        """Live members and observers, without ourselves and without those who left."""
         return {p: r for p, r in self.others_listed().items() if r.phase != "left"}
 
     def others_listed(self) -> dict[PeerId, MemberRecord]:
-        """As `others`, with those who left."""
+        """The same as `others`, and those who left."""
         return {p: r for p, r in self._listed().items() if p != self._me}
 
     def name_of(self, peer: PeerId) -> str:
-        """What people call a member."""
+        """Name of a member for people."""
         return self.acquaintances.name_of(peer)
 
     def members(self, of_kind: Callable[[Traits], bool]) -> dict[PeerId, MemberRecord]:
-        """Live members, no observers, whose phase is of a kind."""
+        """Live members, without ourselves and observers, whose phase has these traits."""
         return {
             peer: record
             for peer, record in self.others().items()
@@ -83,7 +83,7 @@ class SwarmView:
         return list(self.members(lambda traits: traits.exchanges))
 
     def may_exchange(self, peer_id: PeerId) -> bool:
-        """Whether what a member says of itself, if we have it, allows that it exchanges."""
+        """Whether a member may exchange, by its card; True if we have no card of it."""
         record = self.others_listed().get(peer_id)
         return record is None or (record.role != "observer" and traits_of(record.phase).exchanges)
 
@@ -92,9 +92,7 @@ class SwarmView:
         return list(self.members(lambda traits: traits.counts_as_present))
 
     def holders(self) -> list[PeerId]:
-        """Live members that hold the swarm's parameters; an observer holds none, say it what it
-        likes.
-        """
+        """Live members that hold the swarm's parameters. An observer never counts as one."""
         return list(self.members(lambda traits: traits.holds_parameters))
 
     def active_phases(self) -> list[str]:
@@ -106,14 +104,15 @@ class SwarmView:
         return list(self.members(lambda traits: traits.delays_the_end))
 
     def zones(self) -> dict[PeerId, str]:
-        """As the members declare them, ourselves included."""
+        """Zones that the live members declare, ourselves included."""
         zones = {peer: record.zone for peer, record in self.others().items()}
         return {**zones, self._me: self._config.network.zone}
 
     def has_nothing_due(self, peer_id: PeerId) -> bool:
-        """Whether an exchange between the partner and us would move nothing that matters.
+        """Whether no exchange is due with this partner.
 
-        Two that have ended wait for those who still train, and then for the consolidation.
+        None is due if both of us have ended and others still train, or if both have finished. In
+        between, both close.
         """
         record = self.others().get(peer_id)
         if record is None or not self.has_ended():
@@ -128,34 +127,34 @@ class SwarmView:
 
     @property
     def speed(self) -> float:
-        """As others are told, tokens/s: declared, else measured; 0 = unknown."""
+        """Our published speed, tokens/s: declared, else measured; 0 = unknown."""
         declared = self._config.training.speed
         if declared or self.throughput is None:
             return declared
         return self.throughput.published
 
     def speeds(self) -> dict[str, float]:
-        """As said by all that train or are about to, ourselves included."""
+        """Published speeds of all that train or are about to, ourselves included."""
         others, present = self.others(), self.present()
         return {**{peer: others[peer].speed for peer in present}, self._me: self.speed}
 
     def declared_rate(self, peer_id: PeerId) -> float:
-        """Speed relative to the median member's, as published."""
+        """Published speed of a member relative to the median one; 1 for a member that has none."""
         return partition.weights(self.speeds()).get(peer_id, 1.0)
 
     # Ourselves
 
     @property
     def trainer(self) -> TrainerProcess | None:
-        """The running trainer, if it may exchange: it holds the swarm's parameters."""
+        """The running trainer, if our phase exchanges: then it holds the swarm's parameters."""
         return self._supervisor.trainer if self._life.phase.traits.exchanges else None
 
     def donor(self) -> TrainerProcess | None:
-        """The trainer, if a joiner may have its parameters."""
+        """The running trainer, if it holds parameters that we may give to joiners."""
         return self._supervisor.trainer if self._life.phase.traits.holds_parameters else None
 
     def idle_reason(self) -> str | None:
-        """Why nothing is exchanged now."""
+        """Why this node exchanges nothing now, a reason code; None if it does."""
         if self._life.phase is Phase.PAUSED:
             return Reason.PAUSED
         ready = self.trainer is not None and not self._life.catching_up
@@ -170,7 +169,7 @@ class SwarmView:
         return self._life.phase.traits.ended
 
     def quality(self) -> tuple[float | None, float]:
-        """On the public text alone: losses on the shard are data."""
+        """Our public loss and its age in windows. Losses on the shard are private data."""
         trainer = self._supervisor.trainer
         if trainer is None:
             return None, 0.0

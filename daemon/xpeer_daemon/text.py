@@ -1,4 +1,4 @@
-"""A node whose text can't be read: where it trained before, it mixes and serves until it can."""
+"""A node whose text can't be read goes on if it trained before: it mixes and serves meanwhile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from xpeer.config import Home
 
 
 def has_trained(home: Home) -> bool:
-    """Whether this home took steps: a fault of its text is then one that may pass.
+    """Whether this home has taken steps. Then a fault of its text is one that may pass.
 
     Raises:
         LocalError: its ledger is damaged.

@@ -1,6 +1,6 @@
-"""How fast this node trains, as others are told: measured over minutes, in coarse steps.
+"""The speed that this node publishes: measured over minutes, and coarse.
 
-In planned tokens (steps times batch times sequence), never in those that a batch really had.
+It counts planned tokens (steps times batch times sequence), never those that a batch really had.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ SPAN_S: Final = 60.0
 """One measurement takes this long."""
 GAP_S: Final = 10.0
 GAP: Final = 8.0
-"""Between two looks lies a step or less. A pause of more than GAP_S, and of more than GAP times the
-longest one before, was no training: the machine was suspended, or we were stopped."""
+"""`observe` is called at least once a step. If its calls are further apart than GAP_S, and than GAP
+times the longest gap before, there was no training: the machine was suspended, or we were
+stopped."""
 SMOOTHING: Final = 0.5
 LEVELS: Final = 4
 """Published values are powers of 2^(1/LEVELS): 19% apart."""
 STICKINESS: Final = 0.75
-"""A value stays until the measured one is so many levels off; half a level would be rounding."""
+"""The published value stays until the measured one is this many levels off. Half a level would be
+plain rounding, which flickers."""
 
 
 class Throughput:
-    """Steps in time, to tokens/s.
+    """Measures tokens/s by counting steps.
 
     Args:
-        tokens_per_step: planned ones.
+        tokens_per_step: planned tokens of a step.
 
     Attributes:
         published: tokens/s, coarse; 0 = not measured yet.
@@ -39,12 +41,12 @@ class Throughput:
         self._looked_s, self._longest_s = 0.0, 0.0
 
     def observe(self, step: int, now_s: float, blocked_s: float) -> None:
-        """While training, now and then.
+        """Note how many steps are done; called while the node trains, at least once a step.
 
         Args:
             step: optimiser steps so far.
-            now_s: any clock.
-            blocked_s: of it, spent waiting for others, so far.
+            now_s: the time by any clock, seconds.
+            blocked_s: seconds so far in which the trainer waited and did not compute.
         """
         busy_s, gap_s, self._looked_s = now_s - blocked_s, now_s - self._looked_s, now_s
         if self._since is not None:
@@ -68,5 +70,5 @@ class Throughput:
             self.published = 2.0 ** (round(level) / LEVELS)
 
     def interrupt(self) -> None:
-        """No steps are taken: time that passes now says nothing."""
+        """Leave out the time from here to the next step: no steps are taken now."""
         self._since = None

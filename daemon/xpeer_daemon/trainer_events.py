@@ -1,4 +1,4 @@
-"""What the trainer says of itself, and who has to know."""
+"""Passes the trainer's events on to the parts of the node that need them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ log = logging.getLogger("xpeer.daemon")
 
 
 class TrainerEvents:
-    """Called with each event, on the event loop.
+    """Callback for events of the trainer, on the event loop.
 
     Args:
         node: follows the trainer.
-        windows: writes down what a window cost.
-        renew: have the trainer started anew, soon.
+        windows: writes down each window.
+        renew: has the trainer started anew soon.
     """
 
     def __init__(self, node: Node, windows: Windows, renew: Callable[[], object]) -> None:
@@ -28,12 +28,12 @@ class TrainerEvents:
         self._renew = renew
 
     def __call__(self, event: Event) -> None:
-        """Pass one on."""
+        """Pass an event on."""
         record = self._node.record
         if isinstance(event, Progressed):
             self._node.follow_trainer(event.state, event.progress, event.privacy)
             if event.privacy is not None:
-                self._windows.look()
+                self._windows.poll()
         elif isinstance(event, Saved):
             record.saved()
         elif isinstance(event, SaveFailed):
@@ -41,7 +41,7 @@ class TrainerEvents:
         elif isinstance(event, LookedAtText):
             if event.problem:
                 record.looked_at_text(event.problem)
-            else:  # the condition lasts until a trainer has the text
+            else:  # the condition stays until a new trainer has read the text
                 log.info("the text can be read again: the trainer is started anew")
                 self._renew()
         elif isinstance(event, Crashed):

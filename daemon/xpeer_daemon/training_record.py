@@ -1,4 +1,4 @@
-"""What the trainer said last, of this run of the daemon or the one before, and what follows."""
+"""What trainers said last, in this run of the daemon or the one before, and what follows."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 class TrainingRecord:
-    """Outlives every trainer.
+    """The daemon's memory of its trainers. It outlives each of them.
 
     Args:
-        health: learns what the trainer's words say of ledger, checkpoints and text.
+        health: gets conditions of ledger, checkpoints and text.
         clock: wall clock, seconds.
-        known: what a trainer said last, in the run of the daemon before this one.
+        known: what a trainer said last in an earlier run of the daemon; None = nothing.
 
     Attributes:
-        known: what a trainer said last; None until one ever has.
-        last_trainer: the process that runs, or ran last in this run; None until there was one.
-        died_at_step: the step that a trainer had reached when it died; None once its successor is
-            as far.
+        known: what a trainer said last; None until one has.
+        last_trainer: the trainer of this run, even if it has ended; None until there is one.
+        died_at_step: step that a trainer had reached when it died; None if no trainer died, and
+            once its successor has reached that step again.
         budget_spent: True iff the trainer said that no private step is left, and has taken none
             since.
-        evaluation_problem: why the last losses of the run can't be measured; "" if they can, or it
-            is not the time yet.
+        evaluation_problem: why the losses of the run's end could not be measured; "" if they could,
+            and until the end.
         saved_s: when a checkpoint was last written in this run; None until one was.
         steps: how fast steps are taken.
     """
@@ -57,12 +57,19 @@ class TrainingRecord:
         privacy: PrivacySpent | None,
         trainer: TrainerProcess | None,
     ) -> None:
-        """The trainer said how far it is, and perhaps what that cost."""
+        """Remember the trainer's counters, and what it spent if it said so.
+
+        Args:
+            phase: what its loop does.
+            progress: its counters.
+            privacy: what it spent; None = as it said before.
+            trainer: the process that said so; None = it is not known yet.
+        """
         before = self.known
         if phase in ("training", "budget-spent"):
             self.budget_spent = phase == "budget-spent"
         if before is not None and progress.tokens > before.progress.tokens:
-            self.health.worked("ledger-failing")  # no step without a charge
+            self.health.worked("ledger-failing")  # every step is charged first, so charging works
         if before is not None and progress.step < before.progress.step:
             self.died_at_step = max(before.progress.step, self.died_at_step or 0)
         elif self.died_at_step is not None and progress.step >= self.died_at_step:
@@ -72,19 +79,19 @@ class TrainingRecord:
         self.last_trainer = trainer or self.last_trainer
 
     def crashed(self, cause: XpeerError) -> None:
-        """The trainer said why it can't go on, now or at its start."""
+        """Note why the trainer can't go on, now or at its start."""
         if isinstance(cause, LedgerError):
             self.health.failed("ledger-failing", cause.problem)
 
     def looked_at_text(self, problem: str) -> None:
-        """The trainer tried to read the text once more; "" = it could."""
+        """Note whether the trainer could read the text; "" = it could."""
         if problem:
             self.health.failed("text-missing", problem)
         else:
             self.health.worked("text-missing")
 
     def saved(self) -> None:
-        """A checkpoint is on the disk."""
+        """Note that a checkpoint is on the disk."""
         self.saved_s = self._clock()
         self.health.worked("checkpoint-failing")
 

@@ -1,7 +1,7 @@
-"""What is written down at the end of every window: a row of losses.csv and a line of the log.
+"""Writes a row of losses.csv and a line of the log at the end of every window.
 
-The file holds losses on private text and stays in the home, 0600. The log line has the public loss
-alone.
+The file has losses on private text; it stays in the home, with mode 0600. The log line has the
+public loss alone.
 """
 
 from __future__ import annotations
@@ -26,49 +26,49 @@ COLUMNS: Final = (
     "schema", "unix_s", "step", "window", "loss_public", "loss_train", "loss_validation",
     "epsilon", "exchanges", "bytes_in", "bytes_out",
 )  # fmt: skip
-"""Of losses.csv. Empty: not measured. epsilon: spent so far, of all text; the last three: since the
-daemon's start."""
+"""Columns of losses.csv. An empty cell was not measured. epsilon is what was spent so far, at most,
+on any text. The last three columns count from the daemon's start."""
 HEADER: Final = ",".join(COLUMNS) + "\n"
 MAX_FILE_BYTES: Final = 5_000_000
 KEPT_EVERY_S: Final = 10.0
 
 
 class Windows:
-    """Notices that a window is over.
+    """Notices that a window is over, and writes it down.
 
     Args:
-        path: losses.csv; when it is full it becomes `.1`, in place of the one before.
-        node: what is written down.
-        keep: remembers what the trainer said last.
+        path: losses.csv. When it is full it is renamed to `.1`, in place of an earlier one.
+        node: knows the numbers to write down.
+        remember: keeps the trainer's last counters for the daemon's next start.
     """
 
-    def __init__(self, path: Path, node: Node, keep: Callable[[Known], None]) -> None:
+    def __init__(self, path: Path, node: Node, remember: Callable[[Known], None]) -> None:
         self._path = path
         self._node = node
-        self._keep = keep
+        self._remember = remember
         self._window: int | None = None
         self._kept_s = -KEPT_EVERY_S
 
-    def look(self) -> None:
-        """The trainer has told what a window cost."""
+    def poll(self) -> None:
+        """Write down the last window, if another one has begun."""
         known = self._node.record.known
         if known is None:
             return
         before, self._window = self._window, known.progress.window
         if before is None or known.progress.window == before:
-            return  # the first word of a trainer is of a window that has been written down
+            return  # the first window that we hear of was written down before
         if known.progress.window < before:
-            return  # another trainer, from an older checkpoint
+            return  # this is another trainer, which resumed from an older checkpoint
         if known.unix_s - self._kept_s >= KEPT_EVERY_S:
             self._kept_s = known.unix_s
-            self.keep()
+            self.remember()
         self._add_row(known)
         log.info("%s", self._line(known))
 
-    def keep(self) -> None:
-        """For a status after the next start of the daemon, before a trainer runs."""
+    def remember(self) -> None:
+        """Keep the trainer's last counters, for a status after the daemon's next start."""
         if self._node.record.known is not None:
-            self._keep(self._node.record.known)
+            self._remember(self._node.record.known)
 
     def _add_row(self, known: Known) -> None:
         progress, node = known.progress, self._node
@@ -106,7 +106,7 @@ class Windows:
 
 
 def append(path: Path, row: str) -> None:
-    """Add a row; a file that is full, or of other columns, is moved to `.1` first.
+    """Add a row. A file that is full, or has other columns, is moved to `.1` first.
 
     Raises:
         OSError, ConfigError: it can't be written.
@@ -117,7 +117,7 @@ def append(path: Path, row: str) -> None:
         file.seek(0)
         if size == 0 or (size < MAX_FILE_BYTES and file.read(len(HEADER)) == HEADER.encode()):
             file.seek(max(0, size - 1))
-            torn = file.read(1) not in (b"", b"\n")  # by a machine that lost power
+            torn = file.read(1) not in (b"", b"\n")  # the machine lost power while it was written
             _write(file.fileno(), (("\n" if torn else "") if size else HEADER) + row)
             return
     path.replace(path.with_name(path.name + ".1"))
@@ -125,7 +125,7 @@ def append(path: Path, row: str) -> None:
 
 
 def _write(fd: int, text: str) -> None:
-    """All of it or nothing: half a row would spoil the next."""
+    """Write all of the text or nothing: half a row would spoil the next one."""
     before, data = os.fstat(fd).st_size, text.encode()
     if os.write(fd, data) != len(data):
         os.ftruncate(fd, before)

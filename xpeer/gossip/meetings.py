@@ -16,8 +16,8 @@ from xpeer.manifest import Round
 from xpeer.round import Given, Meeting
 
 MIN_GATHER_S, GATHER_SLOTS = 2.0, 2
-"""Partners have this long to begin their exchange: the larger of so many seconds and so many slots.
-After that the others are merged without them."""
+"""Time that partners have to begin their exchange, in seconds and in slots; the longer one counts.
+After it the others are merged without them."""
 
 
 class Meetings:

@@ -411,9 +411,9 @@ async def test_nobody_answers_the_roster(fake: FakeNode, tmp_path: Path) -> None
 def test_changes_are_logged_once(caplog: pytest.LogCaptureFixture, fake: FakeNode) -> None:
     caplog.set_level(logging.INFO)
     fake.is_in("paused")
-    told = watch.tell({}, fake.node.reasons())
-    told = watch.tell(told, fake.node.reasons())
+    logged = watch.log_changes({}, fake.node.reasons())
+    logged = watch.log_changes(logged, fake.node.reasons())
     assert caplog.text.count("paused by the operator - `xpeer resume`") == 1
     fake.is_in("training")
-    watch.tell(told, fake.node.reasons())
+    watch.log_changes(logged, fake.node.reasons())
     assert "paused is over" in caplog.text

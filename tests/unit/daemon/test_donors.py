@@ -234,7 +234,7 @@ async def test_who_resumes_alone_exchanges_nothing_until_it_has_looked(
     await rig.hold(trainer)
     assert rig.life.catching_up
     rig.supervisor.trainer = trainer
-    looking = asyncio.create_task(rig.parameters.look_later())
+    looking = asyncio.create_task(rig.parameters.catch_up_later())
     rig.live = [GOOD]
     async with asyncio.timeout(10):
         while rig.life.catching_up:
