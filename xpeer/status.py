@@ -18,8 +18,9 @@ from xpeer.phase import Phase
 from xpeer.policies import PrivacyPolicy, privacy_policy
 
 SCHEMA_VERSION = 2
+"""In version 2 reasons are objects with a code, a text and a remedy; before, they were texts."""
 _REASONS = 5
-"""2: reasons are objects with a code, a text and a remedy; before, they were texts."""
+"""Number of reasons that `by_reason` names; the counts of rarer ones are added up."""
 
 
 @seen_by("node")
@@ -94,8 +95,8 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     unit: Public[str] = "record"
     """What epsilon holds for: one record (training sequence), or one whole document."""
     noise_norm: Local[float] = 0.0
-    """Norm of a step's noise over all parameters, in units of C. The mean gradient's norm is at
-    most 1 in these units."""
+    """Norm of a step's noise over all parameters, in units of the clipping norm C. The mean
+    gradient's norm is at most 1 in these units."""
     clip_norm: Noised[float] = 0.0
     """Clipping norm C of the next step; with adaptive clipping it follows released values."""
     documents_elsewhere: Local[int] = 0
@@ -108,7 +109,7 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
 
     @property
     def policy(self) -> PrivacyPolicy:
-        """What the mode asks of the code that reports it."""
+        """The policy of this mode."""
         return privacy_policy(self.mode)
 
 

@@ -49,7 +49,7 @@ def main() -> int:
     given = parser.parse_args()
     attack = os.environ[ATTACK_VARIABLE]
     if attack == "stall":
-        Meeting._taken = _stall  # type: ignore[method-assign]
+        Meeting._snapshot_once = _stall  # type: ignore[method-assign]
     elif attack == "silent":
         Agreement.accept_both = _silent  # type: ignore[method-assign]
     elif attack == "refuse":

@@ -49,7 +49,7 @@ ALIKE: Final = 1.05
 BEHIND_WINDOWS, BEHIND_SHARE = 4, 0.05
 """A node lies far behind if a donor is more windows ahead than this, and also more than this
 fraction of the donor's steps. Training and merging make up for less by themselves, and the node's
-own moments are worth more than the difference."""
+own optimiser moments are worth more than the difference."""
 PATIENCE_S: Final = 300.0
 """A founder that lost its parameters waits this long for a member that holds the swarm's."""
 FROM_INITIAL: Final = "(`xpeer start --from-initial` begins at once with the initial model)"

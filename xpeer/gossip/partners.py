@@ -64,7 +64,7 @@ class Events:
         """A partner's ledger shows fewer charges than before; called once an hour at most."""
 
     def caught_up(self, peer_id: PeerId) -> None:
-        """That ledger shows as many charges again; called once after each `went_back`."""
+        """That ledger shows as many charges again; called once, after `went_back`."""
 
 
 class Partners:

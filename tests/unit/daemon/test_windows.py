@@ -49,10 +49,10 @@ def test_a_row_and_a_line_a_window(
 ) -> None:
     caplog.set_level(logging.INFO)
     kept: list[Known] = []
-    windows = Windows(path, fake.node, kept.append)
+    writer = Windows(path, fake.node, kept.append)
     for step in (320, 330, 335, 340):
         says(fake, step)
-        windows.poll()
+        writer.poll()
     assert [(row["step"], row["window"]) for row in rows(path)] == [("330", "33"), ("340", "34")]
     row = rows(path)[-1]
     assert tuple(row) == windows.COLUMNS
@@ -73,28 +73,28 @@ def test_without_privacy_nothing_is_said_of_it(
     fake: FakeNode, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    windows = Windows(path, fake.node, lambda _: None)
+    writer = Windows(path, fake.node, lambda _: None)
     for step in (10, 20):
         says(fake, step, "off")
-        windows.poll()
+        writer.poll()
     assert "epsilon" not in caplog.text
     assert rows(path)[0]["epsilon"] == ""
 
 
 def test_rows_go_on_after_restarts_and_crashes(fake: FakeNode, path: Path) -> None:
     for steps in ((10, 20), (20, 30), (10, 20)):  # the last one from an older checkpoint
-        windows = Windows(path, fake.node, lambda _: None)
+        writer = Windows(path, fake.node, lambda _: None)
         for step in steps:
             says(fake, step)
-            windows.poll()
+            writer.poll()
     assert [row["step"] for row in rows(path)] == ["20", "30", "20"]
 
 
 def test_a_trainer_that_went_back_is_followed_from_there(fake: FakeNode, path: Path) -> None:
-    windows = Windows(path, fake.node, lambda _: None)
+    writer = Windows(path, fake.node, lambda _: None)
     for step in (10, 20, 10, 20):
         says(fake, step)
-        windows.poll()
+        writer.poll()
     assert [row["step"] for row in rows(path)] == ["20", "20"]
 
 
@@ -133,16 +133,16 @@ def test_a_link_in_its_place_is_not_followed(path: Path, tmp_path: Path) -> None
 def test_a_row_that_cannot_be_written_is_told(
     fake: FakeNode, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows = Windows(path, fake.node, lambda _: None)
+    writer = Windows(path, fake.node, lambda _: None)
     says(fake, 10)
-    windows.poll()
+    writer.poll()
     monkeypatch.setattr(os, "write", lambda _fd, _data: 3)  # a full disk takes a part
     says(fake, 20)
-    windows.poll()
+    writer.poll()
     assert "(1 rows lost): [Errno 28]" in fake.text("losses-failing")
     monkeypatch.undo()
     says(fake, 30)
-    windows.poll()
+    writer.poll()
     assert "losses-failing" not in fake.codes
     assert [row["step"] for row in rows(path)] == ["30"]
 
