@@ -24,7 +24,7 @@ from xpeer import leaves
 from xpeer.leaves import ATTRIBUTE, Audience, Destination, Treatment
 
 PACKAGES: Final = (xpeer, xpeer_daemon, xpeer_bootstrap)
-DATACLASSES: Final = ("xpeer.update.", "xpeer.training.checkpoint.Bundle")
+DATACLASSES: Final = ("xpeer.forms.", "xpeer.update.", "xpeer.training.checkpoint.Bundle")
 """They cross processes or go to the disk. Others count if they have a marker, or if a field that
 leaves holds one; msgspec's structures count in any case."""
 SEEN_BY_OTHERS: Final[tuple[Audience, ...]] = ("anybody", "members", "partners", "export")

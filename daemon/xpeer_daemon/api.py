@@ -31,30 +31,6 @@ GRACE_S = 2.0
 """When the API closes, open requests have this long to finish."""
 
 
-class ControlledNode(Protocol):
-    """The node as the API sees it. Its methods are called on the event loop."""
-
-    def status(self) -> Status:
-        """Answer GET status and GET peers. Must be quick: no IO."""
-
-    async def pause(self) -> str:
-        """Carry out POST pause; returns the phase afterwards."""
-
-    async def resume(self) -> str:
-        """Carry out POST resume; returns the phase afterwards."""
-
-    def request_stop(self, *, leave: bool) -> None:
-        """Carry out POST stop, and POST leave. Returns at once; the node ends later."""
-
-    async def checkpoint(self) -> str:
-        """Carry out POST checkpoint; returns the path of the file."""
-
-    async def end(self) -> End:
-        """Answer GET end: how far the node has come with ending. Returns after a moment, or as soon
-        as it is over.
-        """
-
-
 class ControlApi:
     """A running API. `start` makes one."""
 
@@ -95,47 +71,11 @@ class ControlApi:
             self._path.unlink(missing_ok=True)
 
 
-def _application(subject: ControlledNode) -> web.Application:
-    async def status(_request: web.Request) -> web.StreamResponse:
-        return _json(subject.status())
-
-    async def peers(_request: web.Request) -> web.StreamResponse:
-        return _json(Peers(peers=subject.status().partners))
-
-    async def version(_request: web.Request) -> web.StreamResponse:
-        return _json(Version(version=__version__, pid=os.getpid()))
-
-    async def pause() -> Done:
-        return Done(pid=os.getpid(), state=await subject.pause())
-
-    async def resume() -> Done:
-        return Done(pid=os.getpid(), state=await subject.resume())
-
-    async def checkpoint() -> Done:
-        return Done(pid=os.getpid(), path=await subject.checkpoint())
-
-    async def stop() -> Done:
-        subject.request_stop(leave=False)
-        return Done(pid=os.getpid())
-
-    async def leave() -> Done:
-        subject.request_stop(leave=True)
-        return Done(pid=os.getpid())
-
+def _application(node: ControlledNode) -> web.Application:
+    commands = Commands(node)
     app = web.Application(middlewares=[_report_errors], client_max_size=MAX_REQUEST_BYTES)
-    app.add_routes(
-        [
-            web.get(f"{API}/status", status),
-            web.get(f"{API}/peers", peers),
-            web.get(f"{API}/version", version),
-            web.get(f"{API}/end", _handler(subject.end)),
-            web.post(f"{API}/pause", _handler(pause)),
-            web.post(f"{API}/resume", _handler(resume)),
-            web.post(f"{API}/stop", _handler(stop)),
-            web.post(f"{API}/leave", _handler(leave)),
-            web.post(f"{API}/checkpoint", _handler(checkpoint)),
-        ]
-    )
+    for name, route in ROUTES.items():
+        app.router.add_route(route.method, f"{API}/{name}", _handler(getattr(commands, name)))
     return app
 
 

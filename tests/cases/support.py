@@ -198,6 +198,6 @@ def running_nodes(tmp_path: Path) -> Iterator[Nodes]:
 def trainer_of(pid: int) -> int:
     """The pid of a daemon's trainer process."""
     for child in psutil.Process(pid).children(recursive=True):
-        if any("xpeer.training" in part for part in child.cmdline()):
+        if any("xpeer.trainer" in part for part in child.cmdline()):
             return int(child.pid)
     raise AssertionError(f"no trainer under {pid}")

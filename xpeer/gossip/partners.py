@@ -163,7 +163,6 @@ class Partners:
                     "caught up",
                     peer_id,
                 )
-            record.ledger.refuses_ours = True
         self._blame(record, error, agreement, lost_s)
         self.skipped(peer_id, slot, error.reason, error.detail)
 
