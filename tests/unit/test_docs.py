@@ -25,7 +25,8 @@ from xpeer.manifest import DELTA_MAX, DELTA_MIN, Manifest, Model, Round
 from xpeer.status import SCHEMA_VERSION
 from xpeer.wire import codec
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 TEXT = (DOCS / "operating.md").read_text()
 
 
@@ -97,6 +98,46 @@ def test_file() -> None:
     for path in vars(Home(Path("/home"))).values():
         if path != Path("/home"):
             assert path.name in named, path.name
+
+
+CODE = ("xpeer", "daemon", "bootstrap", "tests", "benchmarks")
+MODULES = [
+    f"/{path.relative_to(ROOT).as_posix()}" for top in CODE for path in (ROOT / top).rglob("*.py")
+]
+HISTORY = {"decisions.md"}
+"""What names modules as they were."""
+
+
+def _named(kind: str) -> list[tuple[str, str]]:
+    """Each document with what it names, without placeholders such as NAME.py."""
+    documents = [
+        *sorted(path for path in DOCS.glob("*.md") if path.name not in HISTORY),
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+    ]
+    return [
+        (document.relative_to(ROOT).as_posix(), name)
+        for document in documents
+        for name in sorted(set(re.findall(kind, document.read_text())))
+        if not re.search(r"\bNAME\b|_NAME\b", name)
+    ]
+
+
+@pytest.mark.parametrize(("document", "module"), _named(r"`([\w/]+\.py)`"))
+def test_modules_exist(document: str, module: str) -> None:
+    assert any(path.endswith(f"/{module}") for path in MODULES), f"{document}: {module} is gone"
+
+
+@pytest.mark.parametrize(
+    ("document", "package"), _named(r"`((?:xpeer|daemon|bootstrap)(?:/[a-z_]+)+)`")
+)
+def test_packages_exist(document: str, package: str) -> None:
+    assert (ROOT / package).is_dir(), f"{document}: {package} is gone"
+
+
+@pytest.mark.parametrize(("document", "target"), _named(r"\]\(([\w./]+)\)"))
+def test_linked_files_exist(document: str, target: str) -> None:
+    assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target} is gone"
 
 
 def test_links_inside() -> None:
