@@ -56,8 +56,8 @@ class Shares:
         return self._assigned
 
     def is_outdated(self) -> bool:
-        """Whether to divide anew: the members differ from those of the division in force, and are
-        those of the last call. To be called every `STABLE_S`.
+        """Whether to divide anew: the members, or their speeds, differ from those of the division
+        in force, at this call and at the last one. To be called every `STABLE_S`.
         """
         before, self._seen = self._seen, self._members()
         return self._out_of_date(before) and self._out_of_date(self._seen)

@@ -30,7 +30,7 @@ log = logging.getLogger("xpeer.daemon")
 BYTES_PER_PARAMETER: Final = 12
 """Bytes of a checkpoint for each parameter: its value and two moments, float32."""
 SLOWEST_BYTES_PER_S: Final = 50e6
-"""Memory is copied at least this fast. Only that is silent: writing to the disk shows progress."""
+"""Memory is copied at least this fast. The copying shows no progress; writing to the disk does."""
 STEPS: Final = 4.0
 """A trainer may be silent for this many of its steps."""
 SPARE_S: Final = 30.0

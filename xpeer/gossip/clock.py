@@ -157,7 +157,9 @@ class Gossip(ProposalHandler):
                 self._spawn(self._propose(slot, [peer_id]))
 
     def _meet_anybody(self, slot: int, partners: Collection[PeerId]) -> None:
-        """Propose to any partner, or have it propose: an asynchronous rule knows no matching."""
+        """Choose any partner and propose to it, or have it propose if its PeerID is the lower one.
+        An asynchronous rule uses no matching.
+        """
         avoided = self._avoided()
         free = [peer for peer in partners if peer not in avoided]
         others = [peer for peer in free if peer != self._last_partner] or free
@@ -314,7 +316,7 @@ class Gossip(ProposalHandler):
         return True
 
     def _allow_another(self, start: Start | None) -> None:
-        """Let a pair's failed exchange not count for the pace; a group goes on without it."""
+        """Have the pace not count a pair's failed exchange. A group's meeting goes on."""
         if start is not None and self._round.group == PAIR:
             self._pace.failed(start)
 
