@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Final
 
 _OUT: Final = (
-    "xpeer_daemon.gossip:Gossip._begin",
+    "xpeer_daemon.gossip:Gossip._begin_slot|xpeer_daemon.gossip:Gossip._begin",
     "xpeer_daemon.gossip:Gossip._propose",
     "xpeer.network.exchange:Proposer.propose",
     "xpeer_daemon.gossip:Gossip._exchange",
     "xpeer_daemon.meetings:Meetings.join",
     "xpeer.round:Meeting.exchange",
-    "xpeer.round:Meeting._taken",
+    "xpeer.round:Meeting._snapshot_once|xpeer.round:Meeting._taken",
     "xpeer.training.handle:TrainerProcess.snapshot",
     "xpeer.training.child:Child.ask",
     "xpeer.training.ipc:Snapshot",

@@ -58,7 +58,7 @@ or a text of records."""
 
 EXPORTED: Final = ("config.json", "generation_config.json", "model.safetensors")
 """Files of `xpeer checkpoint export`: released parameters and the manifest's config. Files of the
-tokenizer, of the source and of `card.FILES` come on top."""
+tokenizer, of the source and of `model_card.FILES` come on top."""
 
 COMMANDS: Final[dict[str, str]] = {
     "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",

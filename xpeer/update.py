@@ -1,7 +1,7 @@
 """The stages of an update, as types: a stage that was skipped does not type-check.
 
     RawUpdate --privacy.Mechanism--> PrivateUpdate --wire.codec--> CompressedUpdate
-        [--privacy.masks--> MaskedUpdate] --wire.session--> sealed frames --partner--> PeerUpdate
+        [--gossip.masks--> MaskedUpdate] --wire.session--> sealed frames --partner--> PeerUpdate
 
 The first three live in the trainer. Only the bytes of a `CompressedUpdate` go to the daemon, and
 only sealed frames leave the daemon. Python can't forbid anything, but `PrivateUpdate` refuses a
