@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
@@ -70,7 +70,8 @@ class Exchanged:
     """True iff the partner's difference was above the norm limit, and only part of it merges."""
 
 
-class Given(TypedDict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeetingPlan:
     """Arguments of a meeting."""
 
     meeting_id: int
@@ -91,20 +92,20 @@ class Gathering:
 
     Args:
         trainer: ours.
-        given: see `Given`.
+        plan: see `MeetingPlan`.
 
     Attributes:
         accepted: exchanges that both sides accepted: partner -> exchange id.
         closed: True iff no further exchange may begin.
     """
 
-    def __init__(self, trainer: Trainer, **given: Unpack[Given]) -> None:
-        self.slot, self.fragment = given["slot"], given["fragment"]
-        self.averaging = given["averaging"]
+    def __init__(self, trainer: Trainer, plan: MeetingPlan) -> None:
+        self.slot, self.fragment = plan.slot, plan.fragment
+        self.averaging = plan.averaging
         self._trainer = trainer
-        self._id = given["meeting_id"]
-        self._gather_s = given["gather_s"]
-        self._waiting = set(given["expected"])
+        self._id = plan.meeting_id
+        self._gather_s = plan.gather_s
+        self._waiting = set(plan.expected)
         self.accepted: dict[PeerId, int] = {}
         self._changed = asyncio.Event()
         self.closed = False
@@ -140,12 +141,12 @@ class Meeting(Gathering):
 
     Args:
         trainer: ours.
+        plan: see `MeetingPlan`.
         least: number of members, ourselves included, that a merge needs.
-        given: see `Given`.
     """
 
-    def __init__(self, trainer: Trainer, least: int = 2, **given: Unpack[Given]) -> None:
-        super().__init__(trainer, **given)
+    def __init__(self, trainer: Trainer, plan: MeetingPlan, least: int = 2) -> None:
+        super().__init__(trainer, plan)
         self._least = least
         self._running: set[PeerId] = set()
         self._weights: dict[int, float] = {}

@@ -20,7 +20,7 @@ from xpeer.network.link import Link
 from xpeer.network.membership.certificates import Credential, Membership
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm
-from xpeer.round import Meeting
+from xpeer.round import Meeting, MeetingPlan
 from xpeer.wire.messages import Accept, Payload, Propose, Terms
 
 DEADLINE_S = 300.0
@@ -148,12 +148,14 @@ async def _meet(trainer: AveragingTrainer, agreement: Agreement) -> None:
     """One exchange, and its merge."""
     meeting = Meeting(
         trainer,
-        meeting_id=agreement.exchange_id,
-        slot=agreement.slot,
-        fragment=agreement.fragment,
-        averaging=agreement.averaging,
-        expected=[agreement.peer_id],
-        gather_s=DEADLINE_S,
+        MeetingPlan(
+            meeting_id=agreement.exchange_id,
+            slot=agreement.slot,
+            fragment=agreement.fragment,
+            averaging=agreement.averaging,
+            expected=[agreement.peer_id],
+            gather_s=DEADLINE_S,
+        ),
     )
     merging = asyncio.create_task(meeting.run())
     await meeting.exchange(agreement, weighting="equal", deadline_s=DEADLINE_S)

@@ -31,7 +31,7 @@ from xpeer.network.link import Link, Meter
 from xpeer.network.membership.certificates import Membership, Scope
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.stream import Stream
-from xpeer.round import Given, Meeting
+from xpeer.round import Meeting, MeetingPlan
 from xpeer.wire import fixedpoint, kernels
 from xpeer.wire.fixedpoint import Grid
 from xpeer.wire.messages import Terms
@@ -74,15 +74,15 @@ class _Member:
 
     async def meet(self, name: str, slot: int) -> None:
         """One slot's meeting with all others of the group."""
-        given = Given(
+        plan = MeetingPlan(
             meeting_id=slot, slot=slot, fragment=0, averaging=True, expected=list(self.links),
             gather_s=DEADLINE_S,
         )  # fmt: skip
         k = len(self.links) + 1
-        meeting: Meeting | MaskedMeeting = Meeting(self.vector, **given)
+        meeting: Meeting | MaskedMeeting = Meeting(self.vector, plan)
         if name in GRIDS:
             meeting = MaskedMeeting(
-                self.vector, MaskedGroup(self.peer_id, SWARM, k, DEADLINE_S), **given
+                self.vector, plan, MaskedGroup(self.peer_id, SWARM, k, DEADLINE_S)
             )
         exchanges = [
             meeting.exchange(

@@ -12,7 +12,7 @@ from tests.factories import privacy_stamp
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.forms import Form
 from xpeer.identity import PeerId
-from xpeer.round import Meeting
+from xpeer.round import Meeting, MeetingPlan
 from xpeer.update import Checked, CompressedUpdate, PeerUpdate
 from xpeer.wire.messages import Terms
 
@@ -72,8 +72,12 @@ def meeting(
     trainer: FakeTrainer, *expected: PeerId, gather_s: float = 30.0, least: int = 2
 ) -> Meeting:
     return Meeting(
-        trainer, least, meeting_id=9, slot=5, fragment=2, averaging=False, expected=expected,
-        gather_s=gather_s,
+        trainer,
+        MeetingPlan(
+            meeting_id=9, slot=5, fragment=2, averaging=False, expected=expected,
+            gather_s=gather_s,
+        ),
+        least,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final, Literal, TypeVar, Unpack
+from typing import Final, Literal, TypeVar
 
 from xpeer.errors import PeerError, Reason
 from xpeer.gossip import masks
@@ -39,7 +39,7 @@ from xpeer.identity import PeerId
 from xpeer.network.agreement import Agreement, UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.policies import Weighting
-from xpeer.round import Exchanged, Gathering, Given, Trainer
+from xpeer.round import Exchanged, Gathering, MeetingPlan, Trainer
 from xpeer.update import Checked, CompressedUpdate, MaskedUpdate, PeerUpdate
 from xpeer.wire import fixedpoint
 from xpeer.wire.messages import MaskStep
@@ -81,10 +81,10 @@ class MaskedMeeting(Gathering):
 
     Args:
         trainer: ours.
+        plan: see `round.MeetingPlan`.
         us: what all our masked groups have in common.
         before: local step of this fragment's values that we revealed without a merge; None = there
             are none.
-        given: see `round.Given`.
 
     Attributes:
         revealed: local step of the values that we have revealed; None until we do.
@@ -94,11 +94,11 @@ class MaskedMeeting(Gathering):
     def __init__(
         self,
         trainer: Trainer,
+        plan: MeetingPlan,
         us: MaskedGroup,
         before: int | None = None,
-        **given: Unpack[Given],
     ) -> None:
-        super().__init__(trainer, **given)
+        super().__init__(trainer, plan)
         self._us, self._before = us, before
         self._pairs: dict[PeerId, _Pair] = {}
         self.revealed: int | None = None

@@ -13,7 +13,7 @@ from xpeer.gossip.partners import Partners
 from xpeer.gossip.view import GossipTrainer
 from xpeer.identity import PeerId
 from xpeer.manifest import Round
-from xpeer.round import Given, Meeting
+from xpeer.round import Meeting, MeetingPlan
 
 MIN_GATHER_S, GATHER_SLOTS = 2.0, 2
 """Time that partners have to begin their exchange, in seconds and in slots; the longer one counts.
@@ -95,7 +95,7 @@ class Meetings:
             same = (meeting.slot, meeting.averaging) == (slot, averaging)
             return meeting if same and not meeting.closed else None
         self._last_id += 1
-        given = Given(
+        plan = MeetingPlan(
             meeting_id=self._last_id,
             slot=slot,
             fragment=fragment,
@@ -106,9 +106,9 @@ class Meetings:
         if self._rules.masks:
             self._note_trainer(trainer)
             before = self._revealed.get(fragment)
-            meeting = MaskedMeeting(trainer, self._us, before, **given)
+            meeting = MaskedMeeting(trainer, plan, self._us, before)
         else:
-            meeting = Meeting(trainer, self._rules.least_group, **given)
+            meeting = Meeting(trainer, plan, self._rules.least_group)
         self._running[fragment] = meeting
         self._spawn(self._run_meeting(meeting, trainer.epoch))
         return meeting

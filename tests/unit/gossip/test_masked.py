@@ -22,7 +22,7 @@ from xpeer.network.link import Link
 from xpeer.network.membership.certificates import Membership, Scope
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.stream import Stream
-from xpeer.round import Exchanged
+from xpeer.round import Exchanged, MeetingPlan
 from xpeer.wire import messages
 from xpeer.wire.fixedpoint import Grid
 from xpeer.wire.messages import Accept, MaskStep, Payload, Terms
@@ -106,9 +106,11 @@ class Group:
         for member in here:
             member.meeting = MaskedMeeting(
                 member.trainer,
+                MeetingPlan(
+                    meeting_id=1, slot=7, fragment=0, averaging=True, gather_s=0.5,
+                    expected=list(member.agreements),
+                ),
                 MaskedGroup(member.peer_id, SWARM, len(self.members), **given), before,
-                meeting_id=1, slot=7, fragment=0, averaging=True, gather_s=0.5,
-                expected=list(member.agreements),
             )  # fmt: skip
             running.append(asyncio.create_task(self._one(member, absent)))
         await asyncio.gather(*running)
@@ -460,8 +462,11 @@ async def test_a_meeting_that_is_cancelled_lets_go_of_its_links():
         member = g.members[0]
         member.meeting = MaskedMeeting(
             member.trainer,
-            MaskedGroup(member.peer_id, SWARM, 3, 6.0), meeting_id=1, slot=7, fragment=0,
-            averaging=True, expected=list(member.agreements), gather_s=0.5,
+            MeetingPlan(
+                meeting_id=1, slot=7, fragment=0, averaging=True, gather_s=0.5,
+                expected=list(member.agreements),
+            ),
+            MaskedGroup(member.peer_id, SWARM, 3, 6.0),
         )  # fmt: skip
         exchanges = [
             asyncio.ensure_future(member.meeting.exchange(a, weighting="equal", deadline_s=9))
