@@ -196,31 +196,31 @@ class Round(Struct, frozen=True, forbid_unknown_fields=True):
             )
 
     def _check_combiner(self) -> None:
+        if self.combiner != "trimmed-mean" and self.trim != 1:
+            raise ValueError(
+                f"round.trim means nothing for round.combiner = {self.combiner}: unset it, or set "
+                "round.combiner = trimmed-mean"
+            )
         if self.combiner == "mean":
-            if self.trim != 1:
-                raise ValueError(
-                    "round.trim means nothing for round.combiner = mean: unset it, or set "
-                    "round.combiner = trimmed-mean"
-                )
             return
         if self.masks:
             raise ValueError(
-                "round.combiner = trimmed-mean compares the values of single members, which "
+                f"round.combiner = {self.combiner} compares the values of single members, which "
                 "round.masks = true hides: set one of them back"
             )
         if not self.policy.uses_slots:
             raise ValueError(
-                f"round.rule = {self.rule} meets in pairs, of which round.combiner = trimmed-mean "
-                "leaves nothing: set round.rule = gossip"
+                f"round.rule = {self.rule} meets in pairs, of which round.combiner = "
+                f"{self.combiner} leaves nothing: set round.rule = gossip"
             )
         if self.policy.weighting != "equal":
             raise ValueError(
                 f"round.rule = {self.rule} weights members by what they declare, and "
-                "round.combiner = trimmed-mean counts all alike: set round.rule = gossip"
+                f"round.combiner = {self.combiner} counts all alike: set round.rule = gossip"
             )
         if 0 < self.group < self.least_group:
             raise ValueError(
-                f"round.combiner = trimmed-mean with round.trim = {self.trim} leaves nothing of "
+                f"round.combiner = {self.combiner} with round.trim = {self.trim} leaves nothing of "
                 f"round.group = {self.group}: set round.group to {self.least_group} or more (8 at "
                 "most), or to 0 for all"
             )

@@ -97,7 +97,7 @@ class TrimmedMean:
         del weights
         count, trim = 1 + len(differences), self._trim
         if count < 2 * trim + 1:
-            detail = f"{count} of {2 * trim + 1} members that a trimmed mean needs"
+            detail = f"{count} of {2 * trim + 1} members that the combiner needs"
             raise PeerError(Reason.GROUP_TOO_SMALL, detail)
         flat = [values.view(-1) for values in differences]
         size = flat[0].numel()

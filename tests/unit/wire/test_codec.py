@@ -12,7 +12,7 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.forms import BLOCK, SIZES, Codec, Form
 from xpeer.update import PrivateUpdate, RawUpdate
 from xpeer.wire import fixedpoint
-from xpeer.wire.codec import NAMES, compress, decode, encode, encode_into
+from xpeer.wire.codec import FLOATS, NAMES, compress, decode, encode, encode_into
 
 sizes = st.sampled_from([1, 2, 127, 128, 129, 255, 256, 1000, 32768, 32769, 70001])
 magnitudes = st.sampled_from([1e-30, 1e-12, 1e-7, 1e-5, 1e-3, 1.0, 50.0, 1e6])
@@ -129,10 +129,9 @@ def test_bad_scales_are_refused(scale: float, reason: str) -> None:
     assert error.value.reason == reason
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FLOATS)
 def test_bad_values_are_refused(name: str) -> None:
-    dtype = torch.float32 if name == "float32" else torch.bfloat16
-    values = torch.tensor([1.0, float("inf")], dtype=dtype)
+    values = torch.tensor([1.0, float("inf")], dtype=FLOATS[name])
     with pytest.raises(PeerError) as error:
         decode(Form(name, 2), bytes(values.view(torch.uint8).tolist()))
     assert error.value.reason == Reason.NOT_FINITE

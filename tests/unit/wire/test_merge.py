@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.forms import Form
-from xpeer.wire.codec import INTS, NAMES, decode, encode
+from xpeer.wire.codec import FLOATS, INTS, NAMES, decode, encode
 from xpeer.wire.merge import difference
 
 names = st.sampled_from(NAMES)
@@ -25,7 +25,7 @@ def pair(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def sent(name: str, values: torch.Tensor, dither: int | None = None) -> tuple[bytes, torch.Tensor]:
     """The payload, and what it decodes to."""
-    dither = None if name in {"float32", "bfloat16"} else dither
+    dither = None if name in FLOATS else dither
     payload = encode(name, values, dither=dither)
     return payload, decode(Form(name, len(values)), payload)
 
@@ -79,7 +79,7 @@ def test_a_refused_payload_changes_nothing(name: str) -> None:
     _, q_ours = sent(name, ours)
     bad = bytearray(encode(name, theirs))
     bad[-4:] = b"\xff\xff\xff\xff"  # NaN in the float codecs
-    if name not in {"float32", "bfloat16"}:
+    if name not in FLOATS:
         bad = bytearray(encode(name, theirs))
         bad[4:6] = b"\x00\x7e"  # a scale that is NaN
     own, out = q_ours.clone(), ours.clone()
