@@ -65,6 +65,7 @@ class AveragingTrainer:
         mechanism = cast("Mechanism", SimpleNamespace(stamp=_stamp))
         self.form = Form(codec_name, self._vector.fragments.size(0))
         self._exchanges = Exchanges(parameters, codec_name, mechanism, Rule())
+        self._exchanges.begin()
         for _ in range(2):  # memory that a peer in mid-run has in use
             self._exchanges.buffers.give(torch.zeros(self.form.num_values))
             self._exchanges.buffers.give(torch.zeros(self.form.num_bytes, dtype=torch.uint8))
