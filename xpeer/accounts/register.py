@@ -147,46 +147,12 @@ class Register:
             LocalError: the register can't be written.
         """
         hashes = sorted({self._hash(document) for document in documents})
-        digest = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
-        self._ledger_id, self._unit = ledger_id, unit
-        with self._lock, self._transaction() as run:
-            lacking = missing(charged, self._tables.own(ledger_id))
-            known = run(_SPAN, (ledger_id, digest, unit)).fetchone()
-            new = 0
-            if known is None or lacking:
-                file.stage(run, hashes)
-                if known is None:
-                    self._span = self._begin(swarm_id, digest, unit)
-                    new = file.add_span(run, self._span)
-                else:
-                    self._span = int(known[0])
-                self._recover(lacking, swarm_id)
-                file.unstage(run)
-            else:
-                self._span = int(known[0])
-            if self._tables.documents_of(self._span) != len(hashes):
-                raise LocalError(
-                    f"privacy register {self.path} is inconsistent: it was restored in part",
-                    file.RESTORE,
-                )
-            run("UPDATE spans SET joined = (SELECT writes FROM head) WHERE id = ?", (self._span,))
-            run(_COUNTER, (ledger_id, counter))
-            self._refuse_other_units()
-            self._written()
-        with self._lock, self._reading():
-            tables, own = self._tables, self._tables.own(ledger_id)
-            self._seen, self._shared = tables.seen_by(ledger_id, self._span), False
-            self._steps = steps_of(own)
-            unknown = combined(tables.charges(), tables.spans_of(ledger_id, RECOVERED))
-            return DeclaredDocuments(
-                documents=len(hashes),
-                new=new,
-                elsewhere=self._elsewhere(),
-                recovered=lacking,
-                unknown_steps=sum(unknown.values()),
-                behind=missing(own, charged),
-                counter=tables.counter(ledger_id),
-            )
+        self._ledger_id, self._unit, self._span = ledger_id, unit, 0
+        try:
+            return self._declare(charged, hashes, swarm_id, counter)
+        except BaseException:
+            self._span = 0  # rolled back: nothing is charged to these documents
+            raise
 
     def histories(self) -> list[list[Segment]]:
         """Charges of all homes to the declared documents.
@@ -295,6 +261,50 @@ class Register:
     ) -> None:
         """See `close`."""
         self.close()
+
+    def _declare(
+        self, charged: Mapping[str, History], hashes: list[bytes], swarm_id: str, counter: int
+    ) -> DeclaredDocuments:
+        digest = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
+        ledger_id, unit = self._ledger_id, self._unit
+        with self._lock, self._transaction() as run:
+            lacking = missing(charged, self._tables.own(ledger_id))
+            known = run(_SPAN, (ledger_id, digest, unit)).fetchone()
+            new = 0
+            if known is None or lacking:
+                file.stage(run, hashes)
+                if known is None:
+                    self._span = self._begin(swarm_id, digest, unit)
+                    new = file.add_span(run, self._span)
+                else:
+                    self._span = int(known[0])
+                self._recover(lacking, swarm_id)
+                file.unstage(run)
+            else:
+                self._span = int(known[0])
+            if self._tables.documents_of(self._span) != len(hashes):
+                raise LocalError(
+                    f"privacy register {self.path} is inconsistent: it was restored in part",
+                    file.RESTORE,
+                )
+            run("UPDATE spans SET joined = (SELECT writes FROM head) WHERE id = ?", (self._span,))
+            run(_COUNTER, (ledger_id, counter))
+            self._refuse_other_units()
+            self._written()
+        with self._lock, self._reading():
+            tables, own = self._tables, self._tables.own(ledger_id)
+            self._seen, self._shared = tables.seen_by(ledger_id, self._span), False
+            self._steps = steps_of(own)
+            unknown = combined(tables.charges(), tables.spans_of(ledger_id, RECOVERED))
+            return DeclaredDocuments(
+                documents=len(hashes),
+                new=new,
+                elsewhere=self._elsewhere(),
+                recovered=lacking,
+                unknown_steps=sum(unknown.values()),
+                behind=missing(own, charged),
+                counter=tables.counter(ledger_id),
+            )
 
     # ---- in a transaction, or under the lock ---------------------------------------------------
 

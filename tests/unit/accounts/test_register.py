@@ -320,6 +320,17 @@ def test_nothing_is_charged_before_documents_are_named(folder: Path) -> None:
         register.charge(STEP)
 
 
+def test_nothing_is_charged_after_documents_were_refused(folder: Path) -> None:
+    with Register.open(folder) as register:
+        register.declare("a", {}, documents("x"), "document")
+        register.charge(STEP)
+        register.declare("b", {}, documents("y"), "record")
+        with pytest.raises(ConfigError, match="each document"):
+            register.declare("b", {}, documents("x", "y"), "record")
+        with pytest.raises(LocalError, match="before it was joined"):
+            register.charge(STEP)
+
+
 HOMES, TEXTS = "ab", "uvwx"
 ACTIONS = st.one_of(
     st.tuples(st.just("join"), st.sampled_from(HOMES), st.sets(st.sampled_from(TEXTS), min_size=1)),
