@@ -8,12 +8,13 @@ the same model.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from xpeer.phase import traits_of
 
 _ENOUGH = 1 << 30
+_NO_SLOT = -1
 
 
 def closing_windows(num_peers: int, configured: int | None) -> int:
@@ -36,19 +37,24 @@ class Closing:
         self.fragments = fragments
         self._configured = configured
         self._least = least
-        self._merged: Counter[int] = Counter()
+        self._merged: dict[int, Counter[int]] = defaultdict(Counter)
+        """Merges by fragment, then by slot."""
 
     def begin(self) -> None:
         """Begin to count anew: the trainer was started again, and its merges may be lost."""
         self._merged.clear()
 
-    def merged(self, fragment: int) -> None:
-        """Count a merge of this fragment. Called only once every live member has ended."""
-        self._merged[fragment] += 1
+    def merged(self, fragment: int, slot: int) -> None:
+        """Count an exchange of this fragment. Called only once every live member has ended."""
+        self._merged[fragment][slot] += 1
+
+    def failed(self, fragment: int, slot: int) -> None:
+        """Count the slot's exchanges no longer: its meeting merged nothing."""
+        self._merged[fragment].pop(slot, None)
 
     def give_up(self, fragment: int) -> None:
         """Count a fragment as complete: with masks, no group may see its values again."""
-        self._merged[fragment] = _ENOUGH
+        self._merged[fragment][_NO_SLOT] = _ENOUGH
 
     def finished(self, other_phases: Iterable[str]) -> bool:
         """Whether closing is complete, given the phases of the other live members.
@@ -61,4 +67,4 @@ class Closing:
         if 1 + len(phases) < self._least:
             return True
         needed = closing_windows(1 + len(phases), self._configured)
-        return all(self._merged[fragment] >= needed for fragment in range(self.fragments))
+        return all(self._merged[each].total() >= needed for each in range(self.fragments))

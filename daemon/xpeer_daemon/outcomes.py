@@ -47,7 +47,7 @@ class Outcomes(Events):
         """See `Events.exchanged`."""
         self._health.worked("exchange-failed")
         if self._view.has_ended() and not self._view.still_training():
-            self._closing.merged(agreement.fragment)
+            self._closing.merged(agreement.fragment, agreement.slot)
         self._store.add_round(
             RoundRow(
                 slot=agreement.slot,
@@ -60,10 +60,12 @@ class Outcomes(Events):
 
     def skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:
         """See `Events.skipped`."""
-        if reason == Reason.REVEALED_BEFORE and self._view.has_ended():
-            self._closing.give_up(
-                matching.fragment_of(self._swarm_id, slot, self._closing.fragments)
-            )
+        if self._view.has_ended():
+            fragment = matching.fragment_of(self._swarm_id, slot, self._closing.fragments)
+            if not peer_id:  # the whole meeting
+                self._closing.failed(fragment, slot)
+            if reason == Reason.REVEALED_BEFORE:
+                self._closing.give_up(fragment)
         if reason in ORDINARY:
             return
         who = self.name_of(PeerId(peer_id)) if peer_id else "nobody"

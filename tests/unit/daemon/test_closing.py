@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from xpeer.errors import Reason
+from xpeer.health import Health
 from xpeer.manifest import Round
+from xpeer.round import Exchanged
 from xpeer_daemon.closing import Closing, closing_windows
 from xpeer_daemon.member import _closing
+from xpeer_daemon.outcomes import Outcomes
+from xpeer_daemon.store import Store
 
 
 @pytest.mark.parametrize(("peers", "windows"), [(1, 0), (2, 2), (3, 4), (4, 4), (5, 6), (8, 6)])
@@ -30,9 +38,22 @@ def test_nobody_finishes_while_somebody_trains(phase: str):
 
 def test_every_fragment_has_to_be_mixed_often_enough():
     closing = Closing(2, None)
-    for merged, finished in [(0, False), (0, False), (1, False), (1, True)]:
-        closing.merged(merged)
+    for slot, (merged, finished) in enumerate([(0, False), (0, False), (1, False), (1, True)]):
+        closing.merged(merged, slot)
         assert closing.finished(["closing"]) is finished
+
+
+def test_an_exchange_whose_meeting_was_too_small_mixed_nothing(tmp_path: Path):
+    """A trimmed mean of five needs all of them: two exchanges may succeed, and none merges."""
+    closing = Closing(1, 2)
+    view: Any = SimpleNamespace(has_ended=lambda: True, still_training=lambda: [])
+    agreement: Any = SimpleNamespace(slot=7, fragment=0, peer_id="b")
+    with contextlib.closing(Store.open(tmp_path / "state.sqlite")) as store:
+        outcomes = Outcomes("ab" * 32, view, Health(lambda: 0.0), store, closing)
+        outcomes.exchanged(agreement, Exchanged(0.1), 1.0)
+        outcomes.exchanged(agreement, Exchanged(0.1), 1.0)
+        outcomes.skipped("", 7, Reason.GROUP_TOO_SMALL, "3 of 5 came")
+    assert not closing.finished(["closing"])
 
 
 @pytest.mark.parametrize(

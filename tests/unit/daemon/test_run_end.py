@@ -76,14 +76,14 @@ async def test_it_waits_for_those_who_train_and_for_the_consolidation(tmp_path: 
     assert await rig.look() is Phase.CLOSING
     rig.fake.members[PeerId(ALPHA)] = member(ALPHA, "closing")
     assert await rig.look(0) is Phase.CLOSING
-    rig.closing.merged(0)
+    rig.closing.merged(0, 1)
     assert await rig.look(0) is Phase.FINISHED
 
 
 async def test_records_that_may_be_old_end_nothing(tmp_path: Path) -> None:
     rig = Rig(tmp_path, ALPHA)
     rig.fake.is_in("closing")
-    rig.closing.merged(0)
+    rig.closing.merged(0, 1)
     rig.fake.members[PeerId(ALPHA)] = member(ALPHA, "closing")
     assert await rig.look(ROSTER_EVERY_S) is Phase.CLOSING
     assert await rig.look() is Phase.FINISHED
