@@ -38,10 +38,17 @@ def progress_of(
         "seconds_boundary": timings.boundary_s,
         "seconds_saving": timings.saving_s,
     }
-    sources = counters, exchanges, timings
     counted = {
-        name: getattr(next(each for each in sources if hasattr(each, name)), name)
+        name: _counted(name, counters, exchanges, timings)
         for name in Progress.__struct_fields__
         if name not in computed
     }
     return Progress(**computed, **counted)
+
+
+def _counted(name: str, *sources: object) -> Any:
+    for source in sources:
+        if hasattr(source, name):
+            return getattr(source, name)
+    names = ", ".join(type(source).__name__ for source in sources)
+    raise AttributeError(f"Progress.{name} is counted nowhere: no {name} in {names}")
