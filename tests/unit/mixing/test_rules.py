@@ -177,3 +177,36 @@ def test_gradients_are_averaged_and_what_is_dropped_comes_back() -> None:
     rule.accumulate(torch.tensor([1.0, 1.0]))
     assert rule.outgoing(0, theta).tolist()[:2] == [1.5, 1.0]  # 0.5 was left
     assert rule.take().tolist() == [1.0, 1.0]  # nobody came: our own
+
+
+def test_a_gradient_that_comes_after_its_windows_step_is_not_used_in_the_next_one() -> None:
+    """Partners wait until their own deadline, so an exchange may be accepted after our step."""
+    theta = torch.tensor([5.0])
+    coarse, shift = torch.tensor([[1.5], [5.0]]), torch.tensor([[0.5], [0.25]])
+    for began in (False, True):  # whether the next window has a gradient when it is resolved
+        rule = GradientAveraging()
+        rule.accumulate(torch.tensor([2.0]))
+        rule.outgoing(0, theta)
+        assert rule.take().tolist() == [2.0]  # nobody came in time
+        if began:
+            rule.accumulate(torch.tensor([8.0]))
+        correction = rule.correct(0, theta, coarse.clone(), shift.clone())
+        rule.merged(0, correction.state)
+        assert correction.values.tolist() == [0.25]
+        assert rule.averaged is None
+        if not began:
+            rule.accumulate(torch.tensor([8.0]))
+        assert rule.outgoing(0, theta).tolist() == [8.5, 5.0]  # 0.5 of 2.0 was left
+        assert rule.take().tolist() == [8.0]
+
+
+def test_gradients_that_come_in_meanwhile_change_no_correction() -> None:
+    """The helper computes it while the training thread accumulates."""
+    rule, theta, shift = GradientAveraging(), torch.zeros(1), torch.ones(2, 1)
+    rule.accumulate(torch.tensor([2.0]))
+    own = rule.outgoing(0, theta).view(2, 1)
+    for _ in range(2):
+        assert [each.tolist() for each in rule.correct(0, theta, own, shift).state] == [[3.0], [0]]
+        rule.accumulate(torch.tensor([6.0]))
+    rule.begin(0, theta)  # a donor's parameters: the meeting is dropped while it is resolved
+    rule.correct(0, theta, own, shift)

@@ -568,6 +568,25 @@ def test_a_peer_that_nobody_meets_steps_with_its_own_gradient(clock: Clock) -> N
     assert trainer.timings.blocked_s == 3.0
 
 
+def test_a_gradient_that_comes_late_leaves_the_next_windows_own_gradient(clock: Clock) -> None:
+    a, b = (gradient_trainer(1, codec="float32", deadline_s=3.0) for _ in range(2))
+    for trainer in (a, b):
+        trainer._jobs = NoJobs(clock)  # type: ignore[assignment]
+        with_gradient(trainer, torch.ones(NUM_PARAMS))
+        trainer.run(steps=2)
+    swap(a, b, 1, 0)
+    a._finish_gradient()  # b was not there in time
+    with_gradient(a, -torch.ones(NUM_PARAMS))
+    a.run(steps=2)
+    merge(a, 1)
+    assert not a._gradients.averaged  # it is the last window's
+    assert a.timings.blocked_s == 3.0
+    a._finish_gradient()
+    assert a.timings.blocked_s == 6.0
+    gradient = a.parameters.parameters()[0].grad  # type: ignore[index]
+    assert torch.equal(gradient, -torch.ones(NUM_PARAMS))
+
+
 def test_the_last_gradient_is_taken_before_the_end_is_told() -> None:
     trainer = gradient_trainer(1, deadline_s=0.01, end=End(steps=4))
     states: list[str] = []

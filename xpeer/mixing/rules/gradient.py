@@ -8,13 +8,16 @@ most for an exchange's deadline. A peer that is then alone steps with its own gr
 parameters travel along and are averaged, too, so that peers that missed an exchange converge again
 (D-PSGD, Lian et al. 2017, algorithm 1). What the codec drops of a gradient is added to the next one
 (error feedback, Seide et al. 2014; Karimireddy et al. 2019, algorithm 2).
+
+A meeting may end after the step of its window: partners' windows end later than ours, and so does
+what they wait for. Its parameters are averaged all the same, but its gradient is not used again.
 """
 
 from __future__ import annotations
 
 import torch
 
-from xpeer.errors import LocalError
+from xpeer.errors import TrainerError
 from xpeer.mixing.rules.base import Correction, GradientSum, Rule
 from xpeer.policies import RULES
 
@@ -36,12 +39,19 @@ class GradientAveraging(Rule):
         self.averaged: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None
         self._batches = 0
+        self._window = 0
+        """Counts windows, to know a meeting that ends after its own one."""
+        self._sent = torch.empty(0)
+        """(P,) float32: g + e of the meeting in flight; empty if there is none."""
+        self._sent_window = 0
+        """The window that it belongs to."""
         self._residual: torch.Tensor | None = None
 
     def begin(self, fragment: int, theta: torch.Tensor) -> None:
         """Forget all gradients: they belong to other parameters."""
         self.averaged = self._sum = self._residual = None
         self._batches = 0
+        self._window += 1
 
     @property
     def gradients(self) -> GradientSum:
@@ -66,11 +76,15 @@ class GradientAveraging(Rule):
         """
         gradient = self._mean() if self.averaged is None else self.averaged
         self.averaged, self._sum, self._batches = None, None, 0
+        self._window += 1
         return gradient
 
     def outgoing(self, fragment: int, theta: torch.Tensor) -> torch.Tensor:
         """Return two vectors: g + e (the residual), then theta."""
-        return torch.cat((self._to_send(), theta))
+        mean = self._mean()
+        self._sent = mean if self._residual is None else mean + self._residual
+        self._sent_window = self._window
+        return torch.cat((self._sent, theta))
 
     def correct(
         self,
@@ -80,11 +94,14 @@ class GradientAveraging(Rule):
         shift: torch.Tensor,
     ) -> Correction:
         """Return the parameters' shift, with the mean gradient and the new residual as state."""
-        return Correction(shift[1], (own[0] + shift[0], self._to_send() - own[0]))
+        return Correction(shift[1], (own[0] + shift[0], self._sent - own[0]))
 
     def merged(self, fragment: int, state: tuple[torch.Tensor, ...]) -> None:
-        """Keep the mean gradient for the optimiser, and the residual."""
-        self.averaged, self._residual = state
+        """Keep the residual, and the mean gradient for the optimiser if its step is still due."""
+        averaged, self._residual = state
+        if self._sent_window == self._window:
+            self.averaged = averaged
+        self._sent = torch.empty(0)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the residual, if there is one."""
@@ -94,11 +111,7 @@ class GradientAveraging(Rule):
         """Restore what `state` returned."""
         self._residual = state.get(_RESIDUAL)
 
-    def _to_send(self) -> torch.Tensor:
-        mean = self._mean()
-        return mean if self._residual is None else mean + self._residual
-
     def _mean(self) -> torch.Tensor:
         if self._sum is None:
-            raise LocalError("no gradient was accumulated")
+            raise TrainerError("no gradient was accumulated")
         return self._sum / self._batches
