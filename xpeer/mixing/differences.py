@@ -52,7 +52,8 @@ def difference(
         own: what we sent: the payload itself, if it holds one vector; or the values that the
             partner decoded from it, (num_values,) float32.
         payload: the partner's.
-        limits: one for each vector; see `screen`.
+        limits: one for each vector; see `screen`. While a vector of ours is zero, the parameters'
+            limit takes the place of its own.
         parameters_at: the vector that holds parameters.
         out: (num_values,) float32 to write z to.
 
@@ -67,12 +68,14 @@ def difference(
     else:
         measured = [(whole.norm, whole.own_norm)]
     norms, clipped, distance = [], False, 0.0
-    for number, (row, limit) in enumerate(zip(rows, limits, strict=True)):
-        norm, own_norm = measured[number]
+    for number, (row, its_own) in enumerate(zip(rows, limits, strict=True)):
+        limit, (norm, own_norm) = its_own, measured[number]
         if number == parameters_at:
             distance = norm / own_norm if own_norm > 0 else float(norm > 0)
-        kept = limit(own_norm, norm)
-        if own_norm > 0 and kept < norm:
+        if own_norm == 0:  # e.g. we have not moved yet: what parameters may differ by counts
+            limit, own_norm = limits[parameters_at], measured[parameters_at][1]
+        kept = _kept(limit, own_norm, norm)
+        if kept < norm:
             row.mul_(kept / norm)
             norm, clipped = kept, True
         norms.append(norm)
@@ -89,12 +92,20 @@ def bounded(z: torch.Tensor, own: torch.Tensor, limit: Limit) -> Difference:
     """
     norm, own_norm = _norm(z), _norm(own)
     distance = norm / own_norm if own_norm > 0 else float(norm > 0)
-    kept = limit(own_norm, norm)
-    clipped = own_norm > 0 and kept < norm
+    kept = _kept(limit, own_norm, norm)
+    clipped = kept < norm
     if clipped:
         z.mul_(kept / norm)
         norm = kept
     return Difference(z.view(1, -1), (norm,), distance, clipped)
+
+
+def _kept(limit: Limit, own_norm: float, norm: float) -> float:
+    """The norm that z keeps. A fragment of zeros that nobody has trained has no limit but zero, and
+    would stay zero for ever: there all passes.
+    """
+    kept = limit(own_norm, norm)
+    return kept if kept > 0 or own_norm > 0 else norm
 
 
 def _norm(values: torch.Tensor) -> float:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from xpeer.errors import PeerError, Reason
 from xpeer.forms import Form
-from xpeer.mixing.differences import Difference, difference
-from xpeer.mixing.screen import Limit
+from xpeer.mixing.differences import Difference, bounded, difference
+from xpeer.mixing.screen import CAP, STALE_SHARE, Limit, NormLimit, Scale
 from xpeer.wire.codec import NAMES, decode, encode
 
 
@@ -56,9 +56,36 @@ def test_mixing_keeps_the_sum(
 
 
 def test_a_fragment_of_zeros_is_mixed_unclipped() -> None:
-    z = found(torch.zeros(10), torch.ones(10), at(1.0))
+    z = found(torch.zeros(10), torch.ones(10), NormLimit().of("a", Scale()))
     assert (z.clipped, z.distance) == (False, 1.0)
     assert torch.equal(z.values[0], torch.ones(10))
+
+
+def test_a_fragment_of_zeros_that_training_moves_is_bounded_by_that() -> None:
+    """With one vector, and where a masked group's sum was decoded before."""
+    limit = NormLimit().of("a", Scale(moved=1.0))
+    for z in (
+        found(torch.zeros(10), torch.full((10,), 1e6), limit),
+        bounded(torch.full((10,), 1e6), torch.zeros(10), limit),
+    ):
+        assert z.clipped
+        assert float(z.values.norm()) == pytest.approx(CAP)
+
+
+@pytest.mark.parametrize(
+    ("scale", "most"),
+    [(Scale(), 10.0), (Scale(stale=True), STALE_SHARE * 10.0), (Scale(0.1), CAP * 0.1)],
+)
+def test_while_a_vector_of_ours_is_zero_the_parameters_bound_it(scale: Scale, most: float) -> None:
+    """A movement before our first step is zero; so is a gradient of nothing."""
+    limits = [NormLimit(of_differences=not at).of("a", scale) for at in (0, 1)]
+    own = torch.cat((torch.zeros(100), torch.ones(100)))  # the parameters' norm is 10
+    for sent in (1e-3, 1e3, 1e30):
+        peer = torch.cat((torch.full((100,), sent), torch.ones(100)))
+        z = difference(Form("float32", 200), own, encode("float32", peer), limits, parameters_at=1)
+        assert z.norms[0] == pytest.approx(min(10 * sent, most), rel=1e-5)
+        assert float(z.values[0].norm()) == pytest.approx(z.norms[0], rel=1e-5)
+        assert z.clipped == (sent > 1)
 
 
 def test_a_difference_that_overflows_is_refused() -> None:
