@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import re
 import socket
 import threading
+from collections import deque
 from typing import Final
 
 import msgspec
+from msgspec import structs
 
 from xpeer.errors import LocalError, TrainerError
 from xpeer.escape import sayable
-from xpeer.trainer.answers import FromTrainer
+from xpeer.trainer.answers import Ending, FromTrainer, Progressed
 from xpeer.trainer.commands import ToTrainer
 
 MAX_FRAME_BYTES: Final = 4 << 20
@@ -37,12 +38,17 @@ _FROM_TRAINER: Final[msgspec.msgpack.Decoder[FromTrainer]] = msgspec.msgpack.Dec
 class ChildChannel:
     """The trainer's end of the channel.
 
-    One thread receives. Sending never blocks, so that training can't wait for a busy daemon.
+    One thread receives. Sending never blocks, so that training can't wait for a busy daemon. While
+    the daemon reads nothing, consecutive reports of progress make one: the newest.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._outbox: deque[tuple[FromTrainer, bytes]] = deque()
+        """Messages to send, each with its frame."""
+        self._leaving = False
+        """True iff nothing more may be sent than what is queued."""
+        self._changed = threading.Condition()
         self._sender = threading.Thread(target=self._send_all, name="sender", daemon=True)
         self._sender.start()
 
@@ -54,17 +60,34 @@ class ChildChannel:
 
     def send(self, message: FromTrainer) -> None:
         """Queue a message, on any thread; the receiving thread notices if the daemon is gone."""
-        self._outbox.put(_framed(_encoded(message)))
+        with self._changed:
+            if self._leaving:
+                return
+            last = self._outbox[-1][0] if self._outbox else None
+            both = _newest(last, message)
+            frame = _framed(_encoded(both or message))
+            if both is not None:
+                self._outbox.pop()
+            self._outbox.append((both or message, frame))
+            self._changed.notify()
 
     def flush(self, timeout_s: float) -> None:
         """Send the queued messages, and none after them; called before the process exits."""
-        self._outbox.put(None)
+        with self._changed:
+            self._leaving = True
+            self._changed.notify()
         self._sender.join(timeout_s)
 
     def _send_all(self) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            while (frame := self._outbox.get()) is not None:
+            while (frame := self._next_frame()) is not None:
                 self._sock.sendall(frame)
+
+    def _next_frame(self) -> bytes | None:
+        """Wait for a frame to send; None = that was the last."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._outbox or self._leaving)
+            return self._outbox.popleft()[1] if self._outbox else None
 
     def _exactly(self, num_bytes: int) -> bytes | None:
         data = bytearray()
@@ -77,6 +100,15 @@ class ChildChannel:
                 return None
             data += part
         return bytes(data)
+
+
+def _newest(last: FromTrainer | None, message: FromTrainer) -> FromTrainer | None:
+    """The one report that takes the place of two consecutive ones; None = both have to arrive."""
+    if isinstance(last, Ending) and isinstance(message, Ending):
+        return message
+    if isinstance(last, Progressed) and isinstance(message, Progressed):
+        return structs.replace(message, privacy=message.privacy or last.privacy)
+    return None
 
 
 class DaemonChannel:

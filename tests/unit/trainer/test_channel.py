@@ -15,13 +15,19 @@ from xpeer.errors import (
     ShardError,
     TrainerError,
 )
+from xpeer.status import PrivacySpent, Progress
 from xpeer.trainer.answers import (
     Crashed,
     Done,
+    Ending,
     Failure,
+    FromTrainer,
     LookedAtText,
+    Progressed,
     Ready,
     Reply,
+    Saved,
+    SaveFailed,
     error_of,
     failure_of,
 )
@@ -43,6 +49,56 @@ async def test_messages_cross_both_ways_and_an_end_is_none() -> None:
     child.send(Reply(2, Done()))  # to nobody
     child.flush(5)
     theirs.close()
+
+
+def at_step(step: int, privacy: PrivacySpent | None = None) -> Progressed:
+    return Progressed("training", Progress(step=step), step, privacy)
+
+
+async def test_while_the_daemon_reads_nothing_reports_do_not_pile_up() -> None:
+    """A daemon can be stopped (SIGSTOP) for days. What has to arrive does, in its order."""
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    child = ChildChannel(theirs)
+    big = LookedAtText("x" * 2000)
+    for _ in range(200):  # until the socket takes no more
+        child.send(big)
+    spent = PrivacySpent(steps_charged=7)
+    child.send(at_step(0, spent))
+    for step in range(1, 1000):
+        child.send(at_step(step))
+    child.send(Saved("path", 999))
+    for step in range(1000, 2000):
+        child.send(at_step(step))
+    child.send(SaveFailed("full", 1999))
+    child.send(SaveFailed("full", 1999))
+    for work in range(1000):
+        child.send(Ending(work))
+    assert len(child._outbox) <= 200 + 6
+    received: list[FromTrainer | None] = []
+    daemon = await DaemonChannel.open(ours)
+    while (message := await daemon.receive()) != Ending(999):
+        received.append(message)
+    assert received == [
+        *[big] * 200, at_step(999, spent), Saved("path", 999), at_step(1999),
+        SaveFailed("full", 1999), SaveFailed("full", 1999),
+    ]  # fmt: skip
+    await daemon.close()
+    child.flush(5)
+    assert not child._sender.is_alive()
+    theirs.close()
+
+
+async def test_nothing_is_sent_behind_the_last_message() -> None:
+    ours, theirs = socket.socketpair()
+    daemon, child = await DaemonChannel.open(ours), ChildChannel(theirs)
+    child.send(Reply(1, Done()))
+    child.flush(20)
+    child.send(Reply(2, Done()))
+    theirs.close()
+    assert await daemon.receive() == Reply(1, Done())
+    assert await daemon.receive() is None
+    await daemon.close()
 
 
 @pytest.mark.parametrize("text", ["/text/caf\udce9.txt can't be read", "\ud800", "k" * (5 << 20)])
