@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xpeer.accounts import accountant
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.budget import SIGMA_SETTING, coarse_size, delta_of
+from xpeer.accounts.budget import SIGMA_SETTING, STEPS_MAX, coarse_size, delta_of
 from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home, NodeConfig
 from xpeer.manifest import Manifest
@@ -86,19 +86,23 @@ def _report_privacy(home: Home, manifest: Manifest, text: Text, report: Report) 
     units = len(text.records) if rules.unit == "record" else len(set(text.owners.tolist()))
     size = coarse_size(units)
     q, delta = min(manifest.optimiser.batch_records, size) / size, delta_of(manifest, units)
-    sigma, charged = rules.noise_multiplier, 0
+    sigma = rules.noise_multiplier
+    spent: list[Segment] = []
     if home.ledger_db.exists():
         with Ledger.look(home.ledger_db) as ledger:
-            charged = ledger.steps_charged
+            spent = ledger.segments()
             stored = ledger.settings(SIGMA_SETTING)
             sigma = sigma or (float(stored) if stored else None)
-            spent = accountant.epsilon(ledger.segments(), delta)
-        report(f"privacy: {charged:,} steps were charged before, epsilon {spent:.3g}")
+            charged, before = ledger.steps_charged, accountant.epsilon(spent, delta)
+        report(f"privacy: {charged:,} steps were charged before, epsilon {before:.3g}")
     if sigma is None:
         sigma = accountant.calibrate(rules.epsilon, delta, q, steps or 1)
-    fits = accountant.steps_within(rules.epsilon, delta, [], sigma, q, steps or 10_000_000)
-    at_end = accountant.epsilon([Segment(sigma, q, fits)], delta)
-    ends = f"after {fits:,} steps" if steps is None or fits < steps else "at the end"
+    done = newest_step(home.checkpoints) or 0
+    left = STEPS_MAX if steps is None else max(0, steps - done)
+    fits = accountant.steps_within(rules.epsilon, delta, spent, sigma, q, left)
+    at_end = accountant.epsilon([*spent, Segment(sigma, q, fits)], delta)
+    more = "more " if spent else ""
+    ends = f"after {fits:,} {more}steps" if steps is None or fits < left else "at the end"
     report(
         f"privacy: {rules.in_short()}: {q:.3g} of the {rules.unit}s a step, noise {sigma:.3g}; "
         f"epsilon {at_end:.3g} (delta {delta:.1e}) {ends}"

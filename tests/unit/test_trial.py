@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from tests.cases.support import model_folder, tokenizer_folder, write_shard
+from tests.unit.accounts.ledgers import open_declared
+from tests.unit.training.test_loop import manifest_with
+from xpeer import dry_run
+from xpeer.accounts.accountant import Segment
 from xpeer.cli import main
-from xpeer.config import Home
+from xpeer.config import Home, NodeConfig
 from xpeer.errors import LocalError
+from xpeer.manifest import End, Privacy
 from xpeer.training.model import FlatParameters
 
 SMALL = ["--set", "optimiser.batch_records=4", "--set", "optimiser.sequence_tokens=32"]
@@ -121,9 +127,28 @@ def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, register_of_the_test: P
     assert not register_of_the_test.exists()
 
 
+@pytest.mark.parametrize(("charged", "ends"), [(2, "at the end"), (3, "after 0 more steps")])
+def test_a_dry_run_counts_what_was_charged_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, charged: int, ends: str
+) -> None:
+    home = Home(tmp_path)
+    with open_declared(home.ledger_db) as ledger:
+        ledger.charge(Segment(1.0, 1.0, charged))  # epsilon is 7 of 2 steps, and 9 of 3
+    home.checkpoints.mkdir()
+    (home.checkpoints / "ckpt-000000040.safetensors").write_bytes(b"")
+    shard = SimpleNamespace(lines=list)
+    records = torch.zeros(1024, 8, dtype=torch.int64)
+    text = SimpleNamespace(records=records, documents=["a"], held_out=[], shard=shard)
+    monkeypatch.setattr(dry_run, "_counted", lambda *_: text)
+    manifest = manifest_with(end=End(steps=50), privacy=Privacy(noise_multiplier=50.0, delta=1e-5))
+    said: list[str] = []
+    dry_run.examine(home, NodeConfig(), manifest, said.append, trial=False)
+    (line,) = [each for each in said if "noise 50" in each]
+    assert line.endswith(ends)
+    assert float(line.split("; epsilon ")[1].split()[0]) > 6.5  # of everything
+
+
 def test_a_start_says_where_it_begins(tmp_path: Path) -> None:
-    from tests.unit.accounts.ledgers import open_declared
-    from xpeer.accounts.accountant import Segment
     from xpeer_daemon.start import beginning
 
     home = Home(tmp_path)
