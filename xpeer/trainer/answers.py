@@ -23,7 +23,7 @@ from xpeer.errors import (
     TrainerError,
     XpeerError,
 )
-from xpeer.escape import one_line, visible
+from xpeer.escape import one_line, visible, without_words
 from xpeer.forms import Form
 from xpeer.leaves import Derived, Local, Parts, Public, Timing, seen_by
 from xpeer.phase import TrainerPhase
@@ -176,6 +176,13 @@ class SaveFailed(Struct, frozen=True, tag=True):
 
     problem: Local[str]
     step: Timing[int]
+
+    @classmethod
+    def because(cls, error: Exception, step: int) -> SaveFailed:
+        """The report of an error; of one that was not raised on purpose, without its words."""
+        if isinstance(error, LocalError):
+            return cls(str(error), step)
+        return cls(f"the checkpoint of step {step} is not written: {without_words(error)}", step)
 
 
 @seen_by("node", "that a trainer died is seen: see measuring.py")

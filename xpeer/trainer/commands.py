@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol
 
 from msgspec import Struct
 
-from xpeer.errors import LocalError
 from xpeer.forms import Form
 from xpeer.leaves import stays
 from xpeer.phase import Order
@@ -320,12 +319,13 @@ class WriteCopy:
         """Write the copy.
 
         Raises:
-            LocalError: it can't be written. This is also reported as an event, for `health`.
+            LocalError: it can't be written. This is also reported as an event, for `health`, and so
+                is any other error.
         """
         try:
             return Written(self.write())
-        except LocalError as e:
-            trainer.reports.send(SaveFailed(str(e), self.step))
+        except Exception as e:
+            trainer.reports.send(SaveFailed.because(e, self.step))
             raise
 
 

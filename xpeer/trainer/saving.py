@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from xpeer.errors import LocalError
+from xpeer.trainer.answers import SaveFailed
 from xpeer.training.charging import Begun
 from xpeer.training.loop import TrainingLoop
 
@@ -37,7 +37,7 @@ class Saving:
         capture: copies the content of a checkpoint.
         submit: runs a function on the disk's thread.
         saved: called for each checkpoint with its path and step.
-        failed: called for each checkpoint that could not be written, with the reason and its step.
+        failed: called for each checkpoint that could not be written.
         every_s: seconds between checkpoints.
         resumed: whether there is a checkpoint already.
         clock: seconds.
@@ -49,7 +49,7 @@ class Saving:
         capture: Callable[[], Write],
         submit: Callable[[Callable[[], None]], object],
         saved: Callable[[str, int], None],
-        failed: Callable[[str, int], None] = lambda _why, _step: None,
+        failed: Callable[[SaveFailed], None] = lambda _report: None,
         *,
         every_s: float,
         resumed: bool,
@@ -115,8 +115,9 @@ class Saving:
             path = write()
             again_at = None
             self._saved(path, step)
-        except LocalError as e:  # a full disk: training goes on, and the next one may succeed
-            logger.warning("no checkpoint was written: %s", e)
-            self._failed(str(e), step)
+        except Exception as e:  # noqa: BLE001 - a full disk, or no memory: the next may succeed
+            report = SaveFailed.because(e, step)
+            logger.warning("no checkpoint was written: %s", report.problem)
+            self._failed(report)
         finally:
             self._again_at, self._saved_at, self._running = again_at, self._clock(), False

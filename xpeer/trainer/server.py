@@ -6,7 +6,7 @@ The commands themselves (`commands`) say what is done. They are applied to the `
 from __future__ import annotations
 
 from xpeer.errors import XpeerError
-from xpeer.trainer.answers import Reply, Result, Saved, SaveFailed, failure_of
+from xpeer.trainer.answers import Reply, Result, Saved, failure_of
 from xpeer.trainer.arena import Arena
 from xpeer.trainer.assembled import Assembled
 from xpeer.trainer.commands import Outcome, Request, Work
@@ -88,7 +88,7 @@ def serve(send: Send, arena: Arena, assembled: Assembled, checkpoint_every_s: fl
         assembled.checkpoints.copy,
         lambda write: threads.submit("disk", write),
         lambda path, step: send(Saved(path, step)),
-        lambda problem, step: send(SaveFailed(problem, step)),
+        send,
         every_s=checkpoint_every_s,
         resumed=assembled.beginning.resumed,
     )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import msgspec
@@ -15,9 +16,9 @@ import torch
 
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data
-from xpeer.errors import PeerError, Reason
+from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.trainer import commands, reporting
-from xpeer.trainer.answers import Result, Snapshotted, Written
+from xpeer.trainer.answers import Result, SaveFailed, Snapshotted, Written
 from xpeer.trainer.arena import Arena
 from xpeer.trainer.build import assemble
 from xpeer.trainer.client import layout_of
@@ -170,3 +171,25 @@ def test_what_a_command_refuses_is_refused_by_both(ranks: tuple[Rank, Rank]) -> 
         with pytest.raises(PeerError) as refused:
             rank.carry_out(data)
         assert refused.value.reason == Reason.CLOSED
+
+
+class Failing:
+    """A part of a trainer that has an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.sent: list[Any] = []
+
+    def write(self) -> str:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [LocalError("full", "free"), MemoryError("private words")])
+def test_a_checkpoint_that_was_asked_for_and_is_not_written_is_reported(error: Exception) -> None:
+    failing = Failing(error)
+    trainer: Any = SimpleNamespace(reports=SimpleNamespace(send=failing.sent.append))
+    with pytest.raises(type(error)):
+        WriteCopy(3, failing.write).apply(trainer)
+    (report,) = failing.sent
+    assert (type(report), report.step) == (SaveFailed, 3)
+    assert "private words" not in report.problem

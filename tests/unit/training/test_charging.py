@@ -25,6 +25,7 @@ from xpeer.errors import LocalError
 from xpeer.manifest import End, Manifest, Privacy, Round
 from xpeer.status import PrivacySpent
 from xpeer.trainer import saving
+from xpeer.trainer.answers import SaveFailed
 from xpeer.trainer.build import make_loop
 from xpeer.trainer.saving import SHARE_SAVING, Saving
 from xpeer.training import learner, loop, measuring, pacing, timings
@@ -266,6 +267,35 @@ def test_with_checkpoints_that_fail_two_windows_are_charged_and_no_more(
     assert machine.trainer.counters.step == 300
     assert held
     assert machine.worst <= 10 + 1
+
+
+@pytest.mark.parametrize(
+    "error", [LocalError("full", "free"), MemoryError("private"), RuntimeError("private")]
+)
+def test_a_checkpoint_that_is_not_written_is_reported_whatever_the_error(
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    """Memory can be short as well as the disk. Training goes on, and the next one may succeed."""
+
+    def fail(number: int) -> bool:
+        if number == 1:
+            raise error
+        return False
+
+    machine, reports = Machine(planned(300), clock=clock, fails=fail), list[SaveFailed]()
+    machine.saving._failed = reports.append
+    monkeypatch.setattr(machine.trainer, "_serve_for", machine.clock.advance)  # while it is held
+    machine.trainer.run(steps=300)
+    assert machine.trainer.counters.step == 300
+    assert machine.saved
+    (report,) = reports
+    said = str(error) if isinstance(error, LocalError) else type(error).__name__
+    assert said in report.problem
+    assert report.problem in caplog.text
+    assert "private" not in report.problem
 
 
 def test_a_plan_without_steps_goes_by_what_the_budget_allows(clock: Clock) -> None:
