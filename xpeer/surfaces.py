@@ -46,6 +46,7 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.training.measuring": ("the loss can't be measured: %s",),
     "xpeer.trainer.saving": ("no checkpoint was written: %s",),
     "xpeer.training.records": ("tokenised records are not cached: %s",),
+    "xpeer.trainer.server": ("%s failed: %s",),
     "xpeer.trainer.threads": ("a helper of the trainer failed",),
     "xpeer.trainer.worker": (
         "saved step %d before the trainer ends",

@@ -5,15 +5,20 @@ The commands themselves (`commands`) say what is done. They are applied to the `
 
 from __future__ import annotations
 
+import logging
+
 from xpeer.errors import XpeerError
+from xpeer.escape import without_words
 from xpeer.trainer.answers import Reply, Result, Saved, failure_of
 from xpeer.trainer.arena import Arena
 from xpeer.trainer.assembled import Assembled
-from xpeer.trainer.commands import Outcome, Request, Work
+from xpeer.trainer.commands import NOBODY, Outcome, Request, Work
 from xpeer.trainer.reporting import Reports, Send
 from xpeer.trainer.saving import Saving
 from xpeer.trainer.threads import Threads
 from xpeer.trainer.worker import Worker
+
+logger = logging.getLogger("xpeer.training")
 
 
 class Server:
@@ -54,13 +59,15 @@ class Server:
     def _carry_out(self, number: int, work: Work) -> None:
         """Apply a command and send the answer.
 
-        Errors raised on purpose are answers. Any other is a bug; on the training thread it ends the
-        process.
+        Errors raised on purpose are answers; if nobody waits for one, they are logged. Any other is
+        a bug; on the training thread it ends the process.
         """
         outcome: Outcome
         try:
             outcome = work.apply(self.worker)
         except XpeerError as e:
+            if number == NOBODY:
+                logger.error("%s failed: %s", type(work).__name__, without_words(e))
             outcome = failure_of(e)
         except BaseException as e:
             self._send(Reply(number, failure_of(e)))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 import pytest
@@ -16,13 +16,14 @@ import torch
 
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data
-from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.trainer import commands, reporting
 from xpeer.trainer.answers import Result, SaveFailed, Snapshotted, Written
 from xpeer.trainer.arena import Arena
 from xpeer.trainer.build import assemble
 from xpeer.trainer.client import layout_of
 from xpeer.trainer.commands import (
+    NOBODY,
     AddCorrection,
     Command,
     Compress,
@@ -180,8 +181,26 @@ class Failing:
         self.error = error
         self.sent: list[Any] = []
 
+    def merge(self, meeting_id: int) -> None:
+        raise self.error
+
     def write(self) -> str:
         raise self.error
+
+
+@pytest.mark.parametrize("number", [NOBODY, 7])
+def test_what_fails_without_anybody_waiting_is_logged(
+    number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = Failing(TrainerError("private words", ""))
+    worker: Any = SimpleNamespace(loop=failing)
+    Server(failing.sent.append, worker, cast(Any, None)).at_boundary(
+        Request(number, AddCorrection(1))
+    )
+    logged = "AddCorrection failed: TrainerError in " in caplog.text
+    assert logged == (number == NOBODY)
+    assert "private words" not in caplog.text
+    assert [reply.number for reply in failing.sent] == [number]
 
 
 @pytest.mark.parametrize("error", [LocalError("full", "free"), MemoryError("private words")])
