@@ -38,7 +38,7 @@ SHORT_S: Final = 5.0
 _LOOK_S: Final = 1.0
 """Longest time between two looks at the clock while the loop waits."""
 _USE_UP_S: Final = 5.0
-"""After a stop, the steps that are charged already are taken if that takes at most so long."""
+"""After a stop, steps that are charged already are taken if that takes at most so long."""
 _HELD_S: Final = 1.0
 """Pause before the loop checks again whether checkpoints can be written."""
 _STOP: Final = object()
@@ -349,8 +349,11 @@ class TrainingLoop:
     # ---- the end ---------------------------------------------------------------------------
 
     def _use_up(self) -> None:
-        """Take the steps that are charged already, if that is quick: a restart charges anew."""
-        if self.awaiting:
+        """Take the steps that are charged already, if that is quick: a restart charges anew.
+
+        A loop that was ordered to pause or to mix takes none. Its charges stay: they are forfeited.
+        """
+        if self.state != "training":
             return
         self._take_the_rest()
         if self._gradients.due:

@@ -23,6 +23,7 @@ from xpeer.accounts.accountant import Segment
 from xpeer.accounts.budget import Budget, Charged
 from xpeer.errors import LocalError
 from xpeer.manifest import End, Manifest, Privacy, Round
+from xpeer.phase import Order
 from xpeer.status import PrivacySpent
 from xpeer.trainer import saving
 from xpeer.trainer.answers import SaveFailed
@@ -296,6 +297,20 @@ def test_a_checkpoint_that_is_not_written_is_reported_whatever_the_error(
     assert said in report.problem
     assert report.problem in caplog.text
     assert "private" not in report.problem
+
+
+@pytest.mark.parametrize("order", ["pause", "mix"])
+def test_who_takes_no_steps_takes_none_at_a_stop(clock: Clock, order: Order) -> None:
+    """What was charged ahead stays charged, and the next start says so."""
+    machine = Machine(planned(300), clock=clock, **COSTS["a slow disk"])  # type: ignore[arg-type]
+    machine.trainer.run(steps=7)
+    assert machine.mechanism.charged().left
+    machine.trainer.set_mode(order)
+    machine.trainer.stop()
+    machine.trainer.run()
+    machine.saving.copy()()
+    assert machine.trainer.counters.step == machine.trainer.counters.charges_used == 7
+    assert machine.saved == 7 < machine.ledger.steps_charged
 
 
 def test_a_plan_without_steps_goes_by_what_the_budget_allows(clock: Clock) -> None:
