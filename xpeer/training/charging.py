@@ -72,7 +72,7 @@ class Permits:
         self._closing = False
         """True iff the loop is ending: nothing is charged ahead any more."""
         self._behind = 0
-        """Charges whose steps are in the parameters."""
+        """Charges whose steps are in the parameters, or will never be."""
         self._lock = threading.Lock()
         self._durable = 0
         """Charges whose steps are in the last checkpoint on the disk."""
@@ -133,6 +133,10 @@ class Permits:
         behind = self._mechanism.charged().used
         self._counters().charges_used += behind - self._behind
         self._behind = behind
+
+    def dropped(self) -> None:
+        """Note that steps taken since `moved` never get into the parameters: forfeited charges."""
+        self._behind = self._mechanism.charged().used
 
     def captured(self) -> None:
         """Note that a checkpoint of the present parameters is being written."""

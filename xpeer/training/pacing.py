@@ -85,7 +85,8 @@ class Pacing:
         self._window_began = time.monotonic()
 
     def begin_at(self, step: int) -> None:
-        """Go on from a donor's step."""
+        """Go on from a donor's step; gradients that were still to be used are dropped."""
+        self.permits.dropped()
         self._window_step = step % self._manifest.round.window_steps
 
     def count_step(self, now: float) -> bool:

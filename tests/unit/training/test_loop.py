@@ -587,6 +587,18 @@ def test_a_gradient_that_comes_late_leaves_the_next_windows_own_gradient(clock: 
     assert torch.equal(gradient, -torch.ones(NUM_PARAMS))
 
 
+def test_gradients_that_a_donors_parameters_replace_are_charged_and_not_used() -> None:
+    trainer = gradient_trainer(1, deadline_s=0.01)
+    trainer.run(steps=3)
+    assert trainer.counters.charges_used == 2  # the second window has one of its two gradients
+    trainer.replace(torch.full((NUM_PARAMS,), 0.25), step=500)
+    trainer.pacing.permits.captured()
+    assert (trainer.counters.charges_used, trainer.pacing.permits.unsaved) == (2, 1)
+    trainer.run(steps=3)
+    assert trainer.counters.charges_used == 4
+    assert mechanism_of(trainer).used == 6
+
+
 def test_the_last_gradient_is_taken_before_the_end_is_told() -> None:
     trainer = gradient_trainer(1, deadline_s=0.01, end=End(steps=4))
     states: list[str] = []
