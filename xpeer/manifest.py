@@ -19,7 +19,6 @@ from xpeer.identity import Domain, Identity, blake2b, verify_with
 from xpeer.leaves import seen_by
 from xpeer.policies import RULES, PrivacyMode, PrivacyPolicy, RuleName, RulePolicy, privacy_policy
 
-MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NAME_CHARS = 80
 DELTA_MIN, DELTA_MAX = 1e-10, 1e-4

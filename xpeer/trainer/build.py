@@ -105,6 +105,8 @@ def assemble(setup: TrainerSetup) -> Assembled:
     saved, warnings = _load_checkpoint(swarm.home)
     start = _restore(swarm, saved)
     notes, of_accounts = _declare(swarm, start.ledger, text, problem)
+    if swarm.private:
+        _complete_counters(start)
     pulse = Pulse()
     mechanism: Mechanism | IdleMechanism
     if problem:
@@ -123,7 +125,7 @@ def assemble(setup: TrainerSetup) -> Assembled:
         text=_facts(swarm, text, problem),
         notes=[*(f"text: {line}" for line in text.shard.lines()), *notes, *mechanism.notes],
         warnings=warnings + of_accounts,
-        steps_forfeited=_forfeited(start.counters, saved, start.ledger) if swarm.private else 0,
+        steps_forfeited=_forfeited(start) if swarm.private else 0,
     )
     return _assembled(swarm, start, loop, mechanism, beginning)
 
@@ -320,12 +322,17 @@ def _assembled(
     )
 
 
-def _forfeited(counters: Counters, saved: Bundle | None, ledger: Ledger) -> int:
+def _forfeited(start: _Start) -> int:
     """Steps that this home was charged for, but that its parameters do not contain."""
-    if saved is not None and "charges_used" not in saved.counters:  # written by an earlier version
+    return max(0, start.ledger.steps_charged - start.counters.charges_used)
+
+
+def _complete_counters(start: _Start) -> None:
+    """Set `charges_used`, which checkpoints of earlier versions lack."""
+    counters, saved = start.counters, start.saved
+    if saved is not None and "charges_used" not in saved.counters:
         steps = counters.step - (counters.moments_step if counters.joined else 0)
-        counters.charges_used = min(steps, ledger.steps_charged)
-    return max(0, ledger.steps_charged - counters.charges_used)
+        counters.charges_used = min(steps, start.ledger.steps_charged)
 
 
 def _evaluation(

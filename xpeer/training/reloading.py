@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -31,8 +31,6 @@ _TOLERANCE: Final = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8
 """Allowed difference of logits, relative to their spread. Rounding of the weights adds up over
 dozens of layers. The comparison of the weights notices smaller faults."""
 _PLAIN: Final = "PreTrainedTokenizerFast"
-
-Loader = Callable[[], Any]
 
 
 def sample_ids(

@@ -42,7 +42,6 @@ _SCOPES: dict[Role, frozenset[Scope]] = {
     "admin": frozenset({"dht", "observer", "member"}),
 }
 _T = TypeVar("_T")
-_Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 _Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 _Name = Annotated[str, Meta(max_length=80)]
 
