@@ -16,6 +16,7 @@ from collections.abc import Collection
 from typing import Any
 
 import msgspec
+from google.protobuf.message import DecodeError
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
@@ -27,7 +28,7 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.timed_storage import ValueWithExpiration
 from msgspec import Struct
 
-from xpeer.errors import NotAuthorisedError
+from xpeer.errors import NotAuthorisedError, PeerError, Reason
 from xpeer.identity import Domain, Identity, verify
 from xpeer.leaves import Public, seen_by
 from xpeer.network.membership.certificates import Membership
@@ -154,7 +155,7 @@ async def start_node(p2p: GatedP2P, validator: OwnerSigned) -> DHTNode:
     """Start a DHT node in this process. It has no neighbours yet."""
     node = await DHTNode.create(
         p2p=p2p,
-        node_id=DHTID.generate(p2p.peer_id.to_base58()),
+        node_id=DHTID.generate(p2p.peer_id.to_base58()),  # `ping` expects this one
         record_validator=validator,
         bucket_size=NEIGHBOURS,
         num_replicas=REPLICAS,
@@ -180,16 +181,20 @@ async def ping(node: DHTNode, peer: PeerID) -> float:
         that the call took.
 
     Raises:
+        PeerError: MALFORMED: it answered something else than a ping of its own.
         Exception: the call's own error, of any type.
     """
-    protocol = node.protocol
+    protocol, met = node.protocol, DHTID.generate(peer.to_base58())
     request = dht_pb2.PingRequest(peer=protocol.node_info, validate=True)
     sent: float = get_dht_time()
     try:
         answer = await protocol.get_stub(peer).rpc_ping(request, timeout=protocol.wait_timeout)
-        met = DHTID.from_bytes(answer.peer.node_id)
-    except Exception:
+        if answer.peer.node_id != met.to_bytes():
+            raise PeerError(Reason.MALFORMED, "a ping's answer names another DHT node")
+    except Exception as e:
         await protocol.update_routing_table(None, peer, responded=False)
+        if isinstance(e, DecodeError):
+            raise PeerError(Reason.MALFORMED, "a ping's answer can't be read") from e
         raise
     theirs, now = float(answer.dht_time), float(get_dht_time())
     await protocol.update_routing_table(met, peer, responded=True)

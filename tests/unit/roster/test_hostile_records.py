@@ -15,15 +15,17 @@ from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord
+from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
 from hivemind.utils import get_dht_time
 from hivemind.utils.timed_storage import ValueWithExpiration
 
-from xpeer.errors import Reason, known_reason
+from xpeer.errors import PeerError, Reason, known_reason
 from xpeer.identity import Identity
 from xpeer.manifest import Genesis
 from xpeer.network import introductions
 from xpeer.network.addresses import MAX_PEERS, AddressBook, is_dialled
-from xpeer.network.dht import MAX_KEYS_OF_OWNER, OwnerSigned, harden, keep_valid
+from xpeer.network.dht import MAX_KEYS_OF_OWNER, OwnerSigned, harden, keep_valid, ping
 from xpeer.network.membership.certificates import Credential, Membership
 from xpeer.network.membership.invites import grant
 from xpeer.network.p2p import _Handling, _Waiting
@@ -132,6 +134,38 @@ async def test_a_node_that_answers_with_lies_ends_nobodys_search(validator):
     assert values[0] is values[2] is values[3] is None
     assert values[1].expiration_time < get_dht_time() + 31
     assert max(len(near) for _, near in found.values()) == 20
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        dht_pb2.PingResponse(peer=dht_pb2.NodeInfo(node_id=b"\xff" * 21)).SerializeToString(),
+        dht_pb2.PingResponse(peer=dht_pb2.NodeInfo(node_id=bytes(20))).SerializeToString(),
+        dht_pb2.PingResponse(available=True).SerializeToString(),
+        b"\xff\xff",
+        b"",
+    ],
+    ids=["21-bytes", "another", "no-node", "no-protobuf", "empty"],
+)
+async def test_a_peer_that_answers_a_ping_with_nonsense_fails_alone(answer):
+    """Its error is one of the peer: any other would end the dials of all."""
+    peer, known = PeerID.from_base58(Identity.generate().peer_id), []
+
+    async def rpc_ping(request: object, timeout: float) -> object:
+        return dht_pb2.PingResponse.FromString(answer)
+
+    async def update(node_id: object, peer_id: object, responded: bool) -> None:
+        known.append((node_id, responded))
+
+    protocol = SimpleNamespace(
+        node_info=dht_pb2.NodeInfo(node_id=bytes(20)),
+        wait_timeout=1.0,
+        get_stub=lambda peer: SimpleNamespace(rpc_ping=rpc_ping),
+        update_routing_table=update,
+    )
+    with pytest.raises(PeerError, match=Reason.MALFORMED):
+        await ping(cast(Any, SimpleNamespace(protocol=protocol)), peer)
+    assert known == [(None, False)]
 
 
 def test_somebody_elses_record_teaches_nothing_about_a_peer(validator):
