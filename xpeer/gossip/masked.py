@@ -122,7 +122,8 @@ class MaskedMeeting(Gathering):
         """Wait for the group, exchange, merge.
 
         Raises:
-            PeerError: nobody came. Later failures are raised by `exchange`, for each partner.
+            PeerError: nobody came, or all accepted and we do not merge. Other failures are raised
+                by `exchange`, for each partner.
             LocalError: the trainer failed.
         """
         error: PeerError | None = None
@@ -134,7 +135,7 @@ class MaskedMeeting(Gathering):
                     await self._meet()
         except PeerError as e:
             error = e
-            if not self._pairs:
+            if not self._pairs or self.accepted:
                 raise
         except Exception as e:
             error = PeerError(Reason.TRAINER_RESTARTED, str(e))

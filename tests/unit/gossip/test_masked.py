@@ -80,6 +80,7 @@ class Group:
     def __init__(self, members: list[Member]) -> None:
         self.members = members
         self.results: dict[PeerId, dict[PeerId, Exchanged | BaseException]] = {}
+        self.ended: dict[PeerId, BaseException | None] = {}
 
     async def link(self) -> None:
         number = 0
@@ -125,7 +126,8 @@ class Group:
         results = asyncio.gather(*exchanges, return_exceptions=True)
         await asyncio.sleep(0)  # they have come
         ended = (await asyncio.gather(member.meeting.run(), return_exceptions=True))[0]
-        assert ended is None or isinstance(ended, TrainerError), ended
+        assert ended is None or isinstance(ended, TrainerError | PeerError), ended
+        self.ended[member.peer_id] = ended
         self.results[member.peer_id] = dict(zip(peers, await results, strict=True))
 
     def merged(self) -> list[int]:
@@ -491,3 +493,23 @@ def test_messages_are_bounded():
     ):
         with pytest.raises(PeerError, match=Reason.MALFORMED):
             messages.decode(messages.encode(bad))
+
+
+async def test_a_merge_that_fails_after_all_accepted_is_not_taken_for_one():
+    """The partners are told of it later: `accepted` names what they merged alone."""
+    async with group(3) as g:
+        failing = g.members[0]
+
+        async def merge(meeting_id: int, weights: dict[int, float]) -> None:
+            failing.trainer.drop(meeting_id)
+            raise PeerError(Reason.CLOSED, "the trainer has gone on")
+
+        failing.trainer.merge = merge  # type: ignore[method-assign]
+        await g.meet()
+        assert g.merged() == [1, 2]
+        ended = g.ended[failing.peer_id]
+        assert isinstance(ended, PeerError)
+        assert ended.reason == Reason.CLOSED
+        assert not failing.meeting.merged
+        assert set(failing.meeting.accepted) == set(failing.agreements)
+        assert [g.ended[m.peer_id] for m in g.members[1:]] == [None, None]
