@@ -182,6 +182,7 @@ class Gossip(ProposalHandler):
             self._asynchronous()
             and self._host.idle_reason() is None
             and peer_id in self._host.partners()
+            and peer_id not in self._avoided()
             and self._may_propose(peer_id, slot)
             and slot > self._partners[peer_id].ids.last_slot
         ):

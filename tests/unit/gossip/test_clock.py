@@ -578,6 +578,18 @@ async def test_a_nudge_is_answered_by_a_proposal_once_a_slot(monkeypatch: pytest
     assert rig.proposer.log == [OTHER]
 
 
+async def test_a_nudge_of_a_member_that_we_avoid_is_ignored(monkeypatch: pytest.MonkeyPatch):
+    """One that stalls and nudges would else get all our exchanges."""
+    rig = Rig(monkeypatch, rules=msgspec.structs.replace(ROUND, rule="asynchronous"))
+    rig.host.live = [OTHER, THIRD, PeerId("12D3KooWD")]
+    rig.partners.failed(OTHER, 1000, PeerError(Reason.TIMEOUT), lost_s=10.0)
+    rig.gossip.nudged(OTHER)
+    assert not rig.gossip._tasks
+    rig.gossip.nudged(THIRD)
+    await asyncio.gather(*rig.gossip._tasks)
+    assert rig.proposer.log == [THIRD]
+
+
 async def test_nobody_is_nudged_or_nudges_where_there_are_slots(rig: Rig):
     rig.gossip.nudged(OTHER)
     assert not rig.gossip._tasks
