@@ -63,8 +63,21 @@ LONELY_S = 10.0
 LONELY_READ_S, LONELY_SHARDS = 3.0, 16
 """... every LONELY_READ_S, this many keys at a time."""
 MAX_WALK = 50_000
-"""Links that we hash for one message, at most: 30 ms."""
+"""Links that we hash for one message, its cards and its beats, at most: 30 ms. Members that are
+left out come with the next message."""
 _T = TypeVar("_T")
+
+
+class _Walk:
+    """Counts the links that are hashed for one message, so that no message costs more."""
+
+    def __init__(self) -> None:
+        self._left = MAX_WALK
+
+    def allows(self, links: int) -> bool:
+        """Count so many links; whether they may be hashed."""
+        self._left -= max(0, links)
+        return self._left >= 0
 
 
 class Roster:
@@ -265,37 +278,40 @@ class Roster:
 
     def _learn(self, cards: Iterable[News], beats: bytes, salt: bytes) -> set[PeerId]:
         """Note all valid cards and beats; returns the owners whose cards were new to us."""
-        now, fresh = self._clock(), set()
+        now, fresh, walk = self._clock(), set(), _Walk()
         for news in cards:
             try:
                 self._swarm.membership.admit(news.owner, news.credential)
             except NotAuthorisedError as e:
                 log.debug("a card without a valid credential: %s", e)
                 continue
-            if self._note_card(news.owner, news.signed, news.beat, now):
+            if self._note_card(news.owner, news.signed, news.beat, now, walk):
                 fresh.add(PeerId(news.owner))
-        walked = 0
         for member, beat in spreading.unpack_beats(beats, self._known.values(), salt):
-            walked += max(0, beat.link - member.beat.link)
-            if walked <= MAX_WALK and member.owner != self._me and member.advance(beat, now):
+            if member.owner == self._me or not walk.allows(beat.link - member.beat.link):
+                continue
+            if member.advance(beat, now):
                 self._advanced.add(member.owner)
         return fresh
 
-    def _note_card(self, owner: str, signed: SignedCard, beat: Beat, now: float) -> bool:
+    def _note_card(
+        self, owner: str, signed: SignedCard, beat: Beat, now: float, walk: _Walk
+    ) -> bool:
         """Note a card, if it is valid. True iff it is new to us."""
         peer_id = PeerId(owner)
         known = self._known.get(peer_id)
         if peer_id == self._me or self._swarm.membership.certificate_of(owner) is None:
             return False
         if known is not None and known.signed == signed:
-            known.advance(beat, now)
+            if walk.allows(beat.link - known.beat.link):
+                known.advance(beat, now)
             return False
         card = signed.open(owner, self._swarm_id)
         if card is None or not _is_of_now(card, beat, now):
             return False
         if known is not None and known.card.version_ms >= card.version_ms:
             return False
-        if not beat.follows(Beat(0, card.anchor)):
+        if not walk.allows(beat.link) or not beat.follows(Beat(0, card.anchor)):
             return False
         if known is None and len(self._known) >= self._max_members:
             log.warning("more than limits.max_members = %d members", self._max_members)
@@ -329,7 +345,8 @@ class Roster:
     async def _read(self, keys: list[str]) -> None:
         for owner, stored in await self._shards.read(keys):
             now = self._clock()
-            if self._note_card(owner, stored.signed, stored.beat, now) or owner in self._known:
+            noted = self._note_card(owner, stored.signed, stored.beat, now, _Walk())
+            if noted or owner in self._known:
                 continue
             card = stored.signed.open(owner, self._swarm_id)
             if card is not None:  # the owner was alive a while ago: it is worth asking

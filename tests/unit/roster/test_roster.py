@@ -14,9 +14,10 @@ from xpeer.network.dht import MAX_TTL_S
 from xpeer.network.membership.certificates import Credential
 from xpeer.network.membership.invites import grant
 from xpeer.network.membership.keyring import KeyRing
+from xpeer.roster import cards as cards_module
 from xpeer.roster import roster as roster_module
 from xpeer.roster import spreading
-from xpeer.roster.cards import LINK_S, Beat, LivenessChain, MemberCard, SignedCard
+from xpeer.roster.cards import LINK_S, LINKS, Beat, LivenessChain, MemberCard, SignedCard
 from xpeer.roster.dht_cards import Stored
 from xpeer.roster.pace import (
     BEAT_BYTES,
@@ -306,3 +307,29 @@ async def test_silence_of_one_is_no_error(net: Net) -> None:
         await one.call(other.peer_id, PROTOCOL, b"", 1.0)
     await one.roster.refresh()
     assert other.peer_id in one.roster.members()
+
+
+async def test_no_message_costs_more_hashing_than_its_bound(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cards count as beats do: their links are checked only as far as the message's bound."""
+    first, other = await swarm_of(net, 2)
+    since_s, version_ms = net.now_s - LINK_S * LINKS, int(net.now_s * 1000)
+    news = [
+        msgspec.structs.replace(
+            news_of(other, since_s=since_s, version_ms=version_ms + n),
+            beat=Beat(LINKS, bytes(16)),
+        )
+        for n in range(spreading.MAX_CARDS)
+    ]
+    hashed = 0
+    before = cards_module.next_link
+
+    def counted(value: bytes) -> bytes:
+        nonlocal hashed
+        hashed += 1
+        return before(value)
+
+    monkeypatch.setattr(cards_module, "next_link", counted)
+    assert hear(first, *news) == set()
+    assert roster_module.MAX_WALK - LINKS < hashed <= roster_module.MAX_WALK
