@@ -54,27 +54,42 @@ def record_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the next-token cross-entropy, summed per record; records do not see one another.
 
-    Nothing is predicted where a record was filled up (`records.FILL`). The filling is at the right,
-    where causal attention never looks, so no mask is needed.
-
     Args:
         model: causal language model, or a wrapper around one.
-        records: (records, tokens) int64, on the model's device.
+        records: (records, tokens) int64, on the model's device; see `inputs_of`.
 
     Returns:
         Sums of negative log-likelihoods in nats, (records,) float32, and numbers of targets,
         (records,).
     """
+    return losses_of(model, *inputs_of(records))
+
+
+def inputs_of(records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model reads, and what it predicts from that: both (records, tokens - 1) int64.
+
+    A token is read and predicted. A number below -1 is a token that is read only, -2 - token: for
+    instance the question, where the loss is that of the answer. -1 fills a record up
+    (`records.FILL`): it is neither, and stands at the right, where causal attention never looks, so
+    that no mask is needed. Where nothing is predicted, the target is negative.
+    """
+    read = torch.maximum(records, -2 - records)  # of -1 it makes -1
+    ids = read[:, :-1].clamp(min=0)  # any token will do where the record is filled up
+    # the last token predicts nothing, so the model never sees it
+    return ids, records[:, 1:].masked_fill(records[:, 1:] < 0, _NO_TARGET)
+
+
+def losses_of(
+    model: torch.nn.Module, ids: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `record_losses`, for what `inputs_of` returns."""
     extra: dict[str, torch.Tensor] = {}
-    ids = records[:, :-1].clamp(min=0)  # any token will do where nothing is predicted
     if _takes_positions(type(transformers_model(model)).forward):
         # expanded: GPT-2 otherwise embeds them once for all records, and no per-record gradient
         # of the position embedding exists
         positions = torch.arange(ids.shape[1], device=ids.device)
         extra["position_ids"] = positions.expand_as(ids)
-    # the last token predicts nothing, so the model never sees it
     logits = model(input_ids=ids, use_cache=False, **extra).logits  # (B, T - 1, vocabulary)
-    targets = records[:, 1:].masked_fill(records[:, 1:] < 0, _NO_TARGET)
     losses = _cross_entropy(logits.flatten(0, 1), targets.flatten()).view_as(targets)
     return losses.sum(1), (targets >= 0).sum(1)
 

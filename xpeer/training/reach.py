@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xpeer.training.losses import record_losses
+from xpeer.training.losses import inputs_of, losses_of
 
 Rows = tuple[int, int]
 """The first row that text reaches, and the row after the last one; (0, 0) = none."""
@@ -63,10 +63,11 @@ def out_of_reach(model: torch.nn.Module, num_tokens: int, num_ids: int) -> dict[
     records = torch.randint(0, num_ids, (1, num_tokens), generator=generator)
     training = model.training
     model.eval()
-    watch = _Watch(records, list(model.parameters()))
+    ids, targets = inputs_of(records)
+    watch = _Watch(ids, targets, list(model.parameters()))
     try:
         with _Glances(watch), watch:
-            record_losses(model, records)
+            losses_of(model, ids, targets)
     except _TextDecidesError:
         return {}
     finally:
@@ -110,15 +111,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             None for the ids of the text.
     """
 
-    def __init__(self, records: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, ids: torch.Tensor, targets: torch.Tensor, parameters: Sequence[torch.Tensor]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.read: set[int] = set()
         self.lookups: dict[int, list[torch.Tensor | None]] = {}
         self._names = {_storage(p): id(p) for p in parameters}
         self._text: Any = WeakIdKeyDictionary()  # tensors computed from text
-        self._text[records] = True
+        self._text[ids] = self._text[targets] = True
         self._ids: Any = WeakIdKeyDictionary()  # tensors that hold the text's ids, unchanged
-        self._ids[records] = True
+        self._ids[ids] = True
         self._written: dict[int, Any] = {}  # storages that text was written to, kept alive
 
     def is_text(self, value: object) -> bool:

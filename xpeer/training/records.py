@@ -35,7 +35,7 @@ __all__ = [
 MIN_TOKENS: Final = 8
 """A shorter tail of a document is dropped: it teaches little, and costs the privacy of a record."""
 FILL: Final = -1
-"""Fills the right of a record that is shorter than T. Any negative number counts as filling."""
+"""Fills the right of a record that is shorter than T. What is below it: `losses.inputs_of`."""
 CACHE_FILES: Final = 8
 """Number of files in the cache: training and validation records of the last few shards."""
 _CACHE_VERSION: Final = b"records/3"

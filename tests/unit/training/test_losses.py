@@ -88,3 +88,22 @@ def test_every_engine_clips_it_exactly(config: dict[str, Any], engine: Any) -> N
     for mine, plain, opacus in zip(got, sums, theirs, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(mine, opacus, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_a_token_that_is_only_read_changes_what_follows_and_is_not_predicted(
+    config: dict[str, Any],
+) -> None:
+    """A number below -1 is such a token: -2 - token. So are the first 5 of 12 here, and the 9th."""
+    model = build(config, seed=1)
+    text = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(2))
+    only_read = torch.tensor([True] * 5 + [False] * 3 + [True] + [False] * 3)
+    marked = text.where(~only_read, -2 - text)
+    found, counted = record_losses(model, marked)
+    logits = model(input_ids=text[:, :-1]).logits
+    each = cross_entropy(logits.transpose(1, 2), text[:, 1:], reduction="none")
+    assert counted.tolist() == [6, 6]
+    torch.testing.assert_close(found, (each * ~only_read[1:]).sum(1))
+    other = marked.clone()
+    other[:, 0] = -2 - (text[:, 0] + 1) % 40
+    assert not torch.allclose(record_losses(model, other)[0], found)
