@@ -29,6 +29,7 @@ HEALTHY = Status(
     addresses=["/ip4/192.0.2.1/tcp/4001/p2p/12D3KooWMe"],
     num_params=1000,
     device="cpu",
+    precision="float32",
     round=12,
     progress=Progress(
         step=240, planned_steps=1000, tokens=123456, loss_train=3.25, loss_validation=3.5,

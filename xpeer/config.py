@@ -115,6 +115,9 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     the swarm trains without privacy, else the others' median is assumed."""
     throttle: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Fraction of the time in which the trainer computes; 0.5 = half speed."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the passes through the model; parameters, norms, sums and noise stay float32.
+    auto: bfloat16 where the device is fast at it."""
     micro_batch: Annotated[int, Meta(ge=0)] = 0
     """Records per forward pass; 0 = chosen by the engine."""
     compile_codec: bool = True

@@ -253,6 +253,8 @@ class Status(Struct, frozen=True, kw_only=True):
     addresses: Public[list[str]] = []
     num_params: Public[int] = 0
     device: Public[str] = ""
+    precision: Public[str] = ""
+    """In what the model computes: float32 or bfloat16; empty until a trainer is ready."""
     round: Timing[int] = 0
     """Number of the trainer's window."""
     progress: Parts[Progress] = Progress()

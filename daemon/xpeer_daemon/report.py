@@ -41,6 +41,7 @@ def status_of(node: Node) -> Status:
         addresses=swarm.addresses,
         num_params=last.num_params if last else 0,
         device=last.device if last else "",
+        precision=last.precision if last else "",
         round=progress.window,
         progress=progress,
         progress_age_s=_age(now, record.known.unix_s) if record.known else None,

@@ -179,10 +179,8 @@ def _training(status: Status) -> Iterator[tuple[str, str]]:
     if progress.seconds_here:
         share = progress.seconds_blocked / progress.seconds_here
         blocked = f", {share:.1%} of the time blocked"
-    yield (
-        "speed",
-        f"{_speed(status)} on {status.device or '-'}, {progress.tokens:,} tokens so far{blocked}",
-    )
+    place = f"{status.device or '-'}{f' in {status.precision}' if status.precision else ''}"
+    yield "speed", f"{_speed(status)} on {place}, {progress.tokens:,} tokens so far{blocked}"
     if progress.learning_rate:
         yield "rate", f"learning rate {progress.learning_rate:.3g}"
     for index, line in enumerate(status.shard.lines() if status.shard else []):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xpeer.errors import LocalError
-from xpeer.privacy.layers import Outer, Part, parts, tapped
+from xpeer.privacy.layers import Call, Outer, Part, parts, tapped
 
 RecordLosses = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 """(model, records (B, T) int64) -> sums of negative log-likelihoods (B,), differentiable, and
@@ -249,6 +249,9 @@ class BookKeepingEngine:
             m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
         ]
         self._memory_bytes = memory_bytes
+        self.on_calls: Callable[[Sequence[Call], int], None] = nobody_watches
+        """Called after each backward pass with the layers' calls and the number of records. The
+        self-test listens."""
         self.micro_batch = micro_batch
         """Records per pass. 0 until the first pass has measured how much memory a record needs."""
 
@@ -292,6 +295,7 @@ class BookKeepingEngine:
             losses, tokens = self._record_losses(self._model, records)
             mean = (losses / tokens.clamp(min=1)).sum()
             torch.autograd.grad(mean, probe, allow_unused=True)
+        self.on_calls(calls, len(records))
         places = {id(p): i for i, p in enumerate(self._parameters)}
         gradients: list[list[Part]] = [[] for _ in self._parameters]
         with torch.no_grad():
@@ -308,14 +312,14 @@ class BookKeepingEngine:
         A pass keeps the gradients that are written down, and inputs and output gradients of the
         layers. Autograd keeps about as much again.
         """
-        values, batch = 0, len(records)
+        needed, batch = 0, len(records)
         for parameter, terms in zip(self._parameters, gradients, strict=True):
             for part in terms:
                 ends = (part.rows, part.cols) if isinstance(part, Outer) else (part,)
-                values += 2 * sum(x.numel() for x in ends)
+                needed += 2 * sum(x.nbytes for x in ends)
             if _is_written(parameter, terms):
-                values += parameter.numel() * batch
-        fits = self._memory_bytes // (4 * max(1, values // batch))
+                needed += 4 * parameter.numel() * batch
+        fits = self._memory_bytes // max(1, needed // batch)
         self.micro_batch = max(1, min(fits, cache_records(records)))
 
 
@@ -373,6 +377,10 @@ def _add_weighted(total: Tensor, terms: list[Part], whole: Tensor | None, factor
     for part in terms:
         if isinstance(part, Outer):
             part.add_weighted(factors, total)
+
+
+def nobody_watches(calls: Sequence[Call], batch: int) -> None:
+    """Listen to nothing."""
 
 
 def _joined(passes: list[Clipped], device: torch.device) -> Clipped:

@@ -1,9 +1,4 @@
-"""The choice of an engine: the fastest that agrees with plain autograd on records of the shard.
-
-Looking at a model's layers is not enough: layers that all seem fine can give a wrong gradient. So
-every engine is tried at start-up. An engine that computes smaller norms than autograd would clip
-too little, and is never used.
-"""
+"""The choice of an engine: the fastest that is right on records of the shard (`engine_check`)."""
 
 from __future__ import annotations
 
@@ -20,21 +15,15 @@ from xpeer.errors import ConfigError
 from xpeer.privacy.clipping import (
     DEFAULT_MEMORY_BYTES,
     BookKeepingEngine,
-    Clipped,
     Engine,
     FunctionalEngine,
-    MicrobatchEngine,
     RecordLosses,
     trainable,
 )
+from xpeer.privacy.engine_check import Candidate, right_ones
 from xpeer.privacy.engine_memory import EngineMemory
+from xpeer.privacy.steps import FULL, Precision, Switchable
 
-UNDERESTIMATE_MAX: Final = 1e-3
-"""Largest relative amount by which an engine may underestimate a record's norm."""
-SUM_ERROR_MAX: Final = 1e-4
-"""Largest error of the sum of clipped gradients, relative to its norm."""
-COUPLING_MAX: Final = 1e-3
-"""Largest relative difference between a record's loss alone and its loss in a batch."""
 SAMPLE_RECORDS: Final = 4
 _LOOK_AT: Final = 256
 """Records from which the sample is picked."""
@@ -44,8 +33,6 @@ _TRIED_RECORDS: Final = 2
 _WORTH_IT: Final = 0.9
 """An engine replaces the best of those before it only if it needs less than this part of its
 time."""
-
-Candidate = Callable[[], Engine]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +54,7 @@ def choose_engine(
     candidates: Sequence[Candidate] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     memory: EngineMemory | None = None,
+    precision: Precision = FULL,
 ) -> Choice:
     """Choose last time's engine if it is still right, else the fastest that is right.
 
@@ -81,23 +69,28 @@ def choose_engine(
             `MicrobatchEngine` always follows as the last. None = all others.
         clock: seconds, for the timing.
         memory: the node's memory of the choice for this model, device and batch; None = none.
+        precision: of steps. Engines are compared in float32 first, and timed in this. A
+            `Switchable` loss keeps it.
 
     Raises:
-        ConfigError: records influence one another in this model, or no parameter is trained.
+        ConfigError: records influence one another in this model, no parameter is trained, or the
+            model can't compute in this precision.
     """
     refuse_coupled(model)
     if not trainable(model):
         raise ConfigError("no parameter of the model is trained", "unfreeze some of them")
+    losses = record_losses if isinstance(record_losses, Switchable) else Switchable(record_losses)
     options: dict[str, int] = {"micro_batch": micro_batch, "memory_bytes": memory_bytes}
     if candidates is None:
         candidates = [
-            lambda: BookKeepingEngine(model, record_losses, **options),
-            lambda: FunctionalEngine(model, record_losses, **options),
+            lambda: BookKeepingEngine(model, losses, **options),
+            lambda: FunctionalEngine(model, losses, **options),
         ]
+    tested = model, losses, sample, candidates, precision
     known = memory.recall() if memory is not None else None
-    if known is not None and (engine := _again(model, record_losses, sample, candidates, known[0])):
+    if known is not None and (engine := _again(*tested, known[0])):
         return Choice(engine, known[1])
-    right, refused = _right_ones(model, record_losses, sample, candidates)
+    right, refused = right_ones(*tested)
     engine, reason = _fastest(model, right, sample, clock, refused)
     choice = Choice(engine, "; ".join([reason, *(f"refused {why}" for why in refused)]))
     if memory is not None:
@@ -193,13 +186,14 @@ def _run(engine: Engine, records: Tensor, sums: list[Tensor]) -> None:
 
 def _again(
     model: nn.Module,
-    record_losses: RecordLosses,
+    losses: Switchable,
     sample: Tensor,
     candidates: Sequence[Candidate],
+    precision: Precision,
     name: str,
 ) -> Engine | None:
     """The engine of this name. None unless it is right and works in training mode."""
-    right, _ = _right_ones(model, record_losses, sample, candidates, only=name)
+    right, _ = right_ones(model, losses, sample, candidates, precision, only=name)
     if right[0].name != name:
         return None
     try:
@@ -207,109 +201,3 @@ def _again(
     except Exception:  # noqa: BLE001 - after any failure all engines are tried
         return None
     return right[0]
-
-
-def _right_ones(
-    model: nn.Module,
-    record_losses: RecordLosses,
-    sample: Tensor,
-    candidates: Sequence[Candidate],
-    only: str | None = None,
-) -> tuple[list[Engine], list[str]]:
-    """Engines that agree with plain autograd, and reasons against the others.
-
-    Plain autograd is the last of the engines. The model is in evaluation mode meanwhile. With
-    `only`, the candidate of that name alone is compared.
-    """
-    training = model.training
-    model.eval()
-    try:
-        return _agreeing(model, record_losses, sample, candidates, only)
-    finally:
-        model.train(training)
-
-
-def _agreeing(
-    model: nn.Module,
-    record_losses: RecordLosses,
-    sample: Tensor,
-    candidates: Sequence[Candidate],
-    only: str | None,
-) -> tuple[list[Engine], list[str]]:
-    reference = MicrobatchEngine(model, record_losses)
-    free, _ = _try(model, reference, sample, 1e30)
-    finite = free.norms[torch.isfinite(free.norms)]
-    if not len(finite):
-        raise ConfigError(
-            "the model's loss is not finite on any record tried", "check its initial parameters"
-        )
-    # half of the records, or more, are clipped
-    clip_norm = max(0.5 * float(finite.median()), 1e-12)
-    expected, sums = _try(model, reference, sample, clip_norm)
-    _refuse_coupling(model, record_losses, sample, expected)
-    right: list[Engine] = []
-    refused: list[str] = []
-    for make in candidates if only != reference.name else ():
-        name = getattr(make, "__name__", "engine")
-        try:
-            engine = make()
-            name = engine.name
-            if only not in (None, name):
-                continue
-            clipped, got = _try(model, engine, sample, clip_norm)
-        except Exception as e:  # noqa: BLE001 - after any failure the next engine may work
-            refused.append(f"{name}: {type(e).__name__}: {e}")
-            continue
-        problem = _problem(expected, sums, clipped, got)
-        if problem:
-            refused.append(f"{name}: {problem}")
-        else:
-            right.append(engine)
-        if only is not None:
-            break
-    return [*right, reference], refused
-
-
-def _try(
-    model: nn.Module, engine: Engine, sample: Tensor, clip_norm: float
-) -> tuple[Clipped, list[Tensor]]:
-    sums = [torch.zeros_like(p) for p in trainable(model)]
-    return engine.accumulate(sample, clip_norm, sums), sums
-
-
-def _problem(
-    expected: Clipped, sums: Sequence[Tensor], clipped: Clipped, got: Sequence[Tensor]
-) -> str:
-    """Why an engine's norms and sums are wrong; "" if they agree with those of plain autograd."""
-    if clipped.norms.shape != expected.norms.shape:
-        return "it does not tell one norm per record"
-    low = _largest((expected.norms - clipped.norms).clamp(min=0), expected.norms)
-    if not low <= UNDERESTIMATE_MAX:
-        return f"norms under-estimated by {low:.2g}"
-    error = sum(float((a - b).double().square().sum()) for a, b in zip(sums, got, strict=True))
-    size = sum(float(a.double().square().sum()) for a in sums)
-    relative = (error / max(size, 1e-60)) ** 0.5
-    if not relative <= SUM_ERROR_MAX:
-        return f"sum of clipped gradients wrong by {relative:.2g}"
-    return ""
-
-
-def _refuse_coupling(
-    model: nn.Module, record_losses: RecordLosses, sample: Tensor, alone: Clipped
-) -> None:
-    with torch.no_grad():
-        in_batch, _ = record_losses(model, sample)
-    change = _largest(in_batch - alone.losses, alone.losses)
-    if change > COUPLING_MAX:
-        raise ConfigError(
-            f"records influence one another in this model: their losses change by {change:.1%} "
-            "when they share a batch",
-            "use another model, or privacy.mode off",
-        )
-
-
-def _largest(differences: Tensor, values: Tensor) -> float:
-    """The largest difference relative to its value, where both are finite."""
-    relative = differences.abs().double() / values.abs().double().clamp(min=1e-12)
-    relative = relative[torch.isfinite(values) & torch.isfinite(differences)]
-    return float(relative.max()) if len(relative) else 0.0

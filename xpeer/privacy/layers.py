@@ -83,6 +83,7 @@ def tapped(modules: list[nn.Module], probe: Tensor) -> Iterator[list[Call]]:
         return watched
 
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
+    handles += [m.register_forward_pre_hook(_as_it_computes) for m in modules if _multiplies(m)]
     try:
         yield calls
     finally:
@@ -90,11 +91,28 @@ def tapped(modules: list[nn.Module], probe: Tensor) -> Iterator[list[Call]]:
             handle.remove()
 
 
+def _multiplies(module: nn.Module) -> bool:
+    """Whether it multiplies its input by a weight matrix."""
+    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers' GPT-2
+    return type(module) is nn.Linear or is_conv1d
+
+
+def _as_it_computes(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Convert the input as autocast would. So what is noted is what the layer multiplied, and
+    autograd keeps the same tensor.
+    """
+    first = inputs[0] if inputs else None
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return inputs
+    return first.to(torch.get_autocast_dtype(first.device.type)), *inputs[1:]
+
+
 @dataclass(frozen=True, slots=True)
 class Outer:
     """Gradients of B records as sums over T tokens of outer products.
 
     `rows` are vectors (B, T, p), or token numbers (B, T) int64 that stand for one-hot vectors.
+    Vectors keep the precision in which the layer computed. All that is made of them is float32.
     """
 
     rows: Tensor
@@ -107,14 +125,15 @@ class Outer:
 
     def written(self, shape: torch.Size) -> Tensor:
         """Write the gradients down, (B, *shape)."""
+        cols = self.cols.float()
         if not self.sparse:
-            return torch.bmm(self.rows.transpose(1, 2), self.cols)
-        out = self.cols.new_zeros(self.rows.shape[0], *shape)
-        return out.scatter_add_(1, self.rows.unsqueeze(2).expand_as(self.cols), self.cols)
+            return torch.bmm(self.rows.float().transpose(1, 2), cols)
+        out = cols.new_zeros(self.rows.shape[0], *shape)
+        return out.scatter_add_(1, self.rows.unsqueeze(2).expand_as(cols), cols)
 
     def inner(self, other: Outer) -> Tensor:
         """<ours, theirs> per record, (B,): sum over t, s of <u_t, u'_s> <v_t, v'_s>."""
-        cols = torch.bmm(self.cols, other.cols.transpose(1, 2))  # (B, T, S)
+        cols = torch.bmm(self.cols.float(), other.cols.float().transpose(1, 2))  # (B, T, S)
         if self.sparse and other.sparse:
             rows = self.rows.unsqueeze(2) == other.rows.unsqueeze(1)
         elif self.sparse:
@@ -124,24 +143,24 @@ class Outer:
             picks = other.rows.unsqueeze(1).expand(-1, self.rows.shape[1], -1)  # (B, T, S)
             rows = self.rows.gather(2, picks)
         else:
-            rows = torch.bmm(self.rows, other.rows.transpose(1, 2))
+            rows = torch.bmm(self.rows.float(), other.rows.float().transpose(1, 2))
         return cols.mul_(rows).sum((1, 2), dtype=torch.float64)
 
     def reach(self) -> Tensor:
         """The norm if no terms cancelled, (B,) float64: sum over t of |u_t| |v_t|."""
-        lengths = torch.linalg.vector_norm(self.cols, dim=2)
+        lengths = torch.linalg.vector_norm(self.cols, dim=2, dtype=torch.float32)
         if not self.sparse:
-            lengths = lengths * torch.linalg.vector_norm(self.rows, dim=2)
+            lengths = lengths * torch.linalg.vector_norm(self.rows, dim=2, dtype=torch.float32)
         total: Tensor = lengths.sum(1, dtype=torch.float64)
         return total
 
     def add_weighted(self, factors: Tensor, out: Tensor) -> None:
         """Add the sum over records of factor times gradient to `out`, (p, d)."""
-        cols = (self.cols * factors[:, None, None]).flatten(0, 1)
+        cols = (self.cols.float() * factors[:, None, None]).flatten(0, 1)
         if self.sparse:
             out.index_add_(0, self.rows.flatten(), cols)
         else:
-            out.addmm_(self.rows.flatten(0, 1).T, cols)
+            out.addmm_(self.rows.flatten(0, 1).float().T, cols)
 
 
 Part = Outer | Tensor
@@ -157,7 +176,6 @@ def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
     """
     if call.grad is None:  # its output did not enter the loss
         return
-    call = _in_full(call)
     module, grad = call.module, call.grad
     first = call.inputs[0] if call.inputs else None
     shapes = [x.shape[:1] for x in (first, grad) if isinstance(x, Tensor)]
@@ -167,9 +185,19 @@ def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
         yield from _embedding(module, first, grad)
     elif type(module) is nn.Linear:
         yield from _trainable(module, Outer(_tokens(grad), _tokens(first)), grad)
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' GPT-2
+    elif _multiplies(module):
         yield from _trainable(module, Outer(_tokens(first), _tokens(grad)), grad)
-    elif type(module) is nn.LayerNorm and module.elementwise_affine:
+    else:
+        yield from _small(in_full(call), batch)
+
+
+def _small(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
+    """Gradients by parameters that are written down."""
+    module, grad = call.module, call.grad
+    first: Any = call.inputs[0]
+    if grad is None:
+        return
+    if type(module) is nn.LayerNorm and module.elementwise_affine:
         normed = functional.layer_norm(first, module.normalized_shape, None, None, module.eps)
         yield from _trainable(module, _summed(grad * normed, module.weight), grad)
     elif _is_scale(module):
@@ -178,9 +206,9 @@ def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
         yield from _anything(call, batch)
 
 
-def _in_full(call: Call) -> Call:
-    """Convert a call to float32, if the forward pass ran in less precision. Products and norms of
-    its values then lose nothing further.
+def in_full(call: Call) -> Call:
+    """A call with its values in float32, if the forward pass ran in less precision. Products and
+    norms of them then lose nothing further.
     """
     inputs = tuple(
         x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call.inputs
@@ -203,7 +231,7 @@ def _trainable(module: Any, weight: Part, grad: Tensor) -> Iterator[tuple[nn.Par
     if module.weight.requires_grad:
         yield module.weight, weight
     if module.bias is not None and module.bias.requires_grad:
-        yield module.bias, _summed(grad, module.bias)
+        yield module.bias, _summed(grad.float(), module.bias)
 
 
 def _embedding(

@@ -42,7 +42,7 @@ from xpeer.privacy.gradient import PrivateGradient, sampling_of
 from xpeer.privacy.norms import clip_norm_of
 from xpeer.privacy.options import DEFAULT, Options
 from xpeer.privacy.plain import OffMechanism
-from xpeer.privacy.steps import StepResult, Switchable, check_records
+from xpeer.privacy.steps import StepResult, check_records
 from xpeer.privacy.units import units_of
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
@@ -260,21 +260,21 @@ def _engine(
     """The engine that was asked for, else the fastest one that is exact."""
     if options.engine is not None:
         return Choice(options.engine, "it was asked for")
-    losses, memory = Switchable(record_losses), None
+    memory = None
     section, micro_batch, memory_bytes = manifest.privacy, options.micro_batch, options.memory_bytes
     if options.cache is not None:
         details = section.mode, section.unit, expected, micro_batch, memory_bytes
-        memory = EngineMemory(options.cache, setting_of(model, records, *details))
-    choice = choose_engine(
+        precision = options.precision.name
+        memory = EngineMemory(options.cache, setting_of(model, records, *details, precision))
+    return choose_engine(
         model,
-        losses,
+        record_losses,
         sample_of(records).to(next(model.parameters()).device),
         micro_batch=micro_batch,
         memory_bytes=memory_bytes,
         memory=memory,
+        precision=options.precision,
     )
-    losses.precision = options.precision
-    return choice
 
 
 def build_mechanism(

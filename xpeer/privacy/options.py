@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -10,7 +9,7 @@ from typing import Final
 from xpeer.privacy import noise
 from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine
 from xpeer.privacy.ranks import Ranks
-from xpeer.privacy.steps import Precision
+from xpeer.privacy.steps import FULL, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +19,7 @@ class Options:
     Attributes:
         micro_batch: records per pass; 0 = the engine chooses.
         memory_bytes: bound of what the engine keeps during a pass.
-        precision: context of forward passes in steps, e.g. autocast. Engines are compared in
-            float32.
+        precision: of the passes through the model in steps.
         engine: clips the records' gradients; None = the fastest exact one is chosen.
         generator: kind of noise generator.
         cache: folder where the choice of the engine is remembered; None = nowhere.
@@ -30,7 +28,7 @@ class Options:
 
     micro_batch: int = 0
     memory_bytes: int = DEFAULT_MEMORY_BYTES
-    precision: Precision = nullcontext
+    precision: Precision = FULL
     engine: Engine | None = None
     generator: noise.Generator = "fast"
     cache: Path | None = None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,20 @@ from torch import Tensor, nn
 from xpeer.errors import ShardError
 from xpeer.privacy.clipping import Clipped, RecordLosses
 
-Precision = Callable[[], AbstractContextManager[object]]
-"""Makes a context for the forward passes of steps, e.g. `torch.autocast`. Norms, sums and noise
-stay float32, and clipping is exact for the gradients that result."""
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The precision of the passes through the model. Norms, sums and noise stay float32, and
+    clipping is exact for the gradients that result.
+    """
+
+    name: str = "float32"
+    """For logs, and for the memory of the engine that was chosen."""
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Makes the context of a forward pass, e.g. `torch.autocast`."""
+
+
+FULL: Final = Precision()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +56,11 @@ class Switchable:
 
     def __init__(self, record_losses: RecordLosses) -> None:
         self._record_losses = record_losses
-        self.precision: Precision = nullcontext
+        self.precision = FULL
 
     def __call__(self, model: nn.Module, records: Tensor) -> tuple[Tensor, Tensor]:
         """See `clipping.RecordLosses`."""
-        with self.precision():
+        with self.precision.context():
             return self._record_losses(model, records)
 
 

@@ -50,6 +50,8 @@ class Ready(Struct, frozen=True, tag=True):
     """Lines for the log, e.g. why a slower engine was chosen."""
     warnings: Local[list[str]] = []
     """Warnings for the log, e.g. about files that were restored."""
+    precision: Public[str] = ""
+    """In what the model computes."""
 
 
 @seen_by("node")

@@ -34,6 +34,8 @@ class Beginning:
     """Facts to report once, when the trainer is ready."""
 
     device: str
+    precision: str
+    """In what the model computes, e.g. bfloat16."""
     resumed: bool
     """Whether training goes on from a checkpoint."""
     text: TextFacts

@@ -25,6 +25,7 @@ from xpeer.mixing.parameters import Parameters
 from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
+from xpeer.privacy.steps import Precision
 from xpeer.trainer.assembled import Assembled, Beginning, TextFacts
 from xpeer.trainer.capture import Capture, FrozenValues, Keeping
 from xpeer.trainer.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
@@ -42,6 +43,7 @@ from xpeer.training.losses import choose_device, evaluate, record_losses
 from xpeer.training.measuring import Evaluation, Measurements
 from xpeer.training.model import check_fits
 from xpeer.training.pacing import Pacing
+from xpeer.training.precision import choose_precision
 from xpeer.training.pulse import Pulse
 from xpeer.training.records import cut
 from xpeer.training.schedule import Counters
@@ -89,6 +91,10 @@ class _Start:
     """The ledger that checkpoints will need; empty without privacy."""
     counters: Counters
     device: torch.device
+    precision: Precision
+    """In what the model computes."""
+    why_precision: str
+    """Why it is so, in words for the operator."""
 
 
 def assemble(setup: TrainerSetup) -> Assembled:
@@ -121,9 +127,15 @@ def assemble(setup: TrainerSetup) -> Assembled:
         loop.pacing.begin_idle(budget_spent=mechanism.spent().steps_left == 0)
     beginning = Beginning(
         device=str(start.device),
+        precision=start.precision.name,
         resumed=saved is not None,
         text=_facts(swarm, text, problem),
-        notes=[*(f"text: {line}" for line in text.shard.lines()), *notes, *mechanism.notes],
+        notes=[
+            *(f"text: {line}" for line in text.shard.lines()),
+            *notes,
+            start.why_precision,
+            *mechanism.notes,
+        ],
         warnings=warnings + of_accounts,
         steps_forfeited=_forfeited(start) if swarm.private else 0,
     )
@@ -154,6 +166,7 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
     """Build the model with the checkpoint's parameters, and open the ledger that it needs."""
     manifest = swarm.manifest
     device = choose_device(swarm.config.training.device)
+    precision, why = choose_precision(swarm.config.training.precision, device)
     fresh = saved is None and swarm.setup.initial == "initial"
     model = _model(swarm, device, fresh=fresh)
     parameters = FlatParameters(model, manifest.round.fragments)
@@ -172,7 +185,7 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
         parameters.write(saved.flat)
         frozen.restore(model, manifest.model.frozen, saved.frozen)
         counters = Counters.from_dict(saved.counters)
-    return _Start(saved, model, parameters, ledger, ledger_id, counters, device)
+    return _Start(saved, model, parameters, ledger, ledger_id, counters, device, precision, why)
 
 
 def _model(swarm: _Swarm, device: torch.device, *, fresh: bool) -> torch.nn.Module:
@@ -214,6 +227,7 @@ def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechan
         start.ledger,
         Options(
             micro_batch=swarm.config.training.micro_batch,
+            precision=start.precision,
             generator=swarm.config.privacy.generator,
             cache=swarm.home.cache,
         ),
@@ -232,7 +246,7 @@ def _loop(
         swarm.manifest,
         start.parameters,
         mechanism,
-        _evaluation(swarm, start.model, held_out, pulse.beat),
+        _evaluation(swarm, start, held_out, pulse.beat),
         counters=start.counters,
         pulse=pulse,
         throttle=swarm.config.training.throttle,
@@ -336,7 +350,7 @@ def _complete_counters(start: _Start) -> None:
 
 
 def _evaluation(
-    swarm: _Swarm, model: torch.nn.Module, held_out: torch.Tensor, beat: Callable[[], None]
+    swarm: _Swarm, start: _Start, held_out: torch.Tensor, beat: Callable[[], None]
 ) -> Evaluation:
     """Prepare to measure the losses on the public text and on text held out of the shard."""
     manifest = swarm.manifest
@@ -344,9 +358,10 @@ def _evaluation(
     length = manifest.optimiser.sequence_tokens
     public = _spread(cut([document], swarm.tokenizer, length), PUBLIC_RECORDS)
     private = _spread(held_out, swarm.config.training.validation_records)
+    measure = partial(evaluate, start.model, on_progress=beat, precision=start.precision)
     return Evaluation(
-        public=lambda: evaluate(model, public, on_progress=beat),
-        validation=(lambda: evaluate(model, private, on_progress=beat)) if len(private) else None,
+        public=partial(measure, public),
+        validation=partial(measure, private) if len(private) else None,
     )
 
 

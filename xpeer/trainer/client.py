@@ -176,6 +176,11 @@ class TrainerProcess:
         return self.facts.device
 
     @property
+    def precision(self) -> str:
+        """In what the model computes."""
+        return self.facts.precision
+
+    @property
     def engine(self) -> str:
         """How per-record gradients are clipped."""
         return self.facts.engine

@@ -57,6 +57,7 @@ class Reports:
                 num_params=loop.parameters.num_params,
                 num_fragments=loop.exchanges.fragments.num_fragments,
                 device=beginning.device,
+                precision=beginning.precision,
                 engine=assembled.mechanism.engine,
                 num_records=text.num_records,
                 step=loop.counters.step,

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from xpeer.errors import ConfigError, LocalError
+from xpeer.privacy.steps import Precision
 
 _NO_TARGET: Final = -100
 _CPU_VALUES: Final = 1 << 20
@@ -118,6 +119,7 @@ def evaluate(
     records: torch.Tensor,
     micro_batch: int = 16,
     on_progress: Callable[[], None] = lambda: None,
+    precision: Precision | None = None,
 ) -> float:
     """Compute the mean loss in nats per token.
 
@@ -126,6 +128,7 @@ def evaluate(
         records: (records, tokens) int64, any device; filled up as for `record_losses`.
         micro_batch: records per forward pass.
         on_progress: called after each forward pass.
+        precision: of the passes; None = bfloat16 on a GPU that has it.
 
     Raises:
         ConfigError: there is no token to predict.
@@ -136,7 +139,7 @@ def evaluate(
     nats, tokens = 0.0, 0
     try:
         for part in torch.split(records, max(1, micro_batch)):
-            with autocast(device):
+            with autocast(device) if precision is None else precision.context():
                 losses, counted = record_losses(model, part.to(device))
             nats += float(losses.cpu().double().sum())
             tokens += int(counted.sum())

@@ -68,7 +68,9 @@ def test_status_for_people(tmp_path: Path) -> None:
         "validation 3.5000, 12s ago at step 230"
     )
     assert lines["time"] == "15m 0s of training so far"
-    assert lines["speed"].startswith("4,321 tokens/s on cpu, 123,456 tokens so far, 1.5%")
+    assert lines["speed"].startswith(
+        "4,321 tokens/s on cpu in float32, 123,456 tokens so far, 1.5%"
+    )
     assert lines["partners"] == (
         f"1 live (1 training), 1 missed beta ({OTHER[-8:]}): training, step 231; exchange 3s ago, "
         "takes 1.5 s KooWGone: missed for 2m 5s; no exchange yet"

@@ -25,6 +25,7 @@ from xpeer.privacy.clipping import BookKeepingEngine, Bound, Clipped, Engine, Mi
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism, build_mechanism
 from xpeer.privacy.options import Options
 from xpeer.privacy.passes import Passes
+from xpeer.privacy.steps import FULL, Precision
 from xpeer.update import PrivacyStamp, RawUpdate
 
 SIGMA, CLIP = 4.0, 0.5
@@ -399,6 +400,9 @@ def test_off_sees_every_record_once_an_epoch_and_clips_the_batch() -> None:
         assert sorted(seen[7 * epoch : 7 * epoch + 7]) == list(range(7))
 
 
+HALF = Precision("bfloat16", partial(torch.autocast, "cpu", torch.bfloat16))
+
+
 @pytest.mark.parametrize("mode", ["record", "off"])
 def test_forward_passes_in_less_precision(ledger: Ledger, mode: str) -> None:
     found = []
@@ -410,7 +414,7 @@ def test_forward_passes_in_less_precision(ledger: Ledger, mode: str) -> None:
             some_records(),
             record_losses,
             ledger,
-            Options(precision=partial(torch.autocast, "cpu", torch.bfloat16, enabled=low)),
+            Options(precision=HALF if low else FULL),
         )
         if isinstance(mechanism, RecordMechanism):
             assert "refused" not in mechanism.notes[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from xpeer.config import Checkpoint, Data, NodeConfig, Privacy, Training
 from xpeer.founding_model import LoraOptions, draft_manifest, initial_model
@@ -19,6 +19,7 @@ FAST = (
     "round.window_steps=4",
     "round.fragments=3",
 )
+USUAL: dict[str, Any] = {"threads": 1, "device": "cpu", "validation_records": 4}
 
 
 def make_homes(
@@ -28,8 +29,9 @@ def make_homes(
     privacy: Literal["record", "off"] = "off",
     changes: tuple[str, ...] = (),
     lora: LoraOptions | None = None,
+    **training: Any,
 ) -> list[TrainerSetup]:
-    """Nodes of one swarm with different shards."""
+    """Nodes of one swarm with different shards, with these settings of training."""
     (folder / "public.txt").write_text("a public text, which everybody may read. " * 20)
     source = initial_model(None, None, "tiny", lora)
     manifest = draft_manifest(
@@ -58,7 +60,7 @@ def make_homes(
                 peer_id=f"peer{node}",
                 config=NodeConfig(
                     data=Data(shard=[str(home / "shard")]),
-                    training=Training(threads=1, device="cpu", validation_records=4),
+                    training=Training(**(USUAL | training)),
                     checkpoint=Checkpoint(every_s=3600.0),
                     privacy=Privacy(register=str(folder / "register")),
                 ),
