@@ -241,6 +241,15 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="an exchange succeeds",
     ),
     Condition(
+        code="adapters-misaligned",
+        severity="degraded",
+        text="averaging the adapters loses {lost:.0%} of what they do: members are too far apart, "
+        "and the two factors of an adapter are averaged each by itself",
+        remedy="exchange more often: are links slow, or members lost (`xpeer peers`)? In a new "
+        "swarm a smaller optimiser.learning_rate, round.fragments or round.window_steps",
+        clears="it is 5% or less when the losses are next measured",
+    ),
+    Condition(
         code="ledger-behind",
         severity="degraded",
         text="{refusing} partners do not meet this node until it has caught up: they say "

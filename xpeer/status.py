@@ -51,6 +51,10 @@ class Progress(Struct, frozen=True, kw_only=True):
     tokens_per_s: Local[float] = 0.0
     consensus_distance: Derived[float | None] = None
     """||s_j - s_i|| / ||s_i||, smoothed over exchanges."""
+    adapter_misalignment: Derived[float | None] = None
+    """||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| between this node and its last partners, over
+    all adapters: the fraction of their work that averaging the factors apart loses. Measured with
+    the losses. None until each fragment was merged once, or without adapters."""
     merges: Timing[int] = 0
     merges_clipped: Derived[int] = 0
     """How many merges were clipped by norm, and so are one-sided."""

@@ -288,7 +288,12 @@ def _exchange(status: Status) -> Iterator[tuple[str, str]]:
     )
     if status.exchanges_skipped:
         yield "skipped", _counted(status.exchanges_skipped, "slots by the schedule")
-    yield "distance", f"{number(status.progress.consensus_distance)} (consensus, relative)"
+    lost = status.progress.adapter_misalignment
+    adapters = "" if lost is None else f"; averaging loses {lost:.2%} of what the adapters do"
+    yield (
+        "distance",
+        f"{number(status.progress.consensus_distance)} (consensus, relative){adapters}",
+    )
     ratio = f" ({status.compression_ratio:.2f}x compressed)" if status.compression_ratio else ""
     price = (
         f", at {status.egress_cost / status.bytes_out * 1e9:g} per GB" if status.bytes_out else ""

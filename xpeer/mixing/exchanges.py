@@ -18,7 +18,8 @@ from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.mixing import group_means
 from xpeer.mixing.buffers import Buffers
 from xpeer.mixing.combine import Combiner, Mean, Shift
-from xpeer.mixing.in_flight import Certified, InFlight, Resolved, Sent
+from xpeer.mixing.in_flight import Certified, InFlight, Resolved, Sent, Verified
+from xpeer.mixing.misalignment import Misalignment
 from xpeer.mixing.parameters import Certifier, Parameters
 from xpeer.mixing.payloads import CodecPayloads, MaskedPayloads, Payloads, combined
 from xpeer.mixing.received import Consolidation
@@ -49,8 +50,10 @@ class Exchanges:
         grid: of masked groups, which use no codec and verify one payload, the group's sum. None =
             groups are not masked.
         combiner: of the manifest; None = the mean.
+        misalignment: estimates what averaging adapters loses; None = the model has none.
 
     Attributes:
+        misalignment: as given.
         consensus_distance: smoothed distance to verified partners; None until the first one.
         merges: number of corrections that were added.
         merges_clipped: number of clipped differences in them.
@@ -66,9 +69,11 @@ class Exchanges:
         rule: Rule,
         grid: Grid | None = None,
         combiner: Combiner | None = None,
+        misalignment: Misalignment | None = None,
     ) -> None:
         self.fragments = fragments = parameters.fragments
         self.rule = rule
+        self.misalignment = misalignment
         self.buffers = Buffers(SPARE)
         self._combiner = combiner or Mean()
         self.payloads: Payloads = (
@@ -119,6 +124,8 @@ class Exchanges:
         """
         self._in_flight.clear()
         self.consolidation.begin()
+        if self.misalignment is not None:
+            self.misalignment.begin()
         if self.common is not None:
             self.common.begin(self._parameters.read())
         for fragment in range(self.fragments.num_fragments):
@@ -204,6 +211,8 @@ class Exchanges:
                     limit.accepted(norm, each.partner)
         for received in meeting.received:
             self.consolidation.merged(snapshot.fragment, received)
+        if self.misalignment is not None and meeting.apart is not None:
+            self.misalignment.merged(snapshot.fragment, meeting.apart)
         self._give_back(meeting.sent)
         return sum(each.difference.clipped for each in meeting.accepted)
 
@@ -293,13 +302,22 @@ class Exchanges:
         if not weights or not sent.verified.keys() >= weights.keys():
             raise TrainerError(f"meeting {meeting_id}: not all of {list(weights)} were verified")
         accepted = tuple(sent.verified[exchange_id] for exchange_id in weights)
+        apart = self._apart(sent, accepted[-1])
         differences = [each.difference.values for each in accepted]
         shift = self._combiner.combine(differences, list(weights.values()))
         received = tuple(each.received for each in accepted if each.received is not None)
         if not self._combiner.trusts_each:
             received = (combined(sent, shift.scaled(), self.buffers),)
         correction = _correction(sent, shift)
-        self._in_flight.advance(meeting_id, sent, Resolved(sent, correction, accepted, received))
+        resolved = Resolved(sent, correction, accepted, received, apart)
+        self._in_flight.advance(meeting_id, sent, resolved)
+
+    def _apart(self, sent: Sent, partner: Verified) -> torch.Tensor | None:
+        """Copy the difference to a partner's parameters, before the combiner overwrites it."""
+        if self.misalignment is None:
+            return None
+        at = sent.snapshot.rule.parameters_at
+        return self.misalignment.copy(partner.difference.values[at])
 
     # ---- on any thread ------------------------------------------------------------------------
 

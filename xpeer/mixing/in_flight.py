@@ -104,6 +104,8 @@ class Resolved:
     """The exchanges in the correction: those that both sides accepted."""
     received: tuple[ReceivedFragment, ...]
     """Values that consolidation will remember."""
+    apart: torch.Tensor | None = None  # (n,) bfloat16
+    """Difference to the last partner, for `misalignment`; None where no adapters are trained."""
 
 
 Stage = Certified | Sent | Resolved

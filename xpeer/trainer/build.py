@@ -6,7 +6,7 @@ Used by the trainer process, and by programs that train without partners in thei
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest, SignedManifest
 from xpeer.mixing import combine, rules
 from xpeer.mixing.exchanges import Exchanges
+from xpeer.mixing.factors import FactorPair
+from xpeer.mixing.misalignment import Misalignment
 from xpeer.mixing.parameters import Parameters
 from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
@@ -32,6 +34,7 @@ from xpeer.trainer.declaring import declare_documents, notes_of, warnings_of, wa
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.text import Text, text_if_any, text_of
 from xpeer.training import checkpoint, frozen
+from xpeer.training.adapters import factor_pairs, is_adapted
 from xpeer.training.checkpoint import Bundle, write_moments
 from xpeer.training.documents import document_of
 from xpeer.training.flat import FlatParameters
@@ -247,6 +250,7 @@ def _loop(
         start.parameters,
         mechanism,
         _evaluation(swarm, start, held_out, pulse.beat),
+        adapters=factor_pairs(start.model) if is_adapted(start.model) else None,
         counters=start.counters,
         pulse=pulse,
         throttle=swarm.config.training.throttle,
@@ -270,6 +274,7 @@ def make_loop(
     mechanism: Mechanism,
     evaluation: Evaluation,
     *,
+    adapters: Sequence[FactorPair] | None = None,
     counters: Counters | None = None,
     pulse: Pulse | None = None,
     throttle: float = 1.0,
@@ -282,6 +287,7 @@ def make_loop(
         parameters: of the model.
         mechanism: computes the gradients.
         evaluation: measures the losses.
+        adapters: of the model, if they alone are trained.
         counters: of a checkpoint; None = begin at zero.
         pulse: signs of life of this process.
         throttle: fraction of the time to compute in.
@@ -291,14 +297,19 @@ def make_loop(
     counters = Counters() if counters is None else counters
     timings, section = Timings(), manifest.round
     rule = rules.make(section)
-    mixing = section.codec, mechanism, rule, grid_of(section), combine.make(section)
+    apart = Misalignment(adapters, parameters.fragments) if adapters is not None else None
+    mixing = section.codec, mechanism, rule, grid_of(section), combine.make(section), apart
     exchanges = Exchanges(parameters, *mixing)
     exchanges.begin()
     return TrainingLoop(
         Learner(manifest, parameters, mechanism, GradientWindow(rule), counters),
         exchanges,
         Pacing(manifest, mechanism, counters, timings),
-        Measurements(evaluation, section),
+        Measurements(
+            evaluation,
+            section,
+            None if apart is None else lambda: apart.measure(parameters.read()),
+        ),
         timings,
         pulse or Pulse(),
         throttle=throttle,

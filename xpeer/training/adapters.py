@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from xpeer.errors import ConfigError
 from xpeer.manifest import Lora
+from xpeer.mixing.factors import FactorPair
 from xpeer.training.losses import transformers_model
 
 BASE_FILE: Final = "base_model.json"
@@ -89,6 +90,26 @@ def attach(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
 def is_adapted(model: torch.nn.Module) -> bool:
     """Whether the model has adapters."""
     return hasattr(model, "peft_config")
+
+
+def factor_pairs(adapted: torch.nn.Module) -> list[FactorPair]:
+    """List the layers of which both factors are trained, and where these lie in the flat vector.
+
+    Args:
+        adapted: made by `adapt`, whatever was frozen since.
+    """
+    at, places = 0, {}
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            places[name] = at, parameter.shape
+            at += parameter.numel()
+    pairs = []
+    for name, (a_at, shape) in places.items():
+        other = name.replace(f".lora_A.{_ADAPTER}.", f".lora_B.{_ADAPTER}.")
+        if other != name and other in places:
+            b_at, (outputs, rank) = places[other]
+            pairs.append(FactorPair(a_at, b_at, rank, inputs=shape[1], outputs=outputs))
+    return pairs
 
 
 def untie(adapted: torch.nn.Module) -> bool:

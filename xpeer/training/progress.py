@@ -31,6 +31,7 @@ def progress_of(
         "loss_public": measured.public,
         "loss_public_age": measured.age(counters),
         "loss_problem": measured.problem,
+        "adapter_misalignment": measured.adapter_misalignment,
         "learning_rate": learning_rate(counters, manifest),
         "seconds_training": counters.seconds,
         "seconds_here": timings.here_s,

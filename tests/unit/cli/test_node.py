@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -85,7 +86,16 @@ def test_status_for_people(tmp_path: Path) -> None:
         "epsilon 3.250 of 8 spent per record, 4.750 or 600 steps left"
     )
     assert lines["distance"].startswith("0.0125")
+    assert "adapters" not in lines["distance"]
     assert lines["checkpoint"] == "2m 0s ago"
+
+
+def test_what_averaging_adapters_loses(tmp_path: Path) -> None:
+    progress = msgspec.structs.replace(HEALTHY.progress, adapter_misalignment=0.00612)
+    with answering(tmp_path / "xpeer.sock", msgspec.structs.replace(HEALTHY, progress=progress)):
+        people, programs = (xpeer(tmp_path, "status", *more) for more in ((), ("--json",)))
+    assert "averaging loses 0.61% of what the adapters do" in " ".join(people.stdout.split())
+    assert json.loads(programs.stdout)["progress"]["adapter_misalignment"] == 0.00612
 
 
 def test_reasons_come_first(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.unit.daemon.fakes import BETA, FakeNode
 from tests.unit.trainer.test_trainer_process import (
     Watch,
     from_peer,
@@ -30,8 +31,9 @@ from xpeer.trainer.build import assemble
 from xpeer.trainer.client import TrainerProcess
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
-from xpeer.training.adapters import adapt, merged
+from xpeer.training.adapters import adapt, factor_pairs, merged
 from xpeer.training.flat import digest, read_flat
+from xpeer.training.loop import TrainingLoop
 from xpeer.training.model import build, from_folder
 
 RANK = 4
@@ -249,3 +251,64 @@ def test_found_with_adapters(tmp_path: Path) -> None:
     )
     assert refused.exit_code == 8
     assert "--lora-rank" in refused.stderr
+
+
+def exchange_all(a: TrainingLoop, b: TrainingLoop, first_id: int) -> None:
+    """Exchange and merge every fragment once, between two loops in this process."""
+    for fragment in range(a.exchanges.fragments.num_fragments):
+        meeting, sent = first_id + fragment, []
+        for loop in (a, b):
+            private = loop.snapshot(meeting, fragment, averaging=False)
+            sent.append(loop.exchanges.compress(meeting, private))
+        for loop, theirs in ((a, sent[1]), (b, sent[0])):
+            loop.exchanges.verify(meeting, 1, from_peer(theirs))
+            loop.exchanges.resolve(meeting, {1: 0.5})
+            loop.merge(meeting)
+
+
+def test_a_pair_whose_adapters_drifted_apart_is_misaligned_and_one_in_step_is_not(
+    tmp_path: Path,
+) -> None:
+    setups = make_homes(
+        tmp_path,
+        2,
+        changes=("end.steps=500", "optimiser.learning_rate=0.02", "round.codec=float32"),
+        lora=LoraOptions(RANK),
+    )
+    opened = [assemble(setup) for setup in setups]
+    a, b = (each.trainer for each in opened)
+    node = FakeNode(BETA)
+    for loop in (a, b):
+        loop.run(60)  # alone
+    assert a.progress().adapter_misalignment is None
+    apart = [read_products(each.model) for each in opened]
+    exchange_all(a, b, 1)
+    assert not a.counters.merges_clipped
+    a.measure()
+    exact = relative((apart[0] + apart[1]) / 2, read_products(opened[0].model))
+    assert a.progress().adapter_misalignment == pytest.approx(exact, rel=0.02)
+    assert exact > 0.05
+    node.node.follow_trainer("training", a.progress())
+    assert node.codes == ["adapters-misaligned"]
+    assert f"loses {exact:.0%} of what they do" in node.text("adapters-misaligned")
+
+    exchange_all(a, b, 101)  # they are the same by now
+    a.measure()
+    lost = a.progress().adapter_misalignment
+    assert lost is not None
+    assert lost < 1e-4
+    node.node.follow_trainer("training", a.progress())
+    assert node.codes == []
+    for each in opened:
+        each.close()
+
+
+def read_products(adapted: torch.nn.Module) -> torch.Tensor:
+    """B A of all layers, dense and flat."""
+    flat = read_flat(adapted)
+    made = [pair.of(flat) for pair in factor_pairs(adapted)]
+    return torch.cat([(b @ a).flatten() for b, a in made])
+
+
+def relative(exact: torch.Tensor, other: torch.Tensor) -> float:
+    return float((exact - other).norm() / exact.norm())
