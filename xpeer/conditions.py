@@ -246,7 +246,8 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         text="averaging the adapters loses {lost:.0%} of what they do: members are too far apart, "
         "and the two factors of an adapter are averaged each by itself",
         remedy="exchange more often: are links slow, or members lost (`xpeer peers`)? In a new "
-        "swarm a smaller optimiser.learning_rate, round.fragments or round.window_steps",
+        "swarm a smaller optimiser.learning_rate, round.fragments or round.window_steps; or "
+        "adapters whose average is exact (`xpeer init --lora-train B`)",
         clears="it is 5% or less when the losses are next measured",
     ),
     Condition(

@@ -18,7 +18,7 @@ import msgspec
 from xpeer import belonging
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
-from xpeer.manifest import MAX_NAME_CHARS, Lora, Manifest, Model, PublicText, Tokenizer
+from xpeer.manifest import MAX_NAME_CHARS, Lora, LoraTrain, Manifest, Model, PublicText, Tokenizer
 from xpeer.policies import PrivacyMode, privacy_policy
 from xpeer.source import name_of
 from xpeer.training.documents import corpus_digest, load_documents
@@ -32,6 +32,7 @@ OPTIONS = {
     "model.lora.rank": "--lora-rank",
     "model.lora.alpha": "--lora-alpha",
     "model.lora.targets": "--lora-target",
+    "model.lora.train": "--lora-train",
     "model": "--model, --model-config or --preset",
     "tokenizer": "--tokenizer",
     "public_text": "--public-text",
@@ -146,6 +147,7 @@ class LoraOptions:
     alpha: float | None = None
     """None = twice the rank."""
     targets: tuple[str, ...] = ()
+    train: LoraTrain = "both"
 
 
 def initial_model(
@@ -183,11 +185,13 @@ def initial_model(
     digest = flat.digest(values)
     if lora is None:
         return InitialModel(module, config, values.numel(), digest, origin=origin)
-    from xpeer.training.adapters import adapt  # noqa: PLC0415
+    from xpeer.training.adapters import adapt, fixed_digest  # noqa: PLC0415
 
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-    made = Lora(lora.rank, alpha, secrets.randbits(63), digest, list(lora.targets))
-    values = flat.read_flat(adapt(copy.deepcopy(module), made))
+    made = Lora(lora.rank, alpha, secrets.randbits(63), digest, list(lora.targets), lora.train)
+    adapted = adapt(copy.deepcopy(module), made)
+    made = msgspec.structs.replace(made, fixed_digest=fixed_digest(adapted, made))
+    values = flat.read_flat(adapted)
     return InitialModel(module, config, values.numel(), flat.digest(values), made, origin)
 
 

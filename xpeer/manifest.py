@@ -29,6 +29,10 @@ Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 
 
+LoraTrain = Literal["both", "B"]
+"""Which factors of an adapter are trained."""
+
+
 @seen_by("members", all_public=True)
 class Lora(Struct, frozen=True, forbid_unknown_fields=True):
     """Adapters of low rank, trained in place of the model's weights (arXiv:2106.09685)."""
@@ -44,6 +48,11 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
     targets: list[str] = []
     """Last parts of the names of the layers with adapters; empty = all linear ones but the output.
     """
+    train: LoraTrain = "both"
+    """B: only B is trained and exchanged, so that averaging is exact. A keeps the values that
+    `seed` gives it at every member."""
+    fixed_digest: str = ""
+    """BLAKE2b-256 (hex) of all A, flat float32 little endian, if only B is trained; else empty."""
 
 
 @seen_by("members", all_public=True)

@@ -60,6 +60,7 @@ def test_every_field_of_a_manifest_names_what_gives_it() -> None:
                 assert "--set" not in given_by(path)
     assert given_by("model.lora.alpha") == "--lora-alpha"
     assert given_by("model.lora.targets[0]") == "--lora-target"
+    assert given_by("model.lora.train") == "--lora-train"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ KINDS: dict[str, list[str]] = {
     "trimmed mean": ["--set", "round.combiner=trimmed-mean", "--set", "round.group=5",
                      "--set", "round.trim=2"],
     "adapters": ["--lora-rank", "2"],
+    "adapters, B alone": ["--lora-rank", "2", "--lora-train", "B"],
     "one step a window": ["--set", "round.window_steps=1", "--set", "end.steps=1"],
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ from xpeer.cli.start import read_token
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, LoraOptions, draft_manifest, initial_model
-from xpeer.manifest import Manifest
+from xpeer.manifest import LoraTrain, Manifest
 from xpeer.needs import Needs
 from xpeer.network.membership.invites import Token
 from xpeer.network.multiaddress import check_peer
@@ -38,7 +38,7 @@ from xpeer.source import BYTES, check_folder, config_in, tokenizer_of
 
 _COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 _FOUNDING = (
-    *("model", "model_config", "preset", "lora_rank", "lora_alpha", "lora_target"),
+    *("model", "model_config", "preset", "lora_rank", "lora_alpha", "lora_target", "lora_train"),
     *("public_text", "changes", "privacy"),
 )
 """Options that decide something for all members. A joiner can't use them."""
@@ -81,6 +81,12 @@ _EXPLAINED = {
     multiple=True,
     metavar="LAYER",
     help="Last part of a layer's name, e.g. q_proj (repeatable). Default: all linear layers.",
+)
+@click.option(
+    "--lora-train",
+    type=click.Choice(get_args(LoraTrain)),
+    help="Which of an adapter's factors to train. B: averaging is exact, and about half as much is "
+    "exchanged and noised. Default: both.",
 )
 @click.option(
     "--base-model",
@@ -147,6 +153,7 @@ def init(
     lora_rank: int | None,
     lora_alpha: float | None,
     lora_target: tuple[str, ...],
+    lora_train: LoraTrain | None,
     base_model: Path | None,
     tokenizer: str | None,
     public_text: Path | None,
@@ -191,9 +198,8 @@ def init(
         _join(home, join, settings, as_json=as_json)
         return
     founding.refuse_second_swarm(home)
-    source = initial_model(
-        model, model_config, preset, _adapters(lora_rank, lora_alpha, lora_target)
-    )
+    lora = _adapters(lora_rank, lora_alpha, lora_target, lora_train)
+    source = initial_model(model, model_config, preset, lora)
     manifest = draft_manifest(
         str(name),
         source,
@@ -233,7 +239,10 @@ def init(
 
 
 def _adapters(
-    rank: int | None, alpha: float | None, targets: tuple[str, ...]
+    rank: int | None,
+    alpha: float | None,
+    targets: tuple[str, ...],
+    train: LoraTrain | None,
 ) -> LoraOptions | None:
     if alpha is not None and not 0 < alpha <= 1e6:
         raise ConfigError(
@@ -241,9 +250,11 @@ def _adapters(
             "give a positive number, or leave it out for twice the rank",
         )
     if rank is not None:
-        return LoraOptions(rank, alpha, targets)
-    if alpha is not None or targets:
-        raise ConfigError("--lora-alpha and --lora-target need --lora-rank", "e.g. --lora-rank 8")
+        return LoraOptions(rank, alpha, targets, train or "both")
+    given = {"alpha": alpha is not None, "target": targets, "train": train}
+    if lone := [f"--lora-{name}" for name, value in given.items() if value]:
+        needs = "needs" if len(lone) == 1 else "need"
+        raise ConfigError(f"{' and '.join(lone)} {needs} --lora-rank", "e.g. --lora-rank 8")
     return None
 
 

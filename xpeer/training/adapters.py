@@ -3,7 +3,8 @@
 LoRA (Hu et al. 2021, arXiv:2106.09685): the weights W of each chosen layer stay as they are, and
 B A x * alpha / rank is added to the layer's output. At the start A (rank, in) is random, and
 B (out, rank) is zero. Only A and B are trained, exchanged, saved and exported; W is the same at
-every member.
+every member. If the manifest says so, A keeps its initial values, too (FFA-LoRA, Sun et al. 2024,
+arXiv:2403.12313), and is exported only.
 
 The initial A is drawn here and not by peft, so that it depends only on the manifest's seed.
 """
@@ -14,7 +15,7 @@ import json
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from xpeer.errors import ConfigError
 from xpeer.manifest import Lora
 from xpeer.mixing.factors import FactorPair
+from xpeer.training.flat import digest
 from xpeer.training.losses import transformers_model
 
 BASE_FILE: Final = "base_model.json"
@@ -38,7 +40,7 @@ def adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
         lora: of the manifest.
 
     Returns:
-        peft's wrapper around it; only adapters are trainable.
+        peft's wrapper around it; only adapters are trainable, or only their B.
 
     Raises:
         ConfigError: peft is missing, or the model has no such layers.
@@ -64,6 +66,9 @@ def adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
             "name linear layers of the model, or none for all of them",
         ) from e
     _draw(adapted, lora.seed)
+    if lora.train == "B":
+        for _, factor in _factors(adapted, "A"):
+            factor.requires_grad_(False)
     return adapted.train(training)
 
 
@@ -112,6 +117,13 @@ def factor_pairs(adapted: torch.nn.Module) -> list[FactorPair]:
     return pairs
 
 
+def fixed_digest(adapted: torch.nn.Module, lora: Lora) -> str:
+    """BLAKE2b-256 (hex) of all A, if they keep their initial values; else empty."""
+    if lora.train == "both":
+        return ""
+    return digest(torch.cat([factor.detach().flatten() for _, factor in _factors(adapted, "A")]))
+
+
 def untie(adapted: torch.nn.Module) -> bool:
     """Copy weights that a layer with an adapter shares with another layer.
 
@@ -154,7 +166,8 @@ def write(adapted: torch.nn.Module, lora: Lora, folder: Path) -> None:
         OSError: a file can't be written.
     """
     peft, inner = _peft(), _inner(adapted)
-    own = {n: p.detach().cpu().clone() for n, p in adapted.named_parameters() if p.requires_grad}
+    factors = [*_factors(adapted, "A"), *_factors(adapted, "B")]
+    own = {name: factor.detach().cpu().clone() for name, factor in factors}
     tensors = peft.get_peft_model_state_dict(inner, state_dict=own, save_embedding_layers=False)
     weights = folder / "adapter_model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -191,6 +204,14 @@ def _draw(adapted: torch.nn.Module, seed: int) -> None:
                     f"model.lora.targets: {name} is no adapter of a linear layer",
                     "name linear layers of the model, or none for all of them",
                 )
+
+
+def _factors(
+    adapted: torch.nn.Module, which: Literal["A", "B"]
+) -> list[tuple[str, torch.nn.Parameter]]:
+    """List all A or all B with their names, in the order of the model's parameters."""
+    ending = f".lora_{which}.{_ADAPTER}.weight"
+    return [(n, p) for n, p in adapted.named_parameters() if n.endswith(ending)]
 
 
 def _inner(adapted: torch.nn.Module) -> Any:

@@ -9,7 +9,7 @@ import torch
 from xpeer.config import Data, Home
 from xpeer.errors import ConfigError
 from xpeer.manifest import Lora, Manifest
-from xpeer.training.adapters import adapt
+from xpeer.training.adapters import adapt, fixed_digest
 from xpeer.training.checkpoint import Bundle
 from xpeer.training.flat import digest, read_flat, write_flat
 from xpeer.training.frozen import fits, freeze, restore, thaw
@@ -91,7 +91,8 @@ def _adapted(manifest: Manifest, lora: Lora, named: Path | None, home: Home) -> 
     write_flat(model, values)
     model = adapt(model, lora)
     freeze(model, manifest.model.frozen)
-    if digest(read_flat(model)) != manifest.model.initial_digest:
+    same = digest(read_flat(model)) == manifest.model.initial_digest
+    if not same or fixed_digest(model, lora) != lora.fixed_digest:
         raise ConfigError(
             "the adapters made here are not those that the swarm starts from",
             "use the versions of torch, transformers and peft that the founder used",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xpeer.manifest import Lora
+from xpeer.manifest import Lora, LoraTrain
 from xpeer.training.adapters import adapt
 
 PAD = 10
@@ -121,9 +121,9 @@ def opt() -> nn.Module:
     return _louder(OPTForCausalLM(config))
 
 
-def adapted(model: nn.Module) -> nn.Module:
+def adapted(model: nn.Module, train: LoraTrain = "both") -> nn.Module:
     """With adapters of rank 2 next to all its linear layers; they are no longer zero."""
-    made = adapt(model, Lora(rank=2, alpha=4.0, seed=6, base_digest=""))
+    made = adapt(model, Lora(rank=2, alpha=4.0, seed=6, base_digest="", train=train))
     torch.manual_seed(7)
     with torch.no_grad():
         for p in made.parameters():

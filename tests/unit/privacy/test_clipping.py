@@ -50,6 +50,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen2-tied": lambda: qwen2(tied=True),
     "llama-lora": lambda: adapted(llama(tied=False)),
     "llama-tied-lora": lambda: adapted(llama(tied=True)),
+    "llama-lora-b": lambda: adapted(llama(tied=False), train="B"),
+    "gpt2-tied-lora-b": lambda: adapted(gpt2(tied=True), train="B"),
     "gpt2-lora": lambda: adapted(gpt2(tied=False)),
     "gpt2-tied-lora": lambda: adapted(gpt2(tied=True)),
     "neox-lora": lambda: adapted(neox(tied=False)),
@@ -106,7 +108,8 @@ def test_each_record_may_have_a_bound_of_its_own(engine: Any) -> None:
     assert distance(sums, run(made, model, records, bounds)[1]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2-tied", "neox-tied", "llama-lora"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2-tied", "neox-tied", "llama-lora",
+                                  "llama-lora-b"])  # fmt: skip
 def test_norms_from_inner_products_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clipping, "_WRITTEN_RATIO", 0)
     model, records = MODELS[name](), some_records()

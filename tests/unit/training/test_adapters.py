@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from tests.unit.daemon.fakes import BETA, FakeNode
 from tests.unit.trainer.test_trainer_process import (
@@ -24,6 +24,7 @@ from tests.unit.trainer.test_trainer_process import (
 )
 from tests.unit.training.homes import make_homes
 from xpeer.cli import main
+from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, LoraOptions, initial_model
 from xpeer.manifest import Lora, SignedManifest
@@ -33,6 +34,7 @@ from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
 from xpeer.training.adapters import adapt, factor_pairs, merged
 from xpeer.training.flat import digest, read_flat
+from xpeer.training.initial import model_of
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.model import build, from_folder
 
@@ -312,3 +314,84 @@ def read_products(adapted: torch.nn.Module) -> torch.Tensor:
 
 def relative(exact: torch.Tensor, other: torch.Tensor) -> float:
     return float((exact - other).norm() / exact.norm())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21
+def test_with_b_alone_a_is_drawn_by_everybody_and_averaging_is_exact(tmp_path: Path) -> None:
+    setups = make_homes(
+        tmp_path,
+        2,
+        privacy="record",
+        changes=("end.steps=500", "optimiser.learning_rate=0.02", "round.codec=float32"),
+        lora=LoraOptions(RANK, train="B"),
+    )
+    setups[1] = msgspec.structs.replace(setups[1], initial="awaited")
+    opened = [assemble(setup) for setup in setups]
+    a, b = (each.trainer for each in opened)
+    assert a.parameters.num_params == 2 * RANK * (4 * 64 + 2 * 176 + 64)
+    drawn = [factors_a(each.model) for each in opened]
+    assert torch.equal(*drawn)
+    b.replace(a.parameters.read(), step=0)
+    for loop in (a, b):
+        loop.run(10)
+    assert all(torch.equal(factors_a(each.model), drawn[0]) for each in opened)
+    opened[0].checkpoints.copy()()
+    expected = logits(opened[0].model.eval())
+    before = [dense_products(each.model) for each in opened]
+    assert relative(*before) > 0.1
+    exchange_all(a, b, 1)
+    assert not a.counters.merges_clipped
+    mean = (before[0] + before[1]) / 2
+    for each in opened:
+        assert relative(mean, dense_products(each.model)) < 1e-6
+    a.measure()
+    assert a.progress().adapter_misalignment == 0.0
+    assert 0 < opened[0].spent().epsilon_spent < 8
+    for each in opened:
+        each.close()
+
+    from peft import PeftModel
+
+    home = Path(setups[0].home)
+    made = export(home, tmp_path / "adapters")
+    assert "exported step" in made.stderr
+    loaded = PeftModel.from_pretrained(from_folder(home / "initial"), tmp_path / "adapters").eval()
+    torch.testing.assert_close(logits(loaded), expected)
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
+
+
+def test_another_a_than_the_founders_is_refused(tmp_path: Path) -> None:
+    [setup] = make_homes(tmp_path, 1, lora=LoraOptions(RANK, train="B"))
+    manifest = SignedManifest.load(Path(setup.manifest_path)).open()
+    lora = manifest.model.lora
+    assert lora is not None
+    assert len(lora.fixed_digest) == 64
+    for wrong in ({"seed": lora.seed ^ 1}, {"fixed_digest": ""}):
+        model = msgspec.structs.replace(manifest.model, lora=msgspec.structs.replace(lora, **wrong))
+        with pytest.raises(ConfigError, match="are not those that the swarm starts from"):
+            model_of(msgspec.structs.replace(manifest, model=model), Home(Path(setup.home)))
+
+
+def factors_a(adapted: torch.nn.Module) -> torch.Tensor:
+    named = adapted.named_parameters()
+    return torch.cat([p.detach().flatten() for n, p in named if ".lora_A." in n])
+
+
+def dense_products(adapted: torch.nn.Module) -> torch.Tensor:
+    """B A of all layers, whatever is trained."""
+    known = {n: p.detach().double() for n, p in adapted.named_parameters()}
+    names = [n for n in known if ".lora_A." in n]
+    return torch.cat([(known[n.replace("lora_A", "lora_B")] @ known[n]).flatten() for n in names])
+
+
+def export(home: Path, to: Path, *more: str) -> Result:
+    command = ["checkpoint", "export", "--home", str(home), "--hf", str(to), *more]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_b_alone_needs_adapters(tmp_path: Path) -> None:
+    arguments = ["init", "--home", str(tmp_path / "x"), "--swarm", "s", "--lora-train", "B"]
+    refused = CliRunner().invoke(main, arguments)
+    assert (refused.exit_code, "--lora-train needs --lora-rank" in refused.stderr) == (8, True)
