@@ -76,6 +76,9 @@ class Network(Struct, frozen=True, forbid_unknown_fields=True):
     """Members that declare the same zone have fast links and meet more often; published."""
     name: Annotated[str, Meta(max_length=32, pattern="^[A-Za-z0-9._-]*\\Z")] = ""
     """Name of this node for the other members' operators; published. Empty = its PeerID."""
+    donate_mbit_s: Annotated[float, Meta(ge=0)] = 0.0
+    """Bound of what all joiners together are sent of this node's parameters; 0 = none, else at
+    least 1."""
     price_per_gb: Annotated[float, Meta(ge=0)] = 0.09
     """Egress price in `currency` per 10^9 bytes sent."""
     currency: str = "USD"
@@ -195,6 +198,7 @@ class Home:
         self.ledger_db = self.path / "ledger.sqlite"
         self.checkpoints = self.path / "checkpoints"
         self.initial_model = self.path / "initial"
+        self.joining = self.path / "joining"
         self.cache = self.path / "cache"
         self.log = self.path / "daemon.log"
         self.losses = self.path / "losses.csv"
@@ -277,6 +281,12 @@ def load(
             f"correct {_origin(where, path, environ, overrides or {})}",
         ) from e
     _refuse_odd(config)
+    if 0 < config.network.donate_mbit_s < 1:
+        raise ConfigError(
+            f"network.donate_mbit_s = {config.network.donate_mbit_s:g}: at less than 1, joiners "
+            "give up before a piece has come",
+            "set it to 1 or more, or to 0 for no bound",
+        )
     if config.data.shard and config.data.corpus:
         raise ConfigError(
             "data.shard and data.corpus are both set", "keep one: a private shard or the corpus"

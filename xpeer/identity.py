@@ -44,6 +44,7 @@ class Domain:
     CARD = b"xpeer/card/v1\0"
     HELLO = b"xpeer/hello/v1\0"
     STATE = b"xpeer/state/v1\0"
+    TREE = b"xpeer/state-tree/v1\0"
     SWARM_ID = b"xpeer/swarm-id/v1\0"
     SWARM_KEY = b"xpeer/swarm-key/v1\0"
     MASKS = b"xpeer/masks/v1\0"

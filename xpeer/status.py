@@ -234,6 +234,21 @@ class Partner(Struct, frozen=True, kw_only=True):
     bytes_out: Public[int] = 0
 
 
+@seen_by("node")
+class Fetching(Struct, frozen=True, kw_only=True):
+    """How far a transfer of the swarm's parameters to this node is."""
+
+    bytes_done: Timing[int]
+    """Of pieces that are here and verified, those of earlier starts included."""
+    bytes_total: Public[int]
+    bytes_per_s: Timing[float]
+    """Over the last 20 s."""
+    eta_s: Timing[float | None] = None
+    """Seconds until all is here, at that speed; None = nothing came lately."""
+    donors: Timing[list[str]] = []
+    """PeerIDs of the members that give now."""
+
+
 @seen_by(
     "node",
     "answered on the Unix socket alone (xpeer_daemon.api); to systemd go health, "
@@ -270,6 +285,8 @@ class Status(Struct, frozen=True, kw_only=True):
     eta_unix_s: Timing[float | None] = None
     """When the last step will be taken, the run's or the budget's, at the pace of the last hour;
     None = unknown."""
+    fetching: Parts[Fetching | None] = None
+    """None: no transfer of parameters to this node is under way."""
     corpus: Parts[CorpusShare | None] = None
     """None: the node trains on a shard of its own."""
     shard: Parts[ShardSummary | None] = None

@@ -7,7 +7,8 @@ old parameters would pull everybody back. Its ledger stays its own.
 The node asks donors for offers, and tries the best one first: the one with the lowest public loss,
 or with the most steps among about equal losses. The trainer measures the loss before the offer
 replaces anything. Nobody can measure an offer's step, so it counts only as far as other members
-confirm it. A donor that failed is avoided for a while.
+confirm it (`claims`). A donor that failed is avoided for a while. Several donors whose offers are
+alike give pieces at the same time (`takeover`).
 """
 
 from __future__ import annotations
@@ -17,22 +18,27 @@ import contextlib
 import logging
 import math
 import random
+from pathlib import Path
 from typing import Final
 
-from xpeer.errors import LocalError, PeerError
+from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.gossip.backoff import Backoff
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import donation
 from xpeer.network.agreement import Dialler, Party
 from xpeer.network.donation import Offered
+from xpeer.network.giving import Giver
+from xpeer.network.pieces import Shape
 from xpeer.network.rates import Rates
-from xpeer.phase import Phase, traits_of
+from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
 from xpeer.training.schedule import planned_steps
+from xpeer_daemon.claims import Claim, Claims, ranked
 from xpeer_daemon.node import Node
 from xpeer_daemon.store import Store
 from xpeer_daemon.swarm_view import SwarmView
+from xpeer_daemon.takeover import Takeover
 
 log = logging.getLogger("xpeer.daemon")
 
@@ -44,8 +50,8 @@ MORE_OFFERS_S: Final = 5.0
 longer."""
 TOLERANCE: Final = 1.15, 0.05
 """How much worse than offered a donor's public loss may be: factor, and nats on top."""
-ALIKE: Final = 1.05
-"""Public losses within this factor are about equal."""
+PARALLEL: Final = 3
+"""Number of donors that give at the same time, at most."""
 BEHIND_WINDOWS, BEHIND_SHARE = 4, 0.05
 """A node lies far behind if a donor is more windows ahead than this, and also more than this
 fraction of the donor's steps. Training and merging make up for less by themselves, and the node's
@@ -60,8 +66,9 @@ CATCH_UP_S: Final = 900.0
 """A node with a good checkpoint looks for better parameters for this long. Then it trains."""
 STALE_S: Final = 10.0
 """After a longer failure the other offers may have lapsed, so they are asked for anew."""
-LEAST_STEP_S: Final = 1e-3
-"""No step is shorter. This bounds a donor's step where nobody else can confirm it."""
+
+Offer = Giver | Offered
+"""In pieces; or the whole, by a donor of an earlier version."""
 
 
 class Donors:
@@ -75,6 +82,7 @@ class Donors:
         dialler: opens streams.
         manifest: of the swarm.
         rates: speeds that transfers and exchanges reached.
+        folder: for the pieces that came so far.
     """
 
     def __init__(
@@ -86,11 +94,17 @@ class Donors:
         dialler: Dialler,
         manifest: Manifest,
         rates: Rates,
+        folder: Path,
     ) -> None:
         self._node, self._view, self._store = node, view, store
         self._party, self._dialler, self._manifest = party, dialler, manifest
         self._rates = rates
         self._failed: dict[PeerId, Backoff] = {}
+        self._takeover = Takeover(
+            party, dialler, shape_of(manifest), rates, folder, node.life, self._avoid
+        )
+        self._alone: PeerId | None = None
+        """The only donor to fetch from, since a mixture with others was bad; None = any."""
 
     def _willing(self) -> list[PeerId]:
         """Members that hold parameters, without those that failed a while ago."""
@@ -115,6 +129,7 @@ class Donors:
         while True:
             holders = self._view.holders()
             if not holders and clock() >= until:
+                self._takeover.forget()
                 return False
             life.note = f"fetching: {len(holders)} members could give the parameters"
             if not holders and patience_s < math.inf:
@@ -132,6 +147,7 @@ class Donors:
                 has_warned = True
             if await self._take_over_best(trainer, self._willing(), own_step=None):
                 life.note = ""
+                self._takeover.forget()
                 return True
             await asyncio.sleep(RETRY_S)
 
@@ -147,6 +163,8 @@ class Donors:
             succeeded = await self._take_over_best(trainer, self._willing(), own_step, until)
             if succeeded:
                 self._store.add_event("caught-up", f"from step {own_step}")
+            if succeeded is not None:
+                self._takeover.forget()
             if succeeded is not None or clock() + donation.PAUSE_S >= until:
                 return True
             await asyncio.sleep(donation.PAUSE_S)
@@ -171,64 +189,95 @@ class Donors:
             that the other offers have to be asked for again.
         """
         clock = asyncio.get_running_loop().time
-        offers = list[Offered]()
+        offers = list[Offer]()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 offers = await self._offers(donors)
-        steps = {offer.donor: self._confirmed_step(offer, offers, own_step) for offer in offers}
+        claims = Claims(self._node, self._view, self._manifest, offers, own_step)
         remaining = [
             offer
             for offer in ranked(offers)
-            if own_step is None or self.far_ahead(steps[offer.donor], own_step)
+            if own_step is None or self.far_ahead(claims.step_of(offer), own_step)
         ]
-        for offer in offers:
-            if offer not in remaining:
-                offer.refuse()
-        while remaining:
-            offer, began = remaining.pop(0), clock()
-            succeeded = await self._import(trainer, offer, steps[offer.donor], until)
+        _refuse([offer for offer in offers if offer not in remaining])
+        while remaining and (until is None or clock() < until):
+            chosen, began = self._chosen(remaining), clock()
+            remaining = [offer for offer in remaining if offer not in chosen]
+            succeeded = await self._attempt(trainer, chosen, claims, until)
             if succeeded or clock() - began > STALE_S:
-                for other in remaining:
-                    other.refuse()
+                _refuse(remaining)
                 return True if succeeded else None
+        _refuse(remaining)
         return False
 
-    def _confirmed_step(self, offer: Offered, offers: list[Offered], own_step: int | None) -> int:
-        """The step at which our trainer would go on with an offer's parameters.
+    def _chosen(self, offers: list[Offer]) -> list[Offer]:
+        """The donors to fetch from at the same time: the best one, and others that are alike."""
+        best = next((offer for offer in offers if offer.donor == self._alone), offers[0])
+        if isinstance(best, Offered) or best.donor == self._alone:
+            return [best]
+        alike = [o for o in offers if not isinstance(o, Offered) and self._alike(best, o)]
+        return list(alike[:PARALLEL])
 
-        It is the offer's step, but at most a window beyond what another holder says, in an offer or
-        as its own step. It is the run's last step only if the donor has ended. Otherwise a donor
-        could end our training with true parameters and a false step.
+    def _alike(self, best: Claim, other: Claim) -> bool:
+        """Whether pieces of another snapshot may be put together with those of the best one.
+
+        Neighbours differ by the consensus distance. Snapshots of other times differ by training,
+        too.
         """
-        view, last = self._view, planned_steps(self._manifest)
-        claims = [other.step for other in offers if other.donor != offer.donor]
-        for peer in self._view.holders():
-            heard = view.acquaintances.get(peer)
-            if peer != offer.donor and heard is not None and heard.about.step:
-                claims.append(heard.about.step)  # 0 may be from before it took parameters over
-        step = offer.step
-        if claims:
-            most = max(*claims, own_step or 0)
-            step = min(step, most + self._manifest.round.window_steps)
-        elif own_step is not None and (saved := self._node.ends.last_saved()) is not None:
-            away_s = max(0.0, self._node.clock() - saved[1])
-            step = min(step, own_step + int(away_s / LEAST_STEP_S))
-        record = view.others().get(offer.donor)
-        if last is not None and (record is None or not traits_of(record.phase).ended):
-            step = min(step, max(0, last - 1))
-        if step < offer.step:
-            log.info("%s says step %d; it counts as %d", offer.donor[-8:], offer.step, step)
-        return step
+        far = self.far_ahead(best.step, other.step) or self.far_ahead(other.step, best.step)
+        factor, nats = TOLERANCE
+        return not far and other.loss_public <= factor * best.loss_public + nats
+
+    async def _attempt(
+        self, trainer: TrainerProcess, chosen: list[Offer], claims: Claims, until: float | None
+    ) -> bool:
+        first = chosen[0]
+        if isinstance(first, Offered):
+            return await self._import(trainer, first, claims.step_of(first), until)
+        givers = [offer for offer in chosen if not isinstance(offer, Offered)]
+        whole = await self._takeover.gather(
+            givers, lambda tree: self._alike(first, tree), until, CATCH_UP_S
+        )
+        return whole and await self._use(trainer, claims)
+
+    async def _use(self, trainer: TrainerProcess, claims: Claims) -> bool:
+        """Have the trainer take over what was gathered, if it is as good as its donors say.
+
+        If it is not, and is of several donors, all is fetched from one of them, whose pieces stay:
+        nobody is blamed for a mixture.
+        """
+        trees, (factor, nats) = self._takeover.trees(), TOLERANCE
+        at_most = max(factor * tree.loss_public + nats for tree in trees)
+        step = min(claims.step_of(tree) for tree in trees)
+        try:
+            await trainer.import_state(await self._takeover.payload(), step, at_most)
+        except PeerError as e:
+            alone, *others = trees
+            for tree in others or trees:
+                self._takeover.discard(tree)
+            if others:
+                self._alone = alone.donor
+                log.warning("a mixture of %d members' parameters is refused: %s", len(trees), e)
+            else:
+                self._avoid(alone.donor, str(e))
+            return False
+        for tree in trees:
+            self._failed.pop(tree.donor, None)
+        self._alone = None
+        names = ", ".join(tree.donor[-8:] for tree in trees)
+        log.info("took over the parameters of %s at step %d", names, step)
+        await self._save()
+        return True
 
     def far_ahead(self, step: int, own_step: int) -> bool:
         """Whether a node at `own_step` lies far behind a donor at `step`."""
         windows = BEHIND_WINDOWS * self._manifest.round.window_steps
         return step - own_step > max(windows, BEHIND_SHARE * step)
 
-    async def _offers(self, holders: list[PeerId]) -> list[Offered]:
+    async def _offers(self, holders: list[PeerId]) -> list[Offer]:
         """Offers of some members, from those that answer about as soon as the first one."""
         clock = asyncio.get_running_loop().time
-        began, offers = clock(), list[Offered]()
+        began, offers = clock(), list[Offer]()
         asked = random.sample(holders, min(ASKED, len(holders)))
         waiting = {asyncio.create_task(self._ask(donor)) for donor in asked}
         timeout_s: float | None = None
@@ -243,8 +292,7 @@ class Donors:
                 if offers and timeout_s is None:
                     timeout_s = max(MORE_OFFERS_S, clock() - began)
         except BaseException:
-            for offer in offers:
-                offer.refuse()
+            _refuse(offers)
             raise
         finally:
             for task in waiting:
@@ -252,12 +300,16 @@ class Donors:
             await asyncio.gather(*waiting, return_exceptions=True)
         return offers
 
-    async def _ask(self, donor: PeerId) -> Offered | None:
-        values, last = self._manifest.model.state_values, planned_steps(self._manifest)
+    async def _ask(self, donor: PeerId) -> Offer | None:
+        last = planned_steps(self._manifest)
         try:
-            offer = await donation.ask(self._party, self._dialler, donor, values, self._rates)
+            offer = await self._offer_of(donor)
         except PeerError as e:
-            self._refused(donor, str(e))
+            if donor == self._alone:
+                self._alone = None
+                self._avoid(donor, str(e))
+            else:
+                self._refused(donor, str(e))
             return None
         if last is not None and offer.step > last:  # with it our run would be over at once
             offer.refuse()
@@ -265,9 +317,20 @@ class Donors:
             return None
         return offer
 
+    async def _offer_of(self, donor: PeerId) -> Offer:
+        """A donor's offer: in pieces, or of the whole if it runs an earlier version."""
+        try:
+            return await self._takeover.ask(donor)
+        except PeerError as e:
+            if e.reason != Reason.UNREACHABLE:  # as it also is if it does not serve this protocol
+                raise
+        values = self._manifest.model.state_values
+        return await donation.ask(self._party, self._dialler, donor, values, self._rates)
+
     async def _import(
         self, trainer: TrainerProcess, offer: Offered, step: int, until: float | None
     ) -> bool:
+        """Take over the whole of one donor's parameters, of an earlier version."""
         factor, nats = TOLERANCE
         clock = asyncio.get_running_loop().time
         began, donor = clock(), offer.donor
@@ -277,29 +340,36 @@ class Donors:
             at_most = factor * state.loss_public + nats
             await trainer.import_state(state.payload, step, at_most)
         except (PeerError, TimeoutError) as e:
-            why = str(e) or f"not all of it came within {clock() - began:.0f} s"
-            self._refused(donor, why)
-            backoff = self._failed.setdefault(donor, Backoff())
-            backoff.failed(clock(), donation.PAUSE_S, clock() - began, why, agreed=True)
+            took_s = clock() - began
+            self._avoid(donor, str(e) or f"not all of it came within {took_s:.0f} s", took_s)
             return False
         self._failed.pop(donor, None)
         log.info("took over the parameters of %s at step %d", donor[-8:], step)
+        await self._save()
+        return True
+
+    async def _save(self) -> None:
         try:
             await self._node.checkpoint()  # any checkpoint on the disk is of older parameters
         except LocalError as e:  # the node's health says so, and the next attempt may succeed
             log.warning("the parameters that were taken over are not saved yet: %s", e)
-        return True
+
+    def _avoid(self, donor: PeerId, why: str, took_s: float = 0.0) -> None:
+        self._refused(donor, why)
+        backoff = self._failed.setdefault(donor, Backoff())
+        now = asyncio.get_running_loop().time()
+        backoff.failed(now, donation.PAUSE_S, took_s, why, agreed=True)
 
     def _refused(self, donor: PeerId, why: str) -> None:
         log.warning("parameters from %s refused: %s", donor[-8:], why)
         self._store.add_event("donor-refused", f"{donor}: {why}")
 
 
-def ranked(offers: list[Offered]) -> list[Offered]:
-    """Sort offers, the best first: by public loss, about equal ones by step."""
+def _refuse(offers: list[Offer]) -> None:
+    for offer in offers:
+        offer.refuse()
 
-    def order(offer: Offered) -> tuple[int, int]:
-        loss = max(offer.loss_public, 1e-9)
-        return math.floor(math.log(loss, ALIKE)), -offer.step
 
-    return sorted(offers, key=order)
+def shape_of(manifest: Manifest) -> Shape:
+    """What donors of a swarm hand out."""
+    return Shape("float32", 4 * manifest.model.state_values)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from xpeer.errors import LocalError
 from xpeer.phase import Phase, TrainerPhase
+from xpeer.status import Fetching
 
 log = logging.getLogger("xpeer.node")
 
@@ -34,6 +35,7 @@ class Life:
             still joins pauses when it would begin to train.
         interrupted: the phase that a pause interrupted; None unless the phase is PAUSED.
         note: what the node waits for while it joins; "" once it trains.
+        fetching: returns how far the transfer of parameters is; None unless one is under way.
         catching_up: True iff we don't know yet whether our parameters lie far behind the others'.
             Until we do, nothing is exchanged.
         stop_wanted: set once the node is to end.
@@ -47,6 +49,7 @@ class Life:
         self.pause_wanted = pause_wanted
         self.interrupted: Phase | None = None
         self.note = ""
+        self.fetching: Callable[[], Fetching] | None = None
         self.catching_up = False
         self.stop_wanted = asyncio.Event()
         self.leaving = False

@@ -13,9 +13,11 @@ from xpeer.gossip.clock import Gossip
 from xpeer.gossip.partners import Partners
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest
-from xpeer.network import about, admission, agreement, donation, nudging
+from xpeer.network import about, admission, agreement, donation, giving, nudging
 from xpeer.network.membership.certificates import Membership
 from xpeer.network.rates import Rates
+from xpeer.network.shelf import Shelf
+from xpeer.network.uplink import Uplink
 from xpeer.roster.roster import Roster
 from xpeer.trainer.child import PROGRAM
 from xpeer.trainer.client import TrainerProcess
@@ -23,7 +25,7 @@ from xpeer.trainer.setup import TrainerSetup
 from xpeer_daemon.acquaintances import Acquaintances
 from xpeer_daemon.closing import Closing
 from xpeer_daemon.division import Shares
-from xpeer_daemon.donors import Donors
+from xpeer_daemon.donors import Donors, shape_of
 from xpeer_daemon.joiner import Admitted, founds
 from xpeer_daemon.missed import Missed
 from xpeer_daemon.node import Node
@@ -112,7 +114,8 @@ def build_member(candidate: Candidate, admitted: Admitted, spawn: Spawn) -> Memb
     training = _training(candidate, manifest, roster, spawn)
     view, supervisor, origin = training.view, training.supervisor, training.origin
     rates, closing = Rates(), _closing(manifest)
-    donors = Donors(node, view, store, party, node.swarm, manifest, rates)
+    folder = candidate.home.joining
+    donors = Donors(node, view, store, party, node.swarm, manifest, rates, folder)
     partners = _partners(candidate, manifest, view, closing, rates)
     proposer = agreement.Proposer(party, node.swarm)
     return Member(
@@ -242,15 +245,21 @@ def _gossip(
 
 async def serve(member: Member, candidate: Candidate, admitted: Admitted) -> None:
     """Begin to answer all requests of other members."""
-    swarm, manifest, party = candidate.node.swarm, member.manifest, member.party
+    swarm, party = candidate.node.swarm, member.party
     await member.roster.serve()
     await admission.serve(swarm, admitted.signed, admitted.keyring)
     await nudging.serve(swarm, member.gossip.nudged)
     await about.serve(swarm, candidate.node.about)
     await swarm.serve_links(agreement.PROTOCOL, agreement.answering(party, member.gossip), "member")
-    most = manifest.limits.max_transfers
-    await swarm.serve_links(
-        donation.PROTOCOL,
-        donation.serving(party, member.view.donor, most, member.rates),
-        "observer",
-    )
+    await _serve_joiners(member, candidate)
+
+
+async def _serve_joiners(member: Member, candidate: Candidate) -> None:
+    """Give parameters to joiners: in pieces, or the whole to those of earlier versions."""
+    swarm, manifest, source = candidate.node.swarm, member.manifest, member.view.donor
+    turns, shelf = donation.Turns(manifest.limits.max_transfers, member.rates), Shelf()
+    whole = donation.serving(member.party, source, turns, shelf)
+    await swarm.serve_links(donation.PROTOCOL, whole, "observer")
+    uplink = Uplink(candidate.config.network.donate_mbit_s)
+    in_pieces = giving.serving(member.party, source, shape_of(manifest), turns, shelf, uplink)
+    await swarm.serve_links(giving.PROTOCOL, in_pieces, "observer")

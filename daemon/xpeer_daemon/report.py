@@ -47,6 +47,7 @@ def status_of(node: Node) -> Status:
         progress_age_s=_age(now, record.known.unix_s) if record.known else None,
         trainer_runs=node.running() is not None,
         eta_unix_s=eta_unix_s(node),
+        fetching=node.life.fetching() if node.life.fetching is not None else None,
         corpus=last.corpus if last else None,
         shard=last.shard if last else None,
         privacy=_privacy(node),

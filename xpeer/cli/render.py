@@ -167,6 +167,11 @@ def _training(status: Status) -> Iterator[tuple[str, str]]:
     planned = f" of {progress.planned_steps}" if progress.planned_steps else ""
     state = f"{status.state}, round {status.round}, step {_step(status)}{planned}"
     yield "state", state + _as_last_known(status)
+    if (fetching := status.fetching) is not None:
+        done, total = fetching.bytes_done / 1e6, fetching.bytes_total / 1e6
+        left = "" if fetching.eta_s is None else f", {duration(fetching.eta_s)} left"
+        speed = f"{fetching.bytes_per_s / 1e6:.1f} MB/s from {len(fetching.donors)} members"
+        yield "fetching", f"{done:.1f} of {total:.1f} MB, {speed}{left}"
     if progress.seconds_training:
         eta = f"; ETA {moment(status.eta_unix_s)}" if status.eta_unix_s is not None else ""
         yield "time", f"{duration(progress.seconds_training)} of training so far{eta}"

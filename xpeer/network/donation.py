@@ -1,4 +1,4 @@
-"""A joiner fetches the current parameters from a member, over the same sealed links.
+"""How joiners of earlier versions fetch parameters from a member; `giving` has the present way.
 
 The donor signs digest, step and its loss on the public text. The joiner checks size, digest and
 signature here. Its trainer checks that loss before anything is trained or mixed. A donation holds
@@ -25,7 +25,8 @@ from xpeer.identity import Domain, PeerId, blake2b, verify
 from xpeer.network import bulk
 from xpeer.network.agreement import Dialler, Party
 from xpeer.network.link import Link
-from xpeer.network.rates import Pace, Rates
+from xpeer.network.pieces import MAX_LOSS_PUBLIC
+from xpeer.network.rates import MAX_PEERS, Pace, Rates
 from xpeer.network.shelf import KEPT_S, Shelf, Source
 from xpeer.update import ModelState
 from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_statement
@@ -42,32 +43,25 @@ was sent; less is sent e.g. to a joiner that chose another donor."""
 RESUME_WITHIN_S = 60.0
 """A joiner tries this long to reach the donor again. Then it asks other members for everything."""
 RESUME_PAUSE_S, RESUME_PAUSE_MOST_S = 1.0, 8.0
-_BROKE: Final = frozenset({Reason.CLOSED, Reason.TRUNCATED, Reason.TIMEOUT})
+BROKE: Final = frozenset({Reason.CLOSED, Reason.TRUNCATED, Reason.TIMEOUT})
 """Reasons that a broken link has. Any other is a fault of a peer."""
-_NOT_THERE: Final = frozenset({Reason.UNREACHABLE, Reason.TRUNCATED, Reason.TIMEOUT})
+NOT_THERE: Final = frozenset({Reason.UNREACHABLE, Reason.TRUNCATED, Reason.TIMEOUT})
 """Reasons that a silent donor has. CLOSED is not among them: it is a donor's refusal."""
-MAX_LOSS_PUBLIC = 20.0
-"""Nats per token; guessing among a million tokens gives 14. The joiner compares the parameters with
-the donor's claim, so a claim without a bound would let any parameters pass."""
 
 log = logging.getLogger("xpeer.network")
 
 
 def serving(
-    party: Party,
-    source: Callable[[], Source | None],
-    max_donations: int,
-    rates: Rates | None = None,
+    party: Party, source: Callable[[], Source | None], turns: Turns, shelf: Shelf
 ) -> Callable[[Link], Awaitable[None]]:
-    """The handler of links that joiners open to us.
+    """The handler of links that joiners of earlier versions open to us.
 
     Args:
         party: us.
         source: returns the trainer, or None while there is nothing to give.
-        max_donations: how many run at the same time; more are refused.
-        rates: speeds of transfers so far; a joiner that is too slow is dropped.
+        turns: decides whether a joiner gets anything now.
+        shelf: keeps snapshots.
     """
-    turns, shelf = _Turns(max_donations, rates or Rates()), Shelf()
 
     async def handle(link: Link) -> None:
         peer_id = link.peer_id
@@ -80,14 +74,15 @@ def serving(
             if trainer is None or not await turns.may(peer_id, request):
                 return  # the joiner sees a closed link and asks another member
             with turns.giving(link):
-                async with shelf.lend(trainer, request.digest) as (state, digest):
-                    pace = turns.pace(peer_id, request)
+                async with shelf.lend(trainer, request.digest) as lent:
+                    pace, digest = turns.pace(peer_id, request), await lent.digest()
                     try:
-                        await _give(party, link, state, digest, request.start, pace)
+                        await _give(party, link, lent.state, digest, request.start, pace)
                     except PeerError as e:
-                        if e.reason in _BROKE and pace.moved >= WORTH * len(state.payload):
+                        worth = pace.moved >= WORTH * len(lent.state.payload)
+                        if e.reason in BROKE and worth:
                             turns.broke(peer_id, digest, pace)
-                            shelf.keep(trainer, digest)
+                            shelf.keep(lent)
                         raise
                     finally:
                         turns.rates.saw(peer_id, pace.moved, pace.seconds)
@@ -97,8 +92,10 @@ def serving(
     return handle
 
 
-class _Turns:
+class Turns:
     """Decides which joiner gets parameters, and how fast it has to receive them.
+
+    Both versions of the protocol have them in common, and so the bound.
 
     Args:
         most: donations at the same time.
@@ -113,6 +110,8 @@ class _Turns:
         """When each peer's last donation ended; kept for PAUSE_S."""
         self._broken: dict[PeerId, tuple[bytes, Pace]] = {}
         """Digest and pace of each peer's transfer that broke off; kept for KEPT_S."""
+        self._sent: dict[PeerId, tuple[bytes, int]] = {}
+        """Root and bytes of the snapshot of which each peer was sent pieces last."""
 
     async def may(self, peer_id: PeerId, request: StateRequest) -> bool:
         """Whether this peer gets a donation now.
@@ -120,18 +119,53 @@ class _Turns:
         The rest of a broken one costs the trainer no copy, so it needs no pause.
         """
         if request.digest is None:
-            now = time.monotonic()
-            for peer, ended_at in list(self._ended.items()):
-                if now - ended_at >= PAUSE_S:
-                    del self._ended[peer]
-            allowed = peer_id not in self._ended
+            allowed = self._rested(peer_id)
         else:
-            if peer_id in self._giving:  # its old link broke, and we have not noticed yet
-                link, ended = self._giving[peer_id]
-                link.abort()
-                await ended.wait()
+            await self._end_old(peer_id)
             allowed = self._broken.get(peer_id, (b"",))[0] == request.digest
-        return allowed and peer_id not in self._giving and len(self._giving) < self._most
+        return allowed and self._free(peer_id)
+
+    async def may_begin(self, peer_id: PeerId, *, held: bool) -> bool:
+        """Whether this peer gets pieces now.
+
+        Args:
+            peer_id: the joiner.
+            held: the snapshot that it asks for is here, and costs the trainer no copy.
+        """
+        if not held:
+            return self._rested(peer_id) and self._free(peer_id)
+        await self._end_old(peer_id)
+        return self._free(peer_id)
+
+    def sent(self, peer_id: PeerId, root: bytes, num_bytes: int) -> int:
+        """Count bytes of a snapshot that this peer is sent, over all its links.
+
+        Returns:
+            How many they are by now.
+        """
+        before = self._sent.pop(peer_id, (b"", 0))
+        total = num_bytes + (before[1] if before[0] == root else 0)
+        self._sent[peer_id] = root, total  # the latest is the last
+        if len(self._sent) > MAX_PEERS:
+            del self._sent[next(iter(self._sent))]
+        return total
+
+    def _rested(self, peer_id: PeerId) -> bool:
+        now = time.monotonic()
+        for peer, ended_at in list(self._ended.items()):
+            if now - ended_at >= PAUSE_S:
+                del self._ended[peer]
+        return peer_id not in self._ended
+
+    async def _end_old(self, peer_id: PeerId) -> None:
+        """End this peer's old link: it broke, and we have not noticed yet."""
+        if peer_id in self._giving:
+            link, ended = self._giving[peer_id]
+            link.abort()
+            await ended.wait()
+
+    def _free(self, peer_id: PeerId) -> bool:
+        return peer_id not in self._giving and len(self._giving) < self._most
 
     def pace(self, peer_id: PeerId, request: StateRequest) -> Pace:
         """The pace of this donation.
@@ -232,7 +266,7 @@ class Offered:
                     await self._link.receive_into(payload[pace.moved :], pace)
                     break
                 except PeerError as e:
-                    if e.reason not in _BROKE:
+                    if e.reason not in BROKE:
                         raise
                     await self._resume(pace, e)
             if await asyncio.to_thread(blake2b, payload) != offer.digest:
@@ -263,7 +297,7 @@ class Offered:
             try:
                 link, offer = await self._again(request)
             except PeerError as e:
-                if e.reason in _NOT_THERE and clock() < until:
+                if e.reason in NOT_THERE and clock() < until:
                     continue
                 detail = f"it broke off at {pace.moved} of {size} bytes, and did not go on: {e}"
                 raise PeerError(e.reason, detail) from broke

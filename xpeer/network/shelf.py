@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Protocol
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import blake2b
+from xpeer.network.pieces import leaves_of, root_of
 from xpeer.update import ModelState
 
 FRESH_S, FRESH_COST = 20.0, 20.0
@@ -30,11 +30,35 @@ class Source(Protocol):
         """Copy the parameters at the next step boundary."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Snapshot:
-    source: Source
-    state: ModelState
-    digest: bytes
+class Snapshot:
+    """A donor's parameters, and their hashes. Each kind is computed once, when it is asked for.
+
+    Args:
+        source: the trainer that made it.
+        state: the parameters.
+    """
+
+    def __init__(self, source: Source, state: ModelState) -> None:
+        self.source, self.state = source, state
+        self._hashing = asyncio.Lock()
+        self._digest = self._leaves = b""
+
+    async def digest(self) -> bytes:
+        """BLAKE2b-256 of all parameters."""
+        async with self._hashing:
+            self._digest = self._digest or await asyncio.to_thread(blake2b, self.state.payload)
+            return self._digest
+
+    async def leaves(self) -> bytes:
+        """The hashes of all pieces, see `pieces.leaves_of`."""
+        async with self._hashing:
+            payload = memoryview(self.state.payload)
+            self._leaves = self._leaves or await asyncio.to_thread(leaves_of, payload)
+            return self._leaves
+
+    def known_as(self, name: bytes) -> bool:
+        """Whether this is its digest or the root of its hash tree, and somebody asked for that."""
+        return name == self._digest or (bool(self._leaves) and name == root_of(self._leaves))
 
 
 class Shelf:
@@ -49,20 +73,19 @@ class Shelf:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = asyncio.Lock()
-        self._kept: _Snapshot | None = None
+        self._kept: Snapshot | None = None
         self._until = 0.0
-        self._lent: list[_Snapshot] = []
-        self._broken: _Snapshot | None = None
+        self._lent: list[Snapshot] = []
+        self._broken: Snapshot | None = None
 
     @contextlib.asynccontextmanager
-    async def lend(
-        self, source: Source, digest: bytes | None = None
-    ) -> AsyncIterator[tuple[ModelState, bytes]]:
-        """Lend a snapshot with its digest. While two are lent, no third one is made.
+    async def lend(self, source: Source, digest: bytes | None = None) -> AsyncIterator[Snapshot]:
+        """Lend a snapshot. While two are lent, no third one is made.
 
         Args:
             source: the trainer.
-            digest: of the snapshot to lend; None = the last one, or a new one if that is not fresh.
+            digest: of the snapshot to lend, or its tree's root; None = the last one, or a new one
+                if that is not fresh.
 
         Raises:
             PeerError: there is no snapshot to lend, or this one is no longer held.
@@ -70,16 +93,20 @@ class Shelf:
         lent = await self._last(source) if digest is None else self._held(source, digest)
         self._lent.append(lent)
         try:
-            yield lent.state, lent.digest
+            yield lent
         finally:
             self._lent.remove(lent)
             if self._clock() >= self._until:
                 self._forget(lent)
 
-    def keep(self, source: Source, digest: bytes) -> None:
+    def keep(self, lent: Snapshot) -> None:
         """Keep a lent snapshot for KEPT_S, for a joiner that will ask for the rest of it."""
-        self._broken = broken = self._held(source, digest)
-        asyncio.get_running_loop().call_later(KEPT_S, self._give_up, broken)
+        self._broken = lent
+        asyncio.get_running_loop().call_later(KEPT_S, self._give_up, lent)
+
+    def holds(self, source: Source, digest: bytes) -> bool:
+        """Whether a snapshot of this trainer is here under this digest or root."""
+        return any(self._matching(source, digest))
 
     async def get(self, source: Source) -> tuple[ModelState, bytes]:
         """A snapshot of this trainer and its digest. One of an earlier trainer is never given.
@@ -88,9 +115,9 @@ class Shelf:
             PeerError: there is none to give.
         """
         last = await self._last(source)
-        return last.state, last.digest
+        return last.state, await last.digest()
 
-    async def _last(self, source: Source) -> _Snapshot:
+    async def _last(self, source: Source) -> Snapshot:
         async with self._lock:
             kept = self._kept
             if kept is not None and kept.source is not source:
@@ -103,25 +130,27 @@ class Shelf:
                 if self._lent:
                     self._broken = None
                 began = self._clock()
-                state = await source.export_state()
-                digest = await asyncio.to_thread(blake2b, state.payload)
+                kept = self._kept = Snapshot(source, await source.export_state())
                 now = self._clock()
                 self._until = now + max(FRESH_S, FRESH_COST * (now - began))
-                kept = self._kept = _Snapshot(source, state, digest)
                 asyncio.get_running_loop().call_later(self._until - now, self._forget, kept)
             return kept
 
-    def _held(self, source: Source, digest: bytes) -> _Snapshot:
-        for held in (self._kept, self._broken, *self._lent):
-            if held is not None and held.digest == digest and held.source is source:
-                return held
+    def _held(self, source: Source, digest: bytes) -> Snapshot:
+        for held in self._matching(source, digest):
+            return held
         raise PeerError(Reason.NOT_READY, "that snapshot is no longer held")
 
-    def _forget(self, snapshot: _Snapshot) -> None:
+    def _matching(self, source: Source, digest: bytes) -> Iterator[Snapshot]:
+        for held in (self._kept, self._broken, *self._lent):
+            if held is not None and held.source is source and held.known_as(digest):
+                yield held
+
+    def _forget(self, snapshot: Snapshot) -> None:
         """Free the last snapshot's memory, unless it is lent."""
         if self._kept is snapshot and snapshot not in self._lent:
             self._kept = None
 
-    def _give_up(self, snapshot: _Snapshot) -> None:
+    def _give_up(self, snapshot: Snapshot) -> None:
         if self._broken is snapshot:
             self._broken = None

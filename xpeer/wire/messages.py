@@ -18,6 +18,10 @@ from xpeer.leaves import Derived, Parts, Public, Timing, seen_by
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 8 << 10
 MAX_UNRESOLVED = 16
+PIECE_BYTES = 1 << 20
+"""Size of all pieces of a donor's parameters but the last. It is signed, and never negotiated."""
+MAX_PIECES = 64
+"""Pieces that a joiner asks for at once."""
 
 Id = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Step = Annotated[int, Meta(ge=0, lt=1 << 40)]
@@ -163,9 +167,41 @@ class StateReceived(Message, frozen=True):
     digest: Derived[Digest]
 
 
+@seen_by("partners", "what its link carried")
+class TreeRequest(Message, frozen=True):
+    """A joiner asks for the hash tree of a donor's parameters."""
+
+    root: Derived[Digest | None] = None
+    """Of the tree under which the joiner has pieces already; None = it has none."""
+
+
+@seen_by(
+    "members",
+    "what a joiner is given: released parameters, averaged with those partners showed",
+)
+class TreeOffer(Message, frozen=True):
+    """The hashes of the pieces follow as bulk. The donor signs all of it, and the hashes' root."""
+
+    codec: Public[Code]
+    num_bytes: Public[Size]
+    """Of all pieces together."""
+    step: Timing[Step]
+    loss_public: Derived[float]
+    root: Derived[Digest]
+    signature: Derived[Annotated[bytes, Meta(min_length=64, max_length=64)]]
+
+
+@seen_by("partners", "the pace of its link")
+class PiecesRequest(Message, frozen=True):
+    """A joiner asks for pieces in a row. They follow, each as bulk of its own."""
+
+    first: Timing[Size]
+    count: Timing[Annotated[int, Meta(ge=1, le=MAX_PIECES)]]
+
+
 AnyMessage = (
     Propose | Agree | Payload | Accept | Refuse | MaskStep | StateRequest | StateOffer
-    | StateReceived
+    | StateReceived | TreeRequest | TreeOffer | PiecesRequest
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
@@ -206,3 +242,13 @@ def state_statement(
 ) -> bytes:
     """The bytes that a donor signs (Domain.STATE) for the parameters that it hands out."""
     return msgspec.msgpack.encode([swarm_id, manifest_hash, step, loss_public, digest])
+
+
+def tree_statement(swarm_id: str, manifest_hash: bytes, donor: str, offer: TreeOffer) -> bytes:
+    """The bytes that a donor signs (Domain.TREE) for the pieces that it hands out."""
+    return msgspec.msgpack.encode(
+        [
+            *(swarm_id, manifest_hash, donor, PIECE_BYTES),
+            *(offer.codec, offer.num_bytes, offer.step, offer.loss_public, offer.root),
+        ]
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,31 +15,46 @@ from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
-from xpeer.network import donation
+from xpeer.network import giving
 from xpeer.network import shelf as shelves
+from xpeer.network.pieces import Tree, leaves_of, root_of
 from xpeer.network.rates import Rates
 from xpeer.phase import Phase, traits_of
 from xpeer.update import ModelState
+from xpeer.wire.messages import TreeOffer
 from xpeer_daemon import donors, parameters
-from xpeer_daemon.donors import Donors, ranked
+from xpeer_daemon.claims import ranked
+from xpeer_daemon.donors import Donors
 from xpeer_daemon.parameters import Origin, Parameters, begins
 from xpeer_daemon.store import Store
 
 GOOD, WORSE, OLD, LIAR, BUSY = (
     PeerId(f"12D3KooW{name}") for name in ("Good", "Worse", "Old", "Liar", "Busy")
 )
+VALUES = 16
 OFFERS = {GOOD: (100, 2.0), WORSE: (100, 3.0), OLD: (20, 2.01), LIAR: (101, 0.1)}
 TRUE_LOSS = {GOOD: 2.0, WORSE: 3.0, OLD: 2.01, LIAR: 9.0}
 
 
 class Offer:
+    """As a `Giver`: its parameters are a piece, the donor's name."""
+
     def __init__(self, donor: PeerId) -> None:
         self.donor = donor
         self.step, self.loss_public = OFFERS[donor]
         self.refused = False
+        self.payload = memoryview(donor.encode().ljust(4 * VALUES))
+        leaves = leaves_of(self.payload)
+        offer = TreeOffer(
+            "float32", 4 * VALUES, self.step, self.loss_public, root_of(leaves), bytes(64)
+        )
+        self.tree = Tree(donor, offer, leaves)
 
-    async def take(self) -> ModelState:
-        return ModelState(self.donor.encode(), self.step, self.loss_public)
+    async def pieces(self, first: int, count: int) -> AsyncGenerator[tuple[int, memoryview]]:
+        yield first, self.payload
+
+    async def close(self) -> None:
+        pass
 
     def refuse(self) -> None:
         self.refused = True
@@ -54,7 +70,7 @@ class Trainer:
         self.stopped = False
 
     async def import_state(self, payload: bytes, step: int, at_most: float) -> float:
-        donor = PeerId(bytes(payload).decode())
+        donor = PeerId(bytes(payload).decode().strip())
         if TRUE_LOSS[donor] > at_most:
             raise PeerError(Reason.REFUSED, "worse than it says")
         self.taken.append(donor)
@@ -76,7 +92,9 @@ class Rig:
         self.roles: dict[PeerId, str] = {}
         self.heard: dict[PeerId, int | None] = {}
         self.last_saved: tuple[int, float] | None = None
-        self.life = SimpleNamespace(enter=self.states.append, note="", catching_up=False)
+        self.life = SimpleNamespace(
+            enter=self.states.append, note="", catching_up=False, fetching=None
+        )
         self.node = SimpleNamespace(
             peer_id=PeerId("12D3KooWMe"), checkpoint=self._checkpoint, life=self.life,
             clock=lambda: 1e6, ends=SimpleNamespace(last_saved=lambda: self.last_saved),
@@ -86,12 +104,13 @@ class Rig:
             acquaintances=SimpleNamespace(get=self._heard),
         )  # fmt: skip
         manifest = SimpleNamespace(
-            model=SimpleNamespace(num_params=1, state_values=1),
+            model=SimpleNamespace(num_params=VALUES, state_values=VALUES),
             round=SimpleNamespace(window_steps=5),
             end=SimpleNamespace(steps=300, rounds=None, tokens=None), optimiser=None,
         )  # fmt: skip
         self.manifest = manifest
-        found = Donors(self.node, view, self.store, None, None, manifest, Rates())  # type: ignore[arg-type] # fakes
+        us, folder = SimpleNamespace(swarm_id="", manifest_hash=b""), tmp_path / "joining"
+        found = Donors(self.node, view, self.store, us, None, manifest, Rates(), folder)  # type: ignore[arg-type] # fakes
         self.donors = found
         self.next_trainer = Trainer()
         self.supervisor = SimpleNamespace(first_start=self._start, renew=self._renew, trainer=None)
@@ -101,7 +120,7 @@ class Rig:
             self.node, self.store, found, self.supervisor,  # type: ignore[arg-type] # fakes
             self.origin, founds=founds,
         )  # fmt: skip
-        monkeypatch.setattr(donation, "ask", self._ask)
+        monkeypatch.setattr(giving, "ask", self._ask)
         monkeypatch.setattr(donors, "RETRY_S", 0.001)
         monkeypatch.setattr(donors, "PATIENCE_S", 0.05)
         monkeypatch.setattr(donors, "GRACE_S", 0.02)
@@ -304,20 +323,20 @@ async def test_a_lone_donor_is_ahead_by_no_more_than_time_allows(
 async def test_a_donor_that_stalls_holds_up_nobody_who_has_a_checkpoint(
     tmp_path, monkeypatch
 ) -> None:
-    async def take(offer: Offer) -> ModelState:
+    async def stalls(offer: Offer, first: int, _: int) -> AsyncGenerator[tuple[int, memoryview]]:
         if offer.donor == LIAR:
             await asyncio.Event().wait()
-        return ModelState(offer.donor.encode(), offer.step, offer.loss_public)
+        yield first, offer.payload
 
-    monkeypatch.setattr(Offer, "take", take)
-    monkeypatch.setattr(donors, "CATCH_UP_S", 0.05)
+    monkeypatch.setattr(Offer, "pieces", stalls)
+    monkeypatch.setattr(donors, "CATCH_UP_S", 2.0)
     rig = Rig(tmp_path, monkeypatch, founds=False)
     rig.live = [LIAR, GOOD, WORSE]
     trainer = Trainer(resumed_step=20)
     await rig.hold(trainer)
-    assert (trainer.taken, rig.life.catching_up) == ([GOOD], False)
-    assert LIAR not in rig.donors._willing()
-    trainer = Trainer()  # nobody asks it again for a while
+    assert (trainer.taken, rig.life.catching_up) == ([], False)
+    assert rig.donors._willing() == [GOOD, WORSE]  # nobody asks it again for a while
+    trainer = Trainer()
     await rig.hold(trainer)
     assert trainer.taken == [GOOD]
 

@@ -38,10 +38,13 @@ from xpeer.forms import Form
 from xpeer.identity import Identity, blake2b
 from xpeer.leaves import Treatment
 from xpeer.manifest import Manifest, SignedManifest
-from xpeer.network import donation
+from xpeer.network import donation, giving
 from xpeer.network.agreement import Proposer, answering
 from xpeer.network.link import Link
+from xpeer.network.rates import Rates
+from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
+from xpeer.network.uplink import Uplink
 from xpeer.trainer.channel import DaemonChannel
 from xpeer.trainer.client import TrainerProcess
 from xpeer.trainer.setup import TrainerSetup
@@ -52,6 +55,7 @@ from xpeer.wire import codec, messages, session
 from xpeer.wire.messages import Refuse
 from xpeer_daemon import belonging
 from xpeer_daemon.closing import Closing
+from xpeer_daemon.donors import shape_of
 from xpeer_daemon.outcomes import Outcomes
 from xpeer_daemon.store import Known, Store
 
@@ -77,6 +81,7 @@ NOT_OF_THE_TRAINER = {
     "xpeer.wire.messages.MaskStep": "fresh keys, and digests of what they mask",
     "xpeer.wire.link_plan.": "numbers that a person typed",
     "xpeer.accounts.planning.": "numbers that a person typed",
+    "xpeer.status.Fetching": "of a joiner, whose trainer has nothing yet",
     "xpeer.status.CorpusShare": "of a corpus that all members have: there is no shard",
     "xpeer.control.": "Status, and what is printed of it; see its fields",
     "xpeer.cli.": "the demo's own text; what the daemon's history holds, which is compared",
@@ -184,14 +189,29 @@ class Life:
 
     async def _gives(self, recorded: Recorded) -> None:
         ours, theirs = socket.socketpair()
-        handle = donation.serving(party(LOW), lambda: recorded, 2)
-        giving = asyncio.ensure_future(handle(Link(THIRD.peer_id, Stream(theirs), 20.0)))
+        turns = donation.Turns(2, Rates())
+        handle = donation.serving(party(LOW), lambda: recorded, turns, Shelf())
+        giving_all = asyncio.ensure_future(handle(Link(THIRD.peer_id, Stream(theirs), 20.0)))
         joiner = Dialler(Link(LOW.peer_id, Stream(ours), 20.0))
         offered = await donation.ask(
             party(THIRD), joiner, LOW.peer_id, self.manifest.model.state_values
         )
         await offered.take()
-        await giving
+        await giving_all
+        await self._gives_pieces(recorded)
+
+    async def _gives_pieces(self, recorded: Recorded) -> None:
+        ours, theirs = socket.socketpair()
+        shape, shelf = shape_of(self.manifest), Shelf()
+        handle = giving.serving(
+            party(LOW), lambda: recorded, shape, donation.Turns(2, Rates()), shelf, Uplink(0)
+        )
+        serving = asyncio.ensure_future(handle(Link(THIRD.peer_id, Stream(theirs), 20.0)))
+        joiner = Dialler(Link(LOW.peer_id, Stream(ours), 20.0))
+        giver = await giving.ask(party(THIRD), joiner, LOW.peer_id, shape, Rates())
+        assert [n async for n, _ in giver.pieces(0, shape.num_pieces)] == [*range(shape.num_pieces)]
+        await giver.close()
+        await asyncio.gather(serving, return_exceptions=True)
 
     async def _speaks(self, trainer: TrainerProcess) -> None:
         """To members and to its operator."""

@@ -19,6 +19,8 @@ from xpeer.identity import Domain, Identity, PeerId, blake2b
 from xpeer.manifest import Round
 from xpeer.network import donation
 from xpeer.network.link import Link
+from xpeer.network.rates import Rates
+from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
 from xpeer.update import ModelState
 from xpeer.wire.messages import Propose, StateOffer, Terms, decode, encode, state_statement
@@ -174,7 +176,7 @@ class Source:
 async def test_one_peer_gets_one_donation_at_a_time_and_then_waits():
     donor, greedy, other = (Identity.generate() for _ in range(3))
     source = Source()
-    handle = donation.serving(party(donor), lambda: source, max_donations=2)
+    handle = donation.serving(party(donor), lambda: source, donation.Turns(2, Rates()), Shelf())
 
     async def ask(who: Identity) -> ModelState:
         a, b = socket.socketpair()

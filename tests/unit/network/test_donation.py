@@ -18,6 +18,7 @@ from xpeer.network import donation
 from xpeer.network import rates as rates_module
 from xpeer.network.link import Link
 from xpeer.network.rates import Pace, Rates
+from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
 from xpeer.update import ModelState
 from xpeer.wire.frames import FRAME_BYTES
@@ -80,7 +81,9 @@ class Network:
         self.rates = Rates()
         self.dialled = 0
         self._breaks, self._noticed, self._unreachable = breaks, noticed, unreachable
-        self._handle = donation.serving(party(self.donor), lambda: self.source, 2, self.rates)
+        self._handle = donation.serving(
+            party(self.donor), lambda: self.source, donation.Turns(2, self.rates), Shelf()
+        )
         self._tasks: list[asyncio.Task[None]] = []
         DonorLink.sent = 0
 
@@ -178,7 +181,7 @@ async def test_nobody_gets_the_rest_of_what_another_was_given(
     network.joiner = Identity.generate()  # who links from now on
     with pytest.raises(PeerError, match="did not go on"):
         await offered.take()
-    turns = donation._Turns(2, Rates())
+    turns = donation.Turns(2, Rates())
     turns.broke(network.donor.peer_id, digest, Pace(1.0))
     assert not await turns.may(network.joiner.peer_id, StateRequest(digest, FRAME_BYTES))
     assert not await turns.may(network.donor.peer_id, StateRequest(bytes(32), FRAME_BYTES))
@@ -191,7 +194,7 @@ def test_who_begins_asks_as_before() -> None:
 
 
 def test_of_bytes_that_were_not_sent_none_count() -> None:
-    turns, peer = donation._Turns(2, Rates()), Identity.generate().peer_id
+    turns, peer = donation.Turns(2, Rates()), Identity.generate().peer_id
     pace = Pace(1.0)
     pace.moved = 1000
 

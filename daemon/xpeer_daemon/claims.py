@@ -1,0 +1,103 @@
+"""What donors claim, and how far others confirm it. Nobody can measure a donor's step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Final, Protocol, TypeVar
+
+from xpeer.identity import PeerId
+from xpeer.manifest import Manifest
+from xpeer.phase import traits_of
+from xpeer.training.schedule import planned_steps
+from xpeer_daemon.node import Node
+from xpeer_daemon.swarm_view import SwarmView
+
+log = logging.getLogger("xpeer.daemon")
+
+ALIKE: Final = 1.05
+"""Public losses within this factor are about equal."""
+LEAST_STEP_S: Final = 1e-3
+"""No step is shorter. This bounds a donor's step where nobody else can confirm it."""
+
+
+class Claim(Protocol):
+    """What an offer and a signed tree have in common."""
+
+    @property
+    def donor(self) -> PeerId:
+        """The member."""
+
+    @property
+    def step(self) -> int:
+        """Its steps, as it claims."""
+
+    @property
+    def loss_public(self) -> float:
+        """Its public loss, as it claims; nats per token."""
+
+
+_C = TypeVar("_C", bound=Claim)
+
+
+class Claims:
+    """The claims of all members that hold parameters, at one moment.
+
+    Args:
+        node: this node.
+        view: knows the holders, and what steps they told of.
+        manifest: of the swarm.
+        offers: the donors' claims.
+        own_step: of our parameters; None = we have none.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        view: SwarmView,
+        manifest: Manifest,
+        offers: Sequence[Claim],
+        own_step: int | None,
+    ) -> None:
+        self._node, self._view, self._manifest = node, view, manifest
+        self._own_step = own_step
+        self._steps = {offer.donor: offer.step for offer in offers}
+        for peer in view.holders():
+            heard = view.acquaintances.get(peer)
+            if heard is not None and heard.about.step:  # 0 may be from before it took them over
+                self._steps[peer] = max(heard.about.step, self._steps.get(peer, 0))
+
+    def step_of(self, claim: Claim) -> int:
+        """The step at which our trainer would go on with a donor's parameters.
+
+        It is the donor's step, but at most a window beyond the median of all that hold parameters,
+        the donor included. It is the run's last step only if the donor has ended. Otherwise a donor
+        could end our training with true parameters and a false step.
+        """
+        view, last, own_step = self._view, planned_steps(self._manifest), self._own_step
+        others = [step for peer, step in self._steps.items() if peer != claim.donor]
+        step = claim.step
+        if others:
+            most = max(statistics.median_low([*others, claim.step]), own_step or 0)
+            step = min(step, most + self._manifest.round.window_steps)
+        elif own_step is not None and (saved := self._node.ends.last_saved()) is not None:
+            away_s = max(0.0, self._node.clock() - saved[1])
+            step = min(step, own_step + int(away_s / LEAST_STEP_S))
+        record = view.others().get(claim.donor)
+        if last is not None and (record is None or not traits_of(record.phase).ended):
+            step = min(step, max(0, last - 1))
+        if step < claim.step:
+            log.info("%s says step %d; it counts as %d", claim.donor[-8:], claim.step, step)
+        return step
+
+
+def ranked(offers: Sequence[_C]) -> list[_C]:
+    """Sort offers, the best first: by public loss, about equal ones by step."""
+
+    def order(offer: _C) -> tuple[int, int]:
+        loss = max(offer.loss_public, 1e-9)
+        return math.floor(math.log(loss, ALIKE)), -offer.step
+
+    return sorted(offers, key=order)

@@ -1,0 +1,163 @@
+"""The pieces that a node gathers from its donors, from the first one to their import."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import PeerId
+from xpeer.network import giving
+from xpeer.network.agreement import Dialler, Party
+from xpeer.network.giving import Giver
+from xpeer.network.pieces import Shape, Signer, Tree
+from xpeer.network.rates import Rates
+from xpeer.status import Fetching
+from xpeer_daemon.fetching import Fetch
+from xpeer_daemon.gathered import Gathered, remove
+from xpeer_daemon.life import Life
+
+log = logging.getLogger("xpeer.daemon")
+
+LEASE_SHARE: Final = 0.05
+"""A node with a checkpoint of its own goes on fetching as long as this fraction of the parameters
+comes within `donors.CATCH_UP_S`."""
+_LIES: Final = frozenset(
+    {Reason.TAMPERED, Reason.DIGEST_MISMATCH, Reason.MALFORMED, Reason.OVERSIZE}
+)
+"""Reasons after which a donor's pieces are forgotten."""
+
+
+class Takeover:
+    """Gathers parameters in the home, over as many attempts as it takes.
+
+    Args:
+        party: our identity and keys.
+        dialler: opens streams.
+        shape: of the parameters, by the manifest.
+        rates: speeds of transfers so far.
+        folder: for the pieces.
+        life: gets note and progress.
+        avoid: is told of donors that failed.
+    """
+
+    def __init__(
+        self,
+        party: Party,
+        dialler: Dialler,
+        shape: Shape,
+        rates: Rates,
+        folder: Path,
+        life: Life,
+        avoid: Callable[[PeerId, str], None],
+    ) -> None:
+        self._party, self._dialler = party, dialler
+        self._shape, self._rates = shape, rates
+        self._folder, self._life, self._avoid = folder, life, avoid
+        self._gathered: Gathered | None = None
+        """None until the first donor was chosen, and again once the parameters are taken over."""
+
+    async def ask(self, donor: PeerId) -> Giver:
+        """Ask a donor for its tree: the one of which pieces are here, if it still has that.
+
+        Raises:
+            PeerError: see `giving.ask`.
+        """
+        root = next((tree.root for tree in self.trees() if tree.donor == donor), None)
+        return await giving.ask(self._party, self._dialler, donor, self._shape, self._rates, root)
+
+    def trees(self) -> list[Tree]:
+        """Of which pieces are here, the one with the most of them first."""
+        return self._gathered.sources() if self._gathered is not None else []
+
+    async def gather(
+        self,
+        givers: list[Giver],
+        fits: Callable[[Tree], bool],
+        until: float | None,
+        lease_s: float,
+    ) -> bool:
+        """Fetch the pieces that are not here yet.
+
+        Args:
+            givers: donors to fetch from.
+            fits: whether pieces of a tree may be put together with theirs; others are forgotten.
+            until: end by the loop's clock; it is put off while enough comes.
+            lease_s: by so much.
+
+        Returns:
+            Whether all are here now. What came is kept in any case.
+
+        Raises:
+            LocalError: the disk is full, or fails.
+        """
+        gathered, clock = await self._opened(), asyncio.get_running_loop().time
+        for tree in gathered.sources():
+            if not fits(tree):
+                gathered.discard(tree)
+        gathered.tidy()
+        due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
+
+        def on_piece() -> None:
+            nonlocal due
+            self._life.note = in_words(fetch.progress)
+            if until is not None and gathered.num_bytes >= due:
+                due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
+                limit.reschedule(max(clock() + lease_s, until))
+
+        fetch = Fetch(gathered, lambda giver: self.ask(giver.donor), self._lost, on_piece)
+        self._life.fetching = lambda: fetch.progress
+        try:
+            async with asyncio.timeout_at(until) as limit:
+                return await fetch.run(givers)
+        except TimeoutError:
+            for giver in givers:
+                self._avoid(giver.donor, "not all of it came in time")
+            return False
+        finally:
+            self._life.fetching = None
+
+    async def payload(self) -> memoryview:
+        """All pieces: (num_bytes,) uint8, only to be read."""
+        return (await self._opened()).payload()
+
+    def discard(self, tree: Tree) -> None:
+        """Forget the pieces of a tree."""
+        if self._gathered is not None:
+            self._gathered.discard(tree)
+
+    def forget(self) -> None:
+        """Remove all pieces: the parameters are taken over, or are of no use."""
+        if self._gathered is not None:
+            self._gathered.close()
+            self._gathered = None
+        remove(self._folder)
+
+    async def _opened(self) -> Gathered:
+        if self._gathered is None:
+            signer = Signer(self._party.swarm_id, self._party.manifest_hash)
+            opened = await asyncio.to_thread(Gathered.open, self._folder, self._shape, signer)
+            if opened.num_bytes:
+                here = opened.num_bytes / 1e6
+                log.info("%.1f MB of the parameters are here from an earlier start", here)
+            self._gathered = opened
+        return self._gathered
+
+    def _lost(self, donor: PeerId, error: PeerError) -> None:
+        """Avoid a donor for a while; forget its pieces if it has shown that it lies."""
+        self._avoid(donor, str(error))
+        for tree in self.trees():
+            if tree.donor == donor and error.reason in _LIES:
+                self.discard(tree)
+
+
+def in_words(progress: Fetching) -> str:
+    """The progress of a transfer for people."""
+    done, total = progress.bytes_done / 1e6, progress.bytes_total / 1e6
+    ends = "" if progress.eta_s is None else f", about {progress.eta_s:.0f} s more"
+    members = f"{len(progress.donors)} member{'' if len(progress.donors) == 1 else 's'}"
+    speed = progress.bytes_per_s / 1e6
+    return f"fetching: {done:.1f} of {total:.1f} MB from {members}, {speed:.1f} MB/s{ends}"

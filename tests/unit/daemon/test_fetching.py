@@ -1,0 +1,163 @@
+"""Pieces from several donors at once: lost donors, slow donors, donors that lie."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.daemon.test_gathered import tree_of
+from tests.unit.network.test_giving import PAYLOAD, SIGNER
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import PeerId
+from xpeer.network.pieces import Shape, Tree
+from xpeer.wire.messages import PIECE_BYTES
+from xpeer_daemon import fetching
+from xpeer_daemon.fetching import Fetch, Speed
+from xpeer_daemon.gathered import Gathered
+
+PIECES = 40
+SHAPE = Shape("float32", PIECES * PIECE_BYTES)
+
+
+class Donor:
+    """Gives any bytes: it is `Giver` that verifies. After so many pieces it fails, or stalls."""
+
+    def __init__(self, tree: Tree, after: int | None = None, error: PeerError | None = None):
+        self.tree, self.donor = tree, tree.donor
+        self.given: list[int] = []
+        self._after, self._error = after, error
+        self.dropped = False
+
+    async def pieces(self, first: int, count: int) -> AsyncGenerator[tuple[int, memoryview]]:
+        for piece in range(first, first + count):
+            if len(self.given) == self._after:
+                if self._error is not None:
+                    raise self._error
+                await asyncio.Event().wait()  # it trickles
+            await asyncio.sleep(0)
+            self.given.append(piece)
+            yield piece, memoryview(b"1")
+
+    async def close(self) -> None:
+        pass
+
+    def refuse(self) -> None:
+        self.dropped = True
+
+
+class Rig:
+    def __init__(self, gathered: Gathered, donors: list[Donor]) -> None:
+        self.gathered, self.donors = gathered, donors
+        self.lost: list[tuple[PeerId, str]] = []
+        self.back: dict[PeerId, Donor] = {}
+        self.fetch = Fetch(
+            gathered, self._again, lambda peer, e: self.lost.append((peer, e.reason)), lambda: None
+        )
+
+    async def _again(self, giver: Any) -> Any:
+        if giver.donor not in self.back:
+            raise PeerError(Reason.UNREACHABLE, "it is gone")
+        return self.back[giver.donor]
+
+    async def run(self) -> bool:
+        async with asyncio.timeout(60):
+            return await self.fetch.run(self.donors)  # type: ignore[arg-type] # fakes
+
+    def given_by(self, donor: Donor) -> set[int]:
+        number = self.gathered._number_of(donor.tree)
+        return {p for p, source in enumerate(self.gathered._source) if source == number}
+
+
+@pytest.fixture
+def gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gathered]:
+    monkeypatch.setattr(fetching, "PAUSE_S", 0.0)
+    monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", 0.01)
+    opened = Gathered.open(tmp_path / "joining", SHAPE, SIGNER)
+    yield opened
+    opened.close()
+
+
+def donor(step: int = 7, after: int | None = None, error: PeerError | None = None) -> Donor:
+    return Donor(tree_of(PAYLOAD, step), after, error)
+
+
+async def test_donors_share_the_work_and_no_piece_comes_twice(gathered: Gathered) -> None:
+    rig = Rig(gathered, [donor(), donor()])
+    assert await rig.run()
+    given = [piece for each in rig.donors for piece in each.given]
+    assert all(len(each.given) >= 8 for each in rig.donors)
+    assert len(given) <= PIECES + fetching.LAST_RUN  # the last ones may be asked of both
+    assert set(given) == set(range(PIECES))
+
+
+async def test_only_what_a_lost_donor_owes_is_fetched_from_another(gathered: Gathered) -> None:
+    dies = donor(after=5, error=PeerError(Reason.TRUNCATED, "killed"))
+    rig = Rig(gathered, [dies, donor()])
+    assert await rig.run()
+    assert len(rig.given_by(dies)) == 5  # and they stay
+    assert (rig.lost, dies.dropped) == ([(dies.donor, Reason.TRUNCATED)], True)
+
+
+async def test_all_donors_lost_leaves_what_came(gathered: Gathered) -> None:
+    rig = Rig(gathered, [donor(after=5, error=PeerError(Reason.CLOSED, "gone"))])
+    assert not await rig.run()
+    assert len(gathered.missing()) == PIECES - 5
+    other = Rig(gathered, [donor()])
+    assert await other.run()
+    assert len(other.donors[0].given) == PIECES - 5
+
+
+async def test_a_donor_that_comes_back_goes_on(gathered: Gathered) -> None:
+    dies = donor(after=5, error=PeerError(Reason.CLOSED, "the line broke"))
+    rig = Rig(gathered, [dies])
+    rig.back[dies.donor] = again = Donor(dies.tree)
+    assert await rig.run()
+    assert (len(again.given), rig.lost) == (PIECES - 5, [])
+
+
+async def test_a_liar_is_not_looked_for_again(gathered: Gathered) -> None:
+    lies = donor(after=3, error=PeerError(Reason.DIGEST_MISMATCH, "not what it signed"))
+    rig = Rig(gathered, [lies, donor()])
+    rig.back[lies.donor] = Donor(lies.tree)
+    assert await rig.run()
+    assert rig.lost == [(lies.donor, Reason.DIGEST_MISMATCH)]
+    assert rig.back[lies.donor].given == []
+
+
+async def test_a_donor_that_trickles_holds_up_nobody(gathered: Gathered) -> None:
+    slow = donor(after=1)
+    rig = Rig(gathered, [slow, donor()])
+    assert await rig.run()
+    assert len(rig.given_by(slow)) == 1
+    assert slow.dropped
+
+
+async def test_progress_names_bytes_speed_and_time_left(gathered: Gathered) -> None:
+    rig = Rig(gathered, [donor(after=10)])
+    running = asyncio.create_task(rig.run())
+    async with asyncio.timeout(60):
+        while gathered.num_bytes < 10 * PIECE_BYTES:
+            await asyncio.sleep(0)
+    progress = rig.fetch.progress
+    assert progress.bytes_done == 10 * PIECE_BYTES
+    assert progress.bytes_total == PIECES * PIECE_BYTES
+    assert progress.donors == [rig.donors[0].donor]
+    assert progress.eta_s is not None
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def test_the_speed_is_that_of_the_last_while() -> None:
+    now_s = 0.0
+    speed = Speed(lambda: now_s)
+    assert speed.bytes_per_s == 0.0
+    for _ in range(100):
+        now_s += 1.0
+        speed.moved(1000)
+    assert speed.bytes_per_s == pytest.approx(1000.0)
+    now_s += 10.0
+    assert speed.bytes_per_s < 1000.0
