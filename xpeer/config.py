@@ -140,6 +140,9 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     every tensor. cryptographic: AES-256 from the CPU, as always on a CPU."""
     max_epsilon: Annotated[float, Meta(ge=0)] = 0.0
     """The node starts only if the manifest's privacy.epsilon is at most this; 0 = no bound."""
+    keep_back: Annotated[float, Meta(ge=0, le=0.9)] = 0.0
+    """Fraction of the manifest's privacy.epsilon that the swarm's run may not spend: it is left for
+    `xpeer finetune`."""
     register: Place = ""
     """Folder of the machine's register of charged documents. The charges of all homes that use the
     same register add up. Empty = `privacy_register`."""

@@ -10,8 +10,16 @@ from pathlib import Path
 
 from xpeer.accounts import accountant
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.budget import SIGMA_SETTING, STEPS_MAX, coarse_size, delta_of
+from xpeer.accounts.budget import (
+    SIGMA_SETTING,
+    STEPS_MAX,
+    Bound,
+    coarse_size,
+    delta_of,
+    steps_within,
+)
 from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.spending import SwarmSpending
 from xpeer.config import Home, NodeConfig
 from xpeer.manifest import Manifest
 from xpeer.trainer.setup import TrainerSetup
@@ -40,7 +48,7 @@ def examine(
     with tempfile.TemporaryDirectory(prefix="xpeer-dry-run-") as folder:
         text = _counted(home, config, manifest, Path(folder))
         _report_text(config, manifest, text, report)
-        _report_privacy(home, manifest, text, report)
+        _report_privacy(home, config, manifest, text, report)
         if not trial:
             return
         require_reachable(manifest)
@@ -77,8 +85,10 @@ def _report_text(config: NodeConfig, manifest: Manifest, text: Text, report: Rep
         report("(all of the corpus: its division among the members is known once they are there)")
 
 
-def _report_privacy(home: Home, manifest: Manifest, text: Text, report: Report) -> None:
-    """Report the noise, and epsilon at the end."""
+def _report_privacy(
+    home: Home, config: NodeConfig, manifest: Manifest, text: Text, report: Report
+) -> None:
+    """Report the noise, and epsilon at the end of the swarm's run."""
     rules, steps = manifest.privacy, planned_steps(manifest)
     if not rules.policy.clips_records:
         report(f"privacy: {rules.in_short()}")
@@ -86,20 +96,22 @@ def _report_privacy(home: Home, manifest: Manifest, text: Text, report: Report) 
     units = len(text.records) if rules.unit == "record" else len(set(text.owners.tolist()))
     size = coarse_size(units)
     q, delta = min(manifest.optimiser.batch_records, size) / size, delta_of(manifest, units)
-    sigma = rules.noise_multiplier
-    spent: list[Segment] = []
+    spending = SwarmSpending(config.privacy.keep_back)
+    epsilon = spending.part_of(rules.epsilon)
+    sigma, spent, bounds = rules.noise_multiplier, list[Segment](), [Bound(epsilon, [])]
     if home.ledger_db.exists():
         with Ledger.look(home.ledger_db) as ledger:
-            spent = ledger.segments()
-            stored = ledger.settings(SIGMA_SETTING)
-            sigma = sigma or (float(stored) if stored else None)
-            charged, before = ledger.steps_charged, accountant.epsilon(spent, delta)
+            spent, stored = ledger.segments(), ledger.settings(SIGMA_SETTING)
+            bounds = spending.bounds(rules.epsilon, ledger)(spent)
+        sigma = sigma or (float(stored) if stored else None)
+        charged = sum(segment.steps for segment in spent)
+        before = accountant.epsilon(spent, delta)
         report(f"privacy: {charged:,} steps were charged before, epsilon {before:.3g}")
     if sigma is None:
-        sigma = accountant.calibrate(rules.epsilon, delta, q, steps or 1)
+        sigma = accountant.calibrate(epsilon, delta, q, steps or 1)
     done = newest_step(home.checkpoints) or 0
     left = STEPS_MAX if steps is None else max(0, steps - done)
-    fits = accountant.steps_within(rules.epsilon, delta, spent, sigma, q, left)
+    fits = steps_within(bounds, delta, sigma, q, left)
     at_end = accountant.epsilon([*spent, Segment(sigma, q, fits)], delta)
     more = "more " if spent else ""
     ends = f"after {fits:,} {more}steps" if steps is None or fits < left else "at the end"
@@ -107,6 +119,9 @@ def _report_privacy(home: Home, manifest: Manifest, text: Text, report: Report) 
         f"privacy: {rules.in_short()}: {q:.3g} of the {rules.unit}s a step, noise {sigma:.3g}; "
         f"epsilon {at_end:.3g} (delta {delta:.1e}) {ends}"
     )
+    if spending.keep_back:
+        kept = rules.epsilon - epsilon
+        report(f"privacy: epsilon {kept:g} is kept back for `xpeer finetune` (privacy.keep_back)")
 
 
 def _report_speed(home: Home, manifest: Manifest, trial: Trial, report: Report) -> None:

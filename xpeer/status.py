@@ -86,6 +86,8 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     """`privacy.mode` of the manifest. record: steps are charged; off: nothing is charged."""
     epsilon_spent: Local[float] = 0.0
     epsilon_target: Public[float] = 0.0
+    epsilon_kept_back: Local[float] = 0.0
+    """The part of the target that the swarm's steps leave for own steps (`privacy.keep_back`)."""
     delta: Local[float] = 0.0
     noise_multiplier: Local[float] = 0.0
     steps_charged: Local[int] = 0
@@ -93,7 +95,7 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     """Steps that were charged but are not behind this node's parameters, after a crash or a
     restored checkpoint. Taking them again costs a second charge. `steps_charged` includes them."""
     steps_left: Local[int | None] = None
-    """Private steps until the target; None without privacy."""
+    """Private steps until the target less what is kept back; None without privacy."""
     ends_unix_s: Local[float | None] = None
     """When the last of them will be taken, at the pace of the last hour; None = unknown."""
     unit: Public[str] = "record"

@@ -182,7 +182,7 @@ def _setup(manifest: Manifest, source: Home, config: NodeConfig, folder: Path) -
                 config.data, shard=[str(text)], corpus=[], text_field="text", split="document"
             ),
             privacy=structs.replace(
-                config.privacy, register=str(folder / "register"), max_epsilon=0.0
+                config.privacy, register=str(folder / "register"), max_epsilon=0.0, keep_back=0.0
             ),
             training=structs.replace(config.training, throttle=1.0),
         ),

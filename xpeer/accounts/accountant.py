@@ -136,11 +136,22 @@ def merge(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def calibrate(
-    epsilon_target: float, delta: float, sampling_probability: float, steps: int
+    epsilon_target: float,
+    delta: float,
+    sampling_probability: float,
+    steps: int,
+    spent: Sequence[Segment] = (),
 ) -> float:
     """Find the smallest noise multiplier, a multiple of 1/1000, that keeps steps within the target.
 
     Takes seconds.
+
+    Args:
+        epsilon_target: bound for the spent and the further steps together.
+        delta: in (0, 1).
+        sampling_probability: q of the further steps.
+        steps: number of further steps.
+        spent: steps already charged, of any kinds.
 
     Raises:
         LocalError: numbers out of range.
@@ -152,7 +163,7 @@ def calibrate(
 
     def cost(coarser: int, thousandths: int) -> float:
         segment = Segment(thousandths / SIGMA_GRID, sampling_probability, steps)
-        return _epsilon((segment,), delta, coarser)
+        return _epsilon(tuple(merge([*spent, segment])), delta, coarser)
 
     start = SIGMA_GRID
     while cost(_COARSER[0], start) > epsilon_target:
@@ -198,6 +209,8 @@ def steps_within(
     _check_target(epsilon_target, delta)
     _check(limit, "limit of steps", limit >= 0)
     Segment(noise_multiplier, sampling_probability, limit)
+    if spent and epsilon(spent, delta) > epsilon_target:
+        return 0  # e.g. where a part of the budget was kept back later
 
     def cost(coarser: int, steps: int) -> float:
         more = Segment(noise_multiplier, sampling_probability, steps)

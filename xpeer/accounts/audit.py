@@ -49,6 +49,7 @@ def markdown(account: Account, verdict: Verdict, charges: Sequence[Charge]) -> s
         f"- epsilon {account.epsilon_spent:.4f} of {account.epsilon_target:g} for what is in its "
         "shard now",
         *map(_check_line, verdict.checked),
+        *_own_line(account),
         f"- {account.steps_charged} steps in {account.charges} charges; last link of their chain "
         f"`{account.chain_head}`",
         "",
@@ -80,13 +81,24 @@ def markdown(account: Account, verdict: Verdict, charges: Sequence[Charge]) -> s
         *_document_table(account),
         "## Charges",
         "",
-        "| no. | time | sigma | q | steps |",
-        "|---|---|---|---|---|",
+        "| no. | time | sigma | q | steps | for |",
+        "|---|---|---|---|---|---|",
         *map(_row, charges),
     ]
     if verdict.problems:
         lines[2:2] = [f"**Does not add up: {'; '.join(verdict.problems)}**", ""]
     return "\n".join(lines) + "\n"
+
+
+def _own_line(account: Account) -> list[str]:
+    """What own steps were, and where their effect is. Empty if there were none."""
+    own = sum(segment.steps for segment in account.own_segments)
+    if not own:
+        return []
+    return [
+        f"- {own} of the steps below are own steps (`xpeer finetune`): their effect is in a model "
+        "that stays in this home unless its operator exports it. Epsilon counts them all the same"
+    ]
 
 
 def _check_line(checked: Checked) -> str:
@@ -131,7 +143,8 @@ def _row(charge: Charge) -> str:
     segment = charge.segment
     return (
         f"| {charge.counter} | {when} | {segment.noise_multiplier!r} | "
-        f"{segment.sampling_probability!r} | {segment.steps} |"
+        f"{segment.sampling_probability!r} | {segment.steps} | "
+        f"{'own model' if charge.about and charge.about.own else 'swarm'} |"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple
 
@@ -27,6 +28,18 @@ _SMOOTHING: Final = 0.8
 _ANEW: Final = 0.05
 """Where other homes charge too, the steps left are counted again once this node has charged so
 large a fraction of them."""
+
+
+class Bound(NamedTuple):
+    """A limit that further steps have to keep."""
+
+    epsilon: float
+    spent: list[Segment]
+    """Steps that count towards it, besides the further ones."""
+
+
+Bounds = Callable[[list[Segment]], list[Bound]]
+"""The limits of further steps, for a document that was charged these steps."""
 
 
 class Charged(NamedTuple):
@@ -57,6 +70,8 @@ class Budget:
     Args:
         ledger: ledger of this home.
         epsilon: bound for everything that any document of the shard was charged.
+        bounds: further limits, which take the place of epsilon's (`spending`); None = there is that
+            one.
         delta: delta at which epsilon is computed.
         noise_multiplier: sigma of the steps to come.
         sampling_probability: q of the steps to come.
@@ -73,17 +88,20 @@ class Budget:
         delta: float,
         noise_multiplier: float,
         sampling_probability: float,
+        bounds: Bounds | None = None,
     ) -> None:
-        self._ledger = ledger
-        self._epsilon, self._delta = epsilon, delta
+        self._ledger, self._delta = ledger, delta
+        self._bounds = bounds or (lambda spent: [Bound(epsilon, spent)])
         self._sigma, self._q = noise_multiplier, sampling_probability
         self._lock = threading.Lock()
         self._left = self._count(STEPS_MAX)
         if not self._left and not ledger.steps_charged and not any(ledger.histories()):
+            part = min(bound.epsilon for bound in self._bounds([]))
+            less = f", of which {part:g} is not kept back" if part < epsilon else ""
             raise ConfigError(
                 f"privacy.noise_multiplier {noise_multiplier:g}: a single step, with sampling "
                 f"probability {sampling_probability:.3g}, costs more than privacy.epsilon "
-                f"{epsilon:g}",
+                f"{epsilon:g}{less}",
                 "train on more text, or in a swarm with more noise (`xpeer privacy plan`)",
             )
         self._since_counted = 0
@@ -189,15 +207,26 @@ class Budget:
     def _count(self, limit: int) -> int:
         """Count the steps that still fit for every document of the shard, `limit` at most."""
         for spent in self._ledger.histories():
-            limit = accountant.steps_within(
-                self._epsilon, self._delta, spent, self._sigma, self._q, limit
-            )
+            limit = steps_within(self._bounds(spent), self._delta, self._sigma, self._q, limit)
         return limit
 
     def _fits(self, histories: list[list[Segment]], more: Segment) -> bool:
         return all(
-            accountant.epsilon([*spent, more], self._delta) <= self._epsilon for spent in histories
+            accountant.epsilon([*bound.spent, more], self._delta) <= bound.epsilon
+            for spent in histories
+            for bound in self._bounds(spent)
         )
+
+
+def steps_within(
+    bounds: Iterable[Bound], delta: float, noise_multiplier: float, q: float, limit: int
+) -> int:
+    """Count the further steps, `limit` at most, that keep all bounds. Takes seconds."""
+    for bound in bounds:
+        limit = accountant.steps_within(
+            bound.epsilon, delta, bound.spent, noise_multiplier, q, limit
+        )
+    return limit
 
 
 def delta_of(manifest: Manifest, num_units: int) -> float:
@@ -220,12 +249,16 @@ def coarse_size(num_records: int) -> int:
 
 
 def noise_multiplier(
-    manifest: Manifest, ledger: Ledger, delta: float, sampling_probability: float
+    manifest: Manifest,
+    ledger: Ledger,
+    delta: float,
+    sampling_probability: float,
+    epsilon: float | None = None,
 ) -> float:
     """Sigma: the manifest's, else the ledger's, else one calibrated now and kept in the ledger.
 
-    It is calibrated so that `end.steps` steps spend the budget. A calibrated sigma reveals the size
-    of the shard, so it never leaves the node.
+    It is calibrated so that `end.steps` steps spend epsilon; None = the whole budget. A calibrated
+    sigma reveals the size of the shard, so it never leaves the node.
 
     Raises:
         ConfigError: neither sigma nor end.steps is set, or no sigma reaches the target.
@@ -240,9 +273,8 @@ def noise_multiplier(
                 "privacy.noise_multiplier and end.steps are both unset",
                 "sigma can't be calibrated; the manifest needs one of them",
             )
-        sigma = accountant.calibrate(
-            manifest.privacy.epsilon, delta, sampling_probability, manifest.end.steps
-        )
+        target = manifest.privacy.epsilon if epsilon is None else epsilon
+        sigma = accountant.calibrate(target, delta, sampling_probability, manifest.end.steps)
         stored = ledger.set_once(SIGMA_SETTING, repr(sigma))
     try:
         sigma = float(stored)

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from xpeer.accounts.accountant import Segment
-from xpeer.accounts.histories import ByUnit
+from xpeer.accounts.histories import ByUnit, History
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
 from xpeer.leaves import Local, Parts, Public, Timing, seen_by
@@ -50,6 +50,8 @@ class ChargeContext(Struct, frozen=True, forbid_unknown_fields=True):
     found_again: Timing[bool] = False
     """True iff this repeats a charge that the ledger had lost and the machine's register still
     held."""
+    own: Timing[bool] = False
+    """True iff the steps are own steps (`xpeer finetune`). Their effect stays in the home."""
 
     @property
     def exact_unit(self) -> str:
@@ -98,14 +100,16 @@ class ChargeChain:
         steps: steps charged, by (noise multiplier, sampling probability), in order of appearance.
         steps_charged: number of all steps.
         by_unit: steps charged, by what epsilon holds for.
+        own: own steps charged, by kind as in `steps`.
     """
 
     def __init__(self, ledger_id: str) -> None:
         self.charges: list[Charge] = []
         self.head = blake2b(DOMAIN, ledger_id.encode())
-        self.steps: dict[tuple[float, float], int] = {}
+        self.steps: History = {}
         self.steps_charged = 0
         self.by_unit: ByUnit = {}
+        self.own: History = {}
 
     @property
     def counter(self) -> int:
@@ -114,7 +118,7 @@ class ChargeChain:
 
     def next_row(self, segment: Segment, about: ChargeContext | None) -> Row:
         """Make the row that continues the chain. The caller stores it, then calls `add`."""
-        return self._continuing(segment, msgspec.json.encode(about).decode() if about else "")
+        return self._continuing(segment, _noted(about) if about else "")
 
     def add(self, row: Row) -> None:
         """Append a stored row.
@@ -131,7 +135,8 @@ class ChargeChain:
             raise LocalError(str(e)) from e
         kind = segment.noise_multiplier, segment.sampling_probability
         history = self.by_unit.setdefault(about.exact_unit if about else "record", {})
-        for steps in (self.steps, history):
+        histories = self.steps, history, *([self.own] if about and about.own else [])
+        for steps in histories:
             steps[kind] = steps.get(kind, 0) + segment.steps
         self.charges.append(Charge(row.counter, segment, about))
         self.steps_charged, self.head = row.total_steps, row.hash
@@ -144,6 +149,14 @@ class ChargeChain:
             DOMAIN, self.head, MECHANISM.encode(), packed, *([noted.encode()] if noted else [])
         )
         return Row(counter, MECHANISM, *numbers, total, head, noted)
+
+
+def _noted(about: ChargeContext) -> str:
+    """A context as the ledger stores it. Older versions read it, unless it is that of own steps."""
+    noted = msgspec.to_builtins(about)
+    if not about.own:
+        del noted["own"]
+    return msgspec.json.encode(noted).decode()
 
 
 def in_parts(segments: Sequence[Segment], at_least: int) -> list[Segment]:

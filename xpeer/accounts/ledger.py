@@ -66,7 +66,8 @@ class Ledger:
         self.path = path
         self._connection = connection
         self._file = file_id(path)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        """Re-entrant: a budget looks at own charges while it decides about a new one."""
         self._usable = True
         """True until the ledger is closed, or a write fails. False from the start if it was opened
         by `look`."""
@@ -237,6 +238,14 @@ class Ledger:
         with self._lock:
             return [Segment(sigma, q, steps) for (sigma, q), steps in self._chain.steps.items()]
 
+    def own_segments(self) -> list[Segment]:
+        """Charges of own steps (`xpeer finetune`), which `segments` includes.
+
+        Own steps that were charged again because the ledger had lost them are not among them.
+        """
+        with self._lock:
+            return segments_of(self._chain.own)
+
     def by_unit(self) -> ByUnit:
         """Steps charged, by what epsilon holds for."""
         with self._lock:
@@ -293,7 +302,7 @@ class Ledger:
             for unit, history in behind.items():
                 kind, _, cut = unit.partition(" of ")
                 again = msgspec.structs.replace(
-                    about, unit=kind, cut=cut, unix_s=time.time(), found_again=True
+                    about, unit=kind, cut=cut, unix_s=time.time(), found_again=True, own=False
                 )
                 parts = in_parts(segments_of(history), spare)
                 spare -= len(parts)

@@ -10,11 +10,13 @@ from msgspec import Struct
 from xpeer.accounts import accountant
 from xpeer.accounts.account_view import AccountView
 from xpeer.accounts.accountant import Segment
+from xpeer.accounts.budget import Bounds, steps_within
 from xpeer.accounts.chain import ChargeContext
 from xpeer.accounts.histories import DocumentClass
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.accounts.replay import replay
+from xpeer.accounts.spending import SwarmSpending
 from xpeer.errors import LocalError
 from xpeer.leaves import Local, Public, seen_by
 from xpeer.manifest import DELTA_MAX
@@ -83,16 +85,21 @@ class Account(Struct, frozen=True, kw_only=True):
     epsilon_ever: Local[float]
     """The same for all documents that the node ever had."""
     epsilon_target: Public[float]
+    epsilon_kept_back: Local[float]
+    """The part of the target that the swarm's steps leave for own steps (`privacy.keep_back`)."""
     delta: Local[float]
     clip_norm: Public[float]
     segments: Local[list[Segment]]
     """All steps of this node."""
+    own_segments: Local[list[Segment]]
+    """Its own steps (`xpeer finetune`). `segments` includes them."""
     steps_charged: Local[int]
     """Number of all steps of this node."""
     charges: Local[int]
     """Number of charges in the ledger."""
     steps_left: Local[int | None]
-    """Further steps that fit the budget, with the noise and sampling of the last charge."""
+    """Further steps that fit the budget, with the noise and sampling of the last charge. If they
+    are steps of the swarm's run, they leave what is kept back."""
     ends_unix_s: Local[float | None]
     """Time at which the budget will be spent, at the pace of the last hour. None = not training
     now."""
@@ -163,12 +170,13 @@ def _last_noted(ledger: Ledger) -> Noted:
     )
 
 
-def account(ledger: Ledger, register: Register | None = None) -> Account:
+def account(ledger: Ledger, register: Register | None = None, keep_back: float = 0.0) -> Account:
     """Report the state of a ledger. Takes a second or two.
 
     Args:
         ledger: the node's ledger.
         register: the machine's register; None = there is none.
+        keep_back: `privacy.keep_back` of the node.
 
     Raises:
         LocalError: nothing was charged, all charges were lost, or the charges are those of an old
@@ -184,16 +192,9 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
         raise LocalError(f"privacy ledger {ledger.path}: {'; '.join(view.problems())}", START)
     last = _last_noted(ledger)
     noted, delta = last.about, last.about.delta
-    left, of_shard = _STEPS_MAX, view.of_shard()
-    for spent in of_shard:
-        left = accountant.steps_within(
-            noted.epsilon_target,
-            delta,
-            spent,
-            last.segment.noise_multiplier,
-            last.segment.sampling_probability,
-            left,
-        )
+    target, of_shard = noted.epsilon_target, view.of_shard()
+    swarm = SwarmSpending(0.0 if noted.own else keep_back)
+    left = _steps_left(swarm.bounds(target, ledger), delta, of_shard, last.segment)
     documents, left_out = _documents(view, delta)
     return Account(
         ledger_id=ledger.id,
@@ -202,10 +203,12 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
         unit=noted.exact_unit.partition(" of ")[0],
         epsilon_spent=accountant.epsilon_worst(of_shard, delta),
         epsilon_ever=accountant.epsilon_worst(view.ever(), delta),
-        epsilon_target=noted.epsilon_target,
+        epsilon_target=target,
+        epsilon_kept_back=keep_back * target,
         delta=delta,
         clip_norm=noted.clip_norm,
         segments=view.charged,
+        own_segments=ledger.own_segments(),
         steps_charged=sum(segment.steps for segment in view.charged),
         charges=ledger.counter,
         steps_left=left,
@@ -215,6 +218,14 @@ def account(ledger: Ledger, register: Register | None = None) -> Account:
         classes_left_out=left_out,
         problems=view.problems(),
     )
+
+
+def _steps_left(bounds: Bounds, delta: float, histories: list[list[Segment]], kind: Segment) -> int:
+    """The number of further steps of this kind that fit for all documents."""
+    sigma, q, left = kind.noise_multiplier, kind.sampling_probability, _STEPS_MAX
+    for spent in histories:
+        left = steps_within(bounds(spent), delta, sigma, q, left)
+    return left
 
 
 def files(

@@ -51,8 +51,9 @@ def status_command(home: Home, as_json: bool) -> None:
     """Say what this node's ledger has been charged; the daemon need not run."""
     from xpeer.accounts import audit, report  # noqa: PLC0415 - slow to import
 
+    keep_back = load_config(home).privacy.keep_back
     with _opened(home) as (ledger, register):
-        account = report.account(ledger, register)
+        account = report.account(ledger, register, keep_back)
     if as_json:
         echo_json(account)
         return
@@ -202,7 +203,8 @@ def report_command(home: Home, as_json: bool) -> None:
     from xpeer.accounts import audit, report  # noqa: PLC0415 - slow to import
 
     with _opened(home) as (ledger, register):
-        account, verdict = report.account(ledger, register), report.verify(ledger, register)
+        account = report.account(ledger, register, load_config(home).privacy.keep_back)
+        verdict = report.verify(ledger, register)
         charges = ledger.charges()
     if as_json:
         echo_json({"account": account, "verdict": verdict, "charges": charges})
@@ -311,6 +313,14 @@ def _rows(found: Account) -> Iterator[tuple[str, str]]:
         f"epsilon {found.epsilon_spent:.4f} of {found.epsilon_target:g} at delta "
         f"{found.delta:.3g}; {left:.4f} or {found.steps_left} steps left",
     )
+    if found.epsilon_kept_back:
+        yield (
+            "kept back",
+            f"epsilon {found.epsilon_kept_back:g} of these: the swarm's steps leave it for "
+            "`xpeer finetune`",
+        )
+    if own := sum(segment.steps for segment in found.own_segments):
+        yield "own steps", f"{own} of the steps below, by `xpeer finetune`"
     if found.epsilon_ever > found.epsilon_spent:
         yield "ever", f"epsilon {found.epsilon_ever:.4f}, by text that is no longer in the shard"
     for segment in found.segments:

@@ -268,6 +268,9 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
 def _left(privacy: PrivacySpent) -> str:
     """What is left of the budget. If the rest is too small for another step, it says so."""
     left = max(0.0, privacy.epsilon_target - privacy.epsilon_spent)
+    if kept := privacy.epsilon_kept_back:
+        steps = f"{privacy.steps_left} of the swarm's steps left" if privacy.steps_left else ""
+        return f"{steps or 'no steps left'}; {kept:g} is kept back for `xpeer finetune`"
     if privacy.steps_left is None:
         return f"{left:.3f} left"
     if privacy.steps_left == 0:

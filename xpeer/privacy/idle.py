@@ -14,10 +14,12 @@ from torch import Tensor
 from xpeer import update
 from xpeer.accounts import accountant
 from xpeer.accounts.account_view import AccountView
-from xpeer.accounts.budget import STEPS_MAX, Charged, delta_of
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.budget import STEPS_MAX, Charged, delta_of, steps_within
 from xpeer.accounts.chain import ChargeContext
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
+from xpeer.accounts.spending import WHOLE, SwarmSpending
 from xpeer.errors import LocalError
 from xpeer.manifest import Manifest
 from xpeer.privacy.steps import StepResult
@@ -40,6 +42,7 @@ class IdleMechanism:
         ledger: this home's ledger.
         register: the machine's register, closed with this; None without privacy.
         seen: `seen` of the last checkpoint, kept for the next one.
+        spending: what steps might spend, if there were text.
 
     Raises:
         LocalError: the register can't be read, or the ledger can't be written.
@@ -59,11 +62,12 @@ class IdleMechanism:
         ledger: Ledger,
         register: Register | None,
         seen: Tensor | None,
+        spending: SwarmSpending = WHOLE,
     ) -> None:
         self.notes: list[str] = []
         self._mode = manifest.privacy.mode
         self._charges = manifest.privacy.policy.charges
-        self._target = manifest.privacy.epsilon
+        self._target, self._spending = manifest.privacy.epsilon, spending
         self._ledger, self._register = ledger, register
         self._seen = torch.empty(0, dtype=torch.int64) if seen is None else seen
         self.steps_behind = 0
@@ -107,20 +111,16 @@ class IdleMechanism:
         if self._register is None or about is None:
             return PrivacySpent(mode=self._mode, engine=self.engine)
         of_text = AccountView(self._ledger, self._register).of_shard()
-        last, left = self._ledger.charges()[-1].segment, STEPS_MAX
+        last, left = _last_of_the_swarm(self._ledger), STEPS_MAX
+        bounds = self._spending.bounds(self._target, self._ledger)
         for history in of_text:
-            left = accountant.steps_within(
-                self._target,
-                about.delta,
-                history,
-                last.noise_multiplier,
-                last.sampling_probability,
-                left,
-            )
+            sigma, q = last.noise_multiplier, last.sampling_probability
+            left = steps_within(bounds(history), about.delta, sigma, q, left)
         return PrivacySpent(
             mode=self._mode,
             epsilon_spent=accountant.epsilon_worst(of_text, about.delta),
             epsilon_target=self._target,
+            epsilon_kept_back=self._target - self._spending.part_of(self._target),
             delta=about.delta,
             noise_multiplier=last.noise_multiplier,
             steps_charged=self._ledger.steps_charged,
@@ -138,6 +138,13 @@ class IdleMechanism:
 def _noted(ledger: Ledger) -> ChargeContext | None:
     """The context of the newest charge that notes one; None if none does."""
     return next((c.about for c in reversed(ledger.charges()) if c.about is not None), None)
+
+
+def _last_of_the_swarm(ledger: Ledger) -> Segment:
+    """The newest charge of the swarm's steps, else the newest one."""
+    charges = ledger.charges()
+    of_swarm = [c.segment for c in charges if not (c.about and c.about.own)]
+    return of_swarm[-1] if of_swarm else charges[-1].segment
 
 
 def _assumed(manifest: Manifest, swarm_id: str) -> ChargeContext:

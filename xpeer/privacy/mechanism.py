@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from xpeer import update
 from xpeer.accounts import accountant
-from xpeer.accounts.budget import Budget, Charged, coarse_size, delta_of, noise_multiplier
+from xpeer.accounts.budget import Budget, Charged, coarse_size, delta_of
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.signal import noise_norm
+from xpeer.accounts.spending import WHOLE, Spending
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
 from xpeer.privacy import noise
@@ -108,6 +109,7 @@ class RecordMechanism:
         owners: the document of each record, (n,) int64, ascending; needed where documents are the
             unit.
         clip_norm: C of the last checkpoint, where it adapts; None = begin with the manifest's.
+        spending: what the steps are for, and which part of the budget they may spend.
 
     Raises:
         ConfigError: another mode, no records, or a model that can't be trained privately.
@@ -125,6 +127,7 @@ class RecordMechanism:
         *,
         owners: Tensor | None = None,
         clip_norm: float | None = None,
+        spending: Spending = WHOLE,
     ) -> None:
         section = manifest.privacy
         if not section.policy.clips_records:
@@ -135,7 +138,8 @@ class RecordMechanism:
         self._ledger, self._unit, self._target = ledger, units.kind, section.epsilon
         self._delta = delta_of(manifest, len(units))
         sampling = sampling_of(manifest, coarse_size(len(units)))
-        self._sigma = noise_multiplier(manifest, ledger, self._delta, sampling.probability)
+        allowed = spending.allowance(manifest, ledger, self._delta, sampling.probability)
+        self._sigma, self._kept_back = allowed.noise_multiplier, allowed.epsilon_kept_back
         choice = _engine(manifest, model, records, record_losses, sampling.expected, options)
         self.engine = choice.engine.name
         self.notes: list[str] = [f"private gradients by {self.engine}: {choice.reason}"]
@@ -161,6 +165,7 @@ class RecordMechanism:
             delta=self._delta,
             noise_multiplier=self._sigma,
             sampling_probability=sampling.probability,
+            bounds=allowed.bounds,
         )
 
     @property
@@ -220,6 +225,7 @@ class RecordMechanism:
             mode="record",
             epsilon_spent=accountant.epsilon_worst(self._ledger.histories(), self._delta),
             epsilon_target=self._target,
+            epsilon_kept_back=self._kept_back,
             delta=self._delta,
             noise_multiplier=self._sigma,
             steps_charged=charged,
@@ -288,6 +294,7 @@ def build_mechanism(
     owners: Tensor | None = None,
     clip_norm: float | None = None,
     seen: Tensor | None = None,
+    spending: Spending = WHOLE,
 ) -> Mechanism:
     """Build the mechanism that the manifest asks for. Takes seconds under privacy.
 
@@ -301,6 +308,7 @@ def build_mechanism(
         owners: the document of each record, (n,) int64, ascending.
         clip_norm: C of the last checkpoint, where it adapts.
         seen: `seen` of the last checkpoint.
+        spending: what the steps are for; nothing is charged without privacy.
     """
     if not manifest.privacy.policy.charges:
         return OffMechanism(manifest, model, records, record_losses, options, seen=seen)
@@ -313,4 +321,5 @@ def build_mechanism(
         options,
         owners=owners,
         clip_norm=clip_norm,
+        spending=spending,
     )

@@ -16,6 +16,7 @@ import torch
 
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
+from xpeer.accounts.spending import SwarmSpending
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest, SignedManifest
@@ -79,6 +80,11 @@ class _Swarm:
     def private(self) -> bool:
         """Whether steps are charged."""
         return self.manifest.privacy.policy.charges
+
+    @property
+    def swarm_spending(self) -> SwarmSpending:
+        """What the swarm's steps may spend."""
+        return SwarmSpending(self.config.privacy.keep_back)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +223,8 @@ def _idle(swarm: _Swarm, start: _Start) -> IdleMechanism:
     """
     register = Register.open(privacy_register(swarm.config)) if swarm.private else None
     seen = start.saved.seen if start.saved is not None else None
-    return IdleMechanism(swarm.manifest, swarm.setup.swarm_id, start.ledger, register, seen)
+    arguments = swarm.setup.swarm_id, start.ledger, register, seen, swarm.swarm_spending
+    return IdleMechanism(swarm.manifest, *arguments)
 
 
 def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechanism:
@@ -237,6 +244,7 @@ def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechan
         owners=text.owners,
         clip_norm=start.counters.clip_norm,
         seen=start.saved.seen if start.saved is not None else None,
+        spending=swarm.swarm_spending,
     )
 
 
@@ -349,7 +357,9 @@ def _assembled(
 
 def _forfeited(start: _Start) -> int:
     """Steps that this home was charged for, but that its parameters do not contain."""
-    return max(0, start.ledger.steps_charged - start.counters.charges_used)
+    ledger = start.ledger
+    own = sum(segment.steps for segment in ledger.own_segments())
+    return max(0, ledger.steps_charged - own - start.counters.charges_used)
 
 
 def _complete_counters(start: _Start) -> None:
