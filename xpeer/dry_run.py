@@ -75,11 +75,10 @@ def _report_text(config: NodeConfig, manifest: Manifest, text: Text, report: Rep
     setting = "data.corpus" if manifest.shared_corpus else "data.shard"
     for line in text.shard.lines():
         report(f"{setting}: {line}")
-    tokens = int((text.records >= 0).sum())
     report(
         f"{setting}: {len(set(text.documents)):,} documents to train on, "
         f"{len(text.records):,} records of at most {manifest.optimiser.sequence_tokens} tokens, "
-        f"{tokens:,} tokens; {len(text.held_out):,} records held out"
+        f"{text.tokens:,} tokens; {len(text.held_out):,} records held out"
     )
     if manifest.shared_corpus:
         report("(all of the corpus: its division among the members is known once they are there)")

@@ -191,6 +191,22 @@ def by_reason(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{why} {count:,}" for why, count in order)
 
 
+@seen_by("node", "how long this node reads its text is seen by nobody")
+class TextProgress(Struct, frozen=True, kw_only=True):
+    """How far the trainer is with the tokens of its text. Local only."""
+
+    bytes_read: Local[int] = 0
+    """Bytes of the text files that are tokenised; those of earlier starts included."""
+    bytes_total: Local[int] = 0
+    documents: Local[int] = 0
+    """Documents that this start tokenised so far."""
+    tokens: Local[int] = 0
+    """Tokens that this start made so far."""
+    bytes_per_s: Local[float] = 0.0
+    eta_s: Local[float | None] = None
+    """Seconds until all text is tokenised; None = unknown."""
+
+
 @seen_by("node", "what others say and do")
 class Partner(Struct, frozen=True, kw_only=True):
     """A member of the swarm as this node sees it."""

@@ -21,6 +21,7 @@ from torch import nn
 
 from xpeer.files import private_umask
 from xpeer.leaves import Local, seen_by
+from xpeer.privacy.steps import Records
 
 NAME: Final = "engine.json"
 _PACKAGES: Final = ("xpeer", "torch", "transformers", "peft")
@@ -64,7 +65,7 @@ class EngineMemory:
             beside.replace(self._path)
 
 
-def setting_of(model: nn.Module, records: torch.Tensor, *details: object) -> str:
+def setting_of(model: nn.Module, records: Records, *details: object) -> str:
     """Hash everything that the choice of an engine may depend on.
 
     Args:

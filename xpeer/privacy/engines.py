@@ -22,7 +22,7 @@ from xpeer.privacy.clipping import (
 )
 from xpeer.privacy.engine_check import Candidate, right_ones
 from xpeer.privacy.engine_memory import EngineMemory
-from xpeer.privacy.steps import FULL, Precision, Switchable
+from xpeer.privacy.steps import FULL, Precision, Records, Switchable
 
 SAMPLE_RECORDS: Final = 4
 _LOOK_AT: Final = 256
@@ -98,7 +98,7 @@ def choose_engine(
     return choice
 
 
-def sample_of(records: Tensor) -> Tensor:
+def sample_of(records: Records) -> Tensor:
     """Pick a few records for the test: (n, T) -> (m, T), 2 <= m <= 4; n >= 1.
 
     The record with the most padding (negative numbers) is among them.

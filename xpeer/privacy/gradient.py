@@ -19,7 +19,7 @@ from xpeer.privacy.clipping import Clipped, Engine
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.privacy.norms import ClipNorm
 from xpeer.privacy.ranks import Alone, Ranks
-from xpeer.privacy.steps import StepResult, result_of
+from xpeer.privacy.steps import Records, StepResult, result_of
 from xpeer.privacy.units import Sample, Units
 
 
@@ -64,7 +64,7 @@ class PrivateGradient:
         self,
         parameters: Sequence[nn.Parameter],
         engine: Engine,
-        records: Tensor,
+        records: Records,
         units: Units,
         clip_norm: ClipNorm,
         sampling: Sampling,

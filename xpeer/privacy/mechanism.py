@@ -43,7 +43,7 @@ from xpeer.privacy.gradient import PrivateGradient, sampling_of
 from xpeer.privacy.norms import clip_norm_of
 from xpeer.privacy.options import DEFAULT, Options
 from xpeer.privacy.plain import OffMechanism
-from xpeer.privacy.steps import StepResult, check_records
+from xpeer.privacy.steps import Records, StepResult, check_records
 from xpeer.privacy.units import units_of
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
@@ -120,7 +120,7 @@ class RecordMechanism:
         self,
         manifest: Manifest,
         model: nn.Module,
-        records: Tensor,
+        records: Records,
         record_losses: RecordLosses,
         ledger: Ledger,
         options: Options = DEFAULT,
@@ -258,7 +258,7 @@ class RecordMechanism:
 def _engine(
     manifest: Manifest,
     model: nn.Module,
-    records: Tensor,
+    records: Records,
     record_losses: RecordLosses,
     expected: int,
     options: Options,
@@ -286,7 +286,7 @@ def _engine(
 def build_mechanism(
     manifest: Manifest,
     model: nn.Module,
-    records: Tensor,
+    records: Records,
     record_losses: RecordLosses,
     ledger: Ledger,
     options: Options = DEFAULT,

@@ -8,10 +8,16 @@ record of this node waits for the next pass.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from xpeer.privacy.noise import SecretGenerator
+from xpeer.privacy.steps import Records
+
+_BLOCK: Final = 4096
+"""Records that are named at once."""
 
 
 class Passes:
@@ -22,7 +28,7 @@ class Passes:
         seen: `seen` of an earlier start, whose records may have been others.
     """
 
-    def __init__(self, records: Tensor, seen: Tensor | None = None) -> None:
+    def __init__(self, records: Records, seen: Tensor | None = None) -> None:
         self._names = _names(records)
         self._generator = SecretGenerator()
         order = self._generator.shuffled(len(records))
@@ -46,7 +52,7 @@ class Passes:
         return self._names[~left]
 
 
-def _names(records: Tensor) -> Tensor:
+def _names(records: Records) -> Tensor:
     """Name records by their content, (n,) int64: a multilinear hash modulo 2^64, with fixed
     factors.
     """
@@ -54,4 +60,5 @@ def _names(records: Tensor) -> Tensor:
     factors = torch.randint(
         limits.min, limits.max, (records.shape[1],), generator=torch.Generator().manual_seed(0)
     )
-    return records @ factors
+    blocks = range(0, len(records), _BLOCK)
+    return torch.cat([records[at : at + _BLOCK] @ factors for at in blocks])

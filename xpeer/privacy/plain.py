@@ -14,7 +14,7 @@ from xpeer.manifest import Manifest
 from xpeer.privacy.clipping import RecordLosses, trainable
 from xpeer.privacy.options import DEFAULT, Options
 from xpeer.privacy.passes import Passes
-from xpeer.privacy.steps import StepResult, Switchable, check_records
+from xpeer.privacy.steps import Records, StepResult, Switchable, check_records
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
@@ -46,7 +46,7 @@ class OffMechanism:
         self,
         manifest: Manifest,
         model: nn.Module,
-        records: Tensor,
+        records: Records,
         record_losses: RecordLosses,
         options: Options = DEFAULT,
         *,

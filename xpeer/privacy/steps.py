@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,20 @@ class Precision:
 
 
 FULL: Final = Precision()
+
+
+class Records(Protocol):
+    """Training sequences, (n, T) int64: a tensor, or what is cut out of a file when asked."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(n, T)."""
+
+    def __len__(self) -> int:
+        """Return n."""
+
+    def __getitem__(self, index: Tensor | slice, /) -> Tensor:
+        """Return some records, (k, T) int64, CPU: those of a slice, or of indices (k,) int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +94,13 @@ def result_of(clipped: Clipped, clip_norm: float | None = None) -> StepResult:
     )
 
 
-def check_records(records: Tensor) -> None:
+def check_records(records: Records) -> None:
     """Refuse an empty shard.
 
     Raises:
         ShardError: there is no record.
     """
-    if records.dim() != 2 or not len(records):
+    if len(records.shape) != 2 or not len(records):
         raise ShardError(
             f"the shard has no records to train on (shape {tuple(records.shape)})",
             "check data.shard",

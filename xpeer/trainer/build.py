@@ -28,7 +28,7 @@ from xpeer.mixing.parameters import Parameters
 from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
-from xpeer.privacy.steps import Precision
+from xpeer.privacy.steps import Precision, Records
 from xpeer.trainer.assembled import Assembled, Beginning, TextFacts
 from xpeer.trainer.capture import Capture, FrozenValues, Keeping
 from xpeer.trainer.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
@@ -249,7 +249,7 @@ def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechan
 
 
 def _loop(
-    swarm: _Swarm, start: _Start, mechanism: Mechanism, held_out: torch.Tensor, pulse: Pulse
+    swarm: _Swarm, start: _Start, mechanism: Mechanism, held_out: Records, pulse: Pulse
 ) -> TrainingLoop:
     """Make the loop, with the checkpoint's state of rule and optimiser."""
     saved = start.saved
@@ -371,7 +371,7 @@ def _complete_counters(start: _Start) -> None:
 
 
 def _evaluation(
-    swarm: _Swarm, start: _Start, held_out: torch.Tensor, beat: Callable[[], None]
+    swarm: _Swarm, start: _Start, held_out: Records, beat: Callable[[], None]
 ) -> Evaluation:
     """Prepare to measure the losses on the public text and on text held out of the shard."""
     manifest = swarm.manifest
@@ -386,10 +386,10 @@ def _evaluation(
     )
 
 
-def _spread(records: torch.Tensor, at_most: int) -> torch.Tensor:
-    """Return at most so many rows, evenly spread."""
+def _spread(records: Records, at_most: int) -> torch.Tensor:
+    """Return at most so many records, evenly spread."""
     if len(records) <= at_most:
-        return records
+        return records[:]
     return records[torch.linspace(0, len(records) - 1, at_most).long()]
 
 

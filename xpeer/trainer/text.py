@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 
 from xpeer.config import Home
 from xpeer.errors import ShardError
 from xpeer.manifest import Manifest
+from xpeer.privacy.steps import Records
 from xpeer.status import CorpusShare, ShardSummary
 from xpeer.trainer.setup import TrainerSetup
-from xpeer.training.documents import read_shard
-from xpeer.training.partition import divide, refuse_other
-from xpeer.training.records import load_owned_records, load_records, split
+from xpeer.training.documents import no_text
+from xpeer.training.files import find
+from xpeer.training.partition import choose, piece_characters, refuse_other
+from xpeer.training.piece_table import PieceTable, first_of_each, in_hex, split_pieces
+from xpeer.training.reading import Recipe
+from xpeer.training.record_view import MappedRecords
+from xpeer.training.token_cache import TokenCache
+from xpeer.training.token_file import BEGINS
+from xpeer.training.tokenising import OnProgress, ignore, tokenise
 from xpeer.training.tokenizer import Tokenizer
 
 
@@ -22,18 +32,24 @@ from xpeer.training.tokenizer import Tokenizer
 class Text:
     """The text that a node trains on."""
 
-    records: torch.Tensor  # (n, T) int64
+    records: Records  # (n, T) int64
     owners: torch.Tensor  # (n,) int64: the number of each record's document
     documents: list[str]
     """Ids of the documents; for a piece, the id of the whole document."""
-    held_out: torch.Tensor  # (m, T) int64
+    held_out: Records  # (m, T) int64
     shard: ShardSummary
     share: CorpusShare | None
     """This node's part of a shared corpus; None = there is none."""
+    tokens: int = 0
+    """Tokens in `records`, without filling."""
 
 
 def text_if_any(
-    setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home
+    setup: TrainerSetup,
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    home: Home,
+    on_progress: OnProgress = ignore,
 ) -> tuple[Text, str]:
     """Read the text. If a home that has trained can't read it, return no text, and why.
 
@@ -41,7 +57,7 @@ def text_if_any(
         ShardError: there is no text, and this home has never trained or names no files.
     """
     try:
-        return text_of(setup, manifest, tokenizer, home), ""
+        return text_of(setup, manifest, tokenizer, home, on_progress), ""
     except ShardError as e:
         data = setup.config.data
         if not (setup.has_trained and (data.corpus or data.shard)):
@@ -50,38 +66,90 @@ def text_if_any(
         return Text(empty, empty[:, 0], [], empty, ShardSummary(), None), str(e)
 
 
-def text_of(setup: TrainerSetup, manifest: Manifest, tokenizer: Tokenizer, home: Home) -> Text:
-    """Read the shard, or this node's part of the corpus.
+def text_of(
+    setup: TrainerSetup,
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    home: Home,
+    on_progress: OnProgress = ignore,
+) -> Text:
+    """Read the shard, or this node's part of the corpus, unless the cache holds all of its tokens.
 
     Args:
         setup: names the files.
         manifest: of the swarm.
         tokenizer: of the swarm.
         home: has the cache.
+        on_progress: called now and then while text is tokenised.
 
     Raises:
         ShardError: there is no text, or it can't be read.
     """
     data, shared = setup.config.data, manifest.shared_corpus
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
-    shard = read_shard(patterns, data.text_field, setting)
-    documents = shard.documents
+    length = manifest.optimiser.sequence_tokens
+    recipe = Recipe(tokenizer, data.text_field, piece_characters(manifest) if shared else 0)
+    table, summary = read_table(patterns, setting, recipe, home.cache, on_progress)
     if shared:
-        refuse_other(shared, documents)
-    training, held_out = split(documents, data.validation_share, data.split)
-    share = None
+        refuse_other(shared, in_hex(table.whole[np.flatnonzero(table.flags & BEGINS)]))
+    training, held_out = split_pieces(table, data.validation_share, data.split)
+    mine, share = table.select(training), None
     if shared:
         # after the split: no member trains on text that another one measures on
-        training, share = divide(training, manifest, setup.members, setup.peer_id)
-    length = manifest.optimiser.sequence_tokens
-    records, owners = load_owned_records(training, tokenizer, length, home.cache)
+        names, characters = mine.id[:, 0].astype(np.uint64), int(mine.characters.sum())
+        chosen, share = choose(names, characters, manifest, setup.members, setup.peer_id)
+        mine = mine.select(chosen)
+    records = MappedRecords(mine, length)
+    records.require_some()
+    owners = records.owners()
+    tokens = records.num_tokens()
     if share is not None:
-        share = msgspec.structs.replace(share, tokens=int((records >= 0).sum()))
-    try:
-        validation = load_records(held_out, tokenizer, length, home.cache)
-    except ShardError:  # a single document, or too little held out for one record
-        validation = records[:0]
-    ids = [document.whole or document.id for document in training]
-    too_short = len(training) - len(set(owners.tolist()))
-    summary = msgspec.structs.replace(shard.summary, too_short=too_short)
-    return Text(records, owners, ids, validation, summary, share)
+        share = msgspec.structs.replace(share, tokens=tokens)
+    too_short = len(mine) - len(torch.unique_consecutive(owners))
+    return Text(
+        records,
+        owners,
+        mine.wholes(),
+        MappedRecords(table.select(held_out), length),
+        msgspec.structs.replace(summary, too_short=too_short),
+        share,
+        tokens,
+    )
+
+
+def read_table(
+    patterns: Sequence[str], setting: str, recipe: Recipe, cache: Path, on_progress: OnProgress
+) -> tuple[PieceTable, ShardSummary]:
+    """List the pieces of a shard, each document once; tokenise what the cache does not hold.
+
+    Args:
+        patterns: see `files.find`.
+        setting: name of the setting, for errors.
+        recipe: how text becomes tokens.
+        cache: folder of this node.
+        on_progress: called now and then while text is tokenised.
+
+    Raises:
+        ShardError: there is no text, or it can't be read.
+    """
+    matched = find(patterns, setting)
+    tokens = TokenCache(cache, recipe)
+    tokens.open()
+    known = tokenise(matched.sources, recipe, tokens, on_progress)
+    tokens.prune(known)
+    everything = tokens.table(known)
+    table = everything.select(first_of_each(everything))
+    skipped, left_out, files = tokens.counts(known)
+    documents = int((table.flags & BEGINS != 0).sum())
+    summary = ShardSummary(
+        files=files,
+        documents=documents,
+        characters=int(table.characters.sum()),
+        repeated=int((everything.flags & BEGINS != 0).sum()) - documents,
+        skipped=dict(skipped),
+        left_out=dict(matched.left_out + left_out),
+        outside=dict(matched.outside),
+    )
+    if not documents:
+        raise no_text(patterns, setting, summary)
+    return table, summary

@@ -78,9 +78,14 @@ def read_shard(
         outside=dict(matched.outside),
     )
     if not documents:
-        seen = "; ".join(summary.lines()[1:])
-        raise ShardError(
-            f"{setting}: no text in {', '.join(patterns)}" + (f" ({seen})" if seen else ""),
-            "name files that hold some text",
-        )
+        raise no_text(patterns, setting, summary)
     return Shard(list(documents.values()), summary)
+
+
+def no_text(patterns: Sequence[str], setting: str, summary: ShardSummary) -> ShardError:
+    """Make the error for files in which there is no text."""
+    seen = "; ".join(summary.lines()[1:])
+    return ShardError(
+        f"{setting}: no text in {', '.join(patterns)}" + (f" ({seen})" if seen else ""),
+        "name files that hold some text",
+    )

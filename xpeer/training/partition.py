@@ -17,13 +17,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from xpeer.errors import LocalError, ShardError
 from xpeer.identity import blake2b
 from xpeer.manifest import Manifest, SharedCorpus
 from xpeer.status import CorpusShare
-from xpeer.training.document import Document, corpus_digest
+from xpeer.training.document import Document, digest_of_ids
 
 PIECE_RECORDS: Final = 32
 """A document of more records is cut, so that several members can train its pieces."""
@@ -57,36 +59,63 @@ def divide(
     Raises:
         LocalError: `me` is not among the members.
     """
+    parts = pieces(documents, manifest)
+    names = np.array([int(part.id[:16], 16) for part in parts], np.uint64)
+    chosen, share = choose(names, sum(len(part.text) for part in parts), manifest, speeds, me)
+    return [parts[index] for index in chosen.tolist()], share
+
+
+def choose(
+    names: npt.NDArray[np.uint64],
+    characters: int,
+    manifest: Manifest,
+    speeds: Mapping[str, float],
+    me: str,
+) -> tuple[npt.NDArray[np.int64], CorpusShare]:
+    """Do as `divide`, by the pieces' names.
+
+    Args:
+        names: first 8 bytes of each piece's id, big endian, (n,).
+        characters: in all pieces.
+        manifest: see `divide`.
+        speeds: see `divide`.
+        me: see `divide`.
+
+    Returns:
+        Indices of the pieces to train on, (k,) int64, unit by unit; and their numbers.
+    """
     if me not in speeds:
         raise LocalError(f"{me} is not among the members that share the corpus")
-    parts = pieces(documents, manifest)
-    per_token = CHARACTERS_PER_TOKEN[manifest.tokenizer.kind]
-    tokens = sum(len(part.text) for part in parts) // per_token
-    count = num_units(tokens, len(parts), manifest.model.num_params, speeds)
+    tokens = characters // CHARACTERS_PER_TOKEN[manifest.tokenizer.kind]
+    count = num_units(tokens, len(names), manifest.model.num_params, speeds)
     shares = weights(speeds)
-    by_unit: dict[int, list[Document]] = {}
-    for part in parts:
-        by_unit.setdefault(unit_of(part, count), []).append(part)
-    mine = units_of(sorted(by_unit), count, shares, me)
-    chosen = [part for unit in mine for part in by_unit[unit]]
+    unit = unit_of(names, count)
+    with_text = np.unique(unit).tolist()
+    mine = units_of(with_text, count, shares, me)
+    order = np.argsort(unit, kind="stable").astype(np.int64)
+    chosen = order[np.isin(unit[order], mine)]
     share = CorpusShare(
         units=len(mine),
-        units_total=len(by_unit),
-        unit_tokens=max(1, tokens // max(1, len(by_unit))),
+        units_total=len(with_text),
+        unit_tokens=max(1, tokens // max(1, len(with_text))),
         documents=len(chosen),
-        documents_total=len(parts),
+        documents_total=len(names),
         weight=shares[me] / sum(shares.values()),
     )
     return chosen, share
 
 
-def refuse_other(shared: SharedCorpus, documents: Iterable[Document]) -> None:
+def refuse_other(shared: SharedCorpus, ids: Iterable[str]) -> None:
     """Refuse a copy of the corpus that differs from the founder's.
+
+    Args:
+        shared: section of the manifest.
+        ids: of the copy's documents.
 
     Raises:
         ShardError: its documents differ.
     """
-    digest = corpus_digest(documents)
+    digest = digest_of_ids(ids)
     if shared.digest not in ("", digest):
         raise ShardError(
             f"data.corpus: this copy of {shared.name!r} has digest {digest[:16]}, but the swarm's "
@@ -101,12 +130,20 @@ def pieces(documents: Iterable[Document], manifest: Manifest) -> list[Document]:
     The pieces do not depend on anything that changes during a run. Under privacy a record is the
     unit of protection, so records must stay the same, whoever trains on them.
     """
+    length = piece_characters(manifest)
+    return [piece for document in documents for piece in cut_document(document, length)]
+
+
+def piece_characters(manifest: Manifest) -> int:
+    """Most characters of a piece."""
     per_token = CHARACTERS_PER_TOKEN[manifest.tokenizer.kind]
-    length = PIECE_RECORDS * manifest.optimiser.sequence_tokens * per_token
-    return [piece for document in documents for piece in _cut(document, length)]
+    return PIECE_RECORDS * manifest.optimiser.sequence_tokens * per_token
 
 
-def _cut(document: Document, length: int) -> list[Document]:
+def cut_document(document: Document, length: int) -> list[Document]:
+    """Cut a document into pieces of at most so many characters; 0 = leave it whole."""
+    if not length:
+        return [document]
     text = document.text
     ends: list[int] = []
     start = 0
@@ -149,9 +186,9 @@ def num_units(tokens: int, num_pieces: int, num_params: int, speeds: Mapping[str
     return _power_of_two(min(wanted, num_pieces, MAX_UNITS))
 
 
-def unit_of(piece: Document, count: int) -> int:
-    """The unit of a piece. If the count doubles, half of the pieces keep their unit."""
-    return int(piece.id[:16], 16) % count
+def unit_of(names: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:
+    """The unit of each piece, (n,). If the count doubles, half of the pieces keep their unit."""
+    return (names % np.uint64(count)).astype(np.int64)
 
 
 def weights(speeds: Mapping[str, float]) -> dict[str, float]:

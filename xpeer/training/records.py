@@ -7,18 +7,15 @@ So a restart trains on the same text, and no text moves from validation to train
 
 from __future__ import annotations
 
-import logging
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Final, Literal, TypeVar
 
 import torch
 
-from xpeer.errors import LocalError, ShardError
+from xpeer.errors import ShardError
 from xpeer.identity import blake2b
 from xpeer.training.documents import Document, load_documents
-from xpeer.training.tensor_file import CorruptFileError, clear_staging, read_tensors, write_tensors
 from xpeer.training.tokenizer import Tokenizer
 from xpeer.training.tokens import ids_of
 
@@ -27,8 +24,6 @@ __all__ = [
     "cut",
     "cut_owned",
     "load_documents",
-    "load_owned_records",
-    "load_records",
     "split",
 ]
 
@@ -36,11 +31,6 @@ MIN_TOKENS: Final = 8
 """A shorter tail of a document is dropped: it teaches little, and costs the privacy of a record."""
 FILL: Final = -1
 """Fills the right of a record that is shorter than T. What is below it: `losses.inputs_of`."""
-CACHE_FILES: Final = 8
-"""Number of files in the cache: training and validation records of the last few shards."""
-_CACHE_VERSION: Final = b"records/3"
-
-logger = logging.getLogger("xpeer.shard")
 _T = TypeVar("_T")
 
 
@@ -63,7 +53,7 @@ def split(
         documents (files).
     """
     sets = _hold_out_sets(documents, by)
-    uniform = {key: _uniform(b"split", key.encode()) for key in sets}
+    uniform = {key: uniform_of(key) for key in sets}
     held_out = {key for key, u in uniform.items() if u < share}
     if len(sets) >= 2:
         if not held_out:
@@ -130,64 +120,6 @@ def cut_owned(
     return records.long(), torch.arange(len(parts)).repeat_interleave(counts)
 
 
-def load_records(
-    documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int, cache: Path
-) -> torch.Tensor:
-    """Do as `load_owned_records`, but return only the records."""
-    return load_owned_records(documents, tokenizer, sequence_tokens, cache)[0]
-
-
-def load_owned_records(
-    documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: int, cache: Path
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do as `cut_owned`, or load its result from an earlier start.
-
-    If the cache can't be read or written, that costs time, but the result is the same.
-
-    Args:
-        documents: see `cut_owned`.
-        tokenizer: see `cut_owned`.
-        sequence_tokens: see `cut_owned`.
-        cache: folder of this node. Its files hold private text as tokens, and have mode 0600.
-    """
-    key = blake2b(
-        _CACHE_VERSION,
-        tokenizer.name.encode(),
-        struct.pack("<4q", sequence_tokens, MIN_TOKENS, *_special_ids(tokenizer)),
-        *(document.id.encode() for document in documents),
-        size=16,
-    )
-    path = cache / f"records-{key.hex()}.safetensors"
-    try:
-        tensors, _ = read_tensors(path)
-        records, owners = tensors["records"], tensors["owners"]
-        path.touch()
-    except (CorruptFileError, OSError):
-        records, owners = cut_owned(documents, tokenizer, sequence_tokens)
-        _keep(path, records, owners)
-    return records.long(), owners.long()
-
-
-def _keep(path: Path, records: torch.Tensor, owners: torch.Tensor) -> None:
-    try:
-        clear_staging(path.parent)
-        write_tensors(path, {"records": records.int(), "owners": owners.int()}, {})
-        cached = sorted(path.parent.glob("records-*.safetensors"), key=_age)
-        for old in cached[CACHE_FILES:]:
-            old.unlink(missing_ok=True)
-    except (LocalError, OSError) as e:
-        logger.warning("tokenised records are not cached: %s", e)
-
-
-def _age(path: Path) -> float:
-    return -path.stat().st_mtime
-
-
-def _special_ids(tokenizer: Tokenizer) -> Iterator[int]:
-    for special in (tokenizer.bos_id, tokenizer.eos_id):
-        yield -1 if special is None else special
-
-
 def _hold_out_sets(documents: Sequence[Document], by: str) -> dict[str, list[Document]]:
     """Group documents that are held out together, by a key that depends only on content."""
     if by == "document":
@@ -206,7 +138,7 @@ def _grouped(items: Sequence[_T], key: Callable[[_T], str]) -> dict[str, list[_T
     return groups
 
 
-def _uniform(*parts: bytes) -> float:
-    """A number in (0, 1) from a hash."""
-    (number,) = struct.unpack("<Q", blake2b(*parts, size=8))
+def uniform_of(key: str) -> float:
+    """A number in (0, 1) from a hash: documents below the share to hold out are held out."""
+    (number,) = struct.unpack("<Q", blake2b(b"split", key.encode(), size=8))
     return float((number >> 11) + 0.5) / 2.0**53

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -47,6 +49,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Convert text without lone surrogates to ids, none of them special."""
 
+    def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+        """Do as `encode` with several texts at once, on all cores; (n,) uint32 each."""
+
     def decode(self, ids: list[int]) -> str:
         """Convert ids to text; special ids vanish, broken characters become U+FFFD."""
 
@@ -65,6 +70,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """Convert text to one id per byte of UTF-8."""
         return list(text.encode())
+
+    def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+        """See `Tokenizer.encode_batch`; one core is enough."""
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -142,6 +151,11 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Convert text to ids, none of them special."""
         return list(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+        """See `Tokenizer.encode_batch`; the library's own threads share the work."""
+        encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(each.ids, np.uint32) for each in encoded]
 
     def decode(self, ids: list[int]) -> str:
         """Convert ids to text as well as the tokenizer can; special ids vanish."""

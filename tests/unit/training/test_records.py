@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import stat
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,9 +14,8 @@ from hypothesis import strategies as st
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError
 from xpeer.trainer.build import assemble
-from xpeer.training import records
 from xpeer.training.documents import Document, document_of, load_documents
-from xpeer.training.records import FILL, MIN_TOKENS, cut, load_records, split
+from xpeer.training.records import FILL, MIN_TOKENS, cut, split
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -256,74 +253,6 @@ def test_one_document_added_adds_only_its_own_records():
 def test_no_documents():
     with pytest.raises(ConfigError, match="no text"):
         cut([], TOKENIZER, 8)
-
-
-class CountingTokenizer(ByteTokenizer):
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def encode(self, text: str) -> list[int]:
-        self.calls += 1
-        return super().encode(text)
-
-
-def test_the_cache_saves_the_work_and_is_private(tmp_path: Path):
-    cache, tokenizer = tmp_path / "cache", CountingTokenizer()
-    first = load_records(documents(10), tokenizer, 16, cache)
-    again = load_records(documents(10), tokenizer, 16, cache)
-    assert tokenizer.calls == 10
-    assert torch.equal(first, again)
-    assert again.dtype == torch.int64
-    (path,) = cache.iterdir()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-def test_the_cache_depends_on_everything(tmp_path: Path):
-    tokenizer = CountingTokenizer()
-    load_records(documents(10), tokenizer, 16, tmp_path)
-    load_records(documents(10), tokenizer, 24, tmp_path)
-    load_records(documents(11), tokenizer, 16, tmp_path)
-    other = CountingTokenizer()
-    other.name = "another"
-    load_records(documents(10), other, 16, tmp_path)
-    assert (tokenizer.calls, other.calls) == (31, 10)
-
-
-def test_an_older_cache_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tokenizer = CountingTokenizer()
-    monkeypatch.setattr(records, "_CACHE_VERSION", b"records/2")
-    load_records(documents(10), tokenizer, 16, tmp_path)
-    monkeypatch.undo()
-    assert FILL in load_records(documents(10), tokenizer, 16, tmp_path)
-    assert tokenizer.calls == 20
-
-
-def test_a_damaged_cache_is_made_again(tmp_path: Path):
-    tokenizer = CountingTokenizer()
-    first = load_records(documents(10), tokenizer, 16, tmp_path)
-    (path,) = tmp_path.iterdir()
-    data = path.read_bytes()
-    for damaged in (data[:-5], data[:-1] + bytes([data[-1] ^ 1]), b""):
-        path.write_bytes(damaged)
-        assert torch.equal(load_records(documents(10), tokenizer, 16, tmp_path), first)
-        assert path.read_bytes() == data
-
-
-def test_a_cache_that_can_not_be_written_is_no_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    with caplog.at_level(logging.WARNING):
-        records = load_records(documents(3), TOKENIZER, 16, blocked / "cache")
-    assert len(records) == 3
-    assert "not cached" in caplog.text
-
-
-def test_the_cache_does_not_grow(tmp_path: Path):
-    for n in range(1, records.CACHE_FILES + 4):
-        load_records(documents(n), TOKENIZER, 16, tmp_path)
-    assert len(list(tmp_path.iterdir())) == records.CACHE_FILES
 
 
 def test_jsonl_rows_of_one_file_share_its_side_when_files_are_split(tmp_path: Path):

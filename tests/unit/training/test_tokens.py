@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from xpeer.training import tokens
 from xpeer.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer
-from xpeer.training.tokens import ids_of
+from xpeer.training.tokens import ids_of, parts_of
 
 ENGLISH = "\n\n".join(text for _, text in sorted(topics.items()))[:60_000]
 TEXTS = {
@@ -85,6 +85,17 @@ def test_the_same_ids(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_pieces_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "PIECE", 3000)
     tokenizer = byte_level(tmp_path)
-    pieces = list(tokens._pieces(tokenizer, ENGLISH))
-    assert "".join(pieces) == ENGLISH
-    assert max(map(len, pieces)) <= 3000
+    parts = list(parts_of(tokenizer, [ENGLISH]))
+    assert "".join(parts) == ENGLISH
+    assert max(map(len, parts)) <= 3000
+
+
+@pytest.mark.parametrize("size", [1, 700, 2999, 3000, 10_000])
+def test_parts_do_not_depend_on_blocks(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "PIECE", 3000)
+    tokenizer = byte_level(tmp_path)
+    for name, text in TEXTS.items():
+        blocks = (text[at : at + size] for at in range(0, len(text), size))
+        assert list(parts_of(tokenizer, blocks)) == list(parts_of(tokenizer, [text])), name

@@ -19,6 +19,8 @@ EMPTY: Final = "empty"
 NULL: Final = "null"
 NO_FIELD: Final = "no field"
 NOT_TEXT: Final = "not text"
+REASONS: Final = (EMPTY, NULL, NO_FIELD, NOT_TEXT)
+"""All reasons to skip a row, in an order that the cache of tokens keeps."""
 
 _BLANK: Final = frozenset("\u115f\u1160\u3164\uffa0\u2800\ufffc\ufffd")
 """Letters and symbols that mean nothing: Hangul fillers, the empty Braille cell, and the signs for

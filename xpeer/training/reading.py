@@ -1,0 +1,130 @@
+"""Reads the files of a shard, in a stream of pieces of text that can be encoded one by one.
+
+Neither a file nor a document has to fit into memory. Knows nothing of where tokens are kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from xpeer.identity import blake2b
+from xpeer.training.document import Document, document_of
+from xpeer.training.files import Source
+from xpeer.training.formats import texts
+from xpeer.training.formats.plain import OtherFormError
+from xpeer.training.partition import cut_document
+from xpeer.training.records import uniform_of
+from xpeer.training.tokenizer import Tokenizer
+from xpeer.training.tokens import parts_of
+
+FORMS: Final = ("", "mark-up", "JSON")
+"""Forms of texts that are not read, in an order that the cache of tokens keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What decides which tokens a file becomes, besides its content."""
+
+    tokenizer: Tokenizer
+    text_field: str = "text"
+    piece_characters: int = 0
+    """A longer document is cut into pieces; 0 = none is."""
+
+    @property
+    def digest(self) -> str:
+        """Names the recipe: files of tokens of one digest belong together."""
+        special = (str(self.tokenizer.bos_id), str(self.tokenizer.eos_id))
+        words = (self.tokenizer.name, *special, self.text_field, str(self.piece_characters))
+        return blake2b(b"tokens/1", *(word.encode() for word in words), size=16).hex()
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Says what the tokens of a part of a text belong to."""
+
+    id: bytes
+    """Of the piece; for a document that is not cut, of the document."""
+    whole: bytes
+    """Of the document."""
+    uniform: float
+    begins: bool
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """A text file begins. `key` says which, `first` and `characters` what of it is skipped."""
+
+    key: bytes
+    first: int
+    characters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a piece, to be encoded."""
+
+    head: Head
+    text: str
+    last: bool
+    """Whether the piece ends here."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A text file has ended."""
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Number of its rows without text, by reason."""
+    form: int = 0
+    """Index into `FORMS`."""
+
+
+Event = Begin | Part | End
+
+
+def events_of(source: Source, recipe: Recipe, begin: Begin) -> Iterator[Event]:
+    """Read a text file, but for what an earlier start has read of it.
+
+    Raises:
+        ShardError: the file can't be read, or is not what its name says; names file and place.
+    """
+    skipped: Counter[str] = Counter()
+    form, left, characters = 0, begin.first, begin.characters
+    yield begin
+    try:
+        for text in texts(source.path, recipe.text_field, skipped, named=source.named):
+            document = document_of(text, str(source.path))
+            uniform = uniform_of(document.id)
+            for piece in cut_document(document, recipe.piece_characters):
+                if left:
+                    left -= 1
+                    continue
+                yield from _parts(piece, uniform, recipe.tokenizer, characters)
+                characters = 0
+    except OtherFormError as e:
+        if source.named:
+            raise
+        form = FORMS.index(e.form)
+    yield End(skipped, form)
+
+
+def _parts(piece: Document, uniform: float, tokenizer: Tokenizer, done: int) -> Iterator[Part]:
+    """Cut a piece into parts; its first `done` characters are skipped."""
+    whole = bytes.fromhex(piece.whole or piece.id)
+    head = Head(bytes.fromhex(piece.id), whole, uniform, piece.begins, piece.ends)
+    for text, last in _marking_last(parts_of(tokenizer, [piece.text[done:]])):
+        yield Part(head, text, last)
+
+
+def _marking_last(items: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    before: str | None = None
+    for item in items:
+        if before is not None:
+            yield before, False
+        before = item
+    if before is not None:
+        yield before, True

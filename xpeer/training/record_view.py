@@ -1,0 +1,98 @@
+"""Records of a shard, cut out of the mapped tokens when they are asked for."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from xpeer.errors import ShardError
+from xpeer.training.piece_table import Array, PieceTable
+from xpeer.training.records import FILL, MIN_TOKENS
+
+_BLOCK_TOKENS: Final = 1 << 20
+
+
+class MappedRecords:
+    """The records of some pieces, as `records.cut_owned` makes them. Indexed like a tensor.
+
+    Args:
+        table: the pieces.
+        sequence_tokens: T.
+
+    Attributes:
+        shape: (number of records, T).
+    """
+
+    def __init__(self, table: PieceTable, sequence_tokens: int) -> None:
+        size, tail = np.divmod(table.tokens, sequence_tokens)
+        counts = size + (tail >= MIN_TOKENS)
+        self._table = table
+        self._ends = np.cumsum(counts, dtype=np.int64)  # of each piece's records
+        self._counts = counts
+        self._first = np.concatenate([[0], np.cumsum(table.tokens)]).astype(np.int64)
+        self._passages = np.concatenate([[0], np.cumsum(table.size)]).astype(np.int64)
+        self.shape = torch.Size((int(self._ends[-1]) if len(self._ends) else 0, sequence_tokens))
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return self.shape[0]
+
+    def __getitem__(self, index: torch.Tensor | slice) -> torch.Tensor:
+        """Return some records, (k, T) int64, CPU; `FILL` where there is no token."""
+        if isinstance(index, slice):
+            chosen = np.arange(*index.indices(len(self)), dtype=np.int64)
+        else:
+            chosen = index.cpu().numpy().astype(np.int64, copy=False)
+            if chosen.ndim != 1 or (len(chosen) and not self._holds(chosen)):
+                raise IndexError(f"records {tuple(chosen.shape)} of {len(self)}")
+        return self._cut(chosen)
+
+    def owners(self) -> torch.Tensor:
+        """Return the number of each record's piece, (records,) int64, ascending."""
+        return torch.from_numpy(np.repeat(np.arange(len(self._table)), self._counts))
+
+    def num_tokens(self) -> int:
+        """Return the number of tokens in all records, without filling."""
+        tail = self._table.tokens % self.shape[1]
+        return int((self._table.tokens - np.where(tail < MIN_TOKENS, tail, 0)).sum())
+
+    def require_some(self) -> None:
+        """Refuse a shard without a record.
+
+        Raises:
+            ShardError: there is none.
+        """
+        if not len(self):
+            raise ShardError(
+                f"no text: none of {len(self._table)} documents has {MIN_TOKENS} tokens",
+                "name files that hold more text",
+            )
+
+    def _holds(self, chosen: Array) -> bool:
+        return bool(chosen.min() >= 0 and chosen.max() < len(self))
+
+    def _cut(self, chosen: Array) -> torch.Tensor:
+        length = self.shape[1]
+        out = np.full((len(chosen), length), FILL, np.int64)
+        piece = np.searchsorted(self._ends, chosen, "right")
+        within = chosen - (self._ends - self._counts)[piece]
+        begins = self._first[piece] + within * length
+        sizes = np.minimum(self._first[piece + 1] - begins, length)
+        passage = np.searchsorted(self._passages, begins, "right") - 1
+        ranges = zip(begins.tolist(), sizes.tolist(), passage.tolist(), strict=True)
+        for row, (begin, size, number) in enumerate(ranges):
+            self._copy(out[row, :size], begin, number)
+        return torch.from_numpy(out)
+
+    def _copy(self, out: Array, begin: int, passage: int) -> None:
+        """Copy the tokens from the place `begin` of all passages in a row."""
+        table: Any = self._table
+        done = 0
+        while done < len(out):
+            offset = begin + done - int(self._passages[passage])
+            count = min(len(out) - done, int(table.size[passage]) - offset)
+            place = int(table.begin[passage]) + offset
+            out[done : done + count] = table.files[table.file[passage]][place : place + count]
+            done, passage = done + count, passage + 1

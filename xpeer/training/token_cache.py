@@ -1,0 +1,319 @@
+"""The shard as tokens, kept on the disk: every text is tokenised once.
+
+    cache/tokens/RECIPE/*.tokens      see `token_file`
+    cache/tokens/RECIPE/verified      files whose tokens need not be read again to trust them
+
+A text file is known by its path, size, times and inode. As long as these are the same, it is not
+opened again. If a start is killed, the next one goes on with the files of tokens that are there.
+The ids of the documents are stored with the very tokens that are trained on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from xpeer.errors import ShardError
+from xpeer.identity import blake2b
+from xpeer.training.files import Source
+from xpeer.training.formats.rows import REASONS
+from xpeer.training.piece_table import Array, PieceTable, expanded
+from xpeer.training.reading import FORMS, Begin, Recipe
+from xpeer.training.tensor_file import CorruptFileError
+from xpeer.training.token_file import (
+    CONTINUES,
+    OPEN,
+    PASSAGE,
+    SOURCE,
+    STAGING,
+    SUFFIX,
+    TokenFile,
+    open_token_file,
+)
+
+FOLDER: Final = "tokens"
+KEPT_RECIPES: Final = 3
+"""Recipes whose tokens are kept: those that were used last."""
+_VERIFIED: Final = "verified"
+_OLD: Final = "records-*.safetensors"
+"""What earlier versions kept tokens in."""
+
+logger = logging.getLogger("xpeer.shard")
+Stat = tuple[int, int, int, int]
+
+
+def stat_of(path: Path) -> Stat:
+    """Size, times and inode of a file: another content gets others."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def key_of(path: Path, stat: Stat) -> bytes:
+    """Name a text file as it is now, 16 bytes."""
+    # no resolving: a link that leads elsewhere has another inode
+    where = os.fsencode(os.path.abspath(path))  # noqa: PTH100
+    return blake2b(where, struct.pack("<4Q", *(value % (1 << 64) for value in stat)), size=16)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the cache holds of some text files."""
+
+    entries: Array  # (e,) int64: rows of `TokenCache`'s table of sources, file by file
+    source: Array  # (e,) int64: number of the text file
+    begins: list[tuple[int, Begin]]
+    """Text files that are not complete, by number, and where reading has to begin."""
+
+
+class TokenCache:
+    """Files of tokens of one recipe.
+
+    Args:
+        cache: folder of this node.
+        recipe: how text becomes tokens.
+
+    Attributes:
+        folder: holds the files, mode 0700.
+        dtype: of the tokens: the smallest unsigned type that holds the vocabulary.
+    """
+
+    def __init__(self, cache: Path, recipe: Recipe) -> None:
+        self.folder = cache / FOLDER / recipe.digest
+        self.dtype = np.dtype("<u2" if recipe.tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self._cache = cache
+        self._files: list[TokenFile] = []
+        self._sources = np.empty(0, SOURCE)
+        self._file = self._begin = np.empty(0, np.int64)  # of each entry: file, first passage
+        self._order = np.empty(0, np.int64)  # of the entries, by key and place
+
+    def open(self) -> None:
+        """Open what earlier starts wrote; files that are damaged are removed.
+
+        Raises:
+            ShardError: the folder can't be used.
+        """
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.utime(self.folder)
+            for left in self.folder.glob(f"{STAGING}*"):
+                left.unlink(missing_ok=True)
+            paths = sorted(self.folder.glob(f"*{SUFFIX}"))
+        except OSError as e:
+            raise unusable(self.folder, e) from e
+        verified = self._verified()
+        self._files = []
+        for path in paths:
+            try:
+                known = verified.get(path.name) == stat_of(path)
+                self._files.append(open_token_file(path, verify=not known))
+            except (CorruptFileError, OSError) as e:
+                logger.warning("tokens are made again: %s: %s", path.name, e)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        self._index()
+        self._keep_verified()
+
+    def add(self, paths: Sequence[Path]) -> None:
+        """Open files that were just written.
+
+        Raises:
+            ShardError: one can't be read.
+        """
+        try:
+            self._files += [open_token_file(path, verify=False) for path in paths]
+        except CorruptFileError as e:
+            raise ShardError(f"tokens in {self.folder}: {e}", "check that disk") from e
+        self._index()
+        self._keep_verified()
+
+    def known(self, keys: Array) -> Known:
+        """Look up text files by their keys, (n, 2) uint64."""
+        found: list[Array] = []
+        sources: list[Array] = []
+        begins: list[tuple[int, Begin]] = []
+        table = self._sources[self._order]
+        first = table["key"][:, 0].astype(np.uint64)
+        low = np.searchsorted(first, keys[:, 0], "left")
+        high = np.searchsorted(first, keys[:, 0], "right")
+        inside = np.minimum(low, max(0, len(table) - 1))
+        single = high - low == 1
+        if len(table):
+            at = table[inside]
+            single &= (at["key"][:, 1] == keys[:, 1]) & (at["complete"] == 1)
+            single &= (at["first"] == 0) & (at["characters"] == 0)
+        numbers = np.flatnonzero(single)
+        found.append(self._order[inside[numbers]])
+        sources.append(numbers)
+        for number in np.flatnonzero(~single).tolist():
+            chain, begin = self._chain(keys[number], self._order[low[number] : high[number]])
+            found.append(np.array(chain, np.int64))
+            sources.append(np.full(len(chain), number, np.int64))
+            if begin is not None:
+                begins.append((number, begin))
+        entries, source = np.concatenate(found), np.concatenate(sources)
+        order = np.argsort(source, kind="stable")
+        return Known(entries[order], source[order], begins)
+
+    def table(self, known: Known) -> PieceTable:
+        """List the pieces of the text files in their order, those that came before included."""
+        sizes = self._sources["passages"].astype(np.int64)[known.entries]
+        rows = expanded(self._begin[known.entries], sizes)
+        passages = np.concatenate([np.empty(0, PASSAGE), *(f.passages for f in self._files)])
+        passages = passages[rows]
+        offsets = [np.cumsum(f.passages["tokens"]) - f.passages["tokens"] for f in self._files]
+        begin = np.concatenate([np.empty(0, np.int64), *offsets]).astype(np.int64)[rows]
+        numbers = np.repeat(np.arange(len(self._files)), [len(f.passages) for f in self._files])
+        starts = np.flatnonzero(passages["flags"] & CONTINUES == 0)
+        bounds = np.append(starts, len(passages)).astype(np.int64)
+        heads = passages[starts]
+        size = passages["tokens"].astype(np.int64)
+        return PieceTable(
+            id=heads["id"],
+            whole=heads["whole"],
+            tokens=_sums(size, starts),
+            characters=_sums(passages["characters"].astype(np.int64), starts),
+            uniform=heads["uniform"].astype(np.float64),
+            flags=heads["flags"],
+            source=np.repeat(known.source, sizes)[starts],
+            passages=bounds,
+            file=numbers.astype(np.int32)[rows],
+            begin=begin,
+            size=size,
+            files=[f.tokens for f in self._files],
+        )
+
+    def counts(self, known: Known) -> tuple[Counter[str], Counter[str], int]:
+        """Rows without text and files of other forms, by reason; and the number of files read."""
+        entries = self._sources[known.entries]
+        entries = entries[entries["complete"] == 1]
+        sums = entries["skipped"].sum(0).tolist()
+        skipped = Counter({why: int(n) for why, n in zip(REASONS, sums, strict=True) if n})
+        numbers = np.bincount(entries["form"], minlength=len(FORMS)).tolist()
+        left_out = Counter({f: int(n) for f, n in zip(FORMS, numbers, strict=True) if f and n})
+        return skipped, left_out, int(numbers[0])
+
+    def forms(self, known: Known) -> Array:
+        """Index into `FORMS` of each entry of `known`."""
+        forms: Array = self._sources["form"][known.entries]
+        return forms
+
+    def prune(self, known: Known) -> None:
+        """Remove tokens of text files that are gone, and of recipes that were used long ago."""
+        used = set(self._file[known.entries].tolist())
+        with contextlib.suppress(OSError):
+            for number, file in enumerate(self._files):
+                if number not in used:
+                    file.path.unlink(missing_ok=True)
+            recipes = sorted(self.folder.parent.iterdir(), key=_age)
+            for old in recipes[KEPT_RECIPES:]:
+                shutil.rmtree(old, ignore_errors=True)
+            for old in self._cache.glob(_OLD):
+                old.unlink(missing_ok=True)
+
+    def _chain(self, key: Array, rows: Array) -> tuple[list[int], Begin | None]:
+        """Entries of a text file, one after the other, and where reading has to go on."""
+        chain: list[int] = []
+        first = characters = 0
+        while True:
+            for row in rows.tolist():
+                entry = self._sources[row]
+                place = int(entry["first"]), int(entry["characters"])
+                if (entry["key"] == key).all() and place == (first, characters):
+                    if entry["complete"]:
+                        return [*chain, row], None
+                    after = self._after(row)
+                    if after != place:
+                        chain.append(row)
+                        first, characters = after
+                        break
+            else:
+                name = np.ascontiguousarray(key, ">u8").tobytes()
+                return chain, Begin(name, first, characters)
+
+    def _after(self, row: int) -> tuple[int, int]:
+        """Where the next entry of a text file has to begin."""
+        entry, begin = self._sources[row], self._begin[row]
+        file = int(self._file[row])
+        offset = sum(len(f.passages) for f in self._files[:file])
+        count = int(entry["passages"])
+        passages = self._files[file].passages[begin - offset : begin - offset + count]
+        first, characters = int(entry["first"]), int(entry["characters"])
+        if not count or not passages[-1]["flags"] & OPEN:
+            return first + count, 0
+        before = characters if passages[-1]["flags"] & CONTINUES else 0
+        return first + count - 1, before + int(passages[-1]["characters"])
+
+    def _index(self) -> None:
+        """Number the entries of all files."""
+        sources = [f.sources for f in self._files]
+        self._sources = np.concatenate([np.empty(0, SOURCE), *sources])
+        self._file = np.repeat(np.arange(len(self._files)), [len(part) for part in sources])
+        counts = self._sources["passages"].astype(np.int64)
+        self._begin = np.cumsum(counts) - counts
+        key = self._sources["key"].astype(np.uint64)
+        places = self._sources["characters"], self._sources["first"]
+        self._order = np.lexsort((*places, key[:, 1], key[:, 0]))
+
+    def _verified(self) -> dict[str, Stat]:
+        try:
+            data = (self.folder / _VERIFIED).read_bytes()
+            return msgspec.json.decode(data, type=dict[str, Stat])
+        except (OSError, msgspec.MsgspecError):
+            return {}
+
+    def _keep_verified(self) -> None:
+        with contextlib.suppress(OSError):  # then they are verified again
+            stats = {file.path.name: stat_of(file.path) for file in self._files}
+            if stats != self._verified():
+                beside = self.folder / f"{STAGING}{_VERIFIED}"
+                beside.unlink(missing_ok=True)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                with open(os.open(beside, flags, 0o600), "wb") as file:  # noqa: PTH123 - a mode
+                    file.write(msgspec.json.encode(stats))
+                beside.replace(self.folder / _VERIFIED)
+
+
+def unusable(folder: Path, error: OSError) -> ShardError:
+    """Make the error for a folder that can't hold the tokens."""
+    return ShardError(
+        f"tokens of the text can't be kept in {folder}: {error.strerror or error}",
+        "check free space, owner and mode of that disk",
+    )
+
+
+def keys_of(sources: Sequence[Source]) -> tuple[Array, Array]:
+    """Keys of text files, (n, 2) uint64, and their sizes in bytes, (n,) int64.
+
+    Raises:
+        ShardError: a file is gone.
+    """
+    keys, sizes = bytearray(), np.empty(len(sources), np.int64)
+    for number, source in enumerate(sources):
+        try:
+            stat = stat_of(source.path)
+        except OSError as e:
+            raise ShardError(
+                f"{source.path} can't be read: {e.strerror or e}", "check the disk and the file"
+            ) from e
+        keys += key_of(source.path, stat)
+        sizes[number] = stat[0]
+    return np.frombuffer(bytes(keys), ">u8").reshape(-1, 2).astype(np.uint64), sizes
+
+
+def _sums(values: Array, starts: Array) -> Array:
+    return np.add.reduceat(values, starts) if len(starts) else np.empty(0, np.int64)
+
+
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime

@@ -1,0 +1,306 @@
+"""Tokenises text files into the cache: in a stream, on all cores, in files that survive a kill.
+
+One thread reads and writes; two more have the tokenizers library encode a batch each, so that its
+own threads never wait for Python. Memory is bounded by a few batches, whatever the files hold.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from xpeer.status import TextProgress
+from xpeer.training.files import Source
+from xpeer.training.formats.rows import REASONS
+from xpeer.training.piece_table import Array
+from xpeer.training.reading import Begin, End, Event, Head, Part, Recipe, events_of
+from xpeer.training.token_cache import Known, TokenCache, keys_of, unusable
+from xpeer.training.token_file import (
+    BEGINS,
+    CONTINUES,
+    ENDS,
+    OPEN,
+    PASSAGE,
+    SOURCE,
+    TokenFileWriter,
+)
+from xpeer.training.tokenizer import Tokenizer
+
+BATCH_CHARACTERS: Final = 1 << 20
+BATCH_EVENTS: Final = 4096
+IN_FLIGHT: Final = 3
+"""Batches that are encoded or wait for it: two threads work, and one batch is ready."""
+FILE_TOKENS: Final = 4 << 20
+"""Tokens in a file of the cache: what a kill may cost."""
+_REPORT_EVERY_S: Final = 0.5
+
+OnProgress = Callable[[TextProgress], None]
+Batch = list[Event]
+Encoded = list[Array]
+
+
+def ignore(_progress: TextProgress) -> None:
+    """Report nothing."""
+
+
+def tokenise(
+    sources: Sequence[Source],
+    recipe: Recipe,
+    cache: TokenCache,
+    on_progress: OnProgress = ignore,
+) -> Known:
+    """Have the cache hold all of some text files.
+
+    Args:
+        sources: the text files.
+        recipe: how their text becomes tokens; the cache's.
+        cache: was opened.
+        on_progress: called now and then.
+
+    Returns:
+        What the cache holds of these files.
+
+    Raises:
+        ShardError: a file can't be read, or tokens can't be kept.
+    """
+    keys, sizes = keys_of(sources)
+    known = cache.known(keys)
+    other_form = known.source[np.flatnonzero(cache.forms(known))].tolist()
+    refused = [number for number in other_form if sources[number].named]
+    missing = [
+        (number, Begin(np.ascontiguousarray(keys[number], ">u8").tobytes(), 0, 0))
+        for number in refused
+    ]  # read again, for the error
+    missing += known.begins
+    if not missing:
+        return known
+    meter = _Meter(on_progress, [int(sizes[number]) for number, _ in missing], int(sizes.sum()))
+    work = [(sources[number], begin) for number, begin in missing]
+    with ThreadPoolExecutor(2, "tokens") as pool:
+        writer = _Writer(cache, recipe.tokenizer)
+        try:
+            _run(pool, _batches(_events(work, recipe, meter)), recipe.tokenizer, writer, meter)
+            writer.finish()
+        except OSError as e:
+            raise unusable(cache.folder, e) from e
+        finally:
+            writer.discard()
+    cache.add(writer.published)
+    return cache.known(keys)
+
+
+def _events(work: Iterable[tuple[Source, Begin]], recipe: Recipe, meter: _Meter) -> Iterator[Event]:
+    for source, begin in work:
+        for event in events_of(source, recipe, begin):
+            if isinstance(event, Part):
+                meter.read(len(event.text))
+            yield event
+        meter.end_file()
+
+
+def _batches(events: Iterable[Event]) -> Iterator[Batch]:
+    batch: Batch = []
+    characters = 0
+    for event in events:
+        batch.append(event)
+        if isinstance(event, Part):
+            characters += len(event.text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_EVENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _run(
+    pool: ThreadPoolExecutor,
+    batches: Iterable[Batch],
+    tokenizer: Tokenizer,
+    writer: _Writer,
+    meter: _Meter,
+) -> None:
+    """Encode batches on the pool's threads, and write them in their order."""
+    waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+
+    def write_first() -> None:
+        batch, future = waiting.popleft()
+        encoded = iter(future.result())
+        for event in batch:
+            writer.take(event, next(encoded) if isinstance(event, Part) else None)
+        meter.wrote(writer)
+
+    for batch in batches:
+        texts = [event.text for event in batch if isinstance(event, Part)]
+        waiting.append((batch, pool.submit(tokenizer.encode_batch, texts)))
+        if len(waiting) >= IN_FLIGHT:
+            write_first()
+    while waiting:
+        write_first()
+
+
+class _Writer:
+    """Writes tokens and their tables, file after file.
+
+    Attributes:
+        published: files that are complete.
+        documents: documents that were written so far.
+        tokens: tokens that were written so far.
+    """
+
+    def __init__(self, cache: TokenCache, tokenizer: Tokenizer) -> None:
+        self.published: list[Path] = []
+        self.documents = self.tokens = 0
+        self._cache, self._tokenizer = cache, tokenizer
+        self._file: TokenFileWriter | None = None
+        self._passages: list[tuple[object, ...]] = []
+        self._sources: list[tuple[object, ...]] = []
+        self._begin = Begin(b"", 0, 0)
+        """The text file that is being read, and where this file of tokens goes on in it."""
+        self._from = 0
+        """Number of `_passages` when that text file, or this file of tokens, began."""
+        self._head: Head | None = None
+        """The piece that is being written; None between two."""
+        self._size = self._characters = 0
+        """Tokens and characters of it in this file of tokens."""
+        self._reading = False
+        """True iff a text file is being read."""
+        self._continues = False
+        """True iff the piece has earlier tokens in another file."""
+
+    def take(self, event: Event, ids: Array | None) -> None:
+        """Write what an event of `reading` brings; `ids` are a part's tokens."""
+        match event:
+            case Begin():
+                self._begin, self._from, self._reading = event, len(self._passages), True
+                self._continues = event.characters > 0
+            case Part() if ids is not None:
+                self._write(event, ids)
+            case End():
+                counts = tuple(event.skipped[why] for why in REASONS)
+                self._end_source(1, event.form, counts)
+        if self._file is not None and self._file.num_tokens >= FILE_TOKENS:
+            self._publish()
+
+    def finish(self) -> None:
+        """Publish what is left."""
+        if self._passages or self._sources:
+            self._publish()
+
+    def discard(self) -> None:
+        """Remove a file that is not complete."""
+        if self._file is not None:
+            self._file.discard()
+
+    @property
+    def _open_file(self) -> TokenFileWriter:
+        if self._file is None:
+            self._file = TokenFileWriter(self._cache.folder, self._cache.dtype)
+        return self._file
+
+    def _write(self, part: Part, ids: Array) -> None:
+        head, file = part.head, self._open_file
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        before = file.num_tokens
+        if self._head is None and head.begins and not self._continues and bos is not None:
+            file.add(np.array([bos]))
+        self._head = head
+        file.add(ids)
+        if part.last and head.ends and eos is not None:
+            file.add(np.array([eos]))
+        self._size += file.num_tokens - before
+        self._characters += len(part.text)
+        if part.last:
+            self._end_passage(0)
+            self._head, self._continues = None, False
+            self.documents += head.ends
+
+    def _end_passage(self, flags: int) -> None:
+        head = self._head
+        if head is None:
+            return
+        flags |= BEGINS * head.begins | ENDS * head.ends | CONTINUES * self._continues
+        ids = _pair(head.id), _pair(head.whole)
+        self._passages.append((*ids, self._size, self._characters, head.uniform, flags))
+        self.tokens += self._size
+        self._size = self._characters = 0
+
+    def _end_source(self, complete: int, form: int, skipped: tuple[int, ...]) -> None:
+        place = _pair(self._begin.key), self._begin.first, self._begin.characters
+        count = len(self._passages) - self._from
+        self._sources.append((*place, count, complete, form, skipped))
+        self._from = len(self._passages)
+        self._reading = not complete
+
+    def _publish(self) -> None:
+        """Complete this file; if a text file is being read, the next one goes on with it."""
+        if self._reading:
+            self._interrupt()
+        passages, sources = np.array(self._passages, PASSAGE), np.array(self._sources, SOURCE)
+        self.published.append(self._open_file.publish(passages, sources))
+        self._file, self._passages, self._sources, self._from = None, [], [], 0
+
+    def _interrupt(self) -> None:
+        """End the entry of the text file that is being read, and begin the next one's place."""
+        begin, characters = self._begin, self._characters
+        is_open = self._head is not None
+        if is_open and self._continues:
+            characters += begin.characters
+        self._end_passage(OPEN)
+        first = begin.first + len(self._passages) - self._from - is_open
+        self._end_source(0, 0, (0,) * len(REASONS))
+        self._begin = Begin(begin.key, first, characters if is_open else 0)
+        self._continues = is_open
+
+
+class _Meter:
+    """Reports how far the reading is, at most twice a second."""
+
+    def __init__(self, on_progress: OnProgress, sizes: Sequence[int], total: int) -> None:
+        self._on_progress = on_progress
+        self._sizes = deque(sizes)
+        self._done, self._total = total - sum(sizes), total
+        self._inside = 0
+        self._began = time.monotonic()
+        self._reported_at = self._began
+        self._before = self._done
+
+    def read(self, characters: int) -> None:
+        """Count text of the present file; packed files may hold more than their size."""
+        self._inside = min(self._inside + characters, self._sizes[0])
+
+    def end_file(self) -> None:
+        """Count all of the present file."""
+        self._done += self._sizes.popleft()
+        self._inside = 0
+
+    def wrote(self, writer: _Writer) -> None:
+        """Report, if it is time to."""
+        now = time.monotonic()
+        if now - self._reported_at < _REPORT_EVERY_S:
+            return
+        self._reported_at = now
+        done, seconds = self._done + self._inside, now - self._began
+        speed = (done - self._before) / seconds
+        self._on_progress(
+            TextProgress(
+                bytes_read=done,
+                bytes_total=self._total,
+                documents=writer.documents,
+                tokens=writer.tokens,
+                bytes_per_s=speed,
+                eta_s=(self._total - done) / speed if speed else None,
+            )
+        )
+
+
+def _pair(name: bytes) -> tuple[int, int]:
+    """A 16-byte name as two numbers."""
+    first, second = struct.unpack(">2Q", name)
+    return first, second
