@@ -309,6 +309,8 @@ class Status(Struct, frozen=True, kw_only=True):
     """None: the node trains on a shard of its own."""
     shard: Parts[ShardSummary | None] = None
     """Summary of the text that a trainer read; None until one has."""
+    tokenising: Parts[TextProgress | None] = None
+    """Progress of a trainer that tokenises its text at its start; None unless one does."""
     privacy: Parts[PrivacySpent] = PrivacySpent()
     privacy_warning: Public[str] = ""
     """Protection that the swarm's privacy mode lacks; "" if it is the usual mode."""

@@ -72,7 +72,10 @@ def observe(node: Node) -> None:
 def _life(node: Node) -> None:
     health, phase = node.health, node.phase
     for known, code in _BEGINNINGS.items():
+        starting = node.record.starting
         note = node.life.note or f"state is {known}"
+        if starting is not None:
+            note = f"the trainer {starting.stage}"
         now = phase if phase is not Phase.JOINING or node.member is None else Phase.STARTING
         health.hold(code, now is known, note=note)
     needed, member = node.config.training.min_peers, node.member

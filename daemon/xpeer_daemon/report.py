@@ -50,6 +50,7 @@ def status_of(node: Node) -> Status:
         fetching=node.life.fetching() if node.life.fetching is not None else None,
         corpus=last.corpus if last else None,
         shard=last.shard if last else None,
+        tokenising=record.starting.text if record.starting else None,
         privacy=_privacy(node),
         bytes_in=meter.bytes_in,
         bytes_out=meter.bytes_out,

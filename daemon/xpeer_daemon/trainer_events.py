@@ -6,7 +6,15 @@ import logging
 from collections.abc import Callable
 
 from xpeer.trainer.answers import error_of
-from xpeer.trainer.client import Crashed, Event, LookedAtText, Progressed, Saved, SaveFailed
+from xpeer.trainer.client import (
+    Crashed,
+    Event,
+    LookedAtText,
+    Progressed,
+    Saved,
+    SaveFailed,
+    Starting,
+)
 from xpeer_daemon.node import Node
 from xpeer_daemon.windows import Windows
 
@@ -30,6 +38,11 @@ class TrainerEvents:
     def __call__(self, event: Event) -> None:
         """Pass an event on."""
         record = self._node.record
+        if isinstance(event, Starting):
+            record.starting = event
+            return
+        if isinstance(event, Progressed | Crashed):
+            record.starting = None
         if isinstance(event, Progressed):
             self._node.follow_trainer(event.state, event.progress, event.privacy)
             if event.privacy is not None:

@@ -13,6 +13,7 @@ from xpeer_daemon.steps import Steps
 from xpeer_daemon.store import Known
 
 if TYPE_CHECKING:
+    from xpeer.trainer.answers import Starting
     from xpeer.trainer.client import TrainerProcess
 
 
@@ -35,6 +36,7 @@ class TrainingRecord:
             and until the end.
         saved_s: when a checkpoint was last written in this run; None until one was.
         steps: how fast steps are taken.
+        starting: how far the start of a trainer is; None unless one starts.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TrainingRecord:
         self.evaluation_problem = ""
         self.saved_s: float | None = None
         self.steps = Steps()
+        self.starting: Starting | None = None
         self.health = health
         self._clock = clock
 

@@ -27,7 +27,7 @@ from xpeer.escape import one_line, visible, without_words
 from xpeer.forms import Form
 from xpeer.leaves import Derived, Local, Parts, Public, Timing, seen_by
 from xpeer.phase import TrainerPhase
-from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
+from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary, TextProgress
 
 
 @seen_by("node")
@@ -161,6 +161,18 @@ class LookedAtText(Struct, frozen=True, tag=True):
 
 
 @seen_by("node")
+class Starting(Struct, frozen=True, tag=True):
+    """Sent while the trainer starts, whenever it has got on."""
+
+    stage: Local[str]
+    """What it does, after "the trainer"."""
+    work: Timing[int] = 0
+    """Grows while it makes progress."""
+    text: Parts[TextProgress | None] = None
+    """Progress of the tokens; None while none are made."""
+
+
+@seen_by("node")
 class Ending(Struct, frozen=True, tag=True):
     """Sent twice a second after a stop: the trainer is alive, and this is its progress."""
 
@@ -194,7 +206,9 @@ class Crashed(Struct, frozen=True, tag=True):
     failure: Parts[Failure]
 
 
-FromTrainer = Ready | Reply | Progressed | Saved | SaveFailed | LookedAtText | Ending | Crashed
+FromTrainer = (
+    Ready | Reply | Progressed | Saved | SaveFailed | LookedAtText | Starting | Ending | Crashed
+)
 
 _ERRORS: Final[dict[str, type[LocalError]]] = {
     kind.__name__: kind

@@ -33,6 +33,7 @@ from xpeer.trainer.assembled import Assembled, Beginning, TextFacts
 from xpeer.trainer.capture import Capture, FrozenValues, Keeping
 from xpeer.trainer.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
 from xpeer.trainer.setup import TrainerSetup
+from xpeer.trainer.starting import Startup
 from xpeer.trainer.text import Text, text_if_any, text_of
 from xpeer.training import checkpoint, frozen
 from xpeer.training.adapters import factor_pairs, is_adapted
@@ -106,8 +107,12 @@ class _Start:
     """Why it is so, in words for the operator."""
 
 
-def assemble(setup: TrainerSetup) -> Assembled:
+def assemble(setup: TrainerSetup, startup: Startup | None = None) -> Assembled:
     """Read everything, and resume from the newest checkpoint if there is one.
+
+    Args:
+        setup: of the node.
+        startup: learns how far the start is.
 
     Raises:
         ConfigError: shard, tokenizer, model, device or checkpoint do not fit the manifest.
@@ -115,14 +120,19 @@ def assemble(setup: TrainerSetup) -> Assembled:
         LocalError: the ledger is damaged, or is not the checkpoint's.
     """
     _silence_progress_bars()
+    startup = startup or Startup()
     swarm = _open_swarm(setup)
-    text, problem = text_if_any(setup, swarm.manifest, swarm.tokenizer, swarm.home)
+    startup.enter("reads the text")
+    arguments = setup, swarm.manifest, swarm.tokenizer, swarm.home
+    text, problem = text_if_any(*arguments, startup.tokenised)
+    startup.enter("loads the model")
     saved, warnings = _load_checkpoint(swarm.home)
     start = _restore(swarm, saved)
     notes, of_accounts = _declare(swarm, start.ledger, text, problem)
     if swarm.private:
         _complete_counters(start)
-    pulse = Pulse()
+    pulse = startup.pulse
+    startup.enter("tries out how gradients are computed")
     mechanism: Mechanism | IdleMechanism
     if problem:
         mechanism = _idle(swarm, start)

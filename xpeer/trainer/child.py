@@ -28,6 +28,7 @@ from xpeer.trainer.answers import (
     Result,
     Saved,
     SaveFailed,
+    Starting,
     error_of,
 )
 from xpeer.trainer.arena import Arena
@@ -49,7 +50,7 @@ HUGE_PAGES: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
 model: copying an eleventh of 135 M parameters out took 44 ms on a core without huge pages, and
 23 ms with them."""
 
-Event = Progressed | Saved | SaveFailed | LookedAtText | Crashed
+Event = Progressed | Saved | SaveFailed | LookedAtText | Starting | Crashed
 logger = logging.getLogger("xpeer.trainer")
 _T = TypeVar("_T")
 _R = TypeVar("_R", bound=Result)
@@ -88,6 +89,8 @@ class Child:
         self.gave_up = False
         self._ending: Ending | None = None
         """The last report of an ending trainer; None until there is one."""
+        self._starts = 0
+        """Reports of a start so far: each says that it has got on."""
         self._number = 0
         """The number of the last request."""
         self._pending: dict[int, asyncio.Future[Result]] = {}
@@ -178,24 +181,36 @@ class Child:
                 f"the trainer did not answer within {timeout_s:g} s", "see the log"
             ) from None
 
-    async def wait_ready(self, timeout_s: float) -> Ready:
+    async def wait_ready(self, patience_s: float) -> Ready:
         """Wait until the trainer can be asked; on failure it is killed.
+
+        Time in which we did not run either (the machine was suspended) does not count.
+
+        Args:
+            patience_s: seconds without progress after which it is killed.
 
         Raises:
             LocalError: says why it is not ready.
         """
+        last, still_s = self._starts, 0.0
         try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(self.ready)
-        except TimeoutError:
-            await self.kill()
-            raise LocalTimeoutError(
-                f"the trainer was not ready within {timeout_s:g} s",
-                "see the log; is the disk slow?",
-            ) from None
+            while not self.ready.done() and still_s < patience_s:
+                began = self._loop.time()
+                await asyncio.wait({self.ready}, timeout=min(_LOOK_S, patience_s))
+                if self._starts != last:
+                    last, still_s = self._starts, 0.0
+                else:
+                    still_s += min(self._loop.time() - began, 2 * _LOOK_S)
+            if self.ready.done():
+                return self.ready.result()
         except BaseException:
             await self.kill()
             raise
+        await self.kill()
+        raise LocalTimeoutError(
+            f"the trainer's start made no progress for {patience_s:g} s",
+            "see the log; is the disk slow?",
+        )
 
     async def stop(
         self, patience_s: float, on_progress: Callable[[Ending], None] | None = None
@@ -301,13 +316,18 @@ class Child:
         elif isinstance(message, Ending):
             self._ending = message
         else:
-            if isinstance(message, Crashed):
-                error = error_of(message.failure)
-                self.crash = error if isinstance(error, LocalError) else TrainerError(str(error))
-                if message.failure.trace:
-                    logger.error("%s", message.failure.trace)
+            if isinstance(message, Starting):
+                self._starts += 1
+            elif isinstance(message, Crashed):
+                self._note_crash(message)
             # call it later: an error in it must not end this task
             self._loop.call_soon(self._on_event, message)
+
+    def _note_crash(self, message: Crashed) -> None:
+        error = error_of(message.failure)
+        self.crash = error if isinstance(error, LocalError) else TrainerError(str(error))
+        if message.failure.trace:
+            logger.error("%s", message.failure.trace)
 
     def _died(self, status: int | None = None) -> LocalError:
         """The error that says why the trainer is gone; after readiness always a TrainerError."""

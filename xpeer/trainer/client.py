@@ -31,6 +31,7 @@ from xpeer.trainer.answers import (
     Saved,
     SaveFailed,
     Snapshotted,
+    Starting,
     StateExported,
     StateImported,
     Verified,
@@ -60,12 +61,13 @@ __all__ = [
     "Progressed",
     "SaveFailed",
     "Saved",
+    "Starting",
     "TrainerProcess",
     "layout_of",
 ]
 
-START_TIMEOUT_S: Final = 600.0
-"""Reading and tokenising a large shard takes minutes."""
+START_PATIENCE_S: Final = 600.0
+"""Seconds that a start may show no progress. A start itself may take hours: a large shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class TrainerProcess:
         cls,
         setup: TrainerSetup,
         on_event: Callable[[Event], None],
-        timeout_s: float = START_TIMEOUT_S,
+        patience_s: float = START_PATIENCE_S,
         program: str = PROGRAM,
     ) -> TrainerProcess:
         """Spawn a trainer and wait until it is ready.
@@ -133,13 +135,13 @@ class TrainerProcess:
         Args:
             setup: what the child needs to know.
             on_event: called on this event loop for every event.
-            timeout_s: seconds until it has to be ready.
+            patience_s: seconds without progress after which a start is given up.
             program: name of the module to run; the module calls `main.main`.
 
         Raises:
             LocalError: raised in the child, with its class, remedy and exit code.
             TrainerError: the child died without saying why.
-            LocalTimeoutError: the child was not ready in time.
+            LocalTimeoutError: the child made no progress.
         """
         manifest = SignedManifest.load(Path(setup.manifest_path)).open(setup.swarm_id)
         arena = Arena.create(layout_of(manifest))
@@ -147,7 +149,7 @@ class TrainerProcess:
         child = await Child.spawn(program, setup, arena, trainer._follow)
         slots = Slots(arena.layout.num_slots)
         trainer._started = _Started(child, slots, manifest.round.policy.vectors)
-        trainer.facts = await child.wait_ready(timeout_s)
+        trainer.facts = await child.wait_ready(patience_s)
         trainer.ledger_counter = max(trainer.ledger_counter, trainer.facts.ledger_counter)
         return trainer
 

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from xpeer import signals
@@ -105,12 +106,18 @@ def _train(
     from xpeer.trainer import build as production  # noqa: PLC0415
     from xpeer.trainer.arena import Arena, Layout  # noqa: PLC0415
     from xpeer.trainer.server import serve  # noqa: PLC0415
+    from xpeer.trainer.starting import Startup, report_start  # noqa: PLC0415
 
     layout = Layout(begin.slot_bytes, begin.state_bytes, begin.num_slots)
     arena = Arena.attach(layout, arena_fd)
     if begin.setup.config.training.threads:
         torch.set_num_threads(begin.setup.config.training.threads)
-    assembled = (assemble or production.assemble)(begin.setup)
+    startup = Startup()
+    arguments = startup, channel.send
+    threading.Thread(target=report_start, args=arguments, name="start", daemon=True).start()
+    made_by = assemble or partial(production.assemble, startup=startup)
+    assembled = made_by(begin.setup)
+    startup.over = True
     trainer = assembled.trainer
     server = serve(channel.send, arena, assembled, begin.setup.config.checkpoint.every_s)
     trainer.set_mode(begin.setup.mode)

@@ -20,7 +20,7 @@ from xpeer.control import Peers
 from xpeer.errors import ExitCode, LocalError, NotRunningError
 from xpeer.health import HealthReason
 from xpeer.policies import MODES
-from xpeer.status import Partner, PrivacySpent, ShardSummary, Status
+from xpeer.status import Partner, PrivacySpent, ShardSummary, Status, TextProgress
 
 SICK = msgspec.structs.replace(
     HEALTHY,
@@ -49,6 +49,21 @@ def test_status_tells_what_of_the_text_was_left_out() -> None:
         "2 texts that came before",
         "1 documents too short for a record",
     ]
+
+
+def test_status_tells_how_far_the_tokens_are() -> None:
+    tokenising = TextProgress(
+        bytes_read=1_500_000_000,
+        bytes_total=5_000_000_000,
+        documents=123_456,
+        bytes_per_s=4_200_000,
+        eta_s=833,
+    )
+    lines = render.status_lines(msgspec.structs.replace(HEALTHY, tokenising=tokenising))
+    assert max(map(len, lines)) <= render.WIDTH
+    assert (
+        "tokens 1.5 GB of 5.0 GB (30%) are tokenised, 4.2 MB/s, 13m 53s left; 123,456 documents"
+    ) in " ".join(" ".join(lines).split())
 
 
 def xpeer(home: Path, *args: str) -> Result:

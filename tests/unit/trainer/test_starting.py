@@ -1,0 +1,99 @@
+"""A start is given up only if it stands still, however long it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from xpeer.errors import LocalTimeoutError, ShardError
+from xpeer.status import TextProgress
+from xpeer.trainer.answers import FromTrainer, Starting
+from xpeer.trainer.child import Child
+from xpeer.trainer.client import UNREADY
+from xpeer.trainer.starting import Startup, report_start
+
+
+class Starter:
+    """A child whose messages and clock are a script: one entry a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: list[FromTrainer | None]) -> None:
+        loop = asyncio.get_running_loop()
+        self.seconds, self.script, self.killed = 0.0, script, False
+        self.child = child = Child.__new__(Child)
+        child.ready = loop.create_future()
+        child._starts = 0
+        child._on_event = lambda event: None
+        clock: Any = SimpleNamespace(time=lambda: self.seconds, call_soon=lambda *_: None)
+        child._loop = clock
+        monkeypatch.setattr(asyncio, "wait", self.wait)
+        monkeypatch.setattr(child, "kill", self.kill)
+
+    async def wait(self, _futures: object, timeout: float) -> None:
+        self.seconds += timeout
+        message = self.script.pop(0) if self.script else None
+        if message is not None:
+            self.child._handle(message)
+
+    async def kill(self) -> int:
+        self.killed = True
+        return 0
+
+
+async def test_a_start_that_gets_on_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    script: list[FromTrainer | None] = []
+    for hour in range(5):
+        script += [*[None] * 500, Starting("reads the text", hour)]
+    made = Starter(monkeypatch, [*script, UNREADY])
+    assert await made.child.wait_ready(600.0) == UNREADY
+    assert made.seconds > 2500
+    assert not made.killed
+
+
+async def test_a_start_that_stands_still_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Starter(monkeypatch, [Starting("loads the model", 1), *[None] * 700])
+    with pytest.raises(LocalTimeoutError, match="made no progress for 600 s"):
+        await made.child.wait_ready(600.0)
+    assert made.seconds == 601
+    assert made.killed
+
+
+async def test_the_error_of_a_start_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Starter(monkeypatch, [])
+    made.child.ready.set_exception(ShardError("no text", "name some"))
+    with pytest.raises(ShardError):
+        await made.child.wait_ready(600.0)
+    assert made.killed
+
+
+def test_a_start_is_reported_when_it_has_got_on() -> None:
+    startup = Startup()
+    sent: list[FromTrainer] = []
+    read = TextProgress(bytes_read=10, bytes_total=100)
+
+    def end() -> None:
+        startup.over = True
+
+    def ignore() -> None:
+        pass
+
+    script: list[Callable[[], None]] = [
+        ignore,
+        lambda: startup.enter("reads the text"),
+        lambda: startup.tokenised(read),
+        ignore,
+        startup.pulse.beat,
+        lambda: startup.enter("loads the model"),
+        end,
+    ]
+    report_start(startup, sent.append, lambda _seconds: script.pop(0)())
+    assert [(each.stage, each.text) for each in sent if isinstance(each, Starting)] == [
+        ("opens its home", None),
+        ("reads the text", None),
+        ("reads the text", read),
+        ("reads the text", read),  # a beat
+        ("loads the model", None),
+    ]
