@@ -46,7 +46,7 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.trainer.main": ("the trainer's receiver failed",),
     "xpeer.training.measuring": ("the loss can't be measured: %s",),
     "xpeer.trainer.saving": ("no checkpoint was written: %s",),
-    "xpeer.training.records": ("tokenised records are not cached: %s",),
+    "xpeer.training.token_cache": ("tokens are made again: %s: %s",),
     "xpeer.trainer.server": ("%s failed: %s",),
     "xpeer.trainer.threads": ("a helper of the trainer failed",),
     "xpeer.trainer.worker": (

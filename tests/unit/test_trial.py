@@ -139,7 +139,7 @@ def test_a_dry_run_counts_what_was_charged_before(
     (home.checkpoints / "ckpt-000000040.safetensors").write_bytes(b"")
     shard = SimpleNamespace(lines=list)
     records = torch.zeros(1024, 8, dtype=torch.int64)
-    text = SimpleNamespace(records=records, documents=["a"], held_out=[], shard=shard)
+    text = SimpleNamespace(records=records, documents=["a"], held_out=[], shard=shard, tokens=1)
     monkeypatch.setattr(dry_run, "_counted", lambda *_: text)
     manifest = manifest_with(end=End(steps=50), privacy=Privacy(noise_multiplier=50.0, delta=1e-5))
     said: list[str] = []

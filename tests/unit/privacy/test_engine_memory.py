@@ -55,7 +55,7 @@ class Bench:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     made = Bench()
     reference = Timed(made, "one")
-    monkeypatch.setattr("xpeer.privacy.engines.MicrobatchEngine", lambda *_: reference)
+    monkeypatch.setattr("xpeer.privacy.engine_check.MicrobatchEngine", lambda *_: reference)
     return made
 
 
