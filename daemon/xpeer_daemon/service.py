@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -145,11 +146,10 @@ async def live(candidate: Candidate) -> None:
         needs.require(needs.Needs.of(member.manifest), config.data, home)
         if member.manifest.shared_corpus is not None:
             await _wait_for_peers(node, member)
-        trainer = await member.parameters.hold(await _start_trainer(node, member))
-        await _wait_for_peers(node, member)
-        await node.begin(trainer)
+        start = _Start(await member.parameters.hold(await _start_trainer(node, member)))
+        tasks.create_task(member.supervisor.run(partial(_go_on, candidate, member, start)))
+        await _begin(node, member, start)
         tasks.create_task(member.parameters.catch_up_later())
-        tasks.create_task(member.supervisor.run(partial(_go_on, candidate, member)))
         tasks.create_task(member.gossip.run())
         tasks.create_task(member.run_end.watch())
         if member.manifest.shared_corpus is not None:
@@ -158,8 +158,39 @@ async def live(candidate: Candidate) -> None:
 
 async def _wait_for_peers(node: Node, member: Member) -> None:
     node.life.enter(Phase.WAITING)
-    while len(member.view.present()) < node.config.training.min_peers:  # noqa: ASYNC110
+    while _lacks_peers(node, member):  # noqa: ASYNC110
         await asyncio.sleep(PEERS_S)
+
+
+def _lacks_peers(node: Node, member: Member) -> bool:
+    return len(member.view.present()) < node.config.training.min_peers
+
+
+@dataclass
+class _Start:
+    """Which trainer this node begins with. It may die while the node waits for members.
+
+    Attributes:
+        holder: the last trainer that got the swarm's parameters; None after one could not begin.
+        begun: True iff the node has begun. From then on `_go_on` gives a trainer its orders.
+    """
+
+    holder: TrainerProcess | None
+    begun: bool = False
+
+
+async def _begin(node: Node, member: Member, start: _Start) -> None:
+    """Begin as soon as enough members are there, with a trainer that lives and has parameters."""
+    node.life.enter(Phase.WAITING)
+    while not start.begun:
+        trainer = member.supervisor.trainer
+        ready = trainer is start.holder and not _lacks_peers(node, member)
+        if trainer is None or not ready:
+            await asyncio.sleep(PEERS_S)
+            continue
+        start.begun = await member.supervisor.instruct(node.begin, trainer)
+        if not start.begun and start.holder is trainer:
+            start.holder = None
 
 
 async def _start_trainer(node: Node, member: Member) -> TrainerProcess:
@@ -174,14 +205,20 @@ async def _start_trainer(node: Node, member: Member) -> TrainerProcess:
     return trainer
 
 
-async def _go_on(candidate: Candidate, member: Member, trainer: TrainerProcess) -> None:
+async def _go_on(
+    candidate: Candidate, member: Member, start: _Start, trainer: TrainerProcess
+) -> None:
     """Go on with a trainer that was started again."""
     node = candidate.node
     candidate.store.add_event("trainer-restarted", f"epoch {trainer.epoch}")
     node.record.looked_at_text(trainer.text_problem)
     member.closing.begin()  # the last trainer's merges may be lost with it
     to_begin = await member.parameters.hold_again(trainer)
-    if to_begin or (trainer.resumed_step is not None and node.phase is Phase.FETCHING):
+    if not start.begun:
+        if to_begin or trainer.resumed_step is not None:
+            start.holder = trainer
+            node.life.enter(Phase.WAITING)
+    elif to_begin or (trainer.resumed_step is not None and node.phase is Phase.FETCHING):
         await node.begin(trainer)
     else:
         await node.instruct(trainer)

@@ -132,7 +132,7 @@ class Supervisor:
                 with contextlib.suppress(*_PASSING):  # after an error, start it as after a death
                     self.trainer = await self._start(self._setup())
                     self.down_reason = ""
-                    await self._instruct(on_restart, self.trainer)
+                    await self.instruct(on_restart, self.trainer)
                     continue
             if loop.time() - started > QUIET_S:
                 delay_s, quick_deaths = FIRST_DELAY_S, 0
@@ -154,19 +154,24 @@ class Supervisor:
                     self.down_reason, cause = str(e), e
             self.restarts += 1
             self.down_reason = ""
-            await self._instruct(on_restart, self.trainer)
+            await self.instruct(on_restart, self.trainer)
 
-    async def _instruct(
-        self, on_restart: Callable[[TrainerProcess], Awaitable[None]], trainer: TrainerProcess
-    ) -> None:
-        """Call `on_restart`. If it fails, kill the trainer, so that it is restarted as after any
+    async def instruct(
+        self, orders: Callable[[TrainerProcess], Awaitable[None]], trainer: TrainerProcess
+    ) -> bool:
+        """Call `orders`. If it fails, kill the trainer, so that `run` restarts it as after any
         death.
+
+        Returns:
+            Whether the trainer got its orders.
         """
         try:
-            await on_restart(trainer)
+            await orders(trainer)
         except _PASSING as e:
             log.warning("the trainer could not go on: %s", e)
             await trainer.kill()
+            return False
+        return True
 
     async def _watch(self, trainer: TrainerProcess) -> int:
         """Wait until the trainer has exited; returns its exit status."""
