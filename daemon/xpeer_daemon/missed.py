@@ -37,7 +37,9 @@ class Missed:
         for peer, record in members.items():
             if record.phase == "left":
                 self._forget(peer)
-            elif record.role == "member":
+            elif record.role == "observer":
+                self._seen_s.pop(peer, None)  # after `restore`, which does not know roles
+            else:  # a founder is an admin, and a partner
                 self._seen_s[peer], self._phases[peer] = now_s, record.phase
         for peer, seen_s in list(self._seen_s.items()):
             if peer in members:

@@ -21,7 +21,7 @@ from xpeer.network.membership.certificates import Certificate
 from xpeer.status import Progress
 from xpeer.trainer.answers import Losses
 from xpeer_daemon import logs, watch
-from xpeer_daemon.missed import BACK_S, FORGOTTEN_S
+from xpeer_daemon.missed import BACK_S, FORGOTTEN_S, Missed
 from xpeer_daemon.presence import Presence
 from xpeer_daemon.store import Store
 
@@ -63,6 +63,22 @@ def test_who_left_or_had_finished_is_not_missed(fake: FakeNode, phase: str) -> N
     fake.passes(3)
     assert fake.codes == []
     assert ended == [BETA]
+
+
+def test_a_founder_is_missed_and_an_observer_is_not(fake: FakeNode) -> None:
+    """A founder's certificate says admin; what we remember of earlier starts says no role."""
+    missed = Missed()
+    missed.restore([(PeerId(ALPHA), 900.0), (PeerId(BETA), 900.0)], 1000.0)
+    roster = {
+        PeerId(ALPHA): member(ALPHA, role="admin"),
+        PeerId(BETA): member(BETA, "observing", role="observer"),
+    }
+    missed.update(roster, 1010.0)
+    assert missed.known == 1
+    missed.update(roster, 1119.0)
+    assert missed.lost(1119.0) == {}
+    missed.update({PeerId(BETA): roster[PeerId(BETA)]}, 1200.0)
+    assert missed.lost(1200.0) == {ALPHA: 1119.0}
 
 
 def test_who_is_gone_for_a_day_is_forgotten(fake: FakeNode) -> None:
