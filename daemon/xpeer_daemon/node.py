@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -67,6 +68,8 @@ class Node:
         self.clock = clock
         self.started_s = clock()
         self.member: Member | None = None
+        # Held while a phase and the trainer's order change: each change sees the one before it
+        self._changing = asyncio.Lock()
 
     @property
     def health(self) -> Health:
@@ -91,6 +94,10 @@ class Node:
             LocalError: the trainer does not answer, or this phase can't follow; the phase is as it
                 was.
         """
+        async with self._changing:
+            await self._enter(phase)
+
+    async def _enter(self, phase: Phase) -> None:
         trainer = self.running()
         if trainer is not None and phase.traits.order != self.phase.traits.order:
             await trainer.run(phase.traits.order)
@@ -100,23 +107,25 @@ class Node:
 
     async def begin(self, trainer: TrainerProcess) -> None:
         """Train, or pause if the operator wants that. The trainer holds the swarm's parameters."""
-        if self.life.pause_wanted:
-            await self.enter(Phase.PAUSED)
-        else:
-            await self._work(trainer)
+        async with self._changing:
+            if self.life.pause_wanted:
+                await self._enter(Phase.PAUSED)
+            else:
+                await self._work(trainer)
 
     async def instruct(self, trainer: TrainerProcess) -> None:
         """Order a trainer that was restarted: the operator may have paused or resumed meanwhile."""
-        if not (self.phase.traits.exchanges or self.phase is Phase.PAUSED):
-            return  # it gets its order once it holds parameters
-        if self.phase in _WORKING:
-            await self._work(trainer)
-        await trainer.run(self.phase.traits.order)
-        self.life.follow(trainer.state)
+        async with self._changing:
+            if not (self.phase.traits.exchanges or self.phase is Phase.PAUSED):
+                return  # it gets its order once it holds parameters
+            if self.phase in _WORKING:
+                await self._work(trainer)
+            await trainer.run(self.phase.traits.order)
+            self.life.follow(trainer.state)
 
     async def _work(self, trainer: TrainerProcess) -> None:
         """Train, or mix if the text can't be read."""
-        await self.enter(Phase.MIXING if trainer.text_problem else Phase.TRAINING)
+        await self._enter(Phase.MIXING if trainer.text_problem else Phase.TRAINING)
         self.record.looked_at_text(trainer.text_problem)
 
     def follow_trainer(
@@ -153,6 +162,10 @@ class Node:
         Raises:
             LocalError: there is nothing to pause, or the trainer does not answer; nothing changed.
         """
+        async with self._changing:
+            return await self._pause()
+
+    async def _pause(self) -> Phase:
         if self.phase in {Phase.OBSERVING, Phase.STOPPING}:
             raise LocalError(
                 f"there is nothing to pause: this node is {self.phase}",
@@ -161,7 +174,7 @@ class Node:
                 else "start it again with `xpeer start --paused`",
             )
         if self.phase.traits.exchanges:
-            await self.enter(Phase.PAUSED)
+            await self._enter(Phase.PAUSED)
         self.life.pause_wanted = True
         return self.phase
 
@@ -174,13 +187,14 @@ class Node:
         Raises:
             LocalError: the trainer does not answer; the node is still paused.
         """
-        interrupted, trainer = self.life.interrupted, self.running()
-        if interrupted in _WORKING and trainer is not None:
-            await self._work(trainer)
-        elif interrupted is not None:
-            await self.enter(interrupted)
-        self.life.pause_wanted = False
-        return self.phase
+        async with self._changing:
+            interrupted, trainer = self.life.interrupted, self.running()
+            if interrupted in _WORKING and trainer is not None:
+                await self._work(trainer)
+            elif interrupted is not None:
+                await self._enter(interrupted)
+            self.life.pause_wanted = False
+            return self.phase
 
     def request_stop(self, *, leave: bool) -> None:
         """Stop soon; with `leave` first announce that this node is gone for good."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 import pytest
@@ -152,3 +153,31 @@ async def test_the_states_are_all_there_are() -> None:
     assert EXCHANGING | BEFORE | NOTHING_TO_PAUSE | {Phase.PAUSED} == set(Phase)
     assert "closing" in EXCHANGING
     assert "joining" in BEFORE
+
+
+class Interrupted(FakeTrainer):
+    """Before it does what it is told first, the operator pauses the node."""
+
+    pausing: asyncio.Task[Phase] | None = None
+
+    async def run(self, mode: Order) -> None:
+        if self.pausing is None:
+            self.pausing = asyncio.create_task(self._fake.node.pause())
+            await asyncio.sleep(0)  # it has begun
+        await super().run(mode)
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["begin", "resume"])
+async def test_paused_while_it_begins_or_goes_on_it_is_paused(begins: bool) -> None:
+    fake, _ = in_state(Phase.WAITING if begins else Phase.PAUSED)
+    trainer = Interrupted(fake)
+    fake.supervisor.trainer = cast(Any, trainer)
+    if begins:
+        await fake.node.begin(trainer)
+    else:
+        fake.life.interrupted, fake.life.pause_wanted = Phase.TRAINING, True
+        await fake.node.resume()
+    assert trainer.pausing is not None
+    assert await trainer.pausing == "paused"
+    assert (fake.node.phase, fake.life.pause_wanted) == ("paused", True)
+    assert trainer.orders == ["train", "pause"]
