@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from xpeer.accounts import signal
+from xpeer.gossip import pace
 from xpeer.health import duration
 from xpeer.identity import PeerId
 from xpeer.phase import Phase
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 STALE_ROUNDS = 20
 """A node with partners is degraded if no exchange was done for this many slots, ..."""
 MIN_STALE_S = 60.0
-"""... and for this long."""
+"""... for this long, ..."""
+STALE_EXCHANGES = 4
+"""... and for the time in which this many exchanges were due."""
 _BEGINNINGS = {
     Phase.STARTING: "starting",
     Phase.JOINING: "joining",
@@ -191,8 +194,10 @@ def _exchanges(node: Node, member: Member, now: float) -> None:
     behind = [peer for peer in partners if peer in refusing]
     health.hold("ledger-behind", bool(behind), refusing=len(behind), who=names(view, behind))
     health.hold("no-partner", exchanging and not partners)
-    silent_s = now - (member.partners.last_done_s or node.started_s)
-    patience_s = max(MIN_STALE_S, STALE_ROUNDS * member.manifest.round.slot_s)
+    silent_s = now - max(member.partners.last_done_s or 0.0, node.life.since_s)
+    rules, step_s = member.manifest.round, node.record.steps.step_s or 0.0
+    every_s = pace.interval_s(rules, step_s) if node.phase is Phase.TRAINING else 0.0
+    patience_s = max(MIN_STALE_S, STALE_ROUNDS * rules.slot_s, STALE_EXCHANGES * every_s)
     silent = exchanging and bool(partners) and silent_s > patience_s
     health.hold("no-exchange", silent, silent_s=silent_s)
     if not exchanging:

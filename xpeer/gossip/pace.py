@@ -22,6 +22,19 @@ class Start:
     at_s: float
 
 
+def interval_s(rules: Round, step_s: float) -> float:
+    """Seconds from one exchange to the next that is due, for a node that trains.
+
+    Args:
+        rules: section `round` of the manifest.
+        step_s: how long a step takes.
+    """
+    window_s = rules.window_steps * step_s
+    if rules.window_s is not None and not rules.policy.waits:
+        window_s = min(window_s, rules.window_s)
+    return window_s / rules.fragments
+
+
 class Pace:
     """The pace of one node's exchanges.
 

@@ -10,7 +10,7 @@ from xpeer.config import Home, NodeConfig
 from xpeer.gossip.partners import Partners
 from xpeer.health import Health
 from xpeer.identity import PeerId
-from xpeer.manifest import Privacy
+from xpeer.manifest import Privacy, Round
 from xpeer.phase import Phase
 from xpeer.roster.cards import MemberRecord
 from xpeer.status import Progress
@@ -28,7 +28,7 @@ ME = PeerId("12D3KooWMe")
 ALPHA, BETA, GAMMA = "12D3KooWAlphaAAA", "12D3KooWBetaBBBB", "12D3KooWGammaCCC"
 MANIFEST = SimpleNamespace(
     name="swarm",
-    round=SimpleNamespace(slot_s=1.0),
+    round=Round(slot_s=1.0, window_steps=2, fragments=1),
     privacy=Privacy(),
     model=SimpleNamespace(num_params=0),
 )

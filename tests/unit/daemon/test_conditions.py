@@ -232,8 +232,36 @@ def test_exchanges_that_fail(fake: FakeNode) -> None:
     assert fake.node.status().health == "ok"
     assert "2 exchanges in a row failed" in fake.text("exchange-failed")
     assert "BetaBBBB: closed" in fake.text("exchange-failed")
-    fake.passes(2)
+    fake.passes(62)
     fake.partners.last_done_s = fake.clock() - 61
+    assert "no-exchange" in fake.codes
+
+
+def test_time_without_exchanges_counts_from_when_they_were_to_be_expected(fake: FakeNode) -> None:
+    """Not from the daemon's start: the node may have waited for members, or have been paused."""
+    fake.partners.last_done_s = None
+    fake.is_in("waiting")
+    fake.clock.now += 7200
+    fake.is_in("training")
+    assert "no-exchange" not in fake.codes
+    fake.partners.last_done_s = fake.clock()
+    fake.is_in("paused")
+    fake.clock.now += 7200
+    fake.is_in("training")
+    assert "no-exchange" not in fake.codes
+    fake.clock.now += 61
+    assert "no-exchange" in fake.codes
+
+
+def test_who_takes_long_steps_has_exchanges_seldom() -> None:
+    fake = FakeNode(ALPHA)  # an exchange is due every two steps
+    fake.life.since_s = 0.0
+    for _ in range(3):
+        fake.clock.now += 90
+        fake.works()
+    fake.clock.now += 4 * 180
+    assert "no-exchange" not in fake.codes
+    fake.clock.now += 1
     assert "no-exchange" in fake.codes
 
 
