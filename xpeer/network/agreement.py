@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -35,6 +36,11 @@ from xpeer.wire.session import Credentials, Handshake, Purpose
 PROTOCOL = "xpeer/exchange/1"
 IDLE_TIMEOUT_S = 900.0
 """A link is closed after this long without a proposal."""
+KEPT_S = IDLE_TIMEOUT_S - 60.0
+"""The proposer drops a link after this long without a proposal, before the other end does."""
+_ENDED = frozenset({Reason.TRUNCATED, Reason.CLOSED})
+"""Failures of a kept link that say nothing about the partner: its process was started again, or it
+closed the link while nothing happened."""
 PROPOSAL_INTERVAL_S = 0.05
 """Least time between two proposals of a partner. An honest one proposes once a slot."""
 
@@ -200,12 +206,22 @@ class UnresolvedError(PeerError):
 
 
 class Proposer:
-    """Our links to partners with higher PeerIDs; each stays open, for one exchange at a time."""
+    """Our links to partners with higher PeerIDs; each stays open, for one exchange at a time.
 
-    def __init__(self, party: Party, dialler: Dialler) -> None:
+    Args:
+        party: us.
+        dialler: opens links.
+        clock: monotonic, seconds.
+    """
+
+    def __init__(
+        self, party: Party, dialler: Dialler, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._party = party
         self._dialler = dialler
+        self._clock = clock
         self._links: dict[PeerId, Link] = {}
+        self._used_s: dict[PeerId, float] = {}  # of each link: when an exchange last ended on it
         self._busy: set[PeerId] = set()
 
     async def propose(
@@ -226,21 +242,25 @@ class Proposer:
         """
         if peer_id in self._busy:
             raise PeerError(Reason.BUSY, "an exchange with this partner is going on")
+        self._drop_idle()
         self._busy.add(peer_id)
         try:
             async with asyncio.timeout(timeout_s):
-                link = await self._link(peer_id, timeout_s)
+                kept = self._kept(peer_id)
+                link = kept or await self._dial(peer_id, timeout_s)
                 ours = desk.terms(peer_id, slot)
                 exchange_id = secrets.randbits(63)
                 what = form.codec, form.num_values, averaging
-                await link.send(Propose(exchange_id, slot, fragment, *what, ours))
-                answer = await link.expect(Agree, exchange_id, timeout_s=float("inf"))
+                proposal = Propose(exchange_id, slot, fragment, *what, ours)
                 try:
-                    desk.before_agreement(peer_id, answer.terms)
+                    answer = await _ask(link, proposal)
                 except PeerError as e:
-                    await link.send(Refuse(exchange_id, e.reason))
-                    await link.ended()
-                    raise
+                    if kept is None or isinstance(e, RefusedError) or e.reason not in _ENDED:
+                        raise
+                    link.abort()
+                    link = await self._dial(peer_id, timeout_s)
+                    answer = await _ask(link, proposal)  # unresolved exchanges are in terms once
+                await _check_terms(link, desk, exchange_id, answer.terms)
         except RefusedError:
             self._busy.discard(peer_id)
             raise
@@ -268,6 +288,7 @@ class Proposer:
     async def done(self, peer_id: PeerId, *, healthy: bool) -> None:
         """End an exchange; drop the link unless it is healthy."""
         self._busy.discard(peer_id)
+        self._used_s[peer_id] = self._clock()
         if not healthy and (link := self._links.pop(peer_id, None)) is not None:
             link.abort()
 
@@ -276,11 +297,27 @@ class Proposer:
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close() for link in links))
 
-    async def _link(self, peer_id: PeerId, timeout_s: float) -> Link:
+    def _drop_idle(self) -> None:
+        """Drop links that their partners soon close, and those to partners that are gone."""
+        now_s = self._clock()
+        for peer_id in self._links.keys() - self._busy:
+            if now_s - self._used_s[peer_id] > KEPT_S:
+                self._links.pop(peer_id).abort()
+        self._used_s = {peer_id: self._used_s[peer_id] for peer_id in self._links}
+
+    def _kept(self, peer_id: PeerId) -> Link | None:
+        """The open link to a partner, if there is one.
+
+        Raises:
+            PeerError: NOT_A_MEMBER: its certificate has expired since.
+        """
         link = self._links.get(peer_id)
-        if link is not None and not link.closed:
-            self._party.require(peer_id, "member")
-            return link
+        if link is None or link.closed:
+            return None
+        self._party.require(peer_id, "member")
+        return link
+
+    async def _dial(self, peer_id: PeerId, timeout_s: float) -> Link:
         link = await self._dialler.open_link(peer_id, PROTOCOL, timeout_s)
         try:
             handshake = self._party.handshake(peer_id, "exchange", initiator=True)
@@ -288,8 +325,23 @@ class Proposer:
         except BaseException:
             link.abort()
             raise
-        self._links[peer_id] = link
+        self._links[peer_id], self._used_s[peer_id] = link, self._clock()
         return link
+
+
+async def _ask(link: Link, proposal: Propose) -> Agree:
+    await link.send(proposal)
+    return await link.expect(Agree, proposal.exchange_id, timeout_s=float("inf"))
+
+
+async def _check_terms(link: Link, desk: ProposalHandler, exchange_id: int, theirs: Terms) -> None:
+    """Have the desk check the partner's terms; tell the partner if they are refused."""
+    try:
+        desk.before_agreement(link.peer_id, theirs)
+    except PeerError as e:
+        await link.send(Refuse(exchange_id, e.reason))
+        await link.ended()
+        raise
 
 
 def answering(party: Party, desk: ProposalHandler) -> Callable[[Link], Awaitable[None]]:

@@ -13,7 +13,7 @@ from tests.meetings import meet
 from xpeer.errors import PeerError, Reason
 from xpeer.forms import Form
 from xpeer.identity import Identity, PeerId
-from xpeer.network.agreement import Party, Proposer, answering
+from xpeer.network.agreement import KEPT_S, Party, Proposer, answering
 from xpeer.network.link import Link, RefusedError
 from xpeer.network.membership.certificates import Membership, Scope
 from xpeer.network.membership.keyring import KeyRing
@@ -346,3 +346,92 @@ async def test_a_proposal_that_nobody_answers_ends_in_its_deadline(identities):
     with pytest.raises(PeerError, match=Reason.TIMEOUT):
         await propose(proposer, identities, FakeDesk(FakeTrainer(b"")))
     far.abort()
+
+
+class Redialler:
+    """Opens a new link to the answering side each time."""
+
+    def __init__(self, identities: tuple[Identity, Identity], desk: FakeDesk) -> None:
+        self.identities, self.desk = identities, desk
+        self.links: list[tuple[Link, Link]] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
+        near, far = streams(*self.identities)
+        self.links.append((near, far))
+        handle = answering(party(self.identities[1]), self.desk)
+        self.tasks.append(asyncio.ensure_future(handle(far)))
+        return near
+
+    async def close(self) -> None:
+        for near, far in self.links:
+            near.abort()
+            far.abort()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+class Unresolved(FakeDesk):
+    """Names each of its unresolved exchanges once, as the real one does."""
+
+    def __init__(self) -> None:
+        super().__init__(FakeTrainer(b""))
+        self.ids = [7, 5]
+
+    def terms(self, peer_id: PeerId, slot: int) -> Terms:
+        return Terms(1.0, 2.0, 1, 0, unresolved=[self.ids.pop()])
+
+
+@pytest.mark.parametrize("politely", [False, True], ids=["aborted", "ended"])
+async def test_a_kept_link_that_ended_meanwhile_is_dialled_again(identities, politely):
+    """The partner was restarted, or closed a link that was idle: that is no failure of its own."""
+    ours = Unresolved()
+    theirs = FakeDesk(FakeTrainer(b""), Reason.NOT_DUE)
+    dialler = Redialler(identities, theirs)
+    proposer = Proposer(party(identities[0]), dialler)
+    with pytest.raises(RefusedError):
+        await propose(proposer, identities, ours)
+    far = dialler.links[0][1]
+    await (far.close() if politely else asyncio.to_thread(far.abort))
+    with pytest.raises(RefusedError, match=Reason.NOT_DUE):  # the partner heard the proposal
+        await propose(proposer, identities, ours)
+    assert len(dialler.links) == 2
+    assert theirs.told == [5, 7]  # what was unresolved is told though the first link had ended
+    await dialler.close()
+
+
+async def test_a_new_link_that_ends_without_an_answer_is_a_failure(identities):
+    low, high = identities
+    opened = []
+
+    class Hangs:
+        async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
+            near, far = streams(low, high)
+            opened.append(near)
+            handshake = party(high).handshake(low.peer_id, "exchange", initiator=False)
+
+            async def hang_up() -> None:
+                await far.connect(handshake, initiator=False)
+                await far.receive(2)
+                far.abort()
+
+            self.task = asyncio.create_task(hang_up())
+            return near
+
+    proposer = Proposer(party(low), Hangs())
+    with pytest.raises(PeerError, match=Reason.TRUNCATED):
+        await propose(proposer, identities, FakeDesk(FakeTrainer(b"")))
+    assert [link.closed for link in opened] == [True]
+
+
+async def test_links_that_nobody_uses_are_dropped(identities):
+    """Also those to partners that are gone for good: each costs a descriptor."""
+    now = 0.0
+    theirs = FakeDesk(FakeTrainer(b""), Reason.NOT_DUE)
+    dialler = Redialler(identities, theirs)
+    proposer = Proposer(party(identities[0]), dialler, lambda: now)
+    for at_s in (0.0, KEPT_S, 2 * KEPT_S + 1):
+        now = at_s
+        with pytest.raises(RefusedError):
+            await propose(proposer, identities, FakeDesk(FakeTrainer(b"")))
+    assert [near.closed for near, _ in dialler.links] == [True, False]
+    await dialler.close()
