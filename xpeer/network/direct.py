@@ -179,8 +179,15 @@ class Direct:
         """Make our offer to this partner. Pass it to `open` at once."""
         offer = Offer(0 if self._avoids(peer_id) else self.port, secrets.token_bytes(TICKET_BYTES))
         if offer.port:
-            self._expected[offer.ticket] = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            self._expected[offer.ticket] = loop.create_future()
+            loop.call_later(TICKET_S, self._void, offer.ticket)  # `open` may never come
         return offer
+
+    def _void(self, ticket: bytes) -> None:
+        knock = self._expected.pop(ticket, None)
+        if knock is not None and knock.done():
+            knock.result().shutdown()
 
     async def open(
         self, peer_id: PeerId, session: Session, ours: Offer, theirs: Offer, *, initiator: bool
@@ -227,8 +234,10 @@ class Direct:
         return time.monotonic() < self._avoided.get(peer_id, 0.0)
 
     async def _knock(self, ticket: bytes) -> Stream:
-        """Wait for the stream that presents this ticket."""
-        knock = self._expected[ticket]
+        """Wait for the stream that presents this ticket. It may have come already."""
+        knock = self._expected.get(ticket)
+        if knock is None:
+            raise PeerError(Reason.TIMEOUT, "the ticket is void")
         try:
             async with asyncio.timeout(TICKET_S):
                 return await asyncio.shield(knock)
@@ -284,13 +293,13 @@ class Direct:
         """Read a socket's ticket, and hand the socket to the link that waits for it."""
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                knock = self._expected.pop(await stream.read(TICKET_BYTES), None)
+                knock = self._expected.get(await stream.read(TICKET_BYTES))
         except (TimeoutError, PeerError):
             knock = None
         except BaseException:
             stream.shutdown()
             raise
-        if knock is None:
+        if knock is None or knock.done():
             self.strangers += 1
             stream.shutdown()
         else:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import psutil
 import pytest
@@ -248,3 +249,46 @@ def test_the_faster_stream_is_taken_and_the_other_tried_again():
     assert paths.choose(large)
     paths.took(True, 1000, 1e9)  # too small to say anything
     assert paths.choose(1000)
+
+
+async def test_tickets_of_links_that_never_opened_are_forgotten(monkeypatch: pytest.MonkeyPatch):
+    """A member that greets and hangs up must not fill our memory."""
+    monkeypatch.setattr(direct_module, "TICKET_S", 0.0)
+    made = Pair()
+    await made.high_direct.listen(LOOPBACK)
+    for _ in range(50):
+        a, b = socket.socketpair()
+        high = Link(made.low_id.peer_id, Stream(b), 5.0, direct=made.high_direct)
+        low = Link(made.high_id.peer_id, Stream(a), 5.0)
+        shake = party(made.low_id).handshake(made.high_id.peer_id, "exchange", initiator=True)
+        answer = party(made.high_id).handshake(made.low_id.peer_id, "exchange", initiator=False)
+
+        async def greet(low: Link = low, shake: Any = shake) -> None:
+            await low._write_hello(shake)
+            await low._read_hello()
+            low.abort()
+
+        _, ended = await asyncio.gather(
+            greet(), high.connect(answer, initiator=False), return_exceptions=True
+        )
+        assert isinstance(ended, PeerError)
+        high.abort()
+    voided = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.0, voided.set)  # after all that are due
+    await voided.wait()
+    assert not made.high_direct._expected
+    await made.close()
+
+
+async def test_a_stream_that_comes_before_our_end_waits_for_it_is_taken(pair):
+    """The partner may present its ticket while we still read its offer."""
+    await pair.high_direct.listen(LOOPBACK)
+    direct, ours = pair.high_direct, pair.high_direct.offer(pair.low_id.peer_id)
+    near, far = socket.create_connection(("127.0.0.1", ours.port)), None
+    near.sendall(ours.ticket)
+    while not direct._expected[ours.ticket].done():
+        await asyncio.sleep(0)
+    far = await direct._knock(ours.ticket)
+    far.shutdown()
+    near.close()
+    direct._expected.clear()
