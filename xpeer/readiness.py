@@ -6,7 +6,7 @@ They have to be quick, so they need neither torch nor libp2p.
 from __future__ import annotations
 
 from xpeer.config import Home, NodeConfig, privacy_register
-from xpeer.network.multiaddress import check_announce, check_listen, check_peer
+from xpeer.network.multiaddress import check_announced, check_listen, check_peer
 
 
 def check_settings(home: Home, config: NodeConfig) -> None:
@@ -18,8 +18,7 @@ def check_settings(home: Home, config: NodeConfig) -> None:
     network = config.network
     for address in network.listen:
         check_listen("network.listen", address)
-    for address in network.announce:
-        check_announce("network.announce", address)
+    check_announced("network.announce", network.announce)
     for address in network.bootstrap:
         check_peer("network.bootstrap", address)
     if network.direct_listen:

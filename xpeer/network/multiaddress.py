@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from xpeer.errors import ConfigError
@@ -16,6 +17,13 @@ from xpeer.identity import public_key_of
 _NAMES: Final = frozenset({"dns", "dns4", "dns6"})
 _LABEL: Final = "[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
 _HOST_NAME: Final = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*\.?")
+MAX_ADDRESSES: Final = 8
+"""A member announces this many addresses, the first ones."""
+MAX_CHARS: Final = 240
+"""Longest address that a member announces, without /p2p/PEERID. Others refuse cards with longer
+ones, ..."""
+MAX_TOTAL_CHARS: Final = 1280
+"""... and cards that are too long with all their addresses."""
 _FORM: Final = "write it as /ip4/ADDRESS/tcp/PORT or /dns4/NAME/tcp/PORT"
 
 
@@ -53,6 +61,31 @@ def check_announce(field: str, address: str) -> str:
             "give the one at which others reach this node, e.g. /dns4/NAME/tcp/PORT",
         )
     return address
+
+
+def check_announced(field: str, addresses: Sequence[str]) -> None:
+    """Check the addresses at which others are to dial us, each and together.
+
+    Raises:
+        ConfigError: nobody can dial one of them, or they do not fit into a member's card.
+    """
+    for address in addresses:
+        check_announce(field, address)
+        whole = address.rpartition("/p2p/")[0] or address
+        if len(whole) > MAX_CHARS:
+            raise ConfigError(
+                f"{field}: {address!r} has {len(whole)} characters, at most {MAX_CHARS} are "
+                "announced",
+                "give a shorter host name",
+            )
+    number = len(addresses[:MAX_ADDRESSES])
+    total = sum(len(a.rpartition("/p2p/")[0] or a) for a in addresses[:MAX_ADDRESSES])
+    if total > MAX_TOTAL_CHARS:
+        raise ConfigError(
+            f"{field}: the first {number} addresses have {total} characters, at most "
+            f"{MAX_TOTAL_CHARS} are announced",
+            "give fewer of them, or shorter host names",
+        )
 
 
 def check_peer(field: str, address: str) -> str:
