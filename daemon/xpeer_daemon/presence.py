@@ -7,13 +7,16 @@ import contextlib
 import time
 
 from xpeer.gossip.partners import Partners
+from xpeer.identity import PeerId
+from xpeer.network.multiaddress import MAX_ADDRESSES
 from xpeer.roster.roster import ANNOUNCE_EVERY_S, MemberRecord, Roster
 from xpeer_daemon.node import Node
-from xpeer_daemon.store import Store
+from xpeer_daemon.store import Met, Store
 from xpeer_daemon.swarm_view import SwarmView
 
 ROSTER_EVERY_S = 3.0
-MAX_ADDRESSES = 8
+REMEMBER_EVERY_S = 60.0
+"""Members are written to disk at once if something is new about them, else once in this time."""
 
 
 class Presence:
@@ -39,6 +42,8 @@ class Presence:
     ) -> None:
         self._node, self._view, self._roster = node, view, roster
         self._partners, self._store, self._slot_s = partners, store, slot_s
+        self._remembered: dict[PeerId, Met] = {}
+        self._remembered_s = 0.0
 
     async def keep_announcing(self) -> None:
         """Announce this node every `ANNOUNCE_EVERY_S` and at every change of phase, until
@@ -75,7 +80,24 @@ class Presence:
                 self._node.health.failed("roster-failing", self._roster.silence)
             else:
                 self._node.health.worked("roster-failing")
-            for peer_id, record in self._view.others().items():
-                counter = self._partners[peer_id].ledger.highest
-                self._store.remember_peer(peer_id, record.addresses, counter)
+            self._remember()
             await asyncio.sleep(ROSTER_EVERY_S)
+
+    def _remember(self) -> None:
+        """Write what is new about the members that are here; each write waits for the disk."""
+        met = {
+            peer_id: Met(
+                peer_id,
+                record.addresses,
+                self._partners[peer_id].ledger.highest,
+                partner=record.role != "observer",
+            )
+            for peer_id, record in self._view.others().items()
+        }
+        now_s = self._node.clock()
+        if now_s - self._remembered_s >= REMEMBER_EVERY_S:
+            self._remembered, self._remembered_s = {}, now_s
+        new = [each for peer_id, each in met.items() if each != self._remembered.get(peer_id)]
+        if new:
+            self._store.remember_peers(new)
+        self._remembered = met

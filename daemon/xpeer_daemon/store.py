@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -104,6 +104,16 @@ class Known(Struct, frozen=True):
     progress: Parts[Progress]
     privacy: Parts[PrivacySpent | None]
     unix_s: Timing[float]
+
+
+class Met(NamedTuple):
+    """What is to be remembered of a peer that is there now."""
+
+    peer_id: str
+    addresses: Sequence[str]
+    ledger_counter: int = 0
+    partner: bool = True
+    """False: an observer, which nobody misses after our next start."""
 
 
 class Store:
@@ -203,12 +213,25 @@ class Store:
             addresses: its multiaddresses; if empty, the addresses remembered so far are kept.
             ledger_counter: the number of charges that it showed us; the largest one is kept.
         """
+        self.remember_peers([Met(peer_id, addresses, ledger_counter)])
+
+    def remember_peers(self, peers: Iterable[Met]) -> None:
+        """Remember, in one write, that these verified peers are there now; see `remember_peer`."""
+        now_s = self._clock()
         self._write(
             "INSERT INTO peers (peer_id, addresses, seen_unix_s, ledger_counter)"
             " VALUES (?1, ?2, ?3, ?4) ON CONFLICT (peer_id) DO UPDATE SET"
             " addresses = CASE ?2 WHEN CAST('[]' AS BLOB) THEN addresses ELSE ?2 END,"
             " seen_unix_s = ?3, ledger_counter = max(ledger_counter, ?4)",
-            (peer_id, msgspec.json.encode(list(addresses)), self._clock(), ledger_counter),
+            *(
+                (
+                    met.peer_id,
+                    msgspec.json.encode(list(met.addresses)),
+                    now_s if met.partner else 0.0,
+                    met.ledger_counter,
+                )
+                for met in peers
+            ),
         )
 
     def partner_ended(self, peer_id: str) -> None:
@@ -296,10 +319,11 @@ class Store:
                 "a daemon that starts moves a damaged one aside",
             ) from e
 
-    def _write(self, statement: str, values: tuple[object, ...]) -> None:
+    def _write(self, statement: str, *rows: tuple[object, ...]) -> None:
+        """Execute a statement with each row's values, in one transaction."""
         try:
             with self._database:
-                self._database.execute(statement, values)
+                self._database.executemany(statement, rows)
                 self._writes += 1
                 if self._writes % PRUNE_EVERY == 0:
                     self._prune()

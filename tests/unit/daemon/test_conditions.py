@@ -452,6 +452,56 @@ async def test_nobody_answers_the_roster(fake: FakeNode, tmp_path: Path) -> None
     store.close()
 
 
+async def test_members_are_written_to_disk_in_one_go_and_only_when_there_is_news(
+    tmp_path: Path,
+) -> None:
+    """Each write waits for the disk, and holds up all that the daemon does."""
+    fake = FakeNode(*(f"12D3KooW{number:08}" for number in range(64)))
+    store = Store.open(tmp_path / "state.sqlite", fake.clock)
+    commits: list[str] = []
+    store._database.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
+
+    async def refresh() -> None:
+        return
+
+    roster: Any = SimpleNamespace(silence="", refresh=refresh)
+    presence = Presence(fake.node, fake.view, roster, fake.partners, store, 1.0)
+
+    async def look() -> int:
+        """One more refresh, three seconds later; how many writes it made."""
+        commits.clear()
+        fake.clock.now += 3
+        refreshing = asyncio.create_task(presence.keep_refreshing())
+        await asyncio.sleep(0)
+        refreshing.cancel()
+        return len(commits)
+
+    assert [await look() for _ in range(20)] == [1] + [0] * 19
+    assert len(store.known_peers()) == 64
+    assert await look() == 1  # a minute later: they are still here
+    newest = PeerId("12D3KooWNewcomer")
+    fake.members[newest] = member(newest)
+    assert await look() == 1
+    assert {p.peer_id for p in store.known_peers() if p.seen_unix_s == fake.clock.now} == {newest}
+    fake.partners[newest].ledger.highest = 7
+    assert await look() == 1
+    store.close()
+
+
+async def test_an_observer_that_went_while_we_were_down_is_not_missed(tmp_path: Path) -> None:
+    fake = FakeNode(ALPHA)
+    fake.members[PeerId(BETA)] = member(BETA, "observing", role="observer")
+    store = Store.open(tmp_path / "state.sqlite", fake.clock)
+    roster: Any = SimpleNamespace(silence="")
+    Presence(fake.node, fake.view, roster, fake.partners, store, 1.0)._remember()
+    missed = Missed()
+    known = [(PeerId(p.peer_id), p.seen_unix_s) for p in store.known_peers()]
+    assert len(known) == 2  # its address is kept
+    missed.restore(known, fake.clock())
+    assert missed.known == 1
+    store.close()
+
+
 def test_changes_are_logged_once(caplog: pytest.LogCaptureFixture, fake: FakeNode) -> None:
     caplog.set_level(logging.INFO)
     fake.is_in("paused")
