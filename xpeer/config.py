@@ -123,6 +123,9 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     auto: bfloat16 where the device is fast at it."""
     micro_batch: Annotated[int, Meta(ge=0)] = 0
     """Records per forward pass; 0 = chosen by the engine."""
+    checkpoint_activations: Literal["auto", "on", "off"] = "auto"
+    """Compute layers again in the backward pass instead of keeping what they computed: less memory,
+    a third more time. auto: once a pass of one record does not fit into memory."""
     compile_codec: bool = True
     """Compile the codec's kernels if there is a C++ compiler. That is several times faster for
     fragments of a million parameters or more, with the same bytes."""

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xpeer.errors import LocalError
-from xpeer.privacy.layers import Call, Outer, Part, parts, tapped
+from xpeer.privacy.fitting import halved
+from xpeer.privacy.layers import Call, parts, tapped
+from xpeer.privacy.record_gradients import RecordGradients, squared_norms
 
 RecordLosses = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 """(model, records (B, T) int64) -> sums of negative log-likelihoods (B,), differentiable, and
@@ -36,17 +37,8 @@ Bound = float | Tensor
 DEFAULT_MEMORY_BYTES: Final = 1 << 30
 _ROUNDING: Final = 1e-6
 """Clip to C (1 - this), so that float32's rounding can't carry a record over C."""
-_WRITTEN_RATIO: Final = 20
-"""Write a record's gradient of a matrix down if the matrix has at most so many times T^2 values.
-Otherwise compute its norm from T^2 inner products. Between 8 and 40 it hardly matters."""
-_CANCELLED: Final = 1e-5
-"""A squared norm from inner products counts as at least so many times its reach squared
-(`Outer.reach`). Where terms cancel, rounding errs by up to 1e-6 of the reach squared. A partner
-could choose parameters that make terms cancel, and without this bound the record would go
-unclipped. Real text cancels to about 1 / T."""
-_PIECE: Final = 4096
-"""Values whose squares are added in float32 on a processor. Longer sums lose too much: 1e-4 of the
-norm of 5 M values, 2% of that of 60 M equal ones."""
+_ALL: Final = 1 << 30
+"""More records than any pass has."""
 _CPU_TOKENS: Final = 1024
 """Tokens of a pass on a processor. Larger passes fall out of its caches (64 records of 128: half
 the speed)."""
@@ -72,6 +64,9 @@ class Engine(Protocol):
 
     def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         """Add the clipped gradients of (B, T) records to `sums`, in the order of `trainable`."""
+
+    def shrink(self) -> str:
+        """Compute with fewer records a pass from now on; see `fitting.until_it_fits`."""
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -100,15 +95,6 @@ def clip_factors(norms: Tensor, clip_norm: Bound) -> Tensor:
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
 
 
-def squared_norms(gradients: Tensor) -> Tensor:
-    """Squared norm of each record's gradient, (B, ...) float32 -> (B,) float64."""
-    flat = gradients.flatten(1)
-    if flat.device.type != "cpu":
-        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square()  # type: ignore[no-any-return]
-    pieces = [torch.linalg.vector_norm(piece, dim=1) for piece in torch.split(flat, _PIECE, dim=1)]
-    return torch.stack(pieces).double().square().sum(0)
-
-
 class MicrobatchEngine:
     """One record at a time by plain autograd. Exact for every model, and needs little memory."""
 
@@ -125,6 +111,10 @@ class MicrobatchEngine:
             self._one(record, bound, sums) for record, bound in batches(records, clip_norm, 1)
         ]
         return _joined(passes, records.device)
+
+    def shrink(self) -> str:
+        """See `Engine.shrink`."""
+        return ""
 
     def _one(self, record: Tensor, bound: Tensor, sums: Sequence[Tensor]) -> Clipped:
         losses, tokens = self._record_losses(self._model, record)
@@ -183,14 +173,23 @@ class FunctionalEngine:
         values = sum(p.numel() for p in self._parameters)
         self._micro_batch = micro_batch
         self._fits = max(1, memory_bytes // (8 * max(1, values)))  # gradients, and as much again
+        self._size = 1
+        """Records of a pass, in the last call of `accumulate`."""
 
     def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         """See `Engine.accumulate`."""
-        size = self._micro_batch or min(self._fits, cache_records(records))
+        self._size = self._micro_batch or min(self._fits, cache_records(records))
+        size = self._size
         passes = [
             self._pass(part, bounds, sums) for part, bounds in batches(records, clip_norm, size)
         ]
         return _joined(passes, records.device)
+
+    def shrink(self) -> str:
+        """See `Engine.shrink`."""
+        self._size, words = halved(self._size)
+        self._micro_batch = self._size
+        return words
 
     def _pass(self, records: Tensor, bounds: Tensor, sums: Sequence[Tensor]) -> Clipped:
         def loss(values: dict[str, Tensor], record: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -249,9 +248,9 @@ class BookKeepingEngine:
             m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
         ]
         self._memory_bytes = memory_bytes
-        self.on_calls: Callable[[Sequence[Call], int], None] = nobody_watches
+        self.on_calls: Callable[[Sequence[Call], int], None] | None = None
         """Called after each backward pass with the layers' calls and the number of records. The
-        self-test listens."""
+        self-test listens; None = nobody does, and calls are not kept."""
         self.micro_batch = micro_batch
         """Records per pass. 0 until the first pass has measured how much memory a record needs."""
 
@@ -265,122 +264,64 @@ class BookKeepingEngine:
             records, bounds = records[size:], bounds[size:]
         return _joined(passes, records.device)
 
+    def shrink(self) -> str:
+        """See `Engine.shrink`."""
+        self.micro_batch, words = halved(self.micro_batch or 1)
+        return words
+
     def _pass(self, records: Tensor, bounds: Tensor, sums: Sequence[Tensor]) -> Clipped:
         losses, tokens, gradients = self._backward(records)
         with torch.no_grad():
             squares = torch.zeros(len(records), dtype=torch.float64, device=records.device)
-            written: list[Tensor | None] = []
-            for parameter, terms in zip(self._parameters, gradients, strict=True):
-                whole = _written(parameter, terms)
-                written.append(whole)
-                squares += _squares(terms, whole)
+            for gradient in gradients:
+                squares += gradient.squares()
             norms = squares.clamp(min=0).sqrt()
             clipped = Clipped(losses, tokens, norms)
             good = torch.isfinite(norms)
             if not bool(good.all()):  # 0 times infinity is not 0: leave those records out
-                del gradients, written
+                del gradients
                 rest = records[good]
                 if len(rest):
                     self._pass(rest, bounds[good], sums)
                 return clipped
             factors = clip_factors(norms, bounds)
-            for total, terms, whole in zip(sums, gradients, written, strict=True):
-                _add_weighted(total, terms, whole, factors.to(total.dtype))
+            for total, gradient in zip(sums, gradients, strict=True):
+                gradient.add_weighted(factors.to(total.dtype), total)
         return clipped
 
-    def _backward(self, records: Tensor) -> tuple[Tensor, Tensor, list[list[Part]]]:
-        """Losses (B,), tokens (B,), and the gradient of each parameter as the terms of a sum."""
+    def _backward(self, records: Tensor) -> tuple[Tensor, Tensor, list[RecordGradients]]:
+        """Losses (B,), tokens (B,), and the records' gradients by each parameter."""
+        gradients = [RecordGradients(p, records.shape[1] - 1) for p in self._parameters]
+        of_parameter = {id(p): g for p, g in zip(self._parameters, gradients, strict=True)}
+        watched: list[Call] = []
+        batch = len(records)
+
+        def take(call: Call) -> None:
+            with torch.no_grad():
+                for parameter, part in parts(call, batch):
+                    of_parameter[id(parameter)].take(part)
+            if self.on_calls is not None:
+                watched.append(call)
+
         probe = torch.zeros((), device=records.device, requires_grad=True)
-        with tapped(self._layers, probe) as calls, torch.enable_grad():
+        with tapped(self._layers, probe, take), torch.enable_grad():
             losses, tokens = self._record_losses(self._model, records)
             mean = (losses / tokens.clamp(min=1)).sum()
             torch.autograd.grad(mean, probe, allow_unused=True)
-        self.on_calls(calls, len(records))
-        places = {id(p): i for i, p in enumerate(self._parameters)}
-        gradients: list[list[Part]] = [[] for _ in self._parameters]
-        with torch.no_grad():
-            for call in calls:
-                for parameter, part in parts(call, len(records)):
-                    gradients[places[id(parameter)]].append(part)
+        if self.on_calls is not None:
+            self.on_calls(watched, batch)
         if not self.micro_batch:
-            self._choose_micro_batch(gradients, records)
+            # autograd keeps about as much again
+            needed = max(1, sum(g.nbytes for g in gradients) // batch)
+            self.micro_batch = max(1, min(self._memory_bytes // needed, cache_records(records)))
         return losses.detach(), tokens, gradients
-
-    def _choose_micro_batch(self, gradients: Sequence[list[Part]], records: Tensor) -> None:
-        """Set `micro_batch` so that a pass keeps no more than the memory allowed.
-
-        A pass keeps the gradients that are written down, and inputs and output gradients of the
-        layers. Autograd keeps about as much again.
-        """
-        needed, batch = 0, len(records)
-        for parameter, terms in zip(self._parameters, gradients, strict=True):
-            for part in terms:
-                ends = (part.rows, part.cols) if isinstance(part, Outer) else (part,)
-                needed += 2 * sum(x.nbytes for x in ends)
-            if _is_written(parameter, terms):
-                needed += 4 * parameter.numel() * batch
-        fits = self._memory_bytes // max(1, needed // batch)
-        self.micro_batch = max(1, min(fits, cache_records(records)))
 
 
 def cache_records(records: Tensor) -> int:
     """Number of records per pass that suits their device: few on a CPU, all of them elsewhere."""
     if records.device.type != "cpu":
-        return max(1, len(records))
+        return _ALL
     return max(4, _CPU_TOKENS // max(1, records.shape[1]))
-
-
-def _is_written(parameter: Tensor, terms: list[Part]) -> bool:
-    """Whether to write the gradient of every record down: if the matrix is small, or if a term is
-    no sum of outer products.
-
-    Otherwise T^2 inner products of the factors give the norm.
-    """
-    outers = [part for part in terms if isinstance(part, Outer)]
-    if len(outers) < len(terms):
-        return True
-    tokens = max((part.cols.shape[1] for part in outers), default=0)
-    return parameter.numel() <= _WRITTEN_RATIO * tokens * tokens
-
-
-def _written(parameter: Tensor, terms: list[Part]) -> Tensor | None:
-    """Each record's gradient of a parameter, (B, *shape); None if it is not to be written down."""
-    if not terms or not _is_written(parameter, terms):
-        return None
-    whole: Tensor | None = None
-    for part in terms:
-        one = part.written(parameter.shape) if isinstance(part, Outer) else part
-        whole = one if whole is None else whole.add_(one)
-    return whole
-
-
-def _squares(terms: list[Part], whole: Tensor | None) -> Tensor | float:
-    """Squared norm of each record's gradient of a parameter, (B,) float64."""
-    if whole is not None:
-        return squared_norms(whole)
-    total: Tensor | float = 0.0
-    reach: Tensor | float = 0.0
-    for i, a in enumerate(terms):
-        for b in terms[i:]:
-            if not isinstance(a, Outer) or not isinstance(b, Outer):
-                raise LocalError("a gradient that must be written down was not")
-            total = total + a.inner(b) * (1.0 if a is b else 2.0)
-            if a is b:
-                reach = reach + a.reach()
-    return torch.maximum(torch.as_tensor(total), torch.as_tensor(_CANCELLED * reach * reach))
-
-
-def _add_weighted(total: Tensor, terms: list[Part], whole: Tensor | None, factors: Tensor) -> None:
-    if whole is not None:
-        total.view(-1).addmv_(whole.flatten(1).T, factors)
-        return
-    for part in terms:
-        if isinstance(part, Outer):
-            part.add_weighted(factors, total)
-
-
-def nobody_watches(calls: Sequence[Call], batch: int) -> None:
-    """Listen to nothing."""
 
 
 def _joined(passes: list[Clipped], device: torch.device) -> Clipped:

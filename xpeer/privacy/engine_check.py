@@ -30,11 +30,11 @@ from xpeer.privacy.clipping import (
     Engine,
     MicrobatchEngine,
     clip_factors,
-    nobody_watches,
-    squared_norms,
     trainable,
 )
+from xpeer.privacy.fitting import until_it_fits
 from xpeer.privacy.layers import Call, in_full
+from xpeer.privacy.record_gradients import squared_norms
 from xpeer.privacy.steps import FULL, Precision, Switchable
 
 UNDERESTIMATE_MAX: Final = 1e-3
@@ -143,8 +143,12 @@ def _agreeing(
 def _try(
     model: nn.Module, engine: Engine, sample: Tensor, clip_norm: Bound
 ) -> tuple[Clipped, list[Tensor]]:
-    sums = [torch.zeros_like(p) for p in trainable(model)]
-    return engine.accumulate(sample, clip_norm, sums), sums
+
+    def clip_and_add_up() -> tuple[Clipped, list[Tensor]]:
+        sums = [torch.zeros_like(p) for p in trainable(model)]
+        return engine.accumulate(sample, clip_norm, sums), sums
+
+    return until_it_fits(clip_and_add_up, engine.shrink)
 
 
 def _problem(
@@ -213,7 +217,7 @@ def _with_factors(
     try:
         clipped, sums = _try(model, engine, sample, clip_norm)
     finally:
-        engine.on_calls = nobody_watches
+        engine.on_calls = None
     of_factors = Clipped(clipped.losses, clipped.tokens, torch.cat(watch.norms))
     return (clipped, sums), (of_factors, watch.sums)
 
@@ -249,8 +253,6 @@ class _Factors:
 
 def _of_record(call: Call, record: int) -> list[tuple[nn.Parameter, Tensor]]:
     """One record's gradients by a layer's own parameters, from one call of it."""
-    if call.grad is None:
-        return []
     call = in_full(call)
     module, grad = call.module, call.grad
     own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
@@ -258,9 +260,7 @@ def _of_record(call: Call, record: int) -> list[tuple[nn.Parameter, Tensor]]:
     inputs = tuple(x[record : record + 1] if isinstance(x, Tensor) else x for x in call.inputs)
     with torch.enable_grad():
         out: Any = torch.func.functional_call(module, values, inputs, call.keywords)
-        found = torch.autograd.grad(
-            out, list(values.values()), None if grad is None else grad[record : record + 1]
-        )
+        found = torch.autograd.grad(out, list(values.values()), grad[record : record + 1])
     return list(zip(own.values(), found, strict=True))
 
 

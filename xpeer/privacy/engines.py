@@ -22,6 +22,7 @@ from xpeer.privacy.clipping import (
 )
 from xpeer.privacy.engine_check import Candidate, right_ones
 from xpeer.privacy.engine_memory import EngineMemory
+from xpeer.privacy.fitting import until_it_fits
 from xpeer.privacy.steps import FULL, Precision, Records, Switchable
 
 SAMPLE_RECORDS: Final = 4
@@ -181,7 +182,8 @@ def _repeated(sample: Tensor) -> Tensor:
 
 
 def _run(engine: Engine, records: Tensor, sums: list[Tensor]) -> None:
-    float(engine.accumulate(records, 1.0, sums).norms.sum())  # waits for a GPU, too
+    clipped = until_it_fits(lambda: engine.accumulate(records, 1.0, sums), engine.shrink)
+    float(clipped.norms.sum())  # waits for a GPU, too
 
 
 def _again(

@@ -8,7 +8,7 @@ with q = B / n. B is the expected number of units. The number sampled is private
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xpeer.manifest import Manifest
 from xpeer.privacy.clipping import Clipped, Engine
+from xpeer.privacy.fitting import until_it_fits
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.privacy.norms import ClipNorm
 from xpeer.privacy.ranks import Alone, Ranks
@@ -58,6 +59,8 @@ class PrivateGradient:
         sampling: B, summed over all ranks, and q.
         generator: makes noise and samples.
         ranks: ranks that take each step in common, with the same units and B. None = one alone.
+        relieve: saves memory where a pass of one record is too large, and returns how; "" = it
+            can't.
     """
 
     def __init__(
@@ -70,12 +73,14 @@ class PrivateGradient:
         sampling: Sampling,
         generator: SecretGenerator,
         ranks: Ranks | None = None,
+        relieve: Callable[[], str] = lambda: "",
     ) -> None:
         self.engine = engine
         self.generator = generator
         self.clip_norm = clip_norm
         self.expected = sampling.expected
         self._ranks = ranks or Alone()
+        self._relieve = relieve
         self._parameters = parameters
         self._device = parameters[0].device
         self._records = records
@@ -88,8 +93,12 @@ class PrivateGradient:
         sample = self._units.sample(self.generator, self._probability)
         batch = self._records[sample.indices].to(self._device)
         bounds = (sample.fractions * norm).to(self._device)
-        sums = [_zeroed_grad(p) for p in self._parameters]
-        clipped = self.engine.accumulate(batch, bounds, sums)
+
+        def clip_and_add_up() -> tuple[list[Tensor], Clipped]:
+            sums = [_zeroed_grad(p) for p in self._parameters]
+            return sums, self.engine.accumulate(batch, bounds, sums)
+
+        sums, clipped = until_it_fits(clip_and_add_up, self._shrink)
         of_rank = 1 / math.sqrt(self._ranks.world)  # std of a rank's noise over the step's
         for total in sums:
             noise = torch.empty_like(total)
@@ -102,6 +111,9 @@ class PrivateGradient:
         for count in counted:
             self.clip_norm.follow(float(count), self.expected)
         return result_of(clipped, self.clip_norm.norm if counted else None)
+
+    def _shrink(self) -> str:
+        return self.engine.shrink() or self._relieve()
 
     def _noised_count(
         self, clipped: Clipped, bounds: Tensor, sample: Sample, of_rank: float

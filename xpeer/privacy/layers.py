@@ -13,10 +13,10 @@ Exact for layers that treat the records of a batch separately, with the batch as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,67 +25,103 @@ from torch.nn import functional
 from xpeer.errors import ConfigError
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a layer: its inputs, and the gradient of the loss by its output.
-
-    Attributes:
-        grad: (B, ..., features_out). None until the backward pass reaches the layer.
-    """
+    """One call of a layer: its inputs, and the gradient of the loss by its output."""
 
     module: nn.Module
     inputs: tuple[Any, ...]
     keywords: dict[str, Any]
-    grad: Tensor | None = None
+    grad: Tensor  # (B, ..., features_out)
+
+
+OnCall = Callable[[Call], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """What a tap keeps of a call until the backward pass reaches it, but for the tensors."""
+
+    module: nn.Module
+    others: tuple[Any, ...]
+    """Its inputs, None in the place of each tensor."""
+    keywords: dict[str, Any]
+    on_call: OnCall
+
+    def hand_over(self, tensors: tuple[Tensor, ...], grad: Tensor) -> None:
+        """Pass the call on."""
+        left = iter(tensors)
+        inputs = tuple(next(left) if x is _TENSOR else x for x in self.others)
+        self.on_call(Call(self.module, inputs, self.keywords, grad))
+
+
+_TENSOR: Final = object()
+"""Stands in the place of a tensor."""
 
 
 class _Tap(torch.autograd.Function):
-    """The identity. Its backward pass notes the gradient that arrives.
+    """The identity. Its backward pass hands over the layer's inputs and the gradient that arrives.
 
     The backward pass is asked for the gradient by `probe` alone. So it reaches every tap, but does
     not compute the ordinary gradient of any weight. That saves a third of the work.
+
+    Inputs are kept as autograd keeps its own. Where a part of the model is computed again during
+    the backward pass (activation checkpointing), they are not kept either, and those computed again
+    come in their place. The taps of the second computation are in no graph, and hand over nothing.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, probe: Tensor, call: Call) -> Tensor:
-        ctx.call = call
+    def forward(ctx: Any, output: Tensor, probe: Tensor, noted: _Noted, *inputs: Tensor) -> Tensor:
+        ctx.noted = noted
+        ctx.save_for_backward(*inputs)
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.call.grad = grads[0]
-        return grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        ctx.noted.hand_over(tensors, grads[0])
+        return grads[0], *[None] * (2 + len(tensors))
 
 
 @contextmanager
-def tapped(modules: list[nn.Module], probe: Tensor) -> Iterator[list[Call]]:
-    """Note every call of these modules until the end of the block.
+def tapped(modules: list[nn.Module], probe: Tensor, on_call: OnCall) -> Iterator[None]:
+    """Hand over every call of these modules, when the backward pass within the block reaches it.
 
     Args:
         modules: modules with parameters of their own.
-        probe: () float32 that requires a gradient; `torch.autograd.grad(loss, probe)` fills the
-            calls.
-
-    Yields:
-        The calls, in the order in which they happen.
+        probe: () float32 that requires a gradient; `torch.autograd.grad(loss, probe)` makes the
+            calls known.
+        on_call: gets them, the last one first. A call whose output does not enter the loss never
+            comes.
     """
-    calls: list[Call] = []
+    handing_over = False
+
+    def hand_over(call: Call) -> None:
+        nonlocal handing_over
+        handing_over = True
+        try:
+            on_call(call)
+        finally:
+            handing_over = False
 
     def hook(
         module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any
-    ) -> Tensor:
+    ) -> Tensor | None:
+        if handing_over:  # whoever gets a call may run the layer again
+            return None
         if not isinstance(output, Tensor):
             raise ConfigError(f"{type(module).__name__} returns more than a tensor")
-        kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-        calls.append(Call(module, kept, keywords))
+        tensors = [x.detach() for x in inputs if isinstance(x, Tensor)]
+        others = tuple(_TENSOR if isinstance(x, Tensor) else x for x in inputs)
+        noted = _Noted(module, others, keywords, hand_over)
         tap: Any = _Tap.apply
-        watched: Tensor = tap(output, probe, calls[-1])
+        watched: Tensor = tap(output, probe, noted, *tensors)
         return watched
 
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
     handles += [m.register_forward_pre_hook(_as_it_computes) for m in modules if _multiplies(m)]
     try:
-        yield calls
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -174,12 +210,10 @@ def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
     Raises:
         ConfigError: this layer's gradients can't be separated by record.
     """
-    if call.grad is None:  # its output did not enter the loss
-        return
     module, grad = call.module, call.grad
     first = call.inputs[0] if call.inputs else None
     shapes = [x.shape[:1] for x in (first, grad) if isinstance(x, Tensor)]
-    if shapes != [(batch,)] * 2 or not isinstance(first, Tensor) or grad is None:
+    if shapes != [(batch,)] * 2 or not isinstance(first, Tensor):
         raise ConfigError(f"{type(module).__name__} has no batch dimension, or not as its first")
     if type(module) is nn.Embedding:
         yield from _embedding(module, first, grad)
@@ -195,8 +229,6 @@ def _small(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
     """Gradients by parameters that are written down."""
     module, grad = call.module, call.grad
     first: Any = call.inputs[0]
-    if grad is None:
-        return
     if type(module) is nn.LayerNorm and module.elementwise_affine:
         normed = functional.layer_norm(first, module.normalized_shape, None, None, module.eps)
         yield from _trainable(module, _summed(grad * normed, module.weight), grad)
@@ -213,8 +245,7 @@ def in_full(call: Call) -> Call:
     inputs = tuple(
         x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call.inputs
     )
-    grad = None if call.grad is None else call.grad.float()
-    return Call(call.module, inputs, call.keywords, grad)
+    return Call(call.module, inputs, call.keywords, call.grad.float())
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -268,8 +299,6 @@ def _scale(module: nn.Module, call: Call, grad: Tensor) -> Iterator[tuple[nn.Par
 def _anything(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
     """Gradients by the parameters of any layer: run it again for all records (torch.func.vmap)."""
     module, grad = call.module, call.grad
-    if grad is None:
-        return
     own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
     values = {name: p.detach() for name, p in own.items()}
     if any(isinstance(x, Tensor) and x.shape[:1] != (batch,) for x in call.inputs):

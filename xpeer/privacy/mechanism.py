@@ -153,6 +153,7 @@ class RecordMechanism:
             sampling,
             noise.SecretGenerator(next(model.parameters()).device, options.generator),
             options.ranks,
+            options.relieve,
         )
         values = sum(parameter.numel() for parameter in self._parameters)
         self._noise_norm = noise_norm(self._sigma, sampling.expected, values)

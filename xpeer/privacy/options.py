@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,8 @@ class Options:
         engine: clips the records' gradients; None = the fastest exact one is chosen.
         generator: kind of noise generator.
         cache: folder where the choice of the engine is remembered; None = nowhere.
+        relieve: saves memory where a pass of one record is too large, and returns how, for the
+            operator; "" = it can't.
         ranks: ranks that take each step in common. One of them holds the ledger. None = one alone.
     """
 
@@ -32,6 +35,7 @@ class Options:
     engine: Engine | None = None
     generator: noise.Generator = "fast"
     cache: Path | None = None
+    relieve: Callable[[], str] = lambda: ""
     ranks: Ranks | None = None
 
 

@@ -12,6 +12,7 @@ from xpeer.accounts.budget import Charged
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest
 from xpeer.privacy.clipping import RecordLosses, trainable
+from xpeer.privacy.fitting import halved, until_it_fits
 from xpeer.privacy.options import DEFAULT, Options
 from xpeer.privacy.passes import Passes
 from xpeer.privacy.steps import Records, StepResult, Switchable, check_records
@@ -70,6 +71,7 @@ class OffMechanism:
         cached = max(1, _CPU_TOKENS // records.shape[1])
         whole = cached if self._device.type == "cpu" else self._batch
         self._micro_batch = options.micro_batch or whole
+        self._relieve = options.relieve
         self._passes = Passes(records, seen)
 
     @property
@@ -94,13 +96,7 @@ class OffMechanism:
         The mean is clipped as a whole, if the manifest asks for that.
         """
         chosen = self._passes.take(self._batch)
-        measured: list[tuple[Tensor, Tensor]] = []
-        for parameter in self._parameters:
-            parameter.grad = None
-        for part in torch.split(self._records[chosen], self._micro_batch):
-            losses, tokens = self._record_losses(self._model, part.to(self._device))
-            torch.autograd.backward(losses.sum())
-            measured.append((losses.detach().sum(), tokens.sum()))
+        measured = until_it_fits(lambda: self._add_up(self._records[chosen]), self._shrink)
         total = float(torch.stack([loss for loss, _ in measured]).sum())
         tokens_seen = int(torch.stack([count for _, count in measured]).sum())
         with torch.no_grad():
@@ -114,6 +110,22 @@ class OffMechanism:
             records=len(chosen),
             tokens=tokens_seen,
         )
+
+    def _add_up(self, records: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Set `grad` to the sum over these records; returns losses and tokens of each pass."""
+        measured: list[tuple[Tensor, Tensor]] = []
+        for parameter in self._parameters:
+            parameter.grad = None
+        for part in torch.split(records, self._micro_batch):
+            losses, tokens = self._record_losses(self._model, part.to(self._device))
+            torch.autograd.backward(losses.sum())
+            measured.append((losses.detach().sum(), tokens.sum()))
+        return measured
+
+    def _shrink(self) -> str:
+        """Compute with fewer records a pass; see `fitting.until_it_fits`."""
+        self._micro_batch, words = halved(min(self._micro_batch, self._batch))
+        return words or self._relieve()
 
     def stamp(self, raw: RawUpdate) -> PrivateUpdate:
         """Stamp a snapshot as one of a swarm without privacy."""

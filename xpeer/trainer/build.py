@@ -28,9 +28,10 @@ from xpeer.mixing.parameters import Parameters
 from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
-from xpeer.privacy.steps import Precision, Records
+from xpeer.privacy.steps import Records
 from xpeer.trainer.assembled import Assembled, Beginning, TextFacts
 from xpeer.trainer.capture import Capture, FrozenValues, Keeping
+from xpeer.trainer.computing import Computing, computing_of
 from xpeer.trainer.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.starting import Startup
@@ -44,11 +45,10 @@ from xpeer.training.gradient_window import GradientWindow
 from xpeer.training.initial import model_of
 from xpeer.training.learner import Learner
 from xpeer.training.loop import TrainingLoop
-from xpeer.training.losses import choose_device, evaluate, record_losses
+from xpeer.training.losses import choose_device, evaluate
 from xpeer.training.measuring import Evaluation, Measurements
 from xpeer.training.model import check_fits
 from xpeer.training.pacing import Pacing
-from xpeer.training.precision import choose_precision
 from xpeer.training.pulse import Pulse
 from xpeer.training.records import cut
 from xpeer.training.schedule import Counters
@@ -101,10 +101,7 @@ class _Start:
     """The ledger that checkpoints will need; empty without privacy."""
     counters: Counters
     device: torch.device
-    precision: Precision
-    """In what the model computes."""
-    why_precision: str
-    """Why it is so, in words for the operator."""
+    computing: Computing
 
 
 def assemble(setup: TrainerSetup, startup: Startup | None = None) -> Assembled:
@@ -146,13 +143,13 @@ def assemble(setup: TrainerSetup, startup: Startup | None = None) -> Assembled:
         loop.pacing.begin_idle(budget_spent=mechanism.spent().steps_left == 0)
     beginning = Beginning(
         device=str(start.device),
-        precision=start.precision.name,
+        precision=start.computing.precision.name,
         resumed=saved is not None,
         text=_facts(swarm, text, problem),
         notes=[
             *(f"text: {line}" for line in text.shard.lines()),
             *notes,
-            start.why_precision,
+            *start.computing.notes,
             *mechanism.notes,
         ],
         warnings=warnings + of_accounts,
@@ -185,7 +182,6 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
     """Build the model with the checkpoint's parameters, and open the ledger that it needs."""
     manifest = swarm.manifest
     device = choose_device(swarm.config.training.device)
-    precision, why = choose_precision(swarm.config.training.precision, device)
     fresh = saved is None and swarm.setup.initial == "initial"
     model = _model(swarm, device, fresh=fresh)
     parameters = FlatParameters(model, manifest.round.fragments)
@@ -204,7 +200,8 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
         parameters.write(saved.flat)
         frozen.restore(model, manifest.model.frozen, saved.frozen)
         counters = Counters.from_dict(saved.counters)
-    return _Start(saved, model, parameters, ledger, ledger_id, counters, device, precision, why)
+    computing = computing_of(swarm.config.training, model, device)
+    return _Start(saved, model, parameters, ledger, ledger_id, counters, device, computing)
 
 
 def _model(swarm: _Swarm, device: torch.device, *, fresh: bool) -> torch.nn.Module:
@@ -239,15 +236,18 @@ def _idle(swarm: _Swarm, start: _Start) -> IdleMechanism:
 
 def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechanism:
     """Make the mechanism that computes the gradients."""
+    computing = start.computing
     return build_mechanism(
         swarm.manifest,
         start.model,
         text.records,
-        pulse.before(record_losses),
+        pulse.before(computing.losses),
         start.ledger,
         Options(
             micro_batch=swarm.config.training.micro_batch,
-            precision=start.precision,
+            memory_bytes=computing.memory_bytes,
+            precision=computing.precision,
+            relieve=computing.relieve,
             generator=swarm.config.privacy.generator,
             cache=swarm.home.cache,
         ),
@@ -389,7 +389,13 @@ def _evaluation(
     length = manifest.optimiser.sequence_tokens
     public = _spread(cut([document], swarm.tokenizer, length), PUBLIC_RECORDS)
     private = _spread(held_out, swarm.config.training.validation_records)
-    measure = partial(evaluate, start.model, on_progress=beat, precision=start.precision)
+    measure = partial(
+        evaluate,
+        start.model,
+        on_progress=beat,
+        precision=start.computing.precision,
+        losses_of_records=start.computing.losses,
+    )
     return Evaluation(
         public=partial(measure, public),
         validation=partial(measure, private) if len(private) else None,

@@ -13,7 +13,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from xpeer.errors import ConfigError, LocalError
+from xpeer.privacy.clipping import RecordLosses
+from xpeer.privacy.fitting import halved, until_it_fits
 from xpeer.privacy.steps import Precision
+from xpeer.training import head
 
 _NO_TARGET: Final = -100
 _CPU_VALUES: Final = 1 << 20
@@ -66,6 +69,32 @@ def record_losses(
     return losses_of(model, *inputs_of(records))
 
 
+def choose_losses(model: torch.nn.Module) -> tuple[RecordLosses, str]:
+    """`record_losses` for this model, without all logits at once where its family is understood.
+
+    Returns:
+        The loss, for this very model or wrappers of it, and a note for the operator; "" = all is
+        well.
+    """
+    inner = transformers_model(model)
+    found = head.find(inner)
+    if found is None:
+        family = inner.config.model_type
+        note = f"a batch's logits are kept as a whole: the output layer of {family} is not known"
+        return record_losses, f"{note}; a smaller training.micro_batch needs less memory"
+    return functools.partial(_without_all_logits, found), ""
+
+
+def _without_all_logits(
+    output: head.Head, _model: torch.nn.Module, records: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `record_losses`; the model that `output` is of computes."""
+    ids, targets = inputs_of(records)
+    hidden = output.body(input_ids=ids, use_cache=False, **_positions(output.body, ids))[0]
+    losses = head.losses_of_tokens(output, hidden, targets, _cross_entropy)
+    return losses.sum(1), (targets >= 0).sum(1)
+
+
 def inputs_of(records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the model reads, and what it predicts from that: both (records, tokens - 1) int64.
 
@@ -84,15 +113,22 @@ def losses_of(
     model: torch.nn.Module, ids: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `record_losses`, for what `inputs_of` returns."""
-    extra: dict[str, torch.Tensor] = {}
-    if _takes_positions(type(transformers_model(model)).forward):
-        # expanded: GPT-2 otherwise embeds them once for all records, and no per-record gradient
-        # of the position embedding exists
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        extra["position_ids"] = positions.expand_as(ids)
+    extra = _positions(transformers_model(model), ids)
     logits = model(input_ids=ids, use_cache=False, **extra).logits  # (B, T - 1, vocabulary)
     losses = _cross_entropy(logits.flatten(0, 1), targets.flatten()).view_as(targets)
     return losses.sum(1), (targets >= 0).sum(1)
+
+
+def _positions(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Positions of (B, T) ids, where the model takes them.
+
+    They are expanded: GPT-2 otherwise embeds them once for all records, and no per-record gradient
+    of the position embedding exists.
+    """
+    if not _takes_positions(type(model).forward):
+        return {}
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    return {"position_ids": positions.expand_as(ids)}
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -120,6 +156,7 @@ def evaluate(
     micro_batch: int = 16,
     on_progress: Callable[[], None] = lambda: None,
     precision: Precision | None = None,
+    losses_of_records: RecordLosses = record_losses,
 ) -> float:
     """Compute the mean loss in nats per token.
 
@@ -129,6 +166,7 @@ def evaluate(
         micro_batch: records per forward pass.
         on_progress: called after each forward pass.
         precision: of the passes; None = bfloat16 on a GPU that has it.
+        losses_of_records: the loss, e.g. of `choose_losses`.
 
     Raises:
         ConfigError: there is no token to predict.
@@ -136,13 +174,23 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
+    size, rest = max(1, micro_batch), records
     nats, tokens = 0.0, 0
+
+    def losses_of_next() -> tuple[float, int]:
+        with autocast(device) if precision is None else precision.context():
+            losses, counted = losses_of_records(model, rest[:size].to(device))
+        return float(losses.cpu().double().sum()), int(counted.sum())
+
+    def shrink() -> str:
+        nonlocal size
+        size, words = halved(size)
+        return words
+
     try:
-        for part in torch.split(records, max(1, micro_batch)):
-            with autocast(device) if precision is None else precision.context():
-                losses, counted = record_losses(model, part.to(device))
-            nats += float(losses.cpu().double().sum())
-            tokens += int(counted.sum())
+        while len(rest):
+            more, counted = until_it_fits(losses_of_next, shrink)
+            nats, tokens, rest = nats + more, tokens + counted, rest[size:]
             on_progress()
     finally:
         model.train(was_training)

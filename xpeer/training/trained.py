@@ -17,7 +17,7 @@ from xpeer.training import adapters
 from xpeer.training.checkpoint import load_latest
 from xpeer.training.flat import digest, read_flat
 from xpeer.training.initial import trained_model
-from xpeer.training.losses import record_losses
+from xpeer.training.losses import choose_losses
 from xpeer.training.model import context_tokens, from_folder
 from xpeer.training.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
@@ -165,10 +165,11 @@ def evaluate_text(
     length = min(record_tokens or LONGEST_RECORD, context_tokens(model) or LONGEST_RECORD)
     records = [ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)]
     device = next(model.parameters()).device
+    losses_of, _ = choose_losses(model)
     nats, tokens = 0.0, 0
     # A group has sequences of one length: without padding, no padding can be counted by mistake.
     for group in _equal(records, micro_batch):
-        losses, counted = record_losses(model, torch.tensor(group, device=device))
+        losses, counted = losses_of(model, torch.tensor(group, device=device))
         nats += float(losses.double().sum())
         tokens += int(counted.sum())
     return Evaluation(tokens=tokens, bytes=len(text.encode()), nats=nats)

@@ -24,7 +24,7 @@ from tests.unit.privacy.models import (
     some_records,
 )
 from xpeer.errors import ConfigError
-from xpeer.privacy import clipping
+from xpeer.privacy import record_gradients
 from xpeer.privacy.clipping import (
     BookKeepingEngine,
     Bound,
@@ -33,10 +33,10 @@ from xpeer.privacy.clipping import (
     FunctionalEngine,
     MicrobatchEngine,
     clip_factors,
-    squared_norms,
     trainable,
 )
 from xpeer.privacy.engines import choose_engine, sample_of
+from xpeer.privacy.record_gradients import squared_norms
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: llama(tied=False),
@@ -111,7 +111,7 @@ def test_each_record_may_have_a_bound_of_its_own(engine: Any) -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2-tied", "neox-tied", "llama-lora",
                                   "llama-lora-b"])  # fmt: skip
 def test_norms_from_inner_products_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clipping, "_WRITTEN_RATIO", 0)
+    monkeypatch.setattr(record_gradients, "_WRITTEN_RATIO", 0)
     model, records = MODELS[name](), some_records()
     norms, sums = by_autograd(model, records, 0.5)
     told, got = run(BookKeepingEngine(model, record_losses), model, records, 0.5)
@@ -151,7 +151,7 @@ class Cancelling(nn.Module):
 def test_a_gradient_that_all_but_cancels_is_clipped(
     left: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clipping, "_WRITTEN_RATIO", 0)
+    monkeypatch.setattr(record_gradients, "_WRITTEN_RATIO", 0)
     model = Cancelling(left)
     record = torch.randint(0, 256, (1, CANCELLING // 2)).repeat(1, 2)
     _, free = run(MicrobatchEngine(model, model.losses), model, record, 1e9)

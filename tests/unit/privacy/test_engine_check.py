@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.unit.privacy.models import adapted, gpt2, llama, neox, qwen2, record_losses, some_records
 from xpeer.errors import ConfigError
-from xpeer.privacy import clipping
+from xpeer.privacy import record_gradients
 from xpeer.privacy.clipping import (
     BookKeepingEngine,
     Bound,
@@ -68,7 +68,7 @@ def test_no_record_adds_more_than_the_norm(
     """Neither alone nor among others, whose bounds are too small to count."""
     if engine is FunctionalEngine and name in {"neox", "qwen2-tied"}:
         pytest.skip("vmap can't run it under autocast, and is refused")
-    monkeypatch.setattr(clipping, "_WRITTEN_RATIO", ratio)
+    monkeypatch.setattr(record_gradients, "_WRITTEN_RATIO", ratio)
     model, records = MODELS[name](), some_records(4)
     made = engine(model, in_half(model))
     for i in range(4):
@@ -148,7 +148,7 @@ def test_sums_of_other_factors_than_those_of_the_norms_are_refused(
         else:
             real(self, factors, out)
 
-    monkeypatch.setattr(clipping, "_WRITTEN_RATIO", 0)
+    monkeypatch.setattr(record_gradients, "_WRITTEN_RATIO", 0)
     monkeypatch.setattr(Outer, "add_weighted", rounded)
     choice = chosen(llama(tied=True))
     assert choice.engine.name == "vmap"
@@ -157,7 +157,7 @@ def test_sums_of_other_factors_than_those_of_the_norms_are_refused(
 
 def test_norms_of_factors_in_half_precision_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products that are rounded to bfloat16 before they are added."""
-    monkeypatch.setattr(clipping, "_WRITTEN_RATIO", 0)
+    monkeypatch.setattr(record_gradients, "_WRITTEN_RATIO", 0)
     real = Outer.inner
     monkeypatch.setattr(Outer, "inner", lambda self, other: 0.99 * real(self, other))
     choice = chosen(llama(tied=True))

@@ -1,0 +1,79 @@
+"""Makes work fit into memory: it is done again with less at a time, from its beginning.
+
+A step that runs out of memory is not lost. Its sample stays, its sums begin at zero again, and it
+is charged once. All records of a step add up to the same, however many are in a pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import torch
+
+from xpeer.errors import LocalError
+
+_T = TypeVar("_T")
+_OF_CPU: Final = ("can't allocate memory", "not enough memory")
+"""What torch's allocator says on a processor; it has no error of its own."""
+_STEP: Final = 1 << 32
+
+logger = logging.getLogger("xpeer.training")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or this machine, had too little memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_CPU)
+
+
+def until_it_fits(work: Callable[[], _T], shrink: Callable[[], str]) -> _T:
+    """Do work; where memory runs out, do it again with less at a time.
+
+    Args:
+        work: begins anew at each call.
+        shrink: makes the next attempt smaller. It returns what was changed, for the operator; "" =
+            nothing can be.
+
+    Raises:
+        LocalError: nothing can be made smaller any more.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+        # here the error is gone, and with it what its frames held
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        changed = shrink()
+        if not changed:
+            raise LocalError(
+                "a single record does not fit into memory",
+                "a smaller training.micro_batch can't help: set training.checkpoint_activations to "
+                "on, training.precision to bfloat16, or give the trainer more memory; in a new "
+                "swarm a shorter optimiser.sequence_tokens",
+            )
+        logger.warning("out of memory: the step is begun again with %s", changed)
+
+
+def halved(records: int) -> tuple[int, str]:
+    """Half as many records a pass, and words for it; 1 and "" = it was one already.
+
+    The words hold no number: it may follow from the number of records that were sampled.
+    """
+    return max(1, records // 2), "fewer records a pass" if records > 1 else ""
+
+
+def bytes_of_passes(device: torch.device, otherwise: int) -> int:
+    """Bytes that an engine may keep during a pass: half of what is free on a GPU.
+
+    Rounded down to a multiple of 4 GiB, so that it is the same at the next start.
+    """
+    if device.type != "cuda":
+        return otherwise
+    free, _total = torch.cuda.mem_get_info(device)
+    return max(otherwise, free // 2 // _STEP * _STEP)

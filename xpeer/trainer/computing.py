@@ -1,0 +1,61 @@
+"""How this node computes: what its settings ask for, and what model and device allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from xpeer.config import Training
+from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, RecordLosses
+from xpeer.privacy.fitting import bytes_of_passes
+from xpeer.privacy.steps import Precision
+from xpeer.training.losses import choose_losses
+from xpeer.training.precision import choose_precision
+from xpeer.training.recompute import Recomputing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computing:
+    """The parts of a step that depend on device and settings. Gradients hardly do."""
+
+    precision: Precision
+    losses: RecordLosses
+    """The model's loss by record."""
+    relieve: Callable[[], str]
+    """See `Options.relieve`."""
+    memory_bytes: int
+    """See `Options.memory_bytes`."""
+    notes: list[str] = field(default_factory=list)
+    """Why it computes so, in words for the operator."""
+
+
+def computing_of(settings: Training, model: torch.nn.Module, device: torch.device) -> Computing:
+    """Choose how to compute.
+
+    Args:
+        settings: of this node.
+        model: on its device.
+        device: to train on.
+
+    Raises:
+        ConfigError: a setting asks for what this device or this model can't do.
+    """
+    precision, why = choose_precision(settings.precision, device)
+    losses, of_losses = choose_losses(model)
+    notes = [why, of_losses]
+    recomputing, wanted = Recomputing(model), settings.checkpoint_activations
+    if wanted == "on":
+        notes.append(recomputing.require())
+    return Computing(
+        precision=precision,
+        losses=losses,
+        relieve=recomputing.switch_on if wanted == "auto" else _nothing_left,
+        memory_bytes=bytes_of_passes(device, DEFAULT_MEMORY_BYTES),
+        notes=[note for note in notes if note],
+    )
+
+
+def _nothing_left() -> str:
+    return ""
