@@ -126,6 +126,8 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_activations: Literal["auto", "on", "off"] = "auto"
     """Compute layers again in the backward pass instead of keeping what they computed: less memory,
     a third more time. auto: once a pass of one record does not fit into memory."""
+    compile: Literal["off", "on"] = "off"
+    """Compile the model's layers, without privacy. Takes a minute at a start."""
     compile_codec: bool = True
     """Compile the codec's kernels if there is a C++ compiler. That is several times faster for
     fragments of a million parameters or more, with the same bytes."""

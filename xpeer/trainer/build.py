@@ -200,7 +200,7 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
         parameters.write(saved.flat)
         frozen.restore(model, manifest.model.frozen, saved.frozen)
         counters = Counters.from_dict(saved.counters)
-    computing = computing_of(swarm.config.training, model, device)
+    computing = computing_of(swarm.config.training, model, device, manifest)
     return _Start(saved, model, parameters, ledger, ledger_id, counters, device, computing)
 
 

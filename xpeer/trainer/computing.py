@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from xpeer.config import Training
-from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, RecordLosses
+from xpeer.manifest import Manifest
+from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, RecordLosses, trainable
 from xpeer.privacy.fitting import bytes_of_passes
 from xpeer.privacy.steps import Precision
+from xpeer.training.compiled import NOT_WITH_PRIVACY, compile_layers
 from xpeer.training.losses import choose_losses
 from xpeer.training.precision import choose_precision
 from xpeer.training.recompute import Recomputing
@@ -31,13 +34,16 @@ class Computing:
     """Why it computes so, in words for the operator."""
 
 
-def computing_of(settings: Training, model: torch.nn.Module, device: torch.device) -> Computing:
+def computing_of(
+    settings: Training, model: torch.nn.Module, device: torch.device, manifest: Manifest
+) -> Computing:
     """Choose how to compute.
 
     Args:
         settings: of this node.
         model: on its device.
         device: to train on.
+        manifest: of the swarm.
 
     Raises:
         ConfigError: a setting asks for what this device or this model can't do.
@@ -45,6 +51,11 @@ def computing_of(settings: Training, model: torch.nn.Module, device: torch.devic
     precision, why = choose_precision(settings.precision, device)
     losses, of_losses = choose_losses(model)
     notes = [why, of_losses]
+    if settings.compile == "on" and manifest.privacy.policy.clips_records:
+        notes.append(NOT_WITH_PRIVACY)
+    elif settings.compile == "on":
+        length = manifest.optimiser.sequence_tokens
+        notes.append(compile_layers(model, partial(_try_out, model, losses, precision, length)))
     recomputing, wanted = Recomputing(model), settings.checkpoint_activations
     if wanted == "on":
         notes.append(recomputing.require())
@@ -55,6 +66,17 @@ def computing_of(settings: Training, model: torch.nn.Module, device: torch.devic
         memory_bytes=bytes_of_passes(device, DEFAULT_MEMORY_BYTES),
         notes=[note for note in notes if note],
     )
+
+
+def _try_out(
+    model: torch.nn.Module, losses: RecordLosses, precision: Precision, num_tokens: int
+) -> None:
+    """A forward and a backward pass over two records of arbitrary tokens. It changes nothing."""
+    device = next(model.parameters()).device
+    records = torch.zeros(2, num_tokens, dtype=torch.int64, device=device)
+    with precision.context():
+        nats, _ = losses(model, records)
+    torch.autograd.grad(nats.sum(), trainable(model), allow_unused=True)
 
 
 def _nothing_left() -> str:
