@@ -7,7 +7,7 @@ WORKERS ?= $(shell nproc)
 # Options of the demo, e.g. make demo DEMO="--seed 2"
 DEMO ?=
 
-.PHONY: demo test quick check install clean
+.PHONY: demo test quick gpu check install clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ test: install
 # In a minute and a half on two cores: no swarms, and nothing that took long when it was measured.
 quick: install
 	$(BIN)/pytest -n $(WORKERS) -m "not slow and not swarm" tests/unit tests/cases
+
+# For a machine with an NVIDIA GPU: whatever only it can show, in a few minutes. Elsewhere all is skipped.
+gpu: install
+	$(BIN)/pytest -m gpu -rs tests/unit
 
 check: install
 	$(BIN)/ruff check .
