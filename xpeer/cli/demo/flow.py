@@ -310,7 +310,7 @@ class Demo:
             self._wait(deadline)
         for peer in report.peers:
             peer.alone_curve = best[peer.corpus].curve(report.loss_start, held_out)
-        average = torch.stack([snapshots.last() for snapshots in best.values()]).mean(0)
+        average = held_out.average([snapshots.last() for snapshots in best.values()])
         report.loss_alone_averaged = held_out.loss(average)
 
     def _start_alone(self, name: str, start: Path, peer: PeerReport, rate: float) -> Home:

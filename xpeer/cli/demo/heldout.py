@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from xpeer.training import checkpoint
+from xpeer.training.adapters import average
 from xpeer.training.flat import write_flat
 from xpeer.training.losses import evaluate
 from xpeer.training.model import from_folder
@@ -50,6 +51,10 @@ class HeldOut:
     def loss(self, params: torch.Tensor) -> float:
         """Nats per byte of (P,) parameters on all kinds."""
         return mean(self.by_kind(params))
+
+    def average(self, models: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The average of models' (P,) parameters; of adapters, of what they do."""
+        return average(self._model, models)
 
 
 def mean(by_kind: Mapping[str, float]) -> float:
