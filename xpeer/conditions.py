@@ -81,6 +81,15 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="a member's parameters are taken over",
     ),
     Condition(
+        code="donor-doubtful",
+        severity="degraded",
+        text="the parameters that {who} offers are worse than what the swarm started from: public "
+        "loss {loss:.3f}, and {start:.3f} at the start. Nobody else offers such",
+        remedy="have another member come back that holds the swarm's parameters. If these are "
+        "right, `xpeer start --accept-donor` takes them over",
+        clears="other parameters are offered, or a second member's are as good",
+    ),
+    Condition(
         code="waiting-for-peers",
         severity="degraded",
         text="{note}",

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import difflib
 import json
+import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,9 @@ from xpeer.training.documents import corpus_digest, load_documents
 from xpeer.training.formats.rows import holds_text
 
 PUBLIC_TEXT_BYTES = 200_000
+INITIAL_RECORDS = 8
+"""Records of the public text on which the initial parameters' loss is measured: a few, since that
+takes as long as a step of a large model."""
 MEASURED = frozenset({"model", "tokenizer", "public_text"})
 """Sections that are computed from files. Nobody writes them by hand."""
 OPTIONS = {
@@ -137,6 +141,18 @@ class InitialModel:
         from xpeer.training.model import check_fits  # noqa: PLC0415 - torch takes seconds
 
         check_fits(self.module, tokenizer_vocab, sequence_tokens)
+
+    def public_loss(self, manifest: Manifest, tokenizer: Any) -> float | None:
+        """Measure the loss on a few records of the public text; None if it is not finite."""
+        from xpeer.training.documents import document_of  # noqa: PLC0415 - torch takes seconds
+        from xpeer.training.losses import evaluate  # noqa: PLC0415
+        from xpeer.training.measuring import spread  # noqa: PLC0415
+        from xpeer.training.records import cut  # noqa: PLC0415
+
+        document = document_of(manifest.public_text.text, "public text")
+        records = cut([document], tokenizer, manifest.optimiser.sequence_tokens)
+        loss = evaluate(self.module, spread(records, INITIAL_RECORDS))
+        return loss if math.isfinite(loss) and loss > 0 else None
 
 
 @dataclass(frozen=True)
@@ -267,7 +283,9 @@ def draft_manifest(
     model = source.without_frozen(manifest.model, ids.vocab_size, length)
     manifest = msgspec.structs.replace(manifest, model=model)
     _require_startable(manifest, ids)
-    return manifest
+    loss = source.public_loss(manifest, ids)
+    public = msgspec.structs.replace(manifest.public_text, initial_loss=loss)
+    return msgspec.structs.replace(manifest, public_text=public)
 
 
 def given_by(field: str) -> str:

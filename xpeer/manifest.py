@@ -7,6 +7,7 @@ Only members get the manifest, but it holds no secret.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -360,6 +361,9 @@ class PublicText(Struct, frozen=True, forbid_unknown_fields=True):
     """BLAKE2b-256 (hex) of the text in UTF-8."""
     text: str
     """The text itself, so that all members measure on the same text."""
+    initial_loss: Positive | None = None
+    """Loss of the initial parameters on it, nats per token, as the founder measured it. None: not
+    measured."""
 
 
 @seen_by("members", all_public=True)
@@ -424,6 +428,17 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         self.privacy.check(shared_corpus=self.shared_corpus is not None)
         if self.public_text.digest != blake2b(self.public_text.text.encode()).hex():
             raise ValueError("public_text.digest does not match public_text.text")
+
+    @property
+    def start_loss(self) -> float:
+        """Public loss of the parameters that the swarm started from, nats per token.
+
+        Where the founder did not measure it, it is that of guessing among all tokens, or infinity.
+        """
+        if self.public_text.initial_loss is not None:
+            return self.public_text.initial_loss
+        tokens = self.model.config.get("vocab_size")
+        return math.log(tokens) if isinstance(tokens, int) and tokens > 1 else math.inf
 
     def require_privacy(self, asked: str, max_epsilon: float = 0.0) -> None:
         """Refuse a manifest whose privacy is not what the node's operator wants.

@@ -19,6 +19,9 @@ log = logging.getLogger("xpeer.daemon")
 
 ALIKE: Final = 1.05
 """Public losses within this factor are about equal."""
+WORSE: Final = 1.25, 0.5
+"""How much worse than the swarm's start a donor's public loss may be: factor, and nats on top. The
+start's was measured on a few records only, and the noise of privacy may move a young model away."""
 LEAST_STEP_S: Final = 1e-3
 """No step is shorter. This bounds a donor's step where nobody else can confirm it."""
 
@@ -91,6 +94,20 @@ class Claims:
         if step < claim.step:
             log.info("%s says step %d; it counts as %d", claim.donor[-8:], claim.step, step)
         return step
+
+
+def doubtful(best: Claim, offers: Sequence[Claim], start_loss: float) -> bool:
+    """Whether the best offer is worse than what the swarm started from, and nobody confirms it.
+
+    A second donor confirms it with about the same public loss.
+    """
+    factor, nats = WORSE
+    if best.loss_public <= factor * start_loss + nats:
+        return False
+    return not any(
+        other.donor != best.donor and other.loss_public <= ALIKE * best.loss_public
+        for other in offers
+    )
 
 
 def ranked(offers: Sequence[_C]) -> list[_C]:

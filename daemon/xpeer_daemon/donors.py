@@ -34,7 +34,7 @@ from xpeer.network.rates import Rates
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
 from xpeer.training.schedule import planned_steps
-from xpeer_daemon.claims import Claim, Claims, ranked
+from xpeer_daemon.claims import Claim, Claims, doubtful, ranked
 from xpeer_daemon.node import Node
 from xpeer_daemon.store import Store
 from xpeer_daemon.swarm_view import SwarmView
@@ -83,6 +83,7 @@ class Donors:
         manifest: of the swarm.
         rates: speeds that transfers and exchanges reached.
         folder: for the pieces that came so far.
+        accept: the operator accepts parameters that are worse than the swarm's start.
     """
 
     def __init__(
@@ -95,10 +96,13 @@ class Donors:
         manifest: Manifest,
         rates: Rates,
         folder: Path,
+        *,
+        accept: bool = False,
     ) -> None:
         self._node, self._view, self._store = node, view, store
         self._party, self._dialler, self._manifest = party, dialler, manifest
         self._rates = rates
+        self._accept = accept
         self._failed: dict[PeerId, Backoff] = {}
         self._takeover = Takeover(
             party, dialler, shape_of(manifest), rates, folder, node.life, self._avoid
@@ -199,6 +203,8 @@ class Donors:
             for offer in ranked(offers)
             if own_step is None or self.far_ahead(claims.step_of(offer), own_step)
         ]
+        if own_step is None and self._doubts(remaining):
+            remaining = []
         _refuse([offer for offer in offers if offer not in remaining])
         while remaining and (until is None or clock() < until):
             chosen, began = self._chosen(remaining), clock()
@@ -209,6 +215,17 @@ class Donors:
                 return True if succeeded else None
         _refuse(remaining)
         return False
+
+    def _doubts(self, offers: list[Offer]) -> bool:
+        """Whether the best offer needs the operator's word; says so in the node's health."""
+        if not offers:
+            return False
+        best, start = offers[0], self._manifest.start_loss
+        doubts = not self._accept and doubtful(best, offers, start)
+        who = self._view.name_of(best.donor)
+        facts = {"who": who, "loss": best.loss_public, "start": start}
+        self._node.health.hold("donor-doubtful", doubts, **facts)
+        return doubts
 
     def _chosen(self, offers: list[Offer]) -> list[Offer]:
         """The donors to fetch from at the same time: the best one, and others that are alike."""

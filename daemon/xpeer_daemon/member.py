@@ -53,11 +53,14 @@ class Options:
         paused: take no steps until `xpeer resume`.
         from_initial: a founder without parameters begins with the initial model at once. It does
             not wait for a member that holds the swarm's.
+        accept_donor: a joiner takes over parameters that are worse than the swarm's start, even if
+            a single member offers them.
         trainer: the module that the trainer process runs.
     """
 
     paused: bool = False
     from_initial: bool = False
+    accept_donor: bool = False
     trainer: str = PROGRAM
 
 
@@ -115,7 +118,8 @@ def build_member(candidate: Candidate, admitted: Admitted, spawn: Spawn) -> Memb
     view, supervisor, origin = training.view, training.supervisor, training.origin
     rates, closing = Rates(), _closing(manifest)
     folder = candidate.home.joining
-    donors = Donors(node, view, store, party, node.swarm, manifest, rates, folder)
+    accept = candidate.options.accept_donor
+    donors = Donors(node, view, store, party, node.swarm, manifest, rates, folder, accept=accept)
     partners = _partners(candidate, manifest, view, closing, rates)
     proposer = agreement.Proposer(party, node.swarm)
     return Member(

@@ -122,6 +122,7 @@ def run(
     join_token: str | None = None,
     paused: bool = False,
     from_initial: bool = False,
+    accept_donor: bool = False,
     trainer: str = PROGRAM,
 ) -> int:
     """Run the daemon until it is asked to stop.
@@ -145,7 +146,12 @@ def run(
             if note:
                 log.warning("%s", note)
         try:
-            options = Options(paused=paused, from_initial=from_initial, trainer=trainer)
+            options = Options(
+                paused=paused,
+                from_initial=from_initial,
+                accept_donor=accept_donor,
+                trainer=trainer,
+            )
             return uvloop.run(service.run(home, config, options))
         except LocalError as e:
             log.error("%s", e)

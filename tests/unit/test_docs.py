@@ -186,6 +186,9 @@ class _AnyModel(InitialModel):
     def without_frozen(self, section: Model, tokenizer_vocab: int, sequence_tokens: int) -> Model:
         return section
 
+    def public_loss(self, manifest: Manifest, tokenizer: object) -> None:
+        """It has no parameters."""
+
 
 def _parts(kind: Type) -> tuple[Type, ...]:
     return kind.types if isinstance(kind, UnionType) else (kind,)

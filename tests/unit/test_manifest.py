@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,24 @@ def test_optional_parts_travel() -> None:
     )
     signed = SignedManifest.sign(made, ADMIN)
     assert SignedManifest.from_bytes(signed.to_bytes()).open() == made
+
+
+@pytest.mark.parametrize(
+    ("config", "measured", "start"),
+    [
+        ({"vocab_size": 100}, 2.5, 2.5),
+        ({"vocab_size": 100}, None, math.log(100)),  # of an older version
+        ({}, None, math.inf),
+        ({"vocab_size": "many"}, None, math.inf),
+    ],
+)
+def test_the_start_is_as_good_as_the_founder_measured(
+    config: dict[str, Any], measured: float | None, start: float
+) -> None:
+    public = msgspec.structs.replace(manifest().public_text, initial_loss=measured)
+    model = Model({"model_type": "gpt2", **config}, 5, "x")
+    made = msgspec.structs.replace(manifest(), model=model, public_text=public)
+    assert made.start_loss == start
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ _KNOWN_SEEDS = "known"
     is_flag=True,
     help="A founder without checkpoints: begin with the initial model, wait for no member.",
 )
+@click.option(
+    "--accept-donor",
+    is_flag=True,
+    help="A joiner: take over a single member's parameters even if they are worse than the start.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="Of stderr and the log.")
 @click.option("--base-model", type=GivenPath(), help="As data.base_model.")
 @click.option("--tokenizer", type=GivenPath(), help="As data.tokenizer.")
@@ -77,6 +82,7 @@ def start(
     min_peers: int | None,
     paused: bool,
     from_initial: bool,
+    accept_donor: bool,
     log_format: str | None,
     base_model: Path | None,
     tokenizer: Path | None,
@@ -113,7 +119,14 @@ def start(
         _examine(home, config, observes=certificate.role == "observer", trial=not skip_trial)
         say("all is well; nothing was started")
         return
-    code = daemon.run(home, config, join_token=token, paused=paused, from_initial=from_initial)
+    code = daemon.run(
+        home,
+        config,
+        join_token=token,
+        paused=paused,
+        from_initial=from_initial,
+        accept_donor=accept_donor,
+    )
     raise click.exceptions.Exit(code)
 
 

@@ -46,7 +46,7 @@ from xpeer.training.initial import model_of
 from xpeer.training.learner import Learner
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.losses import choose_device, evaluate
-from xpeer.training.measuring import Evaluation, Measurements
+from xpeer.training.measuring import Evaluation, Measurements, spread
 from xpeer.training.model import check_fits
 from xpeer.training.pacing import Pacing
 from xpeer.training.pulse import Pulse
@@ -387,8 +387,8 @@ def _evaluation(
     manifest = swarm.manifest
     document = document_of(manifest.public_text.text, "public text")
     length = manifest.optimiser.sequence_tokens
-    public = _spread(cut([document], swarm.tokenizer, length), PUBLIC_RECORDS)
-    private = _spread(held_out, swarm.config.training.validation_records)
+    public = spread(cut([document], swarm.tokenizer, length), PUBLIC_RECORDS)
+    private = spread(held_out, swarm.config.training.validation_records)
     measure = partial(
         evaluate,
         start.model,
@@ -400,13 +400,6 @@ def _evaluation(
         public=partial(measure, public),
         validation=partial(measure, private) if len(private) else None,
     )
-
-
-def _spread(records: Records, at_most: int) -> torch.Tensor:
-    """Return at most so many records, evenly spread."""
-    if len(records) <= at_most:
-        return records[:]
-    return records[torch.linspace(0, len(records) - 1, at_most).long()]
 
 
 def _silence_progress_bars() -> None:

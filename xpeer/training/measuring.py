@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+
 from xpeer.errors import DivergedError, XpeerError
 from xpeer.escape import one_line, without_words
 from xpeer.manifest import Round
+from xpeer.privacy.steps import Records
 from xpeer.training.schedule import Counters
 from xpeer.training.worktime import WorkTime
 
@@ -123,6 +126,13 @@ class Measurements:
         """Age of the last measurement: windows of steps, plus cycles of merges, since then."""
         steps = (counters.step - self._step) / self._rules.window_steps
         return steps + (counters.merges - self._merges) / self._rules.fragments
+
+
+def spread(records: Records, at_most: int) -> torch.Tensor:
+    """Return at most so many records, evenly spread."""
+    if len(records) <= at_most:
+        return records[:]
+    return records[torch.linspace(0, len(records) - 1, at_most).long()]
 
 
 def require_finite(loss: float | None, counters: Counters) -> None:

@@ -99,13 +99,16 @@ class Rig:
             peer_id=PeerId("12D3KooWMe"), checkpoint=self._checkpoint, life=self.life,
             clock=lambda: 1e6, ends=SimpleNamespace(last_saved=lambda: self.last_saved),
         )  # fmt: skip
+        self.conditions: set[str] = set()
+        self.node.health = SimpleNamespace(hold=self._hold)
         view: Any = SimpleNamespace(
-            others=self._others, holders=self._holders,
+            others=self._others, holders=self._holders, name_of=str,
             acquaintances=SimpleNamespace(get=self._heard),
         )  # fmt: skip
         manifest = SimpleNamespace(
             model=SimpleNamespace(num_params=VALUES, state_values=VALUES),
             round=SimpleNamespace(window_steps=5),
+            start_loss=5.0,
             end=SimpleNamespace(steps=300, rounds=None, tokens=None), optimiser=None,
         )  # fmt: skip
         self.manifest = manifest
@@ -142,6 +145,9 @@ class Rig:
     def _heard(self, peer: PeerId) -> Any:
         return SimpleNamespace(about=SimpleNamespace(step=self.heard.get(peer)))
 
+    def _hold(self, code: str, active: bool, **_: object) -> None:
+        (self.conditions.add if active else self.conditions.discard)(code)
+
     async def _checkpoint(self) -> str:
         self.saved += 1
         return "path"
@@ -174,6 +180,28 @@ async def test_a_joiner_takes_the_best_and_never_one_that_lies(tmp_path, monkeyp
     assert (trainer.taken, rig.saved) == ([GOOD], 1)
     assert rig.origin.source == "awaited"
     assert [event.kind for event in rig.store.events()] == ["donor-refused"]
+
+
+async def test_parameters_worse_than_the_start_need_a_second_donor(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.manifest.start_loss, rig.live = 1.0, [GOOD, WORSE]
+    trainer = Trainer()
+    holding = asyncio.create_task(rig.hold(trainer))
+    async with asyncio.timeout(60):
+        while not rig.conditions:
+            await asyncio.sleep(0.001)
+        assert (trainer.taken, rig.conditions) == ([], {"donor-doubtful"})
+        rig.live = [GOOD, OLD]  # whose public losses agree
+        await holding
+    assert (trainer.taken, rig.conditions) == ([GOOD], set())
+
+
+async def test_the_operator_may_accept_them(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.manifest.start_loss, rig.live, rig.donors._accept = 1.0, [GOOD], True
+    trainer = Trainer()
+    await rig.hold(trainer)
+    assert (trainer.taken, rig.conditions) == ([GOOD], set())
 
 
 async def test_a_founder_that_begins_has_the_initial_model_at_once(tmp_path, monkeypatch) -> None:
