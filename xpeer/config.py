@@ -205,6 +205,7 @@ class Home:
         self.state_db = self.path / "state.sqlite"
         self.ledger_db = self.path / "ledger.sqlite"
         self.checkpoints = self.path / "checkpoints"
+        self.own = self.path / "own"
         self.initial_model = self.path / "initial"
         self.joining = self.path / "joining"
         self.cache = self.path / "cache"

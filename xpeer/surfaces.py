@@ -66,7 +66,7 @@ tokenizer, of the source and of `model_card.FILES` come on top."""
 COMMANDS: Final[dict[str, str]] = {
     "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",
     "bootstrap": "addresses", "start": "the log",
-    "checkpoint": "Bundle, EXPORTED", "logs": "Entry", "events": "History",
+    "checkpoint": "Bundle, EXPORTED", "finetune": "OwnModel", "logs": "Entry", "events": "History",
     "demo": "Status, of text on this machine", "completion": "nothing", "version": "versions",
     "generate": "text of the model that is named", "eval": "a loss of the text that is named",
     "privacy": "Account, FileAccount, Verdict, Plan, Charge",

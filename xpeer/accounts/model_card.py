@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from xpeer import __version__
 from xpeer.accounts import accountant, report
 from xpeer.accounts.account_view import AccountView
 from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.own_model import OwnModel
 from xpeer.accounts.register import Register
 from xpeer.errors import LocalError
 from xpeer.leaves import Public, Timing, seen_by
@@ -51,6 +52,11 @@ class PrivacyCard(Struct, frozen=True, kw_only=True):
     """Delta of both epsilons at the exporting node: a power of ten, unless the manifest sets it.
     Other members' deltas follow from their own text. None without privacy, and if the node trained
     on no text."""
+    own_steps: Timing[int | None] = None
+    """Steps on the exporting node's text alone, after the swarm's (`xpeer finetune`). None = it is
+    the swarm's model."""
+    chosen: Public[bool] = False
+    """True iff the loss on text held out at the exporting node decided which step was exported."""
 
 
 def card_of(
@@ -59,6 +65,7 @@ def card_of(
     step: int,
     ledger: Ledger | None,
     register: Register | None = None,
+    own: OwnModel | None = None,
 ) -> PrivacyCard:
     """Make the card of an export. Takes about a second.
 
@@ -68,15 +75,22 @@ def card_of(
         step: step of the exported checkpoint.
         ledger: the node's ledger; None = this node has trained on no text.
         register: the machine's register, which knows what a restored ledger has forgotten.
+        own: facts about the own model, if that is exported.
 
     Raises:
         LocalError: the ledger has lost all its charges.
     """
     section = manifest.privacy
+    card = PrivacyCard(
+        swarm_id=swarm_id,
+        swarm_name=manifest.name,
+        step=own.plan.swarm_step if own else step,
+        mode=section.mode,
+        own_steps=own.kept_step if own else None,
+        chosen=own is not None and own.chosen,
+    )
     if not section.policy.charges:
-        return PrivacyCard(
-            swarm_id=swarm_id, swarm_name=manifest.name, step=step, mode=section.mode
-        )
+        return card
     view = AccountView(ledger, register) if ledger else None
     charged = view.own() if view and view.charged else []
     if ledger and charged and not ledger.counter:
@@ -86,11 +100,8 @@ def card_of(
     delta = noted and (section.delta or 10.0 ** math.ceil(math.log10(noted)))
     spent = accountant.epsilon_worst(charged, min(noted, delta)) if noted and delta else 0.0
     rounded = math.ceil(spent / _GRID) * _GRID
-    return PrivacyCard(
-        swarm_id=swarm_id,
-        swarm_name=manifest.name,
-        step=step,
-        mode=section.mode,
+    return structs.replace(
+        card,
         unit=section.unit,
         epsilon_target=section.epsilon,
         epsilon_spent=rounded if spent > section.epsilon else min(rounded, section.epsilon),
@@ -104,12 +115,29 @@ def files(card: PrivacyCard) -> dict[str, bytes]:
     return dict(zip(FILES, (_words(card).encode(), machine), strict=True))
 
 
+def _words_of_own(card: PrivacyCard) -> str:
+    """What has to be known of a model that is not the swarm's."""
+    words = (
+        f"**This is not the swarm's model.** The node that exported it trained it for "
+        f"{card.own_steps} further steps on its own text alone (`xpeer finetune`). It was made for "
+        "use at home; whoever passes it on answers for that text.\n\n"
+    )
+    if card.chosen and privacy_policy(card.mode).charges:
+        words += (
+            "Which step was kept was decided by the loss on text that the node held out. Epsilon "
+            "does not cover that choice.\n\n"
+        )
+    return words
+
+
 def _words(card: PrivacyCard) -> str:
     head = (
         f"# {card.swarm_name}\n\nTrained by the members of an xpeer swarm (`{card.swarm_id}`), "
         f"each on text of its own; exported at step {card.step} by xpeer {card.xpeer}.\n\n"
         "## Privacy\n\n"
     )
+    if card.own_steps is not None:
+        head += _words_of_own(card)
     if not privacy_policy(card.mode).charges:
         return head + (
             "**None.** The swarm trained without differential privacy: the model may repeat parts "

@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "bootstrap": Lazy("xpeer.cli.bootstrap:bootstrap", "Run a DHT entry point."),
     "start": Lazy("xpeer.cli.start:start", "Run the daemon: join, train, exchange."),
     "checkpoint": Lazy("xpeer.cli.checkpoint:checkpoint", "List, save, verify, export."),
+    "finetune": Lazy("xpeer.cli.finetune:finetune", "Train on own text, for this node alone."),
     "generate": Lazy("xpeer.cli.use:generate", "Continue a prompt with what was trained."),
     "eval": Lazy("xpeer.cli.use:eval_command", "The loss of a text under what was trained."),
     "privacy": Lazy("xpeer.cli.privacy:privacy", "What was spent; plan, report, verify."),

@@ -102,7 +102,8 @@ def verify_command(home: Home, as_json: bool) -> None:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of the weights. Default: as in the model that training started from.",
 )
-def export_command(home: Home, folder: Path, merged: bool, dtype: str | None) -> None:
+@click.option("--own", is_flag=True, help="The model of `xpeer finetune`, not the swarm's.")
+def export_command(home: Home, folder: Path, merged: bool, dtype: str | None, own: bool) -> None:
     """Write the newest checkpoint as a Hugging Face model with its tokenizer.
 
     Where the swarm trains adapters, they alone are written, with the hash of the model that they
@@ -110,16 +111,19 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None) ->
 
     What was written is loaded again by transformers or peft, and compared with the checkpoint.
 
-    It is this peer's model as its last checkpoint had it, averaged with what its last partners
-    showed: near the swarm's mean, which all have after the closing windows.
+    With --own it is the model that `xpeer finetune` made. Text of this node alone is behind it, and
+    it is exported on this node's own account: read its card before you pass it on.
+
+    Otherwise it is this peer's model as its last checkpoint had it, averaged with what its last
+    partners showed: near the swarm's mean, which all have after the closing windows.
     """
     # torch takes seconds
     from xpeer.accounts.ledger import Ledger  # noqa: PLC0415
     from xpeer.accounts.model_card import card_of  # noqa: PLC0415
+    from xpeer.accounts.own_model import facts_of  # noqa: PLC0415
     from xpeer.accounts.register import Register  # noqa: PLC0415
     from xpeer.training import model  # noqa: PLC0415
-    from xpeer.training.checkpoint import load_latest  # noqa: PLC0415
-    from xpeer.training.initial import source_folders, trained_model  # noqa: PLC0415
+    from xpeer.training.initial import saved_model, source_folders, trained_model  # noqa: PLC0415
     from xpeer.training.kept import Source  # noqa: PLC0415
     from xpeer.training.tokenizer import load_tokenizer  # noqa: PLC0415
 
@@ -131,14 +135,9 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None) ->
         raise ConfigError("--merged: this swarm trains no adapters", "leave it out")
     if dtype and lora is not None and not merged:
         raise ConfigError("--dtype: adapters are written as trained, float32", "or add --merged")
-    bundle, warnings = load_latest(home.checkpoints)
+    bundle, warnings = saved_model(home, own=own)
     for warning in warnings:
         say(f"warning: {warning}")
-    if bundle is None:
-        raise LocalError(
-            f"there is no checkpoint in {home.checkpoints}",
-            "train first: `xpeer start`, or have a running daemon save: `xpeer checkpoint save`",
-        )
     made = trained_model(manifest, home, data.base_model, bundle)
     ledger = Ledger.look(home.ledger_db) if home.ledger_db.exists() else None
     if bundle.ledger_id and (ledger is None or ledger.id != bundle.ledger_id):
@@ -148,7 +147,8 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None) ->
             "restore the ledger that belongs to the checkpoint",
         )
     register = Register.look(privacy_register(load_config(home))) if ledger else None
-    card = card_of(manifest, signed.genesis.swarm_id, bundle.step, ledger, register)
+    facts = facts_of(bundle.counters) if own else None
+    card = card_of(manifest, signed.genesis.swarm_id, bundle.step, ledger, register, facts)
     folders = source_folders(home, data)
     source = Source(manifest.model.config, manifest.model.generation, folders, dtype or "")
     text = manifest.public_text.text
@@ -162,7 +162,8 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None) ->
     for note in done.notes:
         say(f"warning: {note}")
     say(
-        f"exported step {bundle.step}, {bundle.flat.numel()} parameters as {done.dtype}; "
+        f"exported {'own ' if own else ''}step {bundle.step}, {bundle.flat.numel()} parameters as "
+        f"{done.dtype}; "
         f"loaded again, its logits are within {done.difference:.2g} of those trained"
     )
     echo(str(folder))

@@ -43,6 +43,7 @@ def _model_options(command: F) -> F:
             type=GivenPath(),
             help="An export or Hugging Face folder. Default: the home's newest checkpoint.",
         ),
+        click.option("--own", is_flag=True, help="The model that `xpeer finetune` made."),
         home_option,
     ):
         command = option(command)
@@ -73,6 +74,7 @@ def generate(
     model: Path | None,
     base_model: Path | None,
     tokenizer: Path | None,
+    own: bool,
     as_json: bool,
     prompt: str,
     tokens: int,
@@ -80,7 +82,7 @@ def generate(
     seed: int,
 ) -> None:
     """Continue a prompt with the model as it was last saved, or with an export."""
-    trained = _load(home, model, base_model, tokenizer)
+    trained = _load(home, model, base_model, tokenizer, own=own)
     from xpeer.training.model import generate as continued  # noqa: PLC0415 - torch takes seconds
 
     text = continued(
@@ -101,6 +103,7 @@ def eval_command(
     model: Path | None,
     base_model: Path | None,
     tokenizer: Path | None,
+    own: bool,
     as_json: bool,
     text: Path,
 ) -> None:
@@ -109,7 +112,7 @@ def eval_command(
     The number is about the text: on private text it is private, too.
     """
     content = _read(text)
-    trained = _load(home, model, base_model, tokenizer)
+    trained = _load(home, model, base_model, tokenizer, own=own)
     from xpeer.training.trained import evaluate_text  # noqa: PLC0415 - torch takes seconds
 
     loss = evaluate_text(trained, content)
@@ -135,15 +138,22 @@ def eval_command(
 
 
 def _load(
-    home: Home, model: Path | None, base_model: Path | None, tokenizer: Path | None
+    home: Home,
+    model: Path | None,
+    base_model: Path | None,
+    tokenizer: Path | None,
+    *,
+    own: bool,
 ) -> Trained:
+    if own and model is not None:
+        raise ConfigError("--own and --model both name a model", "leave one out")
     from xpeer.training import trained  # noqa: PLC0415 - torch takes seconds
 
     if model is not None:
         return trained.from_export(model.expanduser(), base_model, tokenizer)
     data = load_config(home).data
     newest = trained.from_home(
-        home, str(base_model or data.base_model), str(tokenizer or data.tokenizer)
+        home, str(base_model or data.base_model), str(tokenizer or data.tokenizer), own=own
     )
     for warning in newest.warnings:
         say(f"warning: {warning}")

@@ -16,7 +16,7 @@ import torch
 
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
-from xpeer.accounts.spending import SwarmSpending
+from xpeer.accounts.spending import Spending, SwarmSpending
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest, SignedManifest
@@ -33,6 +33,7 @@ from xpeer.trainer.assembled import Assembled, Beginning, TextFacts
 from xpeer.trainer.capture import Capture, FrozenValues, Keeping
 from xpeer.trainer.computing import Computing, computing_of
 from xpeer.trainer.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
+from xpeer.trainer.own_run import OwnRun
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.starting import Startup
 from xpeer.trainer.text import Text, text_if_any, text_of
@@ -71,6 +72,8 @@ class _Swarm:
     manifest: Manifest
     manifest_hash: str
     tokenizer: Tokenizer
+    own: OwnRun | None = None
+    """A run of own steps; None = the trainer works for the swarm."""
 
     @property
     def config(self) -> NodeConfig:
@@ -81,6 +84,16 @@ class _Swarm:
     def private(self) -> bool:
         """Whether steps are charged."""
         return self.manifest.privacy.policy.charges
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this trainer's checkpoints."""
+        return self.own.folder if self.own else self.home.checkpoints
+
+    @property
+    def spending(self) -> Spending:
+        """What its steps may spend."""
+        return self.own.spending if self.own else self.swarm_spending
 
     @property
     def swarm_spending(self) -> SwarmSpending:
@@ -104,12 +117,15 @@ class _Start:
     computing: Computing
 
 
-def assemble(setup: TrainerSetup, startup: Startup | None = None) -> Assembled:
+def assemble(
+    setup: TrainerSetup, startup: Startup | None = None, own: OwnRun | None = None
+) -> Assembled:
     """Read everything, and resume from the newest checkpoint if there is one.
 
     Args:
         setup: of the node.
         startup: learns how far the start is.
+        own: a run of own steps, which goes on from its own state; None = work for the swarm.
 
     Raises:
         ConfigError: shard, tokenizer, model, device or checkpoint do not fit the manifest.
@@ -118,12 +134,12 @@ def assemble(setup: TrainerSetup, startup: Startup | None = None) -> Assembled:
     """
     _silence_progress_bars()
     startup = startup or Startup()
-    swarm = _open_swarm(setup)
+    swarm = _open_swarm(setup, own)
     startup.enter("reads the text")
     arguments = setup, swarm.manifest, swarm.tokenizer, swarm.home
     text, problem = text_if_any(*arguments, startup.tokenised)
     startup.enter("loads the model")
-    saved, warnings = _load_checkpoint(swarm.home)
+    saved, warnings = (own.saved, []) if own else _load_checkpoint(swarm.home)
     start = _restore(swarm, saved)
     notes, of_accounts = _declare(swarm, start.ledger, text, problem)
     if swarm.private:
@@ -158,7 +174,7 @@ def assemble(setup: TrainerSetup, startup: Startup | None = None) -> Assembled:
     return _assembled(swarm, start, loop, mechanism, beginning)
 
 
-def _open_swarm(setup: TrainerSetup) -> _Swarm:
+def _open_swarm(setup: TrainerSetup, own: OwnRun | None) -> _Swarm:
     """Read the manifest and the tokenizer."""
     config = setup.config
     signed = SignedManifest.load(Path(setup.manifest_path))
@@ -168,7 +184,8 @@ def _open_swarm(setup: TrainerSetup) -> _Swarm:
         manifest.tokenizer, config.data.tokenizer, base_model=config.data.base_model
     )
     digest = signed.genesis.manifest_hash.hex()
-    return _Swarm(setup, Home(Path(setup.home)), manifest, digest, tokenizer)
+    manifest = own.manifest if own else manifest
+    return _Swarm(setup, Home(Path(setup.home)), manifest, digest, tokenizer, own)
 
 
 def _load_checkpoint(home: Home) -> tuple[Bundle | None, list[str]]:
@@ -219,7 +236,7 @@ def _declare(
     """Declare the text's documents to the ledger; returns notes and warnings on their accounts."""
     if not swarm.private or problem:
         return [], []
-    joined = declare_documents(ledger, swarm.setup, swarm.manifest, text)
+    joined = declare_documents(ledger, swarm.setup, swarm.manifest, text, own=swarm.own is not None)
     return notes_of(joined, ledger), warnings_of(joined)
 
 
@@ -254,7 +271,7 @@ def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechan
         owners=text.owners,
         clip_norm=start.counters.clip_norm,
         seen=start.saved.seen if start.saved is not None else None,
-        spending=swarm.swarm_spending,
+        spending=swarm.spending,
     )
 
 
@@ -352,7 +369,7 @@ def _assembled(
     """Put the parts into one object, with a writer of checkpoints."""
     frozen_values = FrozenValues(start.model, swarm.manifest.model.frozen)
     keep = swarm.config.checkpoint.keep
-    keeping = Keeping(swarm.home.checkpoints, keep, start.ledger_id, swarm.manifest_hash)
+    keeping = Keeping(swarm.checkpoints, keep, start.ledger_id, swarm.manifest_hash)
     return Assembled(
         trainer=loop,
         mechanism=mechanism,

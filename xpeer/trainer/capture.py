@@ -86,6 +86,11 @@ class Capture:
         self._keeping = keeping
         self._buffers = Buffers(3)
 
+    def beside(self, folder: Path) -> Capture:
+        """Checkpoints of the same parts in another folder, which keeps one of them."""
+        keeping = replace(self._keeping, folder=folder, keep=1)
+        return Capture(self._loop, self._mechanism, self._frozen, keeping)
+
     def copy(self) -> Callable[[], str]:
         """Copy the content of a checkpoint; at a boundary.
 

@@ -16,13 +16,20 @@ from xpeer.trainer.text import Text
 
 
 def declare_documents(
-    ledger: Ledger, setup: TrainerSetup, manifest: Manifest, text: Text
+    ledger: Ledger, setup: TrainerSetup, manifest: Manifest, text: Text, *, own: bool = False
 ) -> DeclaredDocuments:
-    """Declare the documents, so that the whole machine counts their charges."""
+    """Declare the documents, so that the whole machine counts their charges.
+
+    Args:
+        ledger: of the home.
+        setup: names register and swarm.
+        manifest: of the swarm.
+        text: what is trained on.
+        own: whether the charges are for own steps.
+    """
     register = Register.open(privacy_register(setup.config))
-    return ledger.declare_documents(
-        register, text.documents, _context_of(manifest, setup.swarm_id, text)
-    )
+    about = msgspec.structs.replace(_context_of(manifest, setup.swarm_id, text), own=own)
+    return ledger.declare_documents(register, text.documents, about)
 
 
 def notes_of(declared: DeclaredDocuments, ledger: Ledger) -> list[str]:

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from xpeer.config import Data, Home
-from xpeer.errors import ConfigError
+from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Lora, Manifest
 from xpeer.training.adapters import adapt, fixed_digest
-from xpeer.training.checkpoint import Bundle
+from xpeer.training.checkpoint import Bundle, load_latest
 from xpeer.training.flat import digest, read_flat, write_flat
 from xpeer.training.frozen import fits, freeze, restore, thaw
 from xpeer.training.model import build, from_folder
@@ -47,6 +47,31 @@ def model_of(
             "restore the folder, or fetch the parameters from a member",
         )
     return model
+
+
+def saved_model(home: Home, *, own: bool = False) -> tuple[Bundle, list[str]]:
+    """Read the newest checkpoint of the swarm's model, or the own model.
+
+    Args:
+        home: of the node.
+        own: the model that `xpeer finetune` made.
+
+    Returns:
+        The checkpoint, and warnings of damaged ones.
+
+    Raises:
+        LocalError: there is none.
+    """
+    folder = home.own if own else home.checkpoints
+    bundle, warnings = load_latest(folder)
+    if bundle is not None:
+        return bundle, warnings
+    if own:
+        raise LocalError(f"there is no own model in {folder}", "make one: `xpeer finetune`")
+    raise LocalError(
+        f"there is no checkpoint in {folder}",
+        "train first: `xpeer start`, or have a running daemon save: `xpeer checkpoint save`",
+    )
 
 
 def trained_model(

@@ -11,12 +11,11 @@ import torch
 
 from xpeer import belonging
 from xpeer.config import Home
-from xpeer.errors import ConfigError, LocalError
+from xpeer.errors import ConfigError
 from xpeer.manifest import SignedManifest
 from xpeer.training import adapters
-from xpeer.training.checkpoint import load_latest
 from xpeer.training.flat import digest, read_flat
-from xpeer.training.initial import trained_model
+from xpeer.training.initial import saved_model, trained_model
 from xpeer.training.losses import choose_losses
 from xpeer.training.model import context_tokens, from_folder
 from xpeer.training.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -36,28 +35,27 @@ class Trained:
     warnings: list[str]
 
 
-def from_home(home: Home, base_model: str = "", tokenizer: str = "") -> Trained:
+def from_home(
+    home: Home, base_model: str = "", tokenizer: str = "", *, own: bool = False
+) -> Trained:
     """Load a node's newest checkpoint, averaged with its last partners as an export is.
 
     Args:
         home: of the node; its daemon may be running.
         base_model: `data.base_model`.
         tokenizer: `data.tokenizer`.
+        own: load the model that `xpeer finetune` made instead.
 
     Raises:
         LocalError: there is no checkpoint, or a file that belongs to it is missing.
     """
     signed = SignedManifest.load(home.manifest)
     manifest = signed.open()
-    bundle, warnings = load_latest(home.checkpoints)
-    if bundle is None:
-        raise LocalError(
-            f"there is no checkpoint in {home.checkpoints}",
-            "train first: `xpeer start`, or have a running daemon save: `xpeer checkpoint save`",
-        )
+    bundle, warnings = saved_model(home, own=own)
     model = trained_model(manifest, home, base_model, bundle)
     made = load_tokenizer(manifest.tokenizer, tokenizer, base_model=base_model)
-    return Trained(model.eval(), made, f"step {bundle.step} of {home.path}", warnings)
+    source = f"{'own ' if own else ''}step {bundle.step} of {home.path}"
+    return Trained(model.eval(), made, source, warnings)
 
 
 def from_export(
