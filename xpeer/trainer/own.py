@@ -98,7 +98,7 @@ class OwnTraining:
             report(f"warning: {warning}")
         self._made = assemble(
             _setup(home, config, signed),
-            OwnRun(
+            own=OwnRun(
                 manifest=_own_manifest(self._manifest, plan),
                 saved=self._resumed or _beginning(swarm),
                 folder=self._folder,
@@ -201,7 +201,7 @@ class OwnTraining:
             self._made.checkpoints.copy,
             lambda work: work(),
             lambda _path, _step: None,
-            lambda why, _step: self._report(f"warning: no checkpoint was written: {why}"),
+            lambda why: self._report(f"warning: no checkpoint was written: {why.problem}"),
             every_s=60.0,
             resumed=True,
         )
