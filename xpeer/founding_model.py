@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import json
 import math
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,18 @@ import msgspec
 from xpeer import belonging
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
-from xpeer.manifest import MAX_NAME_CHARS, Lora, LoraTrain, Manifest, Model, PublicText, Tokenizer
+from xpeer.manifest import (
+    MAX_NAME_CHARS,
+    BaseDtype,
+    Lora,
+    LoraTrain,
+    Manifest,
+    Model,
+    PublicText,
+    Tokenizer,
+)
 from xpeer.policies import PrivacyMode, privacy_policy
-from xpeer.source import name_of
+from xpeer.source import main_dtype, name_of
 from xpeer.training.documents import corpus_digest, load_documents
 from xpeer.training.formats.rows import holds_text
 
@@ -37,6 +45,7 @@ OPTIONS = {
     "model.lora.alpha": "--lora-alpha",
     "model.lora.targets": "--lora-target",
     "model.lora.train": "--lora-train",
+    "model.base_dtype": "--base-dtype",
     "model": "--model, --model-config or --preset",
     "tokenizer": "--tokenizer",
     "public_text": "--public-text",
@@ -98,9 +107,10 @@ class InitialModel:
     """BLAKE2b-256 (hex) of the trained parameters."""
     lora: Lora | None = None
     origin: Origin = Origin()
+    base_dtype: BaseDtype = "float32"
 
     def write(self, folder: Path) -> None:
-        """Write the parameters as a Hugging Face folder, in float32."""
+        """Write the parameters as a Hugging Face folder, in the type that nodes hold them in."""
         from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
         from xpeer.training.export import export_hf  # noqa: PLC0415 - torch takes seconds
@@ -108,28 +118,22 @@ class InitialModel:
 
         disable_progress_bar()
         folders = [] if self.origin.folder is None else [self.origin.folder]
-        source = Source(self.config, self.origin.generation, folders, "float32")
+        source = Source(self.config, self.origin.generation, folders, self.base_dtype)
         export_hf(self.module, None, folder, source=source)
 
     def without_frozen(self, section: Model, tokenizer_vocab: int, sequence_tokens: int) -> Model:
         """The manifest's section, after freezing the parameters that no text reaches."""
         from xpeer.training import flat, frozen  # noqa: PLC0415 - torch takes seconds
-        from xpeer.training.adapters import adapt  # noqa: PLC0415
 
-        module = self.module
-        if self.lora is not None:
-            module = adapt(copy.deepcopy(module), self.lora)
-        untouched = frozen.find(module, sequence_tokens, tokenizer_vocab)
-        if untouched is None:
-            return section
-        frozen.freeze(module, untouched)
-        values = flat.read_flat(module)
-        frozen.thaw(module, untouched)
+        with _trained_part(self.module, self.lora) as module:
+            untouched = frozen.find(module, sequence_tokens, tokenizer_vocab)
+            if untouched is None:
+                return section
+            frozen.freeze(module, untouched)
+            found = flat.num_params(module), flat.digest_of(module)
+            frozen.thaw(module, untouched)
         return msgspec.structs.replace(
-            section,
-            num_params=values.numel(),
-            initial_digest=flat.digest(values),
-            frozen=untouched,
+            section, num_params=found[0], initial_digest=found[1], frozen=untouched
         )
 
     def check(self, tokenizer_vocab: int, sequence_tokens: int) -> None:
@@ -164,6 +168,8 @@ class LoraOptions:
     """None = twice the rank."""
     targets: tuple[str, ...] = ()
     train: LoraTrain = "both"
+    base_dtype: BaseDtype | None = None
+    """None = bfloat16 if most of the source's weights have 16 bits, else float32."""
 
 
 def initial_model(
@@ -184,31 +190,57 @@ def initial_model(
         ConfigError: there is more than one source, it can't be read, or it has no layers to adapt.
     """
     from xpeer.training import flat, kept, losses, model  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.held import DTYPES, hold  # noqa: PLC0415
     from xpeer.training.rebuild import require_same  # noqa: PLC0415
 
     if sum(source is not None for source in (folder, config_file, preset)) > 1:
         raise ConfigError("--model, --model-config and --preset exclude one another", "keep one")
     origin = Origin()
+    held = _base_dtype(folder, lora)
     if folder is not None:
-        module, config = model.from_folder(folder), model.read_config(folder)
+        module = model.from_folder(folder, dtype=DTYPES[held])
+        config = model.read_config(folder)
         origin = Origin(folder, kept.read_generation(folder))
     else:
         config = PRESETS[preset or "small"] if config_file is None else _read_json(config_file)
-        module = model.build(config, seed=secrets.randbits(63))
+        module = hold(model.build(config, seed=secrets.randbits(63)), DTYPES[held])
     config = kept.config_for_manifest(config, losses.transformers_model(module))
     require_same(module, model.skeleton(config))
-    values = flat.read_flat(module)
-    digest = flat.digest(values)
+    digest = flat.digest_of(module, DTYPES[held])
     if lora is None:
-        return InitialModel(module, config, values.numel(), digest, origin=origin)
-    from xpeer.training.adapters import adapt, fixed_digest  # noqa: PLC0415
+        return InitialModel(module, config, flat.num_params(module), digest, origin=origin)
+    from xpeer.training.adapters import fixed_digest  # noqa: PLC0415 - torch takes seconds
 
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
     made = Lora(lora.rank, alpha, secrets.randbits(63), digest, list(lora.targets), lora.train)
-    adapted = adapt(copy.deepcopy(module), made)
-    made = msgspec.structs.replace(made, fixed_digest=fixed_digest(adapted, made))
-    values = flat.read_flat(adapted)
-    return InitialModel(module, config, values.numel(), flat.digest(values), made, origin)
+    with _trained_part(module, made) as adapted:
+        made = msgspec.structs.replace(made, fixed_digest=fixed_digest(adapted, made))
+        trained = flat.num_params(adapted), flat.digest_of(adapted)
+    return InitialModel(module, config, *trained, made, origin, held)
+
+
+@contextlib.contextmanager
+def _trained_part(module: Any, lora: Lora | None) -> Iterator[Any]:
+    """Put adapters into the model within the block, if adapters are trained."""
+    from xpeer.training import adapters  # noqa: PLC0415 - torch takes seconds
+
+    if lora is None:
+        yield module
+        return
+    adapted = adapters.adapt(module, lora)
+    try:
+        yield adapted
+    finally:
+        adapters.removed(adapted)
+
+
+def _base_dtype(folder: Path | None, lora: LoraOptions | None) -> BaseDtype:
+    """The type that every node holds the frozen weights in."""
+    if lora is None:
+        return "float32"
+    if lora.base_dtype is not None:
+        return lora.base_dtype
+    return "bfloat16" if folder and main_dtype(folder) in ("BF16", "F16") else "float32"
 
 
 def draft_manifest(
@@ -253,6 +285,7 @@ def draft_manifest(
                 source.lora,
                 source.origin.name,
                 source.origin.generation,
+                base_dtype=source.base_dtype,
             )
         ),
         "tokenizer": msgspec.to_builtins(_named(ids)),

@@ -28,6 +28,8 @@ little."""
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+BaseDtype = Literal["float32", "bfloat16"]
+"""What the frozen weights of a model with adapters are held in."""
 
 
 LoraTrain = Literal["both", "B"]
@@ -44,8 +46,8 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     """Random seed of the initial adapters."""
     base_digest: str
-    """BLAKE2b-256 (hex) of the frozen weights, flat float32 little endian. Every node has its own
-    copy of them."""
+    """BLAKE2b-256 (hex) of the frozen weights, flat, as values of `model.base_dtype`, little
+    endian. Every node has its own copy of them."""
     targets: list[str] = []
     """Last parts of the names of the layers with adapters; empty = all linear ones but the output.
     """
@@ -91,6 +93,21 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """generation_config.json of the model that training starts from, for exports."""
     frozen: Frozen | None = None
     """None = all parameters are trained, even those that no text reaches."""
+    base_dtype: BaseDtype = "float32"
+    """With adapters: what every node holds the frozen weights in, and what their hash
+    (`lora.base_digest`) is of."""
+
+    def check(self) -> None:
+        """Check what no single field can.
+
+        Raises:
+            ValueError: names field and remedy.
+        """
+        if self.lora is None and self.base_dtype != "float32":
+            raise ValueError(
+                f"model.base_dtype = {self.base_dtype}: trained weights are float32: set "
+                "model.lora, or leave it out"
+            )
 
     @property
     def state_values(self) -> int:
@@ -424,6 +441,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 )
         if not (self.name.isprintable() and 0 < len(self.name.strip()) <= MAX_NAME_CHARS):
             raise ValueError(f"name {self.name!r}: use 1 to {MAX_NAME_CHARS} printable characters")
+        self.model.check()
         self.round.check()
         self.privacy.check(shared_corpus=self.shared_corpus is not None)
         if self.public_text.digest != blake2b(self.public_text.text.encode()).hex():

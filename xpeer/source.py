@@ -264,6 +264,22 @@ def _gguf(path: Path, option: str) -> ConfigError:
     )
 
 
+def main_dtype(folder: Path) -> str:
+    """Type of most of a checked folder's weights, as safetensors names it, e.g. BF16.
+
+    Empty if the weights are no safetensors.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = _parts(index, "model") if index.exists() else ["model.safetensors"]
+    sizes: dict[str, int] = {}
+    for file in (folder / name for name in names):
+        for tensor in _header(file).values() if file.exists() else ():
+            begin, end = tensor["data_offsets"]
+            kind = str(tensor["dtype"])
+            sizes[kind] = sizes.get(kind, 0) + int(end) - int(begin)
+    return max(sizes, key=sizes.__getitem__, default="")
+
+
 def _parts(index: Path, option: str) -> list[str]:
     refuse_pointer(index, option)
     weights = _read(index, index.parent).get("weight_map")
@@ -276,16 +292,7 @@ def _check_safetensors(file: Path, option: str) -> None:
     """Refuse a file that is damaged or quantised. Only its header is read."""
     refuse_pointer(file, option)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if length > min(_MAX_HEADER, size):
-                raise ValueError("its header is longer than the file")
-            header: dict[str, Any] = json.loads(opened.read(length))
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = 8 + length + max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
-        if size != end:
-            raise ValueError(f"it has {size} bytes, and {end} belong to it")
+        tensors = _header(file)
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
     ) as e:  # fmt: skip
@@ -299,6 +306,25 @@ def _check_safetensors(file: Path, option: str) -> None:
                 "weights can't be trained",
                 "get the original model, in float32, float16 or bfloat16",
             )
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Read the entry of each tensor of a safetensors file, by its name.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: the file is damaged.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > min(_MAX_HEADER, size):
+            raise ValueError("its header is longer than the file")
+        header: dict[str, Any] = json.loads(opened.read(length))
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    end = 8 + length + max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
+    if size != end:
+        raise ValueError(f"it has {size} bytes, and {end} belong to it")
+    return tensors
 
 
 def _require_inside(folder: Path, option: str) -> None:

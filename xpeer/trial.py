@@ -295,9 +295,8 @@ def _save_and_export(
         if lora is None:
             model.export_hf(rebuilt, made.tokenizer, target, source=kept, text=text)
         else:
-            base = folders[0]
             model.export_adapters(
-                rebuilt, lora, made.tokenizer, target, base=base, source=kept, text=text
+                rebuilt, manifest.model, made.tokenizer, target, source=kept, text=text
             )
     report(f"exported, and loaded again ... {_since(began)}")
 

@@ -156,7 +156,7 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None, ow
         done = model.export_hf(made, tokenizer, folder, card, source=source, text=text)
     else:
         done = model.export_adapters(
-            made, lora, tokenizer, folder, card, base=folders[0], source=source, text=text
+            made, manifest.model, tokenizer, folder, card, source=source, text=text
         )
         say(f"adapters for the model whose weights have BLAKE2b-256 {lora.base_digest}")
     for note in done.notes:

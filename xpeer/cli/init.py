@@ -27,7 +27,7 @@ from xpeer.cli.start import read_token
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, LoraOptions, draft_manifest, initial_model
-from xpeer.manifest import LoraTrain, Manifest
+from xpeer.manifest import BaseDtype, LoraTrain, Manifest
 from xpeer.needs import Needs
 from xpeer.network.membership.invites import Token
 from xpeer.network.multiaddress import check_peer
@@ -39,6 +39,7 @@ from xpeer.source import BYTES, check_folder, config_in, tokenizer_of
 _COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 _FOUNDING = (
     *("model", "model_config", "preset", "lora_rank", "lora_alpha", "lora_target", "lora_train"),
+    "base_dtype",
     *("public_text", "changes", "privacy"),
 )
 """Options that decide something for all members. A joiner can't use them."""
@@ -87,6 +88,12 @@ _EXPLAINED = {
     type=click.Choice(get_args(LoraTrain)),
     help="Which of an adapter's factors to train. B: averaging is exact, and about half as much is "
     "exchanged and noised. Default: both.",
+)
+@click.option(
+    "--base-dtype",
+    type=click.Choice(get_args(BaseDtype)),
+    help="With --lora-rank: what every node holds the model's weights in. Default: bfloat16 if "
+    "they have 16 bits in --model, else float32.",
 )
 @click.option(
     "--base-model",
@@ -154,6 +161,7 @@ def init(
     lora_alpha: float | None,
     lora_target: tuple[str, ...],
     lora_train: LoraTrain | None,
+    base_dtype: BaseDtype | None,
     base_model: Path | None,
     tokenizer: str | None,
     public_text: Path | None,
@@ -198,7 +206,7 @@ def init(
         _join(home, join, settings, as_json=as_json)
         return
     founding.refuse_second_swarm(home)
-    lora = _adapters(lora_rank, lora_alpha, lora_target, lora_train)
+    lora = _adapters(lora_rank, lora_alpha, lora_target, lora_train, base_dtype)
     source = initial_model(model, model_config, preset, lora)
     manifest = draft_manifest(
         str(name),
@@ -224,6 +232,8 @@ def init(
     say(f"founded {name}: {manifest.model.num_params:,} {what}, in {home.path}")
     if warning := _noise(manifest):
         say(warning)
+    if source.base_dtype != "float32":
+        say("every node holds the frozen weights in bfloat16 (float32: --base-dtype float32)")
     if (model or model_config) and tokenizer is None:
         say(f"tokenizer: {found_in or 'none in the model folder, so bytes are its tokens'}")
     say(f"keep a copy of {home.admin_key} in a safe place: only it can invite")
@@ -243,6 +253,7 @@ def _adapters(
     alpha: float | None,
     targets: tuple[str, ...],
     train: LoraTrain | None,
+    base: BaseDtype | None,
 ) -> LoraOptions | None:
     if alpha is not None and not 0 < alpha <= 1e6:
         raise ConfigError(
@@ -250,9 +261,14 @@ def _adapters(
             "give a positive number, or leave it out for twice the rank",
         )
     if rank is not None:
-        return LoraOptions(rank, alpha, targets, train or "both")
-    given = {"alpha": alpha is not None, "target": targets, "train": train}
-    if lone := [f"--lora-{name}" for name, value in given.items() if value]:
+        return LoraOptions(rank, alpha, targets, train or "both", base)
+    given = {
+        "--lora-alpha": alpha is not None,
+        "--lora-target": targets,
+        "--lora-train": train,
+        "--base-dtype": base,
+    }
+    if lone := [option for option, value in given.items() if value]:
         needs = "needs" if len(lone) == 1 else "need"
         raise ConfigError(f"{' and '.join(lone)} {needs} --lora-rank", "e.g. --lora-rank 8")
     return None

@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from xpeer.errors import ConfigError
-from xpeer.manifest import Lora
+from xpeer.leaves import seen_by
+from xpeer.manifest import BaseDtype, Lora, Model
 from xpeer.mixing.factors import FactorPair, mean_of_products
 from xpeer.training.flat import digest
 from xpeer.training.losses import transformers_model
@@ -31,6 +33,20 @@ from xpeer.training.losses import transformers_model
 BASE_FILE: Final = "base_model.json"
 """File in an export that says which weights the adapters belong to."""
 _ADAPTER: Final = "default"
+
+
+@seen_by("anybody", "the manifest's", all_public=True)
+class NamedBase(msgspec.Struct, frozen=True):
+    """The base model that exported adapters belong to."""
+
+    blake2b_256: str
+    """Hash of its weights; empty = not known."""
+    name: str = ""
+    """Name of the founder's folder."""
+    dtype: BaseDtype = "float32"
+    """Type of the values that were hashed, and that the adapters were trained with."""
+    of: str = ""
+    """What was hashed, in words."""
 
 
 def adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
@@ -171,12 +187,24 @@ def merged(adapted: torch.nn.Module) -> torch.nn.Module:
     return whole
 
 
-def write(adapted: torch.nn.Module, lora: Lora, folder: Path) -> None:
+def removed(adapted: torch.nn.Module) -> torch.nn.Module:
+    """Return the model as it was before `adapt` or `attach`; `adapted` is used up."""
+    inner: Any = adapted
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = inner.unload()
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    whole: torch.nn.Module = model.requires_grad_(True)
+    return whole
+
+
+def write(adapted: torch.nn.Module, model: Model, folder: Path) -> None:
     """Write the files for `peft.PeftModel.from_pretrained(base, folder)`, and name the base.
 
     Args:
         adapted: made by `adapt`.
-        lora: of the manifest.
+        model: of the manifest, with adapters.
         folder: exists.
 
     Raises:
@@ -190,14 +218,18 @@ def write(adapted: torch.nn.Module, lora: Lora, folder: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o600)
     config = inner.peft_config[_ADAPTER]
-    config.inference_mode, config.base_model_name_or_path = True, None
+    config.inference_mode = True
+    config.base_model_name_or_path = model.source.partition("@")[0] or None
     config.save_pretrained(str(folder))
-    named = {
-        "blake2b_256": lora.base_digest,
-        "of": "the base model's parameters in the order of named_parameters(), tied ones once, "
-        "as float32, little endian",
-    }
-    (folder / BASE_FILE).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+    named = NamedBase(
+        blake2b_256=model.lora.base_digest if model.lora else "",
+        name=model.source,
+        dtype=model.base_dtype,
+        of="the base model's parameters in the order of named_parameters(), tied ones once, "
+        f"as {model.base_dtype}, little endian",
+    )
+    text = json.dumps(msgspec.to_builtins(named), indent=2) + "\n"
+    (folder / BASE_FILE).write_text(text, encoding="utf-8")
 
 
 def _draw(adapted: torch.nn.Module, seed: int) -> None:

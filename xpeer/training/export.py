@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 
 from xpeer.accounts.model_card import PrivacyCard, files
 from xpeer.errors import ConfigError, LocalError
-from xpeer.manifest import Lora
+from xpeer.manifest import Model
 from xpeer.training import adapters, reloading
+from xpeer.training.held import release
 from xpeer.training.kept import CONFIG, Source, write_json
 from xpeer.training.losses import autocast, transformers_model
 from xpeer.training.tensor_file import sync
@@ -71,6 +72,8 @@ def export_hf(
         expected = reloading.logits_of(model, batches)
         untied = False
         if adapters.is_adapted(model):
+            if dtype != torch.bfloat16:  # sums of weights and adapters need the digits
+                release(model)
             untied = adapters.untie(model)
             model = adapters.merged(model)
         inner: Any = transformers_model(model)
@@ -79,7 +82,7 @@ def export_hf(
         write_json(staging / CONFIG, config)
         source.write_generation(staging)
         notes = _add(staging, tokenizer, card, source, text)
-        loaded = reloading.load_model(staging)
+        loaded = reloading.load_model(staging, model)
         reloading.require_weights(model, loaded, dtype)
         difference = reloading.require_equal(loaded, expected, batches, dtype)
     return Exported(difference, str(dtype).removeprefix("torch."), notes)
@@ -87,27 +90,26 @@ def export_hf(
 
 def export_adapters(
     adapted: torch.nn.Module,
-    lora: Lora,
+    section: Model,
     tokenizer: Tokenizer | None,
     folder: Path,
     card: PrivacyCard | None = None,
     *,
-    base: Path,
     source: Source | None = None,
     text: str = "",
 ) -> Exported:
     """Write a folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
 
     It holds the adapters, their config, and the hash of the base model that they belong to. The
-    export is loaded again and compared with the model. Only then the folder appears, whole.
+    adapters are loaded again, into the same base model, and compared. Only then the folder appears,
+    whole.
 
     Args:
-        adapted: made by `adapters.adapt`.
-        lora: of the manifest.
+        adapted: made by `adapters.adapt`; it can't be used any more.
+        section: of the manifest, with adapters.
         tokenizer: None = adapters alone.
         folder: must not exist, or be empty.
         card: their privacy, for the files beside them; None = write none.
-        base: folder of the model that they belong to.
         source: what to keep of that model, except its config; None = nothing.
         text: public, for the comparison.
 
@@ -118,9 +120,9 @@ def export_adapters(
     with _staged(folder) as staging:
         batches = reloading.sample_ids(adapted, tokenizer, text)
         expected = reloading.logits_of(adapted, batches)
-        adapters.write(adapted, lora, staging)
+        adapters.write(adapted, section, staging)
         notes = _add(staging, tokenizer, card, source or Source(), text)
-        loaded = reloading.load_adapted(reloading.load_model(base), staging)
+        loaded = reloading.load_adapted(adapters.removed(adapted), staging)
         difference = reloading.require_equal(loaded, expected, batches)
     return Exported(difference, "float32", notes)
 
@@ -215,7 +217,7 @@ def generate(
 
 
 def _unshared(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Copy the state, with floats in this type. Each tensor gets memory of its own.
+    """The state, with floats in this type. Each tensor has memory of its own.
 
     In training all parameters are views of one vector, which safetensors would consider to be tied.
     Parameters that are really tied stay tied.
@@ -224,7 +226,8 @@ def _unshared(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Ten
     for value in model.state_dict().values():
         if value.data_ptr() not in copies:
             kind = dtype if value.is_floating_point() else value.dtype
-            copies[value.data_ptr()] = value.to(kind, copy=True)
+            shared = value.untyped_storage().nbytes() != value.nbytes
+            copies[value.data_ptr()] = value.to(kind, copy=shared)
     return {name: copies[value.data_ptr()] for name, value in model.state_dict().items()}
 
 

@@ -6,14 +6,19 @@ same at every peer because the manifest fixes the config.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
 from xpeer.mixing.fragments import Fragments, padded
+
+_PIECE: Final = 1 << 22
+"""Values that are converted at a time."""
 
 
 class FlatVector:
@@ -126,8 +131,11 @@ class FlatParameters(FlatVector):
 @torch.no_grad()
 def read_flat(model: torch.nn.Module) -> torch.Tensor:
     """Copy all trainable parameters to (num_params,) float32 on the CPU."""
-    parts = [p.detach().reshape(-1).to("cpu", torch.float32) for p in _trained(model)]
-    return torch.cat(parts)
+    parameters = _trained(model)
+    out = torch.empty(sum(p.numel() for p in parameters), dtype=torch.float32)
+    for p, view in zip(parameters, _views(parameters, out), strict=True):
+        view.copy_(p)
+    return out
 
 
 @torch.no_grad()
@@ -143,6 +151,26 @@ def digest(flat: torch.Tensor) -> str:
     """BLAKE2b-256, in hex, of (n,) float32 on the CPU as little endian bytes."""
     values = flat.detach().contiguous().numpy().astype("<f4", copy=False)
     return blake2b(values.data.cast("B")).hex()
+
+
+def digest_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> str:
+    """Hash a model's trainable parameters as values of a type, little endian, piece by piece.
+
+    In float32 this is `digest(read_flat(model))`, without a copy of all values.
+    """
+    parameters = _trained(model)
+    size = dtype.itemsize * sum(p.numel() for p in parameters)
+    found = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=32)  # as `identity.blake2b`
+    for piece in _pieces(parameters):
+        values = piece.to("cpu", dtype).contiguous().view(torch.uint8)
+        found.update(values.numpy().data)
+    return found.hexdigest()
+
+
+def _pieces(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The values of tensors, flat, at most `_PIECE` at a time."""
+    for tensor in tensors:
+        yield from torch.split(tensor.detach().reshape(-1), _PIECE)
 
 
 def num_params(model: torch.nn.Module) -> int:

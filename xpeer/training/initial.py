@@ -11,9 +11,10 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Lora, Manifest
 from xpeer.training.adapters import adapt, fixed_digest
 from xpeer.training.checkpoint import Bundle, load_latest
-from xpeer.training.flat import digest, read_flat, write_flat
+from xpeer.training.flat import digest_of, write_flat
 from xpeer.training.frozen import fits, freeze, restore, thaw
-from xpeer.training.model import build, from_folder
+from xpeer.training.held import DTYPES
+from xpeer.training.model import build, from_folder, read_config, skeleton
 
 
 def model_of(
@@ -41,7 +42,7 @@ def model_of(
     freeze(model, kept)
     if not fresh:
         return model
-    if digest(read_flat(model)) != manifest.model.initial_digest or not fits(model, kept):
+    if digest_of(model) != manifest.model.initial_digest or not fits(model, kept):
         raise ConfigError(
             f"the model in {home.initial_model} is not the one the swarm starts from",
             "restore the folder, or fetch the parameters from a member",
@@ -105,21 +106,44 @@ def _adapted(manifest: Manifest, lora: Lora, named: Path | None, home: Home) -> 
             "every member has a copy of",
             "set it to the Hugging Face folder of that model",
         )
-    values = read_flat(from_folder(folder))
-    if digest(values) != lora.base_digest:
-        raise ConfigError(
-            f"the model in {folder} is not the one that the swarm's adapters are for: its weights' "
-            f"BLAKE2b-256 is {digest(values)[:16]}…, the manifest's {lora.base_digest[:16]}…",
-            "set data.base_model to a copy of the founder's model",
+    model = base_of(folder, manifest)
+    seen = digest_of(model, DTYPES[manifest.model.base_dtype])
+    if seen != lora.base_digest:
+        raise _other_base(
+            folder,
+            f"its weights' BLAKE2b-256 is {seen[:16]}…, the manifest's {lora.base_digest[:16]}…",
         )
-    model = build(manifest.model.config)  # the manifest's config, whatever the folder's says
-    write_flat(model, values)
     model = adapt(model, lora)
     freeze(model, manifest.model.frozen)
-    same = digest(read_flat(model)) == manifest.model.initial_digest
+    same = digest_of(model) == manifest.model.initial_digest
     if not same or fixed_digest(model, lora) != lora.fixed_digest:
         raise ConfigError(
             "the adapters made here are not those that the swarm starts from",
             "use the versions of torch, transformers and peft that the founder used",
         )
     return model
+
+
+def base_of(folder: Path, manifest: Manifest) -> torch.nn.Module:
+    """Load a base model: the folder's weights, and the manifest's config, whatever the folder says.
+
+    Raises:
+        ConfigError: the folder holds no model, or weights of other names or shapes.
+    """
+    config = manifest.model.config
+    here, wanted = (
+        {name: tuple(p.shape) for name, p in skeleton(of).named_parameters()}
+        for of in (read_config(folder), config)
+    )
+    for name in [*wanted, *here]:
+        if here.get(name) != wanted.get(name):
+            said = [str(found.get(name, "missing")) for found in (here, wanted)]
+            raise _other_base(folder, f"{name} is {said[0]} in it, and {said[1]} in the manifest's")
+    return from_folder(folder, dtype=DTYPES[manifest.model.base_dtype], config=config)
+
+
+def _other_base(folder: Path, difference: str) -> ConfigError:
+    return ConfigError(
+        f"the model in {folder} is not the one that the swarm's adapters are for: {difference}",
+        "set data.base_model to a copy of the founder's model",
+    )

@@ -1,4 +1,5 @@
-"""Builds the model offline from a config or a folder: always a causal language model in float32.
+"""Builds the model offline from a config or a folder: always a causal language model, in float32,
+or with matrices held in bfloat16 (`held`).
 
 Knows nothing of privacy, partners or the shard. `flat` has the parameters as one vector, `losses`
 computes losses, `export` writes trained models. Their usual names can be imported from here, too.
@@ -31,6 +32,7 @@ from xpeer.source import check_folder
 from xpeer.training.export import export_adapters, export_hf, generate
 from xpeer.training.filler import Filler
 from xpeer.training.flat import FlatParameters, digest, num_params, read_flat, write_flat
+from xpeer.training.held import hold
 from xpeer.training.kept import config_for_manifest
 from xpeer.training.losses import (
     autocast,
@@ -89,11 +91,11 @@ def build(config: dict[str, Any], seed: int | None = None) -> torch.nn.Module:
     """
     if seed is None:
         with Filler():
-            made = _made(config)
+            made = _made(_parse_config(config))
         return _ready(made)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _ready(_made(config))
+        return _ready(_made(_parse_config(config)))
 
 
 def skeleton(config: dict[str, Any]) -> torch.nn.Module:
@@ -103,11 +105,10 @@ def skeleton(config: dict[str, Any]) -> torch.nn.Module:
         ConfigError: see `build`.
     """
     with torch.device("meta"):
-        return _made(config)
+        return _made(_parse_config(config))
 
 
-def _made(config: dict[str, Any]) -> torch.nn.Module:
-    made = _parse_config(config)
+def _made(made: Any) -> torch.nn.Module:
     try:
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
             made,
@@ -123,23 +124,33 @@ def _made(config: dict[str, Any]) -> torch.nn.Module:
     return model
 
 
-def from_folder(path: Path) -> torch.nn.Module:
+def from_folder(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    config: dict[str, Any] | None = None,
+) -> torch.nn.Module:
     """Load a pretrained causal language model from a local folder; nothing is ever downloaded.
+
+    Args:
+        path: of the folder.
+        dtype: what to hold the weights in: float32, or bfloat16, which rounds them (`held`).
+        config: the manifest's, in place of the folder's own; None = the folder's.
 
     Raises:
         ConfigError: the folder is missing, or holds no causal language model with all weights.
     """
     transformers_logging.disable_progress_bar()
     safetensors = check_folder(path)
-    raw = read_config(path)
-    config = _parse_config(raw)
-    attention = _attention(config)
+    raw = read_config(path) if config is None else config
+    made = _parse_config(raw)
+    attention = _attention(made)
     try:
         with _quiet():  # transformers would print a table; we say in a line what is wrong
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
-                config=config,
-                dtype=torch.float32,
+                config=made,
+                dtype=dtype,
                 attn_implementation=attention,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -153,7 +164,25 @@ def from_folder(path: Path) -> torch.nn.Module:
             "check config.json and model.safetensors; encoder models can't be trained here",
         ) from e
     require_complete(path, model, raw, report)
-    return _ready(model)
+    if dtype != torch.float32:
+        _restore_buffers(model, raw)
+    return _ready(model, dtype)
+
+
+def _restore_buffers(model: Any, config: dict[str, Any]) -> None:
+    """Replace rounded buffers by those of a float32 model, whose parameters get no memory."""
+    from accelerate import init_empty_weights  # noqa: PLC0415 - comes with peft, which this is for
+
+    with init_empty_weights(include_buffers=False):
+        exact = _made(_parse_config(config))
+    saved = model.state_dict().keys()
+    for path, module in exact.named_modules():
+        ours = model.get_submodule(path)
+        for name, buffer in module.named_buffers(recurse=False):
+            if f"{path}.{name}".lstrip(".") in saved:
+                buffer = getattr(ours, name)  # noqa: PLW2901 - of the weights' file
+                buffer = buffer.float() if buffer.is_floating_point() else buffer  # noqa: PLW2901
+            ours._buffers[name] = buffer
 
 
 def config_of(model: torch.nn.Module) -> dict[str, Any]:
@@ -255,8 +284,8 @@ def _switch_dropout_off(config: Any) -> None:
             setattr(config, key, 0.0)
 
 
-def _ready(model: Any) -> torch.nn.Module:
-    """Prepare a model: float32, no dropout, training mode. Check that it runs and is causal."""
+def _ready(model: Any, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Prepare a model: no dropout, training mode. Check that it runs and is causal."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -266,7 +295,7 @@ def _ready(model: Any) -> torch.nn.Module:
             )
         if isinstance(module, PreTrainedModel):  # it looks at the ids, which vmap can't run
             module.warn_if_padding_and_no_attention_mask = _no_warning
-    made: torch.nn.Module = model.float().eval()
+    made: torch.nn.Module = hold(model.float() if dtype == torch.float32 else model, dtype).eval()
     ids = torch.zeros((2, 4), dtype=torch.int64)
     ids[1, -1] = 1
     try:

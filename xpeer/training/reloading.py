@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from xpeer.errors import ConfigError, LocalError
 from xpeer.training import adapters
+from xpeer.training.held import hold, is_held
 from xpeer.training.kept import write_json
 from xpeer.training.losses import transformers_model
 from xpeer.training.tokenizer import Tokenizer
@@ -64,23 +65,30 @@ def logits_of(model: Any, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]
         model.train(training)
 
 
-def load_model(folder: Path) -> Any:
+def load_model(folder: Path, trained: torch.nn.Module) -> Any:
     """Load an export with transformers, in float32, so that only the file's type rounds.
+
+    If the trained model's weights are held in bfloat16 (`held`), the export's are held so, too,
+    and tables that the config decides are taken from the trained model.
 
     Raises:
         LocalError: it does not load, or weights are missing or left over.
     """
+    dtype = torch.bfloat16 if is_held(trained) else torch.float32
     with _quiet():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
             )
         except Exception as e:  # whatever transformers raises at a folder that we wrote
             raise _differs(f"transformers does not load it: {_one_line(e)}") from e
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in report[what]):
             raise _differs(f"{len(names)} {what.replace('_', ' ')}, e.g. {names[0]}")
-    return model
+    if dtype != torch.float32:
+        for path, module in transformers_model(trained).named_modules():
+            model.get_submodule(path)._buffers.update(module._buffers)
+    return hold(model, dtype)
 
 
 def load_adapted(base: Any, folder: Path) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
 
 from xpeer import belonging
@@ -14,7 +13,8 @@ from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.manifest import SignedManifest
 from xpeer.training import adapters
-from xpeer.training.flat import digest, read_flat
+from xpeer.training.flat import digest_of
+from xpeer.training.held import DTYPES
 from xpeer.training.initial import saved_model, trained_model
 from xpeer.training.losses import choose_losses
 from xpeer.training.model import context_tokens, from_folder
@@ -80,8 +80,15 @@ def from_export(
             "name the folder of the model that they are for, or export with --merged",
         )
     belonging.require_inside(folder)
-    model = from_folder(base_model)
-    _require_base(folder, model, base_model)
+    named = _named_base(folder)
+    dtype = DTYPES[named.dtype]
+    model = from_folder(base_model, dtype=dtype)
+    if named.blake2b_256 and (seen := digest_of(model, dtype)) != named.blake2b_256:
+        raise ConfigError(
+            f"--base-model {base_model}: its weights have BLAKE2b-256 {seen[:16]}…, the "
+            f"adapters are for {named.blake2b_256[:16]}…",
+            "name a copy of the model that the swarm's founder named",
+        )
     adapted = adapters.attach(model, folder)
     return Trained(adapted.eval(), made, str(folder), [])
 
@@ -95,21 +102,15 @@ def _tokenizer_of(folder: Path, tokenizer: Path | None) -> Tokenizer:
     return HuggingFaceTokenizer(tokenizer or folder)
 
 
-def _require_base(folder: Path, model: torch.nn.Module, base_model: Path) -> None:
-    """Refuse a base model that the adapters do not belong to; only our exports name theirs."""
+def _named_base(folder: Path) -> adapters.NamedBase:
+    """The base model that exported adapters name; only our exports name theirs."""
+    file = folder / adapters.BASE_FILE
     try:
-        named: Any = json.loads(belonging.read_inside(folder / adapters.BASE_FILE, folder))
-        wanted = named["blake2b_256"]
+        return msgspec.json.decode(belonging.read_inside(file, folder), type=adapters.NamedBase)
     except FileNotFoundError:
-        return
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(f"{folder / adapters.BASE_FILE} can't be read: {e}", "export anew") from e
-    if (seen := digest(read_flat(model))) != wanted:
-        raise ConfigError(
-            f"--base-model {base_model}: its weights have BLAKE2b-256 {seen[:16]}…, the "
-            f"adapters are for {str(wanted)[:16]}…",
-            "name a copy of the model that the swarm's founder named",
-        )
+        return adapters.NamedBase(blake2b_256="")
+    except (OSError, msgspec.MsgspecError, ValueError) as e:
+        raise ConfigError(f"{file} can't be read: {e}", "export anew") from e
 
 
 @dataclass(frozen=True)

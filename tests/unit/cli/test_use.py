@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tests.cases.support import model_folder, tokenizer_folder
 from xpeer.cli import main
 from xpeer.errors import ConfigError, ExitCode
-from xpeer.manifest import Lora
+from xpeer.manifest import Lora, Model
 from xpeer.training import adapters, trained
 from xpeer.training.export import export_adapters, export_hf
 from xpeer.training.flat import digest, read_flat
@@ -101,7 +101,8 @@ def test_adapters_need_their_own_base(base: Path, tmp_path: Path) -> None:
             if "lora_B" in name:
                 parameter.fill_(0.05)
     folder = tmp_path / "adapters"
-    export_adapters(adapted, lora, HuggingFaceTokenizer(base), folder, base=base)
+    section = Model({}, 1, "", lora, "tiny")
+    export_adapters(adapted, section, HuggingFaceTokenizer(base), folder)
     made = trained.from_export(folder, base)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
