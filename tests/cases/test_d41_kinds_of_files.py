@@ -85,7 +85,7 @@ def test_a_pack_may_not_burst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     "name",
     [
         *("a.html", "a.HTM", "a.xml", "a.pdf", "a.docx", "a.zip", "a.json", "a.ipynb", "a.tar.gz"),
-        *("a.txt.zst", "a.txt.bz2", "a.parquet.gz", "a.html.gz"),
+        *("a.parquet.zst", "a.txt.bz2", "a.parquet.gz", "a.html.gz"),
     ],
 )
 def test_other_kinds_are_refused_by_name(tmp_path: Path, name: str) -> None:
@@ -118,3 +118,49 @@ def test_a_false_name_is_noticed(tmp_path: Path, data: bytes, what: str) -> None
     (tmp_path / "a.jsonl").write_bytes(data)
     if "NUL" not in what:
         assert what in outcome(tmp_path / "a.jsonl")
+
+
+def test_a_text_packed_with_zstd_is_read(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pack = pa.Codec("zstd").compress
+    # two frames, as `pzstd` and `cat` make them
+    (tmp_path / "a.txt.zst").write_bytes(
+        pack(b"some ", asbytes=True) + pack(b"words", asbytes=True)
+    )
+    rows = "".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(3))
+    (tmp_path / "b.jsonl.zst").write_bytes(pack(rows.encode(), asbytes=True))
+    assert outcome(tmp_path / "a.txt.zst") == "['some words']"
+    assert outcome(tmp_path) == "['some words', 'row 0', 'row 1', 'row 2']"
+    packed = pack(b"words " * 999, asbytes=True)
+    for data in (packed[:-4], b"not packed at all"):
+        (tmp_path / "a.txt.zst").write_bytes(data)
+        assert "a.txt.zst is damaged" in outcome(tmp_path / "a.txt.zst")
+
+
+def test_packed_texts_are_read_in_folders(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some words", mtime=0))
+    (tmp_path / "b.html.gz").write_bytes(gzip.compress(b"<html>", mtime=0))
+    (tmp_path / "c.tar.gz").write_bytes(gzip.compress(b"files", mtime=0))
+    assert outcome(tmp_path) == "['some words']"
+
+
+def test_what_datasets_saved_is_read(tmp_path: Path) -> None:
+    """`save_to_disk` writes streams of Arrow, state.json and dataset_info.json."""
+    pa = pytest.importorskip("pyarrow")
+    folder = tmp_path / "train"
+    folder.mkdir()
+    table = pa.table({"id": [1, 2, 3], "text": ["one", None, "two"]})
+    for name, text in (("data-00000-of-00001.arrow", table), ("cache-12.arrow", table)):
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, text.schema) as w:
+            w.write_table(text)
+    assert "holds no file" in outcome(tmp_path)
+    (folder / "state.json").write_text("{}")
+    assert outcome(tmp_path) == "['one', 'two']"
+    with (
+        pa.OSFile(str(tmp_path / "file.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as w,
+    ):
+        w.write_table(table)
+    assert outcome(tmp_path / "file.arrow") == "['one', 'two']"
+    (tmp_path / "file.arrow").write_bytes(b"ARROW1 and no more")
+    assert "file.arrow is damaged" in outcome(tmp_path / "file.arrow")

@@ -58,8 +58,9 @@ def read_shard(
     files = num_texts = characters = 0
     for source in matched.sources:
         try:
-            for text in texts(source.path, text_field, skipped, named=source.named):
+            for read in texts(source.path, text_field, skipped, named=source.named):
                 num_texts += 1
+                text = read if isinstance(read, str) else "".join(read.blocks())
                 document = document_of(text, str(source.path))
                 if documents.setdefault(document.id, document) is document:
                     characters += len(text)

@@ -20,7 +20,7 @@ from typing import Final
 from xpeer.errors import ShardError
 from xpeer.paths import refuse_homes
 from xpeer.status import by_reason
-from xpeer.training.kinds import READ_IN_FOLDERS, refusal
+from xpeer.training.kinds import READ_IN_FOLDERS, is_read_in_folders, refusal
 
 HIDDEN: Final = "hidden"
 BROKEN_LINK: Final = "broken link"
@@ -161,7 +161,7 @@ class _Search:
             if named.is_dir():
                 self._folder(named)
             else:
-                self._file(named, READ_IN_FOLDERS, named=True)
+                self._file(named, named=True)
             return True
         magic = next((n for n, part in enumerate(named.parts) if glob.has_magic(part)), None)
         base = Path(*named.parts[:magic])
@@ -173,7 +173,7 @@ class _Search:
             if path.is_dir():
                 self._folder(path)
             else:
-                self._file(path, (), named=False)
+                self._file(path, named=False)
         return bool(matched)
 
     def _expanded(self, base: Path, parts: Sequence[str]) -> Iterator[Path]:
@@ -208,7 +208,7 @@ class _Search:
     def _folder(self, folder: Path) -> None:
         inside = [where / name for where, names in self._walked(folder) for name in names]
         for path in sorted(inside):
-            self._file(path, READ_IN_FOLDERS, named=False)
+            self._file(path, named=False, searched=True)
 
     def _walked(self, top: Path) -> Iterator[tuple[Path, list[str]]]:
         """Walk through folders and their entries, each once, even if several links lead to it."""
@@ -229,12 +229,12 @@ class _Search:
             )
             yield Path(where), [name for name in names if not name.startswith(".")]
 
-    def _file(self, path: Path, kinds: Sequence[str], *, named: bool) -> None:
+    def _file(self, path: Path, *, named: bool, searched: bool = False) -> None:
         """Add a file, or leave it out.
 
         Args:
             path: of the file; not a folder.
-            kinds: suffixes to add; empty = all that may be text.
+            searched: whether it was come upon in a folder. Then not all that may be text is added.
             named: whether the operator named this very file. Then its kind does not matter, and it
                 is an error if it can't be read.
         """
@@ -263,7 +263,7 @@ class _Search:
             raise ShardError(f"{self._setting}: {path} is not read as text", remedy)
         elif not named and self._leads_away(path):
             return
-        elif named or (path.suffix.lower() in kinds if kinds else not refusal(path)):
+        elif named or (is_read_in_folders(path) if searched else not refusal(path)):
             self._reached += 1
             self._place(path, key, named=named)
             if named or key not in self._sources:

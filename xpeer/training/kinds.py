@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Final
 
 READ_IN_FOLDERS: Final = (".txt", ".md", ".jsonl", ".parquet")
-"""Suffixes of the files that are read in folders."""
+"""Suffixes of the files that are read in folders; the first three may be packed."""
+PACKED: Final = (".gz", ".zst")
+_SAVED: Final = "state.json"
+"""Lies beside the .arrow files that `datasets` saved, and not beside those of its cache."""
 
 _UNPACK = "unpack it"
 _REFUSED: Final = {
@@ -19,21 +22,36 @@ _REFUSED: Final = {
         "convert it to .txt or .md, e.g. with pandoc or pdftotext",
     ),
     **dict.fromkeys(
-        (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst", ".lz4"),
-        f"{_UNPACK}; of packed files only .gz is read",
+        (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".lz4"),
+        f"{_UNPACK}; of packed files only .gz and .zst are read",
     ),
     ".json": "make it one object a line and call it .jsonl, e.g. jq -c '.[]' FILE > FILE.jsonl",
     ".ipynb": "convert it to .md, e.g. with jupyter nbconvert",
-    ".arrow": "write it as .parquet",
     ".feather": "write it as .parquet",
 }
 
 
+def kind_of(path: Path) -> str:
+    """The suffix that says what a file holds, in small letters; packing does not count."""
+    kinds = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if kinds[-1:] and kinds[-1] in PACKED:
+        kinds = kinds[:-1]
+    return kinds[-1] if kinds else ""
+
+
+def is_read_in_folders(path: Path) -> bool:
+    """Whether a file of this name is read if its folder is named."""
+    kind = kind_of(path)
+    if path.suffix.lower() in PACKED:
+        return kind in READ_IN_FOLDERS and not refusal(path)
+    if kind == ".arrow":
+        return not path.name.startswith("cache-") and (path.parent / _SAVED).exists()
+    return kind in READ_IN_FOLDERS
+
+
 def refusal(path: Path) -> str:
     """The remedy for a file that is not read because of its name; empty = it is read."""
-    kinds = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if kinds[-1:] == [".gz"]:
-        if kinds[:-1] in ([".parquet"], [".tar"]):
-            return f"{_UNPACK}; of packed files only single texts are read"
-        kinds = kinds[:-1]
-    return _REFUSED.get(kinds[-1], "") if kinds else ""
+    kind = kind_of(path)
+    if path.suffix.lower() in PACKED and kind in (".parquet", ".tar", ".arrow"):
+        return f"{_UNPACK}; of packed files only single texts are read"
+    return _REFUSED.get(kind, "")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -144,27 +144,39 @@ def cut_document(document: Document, length: int) -> list[Document]:
     """Cut a document into pieces of at most so many characters; 0 = leave it whole."""
     if not length:
         return [document]
-    text = document.text
-    ends: list[int] = []
-    start = 0
-    while len(text) - start > length:
-        space = text.rfind(" ", start + length - length // 8, start + length)
-        start = space + 1 if space >= 0 else start + length
-        ends.append(start)
-    if not ends:
+    texts = list(cut_text([document.text], length))
+    if len(texts) == 1:
         return [document]
-    starts = [0, *ends]
     return [
         Document(
-            blake2b(b"piece", document.id.encode(), number.to_bytes(4, "little"), size=16).hex(),
-            text[begin:end],
+            piece_id(document.id, number),
+            text,
             document.source,
             begins=number == 0,
-            ends=end == len(text),
+            ends=number == len(texts) - 1,
             whole=document.id,
         )
-        for number, (begin, end) in enumerate(zip(starts, [*ends, len(text)], strict=True))
+        for number, text in enumerate(texts)
     ]
+
+
+def piece_id(whole: str, number: int) -> str:
+    """The id of a document's piece."""
+    return blake2b(b"piece", whole.encode(), number.to_bytes(4, "little"), size=16).hex()
+
+
+def cut_text(blocks: Iterable[str], length: int) -> Iterator[str]:
+    """Cut a text, given in blocks, into pieces of at most so many characters."""
+    text = ""
+    for block in blocks:
+        text, start = text + block, 0
+        while len(text) - start > length:
+            space = text.rfind(" ", start + length - length // 8, start + length)
+            end = space + 1 if space >= 0 else start + length
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    yield text
 
 
 def num_units(tokens: int, num_pieces: int, num_params: int, speeds: Mapping[str, float]) -> int:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from xpeer.identity import blake2b
-from xpeer.training.document import Document, document_of
+from xpeer.training.document import document_of
 from xpeer.training.files import Source
 from xpeer.training.formats import texts
+from xpeer.training.formats.long import LongText
 from xpeer.training.formats.plain import OtherFormError
-from xpeer.training.partition import cut_document
+from xpeer.training.partition import cut_document, cut_text, piece_id
 from xpeer.training.records import uniform_of
 from xpeer.training.tokenizer import Tokenizer
 from xpeer.training.tokens import parts_of
@@ -97,13 +98,13 @@ def events_of(source: Source, recipe: Recipe, begin: Begin) -> Iterator[Event]:
     yield begin
     try:
         for text in texts(source.path, recipe.text_field, skipped, named=source.named):
-            document = document_of(text, str(source.path))
-            uniform = uniform_of(document.id)
-            for piece in cut_document(document, recipe.piece_characters):
+            for head, blocks in _pieces(text, recipe.piece_characters):
                 if left:
                     left -= 1
                     continue
-                yield from _parts(piece, uniform, recipe.tokenizer, characters)
+                rest = _after(blocks, characters)
+                for part, last in _marking_last(parts_of(recipe.tokenizer, rest)):
+                    yield Part(head, part, last)
                 characters = 0
     except OtherFormError as e:
         if source.named:
@@ -112,12 +113,30 @@ def events_of(source: Source, recipe: Recipe, begin: Begin) -> Iterator[Event]:
     yield End(skipped, form)
 
 
-def _parts(piece: Document, uniform: float, tokenizer: Tokenizer, done: int) -> Iterator[Part]:
-    """Cut a piece into parts; its first `done` characters are skipped."""
-    whole = bytes.fromhex(piece.whole or piece.id)
-    head = Head(bytes.fromhex(piece.id), whole, uniform, piece.begins, piece.ends)
-    for text, last in _marking_last(parts_of(tokenizer, [piece.text[done:]])):
-        yield Part(head, text, last)
+def _pieces(text: str | LongText, length: int) -> Iterator[tuple[Head, Iterable[str]]]:
+    """Cut a text into pieces, each in blocks. A piece's blocks end before the next one is asked."""
+    if isinstance(text, str):
+        document = document_of(text, "")
+        uniform, whole = uniform_of(document.id), bytes.fromhex(document.id)
+        for piece in cut_document(document, length):
+            name = bytes.fromhex(piece.id)
+            yield Head(name, whole, uniform, piece.begins, piece.ends), [piece.text]
+        return
+    uniform, whole = uniform_of(text.id), bytes.fromhex(text.id)
+    if not length:
+        yield Head(whole, whole, uniform, begins=True, ends=True), text.blocks()
+        return
+    for number, (piece_text, last) in enumerate(_marking_last(cut_text(text.blocks(), length))):
+        name = whole if number == 0 and last else bytes.fromhex(piece_id(text.id, number))
+        yield Head(name, whole, uniform, number == 0, last), [piece_text]
+
+
+def _after(blocks: Iterable[str], characters: int) -> Iterator[str]:
+    """Skip the first characters."""
+    for block in blocks:
+        if characters < len(block):
+            yield block[characters:]
+        characters = max(0, characters - len(block))
 
 
 def _marking_last(items: Iterable[str]) -> Iterator[tuple[str, bool]]:

@@ -16,6 +16,8 @@ from xpeer.training.tokenizer import Tokenizer
 
 PIECE: Final = 1 << 16
 """Characters in a piece, about."""
+LONGEST: Final = 1 << 22
+"""A part of so many characters ends wherever it may, so that memory stays bounded."""
 WINDOW: Final = 128
 """Characters on either side of a seam that are used to check whether it changes a token."""
 _LOOK_BACK: Final = 4096
@@ -39,8 +41,8 @@ def ids_of(tokenizer: Tokenizer, text: str) -> torch.Tensor:
 def parts_of(tokenizer: Tokenizer, blocks: Iterable[str]) -> Iterator[str]:
     """Cut a text where its tokens meet in any context, so that the parts can be encoded apart.
 
-    A part has about PIECE characters. No more than that and one block is held in memory, but for
-    words without spaces that are longer.
+    A part has about PIECE characters. No more than LONGEST characters and one block are held in
+    memory.
 
     Args:
         tokenizer: its tokens may not change by a cut.
@@ -58,6 +60,8 @@ def parts_of(tokenizer: Tokenizer, blocks: Iterable[str]) -> Iterator[str]:
         if end >= len(text):
             break
         seam = _seam(tokenizer, text, start, end)
+        if seam is None and end - start >= LONGEST:
+            seam = end
         if seam is None:  # make this part longer
             end += PIECE
         else:

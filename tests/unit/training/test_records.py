@@ -150,7 +150,7 @@ def test_the_text_field_is_the_operators_choice(tmp_path: Path):
 def test_parquet_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    assert "pip install 'xpeer[parquet]'" in error_of(tmp_path)
+    assert "pip install pyarrow" in error_of(tmp_path)
 
 
 def test_parquet(tmp_path: Path):

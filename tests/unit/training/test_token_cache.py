@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from xpeer.trainer.text import Text, text_of
 from xpeer.training import formats, partition, reading, token_cache, tokenising, tokens
 from xpeer.training.document import document_of
 from xpeer.training.documents import load_documents
+from xpeer.training.formats import long, plain
 from xpeer.training.records import cut_owned, split
 from xpeer.training.token_cache import TokenCache
 from xpeer.training.tokenizer import ByteTokenizer
@@ -152,6 +155,63 @@ def test_records_split_and_documents_are_what_they_were(
     assert require_same(node).shard == text.shard
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_text_that_does_not_fit_into_memory_is_the_same(
+    node: Node, small: None, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mixed(node.shard)
+    (node.shard / "packed.txt.gz").write_bytes(gzip.compress(("\ufeff" + ENGLISH[7:9000]).encode()))
+    (node.shard / "accents.txt").write_text("e\u0301 \u4e2d\u6587\u3002 " * 900)
+    before = node.read() if not shared else None
+    if shared:
+        corpus = SharedCorpus("books")
+        node.manifest = msgspec.structs.replace(node.manifest, shared_corpus=corpus)
+        node.with_data(corpus=[str(node.shard)], shard=[])
+        node.setup = msgspec.structs.replace(node.setup, members={"peer0": 1.0})
+        before = node.read()
+    shutil.rmtree(node.home.cache)
+    monkeypatch.setattr(plain, "LONG", 2000)
+    monkeypatch.setattr(long, "BLOCK", 777)
+    after = node.read()
+    assert before is not None
+    assert torch.equal(before.records[:], after.records[:])
+    assert torch.equal(before.held_out[:], after.held_out[:])
+    assert (before.documents, before.shard) == (after.documents, after.shard)
+
+
+def test_a_long_text_is_checked_as_a_short_one(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "LONG", 2000)
+    path = node.shard / "0.txt"
+    row = json.dumps({"text": "words " * 99}) + "\n"
+    for data, problem in (
+        (b"x" * 5000 + b"\xff", "byte 5000 is not UTF-8"),
+        (("words " * 900).encode("utf-16-le"), "characters are NUL"),
+        (b"<html>" + b"words " * 900, "is mark-up"),
+        ((row * 30).encode(), "is JSON"),
+        (json.dumps([row] * 300).encode(), ""),
+        (json.dumps([{"a": row}] * 300).encode(), "is JSON"),
+        (("[1] " + "words " * 900).encode(), ""),
+    ):
+        path.write_bytes(data)
+        node.with_data(shard=[str(path), str(node.shard / "1.txt"), str(node.shard / "2.txt")])
+        if problem:
+            with pytest.raises(ShardError, match=problem):
+                node.read()
+        else:
+            assert node.read().shard.documents == 3
+
+
+def test_a_long_text_that_changes_while_it_is_read_is_an_error(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = node.shard / "0.txt"
+    path.write_text("words " * 900)
+    named = long.long_text(path, path.stat().st_size)
+    path.write_text("other " * 900)
+    with pytest.raises(ShardError, match="changed while it was read"):
+        list(named.blocks())
+
+
 def test_the_same_with_a_tokenizer_of_a_model(node: Node, small: None, tmp_path: Path) -> None:
     write_mixed(node.shard)
     node.tokenizer = byte_level(tmp_path)
@@ -213,7 +273,7 @@ def test_only_what_changed_is_read_again(node: Node, monkeypatch: pytest.MonkeyP
     opened: list[str] = []
     texts = formats.texts
 
-    def watched(path: Path, *args: Any, **kwargs: Any) -> Iterator[str]:
+    def watched(path: Path, *args: Any, **kwargs: Any) -> Iterator[Any]:
         opened.append(path.name)
         return texts(path, *args, **kwargs)
 

@@ -4,8 +4,10 @@
     .jsonl, .ndjson           one object a line
     .parquet                  one row of the table
     .csv, .tsv                one row under a header
+    .arrow                    one row of a table that `datasets` saved
 
-All but .parquet may be packed with gzip (`.txt.gz`). `rows` decides about rows without text.
+Texts, lines and .csv may be packed with gzip or zstd (`.txt.gz`). `rows` decides about rows without
+text.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xpeer.errors import ShardError
-from xpeer.training.formats import delimited, jsonl, parquet, plain
+from xpeer.training.formats import arrow, delimited, jsonl, parquet, plain
+from xpeer.training.formats.long import LongText
 from xpeer.training.formats.rows import Rows
+from xpeer.training.kinds import kind_of
 
 
-def texts(path: Path, text_field: str, skipped: Counter[str], *, named: bool) -> Iterator[str]:
+def texts(
+    path: Path, text_field: str, skipped: Counter[str], *, named: bool
+) -> Iterator[str | LongText]:
     """Read the visible texts of a file.
 
     Args:
@@ -31,14 +37,15 @@ def texts(path: Path, text_field: str, skipped: Counter[str], *, named: bool) ->
     Raises:
         ShardError: the file can't be read, or is not what its name says; names file and place.
     """
-    kinds = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     rows = Rows(path, text_field, skipped)
     try:
-        match kinds[-1] if kinds else "":
+        match kind_of(path):
             case ".jsonl" | ".ndjson":
                 yield from jsonl.texts(path, rows)
             case ".parquet":
                 yield from parquet.texts(path, rows)
+            case ".arrow":
+                yield from arrow.texts(path, rows)
             case ".csv" | ".tsv" as kind:
                 yield from delimited.texts(path, rows, "\t" if kind == ".tsv" else "")
             case _:

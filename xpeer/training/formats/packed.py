@@ -1,4 +1,4 @@
-"""Opens files, packed with gzip or not, decodes UTF-8, and recognises what is no text."""
+"""Opens files, packed with gzip or zstd or not, decodes UTF-8, and recognises what is no text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MAGIC: Final = {
 class _Bounded(io.RawIOBase):
     """Reads unpacked bytes, and refuses more than text could unpack to."""
 
-    def __init__(self, packed: gzip.GzipFile, path: Path) -> None:
+    def __init__(self, packed: Any, path: Path) -> None:
         self._packed, self._path = packed, path
         size = path.stat().st_size
         self._left = min(max(UNPACKED_FREE, RATIO_MAX * size), UNPACKED_MAX)
@@ -62,23 +62,49 @@ class _Bounded(io.RawIOBase):
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for its bytes, unpacked if its name ends in .gz.
+    """Open a file for its bytes, unpacked if its name ends in .gz or .zst.
 
     Raises:
-        ShardError: the file is damaged, or unpacks to far too much.
+        ShardError: the file is damaged, unpacks to far too much, or pyarrow is missing for .zst.
         OSError: the file can't be read.
     """
-    if path.suffix.lower() != ".gz":
-        with path.open("rb") as file:
-            yield file
-        return
-    with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) as packed:
-        try:
-            yield io.BufferedReader(_Bounded(packed, path), 1 << 20)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-            raise ShardError(
-                f"{path} is damaged: {e}", "restore the file; it should be packed with gzip"
-            ) from e
+    kind = path.suffix.lower()
+    with path.open("rb") as raw:
+        if kind == ".gz":
+            with gzip.GzipFile(fileobj=raw) as packed, _saying_damaged(path, "gzip"):
+                yield io.BufferedReader(_Bounded(packed, path), 1 << 20)
+        elif kind == ".zst":
+            with _saying_damaged(path, "zstd"):
+                yield io.BufferedReader(_Bounded(_zstd(raw, path), path), 1 << 20)
+        else:
+            yield raw
+
+
+@contextmanager
+def _saying_damaged(path: Path, packer: str) -> Iterator[None]:
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise _damaged(path, e, packer) from e
+    except OSError as e:
+        if e.errno or packer != "zstd":  # pyarrow raises OSError for what it can't unpack
+            raise
+        raise _damaged(path, e, packer) from e
+
+
+def _damaged(path: Path, error: Exception, packer: str) -> ShardError:
+    why = " ".join(str(error).split())
+    return ShardError(
+        f"{path} is damaged: {why}", f"restore the file; it should be packed with {packer}"
+    )
+
+
+def _zstd(raw: IO[bytes], path: Path) -> Any:
+    try:
+        import pyarrow as pa  # noqa: PLC0415 - slow
+    except ImportError as e:
+        raise ShardError(f"{path}: reading .zst needs pyarrow", "pip install pyarrow") from e
+    return pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
 
 
 def decoded(data: bytes, path: Path, offset: int = 0) -> str:
@@ -92,10 +118,15 @@ def decoded(data: bytes, path: Path, offset: int = 0) -> str:
     except UnicodeDecodeError as e:
         if offset == 0:
             refuse_foreign(data, path)
-        raise ShardError(
-            f"{path}: byte {offset + e.start} is not UTF-8 ({e.reason})",
-            "convert the file to UTF-8, or leave it out",
-        ) from e
+        raise not_utf8(path, offset + e.start, e.reason) from e
+
+
+def not_utf8(path: Path, place: int, reason: str) -> ShardError:
+    """Make the error for a byte that is not UTF-8."""
+    return ShardError(
+        f"{path}: byte {place} is not UTF-8 ({reason})",
+        "convert the file to UTF-8, or leave it out",
+    )
 
 
 def refuse_foreign(head: bytes, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Parquet tables, read with pyarrow, which is an extra."""
+"""Parquet tables, read with pyarrow."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ def texts(path: Path, rows: Rows) -> Iterator[str]:
         OSError: the file can't be read.
     """
     try:
-        import pyarrow as pa  # noqa: PLC0415 - an extra
+        import pyarrow as pa  # noqa: PLC0415 - slow
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as e:
-        raise ShardError(
-            f"{path}: reading .parquet needs pyarrow", "pip install 'xpeer[parquet]'"
-        ) from e
+        raise ShardError(f"{path}: reading .parquet needs pyarrow", "pip install pyarrow") from e
     with path.open("rb") as source:
         try:
             metadata = parquet.read_metadata(source)
@@ -39,30 +37,35 @@ def texts(path: Path, rows: Rows) -> Iterator[str]:
                 page_checksum_verification=True,
                 read_dictionary=[rows.field] if rows.field in leaves else [],
             ) as file:
-                name = _column(file.schema_arrow, rows, pa.types)
+                name = column_of(file.schema_arrow, rows, pa.types)
                 _refuse_bomb(file.metadata, name, path)
                 number = 0
                 for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name]):
                     for scalar in batch.column(0):
                         number += 1
-                        text = rows.take(_value(scalar, f"{path}: row {number}"))
+                        text = rows.take(value_of(scalar, f"{path}: row {number}"))
                         if text is not None:
                             yield text
         except pa.ArrowNotImplementedError as e:
             raise ShardError(
-                f"{path} can't be read by this pyarrow ({pa.__version__}): {_one_line(e)}",
+                f"{path} can't be read by this pyarrow ({pa.__version__}): {in_one_line(e)}",
                 "write it with another compression or encoding, or update pyarrow",
             ) from e
         except (pa.ArrowException, OSError, ValueError, KeyError, RuntimeError) as e:
             if isinstance(e, OSError) and e.errno:
                 raise
             raise ShardError(
-                f"{path} is damaged, or no Parquet file: {_one_line(e)}",
+                f"{path} is damaged, or no Parquet file: {in_one_line(e)}",
                 "restore the file, or leave it out",
             ) from e
 
 
-def _column(schema: Any, rows: Rows, types: Any) -> str:
+def column_of(schema: Any, rows: Rows, types: Any) -> str:
+    """The name of the one column that holds text.
+
+    Raises:
+        ShardError: there is none, or there are several.
+    """
     names = schema.names
     if rows.field not in names:
         raise ShardError(
@@ -113,7 +116,12 @@ def _is_text(kind: Any, types: Any) -> bool:
     )  # fmt: skip
 
 
-def _value(scalar: Any, where: str) -> object:
+def value_of(scalar: Any, where: str) -> object:
+    """The value of a cell; bytes as text.
+
+    Raises:
+        ShardError: bytes are not UTF-8.
+    """
     try:
         value = scalar.as_py()
         return value.decode() if isinstance(value, bytes) else value
@@ -124,5 +132,6 @@ def _value(scalar: Any, where: str) -> object:
         ) from e
 
 
-def _one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
+    """The message of an error, short."""
     return " ".join(str(error).split())[:200] or type(error).__name__

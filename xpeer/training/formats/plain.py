@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from xpeer.errors import ShardError
+from xpeer.training.formats.long import LongText, begins_as_json, long_text, survey
 from xpeer.training.formats.packed import decoded, opened, refuse_foreign
 from xpeer.training.formats.rows import Rows
+from xpeer.training.kinds import kind_of
 
+LONG: Final = 8 << 20
+"""A longer file, in bytes, is read block by block."""
 _HEAD: Final = 64 << 10
 _MARK_UP: Final = re.compile(
     r"(?:\s++|<!--(?>.*?-->))*+"
@@ -40,7 +44,7 @@ class OtherFormError(ShardError):
         self.form = form
 
 
-def texts(path: Path, rows: Rows, *, named: bool) -> Iterator[str]:
+def texts(path: Path, rows: Rows, *, named: bool) -> Iterator[str | LongText]:
     """Read the text of a file, if it has any.
 
     Raises:
@@ -48,23 +52,41 @@ def texts(path: Path, rows: Rows, *, named: bool) -> Iterator[str]:
         OtherFormError: the file begins like mark-up, or is JSON.
     """
     with opened(path) as file:
-        data = file.read()
+        data = file.read(LONG + 1)
     if data.startswith(_MAY_BE_UTF8):
         refuse_foreign(data, path)
+    if len(data) > LONG:
+        yield from _long(data[:_HEAD], path, rows, named=named)
+        return
     text = decoded(data, path).removeprefix("\ufeff")
     del data
-    if text.count("\0") * _NUL_SHARE > len(text):
-        raise ShardError(
-            f"{path}: {text.count(chr(0))} of {len(text)} characters are NUL: UTF-16, or no text",
-            "convert the file to UTF-8, or leave it out",
-        )
-    _refuse_form(text, path, named=named)
+    _refuse_nul(text.count("\0"), len(text), path)
+    json_like = _is_json_file(path) and _is_json(text)
+    _refuse_form(text[:_HEAD], path, is_json=json_like, named=named)
     if rows.take(text) is not None:
         yield text
 
 
-def _refuse_form(text: str, path: Path, *, named: bool) -> None:
-    head = text[:_HEAD]
+def _long(data: bytes, path: Path, rows: Rows, *, named: bool) -> Iterator[LongText]:
+    """Read a file that does not fit into memory; `data` is its beginning."""
+    head = data.decode(errors="ignore").removeprefix("\ufeff")
+    seen = survey(path)
+    _refuse_nul(seen.nul, seen.characters, path)
+    json_like = _is_json_file(path) and _is_json(head, cut_off=True)
+    _refuse_form(head, path, is_json=json_like, named=named)
+    if rows.take_long(visible=seen.visible):
+        yield long_text(path, seen.num_bytes)
+
+
+def _refuse_nul(nul: int, characters: int, path: Path) -> None:
+    if nul * _NUL_SHARE > characters:
+        raise ShardError(
+            f"{path}: {nul} of {characters} characters are NUL: UTF-16, or no text",
+            "convert the file to UTF-8, or leave it out",
+        )
+
+
+def _refuse_form(head: str, path: Path, *, is_json: bool, named: bool) -> None:
     instead = "" if named else ", or leave it out"
     form = next((f for start, f in _BEGINNINGS.items() if head.lstrip().startswith(start)), "")
     if form or _MARK_UP.match(head):
@@ -73,8 +95,7 @@ def _refuse_form(text: str, path: Path, *, named: bool) -> None:
             f"{path} is mark-up ({form or 'HTML or XML'}), whose tags would be trained on",
             f"convert it to plain text{instead}",
         )
-    kind = next((s for s in reversed(path.suffixes) if s.lower() != ".gz"), "").lower()
-    if kind in _JSON_IN and _is_json(text):
+    if is_json:
         raise OtherFormError(
             "JSON",
             f"{path} is JSON, whose braces and keys would be trained on",
@@ -82,12 +103,28 @@ def _refuse_form(text: str, path: Path, *, named: bool) -> None:
         )
 
 
-def _is_json(text: str) -> bool:
-    """Whether the first lines are JSON objects, or the whole text is one, or a list of them."""
-    if not text.lstrip().startswith(("{", "[")):
+def _is_json_file(path: Path) -> bool:
+    """Whether JSON would be a mistake in a file of this name."""
+    return kind_of(path) in _JSON_IN
+
+
+def _is_json(text: str, *, cut_off: bool = False) -> bool:
+    """Whether the first lines are JSON objects, or the whole text is one, or a list of them.
+
+    Args:
+        text: whole, or its beginning.
+        cut_off: whether it is a beginning.
+    """
+    text = text.lstrip()
+    if not text.startswith(("{", "[")):
         return False
-    lines = text.lstrip().split("\n", _LINES_SEEN)[:_LINES_SEEN]
-    return all(_is_object(line) for line in lines if line.strip()) or _is_object(text)
+    lines = text.split("\n", _LINES_SEEN)
+    lines = lines[: -1 if cut_off and len(lines) <= _LINES_SEEN else _LINES_SEEN]
+    if any(line.strip() for line in lines) and all(
+        _is_object(line) for line in lines if line.strip()
+    ):
+        return True
+    return begins_as_json(text) if cut_off else _is_object(text)
 
 
 def _is_object(text: str) -> bool:

@@ -75,6 +75,13 @@ class Rows:
             return value
         return None
 
+    def take_long(self, *, visible: bool) -> bool:
+        """Count a text that is not in memory; returns whether it is to be read."""
+        self._rows += 1
+        self._texts += 1
+        self._skipped[EMPTY] += not visible
+        return visible
+
     def lacking(self, fields: Iterable[str]) -> None:
         """Count a row that lacks the field, but has these fields."""
         self._rows += 1

@@ -1,0 +1,56 @@
+"""Tables that `datasets` saved (`save_to_disk`): Arrow's streams, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xpeer.errors import ShardError
+from xpeer.training.formats.parquet import column_of, in_one_line, value_of
+from xpeer.training.formats.rows import Rows
+
+
+def texts(path: Path, rows: Rows) -> Iterator[str]:
+    """Read the texts of a table's rows, batch by batch.
+
+    Raises:
+        ShardError: pyarrow is missing, the file is damaged, or there is not one such column with
+            text.
+        OSError: the file can't be read.
+    """
+    try:
+        import pyarrow as pa  # noqa: PLC0415 - slow
+        from pyarrow import ipc  # noqa: PLC0415
+    except ImportError as e:
+        raise ShardError(f"{path}: reading .arrow needs pyarrow", "pip install pyarrow") from e
+    with path.open("rb") as source:
+        try:
+            number = 0
+            for batch in _batches(source, ipc, pa):
+                name = column_of(batch.schema, rows, pa.types)
+                for scalar in batch.column(batch.schema.get_field_index(name)):
+                    number += 1
+                    text = rows.take(value_of(scalar, f"{path}: row {number}"))
+                    if text is not None:
+                        yield text
+        except (pa.ArrowException, OSError, ValueError, KeyError, RuntimeError) as e:
+            if isinstance(e, OSError) and e.errno:
+                raise
+            raise ShardError(
+                f"{path} is damaged, or no Arrow table: {in_one_line(e)}",
+                "restore the file, or leave it out",
+            ) from e
+
+
+def _batches(source: Any, ipc: Any, pa: Any) -> Iterator[Any]:
+    """Read a stream, as `datasets` writes them, or else a file."""
+    try:
+        stream = ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        file = ipc.open_file(source)
+        for number in range(file.num_record_batches):
+            yield file.get_batch(number)
+        return
+    yield from stream
