@@ -8,6 +8,7 @@ Only members get the manifest, but it holds no secret.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -15,7 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from xpeer.errors import ConfigError, NotAuthorisedError
-from xpeer.forms import Codec
+from xpeer.forms import Codec, Form
 from xpeer.identity import Domain, Identity, blake2b, verify_with
 from xpeer.leaves import seen_by
 from xpeer.policies import RULES, PrivacyMode, PrivacyPolicy, RuleName, RulePolicy, privacy_policy
@@ -25,6 +26,30 @@ MAX_NAME_CHARS = 80
 DELTA_MIN, DELTA_MAX = 1e-10, 1e-4
 """Bounds of privacy.delta. Below, the accountant's doubles are too coarse. Above, epsilon means too
 little."""
+
+LARGE_STATE = 1 << 24
+"""Models with at least so many trained parameters go to joiners in bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateForm:
+    """Form of all parameters of a model on their way to a joiner.
+
+    Attributes:
+        codec: of the trained values, which come first.
+        num_params: how many they are.
+        num_frozen: number of frozen values behind them, in float32: these are never rounded.
+    """
+
+    codec: str
+    num_params: int
+    num_frozen: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all values."""
+        return Form(self.codec, self.num_params).num_bytes + 4 * self.num_frozen
+
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -446,6 +471,17 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         self.privacy.check(shared_corpus=self.shared_corpus is not None)
         if self.public_text.digest != blake2b(self.public_text.text.encode()).hex():
             raise ValueError("public_text.digest does not match public_text.text")
+
+    @property
+    def state_form(self) -> StateForm:
+        """How joiners are sent the parameters.
+
+        A large model's are in bfloat16, unless exchanges are in float32, too.
+        """
+        count = self.model.num_params
+        large = count >= LARGE_STATE and self.round.payload_codec != "float32"
+        codec = "bfloat16" if large else "float32"
+        return StateForm(codec, count, self.model.state_values - count)
 
     @property
     def start_loss(self) -> float:

@@ -267,7 +267,8 @@ class Donors:
         at_most = max(factor * tree.loss_public + nats for tree in trees)
         step = min(claims.step_of(tree) for tree in trees)
         try:
-            await trainer.import_state(await self._takeover.payload(), step, at_most)
+            payload = await self._takeover.payload()
+            await trainer.import_state(payload, step, at_most, self._manifest.state_form.codec)
         except PeerError as e:
             alone, *others = trees
             for tree in others or trees:
@@ -389,4 +390,4 @@ def _refuse(offers: list[Offer]) -> None:
 
 def shape_of(manifest: Manifest) -> Shape:
     """What donors of a swarm hand out."""
-    return Shape("float32", 4 * manifest.model.state_values)
+    return Shape(manifest.state_form)

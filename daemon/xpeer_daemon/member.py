@@ -262,7 +262,8 @@ async def _serve_joiners(member: Member, candidate: Candidate) -> None:
     """Give parameters to joiners: in pieces, or the whole to those of earlier versions."""
     swarm, manifest, source = candidate.node.swarm, member.manifest, member.view.donor
     turns, shelf = donation.Turns(manifest.limits.max_transfers, member.rates), Shelf()
-    whole = donation.serving(member.party, source, turns, shelf)
+    form = manifest.state_form
+    whole = donation.serving(member.party, source, form, turns, shelf)
     await swarm.serve_links(donation.PROTOCOL, whole, "observer")
     uplink = Uplink(candidate.config.network.donate_mbit_s)
     in_pieces = giving.serving(member.party, source, shape_of(manifest), turns, shelf, uplink)

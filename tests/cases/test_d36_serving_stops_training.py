@@ -72,7 +72,7 @@ class Daemon:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, bool]]:
-    """Evaluations and hashes of whole models: how many, and whether on the training thread."""
+    """Evaluations and passes over whole models: how many, and whether on the training thread."""
     found: Counter[tuple[str, bool]] = Counter()
 
     def counted(module: Any, name: str) -> None:
@@ -85,7 +85,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, bool]]:
         monkeypatch.setattr(module, name, call)
 
     counted(assembling, "evaluate")
-    counted(working, "digest")
+    counted(working, "narrow")
     return found
 
 
@@ -144,5 +144,5 @@ def test_joiners_one_after_another_cost_the_training_thread_no_evaluation(
             assert given.loss_public == pytest.approx(measured.public, rel=0.5)
             steps.append(given.step)
         for_joiners = dict(calls)
-    assert for_joiners == {("digest", False): JOINERS}
+    assert for_joiners == {("narrow", False): JOINERS}
     assert steps == sorted(set(steps))  # each was given what had been trained by then

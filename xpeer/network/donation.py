@@ -18,10 +18,12 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, PeerId, blake2b, verify
+from xpeer.manifest import StateForm
 from xpeer.network import bulk
 from xpeer.network.agreement import Dialler, Party
 from xpeer.network.link import Link
@@ -52,13 +54,18 @@ log = logging.getLogger("xpeer.network")
 
 
 def serving(
-    party: Party, source: Callable[[], Source | None], turns: Turns, shelf: Shelf
+    party: Party,
+    source: Callable[[], Source | None],
+    form: StateForm,
+    turns: Turns,
+    shelf: Shelf,
 ) -> Callable[[Link], Awaitable[None]]:
     """The handler of links that joiners of earlier versions open to us.
 
     Args:
         party: us.
         source: returns the trainer, or None while there is nothing to give.
+        form: of the parameters, by the manifest.
         turns: decides whether a joiner gets anything now.
         shelf: keeps snapshots.
     """
@@ -75,11 +82,12 @@ def serving(
                 return  # the joiner sees a closed link and asks another member
             with turns.giving(link):
                 async with shelf.lend(trainer, request.digest) as lent:
-                    pace, digest = turns.pace(peer_id, request), await lent.digest()
+                    pace, digest = turns.pace(peer_id, request), await lent.digest(form)
+                    state = replace(lent.state, payload=await lent.whole(form))
                     try:
-                        await _give(party, link, lent.state, digest, request.start, pace)
+                        await _give(party, link, state, digest, request.start, pace)
                     except PeerError as e:
-                        worth = pace.moved >= WORTH * len(lent.state.payload)
+                        worth = pace.moved >= WORTH * len(state.payload)
                         if e.reason in BROKE and worth:
                             turns.broke(peer_id, digest, pace)
                             shelf.keep(lent)

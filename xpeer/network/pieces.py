@@ -19,6 +19,7 @@ import msgspec
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId, blake2b, verify
+from xpeer.manifest import StateForm
 from xpeer.update import ModelState
 from xpeer.wire.messages import PIECE_BYTES, TreeOffer, tree_statement
 
@@ -28,17 +29,19 @@ MAX_LOSS_PUBLIC = 20.0
 the donor's claim, so a claim without a bound would let any parameters pass."""
 
 
-@dataclass(frozen=True, slots=True)
 class Shape:
     """What all donors' parameters have in common; the manifest says it, never a peer.
 
+    Args:
+        form: of the parameters.
+
     Attributes:
-        codec: form of the values.
+        codec: form of the trained values.
         num_bytes: of all pieces together.
     """
 
-    codec: str
-    num_bytes: int
+    def __init__(self, form: StateForm) -> None:
+        self.form, self.codec, self.num_bytes = form, form.codec, form.num_bytes
 
     @property
     def num_pieces(self) -> int:

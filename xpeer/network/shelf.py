@@ -13,6 +13,7 @@ from typing import Protocol
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import blake2b
+from xpeer.manifest import StateForm
 from xpeer.network.pieces import leaves_of, root_of
 from xpeer.update import ModelState
 
@@ -42,11 +43,23 @@ class Snapshot:
         self.source, self.state = source, state
         self._hashing = asyncio.Lock()
         self._digest = self._leaves = b""
+        self._whole: memoryview | None = None
 
-    async def digest(self) -> bytes:
-        """BLAKE2b-256 of all parameters."""
+    async def whole(self, form: StateForm) -> memoryview:
+        """All values in float32, for joiners of earlier versions."""
         async with self._hashing:
-            self._digest = self._digest or await asyncio.to_thread(blake2b, self.state.payload)
+            if self._whole is None:
+                payload = memoryview(self.state.payload)
+                if form.codec == "bfloat16":
+                    payload = await asyncio.to_thread(in_float32, payload, form.num_params)
+                self._whole = payload
+            return self._whole
+
+    async def digest(self, form: StateForm) -> bytes:
+        """BLAKE2b-256 of all values in float32."""
+        whole = await self.whole(form)
+        async with self._hashing:
+            self._digest = self._digest or await asyncio.to_thread(blake2b, whole)
             return self._digest
 
     async def leaves(self) -> bytes:
@@ -59,6 +72,15 @@ class Snapshot:
     def known_as(self, name: bytes) -> bool:
         """Whether this is its digest or the root of its hash tree, and somebody asked for that."""
         return name == self._digest or (bool(self._leaves) and name == root_of(self._leaves))
+
+
+def in_float32(payload: memoryview, num_values: int) -> memoryview:
+    """Widen so many bfloat16 values at the beginning of a payload: the upper halves of float32."""
+    out = bytearray(2 * num_values + len(payload))
+    narrow = bytes(payload[: 2 * num_values])
+    out[2 : 4 * num_values : 4], out[3 : 4 * num_values : 4] = narrow[::2], narrow[1::2]
+    out[4 * num_values :] = payload[2 * num_values :]
+    return memoryview(out)
 
 
 class Shelf:
@@ -108,14 +130,13 @@ class Shelf:
         """Whether a snapshot of this trainer is here under this digest or root."""
         return any(self._matching(source, digest))
 
-    async def get(self, source: Source) -> tuple[ModelState, bytes]:
-        """A snapshot of this trainer and its digest. One of an earlier trainer is never given.
+    async def get(self, source: Source) -> Snapshot:
+        """A snapshot of this trainer. One of an earlier trainer is never given.
 
         Raises:
             PeerError: there is none to give.
         """
-        last = await self._last(source)
-        return last.state, await last.digest()
+        return await self._last(source)
 
     async def _last(self, source: Source) -> Snapshot:
         async with self._lock:

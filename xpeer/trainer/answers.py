@@ -80,9 +80,8 @@ class Done(Struct, frozen=True, tag=True):
 
 @seen_by("node")
 class StateExported(Struct, frozen=True, tag=True):
-    """The arena's region holds the parameters."""
+    """The arena's region holds the parameters, in the form that joiners are sent."""
 
-    digest: Derived[str]
     step: Timing[int]
     loss_public: Derived[float]
 

@@ -10,13 +10,13 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.forms import Form
-from xpeer.manifest import Manifest, SignedManifest
+from xpeer.manifest import Manifest, SignedManifest, StateForm
 from xpeer.mixing.fragments import fragment_size, largest
 from xpeer.phase import Order, TrainerPhase
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
@@ -78,11 +78,13 @@ class _Started:
         child: the process.
         slots: places for payloads in the shared memory.
         vectors: V, values that the rule sends for each parameter.
+        state: form of the parameters that joiners are sent.
     """
 
     child: Child
     slots: Slots
     vectors: int
+    state: StateForm
 
 
 UNREADY: Final = Ready(
@@ -148,7 +150,8 @@ class TrainerProcess:
         trainer = cls(on_event)
         child = await Child.spawn(program, setup, arena, trainer._follow)
         slots = Slots(arena.layout.num_slots)
-        trainer._started = _Started(child, slots, manifest.round.policy.vectors)
+        vectors, form = manifest.round.policy.vectors, manifest.state_form
+        trainer._started = _Started(child, slots, vectors, form)
         trainer.facts = await child.wait_ready(patience_s)
         trainer.ledger_counter = max(trainer.ledger_counter, trainer.facts.ledger_counter)
         return trainer
@@ -344,21 +347,26 @@ class TrainerProcess:
         async with self._region:
             try:
                 exported = await self._child.ask(ExportState(), StateExported)
-                payload = bytearray(arena.layout.state_bytes)
-                await copy_in_parts(arena.state(), memoryview(payload))
+                payload = bytearray(self._running.state.num_bytes)
+                await copy_in_parts(arena.state()[: len(payload)], memoryview(payload))
             finally:
                 arena.release_state()
         return ModelState(memoryview(payload), exported.step, exported.loss_public)
 
     async def import_state(
-        self, payload: bytes | memoryview, step: int, at_most: float = math.inf
+        self,
+        payload: bytes | memoryview,
+        step: int,
+        at_most: float = math.inf,
+        codec: str = "float32",
     ) -> float:
         """Replace the parameters; moments and warm-up start afresh.
 
         Args:
-            payload: (`Model.state_values`,) float32, little endian.
+            payload: as `manifest.StateForm` says, with that codec.
             step: the donor's step.
             at_most: highest public loss to accept.
+            codec: form of the trained values.
 
         Returns:
             The public loss of the new parameters, as we measured it.
@@ -367,23 +375,26 @@ class TrainerProcess:
             PeerError: the parameters have another size, are not finite, or have a higher loss than
                 `at_most` or than the old ones. The old parameters stay.
         """
-        size, expected = memoryview(payload).nbytes, self._child.arena.layout.state_bytes
+        form = replace(self._running.state, codec=codec)
+        size, expected = memoryview(payload).nbytes, form.num_bytes
         if size != expected:
             raise PeerError(Reason.WRONG_MODEL, f"{size} bytes, {expected} expected")
         values = memoryview(payload).cast("B")
-        imported = await self._child.whole(self._import_state(values, step, at_most))
+        imported = await self._child.whole(
+            self._import_state(values, ImportState(step, at_most, codec))
+        )
         logger.info(
             "parameters replaced at step %d: public loss %.4f -> %.4f",
             *(step, imported.loss_before, imported.loss_after),
         )
         return imported.loss_after
 
-    async def _import_state(self, payload: memoryview, step: int, at_most: float) -> StateImported:
+    async def _import_state(self, payload: memoryview, command: ImportState) -> StateImported:
         arena = self._child.arena
         async with self._region:
             try:
                 await copy_in_parts(payload, arena.state())
-                return await self._child.ask(ImportState(step, at_most), StateImported)
+                return await self._child.ask(command, StateImported)
             finally:
                 arena.release_state()
 

@@ -43,7 +43,7 @@ Thread = Literal["receiver", "training", "helper", "disk"]
 """receiver: reads commands; its work is done at once, and must be short.
 training: works between two steps. Only then may the parameters be read or changed.
 helper: compresses and verifies, one piece of work after another (`in_flight` says why).
-disk: writes checkpoints and hashes whole models."""
+disk: writes checkpoints, and completes copies of whole models."""
 
 NOBODY: Final = 0
 """The number of a command that nobody wants an answer to."""
@@ -222,7 +222,7 @@ class DropLate(Struct, frozen=True, tag=True):
 
 @stays("what the daemon tells its own trainer")
 class ExportState(Struct, frozen=True, tag=True):
-    """Write all parameters to the arena's region."""
+    """Write all parameters to the arena's region, in the form that joiners are sent."""
 
     on: ClassVar[Thread] = "training"
 
@@ -237,7 +237,7 @@ class ExportState(Struct, frozen=True, tag=True):
 
 @dataclass(frozen=True, slots=True)
 class FinishState:
-    """Complete and hash the copy in the arena's region."""
+    """Complete the copy in the arena's region, and bring it into its form."""
 
     on: ClassVar[Thread] = "disk"
 
@@ -246,9 +246,10 @@ class FinishState:
     """Completes the copy, and returns its public loss."""
 
     def apply(self, trainer: Worker) -> StateExported:
-        """Complete and hash the copy."""
+        """Complete the copy."""
         loss = self.finish()
-        return StateExported(trainer.state_digest(), self.step, loss)
+        trainer.narrow_state()
+        return StateExported(self.step, loss)
 
 
 @stays("what the daemon tells its own trainer")
@@ -260,6 +261,8 @@ class ImportState(Struct, frozen=True, tag=True):
     step: int
     at_most: float = float("inf")
     """Highest public loss to accept."""
+    codec: str = "float32"
+    """Form of the trained values in the region."""
 
     def apply(self, trainer: Worker) -> StateImported:
         """Replace the parameters.
@@ -267,7 +270,7 @@ class ImportState(Struct, frozen=True, tag=True):
         Raises:
             PeerError: see `TrainingLoop.replace`; or they are of another model (WRONG_MODEL).
         """
-        before, after = trainer.replace_state(self.step, self.at_most)
+        before, after = trainer.replace_state(self.step, self.at_most, self.codec)
         trainer.reports.everything()
         return StateImported(before, after)
 

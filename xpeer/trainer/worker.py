@@ -17,7 +17,7 @@ from xpeer.trainer.commands import NOBODY, Command, Request
 from xpeer.trainer.reporting import Reports
 from xpeer.trainer.saving import Saving
 from xpeer.trainer.threads import Threads
-from xpeer.training.flat import digest
+from xpeer.training.handed_out import narrow, widened
 
 logger = logging.getLogger("xpeer.training")
 
@@ -74,17 +74,18 @@ class Worker:
         Raises:
             PeerError: there are none yet (NOT_READY).
         """
-        trained, kept = self._state()
+        trained, kept = self._state("float32")
         finish = self.loop.show(trained)
         kept.copy_(self._assembled.frozen.read())
         return finish
 
-    def replace_state(self, step: int, at_most: float) -> tuple[float, float]:
+    def replace_state(self, step: int, at_most: float, codec: str) -> tuple[float, float]:
         """Replace all parameters by those in the arena's region.
 
         Args:
             step: the donor's step.
             at_most: highest public loss to accept.
+            codec: form of the trained ones in the region.
 
         Returns:
             Public loss before and after.
@@ -93,21 +94,21 @@ class Worker:
             PeerError: see `TrainingLoop.replace`; or the frozen ones are not the manifest's
                 (WRONG_MODEL).
         """
-        trained, kept = self._state()
+        trained, kept = self._state(codec)
         self._assembled.frozen.replace(kept)
         return self.loop.replace(trained, step, at_most)
 
-    def _state(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the arena's region: the trained parameters and the frozen ones."""
-        region = torch.frombuffer(self.arena.state(), dtype=torch.float32)
-        count = self.loop.parameters.num_params
-        return region[:count], region[count:]
+    def _state(self, codec: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The arena's region: the trained parameters and the frozen ones; in float32, views."""
+        count, model = self.loop.parameters.num_params, self.loop.manifest.model
+        return widened(self.arena.state(), count, model.state_values - count, codec)
 
     # ---- on the disk's thread -----------------------------------------------------------------
 
-    def state_digest(self) -> str:
-        """The digest of the arena's region; takes as long as reading a whole model."""
-        return digest(torch.frombuffer(self.arena.state(), dtype=torch.float32))
+    def narrow_state(self) -> None:
+        """Bring the arena's region from float32 into the form that joiners are sent."""
+        codec = self.loop.manifest.state_form.codec
+        narrow(self.arena.state(), self.loop.parameters.num_params, codec)
 
     # ---- begin and end ------------------------------------------------------------------------
 

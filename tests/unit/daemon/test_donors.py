@@ -15,6 +15,7 @@ from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
+from xpeer.manifest import StateForm
 from xpeer.network import giving
 from xpeer.network import shelf as shelves
 from xpeer.network.pieces import Tree, leaves_of, root_of
@@ -69,7 +70,7 @@ class Trainer:
         self.taken: list[PeerId] = []
         self.stopped = False
 
-    async def import_state(self, payload: bytes, step: int, at_most: float) -> float:
+    async def import_state(self, payload: bytes, step: int, at_most: float, codec: str) -> float:
         donor = PeerId(bytes(payload).decode().strip())
         if TRUE_LOSS[donor] > at_most:
             raise PeerError(Reason.REFUSED, "worse than it says")
@@ -108,7 +109,7 @@ class Rig:
         manifest = SimpleNamespace(
             model=SimpleNamespace(num_params=VALUES, state_values=VALUES),
             round=SimpleNamespace(window_steps=5),
-            start_loss=5.0,
+            start_loss=5.0, state_form=StateForm("float32", VALUES),
             end=SimpleNamespace(steps=300, rounds=None, tokens=None), optimiser=None,
         )  # fmt: skip
         self.manifest = manifest
@@ -302,13 +303,13 @@ async def test_one_snapshot_serves_all_who_ask_while_it_is_fresh() -> None:
 
     shelf, first, second = shelves.Shelf(lambda: now_s), Source(), Source()
     given = await asyncio.gather(*(shelf.get(first) for _ in range(9)))
-    assert (len(taken), {kept.step for kept, _ in given}) == (1, {1})
+    assert (len(taken), {kept.state.step for kept in given}) == (1, {1})
     now_s += shelves.FRESH_COST * 3.0 - 0.1
     await shelf.get(first)
     assert len(taken) == 1
     now_s += 0.2
-    assert (await shelf.get(first))[0].step == 2
-    assert (await shelf.get(second))[0].step == 3  # another trainer: nothing of the one before
+    assert (await shelf.get(first)).state.step == 2
+    assert (await shelf.get(second)).state.step == 3  # another trainer: nothing of the one before
 
 
 @pytest.mark.parametrize(
@@ -413,7 +414,7 @@ async def test_there_are_two_snapshots_at_most_however_slowly_they_are_read() ->
         assert taken == 2
         with pytest.raises(PeerError, match=Reason.BUSY):  # of another trainer, a third
             await shelf.get(Source())
-    assert (await shelf.get(source))[0].step == 3
+    assert (await shelf.get(source)).state.step == 3
 
 
 @pytest.mark.parametrize("own_step", [None, 10])

@@ -13,6 +13,7 @@ from tests.unit.daemon.test_gathered import tree_of
 from tests.unit.network.test_giving import PAYLOAD, SIGNER
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
+from xpeer.manifest import StateForm
 from xpeer.network.pieces import Shape, Tree
 from xpeer.wire.messages import PIECE_BYTES
 from xpeer_daemon import fetching
@@ -20,7 +21,7 @@ from xpeer_daemon.fetching import Fetch, Speed
 from xpeer_daemon.gathered import Gathered
 
 PIECES = 40
-SHAPE = Shape("float32", PIECES * PIECE_BYTES)
+SHAPE = Shape(StateForm("float32", PIECES * PIECE_BYTES // 4))
 
 
 class Donor:

@@ -27,7 +27,7 @@ def saying(progress: Progress, privacy: PrivacySpent) -> TrainerProcess:
     trainer.epoch, trainer.ledger_counter = 5, 3
     trainer.facts = msgspec.structs.replace(trainer.facts, num_params=1000, num_fragments=3)
     nothing: Any = None
-    trainer._started = _Started(nothing, nothing, 1)
+    trainer._started = _Started(nothing, nothing, 1, nothing)
     trainer.progress, trainer.privacy = progress, privacy
     return trainer
 

@@ -16,7 +16,7 @@ from xpeer.gossip import matching
 from xpeer.gossip.clock import PATIENT_SLOTS, Gossip
 from xpeer.gossip.partners import Partners
 from xpeer.identity import Domain, Identity, PeerId, blake2b
-from xpeer.manifest import Round
+from xpeer.manifest import Round, StateForm
 from xpeer.network import donation
 from xpeer.network.link import Link
 from xpeer.network.rates import Rates
@@ -175,8 +175,10 @@ class Source:
 
 async def test_one_peer_gets_one_donation_at_a_time_and_then_waits():
     donor, greedy, other = (Identity.generate() for _ in range(3))
-    source = Source()
-    handle = donation.serving(party(donor), lambda: source, donation.Turns(2, Rates()), Shelf())
+    source, form = Source(), StateForm("float32", 100)
+    handle = donation.serving(
+        party(donor), lambda: source, form, donation.Turns(2, Rates()), Shelf()
+    )
 
     async def ask(who: Identity) -> ModelState:
         a, b = socket.socketpair()

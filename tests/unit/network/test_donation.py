@@ -14,6 +14,7 @@ import pytest
 from tests.unit.network.test_agreement import party
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
+from xpeer.manifest import StateForm
 from xpeer.network import donation
 from xpeer.network import rates as rates_module
 from xpeer.network.link import Link
@@ -26,6 +27,7 @@ from xpeer.wire.messages import StateRequest, encode
 
 FRAMES = 24
 PAYLOAD = random.Random(1).randbytes(FRAMES * FRAME_BYTES - 400)
+FORM = StateForm("float32", len(PAYLOAD) // 4)
 
 
 class Source:
@@ -82,7 +84,7 @@ class Network:
         self.dialled = 0
         self._breaks, self._noticed, self._unreachable = breaks, noticed, unreachable
         self._handle = donation.serving(
-            party(self.donor), lambda: self.source, donation.Turns(2, self.rates), Shelf()
+            party(self.donor), lambda: self.source, FORM, donation.Turns(2, self.rates), Shelf()
         )
         self._tasks: list[asyncio.Task[None]] = []
         DonorLink.sent = 0

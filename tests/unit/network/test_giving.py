@@ -15,6 +15,7 @@ import pytest
 from tests.unit.network.test_agreement import SWARM, party
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId
+from xpeer.manifest import StateForm
 from xpeer.network import giving, pieces
 from xpeer.network.donation import Turns
 from xpeer.network.giving import Giver
@@ -28,7 +29,7 @@ from xpeer.update import ModelState
 from xpeer.wire.messages import PIECE_BYTES, PiecesRequest, TreeOffer, tree_statement
 
 PAYLOAD = random.Random(2).randbytes(3 * PIECE_BYTES + 400)
-SHAPE = Shape("float32", len(PAYLOAD))
+SHAPE = Shape(StateForm("float32", len(PAYLOAD) // 4))
 SIGNER = Signer(SWARM, b"m" * 32)
 
 

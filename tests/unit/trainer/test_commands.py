@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.unit.training.homes import make_homes
+from xpeer import manifest as manifests
 from xpeer.config import Data
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.trainer import commands, reporting
@@ -157,6 +158,21 @@ def test_the_same_bytes_give_the_same_answers_and_parameters(ranks: tuple[Rank, 
         assert left == [AddCorrection, DropLate]
         for job in rank.jobs[:2]:
             assert msgspec.msgpack.decode(msgspec.msgpack.encode(job), type=Request) == job
+
+
+def test_a_large_models_parameters_cross_in_bfloat16(
+    ranks: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifests, "LARGE_STATE", 1)
+    donor, joiner = ranks
+    form = donor.loop.manifest.state_form
+    assert form.codec == "bfloat16"
+    own = donor.loop.parameters.read()
+    donor.carry_out(msgspec.msgpack.encode(Request(7, ExportState())))
+    joiner.arena.state()[: form.num_bytes] = donor.arena.state()[: form.num_bytes]
+    taken_over = ImportState(step=3, codec=form.codec)
+    joiner.carry_out(msgspec.msgpack.encode(Request(8, taken_over)))
+    assert torch.equal(joiner.loop.parameters.read(), own.bfloat16().float())
 
 
 def test_who_only_names_commands_loads_no_torch() -> None:
