@@ -128,11 +128,29 @@ def consolidate(
     return out[: flat.numel()]
 
 
-def packed(flat: torch.Tensor, consolidated: torch.Tensor) -> torch.Tensor:
-    """Compress what consolidation adds, for a checkpoint: (bytes,) uint8, a byte a parameter."""
-    out = torch.empty(Form(_KEPT, flat.numel()).num_bytes, dtype=torch.uint8)
-    codec.encode_into(_KEPT, consolidated - flat, codec.view(out))
+def packed_addition(
+    flat: torch.Tensor, fragments: Fragments, received: dict[int, tuple[ReceivedFragment, ...]]
+) -> torch.Tensor:
+    """Compress what consolidation adds, for a checkpoint: (bytes,) uint8, a byte a parameter.
+
+    Args:
+        flat: (num_params padded to whole lines,) float32, CPU: our own.
+        fragments: how they are cut.
+        received: what `Consolidation.now` returned.
+    """
+    added, out = torch.zeros_like(flat), _payload(fragments.num_params)
+    for fragment, kept in received.items():
+        own = fragments.gather(flat, fragment)
+        total = own.clone()
+        for values in kept:
+            total += codec.decode(values.form, codec.view(values.payload))
+        fragments.add_(added, fragment, total.div_(1 + len(kept)).sub_(own))
+    codec.encode_into(_KEPT, added[: fragments.num_params], codec.view(out))
     return out
+
+
+def _payload(num_values: int) -> torch.Tensor:
+    return torch.empty(Form(_KEPT, num_values).num_bytes, dtype=torch.uint8)
 
 
 def unpacked(flat: torch.Tensor, addition: torch.Tensor) -> torch.Tensor:
@@ -141,4 +159,4 @@ def unpacked(flat: torch.Tensor, addition: torch.Tensor) -> torch.Tensor:
     Raises:
         PeerError: `addition` is not `packed` for this many parameters.
     """
-    return flat + codec.decode(Form(_KEPT, flat.numel()), codec.view(addition))
+    return codec.decode(Form(_KEPT, flat.numel()), codec.view(addition)).add_(flat)

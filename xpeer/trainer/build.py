@@ -215,6 +215,7 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
     if saved is not None:
         saved.require(swarm.manifest_hash, ledger_id, parameters.num_params)
         parameters.write(saved.flat)
+        saved.forget()
         frozen.restore(model, manifest.model.frozen, saved.frozen)
         counters = Counters.from_dict(saved.counters)
     computing = computing_of(swarm.config.training, model, device, manifest)
@@ -300,6 +301,7 @@ def _loop(
             saved.exp_avg_sq,
             saved.optimiser_step,
         )
+        saved.forget()
     return loop
 
 

@@ -11,7 +11,8 @@ import torch
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Frozen
 from xpeer.mixing.buffers import Buffers
-from xpeer.mixing.received import ReceivedFragment, consolidate, packed
+from xpeer.mixing.fragments import padded
+from xpeer.mixing.received import ReceivedFragment, packed_addition
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.training import checkpoint, frozen
 from xpeer.training.checkpoint import Bundle, read_moments
@@ -99,12 +100,15 @@ class Capture:
         """
         loop = self._loop
         trained = list(loop.parameters.parameters())
-        flat, *moments = (self._buffers.take(loop.parameters.num_params) for _ in range(3))
+        count = loop.parameters.num_params
+        own = self._buffers.take(padded(count))
+        own[count:] = 0
+        moments = [self._buffers.take(count) for _ in range(2)]
         exp_avg, exp_avg_sq, optimiser_step = read_moments(
             loop.learner.optimiser, trained, (moments[0], moments[1])
         )
         bundle = Bundle(
-            flat=loop.parameters.read(flat),
+            flat=loop.parameters.read(own[:count]),
             exp_avg=exp_avg,
             exp_avg_sq=exp_avg_sq,
             optimiser_step=optimiser_step,
@@ -116,22 +120,27 @@ class Capture:
             manifest_hash=self._keeping.manifest_hash,
         )
         received = loop.exchanges.consolidation.now()
-        return lambda: self._write(bundle, received)
+        return lambda: self._write(bundle, own, received)
 
-    def _write(self, bundle: Bundle, received: dict[int, tuple[ReceivedFragment, ...]]) -> str:
+    def _write(
+        self,
+        bundle: Bundle,
+        own: torch.Tensor,
+        received: dict[int, tuple[ReceivedFragment, ...]],
+    ) -> str:
         if not bool(torch.isfinite(bundle.flat).all()):
             raise LocalError(
                 f"the parameters of step {bundle.step} are not finite: they are not saved",
                 "training diverged; the checkpoint before is kept",
             )
-        own = bundle.flat, bundle.exp_avg, bundle.exp_avg_sq
         if received:
-            averaged = consolidate(bundle.flat, self._loop.exchanges.fragments, received)
-            bundle = replace(bundle, consolidation=packed(bundle.flat, averaged))
+            added = packed_addition(own, self._loop.exchanges.fragments, received)
+            bundle = replace(bundle, consolidation=added)
         pulse = self._loop.pulse
         pulse.beat()
         folder, keep = self._keeping.folder, self._keeping.keep
         path = str(checkpoint.save(folder, bundle, keep=keep, on_progress=pulse.wrote))
-        for tensor in own:  # memory that is used again makes the next copy faster
+        # memory that is used again makes the next copy faster
+        for tensor in (own, bundle.exp_avg, bundle.exp_avg_sq):
             self._buffers.give(tensor)
         return path

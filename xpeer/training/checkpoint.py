@@ -21,8 +21,9 @@ from xpeer.mixing import received
 from xpeer.training.tensor_file import (
     CorruptFileError,
     OnProgress,
+    Pages,
     clear_staging,
-    read_tensors,
+    map_tensors,
     write_tensors,
 )
 
@@ -61,6 +62,13 @@ class Bundle:
     """`schedule.Counters` as builtins; the file is named after `step`."""
     ledger_id: Local[str] = ""
     manifest_hash: Public[str] = ""
+    pages: Local[Pages | None] = None
+    """Memory that the tensors of a loaded checkpoint lie in; None = it was not loaded."""
+
+    def forget(self) -> None:
+        """Give back the memory of what was read of a loaded checkpoint; it can be read again."""
+        if self.pages is not None:
+            self.pages.forget()
 
     @property
     def step(self) -> int:
@@ -153,13 +161,13 @@ def save(
 
 
 def load(path: Path) -> Bundle:
-    """Read one checkpoint and verify all of it.
+    """Verify all of one checkpoint, and map it: its tensors take memory only once they are read.
 
     Raises:
         CorruptFileError: the file is damaged; says how.
         LocalError: another version wrote it, in a format that this one can't read.
     """
-    tensors, words = read_tensors(path)
+    tensors, words, pages = map_tensors(path)
     try:
         parsed = msgspec.json.decode(words.get("xpeer", ""), type=_Words)
     except (msgspec.MsgspecError, ValueError, RecursionError) as e:
@@ -187,6 +195,7 @@ def load(path: Path) -> Bundle:
         counters=parsed.counters,
         ledger_id=parsed.ledger_id,
         manifest_hash=parsed.manifest_hash,
+        pages=pages,
     )
 
 

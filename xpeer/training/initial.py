@@ -86,6 +86,7 @@ def trained_model(
     """
     model, kept = model_of(manifest, home, base_model), manifest.model.frozen
     write_flat(model, bundle.consolidated())
+    bundle.forget()
     restore(model, kept, bundle.frozen)
     thaw(model, kept)
     return model

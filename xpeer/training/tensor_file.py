@@ -3,6 +3,8 @@
 The format is safetensors'. Its metadata also holds a digest of names, words and values, since
 safetensors checks sizes only. We write the file ourselves, in pieces. The writer of safetensors
 copies everything first, holds up every other thread, and reports no progress.
+
+A file is read without a copy of it: it is hashed in pieces, and then mapped into memory.
 """
 
 from __future__ import annotations
@@ -10,15 +12,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from xpeer.errors import LocalError
 
@@ -31,6 +35,9 @@ _KINDS: Final = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_TYPES: Final = {kind: dtype for dtype, kind in _KINDS.items()}
+_MAX_HEADER: Final = 100_000_000
+"""The bound that safetensors itself has, in bytes."""
 
 OnProgress = Callable[[int, int], None]
 """Called with bytes done and bytes in all. Every byte counts twice: it is hashed, then written."""
@@ -68,7 +75,8 @@ def write_tensors(
     """
     staging: Path | None = None
     size = sum(tensor.nbytes for tensor in tensors.values())
-    digest = _digest(tensors, words, lambda done: on_progress(done, 2 * size))
+    entries = [_Entry.of(name, tensor) for name, tensor in tensors.items()]
+    digest = _digest(entries, words, lambda done: on_progress(done, 2 * size))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=path.parent))  # mode 0700
@@ -92,24 +100,89 @@ def write_tensors(
     return digest
 
 
+class Pages:
+    """The part of this process's memory that a file is mapped into."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def tensor(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor whose bytes begin at this place of the file; writing to it changes no file."""
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin).view(shape)
+
+    def forget(self) -> None:
+        """Give back the memory of what was read so far. It is read again when it is used.
+
+        What was written to a tensor of this file is lost.
+        """
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read what `write_tensors` wrote; every bit of it is checked.
+    """Read what `write_tensors` wrote into memory; every bit of it is checked.
+
+    Raises:
+        CorruptFileError: truncated, altered, unreadable, or not written by us.
+    """
+    tensors, words, _ = map_tensors(path)
+    return {name: tensor.clone() for name, tensor in tensors.items()}, words
+
+
+def map_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], Pages]:
+    """Map what `write_tensors` wrote into memory; every bit of it is checked first.
+
+    Returns:
+        Tensors that take memory only where they are read, the words, and that memory.
 
     Raises:
         CorruptFileError: truncated, altered, unreadable, or not written by us.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            words = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, RuntimeError, ValueError) as e:
+        with path.open("rb", buffering=0) as file:
+            words, entries = _read_header(file)
+            claimed = words.pop(_DIGEST, None)
+            if claimed is None:
+                raise CorruptFileError("it has no digest: not written by xpeer")
+            if _digest(entries, words) != claimed:
+                raise CorruptFileError("its content does not match its digest")
+            pages = Pages(file)
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+    ) as e:  # fmt: skip
         raise CorruptFileError(" ".join(str(e).split()) or type(e).__name__) from e
-    claimed = words.pop(_DIGEST, None)
-    if claimed is None:
-        raise CorruptFileError("it has no digest: not written by xpeer")
-    if _digest(tensors, words) != claimed:
-        raise CorruptFileError("its content does not match its digest")
-    return tensors, words
+    return {e.name: pages.tensor(e.begin, e.dtype, e.shape) for e in entries}, words, pages
+
+
+def _read_header(file: io.FileIO) -> tuple[dict[str, str], list[_Entry]]:
+    """Read names, types, shapes and places, and check that they fit the file's size.
+
+    Raises:
+        CorruptFileError, ValueError, KeyError, TypeError, AttributeError: they do not.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(_MAX_HEADER, size - 8):
+        raise CorruptFileError(f"its header would have {length} bytes, the file has {size}")
+    header: dict[str, Any] = json.loads(file.read(length))
+    words = header.pop("__metadata__", {})
+    if not all(isinstance(word, str) for word in words.values()):
+        raise CorruptFileError("its metadata can't be read")
+    entries, end = [], 8 + length
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = _TYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+        begin, after = (8 + length + int(place) for place in entry["data_offsets"])
+        if begin != end or min(shape, default=0) < 0:
+            raise CorruptFileError(f"{name} is not where it should be")
+        if after - begin != dtype.itemsize * math.prod(shape):
+            raise CorruptFileError(f"{name} has {after - begin} bytes, wrong for its shape")
+        entries.append(_Entry(name, dtype, shape, begin, after - begin, file))
+        end = after
+    if end != size:
+        raise CorruptFileError(f"it has {size} bytes, and {end} belong to it")
+    return words, entries
 
 
 def clear_staging(folder: Path) -> None:
@@ -167,8 +240,43 @@ def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
             yield data[begin : begin + _PIECE]
 
 
+class _Entry:
+    """A tensor to be hashed: in memory, or in a file."""
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        begin: int,
+        size: int,
+        source: io.FileIO | torch.Tensor,
+    ) -> None:
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self.begin, self.size = begin, size  # bytes
+        self._source = source
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> _Entry:
+        return cls(name, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, tensor)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes, at most `_PIECE` at a time."""
+        if isinstance(self._source, torch.Tensor):
+            yield from _pieces(self._source)
+            return
+        self._source.seek(self.begin)
+        buffer, left = memoryview(bytearray(min(_PIECE, self.size))), self.size
+        while left:
+            got = self._source.readinto(buffer[: min(len(buffer), left)]) or 0
+            if not got:
+                raise CorruptFileError("it ends too early")
+            yield buffer[:got]
+            left -= got
+
+
 def _digest(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Iterable[_Entry],
     words: Mapping[str, str],
     on_progress: Callable[[int], None] = lambda _done: None,
 ) -> str:
@@ -176,12 +284,11 @@ def _digest(
     for key in sorted(words):
         _absorb(digest, key.encode())
         _absorb(digest, words[key].encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        _absorb(digest, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.numel():
-            digest.update(tensor.nbytes.to_bytes(8, "little"))
-            for piece in _pieces(tensor):
+    for tensor in sorted(tensors, key=lambda entry: entry.name):
+        _absorb(digest, f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+        if tensor.size:
+            digest.update(tensor.size.to_bytes(8, "little"))
+            for piece in tensor.pieces():
                 digest.update(piece)
                 done += len(piece)
                 on_progress(done)

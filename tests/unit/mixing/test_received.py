@@ -24,8 +24,12 @@ def randn(n: int, seed: int) -> torch.Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
 
+def padded_with_zeros(model: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(model, (0, -P % 64))
+
+
 def shown_by(model: torch.Tensor, fragments: Fragments, fragment: int) -> received.ReceivedFragment:
-    values = fragments.gather(torch.nn.functional.pad(model, (0, -P % 64)), fragment)
+    values = fragments.gather(padded_with_zeros(model), fragment)
     payload = codec.encode("int8", values)
     return received_payload(Form("int8", len(values)), payload, slice(0, len(values)), Buffers(4))
 
@@ -73,12 +77,15 @@ def test_any_payload_is_kept_as_values_of_its_own(name: str) -> None:
 def test_a_checkpoint_carries_it(tmp_path: Path) -> None:
     own, other = randn(P, 0), randn(P, 1)
     averaged = (own + other) / 2
+    fragments, kept = Fragments(P, 3), Consolidation(Buffers(4))
+    for fragment in range(3):
+        kept.merged(fragment, shown_by(other, fragments, fragment))
     bundle = checkpoint.Bundle(
         own,
         torch.zeros(P),
         torch.ones(P),
         1,
-        consolidation=received.packed(own, averaged),
+        consolidation=received.packed_addition(padded_with_zeros(own), fragments, kept.now()),
         counters={"step": 1},
     )
     loaded = checkpoint.load(checkpoint.save(tmp_path, bundle))
