@@ -102,7 +102,7 @@ def test_the_best_model_is_kept_and_the_swarms_is_one_of_them(tmp_path: Path) ->
     assert learnt.loss_after is not None
     assert learnt.plan.loss_before is not None
     assert learnt.loss_after < learnt.plan.loss_before
-    spoilt = finetuned(setup, steps=10, learning_rate=0.3)
+    spoilt = finetuned(setup, steps=10, learning_rate=3.0)
     assert spoilt.kept_step == 0
     assert spoilt.loss_after == pytest.approx(spoilt.plan.loss_before)
     home = Home(Path(setup.home))
