@@ -147,6 +147,8 @@ class Reason:
     """Masks: the group's sum is too far from our values to be decoded."""
     AVOIDED = "avoided"
     """Exchanges with this partner failed lately, so we ask for none for a while."""
+    NOT_PROPOSED = "not-proposed"
+    """The partner was to propose and did not: nothing was due, or it can't reach us."""
     REFUSED = "refused"
 
 

@@ -97,6 +97,7 @@ class Gathering:
     Attributes:
         accepted: exchanges that both sides accepted: partner -> exchange id.
         closed: True iff no further exchange may begin.
+        missing: partners that had not come when the time for it was over; empty until then.
     """
 
     def __init__(self, trainer: Trainer, plan: MeetingPlan) -> None:
@@ -109,6 +110,7 @@ class Gathering:
         self.accepted: dict[PeerId, int] = {}
         self._changed = asyncio.Event()
         self.closed = False
+        self.missing: frozenset[PeerId] = frozenset()
 
     def expects(self, peer_id: PeerId) -> bool:
         """Whether we still wait for this partner to begin its exchange."""
@@ -128,6 +130,7 @@ class Gathering:
             async with asyncio.timeout(self._gather_s):
                 await self._until(lambda: not self._waiting)
         except TimeoutError:
+            self.missing = frozenset(self._waiting)
             self._waiting.clear()
 
     async def _until(self, done: Callable[[], bool]) -> None:

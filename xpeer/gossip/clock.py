@@ -1,8 +1,8 @@
 """The slot clock: it begins our meetings, and answers proposals.
 
 At every slot of the shared clock the matching names our partner, or our group. Of any two members
-the one with the lower PeerID proposes and the other answers. Training goes on meanwhile. Every slot
-that passes without an exchange is counted with a reason.
+the one with the lower PeerID proposes and the other answers. Training goes on meanwhile. A slot in
+which an exchange was due and none began is counted with a reason.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ class Gossip(ProposalHandler):
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_partner = ""
         self._idle_slots = 0
+        # Who is to propose to us, and since which slot; None = nobody is, or it has proposed
+        self._awaited: tuple[PeerId, int] | None = None
 
     async def run(self) -> None:
         """Begin one slot after another, until cancelled."""
@@ -102,6 +104,9 @@ class Gossip(ProposalHandler):
 
     def _begin_slot(self, slot: int) -> None:
         partners = self._host.partners()
+        awaited, self._awaited = self._awaited, None
+        if awaited is not None:
+            self._partners.skipped(*awaited, Reason.NOT_PROPOSED)
         if self._host.idle_reason() is not None or not self._due():
             self._idle_slots = 0
             return
@@ -121,13 +126,18 @@ class Gossip(ProposalHandler):
         """
         candidates = self._candidates(slot)
         if not candidates:
+            self._partners.skipped("", slot, Reason.NO_PARTNER, "the others meet one another")
             return
-        avoided = self._avoided()
-        if candidates[0] in avoided:
-            self._partners.skipped(candidates[0], slot, Reason.AVOIDED)
+        avoided, first = self._avoided(), candidates[0]
+        if first in avoided:
+            self._partners.skipped(first, slot, Reason.AVOIDED)
+        elif first < self._me and not self._has_nothing_due(first, slot):
+            self._awaited = first, slot
+        elif self._proposer.busy_with(first):
+            self._partners.skipped(first, slot, Reason.BUSY)
         free = [peer for peer in candidates if peer not in avoided]
         ours = [peer for peer in free if self._may_propose(peer, slot)]
-        if ours and (candidates[0] in avoided or ours[0] == candidates[0]):
+        if ours and (first in avoided or ours[0] == first):
             self._spawn(self._propose(slot, ours[: 1 + MAX_FALLBACKS]))
 
     def _meet_group(self, slot: int) -> None:
@@ -164,11 +174,13 @@ class Gossip(ProposalHandler):
         free = [peer for peer in partners if peer not in avoided]
         others = [peer for peer in free if peer != self._last_partner] or free
         if not others:
+            self._partners.skipped("", slot, Reason.AVOIDED, "all partners are avoided")
             return
         peer_id = random.SystemRandom().choice(others)
         if self._may_propose(peer_id, slot):
             self._spawn(self._propose(slot, [peer_id]))
         elif self._me > peer_id:
+            self._awaited = peer_id, slot
             self._spawn(self._ask_for_proposal(peer_id))
 
     async def _ask_for_proposal(self, peer_id: PeerId) -> None:
@@ -405,7 +417,9 @@ class Gossip(ProposalHandler):
         return self._round.group == PAIR and self._candidates(slot)[:1] in [[p] for p in avoided]
 
     def before_agreement(self, peer_id: PeerId, theirs: Terms) -> None:
-        """See `Partners.reconcile`."""
+        """See `Partners.reconcile`. Every proposal to us comes here first."""
+        if self._awaited is not None and self._awaited[0] == peer_id:
+            self._awaited = None
         self._partners.reconcile(peer_id, theirs)
 
     async def take_part(self, agreement: Agreement) -> None:

@@ -123,6 +123,9 @@ class Meetings:
         """Run a meeting until its merge is queued or it failed, and note how it ended."""
         try:
             await meeting.run()
+            for peer_id in meeting.missing:
+                if peer_id < self._us.me:
+                    self._partners.skipped(peer_id, meeting.slot, Reason.NOT_PROPOSED)
         except (PeerError, LocalError) as e:
             for peer_id, exchange_id in meeting.accepted.items():  # the partners merged, we did not
                 self._partners[peer_id].ids.unresolved(exchange_id)

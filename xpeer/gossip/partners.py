@@ -31,7 +31,7 @@ FIRST_MULTIPLE = 8.0
 ORDINARY = frozenset(
     {
         Reason.NO_PARTNER, Reason.NOT_DUE, Reason.BUSY, Reason.GROUP_TOO_SMALL, Reason.PAUSED,
-        Reason.AVOIDED,
+        Reason.AVOIDED, Reason.NOT_PROPOSED,
     }
 )  # fmt: skip
 """Reasons that occur in a healthy swarm. They are no failures, and are logged at debug level."""

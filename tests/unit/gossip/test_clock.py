@@ -15,6 +15,7 @@ from tests.unit.daemon.fakes import FakeNode, member
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.forms import Form
 from xpeer.gossip import matching
+from xpeer.gossip import meetings as meetings_module
 from xpeer.gossip.clock import Gossip
 from xpeer.gossip.masked import MaskedMeeting
 from xpeer.gossip.partners import DEADLINE_MULTIPLE, MIN_DEADLINE_S, Events, Partners
@@ -214,7 +215,7 @@ async def test_a_refusal_is_counted_and_the_next_partner_asked(rig: Rig):
     while not rig.proposer.log:
         await rig.slot()  # until we are not the one left over
     assert sorted(rig.proposer.log) == [OTHER, third]
-    assert [reason for _, reason in rig.skipped] == [Reason.PAUSED] * 2
+    assert [reason for peer, reason in rig.skipped if peer] == [Reason.PAUSED] * 2
     assert rig.merged == []
 
 
@@ -576,6 +577,43 @@ async def test_a_nudge_is_answered_by_a_proposal_once_a_slot(monkeypatch: pytest
         rig.partners[OTHER].ids.last_slot = matching.slot_number(rig.now, ROUND.slot_s)
     rig.gossip.nudged(THIRD)  # no member
     assert rig.proposer.log == [OTHER]
+
+
+@pytest.mark.parametrize("rule", ["gossip", "asynchronous"])
+async def test_who_waits_for_proposals_in_vain_counts_them(
+    monkeypatch: pytest.MonkeyPatch, rule: Any
+):
+    """A node whose port is closed: members with lower PeerIDs can't reach it."""
+    rig = Rig(monkeypatch, me=OTHER, rules=msgspec.structs.replace(ROUND, rule=rule))
+    rig.host.live = [ME]
+    for _ in range(6):
+        await rig.slot()
+    assert rig.partners.skips == {Reason.NOT_PROPOSED: 5}  # the sixth slot is not over
+    assert rig.partners[ME].skipped == 5
+    rig.gossip.before_agreement(ME, rig.proposal().terms)  # now one came
+    await rig.slot()
+    assert rig.partners.skips == {Reason.NOT_PROPOSED: 5}
+    assert rig.partners.failures == {}
+
+
+async def test_who_is_left_over_in_a_slot_counts_it(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(monkeypatch)
+    rig.host.live = [OTHER, THIRD]
+    for _ in range(30):
+        rig.host.trainer.step += 2  # type: ignore[union-attr]
+        await rig.slot()
+    left_over = rig.partners.skips[Reason.NO_PARTNER]
+    assert 0 < left_over < 30
+    assert len(rig.merged) + left_over == 30
+
+
+async def test_a_groups_member_that_does_not_propose_is_counted(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(monkeypatch, me=THIRD, rules=msgspec.structs.replace(ROUND, group=3, slot_s=0.01))
+    monkeypatch.setattr(meetings_module, "MIN_GATHER_S", 0.0)
+    rig.gossip._meetings._gather_s = 0.0
+    rig.host.live = [ME, OTHER]
+    await rig.slot()
+    assert rig.partners.skips == {Reason.NOT_PROPOSED: 2}
 
 
 async def test_a_nudge_of_a_member_that_we_avoid_is_ignored(monkeypatch: pytest.MonkeyPatch):
