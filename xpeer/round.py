@@ -4,6 +4,7 @@ The way of an update from a shard to everybody's checkpoint:
 
     shard        training/records.py     text -> records; they never leave the trainer
     train        privacy/mechanism.py    per record: clip; per batch: noise; charged beforehand
+    meet         gossip/clock.py         whom, at each slot; gossip/meetings.py makes a `Meeting`
     snapshot     mixing/exchanges.py     a fragment of the parameters, at a step boundary
     compress     wire/codec.py           accepts a PrivateUpdate and nothing else
     (mask        gossip/masked.py        groups of three and more, where the manifest says so)
@@ -11,8 +12,13 @@ The way of an update from a shard to everybody's checkpoint:
     exchange     network/agreement.py    ours against theirs, both accept or neither merges
     verify       mixing/exchanges.py     size, finite, norm
     combine      mixing/combine.py       the differences Q(theta_j) - Q(theta_i) become one shift
-    merge        mixing/rules/           theta += c(shift), at a step boundary
+    merge        mixing/rules/           c(shift) beside the steps, then theta += at a boundary
     checkpoint   training/checkpoint.py  and, for exports, what partners sent: mixing/received.py
+
+`Trainer` below is `trainer/client.py`, in the daemon. What it asks crosses to the trainer's process
+(`trainer/child.py`) as a command of `trainer/commands.py`. Some run on the training thread, at a
+step boundary: Snapshot, by `training/loop.py`, copies a fragment. Others run on a helper beside the
+steps. A merge needs both: Merge computes the correction, and AddCorrection adds it.
 
 Training goes on meanwhile: each `await` below waits for the network or for the trainer's next step
 boundary, and the trainer waits for none of them (but see `mixing/rules/gradient.py`).
