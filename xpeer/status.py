@@ -336,3 +336,4 @@ class Status(Struct, frozen=True, kw_only=True):
     trainer_restarts: Timing[int] = 0
     sidecar_restarts: Timing[int] = 0
     strangers_refused: Timing[int] = 0
+    """Calls and streams of strangers, and their connections to `network.direct_listen`."""

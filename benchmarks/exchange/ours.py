@@ -184,7 +184,7 @@ async def main(requests: Requests) -> None:
         try:
             if config["seeds"]:
                 async with asyncio.timeout(30):
-                    await swarm.reached_seed.wait()
+                    await swarm.bootstrapping.reached.wait()
             party = Party(identity, config["swarm_id"], KeyRing(KEY), MANIFEST, 1, membership)
             peer = Peer(swarm, party)
             await peer.serve()

@@ -58,7 +58,7 @@ def status_of(node: Node) -> Status:
         currency=config.network.currency,
         last_checkpoint_age_s=_age(now, record.saved_s),
         sidecar_restarts=swarm.sidecar_restarts,
-        strangers_refused=swarm.strangers_refused,
+        strangers_refused=swarm.strangers_refused + swarm.direct.strangers,
     )
     return status if node.member is None else _of_member(status, node, node.member, now)
 

@@ -123,9 +123,6 @@ class Store:
         database: an open connection to a database with the tables.
         clock: wall clock, seconds.
         health: gets the condition `state-file-failing`.
-
-    Attributes:
-        failed_writes: number of writes that failed.
     """
 
     def __init__(
@@ -138,7 +135,6 @@ class Store:
         self._clock = clock
         self._health = health or Health(clock)
         self._writes = 0
-        self.failed_writes = 0
 
     @classmethod
     def open(
@@ -328,7 +324,6 @@ class Store:
                 if self._writes % PRUNE_EVERY == 0:
                     self._prune()
         except sqlite3.Error as e:  # a full or failing disk: history is lost, the node goes on
-            self.failed_writes += 1
             self._health.failed("state-file-failing", e)
             if self._health.count("state-file-failing") == 1:
                 log.warning("history can't be written to state.sqlite: %s", e)

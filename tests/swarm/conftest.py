@@ -91,7 +91,7 @@ async def pair(launch: Launch) -> tuple[Swarm, Swarm]:
     """Two members that have reached one another."""
     first = await launch()
     second = await launch(seeds=first.addresses)
-    await asyncio.wait_for(second.reached_seed.wait(), 20)
+    await asyncio.wait_for(second.bootstrapping.reached.wait(), 20)
     first.learn(second.addresses)
     second.learn(first.addresses)
     return first, second

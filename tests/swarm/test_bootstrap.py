@@ -190,7 +190,7 @@ async def test_peers_join_through_it_and_others_trust_its_token(
     said = json.loads(line_of(node))
     assert said["swarm_id"] == founder.swarm_id
     peer: Swarm = await launch(seeds=said["addresses"])
-    await asyncio.wait_for(peer.reached_seed.wait(), 30)
+    await asyncio.wait_for(peer.bootstrapping.reached.wait(), 30)
     certificate = peer.membership.certificate_of(identity.peer_id)
     assert certificate is not None
     assert certificate.role == "infrastructure"

@@ -114,7 +114,7 @@ async def test_a_bootstrap_node_stores_what_it_can_not_read(launch: Launch):
     node = await launch(role=None)
     first, second = await launch(seeds=node.addresses), await launch(seeds=node.addresses)
     for member in (first, second):
-        await asyncio.wait_for(member.reached_seed.wait(), 20)
+        await asyncio.wait_for(member.bootstrapping.reached.wait(), 20)
         assert await Roster(member, KeyRing(KEY), 16).announce(record(member))
     await until(lambda: len(node.dht.protocol.storage) > 0)
     [(_, (shard, _))] = node.dht.protocol.storage.items()

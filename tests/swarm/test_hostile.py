@@ -113,7 +113,7 @@ async def trio(launch, founder) -> list[Peer]:
     first = await launch()
     swarms = [first, *[await launch(seeds=first.addresses) for _ in range(2)]]
     for swarm in swarms[1:]:
-        await asyncio.wait_for(swarm.reached_seed.wait(), 20)
+        await asyncio.wait_for(swarm.bootstrapping.reached.wait(), 20)
     for swarm in swarms:
         swarm.learn(a for other in swarms for a in other.addresses)
     peers = [Peer(s, founder) for s in sorted(swarms, key=lambda s: s.peer_id)]
@@ -164,7 +164,7 @@ async def test_an_observer_that_holds_the_key_gives_no_updates(launch, founder):
     low, high = sorted((Identity.generate(), Identity.generate()), key=lambda i: i.peer_id)
     member = await launch(identity=low)  # it is the one that proposes
     observer = await launch(seeds=member.addresses, role="observer", identity=high)
-    await asyncio.wait_for(observer.reached_seed.wait(), 20)
+    await asyncio.wait_for(observer.bootstrapping.reached.wait(), 20)
     member.learn(observer.addresses)
     await Peer(observer, founder).answer()  # its own gate would let everybody in
     with pytest.raises(PeerError, match=Reason.NOT_A_MEMBER):
@@ -293,7 +293,7 @@ async def test_a_refusal_by_anybody_ends_no_joining(launch, founder):
     for node in (liar, stranger):
         await node.serve_call(admission.PROTOCOL, refuse, "observer", 2048)
     joiner = await launch(seeds=[*liar.addresses, *stranger.addresses])
-    await asyncio.wait_for(joiner.reached_seed.wait(), 20)
+    await asyncio.wait_for(joiner.bootstrapping.reached.wait(), 20)
     for node, reason in ((liar, Reason.REFUSED), (stranger, Reason.NOT_A_MEMBER)):
         with pytest.raises(PeerError, match=reason):
             await admission.request(joiner, joiner._identity, founder.swarm_id, node.peer_id)

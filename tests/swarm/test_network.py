@@ -66,7 +66,7 @@ async def test_a_stranger_reads_stores_and_calls_nothing(launch, founder):
 
     stranger = await launch(seeds=member.addresses, role=None)  # dials, and has no credential
     await until(lambda: stranger.bootstrap_note)
-    assert not stranger.reached_seed.is_set()
+    assert not stranger.bootstrapping.reached.is_set()
     assert await stranger.dht.protocol.call_ping(PeerID.from_base58(member.peer_id)) is None
     for call in (
         stranger.call(member.peer_id, ECHO, b"x"),
@@ -103,7 +103,7 @@ async def test_infrastructure_takes_part_in_the_dht_and_in_nothing_else(launch):
     member = await launch()
     await member.serve_call(ECHO, echo, "member", 1000)
     helper = await launch(seeds=member.addresses, role="infrastructure")
-    await asyncio.wait_for(helper.reached_seed.wait(), 20)
+    await asyncio.wait_for(helper.bootstrapping.reached.wait(), 20)
     with pytest.raises(PeerError, match=Reason.NOT_A_MEMBER):
         await helper.call(member.peer_id, ECHO, b"x")
 
@@ -180,7 +180,7 @@ async def test_a_seed_may_come_up_late(launch):
     await until(lambda: second.bootstrap_note)
     assert "no seed answers" in second.bootstrap_note
     await launch(identity=identity, listen=address.rpartition("/p2p/")[0])
-    await asyncio.wait_for(second.reached_seed.wait(), 30)
+    await asyncio.wait_for(second.bootstrapping.reached.wait(), 30)
     assert second.bootstrap_note == ""
 
 
@@ -189,7 +189,7 @@ async def test_members_find_one_another_and_go_on_when_the_seed_is_gone(launch):
     first = await launch(seeds=seed.addresses)
     second = await launch(seeds=seed.addresses)
     for swarm in (first, second):
-        await asyncio.wait_for(swarm.reached_seed.wait(), 20)
+        await asyncio.wait_for(swarm.bootstrapping.reached.wait(), 20)
     rosters = [Roster(first, KeyRing(KEY), 64), Roster(second, KeyRing(KEY), 64)]
     for swarm, roster in zip((first, second), rosters, strict=True):
         assert await roster.announce(record(swarm))

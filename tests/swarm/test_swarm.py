@@ -90,7 +90,7 @@ def test_everything_works_under_uvloop(tmp_path: Path, founder: Founder):
                 )
             )
         first, second = started
-        await asyncio.wait_for(second.reached_seed.wait(), 20)
+        await asyncio.wait_for(second.bootstrapping.reached.wait(), 20)
         await first.serve_call(ECHO, echo, "member", 10)
         assert await second.call(first.peer_id, ECHO, b"x") == b"x"
         os.kill(second._p2p._child.pid, signal.SIGKILL)
@@ -138,17 +138,17 @@ async def test_every_address_of_a_seed_is_tried(launch: Launch):
     seed = await launch()
     dead = f"/ip4/127.0.0.1/tcp/1/p2p/{seed.peer_id}"
     joiner = await launch(seeds=[*seed.addresses, dead])
-    await asyncio.wait_for(joiner.reached_seed.wait(), 20)
+    await asyncio.wait_for(joiner.bootstrapping.reached.wait(), 20)
 
 
 async def test_who_knows_only_the_bootstrap_node_hears_of_members(launch: Launch):
     node = await launch(role=None)
     members = [await launch(seeds=node.addresses) for _ in range(2)]
     for member in members:
-        await asyncio.wait_for(member.reached_seed.wait(), 20)
+        await asyncio.wait_for(member.bootstrapping.reached.wait(), 20)
     await members[0].serve_call(ECHO, echo, "member", 10)
     joiner = await launch(seeds=node.addresses)
-    await asyncio.wait_for(joiner.reached_seed.wait(), 20)
+    await asyncio.wait_for(joiner.bootstrapping.reached.wait(), 20)
     heard = set(joiner.candidates()) - {node.peer_id}
     assert heard == {m.peer_id for m in members}
     assert await joiner.call(members[0].peer_id, ECHO, b"x") == b"x"
@@ -162,7 +162,7 @@ async def test_a_wrong_clock_is_told_to_the_operator(
     monkeypatch.setattr(hivemind_protocol, "get_dht_time", lambda: real() + 60)  # the other's
     second._bootstrapping.again()
     await until(lambda: "60 s behind" in second.bootstrap_note)
-    assert second.reached_seed.is_set()
+    assert second.bootstrapping.reached.is_set()
     monkeypatch.undo()
     second._bootstrapping.again()
     await until(lambda: second.bootstrap_note == "")

@@ -127,11 +127,10 @@ class Direct:
     Attributes:
         port: TCP port at which we listen; 0 while we do not.
         strangers: connections so far that presented no valid ticket.
-        opened: direct streams opened so far, in both directions.
     """
 
     def __init__(self, hosts_of: HostsOf) -> None:
-        self.port = self.strangers = self.opened = 0
+        self.port = self.strangers = 0
         self._hosts_of = hosts_of
         self._door: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
@@ -221,7 +220,6 @@ class Direct:
             return None
         finally:
             self._expected.pop(ours.ticket, None)
-        self.opened += 1
         return stream, child
 
     def broke(self, peer_id: PeerId) -> None:

@@ -328,11 +328,6 @@ class Swarm:
     # Staying alive
 
     @property
-    def reached_seed(self) -> asyncio.Event:
-        """Set while a seed or a member answers us."""
-        return self._bootstrapping.reached
-
-    @property
     def bootstrap_note(self) -> str:
         """Why no seed answers, or that our clock is wrong, for the operator. Empty: all is well."""
         return self._bootstrapping.note

@@ -76,7 +76,7 @@ class FakeNode:
         self.bootstrapping = SimpleNamespace(silent_seeds="", clock_ahead_s=0.0, clocks=2)
         self.swarm = SimpleNamespace(
             bootstrapping=self.bootstrapping, sidecar_alive=True, addresses=[],
-            sidecar_restarts=0, strangers_refused=0,
+            sidecar_restarts=0, strangers_refused=0, direct=SimpleNamespace(strangers=0),
             meter=SimpleNamespace(bytes_in=10, bytes_out=20),
         )  # fmt: skip
         self.life = Life(self.clock)

@@ -28,3 +28,9 @@ def test_a_member_that_left_is_not_missed() -> None:
     del fake.members[PeerId("c")]
     fake.passes(5)
     assert [p.peer_id for p in fake.node.status().partners] == ["b"]
+
+
+def test_strangers_at_either_door_are_counted() -> None:
+    fake = FakeNode("b")
+    fake.swarm.strangers_refused, fake.swarm.direct.strangers = 3, 4
+    assert fake.node.status().strangers_refused == 7

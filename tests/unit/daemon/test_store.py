@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from xpeer.errors import ConfigError
+from xpeer.health import Health
 from xpeer_daemon import store as module
 from xpeer_daemon.store import KnownPeer, RoundRow, Store
 
@@ -113,7 +114,7 @@ def test_a_truncated_file_starts(path: Path) -> None:
         path.write_bytes(path.read_bytes()[:length])
         store = Store.open(path)
         store.add_event("y")
-        assert store.failed_writes == 0
+        assert [event.kind for event in store.events(1)] == ["y"]
         store.close()
 
 
@@ -127,12 +128,13 @@ def test_a_folder_that_can_not_be_written_is_the_operators(tmp_path: Path) -> No
 
 
 def test_a_full_disk_costs_history_only(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = Store.open(path)
+    health = Health(Clock())
+    store = Store.open(path, health=health)
     pages = store._database.execute("PRAGMA page_count").fetchone()[0]
     store._database.execute(f"PRAGMA max_page_count={pages}")
     for _ in range(3):
         store.add_event("x", "y" * 100_000)
-    assert store.failed_writes == 3
+    assert health.count("state-file-failing") == 3
     assert caplog.text.count("history can't be written") == 1
     assert store.events() == []
     store.close()
