@@ -259,7 +259,8 @@ class BookKeepingEngine:
         passes: list[Clipped] = []
         bounds = bounds_of(records, clip_norm)
         while len(records):
-            size = self.micro_batch or 1  # the first pass measures one record
+            most = self.micro_batch or 1  # the first pass measures one record
+            size = -(-len(records) // -(-len(records) // most))  # passes of nearly the same size
             passes.append(self._pass(records[:size], bounds[:size], sums))
             records, bounds = records[size:], bounds[size:]
         return _joined(passes, records.device)

@@ -169,6 +169,19 @@ def test_no_record_is_left_out_or_counted_twice(micro_batch: int) -> None:
         assert distance(sums, run(made, model, records, 0.5)[1]) < 1e-5
 
 
+def test_passes_are_nearly_of_the_same_size() -> None:
+    """A last pass of one record would take nearly as long as one of all."""
+    sizes: list[int] = []
+
+    def losses(model: nn.Module, records: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(records))
+        return record_losses(model, records)
+
+    model = llama(tied=True)
+    run(BookKeepingEngine(model, losses, micro_batch=8), model, some_records(9), 0.5)
+    assert sizes == [5, 4]
+
+
 def test_memory_bounds_the_micro_batch() -> None:
     model = llama(tied=False)
     sizes = []
