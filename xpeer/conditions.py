@@ -305,7 +305,7 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
     Condition(
         code="evaluation-late",
         severity="note",
-        text="no loss was measured for {late}: that is done at a window's end, and may take 3% of "
+        text="no loss was measured for {late}: that is done at a window's end, and may take 2% of "
         "the training time",
         remedy="nothing is lost, the losses shown are old. A smaller training.validation_records "
         "takes less; in a new swarm a shorter public text, or a smaller round.window_steps",

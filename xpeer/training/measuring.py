@@ -18,7 +18,7 @@ from xpeer.privacy.steps import Records
 from xpeer.training.schedule import Counters
 from xpeer.training.worktime import WorkTime
 
-SHARE: Final = 0.03
+SHARE: Final = 0.02
 """Fraction of the training time that measuring may take; so some short windows are skipped."""
 
 logger = logging.getLogger("xpeer.training")
