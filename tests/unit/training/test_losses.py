@@ -107,3 +107,19 @@ def test_a_token_that_is_only_read_changes_what_follows_and_is_not_predicted(
     other = marked.clone()
     other[:, 0] = -2 - (text[:, 0] + 1) % 40
     assert not torch.allclose(record_losses(model, other)[0], found)
+
+
+def test_a_measurement_without_memory_takes_fewer_records_at_a_time() -> None:
+    sizes = []
+
+    def small(model: torch.nn.Module, some: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(len(some))
+        if len(some) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return record_losses(model, some)
+
+    model, text = build(LLAMA, seed=1), records().repeat(2, 1)
+    found = losses.evaluate(model, text, losses_of_records=small)
+    assert found == pytest.approx(losses.evaluate(model, text), rel=1e-6)
+    assert sizes == [6, 6, 4, 2, 2, 2]  # tried with 16, 8, 4 and 2 at most
+    assert model.training
