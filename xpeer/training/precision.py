@@ -53,8 +53,8 @@ def choose_precision(
         return FULL, f"computing in float32: {device.type} is not measured"
     ratio = _seconds(torch.float32, clock) / max(_seconds(torch.bfloat16, clock), 1e-9)
     if ratio >= WORTH_IT:
-        return _half(device), f"computing in bfloat16: this CPU is {ratio:.1f} times as fast at it"
-    return FULL, f"computing in float32: this CPU's bfloat16 has {ratio:.1f} times its speed"
+        return _half(device), f"computing in bfloat16: this CPU is {ratio:.2g} times as fast at it"
+    return FULL, f"computing in float32: this CPU's bfloat16 has {ratio:.2g} times its speed"
 
 
 def _half(device: torch.device) -> Precision:
