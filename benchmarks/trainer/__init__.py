@@ -1,0 +1,1 @@
+"""The trainer against a loop that somebody writes by hand."""
