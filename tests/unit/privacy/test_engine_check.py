@@ -197,3 +197,18 @@ def test_coupling_is_noticed_in_a_model_whose_values_are_half() -> None:
 
     with pytest.raises(ConfigError, match="influence"):
         chosen(Averaging(0.1).eval())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ["llama-lora", "gpt2-tied-lora"])
+def test_adapters_of_a_model_that_is_held_in_half_precision(name: str) -> None:
+    model = MODELS[name]()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    choice = chosen(model)
+    assert choice.engine.name == "book-keeping"
+    assert "refused book-keeping" not in choice.reason
+    bounds = torch.tensor([0.01, 1e-9, 1e-9, 1e-9], dtype=torch.float64)
+    norm = part_of(choice.engine, model, some_records(4), bounds)
+    assert norm == pytest.approx(0.01, rel=1e-4)
