@@ -300,8 +300,8 @@ def _loop(
             saved.exp_avg,
             saved.exp_avg_sq,
             saved.optimiser_step,
+            saved.forget,
         )
-        saved.forget()
     return loop
 
 

@@ -16,6 +16,7 @@ from xpeer.mixing.received import ReceivedFragment, packed_addition
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.training import checkpoint, frozen
 from xpeer.training.checkpoint import Bundle, read_moments
+from xpeer.training.flat import all_finite
 from xpeer.training.loop import TrainingLoop
 
 
@@ -128,7 +129,7 @@ class Capture:
         own: torch.Tensor,
         received: dict[int, tuple[ReceivedFragment, ...]],
     ) -> str:
-        if not bool(torch.isfinite(bundle.flat).all()):
+        if not all_finite(bundle.flat):
             raise LocalError(
                 f"the parameters of step {bundle.step} are not finite: they are not saved",
                 "training diverged; the checkpoint before is kept",

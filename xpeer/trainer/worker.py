@@ -17,6 +17,7 @@ from xpeer.trainer.commands import NOBODY, Command, Request
 from xpeer.trainer.reporting import Reports
 from xpeer.trainer.saving import Saving
 from xpeer.trainer.threads import Threads
+from xpeer.training.flat import all_finite
 from xpeer.training.handed_out import narrow, widened
 
 logger = logging.getLogger("xpeer.training")
@@ -143,7 +144,7 @@ class Worker:
     def rescue(self) -> None:
         """Save the complete steps after the loop has failed. Never raises."""
         try:
-            if bool(torch.isfinite(self.loop.parameters.read()).all()):
+            if all_finite(self.loop.parameters.read()):
                 self.save()
                 logger.warning("saved step %d before the trainer ends", self.loop.counters.step)
         except Exception:

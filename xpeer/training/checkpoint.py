@@ -7,7 +7,7 @@ the state of the noise or sampling generators: partners could subtract noise tha
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -288,6 +288,7 @@ def write_moments(
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
     step: int,
+    copied: Callable[[], None] = lambda: None,
 ) -> None:
     """Put back what `read_moments` returned; the optimiser goes on as if it had not stopped.
 
@@ -297,6 +298,7 @@ def write_moments(
         exp_avg: (num_params,) float32.
         exp_avg_sq: (num_params,) float32.
         step: AdamW's step count; 0 = leave the optimiser fresh.
+        copied: called after each of the two vectors was copied.
 
     Raises:
         LocalError: the vectors belong to another model.
@@ -310,15 +312,17 @@ def write_moments(
     if step == 0:
         return
     state = optimiser.state_dict()  # its param_groups number the parameters in their order
-    parts = zip(
-        parameters, torch.split(exp_avg, sizes), torch.split(exp_avg_sq, sizes), strict=True
-    )
     state["state"] = {
         number: {
             "step": torch.tensor(float(step)),
-            "exp_avg": first.view_as(p).clone(),
-            "exp_avg_sq": second.view_as(p).clone(),
+            "exp_avg": torch.empty_like(p),
+            "exp_avg_sq": torch.empty_like(p),
         }
-        for number, (p, first, second) in enumerate(parts)
+        for number, p in enumerate(parameters)
     }
     optimiser.load_state_dict(state)
+    with torch.no_grad():
+        for name, vector in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            for p, part in zip(parameters, torch.split(vector, sizes), strict=True):
+                optimiser.state[p][name].copy_(part.view_as(p))
+            copied()

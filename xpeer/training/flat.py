@@ -173,6 +173,16 @@ def _pieces(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield from torch.split(tensor.detach().reshape(-1), _PIECE)
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN; takes no memory, where `torch.isfinite` takes 7 bytes
+    a value.
+    """
+    if not values.numel():
+        return True
+    least, most = torch.aminmax(values.detach())  # NaN if a value is
+    return bool(torch.isfinite(least) & torch.isfinite(most))
+
+
 def num_params(model: torch.nn.Module) -> int:
     """P: number of trainable parameters, tied ones counted once."""
     return sum(p.numel() for p in _trained(model))

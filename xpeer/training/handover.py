@@ -12,6 +12,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.mixing.exchanges import Exchanges
 from xpeer.mixing.parameters import Parameters
 from xpeer.mixing.received import consolidate
+from xpeer.training.flat import all_finite
 from xpeer.training.measuring import Measurements
 
 WORSE: Final = 1.05, 0.02
@@ -67,7 +68,7 @@ def require_numbers(flat: torch.Tensor) -> None:
     Raises:
         PeerError: they are not (NOT_FINITE).
     """
-    if not bool(torch.isfinite(flat).all()):
+    if not all_finite(flat):
         raise PeerError(Reason.NOT_FINITE, "the state has values that are not finite")
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 
 from xpeer.errors import ConfigError
+from xpeer.training.flat import all_finite
 
 _CONSTANTS: Final = re.compile(
     r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$"
@@ -114,7 +115,7 @@ def _require_tying(folder: Path, model: torch.nn.Module, raw: Mapping[str, Any])
 
 def _require_finite(folder: Path, model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not all_finite(parameter):
             bad = int((~torch.isfinite(parameter)).sum())
             raise ConfigError(
                 f"model {folder}: {name} holds {bad} values that are not finite (inf or nan)",

@@ -123,6 +123,38 @@ def test_every_flipped_byte_is_found(tmp_path: Path):
     assert same(load(path), bundle(1, num_params=8))
 
 
+def resident_bytes(path: Path) -> int:
+    """Memory of this process that pages of a file take."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            ours = line.endswith(str(path))
+        elif ours and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+def test_a_loaded_checkpoint_takes_memory_only_while_it_is_read(tmp_path: Path):
+    written = bundle(1, num_params=1 << 20)
+    path = save(tmp_path, written)
+    loaded = load(path)
+    assert resident_bytes(path) < 1 << 20  # it was verified without
+    float(loaded.flat.sum())
+    assert resident_bytes(path) >= loaded.flat.nbytes
+    loaded.forget()
+    assert resident_bytes(path) == 0
+    assert same(loaded, written)
+
+
+def test_a_file_that_is_replaced_does_not_change_what_was_loaded(tmp_path: Path):
+    path = save(tmp_path, bundle(1))
+    loaded = load(path)
+    save(tmp_path, bundle(2), keep=1)
+    assert not path.exists()
+    loaded.forget()
+    assert same(loaded, bundle(1))
+
+
 def test_no_silent_fresh_start(tmp_path: Path):
     for step in (1, 2):
         save(tmp_path, bundle(step)).write_bytes(b"")

@@ -13,6 +13,7 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.mixing.fragments import LINE
 from xpeer.training import model as m
 from xpeer.training.export import export_hf
+from xpeer.training.flat import all_finite
 from xpeer.training.losses import transformers_model
 from xpeer.training.records import FILL
 from xpeer.training.tokenizer import ByteTokenizer
@@ -338,3 +339,15 @@ def test_generation_is_repeatable_and_leaves_the_mode():
     warm = m.generate(model, tokenizer, "", 8, temperature=1.0, seed=1)
     assert warm == m.generate(model, tokenizer, "", 8, temperature=1.0, seed=1)
     assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    values = torch.linspace(-1e38, 1e38, 1001).to(dtype)
+    assert all_finite(values)
+    assert all_finite(values[:0])
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        for place in (0, 500, 1000):
+            changed = values.clone()
+            changed[place] = bad
+            assert not all_finite(changed), (bad, place)
