@@ -167,7 +167,7 @@ def test_init_start_checkpoint_export(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21
-@pytest.mark.parametrize("name", ["Llama-3.1-8B", "gemma-3-1b-pt"])
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "gemma-3-1b-pt", "SmolLM2-135M"])
 def test_adapters_of_a_base_in_bfloat16(tmp_path: Path, name: str) -> None:
     from peft import PeftModel
 
@@ -187,3 +187,9 @@ def test_adapters_of_a_base_in_bfloat16(tmp_path: Path, name: str) -> None:
     loaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=IDS).logits, logits)
+    export(tmp_path / "home", tmp_path / "whole", "--merged")
+    merged: Any = loaded.merge_and_unload()
+    whole = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "whole").named_parameters())
+    for tensor, value in merged.named_parameters():
+        assert whole[tensor].dtype == torch.bfloat16
+        torch.testing.assert_close(whole[tensor].float(), value, rtol=2**-8, atol=1e-6)
