@@ -140,11 +140,12 @@ def packed_addition(
     """
     added, out = torch.zeros_like(flat), _payload(fragments.num_params)
     for fragment, kept in received.items():
-        own = fragments.gather(flat, fragment)
-        total = own.clone()
-        for values in kept:
+        first, *others = kept
+        total = codec.decode(first.form, codec.view(first.payload))
+        for values in others:
             total += codec.decode(values.form, codec.view(values.payload))
-        fragments.add_(added, fragment, total.div_(1 + len(kept)).sub_(own))
+        total.sub_(fragments.gather(flat, fragment), alpha=len(kept))
+        fragments.add_(added, fragment, total.div_(1 + len(kept)))
     codec.encode_into(_KEPT, added[: fragments.num_params], codec.view(out))
     return out
 
