@@ -167,6 +167,7 @@ class LoraOptions:
     alpha: float | None = None
     """None = twice the rank."""
     targets: tuple[str, ...] = ()
+    """See `training.targets.find`."""
     train: LoraTrain = "both"
     base_dtype: BaseDtype | None = None
     """None = bfloat16 if most of the source's weights have 16 bits, else float32."""
@@ -210,9 +211,11 @@ def initial_model(
     if lora is None:
         return InitialModel(module, config, flat.num_params(module), digest, origin=origin)
     from xpeer.training.adapters import fixed_digest  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.targets import find  # noqa: PLC0415
 
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-    made = Lora(lora.rank, alpha, secrets.randbits(63), digest, list(lora.targets), lora.train)
+    layers = find(module, lora.targets)
+    made = Lora(lora.rank, alpha, secrets.randbits(63), digest, layers, lora.train)
     with _trained_part(module, made) as adapted:
         made = msgspec.structs.replace(made, fixed_digest=fixed_digest(adapted, made))
         trained = flat.num_params(adapted), flat.digest_of(adapted)

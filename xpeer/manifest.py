@@ -74,8 +74,7 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
     """BLAKE2b-256 (hex) of the frozen weights, flat, as values of `model.base_dtype`, little
     endian. Every node has its own copy of them."""
     targets: list[str] = []
-    """Last parts of the names of the layers with adapters; empty = all linear ones but the output.
-    """
+    """Ends of the names of the layers with adapters; empty = all linear ones but the output."""
     train: LoraTrain = "both"
     """B: only B is trained and exchanged, so that averaging is exact. A keeps the values that
     `seed` gives it at every member."""

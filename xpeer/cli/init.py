@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -81,7 +82,8 @@ _EXPLAINED = {
     "--lora-target",
     multiple=True,
     metavar="LAYER",
-    help="Last part of a layer's name, e.g. q_proj (repeatable). Default: all linear layers.",
+    help="A layer's name or its last part, e.g. q_proj,v_proj, or a regular expression for whole "
+    "names (repeatable). Default: all linear layers but the output.",
 )
 @click.option(
     "--lora-train",
@@ -261,7 +263,7 @@ def _adapters(
             "give a positive number, or leave it out for twice the rank",
         )
     if rank is not None:
-        return LoraOptions(rank, alpha, targets, train or "both", base)
+        return LoraOptions(rank, alpha, _targets(targets), train or "both", base)
     given = {
         "--lora-alpha": alpha is not None,
         "--lora-target": targets,
@@ -272,6 +274,12 @@ def _adapters(
         needs = "needs" if len(lone) == 1 else "need"
         raise ConfigError(f"{' and '.join(lone)} {needs} --lora-rank", "e.g. --lora-rank 8")
     return None
+
+
+def _targets(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Take lists of names apart. A comma in a pattern stays: it may be part of it."""
+    lists = (each.split(",") if re.fullmatch(r"[\w., -]+", each) else [each] for each in given)
+    return tuple(name.strip() for names in lists for name in names if name.strip())
 
 
 def _tokenizer_folder(
