@@ -9,7 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ OPTIONS = {
     "model.lora.targets": "--lora-target",
     "model.lora.train": "--lora-train",
     "model.base_dtype": "--base-dtype",
+    "model.lora.rank_stabilised": "--lora-rank-stabilised",
     "model": "--model, --model-config or --preset",
     "tokenizer": "--tokenizer",
     "public_text": "--public-text",
@@ -108,24 +109,62 @@ class InitialModel:
     lora: Lora | None = None
     origin: Origin = Origin()
     base_dtype: BaseDtype = "float32"
+    adapters: Any = None
+    """`GivenAdapters` to go on with; None = they are drawn."""
+
+    @contextlib.contextmanager
+    def adapted(self) -> Iterator[Any]:
+        """The model with its adapters within the block; the model itself if it has none."""
+        from xpeer.training import adapters  # noqa: PLC0415 - torch takes seconds
+
+        if self.lora is None:
+            yield self.module
+            return
+        module = adapters.adapt(self.module, self.lora)
+        try:
+            if self.adapters is not None:
+                self.adapters.write_to(module)
+            yield module
+        finally:
+            adapters.removed(module)
+
+    def section(self) -> Model:
+        """The manifest's section, before anything is frozen."""
+        return Model(
+            self.config,
+            self.num_params,
+            self.digest,
+            self.lora,
+            self.origin.name,
+            self.origin.generation,
+            base_dtype=self.base_dtype,
+        )
 
     def write(self, folder: Path) -> None:
-        """Write the parameters as a Hugging Face folder, in the type that nodes hold them in."""
+        """Write the parameters as a Hugging Face folder, in the type that nodes hold them in.
+
+        Adapters to start from are in a folder below.
+        """
         from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
-        from xpeer.training.export import export_hf  # noqa: PLC0415 - torch takes seconds
+        from xpeer.training import adapters, given_adapters  # noqa: PLC0415 - torch takes seconds
+        from xpeer.training.export import export_hf  # noqa: PLC0415
         from xpeer.training.kept import Source  # noqa: PLC0415
 
         disable_progress_bar()
         folders = [] if self.origin.folder is None else [self.origin.folder]
         source = Source(self.config, self.origin.generation, folders, self.base_dtype)
         export_hf(self.module, None, folder, source=source)
+        if self.adapters is not None and self.lora is not None:
+            (below := folder / given_adapters.FOLDER).mkdir()
+            with self.adapted() as module:
+                adapters.write(module, self.section(), below)
 
     def without_frozen(self, section: Model, tokenizer_vocab: int, sequence_tokens: int) -> Model:
         """The manifest's section, after freezing the parameters that no text reaches."""
         from xpeer.training import flat, frozen  # noqa: PLC0415 - torch takes seconds
 
-        with _trained_part(self.module, self.lora) as module:
+        with self.adapted() as module:
             untouched = frozen.find(module, sequence_tokens, tokenizer_vocab)
             if untouched is None:
                 return section
@@ -163,7 +202,8 @@ class InitialModel:
 class LoraOptions:
     """The founder's options for adapters; see `manifest.Lora`."""
 
-    rank: int
+    rank: int = 0
+    """0 = that of the adapters in `folder`."""
     alpha: float | None = None
     """None = twice the rank."""
     targets: tuple[str, ...] = ()
@@ -171,6 +211,9 @@ class LoraOptions:
     train: LoraTrain = "both"
     base_dtype: BaseDtype | None = None
     """None = bfloat16 if most of the source's weights have 16 bits, else float32."""
+    rank_stabilised: bool = False
+    folder: Path | None = None
+    """Adapters to start from, which decide rank, alpha and targets; None = new ones are drawn."""
 
 
 def initial_model(
@@ -210,39 +253,47 @@ def initial_model(
     digest = flat.digest_of(module, DTYPES[held])
     if lora is None:
         return InitialModel(module, config, flat.num_params(module), digest, origin=origin)
-    from xpeer.training.adapters import fixed_digest  # noqa: PLC0415 - torch takes seconds
-    from xpeer.training.targets import find  # noqa: PLC0415
-
-    alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-    layers = find(module, lora.targets)
-    made = Lora(lora.rank, alpha, secrets.randbits(63), digest, layers, lora.train)
-    with _trained_part(module, made) as adapted:
-        made = msgspec.structs.replace(made, fixed_digest=fixed_digest(adapted, made))
-        trained = flat.num_params(adapted), flat.digest_of(adapted)
-    return InitialModel(module, config, *trained, made, origin, held)
+    base = InitialModel(module, config, 0, "", origin=origin, base_dtype=held)
+    return _with_adapters(base, lora, digest)
 
 
-@contextlib.contextmanager
-def _trained_part(module: Any, lora: Lora | None) -> Iterator[Any]:
-    """Put adapters into the model within the block, if adapters are trained."""
-    from xpeer.training import adapters  # noqa: PLC0415 - torch takes seconds
+def _with_adapters(base: InitialModel, options: LoraOptions, base_digest: str) -> InitialModel:
+    """Decide everything about the adapters of a model."""
+    from xpeer.training import adapters, flat, given_adapters, targets  # noqa: PLC0415
 
-    if lora is None:
-        yield module
-        return
-    adapted = adapters.adapt(module, lora)
-    try:
-        yield adapted
-    finally:
-        adapters.removed(adapted)
+    rank, alpha, stabilised = options.rank, options.alpha, options.rank_stabilised
+    given, wanted = None, list(options.targets)
+    if options.folder is not None:
+        given = given_adapters.read(options.folder)
+        given.require_base(base_digest, base.base_dtype)
+        rank, alpha, stabilised, wanted = given.settings
+    made = Lora(
+        rank,
+        2.0 * rank if alpha is None else alpha,
+        secrets.randbits(63),
+        base_digest,
+        targets.find(base.module, wanted),
+        options.train,
+        rank_stabilised=stabilised,
+        given=given is not None,
+    )
+    source = replace(base, lora=made, adapters=given)
+    with source.adapted() as module:
+        made = msgspec.structs.replace(made, fixed_digest=adapters.fixed_digest(module, made))
+        trained = flat.num_params(module), flat.digest_of(module)
+    return replace(source, lora=made, num_params=trained[0], digest=trained[1])
 
 
 def _base_dtype(folder: Path | None, lora: LoraOptions | None) -> BaseDtype:
     """The type that every node holds the frozen weights in."""
+    from xpeer.training import given_adapters  # noqa: PLC0415 - torch takes seconds
+
     if lora is None:
         return "float32"
     if lora.base_dtype is not None:
         return lora.base_dtype
+    if lora.folder is not None and (named := given_adapters.base_dtype(lora.folder)):
+        return named
     return "bfloat16" if folder and main_dtype(folder) in ("BF16", "F16") else "float32"
 
 
@@ -280,17 +331,7 @@ def draft_manifest(
     tree: dict[str, Any] = {
         "name": name,
         "created_unix_s": int(time.time()),
-        "model": msgspec.to_builtins(
-            Model(
-                source.config,
-                source.num_params,
-                source.digest,
-                source.lora,
-                source.origin.name,
-                source.origin.generation,
-                base_dtype=source.base_dtype,
-            )
-        ),
+        "model": msgspec.to_builtins(source.section()),
         "tokenizer": msgspec.to_builtins(_named(ids)),
         "public_text": msgspec.to_builtins(PublicText(blake2b(text.encode()).hex(), text)),
         "privacy": {"mode": privacy},

@@ -67,7 +67,7 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
 
     rank: Annotated[int, Meta(ge=1, le=1024)]
     alpha: Positive
-    """The output of an adapter is multiplied by alpha / rank."""
+    """The output of an adapter is multiplied by alpha / rank; see `rank_stabilised`."""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     """Random seed of the initial adapters."""
     base_digest: str
@@ -80,6 +80,11 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
     `seed` gives it at every member."""
     fixed_digest: str = ""
     """BLAKE2b-256 (hex) of all A, flat float32 little endian, if only B is trained; else empty."""
+    rank_stabilised: bool = False
+    """True: the output is multiplied by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732)."""
+    given: bool = False
+    """True: the initial values do not follow from `seed`. The founder has them, and joiners get
+    theirs from a member."""
 
 
 @seen_by("members", all_public=True)

@@ -220,8 +220,8 @@ def _require_config(path: Path, option: str, names: set[str]) -> None:
         raise ConfigError(
             f"{option} {path} holds adapters of peft, not a model"
             + (f"; their base is {base}" if isinstance(base, str) and base.isprintable() else ""),
-            "merge them into their base (peft: merge_and_unload, save_pretrained), or give the "
-            "base and train new ones with --lora-rank",
+            "go on with them: give their base, and this folder as --lora-from; or train new ones "
+            "with --lora-rank; or merge them into their base (peft: merge_and_unload)",
         )
     if any(name.lower().endswith(".gguf") for name in names):
         raise _gguf(path, option)

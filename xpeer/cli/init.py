@@ -40,7 +40,7 @@ from xpeer.source import BYTES, check_folder, config_in, tokenizer_of
 _COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 _FOUNDING = (
     *("model", "model_config", "preset", "lora_rank", "lora_alpha", "lora_target", "lora_train"),
-    "base_dtype",
+    *("lora_rank_stabilised", "lora_from", "base_dtype"),
     *("public_text", "changes", "privacy"),
 )
 """Options that decide something for all members. A joiner can't use them."""
@@ -84,6 +84,16 @@ _EXPLAINED = {
     metavar="LAYER",
     help="A layer's name or its last part, e.g. q_proj,v_proj, or a regular expression for whole "
     "names (repeatable). Default: all linear layers but the output.",
+)
+@click.option(
+    "--lora-rank-stabilised",
+    is_flag=True,
+    help="Scale adapters by alpha / sqrt(rank), not by alpha / rank (rsLoRA).",
+)
+@click.option(
+    "--lora-from",
+    type=GivenPath(),
+    help="Go on with the adapters in this folder of peft's; rank, alpha and layers are theirs.",
 )
 @click.option(
     "--lora-train",
@@ -162,6 +172,8 @@ def init(
     lora_rank: int | None,
     lora_alpha: float | None,
     lora_target: tuple[str, ...],
+    lora_rank_stabilised: bool,
+    lora_from: Path | None,
     lora_train: LoraTrain | None,
     base_dtype: BaseDtype | None,
     base_model: Path | None,
@@ -208,7 +220,15 @@ def init(
         _join(home, join, settings, as_json=as_json)
         return
     founding.refuse_second_swarm(home)
-    lora = _adapters(lora_rank, lora_alpha, lora_target, lora_train, base_dtype)
+    lora = _adapters(
+        lora_rank,
+        lora_from,
+        alpha=lora_alpha,
+        target=lora_target,
+        train=lora_train,
+        rank_stabilised=lora_rank_stabilised,
+        base=base_dtype,
+    )
     source = initial_model(model, model_config, preset, lora)
     manifest = draft_manifest(
         str(name),
@@ -252,9 +272,12 @@ def init(
 
 def _adapters(
     rank: int | None,
+    folder: Path | None,
+    *,
     alpha: float | None,
-    targets: tuple[str, ...],
+    target: tuple[str, ...],
     train: LoraTrain | None,
+    rank_stabilised: bool,
     base: BaseDtype | None,
 ) -> LoraOptions | None:
     if alpha is not None and not 0 < alpha <= 1e6:
@@ -262,18 +285,30 @@ def _adapters(
             f"--lora-alpha: {alpha:g} is no scale of adapters",
             "give a positive number, or leave it out for twice the rank",
         )
-    if rank is not None:
-        return LoraOptions(rank, alpha, _targets(targets), train or "both", base)
     given = {
+        "--lora-rank": rank is not None,
         "--lora-alpha": alpha is not None,
-        "--lora-target": targets,
-        "--lora-train": train,
-        "--base-dtype": base,
+        "--lora-target": bool(target),
+        "--lora-rank-stabilised": rank_stabilised,
+        "--lora-train": train is not None,
     }
-    if lone := [option for option, value in given.items() if value]:
-        needs = "needs" if len(lone) == 1 else "need"
-        raise ConfigError(f"{' and '.join(lone)} {needs} --lora-rank", "e.g. --lora-rank 8")
-    return None
+    names = [option for option, was_given in given.items() if was_given]
+    if folder is not None:
+        if train == "both":
+            names.remove("--lora-train")
+        if names:
+            raise ConfigError(
+                f"--lora-from does not go with {' and '.join(names)}",
+                "the adapters in that folder decide this, and both of their factors are trained",
+            )
+        return LoraOptions(base_dtype=base, folder=folder)
+    if rank is None:
+        names += ["--base-dtype"] if base else []
+        if names:
+            needs = "needs" if len(names) == 1 else "need"
+            raise ConfigError(f"{' and '.join(names)} {needs} --lora-rank", "e.g. --lora-rank 8")
+        return None
+    return LoraOptions(rank, alpha, _targets(target), train or "both", base, rank_stabilised)
 
 
 def _targets(given: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """Low-rank adapters, made with peft and trained in place of a model's own weights.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685): the weights W of each chosen layer stay as they are, and
-B A x * alpha / rank is added to the layer's output. At the start A (rank, in) is random, and
-B (out, rank) is zero. Only A and B are trained, exchanged, saved and exported; W is the same at
-every member. If the manifest says so, A keeps its initial values, too (FFA-LoRA, Sun et al. 2024,
-arXiv:2403.12313), and is exported only.
+B A x * alpha / rank is added to the layer's output; with rsLoRA it is alpha / sqrt(rank)
+(Kalajdzievski 2023, arXiv:2312.03732). At the start A (rank, in) is random, and B (out, rank) is
+zero. Only A and B are trained, exchanged, saved and exported; W is the same at every member. If the
+manifest says so, A keeps its initial values, too (FFA-LoRA, Sun et al. 2024, arXiv:2403.12313), and
+is exported only.
 
 The initial A is drawn here and not by peft, so that it depends only on the manifest's seed.
 """
@@ -16,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -32,7 +33,11 @@ from xpeer.training.losses import transformers_model
 
 BASE_FILE: Final = "base_model.json"
 """File in an export that says which weights the adapters belong to."""
+ADAPTER_CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
 _ADAPTER: Final = "default"
+_A: Final = f".lora_A.{_ADAPTER}.weight"
+_B: Final = f".lora_B.{_ADAPTER}.weight"
 
 
 @seen_by("anybody", "the manifest's", all_public=True)
@@ -68,6 +73,7 @@ def adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
+        use_rslora=lora.rank_stabilised,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
@@ -84,8 +90,8 @@ def adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
         ) from e
     _draw(adapted, lora.seed)
     if lora.train == "B":
-        for _, factor in _factors(adapted, "A"):
-            factor.requires_grad_(False)
+        for name, factor in factors(adapted):
+            factor.requires_grad_(name.endswith(_B))
     return adapted.train(training)
 
 
@@ -127,7 +133,7 @@ def factor_pairs(adapted: torch.nn.Module) -> list[FactorPair]:
             at += parameter.numel()
     pairs = []
     for name, (a_at, shape) in places.items():
-        other = name.replace(f".lora_A.{_ADAPTER}.", f".lora_B.{_ADAPTER}.")
+        other = name.replace(_A, _B)
         if other != name and other in places:
             b_at, (outputs, rank) = places[other]
             pairs.append(FactorPair(a_at, b_at, rank, inputs=shape[1], outputs=outputs))
@@ -154,7 +160,13 @@ def fixed_digest(adapted: torch.nn.Module, lora: Lora) -> str:
     """BLAKE2b-256 (hex) of all A, if they keep their initial values; else empty."""
     if lora.train == "both":
         return ""
-    return digest(torch.cat([factor.detach().flatten() for _, factor in _factors(adapted, "A")]))
+    fixed = [factor.detach().flatten() for name, factor in factors(adapted) if name.endswith(_A)]
+    return digest(torch.cat(fixed))
+
+
+def factors(adapted: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """List all A and B with their names, trained or not, in the order of the model's parameters."""
+    return [(n, p) for n, p in adapted.named_parameters() if n.endswith((_A, _B))]
 
 
 def untie(adapted: torch.nn.Module) -> bool:
@@ -211,10 +223,9 @@ def write(adapted: torch.nn.Module, model: Model, folder: Path) -> None:
         OSError: a file can't be written.
     """
     peft, inner = _peft(), _inner(adapted)
-    factors = [*_factors(adapted, "A"), *_factors(adapted, "B")]
-    own = {name: factor.detach().cpu().clone() for name, factor in factors}
+    own = {name: factor.detach().cpu().clone() for name, factor in factors(adapted)}
     tensors = peft.get_peft_model_state_dict(inner, state_dict=own, save_embedding_layers=False)
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / WEIGHTS
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o600)
     config = inner.peft_config[_ADAPTER]
@@ -243,24 +254,16 @@ def _draw(adapted: torch.nn.Module, seed: int) -> None:
         for name, parameter in adapted.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if name.endswith(f"lora_A.{_ADAPTER}.weight"):
+            if name.endswith(_A):
                 bound = parameter.shape[1] ** -0.5
                 parameter.uniform_(-bound, bound, generator=generator)
-            elif name.endswith(f"lora_B.{_ADAPTER}.weight"):
+            elif name.endswith(_B):
                 parameter.zero_()
             else:
                 raise ConfigError(
                     f"model.lora.targets: {name} is no adapter of a linear layer",
                     "name linear layers of the model, or none for all of them",
                 )
-
-
-def _factors(
-    adapted: torch.nn.Module, which: Literal["A", "B"]
-) -> list[tuple[str, torch.nn.Parameter]]:
-    """List all A or all B with their names, in the order of the model's parameters."""
-    ending = f".lora_{which}.{_ADAPTER}.weight"
-    return [(n, p) for n, p in adapted.named_parameters() if n.endswith(ending)]
 
 
 def _inner(adapted: torch.nn.Module) -> Any:

@@ -9,6 +9,7 @@ import torch
 from xpeer.config import Data, Home
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Lora, Manifest
+from xpeer.training import given_adapters
 from xpeer.training.adapters import adapt, fixed_digest
 from xpeer.training.checkpoint import Bundle, load_latest
 from xpeer.training.flat import digest_of, write_flat
@@ -28,15 +29,16 @@ def model_of(
         base_model: `data.base_model`: folder of the base model, if adapters are trained; empty = in
             the home.
         fresh: whether the parameters get the swarm's initial values; otherwise they have any, and
-            the caller replaces them. Adapters always have their initial values, and their base
-            model always has the manifest's weights.
+            the caller replaces them. Adapters always have their initial values if these are
+            drawn, and their base model always has the manifest's weights.
 
     Raises:
         ConfigError: weights are missing, or are not the manifest's.
     """
     lora = manifest.model.lora
     if lora is not None:
-        return _adapted(manifest, lora, Path(base_model).expanduser() if base_model else None, home)
+        named = Path(base_model).expanduser() if base_model else None
+        return _adapted(manifest, lora, named, home, fresh=fresh)
     kept = manifest.model.frozen
     model = from_folder(home.initial_model) if fresh else build(manifest.model.config)
     freeze(model, kept)
@@ -99,7 +101,9 @@ def source_folders(home: Home, data: Data) -> list[Path]:
     return [path for path in dict.fromkeys([*known, home.initial_model, *named]) if path.is_dir()]
 
 
-def _adapted(manifest: Manifest, lora: Lora, named: Path | None, home: Home) -> torch.nn.Module:
+def _adapted(
+    manifest: Manifest, lora: Lora, named: Path | None, home: Home, *, fresh: bool
+) -> torch.nn.Module:
     folder = named or home.initial_model
     if named is None and not folder.exists():
         raise ConfigError(
@@ -115,12 +119,18 @@ def _adapted(manifest: Manifest, lora: Lora, named: Path | None, home: Home) -> 
             f"its weights' BLAKE2b-256 is {seen[:16]}…, the manifest's {lora.base_digest[:16]}…",
         )
     model = adapt(model, lora)
+    if lora.given and fresh:
+        given_adapters.read(home.initial_model / given_adapters.FOLDER).write_to(model)
     freeze(model, manifest.model.frozen)
+    if lora.given and not fresh:
+        return model
     same = digest_of(model) == manifest.model.initial_digest
     if not same or fixed_digest(model, lora) != lora.fixed_digest:
         raise ConfigError(
             "the adapters made here are not those that the swarm starts from",
-            "use the versions of torch, transformers and peft that the founder used",
+            f"restore {home.initial_model}, or fetch the parameters from a member"
+            if lora.given
+            else "use the versions of torch, transformers and peft that the founder used",
         )
     return model
 

@@ -22,7 +22,6 @@ from xpeer.training.tokenizer import HuggingFaceTokenizer, Tokenizer, load_token
 
 LONGEST_RECORD = 2048
 """Tokens of an evaluated sequence, if the model takes more or does not say."""
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def from_export(
         ConfigError: the folder holds no such model, or adapters without their base.
     """
     made = _tokenizer_of(folder, tokenizer)
-    if not (folder / ADAPTER_CONFIG).exists():
+    if not (folder / adapters.ADAPTER_CONFIG).exists():
         return Trained(from_folder(folder).eval(), made, str(folder), [])
     if base_model is None:
         raise ConfigError(

@@ -1,0 +1,191 @@
+"""Adapters that somebody has trained before, as the start of a swarm: reads them from peft's files.
+
+The founder's home keeps them beside the base model. Others get their values from a member, as they
+get those of a model that is trained as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from xpeer import belonging
+from xpeer.errors import ConfigError
+from xpeer.manifest import BaseDtype
+from xpeer.training.adapters import ADAPTER_CONFIG, BASE_FILE, WEIGHTS, factors
+
+FOLDER: Final = "adapters"
+"""Folder inside a founder's initial model."""
+_PREFIX: Final = "base_model.model."
+_REFUSED: Final = (
+    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"),
+    *("trainable_token_indices", "target_parameters", "lora_bias", "use_qalora", "arrow_config"),
+)
+"""Settings of peft with which an adapter is more than W + B A alpha / rank."""
+
+
+@dataclass(frozen=True)
+class GivenAdapters:
+    """Adapters as peft wrote them."""
+
+    folder: Path
+    rank: int
+    alpha: float
+    rank_stabilised: bool
+    base_digest: str
+    """BLAKE2b-256 (hex) of the base model's weights; empty = the folder does not say."""
+    base_dtype: BaseDtype
+    """Type of the values that were hashed."""
+    values: dict[str, torch.Tensor]
+    """A and B of each layer by their names in the file; float32."""
+
+    @property
+    def settings(self) -> tuple[int, float, bool, list[str]]:
+        """Rank, alpha, whether it is rsLoRA, and the names of the layers."""
+        return self.rank, self.alpha, self.rank_stabilised, self.layers
+
+    def require_base(self, digest: str, dtype: BaseDtype) -> None:
+        """Refuse another base model than the one that the folder names, if it does.
+
+        Args:
+            digest: of the base model's weights.
+            dtype: type of the values that this is of.
+
+        Raises:
+            ConfigError: the base model has other weights, or they are held in another type.
+        """
+        if self.base_digest and dtype != self.base_dtype:
+            raise ConfigError(
+                f"--base-dtype {dtype}: the adapters in {self.folder} are for weights held in "
+                f"{self.base_dtype}",
+                f"leave it out, or set it to {self.base_dtype}",
+            )
+        if self.base_digest not in ("", digest):
+            raise ConfigError(
+                f"the adapters in {self.folder} are for weights with BLAKE2b-256 "
+                f"{self.base_digest[:16]}…, the model's are {digest[:16]}…",
+                "name the model that these adapters are for with --model",
+            )
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers in the base model."""
+        ending = ".lora_A.weight"
+        names = [name for name in self.values if name.endswith(ending)]
+        return [name.removeprefix(_PREFIX).removesuffix(ending) for name in names]
+
+    @torch.no_grad()
+    def write_to(self, adapted: torch.nn.Module) -> None:
+        """Replace the values of adapters, which have to be in the same layers.
+
+        Raises:
+            ConfigError: they are not, or of other shapes.
+        """
+        known = {name.replace(".default.", "."): p for name, p in factors(adapted)}
+        for name in sorted(known.keys() | self.values.keys()):
+            ours, theirs = known.get(name), self.values.get(name)
+            if ours is None or theirs is None or ours.shape != theirs.shape:
+                here, there = (_shape(each) for each in (theirs, ours))
+                raise ConfigError(
+                    f"{self.folder / WEIGHTS}: {name} is {here}; the model needs {there}",
+                    "name the model that these adapters are for with --model",
+                )
+        for name, parameter in known.items():
+            parameter.copy_(self.values[name])
+
+
+def read(folder: Path) -> GivenAdapters:
+    """Read adapters of linear layers that peft, or `xpeer checkpoint export`, wrote.
+
+    Raises:
+        ConfigError: there are none, they are damaged, or of a kind that a swarm can't train.
+    """
+    config = _json(folder, ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise _refused(folder, "they are not LoRA without biases")
+    for key in _REFUSED:
+        if config.get(key):
+            raise _refused(folder, f"their {key} is {str(config[key])[:80]}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not 1 <= rank <= 1024:
+        raise _refused(folder, f"their r is {rank!r}")
+    if not isinstance(alpha, int | float) or not 0 < alpha <= 1e6:
+        raise _refused(folder, f"their lora_alpha is {alpha!r}")
+    named = _named(folder)
+    made = GivenAdapters(
+        folder,
+        rank,
+        float(alpha),
+        rank_stabilised=config.get("use_rslora") is True,
+        base_digest=str(named.get("blake2b_256", "")),
+        base_dtype=_dtype_in(named),
+        values=_values(folder),
+    )
+    if not made.layers:
+        raise _refused(folder, f"{WEIGHTS} holds no layers")
+    return made
+
+
+def base_dtype(folder: Path) -> BaseDtype | None:
+    """Type of the base model's weights that the folder names; None = it names none.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    named = _named(folder)
+    return _dtype_in(named) if named.get("blake2b_256") else None
+
+
+def _named(folder: Path) -> dict[str, Any]:
+    return _json(folder, BASE_FILE) if (folder / BASE_FILE).exists() else {}
+
+
+def _dtype_in(named: dict[str, Any]) -> BaseDtype:
+    return "bfloat16" if named.get("dtype") == "bfloat16" else "float32"
+
+
+def _values(folder: Path) -> dict[str, torch.Tensor]:
+    file = folder / WEIGHTS
+    try:
+        values = load(belonging.read_inside(file, folder))
+    except (OSError, SafetensorError, ValueError) as e:
+        raise ConfigError(
+            f"{file} can't be read: {' '.join(str(e).split())[:200]}",
+            "name a folder with adapter_config.json and adapter_model.safetensors, as peft's "
+            "save_pretrained writes it",
+        ) from e
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise _refused(folder, f"{name} holds values that are not finite")
+    return {name: value.to(torch.float32) for name, value in values.items()}
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / name
+    try:
+        content = json.loads(belonging.read_inside(file, folder))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError(
+            f"{file} can't be read: {e}", "name a folder of adapters that peft wrote"
+        ) from e
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is not a JSON object", "restore the file")
+    return content
+
+
+def _refused(folder: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"the adapters in {folder} can't be trained in a swarm: {why}",
+        "merge them into their base (peft: merge_and_unload, save_pretrained) and start from that "
+        "with --model",
+    )
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else " x ".join(map(str, tensor.shape))
