@@ -252,9 +252,15 @@ class Donors:
         if isinstance(first, Offered):
             return await self._import(trainer, first, claims.step_of(first), until)
         givers = [offer for offer in chosen if not isinstance(offer, Offered)]
-        whole = await self._takeover.gather(
-            givers, lambda tree: self._alike(first, tree), until, CATCH_UP_S
-        )
+        try:
+            whole = await self._takeover.gather(
+                givers, lambda tree: self._alike(first, tree), until, CATCH_UP_S
+            )
+        except LocalError as e:
+            if until is None:
+                raise
+            log.warning("the node goes on with its own parameters: %s", e)  # e.g. a full disk
+            return False
         return whole and await self._use(trainer, claims)
 
     async def _use(self, trainer: TrainerProcess, claims: Claims) -> bool:

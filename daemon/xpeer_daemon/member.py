@@ -261,10 +261,11 @@ async def serve(member: Member, candidate: Candidate, admitted: Admitted) -> Non
 async def _serve_joiners(member: Member, candidate: Candidate) -> None:
     """Give parameters to joiners: in pieces, or the whole to those of earlier versions."""
     swarm, manifest, source = candidate.node.swarm, member.manifest, member.view.donor
-    turns, shelf = donation.Turns(manifest.limits.max_transfers, member.rates), Shelf()
+    uplink = Uplink(candidate.config.network.donate_mbit_s)
+    most = uplink.joiners(manifest.limits.max_transfers)
+    turns, shelf = donation.Turns(most, member.rates), Shelf()
     form = manifest.state_form
     whole = donation.serving(member.party, source, form, turns, shelf)
     await swarm.serve_links(donation.PROTOCOL, whole, "observer")
-    uplink = Uplink(candidate.config.network.donate_mbit_s)
     in_pieces = giving.serving(member.party, source, shape_of(manifest), turns, shelf, uplink)
     await swarm.serve_links(giving.PROTOCOL, in_pieces, "observer")

@@ -8,6 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import Final
+
+from xpeer.wire.messages import PIECE_BYTES
+
+PIECE_EVERY_S: Final = 10.0
+"""A joiner gives up a link on which nothing comes for `link.FRAME_TIMEOUT_S`."""
 
 
 class Uplink:
@@ -28,6 +34,16 @@ class Uplink:
         self._bytes_per_s = mbit_per_s * 1e6 / 8
         self._clock, self._sleep = clock, sleep
         self._free_at = 0.0
+
+    def joiners(self, most: int) -> int:
+        """How many joiners can be served at once: each is sent a piece every PIECE_EVERY_S.
+
+        Args:
+            most: the number without a bound.
+        """
+        if not self._bytes_per_s:
+            return most
+        return max(1, min(most, int(self._bytes_per_s * PIECE_EVERY_S / PIECE_BYTES)))
 
     async def take(self, num_bytes: int) -> None:
         """Wait until so many bytes may be sent."""

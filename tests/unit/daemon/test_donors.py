@@ -22,37 +22,44 @@ from xpeer.network.pieces import Tree, leaves_of, root_of
 from xpeer.network.rates import Rates
 from xpeer.phase import Phase, traits_of
 from xpeer.update import ModelState
-from xpeer.wire.messages import TreeOffer
+from xpeer.wire.messages import PIECE_BYTES, TreeOffer
 from xpeer_daemon import donors, parameters
 from xpeer_daemon.claims import ranked
 from xpeer_daemon.donors import Donors
 from xpeer_daemon.parameters import Origin, Parameters, begins
 from xpeer_daemon.store import Store
 
-GOOD, WORSE, OLD, LIAR, BUSY = (
-    PeerId(f"12D3KooW{name}") for name in ("Good", "Worse", "Old", "Liar", "Busy")
+GOOD, WORSE, OLD, LIAR, BUSY, TWIN = (
+    PeerId(f"12D3KooW{name}") for name in ("Good", "Worse", "Old", "Liar", "Busy", "Twin")
 )
-VALUES = 16
+VALUES, LINE = 16, 64
 OFFERS = {GOOD: (100, 2.0), WORSE: (100, 3.0), OLD: (20, 2.01), LIAR: (101, 0.1)}
 TRUE_LOSS = {GOOD: 2.0, WORSE: 3.0, OLD: 2.01, LIAR: 9.0}
 
 
 class Offer:
-    """As a `Giver`: its parameters are a piece, the donor's name."""
+    """As a `Giver`: its parameters are the donor's name, over and over."""
 
     def __init__(self, donor: PeerId) -> None:
         self.donor = donor
         self.step, self.loss_public = OFFERS[donor]
         self.refused = False
-        self.payload = memoryview(donor.encode().ljust(4 * VALUES))
+        self.payload = memoryview(donor.encode().ljust(LINE) * (4 * VALUES // LINE))
         leaves = leaves_of(self.payload)
         offer = TreeOffer(
-            "float32", 4 * VALUES, self.step, self.loss_public, root_of(leaves), bytes(64)
+            "float32",
+            4 * VALUES,
+            self.step,
+            self.loss_public,
+            root_of(leaves),
+            donor.encode().ljust(64),
         )
         self.tree = Tree(donor, offer, leaves)
 
     async def pieces(self, first: int, count: int) -> AsyncGenerator[tuple[int, memoryview]]:
-        yield first, self.payload
+        for piece in range(first, first + count):
+            await asyncio.sleep(0)
+            yield piece, self.payload[piece * PIECE_BYTES : (piece + 1) * PIECE_BYTES]
 
     async def close(self) -> None:
         pass
@@ -71,7 +78,10 @@ class Trainer:
         self.stopped = False
 
     async def import_state(self, payload: bytes, step: int, at_most: float, codec: str) -> float:
-        donor = PeerId(bytes(payload).decode().strip())
+        first, last = bytes(payload[:LINE]), bytes(payload[-LINE:])
+        if first != last:
+            raise PeerError(Reason.REFUSED, "a mixture that is bad")
+        donor = PeerId(first.decode().strip())
         if TRUE_LOSS[donor] > at_most:
             raise PeerError(Reason.REFUSED, "worse than it says")
         self.taken.append(donor)
@@ -203,6 +213,29 @@ async def test_the_operator_may_accept_them(tmp_path, monkeypatch) -> None:
     trainer = Trainer()
     await rig.hold(trainer)
     assert (trainer.taken, rig.conditions) == ([GOOD], set())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_what_several_gave_and_measures_badly_comes_from_one_of_them(
+    tmp_path, monkeypatch, order
+) -> None:
+    """Nobody is blamed for a mixture. Who gave all of it, is."""
+    monkeypatch.setitem(globals(), "VALUES", PIECE_BYTES // 4 + 16)  # two pieces
+    monkeypatch.setitem(OFFERS, TWIN, OFFERS[GOOD])
+    monkeypatch.setitem(TRUE_LOSS, TWIN, 9.0)
+    monkeypatch.setattr(
+        donors, "ranked", lambda offers: sorted(offers, key=lambda o: order * (o.donor == TWIN))
+    )
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live = [GOOD, TWIN]
+    trainer = Trainer()
+    async with asyncio.timeout(60):
+        await rig.hold(trainer)
+    assert trainer.taken == [GOOD]
+    refused = [event for event in rig.store.events() if event.kind == "donor-refused"]
+    assert [event.detail.startswith(TWIN) for event in refused] == [True] * len(refused)
+    assert len(refused) == (0 if order == 1 else 1)
+    assert not (tmp_path / "joining").exists()
 
 
 async def test_a_founder_that_begins_has_the_initial_model_at_once(tmp_path, monkeypatch) -> None:

@@ -19,12 +19,12 @@ from xpeer.manifest import StateForm
 from xpeer.network import giving, pieces
 from xpeer.network.donation import Turns
 from xpeer.network.giving import Giver
-from xpeer.network.link import Link
+from xpeer.network.link import FRAME_TIMEOUT_S, Link
 from xpeer.network.pieces import Shape, Signer, leaves_of, root_of
 from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
-from xpeer.network.uplink import Uplink
+from xpeer.network.uplink import PIECE_EVERY_S, Uplink
 from xpeer.update import ModelState
 from xpeer.wire.messages import PIECE_BYTES, PiecesRequest, TreeOffer, tree_statement
 
@@ -206,6 +206,13 @@ def test_a_tree_with_other_leaves_is_refused(cut: Callable[[bytes], bytes]) -> N
     donor = Identity.generate()
     with pytest.raises(PeerError, match=Reason.DIGEST_MISMATCH):
         pieces.verified(SIGNER, donor.peer_id, signed(donor, OFFER), cut(LEAVES), SHAPE)
+
+
+@pytest.mark.parametrize(("mbit_per_s", "joiners"), [(0, 8), (1, 1), (2, 2), (5, 5), (100, 8)])
+def test_a_slow_donor_serves_few_at_a_time(mbit_per_s: float, joiners: int) -> None:
+    """Else each would wait longer for a piece than it waits for any frame."""
+    assert Uplink(mbit_per_s).joiners(8) == joiners
+    assert FRAME_TIMEOUT_S > PIECE_EVERY_S
 
 
 async def test_joiners_together_get_no_more_than_the_bound() -> None:
