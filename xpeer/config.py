@@ -93,7 +93,8 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True):
     corpus: list[Place] = []
     """The local copy of the manifest's shared corpus; `shard` and `corpus` exclude one another."""
     text_field: str = "text"
-    """The field of .jsonl and .parquet rows that holds the text."""
+    """The field of .jsonl and .parquet rows that holds the text; "messages": chats;
+    "prompt+completion": two fields, of which the second is predicted."""
     validation_share: Annotated[float, Meta(gt=0, lt=0.5)] = 0.05
     split: Literal["document", "file"] = "document"
     """What is held out whole."""

@@ -99,7 +99,7 @@ def text_of(
         names, characters = mine.id[:, 0].astype(np.uint64), int(mine.characters.sum())
         chosen, share = choose(names, characters, manifest, setup.members, setup.peer_id)
         mine = mine.select(chosen)
-    records = MappedRecords(mine, length)
+    records = MappedRecords(mine, length, examples=recipe.makes_examples)
     records.require_some()
     owners = records.owners()
     tokens = records.num_tokens()
@@ -110,7 +110,7 @@ def text_of(
         records,
         owners,
         mine.wholes(),
-        MappedRecords(table.select(held_out), length),
+        MappedRecords(table.select(held_out), length, examples=recipe.makes_examples),
         msgspec.structs.replace(summary, too_short=too_short),
         share,
         tokens,

@@ -15,6 +15,8 @@ from xpeer.status import ShardSummary
 from xpeer.training.document import Document, corpus_digest, document_of
 from xpeer.training.files import find
 from xpeer.training.formats import texts
+from xpeer.training.formats.examples import Example
+from xpeer.training.formats.long import LongText
 from xpeer.training.formats.plain import OtherFormError
 
 __all__ = ["Document", "Shard", "corpus_digest", "document_of", "load_documents", "read_shard"]
@@ -60,10 +62,9 @@ def read_shard(
         try:
             for read in texts(source.path, text_field, skipped, named=source.named):
                 num_texts += 1
-                text = read if isinstance(read, str) else "".join(read.blocks())
-                document = document_of(text, str(source.path))
+                document = _document(read, str(source.path))
                 if documents.setdefault(document.id, document) is document:
-                    characters += len(text)
+                    characters += len(document.text)
             files += 1
         except OtherFormError as e:
             if source.named:
@@ -81,6 +82,12 @@ def read_shard(
     if not documents:
         raise no_text(patterns, setting, summary)
     return Shard(list(documents.values()), summary)
+
+
+def _document(read: str | LongText | Example, source: str) -> Document:
+    if isinstance(read, Example):
+        return Document(read.id, "\n".join(content for _, content in read.turns), source)
+    return document_of(read if isinstance(read, str) else "".join(read.blocks()), source)
 
 
 def no_text(patterns: Sequence[str], setting: str, summary: ShardSummary) -> ShardError:

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from xpeer.identity import blake2b
+from xpeer.training.chat import Marked
 from xpeer.training.document import document_of
 from xpeer.training.files import Source
 from xpeer.training.formats import texts
+from xpeer.training.formats.examples import Example, asks_for_examples
 from xpeer.training.formats.long import LongText
 from xpeer.training.formats.plain import OtherFormError
+from xpeer.training.formats.rows import NO_CHAT
 from xpeer.training.partition import cut_document, cut_text, piece_id
 from xpeer.training.records import uniform_of
 from xpeer.training.tokenizer import Tokenizer
@@ -35,10 +38,22 @@ class Recipe:
     """A longer document is cut into pieces; 0 = none is."""
 
     @property
+    def makes_examples(self) -> bool:
+        """Whether rows are examples: each is one record, and part of it is predicted."""
+        return asks_for_examples(self.text_field)
+
+    @property
     def digest(self) -> str:
         """Names the recipe: files of tokens of one digest belong together."""
         special = (str(self.tokenizer.bos_id), str(self.tokenizer.eos_id))
-        words = (self.tokenizer.name, *special, self.text_field, str(self.piece_characters))
+        words: tuple[str, ...] = (
+            self.tokenizer.name,
+            *special,
+            self.text_field,
+            str(self.piece_characters),
+        )
+        if self.makes_examples:
+            words = (*words, self.tokenizer.chat.digest)
         return blake2b(b"tokens/1", *(word.encode() for word in words), size=16).hex()
 
 
@@ -53,6 +68,8 @@ class Head:
     uniform: float
     begins: bool
     ends: bool
+    bare: bool = False
+    """Whether no tokens of begin and end are added: an example has what it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +89,8 @@ class Part:
     text: str
     last: bool
     """Whether the piece ends here."""
+    marked: Marked | None = None
+    """For an example, its text with what is predicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +117,15 @@ def events_of(source: Source, recipe: Recipe, begin: Begin) -> Iterator[Event]:
     yield begin
     try:
         for text in texts(source.path, recipe.text_field, skipped, named=source.named):
+            if isinstance(text, Example):
+                marked = recipe.tokenizer.chat.mark(text)
+                if marked is None:
+                    skipped[NO_CHAT] += 1
+                elif left:
+                    left -= 1
+                else:
+                    yield Part(_head_of(text), marked.text, last=True, marked=marked)
+                continue
             for head, blocks in _pieces(text, recipe.piece_characters):
                 if left:
                     left -= 1
@@ -111,6 +139,11 @@ def events_of(source: Source, recipe: Recipe, begin: Begin) -> Iterator[Event]:
             raise
         form = FORMS.index(e.form)
     yield End(skipped, form)
+
+
+def _head_of(example: Example) -> Head:
+    name = bytes.fromhex(example.id)
+    return Head(name, name, uniform_of(example.id), begins=True, ends=True, bare=True)
 
 
 def _pieces(text: str | LongText, length: int) -> Iterator[tuple[Head, Iterable[str]]]:

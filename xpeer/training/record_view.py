@@ -20,15 +20,20 @@ class MappedRecords:
     Args:
         table: the pieces.
         sequence_tokens: T.
+        examples: whether each piece is an example, which makes one record, cut off at T tokens. A
+            token that is read and not predicted is -2 - id; `losses.inputs_of` understands it.
 
     Attributes:
         shape: (number of records, T).
     """
 
-    def __init__(self, table: PieceTable, sequence_tokens: int) -> None:
+    def __init__(self, table: PieceTable, sequence_tokens: int, *, examples: bool = False) -> None:
         size, tail = np.divmod(table.tokens, sequence_tokens)
         counts = size + (tail >= MIN_TOKENS)
+        if examples:
+            counts = np.minimum(counts, 1)
         self._table = table
+        self._examples = examples
         self._ends = np.cumsum(counts, dtype=np.int64)  # of each piece's records
         self._counts = counts
         self._first = np.concatenate([[0], np.cumsum(table.tokens)]).astype(np.int64)
@@ -55,6 +60,9 @@ class MappedRecords:
 
     def num_tokens(self) -> int:
         """Return the number of tokens in all records, without filling."""
+        if self._examples:
+            sizes = np.minimum(self._table.tokens, self.shape[1])
+            return int(sizes[self._counts > 0].sum())
         tail = self._table.tokens % self.shape[1]
         return int((self._table.tokens - np.where(tail < MIN_TOKENS, tail, 0)).sum())
 
@@ -84,6 +92,9 @@ class MappedRecords:
         ranges = zip(begins.tolist(), sizes.tolist(), passage.tolist(), strict=True)
         for row, (begin, size, number) in enumerate(ranges):
             self._copy(out[row, :size], begin, number)
+            if self._examples:
+                ids, read = out[row, :size] >> 1, out[row, :size] & 1
+                out[row, :size] = np.where(read, -2 - ids, ids)
         return torch.from_numpy(out)
 
     def _copy(self, out: Array, begin: int, passage: int) -> None:

@@ -90,7 +90,8 @@ class TokenCache:
 
     def __init__(self, cache: Path, recipe: Recipe) -> None:
         self.folder = cache / FOLDER / recipe.digest
-        self.dtype = np.dtype("<u2" if recipe.tokenizer.vocab_size <= 1 << 16 else "<u4")
+        values = recipe.tokenizer.vocab_size * (2 if recipe.makes_examples else 1)
+        self.dtype = np.dtype("<u2" if values <= 1 << 16 else "<u4")
         self._cache = cache
         self._files: list[TokenFile] = []
         self._sources = np.empty(0, SOURCE)

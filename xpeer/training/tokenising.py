@@ -137,12 +137,20 @@ def _run(
         meter.wrote(writer)
 
     for batch in batches:
-        texts = [event.text for event in batch if isinstance(event, Part)]
-        waiting.append((batch, pool.submit(tokenizer.encode_batch, texts)))
+        waiting.append((batch, pool.submit(_encoded, tokenizer, batch)))
         if len(waiting) >= IN_FLIGHT:
             write_first()
     while waiting:
         write_first()
+
+
+def _encoded(tokenizer: Tokenizer, batch: Batch) -> Encoded:
+    """Encode the parts of a batch. A batch has texts or examples, never both."""
+    parts = [event for event in batch if isinstance(event, Part)]
+    marked = [part.marked for part in parts if part.marked is not None]
+    if marked:
+        return list(tokenizer.encode_marked(marked))
+    return list(tokenizer.encode_batch([part.text for part in parts]))
 
 
 class _Writer:
@@ -207,6 +215,8 @@ class _Writer:
     def _write(self, part: Part, ids: Array) -> None:
         head, file = part.head, self._open_file
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        if head.bare:
+            bos = eos = None
         before = file.num_tokens
         if self._head is None and head.begins and not self._continues and bos is not None:
             file.add(np.array([bos]))

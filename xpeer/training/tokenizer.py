@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -19,6 +20,7 @@ from xpeer import belonging, manifest
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
 from xpeer.source import has_tokenizer
+from xpeer.training.chat import ChatTemplate, Marked
 from xpeer.training.kept import TOKENIZER_FILES, copy
 
 BYTE_BOS: Final = 256
@@ -52,6 +54,18 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
         """Do as `encode` with several texts at once, on all cores; (n,) uint32 each."""
 
+    def encode_marked(self, texts: list[Marked]) -> list[npt.NDArray[np.uint32]]:
+        """Encode texts of which parts are predicted; (n,) uint32 each.
+
+        Returns:
+            2 id + 1 for a token that is read and not predicted, 2 id for the others. A text that is
+            no chat gets the tokens of begin and end.
+        """
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """Writes chats."""
+
     def decode(self, ids: list[int]) -> str:
         """Convert ids to text; special ids vanish, broken characters become U+FFFD."""
 
@@ -74,6 +88,25 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
         """See `Tokenizer.encode_batch`; one core is enough."""
         return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
+
+    def encode_marked(self, texts: list[Marked]) -> list[npt.NDArray[np.uint32]]:
+        """See `Tokenizer.encode_marked`."""
+        return [_with_ends(self, *self._bytes_of(marked)) for marked in texts]
+
+    def _bytes_of(self, marked: Marked) -> tuple[list[int], list[bool]]:
+        ids, read, done = [], [], 0
+        for begin, end in (*marked.spans, (len(marked.text), len(marked.text))):
+            for part, is_read in ((marked.text[done:begin], True), (marked.text[begin:end], False)):
+                data = part.encode()
+                ids += list(data)
+                read += [is_read] * len(data)
+            done = end
+        return ids, read
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """A template that writes no chat."""
+        return ChatTemplate("", {}, ())
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -157,6 +190,43 @@ class HuggingFaceTokenizer:
         encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(each.ids, np.uint32) for each in encoded]
 
+    def encode_marked(self, texts: list[Marked]) -> list[npt.NDArray[np.uint32]]:
+        """See `Tokenizer.encode_marked`."""
+        chats = [marked.text for marked in texts if marked.is_chat]
+        others = [marked.text for marked in texts if not marked.is_chat]
+        of_chats = iter(self._with_special.encode_batch(chats, add_special_tokens=False))
+        of_others = iter(self._fast.encode_batch(others, add_special_tokens=False))
+        encoded = []
+        for marked in texts:
+            each = next(of_chats if marked.is_chat else of_others)
+            read = _read_of(marked, each.offsets)
+            if marked.is_chat:
+                encoded.append(2 * np.array(each.ids, np.uint32) + np.array(read, np.uint32))
+            else:
+                encoded.append(_with_ends(self, list(each.ids), read))
+        return encoded
+
+    @functools.cached_property
+    def _with_special(self) -> Fast:
+        """The tokenizer that takes special tokens in a text for what they are."""
+        fast = Fast.from_str(self._fast.to_str())
+        fast.encode_special_tokens = False
+        fast.no_padding()
+        fast.no_truncation()
+        return fast
+
+    @functools.cached_property
+    def chat(self) -> ChatTemplate:
+        """The template in the tokenizer's folder."""
+        special = {
+            name: str(token.get("content") if isinstance(token, dict) else token)
+            for name, token in _special_tokens(self._folder).items()
+            if name.endswith("_token") and isinstance(token, str | dict)
+        }
+        added = self._fast.get_added_tokens_decoder().values()
+        forbidden = [token.content for token in added if token.special]
+        return ChatTemplate(_chat_template(self._folder), special, forbidden)
+
     def decode(self, ids: list[int]) -> str:
         """Convert ids to text as well as the tokenizer can; special ids vanish."""
         return self._fast.decode(ids, skip_special_tokens=True)
@@ -216,6 +286,39 @@ def _special_tokens(folder: Path) -> dict[str, Any]:
         if isinstance(content, dict):
             tokens.update({key: value for key, value in content.items() if value is not None})
     return tokens
+
+
+def _chat_template(folder: Path) -> str:
+    """Read the chat template; "" = there is none. A file of its own wins."""
+    try:
+        return belonging.read_inside(folder / "chat_template.jinja", folder).decode()
+    except FileNotFoundError:
+        template = _special_tokens(folder).get("chat_template", "")
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"data.tokenizer: {folder}/chat_template.jinja: {e}", "restore it") from e
+    if isinstance(template, list):  # several, by name
+        named = {each.get("name"): each.get("template") for each in template}
+        template = named.get("default", "")
+    return template if isinstance(template, str) else ""
+
+
+def _read_of(marked: Marked, offsets: list[tuple[int, int]]) -> list[bool]:
+    """Whether each token begins outside of what is predicted."""
+    read, spans, number = [], marked.spans, 0
+    for begin, _ in offsets:
+        while number < len(spans) and begin >= spans[number][1]:
+            number += 1
+        read.append(number == len(spans) or begin < spans[number][0])
+    return read
+
+
+def _with_ends(tokenizer: Tokenizer, ids: list[int], read: list[bool]) -> npt.NDArray[np.uint32]:
+    """Add the tokens of begin, which is read, and of end, which is predicted."""
+    if tokenizer.bos_id is not None:
+        ids, read = [tokenizer.bos_id, *ids], [True, *read]
+    if tokenizer.eos_id is not None:
+        ids, read = [*ids, tokenizer.eos_id], [*read, False]
+    return 2 * np.array(ids, np.uint32) + np.array(read, np.uint32)
 
 
 def _byte_symbols() -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from xpeer.errors import ShardError
 from xpeer.training.formats import arrow, delimited, jsonl, parquet, plain
+from xpeer.training.formats.examples import Example, asks_for_examples
 from xpeer.training.formats.long import LongText
 from xpeer.training.formats.rows import Rows
 from xpeer.training.kinds import kind_of
@@ -25,8 +26,8 @@ from xpeer.training.kinds import kind_of
 
 def texts(
     path: Path, text_field: str, skipped: Counter[str], *, named: bool
-) -> Iterator[str | LongText]:
-    """Read the visible texts of a file.
+) -> Iterator[str | LongText | Example]:
+    """Read the visible texts of a file, or its examples.
 
     Args:
         path: of the file.
@@ -46,8 +47,13 @@ def texts(
                 yield from parquet.texts(path, rows)
             case ".arrow":
                 yield from arrow.texts(path, rows)
-            case ".csv" | ".tsv" as kind:
+            case ".csv" | ".tsv" as kind if not asks_for_examples(text_field):
                 yield from delimited.texts(path, rows, "\t" if kind == ".tsv" else "")
+            case _ if asks_for_examples(text_field):
+                raise ShardError(
+                    f"{path}: examples ({text_field}) are read from .jsonl, .parquet and .arrow",
+                    "leave the file out, or set data.text_field to a field of texts",
+                )
             case _:
                 yield from plain.texts(path, rows, named=named)
     except OSError as e:

@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from xpeer.errors import ShardError
-from xpeer.training.formats.parquet import column_of, in_one_line, value_of
+from xpeer.training.formats.examples import Example, asks_for_examples
+from xpeer.training.formats.parquet import (
+    column_of,
+    columns_of,
+    examples_of,
+    in_one_line,
+    value_of,
+)
 from xpeer.training.formats.rows import Rows
 
 
-def texts(path: Path, rows: Rows) -> Iterator[str]:
+def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
     """Read the texts of a table's rows, batch by batch.
 
     Raises:
@@ -28,6 +35,9 @@ def texts(path: Path, rows: Rows) -> Iterator[str]:
         try:
             number = 0
             for batch in _batches(source, ipc, pa):
+                if asks_for_examples(rows.field):
+                    yield from examples_of(batch, columns_of(batch.schema, rows), rows)
+                    continue
                 name = column_of(batch.schema, rows, pa.types)
                 for scalar in batch.column(batch.schema.get_field_index(name)):
                     number += 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from xpeer.errors import ShardError
+from xpeer.training.formats.examples import Example, asks_for_examples, example_of, fields_of
 from xpeer.training.formats.packed import decoded, opened, refuse_foreign
 from xpeer.training.formats.rows import Rows
 
@@ -15,7 +16,7 @@ from xpeer.training.formats.rows import Rows
 _DECODER: Final = json.JSONDecoder(parse_int=float)
 
 
-def texts(path: Path, rows: Rows) -> Iterator[str]:
+def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
     """Read the texts of a file's lines; blank lines are ignored.
 
     If an object has a field twice, the last one counts, as for most readers of JSON.
@@ -36,7 +37,7 @@ def texts(path: Path, rows: Rows) -> Iterator[str]:
                     yield value
 
 
-def _text(line: str, rows: Rows, where: str) -> str | None:
+def _text(line: str, rows: Rows, where: str) -> str | Example | None:
     try:
         row = _DECODER.decode(line)
     except json.JSONDecodeError as e:
@@ -51,12 +52,31 @@ def _text(line: str, rows: Rows, where: str) -> str | None:
         ) from e
     if not isinstance(row, dict):
         raise ShardError(f"{where}: not a JSON object", "each line must be one object")
+    if asks_for_examples(rows.field):
+        return _example(row, rows, where)
     if rows.field not in row:
         rows.lacking(row)
         return None
     text = rows.take(row[rows.field])
-    if text is None:
+    if text is not None:
+        _refuse_halves(text, rows, where)
+    return text
+
+
+def _example(row: dict[str, object], rows: Rows, where: str) -> Example | None:
+    names = fields_of(rows.field)
+    if any(name not in row for name in names):
+        rows.lacking(row)
         return None
+    example = example_of([row[name] for name in names])
+    if not rows.take_example(usable=example is not None) or example is None:
+        return None
+    for _, content in example.turns:
+        _refuse_halves(content, rows, where)
+    return example
+
+
+def _refuse_halves(text: str, rows: Rows, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -64,4 +84,3 @@ def _text(line: str, rows: Rows, where: str) -> str | None:
             f"{where}: field {rows.field!r} has half a surrogate pair at character {e.start}",
             "correct that escape",
         ) from e
-    return text

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from xpeer.errors import ShardError
+from xpeer.training.formats.examples import Example, asks_for_examples, example_of, fields_of
 from xpeer.training.formats.packed import RATIO_MAX, UNPACKED_FREE
 from xpeer.training.formats.rows import Rows
 
 _BATCH_ROWS: Final = 1024
 
 
-def texts(path: Path, rows: Rows) -> Iterator[str]:
+def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
     """Read the texts of a table's rows: any of Arrow's types of text, or bytes that are UTF-8.
 
     Raises:
@@ -37,15 +38,7 @@ def texts(path: Path, rows: Rows) -> Iterator[str]:
                 page_checksum_verification=True,
                 read_dictionary=[rows.field] if rows.field in leaves else [],
             ) as file:
-                name = column_of(file.schema_arrow, rows, pa.types)
-                _refuse_bomb(file.metadata, name, path)
-                number = 0
-                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name]):
-                    for scalar in batch.column(0):
-                        number += 1
-                        text = rows.take(value_of(scalar, f"{path}: row {number}"))
-                        if text is not None:
-                            yield text
+                yield from _rows(file, rows, pa.types)
         except pa.ArrowNotImplementedError as e:
             raise ShardError(
                 f"{path} can't be read by this pyarrow ({pa.__version__}): {in_one_line(e)}",
@@ -58,6 +51,25 @@ def texts(path: Path, rows: Rows) -> Iterator[str]:
                 f"{path} is damaged, or no Parquet file: {in_one_line(e)}",
                 "restore the file, or leave it out",
             ) from e
+
+
+def _rows(file: Any, rows: Rows, types: Any) -> Iterator[str | Example]:
+    if asks_for_examples(rows.field):
+        names = columns_of(file.schema_arrow, rows)
+        for name in names:
+            _refuse_bomb(file.metadata, name, rows.path)
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
+            yield from examples_of(batch, names, rows)
+        return
+    name = column_of(file.schema_arrow, rows, types)
+    _refuse_bomb(file.metadata, name, rows.path)
+    number = 0
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name]):
+        for scalar in batch.column(0):
+            number += 1
+            text = rows.take(value_of(scalar, f"{rows.path}: row {number}"))
+            if text is not None:
+                yield text
 
 
 def column_of(schema: Any, rows: Rows, types: Any) -> str:
@@ -93,13 +105,44 @@ def _refuse_bomb(metadata: Any, name: str, path: Path) -> None:
         for group in map(metadata.row_group, range(metadata.num_row_groups))
         for number in range(group.num_columns)
     )
-    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == name)
+    size = sum(c.total_uncompressed_size for c in columns if _column(c) == name)
     if size > max(UNPACKED_FREE, RATIO_MAX * path.stat().st_size):
         raise ShardError(
             f"{path}: column {name!r} unpacks to {size} bytes, more than {RATIO_MAX} times the "
             "file's size",
             "write it anew with another compression if that is meant",
         )
+
+
+def _column(chunk: Any) -> str:
+    """The column of a chunk, which may be of a part of it: messages.list.element.content."""
+    return str(chunk.path_in_schema).partition(".")[0]
+
+
+def columns_of(schema: Any, rows: Rows) -> list[str]:
+    """The names of the columns that hold examples.
+
+    Raises:
+        ShardError: one is missing, or there are several of its name.
+    """
+    names = list(fields_of(rows.field))
+    for name in names:
+        if schema.names.count(name) != 1:
+            raise ShardError(
+                f"{rows.path}: no column {name!r}, or several "
+                f"(columns: {', '.join(schema.names) or 'none'})",
+                "set data.text_field to the columns that hold the examples",
+            )
+    return names
+
+
+def examples_of(batch: Any, names: list[str], rows: Rows) -> Iterator[Example]:
+    """Read the examples of some rows."""
+    columns = [batch.column(batch.schema.get_field_index(name)) for name in names]
+    for number in range(batch.num_rows):
+        example = example_of([column[number].as_py() for column in columns])
+        if rows.take_example(usable=example is not None) and example is not None:
+            yield example
 
 
 def _is_text(kind: Any, types: Any) -> bool:

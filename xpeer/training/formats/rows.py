@@ -19,7 +19,9 @@ EMPTY: Final = "empty"
 NULL: Final = "null"
 NO_FIELD: Final = "no field"
 NOT_TEXT: Final = "not text"
-REASONS: Final = (EMPTY, NULL, NO_FIELD, NOT_TEXT)
+NO_EXAMPLE: Final = "no example"
+NO_CHAT: Final = "template"
+REASONS: Final = (EMPTY, NULL, NO_FIELD, NOT_TEXT, NO_EXAMPLE, NO_CHAT)
 """All reasons to skip a row, in an order that the cache of tokens keeps."""
 
 _BLANK: Final = frozenset("\u115f\u1160\u3164\uffa0\u2800\ufffc\ufffd")
@@ -81,6 +83,15 @@ class Rows:
         self._texts += 1
         self._skipped[EMPTY] += not visible
         return visible
+
+    def take_example(self, *, usable: bool) -> bool:
+        """Count a row that is to be an example; returns whether it is one."""
+        self._rows += 1
+        self._texts += usable
+        if not usable:
+            self._skipped[NO_EXAMPLE] += 1
+            self._other_kind = self._other_kind or "an example to imitate"
+        return usable
 
     def lacking(self, fields: Iterable[str]) -> None:
         """Count a row that lacks the field, but has these fields."""

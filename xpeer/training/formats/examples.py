@@ -1,0 +1,87 @@
+"""Rows that are examples to imitate: chats, or prompts with their completions.
+
+    data.text_field = "messages"             a list of messages, each with role and content
+    data.text_field = "prompt+completion"    two fields: the first is read, the second predicted
+
+Knows nothing of tokenizers and chat templates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from xpeer.identity import blake2b
+from xpeer.training.formats.rows import holds_text
+
+CHAT_FIELD: Final = "messages"
+BOTH: Final = "+"
+ASSISTANT: Final = "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example. It becomes one record, whatever its length.
+
+    Attributes:
+        turns: role and content of each message; a prompt and its completion have no roles.
+    """
+
+    turns: tuple[tuple[str, str], ...]
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template says how it is written."""
+        return bool(self.turns[0][0])
+
+    @property
+    def id(self) -> str:
+        """BLAKE2b-128 of roles and contents, hex."""
+        content = json.dumps(self.turns, ensure_ascii=True).encode()
+        return blake2b(b"example", content, size=16).hex()
+
+    def __repr__(self) -> str:
+        """Describe the example without its text."""
+        return f"Example({len(self.turns)} turns)"
+
+
+def fields_of(text_field: str) -> tuple[str, ...]:
+    """The fields that `data.text_field` names."""
+    return tuple(name.strip() for name in text_field.split(BOTH))
+
+
+def asks_for_examples(text_field: str) -> bool:
+    """Whether `data.text_field` names examples, and not texts."""
+    return text_field == CHAT_FIELD or BOTH in text_field
+
+
+def example_of(values: Sequence[object]) -> Example | None:
+    """Make an example of the values of a row's fields; None = they are none.
+
+    There has to be something to predict: a completion, or a message of the assistant.
+    """
+    if len(values) == 2 and all(isinstance(value, str) for value in values):
+        prompt, completion = (str(value) for value in values)
+        return Example((("", prompt), ("", completion))) if holds_text(completion) else None
+    turns: list[tuple[str, str]] = []
+    for value in values:
+        if not isinstance(value, list):
+            return None
+        for message in value:
+            turn = _turn(message)
+            if turn is None:
+                return None
+            turns.append(turn)
+    said = [content for role, content in turns if role == ASSISTANT]
+    return Example(tuple(turns)) if any(map(holds_text, said)) else None
+
+
+def _turn(message: object) -> tuple[str, str] | None:
+    if not isinstance(message, Mapping):
+        return None
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role or not isinstance(content, str):
+        return None
+    return role, content
