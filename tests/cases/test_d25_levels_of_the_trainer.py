@@ -11,17 +11,21 @@ import pytest
 from tests.unit.training.homes import make_homes
 from xpeer.trainer.channel import log_lines
 from xpeer.trainer.client import TrainerProcess
+from xpeer.training.reading import Recipe
+from xpeer.training.tokenizer import ByteTokenizer
 
 
 async def test_a_warning_of_the_trainer_process_stays_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     setup = make_homes(tmp_path, 1)[0]
-    (Path(setup.home) / "cache").write_text("in the way of the folder for tokenised text")
+    tokens = Path(setup.home) / "cache" / "tokens" / Recipe(ByteTokenizer()).digest
+    tokens.mkdir(parents=True)
+    (tokens / "damaged.tokens").write_text("cut off")
     with caplog.at_level(logging.INFO, "xpeer"):
         trainer = await TrainerProcess.start(setup, lambda event: None)
         await trainer.stop(60)
-    said = {r.levelname for r in caplog.records if "are not cached" in r.getMessage()}
+    said = {r.levelname for r in caplog.records if "tokens are made again" in r.getMessage()}
     assert said == {"WARNING"}
 
 
