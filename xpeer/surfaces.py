@@ -69,6 +69,7 @@ COMMANDS: Final[dict[str, str]] = {
     "checkpoint": "Bundle, EXPORTED", "finetune": "OwnModel", "logs": "Entry", "events": "History",
     "demo": "Status, of text on this machine", "completion": "nothing", "version": "versions",
     "generate": "text of the model that is named", "eval": "a loss of the text that is named",
+    "data": "Inspection",
     "privacy": "Account, FileAccount, Verdict, Plan, Charge",
 }  # fmt: skip
 """Output of each command, for the operator: the structures that it prints or writes. Those that ask

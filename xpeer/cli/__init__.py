@@ -35,6 +35,7 @@ COMMANDS: Final = {
     "finetune": Lazy("xpeer.cli.finetune:finetune", "Train on own text, for this node alone."),
     "generate": Lazy("xpeer.cli.use:generate", "Continue a prompt with what was trained."),
     "eval": Lazy("xpeer.cli.use:eval_command", "The loss of a text under what was trained."),
+    "data": Lazy("xpeer.cli.data:data", "What the text to train on holds."),
     "privacy": Lazy("xpeer.cli.privacy:privacy", "What was spent; plan, report, verify."),
     "logs": Lazy("xpeer.cli.logs:logs", "Show the daemon's log."),
     "events": Lazy("xpeer.cli.events:events", "What happened to this node, and its exchanges."),
