@@ -317,7 +317,7 @@ def test_dry_run_counts_the_text(home: Home, tmp_path: Path) -> None:
 def test_dry_run_tells_what_it_left_out(home: Home, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     for n in range(10):
-        (tmp_path / "s" / f"{n}.txt.gz").write_bytes(b"")
+        (tmp_path / "s" / f"{n}.txt.xz").write_bytes(b"")
     for name, text in (
         *(("a.json", "{}"), ("b.json", "{}"), ("a.txt", "hello, world"), ("b.txt", "")),
         ("c.jsonl", '{"text": null}\n{"text": "hello, world"}\n{"body": ""}\n'),
@@ -327,7 +327,7 @@ def test_dry_run_tells_what_it_left_out(home: Home, tmp_path: Path) -> None:
     assert result.exit_code == ExitCode.OK
     for line in (
         "data.shard: 1 documents, 12 characters, in 3 files",
-        "data.shard: 12 files left out: .gz 10, .json 2",
+        "data.shard: 12 files left out: .xz 10, .json 2",
         "data.shard: 3 rows without text: empty 1, no field 1, null 1",
         "data.shard: 1 texts that came before",
     ):

@@ -1,0 +1,1 @@
+"""Host memory of loading, saving and exporting."""

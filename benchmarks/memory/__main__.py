@@ -1,0 +1,229 @@
+"""Host memory that loading, saving and exporting a model take, in bytes per parameter.
+
+Each state is measured in a process of its own, which begins with everything imported. A figure is
+the process's largest memory minus what it had before: `resident` by the kernel's count (VmHWM, with
+the mapped pages of files, which it takes back when they are wanted), `anonymous` without files, as
+seen every few milliseconds. On a CPU that is all memory there is: a trainer's start includes the
+parameters (4 bytes) and, after a restart, the moments (8), which a peer with a GPU holds there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from click.testing import CliRunner
+
+from benchmarks.common import emit, say, write_result
+from xpeer.cli import main as xpeer
+from xpeer.config import Checkpoint, Data, NodeConfig, Privacy, Training
+from xpeer.forms import Form
+from xpeer.founding_model import InitialModel, LoraOptions, draft_manifest, initial_model
+from xpeer.identity import Identity
+from xpeer.manifest import SignedManifest
+from xpeer.mixing.received import received_payload
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.build import assemble
+from xpeer.trainer.setup import TrainerSetup
+from xpeer.training.model import build
+from xpeer.wire import codec
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 320, "hidden_size": 640, "intermediate_size": 1760,
+    "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "max_position_embeddings": 256, "tie_word_embeddings": True,
+}  # fmt: skip
+"""40 million parameters."""
+CHANGES = (
+    "optimiser.batch_records=2", "optimiser.sequence_tokens=16", "end.steps=100",
+    "round.window_steps=2",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="3 M parameters; writes no result")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    config = {**CONFIG, "hidden_size": 256, "intermediate_size": 704} if quick else CONFIG
+    with tempfile.TemporaryDirectory() as folder:
+        found, parameters = measure(Path(folder), config)
+    worst = ("full_first_start", "full_restart", "full_save", "full_save_with_partners")
+    summary = {
+        "trained_bytes": max(found[f"{name}_resident"] for name in worst),
+        "frozen_bytes": found["lora_bfloat16_start_anonymous"],
+        **found,
+    }
+    if not quick:
+        details = {"parameters": parameters, "config": config}
+        write_result("memory", summary, details, "python -m benchmarks.memory")
+    emit("memory", summary)
+
+
+def measure(folder: Path, config: dict[str, Any]) -> tuple[dict[str, float], int]:
+    """Bytes per parameter of each state, and the number of parameters."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(config))
+    homes = {
+        "full": _in_child(lambda: _make_home(folder / "full", file, None)),
+        "float32": _in_child(lambda: _make_home(folder / "f32", file, LoraOptions(4))),
+        "bfloat16": _in_child(
+            lambda: _make_home(folder / "b16", file, LoraOptions(4, base_dtype="bfloat16"))
+        ),
+    }
+    parameters = int(homes["full"]["num_params"])
+    _warm(file)
+    found: dict[str, float] = {}
+
+    def state(name: str, run: Callable[[Callable[[], None]], None]) -> None:
+        peak = _in_child(lambda: _peak(run))
+        for kind, size in peak.items():
+            found[f"{name}_{kind}"] = round(size / parameters, 2)
+        say(
+            f"{name}: {found[f'{name}_anonymous']} bytes a parameter, "
+            f"{found[f'{name}_resident']} with pages of files"
+        )
+
+    full = _setup(folder / "full", homes["full"]["swarm_id"])
+    state("full_first_start", lambda _begin: _discard(assemble(full)))
+    state("full_save", lambda begin: _save(full, begin, partners=0))
+    state("full_save_with_partners", lambda begin: _save(full, begin, partners=2))
+    state("full_restart", lambda _begin: _discard(assemble(full)))
+    state("full_export", lambda _begin: _export(folder / "full"))
+    for kind, path in (("float32", "f32"), ("bfloat16", "b16")):
+        setup = _setup(folder / path, homes[kind]["swarm_id"])
+        state(f"lora_{kind}_start", lambda _begin, s=setup: _discard(assemble(s)))  # type: ignore[misc]
+        _in_child(lambda s=setup: _peak(lambda begin: _save(s, begin, partners=0)))  # type: ignore[misc]
+        state(f"lora_{kind}_export", lambda _begin, p=path: _export(folder / p))  # type: ignore[misc]
+    return found, parameters
+
+
+def _make_home(home: Path, config: Path, lora: LoraOptions | None) -> dict[str, Any]:
+    (home / "shard").mkdir(parents=True)
+    source: InitialModel = initial_model(None, config, None, lora)
+    manifest = draft_manifest(
+        "memory", source, tokenizer=None, public_text=None, changes=CHANGES, privacy="off"
+    )
+    signed = SignedManifest.sign(manifest, Identity.generate())
+    source.write(home / "initial")
+    (home / "manifest.json").write_bytes(signed.to_bytes())
+    (home / "shard" / "text.txt").write_text("some text of no meaning, for a few records. " * 40)
+    return {"swarm_id": signed.genesis.swarm_id, "num_params": manifest.model.num_params}
+
+
+def _setup(home: Path, swarm_id: str) -> TrainerSetup:
+    return TrainerSetup(
+        manifest_path=str(home / "manifest.json"),
+        swarm_id=swarm_id,
+        home=str(home),
+        peer_id="measured",
+        config=NodeConfig(
+            data=Data(shard=[str(home / "shard")]),
+            training=Training(threads=1, device="cpu", validation_records=2),
+            checkpoint=Checkpoint(every_s=3600.0),
+            privacy=Privacy(register=str(home / "register")),
+        ),
+    )
+
+
+def _warm(config: Path) -> None:
+    """Load what the first model of a process loads: code, not values."""
+    small = {**json.loads(config.read_text()), "hidden_size": 64, "intermediate_size": 128}
+    build(small, seed=1)
+    if initial_model(None, None, "tiny", LoraOptions(2)).lora is None:
+        raise SystemExit("no adapters were made")
+
+
+def _discard(made: Assembled) -> None:
+    made.close()
+
+
+def _save(setup: TrainerSetup, begin: Callable[[], None], *, partners: int) -> None:
+    """Save a checkpoint of a trainer that has taken a step."""
+    made = assemble(setup)
+    made.trainer.run(1)
+    exchanges = made.trainer.exchanges
+    for fragment in range(exchanges.fragments.num_fragments if partners else 0):
+        form = Form("int8", exchanges.fragments.size(fragment))
+        values = torch.zeros(form.num_values)
+        for _ in range(partners):
+            payload = codec.encode("int8", values)
+            kept = received_payload(form, payload, slice(0, form.num_values), exchanges.buffers)
+            exchanges.consolidation.merged(fragment, kept)
+    begin()
+    made.checkpoints.copy()()
+    made.close()
+
+
+def _export(home: Path) -> None:
+    command = ["checkpoint", "export", "--home", str(home), "--hf", str(home / "export")]
+    done = CliRunner().invoke(xpeer, command, catch_exceptions=False)
+    if done.exit_code:
+        raise SystemExit(done.output)
+
+
+def _peak(run: Callable[[Callable[[], None]], None]) -> dict[str, int]:
+    """Largest memory in `run`, minus that before it, or at its call of `begin`; bytes."""
+    before = most = 0
+    resident = 0
+    ended = threading.Event()
+
+    def begin() -> None:
+        nonlocal before, most, resident
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = most = _memory("RssAnon")
+        resident = _memory("VmRSS")
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(0.003):
+            most = max(most, _memory("RssAnon"))
+
+    begin()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run(begin)
+    finally:
+        ended.set()
+        watcher.join()
+    return {"anonymous": most - before, "resident": _memory("VmHWM") - resident}
+
+
+def _memory(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def _in_child(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a function in a copy of this process, and return its result."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.write(writes, json.dumps(run()).encode())
+            status = 0
+        except BaseException:  # noqa: BLE001 - it is printed, and ends the benchmark
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writes)
+    with os.fdopen(reads) as pipe:
+        result = pipe.read()
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("a state failed")
+    found: dict[str, Any] = json.loads(result)
+    return found
+
+
+if __name__ == "__main__":
+    main()
