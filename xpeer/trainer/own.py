@@ -22,6 +22,7 @@ import msgspec
 import torch
 from msgspec import structs
 
+from xpeer.accounts import signal
 from xpeer.accounts.own_model import Keep, OwnModel, OwnPlan, noted
 from xpeer.accounts.spending import OwnSpending, SwarmSpending
 from xpeer.config import Home, NodeConfig
@@ -175,6 +176,11 @@ class OwnTraining:
             loss_before=own,
             loss_public_before=public,
         )
+        if spent.noise_norm and signal.drowns(spent.noise_norm, plan.steps):
+            self._report(
+                f"warning: the noise of {plan.steps} own steps is {spent.noise_norm:.3g} times the "
+                "signal: next to nothing is learnt - fewer --steps need less noise"
+            )
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         beside = self._folder / f"{_PLAN}.new"

@@ -11,13 +11,16 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from tests.fake_daemon import HEALTHY, answering
 from tests.unit.training.homes import make_homes
 from xpeer.accounts.model_card import card_of, files
 from xpeer.accounts.own_model import OwnModel, OwnPlan
 from xpeer.cli import main
 from xpeer.config import Home
+from xpeer.control import Client
 from xpeer.errors import ExitCode
 from xpeer.manifest import SignedManifest
+from xpeer.phase import Phase
 from xpeer.trainer.build import assemble
 from xpeer_daemon.lock import HomeLock
 
@@ -100,6 +103,30 @@ def test_a_home_that_never_trained_says_what_comes_first(home: Home, tmp_path: P
     code, _, err = xpeer(other, "finetune")
     assert code == ExitCode.ERROR
     assert "train first: `xpeer start`" in err
+
+
+@pytest.mark.parametrize("state", [Phase.TRAINING, Phase.CLOSING, Phase.FINISHED])
+def test_stop_ends_only_a_node_that_has_finished(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: Phase
+) -> None:
+    ended: list[float] = []
+    monkeypatch.setattr(
+        Client, "stop_and_wait", lambda _client, timeout_s, **_more: ended.append(timeout_s)
+    )
+    other = Home(tmp_path / "other")
+    other.path.mkdir(mode=0o700)
+    other.manifest.write_bytes(home.manifest.read_bytes())
+    with answering(tmp_path / "s", msgspec.structs.replace(HEALTHY, state=state)):
+        monkeypatch.setenv("XPEER_DAEMON_SOCKET", str(tmp_path / "s"))
+        code, _, err = xpeer(other, "finetune", "--stop")
+    assert code != ExitCode.OK
+    if state == Phase.FINISHED:
+        assert len(ended) == 1
+        assert "start it again afterwards: `xpeer start --home" in err
+    else:
+        assert not ended
+        assert f"the node is {state}: it has not finished" in err
+        assert "xpeer stop --home" in err
 
 
 def test_the_card_says_what_epsilon_does_not_cover(home: Home) -> None:

@@ -118,7 +118,9 @@ def test_killed_own_steps_go_on_and_refund_nothing(
 ) -> None:
     setup = trained(tmp_path, "record")
     home = Home(Path(setup.home))
-    first = training(setup, steps=20)
+    said: list[str] = []
+    first = training(setup, said, steps=20)
+    assert any("next to nothing is learnt - fewer --steps" in line for line in said)
     charged, taken = first._made.ledger.steps_charged, first._loop.learner.step
 
     def killed() -> int:
