@@ -246,7 +246,7 @@ def initial_model(
         config = model.read_config(folder)
         origin = Origin(folder, kept.read_generation(folder))
     else:
-        config = PRESETS[preset or "small"] if config_file is None else _read_json(config_file)
+        config = PRESETS[preset or "small"] if config_file is None else read_json(config_file)
         module = hold(model.build(config, seed=secrets.randbits(63)), DTYPES[held])
     config = kept.config_for_manifest(config, losses.transformers_model(module))
     require_same(module, model.skeleton(config))
@@ -486,7 +486,12 @@ def _tokenizer(folder: Path | None) -> Any:
         raise ConfigError(e.problem.replace("data.tokenizer", "--tokenizer"), e.remedy) from e
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a model's config, for --model-config.
+
+    Raises:
+        ConfigError: it can't be read, or is no object.
+    """
     try:
         value = json.loads(belonging.read(path))
     except (OSError, ValueError, RecursionError) as e:

@@ -64,7 +64,8 @@ EXPORTED: Final = ("config.json", "generation_config.json", "model.safetensors")
 tokenizer, of the source and of `model_card.FILES` come on top."""
 
 COMMANDS: Final[dict[str, str]] = {
-    "init": "new home", "plan": "its arguments", "id": "PeerID", "invite": "Token, Issued",
+    "init": "new home", "plan": "its arguments",
+    "estimate": "Estimate", "id": "PeerID", "invite": "Token, Issued",
     "bootstrap": "addresses", "start": "the log",
     "checkpoint": "Bundle, EXPORTED", "finetune": "OwnModel", "logs": "Entry", "events": "History",
     "demo": "Status, of text on this machine", "completion": "nothing", "version": "versions",

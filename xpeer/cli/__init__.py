@@ -27,6 +27,7 @@ class Lazy(NamedTuple):
 COMMANDS: Final = {
     "init": Lazy("xpeer.cli.init:init", "Found a swarm, or join one with a token."),
     "plan": Lazy("xpeer.cli.plan:plan", "Which fragments, window and codec suit a link."),
+    "estimate": Lazy("xpeer.cli.estimate:estimate", "What memory, disk and bytes a run needs."),
     "id": Lazy("xpeer.cli.identity:id_command", "Print this node's PeerID; make its key."),
     "invite": Lazy("xpeer.cli.invite:invite", "Create tokens that let others join."),
     "bootstrap": Lazy("xpeer.cli.bootstrap:bootstrap", "Run a DHT entry point."),

@@ -1,0 +1,1 @@
+"""Estimated memory of a step against measured processes."""

@@ -1,0 +1,201 @@
+"""`xpeer estimate`: what a run will need, before anything is founded or started."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+import click
+
+from xpeer.cli.common import GivenPath, Whole, echo, echo_json, json_option
+from xpeer.config import NodeConfig
+from xpeer.errors import ConfigError, ExitCode
+from xpeer.forms import Codec
+from xpeer.founding_model import PRESETS, read_json
+from xpeer.manifest import BaseDtype, Lora, Optimiser, Round
+from xpeer.policies import PrivacyMode, privacy_policy
+from xpeer.source import check_folder
+
+if TYPE_CHECKING:
+    from xpeer.estimate.phases import Estimate
+    from xpeer.estimate.step import Step
+
+_DEFAULT: Final = Round()
+
+
+@click.command()
+@click.option("--model", type=GivenPath(), help="Folder of a Hugging Face model; its config alone.")
+@click.option("--model-config", type=GivenPath(), help="A config.json.")
+@click.option("--preset", type=click.Choice(sorted(PRESETS)), help="A small model of xpeer's.")
+@click.option(
+    "--lora-rank", type=Whole(1, 1024), help="Adapters of this rank; default: all weights."
+)
+@click.option("--lora-target", multiple=True, metavar="LAYER", help="As of `xpeer init`.")
+@click.option(
+    "--base-dtype", type=click.Choice(get_args(BaseDtype)), default="float32", show_default=True
+)
+@click.option(
+    "--privacy", type=click.Choice(get_args(PrivacyMode)), default="record", show_default=True
+)
+@click.option(
+    "--sequence-tokens",
+    type=Whole(8, 1 << 20),
+    default=Optimiser().sequence_tokens,
+    show_default=True,
+)
+@click.option(
+    "--micro-batch", type=Whole(1, 1 << 20), default=1, show_default=True, help="Records of a pass."
+)
+@click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
+)
+@click.option(
+    "--checkpoint-activations", is_flag=True, help="As training.checkpoint_activations = on."
+)
+@click.option("--fragments", type=Whole(1, 1024), default=_DEFAULT.fragments, show_default=True)
+@click.option(
+    "--codec", type=click.Choice(get_args(Codec)), default=_DEFAULT.codec, show_default=True
+)
+@click.option("--memory-gb", type=float, help="Memory of the device: does a step fit?")
+@click.option("--link-mbit", type=float, help="Bandwidth, the slower direction, for times.")
+@json_option
+def estimate(
+    model: Path | None,
+    model_config: Path | None,
+    preset: str | None,
+    lora_rank: int | None,
+    lora_target: tuple[str, ...],
+    base_dtype: BaseDtype,
+    privacy: PrivacyMode,
+    sequence_tokens: int,
+    micro_batch: int,
+    precision: Any,
+    checkpoint_activations: bool,
+    fragments: int,
+    codec: str,
+    memory_gb: float | None,
+    link_mbit: float | None,
+    as_json: bool,
+) -> None:
+    """Say what memory, disk and bytes on the wire a run needs, in each of its phases.
+
+    Nothing is loaded but a config: the code of a step runs without values. Exit 1 if a step doesn't
+    fit into --memory-gb.
+    """
+    for option, given in (("--memory-gb", memory_gb), ("--link-mbit", link_mbit)):
+        if given is not None and not 0 < given < 1e9:
+            raise ConfigError(f"{option}: {given:g} makes no sense", "give a positive number")
+    if (lora_target or base_dtype != "float32") and lora_rank is None:
+        raise ConfigError("--lora-target and --base-dtype need --lora-rank", "e.g. --lora-rank 16")
+    from xpeer.estimate import phases  # noqa: PLC0415 - torch takes seconds
+    from xpeer.estimate.step import Step, memory_of  # noqa: PLC0415
+
+    config = _config(model, model_config, preset)
+    step = Step(
+        config=config,
+        lora=None if lora_rank is None else _lora(config, lora_rank, lora_target),
+        base_dtype=base_dtype,
+        sequence_tokens=sequence_tokens,
+        micro_batch=micro_batch,
+        private=privacy_policy(privacy).charges,
+        precision=precision,
+        recompute=checkpoint_activations,
+    )
+    memory = memory_of(step)
+    rate = None if link_mbit is None else link_mbit * 1e6
+    wire = phases.Wire(fragments=fragments, codec=codec, vectors=1, bits_per_s=rate)
+    fits = None if memory_gb is None else memory.peak <= memory_gb * 1e9
+    found = phases.Estimate(
+        num_params=memory.num_trained,
+        frozen_params=memory.num_frozen,
+        phases=phases.phases_of(memory, wire, NodeConfig().checkpoint.keep),
+        fits=fits,
+        remedy=_remedy(step, memory_gb * 1e9) if fits is False and memory_gb else "",
+    )
+    if as_json:
+        echo_json(found)
+    else:
+        _print(found, memory_gb)
+    if fits is False:
+        raise click.exceptions.Exit(ExitCode.ERROR)
+
+
+def _config(model: Path | None, file: Path | None, preset: str | None) -> dict[str, Any]:
+    """The model's config, from exactly one of three sources."""
+    given = [source for source in (model, file, preset) if source is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"{len(given)} of --model, --model-config and --preset are given", "give one of them"
+        )
+    if preset is not None:
+        return PRESETS[preset]
+    if model is not None:
+        check_folder(model, "--model")
+        file = model / "config.json"
+    return read_json(file or Path())
+
+
+def _lora(config: dict[str, Any], rank: int, given: tuple[str, ...]) -> Lora:
+    from xpeer.training import targets  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.model import skeleton  # noqa: PLC0415
+
+    names = [name for each in given for name in each.split(",") if name]
+    return Lora(rank, 2.0 * rank, 0, "", targets.find(skeleton(config), names))
+
+
+def _remedy(step: Step, memory_bytes: float) -> str:
+    """The first change of settings with which a step fits; empty = none of them helps."""
+    from xpeer.estimate.step import memory_of  # noqa: PLC0415 - torch takes seconds
+
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("training.micro_batch = 1", {"micro_batch": 1}),
+        ("training.checkpoint_activations = on", {"recompute": True}),
+        ("training.precision = bfloat16, on a device that has it", {"precision": "bfloat16"}),
+    ]
+    if step.lora is not None:
+        changes.append(("xpeer init --base-dtype bfloat16", {"base_dtype": "bfloat16"}))
+    words = []
+    for said, fields in changes:
+        changed = replace(step, **fields)
+        if changed == step:
+            continue
+        step = changed
+        words.append(said)
+        if memory_of(step).peak <= memory_bytes:
+            return ", ".join(words)
+    return ""
+
+
+def _print(found: Estimate, memory_gb: float | None) -> None:
+    echo(f"{found.num_params:,} trained parameters, {found.frozen_params:,} frozen ones")
+    echo(f"{'phase':<11} {'device':>9} {'host':>9} {'disk':>9} {'wire':>9} {'time':>8}")
+    for each in found.phases:
+        sizes = (each.device, each.host, each.disk, each.wire)
+        time = "" if each.wire_s is None or not each.wire else _duration(each.wire_s)
+        row = " ".join(f"{_size(size) if size else '':>9}" for size in sizes)
+        echo(f"{each.name:<11} {row} {time:>8}".rstrip())
+    if found.fits is None:
+        return
+    if found.fits:
+        echo(f"a step fits into {memory_gb:g} GB")
+    else:
+        echo(f"a step does not fit into {memory_gb:g} GB")
+        echo(
+            f"it would with: {found.remedy}"
+            if found.remedy
+            else "no setting helps: train adapters (--lora-rank), or fewer --sequence-tokens"
+        )
+
+
+def _size(size: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,100 @@
+"""What a node needs in each phase of a run: memory, disk, and bytes and time on the wire.
+
+The memory of a step is rehearsed (`estimate.step`). The host's memory is a number of bytes for each
+parameter, as `benchmarks/memory` measured it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from msgspec import Struct
+
+from xpeer.estimate.step import StepMemory
+from xpeer.forms import Form
+from xpeer.leaves import Parts, Public, seen_by
+from xpeer.mixing.fragments import largest
+
+PROCESS: Final = 620 << 20
+"""A trainer before there is a model: torch, transformers, accounts."""
+_FIRST: Final = 7.0
+"""Bytes of a trained parameter in a first start, its own four included."""
+_RESTART: Final = 12.1
+"""The same in a start from a checkpoint."""
+_SAVE: Final = 8 + 12
+"""Bytes of a trained parameter while a checkpoint is written: with partners' values."""
+_EXPORT: Final = 17.0
+_FILE: Final = 13
+"""Bytes of a trained parameter in a checkpoint: values, moments, what consolidation adds."""
+
+
+@seen_by("node", "printed by xpeer estimate")
+class Phase(Struct, frozen=True, kw_only=True):
+    """What a phase needs at its peak, in bytes."""
+
+    name: Public[str]
+    device: Public[int] = 0
+    """Memory of the device; on a CPU, of the trainer without its libraries."""
+    host: Public[int] = 0
+    """Memory of the process on the host, besides the device's."""
+    disk: Public[int] = 0
+    wire: Public[int] = 0
+    """Sent, or received; an exchange does both at once."""
+    wire_s: Public[float | None] = None
+    """Seconds of that at the link's rate; None = no rate was given."""
+
+
+@seen_by("node", "printed by xpeer estimate")
+class Estimate(Struct, frozen=True, kw_only=True):
+    """What a run needs."""
+
+    num_params: Public[int]
+    """Trained parameters."""
+    frozen_params: Public[int]
+    """Parameters that stay as they are."""
+    phases: Parts[list[Phase]]
+    fits: Public[bool | None] = None
+    """Whether a step fits into the memory that was named; None = none was."""
+    remedy: Public[str] = ""
+    """Settings with which it would fit; empty = it fits, or none helps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """How parameters are exchanged: fields of a manifest's `round`, and the link."""
+
+    fragments: int
+    codec: str
+    vectors: int
+    """Values that the rule sends for each parameter."""
+    bits_per_s: float | None = None
+
+
+def phases_of(step: StepMemory, wire: Wire, checkpoints: int) -> list[Phase]:
+    """All phases.
+
+    Args:
+        step: of `estimate.step.memory_of`.
+        wire: how parameters are exchanged.
+        checkpoints: number of checkpoints that are kept.
+    """
+    trained = step.num_trained
+    payload = Form(wire.codec, wire.vectors * largest(trained, wire.fragments)).num_bytes
+    state, file = 4 * trained, _FILE * trained
+
+    def seconds(size: int) -> float | None:
+        return None if wire.bits_per_s is None else 8 * size / wire.bits_per_s
+
+    def host(each: float) -> int:
+        return PROCESS + round(each * trained)
+
+    return [
+        Phase(name="init", host=host(_FIRST) + step.weights, disk=step.weights),
+        Phase(name="start", device=step.weights, host=host(_RESTART)),
+        Phase(name="step", device=step.peak, host=host(0)),
+        Phase(name="exchange", host=8 * payload, wire=payload, wire_s=seconds(payload)),
+        Phase(name="checkpoint", device=step.peak, host=host(_SAVE), disk=(checkpoints + 1) * file),
+        Phase(name="export", host=host(_EXPORT) + step.weights, disk=step.weights),
+        Phase(name="join", host=host(8), disk=state, wire=state, wire_s=seconds(state)),
+    ]
