@@ -24,6 +24,8 @@ from xpeer.policies import RULES, PrivacyMode, PrivacyPolicy, RuleName, RulePoli
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_NAME_CHARS = 80
 DELTA_MIN, DELTA_MAX = 1e-10, 1e-4
+KNOWS_SOMETHING = 0.9
+"""A model has learnt something if its loss is below this fraction of a guess's."""
 """Bounds of privacy.delta. Below, the accountant's doubles are too coarse. Above, epsilon means too
 little."""
 
@@ -491,12 +493,14 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def start_loss(self) -> float:
         """Public loss of the parameters that the swarm started from, nats per token.
 
-        Where the founder did not measure it, it is that of guessing among all tokens, or infinity.
+        Infinite where the founder did not measure it, and where it is no better than guessing:
+        training on other text may make such a model worse on the public one, and is right.
         """
-        if self.public_text.initial_loss is not None:
-            return self.public_text.initial_loss
-        tokens = self.model.config.get("vocab_size")
-        return math.log(tokens) if isinstance(tokens, int) and tokens > 1 else math.inf
+        loss, tokens = self.public_text.initial_loss, self.model.config.get("vocab_size")
+        if loss is None:
+            return math.inf
+        guessing = math.log(tokens) if isinstance(tokens, int) and tokens > 1 else math.inf
+        return loss if loss < KNOWS_SOMETHING * guessing else math.inf
 
     def require_privacy(self, asked: str, max_epsilon: float = 0.0) -> None:
         """Refuse a manifest whose privacy is not what the node's operator wants.
