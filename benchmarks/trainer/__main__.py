@@ -27,6 +27,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.trainer.node import Kind, Mode, loop_by_hand, make_node
+from xpeer.policies import privacy_policy
 
 CASES: tuple[tuple[Kind, Mode], ...] = (
     ("full", "off"),
@@ -44,11 +45,12 @@ def measure(models: list[Path | None], device: str, rounds: int, steps: int) -> 
     for model in models:
         for kind, mode in CASES:
             found = _speeds(kind, mode, model, device, rounds, steps)
-            if mode == "off":
+            if not privacy_policy(mode).charges:
                 peaks = {who: _peak(kind, model, device, who, steps) for who in ("node", "by hand")}
                 found["peak_bytes"] = peaks
                 _worst(summary, "memory_ratio", peaks["node"] / peaks["by hand"], max)
-            key = "tokens_ratio_to_plain_loop" if mode == "off" else KEYS[mode][kind]
+            private = privacy_policy(mode).charges
+            key = KEYS[mode][kind] if private else "tokens_ratio_to_plain_loop"
             _worst(summary, key, found["ratio"], min)
             details[f"{model.name if model else 'small'} {kind} {mode}"] = found
             common.say(f"{model or 'small'} {kind} {mode}: {json.dumps(found)}")

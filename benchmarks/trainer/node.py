@@ -14,6 +14,7 @@ from xpeer.config import Checkpoint, Data, NodeConfig, Privacy, Training
 from xpeer.founding_model import LoraOptions, draft_manifest, initial_model
 from xpeer.identity import Identity
 from xpeer.manifest import SignedManifest
+from xpeer.policies import privacy_policy
 from xpeer.trainer.assembled import Assembled
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup
@@ -22,6 +23,7 @@ from xpeer.training.precision import choose_precision
 Kind = Literal["full", "lora"]
 Mode = Literal["off", "record"]
 RANK: Final = 8
+NOISE: Final = "privacy.noise_multiplier=1.0", "privacy.epsilon=1000"
 BATCH: Final = 32
 TOKENS: Final = 128
 RATE: Final = 1e-3
@@ -49,7 +51,7 @@ def make_node(folder: Path, kind: Kind, mode: Mode, model: Path | None, device: 
         f"optimiser.learning_rate={RATE}",
         "round.fragments=1",
         "end.steps=100000",
-        *(["privacy.noise_multiplier=1.0", "privacy.epsilon=1000"] if mode == "record" else []),
+        *(NOISE if privacy_policy(mode).charges else ()),
     ]
     manifest = draft_manifest(
         "benchmark",
