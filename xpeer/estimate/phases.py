@@ -14,6 +14,7 @@ from msgspec import Struct
 from xpeer.estimate.step import StepMemory
 from xpeer.forms import Form
 from xpeer.leaves import Parts, Public, seen_by
+from xpeer.manifest import LARGE_STATE
 from xpeer.mixing.fragments import largest
 
 PROCESS: Final = 620 << 20
@@ -81,7 +82,10 @@ def phases_of(step: StepMemory, wire: Wire, checkpoints: int) -> list[Phase]:
     """
     trained = step.num_trained
     payload = Form(wire.codec, wire.vectors * largest(trained, wire.fragments)).num_bytes
-    state, file = 4 * trained, _FILE * trained
+    file = _FILE * trained
+    # as `Manifest.state_form`
+    halved = trained >= LARGE_STATE and wire.codec != "float32"
+    state = (2 if halved else 4) * trained
 
     def seconds(size: int) -> float | None:
         return None if wire.bits_per_s is None else 8 * size / wire.bits_per_s

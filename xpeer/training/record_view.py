@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +10,6 @@ import torch
 from xpeer.errors import ShardError
 from xpeer.training.piece_table import Array, PieceTable
 from xpeer.training.records import FILL, MIN_TOKENS
-
-_BLOCK_TOKENS: Final = 1 << 20
 
 
 class MappedRecords:
