@@ -14,8 +14,13 @@ from typing import Final
 from sources import Module, Names
 from syntax import last_word
 
-FIELDS: Final = ("xpeer.manifest:Round.rule", "xpeer.manifest:Privacy.mode")
-"""Fields of the manifest whose types list the names."""
+FIELDS: Final = (
+    "xpeer.manifest.round:Round.rule",
+    "xpeer.manifest.privacy:Privacy.mode",
+    "xpeer.manifest:Round.rule",
+    "xpeer.manifest:Privacy.mode",
+)
+"""Fields of the manifest whose types list the names, here and in older versions."""
 PAST: Final = frozenset({"update"})
 """A mode that old ledgers name, and that manifests once had."""
 AMBIGUOUS: Final = frozenset({"record", *PAST})

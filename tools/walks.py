@@ -181,7 +181,7 @@ _TOKEN: Final = (
     "xpeer.network.introductions:serve|xpeer.network.present:serve",
     "xpeer_daemon.joiner:Joiner.admission",
     "xpeer.network.admission:request|xpeer.network.joining:request",
-    "xpeer.manifest:SignedManifest",
+    "xpeer.manifest.signed:SignedManifest|xpeer.manifest:SignedManifest",
     "xpeer.founding:keep_admission",
 )
 

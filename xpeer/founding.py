@@ -25,7 +25,8 @@ from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.files import open_own, private_umask
 from xpeer.identity import Identity, read_secret, write_secret
 from xpeer.leaves import Public, seen_by
-from xpeer.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, swarm_key_digest
+from xpeer.manifest import Manifest
+from xpeer.manifest.signed import MAX_MANIFEST_BYTES, SignedManifest, swarm_key_digest
 from xpeer.network.membership.certificates import Credential, Role
 from xpeer.network.membership.invites import Token, grant
 

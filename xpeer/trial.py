@@ -31,7 +31,8 @@ from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason
 from xpeer.forms import Form
 from xpeer.identity import Identity
-from xpeer.manifest import Manifest, SignedManifest
+from xpeer.manifest import Manifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer.assembled import Assembled
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup

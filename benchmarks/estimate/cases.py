@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from xpeer.estimate.step import Step
-from xpeer.manifest import Lora
+from xpeer.manifest.model import Lora
 
 ADAPTERS: Final = Lora(16, 32.0, 1, "0" * 64)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.exchange.hosts import Child, Host
 from xpeer.identity import Identity
-from xpeer.manifest import Genesis
+from xpeer.manifest.signed import Genesis
 from xpeer.network.membership.certificates import Credential
 from xpeer.network.membership.invites import grant
 

@@ -24,7 +24,7 @@ from benchmarks.families.models import FAMILIES, VOCABULARY, save
 from xpeer.cli.demo.daemons import Daemons, call, status_of
 from xpeer.config import Home
 from xpeer.errors import XpeerError
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.status import Status
 from xpeer.training.checkpoint import load_latest
 from xpeer.training.initial import trained_model

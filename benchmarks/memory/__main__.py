@@ -25,10 +25,11 @@ from click.testing import CliRunner
 from benchmarks.common import emit, say, write_result
 from xpeer.cli import main as xpeer
 from xpeer.config import Checkpoint, Data, NodeConfig, Privacy, Training
+from xpeer.drafting import draft_manifest
 from xpeer.forms import Form
-from xpeer.founding_model import InitialModel, LoraOptions, draft_manifest, initial_model
+from xpeer.founding_model import InitialModel, LoraOptions, initial_model
 from xpeer.identity import Identity
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.mixing.received import received_payload
 from xpeer.trainer.assembled import Assembled
 from xpeer.trainer.build import assemble

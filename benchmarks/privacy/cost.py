@@ -30,7 +30,9 @@ from benchmarks.privacy.ledgers import open_ledger
 from xpeer.accounts.ledger import Ledger
 from xpeer.founding_model import PRESETS
 from xpeer.identity import blake2b
-from xpeer.manifest import Lora, Manifest, Model, Optimiser, Privacy, PublicText
+from xpeer.manifest import Manifest, Optimiser, PublicText
+from xpeer.manifest.model import Lora, Model
+from xpeer.manifest.privacy import Privacy
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.training.adapters import adapt

@@ -15,7 +15,10 @@ import torch
 from benchmarks.simulator import corpora
 from xpeer.founding_model import PRESETS
 from xpeer.identity import blake2b
-from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText, Round
+from xpeer.manifest import End, Manifest, Optimiser, PublicText
+from xpeer.manifest.model import Model
+from xpeer.manifest.privacy import Privacy
+from xpeer.manifest.round import Round
 from xpeer.policies import RULES
 from xpeer.training.flat import read_flat
 from xpeer.training.losses import record_losses

@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.privacy import bounds, setting
 from benchmarks.privacy.ledgers import open_ledger
-from xpeer.manifest import Privacy
+from xpeer.manifest.privacy import Privacy
 from xpeer.privacy.clipping import Engine
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism

@@ -19,7 +19,11 @@ from xpeer.gossip.clock import Gossip
 from xpeer.gossip.partners import Partners
 from xpeer.gossip.record import Record
 from xpeer.identity import Identity, PeerId, blake2b
-from xpeer.manifest import Genesis, Manifest, Model, Privacy, PublicText, Round
+from xpeer.manifest import Manifest, PublicText
+from xpeer.manifest.model import Model
+from xpeer.manifest.privacy import Privacy
+from xpeer.manifest.round import Round
+from xpeer.manifest.signed import Genesis
 from xpeer.network import agreement, nudging
 from xpeer.network.agreement import Agreement
 from xpeer.network.membership.certificates import Credential, Membership

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
-from xpeer.manifest import Genesis
+from xpeer.manifest.signed import Genesis
 from xpeer.network.addresses import peer_of
 from xpeer.network.membership.certificates import Credential, Membership, Role
 from xpeer.network.membership.invites import grant

@@ -10,7 +10,10 @@ from msgspec import Struct
 
 from benchmarks.simulator.model import CONTEXT, NUM_PARAMS
 from xpeer.identity import blake2b
-from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText, Round
+from xpeer.manifest import End, Manifest, Optimiser, PublicText
+from xpeer.manifest.model import Model
+from xpeer.manifest.privacy import Privacy
+from xpeer.manifest.round import Round
 
 BATCH_RECORDS = 8
 SIMULATION = 2

@@ -11,9 +11,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from xpeer.config import Checkpoint, Data, NodeConfig, Privacy, Training
-from xpeer.founding_model import LoraOptions, draft_manifest, initial_model
+from xpeer.drafting import draft_manifest
+from xpeer.founding_model import LoraOptions, initial_model
 from xpeer.identity import Identity
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.policies import privacy_policy
 from xpeer.trainer.assembled import Assembled
 from xpeer.trainer.build import assemble

@@ -27,7 +27,8 @@ from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.identity import Identity
 from xpeer.leaves import Local, Public, seen_by
-from xpeer.manifest import Manifest, SignedManifest, swarm_key_digest
+from xpeer.manifest import Manifest
+from xpeer.manifest.signed import SignedManifest, swarm_key_digest
 from xpeer.network.membership.certificates import Certificate, Credential
 
 _CHECKPOINT: Final = re.compile(r"ckpt-\d{9,}\.safetensors")

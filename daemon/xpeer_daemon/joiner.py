@@ -14,7 +14,8 @@ from xpeer import founding
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, PeerError
 from xpeer.identity import Identity
-from xpeer.manifest import Manifest, SignedManifest
+from xpeer.manifest import Manifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.network import admission
 from xpeer.network.membership.certificates import Membership
 from xpeer.network.membership.keyring import KeyRing

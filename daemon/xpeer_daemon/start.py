@@ -16,7 +16,7 @@ from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.config import Home, NodeConfig, note_of_foreign, privacy_register
 from xpeer.errors import LocalError, NotAuthorisedError, ShardError
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.network.addresses import resolve_listen
 from xpeer.network.membership.certificates import Certificate
 from xpeer.network.membership.invites import Token

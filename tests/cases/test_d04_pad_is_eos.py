@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from tests.cases.support import LOOPBACK, WORDS, model_folder, sets, tokenizer_folder
 from xpeer.cli import main
 from xpeer.config import Home, load
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup
 

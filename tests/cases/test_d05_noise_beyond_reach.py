@@ -54,7 +54,7 @@ UNTIED = {"tie_word_embeddings": False}
 def test_two_shards_freeze_the_same_and_no_more(
     tmp_path: Path, family: str, config: dict[str, object], kept: dict[str, tuple[int, int]]
 ) -> None:
-    from xpeer.manifest import SignedManifest
+    from xpeer.manifest.signed import SignedManifest
 
     model = model_folder(tmp_path / "model", family, **config)
     tokens = tokenizer_folder(tmp_path / "tokenizer")

@@ -60,7 +60,8 @@ def founded(path: Path) -> Path:
     from xpeer import founding
     from xpeer.config import Home
     from xpeer.identity import blake2b
-    from xpeer.manifest import End, Manifest, Model, PublicText
+    from xpeer.manifest import End, Manifest, PublicText
+    from xpeer.manifest.model import Model
 
     model = Model(config={"model_type": "llama"}, num_params=1, initial_digest="")
     text = PublicText(digest=blake2b(b"text").hex(), text="text")

@@ -43,7 +43,7 @@ def test_every_field_of_a_manifest_names_what_gives_it() -> None:
     import msgspec
 
     from xpeer.cli.init import init as command
-    from xpeer.founding_model import MEASURED, OPTIONS, _fields_of, given_by
+    from xpeer.drafting import MEASURED, OPTIONS, _fields_of, given_by
     from xpeer.manifest import Manifest
 
     options = {name for option in command.params for name in option.opts}

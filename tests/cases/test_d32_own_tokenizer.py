@@ -11,7 +11,7 @@ from tests.cases.support import model_folder, tokenizer_folder, xpeer
 from xpeer import config
 from xpeer.cli import main
 from xpeer.config import Home
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 
 
 def test_the_folders_own_tokenizer(tmp_path: Path) -> None:

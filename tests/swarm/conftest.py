@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from xpeer.identity import Identity
-from xpeer.manifest import Genesis
+from xpeer.manifest.signed import Genesis
 from xpeer.network.membership.certificates import Credential, Membership, Role
 from xpeer.network.membership.invites import grant
 from xpeer.network.swarm import Swarm

@@ -9,15 +9,9 @@ import pytest
 from tests.swarm.conftest import Founder, Launch
 from xpeer.errors import NotAuthorisedError, PeerError, Reason
 from xpeer.identity import Identity, blake2b
-from xpeer.manifest import (
-    End,
-    Genesis,
-    Manifest,
-    Model,
-    PublicText,
-    SignedManifest,
-    swarm_key_digest,
-)
+from xpeer.manifest import End, Manifest, PublicText
+from xpeer.manifest.model import Model
+from xpeer.manifest.signed import Genesis, SignedManifest, swarm_key_digest
 from xpeer.network import admission
 from xpeer.network.membership.keyring import KeyRing
 

@@ -18,10 +18,14 @@ from xpeer.cli import all_commands
 from xpeer.cli.start import start
 from xpeer.config import Home, settings
 from xpeer.control import ROUTES
+from xpeer.drafting import MEASURED, draft_manifest
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.forms import Codec
-from xpeer.founding_model import MEASURED, InitialModel, draft_manifest
-from xpeer.manifest import DELTA_MAX, DELTA_MIN, Manifest, Model, Round
+from xpeer.founding_model import InitialModel
+from xpeer.manifest import Manifest
+from xpeer.manifest.model import Model
+from xpeer.manifest.privacy import DELTA_MAX, DELTA_MIN
+from xpeer.manifest.round import Round
 from xpeer.status import SCHEMA_VERSION
 from xpeer.wire import codec
 

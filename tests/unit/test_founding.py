@@ -17,7 +17,9 @@ from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.founding import Issued
 from xpeer.identity import Identity, PeerId, blake2b
-from xpeer.manifest import End, Manifest, Model, PublicText, SignedManifest, swarm_key_digest
+from xpeer.manifest import End, Manifest, PublicText
+from xpeer.manifest.model import Model
+from xpeer.manifest.signed import SignedManifest, swarm_key_digest
 from xpeer.network.membership.invites import Token, create_token
 
 SEED = f"/ip4/192.0.2.1/tcp/4001/p2p/{Identity.generate().peer_id}"

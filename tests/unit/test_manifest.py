@@ -12,15 +12,10 @@ import pytest
 
 from xpeer.errors import ConfigError, ExitCode, NotAuthorisedError, XpeerError
 from xpeer.identity import Domain, Identity, blake2b
-from xpeer.manifest import (
-    MAX_MANIFEST_BYTES,
-    Manifest,
-    Model,
-    PublicText,
-    Round,
-    SharedCorpus,
-    SignedManifest,
-)
+from xpeer.manifest import Manifest, PublicText, SharedCorpus
+from xpeer.manifest.model import Model
+from xpeer.manifest.round import Round
+from xpeer.manifest.signed import MAX_MANIFEST_BYTES, SignedManifest
 
 TEXT = "The quick brown fox."
 

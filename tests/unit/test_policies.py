@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from xpeer.accounts.chain import ChargeContext
-from xpeer.manifest import Privacy, Round
+from xpeer.manifest.privacy import Privacy
+from xpeer.manifest.round import Round
 from xpeer.mixing import rules
 from xpeer.policies import MODES, RULES, PrivacyMode, RuleName, privacy_policy
 

@@ -17,7 +17,8 @@ from xpeer.accounts.accountant import Segment
 from xpeer.cli import main
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import LocalError
-from xpeer.manifest import End, Privacy
+from xpeer.manifest import End
+from xpeer.manifest.privacy import Privacy
 from xpeer.training.model import FlatParameters
 
 SMALL = ["--set", "optimiser.batch_records=4", "--set", "optimiser.sequence_tokens=32"]

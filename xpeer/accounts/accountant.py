@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from xpeer.errors import ConfigError, LocalError
 from xpeer.leaves import Local, seen_by
-from xpeer.manifest import DELTA_MIN
+from xpeer.manifest.privacy import DELTA_MIN
 
 _INTERVAL: Final = 2e-4
 """Widest interval into which the privacy loss is discretised. With it epsilon lies within 1e-4 of

@@ -12,7 +12,7 @@ from xpeer.accounts.budget import coarse_size
 from xpeer.accounts.signal import noise_norm
 from xpeer.errors import ConfigError
 from xpeer.leaves import Public, seen_by
-from xpeer.manifest import DELTA_MAX, DELTA_MIN
+from xpeer.manifest.privacy import DELTA_MAX, DELTA_MIN
 
 
 @seen_by("home", "of the operator's own numbers")

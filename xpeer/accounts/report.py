@@ -19,7 +19,7 @@ from xpeer.accounts.replay import replay
 from xpeer.accounts.spending import SwarmSpending
 from xpeer.errors import LocalError
 from xpeer.leaves import Local, Public, seen_by
-from xpeer.manifest import DELTA_MAX
+from xpeer.manifest.privacy import DELTA_MAX
 
 START: Final = "start the node: it takes up what was lost"
 TOLERANCE: Final = 0.01

@@ -11,7 +11,7 @@ from xpeer.cli.common import GivenPath, echo, echo_json, home_option, json_optio
 from xpeer.config import Home, privacy_register
 from xpeer.control import Client
 from xpeer.errors import ConfigError, LocalError
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 
 SAVE_TIMEOUT_S = 120.0
 """The daemon finishes the current step first."""

@@ -112,7 +112,8 @@ def inspect(
 
 
 def _length(home: Home) -> int:
-    from xpeer.manifest import Optimiser, SignedManifest  # noqa: PLC0415
+    from xpeer.manifest import Optimiser  # noqa: PLC0415
+    from xpeer.manifest.signed import SignedManifest  # noqa: PLC0415
 
     if home.manifest.exists():
         return SignedManifest.load(home.manifest).open().optimiser.sequence_tokens

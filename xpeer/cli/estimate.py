@@ -13,7 +13,9 @@ from xpeer.config import NodeConfig
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.forms import Codec
 from xpeer.founding_model import PRESETS, read_json
-from xpeer.manifest import BaseDtype, Lora, Optimiser, Round
+from xpeer.manifest import Optimiser
+from xpeer.manifest.model import BaseDtype, Lora
+from xpeer.manifest.round import Round
 from xpeer.policies import PrivacyMode, privacy_policy
 from xpeer.source import check_folder
 

@@ -25,7 +25,7 @@ from xpeer.cli.common import (
 from xpeer.config import Home, NodeConfig
 from xpeer.control import Client
 from xpeer.errors import LocalError, NotRunningError
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 
 if TYPE_CHECKING:
     from xpeer.accounts.own_model import OwnModel

@@ -26,9 +26,11 @@ from xpeer.cli.common import (
 )
 from xpeer.cli.start import read_token
 from xpeer.config import Home, NodeConfig
+from xpeer.drafting import draft_manifest
 from xpeer.errors import ConfigError
-from xpeer.founding_model import PRESETS, LoraOptions, draft_manifest, initial_model
-from xpeer.manifest import BaseDtype, LoraTrain, Manifest
+from xpeer.founding_model import PRESETS, LoraOptions, initial_model
+from xpeer.manifest import Manifest
+from xpeer.manifest.model import BaseDtype, LoraTrain
 from xpeer.needs import Needs
 from xpeer.network.membership.invites import Token
 from xpeer.network.multiaddress import check_peer

@@ -27,7 +27,7 @@ from xpeer.errors import (
 )
 from xpeer.founding import Issued
 from xpeer.identity import Identity, PeerId, public_key_of
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.needs import Needs
 from xpeer.network.membership.certificates import Role
 from xpeer.network.membership.invites import MAX_SEEDS, MEMBERSHIP_S, create_token

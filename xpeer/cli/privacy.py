@@ -25,7 +25,8 @@ from xpeer.cli.common import (
 from xpeer.cli.render import moment
 from xpeer.config import Home, privacy_register
 from xpeer.errors import ConfigError, ExitCode, LocalError
-from xpeer.manifest import DELTA_MIN, SignedManifest
+from xpeer.manifest.privacy import DELTA_MIN
+from xpeer.manifest.signed import SignedManifest
 
 if TYPE_CHECKING:
     from xpeer.accounts.ledger import Ledger

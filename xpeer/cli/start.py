@@ -197,7 +197,7 @@ def _examine(home: Home, config: NodeConfig, *, observes: bool, trial: bool) -> 
         return
     if home.manifest.exists():
         from xpeer import dry_run  # noqa: PLC0415 - slow
-        from xpeer.manifest import SignedManifest  # noqa: PLC0415
+        from xpeer.manifest.signed import SignedManifest  # noqa: PLC0415
 
         dry_run.examine(home, config, SignedManifest.load(home.manifest).open(), say, trial=trial)
         return

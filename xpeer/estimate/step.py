@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from xpeer.estimate.live import Rehearsal
-from xpeer.manifest import BaseDtype, Lora
+from xpeer.manifest.model import BaseDtype, Lora
 from xpeer.privacy.clipping import BookKeepingEngine, trainable
 from xpeer.privacy.steps import Switchable
 from xpeer.training.adapters import adapt

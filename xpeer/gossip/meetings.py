@@ -12,7 +12,7 @@ from xpeer.gossip.masked import MaskedGroup, MaskedMeeting
 from xpeer.gossip.partners import Partners
 from xpeer.gossip.view import GossipTrainer
 from xpeer.identity import PeerId
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 from xpeer.round import Meeting, MeetingPlan
 
 MIN_GATHER_S, GATHER_SLOTS = 2.0, 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xpeer.gossip.view import GossipTrainer
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 
 
 @dataclass(frozen=True, slots=True)

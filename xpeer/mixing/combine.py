@@ -23,7 +23,7 @@ from typing import ClassVar, Final, Protocol
 import torch
 
 from xpeer.errors import PeerError, Reason
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 
 _CHUNK_VALUES: Final = 1 << 14
 """Values of each partner that are compared at a time: 64 KiB, to stay in the second-level cache."""

@@ -15,7 +15,7 @@ from msgspec import Struct
 from xpeer.errors import ConfigError, NotAuthorisedError, PeerError, Reason
 from xpeer.identity import Identity, PeerId, seal_to
 from xpeer.leaves import Public, seen_by
-from xpeer.manifest import MAX_MANIFEST_BYTES, SignedManifest, swarm_key_digest
+from xpeer.manifest.signed import MAX_MANIFEST_BYTES, SignedManifest, swarm_key_digest
 from xpeer.network.membership.certificates import MAX_CREDENTIAL_BYTES
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xpeer.errors import ConfigError
-from xpeer.manifest import Privacy
+from xpeer.manifest.privacy import Privacy
 
 _COUNT_FRACTION: Final = 1 / 20
 """sigma_b over the expected units of a step. Their section 3.1 finds this precise enough."""

@@ -19,7 +19,8 @@ from xpeer.accounts.register import Register
 from xpeer.accounts.spending import Spending, SwarmSpending
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError
-from xpeer.manifest import Manifest, SignedManifest
+from xpeer.manifest import Manifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.mixing import combine, rules
 from xpeer.mixing.exchanges import Exchanges
 from xpeer.mixing.factors import FactorPair

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.manifest import Frozen
+from xpeer.manifest.model import Frozen
 from xpeer.mixing.buffers import Buffers
 from xpeer.mixing.fragments import padded
 from xpeer.mixing.received import ReceivedFragment, packed_addition

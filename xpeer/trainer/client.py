@@ -16,7 +16,8 @@ from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.forms import Form
-from xpeer.manifest import Manifest, SignedManifest, StateForm
+from xpeer.manifest import Manifest, StateForm
+from xpeer.manifest.signed import SignedManifest
 from xpeer.mixing.fragments import fragment_size, largest
 from xpeer.phase import Order, TrainerPhase
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary

@@ -27,7 +27,9 @@ from xpeer.accounts.own_model import Keep, OwnModel, OwnPlan, noted
 from xpeer.accounts.spending import OwnSpending, SwarmSpending
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, DivergedError, LocalError
-from xpeer.manifest import End, Manifest, Round, SignedManifest
+from xpeer.manifest import End, Manifest
+from xpeer.manifest.round import Round
+from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer.build import assemble
 from xpeer.trainer.own_run import OwnRun
 from xpeer.trainer.saving import Saving

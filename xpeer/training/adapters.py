@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from xpeer.errors import ConfigError
 from xpeer.leaves import seen_by
-from xpeer.manifest import BaseDtype, Lora, Model
+from xpeer.manifest.model import BaseDtype, Lora, Model
 from xpeer.mixing.factors import FactorPair, mean_of_products
 from xpeer.training.flat import digest
 from xpeer.training.losses import transformers_model

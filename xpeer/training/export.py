@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from xpeer.accounts.model_card import PrivacyCard, files
 from xpeer.errors import ConfigError, LocalError
-from xpeer.manifest import Model
+from xpeer.manifest.model import Model
 from xpeer.training import adapters, reloading
 from xpeer.training.held import release
 from xpeer.training.kept import CONFIG, Source, write_json

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from xpeer.errors import ConfigError, LocalError
-from xpeer.manifest import Frozen
+from xpeer.manifest.model import Frozen
 from xpeer.training.flat import digest
 from xpeer.training.losses import record_losses
 from xpeer.training.reach import Rows, out_of_reach

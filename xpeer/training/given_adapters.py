@@ -17,7 +17,7 @@ from safetensors.torch import load
 
 from xpeer import belonging
 from xpeer.errors import ConfigError
-from xpeer.manifest import BaseDtype
+from xpeer.manifest.model import BaseDtype
 from xpeer.training.adapters import ADAPTER_CONFIG, BASE_FILE, WEIGHTS, factors
 
 FOLDER: Final = "adapters"

@@ -8,7 +8,8 @@ import torch
 
 from xpeer.config import Data, Home
 from xpeer.errors import ConfigError, LocalError
-from xpeer.manifest import Lora, Manifest
+from xpeer.manifest import Manifest
+from xpeer.manifest.model import Lora
 from xpeer.training import given_adapters
 from xpeer.training.adapters import adapt, fixed_digest
 from xpeer.training.checkpoint import Bundle, load_latest

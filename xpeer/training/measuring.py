@@ -13,7 +13,7 @@ import torch
 
 from xpeer.errors import DivergedError, XpeerError
 from xpeer.escape import one_line, without_words
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 from xpeer.privacy.steps import Records
 from xpeer.training.schedule import Counters
 from xpeer.training.worktime import WorkTime

@@ -11,7 +11,7 @@ import torch
 from xpeer import belonging
 from xpeer.config import Home
 from xpeer.errors import ConfigError
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.training import adapters
 from xpeer.training.flat import digest_of
 from xpeer.training.held import DTYPES

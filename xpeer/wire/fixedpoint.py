@@ -30,7 +30,7 @@ import torch
 
 from xpeer.errors import PeerError, Reason
 from xpeer.forms import BLOCK, Form
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 from xpeer.update import CompressedUpdate, PrivateUpdate
 from xpeer.wire.blockwise import num_blocks
 from xpeer.wire.dither import splitmix64

@@ -17,8 +17,9 @@ from xpeer.accounts.budget import SIGMA_SETTING, Budget
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.accounts.spending import WHOLE, OwnSpending, Spending, SwarmSpending
+from xpeer.drafting import draft_manifest
 from xpeer.errors import BudgetSpentError
-from xpeer.founding_model import draft_manifest, initial_model
+from xpeer.founding_model import initial_model
 from xpeer.manifest import Manifest
 
 EPSILON, DELTA, Q, STEPS = 8.0, 1e-5, 0.1, 40

@@ -18,7 +18,9 @@ from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.identity import Identity, PeerId, blake2b
-from xpeer.manifest import End, Manifest, Model, PublicText, SignedManifest
+from xpeer.manifest import End, Manifest, PublicText
+from xpeer.manifest.model import Model
+from xpeer.manifest.signed import SignedManifest
 from xpeer.network.membership.invites import create_token
 from xpeer_daemon.lock import HomeLock
 

@@ -19,7 +19,7 @@ from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.control import Client
 from xpeer.errors import ExitCode
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.phase import Phase
 from xpeer.trainer.build import assemble
 from xpeer_daemon.lock import HomeLock

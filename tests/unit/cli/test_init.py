@@ -18,7 +18,8 @@ from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.identity import Identity, blake2b
-from xpeer.manifest import Manifest, SharedCorpus, SignedManifest
+from xpeer.manifest import Manifest, SharedCorpus
+from xpeer.manifest.signed import SignedManifest
 from xpeer.training.documents import corpus_digest, document_of
 from xpeer.training.flat import digest, read_flat
 from xpeer.training.model import from_folder

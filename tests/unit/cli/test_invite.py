@@ -16,7 +16,8 @@ from xpeer.cli import main
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ExitCode
 from xpeer.identity import Identity, blake2b
-from xpeer.manifest import End, Manifest, Model, PublicText
+from xpeer.manifest import End, Manifest, PublicText
+from xpeer.manifest.model import Model
 from xpeer.network.membership.invites import Token
 
 SEED = f"/ip4/192.0.2.1/tcp/4001/p2p/{Identity.generate().peer_id}"

@@ -15,7 +15,9 @@ from xpeer.accounts.chain import ChargeContext
 from xpeer.config import Home
 from xpeer.errors import ExitCode
 from xpeer.identity import Domain, Identity, blake2b
-from xpeer.manifest import End, Manifest, Model, PublicText, SignedManifest
+from xpeer.manifest import End, Manifest, PublicText
+from xpeer.manifest.model import Model
+from xpeer.manifest.signed import SignedManifest
 
 SETTINGS = f"""
 [network]

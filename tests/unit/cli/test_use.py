@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tests.cases.support import model_folder, tokenizer_folder
 from xpeer.cli import main
 from xpeer.errors import ConfigError, ExitCode
-from xpeer.manifest import Lora, Model
+from xpeer.manifest.model import Lora, Model
 from xpeer.training import adapters, trained
 from xpeer.training.export import export_adapters, export_hf
 from xpeer.training.flat import digest, read_flat

@@ -10,7 +10,8 @@ from xpeer.config import Home, NodeConfig
 from xpeer.gossip.partners import Partners
 from xpeer.health import Health
 from xpeer.identity import PeerId
-from xpeer.manifest import Privacy, Round
+from xpeer.manifest.privacy import Privacy
+from xpeer.manifest.round import Round
 from xpeer.phase import Phase
 from xpeer.roster.cards import MemberRecord
 from xpeer.status import Progress

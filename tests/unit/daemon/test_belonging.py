@@ -16,9 +16,10 @@ from xpeer import founding
 from xpeer.accounts import register_file
 from xpeer.accounts.accountant import Segment
 from xpeer.config import Data, Home, NodeConfig, Privacy
+from xpeer.drafting import draft_manifest
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
-from xpeer.founding_model import draft_manifest, initial_model
-from xpeer.manifest import SignedManifest
+from xpeer.founding_model import initial_model
+from xpeer.manifest.signed import SignedManifest
 from xpeer.training import checkpoint
 from xpeer.training.checkpoint import Bundle
 from xpeer_daemon import belonging, start

@@ -11,7 +11,7 @@ import pytest
 
 from xpeer.errors import Reason
 from xpeer.health import Health
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 from xpeer.round import Exchanged
 from xpeer_daemon.closing import Closing, closing_windows
 from xpeer_daemon.member import _closing

@@ -16,7 +16,7 @@ from xpeer.config import Checkpoint, Home, NodeConfig, Training
 from xpeer.errors import LocalError, TrainerError
 from xpeer.health import Health
 from xpeer.identity import PeerId
-from xpeer.manifest import Genesis
+from xpeer.manifest.signed import Genesis
 from xpeer.network.membership.certificates import Certificate
 from xpeer.status import Progress
 from xpeer.trainer.answers import Losses

@@ -15,7 +15,7 @@ from xpeer import founding
 from xpeer.config import Data, Home, Network, NodeConfig
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import Identity
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.phase import Phase
 from xpeer.status import PrivacySpent, Progress
 from xpeer_daemon import start

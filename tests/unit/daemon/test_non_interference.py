@@ -37,7 +37,8 @@ from xpeer.config import Home
 from xpeer.forms import Form
 from xpeer.identity import Identity, blake2b
 from xpeer.leaves import Treatment
-from xpeer.manifest import Manifest, SignedManifest
+from xpeer.manifest import Manifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.network import donation, giving
 from xpeer.network.agreement import Proposer, answering
 from xpeer.network.link import Link

@@ -23,7 +23,9 @@ from tests.unit.training.homes import make_homes
 from xpeer.accounts.budget import coarse_size
 from xpeer.accounts.ledger import Ledger
 from xpeer.identity import Identity
-from xpeer.manifest import Manifest, Round, SignedManifest
+from xpeer.manifest import Manifest
+from xpeer.manifest.round import Round
+from xpeer.manifest.signed import SignedManifest
 from xpeer.privacy.mechanism import build_mechanism
 from xpeer.status import PrivacySpent, Progress
 from xpeer.trainer.assembled import Assembled

@@ -10,7 +10,7 @@ import torch
 from xpeer.estimate.live import Rehearsal
 from xpeer.estimate.step import Step, memory_of
 from xpeer.founding_model import PRESETS
-from xpeer.manifest import Lora
+from xpeer.manifest.model import Lora
 from xpeer.training.model import build, num_params
 
 STEP = Step(config=PRESETS["tiny"], sequence_tokens=32, micro_batch=2, private=False)

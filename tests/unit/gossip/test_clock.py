@@ -22,7 +22,7 @@ from xpeer.gossip.partners import DEADLINE_MULTIPLE, MIN_DEADLINE_S, Events, Par
 from xpeer.gossip.record import LedgerState
 from xpeer.health import Health
 from xpeer.identity import PeerId
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 from xpeer.network.agreement import UnresolvedError
 from xpeer.network.link import RefusedError
 from xpeer.round import Exchanged, Meeting

@@ -16,7 +16,8 @@ from xpeer.gossip import matching
 from xpeer.gossip.clock import PATIENT_SLOTS, Gossip
 from xpeer.gossip.partners import Partners
 from xpeer.identity import Domain, Identity, PeerId, blake2b
-from xpeer.manifest import Round, StateForm
+from xpeer.manifest import StateForm
+from xpeer.manifest.round import Round
 from xpeer.network import donation
 from xpeer.network.link import Link
 from xpeer.network.rates import Rates

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.gossip.test_clock import ROUND, FakeTrainer
 from xpeer.gossip.pace import Pace
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 
 GRADIENT = msgspec.structs.replace(ROUND, rule="gradient", group=0, fragments=1)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.unit.training.test_loop import NUM_PARAMS, trainer_with, unbounded
 from xpeer.errors import PeerError, Reason
 from xpeer.forms import Form
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 from xpeer.mixing.combine import Mean, TrimmedMean, make
 from xpeer.mixing.received import consolidate
 from xpeer.training.loop import TrainingLoop

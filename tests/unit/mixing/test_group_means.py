@@ -10,7 +10,7 @@ import torch
 from tests.unit.training.test_loop import NUM_PARAMS, trainer_with, unbounded
 from xpeer.errors import PeerError
 from xpeer.forms import Form
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 from xpeer.mixing.screen import CLIP_AFTER
 from xpeer.training.loop import TrainingLoop
 from xpeer.update import Checked, PeerUpdate

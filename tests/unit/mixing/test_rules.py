@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 from xpeer.mixing import rules
 from xpeer.mixing.rules import Rule
 from xpeer.mixing.rules.gradient import GradientAveraging

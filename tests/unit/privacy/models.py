@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xpeer.manifest import Lora, LoraTrain
+from xpeer.manifest.model import Lora, LoraTrain
 from xpeer.training.adapters import adapt
 
 PAD = 10

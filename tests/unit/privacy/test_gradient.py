@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 
 from tests.unit.privacy.models import by_autograd, llama, record_losses, some_records
 from tests.unit.privacy.test_units import Chosen
-from xpeer.manifest import Privacy
+from xpeer.manifest.privacy import Privacy
 from xpeer.privacy.clipping import BookKeepingEngine, Bound, Clipped, MicrobatchEngine, trainable
 from xpeer.privacy.gradient import PrivateGradient, Sampling
 from xpeer.privacy.noise import SecretGenerator

@@ -20,7 +20,9 @@ from xpeer.accounts.budget import coarse_size
 from xpeer.accounts.ledger import Ledger
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
-from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText
+from xpeer.manifest import End, Manifest, Optimiser, PublicText
+from xpeer.manifest.model import Model
+from xpeer.manifest.privacy import Privacy
 from xpeer.privacy.clipping import BookKeepingEngine, Bound, Clipped, Engine, MicrobatchEngine
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism, build_mechanism
 from xpeer.privacy.options import Options

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from xpeer.errors import ConfigError
-from xpeer.manifest import Privacy
+from xpeer.manifest.privacy import Privacy
 from xpeer.privacy.norms import ClipNorm, clip_norm_of
 
 SIGMA = 0.8

@@ -22,7 +22,7 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 
 from xpeer.errors import PeerError, Reason, known_reason
 from xpeer.identity import Identity
-from xpeer.manifest import Genesis
+from xpeer.manifest.signed import Genesis
 from xpeer.network import introductions
 from xpeer.network.addresses import MAX_PEERS, AddressBook, is_dialled
 from xpeer.network.dht import MAX_KEYS_OF_OWNER, OwnerSigned, harden, keep_valid, ping

@@ -15,7 +15,8 @@ from xpeer.accounts.own_model import OwnModel, facts_of
 from xpeer.config import Home
 from xpeer.errors import BudgetSpentError, ConfigError, LocalError
 from xpeer.founding_model import LoraOptions
-from xpeer.manifest import End, SignedManifest
+from xpeer.manifest import End
+from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer import own
 from xpeer.trainer.build import assemble
 from xpeer.trainer.own import OwnTraining, Wishes

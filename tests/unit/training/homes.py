@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xpeer.config import Checkpoint, Data, NodeConfig, Privacy, Training
-from xpeer.founding_model import LoraOptions, draft_manifest, initial_model
+from xpeer.drafting import draft_manifest
+from xpeer.founding_model import LoraOptions, initial_model
 from xpeer.identity import Identity
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer.setup import TrainerSetup
 
 SENTENCE = "the quick brown fox jumps over the lazy dog, and node {node} saw it on day {day}. "

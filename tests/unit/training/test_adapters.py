@@ -27,7 +27,8 @@ from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.founding_model import PRESETS, LoraOptions, initial_model
-from xpeer.manifest import Lora, SignedManifest
+from xpeer.manifest.model import Lora
+from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer.build import assemble
 from xpeer.trainer.client import TrainerProcess
 from xpeer.trainer.setup import TrainerSetup

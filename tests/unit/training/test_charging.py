@@ -22,7 +22,9 @@ from xpeer.accounts import budget as budgets
 from xpeer.accounts.accountant import Segment
 from xpeer.accounts.budget import Budget, Charged
 from xpeer.errors import LocalError
-from xpeer.manifest import End, Manifest, Privacy, Round
+from xpeer.manifest import End, Manifest
+from xpeer.manifest.privacy import Privacy
+from xpeer.manifest.round import Round
 from xpeer.phase import Order
 from xpeer.status import PrivacySpent
 from xpeer.trainer import saving

@@ -19,7 +19,9 @@ from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import Identity, blake2b
-from xpeer.manifest import End, Manifest, Model, PublicText, SignedManifest
+from xpeer.manifest import End, Manifest, PublicText
+from xpeer.manifest.model import Model
+from xpeer.manifest.signed import SignedManifest
 from xpeer.training import checkpoint, model, tensor_file
 from xpeer.training.checkpoint import Bundle, load, load_latest, paths, save
 from xpeer.training.tensor_file import CorruptFileError

@@ -12,7 +12,8 @@ from torch import nn
 
 from tests.unit.test_manifest import manifest
 from xpeer.errors import ConfigError, LocalError
-from xpeer.manifest import Frozen, Manifest
+from xpeer.manifest import Manifest
+from xpeer.manifest.model import Frozen
 from xpeer.training import frozen
 from xpeer.training.flat import FlatParameters, read_flat
 from xpeer.training.model import build

@@ -20,7 +20,8 @@ from xpeer.cli import main
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.founding_model import LoraOptions, initial_model
 from xpeer.identity import blake2b
-from xpeer.manifest import Lora, SignedManifest
+from xpeer.manifest.model import Lora
+from xpeer.manifest.signed import SignedManifest
 from xpeer.privacy.engines import choose_engine
 from xpeer.trainer.build import assemble
 from xpeer.training import adapters, trained

@@ -19,7 +19,10 @@ from xpeer.accounts.budget import Charged
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.forms import Codec, Form
 from xpeer.identity import blake2b
-from xpeer.manifest import End, Manifest, Model, Optimiser, Privacy, PublicText, Round
+from xpeer.manifest import End, Manifest, Optimiser, PublicText
+from xpeer.manifest.model import Model
+from xpeer.manifest.privacy import Privacy
+from xpeer.manifest.round import Round
 from xpeer.mixing import exchanges, in_flight
 from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.in_flight import MAX_IN_FLIGHT

@@ -15,7 +15,8 @@ from tests.unit.training.test_adapters import LORA, RANK, dense_products, logits
 from xpeer.cli import main
 from xpeer.errors import ConfigError
 from xpeer.founding_model import LoraOptions
-from xpeer.manifest import BaseDtype, Lora, Model, SignedManifest
+from xpeer.manifest.model import BaseDtype, Lora, Model
+from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer.build import assemble
 from xpeer.training import adapters, targets
 from xpeer.training.flat import digest, digest_of, read_flat

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
-from xpeer.manifest import End, Manifest, Model, Optimiser, PublicText, SharedCorpus, Tokenizer
+from xpeer.manifest import End, Manifest, Optimiser, PublicText, SharedCorpus, Tokenizer
+from xpeer.manifest.model import Model
 from xpeer.training import partition
 from xpeer.training.documents import Document, corpus_digest, document_of
 from xpeer.training.records import FILL, cut

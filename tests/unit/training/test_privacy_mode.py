@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError, ExitCode, NotAuthorisedError
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.privacy.mechanism import OffMechanism, RecordMechanism
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup

@@ -16,9 +16,11 @@ from benchmarks.families.models import _tokenizer
 from tests.unit.training.homes import FAST, SENTENCE
 from xpeer.cli import main
 from xpeer.config import Checkpoint, Data, NodeConfig, Privacy, Training
-from xpeer.founding_model import LoraOptions, draft_manifest, initial_model
+from xpeer.drafting import draft_manifest
+from xpeer.founding_model import LoraOptions, initial_model
 from xpeer.identity import Identity
-from xpeer.manifest import Manifest, SignedManifest
+from xpeer.manifest import Manifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training.losses import transformers_model

@@ -20,16 +20,9 @@ from tests.unit.training.test_tokens import ENGLISH, byte_level
 from xpeer.config import Data, Home, NodeConfig
 from xpeer.errors import ShardError
 from xpeer.identity import blake2b
-from xpeer.manifest import (
-    End,
-    Manifest,
-    Model,
-    Optimiser,
-    PublicText,
-    SharedCorpus,
-    SignedManifest,
-    Tokenizer,
-)
+from xpeer.manifest import End, Manifest, Optimiser, PublicText, SharedCorpus, Tokenizer
+from xpeer.manifest.model import Model
+from xpeer.manifest.signed import SignedManifest
 from xpeer.status import TextProgress
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.text import Text, text_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from xpeer.manifest import Round
+from xpeer.manifest.round import Round
 from xpeer.mixing.rules.base import GradientSum, Rule
 from xpeer.mixing.rules.gradient import GradientAveraging
 from xpeer.mixing.rules.outer import DiLoCo, GASLoC, NoLoCo

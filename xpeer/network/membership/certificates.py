@@ -23,7 +23,7 @@ from msgspec import Meta, Struct
 from xpeer.errors import NotAuthorisedError
 from xpeer.identity import Domain, Identity, verify_with
 from xpeer.leaves import Parts, Public, seen_by
-from xpeer.manifest import Genesis
+from xpeer.manifest.signed import Genesis
 
 MAX_CREDENTIAL_BYTES = 2048
 MAX_REMEMBERED = 4096

@@ -23,7 +23,7 @@ from nacl.signing import SigningKey
 from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.identity import Domain, Identity, PeerId, verify_with
 from xpeer.leaves import Parts, Public, seen_by
-from xpeer.manifest import Genesis
+from xpeer.manifest.signed import Genesis
 from xpeer.needs import Needs
 from xpeer.network.membership.certificates import (
     BEARER_PREFIX,

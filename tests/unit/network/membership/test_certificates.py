@@ -13,7 +13,7 @@ from nacl.signing import SigningKey
 
 from xpeer.errors import ExitCode, NotAuthorisedError
 from xpeer.identity import Domain, Identity
-from xpeer.manifest import Genesis
+from xpeer.manifest.signed import Genesis
 from xpeer.network.membership import certificates
 from xpeer.network.membership.certificates import Certificate, Credential, Membership, Role, Scope
 from xpeer.network.membership.invites import grant

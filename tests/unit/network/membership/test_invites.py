@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.identity import Domain, Identity, PeerId
-from xpeer.manifest import Genesis
+from xpeer.manifest.signed import Genesis
 from xpeer.needs import Needs
 from xpeer.network.membership import invites
 from xpeer.network.membership.certificates import Membership, Role

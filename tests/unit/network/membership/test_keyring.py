@@ -12,7 +12,7 @@ from nacl.secret import SecretBox
 from benchmarks.scale.rosters import Net, Node
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, blake2b
-from xpeer.manifest import SignedManifest
+from xpeer.manifest.signed import SignedManifest
 from xpeer.network import admission
 from xpeer.network.admission import Admission
 from xpeer.network.agreement import Party
