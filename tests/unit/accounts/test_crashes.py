@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
-import signal
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,46 +43,46 @@ def windows(folder: Path) -> None:
     ledger.close()
 
 
-def in_child(run: Callable[[], None]) -> int:
-    """Its exit code, or minus the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            run()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+original = sqlite3.connect
 
 
-class Countdown:
-    """Ends the process, as kill -9 does, before its so many-th statement to SQLite, or right after.
+class Deaths:
+    """What kill -9 would leave on the disk before and after every statement to SQLite.
 
-    A statement that was carried out when the process ends may be on the disk or not; both kinds of
-    ends are tried at every place.
+    A killed process loses nothing that it has written: a copy of the files is what the next one
+    finds. Copies that are equal are kept once.
     """
 
-    def __init__(self, statements: int, after: bool) -> None:
-        self.left, self.after = statements, after
+    def __init__(self, folder: Path, copies: Path) -> None:
+        self._folder, self._copies = folder, copies
+        self._seen: set[bytes] = set()
+        self.statements = 0
+
+    def left(self) -> list[Path]:
+        return sorted(self._copies.iterdir())
 
     def connect(self, *args: Any, **kwargs: Any) -> sqlite3.Connection:
-        countdown = self
+        deaths = self
 
-        class Mortal(sqlite3.Connection):
+        class Watched(sqlite3.Connection):
             def execute(self, *given: Any) -> sqlite3.Cursor:
-                countdown.left -= 1
-                if countdown.left == 0 and not countdown.after:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                deaths.statements += 1
+                deaths.note()
                 cursor = super().execute(*given)
-                if countdown.left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                deaths.note()
                 return cursor
 
-        return original(*args, factory=Mortal, **kwargs)
+        return original(*args, factory=Watched, **kwargs)
 
-
-original = sqlite3.connect
+    def note(self) -> None:
+        digest = hashlib.sha256()
+        for file in sorted(self._folder.rglob("*")):
+            if file.is_file() and file.suffix != ".sqlite-shm":  # SQLite makes it anew
+                digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+                digest.update(file.read_bytes())
+        if digest.digest() not in self._seen:
+            self._seen.add(digest.digest())
+            shutil.copytree(self._folder, self._copies / f"{len(self._seen):04}")
 
 
 def taken(folder: Path) -> int:
@@ -94,28 +92,19 @@ def taken(folder: Path) -> int:
 
 def test_killed_at_every_statement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before and after each one; then the node starts again, and is charged at least as much."""
-    epsilon([Segment(SIGMA, Q, 1)], DELTA)  # imports the library once, not in every child
-    clean = tmp_path / "clean"
-    clean.mkdir()
-    windows(clean)
-    statement, ended = 0, False
-    while not ended:
-        statement += 1
-        for after in (False, True):
-            folder = tmp_path / f"{statement}-{after}"
-            folder.mkdir()
-            countdown = Countdown(statement, after)
-
-            def mortal(folder: Path = folder, countdown: Countdown = countdown) -> None:
-                monkeypatch.setattr(sqlite3, "connect", countdown.connect)
-                windows(folder)
-
-            code = in_child(mortal)
-            assert code in (0, -signal.SIGKILL)
-            ended = code == 0
-            check(folder)
-            shutil.rmtree(folder)
-    assert statement > 40  # it was killed at so many places
+    folder, copies = tmp_path / "node", tmp_path / "copies"
+    folder.mkdir()
+    copies.mkdir()
+    deaths = Deaths(folder, copies)
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", deaths.connect)
+        windows(folder)
+    assert deaths.statements > 40
+    left = deaths.left()
+    assert len(left) > 20  # so many of them changed a file
+    assert {taken(each) for each in left} == {0, 4, 8, 12}  # in each window
+    for each in left:
+        check(each)
 
 
 def check(folder: Path) -> None:

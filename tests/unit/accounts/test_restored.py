@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.mortal import exit_code
 from tests.unit.accounts.ledgers import about_in, by_unit
 from tests.unit.privacy.test_mechanism import manifest
 from xpeer.accounts import audit, model_card, register_file, report
@@ -152,16 +153,17 @@ def test_a_copy_of_a_home_beside_its_original_is_refused(machine: Machine) -> No
         assert steps(copy) == copy.steps_charged == 60
 
 
+def start_and_die(machine: Machine) -> None:
+    machine.start("a", ["x"])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_register_that_was_restored_over_a_newer_log_is_refused(machine: Machine) -> None:
     """SQLite takes the log's pages for the copy's: a span without its documents."""
     machine.charge("a", ["x"], STEP)
     old = machine.copy(machine.register)
     machine.charge("a", ["y"], STEP, STEP)
-    pid = os.fork()
-    if pid == 0:
-        machine.start("a", ["x"])
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(pid, 0)
+    assert exit_code(start_and_die, machine) == -signal.SIGKILL
     for file in old.iterdir():
         shutil.copy2(file, machine.register / file.name)
     with pytest.raises(LocalError, match="restored in part") as caught:
@@ -202,26 +204,26 @@ def test_a_register_that_is_lost_beside_its_key_is_not_begun_anew(machine: Machi
             Register.look(machine.register)
 
 
-def test_killed_while_it_begins_a_register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def begin_and_die(folder: Path, at: int) -> None:
+    """Open a register that is not there yet, and end before this rename."""
+    rename, left = Path.rename, at
+
+    def mortal(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, target)
+
+    Path.rename = mortal  # type: ignore[method-assign,assignment]
+    Register.open(folder)
+
+
+def test_killed_while_it_begins_a_register(tmp_path: Path) -> None:
     """Before each rename; the next start finds neither file, or ends what was begun."""
-    rename = Path.rename
     for at in (1, 2):
         folder = tmp_path / str(at)
-        left = at
-
-        def mortal(self: Path, target: Path) -> Path:
-            nonlocal left
-            left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(self, target)
-
-        pid = os.fork()
-        if pid == 0:
-            monkeypatch.setattr(Path, "rename", mortal)
-            Register.open(folder)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert exit_code(begin_and_die, folder, at) == -signal.SIGKILL
         assert Register.look(folder) is None
         key = folder / register_file.KEY
         made = key.read_bytes() if at == 2 else None

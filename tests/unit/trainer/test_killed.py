@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.mortal import exit_code
 from tests.unit.training.homes import make_homes
 from xpeer.accounts.accountant import Segment, epsilon, epsilon_worst
 from xpeer.accounts.ledger import Ledger
@@ -84,13 +85,7 @@ def deadly(dies_at: int) -> Iterator[Count]:
 
 
 def killed(setup: TrainerSetup, taken: Path, dies_at: int) -> None:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            live(setup, taken, dies_at)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert exit_code(live, setup, taken, dies_at) == -signal.SIGKILL
 
 
 def true_epsilon(node: Assembled, taken: Path) -> float:
