@@ -6,9 +6,18 @@ import math
 
 import msgspec
 
+from xpeer.errors import ConfigError
 from xpeer.identity import Domain
 from xpeer.network.swarm import Swarm
-from xpeer.roster.cards import Beat, Known, LivenessChain, MemberCard, MemberRecord, SignedCard
+from xpeer.roster.cards import (
+    MAX_CARD_BYTES,
+    Beat,
+    Known,
+    LivenessChain,
+    MemberCard,
+    MemberRecord,
+    SignedCard,
+)
 from xpeer.roster.pace import BEATS_PER_LIFETIME, TTL_S, bounded_lifetime_s
 
 
@@ -35,6 +44,9 @@ class OwnCard:
 
         Returns:
             `known` itself with a later beat, if its content is still right; else a new card.
+
+        Raises:
+            ConfigError: no other member could read a card with this content.
         """
         lifetime_s = self._lifetime_of(members)
         if known is not None and self._chain is not None and not self._chain.ends(now):
@@ -50,12 +62,29 @@ class OwnCard:
         card = MemberCard(record, version_ms, now, lifetime_s, self._chain.links[0])
         body = msgspec.msgpack.encode(card)
         swarm_id = self._swarm.membership.swarm_id
-        signature = self._swarm.sign(Domain.CARD, swarm_id.encode() + body)
+        signed = SignedCard(body, self._swarm.sign(Domain.CARD, swarm_id.encode() + body))
+        _require_readable(signed)
         beat, me = Beat(0, card.anchor), self._swarm.peer_id
-        return Known(me, SignedCard(body, signature), card, beat, beat.alive_until(card))
+        return Known(me, signed, card, beat, beat.alive_until(card))
 
     def _lifetime_of(self, members: int) -> float:
         """The lifetime that bounds the traffic of links; it is shortened late, lest it swing."""
         needed = bounded_lifetime_s(members)
         shorter = bounded_lifetime_s(math.ceil(1.25 * members)) < self._lifetime_s
         return needed if needed > self._lifetime_s or shorter else self._lifetime_s
+
+
+def _require_readable(signed: SignedCard) -> None:
+    """Refuse a card that others would drop: this node would be alone, and would not know why.
+
+    msgspec checks bounds when it decodes, never when an object is made.
+    """
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(signed), type=SignedCard)
+        msgspec.msgpack.decode(signed.body, type=MemberCard)
+    except msgspec.ValidationError as e:
+        raise ConfigError(
+            f"this node's card can't be read by other members ({len(signed.body)} bytes, "
+            f"{MAX_CARD_BYTES} at most): {e}",
+            "shorten network.announce, network.listen or network.zone",
+        ) from e

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 import pytest
 
 from benchmarks.scale.rosters import Net, Node, measure
-from xpeer.errors import PeerError
+from xpeer.errors import ConfigError, PeerError
 from xpeer.identity import Domain, Identity
 from xpeer.network.dht import MAX_TTL_S
 from xpeer.network.membership.certificates import Credential
@@ -83,6 +84,28 @@ async def test_a_change_is_seen_within_seconds_and_a_new_slot_is_none(net: Net) 
     for node in nodes:
         assert node.roster.members()[nodes[1].peer_id].phase == "closing"
         assert node.roster.zones()[nodes[1].peer_id] == "eu"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"zone": "not a zone"},
+        {"phase": "Training!"},
+        {"addresses": ["/ip4/192.0.2.1/tcp/4001/p2p/" + "x" * 300]},
+        {"addresses": [f"/dns4/{n}{'a' * 280}/tcp/4001" for n in range(8)]},  # together too long
+    ],
+    ids=["zone", "phase", "address", "addresses"],
+)
+async def test_a_card_that_nobody_could_read_is_not_signed(
+    net: Net, changes: dict[str, Any]
+) -> None:
+    node = net.join()
+    await node.roster.announce(node.record)
+    before = node.roster._known[node.peer_id].signed
+    with pytest.raises(ConfigError, match="can't be read by other members") as raised:
+        await node.roster.announce(msgspec.structs.replace(node.record, **changes))
+    assert "network.announce" in raised.value.remedy
+    assert node.roster._known[node.peer_id].signed == before
 
 
 async def test_two_halves_that_dropped_one_another_find_together(net: Net) -> None:
