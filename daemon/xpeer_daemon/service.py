@@ -146,7 +146,7 @@ async def live(candidate: Candidate) -> None:
         needs.require(needs.Needs.of(member.manifest), config.data, home)
         if member.manifest.shared_corpus is not None:
             await _wait_for_peers(node, member)
-        start = _Start(await member.parameters.hold(await _start_trainer(node, member)))
+        start = await _first_start(node, member)
         tasks.create_task(member.supervisor.run(partial(_go_on, candidate, member, start)))
         await _begin(node, member, start)
         tasks.create_task(member.parameters.catch_up_later())
@@ -191,6 +191,20 @@ async def _begin(node: Node, member: Member, start: _Start) -> None:
         start.begun = await member.supervisor.instruct(node.begin, trainer)
         if not start.begun and start.holder is trainer:
             start.holder = None
+
+
+async def _first_start(node: Node, member: Member) -> _Start:
+    """Start a trainer and give it the swarm's parameters.
+
+    If it dies meanwhile, the supervisor starts it again, and `_go_on` gives it the parameters.
+    """
+    start = _Start(None)
+
+    async def hold(trainer: TrainerProcess) -> None:
+        start.holder = await member.parameters.hold(trainer)
+
+    await member.supervisor.instruct(hold, await _start_trainer(node, member))
+    return start
 
 
 async def _start_trainer(node: Node, member: Member) -> TrainerProcess:

@@ -72,6 +72,7 @@ class Rig:
         self.held_again = asyncio.Event()
         self.may_hold = asyncio.Event()
         self.may_hold.set()
+        self.dies_in_hold = False
         self.supervisor = Supervisor(cast(Any, dict), self.start)
         forever = asyncio.Event().wait
         self.member: Any = SimpleNamespace(
@@ -120,6 +121,9 @@ class Rig:
 
     async def hold(self, trainer: TrainerProcess) -> TrainerProcess:
         self.fake.life.enter(Phase.FETCHING)
+        if self.dies_in_hold:
+            self.made[0].ended.set_result(-9)
+            raise TrainerError("the trainer is gone")
         return trainer
 
     async def hold_again(self, trainer: TrainerProcess) -> bool:
@@ -166,6 +170,19 @@ async def test_one_that_dies_while_the_node_waits_is_started_again(
         assert rig.made[1].orders == []
         rig.may_hold.set()
         await rig.until_in(Phase.TRAINING)
+        assert [trainer.orders for trainer in rig.made] == [[], ["train"]]
+
+
+@pytest.mark.parametrize("resumed_step", [None, 0], ids=["without a checkpoint", "with one"])
+async def test_one_that_dies_as_it_gets_its_first_parameters_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, resumed_step: int | None
+) -> None:
+    rig = Rig(monkeypatch, resumed_step)
+    rig.dies_in_hold = True
+    async with rig.lives():
+        rig.partner_comes()
+        await rig.until_in(Phase.TRAINING)
+        assert rig.supervisor.restarts == 1
         assert [trainer.orders for trainer in rig.made] == [[], ["train"]]
 
 
