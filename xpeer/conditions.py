@@ -358,6 +358,14 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         "joins now can't find this swarm there",
         clears="a seed or a member answers",
     ),
+    Condition(
+        code="not-called-back",
+        severity="note",
+        text="none of the {asked} peers that this node dialled last could call it back",
+        remedy="open its port (network.listen) in the firewall, or forward one to it and set "
+        "network.announce; until then others may not begin an exchange with it",
+        clears="one of them can, at the next dial, a minute later at most",
+    ),
     # The machine
     Condition(
         code="clock-off",

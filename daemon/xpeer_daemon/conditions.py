@@ -179,6 +179,8 @@ def _network(node: Node) -> None:
     silence = swarm.bootstrapping.silent_seeds
     health.hold("no-seed", bool(silence), why=silence)
     ahead_s, clocks = swarm.bootstrapping.clock_ahead_s, swarm.bootstrapping.clocks
+    unheard = 0 < swarm.bootstrapping.unheard == clocks
+    health.hold("not-called-back", unheard, asked=clocks)
     how = f"{abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'}"
     health.hold("clock-off", abs(ahead_s) > MAX_CLOCK_S, how=how, clocks=clocks)
 

@@ -9,7 +9,6 @@ it stores.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections import OrderedDict
 from collections.abc import Collection
@@ -33,8 +32,7 @@ from xpeer.identity import Domain, Identity, verify
 from xpeer.leaves import Public, seen_by
 from xpeer.network.membership.certificates import Membership
 from xpeer.network.p2p import GatedP2P
-
-log = logging.getLogger("xpeer.network")
+from xpeer.network.seeds import Answer
 
 MAX_VALUE_BYTES = 4096
 MAX_TTL_S = 1200.0
@@ -171,14 +169,14 @@ async def start_node(p2p: GatedP2P, validator: OwnerSigned) -> DHTNode:
     return node
 
 
-async def ping(node: DHTNode, peer: PeerID) -> float:
+async def ping(node: DHTNode, peer: PeerID) -> Answer:
     """Exchange a ping with a node, so that each puts the other into its routing table.
 
     hivemind's own ping hides errors and the other node's clock.
 
     Returns:
-        Seconds by which its clock is ahead of ours; 0 if the difference is smaller than the time
-        that the call took.
+        Seconds by which its clock is ahead of ours, 0 if the difference is smaller than the time
+        that the call took; and whether it could call us.
 
     Raises:
         PeerError: MALFORMED: it answered something else than a ping of its own.
@@ -198,9 +196,8 @@ async def ping(node: DHTNode, peer: PeerID) -> float:
         raise
     theirs, now = float(answer.dht_time), float(get_dht_time())
     await protocol.update_routing_table(met, peer, responded=True)
-    if not answer.available:
-        log.info("%s can't call us back: is our port open?", peer)
-    return theirs - min(max(theirs, sent), now) if math.isfinite(theirs) else 0.0
+    ahead_s = theirs - min(max(theirs, sent), now) if math.isfinite(theirs) else 0.0
+    return Answer(ahead_s, bool(answer.available))
 
 
 def harden(protocol: DHTProtocol, validator: OwnerSigned) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Collection
+from typing import NamedTuple
 
 from xpeer.errors import PeerError
 from xpeer.identity import PeerId
@@ -28,14 +29,22 @@ MAX_SKEW_S = 3.0
 """hivemind's bound. Records live for 40 s, and slots follow the clock: more costs exchanges."""
 
 
+class Answer(NamedTuple):
+    """The answer to a dial."""
+
+    ahead_s: float
+    """Seconds by which the peer's clock is ahead of ours."""
+    called_back: bool = True
+    """Whether the peer could call us."""
+
+
 class Bootstrapping:
     """Dials in a loop, and keeps what the last dials showed.
 
     Args:
         targets: returns the peers to dial now, with their addresses. An empty result means that
             nobody is known; that is no failure.
-        dial: connects, introduces us and pings; returns by how many seconds the peer's clock is
-            ahead of ours.
+        dial: connects, introduces us and pings.
         find_neighbours: looks for DHT nodes near us, after somebody answered.
         seeds: the peers that our operator named.
 
@@ -44,12 +53,13 @@ class Bootstrapping:
         note: why nobody answers, or that our clock is wrong, for the operator. Empty: all is well.
         clock_ahead_s: seconds by which our clock is ahead of the median of the last answers.
         clocks: number of peers in the last answers.
+        unheard: number of them that could not call us back.
     """
 
     def __init__(
         self,
         targets: Callable[[], dict[PeerId, str]],
-        dial: Callable[[PeerId], Awaitable[float]],
+        dial: Callable[[PeerId], Awaitable[Answer]],
         find_neighbours: Callable[[], Awaitable[None]],
         seeds: Collection[PeerId] = (),
     ) -> None:
@@ -61,7 +71,7 @@ class Bootstrapping:
         self._seeds = seeds
         self._failures: dict[PeerId, str] = {}
         self.clock_ahead_s = 0.0
-        self.clocks = 0
+        self.clocks = self.unheard = 0
         self._again = asyncio.Event()
         self._answered = 0
 
@@ -118,7 +128,9 @@ class Bootstrapping:
         if len(failures) == len(targets):
             self._say(f"no seed answers: {failures[0]}")
             return False
-        ahead_s = sorted(answer for answer in answers if isinstance(answer, float))
+        heard = [answer for answer in answers if isinstance(answer, Answer)]
+        self.unheard = sum(not answer.called_back for answer in heard)
+        ahead_s = sorted(answer.ahead_s for answer in heard)
         self.clock_ahead_s, self.clocks = -ahead_s[len(ahead_s) // 2], len(ahead_s)
         self._say(_of_clocks(self.clock_ahead_s))
         if self._answered % NEIGHBOURS_EVERY == 0:
@@ -134,15 +146,15 @@ class Bootstrapping:
         chosen += random.sample(others, HEALTHY_TARGETS - len(chosen))
         return {peer: targets[peer] for peer in chosen}
 
-    async def _try(self, peer_id: PeerId, address: str) -> float | str:
+    async def _try(self, peer_id: PeerId, address: str) -> Answer | str:
         try:
-            ahead_s = await self._dial(peer_id)
+            answer = await self._dial(peer_id)
         except PeerError as e:
             if peer_id in self._seeds:
                 self._failures[peer_id] = f"{address}: {e}"
             return f"{address}: {e}"
         self._failures.pop(peer_id, None)
-        return ahead_s
+        return answer
 
     def _say(self, note: str) -> None:
         if note and note != self.note:

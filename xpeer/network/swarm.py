@@ -34,7 +34,7 @@ from xpeer.network.link import Link, Meter
 from xpeer.network.membership.certificates import Membership, Scope
 from xpeer.network.multiaddress import check_announce
 from xpeer.network.p2p import CallHandler, GatedP2P
-from xpeer.network.seeds import FIRST_RETRY_S, LONGEST_RETRY_S, Bootstrapping
+from xpeer.network.seeds import FIRST_RETRY_S, LONGEST_RETRY_S, Answer, Bootstrapping
 from xpeer.network.serving import LinkHandler, Served
 from xpeer.network.stream import Stream
 
@@ -403,8 +403,8 @@ class Swarm:
             return True
         return False
 
-    async def _dial(self, peer_id: PeerId) -> float:
-        """Connect, introduce ourselves and ping; returns how far the peer's clock is ahead, s."""
+    async def _dial(self, peer_id: PeerId) -> Answer:
+        """Connect, introduce ourselves and ping."""
         with self._peer_errors(peer_id):
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await self._connect(peer_id, self._addresses.of(peer_id))

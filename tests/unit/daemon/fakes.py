@@ -74,7 +74,9 @@ class FakeNode:
         self.clock = clock or Clock()
         config = config or NodeConfig()
         self.members = {PeerId(peer): member(peer) for peer in members}
-        self.bootstrapping = SimpleNamespace(silent_seeds="", clock_ahead_s=0.0, clocks=2)
+        self.bootstrapping = SimpleNamespace(
+            silent_seeds="", clock_ahead_s=0.0, clocks=2, unheard=0
+        )
         self.swarm = SimpleNamespace(
             bootstrapping=self.bootstrapping, sidecar_alive=True, addresses=[],
             sidecar_restarts=0, strangers_refused=0, direct=SimpleNamespace(strangers=0),

@@ -121,6 +121,16 @@ def test_a_wrong_clock(fake: FakeNode, ahead_s: float, told: str) -> None:
         assert "2 members" in fake.text("clock-off")
 
 
+def test_a_node_that_nobody_can_call(fake: FakeNode) -> None:
+    fake.bootstrapping.clocks, fake.bootstrapping.unheard = 3, 2
+    assert fake.codes == []
+    fake.bootstrapping.unheard = 3
+    assert fake.codes == ["not-called-back"]
+    assert "none of the 3 peers" in fake.text("not-called-back")
+    fake.bootstrapping.clocks = fake.bootstrapping.unheard = 0
+    assert fake.codes == []
+
+
 def test_a_partner_that_never_ends(fake: FakeNode) -> None:
     fake.node.follow_trainer("closing", Progress(step=1000, tokens=1))
     fake.members[PeerId(BETA)] = member(BETA, "closing")

@@ -11,7 +11,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network import introductions
 from xpeer.network.addresses import AddressBook, reachable
-from xpeer.network.seeds import HEALTHY_TARGETS, Bootstrapping
+from xpeer.network.seeds import HEALTHY_TARGETS, Answer, Bootstrapping
 
 A, B, C = (Identity.generate().peer_id for _ in range(3))
 
@@ -22,17 +22,18 @@ class Network:
     def __init__(self, **answers: float | str) -> None:
         self.answers = {PeerId(name): answer for name, answer in answers.items()}
         self.dialled: list[PeerId] = []
+        self.deaf: set[PeerId] = set()
         self.settled = 0
 
     def targets(self) -> dict[PeerId, str]:
         return {peer: f"/address/of/{peer}" for peer in self.answers}
 
-    async def dial(self, peer_id: PeerId) -> float:
+    async def dial(self, peer_id: PeerId) -> Answer:
         self.dialled.append(peer_id)
         answer = self.answers[peer_id]
         if isinstance(answer, str):
             raise PeerError(answer)
-        return answer
+        return Answer(answer, peer_id not in self.deaf)
 
     async def settle(self) -> None:
         self.settled += 1
@@ -256,3 +257,14 @@ async def test_our_clock_is_compared_with_those_who_answer():
     loop = network.loop()
     await loop.once()
     assert (loop.clock_ahead_s, loop.clocks) == (-120.0, 3)
+
+
+async def test_those_who_cannot_call_us_back_are_counted():
+    network = Network(a=0.0, b=0.0, c=Reason.TIMEOUT)
+    network.deaf = {PeerId("a"), PeerId("b"), PeerId("c")}
+    loop = network.loop()
+    await loop.once()
+    assert (loop.unheard, loop.clocks) == (2, 2)
+    network.deaf.remove(PeerId("b"))
+    await loop.once()
+    assert (loop.unheard, loop.clocks) == (1, 2)
