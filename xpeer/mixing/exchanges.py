@@ -93,7 +93,10 @@ class Exchanges:
         self._movement = Movement(fragments.num_fragments)
         self._limits = {
             each: [
-                NormLimit(of_differences=vector != each.parameters_at)
+                NormLimit(
+                    of_differences=vector != each.parameters_at,
+                    of_movements=vector == each.movements_at,
+                )
                 for vector in range(each.vectors)
             ]
             for each in (rule, self._averaging)

@@ -133,10 +133,12 @@ class NormLimit:
     Args:
         of_differences: whether the vector is a gradient or a pseudo-gradient instead of parameters.
             Then the norm of our own vector takes the place of M.
+        of_movements: whether it says how far parameters moved. Then M counts as well: if we took no
+            step since the last exchange, our own vector is nearly zero, and partners' are not.
     """
 
-    def __init__(self, *, of_differences: bool = False) -> None:
-        self._of_differences = of_differences
+    def __init__(self, *, of_differences: bool = False, of_movements: bool = False) -> None:
+        self._of_differences, self._of_movements = of_differences, of_movements
         self._accepted: OrderedDict[str, deque[float]] = OrderedDict()
         self._clipped: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -168,7 +170,7 @@ class NormLimit:
         wanted = self.limit(own_norm, scale, partner)
         if norm <= wanted:
             return norm
-        moved = own_norm if self._of_differences else (scale or Scale()).moved
+        moved = self._measure(own_norm, scale or Scale())
         narrowed = wanted * 0.5 ** self._clipped.get(partner, 0)
         return max(narrowed, min(wanted, NARROWEST * moved), CLIP_FLOOR * own_norm)
 
@@ -189,8 +191,14 @@ class NormLimit:
             if len(self._accepted) > MAX_PARTNERS:
                 self._accepted.popitem(last=False)
 
+    def _measure(self, own_norm: float, scale: Scale) -> float:
+        """What distances are compared with."""
+        if self._of_movements:
+            return max(own_norm, scale.moved)
+        return own_norm if self._of_differences else scale.moved
+
     def _bounds(self, own_norm: float, scale: Scale) -> tuple[float, float]:
-        moved = own_norm if self._of_differences else scale.moved
+        moved = self._measure(own_norm, scale)
         if scale.stale:
             return FLOOR * moved, max(FLOOR * moved, STALE_SHARE * own_norm)
         if moved > 0:

@@ -93,6 +93,16 @@ def test_gradients_are_measured_by_our_own() -> None:
     assert limit.limit(OWN, M, "a") == CAP * OWN
 
 
+def test_movements_are_measured_by_how_far_we_usually_move_if_we_took_no_step() -> None:
+    """A fragment meets twice without a step between: our pseudo-gradient is what a codec left."""
+    limit = NormLimit(of_differences=True, of_movements=True)
+    left = 1e-3
+    assert limit.limit(left, M, "a") == CAP * M.moved
+    assert limit.kept(left, 2.0, M, "a") == 2.0
+    assert limit.limit(5.0, M, "a") == CAP * 5.0
+    assert NormLimit(of_differences=True).limit(left, M, "a") == CAP * left  # a gradient is none
+
+
 def test_a_masked_group_has_no_others_and_is_bounded_all_the_same() -> None:
     limit = NormLimit()
     for _ in range(CLIP_AFTER):

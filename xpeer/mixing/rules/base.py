@@ -67,11 +67,13 @@ class Rule:
     Attributes:
         vectors: V, how many values are sent for each parameter, as its policy says.
         parameters_at: which of the V vectors holds parameters: there the distance is measured.
+        movements_at: which of them says how far our parameters moved; None = none of them.
         reads_own: whether `correct` needs `own`; else it need not be decoded.
     """
 
     vectors: ClassVar[int] = 1
     parameters_at: ClassVar[int] = 0
+    movements_at: ClassVar[int | None] = None
     reads_own: ClassVar[bool] = False
 
     @property

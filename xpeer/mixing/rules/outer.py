@@ -91,6 +91,7 @@ class NoLoCo(_Anchored):
 
     vectors = RULES["noloco"].vectors
     parameters_at = 1
+    movements_at = 0
     reads_own = True
 
     def __init__(self, rate: float, momentum: float, consensus: float) -> None:
