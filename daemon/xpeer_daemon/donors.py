@@ -18,6 +18,7 @@ import contextlib
 import logging
 import math
 import random
+import re
 from pathlib import Path
 from typing import Final
 
@@ -67,6 +68,8 @@ CATCH_UP_S: Final = 900.0
 STALE_S: Final = 10.0
 """After a longer failure the other offers may have lapsed, so they are asked for anew."""
 
+_DIGITS: Final = re.compile(r"[\d.]+")
+
 Offer = Giver | Offered
 """In pieces; or the whole, by a donor of an earlier version."""
 
@@ -104,6 +107,8 @@ class Donors:
         self._rates = rates
         self._accept = accept
         self._failed: dict[PeerId, Backoff] = {}
+        self._said: dict[PeerId, set[str]] = {}
+        """Why each donor was refused since it last gave its parameters, without numbers."""
         self._takeover = Takeover(
             party, dialler, shape_of(manifest), rates, folder, node.life, self._avoid
         )
@@ -286,7 +291,7 @@ class Donors:
                 self._avoid(alone.donor, str(e))
             return False
         for tree in trees:
-            self._failed.pop(tree.donor, None)
+            self._succeeded(tree.donor)
         self._alone = None
         names = ", ".join(tree.donor[-8:] for tree in trees)
         log.info("took over the parameters of %s at step %d", names, step)
@@ -367,7 +372,7 @@ class Donors:
             took_s = clock() - began
             self._avoid(donor, str(e) or f"not all of it came within {took_s:.0f} s", took_s)
             return False
-        self._failed.pop(donor, None)
+        self._succeeded(donor)
         log.info("took over the parameters of %s at step %d", donor[-8:], step)
         await self._save()
         return True
@@ -378,6 +383,10 @@ class Donors:
         except LocalError as e:  # the node's health says so, and the next attempt may succeed
             log.warning("the parameters that were taken over are not saved yet: %s", e)
 
+    def _succeeded(self, donor: PeerId) -> None:
+        self._failed.pop(donor, None)
+        self._said.pop(donor, None)
+
     def _avoid(self, donor: PeerId, why: str, took_s: float = 0.0) -> None:
         self._refused(donor, why)
         backoff = self._failed.setdefault(donor, Backoff())
@@ -385,6 +394,12 @@ class Donors:
         backoff.failed(now, donation.PAUSE_S, took_s, why, agreed=True)
 
     def _refused(self, donor: PeerId, why: str) -> None:
+        """Say so once for each donor and reason: it is asked again every `RETRY_S`."""
+        said, reason = self._said.setdefault(donor, set()), _DIGITS.sub("", why)
+        if reason in said:
+            log.debug("parameters from %s refused once more: %s", donor[-8:], why)
+            return
+        said.add(reason)
         log.warning("parameters from %s refused: %s", donor[-8:], why)
         self._store.add_event("donor-refused", f"{donor}: {why}")
 

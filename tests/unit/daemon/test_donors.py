@@ -193,6 +193,28 @@ async def test_a_joiner_takes_the_best_and_never_one_that_lies(tmp_path, monkeyp
     assert [event.kind for event in rig.store.events()] == ["donor-refused"]
 
 
+async def test_a_refusal_is_said_once_for_each_donor_and_reason(
+    tmp_path, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live = [BUSY]
+    asked = 0
+
+    async def ask(party: Any, dialler: Any, donor: PeerId, *_: Any) -> Offer:
+        nonlocal asked
+        asked += 1
+        if asked < 5:
+            raise PeerError(Reason.CLOSED, f"it gives to {asked} others")
+        if asked < 7:
+            raise PeerError(Reason.NOT_READY, "it has none")
+        return Offer(GOOD)
+
+    monkeypatch.setattr(giving, "ask", ask)
+    await rig.hold(Trainer())
+    refused = [event for event in rig.store.events() if event.kind == "donor-refused"]
+    assert (len(refused), caplog.text.count("refused")) == (2, 2)
+
+
 async def test_parameters_worse_than_the_start_need_a_second_donor(tmp_path, monkeypatch) -> None:
     rig = Rig(tmp_path, monkeypatch, founds=False)
     rig.manifest.start_loss, rig.live = 1.0, [GOOD, WORSE]
