@@ -18,12 +18,14 @@ import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from xpeer.errors import LocalError, TrainerError
 
 NUM_SLOTS = 8
 _PAGE = mmap.PAGESIZE
 _COPY_BYTES = 4 << 20
-"""Bytes copied per turn of the event loop."""
+"""Bytes copied at a time, by a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +158,25 @@ class Slots:
 
 
 async def copy_in_parts(source: memoryview, target: memoryview) -> None:
-    """Copy many bytes without holding up the event loop."""
+    """Copy many bytes without holding up the event loop, also if the source is a mapped file.
+
+    A page that is not in memory is read from the disk when it is copied, so a thread copies, and
+    numpy lets go of Python's lock meanwhile. Nothing is written any more when this returns or is
+    cancelled.
+    """
+    loop = asyncio.get_running_loop()
     for start in range(0, source.nbytes, _COPY_BYTES):
-        target[start : start + _COPY_BYTES] = source[start : start + _COPY_BYTES]
-        await asyncio.sleep(0)
+        part = slice(start, min(start + _COPY_BYTES, source.nbytes))
+        copying = loop.run_in_executor(None, _copy, source[part], target[part])
+        try:
+            await asyncio.shield(copying)
+        except asyncio.CancelledError:
+            await asyncio.wait([copying])
+            raise
+
+
+def _copy(source: memoryview, target: memoryview) -> None:
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def _anonymous_file() -> int:

@@ -4,11 +4,15 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
+from typing import Any
 
+import numpy as np
 import pytest
 
 from xpeer.errors import LocalError, TrainerError
-from xpeer.trainer.arena import Arena, Layout, Slots
+from xpeer.trainer import arena as arena_module
+from xpeer.trainer.arena import Arena, Layout, Slots, copy_in_parts
 
 LAYOUT = Layout(slot_bytes=5000, state_bytes=10_000, num_slots=3)
 
@@ -89,3 +93,33 @@ async def test_whoever_finds_no_slot_waits() -> None:
         assert sorted(seen) == [0, 1]
         release.set()
     assert len(seen) == 3
+
+
+async def test_a_copy_is_made_beside_the_event_loop_and_is_over_when_it_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A source may be a mapped file, whose pages come from the disk."""
+    copy, threads = np.copyto, set[int]()
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def copyto(*both: Any) -> None:
+        threads.add(threading.get_ident())
+        begun.set()
+        may_go_on.wait(30)
+        copy(*both)
+
+    monkeypatch.setattr(np, "copyto", copyto)
+    monkeypatch.setattr(arena_module, "_COPY_BYTES", 1000)
+    source, target = bytes(range(250)) * 10, bytearray(2500)
+    copying = asyncio.create_task(copy_in_parts(memoryview(source), memoryview(target)))
+    await asyncio.to_thread(begun.wait, 30)
+    copying.cancel()
+    await asyncio.sleep(0)
+    assert not copying.done()
+    may_go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await copying
+    assert bytes(target) == source[:1000] + bytes(1500)
+    await copy_in_parts(memoryview(source), memoryview(target))
+    assert bytes(target) == source
+    assert threading.get_ident() not in threads
