@@ -265,7 +265,7 @@ async def _serve_joiners(member: Member, candidate: Candidate) -> None:
     most = uplink.joiners(manifest.limits.max_transfers)
     turns, shelf = donation.Turns(most, member.rates), Shelf()
     form = manifest.state_form
-    whole = donation.serving(member.party, source, form, turns, shelf)
+    whole = donation.serving(member.party, source, form, turns, shelf, uplink)
     await swarm.serve_links(donation.PROTOCOL, whole, "observer")
     in_pieces = giving.serving(member.party, source, shape_of(manifest), turns, shelf, uplink)
     await swarm.serve_links(giving.PROTOCOL, in_pieces, "observer")

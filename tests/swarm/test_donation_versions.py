@@ -42,7 +42,7 @@ async def test_pieces_if_the_donor_knows_them_else_the_whole(
     us, them = party(joiner, founder), party(donor, founder)
     turns, shelf, shape, trainer = Turns(4, Rates()), Shelf(), Shape(FORM), Source()
 
-    whole = donation.serving(them, lambda: trainer, FORM, turns, shelf)
+    whole = donation.serving(them, lambda: trainer, FORM, turns, shelf, Uplink(0))
     await donor.serve_links(donation.PROTOCOL, whole, "observer")
     with pytest.raises(PeerError) as error:  # as of the last version
         await giving.ask(us, joiner, donor.peer_id, shape, Rates())

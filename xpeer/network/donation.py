@@ -30,6 +30,7 @@ from xpeer.network.link import Link
 from xpeer.network.pieces import MAX_LOSS_PUBLIC
 from xpeer.network.rates import MAX_PEERS, Pace, Rates
 from xpeer.network.shelf import KEPT_S, Shelf, Source
+from xpeer.network.uplink import Uplink
 from xpeer.update import ModelState
 from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_statement
 
@@ -59,6 +60,7 @@ def serving(
     form: StateForm,
     turns: Turns,
     shelf: Shelf,
+    uplink: Uplink,
 ) -> Callable[[Link], Awaitable[None]]:
     """The handler of links that joiners of earlier versions open to us.
 
@@ -68,6 +70,7 @@ def serving(
         form: of the parameters, by the manifest.
         turns: decides whether a joiner gets anything now.
         shelf: keeps snapshots.
+        uplink: bounds what we send to all joiners together.
     """
 
     async def handle(link: Link) -> None:
@@ -83,6 +86,7 @@ def serving(
             with turns.giving(link):
                 async with shelf.lend(trainer, request.digest) as lent:
                     pace, digest = turns.pace(peer_id, request), await lent.digest(form)
+                    pace.queue = uplink.reserve
                     state = replace(lent.state, payload=await lent.whole(form))
                     try:
                         await _give(party, link, state, digest, request.start, pace)

@@ -194,7 +194,7 @@ class Life:
     async def _gives(self, recorded: Recorded) -> None:
         ours, theirs = socket.socketpair()
         turns, form = donation.Turns(2, Rates()), self.manifest.state_form
-        handle = donation.serving(party(LOW), lambda: recorded, form, turns, Shelf())
+        handle = donation.serving(party(LOW), lambda: recorded, form, turns, Shelf(), Uplink(0))
         giving_all = asyncio.ensure_future(handle(Link(THIRD.peer_id, Stream(theirs), 20.0)))
         joiner = Dialler(Link(LOW.peer_id, Stream(ours), 20.0))
         offered = await donation.ask(

@@ -21,6 +21,7 @@ from xpeer.network.link import Link
 from xpeer.network.rates import Pace, Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
+from xpeer.network.uplink import Uplink
 from xpeer.update import ModelState
 from xpeer.wire.frames import FRAME_BYTES
 from xpeer.wire.messages import StateRequest, encode
@@ -76,15 +77,26 @@ class Network:
     """A donor, and a joiner whose links to it break: one after so many frames, for each number."""
 
     def __init__(
-        self, breaks: list[int | None], *, noticed: bool = True, unreachable: int = 0
+        self,
+        breaks: list[int | None],
+        *,
+        noticed: bool = True,
+        unreachable: int = 0,
+        mbit_per_s: float = 0.0,
     ) -> None:
         self.donor, self.joiner = Identity.generate(), Identity.generate()
         self.source = self.first = Source()
         self.rates = Rates()
+        self.uplink = Uplink(mbit_per_s, clock=lambda: 0.0)
         self.dialled = 0
         self._breaks, self._noticed, self._unreachable = breaks, noticed, unreachable
         self._handle = donation.serving(
-            party(self.donor), lambda: self.source, FORM, donation.Turns(2, self.rates), Shelf()
+            party(self.donor),
+            lambda: self.source,
+            FORM,
+            donation.Turns(2, self.rates),
+            Shelf(),
+            self.uplink,
         )
         self._tasks: list[asyncio.Task[None]] = []
         DonorLink.sent = 0
@@ -137,6 +149,15 @@ async def test_a_joiner_goes_on_where_the_link_broke(
     assert (given.step, network.source.exports) == (1, 1)  # of one snapshot
     assert DonorLink.sent == len(PAYLOAD)  # nothing came twice
     assert network.dialled == 1 + len(breaks) + unreachable
+
+
+async def test_joiners_of_earlier_versions_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(rates_module.Pace.wait, "__defaults__", (slept.append,))
+    network = Network([], mbit_per_s=8.0)  # 1e6 bytes a second, by a clock that stands still
+    given = await network.fetch()
+    assert bytes(given.payload) == PAYLOAD
+    assert slept == pytest.approx([n * FRAME_BYTES / 1e6 for n in range(1, FRAMES)])
 
 
 async def test_a_donor_that_no_longer_has_it_says_so_at_once() -> None:
