@@ -199,7 +199,7 @@ def _load_checkpoint(home: Home) -> tuple[Bundle | None, list[str]]:
 def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
     """Build the model with the checkpoint's parameters, and open the ledger that it needs."""
     manifest = swarm.manifest
-    device = choose_device(swarm.config.training.device)
+    device, why = choose_device(swarm.config.training.device, private=swarm.private)
     fresh = saved is None and swarm.setup.initial == "initial"
     model = _model(swarm, device, fresh=fresh)
     parameters = FlatParameters(model, manifest.round.fragments)
@@ -220,6 +220,8 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
         frozen.restore(model, manifest.model.frozen, saved.frozen)
         counters = Counters.from_dict(saved.counters)
     computing = computing_of(swarm.config.training, model, device, manifest)
+    if why:
+        computing.notes.insert(0, why)
     return _Start(saved, model, parameters, ledger, ledger_id, counters, device, computing)
 
 

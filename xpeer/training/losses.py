@@ -21,15 +21,25 @@ from xpeer.training import head
 _NO_TARGET: Final = -100
 _CPU_VALUES: Final = 1 << 20
 """Logits per piece of the loss, on a CPU: 4 MB fit its caches."""
+_NO_FLOAT64: Final = (
+    "norms and noise of private gradients are added up in float64, which mps does not have"
+)
 _DEVICE_VALUES: Final = 1 << 27
 """Logits per piece on other devices, where only memory matters."""
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto", *, private: bool = False) -> tuple[torch.device, str]:
     """Choose the device to train on: cuda > mps > cpu, or the one that is named.
 
+    Args:
+        name: `training.device`.
+        private: whether gradients are private. They need float64, which mps does not have.
+
+    Returns:
+        The device, and a line for the operator if a faster one was left out; else "".
+
     Raises:
-        ConfigError: torch can't use that device here.
+        ConfigError: torch can't use that device here, or not for this.
     """
     there = {
         "cuda": torch.cuda.is_available(),
@@ -37,13 +47,21 @@ def choose_device(name: str = "auto") -> torch.device:
         "cpu": True,
     }
     if name == "auto":
-        return torch.device(next(kind for kind, usable in there.items() if usable))
+        first, *others = (kind for kind, usable in there.items() if usable)
+        if first == "mps" and private:
+            return torch.device(others[0]), f"computing on the {others[0]}: {_NO_FLOAT64}"
+        return torch.device(first), ""
+    if name == "mps" and private:
+        raise ConfigError(
+            f"training.device = mps: {_NO_FLOAT64}",
+            "set it to cpu, or to auto, which does the same",
+        )
     if not there.get(name, False):
         raise ConfigError(
             f"training.device = {name}: this machine has none that torch can use",
             f"set it to auto or one of: {', '.join(k for k, usable in there.items() if usable)}",
         )
-    return torch.device(name)
+    return torch.device(name), ""
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -322,13 +322,28 @@ def test_tokenizer_and_sequence_have_to_fit():
 
 
 def test_devices():
-    assert m.choose_device("cpu").type == "cpu"
-    assert m.choose_device("auto").type in {"cpu", "cuda", "mps"}
+    assert m.choose_device("cpu") == (torch.device("cpu"), "")
+    assert m.choose_device("auto")[0].type in {"cpu", "cuda", "mps"}
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"training\.device = cuda"):
             m.choose_device("cuda")
     with m.autocast(torch.device("cpu")):
         assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.float32
+
+
+def test_private_gradients_are_never_computed_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no float64."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert m.choose_device("auto") == m.choose_device("mps") == (torch.device("mps"), "")
+    device, why = m.choose_device("auto", private=True)
+    assert device.type == "cpu"
+    assert "float64" in why
+    with pytest.raises(ConfigError, match=r"training\.device = mps: .*float64") as raised:
+        m.choose_device("mps", private=True)
+    assert "cpu" in raised.value.remedy
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert m.choose_device("auto", private=True) == (torch.device("cuda"), "")
 
 
 def test_generation_is_repeatable_and_leaves_the_mode():
