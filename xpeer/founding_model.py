@@ -16,7 +16,7 @@ import msgspec
 from xpeer import belonging
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest
-from xpeer.manifest.model import BaseDtype, Lora, LoraTrain, Model
+from xpeer.manifest.model import BASE_BLOCK, QUANTISED, BaseDtype, Lora, LoraTrain, Model
 from xpeer.source import main_dtype, name_of
 
 INITIAL_RECORDS = 8
@@ -106,10 +106,12 @@ class InitialModel:
             self.origin.name,
             self.origin.generation,
             base_dtype=self.base_dtype,
+            base_block=BASE_BLOCK if self.base_dtype in QUANTISED else 0,
         )
 
     def write(self, folder: Path) -> None:
-        """Write the parameters as a Hugging Face folder, in the type that nodes hold them in.
+        """Write the parameters as a Hugging Face folder, in the type that nodes hold them in, or
+        quantise them from.
 
         Adapters to start from are in a folder below.
         """
@@ -121,7 +123,7 @@ class InitialModel:
 
         disable_progress_bar()
         folders = [] if self.origin.folder is None else [self.origin.folder]
-        source = Source(self.config, self.origin.generation, folders, self.base_dtype)
+        source = Source(self.config, self.origin.generation, folders, self.section().hashed_dtype)
         export_hf(self.module, None, folder, source=source)
         if self.adapters is not None and self.lora is not None:
             (below := folder / given_adapters.FOLDER).mkdir()

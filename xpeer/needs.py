@@ -17,13 +17,14 @@ from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
 from xpeer.leaves import Public, seen_by
 from xpeer.manifest import Manifest
+from xpeer.manifest.model import QUANTISED
 from xpeer.source import check_folder, has_tokenizer
 
 _Digest = Annotated[str, Meta(max_length=64)]
 
 
 @seen_by("anybody", "the manifest's")
-class Needs(Struct, frozen=True, forbid_unknown_fields=True):
+class Needs(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Files that every training member of a swarm needs."""
 
     tokenizer: Public[_Digest] = ""
@@ -32,6 +33,9 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
     """BLAKE2b-256 (hex) of the weights whose adapters are trained; empty = no adapters."""
     source: Public[Annotated[str, Meta(max_length=200)]] = ""
     """Name of the model in the founder's folder."""
+    quantised: Public[bool] = False
+    """Whether every member quantises that model. It is left out of an invitation if not, so that
+    older versions can read it."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Needs | None:
@@ -39,7 +43,9 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
         lora, digest = manifest.model.lora, manifest.tokenizer.digest
         if lora is None and not digest:
             return None
-        return cls(digest, lora.base_digest if lora is not None else "", manifest.model.source)
+        model = manifest.model
+        base = lora.base_digest if lora is not None else ""
+        return cls(digest, base, model.source, quantised=model.base_dtype in QUANTISED)
 
     def options(self) -> list[str]:
         """Options of `xpeer init --join` and `xpeer start` for the files, with placeholders."""
@@ -55,7 +61,9 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
                 f"--base-model (data.base_model): a copy of the founder's model{named}, whose "
                 f"weights have BLAKE2b-256 {self.base_model[:16]}"
             )
-            items.append("peft: pip install 'xpeer[lora]'")
+            items += [
+                f"{package}: pip install 'xpeer[{extra}]'" for package, extra in self._packages
+            ]
         if self.tokenizer:
             which = "that model" if self.base_model else f"the founder's model{named}"
             items.append(
@@ -64,9 +72,16 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
             )
         return items
 
+    @property
+    def _packages(self) -> list[tuple[str, str]]:
+        """Packages, and the extra that installs each."""
+        packages = [("peft", "lora")] if self.base_model else []
+        return packages + ([("bitsandbytes", "quantised")] if self.quantised else [])
+
     def unmet(self, data: Data, home: Home) -> list[str]:
         """The needs that are missing or wrong on this node, one item each; empty = all are met."""
-        model, peft, *tokenizer = self.in_words() if self.base_model else ("", "", *self.in_words())
+        words = self.in_words()
+        model, tokenizer = words[0] if words else "", words[-1:] if self.tokenizer else []
         items = []
         if self.base_model and not data.base_model and not home.initial_model.exists():
             items.append(model)
@@ -75,8 +90,9 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
                 check_folder(Path(data.base_model).expanduser(), "data.base_model")
             except ConfigError as e:
                 items.append(str(e))
-        if self.base_model and importlib.util.find_spec("peft") is None:
-            items.append(peft)
+        for package, extra in self._packages:
+            if importlib.util.find_spec(package) is None:
+                items.append(f"{package}: pip install 'xpeer[{extra}]'")
         return items + self._unmet_tokenizer(data, *tokenizer)
 
     def _unmet_tokenizer(self, data: Data, said: str = "") -> list[str]:

@@ -138,7 +138,13 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None, ow
     bundle, warnings = saved_model(home, own=own)
     for warning in warnings:
         say(f"warning: {warning}")
-    made = trained_model(manifest, home, data.base_model, bundle)
+    # Merged, they go into the weights themselves: quantising those once more would lose more.
+    made = trained_model(manifest, home, data.base_model, bundle, quantised=not merged)
+    if merged and manifest.model.base_block:
+        say(
+            f"warning: the adapters were trained on weights in {manifest.model.base_dtype}, and "
+            "are merged into these weights as they were before: compare `xpeer eval` of both"
+        )
     ledger = Ledger.look(home.ledger_db) if home.ledger_db.exists() else None
     if bundle.ledger_id and (ledger is None or ledger.id != bundle.ledger_id):
         raise LocalError(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from xpeer.estimate.step import Step
 
 _DEFAULT: Final = Round()
+_BY_SIZE: Final[tuple[BaseDtype, ...]] = ("float32", "bfloat16", "int8", "nf4")
+_HELD_IN: Final = "xpeer init --base-dtype"
 
 
 @click.command()
@@ -156,12 +158,15 @@ def _remedy(step: Step, memory_bytes: float) -> str:
         ("training.precision = bfloat16, on a device that has it", {"precision": "bfloat16"}),
     ]
     if step.lora is not None:
-        changes.append(("xpeer init --base-dtype bfloat16", {"base_dtype": "bfloat16"}))
+        smaller = _BY_SIZE[_BY_SIZE.index(step.base_dtype) + 1 :]
+        changes += [(f"{_HELD_IN} {dtype}", {"base_dtype": dtype}) for dtype in smaller]
     words = []
     for said, fields in changes:
         changed = replace(step, **fields)
         if changed == step:
             continue
+        if words and words[-1].startswith(_HELD_IN):
+            words.pop()  # the next one takes its place
         step = changed
         words.append(said)
         if memory_of(step).peak <= memory_bytes:

@@ -107,7 +107,7 @@ _EXPLAINED = {
     "--base-dtype",
     type=click.Choice(get_args(BaseDtype)),
     help="With --lora-rank: what every node holds the model's weights in. Default: bfloat16 if "
-    "they have 16 bits in --model, else float32.",
+    "they have 16 bits in --model, else float32. int8 and nf4 need xpeer[quantised].",
 )
 @click.option(
     "--base-model",
@@ -257,7 +257,8 @@ def init(
     if warning := _noise(manifest):
         say(warning)
     if source.base_dtype != "float32":
-        say("every node holds the frozen weights in bfloat16 (float32: --base-dtype float32)")
+        held = f"every node holds the frozen weights in {source.base_dtype}"
+        say(f"{held} (float32: --base-dtype float32)")
     if (model or model_config) and tokenizer is None:
         say(f"tokenizer: {found_in or 'none in the model folder, so bytes are its tokens'}")
     say(f"keep a copy of {home.admin_key} in a safe place: only it can invite")

@@ -87,6 +87,9 @@ def phases_of(step: StepMemory, wire: Wire, checkpoints: int) -> list[Phase]:
     halved = trained >= LARGE_STATE and wire.codec != "float32"
     state = (2 if halved else 4) * trained
 
+    # those of quantised weights are made on the host; others are pages of the model's files
+    codes = step.weights if step.source > step.weights else 0
+
     def seconds(size: int) -> float | None:
         return None if wire.bits_per_s is None else 8 * size / wire.bits_per_s
 
@@ -94,11 +97,11 @@ def phases_of(step: StepMemory, wire: Wire, checkpoints: int) -> list[Phase]:
         return PROCESS + round(each * trained)
 
     return [
-        Phase(name="init", host=host(_FIRST) + step.weights, disk=step.weights),
-        Phase(name="start", device=step.weights, host=host(_RESTART)),
+        Phase(name="init", host=host(_FIRST) + step.source, disk=step.source),
+        Phase(name="start", device=step.weights, host=host(_RESTART) + codes),
         Phase(name="step", device=step.peak, host=host(0)),
         Phase(name="exchange", host=8 * payload, wire=payload, wire_s=seconds(payload)),
         Phase(name="checkpoint", device=step.peak, host=host(_SAVE), disk=(checkpoints + 1) * file),
-        Phase(name="export", host=host(_EXPORT) + step.weights, disk=step.weights),
+        Phase(name="export", host=host(_EXPORT) + step.source, disk=step.source),
         Phase(name="join", host=host(8), disk=state, wire=state, wire_s=seconds(state)),
     ]

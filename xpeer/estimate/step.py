@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from xpeer.estimate.live import Rehearsal
-from xpeer.manifest.model import BaseDtype, Lora
+from xpeer.manifest.model import BASE_BLOCK, BaseDtype, Lora
 from xpeer.privacy.clipping import BookKeepingEngine, trainable
 from xpeer.privacy.steps import Switchable
 from xpeer.training.adapters import adapt
@@ -22,6 +22,7 @@ from xpeer.training.held import DTYPES, hold
 from xpeer.training.losses import choose_losses
 from xpeer.training.model import skeleton
 from xpeer.training.precision import Wanted, choose_precision
+from xpeer.training.quantised import Shapes, num_values, quantise, saved_bytes
 from xpeer.training.recompute import Recomputing
 
 _CPU: Final = torch.device("cpu")
@@ -53,6 +54,8 @@ class StepMemory:
     num_frozen: int
     weights: int
     """All weights and buffers, frozen ones included."""
+    source: int
+    """The same before anything is quantised: what a start reads, and a merged export writes."""
     moments: int
     """AdamW's two."""
     working: int
@@ -71,6 +74,7 @@ def memory_of(step: Step) -> StepMemory:
         ConfigError: the model can't be built, or its layers can't be computed again.
     """
     model = hold(skeleton(step.config), DTYPES[step.base_dtype])
+    model = quantise(model, step.base_dtype, BASE_BLOCK, Shapes())
     model = model.train() if step.lora is None else adapt(model, step.lora)
     kept = 0
     with Rehearsal() as memory:
@@ -84,12 +88,13 @@ def memory_of(step: Step) -> StepMemory:
         weights = memory.live_bytes
         take(step, model, begin)
         working = memory.peak_bytes - kept
-    count = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in model.parameters()) + num_values(model)
     num_trained = sum(p.numel() for p in trainable(model))
     return StepMemory(
         num_trained=num_trained,
         num_frozen=count - num_trained,
         weights=weights,
+        source=weights + saved_bytes(model),
         moments=kept - weights,
         working=working,
     )

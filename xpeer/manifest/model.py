@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
 from xpeer.leaves import seen_by
 from xpeer.manifest.kinds import Count, Positive
 
-BaseDtype = Literal["float32", "bfloat16"]
+BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 """What the frozen weights of a model with adapters are held in."""
+QUANTISED: Final = ("int8", "nf4")
+"""Types that every node makes itself of weights in bfloat16. int8: 255 evenly spaced values between
+minus and plus the largest one of a block. nf4: 16 values between them (arXiv:2305.14314)."""
+BASE_BLOCK: Final = 64
+"""Values of a block that `xpeer init` chooses."""
 
 LoraTrain = Literal["both", "B"]
 """Which factors of an adapter are trained."""
@@ -26,8 +31,8 @@ class Lora(Struct, frozen=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     """Random seed of the initial adapters."""
     base_digest: str
-    """BLAKE2b-256 (hex) of the frozen weights, flat, as values of `model.base_dtype`, little
-    endian. Every node has its own copy of them."""
+    """BLAKE2b-256 (hex) of the frozen weights, flat, as values of `model.base_dtype` (of bfloat16,
+    if they are quantised), little endian. Every node has its own copy of them."""
     targets: list[str] = []
     """Ends of the names of the layers with adapters; empty = all linear ones but the output."""
     train: LoraTrain = "both"
@@ -79,7 +84,9 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """None = all parameters are trained, even those that no text reaches."""
     base_dtype: BaseDtype = "float32"
     """With adapters: what every node holds the frozen weights in, and what their hash
-    (`lora.base_digest`) is of."""
+    (`lora.base_digest`) is of; that of quantised ones is of what they are made of."""
+    base_block: Literal[0, 64] = 0
+    """Values that are quantised with one scale. 0 = nothing is quantised."""
 
     def check(self) -> None:
         """Check what no single field can.
@@ -92,6 +99,16 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
                 f"model.base_dtype = {self.base_dtype}: trained weights are float32: set "
                 "model.lora, or leave it out"
             )
+        if (self.base_dtype in QUANTISED) != (self.base_block > 0):
+            raise ValueError(
+                f"model.base_dtype = {self.base_dtype} with model.base_block = {self.base_block}: "
+                "set both or neither, as xpeer init does"
+            )
+
+    @property
+    def hashed_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Type of the values that `lora.base_digest` is of."""
+        return "float32" if self.base_dtype == "float32" else "bfloat16"
 
     @property
     def state_values(self) -> int:

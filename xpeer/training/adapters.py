@@ -49,7 +49,9 @@ class NamedBase(msgspec.Struct, frozen=True):
     name: str = ""
     """Name of the founder's folder."""
     dtype: BaseDtype = "float32"
-    """Type of the values that were hashed, and that the adapters were trained with."""
+    """Type of the values that the adapters were trained with."""
+    block: int = 0
+    """Values that were quantised with one scale; 0 = none were."""
     of: str = ""
     """What was hashed, in words."""
 
@@ -236,8 +238,9 @@ def write(adapted: torch.nn.Module, model: Model, folder: Path) -> None:
         blake2b_256=model.lora.base_digest if model.lora else "",
         name=model.source,
         dtype=model.base_dtype,
+        block=model.base_block,
         of="the base model's parameters in the order of named_parameters(), tied ones once, "
-        f"as {model.base_dtype}, little endian",
+        f"as {model.hashed_dtype}, little endian",
     )
     text = json.dumps(msgspec.to_builtins(named), indent=2) + "\n"
     (folder / BASE_FILE).write_text(text, encoding="utf-8")

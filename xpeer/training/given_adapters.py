@@ -19,6 +19,7 @@ from xpeer import belonging
 from xpeer.errors import ConfigError
 from xpeer.manifest.model import BaseDtype
 from xpeer.training.adapters import ADAPTER_CONFIG, BASE_FILE, WEIGHTS, factors
+from xpeer.training.held import DTYPES
 
 FOLDER: Final = "adapters"
 """Folder inside a founder's initial model."""
@@ -41,7 +42,7 @@ class GivenAdapters:
     base_digest: str
     """BLAKE2b-256 (hex) of the base model's weights; empty = the folder does not say."""
     base_dtype: BaseDtype
-    """Type of the values that were hashed."""
+    """Type of the values that they were trained with."""
     values: dict[str, torch.Tensor]
     """A and B of each layer by their names in the file; float32."""
 
@@ -55,12 +56,13 @@ class GivenAdapters:
 
         Args:
             digest: of the base model's weights.
-            dtype: type of the values that this is of.
+            dtype: `model.base_dtype`. Hashes of quantised weights are of what they are made of, so
+                that it may be another one than the adapters were trained with.
 
         Raises:
             ConfigError: the base model has other weights, or they are held in another type.
         """
-        if self.base_digest and dtype != self.base_dtype:
+        if self.base_digest and DTYPES[dtype] != DTYPES[self.base_dtype]:
             raise ConfigError(
                 f"--base-dtype {dtype}: the adapters in {self.folder} are for weights held in "
                 f"{self.base_dtype}",
@@ -147,7 +149,9 @@ def _named(folder: Path) -> dict[str, Any]:
 
 
 def _dtype_in(named: dict[str, Any]) -> BaseDtype:
-    return "bfloat16" if named.get("dtype") == "bfloat16" else "float32"
+    said = named.get("dtype")
+    found: BaseDtype | None = next((dtype for dtype in DTYPES if dtype == said), None)
+    return found or "float32"
 
 
 def _values(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""By `model.base_dtype` of the manifest."""
+from xpeer.manifest.model import BaseDtype
+
+DTYPES: Final[dict[BaseDtype, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.bfloat16,
+    "nf4": torch.bfloat16,
+}
+"""By `model.base_dtype` of the manifest: of the values that are hashed, and of the matrices that
+`quantised` leaves as they are."""
 
 
 class _Product(torch.autograd.Function):

@@ -17,10 +17,16 @@ from xpeer.training.flat import digest_of, write_flat
 from xpeer.training.frozen import fits, freeze, restore, thaw
 from xpeer.training.held import DTYPES
 from xpeer.training.model import build, from_folder, read_config, skeleton
+from xpeer.training.quantised import quantise
 
 
 def model_of(
-    manifest: Manifest, home: Home, base_model: str = "", *, fresh: bool = False
+    manifest: Manifest,
+    home: Home,
+    base_model: str = "",
+    *,
+    fresh: bool = False,
+    quantised: bool = True,
 ) -> torch.nn.Module:
     """Build the manifest's model, on the CPU, without frozen parameters (`training.frozen`).
 
@@ -32,6 +38,7 @@ def model_of(
         fresh: whether the parameters get the swarm's initial values; otherwise they have any, and
             the caller replaces them. Adapters always have their initial values if these are
             drawn, and their base model always has the manifest's weights.
+        quantised: False = a base that is trained on in 8 or 4 bits is as it was before that.
 
     Raises:
         ConfigError: weights are missing, or are not the manifest's.
@@ -39,7 +46,7 @@ def model_of(
     lora = manifest.model.lora
     if lora is not None:
         named = Path(base_model).expanduser() if base_model else None
-        return _adapted(manifest, lora, named, home, fresh=fresh)
+        return _adapted(manifest, lora, named, home, fresh=fresh, quantised=quantised)
     kept = manifest.model.frozen
     model = from_folder(home.initial_model) if fresh else build(manifest.model.config)
     freeze(model, kept)
@@ -79,15 +86,22 @@ def saved_model(home: Home, *, own: bool = False) -> tuple[Bundle, list[str]]:
 
 
 def trained_model(
-    manifest: Manifest, home: Home, base_model: str, bundle: Bundle
+    manifest: Manifest, home: Home, base_model: str, bundle: Bundle, *, quantised: bool = True
 ) -> torch.nn.Module:
     """Build a checkpoint's whole model, on the CPU, averaged with the last partners' parameters.
+
+    Args:
+        manifest: of the swarm.
+        home: of the node.
+        base_model: `data.base_model`.
+        bundle: the checkpoint; its values are forgotten.
+        quantised: False = to merge adapters into the weights that were quantised for training.
 
     Raises:
         ConfigError: see `model_of`.
         LocalError: the checkpoint belongs to another model.
     """
-    model, kept = model_of(manifest, home, base_model), manifest.model.frozen
+    model, kept = model_of(manifest, home, base_model, quantised=quantised), manifest.model.frozen
     write_flat(model, bundle.consolidated())
     bundle.forget()
     restore(model, kept, bundle.frozen)
@@ -103,7 +117,13 @@ def source_folders(home: Home, data: Data) -> list[Path]:
 
 
 def _adapted(
-    manifest: Manifest, lora: Lora, named: Path | None, home: Home, *, fresh: bool
+    manifest: Manifest,
+    lora: Lora,
+    named: Path | None,
+    home: Home,
+    *,
+    fresh: bool,
+    quantised: bool,
 ) -> torch.nn.Module:
     folder = named or home.initial_model
     if named is None and not folder.exists():
@@ -119,6 +139,8 @@ def _adapted(
             folder,
             f"its weights' BLAKE2b-256 is {seen[:16]}…, the manifest's {lora.base_digest[:16]}…",
         )
+    if quantised:
+        model = quantise(model, manifest.model.base_dtype, manifest.model.base_block)
     model = adapt(model, lora)
     if lora.given and fresh:
         given_adapters.read(home.initial_model / given_adapters.FOLDER).write_to(model)

@@ -18,6 +18,7 @@ from xpeer.training.held import DTYPES
 from xpeer.training.initial import saved_model, trained_model
 from xpeer.training.losses import choose_losses
 from xpeer.training.model import context_tokens, from_folder
+from xpeer.training.quantised import quantise
 from xpeer.training.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 LONGEST_RECORD = 2048
@@ -88,7 +89,7 @@ def from_export(
             f"adapters are for {named.blake2b_256[:16]}…",
             "name a copy of the model that the swarm's founder named",
         )
-    adapted = adapters.attach(model, folder)
+    adapted = adapters.attach(quantise(model, named.dtype, named.block), folder)
     return Trained(adapted.eval(), made, str(folder), [])
 
 

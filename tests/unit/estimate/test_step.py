@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,19 @@ def test_adapters_on_a_base_in_bfloat16():
     assert half.num_trained == whole.num_trained < whole.num_frozen
     assert half.weights < 0.7 * whole.weights
     assert half.moments == whole.moments < 9 * whole.num_trained
+
+
+def test_a_base_in_8_or_4_bits_is_estimated_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    wide = {**PRESETS["tiny"], "hidden_size": 256, "intermediate_size": 1024}
+    step = replace(STEP, config=wide, lora=ADAPTERS, private=True)
+    half, eight, four = (
+        memory_of(replace(step, base_dtype=dtype))  # type: ignore[arg-type] # one of a literal
+        for dtype in ("bfloat16", "int8", "nf4")
+    )
+    assert half.num_frozen == eight.num_frozen == four.num_frozen
+    assert four.weights < 0.6 * eight.weights < 0.4 * half.weights
+    assert four.source == eight.source == half.source == half.weights
 
 
 @pytest.mark.parametrize("private", [False, True])
