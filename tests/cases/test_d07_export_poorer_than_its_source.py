@@ -49,7 +49,7 @@ def test_settings_and_files_go_round(tmp_path: Path, shard: Path) -> None:
     theirs, ours = (json.loads((f / "config.json").read_text()) for f in (folder, out))
     assert "somebody/model" not in (home / "manifest.json").read_text()
     theirs.pop("_name_or_path")
-    assert ours == theirs
+    assert ours.items() >= theirs.items()
     assert json.loads((out / "generation_config.json").read_text()) == GENERATION
     assert (out / "LICENSE").read_text() == "Do as you like."
     assert (out / "source.README.md").read_text() == "# The source\n"
@@ -70,7 +70,7 @@ def test_settings_and_files_go_round(tmp_path: Path, shard: Path) -> None:
     found_here(again, shard, "--model", out, "--tokenizer", out)
     train(again, 1)
     second = export(again, tmp_path / "second")
-    assert json.loads((second / "config.json").read_text()) == theirs
+    assert json.loads((second / "config.json").read_text()) == ours
     names = {path.name for path in second.iterdir()}
     assert {"source.source.README.md", "source.privacy.json", "LICENSE"} <= names
 

@@ -17,6 +17,7 @@ import torch
 
 from xpeer import belonging
 from xpeer.errors import ConfigError
+from xpeer.training.export_config import completed
 
 CONFIG: Final = "config.json"
 GENERATION: Final = "generation_config.json"
@@ -55,7 +56,8 @@ class Source:
         return _DTYPES.get(str(name).removeprefix("torch."), torch.float32)
 
     def config_json(self, model: Any, *, untied: bool = False) -> dict[str, Any]:
-        """Make the config.json of an export: the source's, except for what training changed.
+        """Make the config.json of an export: the source's, except for what training changed, and
+        what other engines need besides (`export_config`).
 
         Args:
             model: of transformers, as it is exported.
@@ -70,9 +72,7 @@ class Source:
         kept |= {"model_type": made["model_type"], "architectures": [type(model).__name__]}
         for key in _OF_THIS_MACHINE:
             kept.pop(key, None)
-        if self.dtype or "torch_dtype" not in kept:
-            kept.pop("torch_dtype", None)
-            kept["dtype"] = str(self.torch_dtype).removeprefix("torch.")
+        kept = completed(kept, made, str(self.torch_dtype).removeprefix("torch."))
         if untied:
             kept["tie_word_embeddings"] = False
         kept["transformers_version"] = made.get("transformers_version")
