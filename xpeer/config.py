@@ -129,6 +129,9 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     a third more time. auto: once a pass of one record does not fit into memory."""
     compile: Literal["off", "on"] = "off"
     """Compile the model's layers, without privacy. Takes a minute at a start."""
+    pack: Literal["auto", "off"] = "auto"
+    """Several short records in a sequence, without privacy. auto: where each has the loss that it
+    has alone."""
     compile_codec: bool = True
     """Compile the codec's kernels if there is a C++ compiler. That is several times faster for
     fragments of a million parameters or more, with the same bytes."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from torch import Tensor
 
 from xpeer.privacy import noise
 from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine
@@ -26,6 +28,8 @@ class Options:
         cache: folder where the choice of the engine is remembered; None = nowhere.
         relieve: saves memory where a pass of one record is too large, and returns how, for the
             operator; "" = it can't.
+        divide: divides a batch into passes of at most so many rows, without privacy; then the loss
+            takes records on the CPU, and puts several into a row. None = a record is a row.
         ranks: ranks that take each step in common. One of them holds the ledger. None = one alone.
     """
 
@@ -36,6 +40,7 @@ class Options:
     generator: noise.Generator = "fast"
     cache: Path | None = None
     relieve: Callable[[], str] = lambda: ""
+    divide: Callable[[Tensor, int], Sequence[Tensor]] | None = None
     ranks: Ranks | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import torch
@@ -34,7 +35,7 @@ class OffMechanism:
         records: (n, T) int64, CPU.
         record_losses: sums of losses and counts of tokens by record.
         options: how this node computes. A micro_batch of 0 means all records at once, or on a CPU
-            what suits its caches.
+            what suits its caches; it counts rows where several records are in one.
         seen: `seen` of an earlier start.
 
     Raises:
@@ -72,6 +73,7 @@ class OffMechanism:
         whole = cached if self._device.type == "cpu" else self._batch
         self._micro_batch = options.micro_batch or whole
         self._relieve = options.relieve
+        self._divide = options.divide
         self._passes = Passes(records, seen)
 
     @property
@@ -116,11 +118,17 @@ class OffMechanism:
         measured: list[tuple[Tensor, Tensor]] = []
         for parameter in self._parameters:
             parameter.grad = None
-        for part in torch.split(records, self._micro_batch):
-            losses, tokens = self._record_losses(self._model, part.to(self._device))
+        for part in self._parts(records):
+            losses, tokens = self._record_losses(self._model, part)
             torch.autograd.backward(losses.sum())
             measured.append((losses.detach().sum(), tokens.sum()))
         return measured
+
+    def _parts(self, records: Tensor) -> Iterable[Tensor]:
+        """The records of each pass."""
+        if self._divide is not None:
+            return self._divide(records, self._micro_batch)
+        return (part.to(self._device) for part in torch.split(records, self._micro_batch))
 
     def _shrink(self) -> str:
         """Compute with fewer records a pass; see `fitting.until_it_fits`."""

@@ -15,6 +15,7 @@ from xpeer.privacy.fitting import bytes_of_passes
 from xpeer.privacy.steps import Precision
 from xpeer.training.compiled import NOT_WITH_PRIVACY, compile_layers
 from xpeer.training.losses import choose_losses
+from xpeer.training.packing import PackedLosses, choose_packing
 from xpeer.training.precision import choose_precision
 from xpeer.training.recompute import Recomputing
 
@@ -26,6 +27,8 @@ class Computing:
     precision: Precision
     losses: RecordLosses
     """The model's loss by record."""
+    packed: PackedLosses | None
+    """The same for steps, with several records in a row; None = each record is a row."""
     relieve: Callable[[], str]
     """See `Options.relieve`."""
     memory_bytes: int
@@ -51,6 +54,10 @@ def computing_of(
     precision, why = choose_precision(settings.precision, device)
     losses, of_losses = choose_losses(model)
     notes = [why, of_losses]
+    packed = None
+    if settings.pack == "auto" and not manifest.privacy.policy.clips_records:
+        packed, of_packing = choose_packing(model, manifest.optimiser.sequence_tokens)
+        notes.append(of_packing)
     if settings.compile == "on" and manifest.privacy.policy.clips_records:
         notes.append(NOT_WITH_PRIVACY)
     elif settings.compile == "on":
@@ -62,6 +69,7 @@ def computing_of(
     return Computing(
         precision=precision,
         losses=losses,
+        packed=packed,
         relieve=recomputing.switch_on if wanted == "auto" else _nothing_left,
         memory_bytes=bytes_of_passes(device, DEFAULT_MEMORY_BYTES),
         notes=[note for note in notes if note],

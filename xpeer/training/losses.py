@@ -18,7 +18,11 @@ from xpeer.privacy.fitting import halved, until_it_fits
 from xpeer.privacy.steps import Precision
 from xpeer.training import head
 
-_NO_TARGET: Final = -100
+TokenLosses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Losses of (B, T) ids, targets and positions, by token; positions None = 0, 1, ... in each row."""
+
+NO_TARGET: Final = -100
+"""A target where nothing is predicted."""
 _CPU_VALUES: Final = 1 << 20
 """Logits per piece of the loss, on a CPU: 4 MB fit its caches."""
 _NO_FLOAT64: Final = (
@@ -103,14 +107,35 @@ def choose_losses(model: torch.nn.Module) -> tuple[RecordLosses, str]:
     return functools.partial(_without_all_logits, found), ""
 
 
+def token_losses(model: torch.nn.Module) -> TokenLosses:
+    """As `choose_losses`, but by token, and for positions of the caller's choice."""
+    found = head.find(transformers_model(model))
+    return functools.partial(_of_tokens, model, found)
+
+
 def _without_all_logits(
-    output: head.Head, _model: torch.nn.Module, records: torch.Tensor
+    output: head.Head, model: torch.nn.Module, records: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `record_losses`; the model that `output` is of computes."""
     ids, targets = inputs_of(records)
-    hidden = output.body(input_ids=ids, use_cache=False, **_positions(output.body, ids))[0]
-    losses = head.losses_of_tokens(output, hidden, targets, _cross_entropy)
-    return losses.sum(1), (targets >= 0).sum(1)
+    return _of_tokens(model, output, ids, targets, None).sum(1), (targets >= 0).sum(1)
+
+
+def _of_tokens(
+    model: torch.nn.Module,
+    output: head.Head | None,
+    ids: torch.Tensor,
+    targets: torch.Tensor,
+    positions: torch.Tensor | None,
+) -> torch.Tensor:
+    """Cross-entropy of each token, (B, T) float32; 0 where the target is negative."""
+    computing: Any = transformers_model(model) if output is None else output.body
+    extra = _positions(computing, ids) if positions is None else {"position_ids": positions}
+    if output is None:
+        logits = model(input_ids=ids, use_cache=False, **extra).logits  # (B, T, vocabulary)
+        return _cross_entropy(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+    hidden = output.body(input_ids=ids, use_cache=False, **extra)[0]
+    return head.losses_of_tokens(output, hidden, targets, _cross_entropy)
 
 
 def inputs_of(records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,17 +149,14 @@ def inputs_of(records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     read = torch.maximum(records, -2 - records)  # of -1 it makes -1
     ids = read[:, :-1].clamp(min=0)  # any token will do where the record is filled up
     # the last token predicts nothing, so the model never sees it
-    return ids, records[:, 1:].masked_fill(records[:, 1:] < 0, _NO_TARGET)
+    return ids, records[:, 1:].masked_fill(records[:, 1:] < 0, NO_TARGET)
 
 
 def losses_of(
     model: torch.nn.Module, ids: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `record_losses`, for what `inputs_of` returns."""
-    extra = _positions(transformers_model(model), ids)
-    logits = model(input_ids=ids, use_cache=False, **extra).logits  # (B, T - 1, vocabulary)
-    losses = _cross_entropy(logits.flatten(0, 1), targets.flatten()).view_as(targets)
-    return losses.sum(1), (targets >= 0).sum(1)
+    return _of_tokens(model, None, ids, targets, None).sum(1), (targets >= 0).sum(1)
 
 
 def _positions(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -143,7 +165,7 @@ def _positions(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Ten
     They are expanded: GPT-2 otherwise embeds them once for all records, and no per-record gradient
     of the position embedding exists.
     """
-    if not _takes_positions(type(model).forward):
+    if not takes_positions(model):
         return {}
     positions = torch.arange(ids.shape[1], device=ids.device)
     return {"position_ids": positions.expand_as(ids)}
@@ -159,7 +181,7 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     rows = max(1, values // logits.shape[1])
     return torch.cat(
         [
-            cross_entropy(part.float(), wanted, ignore_index=_NO_TARGET, reduction="none")
+            cross_entropy(part.float(), wanted, ignore_index=NO_TARGET, reduction="none")
             for part, wanted in zip(
                 torch.split(logits, rows), torch.split(targets, rows), strict=True
             )
@@ -225,6 +247,11 @@ def transformers_model(model: torch.nn.Module) -> Any:
     raise LocalError(f"{type(model).__name__} holds no transformers model")
 
 
+def takes_positions(model: torch.nn.Module) -> bool:
+    """Whether a transformers model takes `position_ids`."""
+    return _has_positions(type(model).forward)
+
+
 @functools.cache
-def _takes_positions(forward: Callable[..., Any]) -> bool:
+def _has_positions(forward: Callable[..., Any]) -> bool:
     return "position_ids" in inspect.signature(forward).parameters
