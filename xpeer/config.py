@@ -89,11 +89,11 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True):
     """The text this node trains on. It never leaves the node."""
 
     shard: list[Place] = []
-    """Files, folders or globs: .txt, .md, .jsonl, .parquet."""
+    """Files, folders or globs: .txt, .md, .jsonl, .parquet, .csv."""
     corpus: list[Place] = []
     """The local copy of the manifest's shared corpus; `shard` and `corpus` exclude one another."""
     text_field: str = "text"
-    """The field of .jsonl and .parquet rows that holds the text; "messages": chats;
+    """The field of .jsonl, .parquet and .csv rows with the text; "messages": chats;
     "prompt+completion": two fields, of which the second is predicted."""
     validation_share: Annotated[float, Meta(gt=0, lt=0.5)] = 0.05
     split: Literal["document", "file"] = "document"

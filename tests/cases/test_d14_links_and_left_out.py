@@ -85,7 +85,7 @@ def test_what_one_pattern_leaves_out_another_may_name(linked: Path) -> None:
         (os.mkfifo, "is a pipe"),
         (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, which is not there"),
         (lambda path: path.symlink_to("/dev/null"), "is a device"),
-        (lambda path: path.mkdir(), "holds no file of .txt, .md, .jsonl, .parquet"),
+        (lambda path: path.mkdir(), "holds no file of .txt, .md, .jsonl, .parquet, .csv"),
     ],
     ids=["pipe", "broken link", "device", "empty folder"],
 )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from xpeer.errors import ConfigError
-from xpeer.training.documents import load_documents
+from xpeer.trainer.text import read_table
+from xpeer.training.documents import load_documents, read_shard
+from xpeer.training.reading import Recipe
+from xpeer.training.tokenising import ignore
+from xpeer.training.tokenizer import ByteTokenizer
 
 HTML = "<!DOCTYPE html>\n<html><body><p>Some words.</p></body></html>\n"
 
@@ -164,3 +169,40 @@ def test_what_datasets_saved_is_read(tmp_path: Path) -> None:
     assert outcome(tmp_path / "file.arrow") == "['one', 'two']"
     (tmp_path / "file.arrow").write_bytes(b"ARROW1 and no more")
     assert "file.arrow is damaged" in outcome(tmp_path / "file.arrow")
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """A folder with two tables of texts, one of numbers, and one that is no table."""
+    folder = tmp_path / "tables"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.csv").write_text('id,text\n1,"one, two"\n2,three\n')
+    (folder / "more" / "b.csv.gz").write_bytes(gzip.compress(b"text;id\nfour;4\n"))
+    (folder / "numbers.csv").write_text("x,y\n1,2\n")
+    (folder / "odd.csv").write_bytes(b'"\xff\xfe never closed')
+    return folder
+
+
+def test_tables_in_a_folder_are_read_if_they_have_the_column(tables: Path) -> None:
+    found = read_shard([str(tables)])
+    assert [each.text for each in found.documents] == ["one, two", "three", "four"]
+    assert found.summary.left_out == {"table without the column": 2}
+    for pattern in (tables, f"{tables}/*.csv"):
+        with pytest.raises(ConfigError, match="no text in"):
+            read_shard([str(pattern)], "messages")
+
+
+def test_tables_become_tokens(tables: Path, tmp_path: Path) -> None:
+    recipe = Recipe(ByteTokenizer())
+    read = partial(read_table, [str(tables)], "data.shard", cache=tmp_path / "cache")
+    for _ in range(2):  # from the cache, too
+        table, summary = read(recipe=recipe, on_progress=ignore)
+        assert table.characters.tolist() == [8, 5, 4]
+        assert summary.left_out == {"table without the column": 2}
+    with pytest.raises(ConfigError, match=r"a\.csv: no row has field 'body' .fields: id, text"):
+        read(recipe=Recipe(ByteTokenizer(), "body"), on_progress=ignore)
+
+
+def test_a_damaged_table_that_has_the_column_is_an_error(tables: Path) -> None:
+    (tables / "odd.csv").write_bytes(b"text\n" + b"x\n" * 10_000 + b"\xff\n")
+    assert "odd.csv: not UTF-8, somewhere after line" in outcome(tables)

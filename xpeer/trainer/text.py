@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from xpeer.privacy.steps import Records
 from xpeer.status import CorpusShare, ShardSummary
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training.documents import no_text
-from xpeer.training.files import find
+from xpeer.training.files import Source, find
+from xpeer.training.formats import texts
+from xpeer.training.formats.rows import NO_COLUMN
+from xpeer.training.kinds import kind_of
 from xpeer.training.partition import choose, piece_characters, refuse_other
 from xpeer.training.piece_table import PieceTable, first_of_each, in_hex, split_pieces
 from xpeer.training.reading import Recipe
@@ -152,4 +156,17 @@ def read_table(
     )
     if not documents:
         raise no_text(patterns, setting, summary)
+        if left_out[NO_COLUMN]:
+            _name_columns(matched.sources, recipe.text_field)
     return table, summary
+
+
+def _name_columns(sources: Sequence[Source], field: str) -> None:
+    """Have the first table that lacks the column say which columns it has.
+
+    Raises:
+        ShardError: it does.
+    """
+    for source in sources:
+        if kind_of(source.path) in (".csv", ".tsv"):
+            next(texts(source.path, field, Counter(), named=True), None)

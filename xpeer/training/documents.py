@@ -17,7 +17,7 @@ from xpeer.training.files import find
 from xpeer.training.formats import texts
 from xpeer.training.formats.examples import Example
 from xpeer.training.formats.long import LongText
-from xpeer.training.formats.plain import OtherFormError
+from xpeer.training.formats.rows import OtherFormError
 
 __all__ = ["Document", "Shard", "corpus_digest", "document_of", "load_documents", "read_shard"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-READ_IN_FOLDERS: Final = (".txt", ".md", ".jsonl", ".parquet")
-"""Suffixes of the files that are read in folders; the first three may be packed."""
+READ_IN_FOLDERS: Final = (".txt", ".md", ".jsonl", ".parquet", ".csv")
+"""Suffixes of the files that are read in folders; all but .parquet may be packed."""
 PACKED: Final = (".gz", ".zst")
 _SAVED: Final = "state.json"
 """Lies beside the .arrow files that `datasets` saved, and not beside those of its cache."""

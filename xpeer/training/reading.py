@@ -17,14 +17,13 @@ from xpeer.training.files import Source
 from xpeer.training.formats import texts
 from xpeer.training.formats.examples import Example, asks_for_examples
 from xpeer.training.formats.long import LongText
-from xpeer.training.formats.plain import OtherFormError
-from xpeer.training.formats.rows import NO_CHAT
+from xpeer.training.formats.rows import NO_CHAT, NO_COLUMN, OtherFormError
 from xpeer.training.partition import cut_document, cut_text, piece_id
 from xpeer.training.records import uniform_of
 from xpeer.training.tokenizer import Tokenizer
 from xpeer.training.tokens import parts_of
 
-FORMS: Final = ("", "mark-up", "JSON")
+FORMS: Final = ("", "mark-up", "JSON", NO_COLUMN)
 """Forms of texts that are not read, in an order that the cache of tokens keeps."""
 
 

@@ -47,8 +47,13 @@ def texts(
                 yield from parquet.texts(path, rows)
             case ".arrow":
                 yield from arrow.texts(path, rows)
+            case ".csv" | ".tsv" if not named and asks_for_examples(text_field):
+                raise delimited.lacks_column(path, text_field)
             case ".csv" | ".tsv" as kind if not asks_for_examples(text_field):
-                yield from delimited.texts(path, rows, "\t" if kind == ".tsv" else "")
+                delimiter = "\t" if kind == ".tsv" else ""
+                if not named:
+                    delimited.leave_out_other(path, text_field, delimiter)
+                yield from delimited.texts(path, rows, delimiter)
             case _ if asks_for_examples(text_field):
                 raise ShardError(
                     f"{path}: examples ({text_field}) are read from .jsonl, .parquet and .arrow",

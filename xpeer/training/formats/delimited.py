@@ -8,11 +8,11 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from xpeer.errors import ShardError
 from xpeer.training.formats.packed import opened
-from xpeer.training.formats.rows import Rows
+from xpeer.training.formats.rows import NO_COLUMN, OtherFormError, Rows
 
 _DELIMITERS: Final = ",;\t|"
 
@@ -37,9 +37,7 @@ def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str]:
     ):
         number = 1
         try:
-            first = lines.readline()
-            delimiter = delimiter or max(_DELIMITERS, key=first.count)
-            reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+            reader = _rows_of(lines, delimiter)
             header = next(reader)
             if not header:
                 rows.take("")
@@ -62,6 +60,43 @@ def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str]:
             raise ShardError(
                 f"{path}: not valid CSV after line {number}: {e}", "correct the quotes there"
             ) from e
+
+
+def leave_out_other(path: Path, field: str, delimiter: str) -> None:
+    """Leave a table out that nobody named, and whose header lacks the field.
+
+    Raises:
+        OtherFormError: it is such a table.
+        ShardError: the file is damaged.
+        OSError: the file can't be read.
+    """
+    csv.field_size_limit(sys.maxsize)
+    with (
+        opened(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="") as lines,
+    ):
+        try:
+            header: list[str] = next(_rows_of(lines, delimiter), [])
+        except csv.Error:
+            header = ["?"]
+    if header and field not in (name.strip() for name in header):
+        raise lacks_column(path, field)
+
+
+def lacks_column(path: Path, field: str) -> OtherFormError:
+    """Make the error that leaves a table out."""
+    return OtherFormError(
+        NO_COLUMN,
+        f"{path} has no column {field!r}",
+        "set data.text_field to the column that holds its text",
+    )
+
+
+def _rows_of(lines: io.TextIOWrapper, delimiter: str) -> Any:
+    """The reader of a table; see `texts`."""
+    first = lines.readline()
+    delimiter = delimiter or max(_DELIMITERS, key=first.count)
+    return csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
 
 
 def _column(header: list[str], rows: Rows) -> int:

@@ -11,7 +11,7 @@ from typing import Final
 from xpeer.errors import ShardError
 from xpeer.training.formats.long import LongText, begins_as_json, long_text, survey
 from xpeer.training.formats.packed import decoded, opened, refuse_foreign
-from xpeer.training.formats.rows import Rows
+from xpeer.training.formats.rows import OtherFormError, Rows
 from xpeer.training.kinds import kind_of
 
 LONG: Final = 8 << 20
@@ -30,18 +30,6 @@ _LINES_SEEN: Final = 3
 _MAY_BE_UTF8: Final = (b"%PDF-", b"SQLite format 3\0", b"PK\x03\x04")
 _NUL_SHARE: Final = 4
 """More than one NUL in so many characters means UTF-16 without a byte order mark, or no text."""
-
-
-class OtherFormError(ShardError):
-    """A text has a form that is not to be trained on.
-
-    Attributes:
-        form: name of the form.
-    """
-
-    def __init__(self, form: str, problem: str, remedy: str) -> None:
-        super().__init__(problem, remedy)
-        self.form = form
 
 
 def texts(path: Path, rows: Rows, *, named: bool) -> Iterator[str | LongText]:

@@ -15,6 +15,8 @@ from typing import Final
 
 from xpeer.errors import ShardError
 
+NO_COLUMN: Final = "table without the column"
+"""A form of text that is not read: a table in a folder whose header lacks `data.text_field`."""
 EMPTY: Final = "empty"
 NULL: Final = "null"
 NO_FIELD: Final = "no field"
@@ -44,6 +46,18 @@ def holds_text(text: str) -> bool:
 
 def _is_visible(character: str) -> bool:
     return unicodedata.category(character)[0] in "LNPS" and character not in _BLANK
+
+
+class OtherFormError(ShardError):
+    """A text has a form that is not to be trained on.
+
+    Attributes:
+        form: name of the form.
+    """
+
+    def __init__(self, form: str, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.form = form
 
 
 class Rows:
