@@ -50,6 +50,8 @@ OPTIONS = {
 }
 """Options of the command line that give a setting."""
 OLD_LOGS = 3
+TOKENS = "tokens"
+"""Name of the folder of the shard's tokens in `Home.cache`."""
 SOCKET_PATH_MAX = 100
 """Linux's sun_path holds 107 bytes."""
 
@@ -127,11 +129,11 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_activations: Literal["auto", "on", "off"] = "auto"
     """Compute layers again in the backward pass instead of keeping what they computed: less memory,
     a third more time. auto: once a pass of one record does not fit into memory."""
-    compile: Literal["off", "on"] = "off"
-    """Compile the model's layers, without privacy. Takes a minute at a start."""
     pack: Literal["auto", "off"] = "auto"
     """Several short records in a sequence, without privacy. auto: where each has the loss that it
     has alone."""
+    compile: Literal["off", "on"] = "off"
+    """Compile the model's layers, without privacy. Takes a minute at a start."""
     compile_codec: bool = True
     """Compile the codec's kernels if there is a C++ compiler. That is several times faster for
     fragments of a million parameters or more, with the same bytes."""
@@ -225,6 +227,11 @@ class Home:
         beside.append(f"{self.losses.name}.1")
         whole = [path for path in vars(self).values() if path != self.path]
         return [*whole, *(self.path / name for name in (*beside, SOCKET))]
+
+    @property
+    def tokens(self) -> Path:
+        """The shard as tokens, in the cache."""
+        return self.cache / TOKENS
 
     def socket(self, config: NodeConfig) -> Path:
         """The control socket's path.

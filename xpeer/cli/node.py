@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import click
 
@@ -13,7 +16,7 @@ from xpeer.cli.common import Number, echo_json, home_option, json_option, load_c
 from xpeer.cli.peer_table import peer_lines
 from xpeer.config import Home
 from xpeer.control import Client, Peers
-from xpeer.errors import ExitCode
+from xpeer.errors import ExitCode, LocalError
 from xpeer.escape import json_text
 from xpeer.status import Status
 
@@ -101,16 +104,68 @@ def stop(home: Home, timeout_s: float | None) -> None:
 @click.command(short_help="Tell the swarm, then stop the daemon.")
 @home_option
 @_timeout_option
-def leave(home: Home, timeout_s: float | None) -> None:
-    """Tell the other members that this peer leaves, then stop the daemon."""
+@click.option(
+    "--remove-tokens", is_flag=True, help="Then remove the text as tokens, in the home's cache."
+)
+def leave(home: Home, timeout_s: float | None, remove_tokens: bool) -> None:
+    """Tell the other members that this peer leaves, then stop the daemon.
+
+    The home stays, and what is in it is listed.
+    """
     _end(home, timeout_s, leave=True)
     say("left and stopped")
+    if remove_tokens:
+        _remove_tokens(home)
+    for line in _remains(home):
+        say(line)
 
 
 def _end(home: Home, timeout_s: float | None, *, leave: bool) -> None:
     config = load_config(home)
     wait_s = config.daemon.stop_timeout_s + GRACE_S if timeout_s is None else timeout_s
     Client(home.socket(config)).stop_and_wait(wait_s, leave=leave, patient=timeout_s is None)
+
+
+def _remove_tokens(home: Home) -> None:
+    """Remove the tokens of the shard. Nobody may be using the home."""
+    try:
+        if not home.tokens.exists():
+            return
+        num_bytes = _num_bytes(home.tokens)
+        shutil.rmtree(home.tokens)
+    except OSError as e:
+        raise LocalError(
+            f"{e.filename or home.tokens} can't be removed: {e.strerror or e}",
+            f"remove {home.tokens} as the user whose home it is",
+        ) from e
+    say(f"removed: {home.tokens}, {render.size(num_bytes)}")
+
+
+def _remains(home: Home) -> Iterator[str]:
+    """What a node that has left still has on the disk."""
+    parts = (
+        (home.tokens, "the text as tokens, as private as the text; leave with --remove-tokens"
+                      ", or remove it yourself"),
+        (home.checkpoints, "the model; `xpeer checkpoint export` needs it"),
+        (home.own, "own models, by `xpeer finetune`"),
+        (home.ledger_db, "what privacy cost: keep it, what was spent stays spent"),
+        (home.identity_key, "the key of this PeerID; who has it can come back"),
+    )  # fmt: skip
+    try:
+        for path, what in parts:
+            if path.exists():
+                yield f"left on the disk: {path}, {render.size(_num_bytes(path))}: {what}"
+    except OSError as e:
+        yield f"what is left in {home.path} can't be listed: {e.strerror or e}"
+
+
+def _num_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(
+        Path(where, name).lstat().st_size for where, _, names in os.walk(path) for name in names
+    )
 
 
 def _watch(ask: Callable[[], Status], interval_s: float, *, as_json: bool) -> None:

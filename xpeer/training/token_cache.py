@@ -24,6 +24,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from xpeer.config import TOKENS
 from xpeer.errors import ShardError
 from xpeer.identity import blake2b
 from xpeer.training.files import Source
@@ -42,7 +43,6 @@ from xpeer.training.token_file import (
     open_token_file,
 )
 
-FOLDER: Final = "tokens"
 KEPT_RECIPES: Final = 3
 """Recipes whose tokens are kept: those that were used last."""
 _VERIFIED: Final = "verified"
@@ -89,7 +89,7 @@ class TokenCache:
     """
 
     def __init__(self, cache: Path, recipe: Recipe) -> None:
-        self.folder = cache / FOLDER / recipe.digest
+        self.folder = cache / TOKENS / recipe.digest
         values = recipe.tokenizer.vocab_size * (2 if recipe.makes_examples else 1)
         self.dtype = np.dtype("<u2" if values <= 1 << 16 else "<u4")
         self._cache = cache

@@ -296,6 +296,25 @@ def test_stop_returns_when_the_daemon_is_gone(tmp_path: Path, command: str) -> N
         assert running.wait(20) == 0
 
 
+@pytest.mark.parametrize("remove", [True, False])
+def test_leaving_says_what_is_left_and_removes_tokens_if_asked(
+    tmp_path: Path, remove: bool
+) -> None:
+    tokens = tmp_path / "cache" / "tokens" / "recipe"
+    tokens.mkdir(parents=True)
+    (tokens / "a.tokens").write_bytes(bytes(2000))
+    (tmp_path / "cache" / "engine.json").write_text("{}")
+    (tmp_path / "ledger.sqlite").write_bytes(b"spent")
+    with process(tmp_path / "xpeer.sock"):
+        result = xpeer(tmp_path, "leave", *(["--remove-tokens"] if remove else []))
+    assert result.exit_code == ExitCode.OK
+    assert tokens.parent.exists() != remove
+    assert (f"removed: {tokens.parent}, 2.0 kB" in result.stderr) == remove
+    assert (f"left on the disk: {tokens.parent}, 2.0 kB" in result.stderr) != remove
+    assert f"left on the disk: {tmp_path / 'ledger.sqlite'}" in result.stderr
+    assert (tmp_path / "cache" / "engine.json").exists()
+
+
 def test_stop_times_out(tmp_path: Path) -> None:
     with process(tmp_path / "xpeer.sock", "deaf") as running:
         result = xpeer(tmp_path, "stop", "--timeout", "0.2")
