@@ -18,7 +18,7 @@ from xpeer.founding_model import InitialModel
 from xpeer.identity import blake2b
 from xpeer.manifest import MAX_NAME_CHARS, Manifest, PublicText, Tokenizer
 from xpeer.policies import PrivacyMode, privacy_policy
-from xpeer.training.documents import corpus_digest, load_documents
+from xpeer.training.documents import name_documents
 from xpeer.training.formats.rows import holds_text
 
 PUBLIC_TEXT_BYTES = 200_000
@@ -81,7 +81,7 @@ def draft_manifest(
         "privacy": {"mode": privacy},
     }
     if corpus:
-        digest = corpus_digest(load_documents(corpus, setting="--corpus"))
+        digest = name_documents(corpus, setting="--corpus").digest()
         tree["shared_corpus"] = {"name": name, "digest": digest}
     for change in changes:
         _apply(tree, change)

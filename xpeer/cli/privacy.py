@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -175,17 +176,17 @@ def documents_command(
     A node trains no more once one of its documents is spent: take those files out of its shard.
     """
     from xpeer.accounts import report  # noqa: PLC0415 - slow to import
-    from xpeer.training.documents import load_documents  # noqa: PLC0415
+    from xpeer.training.documents import name_documents  # noqa: PLC0415
 
     data = load_config(home).data
     with _opened(home) as (ledger, register):
         if register is None:
             raise LocalError("the machine's register is not there", "it is made when a node trains")
-        held = load_documents(shard or data.corpus or data.shard, data.text_field)
+        held = name_documents(shard or data.corpus or data.shard, data.text_field)
         files = report.files(
             ledger,
             register,
-            [(document.id, document.source) for document in held],
+            held.with_files(),
             _checked_delta(delta) or report.noted_targets(ledger)[0],
         )
     files = [file for file in files if file.epsilon > above]
@@ -297,13 +298,22 @@ def _counted(
 ) -> int:
     """Count the units that a node would train on. The default part of the shard is held out."""
     from xpeer.config import Data  # noqa: PLC0415
-    from xpeer.training.records import cut_owned, load_documents, split  # noqa: PLC0415 - torch
+    from xpeer.trainer.text import read_table  # noqa: PLC0415 - torch
+    from xpeer.training.piece_table import split_pieces  # noqa: PLC0415
+    from xpeer.training.reading import Recipe  # noqa: PLC0415
+    from xpeer.training.record_view import MappedRecords  # noqa: PLC0415
+    from xpeer.training.tokenising import ignore  # noqa: PLC0415
     from xpeer.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer  # noqa: PLC0415
 
-    training, _ = split(load_documents(shard, text_field, "--shard"), Data().validation_share)
     words = HuggingFaceTokenizer(tokenizer) if tokenizer else ByteTokenizer()
-    records, owners = cut_owned(training, words, sequence_tokens)
-    return len(set(owners.tolist())) if unit == "document" else len(records)
+    recipe = Recipe(words, text_field)
+    with tempfile.TemporaryDirectory(prefix="xpeer-plan-") as cache:
+        table, _ = read_table(shard, "--shard", recipe, Path(cache), ignore)
+        training, _ = split_pieces(table, Data().validation_share, Data().split)
+        examples = recipe.makes_examples
+        records = MappedRecords(table.select(training), sequence_tokens, examples=examples)
+        records.require_some()
+        return len(set(records.owners().tolist())) if unit == "document" else len(records)
 
 
 def _rows(found: Account) -> Iterator[tuple[str, str]]:

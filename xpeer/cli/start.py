@@ -190,7 +190,7 @@ def _examine(home: Home, config: NodeConfig, *, observes: bool, trial: bool) -> 
     Raises:
         LocalError: a start would end with this error.
     """
-    from xpeer.training.documents import read_shard  # noqa: PLC0415 - only a dry run needs it
+    from xpeer.training.documents import name_documents  # noqa: PLC0415 - only a dry run needs it
 
     if observes:
         say("an observer trains on nothing")
@@ -203,6 +203,6 @@ def _examine(home: Home, config: NodeConfig, *, observes: bool, trial: bool) -> 
         return
     setting = "data.corpus" if config.data.corpus else "data.shard"
     patterns = config.data.corpus or config.data.shard
-    for line in read_shard(patterns, config.data.text_field, setting).summary.lines():
+    for line in name_documents(patterns, config.data.text_field, setting).summary.lines():
         say(f"{setting}: {line}")
     say("records, steps and speed: once a member has handed over the manifest (first start)")

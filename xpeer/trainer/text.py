@@ -17,13 +17,14 @@ from xpeer.manifest import Manifest
 from xpeer.privacy.steps import Records
 from xpeer.status import CorpusShare, ShardSummary
 from xpeer.trainer.setup import TrainerSetup
+from xpeer.training.document import in_hex
 from xpeer.training.documents import no_text
 from xpeer.training.files import Source, find
 from xpeer.training.formats import texts
 from xpeer.training.formats.rows import NO_COLUMN
 from xpeer.training.kinds import kind_of
 from xpeer.training.partition import choose, piece_characters, refuse_other
-from xpeer.training.piece_table import PieceTable, first_of_each, in_hex, split_pieces
+from xpeer.training.piece_table import PieceTable, first_of_each, split_pieces
 from xpeer.training.reading import Recipe
 from xpeer.training.record_view import MappedRecords
 from xpeer.training.token_cache import TokenCache
@@ -155,9 +156,9 @@ def read_table(
         outside=dict(matched.outside),
     )
     if not documents:
-        raise no_text(patterns, setting, summary)
         if left_out[NO_COLUMN]:
             _name_columns(matched.sources, recipe.text_field)
+        raise no_text(patterns, setting, summary)
     return table, summary
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from xpeer.identity import blake2b
+
+_BLOCK: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +49,35 @@ def corpus_digest(documents: Iterable[Document]) -> str:
 def digest_of_ids(ids: Iterable[str]) -> str:
     """Do as `corpus_digest`, by the documents' ids."""
     return blake2b(b"corpus", *sorted(each.encode() for each in ids)).hex()
+
+
+def digest_of_names(ids: npt.NDArray[Any]) -> str:
+    """Do as `digest_of_ids`, with few of the ids, (n, 2) big-endian uint64, as text at a time."""
+    digest = hashlib.blake2b(digest_size=32)
+
+    def add(part: bytes) -> None:
+        digest.update(len(part).to_bytes(8, "little") + part)  # as `identity.blake2b` does
+
+    add(b"corpus")
+    order = np.lexsort((ids[:, 1], ids[:, 0]))
+    for at in range(0, len(ids), _BLOCK):
+        for name in in_hex(ids[order[at : at + _BLOCK]]):
+            add(name.encode())
+    return digest.hexdigest()
+
+
+def in_hex(ids: npt.NDArray[Any]) -> list[str]:
+    """Write ids, (n, 2) big-endian uint64, in hex."""
+    text = np.ascontiguousarray(ids, ">u8").tobytes().hex()
+    return [text[at : at + 32] for at in range(0, len(text), 32)]
+
+
+def firsts(ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Indices of the ids, (n, 2) uint64, that did not come before, ascending."""
+    # equal ids lie side by side, the first one first: lexsort is stable
+    order = np.lexsort((ids[:, 1], ids[:, 0]))
+    same = np.zeros(len(order), bool)
+    same[1:] = (ids[order[1:]] == ids[order[:-1]]).all(1)
+    repeated = np.zeros(len(order), bool)
+    repeated[order] = same
+    return np.flatnonzero(~repeated).astype(np.int64)

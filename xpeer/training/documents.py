@@ -1,4 +1,4 @@
-"""Reads private text from files, as documents. No text gets into an error or a log.
+"""Reads private text from files, as documents, or names it. No text gets into an error or a log.
 
 `files` lists the files, `formats` reads their rows. Every row with text is a document. Knows
 nothing of tokens.
@@ -6,20 +6,44 @@ nothing of tokens.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from xpeer.errors import ShardError
 from xpeer.status import ShardSummary
-from xpeer.training.document import Document, corpus_digest, document_of
+from xpeer.training.document import (
+    Document,
+    corpus_digest,
+    digest_of_names,
+    document_of,
+    firsts,
+    in_hex,
+)
 from xpeer.training.files import find
 from xpeer.training.formats import texts
 from xpeer.training.formats.examples import Example
 from xpeer.training.formats.long import LongText
 from xpeer.training.formats.rows import OtherFormError
 
-__all__ = ["Document", "Shard", "corpus_digest", "document_of", "load_documents", "read_shard"]
+__all__ = [
+    "Document",
+    "Named",
+    "Shard",
+    "corpus_digest",
+    "document_of",
+    "load_documents",
+    "name_documents",
+    "read_shard",
+]
+
+Array = npt.NDArray[Any]
+_BLOCK: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +52,27 @@ class Shard:
 
     documents: list[Document]
     summary: ShardSummary
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """The documents in a shard's files, without their text."""
+
+    ids: Array  # (n, 2) big-endian uint64
+    numbers: Array  # (n,) int64: into `paths`
+    paths: list[str]
+    summary: ShardSummary
+
+    def digest(self) -> str:
+        """As `corpus_digest`."""
+        return digest_of_names(self.ids)
+
+    def with_files(self) -> Iterator[tuple[str, str]]:
+        """Id and path of the file of each document."""
+        for at in range(0, len(self.ids), _BLOCK):
+            part = slice(at, at + _BLOCK)
+            for name, number in zip(in_hex(self.ids[part]), self.numbers[part], strict=True):
+                yield name, self.paths[number]
 
 
 def load_documents(
@@ -54,34 +99,82 @@ def read_shard(
         ShardError: no file matches, there is no text, or a file can't be read; names the file, and
             the line or byte.
     """
-    matched = find(patterns, setting)
+    walk = _Walk(patterns, text_field, setting)
     documents: dict[str, Document] = {}
-    skipped: Counter[str] = Counter()
-    files = num_texts = characters = 0
-    for source in matched.sources:
-        try:
-            for read in texts(source.path, text_field, skipped, named=source.named):
-                num_texts += 1
-                document = _document(read, str(source.path))
-                if documents.setdefault(document.id, document) is document:
-                    characters += len(document.text)
-            files += 1
-        except OtherFormError as e:
-            if source.named:
-                raise
-            matched.left_out[e.form] += 1
-    summary = ShardSummary(
-        files=files,
-        documents=len(documents),
-        characters=characters,
-        repeated=num_texts - len(documents),
-        skipped=dict(skipped),
-        left_out=dict(matched.left_out),
-        outside=dict(matched.outside),
+    for read, number in walk.texts():
+        document = _document(read, str(walk.sources[number].path))
+        documents.setdefault(document.id, document)
+    characters = sum(len(document.text) for document in documents.values())
+    return Shard(list(documents.values()), walk.summary(len(documents), characters))
+
+
+def name_documents(
+    patterns: Sequence[str], text_field: str = "text", setting: str = "data.shard"
+) -> Named:
+    """Do as `read_shard`, but keep no text: a text is gone once it is named."""
+    walk = _Walk(patterns, text_field, setting)
+    ids, numbers, sizes = bytearray(), array("q"), array("q")
+    for read, number in walk.texts():
+        name, size = _name(read)
+        ids += bytes.fromhex(name)
+        numbers.append(number)
+        sizes.append(size)
+    pairs = np.frombuffer(bytes(ids), ">u8").reshape(-1, 2)
+    first = firsts(pairs.astype(np.uint64))
+    return Named(
+        pairs[first],
+        np.array(numbers, np.int64)[first],
+        [str(source.path) for source in walk.sources],
+        walk.summary(len(first), int(np.array(sizes, np.int64)[first].sum())),
     )
-    if not documents:
-        raise no_text(patterns, setting, summary)
-    return Shard(list(documents.values()), summary)
+
+
+class _Walk:
+    """Goes through the texts of a shard, and counts. Holds none of them."""
+
+    def __init__(self, patterns: Sequence[str], text_field: str, setting: str) -> None:
+        self._patterns, self._field, self._setting = patterns, text_field, setting
+        self._matched = find(patterns, setting)
+        self.sources = self._matched.sources
+        self._skipped: Counter[str] = Counter()
+        self._files = self._texts = 0
+
+    def texts(self) -> Iterator[tuple[str | LongText | Example, int]]:
+        """All texts, with the numbers of their files."""
+        for number, source in enumerate(self.sources):
+            try:
+                for read in texts(source.path, self._field, self._skipped, named=source.named):
+                    self._texts += 1
+                    yield read, number
+                self._files += 1
+            except OtherFormError as e:
+                if source.named:
+                    raise
+                self._matched.left_out[e.form] += 1
+
+    def summary(self, documents: int, characters: int) -> ShardSummary:
+        """Sum up; raises ShardError if there is no text."""
+        summary = ShardSummary(
+            files=self._files,
+            documents=documents,
+            characters=characters,
+            repeated=self._texts - documents,
+            skipped=dict(self._skipped),
+            left_out=dict(self._matched.left_out),
+            outside=dict(self._matched.outside),
+        )
+        if not documents:
+            raise no_text(self._patterns, self._setting, summary)
+        return summary
+
+
+def _name(read: str | LongText | Example) -> tuple[str, int]:
+    """Id and number of characters of a text, as `_document` has them."""
+    if isinstance(read, Example):
+        return read.id, sum(len(content) for _, content in read.turns) + len(read.turns) - 1
+    if isinstance(read, str):
+        return document_of(read, "").id, len(read)
+    return read.id, sum(map(len, read.blocks()))
 
 
 def _document(read: str | LongText | Example, source: str) -> Document:

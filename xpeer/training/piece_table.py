@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xpeer.identity import blake2b
+from xpeer.training.document import firsts, in_hex
 from xpeer.training.records import uniform_of
 from xpeer.training.token_file import BEGINS
 
@@ -67,12 +68,6 @@ class PieceTable:
         return in_hex(self.whole)
 
 
-def in_hex(ids: Array) -> list[str]:
-    """Write ids, (n, 2) big-endian uint64, in hex."""
-    text = np.ascontiguousarray(ids, ">u8").tobytes().hex()
-    return [text[at : at + 32] for at in range(0, len(text), 32)]
-
-
 def expanded(begins: Array, counts: Array) -> Indices:
     """Return begin, begin + 1, ... for each range, (sum of counts,) int64."""
     before = np.cumsum(counts) - counts
@@ -84,14 +79,9 @@ def first_of_each(table: PieceTable) -> Indices:
     """Indices of the pieces of every document that did not come before, ascending."""
     number = np.cumsum(table.flags & BEGINS != 0) - 1  # of the document of each piece
     begins = np.flatnonzero(table.flags & BEGINS)
-    whole = table.whole[begins].astype(np.uint64)
-    # equal ids lie side by side, the first one first: lexsort is stable
-    order = np.lexsort((whole[:, 1], whole[:, 0]))
-    same = np.zeros(len(order), bool)
-    same[1:] = (whole[order[1:]] == whole[order[:-1]]).all(1)
-    repeated = np.zeros(len(order), bool)
-    repeated[order] = same
-    return np.flatnonzero(~repeated[number]).astype(np.int64)
+    first = np.zeros(len(begins), bool)
+    first[firsts(table.whole[begins].astype(np.uint64))] = True
+    return np.flatnonzero(first[number]).astype(np.int64)
 
 
 def split_pieces(

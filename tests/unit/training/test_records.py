@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError
 from xpeer.trainer.build import assemble
-from xpeer.training.documents import Document, document_of, load_documents
+from xpeer.training import document
+from xpeer.training.documents import (
+    Document,
+    corpus_digest,
+    document_of,
+    load_documents,
+    name_documents,
+    read_shard,
+)
+from xpeer.training.formats import plain
 from xpeer.training.records import FILL, MIN_TOKENS, cut, split
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer
 
@@ -276,3 +285,19 @@ def test_the_trainer_tells_what_became_of_the_text(tmp_path: Path):
     assert node.beginning.text.shard.left_out == {".docx": 1}
     assert node.beginning.text.shard.too_short in (0, 1)  # or it is held out
     assert "text: 1 file left out: .docx 1" in node.beginning.notes
+
+
+def test_texts_are_named_without_being_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document, "_BLOCK", 3)
+    monkeypatch.setattr(plain, "LONG", 400)
+    (tmp_path / "a.txt").write_text("a long text, é " * 40)
+    rows = [{"text": f"row {n % 7}"} for n in range(10)]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "c.txt").write_text("row 3")
+    whole, named = read_shard([str(tmp_path)]), name_documents([str(tmp_path)])
+    assert named.summary == whole.summary
+    assert named.summary.repeated == 4
+    assert list(named.with_files()) == [(each.id, each.source) for each in whole.documents]
+    assert named.digest() == corpus_digest(whole.documents)
