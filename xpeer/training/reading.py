@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from xpeer.identity import blake2b
+from xpeer.training import tokens
 from xpeer.training.chat import Marked
 from xpeer.training.document import document_of
 from xpeer.training.files import Source
@@ -113,6 +114,9 @@ def events_of(source: Source, recipe: Recipe, begin: Begin) -> Iterator[Event]:
     """
     skipped: Counter[str] = Counter()
     form, left, characters = 0, begin.first, begin.characters
+    whole = min(
+        tokens.PIECE, recipe.piece_characters or tokens.PIECE
+    )  # up to here nothing has to be cut
     yield begin
     try:
         for text in texts(source.path, recipe.text_field, skipped, named=source.named):
@@ -124,6 +128,15 @@ def events_of(source: Source, recipe: Recipe, begin: Begin) -> Iterator[Event]:
                     left -= 1
                 else:
                     yield Part(_head_of(text), marked.text, last=True, marked=marked)
+                continue
+            if isinstance(text, str) and not characters and len(text) <= whole:
+                if left:
+                    left -= 1
+                else:
+                    document = document_of(text, "")
+                    name = bytes.fromhex(document.id)
+                    head = Head(name, name, uniform_of(document.id), begins=True, ends=True)
+                    yield Part(head, text, last=True)
                 continue
             for head, blocks in _pieces(text, recipe.piece_characters):
                 if left:

@@ -61,6 +61,8 @@ SOURCE: Final = np.dtype(
 _FOOTER: Final = struct.Struct("<8s4q16s16s")
 _MAGIC: Final = b"xptok/1\0"
 _BLOCK: Final = 16 << 20
+_WAITING: Final = 1 << 16
+"""Tokens that are written at once."""
 
 Table = npt.NDArray[Any]
 
@@ -97,16 +99,20 @@ class TokenFileWriter:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._file = open(os.open(self._beside, flags, 0o600), "wb")  # noqa: PTH123, SIM115 - a mode
         self._digest = hashlib.blake2b(digest_size=16)
+        self._waiting: list[Table] = []
+        """Tokens that are still to be written: those of short texts, together."""
+        self._written = 0
 
     def add(self, tokens: Table) -> None:
         """Append tokens, (n,) of the file's type."""
-        data = np.ascontiguousarray(tokens, self._dtype).data.cast("B")
-        self._digest.update(data)
-        self._file.write(data)
+        self._waiting.append(tokens)
         self.num_tokens += len(tokens)
+        if self.num_tokens - self._written >= _WAITING:
+            self._write()
 
     def publish(self, passages: Table, sources: Table) -> Path:
         """Add the tables, and give the file its name once all of it is on the disk."""
+        self._write()
         tables = passages.tobytes() + sources.tobytes()
         sizes = self.num_tokens, self._dtype.itemsize, len(passages), len(sources)
         tokens = self._digest.digest()
@@ -118,6 +124,13 @@ class TokenFileWriter:
         self._beside.replace(self._path)
         sync(self._path.parent)
         return self._path
+
+    def _write(self) -> None:
+        if self._waiting:
+            data = np.concatenate(self._waiting).astype(self._dtype).data.cast("B")
+            self._digest.update(data)
+            self._file.write(data)
+        self._waiting, self._written = [], self.num_tokens
 
     def discard(self) -> None:
         """Remove what was written, unless it is published."""

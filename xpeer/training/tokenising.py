@@ -165,7 +165,11 @@ class _Writer:
     def __init__(self, cache: TokenCache, tokenizer: Tokenizer) -> None:
         self.published: list[Path] = []
         self.documents = self.tokens = 0
-        self._cache, self._tokenizer = cache, tokenizer
+        self._cache = cache
+        ends = tokenizer.bos_id, tokenizer.eos_id
+        self._before, self._after = (
+            np.array([] if token is None else [token], np.uint32) for token in ends
+        )
         self._file: TokenFileWriter | None = None
         self._passages: list[tuple[object, ...]] = []
         self._sources: list[tuple[object, ...]] = []
@@ -214,16 +218,13 @@ class _Writer:
 
     def _write(self, part: Part, ids: Array) -> None:
         head, file = part.head, self._open_file
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-        if head.bare:
-            bos = eos = None
         before = file.num_tokens
-        if self._head is None and head.begins and not self._continues and bos is not None:
-            file.add(np.array([bos]))
+        if self._head is None and head.begins and not self._continues and not head.bare:
+            file.add(self._before)
         self._head = head
         file.add(ids)
-        if part.last and head.ends and eos is not None:
-            file.add(np.array([eos]))
+        if part.last and head.ends and not head.bare:
+            file.add(self._after)
         self._size += file.num_tokens - before
         self._characters += len(part.text)
         if part.last:

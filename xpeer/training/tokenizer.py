@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from array import array
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -188,7 +189,8 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
         """See `Tokenizer.encode_batch`; the library's own threads share the work."""
         encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(each.ids, np.uint32) for each in encoded]
+        # faster than np.array, which matters: Python does this on one core
+        return [np.frombuffer(array("I", each.ids), np.uint32) for each in encoded]
 
     def encode_marked(self, texts: list[Marked]) -> list[npt.NDArray[np.uint32]]:
         """See `Tokenizer.encode_marked`."""
