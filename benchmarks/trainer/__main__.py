@@ -69,7 +69,7 @@ def _worst(summary: dict[str, float], key: str, value: float, worse: Callable[..
 def compare(case: Case, rounds: int, steps: int) -> dict[str, Any]:
     """Tokens per second of both, some steps of each in turn; a ratio and its extremes."""
     speeds: dict[str, list[float]] = {"swarm": [], "by hand": []}
-    exchanges = 0
+    exchanges = plain_peak = 0
     with tempfile.TemporaryDirectory() as folder, pair.running(Path(folder), case) as swarm:
         with loops(case) as step:
             for turn in range(rounds + 1):

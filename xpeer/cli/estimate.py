@@ -160,7 +160,7 @@ def _remedy(step: Step, memory_bytes: float) -> str:
     if step.lora is not None:
         smaller = _BY_SIZE[_BY_SIZE.index(step.base_dtype) + 1 :]
         changes += [(f"{_HELD_IN} {dtype}", {"base_dtype": dtype}) for dtype in smaller]
-    words = []
+    words: list[str] = []
     for said, fields in changes:
         changed = replace(step, **fields)
         if changed == step:

@@ -151,7 +151,8 @@ class QuantisedLinear(nn.Linear):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         run: Any = _Product.apply
         out: Tensor = run(input, self)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        bias: Tensor | None = self.bias
+        return out if bias is None else out + bias.to(out.dtype)
 
 
 @torch.no_grad()

@@ -64,7 +64,8 @@ def quantized(weight: torch.Tensor, table: list[float], block: int) -> tuple[Any
 def dequantized(codes: torch.Tensor, table: list[float], state: Any) -> torch.Tensor:
     flat = torch.tensor(table)[codes.long().flatten()]
     scales = state.absmax.repeat_interleave(state.blocksize)[: len(flat)]
-    return (flat * scales).to(state.dtype)
+    values: torch.Tensor = (flat * scales).to(state.dtype)
+    return values
 
 
 def library_of_torch() -> Any:
@@ -152,7 +153,7 @@ def test_it_computes_as_float32_with_the_same_values(family: str, kind: Any) -> 
 
 @pytest.mark.parametrize(("kind", "bits", "error"), [("int8", 8.5, 0.01), ("nf4", 4.5, 0.12)])
 def test_what_is_lost_and_what_is_saved(kind: Any, bits: float, error: float) -> None:
-    model = hold(build(FAMILIES["llama"], seed=1), torch.bfloat16)
+    model: Any = hold(build(FAMILIES["llama"], seed=1), torch.bfloat16)
     before = copy.deepcopy(model)
     output: Any = model.get_output_embeddings()
     quantise(model, kind, 64)
