@@ -7,11 +7,12 @@ import select
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from xpeer.cli.demo import corpora, flow
+from xpeer.cli.demo import corpora, flow, plan
 from xpeer.cli.demo.daemons import Daemons, first_address
 from xpeer.cli.demo.warmup import records_of
 from xpeer.errors import LocalError
@@ -91,16 +92,18 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.timeout(600)
-def test_the_whole_demo_with_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_whole_demo_with_few_steps(tmp_path: Path):
     """Corpora, public start, founding, invitations, three daemons, report, export."""
-    few = flow.Plan(steps=5, start_steps=25, alone_rates=())
-    small = {"QUICK": few, "SHARD_BYTES": 300_000, "HELD_OUT_RECORDS": 8, "BATCH_RECORDS": 8}
-    for name, value in small.items():
-        monkeypatch.setattr(flow, name, value)
+    few = replace(
+        plan.QUICK, steps=5, start_steps=25, shard_bytes=300_000, held_out_records=8,
+        batch_records=8,
+    )  # fmt: skip
     report = flow.Demo(tmp_path, 1, few).run()
     assert {peer.corpus for peer in report.peers} == set(corpora.PRIVATE)
     assert all(peer.steps > 0 and peer.exchanges > 0 for peer in report.peers)
     assert 0 < report.epsilon <= 8
     assert Path(report.report).stat().st_size > 10_000
+    # what transformers alone computes is what the founder's last checkpoint has
+    assert report.loss_exported == pytest.approx(report.peers[0].loss_swarm, abs=0.02)
     exported = from_folder(Path(report.checkpoint))
     assert sum(each.numel() for each in exported.parameters()) > 0

@@ -62,35 +62,6 @@ def misalignment(
     return math.sqrt(lost / whole) if whole > 0 else 0.0
 
 
-def mean_of_products(pairs: Sequence[FactorPair], vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Average models with adapters by what these do, and not by their factors.
-
-    Of each layer B A is the nearest product of this rank to mean(B A), by truncated singular value
-    decomposition. If the mean has no larger rank, B A is the mean.
-
-    Args:
-        pairs: the layers. Values outside of them are averaged one by one.
-        vectors: (P,) float32, CPU, of each model.
-
-    Returns:
-        (P,) float32.
-    """
-    mean = torch.stack(list(vectors)).mean(0)
-    for pair in pairs:
-        factors = [pair.of(vector) for vector in vectors]
-        left, right = torch.linalg.qr(torch.cat([b for b, _ in factors], dim=1) / len(factors))
-        other, upper = torch.linalg.qr(torch.cat([a for _, a in factors]).T)
-        u, s, vh = torch.linalg.svd(right @ upper.T)
-        rank = min(pair.rank, len(s))
-        root = s[:rank].sqrt()
-        b, a = pair.of(torch.zeros_like(mean))
-        b[:, :rank] = left @ u[:, :rank] * root
-        a[:rank] = root[:, None] * (vh[:rank] @ other.T)
-        mean[pair.a_at : pair.a_at + a.numel()] = a.flatten()
-        mean[pair.b_at : pair.b_at + b.numel()] = b.flatten()
-    return mean
-
-
 def _squared_norm(b: torch.Tensor, a: torch.Tensor) -> float:
     """||B A||^2 = <B^T B, A A^T>."""
     return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from xpeer.errors import ConfigError
 from xpeer.leaves import seen_by
 from xpeer.manifest.model import BaseDtype, Lora, Model
-from xpeer.mixing.factors import FactorPair, mean_of_products
+from xpeer.mixing.factors import FactorPair
 from xpeer.training.flat import digest
 from xpeer.training.losses import transformers_model
 
@@ -140,22 +139,6 @@ def factor_pairs(adapted: torch.nn.Module) -> list[FactorPair]:
             b_at, (outputs, rank) = places[other]
             pairs.append(FactorPair(a_at, b_at, rank, inputs=shape[1], outputs=outputs))
     return pairs
-
-
-def average(model: torch.nn.Module, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Average models that were trained apart.
-
-    With adapters it is the average of what they do, cut back to their rank: the average of their
-    factors may lose half of it (docs/aggregation.md).
-
-    Args:
-        model: one of these models.
-        vectors: (P,) float32, CPU: the trained parameters of each.
-
-    Returns:
-        (P,) float32.
-    """
-    return mean_of_products(factor_pairs(model), vectors)
 
 
 def fixed_digest(adapted: torch.nn.Module, lora: Lora) -> str:

@@ -13,10 +13,8 @@ from xpeer.cli.demo.heldout import HeldOut, Snapshots, mean
 from xpeer.cli.demo.report import PeerReport, Report, plot, table_of, words_of
 from xpeer.cli.demo.warmup import records_of
 from xpeer.training import checkpoint
-from xpeer.training.export import export_hf
 from xpeer.training.flat import read_flat
 from xpeer.training.model import build
-from xpeer.training.tokenizer import ByteTokenizer
 
 KINDS = ("python", "headers", "licences")
 LABELS = {kind: f"all about {kind}" for kind in KINDS}
@@ -77,11 +75,10 @@ def save(folder: Path, flat: torch.Tensor, step: int) -> None:
 
 def test_a_curve_has_the_start_a_point_a_window_and_the_end(tmp_path: Path):
     model = build(TINY, seed=0)
-    start, folder = tmp_path / "start", tmp_path / "checkpoints"
-    export_hf(model, ByteTokenizer(), start)
+    folder = tmp_path / "checkpoints"
     folder.mkdir()
     flat = read_flat(model)
-    held_out = HeldOut({kind: records_of([f"{kind} " * 40], 16) for kind in KINDS}, start)
+    held_out = HeldOut({kind: records_of([f"{kind} " * 40], 16) for kind in KINDS}, model)
     start_loss = mean(held_out.of_start())
     snapshots = Snapshots(folder, every=5)
     snapshots.look()  # none yet
@@ -94,7 +91,7 @@ def test_a_curve_has_the_start_a_point_a_window_and_the_end(tmp_path: Path):
     save(folder, flat * 0.5, 12)  # the same step after the closing consolidation
     snapshots.look(last=True)
     assert torch.equal(snapshots.last(), flat * 0.5)
-    curve = snapshots.curve(start_loss, held_out)
+    curve = snapshots.curve(start_loss, held_out, held_out.loss(flat * 0.5))
     assert [step for step, _ in curve] == [0, 5, 10, 12]
     assert curve[0][1] == start_loss
     assert curve[-1][1] == pytest.approx(held_out.loss(flat * 0.5))

@@ -33,7 +33,7 @@ from xpeer.trainer.build import assemble
 from xpeer.trainer.client import TrainerProcess
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
-from xpeer.training.adapters import adapt, average, factor_pairs, merged
+from xpeer.training.adapters import adapt, factor_pairs, merged
 from xpeer.training.flat import digest, read_flat
 from xpeer.training.initial import model_of
 from xpeer.training.loop import TrainingLoop
@@ -396,21 +396,3 @@ def test_b_alone_needs_adapters(tmp_path: Path) -> None:
     arguments = ["init", "--home", str(tmp_path / "x"), "--swarm", "s", "--lora-train", "B"]
     refused = CliRunner().invoke(main, arguments)
     assert (refused.exit_code, "--lora-train needs --lora-rank" in refused.stderr) == (8, True)
-
-
-def test_the_average_of_lone_adapters_is_of_what_they_do() -> None:
-    model = adapt(tiny(), LORA)
-    pairs, start = factor_pairs(model), read_flat(model)
-    generator = torch.Generator().manual_seed(1)
-    vectors = [start + 0.2 * torch.randn(start.shape, generator=generator) for _ in range(2)]
-
-    def products(flat: torch.Tensor) -> torch.Tensor:
-        return torch.cat([(b @ a).flatten() for b, a in (pair.of(flat) for pair in pairs)])
-
-    exact = sum(products(vector) for vector in vectors) / 2
-    assert isinstance(exact, torch.Tensor)
-    by_product, by_factors = average(model, vectors), torch.stack(vectors).mean(0)
-    assert relative(exact, products(by_product)) < 0.95 * relative(exact, products(by_factors))
-    plain = tiny()
-    mean = average(plain, [read_flat(plain), 3 * read_flat(plain)])
-    torch.testing.assert_close(mean, 2 * read_flat(plain))

@@ -2,56 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from xpeer.cli.common import say
 from xpeer.cli.demo import corpora, daemons, warmup
-from xpeer.cli.demo.heldout import HeldOut, Snapshots, mean
-from xpeer.cli.demo.report import PeerReport, Report, plot, table_of, words_of
+from xpeer.cli.demo.exported import loss_of_export
+from xpeer.cli.demo.heldout import HeldOut, Snapshots, average_of, mean
+from xpeer.cli.demo.plan import (
+    EPSILON,
+    FULL,
+    PROMPTS,
+    WINDOW_STEPS,
+    DemoPlan,
+    PublicStart,
+    given_start,
+    own_start,
+)
+from xpeer.cli.demo.report import PeerReport, Report, Sample, plot, say_summary, table_of
 from xpeer.cli.demo.view import View
 from xpeer.config import Home
 from xpeer.errors import LocalError, LocalTimeoutError
+from xpeer.policies import privacy_policy
 from xpeer.status import Status
-from xpeer.training.losses import record_losses
+from xpeer.training.export import generate
 from xpeer.training.model import from_folder
+from xpeer.training.tokenizer import ByteTokenizer
 
-WINDOW_STEPS = 5
-SEQUENCE_TOKENS = 128
-BATCH_RECORDS = 48
-SHARD_BYTES = 4_000_000
-HELD_OUT_RECORDS = 96
-SWARM_RATE = 6e-3
-SPEEDS = {"python": 1.0, "headers": 1.0, "licences": 0.5}
-PRIVATE_OVERHEAD = 1.3
-"""A private step with its noise and exchanges takes this many times as long as a plain one."""
-TIMEOUT_S = 1800.0
-SAVING = {"XPEER_CHECKPOINT_EVERY_S": "2"}
-"""The report's curves are read from the checkpoints."""
 ALONE_AT_ONCE = 2
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long the demo's runs are."""
-
-    steps: int
-    """Private steps of a peer at full speed."""
-    start_steps: int
-    """Steps of the public start's training."""
-    alone_rates: tuple[float, ...]
-    """Learning rates for the lone runs; the best run of each peer counts. The swarm's rate is fixed
-    beforehand. Empty = no lone runs."""
-
-
-FULL = Plan(35, warmup.STEPS, (4e-3, 6e-3, 9e-3))
-QUICK = Plan(15, 60, ())
-"""One swarm, compared only with its start: two minutes."""
 
 
 class Demo:
@@ -59,14 +39,23 @@ class Demo:
 
     Args:
         out: folder for all its files.
-        seed: random seed of the public start.
-        plan: FULL or QUICK.
+        seed: random seed of the public start, where the demo makes it.
+        plan: how long it takes.
+        model: Hugging Face folder of a pretrained model, of which adapters are trained; None = the
+            demo makes a small one.
+
+    Raises:
+        ConfigError: the folder holds no tokenizer.
     """
 
-    def __init__(self, out: Path, seed: int, plan: Plan = FULL) -> None:
+    def __init__(
+        self, out: Path, seed: int, plan: DemoPlan = FULL, model: Path | None = None
+    ) -> None:
         self._seed = seed
         self._out = out
         self._plan = plan
+        self._model = model
+        self._given = given_start(model, adapters=plan.adapters) if model is not None else None
         self._run = out / "run"
         warmup.clear(self._run)
         self._run.mkdir(parents=True)
@@ -79,13 +68,17 @@ class Demo:
         with self._processes.running(), self._view.drawing():
             texts = self._write_texts()
             start = self._public_start(texts)
-            held_out = HeldOut(self._held_out, start)
+            held_out = HeldOut(self._held_out, from_folder(start.folder))
             by_kind = held_out.of_start()
             report = Report(
                 seed=self._seed,
-                quick=self._plan is QUICK,
+                quick=not self._plan.alone_rates,
+                model=str(self._model or ""),
+                privacy=self._plan.privacy,
+                unit=start.unit,
                 start_by_kind=by_kind,
                 loss_start=mean(by_kind),
+                samples=self._samples(start, held_out.model),
                 checkpoint=str(self._run / "model"),
                 report=str(self._run / "report.png"),
             )
@@ -94,7 +87,7 @@ class Demo:
                 self._alone(start, report, held_out)
             plot(report, Path(report.report))
         self._view.print(table_of(report, corpora.LABELS))
-        self._print_summary(report)
+        say_summary(report, self._plan.sequence_tokens)
         return report
 
     # Text and start
@@ -104,8 +97,10 @@ class Demo:
         self._view.phase("collecting text from this environment", 4)
         self._held_out: dict[str, torch.Tensor] = {}
         public: list[str] = []
+        tokenizer = self._given.tokenizer if self._given else ByteTokenizer()
+        tokens, wanted = self._plan.sequence_tokens, self._plan.held_out_records
         for kind in (corpora.PUBLIC, *corpora.PRIVATE):
-            corpus = corpora.collect(kind, SHARD_BYTES)
+            corpus = corpora.collect(kind, self._plan.shard_bytes)
             if not corpus.texts or not corpus.held_out:
                 raise LocalError(
                     f"this environment holds too little text of the kind {corpora.LABELS[kind]!r}",
@@ -120,32 +115,47 @@ class Demo:
                 joined = "\n".join(corpus.held_out)
                 (self._run / "text" / "public.txt").write_text(joined, encoding="utf-8")
             else:
-                records = warmup.records_of(corpus.held_out, SEQUENCE_TOKENS)
-                spread = max(1, len(records) // HELD_OUT_RECORDS)
-                self._held_out[kind] = records[::spread][:HELD_OUT_RECORDS]
+                records = warmup.records_of(corpus.held_out, tokens, tokenizer)
+                spread = max(1, len(records) // wanted)
+                self._held_out[kind] = records[::spread][:wanted]
             self._view.advance()
         return public
 
-    def _public_start(self, texts: list[str]) -> Path:
-        steps = self._plan.start_steps
-        self._view.phase("warming up the model on public text (cached)", steps)
-        return warmup.warmed_up(
-            texts, SEQUENCE_TOKENS, self._seed, self._out / "cache", self._view.to, steps
+    def _public_start(self, texts: list[str]) -> PublicStart:
+        if self._given is not None:
+            self._view.phase("measuring the model before any training", 1)
+            return self._given
+        plan, cache = self._plan, self._out / "cache"
+        self._view.phase("warming up the model on public text (cached)", plan.start_steps)
+        return own_start(
+            warmup.warmed_up(
+                texts, plan.sequence_tokens, self._seed, cache, self._view.to, plan.start_steps
+            )
         )
+
+    def _samples(self, start: PublicStart, model: torch.nn.Module) -> list[Sample]:
+        """Continue a prompt of each kind, before any training."""
+        if self._plan.reply_tokens == 0:
+            return []
+        self._view.phase("continuing a prompt of each kind", len(PROMPTS))
+        samples = []
+        for kind, prompt in PROMPTS.items():
+            before = generate(model, start.tokenizer, prompt, self._plan.reply_tokens)
+            samples.append(Sample(kind, prompt, before))
+            self._view.advance()
+        return samples
 
     # The swarm
 
-    def _swarm(self, start: Path, report: Report, held_out: HeldOut) -> None:
+    def _swarm(self, start: PublicStart, report: Report, held_out: HeldOut) -> None:
         self._view.phase("starting one bootstrap node and three daemons", 4)
         names = list(corpora.PRIVATE)
         homes = {name: Home(self._run / name) for name in names}
         founder, *joiners = names
         fields = {
             "end.steps": self._plan.steps,
-            # Windows end by the clock as well, so that the slow peer ends with the others.
-            "end.rounds": self._plan.steps // WINDOW_STEPS,
-            "round.window_s": round(WINDOW_STEPS * step_seconds(start), 2),
-            "optimiser.learning_rate": SWARM_RATE,
+            "optimiser.learning_rate": self._plan.rate,
+            **self._ends_by_clock(start),
         }
         swarm_id = self._init(homes[founder], "demo", start, founder, fields)
         bootstrap_home = str(self._run / "bootstrap")
@@ -157,50 +167,78 @@ class Demo:
         )  # fmt: skip
         seed = daemons.first_address(self._processes, "bootstrap", 60)
         self._view.advance()
-        self._start(founder, homes[founder], ["--bootstrap", seed])
+        self._start(founder, homes[founder], ["--bootstrap", seed], start)
         for name in joiners:
             peer_id = daemons.call(["id", "--home", str(homes[name].path)])
             token = daemons.call(
                 ["invite", "create", "--home", str(homes[founder].path), "--for", peer_id,
                  "--seed", seed]
             )  # fmt: skip
-            self._start(name, homes[name], ["--join", token, "--listen", LOOPBACK])
+            self._start(name, homes[name], ["--join", token, "--listen", LOOPBACK], start)
             self._view.advance()
         self._follow(homes)
-        self._collect(homes, report, held_out)
+        trained = held_out.of_swarm(homes[founder], start.base_model)
+        self._collect(homes, report, trained)
+        self._export(homes[founder], start, report, trained)
+
+    def _ends_by_clock(self, start: PublicStart) -> dict[str, float]:
+        """With a slow peer windows end by the clock as well, so that it ends with the others."""
+        plan, speeds = self._plan, self._plan.speeds.values()
+        if min(speeds) == max(speeds):
+            return {}
+        step_s = warmup.step_seconds(
+            start.folder, plan.batch_records, plan.sequence_tokens, sum(speeds)
+        )
+        window_s = round(WINDOW_STEPS * step_s, 2)
+        return {"end.rounds": plan.steps // WINDOW_STEPS, "round.window_s": window_s}
+
+    def _export(self, founder: Home, start: PublicStart, report: Report, held_out: HeldOut) -> None:
+        """Export the founder's model, and load the export without xpeer."""
+        self._view.phase("exporting, and loading the export without xpeer", 1 + len(report.samples))
         daemons.call(
-            ["checkpoint", "export", "--home", str(homes[founder].path), "--hf",
-             str(self._run / "model")]
+            ["checkpoint", "export", "--home", str(founder.path), "--hf", report.checkpoint],
+            start.settings,
         )  # fmt: skip
+        report.loss_exported = loss_of_export(Path(report.checkpoint), start.base, held_out.parts)
+        self._view.advance()
+        held_out.take(self._snapshots_of(report.peers[0].corpus, founder).last())
+        for sample in report.samples:
+            sample.after = generate(
+                held_out.model, start.tokenizer, sample.prompt, self._plan.reply_tokens
+            )
+            self._view.advance()
 
     def _init(
-        self, home: Home, name: str, start: Path, corpus: str, fields: dict[str, float]
+        self, home: Home, name: str, start: PublicStart, corpus: str, fields: dict[str, float]
     ) -> str:
+        charges = privacy_policy(self._plan.privacy).charges
         fields = {
             **fields,
-            "optimiser.batch_records": BATCH_RECORDS,
-            "optimiser.sequence_tokens": SEQUENCE_TOKENS,
+            **self._plan.round_fields,
+            "optimiser.batch_records": self._plan.batch_records,
+            "optimiser.sequence_tokens": self._plan.sequence_tokens,
             "optimiser.warmup_steps": 5,
             "round.window_steps": WINDOW_STEPS,
-            "round.slot_s": 0.5,
-            "privacy.epsilon": 8.0,
+            **({"privacy.epsilon": EPSILON} if charges else {}),
         }
         changes = [part for key, value in fields.items() for part in ("--set", f"{key}={value}")]
         return daemons.call(
-            ["init", "--home", str(home.path), "--swarm", name, "--model", str(start),
-             "--tokenizer", "bytes",
+            ["init", "--home", str(home.path), "--swarm", name, "--model", str(start.folder),
+             *start.options, "--privacy", self._plan.privacy,
              "--public-text", str(self._run / "text" / "public.txt"),
              "--shard", str(self._run / "text" / corpus), "--listen", LOOPBACK, *changes]
         )  # fmt: skip
 
-    def _start(self, name: str, home: Home, arguments: list[str]) -> None:
+    def _start(self, name: str, home: Home, arguments: list[str], start: PublicStart) -> None:
+        speed = str(self._plan.speeds[name])
         settings = {
-            "XPEER_TRAINING_MIN_PEERS": str(len(SPEEDS) - 1),
+            "XPEER_TRAINING_MIN_PEERS": str(len(self._plan.speeds) - 1),
             "XPEER_TRAINING_THREADS": "1",
-            "XPEER_TRAINING_SPEED": str(SPEEDS[name]),
-            "XPEER_TRAINING_THROTTLE": str(SPEEDS[name]),
+            "XPEER_TRAINING_SPEED": speed,
+            "XPEER_TRAINING_THROTTLE": speed,
             "XPEER_DATA_SHARD": str(self._run / "text" / name),
-            **SAVING,
+            **start.settings,
+            "XPEER_CHECKPOINT_EVERY_S": str(self._plan.save_every_s),
         }
         self._processes.start(name, ["start", "--home", str(home.path), *arguments], settings)
 
@@ -208,7 +246,7 @@ class Demo:
         """Watch the daemons until all have finished."""
         total = self._plan.steps * len(homes)
         self._view.phase("training together", total)
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + self._plan.timeout_s
         while True:
             seen = self._seen(homes)
             self._view.to(sum(status.progress.step for status in seen.values()), total)
@@ -228,7 +266,7 @@ class Demo:
 
     def _snapshots_of(self, name: str, home: Home) -> Snapshots:
         if name not in self._snapshots:
-            self._snapshots[name] = Snapshots(home.checkpoints, WINDOW_STEPS)
+            self._snapshots[name] = Snapshots(home.checkpoints, self._plan.curve_steps)
         return self._snapshots[name]
 
     def _wait(self, deadline: float) -> None:
@@ -246,7 +284,7 @@ class Demo:
                 PeerReport(
                     corpus=name,
                     peer_id=status.peer_id,
-                    speed=SPEEDS[name],
+                    speed=self._plan.speeds[name],
                     epsilon=status.privacy.epsilon_spent,
                     delta=status.privacy.delta,
                     steps=status.progress.step,
@@ -263,9 +301,9 @@ class Demo:
         for peer in report.peers:
             snapshots = self._snapshots_of(peer.corpus, homes[peer.corpus])
             snapshots.look(last=True)
-            peer.swarm_curve = snapshots.curve(report.loss_start, held_out)
             peer.swarm_by_kind = held_out.by_kind(snapshots.last())
             peer.loss_swarm = mean(peer.swarm_by_kind)
+            peer.swarm_curve = snapshots.curve(report.loss_start, held_out, peer.loss_swarm)
             self._view.advance()
         report.bytes_sent = sum(peer.bytes_sent for peer in report.peers)
         report.epsilon = max(peer.epsilon for peer in report.peers)
@@ -274,21 +312,23 @@ class Demo:
 
     # Alone
 
-    def _alone(self, start: Path, report: Report, held_out: HeldOut) -> None:
+    def _alone(self, start: PublicStart, report: Report, held_out: HeldOut) -> None:
         """Train every peer by itself, with the swarm's steps and budget, at several rates.
 
         The best run of each peer counts.
         """
+        peers = [peer for peer in report.peers if peer.corpus in self._plan.alone]
         waiting = sorted(
-            ((peer, rate) for peer in report.peers for rate in self._plan.alone_rates),
+            ((peer, rate) for peer in peers for rate in self._plan.alone_rates),
             key=lambda job: job[0].steps,  # `pop` takes the last: the longest run first
         )
         total, done = sum(peer.steps for peer, _ in waiting), 0
-        best: dict[str, Snapshots] = {}
+        best: dict[str, tuple[Snapshots, HeldOut, Home]] = {}
         running: dict[str, tuple[PeerReport, float]] = {}
         homes: dict[str, Home] = {}
-        self._view.phase(f"each peer alone, to compare; {ALONE_AT_ONCE} at a time", total)
-        deadline = time.monotonic() + TIMEOUT_S
+        who = "each peer" if len(peers) == len(report.peers) else " and ".join(self._plan.alone)
+        self._view.phase(f"{who} alone, to compare; {ALONE_AT_ONCE} at a time", total)
+        deadline = time.monotonic() + self._plan.timeout_s
         while waiting or running:
             while waiting and len(running) < ALONE_AT_ONCE:
                 peer, rate = waiting.pop()
@@ -303,58 +343,28 @@ class Demo:
                 self._processes.end([name])
                 snapshots = self._snapshots.pop(name)
                 snapshots.look(last=True)
-                by_kind = held_out.by_kind(snapshots.last())
+                trained = held_out.of_swarm(homes[name], start.base_model)
+                by_kind = trained.by_kind(snapshots.last())
                 if peer.loss_alone is None or mean(by_kind) < peer.loss_alone:
                     peer.loss_alone, peer.alone_learning_rate = mean(by_kind), rate
-                    peer.alone_by_kind, best[peer.corpus] = by_kind, snapshots
+                    peer.alone_by_kind, best[peer.corpus] = (
+                        by_kind,
+                        (snapshots, trained, homes[name]),
+                    )
             self._wait(deadline)
-        for peer in report.peers:
-            peer.alone_curve = best[peer.corpus].curve(report.loss_start, held_out)
-        average = held_out.average([snapshots.last() for snapshots in best.values()])
-        report.loss_alone_averaged = held_out.loss(average)
+        for peer in peers:
+            snapshots, trained, _ = best[peer.corpus]
+            end = mean(peer.alone_by_kind)
+            peer.alone_curve = snapshots.curve(report.loss_start, trained, end)
+        if len(peers) == len(report.peers):
+            average = average_of([home for _, _, home in best.values()], start.base_model)
+            report.loss_alone_averaged = held_out.loss(average)
 
-    def _start_alone(self, name: str, start: Path, peer: PeerReport, rate: float) -> Home:
+    def _start_alone(self, name: str, start: PublicStart, peer: PeerReport, rate: float) -> Home:
         home = Home(self._run / name)
         fields = {"end.steps": peer.steps, "optimiser.learning_rate": rate}
         self._init(home, name, start, peer.corpus, fields)
-        settings = {"XPEER_TRAINING_THREADS": "1", **SAVING}
+        settings = {"XPEER_TRAINING_THREADS": "1", **start.settings}
+        settings["XPEER_CHECKPOINT_EVERY_S"] = str(self._plan.save_every_s)
         self._processes.start(name, ["start", "--home", str(home.path), "--bootstrap"], settings)
         return home
-
-    # Report
-
-    def _print_summary(self, report: Report) -> None:
-        ratio = report.compression_ratio or 0.0
-        for line in words_of(report):
-            say(line)
-        say(
-            f"privacy: every peer's records at epsilon <= {report.epsilon:.2f}, "
-            f"delta <= {report.delta:.1e}; a record is {SEQUENCE_TOKENS} bytes, not a whole file"
-        )
-        if self._plan.alone_rates:
-            say(
-                "         (of the swarm's run; the lone runs are a comparison, and on real text "
-                "their epsilon would have to be paid on top)"
-            )
-        say(
-            f"{report.windows} windows, {sum(p.exchanges for p in report.peers)} exchanges, "
-            f"{report.bytes_sent / 1e6:.1f} MB sent in all, {ratio:.2f}x compressed, "
-            f"consensus distance {report.consensus_distance or 0.0:.4f}"
-        )
-        say(f"plot {report.report}; model {report.checkpoint} (AutoModelForCausalLM loads it)")
-
-
-def step_seconds(start: Path) -> float:
-    """Estimate the seconds of a private step at full speed while all peers train here."""
-    model = from_folder(start)
-    records = torch.randint(0, 256, (BATCH_RECORDS // 6, SEQUENCE_TOKENS))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    for _ in range(6):
-        losses, counts = record_losses(model, records)
-        torch.autograd.backward(losses.sum() / counts.sum())
-    took_s = time.perf_counter() - began
-    torch.set_num_threads(threads)
-    crowding = max(1.0, sum(SPEEDS.values()) / (os.cpu_count() or 1))
-    return PRIVATE_OVERHEAD * crowding * took_s

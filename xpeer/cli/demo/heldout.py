@@ -7,15 +7,19 @@ from pathlib import Path
 
 import torch
 
+from xpeer.config import Home
+from xpeer.manifest.signed import SignedManifest
 from xpeer.training import checkpoint
-from xpeer.training.adapters import average
-from xpeer.training.flat import write_flat
+from xpeer.training.adapters import is_adapted, merged
+from xpeer.training.flat import read_flat, write_flat
+from xpeer.training.held import release
+from xpeer.training.initial import model_of, saved_model, trained_model
 from xpeer.training.losses import evaluate
-from xpeer.training.model import from_folder
 from xpeer.training.tensor_file import CorruptFileError
 
 Curve = list[tuple[int, float]]
-"""Pairs of private step and loss on everybody's held-out text, in nats per byte."""
+"""Pairs of private step and loss on everybody's held-out text, in nats per token. The tokens of
+the demo's own model are bytes."""
 BATCH_RECORDS = 64
 
 
@@ -24,37 +28,69 @@ class HeldOut:
 
     Args:
         parts: (n, T) int64 records per kind of text.
-        start: Hugging Face folder of the public start.
+        model: the public start; `by_kind` changes its parameters.
     """
 
-    def __init__(self, parts: Mapping[str, torch.Tensor], start: Path) -> None:
+    def __init__(self, parts: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
         fewest = min(len(part) for part in parts.values())
-        self._parts = {kind: part[:fewest] for kind, part in parts.items()}
-        self._model = from_folder(start)
+        self.parts = {kind: part[:fewest] for kind, part in parts.items()}
+        self.model = model
+
+    def of_swarm(self, home: Home, base_model: str) -> HeldOut:
+        """The same text, for the parameters of a node: the whole model's, or those of adapters.
+
+        Args:
+            home: of a node.
+            base_model: see `model_of`.
+        """
+        manifest = SignedManifest.load(home.manifest).open()
+        return HeldOut(self.parts, model_of(manifest, home, base_model))
 
     @property
     def num_records(self) -> int:
         """Held-out records of all kinds."""
-        return sum(len(part) for part in self._parts.values())
+        return sum(len(part) for part in self.parts.values())
 
     def of_start(self) -> dict[str, float]:
-        """Nats per byte of the public start, by kind of text. Call it before `by_kind`."""
+        """Nats per token of the public start, by kind of text. Call it before `by_kind`."""
         return {
-            kind: evaluate(self._model, part, BATCH_RECORDS) for kind, part in self._parts.items()
+            kind: evaluate(self.model, part, BATCH_RECORDS) for kind, part in self.parts.items()
         }
 
     def by_kind(self, params: torch.Tensor) -> dict[str, float]:
-        """Nats per byte of (P,) parameters, by kind of text."""
-        write_flat(self._model, params)
+        """Nats per token of (P,) parameters, by kind of text."""
+        self.take(params)
         return self.of_start()
 
+    def take(self, params: torch.Tensor) -> None:
+        """Give the model (P,) parameters."""
+        write_flat(self.model, params)
+
     def loss(self, params: torch.Tensor) -> float:
-        """Nats per byte of (P,) parameters on all kinds."""
+        """Nats per token of (P,) parameters on all kinds."""
         return mean(self.by_kind(params))
 
-    def average(self, models: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The average of models' (P,) parameters; of adapters, of what they do."""
-        return average(self._model, models)
+
+def average_of(homes: Sequence[Home], base_model: str) -> torch.Tensor:
+    """The exact average of whole models, (P,) float32. Adapters are added to the weights first.
+
+    Adapters that were trained apart have factors of their own, whose average is no average of what
+    they do.
+
+    Args:
+        homes: of nodes that have saved.
+        base_model: see `model_of`.
+    """
+    total = torch.zeros(0)
+    for number, home in enumerate(homes):
+        model = trained_model(
+            SignedManifest.load(home.manifest).open(), home, base_model, saved_model(home)[0]
+        )
+        if is_adapted(model):
+            model = merged(release(model))
+        flat = read_flat(model.requires_grad_(True))
+        total = flat if number == 0 else total.add_(flat)
+    return total / len(homes)
 
 
 def mean(by_kind: Mapping[str, float]) -> float:
@@ -96,9 +132,16 @@ class Snapshots:
             self.kept.pop()
         self.kept.append((step, params))
 
-    def curve(self, start: float, held_out: HeldOut) -> Curve:
-        """Losses of the snapshots, after the public start's loss."""
-        return [(0, start), *((step, held_out.loss(params)) for step, params in self.kept)]
+    def curve(self, start: float, held_out: HeldOut, end: float) -> Curve:
+        """Losses of the snapshots, after the public start's loss.
+
+        Args:
+            start: the public start's loss.
+            held_out: measures.
+            end: the last snapshot's loss, which is known already.
+        """
+        between = [(step, held_out.loss(params)) for step, params in self.kept[:-1]]
+        return [(0, start), *between, (self.kept[-1][0], end)]
 
     def last(self) -> torch.Tensor:
         """(P,) parameters at the end.

@@ -6,7 +6,9 @@ anybody could make.
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,19 +18,29 @@ from xpeer.founding_model import PRESETS
 from xpeer.identity import blake2b
 from xpeer.training.export import export_hf
 from xpeer.training.losses import record_losses
-from xpeer.training.model import build
-from xpeer.training.tokenizer import ByteTokenizer
+from xpeer.training.model import build, from_folder
+from xpeer.training.tokenizer import ByteTokenizer, Tokenizer
 
 STEPS = 160
 BATCH_RECORDS = 32
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 20
+PRIVATE_OVERHEAD = 1.3
+"""A private step with its noise and exchanges takes this many times as long as a plain one."""
 Progress = Callable[[int, int], None]
 
 
-def records_of(texts: Sequence[str], sequence_tokens: int) -> torch.Tensor:
-    """Cut texts into whole sequences of bytes, each of one text: (n, sequence_tokens) int64."""
-    tokenizer = ByteTokenizer()
+def records_of(
+    texts: Sequence[str], sequence_tokens: int, tokenizer: Tokenizer | None = None
+) -> torch.Tensor:
+    """Cut texts into whole sequences, each of one text: (n, sequence_tokens) int64.
+
+    Args:
+        texts: of any length.
+        sequence_tokens: length of a record.
+        tokenizer: None = its bytes.
+    """
+    tokenizer = tokenizer or ByteTokenizer()
     rows = []
     for text in texts:
         ids = tokenizer.encode(text)
@@ -91,6 +103,28 @@ def _train(records: torch.Tensor, seed: int, progress: Progress, steps: int) -> 
         schedule.step()
         progress(step + 1, steps)
     return model.eval()
+
+
+def step_seconds(start: Path, batch_records: int, sequence_tokens: int, speed: float) -> float:
+    """Estimate the seconds of a private step at full speed while all peers train here.
+
+    Args:
+        start: the public start.
+        batch_records: records of a step.
+        sequence_tokens: length of a record.
+        speed: sum of all peers' fractions of the time in which they compute.
+    """
+    model = from_folder(start)
+    records = torch.randint(0, 256, (batch_records // 6, sequence_tokens))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    for _ in range(6):
+        losses, counts = record_losses(model, records)
+        torch.autograd.backward(losses.sum() / counts.sum())
+    took_s = time.perf_counter() - began
+    torch.set_num_threads(threads)
+    return PRIVATE_OVERHEAD * max(1.0, speed / (os.cpu_count() or 1)) * took_s
 
 
 def clear(folder: Path) -> None:

@@ -1,0 +1,132 @@
+"""How long the demo's runs are, and what they start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, Literal
+
+from xpeer.cli.demo import corpora, warmup
+from xpeer.policies import PrivacyMode
+from xpeer.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
+
+LORA: Final = (
+    *("--lora-rank", "4", "--lora-train", "B"),
+    *("--lora-target", r".*\.(q_proj|v_proj|qkv_proj|c_attn|query_key_value)"),
+)
+"""Few values, so little noise: on a CPU a step has few records. These are attention's layers, by
+the names that they have in most families."""
+PROMPTS: Final = {
+    "python": 'def read_config(path):\n    """',
+    "headers": "#pragma once\n\n#include <ATen/",
+    "licences": "Redistribution and use in source and binary forms, with or without",
+}
+"""What the model continues, before and after: beginnings that are in no shard alone."""
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """How long the demo's runs are."""
+
+    steps: int
+    """Private steps of a peer at full speed."""
+    alone_rates: tuple[float, ...]
+    """Learning rates for the lone runs; the best run of each peer counts. The swarm's rate is fixed
+    beforehand. Empty = no lone runs."""
+    alone: tuple[str, ...] = corpora.PRIVATE
+    """Kinds of text of the peers that also train alone."""
+    rate: float = 6e-3
+    """The swarm's learning rate."""
+    start_steps: int = warmup.STEPS
+    """Steps of the public start's training, where the demo makes it."""
+    sequence_tokens: int = 128
+    batch_records: int = 48
+    shard_bytes: int = 4_000_000
+    held_out_records: int = 96
+    """Of each kind of text."""
+    speeds: Mapping[str, float] = field(
+        default_factory=lambda: {"python": 1.0, "headers": 1.0, "licences": 0.5}
+    )
+    """Fraction of the time in which each peer computes."""
+    curve_steps: int = 5
+    """Least number of steps between two points of a curve."""
+    reply_tokens: int = 0
+    """Length of a text before and after; 0 = there is none."""
+    round_fields: Mapping[str, float] = field(default_factory=lambda: {"round.slot_s": 0.5})
+    """Of the manifest."""
+    timeout_s: float = 1800.0
+    """Longest time for all runs of one kind."""
+    adapters: bool = True
+    """Whether adapters of a given model are trained, not all of it."""
+    privacy: PrivacyMode = "record"
+    save_every_s: float = 2.0
+    """Time between two checkpoints; curves are read from them."""
+
+
+WINDOW_STEPS: Final = 5
+EPSILON: Final = 8.0
+FULL: Final = DemoPlan(steps=35, alone_rates=(4e-3, 6e-3, 9e-3))
+QUICK: Final = DemoPlan(steps=15, alone_rates=(), start_steps=60)
+"""One swarm, compared only with its start: two minutes."""
+MODEL: Final = DemoPlan(
+    steps=25, alone_rates=(3e-3, 6e-3), alone=("python",), sequence_tokens=64, batch_records=32,
+    held_out_records=16, speeds=dict.fromkeys(corpora.PRIVATE, 1.0), curve_steps=10,
+    reply_tokens=24, timeout_s=4 * 3600.0,
+    # A step takes seconds, so a slot may be longer; adapters are small, so they go as a whole.
+    round_fields={"round.slot_s": 2.0, "round.deadline_s": 120.0, "round.fragments": 1},
+)  # fmt: skip
+"""For a model of some 100 M parameters on two cores: under 20 minutes. One peer trains alone."""
+MODEL_QUICK: Final = replace(
+    MODEL, steps=5, alone_rates=(), alone=(), batch_records=16, shard_bytes=1_000_000,
+    held_out_records=8, curve_steps=5, reply_tokens=16,
+)  # fmt: skip
+
+
+def choose(given_model: bool, quick: bool, privacy: PrivacyMode) -> DemoPlan:
+    """The plan for the options of `xpeer demo`."""
+    full, short = (MODEL, MODEL_QUICK) if given_model else (FULL, QUICK)
+    return replace(short if quick else full, privacy=privacy)
+
+
+@dataclass(frozen=True)
+class PublicStart:
+    """The model that all peers start from."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    unit: Literal["byte", "token"]
+    """What losses are counted by."""
+    options: tuple[str, ...]
+    """Options of `xpeer init` beside --model."""
+    settings: Mapping[str, str]
+    """Environment of nodes, for what a joiner's config.toml would say."""
+    base: Path | None = None
+    """Folder of the model that exported adapters are for; None = exports are whole models."""
+
+    @property
+    def base_model(self) -> str:
+        """What `data.base_model` has to be; empty if whole models are trained."""
+        return str(self.base or "")
+
+
+def own_start(folder: Path) -> PublicStart:
+    """The demo's own small model for bytes, trained whole."""
+    return PublicStart(folder, ByteTokenizer(), "byte", ("--tokenizer", "bytes"), {})
+
+
+def given_start(folder: Path, *, adapters: bool) -> PublicStart:
+    """A pretrained model.
+
+    Args:
+        folder: holds the model and its tokenizer.
+        adapters: whether adapters of it are trained, not all of it.
+
+    Raises:
+        ConfigError: there is no tokenizer in the folder.
+    """
+    tokenizer, settings = HuggingFaceTokenizer(folder), {"XPEER_DATA_TOKENIZER": str(folder)}
+    if not adapters:
+        return PublicStart(folder, tokenizer, "token", (), settings)
+    settings["XPEER_DATA_BASE_MODEL"] = str(folder)
+    return PublicStart(folder, tokenizer, "token", LORA, settings, folder)
