@@ -1,0 +1,1 @@
+"""A real language model trained by three daemons, against training alone."""

@@ -1,0 +1,64 @@
+"""What is trained, with how much privacy, and at which rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from xpeer.cli.demo import corpora, plan
+from xpeer.policies import PrivacyMode, privacy_policy
+
+
+@dataclass(frozen=True)
+class Case:
+    """One swarm, and the same peers alone."""
+
+    adapters: bool
+    """Whether adapters are trained, not all weights."""
+    privacy: PrivacyMode
+    rate: float
+    """The swarm's learning rate, fixed beforehand."""
+    alone_rates: tuple[float, ...]
+    """Of the lone runs. The best one counts, by the very text that is reported: this favours
+    them."""
+
+    @property
+    def name(self) -> str:
+        """E.g. `lora_eps8`."""
+        epsilon = f"eps{plan.EPSILON:g}" if privacy_policy(self.privacy).charges else "off"
+        return f"{'lora' if self.adapters else 'full'}_{epsilon}"
+
+    def plan(self, quick: bool) -> plan.DemoPlan:
+        """How its runs are made."""
+        changed = replace(
+            plan.MODEL,
+            alone_rates=self.alone_rates,
+            alone=corpora.PRIVATE,
+            rate=self.rate,
+            adapters=self.adapters,
+            privacy=self.privacy,
+            # No curves, so checkpoints at the end are enough: all weights' are 1.6 GB each.
+            save_every_s=24 * 3600.0,
+            curve_steps=plan.MODEL.steps,
+            reply_tokens=0,
+        )
+        if not self.adapters:
+            changed = replace(changed, round_fields={**changed.round_fields, "round.fragments": 5})
+        return replace(changed, **QUICK) if quick else changed
+
+
+CASES: Final = (
+    Case(adapters=True, privacy="record", rate=6e-3, alone_rates=(3e-3, 6e-3, 1.2e-2)),
+    Case(adapters=True, privacy="off", rate=6e-3, alone_rates=(3e-3, 6e-3, 1.2e-2)),
+    Case(adapters=False, privacy="off", rate=5e-5, alone_rates=(2.5e-5, 5e-5, 1e-4)),
+    Case(adapters=False, privacy="record", rate=1e-5, alone_rates=(3e-6, 1e-5)),
+)
+QUICK_CASES: Final = (
+    Case(adapters=True, privacy="record", rate=6e-3, alone_rates=(6e-3,)),
+    Case(adapters=False, privacy="off", rate=1e-3, alone_rates=(1e-3,)),
+)
+QUICK: Final = {
+    "steps": 5, "sequence_tokens": 32, "batch_records": 8, "held_out_records": 8,
+    "shard_bytes": 300_000, "curve_steps": 5,
+}  # fmt: skip
+"""For a tiny model."""
