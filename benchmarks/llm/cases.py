@@ -37,6 +37,7 @@ class Case:
             rate=self.rate,
             adapters=self.adapters,
             privacy=self.privacy,
+            clip_norm=plan.MODEL.clip_norm if self.adapters else 1.0,
             # No curves, so checkpoints at the end are enough: all weights' are 1.6 GB each.
             save_every_s=24 * 3600.0,
             curve_steps=plan.MODEL.steps,
@@ -48,13 +49,13 @@ class Case:
 
 
 CASES: Final = (
-    Case(adapters=True, privacy="record", rate=6e-3, alone_rates=(3e-3, 6e-3, 1.2e-2)),
-    Case(adapters=True, privacy="off", rate=6e-3, alone_rates=(3e-3, 6e-3, 1.2e-2)),
+    Case(adapters=True, privacy="record", rate=1e-2, alone_rates=(5e-3, 1e-2, 2e-2)),
+    Case(adapters=True, privacy="off", rate=1e-2, alone_rates=(5e-3, 1e-2, 2e-2)),
     Case(adapters=False, privacy="off", rate=5e-5, alone_rates=(2.5e-5, 5e-5, 1e-4)),
     Case(adapters=False, privacy="record", rate=1e-5, alone_rates=(3e-6, 1e-5)),
 )
 QUICK_CASES: Final = (
-    Case(adapters=True, privacy="record", rate=6e-3, alone_rates=(6e-3,)),
+    Case(adapters=True, privacy="record", rate=1e-2, alone_rates=(1e-2,)),
     Case(adapters=False, privacy="off", rate=1e-3, alone_rates=(1e-3,)),
 )
 QUICK: Final = {

@@ -52,7 +52,7 @@ def test_adapters_of_a_given_model_from_text_to_export(
         assert "--lora-rank" in words
     manifest = SignedManifest.load(Home(tmp_path / "run" / "python").manifest).open()
     assert manifest.model.lora is not None
-    assert manifest.model.lora.targets == ["q_proj", "v_proj"]
+    assert manifest.model.lora.targets == ["down_proj"]
     assert manifest.tokenizer.kind != "byte"
     started = demo._processes.started  # type: ignore[attr-defined] # FakeDaemons
     for name in ("headers", "licences"):  # joiners have no config.toml that would say so
@@ -109,7 +109,7 @@ def test_the_average_of_lone_adapters_is_that_of_whole_models(
 ) -> None:
     calls, nodes = fake_swarm.install(monkeypatch), fake_swarm.FakeDaemons(tmp_path / "logs")
     start = dict(from_folder(folder).named_parameters())
-    query = "model.layers.0.self_attn.q_proj"
+    last = "model.layers.0.mlp.down_proj"
     homes, moved = [], []
     for name in ("a", "b"):
         home = Home(tmp_path / name)
@@ -121,14 +121,14 @@ def test_the_average_of_lone_adapters_is_that_of_whole_models(
         manifest = SignedManifest.load(home.manifest).open()
         model = model_of(manifest, home, str(folder))
         write_flat(model, load_latest(home.checkpoints)[0].flat)  # type: ignore[union-attr]
-        factors = {n: p for n, p in model.named_parameters() if query in n and "lora" in n}
-        a, b = (factors[f"base_model.model.{query}.lora_{x}.default.weight"] for x in "AB")
-        moved.append(start[f"{query}.weight"] + 2 * b @ a)
+        factors = {n: p for n, p in model.named_parameters() if last in n and "lora" in n}
+        a, b = (factors[f"base_model.model.{last}.lora_{x}.default.weight"] for x in "AB")
+        moved.append(start[f"{last}.weight"] + 2 * b @ a)
         homes.append(home)
     assert not torch.allclose(moved[0], moved[1])  # each drew an A of its own
     averaged = from_folder(folder)
     write_flat(averaged, average_of(homes, str(folder)))
     found = dict(averaged.named_parameters())
-    assert torch.allclose(found[f"{query}.weight"], (moved[0] + moved[1]) / 2, atol=1e-6)
+    assert torch.allclose(found[f"{last}.weight"], (moved[0] + moved[1]) / 2, atol=1e-6)
     untouched = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(found[untouched], start[untouched])

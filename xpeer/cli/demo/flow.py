@@ -211,20 +211,23 @@ class Demo:
     def _init(
         self, home: Home, name: str, start: PublicStart, corpus: str, fields: dict[str, float]
     ) -> str:
-        charges = privacy_policy(self._plan.privacy).charges
+        plan = self._plan
+        charges = privacy_policy(plan.privacy).charges
         fields = {
             **fields,
-            **self._plan.round_fields,
-            "optimiser.batch_records": self._plan.batch_records,
-            "optimiser.sequence_tokens": self._plan.sequence_tokens,
-            "optimiser.warmup_steps": 5,
+            **plan.round_fields,
+            "optimiser.batch_records": plan.batch_records,
+            "optimiser.sequence_tokens": plan.sequence_tokens,
+            "optimiser.warmup_steps": min(5, plan.steps // 3),
             "round.window_steps": WINDOW_STEPS,
-            **({"privacy.epsilon": EPSILON} if charges else {}),
+            **(
+                {"privacy.epsilon": EPSILON, "privacy.clip_norm": plan.clip_norm} if charges else {}
+            ),
         }
         changes = [part for key, value in fields.items() for part in ("--set", f"{key}={value}")]
         return daemons.call(
             ["init", "--home", str(home.path), "--swarm", name, "--model", str(start.folder),
-             *start.options, "--privacy", self._plan.privacy,
+             *start.options, "--privacy", plan.privacy,
              "--public-text", str(self._run / "text" / "public.txt"),
              "--shard", str(self._run / "text" / corpus), "--listen", LOOPBACK, *changes]
         )  # fmt: skip

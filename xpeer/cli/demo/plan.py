@@ -12,11 +12,12 @@ from xpeer.policies import PrivacyMode
 from xpeer.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
 LORA: Final = (
-    *("--lora-rank", "4", "--lora-train", "B"),
-    *("--lora-target", r".*\.(q_proj|v_proj|qkv_proj|c_attn|query_key_value)"),
+    *("--lora-rank", "2", "--lora-train", "B"),
+    *("--lora-target", r".*\.(down_proj|c_proj|fc2|fc_out|dense_4h_to_h)"),
 )
-"""Few values, so little noise: on a CPU a step has few records. These are attention's layers, by
-the names that they have in most families."""
+"""Few values, so little noise: on a CPU a step has few records. Each block's last layer, by the
+names that it has in most families: there the gradients of records agree best (docs/decisions.md).
+"""
 PROMPTS: Final = {
     "python": 'def read_config(path):\n    """',
     "headers": "#pragma once\n\n#include <ATen/",
@@ -60,6 +61,8 @@ class DemoPlan:
     adapters: bool = True
     """Whether adapters of a given model are trained, not all of it."""
     privacy: PrivacyMode = "record"
+    clip_norm: float = 1.0
+    """Norm to which each record's gradient is clipped, with privacy."""
     save_every_s: float = 2.0
     """Time between two checkpoints; curves are read from them."""
 
@@ -70,8 +73,9 @@ FULL: Final = DemoPlan(steps=35, alone_rates=(4e-3, 6e-3, 9e-3))
 QUICK: Final = DemoPlan(steps=15, alone_rates=(), start_steps=60)
 """One swarm, compared only with its start: two minutes."""
 MODEL: Final = DemoPlan(
-    steps=25, alone_rates=(3e-3, 6e-3), alone=("python",), sequence_tokens=64, batch_records=32,
-    held_out_records=16, speeds=dict.fromkeys(corpora.PRIVATE, 1.0), curve_steps=10,
+    steps=12, alone_rates=(5e-3, 1e-2), alone=("python",), rate=1e-2, sequence_tokens=64,
+    batch_records=64, clip_norm=0.1, held_out_records=16,
+    speeds=dict.fromkeys(corpora.PRIVATE, 1.0), curve_steps=4,
     reply_tokens=24, timeout_s=4 * 3600.0,
     # A step takes seconds, so a slot may be longer; adapters are small, so they go as a whole.
     round_fields={"round.slot_s": 2.0, "round.deadline_s": 120.0, "round.fragments": 1},
