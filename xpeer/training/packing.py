@@ -129,7 +129,9 @@ def _stay_apart(packed: PackedLosses, inner: Any, num_tokens: int) -> bool:
     of_row = packed._of_tokens(ids, targets, positions)
     alone = [
         packed._of_tokens(some, wanted, None)
-        for some, wanted in zip(torch.split(ids, sizes, 1), torch.split(targets, sizes, 1), strict=True)
+        for some, wanted in zip(
+            torch.split(ids, sizes, 1), torch.split(targets, sizes, 1), strict=True
+        )
     ]
     return torch.allclose(of_row, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
 

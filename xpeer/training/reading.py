@@ -113,10 +113,7 @@ def events_of(source: Source, recipe: Recipe, begin: Begin) -> Iterator[Event]:
         ShardError: the file can't be read, or is not what its name says; names file and place.
     """
     skipped: Counter[str] = Counter()
-    form, left, characters = 0, begin.first, begin.characters
-    whole = min(
-        tokens.PIECE, recipe.piece_characters or tokens.PIECE
-    )  # up to here nothing has to be cut
+    form, place = 0, _Place(begin.first, begin.characters)
     yield begin
     try:
         for text in texts(source.path, recipe.text_field, skipped, named=source.named):
@@ -124,28 +121,10 @@ def events_of(source: Source, recipe: Recipe, begin: Begin) -> Iterator[Event]:
                 marked = recipe.tokenizer.chat.mark(text)
                 if marked is None:
                     skipped[NO_CHAT] += 1
-                elif left:
-                    left -= 1
-                else:
-                    yield Part(_head_of(text), marked.text, last=True, marked=marked)
-                continue
-            if isinstance(text, str) and not characters and len(text) <= whole:
-                if left:
-                    left -= 1
-                else:
-                    document = document_of(text, "")
-                    name = bytes.fromhex(document.id)
-                    head = Head(name, name, uniform_of(document.id), begins=True, ends=True)
-                    yield Part(head, text, last=True)
-                continue
-            for head, blocks in _pieces(text, recipe.piece_characters):
-                if left:
-                    left -= 1
-                    continue
-                rest = _after(blocks, characters)
-                for part, last in _marking_last(parts_of(recipe.tokenizer, rest)):
-                    yield Part(head, part, last)
-                characters = 0
+                elif not place.skip_piece():
+                    yield Part(_head_of(text.id, bare=True), marked.text, last=True, marked=marked)
+            else:
+                yield from _parts(text, recipe, place)
     except OtherFormError as e:
         if source.named:
             raise
@@ -153,9 +132,41 @@ def events_of(source: Source, recipe: Recipe, begin: Begin) -> Iterator[Event]:
     yield End(skipped, form)
 
 
-def _head_of(example: Example) -> Head:
-    name = bytes.fromhex(example.id)
-    return Head(name, name, uniform_of(example.id), begins=True, ends=True, bare=True)
+@dataclass(slots=True)
+class _Place:
+    """Where reading goes on in a file: what comes before is skipped."""
+
+    pieces: int
+    characters: int
+    """Of the piece after those."""
+
+    def skip_piece(self) -> bool:
+        """Whether a piece is one to skip; if so, it is counted."""
+        skipped = self.pieces > 0
+        self.pieces -= skipped
+        return skipped
+
+
+def _parts(text: str | LongText, recipe: Recipe, place: _Place) -> Iterator[Part]:
+    """Cut a text into parts that can be encoded one by one."""
+    uncut = min(tokens.PIECE, recipe.piece_characters or tokens.PIECE)
+    if isinstance(text, str) and not place.characters and len(text) <= uncut:
+        if not place.skip_piece():
+            yield Part(_head_of(document_of(text, "").id, bare=False), text, last=True)
+        return
+    for head, blocks in _pieces(text, recipe.piece_characters):
+        if place.skip_piece():
+            continue
+        rest = _after(blocks, place.characters)
+        for part, last in _marking_last(parts_of(recipe.tokenizer, rest)):
+            yield Part(head, part, last)
+        place.characters = 0
+
+
+def _head_of(document: str, *, bare: bool) -> Head:
+    """The head of a document that is not cut, by its id in hex."""
+    name = bytes.fromhex(document)
+    return Head(name, name, uniform_of(document), begins=True, ends=True, bare=bare)
 
 
 def _pieces(text: str | LongText, length: int) -> Iterator[tuple[Head, Iterable[str]]]:
