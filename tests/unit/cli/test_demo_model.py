@@ -115,7 +115,8 @@ def test_the_average_of_lone_adapters_is_that_of_whole_models(
         home = Home(tmp_path / name)
         calls(
             ["init", "--home", str(home.path), "--swarm", name, "--model", str(folder), *plan.LORA,
-             "--listen", flow.LOOPBACK, "--set", "optimiser.sequence_tokens=32"]
+             "--listen", flow.LOOPBACK, "--set", "optimiser.sequence_tokens=32",
+             "--set", "round.fragments=1"]
         )  # fmt: skip
         nodes.start(name, ["start", "--home", str(home.path)], {})
         manifest = SignedManifest.load(home.manifest).open()
