@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from tests.cases.support import skipping
 from tests.fake_daemon import HEALTHY
 from xpeer.cli import main
-from xpeer.cli.demo import flow
+from xpeer.cli.demo import daemons
 from xpeer.config import Home
 from xpeer.manifest.signed import SignedManifest
 from xpeer.phase import Phase
@@ -94,8 +94,8 @@ class Calls:
 def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Have the demo use these; returns the commands that it gives."""
     calls = Calls(monkeypatch)
-    monkeypatch.setattr(flow.daemons, "Daemons", FakeDaemons)
-    monkeypatch.setattr(flow.daemons, "call", calls)
-    monkeypatch.setattr(flow.daemons, "status_of", finished)
-    monkeypatch.setattr(flow.daemons, "first_address", lambda *_: SEED)
+    monkeypatch.setattr(daemons, "Daemons", FakeDaemons)
+    monkeypatch.setattr(daemons, "call", calls)
+    monkeypatch.setattr(daemons, "status_of", finished)
+    monkeypatch.setattr(daemons, "first_address", lambda *_: SEED)
     return calls

@@ -45,7 +45,20 @@ class Case:
         )
         if not self.adapters:
             changed = replace(changed, round_fields={**changed.round_fields, "round.fragments": 5})
-        return replace(changed, **QUICK) if quick else changed
+        return _short(changed) if quick else changed
+
+
+def _short(of: plan.DemoPlan) -> plan.DemoPlan:
+    """For a tiny model."""
+    return replace(
+        of,
+        steps=5,
+        sequence_tokens=32,
+        batch_records=8,
+        held_out_records=8,
+        shard_bytes=300_000,
+        curve_steps=5,
+    )
 
 
 CASES: Final = (
@@ -58,8 +71,3 @@ QUICK_CASES: Final = (
     Case(adapters=True, privacy="record", rate=1e-2, alone_rates=(1e-2,)),
     Case(adapters=False, privacy="off", rate=1e-3, alone_rates=(1e-3,)),
 )
-QUICK: Final = {
-    "steps": 5, "sequence_tokens": 32, "batch_records": 8, "held_out_records": 8,
-    "shard_bytes": 300_000, "curve_steps": 5,
-}  # fmt: skip
-"""For a tiny model."""

