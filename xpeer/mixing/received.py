@@ -106,26 +106,27 @@ class Consolidation:
         return {fragment: tuple(kept) for fragment, kept in self._kept.items()}
 
 
-def consolidate(
+def consolidate_(
     flat: torch.Tensor, fragments: Fragments, received: dict[int, tuple[ReceivedFragment, ...]]
-) -> torch.Tensor:
-    """Average our parameters with the received ones.
+) -> None:
+    """Average our parameters with the received ones, in place. Needs memory for two fragments.
 
     Args:
-        flat: (num_params,) float32, CPU: our own.
+        flat: (num_params padded with zeros to whole lines,) float32, CPU: our own.
         fragments: how they are cut.
         received: what `Consolidation.now` returned.
-
-    Returns:
-        (num_params,) float32.
     """
-    out = torch.zeros(padded(flat.numel()))
-    out[: flat.numel()] = flat
+    if not received:
+        return
+    largest = max(fragments.size(fragment) for fragment in received)
+    added, values = torch.empty(largest), torch.empty(largest)
     for fragment, kept in received.items():
-        own = fragments.gather(out, fragment)
-        total = sum((codec.decode(s.form, codec.view(s.payload)) for s in kept), own)
-        fragments.add_(out, fragment, total.div(1 + len(kept)).sub_(own))
-    return out[: flat.numel()]
+        size = fragments.size(fragment)
+        add, one = added[:size], values[:size]
+        fragments.gather(flat, fragment, add).mul_(-len(kept))
+        for sent in kept:
+            add.add_(codec.decode(sent.form, codec.view(sent.payload), out=one))
+        fragments.add_(flat, fragment, add, 1 / (1 + len(kept)))
 
 
 def packed_addition(

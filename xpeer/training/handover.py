@@ -10,8 +10,9 @@ import torch
 
 from xpeer.errors import PeerError, Reason
 from xpeer.mixing.exchanges import Exchanges
+from xpeer.mixing.fragments import padded
 from xpeer.mixing.parameters import Parameters
-from xpeer.mixing.received import consolidate
+from xpeer.mixing.received import consolidate_
 from xpeer.training.flat import all_finite
 from xpeer.training.measuring import Measurements
 
@@ -53,10 +54,17 @@ def copy_for_joiner(
         return lambda: measured
     loss = measurements.public
     loss = public_loss() if loss is None else loss
-    own, received = parameters.read(), exchanges.consolidation.now()
+    received = exchanges.consolidation.now()
+    if not received:
+        parameters.read(out)
+        return lambda: loss
+    own = torch.empty(padded(parameters.num_params))
+    parameters.read(own[: len(out)])
+    own[len(out) :].zero_()
 
     def finish() -> float:
-        out.copy_(consolidate(own, exchanges.fragments, received) if received else own)
+        consolidate_(own, exchanges.fragments, received)
+        out.copy_(own[: len(out)])
         return loss
 
     return finish

@@ -7,6 +7,7 @@ import torch
 
 from xpeer.forms import Form
 from xpeer.manifest import StateForm
+from xpeer.network import shelf
 from xpeer.network.shelf import in_float32
 from xpeer.training import handed_out
 from xpeer.training.handed_out import narrow, widened
@@ -18,6 +19,7 @@ def test_a_region_comes_back_in_its_form(
     codec: str, num_params: int, num_frozen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handed_out, "_VALUES", 64)
+    monkeypatch.setattr(shelf, "_WIDENED_AT_ONCE", 64)
     values = torch.randn(num_params + num_frozen, generator=torch.Generator().manual_seed(1))
     region = bytearray(values.numpy().tobytes())
     narrow(memoryview(region), num_params, codec)

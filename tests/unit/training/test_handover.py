@@ -1,0 +1,32 @@
+"""What a joiner is given: our parameters, averaged with those that partners sent."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.unit.training.test_loop import NUM_PARAMS, swap, trainer_with, unbounded
+from xpeer.manifest.round import Round
+
+
+def test_a_joiner_is_given_the_mean_where_a_partner_sent_something() -> None:
+    rules = Round(window_steps=4, fragments=2)
+    ours, theirs = peers = [trainer_with(seed=seed, round=rules) for seed in range(2)]
+    for peer in peers:
+        unbounded(peer)
+    alone = torch.empty(NUM_PARAMS)
+    ours.show(alone)()
+    assert torch.equal(alone, ours.parameters.read())
+
+    sent = theirs.parameters.read()
+    swap(*peers, 1, fragment=1)
+    ours.exchanges.resolve(1, {1: 0.5})
+    ours.merge(1)
+    own, out = ours.parameters.read(), torch.full((NUM_PARAMS,), torch.nan)
+    finish = ours.show(out)
+    ours.parameters.write(own + 1)  # the next step does not wait for the copy
+    finish()
+    met = torch.zeros(NUM_PARAMS, dtype=torch.bool)
+    indices = ours.exchanges.fragments.indices(1)
+    met[indices[indices < NUM_PARAMS]] = True
+    assert torch.allclose(out[met], (own + sent)[met] / 2, atol=0.05)
+    assert torch.equal(out[~met], own[~met])
