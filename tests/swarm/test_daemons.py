@@ -55,12 +55,12 @@ class Swarm:
             (folder / f"{part}.txt").write_text(text, encoding="utf-8")
         return str(folder)
 
-    def found(self, name: str, **fields: object) -> str:
+    def found(self, name: str, *more: str, **fields: object) -> str:
         changes = {**SMALL, **{key.replace("__", "."): value for key, value in fields.items()}}
         options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
         return call(
             ["init", "--home", str(self.home(name).path), "--swarm", "test", "--preset", "tiny",
-             "--shard", self.shard(name), "--listen", LOOPBACK, "--skip-trial", *options]
+             "--shard", self.shard(name), "--listen", LOOPBACK, "--skip-trial", *options, *more]
         )  # fmt: skip
 
     def bootstrap(self, swarm_id: str) -> None:
