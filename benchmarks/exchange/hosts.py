@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from xpeer.trainer.child import HUGE_PAGES
@@ -27,17 +27,38 @@ _START_TIMEOUT_S = 120.0
 
 
 class Host:
-    """One machine, so to speak."""
+    """One machine, so to speak.
 
-    def __init__(self, address: str, namespace: str | None) -> None:
+    Args:
+        address: its own.
+        namespace: of the network; None = this machine's loopback.
+        port: of the switch, to which it is connected; None without a switch.
+    """
+
+    def __init__(self, address: str, namespace: str | None, port: str | None = None) -> None:
         self.address = address
-        self._namespace = namespace
+        self._namespace, self._port = namespace, port
 
     def command(self, module: str) -> list[str]:
         """How to start a child module there."""
-        python = [sys.executable, "-m", f"benchmarks.exchange.{module}"]
+        return self.inside([sys.executable, "-m", f"benchmarks.exchange.{module}"])
+
+    def inside(self, command: Sequence[str]) -> list[str]:
+        """How to start any command there."""
         inside = ["ip", "netns", "exec", self._namespace] if self._namespace else []
-        return [*inside, *python]
+        return [*inside, *command]
+
+    def limit(self, mbit_per_s: float) -> None:
+        """Shape what it sends and what it receives; of a host with a namespace."""
+        assert self._namespace is not None
+        assert self._port is not None
+        _shape(self._namespace, "wan0", mbit_per_s)
+        _shape(_SWITCH, self._port, mbit_per_s)
+
+    def received_bytes(self) -> int:
+        """All that came over its link so far; of a host with a namespace."""
+        counter = self.inside(["cat", "/sys/class/net/wan0/statistics/rx_bytes"])
+        return int(subprocess.run(counter, check=True, capture_output=True).stdout)
 
 
 @contextlib.contextmanager
@@ -62,10 +83,8 @@ def hosts(count: int, mbit_per_s: float | None) -> Iterator[list[Host]]:
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "addr", "add", f"10.99.0.{i + 1}/24", "dev", "wan0")
             _ip("-n", name, "link", "set", "wan0", "up")
-            limit = max(int(mbit_per_s * 1e6 / 8 * _QUEUE_S), 2 * _BURST_BYTES)
-            shape = ["rate", f"{mbit_per_s}mbit", "burst", str(_BURST_BYTES), "limit", str(limit)]
-            _run("tc", "-n", name, "qdisc", "add", "dev", "wan0", "root", "tbf", *shape)
-        yield [Host(f"10.99.0.{i + 1}", name) for i, name in enumerate(names)]
+            _shape(name, "wan0", mbit_per_s)
+        yield [Host(f"10.99.0.{i + 1}", name, f"p{i}") for i, name in enumerate(names)]
     finally:
         for name in made:
             _ip("netns", "del", name)
@@ -138,6 +157,13 @@ class Child:
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
+
+
+def _shape(namespace: str, device: str, mbit_per_s: float) -> None:
+    """Bound what is sent on a device, in place of an earlier bound."""
+    limit = max(int(mbit_per_s * 1e6 / 8 * _QUEUE_S), 2 * _BURST_BYTES)
+    shape = ["rate", f"{mbit_per_s}mbit", "burst", str(_BURST_BYTES), "limit", str(limit)]
+    _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *shape)
 
 
 def _ip(*arguments: str) -> None:

@@ -1,0 +1,100 @@
+"""The trainer process of a benchmark's daemon: the real one, that writes down what it has used.
+
+A row is written before every step. Copies for joiners are timed on the threads that make them.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.joining.figures import TIMELINE, Row
+from xpeer.privacy.steps import StepResult
+from xpeer.trainer import build as production
+from xpeer.trainer import worker
+from xpeer.trainer.assembled import Assembled
+from xpeer.trainer.main import main
+from xpeer.trainer.setup import TrainerSetup
+from xpeer.training.loop import TrainingLoop
+
+
+class Notes:
+    """What the trainer has used since its start.
+
+    Args:
+        loop: whose steps and copies are written down.
+        path: of the timeline; rows are added.
+    """
+
+    def __init__(self, loop: TrainingLoop, path: Path) -> None:
+        self._loop = loop
+        self._file = path.open("a", buffering=1)
+        self._copies = self._waits = 0
+        self._copy_s = self._copy_cpu_s = 0.0
+        self._step_gradient = loop.learner.mechanism.step_gradient
+        self._show, self._narrow = loop.show, worker.narrow
+        loop.learner.mechanism.step_gradient = self.step_gradient  # type: ignore[method-assign]
+        loop.show = self.show  # type: ignore[method-assign]
+        worker.narrow = self.narrow
+
+    def step_gradient(self) -> StepResult:
+        """A step, with a row before it."""
+        progress = self._loop.progress()
+        row = Row(
+            at=time.time(),
+            step=progress.step,
+            tokens=progress.tokens,
+            cpu_s=time.process_time(),
+            blocked_s=progress.seconds_blocked,
+            copies=self._copies,
+            copy_s=self._copy_s,
+            copy_cpu_s=self._copy_cpu_s,
+            copy_waits=self._waits,
+        )
+        self._file.write(json.dumps(asdict(row)) + "\n")
+        return self._step_gradient()
+
+    def show(self, out: torch.Tensor) -> Callable[[], float]:
+        """The part of a copy that the training thread makes."""
+        began, core, waits = time.perf_counter(), time.thread_time(), _waits()
+        finish = self._show(out)
+        self._copies += 1
+        self._copy_s += time.perf_counter() - began
+        self._copy_cpu_s += time.thread_time() - core
+        self._waits += _waits() - waits
+
+        def finish_and_count() -> float:
+            core = time.thread_time()
+            loss = finish()
+            self._copy_cpu_s += time.thread_time() - core
+            return loss
+
+        return finish_and_count
+
+    def narrow(self, region: memoryview, num_params: int, codec: str) -> None:
+        """The last part of a copy, on another thread."""
+        core = time.thread_time()
+        self._narrow(region, num_params, codec)
+        self._copy_cpu_s += time.thread_time() - core
+
+
+def _waits() -> int:
+    """How often this thread let go of its core because it had to wait."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
+def assemble(setup: TrainerSetup) -> Assembled:
+    """The production's trainer, which writes a timeline."""
+    assembled = production.assemble(setup)
+    Notes(assembled.trainer, Path(setup.home) / TIMELINE)
+    return assembled
+
+
+if __name__ == "__main__":
+    main(assemble)
