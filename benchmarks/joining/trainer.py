@@ -17,10 +17,10 @@ import torch
 from benchmarks.joining.figures import TIMELINE, Row
 from xpeer.privacy.steps import StepResult
 from xpeer.trainer import build as production
-from xpeer.trainer import worker
 from xpeer.trainer.assembled import Assembled
 from xpeer.trainer.main import main
 from xpeer.trainer.setup import TrainerSetup
+from xpeer.trainer.worker import Worker
 from xpeer.training.loop import TrainingLoop
 
 
@@ -38,10 +38,10 @@ class Notes:
         self._copies = self._waits = 0
         self._copy_s = self._copy_cpu_s = 0.0
         self._step_gradient = loop.learner.mechanism.step_gradient
-        self._show, self._narrow = loop.show, worker.narrow
+        self._show = loop.show
         loop.learner.mechanism.step_gradient = self.step_gradient  # type: ignore[method-assign]
         loop.show = self.show  # type: ignore[method-assign]
-        worker.narrow = self.narrow
+        self._count_narrowing()
 
     def step_gradient(self) -> StepResult:
         """A step, with a row before it."""
@@ -77,11 +77,16 @@ class Notes:
 
         return finish_and_count
 
-    def narrow(self, region: memoryview, num_params: int, codec: str) -> None:
-        """The last part of a copy, on another thread."""
-        core = time.thread_time()
-        self._narrow(region, num_params, codec)
-        self._copy_cpu_s += time.thread_time() - core
+    def _count_narrowing(self) -> None:
+        """The last part of a copy is made on the disk's thread."""
+        narrow_state = Worker.narrow_state
+
+        def narrow_and_count(trainer: Worker) -> None:
+            core = time.thread_time()
+            narrow_state(trainer)
+            self._copy_cpu_s += time.thread_time() - core
+
+        Worker.narrow_state = narrow_and_count  # type: ignore[method-assign, assignment]
 
 
 def _waits() -> int:

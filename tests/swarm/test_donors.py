@@ -13,6 +13,7 @@ from tests.swarm import test_daemons
 from tests.swarm.gated import PERMITS
 from tests.swarm.test_daemons import Swarm
 from xpeer.cli.demo import daemons
+from xpeer.cli.demo.daemons import call
 from xpeer.status import Status
 from xpeer.wire.messages import PIECE_BYTES
 
@@ -43,18 +44,20 @@ def test_a_killed_joiner_goes_on_with_its_pieces_though_a_donor_is_dead(
 ):
     monkeypatch.setattr(daemons, "XPEER", (sys.executable, "-m", "tests.swarm.gated"))
     permits = {name: swarm.root / f"permits-{name}" for name in "ab"}
-    swarm.found("a", "--preset", "small", "--privacy", "off", end__steps=100_000)
-    slow = {"XPEER_TRAINING_THROTTLE": "0.3"}
-    both = {**slow, "XPEER_TRAINING_MIN_PEERS": "1"}
+    model = ("--preset", "small", "--privacy", "off")
+    swarm.found("a", *model, end__steps=100_000, round__window_steps=50)  # so a and b stay alike
+    both = {"XPEER_TRAINING_MIN_PEERS": "1", "XPEER_TRAINING_THROTTLE": "0.3"}
     swarm.start("a", "--bootstrap", **both, **{PERMITS: str(permits["a"])})
     swarm.seed = swarm.until("a", lambda s: s.state == "waiting").addresses[0]
     swarm.join("a", "b", **both, **{PERMITS: str(permits["b"])})
-    ids = {name: swarm.until(name, lambda s: s.exchanges_done > 0).peer_id for name in "ab"}
-
+    ids = {name: swarm.until(name, lambda s: s.progress.step > 0).peer_id for name in "ab"}
+    for name in "ab":  # from now on they only give
+        call(["pause", "--home", str(swarm.home(name).path)])
     gates = {name: Gate(permits[name]) for name in "ab"}
-    swarm.join("a", "c", **slow)
-    given = swarm.until("c", lambda s: here(s) == 0 and len(s.fetching.donors) == 2)
+    swarm.join("a", "c")
+    given = swarm.until("c", lambda s: s.fetching is not None and len(s.fetching.donors) == 2)
     assert given.fetching is not None
+    assert given.fetching.bytes_done == 0
     total = -(-given.fetching.bytes_total // PIECE_BYTES)
     assert sorted(given.fetching.donors) == sorted(ids.values())
     for gate in gates.values():
@@ -68,8 +71,8 @@ def test_a_killed_joiner_goes_on_with_its_pieces_though_a_donor_is_dead(
 
     gates["a"].allow(total - 1)  # too few to begin anew; the dead joiner's link may use some up
     swarm.start("c", "--bootstrap", "--listen", test_daemons.LOOPBACK, "--shard", swarm.shard("c"))
-    back = swarm.until("c", lambda s: s.state == "training" and s.exchanges_done > 0)
-    assert back.peer_id == killed.peer_id
+    assert swarm.until("c", lambda s: s.state == "training").peer_id == killed.peer_id
+    call(["resume", "--home", str(swarm.home("a").path)])
     swarm.until("c", lambda s: (s.progress.consensus_distance or 1.0) < 0.3)  # it is in step
     log = swarm.daemons.log("c").read_text()
     assert "5.2 MB of the parameters are here from an earlier start" in log

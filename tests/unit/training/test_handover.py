@@ -18,7 +18,7 @@ def test_a_joiner_is_given_the_mean_where_a_partner_sent_something() -> None:
     assert torch.equal(alone, ours.parameters.read())
 
     sent = theirs.parameters.read()
-    swap(*peers, 1, fragment=1)
+    swap(ours, theirs, 1, 1)
     ours.exchanges.resolve(1, {1: 0.5})
     ours.merge(1)
     own, out = ours.parameters.read(), torch.full((NUM_PARAMS,), torch.nan)
