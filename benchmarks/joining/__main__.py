@@ -40,6 +40,7 @@ class Plan:
     steps: int
     """Of each donor: to warm up, and again before the joiner comes."""
     window_steps: int
+    """Donors more than four windows apart are not put together."""
     slot_s: float
     sequence_tokens: int
     batch_records: int
@@ -49,8 +50,8 @@ class Plan:
     """Compiling takes a minute of a core at the first exchange."""
 
 
-FULL = Plan(SMOLLM2_135M, 3, ("off", "record"), 24, 12, 10.0, 32, 2, 100.0, True)
-QUICK = Plan(SMALL, 2, ("off",), 10, 5, 1.0, 32, 2, 20.0, False)
+FULL = Plan(SMOLLM2_135M, 3, ("off", "record"), 24, 20, 10.0, 32, 2, 100.0, True)
+QUICK = Plan(SMALL, 2, ("off",), 10, 20, 1.0, 32, 2, 20.0, False)
 
 
 def options_of(plan: Plan, mode: str, model: Path | None, folder: Path) -> list[str]:
