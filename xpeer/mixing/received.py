@@ -22,7 +22,7 @@ import torch
 
 from xpeer.forms import Form
 from xpeer.mixing.buffers import Buffers
-from xpeer.mixing.fragments import Fragments, padded
+from xpeer.mixing.fragments import Fragments
 from xpeer.wire import codec
 
 PARTNERS: Final = 2
