@@ -67,8 +67,7 @@ def test_a_base_in_8_or_4_bits_is_estimated_without_bitsandbytes(monkeypatch: py
     wide = {**PRESETS["tiny"], "hidden_size": 256, "intermediate_size": 1024}
     step = replace(STEP, config=wide, lora=ADAPTERS, private=True)
     half, eight, four = (
-        memory_of(replace(step, base_dtype=dtype))
-        for dtype in ("bfloat16", "int8", "nf4")
+        memory_of(replace(step, base_dtype=dtype)) for dtype in ("bfloat16", "int8", "nf4")
     )
     assert half.num_frozen == eight.num_frozen == four.num_frozen
     assert four.weights < 0.6 * eight.weights < 0.4 * half.weights
