@@ -39,6 +39,10 @@ class RulePolicy:
     weighting: Weighting = "equal"
     vectors: int = 1
     """V: values that travel for each parameter of a fragment."""
+    kept: int = 0
+    """Values that it keeps on the host for each parameter, while a node runs."""
+    saved: int = 0
+    """How many of these are in a checkpoint."""
     waits: bool = False
     """True iff a window's steps end in one optimiser step that waits for the group's answer. The
     parameters stay where they are until then."""
@@ -73,6 +77,8 @@ RULES: Final[Mapping[RuleName, RulePolicy]] = MappingProxyType(
         ),
         "gradient": RulePolicy(
             vectors=2,
+            kept=4,
+            saved=1,
             waits=True,
             group=0,
             fragments=1,
@@ -80,13 +86,15 @@ RULES: Final[Mapping[RuleName, RulePolicy]] = MappingProxyType(
             "set round.fragments = 1 and round.group = 0",
         ),
         "diloco": RulePolicy(
+            kept=2,
+            saved=2,
             outer=OuterRates(0.7, 0.9, 0.0),
             group=0,
             misfit="round.rule = diloco needs everybody in one group: set round.group = 0, "
             "or round.rule = noloco for smaller ones",
         ),
-        "noloco": RulePolicy(vectors=2, outer=OuterRates(0.7, 0.5, 0.7)),
-        "gasloc": RulePolicy(outer=OuterRates(1.0, 0.2, 1.0)),
+        "noloco": RulePolicy(vectors=2, kept=3, saved=3, outer=OuterRates(0.7, 0.5, 0.7)),
+        "gasloc": RulePolicy(kept=2, saved=2, outer=OuterRates(1.0, 0.2, 1.0)),
     }
 )
 

@@ -185,3 +185,17 @@ def test_charges_of_the_removed_mode_are_counted_by_shard() -> None:
     assert ChargeContext("s", "record", 1.0, 1e-5, 8.0, cut="128 byte tokens").exact_unit.endswith(
         "tokens"
     )
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_saves_as_much_as_its_policy_says(name: RuleName) -> None:
+    policy = RULES[name]
+    round_ = Round(rule=name, fragments=policy.fragments or 5, group=policy.group or 0)
+    rule, theta = rules.make(round_), torch.zeros(7)
+    rule.begin(0, theta)
+    if (gradients := rule.gradients) is not None:
+        gradients.accumulate(torch.ones(7))
+    sent = rule.outgoing(0, theta).view(policy.vectors, 7)
+    rule.merged(0, rule.correct(0, theta, sent, torch.zeros_like(sent)).state)
+    assert sum(value.numel() for value in rule.state().values()) == 7 * policy.saved
+    assert policy.saved <= policy.kept
