@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import click
 
-from xpeer.cli.common import GivenPath, Whole, echo, echo_json, json_option
+from xpeer.cli.common import GivenPath, Whole, echo, echo_json, json_option, say
+from xpeer.cli.needed import duration, size
 from xpeer.config import NodeConfig
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.forms import Codec
@@ -16,16 +16,13 @@ from xpeer.founding_model import PRESETS, read_json
 from xpeer.manifest import Optimiser
 from xpeer.manifest.model import BaseDtype, Lora
 from xpeer.manifest.round import Round
-from xpeer.policies import PrivacyMode, privacy_policy
+from xpeer.policies import RULES, PrivacyMode, RuleName, privacy_policy
 from xpeer.source import check_folder
 
 if TYPE_CHECKING:
     from xpeer.estimate.phases import Estimate
-    from xpeer.estimate.step import Step
 
 _DEFAULT: Final = Round()
-_BY_SIZE: Final[tuple[BaseDtype, ...]] = ("float32", "bfloat16", "int8", "nf4")
-_HELD_IN: Final = "xpeer init --base-dtype"
 
 
 @click.command()
@@ -52,7 +49,11 @@ _HELD_IN: Final = "xpeer init --base-dtype"
     "--micro-batch", type=Whole(1, 1 << 20), default=1, show_default=True, help="Records of a pass."
 )
 @click.option(
-    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
+    "--precision",
+    type=click.Choice(["float32", "bfloat16", "auto"]),
+    default="float32",
+    show_default=True,
+    help="auto: what this machine would choose.",
 )
 @click.option(
     "--checkpoint-activations", is_flag=True, help="As training.checkpoint_activations = on."
@@ -60,6 +61,9 @@ _HELD_IN: Final = "xpeer init --base-dtype"
 @click.option("--fragments", type=Whole(1, 1024), default=_DEFAULT.fragments, show_default=True)
 @click.option(
     "--codec", type=click.Choice(get_args(Codec)), default=_DEFAULT.codec, show_default=True
+)
+@click.option(
+    "--rule", type=click.Choice(get_args(RuleName)), default=_DEFAULT.rule, show_default=True
 )
 @click.option("--memory-gb", type=float, help="Memory of the device: does a step fit?")
 @click.option("--link-mbit", type=float, help="Bandwidth, the slower direction, for times.")
@@ -78,6 +82,7 @@ def estimate(
     checkpoint_activations: bool,
     fragments: int,
     codec: str,
+    rule: RuleName,
     memory_gb: float | None,
     link_mbit: float | None,
     as_json: bool,
@@ -92,10 +97,14 @@ def estimate(
             raise ConfigError(f"{option}: {given:g} makes no sense", "give a positive number")
     if (lora_target or base_dtype != "float32") and lora_rank is None:
         raise ConfigError("--lora-target and --base-dtype need --lora-rank", "e.g. --lora-rank 16")
-    from xpeer.estimate import phases  # noqa: PLC0415 - torch takes seconds
-    from xpeer.estimate.step import Step, memory_of  # noqa: PLC0415
+    from xpeer.estimate import phases, planned, remedies  # noqa: PLC0415 - torch takes seconds
+    from xpeer.estimate.remembered import Rehearsals  # noqa: PLC0415
+    from xpeer.estimate.step import Step  # noqa: PLC0415
 
     config = _config(model, model_config, preset)
+    computing, why = planned.precision_here(precision)
+    if why:
+        say(why)
     step = Step(
         config=config,
         lora=None if lora_rank is None else _lora(config, lora_rank, lora_target),
@@ -103,19 +112,27 @@ def estimate(
         sequence_tokens=sequence_tokens,
         micro_batch=micro_batch,
         private=privacy_policy(privacy).charges,
-        precision=precision,
+        precision=computing,
         recompute=checkpoint_activations,
     )
-    memory = memory_of(step)
+    rehearsals = Rehearsals()
+    memory = rehearsals.of(step)
     rate = None if link_mbit is None else link_mbit * 1e6
-    wire = phases.Wire(fragments=fragments, codec=codec, vectors=1, bits_per_s=rate)
-    fits = None if memory_gb is None else memory.peak <= memory_gb * 1e9
+    policy = RULES[rule]
+    wire = phases.Wire(
+        fragments=policy.fragments or fragments, codec=codec, rule=policy, bits_per_s=rate
+    )
+    most = None if memory_gb is None else memory_gb * 1e9
+    fits = None if most is None else memory.peak <= most
+    remedy = None
+    if most is not None and not fits:
+        remedy = remedies.find(step, memory, most, rehearsals.of)
     found = phases.Estimate(
         num_params=memory.num_trained,
         frozen_params=memory.num_frozen,
         phases=phases.phases_of(memory, wire, NodeConfig().checkpoint.keep),
         fits=fits,
-        remedy=_remedy(step, memory_gb * 1e9) if fits is False and memory_gb else "",
+        remedy="" if remedy is None else remedy.words,
     )
     if as_json:
         echo_json(found)
@@ -148,39 +165,13 @@ def _lora(config: dict[str, Any], rank: int, given: tuple[str, ...]) -> Lora:
     return Lora(rank, 2.0 * rank, 0, "", targets.find(skeleton(config), names))
 
 
-def _remedy(step: Step, memory_bytes: float) -> str:
-    """The first change of settings with which a step fits; empty = none of them helps."""
-    from xpeer.estimate.step import memory_of  # noqa: PLC0415 - torch takes seconds
-
-    changes: list[tuple[str, dict[str, Any]]] = [
-        ("training.micro_batch = 1", {"micro_batch": 1}),
-        ("training.checkpoint_activations = on", {"recompute": True}),
-        ("training.precision = bfloat16, on a device that has it", {"precision": "bfloat16"}),
-    ]
-    if step.lora is not None:
-        smaller = _BY_SIZE[_BY_SIZE.index(step.base_dtype) + 1 :]
-        changes += [(f"{_HELD_IN} {dtype}", {"base_dtype": dtype}) for dtype in smaller]
-    words: list[str] = []
-    for said, fields in changes:
-        changed = replace(step, **fields)
-        if changed == step:
-            continue
-        if words and words[-1].startswith(_HELD_IN):
-            words.pop()  # the next one takes its place
-        step = changed
-        words.append(said)
-        if memory_of(step).peak <= memory_bytes:
-            return ", ".join(words)
-    return ""
-
-
 def _print(found: Estimate, memory_gb: float | None) -> None:
     echo(f"{found.num_params:,} trained parameters, {found.frozen_params:,} frozen ones")
     echo(f"{'phase':<11} {'device':>9} {'host':>9} {'disk':>9} {'wire':>9} {'time':>8}")
     for each in found.phases:
         sizes = (each.device, each.host, each.disk, each.wire)
-        time = "" if each.wire_s is None or not each.wire else _duration(each.wire_s)
-        row = " ".join(f"{_size(size) if size else '':>9}" for size in sizes)
+        time = "" if each.wire_s is None or not each.wire else duration(each.wire_s)
+        row = " ".join(f"{size(num) if num else '':>9}" for num in sizes)
         echo(f"{each.name:<11} {row} {time:>8}".rstrip())
     if found.fits is None:
         return
@@ -193,16 +184,3 @@ def _print(found: Estimate, memory_gb: float | None) -> None:
             if found.remedy
             else "no setting helps: train adapters (--lora-rank), or fewer --sequence-tokens"
         )
-
-
-def _size(size: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size / 1e3:.1f} kB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

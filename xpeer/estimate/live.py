@@ -7,7 +7,7 @@ runs for a model of any size in a few seconds. Where code asks for a value, it g
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -19,13 +19,17 @@ from torch.utils._pytree import tree_leaves
 class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
     """Within its `with` block tensors have no values, and their memory is counted.
 
+    Args:
+        on_operation: called at each operation, as a sign of life.
+
     Attributes:
         live_bytes: bytes of all tensors that exist now.
         peak_bytes: the most that `live_bytes` has been since the start, or since `begin`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_operation: Callable[[], None] = lambda: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._on_operation = on_operation
         self.live_bytes = self.peak_bytes = 0
         self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -53,6 +57,7 @@ class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Carry out an operation on shapes; torch calls this for each."""
+        self._on_operation()
         if func is torch.ops.aten._local_scalar_dense.default:
             return _value_of(args[0].dtype)
         if func in (torch.ops.aten.equal.default, torch.ops.aten.allclose.default):

@@ -14,8 +14,9 @@ from msgspec import Struct
 from xpeer.estimate.step import StepMemory
 from xpeer.forms import Form
 from xpeer.leaves import Parts, Public, seen_by
-from xpeer.manifest import LARGE_STATE
+from xpeer.manifest import LARGE_STATE, Manifest
 from xpeer.mixing.fragments import largest
+from xpeer.policies import RULES, RulePolicy
 
 PROCESS: Final = 620 << 20
 """A trainer before there is a model: torch, transformers, accounts."""
@@ -23,10 +24,14 @@ _FIRST: Final = 7.0
 """Bytes of a trained parameter in a first start, its own four included."""
 _RESTART: Final = 12.1
 """The same in a start from a checkpoint."""
-_SAVE: Final = 8 + 12
+_COPIES: Final = 12
+"""Bytes of a trained parameter that are copied for a checkpoint: values and moments."""
+_SAVE: Final = 8 + _COPIES
 """Bytes of a trained parameter while a checkpoint is written: with partners' values."""
 _EXPORT: Final = 17.0
 _FILE: Final = 13
+_STATE: Final = 4
+"""Bytes of each value that a rule keeps."""
 """Bytes of a trained parameter in a checkpoint: values, moments, what consolidation adds."""
 
 
@@ -35,6 +40,7 @@ class Phase(Struct, frozen=True, kw_only=True):
     """What a phase needs at its peak, in bytes."""
 
     name: Public[str]
+    """exchange: of one fragment with one partner. window: all exchanges of a window."""
     device: Public[int] = 0
     """Memory of the device; on a CPU, of the trainer without its libraries."""
     host: Public[int] = 0
@@ -67,9 +73,39 @@ class Wire:
 
     fragments: int
     codec: str
-    vectors: int
-    """Values that the rule sends for each parameter."""
+    rule: RulePolicy = RULES["gossip"]
+    """It decides how many values of each parameter are sent, kept and saved."""
+    partners: int = 1
+    """Members that an exchange is with; of an unlimited group, one."""
     bits_per_s: float | None = None
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Wire:
+        """The manifest's, without a rate."""
+        section = manifest.round
+        return cls(
+            fragments=section.fragments,
+            codec=section.payload_codec,
+            rule=section.policy,
+            partners=max(1, section.group - 1),
+        )
+
+    def payload(self, num_trained: int) -> int:
+        """Bytes of the largest payload."""
+        values = self.rule.vectors * largest(num_trained, self.fragments)
+        return Form(self.codec, values).num_bytes
+
+
+def checkpoint_bytes(num_trained: int, rule: RulePolicy) -> int:
+    """Size of a checkpoint."""
+    return (_FILE + _STATE * rule.saved) * num_trained
+
+
+def host_bytes(num_trained: int, rule: RulePolicy) -> int:
+    """The least that a trainer takes on the host besides what its device holds: without it no
+    checkpoint can be written.
+    """
+    return PROCESS + (_STATE * rule.kept + _COPIES) * num_trained
 
 
 def phases_of(step: StepMemory, wire: Wire, checkpoints: int) -> list[Phase]:
@@ -81,8 +117,10 @@ def phases_of(step: StepMemory, wire: Wire, checkpoints: int) -> list[Phase]:
         checkpoints: number of checkpoints that are kept.
     """
     trained = step.num_trained
-    payload = Form(wire.codec, wire.vectors * largest(trained, wire.fragments)).num_bytes
-    file = _FILE * trained
+    payload = wire.payload(trained)
+    window = wire.fragments * wire.partners * payload
+    file = checkpoint_bytes(trained, wire.rule)
+    kept = _STATE * wire.rule.kept
     # as `Manifest.state_form`
     halved = trained >= LARGE_STATE and wire.codec != "float32"
     state = (2 if halved else 4) * trained
@@ -98,10 +136,16 @@ def phases_of(step: StepMemory, wire: Wire, checkpoints: int) -> list[Phase]:
 
     return [
         Phase(name="init", host=host(_FIRST) + step.source, disk=step.source),
-        Phase(name="start", device=step.weights, host=host(_RESTART) + codes),
-        Phase(name="step", device=step.peak, host=host(0)),
+        Phase(name="start", device=step.weights, host=host(_RESTART + kept) + codes),
+        Phase(name="step", device=step.peak, host=host(kept)),
         Phase(name="exchange", host=8 * payload, wire=payload, wire_s=seconds(payload)),
-        Phase(name="checkpoint", device=step.peak, host=host(_SAVE), disk=(checkpoints + 1) * file),
+        Phase(name="window", wire=window, wire_s=seconds(window)),
+        Phase(
+            name="checkpoint",
+            device=step.peak,
+            host=host(_SAVE + kept),
+            disk=(checkpoints + 1) * file,
+        ),
         Phase(name="export", host=host(_EXPORT) + step.source, disk=step.source),
         Phase(name="join", host=host(8), disk=state, wire=state, wire_s=seconds(state)),
     ]

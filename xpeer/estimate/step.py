@@ -8,24 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
+from msgspec import Struct
 from torch import nn
 
 from xpeer.estimate.live import Rehearsal
-from xpeer.manifest.model import BASE_BLOCK, BaseDtype, Lora
+from xpeer.leaves import seen_by
+from xpeer.manifest.model import BASE_BLOCK, BaseDtype, Frozen, Lora
 from xpeer.privacy.clipping import BookKeepingEngine, trainable
 from xpeer.privacy.steps import Switchable
 from xpeer.training.adapters import adapt
+from xpeer.training.frozen import freeze
 from xpeer.training.held import DTYPES, hold
 from xpeer.training.losses import choose_losses
 from xpeer.training.model import skeleton
-from xpeer.training.precision import Wanted, choose_precision
+from xpeer.training.precision import choose_precision
 from xpeer.training.quantised import Shapes, num_values, quantise, saved_bytes
 from xpeer.training.recompute import Recomputing
 
 _CPU: Final = torch.device("cpu")
+Precision = Literal["float32", "bfloat16"]
+"""In what a step computes. `training.precision = auto` is one of these on each device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +40,20 @@ class Step:
     config: dict[str, Any]
     """The model's, as in the manifest."""
     lora: Lora | None = None
+    frozen: Frozen | None = None
+    """Parameters that no text reaches, as in the manifest."""
     base_dtype: BaseDtype = "float32"
     sequence_tokens: int
     micro_batch: int
     """Records of a pass."""
     private: bool
-    precision: Wanted = "float32"
+    precision: Precision = "float32"
     recompute: bool = False
     """Whether layers are computed again in the backward pass."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepMemory:
+@seen_by("home", "of the manifest and the operator's settings", all_public=True)
+class StepMemory(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Memory of a step on its device, in bytes."""
 
     num_trained: int
@@ -54,21 +61,35 @@ class StepMemory:
     num_frozen: int
     weights: int
     """All weights and buffers, frozen ones included."""
-    source: int
-    """The same before anything is quantised: what a start reads, and a merged export writes."""
     moments: int
     """AdamW's two."""
     working: int
     """Gradients, activations and all else, at the peak of a step."""
+    saved: int = 0
+    """By which codes and scales of quantised matrices are less than these in 16 bits."""
+
+    @property
+    def source(self) -> int:
+        """Weights before anything is quantised: what a start reads, and a merged export writes."""
+        return self.weights + self.saved
 
     @property
     def peak(self) -> int:
         """All of it."""
         return self.weights + self.moments + self.working
 
+    @property
+    def least(self) -> int:
+        """What no number of records and no precision changes: weights, moments, gradients."""
+        return self.weights + self.moments + 4 * self.num_trained
 
-def memory_of(step: Step) -> StepMemory:
+
+def memory_of(step: Step, on_operation: Callable[[], None] = lambda: None) -> StepMemory:
     """Rehearse a step, and count its memory. Takes seconds for each ten layers.
+
+    Args:
+        step: says how.
+        on_operation: called at each operation, as a sign of life.
 
     Raises:
         ConfigError: the model can't be built, or its layers can't be computed again.
@@ -76,8 +97,11 @@ def memory_of(step: Step) -> StepMemory:
     model = hold(skeleton(step.config), DTYPES[step.base_dtype])
     model = quantise(model, step.base_dtype, BASE_BLOCK, Shapes())
     model = model.train() if step.lora is None else adapt(model, step.lora)
+    count = sum(p.numel() for p in model.parameters()) + num_values(model)
+    freeze(model, step.frozen)
+    cut_out = count - num_values(model) - sum(p.numel() for p in model.parameters())
     kept = 0
-    with Rehearsal() as memory:
+    with torch.random.fork_rng(devices=[]), Rehearsal(on_operation) as memory:
 
         def begin() -> None:
             nonlocal kept
@@ -88,19 +112,18 @@ def memory_of(step: Step) -> StepMemory:
         weights = memory.live_bytes
         take(step, model, begin)
         working = memory.peak_bytes - kept
-    count = sum(p.numel() for p in model.parameters()) + num_values(model)
     num_trained = sum(p.numel() for p in trainable(model))
     return StepMemory(
         num_trained=num_trained,
         num_frozen=count - num_trained,
-        weights=weights,
-        source=weights + saved_bytes(model),
+        weights=weights + 4 * cut_out,
+        saved=saved_bytes(model),
         moments=kept - weights,
         working=working,
     )
 
 
-def take(step: Step, model: nn.Module, begin: Callable[[], None]) -> None:
+def take(step: Step, model: nn.Module, begin: Callable[[], object]) -> None:
     """Take a step as the trainer does, from zero moments on.
 
     Args:
@@ -157,18 +180,16 @@ class _Pass:
             Recomputing(self.model).require()
 
     def run(self) -> None:
-        """Set the gradients; two passes, since the second adds to what the first left."""
+        """Add a pass to gradients that are there: a pass needs most when it is not the first."""
         size = self.step.micro_batch, self.step.sequence_tokens
         records = torch.zeros(size, dtype=torch.int64)
+        sums = []
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+            sums.append(parameter.grad)
         if self.step.private:
-            sums = []
-            for parameter in self.trained:
-                parameter.grad = torch.zeros_like(parameter)
-                sums.append(parameter.grad)
             engine = BookKeepingEngine(self.model, self.losses, micro_batch=len(records))
-            for _ in range(2):
-                engine.accumulate(records, 1.0, sums)
+            engine.accumulate(records, 1.0, sums)
             return
-        for _ in range(2):
-            nats, _counts = self.losses(self.model, records)
-            torch.autograd.backward(nats.sum())
+        nats, _counts = self.losses(self.model, records)
+        torch.autograd.backward(nats.sum())

@@ -20,7 +20,7 @@ from xpeer.privacy.steps import Records, StepResult, Switchable, check_records
 from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
-_CPU_TOKENS: Final = 2048
+CPU_TOKENS: Final = 2048
 """Tokens of a pass on a processor. Larger passes fall out of its caches."""
 
 
@@ -69,7 +69,7 @@ class OffMechanism:
         self._record_losses.precision = options.precision
         self._batch = min(manifest.optimiser.batch_records, len(records))
         self._clip = manifest.optimiser.gradient_clip
-        cached = max(1, _CPU_TOKENS // records.shape[1])
+        cached = max(1, CPU_TOKENS // records.shape[1])
         whole = cached if self._device.type == "cpu" else self._batch
         self._micro_batch = options.micro_batch or whole
         self._relieve = options.relieve

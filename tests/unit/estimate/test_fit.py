@@ -1,0 +1,209 @@
+"""What a node needs is compared with what there is, before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from tests.unit.training.test_loop import manifest_with
+from xpeer.config import Checkpoint, Data, Home, NodeConfig, Training
+from xpeer.errors import ConfigError, ExitCode
+from xpeer.estimate import fit as fitting
+from xpeer.estimate import phases, room
+from xpeer.estimate.fit import Fit
+from xpeer.estimate.remembered import Rehearsals
+from xpeer.estimate.room import Room
+from xpeer.estimate.step import Step, StepMemory, memory_of
+from xpeer.founding_model import PRESETS
+from xpeer.manifest import Manifest
+from xpeer.manifest.model import Model
+from xpeer.manifest.privacy import Privacy
+from xpeer.training.model import num_params, skeleton
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+COUNT = num_params(skeleton(PRESETS["tiny"]))
+WEIGHTS = 4 * COUNT
+SETTINGS = NodeConfig(training=Training(precision="float32"))
+GB = 10**9
+
+
+def manifest(**changes: Any) -> Manifest:
+    model = Model(config=PRESETS["tiny"], num_params=COUNT, initial_digest="")
+    return manifest_with(model=model, **changes)
+
+
+class Fixed(Rehearsals):
+    """Every step of one record needs `working` bytes besides weights and moments."""
+
+    def __init__(self, working: int = 0) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self.working = working
+
+    def of(self, step: Step) -> StepMemory:
+        self.steps.append(step)
+        return StepMemory(
+            num_trained=COUNT,
+            num_frozen=0,
+            weights=WEIGHTS,
+            moments=2 * WEIGHTS,
+            working=WEIGHTS + self.working * step.micro_batch // (4 if step.recompute else 1),
+        )
+
+
+def having(most: int, free: int | None = None, host: int = 100 * GB) -> Callable[..., Room]:
+    def here(device: torch.device) -> Room:
+        if device == CPU and host != 100 * GB:
+            return Room("memory of this machine", host, host)
+        return Room("memory of it", most, most if free is None else free)
+
+    return here
+
+
+def examine(
+    tmp_path: Path,
+    rehearsals: Rehearsals,
+    here: Callable[..., Room],
+    device: torch.device = GPU,
+    config: NodeConfig = SETTINGS,
+    **more: Any,
+) -> Fit:
+    return fitting.examine(
+        manifest(), config, Home(tmp_path), device, rehearsals, here=here, **more
+    )
+
+
+def test_what_is_far_smaller_is_not_even_rehearsed(tmp_path: Path) -> None:
+    made = Fixed()
+    fit = examine(tmp_path, made, having(100 * GB))
+    assert (fit.warnings, fit.problems, made.steps, fit.rehearsed) == ([], [], [], False)
+    assert "less than" in fit.notes[0]
+    fit = examine(tmp_path, made, having(10 * 16 * COUNT, host=99 * GB), asked=True)
+    assert (len(made.steps), fit.rehearsed, fit.warnings) == (1, True, [])
+    assert "about" in fit.notes[0]
+
+
+def test_the_rough_bound_is_above_what_is_rehearsed(tmp_path: Path) -> None:
+    for device, mode in ((CPU, "record"), (GPU, "off")):
+        privacy = Privacy(mode=mode, noise_multiplier=1.0)  # type: ignore[arg-type]
+        founded = manifest(privacy=privacy)
+        sizes = fitting.sizes_of(founded, SETTINGS, device)
+        exact = memory_of(sizes.step)
+        assert sizes.least <= exact.peak + 4096 <= sizes.bound.peak
+        assert sizes.bound.num_trained == exact.num_trained
+
+
+def test_what_can_never_fit_is_refused_in_an_instant(tmp_path: Path) -> None:
+    made = Fixed()
+    fit = examine(tmp_path, made, having(16 * COUNT - 1, host=99 * GB))
+    with pytest.raises(ConfigError, match="weights, moments and gradients alone") as refused:
+        fit.require()
+    assert refused.value.exit_code == ExitCode.BAD_CONFIG
+    assert "--lora-rank" in refused.value.remedy
+    assert "training.check_fit = warn" in refused.value.remedy
+    assert made.steps == []
+    assert fit.memory is not None, "a founder still wants to know what others need"
+
+
+def test_records_shrink_and_layers_are_computed_again_before_anything_is_refused(
+    tmp_path: Path,
+) -> None:
+    config = msgspec.structs.replace(
+        SETTINGS, training=Training(precision="float32", micro_batch=8)
+    )
+    made = Fixed(working=WEIGHTS)
+    fit = examine(tmp_path, made, having(6 * WEIGHTS, host=99 * GB), config=config)
+    fit.require()
+    (warning,) = fit.warnings
+    assert "set training.micro_batch = 1" in warning
+    fit = examine(tmp_path, Fixed(working=40 * WEIGHTS), having(6 * WEIGHTS, host=99 * GB))
+    with pytest.raises(ConfigError, match="a step of a single record needs about"):
+        fit.require()
+
+
+def test_a_setting_that_would_help_is_named(tmp_path: Path) -> None:
+    never = Training(precision="float32", checkpoint_activations="off")
+    config = msgspec.structs.replace(SETTINGS, training=never)
+    made = Fixed(working=8 * WEIGHTS)
+    fit = examine(tmp_path, made, having(8 * WEIGHTS, host=99 * GB), config=config)
+    with pytest.raises(ConfigError) as refused:
+        fit.require()
+    assert refused.value.remedy.startswith("set training.checkpoint_activations = on")
+
+
+def test_an_estimate_that_is_a_little_too_large_refuses_nobody(tmp_path: Path) -> None:
+    fit = examine(tmp_path, Fixed(), having(int(0.95 * 4 * WEIGHTS) + 1, host=99 * GB))
+    assert not [p for p in fit.problems if "single record" in p.problem]
+
+
+def test_memory_that_others_use_now_is_a_warning(tmp_path: Path) -> None:
+    fit = examine(tmp_path, Fixed(), having(GB, free=WEIGHTS, host=99 * GB))
+    fit.require()
+    (warning,) = fit.warnings
+    assert "are free now" in warning
+
+
+def test_the_process_counts_on_a_cpu(tmp_path: Path) -> None:
+    fit = examine(tmp_path, Fixed(), having(phases.PROCESS, host=phases.PROCESS), CPU)
+    assert len(fit.problems) == 1
+
+
+def test_the_host_beside_a_gpu(tmp_path: Path) -> None:
+    fit = examine(tmp_path, Fixed(), having(GB, host=phases.PROCESS // 2))
+    (problem,) = fit.problems
+    assert "on the host" in problem.problem
+
+
+def test_a_model_that_can_not_be_rehearsed_may_start(tmp_path: Path) -> None:
+    class Failing(Fixed):
+        def of(self, step: Step) -> StepMemory:
+            raise NotImplementedError("no fake of this operation")
+
+    fit = examine(tmp_path, Failing(), having(WEIGHTS * 4, host=99 * GB))
+    assert not fit.problems
+    assert "NotImplementedError" in fit.warnings[0]
+
+
+def test_the_disk_holds_checkpoints_or_the_first_start_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, text = Home(tmp_path / "home"), tmp_path / "a.txt"
+    home.initial_model.mkdir(parents=True)
+    text.write_text("some words " * 10**5)
+    keeps = Checkpoint(keep=3)
+    config = msgspec.structs.replace(SETTINGS, data=Data(shard=[str(text)]), checkpoint=keeps)
+    needed = 4 * 13 * COUNT + 64_000_000
+
+    def with_free(free: int) -> Fit:
+        monkeypatch.setattr(room, "disk", lambda folder: Room(f"{folder}", free, free))
+        return fitting.examine(manifest(), config, home, GPU, Fixed(), here=having(100 * GB))
+
+    assert not with_free(needed + 10**6).warnings
+    assert with_free(needed + 400_000).warnings, "the tokens may just not fit"
+    fit = with_free(needed - 1)
+    with pytest.raises(ConfigError, match=f"in {home.path}") as refused:
+        fit.require()
+    assert "checkpoint.keep" in refused.value.remedy
+    home.checkpoints.mkdir()
+    (home.checkpoints / "ckpt-000000003.safetensors").touch()
+    fit = with_free(needed - 13 * COUNT - 1)
+    assert fit.warnings, "it has trained, and disks are mended while a node runs"
+    fit.require()
+    assert not with_free(needed - 13 * COUNT).warnings, "what is there needs no room"
+
+
+def test_a_joiner_needs_room_for_what_it_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, free = Home(tmp_path), 3 * 13 * COUNT + 64_000_000
+    monkeypatch.setattr(room, "disk", lambda folder: Room(f"{folder}", free, free))
+    fit = fitting.examine(manifest(), SETTINGS, home, GPU, Fixed(), here=having(100 * GB))
+    assert len(fit.problems) == 1
+    home.initial_model.mkdir()
+    fit = fitting.examine(manifest(), SETTINGS, home, GPU, Fixed(), here=having(100 * GB))
+    assert not fit.problems

@@ -1,0 +1,76 @@
+"""What a node of a swarm needs, in words: for `xpeer init` and `xpeer estimate`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from xpeer.cli.common import say
+from xpeer.config import Home, NodeConfig
+from xpeer.errors import LocalError
+from xpeer.manifest import Manifest
+
+if TYPE_CHECKING:
+    from xpeer.estimate.phases import Phase
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def say_needs(manifest: Manifest, config: NodeConfig, home: Home) -> bool:
+    """Say what a node of a swarm needs, and warn if this machine has less.
+
+    Returns:
+        Whether a step can be taken here: False = it is certain that it can't.
+    """
+    from xpeer.estimate import phases  # noqa: PLC0415 - torch takes seconds
+    from xpeer.estimate.fit import examine  # noqa: PLC0415
+    from xpeer.estimate.remembered import Rehearsals  # noqa: PLC0415
+    from xpeer.training.losses import choose_device  # noqa: PLC0415
+
+    began = time.monotonic()
+    try:
+        device = choose_device(config.training.device)
+        fit = examine(manifest, config, home, device, Rehearsals(), asked=True)
+    except LocalError as e:
+        say(f"warning: what a node needs is not known: {e}")
+        return True
+    if fit.memory is not None:
+        wire = phases.Wire.of(manifest)
+        rows = {p.name: p for p in phases.phases_of(fit.memory, wire, config.checkpoint.keep)}
+        took = duration(time.monotonic() - began)
+        say(f"a node of this swarm needs (found in {took}):")
+        word = "about" if fit.rehearsed else "less than"
+        for line in _lines(rows, device.type, wire.partners, word):
+            say(f"  {line}")
+    for warning in fit.warnings:
+        say(f"warning: {warning}")
+    for problem in fit.problems:
+        say(f"warning: a node on this machine could not start: {problem.problem}")
+        say(f"  {problem.remedy}")
+    return not fit.problems
+
+
+def _lines(rows: dict[str, Phase], device: str, partners: int, word: str) -> list[str]:
+    step, window, join = rows["step"], rows["window"], rows["join"]
+    host = max(row.host for row in rows.values() if row.name not in ("init", "export"))
+    what = "in the process" if device == "cpu" else f"on a device like this one's ({device})"
+    others = "a partner" if partners == 1 else f"{partners} partners"
+    return [
+        f"memory: {word} {size(step.device)} {what} for a step, {size(host)} on the host besides",
+        f"disk: {size(rows['checkpoint'].disk)} for checkpoints",
+        f"network: {size(window.wire)} sent, and as much received, in each window with {others}; "
+        f"{size(join.wire)} to join",
+    ]

@@ -1,0 +1,288 @@
+"""Whether this machine can hold a node of a swarm: its memory and its disk, before it trains.
+
+What can never fit is a problem, and ends a first start. What does not fit now is a warning: other
+processes may end, and a node's own old process may still be there. An estimate may be wrong, so it
+is a problem only if much less than the estimate would still be too much.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from xpeer.config import Home, NodeConfig
+from xpeer.errors import ConfigError, LocalError
+from xpeer.estimate import phases, remedies, room
+from xpeer.estimate.planned import LONG_S, smallest, step_of
+from xpeer.estimate.remembered import Rehearsals
+from xpeer.estimate.room import Room
+from xpeer.estimate.step import Step, StepMemory
+from xpeer.manifest import Manifest
+from xpeer.training import checkpoint
+from xpeer.training.files import find as find_files
+from xpeer.training.model import skeleton
+from xpeer.training.token_cache import FOLDER as TOKENS
+
+SURE: Final = 0.9
+"""Part of an estimate that is needed for sure: steps took within a tenth of their estimates."""
+_EASILY: Final = 0.5
+"""A start rehearses no step whose rough bound is below this part of the memory."""
+_CLEARLY: Final = 0.02
+"""The same where a person asks what a node needs."""
+_ROUGH_VALUES: Final = 24
+"""Values that a layer keeps of each token, in units of its width: more than any family does."""
+_SPARE_BYTES: Final = 64_000_000
+"""Room on the disk for ledger, history and logs."""
+_SETTING: Final = "training.check_fit"
+_OVERRIDE: Final = f"to start all the same: {_SETTING} = warn (XPEER_TRAINING_CHECK_FIT)"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters, and a rough bound of a step, from shapes alone."""
+
+    num_trained: int
+    num_frozen: int
+    step: Step
+    """As a trainer begins with it."""
+    smallest: Step
+    """As it may become."""
+    rough: int
+    """More bytes than the step needs, in all likelihood."""
+
+    @property
+    def least(self) -> int:
+        """Bytes that no step can do without: weights, moments and gradients."""
+        return 16 * self.num_trained + self.frozen_bytes
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of the frozen weights."""
+        return (2 if self.step.base_dtype == "bfloat16" else 4) * self.num_frozen
+
+    @property
+    def bound(self) -> StepMemory:
+        """The rough bound of the step."""
+        weights, moments = 4 * self.num_trained + self.frozen_bytes, 8 * self.num_trained
+        return StepMemory(
+            num_trained=self.num_trained,
+            num_frozen=self.num_frozen,
+            weights=weights,
+            moments=moments,
+            working=self.rough - weights - moments,
+        )
+
+
+@dataclass
+class Fit:
+    """The outcome of all comparisons."""
+
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[ConfigError] = field(default_factory=list)
+    """What can't fit, whatever else runs on the machine."""
+    memory: StepMemory | None = None
+    """Of the step that a trainer begins with; None = it can't be known."""
+    rehearsed: bool = False
+    """False: `memory` is a rough bound."""
+
+    def require(self) -> None:
+        """Refuse what can't fit.
+
+        Raises:
+            ConfigError: the first problem.
+        """
+        if self.problems:
+            raise self.problems[0]
+
+
+def sizes_of(manifest: Manifest, config: NodeConfig, device: torch.device) -> Sizes:
+    """Count parameters; no values are loaded. Takes a moment.
+
+    Raises:
+        ConfigError: the model can't be built, or the device can't compute as the settings say.
+    """
+    model: Any = skeleton(manifest.model.config)
+    settings, num_trained = config.training, manifest.model.num_params
+    step = step_of(manifest, settings, device)
+    whole = sum(p.numel() for p in model.parameters())
+    num_frozen = whole if step.lora is not None else max(0, whole - num_trained)
+    shape = model.config
+    width, layers = getattr(shape, "hidden_size", 0), getattr(shape, "num_hidden_layers", 0)
+    values = _ROUGH_VALUES * int(width or 4096) * int(layers or 64)
+    values += 6 * int(getattr(shape, "vocab_size", 0) or 1 << 18)
+    tokens = step.micro_batch * step.sequence_tokens
+    held = Sizes(num_trained, num_frozen, step, smallest(step, settings, model), 0)
+    return replace(held, rough=held.least + 4 * num_trained + 4 * values * tokens)
+
+
+def examine(
+    manifest: Manifest,
+    config: NodeConfig,
+    home: Home,
+    device: torch.device,
+    rehearsals: Rehearsals,
+    *,
+    asked: bool = False,
+    here: Callable[[torch.device], Room] = room.of_device,
+) -> Fit:
+    """Compare what a node needs with what this machine has.
+
+    Args:
+        manifest: of the swarm.
+        config: of the node.
+        home: of the node.
+        device: to train on.
+        rehearsals: of earlier starts.
+        asked: whether a person asks, who wants an estimate even if there is plenty of memory.
+        here: says what memory a device has.
+
+    Raises:
+        ConfigError: see `sizes_of`.
+    """
+    fit = Fit()
+    sizes = sizes_of(manifest, config, device)
+    wire = phases.Wire.of(manifest)
+    try:
+        _compare_step(fit, sizes, wire, device, here(device), rehearsals, asked=asked)
+    except LocalError:
+        raise
+    except Exception as e:  # noqa: BLE001 - a model that can't be rehearsed may train all the same
+        why = f"{type(e).__name__}: {e}".partition("\n")[0]
+        fit.warnings.append(f"the memory of a step can't be estimated for this model: {why}")
+    if device.type == "cuda":
+        host = here(torch.device("cpu"))
+        needed = phases.host_bytes(sizes.num_trained, wire.rule)
+        what = f"a trainer needs about {_size(needed)} on the host, with its copy of a checkpoint"
+        if SURE * needed > host.most:
+            fit.problems.append(_too_large(what, host, remedies.NONE_HELPS))
+        elif needed > host.free:
+            fit.warnings.append(_tight(what, host, ""))
+    _compare_disk(fit, manifest, config, home)
+    return fit
+
+
+def _compare_step(
+    fit: Fit,
+    sizes: Sizes,
+    wire: phases.Wire,
+    device: torch.device,
+    here: Room,
+    rehearsals: Rehearsals,
+    *,
+    asked: bool,
+) -> None:
+    """Compare a step with the memory of its device."""
+    on_host = device.type != "cuda"
+    beside = phases.host_bytes(sizes.num_trained, wire.rule) if on_host else 0
+    # On a CPU frozen weights may lie in the file's pages, which give way.
+    yielding = sizes.frozen_bytes if on_host else 0
+    least = sizes.least - yielding + (phases.PROCESS if on_host else 0)
+    if least > here.most:
+        fit.problems.append(
+            _too_large(
+                f"{sizes.num_trained:,} trained and {sizes.num_frozen:,} frozen parameters need "
+                f"{_size(least)} for weights, moments and gradients alone",
+                here,
+                remedies.NONE_HELPS,
+            )
+        )
+        fit.memory = sizes.bound
+        return
+    there = min(here.most, here.free or here.most)
+    plenty = sizes.rough if asked else sizes.rough + beside
+    if plenty < (_CLEARLY if asked else _EASILY) * there:
+        fit.memory = sizes.bound
+        fit.notes.append(f"a step needs less than {_size(plenty)}")
+        return
+    began = time.monotonic()
+    memory = fit.memory = rehearsals.of(sizes.step)
+    fit.rehearsed = True
+    if (took_s := time.monotonic() - began) > LONG_S:
+        fit.notes.append(f"the memory of a step was rehearsed in {took_s:.0f} s")
+    process = phases.PROCESS if on_host else 0
+    needed = memory.peak + process
+    fit.notes.append(f"a step needs about {_size(needed)}; {here.what}: {_size(here.most)}")
+    if memory.peak + beside <= here.free:
+        return
+    what = f"a step needs about {_size(needed)}"
+    remedy = remedies.find(
+        sizes.step, memory, min(here.most, here.free) - process, rehearsals.of, founding=False
+    )
+    words = remedy.words if remedy is not None else ""
+    if SURE * needed - yielding <= here.most:
+        fit.warnings.append(_tight(what, here, f"set {words}" if words else ""))
+        return
+    smaller = rehearsals.of(sizes.smallest).peak + process
+    if SURE * smaller - yielding <= here.most:
+        fit.warnings.append(_tight(what, here, f"set {words}" if words else ""))
+        return
+    said = f"a step of a single record needs about {_size(smaller)}"
+    fit.problems.append(_too_large(said, here, f"set {words}" if words else remedies.NONE_HELPS))
+
+
+def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) -> None:
+    """Compare what a node writes with what is free. What it has written already is not needed."""
+    trained, rule = manifest.model.num_params, manifest.round.policy
+    saved = checkpoint.paths(home.checkpoints)
+    each = phases.checkpoint_bytes(trained, rule)
+    needed = max(1, config.checkpoint.keep + 1 - len(saved)) * each + _SPARE_BYTES
+    if not saved and not home.initial_model.exists():  # they come from a member, into a file
+        fetched = sum(_length(path) for path in home.joining.glob("*"))
+        needed += max(0, manifest.state_form.num_bytes - fetched)
+    made = saved or (home.cache / TOKENS).exists()
+    tokens = 0 if made else _bytes_of_tokens(config)
+    try:
+        here = room.disk(home.path)
+    except OSError as e:
+        fit.warnings.append(f"{home.path}: its disk can't be asked for free space: {e.strerror}")
+        return
+    what = (
+        f"checkpoints{', tokens' if tokens else ''} and history need {_size(needed + tokens)} in "
+        f"{home.path}, {_size(here.free)} are free"
+    )
+    remedy = "free space, set checkpoint.keep to less, or move the home to a larger disk"
+    if needed + tokens <= here.free:
+        return
+    if saved or needed + tokens // 2 <= here.free:
+        fit.warnings.append(f"{what} - {remedy}")
+    else:
+        fit.problems.append(ConfigError(what, f"{remedy}; {_OVERRIDE}"))
+
+
+def _bytes_of_tokens(config: NodeConfig) -> int:
+    """About what the tokens of the text take: half of it. Packed files count as they are."""
+    patterns = config.data.corpus or config.data.shard
+    try:
+        files = find_files(patterns, "data.shard").sources
+    except ConfigError:  # the trainer says what is wrong with it
+        return 0
+    return sum(_length(file.path) for file in files) // 2
+
+
+def _length(path: Path) -> int:
+    """Bytes that a file takes on the disk; 0 = it is gone."""
+    try:
+        return 512 * path.stat().st_blocks
+    except OSError:
+        return 0
+
+
+def _too_large(what: str, here: Room, remedy: str) -> ConfigError:
+    return ConfigError(f"{what}, and {here.what} is {_size(here.most)}", f"{remedy}; {_OVERRIDE}")
+
+
+def _tight(what: str, here: Room, remedy: str) -> str:
+    said = f"{what}, and of {here.what} ({_size(here.most)}) {_size(here.free)} are free now"
+    return f"{said} - {remedy}" if remedy else said
+
+
+def _size(size: float) -> str:
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

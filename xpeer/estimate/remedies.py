@@ -1,0 +1,89 @@
+"""Settings with which a step that does not fit would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from xpeer.estimate.step import Step, StepMemory
+from xpeer.manifest.model import BaseDtype
+
+_RECORDS: Final = "training.micro_batch = 1"
+_AGAIN: Final = "training.checkpoint_activations = on"
+_HELD_IN: Final = "xpeer init --base-dtype"
+_BY_SIZE: Final[dict[BaseDtype, float]] = {"float32": 4, "bfloat16": 2, "int8": 1.07, "nf4": 0.57}
+"""Bytes of a frozen value."""
+_LATER: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
+    ("training.precision = bfloat16, on a device that has it", {"precision": "bfloat16"}),
+    *((f"{_HELD_IN} {dtype}", {"base_dtype": dtype}) for dtype in list(_BY_SIZE)[1:]),
+)
+NONE_HELPS: Final = (
+    "no setting helps: found a swarm that trains adapters (xpeer init --lora-rank 16), or with a "
+    "shorter optimiser.sequence_tokens"
+)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What would help, and what a step would then need."""
+
+    words: str
+    memory: StepMemory
+
+
+def find(
+    step: Step,
+    memory: StepMemory,
+    most: float,
+    rehearse: Callable[[Step], StepMemory],
+    *,
+    founding: bool = True,
+) -> Remedy | None:
+    """Find the first settings with which a step fits; None = none of them helps.
+
+    Fewer records and layers that are computed again are tried at once, and fewer records alone only
+    if both are enough. Where weights, moments and gradients alone are too large, nothing is
+    rehearsed.
+
+    Args:
+        step: that does not fit.
+        memory: of it.
+        most: bytes that there are.
+        rehearse: `step.memory_of`, or one that remembers.
+        founding: whether what `xpeer init` decides may be changed, too.
+    """
+    changed = replace(step, micro_batch=1, recompute=True)
+    words = [_RECORDS] if step.micro_batch > 1 else []
+    words += [] if step.recompute else [_AGAIN]
+    if changed != step and memory.least <= most:
+        found = rehearse(changed)
+        if found.peak <= most:
+            alone = replace(step, micro_batch=1)
+            if len(words) > 1 and (fewer := rehearse(alone)).peak <= most:
+                return Remedy(_RECORDS, fewer)
+            return Remedy(", ".join(words), found)
+    for said, fields in _LATER if founding else _LATER[:1]:
+        tried = replace(changed, **fields)
+        if tried == changed or not _is_smaller(changed, tried):
+            continue
+        if words and words[-1].startswith(_HELD_IN):
+            words.pop()  # this one takes its place
+        changed = tried
+        words.append(said)
+        if _least(step, changed, memory) <= most and (found := rehearse(changed)).peak <= most:
+            return Remedy(", ".join(words), found)
+    return None
+
+
+def _is_smaller(step: Step, changed: Step) -> bool:
+    """Whether frozen weights take no more; there are some only beside adapters."""
+    if step.lora is None:
+        return changed.base_dtype == step.base_dtype
+    return _BY_SIZE[changed.base_dtype] <= _BY_SIZE[step.base_dtype]
+
+
+def _least(step: Step, changed: Step, memory: StepMemory) -> float:
+    """What the changed step needs at least, from what is known of the step."""
+    saved = _BY_SIZE[step.base_dtype] - _BY_SIZE[changed.base_dtype]
+    return memory.least - saved * memory.num_frozen
