@@ -132,6 +132,9 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     pack: Literal["auto", "off"] = "auto"
     """Several short records in a sequence, without privacy. auto: where each has the loss that it
     has alone."""
+    check_fit: Literal["refuse", "warn", "skip"] = "refuse"
+    """What a start does where memory or disk can't hold this node. refuse: it ends. warn: the log
+    says so. skip: nothing is compared."""
     compile: Literal["off", "on"] = "off"
     """Compile the model's layers, without privacy. Takes a minute at a start."""
     compile_codec: bool = True

@@ -21,10 +21,14 @@ from xpeer.accounts.budget import (
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.spending import SwarmSpending
 from xpeer.config import Home, NodeConfig
+from xpeer.estimate import fit as fitting
+from xpeer.estimate.remembered import Rehearsals
 from xpeer.manifest import Manifest
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.text import Text, text_of
+from xpeer.training import checkpoint
 from xpeer.training.checkpoint import newest_step
+from xpeer.training.losses import choose_device
 from xpeer.training.schedule import planned_steps
 from xpeer.training.tokenizer import load_tokenizer
 from xpeer.trial import Report, Trial, rehearse, require_reachable
@@ -45,6 +49,7 @@ def examine(
     Raises:
         LocalError: a start would stop with this error.
     """
+    _examine_room(home, config, manifest, report)
     with tempfile.TemporaryDirectory(prefix="xpeer-dry-run-") as folder:
         text = _counted(home, config, manifest, Path(folder))
         _report_text(config, manifest, text, report)
@@ -54,6 +59,24 @@ def examine(
         require_reachable(manifest)
         measured = rehearse(manifest, home, config, Path(folder), report, steps=2, export=False)
     _report_speed(home, manifest, measured, report)
+
+
+def _examine_room(home: Home, config: NodeConfig, manifest: Manifest, report: Report) -> None:
+    """Compare what this node needs with what the machine has.
+
+    Raises:
+        ConfigError: a start would be refused, as it can't fit.
+    """
+    wanted = config.training.check_fit
+    if wanted == "skip":
+        return
+    rehearsals = Rehearsals(home.cache, writes=False)
+    device = choose_device(config.training.device)
+    fit = fitting.examine(manifest, config, home, device, rehearsals, asked=True)
+    if wanted == "refuse" and not checkpoint.paths(home.checkpoints):
+        fit.require()
+    for line in (*fit.notes, *(f"warning: {said}" for said in (*fit.warnings, *fit.problems))):
+        report(f"room: {line}")
 
 
 def _counted(home: Home, config: NodeConfig, manifest: Manifest, folder: Path) -> Text:

@@ -185,7 +185,7 @@ def _setup(manifest: Manifest, source: Home, config: NodeConfig, folder: Path) -
             privacy=structs.replace(
                 config.privacy, register=str(folder / "register"), max_epsilon=0.0, keep_back=0.0
             ),
-            training=structs.replace(config.training, throttle=1.0),
+            training=structs.replace(config.training, throttle=1.0, check_fit="skip"),
         ),
         peer_id="trial",
         initial="initial" if source.initial_model.exists() else "awaited",

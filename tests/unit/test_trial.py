@@ -15,8 +15,10 @@ from tests.unit.training.test_loop import manifest_with
 from xpeer import dry_run
 from xpeer.accounts.accountant import Segment
 from xpeer.cli import main
-from xpeer.config import Home, NodeConfig
-from xpeer.errors import LocalError
+from xpeer.config import Home, NodeConfig, Training
+from xpeer.errors import ExitCode, LocalError
+from xpeer.estimate import room
+from xpeer.estimate.room import Room
 from xpeer.manifest import End
 from xpeer.manifest.privacy import Privacy
 from xpeer.training.model import FlatParameters
@@ -129,6 +131,39 @@ def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, register_of_the_test: P
     assert not register_of_the_test.exists()
 
 
+def test_what_can_not_fit_warns_a_founder_and_ends_a_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "host", lambda: Room("memory of this machine", 10**6, 10**6))
+    shard = write_shard(tmp_path / "shard", 20)
+    code, err = init(tmp_path / "h", "--preset", "tiny", "--shard", shard,
+                     "--listen", "/ip4/127.0.0.1/tcp/0", "--set", "end.steps=50")  # fmt: skip
+    assert code == 0, err
+    for part in (
+        "a node of this swarm needs",
+        "a node on this machine could not start",
+        "no step is tried",
+    ):
+        assert part in err
+    assert "step on public text" not in err
+    done = CliRunner().invoke(main, ["start", "--home", str(tmp_path / "h"), "--dry-run"])
+    assert done.exit_code == ExitCode.BAD_CONFIG
+    assert "memory of this machine is 1 MB" in done.stderr
+    monkeypatch.setenv("XPEER_TRAINING_CHECK_FIT", "warn")
+    command = ["start", "--home", str(tmp_path / "h"), "--dry-run", "--skip-trial"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == ExitCode.OK, done.stderr
+    assert "memory of this machine is 1 MB" in done.stderr
+
+
+def test_a_founder_hears_what_a_node_needs(tmp_path: Path) -> None:
+    code, err = init(tmp_path / "h", "--preset", "tiny", "--skip-trial", "--set", "round.group=3")
+    assert code == 0, err
+    for part in ("less than", "for a step", "for checkpoints", "in each window with 2 partners"):
+        assert part in err
+    assert "warning: a node" not in err
+
+
 @pytest.mark.parametrize(("charged", "ends"), [(2, "at the end"), (3, "after 0 more steps")])
 def test_a_dry_run_counts_what_was_charged_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, charged: int, ends: str
@@ -144,7 +179,8 @@ def test_a_dry_run_counts_what_was_charged_before(
     monkeypatch.setattr(dry_run, "_counted", lambda *_: text)
     manifest = manifest_with(end=End(steps=50), privacy=Privacy(noise_multiplier=50.0, delta=1e-5))
     said: list[str] = []
-    dry_run.examine(home, NodeConfig(), manifest, said.append, trial=False)
+    config = NodeConfig(training=Training(check_fit="skip"))  # the manifest has no real model
+    dry_run.examine(home, config, manifest, said.append, trial=False)
     (line,) = [each for each in said if "noise 50" in each]
     assert line.endswith(ends)
     assert float(line.split("; epsilon ")[1].split()[0]) > 6.5  # of everything

@@ -24,6 +24,7 @@ from xpeer.cli.common import (
     say_foreign,
     secure_home,
 )
+from xpeer.cli.needed import say_needs
 from xpeer.cli.start import read_token
 from xpeer.config import Home, NodeConfig
 from xpeer.drafting import draft_manifest
@@ -161,6 +162,11 @@ _EXPLAINED = {
     is_flag=True,
     help="Don't try a step, an exchange and an export before signing: for a huge model.",
 )
+@click.option(
+    "--skip-estimate",
+    is_flag=True,
+    help="Don't say what a node needs: that takes a minute for a huge model.",
+)
 @click.pass_context
 def init(
     ctx: click.Context,
@@ -190,6 +196,7 @@ def init(
     seeds: tuple[str, ...],
     node_name: str | None,
     skip_trial: bool,
+    skip_estimate: bool,
 ) -> None:
     """Found a swarm (--swarm NAME), or prepare this home to join one (--join TOKEN).
 
@@ -243,12 +250,13 @@ def init(
     )
     config = load_config(home, {key: value for key, value in settings.items() if value})
     manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
+    fits = skip_estimate or say_needs(manifest, config, home)
     founded = founding.found(
         home,
         manifest,
         source.write,
         as_toml(settings),
-        trial=None if skip_trial else partial(_try, manifest, config),
+        trial=None if skip_trial else partial(_try, manifest, config, fits=fits),
     )
     if warning := manifest.privacy.policy.warning:
         say(f"warning: {warning}")
@@ -337,11 +345,14 @@ def _tokenizer_folder(
     return tokenizer_of(given, source, config_in(model, model_config))
 
 
-def _try(manifest: Manifest, config: NodeConfig, new: Home) -> None:
+def _try(manifest: Manifest, config: NodeConfig, new: Home, *, fits: bool) -> None:
     """Rehearse the founder's run in small, in the home that is being made."""
     from xpeer.trial import rehearse, require_reachable  # noqa: PLC0415 - torch takes seconds
 
     require_reachable(manifest)
+    if not fits:
+        say("warning: no step is tried before the manifest is signed: it does not fit here")
+        return
     rehearse(manifest, new, config, new.path, say)
 
 

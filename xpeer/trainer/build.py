@@ -19,6 +19,7 @@ from xpeer.accounts.register import Register
 from xpeer.accounts.spending import Spending, SwarmSpending
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError
+from xpeer.estimate.fit import Fit
 from xpeer.manifest import Manifest
 from xpeer.manifest.signed import SignedManifest
 from xpeer.mixing import combine, rules
@@ -32,6 +33,7 @@ from xpeer.privacy.options import Options
 from xpeer.privacy.steps import Records
 from xpeer.trainer.assembled import Assembled, Beginning, TextFacts
 from xpeer.trainer.capture import Capture, FrozenValues, Keeping
+from xpeer.trainer.comparing import examined
 from xpeer.trainer.computing import Computing, computing_of
 from xpeer.trainer.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
 from xpeer.trainer.own_run import OwnRun
@@ -136,6 +138,7 @@ def assemble(
     _silence_progress_bars()
     startup = startup or Startup()
     swarm = _open_swarm(setup, own)
+    fit = Fit() if own else examined(setup, swarm.manifest, startup)
     startup.enter("reads the text")
     arguments = setup, swarm.manifest, swarm.tokenizer, swarm.home
     text, problem = text_if_any(*arguments, startup.tokenised)
@@ -165,11 +168,12 @@ def assemble(
         text=_facts(swarm, text, problem),
         notes=[
             *(f"text: {line}" for line in text.shard.lines()),
+            *(f"room: {note}" for note in fit.notes),
             *notes,
             *start.computing.notes,
             *mechanism.notes,
         ],
-        warnings=warnings + of_accounts,
+        warnings=[*fit.warnings, *warnings, *of_accounts],
         steps_forfeited=_forfeited(start) if swarm.private else 0,
     )
     return _assembled(swarm, start, loop, mechanism, beginning)

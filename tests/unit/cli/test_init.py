@@ -53,7 +53,7 @@ def model_config(tmp_path: Path) -> str:
 
 
 def xpeer(*args: str, text: str = "") -> tuple[int, str, str]:
-    quick = ["--skip-trial"] if args[:1] == ("init",) else []  # see test_trial
+    quick = ["--skip-trial", "--skip-estimate"] if args[:1] == ("init",) else []  # see test_trial
     result = CliRunner().invoke(main, [*args, *quick], input=text)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -1,0 +1,63 @@
+"""A trainer refuses what can't fit before it reads anything, and only at a home's first start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.unit.training.homes import make_homes
+from xpeer.errors import ConfigError
+from xpeer.estimate import room
+from xpeer.estimate.remembered import NAME
+from xpeer.estimate.room import Room
+from xpeer.trainer import build
+from xpeer.trainer.build import assemble
+from xpeer.trainer.setup import TrainerSetup
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainerSetup:
+    monkeypatch.setattr(room, "host", lambda: Room("memory of this machine", 10**6, 10**6))
+    return make_homes(tmp_path, 1)[0]
+
+
+def of(setup: TrainerSetup, **changes: Any) -> TrainerSetup:
+    training = msgspec.structs.replace(setup.config.training, **changes)
+    config = msgspec.structs.replace(setup.config, training=training)
+    return msgspec.structs.replace(setup, config=config)
+
+
+def test_a_first_start_is_refused_before_the_text_is_read(
+    setup: TrainerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "text_if_any", lambda *_: pytest.fail("the text was read"))
+    with pytest.raises(ConfigError, match="memory of this machine is 1 MB"):
+        assemble(setup)
+
+
+@pytest.mark.parametrize("how", ["it has trained", "warn", "skip"])
+def test_others_are_warned_at_most(setup: TrainerSetup, how: str) -> None:
+    if how == "it has trained":
+        setup = msgspec.structs.replace(setup, has_trained=True)
+    else:
+        setup = of(setup, check_fit=how)
+    made = assemble(setup)
+    made.close()
+    said = [line for line in made.beginning.warnings if "memory of this machine" in line]
+    assert len(said) == (how != "skip")
+    assert not (Path(setup.home) / "cache" / NAME).exists(), "nothing had to be rehearsed"
+
+
+def test_a_start_that_comes_near_is_rehearsed_once(
+    setup: TrainerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 10**9
+    monkeypatch.setattr(room, "host", lambda: Room("memory of this machine", most, most))
+    made = assemble(setup)
+    made.close()
+    assert any("a step needs about" in note for note in made.beginning.notes)
+    assert not [line for line in made.beginning.warnings if "memory" in line]
+    assert (Path(setup.home) / "cache" / NAME).exists()

@@ -1,0 +1,40 @@
+"""Compares, before anything is loaded, what this node needs with what its machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xpeer.config import Home
+from xpeer.estimate.fit import Fit, examine
+from xpeer.estimate.remembered import Rehearsals
+from xpeer.manifest import Manifest
+from xpeer.trainer.setup import TrainerSetup
+from xpeer.trainer.starting import Startup
+from xpeer.training.losses import choose_device
+
+
+def examined(setup: TrainerSetup, manifest: Manifest, startup: Startup) -> Fit:
+    """Compare, and refuse what can't fit, as `training.check_fit` says.
+
+    A home that has trained is never refused: that it did says more than an estimate.
+
+    Args:
+        setup: of the node.
+        manifest: of the swarm.
+        startup: learns that this is being done.
+
+    Raises:
+        ConfigError: it can't fit, and this home has never trained.
+    """
+    wanted = setup.config.training.check_fit
+    if wanted == "skip":
+        return Fit()
+    startup.enter("compares what it needs with what this machine has")
+    home = Home(Path(setup.home))
+    rehearsals = Rehearsals(home.cache, on_operation=startup.pulse.beat)
+    device = choose_device(setup.config.training.device)
+    fit = examine(manifest, setup.config, home, device, rehearsals)
+    if wanted == "refuse" and not setup.has_trained:
+        fit.require()
+    fit.warnings += map(str, fit.problems)
+    return fit
