@@ -71,7 +71,8 @@ def _examine_room(home: Home, config: NodeConfig, manifest: Manifest, report: Re
     if wanted == "skip":
         return
     rehearsals = Rehearsals(home.cache, writes=False)
-    device = choose_device(config.training.device)
+    private = manifest.privacy.policy.clips_records
+    device, _ = choose_device(config.training.device, private=private)
     fit = fitting.examine(manifest, config, home, device, rehearsals, asked=True)
     if wanted == "refuse" and not checkpoint.paths(home.checkpoints):
         fit.require()

@@ -42,7 +42,8 @@ def say_needs(manifest: Manifest, config: NodeConfig, home: Home) -> bool:
 
     began = time.monotonic()
     try:
-        device = choose_device(config.training.device)
+        private = manifest.privacy.policy.clips_records
+        device, _ = choose_device(config.training.device, private=private)
         fit = examine(manifest, config, home, device, Rehearsals(), asked=True)
     except LocalError as e:
         say(f"warning: what a node needs is not known: {e}")

@@ -26,7 +26,6 @@ from xpeer.manifest import Manifest
 from xpeer.training import checkpoint
 from xpeer.training.files import find as find_files
 from xpeer.training.model import skeleton
-from xpeer.training.token_cache import FOLDER as TOKENS
 
 SURE: Final = 0.9
 """Part of an estimate that is needed for sure: steps took within a tenth of their estimates."""
@@ -235,7 +234,7 @@ def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) 
     if not saved and not home.initial_model.exists():  # they come from a member, into a file
         fetched = sum(_length(path) for path in home.joining.glob("*"))
         needed += max(0, manifest.state_form.num_bytes - fetched)
-    made = saved or (home.cache / TOKENS).exists()
+    made = saved or home.tokens.exists()
     tokens = 0 if made else _bytes_of_tokens(config)
     try:
         here = room.disk(home.path)

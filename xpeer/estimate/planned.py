@@ -70,7 +70,7 @@ def precision_here(wanted: str) -> tuple[Precision, str]:
     """
     if wanted in ("float32", "bfloat16"):
         return known_precision(wanted), ""
-    chosen, why = choose_precision("auto", choose_device())
+    chosen, why = choose_precision("auto", choose_device()[0])
     return known_precision(chosen.name), why
 
 

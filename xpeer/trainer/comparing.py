@@ -32,7 +32,8 @@ def examined(setup: TrainerSetup, manifest: Manifest, startup: Startup) -> Fit:
     startup.enter("compares what it needs with what this machine has")
     home = Home(Path(setup.home))
     rehearsals = Rehearsals(home.cache, on_operation=startup.pulse.beat)
-    device = choose_device(setup.config.training.device)
+    private = manifest.privacy.policy.clips_records
+    device, _ = choose_device(setup.config.training.device, private=private)
     fit = examine(manifest, setup.config, home, device, rehearsals)
     if wanted == "refuse" and not setup.has_trained:
         fit.require()
