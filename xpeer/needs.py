@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from xpeer import belonging
 from xpeer.config import Data, Home
@@ -24,7 +24,7 @@ _Digest = Annotated[str, Meta(max_length=64)]
 
 
 @seen_by("anybody", "the manifest's")
-class Needs(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Needs(Struct, frozen=True, forbid_unknown_fields=True):
     """Files that every training member of a swarm needs."""
 
     tokenizer: Public[_Digest] = ""
@@ -33,9 +33,9 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     """BLAKE2b-256 (hex) of the weights whose adapters are trained; empty = no adapters."""
     source: Public[Annotated[str, Meta(max_length=200)]] = ""
     """Name of the model in the founder's folder."""
-    quantised: Public[bool] = False
-    """Whether every member quantises that model. It is left out of an invitation if not, so that
-    older versions can read it."""
+    quantised: Public[Literal[True] | UnsetType] = UNSET
+    """True iff every member quantises that model; otherwise an invitation does not have the field,
+    so that older versions can read it."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Needs | None:
@@ -45,7 +45,8 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
             return None
         model = manifest.model
         base = lora.base_digest if lora is not None else ""
-        return cls(digest, base, model.source, quantised=model.base_dtype in QUANTISED)
+        quantised: Any = True if model.base_dtype in QUANTISED else UNSET
+        return cls(digest, base, model.source, quantised)
 
     def options(self) -> list[str]:
         """Options of `xpeer init --join` and `xpeer start` for the files, with placeholders."""
@@ -76,7 +77,7 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     def _packages(self) -> list[tuple[str, str]]:
         """Packages, and the extra that installs each."""
         packages = [("peft", "lora")] if self.base_model else []
-        return packages + ([("bitsandbytes", "quantised")] if self.quantised else [])
+        return packages + ([("bitsandbytes", "quantised")] if self.quantised is True else [])
 
     def unmet(self, data: Data, home: Home) -> list[str]:
         """The needs that are missing or wrong on this node, one item each; empty = all are met."""

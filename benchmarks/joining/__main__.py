@@ -17,6 +17,7 @@ from benchmarks.exchange.hosts import can_shape, hosts
 from benchmarks.joining.figures import around, spent, summary_of, transfer
 from benchmarks.joining.peers import Peer, ending, take_steps
 from benchmarks.overlap.__main__ import SMALL, SMOLLM2_135M
+from xpeer.policies import PrivacyMode, privacy_policy
 from xpeer.status import Status
 
 COMMAND = "python -m benchmarks.joining"
@@ -36,7 +37,7 @@ class Plan:
 
     model: dict[str, Any]
     donors: int
-    modes: tuple[str, ...]
+    modes: tuple[PrivacyMode, ...]
     steps: int
     """Of each donor: to warm up, and again before the joiner comes."""
     window_steps: int
@@ -54,7 +55,7 @@ FULL = Plan(SMOLLM2_135M, 3, ("off", "record"), 24, 20, 10.0, 32, 2, 100.0, True
 QUICK = Plan(SMALL, 2, ("off",), 10, 20, 1.0, 32, 2, 20.0, False)
 
 
-def options_of(plan: Plan, mode: str, model: Path | None, folder: Path) -> list[str]:
+def options_of(plan: Plan, mode: PrivacyMode, model: Path | None, folder: Path) -> list[str]:
     """Of `xpeer init`, for the founder."""
     public = folder / "public.txt"
     public.write_text(_manual()[:PUBLIC_CHARACTERS], encoding="utf-8")
@@ -71,7 +72,7 @@ def options_of(plan: Plan, mode: str, model: Path | None, folder: Path) -> list[
         "round.deadline_s": 120,
         "end.steps": 1_000_000,
     }
-    if mode == "record":
+    if privacy_policy(mode).charges:
         fields |= {"privacy.noise_multiplier": 1.0, "privacy.epsilon": 1000}
     return [
         *start, "--privacy", mode, "--public-text", str(public), "--skip-trial",
@@ -79,7 +80,7 @@ def options_of(plan: Plan, mode: str, model: Path | None, folder: Path) -> list[
     ]  # fmt: skip
 
 
-def measure(plan: Plan, mode: str, model: Path | None, folder: Path) -> dict[str, Any]:
+def measure(plan: Plan, mode: PrivacyMode, model: Path | None, folder: Path) -> dict[str, Any]:
     """One swarm: its donors before the joiner comes, the transfer, and the joiner after it."""
     names = [f"donor{n}" for n in range(plan.donors)]
     text, part = _manual()[PUBLIC_CHARACTERS:], len(_manual()) // (plan.donors + 1)

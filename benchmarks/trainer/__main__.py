@@ -26,9 +26,10 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.trainer import pair
-from benchmarks.trainer.case import WINDOW, Case, Kind, Mode
+from benchmarks.trainer.case import WINDOW, Case, Kind
+from xpeer.policies import PrivacyMode, privacy_policy
 
-CASES: tuple[tuple[Kind, Mode], ...] = (
+CASES: tuple[tuple[Kind, PrivacyMode], ...] = (
     ("full", "off"),
     ("lora", "off"),
     ("full", "record"),
@@ -56,7 +57,7 @@ def measure(
             common.say(f"{case.name}: {json.dumps(found)}")
             key = KEYS.get(mode, {}).get(kind, "tokens_ratio_to_plain_loop")
             _worst(summary, key, found["ratio"], min)
-            if mode == "off":
+            if not privacy_policy(mode).charges:
                 _worst(summary, "memory_ratio", found["memory_ratio"], max)
                 _worst(summary, "shared_and_saving_bytes", found["shared_and_saving_bytes"], max)
     return {"summary": {key: round(value, 4) for key, value in summary.items()}, **details}

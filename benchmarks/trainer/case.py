@@ -7,8 +7,9 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Final, Literal
 
+from xpeer.policies import PrivacyMode, privacy_policy
+
 Kind = Literal["full", "lora"]
-Mode = Literal["off", "record"]
 RANK: Final = 8
 TOKENS: Final = 128
 RATE: Final = 1e-3
@@ -30,7 +31,7 @@ class Case:
     """
 
     kind: Kind
-    mode: Mode
+    mode: PrivacyMode
     model: Path | None
     batch: int
     device: str = "auto"
@@ -49,7 +50,7 @@ class Case:
             f"optimiser.learning_rate={RATE}",
             f"round.window_steps={WINDOW}",
             "end.steps=100000",
-            *(NOISE if self.mode == "record" else ()),
+            *(NOISE if privacy_policy(self.mode).charges else ()),
         ]
 
 

@@ -14,6 +14,7 @@ STEP = Step(config={}, sequence_tokens=8, micro_batch=4, private=True)
 ADAPTERS = replace(STEP, lora=Lora(4, 8.0, 1, ""))
 RECORDS, AGAIN = "training.micro_batch = 1", "training.checkpoint_activations = on"
 HALF = "training.precision = bfloat16, on a device that has it"
+HELD = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0625, "nf4": 0.5625}
 
 
 class Made:
@@ -29,7 +30,7 @@ class Made:
         return StepMemory(
             num_trained=10,
             num_frozen=frozen,
-            weights=40 + (2 if step.base_dtype == "bfloat16" else 4) * frozen,
+            weights=40 + round(HELD[step.base_dtype] * frozen),
             moments=80,
             working=40 + each * step.micro_batch,
         )
@@ -46,7 +47,9 @@ class Made:
         (replace(STEP, micro_batch=1), 200, AGAIN, 1),
         (replace(STEP, recompute=True), 190, RECORDS, 1),
         (ADAPTERS, 270, f"{RECORDS}, {AGAIN}, {HALF}, xpeer init --base-dtype bfloat16", 1),
-        (ADAPTERS, 230, None, 0),
+        (ADAPTERS, 230, f"{RECORDS}, {AGAIN}, {HALF}, xpeer init --base-dtype int8", 1),
+        (ADAPTERS, 200, f"{RECORDS}, {AGAIN}, {HALF}, xpeer init --base-dtype nf4", 1),
+        (ADAPTERS, 180, None, 0),
     ],
 )
 def test_the_first_that_fits(step: Step, most: int, words: str | None, rehearsals: int) -> None:

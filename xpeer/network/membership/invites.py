@@ -93,7 +93,8 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
         if not intact:
             raise NotAuthorisedError("the token is damaged or was altered", _REMEDY)
         needs = msgspec.structs.astuple(token.needs) if token.needs is not None else ()
-        if not all(said.isprintable() for said in (token.name, *token.seeds, *needs)):
+        words = token.name, *token.seeds, *(said for said in needs if isinstance(said, str))
+        if not all(said.isprintable() for said in words):
             raise NotAuthorisedError(
                 f"the token's name {token.name!r}, a seed, or what it says that members need has "
                 "control characters",
