@@ -21,8 +21,9 @@ from xpeer.estimate import phases, remedies, room
 from xpeer.estimate.planned import LONG_S, smallest, step_of
 from xpeer.estimate.remembered import Rehearsals
 from xpeer.estimate.room import Room
-from xpeer.estimate.step import Step, StepMemory
+from xpeer.estimate.step import FROZEN_BYTES, Step, StepMemory
 from xpeer.manifest import Manifest
+from xpeer.manifest.model import QUANTISED
 from xpeer.training import checkpoint
 from xpeer.training.files import find as find_files
 from xpeer.training.model import skeleton
@@ -61,8 +62,8 @@ class Sizes:
 
     @property
     def frozen_bytes(self) -> int:
-        """Bytes of the frozen weights."""
-        return (2 if self.step.base_dtype == "bfloat16" else 4) * self.num_frozen
+        """Bytes of the frozen weights, at least."""
+        return int(FROZEN_BYTES[self.step.base_dtype] * self.num_frozen)
 
     @property
     def bound(self) -> StepMemory:
@@ -117,7 +118,9 @@ def sizes_of(manifest: Manifest, config: NodeConfig, device: torch.device) -> Si
     values += 6 * int(getattr(shape, "vocab_size", 0) or 1 << 18)
     tokens = step.micro_batch * step.sequence_tokens
     held = Sizes(num_trained, num_frozen, step, smallest(step, settings, model), 0)
-    return replace(held, rough=held.least + 4 * num_trained + 4 * values * tokens)
+    in_16_bits = 2 * num_frozen if step.base_dtype in QUANTISED else 0  # embeddings stay so
+    rough = held.least + in_16_bits + 4 * num_trained + 4 * values * tokens
+    return replace(held, rough=rough)
 
 
 def examine(

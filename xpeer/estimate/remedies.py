@@ -6,17 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from xpeer.estimate.step import Step, StepMemory
-from xpeer.manifest.model import BaseDtype
+from xpeer.estimate.step import FROZEN_BYTES, Step, StepMemory
 
 _RECORDS: Final = "training.micro_batch = 1"
 _AGAIN: Final = "training.checkpoint_activations = on"
 _HELD_IN: Final = "xpeer init --base-dtype"
-_BY_SIZE: Final[dict[BaseDtype, float]] = {"float32": 4, "bfloat16": 2, "int8": 1.07, "nf4": 0.57}
-"""Bytes of a frozen value."""
 _LATER: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("training.precision = bfloat16, on a device that has it", {"precision": "bfloat16"}),
-    *((f"{_HELD_IN} {dtype}", {"base_dtype": dtype}) for dtype in list(_BY_SIZE)[1:]),
+    *((f"{_HELD_IN} {dtype}", {"base_dtype": dtype}) for dtype in list(FROZEN_BYTES)[1:]),
 )
 NONE_HELPS: Final = (
     "no setting helps: found a swarm that trains adapters (xpeer init --lora-rank 16), or with a "
@@ -80,10 +77,10 @@ def _is_smaller(step: Step, changed: Step) -> bool:
     """Whether frozen weights take no more; there are some only beside adapters."""
     if step.lora is None:
         return changed.base_dtype == step.base_dtype
-    return _BY_SIZE[changed.base_dtype] <= _BY_SIZE[step.base_dtype]
+    return FROZEN_BYTES[changed.base_dtype] <= FROZEN_BYTES[step.base_dtype]
 
 
 def _least(step: Step, changed: Step, memory: StepMemory) -> float:
     """What the changed step needs at least, from what is known of the step."""
-    saved = _BY_SIZE[step.base_dtype] - _BY_SIZE[changed.base_dtype]
+    saved = FROZEN_BYTES[step.base_dtype] - FROZEN_BYTES[changed.base_dtype]
     return memory.least - saved * memory.num_frozen

@@ -28,6 +28,10 @@ from xpeer.training.precision import choose_precision
 from xpeer.training.quantised import Shapes, num_values, quantise, saved_bytes
 from xpeer.training.recompute import Recomputing
 
+FROZEN_BYTES: Final[dict[BaseDtype, float]] = {
+    "float32": 4.0, "bfloat16": 2.0, "int8": 1.0625, "nf4": 0.5625,
+}  # fmt: skip
+"""Of a frozen value. Embeddings, norms and biases may take more."""
 _CPU: Final = torch.device("cpu")
 Precision = Literal["float32", "bfloat16"]
 """In what a step computes. `training.precision = auto` is one of these on each device."""

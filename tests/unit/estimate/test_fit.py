@@ -21,7 +21,7 @@ from xpeer.estimate.room import Room
 from xpeer.estimate.step import Step, StepMemory, memory_of
 from xpeer.founding_model import PRESETS
 from xpeer.manifest import Manifest
-from xpeer.manifest.model import Model
+from xpeer.manifest.model import BASE_BLOCK, QUANTISED, BaseDtype, Lora, Model
 from xpeer.manifest.privacy import Privacy
 from xpeer.training.model import num_params, skeleton
 
@@ -96,6 +96,18 @@ def test_the_rough_bound_is_above_what_is_rehearsed(tmp_path: Path) -> None:
         exact = memory_of(sizes.step)
         assert sizes.least <= exact.peak + 4096 <= sizes.bound.peak
         assert sizes.bound.num_trained == exact.num_trained
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "nf4"])
+def test_a_base_counts_as_it_is_held(dtype: BaseDtype) -> None:
+    """A base in 4 bits is not refused where the same one in 16 bits would not fit."""
+    block: Any = BASE_BLOCK if dtype in QUANTISED else 0
+    wide = {**PRESETS["tiny"], "hidden_size": 256, "intermediate_size": 1024}
+    model = Model(wide, 47_104, "", Lora(4, 8.0, 1, ""), base_dtype=dtype, base_block=block)
+    sizes = fitting.sizes_of(manifest_with(model=model), SETTINGS, GPU)
+    exact = memory_of(sizes.step)
+    assert sizes.least <= exact.peak <= 1.2 * sizes.bound.peak  # half of it decides
+    assert sizes.frozen_bytes <= exact.weights
 
 
 def test_what_can_never_fit_is_refused_in_an_instant(tmp_path: Path) -> None:
