@@ -49,9 +49,9 @@ def examine(
     Raises:
         LocalError: a start would stop with this error.
     """
-    _examine_room(home, config, manifest, report)
     with tempfile.TemporaryDirectory(prefix="xpeer-dry-run-") as folder:
         text = _counted(home, config, manifest, Path(folder))
+        _examine_room(home, config, manifest, report)
         _report_text(config, manifest, text, report)
         _report_privacy(home, config, manifest, text, report)
         if not trial:

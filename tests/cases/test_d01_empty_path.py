@@ -156,7 +156,8 @@ def test_every_setting_that_may_be_a_path_is_one_or_is_none() -> None:
         "network.listen", "network.announce", "network.bootstrap", "network.direct_listen",
         "network.zone", "network.currency", "network.name", "data.text_field", "data.split",
         "data.privacy", "training.device", "training.precision", "training.compile",
-        "training.checkpoint_activations", "privacy.generator",
+        "training.checkpoint_activations", "training.pack", "training.check_fit",
+        "privacy.generator",
         "daemon.log_level", "daemon.log_format",
     }  # fmt: skip
     assert words - no_paths <= config.PATHS, "mark a path as `Place`, or list it above"

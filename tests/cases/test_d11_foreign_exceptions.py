@@ -20,11 +20,12 @@ def founded(path: Path) -> Path:
     """A swarm without a model, in a moment."""
     from xpeer import founding
     from xpeer.config import Home
+    from xpeer.founding_model import PRESETS
     from xpeer.identity import blake2b
     from xpeer.manifest import End, Manifest, PublicText
     from xpeer.manifest.model import Model
 
-    model = Model(config={"model_type": "llama"}, num_params=1, initial_digest="")
+    model = Model(config=PRESETS["tiny"], num_params=1, initial_digest="")
     text = PublicText(digest=blake2b(b"text").hex(), text="text")
     manifest = Manifest(name="s", created_unix_s=0, model=model, public_text=text, end=End(steps=1))
     settings = f'[network]\nlisten = ["{LOOPBACK}"]\n[data]\nshard = ["{__file__}"]\n'

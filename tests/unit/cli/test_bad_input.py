@@ -17,6 +17,7 @@ from xpeer import founding
 from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.errors import ExitCode
+from xpeer.founding_model import PRESETS
 from xpeer.identity import Identity, PeerId, blake2b
 from xpeer.manifest import End, Manifest, PublicText
 from xpeer.manifest.model import Model
@@ -32,7 +33,7 @@ def manifest(name: str) -> Manifest:
     return Manifest(
         name=name,
         created_unix_s=0,
-        model=Model(config={"model_type": "llama"}, num_params=1, initial_digest=""),
+        model=Model(config=PRESETS["tiny"], num_params=1, initial_digest=""),
         public_text=PublicText(digest=blake2b(b"text").hex(), text="text"),
         end=End(steps=1),
     )

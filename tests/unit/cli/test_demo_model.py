@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,15 +34,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A socket's path in a home below pytest's own folder may be too long."""
+    with tempfile.TemporaryDirectory(prefix="xd-") as folder:
+        yield Path(folder)
+
+
 def test_adapters_of_a_given_model_from_text_to_export(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = fake_swarm.install(monkeypatch)
     short = replace(
         plan.MODEL, steps=fake_swarm.STEPS, sequence_tokens=32, batch_records=4, held_out_records=4,
         shard_bytes=300_000, curve_steps=1, reply_tokens=3,
     )  # fmt: skip
-    demo = flow.Demo(tmp_path, 1, short, folder)
+    demo = flow.Demo(short_path, 1, short, folder)
     report = demo.run()
 
     assert report.unit == "token"
@@ -50,7 +59,7 @@ def test_adapters_of_a_given_model_from_text_to_export(
     for words in calls.inits():
         assert words[words.index("--model") + 1] == str(folder)
         assert "--lora-rank" in words
-    manifest = SignedManifest.load(Home(tmp_path / "run" / "python").manifest).open()
+    manifest = SignedManifest.load(Home(short_path / "run" / "python").manifest).open()
     assert manifest.model.lora is not None
     assert manifest.model.lora.targets == ["down_proj"]
     assert manifest.tokenizer.kind != "byte"

@@ -14,6 +14,7 @@ from xpeer.accounts.accountant import Segment
 from xpeer.accounts.chain import ChargeContext
 from xpeer.config import Home
 from xpeer.errors import ExitCode
+from xpeer.founding_model import PRESETS
 from xpeer.identity import Domain, Identity, blake2b
 from xpeer.manifest import End, Manifest, PublicText
 from xpeer.manifest.model import Model
@@ -44,7 +45,7 @@ def home(tmp_path: Path, gone: tuple[str, str, str, str, str]) -> Home:
     """No manifest of this version can say that, so that it is JSON."""
     home = Home(tmp_path / "h")
     text = PublicText(digest=blake2b(b"text").hex(), text="text")
-    model = Model(config={"model_type": "llama"}, num_params=1, initial_digest="")
+    model = Model(config=PRESETS["tiny"], num_params=1, initial_digest="")
     manifest = Manifest(name="s", created_unix_s=0, model=model, public_text=text, end=End(steps=1))
     founding.found(home, manifest, lambda folder: folder.mkdir(), SETTINGS)
     tree = json.loads(SignedManifest.load(home.manifest).body)
