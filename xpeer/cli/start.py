@@ -9,6 +9,7 @@ from typing import get_args
 
 import click
 
+from xpeer import uncollected
 from xpeer.cli.common import GivenPath, GivenText, home_option, load_config, say, say_foreign
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, NotAuthorisedError
@@ -111,7 +112,8 @@ def start(
     if token is not None:
         _check_token(home, token)
     # torch and hivemind take seconds to import: only now.
-    from xpeer_daemon import start as daemon  # noqa: PLC0415
+    with uncollected.imports():
+        from xpeer_daemon import start as daemon  # noqa: PLC0415
 
     if dry_run:
         say_foreign()

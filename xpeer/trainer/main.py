@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from xpeer import signals
+from xpeer import signals, uncollected
 from xpeer.errors import DivergedError, ExitCode, LocalError, TrainerError
 from xpeer.trainer.answers import Crashed, failure_of
 from xpeer.trainer.channel import ChildChannel, LevelFormatter
@@ -101,12 +101,13 @@ def _train(
     assemble: Callable[[TrainerSetup], Assembled] | None,
 ) -> None:
     # torch takes seconds to import; meanwhile the receiver would notice the end of the daemon
-    import torch  # noqa: PLC0415
+    with uncollected.imports():
+        import torch  # noqa: PLC0415
 
-    from xpeer.trainer import build as production  # noqa: PLC0415
-    from xpeer.trainer.arena import Arena, Layout  # noqa: PLC0415
-    from xpeer.trainer.server import serve  # noqa: PLC0415
-    from xpeer.trainer.starting import Startup, report_start  # noqa: PLC0415
+        from xpeer.trainer import build as production  # noqa: PLC0415
+        from xpeer.trainer.arena import Arena, Layout  # noqa: PLC0415
+        from xpeer.trainer.server import serve  # noqa: PLC0415
+        from xpeer.trainer.starting import Startup, report_start  # noqa: PLC0415
 
     layout = Layout(begin.slot_bytes, begin.state_bytes, begin.num_slots)
     arena = Arena.attach(layout, arena_fd)
