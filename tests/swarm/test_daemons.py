@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases.support import xpeer
 from xpeer.cli.demo.daemons import Daemons, call, first_address, status_of
 from xpeer.config import Home
 from xpeer.errors import LocalError
@@ -31,6 +32,7 @@ SMALL = {
     "round.slot_s": 0.2,
     "round.window_steps": 5,
     "round.deadline_s": 10,
+    "privacy.noise_multiplier": 1.0,  # to calibrate it takes each trainer seconds
 }
 pytestmark = pytest.mark.timeout(240)
 
@@ -58,10 +60,12 @@ class Swarm:
     def found(self, name: str, *more: str, **fields: object) -> str:
         changes = {**SMALL, **{key.replace("__", "."): value for key, value in fields.items()}}
         options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-        return call(
-            ["init", "--home", str(self.home(name).path), "--swarm", "test", "--preset", "tiny",
-             "--shard", self.shard(name), "--listen", LOOPBACK, "--skip-trial", *options, *more]
+        done = xpeer(
+            "init", "--home", self.home(name).path, "--swarm", "test", "--preset", "tiny",
+            "--shard", self.shard(name), "--listen", LOOPBACK, "--skip-trial", *options, *more,
         )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
 
     def bootstrap(self, swarm_id: str) -> None:
         home = str(self.root / "bootstrap")
