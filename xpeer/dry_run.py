@@ -20,6 +20,7 @@ from xpeer.accounts.budget import (
 )
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.spending import SwarmSpending
+from xpeer.amounts import duration, size
 from xpeer.config import Home, NodeConfig
 from xpeer.estimate import fit as fitting
 from xpeer.estimate.remembered import Rehearsals
@@ -117,8 +118,8 @@ def _report_privacy(
         report(f"privacy: {rules.in_short()}")
         return
     units = len(text.records) if rules.unit == "record" else len(set(text.owners.tolist()))
-    size = coarse_size(units)
-    q, delta = min(manifest.optimiser.batch_records, size) / size, delta_of(manifest, units)
+    count = coarse_size(units)
+    q, delta = min(manifest.optimiser.batch_records, count) / count, delta_of(manifest, units)
     spending = SwarmSpending(config.privacy.keep_back)
     epsilon = spending.part_of(rules.epsilon)
     sigma, spent, bounds = rules.noise_multiplier, list[Segment](), [Bound(epsilon, [])]
@@ -149,10 +150,10 @@ def _report_privacy(
 
 def _report_speed(home: Home, manifest: Manifest, trial: Trial, report: Report) -> None:
     speed = trial.tokens_per_step / max(trial.step_s, 1e-9)
-    device = f", {_size(trial.device_bytes)} of the GPU's" if trial.device_bytes else ""
+    device = f", {size(trial.device_bytes)} of the GPU's" if trial.device_bytes else ""
     report(
         f"speed: {speed:,.0f} tokens/s on {trial.device} ({trial.engine}); memory: "
-        f"{_size(trial.host_bytes)}{device} at most"
+        f"{size(trial.host_bytes)}{device} at most"
     )
     planned, done = planned_steps(manifest), newest_step(home.checkpoints) or 0
     if planned is None:
@@ -161,15 +162,5 @@ def _report_speed(home: Home, manifest: Manifest, trial: Trial, report: Report) 
     left_s = max(0, planned - done) * trial.step_s
     report(
         f"planned steps: {planned:,}, of which {done:,} are done; the rest takes about "
-        f"{_duration(left_s)}, and a step {trial.step_s:.2g} s, without waiting for partners"
+        f"{duration(left_s)}, and a step {trial.step_s:.2g} s, without waiting for partners"
     )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 10**9 else f"{num_bytes / 1e6:.0f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

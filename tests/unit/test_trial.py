@@ -148,12 +148,12 @@ def test_what_can_not_fit_warns_a_founder_and_ends_a_dry_run(
     assert "step on public text" not in err
     done = CliRunner().invoke(main, ["start", "--home", str(tmp_path / "h"), "--dry-run"])
     assert done.exit_code == ExitCode.BAD_CONFIG
-    assert "memory of this machine is 1 MB" in done.stderr
+    assert "memory of this machine is 1.00 MB" in done.stderr
     monkeypatch.setenv("XPEER_TRAINING_CHECK_FIT", "warn")
     command = ["start", "--home", str(tmp_path / "h"), "--dry-run", "--skip-trial"]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == ExitCode.OK, done.stderr
-    assert "memory of this machine is 1 MB" in done.stderr
+    assert "memory of this machine is 1.00 MB" in done.stderr
 
 
 def test_a_founder_hears_what_a_node_needs(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import click
 
+from xpeer.amounts import duration, size
 from xpeer.cli.common import GivenPath, Whole, echo, echo_json, json_option, say
-from xpeer.cli.needed import duration, size
 from xpeer.config import NodeConfig
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.forms import Codec
@@ -100,9 +100,12 @@ def estimate(
     from xpeer.estimate import phases, planned, remedies  # noqa: PLC0415 - torch takes seconds
     from xpeer.estimate.remembered import Rehearsals  # noqa: PLC0415
     from xpeer.estimate.step import Step  # noqa: PLC0415
+    from xpeer.training.model import skeleton  # noqa: PLC0415
+    from xpeer.training.recompute import layers_of  # noqa: PLC0415
 
     config = _config(model, model_config, preset)
-    computing, why = planned.precision_here(precision)
+    private = privacy_policy(privacy).charges
+    computing, why = planned.precision_here(precision, private=private)
     if why:
         say(why)
     step = Step(
@@ -111,7 +114,7 @@ def estimate(
         base_dtype=base_dtype,
         sequence_tokens=sequence_tokens,
         micro_batch=micro_batch,
-        private=privacy_policy(privacy).charges,
+        private=private,
         precision=computing,
         recompute=checkpoint_activations,
     )
@@ -126,7 +129,8 @@ def estimate(
     fits = None if most is None else memory.peak <= most
     remedy = None
     if most is not None and not fits:
-        remedy = remedies.find(step, memory, most, rehearsals.of)
+        again = bool(layers_of(skeleton(config)))
+        remedy = remedies.find(step, memory, most, rehearsals.of, again=again)
     found = phases.Estimate(
         num_params=memory.num_trained,
         frozen_params=memory.num_frozen,

@@ -1,10 +1,11 @@
-"""What a node of a swarm needs, in words: for `xpeer init` and `xpeer estimate`."""
+"""What a node of a swarm needs, in words, for `xpeer init`."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
+from xpeer.amounts import duration, size
 from xpeer.cli.common import say
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import LocalError
@@ -12,21 +13,6 @@ from xpeer.manifest import Manifest
 
 if TYPE_CHECKING:
     from xpeer.estimate.phases import Phase
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.2f} {unit}"
-    return f"{num_bytes / 1e3:.1f} kB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def say_needs(manifest: Manifest, config: NodeConfig, home: Home) -> bool:

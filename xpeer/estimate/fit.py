@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from xpeer.amounts import size
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, LocalError
 from xpeer.estimate import phases, remedies, room
@@ -23,10 +24,12 @@ from xpeer.estimate.remembered import Rehearsals
 from xpeer.estimate.room import Room
 from xpeer.estimate.step import FROZEN_BYTES, Step, StepMemory
 from xpeer.manifest import Manifest
-from xpeer.manifest.model import QUANTISED
+from xpeer.manifest.model import QUANTISED, BaseDtype
 from xpeer.training import checkpoint
 from xpeer.training.files import find as find_files
 from xpeer.training.model import skeleton
+from xpeer.training.quantised import num_quantisable
+from xpeer.training.recompute import layers_of
 
 SURE: Final = 0.9
 """Part of an estimate that is needed for sure: steps took within a tenth of their estimates."""
@@ -54,6 +57,10 @@ class Sizes:
     """As it may become."""
     rough: int
     """More bytes than the step needs, in all likelihood."""
+    num_codes: int
+    """Frozen parameters that are held as codes of 8 or 4 bits."""
+    again: bool
+    """Whether the model has layers that can be computed again."""
 
     @property
     def least(self) -> int:
@@ -63,7 +70,13 @@ class Sizes:
     @property
     def frozen_bytes(self) -> int:
         """Bytes of the frozen weights, at least."""
-        return int(FROZEN_BYTES[self.step.base_dtype] * self.num_frozen)
+        return self.mapped_bytes + int(FROZEN_BYTES[self.step.base_dtype] * self.num_codes)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of those that may lie in their file's pages: codes are made at every start."""
+        held: BaseDtype = "bfloat16" if self.num_codes else self.step.base_dtype
+        return int(FROZEN_BYTES[held] * (self.num_frozen - self.num_codes))
 
     @property
     def bound(self) -> StepMemory:
@@ -112,15 +125,20 @@ def sizes_of(manifest: Manifest, config: NodeConfig, device: torch.device) -> Si
     step = step_of(manifest, settings, device)
     whole = sum(p.numel() for p in model.parameters())
     num_frozen = whole if step.lora is not None else max(0, whole - num_trained)
-    shape = model.config
-    width, layers = getattr(shape, "hidden_size", 0), getattr(shape, "num_hidden_layers", 0)
-    values = _ROUGH_VALUES * int(width or 4096) * int(layers or 64)
-    values += 6 * int(getattr(shape, "vocab_size", 0) or 1 << 18)
+    values = _ROUGH_VALUES * _size_in(model, "hidden_size", 4096)
+    values *= _size_in(model, "num_hidden_layers", 64)
+    values += 6 * _size_in(model, "vocab_size", 1 << 18)
     tokens = step.micro_batch * step.sequence_tokens
-    held = Sizes(num_trained, num_frozen, step, smallest(step, settings, model), 0)
-    in_16_bits = 2 * num_frozen if step.base_dtype in QUANTISED else 0  # embeddings stay so
-    rough = held.least + in_16_bits + 4 * num_trained + 4 * values * tokens
-    return replace(held, rough=rough)
+    num_codes = num_quantisable(model) if step.base_dtype in QUANTISED else 0
+    again, least = bool(layers_of(model)), smallest(step, settings, model)
+    held = Sizes(num_trained, num_frozen, step, least, 0, num_codes, again)
+    return replace(held, rough=held.least + 4 * num_trained + 4 * values * tokens)
+
+
+def _size_in(model: Any, name: str, otherwise: int) -> int:
+    """A size in the model's config, which another family may have as a list, or not at all."""
+    found = getattr(model.config, name, None)
+    return found if isinstance(found, int) and found > 0 else otherwise
 
 
 def examine(
@@ -160,7 +178,7 @@ def examine(
     if device.type == "cuda":
         host = here(torch.device("cpu"))
         needed = phases.host_bytes(sizes.num_trained, wire.rule)
-        what = f"a trainer needs about {_size(needed)} on the host, with its copy of a checkpoint"
+        what = f"a trainer needs about {size(needed)} on the host, with its copy of a checkpoint"
         if SURE * needed > host.most:
             fit.problems.append(_too_large(what, host, remedies.NONE_HELPS))
         elif needed > host.free:
@@ -182,39 +200,40 @@ def _compare_step(
     """Compare a step with the memory of its device."""
     on_host = device.type != "cuda"
     beside = phases.host_bytes(sizes.num_trained, wire.rule) if on_host else 0
-    # On a CPU frozen weights may lie in the file's pages, which give way.
-    yielding = sizes.frozen_bytes if on_host else 0
-    least = sizes.least - yielding + (phases.PROCESS if on_host else 0)
+    process = phases.PROCESS if on_host else 0
+    yielding = sizes.mapped_bytes if on_host else 0  # pages of a file give way
+    least = sizes.least - yielding + process
     if least > here.most:
         fit.problems.append(
             _too_large(
                 f"{sizes.num_trained:,} trained and {sizes.num_frozen:,} frozen parameters need "
-                f"{_size(least)} for weights, moments and gradients alone",
+                f"{size(least)} for weights, moments and gradients alone",
                 here,
                 remedies.NONE_HELPS,
             )
         )
         fit.memory = sizes.bound
         return
-    there = min(here.most, here.free or here.most)
+    there = min(here.most, here.free)
     plenty = sizes.rough if asked else sizes.rough + beside
     if plenty < (_CLEARLY if asked else _EASILY) * there:
         fit.memory = sizes.bound
-        fit.notes.append(f"a step needs less than {_size(plenty)}")
+        fit.notes.append(f"a step needs less than {size(sizes.rough + process)}")
         return
     began = time.monotonic()
     memory = fit.memory = rehearsals.of(sizes.step)
     fit.rehearsed = True
     if (took_s := time.monotonic() - began) > LONG_S:
         fit.notes.append(f"the memory of a step was rehearsed in {took_s:.0f} s")
-    process = phases.PROCESS if on_host else 0
     needed = memory.peak + process
-    fit.notes.append(f"a step needs about {_size(needed)}; {here.what}: {_size(here.most)}")
+    fit.notes.append(f"a step needs about {size(needed)}; {here.what}: {size(here.most)}")
     if memory.peak + beside <= here.free:
         return
-    what = f"a step needs about {_size(needed)}"
+    what = f"a step needs about {size(needed)}"
+    if beside > process:
+        what += f" ({size(memory.peak + beside)} while a checkpoint is written)"
     remedy = remedies.find(
-        sizes.step, memory, min(here.most, here.free) - process, rehearsals.of, founding=False
+        sizes.step, memory, there - beside, rehearsals.of, again=sizes.again, founding=False
     )
     words = remedy.words if remedy is not None else ""
     if SURE * needed - yielding <= here.most:
@@ -224,7 +243,7 @@ def _compare_step(
     if SURE * smaller - yielding <= here.most:
         fit.warnings.append(_tight(what, here, f"set {words}" if words else ""))
         return
-    said = f"a step of a single record needs about {_size(smaller)}"
+    said = f"a step of a single record needs about {size(smaller)}"
     fit.problems.append(_too_large(said, here, f"set {words}" if words else remedies.NONE_HELPS))
 
 
@@ -245,8 +264,8 @@ def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) 
         fit.warnings.append(f"{home.path}: its disk can't be asked for free space: {e.strerror}")
         return
     what = (
-        f"checkpoints{', tokens' if tokens else ''} and history need {_size(needed + tokens)} in "
-        f"{home.path}, {_size(here.free)} are free"
+        f"checkpoints{', tokens' if tokens else ''} and history need {size(needed + tokens)} in "
+        f"{home.path}, {size(here.free)} are free"
     )
     remedy = "free space, set checkpoint.keep to less, or move the home to a larger disk"
     if needed + tokens <= here.free:
@@ -258,7 +277,7 @@ def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) 
 
 
 def _bytes_of_tokens(config: NodeConfig) -> int:
-    """About what the tokens of the text take: half of it. Packed files count as they are."""
+    """About what the tokens of the text take: half of its files' bytes, compressed or not."""
     patterns = config.data.corpus or config.data.shard
     try:
         files = find_files(patterns, "data.shard").sources
@@ -276,15 +295,9 @@ def _length(path: Path) -> int:
 
 
 def _too_large(what: str, here: Room, remedy: str) -> ConfigError:
-    return ConfigError(f"{what}, and {here.what} is {_size(here.most)}", f"{remedy}; {_OVERRIDE}")
+    return ConfigError(f"{what}, and {here.what} is {size(here.most)}", f"{remedy}; {_OVERRIDE}")
 
 
 def _tight(what: str, here: Room, remedy: str) -> str:
-    said = f"{what}, and of {here.what} ({_size(here.most)}) {_size(here.free)} are free now"
+    said = f"{what}, and of {here.what} ({size(here.most)}) {size(here.free)} are free now"
     return f"{said} - {remedy}" if remedy else said
-
-
-def _size(size: float) -> str:
-    if size >= 1e9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

@@ -29,10 +29,11 @@ _COPIES: Final = 12
 _SAVE: Final = 8 + _COPIES
 """Bytes of a trained parameter while a checkpoint is written: with partners' values."""
 _EXPORT: Final = 17.0
+"""Bytes of a trained parameter while a model is exported."""
 _FILE: Final = 13
+"""Bytes of a trained parameter in a checkpoint: values, moments, what consolidation adds."""
 _STATE: Final = 4
 """Bytes of each value that a rule keeps."""
-"""Bytes of a trained parameter in a checkpoint: values, moments, what consolidation adds."""
 
 
 @seen_by("node", "printed by xpeer estimate")

@@ -62,15 +62,19 @@ def known_precision(name: str) -> Precision:
     return "bfloat16" if name == "bfloat16" else "float32"
 
 
-def precision_here(wanted: str) -> tuple[Precision, str]:
+def precision_here(wanted: str, *, private: bool) -> tuple[Precision, str]:
     """What `training.precision` = `wanted` is on this machine, and why, in words.
+
+    Args:
+        wanted: the setting.
+        private: whether gradients are private; then another device may be chosen.
 
     Raises:
         ConfigError: this machine can't compute in it.
     """
     if wanted in ("float32", "bfloat16"):
         return known_precision(wanted), ""
-    chosen, why = choose_precision("auto", choose_device()[0])
+    chosen, why = choose_precision("auto", choose_device(private=private)[0])
     return known_precision(chosen.name), why
 
 

@@ -35,6 +35,7 @@ def find(
     most: float,
     rehearse: Callable[[Step], StepMemory],
     *,
+    again: bool = True,
     founding: bool = True,
 ) -> Remedy | None:
     """Find the first settings with which a step fits; None = none of them helps.
@@ -48,11 +49,12 @@ def find(
         memory: of it.
         most: bytes that there are.
         rehearse: `step.memory_of`, or one that remembers.
+        again: whether the model has layers that can be computed again.
         founding: whether what `xpeer init` decides may be changed, too.
     """
-    changed = replace(step, micro_batch=1, recompute=True)
+    changed = replace(step, micro_batch=1, recompute=step.recompute or again)
     words = [_RECORDS] if step.micro_batch > 1 else []
-    words += [] if step.recompute else [_AGAIN]
+    words += [_AGAIN] if changed.recompute != step.recompute else []
     if changed != step and memory.least <= most:
         found = rehearse(changed)
         if found.peak <= most:

@@ -197,6 +197,11 @@ def num_values(model: nn.Module) -> int:
     return sum(m.shape.numel() for m in model.modules() if isinstance(m, QuantisedLinear))
 
 
+def num_quantisable(model: nn.Module) -> int:
+    """Number of values that `quantise` would hold as codes."""
+    return sum(module.weight.numel() for module in _quantisable(model))
+
+
 def saved_bytes(model: nn.Module) -> int:
     """Bytes by which codes and scales are less than the same matrices in bfloat16."""
     layers = [m for m in model.modules() if isinstance(m, QuantisedLinear)]

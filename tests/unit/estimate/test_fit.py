@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -136,6 +137,77 @@ def test_records_shrink_and_layers_are_computed_again_before_anything_is_refused
     fit = examine(tmp_path, Fixed(working=40 * WEIGHTS), having(6 * WEIGHTS, host=99 * GB))
     with pytest.raises(ConfigError, match="a step of a single record needs about"):
         fit.require()
+
+
+def test_a_family_whose_layers_can_not_be_computed_again_may_start(tmp_path: Path) -> None:
+    """No error names a setting that nobody made."""
+    config = {"model_type": "openai-gpt", "n_embd": 64, "n_layer": 2, "n_head": 2}
+    config |= {"vocab_size": 512, "n_positions": 128}
+    count = num_params(skeleton(config))
+    founded = manifest_with(model=Model(config=config, num_params=count, initial_digest=""))
+    own = Training(precision="float32", micro_batch=8)
+    rehearsed = memory_of(fitting.sizes_of(founded, NodeConfig(training=own), GPU).step)
+    fit = fitting.examine(
+        founded,
+        NodeConfig(training=own),
+        Home(tmp_path),
+        GPU,
+        Rehearsals(),
+        here=having(rehearsed.peak - 1, host=99 * GB),
+    )
+    fit.require()
+    (warning,) = fit.warnings
+    assert warning.endswith("set training.micro_batch = 1")
+
+
+def test_sizes_that_are_no_numbers_are_bounded_all_the_same(monkeypatch) -> None:
+    model: Any = skeleton(PRESETS["tiny"])
+    model.config = SimpleNamespace(hidden_size=[64, 128], vocab_size=320)  # of several towers
+    monkeypatch.setattr(fitting, "skeleton", lambda config: model)
+    assert fitting.sizes_of(manifest(), SETTINGS, CPU).rough > 0
+
+
+def test_codes_are_no_pages_of_a_file(tmp_path: Path) -> None:
+    """A processor can't do without them, as it can without weights that it reads from a file."""
+    wide = {**PRESETS["tiny"], "hidden_size": 2048, "intermediate_size": 8192}
+    trained = Lora(1, 2.0, 1, "")
+    here = having(phases.PROCESS + 20_000_000, host=phases.PROCESS + 20_000_000)
+
+    def problems(dtype: BaseDtype) -> list[ConfigError]:
+        block: Any = BASE_BLOCK if dtype in QUANTISED else 0
+        model = Model(wide, 10_000, "", trained, base_dtype=dtype, base_block=block)
+        founded, made = manifest_with(model=model), Fixed()
+        fit = fitting.examine(founded, SETTINGS, Home(tmp_path), CPU, made, here=here)
+        return fit.problems
+
+    assert problems("bfloat16") == []
+    (problem,) = problems("nf4")
+    assert "weights, moments and gradients alone" in problem.problem
+
+
+def test_a_checkpoints_copy_counts_on_a_cpu(tmp_path: Path) -> None:
+    """What is short is named, and a remedy leaves room for it."""
+    config = msgspec.structs.replace(
+        SETTINGS, training=Training(precision="float32", micro_batch=4)
+    )
+    peak = (
+        Fixed(working=WEIGHTS)
+        .of(Step(config={}, sequence_tokens=1, micro_batch=4, private=False))
+        .peak
+    )
+    free = phases.PROCESS + peak + 12 * COUNT // 2
+    fit = fitting.examine(
+        manifest(),
+        config,
+        Home(tmp_path),
+        CPU,
+        made := Fixed(working=WEIGHTS),
+        here=lambda device: Room("memory of it", 2 * free, free),
+    )
+    (warning,) = fit.warnings
+    assert "while a checkpoint is written" in warning
+    assert "set training.micro_batch = 1" in warning
+    assert made.steps
 
 
 def test_a_setting_that_would_help_is_named(tmp_path: Path) -> None:

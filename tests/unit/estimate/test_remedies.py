@@ -65,3 +65,13 @@ def test_the_first_that_fits(step: Step, most: int, words: str | None, rehearsal
 def test_a_node_can_not_change_what_its_founder_decided() -> None:
     memory = Made().of(ADAPTERS)
     assert remedies.find(ADAPTERS, memory, 270, Made().of, founding=False) is None
+
+
+def test_layers_that_can_not_be_computed_again_are_no_remedy() -> None:
+    memory, made = Made().of(STEP), Made()
+    assert remedies.find(STEP, memory, 200, made.of, again=False) is None
+    remedy = remedies.find(STEP, memory, 230, made.of, again=False)
+    assert remedy is not None
+    assert (remedy.words, remedy.memory) == (f"{RECORDS}, {HALF}", Made().of(
+        replace(STEP, micro_batch=1, precision="bfloat16")
+    ))  # fmt: skip
