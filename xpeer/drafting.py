@@ -120,7 +120,7 @@ def given_by(field: str) -> str:
 def _require_startable(manifest: Manifest, tokenizer: Any) -> None:
     """Refuse a manifest that nodes would refuse at their start. Quick checks only; see `trial`."""
     from xpeer.mixing.fragments import Fragments  # noqa: PLC0415
-    from xpeer.training.documents import document_of  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.document import document_of  # noqa: PLC0415 - torch takes seconds
     from xpeer.training.records import cut  # noqa: PLC0415
 
     length = manifest.optimiser.sequence_tokens

@@ -157,7 +157,7 @@ class InitialModel:
 
     def public_loss(self, manifest: Manifest, tokenizer: Any) -> float | None:
         """Measure the loss on a few records of the public text; None if it is not finite."""
-        from xpeer.training.documents import document_of  # noqa: PLC0415 - torch takes seconds
+        from xpeer.training.document import document_of  # noqa: PLC0415 - torch takes seconds
         from xpeer.training.losses import evaluate  # noqa: PLC0415
         from xpeer.training.measuring import spread  # noqa: PLC0415
         from xpeer.training.records import cut  # noqa: PLC0415

@@ -24,7 +24,7 @@ from benchmarks.simulator.spec import BATCH_RECORDS
 from xpeer.manifest import Manifest
 from xpeer.privacy.passes import Passes
 from xpeer.training import partition
-from xpeer.training.documents import Document, document_of
+from xpeer.training.document import Document, document_of
 from xpeer.training.schedule import Counters, learning_rate
 from xpeer_daemon.division import STABLE_S, Shares
 from xpeer_daemon.throughput import Throughput

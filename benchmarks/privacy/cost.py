@@ -36,7 +36,7 @@ from xpeer.manifest.privacy import Privacy
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.training.adapters import adapt
-from xpeer.training.documents import document_of
+from xpeer.training.document import document_of
 from xpeer.training.flat import FlatParameters
 from xpeer.training.losses import record_losses
 from xpeer.training.model import build

@@ -220,7 +220,7 @@ def test_a_home_is_no_shard(home: Path, what: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_text_in_a_folder_of_a_home_is_text(home: Path) -> None:
-    from xpeer.training.documents import load_documents
+    from tests.in_memory import load_documents
 
     text = home / "text"
     text.mkdir(exist_ok=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.in_memory import load_documents
 from xpeer.errors import ConfigError
-from xpeer.training.documents import load_documents
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_a_folder_behind_a_link_is_read(linked: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["", "/**", "/**/*.txt", "/*"])
 def test_loops_end_and_files_count_once(linked: Path, pattern: str) -> None:
-    from xpeer.training.documents import read_shard
+    from tests.in_memory import read_shard
 
     for name in ("loop", "loop2"):
         (linked / name).symlink_to(linked)
@@ -49,7 +49,7 @@ def test_loops_end_and_files_count_once(linked: Path, pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["", "/**", "/*"])
 def test_what_is_left_out_is_counted(linked: Path, pattern: str) -> None:
-    from xpeer.training.documents import read_shard
+    from tests.in_memory import read_shard
 
     os.mkfifo(linked / "pipe.txt")
     (linked / "broken.txt").symlink_to("nowhere.txt")
@@ -71,7 +71,7 @@ def test_what_is_left_out_is_counted(linked: Path, pattern: str) -> None:
 
 
 def test_what_one_pattern_leaves_out_another_may_name(linked: Path) -> None:
-    from xpeer.training.documents import read_shard
+    from tests.in_memory import read_shard
 
     (linked / "notes.rst").write_text("notes")
     found = read_shard([str(linked), str(linked / "notes.rst")])

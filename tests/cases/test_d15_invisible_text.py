@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.in_memory import load_documents
 from xpeer.errors import ConfigError
-from xpeer.training.documents import load_documents
 
 INVISIBLE = {
     "zero-width": "\u200b\u200c\u200d\u2060\ufeff",

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.in_memory import load_documents
 from xpeer.errors import ConfigError
-from xpeer.training.documents import load_documents
 
 ROWS: list[dict[str, Any]] = [
     {"id": 1, "text": "good"},
@@ -66,7 +66,7 @@ def test_they_are_skipped(tmp_path: Path, name: str, write: Any) -> None:
 
 @pytest.mark.parametrize(("name", "write"), FORMATS, ids=[name for name, _ in FORMATS])
 def test_they_are_counted(tmp_path: Path, name: str, write: Any) -> None:
-    from xpeer.training.documents import read_shard
+    from tests.in_memory import read_shard
 
     write(tmp_path / name, ROWS)
     skipped = read_shard([str(tmp_path / name)]).summary.skipped
@@ -76,7 +76,7 @@ def test_they_are_counted(tmp_path: Path, name: str, write: Any) -> None:
 
 
 def test_other_rows_of_json(tmp_path: Path) -> None:
-    from xpeer.training.documents import read_shard
+    from tests.in_memory import read_shard
 
     rows = [*ROWS, {"id": 6}, {"text": 7}, {"text": ["list"]}, {"text": {"a": "b"}}, {}]
     write_jsonl(tmp_path / "a.jsonl", rows)

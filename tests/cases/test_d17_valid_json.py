@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.in_memory import load_documents
 from xpeer.errors import ConfigError
-from xpeer.training.documents import load_documents
 
 GOOD = {
     "a long integer": '{"n": ' + "7" * 5000 + ', "text": "good"}',

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.in_memory import load_documents
 from xpeer.errors import ConfigError
-from xpeer.training.documents import load_documents
 
 pa = pytest.importorskip("pyarrow", reason="the extra xpeer[parquet] is not installed")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.in_memory import load_documents, read_shard
 from xpeer.errors import ConfigError
 from xpeer.trainer.text import read_table
-from xpeer.training.documents import load_documents, read_shard
 from xpeer.training.reading import Recipe
 from xpeer.training.tokenising import ignore
 from xpeer.training.tokenizer import ByteTokenizer

@@ -13,12 +13,12 @@ import pytest
 
 from tests.cases.homes import assembled
 from tests.fixtures.homes import REMOVED, STARTED, OldHome, moved
+from tests.in_memory import load_documents
 from tests.unit.cli.test_init import xpeer
 from xpeer.accounts.register import Register
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.manifest.signed import SignedManifest
 from xpeer.training import checkpoint, frozen
-from xpeer.training.documents import load_documents
 from xpeer.training.flat import digest, read_flat
 from xpeer.training.model import from_folder
 

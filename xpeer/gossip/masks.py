@@ -132,11 +132,6 @@ def echo(roster: bytes, commitments: Mapping[PeerId, bytes]) -> bytes:
     return blake2b(Domain.MASKS, b"echo", roster, *parts)
 
 
-def keystream(key: bytes, num_bytes: int) -> bytes:
-    """The first bytes of a key's stream (RFC 8439, counter 0, nonce 0)."""
-    return Cipher(ChaCha20(key, _NONCE), mode=None).encryptor().update(bytes(num_bytes))
-
-
 def _numbers(*numbers: int) -> list[bytes]:
     return [number.to_bytes(8, "little") for number in numbers]
 

@@ -98,8 +98,8 @@ class SharedCorpus(Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     digest: str = ""
-    """`documents.corpus_digest` that every member's copy must have. Empty = any copy will do, and
-    members with different copies divide them differently."""
+    """`document.digest_of_ids` of every member's copy. Empty = any copy will do, and members with
+    different copies divide them differently."""
 
 
 @seen_by("members", all_public=True)

@@ -43,7 +43,7 @@ from xpeer.trainer.text import Text, text_if_any, text_of
 from xpeer.training import checkpoint, frozen
 from xpeer.training.adapters import factor_pairs, is_adapted
 from xpeer.training.checkpoint import Bundle, write_moments
-from xpeer.training.documents import document_of
+from xpeer.training.document import document_of
 from xpeer.training.flat import FlatParameters
 from xpeer.training.gradient_window import GradientWindow
 from xpeer.training.initial import model_of

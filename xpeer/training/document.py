@@ -41,13 +41,8 @@ def document_of(text: str, source: str) -> Document:
     return Document(blake2b(text.encode(), size=16).hex(), text, source)
 
 
-def corpus_digest(documents: Iterable[Document]) -> str:
-    """BLAKE2b-256 (hex) of the ids of a corpus's documents; files and order do not matter."""
-    return digest_of_ids(document.id for document in documents)
-
-
 def digest_of_ids(ids: Iterable[str]) -> str:
-    """Do as `corpus_digest`, by the documents' ids."""
+    """BLAKE2b-256 (hex) of the ids of a corpus's documents; files and order do not matter."""
     return blake2b(b"corpus", *sorted(each.encode() for each in ids)).hex()
 
 

@@ -1,4 +1,4 @@
-"""Reads private text from files, as documents, or names it. No text gets into an error or a log.
+"""Names the private texts in files, without keeping them. No text gets into an error or a log.
 
 `files` lists the files, `formats` reads their rows. Every row with text is a document. Knows
 nothing of tokens.
@@ -17,41 +17,15 @@ import numpy.typing as npt
 
 from xpeer.errors import ShardError
 from xpeer.status import ShardSummary
-from xpeer.training.document import (
-    Document,
-    corpus_digest,
-    digest_of_names,
-    document_of,
-    firsts,
-    in_hex,
-)
+from xpeer.training.document import digest_of_names, document_of, firsts, in_hex
 from xpeer.training.files import find
 from xpeer.training.formats import texts
 from xpeer.training.formats.examples import Example
 from xpeer.training.formats.long import LongText
 from xpeer.training.formats.rows import OtherFormError
 
-__all__ = [
-    "Document",
-    "Named",
-    "Shard",
-    "corpus_digest",
-    "document_of",
-    "load_documents",
-    "name_documents",
-    "read_shard",
-]
-
 Array = npt.NDArray[Any]
 _BLOCK: Final = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The documents in a shard's files."""
-
-    documents: list[Document]
-    summary: ShardSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +38,7 @@ class Named:
     summary: ShardSummary
 
     def digest(self) -> str:
-        """As `corpus_digest`."""
+        """As `document.digest_of_ids`."""
         return digest_of_names(self.ids)
 
     def with_files(self) -> Iterator[tuple[str, str]]:
@@ -75,20 +49,13 @@ class Named:
                 yield name, self.paths[number]
 
 
-def load_documents(
+def name_documents(
     patterns: Sequence[str], text_field: str = "text", setting: str = "data.shard"
-) -> list[Document]:
-    """Do as `read_shard`, without the summary."""
-    return read_shard(patterns, text_field, setting).documents
+) -> Named:
+    """Name all texts in some files, folders and globs. A text is gone once it is named.
 
-
-def read_shard(
-    patterns: Sequence[str], text_field: str = "text", setting: str = "data.shard"
-) -> Shard:
-    """Read all text in some files, folders and globs.
-
-    Texts without a visible character are left out. Of equal texts only the first is kept. Files are
-    read in the order of the patterns, then by path.
+    Texts without a visible character are left out. Of equal texts only the first is named. Files
+    are read in the order of the patterns, then by path.
 
     Args:
         patterns: see `files.find`.
@@ -99,20 +66,7 @@ def read_shard(
         ShardError: no file matches, there is no text, or a file can't be read; names the file, and
             the line or byte.
     """
-    walk = _Walk(patterns, text_field, setting)
-    documents: dict[str, Document] = {}
-    for read, number in walk.texts():
-        document = _document(read, str(walk.sources[number].path))
-        documents.setdefault(document.id, document)
-    characters = sum(len(document.text) for document in documents.values())
-    return Shard(list(documents.values()), walk.summary(len(documents), characters))
-
-
-def name_documents(
-    patterns: Sequence[str], text_field: str = "text", setting: str = "data.shard"
-) -> Named:
-    """Do as `read_shard`, but keep no text: a text is gone once it is named."""
-    walk = _Walk(patterns, text_field, setting)
+    walk = Walk(patterns, text_field, setting)
     ids, numbers, sizes = bytearray(), array("q"), array("q")
     for read, number in walk.texts():
         name, size = _name(read)
@@ -129,7 +83,7 @@ def name_documents(
     )
 
 
-class _Walk:
+class Walk:
     """Goes through the texts of a shard, and counts. Holds none of them."""
 
     def __init__(self, patterns: Sequence[str], text_field: str, setting: str) -> None:
@@ -169,18 +123,12 @@ class _Walk:
 
 
 def _name(read: str | LongText | Example) -> tuple[str, int]:
-    """Id and number of characters of a text, as `_document` has them."""
+    """Id and number of characters of a text."""
     if isinstance(read, Example):
         return read.id, sum(len(content) for _, content in read.turns) + len(read.turns) - 1
     if isinstance(read, str):
         return document_of(read, "").id, len(read)
     return read.id, sum(map(len, read.blocks()))
-
-
-def _document(read: str | LongText | Example, source: str) -> Document:
-    if isinstance(read, Example):
-        return Document(read.id, "\n".join(content for _, content in read.turns), source)
-    return document_of(read if isinstance(read, str) else "".join(read.blocks()), source)
 
 
 def no_text(patterns: Sequence[str], setting: str, summary: ShardSummary) -> ShardError:

@@ -33,7 +33,6 @@ from xpeer.training.export import export_adapters, export_hf, generate
 from xpeer.training.filler import Filler
 from xpeer.training.flat import FlatParameters, digest, num_params, read_flat, write_flat
 from xpeer.training.held import hold
-from xpeer.training.kept import config_for_manifest
 from xpeer.training.losses import (
     autocast,
     choose_device,
@@ -49,7 +48,6 @@ __all__ = [
     "build",
     "check_fits",
     "choose_device",
-    "config_of",
     "context_tokens",
     "digest",
     "evaluate",
@@ -183,12 +181,6 @@ def _restore_buffers(model: Any, config: dict[str, Any]) -> None:
                 buffer = getattr(ours, name)  # noqa: PLW2901 - of the weights' file
                 buffer = buffer.float() if buffer.is_floating_point() else buffer  # noqa: PLW2901
             ours._buffers[name] = buffer
-
-
-def config_of(model: torch.nn.Module) -> dict[str, Any]:
-    """Make the config for the manifest: JSON values only, without paths of this machine."""
-    inner = transformers_model(model)
-    return config_for_manifest(inner.config.to_diff_dict(), inner)
 
 
 def context_tokens(model: torch.nn.Module) -> int | None:

@@ -13,7 +13,7 @@ from xpeer.training.records import FILL, MIN_TOKENS
 
 
 class MappedRecords:
-    """The records of some pieces, as `records.cut_owned` makes them. Indexed like a tensor.
+    """The records of some pieces, as `records.cut` makes them. Indexed like a tensor.
 
     Args:
         table: the pieces.

@@ -121,16 +121,6 @@ class Pages:
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read what `write_tensors` wrote into memory; every bit of it is checked.
-
-    Raises:
-        CorruptFileError: truncated, altered, unreadable, or not written by us.
-    """
-    tensors, words, _ = map_tensors(path)
-    return {name: tensor.clone() for name, tensor in tensors.items()}, words
-
-
 def map_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], Pages]:
     """Map what `write_tensors` wrote into memory; every bit of it is checked first.
 

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from tests.cases.support import tokenizer_folder
+from tests.in_memory import corpus_digest
 from xpeer import config
 from xpeer.cli import main
 from xpeer.config import Home
@@ -20,7 +21,7 @@ from xpeer.errors import ExitCode
 from xpeer.identity import Identity, blake2b
 from xpeer.manifest import Manifest, SharedCorpus
 from xpeer.manifest.signed import SignedManifest
-from xpeer.training.documents import corpus_digest, document_of
+from xpeer.training.document import document_of
 from xpeer.training.flat import digest, read_flat
 from xpeer.training.model import from_folder
 

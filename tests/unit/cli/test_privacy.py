@@ -123,7 +123,7 @@ def test_other_homes_of_the_machine_count(home: Path, register_of_the_test: Path
 
 
 def test_which_files_were_charged(home: Path, register_of_the_test: Path) -> None:
-    from xpeer.training.documents import load_documents
+    from tests.in_memory import load_documents
 
     shard = home.parent / "shard"
     shard.mkdir()

@@ -17,7 +17,7 @@ from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
 from xpeer.training.schedule import Counters
-from xpeer.training.tensor_file import read_tensors
+from xpeer.training.tensor_file import map_tensors
 
 FEW = ("privacy.noise_multiplier=2.0", "privacy.epsilon=50", "optimiser.batch_records=6")
 KEY_BYTES = 32
@@ -80,7 +80,7 @@ def test_a_checkpoint_holds_parameters_moments_and_counters_alone(
     (setup,) = make_homes(tmp_path, 1, privacy="record", changes=FEW)
     run(setup, monkeypatch)
     (path,) = checkpoint.paths(Path(setup.home) / "checkpoints")
-    tensors, words = read_tensors(path)
+    tensors, words, _ = map_tensors(path)
     assert set(tensors) == {"flat", "exp_avg", "exp_avg_sq", "seen"}
     assert tensors["seen"].numel() == 0  # the position in the shard: without privacy alone
     assert set(words) == {"xpeer"}

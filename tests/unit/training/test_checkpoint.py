@@ -332,12 +332,11 @@ TINY: dict[str, Any] = {
 def home(tmp_path: Path) -> Home:
     made = Home(tmp_path / "home")
     made.path.mkdir()
-    config = model.config_of(model.build(TINY))
     public = PublicText(digest=blake2b(b"text").hex(), text="text")
     manifest = Manifest(
         name="t",
         created_unix_s=0,
-        model=Model(config=config, num_params=1, initial_digest=""),
+        model=Model(config=TINY, num_params=1, initial_digest=""),
         public_text=public,
         end=End(steps=1),
     )

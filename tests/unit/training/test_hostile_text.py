@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.in_memory import read_shard
 from xpeer.errors import ShardError
 from xpeer.status import ShardSummary
-from xpeer.training.documents import read_shard
 
 
 def test_a_parquet_file_of_few_bytes_takes_no_gigabyte(tmp_path: Path) -> None:

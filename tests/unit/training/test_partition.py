@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.in_memory import corpus_digest
 from xpeer.errors import ConfigError, LocalError
 from xpeer.identity import blake2b
 from xpeer.manifest import End, Manifest, Optimiser, PublicText, SharedCorpus, Tokenizer
 from xpeer.manifest.model import Model
 from xpeer.training import partition
-from xpeer.training.documents import Document, corpus_digest, document_of
+from xpeer.training.document import Document, document_of
 from xpeer.training.records import FILL, cut
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer
 

@@ -11,20 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.in_memory import corpus_digest, load_documents, read_shard, split
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError
 from xpeer.trainer.build import assemble
 from xpeer.training import document
-from xpeer.training.documents import (
-    Document,
-    corpus_digest,
-    document_of,
-    load_documents,
-    name_documents,
-    read_shard,
-)
+from xpeer.training.document import Document, document_of
+from xpeer.training.documents import name_documents
 from xpeer.training.formats import plain
-from xpeer.training.records import FILL, MIN_TOKENS, cut, split
+from xpeer.training.records import FILL, MIN_TOKENS, cut
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

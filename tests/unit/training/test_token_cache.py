@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.fixtures.homes import STARTED, moved
+from tests.in_memory import cut_owned, load_documents, split
 from tests.unit.training.test_tokens import ENGLISH, byte_level
 from xpeer.config import Data, Home, NodeConfig
 from xpeer.errors import ShardError
@@ -28,9 +29,7 @@ from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.text import Text, text_of
 from xpeer.training import formats, partition, reading, token_cache, tokenising, tokens
 from xpeer.training.document import document_of
-from xpeer.training.documents import load_documents
 from xpeer.training.formats import long, plain
-from xpeer.training.records import cut_owned, split
 from xpeer.training.token_cache import TokenCache
 from xpeer.training.tokenizer import ByteTokenizer
 
