@@ -167,12 +167,20 @@ async def copy_in_parts(source: memoryview, target: memoryview) -> None:
     loop = asyncio.get_running_loop()
     for start in range(0, source.nbytes, _COPY_BYTES):
         part = slice(start, min(start + _COPY_BYTES, source.nbytes))
-        copying = loop.run_in_executor(None, _copy, source[part], target[part])
+        await _to_its_end(loop.run_in_executor(None, _copy, source[part], target[part]))
+
+
+async def _to_its_end(copying: asyncio.Future[None]) -> None:
+    """Wait for a thread, however often we are cancelled: its target may be used next."""
+    cancelled: asyncio.CancelledError | None = None
+    while not copying.done():
         try:
-            await asyncio.shield(copying)
-        except asyncio.CancelledError:
             await asyncio.wait([copying])
-            raise
+        except asyncio.CancelledError as e:
+            cancelled = e
+    copying.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 def _copy(source: memoryview, target: memoryview) -> None:

@@ -113,9 +113,11 @@ async def test_a_copy_is_made_beside_the_event_loop_and_is_over_when_it_is_cance
     source, target = bytes(range(250)) * 10, bytearray(2500)
     copying = asyncio.create_task(copy_in_parts(memoryview(source), memoryview(target)))
     await asyncio.to_thread(begun.wait, 30)
-    copying.cancel()
-    await asyncio.sleep(0)
-    assert not copying.done()
+    for _ in range(2):  # a stop may come after a timeout
+        copying.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not copying.done()
     may_go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await copying
