@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -30,40 +31,50 @@ DTYPES: Final[dict[BaseDtype, torch.dtype]] = {
 
 
 class _Product(torch.autograd.Function):
-    """x W^T for a W that is not trained, (..., n) and (m, n) -> (..., m) of x's type."""
+    """x W^T, (..., n) -> (..., m) of x's type, for the W that a function makes in a type."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return x @ weight.to(x.dtype).T
+    def forward(x: Tensor, matrix: Callable[[torch.dtype], Tensor]) -> Tensor:
+        return x @ matrix(x.dtype).T
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.matrix = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return grads[0] @ weight.to(grads[0].dtype), None
+        return grads[0] @ ctx.matrix(grads[0].dtype), None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, matrix: Callable[[torch.dtype], Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply by a matrix that is not trained: x W^T + b, of x's type.
+
+    Args:
+        x: (..., n).
+        matrix: makes W, (m, n), in a type; called once forward and once backward.
+        bias: b, (m,); None = 0.
+    """
+    run: Any = _Product.apply
+    out: Tensor = run(x, matrix)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _with_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
         return functional.linear(x, weight, None if bias is None else bias.to(weight.dtype))
-    run: Any = _Product.apply
-    out: Tensor = run(x, weight)
-    return out if bias is None else out + bias.to(out.dtype)
+    return product(x, weight.to, bias)
 
 
 class _HeldLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return _product(input, self.weight, self.bias)
+        return _with_weight(input, self.weight, self.bias)
 
 
 class _HeldConv1D(Conv1D):  # type: ignore[misc] # transformers' GPT-2: W is (in, out)
     def forward(self, x: Tensor) -> Tensor:
-        return _product(x, self.weight.T, self.bias)
+        return _with_weight(x, self.weight.T, self.bias)
 
 
 class _HeldEmbedding(nn.Embedding):

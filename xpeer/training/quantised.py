@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from xpeer.errors import ConfigError
 from xpeer.manifest.model import QUANTISED, BaseDtype
+from xpeer.training.held import product
 
 _LOGGER: Final = "bitsandbytes"
 
@@ -99,24 +100,6 @@ class Shapes:
         return layer.codes.new_empty(layer.shape, dtype=dtype)
 
 
-class _Product(torch.autograd.Function):
-    """x W^T for the W of a layer, (..., n) and (m, n) -> (..., m) of x's type."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, layer: QuantisedLinear) -> Tensor:
-        return x @ layer.values(x.dtype).T
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, QuantisedLinear], output: Tensor) -> None:
-        ctx.layer = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.layer.values(grads[0].dtype), None
-
-
 class QuantisedLinear(nn.Linear):
     """A linear layer whose matrix is held as codes and scales.
 
@@ -149,10 +132,7 @@ class QuantisedLinear(nn.Linear):
         """Multiply, in the input's type, or in autocast's."""
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        run: Any = _Product.apply
-        out: Tensor = run(input, self)
-        bias: Tensor | None = self.bias
-        return out if bias is None else out + bias.to(out.dtype)
+        return product(input, self.values, self.bias)
 
 
 @torch.no_grad()
@@ -161,8 +141,8 @@ def quantise(
 ) -> nn.Module:
     """Replace the matrices of linear layers by codes; changes the model, one layer at a time.
 
-    Call it after `held.hold`, and before `adapters.adapt`. A matrix stays if other layers use it,
-    too, and that of the output layer stays: errors there are not averaged out by anything.
+    Call it after `held.hold`, and before `adapters.adapt`. A matrix that several layers use stays
+    as it is. So does the output layer's: no layer after it averages its errors out.
 
     Args:
         model: of transformers, on the CPU: there all members with the same library make the same

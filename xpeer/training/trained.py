@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import torch
@@ -21,8 +22,10 @@ from xpeer.training.model import context_tokens, from_folder
 from xpeer.training.quantised import quantise
 from xpeer.training.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
-LONGEST_RECORD = 2048
+LONGEST_RECORD: Final = 2048
 """Tokens of an evaluated sequence, if the model takes more or does not say."""
+BATCH_RECORDS: Final = 8
+"""Sequences of a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -136,19 +139,16 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_text(
-    trained: Trained, text: str, micro_batch: int = 8, record_tokens: int | None = None
-) -> Evaluation:
+def evaluate_text(trained: Trained, text: str) -> Evaluation:
     """Compute the loss of a text, as one whole document.
 
-    The text is cut into sequences as long as the model takes. The last token of one is the first of
-    the next, so that each token but the first is predicted once.
+    The text is cut into sequences as long as the model takes, but no longer than LONGEST_RECORD.
+    The last token of one is the first of the next, so that each token but the first is predicted
+    once.
 
     Args:
         trained: the model.
         text: of any length.
-        micro_batch: sequences per forward pass.
-        record_tokens: length of a sequence; None = the model's own, at most LONGEST_RECORD.
 
     Raises:
         ConfigError: the text has fewer than two tokens.
@@ -161,13 +161,13 @@ def evaluate_text(
     ]
     if len(ids) < 2:
         raise ConfigError("the text has fewer than two tokens", "give a longer one")
-    length = min(record_tokens or LONGEST_RECORD, context_tokens(model) or LONGEST_RECORD)
+    length = min(LONGEST_RECORD, context_tokens(model) or LONGEST_RECORD)
     records = [ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)]
     device = next(model.parameters()).device
     losses_of, _ = choose_losses(model)
     nats, tokens = 0.0, 0
     # A group has sequences of one length: without padding, no padding can be counted by mistake.
-    for group in _equal(records, micro_batch):
+    for group in _equal(records, BATCH_RECORDS):
         losses, counted = losses_of(model, torch.tensor(group, device=device))
         nats += float(losses.double().sum())
         tokens += int(counted.sum())

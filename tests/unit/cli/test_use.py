@@ -51,12 +51,16 @@ def by_hand(model: torch.nn.Module, ids: list[int]) -> float:
     return float(-torch.log_softmax(logits, -1)[range(len(ids) - 1), ids[1:]].sum())
 
 
-def test_each_token_but_the_first_is_predicted_once(base: Path) -> None:
+def test_each_token_but_the_first_is_predicted_once(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trained, "BATCH_RECORDS", 3)
+    monkeypatch.setattr(trained, "LONGEST_RECORD", 50)
     made = trained.from_export(base)
     assert made.tokenizer.bos_id == 0
     assert made.tokenizer.eos_id == 1
     ids = [0, *made.tokenizer.encode(TEXT), 1]
-    found = trained.evaluate_text(made, TEXT, micro_batch=3, record_tokens=50)
+    found = trained.evaluate_text(made, TEXT)
     assert found.tokens == len(ids) - 1
     assert found.bytes == len(TEXT.encode())
     by_parts = sum(by_hand(made.model, ids[at : at + 50]) for at in range(0, len(ids) - 1, 49))
