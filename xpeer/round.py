@@ -2,7 +2,8 @@
 
 The way of an update from a shard to everybody's checkpoint:
 
-    shard        training/records.py     text -> records; they never leave the trainer
+    shard        training/tokenising.py  text -> tokens on disk, cut into records when they are
+                                         asked for (record_view.py); they never leave the trainer
     train        privacy/mechanism.py    per record: clip; per batch: noise; charged beforehand
     meet         gossip/clock.py         whom, at each slot; gossip/meetings.py makes a `Meeting`
     snapshot     mixing/exchanges.py     a fragment of the parameters, at a step boundary

@@ -83,8 +83,9 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     frozen: Frozen | None = None
     """None = all parameters are trained, even those that no text reaches."""
     base_dtype: BaseDtype = "float32"
-    """With adapters: what every node holds the frozen weights in, and what their hash
-    (`lora.base_digest`) is of; that of quantised ones is of what they are made of."""
+    """With adapters: the type in which every node holds the frozen weights. Their hash
+    (`lora.base_digest`) is of values of this type; for int8 and nf4, of the values in bfloat16 that
+    these are made of."""
     base_block: Literal[0, 64] = 0
     """Values that are quantised with one scale. 0 = nothing is quantised."""
 

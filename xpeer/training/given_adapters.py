@@ -56,8 +56,8 @@ class GivenAdapters:
 
         Args:
             digest: of the base model's weights.
-            dtype: `model.base_dtype`. Hashes of quantised weights are of what they are made of, so
-                that it may be another one than the adapters were trained with.
+            dtype: `model.base_dtype`. The adapters may have been trained with another one that is
+                made of the same values: bfloat16, int8 and nf4 have one hash.
 
         Raises:
             ConfigError: the base model has other weights, or they are held in another type.

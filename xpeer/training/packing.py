@@ -68,8 +68,9 @@ class PackedLosses:
         return sums.index_add(0, torch.from_numpy(owners).to(self._device), chosen), counted
 
     def divide(self, records: Tensor, rows: int) -> list[Tensor]:
-        """Divide a batch into passes, (k, T) each. A pass computes at most so many full records'
-        tokens.
+        """Divide a batch into passes, each (k, T).
+
+        A pass computes at most as many tokens as `rows` full records have.
         """
         longest = records.shape[1] - 1
         sizes = _sizes(records)
@@ -109,7 +110,9 @@ def choose_packing(model: nn.Module, num_tokens: int) -> tuple[PackedLosses | No
 
 
 def _by_length(config: object) -> bool:
-    """Whether positions are scaled by the longest record of a pass. A new model would not show."""
+    """Whether positions are scaled by the longest record of a pass. `_stay_apart` can't notice
+    that: its records are too short.
+    """
     if not isinstance(config, dict):
         return False
     scaled = config.get("rope_type") in _BY_LENGTH or config.get("type") in _BY_LENGTH
@@ -145,7 +148,7 @@ def _sizes(records: Tensor) -> Array:
 def _rows(sizes: Array, longest: int) -> list[list[int]]:
     """Put records into rows: the longest first, each into the first row that has room (first fit).
 
-    Of some of these rows' records alone the same rows follow, so that a pass needs not be told.
+    The records of some of these rows make the same rows again. So a pass finds its rows by itself.
     """
     rows: list[list[int]] = []
     room = np.zeros(len(sizes), np.int64)
@@ -164,7 +167,7 @@ def _rows(sizes: Array, longest: int) -> list[list[int]]:
 
 
 def _capacity(size: int, longest: int) -> int:
-    """Tokens of a row that begins with a record of so many."""
+    """Tokens that fit into a row whose first record has `size` tokens."""
     return longest if size > _WIDTH else min(longest, _WIDTH)
 
 
