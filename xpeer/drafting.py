@@ -49,6 +49,7 @@ def draft_manifest(
     public_text: Path | None,
     changes: Iterable[str],
     corpus: Sequence[str] = (),
+    text_field: str = "text",
     privacy: PrivacyMode = "record",
 ) -> Manifest:
     """Make a manifest from the arguments, `section.field=value` changes and defaults.
@@ -60,6 +61,7 @@ def draft_manifest(
         public_text: a file; None = the Python manual's topics.
         changes: values of `--set`.
         corpus: files of a corpus of which all members hold a copy, and each trains a part.
+        text_field: `data.text_field`, for the corpus.
         privacy: the privacy mode.
 
     Raises:
@@ -81,7 +83,7 @@ def draft_manifest(
         "privacy": {"mode": privacy},
     }
     if corpus:
-        digest = name_documents(corpus, setting="--corpus").digest()
+        digest = name_documents(corpus, text_field, "--corpus").digest()
         tree["shared_corpus"] = {"name": name, "digest": digest}
     for change in changes:
         _apply(tree, change)

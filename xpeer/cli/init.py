@@ -238,6 +238,7 @@ def init(
         rank_stabilised=lora_rank_stabilised,
         base=base_dtype,
     )
+    config = load_config(home, {key: value for key, value in settings.items() if value})
     source = initial_model(model, model_config, preset, lora)
     manifest = draft_manifest(
         str(name),
@@ -245,10 +246,10 @@ def init(
         tokenizer=found_in,
         public_text=public_text,
         corpus=settings["data.corpus"],
+        text_field=config.data.text_field,
         changes=changes,
         privacy=privacy,
     )
-    config = load_config(home, {key: value for key, value in settings.items() if value})
     manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
     fits = skip_estimate or say_needs(manifest, config, home)
     founded = founding.found(

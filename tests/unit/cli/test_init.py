@@ -138,6 +138,20 @@ def test_a_shared_corpus_is_named_and_measured(tmp_path: Path, model_config: str
     assert settings.data.corpus == [str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
 
 
+def test_a_corpus_is_measured_by_the_field_that_nodes_read(
+    tmp_path: Path, model_config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.csv").write_text("body,title\nfirst,1\nsecond,2\n")
+    monkeypatch.setenv("XPEER_DATA_TEXT_FIELD", "body")
+    code, _, err = xpeer(
+        "init", "--home", str(tmp_path / "h"), "--swarm", "books", "--model-config", model_config,
+        "--corpus", str(tmp_path / "a.csv"),
+    )  # fmt: skip
+    assert code == ExitCode.OK, err
+    digest = corpus_digest([document_of(text, "") for text in ("first", "second")])
+    assert opened(tmp_path / "h").shared_corpus == SharedCorpus("books", digest)
+
+
 def test_json_and_two_swarms_are_never_alike(tmp_path: Path, model_config: str) -> None:
     answers = []
     for name in ("a", "b"):
