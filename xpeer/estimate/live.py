@@ -6,14 +6,18 @@ runs for a model of any size in a few seconds. Where code asks for a value, it g
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_LOG: Final = logging.getLogger("torch._subclasses.fake_tensor")
+"""It writes a traceback of each operation that fails, which the caller gets as an error anyway."""
 
 
 class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
@@ -32,10 +36,12 @@ class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         self._on_operation = on_operation
         self.live_bytes = self.peak_bytes = 0
         self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._was_disabled = False
         self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __enter__(self) -> Self:
         """Enter both modes: ours sees each operation first."""
+        self._was_disabled, _LOG.disabled = _LOG.disabled, True
         self._shapes.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -44,6 +50,7 @@ class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         """Leave both modes."""
         super().__exit__(*reason)  # type: ignore[no-untyped-call]
         self._shapes.__exit__(*reason)
+        _LOG.disabled = self._was_disabled
 
     def begin(self) -> None:
         """Begin to look for the peak anew."""

@@ -42,6 +42,12 @@ def test_code_that_asks_for_values_gets_some():
         assert int(torch.arange(3).max()) == 1
 
 
+def test_what_fails_is_an_error_and_no_page_of_log(caplog: pytest.LogCaptureFixture):
+    with pytest.raises(RuntimeError, match="broadcast"), Rehearsal():
+        torch.ones(2) + torch.ones(3)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("private", [False, True])
 def test_what_is_kept_between_steps_is_known_exactly(private: bool):
     memory = memory_of(replace(STEP, private=private))
