@@ -50,7 +50,7 @@ class FakeDaemons:
         manifest = SignedManifest.load(founder.manifest).open()
         flat = read_flat(model_of(manifest, founder, fresh=True))
         home.checkpoints.mkdir(parents=True, exist_ok=True)
-        moved = flat + 200 * manifest.optimiser.learning_rate
+        moved = flat + 1000 * manifest.optimiser.learning_rate
         for step in (2, STEPS):
             bundle = checkpoint.Bundle(moved, moved * 0, moved * 0, step, counters={"step": step})
             checkpoint.save(home.checkpoints, bundle, keep=9)

@@ -34,7 +34,7 @@ def test_a_first_start_is_refused_before_the_text_is_read(
     setup: TrainerSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "text_if_any", lambda *_: pytest.fail("the text was read"))
-    with pytest.raises(ConfigError, match="memory of this machine is 1 MB"):
+    with pytest.raises(ConfigError, match=r"memory of this machine is 1\.00 MB"):
         assemble(setup)
 
 
