@@ -83,7 +83,7 @@ def draft_manifest(
         "privacy": {"mode": privacy},
     }
     if corpus:
-        digest = name_documents(corpus, text_field, "--corpus").digest()
+        digest = name_documents(corpus, text_field, "--corpus", ids.chat).digest()
         tree["shared_corpus"] = {"name": name, "digest": digest}
     for change in changes:
         _apply(tree, change)

@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from xpeer.errors import ShardError
 from xpeer.status import ShardSummary
+from xpeer.training.chat import ChatTemplate
 from xpeer.training.document import digest_of_names, document_of, firsts, in_hex
 from xpeer.training.files import find
 from xpeer.training.formats import texts
 from xpeer.training.formats.examples import Example
 from xpeer.training.formats.long import LongText
-from xpeer.training.formats.rows import OtherFormError
+from xpeer.training.formats.rows import NO_CHAT, OtherFormError
 
 Array = npt.NDArray[Any]
 _BLOCK: Final = 1 << 16
@@ -50,7 +51,10 @@ class Named:
 
 
 def name_documents(
-    patterns: Sequence[str], text_field: str = "text", setting: str = "data.shard"
+    patterns: Sequence[str],
+    text_field: str = "text",
+    setting: str = "data.shard",
+    chat: ChatTemplate | None = None,
 ) -> Named:
     """Name all texts in some files, folders and globs. A text is gone once it is named.
 
@@ -61,12 +65,13 @@ def name_documents(
         patterns: see `files.find`.
         text_field: name of the field that holds the text, for formats with fields.
         setting: name of the setting, for errors.
+        chat: of the tokenizer: examples that it can't write are left out. None = none is.
 
     Raises:
         ShardError: no file matches, there is no text, or a file can't be read; names the file, and
             the line or byte.
     """
-    walk = Walk(patterns, text_field, setting)
+    walk = Walk(patterns, text_field, setting, chat)
     ids, numbers, sizes = bytearray(), array("q"), array("q")
     for read, number in walk.texts():
         name, size = _name(read)
@@ -86,8 +91,15 @@ def name_documents(
 class Walk:
     """Goes through the texts of a shard, and counts. Holds none of them."""
 
-    def __init__(self, patterns: Sequence[str], text_field: str, setting: str) -> None:
+    def __init__(
+        self,
+        patterns: Sequence[str],
+        text_field: str,
+        setting: str,
+        chat: ChatTemplate | None = None,
+    ) -> None:
         self._patterns, self._field, self._setting = patterns, text_field, setting
+        self._chat = chat
         self._matched = find(patterns, setting)
         self.sources = self._matched.sources
         self._skipped: Counter[str] = Counter()
@@ -98,6 +110,9 @@ class Walk:
         for number, source in enumerate(self.sources):
             try:
                 for read in texts(source.path, self._field, self._skipped, named=source.named):
+                    if self._chat and isinstance(read, Example) and not self._chat.mark(read):
+                        self._skipped[NO_CHAT] += 1
+                        continue
                     self._texts += 1
                     yield read, number
                 self._files += 1

@@ -12,7 +12,13 @@ import torch
 from tests.unit.training.test_token_cache import Node
 from tests.unit.training.test_tokens import byte_level
 from xpeer.errors import ConfigError, ShardError
+from xpeer.trainer.text import read_table
+from xpeer.training.document import digest_of_ids
+from xpeer.training.documents import name_documents
+from xpeer.training.formats.rows import NO_CHAT
+from xpeer.training.reading import Recipe
 from xpeer.training.records import FILL
+from xpeer.training.tokenising import ignore
 from xpeer.training.tokenizer import BYTE_BOS, BYTE_EOS, HuggingFaceTokenizer
 
 TEMPLATE = (
@@ -64,6 +70,22 @@ def read_and_predicted(record: torch.Tensor) -> tuple[list[int], list[int]]:
 def all_records(node: Node) -> torch.Tensor:
     text = node.read()
     return torch.cat([text.records[:], text.held_out[:]])
+
+
+def test_a_founder_names_the_examples_that_nodes_read(tmp_path: Path) -> None:
+    """Otherwise no copy of a shared corpus of chats would be the founder's, not even its own."""
+    rows = [{"messages": CHAT}, {"messages": [{"role": "user", "content": "<|im_end|>"}, CHAT[2]]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tokenizer").mkdir()
+    made = chatting(tmp_path / "tokenizer")
+    corpus = [str(tmp_path / "rows.jsonl")]
+    named = name_documents(corpus, "messages", "--corpus", made.chat)
+    table, summary = read_table(
+        corpus, "data.corpus", Recipe(made, "messages"), tmp_path / "cache", ignore
+    )
+    assert named.digest() == digest_of_ids(table.wholes())
+    assert (named.summary.skipped, named.summary.repeated) == (summary.skipped, 0)
+    assert summary.skipped == {NO_CHAT: 1}
 
 
 def test_a_completion_is_predicted_and_its_prompt_is_read(node: Node) -> None:
