@@ -21,7 +21,7 @@ FRESH_S, FRESH_COST = 20.0, 20.0
 """A snapshot is fresh for this many seconds, or for this many times as long as it took to make, if
 that is longer. So joiners cost at most a twentieth of the donor's time, however many they are."""
 _WIDENED_AT_ONCE = 1 << 18
-"""Values that are widened at a time. That takes a millisecond."""
+"""Values; a millisecond."""
 KEPT_S = 120.0
 """The snapshot of a transfer that broke off is kept for this long, unless its memory is needed."""
 
