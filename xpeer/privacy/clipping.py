@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from xpeer.privacy.blocks import BlockedCall
 from xpeer.privacy.fitting import halved
 from xpeer.privacy.layers import Call, parts, tapped
 from xpeer.privacy.record_gradients import RecordGradients, squared_norms
@@ -248,7 +249,7 @@ class BookKeepingEngine:
             m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
         ]
         self._memory_bytes = memory_bytes
-        self.on_calls: Callable[[Sequence[Call], int], None] | None = None
+        self.on_calls: Callable[[Sequence[Call | BlockedCall], int], None] | None = None
         """Called after each backward pass with the layers' calls and the number of records. The
         self-test listens; None = nobody does, and calls are not kept."""
         self.micro_batch = micro_batch
@@ -294,10 +295,10 @@ class BookKeepingEngine:
         """Losses (B,), tokens (B,), and the records' gradients by each parameter."""
         gradients = [RecordGradients(p, records.shape[1] - 1) for p in self._parameters]
         of_parameter = {id(p): g for p, g in zip(self._parameters, gradients, strict=True)}
-        watched: list[Call] = []
+        watched: list[Call | BlockedCall] = []
         batch = len(records)
 
-        def take(call: Call) -> None:
+        def take(call: Call | BlockedCall) -> None:
             with torch.no_grad():
                 for parameter, part in parts(call, batch):
                     of_parameter[id(parameter)].take(part)

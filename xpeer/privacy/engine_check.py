@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from xpeer.errors import ConfigError
+from xpeer.privacy.blocks import BlockedCall
 from xpeer.privacy.clipping import (
     BookKeepingEngine,
     Bound,
@@ -236,7 +237,7 @@ class _Factors:
         self._places = {id(p): i for i, p in enumerate(parameters)}
         self._clip_norm = clip_norm
 
-    def __call__(self, calls: Sequence[Call], batch: int) -> None:
+    def __call__(self, calls: Sequence[Call | BlockedCall], batch: int) -> None:
         """Take a pass's calls: see `BookKeepingEngine.on_calls`."""
         for record in range(batch):
             gradients = [torch.zeros_like(x) for x in self.sums]
@@ -251,8 +252,10 @@ class _Factors:
                 total.add_(factor * gradient)
 
 
-def _of_record(call: Call, record: int) -> list[tuple[nn.Parameter, Tensor]]:
+def _of_record(call: Call | BlockedCall, record: int) -> list[tuple[nn.Parameter, Tensor]]:
     """One record's gradients by a layer's own parameters, from one call of it."""
+    if isinstance(call, BlockedCall):
+        return _of_blocks(call, record)
     call = in_full(call)
     module, grad = call.module, call.grad
     own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
@@ -262,6 +265,25 @@ def _of_record(call: Call, record: int) -> list[tuple[nn.Parameter, Tensor]]:
         out: Any = torch.func.functional_call(module, values, inputs, call.keywords)
         found = torch.autograd.grad(out, list(values.values()), grad[record : record + 1])
     return list(zip(own.values(), found, strict=True))
+
+
+def _of_blocks(call: BlockedCall, record: int) -> list[tuple[nn.Parameter, Tensor]]:
+    """The same for a layer whose output is never there as a whole."""
+    own = {n: p for n, p in call.module.named_parameters(recurse=False) if p.requires_grad}
+    made = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in own.items()}
+    inputs = call.factors.cols[record].float()
+    for start, stop in call.factors.parts():
+        grad = call.factors.rows(start, stop)[record].float()
+        values: dict[str, Any] = {
+            name: p.detach()[start:stop].float().requires_grad_()
+            for name, p in call.module.named_parameters(recurse=False)
+        }
+        with torch.enable_grad():
+            out = nn.functional.linear(inputs, values["weight"], values.get("bias"))
+            found = torch.autograd.grad(out, [values[name] for name in own], grad)
+        for name, gradient in zip(own, found, strict=True):
+            made[name][start:stop] = gradient
+    return [(own[name], gradient) for name, gradient in made.items()]
 
 
 def _refuse_coupling(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xpeer.errors import ConfigError
+from xpeer.privacy.blocks import Blocked, BlockedCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,25 @@ class Call:
     grad: Tensor  # (B, ..., features_out)
 
 
-OnCall = Callable[[Call], None]
+OnCall = Callable[[Call | BlockedCall], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who wants to know of a layer's calls. Code that computes without calling it says so here."""
+
+    probe: Tensor
+    """() float32; what is computed has to depend on it, see `tapped`."""
+    on_call: OnCall
+    """To be called in the backward pass."""
+
+
+_watches: Final[dict[nn.Module, Watch]] = {}
+
+
+def watch_of(module: nn.Module) -> Watch | None:
+    """Who watches this layer at the moment; None = nobody, and nothing has to be handed over."""
+    return _watches.get(module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +115,7 @@ def tapped(modules: list[nn.Module], probe: Tensor, on_call: OnCall) -> Iterator
     """
     handing_over = False
 
-    def hand_over(call: Call) -> None:
+    def hand_over(call: Call | BlockedCall) -> None:
         nonlocal handing_over
         handing_over = True
         try:
@@ -120,9 +139,12 @@ def tapped(modules: list[nn.Module], probe: Tensor, on_call: OnCall) -> Iterator
 
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
     handles += [m.register_forward_pre_hook(_as_it_computes) for m in modules if _multiplies(m)]
+    _watches.update({m: Watch(probe, hand_over) for m in modules})
     try:
         yield
     finally:
+        for module in modules:
+            del _watches[module]
         for handle in handles:
             handle.remove()
 
@@ -158,6 +180,16 @@ class Outer:
     def sparse(self) -> bool:
         """Whether rows are token numbers."""
         return self.rows.dim() == 2
+
+    def add_block(self, start: int, stop: int, out: Tensor) -> None:
+        """Add rows of the gradients to `out`, (B, stop - start, d) float32."""
+        cols = self.cols.float()
+        if not self.sparse:
+            out.baddbmm_(self.rows[:, :, start:stop].float().transpose(1, 2), cols)
+            return
+        cols = cols * ((self.rows >= start) & (self.rows < stop)).unsqueeze(2)
+        places = (self.rows - start).clamp(0, stop - start - 1)
+        out.scatter_add_(1, places.unsqueeze(2).expand_as(cols), cols)
 
     def written(self, shape: torch.Size) -> Tensor:
         """Write the gradients down, (B, *shape)."""
@@ -203,17 +235,20 @@ class Outer:
             out.addmm_(self.rows.flatten(0, 1).float().T, cols)
 
 
-Part = Outer | Tensor
+Part = Outer | Blocked | Tensor
 """What one call of a layer adds to the records' gradients of a parameter. A Tensor is
 (B, *shape)."""
 
 
-def parts(call: Call, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
+def parts(call: Call | BlockedCall, batch: int) -> Iterator[tuple[nn.Parameter, Part]]:
     """Gradients of each record by the layer's own trainable parameters.
 
     Raises:
         ConfigError: this layer's gradients can't be separated by record.
     """
+    if isinstance(call, BlockedCall):
+        yield from _blocked(call)
+        return
     module, grad = call.module, call.grad
     first = call.inputs[0] if call.inputs else None
     shapes = [x.shape[:1] for x in (first, grad) if isinstance(x, Tensor)]
@@ -267,6 +302,15 @@ def _trainable(module: Any, weight: Part, grad: Tensor) -> Iterator[tuple[nn.Par
         yield module.weight, weight
     if module.bias is not None and module.bias.requires_grad:
         yield module.bias, _summed(grad.float(), module.bias)
+
+
+def _blocked(call: BlockedCall) -> Iterator[tuple[nn.Parameter, Part]]:
+    weight: Any = call.module.weight
+    bias: Any = call.module.bias
+    if weight.requires_grad:
+        yield weight, call.factors
+    if bias is not None and bias.requires_grad:
+        yield bias, call.factors.sums()
 
 
 def _embedding(

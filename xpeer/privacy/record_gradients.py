@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from xpeer.privacy.blocks import Blocked
 from xpeer.privacy.layers import Outer, Part
 
 _WRITTEN_RATIO: Final = 20
@@ -36,7 +37,9 @@ class RecordGradients:
 
     The gradient of every record is written down at once, if the matrix is small or the term is no
     sum of outer products. Then nothing else is kept of a layer. Otherwise T^2 inner products of the
-    factors give the norm.
+    factors give the norm. Where a factor is too large to be kept (`Blocked`), the gradient is
+    written down a block of rows at a time, together with all other terms of the same rows: so where
+    terms cancel, nothing is lost.
 
     Attributes:
         nbytes: bytes of what was taken, twice those of factors, and of what was written down.
@@ -47,20 +50,26 @@ class RecordGradients:
         self._small = parameter.numel() <= _WRITTEN_RATIO * num_tokens * num_tokens
         self._written: Tensor | None = None  # (B, *shape) float32
         self._terms: list[Outer] = []
+        self._blocked: list[Blocked] = []
         self.nbytes = 0
 
     def take(self, part: Part) -> None:
         """Add what a call of a layer contributes."""
-        ends = (part.rows, part.cols) if isinstance(part, Outer) else (part,)
-        self.nbytes += 2 * sum(x.nbytes for x in ends)
-        if isinstance(part, Outer) and not (self._small or self._written is not None):
+        self.nbytes += 2 * _factor_bytes(part)
+        if isinstance(part, Blocked):
+            self._blocked.append(part)
+        elif isinstance(part, Outer) and (self._blocked or not self._writes):
             self._terms.append(part)
-            return
-        self._write(part)
-        while self._terms:
-            self._write(self._terms.pop())
+        else:
+            self._write(part)
+            while self._terms and not self._blocked:
+                self._write(self._terms.pop())
 
-    def _write(self, part: Part) -> None:
+    @property
+    def _writes(self) -> bool:
+        return self._small or self._written is not None
+
+    def _write(self, part: Outer | Tensor) -> None:
         one = part.written(self._shape) if isinstance(part, Outer) else part
         if self._written is None:
             self._written = one
@@ -70,6 +79,8 @@ class RecordGradients:
 
     def squares(self) -> Tensor | float:
         """Squared norm of each record's gradient, (B,) float64."""
+        if self._blocked:
+            return self._squares_of_blocks(*self._blocked)
         if self._written is not None:
             return squared_norms(self._written)
         total: Tensor | float = 0.0
@@ -80,9 +91,31 @@ class RecordGradients:
             reach = reach + a.reach()
         return torch.maximum(torch.as_tensor(total), torch.as_tensor(_CANCELLED * reach * reach))
 
+    def _squares_of_blocks(self, first: Blocked, *others: Blocked) -> Tensor:
+        total = torch.zeros(len(first.cols), dtype=torch.float64, device=first.cols.device)
+        for start, stop in first.parts():
+            block = first.block(start, stop)
+            for other in others:
+                block += other.block(start, stop)
+            for term in self._terms:
+                term.add_block(start, stop, block)
+            if self._written is not None:
+                block += self._written[:, start:stop]
+            rows = torch.linalg.vector_norm(block, dim=2)
+            total += rows.double().square().sum(1)
+        return total
+
     def add_weighted(self, factors: Tensor, total: Tensor) -> None:
         """Add the sum over records of factor times gradient."""
         if self._written is not None:
             total.view(-1).addmv_(self._written.flatten(1).T, factors)
-        for part in self._terms:
-            part.add_weighted(factors, total)
+        for term in self._terms:
+            term.add_weighted(factors, total)
+        for blocked in self._blocked:
+            blocked.add_weighted(factors, total)
+
+
+def _factor_bytes(part: Part) -> int:
+    if isinstance(part, Tensor):
+        return part.nbytes
+    return part.cols.nbytes + (part.rows.nbytes if isinstance(part, Outer) else 0)

@@ -14,7 +14,7 @@ from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, RecordLosses, trainable
 from xpeer.privacy.fitting import bytes_of_passes
 from xpeer.privacy.steps import Precision
 from xpeer.training.compiled import NOT_WITH_PRIVACY, compile_layers
-from xpeer.training.losses import choose_losses
+from xpeer.training.losses import choose_losses, kept_logits
 from xpeer.training.packing import PackedLosses, choose_packing
 from xpeer.training.precision import choose_precision
 from xpeer.training.recompute import Recomputing
@@ -58,6 +58,8 @@ def computing_of(
     if settings.pack == "auto" and not manifest.privacy.policy.clips_records:
         packed, of_packing = choose_packing(model, manifest.optimiser.sequence_tokens)
         notes.append(of_packing)
+    if manifest.privacy.policy.clips_records:
+        notes.append(kept_logits(model))
     if settings.compile == "on" and manifest.privacy.policy.clips_records:
         notes.append(NOT_WITH_PRIVACY)
     elif settings.compile == "on":

@@ -10,6 +10,7 @@ notices, and the caller lets the model compute its logits itself.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from xpeer.privacy.blocks import Blocked, BlockedCall, kept_values
+from xpeer.privacy.layers import OnCall, watch_of
 from xpeer.training.recompute import transformed
 
 _CPU_LOGITS: Final = 1 << 26
 """Logits of a piece on a processor. A smaller piece reads the layer's weights too often."""
 _CPU_LOGITS_FROZEN: Final = 1 << 24
-"""The same, if the layer is frozen: its own gradient is not read and written for each piece."""
+"""The same, if its own gradient is not read and written for each piece: it is frozen, or each
+record's gradient is wanted."""
 _DEVICE_LOGITS: Final = 1 << 27
 _TRIED: Final = 3
 """Tokens on which it is tried whether a family is understood."""
@@ -118,15 +122,23 @@ def losses_of_tokens(head: Head, hidden: Tensor, targets: Tensor, cross_entropy:
     """
     layer: Any = head.layer
     vocabulary = len(layer.weight)
-    logits = _CPU_LOGITS_FROZEN if head.frozen else _CPU_LOGITS
+    # torch.func knows neither of what follows
+    usual = torch.is_grad_enabled() and not transformed(hidden)
+    watch = watch_of(layer) if usual and type(layer) is nn.Linear else None
+    if vocabulary * targets.numel() <= kept_values(hidden.device):
+        watch = None  # the layer is called, and its factors are kept
+    logits = _CPU_LOGITS_FROZEN if head.frozen or watch is not None else _CPU_LOGITS
     if hidden.device.type != "cpu":
         logits = _DEVICE_LOGITS
     tokens = max(1, logits // (vocabulary * len(hidden)))
-    # torch.func knows neither of what follows
-    usual = torch.is_grad_enabled() and not transformed(hidden)
+    losses: Tensor
     if head.frozen and hidden.requires_grad and usual:
-        apply: Any = _FrozenHead.apply
-        losses: Tensor = apply(hidden, targets, head, tokens)
+        of_frozen: Any = _FrozenHead.apply
+        losses = of_frozen(hidden, targets, head, tokens)
+        return losses
+    if watch is not None:
+        of_watched: Any = _WatchedHead.apply
+        losses = of_watched(hidden, watch.probe, targets, head, tokens, watch.on_call)
         return losses
 
     def of_piece(some: Tensor, wanted: Tensor) -> Tensor:
@@ -153,20 +165,8 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, tokens: int) -> Tensor:
-        kind = hidden.device.type
-        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        layer: Any = head.layer
-        weight = layer.weight.to(low)
-        bias = None if layer.bias is None else layer.bias.to(low)
-        losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        slopes = torch.empty_like(hidden)
-        with torch.autocast(kind, enabled=False):
-            for at in range(0, hidden.shape[1], tokens):
-                part = slice(at, at + tokens)
-                logits = nn.functional.linear(hidden[:, part].to(low), weight, bias)
-                losses[:, part], by_logits = _loss_and_slope(head, logits, targets[:, part])
-                slopes[:, part] = by_logits.to(low) @ weight
-        ctx.save_for_backward(slopes)
+        losses, slopes, _ = _in_pieces(head, _low(hidden), targets, tokens)
+        ctx.save_for_backward(slopes.to(hidden.dtype))
         return losses
 
     @staticmethod
@@ -176,21 +176,118 @@ class _FrozenHead(torch.autograd.Function):
         return slopes * grad.unsqueeze(2).to(slopes.dtype), None, None, None
 
 
-def _loss_and_slope(head: Head, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (B, T) float32, and their gradients by the layer's output, (B, T, V) float32."""
+class _WatchedHead(torch.autograd.Function):
+    """Losses under a layer that is trained, where each record's gradient by it is wanted. No logits
+    are kept. Whoever watches the layer gets a way to compute some of their gradients again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, probe: Tensor, targets: Tensor, head: Head, tokens: int,
+        on_call: OnCall,
+    ) -> Tensor:  # fmt: skip
+        low = _low(hidden)
+        losses, slopes, norms = _in_pieces(head, low, targets, tokens)
+        ctx.save_for_backward(slopes.to(hidden.dtype), low, targets, norms)
+        ctx.head, ctx.on_call = head, on_call
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slopes, low, targets, norms = ctx.saved_tensors
+        layer: Any = ctx.head.layer
+        weights = grad.masked_fill(targets < 0, 0.0)
+        rows = functools.partial(_rows, ctx.head, low, targets, norms, weights)
+        ctx.on_call(BlockedCall(layer, Blocked(rows, low, len(layer.weight))))
+        return slopes * grad.unsqueeze(2).to(slopes.dtype), *[None] * 5
+
+
+def _low(hidden: Tensor) -> Tensor:
+    """Hidden states as autocast would have the layer multiply them."""
+    kind = hidden.device.type
+    wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return hidden.detach().to(wanted)
+
+
+def _in_pieces(
+    head: Head, hidden: Tensor, targets: Tensor, tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, (B, T) float32; their gradients by (B, T, d) hidden states; and the log of the sum of
+    exp(logits), (B, T) float32. So many tokens at a time.
+    """
+    layer: Any = head.layer
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+    norms, slopes = torch.empty_like(losses), torch.empty_like(hidden)
+    weight = layer.weight.detach().to(hidden.dtype)
+    silent = targets < 0
+    with torch.autocast(hidden.device.type, enabled=False):
+        for at in range(0, hidden.shape[1], tokens):
+            part = slice(at, at + tokens)
+            logits, slope = _finished(head, _raw(head, hidden[:, part]))
+            norms[:, part] = torch.logsumexp(logits, 2)
+            chosen = logits.gather(2, targets[:, part].clamp(min=0).unsqueeze(2)).squeeze(2)
+            losses[:, part] = norms[:, part] - chosen
+            by_logits = _by_logits(logits, slope, targets[:, part], norms[:, part])
+            slopes[:, part] = by_logits.to(hidden.dtype) @ weight
+    slopes.masked_fill_(silent.unsqueeze(2), 0.0)
+    return losses.masked_fill_(silent, 0.0), slopes, norms
+
+
+def _rows(
+    head: Head, hidden: Tensor, targets: Tensor, norms: Tensor, grad: Tensor, start: int, stop: int
+) -> Tensor:
+    """Gradients by the layer's outputs from `start` up to `stop`, (B, T, n).
+
+    Args:
+        head: the output layer.
+        hidden: (B, T, d), as it was multiplied.
+        targets: (B, T) int64.
+        norms: (B, T), of `_in_pieces`.
+        grad: the gradient by each token's loss, (B, T); 0 where nothing is predicted.
+        start: the first output.
+        stop: the output behind the last one.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits, slope = _finished(head, _raw(head, hidden, start, stop))
+        by_logits = _by_logits(logits, slope, targets, norms, start)
+        return by_logits.mul_(grad.unsqueeze(2)).to(hidden.dtype)
+
+
+def _raw(head: Head, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """The layer's outputs from `start` up to `stop`, (B, T, n), in the precision of `hidden`."""
+    layer: Any = head.layer
+    weight = layer.weight.detach()[start:stop].to(hidden.dtype)
+    bias = None if layer.bias is None else layer.bias.detach()[start:stop].to(hidden.dtype)
+    return nn.functional.linear(hidden.contiguous(), weight, bias)  # else record by record
+
+
+def _finished(head: Head, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As `Head.finished`, in float32 and in place. And its slope, None = 1."""
     logits = logits.float()
-    slope: Tensor | float = head.scale
+    slope: Tensor | None = None
     if head.scale != 1.0:
         logits = logits.mul_(head.scale)
     if head.cap is not None:
         bent = logits.div_(head.cap).tanh_()
         slope = (1 - bent.square()).mul_(head.scale)
         logits = bent.mul_(head.cap)
-    some = targets >= 0
-    places = targets.clamp(min=0).unsqueeze(2)
-    norms = torch.logsumexp(logits, 2)
-    losses = (norms - logits.gather(2, places).squeeze(2)).masked_fill(~some, 0.0)
+    elif head.scale != 1.0:
+        slope = logits.new_tensor(head.scale)
+    return logits, slope
+
+
+def _by_logits(
+    logits: Tensor, slope: Tensor | None, targets: Tensor, norms: Tensor, start: int = 0
+) -> Tensor:
+    """Gradients of losses by the layer's outputs from `start` on, in the place of (B, T, n) logits.
+
+    Where the target is negative, they are those of no loss.
+    """
+    count = logits.shape[2]
     by_logits = logits.sub_(norms.unsqueeze(2)).exp_()
-    by_logits.scatter_add_(2, places, torch.full_like(norms, -1.0).unsqueeze(2))
-    by_logits.mul_(some.unsqueeze(2))
-    return losses, by_logits.mul_(slope)
+    places = targets - start
+    inside = (places >= 0) & (places < count)
+    places = places.clamp(0, count - 1).unsqueeze(2)
+    by_logits.scatter_add_(2, places, -inside.unsqueeze(2).to(by_logits.dtype))
+    return by_logits if slope is None else by_logits.mul_(slope)

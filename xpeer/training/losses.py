@@ -107,6 +107,19 @@ def choose_losses(model: torch.nn.Module) -> tuple[RecordLosses, str]:
     return functools.partial(_without_all_logits, found), ""
 
 
+def kept_logits(model: torch.nn.Module) -> str:
+    """A note for the operator of private steps, if each record keeps the gradient of all of its
+    logits; "" = only as many as are kept for speed (`blocks.kept_values`).
+    """
+    found = head.find(transformers_model(model))
+    if found is None or found.frozen or type(found.layer) is torch.nn.Linear:
+        return ""
+    return (
+        "each record keeps the gradients of all its logits, since adapters of the output layer are "
+        "trained; other model.lora.targets, or a smaller training.micro_batch, need less memory"
+    )
+
+
 def token_losses(model: torch.nn.Module) -> TokenLosses:
     """As `choose_losses`, but by token, and for positions of the caller's choice."""
     found = head.find(transformers_model(model))

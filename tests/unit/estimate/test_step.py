@@ -12,6 +12,7 @@ from xpeer.estimate.live import Rehearsal
 from xpeer.estimate.step import Step, memory_of
 from xpeer.founding_model import PRESETS
 from xpeer.manifest.model import Lora
+from xpeer.privacy import blocks
 from xpeer.training.model import build, num_params
 
 STEP = Step(config=PRESETS["tiny"], sequence_tokens=32, micro_batch=2, private=False)
@@ -106,3 +107,20 @@ def test_nothing_of_the_model_is_ever_there():
     memory = memory_of(replace(step, sequence_tokens=1024, micro_batch=1, recompute=True))
     assert memory.num_frozen > 900_000_000
     assert memory.weights < 2.1 * memory.num_frozen
+
+
+def test_a_trained_output_layer_needs_no_more_with_privacy_than_a_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gradients of all logits of 8 records are 200 MB. They are not kept, and it is seen."""
+    config = {**PRESETS["tiny"], "vocab_size": 50_000, "max_position_embeddings": 128}
+    step = replace(STEP, config=config, sequence_tokens=128, micro_batch=8, private=True)
+    factors = 4 * 8 * 127 * 50_000
+    monkeypatch.setattr(blocks, "_CPU_KEPT", 1 << 40)
+    kept = memory_of(step)
+    monkeypatch.setattr(blocks, "_CPU_KEPT", 1 << 25)
+    computed = memory_of(step)
+    assert computed.working < kept.working - factors
+    more = memory_of(replace(step, micro_batch=32))
+    assert more.working < computed.working + 0.5 * factors, "a block is a block"
+    assert computed.least == kept.least

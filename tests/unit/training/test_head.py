@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.unit.privacy.models import LENGTH, VOCABULARY, adapted, gpt2, llama, some_records
-from xpeer.privacy.clipping import BookKeepingEngine, FunctionalEngine, MicrobatchEngine, trainable
+from xpeer.manifest.model import Lora
+from xpeer.privacy import blocks
+from xpeer.privacy.blocks import Blocked, BlockedCall
+from xpeer.privacy.clipping import (
+    BookKeepingEngine,
+    Bound,
+    Clipped,
+    FunctionalEngine,
+    MicrobatchEngine,
+    trainable,
+)
+from xpeer.privacy.engines import Choice, choose_engine
+from xpeer.privacy.layers import watch_of
+from xpeer.privacy.steps import FULL, Precision, Switchable
 from xpeer.training import head
-from xpeer.training.losses import choose_losses, evaluate, record_losses
+from xpeer.training.adapters import adapt
+from xpeer.training.losses import choose_losses, evaluate, kept_logits, record_losses
 
 
 def family(name: str, **more: Any) -> nn.Module:
@@ -33,6 +48,7 @@ def family(name: str, **more: Any) -> nn.Module:
     return model.eval()
 
 
+HALF = Precision("bfloat16", partial(torch.autocast, "cpu", torch.bfloat16))
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: llama(tied=False),
     "llama-tied": lambda: llama(tied=True),
@@ -44,6 +60,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gemma2-tied-lora": lambda: adapted(family("gemma2", final_logit_softcapping=3.0)),
     "cohere-lora": lambda: adapted(family("cohere", logit_scale=0.3)),
     "granite": lambda: family("granite", logits_scaling=4.0, tie_word_embeddings=False),
+    "phi": lambda: family("phi", num_key_value_heads=2, tie_word_embeddings=False),
 }
 
 
@@ -94,6 +111,146 @@ def test_every_engine_clips_it_exactly(
         got = engine(model, in_pieces).accumulate(records, 0.5, sums)
         torch.testing.assert_close(got.norms, told.norms, rtol=1e-5, atol=0)
         close(sums, wanted)
+
+
+WATCHED = ("llama", "llama-tied", "gpt2-tied", "gemma2-tied", "granite", "phi")
+
+
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tokens of the vocabulary at a time: 11 are not divisible by that."""
+    monkeypatch.setattr(blocks, "_CPU_KEPT", 0)
+    monkeypatch.setattr(blocks, "_CPU_BLOCK", 3 * 7 * 16)
+
+
+def parts_of(name: str, bounds: Bound, precision: Precision) -> tuple[Clipped, list[Tensor]]:
+    model, records = MODELS[name](), some_records()
+    records[3, 2:5] = -2 - records[3, 2:5]  # read only
+    losses = Switchable(choose_losses(model)[0])
+    losses.precision = precision
+    sums = [torch.zeros_like(p) for p in trainable(model)]
+    return BookKeepingEngine(model, losses).accumulate(records, bounds, sums), sums
+
+
+@pytest.mark.usefixtures("in_blocks")
+@pytest.mark.parametrize("name", WATCHED)
+def test_in_blocks_of_the_vocabulary_each_record_is_clipped_exactly(name: str) -> None:
+    """Tied or not, capped, scaled, with a bias: as autograd has it, record by record."""
+    model, records = MODELS[name](), some_records()
+    records[3, 2:5] = -2 - records[3, 2:5]
+    wanted = [torch.zeros_like(p) for p in trainable(model)]
+    told = MicrobatchEngine(model, record_losses).accumulate(records, 0.5, wanted)
+    got, sums = parts_of(name, 0.5, FULL)
+    torch.testing.assert_close(got.losses, told.losses.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.norms, told.norms, rtol=1e-5, atol=0)
+    close(sums, wanted)
+
+
+@pytest.mark.usefixtures("in_blocks")
+@pytest.mark.parametrize("low", [FULL, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", WATCHED)
+def test_in_blocks_no_record_adds_more_than_the_norm(name: str, low: Precision) -> None:
+    for i in range(7):
+        bounds = torch.full((7,), 1e-9, dtype=torch.float64)
+        bounds[i] = 0.01
+        _, sums = parts_of(name, bounds, low)
+        norm = float(torch.cat([total.flatten() for total in sums]).double().norm())
+        assert norm == pytest.approx(0.01, rel=1e-4)
+        assert norm <= 0.01 * (1 + 1e-6)
+
+
+@pytest.mark.usefixtures("in_blocks")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("low", [FULL, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", WATCHED)
+def test_the_self_test_passes_blocks_that_are_right(name: str, low: Precision) -> None:
+    model = MODELS[name]()
+    choice = chosen(model, low)
+    assert choice.engine.name == "book-keeping"
+    assert "refused book-keeping" not in choice.reason
+    calls: list[Any] = []
+    engine: Any = choice.engine
+    engine.on_calls = lambda noted, _: calls.extend(noted)
+    engine.accumulate(some_records(), 1.0, [torch.zeros_like(p) for p in trainable(model)])
+    heads = [call for call in calls if isinstance(call, BlockedCall)]
+    assert [call.module for call in heads] == [cast(Any, model).get_output_embeddings()]
+
+
+def chosen(model: nn.Module, precision: Precision) -> Choice:
+    losses = Switchable(choose_losses(model)[0])
+    return choose_engine(model, losses, some_records()[:4], clock=lambda: 0.0, precision=precision)
+
+
+@pytest.mark.usefixtures("in_blocks")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("low", [FULL, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", ["norms", "sums", "slopes"])
+def test_the_self_test_refuses_blocks_that_are_not(
+    fault: str, low: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms too small, sums too large by 1%; gradients of logits that forget what is right."""
+    if fault == "norms":
+        whole = Blocked.block
+        monkeypatch.setattr(Blocked, "block", lambda *args: 0.99 * whole(*args))
+    elif fault == "sums":
+        add = Blocked.add_weighted
+        monkeypatch.setattr(Blocked, "add_weighted", lambda s, f, out: add(s, 1.01 * f, out))
+    else:
+        monkeypatch.setattr(head, "_rows", lambda h, x, t, n, g, *span: torch.zeros(1))
+    choice = chosen(MODELS["llama"](), low)
+    assert choice.engine.name != "book-keeping"
+    assert "refused book-keeping" in choice.reason
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_blocks_of_a_head_that_alone_is_trained() -> None:
+    """Then no gradient flows into the model, and yet the call has to come."""
+    model: Any = MODELS["llama"]()
+    model.model.requires_grad_(False)
+    records, (weight,) = some_records(), trainable(model)
+    norms = []
+    for losses in (record_losses, choose_losses(model)[0]):
+        sums = [torch.zeros_like(weight)]
+        norms.append(BookKeepingEngine(model, losses).accumulate(records, 0.5, sums).norms)
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_gradients_of_all_logits_are_never_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A private pass never applies the layer to all tokens and all of the vocabulary."""
+    sizes, real = [], nn.functional.linear
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = real(x, weight, bias)
+        if len(weight) not in {8, 16, 24}:  # of the layers
+            sizes.append(out.numel())
+        return out
+
+    model: Any = MODELS["llama"]()
+    records, (losses, _) = some_records(), choose_losses(model)
+    monkeypatch.setattr(nn.functional, "linear", watched)
+    sums = [torch.zeros_like(p) for p in trainable(model)]
+    BookKeepingEngine(model, losses, micro_batch=7).accumulate(records, 0.5, sums)
+    assert max(sizes) <= 3 * 7 * 16 < 7 * 11 * VOCABULARY
+    assert watch_of(model.get_output_embeddings()) is None, "nobody watches afterwards"
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_a_record_that_is_not_finite_is_left_out_in_blocks_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = MODELS["llama"]()
+    records = some_records()
+    records[2] = 5
+    records[[0, 1, 3, 4, 5, 6]] = records[[0, 1, 3, 4, 5, 6]].where(
+        records[[0, 1, 3, 4, 5, 6]] != 5, 6
+    )
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = float("inf")
+    sums = [torch.zeros_like(p) for p in trainable(model)]
+    got = BookKeepingEngine(model, choose_losses(model)[0]).accumulate(records, 0.5, sums)
+    assert torch.isfinite(got.norms).tolist() == [i != 2 for i in range(7)]
+    assert all(bool(torch.isfinite(total).all()) for total in sums)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-lora"])
@@ -164,3 +321,10 @@ def test_a_gpu_has_larger_pieces() -> None:
         head.losses_of_tokens(output, hidden, targets, cross_entropy)
     assert len(sizes) > 1
     assert (1 << 26) < max(sizes) <= 1 << 27
+
+
+def test_adapters_of_the_output_layer_keep_all_logits_and_it_is_said() -> None:
+    lora = Lora(rank=2, alpha=4.0, seed=6, base_digest="", targets=["lm_head"])
+    assert "gradients of all its logits" in kept_logits(adapt(cast(Any, MODELS["llama"]()), lora))
+    for name in ("llama", "llama-tied", "llama-lora"):
+        assert kept_logits(MODELS[name]()) == ""
