@@ -353,7 +353,7 @@ def make_loop(
         Measurements(
             evaluation,
             section,
-            None if apart is None else lambda: apart.measure(parameters.read()),
+            None if apart is None else lambda: apart.measure(parameters.read),
         ),
         timings,
         pulse or Pulse(),

@@ -6,6 +6,7 @@ The commands themselves (`commands`) say what is done. They are applied to the `
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from xpeer.errors import XpeerError
 from xpeer.escape import without_words
@@ -90,6 +91,8 @@ def serve(send: Send, arena: Arena, assembled: Assembled, checkpoint_every_s: fl
     threads = Threads()
     reports = Reports(assembled, send, threads)
     loop = assembled.trainer
+    if (apart := loop.exchanges.misalignment) is not None:
+        apart.submit = partial(threads.submit, "measuring")
     saving = Saving(
         loop,
         assembled.checkpoints.copy,

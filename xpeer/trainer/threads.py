@@ -7,8 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Literal, TypeVar, get_args
 
-Pool = Literal["helper", "disk", "accounts"]
-"""helper: compresses and verifies. disk: writes checkpoints. accounts: asks the ledger."""
+Pool = Literal["helper", "disk", "accounts", "measuring"]
+"""helper: compresses and verifies. disk: writes checkpoints. accounts: asks the ledger. measuring:
+computes what a status can wait for."""
 _POOLS: Final[tuple[Pool, ...]] = get_args(Pool)
 _T = TypeVar("_T")
 logger = logging.getLogger("xpeer.training")
@@ -35,6 +36,7 @@ class Threads:
         """Wait for the disk's thread; queued questions to the ledger are dropped."""
         self._pools["disk"].shutdown()
         self._pools["accounts"].shutdown(cancel_futures=True)
+        self._pools["measuring"].shutdown(wait=False, cancel_futures=True)
 
 
 def _log_bug(done: Future[object]) -> None:

@@ -40,13 +40,13 @@ class Measurements:
     Args:
         evaluation: measures the losses.
         rules: section of the manifest with the lengths of windows, for the age.
-        misalignment: measures how much averaging the adapters loses; None = the model has none.
+        begin_misalignment: begins to measure what averaging the adapters loses, on another thread;
+            None = the model has none.
 
     Attributes:
         public: nats per token on the public text; None until it was measured.
         validation: nats per token on held-out text of the shard; None until it was measured, or if
             there is no such text. Local only.
-        adapter_misalignment: see `mixing.misalignment`; None = unknown, or there are no adapters.
         seconds: time that all measurements took so far.
         problem: why the last attempt failed; empty = it did not.
     """
@@ -55,13 +55,12 @@ class Measurements:
         self,
         evaluation: Evaluation,
         rules: Round,
-        misalignment: Callable[[], float | None] | None = None,
+        begin_misalignment: Callable[[], None] | None = None,
     ) -> None:
         self.public: float | None = None
         self.validation: float | None = None
-        self.adapter_misalignment: float | None = None
         self._evaluation = evaluation
-        self._misalignment = misalignment
+        self._begin_misalignment = begin_misalignment
         self._rules = rules
         self._step = self._merges = 0
         self._measured_at = 0.0
@@ -75,8 +74,8 @@ class Measurements:
         try:
             public = evaluation.public()
             validation = evaluation.validation() if evaluation.validation is not None else None
-            if self._misalignment is not None:
-                self.adapter_misalignment = self._misalignment()
+            if self._begin_misalignment is not None:
+                self._begin_misalignment()
         finally:
             self.seconds += self._time.counted(time.monotonic() - began)
         self.public, self.validation, self.problem = public, validation, ""

@@ -21,6 +21,7 @@ def progress_of(
     exchanges or the timings. The first of them that has the name gives the value.
     """
     counters, manifest = learner.counters, learner.manifest
+    apart = exchanges.misalignment
     computed: dict[str, Any] = {
         "planned_steps": planned_steps(manifest),
         "loss_train": learner.loss,
@@ -31,7 +32,7 @@ def progress_of(
         "loss_public": measured.public,
         "loss_public_age": measured.age(counters),
         "loss_problem": measured.problem,
-        "adapter_misalignment": measured.adapter_misalignment,
+        "adapter_misalignment": None if apart is None else apart.latest,
         "learning_rate": learning_rate(counters, manifest),
         "seconds_training": counters.seconds,
         "seconds_here": timings.here_s,

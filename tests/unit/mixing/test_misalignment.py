@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
@@ -52,20 +54,79 @@ def test_nothing_is_lost_where_peers_share_a_factor() -> None:
     assert misalignment(PAIRS, torch.zeros(SIZE), torch.zeros(SIZE)) == 0.0
 
 
+def merged(measured: Misalignment, fragments: Fragments, whole: torch.Tensor) -> Iterator[None]:
+    """Merge one fragment after another."""
+    for fragment in range(3):
+        filled = torch.nn.functional.pad(whole, (0, padded(SIZE) - SIZE))
+        z = fragments.gather(filled, fragment)
+        kept = measured.copy(z)
+        z.zero_()  # a combiner may overwrite it
+        measured.merged(fragment, kept)
+        yield
+
+
 def test_the_newest_difference_of_each_fragment_counts() -> None:
     fragments = Fragments(SIZE, 3)
     measured = Misalignment(PAIRS, fragments)
     mean, old, new = random(1), random(2), 0.1 * random(3)
-    for whole in (old, new):
-        for fragment in range(3):
-            assert whole is new or measured.measure(mean) is None  # some were never merged
-            filled = torch.nn.functional.pad(whole, (0, padded(SIZE) - SIZE))
-            z = fragments.gather(filled, fragment)
-            kept = measured.copy(z)
-            z.zero_()  # a combiner may overwrite it
-            measured.merged(fragment, kept)
+    for _ in merged(measured, fragments, old):
+        assert measured.latest is None  # some were never merged
+        measured.measure(mean.clone)
+    assert measured.latest == pytest.approx(misalignment(PAIRS, mean, old), rel=0.01)
+    for _ in merged(measured, fragments, new):
+        pass
+    measured.measure(mean.clone)
     expected = misalignment(PAIRS, mean, new)
-    assert measured.measure(mean) == pytest.approx(expected, rel=0.01)  # kept as bfloat16
+    assert measured.latest == pytest.approx(expected, rel=0.01)  # kept as bfloat16
     measured.begin()
-    assert measured.measure(mean) is None
-    assert Misalignment([], fragments).measure(mean) == 0.0
+    assert measured.latest is None
+    measured.measure(mean.clone)
+    assert measured.latest is None
+    nothing = Misalignment([], fragments)
+    nothing.measure(mean.clone)
+    assert nothing.latest == 0.0
+
+
+def test_whoever_asks_waits_for_nothing_and_piles_nothing_up() -> None:
+    """The work is left to another thread, and there is never more than one piece of it."""
+    fragments = Fragments(SIZE, 3)
+    work: list[Callable[[], None]] = []
+    read: list[torch.Tensor] = []
+    measured = Misalignment(PAIRS, fragments)
+    measured.submit = work.append
+    mean, apart = random(1), 0.1 * random(3)
+    for _ in merged(measured, fragments, apart):
+        pass
+
+    def copied() -> torch.Tensor:
+        read.append(mean.clone())
+        return read[-1]
+
+    for _ in range(3):  # windows end faster than it is computed
+        measured.measure(copied)
+    assert (len(work), len(read)) == (1, 1)
+    assert measured.latest is None
+    for _ in merged(measured, fragments, 50 * apart):  # it is computed of what was there
+        pass
+    work.pop()()
+    assert measured.latest == pytest.approx(misalignment(PAIRS, mean, apart), rel=0.01)
+
+    measured.measure(copied)
+    measured.begin()  # the parameters were replaced meanwhile
+    work.pop()()
+    assert measured.latest is None, "it says nothing of the present ones"
+
+
+def test_a_failure_is_no_end_of_measuring() -> None:
+    fragments = Fragments(SIZE, 3)
+    work: list[Callable[[], None]] = []
+    measured = Misalignment(PAIRS, fragments)
+    measured.submit = work.append
+    for _ in merged(measured, fragments, random(3)):
+        pass
+    measured.measure(lambda: torch.zeros(1))  # too short
+    with pytest.raises(RuntimeError):
+        work.pop()()
+    measured.measure(random(1).clone)
+    work.pop()()
+    assert measured.latest is not None

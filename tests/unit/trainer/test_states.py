@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ import torch
 from tests.unit.training.homes import make_homes
 from xpeer.config import Data, Home
 from xpeer.errors import LocalError, ShardError
+from xpeer.founding_model import LoraOptions
 from xpeer.trainer import reporting
 from xpeer.trainer.answers import Failure, LookedAtText, Reply
 from xpeer.trainer.assembled import Assembled
@@ -254,3 +256,23 @@ def test_a_damaged_checkpoint_saved_nothing(tmp_path: Path) -> None:
     saved = ends.last_saved()
     assert saved is not None
     assert saved[0] == 0
+
+
+def test_what_averaging_adapters_loses_is_computed_beside_the_training_thread(
+    tmp_path: Path,
+) -> None:
+    (setup,) = make_homes(tmp_path, 1, lora=LoraOptions(rank=2))
+    node = assemble(setup)
+    serving(node)
+    apart = node.trainer.exchanges.misalignment
+    assert apart is not None
+    seen, ended = [], threading.Event()
+
+    def work() -> None:
+        seen.append(threading.current_thread())
+        ended.set()
+
+    apart.submit(work)
+    assert ended.wait(60)
+    assert seen != [threading.current_thread()]
+    node.close()
