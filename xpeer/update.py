@@ -139,3 +139,11 @@ class ModelState:
     step: Timing[int]
     loss_public: Derived[float]
     """The donor's loss on the manifest's public text, nats per token."""
+
+
+class StateCopy(NamedTuple):
+    """A copy of a donor's parameters, and what it cost the donor."""
+
+    state: ModelState
+    core_s: float
+    """Processor time of the trainer's threads that made it, in seconds. It is never sent."""

@@ -263,7 +263,7 @@ async def _serve_joiners(member: Member, candidate: Candidate) -> None:
     swarm, manifest, source = candidate.node.swarm, member.manifest, member.view.donor
     uplink = Uplink(candidate.config.network.donate_mbit_s)
     most = uplink.joiners(manifest.limits.max_transfers)
-    turns, shelf = donation.Turns(most, member.rates), Shelf()
+    turns, shelf = donation.Turns(most, member.rates), Shelf(manifest.round.window_steps)
     form = manifest.state_form
     whole = donation.serving(member.party, source, form, turns, shelf, uplink)
     await swarm.serve_links(donation.PROTOCOL, whole, "observer")

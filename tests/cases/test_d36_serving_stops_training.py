@@ -142,6 +142,7 @@ def test_joiners_one_after_another_cost_the_training_thread_no_evaluation(
             given = daemon.ask(ExportState())
             assert isinstance(given, StateExported), given
             assert given.loss_public == pytest.approx(measured.public, rel=0.5)
+            assert 0.0 < given.core_s < ANSWER_S
             steps.append(given.step)
         for_joiners = dict(calls)
     assert for_joiners == {("narrow", False): JOINERS}

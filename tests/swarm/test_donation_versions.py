@@ -17,15 +17,17 @@ from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.swarm import Swarm
 from xpeer.network.uplink import Uplink
-from xpeer.update import ModelState
+from xpeer.update import ModelState, StateCopy
 
 PAYLOAD = bytes(range(256)) * 6000  # two pieces
 FORM = StateForm("float32", len(PAYLOAD) // 4)
 
 
 class Source:
-    async def export_state(self) -> ModelState:
-        return ModelState(PAYLOAD, 7, 2.0)
+    step = 7
+
+    async def export_state(self) -> StateCopy:
+        return StateCopy(ModelState(PAYLOAD, 7, 2.0), 0.0)
 
 
 def party(swarm: Swarm, founder: Founder) -> Party:
@@ -40,7 +42,7 @@ async def test_pieces_if_the_donor_knows_them_else_the_whole(
     donor = await launch()
     joiner = await launch(seeds=donor.addresses)
     us, them = party(joiner, founder), party(donor, founder)
-    turns, shelf, shape, trainer = Turns(4, Rates()), Shelf(), Shape(FORM), Source()
+    turns, shelf, shape, trainer = Turns(4, Rates()), Shelf(1), Shape(FORM), Source()
 
     whole = donation.serving(them, lambda: trainer, FORM, turns, shelf, Uplink(0))
     await donor.serve_links(donation.PROTOCOL, whole, "observer")

@@ -15,11 +15,14 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import blake2b
 from xpeer.manifest import StateForm
 from xpeer.network.pieces import leaves_of, root_of
-from xpeer.update import ModelState
+from xpeer.update import ModelState, StateCopy
 
-FRESH_S, FRESH_COST = 20.0, 20.0
-"""A snapshot is fresh for this many seconds, or for this many times as long as it took to make, if
-that is longer. So joiners cost at most a twentieth of the donor's time, however many they are."""
+FRESH_S = 20.0
+"""A snapshot is fresh for this long, unless the donor has trained more than a window since."""
+FRESH_COST = 20.0
+"""A snapshot is fresh for at least this many times the processor time that it cost. So joiners cost
+the donor at most a twentieth of a core, however many they are. Waiting is no cost: a copy that
+waited a minute for a core would else be handed out for twenty."""
 _WIDENED_AT_ONCE = 1 << 18
 """Values; a millisecond."""
 KEPT_S = 120.0
@@ -29,7 +32,11 @@ KEPT_S = 120.0
 class Source(Protocol):
     """Gives a donor's parameters; the trainer in production."""
 
-    async def export_state(self) -> ModelState:
+    @property
+    def step(self) -> int:
+        """Number of local steps done."""
+
+    async def export_state(self) -> StateCopy:
         """Copy the parameters at the next step boundary."""
 
 
@@ -96,14 +103,16 @@ class Shelf:
     Only one snapshot is made at a time.
 
     Args:
+        window_steps: of the manifest.
         clock: monotonic, seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, window_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._window_steps, self._clock = window_steps, clock
         self._lock = asyncio.Lock()
         self._kept: Snapshot | None = None
-        self._until = 0.0
+        self._paid_at = self._until = 0.0
+        """The last snapshot is fresh until `_paid_at` in any case, and until `_until` at most."""
         self._lent: list[Snapshot] = []
         self._broken: Snapshot | None = None
 
@@ -153,16 +162,21 @@ class Shelf:
             if len(set(self._lent)) > 1:
                 if kept is None:
                     raise PeerError(Reason.BUSY, "two snapshots are on their way already")
-            elif kept is None or self._clock() >= self._until:
+            elif kept is None or not self._fresh(kept):
                 self._kept = None  # free its memory before the next one is made
                 if self._lent:
                     self._broken = None
-                began = self._clock()
-                kept = self._kept = Snapshot(source, await source.export_state())
+                copy = await source.export_state()
+                kept = self._kept = Snapshot(source, copy.state)
                 now = self._clock()
-                self._until = now + max(FRESH_S, FRESH_COST * (now - began))
+                self._paid_at = now + FRESH_COST * copy.core_s
+                self._until = max(now + FRESH_S, self._paid_at)
                 asyncio.get_running_loop().call_later(self._until - now, self._forget, kept)
             return kept
+
+    def _fresh(self, kept: Snapshot) -> bool:
+        now, lag = self._clock(), kept.source.step - kept.state.step
+        return now < self._paid_at or (now < self._until and lag <= self._window_steps)
 
     def _held(self, source: Source, digest: bytes) -> Snapshot:
         for held in self._matching(source, digest):

@@ -84,6 +84,8 @@ class StateExported(Struct, frozen=True, tag=True):
 
     step: Timing[int]
     loss_public: Derived[float]
+    core_s: Timing[float]
+    """Processor time of the threads that made the copy, in seconds. Waiting does not count."""
 
 
 @seen_by("node")

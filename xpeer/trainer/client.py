@@ -52,7 +52,14 @@ from xpeer.trainer.commands import (
     WriteCheckpoint,
 )
 from xpeer.trainer.setup import TrainerSetup
-from xpeer.update import Checked, CompressedUpdate, ModelState, PeerUpdate, received_stamp
+from xpeer.update import (
+    Checked,
+    CompressedUpdate,
+    ModelState,
+    PeerUpdate,
+    StateCopy,
+    received_stamp,
+)
 
 __all__ = [
     "Crashed",
@@ -335,7 +342,7 @@ class TrainerProcess:
 
     # ---- state --------------------------------------------------------------------------------
 
-    async def export_state(self) -> ModelState:
+    async def export_state(self) -> StateCopy:
         """Copy all parameters at the next step boundary, to memory that the caller owns.
 
         Raises:
@@ -343,7 +350,7 @@ class TrainerProcess:
         """
         return await self._child.whole(self._export_state())
 
-    async def _export_state(self) -> ModelState:
+    async def _export_state(self) -> StateCopy:
         arena = self._child.arena
         async with self._region:
             try:
@@ -352,7 +359,8 @@ class TrainerProcess:
                 await copy_in_parts(arena.state()[: len(payload)], memoryview(payload))
             finally:
                 arena.release_state()
-        return ModelState(memoryview(payload), exported.step, exported.loss_public)
+        state = ModelState(memoryview(payload), exported.step, exported.loss_public)
+        return StateCopy(state, exported.core_s)
 
     async def import_state(
         self,

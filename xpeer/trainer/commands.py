@@ -13,6 +13,7 @@ Knows nothing of how commands travel (`channel`) or how they get to their thread
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol
@@ -232,7 +233,9 @@ class ExportState(Struct, frozen=True, tag=True):
         Raises:
             PeerError: there are none yet (NOT_READY).
         """
-        return FinishState(trainer.loop.counters.step, trainer.copy_state())
+        began = time.thread_time()
+        finish = trainer.copy_state()
+        return FinishState(trainer.loop.counters.step, finish, time.thread_time() - began)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,12 +247,15 @@ class FinishState:
     step: int
     finish: Callable[[], float]
     """Completes the copy, and returns its public loss."""
+    core_s: float
+    """Processor time that the copy has taken so far, in seconds."""
 
     def apply(self, trainer: Worker) -> StateExported:
         """Complete the copy."""
+        began = time.thread_time()
         loss = self.finish()
         trainer.narrow_state()
-        return StateExported(self.step, loss)
+        return StateExported(self.step, loss, self.core_s + time.thread_time() - began)
 
 
 @stays("what the daemon tells its own trainer")

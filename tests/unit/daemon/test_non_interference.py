@@ -51,7 +51,7 @@ from xpeer.trainer.client import TrainerProcess
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
 from xpeer.training.schedule import Counters
-from xpeer.update import CompressedUpdate, ModelState, PeerUpdate
+from xpeer.update import CompressedUpdate, ModelState, PeerUpdate, StateCopy
 from xpeer.wire import codec, messages, session
 from xpeer.wire.messages import Refuse
 from xpeer_daemon import belonging
@@ -129,9 +129,14 @@ class Recorded:
     def drop(self, meeting_id: int) -> None:
         self._trainer.drop(meeting_id)
 
-    async def export_state(self) -> ModelState:
-        self.handed.append(await self._trainer.export_state())
-        return cast(ModelState, self.handed[-1])
+    @property
+    def step(self) -> int:
+        return self._trainer.step
+
+    async def export_state(self) -> StateCopy:
+        copy = await self._trainer.export_state()
+        self.handed.append(copy.state)
+        return copy
 
 
 class Life:
@@ -159,7 +164,7 @@ class Life:
             await self._meets(trainer)
             path = Path(await trainer.checkpoint())
             await self._speaks(trainer)
-            state = await trainer.export_state()
+            state = (await trainer.export_state()).state
             await trainer.import_state(state.payload, state.step)
         finally:
             await trainer.stop(60)
@@ -194,7 +199,7 @@ class Life:
     async def _gives(self, recorded: Recorded) -> None:
         ours, theirs = socket.socketpair()
         turns, form = donation.Turns(2, Rates()), self.manifest.state_form
-        handle = donation.serving(party(LOW), lambda: recorded, form, turns, Shelf(), Uplink(0))
+        handle = donation.serving(party(LOW), lambda: recorded, form, turns, Shelf(1), Uplink(0))
         giving_all = asyncio.ensure_future(handle(Link(THIRD.peer_id, Stream(theirs), 20.0)))
         joiner = Dialler(Link(LOW.peer_id, Stream(ours), 20.0))
         offered = await donation.ask(
@@ -206,7 +211,7 @@ class Life:
 
     async def _gives_pieces(self, recorded: Recorded) -> None:
         ours, theirs = socket.socketpair()
-        shape, shelf = shape_of(self.manifest), Shelf()
+        shape, shelf = shape_of(self.manifest), Shelf(1)
         handle = giving.serving(
             party(LOW), lambda: recorded, shape, donation.Turns(2, Rates()), shelf, Uplink(0)
         )

@@ -24,7 +24,7 @@ from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
 from xpeer.network.uplink import Uplink
-from xpeer.update import ModelState
+from xpeer.update import ModelState, StateCopy
 from xpeer.wire.messages import Propose, StateOffer, Terms, decode, encode, state_statement
 
 SWARM = "ab" * 32
@@ -168,18 +168,18 @@ def test_a_donor_can_not_claim_any_loss(loss, reason):
 
 class Source:
     def __init__(self) -> None:
-        self.exports = 0
+        self.exports = self.step = 0
 
-    async def export_state(self) -> ModelState:
+    async def export_state(self) -> StateCopy:
         self.exports += 1
-        return ModelState(payload=bytes(400), step=1, loss_public=1.0)
+        return StateCopy(ModelState(payload=bytes(400), step=1, loss_public=1.0), 0.0)
 
 
 async def test_one_peer_gets_one_donation_at_a_time_and_then_waits():
     donor, greedy, other = (Identity.generate() for _ in range(3))
     source, form = Source(), StateForm("float32", 100)
     handle = donation.serving(
-        party(donor), lambda: source, form, donation.Turns(2, Rates()), Shelf(), Uplink(0)
+        party(donor), lambda: source, form, donation.Turns(2, Rates()), Shelf(1), Uplink(0)
     )
 
     async def ask(who: Identity) -> ModelState:

@@ -22,7 +22,7 @@ from xpeer.network.rates import Pace, Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
 from xpeer.network.uplink import Uplink
-from xpeer.update import ModelState
+from xpeer.update import ModelState, StateCopy
 from xpeer.wire.frames import FRAME_BYTES
 from xpeer.wire.messages import StateRequest, encode
 
@@ -35,11 +35,11 @@ class Source:
     """A trainer, of which each snapshot is another."""
 
     def __init__(self) -> None:
-        self.exports = 0
+        self.exports = self.step = 0
 
-    async def export_state(self) -> ModelState:
+    async def export_state(self) -> StateCopy:
         self.exports += 1
-        return ModelState(payload=PAYLOAD, step=self.exports, loss_public=1.0)
+        return StateCopy(ModelState(payload=PAYLOAD, step=self.exports, loss_public=1.0), 0.0)
 
 
 class DonorLink(Link):
@@ -95,7 +95,7 @@ class Network:
             lambda: self.source,
             FORM,
             donation.Turns(2, self.rates),
-            Shelf(),
+            Shelf(1),
             self.uplink,
         )
         self._tasks: list[asyncio.Task[None]] = []

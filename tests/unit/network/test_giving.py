@@ -25,7 +25,7 @@ from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
 from xpeer.network.uplink import PIECE_EVERY_S, Uplink
-from xpeer.update import ModelState
+from xpeer.update import ModelState, StateCopy
 from xpeer.wire.messages import PIECE_BYTES, PiecesRequest, TreeOffer, tree_statement
 
 PAYLOAD = random.Random(2).randbytes(3 * PIECE_BYTES + 400)
@@ -37,12 +37,12 @@ class Source:
     """A trainer; each snapshot has another step."""
 
     def __init__(self, payload: bytes | bytearray = PAYLOAD) -> None:
-        self.exports = 0
+        self.exports = self.step = 0
         self._payload = payload
 
-    async def export_state(self) -> ModelState:
+    async def export_state(self) -> StateCopy:
         self.exports += 1
-        return ModelState(memoryview(self._payload), self.exports, 1.0)
+        return StateCopy(ModelState(memoryview(self._payload), self.exports, 1.0), 0.0)
 
 
 class Pair:
@@ -51,7 +51,7 @@ class Pair:
     def __init__(self, source: Source | None = None) -> None:
         self.donor = Identity.generate()
         self.source = source or Source()
-        self.shelf, self.turns = Shelf(), Turns(2, Rates())
+        self.shelf, self.turns = Shelf(1), Turns(2, Rates())
         self._handle = giving.serving(
             party(self.donor), lambda: self.source, SHAPE, self.turns, self.shelf, Uplink(0)
         )

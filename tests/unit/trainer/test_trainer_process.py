@@ -163,7 +163,7 @@ async def test_an_exchange_between_two_trainers_keeps_the_sum(pair: Pair) -> Non
     rounding = 0.1  # of int8; what the gap is beyond that depends on the steps taken so far
     assert np.linalg.norm(gaps[1]) < 0.2 * np.linalg.norm(gaps[0]) + rounding
     assert (a.progress.merges, a.progress.merges_clipped, a.state) == (3, 0, "paused")
-    shown = [values_of((await trainer.export_state()).payload) for trainer in (a, b)]
+    shown = [values_of((await trainer.export_state()).state.payload) for trainer in (a, b)]
     for state, own, others in zip(shown, after, reversed(before), strict=True):
         assert np.allclose(state, (own + others) / 2, atol=0.01)  # what a joiner is given
     assert np.array_equal(after, await parameters_of(a, b))
@@ -239,7 +239,7 @@ async def test_a_state_crosses_unchanged_and_bad_ones_are_refused(
     pair: Pair, setups: list[TrainerSetup]
 ) -> None:
     a, b = pair
-    given = await a.export_state()
+    given = (await a.export_state()).state
     assert len(given.payload) == 4 * b.num_params
     await b.run("mix")
     await b.checkpoint()
@@ -248,7 +248,7 @@ async def test_a_state_crosses_unchanged_and_bad_ones_are_refused(
     payload = values_to_bytes(1.0001 * saved.flat)  # others than its own, and hardly worse
     before = (await b.evaluate()).public
     loss = await b.import_state(payload, given.step)
-    taken = await b.export_state()
+    taken = (await b.export_state()).state
     assert bytes(taken.payload) == payload
     assert taken.step == given.step
     assert loss == pytest.approx(before, rel=0.02)
@@ -261,7 +261,7 @@ async def test_a_state_crosses_unchanged_and_bad_ones_are_refused(
         with pytest.raises(PeerError) as error:
             await b.import_state(wrong, 3)
         assert error.value.reason == reason
-    assert bytes((await b.export_state()).payload) == payload
+    assert bytes((await b.export_state()).state.payload) == payload
     await b.run("train")
 
 
@@ -295,7 +295,7 @@ async def test_a_trainer_that_dies_fails_what_waits_and_goes_on_from_its_checkpo
     try:
         assert again.resumed_step is not None
         assert again.epoch > b.epoch
-        state = await again.export_state()
+        state = (await again.export_state()).state
         assert state.step == saved.counters["step"]
         assert bytes(state.payload) == saved.flat.numpy().tobytes()
         again_saved = checkpoint.load(Path(await again.checkpoint()))
@@ -419,7 +419,7 @@ async def test_the_end_of_the_run_is_told_and_a_joiner_waits_for_its_parameters(
         with pytest.raises(PeerError) as error:
             await b.snapshot(1, 0, averaging=False)
         assert error.value.reason == Reason.NOT_READY
-        state = await a.export_state()
+        state = (await a.export_state()).state
         await b.import_state(state.payload, 4)
         await b.snapshot(1, 0, averaging=False)
         await b.run("mix")
