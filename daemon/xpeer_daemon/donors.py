@@ -17,13 +17,11 @@ import asyncio
 import contextlib
 import logging
 import math
-import random
-import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.gossip.backoff import Backoff
+from xpeer.errors import LocalError, PeerError
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import donation
@@ -34,9 +32,9 @@ from xpeer.network.pieces import Shape
 from xpeer.network.rates import Rates
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
-from xpeer.training.schedule import planned_steps
 from xpeer_daemon.claims import Claim, Claims, doubtful, ranked
 from xpeer_daemon.node import Node
+from xpeer_daemon.offers import Offer, Offers, refuse
 from xpeer_daemon.store import Store
 from xpeer_daemon.swarm_view import SwarmView
 from xpeer_daemon.takeover import Takeover
@@ -44,11 +42,9 @@ from xpeer_daemon.takeover import Takeover
 log = logging.getLogger("xpeer.daemon")
 
 RETRY_S = 2.0
-ASKED: Final = 8
-"""Number of members that are asked for an offer at the same time, at most."""
-MORE_OFFERS_S: Final = 5.0
-"""After the first offer the others have this long, or as long as the first one took if that is
-longer."""
+DOUBT_S = 10.0
+"""Offers that need the operator's word, or a second donor's, are asked for again after this time:
+each costs the donor a copy now and then."""
 TOLERANCE: Final = 1.15, 0.05
 """How much worse than offered a donor's public loss may be: factor, and nats on top."""
 PARALLEL: Final = 3
@@ -67,11 +63,6 @@ CATCH_UP_S: Final = 900.0
 """A node with a good checkpoint looks for better parameters for this long. Then it trains."""
 STALE_S: Final = 10.0
 """After a longer failure the other offers may have lapsed, so they are asked for anew."""
-
-_DIGITS: Final = re.compile(r"[\d.]+")
-
-Offer = Giver | Offered
-"""In pieces; or the whole, by a donor of an earlier version."""
 
 
 class Donors:
@@ -103,23 +94,24 @@ class Donors:
         accept: bool = False,
     ) -> None:
         self._node, self._view, self._store = node, view, store
-        self._party, self._dialler, self._manifest = party, dialler, manifest
-        self._rates = rates
+        self._manifest = manifest
         self._accept = accept
-        self._failed: dict[PeerId, Backoff] = {}
-        self._said: dict[PeerId, set[str]] = {}
-        """Why each donor was refused since it last gave its parameters, without numbers."""
-        self._takeover = Takeover(
-            party, dialler, shape_of(manifest), rates, folder, node.life, self._avoid
+        self._offers = Offers(
+            view,
+            store,
+            party,
+            dialler,
+            manifest,
+            rates,
+            lambda donor: self._takeover.ask(donor),  # noqa: PLW0108 - made below
         )
+        self._takeover = Takeover(
+            party, dialler, shape_of(manifest), rates, folder, node.life, self._offers.avoid
+        )
+        self._doubting = False
+        """True iff the last offers need the operator's word."""
         self._alone: PeerId | None = None
         """The only donor to fetch from, since a mixture with others was bad; None = any."""
-
-    def _willing(self) -> list[PeerId]:
-        """Members that hold parameters, without those that failed a while ago."""
-        now = asyncio.get_running_loop().time()
-        failed = self._failed
-        return [p for p in self._view.holders() if p not in failed or not failed[p].active(now)]
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give the swarm's parameters to a trainer that has none.
@@ -154,11 +146,11 @@ class Donors:
                 if not has_warned:
                     log.warning("%s", life.note)
                 has_warned = True
-            if await self._take_over_best(trainer, self._willing(), own_step=None):
+            if await self._take_over_best(trainer, own_step=None):
                 life.note = ""
                 self._takeover.forget()
                 return True
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(DOUBT_S if self._doubting else RETRY_S)
 
     async def catch_up(self, trainer: TrainerProcess, own_step: int) -> bool:
         """Take over a donor's parameters if ours lie far behind; returns whether there was a donor
@@ -169,7 +161,7 @@ class Donors:
         clock = asyncio.get_running_loop().time
         until = clock() + CATCH_UP_S
         while True:
-            succeeded = await self._take_over_best(trainer, self._willing(), own_step, until)
+            succeeded = await self._take_over_best(trainer, own_step, until)
             if succeeded:
                 self._store.add_event("caught-up", f"from step {own_step}")
             if succeeded is not None:
@@ -181,7 +173,6 @@ class Donors:
     async def _take_over_best(
         self,
         trainer: TrainerProcess,
-        donors: list[PeerId],
         own_step: int | None,
         until: float | None = None,
     ) -> bool | None:
@@ -189,7 +180,6 @@ class Donors:
 
         Args:
             trainer: gets the parameters.
-            donors: members to ask for offers.
             own_step: offers that are not far ahead of this step are refused; None: none are.
             until: end by the loop's clock. Only the measuring may end later.
 
@@ -201,7 +191,13 @@ class Donors:
         offers = list[Offer]()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
-                offers = await self._offers(donors)
+                await self._takeover.recall()
+                first = [tree.donor for tree in self._takeover.trees()]
+                offers = await self._offers.ask_all(first)
+        if self._alone is not None and all(offer.donor != self._alone for offer in offers):
+            if self._alone in self._offers.willing():
+                self._offers.avoid(self._alone, "it gives nothing any more")
+            self._alone = None
         claims = Claims(self._node, self._view, self._manifest, offers, own_step)
         remaining = [
             offer
@@ -210,23 +206,24 @@ class Donors:
         ]
         if own_step is None and self._doubts(remaining):
             remaining = []
-        _refuse([offer for offer in offers if offer not in remaining])
+        refuse([offer for offer in offers if offer not in remaining])
         while remaining and (until is None or clock() < until):
             chosen, began = self._chosen(remaining), clock()
             remaining = [offer for offer in remaining if offer not in chosen]
             succeeded = await self._attempt(trainer, chosen, claims, until)
             if succeeded or clock() - began > STALE_S:
-                _refuse(remaining)
+                refuse(remaining)
                 return True if succeeded else None
-        _refuse(remaining)
+        refuse(remaining)
         return False
 
     def _doubts(self, offers: list[Offer]) -> bool:
         """Whether the best offer needs the operator's word; says so in the node's health."""
         if not offers:
+            self._doubting = False
             return False
         best, start = offers[0], self._manifest.start_loss
-        doubts = not self._accept and doubtful(best, offers, start)
+        self._doubting = doubts = not self._accept and doubtful(best, offers, start)
         who = self._view.name_of(best.donor)
         facts = {"who": who, "loss": best.loss_public, "start": start}
         self._node.health.hold("donor-doubtful", doubts, **facts)
@@ -234,11 +231,33 @@ class Donors:
 
     def _chosen(self, offers: list[Offer]) -> list[Offer]:
         """The donors to fetch from at the same time: the best one, and others that are alike."""
-        best = next((offer for offer in offers if offer.donor == self._alone), offers[0])
+        best = next((o for o in offers if o.donor == self._alone), self._half_here(offers))
         if isinstance(best, Offered) or best.donor == self._alone:
             return [best]
-        alike = [o for o in offers if not isinstance(o, Offered) and self._alike(best, o)]
-        return list(alike[:PARALLEL])
+        others = [o for o in offers if o is not best and not isinstance(o, Offered)]
+        return [best, *[o for o in others if self._alike(best, o)][: PARALLEL - 1]]
+
+    def _half_here(self, offers: list[Offer]) -> Offer:
+        """The best offer that half of the parameters is here for; else the best one.
+
+        If a transfer takes long, snapshots of now are not alike with those that it began with. The
+        rest of these comes faster than all of others.
+        """
+        best, (factor, nats) = offers[0], TOLERANCE
+        half = self._manifest.state_form.num_bytes / 2
+        for offer in offers:
+            alike = [tree for tree in self._takeover.trees() if self._alike(offer, tree)]
+            here = sum(map(self._takeover.bytes_of, alike))
+            good = offer.loss_public <= factor * best.loss_public + nats
+            if good and here >= half and not isinstance(offer, Offered):
+                return offer
+        return best
+
+    async def _more(self, without: Collection[PeerId]) -> list[Giver]:
+        """Further offers in pieces, the best first."""
+        offers = ranked(await self._offers.ask_all(without=without))
+        refuse([offer for offer in offers if isinstance(offer, Offered)])
+        return [offer for offer in offers if not isinstance(offer, Offered)]
 
     def _alike(self, best: Claim, other: Claim) -> bool:
         """Whether pieces of another snapshot may be put together with those of the best one.
@@ -259,7 +278,12 @@ class Donors:
         givers = [offer for offer in chosen if not isinstance(offer, Offered)]
         try:
             whole = await self._takeover.gather(
-                givers, lambda tree: self._alike(first, tree), until, CATCH_UP_S
+                givers,
+                1 if first.donor == self._alone else PARALLEL,
+                lambda tree: self._alike(first, tree),
+                self._more,
+                until,
+                CATCH_UP_S,
             )
         except LocalError as e:
             if until is None:
@@ -288,10 +312,10 @@ class Donors:
                 self._alone = alone.donor
                 log.warning("a mixture of %d members' parameters is refused: %s", len(trees), e)
             else:
-                self._avoid(alone.donor, str(e))
+                self._offers.avoid(alone.donor, str(e))
             return False
         for tree in trees:
-            self._succeeded(tree.donor)
+            self._offers.succeeded(tree.donor)
         self._alone = None
         names = ", ".join(tree.donor[-8:] for tree in trees)
         log.info("took over the parameters of %s at step %d", names, step)
@@ -302,59 +326,6 @@ class Donors:
         """Whether a node at `own_step` lies far behind a donor at `step`."""
         windows = BEHIND_WINDOWS * self._manifest.round.window_steps
         return step - own_step > max(windows, BEHIND_SHARE * step)
-
-    async def _offers(self, holders: list[PeerId]) -> list[Offer]:
-        """Offers of some members, from those that answer about as soon as the first one."""
-        clock = asyncio.get_running_loop().time
-        began, offers = clock(), list[Offer]()
-        asked = random.sample(holders, min(ASKED, len(holders)))
-        waiting = {asyncio.create_task(self._ask(donor)) for donor in asked}
-        timeout_s: float | None = None
-        try:
-            while waiting:
-                done, waiting = await asyncio.wait(
-                    waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-                )
-                if not done:
-                    break
-                offers += [offer for task in done if (offer := task.result()) is not None]
-                if offers and timeout_s is None:
-                    timeout_s = max(MORE_OFFERS_S, clock() - began)
-        except BaseException:
-            _refuse(offers)
-            raise
-        finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-        return offers
-
-    async def _ask(self, donor: PeerId) -> Offer | None:
-        last = planned_steps(self._manifest)
-        try:
-            offer = await self._offer_of(donor)
-        except PeerError as e:
-            if donor == self._alone:
-                self._alone = None
-                self._avoid(donor, str(e))
-            else:
-                self._refused(donor, str(e))
-            return None
-        if last is not None and offer.step > last:  # with it our run would be over at once
-            offer.refuse()
-            self._refused(donor, f"step {offer.step}, the run ends at {last}")
-            return None
-        return offer
-
-    async def _offer_of(self, donor: PeerId) -> Offer:
-        """A donor's offer: in pieces, or of the whole if it runs an earlier version."""
-        try:
-            return await self._takeover.ask(donor)
-        except PeerError as e:
-            if e.reason != Reason.UNREACHABLE:  # as it also is if it does not serve this protocol
-                raise
-        values = self._manifest.model.state_values
-        return await donation.ask(self._party, self._dialler, donor, values, self._rates)
 
     async def _import(
         self, trainer: TrainerProcess, offer: Offered, step: int, until: float | None
@@ -370,9 +341,9 @@ class Donors:
             await trainer.import_state(state.payload, step, at_most)
         except (PeerError, TimeoutError) as e:
             took_s = clock() - began
-            self._avoid(donor, str(e) or f"not all of it came within {took_s:.0f} s", took_s)
+            self._offers.avoid(donor, str(e) or f"not all of it came within {took_s:.0f} s", took_s)
             return False
-        self._succeeded(donor)
+        self._offers.succeeded(donor)
         log.info("took over the parameters of %s at step %d", donor[-8:], step)
         await self._save()
         return True
@@ -382,31 +353,6 @@ class Donors:
             await self._node.checkpoint()  # any checkpoint on the disk is of older parameters
         except LocalError as e:  # the node's health says so, and the next attempt may succeed
             log.warning("the parameters that were taken over are not saved yet: %s", e)
-
-    def _succeeded(self, donor: PeerId) -> None:
-        self._failed.pop(donor, None)
-        self._said.pop(donor, None)
-
-    def _avoid(self, donor: PeerId, why: str, took_s: float = 0.0) -> None:
-        self._refused(donor, why)
-        backoff = self._failed.setdefault(donor, Backoff())
-        now = asyncio.get_running_loop().time()
-        backoff.failed(now, donation.PAUSE_S, took_s, why, agreed=True)
-
-    def _refused(self, donor: PeerId, why: str) -> None:
-        """Say so once for each donor and reason: it is asked again every `RETRY_S`."""
-        said, reason = self._said.setdefault(donor, set()), _DIGITS.sub("", why)
-        if reason in said:
-            log.debug("parameters from %s refused once more: %s", donor[-8:], why)
-            return
-        said.add(reason)
-        log.warning("parameters from %s refused: %s", donor[-8:], why)
-        self._store.add_event("donor-refused", f"{donor}: {why}")
-
-
-def _refuse(offers: list[Offer]) -> None:
-    for offer in offers:
-        offer.refuse()
 
 
 def shape_of(manifest: Manifest) -> Shape:

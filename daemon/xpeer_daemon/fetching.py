@@ -3,6 +3,10 @@
 Each donor has a worker that asks for some pieces in a row. A donor that is lost gives back what it
 owes, and the others go on with it; it is looked for again meanwhile. When nothing is left to ask
 for, idle workers ask for what others still owe, so that a slow donor holds up nobody.
+
+While fewer donors give than are wanted, others are asked: at once when one is lost, then now and
+then. Only parameters that fit to what is here are taken. If there are others and nobody gives any
+more, the attempt ends as soon as waiting costs more than fetching anew what is here.
 """
 
 from __future__ import annotations
@@ -12,13 +16,14 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any, Final
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network.donation import BROKE
 from xpeer.network.giving import Giver
+from xpeer.network.pieces import Tree
 from xpeer.status import Fetching
 from xpeer_daemon.gathered import Gathered
 
@@ -32,6 +37,11 @@ AGAIN_WITHIN_S: Final = 60.0
 """A donor whose link broke is looked for so long."""
 PAUSE_S, PAUSE_MOST_S = 1.0, 8.0
 """Between two tries: at first, and at most."""
+MORE_S, MORE_MOST_S = 2.0, 30.0
+"""While fewer donors give than are wanted, others are asked after this time, twice as long each
+time, up to this."""
+SILENT_S: Final = 30.0
+"""A donor that has given no piece for so long does not count, and another one takes its place."""
 SPEED_OVER_S: Final = 20.0
 """The speed that status shows is the mean of so long."""
 
@@ -41,10 +51,14 @@ class Speed:
 
     Args:
         clock: monotonic, seconds.
+
+    Attributes:
+        highest: the highest so far, whenever bytes came; 0 = none did.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.highest = 0.0
         self._seen: deque[tuple[float, int]] = deque([(clock(), 0)])
         """When, and how many bytes had come by then."""
 
@@ -54,6 +68,7 @@ class Speed:
         self._seen.append((now, self._seen[-1][1] + num_bytes))
         while len(self._seen) > 2 and now - self._seen[1][0] > SPEED_OVER_S:
             self._seen.popleft()
+        self.highest = max(self.highest, self.bytes_per_s)
 
     @property
     def bytes_per_s(self) -> float:
@@ -64,11 +79,14 @@ class Speed:
 
 
 class Fetch:
-    """One attempt to gather everything, from donors that were chosen.
+    """One attempt to gather everything, from donors that were chosen and others that fit.
 
     Args:
         gathered: gets the pieces.
+        wanted: number of donors that should give at the same time.
+        fits: whether pieces of a tree may be put together with those of the chosen donors.
         again: links to a donor again, after its link broke.
+        more: asks all members but these for offers.
         lost: is told of a donor at fault, or gone for good.
         on_piece: called after every piece.
     """
@@ -76,18 +94,28 @@ class Fetch:
     def __init__(
         self,
         gathered: Gathered,
+        wanted: int,
+        *,
+        fits: Callable[[Tree], bool],
         again: Callable[[Giver], Awaitable[Giver]],
+        more: Callable[[Collection[PeerId]], Awaitable[list[Giver]]],
         lost: Callable[[PeerId, PeerError], None],
         on_piece: Callable[[], None],
     ) -> None:
-        self._gathered, self._again = gathered, again
+        self._gathered, self._wanted, self._fits = gathered, wanted, fits
+        self._again, self._more = again, more
         self._lost, self._on_piece = lost, on_piece
         self._speed = Speed()
         self._owed: Counter[int] = Counter()
         """How many workers have asked for a piece that is not here."""
         self._writing: set[int] = set()
-        self._working: set[PeerId] = set()
+        self._links: dict[PeerId, Giver] = {}
         """Donors that have a link."""
+        self._heard_at: dict[PeerId, float] = {}
+        """When each donor gave a piece last, or was chosen, by the loop's clock."""
+        self._workers: dict[PeerId, asyncio.Task[None]] = {}
+        self._ended, self._short = asyncio.Event(), asyncio.Event()
+        """A worker has ended; a donor has lost its link."""
 
     @property
     def progress(self) -> Fetching:
@@ -99,8 +127,13 @@ class Fetch:
             bytes_total=total,
             bytes_per_s=speed,
             eta_s=(total - here) / speed if speed else None,
-            donors=sorted(self._working),
+            donors=sorted(self._links),
         )
+
+    @property
+    def donors(self) -> list[PeerId]:
+        """All that were asked for pieces and are not lost."""
+        return list(self._workers)
 
     async def run(self, givers: list[Giver]) -> bool:
         """Gather, until everything is here or all donors are lost.
@@ -111,37 +144,129 @@ class Fetch:
         Raises:
             LocalError: the disk is full, or fails.
         """
-        workers = {asyncio.create_task(self._work(giver)) for giver in givers}
+        for giver in givers:
+            self._begin(giver)
+        recruiting = asyncio.create_task(self._recruit())
+        recruiting.add_done_callback(lambda _: self._ended.set())
         try:
-            while workers and self._gathered.missing():
-                done, workers = await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
-                for worker in done:
-                    worker.result()  # a fault of ours
+            while self._workers and self._gathered.missing() and not recruiting.done():
+                await self._ended.wait()
+                self._ended.clear()
+                for donor, worker in list(self._workers.items()):
+                    if worker.done():
+                        del self._workers[donor]
+                        if not worker.cancelled():
+                            worker.result()  # a fault of ours
+            if recruiting.done():
+                recruiting.result()
         finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            left = [recruiting, *self._workers.values()]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
         return not self._gathered.missing()
+
+    # ---- donors ---------------------------------------------------------------------------------
+
+    def _begin(self, giver: Giver) -> None:
+        """Have one more donor give."""
+        self._heard_at[giver.donor] = self._now()
+        worker = self._workers[giver.donor] = asyncio.create_task(self._work(giver))
+        worker.add_done_callback(lambda _: self._ended.set())
+
+    def _giving(self) -> list[PeerId]:
+        """Donors that have a link, and gave a piece not long ago."""
+        since = self._now() - SILENT_S
+        return [donor for donor in self._links if self._heard_at[donor] > since]
+
+    async def _recruit(self) -> None:
+        """Ask others while fewer donors give than are wanted; returns if donors should be chosen
+        anew.
+        """
+        pause_s = MORE_S
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._short.wait()
+            if self._short.is_set():
+                self._short.clear()
+                pause_s = MORE_S / 2
+            giving = self._giving()
+            if len(giving) >= self._wanted or (giving and not self._next_run()):
+                continue
+            offers = await self._more(list(self._workers))
+            fitting = [offer for offer in offers if self._fits(offer.tree)]
+            chosen = fitting[: max(0, self._wanted - len(self._giving()))]
+            for offer in offers:
+                if offer not in chosen:
+                    offer.refuse()
+            if chosen:
+                self._drop_silent(len(self._links) + len(chosen) - self._wanted)
+                for giver in chosen:
+                    log.info("%s gives parameters, too", giver.donor[-8:])
+                    self._begin(giver)
+                pause_s = MORE_S
+                continue
+            if offers and not self._giving() and self._waited_s() > self._worth_s():
+                self._drop_silent(len(self._links))
+                return
+            pause_s = min(2 * pause_s, MORE_MOST_S)
+
+    def _drop_silent(self, most: int) -> None:
+        """Let so many silent donors go at most, those first that are silent for longest."""
+        giving = self._giving()
+        silent = [donor for donor in self._links if donor not in giving]
+        for donor in sorted(silent, key=self._heard_at.__getitem__)[: max(0, most)]:
+            self._workers[donor].cancel()
+            self._lost(donor, PeerError(Reason.TIMEOUT, f"it gave no piece in {SILENT_S:g} s"))
+
+    def _waited_s(self) -> float:
+        return self._now() - max(self._heard_at.values())
+
+    def _worth_s(self) -> float:
+        """How long it takes to fetch anew what is here; at most as long as a donor is looked for.
+
+        Speed unknown: as long.
+        """
+        here, speed = self._gathered.num_bytes, self._speed.highest
+        if not here:
+            return 0.0
+        return min(AGAIN_WITHIN_S, here / speed) if speed else AGAIN_WITHIN_S
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
 
     async def _work(self, giver: Giver) -> None:
         """Have one donor give pieces until none is left, or it is lost."""
         link: Giver | None = giver
         while link is not None and self._gathered.missing():
+            self._links[link.donor] = link
             try:
-                self._gathered.adopt(link.tree)
-                self._working.add(link.donor)
+                self._adopt(link)
                 await self._use(link)
                 await link.close()
                 return
             except PeerError as e:
                 link.refuse()
-                self._working.discard(link.donor)
+                del self._links[link.donor]
+                self._short.set()
                 link = await self._find_again(link, e)
             except BaseException:
                 link.refuse()
                 raise
             finally:
-                self._working.discard(giver.donor)
+                self._links.pop(giver.donor, None)
+
+    def _adopt(self, link: Giver) -> None:
+        """Keep a donor's tree: the first one, or another one that it offered after a break.
+
+        Raises:
+            PeerError: it does not fit to what is here (REFUSED).
+        """
+        if not self._fits(link.tree):
+            raise PeerError(Reason.REFUSED, "other parameters than those that it offered before")
+        self._gathered.adopt(link.tree, [giver.tree for giver in self._links.values()])
 
     async def _use(self, giver: Giver) -> None:
         while run := self._next_run():
@@ -162,6 +287,7 @@ class Fetch:
             self._gathered.wrote(piece, giver.tree)
         finally:
             self._writing.discard(piece)
+        self._heard_at[giver.donor] = self._now()
         self._speed.moved(len(data))
         self._on_piece()
 
@@ -177,15 +303,20 @@ class Fetch:
         return _in_a_row(late[-min(LAST_RUN, len(late))], late, LAST_RUN)
 
     async def _find_again(self, giver: Giver, broke: PeerError) -> Giver | None:
-        """Link to a donor again whose link broke; None = it is at fault, or gone for good."""
+        """Link to a donor again whose link broke.
+
+        Returns:
+            None if it is at fault or gone for good, or if others have taken its place.
+        """
         if broke.reason not in BROKE:
             self._lost(giver.donor, broke)
             return None
         log.info("the link to donor %s broke: %s", giver.donor[-8:], broke)
-        clock = asyncio.get_running_loop().time
-        until, pause_s = clock() + AGAIN_WITHIN_S, PAUSE_S
-        while self._gathered.missing() and clock() < until:
+        until, pause_s = self._now() + AGAIN_WITHIN_S, PAUSE_S
+        while self._gathered.missing() and self._now() < until:
             await asyncio.sleep(pause_s)
+            if len(self._giving()) >= self._wanted:
+                return None
             pause_s = min(2 * pause_s, PAUSE_MOST_S)
             try:
                 return await self._again(giver)

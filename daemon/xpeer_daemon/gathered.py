@@ -14,11 +14,11 @@ import contextlib
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.errors import LocalError, PeerError
 from xpeer.network import pieces
 from xpeer.network.pieces import Shape, Signer, Tree
 from xpeer.wire.messages import PIECE_BYTES
@@ -60,12 +60,19 @@ class Gathered:
             folder.mkdir(mode=0o700, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._fd = os.open(folder / _PARAMETERS, flags, 0o600)
-            os.ftruncate(self._fd, shape.num_bytes)
-            self._require_room()
-            self._load_trees(signer)
-            if self.trees:
-                self._recognise()
+            try:
+                self._load(signer)
+            except BaseException:
+                self.close()
+                raise
         return self
+
+    def _load(self, signer: Signer) -> None:
+        os.ftruncate(self._fd, self.shape.num_bytes)
+        self._require_room()
+        self._load_trees(signer)
+        if self.trees:
+            self._recognise()
 
     def _require_room(self) -> None:
         here = os.fstat(self._fd).st_blocks * 512
@@ -114,19 +121,30 @@ class Gathered:
         counts = {n: self._source.count(n) for n in self.trees}
         return [self.trees[n] for n in sorted(counts, key=lambda n: (-counts[n], n)) if counts[n]]
 
+    def bytes_of(self, tree: Tree) -> int:
+        """Bytes of a tree's pieces that are here."""
+        number = next((n for n, known in self.trees.items() if known.name == tree.name), None)
+        pieces_ = (p for p, source in enumerate(self._source) if source == number)
+        return sum(map(self.shape.size, pieces_)) if number is not None else 0
+
     # ---- changes --------------------------------------------------------------------------------
 
-    def adopt(self, tree: Tree) -> None:
+    def adopt(self, tree: Tree, in_use: Collection[Tree] = ()) -> None:
         """Keep a donor's tree, before any piece of it.
 
-        Raises:
-            PeerError: there are too many (BUSY).
+        If there are too many, the one with the fewest pieces is forgotten.
+
+        Args:
+            tree: to keep.
+            in_use: trees that are not forgotten; fewer than MAX_TREES.
         """
         if any(known.name == tree.name for known in self.trees.values()):
             return
-        number = next((n for n in range(MAX_TREES) if n not in self.trees), None)
-        if number is None:
-            raise PeerError(Reason.BUSY, "pieces of too many snapshots are here")
+        if len(self.trees) >= MAX_TREES:
+            kept = {known.name for known in in_use}
+            spare = [n for n, known in self.trees.items() if known.name not in kept]
+            self.discard(self.trees[min(spare, key=self._source.count)])
+        number = next(n for n in range(MAX_TREES) if n not in self.trees)
         with _errors(self._folder):
             path, fresh = self._path_of(number), self._folder / "tree-new"
             fresh.unlink(missing_ok=True)

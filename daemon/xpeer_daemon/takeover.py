@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Final
 
-from xpeer.errors import PeerError, Reason
+from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import giving
 from xpeer.network.agreement import Dialler, Party
@@ -69,14 +70,26 @@ class Takeover:
         root = next((tree.root for tree in self.trees() if tree.donor == donor), None)
         return await giving.ask(self._party, self._dialler, donor, self._shape, self._rates, root)
 
+    def bytes_of(self, tree: Tree) -> int:
+        """Bytes of a tree's pieces that are here."""
+        return self._gathered.bytes_of(tree) if self._gathered is not None else 0
+
     def trees(self) -> list[Tree]:
         """Of which pieces are here, the one with the most of them first."""
         return self._gathered.sources() if self._gathered is not None else []
 
+    async def recall(self) -> None:
+        """Find what an earlier start left, so that its donors are asked for the rest of it."""
+        if self._folder.exists():
+            with contextlib.suppress(LocalError):  # `gather` raises it, too
+                await self._opened()
+
     async def gather(
         self,
         givers: list[Giver],
+        wanted: int,
         fits: Callable[[Tree], bool],
+        more: Callable[[Collection[PeerId]], Awaitable[list[Giver]]],
         until: float | None,
         lease_s: float,
     ) -> bool:
@@ -84,7 +97,9 @@ class Takeover:
 
         Args:
             givers: donors to fetch from.
+            wanted: number of donors that should give at the same time.
             fits: whether pieces of a tree may be put together with theirs; others are forgotten.
+            more: asks all members but these for offers.
             until: end by the loop's clock; it is put off while enough comes.
             lease_s: by so much.
 
@@ -108,14 +123,22 @@ class Takeover:
                 due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
                 limit.reschedule(max(clock() + lease_s, until))
 
-        fetch = Fetch(gathered, lambda giver: self.ask(giver.donor), self._lost, on_piece)
+        fetch = Fetch(
+            gathered,
+            wanted,
+            fits=fits,
+            again=lambda giver: self.ask(giver.donor),
+            more=more,
+            lost=self._lost,
+            on_piece=on_piece,
+        )
         self._life.fetching = lambda: fetch.progress
         try:
             async with asyncio.timeout_at(until) as limit:
                 return await fetch.run(givers)
         except TimeoutError:
-            for giver in givers:
-                self._avoid(giver.donor, "not all of it came in time")
+            for donor in fetch.donors:
+                self._avoid(donor, "not all of it came in time")
             return False
         finally:
             self._life.fetching = None

@@ -65,7 +65,8 @@ def serving(
                 return  # the joiner sees a closed link and asks another member
             if root is not None and not shelf.holds(trainer, root):
                 root = None
-            if not await turns.may_begin(link.peer_id, held=root is not None):
+            held = root is not None or shelf.is_fresh(trainer)
+            if not await turns.may_begin(link.peer_id, held=held):
                 return
             with turns.giving(link):
                 async with shelf.lend(trainer, root) as lent:

@@ -146,6 +146,11 @@ class Shelf:
         """Whether a snapshot of this trainer is here under this digest or root."""
         return any(self._matching(source, digest))
 
+    def is_fresh(self, source: Source) -> bool:
+        """Whether a joiner that asks now gets a snapshot that is here already."""
+        kept = self._kept
+        return kept is not None and kept.source is source and self._fresh(kept)
+
     async def get(self, source: Source) -> Snapshot:
         """A snapshot of this trainer. One of an earlier trainer is never given.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from xpeer.accounts.ledger import Ledger
@@ -16,14 +16,12 @@ from xpeer.config import Home
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.manifest import StateForm
-from xpeer.network import giving
-from xpeer.network import shelf as shelves
+from xpeer.network import giving, pieces
 from xpeer.network.pieces import Tree, leaves_of, root_of
 from xpeer.network.rates import Rates
 from xpeer.phase import Phase, traits_of
-from xpeer.update import ModelState, StateCopy
 from xpeer.wire.messages import PIECE_BYTES, TreeOffer
-from xpeer_daemon import donors, parameters
+from xpeer_daemon import donors, offers, parameters
 from xpeer_daemon.claims import ranked
 from xpeer_daemon.donors import Donors
 from xpeer_daemon.parameters import Origin, Parameters, begins
@@ -111,6 +109,8 @@ class Rig:
             clock=lambda: 1e6, ends=SimpleNamespace(last_saved=lambda: self.last_saved),
         )  # fmt: skip
         self.conditions: set[str] = set()
+        self.asked: list[tuple[PeerId, bytes | None]] = []
+        """Whom, and for which snapshot."""
         self.node.health = SimpleNamespace(hold=self._hold)
         view: Any = SimpleNamespace(
             others=self._others, holders=self._holders, name_of=str,
@@ -136,6 +136,8 @@ class Rig:
         )  # fmt: skip
         monkeypatch.setattr(giving, "ask", self._ask)
         monkeypatch.setattr(donors, "RETRY_S", 0.001)
+        monkeypatch.setattr(donors, "DOUBT_S", 0.001)
+        monkeypatch.setattr(offers, "LOOK_S", 0.001)
         monkeypatch.setattr(donors, "PATIENCE_S", 0.05)
         monkeypatch.setattr(donors, "GRACE_S", 0.02)
         monkeypatch.setattr(parameters, "POLL_S", 0.001)
@@ -163,7 +165,10 @@ class Rig:
         self.saved += 1
         return "path"
 
-    async def _ask(self, party: Any, dialler: Any, donor: PeerId, *_: Any) -> Offer:
+    async def _ask(
+        self, party: Any, dialler: Any, donor: PeerId, shape: Any, rates: Any, root: bytes | None
+    ) -> Offer:
+        self.asked.append((donor, root))
         if donor == BUSY:
             raise PeerError(Reason.CLOSED, "it gives to others")
         return Offer(donor)
@@ -227,6 +232,90 @@ async def test_parameters_worse_than_the_start_need_a_second_donor(tmp_path, mon
         rig.live = [GOOD, OLD]  # whose public losses agree
         await holding
     assert (trainer.taken, rig.conditions) == ([GOOD], set())
+
+
+async def test_who_waits_for_the_operator_asks_seldom(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    monkeypatch.setattr(donors, "DOUBT_S", 1e6)
+    rig.manifest.start_loss, rig.live = 1.0, [GOOD]
+    holding = asyncio.create_task(rig.hold(Trainer()))
+    async with asyncio.timeout(60):
+        while not rig.conditions:
+            await asyncio.sleep(0.001)
+    for _ in range(100):  # far more than RETRY_S
+        await asyncio.sleep(0.001)
+    assert len(rig.asked) == 1
+    holding.cancel()
+
+
+async def test_a_silent_member_keeps_nobody_from_asking_who_comes_later(
+    tmp_path, monkeypatch
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    monkeypatch.setattr(offers, "MORE_OFFERS_S", 0.001)
+    ask, silent = rig._ask, asyncio.Event()
+
+    async def stall(party: Any, dialler: Any, donor: PeerId, *rest: Any) -> Offer:
+        if donor == LIAR:
+            silent.set()
+            await asyncio.Event().wait()
+        return await ask(party, dialler, donor, *rest)
+
+    monkeypatch.setattr(giving, "ask", stall)
+    rig.live = [LIAR]
+    trainer = Trainer()
+    holding = asyncio.create_task(rig.hold(trainer))
+    async with asyncio.timeout(60):
+        await silent.wait()
+        rig.live = [LIAR, GOOD]
+        await holding
+    assert trainer.taken == [GOOD]
+
+
+async def test_after_a_restart_a_donor_is_asked_for_the_rest_of_what_it_gave(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(globals(), "VALUES", PIECE_BYTES // 4 + 16)  # two pieces
+    real = Offer.pieces
+
+    async def stalls(offer: Offer, first: int, count: int) -> AsyncGenerator[tuple[int, Any]]:
+        async for each in real(offer, 0, 1):
+            yield each
+        await asyncio.Event().wait()
+
+    def unverified(data: bytes, *_: object) -> Tree:  # nobody signs here
+        return Tree(*msgspec.msgpack.decode(data, type=tuple[PeerId, TreeOffer, bytes]))
+
+    monkeypatch.setattr(pieces, "from_bytes", unverified)
+    monkeypatch.setattr(Offer, "pieces", stalls)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live = [GOOD]
+    holding = asyncio.create_task(rig.hold(Trainer()))
+    async with asyncio.timeout(60):
+        while not rig.donors._takeover.trees():
+            await asyncio.sleep(0.001)
+    holding.cancel()
+    await asyncio.gather(holding, return_exceptions=True)
+    monkeypatch.setattr(Offer, "pieces", real)
+
+    again = Rig(tmp_path, monkeypatch, founds=False)
+    again.live = [GOOD]
+    trainer = Trainer()
+    await again.hold(trainer)
+    assert again.asked == [(GOOD, Offer(GOOD).tree.root)]
+    assert trainer.taken == [GOOD]
+
+
+@pytest.mark.parametrize(("here", "first"), [(0.5, OLD), (0.4, GOOD)])
+async def test_an_older_snapshot_is_worth_its_rest_if_half_of_it_is_here(
+    tmp_path, monkeypatch, here, first
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    tree = Offer(OLD).tree
+    held: Any = SimpleNamespace(trees=lambda: [tree], bytes_of=lambda _: here * 4 * VALUES)
+    rig.donors._takeover = held
+    best_first: Any = [Offer(GOOD), Offer(OLD), Offer(WORSE)]
+    assert rig.donors._chosen(best_first)[0].donor == first
 
 
 async def test_the_operator_may_accept_them(tmp_path, monkeypatch) -> None:
@@ -346,57 +435,6 @@ async def test_who_resumes_alone_exchanges_nothing_until_it_has_looked(
     assert trainer.taken == [GOOD]
 
 
-class CopyingTrainer:
-    """A donor's trainer whose copies take a minute, of which it has a core for a while."""
-
-    def __init__(self, clock: list[float], core_s: float = 0.0) -> None:
-        self.step = self.copies = 0
-        self._clock, self._core_s = clock, core_s
-
-    async def export_state(self) -> StateCopy:
-        self.copies += 1
-        self._clock[0] += 60.0
-        return StateCopy(ModelState(b"1234", self.step, 2.0), self._core_s)
-
-
-async def test_one_snapshot_serves_all_who_ask_while_it_is_fresh() -> None:
-    now_s = [0.0]
-    shelf = shelves.Shelf(5, lambda: now_s[0])
-    first, second = CopyingTrainer(now_s), CopyingTrainer(now_s)
-    given = await asyncio.gather(*(shelf.get(first) for _ in range(9)))
-    assert (first.copies, len(set(map(id, given)))) == (1, 1)
-    now_s[0] += shelves.FRESH_S - 0.1
-    await shelf.get(first)
-    assert first.copies == 1
-    now_s[0] += 0.2  # what it waited for a core does not count
-    await shelf.get(first)
-    assert first.copies == 2
-    await shelf.get(second)
-    assert second.copies == 1  # another trainer: nothing of the one before
-
-
-async def test_what_a_copy_cost_decides_how_long_it_is_handed_out() -> None:
-    now_s = [0.0]
-    shelf, trainer = shelves.Shelf(5, lambda: now_s[0]), CopyingTrainer(now_s, core_s=3.0)
-    await shelf.get(trainer)
-    trainer.step = 1000  # however far it is
-    now_s[0] += shelves.FRESH_COST * 3.0 - 0.1
-    await shelf.get(trainer)
-    assert trainer.copies == 1
-    now_s[0] += 0.2
-    assert (await shelf.get(trainer)).state.step == 1000
-
-
-async def test_a_cheap_copy_is_made_anew_once_the_donor_is_a_window_ahead() -> None:
-    now_s = [0.0]
-    shelf, trainer = shelves.Shelf(5, lambda: now_s[0]), CopyingTrainer(now_s)
-    await shelf.get(trainer)
-    trainer.step = 5
-    assert (await shelf.get(trainer)).state.step == 0
-    trainer.step = 6
-    assert (await shelf.get(trainer)).state.step == 6
-
-
 @pytest.mark.parametrize(
     ("phase", "end", "others", "heard", "taken_at"),
     [
@@ -449,7 +487,7 @@ async def test_a_donor_that_stalls_holds_up_nobody_who_has_a_checkpoint(
     trainer = Trainer(resumed_step=20)
     await rig.hold(trainer)
     assert (trainer.taken, rig.life.catching_up) == ([], False)
-    assert rig.donors._willing() == [GOOD, WORSE]  # nobody asks it again for a while
+    assert rig.donors._offers.willing() == [GOOD, WORSE]  # nobody asks it again for a while
     trainer = Trainer()
     await rig.hold(trainer)
     assert trainer.taken == [GOOD]
@@ -480,28 +518,6 @@ async def test_a_founder_whose_donors_all_fail_is_told_of_the_initial_model(
     assert sum("--from-initial" in message for message in caplog.messages) == 1
     assert [event.kind for event in rig.store.events()] == ["donor-refused"]
     holding.cancel()
-
-
-async def test_there_are_two_snapshots_at_most_however_slowly_they_are_read() -> None:
-    now_s, taken = 0.0, 0
-
-    class Source:
-        step = 0
-
-        async def export_state(self) -> StateCopy:
-            nonlocal taken
-            taken += 1
-            return StateCopy(ModelState(b"1234", taken, 2.0), 0.0)
-
-    shelf, source = shelves.Shelf(1, lambda: now_s), Source()
-    async with contextlib.AsyncExitStack() as slow:
-        for _ in range(8):  # each comes when the one before has gone stale
-            await slow.enter_async_context(shelf.lend(source))
-            now_s += shelves.FRESH_S + 1.0
-        assert taken == 2
-        with pytest.raises(PeerError, match=Reason.BUSY):  # of another trainer, a third
-            await shelf.get(Source())
-    assert (await shelf.get(source)).state.step == 3
 
 
 @pytest.mark.parametrize("own_step", [None, 10])

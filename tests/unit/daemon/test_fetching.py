@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ class Donor:
     def __init__(self, tree: Tree, after: int | None = None, error: PeerError | None = None):
         self.tree, self.donor = tree, tree.donor
         self.given: list[int] = []
+        self.data = memoryview(b"1")
         self._after, self._error = after, error
-        self.dropped = False
+        self.dropped = self.closed = False
 
     async def pieces(self, first: int, count: int) -> AsyncGenerator[tuple[int, memoryview]]:
         for piece in range(first, first + count):
@@ -41,23 +42,39 @@ class Donor:
                 await asyncio.Event().wait()  # it trickles
             await asyncio.sleep(0)
             self.given.append(piece)
-            yield piece, memoryview(b"1")
+            yield piece, self.data
 
     async def close(self) -> None:
-        pass
+        self.closed = True
 
     def refuse(self) -> None:
         self.dropped = True
 
 
 class Rig:
-    def __init__(self, gathered: Gathered, donors: list[Donor]) -> None:
+    def __init__(self, gathered: Gathered, donors: list[Donor], wanted: int = 0) -> None:
         self.gathered, self.donors = gathered, donors
         self.lost: list[tuple[PeerId, str]] = []
         self.back: dict[PeerId, Donor] = {}
+        self.others: list[Donor] = []
+        """Who offers, when others are asked; each once."""
+        self.asked = 0
+        self.unfit: list[Donor] = []
+        """Whose offers do not fit, and who go on offering."""
         self.fetch = Fetch(
-            gathered, self._again, lambda peer, e: self.lost.append((peer, e.reason)), lambda: None
+            gathered,
+            wanted or len(donors),
+            fits=lambda tree: tree.step == 7,
+            again=self._again,
+            more=self._more,
+            lost=lambda peer, e: self.lost.append((peer, e.reason)),
+            on_piece=lambda: None,
         )
+
+    async def _more(self, without: Collection[PeerId]) -> Any:
+        self.asked += 1
+        others, self.others = self.others, []
+        return [each for each in (*others, *self.unfit) if each.donor not in without]
 
     async def _again(self, giver: Any) -> Any:
         if giver.donor not in self.back:
@@ -77,6 +94,8 @@ class Rig:
 def gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gathered]:
     monkeypatch.setattr(fetching, "PAUSE_S", 0.0)
     monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", 0.01)
+    monkeypatch.setattr(fetching, "MORE_S", 0.001)
+    monkeypatch.setattr(fetching, "MORE_MOST_S", 0.01)
     opened = Gathered.open(tmp_path / "joining", SHAPE, SIGNER)
     yield opened
     opened.close()
@@ -135,6 +154,92 @@ async def test_a_donor_that_trickles_holds_up_nobody(gathered: Gathered) -> None
     assert await rig.run()
     assert len(rig.given_by(slow)) == 1
     assert slow.dropped
+
+
+FOR_EVER_S = 1e6
+
+
+async def test_who_has_lost_all_donors_asks_others_at_once(
+    gathered: Gathered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", FOR_EVER_S)
+    monkeypatch.setattr(fetching, "PAUSE_S", FOR_EVER_S)
+    dies = donor(after=5, error=PeerError(Reason.TRUNCATED, "killed"))
+    rig = Rig(gathered, [dies])
+    rig.others = [other := donor()]
+    assert await rig.run()
+    assert (len(rig.given_by(dies)), len(other.given)) == (5, PIECES - 5)
+    assert rig.lost == []  # it was still looked for
+
+
+async def test_others_join_in_while_fewer_give_than_are_wanted(gathered: Gathered) -> None:
+    stays = donor(after=5)
+    rig = Rig(gathered, [stays], wanted=2)
+    running = asyncio.create_task(rig.run())
+    while rig.asked < 3:  # now and then, as long as nobody is there
+        await asyncio.sleep(0)
+    rig.others = [donor(), third := donor()]
+    assert await running
+    assert (third.given, third.dropped) == ([], True)  # two are enough
+
+
+async def test_nobody_is_asked_while_enough_give(gathered: Gathered) -> None:
+    rig = Rig(gathered, [donor(), donor()], wanted=2)
+    assert await rig.run()
+    assert rig.asked == 0
+
+
+async def test_what_fits_to_nothing_is_waited_for_no_longer_than_it_is_worth(
+    gathered: Gathered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only donor is gone, and others offer what can't be put together with its pieces."""
+    monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", FOR_EVER_S)
+    monkeypatch.setattr(fetching, "PAUSE_S", FOR_EVER_S)
+    dies = donor(after=5, error=PeerError(Reason.TRUNCATED, "killed"))
+    dies.data = memoryview(bytes(PIECE_BYTES))  # its speed counts
+    rig = Rig(gathered, [dies])
+    rig.unfit = [donor(step=500)]
+    assert not await rig.run()
+    assert (rig.unfit[0].given, rig.unfit[0].dropped) == ([], True)
+    assert gathered.num_bytes == 5 * PIECE_BYTES
+
+
+async def test_a_donor_that_comes_back_with_other_parameters_is_refused(
+    gathered: Gathered,
+) -> None:
+    """Else it could offer good ones, break off, and give any others in their place."""
+    breaks = donor(after=5, error=PeerError(Reason.CLOSED, "the line broke"))
+    rig = Rig(gathered, [breaks])
+    rig.back[breaks.donor] = other = donor(step=900)
+    other.donor = breaks.donor
+    assert not await rig.run()
+    assert (rig.lost, other.given) == ([(breaks.donor, Reason.REFUSED)], [])
+
+
+async def test_donors_that_are_silent_for_ever_make_way(
+    gathered: Gathered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold their links, and all the places."""
+    monkeypatch.setattr(fetching, "SILENT_S", 0.01)
+    silent = [donor(after=0), donor(after=0)]
+    rig = Rig(gathered, [*silent], wanted=2)
+    while_silent = asyncio.create_task(rig.run())
+    while rig.asked < 2:
+        await asyncio.sleep(0)
+    rig.others = [helpful := donor()]
+    assert await while_silent
+    assert len(helpful.given) == PIECES
+    assert [each.dropped for each in silent].count(True) >= 1
+
+
+async def test_silent_donors_are_left_for_others_that_do_not_fit(
+    gathered: Gathered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "SILENT_S", 0.01)
+    rig = Rig(gathered, [silent := donor(after=0)])
+    rig.unfit = [donor(step=500)]
+    assert not await rig.run()
+    assert rig.lost == [(silent.donor, Reason.TIMEOUT)]
 
 
 async def test_progress_names_bytes_speed_and_time_left(gathered: Gathered) -> None:

@@ -1,0 +1,178 @@
+"""Asks members for their parameters, and remembers who failed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from typing import Final
+
+from xpeer.errors import PeerError, Reason
+from xpeer.gossip.backoff import Backoff
+from xpeer.identity import PeerId
+from xpeer.manifest import Manifest
+from xpeer.network import donation
+from xpeer.network.agreement import Dialler, Party
+from xpeer.network.donation import Offered
+from xpeer.network.giving import Giver
+from xpeer.network.rates import Rates
+from xpeer.training.schedule import planned_steps
+from xpeer_daemon.store import Store
+from xpeer_daemon.swarm_view import SwarmView
+
+log = logging.getLogger("xpeer.daemon")
+
+ASKED: Final = 8
+"""Number of members that are asked for an offer at the same time, at most."""
+MORE_OFFERS_S: Final = 5.0
+"""After the first offer the others have this long, or as long as the first one took if that is
+longer."""
+LOOK_S: Final = 1.0
+"""While nobody has offered anything, members that came meanwhile are asked after this time."""
+GIVES_NONE: Final = "it gives nothing now: others are served, or this node was just before"
+_DIGITS: Final = re.compile(r"[\d.]+")
+
+Offer = Giver | Offered
+"""In pieces; or the whole, by a donor of an earlier version."""
+
+
+class Offers:
+    """Asks members, for one node.
+
+    Args:
+        view: knows who holds parameters.
+        store: remembers events.
+        party: our identity and keys.
+        dialler: opens streams.
+        manifest: of the swarm.
+        rates: speeds that transfers and exchanges reached.
+        ask: asks one member for its tree, see `Takeover.ask`.
+    """
+
+    def __init__(
+        self,
+        view: SwarmView,
+        store: Store,
+        party: Party,
+        dialler: Dialler,
+        manifest: Manifest,
+        rates: Rates,
+        ask: Callable[[PeerId], Awaitable[Giver]],
+    ) -> None:
+        self._view, self._store = view, store
+        self._party, self._dialler, self._manifest = party, dialler, manifest
+        self._rates, self._ask_for_tree = rates, ask
+        self._failed: dict[PeerId, Backoff] = {}
+        self._said: dict[PeerId, set[str]] = {}
+        """Why each donor was refused since it last gave its parameters, without numbers."""
+
+    def willing(self) -> list[PeerId]:
+        """Members that hold parameters, without those that failed a while ago."""
+        now = asyncio.get_running_loop().time()
+        failed = self._failed
+        return [p for p in self._view.holders() if p not in failed or not failed[p].active(now)]
+
+    async def ask_all(
+        self, first: Iterable[PeerId] = (), without: Collection[PeerId] = ()
+    ) -> list[Offer]:
+        """Offers of those members that answer about as soon as the first one.
+
+        A member that is silent keeps nobody from asking those that come meanwhile.
+
+        Args:
+            first: members to ask before any others.
+            without: members that are not asked.
+        """
+        clock = asyncio.get_running_loop().time
+        began, ends_at, offers = clock(), float("inf"), list[Offer]()
+        asked, waiting = set(without), set[asyncio.Task[Offer | None]]()
+        try:
+            while clock() < ends_at:
+                if not offers:
+                    fresh = self._next(list(first), asked)[: ASKED - len(waiting)]
+                    asked.update(fresh)
+                    waiting |= {asyncio.create_task(self._ask(donor)) for donor in fresh}
+                if not waiting:
+                    break
+                done, waiting = await asyncio.wait(
+                    waiting,
+                    timeout=min(LOOK_S, ends_at - clock()),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                offers += [offer for task in done if (offer := task.result()) is not None]
+                if offers:
+                    ends_at = min(ends_at, clock() + max(MORE_OFFERS_S, clock() - began))
+        except BaseException:
+            refuse(offers)
+            raise
+        finally:
+            for task in waiting:
+                task.cancel()
+            late = await asyncio.gather(*waiting, return_exceptions=True)
+            refuse([o for o in late if o is not None and not isinstance(o, BaseException)])
+        return offers
+
+    def _next(self, first: list[PeerId], asked: set[PeerId]) -> list[PeerId]:
+        """Members that were not asked yet, in the order in which they are asked."""
+        willing = [member for member in self.willing() if member not in asked]
+        random.shuffle(willing)
+        return sorted(willing, key=lambda member: member not in first)
+
+    async def _ask(self, donor: PeerId) -> Offer | None:
+        last = planned_steps(self._manifest)
+        try:
+            offer = await self._offer_of(donor)
+        except PeerError as e:
+            self._refused(donor, GIVES_NONE if e.reason == Reason.CLOSED else str(e))
+            return None
+        if last is not None and offer.step > last:  # with it our run would be over at once
+            offer.refuse()
+            self._refused(donor, f"step {offer.step}, the run ends at {last}")
+            return None
+        return offer
+
+    async def _offer_of(self, donor: PeerId) -> Offer:
+        """A donor's offer: in pieces, or of the whole if it runs an earlier version."""
+        try:
+            return await self._ask_for_tree(donor)
+        except PeerError as e:
+            if e.reason != Reason.UNREACHABLE:  # as it also is if it does not serve this protocol
+                raise
+        values = self._manifest.model.state_values
+        return await donation.ask(self._party, self._dialler, donor, values, self._rates)
+
+    def succeeded(self, donor: PeerId) -> None:
+        """Forget what a donor did, since its parameters are taken over."""
+        self._failed.pop(donor, None)
+        self._said.pop(donor, None)
+
+    def avoid(self, donor: PeerId, why: str, took_s: float = 0.0) -> None:
+        """Ask a donor for nothing for a while.
+
+        Args:
+            donor: the member.
+            why: for people.
+            took_s: time that the failure cost.
+        """
+        self._refused(donor, why)
+        backoff = self._failed.setdefault(donor, Backoff())
+        now = asyncio.get_running_loop().time()
+        backoff.failed(now, donation.PAUSE_S, took_s, why, agreed=True)
+
+    def _refused(self, donor: PeerId, why: str) -> None:
+        """Say so once for each donor and reason: it is asked again every `donors.RETRY_S`."""
+        said, reason = self._said.setdefault(donor, set()), _DIGITS.sub("", why)
+        if reason in said:
+            log.debug("parameters from %s refused once more: %s", donor[-8:], why)
+            return
+        said.add(reason)
+        log.warning("parameters from %s refused: %s", donor[-8:], why)
+        self._store.add_event("donor-refused", f"{donor}: {why}")
+
+
+def refuse(offers: list[Offer]) -> None:
+    """Decline offers, because others are better."""
+    for offer in offers:
+        offer.refuse()
