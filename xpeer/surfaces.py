@@ -29,6 +29,7 @@ FRAMES: Final = ("MESSAGE", "BULK", "END", "ELSEWHERE")
 EVENTS: Final = (
     "trainer-restarted",
     "donor-refused",
+    "took-over",
     "caught-up",
     "began-anew",
     "finished",

@@ -42,7 +42,7 @@ from xpeer_daemon.takeover import Takeover
 log = logging.getLogger("xpeer.daemon")
 
 RETRY_S = 2.0
-DOUBT_S = 10.0
+DOUBT_S = 15.0
 """Offers that need the operator's word, or a second donor's, are asked for again after this time:
 each costs the donor a copy now and then."""
 TOLERANCE: Final = 1.15, 0.05
@@ -276,6 +276,8 @@ class Donors:
         if isinstance(first, Offered):
             return await self._import(trainer, first, claims.step_of(first), until)
         givers = [offer for offer in chosen if not isinstance(offer, Offered)]
+        clock = asyncio.get_running_loop().time
+        began = clock()
         try:
             whole = await self._takeover.gather(
                 givers,
@@ -290,9 +292,9 @@ class Donors:
                 raise
             log.warning("the node goes on with its own parameters: %s", e)  # e.g. a full disk
             return False
-        return whole and await self._use(trainer, claims)
+        return whole and await self._use(trainer, claims, clock() - began)
 
-    async def _use(self, trainer: TrainerProcess, claims: Claims) -> bool:
+    async def _use(self, trainer: TrainerProcess, claims: Claims, took_s: float) -> bool:
         """Have the trainer take over what was gathered, if it is as good as its donors say.
 
         If it is not, and is of several donors, all is fetched from one of them, whose pieces stay:
@@ -312,13 +314,14 @@ class Donors:
                 self._alone = alone.donor
                 log.warning("a mixture of %d members' parameters is refused: %s", len(trees), e)
             else:
-                self._offers.avoid(alone.donor, str(e))
+                self._offers.avoid(alone.donor, str(e), took_s)
             return False
         for tree in trees:
             self._offers.succeeded(tree.donor)
         self._alone = None
         names = ", ".join(tree.donor[-8:] for tree in trees)
         log.info("took over the parameters of %s at step %d", names, step)
+        self._store.add_event("took-over", f"step {step}, {self._takeover.summary()}, from {names}")
         await self._save()
         return True
 

@@ -240,8 +240,9 @@ class Fetch:
     async def _work(self, giver: Giver) -> None:
         """Have one donor give pieces until none is left, or it is lost."""
         link: Giver | None = giver
+        counts = True  # a donor that comes and goes, and gives nothing, sets no pace
         while link is not None and self._gathered.missing():
-            self._links[link.donor] = link
+            self._links[link.donor], heard_at = link, self._heard_at[link.donor]
             try:
                 self._adopt(link)
                 await self._use(link)
@@ -250,7 +251,9 @@ class Fetch:
             except PeerError as e:
                 link.refuse()
                 del self._links[link.donor]
-                self._short.set()
+                if counts or self._heard_at[link.donor] > heard_at:
+                    self._short.set()
+                counts = False
                 link = await self._find_again(link, e)
             except BaseException:
                 link.refuse()

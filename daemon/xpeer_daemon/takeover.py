@@ -60,6 +60,7 @@ class Takeover:
         self._folder, self._life, self._avoid = folder, life, avoid
         self._gathered: Gathered | None = None
         """None until the first donor was chosen, and again once the parameters are taken over."""
+        self._came = 0
 
     async def ask(self, donor: PeerId) -> Giver:
         """Ask a donor for its tree: the one of which pieces are here, if it still has that.
@@ -118,6 +119,7 @@ class Takeover:
 
         def on_piece() -> None:
             nonlocal due
+            self._came += 1
             self._life.note = in_words(fetch.progress)
             if until is not None and gathered.num_bytes >= due:
                 due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
@@ -147,6 +149,10 @@ class Takeover:
         """All pieces: (num_bytes,) uint8, only to be read."""
         return (await self._opened()).payload()
 
+    def summary(self) -> str:
+        """How many pieces there are, and how many of them this start has fetched; for people."""
+        return f"{self._shape.num_pieces} pieces, {self._came} fetched since the start"
+
     def discard(self, tree: Tree) -> None:
         """Forget the pieces of a tree."""
         if self._gathered is not None:
@@ -157,6 +163,7 @@ class Takeover:
         if self._gathered is not None:
             self._gathered.close()
             self._gathered = None
+        self._came = 0
         remove(self._folder)
 
     async def _opened(self) -> Gathered:

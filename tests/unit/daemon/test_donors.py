@@ -195,7 +195,8 @@ async def test_a_joiner_takes_the_best_and_never_one_that_lies(tmp_path, monkeyp
     assert await rig.hold(trainer) is trainer
     assert (trainer.taken, rig.saved) == ([GOOD], 1)
     assert rig.origin.source == "awaited"
-    assert [event.kind for event in rig.store.events()] == ["donor-refused"]
+    kinds = [event.kind for event in rig.store.events()]
+    assert sorted(kinds) == ["donor-refused", "took-over"]
 
 
 async def test_a_refusal_is_said_once_for_each_donor_and_reason(
@@ -324,6 +325,26 @@ async def test_the_operator_may_accept_them(tmp_path, monkeypatch) -> None:
     trainer = Trainer()
     await rig.hold(trainer)
     assert (trainer.taken, rig.conditions) == ([GOOD], set())
+
+
+async def test_a_liar_is_avoided_for_several_times_what_it_cost(tmp_path, monkeypatch) -> None:
+    """Else a low loss, once claimed, would cost a joiner one transfer after another."""
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    loop, late_s = asyncio.get_running_loop(), 0.0
+    real, time = Offer.pieces, loop.time
+
+    async def slow(offer: Offer, first: int, count: int) -> AsyncGenerator[tuple[int, Any]]:
+        nonlocal late_s
+        late_s += 1000.0
+        async for each in real(offer, first, count):
+            yield each
+
+    monkeypatch.setattr(Offer, "pieces", slow)
+    monkeypatch.setattr(loop, "time", lambda: time() + late_s)
+    rig.live = [LIAR, GOOD]
+    await rig.hold(Trainer())
+    backoff = rig.donors._offers._failed[LIAR]
+    assert backoff.until_s - loop.time() > 2000.0
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -216,6 +216,24 @@ async def test_a_donor_that_comes_back_with_other_parameters_is_refused(
     assert (rig.lost, other.given) == ([(breaks.donor, Reason.REFUSED)], [])
 
 
+async def test_a_donor_that_comes_and_goes_makes_its_joiner_ask_nobody(
+    gathered: Gathered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "MORE_S", FOR_EVER_S)
+    monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", FOR_EVER_S)
+    flaps = donor(after=0, error=PeerError(Reason.CLOSED, "it goes"))
+    rig, came = Rig(gathered, [flaps]), 0
+
+    async def again(_: Any) -> Any:
+        nonlocal came
+        came += 1
+        return flaps if came < 50 else Donor(flaps.tree)
+
+    rig.fetch._again = again
+    assert await rig.run()
+    assert (came, rig.asked) == (50, 1)
+
+
 async def test_donors_that_are_silent_for_ever_make_way(
     gathered: Gathered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
