@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.daemons import Daemon, ending
 from benchmarks.hostile.attacks import ATTACK_VARIABLE, LATE
 from benchmarks.simulator import corpora
-from xpeer.cli.demo.daemons import call, status_of
-from xpeer.config import Home
+from xpeer.cli.demo.daemons import call
 from xpeer.status import Status
 
-_ROOT = Path(__file__).parents[2]
 _LISTEN = "/ip4/127.0.0.1/tcp/0"
 _START_TIMEOUT_S, _END_TIMEOUT_S, _POLL_S = 240.0, 40.0, 0.5
 NAMES = ("anna", "bert", "cleo", "dora")
@@ -64,9 +59,8 @@ class Peers:
     def __init__(self, folder: Path, steps: int, changes: Sequence[str] = ()) -> None:
         self._folder, self._steps = folder, steps
         self._changes = [f"--set={change}" for change in changes]
-        self.homes = {name: Home(folder / name) for name in NAMES}
+        self.daemons = {name: Daemon(folder, name) for name in NAMES}
         self.ids: dict[str, str] = {}
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._joins_at = 0
         self._join: Callable[[], None] | None = None
 
@@ -80,13 +74,15 @@ class Peers:
                   "--set=optimiser.warmup_steps=30"]  # fmt: skip
         call(["init", *self._place(founder), "--swarm", "hostile", "--privacy", "off",
               "--preset", "tiny", *fields, *self._changes])  # fmt: skip
-        self.ids[founder] = call(["id", "--home", str(self.homes[founder].path)])
-        for name in joiners:
-            self.ids[name] = call(["id", "--home", str(self.homes[name].path)])
+        for name in (founder, *joiners):
+            self.ids[name] = call(["id", *self._home(name)])
+
+    def _home(self, name: str) -> list[str]:
+        return ["--home", str(self.daemons[name].home.path)]
 
     def _place(self, name: str) -> list[str]:
         shard = str(self._folder / f"{name}.txt")
-        return ["--home", str(self.homes[name].path), "--shard", shard, "--listen", _LISTEN]
+        return [*self._home(name), "--shard", shard, "--listen", _LISTEN]
 
     @contextlib.contextmanager
     def running(
@@ -96,15 +92,15 @@ class Peers:
         is at this step.
         """
         self._joins_at = joins_at
-        try:
-            shares = dict(zip(NAMES, throttles, strict=True))
-            founder, *joiners = NAMES
-            does = {name: attack if name == HOSTILE or attack == LATE else "" for name in NAMES}
+        shares = dict(zip(NAMES, throttles, strict=True))
+        founder, *joiners = NAMES
+        does = {name: attack if name == HOSTILE or attack == LATE else "" for name in NAMES}
+        with ending(self.daemons.values(), _END_TIMEOUT_S):
             self._start(founder, does[founder], shares[founder])
-            status = self._wait(founder)
+            status = self.daemons[founder].wait(lambda s: bool(s.addresses), _START_TIMEOUT_S)
             for name in joiners:
-                token = call(["invite", "create", "--home", str(self.homes[founder].path), "--for",
-                              self.ids[name], "--seed", status.addresses[0]])  # fmt: skip
+                token = call(["invite", "create", *self._home(founder), "--for", self.ids[name],
+                              "--seed", status.addresses[0]])  # fmt: skip
                 call(["init", *self._place(name), "--join", token])
                 start = partial(self._start, name, does[name], shares[name])
                 if joins_at and name == HOSTILE:
@@ -112,53 +108,20 @@ class Peers:
                 else:
                     start()
             yield
-        finally:
-            for process in self._processes.values():
-                process.send_signal(signal.SIGTERM)
-            for process in self._processes.values():
-                try:
-                    process.wait(_END_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
 
     def _start(self, name: str, attack: str, throttle: float) -> None:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("XPEER_")}
-        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        own = {
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "XPEER_TRAINING_THREADS": "1",
-            "XPEER_TRAINING_MIN_PEERS": str(len(NAMES) - (2 if self._joins_at else 1)),
-            "XPEER_TRAINING_THROTTLE": str(throttle),
-            "XPEER_PRIVACY_REGISTER": str(self._folder / f"register-{name}"),
-            ATTACK_VARIABLE: attack,
-        }
-        home = str(self.homes[name].path)
+        home = str(self.daemons[name].home.path)
         module = (
             ["benchmarks.hostile.daemon", home]
             if attack
             else ["xpeer.cli", "start", "--home", home]
         )
-        with (self._folder / f"{name}.log").open("wb") as log:
-            self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *module],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**kept, **own},
-            )  # fmt: skip
-
-    def _wait(self, name: str) -> Status:
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while (status := status_of(self.homes[name])) is None or not status.addresses:
-            self._require_alive(name, deadline)
-        return status
-
-    def _require_alive(self, name: str, deadline: float) -> None:
-        if self._processes[name].poll() is not None or time.monotonic() > deadline:
-            log = (self._folder / f"{name}.log").read_text(errors="replace")[-3000:]
-            raise RuntimeError(f"{name} died or takes too long; its log ends:\n{log}")
-        time.sleep(_POLL_S)
+        settings = {
+            "XPEER_TRAINING_MIN_PEERS": str(len(NAMES) - (2 if self._joins_at else 1)),
+            "XPEER_TRAINING_THROTTLE": str(throttle),
+            ATTACK_VARIABLE: attack,
+        }
+        self.daemons[name].start(module, settings)
 
     def watch(self, names: Sequence[str], timeout_s: float) -> dict[str, Seen]:
         """Until these have taken all steps and closed among themselves; what each did."""
@@ -170,11 +133,11 @@ class Peers:
         while len(closed) < len(names) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             for name in names:
-                if name not in self._processes:
+                if not self.daemons[name].started:
                     continue
-                status = status_of(self.homes[name])
+                status = self.daemons[name].status()
                 if status is None:
-                    self._require_alive(name, deadline)
+                    self.daemons[name].require_alive(deadline)
                     continue
                 self._note(name, status, seen[name], began, ended)
                 if self._join is not None and status.progress.step >= self._joins_at:

@@ -13,9 +13,10 @@ from pydoc_data import topics
 from typing import Any
 
 from benchmarks.common import emit, say, write_result
+from benchmarks.daemons import ending
 from benchmarks.exchange.hosts import can_shape, hosts
-from benchmarks.joining.figures import around, spent, summary_of, transfer
-from benchmarks.joining.peers import Peer, ending, take_steps
+from benchmarks.joining.figures import around, in_step, spent, summary_of, transfer, usual_distance
+from benchmarks.joining.peers import END_TIMEOUT_S, Peer, take_steps
 from benchmarks.overlap.__main__ import SMALL, SMOLLM2_135M
 from xpeer.policies import PrivacyMode, privacy_policy
 from xpeer.status import Status
@@ -26,7 +27,8 @@ PUBLIC_CHARACTERS = 8_000
 WARM_UP_MERGES = 5
 """Of each donor, before anything is counted."""
 NEAR = 1.25
-"""A joiner is in step if its distance from its partners is at most so many times the donors'."""
+"""A joiner is in step once an exchange finds it at most so many times as far from its partner as
+donors usually are from one another."""
 IN_STEP_S = 1800.0
 """It is waited for so long."""
 
@@ -93,30 +95,40 @@ def measure(plan: Plan, mode: PrivacyMode, model: Path | None, folder: Path) -> 
         machines[-1].limit(plan.mbit_per_s)
         founder, *others = donors
         founder.found(options_of(plan, mode, model, folder))
-        with ending(peers):
-            founder.start(len(others), compile_codec=plan.compile_codec)
+        with ending(peers, END_TIMEOUT_S):
+            founder.run(len(others), compile_codec=plan.compile_codec)
             for peer in others:
                 peer.prepare(founder)
-                peer.start(len(others), compile_codec=plan.compile_codec)
+                peer.run(len(others), compile_codec=plan.compile_codec)
             take_steps(donors, plan.steps)
             for peer in donors:
                 peer.wait(lambda s: s.progress.merges >= WARM_UP_MERGES)
             say(f"privacy {mode}: {len(donors)} donors train")
             warm = {peer.name: len(peer.rows()) for peer in donors}
             take_steps(donors, plan.steps)
-            before = {peer.name: spent(peer.rows()[warm[peer.name] :]) for peer in donors}
+            rows = {peer.name: peer.rows()[warm[peer.name] :] for peer in donors}
+            before = {name: spent(each) for name, each in rows.items()}
             joiner.prepare(founder)
-            found = _join(plan, donors, joiner)
+            found = _join(plan, donors, joiner, max(map(usual_distance, rows.values())))
     for name, each in found["donors"].items():
         each["before"] = before[name]
     return found
 
 
-def _join(plan: Plan, donors: list[Peer], joiner: Peer) -> dict[str, Any]:
-    """From the joiner's start until it is in step."""
+def _join(plan: Plan, donors: list[Peer], joiner: Peer, usual: float) -> dict[str, Any]:
+    """From the joiner's start until it is in step.
+
+    Its count of steps stays behind the donors' by those that they took during the transfer.
+
+    Args:
+        plan: what is measured.
+        donors: train already.
+        joiner: is not started yet.
+        usual: distance between donors.
+    """
     ids = {_status(peer).peer_id: peer for peer in donors}
     wire = joiner.host.received_bytes()
-    joiner.start(0, compile_codec=plan.compile_codec)
+    joiner.run(0, compile_codec=plan.compile_codec)
     half = joiner.wait(_has_half)
     if half.fetching is None:
         raise RuntimeError("all was here before a donor could be killed")
@@ -133,9 +145,11 @@ def _join(plan: Plan, donors: list[Peer], joiner: Peer) -> dict[str, Any]:
         peer.wait_for_rows(lambda rows: rows[-1].at >= came.ended)
     joiner.wait_for_rows(bool)
     began_at = joiner.rows()[0].step
-    near = plan.window_steps
-    stepped = joiner.wait(lambda s: _in_step(s, [_status(p) for p in staying], near), IN_STEP_S)
-    windows = (stepped.progress.step - began_at) / plan.window_steps
+    joiner.wait(lambda _: in_step(joiner.rows(), NEAR * usual) is not None, IN_STEP_S)
+    stepped = in_step(joiner.rows(), NEAR * usual)
+    assert stepped is not None
+    behind = statistics.median(peer.rows()[-1].step for peer in staying) - joiner.rows()[-1].step
+    windows = (stepped.step - began_at) / plan.window_steps
     say(f"in step after {windows:.1f} windows")
     during = {
         peer.name: {"during": spent(around(peer.rows(), came.began, came.ended))}
@@ -152,7 +166,9 @@ def _join(plan: Plan, donors: list[Peer], joiner: Peer) -> dict[str, Any]:
         "killed": doomed.name,
         "killed_at": round(killed_at, 3),
         "windows_to_step": round(windows, 2),
-        "distance": stepped.progress.consensus_distance,
+        "steps_behind": behind,
+        "distance": stepped.distance,
+        "usual_distance": usual,
         "donors": {doomed.name: {}, **during},
     }
 
@@ -165,17 +181,6 @@ def _has_half(status: Status) -> bool:
 
 def _status(peer: Peer) -> Status:
     return peer.wait(lambda _: True)
-
-
-def _in_step(status: Status, donors: list[Status], near: int) -> bool:
-    """Whether it is about as near to its partners as they are to theirs, and at their step."""
-    own = status.progress.consensus_distance
-    theirs = [d.progress.consensus_distance for d in donors]
-    if status.exchanges_done < 1 or own is None or None in theirs:
-        return False
-    step = statistics.median(d.progress.step for d in donors)
-    close = own <= NEAR * max(d for d in theirs if d is not None)
-    return close and abs(status.progress.step - step) <= near
 
 
 def _manual() -> str:

@@ -34,6 +34,8 @@ class Row:
     """On a processor, by all threads, for them."""
     copy_waits: int
     """How often the training thread waited for anything while it made them."""
+    distance: float | None = None
+    """To the partner of the last exchange, on its fragment; None before the first one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,16 @@ def around(rows: Sequence[Row], began: float, ended: float) -> list[Row]:
     return list(rows[first : last + 1])
 
 
+def usual_distance(rows: Sequence[Row]) -> float:
+    """The median of distances that a donor's exchanges found; one at least."""
+    return statistics.median(row.distance for row in rows if row.distance is not None)
+
+
+def in_step(rows: Sequence[Row], near: float) -> Row | None:
+    """The first row of a joiner whose last exchange found it so near to its partner."""
+    return next((r for r in rows if r.distance is not None and r.distance <= near), None)
+
+
 def spent(rows: Sequence[Row]) -> dict[str, float]:
     """What a donor used between the first row and the last; two at least."""
     first, last = rows[0], rows[-1]
@@ -136,7 +148,8 @@ def summary_of(run: dict[str, Any]) -> dict[str, Any]:
     during = [each["during"] for each in donors]
     return {
         **{name: run[name] for name in ("transfer_s", "bytes", "mbit_per_s", "pieces",
-                                        "pieces_twice", "wire_ratio", "windows_to_step")},
+                                        "pieces_twice", "wire_ratio", "windows_to_step",
+                                        "steps_behind")},
         "speed_kept": round(statistics.median(kept), 4),
         "copy_cpu_share": round(statistics.median(d["copy_cpu_share"] for d in during), 4),
         "copies": max(int(d["copies"]) for d in during),

@@ -22,6 +22,7 @@ from xpeer.trainer.main import main
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.worker import Worker
 from xpeer.training.loop import TrainingLoop
+from xpeer.update import Checked, PeerUpdate
 
 
 class Notes:
@@ -37,6 +38,9 @@ class Notes:
         self._file = path.open("a", buffering=1)
         self._copies = self._waits = 0
         self._copy_s = self._copy_cpu_s = 0.0
+        self._distance: float | None = None
+        self._verify = loop.exchanges.verify
+        loop.exchanges.verify = self.verify  # type: ignore[method-assign]
         self._step_gradient = loop.learner.mechanism.step_gradient
         self._show = loop.show
         loop.learner.mechanism.step_gradient = self.step_gradient  # type: ignore[method-assign]
@@ -56,9 +60,16 @@ class Notes:
             copy_s=self._copy_s,
             copy_cpu_s=self._copy_cpu_s,
             copy_waits=self._waits,
+            distance=self._distance,
         )
         self._file.write(json.dumps(asdict(row)) + "\n")
         return self._step_gradient()
+
+    def verify(self, meeting_id: int, exchange_id: int, update: PeerUpdate) -> Checked:
+        """An exchange's distance, without those before it."""
+        checked = self._verify(meeting_id, exchange_id, update)
+        self._distance = checked.distance
+        return checked
 
     def show(self, out: torch.Tensor) -> Callable[[], float]:
         """The part of a copy that the training thread makes."""

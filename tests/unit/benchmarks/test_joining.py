@@ -2,7 +2,16 @@
 
 import pytest
 
-from benchmarks.joining.figures import Came, Row, around, spent, summary_of, transfer
+from benchmarks.joining.figures import (
+    Came,
+    Row,
+    around,
+    in_step,
+    spent,
+    summary_of,
+    transfer,
+    usual_distance,
+)
 
 
 def row(at, **used):
@@ -45,13 +54,24 @@ def test_what_a_donor_used_between_two_rows():
     assert (used["copy_s"], used["copy_waits"]) == (0.1, 1)
 
 
+def test_a_joiner_is_in_step_once_it_is_as_near_as_donors_are():
+    donor = [row(0.0, distance=None), row(1.0, distance=0.1), row(2.0, distance=0.3)]
+    assert usual_distance(donor) == pytest.approx(0.2)
+    rows = [row(0.0, step=7, distance=None), row(1.0, step=8, distance=0.5),
+            row(2.0, step=9, distance=0.2)]  # fmt: skip
+    stepped = in_step(rows, 0.25)
+    assert stepped is not None
+    assert stepped.step == 9
+    assert in_step(rows[:2], 0.25) is None
+
+
 def test_the_summary_is_the_donors_median_and_the_longest_copy():
     def donor(kept, copy_s):
         base = {**spent([row(0.0), row(1.0, cpu_s=1.0, tokens=100)]), "copy_s": copy_s}
         return {"before": base, "during": {**base, "tokens_per_cpu_s": 100 * kept}}
 
     names = ("transfer_s", "bytes", "mbit_per_s", "pieces", "pieces_twice", "wire_ratio",
-             "windows_to_step")  # fmt: skip
+             "windows_to_step", "steps_behind")  # fmt: skip
     killed = {"before": donor(1.0, 0.0)["before"]}
     donors = {"a": donor(0.9, 0.1), "b": donor(1.0, 0.3), "c": donor(0.98, 0.2), "d": killed}
     found = summary_of({**dict.fromkeys(names, 1), "donors": donors})
