@@ -254,7 +254,9 @@ class Donors:
         return best
 
     async def _more(self, without: Collection[PeerId]) -> list[Giver]:
-        """Further offers in pieces, the best first."""
+        """Further offers in pieces, the best first; none while one donor alone has to give all."""
+        if self._alone is not None:
+            return []
         offers = ranked(await self._offers.ask_all(without=without))
         refuse([offer for offer in offers if isinstance(offer, Offered)])
         return [offer for offer in offers if not isinstance(offer, Offered)]

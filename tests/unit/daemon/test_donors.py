@@ -370,6 +370,15 @@ async def test_what_several_gave_and_measures_badly_comes_from_one_of_them(
     assert not (tmp_path / "joining").exists()
 
 
+async def test_who_has_to_give_all_is_joined_by_nobody(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live = [GOOD, TWIN]
+    monkeypatch.setitem(OFFERS, TWIN, OFFERS[GOOD])
+    assert [offer.donor for offer in await rig.donors._more([TWIN])] == [GOOD]
+    rig.donors._alone, rig.asked = TWIN, []
+    assert (await rig.donors._more([TWIN]), rig.asked) == ([], [])
+
+
 async def test_a_founder_that_begins_has_the_initial_model_at_once(tmp_path, monkeypatch) -> None:
     rig = Rig(tmp_path, monkeypatch, founds=True)
     assert str(rig.origin.source) == "initial"
