@@ -25,7 +25,7 @@ from xpeer.mixing.payloads import CodecPayloads, MaskedPayloads, Payloads, combi
 from xpeer.mixing.received import Consolidation
 from xpeer.mixing.rules import Rule
 from xpeer.mixing.rules.base import Correction
-from xpeer.mixing.screen import Movement, NormLimit
+from xpeer.mixing.screen import FULL_RATE, Movement, NormLimit, RateShare
 from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate
 from xpeer.wire.fixedpoint import Grid
 
@@ -145,7 +145,7 @@ class Exchanges:
         step: int,
         *,
         averaging: bool = False,
-        warmed_up: float = 1.0,
+        rate: RateShare = FULL_RATE,
     ) -> PrivateUpdate:
         """Copy a fragment and have it certified; at a step boundary.
 
@@ -154,7 +154,7 @@ class Exchanges:
             fragment: f.
             step: number of local steps so far.
             averaging: average the parameters instead of using the manifest's rule.
-            warmed_up: fraction of the learning rate that the warm-up allows now.
+            rate: what is left of the learning rate.
 
         Raises:
             PeerError: too many meetings are in flight, or this fragment is (BUSY).
@@ -167,7 +167,7 @@ class Exchanges:
         self._in_flight.require_room(meeting_id, fragment)
         theta = self._parameters.gather(fragment, self.buffers.take(size))
         private = self._mechanism.stamp(RawUpdate(rule.outgoing(fragment, theta), step))
-        scale = self._movement.scale(fragment, theta, warmed_up)
+        scale = self._movement.scale(fragment, theta, rate)
         self._in_flight.begin(meeting_id, Certified(fragment, step, rule, theta, scale))
         self.seconds_snapshot += time.perf_counter() - began
         return private

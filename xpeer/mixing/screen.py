@@ -5,7 +5,8 @@
 
 M is how far our own training moves a fragment between two merges of it. Honest partners train as we
 do, so they are a few M away (docs/decisions.md has the measurements). While our learning rate warms
-up, partners that are further along move more than we do; M is scaled up for that.
+up, partners that are further along move more than we do; when it has decayed, those that lie behind
+do. M is scaled up for both.
 
 Clipped norms are not counted as accepted, and a partner's own norms do not count for its own limit.
 So nobody can raise its own limit, and several partners that collude can't raise it beyond the cap.
@@ -54,6 +55,8 @@ STALE_MERGES: Final = 10
 """Merges of each fragment before M is trusted again: a joiner warms up, and moves little."""
 LEAST_WARMED_UP: Final = 0.25
 """M is divided by the warmed-up fraction of the learning rate, but by no less than this."""
+LEAST_DECAYED: Final = 0.5
+"""M is divided by the fraction of the rate that its decay has left, but by no less than this."""
 _SAMPLE: Final = 4096
 _MOST_CLIPPED: Final = 8
 _MOVEMENTS: Final = 32
@@ -67,6 +70,24 @@ class Scale:
     """M; 0 = we have not trained."""
     stale: bool = False
     """Whether our parameters may lie behind the others'."""
+
+
+@dataclass(frozen=True, slots=True)
+class RateShare:
+    """What is left of the manifest's learning rate now, as fractions of it."""
+
+    warmed_up: float = 1.0
+    """By the warm-up alone."""
+    decayed: float = 1.0
+    """By the decay alone."""
+
+    @property
+    def least(self) -> float:
+        """The smallest share of other members' movements that ours may be."""
+        return max(self.warmed_up, LEAST_WARMED_UP) * max(self.decayed, LEAST_DECAYED)
+
+
+FULL_RATE: Final = RateShare()
 
 
 class Movement:
@@ -94,7 +115,7 @@ class Movement:
         """Note that the new values are a checkpoint's or a donor's: others trained on since."""
         self._stale_merges = STALE_MERGES * self._num_fragments
 
-    def scale(self, fragment: int, theta: torch.Tensor, warmed_up: float = 1.0) -> Scale:
+    def scale(self, fragment: int, theta: torch.Tensor, rate: RateShare = FULL_RATE) -> Scale:
         """M at a snapshot.
 
         It is how far training moved the fragment since its last merge, or how far it usually moves
@@ -103,12 +124,12 @@ class Movement:
         Args:
             fragment: f.
             theta: (n,) float32, CPU: the snapshot.
-            warmed_up: fraction of the learning rate that the warm-up allows now. M is divided by
-                it: partners that are further along move that much more.
+            rate: of ours now. M is divided by it: partners elsewhere in the run move that much
+                more.
         """
         now = self._moved(fragment, theta)
         usual = statistics.median(self._recent) if self._recent else 0.0
-        moved = max(now, usual) / max(warmed_up, LEAST_WARMED_UP)
+        moved = max(now, usual) / rate.least
         return Scale(moved, self._stale_merges > 0)
 
     def merged(

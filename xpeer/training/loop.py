@@ -21,6 +21,7 @@ import torch
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.mixing.exchanges import Exchanges
+from xpeer.mixing.screen import RateShare
 from xpeer.phase import Order, TrainerPhase
 from xpeer.status import Progress
 from xpeer.training.handover import copy_for_joiner, require_as_good, require_numbers
@@ -29,7 +30,7 @@ from xpeer.training.measuring import Measurements, require_finite
 from xpeer.training.pacing import Pacing
 from xpeer.training.progress import progress_of
 from xpeer.training.pulse import Pulse, StepAbandonedError
-from xpeer.training.schedule import warmed_up
+from xpeer.training.schedule import decayed, warmed_up
 from xpeer.training.timings import Timings
 from xpeer.update import PrivateUpdate
 
@@ -152,9 +153,11 @@ class TrainingLoop:
         self.require_parameters()
         if self._gradients.in_use and not (averaging or self._gradients.due):
             raise PeerError(Reason.NOT_READY, "the window's gradient is not complete")
-        step = self.counters.step
-        ramp = warmed_up(self.counters, self.manifest)
-        return self.exchanges.take(meeting_id, fragment, step, averaging=averaging, warmed_up=ramp)
+        counters, manifest = self.counters, self.manifest
+        rate = RateShare(warmed_up(counters, manifest), decayed(counters, manifest))
+        return self.exchanges.take(
+            meeting_id, fragment, counters.step, averaging=averaging, rate=rate
+        )
 
     def merge(self, meeting_id: int) -> None:
         """Merge a resolved meeting, unless it was dropped."""

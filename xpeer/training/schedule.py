@@ -93,7 +93,7 @@ def learning_rate(counters: Counters, manifest: Manifest) -> float:
     Without an end there is no decay. A joiner warms up briefly, towards the swarm's present rate.
     """
     rate = manifest.optimiser.learning_rate
-    return rate * warmed_up(counters, manifest) * _decay(counters, manifest)
+    return rate * warmed_up(counters, manifest) * decayed(counters, manifest)
 
 
 def warmed_up(counters: Counters, manifest: Manifest) -> float:
@@ -105,7 +105,8 @@ def warmed_up(counters: Counters, manifest: Manifest) -> float:
     return min(1.0, since / warmup) if warmup else 1.0
 
 
-def _decay(counters: Counters, manifest: Manifest) -> float:
+def decayed(counters: Counters, manifest: Manifest) -> float:
+    """The fraction of the rate that its decay leaves for the next step: at most 1."""
     optimiser = manifest.optimiser
     done = share_done(counters, manifest)
     if done is None or optimiser.schedule == "constant":

@@ -4,6 +4,7 @@ point through noise, as AdamW does. Whole models: benchmarks/hostile.
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -11,18 +12,26 @@ import torch
 
 from xpeer.forms import Form
 from xpeer.mixing.differences import difference
-from xpeer.mixing.screen import Movement, NormLimit
+from xpeer.mixing.screen import Movement, NormLimit, RateShare
 from xpeer.wire import codec
 
-N, FRAGMENTS, WARMUP = 1280, 5, 30
+N, FRAGMENTS, WARMUP, FINAL_RATE = 1280, 5, 30, 0.1
 
 
 class Toy:
     """Peers of one swarm: every slot pairs them at random and exchanges one fragment."""
 
-    def __init__(self, peers: int, *, speeds: tuple[int, ...], late: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        peers: int,
+        *,
+        speeds: tuple[int, ...],
+        late: int,
+        seed: int = 0,
+        end: float = math.inf,
+    ) -> None:
         self.chance, self.random = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.speeds, self.late = speeds, late
+        self.speeds, self.late, self.end = speeds, late, end
         self.start = 0.1 * torch.randn(FRAGMENTS, N, generator=self.random)
         self.target = self.start + torch.randn(FRAGMENTS, N, generator=self.random)
         self.theta: list[torch.Tensor] = []
@@ -47,22 +56,27 @@ class Toy:
         self.limits.append(NormLimit())
 
     def step(self, peer: int) -> None:
-        """The size of a step of AdamW: the rate, whatever the gradient's. It warms up by steps, so
-        that a fast peer is ahead.
+        """The size of a step of AdamW: the rate, whatever the gradient's. It warms up and decays by
+        steps, so that a fast peer is ahead.
         """
         self.steps[peer] += 1
         noise = torch.randn(FRAGMENTS, N, generator=self.random)
         gradient = self.theta[peer] - self.target + noise
-        self.theta[peer] -= 0.01 * self.warmed_up(peer) * gradient.clamp(-1, 1)
+        rate = self.rate(peer)
+        self.theta[peer] -= 0.01 * rate.warmed_up * rate.decayed * gradient.clamp(-1, 1)
 
-    def warmed_up(self, peer: int) -> float:
-        return min(1.0, max(1, self.steps[peer]) / WARMUP)
+    def rate(self, peer: int) -> RateShare:
+        """Of the full one."""
+        done = min(1.0, self.steps[peer] / self.end)
+        decayed = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
+        return RateShare(min(1.0, max(1, self.steps[peer]) / WARMUP), decayed)
 
     def run(self, slots: int) -> None:
         for _ in range(slots):
             self.slot += 1
             for peer in range(len(self.theta)):
-                if self.training and self.slot % self.speeds[peer % len(self.speeds)] == 0:
+                due = self.slot % self.speeds[peer % len(self.speeds)] == 0
+                if self.training and due and self.steps[peer] < self.end:
                     self.step(peer)
             for landed in [each for each in self._flying if each[0] <= self.slot]:
                 _, peer, fragment, theta, z = landed
@@ -82,7 +96,7 @@ class Toy:
         sent = {p: codec.encode("int8", self.theta[p][fragment]) for p in (one, other)}
         for me, peer in ((one, other), (other, one)):
             theta = self.theta[me][fragment].clone()
-            scale = self.movements[me].scale(fragment, theta, self.warmed_up(me))
+            scale = self.movements[me].scale(fragment, theta, self.rate(me))
             limit = self.limits[me].of(str(peer), scale)
             found = difference(Form("int8", N), sent[me], sent[peer], [limit], 0)
             self.merges += 1
@@ -112,6 +126,17 @@ def test_training_joining_and_closing_clip_one_merge_in_a_hundred_at_most(
     assert toy.clipped <= 0.01 * toy.merges
     apart = max(float((theta - toy.theta[0]).norm()) for theta in toy.theta)
     assert apart < 0.05 * float(toy.theta[0].norm())
+
+
+def test_fast_ones_at_their_end_do_not_clip_slow_ones() -> None:
+    """Whose rate has not decayed so far yet, and who move more than they do."""
+    for seed in range(4, 7):
+        toy = Toy(4, speeds=(1, 1, 2, 4), late=0, seed=seed, end=150)
+        toy.run(100)
+        warming_up = toy.clipped
+        toy.run(500)
+        assert toy.steps == [150] * 4
+        assert toy.clipped == warming_up
 
 
 def test_a_node_that_comes_back_far_behind_is_brought_along_in_the_end() -> None:

@@ -11,12 +11,14 @@ from xpeer.mixing.screen import (
     CLIP_FLOOR,
     CLIP_MULTIPLE,
     FLOOR,
+    LEAST_DECAYED,
     LEAST_WARMED_UP,
     MAX_PARTNERS,
     STALE_MERGES,
     STALE_SHARE,
     Movement,
     NormLimit,
+    RateShare,
     Scale,
 )
 
@@ -155,10 +157,15 @@ def test_a_checkpoint_lies_behind_for_some_merges() -> None:
     assert not movement.scale(0, theta).stale
 
 
-def test_while_the_learning_rate_warms_up_others_may_be_ahead() -> None:
+def test_others_at_another_place_of_the_run_may_move_more() -> None:
     theta, movement = torch.zeros(100), Movement(1)
     movement.begin(0, theta)
     theta = theta + 0.1
     moved = movement.scale(0, theta).moved
-    assert movement.scale(0, theta, 0.5).moved == pytest.approx(2 * moved)
-    assert movement.scale(0, theta, 0.01).moved == pytest.approx(moved / LEAST_WARMED_UP)
+    for rate, times in (
+        (RateShare(warmed_up=0.5), 2),
+        (RateShare(warmed_up=0.01), 1 / LEAST_WARMED_UP),
+        (RateShare(decayed=0.8), 1.25),
+        (RateShare(decayed=0.1), 1 / LEAST_DECAYED),
+    ):
+        assert movement.scale(0, theta, rate).moved == pytest.approx(times * moved)
