@@ -102,7 +102,7 @@ class OwnTraining:
         self._made = assemble(
             _setup(home, config, signed),
             own=OwnRun(
-                manifest=_own_manifest(self._manifest, plan),
+                manifest=own_manifest(self._manifest, plan),
                 saved=self._resumed or _beginning(swarm),
                 folder=self._folder,
                 spending=OwnSpending(
@@ -114,6 +114,7 @@ class OwnTraining:
             ),
         )
         self._loop = self._made.trainer
+        self._unfinished_before = unfinished is not None
         self._plan = unfinished or self._begin(plan)
         self._best: float | None = None
         """Lowest loss on held-out text so far; None until one was measured."""
@@ -194,6 +195,8 @@ class OwnTraining:
         plan, at = self._plan, self._loop.counters.step
         noise = f", noise {plan.noise_multiplier:.3g}" if plan.noise_multiplier else ""
         begun = f" (goes on at step {at})" if at else ""
+        if self._unfinished_before and not at:
+            begun = " (begins again: a run ended before its first checkpoint)"
         self._report(
             f"{plan.steps} own steps from the swarm's model of step {plan.swarm_step:,}, rate "
             f"{plan.learning_rate:g}{noise}{begun}"
@@ -324,7 +327,7 @@ def _part(steps: int) -> int:
     return max(1, steps // MEASURED)
 
 
-def _own_manifest(manifest: Manifest, plan: OwnPlan) -> Manifest:
+def own_manifest(manifest: Manifest, plan: OwnPlan) -> Manifest:
     """The manifest with the schedule of own steps, and without exchanges. It is never signed."""
     return structs.replace(
         manifest,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -11,8 +14,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from tests.cases.support import environment
 from tests.fake_daemon import HEALTHY, answering
 from tests.unit.training.homes import make_homes
+from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.model_card import card_of, files
 from xpeer.accounts.own_model import OwnModel, OwnPlan
 from xpeer.cli import main
@@ -22,8 +27,11 @@ from xpeer.errors import ExitCode
 from xpeer.manifest.signed import SignedManifest
 from xpeer.phase import Phase
 from xpeer.trainer.build import assemble
+from xpeer.training import checkpoint
 from xpeer_daemon.lock import HomeLock
 
+WINDOW = 2
+"""Own steps between two checkpoints, if there are 20."""
 CONFIG = """
 [data]
 shard = ["{home}/shard"]
@@ -93,6 +101,74 @@ def test_the_own_model_is_used_only_by_name(home: Home, tmp_path: Path) -> None:
     code, _, err = xpeer(home, "eval", "--own", "--model", tmp_path, "--text", tmp_path / "text")
     assert code == ExitCode.BAD_CONFIG
     assert "--own and --model" in err
+
+
+@pytest.fixture
+def private_home(tmp_path: Path) -> Home:
+    """Its part of the swarm's run is over, and half of the budget is kept back."""
+    changes = ("end.steps=4", "privacy.epsilon=8", "privacy.noise_multiplier=2")
+    (setup,) = make_homes(tmp_path, 1, privacy="record", changes=changes)
+    home = Home(Path(setup.home))
+    home.path.chmod(0o700)
+    home.config.write_text(CONFIG.format(home=home.path) + "[privacy]\nkeep_back = 0.5\n")
+    rules = msgspec.structs.replace(setup.config.privacy, keep_back=0.5)
+    config = msgspec.structs.replace(setup.config, privacy=rules)
+    node = assemble(msgspec.structs.replace(setup, config=config))
+    node.trainer.run(steps=4)
+    node.checkpoints.copy()()
+    node.close()
+    return home
+
+
+def killed_after(home: Home, begins: str) -> list[str]:
+    """Run `xpeer finetune` until it says a line that begins so, then kill it; its lines so far."""
+    words = [sys.executable, "-m", "xpeer.cli", "finetune", "--home", str(home.path)]
+    lines = []
+    with subprocess.Popen(
+        [*words, "--steps", "20"], stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                lines.append(line)
+                if line.startswith(begins):
+                    break
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL, "".join(lines)
+    return lines
+
+
+@pytest.mark.timeout(300)  # three starts of a process, each with the accountant's work
+def test_a_kill_forfeits_what_was_charged_since_the_last_checkpoint(private_home: Home) -> None:
+    """20 own steps have a checkpoint for each two of them. First before there is one."""
+    home = private_home
+    swarm, _ = checkpoint.load_latest(home.checkpoints)
+    assert swarm is not None
+    killed_after(home, "20 own steps")
+    lines = killed_after(home, "step 8:")
+    again = next(line for line in lines if line.startswith("20 own steps"))
+    assert "begins again: a run ended before its first checkpoint" in again
+
+    saved, _ = checkpoint.load_latest(home.own / "running")
+    assert saved is not None
+    assert saved.step >= 8
+    with Ledger.look(home.ledger_db) as ledger:
+        charged = sum(segment.steps for segment in ledger.own_segments())
+    lost = charged - saved.step
+    assert 0 <= lost <= 2 * WINDOW, "at most a window for each kill"
+
+    code, out, err = xpeer(home, "finetune", "--json")
+    assert code == ExitCode.OK, err
+    assert f"(goes on at step {saved.step})" in err
+    made = json.loads(out)
+    # what was lost is missing at the end; a row of the register alone is charged at the start
+    assert 20 - 2 * WINDOW <= made["steps"] <= 20
+    assert made["epsilon_spent"] <= 8
+    after, _ = checkpoint.load_latest(home.checkpoints)
+    assert after is not None
+    assert torch.equal(after.flat, swarm.flat)
+    assert not (home.own / "running").exists()
 
 
 def test_a_home_that_never_trained_says_what_comes_first(home: Home, tmp_path: Path) -> None:
