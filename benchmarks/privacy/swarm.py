@@ -19,6 +19,7 @@ from typing import Self
 import torch
 
 from benchmarks.privacy.ledgers import open_ledger
+from xpeer.accounts.spending import WHOLE, SwarmSpending
 from xpeer.gossip import matching
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
@@ -60,6 +61,7 @@ class Swarm:
         folder: for the ledgers.
         losses: of the model.
         watch: is shown everything that is sent while they train, averaging at the end excepted.
+        spending: what everybody's steps may spend.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Swarm:
         *,
         losses: RecordLosses = record_losses,
         watch: Watch | None = None,
+        spending: SwarmSpending = WHOLE,
     ) -> None:
         self.manifest, self._watch = manifest, watch
         self.models = [make_model() for _ in shards]
@@ -85,8 +88,9 @@ class Swarm:
                 mechanism = OffMechanism(manifest, model, records, losses)
             else:
                 engine = _engine(model, losses, records, like=engine)
+                options = Options(engine=engine)
                 mechanism = RecordMechanism(
-                    manifest, model, records, losses, ledger, Options(engine=engine)
+                    manifest, model, records, losses, ledger, options, spending=spending
                 )
             evaluation = Evaluation(public=lambda: 0.0)  # nobody looks at it
             self.mechanisms.append(mechanism)

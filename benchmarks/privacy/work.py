@@ -17,6 +17,8 @@ import msgspec
 import torch
 
 from benchmarks.common import say
+from benchmarks.finetune.jobs import Finetuned, Lone
+from benchmarks.lora.jobs import Factors
 from benchmarks.privacy.attacked import Attacked
 from benchmarks.privacy.inversion import Inversion
 from benchmarks.privacy.lora import Lora
@@ -28,16 +30,16 @@ from benchmarks.simulator import corpora
 VERSION: Final = 1
 """Raised whenever the same job would give other figures."""
 
-Job = Utility | Attacked | Whitebox | Inversion | Lora
+Job = Utility | Attacked | Whitebox | Inversion | Lora | Finetuned | Lone | Factors
 Figures = dict[str, Any]
 Known = Mapping[Job, Figures]
 Wanted = Callable[[Known], Sequence[Job]]
 
 
-def default_cache() -> Path:
+def default_cache(benchmark: str = "privacy") -> Path:
     """In the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "xpeer" / "privacy" / "runs.jsonl"
+    return Path(base) / "xpeer" / benchmark / "runs.jsonl"
 
 
 class Kept(dict[Job, Figures]):

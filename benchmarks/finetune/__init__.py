@@ -1,0 +1,1 @@
+"""Own steps on the swarm's model, against a peer alone, at equal epsilon."""

@@ -1,0 +1,1 @@
+"""Adapters in a swarm: both factors trained, or B alone."""
