@@ -31,6 +31,8 @@ MORE_OFFERS_S: Final = 5.0
 longer."""
 LOOK_S: Final = 1.0
 """While nobody has offered anything, members that came meanwhile are asked after this time."""
+REASONS: Final = 8
+"""Reasons of one donor that are logged, at most."""
 GIVES_NONE: Final = "it gives nothing now: others are served, or this node was just before"
 _DIGITS: Final = re.compile(r"[\d.]+")
 
@@ -164,7 +166,7 @@ class Offers:
     def _refused(self, donor: PeerId, why: str) -> None:
         """Say so once for each donor and reason: it is asked again every `donors.RETRY_S`."""
         said, reason = self._said.setdefault(donor, set()), _DIGITS.sub("", why)
-        if reason in said:
+        if reason in said or len(said) >= REASONS:  # it words some of them itself
             log.debug("parameters from %s refused once more: %s", donor[-8:], why)
             return
         said.add(reason)

@@ -40,6 +40,8 @@ PREPARE_TIMEOUT_S = 300.0
 DIAL_TIMEOUT_S = 30.0
 PAUSE_S = 10.0
 """Least time between two donations to one peer, since each costs the trainer a copy."""
+MOST_SENT: Final = 2.0
+"""A peer is sent at most so many times the bytes of a snapshot, over all its links."""
 WORTH: Final = 0.05
 """Fraction of the model. A donor keeps the snapshot of a broken transfer only if at least this much
 was sent; less is sent e.g. to a joiner that chose another donor."""
@@ -88,16 +90,19 @@ def serving(
                     pace, digest = turns.pace(peer_id, request), await lent.digest(form)
                     pace.queue = uplink.reserve
                     state = replace(lent.state, payload=await lent.whole(form))
+                    whole, before = len(state.payload), pace.moved
+                    turns.sent(peer_id, digest, whole - before, whole)
                     try:
                         await _give(party, link, state, digest, request.start, pace)
                     except PeerError as e:
-                        worth = pace.moved >= WORTH * len(state.payload)
+                        worth = pace.moved >= WORTH * whole
                         if e.reason in BROKE and worth:
                             turns.broke(peer_id, digest, pace)
                             shelf.keep(lent)
                         raise
                     finally:
                         turns.rates.saw(peer_id, pace.moved, pace.seconds)
+                        turns.sent(peer_id, digest, pace.moved - whole, whole)  # not what was not
         finally:
             await link.close()
 
@@ -122,8 +127,8 @@ class Turns:
         """When each peer's last donation ended; kept for PAUSE_S."""
         self._broken: dict[PeerId, tuple[bytes, Pace]] = {}
         """Digest and pace of each peer's transfer that broke off; kept for KEPT_S."""
-        self._sent: dict[PeerId, tuple[bytes, int]] = {}
-        """Root and bytes of the snapshot of which each peer was sent pieces last."""
+        self._sent: dict[tuple[PeerId, bytes], int] = {}
+        """Bytes that each peer was sent of a snapshot, by its root or digest."""
 
     async def may(self, peer_id: PeerId, request: StateRequest) -> bool:
         """Whether this peer gets a donation now.
@@ -149,18 +154,24 @@ class Turns:
         await self._end_old(peer_id)
         return self._free(peer_id)
 
-    def sent(self, peer_id: PeerId, root: bytes, num_bytes: int) -> int:
+    def sent(self, peer_id: PeerId, root: bytes, num_bytes: int, whole: int) -> None:
         """Count bytes of a snapshot that this peer is sent, over all its links.
 
-        Returns:
-            How many they are by now.
+        Args:
+            peer_id: the joiner.
+            root: names the snapshot; or its digest.
+            num_bytes: that it is sent now. Below 0: these were not sent after all.
+            whole: size of the snapshot.
+
+        Raises:
+            PeerError: they are more than MOST_SENT times the snapshot by now (REFUSED).
         """
-        before = self._sent.pop(peer_id, (b"", 0))
-        total = num_bytes + (before[1] if before[0] == root else 0)
-        self._sent[peer_id] = root, total  # the latest is the last
+        total = num_bytes + self._sent.pop((peer_id, root), 0)
+        self._sent[peer_id, root] = total  # the latest is the last
         if len(self._sent) > MAX_PEERS:
             del self._sent[next(iter(self._sent))]
-        return total
+        if total > MOST_SENT * whole:
+            raise PeerError(Reason.REFUSED, "this joiner asks for everything again and again")
 
     def _rested(self, peer_id: PeerId) -> bool:
         now = time.monotonic()

@@ -29,9 +29,8 @@ from xpeer.wire.messages import PIECE_BYTES, PiecesRequest, TreeOffer, TreeReque
 
 PROTOCOL: Final = "xpeer/state/2"
 IDLE_S: Final = 60.0
-"""A joiner that asks for nothing for so long loses its place. It may still compare offers."""
-MOST_SENT: Final = 2.0
-"""A peer is sent at most so many times the bytes of a snapshot, over all its links."""
+"""A joiner that asks for nothing for so long loses its place. It may still compare offers. Once it
+has begun, it may take so long in all, and as long again as it was sent pieces."""
 
 
 def serving(
@@ -103,6 +102,8 @@ class _Gift:
         self._payload = memoryview(lent.state.payload)
         self._sent = 0
         """Bytes of pieces on this link."""
+        self._idle_s = self._busy_s = 0.0
+        """Time between requests, but before the first one, and time that pieces took."""
 
     async def give(self, shelf: Shelf) -> None:
         """Serve the joiner until it ends the link. If it breaks off, keep the snapshot.
@@ -126,19 +127,23 @@ class _Gift:
             raise
 
     async def _answer(self, root: bytes) -> None:
-        request = await self._link.receive(IDLE_S)
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        request = await self._link.receive(min(IDLE_S, IDLE_S + self._busy_s - self._idle_s))
+        asked = clock()
+        if self._sent:
+            self._idle_s += asked - began
         if not isinstance(request, PiecesRequest):
             raise PeerError(Reason.MALFORMED, "a request for pieces was due")
         if request.first + request.count > self._shape.num_pieces:
             raise PeerError(Reason.MALFORMED, "pieces that do not exist")
         for piece in range(request.first, request.first + request.count):
             size = self._shape.size(piece)
-            total = self._turns.sent(self._link.peer_id, root, size)
-            if total > MOST_SENT * self._shape.num_bytes:
-                raise PeerError(Reason.REFUSED, "this joiner asks for everything again and again")
+            self._turns.sent(self._link.peer_id, root, size, self._shape.num_bytes)
             await self._uplink.take(size)
             await self._send(self._payload[self._shape.place(piece)])
             self._sent += size
+        self._busy_s += clock() - asked
 
     async def _send(self, data: memoryview) -> None:
         pace = Pace(self._turns.rates.least(self._link.peer_id))

@@ -160,6 +160,17 @@ async def test_joiners_of_earlier_versions_are_bounded_too(monkeypatch: pytest.M
     assert slept == pytest.approx([n * FRAME_BYTES / 1e6 for n in range(1, FRAMES)])
 
 
+async def test_nobody_is_sent_a_snapshot_more_than_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(donation, "PAUSE_S", 0.0)
+    network = Network([9, None, None, None])
+    for _ in range(2):  # breaks do not count
+        assert bytes((await network.fetch()).payload) == PAYLOAD
+    with pytest.raises(PeerError):
+        await network.fetch()
+    assert network.source.exports == 1
+    assert DonorLink.sent == 2 * len(PAYLOAD)
+
+
 async def test_a_donor_that_no_longer_has_it_says_so_at_once() -> None:
     network = Network([9])
     offered = await network.ask()

@@ -133,6 +133,14 @@ async def test_nobody_is_sent_a_snapshot_more_than_twice(pair: Pair) -> None:
     again.refuse()
 
 
+def test_nor_of_two_snapshots_in_turn() -> None:
+    turns, joiner = Turns(2, Rates()), Identity.generate().peer_id
+    for root in (b"one", b"two", b"one"):
+        turns.sent(joiner, root, 100, 100)
+    with pytest.raises(PeerError):
+        turns.sent(joiner, b"one", 1, 100)
+
+
 @pytest.mark.parametrize(("first", "count"), [(3, 2), (4, 1), (1 << 40, 64)])
 async def test_pieces_that_do_not_exist_end_the_link(pair: Pair, first: int, count: int) -> None:
     giver = await pair.ask(Identity.generate())
@@ -147,6 +155,19 @@ async def test_an_idle_joiner_loses_its_place(pair: Pair, monkeypatch: pytest.Mo
     giver = await pair.ask(Identity.generate())
     await pair.end()
     assert pair.turns._giving == {}
+    giver.refuse()
+
+
+async def test_who_asks_now_and_then_loses_its_place_too(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    giver = await pair.ask(Identity.generate())
+    await received(giver, 0, 1)
+    monkeypatch.setattr(giving, "IDLE_S", 0.2)
+    with pytest.raises(PeerError):
+        for _ in range(6):  # never idle for so long, but in all
+            await asyncio.sleep(0.15)
+            await received(giver, 0, 1)
     giver.refuse()
 
 
