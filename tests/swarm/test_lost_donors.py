@@ -27,7 +27,7 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 """19.7 pieces, nearly all of them the embedding's: steps are cheap."""
 CALM = {
-    "XPEER_TRAINING_THROTTLE": "0.2",
+    "XPEER_TRAINING_THROTTLE": "0.05",
     "XPEER_TRAINING_COMPILE_CODEC": "0",
     "XPEER_NETWORK_DONATE_MBIT_S": "4",  # a piece every 2.1 s from each donor
 }
@@ -47,7 +47,7 @@ def found(swarm: Swarm) -> None:
     config.write_text(json.dumps(MODEL))
     fields = {
         "optimiser.sequence_tokens": 16, "optimiser.batch_records": 2, "round.slot_s": 1,
-        "round.window_steps": WINDOW_STEPS, "round.fragments": 40, "round.deadline_s": 20,
+        "round.window_steps": WINDOW_STEPS, "round.fragments": 80, "round.deadline_s": 20,
         "optimiser.learning_rate": 2e-6, "end.steps": 1_000_000,
     }  # fmt: skip
     options = (f"--set={name}={value}" for name, value in fields.items())
