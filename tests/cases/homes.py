@@ -45,14 +45,20 @@ def assembled(home: Path, **more: Any) -> Assembled:
         TrainerSetup(
             manifest_path=str(found.manifest), swarm_id=load_credential(found).claimed_swarm(),
             home=str(home), peer_id="peer",
-            config=config.load(found.config, register()), **more,
+            config=config.load(found.config, settings()), **more,
         )
     )  # fmt: skip
 
 
-def register() -> dict[str, str]:
-    """The test's own, as the fixture set it."""
-    return {"XPEER_PRIVACY_REGISTER": os.environ["XPEER_PRIVACY_REGISTER"]}
+def settings() -> dict[str, str]:
+    """The test's own register; and, where the code has the setting, a precision that does not
+    depend on how fast this processor is at the moment.
+    """
+    known = "precision" in config.Training.__struct_fields__
+    return {
+        "XPEER_PRIVACY_REGISTER": os.environ["XPEER_PRIVACY_REGISTER"],
+        **({"XPEER_TRAINING_PRECISION": "float32"} if known else {}),
+    }
 
 
 def train(home: Path, steps: int) -> None:

@@ -74,7 +74,7 @@ def test_adapters_of_a_given_model_from_text_to_export(
     assert report.loss_alone_averaged is None
     for peer in report.peers:
         assert [step for step, _ in peer.swarm_curve] == [0, fake_swarm.STEPS]
-        assert peer.loss_swarm != pytest.approx(report.loss_start, abs=1e-3)
+        assert peer.loss_swarm != pytest.approx(report.loss_start, abs=1e-6)
     # plain transformers and peft compute what the node's own model has
     assert report.loss_exported == pytest.approx(report.peers[0].loss_swarm, abs=1e-3)
     lines = words_of(report)

@@ -20,7 +20,12 @@ FAST = (
     "round.window_steps=4",
     "round.fragments=3",
 )
-USUAL: dict[str, Any] = {"threads": 1, "device": "cpu", "validation_records": 4}
+USUAL: dict[str, Any] = {
+    "threads": 1,
+    "device": "cpu",
+    "validation_records": 4,
+    "precision": "float32",  # auto depends on how fast the processor is at the moment
+}
 
 
 def make_homes(
