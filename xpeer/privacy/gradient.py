@@ -7,6 +7,7 @@ with q = B / n. B is the expected number of units. The number sampled is private
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from xpeer.privacy.clipping import Clipped, Engine
 from xpeer.privacy.fitting import until_it_fits
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.privacy.norms import ClipNorm
+from xpeer.privacy.ranks import Alone, Ranks
 from xpeer.privacy.steps import Records, StepResult, result_of
 from xpeer.privacy.units import Sample, Units
 
@@ -52,10 +54,11 @@ class PrivateGradient:
         parameters: trained parameters, on their device.
         engine: clips the records' gradients.
         records: (n, T) int64, CPU.
-        units: units of privacy, made of these records.
+        units: units of privacy, made of these records, for all ranks.
         clip_norm: C, and the noise that goes with it.
-        sampling: B and q.
+        sampling: B, summed over all ranks, and q.
         generator: makes noise and samples.
+        ranks: ranks that take each step in common, with the same units and B. None = one alone.
         relieve: saves memory where a pass of one record is too large, and returns how; "" = it
             can't.
     """
@@ -69,18 +72,20 @@ class PrivateGradient:
         clip_norm: ClipNorm,
         sampling: Sampling,
         generator: SecretGenerator,
+        ranks: Ranks | None = None,
         relieve: Callable[[], str] = lambda: "",
     ) -> None:
         self.engine = engine
         self.generator = generator
         self.clip_norm = clip_norm
         self.expected = sampling.expected
+        self._ranks = ranks or Alone()
         self._relieve = relieve
         self._parameters = parameters
         self._device = parameters[0].device
         self._records = records
         self._probability = sampling.probability
-        self._units = units
+        self._units = units.part(self._ranks.rank, self._ranks.world)
 
     def step(self) -> StepResult:
         """Take a step: set `grad` of every parameter, and C of the next step."""
@@ -94,32 +99,37 @@ class PrivateGradient:
             return sums, self.engine.accumulate(batch, bounds, sums)
 
         sums, clipped = until_it_fits(clip_and_add_up, self._shrink)
+        of_rank = 1 / math.sqrt(self._ranks.world)  # std of a rank's noise over the step's
         for total in sums:
             noise = torch.empty_like(total)
-            std = self.clip_norm.gradient_multiplier * norm
+            std = self.clip_norm.gradient_multiplier * norm * of_rank
             total.add_(self.generator.gaussian_(noise, std))
-        counted = self._noised_count(clipped, bounds, sample)
+        counted = self._noised_count(clipped, bounds, sample, of_rank)
+        self._ranks.add_up([*sums, *counted])
         for total in sums:
             total.div_(self.expected)
-        if counted is not None:
-            self.clip_norm.follow(counted, self.expected)
-        return result_of(clipped, None if counted is None else self.clip_norm.norm)
+        for count in counted:
+            self.clip_norm.follow(float(count), self.expected)
+        return result_of(clipped, self.clip_norm.norm if counted else None)
 
     def _shrink(self) -> str:
         return self.engine.shrink() or self._relieve()
 
-    def _noised_count(self, clipped: Clipped, bounds: Tensor, sample: Sample) -> float | None:
-        """Sum over units of b - 1/2, plus noise. None where C is fixed.
+    def _noised_count(
+        self, clipped: Clipped, bounds: Tensor, sample: Sample, of_rank: float
+    ) -> list[Tensor]:
+        """Sum over units of b - 1/2, plus noise: one () float64. Empty where C is fixed.
 
         b is the fraction of a unit's records that are within their bounds. A gradient that is not
         finite is never within its bound.
         """
         std = self.clip_norm.count_std
         if std is None:
-            return None
+            return []
         within = (clipped.norms <= bounds).cpu().double()
         total = ((within - 0.5) * sample.fractions).sum()
-        return float(total + self.generator.gaussian_(torch.empty((), dtype=torch.float64), std))
+        noise = self.generator.gaussian_(torch.empty((), dtype=torch.float64), std * of_rank)
+        return [(total + noise).to(self._device)]
 
 
 def _zeroed_grad(parameter: nn.Parameter) -> Tensor:

@@ -152,6 +152,7 @@ class RecordMechanism:
             clip_norm_of(section, self._sigma, sampling.expected, clip_norm),
             sampling,
             noise.SecretGenerator(next(model.parameters()).device, options.generator),
+            options.ranks,
             options.relieve,
         )
         values = sum(parameter.numel() for parameter in self._parameters)

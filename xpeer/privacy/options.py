@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xpeer.privacy import noise
 from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, Engine
+from xpeer.privacy.ranks import Ranks
 from xpeer.privacy.steps import FULL, Precision
 
 
@@ -29,6 +30,7 @@ class Options:
             operator; "" = it can't.
         divide: divides a batch into passes of at most so many rows, without privacy; then the loss
             takes records on the CPU, and puts several into a row. None = a record is a row.
+        ranks: ranks that take each step in common. One of them holds the ledger. None = one alone.
     """
 
     micro_batch: int = 0
@@ -39,6 +41,7 @@ class Options:
     cache: Path | None = None
     relieve: Callable[[], str] = lambda: ""
     divide: Callable[[Tensor, int], Sequence[Tensor]] | None = None
+    ranks: Ranks | None = None
 
 
 DEFAULT: Final = Options()

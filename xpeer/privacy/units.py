@@ -50,6 +50,11 @@ class Units(Protocol):
     def sample(self, generator: SecretGenerator, probability: float) -> Sample:
         """Sample every unit independently with this probability (Poisson sampling)."""
 
+    def part(self, rank: int, world: int) -> Units:
+        """Units whose number is `rank` modulo `world`. The parts of all ranks are disjoint and make
+        the whole.
+        """
+
 
 class Records:
     """Each record is a unit.
@@ -71,6 +76,10 @@ class Records:
         """See `Units.sample`."""
         chosen = self._indices[generator.poisson_sample(len(self), probability)]
         return Sample(chosen, torch.ones(len(chosen), dtype=torch.float64))
+
+    def part(self, rank: int, world: int) -> Records:
+        """See `Units.part`."""
+        return Records(self._indices[rank::world])
 
 
 class Documents:
@@ -113,6 +122,11 @@ class Documents:
         kept = generator.ranks_within(owners) < self._at_most
         fractions = 1.0 / self._counts[owners].clamp(max=self._at_most).double()
         return Sample(self._indices[rows[kept]], fractions[kept])
+
+    def part(self, rank: int, world: int) -> Documents:
+        """See `Units.part`."""
+        mine = self._owners % world == rank
+        return Documents(self._indices[mine], self._owners[mine], self._at_most)
 
 
 def units_of(kind: Unit, num_records: int, owners: Tensor | None, at_most: int) -> Units:

@@ -1,8 +1,9 @@
-"""Documents and adaptive clipping, in steps of real models."""
+"""Documents, adaptive clipping and several ranks, in steps of real models."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from tests.unit.privacy.models import by_autograd, llama, record_losses, some_records
 from tests.unit.privacy.test_units import Chosen
@@ -19,6 +22,7 @@ from xpeer.privacy.clipping import BookKeepingEngine, Bound, Clipped, Microbatch
 from xpeer.privacy.gradient import PrivateGradient, Sampling
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.privacy.norms import ClipNorm, clip_norm_of
+from xpeer.privacy.ranks import ProcessGroup, Ranks
 from xpeer.privacy.units import Documents, Records, Units
 
 TINY = 1e-9
@@ -32,6 +36,7 @@ def gradient(
     generator: SecretGenerator,
     *,
     expected: int = 1,
+    ranks: Ranks | None = None,
     engine: Any = BookKeepingEngine,
 ) -> tuple[PrivateGradient, list[torch.nn.Parameter]]:
     model = llama(tied=True)
@@ -39,7 +44,7 @@ def gradient(
     made = engine(model, record_losses)
     records = some_records()
     private = PrivateGradient(
-        parameters, made, records, units, norm, Sampling(expected, 0.5), generator
+        parameters, made, records, units, norm, Sampling(expected, 0.5), generator, ranks
     )
     return private, parameters
 
@@ -159,3 +164,58 @@ def _peak_bytes() -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return 1024 * int(found[1])
+
+
+NOISY = 5.0
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/meet", 2)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    ranks = ProcessGroup()
+    for name, sigma, document in (
+        ("clipped", TINY, False),
+        ("documents", TINY, True),
+        ("noise", NOISY, False),
+    ):
+        units: Units = Records(torch.arange(7))
+        if document:
+            units = Documents(torch.arange(7), OWNERS, 9)
+        rules = Privacy(clipping="adaptive", clip_norm=0.5)
+        norm = clip_norm_of(rules, sigma, 4, None)
+        generator = Chosen([0, 1])  # of each rank's own units
+        private, parameters = gradient(norm, units, generator, expected=4, ranks=ranks)
+        told = private.step()
+        torch.save((flat(parameters), norm.norm, told.records), f"{folder}/{name}{rank}")
+    store.set(f"done{rank}", "")
+    store.wait(["done0", "done1"])  # nobody leaves while another still reads
+    os._exit(0)  # gloo's threads abort the process now and then when they are taken down
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_take_one_step_with_noise_added_once(tmp_path: Path) -> None:
+    spawn(_rank, args=(str(tmp_path),), nprocs=2)
+
+    def both(name: str) -> tuple[Tensor, Tensor, int]:
+        (a, norm, ours), (b, same, theirs) = (torch.load(tmp_path / f"{name}{r}") for r in (0, 1))
+        assert norm == same
+        return a, b, ours + theirs
+
+    # rank 0 has records 0, 2, 4, 6 and documents 0 and 2; rank 1 the others
+    for name, units, chosen in (
+        ("clipped", Records(torch.arange(7)), [0, 1, 2, 3]),
+        ("documents", Documents(torch.arange(7), OWNERS, 9), [0, 1, 2, 3]),
+    ):
+        a, b, records = both(name)
+        alone, parameters = gradient(ClipNorm(0.5, TINY), units, Chosen(chosen), expected=4)
+        assert alone.step().records == records
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, flat(parameters), rtol=1e-4, atol=1e-6)
+    a, b, _ = both("noise")
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    clean, _, _ = both("clipped")
+    multiplier = clip_norm_of(Privacy(clipping="adaptive"), NOISY, 4, None).gradient_multiplier
+    noise = (a - clean).double() * 4 / (multiplier * 0.5)
+    assert abs(float(noise.mean())) < 6 / math.sqrt(len(noise))
+    assert float(noise.var()) == pytest.approx(1.0, abs=6 * math.sqrt(2 / len(noise)))

@@ -7,7 +7,7 @@ import torch
 
 from xpeer.errors import ConfigError
 from xpeer.privacy.noise import SecretGenerator
-from xpeer.privacy.units import Documents, units_of
+from xpeer.privacy.units import Documents, Records, units_of
 
 SIZES = torch.tensor([1, 5, 2, 40, 3, 1, 8])
 OWNERS = torch.arange(len(SIZES)).repeat_interleave(SIZES)
@@ -67,6 +67,23 @@ def test_documents_are_sampled_as_often_as_each_other() -> None:
     for _ in range(draws):
         counts[OWNERS[documents(1).sample(secret, q).indices]] += 1
     assert float((counts - draws * q).abs().max()) < 7 * math.sqrt(draws * q * (1 - q))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+def test_ranks_share_the_units_between_them(world: int) -> None:
+    for units in (Records(torch.arange(N)), documents(100)):
+        everything = Chosen(list(range(len(units))))
+        whole = units.sample(everything, 1.0).indices.tolist()
+        found: list[int] = []
+        for rank in range(world):
+            part = units.part(rank, world)
+            found += part.sample(Chosen(list(range(len(part)))), 1.0).indices.tolist()
+        assert sorted(found) == whole == list(range(N))
+    owners = [
+        set(OWNERS[documents(100).part(r, 2).sample(Chosen(list(range(n))), 1.0).indices].tolist())
+        for r, n in ((0, 4), (1, 3))
+    ]
+    assert owners == [{0, 2, 4, 6}, {1, 3, 5}]
 
 
 def test_the_unit_is_the_manifests() -> None:
