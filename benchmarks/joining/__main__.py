@@ -24,6 +24,9 @@ from xpeer.status import Status
 COMMAND = "python -m benchmarks.joining"
 DONORS_MBIT_S = 1000.0
 PUBLIC_CHARACTERS = 8_000
+LEARNING_RATE = 1e-5
+"""Nothing is to be learnt. Donors whose public losses fall fast have measured them at different
+steps, and so are not put together."""
 WARM_UP_MERGES = 5
 """Of each donor, before anything is counted."""
 NEAR = 1.25
@@ -68,7 +71,7 @@ def options_of(plan: Plan, mode: PrivacyMode, model: Path | None, folder: Path) 
     fields = {
         "optimiser.sequence_tokens": plan.sequence_tokens,
         "optimiser.batch_records": plan.batch_records,
-        "optimiser.learning_rate": 1e-4,
+        "optimiser.learning_rate": LEARNING_RATE,
         "round.window_steps": plan.window_steps,
         "round.slot_s": plan.slot_s,
         "round.deadline_s": 120,

@@ -182,11 +182,16 @@ class Fetch:
     async def _recruit(self) -> None:
         """Ask others while fewer donors give than are wanted; returns if donors should be chosen
         anew.
+
+        Those whose offers do not fit are not asked again: their parameters move on.
         """
-        pause_s = MORE_S
+        pause_s, unfit = MORE_S, set[PeerId]()
         while True:
+            waits_s = pause_s
+            if unfit and not self._giving():
+                waits_s = min(pause_s, max(0.0, self._worth_s() - self._waited_s()))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
+                async with asyncio.timeout(waits_s):
                     await self._short.wait()
             if self._short.is_set():
                 self._short.clear()
@@ -194,8 +199,12 @@ class Fetch:
             giving = self._giving()
             if len(giving) >= self._wanted or (giving and not self._next_run()):
                 continue
-            offers = await self._more(list(self._workers))
+            if unfit and not giving and self._waited_s() >= self._worth_s():
+                self._drop_silent(len(self._links))
+                return
+            offers = await self._more([*self._workers, *unfit])
             fitting = [offer for offer in offers if self._fits(offer.tree)]
+            unfit.update(offer.donor for offer in offers if offer not in fitting)
             chosen = fitting[: max(0, self._wanted - len(self._giving()))]
             for offer in offers:
                 if offer not in chosen:
@@ -207,9 +216,6 @@ class Fetch:
                     self._begin(giver)
                 pause_s = MORE_S
                 continue
-            if offers and not self._giving() and self._waited_s() > self._worth_s():
-                self._drop_silent(len(self._links))
-                return
             pause_s = min(2 * pause_s, MORE_MOST_S)
 
     def _drop_silent(self, most: int) -> None:

@@ -59,6 +59,7 @@ class Rig:
         self.others: list[Donor] = []
         """Who offers, when others are asked; each once."""
         self.asked = 0
+        self.without: list[Collection[PeerId]] = []
         self.unfit: list[Donor] = []
         """Whose offers do not fit, and who go on offering."""
         self.fetch = Fetch(
@@ -73,6 +74,7 @@ class Rig:
 
     async def _more(self, without: Collection[PeerId]) -> Any:
         self.asked += 1
+        self.without.append(without)
         others, self.others = self.others, []
         return [each for each in (*others, *self.unfit) if each.donor not in without]
 
@@ -198,9 +200,10 @@ async def test_what_fits_to_nothing_is_waited_for_no_longer_than_it_is_worth(
     dies = donor(after=5, error=PeerError(Reason.TRUNCATED, "killed"))
     dies.data = memoryview(bytes(PIECE_BYTES))  # its speed counts
     rig = Rig(gathered, [dies])
-    rig.unfit = [donor(step=500)]
+    rig.others = [other := donor(step=500)]  # once: then it rests
     assert not await rig.run()
-    assert (rig.unfit[0].given, rig.unfit[0].dropped) == ([], True)
+    assert (other.given, other.dropped) == ([], True)
+    assert all(other.donor in without for without in rig.without[1:])
     assert gathered.num_bytes == 5 * PIECE_BYTES
 
 
