@@ -13,7 +13,7 @@ from xpeer.status import Status
 
 __all__ = ["swarm"]  # the fixture
 pytestmark = pytest.mark.timeout(300)
-MASKED = {"round__masks": "true", "round__group": 3}
+MASKED = {"round__masks": "true", "round__group": 3, "round__fragments": 2}
 SLOW = {"XPEER_TRAINING_THROTTLE": "0.3"}
 
 
@@ -36,7 +36,7 @@ def test_three_peers_end_at_one_model(swarm: Swarm):
     for name in "abc":
         ended = swarm.until(name, lambda s: s.state == "finished", 200)
         assert ended.progress.step == 20
-        assert ended.progress.merges >= 10
+        assert ended.progress.merges >= 4  # each fragment twice
         assert ended.trainer_restarts == 0
         # a payload of 16 bits and a check of 32 for every 128 values
         assert ended.compression_ratio == pytest.approx(32 / 16.25, abs=0.02)
