@@ -42,11 +42,17 @@ def exports(tmp_path: Path, home: Path, model: Path) -> tuple[torch.Tensor, torc
     return expected, logits(merged)
 
 
+def assert_equal(expected: torch.Tensor, merged: torch.Tensor) -> None:
+    """But for what float32 loses where a product is added to a weight; noise made some large."""
+    apart = float((expected - merged).abs().max())
+    assert apart < 1e-3 * max(1.0, float(expected.abs().max()))
+
+
 def test_a_merged_export_of_a_tied_model_is_what_was_trained(tmp_path: Path, shard: Path) -> None:
     model = model_folder(tmp_path / "model", "gpt2")
     home = adapted_home(tmp_path, shard, model, "lm_head")
     expected, merged = exports(tmp_path, home, model)
-    assert float((expected - merged).abs().max()) < 1e-3
+    assert_equal(expected, merged)
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
 
@@ -66,4 +72,4 @@ def test_merged_adapters_of_all_kinds(
     model = model_folder(tmp_path / "model", family, **more)
     home = adapted_home(tmp_path, shard, model, *targets)
     expected, merged = exports(tmp_path, home, model)
-    assert float((expected - merged).abs().max()) < 1e-3
+    assert_equal(expected, merged)
