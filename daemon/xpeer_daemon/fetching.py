@@ -16,8 +16,8 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Collection
+from typing import Final
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
@@ -25,6 +25,7 @@ from xpeer.network.donation import BROKE
 from xpeer.network.giving import Giver
 from xpeer.network.pieces import Tree
 from xpeer.status import Fetching
+from xpeer.uncancelled import to_its_end
 from xpeer_daemon.gathered import Gathered
 
 log = logging.getLogger("xpeer.daemon")
@@ -292,7 +293,8 @@ class Fetch:
             return  # another donor was faster
         self._writing.add(piece)
         try:
-            await _to_its_end(asyncio.to_thread(self._gathered.write, piece, data))
+            writing = asyncio.to_thread(self._gathered.write, piece, data)
+            await to_its_end(asyncio.create_task(writing))  # the file may be closed next
             self._gathered.wrote(piece, giver.tree)
         finally:
             self._writing.discard(piece)
@@ -335,16 +337,6 @@ class Fetch:
                     return None
         self._lost(giver.donor, broke)
         return None
-
-
-async def _to_its_end(writing: Coroutine[Any, Any, None]) -> None:
-    """Wait for a write even if we are cancelled: its file may be closed next."""
-    task = asyncio.create_task(writing)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
 
 
 def _in_a_row(first: int, pieces: list[int], most: int) -> range:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpeer.errors import LocalError, TrainerError
+from xpeer.uncancelled import to_its_end
 
 NUM_SLOTS = 8
 _PAGE = mmap.PAGESIZE
@@ -167,20 +168,7 @@ async def copy_in_parts(source: memoryview, target: memoryview) -> None:
     loop = asyncio.get_running_loop()
     for start in range(0, source.nbytes, _COPY_BYTES):
         part = slice(start, min(start + _COPY_BYTES, source.nbytes))
-        await _to_its_end(loop.run_in_executor(None, _copy, source[part], target[part]))
-
-
-async def _to_its_end(copying: asyncio.Future[None]) -> None:
-    """Wait for a thread, however often we are cancelled: its target may be used next."""
-    cancelled: asyncio.CancelledError | None = None
-    while not copying.done():
-        try:
-            await asyncio.wait([copying])
-        except asyncio.CancelledError as e:
-            cancelled = e
-    copying.result()
-    if cancelled is not None:
-        raise cancelled
+        await to_its_end(loop.run_in_executor(None, _copy, source[part], target[part]))
 
 
 def _copy(source: memoryview, target: memoryview) -> None:
