@@ -6,17 +6,20 @@ some of its columns again whenever they are asked for. So a pass needs memory fo
 the vocabulary.
 
 Both times, for the norms and for the sum, the same code computes the same blocks of the same
-tensors. So what is added up is what was measured.
+tensors. So what is added up is what was measured. This is checked, bit by bit: a device whose
+products differ from one time to the next could carry a record over its norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
 from torch import Tensor, nn
+
+from xpeer.errors import LocalError
 
 _CPU_BLOCK: Final = 1 << 22
 """Values of a block on a processor."""
@@ -24,6 +27,8 @@ _DEVICE_BLOCK: Final = 1 << 26
 """The same on other devices, where large products pay."""
 _CPU_KEPT: Final = 1 << 26
 _DEVICE_KEPT: Final = 1 << 25
+_BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of as many bytes as a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,8 @@ class Blocked:
     cols: Tensor  # (B, T, d)
     num_rows: int
     """p."""
+    _measured: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    """Checksums, (B, T), of the blocks that `block` has computed."""
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """The blocks: from, and up to. They depend on shapes and device alone."""
@@ -49,7 +56,9 @@ class Blocked:
 
     def block(self, start: int, stop: int) -> Tensor:
         """Rows of the gradients, (B, stop - start, d) float32; the caller may change them."""
-        return torch.bmm(self.rows(start, stop).float().transpose(1, 2), self.cols.float())
+        rows = self.rows(start, stop)
+        self._measured[start, stop] = _checksum(rows)
+        return torch.bmm(rows.float().transpose(1, 2), self.cols.float())
 
     def sums(self) -> Tensor:
         """The sum over tokens, without the other factor: (B, p) float32; of a bias."""
@@ -57,11 +66,36 @@ class Blocked:
         return torch.cat(blocks, 1)
 
     def add_weighted(self, factors: Tensor, out: Tensor) -> None:
-        """Add the sum over records of factor times gradient to `out`, (p, d)."""
+        """Add the sum over records of factor times gradient to `out`, (p, d).
+
+        Of the blocks that `block` has computed: together they have to be all of the matrix.
+
+        Raises:
+            LocalError: they are not what they were then. `out` is of no use any more.
+        """
+        if sum(stop - start for start, stop in self._measured) != self.num_rows:
+            raise RuntimeError("gradients are added up that were not measured")
         cols = (self.cols.float() * factors[:, None, None]).flatten(0, 1)
-        for start, stop in self.parts():
-            rows = self.rows(start, stop).flatten(0, 1).float()
-            out[start:stop].addmm_(rows.T, cols)
+        changed = torch.zeros((), dtype=torch.bool, device=cols.device)
+        for (start, stop), checksum in self._measured.items():
+            rows = self.rows(start, stop)
+            changed |= (_checksum(rows) != checksum).any()
+            out[start:stop].addmm_(rows.flatten(0, 1).float().T, cols)
+        if bool(changed):
+            raise LocalError(
+                "the output layer's gradients, computed twice, differ on this device: "
+                "a record could exceed privacy.clip_norm",
+                "set training.precision to float32, or training.device to cpu; if it happens "
+                "there, too, check the machine's memory",
+            )
+
+
+def _checksum(rows: Tensor) -> Tensor:
+    """Sums of (B, T, n) values' bits, (B, T): of integers, so that their order does not matter, and
+    modulo their size, which is 25 times as fast as in wider ones.
+    """
+    bits = rows.view(_BITS[rows.element_size()])
+    return bits.sum(2, dtype=bits.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from xpeer.errors import LocalError
 from xpeer.privacy import blocks
 from xpeer.privacy.blocks import Blocked
 from xpeer.privacy.layers import Outer, Part
@@ -78,6 +79,39 @@ def test_terms_that_all_but_cancel_keep_their_norm() -> None:
     gradients.take(left - written)
     norms = torch.as_tensor(gradients.squares()).sqrt()
     torch.testing.assert_close(norms, left.double().square().sum((1, 2)).sqrt(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_that_differ_the_second_time_are_not_added_up(kind: torch.dtype) -> None:
+    """By the last bit of one value: then what was measured is not what is added up."""
+    rows, times = some(RECORDS, TOKENS, ROWS).to(kind), 0
+
+    def unsteady(start: int, stop: int) -> Tensor:
+        nonlocal times
+        times += start == 0
+        block = rows[:, :, start:stop].clone()
+        if times > steady and start <= 20 < stop:
+            block[1, 2, 20 - start] *= 1 + 2 * torch.finfo(kind).eps
+        return block
+
+    for steady in (2, 1):
+        times = 0
+        gradients = RecordGradients(nn.Parameter(torch.zeros(ROWS, WIDTH)), 1)
+        gradients.take(Blocked(unsteady, some(RECORDS, TOKENS, WIDTH), ROWS))
+        gradients.squares()
+        total = torch.zeros(ROWS, WIDTH)
+        if steady == 2:
+            gradients.add_weighted(torch.ones(RECORDS), total)
+        else:
+            with pytest.raises(LocalError, match="computed twice, differ"):
+                gradients.add_weighted(torch.ones(RECORDS), total)
+
+
+def test_what_was_not_measured_is_not_added_up() -> None:
+    part = blocked(some(RECORDS, TOKENS, ROWS), some(RECORDS, TOKENS, WIDTH))
+    part.block(0, 4)
+    with pytest.raises(RuntimeError, match="not measured"):
+        part.add_weighted(torch.ones(RECORDS), torch.zeros(ROWS, WIDTH))
 
 
 def test_a_bias_is_the_sum_over_tokens() -> None:
