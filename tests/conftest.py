@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.slow import SLOW, without_parameters
+from tests.spread import Scopes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,19 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable[..., None]) -> object:
-    """Of several workers half run whole swarms, which wait more than they work, one at a time each;
-    the others run what is left, file by file, so that a module's fixtures are made once.
-    """
+    """Whole swarms on half of the workers; see `spread.Scopes`."""
     from xdist.scheduler import LoadScopeScheduling
 
-    numbers: dict[str, int] = {}
+    scopes: list[Scopes] = []
 
     class Scheduler(LoadScopeScheduling):  # type: ignore[misc] # untyped
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            if not file.startswith("tests/swarm/"):
-                return file
-            number = numbers.setdefault(file, len(numbers))
-            return f"swarms {number % max(1, len(self.nodes) // 2)}"
+            if not scopes:
+                scopes.append(Scopes(len(self.nodes)))
+            return scopes[0].of(nodeid)
 
     return Scheduler(config, log)

@@ -24,13 +24,19 @@ def without_parameters(test: str) -> str:
     return test.partition("[")[0].strip()
 
 
+def duration_of(line: str) -> tuple[str, float] | None:
+    """A test's id, and the seconds that a part of it took; None = the line says something else."""
+    match = _LINE.match(line)
+    return (match[2].strip(), float(match[1])) if match else None
+
+
 def slow_ones(report: Iterable[str]) -> list[str]:
     """Functions that took long, by pytest's list of durations."""
     seconds: dict[str, float] = {}
     for line in report:
-        if match := _LINE.match(line):
-            test = without_parameters(match[2])
-            seconds[test] = seconds.get(test, 0.0) + float(match[1])
+        if (duration := duration_of(line)) is not None:
+            test = without_parameters(duration[0])
+            seconds[test] = seconds.get(test, 0.0) + duration[1]
     return sorted(test for test, took in seconds.items() if took > LONG_S)
 
 
