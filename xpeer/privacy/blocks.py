@@ -76,12 +76,12 @@ class Blocked:
         if sum(stop - start for start, stop in self._measured) != self.num_rows:
             raise RuntimeError("gradients are added up that were not measured")
         cols = (self.cols.float() * factors[:, None, None]).flatten(0, 1)
-        changed = torch.zeros((), dtype=torch.bool, device=cols.device)
+        same = torch.ones((), dtype=torch.bool, device=cols.device)
         for (start, stop), checksum in self._measured.items():
             rows = self.rows(start, stop)
-            changed |= (_checksum(rows) != checksum).any()
+            same &= (_checksum(rows) == checksum).all()
             out[start:stop].addmm_(rows.flatten(0, 1).float().T, cols)
-        if bool(changed):
+        if not bool(same):
             raise LocalError(
                 "the output layer's gradients, computed twice, differ on this device: "
                 "a record could exceed privacy.clip_norm",
