@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.hostile.attacks import ATTACK_VARIABLE
-from xpeer import config
+from xpeer import config_sources
 from xpeer.config import Home
 from xpeer.errors import Reason
 from xpeer.gossip.clock import Gossip
@@ -55,7 +55,7 @@ def main() -> int:
     elif attack == "refuse":
         Gossip.refusal_of = _refuse  # type: ignore[method-assign]
     home = Home(given.home)
-    settings = config.load(home.config, os.environ)
+    settings = config_sources.load(home.config, os.environ)
     return start.run(home, settings, trainer="benchmarks.hostile.trainer")
 
 

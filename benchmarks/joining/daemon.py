@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.joining.figures import PIECES, Came
-from xpeer import config
+from xpeer import config_sources
 from xpeer.config import Home
 from xpeer.identity import PeerId
 from xpeer.network.giving import Giver
@@ -48,7 +48,7 @@ def main() -> int:
     given = parser.parse_args()
     home = Home(given.home)
     write_down(home.path / PIECES)
-    settings = config.load(home.config, os.environ)
+    settings = config_sources.load(home.config, os.environ)
     return start.run(home, settings, trainer="benchmarks.joining.trainer")
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from xpeer import config
+from xpeer import config_sources
 from xpeer.config import Home
 from xpeer_daemon import start
 
@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("home", type=Path)
     given = parser.parse_args()
     home = Home(given.home)
-    settings = config.load(home.config, os.environ)
+    settings = config_sources.load(home.config, os.environ)
     return start.run(home, settings, trainer="benchmarks.overlap.trainer")
 
 

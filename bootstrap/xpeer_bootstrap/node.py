@@ -19,7 +19,8 @@ import msgspec
 import uvloop
 
 from xpeer import founding, sdnotify, signals
-from xpeer.config import Home, NodeConfig, note_of_foreign
+from xpeer.config import Home, NodeConfig
+from xpeer.config_sources import note_of_foreign
 from xpeer.errors import ConfigError, ExitCode, LocalError
 from xpeer.files import open_own, secure
 from xpeer.identity import Identity

@@ -14,7 +14,8 @@ from xpeer.accounts import accountant
 from xpeer.accounts.account_view import AccountView
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
-from xpeer.config import Home, NodeConfig, note_of_foreign, privacy_register
+from xpeer.config import Home, NodeConfig, privacy_register
+from xpeer.config_sources import note_of_foreign
 from xpeer.errors import LocalError, NotAuthorisedError, ShardError
 from xpeer.manifest.signed import SignedManifest
 from xpeer.network.addresses import resolve_listen

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from tests.cases.support import LOOPBACK, SMALL, sets
-from xpeer import config
+from xpeer import config, config_sources
 from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.founding import load_credential
@@ -45,7 +45,7 @@ def assembled(home: Path, **more: Any) -> Assembled:
         TrainerSetup(
             manifest_path=str(found.manifest), swarm_id=load_credential(found).claimed_swarm(),
             home=str(home), peer_id="peer",
-            config=config.load(found.config, settings()), **more,
+            config=config_sources.load(found.config, settings()), **more,
         )
     )  # fmt: skip
 

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from tests.cases.support import LOOPBACK, WORDS, model_folder, sets, tokenizer_folder
 from xpeer.cli import main
-from xpeer.config import Home, load
+from xpeer.config import Home
+from xpeer.config_sources import load
 from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup

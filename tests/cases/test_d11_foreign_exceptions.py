@@ -168,7 +168,7 @@ def test_numbers_of_every_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e308", str(2**70), "0.5", '"x"'])
 def test_numbers_of_every_setting(tmp_path: Path, value: str) -> None:
-    from xpeer import config
+    from xpeer import config, config_sources
     from xpeer.errors import ConfigError
 
     for section, key, default in config.settings():
@@ -178,7 +178,7 @@ def test_numbers_of_every_setting(tmp_path: Path, value: str) -> None:
         variable = {f"XPEER_{section}_{key}".upper(): value}
         for name, environ in ((tmp_path / "config.toml", {}), (tmp_path / "no", variable)):
             try:
-                made = config.load(name, environ)
+                made = config_sources.load(name, environ)
             except ConfigError as e:
                 assert f"{section}.{key}" in str(e), e
             else:

@@ -27,17 +27,17 @@ def test_a_service_named_xpeer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["XPEER", "XPEER_BOOTSTRAP", "XPEER_NETWORK", "XPEER_A_2"])
 def test_services_of_other_names(prefix: str) -> None:
-    from xpeer import config
+    from xpeer import config_sources
 
     given = {name.replace("XPEER", prefix, 1): value for name, value in KUBERNETES.items()}
     given |= {f"{prefix}_PORT_53_UDP": "udp://[fd00::1]:53", f"{prefix}_PORT_9_SCTP_ADDR": "::1"}
     linked = {f"{prefix}_NAME": "/web/xpeer", f"{prefix}_ENV_HOME": "/root"}
     if prefix == "XPEER_NETWORK":  # its _NAME is a setting of ours
         linked = {}
-    assert config.foreign(given | linked) == sorted(given | linked)
-    config.load(Path("none"), given | linked)
-    assert " ignored: " in config.note_of_foreign(given)
-    assert config.note_of_foreign({"PATH": "/bin"}) == ""
+    assert config_sources.foreign(given | linked) == sorted(given | linked)
+    config_sources.load(Path("none"), given | linked)
+    assert " ignored: " in config_sources.note_of_foreign(given)
+    assert config_sources.note_of_foreign({"PATH": "/bin"}) == ""
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,11 @@ def test_services_of_other_names(prefix: str) -> None:
     ],
 )
 def test_a_misspelt_setting_is_still_an_error(name: str, value: str, nearest: str) -> None:
-    from xpeer import config
+    from xpeer import config_sources
     from xpeer.errors import ConfigError
 
     with pytest.raises(ConfigError, match=name) as caught:
-        config.load(Path("none"), {name: value})
+        config_sources.load(Path("none"), {name: value})
     assert nearest in str(caught.value)
 
 

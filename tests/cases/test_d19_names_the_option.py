@@ -74,21 +74,22 @@ def test_what_was_set_is_to_be_set_right(tmp_path: Path, change: str, field: str
 
 
 def test_settings_name_the_place_that_they_came_from(tmp_path: Path) -> None:
-    from xpeer import config
+    from xpeer import config_sources
     from xpeer.errors import ConfigError
 
     file = tmp_path / "config.toml"
     file.write_text("[training]\nthreads = -1\n")
     with pytest.raises(ConfigError, match=rf"- correct training.threads in {file}$"):
-        config.load(file, {})
+        config_sources.load(file, {})
     with pytest.raises(ConfigError, match=r"- correct XPEER_TRAINING_THREADS$"):
-        config.load(file, {"XPEER_TRAINING_THREADS": "-2"})
+        config_sources.load(file, {"XPEER_TRAINING_THREADS": "-2"})
     with pytest.raises(ConfigError, match=r"- correct --min-peers$"):
-        config.load(tmp_path / "no", {}, {"training.min_peers": -1})
+        config_sources.load(tmp_path / "no", {}, {"training.min_peers": -1})
 
 
 def test_every_override_of_a_command_has_its_option() -> None:
-    from xpeer import config
+    from xpeer.config import settings
+    from xpeer.config_sources import OPTIONS
 
-    known = {f"{section}.{key}" for section, key, _ in config.settings()}
-    assert set(config.OPTIONS) <= known
+    known = {f"{section}.{key}" for section, key, _ in settings()}
+    assert set(OPTIONS) <= known

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.cases.support import model_folder, tokenizer_folder, xpeer
-from xpeer import config
+from xpeer import config_sources
 from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.manifest.signed import SignedManifest
@@ -20,7 +20,7 @@ def test_the_folders_own_tokenizer(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     made = SignedManifest.load(Home(tmp_path / "h").manifest).open().tokenizer
     assert made.kind == "huggingface", "a swarm for bytes on the vocabulary of another tokenizer"
-    assert config.load(Home(tmp_path / "h").config, {}).data.tokenizer == str(model)
+    assert config_sources.load(Home(tmp_path / "h").config, {}).data.tokenizer == str(model)
     assert str(model) in done.stderr
 
 
@@ -36,7 +36,7 @@ def test_bytes_when_asked(tmp_path: Path) -> None:
     code, err = init(tmp_path, "--model", model, "--tokenizer", "bytes")
     assert code == 0, err
     assert SignedManifest.load(Home(tmp_path / "h").manifest).open().tokenizer.kind == "byte"
-    assert config.load(Home(tmp_path / "h").config, {}).data.tokenizer == ""
+    assert config_sources.load(Home(tmp_path / "h").config, {}).data.tokenizer == ""
 
 
 def test_bytes_where_a_small_model_has_no_tokenizer_are_told(tmp_path: Path) -> None:

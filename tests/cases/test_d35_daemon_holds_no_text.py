@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from tests.cases.support import LOOPBACK, write_shard
 from xpeer.cli import main
-from xpeer.config import Home, load
+from xpeer.config import Home
+from xpeer.config_sources import load
 from xpeer.errors import ConfigError
 
 OPENED: list[str] = []

@@ -11,7 +11,8 @@ import pytest
 
 from tests.cases.support import model_folder, tokenizer_folder
 from xpeer import belonging
-from xpeer.config import Data, Home, load
+from xpeer.config import Data, Home
+from xpeer.config_sources import load
 from xpeer.errors import ConfigError
 from xpeer.founding_model import initial_model
 from xpeer.needs import Needs

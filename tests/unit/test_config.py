@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from xpeer import config
+from xpeer import config, config_sources
 from xpeer.config import Home, NodeConfig, Privacy, privacy_register
 from xpeer.errors import ConfigError, ExitCode
 
@@ -23,19 +23,19 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_no_file_means_defaults(tmp_path: Path) -> None:
-    assert config.load(tmp_path / "none.toml", {}) == NodeConfig()
+    assert config_sources.load(tmp_path / "none.toml", {}) == NodeConfig()
 
 
 def test_flags_win_over_variables_over_file(tmp_path: Path) -> None:
     path = write(tmp_path, '[training]\nthreads = 1\nspeed = 1.5\n[daemon]\nlog_level = "debug"\n')
     environ = {"XPEER_TRAINING_THREADS": "2", "XPEER_TRAINING_SPEED": "3"}
-    made = config.load(path, environ, {"training.threads": 4, "daemon.log_level": None})
+    made = config_sources.load(path, environ, {"training.threads": 4, "daemon.log_level": None})
     assert (made.training.threads, made.training.speed) == (4, 3.0)
     assert made.daemon.log_level == "debug"
 
 
 def test_variables_are_typed(tmp_path: Path) -> None:
-    made = config.load(
+    made = config_sources.load(
         tmp_path / "none",
         {
             "XPEER_DATA_SHARD": "/a,/b",
@@ -59,7 +59,7 @@ def test_every_setting_has_a_variable(tmp_path: Path) -> None:
         raw = ",".join(default) if isinstance(default, list) else str(default)
         if not raw and f"{section}.{key}" in config.PATHS:
             continue  # an empty path is an unset variable of somebody's
-        made = config.load(tmp_path / "none", {f"XPEER_{section}_{key}".upper(): raw})
+        made = config_sources.load(tmp_path / "none", {f"XPEER_{section}_{key}".upper(): raw})
         assert getattr(getattr(made, section), key) == default
 
 
@@ -88,7 +88,7 @@ def test_every_setting_has_a_variable(tmp_path: Path) -> None:
 )
 def test_wrong_files(tmp_path: Path, text: str, problem: str, remedy: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(problem)) as e:
-        config.load(write(tmp_path, text), {})
+        config_sources.load(write(tmp_path, text), {})
     assert remedy in e.value.remedy
     assert e.value.exit_code == ExitCode.BAD_CONFIG
 
@@ -106,12 +106,12 @@ def test_wrong_files(tmp_path: Path, text: str, problem: str, remedy: str) -> No
 )
 def test_wrong_variables(tmp_path: Path, name: str, raw: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        config.load(tmp_path / "none", {name: raw})
+        config_sources.load(tmp_path / "none", {name: raw})
 
 
 def test_the_nearest_variable_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as e:
-        config.load(tmp_path / "none", {"XPEER_NETWORK_LISEN": ""})
+        config_sources.load(tmp_path / "none", {"XPEER_NETWORK_LISEN": ""})
     assert e.value.remedy == "did you mean XPEER_NETWORK_LISTEN?"
 
 
@@ -119,7 +119,7 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "binary", tmp_path):
         with pytest.raises(ConfigError, match="can't be read"):
-            config.load(path, {})
+            config_sources.load(path, {})
 
 
 @given(st.text(max_size=60))
@@ -130,7 +130,7 @@ def test_any_text_is_settings_or_a_clear_error(tmp_path: Path, text: str) -> Non
     path = tmp_path / "config.toml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
-        config.load(path, {})
+        config_sources.load(path, {})
     except ConfigError as e:
         assert e.problem
 
@@ -144,7 +144,7 @@ values: Any = st.one_of(
 @hypothesis_settings(max_examples=80, deadline=None)
 def test_any_value_is_taken_or_named(key: str, value: Any) -> None:
     try:
-        config.load(Path("/nonexistent/config.toml"), {}, {key: value})
+        config_sources.load(Path("/nonexistent/config.toml"), {}, {key: value})
     except ConfigError as e:
         assert key in e.problem
 
@@ -161,5 +161,5 @@ def test_home_and_its_socket(tmp_path: Path) -> None:
     assert home.socket(NodeConfig()) == tmp_path / "home" / "xpeer.sock"
     with pytest.raises(ConfigError, match=r"daemon\.socket"):
         Home(tmp_path / ("x" * 100)).socket(NodeConfig())
-    short = config.load(tmp_path / "none", {"XPEER_DAEMON_SOCKET": "/run/xpeer.sock"})
+    short = config_sources.load(tmp_path / "none", {"XPEER_DAEMON_SOCKET": "/run/xpeer.sock"})
     assert Home(tmp_path / ("x" * 100)).socket(short) == Path("/run/xpeer.sock")

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from xpeer import config
-from xpeer.config import Home, NodeConfig
+from xpeer import config_sources
+from xpeer.config import DEFAULT_HOME, Home, NodeConfig
 from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
 from xpeer.escape import hidden, json_text, one_line, visible
 from xpeer.files import secure
@@ -110,7 +110,7 @@ def home_option(command: F) -> F:
     return click.option(
         "--home",
         envvar=HOME_VARIABLE,
-        default=str(config.DEFAULT_HOME),
+        default=str(DEFAULT_HOME),
         show_default=True,
         callback=_home,
         help="The node's folder (XPEER_HOME).",
@@ -137,7 +137,7 @@ def load_config(
     """
     if path is not None and not path.exists():
         raise ConfigError(f"config {path} does not exist", "correct --config or leave it out")
-    return config.load(path or home.config, os.environ, overrides)
+    return config_sources.load(path or home.config, os.environ, overrides)
 
 
 def echo_json(value: Any) -> None:
@@ -162,7 +162,7 @@ def say(line: str) -> None:
 
 def say_foreign() -> None:
     """Say which variables with our prefix were ignored, because they belong to another program."""
-    if note := config.note_of_foreign(os.environ):
+    if note := config_sources.note_of_foreign(os.environ):
         say(f"note: {note}")
 
 

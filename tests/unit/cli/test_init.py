@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 from tests.cases.support import tokenizer_folder
 from tests.in_memory import corpus_digest
-from xpeer import config
+from xpeer import config_sources
 from xpeer.cli import main
-from xpeer.config import Home
+from xpeer.config import Home, NodeConfig
 from xpeer.errors import ExitCode
 from xpeer.identity import Identity, blake2b
 from xpeer.manifest import Manifest, SharedCorpus
@@ -95,7 +95,7 @@ def test_found_a_swarm(tmp_path: Path, model_config: str) -> None:
     guessing = math.log(made.model.config["vocab_size"])  # as random parameters do
     assert made.public_text.initial_loss == pytest.approx(guessing, rel=0.1)
     assert made.start_loss == math.inf  # such a start says nothing of what is worse
-    settings = config.load(Home(home).config, {})
+    settings = config_sources.load(Home(home).config, {})
     assert settings.data.shard == [str(tmp_path / "text")]
     assert settings.network.listen == ["/ip4/0.0.0.0/tcp/4002"]
     assert settings.network.bootstrap == [SEED]
@@ -134,7 +134,7 @@ def test_a_shared_corpus_is_named_and_measured(tmp_path: Path, model_config: str
     shared = opened(tmp_path / "h").shared_corpus
     digest = corpus_digest([document_of(text, "elsewhere") for text in ("first", "second")])
     assert shared == SharedCorpus("books", digest)
-    settings = config.load(Home(tmp_path / "h").config, {})
+    settings = config_sources.load(Home(tmp_path / "h").config, {})
     assert settings.data.corpus == [str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
 
 
@@ -173,11 +173,11 @@ def test_json_and_two_swarms_are_never_alike(tmp_path: Path, model_config: str) 
 def test_the_written_settings_are_only_what_was_given(tmp_path: Path, model_config: str) -> None:
     xpeer("init", "--home", str(tmp_path / "h"), "--swarm", "demo", "--model-config", model_config)
     text = Home(tmp_path / "h").config.read_text()
-    assert config.load(Home(tmp_path / "h").config, {}) == config.NodeConfig()
+    assert config_sources.load(Home(tmp_path / "h").config, {}) == NodeConfig()
     # Every commented line is a setting that exists: uncommented, the file is still read.
     bare = text.replace("# listen", "listen").replace("# shard", "shard")
     Home(tmp_path / "h").config.write_text(bare.replace("# tokenizer", "tokenizer"))
-    assert config.load(Home(tmp_path / "h").config, {}).network.listen == []
+    assert config_sources.load(Home(tmp_path / "h").config, {}).network.listen == []
 
 
 def test_privacy_off_is_loud(tmp_path: Path, model_config: str) -> None:
@@ -320,7 +320,7 @@ def test_a_tokenizer_is_measured_and_remembered(tmp_path: Path, model_config: st
     made = opened(tmp_path / "h").tokenizer
     assert made.kind == "huggingface"
     assert made.digest == blake2b((folder / "tokenizer.json").read_bytes()).hex()
-    assert config.load(Home(tmp_path / "h").config, {}).data.tokenizer == str(folder)
+    assert config_sources.load(Home(tmp_path / "h").config, {}).data.tokenizer == str(folder)
     tokenizer_folder(folder, 321)
     code, _, err = xpeer("init", "--home", str(tmp_path / "other"), *args)
     assert (code, "321 ids" in err) == (ExitCode.BAD_CONFIG, True), err
