@@ -125,8 +125,8 @@ class Node:
 
     async def _work(self, trainer: TrainerProcess) -> None:
         """Train, or mix if the text can't be read."""
-        await self._enter(Phase.MIXING if trainer.text_problem else Phase.TRAINING)
-        self.record.looked_at_text(trainer.text_problem)
+        await self._enter(Phase.MIXING if trainer.facts.text_problem else Phase.TRAINING)
+        self.record.looked_at_text(trainer.facts.text_problem)
 
     def follow_trainer(
         self, trainer: TrainerPhase, progress: Progress, privacy: PrivacySpent | None = None

@@ -13,6 +13,7 @@ from xpeer.health import verdict
 from xpeer.identity import PeerId
 from xpeer.phase import Phase
 from xpeer.status import Partner, PrivacySpent, Progress, Status
+from xpeer.trainer.answers import UNREADY
 
 MAX_SHORT_CHARS = 500
 
@@ -27,6 +28,7 @@ def status_of(node: Node) -> Status:
     now, reasons, swarm = node.clock(), node.reasons(), node.swarm
     meter, config, record = swarm.meter, node.config, node.record
     last = node.running() or record.last_trainer
+    facts = last.facts if last else UNREADY
     progress = _progress(node, now)
     status = Status(
         health=verdict(reasons),
@@ -39,17 +41,17 @@ def status_of(node: Node) -> Status:
         pid=os.getpid(),
         uptime_s=now - node.started_s,
         addresses=swarm.addresses,
-        num_params=last.num_params if last else 0,
-        device=last.device if last else "",
-        precision=last.precision if last else "",
+        num_params=facts.num_params,
+        device=facts.device,
+        precision=facts.precision,
         round=progress.window,
         progress=progress,
         progress_age_s=_age(now, record.known.unix_s) if record.known else None,
         trainer_runs=node.running() is not None,
         eta_unix_s=eta_unix_s(node),
         fetching=node.life.fetching() if node.life.fetching is not None else None,
-        corpus=last.corpus if last else None,
-        shard=last.shard if last else None,
+        corpus=facts.corpus,
+        shard=facts.shard,
         tokenising=record.starting.text if record.starting else None,
         privacy=_privacy(node),
         bytes_in=meter.bytes_in,

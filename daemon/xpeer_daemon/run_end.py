@@ -80,7 +80,7 @@ class RunEnd:
     def _left_alone(self, phases: list[str]) -> bool:
         """Whether this node lacks text, and all others have ended: then it waits no longer."""
         trainer = self._supervisor.trainer
-        idle = trainer is not None and bool(trainer.text_problem)
+        idle = trainer is not None and bool(trainer.facts.text_problem)
         all_ended = bool(phases) and all(traits_of(phase).ended for phase in phases)
         return self._node.phase is Phase.MIXING and idle and all_ended
 

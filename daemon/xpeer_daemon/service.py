@@ -213,7 +213,7 @@ async def _start_trainer(node: Node, member: Member) -> TrainerProcess:
     node.life.note = ""
     log.info(
         "trainer: %d parameters on %s, %s; %s",
-        *(trainer.num_params, trainer.device, trainer.engine),
+        *(trainer.num_params, trainer.facts.device, trainer.facts.engine),
         "fresh" if trainer.resumed_step is None else f"resumed at step {trainer.resumed_step}",
     )
     return trainer
@@ -225,7 +225,7 @@ async def _go_on(
     """Go on with a trainer that was started again."""
     node = candidate.node
     candidate.store.add_event("trainer-restarted", f"epoch {trainer.epoch}")
-    node.record.looked_at_text(trainer.text_problem)
+    node.record.looked_at_text(trainer.facts.text_problem)
     member.closing.begin()  # the last trainer's merges may be lost with it
     to_begin = await member.parameters.hold_again(trainer)
     if not start.begun:

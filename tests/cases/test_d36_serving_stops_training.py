@@ -24,8 +24,7 @@ from xpeer.mixing.received import ReceivedFragment
 from xpeer.trainer import build as assembling
 from xpeer.trainer import worker as working
 from xpeer.trainer.answers import Losses, Progressed, Reply, StateExported
-from xpeer.trainer.arena import Arena
-from xpeer.trainer.client import layout_of
+from xpeer.trainer.arena import Arena, Layout
 from xpeer.trainer.commands import NOBODY, Evaluate, ExportState, Request
 from xpeer.trainer.server import Server, serve
 from xpeer.trainer.worker import Worker
@@ -94,7 +93,7 @@ def training(folder: Path) -> Iterator[tuple[TrainingLoop, Daemon]]:
     """A trainer in the middle of its run, and who may ask it."""
     torch.set_num_threads(1)
     node = assembling.assemble(make_homes(folder, 1, changes=LONG)[0])
-    trainer, arena = node.trainer, Arena.create(layout_of(node.trainer.manifest))
+    trainer, arena = node.trainer, Arena.create(Layout.of(node.trainer.manifest))
     daemon = Daemon(trainer)
     daemon.server = serve(daemon.send, arena, node, 3600.0)
     thread = threading.Thread(target=trainer.run, name=TRAINING)

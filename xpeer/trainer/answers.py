@@ -54,6 +54,19 @@ class Ready(Struct, frozen=True, tag=True):
     """In what the model computes."""
 
 
+UNREADY: Final = Ready(
+    num_params=0,
+    num_fragments=0,
+    device="",
+    engine="",
+    num_records=0,
+    step=0,
+    ledger_counter=0,
+    resumed=False,
+)
+"""What is known of a trainer before it is ready."""
+
+
 @seen_by("node")
 class Snapshotted(Struct, frozen=True, tag=True):
     """The slot holds a payload of this form."""

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from xpeer.errors import LocalError, TrainerError
+from xpeer.forms import Form
+from xpeer.manifest import Manifest
+from xpeer.mixing.fragments import largest
 from xpeer.uncancelled import to_its_end
 
 NUM_SLOTS = 8
@@ -38,6 +41,14 @@ class Layout:
     state_bytes: int
     """Bytes for all parameters in float32."""
     num_slots: int = NUM_SLOTS
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Layout:
+        """Compute the sizes that a manifest's payloads and parameters need."""
+        num_params, rules = manifest.model.num_params, manifest.round
+        most = rules.policy.vectors * largest(num_params, rules.fragments)
+        room = Form(rules.payload_codec, most).num_bytes
+        return cls(slot_bytes=room, state_bytes=4 * manifest.model.state_values)
 
     @property
     def total_bytes(self) -> int:

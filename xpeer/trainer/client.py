@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
-from xpeer.forms import Form
-from xpeer.manifest import Manifest, StateForm
+from xpeer.manifest import StateForm
 from xpeer.manifest.signed import SignedManifest
-from xpeer.mixing.fragments import fragment_size, largest
+from xpeer.mixing.fragments import fragment_size
 from xpeer.phase import Order, TrainerPhase
-from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary
+from xpeer.status import PrivacySpent, Progress
 from xpeer.trainer.answers import (
+    UNREADY,
     Crashed,
     Done,
     Ending,
     LookedAtText,
     Losses,
     Progressed,
-    Ready,
     Saved,
     SaveFailed,
     Snapshotted,
@@ -71,7 +70,6 @@ __all__ = [
     "Saved",
     "Starting",
     "TrainerProcess",
-    "layout_of",
 ]
 
 START_PATIENCE_S: Final = 600.0
@@ -93,19 +91,6 @@ class _Started:
     slots: Slots
     vectors: int
     state: StateForm
-
-
-UNREADY: Final = Ready(
-    num_params=0,
-    num_fragments=0,
-    device="",
-    engine="",
-    num_records=0,
-    step=0,
-    ledger_counter=0,
-    resumed=False,
-)
-"""What is known of a trainer before it is ready."""
 
 
 class TrainerProcess:
@@ -154,7 +139,7 @@ class TrainerProcess:
             LocalTimeoutError: the child made no progress.
         """
         manifest = SignedManifest.load(Path(setup.manifest_path)).open(setup.swarm_id)
-        arena = Arena.create(layout_of(manifest))
+        arena = Arena.create(Layout.of(manifest))
         trainer = cls(on_event)
         child = await Child.spawn(program, setup, arena, trainer._follow)
         slots = Slots(arena.layout.num_slots)
@@ -184,39 +169,9 @@ class TrainerProcess:
         return self.facts.num_params
 
     @property
-    def device(self) -> str:
-        """Where the model lies."""
-        return self.facts.device
-
-    @property
-    def precision(self) -> str:
-        """In what the model computes."""
-        return self.facts.precision
-
-    @property
-    def engine(self) -> str:
-        """How per-record gradients are clipped."""
-        return self.facts.engine
-
-    @property
     def resumed_step(self) -> int | None:
         """Of the checkpoint that it went on from; None = it began anew."""
         return self.facts.step if self.facts.resumed else None
-
-    @property
-    def corpus(self) -> CorpusShare | None:
-        """Its share of the shared corpus, if there is one."""
-        return self.facts.corpus
-
-    @property
-    def text_problem(self) -> str:
-        """Why it takes no step; "" = it has text."""
-        return self.facts.text_problem
-
-    @property
-    def shard(self) -> ShardSummary | None:
-        """What its text files hold."""
-        return self.facts.shard
 
     @property
     def exited(self) -> asyncio.Future[int]:
@@ -438,11 +393,3 @@ class TrainerProcess:
             self.privacy = event.privacy or self.privacy
             self.ledger_counter = event.ledger_counter
         self._tell(event)
-
-
-def layout_of(manifest: Manifest) -> Layout:
-    """Compute the arena that a manifest needs."""
-    num_params, rules = manifest.model.num_params, manifest.round
-    most = rules.policy.vectors * largest(num_params, rules.fragments)
-    room = Form(rules.payload_codec, most).num_bytes
-    return Layout(slot_bytes=room, state_bytes=4 * manifest.model.state_values)

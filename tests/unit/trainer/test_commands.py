@@ -20,9 +20,8 @@ from xpeer.config import Data
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.trainer import commands, reporting
 from xpeer.trainer.answers import Result, SaveFailed, Snapshotted, StateExported, Written
-from xpeer.trainer.arena import Arena
+from xpeer.trainer.arena import Arena, Layout
 from xpeer.trainer.build import assemble
-from xpeer.trainer.client import layout_of
 from xpeer.trainer.commands import (
     NOBODY,
     AddCorrection,
@@ -60,7 +59,7 @@ class Rank:
     def __init__(self, setup: TrainerSetup) -> None:
         self.node = assemble(setup)
         self.loop = self.node.trainer
-        self.arena = Arena.create(layout_of(self.loop.manifest))
+        self.arena = Arena.create(Layout.of(self.loop.manifest))
         self.server: Server = serve(lambda _message: None, self.arena, self.node, 3600.0)
         self.jobs: list[object] = []
         submit = self.loop.submit

@@ -11,9 +11,8 @@ import pytest
 
 from xpeer.errors import LocalTimeoutError, ShardError
 from xpeer.status import TextProgress
-from xpeer.trainer.answers import FromTrainer, Starting
+from xpeer.trainer.answers import UNREADY, FromTrainer, Starting
 from xpeer.trainer.child import Child
-from xpeer.trainer.client import UNREADY
 from xpeer.trainer.starting import Startup, report_start
 
 
