@@ -25,9 +25,9 @@ from xpeer.accounts.own_model import OwnPlan
 from xpeer.accounts.spending import OwnSpending, SwarmSpending
 from xpeer.manifest import Manifest
 from xpeer.privacy.mechanism import RecordMechanism
-from xpeer.trainer.build import make_loop
 from xpeer.trainer.own import own_manifest
 from xpeer.training.flat import FlatParameters
+from xpeer.training.loop_parts import make_loop
 from xpeer.training.losses import record_losses
 from xpeer.training.measuring import Evaluation
 

@@ -27,9 +27,9 @@ from xpeer.privacy.clipping import Engine, RecordLosses
 from xpeer.privacy.engines import choose_engine, sample_of
 from xpeer.privacy.mechanism import Mechanism, OffMechanism, RecordMechanism
 from xpeer.privacy.options import Options
-from xpeer.trainer.build import make_loop
 from xpeer.training.flat import FlatParameters
 from xpeer.training.loop import TrainingLoop
+from xpeer.training.loop_parts import make_loop
 from xpeer.training.losses import record_losses
 from xpeer.training.measuring import Evaluation
 from xpeer.update import PeerUpdate

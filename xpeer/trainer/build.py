@@ -6,7 +6,7 @@ Used by the trainer process, and by programs that train without partners in thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,6 @@ from xpeer.errors import ConfigError
 from xpeer.estimate.fit import Fit
 from xpeer.manifest import Manifest
 from xpeer.manifest.signed import SignedManifest
-from xpeer.mixing import combine, rules
-from xpeer.mixing.exchanges import Exchanges
-from xpeer.mixing.factors import FactorPair
-from xpeer.mixing.misalignment import Misalignment
-from xpeer.mixing.parameters import Parameters
 from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
@@ -45,22 +40,18 @@ from xpeer.training.adapters import factor_pairs, is_adapted
 from xpeer.training.checkpoint import Bundle, write_moments
 from xpeer.training.document import document_of
 from xpeer.training.flat import FlatParameters
-from xpeer.training.gradient_window import GradientWindow
 from xpeer.training.initial import model_of
-from xpeer.training.learner import Learner
 from xpeer.training.loop import TrainingLoop
+from xpeer.training.loop_parts import make_loop
 from xpeer.training.losses import choose_device, evaluate
-from xpeer.training.measuring import Evaluation, Measurements, spread
+from xpeer.training.measuring import Evaluation, spread
 from xpeer.training.model import check_fits
-from xpeer.training.pacing import Pacing
 from xpeer.training.pulse import Pulse
 from xpeer.training.records import cut
 from xpeer.training.schedule import Counters
 from xpeer.training.tensor_file import clear_staging
-from xpeer.training.timings import Timings
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
 from xpeer.wire import kernels
-from xpeer.wire.fixedpoint import grid_of
 
 PUBLIC_RECORDS: Final = 64
 """Most records of the public text to measure on: evenly spread, and the same at every peer."""
@@ -311,55 +302,6 @@ def _loop(
             saved.forget,
         )
     return loop
-
-
-def make_loop(
-    manifest: Manifest,
-    parameters: Parameters,
-    mechanism: Mechanism,
-    evaluation: Evaluation,
-    *,
-    adapters: Sequence[FactorPair] | None = None,
-    counters: Counters | None = None,
-    pulse: Pulse | None = None,
-    throttle: float = 1.0,
-    awaiting: bool = False,
-) -> TrainingLoop:
-    """Make a loop and its parts.
-
-    Args:
-        manifest: of the swarm.
-        parameters: of the model.
-        mechanism: computes the gradients.
-        evaluation: measures the losses.
-        adapters: of the model, if they alone are trained.
-        counters: of a checkpoint; None = begin at zero.
-        pulse: signs of life of this process.
-        throttle: fraction of the time to compute in.
-        awaiting: whether the parameters are still to be imported; until then nothing is trained or
-            sent.
-    """
-    counters = Counters() if counters is None else counters
-    timings, section = Timings(), manifest.round
-    rule = rules.make(section)
-    apart = Misalignment(adapters, parameters.fragments) if adapters is not None else None
-    mixing = section.codec, mechanism, rule, grid_of(section), combine.make(section), apart
-    exchanges = Exchanges(parameters, *mixing)
-    exchanges.begin()
-    return TrainingLoop(
-        Learner(manifest, parameters, mechanism, GradientWindow(rule), counters),
-        exchanges,
-        Pacing(manifest, mechanism, counters, timings),
-        Measurements(
-            evaluation,
-            section,
-            None if apart is None else lambda: apart.measure(parameters.read),
-        ),
-        timings,
-        pulse or Pulse(),
-        throttle=throttle,
-        awaiting=awaiting,
-    )
 
 
 def _facts(swarm: _Swarm, text: Text, problem: str) -> TextFacts:

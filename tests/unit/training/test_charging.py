@@ -29,10 +29,10 @@ from xpeer.phase import Order
 from xpeer.status import PrivacySpent
 from xpeer.trainer import saving
 from xpeer.trainer.answers import SaveFailed
-from xpeer.trainer.build import make_loop
 from xpeer.trainer.saving import SHARE_SAVING, Saving
 from xpeer.training import learner, loop, measuring, pacing, timings
 from xpeer.training.charging import Permits
+from xpeer.training.loop_parts import make_loop
 from xpeer.training.measuring import Evaluation
 from xpeer.update import PrivateUpdate, RawUpdate
 

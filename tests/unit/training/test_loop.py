@@ -27,9 +27,9 @@ from xpeer.mixing import exchanges, in_flight
 from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.in_flight import MAX_IN_FLIGHT
 from xpeer.status import PrivacySpent
-from xpeer.trainer.build import make_loop
 from xpeer.training import learner, loop, measuring, pacing, timings
 from xpeer.training.loop import TrainingLoop
+from xpeer.training.loop_parts import make_loop
 from xpeer.training.measuring import Evaluation
 from xpeer.training.schedule import Counters, learning_rate, planned_steps, share_done
 from xpeer.update import Checked, CompressedUpdate, PeerUpdate, PrivateUpdate, RawUpdate
