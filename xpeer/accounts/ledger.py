@@ -15,8 +15,8 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -33,6 +33,7 @@ from xpeer.accounts.chain import (
     forecast,
     in_parts,
 )
+from xpeer.accounts.guarded_file import GuardedFile
 from xpeer.accounts.histories import ByUnit, DeclaredDocuments, missing, segments_of, steps_of
 from xpeer.accounts.ledger_file import (
     MEND,
@@ -41,7 +42,6 @@ from xpeer.accounts.ledger_file import (
     VERSION,
     connected,
     create,
-    file_id,
     local_errors,
     refuse_a_loss,
 )
@@ -65,12 +65,16 @@ class Ledger:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
-        self._file = file_id(path)
+        self._file = GuardedFile(
+            f"privacy ledger {path}",
+            path,
+            connection,
+            partial(local_errors, path, "can't be written", MEND),
+            mend=MEND,
+            restore=RESTORE,
+        )
         self._lock = threading.RLock()
         """Re-entrant: a budget looks at own charges while it decides about a new one."""
-        self._usable = True
-        """True until the ledger is closed, or a write fails. False from the start if it was opened
-        by `look`."""
         self._id, self._old = "", False
         self._chain = ChargeChain("")
         """The charges as of the last read or write; replaced by `_read`."""
@@ -93,7 +97,7 @@ class Ledger:
                 f"there is no privacy ledger {path}", "it is made when the node first trains"
             )
         ledger = cls(path, connected(path, "ro"))
-        ledger._usable = False
+        ledger._file.usable = False
         try:
             ledger._read()
         except LocalError:
@@ -273,7 +277,7 @@ class Ledger:
         if type(segment) is not Segment or not 1 <= segment.steps < _MAX_STEPS:
             raise LocalError(f"privacy ledger {self.path}: can't charge {segment!r}")
         with self._lock:
-            self._refuse_if_unusable()
+            self._file.refuse_if_unusable()
             register, about = self._register, self._about
             if register is None or about is None:
                 raise LocalError(
@@ -283,7 +287,7 @@ class Ledger:
             # register first: after a crash in between, one charge too many counts
             register.charge(segment, fits, self._chain.counter + 1)
             about = msgspec.structs.replace(about, unix_s=time.time())
-            with self._transaction():
+            with self._file.transaction():
                 self._refuse_another_writer()
                 row = self._chain.next_row(segment, about)
                 self._store(row)
@@ -296,7 +300,7 @@ class Ledger:
         Partners remember the number of charges. So the steps are split into as many charges as the
         register has seen, where possible.
         """
-        with self._lock, self._transaction():
+        with self._lock, self._file.transaction():
             self._refuse_another_writer()
             spare = counter - self._chain.counter
             for unit, history in behind.items():
@@ -325,7 +329,7 @@ class Ledger:
         Returns:
             The value that is stored now.
         """
-        with self._lock, self._transaction():
+        with self._lock, self._file.transaction():
             self._connection.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (key, value))
             row = self._connection.execute(
                 "SELECT value FROM settings WHERE key = ?", (key,)
@@ -335,8 +339,7 @@ class Ledger:
     def close(self) -> None:
         """Close the file, and the register. The ledger can't be used after that."""
         with self._lock:
-            self._usable = False
-            self._connection.close()
+            self._file.close()
             if self._register is not None:
                 self._register.close()
 
@@ -390,7 +393,7 @@ class Ledger:
                 "PRAGMA wal_autocheckpoint = 1;"
             )
         if self._old:
-            with self._transaction():
+            with self._file.transaction():
                 for statement in TAKE_OVER:
                     self._connection.execute(statement)
 
@@ -411,10 +414,6 @@ class Ledger:
         self._connection.execute("INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
         self._connection.execute("UPDATE head SET counter = ?, hash = ?", (row.counter, row.hash))
 
-    def _refuse_if_unusable(self) -> None:
-        if not self._usable:
-            raise LocalError(f"privacy ledger {self.path} is closed or failed before", MEND)
-
     def _refuse_another_writer(self) -> None:
         counter, last = self._connection.execute("SELECT counter, hash FROM head").fetchone()
         if (counter, last) != (self._chain.counter, self._chain.head):
@@ -422,24 +421,3 @@ class Ledger:
                 f"privacy ledger {self.path}: another process charged it",
                 "run one node on this home at a time",
             )
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._refuse_if_unusable()
-        if file_id(self.path) != self._file:
-            self._usable = False
-            raise LocalError(
-                f"privacy ledger {self.path} was removed or replaced while it was open", RESTORE
-            )
-        done = False
-        try:
-            with local_errors(self.path, "can't be written", MEND):
-                self._connection.execute("BEGIN IMMEDIATE")
-                yield
-                self._connection.execute("COMMIT")
-            done = True
-        finally:
-            if not done:  # nobody knows what reached the disk: the ledger must be opened again
-                self._usable = False
-                if self._connection.in_transaction:
-                    self._connection.rollback()

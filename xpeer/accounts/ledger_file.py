@@ -119,15 +119,6 @@ def create(path: Path) -> None:
             os.close(folder)
 
 
-def file_id(path: Path) -> tuple[int, int] | None:
-    """Device and inode of a file; None if there is none."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
-
-
 @contextmanager
 def local_errors(path: Path, what: str, remedy: str) -> Iterator[None]:
     """Translate errors of the file system and of SQLite into words for the operator.

@@ -29,12 +29,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from xpeer.accounts import register_file as file
 from xpeer.accounts.accountant import Segment
+from xpeer.accounts.guarded_file import GuardedFile
 from xpeer.accounts.histories import (
     ByUnit,
     DeclaredDocuments,
@@ -46,7 +48,6 @@ from xpeer.accounts.histories import (
     steps_of,
     undominated,
 )
-from xpeer.accounts.ledger_file import file_id
 from xpeer.accounts.register_tables import RECOVERED, Tables
 from xpeer.errors import ConfigError, LocalError
 
@@ -81,13 +82,17 @@ class Register:
     def __init__(self, path: Path, connection: sqlite3.Connection, key: bytes) -> None:
         self.path = path
         self._connection = connection
-        self._file = file_id(path)
+        self._file = GuardedFile(
+            f"privacy register {path}",
+            path,
+            connection,
+            partial(file.local_errors, path),
+            mend=file.MEND,
+            restore=file.RESTORE,
+        )
         self._tables = Tables(connection)
         self._key = key
         self._lock = threading.Lock()
-        self._usable = True
-        """True until the register is closed, or a write fails. False from the start if it was
-        opened by `look`."""
         self._ledger_id, self._unit, self._span = "", "record", 0
         """The home, its unit and its span, as of `declare` or `histories_of`; span 0 until then."""
         self._writes = 0
@@ -118,7 +123,7 @@ class Register:
         if not file.is_there(folder):
             return None
         register = cls(folder / file.NAME, *file.looked(folder))
-        register._usable = False
+        register._file.usable = False
         return register
 
     def declare(
@@ -221,7 +226,7 @@ class Register:
         """
         if not self._span:
             raise LocalError(f"privacy register {self.path}: charged before it was joined")
-        with self._lock, self._transaction() as run:
+        with self._lock, self._file.transaction(BudgetExceededError, ConfigError) as run:
             if self._tables.writes() != self._writes:
                 self._refuse_a_copy()
                 seen = self._tables.seen_by(self._ledger_id, self._span)
@@ -246,8 +251,7 @@ class Register:
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            self._usable = False
-            self._connection.close()
+            self._file.close()
 
     def __enter__(self) -> Self:
         """Return this register. `with` closes it at the end."""
@@ -267,7 +271,7 @@ class Register:
     ) -> DeclaredDocuments:
         digest = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
         ledger_id, unit = self._ledger_id, self._unit
-        with self._lock, self._transaction() as run:
+        with self._lock, self._file.transaction(BudgetExceededError, ConfigError) as run:
             lacking = missing(charged, self._tables.own(ledger_id))
             known = run(_SPAN, (ledger_id, digest, unit)).fetchone()
             new = 0
@@ -399,30 +403,3 @@ class Register:
                 yield
             finally:
                 self._connection.rollback()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[file.Run]:
-        if not self._usable:
-            raise LocalError(f"privacy register {self.path} is closed or failed before", file.MEND)
-        if file_id(self.path) != self._file:
-            self._usable = False
-            raise LocalError(
-                f"privacy register {self.path} was removed or replaced while it was open",
-                file.RESTORE,
-            )
-        written = False
-        try:
-            with file.local_errors(self.path):
-                self._connection.execute("BEGIN IMMEDIATE")
-                yield self._connection.execute
-                self._connection.execute("COMMIT")
-            written = True
-        except (BudgetExceededError, ConfigError):
-            self._connection.rollback()
-            written = True  # nothing was written, and we know it
-            raise
-        finally:
-            if not written:  # nobody knows what reached the disk
-                self._usable = False
-                if self._connection.in_transaction:
-                    self._connection.rollback()

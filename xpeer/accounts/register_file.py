@@ -11,13 +11,14 @@ import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from xpeer.accounts.guarded_file import Run
 from xpeer.errors import ConfigError, LedgerError, LocalError
 from xpeer.files import require_own, secure_folder
 
@@ -64,8 +65,6 @@ RESTORE: Final = (
     "the last training step; without one, remove it: "
     "homes add what their ledgers hold when they start, what homes that are gone charged is lost"
 )
-
-Run = Callable[..., sqlite3.Cursor]
 
 
 def opened(folder: Path) -> tuple[sqlite3.Connection, bytes]:

@@ -17,6 +17,7 @@ import torch
 from tests.mortal import exit_code
 from tests.unit.training.homes import make_homes
 from xpeer.accounts.accountant import Segment, epsilon, epsilon_worst
+from xpeer.accounts.guarded_file import GuardedFile
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.config import Home
@@ -77,7 +78,7 @@ def deadly(dies_at: int) -> Iterator[Count]:
         for name in ("fsync", "replace", "rename", "unlink", "write"):
             patch.setattr(os, name, counted(getattr(os, name)))
         # statements of connections that are open already
-        patch.setattr(Ledger, "_transaction", counted(Ledger._transaction))
+        patch.setattr(GuardedFile, "transaction", counted(GuardedFile.transaction))
         patch.setattr(Ledger, "_append", counted(Ledger._append))
         patch.setattr(Register, "_written", counted(Register._written))
         patch.setattr(Register, "charge", counted(Register.charge))
