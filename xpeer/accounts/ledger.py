@@ -25,7 +25,6 @@ import msgspec
 
 from xpeer.accounts.accountant import Segment
 from xpeer.accounts.chain import (
-    MECHANISM,
     Charge,
     ChargeChain,
     ChargeContext,
@@ -38,11 +37,11 @@ from xpeer.accounts.histories import ByUnit, DeclaredDocuments, missing, segment
 from xpeer.accounts.ledger_file import (
     MEND,
     RESTORE,
-    TAKE_OVER,
-    VERSION,
     connected,
     create,
     local_errors,
+    prepare_to_write,
+    read,
     refuse_a_loss,
 )
 from xpeer.accounts.register import Fits, Register
@@ -75,7 +74,7 @@ class Ledger:
         )
         self._lock = threading.RLock()
         """Re-entrant: a budget looks at own charges while it decides about a new one."""
-        self._id, self._old = "", False
+        self._id = ""
         self._chain = ChargeChain("")
         """The charges as of the last read or write; replaced by `_read`."""
         self._register: Register | None = None
@@ -125,8 +124,8 @@ class Ledger:
             path.chmod(0o600)
         ledger = cls(path, connected(path, "rw"))
         try:
-            ledger._read()
-            ledger._prepare_to_write()
+            version = ledger._read()
+            prepare_to_write(path, ledger._connection, ledger._file, version)
             if must_exist is not None and ledger.id != must_exist:
                 raise LocalError(
                     f"privacy ledger {path} is {ledger.id}, but the checkpoint was made with "
@@ -356,59 +355,10 @@ class Ledger:
         """See `close`."""
         self.close()
 
-    def _read(self) -> None:
-        with local_errors(self.path, "is corrupt", RESTORE):
-            state = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            self._connection.execute("BEGIN")  # a node may write between the two queries
-            heads = self._connection.execute("SELECT version, ledger_id, counter, hash FROM head")
-            head = heads.fetchall()
-            rows = self._connection.execute("SELECT * FROM charges ORDER BY counter").fetchall()
-            self._connection.execute("COMMIT")
-        if state != "ok" or len(head) != 1:
-            raise LocalError(f"privacy ledger {self.path} is corrupt: {state}", RESTORE)
-        version, self._id, counter, last = head[0]
-        self._old = version < VERSION
-        if not 1 <= version <= VERSION:
-            raise LocalError(
-                f"privacy ledger {self.path} has version {version}, this xpeer knows {VERSION}",
-                "use the version of xpeer that wrote it",
-            )
-        self._chain = ChargeChain(self._id)
-        for values in rows:
-            self._append(Row(*values, *([""] if self._old else [])))
-        if (counter, last) != (self._chain.counter, self._chain.head):
-            raise LocalError(
-                f"privacy ledger {self.path} is inconsistent: {counter} charges were made and "
-                f"{self._chain.counter} are recorded, or the last was altered",
-                RESTORE,
-            )
-
-    def _prepare_to_write(self) -> None:
-        """Set up the file for writing. Called after `_read`, so a damaged file is never touched."""
-        # FULL: every commit is fsynced. SQLite checkpoints after every commit, so the main file
-        # is complete and a copy without its -wal loses nothing.
-        with local_errors(self.path, "can't be written", MEND):
-            self._connection.executescript(
-                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA fullfsync = ON;"
-                "PRAGMA wal_autocheckpoint = 1;"
-            )
-        if self._old:
-            with self._file.transaction():
-                for statement in TAKE_OVER:
-                    self._connection.execute(statement)
-
-    def _append(self, row: Row) -> None:
-        if row.mechanism != MECHANISM:
-            raise LocalError(
-                f"privacy ledger {self.path}: charge {row.counter} is of an unknown mechanism",
-                "use the version of xpeer that wrote it",
-            )
-        try:
-            self._chain.add(row)
-        except LocalError as e:
-            raise LocalError(
-                f"privacy ledger {self.path} is inconsistent at charge {row.counter}: {e}", RESTORE
-            ) from e
+    def _read(self) -> int:
+        """Read all charges. Returns the version of the file's schema."""
+        version, self._id, self._chain = read(self.path, self._connection)
+        return version
 
     def _store(self, row: Row) -> None:
         self._connection.execute("INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)

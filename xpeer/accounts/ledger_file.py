@@ -1,6 +1,6 @@
-"""The file of a privacy ledger: making, opening, upgrading, and translating its errors.
+"""The file of a privacy ledger: making, opening, reading, upgrading, and translating its errors.
 
-Knows nothing of the meaning of its rows: that is `ledger`'s business.
+Knows that its rows have to add up. What they are charged for is `ledger`'s business.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from xpeer.accounts.chain import ChargeChain
+from xpeer.accounts.chain import MECHANISM, ChargeChain, Row
+from xpeer.accounts.guarded_file import GuardedFile
 from xpeer.errors import LedgerError, LocalError
 
-VERSION: Final = 2
+_VERSION: Final = 2
 """Version of the schema. Files of version 1 do not note what a charge was for. They are upgraded,
 and their charges stay as they are."""
 _BUSY_S: Final = 5.0
@@ -33,9 +34,9 @@ _NOT_THE_CONTENT: Final = frozenset(
     }
 )
 """SQLite's error codes of the disk, of locks or of rights: the content may be good."""
-TAKE_OVER: Final = (
+_UPGRADE: Final = (
     "ALTER TABLE charges ADD COLUMN about TEXT NOT NULL DEFAULT ''",
-    f"UPDATE head SET version = {VERSION:d}",  # noqa: S608 - a number of ours
+    f"UPDATE head SET version = {_VERSION:d}",  # noqa: S608 - a number of ours
 )
 _SCHEMA: Final = """
 BEGIN IMMEDIATE;
@@ -101,7 +102,7 @@ def create(path: Path) -> None:
             ledger_id = secrets.token_hex(16)
             start: tuple[Any, ...] = (
                 1,
-                VERSION,
+                _VERSION,
                 ledger_id,
                 0,
                 ChargeChain(ledger_id).head,
@@ -117,6 +118,81 @@ def create(path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def read(path: Path, connection: sqlite3.Connection) -> tuple[int, str, ChargeChain]:
+    """Read all charges, and check that they add up.
+
+    Returns:
+        The version of the file's schema, the ledger's id, and its charges.
+
+    Raises:
+        LocalError: the file is corrupt or inconsistent, or a later xpeer wrote it.
+    """
+    with local_errors(path, "is corrupt", RESTORE):
+        state = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        connection.execute("BEGIN")  # a node may write between the two queries
+        head = connection.execute("SELECT version, ledger_id, counter, hash FROM head").fetchall()
+        rows = connection.execute("SELECT * FROM charges ORDER BY counter").fetchall()
+        connection.execute("COMMIT")
+    if state != "ok" or len(head) != 1:
+        raise LocalError(f"privacy ledger {path} is corrupt: {state}", RESTORE)
+    version, ledger_id, counter, last = head[0]
+    if not 1 <= version <= _VERSION:
+        raise LocalError(
+            f"privacy ledger {path} has version {version}, this xpeer knows {_VERSION}",
+            "use the version of xpeer that wrote it",
+        )
+    chain = ChargeChain(ledger_id)
+    for values in rows:
+        _append(path, chain, Row(*values, *([""] if version < _VERSION else [])))
+    if (counter, last) != (chain.counter, chain.head):
+        raise LocalError(
+            f"privacy ledger {path} is inconsistent: {counter} charges were made and "
+            f"{chain.counter} are recorded, or the last was altered",
+            RESTORE,
+        )
+    return version, ledger_id, chain
+
+
+def _append(path: Path, chain: ChargeChain, row: Row) -> None:
+    if row.mechanism != MECHANISM:
+        raise LocalError(
+            f"privacy ledger {path}: charge {row.counter} is of an unknown mechanism",
+            "use the version of xpeer that wrote it",
+        )
+    try:
+        chain.add(row)
+    except LocalError as e:
+        raise LocalError(
+            f"privacy ledger {path} is inconsistent at charge {row.counter}: {e}", RESTORE
+        ) from e
+
+
+def prepare_to_write(
+    path: Path, connection: sqlite3.Connection, file: GuardedFile, version: int
+) -> None:
+    """Set up the file for writing, and upgrade it if it is old.
+
+    Call it after `read`, so that a damaged file is never touched.
+
+    Args:
+        path: the file.
+        connection: to the file.
+        file: guards it.
+        version: of its schema, as `read` returned it.
+    """
+    # FULL: every commit is fsynced. SQLite checkpoints after every commit, so the main file is
+    # complete and a copy without its -wal loses nothing.
+    with local_errors(path, "can't be written", MEND):
+        connection.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA fullfsync = ON;"
+            "PRAGMA wal_autocheckpoint = 1;"
+        )
+    if version < _VERSION:
+        with file.transaction() as run:
+            for statement in _UPGRADE:
+                run(statement)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def deadly(dies_at: int) -> Iterator[Count]:
             patch.setattr(os, name, counted(getattr(os, name)))
         # statements of connections that are open already
         patch.setattr(GuardedFile, "transaction", counted(GuardedFile.transaction))
-        patch.setattr(Ledger, "_append", counted(Ledger._append))
+        patch.setattr(Ledger, "_store", counted(Ledger._store))
         patch.setattr(Register, "_written", counted(Register._written))
         patch.setattr(Register, "charge", counted(Register.charge))
         yield count
