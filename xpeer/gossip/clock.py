@@ -17,6 +17,7 @@ from typing import Any
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.forms import Form
 from xpeer.gossip import matching
+from xpeer.gossip.company import PAIR, Company
 from xpeer.gossip.meetings import Meetings
 from xpeer.gossip.pace import Pace, Start
 from xpeer.gossip.partners import Partners
@@ -34,7 +35,6 @@ PATIENT_SLOTS = 2
 """After this many slots in which an exchange was due and none began, we accept proposals of members
 that the slot does not match with us. If we always did, a member that proposes all the time would be
 the only one that we ever meet."""
-PAIR = 2
 
 
 class Gossip(ProposalHandler):
@@ -71,6 +71,7 @@ class Gossip(ProposalHandler):
         self._nudge = nudge
         self._clock = clock
         self._partners = partners
+        self._company = Company(me, swarm_id, manifest.round, host, partners)
         self._weighting = self._round.policy.weighting
         self._pace = Pace(manifest.round)
         self._meetings = Meetings(
@@ -124,14 +125,14 @@ class Gossip(ProposalHandler):
         """Propose to the slot's partner if our PeerID is the lower one; else wait for its proposal.
         If we avoid that partner, propose to a fallback at once; the matching stays as it is.
         """
-        candidates = self._candidates(slot)
+        candidates = self._company.candidates(slot)
         if not candidates:
             self._partners.skipped("", slot, Reason.NO_PARTNER, "the others meet one another")
             return
-        avoided, first = self._avoided(), candidates[0]
+        avoided, first = self._company.avoided(), candidates[0]
         if first in avoided:
             self._partners.skipped(first, slot, Reason.AVOIDED)
-        elif first < self._me and not self._has_nothing_due(first, slot):
+        elif first < self._me and not self._company.has_nothing_due(first, slot):
             self._awaited = first, slot
         elif self._proposer.busy_with(first):
             self._partners.skipped(first, slot, Reason.BUSY)
@@ -149,8 +150,8 @@ class Gossip(ProposalHandler):
         """
         if slot % self._meetings.stride or (self._round.masks and len(self._meetings)):
             return
-        company = self._group_without_avoided(slot)
-        others = [peer for peer in company if not self._has_nothing_due(peer, slot)]
+        company = self._company.group_without_avoided(slot)
+        others = [peer for peer in company if not self._company.has_nothing_due(peer, slot)]
         trainer = self._host.trainer
         if trainer is None or not others:
             return
@@ -170,7 +171,7 @@ class Gossip(ProposalHandler):
         """Choose any partner and propose to it, or have it propose if its PeerID is the lower one.
         An asynchronous rule uses no matching.
         """
-        avoided = self._avoided()
+        avoided = self._company.avoided()
         free = [peer for peer in partners if peer not in avoided]
         others = [peer for peer in free if peer != self._last_partner] or free
         if not others:
@@ -194,7 +195,7 @@ class Gossip(ProposalHandler):
             self._asynchronous()
             and self._host.idle_reason() is None
             and peer_id in self._host.partners()
-            and peer_id not in self._avoided()
+            and peer_id not in self._company.avoided()
             and self._may_propose(peer_id, slot)
             and slot > self._partners[peer_id].ids.last_slot
         ):
@@ -202,17 +203,7 @@ class Gossip(ProposalHandler):
 
     def _may_propose(self, peer_id: PeerId, slot: int) -> bool:
         busy = self._proposer.busy_with(peer_id)
-        return self._me < peer_id and not busy and not self._has_nothing_due(peer_id, slot)
-
-    def _has_nothing_due(self, peer_id: PeerId, slot: int) -> bool:
-        """Whether no exchange is due between us. A group that can't merge with two members may need
-        members that have ended, for the sake of those that have not.
-        """
-        if not self._host.has_nothing_due(peer_id):
-            return False
-        return self._round.least_group == PAIR or all(
-            map(self._host.has_nothing_due, self._group(slot))
-        )
+        return self._me < peer_id and not busy and not self._company.has_nothing_due(peer_id, slot)
 
     def _averaging(self) -> bool:
         """Whether our meetings average plainly. Masked groups always do, so that all agree."""
@@ -221,35 +212,6 @@ class Gossip(ProposalHandler):
     def _asynchronous(self) -> bool:
         """Whether we meet without a matching now. Once training is over, everybody uses it."""
         return not self._round.policy.uses_slots and self._host.training()
-
-    def _avoided(self, *, proposing: bool = True) -> frozenset[PeerId]:
-        """Partners that we avoid now. The matching names them all the same."""
-        return self._partners.avoided(self._host.partners(), proposing=proposing)
-
-    def _shunned(self, peer_id: PeerId) -> bool:
-        """Whether we refuse a peer's proposals now. One without a card is judged by its own record,
-        so that nobody gains by hiding its card.
-        """
-        if peer_id in self._host.partners():
-            return peer_id in self._avoided(proposing=False)
-        return self._partners.shuns(peer_id)
-
-    def _group_without_avoided(self, slot: int) -> list[PeerId]:
-        """The others of our group in this slot, without those that we avoid."""
-        avoided = self._avoided()
-        return [peer for peer in self._group(slot) if peer not in avoided]
-
-    def _candidates(self, slot: int, *also: PeerId) -> list[PeerId]:
-        """The partner that the slot's matching of pairs names, then the fallbacks, best first."""
-        members = {*self._host.partners(), self._me, *also}
-        return matching.partner(self._swarm_id, slot, members, self._me, self._host.zones())
-
-    def _group(self, slot: int) -> list[PeerId]:
-        """The others of our group in this slot, by the matching."""
-        members = [*self._host.partners(), self._me]
-        return matching.group(
-            self._swarm_id, slot, members, self._me, self._round.group, self._host.zones()
-        )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -301,7 +263,7 @@ class Gossip(ProposalHandler):
         self._partners.began(agreement)
         self._last_partner = peer_id
         is_pair, averaging = self._round.group == PAIR, agreement.averaging
-        expected = [peer_id] if is_pair else self._group_without_avoided(slot)
+        expected = [peer_id] if is_pair else self._company.group_without_avoided(slot)
         meeting = self._meetings.join(trainer, slot, averaging=averaging, expected=expected)
         began = self._clock()
         start: Start | None = None
@@ -354,7 +316,7 @@ class Gossip(ProposalHandler):
 
     def _weights(self, peer_id: PeerId, slot: int) -> tuple[float, float]:
         """n_i, and the sum of n over our group in the slot, ourselves included."""
-        others = [peer_id] if self._round.group == PAIR else self._group(slot)
+        others = [peer_id] if self._round.group == PAIR else self._company.group(slot)
         if self._weighting != "tokens":
             return 1.0, 1.0 + len(others)
         own = self._host.declared_rate(self._me)
@@ -369,7 +331,7 @@ class Gossip(ProposalHandler):
             return reason
         if not self._host.may_exchange(peer_id):
             return Reason.NOT_DUE
-        if self._shunned(peer_id):
+        if self._company.shunned(peer_id):
             return Reason.AVOIDED
         patience = max(2, round(PROPOSAL_TIMEOUT_S / self._round.slot_s))
         now = matching.slot_number(self._clock(), self._round.slot_s)
@@ -389,7 +351,7 @@ class Gossip(ProposalHandler):
 
     def _is_due_with(self, peer_id: PeerId, proposal: Propose, fragment: int) -> bool:
         """Whether an exchange is due between us, by the window's pace and the slot's matching."""
-        if self._has_nothing_due(peer_id, proposal.slot):
+        if self._company.has_nothing_due(peer_id, proposal.slot):
             return False
         if self._host.training() and proposal.averaging and self._round.policy.waits:
             return False  # averaging would move the parameters under the gathered gradients
@@ -401,20 +363,9 @@ class Gossip(ProposalHandler):
             return peer_id != self._last_partner or len(self._host.partners()) == 1
         return self._due() and (
             self._idle_slots >= PATIENT_SLOTS
-            or self._matched(peer_id, proposal.slot)
-            or self._left_free(proposal.slot)
+            or self._company.matched(peer_id, proposal.slot)
+            or self._company.left_free(proposal.slot)
         )
-
-    def _matched(self, peer_id: PeerId, slot: int) -> bool:
-        """Whether the slot's matching, as we compute it, pairs or groups us with this member."""
-        if self._round.group != PAIR:
-            return peer_id in self._group(slot)
-        return self._candidates(slot, peer_id)[:1] == [peer_id]
-
-    def _left_free(self, slot: int) -> bool:
-        """Whether the slot's matching names a partner that we avoid: then we accept anybody."""
-        avoided = self._avoided()
-        return self._round.group == PAIR and self._candidates(slot)[:1] in [[p] for p in avoided]
 
     def before_agreement(self, peer_id: PeerId, theirs: Terms) -> None:
         """See `Partners.reconcile`. Every proposal to us comes here first."""
