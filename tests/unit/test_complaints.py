@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xpeer.cli import main
-from xpeer.cli.init import as_toml
+from xpeer.cli.new_config import as_toml
 from xpeer.errors import ConfigError
 from xpeer.manifest import Manifest
 from xpeer.privacy.passes import Passes

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-import msgspec
 
 from xpeer import founding
 from xpeer.accounts import signal
@@ -25,6 +24,7 @@ from xpeer.cli.common import (
     secure_home,
 )
 from xpeer.cli.needed import say_needs
+from xpeer.cli.new_config import as_toml, check_new
 from xpeer.cli.start import read_token
 from xpeer.config import Home, NodeConfig
 from xpeer.drafting import draft_manifest
@@ -37,7 +37,6 @@ from xpeer.network.membership.invites import Token
 from xpeer.network.multiaddress import check_peer
 from xpeer.paths import checked
 from xpeer.policies import PrivacyMode
-from xpeer.readiness import check_settings
 from xpeer.source import BYTES, check_folder, config_in, tokenizer_of
 
 _COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
@@ -47,16 +46,6 @@ _FOUNDING = (
     *("public_text", "changes", "privacy"),
 )
 """Options that decide something for all members. A joiner can't use them."""
-_EXPLAINED = {
-    "network.listen": "where members reach this node (TCP)",
-    "network.announce": "what to tell others instead, behind NAT or port forwarding",
-    "network.bootstrap": "entry points: .../p2p/PEERID",
-    "network.name": "what the other members see this node called",
-    "data.shard": "text this node trains on; it never leaves the node",
-    "data.corpus": "this node's copy of the corpus that all members share",
-    "data.tokenizer": "folder of the swarm's tokenizer",
-    "data.base_model": "folder of the model whose adapters the swarm trains",
-}
 
 
 @click.command()
@@ -216,7 +205,7 @@ def init(
         "data.tokenizer": str(found_in.expanduser().absolute()) if found_in else "",
         "data.base_model": str(base_model.expanduser().absolute()) if base_model else "",
     }
-    _check_settings(home, settings)
+    check_new(home, settings)
     say_foreign()
     secure_home(home)
     if join is not None:
@@ -376,42 +365,6 @@ def _join(home: Home, join: str, settings: dict[str, Any], *, as_json: bool) -> 
         echo_json({"swarm_id": token.swarm_id, "swarm_name": token.name, **lacks})
     else:
         click.echo(token.swarm_id)
-
-
-def _check_settings(home: Home, settings: dict[str, Any]) -> None:
-    """Refuse settings that `xpeer start` would refuse. Never replace a config.toml that exists."""
-    given = {key: value for key, value in settings.items() if value}
-    try:
-        msgspec.json.encode(given)
-    except UnicodeEncodeError as e:
-        raise ConfigError(
-            f"{e.object!r} is not UTF-8, so config.toml can't hold it", "rename that file"
-        ) from e
-    check_settings(home, load_config(home, given))
-    if given and home.config.exists():
-        raise ConfigError(
-            f"{home.config} exists already, so {', '.join(sorted(given))} would be ignored",
-            "leave the options out and edit that file",
-        )
-
-
-def as_toml(settings: dict[str, Any]) -> str:
-    """config.toml with the given settings, and the other usual settings as comments.
-
-    Args:
-        settings: {"section.key": value}; an empty value becomes a comment.
-    """
-    lines = ["# Settings of this node. `xpeer start` refuses keys that it does not know."]
-    section = ""
-    for dotted, value in settings.items():
-        here, _, key = dotted.partition(".")
-        if here != section:
-            lines += ["", f"[{here}]"]
-            section = here
-        lines.append(f"# {_EXPLAINED[dotted]}")
-        # A JSON string or list of strings is one in TOML, too.
-        lines.append(f"{'' if value else '# '}{key} = {msgspec.json.encode(value).decode()}")
-    return "\n".join(lines) + "\n"
 
 
 def _noise(manifest: Manifest) -> str:
