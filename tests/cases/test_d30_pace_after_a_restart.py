@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.gossip.test_clock import OTHER, Rig
+from tests.unit.gossip.rigs import OTHER, Rig
 
 
 async def test_a_trainer_that_resumes_further_back_exchanges_at_once(

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from tests.unit.daemon.fakes import FakeNode
-from tests.unit.gossip.test_clock import OTHER, Rig
+from tests.unit.gossip.rigs import OTHER, Rig
 from xpeer.cli.render import status_lines
 from xpeer.errors import PeerError, Reason
 from xpeer.gossip.partners import Partners

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.gossip.test_clock import ME, OTHER, SWARM, THIRD, Rig
+from tests.unit.gossip.rigs import ME, OTHER, SWARM, THIRD, Rig
 from xpeer.errors import PeerError, Reason
 from xpeer.forms import Form
 from xpeer.gossip import backoff, matching

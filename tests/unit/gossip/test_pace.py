@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.unit.gossip.test_clock import ROUND, FakeTrainer
+from tests.unit.gossip.rigs import ROUND, FakeTrainer
 from xpeer.gossip.pace import Pace
 from xpeer.manifest.round import Round
 
