@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.training.test_loop import trainer_with
+from tests.unit.training.loops import trainer_with
 from xpeer.training.loop import TrainingLoop
 
 INTERRUPTED_S = 600.0

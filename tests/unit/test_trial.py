@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tests.cases.support import model_folder, tokenizer_folder, write_shard
 from tests.unit.accounts.ledgers import open_declared
-from tests.unit.training.test_loop import manifest_with
+from tests.unit.training.loops import manifest_with
 from xpeer import dry_run
 from xpeer.accounts.accountant import Segment
 from xpeer.cli import main

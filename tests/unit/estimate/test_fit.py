@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from tests.unit.training.test_loop import manifest_with
+from tests.unit.training.loops import manifest_with
 from xpeer.config import Checkpoint, Data, Home, NodeConfig, Training
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.estimate import fit as fitting

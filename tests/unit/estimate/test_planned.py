@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.training.test_loop import manifest_with
+from tests.unit.training.loops import manifest_with
 from xpeer.config import Training
 from xpeer.estimate.planned import smallest, step_of
 from xpeer.founding_model import PRESETS

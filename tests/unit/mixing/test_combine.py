@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.training.test_loop import NUM_PARAMS, trainer_with, unbounded
+from tests.unit.training.loops import NUM_PARAMS, trainer_with, unbounded
 from xpeer.errors import PeerError, Reason
 from xpeer.forms import Form
 from xpeer.manifest.round import Round

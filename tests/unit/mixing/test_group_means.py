@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.training.test_loop import NUM_PARAMS, trainer_with, unbounded
+from tests.unit.training.loops import NUM_PARAMS, trainer_with, unbounded
 from xpeer.errors import PeerError
 from xpeer.forms import Form
 from xpeer.manifest.round import Round

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.unit.training.test_loop import taken, trainer_with
+from tests.unit.training.loops import taken, trainer_with
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.mixing.in_flight import MAX_GROUP
 from xpeer.training.loop import TrainingLoop

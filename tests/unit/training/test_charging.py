@@ -17,7 +17,7 @@ import pytest
 
 from tests.factories import privacy_stamp
 from tests.unit.training.clocks import Clock
-from tests.unit.training.test_loop import Parameters, Result, manifest_with
+from tests.unit.training.loops import Parameters, Result, manifest_with
 from xpeer.accounts import budget as budgets
 from xpeer.accounts.accountant import Segment
 from xpeer.accounts.budget import Budget, Charged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.unit.training.test_loop import NUM_PARAMS, swap, trainer_with, unbounded
+from tests.unit.training.loops import NUM_PARAMS, swap, trainer_with, unbounded
 from xpeer.manifest.round import Round
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.training.test_loop import mechanism_of, trainer_with
+from tests.unit.training.loops import mechanism_of, trainer_with
 from xpeer.training import loop
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.pulse import Pulse, StepAbandonedError
