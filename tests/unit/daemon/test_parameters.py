@@ -1,0 +1,152 @@
+"""Where parameters come from: when the initial model is taken, and when a checkpoint is too old."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.unit.daemon.donations import GOOD, LIAR, WORSE, Rig, Trainer
+from xpeer.accounts.ledger import Ledger
+from xpeer.config import Home
+from xpeer.errors import LocalError
+
+
+async def test_a_founder_that_begins_has_the_initial_model_at_once(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    assert str(rig.origin.source) == "initial"
+    await rig.hold(Trainer())
+    assert rig.states == []
+    assert str(rig.origin.source) == "awaited"  # from now on others may hold what it gave them
+
+
+@pytest.mark.parametrize("what", ["a member is known", "the ledger was charged"])
+async def test_a_founder_that_lost_its_state_takes_it_from_a_member(
+    tmp_path, monkeypatch, what
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    if what == "a member is known":
+        rig.store.remember_peer(GOOD, [])
+    else:
+        monkeypatch.setattr(Ledger, "counter", 5)
+        Ledger.open(Home(tmp_path).ledger_db).close()
+    rig = Rig(tmp_path, monkeypatch, founds=True)  # it starts again
+    assert rig.origin.source == "awaited"
+    rig.live = [GOOD]
+    trainer = Trainer()
+    await rig.hold(trainer)
+    assert (trainer.taken, trainer.step) == ([GOOD], 100)
+
+
+async def test_a_founder_whom_nobody_can_help_begins_anew_after_its_patience(
+    tmp_path, monkeypatch
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.store.remember_peer(GOOD, [])
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.live, rig.phase = [GOOD], "fetching"  # it has nothing either
+    trainer = Trainer()
+    assert await rig.hold(trainer) is rig.next_trainer
+    assert (trainer.stopped, trainer.taken) == (True, [])
+    assert "--from-initial" in rig.life.note
+    assert [event.kind for event in rig.store.events()] == ["began-anew"]
+
+
+async def test_a_trainer_that_died_before_its_first_checkpoint_brings_no_initial_model(
+    tmp_path, monkeypatch
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    await rig.hold(Trainer())
+    rig.live = [GOOD]
+    again = Trainer()
+    assert await rig.parameters.hold_again(again)  # type: ignore[arg-type] # a fake
+    assert again.taken == [GOOD]
+    rig.live = []
+    assert not await rig.parameters.hold_again(Trainer())  # type: ignore[arg-type] # a fake
+    assert (rig.renewed, rig.origin.source) == (1, "initial")
+    assert await rig.parameters.hold_again(Trainer())  # type: ignore[arg-type] # a fake
+    assert rig.origin.source == "awaited"
+
+
+@pytest.mark.parametrize(
+    ("own_step", "taken"), [(0, [GOOD]), (46, [GOOD]), (79, [GOOD]), (80, []), (100, []), (200, [])]
+)
+async def test_a_checkpoint_far_behind_is_replaced_before_anything_is_exchanged(
+    tmp_path, monkeypatch, own_step, taken
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.live = [GOOD, WORSE]
+    trainer = Trainer(resumed_step=own_step)
+    await rig.hold(trainer)
+    assert (trainer.taken, rig.life.catching_up) == (taken, False)
+
+
+async def test_who_resumes_alone_exchanges_nothing_until_it_has_looked(
+    tmp_path, monkeypatch
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    trainer = Trainer(resumed_step=10)
+    await rig.hold(trainer)
+    assert rig.life.catching_up
+    rig.supervisor.trainer = trainer
+    looking = asyncio.create_task(rig.parameters.catch_up_later())
+    rig.live = [GOOD]
+    async with asyncio.timeout(10):
+        while rig.life.catching_up:
+            await asyncio.sleep(0.001)
+    looking.cancel()
+    assert trainer.taken == [GOOD]
+
+
+@pytest.mark.parametrize(("away_s", "taken"), [(0.01, False), (0.2, True)])
+async def test_a_lone_donor_is_ahead_by_no_more_than_time_allows(
+    tmp_path, monkeypatch, away_s, taken
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live, rig.last_saved = [GOOD], (70, 1e6 - away_s)
+    trainer = Trainer(resumed_step=70)
+    await rig.hold(trainer)
+    assert (trainer.taken == [GOOD], trainer.step) == (taken, 100 if taken else 70)
+
+
+async def test_a_founder_takes_no_observer_for_a_holder(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.store.remember_peer(GOOD, [])
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.live, rig.roles = [GOOD], {GOOD: "observer"}
+    trainer = Trainer()
+    assert await rig.hold(trainer) is rig.next_trainer
+    assert trainer.taken == []
+
+
+async def test_a_founder_whose_donors_all_fail_is_told_of_the_initial_model(
+    tmp_path, monkeypatch, caplog
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.store.remember_peer(LIAR, [])
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.live = [LIAR]
+    holding = asyncio.create_task(rig.hold(Trainer()))
+    async with asyncio.timeout(10):
+        while "none has given" not in rig.life.note:
+            await asyncio.sleep(0.001)
+    assert "--from-initial" in rig.life.note
+    assert sum("--from-initial" in message for message in caplog.messages) == 1
+    assert [event.kind for event in rig.store.events()] == ["donor-refused"]
+    holding.cancel()
+
+
+@pytest.mark.parametrize("own_step", [None, 10])
+async def test_parameters_that_can_not_be_saved_at_once_are_kept(
+    tmp_path, monkeypatch, own_step
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live = [GOOD]
+
+    async def full() -> str:
+        raise LocalError("no space is left")
+
+    rig.node.checkpoint = full
+    trainer = Trainer(resumed_step=own_step)
+    assert await rig.hold(trainer) is trainer
+    assert trainer.taken == [GOOD]
