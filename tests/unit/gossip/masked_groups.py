@@ -12,27 +12,20 @@ from typing import Any
 import torch
 
 from benchmarks.vector import Vector
+from tests.unit.network.test_agreement import SWARM, party
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.gossip.masked import MaskedGroup, MaskedMeeting
 from xpeer.identity import Identity, PeerId
-from xpeer.network.agreement import Agreement, Party
+from xpeer.network.agreement import Agreement
 from xpeer.network.link import Link
-from xpeer.network.membership.certificates import Membership, Scope
-from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.stream import Stream
 from xpeer.round import Exchanged, MeetingPlan
 from xpeer.wire.fixedpoint import Grid
 from xpeer.wire.messages import Terms
 
-SWARM = "ab" * 32
 GRID = Grid(16, 2.0**-14)
 N = 3000  # one fragment, padded to lines
 TERMS = Terms(weight=1.0, group_weight=3.0, epoch=1, ledger_counter=0)
-
-
-class Everybody(Membership):
-    def allows(self, peer_id: str, scope: Scope) -> bool:
-        return True
 
 
 class Member:
@@ -42,9 +35,7 @@ class Member:
         self.identity, self.peer_id = identity, identity.peer_id
         self.before = values.clone()
         self.trainer = Vector(values, 1, "int8", grid)
-        self.party = Party(
-            identity, SWARM, KeyRing(b"k" * 32), b"m" * 32, 1, Everybody(SWARM, None)
-        )
+        self.party = party(identity)
         self.agreements: dict[PeerId, Agreement] = {}
         self.meeting: MaskedMeeting
 

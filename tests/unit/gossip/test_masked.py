@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.gossip.masked_groups import GRID, SWARM, Group, Member, N, group, mean_of
+from tests.unit.gossip.masked_groups import GRID, Group, Member, N, group, mean_of
+from tests.unit.network.test_agreement import SWARM
 from xpeer.errors import PeerError, Reason, TrainerError
 from xpeer.gossip.masked import MaskedGroup, MaskedMeeting
 from xpeer.identity import PeerId

@@ -10,13 +10,14 @@ from nacl.exceptions import CryptoError
 from nacl.secret import SecretBox
 
 from benchmarks.scale.rosters import Net, Node
+from tests.unit.network.test_agreement import Everybody
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, blake2b
 from xpeer.manifest.signed import SignedManifest
 from xpeer.network import admission
 from xpeer.network.admission import Admission
 from xpeer.network.agreement import Party
-from xpeer.network.membership.certificates import Credential, Membership, Scope
+from xpeer.network.membership.certificates import Credential
 from xpeer.network.membership.invites import grant
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.roster import roster
@@ -104,13 +105,6 @@ async def test_cards_are_stored_under_names_and_keys_of_now(node: Node) -> None:
 
 
 # Sessions
-
-
-class Everybody(Membership):
-    """Certificates are another test's subject."""
-
-    def allows(self, peer_id: str, scope: Scope) -> bool:
-        return True
 
 
 def party(identity: Identity, keyring: KeyRing) -> Party:
