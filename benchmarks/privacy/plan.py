@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import msgspec
 
+from benchmarks.privacy import tuning
 from benchmarks.privacy.attacked import Attacked
 from benchmarks.privacy.inversion import Inversion
 from benchmarks.privacy.lora import Lora
@@ -105,28 +107,23 @@ class Plan:
         self, method: Method, peer: int, epsilon: float | None, known: Known
     ) -> list[Utility]:
         """With the first seed, on text that is reported nowhere."""
-        rates = set(FIRST_RATES[:1] if self.quick else FIRST_RATES)
-        while True:
-            grid = [self._job(method, peer, epsilon, rate) for rate in sorted(rates)]
-            if self.quick or any(job not in known for job in grid):
-                return grid
-            best = RATES.index(_best(grid, known).rate)
-            missing = {RATES[i] for i in (best - 1, best + 1) if 0 <= i < len(RATES)} - rates
-            if not missing:
-                return grid
-            rates |= missing
+        return self._grid(method, peer, epsilon, known)[0]
 
     def final(
         self, method: Method, peer: int, epsilon: float | None, known: Known
     ) -> list[Utility] | None:
         """At the tuned rate, one for each seed; None = not tuned yet."""
-        grid = self.tuning(method, peer, epsilon, known)
-        if any(job not in known for job in grid):
+        _, best = self._grid(method, peer, epsilon, known)
+        if best is None:
             return None
-        return self._seeds(_best(grid, known))
+        return [msgspec.structs.replace(best, seed=seed) for seed in range(self.seeds)]
 
-    def _seeds(self, job: Utility) -> list[Utility]:
-        return [msgspec.structs.replace(job, seed=seed) for seed in range(self.seeds)]
+    def _grid(
+        self, method: Method, peer: int, epsilon: float | None, known: Known
+    ) -> tuple[list[Utility], Utility | None]:
+        first = FIRST_RATES[: 1 if self.quick else None]
+        make = partial(self._job, method, peer, epsilon)
+        return tuning.grid(make, _score, known, first, RATES)
 
     def _job(self, method: Method, peer: int, epsilon: float | None, rate: float) -> Utility:
         job = Utility(method=method, epsilon=epsilon, rate=rate, seed=0, peer=peer)
@@ -135,5 +132,5 @@ class Plan:
         return job
 
 
-def _best(grid: list[Utility], known: Known) -> Utility:
-    return min(grid, key=lambda job: statistics.fmean(known[job]["tuning"]))
+def _score(figures: dict[str, Any]) -> float:
+    return statistics.fmean(figures["tuning"])

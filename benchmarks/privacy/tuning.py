@@ -18,6 +18,7 @@ def grid(
     score: Callable[[dict[str, Any]], float],
     known: Mapping[Any, dict[str, Any]],
     first: tuple[float, ...],
+    rates: tuple[float, ...] = RATES,
 ) -> tuple[list[Run], Run | None]:
     """Runs that are to be made, and the best of them.
 
@@ -25,19 +26,20 @@ def grid(
         make: a run at a rate.
         score: of a run's figures, on text that is reported nowhere; the least is the best.
         known: figures of finished runs.
-        first: rates to begin with, of `RATES`. With a single one nothing is tuned.
+        first: rates to begin with, of `rates`. With a single one nothing is tuned.
+        rates: all that may be tried, in order.
 
     Returns:
         The runs so far; and the best one, None until it has a finished neighbour on either side.
     """
-    rates = set(first)
+    tried = set(first)
     while True:
-        runs = {rate: make(rate) for rate in sorted(rates)}
+        runs = {rate: make(rate) for rate in sorted(tried)}
         if any(run not in known for run in runs.values()):
             return list(runs.values()), None
         best = min(runs, key=lambda rate: score(known[runs[rate]]))
-        at = RATES.index(best)
-        missing = {RATES[i] for i in (at - 1, at + 1) if 0 <= i < len(RATES)} - rates
+        at = rates.index(best)
+        missing = {rates[i] for i in (at - 1, at + 1) if 0 <= i < len(rates)} - tried
         if not missing or len(first) == 1:
             return list(runs.values()), runs[best]
-        rates |= missing
+        tried |= missing
