@@ -19,7 +19,7 @@ from msgspec import Struct
 from benchmarks.privacy import setting
 from benchmarks.privacy.ledgers import open_ledger
 from benchmarks.privacy.swarm import Swarm
-from benchmarks.privacy.utility import SHARD_RECORDS, model_with
+from benchmarks.privacy.utility import equal_shards, model_with, trained
 from benchmarks.simulator.corpora import HELD_OUT_WINDOWS
 from xpeer.accounts.own_model import OwnPlan
 from xpeer.accounts.spending import OwnSpending, SwarmSpending
@@ -49,7 +49,7 @@ class Finetuned(Struct, frozen=True, kw_only=True, tag=True):
     def figures(self) -> dict[str, Any]:
         """For each peer the losses of the swarm's model, and of its own one at each rate."""
         start = setting.public_start(self.seed, self.start_steps)
-        shards = [records[:SHARD_RECORDS] for records in setting.shards()]
+        shards = equal_shards()
         manifest = setting.manifest_of(
             EPSILON,
             rate=self.rate,
@@ -119,7 +119,6 @@ class Lone(Struct, frozen=True, kw_only=True, tag=True):
     def figures(self) -> dict[str, Any]:
         """Its losses."""
         start = setting.public_start(self.seed, self.start_steps)
-        shards = [setting.shards()[self.peer][:SHARD_RECORDS]]
         manifest = setting.manifest_of(
             EPSILON,
             rate=self.rate,
@@ -127,13 +126,8 @@ class Lone(Struct, frozen=True, kw_only=True, tag=True):
             steps=self.steps,
             num_params=start.numel(),
         )
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Swarm(manifest, lambda: model_with(start), shards, Path(folder)) as swarm,
-        ):
-            swarm.train()
-            flat = swarm.trainers[0].parameters.read()
-            return {"epsilon_spent": swarm.epsilon_spent(), **losses_of(flat, self.peer)}
+        (flat,), spent = trained(manifest, [equal_shards()[self.peer]], start)
+        return {"epsilon_spent": spent, **losses_of(flat, self.peer)}
 
 
 def losses_of(flat: torch.Tensor, peer: int | None) -> dict[str, float]:

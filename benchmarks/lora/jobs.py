@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from benchmarks.privacy import setting
 from benchmarks.privacy.swarm import Swarm
-from benchmarks.privacy.utility import SHARD_RECORDS, model_with
+from benchmarks.privacy.utility import equal_shards, model_with
 from xpeer.manifest.model import Lora, LoraTrain
 from xpeer.mixing.factors import misalignment
 from xpeer.training.adapters import adapt, factor_pairs
@@ -36,7 +36,7 @@ class Factors(Struct, frozen=True, kw_only=True, tag=True):
         """Losses in nats per byte on everybody's held-out text; `tuning` is reported nowhere."""
         start = setting.public_start(self.seed, self.start_steps)
         lora = Lora(self.rank, 2.0 * self.rank, self.seed, "", train=self.train)
-        shards = [records[:SHARD_RECORDS] for records in setting.shards()]
+        shards = equal_shards()
         manifest = setting.manifest_of(
             self.epsilon, rate=self.rate, batch=self.batch, steps=self.steps
         )

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from benchmarks.privacy import setting
 from benchmarks.privacy.swarm import Swarm
+from xpeer.manifest import Manifest
 from xpeer.training.flat import write_flat
 from xpeer.training.model import build
 
@@ -38,10 +39,17 @@ class Utility(Struct, frozen=True, kw_only=True, tag=True):
     def figures(self) -> dict[str, Any]:
         """Losses in nats per byte on everybody's held-out text; `tuning` is reported nowhere."""
         start = setting.public_start(self.seed, self.start_steps)
-        shards = [records[:SHARD_RECORDS] for records in setting.shards()]
+        manifest = setting.manifest_of(
+            self.epsilon,
+            rate=self.rate,
+            batch=self.batch,
+            steps=self.steps,
+            num_params=start.numel(),
+        )
+        shards = equal_shards()
         if self.method == "alone":
             shards = [shards[self.peer]]
-        models, spent = self._train(shards, start)
+        models, spent = trained(manifest, shards, start)
         measured = model_with(start)
         tuning, report = setting.held_out()
         figures: dict[str, Any] = {"epsilon_spent": spent, "tuning": [], "report": []}
@@ -52,25 +60,33 @@ class Utility(Struct, frozen=True, kw_only=True, tag=True):
                 figures[name].append(float(setting.losses_by_record(measured, text).mean()))
         return figures
 
-    def _train(
-        self, shards: list[torch.Tensor], start: torch.Tensor
-    ) -> tuple[list[torch.Tensor], float | None]:
-        """Parameters at the end, of every peer; epsilon."""
-        manifest = setting.manifest_of(
-            self.epsilon,
-            rate=self.rate,
-            batch=self.batch,
-            steps=self.steps,
-            num_params=start.numel(),
-        )
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Swarm(manifest, lambda: model_with(start), shards, Path(folder)) as swarm,
-        ):
-            swarm.train()
-            if len(shards) > 1:
-                swarm.close_down()
-            return [t.parameters.read() for t in swarm.trainers], swarm.epsilon_spent()
+
+def equal_shards() -> list[torch.Tensor]:
+    """Each peer's records: as many for every peer."""
+    return [records[:SHARD_RECORDS] for records in setting.shards()]
+
+
+def trained(
+    manifest: Manifest, shards: list[torch.Tensor], start: torch.Tensor
+) -> tuple[list[torch.Tensor], float | None]:
+    """Train a peer for each shard, and close if there are several.
+
+    Args:
+        manifest: of the swarm.
+        shards: records of each peer.
+        start: (P,) float32, the parameters to begin with.
+
+    Returns:
+        Parameters at the end, of every peer; epsilon.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Swarm(manifest, lambda: model_with(start), shards, Path(folder)) as swarm,
+    ):
+        swarm.train()
+        if len(shards) > 1:
+            swarm.close_down()
+        return [t.parameters.read() for t in swarm.trainers], swarm.epsilon_spent()
 
 
 def model_with(flat: torch.Tensor) -> torch.nn.Module:
