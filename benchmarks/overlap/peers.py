@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.daemons import Daemon, ending
 from benchmarks.overlap import timeline
 from benchmarks.overlap.timeline import Row
 from benchmarks.overlap.trainer import STEP_VARIABLE, TIMELINE
-from xpeer.cli.demo.daemons import call, status_of
-from xpeer.config import Home, NodeConfig
+from xpeer.cli.demo.daemons import call
+from xpeer.config import NodeConfig
 from xpeer.control import Client
-from xpeer.status import Status
 
-_ROOT = Path(__file__).parents[2]
-"""The trainer process does not look for modules where it was started."""
 _PORT = 4001
 _START_TIMEOUT_S = 300.0
 _END_TIMEOUT_S = 60.0
@@ -30,17 +24,22 @@ _POLL_S = 0.25
 _TEXT = "Nothing is learnt from this text: a step that is emulated reads none.\n" * 200
 
 
-class Peer:
-    """A daemon on a host of its own."""
+class Peer(Daemon):
+    """A daemon on a host of its own.
+
+    Args:
+        folder: of all peers.
+        name: its own.
+        namespace: network namespace of its host.
+        address: of its host.
+    """
 
     def __init__(self, folder: Path, name: str, namespace: str, address: str) -> None:
-        self.home = Home(folder / name)
+        super().__init__(folder, name)
         self._namespace = namespace
         self._listen = f"/ip4/{address}/tcp/{_PORT}"
         self._shard = folder / "shard.txt"
         self._shard.write_text(_TEXT)
-        self._log = folder / f"{name}.log"
-        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def _place(self) -> list[str]:
@@ -70,64 +69,38 @@ class Peer:
     @contextlib.contextmanager
     def running(self, step_s: float) -> Iterator[None]:
         """The daemon, in its namespace; it and its children are gone when the block ends."""
-        daemon = [sys.executable, "-m", "benchmarks.overlap.daemon", str(self.home.path)]
-        command = ["ip", "netns", "exec", self._namespace, *daemon]
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("XPEER_")}
-        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        own = {
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
-            STEP_VARIABLE: str(step_s),
-            "XPEER_PRIVACY_REGISTER": str(self.home.path / "register"),
-        }
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**kept, **own},
-            )
-        try:
+        module = ["benchmarks.overlap.daemon", str(self.home.path)]
+        with ending([self], _END_TIMEOUT_S):
+            self.start(module, {STEP_VARIABLE: str(step_s)}, self._inside)
             yield
-        finally:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(_END_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
 
-    def status(self) -> Status | None:
-        """What the daemon says; None while it does not answer."""
-        return status_of(self.home)
+    def _inside(self, command: Sequence[str]) -> list[str]:
+        return ["ip", "netns", "exec", self._namespace, *command]
 
     def rows(self) -> list[Row]:
         """The trainer's timeline so far."""
         return timeline.read(self.home.path / TIMELINE)
 
-    def wait(self, done: Callable[[], object], timeout_s: float = _START_TIMEOUT_S) -> None:
-        """Until `done()`.
+    def wait_until(self, done: Callable[[], object], timeout_s: float = _START_TIMEOUT_S) -> None:
+        """Until `done()`. The daemon is asked nothing meanwhile.
 
         Raises:
             RuntimeError: the daemon died, or it takes too long.
         """
         deadline = time.monotonic() + timeout_s
         while not done():
-            assert self._process is not None
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                log = self._log.read_text(errors="replace")[-3000:]
-                raise RuntimeError(f"a peer died or takes too long; its log ends:\n{log}")
+            self.require_alive(deadline)
             time.sleep(_POLL_S)
 
     def measure(self, steps: int, timeout_s: float) -> None:
         """Let it take so many whole steps from now on."""
-        self.wait(self.rows)
+        self.wait_until(self.rows)
         enough = len(self.rows()) + steps + 1
-        self.wait(lambda: len(self.rows()) > enough, timeout_s)
+        self.wait_until(lambda: len(self.rows()) > enough, timeout_s)
 
     def warm_up(self, merges: int) -> None:
         """Let it merge so many times since its start."""
-        self.wait(lambda: self.rows()[-1].merges >= merges)
+        self.wait_until(lambda: self.rows()[-1].merges >= merges)
 
     def checkpoint_s(self) -> float:
         """Seconds that a checkpoint takes between two steps; its writing is others' business."""
