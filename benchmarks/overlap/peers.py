@@ -55,7 +55,7 @@ class Peer(Daemon):
         config.write_text(json.dumps(model))
         options = [f"--set={name}={value}" for name, value in changes.items()]
         call(["init", *self._place, "--swarm", "overlap", "--privacy", "off", *self._settings,
-              "--model-config", str(config), *options])  # fmt: skip
+              "--model-config", str(config), "--tokenizer", "bytes", *options])  # fmt: skip
 
     def invite(self, other: Peer) -> str:
         """A token for another peer."""

@@ -1,4 +1,4 @@
-"""The overlap benchmark's arithmetic: the wire's rate and delay, and shares of a timeline."""
+"""The overlap benchmark: the wire's rate and delay, shares of a timeline, and its swarm."""
 
 import json
 import struct
@@ -7,6 +7,8 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks.overlap import timeline
+from benchmarks.overlap.__main__ import SMALL
+from benchmarks.overlap.peers import Peer
 from benchmarks.overlap.timeline import Row
 from benchmarks.overlap.wire import Direction, on_the_wire
 
@@ -79,3 +81,11 @@ def test_a_row_that_is_being_written_is_not_read(tmp_path):
     line = json.dumps(asdict(row(1.0, 1)))
     path.write_text(f"{line}\n{line[:20]}")
     assert timeline.read(path) == [row(1.0, 1)]
+
+
+def test_a_model_with_a_large_vocabulary_is_founded_without_its_tokenizer(tmp_path):
+    """Steps are emulated: no text of it is read."""
+    peer = Peer(tmp_path, "a", "a-host", "127.0.0.1")
+    narrow = {**SMALL, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1}
+    peer.found(narrow, {"optimiser.sequence_tokens": 64})
+    assert peer.home.manifest.exists()
