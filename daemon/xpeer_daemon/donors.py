@@ -18,18 +18,14 @@ import contextlib
 import logging
 import math
 from collections.abc import Collection
-from pathlib import Path
 from typing import Final
 
 from xpeer.errors import LocalError, PeerError
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import donation
-from xpeer.network.agreement import Dialler, Party
 from xpeer.network.donation import Offered
 from xpeer.network.giving import Giver
-from xpeer.network.pieces import Shape
-from xpeer.network.rates import Rates
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
 from xpeer_daemon.claims import Claim, Claims, doubtful, ranked
@@ -72,11 +68,9 @@ class Donors:
         node: its phase and note say what is going on.
         view: knows who holds parameters.
         store: remembers events.
-        party: our identity and keys.
-        dialler: opens streams.
         manifest: of the swarm.
-        rates: speeds that transfers and exchanges reached.
-        folder: for the pieces that came so far.
+        offers: asks members.
+        takeover: gathers what they give.
         accept: the operator accepts parameters that are worse than the swarm's start.
     """
 
@@ -85,29 +79,16 @@ class Donors:
         node: Node,
         view: SwarmView,
         store: Store,
-        party: Party,
-        dialler: Dialler,
         manifest: Manifest,
-        rates: Rates,
-        folder: Path,
+        offers: Offers,
+        takeover: Takeover,
         *,
         accept: bool = False,
     ) -> None:
         self._node, self._view, self._store = node, view, store
         self._manifest = manifest
+        self._offers, self._takeover = offers, takeover
         self._accept = accept
-        self._offers = Offers(
-            view,
-            store,
-            party,
-            dialler,
-            manifest,
-            rates,
-            lambda donor: self._takeover.ask(donor),  # noqa: PLW0108 - made below
-        )
-        self._takeover = Takeover(
-            party, dialler, shape_of(manifest), rates, folder, node.life, self._offers.avoid
-        )
         self._doubting = False
         """True iff the last offers need the operator's word."""
         self._alone: PeerId | None = None
@@ -358,8 +339,3 @@ class Donors:
             await self._node.checkpoint()  # any checkpoint on the disk is of older parameters
         except LocalError as e:  # the node's health says so, and the next attempt may succeed
             log.warning("the parameters that were taken over are not saved yet: %s", e)
-
-
-def shape_of(manifest: Manifest) -> Shape:
-    """What donors of a swarm hand out."""
-    return Shape(manifest.state_form)

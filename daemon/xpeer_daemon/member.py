@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,9 @@ from xpeer.gossip.partners import Partners
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import about, admission, agreement, donation, giving, nudging
+from xpeer.network.giving import Giver
 from xpeer.network.membership.certificates import Membership
+from xpeer.network.pieces import Shape
 from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.uplink import Uplink
@@ -25,10 +27,11 @@ from xpeer.trainer.setup import TrainerSetup
 from xpeer_daemon.acquaintances import Acquaintances
 from xpeer_daemon.closing import Closing
 from xpeer_daemon.division import Shares
-from xpeer_daemon.donors import Donors, shape_of
+from xpeer_daemon.donors import Donors
 from xpeer_daemon.joiner import Admitted, founds
 from xpeer_daemon.missed import Missed
 from xpeer_daemon.node import Node
+from xpeer_daemon.offers import Offers
 from xpeer_daemon.outcomes import Outcomes
 from xpeer_daemon.parameters import Origin, Parameters, begins
 from xpeer_daemon.presence import Presence
@@ -37,6 +40,7 @@ from xpeer_daemon.setups import Setups
 from xpeer_daemon.store import Store
 from xpeer_daemon.supervisor import Supervisor
 from xpeer_daemon.swarm_view import SwarmView
+from xpeer_daemon.takeover import Takeover
 from xpeer_daemon.throughput import Throughput
 from xpeer_daemon.trainer_events import TrainerEvents
 from xpeer_daemon.windows import Windows
@@ -117,9 +121,7 @@ def build_member(candidate: Candidate, admitted: Admitted, spawn: Spawn) -> Memb
     training = _training(candidate, manifest, roster, spawn)
     view, supervisor, origin = training.view, training.supervisor, training.origin
     rates, closing = Rates(), _closing(manifest)
-    folder = candidate.home.joining
-    accept = candidate.options.accept_donor
-    donors = Donors(node, view, store, party, node.swarm, manifest, rates, folder, accept=accept)
+    donors = _donors(candidate, manifest, view, party, rates)
     partners = _partners(candidate, manifest, view, closing, rates)
     proposer = agreement.Proposer(party, node.swarm)
     return Member(
@@ -227,6 +229,22 @@ def _partners(
     return partners
 
 
+def _donors(
+    candidate: Candidate, manifest: Manifest, view: SwarmView, party: agreement.Party, rates: Rates
+) -> Donors:
+    """Make who asks members for parameters and who gathers them. They need one another."""
+    node, store, folder = candidate.node, candidate.store, candidate.home.joining
+
+    def ask(donor: PeerId) -> Awaitable[Giver]:
+        return takeover.ask(donor)  # made below
+
+    offers = Offers(view, store, party, node.swarm, manifest, rates, ask)
+    shape, avoid = Shape(manifest.state_form), offers.avoid
+    takeover = Takeover(party, node.swarm, shape, rates, folder, node.life, avoid)
+    accept = candidate.options.accept_donor
+    return Donors(node, view, store, manifest, offers, takeover, accept=accept)
+
+
 def _gossip(
     candidate: Candidate,
     manifest: Manifest,
@@ -267,5 +285,7 @@ async def _serve_joiners(member: Member, candidate: Candidate) -> None:
     form = manifest.state_form
     whole = donation.serving(member.party, source, form, turns, shelf, uplink)
     await swarm.serve_links(donation.PROTOCOL, whole, "observer")
-    in_pieces = giving.serving(member.party, source, shape_of(manifest), turns, shelf, uplink)
+    in_pieces = giving.serving(
+        member.party, source, Shape(manifest.state_form), turns, shelf, uplink
+    )
     await swarm.serve_links(giving.PROTOCOL, in_pieces, "observer")

@@ -15,14 +15,16 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.manifest import StateForm
 from xpeer.network import giving
-from xpeer.network.pieces import Tree, leaves_of, root_of
+from xpeer.network.pieces import Shape, Tree, leaves_of, root_of
 from xpeer.network.rates import Rates
 from xpeer.phase import Phase, traits_of
 from xpeer.wire.messages import PIECE_BYTES, TreeOffer
 from xpeer_daemon import donors, offers, parameters
 from xpeer_daemon.donors import Donors
+from xpeer_daemon.offers import Offers
 from xpeer_daemon.parameters import Origin, Parameters, begins
 from xpeer_daemon.store import Store
+from xpeer_daemon.takeover import Takeover
 
 GOOD, WORSE, OLD, LIAR, BUSY, TWIN = (
     PeerId(f"12D3KooW{name}") for name in ("Good", "Worse", "Old", "Liar", "Busy", "Twin")
@@ -113,16 +115,24 @@ class Rig:
             others=self._others, holders=self._holders, name_of=str,
             acquaintances=SimpleNamespace(get=self._heard),
         )  # fmt: skip
-        manifest = SimpleNamespace(
+        manifest: Any = SimpleNamespace(
             model=SimpleNamespace(num_params=VALUES, state_values=VALUES),
             round=SimpleNamespace(window_steps=5),
             start_loss=5.0, state_form=StateForm("float32", VALUES),
             end=SimpleNamespace(steps=300, rounds=None, tokens=None), optimiser=None,
         )  # fmt: skip
         self.manifest = manifest
-        us, folder = SimpleNamespace(swarm_id="", manifest_hash=b""), tmp_path / "joining"
-        found = Donors(self.node, view, self.store, us, None, manifest, Rates(), folder)  # type: ignore[arg-type] # fakes
-        self.donors = found
+        us: Any = SimpleNamespace(swarm_id="", manifest_hash=b"")
+        node: Any = self.node
+        nobody: Any = None
+        shape, rates = Shape(manifest.state_form), Rates()
+        asking = Offers(
+            *(view, self.store, us, nobody, manifest, rates),
+            lambda donor: takeover.ask(donor),  # noqa: PLW0108 - made below
+        )
+        folder, avoid = tmp_path / "joining", asking.avoid
+        takeover = Takeover(us, nobody, shape, rates, folder, node.life, avoid)
+        self.donors = found = Donors(node, view, self.store, manifest, asking, takeover)
         self.next_trainer = Trainer()
         self.supervisor = SimpleNamespace(first_start=self._start, renew=self._renew, trainer=None)
         self.renewed = 0

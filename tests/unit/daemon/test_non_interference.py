@@ -42,6 +42,7 @@ from xpeer.manifest.signed import SignedManifest
 from xpeer.network import donation, giving
 from xpeer.network.agreement import Proposer, answering
 from xpeer.network.link import Link
+from xpeer.network.pieces import Shape
 from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
@@ -56,7 +57,6 @@ from xpeer.wire import codec, messages, session
 from xpeer.wire.messages import Refuse
 from xpeer_daemon import belonging
 from xpeer_daemon.closing import Closing
-from xpeer_daemon.donors import shape_of
 from xpeer_daemon.outcomes import Outcomes
 from xpeer_daemon.store import Known, Store
 
@@ -211,7 +211,7 @@ class Life:
 
     async def _gives_pieces(self, recorded: Recorded) -> None:
         ours, theirs = socket.socketpair()
-        shape, shelf = shape_of(self.manifest), Shelf(1)
+        shape, shelf = Shape(self.manifest.state_form), Shelf(1)
         handle = giving.serving(
             party(LOW), lambda: recorded, shape, donation.Turns(2, Rates()), shelf, Uplink(0)
         )
