@@ -107,6 +107,11 @@ def donor(step: int = 7, after: int | None = None, error: PeerError | None = Non
     return Donor(tree_of(PAYLOAD, step), after, error)
 
 
+def killed() -> Donor:
+    """Gives five pieces, and no more."""
+    return donor(after=5, error=PeerError(Reason.TRUNCATED, "killed"))
+
+
 async def test_donors_share_the_work_and_no_piece_comes_twice(gathered: Gathered) -> None:
     rig = Rig(gathered, [donor(), donor()])
     assert await rig.run()
@@ -117,7 +122,7 @@ async def test_donors_share_the_work_and_no_piece_comes_twice(gathered: Gathered
 
 
 async def test_only_what_a_lost_donor_owes_is_fetched_from_another(gathered: Gathered) -> None:
-    dies = donor(after=5, error=PeerError(Reason.TRUNCATED, "killed"))
+    dies = killed()
     rig = Rig(gathered, [dies, donor()])
     assert await rig.run()
     assert len(rig.given_by(dies)) == 5  # and they stay
@@ -161,12 +166,16 @@ async def test_a_donor_that_trickles_holds_up_nobody(gathered: Gathered) -> None
 FOR_EVER_S = 1e6
 
 
-async def test_who_has_lost_all_donors_asks_others_at_once(
-    gathered: Gathered, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def looks_for_ever(gathered: Gathered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A donor that is gone is looked for as long as the test takes, not as `gathered` says."""
     monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", FOR_EVER_S)
     monkeypatch.setattr(fetching, "PAUSE_S", FOR_EVER_S)
-    dies = donor(after=5, error=PeerError(Reason.TRUNCATED, "killed"))
+
+
+@pytest.mark.usefixtures("looks_for_ever")
+async def test_who_has_lost_all_donors_asks_others_at_once(gathered: Gathered) -> None:
+    dies = killed()
     rig = Rig(gathered, [dies])
     rig.others = [other := donor()]
     assert await rig.run()
@@ -191,13 +200,12 @@ async def test_nobody_is_asked_while_enough_give(gathered: Gathered) -> None:
     assert rig.asked == 0
 
 
+@pytest.mark.usefixtures("looks_for_ever")
 async def test_what_fits_to_nothing_is_waited_for_no_longer_than_it_is_worth(
-    gathered: Gathered, monkeypatch: pytest.MonkeyPatch
+    gathered: Gathered,
 ) -> None:
     """The only donor is gone, and others offer what can't be put together with its pieces."""
-    monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", FOR_EVER_S)
-    monkeypatch.setattr(fetching, "PAUSE_S", FOR_EVER_S)
-    dies = donor(after=5, error=PeerError(Reason.TRUNCATED, "killed"))
+    dies = killed()
     dies.data = memoryview(bytes(PIECE_BYTES))  # its speed counts
     rig = Rig(gathered, [dies])
     rig.others = [other := donor(step=500)]  # once: then it rests
