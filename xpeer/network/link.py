@@ -74,6 +74,8 @@ class Link:
         self._session: Session | None = None
         self._direct = direct
         self._second: asyncio.Task[tuple[Stream, Session] | None] | None = None
+        self._may_be_direct = False
+        """True iff one of the two ends offered to be connected to directly."""
         self._paths = Paths()
 
     async def connect(self, handshake: Handshake, *, initiator: bool) -> None:
@@ -92,6 +94,7 @@ class Link:
         ours = self._direct.offer(self.peer_id) if self._direct is not None else NO_OFFER
         await self._write(session.sealer.seal(Kind.MESSAGE, ours.to_bytes()))
         theirs = Offer.from_bytes(await self._next())
+        self._may_be_direct = bool(ours.port or theirs.port)
         if self._direct is not None:
             self._second = asyncio.create_task(
                 self._direct.open(self.peer_id, session, ours, theirs, initiator=initiator)
@@ -240,6 +243,9 @@ class Link:
     async def _second_stream(self) -> tuple[Stream, Session]:
         """Wait for the direct stream. The partner uses it already; our end may lag a little."""
         second = await self._second if self._second is not None else None
+        if second is None and self._direct is not None and self._may_be_direct:
+            self._direct.broke(self.peer_id)  # it opened at the other end alone: no fault of theirs
+            raise PeerError(Reason.CLOSED, "the direct stream did not open at this end")
         if second is None:
             raise PeerError(Reason.MALFORMED, "bulk on a direct stream that is not there")
         return second

@@ -21,6 +21,7 @@ from xpeer.network.direct import MEASURED_BYTES, TRY_OTHER_EVERY, Direct, Offer,
 from xpeer.network.link import Link
 from xpeer.network.stream import Stream
 from xpeer.wire.frames import Kind
+from xpeer.wire.session import Session
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -153,6 +154,30 @@ async def test_bulk_announced_on_a_stream_that_is_not_there_is_malformed(pair):
     await low._write(low._session.sealer.seal(Kind.ELSEWHERE, b""))
     with pytest.raises(PeerError, match=Reason.MALFORMED):
         await high.receive_bulk(10)
+
+
+async def test_one_that_opens_at_the_other_end_alone_is_a_broken_link(pair, monkeypatch):
+    """No fault of the other end: a joiner would forget what such a donor gave."""
+    greet = direct_module._greet
+
+    async def late(stream: Stream, session: Session, *, first: bool) -> None:
+        await greet(stream, session, first=first)
+        if first:
+            stream.shutdown()
+            raise PeerError(Reason.TIMEOUT, "no greeting on the direct stream")
+
+    monkeypatch.setattr(direct_module, "_greet", late)
+    await pair.high_direct.listen(LOOPBACK)
+    low, high = await pair.connect()
+    assert await second(high)
+    sending = asyncio.create_task(high.send_bulk(bytes(1000)))
+    with pytest.raises(PeerError, match=Reason.CLOSED):
+        await low.receive_bulk(1000)
+    await asyncio.gather(sending, return_exceptions=True)
+    high.abort()
+    again = await pair.connect()
+    assert not await second(again[0])
+    await swap(*again)
 
 
 @pytest.mark.parametrize("said", [b"", b"short", b"x" * 16, b"x" * 100])
