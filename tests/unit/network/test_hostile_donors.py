@@ -35,12 +35,13 @@ class Hostile:
     def __init__(self) -> None:
         self.identity, self.joiner = Identity.generate(), Identity.generate()
         self.attack: Attack = offer_only
+        self.frame_s = FRAME_S
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
         ours, theirs = socket.socketpair()
         self._tasks.append(asyncio.create_task(self._serve(Stream(theirs))))
-        return Link(self.identity.peer_id, Stream(ours), FRAME_S)
+        return Link(self.identity.peer_id, Stream(ours), self.frame_s)
 
     async def _serve(self, stream: Stream) -> None:
         link, joiner = Link(self.joiner.peer_id, stream, 60.0), self.joiner.peer_id
@@ -117,8 +118,10 @@ async def offer_hashes_of_something_else(donor: Identity, link: Link) -> None:
 async def test_offers(
     hostile: Hostile, monkeypatch: pytest.MonkeyPatch, attack: Attack, reason: str
 ) -> None:
-    monkeypatch.setattr(giving, "PREPARE_TIMEOUT_S", FRAME_S)
+    if reason == Reason.TIMEOUT:
+        monkeypatch.setattr(giving, "PREPARE_TIMEOUT_S", FRAME_S)
     hostile.attack = attack
+    hostile.frame_s = FRAME_S if reason == Reason.TIMEOUT else 60.0
     with pytest.raises(PeerError) as error:
         await hostile.ask()
     assert error.value.reason == reason
@@ -172,6 +175,7 @@ async def test_pieces(hostile: Hostile, attack: Attack, reason: str) -> None:
         await attack(donor, link)
 
     hostile.attack = offer_and_attack
+    hostile.frame_s = FRAME_S if reason == Reason.TIMEOUT else 60.0
     giver = await hostile.ask()
     with pytest.raises(PeerError) as error:
         await received(giver, 0, 1)
@@ -185,7 +189,7 @@ async def test_more_than_the_last_piece_holds(hostile: Hostile) -> None:
         await link.receive(60.0)
         await link.send_bulk(bytes(PIECE_BYTES))
 
-    hostile.attack = offer_and_send_more
+    hostile.attack, hostile.frame_s = offer_and_send_more, 60.0
     giver = await hostile.ask()
     with pytest.raises(PeerError, match=Reason.OVERSIZE):
         await received(giver, SHAPE.num_pieces - 1, 1)
