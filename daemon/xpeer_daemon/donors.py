@@ -23,7 +23,7 @@ from typing import Final
 from xpeer.errors import LocalError, PeerError
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
-from xpeer.network import donation
+from xpeer.network import turns
 from xpeer.network.donation import Offered
 from xpeer.network.giving import Giver
 from xpeer.phase import Phase
@@ -147,9 +147,9 @@ class Donors:
                 self._store.add_event("caught-up", f"from step {own_step}")
             if succeeded is not None:
                 self._takeover.forget()
-            if succeeded is not None or clock() + donation.PAUSE_S >= until:
+            if succeeded is not None or clock() + turns.PAUSE_S >= until:
                 return True
-            await asyncio.sleep(donation.PAUSE_S)
+            await asyncio.sleep(turns.PAUSE_S)
 
     async def _take_over_best(
         self,
@@ -322,7 +322,7 @@ class Donors:
         began, donor = clock(), offer.donor
         try:
             async with asyncio.timeout_at(until):
-                state = await offer.take()
+                state = await offer.take(others=self._offers.willing() != [donor])
             at_most = factor * state.loss_public + nats
             await trainer.import_state(state.payload, step, at_most)
         except (PeerError, TimeoutError) as e:

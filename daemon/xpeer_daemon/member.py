@@ -19,6 +19,7 @@ from xpeer.network.membership.certificates import Membership
 from xpeer.network.pieces import Shape
 from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
+from xpeer.network.turns import Turns
 from xpeer.network.uplink import Uplink
 from xpeer.roster.roster import Roster
 from xpeer.trainer.child import PROGRAM
@@ -281,7 +282,7 @@ async def _serve_joiners(member: Member, candidate: Candidate) -> None:
     swarm, manifest, source = candidate.node.swarm, member.manifest, member.view.donor
     uplink = Uplink(candidate.config.network.donate_mbit_s)
     most = uplink.joiners(manifest.limits.max_transfers)
-    turns, shelf = donation.Turns(most, member.rates), Shelf(manifest.round.window_steps)
+    turns, shelf = Turns(most, member.rates), Shelf(manifest.round.window_steps)
     form = manifest.state_form
     whole = donation.serving(member.party, source, form, turns, shelf, uplink)
     await swarm.serve_links(donation.PROTOCOL, whole, "observer")

@@ -13,7 +13,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.gossip.backoff import Backoff
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
-from xpeer.network import donation
+from xpeer.network import donation, turns
 from xpeer.network.agreement import Dialler, Party
 from xpeer.network.donation import Offered
 from xpeer.network.giving import Giver
@@ -161,7 +161,7 @@ class Offers:
         self._refused(donor, why)
         backoff = self._failed.setdefault(donor, Backoff())
         now = asyncio.get_running_loop().time()
-        backoff.failed(now, donation.PAUSE_S, took_s, why, agreed=True)
+        backoff.failed(now, turns.PAUSE_S, took_s, why, agreed=True)
 
     def _refused(self, donor: PeerId, why: str) -> None:
         """Say so once for each donor and reason: it is asked again every `donors.RETRY_S`."""

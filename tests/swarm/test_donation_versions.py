@@ -10,12 +10,12 @@ from xpeer.identity import Identity
 from xpeer.manifest import StateForm
 from xpeer.network import donation, giving
 from xpeer.network.agreement import Party
-from xpeer.network.donation import Turns
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.pieces import Shape
 from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.swarm import Swarm
+from xpeer.network.turns import Turns
 from xpeer.network.uplink import Uplink
 from xpeer.update import ModelState, StateCopy
 

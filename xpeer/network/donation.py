@@ -16,8 +16,7 @@ import asyncio
 import contextlib
 import logging
 import math
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
 
@@ -28,8 +27,9 @@ from xpeer.network import bulk
 from xpeer.network.agreement import Dialler, Party
 from xpeer.network.link import Link
 from xpeer.network.pieces import MAX_LOSS_PUBLIC
-from xpeer.network.rates import MAX_PEERS, Pace, Rates
-from xpeer.network.shelf import KEPT_S, Shelf, Source
+from xpeer.network.rates import Pace, Rates
+from xpeer.network.shelf import Shelf, Source
+from xpeer.network.turns import Turns
 from xpeer.network.uplink import Uplink
 from xpeer.update import ModelState
 from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_statement
@@ -38,15 +38,11 @@ PROTOCOL = "xpeer/state/1"
 PREPARE_TIMEOUT_S = 300.0
 """The donor makes its snapshot at a step boundary, and a step of a large model is long."""
 DIAL_TIMEOUT_S = 30.0
-PAUSE_S = 10.0
-"""Least time between two donations to one peer, since each costs the trainer a copy."""
-MOST_SENT: Final = 2.0
-"""A peer is sent at most so many times the bytes of a snapshot, over all its links."""
 WORTH: Final = 0.05
 """Fraction of the model. A donor keeps the snapshot of a broken transfer only if at least this much
 was sent; less is sent e.g. to a joiner that chose another donor."""
 RESUME_WITHIN_S = 60.0
-"""A joiner tries this long to reach the donor again. Then it asks other members for everything."""
+"""A joiner tries this long at most to reach the donor again. Then it asks others for everything."""
 RESUME_PAUSE_S, RESUME_PAUSE_MOST_S = 1.0, 8.0
 BROKE: Final = frozenset({Reason.CLOSED, Reason.TRUNCATED, Reason.TIMEOUT})
 """Reasons that a broken link has. Any other is a fault of a peer."""
@@ -94,6 +90,8 @@ def serving(
                     turns.sent(peer_id, digest, whole - before, whole)
                     try:
                         await _give(party, link, state, digest, request.start, pace)
+                        with turns.idle(peer_id):
+                            await _receipt(link, digest)
                     except PeerError as e:
                         worth = pace.moved >= WORTH * whole
                         if e.reason in BROKE and worth:
@@ -107,121 +105,6 @@ def serving(
             await link.close()
 
     return handle
-
-
-class Turns:
-    """Decides which joiner gets parameters, and how fast it has to receive them.
-
-    Both versions of the protocol have them in common, and so the bound.
-
-    Args:
-        most: donations at the same time.
-        rates: speeds of transfers so far.
-    """
-
-    def __init__(self, most: int, rates: Rates) -> None:
-        self.rates = rates
-        self._most = most
-        self._giving: dict[PeerId, tuple[Link, asyncio.Event]] = {}
-        self._ended: dict[PeerId, float] = {}
-        """When each peer's last donation ended; kept for PAUSE_S."""
-        self._broken: dict[PeerId, tuple[bytes, Pace]] = {}
-        """Digest and pace of each peer's transfer that broke off; kept for KEPT_S."""
-        self._sent: dict[tuple[PeerId, bytes], int] = {}
-        """Bytes that each peer was sent of a snapshot, by its root or digest."""
-
-    async def may(self, peer_id: PeerId, request: StateRequest) -> bool:
-        """Whether this peer gets a donation now.
-
-        The rest of a broken one costs the trainer no copy, so it needs no pause.
-        """
-        if request.digest is None:
-            allowed = self._rested(peer_id)
-        else:
-            await self._end_old(peer_id)
-            allowed = self._broken.get(peer_id, (b"",))[0] == request.digest
-        return allowed and self._free(peer_id)
-
-    async def may_begin(self, peer_id: PeerId, *, held: bool) -> bool:
-        """Whether this peer gets pieces now.
-
-        Args:
-            peer_id: the joiner.
-            held: the snapshot that it asks for is here, and costs the trainer no copy.
-        """
-        if not held:
-            return self._rested(peer_id) and self._free(peer_id)
-        await self._end_old(peer_id)
-        return self._free(peer_id)
-
-    def sent(self, peer_id: PeerId, root: bytes, num_bytes: int, whole: int) -> None:
-        """Count bytes of a snapshot that this peer is sent, over all its links.
-
-        Args:
-            peer_id: the joiner.
-            root: names the snapshot; or its digest.
-            num_bytes: that it is sent now. Below 0: these were not sent after all.
-            whole: size of the snapshot.
-
-        Raises:
-            PeerError: they are more than MOST_SENT times the snapshot by now (REFUSED).
-        """
-        total = num_bytes + self._sent.pop((peer_id, root), 0)
-        self._sent[peer_id, root] = total  # the latest is the last
-        if len(self._sent) > MAX_PEERS:
-            del self._sent[next(iter(self._sent))]
-        if total > MOST_SENT * whole:
-            raise PeerError(Reason.REFUSED, "this joiner asks for everything again and again")
-
-    def _rested(self, peer_id: PeerId) -> bool:
-        now = time.monotonic()
-        for peer, ended_at in list(self._ended.items()):
-            if now - ended_at >= PAUSE_S:
-                del self._ended[peer]
-        return peer_id not in self._ended
-
-    async def _end_old(self, peer_id: PeerId) -> None:
-        """End this peer's old link: it broke, and we have not noticed yet."""
-        if peer_id in self._giving:
-            link, ended = self._giving[peer_id]
-            link.abort()
-            await ended.wait()
-
-    def _free(self, peer_id: PeerId) -> bool:
-        return peer_id not in self._giving and len(self._giving) < self._most
-
-    def pace(self, peer_id: PeerId, request: StateRequest) -> Pace:
-        """The pace of this donation.
-
-        A resumed transfer keeps its pace: its clock ran on, and bytes that did not arrive do not
-        count.
-        """
-        if request.digest is None:
-            return Pace(self.rates.least(peer_id))
-        pace = self._broken.pop(peer_id)[1]
-        pace.moved = min(pace.moved, request.start)
-        return pace
-
-    @contextlib.contextmanager
-    def giving(self, link: Link) -> Iterator[None]:
-        """Count a donation on this link while it runs."""
-        ended = asyncio.Event()
-        self._giving[link.peer_id] = link, ended
-        try:
-            yield
-        finally:
-            del self._giving[link.peer_id]
-            self._ended[link.peer_id] = time.monotonic()
-            ended.set()
-
-    def broke(self, peer_id: PeerId, digest: bytes, pace: Pace) -> None:
-        """Let this peer ask for the rest of a broken transfer, for KEPT_S."""
-        self._broken[peer_id] = entry = digest, pace
-        asyncio.get_running_loop().call_later(KEPT_S, self._give_up, peer_id, entry)
-
-    def _give_up(self, peer_id: PeerId, entry: tuple[bytes, Pace]) -> None:
-        if self._broken.get(peer_id) is entry:
-            del self._broken[peer_id]
 
 
 async def _give(
@@ -242,6 +125,9 @@ async def _give(
         )
     )
     await link.send_bulk(memoryview(state.payload)[start:], pace)
+
+
+async def _receipt(link: Link, digest: bytes) -> None:
     reply = await link.receive(PREPARE_TIMEOUT_S)
     if not isinstance(reply, StateReceived) or reply.digest != digest:
         raise PeerError(Reason.DIGEST_MISMATCH, "the joiner did not receive what was sent")
@@ -274,8 +160,12 @@ class Offered:
         self.donor, self.step, self.loss_public = donor, offer.step, offer.loss_public
         self._link, self._offer, self._rates, self._again = link, offer, rates, again
 
-    async def take(self) -> ModelState:
+    async def take(self, *, others: bool = False) -> ModelState:
         """Receive the parameters and check their digest. If the link breaks, ask for the rest.
+
+        Args:
+            others: others hold parameters, too. What came is of use with this donor alone, so it
+                is waited for as long as fetching that again would take, RESUME_WITHIN_S at most.
 
         Raises:
             PeerError: the transfer stalled, was too slow, or broke off for good, or the parameters
@@ -291,7 +181,8 @@ class Offered:
                 except PeerError as e:
                     if e.reason not in BROKE:
                         raise
-                    await self._resume(pace, e)
+                    again_s = pace.seconds if others else RESUME_WITHIN_S
+                    await self._resume(pace, e, min(again_s, RESUME_WITHIN_S))
             if await asyncio.to_thread(blake2b, payload) != offer.digest:
                 raise PeerError(Reason.DIGEST_MISMATCH, "not the state that the donor signed")
             with contextlib.suppress(PeerError):  # all has arrived; the receipt may get lost
@@ -301,15 +192,20 @@ class Offered:
             await self._link.close()
         return ModelState(payload=payload, step=offer.step, loss_public=offer.loss_public)
 
-    async def _resume(self, pace: Pace, broke: PeerError) -> None:
+    async def _resume(self, pace: Pace, broke: PeerError, within_s: float) -> None:
         """Replace the broken link by one that continues where it broke.
+
+        Args:
+            pace: of the whole transfer.
+            broke: why the link broke.
+            within_s: the donor has to answer by then.
 
         Raises:
             PeerError: the donor can't be reached or no longer has the snapshot, or the whole
                 transfer takes too long.
         """
         clock = asyncio.get_running_loop().time
-        until, pause_s = clock() + RESUME_WITHIN_S, RESUME_PAUSE_S
+        until, pause_s = clock() + within_s, RESUME_PAUSE_S
         request = StateRequest(self._offer.digest, pace.moved)
         size = 4 * self._offer.num_params
         log.info("%s broke off at %d of %d bytes: %s", self.donor[-8:], pace.moved, size, broke)
@@ -318,7 +214,7 @@ class Offered:
             pace.allows_s(0)
             pause_s = min(2 * pause_s, RESUME_PAUSE_MOST_S)
             try:
-                link, offer = await self._again(request)
+                link, offer = await self._linked(request, until)
             except PeerError as e:
                 if e.reason in NOT_THERE and clock() < until:
                     continue
@@ -328,6 +224,14 @@ class Offered:
             if offer.digest != self._offer.digest:
                 raise PeerError(Reason.DIGEST_MISMATCH, "another state than the one that was begun")
             return
+
+    async def _linked(self, request: StateRequest, until: float) -> tuple[Link, StateOffer]:
+        """Ask for the rest; the donor has it, so it needs no time to prepare it."""
+        try:
+            async with asyncio.timeout_at(until):
+                return await self._again(request)
+        except TimeoutError as e:
+            raise PeerError(Reason.TIMEOUT, "no answer in time") from e
 
     def refuse(self) -> None:
         """Decline the offer, because another one is better."""
@@ -381,5 +285,5 @@ def _check_offer(party: Party, donor: PeerId, offer: StateOffer, num_params: int
         )
     if not math.isfinite(offer.loss_public):
         raise PeerError(Reason.NOT_FINITE, "the donor's own loss is not finite")
-    if offer.loss_public > MAX_LOSS_PUBLIC:
+    if not 0 <= offer.loss_public <= MAX_LOSS_PUBLIC:
         raise PeerError(Reason.REFUSED, f"the donor's own loss is {offer.loss_public:.3g}")

@@ -12,6 +12,7 @@ back for what it lacks.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final
 
@@ -19,18 +20,26 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import bulk, pieces
 from xpeer.network.agreement import Dialler, Party
-from xpeer.network.donation import BROKE, DIAL_TIMEOUT_S, PREPARE_TIMEOUT_S, WORTH, Turns
+from xpeer.network.donation import BROKE, DIAL_TIMEOUT_S, PREPARE_TIMEOUT_S, WORTH
 from xpeer.network.link import Link
 from xpeer.network.pieces import HASH_BYTES, Shape, Signer, Tree
 from xpeer.network.rates import Pace, Rates
 from xpeer.network.shelf import Shelf, Snapshot, Source
+from xpeer.network.turns import Spent, Turns
 from xpeer.network.uplink import Uplink
-from xpeer.wire.messages import PIECE_BYTES, PiecesRequest, TreeOffer, TreeRequest
+from xpeer.wire.messages import (
+    PIECE_BYTES,
+    AnyMessage,
+    PiecesRequest,
+    TreeOffer,
+    TreeRequest,
+)
 
 PROTOCOL: Final = "xpeer/state/2"
 IDLE_S: Final = 60.0
 """A joiner that asks for nothing for so long loses its place. It may still compare offers. Once it
-has begun, it may take so long in all, and as long again as it was sent pieces."""
+has begun, it may take so long in all, over all its links, and as long again as it was sent pieces.
+"""
 
 
 def serving(
@@ -64,12 +73,14 @@ def serving(
                 return  # the joiner sees a closed link and asks another member
             if root is not None and not shelf.holds(trainer, root):
                 root = None
+            comes_back = root is not None
             held = root is not None or shelf.is_fresh(trainer)
             if not await turns.may_begin(link.peer_id, held=held):
                 return
             with turns.giving(link):
                 async with shelf.lend(trainer, root) as lent:
-                    await _Gift(party, link, shape, lent, turns, uplink).give(shelf)
+                    gift = _Gift(party, link, shape, lent, turns, uplink)
+                    await gift.give(shelf, comes_back=comes_back)
         finally:
             await link.close()
 
@@ -102,11 +113,13 @@ class _Gift:
         self._payload = memoryview(lent.state.payload)
         self._sent = 0
         """Bytes of pieces on this link."""
-        self._idle_s = self._busy_s = 0.0
-        """Time between requests, but before the first one, and time that pieces took."""
 
-    async def give(self, shelf: Shelf) -> None:
+    async def give(self, shelf: Shelf, *, comes_back: bool) -> None:
         """Serve the joiner until it ends the link. If it breaks off, keep the snapshot.
+
+        Args:
+            shelf: keeps it.
+            comes_back: the joiner asked for this snapshot, so it need not compare offers.
 
         Raises:
             PeerError: the joiner was too slow, asked for too much, or its link broke.
@@ -117,33 +130,58 @@ class _Gift:
         identity = self._party.identity
         offer = pieces.sign(_signer(self._party), identity, self._shape, self._lent.state, leaves)
         await self._link.send(offer)
+        self._count(offer.root, len(leaves))
+        await self._uplink.take(len(leaves))
         await self._send(memoryview(leaves))
+        spent = self._turns.spent(self._link.peer_id, offer.root)
         try:
             while True:
-                await self._answer(offer.root)
+                request = await self._next(spent, counts=comes_back or self._sent > 0)
+                await self._answer(request, offer.root, spent)
         except PeerError as e:
             if e.reason in BROKE and self._sent >= WORTH * self._shape.num_bytes:
                 shelf.keep(self._lent)
             raise
 
-    async def _answer(self, root: bytes) -> None:
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        request = await self._link.receive(min(IDLE_S, IDLE_S + self._busy_s - self._idle_s))
-        asked = clock()
-        if self._sent:
-            self._idle_s += asked - began
+    async def _next(self, spent: Spent, *, counts: bool) -> AnyMessage:
+        """The joiner's next request.
+
+        Args:
+            spent: gets the time that it takes.
+            counts: the time counts, over all links with this snapshot: else who links again and
+                again could keep it for ever.
+        """
+        left_s = min(IDLE_S, IDLE_S + spent.busy_s - spent.idle_s) if counts else IDLE_S
+        if left_s <= 0:
+            raise PeerError(Reason.TIMEOUT, "this joiner has asked for nothing for too long")
+        began = time.monotonic()
+        try:
+            with self._turns.idle(self._link.peer_id):
+                return await self._link.receive(left_s)
+        finally:
+            if counts:
+                spent.idle_s += time.monotonic() - began
+
+    async def _answer(self, request: AnyMessage, root: bytes, spent: Spent) -> None:
         if not isinstance(request, PiecesRequest):
             raise PeerError(Reason.MALFORMED, "a request for pieces was due")
         if request.first + request.count > self._shape.num_pieces:
             raise PeerError(Reason.MALFORMED, "pieces that do not exist")
         for piece in range(request.first, request.first + request.count):
-            size = self._shape.size(piece)
-            self._turns.sent(self._link.peer_id, root, size, self._shape.num_bytes)
-            await self._uplink.take(size)
-            await self._send(self._payload[self._shape.place(piece)])
+            size, began = self._shape.size(piece), time.monotonic()
+            self._count(root, size)
+            try:
+                await self._uplink.take(size)
+                await self._send(self._payload[self._shape.place(piece)])
+            except PeerError:  # it did not take what it asked for
+                spent.idle_s += time.monotonic() - began
+                raise
+            spent.busy_s += time.monotonic() - began
             self._sent += size
-        self._busy_s += clock() - asked
+
+    def _count(self, root: bytes, num_bytes: int) -> None:
+        whole = self._shape.num_bytes + self._shape.num_pieces * HASH_BYTES
+        self._turns.sent(self._link.peer_id, root, num_bytes, whole)
 
     async def _send(self, data: memoryview) -> None:
         pace = Pace(self._turns.rates.least(self._link.peer_id))

@@ -165,7 +165,7 @@ def check_offer(signer: Signer, donor: PeerId, offer: TreeOffer, shape: Shape) -
         )
     if not math.isfinite(offer.loss_public):
         raise PeerError(Reason.NOT_FINITE, "the donor's own loss is not finite")
-    if offer.loss_public > MAX_LOSS_PUBLIC:
+    if not 0 <= offer.loss_public <= MAX_LOSS_PUBLIC:
         raise PeerError(Reason.REFUSED, f"the donor's own loss is {offer.loss_public:.3g}")
 
 

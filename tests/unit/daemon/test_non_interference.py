@@ -46,6 +46,7 @@ from xpeer.network.pieces import Shape
 from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
+from xpeer.network.turns import Turns
 from xpeer.network.uplink import Uplink
 from xpeer.trainer.channel import DaemonChannel
 from xpeer.trainer.client import TrainerProcess
@@ -198,7 +199,7 @@ class Life:
 
     async def _gives(self, recorded: Recorded) -> None:
         ours, theirs = socket.socketpair()
-        turns, form = donation.Turns(2, Rates()), self.manifest.state_form
+        turns, form = Turns(2, Rates()), self.manifest.state_form
         handle = donation.serving(party(LOW), lambda: recorded, form, turns, Shelf(1), Uplink(0))
         giving_all = asyncio.ensure_future(handle(Link(THIRD.peer_id, Stream(theirs), 20.0)))
         joiner = Dialler(Link(LOW.peer_id, Stream(ours), 20.0))
@@ -213,7 +214,7 @@ class Life:
         ours, theirs = socket.socketpair()
         shape, shelf = Shape(self.manifest.state_form), Shelf(1)
         handle = giving.serving(
-            party(LOW), lambda: recorded, shape, donation.Turns(2, Rates()), shelf, Uplink(0)
+            party(LOW), lambda: recorded, shape, Turns(2, Rates()), shelf, Uplink(0)
         )
         serving = asyncio.ensure_future(handle(Link(THIRD.peer_id, Stream(theirs), 20.0)))
         joiner = Dialler(Link(LOW.peer_id, Stream(ours), 20.0))

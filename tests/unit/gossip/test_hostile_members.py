@@ -23,6 +23,7 @@ from xpeer.network.link import Link
 from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
+from xpeer.network.turns import Turns
 from xpeer.network.uplink import Uplink
 from xpeer.update import ModelState, StateCopy
 from xpeer.wire.messages import Propose, StateOffer, Terms, decode, encode, state_statement
@@ -179,7 +180,7 @@ async def test_one_peer_gets_one_donation_at_a_time_and_then_waits():
     donor, greedy, other = (Identity.generate() for _ in range(3))
     source, form = Source(), StateForm("float32", 100)
     handle = donation.serving(
-        party(donor), lambda: source, form, donation.Turns(2, Rates()), Shelf(1), Uplink(0)
+        party(donor), lambda: source, form, Turns(2, Rates()), Shelf(1), Uplink(0)
     )
 
     async def ask(who: Identity) -> ModelState:

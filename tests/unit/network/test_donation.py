@@ -17,14 +17,16 @@ from xpeer.identity import Identity, PeerId
 from xpeer.manifest import StateForm
 from xpeer.network import donation
 from xpeer.network import rates as rates_module
+from xpeer.network import turns as turns_module
 from xpeer.network.link import Link
 from xpeer.network.rates import Pace, Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
+from xpeer.network.turns import Turns
 from xpeer.network.uplink import Uplink
 from xpeer.update import ModelState, StateCopy
 from xpeer.wire.frames import FRAME_BYTES
-from xpeer.wire.messages import StateRequest, encode
+from xpeer.wire.messages import StateOffer, StateRequest, encode
 
 FRAMES = 24
 PAYLOAD = random.Random(1).randbytes(FRAMES * FRAME_BYTES - 400)
@@ -83,6 +85,7 @@ class Network:
         noticed: bool = True,
         unreachable: int = 0,
         mbit_per_s: float = 0.0,
+        places: int = 2,
     ) -> None:
         self.donor, self.joiner = Identity.generate(), Identity.generate()
         self.source = self.first = Source()
@@ -94,7 +97,7 @@ class Network:
             party(self.donor),
             lambda: self.source,
             FORM,
-            donation.Turns(2, self.rates),
+            Turns(places, self.rates),
             Shelf(1),
             self.uplink,
         )
@@ -129,8 +132,12 @@ class Network:
         try:
             return await (await self.ask()).take()
         finally:
-            async with asyncio.timeout(20):
-                await asyncio.gather(*self._tasks)
+            await self.ended()
+
+    async def ended(self) -> None:
+        """Wait until the donor has dropped every link."""
+        async with asyncio.timeout(20):
+            await asyncio.gather(*self._tasks)
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +168,7 @@ async def test_joiners_of_earlier_versions_are_bounded_too(monkeypatch: pytest.M
 
 
 async def test_nobody_is_sent_a_snapshot_more_than_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(donation, "PAUSE_S", 0.0)
+    monkeypatch.setattr(turns_module, "PAUSE_S", 0.0)
     network = Network([9, None, None, None])
     for _ in range(2):  # breaks do not count
         assert bytes((await network.fetch()).payload) == PAYLOAD
@@ -208,18 +215,67 @@ async def test_breaks_buy_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_nobody_gets_the_rest_of_what_another_was_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(donation, "RESUME_WITHIN_S", 1.0)
-    network = Network([9])
+    monkeypatch.setattr(donation, "RESUME_WITHIN_S", 0.0)
+    network = Network([9], unreachable=1)
     offered = await network.ask()
     digest = offered._offer.digest
-    network.joiner = Identity.generate()  # who links from now on
     with pytest.raises(PeerError, match="did not go on"):
         await offered.take()
-    turns = donation.Turns(2, Rates())
+    await network.ended()  # the donor keeps the rest
+    network.joiner = thief = Identity.generate()
+    link = await network.open_link(network.donor.peer_id, donation.PROTOCOL, 5.0)
+    shake = party(thief).handshake(network.donor.peer_id, "state", initiator=True)
+    await link.connect(shake, initiator=True)
+    await link.send(StateRequest(digest, FRAME_BYTES))
+    with pytest.raises(PeerError, match=Reason.CLOSED):
+        await link.receive()
+    link.abort()
+    await network.ended()
+    turns = Turns(2, Rates())
     turns.broke(network.donor.peer_id, digest, Pace(1.0))
     assert not await turns.may(network.joiner.peer_id, StateRequest(digest, FRAME_BYTES))
     assert not await turns.may(network.donor.peer_id, StateRequest(bytes(32), FRAME_BYTES))
     assert await turns.may(network.donor.peer_id, StateRequest(digest, FRAME_BYTES))
+
+
+async def test_who_keeps_its_receipt_back_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "YIELDS_S", 0.0)
+    network = Network([], places=1)
+    holds = await network.ask()
+    await holds._link.receive_into(memoryview(bytearray(len(PAYLOAD))))
+    network.joiner = Identity.generate()
+    assert bytes((await network.fetch()).payload) == PAYLOAD
+    holds.refuse()
+
+
+async def test_a_lost_donor_is_not_waited_for_if_others_can_give_as_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(donation, "RESUME_WITHIN_S", 1e6)
+    network = Network([9], unreachable=1_000_000)
+    offered = await network.ask()
+    with pytest.raises(PeerError, match="did not go on"):
+        async with asyncio.timeout(60):
+            await offered.take(others=True)
+    await network.ended()
+
+
+async def test_a_donor_that_is_silent_when_it_is_asked_for_the_rest_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(donation, "RESUME_WITHIN_S", 0.05)
+    network = Network([9])
+    offered = await network.ask()
+
+    async def silent(_: StateRequest) -> tuple[Link, StateOffer]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    offered._again = silent
+    with pytest.raises(PeerError, match="did not go on"):
+        async with asyncio.timeout(60):
+            await offered.take()
+    await network.ended()
 
 
 def test_who_begins_asks_as_before() -> None:
@@ -228,7 +284,7 @@ def test_who_begins_asks_as_before() -> None:
 
 
 def test_of_bytes_that_were_not_sent_none_count() -> None:
-    turns, peer = donation.Turns(2, Rates()), Identity.generate().peer_id
+    turns, peer = Turns(2, Rates()), Identity.generate().peer_id
     pace = Pace(1.0)
     pace.moved = 1000
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -17,13 +16,13 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import Domain, Identity, PeerId
 from xpeer.manifest import StateForm
 from xpeer.network import giving, pieces
-from xpeer.network.donation import Turns
 from xpeer.network.giving import Giver
 from xpeer.network.link import FRAME_TIMEOUT_S, Link
 from xpeer.network.pieces import Shape, Signer, leaves_of, root_of
 from xpeer.network.rates import Rates
 from xpeer.network.shelf import Shelf
 from xpeer.network.stream import Stream
+from xpeer.network.turns import Turns
 from xpeer.network.uplink import PIECE_EVERY_S, Uplink
 from xpeer.update import ModelState, StateCopy
 from xpeer.wire.messages import PIECE_BYTES, PiecesRequest, TreeOffer, tree_statement
@@ -48,14 +47,21 @@ class Source:
 class Pair:
     """A donor, and joiners that link to it."""
 
-    def __init__(self, source: Source | None = None) -> None:
+    def __init__(self, source: Source | None = None, uplink: Uplink | None = None) -> None:
         self.donor = Identity.generate()
         self.source = source or Source()
         self.shelf, self.turns = Shelf(1), Turns(2, Rates())
         self._handle = giving.serving(
-            party(self.donor), lambda: self.source, SHAPE, self.turns, self.shelf, Uplink(0)
+            party(self.donor),
+            lambda: self.source,
+            SHAPE,
+            self.turns,
+            self.shelf,
+            uplink or Uplink(0),
         )
         self.tasks: list[asyncio.Task[None]] = []
+        self.errors: list[PeerError] = []
+        """With which the donor ended links."""
 
     async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
         ours, theirs = socket.socketpair()
@@ -63,8 +69,10 @@ class Pair:
         return Link(self.donor.peer_id, Stream(ours), 5.0)
 
     async def _serve(self, link: Link) -> None:
-        with contextlib.suppress(PeerError):
+        try:
             await self._handle(link)
+        except PeerError as e:
+            self.errors.append(e)
 
     async def ask(self, who: Identity, root: bytes | None = None) -> Giver:
         self._who = who.peer_id
@@ -204,6 +212,7 @@ OFFER = TreeOffer("float32", len(PAYLOAD), 7, 2.0, root_of(LEAVES), bytes(64))
         ({"codec": "int8"}, SWARM, Reason.WRONG_CODEC),
         ({"loss_public": 1e9}, SWARM, Reason.REFUSED),
         ({"loss_public": float("nan")}, SWARM, Reason.NOT_FINITE),
+        ({"loss_public": -0.1}, SWARM, Reason.REFUSED),  # nothing that is measured would do
         ({"root": bytes(32)}, SWARM, Reason.DIGEST_MISMATCH),
     ],
 )

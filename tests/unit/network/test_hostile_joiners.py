@@ -1,0 +1,86 @@
+"""Joiners that hold places and snapshots, and take nothing."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.unit.network.test_giving import LEAVES, PAYLOAD, Pair, pair, received
+from xpeer.errors import PeerError
+from xpeer.identity import Identity
+from xpeer.network import giving, turns
+from xpeer.network.pieces import root_of
+from xpeer.network.uplink import Uplink
+from xpeer.wire.messages import PIECE_BYTES, PiecesRequest
+
+__all__ = ["pair"]
+
+
+async def test_who_only_holds_a_place_makes_way_for_a_newcomer(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a few identities of one operator could keep all others from joining."""
+    monkeypatch.setattr(turns, "YIELDS_S", 0.0)
+    first, second = [await pair.ask(Identity.generate()) for _ in range(2)]
+    newcomer = await pair.ask(Identity.generate())
+    assert await received(newcomer, 0, 1) == PAYLOAD[:PIECE_BYTES]
+    with pytest.raises(PeerError):
+        await received(first, 0, 1)
+    assert await received(second, 0, 1) == PAYLOAD[:PIECE_BYTES]
+    for giver in (first, second, newcomer):
+        giver.refuse()
+
+
+async def test_who_is_being_sent_pieces_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "YIELDS_S", 0.0)
+    line_is_free, waiting = asyncio.Event(), asyncio.Semaphore(0)
+
+    async def sleep(seconds: float) -> None:
+        if seconds > 1.0:
+            waiting.release()
+            await line_is_free.wait()
+
+    pair = Pair(uplink=Uplink(8.0, lambda: 0.0, sleep))  # a piece a second
+    givers = [await pair.ask(Identity.generate()) for _ in range(2)]
+    for giver in givers:
+        await giver._link.send(PiecesRequest(0, 3))
+    for _ in givers:
+        await waiting.acquire()
+    with pytest.raises(PeerError):
+        await pair.ask(Identity.generate())
+    for giver in givers:
+        giver.refuse()
+    line_is_free.set()
+    await pair.end()
+
+
+async def test_who_comes_back_for_a_snapshot_again_and_again_can_not_keep_it(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two such snapshots, and nobody would get a fresh one any more."""
+    joiner = Identity.generate()
+    giver = await pair.ask(joiner)
+    await received(giver, 0, 1)
+    giver.refuse()
+    monkeypatch.setattr(giving, "IDLE_S", 0.05)
+    for _ in range(4):
+        giver = await pair.ask(joiner, giver.tree.root)
+        await pair.end()  # the donor drops it
+        giver.refuse()
+    assert "for too long" in str(pair.errors[-1])
+
+
+async def test_hashes_count_as_bytes_that_a_joiner_is_sent() -> None:
+    slept = list[float]()
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    pair, joiner = Pair(uplink=Uplink(8.0, lambda: 0.0, sleep)), Identity.generate()
+    for _ in range(3):
+        (await pair.ask(joiner)).refuse()
+        await pair.end()
+    spent = pair.turns.spent(joiner.peer_id, root_of(LEAVES))
+    assert spent.num_bytes == 3 * len(LEAVES)
+    assert slept == pytest.approx([n * len(LEAVES) / 1e6 for n in range(3)])

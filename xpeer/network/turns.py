@@ -1,0 +1,178 @@
+"""Which joiners get parameters now, and what each of them cost.
+
+Both versions of the protocol have this in common, and so the bounds: a place among
+`limits.max_transfers`, a pause between copies, and for each snapshot a number of bytes and a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import PeerId
+from xpeer.network.link import Link
+from xpeer.network.rates import MAX_PEERS, Pace, Rates
+from xpeer.network.shelf import KEPT_S
+from xpeer.wire.messages import StateRequest
+
+PAUSE_S: Final = 10.0
+"""Least time between two donations to one peer, since each costs the trainer a copy."""
+MOST_SENT: Final = 2.0
+"""A peer is sent at most so many times the bytes of a snapshot, over all its links."""
+YIELDS_S: Final = 10.0
+"""If all places are taken, a joiner that has asked for nothing for so long makes way."""
+
+
+@dataclass(slots=True)
+class Spent:
+    """What one joiner cost us of one snapshot, over all its links."""
+
+    num_bytes: int = 0
+    """That it was sent, and that it is sent now."""
+    idle_s: float = 0.0
+    """Time in which it held a place and asked for nothing; `giving` says what counts."""
+    busy_s: float = 0.0
+    """Time that its pieces took."""
+
+
+class Turns:
+    """Decides which joiner gets parameters, and how fast it has to receive them.
+
+    Both versions of the protocol have them in common, and so the bound.
+
+    Args:
+        most: donations at the same time.
+        rates: speeds of transfers so far.
+    """
+
+    def __init__(self, most: int, rates: Rates) -> None:
+        self.rates = rates
+        self._most = most
+        self._giving: dict[PeerId, tuple[Link, asyncio.Event]] = {}
+        self._ended: dict[PeerId, float] = {}
+        """When each peer's last donation ended; kept for PAUSE_S."""
+        self._broken: dict[PeerId, tuple[bytes, Pace]] = {}
+        """Digest and pace of each peer's transfer that broke off; kept for KEPT_S."""
+        self._spent: dict[tuple[PeerId, bytes], Spent] = {}
+        """On each peer and snapshot, by its root or digest; the latest is the last."""
+        self._idle: dict[PeerId, float] = {}
+        """Since when each peer that has a place has asked for nothing."""
+
+    async def may(self, peer_id: PeerId, request: StateRequest) -> bool:
+        """Whether this peer gets a donation now.
+
+        The rest of a broken one costs the trainer no copy, so it needs no pause.
+        """
+        if request.digest is None:
+            return self._rested(peer_id) and await self._has_place(peer_id)
+        await self._end_old(peer_id)
+        return await self._has_place(peer_id) and self._keeps_rest(peer_id, request.digest)
+
+    async def may_begin(self, peer_id: PeerId, *, held: bool) -> bool:
+        """Whether this peer gets pieces now.
+
+        Args:
+            peer_id: the joiner.
+            held: the snapshot that it asks for is here, and costs the trainer no copy.
+        """
+        if not held:
+            return self._rested(peer_id) and await self._has_place(peer_id)
+        await self._end_old(peer_id)
+        return await self._has_place(peer_id)
+
+    def sent(self, peer_id: PeerId, root: bytes, num_bytes: int, whole: int) -> None:
+        """Count bytes of a snapshot that this peer is sent, over all its links.
+
+        Args:
+            peer_id: the joiner.
+            root: names the snapshot; or its digest.
+            num_bytes: that it is sent now. Below 0: these were not sent after all.
+            whole: size of the snapshot.
+
+        Raises:
+            PeerError: they are more than MOST_SENT times the snapshot by now (REFUSED).
+        """
+        spent = self.spent(peer_id, root)
+        spent.num_bytes += num_bytes
+        if spent.num_bytes > MOST_SENT * whole:
+            raise PeerError(Reason.REFUSED, "this joiner asks for everything again and again")
+
+    def spent(self, peer_id: PeerId, root: bytes) -> Spent:
+        """What this peer cost us of a snapshot so far; the caller adds to it."""
+        spent = self._spent.pop((peer_id, root), None) or Spent()
+        self._spent[peer_id, root] = spent
+        if len(self._spent) > MAX_PEERS:
+            del self._spent[next(iter(self._spent))]
+        return spent
+
+    @contextlib.contextmanager
+    def idle(self, peer_id: PeerId) -> Iterator[None]:
+        """Have a peer that has a place make way for others meanwhile: it asks for nothing."""
+        self._idle[peer_id] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._idle[peer_id]
+
+    def _keeps_rest(self, peer_id: PeerId, digest: bytes) -> bool:
+        return self._broken.get(peer_id, (b"",))[0] == digest
+
+    def _rested(self, peer_id: PeerId) -> bool:
+        now = time.monotonic()
+        for peer, ended_at in list(self._ended.items()):
+            if now - ended_at >= PAUSE_S:
+                del self._ended[peer]
+        return peer_id not in self._ended
+
+    async def _end_old(self, peer_id: PeerId) -> None:
+        """End this peer's old link: it broke, and we have not noticed yet; or it makes way."""
+        if peer_id in self._giving:
+            link, ended = self._giving[peer_id]
+            link.abort()
+            await ended.wait()
+
+    async def _has_place(self, peer_id: PeerId) -> bool:
+        """Whether there is a place for this peer. A joiner that only holds one makes way."""
+        if len(self._giving) >= self._most and self._idle:
+            longest = min(self._idle, key=self._idle.__getitem__)
+            if time.monotonic() - self._idle[longest] >= YIELDS_S:
+                await self._end_old(longest)
+        return peer_id not in self._giving and len(self._giving) < self._most
+
+    def pace(self, peer_id: PeerId, request: StateRequest) -> Pace:
+        """The pace of this donation.
+
+        A resumed transfer keeps its pace: its clock ran on, and bytes that did not arrive do not
+        count.
+        """
+        if request.digest is None:
+            return Pace(self.rates.least(peer_id))
+        pace = self._broken.pop(peer_id)[1]
+        pace.moved = min(pace.moved, request.start)
+        return pace
+
+    @contextlib.contextmanager
+    def giving(self, link: Link) -> Iterator[None]:
+        """Count a donation on this link while it runs."""
+        ended = asyncio.Event()
+        self._giving[link.peer_id] = link, ended
+        try:
+            yield
+        finally:
+            del self._giving[link.peer_id]
+            self._ended[link.peer_id] = time.monotonic()
+            ended.set()
+
+    def broke(self, peer_id: PeerId, digest: bytes, pace: Pace) -> None:
+        """Let this peer ask for the rest of a broken transfer, for KEPT_S."""
+        self._broken[peer_id] = entry = digest, pace
+        asyncio.get_running_loop().call_later(KEPT_S, self._give_up, peer_id, entry)
+
+    def _give_up(self, peer_id: PeerId, entry: tuple[bytes, Pace]) -> None:
+        if self._broken.get(peer_id) is entry:
+            del self._broken[peer_id]
