@@ -133,6 +133,10 @@ class Donors:
                 return True
             await asyncio.sleep(DOUBT_S if self._doubting else RETRY_S)
 
+    def forget(self) -> None:
+        """Remove what was fetched so far: nobody's parameters are wanted any more."""
+        self._takeover.forget()
+
     async def catch_up(self, trainer: TrainerProcess, own_step: int) -> bool:
         """Take over a donor's parameters if ours lie far behind; returns whether there was a donor
         to ask.
@@ -165,8 +169,8 @@ class Donors:
             until: end by the loop's clock. Only the measuring may end later.
 
         Returns:
-            Whether the trainer has an offer's parameters. None = an attempt failed after so long
-            that the other offers have to be asked for again.
+            Whether the trainer has an offer's parameters. None = an attempt failed, and offers
+            have to be asked for again: it took long, or one donor has to give everything.
         """
         clock = asyncio.get_running_loop().time
         offers = list[Offer]()
@@ -175,27 +179,30 @@ class Donors:
                 await self._takeover.recall()
                 first = [tree.donor for tree in self._takeover.trees()]
                 offers = await self._offers.ask_all(first)
-        if self._alone is not None and all(offer.donor != self._alone for offer in offers):
-            if self._alone in self._offers.willing():
-                self._offers.avoid(self._alone, "it gives nothing any more")
-            self._alone = None
         claims = Claims(self._node, self._view, self._manifest, offers, own_step)
         remaining = [
             offer
             for offer in ranked(offers)
             if own_step is None or self.far_ahead(claims.step_of(offer), own_step)
         ]
+        if self._alone is not None and all(offer.donor != self._alone for offer in remaining):
+            if self._alone in self._offers.willing():
+                self._offers.avoid(self._alone, "it gives nothing any more")
+            self._takeover.discard_of(self._alone)  # with others' its pieces were bad already
+            self._alone = None
         if own_step is None and self._doubts(remaining):
             remaining = []
         refuse([offer for offer in offers if offer not in remaining])
-        while remaining and (until is None or clock() < until):
-            chosen, began = self._chosen(remaining), clock()
-            remaining = [offer for offer in remaining if offer not in chosen]
-            succeeded = await self._attempt(trainer, chosen, claims, until)
-            if succeeded or clock() - began > STALE_S:
-                refuse(remaining)
-                return True if succeeded else None
-        refuse(remaining)
+        try:
+            while remaining and (until is None or clock() < until):
+                chosen, began = self._chosen(remaining), clock()
+                remaining = [offer for offer in remaining if offer not in chosen]
+                if await self._attempt(trainer, chosen, claims, until):
+                    return True
+                if self._alone is not None or clock() - began > STALE_S:
+                    return None
+        finally:
+            refuse(remaining)
         return False
 
     def _doubts(self, offers: list[Offer]) -> bool:
@@ -271,6 +278,7 @@ class Donors:
                 CATCH_UP_S,
             )
         except LocalError as e:
+            refuse(chosen)
             if until is None:
                 raise
             log.warning("the node goes on with its own parameters: %s", e)  # e.g. a full disk
@@ -281,7 +289,7 @@ class Donors:
         """Have the trainer take over what was gathered, if it is as good as its donors say.
 
         If it is not, and is of several donors, all is fetched from one of them, whose pieces stay:
-        nobody is blamed for a mixture.
+        nobody is blamed for a mixture. Snapshots of one donor are no such mixture.
         """
         trees, (factor, nats) = self._takeover.trees(), TOLERANCE
         at_most = max(factor * tree.loss_public + nats for tree in trees)
@@ -290,7 +298,8 @@ class Donors:
             payload = await self._takeover.payload()
             await trainer.import_state(payload, step, at_most, self._manifest.state_form.codec)
         except PeerError as e:
-            alone, *others = trees
+            alone = trees[0]
+            others = [tree for tree in trees if tree.donor != alone.donor]
             for tree in others or trees:
                 self._takeover.discard(tree)
             if others:

@@ -89,7 +89,7 @@ class Fetch:
         again: links to a donor again, after its link broke.
         more: asks all members but these for offers.
         lost: is told of a donor at fault, or gone for good.
-        on_piece: called after every piece.
+        on_piece: is told of every piece who gave it.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Fetch:
         again: Callable[[Giver], Awaitable[Giver]],
         more: Callable[[Collection[PeerId]], Awaitable[list[Giver]]],
         lost: Callable[[PeerId, PeerError], None],
-        on_piece: Callable[[], None],
+        on_piece: Callable[[PeerId], None],
     ) -> None:
         self._gathered, self._wanted, self._fits = gathered, wanted, fits
         self._again, self._more = again, more
@@ -173,7 +173,12 @@ class Fetch:
         """Have one more donor give."""
         self._heard_at[giver.donor] = self._now()
         worker = self._workers[giver.donor] = asyncio.create_task(self._work(giver))
-        worker.add_done_callback(lambda _: self._ended.set())
+
+        def on_end(_: object) -> None:
+            giver.refuse()  # it may have been cancelled before it began
+            self._ended.set()
+
+        worker.add_done_callback(on_end)
 
     def _giving(self) -> list[PeerId]:
         """Donors that have a link, and gave a piece not long ago."""
@@ -201,7 +206,7 @@ class Fetch:
             if len(giving) >= self._wanted or (giving and not self._next_run()):
                 continue
             if unfit and not giving and self._waited_s() >= self._worth_s():
-                self._drop_silent(len(self._links))
+                self._drop(list(self._workers), "it gives nothing, and others do not fit to it")
                 return
             offers = await self._more([*self._workers, *unfit])
             fitting = [offer for offer in offers if self._fits(offer.tree)]
@@ -223,9 +228,15 @@ class Fetch:
         """Let so many silent donors go at most, those first that are silent for longest."""
         giving = self._giving()
         silent = [donor for donor in self._links if donor not in giving]
-        for donor in sorted(silent, key=self._heard_at.__getitem__)[: max(0, most)]:
-            self._workers[donor].cancel()
-            self._lost(donor, PeerError(Reason.TIMEOUT, f"it gave no piece in {SILENT_S:g} s"))
+        longest = sorted(silent, key=self._heard_at.__getitem__)[: max(0, most)]
+        self._drop(longest, f"it gave no piece in {SILENT_S:g} s")
+
+    def _drop(self, donors: list[PeerId], why: str) -> None:
+        """Let donors go, whether they have a link or are looked for."""
+        for donor in donors:
+            if not self._workers[donor].done():
+                self._workers[donor].cancel()
+                self._lost(donor, PeerError(Reason.TIMEOUT, why))
 
     def _waited_s(self) -> float:
         return self._now() - max(self._heard_at.values())
@@ -247,7 +258,7 @@ class Fetch:
     async def _work(self, giver: Giver) -> None:
         """Have one donor give pieces until none is left, or it is lost."""
         link: Giver | None = giver
-        counts = True  # a donor that comes and goes, and gives nothing, sets no pace
+        until: float | None = None  # end of the search for it; it is put off only if it gives
         while link is not None and self._gathered.missing():
             self._links[link.donor], heard_at = link, self._heard_at[link.donor]
             try:
@@ -258,10 +269,10 @@ class Fetch:
             except PeerError as e:
                 link.refuse()
                 del self._links[link.donor]
-                if counts or self._heard_at[link.donor] > heard_at:
+                if until is None or self._heard_at[link.donor] > heard_at:
+                    until = self._now() + AGAIN_WITHIN_S
                     self._short.set()
-                counts = False
-                link = await self._find_again(link, e)
+                link = await self._find_again(link, e, until)
             except BaseException:
                 link.refuse()
                 raise
@@ -300,7 +311,7 @@ class Fetch:
             self._writing.discard(piece)
         self._heard_at[giver.donor] = self._now()
         self._speed.moved(len(data))
-        self._on_piece()
+        self._on_piece(giver.donor)
 
     def _next_run(self) -> range:
         """The next pieces to ask a donor for; empty = there are none."""
@@ -313,8 +324,13 @@ class Fetch:
             return range(0)
         return _in_a_row(late[-min(LAST_RUN, len(late))], late, LAST_RUN)
 
-    async def _find_again(self, giver: Giver, broke: PeerError) -> Giver | None:
+    async def _find_again(self, giver: Giver, broke: PeerError, until: float) -> Giver | None:
         """Link to a donor again whose link broke.
+
+        Args:
+            giver: its link.
+            broke: why that broke.
+            until: when it is given up, by the loop's clock.
 
         Returns:
             None if it is at fault or gone for good, or if others have taken its place.
@@ -323,14 +339,17 @@ class Fetch:
             self._lost(giver.donor, broke)
             return None
         log.info("the link to donor %s broke: %s", giver.donor[-8:], broke)
-        until, pause_s = self._now() + AGAIN_WITHIN_S, PAUSE_S
+        pause_s = PAUSE_S
         while self._gathered.missing() and self._now() < until:
             await asyncio.sleep(pause_s)
             if len(self._giving()) >= self._wanted:
                 return None
             pause_s = min(2 * pause_s, PAUSE_MOST_S)
             try:
-                return await self._again(giver)
+                async with asyncio.timeout_at(until):
+                    return await self._again(giver)
+            except TimeoutError:
+                break
             except PeerError as e:
                 if e.reason not in BROKE | {Reason.UNREACHABLE}:
                     self._lost(giver.donor, e)

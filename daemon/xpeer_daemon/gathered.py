@@ -101,10 +101,10 @@ class Gathered:
             data, place = buffer[: self.shape.size(piece)], self.shape.place(piece)
             if os.preadv(self._fd, [data], place.start) != len(data):
                 continue
-            for tree in self.trees.values():
-                if tree.holds(piece, data):
-                    self.wrote(piece, tree)
-                    break
+            found = pieces.hash_of(data)
+            tree = next((t for t in self.trees.values() if t.leaf(piece) == found), None)
+            if tree is not None:
+                self.wrote(piece, tree)
 
     # ---- what is here ---------------------------------------------------------------------------
 

@@ -240,8 +240,8 @@ def _donors(
         return takeover.ask(donor)  # made below
 
     offers = Offers(view, store, party, node.swarm, manifest, rates, ask)
-    shape, avoid = Shape(manifest.state_form), offers.avoid
-    takeover = Takeover(party, node.swarm, shape, rates, folder, node.life, avoid)
+    shape, avoid, spare = Shape(manifest.state_form), offers.avoid, offers.spare
+    takeover = Takeover(party, node.swarm, shape, rates, folder, node.life, avoid, spare)
     accept = candidate.options.accept_donor
     return Donors(node, view, store, manifest, offers, takeover, accept=accept)
 

@@ -31,6 +31,9 @@ MORE_OFFERS_S: Final = 5.0
 longer."""
 LOOK_S: Final = 1.0
 """While nobody has offered anything, members that came meanwhile are asked after this time."""
+ASK_AGAIN_S: Final = turns.PAUSE_S
+"""While nobody has offered anything and somebody is silent, those that had nothing to give are
+asked again after this time."""
 REASONS: Final = 8
 """Reasons of one donor that are logged, at most."""
 GIVES_NONE: Final = "it gives nothing now: others are served, or this node was just before"
@@ -81,7 +84,8 @@ class Offers:
     ) -> list[Offer]:
         """Offers of those members that answer about as soon as the first one.
 
-        A member that is silent keeps nobody from asking those that come meanwhile.
+        A member that is silent keeps nobody from asking those that come meanwhile, or that had
+        nothing to give before.
 
         Args:
             first: members to ask before any others.
@@ -89,21 +93,31 @@ class Offers:
         """
         clock = asyncio.get_running_loop().time
         began, ends_at, offers = clock(), float("inf"), list[Offer]()
-        asked, waiting = set(without), set[asyncio.Task[Offer | None]]()
+        asked, waiting = set(without), dict[asyncio.Task[Offer | None], PeerId]()
+        had_none = dict[PeerId, float]()
+        """When each of those that offered nothing answered."""
         try:
             while clock() < ends_at:
                 if not offers:
-                    fresh = self._next(list(first), asked)[: ASKED - len(waiting)]
+                    again = {p for p, at in had_none.items() if clock() - at >= ASK_AGAIN_S}
+                    resting = asked - again if waiting else asked
+                    fresh = self._next(list(first), resting)[: ASKED - len(waiting)]
                     asked.update(fresh)
-                    waiting |= {asyncio.create_task(self._ask(donor)) for donor in fresh}
+                    had_none = {p: at for p, at in had_none.items() if p not in fresh}
+                    waiting |= {asyncio.create_task(self._ask(donor)): donor for donor in fresh}
                 if not waiting:
                     break
-                done, waiting = await asyncio.wait(
+                done, _ = await asyncio.wait(
                     waiting,
                     timeout=min(LOOK_S, ends_at - clock()),
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                offers += [offer for task in done if (offer := task.result()) is not None]
+                for task in done:
+                    donor, offer = waiting.pop(task), task.result()
+                    if offer is not None:
+                        offers.append(offer)
+                    else:
+                        had_none[donor] = clock()
                 if offers:
                     ends_at = min(ends_at, clock() + max(MORE_OFFERS_S, clock() - began))
         except BaseException:
@@ -162,6 +176,20 @@ class Offers:
         backoff = self._failed.setdefault(donor, Backoff())
         now = asyncio.get_running_loop().time()
         backoff.failed(now, turns.PAUSE_S, took_s, why, agreed=True)
+
+    def spare(self, donor: PeerId, why: str) -> None:
+        """Ask a donor for nothing for a moment: it gave pieces, and then its line broke.
+
+        That is no failure: on a line that breaks every hour each pause would be twice as long.
+
+        Args:
+            donor: the member.
+            why: for people.
+        """
+        self._refused(donor, why)
+        backoff = self._failed.setdefault(donor, Backoff())
+        now = asyncio.get_running_loop().time()
+        backoff.until_s = max(backoff.until_s, now + turns.PAUSE_S)
 
     def _refused(self, donor: PeerId, why: str) -> None:
         """Say so once for each donor and reason: it is asked again every `donors.RETRY_S`."""

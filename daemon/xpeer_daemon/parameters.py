@@ -81,7 +81,9 @@ class Parameters:
         """
         if trainer.resumed_step is not None:
             await self._catch_up(trainer, trainer.resumed_step)
-        elif not self._origin.begins and not await self._take_over(trainer):
+        elif self._origin.begins:
+            self._donors.forget()  # what an earlier start began to fetch
+        elif not await self._take_over(trainer):
             self._begin_anew()
             await trainer.stop(STOP_TIMEOUT_S)
             trainer = await self._supervisor.first_start()

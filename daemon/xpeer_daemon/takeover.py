@@ -13,6 +13,7 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import giving
 from xpeer.network.agreement import Dialler, Party
+from xpeer.network.donation import BROKE
 from xpeer.network.giving import Giver
 from xpeer.network.pieces import Shape, Signer, Tree
 from xpeer.network.rates import Rates
@@ -43,6 +44,7 @@ class Takeover:
         folder: for the pieces.
         life: gets note and progress.
         avoid: is told of donors that failed.
+        spare: is told of donors that were lost, but gave pieces since they were lost last.
     """
 
     def __init__(
@@ -54,10 +56,14 @@ class Takeover:
         folder: Path,
         life: Life,
         avoid: Callable[[PeerId, str], None],
+        spare: Callable[[PeerId, str], None],
     ) -> None:
         self._party, self._dialler = party, dialler
         self._shape, self._rates = shape, rates
-        self._folder, self._life, self._avoid = folder, life, avoid
+        self._folder, self._life = folder, life
+        self._avoid, self._spare = avoid, spare
+        self._helpful: set[PeerId] = set()
+        """Donors that gave pieces since they were lost last."""
         self._gathered: Gathered | None = None
         """None until the first donor was chosen, and again once the parameters are taken over."""
         self._came = 0
@@ -117,9 +123,10 @@ class Takeover:
         gathered.tidy()
         due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
 
-        def on_piece() -> None:
+        def on_piece(donor: PeerId) -> None:
             nonlocal due
             self._came += 1
+            self._helpful.add(donor)
             self._life.note = in_words(fetch.progress)
             if until is not None and gathered.num_bytes >= due:
                 due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
@@ -158,6 +165,12 @@ class Takeover:
         if self._gathered is not None:
             self._gathered.discard(tree)
 
+    def discard_of(self, donor: PeerId) -> None:
+        """Forget all pieces of a donor."""
+        for tree in self.trees():
+            if tree.donor == donor:
+                self.discard(tree)
+
     def forget(self) -> None:
         """Remove all pieces: the parameters are taken over, or are of no use."""
         if self._gathered is not None:
@@ -178,10 +191,11 @@ class Takeover:
 
     def _lost(self, donor: PeerId, error: PeerError) -> None:
         """Avoid a donor for a while; forget its pieces if it has shown that it lies."""
-        self._avoid(donor, str(error))
-        for tree in self.trees():
-            if tree.donor == donor and error.reason in _LIES:
-                self.discard(tree)
+        if error.reason in _LIES:
+            self.discard_of(donor)
+        spared = donor in self._helpful and error.reason in BROKE
+        (self._spare if spared else self._avoid)(donor, str(error))
+        self._helpful.discard(donor)
 
 
 def in_words(progress: Fetching) -> str:

@@ -107,8 +107,11 @@ class Tree:
 
     def holds(self, piece: int, data: memoryview) -> bool:
         """Whether these bytes are this piece of it."""
-        leaf = self.leaves[piece * HASH_BYTES : (piece + 1) * HASH_BYTES]
-        return hash_of(data) == leaf
+        return hash_of(data) == self.leaf(piece)
+
+    def leaf(self, piece: int) -> bytes:
+        """The hash of this piece of it."""
+        return self.leaves[piece * HASH_BYTES : (piece + 1) * HASH_BYTES]
 
     def to_bytes(self) -> bytes:
         """For the home of the joiner; read by `from_bytes`."""

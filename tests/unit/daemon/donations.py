@@ -130,8 +130,8 @@ class Rig:
             *(view, self.store, us, nobody, manifest, rates),
             lambda donor: takeover.ask(donor),  # noqa: PLW0108 - made below
         )
-        folder, avoid = tmp_path / "joining", asking.avoid
-        takeover = Takeover(us, nobody, shape, rates, folder, node.life, avoid)
+        folder, avoid, spare = tmp_path / "joining", asking.avoid, asking.spare
+        takeover = Takeover(us, nobody, shape, rates, folder, node.life, avoid, spare)
         self.donors = found = Donors(node, view, self.store, manifest, asking, takeover)
         self.next_trainer = Trainer()
         self.supervisor = SimpleNamespace(first_start=self._start, renew=self._renew, trainer=None)

@@ -58,6 +58,23 @@ def test_a_restart_finds_every_piece_again_with_its_donor(tmp_path: Path) -> Non
     again.close()
 
 
+def test_a_restart_hashes_each_piece_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many trees there are: of a large model it reads gigabytes."""
+    gathered = Gathered.open(tmp_path / "joining", SHAPE, SIGNER)
+    for payload in (PAYLOAD, OTHER):
+        give(gathered, tree_of(payload), payload, 0)
+    gathered.close()
+    hashed, real = list[int](), pieces.hash_of
+
+    def hash_of(piece: memoryview) -> bytes:
+        hashed.append(len(piece))
+        return real(piece)
+
+    monkeypatch.setattr(pieces, "hash_of", hash_of)
+    Gathered.open(tmp_path / "joining", SHAPE, SIGNER).close()
+    assert len(hashed) == SHAPE.num_pieces
+
+
 def test_what_a_crash_left_half_written_is_not_taken_for_a_piece(tmp_path: Path) -> None:
     gathered = Gathered.open(tmp_path / "joining", SHAPE, SIGNER)
     give(gathered, tree_of(PAYLOAD), PAYLOAD, 0, 1)
