@@ -185,7 +185,8 @@ class Donors:
             for offer in ranked(offers)
             if own_step is None or self.far_ahead(claims.step_of(offer), own_step)
         ]
-        if self._alone is not None and all(offer.donor != self._alone for offer in remaining):
+        others = all(offer.donor != self._alone for offer in remaining)
+        if self._alone is not None and remaining and others:
             if self._alone in self._offers.willing():
                 self._offers.avoid(self._alone, "it gives nothing any more")
             self._takeover.discard_of(self._alone)  # with others' its pieces were bad already
