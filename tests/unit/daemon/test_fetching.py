@@ -231,6 +231,7 @@ async def test_a_donor_that_comes_and_goes_makes_its_joiner_ask_nobody(
     gathered: Gathered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetching, "MORE_S", FOR_EVER_S)
+    monkeypatch.setattr(fetching, "MORE_MOST_S", FOR_EVER_S)
     monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", FOR_EVER_S)
     flaps = donor(after=0, error=PeerError(Reason.CLOSED, "it goes"))
     rig, came = Rig(gathered, [flaps]), 0
