@@ -121,13 +121,13 @@ def given_by(field: str) -> str:
 
 def _require_startable(manifest: Manifest, tokenizer: Any) -> None:
     """Refuse a manifest that nodes would refuse at their start. Quick checks only; see `trial`."""
-    from xpeer.mixing.fragments import Fragments  # noqa: PLC0415
+    from xpeer.mixing.cut import Cut  # noqa: PLC0415
     from xpeer.training.document import document_of  # noqa: PLC0415 - torch takes seconds
     from xpeer.training.records import cut  # noqa: PLC0415
 
     length = manifest.optimiser.sequence_tokens
     try:
-        Fragments(manifest.model.num_params, manifest.round.fragments)
+        Cut(manifest.model.num_params, manifest.round.fragments)
     except LocalError as e:
         raise ConfigError(f"manifest {e.problem}", e.remedy) from e
     try:

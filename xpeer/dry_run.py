@@ -27,8 +27,7 @@ from xpeer.estimate.remembered import Rehearsals
 from xpeer.manifest import Manifest
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.text import Text, text_of
-from xpeer.training import checkpoint
-from xpeer.training.checkpoint import newest_step
+from xpeer.training.checkpoint_files import newest_step, paths
 from xpeer.training.losses import choose_device
 from xpeer.training.schedule import planned_steps
 from xpeer.training.tokenizer import load_tokenizer
@@ -75,7 +74,7 @@ def _examine_room(home: Home, config: NodeConfig, manifest: Manifest, report: Re
     private = manifest.privacy.policy.clips_records
     device, _ = choose_device(config.training.device, private=private)
     fit = fitting.examine(manifest, config, home, device, rehearsals, asked=True)
-    if wanted == "refuse" and not checkpoint.paths(home.checkpoints):
+    if wanted == "refuse" and not paths(home.checkpoints):
         fit.require()
     for line in (*fit.notes, *(f"warning: {said}" for said in (*fit.warnings, *fit.problems))):
         report(f"room: {line}")

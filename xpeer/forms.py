@@ -49,4 +49,17 @@ class Form:
         if self.codec not in SIZES:
             raise LocalError(f"codec {self.codec!r} is unknown", f"valid: {', '.join(SIZES)}")
         bits, block_bytes = SIZES[self.codec]
-        return -(-self.num_values * bits // 8) + block_bytes * -(-self.num_values // BLOCK)
+        return -(-self.num_values * bits // 8) + block_bytes * num_blocks(self.num_values)
+
+
+def num_blocks(num_values: int) -> int:
+    """Number of blocks; the last one may be short."""
+    return -(-num_values // BLOCK)
+
+
+def diverged() -> LocalError:
+    """The error for values that no payload can hold: our own training diverged."""
+    return LocalError(
+        "the parameters are not finite or too large to be sent: training diverged",
+        "restart from an older checkpoint with a smaller learning rate",
+    )

@@ -26,7 +26,8 @@ from msgspec import Struct
 from benchmarks.privacy import bounds, setting
 from benchmarks.privacy.swarm import ReceivedFragment, Swarm
 from benchmarks.privacy.utility import model_with
-from xpeer.mixing.fragments import Fragments, padded
+from xpeer.mixing.cut import padded
+from xpeer.mixing.fragments import Fragments
 
 VICTIM, PARTNER = 0, 1
 REPEATS: Final = (1, 4, 16)

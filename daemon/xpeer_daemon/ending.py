@@ -18,8 +18,7 @@ from xpeer.config import Home, NodeConfig
 from xpeer.control import End
 from xpeer.errors import ExitCode, LocalError, NotSavedError, PeerError
 from xpeer.health import duration
-from xpeer.training import checkpoint
-from xpeer.training.tensor_file import CorruptFileError
+from xpeer.training.checkpoint_files import paths, step_of
 
 if TYPE_CHECKING:
     from xpeer.trainer.client import Ending, TrainerProcess
@@ -119,11 +118,15 @@ class Ends:
 
     def last_saved(self) -> tuple[int, float] | None:
         """Step and time of the newest checkpoint that is whole; None = there is none."""
+        # torch, which takes a second: only for a trainer that ended badly
+        from xpeer.training.checkpoint import load  # noqa: PLC0415
+        from xpeer.training.tensor_file import CorruptFileError  # noqa: PLC0415
+
         try:
-            for newest in checkpoint.paths(self._home.checkpoints):
+            for newest in paths(self._home.checkpoints):
                 with contextlib.suppress(CorruptFileError):
-                    checkpoint.load(newest)
-                    return checkpoint.step_of(newest), newest.stat().st_mtime
+                    load(newest)
+                    return step_of(newest), newest.stat().st_mtime
         except (LocalError, OSError) as e:
             log.warning("checkpoints can't be looked at: %s", e)
         return None

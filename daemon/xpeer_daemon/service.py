@@ -21,7 +21,7 @@ from xpeer.network import about
 from xpeer.network.membership.certificates import Membership
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
-from xpeer.training import checkpoint
+from xpeer.training.checkpoint_files import paths, step_of
 from xpeer_daemon import joiner, logs, report, watch
 from xpeer_daemon.api import ControlApi
 from xpeer_daemon.ending import SPARE_S, Ends, raise_first, within
@@ -120,7 +120,7 @@ async def come_up(
 
 def _record(home: Home, store: Store, health: Health) -> TrainingRecord:
     record = TrainingRecord(health, time.time, store.last_known())
-    saved = [checkpoint.step_of(path) for path in checkpoint.paths(home.checkpoints)]
+    saved = [step_of(path) for path in paths(home.checkpoints)]
     log.info("this node %s", report.beginning(max(saved, default=None), record.known))
     return record
 

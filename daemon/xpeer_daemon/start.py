@@ -23,7 +23,7 @@ from xpeer.network.membership.certificates import Certificate
 from xpeer.network.membership.invites import Token
 from xpeer.readiness import check_settings
 from xpeer.trainer.child import PROGRAM
-from xpeer.training import checkpoint
+from xpeer.training.checkpoint_files import paths, step_of
 from xpeer.training.files import find
 from xpeer_daemon import belonging, logs, service
 from xpeer_daemon.lock import HomeLock
@@ -87,10 +87,10 @@ def beginning(home: Home, now_unix_s: float, config: NodeConfig | None = None) -
 
     What was spent is counted from the home's ledger and the machine's register.
     """
-    saved = checkpoint.paths(home.checkpoints)
+    saved = paths(home.checkpoints)
     if saved:
         minutes = max(0.0, now_unix_s - saved[0].stat().st_mtime) / 60
-        start = f"resumes from step {checkpoint.step_of(saved[0]):,}, saved {minutes:,.0f} min ago"
+        start = f"resumes from step {step_of(saved[0]):,}, saved {minutes:,.0f} min ago"
     elif home.initial_model.exists():
         start = "starts fresh, from the swarm's initial model"
     else:

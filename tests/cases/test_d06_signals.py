@@ -16,7 +16,7 @@ from tests.unit.trainer.test_trainer_process import Watch
 from tests.unit.training.homes import make_homes
 from xpeer.config import Home
 from xpeer.trainer.client import Saved, TrainerProcess
-from xpeer.training.checkpoint import paths
+from xpeer.training.checkpoint_files import paths
 
 
 @pytest.mark.timeout(180)

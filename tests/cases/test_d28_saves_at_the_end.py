@@ -22,7 +22,7 @@ from xpeer.config import Daemon, Home, NodeConfig
 from xpeer.errors import LocalError
 from xpeer.status import Progress
 from xpeer.trainer.client import Saved, TrainerProcess
-from xpeer.training.checkpoint import paths, step_of
+from xpeer.training.checkpoint_files import paths, step_of
 
 PATIENCE_S = 2.0
 

@@ -27,7 +27,7 @@ def checkpoint() -> None:
 @json_option
 def list_command(home: Home, as_json: bool) -> None:
     """List the checkpoints in the home, newest first."""
-    from xpeer.training.checkpoint import paths, step_of  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.checkpoint_files import paths, step_of  # noqa: PLC0415
 
     rows = []
     for path in paths(home.checkpoints):
@@ -65,7 +65,8 @@ def save_command(home: Home) -> None:
 @json_option
 def verify_command(home: Home, as_json: bool) -> None:
     """Read every checkpoint in full and check its digest; exit 1 if one is damaged."""
-    from xpeer.training.checkpoint import load, paths  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.checkpoint import load  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.checkpoint_files import paths  # noqa: PLC0415
     from xpeer.training.tensor_file import CorruptFileError  # noqa: PLC0415
 
     problems: dict[str, str] = {}

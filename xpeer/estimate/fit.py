@@ -25,7 +25,7 @@ from xpeer.estimate.room import Room
 from xpeer.estimate.step import FROZEN_BYTES, Step, StepMemory
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import QUANTISED, BaseDtype
-from xpeer.training import checkpoint
+from xpeer.training import checkpoint_files
 from xpeer.training.files import find as find_files
 from xpeer.training.model import skeleton
 from xpeer.training.quantised import num_quantisable
@@ -250,7 +250,7 @@ def _compare_step(
 def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) -> None:
     """Compare what a node writes with what is free. What it has written already is not needed."""
     trained, rule = manifest.model.num_params, manifest.round.policy
-    saved = checkpoint.paths(home.checkpoints)
+    saved = checkpoint_files.paths(home.checkpoints)
     each = phases.checkpoint_bytes(trained, rule)
     needed = max(1, config.checkpoint.keep + 1 - len(saved)) * each + _SPARE_BYTES
     if not saved and not home.initial_model.exists():  # they come from a member, into a file

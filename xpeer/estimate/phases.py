@@ -15,7 +15,7 @@ from xpeer.estimate.step import StepMemory
 from xpeer.forms import Form
 from xpeer.leaves import Parts, Public, seen_by
 from xpeer.manifest import LARGE_STATE, Manifest
-from xpeer.mixing.fragments import largest
+from xpeer.mixing.cut import largest
 from xpeer.policies import RULES, RulePolicy
 
 PROCESS: Final = 620 << 20

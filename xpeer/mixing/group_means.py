@@ -16,8 +16,9 @@ import torch
 
 from xpeer.errors import PeerError, Reason
 from xpeer.mixing.buffers import Buffers
+from xpeer.mixing.cut import padded
 from xpeer.mixing.differences import Difference, bounded
-from xpeer.mixing.fragments import Fragments, padded
+from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.received import ReceivedFragment, received_mean
 from xpeer.mixing.screen import Limit
 from xpeer.update import PeerUpdate

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from xpeer.mixing.cut import padded
 from xpeer.mixing.factors import FactorPair, misalignment
-from xpeer.mixing.fragments import Fragments, padded
+from xpeer.mixing.fragments import Fragments
 
 
 class Misalignment:

@@ -2,3 +2,7 @@
 
 No other package imports hivemind, but for its clock.
 """
+
+from xpeer import piecemeal
+
+piecemeal.take("hivemind", "hivemind.dht", "hivemind.utils")

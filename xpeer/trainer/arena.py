@@ -23,7 +23,7 @@ import numpy as np
 from xpeer.errors import LocalError, TrainerError
 from xpeer.forms import Form
 from xpeer.manifest import Manifest
-from xpeer.mixing.fragments import largest
+from xpeer.mixing.cut import largest
 from xpeer.uncancelled import to_its_end
 
 NUM_SLOTS = 8

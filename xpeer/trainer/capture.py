@@ -11,7 +11,7 @@ import torch
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest.model import Frozen
 from xpeer.mixing.buffers import Buffers
-from xpeer.mixing.fragments import padded
+from xpeer.mixing.cut import padded
 from xpeer.mixing.received import ReceivedFragment, packed_addition
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.training import checkpoint, frozen

@@ -17,7 +17,7 @@ from typing import Final
 from xpeer.errors import LocalError, PeerError, Reason, TrainerError
 from xpeer.manifest import StateForm
 from xpeer.manifest.signed import SignedManifest
-from xpeer.mixing.fragments import fragment_size
+from xpeer.mixing.cut import fragment_size
 from xpeer.phase import Order, TrainerPhase
 from xpeer.status import PrivacySpent, Progress
 from xpeer.trainer.answers import (

@@ -6,7 +6,6 @@ the state of the noise or sampling generators: partners could subtract noise tha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from xpeer.errors import ConfigError, LocalError
 from xpeer.leaves import Derived, Local, Noised, Parts, Public, Timing, Withheld, seen_by
 from xpeer.mixing import received
+from xpeer.training.checkpoint_files import name_of, paths, step_of
 from xpeer.training.tensor_file import (
     CorruptFileError,
     OnProgress,
@@ -28,7 +28,6 @@ from xpeer.training.tensor_file import (
 )
 
 SCHEMA_VERSION: Final = 1
-_NAME: Final = re.compile(r"ckpt-(\d{9,})\.safetensors")
 _TENSORS: Final = ("flat", "exp_avg", "exp_avg_sq")
 _CONSOLIDATION: Final = "consolidation"
 _RULE: Final = "rule."
@@ -143,7 +142,7 @@ def save(
         ledger_id=bundle.ledger_id,
         manifest_hash=bundle.manifest_hash,
     )
-    path = folder / f"ckpt-{bundle.step:09d}.safetensors"
+    path = folder / name_of(bundle.step)
     tensors = {name: getattr(bundle, name) for name in _TENSORS}
     if bundle.consolidation is not None:
         tensors[_CONSOLIDATION] = bundle.consolidation
@@ -220,37 +219,6 @@ def load_latest(folder: Path) -> tuple[Bundle | None, list[str]]:
             f"restore one from a backup, or empty {folder} to start afresh from a member's model",
         )
     return None, warnings
-
-
-def paths(folder: Path) -> list[Path]:
-    """List the checkpoints in a folder, newest first.
-
-    Raises:
-        LocalError: the folder can't be read.
-    """
-    try:
-        files = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    except FileNotFoundError:
-        return []
-    except OSError as e:
-        raise LocalError(
-            f"checkpoints {folder} can't be read: {e.strerror}", "check its owner and mode"
-        ) from e
-    return sorted(files, key=step_of, reverse=True)
-
-
-def newest_step(folder: Path) -> int | None:
-    """The step of the newest checkpoint, by its name; None = there is none."""
-    files = paths(folder)
-    return step_of(files[0]) if files else None
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise ValueError(f"{path.name} is no checkpoint's name")
-    return int(match[1])
 
 
 def read_moments(

@@ -15,7 +15,8 @@ import torch
 
 from xpeer.errors import LocalError
 from xpeer.identity import blake2b
-from xpeer.mixing.fragments import Fragments, padded
+from xpeer.mixing.cut import padded
+from xpeer.mixing.fragments import Fragments
 
 _PIECE: Final = 1 << 22
 """Values that are converted at a time."""

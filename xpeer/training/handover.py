@@ -9,8 +9,8 @@ from typing import Final
 import torch
 
 from xpeer.errors import PeerError, Reason
+from xpeer.mixing.cut import padded
 from xpeer.mixing.exchanges import Exchanges
-from xpeer.mixing.fragments import padded
 from xpeer.mixing.parameters import Parameters
 from xpeer.mixing.received import consolidate_
 from xpeer.training.flat import all_finite

@@ -19,7 +19,6 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from xpeer.errors import LocalError, ShardError
 from xpeer.identity import blake2b
@@ -223,7 +222,7 @@ def moved(before: Mapping[str, float], after: Mapping[str, float]) -> float:
     )
 
 
-def owners(count: int, shares: Mapping[str, float]) -> tuple[list[str], torch.Tensor]:
+def owners(count: int, shares: Mapping[str, float]) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Assign each unit to a member.
 
     By weighted rendezvous hashing: the member with the lowest -ln(u(unit, member)) / weight trains
@@ -239,12 +238,12 @@ def owners(count: int, shares: Mapping[str, float]) -> tuple[list[str], torch.Te
         The PeerIDs in order, and the index of each unit's owner among them, (count,) int64.
     """
     names = sorted(shares)
-    best = torch.full((count,), math.inf, dtype=torch.float64)
-    owner = torch.zeros(count, dtype=torch.int64)
+    best = np.full(count, math.inf)
+    owner = np.zeros(count, np.int64)
     for index, name in enumerate(names):
         score = _scores(count, name, shares[name])
         closer = score < best
-        best = torch.where(closer, score, best)
+        best = np.where(closer, score, best)
         owner[closer] = index
     return names, owner
 
@@ -270,29 +269,24 @@ def units_of(units: Sequence[int], count: int, shares: Mapping[str, float], me: 
     return [min(units, key=lambda unit: score[unit])]
 
 
-def _scores(count: int, name: str, weight: float) -> torch.Tensor:
+def _scores(count: int, name: str, weight: float) -> npt.NDArray[np.float64]:
     """A member's score for each unit, (count,) float64, exponential with the weight as its rate."""
-    seed = int.from_bytes(blake2b(b"assign", name.encode(), size=8), "little", signed=True)
-    return -torch.log(_uniform(seed, count)) / weight
+    seed = int.from_bytes(blake2b(b"assign", name.encode(), size=8), "little")
+    return -np.log(_uniform(seed, count)) / weight
 
 
-_GAMMA: Final = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1: Final = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2: Final = 0x94D049BB133111EB - (1 << 64)
+_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2: Final = np.uint64(0x94D049BB133111EB)
 
 
-def _uniform(seed: int, count: int) -> torch.Tensor:
-    """The first outputs of SplitMix64 (Steele, Lea & Flood 2014), (count,) float64 in (0, 1)."""
-    state = torch.arange(1, count + 1, dtype=torch.int64) * _GAMMA + seed
-    state = (state ^ _shifted(state, 30)) * _MIX_1
-    state = (state ^ _shifted(state, 27)) * _MIX_2
-    state = state ^ _shifted(state, 31)
-    return (_shifted(state, 11).double() + 0.5) / 2.0**53
-
-
-def _shifted(state: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift to the right, filling in zeros: torch's own shift of int64 keeps the sign."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
+def _uniform(seed: int, count: int) -> npt.NDArray[np.float64]:
+    """The first outputs of SplitMix64 (Steele, Lea & Flood 2014), (count,) in (0, 1)."""
+    state = np.arange(1, count + 1, dtype=np.uint64) * _GAMMA + np.uint64(seed)
+    state = (state ^ (state >> np.uint64(30))) * _MIX_1
+    state = (state ^ (state >> np.uint64(27))) * _MIX_2
+    state ^= state >> np.uint64(31)
+    return ((state >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
 
 
 def _usable(speed: float) -> bool:

@@ -20,7 +20,6 @@ from typing import Final
 
 import torch
 
-from xpeer.forms import BLOCK
 from xpeer.wire.dither import uniform
 
 STEP_BYTES: Final = 2
@@ -48,11 +47,6 @@ class Blocks:
     def code_bytes(self, width: int) -> int:
         """Bytes of codes in a block of `width` values."""
         return -(-width * self.bits // 8)
-
-
-def num_blocks(num_values: int) -> int:
-    """Number of blocks; the last one may be short."""
-    return -(-num_values // BLOCK)
 
 
 def quantise(

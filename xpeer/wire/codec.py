@@ -28,7 +28,6 @@ from xpeer.forms import Form
 from xpeer.update import CompressedUpdate, PrivateUpdate
 from xpeer.wire import int_payload as blocks
 from xpeer.wire.blockwise import Blocks
-from xpeer.wire.int_payload import diverged
 
 _CHUNK_VALUES: Final = 1 << 17
 """512 KiB of float32: temporaries stay in the second-level cache."""
@@ -120,7 +119,7 @@ def encode_into(
     target = raw.view(FLOATS[name])
     target.copy_(values)
     if not _all_finite(target):
-        raise diverged()
+        raise forms.diverged()
 
 
 def decode(form: Form, payload: Payload, *, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from xpeer.wire.splitmix import splitmix64
+
 
 def keys(seed: int, blocks: int) -> torch.Tensor:
     """A hash of seed and block number for each block, (blocks,) int32.
@@ -35,15 +37,6 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
     return x ^ ((x >> 16) & 0xFFFF)
-
-
-def splitmix64(x: int) -> int:
-    """Mix the low 64 bits of x (Steele et al. 2014, figure 17)."""
-    mask = (1 << 64) - 1
-    z = (x + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
 
 
 def _signed(word: int) -> int:

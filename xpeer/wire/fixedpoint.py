@@ -22,19 +22,19 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from xpeer.errors import PeerError, Reason
-from xpeer.forms import BLOCK, Form
+from xpeer.forms import BLOCK, Form, diverged, num_blocks
 from xpeer.manifest.round import Round
 from xpeer.update import CompressedUpdate, PrivateUpdate
-from xpeer.wire.blockwise import num_blocks
-from xpeer.wire.dither import splitmix64
-from xpeer.wire.int_payload import diverged
+from xpeer.wire.splitmix import splitmix64
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES: Final = {"masked16": 16, "masked32": 32}
 LARGEST: Final = 2.0**27
@@ -175,6 +175,8 @@ def rounded(grid: Grid, values: torch.Tensor, payload: Payload) -> torch.Tensor:
     codes = rings(grid.form(len(source)), payload)[0]
     low = np.floor(source / np.float32(grid.step)).astype(np.int32)
     up = (codes - low.view(np.uint32).astype(codes.dtype)).astype(np.int32)  # 0 or 1
+    import torch  # noqa: PLC0415 - daemons add payloads up, and have none
+
     return torch.from_numpy((low + up) * np.float32(grid.step)).float()
 
 

@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from xpeer.errors import LocalError, PeerError, Reason
-from xpeer.forms import BLOCK
+from xpeer.errors import PeerError, Reason
+from xpeer.forms import BLOCK, diverged, num_blocks
 from xpeer.wire import kernels
 from xpeer.wire.blockwise import (
     STEP_BYTES,
     Blocks,
     dequantise,
-    num_blocks,
     quantise,
     subtract,
     subtract_values,
@@ -142,14 +141,6 @@ def difference(
             kernels.run(subtract_values, ints, run.rows(own), *theirs, rows, *sums)
         run.return_to(out, rows)
     return Norms(_root(squares), _root(own_squares))
-
-
-def diverged() -> LocalError:
-    """The error for values that can't be sent: our own training diverged."""
-    return LocalError(
-        "the parameters are not finite or too large to be sent: training diverged",
-        "restart from an older checkpoint with a smaller learning rate",
-    )
 
 
 def _split(ints: Blocks, raw: torch.Tensor, num_values: int) -> _Parts:

@@ -14,7 +14,7 @@ from xpeer.errors import PeerError, Reason
 from xpeer.forms import Form
 from xpeer.manifest.round import Round
 from xpeer.mixing.combine import Mean, TrimmedMean, make
-from xpeer.mixing.fragments import padded
+from xpeer.mixing.cut import padded
 from xpeer.mixing.received import consolidate_
 from xpeer.training.loop import TrainingLoop
 from xpeer.update import PeerUpdate

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xpeer.errors import LocalError
-from xpeer.mixing.fragments import LINE, Fragments, fragment_size, largest, padded
+from xpeer.mixing.cut import LINE, fragment_size, largest, padded
+from xpeer.mixing.fragments import Fragments
 
 models = st.integers(1, 300_000)
 cuts = st.integers(1, 40)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from xpeer.mixing.cut import padded
 from xpeer.mixing.factors import FactorPair, misalignment
-from xpeer.mixing.fragments import Fragments, padded
+from xpeer.mixing.fragments import Fragments
 from xpeer.mixing.misalignment import Misalignment
 
 PAIRS = [

@@ -16,6 +16,7 @@ from xpeer.privacy.noise import SecretGenerator
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
+from xpeer.training.checkpoint_files import paths
 from xpeer.training.schedule import Counters
 from xpeer.training.tensor_file import map_tensors
 
@@ -79,7 +80,7 @@ def test_a_checkpoint_holds_parameters_moments_and_counters_alone(
     """Whatever is added to it later has to be thought about here."""
     (setup,) = make_homes(tmp_path, 1, privacy="record", changes=FEW)
     run(setup, monkeypatch)
-    (path,) = checkpoint.paths(Path(setup.home) / "checkpoints")
+    (path,) = paths(Path(setup.home) / "checkpoints")
     tensors, words, _ = map_tensors(path)
     assert set(tensors) == {"flat", "exp_avg", "exp_avg_sq", "seen"}
     assert tensors["seen"].numel() == 0  # the position in the shard: without privacy alone

@@ -24,7 +24,8 @@ import uvloop
 from tests.unit.training.homes import make_homes
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason, TrainerError
 from xpeer.forms import Form
-from xpeer.mixing.fragments import Fragments, padded
+from xpeer.mixing.cut import padded
+from xpeer.mixing.fragments import Fragments
 from xpeer.trainer.answers import Snapshotted
 from xpeer.trainer.build import assemble
 from xpeer.trainer.child import Event
@@ -32,6 +33,7 @@ from xpeer.trainer.client import Progressed, Saved, SaveFailed, TrainerProcess
 from xpeer.trainer.commands import Drop, Snapshot
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training import checkpoint
+from xpeer.training.checkpoint_files import step_of
 from xpeer.update import CompressedUpdate, PeerUpdate
 from xpeer.wire.codec import decode, encode
 
@@ -319,7 +321,7 @@ async def test_a_budget_ends_is_never_refunded_and_mixing_goes_on(tmp_path: Path
     watch = Watch()
     trainer = await TrainerProcess.start(setup, watch)
     await watch.step(2)
-    saved = checkpoint.step_of(Path(await trainer.checkpoint()))
+    saved = step_of(Path(await trainer.checkpoint()))
     await watch.step(saved + 1)  # which the kill forfeits
     charged = trainer.ledger_counter
     assert charged >= 1

@@ -23,7 +23,8 @@ from xpeer.manifest import End, Manifest, PublicText
 from xpeer.manifest.model import Model
 from xpeer.manifest.signed import SignedManifest
 from xpeer.training import checkpoint, model, tensor_file
-from xpeer.training.checkpoint import Bundle, load, load_latest, paths, save
+from xpeer.training.checkpoint import Bundle, load, load_latest, save
+from xpeer.training.checkpoint_files import paths, step_of
 from xpeer.training.tensor_file import CorruptFileError
 
 P = 50
@@ -73,9 +74,9 @@ def test_no_checkpoint_is_no_error(tmp_path: Path):
 def test_only_the_newest_are_kept(tmp_path: Path):
     for step in range(5):
         save(tmp_path, bundle(step), keep=2)
-    assert [checkpoint.step_of(p) for p in paths(tmp_path)] == [4, 3]
+    assert [step_of(p) for p in paths(tmp_path)] == [4, 3]
     save(tmp_path, bundle(9), keep=1)
-    assert [checkpoint.step_of(p) for p in paths(tmp_path)] == [9]
+    assert [step_of(p) for p in paths(tmp_path)] == [9]
 
 
 def test_a_later_state_that_was_given_up_does_not_come_back(tmp_path: Path):
@@ -85,13 +86,13 @@ def test_a_later_state_that_was_given_up_does_not_come_back(tmp_path: Path):
     loaded, _ = load_latest(tmp_path)
     assert loaded is not None
     assert loaded.step == 9
-    assert [checkpoint.step_of(p) for p in paths(tmp_path)] == [9, 8]
+    assert [step_of(p) for p in paths(tmp_path)] == [9, 8]
 
 
 def test_steps_beyond_nine_digits_still_sort(tmp_path: Path):
     save(tmp_path, bundle(999_999_999))
     save(tmp_path, bundle(1_000_000_000))
-    assert [checkpoint.step_of(p) for p in paths(tmp_path)] == [1_000_000_000, 999_999_999]
+    assert [step_of(p) for p in paths(tmp_path)] == [1_000_000_000, 999_999_999]
 
 
 def test_truncated_at_any_byte_the_previous_one_is_loaded(tmp_path: Path):

@@ -10,7 +10,7 @@ import torch
 from opacus.grad_sample import GradSampleModule
 
 from xpeer.errors import ConfigError, LocalError
-from xpeer.mixing.fragments import LINE
+from xpeer.mixing.cut import LINE
 from xpeer.training import model as m
 from xpeer.training.export import export_hf
 from xpeer.training.flat import all_finite

@@ -11,6 +11,7 @@ from xpeer.config import Home
 from xpeer.manifest.signed import SignedManifest
 from xpeer.training import checkpoint
 from xpeer.training.adapters import is_adapted, merged
+from xpeer.training.checkpoint_files import paths, step_of
 from xpeer.training.flat import read_flat, write_flat
 from xpeer.training.held import release
 from xpeer.training.initial import model_of, saved_model, trained_model
@@ -117,11 +118,11 @@ class Snapshots:
         Args:
             last: True = the run has ended: keep them in any case.
         """
-        newest = next(iter(checkpoint.paths(self._folder)), None)
+        newest = next(iter(paths(self._folder)), None)
         if newest is None:
             return
         kept_step = self.kept[-1][0] if self.kept else 0
-        step = checkpoint.step_of(newest)
+        step = step_of(newest)
         if step < kept_step + self._every and not last:
             return
         try:
