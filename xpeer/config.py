@@ -7,7 +7,7 @@ be the same at every peer is in the manifest instead.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -242,13 +242,16 @@ def privacy_register(config: NodeConfig) -> Path:
     return Path(state).expanduser() / "xpeer-privacy"
 
 
-def settings() -> Iterator[tuple[str, str, Any]]:
+@cache
+def settings() -> tuple[tuple[str, str, Any], ...]:
     """Every setting as (section, key, default), for checks and documentation."""
+    found = []
     for section, section_type in get_type_hints(NodeConfig).items():
         for info in msgspec.structs.fields(section_type):
             made = info.default_factory
             default = info.default if made is NODEFAULT else made()
-            yield section, info.name, default
+            found.append((section, info.name, default))
+    return tuple(found)
 
 
 def _is_path(kind: Any) -> bool:
