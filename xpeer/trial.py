@@ -185,7 +185,9 @@ def _setup(manifest: Manifest, source: Home, config: NodeConfig, folder: Path) -
             privacy=structs.replace(
                 config.privacy, register=str(folder / "register"), max_epsilon=0.0, keep_back=0.0
             ),
-            training=structs.replace(config.training, throttle=1.0, check_fit="skip"),
+            training=structs.replace(
+                config.training, throttle=1.0, check_fit="skip", compile_codec=False
+            ),
         ),
         peer_id="trial",
         initial="initial" if source.initial_model.exists() else "awaited",

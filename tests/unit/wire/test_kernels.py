@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_state", kernels._State())
+    monkeypatch.setattr(kernels, "_state", kernels._State(allowed=True))
     monkeypatch.setattr(kernels, "_compiled", {})
 
 
@@ -117,6 +117,14 @@ def _no_compiler(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler found\nand a long story")
 
     return fails
+
+
+def test_a_process_that_was_not_told_to_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that exports a checkpoint would take seconds longer."""
+    monkeypatch.setattr(kernels, "_state", kernels._State())
+    monkeypatch.setattr(torch, "compile", _no_compiler)
+    encode("int8", torch.ones(kernels.ROWS * BLOCK))
+    assert not kernels._compiled
 
 
 def test_small_inputs_and_a_process_that_may_not_compile_stay_plain(
