@@ -29,19 +29,20 @@ def test_a_founder_that_lost_its_state_takes_over_a_members_parameters(
         "--preset", "tiny", "--privacy", "off", *sets(*FIELDS),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    nodes.start("founder", "--min-peers", "1")
+    slow = {"XPEER_TRAINING_THROTTLE": "0.3"}
+    nodes.start("founder", "--min-peers", "1", **slow)
     address = nodes.until("founder", lambda s: bool(s.addresses)).addresses[0]
     token = xpeer("invite", "create", "--home", founder, "--seed", address).stdout.strip()
     done = xpeer(
         "init", "--join", token, "--home", other, "--listen", LOOPBACK, "--shard", shard
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    nodes.start("other")
+    nodes.start("other", **slow)
     nodes.until("other", lambda s: s.progress.step >= 30 and s.exchanges_done > 0)
     os.kill(nodes.pid("founder"), signal.SIGKILL)
     shutil.rmtree(founder / "checkpoints", ignore_errors=True)
     there = nodes.until("other", lambda s: s.progress.step >= 46).progress.step
-    nodes.start("founder")
+    nodes.start("founder", **slow)
     back = nodes.until("founder", lambda s: s.state == "training" and s.progress.step > 0)
     assert back.progress.step >= there
     assert list((founder / "checkpoints").iterdir())  # at once, so that it is not lost again

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -16,9 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.cases.support import xpeer
-from xpeer.cli.demo.daemons import Daemons, call, first_address, status_of
+from xpeer.cli.demo.daemons import Daemons, first_address, status_of
 from xpeer.config import Home
-from xpeer.errors import LocalError
 from xpeer.status import Status
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -35,6 +35,13 @@ SMALL = {
     "privacy.noise_multiplier": 1.0,  # to calibrate it takes each trainer seconds
 }
 pytestmark = pytest.mark.timeout(240)
+
+
+def said(*arguments: str | Path, **settings: str) -> str:
+    """What `xpeer ARGUMENTS` printed; it has to succeed."""
+    done = xpeer(*arguments, settings=settings)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 class Swarm:
@@ -60,12 +67,14 @@ class Swarm:
     def found(self, name: str, *more: str, **fields: object) -> str:
         changes = {**SMALL, **{key.replace("__", "."): value for key, value in fields.items()}}
         options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-        done = xpeer(
+        return said(
             "init", "--home", self.home(name).path, "--swarm", "test", "--preset", "tiny",
             "--shard", self.shard(name), "--listen", LOOPBACK, "--skip-trial", *options, *more,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+
+    def register(self, name: str) -> Path:
+        """Where this node's charges are counted, unless a test sets another place."""
+        return self.daemons.log(name).with_name(f"{name}-register")
 
     def bootstrap(self, swarm_id: str) -> None:
         home = str(self.root / "bootstrap")
@@ -86,10 +95,10 @@ class Swarm:
         )
 
     def token_for(self, founder: str, name: str) -> str:
-        peer_id = call(["id", "--home", str(self.home(name).path)])
-        return call(
-            ["invite", "create", "--home", str(self.home(founder).path), "--for", peer_id,
-             "--seed", self.seed]
+        peer_id = said("id", "--home", self.home(name).path)
+        return said(
+            "invite", "create", "--home", self.home(founder).path, "--for", peer_id,
+            "--seed", self.seed,
         )  # fmt: skip
 
     def join(self, founder: str, name: str, **settings: str) -> None:
@@ -123,7 +132,7 @@ def swarm(tmp_path: Path) -> Iterator[Swarm]:
 
 def test_a_swarm_outlives_its_seed_and_a_peer_that_is_killed_comes_back(swarm: Swarm):
     swarm.bootstrap(swarm.found("a", end__steps=100_000))
-    slow = {"XPEER_TRAINING_THROTTLE": "0.3"}
+    slow = {"XPEER_TRAINING_THROTTLE": "0.1"}  # nodes that wait need not fill the processors
     swarm.start("a", "--bootstrap", swarm.seed, **slow)
     swarm.until("a", lambda s: s.state == "training")
     for name in "bc":
@@ -166,15 +175,15 @@ def test_two_peers_end_together_and_the_model_can_be_exported(swarm: Swarm):
     assert ends[0].health == "ok"
     assert ends[0].privacy.epsilon_spent > 0  # a joiner may come when all steps are taken
     for name in "ab":
-        call(["stop", "--home", str(swarm.home(name).path)])
+        said("stop", "--home", swarm.home(name).path)
     folder = swarm.root / "model"
-    call(["checkpoint", "export", "--home", str(swarm.home("a").path), "--hf", str(folder)])
+    said("checkpoint", "export", "--home", swarm.home("a").path, "--hf", folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     card = json.loads((folder / "privacy.json").read_text())
     spent = ends[0].privacy.epsilon_spent
     assert spent <= card["epsilon_spent"] < spent + 0.5
     assert f"epsilon at most {card['epsilon_target']:g}" in (folder / "README.md").read_text()
-    verdict = json.loads(call(["privacy", "verify", "--home", str(swarm.home("a").path), "--json"]))
+    verdict = json.loads(said("privacy", "verify", "--home", swarm.home("a").path, "--json"))
     assert verdict["epsilon_spent"] == pytest.approx(spent)
 
 
@@ -192,19 +201,21 @@ def test_a_spent_budget_stops_training_across_restarts(swarm: Swarm):
 def test_a_restored_ledger_catches_up_and_a_restored_machine_is_told(swarm: Swarm):
     """First the ledger alone, then the machine's register, too: what partners are there for."""
     swarm.bootstrap(swarm.found("a", end__steps=100_000))
-    swarm.start("a", "--bootstrap", swarm.seed)
-    swarm.join("a", "b")
-    ledger, register = swarm.home("b").ledger_db, swarm.daemons.log("b").with_name("b-register")
+    slow = {"XPEER_TRAINING_THROTTLE": "0.2"}  # at full speed they would be in each other's way
+    swarm.start("a", "--bootstrap", swarm.seed, **slow)
+    swarm.join("a", "b", **slow)
+    ledger, register = swarm.home("b").ledger_db, swarm.register("b")
 
     def met(steps: int) -> Status:
         """Until partners have seen charges for more steps."""
         return swarm.until("b", lambda s: s.exchanges_done >= 1 and s.privacy.steps_charged > steps)
 
     def stop() -> None:
-        call(["stop", "--home", str(swarm.home("b").path)])
+        said("stop", "--home", swarm.home("b").path)
 
     def restart() -> None:
-        swarm.start("b", "--bootstrap", "--listen", LOOPBACK, "--shard", swarm.shard("b"))
+        there = "--bootstrap", "--listen", LOOPBACK, "--shard", swarm.shard("b")
+        swarm.start("b", *there, **slow)
 
     def of_b(status: Status) -> str:
         return next(p.ledger_went_back for p in status.partners if p.peer_id == peer_id)
@@ -222,11 +233,12 @@ def test_a_restored_ledger_catches_up_and_a_restored_machine_is_told(swarm: Swar
     spent = met(first.privacy.steps_charged + 20).privacy.steps_charged
     stop()
     shutil.copy2(old / ledger.name, ledger)
-    with pytest.raises(LocalError, match=r"this ledger lacks \d+ steps"):
-        call(
-            ["privacy", "verify", "--home", str(swarm.home("b").path)],
-            {"XPEER_PRIVACY_REGISTER": str(register)},
-        )
+    verdict = xpeer(
+        "privacy", "verify", "--home", swarm.home("b").path,
+        settings={"XPEER_PRIVACY_REGISTER": str(register)},
+    )  # fmt: skip
+    assert verdict.returncode != 0
+    assert re.search(r"this ledger lacks \d+ steps", verdict.stderr)
     restart()
     assert met(spent).privacy.steps_charged > spent
     stop()
@@ -253,9 +265,7 @@ def test_two_daemons_with_one_text_spend_one_budget(swarm: Swarm):
     swarm.start("b", "--join", token, "--listen", LOOPBACK, "--shard", swarm.shard("a"), **both)
     assert [swarm.daemons.wait(name, 100) for name in "ab"] == [6, 6]
     told = [
-        json.loads(
-            call(["privacy", what, "--home", str(swarm.home(name).path), "--json"], register)
-        )
+        json.loads(said("privacy", what, "--home", swarm.home(name).path, "--json", **register))
         for what in ("status", "verify")
         for name in "ab"
     ]
@@ -286,5 +296,7 @@ def test_no_text_in_the_shard_is_one_line_and_exit_8(swarm: Swarm):
     swarm.found("a", end__steps=10)
     empty = swarm.root / "empty"
     empty.mkdir()
-    with pytest.raises(LocalError, match=r"data\.shard"):
-        call(["start", "--home", str(swarm.home("a").path), "--shard", str(empty), "--bootstrap"])
+    done = xpeer("start", "--home", swarm.home("a").path, "--shard", empty, "--bootstrap")
+    assert done.returncode == 8
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "data.shard" in done.stderr

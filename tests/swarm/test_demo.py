@@ -95,7 +95,7 @@ def alive(pid: int) -> bool:
 def test_the_whole_demo_with_few_steps(tmp_path: Path):
     """Corpora, public start, founding, invitations, three daemons, report, export."""
     few = replace(
-        plan.QUICK, steps=5, start_steps=25, shard_bytes=300_000, held_out_records=8,
+        plan.QUICK, steps=5, start_steps=5, shard_bytes=300_000, held_out_records=8,
         batch_records=8,
     )  # fmt: skip
     report = flow.Demo(tmp_path, 1, few).run()

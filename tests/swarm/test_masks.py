@@ -14,7 +14,7 @@ from xpeer.status import Status
 __all__ = ["swarm"]  # the fixture
 pytestmark = pytest.mark.timeout(300)
 MASKED = {"round__masks": "true", "round__group": 3, "round__fragments": 2}
-SLOW = {"XPEER_TRAINING_THROTTLE": "0.3"}
+SLOW = {"XPEER_TRAINING_THROTTLE": "0.1"}
 
 
 def found_and_join(swarm: Swarm, names: list[str], **fields: object) -> None:

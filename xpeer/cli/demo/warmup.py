@@ -89,7 +89,7 @@ def _train(records: torch.Tensor, seed: int, progress: Progress, steps: int) -> 
     model = build(PRESETS["small"], seed=seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, LEARNING_RATE, total_steps=steps, pct_start=WARMUP_STEPS / steps
+        optimiser, LEARNING_RATE, total_steps=steps, pct_start=min(0.5, WARMUP_STEPS / steps)
     )
     generator = torch.Generator().manual_seed(seed)
     model.train()
