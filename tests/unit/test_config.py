@@ -123,9 +123,7 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
 
 
 @given(st.text(max_size=60))
-@hypothesis_settings(
-    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
-)
+@hypothesis_settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_is_settings_or_a_clear_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -141,7 +139,7 @@ values: Any = st.one_of(
 
 
 @given(st.sampled_from([f"{s}.{k}" for s, k, _ in config.settings()]), values)
-@hypothesis_settings(max_examples=80, deadline=None)
+@hypothesis_settings(max_examples=80)
 def test_any_value_is_taken_or_named(key: str, value: Any) -> None:
     try:
         config_sources.load(Path("/nonexistent/config.toml"), {}, {key: value})

@@ -65,7 +65,7 @@ def test_a_small_delta_is_never_overstepped(sigma: float, steps: int, delta: flo
 @given(
     st.floats(0.5, 4.0), st.floats(0.001, 0.2), st.integers(1, 400), st.sampled_from([1e-5, 1e-7])
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_the_tight_bound_is_below_the_loose_one_and_grows_with_steps(
     sigma: float, q: float, steps: int, delta: float
 ) -> None:

@@ -14,7 +14,7 @@ SIGMAS = st.floats(0.6, 4.0).map(lambda sigma: round(sigma, 2))
 RATES = st.sampled_from([0.001, 0.004, 0.01, 0.03, 0.1, 1.0])
 SEGMENTS = st.builds(Segment, SIGMAS, RATES, st.integers(1, 200))
 DELTA = 1e-5
-few = settings(max_examples=6, deadline=None, derandomize=True)
+few = settings(max_examples=6, derandomize=True)
 
 
 def more(segment: Segment, how: str) -> Segment:

@@ -488,7 +488,6 @@ def happen(machine: Machine, copies: dict[str, Path], what: str, which: str) -> 
 
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(actions=st.lists(ACTIONS, max_size=14))

@@ -91,7 +91,7 @@ def test_x25519_of_rfc_7748() -> None:
     wide=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_masks_cancel_in_the_sum_of_all(
     k: int, sizes: tuple[int, int], wide: bool, seed: int
 ) -> None:

@@ -27,7 +27,7 @@ slots = st.integers(0, 10**10)
 
 
 @given(rosters, slots)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_partner_of_partner_is_me_and_each_has_one_pair(roster: list[PeerId], slot: int) -> None:
     pairs = matching.matching(SWARM, slot, roster)
     paired = list(itertools.chain.from_iterable(pairs))
@@ -43,7 +43,7 @@ def test_partner_of_partner_is_me_and_each_has_one_pair(roster: list[PeerId], sl
 
 
 @given(rosters, slots, st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_order_and_duplicates_of_the_roster_do_not_matter(roster, slot, random) -> None:
     shuffled = [*roster, *roster[:3]]
     random.shuffle(shuffled)

@@ -22,7 +22,7 @@ sizes = st.integers(2, matching.MAX_GROUP)
 
 
 @given(rosters, slots, sizes)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_groups_are_disjoint_complete_and_of_size_k(roster, slot, k) -> None:
     found = matching.groups(SWARM, slot, roster, k)
     grouped = list(itertools.chain.from_iterable(found))
@@ -36,7 +36,7 @@ def test_groups_are_disjoint_complete_and_of_size_k(roster, slot, k) -> None:
 
 
 @given(rosters, slots, sizes)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_member_of_a_group_names_the_others(roster, slot, k) -> None:
     for group in matching.groups(SWARM, slot, roster, k):
         for me in group:
@@ -45,7 +45,7 @@ def test_every_member_of_a_group_names_the_others(roster, slot, k) -> None:
 
 
 @given(rosters, slots)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_groups_of_two_are_the_matching_and_zero_is_all(roster, slot) -> None:
     assert matching.groups(SWARM, slot, roster, 2) == matching.matching(SWARM, slot, roster)
     together = matching.groups(SWARM, slot, roster, 0)
@@ -90,7 +90,7 @@ def test_who_met_lately_is_seldom_grouped_again() -> None:
 
 
 @given(rosters, slots, sizes, st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pairwise_merges_of_weight_1_over_k_keep_the_mean_whoever_is_missing(
     roster, slot, k, random
 ) -> None:

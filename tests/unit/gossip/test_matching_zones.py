@@ -48,7 +48,7 @@ def spectral_gap(mean: np.ndarray) -> float:
 
 
 @given(zones, slots)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_still_a_perfect_symmetric_matching(labels, slot) -> None:
     pairs = matching.matching(SWARM, slot, labels, labels)
     paired = list(itertools.chain.from_iterable(pairs))
@@ -60,7 +60,7 @@ def test_still_a_perfect_symmetric_matching(labels, slot) -> None:
 
 
 @given(slots)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_in_one_of_two_slots_zones_come_first_and_the_other_is_as_without(slot) -> None:
     first = slot - slot % 2
     preferring = [s for s in (first, first + 1) if matching.prefers_zones(SWARM, s)]

@@ -37,7 +37,7 @@ def trimmed(differences: torch.Tensor, trim: int) -> torch.Tensor:
     trim=st.integers(1, 3), more=st.integers(0, 3), hostile=st.integers(0, 3), n=sizes, seed=seeds,
     size=st.sampled_from([-1e30, -3.0, 0.0, 1e-3, 5.0, 1e38]),
 )  # fmt: skip
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_hostile_values_never_leave_the_honest_range(
     trim: int, more: int, hostile: int, n: int, seed: int, size: float
 ) -> None:
@@ -53,7 +53,7 @@ def test_hostile_values_never_leave_the_honest_range(
 
 
 @given(m=st.integers(1, 7), vectors=st.integers(1, 2), n=sizes, seed=seeds)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_nothing_trimmed_is_the_mean(m: int, vectors: int, n: int, seed: int) -> None:
     differences = randn(seed, m, vectors, n)
     mean = Mean().combine(list(differences.clone()), [1 / (m + 1)] * m).scaled()
@@ -62,7 +62,7 @@ def test_nothing_trimmed_is_the_mean(m: int, vectors: int, n: int, seed: int) ->
 
 
 @given(trim=st.integers(1, 3), more=st.integers(0, 2), n=sizes, seed=seeds)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_order_of_partners_is_nothing(trim: int, more: int, n: int, seed: int) -> None:
     differences = randn(seed, 2 * trim + more, 2, n)
     order = torch.randperm(len(differences), generator=torch.Generator().manual_seed(seed))
@@ -77,7 +77,7 @@ def test_a_case_by_hand() -> None:
 
 
 @given(m=st.integers(1, 5), seed=seeds)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_mean_is_the_weighted_sum_to_the_bit(m: int, seed: int) -> None:
     differences, weights = randn(seed, m, 1, 50), randn(seed + 1, m).abs().tolist()
     expected = differences[0] * weights[0]

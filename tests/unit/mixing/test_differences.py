@@ -32,7 +32,7 @@ def found(own: torch.Tensor, peer: torch.Tensor, limit: Limit) -> Difference:
     late=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_mixing_keeps_the_sum(
     codec: str, distance: float, late: tuple[int, int], seed: int
 ) -> None:

@@ -20,7 +20,7 @@ def fragments_of(num_params: int, num_fragments: int) -> Fragments:
 
 
 @given(models, cuts)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_value_is_in_exactly_one_fragment(num_params: int, num_fragments: int) -> None:
     fragments = fragments_of(num_params, num_fragments)
     parts = [fragments.indices(f) for f in range(fragments.num_fragments)]
@@ -33,7 +33,7 @@ def test_every_value_is_in_exactly_one_fragment(num_params: int, num_fragments: 
 
 
 @given(models, cuts)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_lines_go_where_the_formula_says(num_params: int, num_fragments: int) -> None:
     fragments = fragments_of(num_params, num_fragments)
     for f in {0, fragments.num_fragments - 1}:
@@ -44,7 +44,7 @@ def test_lines_go_where_the_formula_says(num_params: int, num_fragments: int) ->
 
 
 @given(models, cuts, st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_adding_what_was_gathered_is_indexing(
     num_params: int, num_fragments: int, seed: int
 ) -> None:

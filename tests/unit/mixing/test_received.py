@@ -41,7 +41,7 @@ def consolidated(model: torch.Tensor, fragments: Fragments, kept: Consolidation)
 
 
 @given(partners=st.integers(0, PARTNERS), num_fragments=st.integers(1, 5), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_it_is_the_mean_of_own_and_received(partners: int, num_fragments: int, seed: int) -> None:
     fragments = Fragments(P, num_fragments)
     models = [randn(P, seed + i) for i in range(1 + partners)]

@@ -87,7 +87,7 @@ def test_a_peer_that_missed_an_outer_step_is_pulled_back() -> None:
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_noloco_is_its_authors_rule(seed: int) -> None:
     alpha, mu, gamma = 0.7, 0.5, 0.9
     group = [

@@ -40,7 +40,7 @@ def links(timeout_s: float = 5.0) -> tuple[Link, Link]:
     return near, far
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 3 * FRAME_BYTES) | st.sampled_from([FRAME_BYTES, 2 * FRAME_BYTES]))
 def test_bulk_arrives_whole_with_its_digest_and_is_counted(size):
     payload = os.urandom(size)

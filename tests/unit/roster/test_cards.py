@@ -49,7 +49,7 @@ def test_a_chain_is_hashed_from_its_secret_end() -> None:
 
 
 @given(st.integers(0, LINKS), st.integers(0, LINKS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_only_later_links_follow(one: int, other: int) -> None:
     first, second = Beat(one, CHAIN.links[one]), Beat(other, CHAIN.links[other])
     assert second.follows(first) == (other >= one)
@@ -90,7 +90,7 @@ members = st.dictionaries(
 
 
 @given(members, members)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_digest_brings_what_its_sender_lacks(ours, theirs) -> None:
     salt = spreading.new_salt()
     we = {number: known(number, *state) for number, state in ours.items()}

@@ -61,7 +61,7 @@ def test_another_copy_of_the_corpus_is_refused():
 
 
 @given(SPEEDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_document_has_one_trainer(speeds: dict[str, float]):
     corpus = documents(300)
     parts = [partition.divide(corpus, MANIFEST, speeds, me) for me in speeds]
@@ -73,7 +73,7 @@ def test_every_document_has_one_trainer(speeds: dict[str, float]):
 
 
 @given(SPEEDS, COUNTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_shares_follow_the_speeds(speeds: dict[str, float], count: int):
     owned = by_member(count, speeds)
     for me, speed in speeds.items():
@@ -83,7 +83,7 @@ def test_shares_follow_the_speeds(speeds: dict[str, float], count: int):
 
 
 @given(SPEEDS, COUNTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_only_a_leavers_units_move(speeds: dict[str, float], count: int):
     before = by_member(count, speeds)
     leaver = min(speeds)
@@ -92,7 +92,7 @@ def test_only_a_leavers_units_move(speeds: dict[str, float], count: int):
 
 
 @given(SPEEDS, COUNTS, st.floats(1.05, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_change_of_speed_moves_a_proportional_part_to_that_member(
     speeds: dict[str, float], count: int, factor: float
 ):
@@ -146,7 +146,7 @@ def test_granularity(
 
 
 @given(st.text("ab é\n", min_size=0, max_size=3 * partition.PIECE_RECORDS * T))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pieces_are_the_whole_text_and_their_records_its_tokens(text: str):
     whole = document_of("x" + text * 3, "f")
     parts = partition.pieces([whole], MANIFEST)

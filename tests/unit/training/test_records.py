@@ -190,7 +190,7 @@ def test_an_error_of_the_disk_names_the_file(corpus: Path, monkeypatch: pytest.M
 
 
 @given(st.integers(2, 60), st.integers(1, 5), st.floats(0.001, 0.49))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_split_holds_out_whole_documents_and_files(n: int, per_file: int, share: float):
     everything = documents(n, per_file)
     training, validation = split(everything, share)
@@ -228,7 +228,7 @@ def test_a_document_that_comes_moves_no_other_and_order_does_not_matter():
 
 
 @given(st.lists(st.text("abc é", min_size=0, max_size=90), min_size=1, max_size=5))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_records_are_whole_documents_but_for_short_tails(texts: list[str]):
     tokens = 16
     made = [document_of(text, "f") for text in texts]

@@ -30,7 +30,7 @@ def bound(payload: bytes, n: int) -> torch.Tensor:
 
 
 @given(sizes, magnitudes, st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_int8_error_is_at_most_half_a_scale(n: int, magnitude: float, seed: int) -> None:
     values = random_values(n, magnitude, seed)
     payload = encode("int8", values)
@@ -39,7 +39,7 @@ def test_int8_error_is_at_most_half_a_scale(n: int, magnitude: float, seed: int)
 
 
 @given(st.lists(st.floats(-8e6, 8e6, width=32), min_size=1, max_size=400))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_int8_error_bound_for_arbitrary_values(numbers: list[float]) -> None:
     values = torch.tensor(numbers, dtype=torch.float32)
     payload = encode("int8", values)
@@ -48,7 +48,7 @@ def test_int8_error_bound_for_arbitrary_values(numbers: list[float]) -> None:
 
 
 @given(st.sampled_from(NAMES), sizes, st.integers(0, 2**32))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_size_is_exact_and_decoding_is_idempotent(name: str, n: int, seed: int) -> None:
     values = random_values(n, 0.05, seed)
     payload = encode(name, values)
@@ -138,7 +138,7 @@ def test_bad_values_are_refused(name: str) -> None:
 
 
 @given(st.sampled_from(NAMES), st.integers(0, 400), st.binary(max_size=1600))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_arbitrary_bytes_decode_or_are_a_peer_error(name: str, n: int, payload: bytes) -> None:
     try:
         values = decode(Form(name, n), payload)

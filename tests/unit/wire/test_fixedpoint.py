@@ -51,7 +51,7 @@ def others_minus(grid: Grid, payloads: list[bytearray], own: int, n: int) -> tor
     level=st.sampled_from([0.0, 1.0, -300.0]),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_of_a_sum_everybody_learns_the_others_mean(
     grid: Grid, n: int, k: int, level: float, seed: int
 ) -> None:

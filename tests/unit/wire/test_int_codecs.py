@@ -49,7 +49,7 @@ def steps_of(payload: bytes, n: int) -> torch.Tensor:
 
 
 @given(names, vectors(), dithers)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_bytes_are_those_of_the_reference(
     name: str, values: torch.Tensor, dither: int | None
 ) -> None:
@@ -62,7 +62,7 @@ def test_bytes_are_those_of_the_reference(
 
 
 @given(names, vectors(), dithers)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_error_is_within_a_step_and_half_of_one_to_nearest(
     name: str, values: torch.Tensor, dither: int | None
 ) -> None:
@@ -77,7 +77,7 @@ def test_the_error_is_within_a_step_and_half_of_one_to_nearest(
 
 
 @given(names, vectors())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_to_nearest_is_symmetric_and_never_further_than_zero(
     name: str, values: torch.Tensor
 ) -> None:
@@ -90,7 +90,7 @@ def test_to_nearest_is_symmetric_and_never_further_than_zero(
 
 
 @given(names, st.integers(0, 2**63))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_stochastic_rounding_is_unbiased(name: str, seed: int) -> None:
     """128 different values, 2,000 times each: within six standard errors of the mean."""
     values = torch.linspace(-2, 2, BLOCK)

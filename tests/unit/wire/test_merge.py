@@ -31,7 +31,7 @@ def sent(name: str, values: torch.Tensor, dither: int | None = None) -> tuple[by
 
 
 @given(names, lengths, seeds, st.one_of(st.none(), seeds), st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_difference_is_that_of_what_was_sent(
     name: str, n: int, seed: int, dither: int | None, as_payload: bool
 ) -> None:
@@ -47,7 +47,7 @@ def test_the_difference_is_that_of_what_was_sent(
 
 
 @given(names, lengths, seeds)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_given_buffer_is_overwritten_with_the_difference(name: str, n: int, seed: int) -> None:
     ours, theirs = pair(n, seed)
     their_payload, q_theirs = sent(name, theirs)
@@ -61,7 +61,7 @@ def test_a_given_buffer_is_overwritten_with_the_difference(name: str, n: int, se
 
 
 @given(names, seeds)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_one_side_adds_the_other_takes_away(name: str, seed: int) -> None:
     """Mixing keeps the mean whatever the codec drops."""
     ours, theirs = pair(1000, seed)

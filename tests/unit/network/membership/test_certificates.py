@@ -137,7 +137,7 @@ def test_every_cut_and_every_tail_is_refused() -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(NotAuthorisedError):
         Credential.from_bytes(data).verify(SWARM, NOW)

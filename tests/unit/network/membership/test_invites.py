@@ -177,7 +177,7 @@ def test_a_forger_can_only_make_tokens_of_its_own_swarm() -> None:
 
 
 @given(st.one_of(st.text(), st.text().map(lambda t: "xpeer1." + t)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_is_refused(text: str) -> None:
     with pytest.raises(NotAuthorisedError) as e:
         Token.parse(text)
@@ -185,7 +185,7 @@ def test_any_text_is_refused(text: str) -> None:
 
 
 @given(st.binary(max_size=400))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(NotAuthorisedError):
         Token.parse(invites.PREFIX + base64.urlsafe_b64encode(data).decode().rstrip("="))
