@@ -199,6 +199,14 @@ class Ending(Struct, frozen=True, tag=True):
 
 
 @seen_by("node")
+class Working(Struct, frozen=True, tag=True):
+    """Sent every few seconds in which work was done: an answer that is not there yet will come."""
+
+    work: Timing[int]
+    """Grows while the trainer makes progress."""
+
+
+@seen_by("node")
 class SaveFailed(Struct, frozen=True, tag=True):
     """A checkpoint could not be written. Training goes on, and a later one is tried."""
 
@@ -221,7 +229,16 @@ class Crashed(Struct, frozen=True, tag=True):
 
 
 FromTrainer = (
-    Ready | Reply | Progressed | Saved | SaveFailed | LookedAtText | Starting | Ending | Crashed
+    Ready
+    | Reply
+    | Progressed
+    | Saved
+    | SaveFailed
+    | LookedAtText
+    | Starting
+    | Working
+    | Ending
+    | Crashed
 )
 
 _ERRORS: Final[dict[str, type[LocalError]]] = {

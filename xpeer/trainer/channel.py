@@ -20,7 +20,7 @@ from msgspec import structs
 
 from xpeer.errors import LocalError, TrainerError
 from xpeer.escape import sayable
-from xpeer.trainer.answers import Ending, FromTrainer, Progressed
+from xpeer.trainer.answers import Ending, FromTrainer, Progressed, Working
 from xpeer.trainer.commands import ToTrainer
 
 MAX_FRAME_BYTES: Final = 4 << 20
@@ -104,7 +104,7 @@ class ChildChannel:
 
 def _newest(last: FromTrainer | None, message: FromTrainer) -> FromTrainer | None:
     """The one report that takes the place of two consecutive ones; None = both have to arrive."""
-    if isinstance(last, Ending) and isinstance(message, Ending):
+    if isinstance(last, Ending | Working) and type(last) is type(message):
         return message
     if isinstance(last, Progressed) and isinstance(message, Progressed):
         return structs.replace(message, privacy=message.privacy or last.privacy)

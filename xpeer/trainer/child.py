@@ -29,6 +29,7 @@ from xpeer.trainer.answers import (
     Saved,
     SaveFailed,
     Starting,
+    Working,
     error_of,
 )
 from xpeer.trainer.arena import Arena
@@ -36,15 +37,16 @@ from xpeer.trainer.channel import DaemonChannel, log_lines
 from xpeer.trainer.commands import Begin, Command, Request, Stop
 from xpeer.trainer.setup import TrainerSetup
 
-BOUNDARY_TIMEOUT_S: Final = 300.0
-"""Time for an answer. A step of a large model is long; exchanges have a shorter deadline."""
+PATIENCE_S: Final = 300.0
+"""Time without progress after which an answer is not waited for any more. A step of a large model
+is long, and so is measuring it; exchanges have a deadline of their own."""
 PROGRAM: Final = "xpeer.trainer.main"
 _EXIT_TIMEOUT_S: Final = 1.0
 """Time that the process may live on after its socket has closed."""
 _OUTPUT_TIMEOUT_S: Final = 5.0
 """Time to read the rest of the output of a process that has ended."""
 _LOOK_S: Final = 1.0
-"""Time between two looks at the progress of an ending."""
+"""Time between two looks at the progress."""
 HUGE_PAGES: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Environment that has torch ask Linux for huge pages. A fragment touches every small page of the
 model: copying an eleventh of 135 M parameters out took 44 ms on a core without huge pages, and
@@ -91,6 +93,8 @@ class Child:
         """The last report of an ending trainer; None until there is one."""
         self._starts = 0
         """Reports of a start so far: each says that it has got on."""
+        self._work = 0
+        """The last report of work since then."""
         self._number = 0
         """The number of the last request."""
         self._pending: dict[int, asyncio.Future[Result]] = {}
@@ -162,29 +166,23 @@ class Child:
             raise TrainerError(f"the trainer answered {type(result).__name__} to {command}")
         return result
 
-    async def whole(
-        self, work: Coroutine[Any, Any, _T], timeout_s: float = BOUNDARY_TIMEOUT_S
-    ) -> _T:
+    async def whole(self, work: Coroutine[Any, Any, _T], patience_s: float = PATIENCE_S) -> _T:
         """Bound the caller's wait, but let the work go on until the child has answered.
 
         So no slot is handed to another request while the child may still write to it.
 
         Raises:
-            LocalTimeoutError: the child did not answer in time.
+            LocalTimeoutError: the child made no progress for so long.
         """
         task = self._start_task(work)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(task)
-        except TimeoutError:
-            raise LocalTimeoutError(
-                f"the trainer did not answer within {timeout_s:g} s", "see the log"
-            ) from None
+        if await self._gets_on(task, patience_s, lambda: self._work):
+            return await task
+        raise LocalTimeoutError(
+            f"the trainer made no progress for {patience_s:g} s, and gave no answer", "see the log"
+        )
 
     async def wait_ready(self, patience_s: float) -> Ready:
         """Wait until the trainer can be asked; on failure it is killed.
-
-        Time in which we did not run either (the machine was suspended) does not count.
 
         Args:
             patience_s: seconds without progress after which it is killed.
@@ -192,16 +190,8 @@ class Child:
         Raises:
             LocalError: says why it is not ready.
         """
-        last, still_s = self._starts, 0.0
         try:
-            while not self.ready.done() and still_s < patience_s:
-                began = self._loop.time()
-                await asyncio.wait({self.ready}, timeout=min(_LOOK_S, patience_s))
-                if self._starts != last:
-                    last, still_s = self._starts, 0.0
-                else:
-                    still_s += min(self._loop.time() - began, 2 * _LOOK_S)
-            if self.ready.done():
+            if await self._gets_on(self.ready, patience_s, lambda: self._starts):
                 return self.ready.result()
         except BaseException:
             await self.kill()
@@ -217,8 +207,6 @@ class Child:
     ) -> int:
         """Have the trainer save and exit; kill it if it makes no progress.
 
-        Time in which we did not run either (the machine was suspended) does not count.
-
         Args:
             patience_s: seconds without progress after which it is killed.
             on_progress: called when the trainer reports how far its ending is.
@@ -226,19 +214,45 @@ class Child:
         Returns:
             The exit status.
         """
+
+        def tell() -> None:
+            if on_progress is not None and self._ending is not None:
+                on_progress(self._ending)
+
         self.send(Stop())
-        last, still_s = self._ending, 0.0
-        while not self.exited.done() and still_s < patience_s:
+        self.gave_up = not await self._gets_on(self.exited, patience_s, lambda: self._ending, tell)
+        return await self.kill()
+
+    async def _gets_on(
+        self,
+        future: asyncio.Future[Any],
+        patience_s: float,
+        progress: Callable[[], object],
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Wait for a future while the child makes progress.
+
+        Time in which we did not run either (the machine was suspended) does not count.
+
+        Args:
+            future: stays as it is, also if the caller is cancelled.
+            patience_s: seconds without progress after which it is given up.
+            progress: what the child reported last.
+            on_progress: called when that is something else.
+
+        Returns:
+            Whether it is done.
+        """
+        last, still_s = progress(), 0.0
+        while not future.done() and still_s < patience_s:
             began = self._loop.time()
-            await asyncio.wait({self.exited}, timeout=min(_LOOK_S, patience_s))
-            if self._ending == last:
+            await asyncio.wait({future}, timeout=min(_LOOK_S, patience_s))
+            if progress() == last:
                 still_s += min(self._loop.time() - began, 2 * _LOOK_S)
                 continue
-            last, still_s = self._ending, 0.0
-            if on_progress is not None and last is not None:
-                on_progress(last)
-        self.gave_up = not self.exited.done()
-        return await self.kill()
+            last, still_s = progress(), 0.0
+            on_progress()
+        return future.done()
 
     async def kill(self) -> int:
         """Kill the process group, and free everything. Returns the exit status."""
@@ -315,13 +329,18 @@ class Child:
             self.ready.set_result(message)
         elif isinstance(message, Ending):
             self._ending = message
+        elif isinstance(message, Working):
+            self._work = message.work
         else:
-            if isinstance(message, Starting):
-                self._starts += 1
-            elif isinstance(message, Crashed):
-                self._note_crash(message)
+            self._note(message)
             # call it later: an error in it must not end this task
             self._loop.call_soon(self._on_event, message)
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Starting):
+            self._starts += 1
+        elif isinstance(event, Crashed):
+            self._note_crash(event)
 
     def _note_crash(self, message: Crashed) -> None:
         error = error_of(message.failure)

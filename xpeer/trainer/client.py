@@ -234,7 +234,7 @@ class TrainerProcess:
             PeerError: too many meetings are in flight (BUSY), or there is nothing to send yet
                 (NOT_READY).
             TrainerError: the trainer died.
-            LocalTimeoutError: no step boundary within `child.BOUNDARY_TIMEOUT_S`.
+            LocalTimeoutError: no step boundary, and no progress for `child.PATIENCE_S`.
         """
         return await self._child.whole(self._snapshot(meeting_id, fragment, averaging))
 

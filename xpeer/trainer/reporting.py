@@ -10,7 +10,14 @@ from typing import Final
 from xpeer.errors import LocalError
 from xpeer.escape import without_words
 from xpeer.status import PrivacySpent
-from xpeer.trainer.answers import Ending, FromTrainer, LookedAtText, Progressed, Ready
+from xpeer.trainer.answers import (
+    Ending,
+    FromTrainer,
+    LookedAtText,
+    Progressed,
+    Ready,
+    Working,
+)
 from xpeer.trainer.assembled import Assembled
 from xpeer.trainer.threads import Threads
 from xpeer.training.pulse import Pulse
@@ -18,6 +25,7 @@ from xpeer.training.pulse import Pulse
 Send = Callable[[FromTrainer], None]
 _PROGRESS_EVERY_S: Final = 0.1
 _ENDING_EVERY_S: Final = 0.5
+_WORKING_EVERY_S: Final = 5.0
 _LOOK_FIRST_S: Final = 2.0
 _LOOK_LAST_S: Final = 300.0
 """First and longest pause between two attempts to read a text that can't be read."""
@@ -70,6 +78,8 @@ class Reports:
                 text_problem=text.problem,
             )
         )
+        working = loop.pulse, self.send
+        threading.Thread(target=report_work, args=working, name="working", daemon=True).start()
         if text.look_again is not None:
             arguments = text.look_again, self.send
             threading.Thread(target=look_for_text, args=arguments, name="text", daemon=True).start()
@@ -103,6 +113,16 @@ class Reports:
     def _report_spending(self) -> None:
         self._spending_asked = False
         self.progress(self._assembled.spent())
+
+
+def report_work(pulse: Pulse, send: Send, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Report work whenever some was done, for ever; runs on its own thread."""
+    last = pulse.work
+    while True:
+        sleep(_WORKING_EVERY_S)
+        if pulse.work != last:
+            last = pulse.work
+            send(Working(last))
 
 
 def report_ending(pulse: Pulse, send: Send) -> None:

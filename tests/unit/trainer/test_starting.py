@@ -11,22 +11,33 @@ import pytest
 
 from xpeer.errors import LocalTimeoutError, ShardError
 from xpeer.status import TextProgress
-from xpeer.trainer.answers import UNREADY, FromTrainer, Starting
+from xpeer.trainer.answers import UNREADY, FromTrainer, Starting, Working
 from xpeer.trainer.child import Child
+from xpeer.trainer.reporting import report_work
 from xpeer.trainer.starting import Startup, report_start
+from xpeer.training.pulse import Pulse
 
 
 class Starter:
     """A child whose messages and clock are a script: one entry a second."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: list[FromTrainer | None]) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        script: list[FromTrainer | None],
+        when_over: Callable[[], None] = lambda: None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.seconds, self.script, self.killed = 0.0, script, False
+        self.when_over = when_over
         self.child = child = Child.__new__(Child)
         child.ready = loop.create_future()
-        child._starts = 0
+        child._starts = child._work = 0
+        child._tasks = set()
         child._on_event = lambda event: None
-        clock: Any = SimpleNamespace(time=lambda: self.seconds, call_soon=lambda *_: None)
+        clock: Any = SimpleNamespace(
+            time=lambda: self.seconds, call_soon=lambda *_: None, create_task=loop.create_task
+        )
         child._loop = clock
         monkeypatch.setattr(asyncio, "wait", self.wait)
         monkeypatch.setattr(child, "kill", self.kill)
@@ -36,6 +47,9 @@ class Starter:
         message = self.script.pop(0) if self.script else None
         if message is not None:
             self.child._handle(message)
+        if not self.script:
+            self.when_over()
+        await asyncio.sleep(0)  # tasks run
 
     async def kill(self) -> int:
         self.killed = True
@@ -66,6 +80,53 @@ async def test_the_error_of_a_start_is_raised(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ShardError):
         await made.child.wait_ready(600.0)
     assert made.killed
+
+
+async def test_an_answer_is_waited_for_while_the_trainer_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step, or measuring what a donor gave, may take an hour."""
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    script: list[FromTrainer | None] = []
+    for batch in range(1, 21):
+        script += [*[None] * 200, Working(batch)]
+    made = Starter(monkeypatch, script, when_over=lambda: answer.set_result(7))
+
+    async def work() -> int:
+        return await answer
+
+    assert await made.child.whole(work()) == 7
+    assert made.seconds > 4000
+
+
+async def test_an_answer_of_a_trainer_that_stands_still_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But not the work: until it has answered, nobody else gets its slot."""
+    answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    made, has_ended = Starter(monkeypatch, [Working(1)]), asyncio.Event()
+
+    async def work() -> None:
+        await answer
+        has_ended.set()
+
+    with pytest.raises(LocalTimeoutError, match="no progress for 300 s"):
+        await made.child.whole(work())
+    assert made.seconds == 301
+    answer.set_result(None)
+    await has_ended.wait()
+
+
+def test_work_is_reported_when_some_was_done() -> None:
+    pulse, sent = Pulse(), list[FromTrainer]()
+
+    def end() -> None:
+        raise InterruptedError
+
+    script = [pulse.beat, lambda: None, pulse.beat, end]
+    with pytest.raises(InterruptedError):
+        report_work(pulse, sent.append, lambda _seconds: script.pop(0)())
+    assert sent == [Working(1), Working(2)]
 
 
 def test_a_start_is_reported_when_it_has_got_on() -> None:
