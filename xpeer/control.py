@@ -194,7 +194,7 @@ class Client:
 
         Raises:
             LocalTimeoutError: it still runs after `timeout_s`.
-            NotSavedError: it is gone, and lost steps.
+            NotSavedError: it is gone, and lost steps or did not say whether it did.
         """
         # Ask for the pid before the request: afterwards it could be another process's.
         pid = self.version().pid
@@ -215,6 +215,11 @@ class Client:
             )
         if end is not None and end.problem:
             raise NotSavedError(end.problem, end.remedy)
+        if end is not None and not end.over:
+            raise NotSavedError(
+                f"the daemon (pid {pid}) is gone, and did not say that its steps are saved",
+                "see `xpeer logs`; its next start says from which step it goes on",
+            )
         return pid
 
     def _follow_end(self, timeout_s: float, *, patient: bool) -> tuple[End | None, float]:

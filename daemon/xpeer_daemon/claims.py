@@ -54,6 +54,7 @@ class Claims:
         manifest: of the swarm.
         offers: the donors' claims.
         own_step: of our parameters; None = we have none.
+        saved_at: when they were saved, by the node's clock; None = never, or we have none.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Claims:
         manifest: Manifest,
         offers: Sequence[Claim],
         own_step: int | None,
+        saved_at: float | None,
     ) -> None:
         self._node, self._view, self._manifest = node, view, manifest
-        self._own_step = own_step
+        self._own_step, self._saved_at = own_step, saved_at
         self._steps = {offer.donor: offer.step for offer in offers}
         for peer in view.holders():
             heard = view.acquaintances.get(peer)
@@ -85,8 +87,8 @@ class Claims:
         if others:
             most = max(statistics.median_low([*others, claim.step]), own_step or 0)
             step = min(step, most + self._manifest.round.window_steps)
-        elif own_step is not None and (saved := self._node.ends.last_saved()) is not None:
-            away_s = max(0.0, self._node.clock() - saved[1])
+        elif own_step is not None and self._saved_at is not None:
+            away_s = max(0.0, self._node.clock() - self._saved_at)
             step = min(step, own_step + int(away_s / LEAST_STEP_S))
         record = view.others().get(claim.donor)
         if last is not None and (record is None or not traits_of(record.phase).ended):

@@ -173,13 +173,17 @@ class Donors:
             have to be asked for again: it took long, or one donor has to give everything.
         """
         clock = asyncio.get_running_loop().time
+        saved_at = None
+        if own_step is not None and len(self._view.holders()) < 2:  # nobody confirms its step
+            saved = await self._node.ends.last_saved()
+            saved_at = saved[1] if saved is not None else None
         offers = list[Offer]()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 await self._takeover.recall()
                 first = [tree.donor for tree in self._takeover.trees()]
                 offers = await self._offers.ask_all(first)
-        claims = Claims(self._node, self._view, self._manifest, offers, own_step)
+        claims = Claims(self._node, self._view, self._manifest, offers, own_step, saved_at)
         remaining = [
             offer
             for offer in ranked(offers)

@@ -37,6 +37,8 @@ SPARE_S: Final = 30.0
 LOG_EVERY_S: Final = 30.0
 WAIT_S: Final = 2.0
 """How long a request for the end's progress stays open."""
+TELL_S: Final = 5.0
+"""How long the node waits for a client that follows its end to ask once more."""
 
 
 class Ends:
@@ -54,7 +56,9 @@ class Ends:
         self._home = home
         self._config = config
         self.lost: NotSavedError | None = None
-        self._over = asyncio.Event()
+        self._over, self._told = asyncio.Event(), asyncio.Event()
+        self._is_followed = False
+        """True iff a client was told that the end is not over yet."""
         self._written = self._total = 0
         self._logged_s = 0.0
 
@@ -73,7 +77,7 @@ class Ends:
         if supervisor.trainer is not None:
             await self.save(supervisor.trainer)
         elif supervisor.last is not None:
-            self.note_loss(supervisor.last, LocalError(f"its {supervisor.down_reason}"))
+            await self.note_loss(supervisor.last, LocalError(f"its {supervisor.down_reason}"))
 
     async def save(self, trainer: TrainerProcess) -> bool:
         """Have the trainer save and exit; returns whether nothing is lost."""
@@ -97,12 +101,12 @@ class Ends:
                 "is the machine out of memory, or the disk stuck? A larger daemon.stop_timeout_s "
                 "waits longer",
             )
-        self.note_loss(trainer, cause or LocalError(f"the trainer ended with {status}"))
+        await self.note_loss(trainer, cause or LocalError(f"the trainer ended with {status}"))
         return self.lost is None
 
-    def note_loss(self, trainer: TrainerProcess, cause: LocalError) -> None:
+    async def note_loss(self, trainer: TrainerProcess, cause: LocalError) -> None:
         """Note and log which steps of this trainer are lost, if any are."""
-        saved = self.last_saved()
+        saved = await self.last_saved()
         if trainer.step <= (saved[0] if saved else 0):
             log.warning("the trainer's last save failed, but no step is lost: %s", cause)
             return
@@ -116,9 +120,12 @@ class Ends:
         )
         log.error("%s", self.lost)
 
-    def last_saved(self) -> tuple[int, float] | None:
+    async def last_saved(self) -> tuple[int, float] | None:
         """Step and time of the newest checkpoint that is whole; None = there is none."""
-        # torch, which takes a second: only for a trainer that ended badly
+        return await asyncio.to_thread(self._last_saved)  # all of it is read
+
+    def _last_saved(self) -> tuple[int, float] | None:
+        # torch, which takes a second: only for a trainer that ended badly, or lies far behind
         from xpeer.training.checkpoint import load  # noqa: PLC0415
         from xpeer.training.tensor_file import CorruptFileError  # noqa: PLC0415
 
@@ -141,7 +148,9 @@ class Ends:
             async with asyncio.timeout(WAIT_S):
                 await self._over.wait()
         except TimeoutError:
+            self._is_followed = True
             return End(over=False, written=self._written, total=self._total)
+        self._told.set()
         if self.lost is None:
             return End(over=True)
         return End(
@@ -151,9 +160,15 @@ class Ends:
             exit_code=int(ExitCode.NOT_SAVED),
         )
 
-    def over(self) -> None:
-        """Note that the end is over: all is saved or lost."""
+    async def over(self) -> None:
+        """Note that the end is over: all is saved or lost. Returns when a client that follows the
+        end has heard it, or does not ask any more.
+        """
         self._over.set()
+        if self._is_followed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TELL_S):
+                    await self._told.wait()
 
 
 async def within(seconds: float, action: Callable[[], Awaitable[None]]) -> None:

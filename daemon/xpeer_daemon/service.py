@@ -253,7 +253,7 @@ async def _end(node: Node, *tasks: asyncio.Task[Any]) -> None:
         for result in await asyncio.gather(*both, return_exceptions=True):
             if isinstance(result, BaseException):
                 log.error("the end of the node failed", exc_info=result)
-    node.ends.over()
+    await node.ends.over()
 
 
 async def _say_goodbye(node: Node, member: Member) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
 import signal
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,9 @@ from tests.cases.slow_disk_trainer import SAVE_S
 from tests.cases.support import Nodes, found, trainer_of, xpeer
 from tests.unit.trainer.test_trainer_process import Watch
 from tests.unit.training.homes import make_homes
-from xpeer.config import Daemon, Home, NodeConfig
-from xpeer.errors import LocalError
+from xpeer.config import SOCKET, Daemon, Home, NodeConfig
+from xpeer.control import Client, End
+from xpeer.errors import LocalError, NotSavedError
 from xpeer.status import Progress
 from xpeer.trainer.client import Saved, TrainerProcess
 from xpeer.training.checkpoint_files import paths, step_of
@@ -116,7 +120,7 @@ async def test_what_is_lost_is_counted_from_the_last_checkpoint(
     trainer.crash = crash  # type: ignore[assignment]
     nothing_lost = saved == 12
     assert await ends.save(trainer) == nothing_lost  # type: ignore[arg-type] # a fake
-    ends.over()
+    await ends.over()
     end = await ends.progress()
     assert end.over
     if nothing_lost:
@@ -127,6 +131,57 @@ async def test_what_is_lost_is_counted_from_the_last_checkpoint(
     cause = crash.problem if crash else "the trainer ended with -9"
     assert end.problem == f"not saved: {last}, the node was at step 12: {cause}"
     assert end.remedy
+
+
+async def test_the_node_stays_until_a_client_that_follows_its_end_has_heard_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks now and then: between two of its questions the node could be gone."""
+    from xpeer_daemon import ending
+
+    monkeypatch.setattr(ending, "WAIT_S", 0.01)
+    ends = ending.Ends(Home(tmp_path), NodeConfig())
+    assert not (await ends.progress()).over
+    leaving = asyncio.create_task(ends.over())
+    done, _ = await asyncio.wait({leaving}, timeout=0.05)
+    assert not done
+    assert (await ends.progress()).over
+    await leaving
+
+    monkeypatch.setattr(ending, "TELL_S", 0.01)
+    deserted = ending.Ends(Home(tmp_path), NodeConfig())
+    assert not (await deserted.progress()).over
+    await deserted.over()
+
+
+class Follower(Client):
+    """Notes when it has heard that the end is not over."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.heard = threading.Event()
+
+    def ask(self, route: str, answer: type[Any]) -> Any:
+        given = super().ask(route, answer)
+        if isinstance(given, End):
+            self.heard.set()
+        return given
+
+
+@pytest.mark.timeout(180)
+def test_a_node_that_is_killed_while_it_ends_is_no_success(nodes: Nodes, shard: Path) -> None:
+    found(nodes.home("a"), shard, fields=["end.steps=100000", "round.window_steps=100000"])
+    nodes.start("a", XPEER_DAEMON_STOP_TIMEOUT_S="60")
+    nodes.until("a", lambda s: s.progress.step > 0)
+    daemon = nodes.pid("a")
+    os.kill(trainer_of(daemon), signal.SIGSTOP)
+    client = Follower(nodes.home("a") / SOCKET)
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(client.stop_and_wait, 120)
+        assert client.heard.wait(60)
+        os.kill(daemon, signal.SIGKILL)
+        with pytest.raises(NotSavedError, match="did not say that its steps are saved"):
+            stopping.result()
 
 
 async def test_a_disk_that_takes_no_checkpoint_is_the_trainers_last_word(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class Rig:
         )
         self.node = SimpleNamespace(
             peer_id=PeerId("12D3KooWMe"), checkpoint=self._checkpoint, life=self.life,
-            clock=lambda: 1e6, ends=SimpleNamespace(last_saved=lambda: self.last_saved),
+            clock=lambda: 1e6, ends=SimpleNamespace(last_saved=self._last_saved),
         )  # fmt: skip
         self.conditions: set[str] = set()
         self.asked: list[tuple[PeerId, bytes | None]] = []
@@ -167,6 +167,9 @@ class Rig:
 
     def _hold(self, code: str, active: bool, **_: object) -> None:
         (self.conditions.add if active else self.conditions.discard)(code)
+
+    async def _last_saved(self) -> tuple[int, float] | None:
+        return self.last_saved
 
     async def _checkpoint(self) -> str:
         self.saved += 1

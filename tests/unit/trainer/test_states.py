@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import threading
@@ -249,11 +250,11 @@ def test_a_damaged_checkpoint_saved_nothing(tmp_path: Path) -> None:
     setup = make_homes(tmp_path, 1)[0]
     node, home = assemble(setup), Home(Path(setup.home))
     ends = Ends(home, NodeConfig())
-    assert ends.last_saved() is None
+    assert asyncio.run(ends.last_saved()) is None
     node.checkpoints.copy()()
     node.close()
     (home.checkpoints / "ckpt-000000100.safetensors").write_bytes(b"damaged")
-    saved = ends.last_saved()
+    saved = asyncio.run(ends.last_saved())
     assert saved is not None
     assert saved[0] == 0
 
