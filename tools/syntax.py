@@ -133,7 +133,10 @@ def only_gives(method: Function) -> str:
 
 def only_sets(method: Function) -> bool:
     """Whether a method does nothing but put its arguments into attributes."""
-    me, *arguments = (each.arg for each in (*method.args.args, *method.args.kwonlyargs))
+    names = [each.arg for each in (*method.args.args, *method.args.kwonlyargs)]
+    if not names:  # it has no object
+        return False
+    me, *arguments = names
     body = method.body[1:] if ast.get_docstring(method) is not None else method.body
     return bool(body) and all(
         isinstance(node, (ast.Assign, ast.AnnAssign))
