@@ -15,8 +15,9 @@ from xpeer.estimate.step import StepMemory
 from xpeer.forms import Form
 from xpeer.leaves import Parts, Public, seen_by
 from xpeer.manifest import LARGE_STATE, Manifest
+from xpeer.manifest.round import Round
 from xpeer.mixing.cut import largest
-from xpeer.policies import RULES, RulePolicy
+from xpeer.policies import RulePolicy
 
 PROCESS: Final = 620 << 20
 """A trainer before there is a model: torch, transformers, accounts."""
@@ -74,7 +75,7 @@ class Wire:
 
     fragments: int
     codec: str
-    rule: RulePolicy = RULES["gossip"]
+    rule: RulePolicy = Round().policy
     """It decides how many values of each parameter are sent, kept and saved."""
     partners: int = 1
     """Members that an exchange is with; of an unlimited group, one."""

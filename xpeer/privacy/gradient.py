@@ -8,7 +8,7 @@ with q = B / n. B is the expected number of units. The number sampled is private
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ from xpeer.privacy.clipping import Clipped, Engine
 from xpeer.privacy.fitting import until_it_fits
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.privacy.norms import ClipNorm
-from xpeer.privacy.ranks import Alone, Ranks
+from xpeer.privacy.options import DEFAULT, Options
+from xpeer.privacy.ranks import Alone
 from xpeer.privacy.steps import Records, StepResult, result_of
 from xpeer.privacy.units import Sample, Units
 
@@ -58,9 +59,7 @@ class PrivateGradient:
         clip_norm: C, and the noise that goes with it.
         sampling: B, summed over all ranks, and q.
         generator: makes noise and samples.
-        ranks: ranks that take each step in common, with the same units and B. None = one alone.
-        relieve: saves memory where a pass of one record is too large, and returns how; "" = it
-            can't.
+        options: its ranks take each step in common, with the same units and B; how memory is saved.
     """
 
     def __init__(
@@ -72,15 +71,14 @@ class PrivateGradient:
         clip_norm: ClipNorm,
         sampling: Sampling,
         generator: SecretGenerator,
-        ranks: Ranks | None = None,
-        relieve: Callable[[], str] = lambda: "",
+        options: Options = DEFAULT,
     ) -> None:
         self.engine = engine
         self.generator = generator
         self.clip_norm = clip_norm
         self.expected = sampling.expected
-        self._ranks = ranks or Alone()
-        self._relieve = relieve
+        self._ranks = options.ranks or Alone()
+        self._relieve = options.relieve
         self._parameters = parameters
         self._device = parameters[0].device
         self._records = records

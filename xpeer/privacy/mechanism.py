@@ -108,7 +108,6 @@ class RecordMechanism:
         options: how this node computes.
         owners: the document of each record, (n,) int64, ascending; needed where documents are the
             unit.
-        clip_norm: C of the last checkpoint, where it adapts; None = begin with the manifest's.
         spending: what the steps are for, and which part of the budget they may spend.
 
     Raises:
@@ -126,7 +125,6 @@ class RecordMechanism:
         options: Options = DEFAULT,
         *,
         owners: Tensor | None = None,
-        clip_norm: float | None = None,
         spending: Spending = WHOLE,
     ) -> None:
         section = manifest.privacy
@@ -149,11 +147,10 @@ class RecordMechanism:
             choice.engine,
             records,
             units,
-            clip_norm_of(section, self._sigma, sampling.expected, clip_norm),
+            clip_norm_of(section, self._sigma, sampling.expected, options.clip_norm),
             sampling,
             noise.SecretGenerator(next(model.parameters()).device, options.generator),
-            options.ranks,
-            options.relieve,
+            options,
         )
         values = sum(parameter.numel() for parameter in self._parameters)
         self._noise_norm = noise_norm(self._sigma, sampling.expected, values)
@@ -293,7 +290,6 @@ def build_mechanism(
     options: Options = DEFAULT,
     *,
     owners: Tensor | None = None,
-    clip_norm: float | None = None,
     seen: Tensor | None = None,
     spending: Spending = WHOLE,
 ) -> Mechanism:
@@ -307,7 +303,6 @@ def build_mechanism(
         ledger: this home's ledger; untouched without privacy.
         options: how this node computes.
         owners: the document of each record, (n,) int64, ascending.
-        clip_norm: C of the last checkpoint, where it adapts.
         seen: `seen` of the last checkpoint.
         spending: what the steps are for; nothing is charged without privacy.
     """
@@ -321,6 +316,5 @@ def build_mechanism(
         ledger,
         options,
         owners=owners,
-        clip_norm=clip_norm,
         spending=spending,
     )

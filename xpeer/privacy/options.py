@@ -30,6 +30,7 @@ class Options:
             operator; "" = it can't.
         divide: divides a batch into passes of at most so many rows, without privacy; then the loss
             takes records on the CPU, and puts several into a row. None = a record is a row.
+        clip_norm: C of the last checkpoint, where it adapts; None = begin with the manifest's.
         ranks: ranks that take each step in common. One of them holds the ledger. None = one alone.
     """
 
@@ -41,6 +42,7 @@ class Options:
     cache: Path | None = None
     relieve: Callable[[], str] = lambda: ""
     divide: Callable[[Tensor, int], Sequence[Tensor]] | None = None
+    clip_norm: float | None = None
     ranks: Ranks | None = None
 
 

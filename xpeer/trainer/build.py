@@ -267,9 +267,9 @@ def _mechanism(swarm: _Swarm, start: _Start, text: Text, pulse: Pulse) -> Mechan
             divide=computing.packed.divide if computing.packed else None,
             generator=swarm.config.privacy.generator,
             cache=swarm.home.cache,
+            clip_norm=start.counters.clip_norm,
         ),
         owners=text.owners,
-        clip_norm=start.counters.clip_norm,
         seen=start.saved.seen if start.saved is not None else None,
         spending=swarm.spending,
     )

@@ -29,7 +29,7 @@ _WIDTH: Final = 512
 """Tokens of a row, unless a record has more: attention costs as much as all of a row's pairs."""
 _STEP: Final = 64
 """Widths are multiples of this, so that a device meets few of them."""
-_BY_LENGTH: Final = "dynamic", "longrope"
+_BY_LENGTH: Final = frozenset({"dynamic", "longrope"})
 _TRIED: Final = 12
 """Tokens of the short records on which it is tried out whether records stay apart."""
 
@@ -115,8 +115,8 @@ def _by_length(config: object) -> bool:
     """
     if not isinstance(config, dict):
         return False
-    scaled = config.get("rope_type") in _BY_LENGTH or config.get("type") in _BY_LENGTH
-    return scaled or any(map(_by_length, config.values()))
+    kinds = {config.get("rope_type"), config.get("type")}
+    return bool(kinds & _BY_LENGTH) or any(map(_by_length, config.values()))
 
 
 @torch.no_grad()

@@ -173,16 +173,15 @@ class _Writer:
         self._file: TokenFileWriter | None = None
         self._passages: list[tuple[object, ...]] = []
         self._sources: list[tuple[object, ...]] = []
-        self._begin = Begin(b"", 0, 0)
-        """The text file that is being read, and where this file of tokens goes on in it."""
+        self._begin: Begin | None = None
+        """The text file that is being read, and where this file of tokens goes on in it; None =
+        none is."""
         self._from = 0
         """Number of `_passages` when that text file, or this file of tokens, began."""
         self._head: Head | None = None
         """The piece that is being written; None between two."""
         self._size = self._characters = 0
         """Tokens and characters of it in this file of tokens."""
-        self._reading = False
-        """True iff a text file is being read."""
         self._continues = False
         """True iff the piece has earlier tokens in another file."""
 
@@ -190,13 +189,14 @@ class _Writer:
         """Write what an event of `reading` brings; `ids` are a part's tokens."""
         match event:
             case Begin():
-                self._begin, self._from, self._reading = event, len(self._passages), True
+                self._begin, self._from = event, len(self._passages)
                 self._continues = event.characters > 0
             case Part() if ids is not None:
                 self._write(event, ids)
-            case End():
+            case End() if self._begin is not None:
                 counts = tuple(event.skipped[why] for why in REASONS)
-                self._end_source(1, event.form, counts)
+                self._end_source(self._begin, 1, event.form, counts)
+                self._begin = None
         if self._file is not None and self._file.num_tokens >= FILE_TOKENS:
             self._publish()
 
@@ -242,30 +242,29 @@ class _Writer:
         self.tokens += self._size
         self._size = self._characters = 0
 
-    def _end_source(self, complete: int, form: int, skipped: tuple[int, ...]) -> None:
-        place = _pair(self._begin.key), self._begin.first, self._begin.characters
+    def _end_source(self, begin: Begin, complete: int, form: int, skipped: tuple[int, ...]) -> None:
+        place = _pair(begin.key), begin.first, begin.characters
         count = len(self._passages) - self._from
         self._sources.append((*place, count, complete, form, skipped))
         self._from = len(self._passages)
-        self._reading = not complete
 
     def _publish(self) -> None:
         """Complete this file; if a text file is being read, the next one goes on with it."""
-        if self._reading:
-            self._interrupt()
+        if self._begin is not None:
+            self._interrupt(self._begin)
         passages, sources = np.array(self._passages, PASSAGE), np.array(self._sources, SOURCE)
         self.published.append(self._open_file.publish(passages, sources))
         self._file, self._passages, self._sources, self._from = None, [], [], 0
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, begin: Begin) -> None:
         """End the entry of the text file that is being read, and begin the next one's place."""
-        begin, characters = self._begin, self._characters
+        characters = self._characters
         is_open = self._head is not None
         if is_open and self._continues:
             characters += begin.characters
         self._end_passage(OPEN)
         first = begin.first + len(self._passages) - self._from - is_open
-        self._end_source(0, 0, (0,) * len(REASONS))
+        self._end_source(begin, 0, 0, (0,) * len(REASONS))
         self._begin = Begin(begin.key, first, characters if is_open else 0)
         self._continues = is_open
 

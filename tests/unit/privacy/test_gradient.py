@@ -22,6 +22,7 @@ from xpeer.privacy.clipping import BookKeepingEngine, Bound, Clipped, Microbatch
 from xpeer.privacy.gradient import PrivateGradient, Sampling
 from xpeer.privacy.noise import SecretGenerator
 from xpeer.privacy.norms import ClipNorm, clip_norm_of
+from xpeer.privacy.options import Options
 from xpeer.privacy.ranks import ProcessGroup, Ranks
 from xpeer.privacy.units import Documents, Records, Units
 
@@ -44,7 +45,14 @@ def gradient(
     made = engine(model, record_losses)
     records = some_records()
     private = PrivateGradient(
-        parameters, made, records, units, norm, Sampling(expected, 0.5), generator, ranks
+        parameters,
+        made,
+        records,
+        units,
+        norm,
+        Sampling(expected, 0.5),
+        generator,
+        Options(ranks=ranks),
     )
     return private, parameters
 
