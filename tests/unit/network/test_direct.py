@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -63,6 +64,7 @@ class Pair:
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
+    gc.collect()  # files of earlier tests
     before = psutil.Process().num_fds()
     made = Pair()
     yield made
