@@ -63,11 +63,12 @@ class Progress(Struct, frozen=True, kw_only=True):
     seconds_training: Timing[float] = 0.0
     """Seconds of training in this run, earlier trainers' included."""
     seconds_here: Timing[float] = 0.0
-    """Seconds of training since the trainer's start. The counts below start there, too."""
+    """Seconds that the trainer spent in steps, in waits and at step boundaries since its start. The
+    counts below start there, too."""
     seconds_blocked: Timing[float] = 0.0
-    """Part of `seconds_here` in which the loop waited and did not compute."""
+    """Part of `seconds_here` in which the loop waited: for the ledger, the group, or a lock."""
     seconds_boundary: Timing[float] = 0.0
-    """Seconds between steps: merging, taking snapshots."""
+    """Part of `seconds_here` between steps: merging, taking snapshots."""
     seconds_saving: Timing[float] = 0.0
     """Seconds spent on copying what checkpoints hold."""
     seconds_snapshot: Timing[float] = 0.0

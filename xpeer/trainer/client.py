@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -97,7 +98,7 @@ class TrainerProcess:
     """A running trainer, as the daemon sees it. Made by `start`.
 
     Attributes:
-        epoch: differs at every start; partners drop their exchanges with an earlier epoch.
+        epoch: a random number, drawn at each start.
         facts: what the trainer said when it was ready; `UNREADY` until then.
         state: phase that the trainer reported last.
         progress: counters that it reported last; it reports some ten times a second.
@@ -106,7 +107,7 @@ class TrainerProcess:
     """
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
-        self.epoch = time.time_ns() // 1_000_000
+        self.epoch = secrets.randbits(62)
         self.facts = UNREADY
         self.state: TrainerPhase = "starting"
         self.progress = Progress()

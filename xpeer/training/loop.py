@@ -265,6 +265,7 @@ class TrainingLoop:
 
     def _step_and_rest(self) -> None:
         began, measured_s = time.monotonic(), self.measurements.seconds
+        blocked_s = self.timings.blocked_s
         if not self._permit():
             return
         try:
@@ -272,7 +273,8 @@ class TrainingLoop:
         except StepAbandonedError:
             return  # its charge is used up
         now = time.monotonic()
-        worked_s = self.timings.worked(now - began, tokens)
+        blocked_s = self.timings.blocked_s - blocked_s
+        worked_s = self.timings.worked(now - began - blocked_s, tokens)
         self.counters.seconds += worked_s
         self._count_step(now)
         worked_s += self.measurements.seconds - measured_s

@@ -17,9 +17,9 @@ class Timings:
     """Counters of one loop, since its process began. All are seconds, except tokens_per_s.
 
     Attributes:
-        here_s: time spent training.
+        here_s: time spent in the loop: steps, waits and boundaries, but no rests and no pauses.
         blocked_s: time in it that the loop waited for the ledger or the group.
-        boundary_s: time at step boundaries.
+        boundary_s: time in it at step boundaries.
         saving_s: time that copying checkpoints took.
         step_s: duration of a step, smoothed; 0 until the first one.
         tokens_per_s: speed, smoothed; 0 until the first step.
@@ -42,7 +42,9 @@ class Timings:
         """Count the time of the block as time at a boundary."""
         began = time.perf_counter()
         yield
-        self.boundary_s += time.perf_counter() - began
+        took_s = time.perf_counter() - began
+        self.boundary_s += took_s
+        self.here_s += took_s
 
     @contextmanager
     def waiting_for_the_ledger(self) -> Iterator[None]:
@@ -50,14 +52,18 @@ class Timings:
         began, saving_s = time.perf_counter(), self.saving_s
         yield
         saved_s = self.saving_s - saving_s
-        self.blocked_s += time.perf_counter() - began - saved_s
+        self._waited(time.perf_counter() - began - saved_s)
 
     @contextmanager
     def waiting_for_the_group(self) -> Iterator[None]:
         """Count the time of the block as blocked."""
         began = time.monotonic()
         yield
-        self.blocked_s += time.monotonic() - began
+        self._waited(time.monotonic() - began)
+
+    def _waited(self, seconds: float) -> None:
+        self.blocked_s += seconds
+        self.here_s += seconds
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -68,7 +74,12 @@ class Timings:
         self.step_s = _SMOOTHING * (self.step_s or took_s) + (1 - _SMOOTHING) * took_s
 
     def worked(self, seconds: float, tokens: int) -> float:
-        """Count a step that took so long by the clock; returns how much of it counts as work."""
+        """Count a step that took so long by the clock; returns how much of it counts as work.
+
+        Args:
+            seconds: without the time that the loop was blocked in it.
+            tokens: that the step was taken on.
+        """
         worked_s = self._work.counted(seconds)
         self.here_s += worked_s
         speed = tokens / max(worked_s, 1e-9)

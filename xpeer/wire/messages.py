@@ -52,7 +52,7 @@ class Terms(Struct, frozen=True, forbid_unknown_fields=True):
     group_weight: Public[Annotated[float, Meta(gt=0, le=1e9)]]
     """Sum of the weights in the group, as the sender sees it."""
     epoch: Timing[Id]
-    """Drawn at every start of the trainer, so that no exchange survives a restart."""
+    """Drawn at random at every start of the sender's trainer. No member acts on it today."""
     ledger_counter: Timing[Id]
     """Privacy charges so far. A peer whose counter went back was restored from an old copy."""
     unresolved: Timing[Annotated[list[Id], Meta(max_length=MAX_UNRESOLVED)]] = []

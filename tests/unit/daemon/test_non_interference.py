@@ -160,7 +160,7 @@ class Life:
         )
         try:
             await watch.state("closing")
-            trainer.epoch = 5  # randomness of its own: the time of its start
+            trainer.epoch = 5  # randomness of its own
             await trainer.evaluate()
             await self._meets(trainer)
             path = Path(await trainer.checkpoint())

@@ -296,7 +296,7 @@ async def test_a_trainer_that_dies_fails_what_waits_and_goes_on_from_its_checkpo
     again = await TrainerProcess.start(msgspec.structs.replace(setups[1], mode="pause"), watch)
     try:
         assert again.resumed_step is not None
-        assert again.epoch > b.epoch
+        assert again.epoch != b.epoch
         state = (await again.export_state()).state
         assert state.step == saved.counters["step"]
         assert bytes(state.payload) == saved.flat.numpy().tobytes()

@@ -70,6 +70,7 @@ def test_a_peer_that_nobody_meets_steps_with_its_own_gradient(clock: Clock) -> N
     moved = (trainer.parameters.read() - before).abs()
     assert torch.allclose(moved, torch.full_like(moved, 0.1), atol=1e-3)  # AdamW's first step
     assert trainer.timings.blocked_s == 3.0
+    assert trainer.timings.here_s >= 3.0
 
 
 def test_a_gradient_that_comes_late_leaves_the_next_windows_own_gradient(clock: Clock) -> None:

@@ -131,7 +131,26 @@ def test_blocked_time_is_what_the_ledger_takes(clock: Clock) -> None:
     mechanism.on_step = lambda: clock.advance(2.0)
     trainer.run(steps=3)
     assert trainer.progress().seconds_blocked == 3 * 0.5
-    assert trainer.progress().seconds_training == 3 * 2.5
+    assert trainer.progress().seconds_training == 3 * 2.0
+    assert trainer.progress().seconds_here >= 3 * 2.5
+
+
+def test_no_more_time_is_blocked_than_there_was(clock: Clock) -> None:
+    """A wait counts as it was, though work that takes long beyond measure does not."""
+    trainer = trainer_with()
+    mechanism = mechanism_of(trainer)
+    original, waits = mechanism.begin_window, iter((0.0, 0.0, 600.0))
+
+    def slow(steps: int) -> int:
+        clock.advance(next(waits))
+        return original(steps)
+
+    mechanism.begin_window = slow  # type: ignore[method-assign]
+    mechanism.on_step = lambda: clock.advance(2.0)
+    trainer.run(steps=3)
+    progress = trainer.progress()
+    assert progress.seconds_blocked == 600.0
+    assert progress.seconds_here >= 600.0 + 3 * 2.0
 
 
 def test_losses_that_cannot_be_measured_end_no_training(
