@@ -107,10 +107,13 @@ class Route:
     Attributes:
         method: of HTTP; a GET changes nothing.
         answer: what comes back.
+        is_slow: whether it waits for the trainer, which may be in a step of minutes. The client
+            then waits for as long as the daemon answers other questions.
     """
 
     method: Literal["GET", "POST"]
     answer: type[Answer]
+    is_slow: bool = False
 
 
 ROUTES: Final[Mapping[str, Route]] = {
@@ -118,11 +121,11 @@ ROUTES: Final[Mapping[str, Route]] = {
     "peers": Route("GET", Peers),
     "version": Route("GET", Version),
     "end": Route("GET", End),
-    "pause": Route("POST", Done),
-    "resume": Route("POST", Done),
+    "pause": Route("POST", Done, is_slow=True),
+    "resume": Route("POST", Done, is_slow=True),
     "stop": Route("POST", Done),
     "leave": Route("POST", Done),
-    "checkpoint": Route("POST", Done),
+    "checkpoint": Route("POST", Done, is_slow=True),
 }
 """Everything that the socket answers, by path below `API`. In the daemon `xpeer_daemon.commands`
 has a method for each. There is no other API, page or port for metrics."""
@@ -259,6 +262,8 @@ class Client:
         connection = _UnixConnection(self.path, self.timeout_s)
         try:
             connection.request(ROUTES[route].method, f"{API}/{route}")
+            if ROUTES[route].is_slow:
+                self._await_answer(connection)
             response = connection.getresponse()
             body = response.read(MAX_ANSWER_BYTES)
         except (FileNotFoundError, ConnectionError) as e:
@@ -283,6 +288,11 @@ class Client:
         if response.status == http.HTTPStatus.OK:
             return self._read(body, answer)
         raise self._refusal(response.status, body)
+
+    def _await_answer(self, connection: http.client.HTTPConnection) -> None:
+        """Wait until an answer begins, or the daemon does not even say its version any more."""
+        while not select.select([connection.sock], [], [], self.timeout_s)[0]:
+            self.version()
 
     def _refusal(self, status: int, body: bytes) -> LocalError:
         if status == http.HTTPStatus.NOT_FOUND:

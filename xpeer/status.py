@@ -250,6 +250,8 @@ class Partner(Struct, frozen=True, kw_only=True):
     last_exchange_age_s: Public[float | None] = None
     """Seconds since the last exchange with it; None until there is one."""
     bytes_in: Public[int] = 0
+    """Bytes of payloads merged with it. Both sides of an exchange send payloads of one length, so
+    `bytes_out` is the same number."""
     bytes_out: Public[int] = 0
 
 

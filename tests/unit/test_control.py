@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from tests.fake_daemon import HEALTHY, answering
 from xpeer import __version__
-from xpeer.control import Client
+from xpeer.control import Client, Version
 from xpeer.errors import (
     BudgetSpentError,
     ExitCode,
@@ -150,6 +151,35 @@ def test_silent_daemon(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with raw_server(path, None), pytest.raises(LocalTimeoutError, match=r"within 0\.1 s"):
         Client(path, timeout_s=0.1).status()
+
+
+def test_a_slow_answer_is_waited_for_while_the_daemon_answers(tmp_path: Path) -> None:
+    """A step may take minutes, and a checkpoint waits for its end."""
+    asked = threading.Event()
+
+    class Asking(Client):
+        questions = 0
+
+        def version(self) -> Version:
+            self.questions += 1
+            if self.questions == 3:
+                asked.set()
+            return super().version()
+
+    async def save() -> str:
+        assert await asyncio.to_thread(asked.wait, 30)
+        return "/checkpoints/7"
+
+    with answering(tmp_path / "s") as node:
+        node.checkpoint = save  # type: ignore[method-assign]
+        assert Asking(tmp_path / "s", timeout_s=0.2).checkpoint() == "/checkpoints/7"
+
+
+@pytest.mark.parametrize("order", ["pause", "resume", "checkpoint"])
+def test_a_daemon_that_answers_nothing_is_not_waited_for(tmp_path: Path, order: str) -> None:
+    path = tmp_path / "s"
+    with raw_server(path, None), pytest.raises(LocalTimeoutError, match=r"within 0\.1 s"):
+        getattr(Client(path, timeout_s=0.1), order)()
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,6 @@ from xpeer.control import Client
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest.signed import SignedManifest
 
-SAVE_TIMEOUT_S = 120.0
-"""The daemon finishes the current step first."""
-
 
 @click.group()
 def checkpoint() -> None:
@@ -53,7 +50,7 @@ def list_command(home: Home, as_json: bool) -> None:
 @home_option
 def save_command(home: Home) -> None:
     """Have the running daemon save one now; print its path."""
-    path = Client(home.socket(load_config(home)), SAVE_TIMEOUT_S).checkpoint()
+    path = Client(home.socket(load_config(home))).checkpoint()
     if path:
         echo(path)
     else:

@@ -20,15 +20,13 @@ from xpeer.errors import ExitCode, LocalError
 from xpeer.escape import json_text
 from xpeer.status import Status
 
-SLOW_S = 120.0
-"""Pausing and checkpointing wait for the end of the current step."""
 GRACE_S = 15.0
 """Once the daemon is silent, `stop` waits for daemon.stop_timeout_s and this much longer."""
 
 
-def client_of(home: Home, timeout_s: float = 10.0) -> Client:
+def client_of(home: Home) -> Client:
     """The client for a home's daemon."""
-    return Client(home.socket(load_config(home)), timeout_s)
+    return Client(home.socket(load_config(home)))
 
 
 @click.command(short_help="What the daemon is doing, and its health.")
@@ -74,7 +72,7 @@ def peers(home: Home, as_json: bool, wide: bool) -> None:
 @home_option
 def pause(home: Home) -> None:
     """Take no steps and no exchanges until `xpeer resume`."""
-    state = client_of(home, SLOW_S).pause()
+    state = client_of(home).pause()
     say("paused" if state in ("", "paused") else f"{state}: it pauses once it would begin")
 
 
@@ -82,7 +80,7 @@ def pause(home: Home) -> None:
 @home_option
 def resume(home: Home) -> None:
     """Undo `xpeer pause`."""
-    state = client_of(home, SLOW_S).resume()
+    state = client_of(home).resume()
     say(f"resumed: {state}" if state else "resumed")
 
 
