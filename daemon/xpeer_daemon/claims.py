@@ -54,7 +54,7 @@ class Claims:
         manifest: of the swarm.
         offers: the donors' claims.
         own_step: of our parameters; None = we have none.
-        saved_at: when they were saved, by the node's clock; None = never, or we have none.
+        saved_at: when they were saved, by the node's clock; None = unknown, or we have none.
     """
 
     def __init__(
@@ -87,8 +87,9 @@ class Claims:
         if others:
             most = max(statistics.median_low([*others, claim.step]), own_step or 0)
             step = min(step, most + self._manifest.round.window_steps)
-        elif own_step is not None and self._saved_at is not None:
-            away_s = max(0.0, self._node.clock() - self._saved_at)
+        elif own_step is not None:
+            now_s = self._node.clock()
+            away_s = max(0.0, now_s - (now_s if self._saved_at is None else self._saved_at))
             step = min(step, own_step + int(away_s / LEAST_STEP_S))
         record = view.others().get(claim.donor)
         if last is not None and (record is None or not traits_of(record.phase).ended):

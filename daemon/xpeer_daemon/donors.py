@@ -173,10 +173,7 @@ class Donors:
             have to be asked for again: it took long, or one donor has to give everything.
         """
         clock = asyncio.get_running_loop().time
-        saved_at = None
-        if own_step is not None and len(self._view.holders()) < 2:  # nobody confirms its step
-            saved = await self._node.ends.last_saved()
-            saved_at = saved[1] if saved is not None else None
+        saved_at = self._node.ends.saved_at(own_step) if own_step is not None else None
         offers = list[Offer]()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):

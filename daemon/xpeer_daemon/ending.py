@@ -18,6 +18,7 @@ from xpeer.config import Home, NodeConfig
 from xpeer.control import End
 from xpeer.errors import ExitCode, LocalError, NotSavedError, PeerError
 from xpeer.health import duration
+from xpeer.training import checkpoint_files
 from xpeer.training.checkpoint_files import paths, step_of
 
 if TYPE_CHECKING:
@@ -120,12 +121,18 @@ class Ends:
         )
         log.error("%s", self.lost)
 
+    def saved_at(self, step: int) -> float | None:
+        """When the checkpoint was written that a trainer at this step resumed from, by the wall
+        clock; None = unknown. The trainer has verified it, so it is not read once more.
+        """
+        return checkpoint_files.saved_at(self._home.checkpoints, step)
+
     async def last_saved(self) -> tuple[int, float] | None:
         """Step and time of the newest checkpoint that is whole; None = there is none."""
         return await asyncio.to_thread(self._last_saved)  # all of it is read
 
     def _last_saved(self) -> tuple[int, float] | None:
-        # torch, which takes a second: only for a trainer that ended badly, or lies far behind
+        # torch, which takes a second: only for a trainer that ended badly
         from xpeer.training.checkpoint import load  # noqa: PLC0415
         from xpeer.training.tensor_file import CorruptFileError  # noqa: PLC0415
 

@@ -39,6 +39,20 @@ def newest_step(folder: Path) -> int | None:
     return step_of(files[0]) if files else None
 
 
+def saved_at(folder: Path, step: int) -> float | None:
+    """When the newest checkpoint was written that is of this step or an earlier one, Unix time.
+
+    Its content is not looked at. None = there is none, or it can't be looked at.
+    """
+    try:
+        for path in paths(folder):
+            if step_of(path) <= step:
+                return path.stat().st_mtime
+    except (LocalError, OSError):
+        return None
+    return None
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     match = _NAME.fullmatch(path.name)

@@ -99,13 +99,15 @@ class Rig:
         self.saved = 0
         self.roles: dict[PeerId, str] = {}
         self.heard: dict[PeerId, int | None] = {}
-        self.last_saved: tuple[int, float] | None = None
+        self.saved_at: float | None = 0.0
+        self.gone: set[PeerId] = set()
+        """Who is on the roster, and does not answer."""
         self.life = SimpleNamespace(
             enter=self.states.append, note="", catching_up=False, fetching=None
         )
         self.node = SimpleNamespace(
             peer_id=PeerId("12D3KooWMe"), checkpoint=self._checkpoint, life=self.life,
-            clock=lambda: 1e6, ends=SimpleNamespace(last_saved=self._last_saved),
+            clock=lambda: 1e6, ends=SimpleNamespace(saved_at=lambda _: self.saved_at),
         )  # fmt: skip
         self.conditions: set[str] = set()
         self.asked: list[tuple[PeerId, bytes | None]] = []
@@ -168,9 +170,6 @@ class Rig:
     def _hold(self, code: str, active: bool, **_: object) -> None:
         (self.conditions.add if active else self.conditions.discard)(code)
 
-    async def _last_saved(self) -> tuple[int, float] | None:
-        return self.last_saved
-
     async def _checkpoint(self) -> str:
         self.saved += 1
         return "path"
@@ -179,6 +178,8 @@ class Rig:
         self, party: Any, dialler: Any, donor: PeerId, shape: Any, rates: Any, root: bytes | None
     ) -> Offer:
         self.asked.append((donor, root))
+        if donor in self.gone:
+            raise PeerError(Reason.TIMEOUT, "it is gone")
         if donor == BUSY:
             raise PeerError(Reason.CLOSED, "it gives to others")
         return Offer(donor)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.unit.daemon.donations import GOOD, LIAR, WORSE, Rig, Trainer
+from tests.unit.daemon.donations import BUSY, GOOD, LIAR, OFFERS, WORSE, Rig, Trainer
 from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
 from xpeer.errors import LocalError
@@ -99,14 +99,27 @@ async def test_who_resumes_alone_exchanges_nothing_until_it_has_looked(
 
 
 @pytest.mark.parametrize(("away_s", "taken"), [(0.01, False), (0.2, True)])
+@pytest.mark.parametrize("silent", [[], [BUSY], [BUSY, WORSE]])
 async def test_a_lone_donor_is_ahead_by_no_more_than_time_allows(
-    tmp_path, monkeypatch, away_s, taken
+    tmp_path, monkeypatch, silent, away_s, taken
 ) -> None:
+    """Others hold parameters, too, but none of them has told its step: it is busy, or gone."""
     rig = Rig(tmp_path, monkeypatch, founds=False)
-    rig.live, rig.last_saved = [GOOD], (70, 1e6 - away_s)
+    rig.live, rig.saved_at, rig.gone = [GOOD, *silent], 1e6 - away_s, {WORSE}
     trainer = Trainer(resumed_step=70)
     await rig.hold(trainer)
     assert (trainer.taken == [GOOD], trainer.step) == (taken, 100 if taken else 70)
+
+
+async def test_a_lone_donor_ends_no_run_of_a_node_that_does_not_know_when_it_saved(
+    tmp_path, monkeypatch
+) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    monkeypatch.setitem(OFFERS, GOOD, (299, 2.0))
+    rig.live, rig.saved_at = [GOOD, BUSY], None
+    trainer = Trainer(resumed_step=70)
+    await rig.hold(trainer)
+    assert (trainer.taken, trainer.step) == ([], 70)
 
 
 async def test_a_founder_takes_no_observer_for_a_holder(tmp_path, monkeypatch) -> None:

@@ -24,7 +24,7 @@ from xpeer.manifest.model import Model
 from xpeer.manifest.signed import SignedManifest
 from xpeer.training import checkpoint, model, tensor_file
 from xpeer.training.checkpoint import Bundle, load, load_latest, save
-from xpeer.training.checkpoint_files import paths, step_of
+from xpeer.training.checkpoint_files import paths, saved_at, step_of
 from xpeer.training.tensor_file import CorruptFileError
 
 P = 50
@@ -51,6 +51,13 @@ def same(one: Bundle, two: Bundle) -> bool:
     equal = equal and all(torch.equal(one.rule[name], two.rule[name]) for name in one.rule)
     rest = ("optimiser_step", "counters", "ledger_id", "manifest_hash", "step")
     return equal and all(getattr(one, name) == getattr(two, name) for name in rest)
+
+
+def test_when_a_checkpoint_was_saved_is_known_by_its_name(tmp_path: Path):
+    for step in (3, 8):
+        os.utime(save(tmp_path, bundle(step)), (0, 1000 + step))
+    assert [saved_at(tmp_path, step) for step in (2, 3, 7, 100)] == [None, 1003, 1003, 1008]
+    assert saved_at(tmp_path / "gone", 3) is None
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path):
