@@ -124,7 +124,7 @@ class Supervisor:
             self.trainer, self.last = None, trainer
             self.down_reason = f"trainer exited with {code}"
             if trainer.crash is not None:
-                self.down_reason += f": {trainer.crash.problem}"
+                self.down_reason += f": {trainer.crash}"
             if isinstance(trainer.crash, _FINAL) and not isinstance(trainer.crash, ShardError):
                 raise trainer.crash
             if self._renewing:

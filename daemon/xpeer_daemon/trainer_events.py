@@ -58,5 +58,6 @@ class TrainerEvents:
                 log.info("the text can be read again: the trainer is started anew")
                 self._renew()
         elif isinstance(event, Crashed):
-            log.error("trainer: %s", event.failure.problem)  # its trace is logged already
-            record.crashed(error_of(event.failure))
+            crash = error_of(event.failure)
+            log.error("trainer: %s", crash)  # its trace is logged already
+            record.crashed(crash)

@@ -60,7 +60,9 @@ async def test_a_stop_keeps_what_the_trainer_said_last(
     assert "can't be written" not in caplog.text
 
 
-def test_a_charge_that_cannot_be_written_is_named_until_a_step_is_charged(tmp_path: Path) -> None:
+def test_a_charge_that_cannot_be_written_is_named_until_a_step_is_charged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fake = FakeNode()
     says_so = TrainerEvents(
         fake.node, Windows(tmp_path / "losses.csv", fake.node, lambda _: None), lambda: None
@@ -75,6 +77,7 @@ def test_a_charge_that_cannot_be_written_is_named_until_a_step_is_charged(tmp_pa
     for _ in range(2):  # the second time it can't even start
         says_so(Crashed(failure_of(full)))
         fake.clock.now += 65
+    assert caplog.messages.count(f"trainer: {full.problem} - free some") == 2
     says(340)  # of an older checkpoint: it has started, and has not charged yet
     (reason,) = [r for r in fake.node.health.reasons() if r.code == "ledger-failing"]
     assert reason.severity == "down"

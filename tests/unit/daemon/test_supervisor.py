@@ -93,6 +93,17 @@ async def test_dying_again_and_again_ends_the_node(rig: Rig):
         await task
 
 
+async def test_what_a_trainer_says_at_its_end_comes_with_its_remedy(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+):
+    """Whoever reads the log has no other place to look."""
+    task = await rig.run()
+    rig.made[0].die(TrainerError("no memory", "lower training.micro_batch"))
+    await rig.told.get()
+    assert "no memory - lower training.micro_batch; starting it again" in caplog.text
+    task.cancel()
+
+
 async def test_a_ledger_that_cannot_be_written_is_waited_for(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
