@@ -35,6 +35,8 @@ STEPS: Final = 4.0
 """A trainer may be silent for this many of its steps."""
 SPARE_S: Final = 30.0
 """Time that we ask of systemd beyond our own patience, so that we give up before it does."""
+SLOWEST_READ_BYTES_PER_S: Final = 10e6
+"""A checkpoint is read at least this fast."""
 LOG_EVERY_S: Final = 30.0
 WAIT_S: Final = 2.0
 """How long a request for the end's progress stays open."""
@@ -139,6 +141,7 @@ class Ends:
         try:
             for newest in paths(self._home.checkpoints):
                 with contextlib.suppress(CorruptFileError):
+                    sdnotify.extend(newest.stat().st_size / SLOWEST_READ_BYTES_PER_S + SPARE_S)
                     load(newest)
                     return step_of(newest), newest.stat().st_mtime
         except (LocalError, OSError) as e:

@@ -133,6 +133,23 @@ async def test_what_is_lost_is_counted_from_the_last_checkpoint(
     assert end.remedy
 
 
+async def test_reading_the_last_checkpoint_asks_systemd_for_its_time(
+    tmp_path: Path, systemd: socket.socket
+) -> None:
+    """A large one on a slow disk takes minutes, and the client has not heard what is lost."""
+    from xpeer_daemon import ending
+
+    ends, trainer = ending.Ends(Home(tmp_path), NodeConfig()), FakeTrainer(-9, 10)
+    ends._home.checkpoints.mkdir()
+    damaged = ends._home.checkpoints / "ckpt-000000007.safetensors"
+    with damaged.open("wb") as file:
+        file.truncate(int(60 * ending.SLOWEST_READ_BYTES_PER_S))
+    await ends.note_loss(trainer, LocalError("killed"))  # type: ignore[arg-type] # a fake
+    asked_s = 60 + ending.SPARE_S
+    assert systemd.recv(100).decode() == f"EXTEND_TIMEOUT_USEC={int(asked_s * 1e6)}"
+    assert ends.lost is not None
+
+
 async def test_the_node_stays_until_a_client_that_follows_its_end_has_heard_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,8 +87,8 @@ def serving(
                     pace.queue = uplink.reserve
                     state = replace(lent.state, payload=await lent.whole(form))
                     whole, before = len(state.payload), pace.moved
-                    turns.sent(peer_id, digest, whole - before, whole)
                     try:
+                        turns.sent(peer_id, digest, whole - before, whole)
                         await _give(party, link, state, digest, request.start, pace)
                         with turns.idle(peer_id):
                             await _receipt(link, digest)

@@ -90,6 +90,7 @@ class Network:
         self.donor, self.joiner = Identity.generate(), Identity.generate()
         self.source = self.first = Source()
         self.rates = Rates()
+        self.turns = Turns(places, self.rates)
         self.uplink = Uplink(mbit_per_s, clock=lambda: 0.0)
         self.dialled = 0
         self._breaks, self._noticed, self._unreachable = breaks, noticed, unreachable
@@ -97,7 +98,7 @@ class Network:
             party(self.donor),
             lambda: self.source,
             FORM,
-            Turns(places, self.rates),
+            self.turns,
             Shelf(1),
             self.uplink,
         )
@@ -176,6 +177,16 @@ async def test_nobody_is_sent_a_snapshot_more_than_twice(monkeypatch: pytest.Mon
         await network.fetch()
     assert network.source.exports == 1
     assert DonorLink.sent == 2 * len(PAYLOAD)
+
+
+async def test_what_was_refused_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "PAUSE_S", 0.0)
+    network = Network([])
+    for _ in range(4):
+        with contextlib.suppress(PeerError):
+            await network.fetch()
+    (spent,) = network.turns._spent.values()
+    assert spent.num_bytes == 2 * len(PAYLOAD)
 
 
 async def test_a_donor_that_no_longer_has_it_says_so_at_once() -> None:
