@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -70,8 +72,10 @@ class FakeNode:
         self.statuses = [status]
         self.error: Exception | None = None
         self.paused_as = "paused"
+        self.killed = False
+        """True iff the process is killed once it is asked how its end goes."""
         self.ending = End(over=True)
-        self.stopped = asyncio.Event()
+        self.stopped, self.told = asyncio.Event(), asyncio.Event()
 
     def status(self) -> Status:
         self.calls.append("status")
@@ -85,12 +89,17 @@ class FakeNode:
         await self._called("resume")
         return "training"
 
-    def request_stop(self, *, leave: bool) -> None:
+    def request_stop(self, *, leave: bool, followed: bool = False) -> None:
         self.calls.append("leave" if leave else "stop")
+        if not followed:
+            self.told.set()
         self.stopped.set()
 
     async def end(self) -> End:
         self.calls.append("end")
+        if self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.told.set()
         return self.ending
 
     async def checkpoint(self) -> str:
@@ -127,13 +136,18 @@ def answering(path: Path, status: Status = HEALTHY) -> Iterator[FakeNode]:
         loop.close()
 
 
-async def _until_stopped(path: Path, *, obey: bool) -> None:
+async def _until_stopped(path: Path, way: str) -> None:
     api = await ControlApi.start(path, node := FakeNode())
+    if way == "killed":  # while the first question for its end is open
+        node.killed = True
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     await node.stopped.wait()
-    await (api.close() if obey else asyncio.Event().wait())
+    if way != "obeys":
+        await asyncio.Event().wait()
+    await node.told.wait()
+    await api.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(_until_stopped(Path(sys.argv[1]), obey=sys.argv[2:] != ["deaf"]))
+    asyncio.run(_until_stopped(Path(sys.argv[1]), *(sys.argv[2:] or ["obeys"])))

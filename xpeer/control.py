@@ -229,7 +229,7 @@ class Client:
         """Follow the daemon until it is done or the time is over.
 
         Returns:
-            Its last answer, None if it gave none; seconds that remain of the timeout.
+            Its last answer, None if it knows no such request; seconds that remain of the timeout.
         """
         deadline = time.monotonic() + timeout_s
         last = None
@@ -238,7 +238,10 @@ class Client:
                 last = self.ask("end", End)
             except LocalTimeoutError:
                 continue
-            except LocalError:  # gone already, or of a version that has no such request
+            except NotRunningError:  # it is gone; one that ends well stays until we have heard it
+                last = last or End(over=False)
+                break
+            except LocalError:  # of a version that has no such request
                 break
             if last.over:
                 break

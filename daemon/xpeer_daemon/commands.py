@@ -22,8 +22,13 @@ class ControlledNode(Protocol):
     async def resume(self) -> str:
         """Undo a pause; the phase then."""
 
-    def request_stop(self, *, leave: bool) -> None:
-        """Stop, and perhaps leave the swarm: returns at once, the node ends later."""
+    def request_stop(self, *, leave: bool, followed: bool = False) -> None:
+        """Stop, and perhaps leave the swarm: returns at once, the node ends later.
+
+        Args:
+            leave: leave the swarm.
+            followed: a client will ask how the end went.
+        """
 
     async def checkpoint(self) -> str:
         """Save; the written file's path."""
@@ -68,12 +73,12 @@ class Commands:
 
     async def stop(self) -> Done:
         """End; the answer comes before the end."""
-        self._node.request_stop(leave=False)
+        self._node.request_stop(leave=False, followed=True)
         return Done(pid=os.getpid())
 
     async def leave(self) -> Done:
         """Tell the members, then end."""
-        self._node.request_stop(leave=True)
+        self._node.request_stop(leave=True, followed=True)
         return Done(pid=os.getpid())
 
     async def checkpoint(self) -> Done:

@@ -61,7 +61,7 @@ class Ends:
         self.lost: NotSavedError | None = None
         self._over, self._told = asyncio.Event(), asyncio.Event()
         self._is_followed = False
-        """True iff a client was told that the end is not over yet."""
+        """True iff a client asked for the end, or was told that it is not over yet."""
         self._written = self._total = 0
         self._logged_s = 0.0
 
@@ -149,6 +149,10 @@ class Ends:
         return None
 
     # For clients that wait for the end
+
+    def follow(self) -> None:
+        """Note that a client will ask how the end went: however soon it is over, tell it."""
+        self._is_followed = True
 
     async def progress(self) -> End:
         """How far the end is, after a moment or as soon as it is over. The last answer says whether

@@ -196,8 +196,15 @@ class Node:
             self.life.pause_wanted = False
             return self.phase
 
-    def request_stop(self, *, leave: bool) -> None:
-        """Stop soon; with `leave` first announce that this node is gone for good."""
+    def request_stop(self, *, leave: bool, followed: bool = False) -> None:
+        """Stop soon.
+
+        Args:
+            leave: first announce that this node is gone for good.
+            followed: a client will ask how the end went, so the node stays until it has heard it.
+        """
+        if followed:
+            self.ends.follow()
         self.life.request_stop(leave=leave)
 
     async def checkpoint(self) -> str:

@@ -165,6 +165,14 @@ async def test_the_node_stays_until_a_client_that_follows_its_end_has_heard_it(
     assert (await ends.progress()).over
     await leaving
 
+    quick = ending.Ends(Home(tmp_path), NodeConfig())
+    quick.follow()  # `xpeer stop` was answered, and has not asked yet
+    leaving = asyncio.create_task(quick.over())
+    done, _ = await asyncio.wait({leaving}, timeout=0.05)
+    assert not done
+    assert (await quick.progress()).over
+    await leaving
+
     monkeypatch.setattr(ending, "TELL_S", 0.01)
     deserted = ending.Ends(Home(tmp_path), NodeConfig())
     assert not (await deserted.progress()).over

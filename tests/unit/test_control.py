@@ -24,6 +24,7 @@ from xpeer.errors import (
     LocalTimeoutError,
     NotAuthorisedError,
     NotRunningError,
+    NotSavedError,
     PeerError,
     Reason,
 )
@@ -216,6 +217,18 @@ def test_stop_waits_for_the_process(
         assert Client(path).stop_and_wait(20) == running.pid
         assert running.wait(20) == 0
     assert not path.exists()
+
+
+@pytest.mark.parametrize("pidfd", [True, False])
+def test_a_daemon_that_is_killed_before_its_first_word_has_not_said_that_all_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pidfd: bool
+) -> None:
+    """The first question stays open for two seconds: out of memory may come sooner."""
+    if not pidfd:
+        monkeypatch.delattr(os, "pidfd_open")
+    path = tmp_path / "s"
+    with process(path, "killed"), pytest.raises(NotSavedError, match="did not say"):
+        Client(path).stop_and_wait(20)
 
 
 @pytest.mark.parametrize("pidfd", [True, False])
