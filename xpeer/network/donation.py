@@ -28,15 +28,13 @@ from xpeer.network.agreement import Dialler, Party
 from xpeer.network.link import Link
 from xpeer.network.pieces import MAX_LOSS_PUBLIC
 from xpeer.network.rates import Pace, Rates
-from xpeer.network.shelf import Shelf, Source
+from xpeer.network.shelf import PREPARE_TIMEOUT_S, Shelf, Source
 from xpeer.network.turns import Turns
 from xpeer.network.uplink import Uplink
 from xpeer.update import ModelState
 from xpeer.wire.messages import StateOffer, StateReceived, StateRequest, state_statement
 
 PROTOCOL = "xpeer/state/1"
-PREPARE_TIMEOUT_S = 300.0
-"""The donor makes its snapshot at a step boundary, and a step of a large model is long."""
 DIAL_TIMEOUT_S = 30.0
 WORTH: Final = 0.05
 """Fraction of the model. A donor keeps the snapshot of a broken transfer only if at least this much
@@ -82,7 +80,7 @@ def serving(
             if trainer is None or not await turns.may(peer_id, request):
                 return  # the joiner sees a closed link and asks another member
             with turns.giving(link):
-                async with shelf.lend(trainer, request.digest) as lent:
+                async with shelf.lend(trainer, request.digest, end=link.abort) as lent:
                     pace, digest = turns.pace(peer_id, request), await lent.digest(form)
                     pace.queue = uplink.reserve
                     state = replace(lent.state, payload=await lent.whole(form))

@@ -20,11 +20,11 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import bulk, pieces
 from xpeer.network.agreement import Dialler, Party
-from xpeer.network.donation import BROKE, DIAL_TIMEOUT_S, PREPARE_TIMEOUT_S, WORTH
+from xpeer.network.donation import BROKE, DIAL_TIMEOUT_S, WORTH
 from xpeer.network.link import Link
 from xpeer.network.pieces import HASH_BYTES, Shape, Signer, Tree
 from xpeer.network.rates import Pace, Rates
-from xpeer.network.shelf import Shelf, Snapshot, Source
+from xpeer.network.shelf import PREPARE_TIMEOUT_S, Shelf, Snapshot, Source
 from xpeer.network.turns import Spent, Turns
 from xpeer.network.uplink import Uplink
 from xpeer.wire.messages import (
@@ -39,6 +39,8 @@ PROTOCOL: Final = "xpeer/state/2"
 IDLE_S: Final = 60.0
 """A joiner that asks for nothing for so long loses its place. It may still compare offers. Once it
 has begun, it may take so long in all, over all its links, and as long again as it was sent pieces.
+What a piece takes longer than at the least speed (`rates`) is idle time, too: so half of that speed
+is the least.
 """
 
 
@@ -78,7 +80,7 @@ def serving(
             if not await turns.may_begin(link.peer_id, held=held):
                 return
             with turns.giving(link):
-                async with shelf.lend(trainer, root) as lent:
+                async with shelf.lend(trainer, root, end=link.abort) as lent:
                     gift = _Gift(party, link, shape, lent, turns, uplink)
                     await gift.give(shelf, comes_back=comes_back)
         finally:
@@ -151,9 +153,7 @@ class _Gift:
             counts: the time counts, over all links with this snapshot: else who links again and
                 again could keep it for ever.
         """
-        left_s = min(IDLE_S, IDLE_S + spent.busy_s - spent.idle_s) if counts else IDLE_S
-        if left_s <= 0:
-            raise PeerError(Reason.TIMEOUT, "this joiner has asked for nothing for too long")
+        left_s = _left_s(spent) if counts else IDLE_S
         began = time.monotonic()
         try:
             with self._turns.idle(self._link.peer_id):
@@ -167,16 +167,19 @@ class _Gift:
             raise PeerError(Reason.MALFORMED, "a request for pieces was due")
         if request.first + request.count > self._shape.num_pieces:
             raise PeerError(Reason.MALFORMED, "pieces that do not exist")
+        least = self._turns.rates.least(self._link.peer_id)
         for piece in range(request.first, request.first + request.count):
-            size, began = self._shape.size(piece), time.monotonic()
+            _left_s(spent)
+            size = self._shape.size(piece)
             self._count(root, size)
+            await self._uplink.take(size)  # a bound of ours, so that time is not the joiner's
+            began = time.monotonic()
             try:
-                await self._uplink.take(size)
                 await self._send(self._payload[self._shape.place(piece)])
             except PeerError:  # it did not take what it asked for
                 spent.idle_s += time.monotonic() - began
                 raise
-            spent.busy_s += time.monotonic() - began
+            spent.took(time.monotonic() - began, size / least)
             self._sent += size
 
     def _count(self, root: bytes, num_bytes: int) -> None:
@@ -186,6 +189,18 @@ class _Gift:
     async def _send(self, data: memoryview) -> None:
         pace = Pace(self._turns.rates.least(self._link.peer_id))
         await self._link.send_bulk(data, pace)
+
+
+def _left_s(spent: Spent) -> float:
+    """How long a joiner may still ask for nothing, or take its pieces too slowly.
+
+    Raises:
+        PeerError: it has done so for too long (TIMEOUT).
+    """
+    left_s = min(IDLE_S, IDLE_S + spent.busy_s - spent.idle_s)
+    if left_s <= 0:
+        raise PeerError(Reason.TIMEOUT, "this joiner has taken nothing, or too little, for too long")
+    return left_s
 
 
 class Giver:
@@ -219,29 +234,28 @@ class Giver:
     async def pieces(self, first: int, count: int) -> AsyncGenerator[tuple[int, memoryview]]:
         """Receive pieces in a row, each verified.
 
-        Each piece has a deadline of its own, and there is none for the whole.
+        They have a least speed together. Time in which the caller works on them does not count.
 
         Yields:
             The piece's number and its bytes, good until the next one is asked for.
 
         Raises:
-            PeerError: the link broke, a piece came too slowly, or it is not the one that the donor
+            PeerError: the link broke, they came too slowly, or one is not the one that the donor
                 signed.
         """
         await self._link.send(PiecesRequest(first, count))
-        least = self._rates.least(self.donor)
-        whole = Pace(least)
+        began, pace = time.monotonic(), Pace(self._rates.least(self.donor))
         try:
             for piece in range(first, first + count):
-                data, pace = self._buffer[: self._shape.size(piece)], Pace(least)
+                data = self._buffer[: self._shape.size(piece)]
                 await self._link.receive_into(data, pace)
-                whole.moved += pace.moved
-                if not await asyncio.to_thread(self.tree.holds, piece, data):
-                    detail = f"piece {piece} is not the one that the donor signed"
-                    raise PeerError(Reason.DIGEST_MISMATCH, detail)
-                yield piece, data
+                with pace.resting():
+                    if not await asyncio.to_thread(self.tree.holds, piece, data):
+                        detail = f"piece {piece} is not the one that the donor signed"
+                        raise PeerError(Reason.DIGEST_MISMATCH, detail)
+                    yield piece, data
         finally:
-            self._rates.saw(self.donor, whole.moved, whole.seconds)
+            self._rates.saw(self.donor, pace.moved, time.monotonic() - began)
 
     async def close(self) -> None:
         """End the link: we have what we wanted."""

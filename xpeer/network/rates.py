@@ -7,8 +7,9 @@ and the bound of the next one follows from it.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from xpeer.errors import PeerError, Reason
@@ -47,9 +48,18 @@ class Pace:
         if self.queue is not None and (wait_s := self.queue(num_bytes)) > 0:
             sleep(wait_s)
 
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Stop its clock meanwhile: nobody waits for the other side."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._began += self._clock() - began
+
     @property
     def seconds(self) -> float:
-        """Seconds since the transfer began."""
+        """Seconds since the transfer began, without rests."""
         return self._clock() - self._began
 
     def allows_s(self, num_bytes: int) -> float:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import blake2b
@@ -25,6 +25,13 @@ the donor at most a twentieth of a core, however many they are. Waiting is no co
 waited a minute for a core would else be handed out for twenty."""
 _WIDENED_AT_ONCE = 1 << 18
 """Values; a millisecond."""
+STALE_S: Final = 900.0
+"""While two snapshots are lent, joiners get the last one, however old it is. Once it is older than
+this, a joiner that asks ends the links with the older one: else two slow joiners could freeze what
+this donor hands out."""
+PREPARE_TIMEOUT_S: Final = 300.0
+"""A joiner waits so long for a snapshot, which is made at a step boundary: a step of a large model
+is long. Then its place is free again, whatever becomes of the snapshot."""
 KEPT_S = 120.0
 """The snapshot of a transfer that broke off is kept for this long, unless its memory is needed."""
 
@@ -97,6 +104,19 @@ def in_float32(payload: memoryview, num_values: int) -> memoryview:
     return memoryview(out)
 
 
+class _Loan:
+    """A snapshot that is lent to one link.
+
+    Args:
+        snapshot: it.
+        end: ends the link.
+    """
+
+    def __init__(self, snapshot: Snapshot, end: Callable[[], object]) -> None:
+        self.snapshot, self.end = snapshot, end
+        self.returned = asyncio.Event()
+
+
 class Shelf:
     """Keeps the last snapshot while it is fresh, and one of a broken transfer while there is room.
 
@@ -113,27 +133,36 @@ class Shelf:
         self._kept: Snapshot | None = None
         self._paid_at = self._until = 0.0
         """The last snapshot is fresh until `_paid_at` in any case, and until `_until` at most."""
-        self._lent: list[Snapshot] = []
+        self._made_at = 0.0
+        """When the last snapshot was made."""
+        self._making: tuple[Source, asyncio.Task[Snapshot]] | None = None
+        """The snapshot that is being made, and of whom."""
+        self._loans: list[_Loan] = []
         self._broken: Snapshot | None = None
 
     @contextlib.asynccontextmanager
-    async def lend(self, source: Source, digest: bytes | None = None) -> AsyncIterator[Snapshot]:
-        """Lend a snapshot. While two are lent, no third one is made.
+    async def lend(
+        self, source: Source, digest: bytes | None = None, *, end: Callable[[], object]
+    ) -> AsyncIterator[Snapshot]:
+        """Lend a snapshot. While two are lent, no third one is made for STALE_S.
 
         Args:
             source: the trainer.
             digest: of the snapshot to lend, or its tree's root; None = the last one, or a new one
                 if that is not fresh.
+            end: ends the link that it is lent to; the snapshot has to come back soon then.
 
         Raises:
-            PeerError: there is no snapshot to lend, or this one is no longer held.
+            PeerError: there is no snapshot to lend, this one is no longer held, or the trainer made
+                none in PREPARE_TIMEOUT_S.
         """
-        lent = await self._last(source) if digest is None else self._held(source, digest)
-        self._lent.append(lent)
+        lent = await self._soon(source) if digest is None else self._held(source, digest)
+        self._loans.append(loan := _Loan(lent, end))
         try:
             yield lent
         finally:
-            self._lent.remove(lent)
+            self._loans.remove(loan)
+            loan.returned.set()
             if self._clock() >= self._until:
                 self._forget(lent)
 
@@ -159,25 +188,66 @@ class Shelf:
         """
         return await self._last(source)
 
+    async def _soon(self, source: Source) -> Snapshot:
+        try:
+            async with asyncio.timeout(PREPARE_TIMEOUT_S):
+                return await self._last(source)
+        except TimeoutError as e:
+            raise PeerError(Reason.NOT_READY, "the trainer made no snapshot in time") from e
+
     async def _last(self, source: Source) -> Snapshot:
         async with self._lock:
             kept = self._kept
             if kept is not None and kept.source is not source:
                 kept = self._kept = None
-            if len(set(self._lent)) > 1:
-                if kept is None:
-                    raise PeerError(Reason.BUSY, "two snapshots are on their way already")
-            elif kept is None or not self._fresh(kept):
-                self._kept = None  # free its memory before the next one is made
-                if self._lent:
-                    self._broken = None
-                copy = await source.export_state()
-                kept = self._kept = Snapshot(source, copy.state)
-                now = self._clock()
-                self._paid_at = now + FRESH_COST * copy.core_s
-                self._until = max(now + FRESH_S, self._paid_at)
-                asyncio.get_running_loop().call_later(self._until - now, self._forget, kept)
-            return kept
+            if kept is not None and self._fresh(kept):
+                return kept
+            if len(self._lent()) > 1:
+                if self._clock() - self._made_at < STALE_S:
+                    if kept is None:
+                        raise PeerError(Reason.BUSY, "two snapshots are on their way already")
+                    return kept
+                await self._end_the_older()
+            self._kept = None  # free its memory before the next one is made
+            if self._loans:
+                self._broken = None
+            return await self._made(source)
+
+    def _lent(self) -> list[Snapshot]:
+        """The snapshots that are lent, the one first that was lent first."""
+        return list(dict.fromkeys(loan.snapshot for loan in self._loans))
+
+    async def _end_the_older(self) -> None:
+        """End links until only one snapshot is lent: the last one, if that is among them."""
+        while len(lent := self._lent()) > 1:
+            older = next(snapshot for snapshot in lent if snapshot is not self._kept)
+            for loan in [loan for loan in self._loans if loan.snapshot is older]:
+                loan.end()
+                await loan.returned.wait()
+
+    async def _made(self, source: Source) -> Snapshot:
+        """A new snapshot; the one that an earlier joiner did not wait for, if that is still made."""
+        making = self._making
+        if making is None or making[0] is not source:
+            task = asyncio.create_task(self._make(source))
+            making = self._making = source, task
+            task.add_done_callback(self._end_making)
+        return await asyncio.shield(making[1])
+
+    def _end_making(self, task: asyncio.Task[Snapshot]) -> None:
+        if self._making is not None and self._making[1] is task:
+            self._making = None
+        if not task.cancelled():
+            task.exception()  # mark it as seen: its joiners, if any still wait, have raised it
+
+    async def _make(self, source: Source) -> Snapshot:
+        copy = await source.export_state()
+        made = self._kept = Snapshot(source, copy.state)
+        now = self._made_at = self._clock()
+        self._paid_at = now + FRESH_COST * copy.core_s
+        self._until = max(now + FRESH_S, self._paid_at)
+        asyncio.get_running_loop().call_later(self._until - now, self._forget, made)
+        return made
 
     def _fresh(self, kept: Snapshot) -> bool:
         now, lag = self._clock(), kept.source.step - kept.state.step
@@ -189,13 +259,13 @@ class Shelf:
         raise PeerError(Reason.NOT_READY, "that snapshot is no longer held")
 
     def _matching(self, source: Source, digest: bytes) -> Iterator[Snapshot]:
-        for held in (self._kept, self._broken, *self._lent):
+        for held in (self._kept, self._broken, *self._lent()):
             if held is not None and held.source is source and held.known_as(digest):
                 yield held
 
     def _forget(self, snapshot: Snapshot) -> None:
         """Free the last snapshot's memory, unless it is lent."""
-        if self._kept is snapshot and snapshot not in self._lent:
+        if self._kept is snapshot and snapshot not in self._lent():
             self._kept = None
 
     def _give_up(self, snapshot: Snapshot) -> None:

@@ -35,9 +35,15 @@ class Spent:
     num_bytes: int = 0
     """That it was sent, and that it is sent now."""
     idle_s: float = 0.0
-    """Time in which it held a place and asked for nothing; `giving` says what counts."""
+    """Time in which it held a place, and asked for nothing or took too little; `giving` says what
+    counts."""
     busy_s: float = 0.0
-    """Time that its pieces took."""
+    """Time that its pieces took, at most what they may take at the least speed."""
+
+    def took(self, seconds: float, at_most_s: float) -> None:
+        """Count the time that a piece took. What is beyond `at_most_s` is idle time."""
+        self.busy_s += min(seconds, at_most_s)
+        self.idle_s += max(0.0, seconds - at_most_s)
 
 
 class Turns:

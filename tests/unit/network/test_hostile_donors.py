@@ -6,20 +6,30 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, cast
 
 import pytest
 
 from tests.unit.network.test_agreement import party
-from tests.unit.network.test_giving import LEAVES, OFFER, PAYLOAD, SHAPE, received, signed
+from tests.unit.network.test_giving import (
+    LEAVES,
+    OFFER,
+    PAYLOAD,
+    SHAPE,
+    SIGNER,
+    received,
+    signed,
+)
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import Identity, PeerId
 from xpeer.network import giving
 from xpeer.network.giving import Giver
 from xpeer.network.link import Link
-from xpeer.network.rates import Rates
+from xpeer.network.pieces import verified
+from xpeer.network.rates import Pace, Rates
 from xpeer.network.stream import Stream
-from xpeer.wire.frames import Kind
-from xpeer.wire.messages import PIECE_BYTES, StateReceived
+from xpeer.wire.frames import FRAME_BYTES, Kind
+from xpeer.wire.messages import PIECE_BYTES, PiecesRequest, StateReceived
 
 FRAME_S = 0.3
 """A frame's deadline; 15 s in production."""
@@ -194,3 +204,39 @@ async def test_more_than_the_last_piece_holds(hostile: Hostile) -> None:
     with pytest.raises(PeerError, match=Reason.OVERSIZE):
         await received(giver, SHAPE.num_pieces - 1, 1)
     giver.refuse()
+
+
+class Trickle:
+    """A link on which each frame comes after so many seconds, by the clock of a test."""
+
+    def __init__(self, frame_s: float) -> None:
+        self.now_s, self._frame_s, self._next = 0.0, frame_s, 0
+
+    async def send(self, message: PiecesRequest) -> None:
+        self._next = message.first * PIECE_BYTES
+
+    async def receive_into(self, payload: memoryview, pace: Pace) -> None:
+        for start in range(0, len(payload), FRAME_BYTES):
+            part = payload[start : start + FRAME_BYTES]
+            pace.allows_s(len(part))
+            self.now_s += self._frame_s
+            part[:] = PAYLOAD[self._next : self._next + len(part)]
+            self._next += len(part)
+            pace.moved += len(part)
+
+
+@pytest.mark.parametrize(("frame_s", "pieces"), [(11.0, 1), (3.0, 4)])
+async def test_pieces_of_a_row_have_a_least_speed_together(
+    monkeypatch: pytest.MonkeyPatch, frame_s: float, pieces: int
+) -> None:
+    """With 30 s more for each of them a third of that speed would do."""
+    link, donor = Trickle(frame_s), Identity.generate()
+    monkeypatch.setattr(giving, "Pace", lambda least: Pace(least, lambda: link.now_s))
+    tree = verified(SIGNER, donor.peer_id, signed(donor, OFFER), LEAVES, SHAPE)
+    giver = Giver(cast(Any, link), tree, SHAPE, Rates())
+    came = 0
+    with contextlib.suppress(PeerError):
+        async for _ in giver.pieces(0, 4):
+            came += 1
+            link.now_s += 1000.0  # the joiner's own disk is slow
+    assert came == pieces

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +12,9 @@ from tests.unit.network.test_giving import LEAVES, PAYLOAD, Pair, pair, received
 from xpeer.errors import PeerError
 from xpeer.identity import Identity
 from xpeer.network import giving, turns
+from xpeer.network.link import Link
 from xpeer.network.pieces import root_of
+from xpeer.network.rates import Pace
 from xpeer.network.uplink import Uplink
 from xpeer.wire.messages import PIECE_BYTES, PiecesRequest
 
@@ -69,6 +73,32 @@ async def test_who_comes_back_for_a_snapshot_again_and_again_can_not_keep_it(
         await pair.end()  # the donor drops it
         giver.refuse()
     assert "for too long" in str(pair.errors[-1])
+
+
+async def test_who_takes_its_pieces_too_slowly_earns_no_time_to_be_idle(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each within its deadline: 30 s and more are allowed for a piece, once."""
+    real, now_s = time.monotonic, 0.0
+    clock = SimpleNamespace(monotonic=lambda: real() + now_s)
+    monkeypatch.setattr(giving, "time", clock)
+    send = Link.send_bulk
+
+    async def slow(link: Link, payload: memoryview, pace: Pace | None = None) -> bytes:
+        nonlocal now_s
+        now_s += 45.0 if len(payload) == PIECE_BYTES else 0.0
+        return await send(link, payload, pace)
+
+    monkeypatch.setattr(Link, "send_bulk", slow)
+    giver = await pair.ask(Identity.generate())
+    with pytest.raises(PeerError):
+        for _ in range(2):
+            await received(giver, 0, 3)
+    giver.refuse()
+    await pair.end()
+    assert "too little, for too long" in str(pair.errors[-1])
+    (spent,) = pair.turns._spent.values()
+    assert spent.num_bytes < 6 * PIECE_BYTES
 
 
 async def test_hashes_count_as_bytes_that_a_joiner_is_sent() -> None:

@@ -45,6 +45,14 @@ def test_a_trickle_ends_though_every_frame_comes_in_time() -> None:
     assert frames == 4
 
 
+def test_what_the_caller_does_with_it_costs_a_transfer_no_time() -> None:
+    now_s = 0.0
+    pace = Pace(LEAST_BYTES_PER_S, lambda: now_s)
+    with pace.resting():
+        now_s = 1000.0
+    assert (pace.seconds, pace.allows_s(0)) == (0.0, rates.GRACE_S)
+
+
 def test_a_long_transfer_has_no_end_in_time_as_long_as_it_moves() -> None:
     now_s, size = 0.0, 5 << 30
     pace = Pace(LEAST_BYTES_PER_S, lambda: now_s)
