@@ -204,6 +204,8 @@ class Working(Struct, frozen=True, tag=True):
 
     work: Timing[int]
     """Grows while the trainer makes progress."""
+    disk: Timing[int] = 0
+    """Grows with it, unless the disk's thread stands still in the middle of something."""
 
 
 @seen_by("node")

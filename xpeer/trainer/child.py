@@ -40,6 +40,9 @@ from xpeer.trainer.setup import TrainerSetup
 PATIENCE_S: Final = 300.0
 """Time without progress after which an answer is not waited for any more. A step of a large model
 is long, and so is measuring it; exchanges have a deadline of their own."""
+DISK_PATIENCE_S: Final = 900.0
+"""The same for an answer that comes by the disk's thread: a large file shows no progress while the
+system writes the last of it."""
 PROGRAM: Final = "xpeer.trainer.main"
 _EXIT_TIMEOUT_S: Final = 1.0
 """Time that the process may live on after its socket has closed."""
@@ -93,8 +96,8 @@ class Child:
         """The last report of an ending trainer; None until there is one."""
         self._starts = 0
         """Reports of a start so far: each says that it has got on."""
-        self._work = 0
-        """The last report of work since then."""
+        self._work = self._disk = 0
+        """The last report of work since then: in all, and of the disk's thread."""
         self._number = 0
         """The number of the last request."""
         self._pending: dict[int, asyncio.Future[Result]] = {}
@@ -166,16 +169,22 @@ class Child:
             raise TrainerError(f"the trainer answered {type(result).__name__} to {command}")
         return result
 
-    async def whole(self, work: Coroutine[Any, Any, _T], patience_s: float = PATIENCE_S) -> _T:
+    async def whole(self, work: Coroutine[Any, Any, _T], *, by_disk: bool = False) -> _T:
         """Bound the caller's wait, but let the work go on until the child has answered.
 
         So no slot is handed to another request while the child may still write to it.
 
+        Args:
+            work: asks the child.
+            by_disk: the answer needs the child's disk thread, so that training is no progress while
+                that stands still.
+
         Raises:
-            LocalTimeoutError: the child made no progress for so long.
+            LocalTimeoutError: the child made no progress for `PATIENCE_S`, or `DISK_PATIENCE_S`.
         """
         task = self._start_task(work)
-        if await self._gets_on(task, patience_s, lambda: self._work):
+        patience_s = DISK_PATIENCE_S if by_disk else PATIENCE_S
+        if await self._gets_on(task, patience_s, lambda: self._disk if by_disk else self._work):
             return await task
         raise LocalTimeoutError(
             f"the trainer made no progress for {patience_s:g} s, and gave no answer", "see the log"
@@ -330,7 +339,7 @@ class Child:
         elif isinstance(message, Ending):
             self._ending = message
         elif isinstance(message, Working):
-            self._work = message.work
+            self._work, self._disk = message.work, message.disk
         else:
             self._note(message)
             # call it later: an error in it must not end this task

@@ -304,7 +304,7 @@ class TrainerProcess:
         Raises:
             PeerError: there are none yet (NOT_READY).
         """
-        return await self._child.whole(self._export_state())
+        return await self._child.whole(self._export_state(), by_disk=True)
 
     async def _export_state(self) -> StateCopy:
         arena = self._child.arena
@@ -346,7 +346,8 @@ class TrainerProcess:
             raise PeerError(Reason.WRONG_MODEL, f"{size} bytes, {expected} expected")
         values = memoryview(payload).cast("B")
         imported = await self._child.whole(
-            self._import_state(values, ImportState(step, at_most, codec))
+            self._import_state(values, ImportState(step, at_most, codec)),
+            by_disk=True,  # an export before it has the region
         )
         logger.info(
             "parameters replaced at step %d: public loss %.4f -> %.4f",
@@ -365,7 +366,8 @@ class TrainerProcess:
 
     async def checkpoint(self) -> str:
         """Write a checkpoint now; returns its path."""
-        return (await self._child.whole(self._child.ask(WriteCheckpoint(), Written))).path
+        writing = self._child.ask(WriteCheckpoint(), Written)
+        return (await self._child.whole(writing, by_disk=True)).path
 
     async def evaluate(self) -> Losses:
         """Measure the losses of the present parameters."""

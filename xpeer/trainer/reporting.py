@@ -78,7 +78,7 @@ class Reports:
                 text_problem=text.problem,
             )
         )
-        working = loop.pulse, self.send
+        working = loop.pulse, self.send, lambda: self._threads.at_work("disk")
         threading.Thread(target=report_work, args=working, name="working", daemon=True).start()
         if text.look_again is not None:
             arguments = text.look_again, self.send
@@ -115,14 +115,31 @@ class Reports:
         self.progress(self._assembled.spent())
 
 
-def report_work(pulse: Pulse, send: Send, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Report work whenever some was done, for ever; runs on its own thread."""
-    last = pulse.work
+def report_work(
+    pulse: Pulse,
+    send: Send,
+    at_disk: Callable[[], object | None],
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Report work whenever some was done, for ever; runs on its own thread.
+
+    Args:
+        pulse: counts it.
+        send: sends the report.
+        at_disk: returns what the disk's thread does now, None if nothing. Answers that come by it
+            may never come, though training goes on.
+        sleep: waits.
+    """
+    last, disk = pulse.work, 0
+    seen = at_disk(), pulse.done_by("disk")
     while True:
         sleep(_WORKING_EVERY_S)
-        if pulse.work != last:
-            last = pulse.work
-            send(Working(last))
+        if pulse.work == last:
+            continue
+        last, before = pulse.work, seen
+        seen = at_disk(), pulse.done_by("disk")
+        disk += seen[0] is None or seen != before
+        send(Working(last, disk))
 
 
 def report_ending(pulse: Pulse, send: Send) -> None:

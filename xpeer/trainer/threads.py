@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, Literal, TypeVar, get_args
+from typing import Any, Final, Literal, TypeVar, get_args
 
 Pool = Literal["helper", "disk", "accounts", "measuring"]
 """helper: compresses and verifies. disk: writes checkpoints. accounts: asks the ledger. measuring:
@@ -23,14 +23,29 @@ class Threads:
 
     def __init__(self) -> None:
         self._pools = {name: ThreadPoolExecutor(1, name) for name in _POOLS}
+        self._unfinished: dict[Pool, dict[Future[Any], None]] = {name: {} for name in _POOLS}
+        """What each thread does and has to do, in that order."""
 
     def submit(self, name: Pool, work: Callable[..., object], *arguments: object) -> None:
         """Queue work for a thread. An error in it is a bug, and is logged."""
-        self._pools[name].submit(work, *arguments).add_done_callback(_log_bug)
+        future = self._pools[name].submit(work, *arguments)
+        future.add_done_callback(_log_bug)
+        self._note(name, future)
 
     def wait_for(self, name: Pool, work: Callable[[], _T]) -> _T:
         """Queue work behind all earlier work, and wait for its result; raises its error."""
-        return self._pools[name].submit(work).result()
+        future = self._pools[name].submit(work)
+        self._note(name, future)
+        return future.result()
+
+    def at_work(self, name: Pool) -> object | None:
+        """The piece of work that a thread does now; None = it has nothing to do."""
+        return next(iter(list(self._unfinished[name])), None)
+
+    def _note(self, name: Pool, future: Future[Any]) -> None:
+        unfinished = self._unfinished[name]
+        unfinished[future] = None
+        future.add_done_callback(lambda done: unfinished.pop(done, None))
 
     def close(self) -> None:
         """Wait for the disk's thread; queued questions to the ledger are dropped."""

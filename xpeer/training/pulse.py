@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -27,6 +29,8 @@ class Pulse:
 
     def __init__(self) -> None:
         self.work = 0
+        self._by_thread: Counter[str] = Counter()
+        """Of each thread, by its name, how much it has done of `work`."""
         self.written = self.total = 0
         self._abandon_at = NEVER
         """When a running step is abandoned, monotonic s."""
@@ -34,6 +38,12 @@ class Pulse:
     def beat(self) -> None:
         """Count a piece of work."""
         self.work += 1
+        self._by_thread[threading.current_thread().name] += 1
+
+    def done_by(self, pool: str) -> int:
+        """How much the threads of this pool have done of `work`, see `trainer.threads`."""
+        counts = dict(self._by_thread).items()
+        return sum(count for name, count in counts if name.startswith(f"{pool}_"))
 
     def micro_batch(self) -> None:
         """Count a micro-batch, between two parts of a step.
@@ -41,7 +51,7 @@ class Pulse:
         Raises:
             StepAbandonedError: the step has to end now.
         """
-        self.work += 1
+        self.beat()
         if self.late:
             raise StepAbandonedError
 
@@ -61,7 +71,7 @@ class Pulse:
 
     def wrote(self, written: int, total: int) -> None:
         """Count a piece of a file; progress in bytes, as for `tensor_file.OnProgress`."""
-        self.work += 1
+        self.beat()
         self.written, self.total = written, total
 
     def end_step_within(self, seconds: float) -> None:

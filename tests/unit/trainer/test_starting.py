@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from xpeer.trainer.answers import UNREADY, FromTrainer, Starting, Working
 from xpeer.trainer.child import Child
 from xpeer.trainer.reporting import report_work
 from xpeer.trainer.starting import Startup, report_start
+from xpeer.trainer.threads import Threads
 from xpeer.training.pulse import Pulse
 
 
@@ -32,7 +35,7 @@ class Starter:
         self.when_over = when_over
         self.child = child = Child.__new__(Child)
         child.ready = loop.create_future()
-        child._starts = child._work = 0
+        child._starts = child._work = child._disk = 0
         child._tasks = set()
         child._on_event = lambda event: None
         clock: Any = SimpleNamespace(
@@ -117,6 +120,25 @@ async def test_an_answer_of_a_trainer_that_stands_still_is_given_up(
     await has_ended.wait()
 
 
+async def test_training_is_no_progress_of_a_disk_that_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a write that hangs would hold a donor's places, and a renewal, as long as it trains."""
+    answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    script: list[FromTrainer | None] = []
+    for batch in range(1, 1000):
+        script += [*[None] * 4, Working(batch, min(batch, 3))]
+    made = Starter(monkeypatch, script)
+
+    async def work() -> None:
+        await answer
+
+    with pytest.raises(LocalTimeoutError, match="no progress for 900 s"):
+        await made.child.whole(work(), by_disk=True)
+    assert made.seconds == 15 + 900
+    answer.set_result(None)
+
+
 def test_work_is_reported_when_some_was_done() -> None:
     pulse, sent = Pulse(), list[FromTrainer]()
 
@@ -125,8 +147,43 @@ def test_work_is_reported_when_some_was_done() -> None:
 
     script = [pulse.beat, lambda: None, pulse.beat, end]
     with pytest.raises(InterruptedError):
-        report_work(pulse, sent.append, lambda _seconds: script.pop(0)())
-    assert sent == [Working(1), Working(2)]
+        report_work(pulse, sent.append, lambda: None, lambda _seconds: script.pop(0)())
+    assert sent == [Working(1, 1), Working(2, 2)]
+
+
+def test_what_the_disk_has_done_is_told_from_the_rest() -> None:
+    pulse, threads, sent = Pulse(), Threads(), list[FromTrainer]()
+    begun, going_on = threading.Event(), threading.Event()
+
+    def write() -> None:
+        begun.set()
+        going_on.wait(60)
+
+    def end() -> None:
+        raise InterruptedError
+
+    def begins() -> None:
+        threads.submit("disk", write)
+        begun.wait(60)
+        pulse.beat()
+
+    def ends() -> None:
+        going_on.set()
+        threads.wait_for("disk", lambda: pulse.wrote(1, 2))
+        while threads.at_work("disk") is not None:  # its callbacks come a moment later
+            time.sleep(0.001)
+        pulse.beat()
+
+    beat = pulse.beat
+    script: list[Callable[[], object]] = [beat, begins, beat, beat, ends, beat, end]
+    with pytest.raises(InterruptedError):
+        report_work(
+            *(pulse, sent.append, lambda: threads.at_work("disk")),
+            lambda _seconds: script.pop(0)(),
+        )
+    threads.close()
+    assert [message.disk for message in sent if isinstance(message, Working)] == [1, 2, 2, 2, 3, 4]
+    assert pulse.done_by("disk") == 1
 
 
 def test_a_start_is_reported_when_it_has_got_on() -> None:
