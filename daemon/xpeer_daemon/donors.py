@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import random
 from collections.abc import Collection
 from typing import Final
 
@@ -93,6 +94,9 @@ class Donors:
         """True iff the last offers need the operator's word."""
         self._alone: PeerId | None = None
         """The only donor to fetch from, since a mixture with others was bad; None = any."""
+        self._blamed: set[PeerId] = set()
+        """Donors that gave all and it was bad, or that had to give all alone and did not. They give
+        nothing as long as anybody else offers parameters, until this node has some."""
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give the swarm's parameters to a trainer that has none.
@@ -186,10 +190,11 @@ class Donors:
             for offer in ranked(offers)
             if own_step is None or self.far_ahead(claims.step_of(offer), own_step)
         ]
+        remaining = [o for o in remaining if o.donor not in self._blamed] or remaining
         others = all(offer.donor != self._alone for offer in remaining)
         if self._alone is not None and remaining and others:
-            if self._alone in self._offers.willing():
-                self._offers.avoid(self._alone, "it gives nothing any more")
+            self._offers.avoid(self._alone, "it gives nothing any more")
+            self._blamed.add(self._alone)
             self._takeover.discard_of(self._alone)  # with others' its pieces were bad already
             self._alone = None
         if own_step is None and self._doubts(remaining):
@@ -247,7 +252,7 @@ class Donors:
         """Further offers in pieces, the best first; none while one donor alone has to give all."""
         if self._alone is not None:
             return []
-        offers = ranked(await self._offers.ask_all(without=without))
+        offers = ranked(await self._offers.ask_all(without=[*without, *self._blamed]))
         refuse([offer for offer in offers if isinstance(offer, Offered)])
         return [offer for offer in offers if not isinstance(offer, Offered)]
 
@@ -278,6 +283,7 @@ class Donors:
                 self._more,
                 until,
                 CATCH_UP_S,
+                lambda: set(self._offers.willing()) - self._blamed,
             )
         except LocalError as e:
             refuse(chosen)
@@ -291,7 +297,8 @@ class Donors:
         """Have the trainer take over what was gathered, if it is as good as its donors say.
 
         If it is not, and is of several donors, all is fetched from one of them, whose pieces stay:
-        nobody is blamed for a mixture. Snapshots of one donor are no such mixture.
+        nobody is blamed for a mixture. Snapshots of one donor are no such mixture. Chance decides
+        who: whoever gave most of it may have been the fastest because it wanted that.
         """
         trees, (factor, nats) = self._takeover.trees(), TOLERANCE
         at_most = max(factor * tree.loss_public + nats for tree in trees)
@@ -300,19 +307,21 @@ class Donors:
             payload = await self._takeover.payload()
             await trainer.import_state(payload, step, at_most, self._manifest.state_form.codec)
         except PeerError as e:
-            alone = trees[0]
-            others = [tree for tree in trees if tree.donor != alone.donor]
+            alone = random.choice(sorted({tree.donor for tree in trees}))
+            others = [tree for tree in trees if tree.donor != alone]
             for tree in others or trees:
                 self._takeover.discard(tree)
             if others:
-                self._alone = alone.donor
+                self._alone = alone
                 log.warning("a mixture of %d members' parameters is refused: %s", len(trees), e)
             else:
-                self._offers.avoid(alone.donor, str(e), took_s)
+                self._offers.avoid(alone, str(e), took_s)
+                self._blamed.add(alone)
             return False
         for tree in trees:
             self._offers.succeeded(tree.donor)
         self._alone = None
+        self._blamed.clear()
         names = ", ".join(tree.donor[-8:] for tree in trees)
         log.info("took over the parameters of %s at step %d", names, step)
         self._store.add_event("took-over", f"step {step}, {self._takeover.summary()}, from {names}")

@@ -25,8 +25,8 @@ from xpeer_daemon.life import Life
 log = logging.getLogger("xpeer.daemon")
 
 LEASE_SHARE: Final = 0.05
-"""A node with a checkpoint of its own goes on fetching as long as this fraction of the parameters
-comes within `donors.CATCH_UP_S`."""
+"""A node goes on fetching from the same donors as long as this fraction of the parameters comes
+within `donors.CATCH_UP_S`; without a checkpoint of its own also if nobody else could give."""
 _LIES: Final = frozenset(
     {Reason.TAMPERED, Reason.DIGEST_MISMATCH, Reason.MALFORMED, Reason.OVERSIZE}
 )
@@ -67,6 +67,8 @@ class Takeover:
         self._gathered: Gathered | None = None
         """None until the first donor was chosen, and again once the parameters are taken over."""
         self._came = 0
+        self._expired = 0
+        """How often too little came in time. Each doubles that time: slow lines get through."""
 
     async def ask(self, donor: PeerId) -> Giver:
         """Ask a donor for its tree: the one of which pieces are here, if it still has that.
@@ -99,6 +101,7 @@ class Takeover:
         more: Callable[[Collection[PeerId]], Awaitable[list[Giver]]],
         until: float | None,
         lease_s: float,
+        willing: Callable[[], Collection[PeerId]],
     ) -> bool:
         """Fetch the pieces that are not here yet.
 
@@ -107,8 +110,11 @@ class Takeover:
             wanted: number of donors that should give at the same time.
             fits: whether pieces of a tree may be put together with theirs; others are forgotten.
             more: asks all members but these for offers.
-            until: end by the loop's clock; it is put off while enough comes.
-            lease_s: by so much.
+            until: end by the loop's clock; it is put off while enough comes. None = this node has
+                no parameters of its own: it ends only if others could give, after `lease_s`, and
+                after twice that time if too little comes again.
+            lease_s: while enough comes, the end is put off by so much.
+            willing: returns the members that could give.
 
         Returns:
             Whether all are here now. What came is kept in any case.
@@ -116,21 +122,26 @@ class Takeover:
         Raises:
             LocalError: the disk is full, or fails.
         """
-        gathered, clock = await self._opened(), asyncio.get_running_loop().time
+        gathered = await self._opened()
         for tree in gathered.sources():
             if not fits(tree):
                 gathered.discard(tree)
         gathered.tidy()
         due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
+        if until is None:
+            lease_s *= 2.0**self._expired
+
+        def may_end() -> bool:
+            return until is not None or not set(willing()) <= set(fetch.donors)
 
         def on_piece(donor: PeerId) -> None:
             nonlocal due
             self._came += 1
             self._helpful.add(donor)
             self._life.note = in_words(fetch.progress)
-            if until is not None and gathered.num_bytes >= due:
+            if gathered.num_bytes >= due:
                 due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
-                limit.reschedule(max(clock() + lease_s, until))
+                lease.renew()
 
         fetch = Fetch(
             gathered,
@@ -143,11 +154,16 @@ class Takeover:
         )
         self._life.fetching = lambda: fetch.progress
         try:
-            async with asyncio.timeout_at(until) as limit:
-                return await fetch.run(givers)
+            async with asyncio.timeout(None) as limit:
+                lease = _Lease(limit, until, lease_s, may_end)
+                try:
+                    return await fetch.run(givers)
+                finally:
+                    lease.end()
         except TimeoutError:
+            self._expired += until is None
             for donor in fetch.donors:
-                self._avoid(donor, "not all of it came in time")
+                self._avoid(donor, "not enough of it came in time")
             return False
         finally:
             self._life.fetching = None
@@ -176,7 +192,7 @@ class Takeover:
         if self._gathered is not None:
             self._gathered.close()
             self._gathered = None
-        self._came = 0
+        self._came = self._expired = 0
         remove(self._folder)
 
     async def _opened(self) -> Gathered:
@@ -196,6 +212,47 @@ class Takeover:
         spared = donor in self._helpful and error.reason in BROKE
         (self._spare if spared else self._avoid)(donor, str(error))
         self._helpful.discard(donor)
+
+
+class _Lease:
+    """Lets an attempt go on while enough comes.
+
+    Args:
+        limit: of the attempt.
+        until: it does not end before, by the loop's clock; None = at any time.
+        seconds: it may go on for so long, from now on and from each `renew`.
+        may_end: whether it may end now; if not, it has as much time once more.
+    """
+
+    def __init__(
+        self,
+        limit: asyncio.Timeout,
+        until: float | None,
+        seconds: float,
+        may_end: Callable[[], bool],
+    ) -> None:
+        self._limit, self._seconds, self._may_end = limit, seconds, may_end
+        self._loop = asyncio.get_running_loop()
+        self._until = until if until is not None else 0.0
+        self._ends_at = self._loop.time() + seconds if until is None else until
+        self._timer = self._loop.call_at(self._ends_at, self._look)
+
+    def renew(self) -> None:
+        """Note that enough came."""
+        self._ends_at = max(self._loop.time() + self._seconds, self._until)
+
+    def end(self) -> None:
+        """The attempt is over."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if now >= self._ends_at:
+            if self._may_end():
+                self._limit.reschedule(now)
+                return
+            self.renew()
+        self._timer = self._loop.call_at(self._ends_at, self._look)
 
 
 def in_words(progress: Fetching) -> str:

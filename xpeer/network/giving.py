@@ -199,7 +199,7 @@ def _left_s(spent: Spent) -> float:
     """
     left_s = min(IDLE_S, IDLE_S + spent.busy_s - spent.idle_s)
     if left_s <= 0:
-        raise PeerError(Reason.TIMEOUT, "this joiner has taken nothing, or too little, for too long")
+        raise PeerError(Reason.TIMEOUT, "this joiner takes nothing, or too little, for too long")
     return left_s
 
 

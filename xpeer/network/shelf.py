@@ -226,7 +226,7 @@ class Shelf:
                 await loan.returned.wait()
 
     async def _made(self, source: Source) -> Snapshot:
-        """A new snapshot; the one that an earlier joiner did not wait for, if that is still made."""
+        """A new snapshot, or the one that an earlier joiner did not wait for any longer."""
         making = self._making
         if making is None or making[0] is not source:
             task = asyncio.create_task(self._make(source))
