@@ -90,6 +90,7 @@ def test_answers_are_what_the_daemon_said(tmp_path: Path) -> None:
         client.stop(leave=True)
         calls = [call for call in node.calls if call != "status"]
         assert calls == ["pause", "resume", "checkpoint", "stop", "leave"]
+        assert node.followed == [True, True]
 
 
 def test_errors_keep_their_exit_code_and_remedy(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from xpeer.config import Home, NodeConfig
 from xpeer.errors import LedgerError
 from xpeer.status import PrivacySpent, Progress
 from xpeer.trainer.answers import Crashed, Progressed, failure_of
-from xpeer_daemon import joiner, service
+from xpeer_daemon import ending, joiner, service
 from xpeer_daemon.member import Candidate, Options
 from xpeer_daemon.store import Known, Store
 from xpeer_daemon.trainer_events import TrainerEvents
@@ -58,6 +58,22 @@ async def test_a_stop_keeps_what_the_trainer_said_last(
     assert known is not None
     assert known.progress.step == 341, "a status after the next start shows an older step"
     assert "can't be written" not in caplog.text
+
+
+@pytest.mark.parametrize("followed", [True, False])
+async def test_a_node_that_a_client_stops_stays_until_that_has_heard_of_its_end(
+    monkeypatch: pytest.MonkeyPatch, followed: bool
+) -> None:
+    """However soon it is over. Whom systemd stops waits for nobody."""
+    monkeypatch.setattr(ending, "TELL_S", 1e6)
+    node = FakeNode().node
+    node.request_stop(leave=False, followed=followed)
+    leaving = asyncio.create_task(node.ends.over())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert leaving.done() is not followed
+    assert (await node.end()).over
+    await leaving
 
 
 def test_a_charge_that_cannot_be_written_is_named_until_a_step_is_charged(
