@@ -25,7 +25,9 @@ _REASONS = 5
 
 @seen_by("node")
 class Progress(Struct, frozen=True, kw_only=True):
-    """The trainer's counters, sent to the daemon after every step."""
+    """The trainer's counters. The daemon gets them after steps, every 0.1 s at most, and whenever a
+    window ends.
+    """
 
     step: Timing[int] = 0
     window: Timing[int] = 0
@@ -50,14 +52,16 @@ class Progress(Struct, frozen=True, kw_only=True):
     learning_rate: Timing[float] = 0.0
     tokens_per_s: Local[float] = 0.0
     consensus_distance: Derived[float | None] = None
-    """||s_j - s_i|| / ||s_i||, smoothed over exchanges."""
+    """||Q(theta_j) - Q(theta_i)|| / ||Q(theta_i)|| of the exchanged fragments, smoothed over
+    exchanges."""
     adapter_misalignment: Derived[float | None] = None
     """||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| between this node and its last partners, over
     all adapters: the fraction of their work that averaging the factors apart loses. Measured with
     the losses. None until each fragment was merged once, or without adapters."""
     merges: Timing[int] = 0
     merges_clipped: Derived[int] = 0
-    """How many merges were clipped by norm, and so are one-sided."""
+    """Number of partners' differences that were clipped by norm before they were merged. Such a
+    merge is one-sided."""
     steps_late: Timing[float] = 0.0
     """Mean number of steps between snapshot and merge."""
     seconds_training: Timing[float] = 0.0

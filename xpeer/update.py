@@ -4,8 +4,8 @@
         [--gossip.masks--> MaskedUpdate] --wire.session--> sealed frames --partner--> PeerUpdate
 
 The first three live in the trainer. Only the bytes of a `CompressedUpdate` go to the daemon, and
-only sealed frames leave the daemon. Python can't forbid anything, but `PrivateUpdate` refuses a
-stamp that the privacy mechanism did not make.
+only sealed frames leave the daemon. A `PrivateUpdate` needs a `PrivacyStamp`. Python can't forbid
+anything, but a `PrivacyStamp` refuses to be made by anything but the privacy mechanism.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class RawUpdate:
     """Values straight from training. No method sends them anywhere."""
 
-    values: Noised[torch.Tensor]  # (fragment_params,) float32, CPU
+    values: Noised[torch.Tensor]  # (V * fragment_params,) float32, CPU; V as in `Rule.vectors`
     step: Timing[int]
     """Local step at whose boundary the snapshot was taken."""
 
@@ -56,8 +56,8 @@ _ISSUER = object()
 def received_stamp(mode: str, steps_charged: int) -> PrivacyStamp:
     """A stamp that came from the trainer process, where the mechanism made it.
 
-    Only `xpeer.trainer.client` calls this. Objects can't cross processes, so the daemon believes
-    its own trainer over their private socket.
+    Of what runs on nodes, only `xpeer.trainer.client` calls this. Objects can't cross processes, so
+    the daemon believes its own trainer over their private socket.
     """
     return PrivacyStamp(mode=mode, steps_charged=steps_charged, issuer=_ISSUER)
 
@@ -68,7 +68,7 @@ def received_stamp(mode: str, steps_charged: int) -> PrivacyStamp:
 class PrivateUpdate:
     """Values that anybody may see: post-processing of charged, noised steps."""
 
-    values: Noised[torch.Tensor]  # (fragment_params,) float32, CPU
+    values: Noised[torch.Tensor]  # as in `RawUpdate`
     step: Timing[int]
     stamp: Parts[PrivacyStamp]
 
@@ -135,7 +135,7 @@ class ModelState:
     are.
     """
 
-    payload: Noised[bytes | memoryview]  # (num_params,) float32, little endian
+    payload: Noised[bytes | memoryview]  # trained values, then frozen ones, as `StateForm` says
     step: Timing[int]
     loss_public: Derived[float]
     """The donor's loss on the manifest's public text, nats per token."""

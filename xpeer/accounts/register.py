@@ -225,7 +225,7 @@ class Register:
             LocalError: the register can't be written, or no documents were declared.
         """
         if not self._span:
-            raise LocalError(f"privacy register {self.path}: charged before it was joined")
+            raise LocalError(f"privacy register {self.path}: charged without declared documents")
         with self._lock, self._file.transaction(BudgetExceededError, ConfigError) as run:
             if self._tables.writes() != self._writes:
                 self._refuse_a_copy()

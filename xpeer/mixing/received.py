@@ -8,8 +8,8 @@ traffic, since every exchange brings a partner's values anyway (a masked group's
 mean of the others). The values are some steps old, which matters little (docs/benchmarks.md,
 `convergence`). A moving average of one's own parameters doesn't help.
 
-Values are kept compressed, as they came: with int8, 2 bytes for each parameter. Their sender
-stamped them as private, and so averages of them are private, too.
+Values are kept compressed, as they came: with int8, 2 bytes for each parameter. Their senders say
+that they are private, which can't be proven. If they are, averages of them are private, too.
 """
 
 from __future__ import annotations
@@ -159,6 +159,6 @@ def unpacked(flat: torch.Tensor, addition: torch.Tensor) -> torch.Tensor:
     """Compute the consolidated parameters again, (num_params,) float32.
 
     Raises:
-        PeerError: `addition` is not `packed` for this many parameters.
+        PeerError: `addition` is no `packed_addition` for this many parameters.
     """
     return codec.decode(Form(_KEPT, flat.numel()), codec.view(addition)).add_(flat)

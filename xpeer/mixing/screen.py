@@ -40,8 +40,8 @@ CLIP_HISTORY: Final = 16
 MAX_PARTNERS: Final = 64
 """Number of partners whose norms are kept: those whose differences were merged last."""
 CLIP_FLOOR: Final = 0.01
-"""Relative distance that is never clipped. int8 alone causes 0.006. After consolidation the medians
-tend to zero, and without this floor they would keep peers apart for ever."""
+"""Relative distance that is never clipped. int8 alone causes 0.006. During closing the medians tend
+to zero, and without this floor they would keep peers apart for ever."""
 FLOOR, CAP = 8.0, 16.0
 """Bounds of the limit in units of M. While there is no median, the limit is the cap. 99 of 100
 honest partners are within 4.2 M at equal speeds. A peer that is four times slower than the others

@@ -91,9 +91,10 @@ def receive(
     Args:
         stream: nobody else reads from it.
         opener: of its session.
-        out: (num_bytes,) uint8, writable. After an error its content must not be used.
+        out: (num_bytes,) uint8, writable. After an error its first bytes are valid, as many as were
+            added to `pace.moved`; without `pace` nobody knows how many.
         frame_timeout_s: for one frame to arrive.
-        pace: bounds the time of the whole transfer; None = no bound.
+        pace: bounds the time of the whole transfer, and counts whole frames; None = no bound.
 
     Returns:
         BLAKE2b-256 of the frames' tags.

@@ -177,7 +177,8 @@ class Link:
     async def receive_into(self, payload: memoryview, pace: Pace | None = None) -> bytes:
         """Receive the announced payload into the caller's memory, and return its digest.
 
-        After an error, the first `pace.moved` bytes of `payload` are valid: whole frames.
+        After an error, the first bytes of `payload` are valid, as many as were added to
+        `pace.moved`: whole frames.
 
         Args:
             payload: (num_bytes,) uint8, writable.

@@ -45,7 +45,7 @@ class Ready(Struct, frozen=True, tag=True):
     corpus: Parts[CorpusShare | None] = None
     shard: Parts[ShardSummary | None] = None
     text_problem: Local[str] = ""
-    """Why the trainer takes no step; empty = the text was read."""
+    """See `TextFacts.problem`."""
     notes: Local[list[str]] = []
     """Lines for the log, e.g. why a slower engine was chosen."""
     warnings: Local[list[str]] = []

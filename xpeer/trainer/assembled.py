@@ -24,9 +24,11 @@ class TextFacts:
     corpus: CorpusShare | None
     shard: ShardSummary
     problem: str = ""
-    """Why the trainer takes no step; empty = the text was read."""
+    """Why there is no text to take steps with; empty = the text was read, or the loop takes no
+    further step anyway."""
     look_again: Callable[[], object] | None = None
-    """Tries to read the missing text, and raises ShardError if it can't; None = there is text."""
+    """Tries to read the missing text, and raises ShardError if it can't; None = `problem` is
+    empty."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,8 +53,8 @@ class Permits:
         counters: returns the loop's present counters.
 
     Attributes:
-        save: begins a checkpoint, on the loop's thread; does nothing until it is set, and after
-            `rest`.
+        save: begins a checkpoint, on the loop's thread. Until it is set, and after `rest`, it
+            begins none and answers "running", so that steps are charged anyway.
     """
 
     def __init__(
@@ -212,4 +212,5 @@ class Permits:
 
 
 def _nobody_saves() -> Begun:
+    """Begin no checkpoint; "running" has `_part` charge without one."""
     return "running"

@@ -50,7 +50,7 @@ class Bundle:
     optimiser_step: Timing[int]
     """AdamW's own step count, for its bias correction; 0 = the moments are fresh."""
     consolidation: Derived[torch.Tensor | None] = None  # (bytes,) uint8
-    """What consolidation adds for an export (`received.packed`); None = nothing."""
+    """What consolidation adds for an export (`received.packed_addition`); None = nothing."""
     rule: Derived[dict[str, torch.Tensor]] = field(default_factory=dict)
     """State of the aggregation rule, e.g. anchors and momentum, and of masked groups."""
     seen: Withheld[torch.Tensor] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))

@@ -316,7 +316,7 @@ def test_a_folder_that_can_not_be_used_is_an_error_of_the_operator(tmp_path: Pat
 
 
 def test_nothing_is_charged_before_documents_are_named(folder: Path) -> None:
-    with Register.open(folder) as register, pytest.raises(LocalError, match="before it was joined"):
+    with Register.open(folder) as register, pytest.raises(LocalError, match="declared documents"):
         register.charge(STEP)
 
 
@@ -327,7 +327,7 @@ def test_nothing_is_charged_after_documents_were_refused(folder: Path) -> None:
         register.declare("b", {}, documents("y"), "record")
         with pytest.raises(ConfigError, match="each document"):
             register.declare("b", {}, documents("x", "y"), "record")
-        with pytest.raises(LocalError, match="before it was joined"):
+        with pytest.raises(LocalError, match="declared documents"):
             register.charge(STEP)
 
 

@@ -27,7 +27,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What came of an exchange."""
+    """What a rule wants to be added to a fragment, after a meeting."""
 
     values: torch.Tensor  # (n,) float32: c / scale
     state: tuple[torch.Tensor, ...] = ()
