@@ -124,13 +124,7 @@ def prepare_join(home: Home, token_text: str, config_text: str | None = None) ->
         )
     if home.credential.exists() and load_credential(home).body == token.body:
         return token  # a unit file may go on naming its token long after it has expired
-    known = Identity.load(home.identity_key) if home.identity_key.exists() else None
-    if known is None and not token.bearer:
-        raise NotAuthorisedError(
-            f"the token is for {token.certificate.subject}, and this home has no key",
-            "give the admin the PeerID that `xpeer id` prints, and join with the token for it",
-        )
-    token.credential_for(known or Identity.generate(), time.time())
+    require_usable(home, token)
     with _beside(home) as new:
         identity = _identity_for(home, new)
         credential = token.credential_for(identity, time.time())
@@ -139,6 +133,21 @@ def prepare_join(home: Home, token_text: str, config_text: str | None = None) ->
         if config_text is not None and not home.config.exists():
             new.config.write_text(config_text, encoding="utf-8")
     return token
+
+
+def require_usable(home: Home, token: Token) -> None:
+    """Refuse a token that this home can't join with. It writes nothing.
+
+    Raises:
+        NotAuthorisedError: the token is damaged, has expired, or is for another PeerID.
+    """
+    known = Identity.load(home.identity_key) if home.identity_key.exists() else None
+    if known is None and not token.bearer:
+        raise NotAuthorisedError(
+            f"the token is for {token.certificate.subject}, and home {home.path} has no key",
+            "give the admin the PeerID that `xpeer id` prints, and join with the token for it",
+        )
+    token.credential_for(known or Identity.generate(), time.time())
 
 
 @seen_by("home")

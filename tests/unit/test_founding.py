@@ -276,7 +276,7 @@ def test_tokens_that_do_not_join(tmp_path: Path) -> None:
     joiner = Home(tmp_path / "c")
     before = picture(tmp_path)
     named = str(token(home, Identity.generate().peer_id))
-    with pytest.raises(NotAuthorisedError, match="this home has no key"):
+    with pytest.raises(NotAuthorisedError, match="has no key"):
         founding.prepare_join(joiner, named)
     with pytest.raises(NotAuthorisedError):
         founding.prepare_join(joiner, "xpeer1.nonsense")

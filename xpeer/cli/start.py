@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -166,19 +165,10 @@ def read_token(argument: str | None) -> str | None:
 def _check_token(home: Home, text: str) -> None:
     """Refuse a bad token before anything slow is imported. It writes nothing."""
     from xpeer import founding  # noqa: PLC0415 - cryptography only where a token is
-    from xpeer.identity import Identity  # noqa: PLC0415
     from xpeer.network.membership.invites import Token  # noqa: PLC0415
 
     token = Token.parse(text)
-    if home.identity_key.exists():
-        token.credential_for(Identity.load(home.identity_key), time.time())
-    elif token.bearer:  # its key is made when the daemon starts
-        token.credential_for(Identity.generate(), time.time())
-    else:
-        raise NotAuthorisedError(
-            f"the token is for {token.certificate.subject}, and home {home.path} has no key",
-            "run `xpeer id` first, and ask for a token for that PeerID",
-        )
+    founding.require_usable(home, token)
     founding.refuse_other_swarm(home, token.swarm_id)
 
 

@@ -206,7 +206,7 @@ def test_tokens_that_do_not_join_change_nothing(tmp_path: Path, home: Home) -> N
     before = names(tmp_path)
     cases = [
         (str(joiner), mine, ExitCode.NOT_AUTHORISED, "is for 12D3Koo"),
-        (str(tmp_path / "fresh"), mine, ExitCode.NOT_AUTHORISED, "this home has no key"),
+        (str(tmp_path / "fresh"), mine, ExitCode.NOT_AUTHORISED, "has no key"),
         (str(joiner), swapped, ExitCode.NOT_AUTHORISED, "damaged"),
         (str(joiner), "", ExitCode.NOT_AUTHORISED, "token"),
         (str(joiner), "file:/nonexistent", ExitCode.BAD_CONFIG, "/nonexistent"),
