@@ -62,13 +62,13 @@ class SleepingMechanism:
         """See `Mechanism`."""
         return self._real.seen
 
-    def begin_window(self, steps: int) -> int:
+    def charge_until(self, steps: int) -> int:
         """See `Mechanism`."""
-        return self._real.begin_window(steps)
+        return self._real.charge_until(steps)
 
-    def prepare_window(self, steps: int) -> None:
+    def charge_ahead(self, steps: int) -> None:
         """See `Mechanism`."""
-        self._real.prepare_window(steps)
+        self._real.charge_ahead(steps)
 
     def charged(self) -> Charged:
         """See `Mechanism`; steps are this class's, and each is asked for."""

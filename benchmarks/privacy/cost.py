@@ -123,7 +123,7 @@ class _Trainer:
 
     def step(self) -> int:
         """Take one; how many tokens it was."""
-        self.mechanism.begin_window(1)
+        self.mechanism.charge_until(1)
         tokens = self.mechanism.step_gradient().tokens
         self.optimiser.step()
         return tokens

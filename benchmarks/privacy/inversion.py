@@ -76,7 +76,7 @@ class Inversion(Struct, frozen=True, kw_only=True, tag=True):
             return
         with tempfile.TemporaryDirectory() as folder, open_ledger(Path(folder), manifest) as ledger:
             mechanism = RecordMechanism(manifest, model, record, record_losses, ledger)
-            mechanism.begin_window(1)
+            mechanism.charge_until(1)
             mechanism.step_gradient()
             mechanism.close()
 

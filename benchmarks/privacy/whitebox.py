@@ -98,7 +98,7 @@ class Whitebox(Struct, frozen=True, kw_only=True, tag=True):
             mechanism = RecordMechanism(
                 manifest, model, records, _losses, ledger, Options(engine=engine)
             )
-            for _ in range(mechanism.begin_window(STEPS)):
+            for _ in range(mechanism.charge_until(STEPS)):
                 mechanism.step_gradient()
                 assert weight.grad is not None
                 sums.append(self.batch * float(weight.grad[_CANARY]))

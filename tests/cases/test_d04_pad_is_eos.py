@@ -54,7 +54,7 @@ def test_the_token_that_is_padding_too_is_learned(tmp_path: Path, pad: str, lear
     for group in optimiser.param_groups:
         group["lr"] = 5e-3
     for _ in range(STEPS):
-        node.mechanism.begin_window(1)
+        node.mechanism.charge_until(1)
         node.mechanism.step_gradient()
         optimiser.step()
     node.close()

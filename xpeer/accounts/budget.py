@@ -58,7 +58,7 @@ class Charged(NamedTuple):
 
     @property
     def under_way(self) -> int:
-        """Steps whose charge is on the way to the disk. `begin_window` waits for it."""
+        """Steps whose charge is on the way to the disk. `charge_until` waits for it."""
         return self.made - self.used - self.left
 
 
@@ -178,7 +178,7 @@ class Budget:
         """
         if self._permitted < 1:
             raise LocalError(
-                "a private step was asked for and none is charged", "begin_window comes first"
+                "a private step was asked for and none is charged", "charge_until comes first"
             )
         self._permitted -= 1
         self._used += 1

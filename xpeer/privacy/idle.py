@@ -80,11 +80,11 @@ class IdleMechanism:
         """See `Mechanism.seen`: as the last checkpoint had it."""
         return self._seen
 
-    def begin_window(self, steps: int) -> int:
+    def charge_until(self, steps: int) -> int:
         """Return 0: no step may be taken."""
         return 0
 
-    def prepare_window(self, steps: int) -> None:
+    def charge_ahead(self, steps: int) -> None:
         """Do nothing: no step follows."""
 
     def charged(self) -> Charged:

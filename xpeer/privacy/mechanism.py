@@ -68,15 +68,15 @@ class Mechanism(Protocol):
         under privacy, where records are sampled.
         """
 
-    def begin_window(self, steps: int) -> int:
+    def charge_until(self, steps: int) -> int:
         """Charge until so many steps may be taken. The charges are on the disk when this returns.
 
         Returns:
             Number of steps that may be taken; 0 = the budget is spent.
         """
 
-    def prepare_window(self, steps: int) -> None:
-        """Begin to charge further steps in the background. `begin_window` waits for them."""
+    def charge_ahead(self, steps: int) -> None:
+        """Begin to charge further steps in the background. `charge_until` waits for them."""
 
     def charged(self) -> Charged:
         """Steps charged since this was made, and how far they are."""
@@ -97,7 +97,7 @@ class Mechanism(Protocol):
 class RecordMechanism:
     """DP-SGD over the records, or the documents, of this shard.
 
-    `begin_window`, `step_gradient` and `stamp` belong to one thread.
+    `charge_until`, `step_gradient` and `stamp` belong to one thread.
 
     Args:
         manifest: a manifest with privacy.mode "record".
@@ -171,11 +171,11 @@ class RecordMechanism:
         """Empty: records are sampled, so there is no pass over them."""
         return torch.empty(0, dtype=torch.int64)
 
-    def begin_window(self, steps: int) -> int:
+    def charge_until(self, steps: int) -> int:
         """Charge until so many steps may be taken; see `Budget.begin`."""
         return self._budget.begin(steps)
 
-    def prepare_window(self, steps: int) -> None:
+    def charge_ahead(self, steps: int) -> None:
         """Charge further steps in the background; see `Budget.prepare`."""
         self._budget.prepare(steps)
 
@@ -187,7 +187,7 @@ class RecordMechanism:
         """Sample, clip, add up, add noise; see `PrivateGradient`.
 
         Raises:
-            LocalError: no charged step is left. `begin_window` comes first.
+            LocalError: no charged step is left. `charge_until` comes first.
         """
         self._budget.use()
         with self._all_or_nothing():

@@ -81,11 +81,11 @@ class OffMechanism:
         """See `Passes.seen`."""
         return self._passes.seen
 
-    def begin_window(self, steps: int) -> int:
+    def charge_until(self, steps: int) -> int:
         """Allow all steps: none is charged."""
         return steps
 
-    def prepare_window(self, steps: int) -> None:
+    def charge_ahead(self, steps: int) -> None:
         """Do nothing: no step is charged."""
 
     def charged(self) -> Charged:

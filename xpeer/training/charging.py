@@ -109,10 +109,10 @@ class Permits:
             wanted = 1 if charged.under_way else self._part(step_s, window_left)
             if wanted == 0:
                 return "held"
-            if self._mechanism.begin_window(wanted) == 0:
+            if self._mechanism.charge_until(wanted) == 0:
                 return "spent"
         if self._is_time(step_s) and (wanted := self._part(step_s, window_left)):
-            self._mechanism.prepare_window(wanted)
+            self._mechanism.charge_ahead(wanted)
         return "step"
 
     def rest(self, window_left: int) -> int:
@@ -126,7 +126,7 @@ class Permits:
         self.save, self._closing = _nobody_saves, True
         if self._whole:
             return window_left if self._mechanism.charged().made > self._behind else 0
-        return self._mechanism.begin_window(0)
+        return self._mechanism.charge_until(0)
 
     def moved(self) -> None:
         """Note that all steps taken so far are in the parameters."""

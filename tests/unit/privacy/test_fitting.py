@@ -86,12 +86,12 @@ def test_a_step_without_memory_is_taken_with_fewer_records_a_pass(
 ) -> None:
     """Its gradient is the same, its sample is the same, and it is charged once."""
     model, mechanism = made(ledger, mode, record_losses, 7)
-    mechanism.begin_window(1)
+    mechanism.charge_until(1)
     mechanism.step_gradient()
     wanted, charged = [g.clone() for g in grads(model)], ledger.steps_charged
     small = Small(2, error, place)
     model, mechanism = made(ledger, mode, small, 4)
-    mechanism.begin_window(1)
+    mechanism.charge_until(1)
     small.armed = True
     with caplog.at_level(logging.WARNING):
         result = mechanism.step_gradient()
@@ -105,7 +105,7 @@ def test_a_step_without_memory_is_taken_with_fewer_records_a_pass(
         "out of memory: the step is begun again with fewer records a pass"
     ]
     small.passes.clear()
-    mechanism.begin_window(1)
+    mechanism.charge_until(1)
     mechanism.step_gradient()
     assert max(small.passes) == 2  # it does not try more again
 
@@ -121,7 +121,7 @@ def test_what_saves_memory_comes_once_a_single_record_does_not_fit(
         return "layers computed again"
 
     _, mechanism = made(ledger, mode, small, 1, relieve=relieve)
-    mechanism.begin_window(1)
+    mechanism.charge_until(1)
     small.armed, small.passes = True, [1]
     assert mechanism.step_gradient().records
     assert small.fits == 1
@@ -133,7 +133,7 @@ def test_a_record_that_does_not_fit_ends_it_and_names_the_settings(
 ) -> None:
     small = Small(0, GPU, "backward")
     model, mechanism = made(ledger, mode, small, 2)
-    mechanism.begin_window(1)
+    mechanism.charge_until(1)
     small.armed, small.passes = True, [1]
     with pytest.raises(LocalError, match="single record") as e:
         mechanism.step_gradient()
@@ -146,7 +146,7 @@ def test_a_record_that_does_not_fit_ends_it_and_names_the_settings(
 def test_other_errors_are_no_lack_of_memory(ledger: Ledger) -> None:
     small = Small(0, RuntimeError("expected m1 and m2 to have the same dtype"), "forward")
     _, mechanism = made(ledger, "record", small, 2)
-    mechanism.begin_window(1)
+    mechanism.charge_until(1)
     small.armed, small.passes = True, [1]
     with pytest.raises(RuntimeError, match="same dtype"):
         mechanism.step_gradient()

@@ -115,7 +115,7 @@ def test_the_gradient_is_the_clipped_sum_plus_noise_over_the_expected_batch(
     mechanism = record(ledger, model, rules=manifest(batch=2))
     generator = scripted(mechanism, [0, 1, 4, 6])  # more than expected: none is left out
     _, sums = by_autograd(model, some_records()[[0, 1, 4, 6]], CLIP)
-    mechanism.begin_window(2)
+    mechanism.charge_until(2)
     mechanism.step_gradient()
     result = mechanism.step_gradient()  # nothing of one step is left in the next
     for got, total in zip(grads(model), sums, strict=True):
@@ -138,7 +138,7 @@ def test_what_the_ledger_says_is_what_the_sampler_and_the_noise_are_told(
     shard = some.repeat(records // len(some) + 1, 1)[:records]
     mechanism = record(ledger, model, rules=manifest(batch=batch), records=shard)
     generator = scripted(mechanism, [0])
-    assert mechanism.begin_window(2) == 2
+    assert mechanism.charge_until(2) == 2
     for _ in range(2):
         mechanism.step_gradient()
     (charged,) = ledger.segments()
@@ -151,7 +151,7 @@ def test_an_empty_batch_is_a_step_of_pure_noise(ledger: Ledger) -> None:
     model = llama(tied=False)
     mechanism = record(ledger, model, rules=manifest(batch=2))
     scripted(mechanism, [])
-    mechanism.begin_window(1)
+    mechanism.charge_until(1)
     result = mechanism.step_gradient()
     assert (result.loss, result.records, result.tokens) == (None, 0, 0)
     found = grads(model)
@@ -164,7 +164,7 @@ def test_an_empty_batch_is_a_step_of_pure_noise(ledger: Ledger) -> None:
 def test_real_noise_has_the_size_that_was_accounted_for(ledger: Ledger) -> None:
     model = llama(tied=False, hidden_size=64)
     mechanism = record(ledger, model, rules=manifest(batch=7, clip_norm=1e-6))
-    mechanism.begin_window(2)
+    mechanism.charge_until(2)
     mechanism.step_gradient()
     one = torch.cat([g.flatten() for g in grads(model)]).double()
     mechanism.step_gradient()
@@ -180,7 +180,7 @@ def test_two_starts_never_repeat_noise(ledger: Ledger) -> None:
     for _ in range(2):
         model = llama(tied=False)
         mechanism = record(ledger, model)
-        mechanism.begin_window(1)
+        mechanism.charge_until(1)
         mechanism.step_gradient()
         found.append(torch.cat([g.flatten() for g in grads(model)]))
         mechanism.close()
@@ -193,7 +193,7 @@ def test_no_step_without_a_charge(ledger: Ledger) -> None:
     with pytest.raises(LocalError, match="none is charged"):
         mechanism.step_gradient()
     assert not grads(model)
-    assert mechanism.begin_window(1) == 1
+    assert mechanism.charge_until(1) == 1
     mechanism.step_gradient()
     with pytest.raises(LocalError, match="none is charged"):
         mechanism.step_gradient()
@@ -203,13 +203,13 @@ def test_no_step_without_a_charge(ledger: Ledger) -> None:
 def test_the_budget_ends(ledger: Ledger) -> None:
     mechanism = record(ledger, llama(tied=False))
     assert mechanism.spent().steps_left == STEPS
-    assert mechanism.begin_window(STEPS - 2) == STEPS - 2
+    assert mechanism.charge_until(STEPS - 2) == STEPS - 2
     mechanism.close()
     again = record(ledger, llama(tied=False))  # what was not used is lost
-    assert again.begin_window(20) == 2
+    assert again.charge_until(20) == 2
     again.step_gradient()
     again.step_gradient()
-    assert again.begin_window(20) == 0
+    assert again.charge_until(20) == 0
     with pytest.raises(LocalError, match="none is charged"):
         again.step_gradient()
     spent = again.spent()
@@ -223,12 +223,12 @@ def test_the_budget_ends(ledger: Ledger) -> None:
 
 def test_a_window_is_charged_while_the_one_before_runs(ledger: Ledger) -> None:
     mechanism = record(ledger, llama(tied=False))
-    mechanism.begin_window(1)
-    mechanism.prepare_window(2)
+    mechanism.charge_until(1)
+    mechanism.charge_ahead(2)
     mechanism.step_gradient()
-    assert mechanism.begin_window(2) == 2
+    assert mechanism.charge_until(2) == 2
     assert ledger.counter == 2
-    mechanism.prepare_window(4)
+    mechanism.charge_ahead(4)
     mechanism.close()  # never used, never refunded
     assert ledger.steps_charged == 7
 
@@ -239,13 +239,13 @@ def test_sigma_is_calibrated_once(ledger: Ledger, monkeypatch: pytest.MonkeyPatc
     sigma = first.spent().noise_multiplier
     assert accountant.epsilon([Segment(sigma, 1.0, 20)], 1e-5) <= 8.6
     assert (first.spent().steps_left or 0) >= 20
-    first.begin_window(5)
+    first.charge_until(5)
     first.close()
     # a larger shard: another q, the same sigma, the same account
     monkeypatch.setattr(accountant, "calibrate", None)
     records = some_records().repeat(2, 1)
     more = record(ledger, llama(tied=False), rules=msgspec_batch(rules, 7), records=records)
-    more.begin_window(3)
+    more.charge_until(3)
     assert ledger.segments() == [Segment(sigma, 1.0, 5), Segment(sigma, 0.5, 3)]
     spent = more.spent()
     assert spent.epsilon_spent == pytest.approx(accountant.epsilon(ledger.segments(), 1e-5))
@@ -277,7 +277,7 @@ class Failing(MicrobatchEngine):
 def test_a_step_that_breaks_off_leaves_nothing_and_stops_stamps(ledger: Ledger) -> None:
     model = llama(tied=False)
     mechanism = record(ledger, model, engine=Failing(model, record_losses))
-    mechanism.begin_window(2)
+    mechanism.charge_until(2)
     mechanism.stamp(RAW)
     with pytest.raises(LocalError, match="single record"):
         mechanism.step_gradient()
@@ -292,7 +292,7 @@ def test_a_step_that_breaks_off_leaves_nothing_and_stops_stamps(ledger: Ledger) 
 
 def test_no_stamp_for_a_step_that_was_not_charged(ledger: Ledger) -> None:
     mechanism = record(ledger, llama(tied=False))
-    mechanism.begin_window(1)
+    mechanism.charge_until(1)
     mechanism._budget._permitted = 2  # a mistake of ours
     mechanism.step_gradient()
     mechanism.stamp(RAW)
@@ -315,7 +315,7 @@ def test_losses_that_are_not_finite(ledger: Ledger) -> None:
     records[:, 0] = torch.tensor([3, 1, 1, 1, 1, 1, 1])
     mechanism = record(ledger, model, records=records, engine=MicrobatchEngine(model, broken))
     scripted(mechanism, [0, 1])
-    mechanism.begin_window(2)
+    mechanism.charge_until(2)
     result = mechanism.step_gradient()
     assert (result.records, result.zeroed) == (2, 1)
     assert result.loss is not None
@@ -349,8 +349,8 @@ def test_the_mode_is_the_manifests(ledger: Ledger) -> None:
 def test_off_is_plain_training(ledger: Ledger) -> None:
     model, records = llama(tied=True), some_records()
     mechanism = OffMechanism(OFF, model, records, record_losses, Options(micro_batch=2))
-    assert mechanism.begin_window(5) == 5
-    mechanism.prepare_window(5)
+    assert mechanism.charge_until(5) == 5
+    mechanism.charge_ahead(5)
     order = torch.tensor([4, 2, 0, 1, 3, 5, 6])
     mechanism._passes._order = order
     result = mechanism.step_gradient()
@@ -421,7 +421,7 @@ def test_forward_passes_in_less_precision(ledger: Ledger, mode: str) -> None:
         if isinstance(mechanism, RecordMechanism):
             assert "refused" not in mechanism.notes[0]
             scripted(mechanism, [0, 1, 2, 5])
-        mechanism.begin_window(1)
+        mechanism.charge_until(1)
         mechanism.step_gradient()
         found.append(torch.cat([g.flatten() for g in grads(model)]))
         mechanism.close()

@@ -91,7 +91,7 @@ class FakeMechanism:
         self.loss: Callable[[], float] = lambda: 1.0
         self._weight = parameters.weight
 
-    def begin_window(self, steps: int) -> int:
+    def charge_until(self, steps: int) -> int:
         self.calls.append(("begin", steps))
         granted = self.prepared or min(steps, self.budget)
         self.budget -= 0 if self.prepared else granted
@@ -99,7 +99,7 @@ class FakeMechanism:
         self.permitted += granted
         return granted
 
-    def prepare_window(self, steps: int) -> None:
+    def charge_ahead(self, steps: int) -> None:
         self.calls.append(("prepare", steps))
         self.prepared = min(steps, self.budget)
         self.budget -= self.prepared

@@ -152,10 +152,10 @@ class Mechanism:
 
         self.budget._writer.submit = at_once  # type: ignore[method-assign, assignment]
 
-    def begin_window(self, steps: int) -> int:
+    def charge_until(self, steps: int) -> int:
         return self.budget.begin(steps)
 
-    def prepare_window(self, steps: int) -> None:
+    def charge_ahead(self, steps: int) -> None:
         self.budget.prepare(steps)
 
     def charged(self) -> Charged:
@@ -233,7 +233,7 @@ def test_checkpoints_by_the_clock_alone_take_a_fiftieth_of_the_time(clock: Clock
         copy_s=0.5, clock=clock,
     )  # fmt: skip
     machine.mechanism.charged = Charged  # type: ignore[method-assign]
-    machine.mechanism.begin_window = lambda steps: steps  # type: ignore[method-assign]
+    machine.mechanism.charge_until = lambda steps: steps  # type: ignore[method-assign]
     machine.mechanism.budget.use = lambda: None  # type: ignore[method-assign]
     machine.saving._every_s = 0.001
     machine.trainer.run(steps=3000)
@@ -334,7 +334,7 @@ def test_a_ledger_that_fails_at_a_stop_costs_no_checkpoint(
     def failing(steps: int) -> int:
         raise LocalError("the disk is gone")
 
-    machine.mechanism.begin_window = failing  # type: ignore[method-assign]
+    machine.mechanism.charge_until = failing  # type: ignore[method-assign]
     machine.trainer.stop()
     machine.trainer.run()
     machine.saving.copy()()

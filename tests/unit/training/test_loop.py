@@ -121,13 +121,13 @@ def test_commands_are_served_while_training_resting_and_paused(clock: Clock) -> 
 def test_blocked_time_is_what_the_ledger_takes(clock: Clock) -> None:
     trainer = trainer_with()
     mechanism = mechanism_of(trainer)
-    original = mechanism.begin_window
+    original = mechanism.charge_until
 
     def slow(steps: int) -> int:
         clock.advance(0.5)
         return original(steps)
 
-    mechanism.begin_window = slow  # type: ignore[method-assign]
+    mechanism.charge_until = slow  # type: ignore[method-assign]
     mechanism.on_step = lambda: clock.advance(2.0)
     trainer.run(steps=3)
     assert trainer.progress().seconds_blocked == 3 * 0.5
