@@ -175,7 +175,7 @@ class Run:
                 slot += 1
             if self._now_s >= looks * STABLE_S:
                 looks += 1
-                if self._shares.is_outdated():
+                if self._shares.check_outdated():
                     self._divide_anew(boundary_s)
             if seen_by_then is None and self._now_s >= self.ideal_s:
                 seen_by_then = self._seen()

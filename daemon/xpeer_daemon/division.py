@@ -1,7 +1,7 @@
 """The division of the manifest's corpus among members, and when it is made anew.
 
 Under privacy the division follows declared speeds, and is made anew only when the members change.
-Text that goes to another member is charged to a second ledger, so that its privacy losses add up.
+Text that goes to another member is also charged by its new member, so both losses add up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STABLE_S: Final = 2 * TTL_S
 """The corpus is not divided anew before its members have been the same for this long."""
 EVERY_S: Final = 600.0
 """Least time between two divisions if only speeds have changed: the trainer has to read the corpus
-again. The first time that all speeds are known does not wait."""
+again. Except once, when the last unknown speed becomes known."""
 MOVED: Final = 1 / 16
 """Changed speeds divide the corpus anew only if more than this fraction of it would move."""
 
@@ -55,9 +55,10 @@ class Shares:
         self._assigned, self._assigned_s = self._members(), self._clock()
         return self._assigned
 
-    def is_outdated(self) -> bool:
-        """Whether to divide anew: the members, or their speeds, differ from those of the division
-        in force, at this call and at the last one. To be called every `STABLE_S`.
+    def check_outdated(self) -> bool:
+        """True iff two calls in a row found members or speeds that ask for another division.
+
+        Called every `STABLE_S`: it remembers what it found.
         """
         before, self._seen = self._seen, self._members()
         return self._out_of_date(before) and self._out_of_date(self._seen)
@@ -82,6 +83,6 @@ class Shares:
         """
         while True:
             await asyncio.sleep(STABLE_S)
-            if self.is_outdated() and training():
+            if self.check_outdated() and training():
                 log.info("the shared corpus is divided anew among %d members", len(self._seen))
                 await renew()

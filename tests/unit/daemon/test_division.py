@@ -19,7 +19,7 @@ class Rig:
         found = []
         for _ in range(count):
             self.now_s += STABLE_S
-            found.append(self.shares.is_outdated())
+            found.append(self.shares.check_outdated())
         return found
 
 
