@@ -38,7 +38,7 @@ class AccountView:
 
     def __init__(self, ledger: Ledger, register: Register | None) -> None:
         self._ledger, self._register = ledger, register
-        self._registered = register.own(ledger.id) if register else {}
+        self._registered = register.of_home(ledger.id) if register else {}
         in_ledger = ledger.by_unit()
         self._by_shard = "shard" in in_ledger or "shard" in self._registered
         self._charged = at_least([_of_all_units(in_ledger), _of_all_units(self._registered)])
@@ -70,13 +70,13 @@ class AccountView:
             return [*self.of_shard(), self.charged]
         return self._worst([each.segments for each in self.classes()])
 
-    def own(self) -> list[list[Segment]]:
-        """Charges of this home alone, whatever document they were for. They bound what this home's
-        own releases reveal.
+    def of_home(self) -> list[list[Segment]]:
+        """Charges of this home alone, whatever document they were for. They bound what the releases
+        of this home reveal.
         """
         if self._by_shard:
             return [self.charged]
-        return self._worst([each.own for each in self.classes()])
+        return self._worst([each.of_home for each in self.classes()])
 
     def _worst(self, accounts: list[list[Segment]]) -> list[list[Segment]]:
         histories = undominated([_history(segments) for segments in accounts])

@@ -130,7 +130,7 @@ def _document_table(account: Account) -> list[str]:
         "|---|---|---|---|---|",
         *rows,
         *(
-            [f"| | | | and {account.classes_left_out} kinds with fewer steps | |"]
+            [f"| | | | and {account.classes_left_out} classes of documents with fewer steps | |"]
             if account.classes_left_out
             else []
         ),

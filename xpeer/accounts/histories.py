@@ -25,10 +25,10 @@ class DocumentClass(Struct, frozen=True, kw_only=True):
     documents: Local[int]
     """Number of documents."""
     here: Local[bool]
-    """True iff they are in the shard now; else they were."""
+    """True iff they are in the shard now. False: in an earlier shard only."""
     segments: Local[list[Segment]]
     """Charges of all homes."""
-    own: Local[list[Segment]]
+    of_home: Local[list[Segment]]
     """Charges of this home alone, which `segments` includes."""
     ledgers: Local[int]
     """Number of homes that trained on them, this one included."""

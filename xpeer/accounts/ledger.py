@@ -184,7 +184,7 @@ class Ledger:
         Raises:
             LocalError: the register can't be read, or the ledger can't be written.
         """
-        behind = missing(register.own(self.id), self.by_unit())
+        behind = missing(register.of_home(self.id), self.by_unit())
         if behind:
             self._catch_up(about, behind, register.counter(self.id))
         return steps_of(behind)

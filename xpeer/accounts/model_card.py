@@ -47,7 +47,7 @@ class PrivacyCard(Struct, frozen=True, kw_only=True):
     """Bound that every member keeps for its own text. None without privacy."""
     epsilon_spent: Timing[float | None] = None
     """Upper bound of what the exporting node spent on any one unit: rounded up to a multiple of
-    0.5, but no more than the target while that is kept. None without privacy."""
+    0.5, and capped at the target unless the target was exceeded. None without privacy."""
     delta: Timing[float | None] = None
     """Delta of both epsilons at the exporting node: a power of ten, unless the manifest sets it.
     Other members' deltas follow from their own text. None without privacy, and if the node trained
@@ -92,7 +92,7 @@ def card_of(
     if not section.policy.charges:
         return card
     view = AccountView(ledger, register) if ledger else None
-    charged = view.own() if view and view.charged else []
+    charged = view.of_home() if view and view.charged else []
     if ledger and charged and not ledger.counter:
         raise LocalError(f"privacy ledger {ledger.path} has lost all charges", report.START)
     noted = report.noted_targets(ledger)[0] if ledger and charged else None
@@ -143,7 +143,7 @@ def _words(card: PrivacyCard) -> str:
             "**None.** The swarm trained without differential privacy: the model may repeat parts "
             "of its members' text.\n"
         )
-    own = (
+    exporter = (
         "The node that exported this has trained on no text of its own."
         if card.delta is None
         else "The node that exported this had spent at most epsilon = "
@@ -151,11 +151,11 @@ def _words(card: PrivacyCard) -> str:
     )
     return head + (
         f"Differential privacy in mode `{card.mode}`, for each **{card.unit}** of each member's "
-        f"text: epsilon at most {card.epsilon_target:.12g} by each member's own ledger. {own} It "
-        "bounds what this model, and everything else that members sent, tells of any one "
+        f"text: epsilon at most {card.epsilon_target:.12g} by each member's own ledger. {exporter} "
+        "Epsilon bounds what this model, and everything else that members sent, tells of any one "
         f"{card.unit}.\n\n"
-        "Not covered: text that stands in several of them, or with several members; what the same "
-        "text lost in other swarms; what members "
-        "published besides; a member that altered its own node. Epsilon of members is their own "
-        "word; this node's is in its ledger (`xpeer privacy report`).\n"
+        f"Not covered: text that occurs in several {card.unit}s, or with several members; what the "
+        "same text lost in other swarms; what members published besides; a member that altered its "
+        "own node. Epsilon of members is their own word; this node's is in its ledger (`xpeer "
+        "privacy report`).\n"
     )

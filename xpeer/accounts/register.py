@@ -199,10 +199,10 @@ class Register:
                 for document in documents
             }
 
-    def own(self, ledger_id: str) -> ByUnit:
+    def of_home(self, ledger_id: str) -> ByUnit:
         """Charges of one home, as far as the register knows."""
         with self._lock, self._reading():
-            return self._tables.own(ledger_id)
+            return self._tables.of_home(ledger_id)
 
     def counter(self, ledger_id: str) -> int:
         """The largest number of charges that the register ever saw in a home's ledger."""
@@ -272,7 +272,7 @@ class Register:
         digest = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
         ledger_id, unit = self._ledger_id, self._unit
         with self._lock, self._file.transaction(BudgetExceededError, ConfigError) as run:
-            lacking = missing(charged, self._tables.own(ledger_id))
+            lacking = missing(charged, self._tables.of_home(ledger_id))
             known = run(_SPAN, (ledger_id, digest, unit)).fetchone()
             new = 0
             if known is None or lacking:
@@ -296,9 +296,9 @@ class Register:
             self._refuse_other_units()
             self._written()
         with self._lock, self._reading():
-            tables, own = self._tables, self._tables.own(ledger_id)
+            tables, of_home = self._tables, self._tables.of_home(ledger_id)
             self._seen, self._shared = tables.seen_by(ledger_id, self._span), False
-            self._steps = steps_of(own)
+            self._steps = steps_of(of_home)
             unknown = combined(tables.charges(), tables.spans_of(ledger_id, RECOVERED))
             return DeclaredDocuments(
                 documents=len(hashes),
@@ -306,7 +306,7 @@ class Register:
                 elsewhere=self._elsewhere(),
                 recovered=lacking,
                 unknown_steps=sum(unknown.values()),
-                behind=missing(own, charged),
+                behind=missing(of_home, charged),
                 counter=tables.counter(ledger_id),
             )
 

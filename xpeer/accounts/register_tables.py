@@ -9,7 +9,7 @@ from xpeer.accounts import register_file as file
 from xpeer.accounts.histories import ByUnit, DocumentClass, History, combined, segments_of, steps_of
 
 RECOVERED: Final = b"recovered"
-"""Stands in a span for the digest of its documents, if nobody knows which they were."""
+"""Digest of a span whose documents are unknown."""
 
 
 class Tables:
@@ -23,14 +23,14 @@ class Tables:
         return int(self._run("SELECT writes FROM head").fetchone()[0])
 
     def charges(self) -> dict[int, History]:
-        """Steps charged, by span and kind."""
+        """Steps charged, by span, then (sigma, q)."""
         by_span: dict[int, History] = {}
         for span, sigma, q, steps in self._run("SELECT * FROM charges"):
             by_span.setdefault(span, {})[sigma, q] = steps
         return by_span
 
-    def own(self, ledger_id: str) -> ByUnit:
-        """Steps that one ledger charged, by unit and kind."""
+    def of_home(self, ledger_id: str) -> ByUnit:
+        """Steps that one ledger charged, by unit, then (sigma, q)."""
         rows = self._run(
             "SELECT unit, noise_multiplier, sampling_probability, sum(steps) FROM charges"
             " JOIN spans ON spans.id = span WHERE ledger_id = ? GROUP BY 1, 2, 3",
@@ -84,7 +84,7 @@ class Tables:
         return {int(number) for number, digest in rows if documents in (None, digest)}
 
     def newest(self, ledger_id: str) -> tuple[int, str]:
-        """The span that a ledger declared last, and its unit; (0, "record") if it never did."""
+        """The span of a ledger's last declaration, and its unit; (0, "record") without any."""
         row = self._run(
             "SELECT id, unit FROM spans WHERE ledger_id = ? ORDER BY joined DESC LIMIT 1",
             (ledger_id,),
@@ -98,7 +98,7 @@ class Tables:
             " JOIN charges ON spans.id = charges.span WHERE unit != ?",
             (unit,),
         ).fetchall()
-        # version 1 did not note how text was cut into records
+        # a bare "record" (schema 1) may be the same unit: not refused
         return [row for row in rows if row[1] != "record" or not unit.startswith("record of ")]
 
     def seen_by(
@@ -107,8 +107,8 @@ class Tables:
         """The state of other homes' charges to the documents of a span, to compare it later.
 
         Returns:
-            For every class of the span: our own spans among the class's, and the steps that other
-            homes charged to it, by kind.
+            For every class of the span: our spans in the class, with the steps that others charged
+            to it, by (sigma, q).
         """
         charges, own = self.charges(), self.spans_of(ledger_id)
         return {
@@ -139,7 +139,7 @@ class Tables:
                     documents=counts[number],
                     here=span in spans,
                     segments=segments_of(combined(charges, spans)),
-                    own=segments_of(combined(charges, own & set(spans))),
+                    of_home=segments_of(combined(charges, own & set(spans))),
                     ledgers=len({owner for owner, _ in charged} | {ledger_id}),
                     swarms=sorted({swarm_id for _, swarm_id in charged}),
                 )
@@ -148,4 +148,4 @@ class Tables:
 
     def steps(self, ledger_id: str) -> int:
         """Number of steps that a ledger charged."""
-        return steps_of(self.own(ledger_id))
+        return steps_of(self.of_home(ledger_id))

@@ -21,7 +21,7 @@ from xpeer.errors import LocalError
 from xpeer.leaves import Local, Public, seen_by
 from xpeer.manifest.privacy import DELTA_MAX
 
-START: Final = "start the node: it takes up what was lost"
+START: Final = "start the node: it charges the lost steps again"
 TOLERANCE: Final = 0.01
 """Relative difference that two accountants may have, since both compute on grids."""
 _NEGLIGIBLE: Final = 2e-3
@@ -33,12 +33,13 @@ _MOST_CLASSES: Final = 12
 
 @seen_by("home")
 class DocumentAccount(Struct, frozen=True, kw_only=True):
-    """A class of documents: all that the machine's register charged alike."""
+    """A class: documents with the same charges in the machine's register."""
 
     documents: Local[int]
     """Number of documents."""
     here: Local[bool]
-    """True iff they were in the shard when the node last started; else they were earlier."""
+    """True iff they were in the shard when the node last started. False: in an earlier shard only.
+    """
     homes: Local[int]
     """Number of homes that charged them, this one included."""
     swarms: Local[list[str]]
@@ -69,8 +70,8 @@ class FileAccount(Struct, frozen=True, kw_only=True):
 
 @seen_by(
     "home",
-    "`xpeer privacy status` and `report`: sigma, q and delta tell the shard's size by "
-    "six bits to whoever is shown them",
+    "`xpeer privacy status` and `report`: whoever reads sigma, q and delta learns the six "
+    "leading bits of the shard's size",
 )
 class Account(Struct, frozen=True, kw_only=True):
     """The state of a ledger, for `xpeer privacy status` and `report`."""
@@ -98,8 +99,8 @@ class Account(Struct, frozen=True, kw_only=True):
     charges: Local[int]
     """Number of charges in the ledger."""
     steps_left: Local[int | None]
-    """Further steps that fit the budget, with the noise and sampling of the last charge. If they
-    are steps of the swarm's run, they leave what is kept back."""
+    """Further steps that fit the budget, with the noise and sampling of the last charge. Swarm
+    steps: without the kept-back part."""
     ends_unix_s: Local[float | None]
     """Time at which the budget will be spent, at the pace of the last hour. None = not training
     now."""
@@ -140,8 +141,8 @@ class Verdict(Struct, frozen=True, kw_only=True):
     epsilon_spent: Local[float]
     """The largest `epsilon_accountant` in `checked`."""
     checked: Local[list[Checked]]
-    """The charges of this ledger, then those of the most charged documents: in the shard, and of
-    all that the node ever had."""
+    """The charges of this ledger, then the worst accounts: of the shard's documents, then of all
+    that the node ever had."""
     charges: Local[int]
     """Number of charges in the ledger."""
     steps_registered: Local[int | None]
@@ -166,7 +167,7 @@ def _last_noted(ledger: Ledger) -> Noted:
             return Noted(charge.segment, charge.about)
     raise LocalError(
         f"privacy ledger {ledger.path} does not say for which delta it was charged",
-        "start the node: it notes it with its next charge; or give --delta",
+        "start the node: its next charge will note delta; or give --delta",
     )
 
 

@@ -257,7 +257,7 @@ def test_what_a_home_ever_had_is_told(folder: Path) -> None:
     assert found is not None
     with found:
         classes = found.classes("a")
-        assert found.own("a") == by_unit(STEP)
+        assert found.of_home("a") == by_unit(STEP)
         assert [(c.documents, c.here, c.ledgers, c.swarms) for c in classes[:2]] in (
             [(1, True, 2, ["one", "two"]), (1, True, 1, ["one"])],
             [(1, True, 1, ["one"]), (1, True, 2, ["one", "two"])],

@@ -261,7 +261,7 @@ def test_a_register_of_the_first_version_goes_on(machine: Machine) -> None:
     found = Register.look(machine.register)
     assert found is not None
     with found:
-        own = found.own(Ledger.look(machine.ledger("a")).id)
+        own = found.of_home(Ledger.look(machine.ledger("a")).id)
     assert own == by_unit(STEP)
     machine.charge("a", ["x"], STEP)
     with machine.start("a", ["x"]) as ledger:
