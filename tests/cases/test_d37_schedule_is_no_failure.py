@@ -55,7 +55,7 @@ async def test_what_failed_is_still_a_failure_and_the_schedule_hides_no_reason(
     rig = Rig(monkeypatch)
     rig.proposer.fails[OTHER] = PeerError(Reason.TIMEOUT)
     await rig.slot()
-    rig.partners.skipped(OTHER, 2, Reason.NOT_DUE)
+    rig.partners.count_no_exchange(OTHER, 2, Reason.NOT_DUE)
     status = status_with(rig.partners)
     assert status.exchanges_failed == {Reason.TIMEOUT: 1}
     assert (rig.partners[OTHER].failed, rig.partners[OTHER].last_reason) == (1, Reason.TIMEOUT)

@@ -107,13 +107,13 @@ class Gossip(ProposalHandler):
         partners = self._host.partners()
         awaited, self._awaited = self._awaited, None
         if awaited is not None:
-            self._partners.skipped(*awaited, Reason.NOT_PROPOSED)
+            self._partners.count_no_exchange(*awaited, Reason.NOT_PROPOSED)
         if self._host.idle_reason() is not None or not self._due():
             self._idle_slots = 0
             return
         self._idle_slots += 1
         if not partners:
-            self._partners.skipped("", slot, Reason.NO_PARTNER)
+            self._partners.count_no_exchange("", slot, Reason.NO_PARTNER)
         elif self._asynchronous():
             self._meet_anybody(slot, partners)
         elif self._round.group == PAIR:
@@ -127,15 +127,16 @@ class Gossip(ProposalHandler):
         """
         candidates = self._company.candidates(slot)
         if not candidates:
-            self._partners.skipped("", slot, Reason.NO_PARTNER, "the others meet one another")
+            detail = "the others meet one another"
+            self._partners.count_no_exchange("", slot, Reason.NO_PARTNER, detail)
             return
         avoided, first = self._company.avoided(), candidates[0]
         if first in avoided:
-            self._partners.skipped(first, slot, Reason.AVOIDED)
+            self._partners.count_no_exchange(first, slot, Reason.AVOIDED)
         elif first < self._me and not self._company.has_nothing_due(first, slot):
             self._awaited = first, slot
         elif self._proposer.busy_with(first):
-            self._partners.skipped(first, slot, Reason.BUSY)
+            self._partners.count_no_exchange(first, slot, Reason.BUSY)
         free = [peer for peer in candidates if peer not in avoided]
         ours = [peer for peer in free if self._may_propose(peer, slot)]
         if ours and (first in avoided or ours[0] == first):
@@ -158,7 +159,7 @@ class Gossip(ProposalHandler):
         least = self._round.least_group
         if 1 + len(others) < least:
             detail = f"the slot leaves {1 + len(others)} of {least} for us"
-            self._partners.skipped("", slot, Reason.GROUP_TOO_SMALL, detail)
+            self._partners.count_no_exchange("", slot, Reason.GROUP_TOO_SMALL, detail)
             return
         meeting = self._meetings.join(trainer, slot, averaging=self._averaging(), expected=others)
         if meeting is None:
@@ -175,7 +176,7 @@ class Gossip(ProposalHandler):
         free = [peer for peer in partners if peer not in avoided]
         others = [peer for peer in free if peer != self._last_partner] or free
         if not others:
-            self._partners.skipped("", slot, Reason.AVOIDED, "all partners are avoided")
+            self._partners.count_no_exchange("", slot, Reason.AVOIDED, "all partners are avoided")
             return
         peer_id = random.SystemRandom().choice(others)
         if self._may_propose(peer_id, slot):
@@ -284,7 +285,7 @@ class Gossip(ProposalHandler):
             self._allow_another(start)
             return False
         except LocalError as e:  # the trainer died, or reaches no step boundary
-            self._partners.skipped(peer_id, slot, Reason.TRAINER_RESTARTED, str(e))
+            self._partners.count_no_exchange(peer_id, slot, Reason.TRAINER_RESTARTED, str(e))
             self._allow_another(start)
             return False
         self._partners.done(agreement, result, self._clock() - began)

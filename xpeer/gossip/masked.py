@@ -5,20 +5,20 @@ all have answered:
 
     key      a fresh X25519 key                   -> everybody can draw the masks
     lock     digest of the members and their keys -> all see the same group, and the same keys
-    commit   digest of our masked payload         -> nobody can choose its own by ours
+    commit   digest of our masked payload         -> nobody can choose its payload after seeing ours
     echo     digest of all commitments            -> all received the same ones
     reveal   the masked payloads                  -> each is what was committed to
     accept   the sum was decoded                  -> merge
 
-A group has exactly the manifest's k members. With fewer, colluding members could drop the honest
-ones until only one of these is left. So if a member is missing or lost, all others lose this slot.
-The next slot is another attempt, with fresh keys and with the group that it brings.
+A group has exactly the manifest's k members. With fewer, colluding members could drop honest ones
+until one honest member is left. So if a member is missing or lost, all others lose this slot. The
+next slot is another attempt, with fresh keys and with the group that it brings.
 
 Until we reveal our values, we may try again with the same ones. After that we may not, in any
-group. With another roster the difference of the two sums would be the values of those who are not
-in both. With the same roster others may have merged, to a mean that is known. So values that were
-revealed without a merge are revealed to nobody until a step has changed them. The same holds for
-the values of a checkpoint.
+group. With another roster the difference of the two sums would be the values of members in only one
+of them. With the same roster others may have merged, and the merged mean would reveal our values.
+So values that were revealed without a merge are revealed to nobody until a step has changed them.
+The same holds for the values of a checkpoint.
 
 A lie is noticed where it makes a difference: different keys for different members (lock), different
 commitments (echo), different payloads (reveal, or a refusal by a member that received another one).
@@ -45,9 +45,9 @@ from xpeer.wire import fixedpoint
 from xpeer.wire.messages import MaskStep
 
 STEP_S: Final = 5.0
-"""Time for one turn with one partner, ..."""
+"""Time for one turn with one partner."""
 BYTES_PER_S: Final = 50e6
-"""... and, to commit, the time for masking and hashing the payload at this speed."""
+"""Speed of masking and hashing a payload. The turn `commit` gets that time on top."""
 _SUM: Final = 0
 """Exchange id of the sum. The trainer sees the meeting as one exchange."""
 _T = TypeVar("_T")
@@ -83,8 +83,8 @@ class MaskedMeeting(Gathering):
         trainer: ours.
         plan: see `round.MeetingPlan`.
         us: what all our masked groups have in common.
-        before: local step of this fragment's values that we revealed without a merge; None = there
-            are none.
+        before: step at which this fragment's values were last revealed but not merged; None = they
+            never were.
 
     Attributes:
         revealed: local step of the values that we have revealed; None until we do.
@@ -122,8 +122,8 @@ class MaskedMeeting(Gathering):
         """Wait for the group, exchange, merge.
 
         Raises:
-            PeerError: nobody came, or all accepted and we do not merge. Other failures are raised
-                by `exchange`, for each partner.
+            PeerError: nobody came, or the trainer refused the merge after everybody accepted. Other
+                failures are raised by `exchange`, for each partner.
             LocalError: the trainer failed.
         """
         error: PeerError | None = None
@@ -165,7 +165,8 @@ class MaskedMeeting(Gathering):
 
     def _require_unseen(self, update: CompressedUpdate) -> None:
         if self._before == update.step:
-            raise PeerError(Reason.REVEALED_BEFORE, "these very values were shown in vain")
+            detail = "these values were revealed before and not merged"
+            raise PeerError(Reason.REVEALED_BEFORE, detail)
 
     async def _mask(self, update: CompressedUpdate) -> tuple[bytes, MaskedUpdate]:
         """Draw keys, lock the roster, and hide our payload."""
@@ -194,7 +195,7 @@ class MaskedMeeting(Gathering):
         expected = masks.echo(roster, commitments)
         echoes = await self._step("echo", expected)
         if any(heard != expected for heard in echoes.values()):
-            raise PeerError(Reason.EQUIVOCATION, "a member was told other commitments than we were")
+            raise PeerError(Reason.EQUIVOCATION, "a member received other commitments than we did")
         return commitments
 
     async def _step(
@@ -248,7 +249,7 @@ class MaskedMeeting(Gathering):
         await self._trainer.merge(self._id, {_SUM: (self._us.size - 1) / self._us.size})
         self.merged = True
 
-    # With everybody, and the end
+    # All pairs at once; clean-up
 
     async def _with_all(self, turn: Callable[[_Pair], Awaitable[_T]]) -> dict[PeerId, _T]:
         """Take a turn with all partners at the same time; the first failure ends all of them.

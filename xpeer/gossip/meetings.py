@@ -125,12 +125,12 @@ class Meetings:
             await meeting.run()
             for peer_id in meeting.missing:
                 if peer_id < self._us.me:
-                    self._partners.skipped(peer_id, meeting.slot, Reason.NOT_PROPOSED)
+                    self._partners.count_no_exchange(peer_id, meeting.slot, Reason.NOT_PROPOSED)
         except (PeerError, LocalError) as e:
             for peer_id, exchange_id in meeting.accepted.items():  # the partners merged, we did not
                 self._partners[peer_id].ids.unresolved(exchange_id)
             reason = e.reason if isinstance(e, PeerError) else Reason.TRAINER_RESTARTED
-            self._partners.skipped("", meeting.slot, reason, str(e))
+            self._partners.count_no_exchange("", meeting.slot, reason, str(e))
         finally:
             del self._running[meeting.fragment]
             if isinstance(meeting, MaskedMeeting):

@@ -23,10 +23,13 @@ from xpeer.wire.messages import Terms
 log = logging.getLogger("xpeer.gossip")
 
 MAX_PARTNERS = 4096
-MIN_DEADLINE_S, DEADLINE_MULTIPLE = 5.0, 4.0
+MIN_DEADLINE_S = 5.0
+"""Time that every exchange may take."""
+DEADLINE_MULTIPLE = 4.0
 """A partner may take this many times as long as its exchanges took so far."""
 FIRST_MULTIPLE = 8.0
-"""In our first exchange with it, a partner may take this many times the median of the others."""
+"""In our first exchange with it, a partner may take this many times the other partners' median
+duration."""
 
 ORDINARY = frozenset(
     {
@@ -51,7 +54,7 @@ class Events:
         """An exchange is done; it took this many seconds."""
 
     def skipped(self, peer_id: str, slot: int, reason: str, detail: str) -> None:
-        """A slot passed without an exchange, by a failure or not.
+        """A slot's exchange failed or did not begin.
 
         Args:
             peer_id: the partner; "" if the slot had none for us.
@@ -164,7 +167,7 @@ class Partners:
                     peer_id,
                 )
         self._blame(record, error, agreement, lost_s)
-        self.skipped(peer_id, slot, error.reason, error.detail)
+        self.count_no_exchange(peer_id, slot, error.reason, error.detail)
 
     def _blame(
         self, record: Record, error: PeerError, agreement: Agreement | None, lost_s: float
@@ -193,8 +196,7 @@ class Partners:
 
         Args:
             partners: all that are alive.
-            proposing: True for those that we do not propose to; False for those whose proposals
-                we refuse.
+            proposing: True: whom not to propose to. False: whose proposals to refuse.
         """
         self._num_partners = max(1, len(partners))
         now_s = self._clock()
@@ -205,7 +207,7 @@ class Partners:
         return frozenset(peer for peer, r in paused.items() if proposing or r.backoff.shuns)
 
     def shuns(self, peer_id: PeerId) -> bool:
-        """Whether we refuse the proposals of a peer, by its own record alone."""
+        """Whether we refuse a peer's proposals, by our record of it alone, whatever the others'."""
         record = self._records.get(peer_id)
         return record is not None and record.backoff.shuns and record.backoff.active(self._clock())
 
@@ -213,7 +215,9 @@ class Partners:
         """Partners that say that our ledger went back."""
         return [peer for peer, record in self._records.items() if record.ledger.refuses_ours]
 
-    def skipped(self, peer_id: PeerId | str, slot: int, reason: str, detail: str = "") -> None:
+    def count_no_exchange(
+        self, peer_id: PeerId | str, slot: int, reason: str, detail: str = ""
+    ) -> None:
         """Count a slot without an exchange: as a failure, or as skipped if that is ordinary."""
         ordinary = reason in ORDINARY
         (self.skips if ordinary else self.failures)[reason] += 1
@@ -221,15 +225,15 @@ class Partners:
             self[PeerId(peer_id)].came_to_nothing(reason, ordinary=ordinary)
         level = logging.DEBUG if ordinary else logging.INFO
         who = self._events.name_of(PeerId(peer_id)) if peer_id else "nobody"
-        log.log(level, "slot %d skipped with %s: %s %s", slot, who, reason, detail)
+        log.log(level, "slot %d: no exchange with %s: %s %s", slot, who, reason, detail)
         self._events.skipped(peer_id, slot, reason, detail)
 
     def deadline_s(self, peer_id: PeerId, longest_s: float) -> float:
         """How long an exchange with this partner may take, `longest_s` at most.
 
-        That follows from the duration of its earlier exchanges; if it has none, from the other
-        partners'; if nobody has any, it is `longest_s`. Each timeout in a row doubles it, so that
-        an exchange with a partner that is slow but honest succeeds in the end.
+        It follows from the partner's earlier exchanges, or else from the other partners'. Without
+        any exchange it is `longest_s`. Each timeout in a row doubles it, so that an exchange with
+        an honest but slow partner succeeds in the end.
         """
         record = self[peer_id]
         if record.seconds is not None:

@@ -2,8 +2,8 @@
 
 A record's loss is the mean over its own predicted tokens, so that a short record weighs as much as
 a long one and the clipping norm means the same for both. Clipping is over all trainable parameters
-together (flat), in full precision. Records whose gradient is not finite count as zero: a partner
-chooses the parameters, and could provoke them to learn whether a record is there.
+together (flat), in full precision. Records whose gradient is not finite count as zero. A partner
+that influences the parameters could provoke such gradients, to learn whether a record is there.
 
 `BookKeepingEngine` is usually the fastest. `MicrobatchEngine` makes no assumption on the model.
 `engines.choose_engine` picks the fastest that is exact. Tokens a second on one CPU thread, Llama of
@@ -67,7 +67,11 @@ class Engine(Protocol):
         """Add the clipped gradients of (B, T) records to `sums`, in the order of `trainable`."""
 
     def shrink(self) -> str:
-        """Compute with fewer records a pass from now on; see `fitting.until_it_fits`."""
+        """Compute with fewer records a pass from now on; see `fitting.until_it_fits`.
+
+        Returns:
+            What changed, in words for the log; "" = there is nothing left to shrink.
+        """
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -250,8 +254,8 @@ class BookKeepingEngine:
         ]
         self._memory_bytes = memory_bytes
         self.on_calls: Callable[[Sequence[Call | BlockedCall], int], None] | None = None
-        """Called after each backward pass with the layers' calls and the number of records. The
-        self-test listens; None = nobody does, and calls are not kept."""
+        """Called after each backward pass with the layers' calls and the number of records. Set by
+        the self-test only; None: calls are dropped at once."""
         self.micro_batch = micro_batch
         """Records per pass. 0 until the first pass has measured how much memory a record needs."""
 
@@ -313,7 +317,7 @@ class BookKeepingEngine:
         if self.on_calls is not None:
             self.on_calls(watched, batch)
         if not self.micro_batch:
-            # autograd keeps about as much again
+            # `nbytes` counts factors twice, for autograd's copy
             needed = max(1, sum(g.nbytes for g in gradients) // batch)
             self.micro_batch = max(1, min(self._memory_bytes // needed, cache_records(records)))
         return losses.detach(), tokens, gradients

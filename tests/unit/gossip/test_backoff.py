@@ -104,7 +104,7 @@ def test_a_restart_of_our_own_trainer_is_held_against_nobody(
 ) -> None:
     rig = Rig(monkeypatch)
     rig.host.live = [OTHER, THIRD]
-    rig.partners.skipped(OTHER, 1, Reason.TRAINER_RESTARTED)
+    rig.partners.count_no_exchange(OTHER, 1, Reason.TRAINER_RESTARTED)
     assert not rig.partners.avoided(rig.host.live)
 
 
