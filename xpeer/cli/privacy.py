@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xpeer.accounts import signal
 from xpeer.cli.common import (
     GivenPath,
     GivenText,
@@ -23,6 +22,7 @@ from xpeer.cli.common import (
     load_config,
     say,
 )
+from xpeer.cli.plan_lines import print_plan, print_table
 from xpeer.cli.render import moment
 from xpeer.config import Home, privacy_register
 from xpeer.errors import ConfigError, ExitCode, LocalError
@@ -31,7 +31,6 @@ from xpeer.manifest.signed import SignedManifest
 
 if TYPE_CHECKING:
     from xpeer.accounts.ledger import Ledger
-    from xpeer.accounts.planning import Plan
     from xpeer.accounts.register import Register
     from xpeer.accounts.report import Account
 
@@ -67,37 +66,47 @@ def status_command(home: Home, as_json: bool) -> None:
 
 
 @privacy.command("plan")
-@click.option("--epsilon", type=Number(1e-6, 1e6), default=8.0, show_default=True)
-@click.option("--delta", type=Number(), help="Default: min(1e-5, records^-1.1).")
+@click.option(
+    "--epsilon", type=Number(1e-6, 1e6), default=8.0, show_default=True, help="Budget to plan for."
+)
+@click.option("--delta", type=Number(), help="Delta. Default: min(1e-5, records^-1.1).")
 @click.option(
     "--records",
     type=Whole(1, MAX_COUNT),
-    help="Training sequences in the shard, or documents.",
+    help="Number of training sequences in the shard, or of documents.",
 )
 @click.option(
-    "--shard", multiple=True, type=GivenText(), help="Or count them: files, folders or globs."
+    "--shard",
+    multiple=True,
+    type=GivenText(),
+    help="Text to count instead of --records: files, folders or globs.",
 )
-@click.option("--text-field", default="text", show_default=True, help="As data.text_field.")
-@click.option("--tokenizer", type=GivenPath(), help="Folder; default: bytes.")
+@click.option(
+    "--text-field",
+    default="text",
+    show_default=True,
+    help="Field of a row that holds its text, as in data.text_field.",
+)
+@click.option("--tokenizer", type=GivenPath(), help="Folder of a tokenizer. Default: bytes.")
 @click.option("--documents", is_flag=True, help="Protect documents, not training sequences.")
 @click.option(
     "--batch",
     type=Whole(1, MAX_COUNT),
-    help="Expected records (documents) a step; default: a table.",
+    help="Expected records (documents) of a step. Default: print a table.",
 )
 @click.option("--steps", type=Whole(1, MAX_COUNT), help="Private steps in all.")
+@click.option("--rounds", type=Whole(1, MAX_COUNT), help="Windows in all, instead of --steps.")
 @click.option(
-    "--rounds", type=Whole(1, MAX_COUNT), help="Or windows, of --window-steps steps each."
+    "--window-steps", type=Whole(1, 10**6), default=5, show_default=True, help="Steps of a window."
 )
-@click.option("--window-steps", type=Whole(1, 10**6), default=5, show_default=True)
 @click.option(
     "--sequence-tokens", type=Whole(8, 10**7), default=128, show_default=True,
-    help="Of a training sequence.",
+    help="Tokens of a training sequence.",
 )  # fmt: skip
 @click.option(
     "--parameters",
     type=Whole(1, 10**15),
-    help="That are trained, to tell the noise's norm.",
+    help="Number of trained parameters; adds the noise's norm to the table.",
 )
 @json_option
 def plan_command(
@@ -118,8 +127,8 @@ def plan_command(
 ) -> None:
     """Say how much noise a budget asks for, before a swarm is founded.
 
-    Prints the options for `xpeer init --swarm`; without --batch, a table to choose from: the noise
-    in a mean gradient falls with the batch, and a step costs as many tokens more.
+    Prints the options for `xpeer init --swarm`. Without --batch it prints a table to choose from: a
+    larger batch has less noise and costs more tokens.
     """
     from xpeer.accounts import planning  # noqa: PLC0415 - slow to import
 
@@ -151,9 +160,9 @@ def plan_command(
     if as_json:
         echo_json(plans)
     elif batch is None:
-        _table(plans)
+        print_table(plans)
     else:
-        _explain(plans[0])
+        print_plan(plans[0])
 
 
 @privacy.command("documents")
@@ -163,17 +172,17 @@ def plan_command(
     multiple=True,
     type=GivenText(),
     metavar="PATH",
-    help="As to `xpeer start`, if not set.",
+    help="Files, folders or globs. Default: data.corpus, or else data.shard.",
 )
 @click.option("--above", type=Number(), default=0.0, help="Only files with more epsilon than this.")
-@click.option("--delta", type=Number(), help="Default: as noted in the ledger.")
+@click.option("--delta", type=Number(), help="Delta. Default: the one that the ledger notes.")
 @json_option
 def documents_command(
     home: Home, shard: tuple[str, ...], above: float, delta: float | None, as_json: bool
 ) -> None:
-    """Say which files of the shard hold text that was charged, by all homes of this machine.
+    """List files of the shard that hold charged text. Charges by all homes of this machine count.
 
-    A node trains no more once one of its documents is spent: take those files out of its shard.
+    A node trains no more once the budget of one document is spent. Take its file out of the shard.
     """
     from xpeer.accounts import report  # noqa: PLC0415 - slow to import
     from xpeer.training.documents import name_documents  # noqa: PLC0415
@@ -216,8 +225,8 @@ def report_command(home: Home, as_json: bool) -> None:
 
 @privacy.command("verify")
 @home_option
-@click.option("--ledger", "path", type=GivenPath(), help="Another ledger.sqlite.")
-@click.option("--delta", type=Number(), help="Default: as noted in the ledger.")
+@click.option("--ledger", "path", type=GivenPath(), help="Another ledger.sqlite than the home's.")
+@click.option("--delta", type=Number(), help="Delta. Default: the one that the ledger notes.")
 @json_option
 def verify_command(home: Home, path: Path | None, delta: float | None, as_json: bool) -> None:
     """Check the chain of charges and recompute epsilon independently; exit 1 if they disagree."""
@@ -316,83 +325,41 @@ def _counted(
         return len(set(records.owners().tolist())) if unit == "document" else len(records)
 
 
-def _rows(found: Account) -> Iterator[tuple[str, str]]:
-    left = max(0.0, found.epsilon_target - found.epsilon_spent)
-    yield "mode", f"{found.mode}, per {found.unit}"
+def _rows(account: Account) -> Iterator[tuple[str, str]]:
+    left = max(0.0, account.epsilon_target - account.epsilon_spent)
+    yield "mode", f"{account.mode}, per {account.unit}"
     yield (
         "spent",
-        f"epsilon {found.epsilon_spent:.4f} of {found.epsilon_target:g} at delta "
-        f"{found.delta:.3g}; {left:.4f} or {found.steps_left} steps left",
+        f"epsilon {account.epsilon_spent:.4f} of {account.epsilon_target:g} at delta "
+        f"{account.delta:.3g}; {left:.4f} or {account.steps_left} steps left",
     )
-    if found.epsilon_kept_back:
+    if account.epsilon_kept_back:
         yield (
             "kept back",
-            f"epsilon {found.epsilon_kept_back:g} of these: the swarm's steps leave it for "
-            "`xpeer finetune`",
+            f"epsilon {account.epsilon_kept_back:g} of the budget is reserved for `xpeer finetune`",
         )
-    if own := sum(segment.steps for segment in found.own_segments):
+    if own := sum(segment.steps for segment in account.own_segments):
         yield "own steps", f"{own} of the steps below, by `xpeer finetune`"
-    if found.epsilon_ever > found.epsilon_spent:
-        yield "ever", f"epsilon {found.epsilon_ever:.4f}, by text that is no longer in the shard"
-    for segment in found.segments:
+    if account.epsilon_ever > account.epsilon_spent:
+        yield "ever", f"epsilon {account.epsilon_ever:.4f}, counting text no longer in the shard"
+    for segment in account.segments:
         yield (
             "steps",
             f"{segment.steps} with noise {segment.noise_multiplier:g}, sampling probability "
             f"{segment.sampling_probability:.6g}",
         )
-    for each in found.documents:
+    for each in account.documents:
         where = "in the shard" if each.here else "no longer in the shard"
         homes = "this home alone" if each.homes == 1 else f"{each.homes} homes"
         yield "documents", f"{each.documents} {where}: epsilon {each.epsilon:.4f}, by {homes}"
-    if found.classes_left_out:
-        yield "documents", f"and {found.classes_left_out} kinds with fewer steps"
-    ends = found.ends_unix_s
-    when = f"about {moment(ends)}" if ends else "no pace known: not training now"
-    if not found.steps_left:
+    if account.classes_left_out:
+        yield "documents", f"and {account.classes_left_out} classes of documents with fewer steps"
+    ends = account.ends_unix_s
+    when = f"about {moment(ends)}" if ends else "unknown: the node is not training now"
+    if not account.steps_left:
         when = "the budget is spent"
     yield "ends", when
-    yield "ledger", f"{found.ledger_id}, {found.charges} charges, head {found.chain_head[:16]}"
-
-
-def _table(plans: list[Plan]) -> None:
-    click.echo(
-        f"{'batch':>8} {'q':>10} {'sigma':>8} {'sigma/batch':>12} {'noise norm':>11} "
-        f"{'tokens/step':>12} {'passes':>8}"
-    )
-    for each in plans:
-        norm = f"{each.noise_norm:.3g}" if each.noise_norm else "-"
-        click.echo(
-            f"{each.batch:8d} {each.sampling_probability:10.3g} {each.noise_multiplier:8.3f} "
-            f"{each.noise_to_signal:12.3g} {norm:>11} {each.tokens_per_step or 0:12,d} "
-            f"{each.passes:8.2f}"
-        )
-    say("sigma/batch and the noise's norm: against a mean gradient of norm 1 (C) at most")
-    for each in plans:
-        _warn_of_noise(each)
-
-
-def _warn_of_noise(plan: Plan) -> None:
-    if plan.noise_norm and signal.drowns(plan.noise_norm, plan.steps):
-        say(
-            f"warning: with {plan.batch} {plan.unit}s a step the noise is {plan.noise_norm:.3g} "
-            f"times the signal: next to nothing is learnt - {signal.REMEDY}"
-        )
-
-
-def _explain(plan: Plan) -> None:
-    tokens = f", {plan.tokens_per_step:,} tokens a step" if plan.tokens_per_step else ""
-    norm = f" ({plan.noise_norm:.3g} C over all parameters)" if plan.noise_norm else ""
-    say(
-        f"{plan.steps} steps of {plan.batch} {plan.unit}s in {plan.records:,} ({plan.passes:.2f} "
-        f"passes{tokens}) spend epsilon {plan.epsilon:g} at delta {plan.delta:.3g} with noise "
-        f"{plan.noise_multiplier:g}: {plan.noise_to_signal:.3g} C in each coordinate of the mean "
-        f"gradient{norm}, whose own norm is at most C"
-    )
-    _warn_of_noise(plan)
-    unit = " --set privacy.unit=document" if plan.unit == "document" else ""
-    say("on the way: " + ", ".join(f"{eps:.2f} after {steps}" for steps, eps in plan.curve))
-    click.echo(
-        f"--set privacy.epsilon={plan.epsilon:g} --set privacy.delta={plan.delta:.6g} "
-        f"--set privacy.noise_multiplier={plan.noise_multiplier:g} "
-        f"--set optimiser.batch_records={plan.batch} --set end.steps={plan.steps}{unit}"
+    yield (
+        "ledger",
+        f"{account.ledger_id}, {account.charges} charges, head {account.chain_head[:16]}",
     )
