@@ -49,7 +49,7 @@ def list_command(home: Home, as_json: bool) -> None:
 @checkpoint.command("save")
 @home_option
 def save_command(home: Home) -> None:
-    """Have the running daemon save one now; print its path."""
+    """Have the running daemon save a checkpoint now; print its path."""
     path = Client(home.socket(load_config(home))).checkpoint()
     if path:
         echo(path)
@@ -92,28 +92,27 @@ def verify_command(home: Home, as_json: bool) -> None:
     "folder",
     required=True,
     type=GivenPath(),
-    help="New folder for transformers' (or, for adapters, peft's) from_pretrained.",
+    help="New folder, to be loaded with from_pretrained by transformers, or by peft for adapters.",
 )
-@click.option("--merged", is_flag=True, help="Adapters added to their base: a model of its own.")
+@click.option("--merged", is_flag=True, help="Add the adapters to their base: a complete model.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the weights. Default: as in the model that training started from.",
+    help="Type of the weights. Default: as in the model that training started from.",
 )
 @click.option("--own", is_flag=True, help="The model of `xpeer finetune`, not the swarm's.")
 def export_command(home: Home, folder: Path, merged: bool, dtype: str | None, own: bool) -> None:
     """Write the newest checkpoint as a Hugging Face model with its tokenizer.
 
-    Where the swarm trains adapters, they alone are written, with the hash of the model that they
-    are for.
+    Where the swarm trains adapters, only adapters and the base model's hash are written.
 
-    What was written is loaded again by transformers or peft, and compared with the checkpoint.
+    transformers or peft then loads what was written, and it is compared with the checkpoint.
 
-    With --own it is the model that `xpeer finetune` made. Text of this node alone is behind it, and
-    it is exported on this node's own account: read its card before you pass it on.
+    With --own it is the model that `xpeer finetune` made. Its own steps used this node's text
+    alone, and you answer for passing it on: read its card first.
 
-    Otherwise it is this peer's model as its last checkpoint had it, averaged with what its last
-    partners showed: near the swarm's mean, which all have after the closing windows.
+    Otherwise it is the last checkpoint, averaged with partners' values. Members' models agree only
+    after closing.
     """
     # torch takes seconds
     from xpeer.accounts.ledger import Ledger  # noqa: PLC0415
@@ -136,18 +135,18 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None, ow
     bundle, warnings = saved_model(home, own=own)
     for warning in warnings:
         say(f"warning: {warning}")
-    # Merged, they go into the weights themselves: quantising those once more would lose more.
+    # Merge into unquantised weights: quantising again would lose more.
     made = trained_model(manifest, home, data.base_model, bundle, quantised=not merged)
     if merged and manifest.model.base_block:
         say(
             f"warning: the adapters were trained on weights in {manifest.model.base_dtype}, and "
-            "are merged into these weights as they were before: compare `xpeer eval` of both"
+            "are merged into the unquantised weights: compare `xpeer eval` of both"
         )
     ledger = Ledger.look(home.ledger_db) if home.ledger_db.exists() else None
     if bundle.ledger_id and (ledger is None or ledger.id != bundle.ledger_id):
         raise LocalError(
             f"the checkpoint was made with privacy ledger {bundle.ledger_id}, which is not "
-            f"{home.ledger_db}: what it cost can't be told",
+            f"{home.ledger_db}: its epsilon is unknown",
             "restore the ledger that belongs to the checkpoint",
         )
     register = Register.look(privacy_register(load_config(home))) if ledger else None
@@ -167,7 +166,7 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None, ow
         say(f"warning: {note}")
     say(
         f"exported {'own ' if own else ''}step {bundle.step}, {bundle.flat.numel()} parameters as "
-        f"{done.dtype}; "
-        f"loaded again, its logits are within {done.difference:.2g} of those trained"
+        f"{done.dtype}; loaded again, its logits differ from the checkpoint's by at most "
+        f"{done.difference:.2g}"
     )
     echo(str(folder))

@@ -45,19 +45,23 @@ def invite() -> None:
 @invite.command()
 @home_option
 @json_option
-@click.option("--for", "for_peer", metavar="PEERID", help="Only this peer can use it (safest).")
+@click.option("--for", "for_peer", metavar="PEERID", help="Only peer that can use it (safest).")
 @click.option(
     "--role",
     type=click.Choice(["member", "observer", "infrastructure"]),
     default="member",
     show_default=True,
-    help="What it grants.",
+    help="Role that the token grants.",
 )
 @click.option(
-    "--ttl", default="24h", show_default=True, help="It expires after this: 30m, 24h, 7d."
+    "--ttl", default="24h", show_default=True, help="Time until it expires: 30m, 24h, 7d."
 )
-@click.option("--seed", "seeds", multiple=True, metavar="ADDR", help="Where to join (repeatable).")
-@click.option("--no-seed", is_flag=True, help="No address in it: the joiner brings --bootstrap.")
+@click.option(
+    "--seed", "seeds", multiple=True, metavar="ADDR", help="Address to join at (repeatable)."
+)
+@click.option(
+    "--no-seed", is_flag=True, help="Put no address into the token: the newcomer gives --bootstrap."
+)
 def create(
     home: Home,
     as_json: bool,
@@ -67,10 +71,10 @@ def create(
     seeds: tuple[str, ...],
     no_seed: bool,
 ) -> None:
-    """Print a token; without --for anybody who holds it before it expires can join with it.
+    """Print a token. Without --for it is a bearer token: anybody who holds it can join with it.
 
-    The use limit of such a bearer token is best effort: it expires, but until then it can be used
-    more than once. A real limit would need a server: there is none.
+    There is no limit of uses: a bearer token works until it expires. A limit would need a server,
+    and there is none.
     """
     secure_home(home)
     admin = _admin_key(home)
@@ -114,8 +118,8 @@ def create(
     for command in commands:
         say(f"  {command}")
     for item in needs.in_words() if needs is not None else ():
-        say(f"it needs {item}")
-    say("TOKEN is the line below, file:PATH, or - for standard input")
+        say(f"the newcomer needs {item}")
+    say("TOKEN is the line below, or file:PATH, or - for standard input")
     say(f"fingerprint to compare: {issued.swarm_id}")
     click.echo(str(token))
 
@@ -124,7 +128,7 @@ def create(
 @home_option
 @json_option
 def list_command(home: Home, as_json: bool) -> None:
-    """Show the invitations that were made here; without the tokens, which are not kept."""
+    """List the invitations that were made here. Their tokens are not kept."""
     invites = founding.load_invites(home)
     if as_json:
         echo_json(invites)
@@ -170,7 +174,7 @@ def _check_peer_id(peer_id: str) -> None:
     try:
         public_key_of(peer_id)
     except ValueError as e:
-        raise ConfigError(f"--for: {e}", "the joiner reads its PeerID from `xpeer id`") from e
+        raise ConfigError(f"--for: {e}", "the newcomer's `xpeer id` prints its PeerID") from e
 
 
 def _seconds(text: str) -> float:
@@ -181,6 +185,6 @@ def _seconds(text: str) -> float:
     if seconds > MEMBERSHIP_S:
         raise ConfigError(
             f"--ttl: {text} is longer than a membership ({MEMBERSHIP_S // 86400}d)",
-            "a token is used once, soon: 24h or 7d",
+            "choose a shorter time, such as 24h or 7d",
         )
     return float(seconds)

@@ -235,7 +235,7 @@ def test_a_home_with_a_quantised_base_trains_restarts_and_exports(tmp_path: Path
 
     done = CliRunner().invoke(main, [*command[:-1], str(tmp_path / "whole"), "--merged"])
     assert done.exit_code == 0, done.output
-    assert "merged into these weights as they were before" in done.output
+    assert "merged into the unquantised weights" in done.output
     home = Home(Path(setup.home))
     plain = trained_model(manifest, home, "", saved_model(home)[0], quantised=False).eval()
     assert num_values(plain) == 0
