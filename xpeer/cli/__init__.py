@@ -52,10 +52,10 @@ _THEN_ASKING: Final = "start"
 
 
 def asking_the_daemon() -> dict[str, click.Command]:
-    """Commands that ask or tell a running daemon: what `xpeer.cli.node` has, in its order."""
+    """Commands that ask a running daemon: all in `xpeer.cli.node`, in its order."""
     module = importlib.import_module("xpeer.cli.node")
-    found = [value for value in vars(module).values() if isinstance(value, click.Command)]
-    return {str(command.name): command for command in found}
+    commands = [value for value in vars(module).values() if isinstance(value, click.Command)]
+    return {str(command.name): command for command in commands}
 
 
 def all_commands() -> dict[str, str]:

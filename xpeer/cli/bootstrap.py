@@ -16,10 +16,10 @@ from xpeer.errors import ConfigError
 @home_option
 @json_option
 @click.option("--swarm", "swarm_id", metavar="ID", help="Fingerprint that `xpeer init` printed.")
-@click.option("--join", metavar="TOKEN", help="Instead of --swarm: an infrastructure token.")
+@click.option("--join", metavar="TOKEN", help="Infrastructure token, instead of --swarm.")
 @click.option("--listen", multiple=True, metavar="ADDR", help="Multiaddress to listen on.")
-@click.option("--announce", multiple=True, metavar="ADDR", help="Address to tell others.")
-@click.option("--bootstrap", "seeds", multiple=True, metavar="ADDR", help="Other entry points.")
+@click.option("--announce", multiple=True, metavar="ADDR", help="Address to give to others.")
+@click.option("--bootstrap", "seeds", multiple=True, metavar="ADDR", help="Another entry point.")
 def bootstrap(
     home: Home,
     as_json: bool,

@@ -55,7 +55,7 @@ class Inspection(Struct, frozen=True, kw_only=True):
 
 @click.group()
 def data() -> None:
-    """What the text that a node trains on holds."""
+    """Count what the text to train on holds."""
 
 
 @data.command("inspect")
@@ -66,18 +66,18 @@ def data() -> None:
     multiple=True,
     type=GivenText(),
     metavar="PATH",
-    help="Files, folders or globs; default: as set for `xpeer start`.",
+    help="Files, folders or globs. Default: data.corpus, or else data.shard.",
 )
-@click.option("--text-field", help="As data.text_field; default: as set for `xpeer start`.")
+@click.option("--text-field", help="Field of a row that holds its text. Default: data.text_field.")
 @click.option(
     "--tokenizer",
     type=GivenPath(),
-    help="Folder of a Hugging Face tokenizer; default: as set, else bytes.",
+    help="Folder of a Hugging Face tokenizer. Default: data.tokenizer, or else bytes.",
 )
 @click.option(
     "--sequence-tokens",
     type=Whole(8, 1 << 20),
-    help="Default: as in the home's manifest, else 512.",
+    help="Tokens of a training sequence. Default: as in the home's manifest, or else 512.",
 )
 def inspect(
     home: Home,
@@ -103,11 +103,11 @@ def inspect(
         from xpeer.training.tokenising import ignore  # noqa: PLC0415
 
         table, summary = read_table(patterns, setting, recipe, Path(cache), ignore)
-        found = _inspected(table, summary, length, recipe.makes_examples, settings)
+        inspection = _inspected(table, summary, length, recipe.makes_examples, settings)
     if as_json:
-        echo_json(found)
+        echo_json(inspection)
         return
-    for line in _lines(found):
+    for line in _lines(inspection):
         echo(line)
 
 
@@ -148,16 +148,16 @@ def _inspected(
     )
 
 
-def _lines(found: Inspection) -> Iterator[str]:
-    yield from found.shard.lines()
+def _lines(text: Inspection) -> Iterator[str]:
+    yield from text.shard.lines()
     yield (
-        f"to train on: {found.documents:,} documents, {found.records:,} records of at most "
-        f"{found.sequence_tokens} tokens, {found.tokens:,} tokens"
+        f"to train on: {text.documents:,} documents, {text.records:,} records of at most "
+        f"{text.sequence_tokens} tokens, {text.tokens:,} tokens"
     )
-    yield (f"held out: {found.documents_held_out:,} documents, {found.records_held_out:,} records")
-    yield f"cut off: {found.tokens_dropped:,} tokens that make no record"
-    lengths = found.document_tokens
+    yield f"held out: {text.documents_held_out:,} documents, {text.records_held_out:,} records"
+    yield f"cut off: {text.tokens_dropped:,} tokens that make no record"
+    lengths = text.document_tokens
     yield "tokens of a document: " + ", ".join(
         f"{_NAMES.get(q, f'{float(q):.0%}')} {n:,}" for q, n in lengths.items()
     )
-    yield f"digest: {found.digest}"
+    yield f"digest: {text.digest}"

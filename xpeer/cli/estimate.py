@@ -26,13 +26,15 @@ _DEFAULT: Final = Round()
 
 
 @click.command()
-@click.option("--model", type=GivenPath(), help="Folder of a Hugging Face model; its config alone.")
-@click.option("--model-config", type=GivenPath(), help="A config.json.")
-@click.option("--preset", type=click.Choice(sorted(PRESETS)), help="A small model of xpeer's.")
+@click.option("--model", type=GivenPath(), help="Hugging Face folder; only its config is read.")
+@click.option("--model-config", type=GivenPath(), help="config.json of a model.")
+@click.option("--preset", type=click.Choice(sorted(PRESETS)), help="Small model for bytes.")
 @click.option(
-    "--lora-rank", type=Whole(1, 1024), help="Adapters of this rank; default: all weights."
+    "--lora-rank", type=Whole(1, 1024), help="Rank of adapters. Default: all weights are trained."
 )
-@click.option("--lora-target", multiple=True, metavar="LAYER", help="As of `xpeer init`.")
+@click.option(
+    "--lora-target", multiple=True, metavar="LAYER", help="Layers with adapters; see `xpeer init`."
+)
 @click.option(
     "--base-dtype", type=click.Choice(get_args(BaseDtype)), default="float32", show_default=True
 )
@@ -46,17 +48,19 @@ _DEFAULT: Final = Round()
     show_default=True,
 )
 @click.option(
-    "--micro-batch", type=Whole(1, 1 << 20), default=1, show_default=True, help="Records of a pass."
+    "--micro-batch", type=Whole(1, 1 << 20), default=1, show_default=True, help="Records a pass."
 )
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16", "auto"]),
     default="float32",
     show_default=True,
-    help="auto: what this machine would choose.",
+    help="Precision of a step. auto: what this machine would choose.",
 )
 @click.option(
-    "--checkpoint-activations", is_flag=True, help="As training.checkpoint_activations = on."
+    "--checkpoint-activations",
+    is_flag=True,
+    help="Compute activations twice to save memory (training.checkpoint_activations).",
 )
 @click.option("--fragments", type=Whole(1, 1024), default=_DEFAULT.fragments, show_default=True)
 @click.option(
@@ -65,8 +69,10 @@ _DEFAULT: Final = Round()
 @click.option(
     "--rule", type=click.Choice(get_args(RuleName)), default=_DEFAULT.rule, show_default=True
 )
-@click.option("--memory-gb", type=float, help="Memory of the device: does a step fit?")
-@click.option("--link-mbit", type=float, help="Bandwidth, the slower direction, for times.")
+@click.option("--memory-gb", type=float, help="Memory of the device that a step has to fit into.")
+@click.option(
+    "--link-mbit", type=float, help="Bandwidth in the slower direction, Mbit/s, to print times."
+)
 @json_option
 def estimate(
     model: Path | None,
@@ -89,8 +95,8 @@ def estimate(
 ) -> None:
     """Say what memory, disk and bytes on the wire a run needs, in each of its phases.
 
-    Nothing is loaded but a config: the code of a step runs without values. Exit 1 if a step doesn't
-    fit into --memory-gb.
+    It loads only a config: the code of a step runs without values. Exit 1 if a step doesn't fit
+    into --memory-gb.
     """
     for option, given in (("--memory-gb", memory_gb), ("--link-mbit", link_mbit)):
         if given is not None and not 0 < given < 1e9:
@@ -131,7 +137,7 @@ def estimate(
     if most is not None and not fits:
         again = bool(layers_of(skeleton(config)))
         remedy = remedies.find(step, memory, most, rehearsals.of, again=again)
-    found = phases.Estimate(
+    answer = phases.Estimate(
         num_params=memory.num_trained,
         frozen_params=memory.num_frozen,
         phases=phases.phases_of(memory, wire, NodeConfig().checkpoint.keep),
@@ -139,9 +145,9 @@ def estimate(
         remedy="" if remedy is None else remedy.words,
     )
     if as_json:
-        echo_json(found)
+        echo_json(answer)
     else:
-        _print(found, memory_gb)
+        _print(answer, memory_gb)
     if fits is False:
         raise click.exceptions.Exit(ExitCode.ERROR)
 
@@ -169,22 +175,22 @@ def _lora(config: dict[str, Any], rank: int, given: tuple[str, ...]) -> Lora:
     return Lora(rank, 2.0 * rank, 0, "", targets.find(skeleton(config), names))
 
 
-def _print(found: Estimate, memory_gb: float | None) -> None:
-    echo(f"{found.num_params:,} trained parameters, {found.frozen_params:,} frozen ones")
+def _print(answer: Estimate, memory_gb: float | None) -> None:
+    echo(f"{answer.num_params:,} trained parameters, {answer.frozen_params:,} frozen ones")
     echo(f"{'phase':<11} {'device':>9} {'host':>9} {'disk':>9} {'wire':>9} {'time':>8}")
-    for each in found.phases:
+    for each in answer.phases:
         sizes = (each.device, each.host, each.disk, each.wire)
         time = "" if each.wire_s is None or not each.wire else duration(each.wire_s)
         row = " ".join(f"{size(num) if num else '':>9}" for num in sizes)
         echo(f"{each.name:<11} {row} {time:>8}".rstrip())
-    if found.fits is None:
+    if answer.fits is None:
         return
-    if found.fits:
+    if answer.fits:
         echo(f"a step fits into {memory_gb:g} GB")
     else:
         echo(f"a step does not fit into {memory_gb:g} GB")
         echo(
-            f"it would with: {found.remedy}"
-            if found.remedy
+            f"it would with: {answer.remedy}"
+            if answer.remedy
             else "no setting helps: train adapters (--lora-rank), or fewer --sequence-tokens"
         )

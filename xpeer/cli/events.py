@@ -35,9 +35,9 @@ class History(Versioned, frozen=True, kw_only=True):
 @click.command()
 @home_option
 @json_option
-@click.option("--exchanges", is_flag=True, help="Exchanges, and why those failed that did.")
+@click.option("--exchanges", is_flag=True, help="Show exchanges, and why some of them failed.")
 @click.option(
-    "-n", "--tail", type=Whole(0, 100_000), default=50, show_default=True, help="At most so many."
+    "-n", "--tail", type=Whole(0, 100_000), default=50, show_default=True, help="Most to show."
 )
 def events(home: Home, as_json: bool, exchanges: bool, tail: int) -> None:
     """Show what happened to this node: restarts, donors, ledgers that went back, the end."""

@@ -39,18 +39,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @home_option
 @json_option
 @click.option(
-    "--steps", type=Whole(1, 10**6), help="Own steps. Default: a quarter of the swarm's model's."
+    "--steps", type=Whole(1, 10**6), help="Own steps. Default: a quarter of the swarm's steps."
 )
 @click.option(
-    "--learning-rate", type=Number(0, 10.0, min_open=True), help="Default: the manifest's."
+    "--learning-rate",
+    type=Number(0, 10.0, min_open=True),
+    help="Learning rate of own steps. Default: the manifest's.",
 )
 @click.option(
     "--keep",
     type=click.Choice(["best", "last"]),
-    help="best (default): the model with the lowest loss on held-out own text. last: the last one.",
+    help="Model to keep. best (default): lowest loss on held-out own text. last: the last step's.",
 )
 @click.option("--anew", is_flag=True, help="Forget an unfinished run; its charges stay.")
-@click.option("--spend-all", is_flag=True, help="Leave nothing for the rest of the swarm's run.")
+@click.option("--spend-all", is_flag=True, help="Leave no budget for the rest of the swarm's run.")
 @click.option("--stop", is_flag=True, help="Stop the node first, if it has finished its run.")
 def finetune(
     home: Home,
@@ -147,7 +149,7 @@ def _locked(home: Home) -> Iterator[HomeLock]:
         if type(e) is not LocalError:
             raise
         raise LocalError(
-            f"{e.problem}: it and own steps can't write one ledger at a time",
+            f"{e.problem}: it and own steps can't write one ledger at the same time",
             f"stop it with `{command(home, 'stop')}`, and start it again afterwards; a node that "
             "has finished is stopped by `--stop`, and joiners then ask another member",
         ) from e

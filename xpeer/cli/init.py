@@ -45,20 +45,22 @@ _FOUNDING = (
     *("lora_rank_stabilised", "lora_from", "base_dtype"),
     *("public_text", "changes", "privacy"),
 )
-"""Options that decide something for all members. A joiner can't use them."""
+"""Options that decide something for all members. They don't go with --join."""
 
 
 @click.command()
 @home_option
 @json_option
 @click.option("--swarm", "name", metavar="NAME", help="Found a swarm of this name.")
-@click.option("--join", metavar="TOKEN", help="Or join one: token, file:PATH, or - for stdin.")
-@click.option("--model", type=GivenPath(), help="Hugging Face folder to start from.")
-@click.option("--model-config", type=GivenPath(), help="config.json to start from.")
+@click.option(
+    "--join", metavar="TOKEN", help="Join a swarm: the token, file:PATH, or - for standard input."
+)
+@click.option("--model", type=GivenPath(), help="Hugging Face folder of a model to start from.")
+@click.option("--model-config", type=GivenPath(), help="config.json, for random initial weights.")
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
-    help="Or a small model for bytes (default: small).",
+    help="Small model for bytes, with random initial weights (default: small).",
 )
 @click.option(
     "--lora-rank",
@@ -68,14 +70,14 @@ _FOUNDING = (
 @click.option(
     "--lora-alpha",
     type=float,
-    help="Their scale times the rank. Default: 2 * rank.",
+    help="Scale of the adapters times their rank. Default: 2 * rank.",
 )
 @click.option(
     "--lora-target",
     multiple=True,
     metavar="LAYER",
-    help="A layer's name or its last part, e.g. q_proj,v_proj, or a regular expression for whole "
-    "names (repeatable). Default: all linear layers but the output.",
+    help="Layers with adapters (repeatable): names or their last parts, e.g. q_proj,v_proj, or a "
+    "regular expression for whole names. Default: all linear layers but the output.",
 )
 @click.option(
     "--lora-rank-stabilised",
@@ -85,66 +87,65 @@ _FOUNDING = (
 @click.option(
     "--lora-from",
     type=GivenPath(),
-    help="Go on with the adapters in this folder of peft's; rank, alpha and layers are theirs.",
+    help="Folder of peft adapters to go on with. They decide rank, alpha and layers.",
 )
 @click.option(
     "--lora-train",
     type=click.Choice(get_args(LoraTrain)),
-    help="Which of an adapter's factors to train. B: averaging is exact, and about half as much is "
+    help="Factors of an adapter to train. B: averaging is exact, and about half as much is "
     "exchanged and noised. Default: both.",
 )
 @click.option(
     "--base-dtype",
     type=click.Choice(get_args(BaseDtype)),
-    help="With --lora-rank: what every node holds the model's weights in. Default: bfloat16 if "
-    "they have 16 bits in --model, else float32. int8 and nf4 need xpeer[quantised].",
+    help="Type in which every node holds the model's weights, with --lora-rank. Default: bfloat16 "
+    "if they have 16 bits in --model, else float32. int8 and nf4 need xpeer[quantised].",
 )
 @click.option(
     "--base-model",
     type=GivenPath(),
-    help="A joiner's copy of the model whose adapters the swarm trains.",
+    help="This node's copy of the model whose adapters the swarm trains, with --join.",
 )
 @click.option(
     "--tokenizer",
     type=GivenText(checked),
     metavar="FOLDER|bytes",
-    help="Default: the one in the model's folder; bytes, for a model without one.",
+    help="Folder of a tokenizer, or bytes. Default: the one in the model's folder, else bytes.",
 )
 @click.option(
     "--public-text",
     type=GivenPath(),
-    help="Text that is no secret; its first 200 KB. Default: the Python manual's topics.",
+    help="Text that is no secret, of which the first 200 KB are used. Default: the Python manual's "
+    "topics.",
 )
 @click.option(
     "--set",
     "changes",
     multiple=True,
     metavar="FIELD=VALUE",
-    help="A field of the manifest, e.g. end.steps=2000 (repeatable).",
+    help="Field of the manifest, e.g. end.steps=2000 (repeatable).",
 )
 @click.option(
     "--privacy",
     type=click.Choice(get_args(PrivacyMode)),
     default="record",
     show_default=True,
-    help="For all, for ever, only decided here. record: every record is protected by differential "
-    "privacy. off: what members share protects nothing.",
+    help="Privacy mode of all members, which never changes. record: differential privacy protects "
+    "every record. off: nothing protects the text.",
 )
-@click.option(
-    "--shard", multiple=True, type=GivenText(), metavar="PATH", help="Text this node trains on."
-)
+@click.option("--shard", multiple=True, type=GivenText(), metavar="PATH", help="Text to train on.")
 @click.option(
     "--corpus",
     multiple=True,
     type=GivenText(),
     metavar="PATH",
-    help="Instead: a copy of the corpus that all members train a part of.",
+    help="Copy of a corpus, instead of --shard: every member trains on a part of it.",
 )
 @click.option("--listen", multiple=True, metavar="ADDR", help="Multiaddress to listen on.")
-@click.option("--announce", multiple=True, metavar="ADDR", help="Address to tell others.")
-@click.option("--bootstrap", "seeds", multiple=True, metavar="ADDR", help="Entry points.")
+@click.option("--announce", multiple=True, metavar="ADDR", help="Address to give to others.")
+@click.option("--bootstrap", "seeds", multiple=True, metavar="ADDR", help="Entry point to use.")
 @click.option(
-    "--name", "node_name", metavar="NAME", help="What the other members see this node called."
+    "--name", "node_name", metavar="NAME", help="Name of this node for the other members."
 )
 @click.option(
     "--skip-trial",
@@ -154,7 +155,7 @@ _FOUNDING = (
 @click.option(
     "--skip-estimate",
     is_flag=True,
-    help="Don't say what a node needs: that takes a minute for a huge model.",
+    help="Don't estimate what a node needs: that takes a minute for a huge model.",
 )
 @click.pass_context
 def init(
@@ -189,8 +190,8 @@ def init(
 ) -> None:
     """Found a swarm (--swarm NAME), or prepare this home to join one (--join TOKEN).
 
-    Before a manifest is signed, all that it fixes is tried once on public text. An error leaves
-    nothing changed on the disk.
+    Before a manifest is signed, a trial on public text tries all that it fixes. After an error the
+    disk is as before.
     """
     if (name is None) == (join is None):
         raise ConfigError("--swarm and --join: one of them is needed", "see `xpeer init --help`")
@@ -262,7 +263,7 @@ def init(
     say(f"keep a copy of {home.admin_key} in a safe place: only it can invite")
     say(f"next, on this machine:  {command(home, 'start', '--bootstrap')}")
     invite = command(home, "invite", "create", "--for", "PEERID")
-    say(f"for every other cloud:  {invite}   (its `xpeer id`)")
+    say(f"for every other cloud:  {invite}   (PEERID: from its `xpeer id`)")
     for item in needs.in_words() if (needs := Needs.of(manifest)) is not None else ():
         say(f"  it will need {item}")
     if as_json:
@@ -341,7 +342,7 @@ def _try(manifest: Manifest, config: NodeConfig, new: Home, *, fits: bool) -> No
 
     require_reachable(manifest)
     if not fits:
-        say("warning: no step is tried before the manifest is signed: it does not fit here")
+        say("warning: no step is tried before the manifest is signed: a step does not fit here")
         return
     rehearse(manifest, new, config, new.path, say)
 

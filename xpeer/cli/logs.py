@@ -46,12 +46,14 @@ class Entry(Struct, omit_defaults=True):
 @click.command()
 @home_option
 @json_option
-@click.option("-f", "--follow", is_flag=True, help="Go on as the log grows, until Ctrl-C.")
+@click.option("-f", "--follow", is_flag=True, help="Follow the log as it grows, until Ctrl-C.")
 @click.option(
     "-n", "--tail", type=Whole(0, 10**9), default=100, show_default=True,
-    help="Entries to begin with.",
+    help="Number of entries to begin with.",
 )  # fmt: skip
-@click.option("--level", type=click.Choice(LEVELS[:-1]), default="debug", help="This and worse.")
+@click.option(
+    "--level", type=click.Choice(LEVELS[:-1]), default="debug", help="Least level to show."
+)
 def logs(home: Home, as_json: bool, follow: bool, tail: int, level: str) -> None:
     """Show the last entries of the daemon's log."""
     wanted = frozenset(LEVELS[LEVELS.index(level) :])

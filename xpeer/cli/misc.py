@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "hivemind", "PyNaCl", "dp-accounting")
 @click.command()
 @json_option
 def version(as_json: bool) -> None:
-    """Print xpeer's version, and those that it depends on most."""
+    """Print the versions of xpeer and of the packages that it depends on most."""
     import importlib.metadata  # noqa: PLC0415 - slow, and only this command needs it
 
     versions = {"xpeer": __version__, "python": platform.python_version()}

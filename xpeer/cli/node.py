@@ -32,17 +32,17 @@ def client_of(home: Home) -> Client:
 @click.command(short_help="What the daemon is doing, and its health.")
 @home_option
 @json_option
-@click.option("-w", "--watch", is_flag=True, help="Show it anew until Ctrl-C.")
+@click.option("-w", "--watch", is_flag=True, help="Show the status anew until Ctrl-C.")
 @click.option(
     "--interval", "interval_s", type=Number(0.05, 86400), default=1.0, show_default=True,
-    help="Seconds between two looks of --watch.",
+    help="Seconds between two statuses of --watch.",
 )  # fmt: skip
 @click.option("--exit-code", is_flag=True, help="Exit 4 if the node is not ok.")
-@click.option("--wide", is_flag=True, help="A line each, however long: to copy an address.")
+@click.option("--wide", is_flag=True, help="Don't wrap lines, so that addresses can be copied.")
 def status(
     home: Home, as_json: bool, watch: bool, interval_s: float, exit_code: bool, wide: bool
 ) -> None:
-    """Say how this peer does: health and its reasons, then training, privacy, exchanges."""
+    """Print health and its reasons, then training, privacy and exchanges."""
     ask = client_of(home).status
     if watch:
         _watch(ask, interval_s, as_json=as_json)
@@ -71,7 +71,7 @@ def peers(home: Home, as_json: bool, wide: bool) -> None:
 @click.command(short_help="Stop training and exchanging for a while.")
 @home_option
 def pause(home: Home) -> None:
-    """Take no steps and no exchanges until `xpeer resume`."""
+    """Have the node take no steps and exchange nothing until `xpeer resume`."""
     state = client_of(home).pause()
     say("paused" if state in ("", "paused") else f"{state}: it pauses once it would begin")
 
@@ -86,7 +86,7 @@ def resume(home: Home) -> None:
 
 _timeout_option = click.option(
     "--timeout", "timeout_s", type=Number(0, 1e7, min_open=True), metavar="SECONDS",
-    help="How long to wait for its end [default: as long as it makes progress].",
+    help="Longest wait for the daemon's end [default: as long as it makes progress].",
 )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def stop(home: Home, timeout_s: float | None) -> None:
 @home_option
 @_timeout_option
 @click.option(
-    "--remove-tokens", is_flag=True, help="Then remove the text as tokens, in the home's cache."
+    "--remove-tokens", is_flag=True, help="Also remove the tokenised text from the home's cache."
 )
 def leave(home: Home, timeout_s: float | None, remove_tokens: bool) -> None:
     """Tell the other members that this peer leaves, then stop the daemon.
@@ -142,12 +142,12 @@ def _remove_tokens(home: Home) -> None:
 def _remains(home: Home) -> Iterator[str]:
     """What a node that has left still has on the disk."""
     parts = (
-        (home.tokens, "the text as tokens, as private as the text; leave with --remove-tokens"
-                      ", or remove it yourself"),
+        (home.tokens, "the tokenised text, as private as the text itself: leave with "
+                      "--remove-tokens, or remove it yourself"),
         (home.checkpoints, "the model; `xpeer checkpoint export` needs it"),
         (home.own, "own models, by `xpeer finetune`"),
         (home.ledger_db, "what privacy cost: keep it, what was spent stays spent"),
-        (home.identity_key, "the key of this PeerID; who has it can come back"),
+        (home.identity_key, "the key of this PeerID: whoever has it can come back"),
     )  # fmt: skip
     try:
         for path, what in parts:

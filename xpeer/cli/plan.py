@@ -11,11 +11,17 @@ from xpeer.errors import LocalError
 
 
 @click.command()
-@click.option("--params", type=float, required=True, help="Parameters that are trained: 135e6.")
-@click.option("--link-mbit", type=float, required=True, help="Bandwidth, the slower direction.")
-@click.option("--step-seconds", type=float, required=True, help="A training step, fastest peer.")
-@click.option("--round-trip-ms", type=float, default=50.0, show_default=True)
-@click.option("--peers", type=int, default=4, show_default=True)
+@click.option("--params", type=float, required=True, help="Trained parameters, e.g. 135e6.")
+@click.option(
+    "--link-mbit", type=float, required=True, help="Bandwidth in the slower direction, Mbit/s."
+)
+@click.option(
+    "--step-seconds", type=float, required=True, help="Time of a step on the fastest peer."
+)
+@click.option(
+    "--round-trip-ms", type=float, default=50.0, show_default=True, help="Time to a peer and back."
+)
+@click.option("--peers", type=int, default=4, show_default=True, help="Peers in the swarm.")
 @json_option
 def plan(
     params: float,

@@ -261,7 +261,7 @@ def _privacy(status: Status) -> Iterator[tuple[str, str]]:
     if privacy.steps_forfeited:
         yield (
             "charged twice",
-            f"{privacy.steps_forfeited} of these steps: charged and not used at a crash or stop",
+            f"{privacy.steps_forfeited} of these steps: charged, then lost at a crash or stop",
         )
     if privacy.ends_unix_s is not None and privacy.steps_left:
         yield "budget ends", f"about {moment(privacy.ends_unix_s)}, at the pace of the last hour"

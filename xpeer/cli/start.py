@@ -31,10 +31,14 @@ _KNOWN_SEEDS = "known"
     metavar="[ADDR]",
     help="Join through this address (repeatable). Without ADDR: through the seeds known already.",
 )
-@click.option("--join", metavar="TOKEN", help="Token, file:PATH, or - for standard input.")
-@click.option("--config", "config_path", type=GivenPath(), help="Instead of HOME/config.toml.")
+@click.option(
+    "--join", metavar="TOKEN", help="Invitation: the token, file:PATH, or - for standard input."
+)
+@click.option(
+    "--config", "config_path", type=GivenPath(), help="Settings to read, not HOME/config.toml."
+)
 @click.option("--listen", multiple=True, metavar="ADDR", help="Multiaddress to listen on.")
-@click.option("--announce", multiple=True, metavar="ADDR", help="Address to tell others.")
+@click.option("--announce", multiple=True, metavar="ADDR", help="Address to give to others.")
 @click.option(
     "--shard",
     multiple=True,
@@ -45,24 +49,30 @@ _KNOWN_SEEDS = "known"
 @click.option(
     "--privacy",
     type=click.Choice(get_args(PrivacyMode)),
-    help="Start only if the swarm's manifest says so.",
+    help="Start only if this is the swarm's privacy mode.",
 )
-@click.option("--name", metavar="NAME", help="What the other members see this node called.")
+@click.option("--name", metavar="NAME", help="Name of this node for the other members.")
 @click.option("--min-peers", type=int, help="Wait for this many partners before training.")
-@click.option("--paused", is_flag=True, help="Join and serve, but take no steps until resume.")
+@click.option(
+    "--paused", is_flag=True, help="Join and serve, but take no steps until `xpeer resume`."
+)
 @click.option(
     "--from-initial",
     is_flag=True,
-    help="A founder without checkpoints: begin with the initial model, wait for no member.",
+    help="Begin with the initial model, wait for no member. For a founder without checkpoints.",
 )
 @click.option(
     "--accept-donor",
     is_flag=True,
-    help="A joiner: take over a single member's parameters even if they are worse than the start.",
+    help="Take over a single member's parameters even if they are worse than the swarm's first.",
 )
-@click.option("--log-format", type=click.Choice(["text", "json"]), help="Of stderr and the log.")
-@click.option("--base-model", type=GivenPath(), help="As data.base_model.")
-@click.option("--tokenizer", type=GivenPath(), help="As data.tokenizer.")
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), help="Format of stderr and the log."
+)
+@click.option(
+    "--base-model", type=GivenPath(), help="Folder of the model whose adapters the swarm trains."
+)
+@click.option("--tokenizer", type=GivenPath(), help="Folder of the swarm's tokenizer.")
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -197,4 +207,4 @@ def _examine(home: Home, config: NodeConfig, *, observes: bool, trial: bool) -> 
     patterns = config.data.corpus or config.data.shard
     for line in name_documents(patterns, config.data.text_field, setting).summary.lines():
         say(f"{setting}: {line}")
-    say("records, steps and speed: once a member has handed over the manifest (first start)")
+    say("records, steps and speed: not known before a member has sent the manifest (first start)")

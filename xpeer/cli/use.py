@@ -33,10 +33,12 @@ def _model_options(command: F) -> F:
     """Give a command the options that choose a model: the newest checkpoint, or a folder."""
     for option in (
         click.option(
-            "--tokenizer", type=GivenPath(), help="Folder; default: MODEL's own, or data.tokenizer."
+            "--tokenizer",
+            type=GivenPath(),
+            help="Folder of a tokenizer. Default: MODEL's own, or data.tokenizer.",
         ),
         click.option(
-            "--base-model", type=GivenPath(), help="Of the model that adapters are for (of LoRA)."
+            "--base-model", type=GivenPath(), help="Folder of the model that adapters are for."
         ),
         click.option(
             "--model",
@@ -53,21 +55,21 @@ def _model_options(command: F) -> F:
 @click.command()
 @_model_options
 @json_option
-@click.option("--prompt", required=True, help="What it continues.")
+@click.option("--prompt", required=True, help="Text to continue.")
 @click.option(
     "--tokens", type=Whole(1, MAX_TOKENS), default=100, show_default=True,
-    help="At most so many; an end of text ends it.",
+    help="Most tokens to add; an end-of-text token ends it sooner.",
 )  # fmt: skip
 @click.option(
     "--temperature", type=Number(0.0, 10.0), default=0.0, show_default=True,
-    help="0: the most likely token always.",
+    help="Randomness of the choice of tokens. 0: always the most likely one.",
 )  # fmt: skip
 @click.option(
     "--seed",
     type=Whole(0, 2**63 - 1),
     default=0,
     show_default=True,
-    help="Of the choices.",
+    help="Random seed of these choices.",
 )
 def generate(
     home: Home,
@@ -81,7 +83,7 @@ def generate(
     temperature: float,
     seed: int,
 ) -> None:
-    """Continue a prompt with the model as it was last saved, or with an export."""
+    """Continue a prompt with the last saved model, or with an export."""
     trained = _load(home, model, base_model, tokenizer, own=own)
     from xpeer.training.model import generate as continued  # noqa: PLC0415 - torch takes seconds
 
@@ -97,7 +99,7 @@ def generate(
 @click.command("eval")
 @_model_options
 @json_option
-@click.option("--text", type=GivenPath(), required=True, help="A text file, UTF-8.")
+@click.option("--text", type=GivenPath(), required=True, help="Text file, in UTF-8.")
 def eval_command(
     home: Home,
     model: Path | None,
@@ -107,9 +109,9 @@ def eval_command(
     as_json: bool,
     text: Path,
 ) -> None:
-    """Measure the loss of a text under the model as it was last saved, or under an export.
+    """Measure the loss of a text under the last saved model, or under an export.
 
-    The number is about the text: on private text it is private, too.
+    The loss says something of the text: for a private text it is private, too.
     """
     content = _read(text)
     trained = _load(home, model, base_model, tokenizer, own=own)

@@ -22,16 +22,16 @@ from xpeer.source import check_folder
     type=Whole(0, 2**31),
     default=1,
     show_default=True,
-    help="Of the public start's training, without --model.",
+    help="Random seed of the public start's training, without --model.",
 )
 @click.option(
     "--model", type=GivenPath(),
-    help="Hugging Face folder of a pretrained model, to train adapters (LoRA) of it. Default: a "
+    help="Hugging Face folder of a pretrained model whose adapters (LoRA) are trained. Default: a "
     "small model for bytes, which the demo makes.",
 )  # fmt: skip
 @click.option(
     "--privacy", type=click.Choice(get_args(PrivacyMode)), default="record", show_default=True,
-    help="As of `xpeer init`: off shows what privacy costs.",
+    help="Privacy mode, as in `xpeer init`. off shows what privacy costs.",
 )  # fmt: skip
 @click.option(
     "--out", type=GivenPath(), default=Path(".demo"), show_default=True,
@@ -40,15 +40,15 @@ from xpeer.source import check_folder
 @click.option(
     "--quick",
     is_flag=True,
-    help="One short swarm, nothing to compare it with: two minutes without --model.",
+    help="Run one short swarm, without a comparison: two minutes without --model.",
 )
 def demo(
     as_json: bool, seed: int, model: Path | None, privacy: PrivacyMode, out: Path, quick: bool
 ) -> None:
     """Run a real swarm of three peers on this machine, and compare it with training alone.
 
-    One bootstrap node and three peers, each its own daemon, each on another kind of private text
-    that is installed here anyway; differentially private, encrypted, without an aggregator.
+    It starts a bootstrap node and three daemons. Each trains on another kind of text that is
+    installed here anyway. There is no aggregator; exchanges are encrypted, and private by default.
     """
     if model is not None:
         model = model.absolute()

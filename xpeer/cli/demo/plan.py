@@ -45,7 +45,7 @@ class DemoPlan:
     batch_records: int = 48
     shard_bytes: int = 4_000_000
     held_out_records: int = 96
-    """Of each kind of text."""
+    """Held-out records of each kind of text."""
     speeds: Mapping[str, float] = field(
         default_factory=lambda: {"python": 1.0, "headers": 1.0, "licences": 0.5}
     )
@@ -53,9 +53,9 @@ class DemoPlan:
     curve_steps: int = 5
     """Least number of steps between two points of a curve."""
     reply_tokens: int = 0
-    """Length of a text before and after; 0 = there is none."""
+    """Tokens that the model adds to a prompt, before and after training; 0 = no prompts."""
     round_fields: Mapping[str, float] = field(default_factory=lambda: {"round.slot_s": 0.5})
-    """Of the manifest."""
+    """Fields of the manifest."""
     timeout_s: float = 1800.0
     """Longest time for all runs of one kind."""
     adapters: bool = True
