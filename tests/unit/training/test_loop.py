@@ -139,13 +139,13 @@ def test_no_more_time_is_blocked_than_there_was(clock: Clock) -> None:
     """A wait counts as it was, though work that takes long beyond measure does not."""
     trainer = trainer_with()
     mechanism = mechanism_of(trainer)
-    original, waits = mechanism.begin_window, iter((0.0, 0.0, 600.0))
+    original, waits = mechanism.charge_until, iter((0.0, 0.0, 600.0))
 
     def slow(steps: int) -> int:
         clock.advance(next(waits))
         return original(steps)
 
-    mechanism.begin_window = slow  # type: ignore[method-assign]
+    mechanism.charge_until = slow  # type: ignore[method-assign]
     mechanism.on_step = lambda: clock.advance(2.0)
     trainer.run(steps=3)
     progress = trainer.progress()
