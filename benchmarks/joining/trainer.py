@@ -45,7 +45,7 @@ class Notes:
         self._show = loop.show
         loop.learner.mechanism.step_gradient = self.step_gradient  # type: ignore[method-assign]
         loop.show = self.show  # type: ignore[method-assign]
-        self._count_narrowing()
+        self._count_the_rest()
 
     def step_gradient(self) -> StepResult:
         """A step, with a row before it."""
@@ -71,7 +71,7 @@ class Notes:
         self._distance = checked.distance
         return checked
 
-    def show(self, out: torch.Tensor) -> Callable[[], float]:
+    def show(self, out: torch.Tensor) -> Callable[[], None]:
         """The part of a copy that the training thread makes."""
         began, core, waits = time.perf_counter(), time.thread_time(), _waits()
         finish = self._show(out)
@@ -80,16 +80,16 @@ class Notes:
         self._copy_cpu_s += time.thread_time() - core
         self._waits += _waits() - waits
 
-        def finish_and_count() -> float:
+        def finish_and_count() -> None:
             core = time.thread_time()
-            loss = finish()
+            finish()
             self._copy_cpu_s += time.thread_time() - core
-            return loss
 
         return finish_and_count
 
-    def _count_narrowing(self) -> None:
-        """The last part of a copy is made on the disk's thread."""
+    def _count_the_rest(self) -> None:
+        """The measuring thread does the last parts of a copy, on one core."""
+        measure_state = Worker.measure_state
         narrow_state = Worker.narrow_state
 
         def narrow_and_count(trainer: Worker) -> None:
@@ -97,7 +97,14 @@ class Notes:
             narrow_state(trainer)
             self._copy_cpu_s += time.thread_time() - core
 
+        def measure_and_count(trainer: Worker) -> float:
+            core = time.thread_time()
+            loss = measure_state(trainer)
+            self._copy_cpu_s += time.thread_time() - core
+            return loss
+
         Worker.narrow_state = narrow_and_count  # type: ignore[method-assign, assignment]
+        Worker.measure_state = measure_and_count  # type: ignore[method-assign]
 
 
 def _waits() -> int:

@@ -1,8 +1,8 @@
 """D36: while joiners of SmolLM2 came, the donor's training thread measured a loss for each: 98 of
 160 s without training.
 
-What it may do for a joiner is a copy at a step boundary. No timings: evaluations and threads are
-counted.
+What it may do for a joiner is a copy at a step boundary. The copy is measured beside it, so that the
+loss that is offered is that of what is given. No timings: evaluations and threads are counted.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from tests.unit.training.homes import make_homes
 from xpeer.forms import Form
 from xpeer.mixing.received import ReceivedFragment
 from xpeer.trainer import build as assembling
+from xpeer.trainer import evaluating
 from xpeer.trainer import worker as working
 from xpeer.trainer.answers import Losses, Progressed, Reply, StateExported
 from xpeer.trainer.arena import Arena, Layout
 from xpeer.trainer.commands import NOBODY, Evaluate, ExportState, Request
 from xpeer.trainer.server import Server, serve
+from xpeer.trainer.threads import Threads
 from xpeer.trainer.worker import Worker
 from xpeer.training.loop import TrainingLoop
 from xpeer.wire import codec
@@ -60,6 +62,11 @@ class Daemon:
             if isinstance(message, Reply) and message.number == self._number:
                 return message.result
 
+    def values(self) -> torch.Tensor:
+        """A copy of the trained parameters in the region."""
+        worker = self.server.worker
+        return worker._state("float32")[0].clone()
+
     def more_steps(self, count: int) -> None:
         """Wait until so many more were taken."""
         wanted = self._trainer.counters.step + count
@@ -83,16 +90,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, bool]]:
 
         monkeypatch.setattr(module, name, call)
 
-    counted(assembling, "evaluate")
+    counted(evaluating, "evaluate")
     counted(working, "narrow")
     return found
 
 
 @contextmanager
-def training(folder: Path) -> Iterator[tuple[TrainingLoop, Daemon]]:
+def training(folder: Path, *changes: str) -> Iterator[tuple[TrainingLoop, Daemon]]:
     """A trainer in the middle of its run, and who may ask it."""
     torch.set_num_threads(1)
-    node = assembling.assemble(make_homes(folder, 1, changes=LONG)[0])
+    node = assembling.assemble(make_homes(folder, 1, changes=(*LONG, *changes))[0])
     trainer, arena = node.trainer, Arena.create(Layout.of(node.trainer.manifest))
     daemon = Daemon(trainer)
     daemon.server = serve(daemon.send, arena, node, 3600.0)
@@ -124,25 +131,46 @@ class MergeAll:
             )
 
 
-@pytest.mark.parametrize("met", [False, True], ids=["alone", "with partners"])
+COPIES = ("narrow", False)
+MASKS = ("round.masks=true", "round.group=3")
+
+
+@pytest.mark.parametrize("changes", [(), MASKS], ids=["no masks", "masks"])
+@pytest.mark.parametrize("before", ["nothing", "a measurement", "meetings"])
 def test_joiners_one_after_another_cost_the_training_thread_no_evaluation(
-    tmp_path: Path, calls: Counter[tuple[str, bool]], met: bool
+    tmp_path: Path, calls: Counter[tuple[str, bool]], changes: tuple[str, ...], before: str
 ) -> None:
-    with training(tmp_path) as (trainer, daemon):
+    given, losses = list[torch.Tensor](), list[float]()
+    with training(tmp_path, *changes) as (trainer, daemon):
         daemon.more_steps(1)
-        measured = daemon.ask(Evaluate())
-        assert isinstance(measured, Losses)
-        if met:
+        if before == "a measurement":
+            assert isinstance(daemon.ask(Evaluate()), Losses)
+        if before == "meetings":
             trainer.submit(Request(NOBODY, cast(Any, MergeAll())))
         calls.clear()
         steps = []
         for _ in range(JOINERS):
             daemon.more_steps(3)
-            given = daemon.ask(ExportState())
-            assert isinstance(given, StateExported), given
-            assert given.loss_public == pytest.approx(measured.public, rel=0.5)
-            assert 0.0 < given.core_s < ANSWER_S
-            steps.append(given.step)
+            exported = daemon.ask(ExportState())
+            assert isinstance(exported, StateExported), exported
+            assert 0.0 < exported.core_s < ANSWER_S
+            steps.append(exported.step)
+            losses.append(exported.loss_public)
+            given.append(daemon.values())
         for_joiners = dict(calls)
-    assert for_joiners == {("narrow", False): JOINERS}
+    assert set(for_joiners) == {("evaluate", False), COPIES}
+    assert for_joiners[COPIES] == JOINERS
     assert steps == sorted(set(steps))  # each was given what had been trained by then
+    for values, loss in zip(given, losses, strict=True):
+        with trainer.parameters.with_values(values):
+            assert trainer.measurements.public_of_others() == pytest.approx(loss, rel=0.01)
+
+
+def test_a_copy_is_measured_on_one_core(tmp_path: Path) -> None:
+    """Training has the others, however many it uses."""
+    torch.set_num_threads(2)
+    threads = Threads()
+    found = [threads.wait_for(pool, torch.get_num_threads) for pool in ("measuring", "disk")]
+    assert (found, torch.get_num_threads()) == ([1, 2], 2)
+    threads.close()
+    torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """Snapshots of a donor's parameters, for joiners.
 
-There are few, since each needs as much memory as the model, and a copy on the training thread.
+There are few, since each needs as much memory as the model, a copy on the training thread, and a
+measurement beside it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from xpeer.update import ModelState, StateCopy
 FRESH_S = 20.0
 """A snapshot is fresh for this long, unless the donor has trained more than a window since."""
 FRESH_COST = 20.0
-"""A snapshot is fresh for at least this many times the processor time that it cost. So joiners cost
-the donor at most a twentieth of a core, however many they are. Waiting is no cost: a copy that
+"""A snapshot is fresh for at least this many times the processor time that it cost, its measurement
+included. So joiners cost the donor at most a twentieth of a core, however many they are. Waiting is no cost: a copy that
 waited a minute for a core would else be handed out for twenty."""
 _WIDENED_AT_ONCE = 1 << 18
 """Values; a millisecond."""

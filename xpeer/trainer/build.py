@@ -6,11 +6,9 @@ Used by the trainer process, and by programs that train without partners in thei
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import torch
 
@@ -31,6 +29,7 @@ from xpeer.trainer.capture import Capture, FrozenValues, Keeping
 from xpeer.trainer.comparing import examined
 from xpeer.trainer.computing import Computing, computing_of
 from xpeer.trainer.declaring import declare_documents, notes_of, warnings_of, warnings_of_lost
+from xpeer.trainer.evaluating import evaluation_of
 from xpeer.trainer.own_run import OwnRun
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.starting import Startup
@@ -38,23 +37,19 @@ from xpeer.trainer.text import Text, text_if_any, text_of
 from xpeer.training import checkpoint, frozen
 from xpeer.training.adapters import factor_pairs, is_adapted
 from xpeer.training.checkpoint import Bundle, write_moments
-from xpeer.training.document import document_of
 from xpeer.training.flat import FlatParameters
 from xpeer.training.initial import model_of
 from xpeer.training.loop import TrainingLoop
 from xpeer.training.loop_parts import make_loop
-from xpeer.training.losses import choose_device, evaluate
-from xpeer.training.measuring import Evaluation, spread
+from xpeer.training.losses import choose_device
+from xpeer.training.measuring import spread
 from xpeer.training.model import check_fits
 from xpeer.training.pulse import Pulse
-from xpeer.training.records import cut
 from xpeer.training.schedule import Counters
 from xpeer.training.tensor_file import clear_staging
 from xpeer.training.tokenizer import Tokenizer, load_tokenizer
+from xpeer.training.twin import Twin
 from xpeer.wire import kernels
-
-PUBLIC_RECORDS: Final = 64
-"""Most records of the public text to measure on: evenly spread, and the same at every peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +104,8 @@ class _Start:
     counters: Counters
     device: torch.device
     computing: Computing
+    twin: Twin
+    """Of the model, for measurements beside training."""
 
 
 def assemble(
@@ -214,10 +211,11 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
         saved.forget()
         frozen.restore(model, manifest.model.frozen, saved.frozen)
         counters = Counters.from_dict(saved.counters)
+    twin = Twin(model)  # before anything is hooked onto the model
     computing = computing_of(swarm.config.training, model, device, manifest)
     if why:
         computing.notes.insert(0, why)
-    return _Start(saved, model, parameters, ledger, ledger_id, counters, device, computing)
+    return _Start(saved, model, parameters, ledger, ledger_id, counters, device, computing, twin)
 
 
 def _model(swarm: _Swarm, device: torch.device, *, fresh: bool) -> torch.nn.Module:
@@ -284,7 +282,11 @@ def _loop(
         swarm.manifest,
         start.parameters,
         mechanism,
-        _evaluation(swarm, start, held_out, pulse.beat),
+        evaluation_of(
+            *(swarm.manifest, swarm.tokenizer, start.model, start.twin, start.computing),
+            spread(held_out, swarm.config.training.validation_records),
+            pulse.beat,
+        ),
         adapters=factor_pairs(start.model) if is_adapted(start.model) else None,
         counters=start.counters,
         pulse=pulse,
@@ -347,28 +349,6 @@ def _complete_counters(start: _Start) -> None:
     if saved is not None and "charges_used" not in saved.counters:
         steps = counters.step - (counters.moments_step if counters.joined else 0)
         counters.charges_used = min(steps, start.ledger.steps_charged)
-
-
-def _evaluation(
-    swarm: _Swarm, start: _Start, held_out: Records, beat: Callable[[], None]
-) -> Evaluation:
-    """Prepare to measure the losses on the public text and on text held out of the shard."""
-    manifest = swarm.manifest
-    document = document_of(manifest.public_text.text, "public text")
-    length = manifest.optimiser.sequence_tokens
-    public = spread(cut([document], swarm.tokenizer, length), PUBLIC_RECORDS)
-    private = spread(held_out, swarm.config.training.validation_records)
-    measure = partial(
-        evaluate,
-        start.model,
-        on_progress=beat,
-        precision=start.computing.precision,
-        losses_of_records=start.computing.losses,
-    )
-    return Evaluation(
-        public=partial(measure, public),
-        validation=partial(measure, private) if len(private) else None,
-    )
 
 
 def _silence_progress_bars() -> None:

@@ -5,8 +5,8 @@ the trainer get nothing else from outside, and no closures. So one rank could fo
 to other ranks, and all would compute the same parameters.
 
 `apply` may return more work for another thread, which then returns the answer. Such work
-(`Compress`, `FinishState`, `WriteCopy`) holds copies made on this machine, and never leaves the
-process.
+(`Compress`, `FinishState`, `MeasureState`, `WriteCopy`) holds copies made on this machine, and never
+leaves the process.
 
 Knows nothing of how commands travel (`channel`) or how they get to their threads (`server`).
 """
@@ -40,11 +40,12 @@ from xpeer.update import PeerUpdate, PrivateUpdate
 if TYPE_CHECKING:
     from xpeer.trainer.worker import Worker
 
-Thread = Literal["receiver", "training", "helper", "disk"]
+Thread = Literal["receiver", "training", "helper", "disk", "measuring"]
 """receiver: reads commands; its work is done at once, and must be short.
 training: works between two steps. Only then may the parameters be read or changed.
 helper: compresses and verifies, one piece of work after another (`in_flight` says why).
-disk: writes checkpoints, and completes copies of whole models."""
+disk: writes checkpoints, and completes copies of whole models.
+measuring: measures beside training, on one core."""
 
 NOBODY: Final = 0
 """The number of a command that nobody wants an answer to."""
@@ -228,7 +229,7 @@ class ExportState(Struct, frozen=True, tag=True):
     on: ClassVar[Thread] = "training"
 
     def apply(self, trainer: Worker) -> FinishState:
-        """Copy the parameters.
+        """Copy the parameters; all else is done by other threads.
 
         Raises:
             PeerError: there are none yet (NOT_READY).
@@ -240,20 +241,37 @@ class ExportState(Struct, frozen=True, tag=True):
 
 @dataclass(frozen=True, slots=True)
 class FinishState:
-    """Complete the copy in the arena's region, and bring it into its form."""
+    """Complete the copy in the arena's region."""
 
     on: ClassVar[Thread] = "disk"
 
     step: int
-    finish: Callable[[], float]
-    """Completes the copy, and returns its public loss."""
+    finish: Callable[[], None]
+    """Completes the copy."""
+    core_s: float
+    """Processor time that the copy has taken so far, in seconds."""
+
+    def apply(self, trainer: Worker) -> MeasureState:
+        """Complete the copy."""
+        began = time.thread_time()
+        self.finish()
+        return MeasureState(self.step, self.core_s + time.thread_time() - began)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureState:
+    """Measure the copy in the arena's region, and bring it into its form."""
+
+    on: ClassVar[Thread] = "measuring"
+
+    step: int
     core_s: float
     """Processor time that the copy has taken so far, in seconds."""
 
     def apply(self, trainer: Worker) -> StateExported:
-        """Complete the copy."""
+        """Measure the copy; see `Measurements.public_of_copy`."""
         began = time.thread_time()
-        loss = self.finish()
+        loss = trainer.measure_state()
         trainer.narrow_state()
         return StateExported(self.step, loss, self.core_s + time.thread_time() - began)
 

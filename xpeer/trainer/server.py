@@ -52,7 +52,7 @@ class Server:
 
     def _begin(self, number: int, work: Work) -> None:
         match work.on:
-            case "helper" | "disk" as thread:
+            case "helper" | "disk" | "measuring" as thread:
                 self._threads.submit(thread, self._carry_out, number, work)
             case _:
                 self._carry_out(number, work)

@@ -66,11 +66,11 @@ class Worker:
         self.reports.after_step(rest_s)
         self.saving.after_step()
 
-    def copy_state(self) -> Callable[[], float]:
+    def copy_state(self) -> Callable[[], None]:
         """Copy all parameters to the arena's region.
 
         Returns:
-            A function that completes the copy and returns its public loss; call it on any thread.
+            A function that completes the copy; call it on any thread.
 
         Raises:
             PeerError: there are none yet (NOT_READY).
@@ -104,7 +104,16 @@ class Worker:
         count, model = self.loop.parameters.num_params, self.loop.manifest.model
         return widened(self.arena.state(), count, model.state_values - count, codec)
 
-    # ---- on the disk's thread -----------------------------------------------------------------
+    # ---- on the measuring thread --------------------------------------------------------------
+
+    def measure_state(self) -> float:
+        """Measure the public loss of the trained parameters in the arena's region, in float32.
+
+        Raises:
+            PeerError: see `Measurements.public_of_copy`.
+        """
+        trained, _ = self._state("float32")
+        return self.loop.measurements.public_of_copy(trained)
 
     def narrow_state(self) -> None:
         """Bring the arena's region from float32 into the form that joiners are sent."""

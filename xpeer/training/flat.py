@@ -83,14 +83,14 @@ class FlatParameters(FlatVector):
     """
 
     def __init__(self, model: torch.nn.Module, num_fragments: int = 1) -> None:
-        self._parameters = _trained(model)
+        self._parameters = trained(model)
         kinds = {(p.dtype, p.device) for p in self._parameters}
         if len(kinds) != 1 or kinds.pop()[0] != torch.float32:
             raise LocalError("the model's parameters are not all float32 on one device")
         device = self._parameters[0].device
         super().__init__(sum(p.numel() for p in self._parameters), num_fragments, device)
         with torch.no_grad():
-            for p, view in zip(self._parameters, _views(self._parameters, self._flat), strict=True):
+            for p, view in zip(self._parameters, views(self._parameters, self._flat), strict=True):
                 view.copy_(p)
                 p.data = view
 
@@ -104,14 +104,14 @@ class FlatParameters(FlatVector):
         A missing gradient counts as zero.
         """
         out = torch.zeros(self._flat.numel(), dtype=torch.float32)
-        for p, view in zip(self._parameters, _views(self._parameters, out), strict=True):
+        for p, view in zip(self._parameters, views(self._parameters, out), strict=True):
             if p.grad is not None:
                 view.copy_(p.grad)
         return out
 
     def write_gradients(self, flat: torch.Tensor) -> None:
         """Replace all gradients by a vector of the shape of `read_gradients`, from the CPU."""
-        for p, view in zip(self._parameters, _views(self._parameters, flat), strict=True):
+        for p, view in zip(self._parameters, views(self._parameters, flat), strict=True):
             p.grad = view.to(p.device, copy=True)
 
     @contextmanager
@@ -132,9 +132,9 @@ class FlatParameters(FlatVector):
 @torch.no_grad()
 def read_flat(model: torch.nn.Module) -> torch.Tensor:
     """Copy all trainable parameters to (num_params,) float32 on the CPU."""
-    parameters = _trained(model)
+    parameters = trained(model)
     out = torch.empty(sum(p.numel() for p in parameters), dtype=torch.float32)
-    for p, view in zip(parameters, _views(parameters, out), strict=True):
+    for p, view in zip(parameters, views(parameters, out), strict=True):
         view.copy_(p)
     return out
 
@@ -142,9 +142,9 @@ def read_flat(model: torch.nn.Module) -> torch.Tensor:
 @torch.no_grad()
 def write_flat(model: torch.nn.Module, flat: torch.Tensor) -> None:
     """Replace all trainable parameters by (num_params,) float32."""
-    parameters = _trained(model)
+    parameters = trained(model)
     _check(flat, sum(p.numel() for p in parameters))
-    for p, view in zip(parameters, _views(parameters, flat), strict=True):
+    for p, view in zip(parameters, views(parameters, flat), strict=True):
         p.copy_(view)
 
 
@@ -159,7 +159,7 @@ def digest_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> str
 
     In float32 this is `digest(read_flat(model))`, without a copy of all values.
     """
-    parameters = _trained(model)
+    parameters = trained(model)
     size = dtype.itemsize * sum(p.numel() for p in parameters)
     found = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=32)  # as `identity.blake2b`
     for piece in _pieces(parameters):
@@ -186,14 +186,14 @@ def all_finite(values: torch.Tensor) -> bool:
 
 def num_params(model: torch.nn.Module) -> int:
     """P: number of trainable parameters, tied ones counted once."""
-    return sum(p.numel() for p in _trained(model))
+    return sum(p.numel() for p in trained(model))
 
 
-def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for _, p in model.named_parameters() if p.requires_grad]
 
 
-def _views(parameters: list[torch.nn.Parameter], flat: torch.Tensor) -> list[torch.Tensor]:
+def views(parameters: list[torch.nn.Parameter], flat: torch.Tensor) -> list[torch.Tensor]:
     """Views of a flat vector, one for each parameter and in its shape."""
     sizes = [p.numel() for p in parameters]
     parts = torch.split(flat[: sum(sizes)], sizes)

@@ -21,53 +21,43 @@ WORSE: Final = 1.05, 0.02
 
 
 def copy_for_joiner(
-    out: torch.Tensor,
-    parameters: Parameters,
-    exchanges: Exchanges,
-    measurements: Measurements,
-    public_loss: Callable[[], float],
-) -> Callable[[], float]:
+    out: torch.Tensor, parameters: Parameters, exchanges: Exchanges
+) -> Callable[[], None]:
     """Copy the parameters for a joiner, at a boundary.
 
     They are averaged with those that partners sent last. In masked groups, only the groups' means
-    are copied.
-
-    The average comes with the last measured loss of our own parameters. Averages are hardly ever
-    worse, measuring takes as long as many steps, and a joiner measures again. Means of groups may
-    be worse than our own parameters, and so they are measured.
+    are copied. Nothing is measured here: that takes as long as many steps, and is done beside
+    training (`Measurements.public_of_copy`).
 
     Args:
         out: (num_params,) float32, CPU; written to.
         parameters: our own.
         exchanges: has the values that partners sent.
-        measurements: of our own parameters.
-        public_loss: measures the public loss of our own parameters.
 
     Returns:
-        A function that completes `out` and returns the public loss. Call it on any thread, before
-        anything else happens to `out`.
+        A function that completes `out`. Call it on any thread, before anything else happens to
+        `out`.
     """
     if exchanges.common is not None:
         exchanges.common.read(out)
-        with parameters.with_values(out):
-            measured = measurements.public_of_others()
-        return lambda: measured
-    loss = measurements.public
-    loss = public_loss() if loss is None else loss
+        return _complete
     received = exchanges.consolidation.now()
     if not received:
         parameters.read(out)
-        return lambda: loss
+        return _complete
     own = torch.empty(padded(parameters.num_params))
     parameters.read(own[: len(out)])
     own[len(out) :].zero_()
 
-    def finish() -> float:
+    def finish() -> None:
         consolidate_(own, exchanges.fragments, received)
         out.copy_(own[: len(out)])
-        return loss
 
     return finish
+
+
+def _complete() -> None:
+    """Nothing is left to do."""
 
 
 def require_numbers(flat: torch.Tensor) -> None:

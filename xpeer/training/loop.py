@@ -196,15 +196,14 @@ class TrainingLoop:
             self._change_state()
         return before, after
 
-    def show(self, out: torch.Tensor) -> Callable[[], float]:
+    def show(self, out: torch.Tensor) -> Callable[[], None]:
         """Copy the parameters for a joiner; see `handover.copy_for_joiner`.
 
         Raises:
             PeerError: there is nothing to give yet (NOT_READY).
         """
         self.require_parameters()
-        parts = self.parameters, self.exchanges, self.measurements
-        return copy_for_joiner(out, *parts, self.public_loss)
+        return copy_for_joiner(out, self.parameters, self.exchanges)
 
     def measure(self) -> tuple[float, float | None]:
         """Measure the public and the held-out loss now."""

@@ -11,9 +11,10 @@ from typing import Final
 
 import torch
 
-from xpeer.errors import DivergedError, XpeerError
+from xpeer.errors import DivergedError, LocalError, PeerError, Reason, XpeerError
 from xpeer.escape import one_line, without_words
 from xpeer.manifest.round import Round
+from xpeer.privacy.fitting import out_of_memory
 from xpeer.privacy.steps import Records
 from xpeer.training.schedule import Counters
 from xpeer.training.worktime import WorkTime
@@ -32,6 +33,9 @@ class Evaluation:
     """Measures the loss on the manifest's public text."""
     validation: Callable[[], float] | None = None
     """Measures the loss on held-out text of the shard; None = there is none. Local only."""
+    of_copy: Callable[[torch.Tensor], float] | None = None
+    """Measures the loss of other parameters, (num_params,) float32, CPU, on the public text; on any
+    thread, while the model trains. None = nothing can."""
 
 
 class Measurements:
@@ -114,6 +118,29 @@ class Measurements:
         loss = self._evaluation.public()
         self.seconds += self._time.counted(time.monotonic() - began)
         return loss
+
+    def public_of_copy(self, values: torch.Tensor) -> float:
+        """Measure the public loss of a copy of parameters, on any thread: training goes on.
+
+        If the device has no memory for a second set of parameters, it is the loss measured last.
+
+        Args:
+            values: (num_params,) float32, CPU; nobody may change them meanwhile.
+
+        Raises:
+            PeerError: there is no memory, and nothing was measured yet (NOT_READY).
+        """
+        try:
+            if self._evaluation.of_copy is not None:
+                return self._evaluation.of_copy(values)
+        except LocalError as e:
+            logger.debug("parameters for a joiner are not measured: %s", e)
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+        if self.public is None:
+            raise PeerError(Reason.NOT_READY, "the loss of the parameters was not measured yet")
+        return self.public
 
     def fresh_public(self, counters: Counters) -> float:
         """The public loss of the present parameters, measured if need be."""

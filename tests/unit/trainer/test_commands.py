@@ -33,6 +33,7 @@ from xpeer.trainer.commands import (
     ExportState,
     FinishState,
     ImportState,
+    MeasureState,
     Merge,
     Request,
     Run,
@@ -50,7 +51,7 @@ from xpeer.trainer.setup import TrainerSetup
 from xpeer.wire import codec
 
 COMMANDS: tuple[type[Work], ...] = get_args(Command)
-LATER = (Compress, FinishState, WriteCopy)
+LATER = (Compress, FinishState, MeasureState, WriteCopy)
 
 
 class Rank:
@@ -106,7 +107,9 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Ran
 def test_everything_that_is_carried_out_says_on_which_thread_and_how(kind: type[Work]) -> None:
     assert kind.on in get_args(Thread)
     assert callable(kind.apply)
-    assert kind in COMMANDS or kind.on in ("helper", "disk"), "a copy goes to no other rank"
+    assert kind in COMMANDS or kind.on in ("helper", "disk", "measuring"), (
+        "a copy goes to no other rank"
+    )
 
 
 def test_no_work_is_left_out() -> None:

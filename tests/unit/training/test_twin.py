@@ -1,0 +1,179 @@
+"""A twin measures other values beside a model that trains, and neither disturbs the other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from benchmarks.families.models import FAMILIES, VOCABULARY
+from tests.unit.training.homes import make_homes
+from tests.unit.training.loops import trainer_with
+from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.founding_model import LoraOptions
+from xpeer.manifest.model import Lora
+from xpeer.trainer import evaluating
+from xpeer.trainer.build import assemble
+from xpeer.trainer.evaluating import BESIDE_RECORDS, Public
+from xpeer.training.adapters import adapt
+from xpeer.training.flat import read_flat, write_flat
+from xpeer.training.held import hold
+from xpeer.training.losses import choose_losses, evaluate
+from xpeer.training.measuring import Evaluation
+from xpeer.training.model import build
+from xpeer.training.quantised import Shapes, quantise
+from xpeer.training.twin import Twin
+
+RECORDS = torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(3))
+LORA = Lora(rank=2, alpha=4.0, seed=5, base_digest="")
+MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+    family: lambda family=family: build(FAMILIES[family], seed=1)  # type: ignore[misc]
+    for family in ("llama", "qwen3", "gemma2", "gemma3, text", "gpt2", "opt", "mixtral")
+}
+MODELS["adapters"] = lambda: adapt(build(FAMILIES["llama"], seed=1), LORA)
+MODELS["adapters of a base in bfloat16"] = lambda: adapt(
+    hold(build(FAMILIES["gemma2"], seed=1), torch.bfloat16), LORA
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def loss_of(model: torch.nn.Module) -> float:
+    return evaluate(model, RECORDS, losses_of_records=choose_losses(model)[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_computes_with_the_values_that_it_is_lent(name: str) -> None:
+    model = MODELS[name]()
+    own, before = read_flat(model), loss_of(model)
+    twin, lent = Twin(model), own + 0.05 * torch.randn(len(own), generator=torch.Generator())
+    for layer in model.modules():  # what comes later is not the twin's
+        layer.register_forward_hook(lambda *_: pytest.fail("the model was called"))
+    with twin.with_values(lent):
+        found = loss_of(twin.model)
+    for layer in model.modules():
+        layer._forward_hooks.clear()
+    assert torch.equal(read_flat(model), own)
+    assert loss_of(model) == before != found
+    write_flat(model, lent)
+    assert loss_of(model) == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_it_takes_no_memory_for_what_is_not_trained(quantised: bool) -> None:
+    model = hold(build(FAMILIES["llama"], seed=1), torch.bfloat16)
+    if quantised:
+        model = quantise(model, "nf4", 64, Shapes())
+    model = adapt(model, LORA)
+    twin = Twin(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    ours = {each.data_ptr() for each in tensors}
+    of_twin = [*twin.model.parameters(), *twin.model.buffers()]
+    assert len(of_twin) == len(tensors)
+    assert sum(each.nbytes for each in of_twin if each.data_ptr() not in ours) == 0
+    values = read_flat(model)
+    with twin.with_values(values):
+        inside = [p for p in twin.model.parameters() if p.data_ptr() not in ours]
+        assert min(p.data_ptr() for p in inside) == values.data_ptr()
+    assert all(p.nbytes == 0 for p in twin.model.parameters() if p.data_ptr() not in ours)
+
+
+@pytest.mark.parametrize("lora", [None, LoraOptions(2)], ids=["full", "adapters"])
+@pytest.mark.parametrize("privacy", ["off", "record"])
+def test_training_is_not_changed_by_measurements_beside_it(
+    tmp_path: Path, lora: Any, privacy: Any
+) -> None:
+    """Neither its steps nor its evaluations, with all that is hooked onto the model."""
+    changes = ("privacy.noise_multiplier=0.5", "end.steps=100") if privacy == "record" else ()
+    (setup,) = make_homes(
+        tmp_path, 1, privacy=privacy, changes=changes, lora=lora, checkpoint_activations="on"
+    )
+    made = assemble(setup)
+    loop, stop = made.trainer, threading.Event()
+    start, losses = loop.parameters.read(), list[float]()
+
+    def measure() -> None:
+        while not stop.is_set():
+            losses.append(loop.measurements.public_of_copy(start))
+
+    beside = threading.Thread(target=measure)
+    beside.start()
+    try:
+        loop.run(6)
+        public = loop.measure()[0]
+    finally:
+        stop.set()
+        beside.join()
+    moved = loop.parameters.read()
+    assert loop.counters.step == 6
+    assert losses
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=0.02)
+    assert public != losses[0]
+    assert loop.measurements.public_of_copy(moved) == pytest.approx(public, rel=1e-5)
+    made.close()
+
+
+def test_without_memory_for_it_the_loss_measured_last_is_offered() -> None:
+    """And training goes on with all the memory that it has."""
+    loop = trainer_with()
+    values = loop.parameters.read()
+
+    def of_copy(_: torch.Tensor) -> float:
+        raise errors.pop(0)
+
+    evaluation = Evaluation(public=lambda: 2.5, of_copy=of_copy)
+    loop.measurements._evaluation = evaluation
+    errors: list[Exception] = [MemoryError("the device is full")]
+    with pytest.raises(PeerError) as nothing_yet:
+        loop.measurements.public_of_copy(values)
+    assert nothing_yet.value.reason == Reason.NOT_READY
+    loop.measure()
+    errors += [torch.OutOfMemoryError("full"), LocalError("a single record does not fit")]
+    assert [loop.measurements.public_of_copy(values) for _ in range(2)] == [2.5, 2.5]
+    errors.append(RuntimeError("a fault of ours"))
+    with pytest.raises(RuntimeError, match="of ours"):
+        loop.measurements.public_of_copy(values)
+
+
+def test_a_device_keeps_room_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(FAMILIES["llama"], seed=1)
+    size = read_flat(model).nbytes
+    free = 2 * size - 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10 * size))
+    with pytest.raises(MemoryError):
+        Twin._require_room(torch.device("cuda"), size)
+    free += 1
+    Twin._require_room(torch.device("cuda"), size)
+
+
+def test_a_few_records_tell_of_all() -> None:
+    """Once all were measured with values that are not far away."""
+    model, computing = build(FAMILIES["llama"], seed=1), SimpleNamespace(precision=None)
+    generator = torch.Generator().manual_seed(5)
+    records = torch.randint(0, VOCABULARY, (30, 24), generator=generator)
+    records[::3, 12:] = -1  # filled up: means are by token
+    losses, passed = choose_losses(model)[0], list[int]()
+    public = Public(records, cast(Any, computing), lambda: None)
+    real = evaluating.evaluate
+
+    def counted(model: Any, some: torch.Tensor, **more: Any) -> float:
+        passed.append(len(some))
+        return real(model, some, **more)
+
+    public._evaluate = partial(counted)
+    assert public.of_few(model, losses) == pytest.approx(real(model, records))
+    assert passed == [BESIDE_RECORDS, 30 - BESIDE_RECORDS]
+    write_flat(model, read_flat(model) * 1.05)
+    assert public.of_few(model, losses) == pytest.approx(real(model, records), rel=0.01)
+    assert passed[2:] == [BESIDE_RECORDS]
+    one = Public(records[:1], cast(Any, computing), lambda: None)
+    assert one.of_all(model, losses) == one.of_few(model, losses)

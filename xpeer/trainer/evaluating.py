@@ -1,0 +1,114 @@
+"""Measures losses: on the public text, and on text held out of the shard.
+
+What joiners are given is measured beside training, on a few records of the public text. How much
+these records' loss differs from all records' is known from the last measurement of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import torch
+
+from xpeer.manifest import Manifest
+from xpeer.privacy.clipping import RecordLosses
+from xpeer.privacy.steps import Records
+from xpeer.trainer.computing import Computing
+from xpeer.training.document import document_of
+from xpeer.training.losses import choose_losses, evaluate, inputs_of
+from xpeer.training.measuring import Evaluation, spread
+from xpeer.training.records import cut
+from xpeer.training.tokenizer import Tokenizer
+from xpeer.training.twin import Twin
+
+PUBLIC_RECORDS: Final = 64
+"""Most records of the public text to measure on: evenly spread, and the same at every peer."""
+BESIDE_RECORDS: Final = 4
+"""Most records of them that are measured beside training, for a joiner. All of them take as long as
+ten steps of few records; a donor's steps should not become slower by a twentieth."""
+
+
+class Public:
+    """Measures on the manifest's public text.
+
+    Args:
+        records: of it.
+        computing: how the model computes.
+        beat: called after each pass.
+    """
+
+    def __init__(
+        self, records: torch.Tensor, computing: Computing, beat: Callable[[], None]
+    ) -> None:
+        chosen = spread(torch.arange(len(records)), BESIDE_RECORDS)
+        others = torch.ones(len(records), dtype=torch.bool)
+        others[chosen] = False
+        self._few, self._others = records[chosen], records[others]
+        self._evaluate = partial(evaluate, on_progress=beat, precision=computing.precision)
+        self._ratio: float | None = None
+        """Loss of all records over that of a few, as measured last; None = not yet."""
+
+    def of_all(self, model: torch.nn.Module, losses: RecordLosses) -> float:
+        """Measure a model on all records, in nats per token."""
+        parts = [records for records in (self._few, self._others) if len(records)]
+        means = [self._evaluate(model, part, losses_of_records=losses) for part in parts]
+        tokens = [int((inputs_of(part)[1] >= 0).sum()) for part in parts]
+        nats = sum(mean * count for mean, count in zip(means, tokens, strict=True))
+        loss = nats / sum(tokens)
+        self._ratio = loss / means[0] if means[0] > 0 else None
+        return loss
+
+    def of_few(self, model: torch.nn.Module, losses: RecordLosses) -> float:
+        """Estimate what `of_all` would measure, from a few records; at first, measure all."""
+        if self._ratio is None:
+            return self.of_all(model, losses)
+        return self._ratio * self._evaluate(model, self._few, losses_of_records=losses)
+
+
+def evaluation_of(
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    model: torch.nn.Module,
+    twin: Twin,
+    computing: Computing,
+    held_out: Records,
+    beat: Callable[[], None],
+) -> Evaluation:
+    """Prepare to measure the model's losses, and those of values that joiners are given.
+
+    Args:
+        manifest: of the swarm.
+        tokenizer: of the model.
+        model: in training.
+        twin: of the model. It measures on the public text alone.
+        computing: how the model computes.
+        held_out: records of the shard's held-out text.
+        beat: called after each pass.
+    """
+    document = document_of(manifest.public_text.text, "public text")
+    length = manifest.optimiser.sequence_tokens
+    records = spread(cut([document], tokenizer, length), PUBLIC_RECORDS)
+    public = Public(records, computing, beat)
+    losses_of_twin: RecordLosses | None = None
+
+    def of_copy(values: torch.Tensor) -> float:
+        nonlocal losses_of_twin
+        with twin.with_values(values):
+            losses_of_twin = losses_of_twin or choose_losses(twin.model)[0]
+            return public.of_few(twin.model, losses_of_twin)
+
+    of_text = partial(
+        evaluate,
+        model,
+        held_out,
+        on_progress=beat,
+        precision=computing.precision,
+        losses_of_records=computing.losses,
+    )
+    return Evaluation(
+        public=partial(public.of_all, model, computing.losses),
+        validation=of_text if len(held_out) else None,
+        of_copy=of_copy,
+    )
