@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from xpeer import belonging
 from xpeer.errors import ConfigError
+from xpeer.manifest.model import vocabulary_of
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SNAPSHOT: Final = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{7,40})/?$")
@@ -128,10 +129,8 @@ def tokenizer_of(
         return folder
     if _other_tokenizer(folder):
         _require_tokenizer(folder, "--model")
-    nested = config.get("text_config")
-    inner = nested.get("vocab_size") if isinstance(nested, dict) else None
-    vocabulary = config.get("vocab_size", inner)
-    if isinstance(vocabulary, int) and vocabulary <= _BYTE_VOCABULARY_MAX:
+    vocabulary = vocabulary_of(config)
+    if vocabulary is not None and vocabulary <= _BYTE_VOCABULARY_MAX:
         return None
     raise ConfigError(
         f"--tokenizer is not given, {folder} holds no tokenizer.json, and a vocabulary of "

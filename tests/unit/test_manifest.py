@@ -193,6 +193,11 @@ def test_optional_parts_travel() -> None:
         ({"vocab_size": 100}, 4.5, math.inf),  # no better than guessing: log 100 is 4.6
         ({"vocab_size": 100}, None, math.inf),  # of an older version
         ({}, 2.5, 2.5),
+        ({}, 12.0, math.inf),  # some number of ids is a default of its class
+        ({"text_config": {"vocab_size": 100}}, 2.5, 2.5),
+        ({"text_config": {"vocab_size": 100}}, 4.5, math.inf),
+        ({"text_config": {}}, 2.5, 2.5),
+        ({"text_config": {}}, 12.0, math.inf),
         ({}, None, math.inf),
         ({"vocab_size": "many"}, None, math.inf),
     ],

@@ -137,7 +137,7 @@ def sizes_of(manifest: Manifest, config: NodeConfig, device: torch.device) -> Si
 
 def _size_in(model: Any, name: str, otherwise: int) -> int:
     """A size in the model's config, which another family may have as a list, or not at all."""
-    found = getattr(model.config, name, None)
+    found = getattr(model.config.get_text_config(), name, None)
     return found if isinstance(found, int) and found > 0 else otherwise
 
 

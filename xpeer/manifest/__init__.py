@@ -26,6 +26,9 @@ MAX_NAME_CHARS = 80
 KNOWS_SOMETHING = 0.9
 """A model has learnt something if its loss is below this fraction of a guess's."""
 
+LEAST_VOCABULARY = 256
+"""Ids of a model whose config leaves their number to a default: hardly any model has fewer."""
+
 LARGE_STATE = 1 << 24
 """Models with at least so many trained parameters go to joiners in bfloat16."""
 
@@ -174,10 +177,10 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Infinite where the founder did not measure it, and where it is no better than guessing:
         training on other text may make such a model worse on the public one, and is right.
         """
-        loss, tokens = self.public_text.initial_loss, self.model.config.get("vocab_size")
+        loss = self.public_text.initial_loss
         if loss is None:
             return math.inf
-        guessing = math.log(tokens) if isinstance(tokens, int) and tokens > 1 else math.inf
+        guessing = math.log(self.model.vocabulary or LEAST_VOCABULARY)
         return loss if loss < KNOWS_SOMETHING * guessing else math.inf
 
     def require_privacy(self, asked: str, max_epsilon: float = 0.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
@@ -89,6 +90,11 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     base_block: Literal[0, 64] = 0
     """Values that are quantised with one scale. 0 = nothing is quantised."""
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of the language model's ids; None = its config leaves it to a default."""
+        return vocabulary_of(self.config)
+
     def check(self) -> None:
         """Check what no single field can.
 
@@ -115,3 +121,14 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     def state_values(self) -> int:
         """Number of values that a joiner receives: trained ones, then frozen ones."""
         return self.num_params + (self.frozen.num_values if self.frozen else 0)
+
+
+def vocabulary_of(config: Mapping[str, Any]) -> int | None:
+    """Number of ids in a config.json; None = it does not say.
+
+    A model of several parts (text and images) has the language model's settings in `text_config`.
+    """
+    nested = config.get("text_config")
+    inner = nested.get("vocab_size") if isinstance(nested, Mapping) else None
+    found = config.get("vocab_size") if inner is None else inner
+    return found if isinstance(found, int) and found > 0 else None

@@ -194,7 +194,8 @@ def generate(
         raise ConfigError("the prompt is empty", "give at least a word")
     known = len(ids)
     device = next(model.parameters()).device
-    limit = getattr(transformers_model(model).config, "max_position_embeddings", None) or 1024
+    config = transformers_model(model).config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 1024
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()

@@ -21,6 +21,7 @@ _READ: Final = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 """Keys that these engines read, of the families Llama, Qwen, Gemma and the like."""
+_TEXT: Final = "text_config"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -34,7 +35,10 @@ def completed(config: Mapping[str, Any], made: Mapping[str, Any], dtype: str) ->
     """
     out = {key: made[key] for key in _READ if made.get(key) is not None}
     out |= _positions(made.get("rope_parameters"))
-    return out | dict(config) | {"dtype": dtype, "torch_dtype": dtype}
+    out |= dict(config) | {"dtype": dtype, "torch_dtype": dtype}
+    if isinstance(text := made.get(_TEXT), Mapping):  # Gemma 3 with images: a config inside
+        out[_TEXT] = completed(config.get(_TEXT) or {}, text, dtype)
+    return out
 
 
 def _positions(rope: Any) -> dict[str, Any]:

@@ -30,6 +30,8 @@ TOKENIZER_FILES: Final = (
 _TERMS: Final = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 _CARDS: Final = ("README.md", "privacy.json", "source.*README.md", "source.*privacy.json")
 _OF_THIS_MACHINE: Final = ("_name_or_path", "transformers_version")
+_OF_ALL_PARTS: Final = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of a config of several parts that a language model alone needs, too."""
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,7 +54,7 @@ class Source:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The type to write the weights in; float32 if the source names none of the usual ones."""
-        name = self.dtype or self.config.get("dtype") or self.config.get("torch_dtype")
+        name = self.dtype or _dtype_in(self.config)
         return _DTYPES.get(str(name).removeprefix("torch."), torch.float32)
 
     def config_json(self, model: Any, *, untied: bool = False) -> dict[str, Any]:
@@ -75,6 +77,8 @@ class Source:
         kept = completed(kept, made, str(self.torch_dtype).removeprefix("torch."))
         if untied:
             kept["tie_word_embeddings"] = False
+            if isinstance(text := kept.get("text_config"), dict):
+                text["tie_word_embeddings"] = False
         kept["transformers_version"] = made.get("transformers_version")
         return dict(sorted(kept.items()))
 
@@ -105,11 +109,29 @@ def config_for_manifest(config: Mapping[str, Any], model: Any) -> dict[str, Any]
         config: the content of config.json.
         model: of transformers, built from that config.
     """
-    kept = _without_paths(config)
+    kept = _without_paths(_of_text(config, model))
     kept["architectures"] = [type(model).__name__]
-    if not {"dtype", "torch_dtype"} & kept.keys():
+    if _dtype_in(kept) is None:
         kept["dtype"] = "float32"
     return kept
+
+
+def _of_text(config: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
+    """The language model's settings, if transformers makes nothing else of this config."""
+    text, kind = config.get("text_config"), model.config.model_type
+    if kind == config.get("model_type") or not isinstance(text, Mapping):
+        return config
+    outside = {key: config[key] for key in _OF_ALL_PARTS if key in config}
+    return outside | dict(text) | {"model_type": kind}
+
+
+def _dtype_in(config: Mapping[str, Any]) -> Any:
+    """The type of the weights; None = the config does not say."""
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, Mapping) else {}):
+        if found := section.get("dtype") or section.get("torch_dtype"):
+            return found
+    return None
 
 
 def read_generation(folder: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from xpeer.training.losses import (
     record_losses,
     transformers_model,
 )
-from xpeer.training.rebuild import require_complete
+from xpeer.training.rebuild import ALONE, require_complete
 
 __all__ = [
     "FlatParameters",
@@ -185,7 +185,8 @@ def _restore_buffers(model: Any, config: dict[str, Any]) -> None:
 
 def context_tokens(model: torch.nn.Module) -> int | None:
     """Longest sequence that the model has positions for; None = its config does not say."""
-    limit = getattr(transformers_model(model).config, "max_position_embeddings", None)
+    config = transformers_model(model).config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 
@@ -235,7 +236,8 @@ def _parse_config(config: dict[str, Any]) -> Any:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError("model.config has no model_type", "e.g. gpt2 or llama")
-    refused = sorted(_REFUSED_KEYS & config.keys())
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    refused = sorted(_REFUSED_KEYS & {key for part in (config, *nested) for key in part})
     if refused:
         raise ConfigError(f"model.config: {refused[0]} is refused", "remove it from config.json")
     rest = {key: value for key, value in config.items() if key != "model_type"}
@@ -260,11 +262,24 @@ def _attention(config: Any) -> str:
     """
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if known is None:
-        raise ConfigError(
-            f"model.config: transformers has no causal language model of type {config.model_type}",
-            "use a model that predicts the next token, e.g. llama, qwen3, gemma2 or gpt2",
-        )
+        raise _no_language_model(config)
     return "sdpa" if getattr(known, "_supports_sdpa", False) else "eager"
+
+
+def _no_language_model(config: Any) -> ConfigError:
+    """The error for a family that transformers has no causal language model of."""
+    problem = f"model.config: transformers has no causal language model of type {config.model_type}"
+    text = config.get_text_config()
+    if text is config:
+        remedy = "use a model that predicts the next token, e.g. llama, qwen3, gemma2 or gpt2"
+        return ConfigError(problem, remedy)
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None) is None:
+        problem += f", nor of the language model in it ({text.model_type})"
+        return ConfigError(problem, "use a model for text alone, e.g. of the same family")
+    return ConfigError(
+        f"{problem}; the language model in it ({text.model_type}) is one",
+        f"save that alone, and give its folder: {ALONE}",
+    )
 
 
 def _switch_dropout_off(config: Any) -> None:

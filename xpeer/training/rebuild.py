@@ -16,6 +16,8 @@ import torch
 from xpeer.errors import ConfigError
 from xpeer.training.flat import all_finite
 
+ALONE: Final = "docs/finetune.md, 'A language model inside of another'"
+"""Where it says how to save the language model of a model of several parts."""
 _CONSTANTS: Final = re.compile(
     r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$"
 )
@@ -102,7 +104,7 @@ def _require_tying(folder: Path, model: torch.nn.Module, raw: Mapping[str, Any])
     """Check that input and output embeddings are tied if the config says so."""
     inner: Any = model
     output, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
-    tied = bool(getattr(_text_config(model), "tie_word_embeddings", False))
+    tied = bool(getattr(inner.config, "tie_word_embeddings", False))
     if output is None or embedding is None or not tied or output.weight is embedding.weight:
         return
     name = next(iter(sorted(_output_names(model))), "the output weights")
@@ -167,10 +169,13 @@ def _other_names(
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         kind = getattr(_text_config(model), "model_type", "causal")
         lacks = f"; it lacks {missing[0]}" if missing else ""
+        parts = isinstance(raw.get("text_config"), Mapping)
         return ConfigError(
             f"model {folder}: {about}its weights hold {extra[0]}{more}, for which a {kind} language"
             f" model of this config has no place{lacks}: they would be left out",
-            "correct config.json, or save a causal language model without anything else",
+            f"save the language model alone, and give its folder: {ALONE}"
+            if parts
+            else "correct config.json, or save a causal language model without anything else",
         )
     return ConfigError(
         f"model {folder}: {about}{len(missing)} weights are missing, e.g. {missing[0]}",

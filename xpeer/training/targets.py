@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -31,28 +31,68 @@ def find(model: torch.nn.Module, given: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a name or a pattern is of no linear layer; names those that there are.
     """
-    if list(given) in ([], [ALL]):
-        return []
     linear = names_of(model)
+    if list(given) in ([], [ALL]):
+        return [] if len(linear) == len(_all(model)) else _of_text(model, linear)
     found: set[str] = set()
     for each in given:
         chosen = [name for name in linear if _means(each, name)]
         if not chosen:
             raise _unknown(each, linear)
         found.update(chosen)
-    return shortest([name for name in linear if name in found], linear)
+    return shortest([name for name in linear if name in found], _all(model))
 
 
 def names_of(model: torch.nn.Module) -> list[str]:
-    """Names of all layers that an adapter can be added to, the output included."""
+    """Names of all layers that an adapter can be added to, the output included.
+
+    Of a model of several parts (text and images), those of the language model: text reaches no
+    other.
+    """
+    inside, output = _language_model(model), _output(model)
+    return [n for n in _all(model) if n == output or n.startswith(inside)]
+
+
+def _all(model: torch.nn.Module) -> list[str]:
     from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - takes seconds
 
     kinds = torch.nn.Linear, Conv1D
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
+def _language_model(model: torch.nn.Module) -> str:
+    """Beginning of the names of its parts; empty = the model is nothing else."""
+    whole: Any = model
+    text = whole.config.get_text_config()
+    if text is whole.config:
+        return ""
+    parts = (
+        name
+        for name, module in model.named_modules()
+        if name and type(getattr(module, "config", None)) is type(text)
+    )
+    return f"{found}." if (found := next(parts, "")) else ""
+
+
+def _output(model: torch.nn.Module) -> str:
+    whole: Any = model
+    output = whole.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is output), "")
+
+
+def _of_text(model: torch.nn.Module, linear: list[str]) -> list[str]:
+    """All of the language model, as peft's word would mean those of the other parts, too."""
+    output = _output(model)
+    return shortest([name for name in linear if name != output], _all(model))
+
+
 def shortest(names: Sequence[str], linear: Sequence[str]) -> list[str]:
-    """Name layers by the last part, where all layers of that last part are named."""
+    """Name layers by the last part, where all layers of that last part are named.
+
+    Args:
+        names: to name.
+        linear: of the whole model.
+    """
     there, here = (Counter(map(_last, each)) for each in (linear, names))
     short = (_last(name) if here[_last(name)] == there[_last(name)] else name for name in names)
     return list(dict.fromkeys(short))
