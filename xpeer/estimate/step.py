@@ -179,14 +179,14 @@ class _Pass:
 
     def __post_init__(self) -> None:
         self.losses = Switchable(choose_losses(self.model)[0])
-        self.losses.precision = choose_precision(self.step.precision, _CPU)[0]
+        self.losses.precision = choose_precision(self.step.precision, self.trained[0].device)[0]
         if self.step.recompute:
             Recomputing(self.model).require()
 
     def run(self) -> None:
         """Add a pass to gradients that are there: a pass needs most when it is not the first."""
         size = self.step.micro_batch, self.step.sequence_tokens
-        records = torch.zeros(size, dtype=torch.int64)
+        records = torch.zeros(size, dtype=torch.int64, device=self.trained[0].device)
         sums = []
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
