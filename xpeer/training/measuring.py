@@ -133,10 +133,8 @@ class Measurements:
         try:
             if self._evaluation.of_copy is not None:
                 return self._evaluation.of_copy(values)
-        except LocalError as e:
-            logger.debug("parameters for a joiner are not measured: %s", e)
-        except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e):
+        except (RuntimeError, MemoryError, LocalError) as e:
+            if not (isinstance(e, LocalError) or out_of_memory(e)):
                 raise
         if self.public is None:
             raise PeerError(Reason.NOT_READY, "the loss of the parameters was not measured yet")
