@@ -211,10 +211,12 @@ def test_trial_start_and_export(
 @on_each
 def test_losses_fall_alike_in_both_precisions(tmp_path: Path, device: str) -> None:
     curves = []
-    for precision in ("float32", "bfloat16"):
-        folder = tmp_path / precision
-        folder.mkdir()
-        curves.append(steps(home(folder, device, precision=precision), 40)[1])
+    for setup, precision in zip(
+        make_homes(tmp_path, 2, device=device), ("float32", "bfloat16"), strict=True
+    ):
+        training = msgspec.structs.replace(setup.config.training, precision=precision)
+        config = msgspec.structs.replace(setup.config, training=training)
+        curves.append(steps(msgspec.structs.replace(setup, config=config), 40)[1])
     for exact, low in zip(*curves, strict=True):
         assert low == pytest.approx(exact, rel=0.05)
     assert all(curve[2] < 0.9 * curve[0] for curve in curves)
