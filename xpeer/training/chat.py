@@ -1,18 +1,31 @@
 """Writes examples as the model's chat template does, and marks what is predicted.
 
-What the assistant says is what the template adds to the conversation before it. So any template
-will do whose text only grows with the conversation.
+An answer is what the template adds to its prompt. Some templates write an answer otherwise once the
+chat has gone on: Qwen3's has thoughts in the last one alone. Such an answer is looked for in the
+whole chat, and predicted if all of it is there.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
 from xpeer.training.formats.examples import ASSISTANT, Example
+from xpeer.training.formats.rows import holds_text
+
+_RULE: Final = "marks/2"
+"""Names the rule by which parts are marked: the cache keeps no tokens of another one."""
+_DATE: Final = "26 Jul 2024"
+"""What Llama's templates call today: else the day of a start would be in the tokens."""
+_STAND_INS: Final = tuple(map(chr, range(0xE000, 0xE010)))
+"""Characters that stand for an answer while it is looked for."""
+
+Message = dict[str, str]
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +39,7 @@ class Marked:
     """
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
     is_chat: bool
 
 
@@ -46,12 +59,19 @@ class ChatTemplate:
 
     @property
     def digest(self) -> str:
-        """Names the template: another one writes other texts."""
-        words = (self._template, *(f"{k}={v}" for k, v in sorted(self._special.items())))
+        """Names the template, and how its texts are marked: with another one tokens differ."""
+        special = (f"{k}={v}" for k, v in sorted(self._special.items()))
+        words = (_RULE, self._template, *special, *sorted(self._forbidden))
         return blake2b(*(word.encode() for word in words), size=16).hex()
 
     def mark(self, example: Example) -> Marked | None:
-        """Write an example; None = the template can't write it, or it would forge a special token.
+        """Write an example.
+
+        An answer without visible text is read: there is nothing to imitate.
+
+        Returns:
+            None = the template can't write it, it would forge a special token, or nothing of it
+            would be predicted.
 
         Raises:
             ConfigError: it is a chat, and there is no template.
@@ -73,20 +93,86 @@ class ChatTemplate:
     def _written(self, example: Example) -> Marked | None:
         messages = [{"role": role, "content": content} for role, content in example.turns]
         whole = self._render(messages, prompting=False)
-        spans = []
-        for number, (role, _) in enumerate(example.turns):
-            if role != ASSISTANT:
+        if whole is None:
+            return None
+        spans: list[Span] = []
+        for number, (role, content) in enumerate(example.turns):
+            if role != ASSISTANT or not holds_text(content):
                 continue
-            before = self._render(messages[:number], prompting=True)
-            after = self._render(messages[: number + 1], prompting=False)
-            if before is None or after is None or whole is None:
-                return None
-            if not after.startswith(before) or not whole.startswith(after):
-                return None
-            spans.append((len(before), len(after)))
-        return Marked(whole, tuple(spans), is_chat=True) if whole is not None else None
+            begin, end = self._place(messages, number, whole) or (0, 0)
+            begin = max(begin, spans[-1][1] if spans else 0)
+            end = begin + self._ending(whole[begin:end])
+            if begin < end:
+                spans.append((begin, end))
+        return Marked(whole, tuple(spans), is_chat=True) if spans else None
 
-    def _render(self, messages: list[dict[str, str]], *, prompting: bool) -> str | None:
+    def _place(self, messages: list[Message], number: int, whole: str) -> Span | None:
+        """Where an answer is in the whole chat; None = not all of it is there."""
+        before = self._render(messages[:number], prompting=True)
+        after = self._render(messages[: number + 1], prompting=False)
+        begins = before is not None and whole.startswith(before)
+        if before is not None and begins:
+            if number + 1 == len(messages):
+                return len(before), len(whole)
+            if after is not None and after.startswith(before) and whole.startswith(after):
+                return len(before), len(after)
+        found = self._content(messages, number, whole)
+        if found is None:
+            return None
+        if before is not None and begins:
+            begin = len(before)
+        else:
+            begin = self._begin(messages, number, whole, found[0], before)
+        if _packed(messages[number]["content"]) not in _packed(whole[begin : found[1]]):
+            return None  # taken back, at least in part
+        return begin, found[1] + self._tail(messages[: number + 1], after, whole[found[1] :])
+
+    def _content(self, messages: list[Message], number: int, whole: str) -> Span | None:
+        """Where the content of a message is in a text: what changes with it."""
+        stand_in = next((each for each in _STAND_INS if each not in whole), None)
+        if stand_in is None:
+            return None
+        other = [*messages[:number], {**messages[number], "content": stand_in}]
+        changed = self._render([*other, *messages[number + 1 :]], prompting=False)
+        if changed is None or changed.count(stand_in) != 1:
+            return None
+        begin = len(os.path.commonprefix((whole, changed)))
+        behind = changed[changed.index(stand_in) + 1 :]
+        if len(whole) - len(behind) < begin or not whole.endswith(behind):
+            return None
+        return begin, len(whole) - len(behind)
+
+    def _begin(
+        self, messages: list[Message], number: int, whole: str, content: int, before: str | None
+    ) -> int:
+        """Where an answer begins whose content begins at `content`: behind its header."""
+        above = self._content(messages, number - 1, whole) if number else (0, 0)
+        base = self._render(messages[:number], prompting=False)
+        if above is None or before is None or base is None or not before.startswith(base):
+            return content
+        header, earliest = before[len(base) :], above[1]
+        if header:
+            at = whole.rfind(header, earliest, content)
+            return content if at < 0 else at + len(header)
+        while content > earliest and whole[content - 1] == " ":
+            content -= 1  # it is a part of the first token
+        return content
+
+    def _tail(self, messages: list[Message], after: str | None, rest: str) -> int:
+        """How much of the rest of a chat ends the last of some messages."""
+        found = None if after is None else self._content(messages, len(messages) - 1, after)
+        tail = "" if after is None or found is None else after[found[1] :]
+        return len(tail) if rest.startswith(tail) else 0
+
+    def _ending(self, text: str) -> int:
+        """How much of an answer is predicted: up to the first of the special tokens at its end."""
+        size, rest = len(text), text.rstrip()
+        while rest.endswith(self._forbidden):
+            size = len(rest)
+            rest = rest[: -max(len(t) for t in self._forbidden if rest.endswith(t))].rstrip()
+        return size
+
+    def _render(self, messages: list[Message], *, prompting: bool) -> str | None:
         from jinja2.exceptions import TemplateError  # noqa: PLC0415 - only chats need it
         from transformers.utils.chat_template_utils import (  # noqa: PLC0415 - slow
             render_jinja_template,
@@ -97,8 +183,14 @@ class ChatTemplate:
                 [messages],
                 chat_template=self._template,
                 add_generation_prompt=prompting,
+                date_string=_DATE,
                 **self._special,
             )
         except (TemplateError, TypeError, ValueError):  # e.g. roles have to alternate
             return None
         return str(rendered[0][0])
+
+
+def _packed(text: str) -> str:
+    """The text without its white space: templates trim."""
+    return "".join(text.split())

@@ -111,7 +111,7 @@ def test_what_the_assistant_says_is_predicted(node: Node, tmp_path: Path) -> Non
     whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT)
     assert ids == fast.encode(whole, add_special_tokens=False).ids
     said = fast.decode(predicted, skip_special_tokens=False)
-    assert said == "Four.<|im_end|>\nSix, é.<|im_end|>\n"
+    assert said == "Four.<|im_end|>Six, é.<|im_end|>"
 
 
 def test_an_example_is_one_record_and_is_cut_off(node: Node) -> None:
@@ -140,6 +140,71 @@ def test_columns_of_parquet_are_the_same_examples(node: Node, tmp_path: Path) ->
     assert torch.equal(first.records[:], again.records[:])
 
 
+PAIRS = [{"prompt": f"sum {n}: ", "completion": f"é, {n}"} for n in range(9)]
+
+
+def test_columns_of_every_table_are_the_same_prompts_and_completions(node: Node) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import ipc, parquet
+
+    node.with_data(text_field="prompt+completion")
+    table = pa.Table.from_pylist([{"id": 7, **row} for row in PAIRS])
+    write(node, PAIRS)
+    first = node.read()
+    assert len(first.records) + len(first.held_out) == len(PAIRS)
+    (node.shard / "rows.jsonl").unlink()
+    lines = ["id,prompt , completion", *(f'7,{r["prompt"]},"{r["completion"]}"' for r in PAIRS)]
+    as_bytes = table.set_column(1, "prompt", table["prompt"].cast(pa.binary()))
+    files = {
+        "rows.csv": lambda path: path.write_text("\n".join(lines), encoding="utf-8"),
+        "rows.parquet": lambda path: parquet.write_table(table, path),
+        "bytes.parquet": lambda path: parquet.write_table(as_bytes, path),
+    }
+    for name, save in files.items():
+        save(node.shard / name)
+        again = node.read()
+        assert again.documents == first.documents, name
+        assert torch.equal(again.records[:], first.records[:]), name
+        (node.shard / name).unlink()
+    tsv = node.shard / "rows.tsv"
+    tsv.write_text("\n".join(["prompt\tcompletion", *("\t".join(r.values()) for r in PAIRS)]))
+    arrow = node.shard / "rows.arrow"
+    with ipc.new_stream(str(arrow), table.schema) as stream:
+        stream.write_table(table)
+    for path in (tsv, arrow):
+        node.with_data(shard=[str(path)])
+        assert node.read().documents == first.documents, path.name
+
+
+def test_a_table_in_a_folder_without_the_two_columns_is_left_out(node: Node) -> None:
+    node.with_data(text_field="prompt+completion")
+    write(node, PAIRS)
+    (node.shard / "others.csv").write_text("prompt,answer\na,b\n")
+    assert node.read().shard.left_out == {"table without the column": 1}
+    node.with_data(shard=[str(node.shard / "others.csv")])
+    with pytest.raises(ShardError, match=r"no row has field 'prompt\+completion'.*answer, prompt"):
+        node.read()
+
+
+def test_a_row_of_csv_without_its_completion_is_counted(node: Node) -> None:
+    node.with_data(text_field="prompt+completion")
+    (node.shard / "rows.csv").write_text("prompt,completion\na,b is long\nc,d is long\ne\nf, \n")
+    assert node.read().shard.skipped == {"no field": 1, "no example": 1}
+
+
+def test_a_chat_with_calls_of_tools_is_counted(node: Node, tmp_path: Path) -> None:
+    """A call is no text: an answer without it would be learnt."""
+    node.tokenizer = chatting(tmp_path)
+    node.with_data(text_field="messages")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    none = {"role": "assistant", "content": "Five.", "tool_calls": None}
+    write(
+        node, [{"messages": CHAT}, {"messages": [*CHAT[:2], none]}, {"messages": [*CHAT, call]}]
+    )
+    shard = node.read().shard
+    assert (shard.documents, shard.skipped) == (2, {"no example": 1})
+
+
 def test_what_can_not_be_written_is_counted(node: Node, tmp_path: Path) -> None:
     alternating = (
         "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
@@ -166,12 +231,13 @@ def test_what_can_not_be_written_is_counted(node: Node, tmp_path: Path) -> None:
 
 
 def test_a_template_that_takes_back_what_it_wrote_is_counted(node: Node, tmp_path: Path) -> None:
-    """Only the last answer keeps its thoughts: what is predicted would not be what was written."""
+    """Nothing of such a chat could be predicted but a last answer, and here none is the last."""
     template = TEMPLATE.replace("{{ m.content }}", "{{ m.content if loop.last else '' }}")
     node.tokenizer = chatting(tmp_path, template)
     node.with_data(text_field="messages")
-    write(node, [{"messages": CHAT}, {"messages": [CHAT[2]]}])
-    assert node.read().shard.skipped == {"template": 1}
+    write(node, [{"messages": CHAT}, {"messages": [CHAT[2]]}, {"messages": CHAT[:4]}])
+    shard = node.read().shard
+    assert (shard.documents, shard.skipped) == (2, {"template": 1})
 
 
 def test_chats_need_a_template_and_rows(node: Node) -> None:

@@ -47,16 +47,15 @@ def texts(
                 yield from parquet.texts(path, rows)
             case ".arrow":
                 yield from arrow.texts(path, rows)
-            case ".csv" | ".tsv" if not named and asks_for_examples(text_field):
-                raise delimited.lacks_column(path, text_field)
-            case ".csv" | ".tsv" as kind if not asks_for_examples(text_field):
+            case ".csv" | ".tsv" as kind:
                 delimiter = "\t" if kind == ".tsv" else ""
                 if not named:
                     delimited.leave_out_other(path, text_field, delimiter)
                 yield from delimited.texts(path, rows, delimiter)
             case _ if asks_for_examples(text_field):
                 raise ShardError(
-                    f"{path}: examples ({text_field}) are read from .jsonl, .parquet and .arrow",
+                    f"{path}: examples ({text_field}) are read from tables: .jsonl, .parquet, "
+                    ".csv and .arrow",
                     "leave the file out, or set data.text_field to a field of texts",
                 )
             case _:

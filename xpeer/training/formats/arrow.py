@@ -7,14 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from xpeer.errors import ShardError
-from xpeer.training.formats.examples import Example, asks_for_examples
-from xpeer.training.formats.parquet import (
-    column_of,
-    columns_of,
-    examples_of,
-    in_one_line,
-    value_of,
-)
+from xpeer.training.formats.examples import Example
+from xpeer.training.formats.parquet import columns_of, in_one_line, values_of
 from xpeer.training.formats.rows import Rows
 
 
@@ -35,15 +29,9 @@ def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
         try:
             number = 0
             for batch in _batches(source, ipc, pa):
-                if asks_for_examples(rows.field):
-                    yield from examples_of(batch, columns_of(batch.schema, rows), rows)
-                    continue
-                name = column_of(batch.schema, rows, pa.types)
-                for scalar in batch.column(batch.schema.get_field_index(name)):
-                    number += 1
-                    text = rows.take(value_of(scalar, f"{path}: row {number}"))
-                    if text is not None:
-                        yield text
+                names = columns_of(batch.schema, rows, pa.types)
+                yield from values_of(batch, names, rows, number)
+                number += batch.num_rows
         except (pa.ArrowException, OSError, ValueError, KeyError, RuntimeError) as e:
             if isinstance(e, OSError) and e.errno:
                 raise

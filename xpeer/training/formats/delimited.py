@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from xpeer.errors import ShardError
+from xpeer.training.formats.examples import Example, fields_of, taken
 from xpeer.training.formats.packed import opened
 from xpeer.training.formats.rows import NO_COLUMN, OtherFormError, Rows
 
 _DELIMITERS: Final = ",;\t|"
 
 
-def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str]:
-    """Read the texts of a table's rows.
+def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str | Example]:
+    """Read the texts of a table's rows, or their examples: prompts with completions.
 
     Args:
         path: of the file.
@@ -27,7 +28,7 @@ def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str]:
             most often.
 
     Raises:
-        ShardError: the header lacks the field, quotes are wrong, or the file is not UTF-8; names
+        ShardError: the header lacks a field, quotes are wrong, or the file is not UTF-8; names
             the line.
     """
     csv.field_size_limit(sys.maxsize)  # a text may be long
@@ -42,13 +43,13 @@ def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str]:
             if not header:
                 rows.take("")
                 return
-            column = _column(header, rows)
+            columns = _columns(header, rows)
             for row in reader:
                 number = reader.line_num
-                if len(row) > column:
-                    text = rows.take(row[column])
-                    if text is not None:
-                        yield text
+                if len(row) > max(columns):
+                    value = taken([row[column] for column in columns], rows)
+                    if value is not None:
+                        yield value
                 elif row:
                     rows.lacking(header)
         except UnicodeDecodeError as e:
@@ -63,7 +64,7 @@ def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str]:
 
 
 def leave_out_other(path: Path, field: str, delimiter: str) -> None:
-    """Leave a table out that nobody named, and whose header lacks the field.
+    """Leave a table out that nobody named, and whose header lacks a field.
 
     Raises:
         OtherFormError: it is such a table.
@@ -79,17 +80,12 @@ def leave_out_other(path: Path, field: str, delimiter: str) -> None:
             header: list[str] = next(_rows_of(lines, delimiter), [])
         except csv.Error:
             header = ["?"]
-    if header and field not in (name.strip() for name in header):
-        raise lacks_column(path, field)
-
-
-def lacks_column(path: Path, field: str) -> OtherFormError:
-    """Make the error that leaves a table out."""
-    return OtherFormError(
-        NO_COLUMN,
-        f"{path} has no column {field!r}",
-        "set data.text_field to the column that holds its text",
-    )
+    if header and not set(fields_of(field)) <= {name.strip() for name in header}:
+        raise OtherFormError(
+            NO_COLUMN,
+            f"{path} has no column {field!r}",
+            "set data.text_field to the column that holds its text",
+        )
 
 
 def _rows_of(lines: io.TextIOWrapper, delimiter: str) -> Any:
@@ -99,13 +95,14 @@ def _rows_of(lines: io.TextIOWrapper, delimiter: str) -> Any:
     return csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
 
 
-def _column(header: list[str], rows: Rows) -> int:
+def _columns(header: list[str], rows: Rows) -> list[int]:
     names = [name.strip() for name in header]
-    if rows.field not in names:
+    wanted = fields_of(rows.field)
+    if not set(wanted) <= set(names):
         raise rows.no_field(names)
-    if names.count(rows.field) > 1:
-        raise ShardError(
-            f"{rows.path} has {names.count(rows.field)} columns named {rows.field!r}",
-            "rename all but one",
-        )
-    return names.index(rows.field)
+    for name in wanted:
+        if names.count(name) > 1:
+            raise ShardError(
+                f"{rows.path} has {names.count(name)} columns named {name!r}", "rename all but one"
+            )
+    return [names.index(name) for name in wanted]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xpeer.identity import blake2b
-from xpeer.training.formats.rows import holds_text
+from xpeer.training.formats.rows import Rows, holds_text
 
 CHAT_FIELD: Final = "messages"
 BOTH: Final = "+"
@@ -30,6 +30,11 @@ class Example:
     """
 
     turns: tuple[tuple[str, str], ...]
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """What is said in each turn."""
+        return tuple(content for _, content in self.turns)
 
     @property
     def is_chat(self) -> bool:
@@ -49,6 +54,8 @@ class Example:
 
 def fields_of(text_field: str) -> tuple[str, ...]:
     """The fields that `data.text_field` names."""
+    if not asks_for_examples(text_field):
+        return (text_field,)
     return tuple(name.strip() for name in text_field.split(BOTH))
 
 
@@ -57,10 +64,28 @@ def asks_for_examples(text_field: str) -> bool:
     return text_field == CHAT_FIELD or BOTH in text_field
 
 
+def taken(values: Sequence[object], rows: Rows) -> str | Example | None:
+    """Count a row of a table, whatever its format; returns its text or its example.
+
+    Args:
+        values: of the fields that `fields_of` names, in that order.
+        rows: of the file.
+
+    Returns:
+        None = the row is skipped.
+    """
+    if not asks_for_examples(rows.field):
+        (value,) = values
+        return rows.take(value)
+    example = example_of(values)
+    return example if rows.take_example(usable=example is not None) else None
+
+
 def example_of(values: Sequence[object]) -> Example | None:
     """Make an example of the values of a row's fields; None = they are none.
 
-    There has to be something to predict: a completion, or a message of the assistant.
+    There has to be something to predict: a completion, or a message of the assistant. Calls of
+    tools would be lost, as they are no text, so a chat with calls is none.
     """
     if len(values) == 2 and all(isinstance(value, str) for value in values):
         prompt, completion = (str(value) for value in values)
@@ -83,5 +108,7 @@ def _turn(message: object) -> tuple[str, str] | None:
         return None
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role or not isinstance(content, str):
+        return None
+    if message.get("tool_calls"):
         return None
     return role, content

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from xpeer.errors import ShardError
-from xpeer.training.formats.examples import Example, asks_for_examples, example_of, fields_of
+from xpeer.training.formats.examples import Example, fields_of, taken
 from xpeer.training.formats.packed import decoded, opened, refuse_foreign
 from xpeer.training.formats.rows import Rows
 
@@ -52,28 +52,14 @@ def _text(line: str, rows: Rows, where: str) -> str | Example | None:
         ) from e
     if not isinstance(row, dict):
         raise ShardError(f"{where}: not a JSON object", "each line must be one object")
-    if asks_for_examples(rows.field):
-        return _example(row, rows, where)
-    if rows.field not in row:
-        rows.lacking(row)
-        return None
-    text = rows.take(row[rows.field])
-    if text is not None:
-        _refuse_halves(text, rows, where)
-    return text
-
-
-def _example(row: dict[str, object], rows: Rows, where: str) -> Example | None:
     names = fields_of(rows.field)
     if any(name not in row for name in names):
         rows.lacking(row)
         return None
-    example = example_of([row[name] for name in names])
-    if not rows.take_example(usable=example is not None) or example is None:
-        return None
-    for _, content in example.turns:
-        _refuse_halves(content, rows, where)
-    return example
+    value = taken([row[name] for name in names], rows)
+    for text in (value,) if isinstance(value, str) else value.contents if value else ():
+        _refuse_halves(text, rows, where)
+    return value
 
 
 def _refuse_halves(text: str, rows: Rows, where: str) -> None:

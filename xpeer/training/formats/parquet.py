@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from xpeer.errors import ShardError
-from xpeer.training.formats.examples import Example, asks_for_examples, example_of, fields_of
+from xpeer.training.formats.examples import Example, asks_for_examples, fields_of, taken
 from xpeer.training.formats.packed import RATIO_MAX, UNPACKED_FREE
 from xpeer.training.formats.rows import Rows
 
@@ -30,13 +30,13 @@ def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
     with path.open("rb") as source:
         try:
             metadata = parquet.read_metadata(source)
-            leaves = [metadata.schema.column(n).path for n in range(metadata.num_columns)]
+            leaves = {metadata.schema.column(n).path for n in range(metadata.num_columns)}
             # Read as a dictionary: few bytes of a file may repeat a long text a million times.
             with parquet.ParquetFile(
                 source,
                 metadata=metadata,
                 page_checksum_verification=True,
-                read_dictionary=[rows.field] if rows.field in leaves else [],
+                read_dictionary=[name for name in fields_of(rows.field) if name in leaves],
             ) as file:
                 yield from _rows(file, rows, pa.types)
         except pa.ArrowNotImplementedError as e:
@@ -54,48 +54,50 @@ def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
 
 
 def _rows(file: Any, rows: Rows, types: Any) -> Iterator[str | Example]:
-    if asks_for_examples(rows.field):
-        names = columns_of(file.schema_arrow, rows)
-        for name in names:
-            _refuse_bomb(file.metadata, name, rows.path)
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
-            yield from examples_of(batch, names, rows)
-        return
-    name = column_of(file.schema_arrow, rows, types)
-    _refuse_bomb(file.metadata, name, rows.path)
+    names = columns_of(file.schema_arrow, rows, types)
+    for name in names:
+        _refuse_bomb(file.metadata, name, rows.path)
     number = 0
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name]):
-        for scalar in batch.column(0):
-            number += 1
-            text = rows.take(value_of(scalar, f"{rows.path}: row {number}"))
-            if text is not None:
-                yield text
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
+        yield from values_of(batch, names, rows, number)
+        number += batch.num_rows
 
 
-def column_of(schema: Any, rows: Rows, types: Any) -> str:
-    """The name of the one column that holds text.
+def columns_of(schema: Any, rows: Rows, types: Any) -> list[str]:
+    """The names of the columns that hold the text, or the examples.
 
     Raises:
-        ShardError: there is none, or there are several.
+        ShardError: there is none, there are several of a name, or one that holds no text.
     """
-    names = schema.names
-    if rows.field not in names:
-        raise ShardError(
-            f"{rows.path}: no column {rows.field!r} (columns: {', '.join(names) or 'none'})",
-            "set data.text_field to the column that holds the text",
-        )
-    if names.count(rows.field) > 1:
-        raise ShardError(
-            f"{rows.path} has {names.count(rows.field)} columns named {rows.field!r}",
-            "rename all but one",
-        )
-    kind = schema.field(rows.field).type
-    if not _is_text(kind, types):
-        raise ShardError(
-            f"{rows.path}: column {rows.field!r} is no text but {kind}",
-            "set data.text_field to the column that holds the text",
-        )
-    return rows.field
+    names, wanted = schema.names, fields_of(rows.field)
+    for name in wanted:
+        if name not in names:
+            raise ShardError(
+                f"{rows.path}: no column {name!r} (columns: {', '.join(names) or 'none'})",
+                "set data.text_field to the column that holds the text",
+            )
+        if names.count(name) > 1:
+            raise ShardError(
+                f"{rows.path} has {names.count(name)} columns named {name!r}", "rename all but one"
+            )
+        kind = schema.field(name).type
+        # a column of examples may also hold messages; rows that are none are counted
+        if not (asks_for_examples(rows.field) or _is_text(kind, types)):
+            raise ShardError(
+                f"{rows.path}: column {name!r} is no text but {kind}",
+                "set data.text_field to the column that holds the text",
+            )
+    return list(wanted)
+
+
+def values_of(batch: Any, names: list[str], rows: Rows, before: int) -> Iterator[str | Example]:
+    """Read the texts of some rows, or their examples. `before` is the number of rows above."""
+    columns = [batch.column(batch.schema.get_field_index(name)) for name in names]
+    for number, scalars in enumerate(zip(*columns, strict=True), start=before + 1):
+        where = f"{rows.path}: row {number}"
+        value = taken([value_of(scalar, where) for scalar in scalars], rows)
+        if value is not None:
+            yield value
 
 
 def _refuse_bomb(metadata: Any, name: str, path: Path) -> None:
@@ -117,32 +119,6 @@ def _refuse_bomb(metadata: Any, name: str, path: Path) -> None:
 def _column(chunk: Any) -> str:
     """The column of a chunk, which may be of a part of it: messages.list.element.content."""
     return str(chunk.path_in_schema).partition(".")[0]
-
-
-def columns_of(schema: Any, rows: Rows) -> list[str]:
-    """The names of the columns that hold examples.
-
-    Raises:
-        ShardError: one is missing, or there are several of its name.
-    """
-    names = list(fields_of(rows.field))
-    for name in names:
-        if schema.names.count(name) != 1:
-            raise ShardError(
-                f"{rows.path}: no column {name!r}, or several "
-                f"(columns: {', '.join(schema.names) or 'none'})",
-                "set data.text_field to the columns that hold the examples",
-            )
-    return names
-
-
-def examples_of(batch: Any, names: list[str], rows: Rows) -> Iterator[Example]:
-    """Read the examples of some rows."""
-    columns = [batch.column(batch.schema.get_field_index(name)) for name in names]
-    for number in range(batch.num_rows):
-        example = example_of([column[number].as_py() for column in columns])
-        if rows.take_example(usable=example is not None) and example is not None:
-            yield example
 
 
 def _is_text(kind: Any, types: Any) -> bool:
