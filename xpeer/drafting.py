@@ -18,6 +18,7 @@ from xpeer.founding_model import InitialModel
 from xpeer.identity import blake2b
 from xpeer.manifest import MAX_NAME_CHARS, Manifest, PublicText, Tokenizer
 from xpeer.policies import PrivacyMode, privacy_policy
+from xpeer.tokenizer_files import writing_of
 from xpeer.training.documents import name_documents
 from xpeer.training.formats.rows import holds_text
 
@@ -78,7 +79,7 @@ def draft_manifest(
         "name": name,
         "created_unix_s": int(time.time()),
         "model": msgspec.to_builtins(source.section()),
-        "tokenizer": msgspec.to_builtins(_named(ids)),
+        "tokenizer": msgspec.to_builtins(_named(ids, tokenizer)),
         "public_text": msgspec.to_builtins(PublicText(blake2b(text.encode()).hex(), text)),
         "privacy": {"mode": privacy},
     }
@@ -136,9 +137,12 @@ def _require_startable(manifest: Manifest, tokenizer: Any) -> None:
         raise ConfigError(f"--public-text: {e.problem}", "give a longer text") from e
 
 
-def _named(tokenizer: Any) -> Tokenizer:
+def _named(tokenizer: Any, folder: Path | None) -> Tokenizer:
     kind, _, digest = tokenizer.name.partition("/")
-    return Tokenizer("huggingface", digest) if kind == "huggingface" else Tokenizer()
+    if kind != "huggingface" or folder is None:
+        return Tokenizer()
+    writing = writing_of(folder)
+    return Tokenizer("huggingface", digest, writing.in_use, writing.chat_digest)
 
 
 def _needs_steps(privacy: dict[str, Any], end: dict[str, Any]) -> bool:

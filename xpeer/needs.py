@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -19,8 +19,12 @@ from xpeer.leaves import Public, seen_by
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import QUANTISED
 from xpeer.source import check_folder, has_tokenizer
+from xpeer.tokenizer_files import ENDS, Writing, writing_of
 
 _Digest = Annotated[str, Meta(max_length=64)]
+_Special = Annotated[dict[str, Annotated[str, Meta(max_length=200)]], Meta(max_length=16)]
+_CHATS: Final = "messages"
+"""`data.text_field` of nodes that write chats."""
 
 
 @seen_by("anybody", "the manifest's")
@@ -36,6 +40,10 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
     quantised: Public[Literal[True] | UnsetType] = UNSET
     """True iff every member quantises that model; otherwise an invitation does not have the field,
     so that older versions can read it."""
+    special: Public[_Special | UnsetType] = UNSET
+    """The tokenizer's special tokens by name; an invitation lacks it where the manifest does."""
+    chat_digest: Public[_Digest | UnsetType] = UNSET
+    """BLAKE2b-256 (hex) of its chat template; an invitation lacks it where the manifest does."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Needs | None:
@@ -46,7 +54,15 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
         model = manifest.model
         base = lora.base_digest if lora is not None else ""
         quantised: Any = True if model.base_dtype in QUANTISED else UNSET
-        return cls(digest, base, model.source, quantised)
+        special = manifest.tokenizer.special
+        return cls(
+            digest,
+            base,
+            model.source,
+            quantised,
+            UNSET if special is None else special,
+            manifest.tokenizer.chat_digest or UNSET,
+        )
 
     def options(self) -> list[str]:
         """Options of `xpeer init --join` and `xpeer start` for the files, with placeholders."""
@@ -113,9 +129,35 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
             return [f"{setting}: {e.problem}"]
         except OSError as e:
             return [f"{setting}: {file} can't be read: {e.strerror}"]
-        if seen == self.tokenizer:
+        if seen != self.tokenizer:
+            should = f"and it should be that of {said}"
+            return [f"{setting}: {file} has BLAKE2b-256 {seen[:16]}, {should}"]
+        try:
+            differing = self._differing(writing_of(file.parent), chats=data.text_field == _CHATS)
+        except ConfigError as e:
+            return [f"{setting}: {e.problem}"]
+        if not differing:
             return []
-        return [f"{setting}: {file} has BLAKE2b-256 {seen[:16]}, and it should be that of {said}"]
+        return [
+            f"{setting}: {file.parent} has another {' and another '.join(differing)}, so its tokens "
+            "would not be the swarm's; copy tokenizer_config.json, special_tokens_map.json and "
+            "chat_template.jinja from the founder's folder, those that are there"
+        ]
+
+    def _differing(self, seen: Writing, *, chats: bool) -> list[str]:
+        """What of a node's tokenizer is not as the founder's, of what its text depends on."""
+        differing = []
+        if isinstance(self.special, dict):
+            for name in sorted({*ENDS, *(self.special if chats else ())}):
+                here, there = seen.special.get(name), self.special.get(name)
+                if here != there:
+                    differing.append(f"{name} ({_said(here)}, the founder's: {_said(there)})")
+        if chats and isinstance(self.chat_digest, str) and seen.chat_digest != self.chat_digest:
+            here, there = seen.chat_digest[:16], self.chat_digest[:16]
+            none = self.chat_digest == Writing({}, "").chat_digest
+            founders = "the founder's folder has none" if none else f"the founder's: {there}"
+            differing.append(f"chat template (BLAKE2b-256 {here}; {founders})")
+        return differing
 
 
 def require(needs: Needs | None, data: Data, home: Home) -> None:
@@ -132,3 +174,7 @@ def require(needs: Needs | None, data: Data, home: Home) -> None:
             f"set them in {home.config}, or give the options to `xpeer init --join` or "
             "`xpeer start`",
         )
+
+
+def _said(token: str | None) -> str:
+    return "none" if token is None else repr(token)

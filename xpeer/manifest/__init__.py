@@ -60,6 +60,12 @@ class Tokenizer(Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["byte", "huggingface"] = "byte"
     digest: str = ""
     """For huggingface: BLAKE2b-256 (hex) of tokenizer.json. Every node has its own copy."""
+    special: dict[str, str] | None = None
+    """Special tokens that decide which tokens a text or a chat becomes, by name. None: not compared
+    with a node's own."""
+    chat_digest: str = ""
+    """BLAKE2b-256 (hex) of the chat template; of nothing, if the founder's folder has none. Empty:
+    not compared with a node's own."""
 
 
 @seen_by("members", all_public=True)

@@ -162,6 +162,7 @@ class ChatTemplate:
         """How much of the rest of a chat ends the last of some messages."""
         found = None if after is None else self._content(messages, len(messages) - 1, after)
         tail = "" if after is None or found is None else after[found[1] :]
+        tail = tail[: self._ending(tail)]
         return len(tail) if rest.startswith(tail) else 0
 
     def _ending(self, text: str) -> int:

@@ -21,6 +21,7 @@ from xpeer import belonging, manifest
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
 from xpeer.source import has_tokenizer
+from xpeer.tokenizer_files import writing_of
 from xpeer.training.chat import ChatTemplate, Marked
 from xpeer.training.kept import TOKENIZER_FILES, copy
 
@@ -166,11 +167,10 @@ class HuggingFaceTokenizer:
         self._fast.no_padding()
         self._fast.no_truncation()
         self._folder = folder
-        special = _special_tokens(folder)
-        self.bos_id = self._id(special.get("bos_token"))
-        self.eos_id = self._id(special.get("eos_token"))
-        filling = ("pad_token", "eos_token", "unk_token")
-        if all(self._id(special.get(name)) is None for name in filling):
+        self._writing = writing_of(folder)
+        self.bos_id = self._id("bos_token")
+        self.eos_id = self._id("eos_token")
+        if all(self._id(name) is None for name in ("pad_token", "eos_token", "unk_token")):
             # records need none, but users of the exported model could not fill up a batch
             raise ConfigError(
                 f"data.tokenizer: {folder} names no padding, end or unknown token",
@@ -220,14 +220,9 @@ class HuggingFaceTokenizer:
     @functools.cached_property
     def chat(self) -> ChatTemplate:
         """The template in the tokenizer's folder."""
-        special = {
-            name: str(token.get("content") if isinstance(token, dict) else token)
-            for name, token in _special_tokens(self._folder).items()
-            if name.endswith("_token") and isinstance(token, str | dict)
-        }
         added = self._fast.get_added_tokens_decoder().values()
         forbidden = [token.content for token in added if token.special]
-        return ChatTemplate(_chat_template(self._folder), special, forbidden)
+        return ChatTemplate(self._writing.template, self._writing.special, forbidden)
 
     def decode(self, ids: list[int]) -> str:
         """Convert ids to text as well as the tokenizer can; special ids vanish."""
@@ -237,9 +232,9 @@ class HuggingFaceTokenizer:
         """Copy the tokenizer's files, including the chat template."""
         copy(self._folder, folder, TOKENIZER_FILES)
 
-    def _id(self, token: Any) -> int | None:
-        text = token.get("content") if isinstance(token, dict) else token
-        return self._fast.token_to_id(text) if isinstance(text, str) else None
+    def _id(self, name: str) -> int | None:
+        text = self._writing.special.get(name)
+        return None if text is None else self._fast.token_to_id(text)
 
 
 def load_tokenizer(
@@ -272,36 +267,6 @@ def _parse(data: bytes, file: Path) -> Fast:
         return Fast.from_str(data.decode())
     except Exception as e:  # tokenizers raises nothing narrower
         raise ConfigError(f"data.tokenizer: {file} is malformed: {e}", "restore the file") from e
-
-
-def _special_tokens(folder: Path) -> dict[str, Any]:
-    """Read the special tokens from the two files of transformers; the newer format wins."""
-    tokens: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        file = folder / name
-        try:
-            content = json.loads(belonging.read_inside(file, folder))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, RecursionError) as e:
-            raise ConfigError(f"data.tokenizer: {file} can't be read: {e}", "restore it") from e
-        if isinstance(content, dict):
-            tokens.update({key: value for key, value in content.items() if value is not None})
-    return tokens
-
-
-def _chat_template(folder: Path) -> str:
-    """Read the chat template; "" = there is none. A file of its own wins."""
-    try:
-        return belonging.read_inside(folder / "chat_template.jinja", folder).decode()
-    except FileNotFoundError:
-        template = _special_tokens(folder).get("chat_template", "")
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"data.tokenizer: {folder}/chat_template.jinja: {e}", "restore it") from e
-    if isinstance(template, list):  # several, by name
-        named = {each.get("name"): each.get("template") for each in template}
-        template = named.get("default", "")
-    return template if isinstance(template, str) else ""
 
 
 def _read_of(marked: Marked, offsets: list[tuple[int, int]]) -> list[bool]:

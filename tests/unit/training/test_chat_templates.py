@@ -37,7 +37,7 @@ CHATS: Final[dict[str, Turns]] = {
     "a user's last word": (ASK, FOUR, AGAIN),
     "one answer": (ASK, FOUR),
     "the same words": (("user", "Four."), FOUR, ("user", "Four."), FOUR),
-    "space around": (ASK, ("assistant", "\n Four. \n"), AGAIN, SIX),
+    "space around": (ASK, ("assistant", " Four. \n"), AGAIN, SIX),
 }
 
 
@@ -101,12 +101,12 @@ PREDICTED: Final[dict[str, Wanted]] = {
         "a user's last word": ["Four.<|im_end|>"],
         "one answer": [f"{NO_THOUGHTS}Four.<|im_end|>"],
         "the same words": ["Four.<|im_end|>", f"{NO_THOUGHTS}Four.<|im_end|>"],
-        "space around": ["\n Four. \n<|im_end|>", f"{NO_THOUGHTS}Six, é.<|im_end|>"],
+        "space around": [" Four. \n<|im_end|>", f"{NO_THOUGHTS}Six, é.<|im_end|>"],
     },
     "llama3": plain(EOT),
     "gemma2": plain(GEMMA) | WITHOUT_TOOLS | {"a system's message": None},
     "gemma3": plain(GEMMA) | WITHOUT_TOOLS,
-    "smollm2": plain(IM) | {"space around": [f"\n Four. \n{IM}", f"Six, é.{IM}"]},
+    "smollm2": plain(IM) | {"space around": [f" Four. \n{IM}", f"Six, é.{IM}"]},
     "mistral": plain(EOS, " ") | WITHOUT_TOOLS,
 }
 
