@@ -35,6 +35,7 @@ OPTIONS: Final = {
     "network.name": "--name",
     "data.shard": "--shard",
     "data.corpus": "--corpus",
+    "data.text_field": "--text-field",
     "data.privacy": "--privacy",
     "data.tokenizer": "--tokenizer",
     "data.base_model": "--base-model",

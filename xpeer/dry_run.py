@@ -1,6 +1,7 @@
-"""`xpeer start --dry-run`: says what a start would do. It charges nothing, and changes nothing.
+"""`xpeer start --dry-run`: says what a start would do. It charges nothing.
 
-The shard is read and counted as the trainer does it. The timed step is one on public text.
+The shard is read and counted as the trainer does it. Its tokens stay in the home's cache for the
+start, and nothing else is changed. The timed step is one on public text.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ def examine(
     Raises:
         LocalError: a start would stop with this error.
     """
+    text = _counted(home, config, manifest)
+    _examine_room(home, config, manifest, report)
+    _report_text(config, manifest, text, report)
+    _report_privacy(home, config, manifest, text, report)
+    if not trial:
+        return
+    require_reachable(manifest)
     with tempfile.TemporaryDirectory(prefix="xpeer-dry-run-") as folder:
-        text = _counted(home, config, manifest, Path(folder))
-        _examine_room(home, config, manifest, report)
-        _report_text(config, manifest, text, report)
-        _report_privacy(home, config, manifest, text, report)
-        if not trial:
-            return
-        require_reachable(manifest)
         measured = rehearse(manifest, home, config, Path(folder), report, steps=2, export=False)
     _report_speed(home, manifest, measured, report)
 
@@ -80,7 +81,7 @@ def _examine_room(home: Home, config: NodeConfig, manifest: Manifest, report: Re
         report(f"room: {line}")
 
 
-def _counted(home: Home, config: NodeConfig, manifest: Manifest, folder: Path) -> Text:
+def _counted(home: Home, config: NodeConfig, manifest: Manifest) -> Text:
     tokenizer = load_tokenizer(
         manifest.tokenizer, config.data.tokenizer, base_model=config.data.base_model
     )
@@ -92,7 +93,7 @@ def _counted(home: Home, config: NodeConfig, manifest: Manifest, folder: Path) -
         peer_id="self",
         members={"self": 1.0},
     )
-    return text_of(setup, manifest, tokenizer, Home(folder))
+    return text_of(setup, manifest, tokenizer, home, clears=False)
 
 
 def _report_text(config: NodeConfig, manifest: Manifest, text: Text, report: Report) -> None:
@@ -104,6 +105,8 @@ def _report_text(config: NodeConfig, manifest: Manifest, text: Text, report: Rep
         f"{len(text.records):,} records of at most {manifest.optimiser.sequence_tokens} tokens, "
         f"{text.tokens:,} tokens; {len(text.held_out):,} records held out"
     )
+    for warning in text.warnings:
+        report(f"warning: {warning}")
     if manifest.shared_corpus:
         report("(all of the corpus: its division among the members is known once they are there)")
 

@@ -156,6 +156,10 @@ class ShardSummary(Struct, frozen=True, kw_only=True):
     """Texts that are the same as an earlier one."""
     too_short: Local[int] = 0
     """Documents of too few tokens for a record."""
+    cut: Local[int] = 0
+    """Examples to train on that are longer than a record, and so are cut off."""
+    unanswered: Local[int] = 0
+    """Those of them that are cut off before their answer: nothing is learnt of them."""
     skipped: Local[dict[str, int]] = {}
     """Number of rows and files without text, by reason: empty, null, no field, not text."""
     left_out: Local[dict[str, int]] = {}
@@ -179,6 +183,8 @@ class ShardSummary(Struct, frozen=True, kw_only=True):
             lines.append(f"{self.repeated:,} texts that came before")
         if self.too_short:
             lines.append(f"{self.too_short:,} documents too short for a record")
+        if self.cut:
+            lines.append(f"{self.cut:,} examples cut off, {self.unanswered:,} before their answer")
         return lines
 
 

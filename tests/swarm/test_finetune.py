@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.cases.support import (
+    WORDS,
     Nodes,
     model_folder,
     running_nodes,
@@ -50,6 +51,23 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def write_chats(folder: Path) -> None:
+    """Chats of two turns, no two alike."""
+    folder.mkdir()
+    rows = []
+    for n in range(60):
+        first, second = WORDS[n % len(WORDS)], WORDS[(3 * n + 1) % len(WORDS)]
+        said = [("user", f"{n}?"), ("assistant", first), ("user", "And?"), ("assistant", second)]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in said]})
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
 class Clouds:
     """Three homes, the page's folders, and what its placeholders stand for."""
 
@@ -58,8 +76,10 @@ class Clouds:
         self.port = free_port()
         model_folder(root / "base")
         tokenizer_folder(root / "base")
-        for number, cloud in enumerate("ABC"):
+        (root / "base" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        for number, cloud in enumerate("AB"):
             write_shard(root / f"text-{cloud}", first=100 * number)
+        write_chats(root / "text-C")
         (root / "letter.txt").write_text("Dear Madam, we have your letter.\n", encoding="utf-8")
         self.ids: dict[str, str] = {}
 

@@ -1,8 +1,14 @@
-"""`xpeer data`: what a shard holds, counted as the trainer does it. No text is printed."""
+"""`xpeer data`: what a shard holds, counted as the trainer does it.
+
+No text is printed, unless the operator asks for some records.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,15 +27,19 @@ from xpeer.cli.common import (
 )
 from xpeer.config import Data, Home
 from xpeer.leaves import Local, Parts, seen_by
+from xpeer.manifest import Manifest, Optimiser
+from xpeer.source import has_tokenizer
 from xpeer.status import ShardSummary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from xpeer.training.piece_table import PieceTable
+    from xpeer.training.reading import Recipe
+    from xpeer.training.tokenizer import Tokenizer
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 _NAMES = {"0": "least", "0.5": "median", "1": "most"}
+_MARKS = ("\u27e6", "\u27e7")
+"""Brackets around what is predicted."""
 
 
 @seen_by("node", "printed by xpeer data inspect")
@@ -51,6 +61,9 @@ class Inspection(Struct, frozen=True, kw_only=True):
     """Tokens at the ends of documents, or of examples, that make no record."""
     document_tokens: Local[dict[str, int]]
     """Quantiles of the documents' lengths in tokens."""
+    shown: Local[list[str]] = []
+    """The first records to train on, if they were asked for: text, with special tokens by name,
+    and what is predicted between brackets."""
 
 
 @click.group()
@@ -72,12 +85,19 @@ def data() -> None:
 @click.option(
     "--tokenizer",
     type=GivenPath(),
-    help="Folder of a Hugging Face tokenizer. Default: data.tokenizer, or else bytes.",
+    help="Folder of a Hugging Face tokenizer. Default: as for `xpeer start`, or else bytes.",
 )
 @click.option(
     "--sequence-tokens",
     type=Whole(8, 1 << 20),
-    help="Tokens of a training sequence. Default: as in the home's manifest, or else 512.",
+    help="Tokens of a training sequence. Default: as in the home's manifest, or else 128.",
+)
+@click.option(
+    "--show",
+    type=Whole(0, 10_000),
+    default=0,
+    metavar="N",
+    help="Also print the first N records to train on: private text.",
 )
 def inspect(
     home: Home,
@@ -86,24 +106,29 @@ def inspect(
     text_field: str | None,
     tokenizer: Path | None,
     sequence_tokens: int | None,
+    show: int,
 ) -> None:
     """Count documents, records and tokens, and say what is left out and why."""
-    from xpeer.training.reading import Recipe  # noqa: PLC0415 - slow
-    from xpeer.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer  # noqa: PLC0415
+    from xpeer.training.partition import piece_characters  # noqa: PLC0415 - slow
+    from xpeer.training.reading import Recipe  # noqa: PLC0415
 
     settings = load_config(home).data
-    folder = tokenizer or (Path(settings.tokenizer).expanduser() if settings.tokenizer else None)
-    words = HuggingFaceTokenizer(folder) if folder else ByteTokenizer()
-    recipe = Recipe(words, text_field or settings.text_field)
+    manifest = _manifest(home)
+    is_divided = manifest is not None and manifest.shared_corpus is not None and not shard
+    recipe = Recipe(
+        _tokenizer(manifest, settings, tokenizer),
+        text_field or settings.text_field,
+        piece_characters(manifest) if manifest is not None and is_divided else 0,
+    )
     patterns = shard or tuple(settings.corpus or settings.shard)
     setting = "--shard" if shard else "data.corpus" if settings.corpus else "data.shard"
-    length = sequence_tokens or _length(home)
-    with tempfile.TemporaryDirectory(prefix="xpeer-inspect-") as cache:
+    length = sequence_tokens or (manifest.optimiser if manifest else Optimiser()).sequence_tokens
+    with _cache_of(home) as cache:
         from xpeer.trainer.text import read_table  # noqa: PLC0415 - torch
         from xpeer.training.tokenising import ignore  # noqa: PLC0415
 
-        table, summary = read_table(patterns, setting, recipe, Path(cache), ignore)
-        inspection = _inspected(table, summary, length, recipe.makes_examples, settings)
+        table, summary = read_table(patterns, setting, recipe, cache, ignore, clears=False)
+        inspection = _inspected(table, summary, length, recipe, settings, show)
     if as_json:
         echo_json(inspection)
         return
@@ -111,41 +136,94 @@ def inspect(
         echo(line)
 
 
-def _length(home: Home) -> int:
-    from xpeer.manifest import Optimiser  # noqa: PLC0415
+@contextlib.contextmanager
+def _cache_of(home: Home) -> Iterator[Path]:
+    """The cache of a home, which its trainer uses, too; without a home, one that is gone after."""
+    if home.config.exists() or home.manifest.exists():
+        yield home.cache
+        return
+    with tempfile.TemporaryDirectory(prefix="xpeer-inspect-") as folder:
+        yield Path(folder)
+
+
+def _manifest(home: Home) -> Manifest | None:
+    """The manifest of the home's swarm; None = it has none yet."""
     from xpeer.manifest.signed import SignedManifest  # noqa: PLC0415
 
-    if home.manifest.exists():
-        return SignedManifest.load(home.manifest).open().optimiser.sequence_tokens
-    return Optimiser().sequence_tokens
+    return SignedManifest.load(home.manifest).open() if home.manifest.exists() else None
+
+
+def _tokenizer(manifest: Manifest | None, settings: Data, folder: Path | None) -> Tokenizer:
+    """The tokenizer that the trainer would load; the option wins."""
+    from xpeer.training.tokenizer import (  # noqa: PLC0415 - slow
+        ByteTokenizer,
+        HuggingFaceTokenizer,
+        load_tokenizer,
+    )
+
+    if folder is None and manifest is not None:
+        return load_tokenizer(
+            manifest.tokenizer, settings.tokenizer, base_model=settings.base_model
+        )
+    beside = Path(settings.base_model).expanduser() if settings.base_model else None
+    if folder is None and settings.tokenizer:
+        folder = Path(settings.tokenizer).expanduser()
+    elif folder is None and beside is not None and has_tokenizer(beside):
+        folder = beside
+    return HuggingFaceTokenizer(folder) if folder else ByteTokenizer()
 
 
 def _inspected(
-    table: PieceTable, summary: ShardSummary, length: int, examples: bool, settings: Data
+    table: PieceTable,
+    summary: ShardSummary,
+    length: int,
+    recipe: Recipe,
+    settings: Data,
+    show: int,
 ) -> Inspection:
     import numpy as np  # noqa: PLC0415 - slow
 
+    from xpeer.trainer.text import counted  # noqa: PLC0415
     from xpeer.training.document import digest_of_ids  # noqa: PLC0415
     from xpeer.training.piece_table import split_pieces  # noqa: PLC0415
     from xpeer.training.record_view import MappedRecords  # noqa: PLC0415
+    from xpeer.training.token_file import BEGINS  # noqa: PLC0415
 
+    examples = recipe.makes_examples
     training, held_out = split_pieces(table, settings.validation_share, settings.split)
-    mine = table.select(training)
+    mine, others = table.select(training), table.select(held_out)
     records = MappedRecords(mine, length, examples=examples)
-    others = MappedRecords(table.select(held_out), length, examples=examples)
     lengths = np.quantile(table.tokens, QUANTILES, method="nearest").tolist()
     return Inspection(
-        shard=summary,
+        shard=counted(summary, records),
         digest=digest_of_ids(table.wholes()),
-        documents=len(training),
-        documents_held_out=len(held_out),
+        documents=int((mine.flags & BEGINS != 0).sum()),
+        documents_held_out=int((others.flags & BEGINS != 0).sum()),
         records=len(records),
-        records_held_out=len(others),
+        records_held_out=len(MappedRecords(others, length, examples=examples)),
         sequence_tokens=length,
         tokens=records.num_tokens(),
         tokens_dropped=int(mine.tokens.sum()) - records.num_tokens(),
         document_tokens={f"{q:g}": int(n) for q, n in zip(QUANTILES, lengths, strict=True)},
+        shown=[_spelled(each, recipe.tokenizer) for each in records[:show].tolist()],
     )
+
+
+def _spelled(record: list[int], tokenizer: Tokenizer) -> str:
+    """A record as text; what is predicted stands between marks."""
+    from xpeer.training.records import FILL  # noqa: PLC0415 - torch
+
+    ids = [each for each in record if each != FILL]
+    plain = [each if each >= 0 else -2 - each for each in ids]
+    text, done = "", 0
+    spelled = ""
+    for is_predicted, run in itertools.groupby(ids, lambda each: each >= 0):
+        done += len(list(run))
+        # all from the beginning: some decoders write the first token of a text otherwise
+        before, spelled = spelled, tokenizer.spell(plain[:done])
+        part = spelled[len(before) :]
+        text += f"{_MARKS[0]}{part}{_MARKS[1]}" if is_predicted else part
+    return text
 
 
 def _lines(text: Inspection) -> Iterator[str]:
@@ -161,3 +239,5 @@ def _lines(text: Inspection) -> Iterator[str]:
         f"{_NAMES.get(q, f'{float(q):.0%}')} {n:,}" for q, n in lengths.items()
     )
     yield f"digest: {text.digest}"
+    for number, record in enumerate(text.shown, start=1):
+        yield f"record {number}, {_MARKS[0]}predicted{_MARKS[1]}: {record}"

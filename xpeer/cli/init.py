@@ -141,6 +141,13 @@ _FOUNDING = (
     metavar="PATH",
     help="Copy of a corpus, instead of --shard: every member trains on a part of it.",
 )
+@click.option(
+    "--text-field",
+    type=GivenText(checked),
+    metavar="FIELD",
+    help="Field of its rows that holds the text (default: text); messages: chats; "
+    "prompt+completion: two fields, of which the second is predicted.",
+)
 @click.option("--listen", multiple=True, metavar="ADDR", help="Multiaddress to listen on.")
 @click.option("--announce", multiple=True, metavar="ADDR", help="Address to give to others.")
 @click.option("--bootstrap", "seeds", multiple=True, metavar="ADDR", help="Entry point to use.")
@@ -181,6 +188,7 @@ def init(
     privacy: PrivacyMode,
     shard: tuple[str, ...],
     corpus: tuple[str, ...],
+    text_field: str | None,
     listen: tuple[str, ...],
     announce: tuple[str, ...],
     seeds: tuple[str, ...],
@@ -203,10 +211,13 @@ def init(
         "network.name": node_name or "",
         "data.shard": [str(Path(p).expanduser().absolute()) for p in shard],
         "data.corpus": [str(Path(p).expanduser().absolute()) for p in corpus],
+        "data.text_field": text_field or "",
         "data.tokenizer": str(found_in.expanduser().absolute()) if found_in else "",
         "data.base_model": str(base_model.expanduser().absolute()) if base_model else "",
     }
     check_new(home, settings)
+    config = load_config(home, {key: value for key, value in settings.items() if value})
+    settings["data.text_field"] = config.data.text_field  # a variable's, too: nobody reads it later
     say_foreign()
     secure_home(home)
     if join is not None:
@@ -228,7 +239,6 @@ def init(
         rank_stabilised=lora_rank_stabilised,
         base=base_dtype,
     )
-    config = load_config(home, {key: value for key, value in settings.items() if value})
     source = initial_model(model, model_config, preset, lora)
     manifest = draft_manifest(
         str(name),

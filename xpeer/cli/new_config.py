@@ -18,6 +18,7 @@ _EXPLAINED: Final = {
     "network.name": "what the other members see this node called",
     "data.shard": "text this node trains on; it never leaves the node",
     "data.corpus": "this node's copy of the corpus that all members share",
+    "data.text_field": "field of its rows that holds the text; messages: chats",
     "data.tokenizer": "folder of the swarm's tokenizer",
     "data.base_model": "folder of the model whose adapters the swarm trains",
 }

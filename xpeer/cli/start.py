@@ -47,6 +47,9 @@ _KNOWN_SEEDS = "known"
     help="Text to train on: file, folder, glob.",
 )
 @click.option(
+    "--text-field", type=GivenText(checked), metavar="FIELD", help="As data.text_field."
+)
+@click.option(
     "--privacy",
     type=click.Choice(get_args(PrivacyMode)),
     help="Start only if this is the swarm's privacy mode.",
@@ -87,6 +90,7 @@ def start(
     listen: tuple[str, ...],
     announce: tuple[str, ...],
     shard: tuple[str, ...],
+    text_field: str | None,
     privacy: str | None,
     name: str | None,
     min_peers: int | None,
@@ -108,6 +112,7 @@ def start(
             "network.announce": list(announce) or None,
             "network.name": name,
             "data.shard": list(shard) or None,
+            "data.text_field": text_field,
             "data.privacy": privacy,
             "data.base_model": _absolute(base_model),
             "data.tokenizer": _absolute(tokenizer),

@@ -161,7 +161,7 @@ def assemble(
             *start.computing.notes,
             *mechanism.notes,
         ],
-        warnings=[*fit.warnings, *warnings, *of_accounts],
+        warnings=[*fit.warnings, *warnings, *of_accounts, *text.warnings],
         steps_forfeited=_forfeited(start) if swarm.private else 0,
     )
     return _assembled(swarm, start, loop, mechanism, beginning)

@@ -48,6 +48,18 @@ class Text:
     tokens: int = 0
     """Tokens in `records`, without filling."""
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the operator should hear of: examples that are cut off."""
+        if not self.shard.cut:
+            return []
+        return [
+            f"{self.shard.cut:,} of {len(self.records):,} examples are longer than "
+            f"optimiser.sequence_tokens = {self.records.shape[1]} and cut off, "
+            f"{self.shard.unanswered:,} of them before their answer, so that nothing is learnt of "
+            "these: shorten them, or found a swarm with longer records"
+        ]
+
 
 def text_if_any(
     setup: TrainerSetup,
@@ -77,6 +89,8 @@ def text_of(
     tokenizer: Tokenizer,
     home: Home,
     on_progress: OnProgress = ignore,
+    *,
+    clears: bool = True,
 ) -> Text:
     """Read the shard, or this node's part of the corpus, unless the cache holds all of its tokens.
 
@@ -86,6 +100,7 @@ def text_of(
         tokenizer: of the swarm.
         home: has the cache.
         on_progress: called now and then while text is tokenised.
+        clears: see `read_table`.
 
     Raises:
         ShardError: there is no text, or it can't be read.
@@ -94,7 +109,9 @@ def text_of(
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
     length = manifest.optimiser.sequence_tokens
     recipe = Recipe(tokenizer, data.text_field, piece_characters(manifest) if shared else 0)
-    table, summary = read_table(patterns, setting, recipe, home.cache, on_progress)
+    table, summary = read_table(
+        patterns, setting, recipe, home.cache, on_progress, clears=clears
+    )
     if shared:
         refuse_other(shared, in_hex(table.whole[np.flatnonzero(table.flags & BEGINS)]))
     training, held_out = split_pieces(table, data.validation_share, data.split)
@@ -110,20 +127,33 @@ def text_of(
     tokens = records.num_tokens()
     if share is not None:
         share = msgspec.structs.replace(share, tokens=tokens)
-    too_short = len(mine) - len(torch.unique_consecutive(owners))
     return Text(
         records,
         owners,
         mine.wholes(),
         MappedRecords(table.select(held_out), length, examples=recipe.makes_examples),
-        msgspec.structs.replace(summary, too_short=too_short),
+        counted(summary, records),
         share,
         tokens,
     )
 
 
+def counted(summary: ShardSummary, records: MappedRecords) -> ShardSummary:
+    """Add what becomes of the documents as records."""
+    cut, unanswered = records.cut_examples()
+    return msgspec.structs.replace(
+        summary, too_short=records.too_short(), cut=cut, unanswered=unanswered
+    )
+
+
 def read_table(
-    patterns: Sequence[str], setting: str, recipe: Recipe, cache: Path, on_progress: OnProgress
+    patterns: Sequence[str],
+    setting: str,
+    recipe: Recipe,
+    cache: Path,
+    on_progress: OnProgress,
+    *,
+    clears: bool = True,
 ) -> tuple[PieceTable, ShardSummary]:
     """List the pieces of a shard, each document once; tokenise what the cache does not hold.
 
@@ -133,15 +163,18 @@ def read_table(
         recipe: how text becomes tokens.
         cache: folder of this node.
         on_progress: called now and then while text is tokenised.
+        clears: whether the cache loses what other text left there. False for commands, since this
+            node's trainer may use the cache at the same time.
 
     Raises:
         ShardError: there is no text, or it can't be read.
     """
     matched = find(patterns, setting)
     tokens = TokenCache(cache, recipe)
-    tokens.open()
+    tokens.open(clears=clears)
     known = tokenise(matched.sources, recipe, tokens, on_progress)
-    tokens.prune(known)
+    if clears:
+        tokens.prune(known)
     everything = tokens.table(known)
     table = everything.select(first_of_each(everything))
     skipped, left_out, files = tokens.counts(known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ import torch
 from xpeer.errors import ShardError
 from xpeer.training.piece_table import Array, PieceTable
 from xpeer.training.records import FILL, MIN_TOKENS
+
+_BLOCK: Final = 1024
+"""Records that are looked at together."""
 
 
 class MappedRecords:
@@ -63,6 +66,21 @@ class MappedRecords:
             return int(sizes[self._counts > 0].sum())
         tail = self._table.tokens % self.shape[1]
         return int((self._table.tokens - np.where(tail < MIN_TOKENS, tail, 0)).sum())
+
+    def cut_examples(self) -> tuple[int, int]:
+        """Count examples that are cut off; and those of them of which nothing is predicted."""
+        if not self._examples:
+            return 0, 0
+        cut = np.flatnonzero(self._table.tokens[self._counts > 0] > self.shape[1])
+        unanswered = 0
+        for at in range(0, len(cut), _BLOCK):
+            records = self._cut(cut[at : at + _BLOCK])
+            unanswered += int((records < 0).all(1).sum())
+        return len(cut), unanswered
+
+    def too_short(self) -> int:
+        """Count pieces that make no record."""
+        return int((self._counts == 0).sum())
 
     def require_some(self) -> None:
         """Refuse a shard without a record.

@@ -98,8 +98,12 @@ class TokenCache:
         self._file = self._begin = np.empty(0, np.int64)  # of each entry: file, first passage
         self._order = np.empty(0, np.int64)  # of the entries, by key and place
 
-    def open(self) -> None:
+    def open(self, *, clears: bool = True) -> None:
         """Open what earlier starts wrote; files that are damaged are removed.
+
+        Args:
+            clears: whether to remove what a start that was killed has half written. False: this
+                node's trainer may be writing at the same time.
 
         Raises:
             ShardError: the folder can't be used.
@@ -107,7 +111,7 @@ class TokenCache:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.utime(self.folder)
-            for left in self.folder.glob(f"{STAGING}*"):
+            for left in self.folder.glob(f"{STAGING}*") if clears else ():
                 left.unlink(missing_ok=True)
             paths = sorted(self.folder.glob(f"*{SUFFIX}"))
         except OSError as e:

@@ -29,6 +29,7 @@ BYTE_BOS: Final = 256
 BYTE_EOS: Final = 257
 BYTE_VOCABULARY: Final = 259
 """Number of ids. The last one is padding, with which other programs fill batches up."""
+_NAMES: Final = {BYTE_BOS: "<|begin|>", BYTE_EOS: "<|end|>", BYTE_EOS + 1: "<|pad|>"}
 
 
 class Tokenizer(Protocol):
@@ -70,6 +71,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Convert ids to text; special ids vanish, broken characters become U+FFFD."""
+
+    def spell(self, ids: list[int]) -> str:
+        """Convert ids to text, with special ones by their names. For people."""
 
     def save_hf(self, folder: Path) -> None:
         """Write the files that transformers' AutoTokenizer reads. Raises OSError."""
@@ -114,13 +118,18 @@ class ByteTokenizer:
         """See `Tokenizer.decode`."""
         return bytes(i for i in ids if i < BYTE_BOS).decode(errors="replace")
 
+    def spell(self, ids: list[int]) -> str:
+        """See `Tokenizer.spell`."""
+        spelled = b"".join(bytes([i]) if i < BYTE_BOS else _NAMES[i].encode() for i in ids)
+        return spelled.decode(errors="replace")
+
     def save_hf(self, folder: Path) -> None:
         """Write an equal tokenizer for transformers: byte-level BPE without a single merge."""
         vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
         fast = Fast(models.BPE(vocab=vocabulary, merges=[]))
         fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         fast.decoder = decoders.ByteLevel()
-        special = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+        special = dict(zip(("bos_token", "eos_token", "pad_token"), _NAMES.values(), strict=True))
         fast.add_special_tokens(list(special.values()))
         (folder / "tokenizer.json").write_text(fast.to_str(), encoding="utf-8")
         _write_json(
@@ -227,6 +236,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Convert ids to text as well as the tokenizer can; special ids vanish."""
         return self._fast.decode(ids, skip_special_tokens=True)
+
+    def spell(self, ids: list[int]) -> str:
+        """See `Tokenizer.spell`."""
+        return self._fast.decode(ids, skip_special_tokens=False)
 
     def save_hf(self, folder: Path) -> None:
         """Copy the tokenizer's files, including the chat template."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
+from tests.cases.support import tokenizer_folder
+from tests.unit.test_trial import init
 from xpeer.cli import main
 from xpeer.errors import ExitCode
+from xpeer.manifest import Optimiser
 
 
 def xpeer(home: Path, *args: str) -> Result:
@@ -52,3 +58,94 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     result = xpeer(tmp_path / "home", "data", "inspect")
     assert result.exit_code == ExitCode.BAD_CONFIG
     assert "data.shard is empty" in result.output + (result.stderr or "")
+
+
+def found(result: Result) -> dict[str, object]:
+    assert result.exit_code == ExitCode.OK, result.output
+    return dict(json.loads(result.stdout))
+
+
+def pairs(folder: Path, *completions: str) -> str:
+    folder.mkdir()
+    rows = [{"prompt": f"{n}: ", "completion": text} for n, text in enumerate(completions)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+def test_records_are_shown_if_they_are_asked_for(tmp_path: Path) -> None:
+    """With what is predicted between brackets, and nothing that could steer a terminal."""
+    text = pairs(tmp_path / "text", *(f"\x1b[31m\n\u202eé {n}." for n in range(4)))
+    arguments = ("data", "inspect", "--shard", text, "--text-field", "prompt+completion")
+    result = xpeer(tmp_path / "home", *arguments, "--show", "2")
+    assert result.exit_code == ExitCode.OK, result.output
+    shown = [line for line in result.stdout.splitlines() if line.startswith("record ")]
+    assert len(shown) == 2
+    for line in shown:
+        number = line.split("<|begin|>")[1][0]
+        wanted = rf"<|begin|>{number}: \u27e6\x1b[31m\n\u202eé {number}.<|end|>\u27e7"
+        assert line.endswith(wanted.replace(r"\u27e6", "\u27e6").replace(r"\u27e7", "\u27e7"))
+    assert "record 1" not in xpeer(tmp_path / "home", *arguments).stdout
+    assert len(found(xpeer(tmp_path / "home", *arguments, "--show", "3", "--json"))["shown"]) == 3
+
+
+def test_records_of_texts_are_shown_too(tmp_path: Path) -> None:
+    folder = tokenizer_folder(tmp_path / "tokenizer")
+    arguments = ("data", "inspect", "--shard", str(shard(tmp_path)), "--tokenizer", str(folder))
+    result = xpeer(tmp_path / "home", *arguments, "--show", "1")
+    line = next(line for line in result.stdout.splitlines() if line.startswith("record 1"))
+    assert "\u27e6<s>secret " in line
+
+
+def test_examples_that_are_cut_off_are_counted(tmp_path: Path) -> None:
+    """One is too long; of another one not even the answer's beginning is in the record."""
+    text = pairs(tmp_path / "text", *["short"] * 6, "a long answer " * 3)
+    rows = [{"prompt": f"{n} " + "why " * 20, "completion": "so"} for n in range(3)]
+    (tmp_path / "text" / "more.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("data", "inspect", "--shard", text, "--text-field", "prompt+completion",
+                 "--sequence-tokens", "24")  # fmt: skip
+    result = xpeer(tmp_path / "home", *arguments, "--json")
+    summary = json.loads(result.stdout)["shard"]
+    held_out = 10 - json.loads(result.stdout)["documents"]
+    assert 4 - held_out <= summary["cut"] <= 4
+    assert 3 - held_out <= summary["unanswered"] <= 3
+    assert summary["cut"] - summary["unanswered"] in (0, 1)
+    said = xpeer(tmp_path / "home", *arguments).stdout
+    assert f"{summary['cut']} examples cut off, {summary['unanswered']} before their answer" in said
+
+
+def test_a_joiner_of_adapters_is_counted_with_its_base_models_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs no data.tokenizer, and the trainer looks there, too."""
+    base, text = tokenizer_folder(tmp_path / "base"), str(shard(tmp_path))
+    named = found(
+        xpeer(tmp_path / "home", "data", "inspect", "--shard", text, "--tokenizer", str(base),
+              "--json")  # fmt: skip
+    )
+    monkeypatch.setenv("XPEER_DATA_BASE_MODEL", str(base))
+    assert found(xpeer(tmp_path / "home", "data", "inspect", "--shard", text, "--json")) == named
+
+
+def test_the_help_says_how_long_records_are(tmp_path: Path) -> None:
+    said = xpeer(tmp_path, "data", "inspect", "--help").output
+    assert f"else {Optimiser().sequence_tokens}." in " ".join(said.split())
+
+
+def test_a_home_keeps_the_tokens_for_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, text = tmp_path / "h", shard(tmp_path)
+    code, err = init(home, "--preset", "tiny", "--skip-trial", "--shard", str(text))
+    assert code == 0, err
+    first = found(xpeer(home, "data", "inspect", "--json"))
+    tokens = list((home / "cache" / "tokens").rglob("*.tokens"))
+    assert tokens
+    half_written = tokens[0].with_name(".writing-by-the-trainer")
+    half_written.touch()
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", None)
+    again = found(xpeer(home, "data", "inspect", "--json"))
+    assert again == first
+    other = tmp_path / "other"
+    shutil.copytree(text, other)
+    found(xpeer(home, "data", "inspect", "--shard", str(other), "--json"))
+    assert all(path.exists() for path in (*tokens, half_written))

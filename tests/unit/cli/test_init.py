@@ -351,3 +351,29 @@ def test_the_manifest_of_this_version_is_readable(tmp_path: Path, model_config: 
     xpeer("init", "--home", str(tmp_path / "h"), "--swarm", "d", "--model-config", model_config)
     body = SignedManifest.load(Home(tmp_path / "h").manifest).body
     assert msgspec.json.decode(body)["version"] == 1
+
+
+@pytest.mark.parametrize("variable", [False, True])
+def test_the_field_of_the_text_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_config: str, *, variable: bool
+) -> None:
+    """Also one that a variable gave, which a service will not have."""
+    if variable:
+        monkeypatch.setenv("XPEER_DATA_TEXT_FIELD", "messages")
+    given = [] if variable else ["--text-field", "messages"]
+    home = tmp_path / "home"
+    code, _, err = xpeer(
+        "init", "--home", str(home), "--swarm", "demo", "--model-config", model_config, *given
+    )
+    assert code == 0, err
+    monkeypatch.delenv("XPEER_DATA_TEXT_FIELD", raising=False)
+    assert config_sources.load(home / "config.toml", {}).data.text_field == "messages"
+
+
+def test_an_empty_field_of_the_text_is_refused(tmp_path: Path, model_config: str) -> None:
+    for command in (
+        ("init", "--swarm", "demo", "--model-config", model_config),
+        ("start", "--dry-run"),
+    ):
+        code, _, err = xpeer(*command, "--home", str(tmp_path / "home"), "--text-field", " ")
+        assert (code, "--text-field is empty" in err) == (ExitCode.BAD_CONFIG, True), err

@@ -174,7 +174,8 @@ def test_an_end_of_text_behind_the_end_of_the_turn_is_read() -> None:
     text += "{% if add_generation_prompt %}<assistant>{% else %}<eos>{% endif %}"
     marked = ChatTemplate(text, {}, ["<end>", "<eos>"]).mark(Example((ASK, FOUR, AGAIN, SIX)))
     assert marked is not None
-    assert [marked.text[begin:end] for begin, end in marked.spans] == ["Four.<end>", "Six, é.<end>"]
+    said = [marked.text[begin:end] for begin, end in marked.spans]
+    assert said == ["Four.<end>", "Six, é.<end>"]
 
 
 def test_a_template_writes_the_same_on_every_day() -> None:
