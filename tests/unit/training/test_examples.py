@@ -122,6 +122,25 @@ def test_an_example_is_one_record_and_is_cut_off(node: Node) -> None:
     assert len(text.records) + len(text.held_out) == 4
     assert text.tokens == 32 * len(text.records)
     assert len(text.owners) == len(set(text.owners.tolist()))
+    assert (text.shard.cut, text.shard.unanswered) == (len(text.records), 0)
+
+
+def test_an_operator_hears_of_examples_that_are_cut_off(node: Node) -> None:
+    node.with_data(text_field="prompt+completion")
+    rows = [{"prompt": f"{n}" + "?" * 40, "completion": "yes"} for n in range(30)]
+    write(node, [*rows, *({"prompt": f"{n}", "completion": "x" * 40} for n in range(30))])
+    node.with_length(200)
+    assert node.read().warnings == []
+    node.with_length(32)
+    text = node.read()
+    cut, unanswered = text.shard.cut, text.shard.unanswered
+    assert cut == len(text.records)
+    assert unanswered == sum((record < 0).all() for record in text.records[:])
+    assert 0 < unanswered < cut
+    (said,) = text.warnings
+    assert said.startswith(f"{cut} of {cut} examples are longer than optimiser.sequence_tokens = 32")
+    assert f"{unanswered} of them before their answer" in said
+    assert "examples cut off" in text.shard.lines()[-1]
 
 
 def test_columns_of_parquet_are_the_same_examples(node: Node, tmp_path: Path) -> None:
