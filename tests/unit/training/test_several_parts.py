@@ -21,6 +21,7 @@ from transformers import (
 from benchmarks.families.models import _tokenizer
 from tests.unit.training.test_real_shapes import SHAPES, export, home_of, trained_twice
 from xpeer.errors import ConfigError
+from xpeer.estimate.fit import _size_in
 from xpeer.founding_model import LoraOptions, initial_model
 from xpeer.training import targets
 from xpeer.training.export_config import completed
@@ -146,6 +147,7 @@ def test_names_are_of_layers_of_the_language_model() -> None:
 def test_limits_are_those_of_the_language_model() -> None:
     model = build(GEMMA, seed=1)
     assert context_tokens(model) == 64
+    assert [_size_in(model, name, 0) for name in ("hidden_size", "num_hidden_layers")] == [16, 2]
     with pytest.raises(ConfigError, match="64 positions"):
         check_fits(model, 300, 65)
 
