@@ -96,8 +96,8 @@ class Child:
         """The last report of an ending trainer; None until there is one."""
         self._starts = 0
         """Reports of a start so far: each says that it has got on."""
-        self._work = self._disk = 0
-        """The last report of work since then: in all, and of the disk's thread."""
+        self._working = Working(0)
+        """The last report of work since then."""
         self._number = 0
         """The number of the last request."""
         self._pending: dict[int, asyncio.Future[Result]] = {}
@@ -184,7 +184,11 @@ class Child:
         """
         task = self._start_task(work)
         patience_s = DISK_PATIENCE_S if by_disk else PATIENCE_S
-        if await self._gets_on(task, patience_s, lambda: self._disk if by_disk else self._work):
+
+        def progress() -> int:
+            return self._working.disk if by_disk else self._working.work
+
+        if await self._gets_on(task, patience_s, progress):
             return await task
         raise LocalTimeoutError(
             f"the trainer made no progress for {patience_s:g} s, and gave no answer", "see the log"
@@ -339,7 +343,7 @@ class Child:
         elif isinstance(message, Ending):
             self._ending = message
         elif isinstance(message, Working):
-            self._work, self._disk = message.work, message.disk
+            self._working = message
         else:
             self._note(message)
             # call it later: an error in it must not end this task

@@ -35,7 +35,7 @@ class Starter:
         self.when_over = when_over
         self.child = child = Child.__new__(Child)
         child.ready = loop.create_future()
-        child._starts = child._work = child._disk = 0
+        child._starts, child._working = 0, Working(0)
         child._tasks = set()
         child._on_event = lambda event: None
         clock: Any = SimpleNamespace(
