@@ -1,8 +1,9 @@
 """D36: while joiners of SmolLM2 came, the donor's training thread measured a loss for each: 98 of
 160 s without training.
 
-What it may do for a joiner is a copy at a step boundary. The copy is measured beside it, so that the
-loss that is offered is that of what is given. No timings: evaluations and threads are counted.
+What it may do for a joiner is a copy at a step boundary. The copy is measured beside it, so
+that the loss that is offered is that of what is given. No timings: evaluations and threads are
+counted.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ FRESH_S = 20.0
 """A snapshot is fresh for this long, unless the donor has trained more than a window since."""
 FRESH_COST = 20.0
 """A snapshot is fresh for at least this many times the processor time that it cost, its measurement
-included. So joiners cost the donor at most a twentieth of a core, however many they are. Waiting is no cost: a copy that
-waited a minute for a core would else be handed out for twenty."""
+included. So joiners cost the donor at most a twentieth of a core, however many they are. Waiting is
+no cost: a copy that waited a minute for a core would else be handed out for twenty."""
 _WIDENED_AT_ONCE = 1 << 18
 """Values; a millisecond."""
 STALE_S: Final = 900.0

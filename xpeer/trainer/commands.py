@@ -5,8 +5,8 @@ the trainer get nothing else from outside, and no closures. So one rank could fo
 to other ranks, and all would compute the same parameters.
 
 `apply` may return more work for another thread, which then returns the answer. Such work
-(`Compress`, `FinishState`, `MeasureState`, `WriteCopy`) holds copies made on this machine, and never
-leaves the process.
+(`Compress`, `FinishState`, `MeasureState`, `WriteCopy`) holds copies made on this machine, and
+never leaves the process.
 
 Knows nothing of how commands travel (`channel`) or how they get to their threads (`server`).
 """

@@ -190,6 +190,7 @@ def num_params(model: torch.nn.Module) -> int:
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The trainable parameters in flat order, tied ones once."""
     return [p for _, p in model.named_parameters() if p.requires_grad]
 
 

@@ -169,7 +169,12 @@ def test_noise_of_the_systems_generator(tmp_path: Path, device: str) -> None:
 def test_a_step_takes_the_memory_that_was_estimated(
     device: str, private: bool, precision: Any
 ) -> None:
-    config = {**PRESETS["small"], "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+    config = {
+        **PRESETS["small"],
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 6,
+    }
     step = Step(
         config=config, sequence_tokens=256, micro_batch=8, private=private, precision=precision
     )

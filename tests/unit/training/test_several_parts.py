@@ -67,7 +67,8 @@ LLAMA4: Final[dict[str, Any]] = {
 QWEN35: Final[dict[str, Any]] = {
     "model_type": "qwen3_5", "image_token_id": 299, "video_token_id": 298,
     "text_config": {
-        "model_type": "qwen3_5_text", **_TEXT, "layer_types": ["linear_attention", "full_attention"],
+        "model_type": "qwen3_5_text", **_TEXT,
+        "layer_types": ["linear_attention", "full_attention"],
         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
         "linear_num_value_heads": 2, "rope_parameters": {**_SECTIONS, "mrope_interleaved": True},
     },
@@ -104,10 +105,12 @@ def whole(folder: Path, config: dict[str, Any]) -> Path:
 
 def alone(source: Path, target: Path) -> Path:
     """The language model of a folder, as the page says."""
-    (script,) = re.findall(r"((?:^    (?!\w\$).*\n)*^    .*save_pretrained.*\n)", PAGE.read_text(), re.M)
+    (script,) = re.findall(
+        r"((?:^    (?!\w\$).*\n)*^    .*save_pretrained.*\n)", PAGE.read_text(), re.M
+    )
     lines = "".join(line[4:] for line in script.splitlines(keepends=True))
     lines = lines.replace("/models/whole", str(source)).replace("/models/base", str(target))
-    exec(compile(lines, str(PAGE), "exec"), {})  # noqa: S102 - our own page
+    exec(compile(lines, str(PAGE), "exec"), {})
     return target
 
 
@@ -213,7 +216,9 @@ def test_a_language_model_that_transformers_has_no_class_for_is_named(
     config: dict[str, Any],
 ) -> None:
     kind = config["text_config"]["model_type"]
-    with pytest.raises(ConfigError, match=rf"nor of the language model in it \({kind}\)") as refused:
+    with pytest.raises(
+        ConfigError, match=rf"nor of the language model in it \({kind}\)"
+    ) as refused:
         build(config)
     assert "for text alone" in refused.value.remedy
 
@@ -221,4 +226,3 @@ def test_a_language_model_that_transformers_has_no_class_for_is_named(
 def test_a_model_for_images_alone_is_no_language_model() -> None:
     with pytest.raises(ConfigError, match="no causal language model of type siglip_vision_model"):
         build({"model_type": "siglip_vision_model", **_IMAGES})
-
