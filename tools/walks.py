@@ -130,7 +130,7 @@ _CHARGE: Final = (
     "xpeer.training.loop:TrainingLoop._permit|xpeer.training.local:LocalTrainer._permit|xpeer.training.local:LocalTrainer._step_and_rest",
     "xpeer.training.pacing:Pacing.obtain_step",
     "xpeer.training.charging:Permits.obtain",
-    "xpeer.privacy.mechanism:RecordMechanism.charge_until",
+    "xpeer.privacy.mechanism:RecordMechanism.charge_until|xpeer.privacy.mechanism:RecordMechanism.begin_window",
     "xpeer.privacy.budget:Budget._charge",
     "xpeer.privacy.ledger:Ledger.charge",
     "xpeer.privacy.register:Register.charge",
