@@ -311,8 +311,8 @@ class Donors:
             others = [tree for tree in trees if tree.donor != alone]
             for tree in others or trees:
                 self._takeover.discard(tree)
+            self._alone = alone if others else None
             if others:
-                self._alone = alone
                 log.warning("a mixture of %d members' parameters is refused: %s", len(trees), e)
             else:
                 self._offers.avoid(alone, str(e), took_s)

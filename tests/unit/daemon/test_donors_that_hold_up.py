@@ -23,6 +23,7 @@ Coming = AsyncGenerator[tuple[int, memoryview]]
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     """TWIN claims what GOOD claims, and gives other parameters. Who failed rests for a moment."""
+    pieces_of(monkeypatch, 4)
     monkeypatch.setitem(OFFERS, TWIN, OFFERS[GOOD])
     monkeypatch.setitem(TRUE_LOSS, TWIN, 9.0)
     monkeypatch.setattr(turns, "PAUSE_S", 0.2)
@@ -56,7 +57,6 @@ async def test_who_gives_too_little_makes_way_for_others(
 ) -> None:
     """With the best claim, or where it has to give all since a mixture was bad."""
     monkeypatch.setattr(donors, "CATCH_UP_S", 0.05)
-    pieces_of(monkeypatch, 4)
     slow = TWIN if alone else LIAR
     trickles(monkeypatch, slow)
     rig.donors._alone = slow if alone else None
@@ -68,7 +68,6 @@ async def test_who_alone_holds_parameters_may_be_slow(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late_s = late(monkeypatch, 5000.0)
-    pieces_of(monkeypatch, 4)
     rig.live = [GOOD]
     assert await taken_by(rig, None) == [GOOD]
     assert (len(rig.asked), late_s[0]) == (1, 20_000.0)
@@ -77,7 +76,6 @@ async def test_who_alone_holds_parameters_may_be_slow(
 async def test_slow_lines_get_through(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them need longer for a piece than is allowed at first."""
     late(monkeypatch, 5000.0)
-    pieces_of(monkeypatch, 4)
     monkeypatch.setitem(TRUE_LOSS, TWIN, 2.0)
     monkeypatch.setattr(donors, "PARALLEL", 1)
     rig.live = [GOOD, TWIN]
@@ -159,7 +157,6 @@ async def test_chance_decides_who_gives_all_after_a_bad_mixture(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever is fastest gave most of it, and may be fast because it lies."""
-    pieces_of(monkeypatch, 3)
     among = list[list[PeerId]]()
 
     def chosen(found: list[PeerId]) -> PeerId:

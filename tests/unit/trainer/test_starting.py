@@ -176,11 +176,12 @@ def test_what_the_disk_has_done_is_told_from_the_rest() -> None:
 
     beat = pulse.beat
     script: list[Callable[[], object]] = [beat, begins, beat, beat, ends, beat, end]
+
+    def sleep(_seconds: float) -> None:
+        script.pop(0)()
+
     with pytest.raises(InterruptedError):
-        report_work(
-            *(pulse, sent.append, lambda: threads.at_work("disk")),
-            lambda _seconds: script.pop(0)(),
-        )
+        report_work(pulse, sent.append, lambda: threads.at_work("disk"), sleep)
     threads.close()
     assert [message.disk for message in sent if isinstance(message, Working)] == [1, 2, 2, 2, 3, 4]
     assert pulse.done_by("disk") == 1
