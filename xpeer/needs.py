@@ -140,8 +140,8 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
             return []
         return [
             f"{setting}: {file.parent} has another {' and another '.join(differing)}, so its "
-            "tokens would not be the swarm's; copy tokenizer_config.json, special_tokens_map.json and "
-            "chat_template.jinja from the founder's folder, those that are there"
+            "tokens would not be the swarm's; copy tokenizer_config.json, special_tokens_map.json "
+            "and chat_template.jinja from the founder's folder, those that are there"
         ]
 
     def _differing(self, seen: Writing, *, chats: bool) -> list[str]:

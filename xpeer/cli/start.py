@@ -46,9 +46,7 @@ _KNOWN_SEEDS = "known"
     metavar="PATH",
     help="Text to train on: file, folder, glob.",
 )
-@click.option(
-    "--text-field", type=GivenText(checked), metavar="FIELD", help="As data.text_field."
-)
+@click.option("--text-field", type=GivenText(checked), metavar="FIELD", help="As data.text_field.")
 @click.option(
     "--privacy",
     type=click.Choice(get_args(PrivacyMode)),

@@ -109,9 +109,7 @@ def text_of(
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
     length = manifest.optimiser.sequence_tokens
     recipe = Recipe(tokenizer, data.text_field, piece_characters(manifest) if shared else 0)
-    table, summary = read_table(
-        patterns, setting, recipe, home.cache, on_progress, clears=clears
-    )
+    table, summary = read_table(patterns, setting, recipe, home.cache, on_progress, clears=clears)
     if shared:
         refuse_other(shared, in_hex(table.whole[np.flatnonzero(table.flags & BEGINS)]))
     training, held_out = split_pieces(table, data.validation_share, data.split)

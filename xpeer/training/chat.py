@@ -7,7 +7,7 @@ whole chat, and predicted if all of it is there.
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -136,11 +136,13 @@ class ChatTemplate:
         changed = self._render([*other, *messages[number + 1 :]], prompting=False)
         if changed is None or changed.count(stand_in) != 1:
             return None
-        begin = len(os.path.commonprefix((whole, changed)))
-        behind = changed[changed.index(stand_in) + 1 :]
-        if len(whole) - len(behind) < begin or not whole.endswith(behind):
-            return None
-        return begin, len(whole) - len(behind)
+        begin = changed.index(stand_in)
+        behind = changed[begin + 1 :]
+        end = len(whole) - len(behind)
+        if not whole.startswith(changed[:begin]):  # what comes before it changes, too: thoughts
+            pairs = zip(whole, changed, strict=False)
+            begin = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return (begin, end) if begin <= end and whole.endswith(behind) else None
 
     def _begin(
         self, messages: list[Message], number: int, whole: str, content: int, before: str | None

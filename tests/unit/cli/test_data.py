@@ -119,12 +119,10 @@ def test_a_joiner_of_adapters_is_counted_with_its_base_models_tokenizer(
 ) -> None:
     """It needs no data.tokenizer, and the trainer looks there, too."""
     base, text = tokenizer_folder(tmp_path / "base"), str(shard(tmp_path))
-    named = found(
-        xpeer(tmp_path / "home", "data", "inspect", "--shard", text, "--tokenizer", str(base),
-              "--json")  # fmt: skip
-    )
+    arguments = ("data", "inspect", "--shard", text, "--json")
+    named = found(xpeer(tmp_path / "home", *arguments, "--tokenizer", str(base)))
     monkeypatch.setenv("XPEER_DATA_BASE_MODEL", str(base))
-    assert found(xpeer(tmp_path / "home", "data", "inspect", "--shard", text, "--json")) == named
+    assert found(xpeer(tmp_path / "home", *arguments)) == named
 
 
 def test_the_help_says_how_long_records_are(tmp_path: Path) -> None:

@@ -66,9 +66,10 @@ FAMILIES: Final = {
 }
 IM, EOT, GEMMA, EOS = "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>"
 HM, SO = "<think>\nhm\n</think>\n\nFour.", "<think>\nso\n</think>\n\nSix, é."
-WITHOUT_TOOLS: Final = {"a tool": None}
 
 Wanted = dict[str, list[str] | None]
+WITHOUT_TOOLS: Final[Wanted] = {"a tool": None}
+WITHOUT_SYSTEM: Final[Wanted] = {"a system's message": None}
 
 
 def plain(end: str, before: str = "") -> Wanted:
@@ -104,7 +105,7 @@ PREDICTED: Final[dict[str, Wanted]] = {
         "space around": [" Four. \n<|im_end|>", f"{NO_THOUGHTS}Six, é.<|im_end|>"],
     },
     "llama3": plain(EOT),
-    "gemma2": plain(GEMMA) | WITHOUT_TOOLS | {"a system's message": None},
+    "gemma2": plain(GEMMA) | WITHOUT_TOOLS | WITHOUT_SYSTEM,
     "gemma3": plain(GEMMA) | WITHOUT_TOOLS,
     "smollm2": plain(IM) | {"space around": [f" Four. \n{IM}", f"Six, é.{IM}"]},
     "mistral": plain(EOS, " ") | WITHOUT_TOOLS,

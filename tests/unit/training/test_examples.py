@@ -138,7 +138,9 @@ def test_an_operator_hears_of_examples_that_are_cut_off(node: Node) -> None:
     assert unanswered == sum((record < 0).all() for record in text.records[:])
     assert 0 < unanswered < cut
     (said,) = text.warnings
-    assert said.startswith(f"{cut} of {cut} examples are longer than optimiser.sequence_tokens = 32")
+    assert said.startswith(
+        f"{cut} of {cut} examples are longer than optimiser.sequence_tokens = 32"
+    )
     assert f"{unanswered} of them before their answer" in said
     assert "examples cut off" in text.shard.lines()[-1]
 
@@ -217,9 +219,7 @@ def test_a_chat_with_calls_of_tools_is_counted(node: Node, tmp_path: Path) -> No
     node.with_data(text_field="messages")
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
     none = {"role": "assistant", "content": "Five.", "tool_calls": None}
-    write(
-        node, [{"messages": CHAT}, {"messages": [*CHAT[:2], none]}, {"messages": [*CHAT, call]}]
-    )
+    write(node, [{"messages": CHAT}, {"messages": [*CHAT[:2], none]}, {"messages": [*CHAT, call]}])
     shard = node.read().shard
     assert (shard.documents, shard.skipped) == (2, {"no example": 1})
 
