@@ -116,15 +116,9 @@ def prepare_join(home: Home, token_text: str, config_text: str | None = None) ->
         NotAuthorisedError: the token is damaged, has expired, or is for another PeerID.
         ConfigError: the home belongs to another swarm.
     """
-    token = Token.parse(token_text)
-    refuse_other_swarm(home, token.swarm_id)
-    if home.admin_key.exists():
-        raise ConfigError(
-            f"home {home.path} founded this swarm: it needs no token", "leave out --join"
-        )
-    if home.credential.exists() and load_credential(home).body == token.body:
-        return token  # a unit file may go on naming its token long after it has expired
-    require_usable(home, token)
+    token = check_token(home, token_text)
+    if _has_joined(home, token):
+        return token
     with _beside(home) as new:
         identity = _identity_for(home, new)
         credential = token.credential_for(identity, time.time())
@@ -135,12 +129,31 @@ def prepare_join(home: Home, token_text: str, config_text: str | None = None) ->
     return token
 
 
-def require_usable(home: Home, token: Token) -> None:
+def check_token(home: Home, text: str) -> Token:
     """Refuse a token that this home can't join with. It writes nothing.
+
+    The token that the home has joined with may have expired: a unit file may go on naming it.
 
     Raises:
         NotAuthorisedError: the token is damaged, has expired, or is for another PeerID.
+        ConfigError: the home belongs to another swarm, or founded this one.
     """
+    token = Token.parse(text)
+    refuse_other_swarm(home, token.swarm_id)
+    if home.admin_key.exists():
+        raise ConfigError(
+            f"home {home.path} founded this swarm: it needs no token", "leave out --join"
+        )
+    if not _has_joined(home, token):
+        _require_usable(home, token)
+    return token
+
+
+def _has_joined(home: Home, token: Token) -> bool:
+    return home.credential.exists() and load_credential(home).body == token.body
+
+
+def _require_usable(home: Home, token: Token) -> None:
     known = Identity.load(home.identity_key) if home.identity_key.exists() else None
     if known is None and not token.bearer:
         raise NotAuthorisedError(

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from click.testing import CliRunner
 from msgspec import structs
 
 from xpeer import founding
+from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
 from xpeer.founding import Issued
@@ -266,6 +268,11 @@ def test_the_token_of_a_unit_file_may_expire(
     monkeypatch.setattr(time, "time", lambda: later)
     assert founding.prepare_join(other, text) == Token.parse(text)
     assert picture(other.path) == before
+    said = CliRunner().invoke(
+        main, ["start", "--home", str(other.path), "--join", text, "--dry-run"]
+    )
+    assert "data.shard is empty" in said.output  # what comes after the token
+    assert "expired" not in said.output
     with pytest.raises(NotAuthorisedError, match="expired"):
         founding.prepare_join(Home(tmp_path / "c"), text)
     assert not (tmp_path / "c").exists()

@@ -178,11 +178,8 @@ def read_token(argument: str | None) -> str | None:
 def _check_token(home: Home, text: str) -> None:
     """Refuse a bad token before anything slow is imported. It writes nothing."""
     from xpeer import founding  # noqa: PLC0415 - cryptography only where a token is
-    from xpeer.network.membership.invites import Token  # noqa: PLC0415
 
-    token = Token.parse(text)
-    founding.require_usable(home, token)
-    founding.refuse_other_swarm(home, token.swarm_id)
+    founding.check_token(home, text)
 
 
 def _absolute(path: Path | None) -> str | None:
