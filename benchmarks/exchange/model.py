@@ -24,6 +24,7 @@ from xpeer.update import (
     RawUpdate,
     received_stamp,
 )
+from xpeer.wire import kernels
 
 if TYPE_CHECKING:
     from xpeer.mixing.parameters import Parameters
@@ -66,6 +67,7 @@ class AveragingTrainer:
         self.form = Form(codec_name, self._vector.fragments.size(0))
         self._exchanges = Exchanges(parameters, codec_name, mechanism, Rule())
         self._exchanges.begin()
+        kernels.configure(compile=True)  # as a trainer does
         for _ in range(2):  # memory that a peer in mid-run has in use
             self._exchanges.buffers.give(torch.zeros(self.form.num_values))
             self._exchanges.buffers.give(torch.zeros(self.form.num_bytes, dtype=torch.uint8))
