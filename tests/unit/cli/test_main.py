@@ -44,6 +44,7 @@ def test_every_command_exists_and_says_what_it_does(name: str) -> None:
     assert command is not None
     assert command.name == name
     assert command.help
+    assert cli.all_commands()[name] not in ("", "None")  # its short_help
     assert xpeer(name, "--help")[0] == ExitCode.OK
 
 
