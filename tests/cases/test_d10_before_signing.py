@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from tests.cases.support import found, model_folder, sets, skipping, tokenizer_folder, xpeer
+from xpeer import drafting
 from xpeer.cli import main
 from xpeer.config import Home
+from xpeer.manifest import Tokenizer
 
 PEER = "12D3KooWQh1eEHfK3YjQB46WgrQhvpecUQT6suAPZfoSCgSV3m51"
 UNUSABLE = {"bos_token": None, "eos_token": None, "pad_token": None}
@@ -119,10 +122,16 @@ def test_what_a_manifest_would_make_impossible(
 
 
 def test_a_home_that_was_founded_with_a_fault_is_told_by_a_dry_run(
-    tmp_path: Path, shard: Path
+    tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an older version, which signed it."""
+    """Of an older version, which signed it, and knew nothing of special tokens."""
     home = tmp_path / "h"
+    named = drafting._named
+
+    def as_before(tokenizer: object, folder: Path | None) -> Tokenizer:
+        return msgspec.structs.replace(named(tokenizer, folder), special=None, chat_digest="")
+
+    monkeypatch.setattr(drafting, "_named", as_before)
     model = model_folder(tmp_path / "m")
     tokens = tokenizer_folder(tmp_path / "t")
     found(home, shard, "--model", model, "--tokenizer", tokens)

@@ -118,7 +118,7 @@ def test_a_joiner_of_adapters_is_counted_with_its_base_models_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It needs no data.tokenizer, and the trainer looks there, too."""
-    base, text = tokenizer_folder(tmp_path / "base"), str(shard(tmp_path))
+    base, text = tokenizer_folder(tmp_path / "base", bos_token=None), str(shard(tmp_path))
     arguments = ("data", "inspect", "--shard", text, "--json")
     named = found(xpeer(tmp_path / "home", *arguments, "--tokenizer", str(base)))
     monkeypatch.setenv("XPEER_DATA_BASE_MODEL", str(base))
