@@ -96,7 +96,7 @@ class NotSavedError(LocalError):
     exit_code = ExitCode.NOT_SAVED
 
 
-class DivergedError(LocalError):
+class DivergedError(ConfigError):
     """Training has diverged, so its parameters are not saved."""
 
 

@@ -1,8 +1,9 @@
 """Keeps the trainer process alive: restarts it from its last checkpoint, with back-off.
 
 A trainer that dies (CUDA out of memory, a bad batch) never takes the network down. A trainer that
-reports why it can't go on (a wrong setting, a spent budget) is not restarted: its error ends the
-node.
+reports why it can't go on (a wrong setting, a spent budget, a device that computes differently each
+time) is not restarted: its error ends the node. Training that diverged goes on from the last
+checkpoint, where another sample may spare it; if it diverges from there again, that is final, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from xpeer.errors import (
     BudgetSpentError,
     ConfigError,
+    DivergedError,
     LedgerError,
     LocalError,
     LocalTimeoutError,
@@ -64,6 +66,8 @@ class Supervisor:
         # Patience of a `renew` that waits until the trainer is watched; None = none waits
         self._renewal_patience_s: float | None = None
         self.down_reason = ""
+        self._diverged_from: list[int | None] = []
+        """Step of the checkpoint from which training last diverged; empty until it has."""
 
     async def first_start(self) -> TrainerProcess:
         """Start a trainer. Nothing is retried, so that the operator sees the error.
@@ -111,6 +115,7 @@ class Supervisor:
 
         Raises:
             ConfigError, BudgetSpentError: reported by the trainer.
+            DivergedError: training diverged twice from the same checkpoint.
             TrainerError: the trainer died too often in too short a time. Deaths by a failing ledger
                 don't count.
         """
@@ -125,8 +130,7 @@ class Supervisor:
             self.down_reason = f"trainer exited with {code}"
             if trainer.crash is not None:
                 self.down_reason += f": {trainer.crash}"
-            if isinstance(trainer.crash, _FINAL) and not isinstance(trainer.crash, ShardError):
-                raise trainer.crash
+            self._raise_if_final(trainer)
             if self._renewing:
                 self._renewing = False
                 with contextlib.suppress(*_PASSING):  # after an error, start it as after a death
@@ -155,6 +159,20 @@ class Supervisor:
             self.restarts += 1
             self.down_reason = ""
             await self.instruct(on_restart, self.trainer)
+
+    def _raise_if_final(self, trainer: TrainerProcess) -> None:
+        """Raise what no restart cures.
+
+        Raises:
+            ConfigError, BudgetSpentError: what ended this trainer.
+        """
+        crash = trainer.crash
+        if isinstance(crash, DivergedError):
+            before, self._diverged_from = self._diverged_from, [trainer.resumed_step]
+            if self._diverged_from == before:
+                raise crash
+        elif isinstance(crash, _FINAL) and not isinstance(crash, ShardError):
+            raise crash
 
     async def instruct(
         self, orders: Callable[[TrainerProcess], Awaitable[None]], trainer: TrainerProcess

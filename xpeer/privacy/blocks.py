@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from xpeer.errors import LocalError
+from xpeer.errors import ConfigError
 
 _CPU_BLOCK: Final = 1 << 22
 """Values of a block on a processor."""
@@ -71,7 +71,8 @@ class Blocked:
         Of the blocks that `block` has computed: together they have to be all of the matrix.
 
         Raises:
-            LocalError: they are not what they were then. `out` is of no use any more.
+            ConfigError: they are not what they were then. `out` is of no use any more. The node
+                ends: it would happen again after a restart, and cost the charged steps each time.
         """
         if sum(stop - start for start, stop in self._measured) != self.num_rows:
             raise RuntimeError("gradients are added up that were not measured")
@@ -82,7 +83,7 @@ class Blocked:
             same &= (_checksum(rows) == checksum).all()
             out[start:stop].addmm_(rows.flatten(0, 1).float().T, cols)
         if not bool(same):
-            raise LocalError(
+            raise ConfigError(
                 "the output layer's gradients, computed twice, differ on this device: "
                 "a record could exceed privacy.clip_norm",
                 "set training.precision to float32, or training.device to cpu; if it happens "

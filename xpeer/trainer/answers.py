@@ -13,6 +13,7 @@ from msgspec import Struct
 from xpeer.errors import (
     BudgetSpentError,
     ConfigError,
+    DivergedError,
     ExitCode,
     LedgerError,
     LocalError,
@@ -247,7 +248,7 @@ _ERRORS: Final[dict[str, type[LocalError]]] = {
     kind.__name__: kind
     for kind in (
         LocalError, ConfigError, ShardError, NotAuthorisedError, BudgetSpentError,
-        LocalTimeoutError, TrainerError, LedgerError,
+        LocalTimeoutError, TrainerError, LedgerError, DivergedError,
     )
 }  # fmt: skip
 

@@ -9,6 +9,8 @@ import pytest
 
 from xpeer.errors import (
     ConfigError,
+    DivergedError,
+    ExitCode,
     LedgerError,
     LocalError,
     LocalTimeoutError,
@@ -16,6 +18,7 @@ from xpeer.errors import (
     Reason,
     TrainerError,
 )
+from xpeer.trainer.answers import error_of, failure_of
 from xpeer_daemon import supervisor as supervisor_module
 from xpeer_daemon.supervisor import Supervisor
 
@@ -24,6 +27,7 @@ class FakeTrainer:
     def __init__(self) -> None:
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.crash: LocalError | None = None
+        self.resumed_step: int | None = None
 
     def die(self, crash: LocalError | None = None) -> None:
         self.crash = crash
@@ -83,6 +87,28 @@ async def test_a_wrong_setting_is_the_nodes_error(rig: Rig):
     with pytest.raises(ConfigError, match="no text"):
         await task
     assert len(rig.made) == 1
+
+
+async def test_training_that_diverges_from_one_checkpoint_twice_ends_the_node(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    """However long that takes: a restart goes on from there again."""
+    monkeypatch.setattr(supervisor_module, "QUIET_S", 0.0)
+    diverged = error_of(failure_of(DivergedError("the loss is nan", "train slower")))
+    assert isinstance(diverged, DivergedError)
+    task = await rig.run()
+    rig.made[0].die(diverged)
+    for number, step in ((1, 100), (2, 200)):  # each had a newer checkpoint
+        assert await rig.told.get() is rig.made[number]
+        rig.made[number].resumed_step = step
+        rig.made[number].die(diverged)
+    assert await rig.told.get() is rig.made[3]
+    rig.made[3].resumed_step = 200
+    rig.made[3].die(diverged)
+    with pytest.raises(DivergedError, match="nan") as e:
+        await task
+    assert e.value.exit_code == ExitCode.BAD_CONFIG
+    assert len(rig.made) == 4
 
 
 async def test_dying_again_and_again_ends_the_node(rig: Rig):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xpeer.errors import LocalError
+from xpeer.errors import ConfigError
 from xpeer.privacy import blocks
 from xpeer.privacy.blocks import Blocked
 from xpeer.privacy.layers import Outer, Part
@@ -103,7 +103,7 @@ def test_gradients_that_differ_the_second_time_are_not_added_up(kind: torch.dtyp
         if steady == 2:
             gradients.add_weighted(torch.ones(RECORDS), total)
         else:
-            with pytest.raises(LocalError, match="computed twice, differ"):
+            with pytest.raises(ConfigError, match="computed twice, differ"):
                 gradients.add_weighted(torch.ones(RECORDS), total)
 
 
