@@ -104,6 +104,10 @@ class TrainerError(LocalError):
     """The trainer process died or refused a command."""
 
 
+class ShortOfMemoryError(TrainerError):
+    """Memory ran out, on the device or on this machine. It may be there at the next attempt."""
+
+
 class Reason:
     """Reason codes of a skipped, refused or failed exchange, as logs and `status` show them."""
 

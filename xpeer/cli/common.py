@@ -25,6 +25,7 @@ from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
 from xpeer.escape import hidden, json_text, one_line, visible
 from xpeer.files import secure
 from xpeer.paths import checked, checked_home, checked_text
+from xpeer.shortage import in_words, out_of_memory
 
 HOME_VARIABLE = "XPEER_HOME"
 _HOME = "xpeer.home"
@@ -180,8 +181,8 @@ def secure_home(home: Home) -> None:
 def error_boundary(ctx: click.Context | None = None) -> Iterator[None]:
     """Turn a command's error into one line on stderr and an exit code.
 
-    An error that was not raised on purpose is a fault of ours. Its trace goes to the home's log, or
-    to a new file if the command has no home yet.
+    An error that was not raised on purpose is a fault of ours, unless memory ran out. Its trace
+    goes to the home's log, or to a new file if the command has no home yet.
 
     Raises:
         click.exceptions.Exit: with the code; click ends the process with it.
@@ -208,12 +209,16 @@ def error_boundary(ctx: click.Context | None = None) -> Iterator[None]:
     except Exception as e:
         if isinstance(e, OSError) and e.errno == errno.EPIPE:
             raise  # nobody reads our output any more: click ends without a message
-        _complain(f"a fault of xpeer: {type(e).__name__}: {e} - {_trace_kept(ctx, e)}")
+        where = _trace_kept(ctx, e)
+        if out_of_memory(e):
+            _complain(f"{in_words(e)}; its trace: {where}")
+        else:
+            _complain(f"a fault of xpeer: {type(e).__name__}: {e} - please report it, with {where}")
         raise click.exceptions.Exit(int(ExitCode.ERROR)) from e
 
 
 def _trace_kept(ctx: click.Context | None, error: Exception) -> str:
-    """Write the trace to a log; returns the remedy, which names that log."""
+    """Write the trace to a log; returns where it is, in words."""
     from xpeer_daemon import logs  # noqa: PLC0415 - rarely needed
 
     home: Home | None = ctx.meta.get(_HOME) if ctx is not None else None
@@ -221,11 +226,11 @@ def _trace_kept(ctx: click.Context | None, error: Exception) -> str:
         with contextlib.suppress(ConfigError, OSError):
             secure(home, look_only=True)
             logs.add_fault(home.log, error)
-            return f"please report it, with the end of {home.log}"
+            return f"the end of {home.log}"
     handle, name = tempfile.mkstemp(prefix="xpeer-", suffix=".log")  # mode 0600
     os.close(handle)
     logs.add_fault(Path(name), error)
-    return f"please report it, with {name}"
+    return name
 
 
 def _complain(message: str) -> None:

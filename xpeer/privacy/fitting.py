@@ -12,21 +12,13 @@ from typing import Final, TypeVar
 
 import torch
 
-from xpeer.errors import LocalError
+from xpeer.errors import ShortOfMemoryError
+from xpeer.shortage import out_of_memory
 
 _T = TypeVar("_T")
-_OF_CPU: Final = ("can't allocate memory", "not enough memory")
-"""What torch's allocator says on a processor; it has no error of its own."""
 _STEP: Final = 1 << 32
 
 logger = logging.getLogger("xpeer.training")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or this machine, had too little memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_CPU)
 
 
 def until_it_fits(work: Callable[[], _T], shrink: Callable[[], str]) -> _T:
@@ -38,7 +30,7 @@ def until_it_fits(work: Callable[[], _T], shrink: Callable[[], str]) -> _T:
             nothing can be.
 
     Raises:
-        LocalError: nothing can be made smaller any more.
+        ShortOfMemoryError: nothing can be made smaller any more.
     """
     while True:
         try:
@@ -51,7 +43,7 @@ def until_it_fits(work: Callable[[], _T], shrink: Callable[[], str]) -> _T:
             torch.cuda.empty_cache()
         changed = shrink()
         if not changed:
-            raise LocalError(
+            raise ShortOfMemoryError(
                 "a single record does not fit into memory",
                 "a smaller training.micro_batch can't help: set training.checkpoint_activations to "
                 "on, training.precision to bfloat16, or give the trainer more memory; in a new "

@@ -28,6 +28,7 @@ from xpeer.escape import one_line, visible, without_words
 from xpeer.forms import Form
 from xpeer.leaves import Derived, Local, Parts, Public, Timing, seen_by
 from xpeer.phase import TrainerPhase
+from xpeer.shortage import in_words, out_of_memory
 from xpeer.status import CorpusShare, PrivacySpent, Progress, ShardSummary, TextProgress
 
 
@@ -260,11 +261,15 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, LocalError):
         kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _ERRORS)
         return Failure(kind, visible(error.problem), visible(error.remedy), int(error.exit_code))
+    trace = "\n".join(map(visible, "".join(traceback.format_exception(error)).split("\n")))
+    if out_of_memory(error):
+        short = in_words(error)
+        return Failure(TrainerError.__name__, short.problem, short.remedy, trace=trace)
     return Failure(
-        "TrainerError",
+        TrainerError.__name__,
         one_line(f"the trainer failed: {type(error).__name__}: {error}"),
         "see the log; it is restarted from its last checkpoint",
-        trace="\n".join(map(visible, "".join(traceback.format_exception(error)).split("\n"))),
+        trace=trace,
     )
 
 

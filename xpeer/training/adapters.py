@@ -27,6 +27,7 @@ from xpeer.errors import ConfigError
 from xpeer.leaves import seen_by
 from xpeer.manifest.model import BaseDtype, Lora, Model
 from xpeer.mixing.factors import FactorPair
+from xpeer.shortage import in_words, out_of_memory
 from xpeer.training.flat import digest
 from xpeer.training.losses import transformers_model
 
@@ -101,6 +102,7 @@ def attach(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
 
     Raises:
         ConfigError: peft is missing, or they don't fit the model.
+        ShortOfMemoryError: memory ran out.
     """
     peft = _peft()
     try:
@@ -108,6 +110,8 @@ def attach(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
             warnings.simplefilter("ignore")
             attached: torch.nn.Module = peft.PeftModel.from_pretrained(model, str(folder))
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as e:
+        if out_of_memory(e):
+            raise in_words(e) from e
         raise ConfigError(
             f"the adapters in {folder} can't be used with this model: "
             f"{' '.join(str(e).split())[:300]}",

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from xpeer.accounts.model_card import PrivacyCard, files
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest.model import Model
+from xpeer.shortage import in_words, out_of_memory
 from xpeer.training import adapters, reloading
 from xpeer.training.held import release
 from xpeer.training.kept import CONFIG, Source, write_json
@@ -157,6 +158,8 @@ def _staged(folder: Path) -> Iterator[Path]:
         staging.replace(folder)
         sync(folder.parent)
     except (OSError, SafetensorError, RuntimeError) as e:
+        if out_of_memory(e):
+            raise in_words(e) from e
         raise _unwritable(folder, e) from e
     finally:
         shutil.rmtree(staging, ignore_errors=True)

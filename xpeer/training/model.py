@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from xpeer import belonging
 from xpeer.errors import ConfigError
+from xpeer.shortage import in_words, out_of_memory
 from xpeer.source import check_folder
 from xpeer.training.export import export_adapters, export_hf, generate
 from xpeer.training.filler import Filler
@@ -115,6 +116,8 @@ def _made(made: Any) -> torch.nn.Module:
             trust_remote_code=False,
         )
     except _LOADING_ERRORS as e:
+        if out_of_memory(e):
+            raise in_words(e) from e
         raise ConfigError(
             f"model.config: no causal language model can be built from it: {_one_line(e)}",
             "correct the value that this names",
@@ -157,6 +160,8 @@ def from_folder(
                 output_loading_info=True,
             )
     except (*_LOADING_ERRORS, OSError, SafetensorError, UnpicklingError) as e:
+        if out_of_memory(e):
+            raise in_words(e) from e
         raise ConfigError(
             f"model {path}: can't be loaded as a causal language model: {_one_line(e)}",
             "check config.json and model.safetensors; encoder models can't be trained here",
@@ -309,6 +314,8 @@ def _ready(model: Any, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         with torch.no_grad():
             logits = made(input_ids=ids, use_cache=False).logits
     except (*_LOADING_ERRORS, IndexError) as e:
+        if out_of_memory(e):
+            raise in_words(e) from e
         raise ConfigError(
             f"model.config: a model of type {model.config.model_type} can be built from it, but "
             f"does not run: {_one_line(e)}",

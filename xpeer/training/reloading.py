@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from xpeer.errors import ConfigError, LocalError
+from xpeer.shortage import in_words, out_of_memory
 from xpeer.training import adapters
 from xpeer.training.held import hold, is_held
 from xpeer.training.kept import write_json
@@ -81,6 +82,8 @@ def load_model(folder: Path, trained: torch.nn.Module) -> Any:
                 folder, dtype=dtype, local_files_only=True, output_loading_info=True
             )
         except Exception as e:  # whatever transformers raises at a folder that we wrote
+            if out_of_memory(e):
+                raise in_words(e) from e
             raise _differs(f"transformers does not load it: {_one_line(e)}") from e
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in report[what]):

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from xpeer.errors import LocalError
+from xpeer.shortage import in_words, out_of_memory
 
 _STAGING: Final = ".writing-"
 _DIGEST: Final = "digest"
@@ -90,7 +91,8 @@ def write_tensors(
         beside.replace(path)
         sync(path.parent)
     except (OSError, SafetensorError, RuntimeError) as e:
-        # RuntimeError: torch has no memory left for a copy
+        if out_of_memory(e):  # torch has none left for a copy
+            raise in_words(e) from e
         raise LocalError(
             f"{path} can't be written: {e}", "check free space and rights on that disk"
         ) from e

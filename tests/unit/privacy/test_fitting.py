@@ -24,9 +24,10 @@ from xpeer.privacy.clipping import (
     MicrobatchEngine,
     cache_records,
 )
-from xpeer.privacy.fitting import bytes_of_passes, out_of_memory, until_it_fits
+from xpeer.privacy.fitting import bytes_of_passes, until_it_fits
 from xpeer.privacy.mechanism import RecordMechanism, build_mechanism
 from xpeer.privacy.options import Options
+from xpeer.shortage import out_of_memory
 
 Place = Literal["forward", "backward"]
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -1,0 +1,52 @@
+"""Recognises that memory ran out, and says what helps.
+
+It imports no torch, since commands start without it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+from xpeer.errors import ShortOfMemoryError
+
+_OF_CPU: Final = ("can't allocate memory", "not enough memory")
+"""What torch's allocator says on a processor; it has no error of its own."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or this machine, had too little memory."""
+    if isinstance(error, MemoryError | ShortOfMemoryError) or _of_device(error):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_CPU)
+
+
+def in_words(error: BaseException) -> ShortOfMemoryError:
+    """The same for the operator.
+
+    It holds no number: sizes may follow from the number of records that were sampled.
+
+    Args:
+        error: for which `out_of_memory` is true.
+    """
+    if isinstance(error, ShortOfMemoryError):
+        return error
+    if _of_device(error):
+        return ShortOfMemoryError(
+            "the GPU ran out of memory",
+            "set training.checkpoint_activations to on and training.micro_batch to 1, end what "
+            "else uses the GPU, or set training.device to cpu; in a new swarm train adapters, or "
+            "set --base-dtype; `xpeer estimate` says what each phase needs",
+        )
+    return ShortOfMemoryError(
+        "this machine ran out of memory",
+        "free some, or allow the process more (ulimit, systemd's MemoryMax); to train, set "
+        "training.micro_batch to 1 and training.checkpoint_activations to on; `xpeer estimate` "
+        "says what each phase needs",
+    )
+
+
+def _of_device(error: BaseException) -> bool:
+    torch: Any = sys.modules.get("torch")  # it was imported, if it raised this
+    kind = getattr(torch, "OutOfMemoryError", None)
+    return kind is not None and isinstance(error, kind)
