@@ -52,6 +52,7 @@ def draft_manifest(
     corpus: Sequence[str] = (),
     text_field: str = "text",
     privacy: PrivacyMode = "record",
+    device: str = "auto",
 ) -> Manifest:
     """Make a manifest from the arguments, `section.field=value` changes and defaults.
 
@@ -64,6 +65,7 @@ def draft_manifest(
         corpus: files of a corpus of which all members hold a copy, and each trains a part.
         text_field: `data.text_field`, for the corpus.
         privacy: the privacy mode.
+        device: `training.device`: where the model is measured.
 
     Raises:
         ConfigError: a field is unknown or out of bounds, or the model does not fit the tokenizer
@@ -107,7 +109,7 @@ def draft_manifest(
     model = source.without_frozen(manifest.model, ids.vocab_size, length)
     manifest = msgspec.structs.replace(manifest, model=model)
     _require_startable(manifest, ids)
-    loss = source.public_loss(manifest, ids)
+    loss = source.public_loss(manifest, ids, device)
     public = msgspec.structs.replace(manifest.public_text, initial_loss=loss)
     return msgspec.structs.replace(manifest, public_text=public)
 

@@ -155,16 +155,34 @@ class InitialModel:
 
         check_fits(self.module, tokenizer_vocab, sequence_tokens)
 
-    def public_loss(self, manifest: Manifest, tokenizer: Any) -> float | None:
-        """Measure the loss on a few records of the public text; None if it is not finite."""
-        from xpeer.training.document import document_of  # noqa: PLC0415 - torch takes seconds
-        from xpeer.training.losses import evaluate  # noqa: PLC0415
+    def public_loss(self, manifest: Manifest, tokenizer: Any, device: str) -> float | None:
+        """Measure the loss on a few records of the public text; None if it is not finite.
+
+        One record at a time, and in float32: it is the founder's number, whatever the device.
+
+        Args:
+            manifest: has the text.
+            tokenizer: of the swarm.
+            device: `training.device`; on a GPU that takes seconds, and on a CPU minutes for a large
+                model.
+        """
+        from xpeer.privacy.steps import FULL  # noqa: PLC0415 - torch takes seconds
+        from xpeer.training import losses, placed  # noqa: PLC0415
+        from xpeer.training.document import document_of  # noqa: PLC0415
         from xpeer.training.measuring import spread  # noqa: PLC0415
         from xpeer.training.records import cut  # noqa: PLC0415
 
         document = document_of(manifest.public_text.text, "public text")
         records = cut([document], tokenizer, manifest.optimiser.sequence_tokens)
-        loss = evaluate(self.module, spread(records, INITIAL_RECORDS))
+        some = spread(records, INITIAL_RECORDS)
+        chosen, _ = losses.choose_losses(self.module)
+
+        def measure() -> float:
+            return losses.evaluate(
+                self.module, some, micro_batch=1, precision=FULL, losses_of_records=chosen
+            )
+
+        loss = placed.on_best(self.module, losses.choose_device(device)[0], measure)
         return loss if math.isfinite(loss) and loss > 0 else None
 
 

@@ -9,9 +9,7 @@ is charged or kept.
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +27,7 @@ from xpeer.accounts.accountant import Segment
 from xpeer.accounts.budget import coarse_size, delta_of
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, LocalError, PeerError, Reason
+from xpeer.estimate import room
 from xpeer.forms import Form
 from xpeer.identity import Identity
 from xpeer.manifest import Manifest
@@ -72,6 +71,18 @@ class Trial:
     """Peak memory of the process, including model, optimiser and engine."""
     device_bytes: int
     """Peak memory on the GPU; 0 on a CPU."""
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What is left of the trial's trainer: a restart is compared with it."""
+
+    tokenizer: Tokenizer
+    device: torch.device
+    ids: torch.Tensor  # (1, T) int64
+    logits: torch.Tensor  # (1, T, vocabulary) float32, CPU
+    began: float
+    """When the checkpoint was begun, monotonic s."""
 
 
 def require_reachable(manifest: Manifest) -> None:
@@ -132,26 +143,40 @@ def rehearse(
     Raises:
         LocalError: a node would stop with this error.
     """
+    room.give_back()  # the founder's own copies of the model
     with _staged(near) as folder:
         setup = _setup(manifest, source, config, folder)
-        began = time.monotonic()
-        report("building the model, and choosing how its gradients are clipped ...")
-        made = assemble(setup)
-        try:
-            if made.trainer.awaiting:  # a joiner's trial begins with any values
-                made.trainer.awaiting = False
-            num_params = made.trainer.parameters.num_params
-            report(f"  {_count(num_params)} parameters on {made.beginning.device}, {_since(began)}")
-            step_s, tokens = _step(made, manifest, steps, report)
-            _exchange(made, manifest, report)
-            if export:
-                _save_and_export(made, manifest, setup, folder, report)
-        finally:
-            made.close()
-        device = torch.device(made.beginning.device)
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        names = made.beginning.device, made.mechanism.engine
-        return Trial(num_params, *names, step_s, tokens, _peak_rss(), peak)
+        trial, trained = _train(setup, manifest, report, steps=steps, export=export)
+        room.give_back()
+        if trained is not None:
+            _restart_and_export(trained, manifest, setup, folder, report)
+        return replace(trial, host_bytes=room.host_peak())
+
+
+def _train(
+    setup: TrainerSetup, manifest: Manifest, report: Report, *, steps: int, export: bool
+) -> tuple[Trial, _Trained | None]:
+    """Take the steps, and exchange. The trainer, its model and its moments are gone afterwards.
+
+    Returns:
+        What was measured; and with `export` what a restart is compared with.
+    """
+    began = time.monotonic()
+    report("building the model, and choosing how its gradients are clipped ...")
+    made = assemble(setup)
+    try:
+        if made.trainer.awaiting:  # a joiner's trial begins with any values
+            made.trainer.awaiting = False
+        num_params = made.trainer.parameters.num_params
+        report(f"  {_count(num_params)} parameters on {made.beginning.device}, {_since(began)}")
+        step_s, tokens = _step(made, manifest, steps, report)
+        _exchange(made, manifest, report)
+        trained = _saved(made) if export else None
+    finally:
+        made.close()
+    names = made.beginning.device, made.mechanism.engine
+    peak = room.device_peak(torch.device(made.beginning.device))
+    return Trial(num_params, *names, step_s, tokens, 0, peak), trained
 
 
 def _setup(manifest: Manifest, source: Home, config: NodeConfig, folder: Path) -> TrainerSetup:
@@ -277,46 +302,59 @@ def _sum(form: Form, payload: memoryview, parties: int) -> memoryview:
     return memoryview(total)
 
 
-def _save_and_export(
-    made: Assembled, manifest: Manifest, setup: TrainerSetup, folder: Path, report: Report
+def _saved(made: Assembled) -> _Trained:
+    """Save a checkpoint, and note what its model computes."""
+    began = time.monotonic()
+    made.checkpoints.copy()()
+    limit = min(model.vocab_size(made.model), 256)
+    # no position after the last one is trained
+    length = min(16, made.trainer.manifest.optimiser.sequence_tokens - 1)
+    ids = torch.arange(2, 2 + length).remainder(limit).view(1, -1)
+    device = next(made.model.parameters()).device
+    return _Trained(made.tokenizer, device, ids, _logits(made.model, ids), began)
+
+
+def _restart_and_export(
+    trained: _Trained, manifest: Manifest, setup: TrainerSetup, folder: Path, report: Report
 ) -> None:
     """Check that a restart and an export load the model that was trained."""
-    began, home = time.monotonic(), Home(Path(setup.home))
-    made.checkpoints.copy()()
+    home = Home(Path(setup.home))
     bundle, warnings = checkpoint.load_latest(home.checkpoints)
     if bundle is None:
         raise LocalError(f"no checkpoint could be read back: {warnings}", "check the disk")
     with torch.no_grad():
-        own = replace(bundle, consolidation=None)
-        rebuilt = trained_model(manifest, home, setup.config.data.base_model, own)
-        _require_equal(made, rebuilt, "restarted", "correct config.json, or report this as a bug")
-        report(f"saved, and rebuilt from the manifest's config ... {_since(began)}")
+        bundle = replace(bundle, consolidation=None)
+        rebuilt = trained_model(manifest, home, setup.config.data.base_model, bundle)
+        rebuilt.to(trained.device).eval()
+        remedy = "correct config.json, or report this as a bug"
+        _require_equal(trained.logits, _logits(rebuilt, trained.ids), "restarted", remedy)
+        report(f"saved, and rebuilt from the manifest's config ... {_since(trained.began)}")
         began, target = time.monotonic(), folder / "export"
         folders = source_folders(home, setup.config.data)
         kept = Source(manifest.model.config, manifest.model.generation, folders)
         lora, text = manifest.model.lora, manifest.public_text.text
         if lora is None:
-            model.export_hf(rebuilt, made.tokenizer, target, source=kept, text=text)
+            model.export_hf(rebuilt, trained.tokenizer, target, source=kept, text=text)
         else:
             model.export_adapters(
-                rebuilt, manifest.model, made.tokenizer, target, source=kept, text=text
+                rebuilt, manifest.model, trained.tokenizer, target, source=kept, text=text
             )
     report(f"exported, and loaded again ... {_since(began)}")
 
 
-def _require_equal(made: Assembled, other: torch.nn.Module, what: str, remedy: str) -> None:
+@torch.no_grad()
+def _logits(of: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of (1, T) ids, (1, T, vocabulary) float32, CPU; the model's mode is kept."""
+    training = of.training
+    of.eval()
+    device = next(of.parameters()).device
+    logits: torch.Tensor = of(input_ids=ids.to(device), use_cache=False).logits
+    of.train(training)
+    return logits.float().cpu()
+
+
+def _require_equal(one: torch.Tensor, two: torch.Tensor, what: str, remedy: str) -> None:
     """Check that a model gives the same logits as the trained one."""
-    device = next(made.model.parameters()).device
-    limit = min(model.vocab_size(made.model), 256)
-    length = min(
-        16, made.trainer.manifest.optimiser.sequence_tokens - 1
-    )  # no later position is trained
-    ids = torch.arange(2, 2 + length).remainder(limit).view(1, -1)
-    trained, theirs = made.model.training, other.to(device).eval()
-    made.model.eval()
-    one = made.model(input_ids=ids.to(device), use_cache=False).logits
-    two = theirs(input_ids=ids.to(device), use_cache=False).logits
-    made.model.train(trained)
     error = float((one - two).abs().max()) / max(float(one.abs().max()), 1e-6)
     if not error <= _CLOSE:
         raise LocalError(
@@ -336,11 +374,6 @@ def _staged(near: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _count(number: int) -> str:

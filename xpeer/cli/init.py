@@ -249,24 +249,28 @@ def init(
         text_field=config.data.text_field,
         changes=changes,
         privacy=privacy,
+        device=config.training.device,
     )
     manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
     fits = skip_estimate or say_needs(manifest, config, home)
+    waiting = [source]
+    del source
     founded = founding.found(
         home,
         manifest,
-        source.write,
+        # the model goes once it is written: the trial loads one of its own
+        lambda folder: waiting.pop().write(folder),
         as_toml(settings),
         trial=None if skip_trial else partial(_try, manifest, config, fits=fits),
     )
     if warning := manifest.privacy.policy.warning:
         say(f"warning: {warning}")
-    what = "parameters" if source.lora is None else "parameters of adapters"
+    what = "parameters" if manifest.model.lora is None else "parameters of adapters"
     say(f"founded {name}: {manifest.model.num_params:,} {what}, in {home.path}")
     if warning := _noise(manifest):
         say(warning)
-    if source.base_dtype != "float32":
-        held = f"every node holds the frozen weights in {source.base_dtype}"
+    if manifest.model.base_dtype != "float32":
+        held = f"every node holds the frozen weights in {manifest.model.base_dtype}"
         say(f"{held} (float32: --base-dtype float32)")
     if (model or model_config) and tokenizer is None:
         say(f"tokenizer: {found_in or 'none in the model folder, so bytes are its tokens'}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import resource
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +73,26 @@ def disk(folder: Path) -> Room:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     usage = shutil.disk_usage(there)
     return Room(f"the disk of {folder}", usage.total, usage.free)
+
+
+def host_peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def device_peak(device: torch.device) -> int:
+    """The most memory of a GPU that tensors of this process have had; 0 on other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def give_back() -> None:
+    """Free what nobody uses any more. The parts of a trainer know one another, so that it stays
+    after its last user until Python looks for such circles.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _groups_of(groups: Path, own: Path) -> Iterator[Path]:

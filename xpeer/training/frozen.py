@@ -17,7 +17,7 @@ import torch
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest.model import Frozen
 from xpeer.training.flat import digest
-from xpeer.training.losses import record_losses
+from xpeer.training.losses import choose_losses
 from xpeer.training.reach import Rows, out_of_reach
 
 _BEFORE: Final = "rows_before"
@@ -188,7 +188,8 @@ def _tried(model: torch.nn.Module, num_tokens: int, num_ids: int) -> torch.Tenso
     training = model.training
     model.eval()
     try:
-        return record_losses(model, records)[0]
+        losses, _ = choose_losses(model)  # never all logits, and one record at a time
+        return torch.cat([losses(model, record[None])[0] for record in records])
     finally:
         model.train(training)
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xpeer.training.losses import inputs_of, losses_of
+from xpeer.training.losses import inputs_of, token_losses
 
 Rows = tuple[int, int]
 """The first row that text reaches, and the row after the last one; (0, 0) = none."""
@@ -61,13 +61,14 @@ def out_of_reach(model: torch.nn.Module, num_tokens: int, num_ids: int) -> dict[
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)
     records = torch.randint(0, num_ids, (1, num_tokens), generator=generator)
+    losses = token_losses(model)  # never all logits
     training = model.training
     model.eval()
     ids, targets = inputs_of(records)
     watch = _Watch(ids, targets, list(model.parameters()))
     try:
         with _Glances(watch), watch:
-            losses_of(model, ids, targets)
+            losses(ids, targets, None)
     except _TextDecidesError:
         return {}
     finally:
