@@ -10,33 +10,36 @@ the bounds are held against what rounds the same way:
 - what a record adds to the sum: its norm is at most C, for each record within its batch. This is
   what privacy rests on, and no engine is exempt;
 - the gradients that each layer's own autograd makes, in float32, of the very inputs and output
-  gradients that the engine noted (`BookKeepingEngine` alone notes them);
+  gradients that the engine noted (`factor_check`; `BookKeepingEngine` alone notes them);
 - plain autograd in bfloat16, within a coarse bound.
+
+Memory is that of a step at most: as many sums as there are parameters for the engine and for its
+factors, in place of a step's moments. What they are compared with waits on the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from xpeer.errors import ConfigError
-from xpeer.privacy.blocks import BlockedCall
 from xpeer.privacy.clipping import (
     BookKeepingEngine,
     Bound,
     Clipped,
     Engine,
+    FunctionalEngine,
     MicrobatchEngine,
-    clip_factors,
     trainable,
 )
+from xpeer.privacy.factor_check import Factors
 from xpeer.privacy.fitting import until_it_fits
-from xpeer.privacy.layers import Call, in_full
-from xpeer.privacy.record_gradients import squared_norms
 from xpeer.privacy.steps import FULL, Precision, Switchable
+from xpeer.shortage import out_of_memory
 
 UNDERESTIMATE_MAX: Final = 1e-3
 """Largest relative amount by which an engine may underestimate a record's norm."""
@@ -48,114 +51,172 @@ COUPLING_MAX: Final = 1e-3
 """Largest relative difference between a record's loss alone and its loss in a batch."""
 _SILENT: Final = 1e-6
 """Fraction of C to which the others of a batch are clipped, when one record's part is measured."""
+_PAIR: Final = 2
+"""Fewest records that can influence one another."""
+_PART: Final = 1 << 24
+"""Values that are compared at a time: their squares take 128 MiB in float64."""
 
 Candidate = Callable[[], Engine]
+_T = TypeVar("_T")
 
 
-def right_ones(
-    model: nn.Module,
-    losses: Switchable,
-    sample: Tensor,
-    candidates: Sequence[Candidate],
-    precision: Precision,
-    only: str | None = None,
-) -> tuple[list[Engine], list[str]]:
-    """Engines that are right, and reasons against the others.
+def _unchanged() -> str:
+    return ""
 
-    Plain autograd is the last of the engines. The model is in evaluation mode meanwhile. `losses`
-    has `precision` afterwards. With `only`, the candidate of that name alone is tested.
 
-    Args:
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What engines are tested on.
+
+    Attributes:
         model: on its device. If all its values are float32, engines are compared in float32 first.
         losses: the loss that all candidates use.
         sample: (n, T) int64 records.
-        candidates: make the engines.
+        relieve: see `Options.relieve`.
+    """
+
+    model: nn.Module
+    losses: Switchable
+    sample: Tensor
+    relieve: Callable[[], str] = _unchanged
+
+    def zeros(self) -> list[Tensor]:
+        """Sums of nothing."""
+        return [torch.zeros_like(p) for p in trainable(self.model)]
+
+    def fit(self, engine: Engine, work: Callable[[], _T]) -> _T:
+        """Do an engine's work in less memory where it runs out, as a step would.
+
+        Layers are not computed again for vmap's sake: it can't, and others need not.
+        """
+        relieve = _unchanged if isinstance(engine, FunctionalEngine) else self.relieve
+        return until_it_fits(work, lambda: engine.shrink() or relieve())
+
+    def clip(self, engine: Engine, clip_norm: Bound) -> tuple[Clipped, list[Tensor]]:
+        """Clip the sample, and add up."""
+
+        def clip_and_add_up() -> tuple[Clipped, list[Tensor]]:
+            sums = self.zeros()
+            return engine.accumulate(self.sample, clip_norm, sums), sums
+
+        return self.fit(engine, clip_and_add_up)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An engine that is not used, and why."""
+
+    why: str
+    """With its name."""
+    place: int
+    """Its place among the candidates, which come in the order of preference."""
+    for_memory: bool
+    """Whether it ran out of memory. Next time there may be more."""
+
+    @classmethod
+    def because(cls, error: Exception, name: str, place: int) -> Refused:
+        """The refusal of an engine that failed."""
+        if out_of_memory(error):
+            return cls(f"{name}: it ran out of memory", place, for_memory=True)
+        return cls(f"{name}: {type(error).__name__}: {error}", place, for_memory=False)
+
+
+_Numbered = Sequence[tuple[int, Candidate]]
+"""Candidates with their places."""
+
+
+def right_ones(
+    bench: Bench, candidates: Sequence[Candidate], precision: Precision, only: str | None = None
+) -> tuple[dict[Engine, int], list[Refused]]:
+    """Engines that are right, with their places, and those that are refused.
+
+    Plain autograd is the last of the engines. The model is in evaluation mode meanwhile. The loss
+    has `precision` afterwards. With `only`, the candidate of that name alone is tested.
+
+    Args:
+        bench: model, loss and records.
+        candidates: make the engines; one that is preferred comes before others.
         precision: of steps.
         only: name of an engine.
 
     Raises:
         ConfigError: records influence one another, or the loss is not finite.
+        ShortOfMemoryError: not even plain autograd fits into memory.
     """
+    model, losses = bench.model, bench.losses
     training = model.training
     model.eval()
     low = precision.name != FULL.name
     whole = all(p.dtype == torch.float32 for p in model.parameters())
-    right: dict[Engine, Candidate] = {}
-    refused: list[str] = []
+    numbered: _Numbered = list(enumerate(candidates))
+    right: dict[Engine, tuple[int, Candidate]] = {}
+    refused: list[Refused] = []
     try:
         if whole:
             losses.precision = FULL
-            right, refused = _agreeing(model, losses, sample, candidates, only, coarse=False)
-            candidates = list(right.values())
+            right, refused = _agreeing(bench, numbered, only, coarse=False)
+            numbered = list(right.values())
         losses.precision = precision
         if low or not whole:
-            right, more = _agreeing(model, losses, sample, candidates, only, coarse=True)
+            right, more = _agreeing(bench, numbered, only, coarse=True)
             refused += more
-        return [*right, MicrobatchEngine(model, losses)], refused
+        places: dict[Engine, int] = {engine: place for engine, (place, _) in right.items()}
+        places[MicrobatchEngine(model, losses)] = len(candidates)
+        return places, refused
     finally:
         losses.precision = precision
         model.train(training)
 
 
 def _agreeing(
-    model: nn.Module,
-    losses: Switchable,
-    sample: Tensor,
-    candidates: Sequence[Candidate],
-    only: str | None,
-    *,
-    coarse: bool,
-) -> tuple[dict[Engine, Candidate], list[str]]:
+    bench: Bench, candidates: _Numbered, only: str | None, *, coarse: bool
+) -> tuple[dict[Engine, tuple[int, Candidate]], list[Refused]]:
     """Engines that are right, with what made them, and reasons against the others."""
-    reference = MicrobatchEngine(model, losses)
-    free, _ = _try(model, reference, sample, 1e30)
-    finite = free.norms[torch.isfinite(free.norms)]
+    reference = MicrobatchEngine(bench.model, bench.losses)
+    norms = bench.clip(reference, 1e30)[0].norms
+    finite = norms[torch.isfinite(norms)]
     if not len(finite):
         raise ConfigError(
-            f"the model's loss is not finite on any record tried, in {losses.precision.name}",
+            f"the model's loss is not finite on any record tried, in {bench.losses.precision.name}",
             "check its initial parameters" if not coarse else "set training.precision to float32",
         )
     # half of the records, or more, are clipped
     clip_norm = max(0.5 * float(finite.median()), 1e-12)
-    expected, sums = _try(model, reference, sample, clip_norm)
-    _refuse_coupling(model, losses, sample, None if coarse else expected)
-    right: dict[Engine, Candidate] = {}
-    refused: list[str] = []
-    for make in candidates if only != reference.name else ():
+    expected = _on_host(bench.clip(reference, clip_norm))
+    _refuse_coupling(bench, None if coarse else expected[0])
+    right: dict[Engine, tuple[int, Candidate]] = {}
+    refused: list[Refused] = []
+    for place, make in candidates if only != reference.name else ():
         name = getattr(make, "__name__", "engine")
         try:
             engine = make()
             name = engine.name
             if only not in (None, name):
                 continue
-            problem = _problem(model, engine, sample, clip_norm, (expected, sums), coarse=coarse)
+            problem = _problem(bench, engine, clip_norm, expected, coarse=coarse)
         except Exception as e:  # noqa: BLE001 - after any failure the next engine may work
-            refused.append(f"{name}: {type(e).__name__}: {e}")
+            refused.append(Refused.because(e, name, place))
             continue
         if problem:
-            refused.append(f"{name}: {problem}")
+            refused.append(Refused(f"{name}: {problem}", place, for_memory=False))
         else:
-            right[engine] = make
+            right[engine] = place, make
         if only is not None:
             break
     return right, refused
 
 
-def _try(
-    model: nn.Module, engine: Engine, sample: Tensor, clip_norm: Bound
-) -> tuple[Clipped, list[Tensor]]:
-
-    def clip_and_add_up() -> tuple[Clipped, list[Tensor]]:
-        sums = [torch.zeros_like(p) for p in trainable(model)]
-        return engine.accumulate(sample, clip_norm, sums), sums
-
-    return until_it_fits(clip_and_add_up, engine.shrink)
+def _on_host(found: tuple[Clipped, list[Tensor]]) -> tuple[Clipped, list[Tensor]]:
+    """Sums on the CPU: they wait for each engine, which needs the device's memory for its own."""
+    clipped, sums = found
+    for i, total in enumerate(sums):
+        sums[i] = total.cpu()
+    return clipped, sums
 
 
 def _problem(
-    model: nn.Module,
+    bench: Bench,
     engine: Engine,
-    sample: Tensor,
     clip_norm: float,
     expected: tuple[Clipped, list[Tensor]],
     *,
@@ -163,12 +224,21 @@ def _problem(
 ) -> str:
     """Why an engine is wrong; "" if it is right."""
     if not coarse:
-        return _difference(expected, _try(model, engine, sample, clip_norm))
-    got, of_factors = _with_factors(model, engine, sample, clip_norm)
+        return _difference(expected, bench.clip(engine, clip_norm))
+    # each of these frees its sums before the next one makes its own
+    return _differs_coarsely(bench, engine, clip_norm, expected) or _too_much(
+        bench, engine, clip_norm
+    )
+
+
+def _differs_coarsely(
+    bench: Bench, engine: Engine, clip_norm: float, expected: tuple[Clipped, list[Tensor]]
+) -> str:
+    got, of_factors = _with_factors(bench, engine, clip_norm)
     problem = _difference(expected, got, COARSE, COARSE)
     if not problem and of_factors is not None:
         problem = _difference(of_factors, got)
-    return problem or _too_much(model, engine, sample, clip_norm)
+    return problem
 
 
 def _difference(
@@ -184,23 +254,32 @@ def _difference(
     low = _largest((wanted - norms).clamp(min=0), wanted)
     if not low <= low_max:
         return f"norms under-estimated by {low:.2g}"
-    pairs = list(zip(expected[1], got[1], strict=True))
-    error = sum(float((a - b).double().square().sum()) for a, b in pairs)
-    size = sum(float(a.double().square().sum()) for a, _ in pairs)
+    error = size = 0.0
+    for a, b in zip(expected[1], got[1], strict=True):
+        for one, two in zip(_in_parts(a), _in_parts(b), strict=True):
+            wide = one.to(two.device).double()
+            error += float((wide - two).square().sum())
+            size += float(wide.square().sum())
     relative = (error / max(size, 1e-60)) ** 0.5
     if not relative <= error_max:
         return f"sum of clipped gradients wrong by {relative:.2g}"
     return ""
 
 
-def _too_much(model: nn.Module, engine: Engine, sample: Tensor, clip_norm: float) -> str:
+def _in_parts(values: Tensor) -> Sequence[Tensor]:
+    return torch.split(values.flatten(), _PART)
+
+
+def _too_much(bench: Bench, engine: Engine, clip_norm: float) -> str:
     """Whether a record adds more than C to the sum of its batch."""
+    sample = bench.sample
     for i in range(len(sample)):
         bounds = torch.full((len(sample),), _SILENT * clip_norm, dtype=torch.float64)
         bounds[i] = clip_norm
-        _, sums = _try(model, engine, sample, bounds.to(sample.device))
-        parts = [squared_norms(total.flatten()[None]) for total in sums]
-        norm = float(torch.stack(parts).sum().sqrt())
+        sums = bench.clip(engine, bounds.to(sample.device))[1]
+        squares = [part.double().square().sum() for total in sums for part in _in_parts(total)]
+        del sums
+        norm = float(torch.stack(squares).sum().sqrt())
         over = norm / clip_norm - 1 - len(sample) * _SILENT
         if not over <= UNDERESTIMATE_MAX:
             return f"a record adds {over:.2g} more than the clipping norm to the sum"
@@ -208,107 +287,57 @@ def _too_much(model: nn.Module, engine: Engine, sample: Tensor, clip_norm: float
 
 
 def _with_factors(
-    model: nn.Module, engine: Engine, sample: Tensor, clip_norm: float
+    bench: Bench, engine: Engine, clip_norm: float
 ) -> tuple[tuple[Clipped, list[Tensor]], tuple[Clipped, list[Tensor]] | None]:
     """What the engine finds; and what autograd makes of the factors that it noted, if any."""
     if not isinstance(engine, BookKeepingEngine):
-        return _try(model, engine, sample, clip_norm), None
-    watch = _Factors(trainable(model), clip_norm)
-    engine.on_calls = watch
+        return bench.clip(engine, clip_norm), None
+
+    def clip_and_watch() -> tuple[Clipped, list[Tensor], Factors]:
+        engine.on_calls = None  # an attempt that failed left its sums
+        engine.on_calls = watch = Factors(trainable(bench.model), clip_norm)
+        sums = bench.zeros()
+        return engine.accumulate(bench.sample, clip_norm, sums), sums, watch
+
     try:
-        clipped, sums = _try(model, engine, sample, clip_norm)
+        clipped, sums, watch = bench.fit(engine, clip_and_watch)
     finally:
         engine.on_calls = None
     of_factors = Clipped(clipped.losses, clipped.tokens, torch.cat(watch.norms))
     return (clipped, sums), (of_factors, watch.sums)
 
 
-class _Factors:
-    """Clipped sums of the gradients that layers' own autograd makes of noted factors, in float32.
-
-    Attributes:
-        norms: of the records so far, (1,) float64 each.
-        sums: of their clipped gradients, as in `Engine.accumulate`.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], clip_norm: float) -> None:
-        self.norms: list[Tensor] = []
-        self.sums = [torch.zeros_like(p) for p in parameters]
-        self._places = {id(p): i for i, p in enumerate(parameters)}
-        self._clip_norm = clip_norm
-
-    def __call__(self, calls: Sequence[Call | BlockedCall], batch: int) -> None:
-        """Take a pass's calls: see `BookKeepingEngine.on_calls`."""
-        for record in range(batch):
-            gradients = [torch.zeros_like(x) for x in self.sums]
-            for call in calls:
-                for parameter, gradient in _of_record(call, record):
-                    gradients[self._places[id(parameter)]] += gradient
-            squares = [squared_norms(g.flatten()[None]) for g in gradients]
-            norm = torch.stack(squares).sum(0).sqrt()
-            factor = clip_factors(norm, self._clip_norm).float()
-            self.norms.append(norm)
-            for total, gradient in zip(self.sums, gradients, strict=True):
-                total.add_(factor * gradient)
-
-
-def _of_record(call: Call | BlockedCall, record: int) -> list[tuple[nn.Parameter, Tensor]]:
-    """One record's gradients by a layer's own parameters, from one call of it."""
-    if isinstance(call, BlockedCall):
-        return _of_blocks(call, record)
-    call = in_full(call)
-    module, grad = call.module, call.grad
-    own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
-    values = {n: p.detach().float().requires_grad_() for n, p in own.items()}
-    inputs = tuple(x[record : record + 1] if isinstance(x, Tensor) else x for x in call.inputs)
-    with torch.enable_grad():
-        out: Any = torch.func.functional_call(module, values, inputs, call.keywords)
-        found = torch.autograd.grad(out, list(values.values()), grad[record : record + 1])
-    return list(zip(own.values(), found, strict=True))
-
-
-def _of_blocks(call: BlockedCall, record: int) -> list[tuple[nn.Parameter, Tensor]]:
-    """The same for a layer whose output is never there as a whole."""
-    own = {n: p for n, p in call.module.named_parameters(recurse=False) if p.requires_grad}
-    made = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in own.items()}
-    inputs = call.factors.cols[record].float()
-    for start, stop in call.factors.parts():
-        grad = call.factors.rows(start, stop)[record].float()
-        values: dict[str, Any] = {
-            name: p.detach()[start:stop].float().requires_grad_()
-            for name, p in call.module.named_parameters(recurse=False)
-        }
-        with torch.enable_grad():
-            out = nn.functional.linear(inputs, values["weight"], values.get("bias"))
-            found = torch.autograd.grad(out, [values[name] for name in own], grad)
-        for name, gradient in zip(own, found, strict=True):
-            made[name][start:stop] = gradient
-    return [(own[name], gradient) for name, gradient in made.items()]
-
-
-def _refuse_coupling(
-    model: nn.Module, losses: Switchable, sample: Tensor, alone: Clipped | None
-) -> None:
+def _refuse_coupling(bench: Bench, alone: Clipped | None) -> None:
     """Refuse a model in which records influence one another.
 
     Args:
-        model: in evaluation mode.
-        losses: the loss.
-        sample: (n, T) int64 records.
+        bench: its model is in evaluation mode.
         alone: losses of each record alone; None = compare with a batch of its copies instead, which
             rounds in the same way.
     """
-    with torch.no_grad():
-        in_batch, _ = losses(model, sample)
+    model, losses, size = bench.model, bench.losses, len(bench.sample)
+
+    @torch.no_grad()
+    def change() -> float:
+        some = bench.sample[:size]
+        in_batch, _ = losses(model, some)
         if alone is None:
-            copies = [losses(model, x.expand_as(sample))[0][i] for i, x in enumerate(sample)]
+            copies = [losses(model, x.expand_as(some))[0][i] for i, x in enumerate(some)]
             others = torch.stack(copies)
         else:
-            others = alone.losses
-    change = _largest(in_batch - others, others)
-    if change > COUPLING_MAX:
+            others = alone.losses[:size]
+        return _largest(in_batch - others, others)
+
+    def fewer() -> str:
+        nonlocal size
+        if size == _PAIR:
+            return bench.relieve()
+        size = max(_PAIR, size // 2)
+        return "fewer records"
+
+    if (largest := until_it_fits(change, fewer)) > COUPLING_MAX:
         raise ConfigError(
-            f"records influence one another in this model: their losses change by {change:.1%} "
+            f"records influence one another in this model: their losses change by {largest:.1%} "
             "when they share a batch",
             "use another model, or privacy.mode off",
         )

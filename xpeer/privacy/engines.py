@@ -20,9 +20,8 @@ from xpeer.privacy.clipping import (
     RecordLosses,
     trainable,
 )
-from xpeer.privacy.engine_check import Candidate, right_ones
+from xpeer.privacy.engine_check import Bench, Candidate, Refused, right_ones
 from xpeer.privacy.engine_memory import EngineMemory
-from xpeer.privacy.fitting import until_it_fits
 from xpeer.privacy.steps import FULL, Precision, Records, Switchable
 
 SAMPLE_RECORDS: Final = 4
@@ -56,6 +55,7 @@ def choose_engine(
     clock: Callable[[], float] = time.perf_counter,
     memory: EngineMemory | None = None,
     precision: Precision = FULL,
+    relieve: Callable[[], str] = lambda: "",
 ) -> Choice:
     """Choose last time's engine if it is still right, else the fastest that is right.
 
@@ -72,10 +72,12 @@ def choose_engine(
         memory: the node's memory of the choice for this model, device and batch; None = none.
         precision: of steps. Engines are compared in float32 first, and timed in this. A
             `Switchable` loss keeps it.
+        relieve: see `Options.relieve`. What it changes stays changed, since steps need it, too.
 
     Raises:
         ConfigError: records influence one another in this model, no parameter is trained, or the
             model can't compute in this precision.
+        ShortOfMemoryError: a single record does not fit.
     """
     refuse_coupled(model)
     if not trainable(model):
@@ -87,16 +89,18 @@ def choose_engine(
             lambda: BookKeepingEngine(model, losses, **options),
             lambda: FunctionalEngine(model, losses, **options),
         ]
-    tested = model, losses, sample, candidates, precision
+    tested = Bench(model, losses, sample, relieve), candidates, precision
     known = memory.recall() if memory is not None else None
     if known is not None and (engine := _again(*tested, known[0])):
         return Choice(engine, known[1])
     right, refused = right_ones(*tested)
-    engine, reason = _fastest(model, right, sample, clock, refused)
-    choice = Choice(engine, "; ".join([reason, *(f"refused {why}" for why in refused)]))
+    engine, reason = _fastest(tested[0], right, clock, refused)
+    reason = "; ".join([reason, *(f"refused {each.why}" for each in refused)])
+    if any(each.for_memory and each.place < right[engine] for each in refused):
+        return Choice(engine, f"{reason}; the next start tries again, with what memory it has")
     if memory is not None:
-        memory.keep(engine.name, choice.reason)
-    return choice
+        memory.keep(engine.name, reason)
+    return Choice(engine, reason)
 
 
 def sample_of(records: Records) -> Tensor:
@@ -135,11 +139,7 @@ def refuse_coupled(model: nn.Module) -> None:
 
 
 def _fastest(
-    model: nn.Module,
-    engines: Sequence[Engine],
-    sample: Tensor,
-    clock: Callable[[], float],
-    refused: list[str],
+    bench: Bench, right: dict[Engine, int], clock: Callable[[], float], refused: list[Refused]
 ) -> tuple[Engine, str]:
     """Time each engine by one pass over a few records. The test before was the warm-up.
 
@@ -149,24 +149,24 @@ def _fastest(
     Returns:
         The fastest engine, and why it was chosen.
     """
-    records = _repeated(sample)
-    sums = [torch.zeros_like(p) for p in trainable(model)]
+    engines, records = list(right), _repeated(bench.sample)
+    sums = bench.zeros()
     best, best_s = engines[-1], float("inf")
     timings = []
     for engine in engines:
         began = clock()
         try:
             if best_s < float("inf"):
-                _run(engine, records[:_TRIED_RECORDS], sums)
+                _run(bench, engine, records[:_TRIED_RECORDS], sums)
                 if (tried_s := clock() - began) > best_s:
                     timings.append(f"{engine.name} given up at {1e3 * tried_s:.3g} ms")
                     continue
                 began = clock()
-            _run(engine, records, sums)
+            _run(bench, engine, records, sums)
         except Exception as e:
             if engine is engines[-1]:
                 raise
-            refused.append(f"{engine.name}: {type(e).__name__}: {e}")
+            refused.append(Refused.because(e, engine.name, right[engine]))
             continue
         needed_s = clock() - began
         timings.append(f"{engine.name} {1e3 * needed_s:.3g} ms")
@@ -181,25 +181,21 @@ def _repeated(sample: Tensor) -> Tensor:
     return sample.repeat(-(-_TIMED_RECORDS // len(sample)), 1)[:_TIMED_RECORDS]
 
 
-def _run(engine: Engine, records: Tensor, sums: list[Tensor]) -> None:
-    clipped = until_it_fits(lambda: engine.accumulate(records, 1.0, sums), engine.shrink)
+def _run(bench: Bench, engine: Engine, records: Tensor, sums: list[Tensor]) -> None:
+    clipped = bench.fit(engine, lambda: engine.accumulate(records, 1.0, sums))
     float(clipped.norms.sum())  # waits for a GPU, too
 
 
 def _again(
-    model: nn.Module,
-    losses: Switchable,
-    sample: Tensor,
-    candidates: Sequence[Candidate],
-    precision: Precision,
-    name: str,
+    bench: Bench, candidates: Sequence[Candidate], precision: Precision, name: str
 ) -> Engine | None:
     """The engine of this name. None unless it is right and works in training mode."""
-    right, _ = right_ones(model, losses, sample, candidates, precision, only=name)
-    if right[0].name != name:
+    right, _ = right_ones(bench, candidates, precision, only=name)
+    engine = next(iter(right))
+    if engine.name != name:
         return None
     try:
-        _run(right[0], sample, [torch.zeros_like(p) for p in trainable(model)])
+        _run(bench, engine, bench.sample, bench.zeros())
     except Exception:  # noqa: BLE001 - after any failure all engines are tried
         return None
-    return right[0]
+    return engine

@@ -278,6 +278,7 @@ def _engine(
         memory_bytes=memory_bytes,
         memory=memory,
         precision=options.precision,
+        relieve=options.relieve,
     )
 
 
