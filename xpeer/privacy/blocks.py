@@ -13,6 +13,7 @@ products differ from one time to the next could carry a record over its norm.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -107,8 +108,42 @@ class BlockedCall:
     factors: Blocked
 
 
+class _Kept:
+    """What passes of this process do with the gradients of their logits.
+
+    Attributes:
+        allowed: True iff few of them are kept.
+        happened: True iff some were, since somebody asked last.
+    """
+
+    allowed, happened = True, False
+
+
 def kept_values(device: torch.device) -> int:
     """Values up to which the gradients of a pass's logits are kept. That is faster than to compute
     them again, by up to a quarter of a pass on a processor.
     """
     return _CPU_KEPT if device.type == "cpu" else _DEVICE_KEPT
+
+
+def are_kept(num_values: int, device: torch.device) -> bool:
+    """Whether a pass keeps the gradients of its logits, so many values."""
+    kept = _Kept.allowed and num_values <= kept_values(device)
+    _Kept.happened |= kept
+    return kept
+
+
+def were_kept() -> bool:
+    """Whether a pass kept them since this was asked last."""
+    kept, _Kept.happened = _Kept.happened, False
+    return kept
+
+
+@contextmanager
+def none_kept() -> Iterator[None]:
+    """Meanwhile no pass keeps them, however few they are."""
+    _Kept.allowed = False
+    try:
+        yield
+    finally:
+        _Kept.allowed = True

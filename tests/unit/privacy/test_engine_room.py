@@ -82,7 +82,7 @@ def test_the_mechanism_passes_it_on(tmp_path: Path) -> None:
         made = build_mechanism(
             manifest(mode="record"), llama(tied=True), some_records(), card, ledger, options
         )
-        made.begin_window(1)
+        made.charge_until(1)
         made.step_gradient()
         made.close()
     assert card.relieved >= 1
