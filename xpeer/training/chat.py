@@ -125,7 +125,8 @@ class ChatTemplate:
             begin = self._begin(messages, number, whole, found[0], before)
         if _packed(messages[number]["content"]) not in _packed(whole[begin : found[1]]):
             return None  # taken back, at least in part
-        return begin, found[1] + self._tail(messages[: number + 1], after, whole[found[1] :])
+        end = found[1] + self._tail(messages[: number + 1], after, whole, found)
+        return begin, end
 
     def _content(self, messages: list[Message], number: int, whole: str) -> Span | None:
         """Where the content of a message is in a text: what changes with it."""
@@ -160,8 +161,16 @@ class ChatTemplate:
             content -= 1  # it is a part of the first token
         return content
 
-    def _tail(self, messages: list[Message], after: str | None, rest: str) -> int:
-        """How much of the rest of a chat ends the last of some messages."""
+    def _tail(self, messages: list[Message], after: str | None, whole: str, content: Span) -> int:
+        """How much behind the content of the last of some messages ends it in the whole chat."""
+        said, rest = whole[content[0] : content[1]], whole[content[1] :]
+        for token in self._forbidden:  # mostly one of them ends it: that needs no search
+            if (
+                after is not None
+                and rest.startswith(token)
+                and after.rstrip().endswith(said + token)
+            ):
+                return len(token)
         found = None if after is None else self._content(messages, len(messages) - 1, after)
         tail = "" if after is None or found is None else after[found[1] :]
         tail = tail[: self._ending(tail)]
