@@ -162,7 +162,9 @@ def test_a_family_whose_layers_can_not_be_computed_again_may_start(tmp_path: Pat
 
 def test_sizes_that_are_no_numbers_are_bounded_all_the_same(monkeypatch) -> None:
     model: Any = skeleton(PRESETS["tiny"])
-    model.config = SimpleNamespace(hidden_size=[64, 128], vocab_size=320)  # of several towers
+    config: Any = SimpleNamespace(hidden_size=[64, 128], vocab_size=320)  # of several towers
+    config.get_text_config = lambda: config
+    model.config = config
     monkeypatch.setattr(fitting, "skeleton", lambda config: model)
     assert fitting.sizes_of(manifest(), SETTINGS, CPU).rough > 0
 
