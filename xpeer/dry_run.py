@@ -1,7 +1,6 @@
-"""`xpeer start --dry-run`: says what a start would do. It charges nothing.
+"""`xpeer start --dry-run`: says what a start would do. It charges nothing, and changes nothing.
 
-The shard is read and counted as the trainer does it. Its tokens stay in the home's cache for the
-start, and nothing else is changed. The timed step is one on public text.
+The shard is read and counted as the trainer does it. The timed step is one on public text.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from xpeer.trainer.text import Text, text_of
 from xpeer.training.checkpoint_files import newest_step, paths
 from xpeer.training.losses import choose_device
 from xpeer.training.schedule import planned_steps
+from xpeer.training.token_cache import lent
 from xpeer.training.tokenizer import load_tokenizer
 from xpeer.trial import Report, Trial, rehearse, require_reachable
 
@@ -50,10 +50,11 @@ def examine(
     Raises:
         LocalError: a start would stop with this error.
     """
-    text = _counted(home, config, manifest)
-    _examine_room(home, config, manifest, report)
-    _report_text(config, manifest, text, report)
-    _report_privacy(home, config, manifest, text, report)
+    with lent(home.cache) as cache:
+        text = _counted(home, config, manifest, cache)
+        _examine_room(home, config, manifest, report)
+        _report_text(config, manifest, text, report)
+        _report_privacy(home, config, manifest, text, report)
     if not trial:
         return
     require_reachable(manifest)
@@ -81,7 +82,7 @@ def _examine_room(home: Home, config: NodeConfig, manifest: Manifest, report: Re
         report(f"room: {line}")
 
 
-def _counted(home: Home, config: NodeConfig, manifest: Manifest) -> Text:
+def _counted(home: Home, config: NodeConfig, manifest: Manifest, cache: Path) -> Text:
     tokenizer = load_tokenizer(
         manifest.tokenizer, config.data.tokenizer, base_model=config.data.base_model
     )
@@ -93,7 +94,7 @@ def _counted(home: Home, config: NodeConfig, manifest: Manifest) -> Text:
         peer_id="self",
         members={"self": 1.0},
     )
-    return text_of(setup, manifest, tokenizer, home, clears=False)
+    return text_of(setup, manifest, tokenizer, cache)
 
 
 def _report_text(config: NodeConfig, manifest: Manifest, text: Text, report: Report) -> None:

@@ -5,9 +5,7 @@ No text is printed, unless the operator asks for some records.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,27 +121,18 @@ def inspect(
     patterns = shard or tuple(settings.corpus or settings.shard)
     setting = "--shard" if shard else "data.corpus" if settings.corpus else "data.shard"
     length = sequence_tokens or (manifest.optimiser if manifest else Optimiser()).sequence_tokens
-    with _cache_of(home) as cache:
-        from xpeer.trainer.text import read_table  # noqa: PLC0415 - torch
-        from xpeer.training.tokenising import ignore  # noqa: PLC0415
+    from xpeer.trainer.text import read_table  # noqa: PLC0415 - torch
+    from xpeer.training.token_cache import lent  # noqa: PLC0415
+    from xpeer.training.tokenising import ignore  # noqa: PLC0415
 
-        table, summary = read_table(patterns, setting, recipe, cache, ignore, clears=False)
+    with lent(home.cache) as cache:
+        table, summary = read_table(patterns, setting, recipe, cache, ignore)
         inspection = _inspected(table, summary, length, recipe, settings, show)
     if as_json:
         echo_json(inspection)
         return
     for line in _lines(inspection):
         echo(line)
-
-
-@contextlib.contextmanager
-def _cache_of(home: Home) -> Iterator[Path]:
-    """The cache of a home, which its trainer uses, too; without a home, one that is gone after."""
-    if home.config.exists() or home.manifest.exists():
-        yield home.cache
-        return
-    with tempfile.TemporaryDirectory(prefix="xpeer-inspect-") as folder:
-        yield Path(folder)
 
 
 def _manifest(home: Home) -> Manifest | None:

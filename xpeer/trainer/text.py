@@ -74,7 +74,7 @@ def text_if_any(
         ShardError: there is no text, and this home has never trained or names no files.
     """
     try:
-        return text_of(setup, manifest, tokenizer, home, on_progress), ""
+        return text_of(setup, manifest, tokenizer, home.cache, on_progress), ""
     except ShardError as e:
         data = setup.config.data
         if not (setup.has_trained and (data.corpus or data.shard)):
@@ -87,10 +87,8 @@ def text_of(
     setup: TrainerSetup,
     manifest: Manifest,
     tokenizer: Tokenizer,
-    home: Home,
+    cache: Path,
     on_progress: OnProgress = ignore,
-    *,
-    clears: bool = True,
 ) -> Text:
     """Read the shard, or this node's part of the corpus, unless the cache holds all of its tokens.
 
@@ -98,9 +96,8 @@ def text_of(
         setup: names the files.
         manifest: of the swarm.
         tokenizer: of the swarm.
-        home: has the cache.
+        cache: folder for tokens.
         on_progress: called now and then while text is tokenised.
-        clears: see `read_table`.
 
     Raises:
         ShardError: there is no text, or it can't be read.
@@ -109,7 +106,7 @@ def text_of(
     patterns, setting = (data.corpus, "data.corpus") if shared else (data.shard, "data.shard")
     length = manifest.optimiser.sequence_tokens
     recipe = Recipe(tokenizer, data.text_field, piece_characters(manifest) if shared else 0)
-    table, summary = read_table(patterns, setting, recipe, home.cache, on_progress, clears=clears)
+    table, summary = read_table(patterns, setting, recipe, cache, on_progress)
     if shared:
         refuse_other(shared, in_hex(table.whole[np.flatnonzero(table.flags & BEGINS)]))
     training, held_out = split_pieces(table, data.validation_share, data.split)
@@ -150,8 +147,6 @@ def read_table(
     recipe: Recipe,
     cache: Path,
     on_progress: OnProgress,
-    *,
-    clears: bool = True,
 ) -> tuple[PieceTable, ShardSummary]:
     """List the pieces of a shard, each document once; tokenise what the cache does not hold.
 
@@ -161,18 +156,15 @@ def read_table(
         recipe: how text becomes tokens.
         cache: folder of this node.
         on_progress: called now and then while text is tokenised.
-        clears: whether the cache loses what other text left there. False for commands, since this
-            node's trainer may use the cache at the same time.
 
     Raises:
         ShardError: there is no text, or it can't be read.
     """
     matched = find(patterns, setting)
     tokens = TokenCache(cache, recipe)
-    tokens.open(clears=clears)
+    tokens.open()
     known = tokenise(matched.sources, recipe, tokens, on_progress)
-    if clears:
-        tokens.prune(known)
+    tokens.prune(known)
     everything = tokens.table(known)
     table = everything.select(first_of_each(everything))
     skipped, left_out, files = tokens.counts(known)

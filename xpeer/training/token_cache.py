@@ -15,8 +15,10 @@ import logging
 import os
 import shutil
 import struct
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -66,6 +68,25 @@ def key_of(path: Path, stat: Stat) -> bytes:
     return blake2b(where, struct.pack("<4Q", *(value % (1 << 64) for value in stat)), size=16)
 
 
+@contextmanager
+def lent(cache: Path) -> Iterator[Path]:
+    """A folder for a command's tokens that begins with those of a cache. It is gone afterwards.
+
+    Nothing changes in the cache: its trainer may use it at the same time, and the command's user
+    may be another one, whose files that trainer could not read.
+    """
+    with tempfile.TemporaryDirectory(prefix="xpeer-tokens-") as folder:
+        with contextlib.suppress(OSError):  # what can't be read is made again
+            for file in (cache / TOKENS).glob("*/*"):
+                here = Path(folder) / TOKENS / file.parent.name
+                here.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if file.suffix == SUFFIX:
+                    (here / file.name).symlink_to(file.absolute())
+                elif file.name == _VERIFIED:
+                    shutil.copy(file, here)
+        yield Path(folder)
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """What the cache holds of some text files."""
@@ -98,12 +119,8 @@ class TokenCache:
         self._file = self._begin = np.empty(0, np.int64)  # of each entry: file, first passage
         self._order = np.empty(0, np.int64)  # of the entries, by key and place
 
-    def open(self, *, clears: bool = True) -> None:
+    def open(self) -> None:
         """Open what earlier starts wrote; files that are damaged are removed.
-
-        Args:
-            clears: whether to remove what a start that was killed has half written. False: this
-                node's trainer may be writing at the same time.
 
         Raises:
             ShardError: the folder can't be used.
@@ -111,7 +128,7 @@ class TokenCache:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.utime(self.folder)
-            for left in self.folder.glob(f"{STAGING}*") if clears else ():
+            for left in self.folder.glob(f"{STAGING}*"):
                 left.unlink(missing_ok=True)
             paths = sorted(self.folder.glob(f"*{SUFFIX}"))
         except OSError as e:

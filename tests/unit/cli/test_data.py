@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.cases.support import tokenizer_folder
+from tests.unit.test_founding import picture
 from tests.unit.test_trial import init
 from xpeer.cli import main
 from xpeer.errors import ExitCode
 from xpeer.manifest import Optimiser
+from xpeer.trainer.text import read_table
+from xpeer.training import tokenising
+from xpeer.training.reading import Recipe
+from xpeer.training.tokenising import ignore
+from xpeer.training.tokenizer import ByteTokenizer
 
 
 def xpeer(home: Path, *args: str) -> Result:
@@ -130,21 +135,24 @@ def test_the_help_says_how_long_records_are(tmp_path: Path) -> None:
     assert f"else {Optimiser().sequence_tokens}." in " ".join(said.split())
 
 
-def test_a_home_keeps_the_tokens_for_its_start(
+def test_the_homes_tokens_are_used_and_left_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """They may be in use by its trainer, and of another user."""
     home, text = tmp_path / "h", shard(tmp_path)
     code, err = init(home, "--preset", "tiny", "--skip-trial", "--shard", str(text))
     assert code == 0, err
     first = found(xpeer(home, "data", "inspect", "--json"))
+    assert not (home / "cache").exists()
+    read_table([str(text)], "--shard", Recipe(ByteTokenizer()), home / "cache", ignore)
     tokens = list((home / "cache" / "tokens").rglob("*.tokens"))
     assert tokens
-    half_written = tokens[0].with_name(".writing-by-the-trainer")
-    half_written.touch()
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", None)
-    again = found(xpeer(home, "data", "inspect", "--json"))
-    assert again == first
+    tokens[0].with_name(".writing-by-the-trainer").touch()
+    before = picture(home)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenising, "_run", None)
+        assert found(xpeer(home, "data", "inspect", "--json")) == first
     other = tmp_path / "other"
     shutil.copytree(text, other)
     found(xpeer(home, "data", "inspect", "--shard", str(other), "--json"))
-    assert all(path.exists() for path in (*tokens, half_written))
+    assert picture(home) == before

@@ -64,7 +64,7 @@ class Node:
         self.tokenizer: Any = ByteTokenizer()
 
     def read(self, progress: Callable[[TextProgress], None] = tokenising.ignore) -> Text:
-        return text_of(self.setup, self.manifest, self.tokenizer, self.home, progress)
+        return text_of(self.setup, self.manifest, self.tokenizer, self.home.cache, progress)
 
     @property
     def files(self) -> list[Path]:
