@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -179,6 +180,35 @@ def untie(adapted: torch.nn.Module) -> bool:
         inner.config.tie_word_embeddings = False
         inner.config.get_text_config().tie_word_embeddings = False
     return untied
+
+
+@dataclass(frozen=True)
+class Product:
+    """What an adapter adds to a matrix: B A alpha / rank."""
+
+    a: torch.Tensor  # (rank, in)
+    b: torch.Tensor  # (out, rank)
+    scale: float
+    transposed: bool
+    """Whether the matrix is (in, out)."""
+
+    @torch.no_grad()
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """The sum, float32, of the matrix's shape."""
+        made = (self.b @ self.a).mul_(self.scale)
+        return (made.T if self.transposed else made).add_(weight)
+
+
+def products(adapted: torch.nn.Module) -> dict[int, Product]:
+    """What is added to each matrix, by the id of its parameter; call `untie` before."""
+    found = {}
+    for module in adapted.modules():
+        layer: Any = module
+        if hasattr(layer, "base_layer") and _ADAPTER in layer.lora_A:
+            a, b = (each[_ADAPTER].weight.detach() for each in (layer.lora_A, layer.lora_B))
+            made = Product(a, b, float(layer.scaling[_ADAPTER]), bool(layer.fan_in_fan_out))
+            found[id(layer.base_layer.weight)] = made
+    return found
 
 
 def merged(adapted: torch.nn.Module) -> torch.nn.Module:

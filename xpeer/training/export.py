@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest.model import Model
 from xpeer.shortage import in_words, out_of_memory
 from xpeer.training import adapters, reloading
-from xpeer.training.held import release
 from xpeer.training.kept import CONFIG, Source, write_json
 from xpeer.training.losses import autocast, transformers_model
-from xpeer.training.tensor_file import sync
+from xpeer.training.tensor_file import Pending, spill, sync
 from xpeer.training.tokenizer import Tokenizer
 
 
@@ -55,7 +55,7 @@ def export_hf(
 
     Args:
         model: a transformers model, or a wrapper around one. If it has adapters, they are added to
-            its weights, and the model can't be used any more.
+            the weights that are written, and taken out of the model.
         tokenizer: None = the model alone.
         folder: must not exist, or be empty.
         card: its privacy, for the files beside it; None = write none.
@@ -72,19 +72,22 @@ def export_hf(
         batches = reloading.sample_ids(model, tokenizer, text)
         expected = reloading.logits_of(model, batches)
         untied = False
+        added: dict[int, adapters.Product] = {}
         if adapters.is_adapted(model):
-            if dtype != torch.bfloat16:  # sums of weights and adapters need the digits
-                release(model)
             untied = adapters.untie(model)
-            model = adapters.merged(model)
+            added = adapters.products(model)
+            model = adapters.removed(model)
         inner: Any = transformers_model(model)
         config = source.config_json(inner, untied=untied)
-        inner.save_pretrained(staging, state_dict=_unshared(inner, dtype))
+        state = _written(inner, dtype, added, staging)
+        inner.save_pretrained(staging, state_dict=dict(state))
         write_json(staging / CONFIG, config)
         source.write_generation(staging)
         notes = _add(staging, tokenizer, card, source, text)
-        loaded = reloading.load_model(staging, model)
-        reloading.require_weights(model, loaded, dtype)
+        loaded = reloading.load_model(staging, dtype)
+        trained = state if added else inner.state_dict()
+        reloading.require_weights(trained, loaded, dtype)
+        loaded = reloading.computing_as(inner, loaded, dtype)
         difference = reloading.require_equal(loaded, expected, batches, dtype)
     return Exported(difference, str(dtype).removeprefix("torch."), notes)
 
@@ -220,19 +223,36 @@ def generate(
     return tokenizer.decode(ids[known:])
 
 
-def _unshared(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state, with floats in this type. Each tensor has memory of its own.
+def _written(
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    added: Mapping[int, adapters.Product],
+    folder: Path,
+) -> dict[str, torch.Tensor]:
+    """The state, with floats in a type and with what adapters add.
 
-    In training all parameters are views of one vector, which safetensors would consider to be tied.
-    Parameters that are really tied stay tied.
+    A tensor that has to be made for that lies in the pages of a file: no two are in memory at once.
+    Each has memory of its own. In training all parameters are views of one vector, which
+    safetensors would consider to be tied. Parameters that are really tied stay tied.
     """
-    copies: dict[int, torch.Tensor] = {}
-    for value in model.state_dict().values():
-        if value.data_ptr() not in copies:
-            kind = dtype if value.is_floating_point() else value.dtype
-            shared = value.untyped_storage().nbytes() != value.nbytes
-            copies[value.data_ptr()] = value.to(kind, copy=shared)
-    return {name: copies[value.data_ptr()] for name, value in model.state_dict().items()}
+    kept: dict[int, torch.Tensor] = {}
+    made: dict[str, Pending] = {}
+    state = model.state_dict(keep_vars=True)
+    for value in state.values():
+        kind = dtype if value.is_floating_point() else value.dtype
+        product = added.get(id(value))
+        alone = value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous()
+        if product is None and alone and value.dtype == kind and value.device.type == "cpu":
+            kept[id(value)] = value.detach()
+        else:
+            make = partial(_made, value.detach(), product)
+            made[str(id(value))] = Pending(kind, tuple(value.shape), make)
+    kept |= {int(key): value for key, value in spill(made, folder).items()}
+    return {name: kept[id(value)] for name, value in state.items()}
+
+
+def _made(value: torch.Tensor, product: adapters.Product | None) -> torch.Tensor:
+    return value if product is None else product.added_to(value)
 
 
 def _unwritable(folder: Path, error: BaseException) -> LocalError:

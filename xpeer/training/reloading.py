@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -21,11 +21,13 @@ from transformers.utils import logging
 from xpeer.errors import ConfigError, LocalError
 from xpeer.shortage import in_words, out_of_memory
 from xpeer.training import adapters
-from xpeer.training.held import hold, is_held
+from xpeer.training.held import hold
 from xpeer.training.kept import write_json
 from xpeer.training.losses import transformers_model
 from xpeer.training.tokenizer import Tokenizer
 
+_PIECE: Final = 1 << 22
+"""Values that are compared at a time."""
 _TOKENS: Final = 48
 _RANDOM: Final = 2
 _TEXT_CHARS: Final = 2000
@@ -66,16 +68,13 @@ def logits_of(model: Any, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]
         model.train(training)
 
 
-def load_model(folder: Path, trained: torch.nn.Module) -> Any:
-    """Load an export with transformers, in float32, so that only the file's type rounds.
-
-    If the trained model's weights are held in bfloat16 (`held`), the export's are held so, too,
-    and tables that the config decides are taken from the trained model.
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Load an export with transformers, in the type that it was written in: then its weights stay
+    in the pages of their files.
 
     Raises:
         LocalError: it does not load, or weights are missing or left over.
     """
-    dtype = torch.bfloat16 if is_held(trained) else torch.float32
     with _quiet():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -88,10 +87,26 @@ def load_model(folder: Path, trained: torch.nn.Module) -> Any:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in report[what]):
             raise _differs(f"{len(names)} {what.replace('_', ' ')}, e.g. {names[0]}")
-    if dtype != torch.float32:
-        for path, module in transformers_model(trained).named_modules():
-            model.get_submodule(path)._buffers.update(module._buffers)
-    return hold(model, dtype)
+    return model
+
+
+def computing_as(trained: torch.nn.Module, loaded: Any, dtype: torch.dtype) -> Any:
+    """Have an export compute in float32, as the trained model does, whatever its weights are.
+
+    They stay in their type (`held`), and tables that the config decides are taken from the trained
+    model, since transformers would have rounded them.
+
+    Args:
+        trained: a model of transformers.
+        loaded: by `load_model`; changed.
+        dtype: type that the weights were written in.
+    """
+    if dtype == torch.float32:
+        return loaded
+    for path, module in trained.named_modules():
+        ours = {name: None if b is None else b.cpu() for name, b in module._buffers.items()}
+        loaded.get_submodule(path)._buffers.update(ours)
+    return hold(loaded, dtype)
 
 
 def load_adapted(base: Any, folder: Path) -> Any:
@@ -144,17 +159,33 @@ def require_equal(
     return worst
 
 
-def require_weights(trained: torch.nn.Module, loaded: Any, dtype: torch.dtype) -> None:
+def require_weights(trained: Mapping[str, torch.Tensor], loaded: Any, dtype: torch.dtype) -> None:
     """Refuse weights that are not, bit by bit, the trained ones rounded to a type.
+
+    Args:
+        trained: by their names in the model.
+        loaded: by `load_model`.
+        dtype: type that the weights were written in.
 
     Raises:
         LocalError: a weight differs; names the first one.
     """
-    theirs = dict(loaded.named_parameters())
-    for name, ours in transformers_model(trained).named_parameters():
-        value = ours.detach().cpu().to(dtype).float()
-        if name not in theirs or not torch.equal(value, theirs[name].detach().cpu().float()):
+    theirs = dict(loaded.named_parameters(remove_duplicate=False))
+    for name, ours in trained.items():
+        if name in theirs and not _is(theirs[name], ours, dtype):
             raise _differs(f"{name} is not what was trained")
+    if lacking := sorted(theirs.keys() - trained.keys()):
+        raise _differs(f"{lacking[0]} is not what was trained")
+
+
+def _is(loaded: torch.Tensor, trained: torch.Tensor, dtype: torch.dtype) -> bool:
+    if loaded.shape != trained.shape:
+        return False
+    parts = (torch.split(each.detach().reshape(-1), _PIECE) for each in (trained, loaded))
+    return all(
+        torch.equal(ours.cpu().to(dtype).float(), theirs.cpu().float())
+        for ours, theirs in zip(*parts, strict=True)
+    )
 
 
 def require_tokenizer(folder: Path, tokenizer: Tokenizer, text: str) -> list[str]:

@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,8 @@ from safetensors import SafetensorError
 from xpeer.errors import LocalError
 from xpeer.shortage import in_words, out_of_memory
 
-_STAGING: Final = ".writing-"
+STAGING: Final = ".writing-"
+"""How names begin of what is being written. A crash leaves them; `clear_staging` removes them."""
 _DIGEST: Final = "digest"
 _PIECE: Final = 16 << 20
 """Bytes written between two syncs of the disk."""
@@ -50,6 +52,22 @@ def _ignore(_done: int, _total: int) -> None:
 
 class CorruptFileError(Exception):
     """The file is damaged, incomplete, or not written by us. The message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A tensor that is made when its turn to be written comes, and is forgotten afterwards."""
+
+    dtype: torch.dtype
+    """It is written in this type, and converted piece by piece."""
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+    """Makes it, on any device and in any type."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def write_tensors(
@@ -80,7 +98,7 @@ def write_tensors(
     digest = _digest(entries, words, lambda done: on_progress(done, 2 * size))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=path.parent))  # mode 0700
+        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=path.parent))  # mode 0700
         beside = staging / path.name
         save_file(
             tensors,
@@ -148,6 +166,32 @@ def map_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], Pa
     return {e.name: pages.tensor(e.begin, e.dtype, e.shape) for e in entries}, words, pages
 
 
+def spill(tensors: Mapping[str, Pending], folder: Path) -> dict[str, torch.Tensor]:
+    """Make tensors one after the other, and return them as pages of a file: the system takes these
+    back where memory is short, and reads them again.
+
+    The file has no name when this returns. Its room on the disk is free when no tensor is left.
+
+    Args:
+        tensors: together they may be larger than the memory; each one has to fit.
+        folder: exists; on a disk, not in memory.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    if not tensors:
+        return {}
+    path = folder / f"{STAGING}tensors"
+    try:
+        save_file(tensors, path, words={}, on_progress=lambda _: None)
+        with path.open("rb", buffering=0) as file:
+            _, entries = _read_header(file)
+            pages = Pages(file)
+    finally:
+        path.unlink(missing_ok=True)
+    return {e.name: pages.tensor(e.begin, e.dtype, e.shape) for e in entries}
+
+
 def _read_header(file: io.FileIO) -> tuple[dict[str, str], list[_Entry]]:
     """Read names, types, shapes and places, and check that they fit the file's size.
 
@@ -179,12 +223,12 @@ def _read_header(file: io.FileIO) -> tuple[dict[str, str], list[_Entry]]:
 
 def clear_staging(folder: Path) -> None:
     """Remove what a crash in the middle of a write left. Call it only while nobody writes there."""
-    for left in folder.glob(f"{_STAGING}*"):
+    for left in folder.glob(f"{STAGING}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def save_file(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | Pending],
     path: Path,
     *,
     words: Mapping[str, str],
@@ -192,7 +236,7 @@ def save_file(
 ) -> None:
     """Write a new file, mode 0600; it is on the disk when this returns."""
     # widest values first, so that all are aligned
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(words)}
     end = 0
     for name in names:
@@ -209,13 +253,15 @@ def save_file(
     with open(os.open(path, flags, 0o600), "wb", buffering=0) as file:  # noqa: PTH123 - a mode
         _write_all(file, memoryview(len(head).to_bytes(8, "little") + head))
         done = synced = 0
-        for piece in (piece for name in names for piece in _pieces(tensors[name])):
-            _write_all(file, piece)
-            done += len(piece)
-            if done - synced >= _PIECE:
-                os.fdatasync(file.fileno())
-                synced = done
-                on_progress(done)
+        for name in names:
+            for piece in _pieces(tensors[name]):
+                _write_all(file, piece)
+                done += len(piece)
+                del piece  # or its tensor would be there until the next one is made
+                if done - synced >= _PIECE:
+                    os.fdatasync(file.fileno())
+                    synced = done
+                    on_progress(done)
         os.fsync(file.fileno())
 
 
@@ -224,12 +270,14 @@ def _write_all(file: io.RawIOBase, data: memoryview) -> None:
         data = data[file.write(data) or 0 :]
 
 
-def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+def _pieces(tensor: torch.Tensor | Pending) -> Iterator[memoryview]:
     """The tensor's bytes, at most `_PIECE` at a time."""
-    if tensor.numel():
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-        for begin in range(0, len(data), _PIECE):
-            yield data[begin : begin + _PIECE]
+    made = tensor.make() if isinstance(tensor, Pending) else tensor
+    if made.shape != tensor.shape:
+        raise ValueError(f"a tensor of {tuple(made.shape)}, and {tuple(tensor.shape)} was due")
+    flat = made.detach().contiguous().view(-1)
+    for part in torch.split(flat, _PIECE // tensor.dtype.itemsize) if len(flat) else ():
+        yield part.to("cpu", tensor.dtype).view(torch.uint8).numpy().data
 
 
 class _Entry:
