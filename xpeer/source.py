@@ -268,15 +268,23 @@ def main_dtype(folder: Path) -> str:
 
     Empty if the weights are no safetensors.
     """
-    index = folder / "model.safetensors.index.json"
-    names = _parts(index, "model") if index.exists() else ["model.safetensors"]
     sizes: dict[str, int] = {}
-    for file in (folder / name for name in names):
-        for tensor in _header(file).values() if file.exists() else ():
+    for tensors in entries(folder).values():
+        for tensor in tensors.values():
             begin, end = tensor["data_offsets"]
             kind = str(tensor["dtype"])
             sizes[kind] = sizes.get(kind, 0) + int(end) - int(begin)
     return max(sizes, key=sizes.__getitem__, default="")
+
+
+def entries(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Read the headers of a checked folder's weights: each tensor's type, shape and place, by name.
+
+    Empty if the weights are no safetensors.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = _parts(index, "model") if index.exists() else ["model.safetensors"]
+    return {file: _header(file) for name in names if (file := folder / name).exists()}
 
 
 def _parts(index: Path, option: str) -> list[str]:

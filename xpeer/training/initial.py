@@ -132,7 +132,7 @@ def _adapted(
             "every member has a copy of",
             "set it to the Hugging Face folder of that model",
         )
-    model = base_of(folder, manifest)
+    model = base_of(folder, manifest, home.cache)
     seen = digest_of(model, DTYPES[manifest.model.base_dtype])
     if seen != lora.base_digest:
         raise _other_base(
@@ -158,11 +158,17 @@ def _adapted(
     return model
 
 
-def base_of(folder: Path, manifest: Manifest) -> torch.nn.Module:
+def base_of(folder: Path, manifest: Manifest, near: Path) -> torch.nn.Module:
     """Load a base model: the folder's weights, and the manifest's config, whatever the folder says.
+
+    Args:
+        folder: of the model.
+        manifest: of the swarm.
+        near: see `model.from_folder`.
 
     Raises:
         ConfigError: the folder holds no model, or weights of other names or shapes.
+        LocalError: `near` can't be written.
     """
     config = manifest.model.config
     here, wanted = (
@@ -173,7 +179,8 @@ def base_of(folder: Path, manifest: Manifest) -> torch.nn.Module:
         if here.get(name) != wanted.get(name):
             said = [str(found.get(name, "missing")) for found in (here, wanted)]
             raise _other_base(folder, f"{name} is {said[0]} in it, and {said[1]} in the manifest's")
-    return from_folder(folder, dtype=DTYPES[manifest.model.base_dtype], config=config)
+    dtype = DTYPES[manifest.model.base_dtype]
+    return from_folder(folder, dtype=dtype, config=config, near=near)
 
 
 def _other_base(folder: Path, difference: str) -> ConfigError:

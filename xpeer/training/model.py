@@ -30,6 +30,7 @@ from xpeer import belonging
 from xpeer.errors import ConfigError
 from xpeer.shortage import in_words, out_of_memory
 from xpeer.source import check_folder
+from xpeer.training.converted import in_dtype
 from xpeer.training.export import export_adapters, export_hf, generate
 from xpeer.training.filler import Filler
 from xpeer.training.flat import FlatParameters, digest, num_params, read_flat, write_flat
@@ -130,6 +131,7 @@ def from_folder(
     *,
     dtype: torch.dtype = torch.float32,
     config: dict[str, Any] | None = None,
+    near: Path | None = None,
 ) -> torch.nn.Module:
     """Load a pretrained causal language model from a local folder; nothing is ever downloaded.
 
@@ -137,20 +139,41 @@ def from_folder(
         path: of the folder.
         dtype: what to hold the weights in: float32, or bfloat16, which rounds them (`held`).
         config: the manifest's, in place of the folder's own; None = the folder's.
+        near: folder on a disk where matrices of another type are converted, to be pages of a file;
+            None = they are converted in memory.
 
     Raises:
         ConfigError: the folder is missing, or holds no causal language model with all weights.
+        LocalError: `near` can't be written.
     """
     transformers_logging.disable_progress_bar()
     safetensors = check_folder(path)
     raw = read_config(path) if config is None else config
     made = _parse_config(raw)
     attention = _attention(made)
+    with in_dtype(path, dtype, near if safetensors else None) as folder:
+        model, report = _loaded(path, folder, made, attention, dtype, safetensors=safetensors)
+    require_complete(path, model, raw, report)
+    if dtype != torch.float32:
+        _restore_buffers(model, raw)
+    return _ready(model, dtype)
+
+
+def _loaded(
+    path: Path,
+    folder: Path,
+    config: Any,
+    attention: str,
+    dtype: torch.dtype,
+    *,
+    safetensors: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """Load the model of `path` from `folder`; returns transformers' report, too."""
     try:
         with _quiet():  # transformers would print a table; we say in a line what is wrong
             model, report = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=made,
+                folder,
+                config=config,
                 dtype=dtype,
                 attn_implementation=attention,
                 local_files_only=True,
@@ -166,10 +189,7 @@ def from_folder(
             f"model {path}: can't be loaded as a causal language model: {_one_line(e)}",
             "check config.json and model.safetensors; encoder models can't be trained here",
         ) from e
-    require_complete(path, model, raw, report)
-    if dtype != torch.float32:
-        _restore_buffers(model, raw)
-    return _ready(model, dtype)
+    return model, report
 
 
 def _restore_buffers(model: Any, config: dict[str, Any]) -> None:

@@ -1,0 +1,102 @@
+"""A base in another type than nodes hold it in is converted on the disk, and read from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.cases.support import model_folder
+from tests.unit.trainer.test_trainer_process import with_config
+from tests.unit.training.homes import make_homes
+from xpeer.config import Home
+from xpeer.errors import LocalError
+from xpeer.founding_model import LoraOptions
+from xpeer.manifest.signed import SignedManifest
+from xpeer.trainer.build import assemble
+from xpeer.training import converted
+from xpeer.training.export import export_hf
+from xpeer.training.kept import Source
+from xpeer.training.model import from_folder, read_config
+
+
+def half(folder: Path, family: str = "llama", to: str = "float16") -> Path:
+    """A folder with a model of 16 bits."""
+    whole = from_folder(model_folder(folder / "whole", family))
+    export_hf(
+        whole, None, folder / to, source=Source({**read_config(folder / "whole"), "dtype": to})
+    )
+    return folder / to
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[set[torch.dtype]]:
+    """Types of the matrices in the folders that transformers reads."""
+    found: list[set[torch.dtype]] = []
+    real = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(folder: Path, **options: Any) -> Any:
+        tensors = load_file(Path(folder) / "model.safetensors").values()
+        found.append({tensor.dtype for tensor in tensors if tensor.dim() > 1})
+        return real(folder, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_is_the_model_that_was_converted_in_memory(
+    tmp_path: Path, read: list[set[torch.dtype]], family: str, dtype: torch.dtype
+) -> None:
+    folder, near = half(tmp_path, family), tmp_path / "home" / "cache"
+    read.clear()
+    usual, ours = from_folder(folder, dtype=dtype), from_folder(folder, dtype=dtype, near=near)
+    assert read == [{torch.float16}, {dtype}]
+    for kind in ("named_parameters", "named_buffers"):
+        theirs, mine = (dict(getattr(made, kind)()) for made in (usual, ours))
+        assert theirs.keys() == mine.keys()
+        for name, value in theirs.items():
+            assert (value.dtype, mine[name].dtype) == (value.dtype, value.dtype)
+            assert torch.equal(value, mine[name]), name
+    assert not list(near.iterdir()), "what is loaded needs no names of files"
+
+
+def test_what_has_the_type_already_is_read_as_it_is(tmp_path: Path) -> None:
+    folder, near = half(tmp_path, to="bfloat16"), tmp_path / "cache"
+    from_folder(folder, dtype=torch.bfloat16, near=near)
+    assert not near.exists()
+    assert converted.bytes_of(folder, torch.bfloat16) == 0
+    size = (folder / "model.safetensors").stat().st_size
+    assert converted.bytes_of(folder, torch.float32) == pytest.approx(2 * size, rel=0.05)
+
+
+def test_a_joiner_converts_in_its_home(tmp_path: Path, read: list[set[torch.dtype]]) -> None:
+    (setup,) = make_homes(tmp_path, 1, lora=LoraOptions(2, base_dtype="bfloat16"))
+    home = Home(Path(setup.home))
+    manifest = SignedManifest.load(home.manifest).open()
+    founders = from_folder(home.initial_model)
+    kept = Source({**manifest.model.config, "dtype": "float32"})
+    export_hf(founders, None, tmp_path / "copy", source=kept)
+    read.clear()
+    made = assemble(with_config(setup, "data", base_model=str(tmp_path / "copy")))
+    made.close()
+    assert read == [{torch.bfloat16}]
+    assert not list(home.cache.glob(".writing-*"))
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = half(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(converted, "save_file", full)
+    with pytest.raises(LocalError, match="No space left") as refused:
+        from_folder(folder, dtype=torch.bfloat16, near=tmp_path / "cache")
+    assert "data.base_model" in refused.value.remedy
+    assert not list((tmp_path / "cache").iterdir())
