@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from tests.unit.training.loops import NUM_PARAMS, swap, trainer_with, unbounded
 from xpeer.manifest.round import Round
+from xpeer.mixing.received import consolidate_
+from xpeer.training import handover
 
 
 def test_a_joiner_is_given_the_mean_where_a_partner_sent_something() -> None:
@@ -30,3 +35,27 @@ def test_a_joiner_is_given_the_mean_where_a_partner_sent_something() -> None:
     met[indices[indices < NUM_PARAMS]] = True
     assert torch.allclose(out[met], (own + sent)[met] / 2, atol=0.05)
     assert torch.equal(out[~met], own[~met])
+
+
+def test_a_model_of_whole_lines_is_averaged_where_it_is_handed_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second copy of a large model would be in nobody's account of the memory."""
+    averaged: list[int] = []
+    real = consolidate_
+
+    def recorded(flat: torch.Tensor, *others: Any) -> None:
+        averaged.append(flat.data_ptr())
+        real(flat, *others)
+
+    monkeypatch.setattr(handover, "consolidate_", recorded)
+    rules = Round(window_steps=4, fragments=2)
+    ours, theirs = peers = [trainer_with(seed=seed, round=rules) for seed in range(2)]
+    for peer in peers:
+        unbounded(peer)
+    swap(ours, theirs, 1, 1)
+    ours.exchanges.resolve(1, {1: 0.5})
+    ours.merge(1)
+    out = torch.empty(NUM_PARAMS)
+    ours.show(out)()
+    assert averaged == [out.data_ptr()]
