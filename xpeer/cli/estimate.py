@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import click
 
 from xpeer.amounts import duration, size
+from xpeer.cli.adapter_options import adapters_of
 from xpeer.cli.common import GivenPath, Whole, echo, echo_json, json_option, say
 from xpeer.config import NodeConfig
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.forms import Codec
-from xpeer.founding_model import PRESETS, read_json
+from xpeer.founding_model import PRESETS, LoraOptions, _base_dtype, read_json
 from xpeer.manifest import Optimiser
-from xpeer.manifest.model import BaseDtype, Lora
+from xpeer.manifest.model import BaseDtype, Lora, LoraTrain
 from xpeer.manifest.round import Round
 from xpeer.policies import RULES, PrivacyMode, RuleName, privacy_policy
 from xpeer.source import check_folder
 
 if TYPE_CHECKING:
     from xpeer.estimate.phases import Estimate
+    from xpeer.estimate.remembered import Rehearsals
+    from xpeer.estimate.step import Step, StepMemory
 
 _DEFAULT: Final = Round()
+_Again = Literal["auto", "on", "off"]
 
 
 @click.command()
@@ -36,7 +41,15 @@ _DEFAULT: Final = Round()
     "--lora-target", multiple=True, metavar="LAYER", help="Layers with adapters; see `xpeer init`."
 )
 @click.option(
-    "--base-dtype", type=click.Choice(get_args(BaseDtype)), default="float32", show_default=True
+    "--lora-train", type=click.Choice(get_args(LoraTrain)), help="What is trained; see `xpeer init`."
+)
+@click.option(
+    "--lora-from", type=GivenPath(), help="Folder of adapters to start from; see `xpeer init`."
+)
+@click.option(
+    "--base-dtype",
+    type=click.Choice(get_args(BaseDtype)),
+    help="Type of the frozen weights; default as of `xpeer init`.",
 )
 @click.option(
     "--privacy", type=click.Choice(get_args(PrivacyMode)), default="record", show_default=True
@@ -53,14 +66,19 @@ _DEFAULT: Final = Round()
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16", "auto"]),
-    default="float32",
+    default="auto",
     show_default=True,
     help="Precision of a step. auto: what this machine would choose.",
 )
 @click.option(
     "--checkpoint-activations",
-    is_flag=True,
-    help="Compute activations twice to save memory (training.checkpoint_activations).",
+    type=click.Choice(get_args(_Again)),
+    is_flag=False,
+    flag_value="on",
+    default="auto",
+    show_default=True,
+    help="Compute activations twice to save memory, as training.checkpoint_activations. auto: if a "
+    "step does not fit into --memory-gb otherwise.",
 )
 @click.option("--fragments", type=Whole(1, 1024), default=_DEFAULT.fragments, show_default=True)
 @click.option(
@@ -80,12 +98,14 @@ def estimate(
     preset: str | None,
     lora_rank: int | None,
     lora_target: tuple[str, ...],
-    base_dtype: BaseDtype,
+    lora_train: LoraTrain | None,
+    lora_from: Path | None,
+    base_dtype: BaseDtype | None,
     privacy: PrivacyMode,
     sequence_tokens: int,
     micro_batch: int,
     precision: Any,
-    checkpoint_activations: bool,
+    checkpoint_activations: _Again,
     fragments: int,
     codec: str,
     rule: RuleName,
@@ -101,13 +121,18 @@ def estimate(
     for option, given in (("--memory-gb", memory_gb), ("--link-mbit", link_mbit)):
         if given is not None and not 0 < given < 1e9:
             raise ConfigError(f"{option}: {given:g} makes no sense", "give a positive number")
-    if (lora_target or base_dtype != "float32") and lora_rank is None:
-        raise ConfigError("--lora-target and --base-dtype need --lora-rank", "e.g. --lora-rank 16")
+    options = adapters_of(
+        lora_rank,
+        lora_from,
+        alpha=None,
+        target=lora_target,
+        train=lora_train,
+        rank_stabilised=False,
+        base=base_dtype,
+    )
     from xpeer.estimate import phases, planned, remedies  # noqa: PLC0415 - torch takes seconds
     from xpeer.estimate.remembered import Rehearsals  # noqa: PLC0415
     from xpeer.estimate.step import Step  # noqa: PLC0415
-    from xpeer.training.model import skeleton  # noqa: PLC0415
-    from xpeer.training.recompute import layers_of  # noqa: PLC0415
 
     config = _config(model, model_config, preset)
     private = privacy_policy(privacy).charges
@@ -116,31 +141,30 @@ def estimate(
         say(why)
     step = Step(
         config=config,
-        lora=None if lora_rank is None else _lora(config, lora_rank, lora_target),
-        base_dtype=base_dtype,
+        lora=None if options is None else _lora(config, options),
+        base_dtype=_base_dtype(model, options),
         sequence_tokens=sequence_tokens,
         micro_batch=micro_batch,
         private=private,
         precision=computing,
-        recompute=checkpoint_activations,
+        recompute=checkpoint_activations == "on",
     )
+    most = None if memory_gb is None else memory_gb * 1e9
     rehearsals = Rehearsals()
-    memory = rehearsals.of(step)
+    step, memory = _chosen(step, rehearsals, most, checkpoint_activations)
     rate = None if link_mbit is None else link_mbit * 1e6
     policy = RULES[rule]
     wire = phases.Wire(
         fragments=policy.fragments or fragments, codec=codec, rule=policy, bits_per_s=rate
     )
-    most = None if memory_gb is None else memory_gb * 1e9
     fits = None if most is None else memory.peak <= most
     remedy = None
     if most is not None and not fits:
-        again = bool(layers_of(skeleton(config)))
-        remedy = remedies.find(step, memory, most, rehearsals.of, again=again)
+        remedy = remedies.find(step, memory, most, rehearsals.of, again=_has_layers(config))
     answer = phases.Estimate(
         num_params=memory.num_trained,
         frozen_params=memory.num_frozen,
-        phases=phases.phases_of(memory, wire, NodeConfig().checkpoint.keep),
+        phases=phases.phases_of(memory, wire, NodeConfig().checkpoint.keep, private=private),
         fits=fits,
         remedy="" if remedy is None else remedy.words,
     )
@@ -167,12 +191,39 @@ def _config(model: Path | None, file: Path | None, preset: str | None) -> dict[s
     return read_json(file or Path())
 
 
-def _lora(config: dict[str, Any], rank: int, given: tuple[str, ...]) -> Lora:
-    from xpeer.training import targets  # noqa: PLC0415 - torch takes seconds
+def _chosen(
+    step: Step, rehearsals: Rehearsals, most: float | None, again: _Again
+) -> tuple[Step, StepMemory]:
+    """The step that a node would settle on in so much memory, and what it needs."""
+    memory = rehearsals.of(step)
+    if most is None or memory.peak <= most or again != "auto" or not _has_layers(step.config):
+        return step, memory
+    smaller = replace(step, recompute=True)
+    needed = rehearsals.of(smaller)
+    if needed.peak > most:
+        return step, memory
+    say("layers are computed again, as training.checkpoint_activations = auto does where it has to")
+    return smaller, needed
+
+
+def _has_layers(config: dict[str, Any]) -> bool:
+    """Whether the model has layers that can be computed again."""
+    from xpeer.training.model import skeleton  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.recompute import layers_of  # noqa: PLC0415
+
+    return bool(layers_of(skeleton(config)))
+
+
+def _lora(config: dict[str, Any], options: LoraOptions) -> Lora:
+    """The adapters, as far as they decide how much is needed."""
+    from xpeer.training import given_adapters, targets  # noqa: PLC0415 - torch takes seconds
     from xpeer.training.model import skeleton  # noqa: PLC0415
 
-    names = [name for each in given for name in each.split(",") if name]
-    return Lora(rank, 2.0 * rank, 0, "", targets.find(skeleton(config), names))
+    rank, wanted = options.rank, list(options.targets)
+    if options.folder is not None:
+        rank, _, _, wanted = given_adapters.read(options.folder).settings
+    layers = targets.find(skeleton(config), wanted)
+    return Lora(rank, 2.0 * rank, 0, "", layers, options.train)
 
 
 def _print(answer: Estimate, memory_gb: float | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +10,7 @@ import click
 
 from xpeer import founding
 from xpeer.accounts import signal
+from xpeer.cli.adapter_options import adapters_of
 from xpeer.cli.commands import command
 from xpeer.cli.common import (
     GivenPath,
@@ -29,7 +29,7 @@ from xpeer.cli.start import read_token
 from xpeer.config import Home, NodeConfig
 from xpeer.drafting import draft_manifest
 from xpeer.errors import ConfigError
-from xpeer.founding_model import PRESETS, LoraOptions, initial_model
+from xpeer.founding_model import PRESETS, initial_model
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import BaseDtype, LoraTrain
 from xpeer.needs import Needs
@@ -230,7 +230,7 @@ def init(
         _join(home, join, settings, as_json=as_json)
         return
     founding.refuse_second_swarm(home)
-    lora = _adapters(
+    lora = adapters_of(
         lora_rank,
         lora_from,
         alpha=lora_alpha,
@@ -284,53 +284,6 @@ def init(
         echo_json({"swarm_id": founded.swarm_id, "swarm_name": name, "peer_id": founded.peer_id})
     else:
         click.echo(founded.swarm_id)
-
-
-def _adapters(
-    rank: int | None,
-    folder: Path | None,
-    *,
-    alpha: float | None,
-    target: tuple[str, ...],
-    train: LoraTrain | None,
-    rank_stabilised: bool,
-    base: BaseDtype | None,
-) -> LoraOptions | None:
-    if alpha is not None and not 0 < alpha <= 1e6:
-        raise ConfigError(
-            f"--lora-alpha: {alpha:g} is no scale of adapters",
-            "give a positive number, or leave it out for twice the rank",
-        )
-    given = {
-        "--lora-rank": rank is not None,
-        "--lora-alpha": alpha is not None,
-        "--lora-target": bool(target),
-        "--lora-rank-stabilised": rank_stabilised,
-        "--lora-train": train is not None,
-    }
-    names = [option for option, was_given in given.items() if was_given]
-    if folder is not None:
-        if train == "both":
-            names.remove("--lora-train")
-        if names:
-            raise ConfigError(
-                f"--lora-from does not go with {' and '.join(names)}",
-                "the adapters in that folder decide this, and both of their factors are trained",
-            )
-        return LoraOptions(base_dtype=base, folder=folder)
-    if rank is None:
-        names += ["--base-dtype"] if base else []
-        if names:
-            needs = "needs" if len(names) == 1 else "need"
-            raise ConfigError(f"{' and '.join(names)} {needs} --lora-rank", "e.g. --lora-rank 8")
-        return None
-    return LoraOptions(rank, alpha, _targets(target), train or "both", base, rank_stabilised)
-
-
-def _targets(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Take lists of names apart. A comma in a pattern stays: it may be part of it."""
-    lists = (each.split(",") if re.fullmatch(r"[\w., -]+", each) else [each] for each in given)
-    return tuple(name.strip() for names in lists for name in names if name.strip())
 
 
 def _tokenizer_folder(

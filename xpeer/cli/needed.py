@@ -36,7 +36,8 @@ def say_needs(manifest: Manifest, config: NodeConfig, home: Home) -> bool:
         return True
     if fit.memory is not None:
         wire = phases.Wire.of(manifest)
-        rows = {p.name: p for p in phases.phases_of(fit.memory, wire, config.checkpoint.keep)}
+        found = phases.phases_of(fit.memory, wire, config.checkpoint.keep, private=private)
+        rows = {p.name: p for p in found}
         took = duration(time.monotonic() - began)
         say(f"a node of this swarm needs (found in {took}):")
         word = "about" if fit.rehearsed else "less than"

@@ -25,8 +25,11 @@ from xpeer.estimate.room import Room
 from xpeer.estimate.step import FROZEN_BYTES, Step, StepMemory
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import QUANTISED, BaseDtype
+from xpeer.source import entries
 from xpeer.training import checkpoint_files
+from xpeer.training.converted import bytes_of
 from xpeer.training.files import find as find_files
+from xpeer.training.held import DTYPES
 from xpeer.training.model import skeleton
 from xpeer.training.quantised import num_quantisable
 from xpeer.training.recompute import layers_of
@@ -43,6 +46,8 @@ _SPARE_BYTES: Final = 64_000_000
 """Room on the disk for ledger, history and logs."""
 _SETTING: Final = "training.check_fit"
 _OVERRIDE: Final = f"to start all the same: {_SETTING} = warn (XPEER_TRAINING_CHECK_FIT)"
+_DAMAGED: Final = OSError, ValueError, KeyError, TypeError, AttributeError, LocalError
+"""What reading damaged weights raises."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,12 @@ class Sizes:
     @property
     def frozen_bytes(self) -> int:
         """Bytes of the frozen weights, at least."""
-        return self.mapped_bytes + int(FROZEN_BYTES[self.step.base_dtype] * self.num_codes)
+        return self.mapped_bytes + self.code_bytes
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of those that are made on the host at every start, whatever the device is."""
+        return int(FROZEN_BYTES[self.step.base_dtype] * self.num_codes)
 
     @property
     def mapped_bytes(self) -> int:
@@ -176,13 +186,8 @@ def examine(
         why = f"{type(e).__name__}: {e}".partition("\n")[0]
         fit.warnings.append(f"the memory of a step can't be estimated for this model: {why}")
     if device.type == "cuda":
-        host = here(torch.device("cpu"))
-        needed = phases.host_bytes(sizes.num_trained, wire.rule)
-        what = f"a trainer needs about {size(needed)} on the host, with its copy of a checkpoint"
-        if SURE * needed > host.most:
-            fit.problems.append(_too_large(what, host, remedies.NONE_HELPS))
-        elif needed > host.free:
-            fit.warnings.append(_tight(what, host, ""))
+        read = sizes.mapped_bytes if _is_read_whole(manifest, config, home) else 0
+        _compare_host(fit, sizes, wire, here(torch.device("cpu")), read)
     _compare_disk(fit, manifest, config, home)
     return fit
 
@@ -200,6 +205,7 @@ def _compare_step(
     """Compare a step with the memory of its device."""
     on_host = device.type != "cuda"
     beside = phases.host_bytes(sizes.num_trained, wire.rule) if on_host else 0
+    lent = phases.donor_bytes(sizes.num_trained, wire) if on_host else 0
     process = phases.PROCESS if on_host else 0
     yielding = sizes.mapped_bytes if on_host else 0  # pages of a file give way
     least = sizes.least - yielding + process
@@ -215,7 +221,7 @@ def _compare_step(
         fit.memory = sizes.bound
         return
     there = min(here.most, here.free)
-    plenty = sizes.rough if asked else sizes.rough + beside
+    plenty = sizes.rough if asked else sizes.rough + max(beside, lent)
     if plenty < (_CLEARLY if asked else _EASILY) * there:
         fit.memory = sizes.bound
         fit.notes.append(f"a step needs less than {size(sizes.rough + process)}")
@@ -228,6 +234,8 @@ def _compare_step(
     needed = memory.peak + process
     fit.notes.append(f"a step needs about {size(needed)}; {here.what}: {size(here.most)}")
     if memory.peak + beside <= here.free:
+        if memory.peak + lent > here.free:
+            fit.warnings.append(_tight(_joiners(memory.peak + lent), here, ""))
         return
     what = f"a step needs about {size(needed)}"
     if beside > process:
@@ -247,6 +255,34 @@ def _compare_step(
     fit.problems.append(_too_large(said, here, f"set {words}" if words else remedies.NONE_HELPS))
 
 
+def _compare_host(fit: Fit, sizes: Sizes, wire: phases.Wire, host: Room, read: int) -> None:
+    """Compare what a trainer on a GPU takes on the host.
+
+    Args:
+        fit: gets the outcome.
+        sizes: of the model.
+        wire: decides what is kept and handed out.
+        host: memory of the host.
+        read: bytes of frozen weights that can't be pages of a file.
+    """
+    frozen = sizes.code_bytes + read
+    needed = phases.host_bytes(sizes.num_trained, wire.rule, frozen)
+    what = f"a trainer needs about {size(needed)} on the host, with its copy of a checkpoint"
+    if frozen > phases.PROCESS:
+        what = f"a start needs about {size(needed)} on the host, {size(frozen)} for frozen weights"
+    lent = phases.donor_bytes(sizes.num_trained, wire)
+    if SURE * needed > host.most:
+        fit.problems.append(_too_large(what, host, remedies.NONE_HELPS))
+    elif needed > host.free:
+        fit.warnings.append(_tight(what, host, ""))
+    elif lent > host.free:
+        fit.warnings.append(_tight(_joiners(lent), host, ""))
+
+
+def _joiners(needed: int) -> str:
+    return f"a node needs about {size(needed)} on the host while joiners are given its model"
+
+
 def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) -> None:
     """Compare what a node writes with what is free. What it has written already is not needed."""
     trained, rule = manifest.model.num_params, manifest.round.policy
@@ -256,6 +292,7 @@ def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) 
     if not saved and not home.initial_model.exists():  # they come from a member, into a file
         fetched = sum(_length(path) for path in home.joining.glob("*"))
         needed += max(0, manifest.state_form.num_bytes - fetched)
+    needed += _converted(manifest, config, home)
     made = saved or home.tokens.exists()
     tokens = 0 if made else _bytes_of_tokens(config)
     try:
@@ -274,6 +311,33 @@ def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) 
         fit.warnings.append(f"{what} - {remedy}")
     else:
         fit.problems.append(ConfigError(what, f"{remedy}; {_OVERRIDE}"))
+
+
+def _converted(manifest: Manifest, config: NodeConfig, home: Home) -> int:
+    """Bytes of a base model that every start converts on the disk."""
+    folder = _base_folder(manifest, config, home)
+    if folder is None:
+        return 0
+    try:
+        return bytes_of(folder, DTYPES[manifest.model.base_dtype])
+    except _DAMAGED:
+        return 0  # the trainer says what is wrong with it
+
+
+def _is_read_whole(manifest: Manifest, config: NodeConfig, home: Home) -> bool:
+    """Whether the base model is a pickle, whose values can't stay in the pages of a file."""
+    folder = _base_folder(manifest, config, home)
+    try:
+        return folder is not None and not entries(folder)
+    except _DAMAGED:
+        return False
+
+
+def _base_folder(manifest: Manifest, config: NodeConfig, home: Home) -> Path | None:
+    """Folder of the weights that adapters are trained for; None = there is none."""
+    named = config.data.base_model
+    folder = Path(named).expanduser() if named else home.initial_model
+    return folder if manifest.model.lora is not None and folder.is_dir() else None
 
 
 def _bytes_of_tokens(config: NodeConfig) -> int:

@@ -16,21 +16,33 @@ from xpeer.forms import Form
 from xpeer.leaves import Parts, Public, seen_by
 from xpeer.manifest import LARGE_STATE, Manifest
 from xpeer.manifest.round import Round
-from xpeer.mixing.cut import largest
+from xpeer.mixing.cut import largest, padded
 from xpeer.policies import RulePolicy
 
 PROCESS: Final = 620 << 20
 """A trainer before there is a model: torch, transformers, accounts."""
-_FIRST: Final = 7.0
-"""Bytes of a trained parameter in a first start, its own four included."""
+_TRIAL: Final = 32
+"""Bytes of a trained parameter in a founder's trial: the model as it was loaded or drawn, and an
+exchange with itself, whose values before and after are compared. Later a checkpoint's copies and
+the model that is built again take their place: 24."""
+_BUILT: Final = 7
+"""The same in a first start, before the parameters are on their device."""
 _RESTART: Final = 12.1
-"""The same in a start from a checkpoint."""
+"""The same in a start from a checkpoint; on a CPU its parameters and moments are among them."""
 _COPIES: Final = 12
 """Bytes of a trained parameter that are copied for a checkpoint: values and moments."""
 _SAVE: Final = 8 + _COPIES
 """Bytes of a trained parameter while a checkpoint is written: with partners' values."""
-_EXPORT: Final = 17.0
-"""Bytes of a trained parameter while a model is exported."""
+_SHARED: Final = 4
+"""Bytes of each parameter in the memory that daemon and trainer share for a donation."""
+_DONATIONS: Final = 2
+"""Donations that a daemon may hold at once."""
+_TESTED: Final = 12
+"""Bytes of a trained parameter that the self-test of engines takes on the device for its sums."""
+_EXPORT: Final = 9
+"""Bytes of a trained parameter while a model is exported: its own and those that partners sent."""
+_EXPORT_FROZEN: Final = 0.8
+"""Bytes of a frozen one: matrices are merged, converted, written and compared one by one."""
 _FILE: Final = 13
 """Bytes of a trained parameter in a checkpoint: values, moments, what consolidation adds."""
 _STATE: Final = 4
@@ -46,7 +58,7 @@ class Phase(Struct, frozen=True, kw_only=True):
     device: Public[int] = 0
     """Memory of the device; on a CPU, of the trainer without its libraries."""
     host: Public[int] = 0
-    """Memory of the process on the host, besides the device's."""
+    """Memory of the process on the host, besides the device's; donate: and of the daemon."""
     disk: Public[int] = 0
     wire: Public[int] = 0
     """Sent, or received; an exchange does both at once."""
@@ -97,35 +109,55 @@ class Wire:
         values = self.rule.vectors * largest(num_trained, self.fragments)
         return Form(self.codec, values).num_bytes
 
+    def state(self, num_trained: int) -> int:
+        """Bytes of all trained parameters on their way to a joiner, as in `Manifest.state_form`."""
+        halved = num_trained >= LARGE_STATE and self.codec != "float32"
+        return (2 if halved else 4) * num_trained
+
 
 def checkpoint_bytes(num_trained: int, rule: RulePolicy) -> int:
     """Size of a checkpoint."""
     return (_FILE + _STATE * rule.saved) * num_trained
 
 
-def host_bytes(num_trained: int, rule: RulePolicy) -> int:
-    """The least that a trainer takes on the host besides what its device holds: without it no
-    checkpoint can be written.
+def host_bytes(num_trained: int, rule: RulePolicy, codes: int = 0) -> int:
+    """The least that a trainer takes on the host besides what its device holds: with less it can't
+    start, or writes no checkpoint.
+
+    Args:
+        num_trained: trained parameters.
+        rule: decides what is kept of them.
+        codes: bytes of a base in 8 or 4 bits, which is made on the host.
     """
-    return PROCESS + (_STATE * rule.kept + _COPIES) * num_trained
+    return PROCESS + max(_BUILT * num_trained + codes, (_STATE * rule.kept + _COPIES) * num_trained)
 
 
-def phases_of(step: StepMemory, wire: Wire, checkpoints: int) -> list[Phase]:
+def donor_bytes(num_trained: int, wire: Wire) -> int:
+    """What trainer and daemon take on the host while they hand the model to joiners.
+
+    A checkpoint's copies are among it: their memory is kept for the next one.
+    """
+    apart = 0 if padded(num_trained) == num_trained else 4  # where it is averaged, see `handover`
+    each = _STATE * wire.rule.kept + _COPIES + _SHARED + apart
+    return PROCESS + each * num_trained + _DONATIONS * wire.state(num_trained)
+
+
+def phases_of(step: StepMemory, wire: Wire, checkpoints: int, *, private: bool) -> list[Phase]:
     """All phases.
 
     Args:
         step: of `estimate.step.memory_of`.
         wire: how parameters are exchanged.
         checkpoints: number of checkpoints that are kept.
+        private: whether engines are tested at a start.
     """
     trained = step.num_trained
     payload = wire.payload(trained)
     window = wire.fragments * wire.partners * payload
     file = checkpoint_bytes(trained, wire.rule)
     kept = _STATE * wire.rule.kept
-    # as `Manifest.state_form`
-    halved = trained >= LARGE_STATE and wire.codec != "float32"
-    state = (2 if halved else 4) * trained
+    state, source = wire.state(trained), step.source
+    frozen = max(0, source - 4 * trained)
 
     # those of quantised weights are made on the host; others are pages of the model's files
     codes = step.weights if step.source > step.weights else 0
@@ -137,8 +169,17 @@ def phases_of(step: StepMemory, wire: Wire, checkpoints: int) -> list[Phase]:
         return PROCESS + round(each * trained)
 
     return [
-        Phase(name="init", host=host(_FIRST) + step.source, disk=step.source),
-        Phase(name="start", device=step.weights, host=host(_RESTART + kept) + codes),
+        Phase(
+            name="init",
+            device=step.peak,
+            host=host(_TRIAL + kept) + frozen,
+            disk=source + file + 8 * trained,
+        ),
+        Phase(
+            name="start",
+            device=max(step.weights + _TESTED * trained, step.peak) if private else step.weights,
+            host=host(_RESTART + kept) + codes,
+        ),
         Phase(name="step", device=step.peak, host=host(kept)),
         Phase(name="exchange", host=8 * payload, wire=payload, wire_s=seconds(payload)),
         Phase(name="window", wire=window, wire_s=seconds(window)),
@@ -148,6 +189,11 @@ def phases_of(step: StepMemory, wire: Wire, checkpoints: int) -> list[Phase]:
             host=host(_SAVE + kept),
             disk=(checkpoints + 1) * file,
         ),
-        Phase(name="export", host=host(_EXPORT) + step.source, disk=step.source),
+        Phase(
+            name="export",
+            host=host(_EXPORT) + round(_EXPORT_FROZEN * step.num_frozen),
+            disk=2 * source,  # as it is made, and as transformers writes it
+        ),
+        Phase(name="donate", host=donor_bytes(trained, wire), wire=state, wire_s=seconds(state)),
         Phase(name="join", host=host(8), disk=state, wire=state, wire_s=seconds(state)),
     ]

@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.cases.support import model_folder
 from xpeer.cli import main
 from xpeer.errors import ExitCode
 from xpeer.estimate import planned
 from xpeer.estimate.remembered import Rehearsals
 from xpeer.estimate.step import Step, StepMemory
 from xpeer.founding_model import PRESETS
+from xpeer.manifest.model import Lora
+from xpeer.manifest.signed import SignedManifest
 from xpeer.privacy.steps import Precision
+from xpeer.training.adapters import adapt
+from xpeer.training.export import export_hf
+from xpeer.training.kept import Source
+from xpeer.training.model import build, from_folder
 
 SOME = StepMemory(num_trained=1000, num_frozen=0, weights=1, moments=1, working=1)
 
@@ -31,7 +39,8 @@ def test_a_row_for_each_phase(tmp_path: Path) -> None:
     done = estimate("--model-config", file, "--link-mbit", 8, "--fragments", 1)
     assert done.exit_code == ExitCode.OK, done.stderr
     rows = [line.split()[0] for line in done.stdout.splitlines()[2:]]
-    names = ["init", "start", "step", "exchange", "window", "checkpoint", "export", "join"]
+    names = ["init", "start", "step", "exchange", "window", "checkpoint"]
+    names += ["export", "donate", "join"]
     assert rows == names
     found = json.loads(estimate("--preset", "tiny", "--link-mbit", 8, "--json").stdout)
     join = next(phase for phase in found["phases"] if phase["name"] == "join")
@@ -69,8 +78,88 @@ def test_auto_precision_is_what_this_machine_would_choose(
     assert [step.precision for step in rehearsed] == ["bfloat16"]
 
 
+@pytest.fixture
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """The steps that are rehearsed; with layers computed again each needs a tenth."""
+    steps: list[Step] = []
+
+    def rehearse(_self: Rehearsals, step: Step) -> StepMemory:
+        steps.append(step)
+        working = 10**8 if step.recompute else 10**9
+        return StepMemory(num_trained=1000, num_frozen=0, weights=1, moments=1, working=working)
+
+    monkeypatch.setattr(Rehearsals, "of", rehearse)
+    return steps
+
+
+def step_founded(tmp_path: Path, *options: object) -> tuple[Any, Any]:
+    """Adapters and type of the base, as `xpeer init` decides with these options."""
+    where = ["--home", str(tmp_path / "home"), "--swarm", "s", "--skip-trial", "--skip-estimate"]
+    done = CliRunner().invoke(main, ["init", *where, *map(str, options)], catch_exceptions=False)
+    assert done.exit_code == ExitCode.OK, done.output
+    model = SignedManifest.load(tmp_path / "home" / "manifest.json").open().model
+    assert model.lora is not None
+    return (model.lora.rank, model.lora.targets, model.lora.train), model.base_dtype
+
+
+@pytest.mark.parametrize("source", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--lora-rank", 2),
+        ("--lora-rank", 8, "--lora-target", "q_proj,v_proj", "--lora-train", "B"),
+        ("--lora-rank", 2, "--lora-target", r"model\.layers\.\d{1,2}\.mlp\..*"),
+        ("--lora-rank", 2, "--base-dtype", "bfloat16"),
+    ],
+)
+def test_the_step_is_that_of_the_swarm_that_init_would_found(
+    tmp_path: Path, rehearsed: list[Step], source: str, options: tuple[object, ...]
+) -> None:
+    folder = tmp_path / "model"
+    whole = from_folder(model_folder(tmp_path / "whole"))
+    export_hf(whole, None, folder, source=Source({"dtype": source}))
+    options = "--model", folder, *options
+    lora, dtype = step_founded(tmp_path, *options, "--tokenizer", "bytes")
+    assert estimate(*options).exit_code == ExitCode.OK
+    (step,) = rehearsed
+    assert step.lora is not None
+    assert (step.lora.rank, step.lora.targets, step.lora.train) == lora
+    assert step.base_dtype == dtype
+
+
+def test_adapters_to_go_on_with_decide_rank_and_layers(
+    tmp_path: Path, rehearsed: list[Step]
+) -> None:
+    adapted = adapt(build(PRESETS["tiny"], seed=1), Lora(3, 6.0, 1, "", ["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapters")  # type: ignore[operator] # peft's
+    done = estimate("--preset", "tiny", "--lora-from", tmp_path / "adapters")
+    assert done.exit_code == ExitCode.OK, done.stderr
+    (step,) = rehearsed
+    assert step.lora is not None
+    assert (step.lora.rank, step.lora.targets) == (3, ["q_proj"])
+
+
+def test_layers_are_computed_again_where_a_node_would(rehearsed: list[Step]) -> None:
+    def recomputed(*options: object) -> list[bool]:
+        rehearsed.clear()
+        estimate("--preset", "tiny", *options)
+        return [step.recompute for step in rehearsed]
+
+    assert recomputed() == recomputed("--memory-gb", 2) == [False]
+    assert recomputed("--checkpoint-activations", "--memory-gb", 2) == [True]
+    assert recomputed("--checkpoint-activations", "on") == [True]
+    done = estimate("--preset", "tiny", "--memory-gb", 0.5)
+    assert done.exit_code == ExitCode.OK
+    assert "layers are computed again" in done.stderr
+    assert "fits into 0.5 GB" in done.stdout
+    done = estimate("--preset", "tiny", "--memory-gb", 0.5, "--checkpoint-activations", "off")
+    assert done.exit_code == ExitCode.ERROR
+    assert "training.checkpoint_activations = on" in done.stdout
+
+
 def test_what_does_not_fit_is_answered_with_what_would() -> None:
-    arguments = "--preset", "small", "--sequence-tokens", 256, "--micro-batch", 64
+    arguments: tuple[object, ...] = "--preset", "small", "--sequence-tokens", 256
+    arguments += "--micro-batch", 64, "--precision", "float32"  # auto depends on the processor
     assert estimate(*arguments, "--memory-gb", 4).stdout.endswith("a step fits into 4 GB\n")
     done = estimate(*arguments, "--memory-gb", 0.06)
     assert done.exit_code == ExitCode.ERROR
@@ -85,7 +174,9 @@ def test_what_does_not_fit_is_answered_with_what_would() -> None:
     [
         ((), "give one of them"),
         (("--preset", "tiny", "--model-config", "x.json"), "2 of --model"),
-        (("--preset", "tiny", "--lora-target", "q_proj"), "need --lora-rank"),
+        (("--preset", "tiny", "--lora-target", "q_proj"), "needs --lora-rank"),
+        (("--preset", "tiny", "--base-dtype", "nf4"), "needs --lora-rank"),
+        (("--preset", "tiny", "--lora-from", "x", "--lora-rank", 2), "--lora-from does not go"),
         (("--preset", "tiny", "--lora-rank", 2, "--lora-target", "nothing"), "nothing"),
         (("--preset", "tiny", "--memory-gb", 0), "--memory-gb"),
         (("--preset", "tiny", "--micro-batch", 0), "--micro-batch"),

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.unit.training.loops import manifest_with
 from xpeer.config import Checkpoint, Data, Home, NodeConfig, Training
@@ -293,3 +294,84 @@ def test_a_joiner_needs_room_for_what_it_is_sent(
     home.initial_model.mkdir()
     fit = fitting.examine(manifest(), SETTINGS, home, GPU, Fixed(), here=having(100 * GB))
     assert not fit.problems
+
+
+def with_base(dtype: BaseDtype, **changes: Any) -> Manifest:
+    block: Any = BASE_BLOCK if dtype in QUANTISED else 0
+    wide = {**PRESETS["tiny"], "hidden_size": 512, "intermediate_size": 2048}
+    model = Model(wide, 10_000, "", Lora(1, 2.0, 1, ""), base_dtype=dtype, base_block=block)
+    return manifest_with(model=model, **changes)
+
+
+def test_codes_that_are_made_on_the_host_count_beside_a_gpu(tmp_path: Path) -> None:
+    """A base of 8 B in 4 bits takes 4.5 GB there before it is on the GPU."""
+    founded = with_base("nf4")
+    sizes = fitting.sizes_of(founded, SETTINGS, GPU)
+    assert 0.56 * sizes.num_codes <= sizes.code_bytes <= 0.57 * sizes.num_codes
+    rule = phases.Wire.of(founded).rule
+
+    def problems(host: int) -> list[ConfigError]:
+        here = having(100 * GB, host=host)
+        fit = fitting.examine(founded, SETTINGS, Home(tmp_path), GPU, Fixed(), here=here)
+        return fit.problems
+
+    needed = phases.host_bytes(sizes.num_trained, rule, sizes.code_bytes)
+    (problem,) = problems(int(0.9 * needed) - 10)
+    assert "on the host" in problem.problem
+    assert problems(needed) == []
+
+
+def test_a_base_that_is_a_pickle_is_read_into_memory(tmp_path: Path) -> None:
+    folder, founded = tmp_path / "base", with_base("bfloat16")
+    folder.mkdir()
+    config = msgspec.structs.replace(SETTINGS, data=Data(base_model=str(folder)))
+    sizes = fitting.sizes_of(founded, config, GPU)
+    rule = phases.Wire.of(founded).rule
+    needed = phases.host_bytes(sizes.num_trained, rule, sizes.mapped_bytes)
+
+    def warnings() -> list[str]:
+        fit = fitting.examine(
+            founded, config, Home(tmp_path / "home"), GPU, Fixed(),
+            here=having(100 * GB, host=needed - 1),
+        )  # fmt: skip
+        return fit.warnings
+
+    (folder / "pytorch_model.bin").touch()
+    assert "on the host" in warnings()[0]
+    save_file({"x": torch.zeros(2, 2, dtype=torch.bfloat16)}, folder / "model.safetensors")
+    assert warnings() == [], "these are pages of the file"
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_what_joiners_cost_is_a_warning(tmp_path: Path, device: torch.device) -> None:
+    wire = phases.Wire.of(manifest())
+    most = phases.donor_bytes(COUNT, wire) - phases.host_bytes(COUNT, wire.rule)
+    assert most >= (4 + 2 * 4) * COUNT
+    room_there = phases.donor_bytes(COUNT, wire) - 1
+    if device == CPU:
+        room_there += 4 * WEIGHTS
+    here = having(room_there if device == CPU else 100 * GB, host=room_there)
+    fit = examine(tmp_path, Fixed(), here, device)
+    fit.require()
+    (warning,) = fit.warnings
+    assert "while joiners are given its model" in warning
+
+
+def test_a_base_of_another_type_needs_room_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is converted there at each start."""
+    home, folder = Home(tmp_path / "home"), tmp_path / "base"
+    folder.mkdir()
+    home.initial_model.mkdir(parents=True)
+    save_file({"x": torch.zeros(5000, 2000, dtype=torch.float16)}, folder / "model.safetensors")
+    config = msgspec.structs.replace(
+        SETTINGS, data=Data(base_model=str(folder)), checkpoint=Checkpoint(keep=1)
+    )
+    free = 2 * 13 * 10_000 + 64_000_000 + 20_000_000
+    for dtype, missing in (("bfloat16", 1), ("bfloat16", 0), ("float32", 1)):
+        there = free - missing
+        monkeypatch.setattr(room, "disk", lambda folder, n=there: Room(f"{folder}", n, n))
+        founded = with_base(dtype)  # type: ignore[arg-type]
+        fit = fitting.examine(founded, config, home, GPU, Fixed(), here=having(100 * GB))
+        assert bool(fit.problems) == bool(missing)
