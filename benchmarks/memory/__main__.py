@@ -4,7 +4,11 @@ Each state is measured in a process of its own, which begins with everything imp
 the process's largest memory minus what it had before: `resident` by the kernel's count (VmHWM, with
 the mapped pages of files, which it takes back when they are wanted), `anonymous` without files, as
 seen every few milliseconds. On a CPU that is all memory there is: a trainer's start includes the
-parameters (4 bytes) and, after a restart, the moments (8), which a peer with a GPU holds there.
+parameters (4 bytes) and, after a restart, the moments (8), which a peer with a GPU holds there. So
+does a founder's trial, from whose figure these 12 are taken for `init_host_bytes`.
+
+The base of the last homes is in float16 on the disk. Nodes hold it in bfloat16: a founder has a
+copy in that type, a joiner converts its own at each start.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from xpeer.mixing.received import received_payload
 from xpeer.trainer.assembled import Assembled
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup
+from xpeer.training.handed_out import narrow
 from xpeer.training.model import build
 from xpeer.wire import codec
 
@@ -47,6 +52,8 @@ CHANGES = (
     "optimiser.batch_records=2", "optimiser.sequence_tokens=16", "end.steps=100",
     "round.window_steps=2",
 )  # fmt: skip
+ON_DEVICE = 12
+"""Bytes of a trained parameter that a peer with a GPU holds there: it and its moments."""
 
 
 def main() -> None:
@@ -58,9 +65,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found, parameters = measure(Path(folder), config)
     worst = ("full_first_start", "full_restart", "full_save", "full_save_with_partners")
+    kept = [name for name in found if name.startswith("lora_") and name.endswith("_anonymous")]
     summary = {
         "trained_bytes": max(found[f"{name}_resident"] for name in worst),
-        "frozen_bytes": found["lora_bfloat16_start_anonymous"],
+        "frozen_bytes": max(found[name] for name in kept),
+        "init_host_bytes": round(found["full_init_anonymous"] - ON_DEVICE, 2),
+        "donor_host_bytes": found["full_donation_anonymous"],
         **found,
     }
     if not quick:
@@ -84,7 +94,7 @@ def measure(folder: Path, config: dict[str, Any]) -> tuple[dict[str, float], int
     _warm(file)
     found: dict[str, float] = {}
 
-    def state(name: str, run: Callable[[Callable[[], None]], None]) -> None:
+    def state(name: str, run: Callable[[Callable[[], None]], object]) -> None:
         peak = _in_child(lambda: _peak(run))
         for kind, size in peak.items():
             found[f"{name}_{kind}"] = round(size / parameters, 2)
@@ -98,18 +108,33 @@ def measure(folder: Path, config: dict[str, Any]) -> tuple[dict[str, float], int
     state("full_save", lambda begin: _save(full, begin, partners=0))
     state("full_save_with_partners", lambda begin: _save(full, begin, partners=2))
     state("full_restart", lambda _begin: _discard(assemble(full)))
-    state("full_export", lambda _begin: _export(folder / "full"))
-    for kind, path in (("float32", "f32"), ("bfloat16", "b16")):
+    state("full_export", lambda _begin: _export(folder / "full", "whole"))
+    state("full_donation", lambda begin: _give(full, begin))
+    state("full_init", lambda _begin: _found(folder / "founded", "--model-config", str(file)))
+    _in_child(lambda: _export(folder / "full", "f16", "--dtype", "float16"))
+    half = folder / "full" / "f16"
+    homes["float16"] = _in_child(lambda: _make_home(folder / "h16", None, LoraOptions(4), half))
+    for kind, path in (("float32", "f32"), ("bfloat16", "b16"), ("float16", "h16")):
         setup = _setup(folder / path, homes[kind]["swarm_id"])
         state(f"lora_{kind}_start", lambda _begin, s=setup: _discard(assemble(s)))  # type: ignore[misc]
         _in_child(lambda s=setup: _peak(lambda begin: _save(s, begin, partners=0)))  # type: ignore[misc]
-        state(f"lora_{kind}_export", lambda _begin, p=path: _export(folder / p))  # type: ignore[misc]
+        state(f"lora_{kind}_export", lambda _begin, p=path: _export(folder / p, "whole"))  # type: ignore[misc]
+        state(
+            f"lora_{kind}_merged_export",
+            lambda _begin, p=path: _export(folder / p, "merged", "--merged"),  # type: ignore[misc]
+        )
+    joins = _setup(folder / "h16", homes["float16"]["swarm_id"], base_model=half)
+    state("lora_float16_converted_start", lambda _begin: _discard(assemble(joins)))
+    arguments = "--model", str(half), "--lora-rank", "4"
+    state("lora_float16_init", lambda _begin: _found(folder / "adapted", *arguments))
     return found, parameters
 
 
-def _make_home(home: Path, config: Path, lora: LoraOptions | None) -> dict[str, Any]:
+def _make_home(
+    home: Path, config: Path | None, lora: LoraOptions | None, model: Path | None = None
+) -> dict[str, Any]:
     (home / "shard").mkdir(parents=True)
-    source: InitialModel = initial_model(None, config, None, lora)
+    source: InitialModel = initial_model(model, config, None, lora)
     manifest = draft_manifest(
         "memory", source, tokenizer=None, public_text=None, changes=CHANGES, privacy="off"
     )
@@ -120,14 +145,14 @@ def _make_home(home: Path, config: Path, lora: LoraOptions | None) -> dict[str, 
     return {"swarm_id": signed.genesis.swarm_id, "num_params": manifest.model.num_params}
 
 
-def _setup(home: Path, swarm_id: str) -> TrainerSetup:
+def _setup(home: Path, swarm_id: str, base_model: Path | None = None) -> TrainerSetup:
     return TrainerSetup(
         manifest_path=str(home / "manifest.json"),
         swarm_id=swarm_id,
         home=str(home),
         peer_id="measured",
         config=NodeConfig(
-            data=Data(shard=[str(home / "shard")]),
+            data=Data(shard=[str(home / "shard")], base_model=str(base_model or "")),
             training=Training(threads=1, device="cpu", validation_records=2),
             checkpoint=Checkpoint(every_s=3600.0),
             privacy=Privacy(register=str(home / "register")),
@@ -149,6 +174,29 @@ def _discard(made: Assembled) -> None:
 
 def _save(setup: TrainerSetup, begin: Callable[[], None], *, partners: int) -> None:
     """Save a checkpoint of a trainer that has taken a step."""
+    made = _stepped(setup, partners)
+    begin()
+    made.checkpoints.copy()()
+    made.close()
+
+
+def _give(setup: TrainerSetup, begin: Callable[[], None]) -> None:
+    """Hand the model to joiners twice, after a checkpoint, as trainer and daemon do together."""
+    made, copies = _stepped(setup, partners=2), []
+    form = made.trainer.manifest.state_form
+    begin()
+    made.checkpoints.copy()()
+    for _ in range(2):
+        region = bytearray(4 * form.num_params)  # shared, where these are two processes
+        made.trainer.show(torch.frombuffer(region, dtype=torch.float32))()
+        narrow(memoryview(region), form.num_params, form.codec)
+        copies.append(region[: form.num_bytes])
+        del region
+    made.close()
+
+
+def _stepped(setup: TrainerSetup, partners: int) -> Assembled:
+    """A trainer that has taken a step, and so many partners' values of every fragment."""
     made = assemble(setup)
     made.trainer.run(1)
     exchanges = made.trainer.exchanges
@@ -159,19 +207,29 @@ def _save(setup: TrainerSetup, begin: Callable[[], None], *, partners: int) -> N
             payload = codec.encode("int8", values)
             kept = received_payload(form, payload, slice(0, form.num_values), exchanges.buffers)
             exchanges.consolidation.merged(fragment, kept)
-    begin()
-    made.checkpoints.copy()()
-    made.close()
+    return made
 
 
-def _export(home: Path) -> None:
-    command = ["checkpoint", "export", "--home", str(home), "--hf", str(home / "export")]
-    done = CliRunner().invoke(xpeer, command, catch_exceptions=False)
+def _export(home: Path, name: str, *more: str) -> dict[str, Any]:
+    _run("checkpoint", "export", "--home", str(home), "--hf", str(home / name), *more)
+    return {}
+
+
+def _found(home: Path, *more: str) -> None:
+    """Found a swarm as an operator does, with its trial."""
+    changes = (f"--set={change}" for change in CHANGES)
+    where = "init", "--home", str(home), "--swarm", "memory", "--privacy", "off"
+    _run(*where, "--skip-estimate", *changes, *more)
+
+
+def _run(*arguments: str) -> None:
+    settings = {"XPEER_TRAINING_DEVICE": "cpu", "XPEER_TRAINING_THREADS": "1"}
+    done = CliRunner(env=settings).invoke(xpeer, arguments, catch_exceptions=False)
     if done.exit_code:
         raise SystemExit(done.output)
 
 
-def _peak(run: Callable[[Callable[[], None]], None]) -> dict[str, int]:
+def _peak(run: Callable[[Callable[[], None]], object]) -> dict[str, int]:
     """Largest memory in `run`, minus that before it, or at its call of `begin`; bytes."""
     before = most = 0
     resident = 0
