@@ -59,7 +59,8 @@ def measure(
             _worst(summary, key, found["ratio"], min)
             if not privacy_policy(mode).charges:
                 _worst(summary, "memory_ratio", found["memory_ratio"], max)
-                _worst(summary, "shared_and_saving_bytes", found["shared_and_saving_bytes"], max)
+                for name in ("arena_bytes", "checkpoint_bytes"):
+                    _worst(summary, name, found[name], max)
     return {"summary": {key: round(value, 4) for key, value in summary.items()}, **details}
 
 
@@ -76,10 +77,12 @@ def compare(case: Case, rounds: int, steps: int) -> dict[str, Any]:
             for turn in range(rounds + 1):
                 done = swarm.work(steps)
                 tokens, seconds, plain_peak = step(steps)
-                if turn:  # the first warms up
-                    speeds["swarm"].append(done.tokens / done.seconds)
-                    speeds["by hand"].append(tokens / seconds)
-                    exchanges += done.exchanges
+                if not turn:  # the first warms up
+                    swarm.save()
+                    continue
+                speeds["swarm"].append(done.tokens / done.seconds)
+                speeds["by hand"].append(tokens / seconds)
+                exchanges += done.exchanges
         memory = swarm.memory()
     ratios = [a / b for a, b in zip(speeds["swarm"], speeds["by hand"], strict=True)]
     return {
@@ -88,8 +91,9 @@ def compare(case: Case, rounds: int, steps: int) -> dict[str, Any]:
         "tokens_per_cpu_s": {who: statistics.median(found) for who, found in speeds.items()},
         "exchanges": exchanges,
         "memory": {**asdict(memory), "by hand": plain_peak},
-        "memory_ratio": (memory.peak - memory.arena) / plain_peak,
-        "shared_and_saving_bytes": (memory.arena + memory.checkpoint) / memory.num_params,
+        "memory_ratio": memory.own / plain_peak,
+        "arena_bytes": memory.arena / memory.num_params,
+        "checkpoint_bytes": memory.saving / memory.num_params,
     }
 
 

@@ -38,13 +38,20 @@ class Memory:
     """Of one trainer, in bytes."""
 
     peak: int
-    """The most while it trained, on a CPU, with what it shares with the daemon."""
+    """The most while it trained, on a CPU, with the two below."""
     arena: int
     """Shared with the daemon, for exchanges."""
     checkpoint: int
-    """More than before, while it saves."""
+    """What it copied to for a checkpoint, and keeps for the next one."""
+    saving: int
+    """More than before, while it saved."""
     num_params: int
     """That are trained."""
+
+    @property
+    def own(self) -> int:
+        """What a loop without partners and checkpoints needs as well."""
+        return self.peak - self.arena - self.checkpoint
 
 
 class Pair:
@@ -58,6 +65,7 @@ class Pair:
     def __init__(self, homes: list[Home], *, on_gpu: bool) -> None:
         self._homes, self._on_gpu = homes, on_gpu
         self._trainers = [_trainer_of(self._status(home).pid) for home in homes]
+        self._checkpoint = self._saving = 0
 
     def work(self, steps: int) -> Work:
         """Let both take at least so many steps, and rest again."""
@@ -81,16 +89,24 @@ class Pair:
             self._wait(home, lambda now: now.state == "paused")
             _wait_until_quiet(trainer)
 
-    def memory(self) -> Memory:
-        """Of the first one's trainer, which saves a checkpoint for that."""
+    def save(self) -> None:
+        """Have the first one's trainer save a checkpoint. What it trains after that counts for its
+        memory: a trainer keeps the memory of its copies.
+        """
         pid = self._trainers[0].pid
-        peak, arena = memory.largest(pid), memory.shared(pid)
         memory.begin_anew(pid)
         before = memory.resident(pid)
         call(["checkpoint", "save", "--home", str(self._homes[0].path)])
         _wait_until_quiet(self._trainers[0])
-        saving = max(0, memory.largest(pid) - before)
-        return Memory(peak, arena, saving, self._status(self._homes[0]).num_params)
+        self._saving = max(0, memory.largest(pid) - before)
+        self._checkpoint = max(0, memory.resident(pid) - before)
+        memory.begin_anew(pid)
+
+    def memory(self) -> Memory:
+        """Of the first one's trainer, since `save`."""
+        pid, params = self._trainers[0].pid, self._status(self._homes[0]).num_params
+        arena = memory.shared(pid)
+        return Memory(memory.largest(pid), arena, self._checkpoint, self._saving, params)
 
     def _seconds(self) -> float:
         if self._on_gpu:

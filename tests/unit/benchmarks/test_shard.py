@@ -33,4 +33,4 @@ def test_both_ways_make_the_tokens_of_all_rows(
     ours = ways.ours(rows, tokenizer, tmp_path / "cache")
     assert ours["documents"] == len(counts)
     assert ours["tokens"] == sum(counts.values()) + 2 * len(counts)  # begin and end of each
-    assert 0 < ours["peak_gb_over_start"] < ours["peak_gb"]
+    assert 0 < ours["resident_gb_over_start"] < ours["resident_gb"]
