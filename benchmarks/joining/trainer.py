@@ -104,7 +104,7 @@ class Notes:
             return loss
 
         Worker.narrow_state = narrow_and_count  # type: ignore[method-assign, assignment]
-        Worker.measure_state = measure_and_count  # type: ignore[method-assign]
+        Worker.measure_state = measure_and_count  # type: ignore[method-assign, assignment]
 
 
 def _waits() -> int:

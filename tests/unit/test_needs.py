@@ -29,7 +29,7 @@ class _AnyModel(InitialModel):
     def without_frozen(self, section: Model, tokenizer_vocab: int, sequence_tokens: int) -> Model:
         return section
 
-    def public_loss(self, manifest: Manifest, tokenizer: object) -> None:
+    def public_loss(self, manifest: Manifest, tokenizer: object, device: str) -> None:
         """It has no parameters."""
 
 

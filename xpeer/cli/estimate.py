@@ -41,7 +41,9 @@ _Again = Literal["auto", "on", "off"]
     "--lora-target", multiple=True, metavar="LAYER", help="Layers with adapters; see `xpeer init`."
 )
 @click.option(
-    "--lora-train", type=click.Choice(get_args(LoraTrain)), help="What is trained; see `xpeer init`."
+    "--lora-train",
+    type=click.Choice(get_args(LoraTrain)),
+    help="Trained factors; see `xpeer init`.",
 )
 @click.option(
     "--lora-from", type=GivenPath(), help="Folder of adapters to start from; see `xpeer init`."

@@ -307,7 +307,7 @@ def _loop(
 
 
 def _facts(swarm: _Swarm, text: Text, problem: str) -> TextFacts:
-    arguments = swarm.setup, swarm.manifest, swarm.tokenizer, swarm.home
+    arguments = swarm.setup, swarm.manifest, swarm.tokenizer, swarm.home.cache
     return TextFacts(
         num_records=len(text.records),
         corpus=text.share,

@@ -14,7 +14,6 @@ import torch
 
 from xpeer.manifest import Manifest
 from xpeer.privacy.clipping import RecordLosses
-from xpeer.privacy.steps import Records
 from xpeer.trainer.computing import Computing
 from xpeer.training.document import document_of
 from xpeer.training.losses import choose_losses, evaluate, inputs_of
@@ -73,7 +72,7 @@ def evaluation_of(
     model: torch.nn.Module,
     twin: Twin,
     computing: Computing,
-    held_out: Records,
+    held_out: torch.Tensor,
     beat: Callable[[], None],
 ) -> Evaluation:
     """Prepare to measure the model's losses, and those of values that joiners are given.
@@ -84,7 +83,7 @@ def evaluation_of(
         model: in training.
         twin: of the model. It measures on the public text alone.
         computing: how the model computes.
-        held_out: records of the shard's held-out text.
+        held_out: (n, T) int64: records of the shard's held-out text.
         beat: called after each pass.
     """
     document = document_of(manifest.public_text.text, "public text")

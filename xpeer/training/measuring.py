@@ -14,8 +14,8 @@ import torch
 from xpeer.errors import DivergedError, LocalError, PeerError, Reason, XpeerError
 from xpeer.escape import one_line, without_words
 from xpeer.manifest.round import Round
-from xpeer.privacy.fitting import out_of_memory
 from xpeer.privacy.steps import Records
+from xpeer.shortage import out_of_memory
 from xpeer.training.schedule import Counters
 from xpeer.training.worktime import WorkTime
 

@@ -76,5 +76,5 @@ def _is_structure(value: object) -> bool:
 def _beside(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Another queue of the device: in training's own one steps would wait for what is measured."""
     if device.type == "cuda":
-        return torch.cuda.stream(torch.cuda.Stream(device))
+        return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     return contextlib.nullcontext()

@@ -18,7 +18,6 @@ from tests.unit.training.loops import trainer_with
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.founding_model import LoraOptions
 from xpeer.manifest.model import Lora
-from xpeer.trainer import evaluating
 from xpeer.trainer.build import assemble
 from xpeer.trainer.evaluating import BESIDE_RECORDS, Public
 from xpeer.training.adapters import adapt
@@ -163,7 +162,7 @@ def test_a_few_records_tell_of_all() -> None:
     records[::3, 12:] = -1  # filled up: means are by token
     losses, passed = choose_losses(model)[0], list[int]()
     public = Public(records, cast(Any, computing), lambda: None)
-    real = evaluating.evaluate
+    real = evaluate
 
     def counted(model: Any, some: torch.Tensor, **more: Any) -> float:
         passed.append(len(some))
