@@ -54,6 +54,8 @@ _TINY: Final = 0.01
 """With the largest noise, any larger epsilon can be kept, however many steps there are."""
 _LARGE: Final = 1e9
 """Trained parameters are never larger. If they are, the learning rate is a slip."""
+_PIECE: Final = 1 << 22
+"""Values that are compared at a time."""
 _CLOSE: Final = 1e-3
 """Largest relative difference of logits of the same model, since the order of sums differs."""
 
@@ -247,7 +249,7 @@ def _step(made: Assembled, manifest: Manifest, steps: int, report: Report) -> tu
         if trainer.counters.step <= number:
             raise LocalError("the trial took no step: the run ends before it begins", "see end.*")
     values = trainer.parameters.read()
-    if not float(values.abs().max()) < _LARGE:  # nan, too
+    if not all(float(piece.abs().max()) < _LARGE for piece in values.split(_PIECE)):  # nan, too
         raise ConfigError(
             f"manifest optimiser.learning_rate = {manifest.optimiser.learning_rate:g}: after "
             f"{steps} steps of the trial the parameters are not finite, or very large",
@@ -284,8 +286,8 @@ def _exchange(made: Assembled, manifest: Manifest, report: Report) -> None:
             f"with themselves fails: {e}",
             "choose another codec, or another round.mask_step and round.mask_bits",
         ) from e
-    after = trainer.parameters.read()
-    if exchanges.rule.is_plain and not torch.allclose(before, after, atol=1e-6):
+    pieces = zip(before.split(_PIECE), trainer.parameters.read().split(_PIECE), strict=True)
+    if exchanges.rule.is_plain and not all(torch.allclose(*two, atol=1e-6) for two in pieces):
         raise LocalError(
             "an exchange of the parameters with themselves changed them", "report this as a bug"
         )
