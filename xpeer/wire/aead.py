@@ -27,6 +27,12 @@ _FUNCTIONS: Final[dict[Cipher, tuple[Any, Any]]] = {
 }
 
 
+_lent = ffi.from_buffer
+"""A buffer for C, to be used by `with`: it has to be given back before an error goes on. CPython
+3.11 crashes if its garbage collector finds a memoryview together with such a buffer, as in the
+frames of an error that refer to one another."""
+
+
 class ForgedError(Exception):
     """What was to be opened was not sealed with this key, nonce and associated data."""
 
@@ -57,11 +63,10 @@ class Aead:
         size = len(plaintext)
         if len(nonce) != NONCE_BYTES or len(out) != size + TAG_BYTES:
             raise ValueError("nonce or buffer of the wrong size")
-        source = ffi.from_buffer(plaintext)
-        target = ffi.from_buffer(out, require_writable=True)
-        self._encrypt(
-            *(target, ffi.NULL, source, size, data, len(data), ffi.NULL, nonce, self._key)
-        )
+        with _lent(plaintext) as source, _lent(out, require_writable=True) as target:
+            self._encrypt(
+                *(target, ffi.NULL, source, size, data, len(data), ffi.NULL, nonce, self._key)
+            )
 
     def open_into(self, nonce: bytes, sealed: Buffer, data: bytes, out: Buffer) -> None:
         """Decrypt into a buffer of exactly the plaintext's size.
@@ -74,11 +79,11 @@ class Aead:
             raise ForgedError
         if len(nonce) != NONCE_BYTES or len(out) != size:
             raise ValueError("nonce or buffer of the wrong size")
-        source = ffi.from_buffer(sealed)
-        target = ffi.from_buffer(out, require_writable=True)
-        failed = self._decrypt(
-            *(target, ffi.NULL, ffi.NULL, source, len(sealed), data, len(data), nonce, self._key)
-        )
+        with _lent(sealed) as source, _lent(out, require_writable=True) as target:
+            failed = self._decrypt(
+                *(target, ffi.NULL, ffi.NULL, source, len(sealed), data, len(data)),
+                *(nonce, self._key),
+            )
         if failed:
             raise ForgedError
 

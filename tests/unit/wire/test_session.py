@@ -343,3 +343,15 @@ def test_a_frame_over_the_limit_is_our_bug(pair):
     a, _ = established(pair)
     with pytest.raises(ValueError, match="at most"):
         seal(a, b"x" * (FRAME_BYTES + 1))
+
+
+@pytest.mark.parametrize("cipher", supported())
+def test_an_error_holds_no_buffer(cipher: Cipher) -> None:
+    """CPython 3.11 crashes once its garbage collector finds such a buffer with its memoryview."""
+    key, size = Aead(cipher, bytes(32)), 100
+    sealed, out = memoryview(bytearray(size + TAG_BYTES)), memoryview(bytearray(size))
+    with pytest.raises(ForgedError) as forged:
+        key.open_into(bytes(12), sealed, b"", out)
+    assert forged.tb is not None  # the frames are alive
+    for view in (sealed, out):
+        view.release()  # BufferError while C may write there
