@@ -164,7 +164,7 @@ def test_joiners_one_after_another_cost_the_training_thread_no_evaluation(
     assert steps == sorted(set(steps))  # each was given what had been trained by then
     for values, loss in zip(given, losses, strict=True):
         with trainer.parameters.with_values(values):
-            assert trainer.measurements.public_of_others() == pytest.approx(loss, rel=0.01)
+            assert trainer.measurements.public_of_others() == pytest.approx(loss, rel=0.05)
 
 
 def test_a_copy_is_measured_on_one_core(tmp_path: Path) -> None:
