@@ -249,7 +249,9 @@ def _step(made: Assembled, manifest: Manifest, steps: int, report: Report) -> tu
         if trainer.counters.step <= number:
             raise LocalError("the trial took no step: the run ends before it begins", "see end.*")
     values = trainer.parameters.read()
-    if not all(float(piece.abs().max()) < _LARGE for piece in values.split(_PIECE)):  # nan, too
+    if not all(
+        float(piece.abs().max()) < _LARGE for piece in torch.split(values, _PIECE)
+    ):  # nan, too
         raise ConfigError(
             f"manifest optimiser.learning_rate = {manifest.optimiser.learning_rate:g}: after "
             f"{steps} steps of the trial the parameters are not finite, or very large",
@@ -286,7 +288,9 @@ def _exchange(made: Assembled, manifest: Manifest, report: Report) -> None:
             f"with themselves fails: {e}",
             "choose another codec, or another round.mask_step and round.mask_bits",
         ) from e
-    pieces = zip(before.split(_PIECE), trainer.parameters.read().split(_PIECE), strict=True)
+    pieces = zip(
+        torch.split(before, _PIECE), torch.split(trainer.parameters.read(), _PIECE), strict=True
+    )
     if exchanges.rule.is_plain and not all(torch.allclose(*two, atol=1e-6) for two in pieces):
         raise LocalError(
             "an exchange of the parameters with themselves changed them", "report this as a bug"
