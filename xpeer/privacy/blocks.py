@@ -113,10 +113,10 @@ class _Kept:
 
     Attributes:
         allowed: True iff few of them are kept.
-        happened: True iff some were, since somebody asked last.
+        of_a_record: values of the largest record of which they were kept, since `forget`.
     """
 
-    allowed, happened = True, False
+    allowed, of_a_record = True, 0
 
 
 def kept_values(device: torch.device) -> int:
@@ -126,17 +126,22 @@ def kept_values(device: torch.device) -> int:
     return _CPU_KEPT if device.type == "cpu" else _DEVICE_KEPT
 
 
-def are_kept(num_values: int, device: torch.device) -> bool:
-    """Whether a pass keeps the gradients of its logits, so many values."""
+def are_kept(num_values: int, num_records: int, device: torch.device) -> bool:
+    """Whether a pass of some records keeps the gradients of its logits, so many values."""
     kept = _Kept.allowed and num_values <= kept_values(device)
-    _Kept.happened |= kept
+    if kept:
+        _Kept.of_a_record = max(_Kept.of_a_record, -(-num_values // max(1, num_records)))
     return kept
 
 
-def were_kept() -> bool:
-    """Whether a pass kept them since this was asked last."""
-    kept, _Kept.happened = _Kept.happened, False
-    return kept
+def forget() -> None:
+    """Forget which passes there were."""
+    _Kept.of_a_record = 0
+
+
+def would_not_be_kept(num_records: int, device: torch.device) -> bool:
+    """Whether passes kept them, since `forget`, that would not as passes of so many records."""
+    return _Kept.of_a_record * num_records > kept_values(device)
 
 
 @contextmanager

@@ -50,6 +50,8 @@ COARSE: Final = 0.25
 """Both, between passes that round differently in bfloat16."""
 COUPLING_MAX: Final = 1e-3
 """Largest relative difference between a record's loss alone and its loss in a batch."""
+ANY: Final = 1 << 30
+"""So many records are more than any pass has."""
 _SILENT: Final = 1e-6
 """Fraction of C to which the others of a batch are clipped, when one record's part is measured."""
 _PAIR: Final = 2
@@ -74,12 +76,14 @@ class Bench:
         losses: the loss that all candidates use.
         sample: (n, T) int64 records.
         relieve: see `Options.relieve`.
+        most_records: records of the largest pass in training.
     """
 
     model: nn.Module
     losses: Switchable
     sample: Tensor
     relieve: Callable[[], str] = _unchanged
+    most_records: int = ANY
 
     def zeros(self) -> list[Tensor]:
         """Sums of nothing."""
@@ -194,9 +198,10 @@ def _agreeing(
             name = engine.name
             if only not in (None, name):
                 continue
-            blocks.were_kept()
+            blocks.forget()
             problem = _problem(bench, engine, clip_norm, expected, coarse=coarse)
-            if not problem and blocks.were_kept():
+            most = bench.most_records
+            if not problem and blocks.would_not_be_kept(most, bench.sample.device):
                 with blocks.none_kept():  # as in training's larger passes
                     problem = _problem(bench, engine, clip_norm, expected, coarse=coarse)
         except Exception as e:  # noqa: BLE001 - after any failure the next engine may work

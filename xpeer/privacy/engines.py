@@ -20,7 +20,7 @@ from xpeer.privacy.clipping import (
     RecordLosses,
     trainable,
 )
-from xpeer.privacy.engine_check import Bench, Candidate, Refused, right_ones
+from xpeer.privacy.engine_check import ANY, Bench, Candidate, Refused, right_ones
 from xpeer.privacy.engine_memory import EngineMemory
 from xpeer.privacy.steps import FULL, Precision, Records, Switchable
 
@@ -56,6 +56,7 @@ def choose_engine(
     memory: EngineMemory | None = None,
     precision: Precision = FULL,
     relieve: Callable[[], str] = lambda: "",
+    most_records: int = ANY,
 ) -> Choice:
     """Choose last time's engine if it is still right, else the fastest that is right.
 
@@ -73,6 +74,8 @@ def choose_engine(
         precision: of steps. Engines are compared in float32 first, and timed in this. A
             `Switchable` loss keeps it.
         relieve: see `Options.relieve`. What it changes stays changed, since steps need it, too.
+        most_records: records of the largest pass of a step; what only larger ones would do is not
+            tested.
 
     Raises:
         ConfigError: records influence one another in this model, no parameter is trained, or the
@@ -89,7 +92,7 @@ def choose_engine(
             lambda: BookKeepingEngine(model, losses, **options),
             lambda: FunctionalEngine(model, losses, **options),
         ]
-    tested = Bench(model, losses, sample, relieve), candidates, precision
+    tested = Bench(model, losses, sample, relieve, most_records), candidates, precision
     known = memory.recall() if memory is not None else None
     if known is not None and (engine := _again(*tested, known[0])):
         return Choice(engine, known[1])

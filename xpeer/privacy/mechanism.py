@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,9 @@ from xpeer.status import PrivacySpent
 from xpeer.update import PrivacyStamp, PrivateUpdate, RawUpdate
 
 __all__ = ["Mechanism", "OffMechanism", "RecordMechanism", "build_mechanism"]
+
+_MOST_BATCHES: Final = 4
+"""A drawn batch has at most so many times the expected records."""
 
 
 class Mechanism(Protocol):
@@ -279,6 +282,7 @@ def _engine(
         memory=memory,
         precision=options.precision,
         relieve=options.relieve,
+        most_records=micro_batch or _MOST_BATCHES * expected,
     )
 
 

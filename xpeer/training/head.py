@@ -125,7 +125,7 @@ def losses_of_tokens(head: Head, hidden: Tensor, targets: Tensor, cross_entropy:
     # torch.func knows neither of what follows
     usual = torch.is_grad_enabled() and not transformed(hidden)
     watch = watch_of(layer) if usual and type(layer) is nn.Linear else None
-    if watch is not None and are_kept(vocabulary * targets.numel(), hidden.device):
+    if watch is not None and are_kept(vocabulary * targets.numel(), len(targets), hidden.device):
         watch = None  # the layer is called, and its factors are kept
     logits = _CPU_LOGITS_FROZEN if head.frozen or watch is not None else _CPU_LOGITS
     if hidden.device.type != "cpu":

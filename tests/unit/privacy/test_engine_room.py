@@ -166,7 +166,7 @@ def test_memory_that_runs_out_once_refuses_nothing(precision: str) -> None:
         )  # fmt: skip
 
     assert choose().engine.name == "book-keeping"
-    for fails_at in range(calls):
+    for fails_at in range(0, calls, 1 if calls < 40 else 3):
         choice = choose()
         assert choice.engine.name == "book-keeping", (fails_at, choice.reason)
         assert "refused" not in choice.reason, (fails_at, choice.reason)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.unit.privacy.models import LENGTH, VOCABULARY, adapted, gpt2, llama, some_records
 from xpeer.manifest.model import Lora
-from xpeer.privacy import blocks
+from xpeer.privacy import blocks, engine_check
 from xpeer.privacy.blocks import Blocked, BlockedCall
 from xpeer.privacy.clipping import (
     BookKeepingEngine,
@@ -330,3 +330,21 @@ def test_adapters_of_the_output_layer_keep_all_logits_and_it_is_said() -> None:
     assert "gradients of all its logits" in kept_logits(adapt(cast(Any, MODELS["llama"]()), lora))
     for name in ("llama", "llama-tied", "llama-lora"):
         assert kept_logits(MODELS[name]()) == ""
+
+
+@pytest.mark.parametrize(("most", "times"), [(4, 1), (10**6, 2)])
+def test_blocks_are_tested_if_training_may_need_them(
+    most: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tests = MODELS["llama"](), list[bool]()
+    real = engine_check._problem
+
+    def counted(*arguments: Any, **more: Any) -> str:
+        tests.append(True)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(engine_check, "_problem", counted)
+    losses = Switchable(choose_losses(model)[0])
+    candidates = [lambda: BookKeepingEngine(model, losses)]
+    choose_engine(model, losses, some_records()[:4], candidates=candidates, most_records=most)
+    assert len(tests) == times
