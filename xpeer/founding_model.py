@@ -209,6 +209,7 @@ def initial_model(
     config_file: Path | None,
     preset: str | None,
     lora: LoraOptions | None = None,
+    near: Path | None = None,
 ) -> InitialModel:
     """Load or draw the initial parameters. At most one source may be given; default: preset small.
 
@@ -217,9 +218,12 @@ def initial_model(
         config_file: a model's config.json, for random weights.
         preset: a key of `PRESETS`, for random weights.
         lora: train adapters of that model; None = train all of it.
+        near: folder on a disk where the frozen weights of a folder are converted, if they have
+            another type; None = in memory.
 
     Raises:
         ConfigError: there is more than one source, it can't be read, or it has no layers to adapt.
+        LocalError: `near` can't be written.
     """
     from xpeer.training import flat, kept, losses, model  # noqa: PLC0415 - torch takes seconds
     from xpeer.training.held import DTYPES, hold  # noqa: PLC0415
@@ -230,7 +234,8 @@ def initial_model(
     origin = Origin()
     held = _base_dtype(folder, lora)
     if folder is not None:
-        module = model.from_folder(folder, dtype=DTYPES[held])
+        # weights that are trained have to be memory
+        module = model.from_folder(folder, dtype=DTYPES[held], near=near if lora else None)
         config = model.read_config(folder)
         origin = Origin(folder, kept.read_generation(folder))
     else:

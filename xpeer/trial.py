@@ -54,7 +54,7 @@ _TINY: Final = 0.01
 """With the largest noise, any larger epsilon can be kept, however many steps there are."""
 _LARGE: Final = 1e9
 """Trained parameters are never larger. If they are, the learning rate is a slip."""
-_PIECE: Final = 1 << 22
+_PIECE: Final = 1 << 18
 """Values that are compared at a time."""
 _CLOSE: Final = 1e-3
 """Largest relative difference of logits of the same model, since the order of sums differs."""
@@ -297,6 +297,7 @@ def _exchange(made: Assembled, manifest: Manifest, report: Report) -> None:
         )
     what = f"{sent.form.codec}, {payload.nbytes:,} bytes"
     report(f"one exchange with itself ({what}) ... {_since(began)}")
+    exchanges.buffers.clear()  # there is no second exchange
 
 
 def _sum(form: Form, payload: memoryview, parties: int) -> memoryview:

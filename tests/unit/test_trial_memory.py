@@ -45,8 +45,8 @@ def test_one_model_is_gone_before_the_next_is_made(
     alive: list[tuple[int, int]] = []
     from xpeer.cli import init as command_module  # the module of `xpeer init`
 
-    def drawn(*arguments: Any) -> Any:
-        made = initial_model(*arguments)
+    def drawn(*arguments: Any, **options: Any) -> Any:
+        made = initial_model(*arguments, **options)
         founders.show(made.module)
         return made
 

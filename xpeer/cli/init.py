@@ -239,7 +239,8 @@ def init(
         rank_stabilised=lora_rank_stabilised,
         base=base_dtype,
     )
-    source = initial_model(model, model_config, preset, lora)
+    disk = next(folder for folder in home.path.absolute().parents if folder.is_dir())
+    source = initial_model(model, model_config, preset, lora, near=disk)
     manifest = draft_manifest(
         str(name),
         source,

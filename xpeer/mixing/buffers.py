@@ -35,3 +35,8 @@ class Buffers:
         with self._lock:
             self._spare.append(tensor)
             del self._spare[: -self._most]
+
+    def clear(self) -> None:
+        """Keep no spare tensor."""
+        with self._lock:
+            self._spare.clear()

@@ -134,19 +134,21 @@ def packed_addition(
 ) -> torch.Tensor:
     """Compress what consolidation adds, for a checkpoint: (bytes,) uint8, a byte a parameter.
 
+    Needs memory for all parameters and a fragment.
+
     Args:
         flat: (num_params padded to whole lines,) float32, CPU: our own.
         fragments: how they are cut.
         received: what `Consolidation.now` returned.
     """
     added, out = torch.zeros_like(flat), _payload(fragments.num_params)
+    values = torch.empty(max((fragments.size(fragment) for fragment in received), default=0))
     for fragment, kept in received.items():
-        first, *others = kept
-        total = codec.decode(first.form, codec.view(first.payload))
-        for values in others:
-            total += codec.decode(values.form, codec.view(values.payload))
-        total.sub_(fragments.gather(flat, fragment), alpha=len(kept))
-        fragments.add_(added, fragment, total.div_(1 + len(kept)))
+        one, weight = values[: fragments.size(fragment)], 1 / (1 + len(kept))
+        for sent in kept:
+            codec.decode(sent.form, codec.view(sent.payload), out=one)
+            fragments.add_(added, fragment, one, weight)
+        fragments.add_(added, fragment, fragments.gather(flat, fragment, one), -len(kept) * weight)
     codec.encode_into(_KEPT, added[: fragments.num_params], codec.view(out))
     return out
 

@@ -105,8 +105,8 @@ def _size(entry: Mapping[str, Any], dtype: torch.dtype) -> int:
 
 def _unwritable(folder: Path, wanted: int, error: OSError) -> LocalError:
     return LocalError(
-        f"the base model is converted at each start, and {size(wanted)} of it can't be written in "
-        f"{folder}: {error.strerror or error}",
+        f"the base model is converted at init and at each start, and {size(wanted)} of it can't be "
+        f"written in {folder}: {error.strerror or error}",
         "free space there; or save the base model in the swarm's model.base_dtype, and name that "
-        "copy in data.base_model",
+        "copy (--model at init, else data.base_model)",
     )

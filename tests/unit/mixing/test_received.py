@@ -101,6 +101,16 @@ def test_a_checkpoint_carries_it(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.load(checkpoint.save(tmp_path, alone)).consolidated(), own)
 
 
+def test_a_checkpoint_adds_what_an_export_does() -> None:
+    """Two partners of one fragment, one of another, none of the third."""
+    own, fragments, kept = randn(P, 0), Fragments(P, 3), Consolidation(Buffers(4))
+    for seed, fragment in ((1, 0), (2, 0), (3, 2)):
+        kept.merged(fragment, shown_by(own + 0.01 * randn(P, seed), fragments, fragment))
+    added = received.packed_addition(padded_with_zeros(own), fragments, kept.now())
+    expected = consolidated(own, fragments, kept)
+    assert torch.allclose(received.unpacked(own, added), expected, atol=1e-4)
+
+
 def test_memory_is_used_again_unless_somebody_may_be_reading_it() -> None:
     fragments, buffers = Fragments(P, 1), Buffers(4)
     kept = Consolidation(buffers)

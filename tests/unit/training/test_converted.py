@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.cases.support import model_folder
+from tests.unit.test_trial import init
 from tests.unit.trainer.test_trainer_process import with_config
 from tests.unit.training.homes import make_homes
 from xpeer.config import Home
@@ -87,6 +88,21 @@ def test_a_joiner_converts_in_its_home(tmp_path: Path, read: list[set[torch.dtyp
     made.close()
     assert read == [{torch.bfloat16}]
     assert not list(home.cache.glob(".writing-*"))
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_a_founder_converts_what_stays_frozen_beside_its_home(
+    tmp_path: Path, read: list[set[torch.dtype]], adapters: bool
+) -> None:
+    """Weights that are trained are memory in any case."""
+    folder, beside = half(tmp_path), tmp_path / "beside"
+    beside.mkdir()
+    home, options = beside / "new" / "home", ["--lora-rank", "2"] if adapters else []
+    read.clear()
+    code, err = init(home, "--model", str(folder), "--skip-trial", "--skip-estimate", *options)
+    assert code == 0, err
+    assert read[0] == {torch.bfloat16 if adapters else torch.float16}
+    assert not list(beside.glob(".writing-*"))
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
