@@ -154,7 +154,8 @@ def running(folder: Path, case: Case) -> Iterator[Pair]:
         token = call(
             ["invite", "create", "--home", str(homes[0].path), "--for", peer, "--seed", seed]
         )
-        base = ["--model", str(case.model)] if case.model else []
+        base = ["--base-model", str(case.model or homes[0].initial_model)]
+        base = base if case.kind == "lora" else []
         call(["init", *places[1], *base, "--join", token])
         _start(daemons, homes[1], case)
         for home in homes:

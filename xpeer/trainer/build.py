@@ -20,6 +20,7 @@ from xpeer.errors import ConfigError
 from xpeer.estimate.fit import Fit
 from xpeer.manifest import Manifest
 from xpeer.manifest.signed import SignedManifest
+from xpeer.mixing.cut import largest
 from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
@@ -221,10 +222,16 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
 def _model(swarm: _Swarm, device: torch.device, *, fresh: bool) -> torch.nn.Module:
     """Build the model on its device; with the initial parameters if fresh, else with any."""
     config, manifest = swarm.config, swarm.manifest
-    kernels.configure(compile=config.training.compile_codec)
+    kernels.configure(compile=config.training.compile_codec and _has_large_payloads(manifest))
     model = model_of(manifest, swarm.home, config.data.base_model, fresh=fresh).to(device)
     check_fits(model, swarm.tokenizer.vocab_size, manifest.optimiser.sequence_tokens)
     return model
+
+
+def _has_large_payloads(manifest: Manifest) -> bool:
+    """Whether exchanges need compiled kernels; torch's compiler alone takes 150 MB."""
+    of = manifest.round
+    return kernels.is_large(of.policy.vectors * largest(manifest.model.num_params, of.fragments))
 
 
 def _declare(

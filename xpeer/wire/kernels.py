@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import torch
 
+from xpeer.forms import BLOCK
 from xpeer.wire.blockwise import Blocks
 
 log = logging.getLogger("xpeer.codec")
@@ -36,6 +37,11 @@ def configure(*, compile: bool) -> None:
     that reads a checkpoint and ends would only lose the seconds that compiling takes.
     """
     _state.allowed = compile
+
+
+def is_large(num_values: int) -> bool:
+    """Whether an input of so many values would run compiled."""
+    return num_values // BLOCK >= ROWS
 
 
 def compiling() -> bool:

@@ -78,9 +78,9 @@ def prepare(form: Form, *, stochastic: bool = False, decoded: bool = False) -> N
         stochastic: whether payloads will be rounded with a dither.
         decoded: whether `difference` will get Q(own) instead of our payload.
     """
-    large = Form(form.codec, kernels.ROWS * BLOCK)
-    if form.codec in FLOATS or not kernels.compiling() or form.num_values < large.num_values:
+    if form.codec in FLOATS or not (kernels.compiling() and kernels.is_large(form.num_values)):
         return
+    large = Form(form.codec, kernels.ROWS * BLOCK)
     payload = encode(form.codec, torch.zeros(large.num_values), dither=0 if stochastic else None)
     own = decode(large, payload)
     difference(large, own if decoded else payload, payload)
