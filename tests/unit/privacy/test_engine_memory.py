@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.privacy.models import llama, record_losses, some_records
+from xpeer.privacy import engines
 from xpeer.privacy.clipping import Bound, Clipped, MicrobatchEngine
 from xpeer.privacy.engine_memory import NAME, EngineMemory, setting_of
 from xpeer.privacy.engines import choose_engine
@@ -25,7 +27,9 @@ class Timed(MicrobatchEngine):
 
     def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         self.bench.runs[self.name] = self.bench.runs.get(self.name, 0) + len(records)
-        self.bench.now += self.bench.seconds[self.name] * len(records)
+        timed = len(records) == 8
+        factor = self.bench.slowed.pop(0) if timed and self.name == "b" and self.bench.slowed else 1
+        self.bench.now += factor * self.bench.seconds[self.name] * len(records)
         told = super().accumulate(records, clip_norm, sums)
         if self.name == self.bench.wrong:
             for total in sums:
@@ -41,6 +45,8 @@ class Bench:
         self.seconds = {"a": 3.0, "b": 2.0, "c": 100.0, "one": 9.0}
         self.wrong, self.now = "", 0.0
         self.runs: dict[str, int] = {}
+        self.slowed: list[float] = []
+        """By how much other processes slow the first timed passes of engine b."""
 
     def choose(self, memory: EngineMemory | None) -> str:
         self.runs.clear()
@@ -123,3 +129,21 @@ def test_a_setting_is_of_model_batch_and_details() -> None:
     assert known != setting_of(model, records, "record", 9)
     next(model.parameters()).requires_grad_(False)
     assert known != setting_of(model, records, "record", 8)
+
+
+def test_a_pass_that_others_slowed_does_not_decide(bench: Bench) -> None:
+    """An engine that a busy moment chose would be remembered."""
+    bench.seconds = dict.fromkeys(bench.seconds, 0.01) | {"b": 0.001}
+    bench.slowed = [20.0, 15.0]
+    assert bench.choose(None) == "b"
+    bench.slowed = [20.0, 15.0, 20.0]
+    assert bench.choose(None) == "a"
+
+
+def test_where_one_thread_computes_its_own_seconds_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert engines._clock_of(cpu) is time.thread_time
+    assert engines._clock_of(torch.device("cuda")) is time.perf_counter
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert engines._clock_of(cpu) is time.perf_counter
