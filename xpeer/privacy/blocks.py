@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from xpeer.errors import ConfigError
+from xpeer.privacy.products import bmm
 
 _CPU_BLOCK: Final = 1 << 22
 """Values of a block on a processor."""
@@ -59,7 +60,7 @@ class Blocked:
         """Rows of the gradients, (B, stop - start, d) float32; the caller may change them."""
         rows = self.rows(start, stop)
         self._measured[start, stop] = _checksum(rows)
-        return torch.bmm(rows.float().transpose(1, 2), self.cols.float())
+        return bmm(rows.transpose(1, 2), self.cols)
 
     def sums(self) -> Tensor:
         """The sum over tokens, without the other factor: (B, p) float32; of a bias."""

@@ -1,0 +1,60 @@
+"""Factors in 16 bits are multiplied by way of 16 bits, and nothing is lost."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from xpeer.privacy import products
+from xpeer.privacy.products import bmm
+
+
+def factors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(3, 127, width, generator=generator) for width in (40, 56))
+    return one.to(dtype).transpose(1, 2), two.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_product_is_that_of_float32(dtype: torch.dtype) -> None:
+    one, two = factors(dtype)
+    exact = torch.bmm(one.double(), two.double())
+    found = bmm(one, two)
+    assert found.dtype == torch.float32
+    assert float((found - exact).abs().max() / exact.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_setting_holds_for_exact_products_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, seen = SimpleNamespace(fp32_precision="as before"), []
+    real = torch.bmm
+
+    def multiply(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        seen.append(setting.fp32_precision)
+        return real(one, two)
+
+    monkeypatch.setattr(products, "_WAYS", {"cpu": (setting, "fewer")})
+    monkeypatch.setattr(torch, "bmm", multiply)
+    bmm(*factors(dtype))
+    assert seen == ["fewer" if dtype == torch.bfloat16 else "as before"]
+    with pytest.raises(RuntimeError):
+        bmm(*reversed(factors(dtype)))
+    assert setting.fp32_precision == "as before"
+
+
+def test_all_devices_have_the_setting() -> None:
+    for setting, _ in products._WAYS.values():
+        assert isinstance(setting.fp32_precision, str)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_a_gpu_loses_nothing_either() -> None:
+    one, two = factors(torch.bfloat16)
+    exact = torch.bmm(one.double(), two.double())
+    found = bmm(one.cuda(), two.cuda()).cpu()
+    assert float((found - exact).abs().max() / exact.abs().max()) < 1e-6
