@@ -4,8 +4,9 @@ Each state is measured in a process of its own, which begins with everything imp
 the process's largest memory minus what it had before: `resident` by the kernel's count (VmHWM, with
 the mapped pages of files, which it takes back when they are wanted), `anonymous` without files, as
 seen every few milliseconds. On a CPU that is all memory there is: a trainer's start includes the
-parameters (4 bytes) and, after a restart, the moments (8), which a peer with a GPU holds there. So
-does a founder's trial, from whose figure these 12 are taken for `init_host_bytes`.
+parameters (4 bytes) and, after a restart, the moments (8), which a peer with a GPU holds there. A
+founder's trial includes them and a gradient (4): these 16 are taken from its figure for
+`init_host_bytes`.
 
 The base of the last homes is in float16 on the disk. Nodes hold it in bfloat16: a founder has a
 copy in that type, a joiner converts its own at each start.
@@ -43,17 +44,18 @@ from xpeer.training.model import build
 from xpeer.wire import codec
 
 CONFIG = {
-    "model_type": "llama", "vocab_size": 320, "hidden_size": 640, "intermediate_size": 1760,
+    "model_type": "llama", "vocab_size": 320, "hidden_size": 960, "intermediate_size": 2640,
     "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
     "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
-"""40 million parameters."""
+"""90 million parameters: what a process takes besides is less than one byte of each."""
 CHANGES = (
     "optimiser.batch_records=2", "optimiser.sequence_tokens=16", "end.steps=100",
     "round.window_steps=2",
 )  # fmt: skip
-ON_DEVICE = 12
-"""Bytes of a trained parameter that a peer with a GPU holds there: it and its moments."""
+ON_DEVICE = 16
+"""Bytes of a trained parameter that a founder with a GPU holds there: it, its gradient, and its
+moments."""
 
 
 def main() -> None:

@@ -21,18 +21,15 @@ from xpeer.policies import RulePolicy
 
 PROCESS: Final = 620 << 20
 """A trainer before there is a model: torch, transformers, accounts."""
-_TRIAL: Final = 32
-"""Bytes of a trained parameter in a founder's trial: the model as it was loaded or drawn, and an
-exchange with itself, whose values before and after are compared. Later a checkpoint's copies and
-the model that is built again take their place: 24."""
 _BUILT: Final = 7
-"""The same in a first start, before the parameters are on their device."""
+"""Bytes of a trained parameter in a first start, before the parameters are on their device."""
 _RESTART: Final = 12.1
 """The same in a start from a checkpoint; on a CPU its parameters and moments are among them."""
 _COPIES: Final = 12
 """Bytes of a trained parameter that are copied for a checkpoint: values and moments."""
 _SAVE: Final = 8 + _COPIES
-"""Bytes of a trained parameter while a checkpoint is written: with partners' values."""
+"""Bytes of a trained parameter while a checkpoint is written: with partners' values. In a founder's
+trial, which writes one, nothing takes more."""
 _SHARED: Final = 4
 """Bytes of each parameter in the memory that daemon and trainer share for a donation."""
 _DONATIONS: Final = 2
@@ -172,7 +169,7 @@ def phases_of(step: StepMemory, wire: Wire, checkpoints: int, *, private: bool) 
         Phase(
             name="init",
             device=step.peak,
-            host=host(_TRIAL + kept) + frozen,
+            host=host(_SAVE + kept) + frozen,
             disk=source + file + 8 * trained,
         ),
         Phase(

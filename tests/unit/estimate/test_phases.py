@@ -44,11 +44,11 @@ def test_a_start_needs_the_device_for_its_self_test() -> None:
     assert rows(full(1000))["start"].device == 16 * 1000
 
 
-def test_a_founders_trial_needs_a_device_as_a_step_does_and_more_of_the_host() -> None:
+def test_a_founders_trial_needs_a_device_as_a_step_does_and_a_host_as_a_checkpoint() -> None:
     step = full(10**6, working=5000)
     found = rows(step)["init"]
     assert found.device == step.peak
-    assert found.host - PROCESS == 32 * 10**6  # as benchmarks/memory measured it
+    assert found.host - PROCESS == 20 * 10**6  # as benchmarks/memory measured it
     assert found.disk >= (4 + 13 + 4) * 10**6  # initial model, checkpoint, export
 
 
