@@ -46,6 +46,29 @@ def test_the_setting_holds_for_exact_products_alone(
     assert setting.fp32_precision == "as before"
 
 
+@pytest.mark.parametrize(("size", "way"), [(2.0**60, "fewer"), (2.0**61, "as before")])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_huge_factor_would_show_what_is_dropped(
+    size: float, way: str, sign: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, seen = SimpleNamespace(fp32_precision="as before"), []
+    real = torch.bmm
+    monkeypatch.setattr(products, "_WAYS", {"cpu": (setting, "fewer")})
+    monkeypatch.setattr(
+        torch, "bmm", lambda *two: [seen.append(setting.fp32_precision), real(*two)][1]
+    )
+    for place in range(2):
+        two = list(factors(torch.bfloat16))
+        two[place][0, 1, 2] = sign * size
+        bmm(*two)
+    assert seen == [way, way]
+
+
+def test_numbers_that_are_hardly_there_count() -> None:
+    tiny, huge = (torch.full((1, 8, 8), 2.0**power).bfloat16() for power in (-130, 120))
+    assert float(bmm(tiny, huge).max()) == 8 * 2.0**-10
+
+
 def test_all_devices_have_the_setting() -> None:
     for setting, _ in products._WAYS.values():
         assert isinstance(setting.fp32_precision, str)
