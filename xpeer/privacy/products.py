@@ -27,6 +27,8 @@ _WAYS: Final[dict[str, tuple[Any, str]]] = {
 
 _MAGNITUDE: Final = 0x7FFF
 """All bits of a bfloat16 but the sign. As integers they are in the order of the numbers."""
+_LARGE: Final = 32
+"""Products of narrower matrices, such as those of adapters, take no longer than the look at them."""
 _HUGE: Final = int(torch.tensor(2.0**60, dtype=torch.bfloat16).view(torch.int16))
 
 
@@ -34,7 +36,8 @@ def bmm(one: Tensor, two: Tensor) -> Tensor:
     """Multiply matrices of B records: (B, n, m) and (B, m, k), of any float type -> (B, n, k)
     float32.
     """
-    if _is_exact(one) and _is_exact(two):
+    n, k = one.shape[1], two.shape[2]
+    if n * k >= _LARGE * (n + k) and _is_exact(one) and _is_exact(two):
         with _by_way_of_fewer_bits(one.device.type):
             return torch.bmm(one.float(), two.float())
     return torch.bmm(one.float(), two.float())

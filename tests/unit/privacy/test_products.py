@@ -13,7 +13,7 @@ from xpeer.privacy.products import bmm
 
 def factors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    one, two = (torch.randn(3, 127, width, generator=generator) for width in (40, 56))
+    one, two = (torch.randn(3, 127, width, generator=generator) for width in (80, 112))
     return one.to(dtype).transpose(1, 2), two.to(dtype)
 
 
@@ -64,9 +64,15 @@ def test_a_huge_factor_would_show_what_is_dropped(
     assert seen == [way, way]
 
 
+def test_small_products_are_not_worth_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_is_exact", lambda _: pytest.fail("it was looked at"))
+    one, two = factors(torch.bfloat16)
+    assert bmm(one[:, :8], two).shape == (3, 8, 112)
+
+
 def test_numbers_that_are_hardly_there_count() -> None:
-    tiny, huge = (torch.full((1, 8, 8), 2.0**power).bfloat16() for power in (-130, 120))
-    assert float(bmm(tiny, huge).max()) == 8 * 2.0**-10
+    tiny, huge = (torch.full((1, 64, 64), 2.0**power).bfloat16() for power in (-130, 120))
+    assert float(bmm(tiny, huge).max()) == 64 * 2.0**-10
 
 
 def test_all_devices_have_the_setting() -> None:
