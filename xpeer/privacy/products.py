@@ -28,7 +28,7 @@ _WAYS: Final[dict[str, tuple[Any, str]]] = {
 _MAGNITUDE: Final = 0x7FFF
 """All bits of a bfloat16 but the sign. As integers they are in the order of the numbers."""
 _LARGE: Final = 32
-"""Products of narrower matrices, such as those of adapters, take no longer than the look at them."""
+"""Products of narrower matrices, such as those of adapters, take no longer than a look at them."""
 _HUGE: Final = int(torch.tensor(2.0**60, dtype=torch.bfloat16).view(torch.int16))
 
 
