@@ -43,7 +43,6 @@ class Domain:
     DHT_RECORD = b"xpeer/dht-record/v1\0"
     CARD = b"xpeer/card/v1\0"
     HELLO = b"xpeer/hello/v1\0"
-    STATE = b"xpeer/state/v1\0"
     TREE = b"xpeer/state-tree/v1\0"
     SWARM_ID = b"xpeer/swarm-id/v1\0"
     SWARM_KEY = b"xpeer/swarm-key/v1\0"

@@ -13,8 +13,7 @@ from typing import Final
 
 PROTOCOLS: Final[dict[str, str]] = {
     "xpeer/exchange/1": "exchange: wire.messages in a sealed session, and payloads",
-    "xpeer/state/1": "a joiner's parameters: wire.messages in a sealed session, and the state",
-    "xpeer/state/2": "the same in pieces: wire.messages, hashes of pieces, and pieces",
+    "xpeer/state/2": "a joiner's parameters: wire.messages in a sealed session, hashes, and pieces",
     "xpeer/roster/1": "spreading: cards and beats, sealed with the swarm key",
     "xpeer/present/1": "present: credentials and addresses",
     "xpeer/about/1": "about: name and step",

@@ -25,13 +25,12 @@ from xpeer.errors import LocalError, PeerError
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import turns
-from xpeer.network.donation import Offered
 from xpeer.network.giving import Giver
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
 from xpeer_daemon.claims import Claim, Claims, doubtful, ranked
 from xpeer_daemon.node import Node
-from xpeer_daemon.offers import Offer, Offers, refuse
+from xpeer_daemon.offers import Offers, refuse
 from xpeer_daemon.store import Store
 from xpeer_daemon.swarm_view import SwarmView
 from xpeer_daemon.takeover import Takeover
@@ -178,7 +177,7 @@ class Donors:
         """
         clock = asyncio.get_running_loop().time
         saved_at = self._node.ends.saved_at(own_step) if own_step is not None else None
-        offers = list[Offer]()
+        offers = list[Giver]()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 await self._takeover.recall()
@@ -212,7 +211,7 @@ class Donors:
             refuse(remaining)
         return False
 
-    def _doubts(self, offers: list[Offer]) -> bool:
+    def _doubts(self, offers: list[Giver]) -> bool:
         """Whether the best offer needs the operator's word; says so in the node's health."""
         if not offers:
             self._doubting = False
@@ -224,15 +223,15 @@ class Donors:
         self._node.health.hold("donor-doubtful", doubts, **facts)
         return doubts
 
-    def _chosen(self, offers: list[Offer]) -> list[Offer]:
+    def _chosen(self, offers: list[Giver]) -> list[Giver]:
         """The donors to fetch from at the same time: the best one, and others that are alike."""
         best = next((o for o in offers if o.donor == self._alone), self._half_here(offers))
-        if isinstance(best, Offered) or best.donor == self._alone:
+        if best.donor == self._alone:
             return [best]
-        others = [o for o in offers if o is not best and not isinstance(o, Offered)]
-        return [best, *[o for o in others if self._alike(best, o)][: PARALLEL - 1]]
+        others = [o for o in offers if o is not best and self._alike(best, o)]
+        return [best, *others[: PARALLEL - 1]]
 
-    def _half_here(self, offers: list[Offer]) -> Offer:
+    def _half_here(self, offers: list[Giver]) -> Giver:
         """The best offer that half of the parameters is here for; else the best one.
 
         If a transfer takes long, snapshots of now are not alike with those that it began with. The
@@ -244,17 +243,15 @@ class Donors:
             alike = [tree for tree in self._takeover.trees() if self._alike(offer, tree)]
             here = sum(map(self._takeover.bytes_of, alike))
             good = offer.loss_public <= factor * best.loss_public + nats
-            if good and here >= half and not isinstance(offer, Offered):
+            if good and here >= half:
                 return offer
         return best
 
     async def _more(self, without: Collection[PeerId]) -> list[Giver]:
-        """Further offers in pieces, the best first; none while one donor alone has to give all."""
+        """Further offers, the best first; none while one donor alone has to give all."""
         if self._alone is not None:
             return []
-        offers = ranked(await self._offers.ask_all(without=[*without, *self._blamed]))
-        refuse([offer for offer in offers if isinstance(offer, Offered)])
-        return [offer for offer in offers if not isinstance(offer, Offered)]
+        return ranked(await self._offers.ask_all(without=[*without, *self._blamed]))
 
     def _alike(self, best: Claim, other: Claim) -> bool:
         """Whether pieces of another snapshot may be put together with those of the best one.
@@ -267,17 +264,13 @@ class Donors:
         return not far and other.loss_public <= factor * best.loss_public + nats
 
     async def _attempt(
-        self, trainer: TrainerProcess, chosen: list[Offer], claims: Claims, until: float | None
+        self, trainer: TrainerProcess, chosen: list[Giver], claims: Claims, until: float | None
     ) -> bool:
-        first = chosen[0]
-        if isinstance(first, Offered):
-            return await self._import(trainer, first, claims.step_of(first), until)
-        givers = [offer for offer in chosen if not isinstance(offer, Offered)]
-        clock = asyncio.get_running_loop().time
+        first, clock = chosen[0], asyncio.get_running_loop().time
         began = clock()
         try:
             whole = await self._takeover.gather(
-                givers,
+                chosen,
                 1 if first.donor == self._alone else PARALLEL,
                 lambda tree: self._alike(first, tree),
                 self._more,
@@ -332,27 +325,6 @@ class Donors:
         """Whether a node at `own_step` lies far behind a donor at `step`."""
         windows = BEHIND_WINDOWS * self._manifest.round.window_steps
         return step - own_step > max(windows, BEHIND_SHARE * step)
-
-    async def _import(
-        self, trainer: TrainerProcess, offer: Offered, step: int, until: float | None
-    ) -> bool:
-        """Take over the whole of one donor's parameters, of an earlier version."""
-        factor, nats = TOLERANCE
-        clock = asyncio.get_running_loop().time
-        began, donor = clock(), offer.donor
-        try:
-            async with asyncio.timeout_at(until):
-                state = await offer.take(others=self._offers.willing() != [donor])
-            at_most = factor * state.loss_public + nats
-            await trainer.import_state(state.payload, step, at_most)
-        except (PeerError, TimeoutError) as e:
-            took_s = clock() - began
-            self._offers.avoid(donor, str(e) or f"not all of it came within {took_s:.0f} s", took_s)
-            return False
-        self._offers.succeeded(donor)
-        log.info("took over the parameters of %s at step %d", donor[-8:], step)
-        await self._save()
-        return True
 
     async def _save(self) -> None:
         try:

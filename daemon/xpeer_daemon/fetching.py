@@ -21,8 +21,7 @@ from typing import Final
 
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
-from xpeer.network.donation import BROKE
-from xpeer.network.giving import Giver
+from xpeer.network.giving import BROKE, Giver
 from xpeer.network.pieces import Tree
 from xpeer.status import Fetching
 from xpeer.uncancelled import to_its_end

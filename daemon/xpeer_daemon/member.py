@@ -13,7 +13,7 @@ from xpeer.gossip.clock import Gossip
 from xpeer.gossip.partners import Partners
 from xpeer.identity import Identity, PeerId
 from xpeer.manifest import Manifest
-from xpeer.network import about, admission, agreement, donation, giving, nudging
+from xpeer.network import about, admission, agreement, giving, nudging
 from xpeer.network.giving import Giver
 from xpeer.network.membership.certificates import Membership
 from xpeer.network.pieces import Shape
@@ -239,7 +239,7 @@ def _donors(
     def ask(donor: PeerId) -> Awaitable[Giver]:
         return takeover.ask(donor)  # made below
 
-    offers = Offers(view, store, party, node.swarm, manifest, rates, ask)
+    offers = Offers(view, store, manifest, ask)
     shape, avoid, spare = Shape(manifest.state_form), offers.avoid, offers.spare
     takeover = Takeover(party, node.swarm, shape, rates, folder, node.life, avoid, spare)
     accept = candidate.options.accept_donor
@@ -278,15 +278,11 @@ async def serve(member: Member, candidate: Candidate, admitted: Admitted) -> Non
 
 
 async def _serve_joiners(member: Member, candidate: Candidate) -> None:
-    """Give parameters to joiners: in pieces, or the whole to those of earlier versions."""
+    """Give parameters to joiners."""
     swarm, manifest, source = candidate.node.swarm, member.manifest, member.view.donor
     uplink = Uplink(candidate.config.network.donate_mbit_s)
     most = uplink.joiners(manifest.limits.max_transfers)
     turns, shelf = Turns(most, member.rates), Shelf(manifest.round.window_steps)
-    form = manifest.state_form
-    whole = donation.serving(member.party, source, form, turns, shelf, uplink)
-    await swarm.serve_links(donation.PROTOCOL, whole, "observer")
-    in_pieces = giving.serving(
-        member.party, source, Shape(manifest.state_form), turns, shelf, uplink
-    )
-    await swarm.serve_links(giving.PROTOCOL, in_pieces, "observer")
+    shape = Shape(manifest.state_form)
+    handler = giving.serving(member.party, source, shape, turns, shelf, uplink)
+    await swarm.serve_links(giving.PROTOCOL, handler, "observer")

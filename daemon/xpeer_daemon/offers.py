@@ -13,11 +13,8 @@ from xpeer.errors import PeerError, Reason
 from xpeer.gossip.backoff import Backoff
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
-from xpeer.network import donation, turns
-from xpeer.network.agreement import Dialler, Party
-from xpeer.network.donation import Offered
+from xpeer.network import turns
 from xpeer.network.giving import Giver
-from xpeer.network.rates import Rates
 from xpeer.training.schedule import planned_steps
 from xpeer_daemon.store import Store
 from xpeer_daemon.swarm_view import SwarmView
@@ -39,9 +36,6 @@ REASONS: Final = 8
 GIVES_NONE: Final = "it gives nothing now: others are served, or this node was just before"
 _DIGITS: Final = re.compile(r"[\d.]+")
 
-Offer = Giver | Offered
-"""In pieces; or the whole, by a donor of an earlier version."""
-
 
 class Offers:
     """Asks members, for one node.
@@ -49,10 +43,7 @@ class Offers:
     Args:
         view: knows who holds parameters.
         store: remembers events.
-        party: our identity and keys.
-        dialler: opens streams.
         manifest: of the swarm.
-        rates: speeds that transfers and exchanges reached.
         ask: asks one member for its tree, see `Takeover.ask`.
     """
 
@@ -60,15 +51,11 @@ class Offers:
         self,
         view: SwarmView,
         store: Store,
-        party: Party,
-        dialler: Dialler,
         manifest: Manifest,
-        rates: Rates,
         ask: Callable[[PeerId], Awaitable[Giver]],
     ) -> None:
         self._view, self._store = view, store
-        self._party, self._dialler, self._manifest = party, dialler, manifest
-        self._rates, self._ask_for_tree = rates, ask
+        self._manifest, self._ask_for_tree = manifest, ask
         self._failed: dict[PeerId, Backoff] = {}
         self._said: dict[PeerId, set[str]] = {}
         """Why each donor was refused since it last gave its parameters, without numbers."""
@@ -81,7 +68,7 @@ class Offers:
 
     async def ask_all(
         self, first: Iterable[PeerId] = (), without: Collection[PeerId] = ()
-    ) -> list[Offer]:
+    ) -> list[Giver]:
         """Offers of those members that answer about as soon as the first one.
 
         A member that is silent keeps nobody from asking those that come meanwhile, or that had
@@ -92,8 +79,8 @@ class Offers:
             without: members that are not asked.
         """
         clock = asyncio.get_running_loop().time
-        began, ends_at, offers = clock(), float("inf"), list[Offer]()
-        asked, waiting = set(without), dict[asyncio.Task[Offer | None], PeerId]()
+        began, ends_at, offers = clock(), float("inf"), list[Giver]()
+        asked, waiting = set(without), dict[asyncio.Task[Giver | None], PeerId]()
         had_none = dict[PeerId, float]()
         """When each of those that offered nothing answered."""
         try:
@@ -136,10 +123,10 @@ class Offers:
         random.shuffle(willing)
         return sorted(willing, key=lambda member: member not in first)
 
-    async def _ask(self, donor: PeerId) -> Offer | None:
+    async def _ask(self, donor: PeerId) -> Giver | None:
         last = planned_steps(self._manifest)
         try:
-            offer = await self._offer_of(donor)
+            offer = await self._ask_for_tree(donor)
         except PeerError as e:
             self._refused(donor, GIVES_NONE if e.reason == Reason.CLOSED else str(e))
             return None
@@ -148,16 +135,6 @@ class Offers:
             self._refused(donor, f"step {offer.step}, the run ends at {last}")
             return None
         return offer
-
-    async def _offer_of(self, donor: PeerId) -> Offer:
-        """A donor's offer: in pieces, or of the whole if it runs an earlier version."""
-        try:
-            return await self._ask_for_tree(donor)
-        except PeerError as e:
-            if e.reason != Reason.UNREACHABLE:  # as it also is if it does not serve this protocol
-                raise
-        values = self._manifest.model.state_values
-        return await donation.ask(self._party, self._dialler, donor, values, self._rates)
 
     def succeeded(self, donor: PeerId) -> None:
         """Forget what a donor did, since its parameters are taken over."""
@@ -202,7 +179,7 @@ class Offers:
         self._store.add_event("donor-refused", f"{donor}: {why}")
 
 
-def refuse(offers: list[Offer]) -> None:
+def refuse(offers: list[Giver]) -> None:
     """Decline offers, because others are better."""
     for offer in offers:
         offer.refuse()

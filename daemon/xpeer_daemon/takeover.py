@@ -13,8 +13,7 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import giving
 from xpeer.network.agreement import Dialler, Party
-from xpeer.network.donation import BROKE
-from xpeer.network.giving import Giver
+from xpeer.network.giving import BROKE, Giver
 from xpeer.network.pieces import Shape, Signer, Tree
 from xpeer.network.rates import Rates
 from xpeer.status import Fetching

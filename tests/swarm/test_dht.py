@@ -15,7 +15,7 @@ from tests.swarm.test_joining import manifest_of
 from tests.swarm.test_network import KEY, record, until
 from xpeer.errors import Reason
 from xpeer.identity import Identity
-from xpeer.network import admission, agreement, donation
+from xpeer.network import admission, agreement, giving
 from xpeer.network.dht import MAX_RECORDS, MAX_TTL_S, MAX_VALUE_BYTES
 from xpeer.network.membership.keyring import KeyRing
 from xpeer.network.swarm import Swarm, _hivemind_id
@@ -67,7 +67,7 @@ async def test_every_handler_that_is_registered_is_gated(launch: Launch):
 async def test_protocols_that_are_not_served_are_a_named_error(pair: tuple[Swarm, Swarm]):
     first, second = pair
     peer = _hivemind_id(first.peer_id)
-    for name in (agreement.PROTOCOL, donation.PROTOCOL):
+    for name in (agreement.PROTOCOL, giving.PROTOCOL):
         with pytest.raises(P2PDaemonError):
             await second._p2p.call(peer, name, b"")
 

@@ -64,7 +64,7 @@ def test_a_signature_is_good_for_one_domain_message_and_key() -> None:
     key, other = Identity.generate(), Identity.generate()
     signature = key.sign(Domain.HELLO, b"message")
     assert identity.verify(key.peer_id, Domain.HELLO, b"message", signature)
-    assert not identity.verify(key.peer_id, Domain.STATE, b"message", signature)
+    assert not identity.verify(key.peer_id, Domain.TREE, b"message", signature)
     assert not identity.verify(key.peer_id, Domain.HELLO, b"messagf", signature)
     assert not identity.verify(other.peer_id, Domain.HELLO, b"message", signature)
     for bit in range(0, 512, 7):

@@ -69,8 +69,6 @@ def send(
     frame = memoryview(bytearray(MAX_SEALED_BYTES))
     for start in _starts(len(payload)):
         part = payload[start : start + FRAME_BYTES]
-        if pace is not None:
-            pace.wait(len(part))
         size = sealer.seal_into(Kind.BULK, part, frame)
         digest.update(frame[size - TAG_BYTES : size])
         stream.send(frame[:size], _allowed_s(pace, len(part), frame_timeout_s))

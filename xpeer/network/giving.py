@@ -20,7 +20,6 @@ from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import bulk, pieces
 from xpeer.network.agreement import Dialler, Party
-from xpeer.network.donation import BROKE, DIAL_TIMEOUT_S, WORTH
 from xpeer.network.link import Link
 from xpeer.network.pieces import HASH_BYTES, Shape, Signer, Tree
 from xpeer.network.rates import Pace, Rates
@@ -36,6 +35,12 @@ from xpeer.wire.messages import (
 )
 
 PROTOCOL: Final = "xpeer/state/2"
+DIAL_TIMEOUT_S: Final = 30.0
+BROKE: Final = frozenset({Reason.CLOSED, Reason.TRUNCATED, Reason.TIMEOUT})
+"""Reasons that a broken link has. Any other is a fault of a peer."""
+WORTH: Final = 0.05
+"""Fraction of the model. A donor keeps the snapshot of a broken transfer only if at least this much
+was sent; less is sent e.g. to a joiner that chose another donor."""
 IDLE_S: Final = 60.0
 """A joiner that asks for nothing for so long loses its place. It may still compare offers. Once it
 has begun, it may take so long in all, over all its links, and as long again as it was sent pieces.

@@ -33,20 +33,12 @@ class Pace:
 
     Attributes:
         moved: bytes so far, counted by the code that moves them.
-        queue: returns for how many seconds the next bytes have to wait for others' transfers; None
-            = they never have to.
     """
 
     def __init__(self, least: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._least, self._clock = least, clock
         self._began = clock()
         self.moved = 0
-        self.queue: Callable[[int], float] | None = None
-
-    def wait(self, num_bytes: int, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Wait until so many bytes may be sent; in a worker thread."""
-        if self.queue is not None and (wait_s := self.queue(num_bytes)) > 0:
-            sleep(wait_s)
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:

@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Final, Protocol
 
 from xpeer.errors import PeerError, Reason
-from xpeer.identity import blake2b
-from xpeer.manifest import StateForm
 from xpeer.network.pieces import leaves_of, root_of
 from xpeer.update import ModelState, StateCopy
 
@@ -24,8 +22,6 @@ FRESH_COST = 20.0
 """A snapshot is fresh for at least this many times the processor time that it cost, its measurement
 included. So joiners cost the donor at most a twentieth of a core, however many they are. Waiting is
 no cost: a copy that waited a minute for a core would else be handed out for twenty."""
-_WIDENED_AT_ONCE = 1 << 18
-"""Values; a millisecond."""
 STALE_S: Final = 900.0
 """While two snapshots are lent, joiners get the last one, however old it is. Once it is older than
 this, a joiner that asks ends the links with the older one: else two slow joiners could freeze what
@@ -49,7 +45,7 @@ class Source(Protocol):
 
 
 class Snapshot:
-    """A donor's parameters, and their hashes. Each kind is computed once, when it is asked for.
+    """A donor's parameters, and their hashes. These are computed once, when they are asked for.
 
     Args:
         source: the trainer that made it.
@@ -59,25 +55,7 @@ class Snapshot:
     def __init__(self, source: Source, state: ModelState) -> None:
         self.source, self.state = source, state
         self._hashing = asyncio.Lock()
-        self._digest = self._leaves = b""
-        self._whole: memoryview | None = None
-
-    async def whole(self, form: StateForm) -> memoryview:
-        """All values in float32, for joiners of earlier versions."""
-        async with self._hashing:
-            if self._whole is None:
-                payload = memoryview(self.state.payload)
-                if form.codec == "bfloat16":
-                    payload = await asyncio.to_thread(in_float32, payload, form.num_params)
-                self._whole = payload
-            return self._whole
-
-    async def digest(self, form: StateForm) -> bytes:
-        """BLAKE2b-256 of all values in float32."""
-        whole = await self.whole(form)
-        async with self._hashing:
-            self._digest = self._digest or await asyncio.to_thread(blake2b, whole)
-            return self._digest
+        self._leaves = b""
 
     async def leaves(self) -> bytes:
         """The hashes of all pieces, see `pieces.leaves_of`."""
@@ -86,23 +64,9 @@ class Snapshot:
             self._leaves = self._leaves or await asyncio.to_thread(leaves_of, payload)
             return self._leaves
 
-    def known_as(self, name: bytes) -> bool:
-        """Whether this is its digest or the root of its hash tree, and somebody asked for that."""
-        return name == self._digest or (bool(self._leaves) and name == root_of(self._leaves))
-
-
-def in_float32(payload: memoryview, num_values: int) -> memoryview:
-    """Widen so many bfloat16 values at the beginning of a payload: the upper halves of float32.
-
-    In parts, since no other thread runs Python during one.
-    """
-    out = bytearray(2 * num_values + len(payload))
-    for start in range(0, num_values, _WIDENED_AT_ONCE):
-        stop = min(start + _WIDENED_AT_ONCE, num_values)
-        narrow, wide = bytes(payload[2 * start : 2 * stop]), slice(4 * start + 2, 4 * stop, 4)
-        out[wide], out[wide.start + 1 : wide.stop : 4] = narrow[::2], narrow[1::2]
-    out[4 * num_values :] = payload[2 * num_values :]
-    return memoryview(out)
+    def known_as(self, root: bytes) -> bool:
+        """Whether this is the root of its hash tree, and somebody asked for that."""
+        return bool(self._leaves) and root == root_of(self._leaves)
 
 
 class _Loan:
@@ -143,21 +107,21 @@ class Shelf:
 
     @contextlib.asynccontextmanager
     async def lend(
-        self, source: Source, digest: bytes | None = None, *, end: Callable[[], object]
+        self, source: Source, root: bytes | None = None, *, end: Callable[[], object]
     ) -> AsyncIterator[Snapshot]:
         """Lend a snapshot. While two are lent, no third one is made for STALE_S.
 
         Args:
             source: the trainer.
-            digest: of the snapshot to lend, or its tree's root; None = the last one, or a new one
-                if that is not fresh.
+            root: of the tree of the snapshot to lend; None = the last one, or a new one if that is
+                not fresh.
             end: ends the link that it is lent to; the snapshot has to come back soon then.
 
         Raises:
             PeerError: there is no snapshot to lend, this one is no longer held, or the trainer made
                 none in PREPARE_TIMEOUT_S.
         """
-        lent = await self._soon(source) if digest is None else self._held(source, digest)
+        lent = await self._soon(source) if root is None else self._held(source, root)
         self._loans.append(loan := _Loan(lent, end))
         try:
             yield lent
@@ -172,9 +136,9 @@ class Shelf:
         self._broken = lent
         asyncio.get_running_loop().call_later(KEPT_S, self._give_up, lent)
 
-    def holds(self, source: Source, digest: bytes) -> bool:
-        """Whether a snapshot of this trainer is here under this digest or root."""
-        return any(self._matching(source, digest))
+    def holds(self, source: Source, root: bytes) -> bool:
+        """Whether a snapshot of this trainer is here under this root."""
+        return any(self._matching(source, root))
 
     def is_fresh(self, source: Source) -> bool:
         """Whether a joiner that asks now gets a snapshot that is here already."""
@@ -254,14 +218,14 @@ class Shelf:
         now, lag = self._clock(), kept.source.step - kept.state.step
         return now < self._paid_at or (now < self._until and lag <= self._window_steps)
 
-    def _held(self, source: Source, digest: bytes) -> Snapshot:
-        for held in self._matching(source, digest):
+    def _held(self, source: Source, root: bytes) -> Snapshot:
+        for held in self._matching(source, root):
             return held
         raise PeerError(Reason.NOT_READY, "that snapshot is no longer held")
 
-    def _matching(self, source: Source, digest: bytes) -> Iterator[Snapshot]:
+    def _matching(self, source: Source, root: bytes) -> Iterator[Snapshot]:
         for held in (self._kept, self._broken, *self._lent()):
-            if held is not None and held.source is source and held.known_as(digest):
+            if held is not None and held.source is source and held.known_as(root):
                 yield held
 
     def _forget(self, snapshot: Snapshot) -> None:

@@ -1,7 +1,7 @@
 """Which joiners get parameters now, and what each of them cost.
 
-Both versions of the protocol have this in common, and so the bounds: a place among
-`limits.max_transfers`, a pause between copies, and for each snapshot a number of bytes and a time.
+Bounds are: a place among `limits.max_transfers`, a pause between copies, and for each snapshot a
+number of bytes and a time.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from typing import Final
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network.link import Link
-from xpeer.network.rates import MAX_PEERS, Pace, Rates
-from xpeer.network.shelf import KEPT_S
-from xpeer.wire.messages import StateRequest
+from xpeer.network.rates import MAX_PEERS, Rates
 
 PAUSE_S: Final = 10.0
 """Least time between two donations to one peer, since each costs the trainer a copy."""
@@ -49,8 +47,6 @@ class Spent:
 class Turns:
     """Decides which joiner gets parameters, and how fast it has to receive them.
 
-    Both versions of the protocol have them in common, and so the bound.
-
     Args:
         most: donations at the same time.
         rates: speeds of transfers so far.
@@ -62,22 +58,10 @@ class Turns:
         self._giving: dict[PeerId, tuple[Link, asyncio.Event]] = {}
         self._ended: dict[PeerId, float] = {}
         """When each peer's last donation ended; kept for PAUSE_S."""
-        self._broken: dict[PeerId, tuple[bytes, Pace]] = {}
-        """Digest and pace of each peer's transfer that broke off; kept for KEPT_S."""
         self._spent: dict[tuple[PeerId, bytes], Spent] = {}
-        """On each peer and snapshot, by its root or digest; the latest is the last."""
+        """On each peer and snapshot, by its root; the latest is the last."""
         self._idle: dict[PeerId, float] = {}
         """Since when each peer that has a place has asked for nothing."""
-
-    async def may(self, peer_id: PeerId, request: StateRequest) -> bool:
-        """Whether this peer gets a donation now.
-
-        The rest of a broken one costs the trainer no copy, so it needs no pause.
-        """
-        if request.digest is None:
-            return self._rested(peer_id) and await self._has_place(peer_id)
-        await self._end_old(peer_id)
-        return await self._has_place(peer_id) and self._keeps_rest(peer_id, request.digest)
 
     async def may_begin(self, peer_id: PeerId, *, held: bool) -> bool:
         """Whether this peer gets pieces now.
@@ -96,8 +80,8 @@ class Turns:
 
         Args:
             peer_id: the joiner.
-            root: names the snapshot; or its digest.
-            num_bytes: that it is sent now. Below 0: these were not sent after all.
+            root: names the snapshot.
+            num_bytes: that it is sent now.
             whole: size of the snapshot.
 
         Raises:
@@ -125,9 +109,6 @@ class Turns:
         finally:
             del self._idle[peer_id]
 
-    def _keeps_rest(self, peer_id: PeerId, digest: bytes) -> bool:
-        return self._broken.get(peer_id, (b"",))[0] == digest
-
     def _rested(self, peer_id: PeerId) -> bool:
         now = time.monotonic()
         for peer, ended_at in list(self._ended.items()):
@@ -150,18 +131,6 @@ class Turns:
                 await self._end_old(longest)
         return peer_id not in self._giving and len(self._giving) < self._most
 
-    def pace(self, peer_id: PeerId, request: StateRequest) -> Pace:
-        """The pace of this donation.
-
-        A resumed transfer keeps its pace: its clock ran on, and bytes that did not arrive do not
-        count.
-        """
-        if request.digest is None:
-            return Pace(self.rates.least(peer_id))
-        pace = self._broken.pop(peer_id)[1]
-        pace.moved = min(pace.moved, request.start)
-        return pace
-
     @contextlib.contextmanager
     def giving(self, link: Link) -> Iterator[None]:
         """Count a donation on this link while it runs."""
@@ -173,12 +142,3 @@ class Turns:
             del self._giving[link.peer_id]
             self._ended[link.peer_id] = time.monotonic()
             ended.set()
-
-    def broke(self, peer_id: PeerId, digest: bytes, pace: Pace) -> None:
-        """Let this peer ask for the rest of a broken transfer, for KEPT_S."""
-        self._broken[peer_id] = entry = digest, pace
-        asyncio.get_running_loop().call_later(KEPT_S, self._give_up, peer_id, entry)
-
-    def _give_up(self, peer_id: PeerId, entry: tuple[bytes, Pace]) -> None:
-        if self._broken.get(peer_id) is entry:
-            del self._broken[peer_id]

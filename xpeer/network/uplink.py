@@ -6,7 +6,6 @@ Exchanges are not bounded by it. They share the line with joiners, and would hav
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -35,7 +34,6 @@ class Uplink:
         self._bytes_per_s = mbit_per_s * 1e6 / 8
         self._clock, self._sleep = clock, sleep
         self._free_at = 0.0
-        self._lock = threading.Lock()
 
     def joiners(self, most: int) -> int:
         """How many joiners can be served at once: each is sent a piece every PIECE_EVERY_S.
@@ -49,15 +47,9 @@ class Uplink:
 
     async def take(self, num_bytes: int) -> None:
         """Wait until so many bytes may be sent."""
-        if self._bytes_per_s:
-            await self._sleep(self.reserve(num_bytes))
-
-    def reserve(self, num_bytes: int) -> float:
-        """Queue so many bytes, on any thread; returns for how many seconds they have to wait."""
         if not self._bytes_per_s:
-            return 0.0
-        with self._lock:
-            now = self._clock()
-            begins = max(now, self._free_at)
-            self._free_at = begins + num_bytes / self._bytes_per_s
-        return begins - now
+            return
+        now = self._clock()
+        begins = max(now, self._free_at)
+        self._free_at = begins + num_bytes / self._bytes_per_s
+        await self._sleep(begins - now)

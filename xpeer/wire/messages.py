@@ -1,6 +1,6 @@
 """The messages of two members in a sealed session, with bounds for each field.
 
-Messages are msgpack, tagged by type. Bulk (an update, a donation) follows in raw frames, after a
+Messages are msgpack, tagged by type. Bulk (an update, a piece) follows in raw frames, after a
 message that announces its size.
 """
 
@@ -136,38 +136,6 @@ class MaskStep(Message, frozen=True):
 
 
 @seen_by("partners", "what its link carried")
-class StateRequest(Message, frozen=True, omit_defaults=True):
-    """A joiner asks for the current parameters, or for the rest of a transfer that broke off."""
-
-    digest: Derived[Digest | None] = None
-    """Digest of the parameters whose beginning the joiner has; None = it has none. A donor that no
-    longer has these, or whose version lacks this field, ends the session."""
-    start: Timing[Size] = 0
-    """Bytes that the joiner has."""
-
-
-@seen_by(
-    "members",
-    "what a joiner is given: released parameters, averaged with those partners showed",
-)
-class StateOffer(Message, frozen=True):
-    """The donor's parameters follow, as flat float32 little endian. It signs digest and loss."""
-
-    num_params: Public[Size]
-    step: Timing[Step]
-    loss_public: Derived[float]
-    digest: Derived[Digest]
-    signature: Derived[Annotated[bytes, Meta(min_length=64, max_length=64)]]
-
-
-@seen_by("members")
-class StateReceived(Message, frozen=True):
-    """The joiner has received all parameters."""
-
-    digest: Derived[Digest]
-
-
-@seen_by("partners", "what its link carried")
 class TreeRequest(Message, frozen=True):
     """A joiner asks for the hash tree of a donor's parameters."""
 
@@ -200,9 +168,8 @@ class PiecesRequest(Message, frozen=True):
 
 
 AnyMessage = (
-    Propose | Agree | Payload | Accept | Refuse | MaskStep | StateRequest | StateOffer
-    | StateReceived | TreeRequest | TreeOffer | PiecesRequest
-)  # fmt: skip
+    Propose | Agree | Payload | Accept | Refuse | MaskStep | TreeRequest | TreeOffer | PiecesRequest
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
@@ -235,13 +202,6 @@ def unpack(data: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T:
         return decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as e:
         raise PeerError(Reason.MALFORMED, f"{str(e)[:120]!r}") from e
-
-
-def state_statement(
-    swarm_id: str, manifest_hash: bytes, step: int, loss_public: float, digest: bytes
-) -> bytes:
-    """The bytes that a donor signs (Domain.STATE) for the parameters that it hands out."""
-    return msgspec.msgpack.encode([swarm_id, manifest_hash, step, loss_public, digest])
 
 
 def tree_statement(swarm_id: str, manifest_hash: bytes, donor: str, offer: TreeOffer) -> bytes:

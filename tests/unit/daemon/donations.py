@@ -129,7 +129,9 @@ class Rig:
         nobody: Any = None
         shape, rates = Shape(manifest.state_form), Rates()
         asking = Offers(
-            *(view, self.store, us, nobody, manifest, rates),
+            view,
+            self.store,
+            manifest,
             lambda donor: takeover.ask(donor),  # noqa: PLW0108 - made below
         )
         folder, avoid, spare = tmp_path / "joining", asking.avoid, asking.spare

@@ -15,7 +15,6 @@ import pytest
 
 from tests.unit.daemon import donations as rig_module
 from tests.unit.daemon.donations import (
-    BUSY,
     GOOD,
     LIAR,
     OFFERS,
@@ -28,9 +27,7 @@ from tests.unit.daemon.donations import (
 )
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
-from xpeer.network import donation, giving, turns
-from xpeer.network.donation import Offered
-from xpeer.update import ModelState
+from xpeer.network import giving, turns
 from xpeer.wire.messages import PIECE_BYTES
 from xpeer_daemon import donors, fetching, offers
 from xpeer_daemon.gathered import Gathered
@@ -220,41 +217,6 @@ async def test_offers_are_declined_at_a_stop(
     with contextlib.suppress(asyncio.CancelledError):
         await holding
     assert made[WORSE].refused
-
-
-class Old(Offered):
-    """Of the whole, by a donor of an earlier version that is lost."""
-
-    def __init__(self, donor: PeerId) -> None:
-        self.donor, (self.step, self.loss_public) = donor, OFFERS[donor]
-        self.others: bool | None = None
-
-    async def take(self, *, others: bool = False) -> ModelState:
-        self.others = others
-        raise PeerError(Reason.UNREACHABLE, "it is gone")
-
-    def refuse(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize(("live", "others"), [([GOOD], False), ([GOOD, BUSY], True)])
-async def test_who_gives_the_whole_hears_whether_others_could(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: list[PeerId], others: bool
-) -> None:
-    old = Old(GOOD)
-
-    async def ask(_party: Any, _dialler: Any, donor: PeerId, *_: Any) -> Offered:
-        raise PeerError(Reason.UNREACHABLE if donor == GOOD else Reason.CLOSED)
-
-    async def ask_for_the_whole(*_: Any) -> Offered:
-        return old
-
-    rig = Rig(tmp_path, monkeypatch, founds=False)
-    monkeypatch.setattr(giving, "ask", ask)
-    monkeypatch.setattr(donation, "ask", ask_for_the_whole)
-    rig.live = live
-    assert not await rig.donors._take_over_best(Trainer(), None)  # type: ignore[arg-type] # a fake
-    assert old.others is others
 
 
 async def test_a_founder_that_begins_removes_what_it_had_begun_to_fetch(

@@ -39,7 +39,7 @@ from xpeer.identity import Identity, blake2b
 from xpeer.leaves import Treatment
 from xpeer.manifest import Manifest
 from xpeer.manifest.signed import SignedManifest
-from xpeer.network import donation, giving
+from xpeer.network import giving
 from xpeer.network.agreement import Proposer, answering
 from xpeer.network.link import Link
 from xpeer.network.pieces import Shape
@@ -198,19 +198,6 @@ class Life:
         store.close()
 
     async def _gives(self, recorded: Recorded) -> None:
-        ours, theirs = socket.socketpair()
-        turns, form = Turns(2, Rates()), self.manifest.state_form
-        handle = donation.serving(party(LOW), lambda: recorded, form, turns, Shelf(1), Uplink(0))
-        giving_all = asyncio.ensure_future(handle(Link(THIRD.peer_id, Stream(theirs), 20.0)))
-        joiner = Dialler(Link(LOW.peer_id, Stream(ours), 20.0))
-        offered = await donation.ask(
-            party(THIRD), joiner, LOW.peer_id, self.manifest.model.state_values
-        )
-        await offered.take()
-        await giving_all
-        await self._gives_pieces(recorded)
-
-    async def _gives_pieces(self, recorded: Recorded) -> None:
         ours, theirs = socket.socketpair()
         shape, shelf = Shape(self.manifest.state_form), Shelf(1)
         handle = giving.serving(

@@ -1,32 +1,20 @@
-"""Members that ask too much: proposals, donations, counters, reason codes; with fakes."""
+"""Members that ask too much: proposals, counters, steps; with fakes."""
 
 from __future__ import annotations
 
-import asyncio
 import math
-import socket
 from typing import Any, cast
 
 import msgspec
 import pytest
 
-from tests.unit.network.test_agreement import party
 from xpeer.errors import PeerError, Reason
 from xpeer.gossip import matching
 from xpeer.gossip.clock import PATIENT_SLOTS, Gossip
 from xpeer.gossip.partners import Partners
-from xpeer.identity import Domain, Identity, PeerId, blake2b
-from xpeer.manifest import StateForm
+from xpeer.identity import Identity, PeerId
 from xpeer.manifest.round import Round
-from xpeer.network import donation
-from xpeer.network.link import Link
-from xpeer.network.rates import Rates
-from xpeer.network.shelf import Shelf
-from xpeer.network.stream import Stream
-from xpeer.network.turns import Turns
-from xpeer.network.uplink import Uplink
-from xpeer.update import ModelState, StateCopy
-from xpeer.wire.messages import Propose, StateOffer, Terms, decode, encode, state_statement
+from xpeer.wire.messages import Propose, Terms, TreeOffer, decode, encode
 
 SWARM = "ab" * 32
 
@@ -146,60 +134,7 @@ def test_weights_out_of_bounds_are_malformed(weight):
 
 @pytest.mark.parametrize("step", [1 << 62, 1 << 40, -1])
 def test_a_donor_can_not_claim_any_step(step):
-    offer = StateOffer(1, 0, 1.0, bytes(32), bytes(64))
+    offer = TreeOffer("float32", 4, 0, 1.0, bytes(32), bytes(64))
     raw = {**msgspec.msgpack.decode(encode(offer)), "step": step}
     with pytest.raises(PeerError, match=Reason.MALFORMED):
         decode(msgspec.msgpack.encode(raw))
-
-
-@pytest.mark.parametrize(
-    ("loss", "reason"), [(1e9, Reason.REFUSED), (math.inf, Reason.NOT_FINITE), (3.0, "")]
-)
-def test_a_donor_can_not_claim_any_loss(loss, reason):
-    donor, joiner = Identity.generate(), party(Identity.generate())
-    digest = blake2b(b"x")
-    statement = state_statement(SWARM, b"m" * 32, 7, loss, digest)
-    offer = StateOffer(1, 7, loss, digest, donor.sign(Domain.STATE, statement))
-    if not reason:
-        donation._check_offer(joiner, donor.peer_id, offer, 1)
-        return
-    with pytest.raises(PeerError, match=reason):
-        donation._check_offer(joiner, donor.peer_id, offer, 1)
-
-
-class Source:
-    def __init__(self) -> None:
-        self.exports = self.step = 0
-
-    async def export_state(self) -> StateCopy:
-        self.exports += 1
-        return StateCopy(ModelState(payload=bytes(400), step=1, loss_public=1.0), 0.0)
-
-
-async def test_one_peer_gets_one_donation_at_a_time_and_then_waits():
-    donor, greedy, other = (Identity.generate() for _ in range(3))
-    source, form = Source(), StateForm("float32", 100)
-    handle = donation.serving(
-        party(donor), lambda: source, form, Turns(2, Rates()), Shelf(1), Uplink(0)
-    )
-
-    async def ask(who: Identity) -> ModelState:
-        a, b = socket.socketpair()
-        serving = asyncio.ensure_future(handle(Link(who.peer_id, Stream(b), 2.0)))
-
-        class Dialler:
-            async def open_link(self, peer_id: PeerId, protocol: str, timeout_s: float) -> Link:
-                return Link(donor.peer_id, Stream(a), 2.0)
-
-        try:
-            offered = await donation.ask(party(who), Dialler(), donor.peer_id, 100)
-            return await offered.take()
-        finally:
-            await asyncio.gather(serving, return_exceptions=True)
-
-    assert len((await ask(greedy)).payload) == 400
-    for _ in range(5):
-        with pytest.raises(PeerError):
-            await ask(greedy)
-    assert source.exports == 1
-    assert len((await ask(other)).payload) == 400

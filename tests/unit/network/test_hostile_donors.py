@@ -29,7 +29,7 @@ from xpeer.network.pieces import verified
 from xpeer.network.rates import Pace, Rates
 from xpeer.network.stream import Stream
 from xpeer.wire.frames import FRAME_BYTES, Kind
-from xpeer.wire.messages import PIECE_BYTES, PiecesRequest, StateReceived
+from xpeer.wire.messages import PIECE_BYTES, PiecesRequest, TreeRequest
 
 FRAME_S = 0.3
 """A frame's deadline; 15 s in production."""
@@ -92,7 +92,7 @@ async def say_nothing(donor: Identity, link: Link) -> None:
 
 
 async def say_something_else(donor: Identity, link: Link) -> None:
-    await link.send(StateReceived(bytes(32)))
+    await link.send(TreeRequest())
 
 
 async def offer_without_hashes(donor: Identity, link: Link) -> None:
@@ -156,7 +156,7 @@ async def give_small_frames(donor: Identity, link: Link) -> None:
 
 
 async def give_a_message(donor: Identity, link: Link) -> None:
-    await link.send(StateReceived(bytes(32)))
+    await link.send(TreeRequest())
 
 
 async def give_a_byte_now_and_then(donor: Identity, link: Link) -> None:
