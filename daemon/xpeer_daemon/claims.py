@@ -99,17 +99,17 @@ class Claims:
         return step
 
 
-def doubtful(best: Claim, offers: Sequence[Claim], start_loss: float) -> bool:
-    """Whether the best offer is worse than what the swarm started from, and nobody confirms it.
+def doubtful(offer: Claim, offers: Sequence[Claim], start_loss: float) -> bool:
+    """Whether an offer is worse than what the swarm started from, and nobody confirms it.
 
     A second donor confirms it with about the same public loss.
     """
     factor, nats = WORSE
-    if best.loss_public <= factor * start_loss + nats:
+    if offer.loss_public <= factor * start_loss + nats:
         return False
+    least, most = offer.loss_public / ALIKE, offer.loss_public * ALIKE
     return not any(
-        other.donor != best.donor and other.loss_public <= ALIKE * best.loss_public
-        for other in offers
+        other.donor != offer.donor and least <= other.loss_public <= most for other in offers
     )
 
 

@@ -196,8 +196,8 @@ class Donors:
             self._blamed.add(self._alone)
             self._takeover.discard_of(self._alone)  # with others' its pieces were bad already
             self._alone = None
-        if own_step is None and self._doubts(remaining):
-            remaining = []
+        if own_step is None:
+            remaining = self._undoubted(remaining)
         refuse([offer for offer in offers if offer not in remaining])
         try:
             while remaining and (until is None or clock() < until):
@@ -211,17 +211,17 @@ class Donors:
             refuse(remaining)
         return False
 
-    def _doubts(self, offers: list[Giver]) -> bool:
-        """Whether the best offer needs the operator's word; says so in the node's health."""
-        if not offers:
-            self._doubting = False
-            return False
-        best, start = offers[0], self._manifest.start_loss
-        self._doubting = doubts = not self._accept and doubtful(best, offers, start)
-        who = self._view.name_of(best.donor)
-        facts = {"who": who, "loss": best.loss_public, "start": start}
-        self._node.health.hold("donor-doubtful", doubts, **facts)
-        return doubts
+    def _undoubted(self, offers: list[Giver]) -> list[Giver]:
+        """Offers that need no word of the operator. If all do, the node's health says so."""
+        start = self._manifest.start_loss
+        good = [o for o in offers if self._accept or not doubtful(o, offers, start)]
+        self._doubting = bool(offers) and not good
+        if offers:
+            best = offers[0]
+            who = self._view.name_of(best.donor)
+            facts = {"who": who, "loss": best.loss_public, "start": start}
+            self._node.health.hold("donor-doubtful", self._doubting, **facts)
+        return good
 
     def _chosen(self, offers: list[Giver]) -> list[Giver]:
         """The donors to fetch from at the same time: the best one, and others that are alike."""

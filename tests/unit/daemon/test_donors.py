@@ -31,7 +31,7 @@ from xpeer.network import giving, pieces
 from xpeer.network.pieces import Tree
 from xpeer.wire.messages import PIECE_BYTES, TreeOffer
 from xpeer_daemon import donors, offers
-from xpeer_daemon.claims import ranked
+from xpeer_daemon.claims import doubtful, ranked
 
 
 def test_the_best_offer_is_the_lowest_loss_and_of_equal_ones_the_most_steps() -> None:
@@ -84,6 +84,31 @@ async def test_parameters_worse_than_the_start_need_a_second_donor(tmp_path, mon
         rig.live = [GOOD, OLD]  # whose public losses agree
         await holding
     assert (trainer.taken, rig.conditions) == ([GOOD], set())
+
+
+@pytest.mark.parametrize(
+    ("live", "taken"), [([LIAR, GOOD, TWIN], True), ([LIAR, GOOD, WORSE], False)]
+)
+async def test_one_member_alone_can_not_keep_two_that_agree_from_giving(
+    tmp_path, monkeypatch, live, taken
+) -> None:
+    """Where all are worse than the start, it claims a little less than they do."""
+    claims = {LIAR: 7.0, GOOD: 8.0, TWIN: 8.1, WORSE: 9.0}
+    for peer, loss in claims.items():
+        monkeypatch.setitem(OFFERS, peer, (100, loss))
+        monkeypatch.setitem(TRUE_LOSS, peer, loss)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live, trainer = live, Trainer()
+    await rig.donors._take_over_best(trainer, None)  # type: ignore[arg-type] # a fake
+    assert trainer.taken in ([[GOOD], [TWIN]] if taken else [[]])
+    assert rig.conditions == (set() if taken else {"donor-doubtful"})
+
+
+def test_a_better_claim_confirms_none_that_is_worse_than_the_start() -> None:
+    """Else the true loss of an honest donor would be the second word for any other."""
+    offers: Any = [SimpleNamespace(donor=GOOD, loss_public=2.0)]
+    offers.append(SimpleNamespace(donor=LIAR, loss_public=8.0))
+    assert [doubtful(offer, offers, 5.0) for offer in offers] == [False, True]
 
 
 async def test_who_waits_for_the_operator_asks_seldom(tmp_path, monkeypatch) -> None:
