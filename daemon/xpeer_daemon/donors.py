@@ -21,7 +21,7 @@ import random
 from collections.abc import Collection
 from typing import Final
 
-from xpeer.errors import LocalError, PeerError
+from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import turns
@@ -33,7 +33,7 @@ from xpeer_daemon.node import Node
 from xpeer_daemon.offers import Offers, refuse
 from xpeer_daemon.store import Store
 from xpeer_daemon.swarm_view import SwarmView
-from xpeer_daemon.takeover import Takeover
+from xpeer_daemon.takeover import Ended, Takeover
 
 log = logging.getLogger("xpeer.daemon")
 
@@ -54,6 +54,8 @@ PATIENCE_S: Final = 300.0
 FROM_INITIAL: Final = "(`xpeer start --from-initial` begins at once with the initial model)"
 GRACE_S: Final = 5.0
 """A node that resumes waits this long for members that it knows. Then it trains, and asks later."""
+ALONE_TRIES: Final = 3
+"""Who has to give everything alone may offer nothing, or lose its line, so often in a row."""
 
 CATCH_UP_S: Final = 900.0
 """A node with a good checkpoint looks for better parameters for this long. Then it trains."""
@@ -93,9 +95,15 @@ class Donors:
         """True iff the last offers need the operator's word."""
         self._alone: PeerId | None = None
         """The only donor to fetch from, since a mixture with others was bad; None = any."""
+        self._alone_failed = 0
+        """How often it offered nothing, or gave hardly anything, since it gave WORTH."""
+        self._alone_is_busy = False
+        """True iff it was, when it offered nothing."""
         self._blamed: set[PeerId] = set()
         """Donors that gave all and it was bad, or that had to give all alone and did not. They give
         nothing as long as anybody else offers parameters, until this node has some."""
+        self._tried: set[PeerId] = set()
+        """Donors that were chosen first, and not all came. They are chosen after all others."""
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give the swarm's parameters to a trainer that has none.
@@ -182,7 +190,7 @@ class Donors:
             async with asyncio.timeout_at(until):
                 await self._takeover.recall()
                 first = [tree.donor for tree in self._takeover.trees()]
-                offers = await self._offers.ask_all(first)
+                offers = await self._ask_alone() or await self._offers.ask_all(first)
         claims = Claims(self._node, self._view, self._manifest, offers, own_step, saved_at)
         remaining = [
             offer
@@ -190,14 +198,12 @@ class Donors:
             if own_step is None or self.far_ahead(claims.step_of(offer), own_step)
         ]
         remaining = [o for o in remaining if o.donor not in self._blamed] or remaining
-        others = all(offer.donor != self._alone for offer in remaining)
-        if self._alone is not None and remaining and others:
-            self._offers.avoid(self._alone, "it gives nothing any more")
-            self._blamed.add(self._alone)
-            self._takeover.discard_of(self._alone)  # with others' its pieces were bad already
-            self._alone = None
+        others = [offer for offer in remaining if offer.donor != self._alone]
+        if others and (self._alone_failed >= ALONE_TRIES or len(others) == len(remaining)):
+            self._let_go_alone()
+            remaining = others
         if own_step is None:
-            remaining = self._undoubted(remaining)
+            remaining = self._untried_first(self._undoubted(remaining))
         refuse([offer for offer in offers if offer not in remaining])
         try:
             while remaining and (until is None or clock() < until):
@@ -211,6 +217,35 @@ class Donors:
             refuse(remaining)
         return False
 
+    async def _ask_alone(self) -> list[Giver]:
+        """The offer of who has to give everything alone; empty if anybody may give, or it failed
+        ALONE_TRIES times. It is asked by itself: who spoilt the mixture would answer sooner.
+        """
+        donor = self._alone
+        while donor is not None and donor in self._view.holders():
+            if self._alone_failed >= ALONE_TRIES:
+                break
+            try:
+                return [await self._offers.ask_one(donor)]
+            except PeerError as e:
+                self._alone_failed += 1
+                self._alone_is_busy = e.reason == Reason.CLOSED
+            await asyncio.sleep(turns.PAUSE_S)
+        return []
+
+    def _let_go_alone(self) -> None:
+        """Let others give than who should have given all alone. It is blamed unless it is busy."""
+        if (donor := self._alone) is None:
+            return
+        if not self._alone_is_busy:
+            self._offers.avoid(donor, "it gives nothing any more")
+            self._blamed.add(donor)
+        self._takeover.discard_of(donor)  # with others' its pieces were bad already
+        self._has_to_give_alone(None)
+
+    def _has_to_give_alone(self, donor: PeerId | None) -> None:
+        self._alone, self._alone_failed, self._alone_is_busy = donor, 0, False
+
     def _undoubted(self, offers: list[Giver]) -> list[Giver]:
         """Offers that need no word of the operator. If all do, the node's health says so."""
         start = self._manifest.start_loss
@@ -222,6 +257,14 @@ class Donors:
             facts = {"who": who, "loss": best.loss_public, "start": start}
             self._node.health.hold("donor-doubtful", self._doubting, **facts)
         return good
+
+    def _untried_first(self, offers: list[Giver]) -> list[Giver]:
+        """Put donors last that were tried in vain, until all were: else those that claim the best
+        and give nothing would be chosen in turn.
+        """
+        if all(offer.donor in self._tried for offer in offers):
+            self._tried.clear()
+        return sorted(offers, key=lambda offer: offer.donor in self._tried)
 
     def _chosen(self, offers: list[Giver]) -> list[Giver]:
         """The donors to fetch from at the same time: the best one, and others that are alike."""
@@ -269,14 +312,14 @@ class Donors:
         first, clock = chosen[0], asyncio.get_running_loop().time
         began = clock()
         try:
-            whole = await self._takeover.gather(
+            ended = await self._takeover.gather(
                 chosen,
                 1 if first.donor == self._alone else PARALLEL,
                 lambda tree: self._alike(first, tree),
                 self._more,
                 until,
                 CATCH_UP_S,
-                lambda: set(self._offers.willing()) - self._blamed,
+                self._offers.willing,
             )
         except LocalError as e:
             refuse(chosen)
@@ -284,7 +327,14 @@ class Donors:
                 raise
             log.warning("the node goes on with its own parameters: %s", e)  # e.g. a full disk
             return False
-        return whole and await self._use(trainer, claims, clock() - began)
+        if ended is Ended.WHOLE:
+            return await self._use(trainer, claims, clock() - began)
+        if until is None:
+            self._tried.add(first.donor)
+        if first.donor == self._alone:
+            failed = {Ended.SOME: 0, Ended.LITTLE: self._alone_failed + 1}
+            self._alone_failed = failed.get(ended, ALONE_TRIES)
+        return False
 
     async def _use(self, trainer: TrainerProcess, claims: Claims, took_s: float) -> bool:
         """Have the trainer take over what was gathered, if it is as good as its donors say.
@@ -304,7 +354,7 @@ class Donors:
             others = [tree for tree in trees if tree.donor != alone]
             for tree in others or trees:
                 self._takeover.discard(tree)
-            self._alone = alone if others else None
+            self._has_to_give_alone(alone if others else None)
             if others:
                 log.warning("a mixture of %d members' parameters is refused: %s", len(trees), e)
             else:
@@ -313,8 +363,9 @@ class Donors:
             return False
         for tree in trees:
             self._offers.succeeded(tree.donor)
-        self._alone = None
+        self._has_to_give_alone(None)
         self._blamed.clear()
+        self._tried.clear()
         names = ", ".join(tree.donor[-8:] for tree in trees)
         log.info("took over the parameters of %s at step %d", names, step)
         self._store.add_event("took-over", f"step {step}, {self._takeover.summary()}, from {names}")

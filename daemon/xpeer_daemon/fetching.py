@@ -88,7 +88,7 @@ class Fetch:
         again: links to a donor again, after its link broke.
         more: asks all members but these for offers.
         lost: is told of a donor at fault, or gone for good.
-        on_piece: is told of every piece who gave it.
+        on_piece: is told of every piece who gave it, and its bytes.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Fetch:
         again: Callable[[Giver], Awaitable[Giver]],
         more: Callable[[Collection[PeerId]], Awaitable[list[Giver]]],
         lost: Callable[[PeerId, PeerError], None],
-        on_piece: Callable[[PeerId], None],
+        on_piece: Callable[[PeerId, int], None],
     ) -> None:
         self._gathered, self._wanted, self._fits = gathered, wanted, fits
         self._again, self._more = again, more
@@ -111,6 +111,8 @@ class Fetch:
         self._writing: set[int] = set()
         self._links: dict[PeerId, Giver] = {}
         """Donors that have a link."""
+        self._began_at: dict[PeerId, float] = {}
+        """When each donor was chosen, by the loop's clock."""
         self._heard_at: dict[PeerId, float] = {}
         """When each donor gave a piece last, or was chosen, by the loop's clock."""
         self._workers: dict[PeerId, asyncio.Task[None]] = {}
@@ -134,6 +136,10 @@ class Fetch:
     def donors(self) -> list[PeerId]:
         """All that were asked for pieces and are not lost."""
         return list(self._workers)
+
+    def took_s(self, donor: PeerId) -> float:
+        """Seconds since this donor was chosen."""
+        return self._now() - self._began_at[donor]
 
     async def run(self, givers: list[Giver]) -> bool:
         """Gather, until everything is here or all donors are lost.
@@ -170,7 +176,7 @@ class Fetch:
 
     def _begin(self, giver: Giver) -> None:
         """Have one more donor give."""
-        self._heard_at[giver.donor] = self._now()
+        self._began_at[giver.donor] = self._heard_at[giver.donor] = self._now()
         worker = self._workers[giver.donor] = asyncio.create_task(self._work(giver))
 
         def on_end(_: object) -> None:
@@ -310,7 +316,7 @@ class Fetch:
             self._writing.discard(piece)
         self._heard_at[giver.donor] = self._now()
         self._speed.moved(len(data))
-        self._on_piece(giver.donor)
+        self._on_piece(giver.donor, len(data))
 
     def _next_run(self) -> range:
         """The next pieces to ask a donor for; empty = there are none."""
@@ -353,7 +359,8 @@ class Fetch:
                 if e.reason not in BROKE | {Reason.UNREACHABLE}:
                     self._lost(giver.donor, e)
                     return None
-        self._lost(giver.donor, broke)
+        if self._gathered.missing():
+            self._lost(giver.donor, broke)
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import re
@@ -124,16 +125,27 @@ class Offers:
         return sorted(willing, key=lambda member: member not in first)
 
     async def _ask(self, donor: PeerId) -> Giver | None:
+        with contextlib.suppress(PeerError):
+            return await self.ask_one(donor)
+        return None
+
+    async def ask_one(self, donor: PeerId) -> Giver:
+        """The offer of one member, even if it failed a while ago.
+
+        Raises:
+            PeerError: it offers nothing. CLOSED: others are served, or this node was just before.
+        """
         last = planned_steps(self._manifest)
         try:
             offer = await self._ask_for_tree(donor)
         except PeerError as e:
             self._refused(donor, GIVES_NONE if e.reason == Reason.CLOSED else str(e))
-            return None
+            raise
         if last is not None and offer.step > last:  # with it our run would be over at once
             offer.refuse()
-            self._refused(donor, f"step {offer.step}, the run ends at {last}")
-            return None
+            why = f"step {offer.step}, the run ends at {last}"
+            self._refused(donor, why)
+            raise PeerError(Reason.REFUSED, why)
         return offer
 
     def succeeded(self, donor: PeerId) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +15,7 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import giving
 from xpeer.network.agreement import Dialler, Party
-from xpeer.network.giving import BROKE, Giver
+from xpeer.network.giving import BROKE, WORTH, Giver
 from xpeer.network.pieces import Shape, Signer, Tree
 from xpeer.network.rates import Rates
 from xpeer.status import Fetching
@@ -32,6 +34,15 @@ _LIES: Final = frozenset(
 """Reasons after which a donor's pieces are forgotten."""
 
 
+class Ended(Enum):
+    """How an attempt to gather everything ended."""
+
+    WHOLE = "all pieces are here"
+    SOME = "all donors were lost; at least WORTH of the model came"
+    LITTLE = "all donors were lost, and less came"
+    LATE = "too little came in time"
+
+
 class Takeover:
     """Gathers parameters in the home, over as many attempts as it takes.
 
@@ -42,8 +53,8 @@ class Takeover:
         rates: speeds of transfers so far.
         folder: for the pieces.
         life: gets note and progress.
-        avoid: is told of donors that failed.
-        spare: is told of donors that were lost, but gave pieces since they were lost last.
+        avoid: is told of donors that failed, why, and what time that cost.
+        spare: is told of donors that were lost, but gave WORTH of the model since the last time.
     """
 
     def __init__(
@@ -54,20 +65,21 @@ class Takeover:
         rates: Rates,
         folder: Path,
         life: Life,
-        avoid: Callable[[PeerId, str], None],
+        avoid: Callable[[PeerId, str, float], None],
         spare: Callable[[PeerId, str], None],
     ) -> None:
         self._party, self._dialler = party, dialler
         self._shape, self._rates = shape, rates
         self._folder, self._life = folder, life
         self._avoid, self._spare = avoid, spare
-        self._helpful: set[PeerId] = set()
-        """Donors that gave pieces since they were lost last."""
+        self._gave: Counter[PeerId] = Counter()
+        """Bytes that donors gave since they were spared last."""
         self._gathered: Gathered | None = None
         """None until the first donor was chosen, and again once the parameters are taken over."""
         self._came = 0
-        self._expired = 0
-        """How often too little came in time. Each doubles that time: slow lines get through."""
+        self._expired: Counter[PeerId] = Counter()
+        """How often too little came in time, by the donor that was chosen first. Each doubles that
+        time: slow lines get through. Liars double their own time alone."""
 
     async def ask(self, donor: PeerId) -> Giver:
         """Ask a donor for its tree: the one of which pieces are here, if it still has that.
@@ -101,11 +113,11 @@ class Takeover:
         until: float | None,
         lease_s: float,
         willing: Callable[[], Collection[PeerId]],
-    ) -> bool:
-        """Fetch the pieces that are not here yet.
+    ) -> Ended:
+        """Fetch the pieces that are not here yet. What came is kept in any case.
 
         Args:
-            givers: donors to fetch from.
+            givers: donors to fetch from, the best one first.
             wanted: number of donors that should give at the same time.
             fits: whether pieces of a tree may be put together with theirs; others are forgotten.
             more: asks all members but these for offers.
@@ -115,9 +127,6 @@ class Takeover:
             lease_s: while enough comes, the end is put off by so much.
             willing: returns the members that could give.
 
-        Returns:
-            Whether all are here now. What came is kept in any case.
-
         Raises:
             LocalError: the disk is full, or fails.
         """
@@ -126,17 +135,18 @@ class Takeover:
             if not fits(tree):
                 gathered.discard(tree)
         gathered.tidy()
-        due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
+        before, first = gathered.num_bytes, givers[0].donor
+        due = before + LEASE_SHARE * self._shape.num_bytes
         if until is None:
-            lease_s *= 2.0**self._expired
+            lease_s *= 2.0 ** self._expired[first]
 
         def may_end() -> bool:
             return until is not None or not set(willing()) <= set(fetch.donors)
 
-        def on_piece(donor: PeerId) -> None:
+        def on_piece(donor: PeerId, num_bytes: int) -> None:
             nonlocal due
             self._came += 1
-            self._helpful.add(donor)
+            self._gave[donor] += num_bytes
             self._life.note = in_words(fetch.progress)
             if gathered.num_bytes >= due:
                 due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
@@ -156,16 +166,20 @@ class Takeover:
             async with asyncio.timeout(None) as limit:
                 lease = _Lease(limit, until, lease_s, may_end)
                 try:
-                    return await fetch.run(givers)
+                    whole = await fetch.run(givers)
                 finally:
                     lease.end()
         except TimeoutError:
-            self._expired += until is None
+            self._expired[first] += until is None
             for donor in fetch.donors:
-                self._avoid(donor, "not enough of it came in time")
-            return False
+                self._avoid(donor, "not enough of it came in time", fetch.took_s(donor))
+            return Ended.LATE
         finally:
             self._life.fetching = None
+        if whole:
+            return Ended.WHOLE
+        much = gathered.num_bytes - before >= WORTH * self._shape.num_bytes
+        return Ended.SOME if much else Ended.LITTLE
 
     async def payload(self) -> memoryview:
         """All pieces: (num_bytes,) uint8, only to be read."""
@@ -191,7 +205,9 @@ class Takeover:
         if self._gathered is not None:
             self._gathered.close()
             self._gathered = None
-        self._came = self._expired = 0
+        self._came = 0
+        self._expired.clear()
+        self._gave.clear()
         remove(self._folder)
 
     async def _opened(self) -> Gathered:
@@ -208,9 +224,11 @@ class Takeover:
         """Avoid a donor for a while; forget its pieces if it has shown that it lies."""
         if error.reason in _LIES:
             self.discard_of(donor)
-        spared = donor in self._helpful and error.reason in BROKE
-        (self._spare if spared else self._avoid)(donor, str(error))
-        self._helpful.discard(donor)
+        if error.reason in BROKE and self._gave[donor] >= WORTH * self._shape.num_bytes:
+            del self._gave[donor]
+            self._spare(donor, str(error))
+        else:
+            self._avoid(donor, str(error), 0.0)
 
 
 class _Lease:

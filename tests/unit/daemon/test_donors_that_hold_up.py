@@ -13,8 +13,9 @@ import pytest
 from tests.unit.daemon.donations import GOOD, LIAR, OFFERS, TRUE_LOSS, TWIN, Offer, Rig, Trainer
 from tests.unit.daemon.test_hostile_offers import pieces_of
 from xpeer.errors import PeerError, Reason
+from xpeer.gossip import backoff
 from xpeer.identity import PeerId
-from xpeer.network import turns
+from xpeer.network import giving, turns
 from xpeer_daemon import donors, fetching
 
 Coming = AsyncGenerator[tuple[int, memoryview]]
@@ -106,24 +107,32 @@ def late(monkeypatch: pytest.MonkeyPatch, piece_s: float) -> list[float]:
 async def test_who_breaks_off_what_it_has_to_give_alone_is_blamed(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It gave pieces, so it is spared for a moment: then it would be chosen again and again."""
+    """Not at once, since lines break; but else it would be chosen again and again."""
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)
+    monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", 0.0)
+    real, broke = Offer.pieces, 0
+
+    async def breaks(offer: Offer, first: int, count: int) -> Coming:
+        nonlocal broke
+        if offer.donor == TWIN:
+            broke += 1
+            raise PeerError(Reason.CLOSED, "its line broke")
+        async for each in real(offer, first, count):
+            yield each
+
+    monkeypatch.setattr(Offer, "pieces", breaks)
     rig.donors._alone, rig.live = TWIN, [TWIN, GOOD]
-    rig.donors._offers.spare(TWIN, "its line broke")
-    rig.donors._offers._failed[TWIN].until_s += 1e6
-    failures = list[int]()
 
     class Looks(Trainer):
         async def import_state(self, *args: Any) -> float:
-            failures.append(rig.donors._offers._failed[TWIN].failures)
-            assert await rig.donors._more([GOOD]) == []
-            rig.donors._offers._failed[TWIN].until_s = 0.0
+            assert rig.donors._blamed == {TWIN}
             assert await rig.donors._more([GOOD]) == []  # its pause is over: it was blamed
             return await super().import_state(*args)
 
     trainer = Looks()
     async with asyncio.timeout(60):
         await rig.hold(trainer)
-    assert (trainer.taken, failures) == ([GOOD], [1])
+    assert (trainer.taken, broke) == ([GOOD], donors.ALONE_TRIES)
 
 
 async def test_a_liar_is_chosen_again_only_if_nobody_else_offers_anything(
@@ -151,6 +160,125 @@ async def test_a_liar_is_chosen_again_only_if_nobody_else_offers_anything(
     monkeypatch.setattr(Offer, "pieces", first_fails)
     assert await taken_by(rig) == [GOOD]
     assert rig.donors._blamed == set()
+
+
+@pytest.mark.parametrize("by_lease", [False, True])
+async def test_two_that_claim_the_best_and_give_little_are_tried_once_each(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, by_lease: bool
+) -> None:
+    """Nobody is alike to a public loss of 0, so each would give alone, and again in turn."""
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)  # of each the pause is over when the other one ends
+    monkeypatch.setattr(backoff, "COST", 0.0)
+    monkeypatch.setattr(donors, "STALE_S", 0.0)  # so everybody is asked anew after each
+    monkeypatch.setitem(OFFERS, LIAR, (200, 0.0))
+    monkeypatch.setitem(OFFERS, TWIN, (300, 0.0))
+    began = gives_one_piece(monkeypatch, {LIAR, TWIN})
+    if by_lease:
+        monkeypatch.setattr(donors, "CATCH_UP_S", 0.2)
+    else:
+        monkeypatch.setattr(fetching, "SILENT_S", 0.1)
+        monkeypatch.setattr(fetching, "MORE_S", 0.005)
+        monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", 0.02)
+    rig.live = [LIAR, TWIN, GOOD]
+    assert await taken_by(rig) == [GOOD]
+    assert sorted(began) == sorted([LIAR, TWIN, GOOD])
+
+
+def gives_one_piece(monkeypatch: pytest.MonkeyPatch, who: set[PeerId]) -> list[PeerId]:
+    """They give one piece of each link; returns who was asked for pieces, in that order."""
+    real, began = Offer.pieces, list[PeerId]()
+
+    async def one(offer: Offer, first: int, count: int) -> Coming:
+        if not began or began[-1] != offer.donor:
+            began.append(offer.donor)
+        async for each in real(offer, first, count):
+            yield each
+            if offer.donor in who:
+                await asyncio.Event().wait()
+
+    monkeypatch.setattr(Offer, "pieces", one)
+    return began
+
+
+async def test_who_gave_too_little_rests_for_several_times_what_it_cost(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late(monkeypatch, 5000.0)
+    monkeypatch.setattr(donors, "PARALLEL", 1)
+    rig.live = [LIAR, GOOD]
+    trainer: Any = Trainer()
+    assert await rig.donors._take_over_best(trainer, None) is None
+    rest_s = rig.donors._offers._failed[LIAR].until_s - asyncio.get_running_loop().time()
+    assert rest_s > 3 * donors.CATCH_UP_S
+
+
+async def test_who_gave_hardly_anything_is_not_spared(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece for each pause of 10 s would keep a joiner for ever."""
+    tree, broke = Offer(GOOD).tree, PeerError(Reason.TIMEOUT, "it gave no piece in 30 s")
+    takeover, size = rig.donors._takeover, rig.donors._takeover._shape.num_bytes
+    failures = list[int]()
+    for gave in (size // 50, size // 50, size // 50, size // 50):
+        takeover._gave[GOOD] += gave
+        takeover._lost(tree.donor, broke)
+        failures.append(rig.donors._offers._failed[GOOD].failures)
+    assert failures == [1, 2, 2, 3]  # three fiftieths are more than a twentieth: it is spared once
+
+
+async def test_who_has_to_give_all_alone_may_be_busy(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or rest, or need a while for a copy. The liar who spoilt a mixture answers at once."""
+    asked, real = list[PeerId](), rig._ask
+
+    async def busy_at_first(party: Any, dialler: Any, donor: PeerId, *more: Any) -> Offer:
+        asked.append(donor)
+        if asked == [GOOD]:
+            raise PeerError(Reason.CLOSED, "it gives to others")
+        return await real(party, dialler, donor, *more)
+
+    monkeypatch.setattr(giving, "ask", busy_at_first)
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)
+    rig.donors._alone, rig.live = GOOD, [GOOD, LIAR]
+    rig.donors._offers.spare(GOOD, "its line broke")
+    assert await taken_by(rig) == [GOOD]
+    assert (asked, rig.donors._offers._failed) == ([GOOD, GOOD], {})
+
+
+@pytest.mark.parametrize(("reason", "blamed"), [(Reason.CLOSED, set()), (Reason.TIMEOUT, {TWIN})])
+async def test_who_never_has_time_is_let_go_and_who_never_answers_is_blamed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, reason: str, blamed: set[PeerId]
+) -> None:
+    real = rig._ask
+
+    async def never(party: Any, dialler: Any, donor: PeerId, *more: Any) -> Offer:
+        if donor == TWIN:
+            raise PeerError(reason, "not now")
+        return await real(party, dialler, donor, *more)
+
+    monkeypatch.setattr(giving, "ask", never)
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)
+    rig.donors._alone, rig.live = TWIN, [TWIN, GOOD]
+
+    class Looks(Trainer):
+        async def import_state(self, *args: Any) -> float:
+            assert (rig.donors._alone, rig.donors._blamed) == (None, blamed)
+            return await super().import_state(*args)
+
+    trainer = Looks()
+    async with asyncio.timeout(60):
+        await rig.hold(trainer)
+    assert trainer.taken == [GOOD]
+
+
+async def test_who_was_blamed_gives_before_a_liar_keeps_a_joiner_for_ever(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.05)
+    trickles(monkeypatch, LIAR)
+    rig.donors._blamed, rig.live = {GOOD}, [LIAR, GOOD]
+    assert await taken_by(rig) == [GOOD]
 
 
 async def test_chance_decides_who_gives_all_after_a_bad_mixture(

@@ -69,7 +69,7 @@ class Rig:
             again=self._again,
             more=self._more,
             lost=lambda peer, e: self.lost.append((peer, e.reason)),
-            on_piece=lambda _: None,
+            on_piece=lambda _donor, _size: None,
         )
 
     async def _more(self, without: Collection[PeerId]) -> Any:
