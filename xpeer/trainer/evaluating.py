@@ -47,22 +47,31 @@ class Public:
         self._few, self._others = records[chosen], records[others]
         self._evaluate = partial(evaluate, on_progress=beat, precision=computing.precision)
         self._ratio: float | None = None
-        """Loss of all records over that of a few, as measured last; None = not yet."""
+        """Loss of all records over that of a few, with our own parameters as measured last; None =
+        not yet. A donor that is refused must not change what we offer."""
 
     def of_all(self, model: torch.nn.Module, losses: RecordLosses) -> float:
         """Measure a model on all records, in nats per token."""
+        return self._measured(model, losses)[0]
+
+    def of_own(self, model: torch.nn.Module, losses: RecordLosses) -> float:
+        """The same with our own parameters: `of_few` then goes by their ratio."""
+        loss, few = self._measured(model, losses)
+        self._ratio = loss / few if few > 0 else None
+        return loss
+
+    def _measured(self, model: torch.nn.Module, losses: RecordLosses) -> tuple[float, float]:
+        """Loss of all records, and of a few."""
         parts = [records for records in (self._few, self._others) if len(records)]
         means = [self._evaluate(model, part, losses_of_records=losses) for part in parts]
         tokens = [int((inputs_of(part)[1] >= 0).sum()) for part in parts]
         nats = sum(mean * count for mean, count in zip(means, tokens, strict=True))
-        loss = nats / sum(tokens)
-        self._ratio = loss / means[0] if means[0] > 0 else None
-        return loss
+        return nats / sum(tokens), means[0]
 
     def of_few(self, model: torch.nn.Module, losses: RecordLosses) -> float:
-        """Estimate what `of_all` would measure, from a few records; at first, measure all."""
+        """Estimate what `of_own` would measure, from a few records; at first, measure all."""
         if self._ratio is None:
-            return self.of_all(model, losses)
+            return self.of_own(model, losses)
         return self._ratio * self._evaluate(model, self._few, losses_of_records=losses)
 
 
@@ -107,7 +116,8 @@ def evaluation_of(
         losses_of_records=computing.losses,
     )
     return Evaluation(
-        public=partial(public.of_all, model, computing.losses),
+        public=partial(public.of_own, model, computing.losses),
+        of_others=partial(public.of_all, model, computing.losses),
         validation=of_text if len(held_out) else None,
         of_copy=of_copy,
     )

@@ -33,6 +33,9 @@ class Evaluation:
     """Measures the loss on the manifest's public text."""
     validation: Callable[[], float] | None = None
     """Measures the loss on held-out text of the shard; None = there is none. Local only."""
+    of_others: Callable[[], float] | None = None
+    """As `public`, of others' parameters in the place of ours; nothing is remembered of them. None
+    = `public` remembers nothing."""
     of_copy: Callable[[torch.Tensor], float] | None = None
     """Measures the loss of other parameters, (num_params,) float32, CPU, on the public text; on any
     thread, while the model trains. None = nothing can."""
@@ -115,7 +118,7 @@ class Measurements:
     def public_of_others(self) -> float:
         """Measure the public loss of parameters that stand in for ours; it is not remembered."""
         began = time.monotonic()
-        loss = self._evaluation.public()
+        loss = (self._evaluation.of_others or self._evaluation.public)()
         self.seconds += self._time.counted(time.monotonic() - began)
         return loss
 

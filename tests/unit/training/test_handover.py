@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests.unit.training.loops import NUM_PARAMS, swap, trainer_with, unbounded
+from xpeer.errors import PeerError
 from xpeer.manifest.round import Round
 from xpeer.mixing.received import consolidate_
 from xpeer.training import handover
+from xpeer.training.measuring import Evaluation
 
 
 def test_a_joiner_is_given_the_mean_where_a_partner_sent_something() -> None:
@@ -59,3 +61,11 @@ def test_a_model_of_whole_lines_is_averaged_where_it_is_handed_out(
     out = torch.empty(NUM_PARAMS)
     ours.show(out)()
     assert averaged == [out.data_ptr()]
+
+
+def test_a_donors_parameters_are_measured_as_others() -> None:
+    """What is remembered of our own measurements stays."""
+    loop = trainer_with(seed=0)
+    loop.measurements._evaluation = Evaluation(public=lambda: 1.0, of_others=lambda: 7.0)
+    with pytest.raises(PeerError, match=r"public loss 7\.000, at most"):
+        loop.replace(loop.parameters.read(), 5)

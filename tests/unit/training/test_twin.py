@@ -175,4 +175,19 @@ def test_a_few_records_tell_of_all() -> None:
     assert public.of_few(model, losses) == pytest.approx(real(model, records), rel=0.01)
     assert passed[2:] == [BESIDE_RECORDS]
     one = Public(records[:1], cast(Any, computing), lambda: None)
-    assert one.of_all(model, losses) == one.of_few(model, losses)
+    assert one.of_own(model, losses) == one.of_few(model, losses)
+
+
+def test_a_donor_that_is_refused_does_not_change_what_we_offer() -> None:
+    """Its parameters may be much worse on the few records than on all, or the other way round."""
+    model, computing = build(FAMILIES["llama"], seed=1), SimpleNamespace(precision=None)
+    records = torch.randint(0, VOCABULARY, (30, 24), generator=torch.Generator().manual_seed(5))
+    losses = choose_losses(model)[0]
+    public = Public(records, cast(Any, computing), lambda: None)
+    public.of_own(model, losses)
+    offered = public.of_few(model, losses)
+    real = public._evaluate
+    public._evaluate = partial(lambda _model, some, **_: 1.0 if len(some) > BESIDE_RECORDS else 9.0)
+    public.of_all(model, losses)
+    public._evaluate = real
+    assert public.of_few(model, losses) == offered
