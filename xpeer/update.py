@@ -11,13 +11,17 @@ anything, but a `PrivacyStamp` refuses to be made by anything but the privacy me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, Final, NamedTuple, final
 
 from xpeer.forms import Form
 from xpeer.leaves import Derived, Local, Noised, Parts, Public, Timing, Withheld, seen_by
 
 if TYPE_CHECKING:
     import torch
+
+
+WORSE: Final = 1.05, 0.02
+"""How much worse than ours a donor's parameters may be on the public text: factor, nats."""
 
 
 @seen_by("node", "never leaves the trainer")

@@ -28,6 +28,7 @@ from xpeer.network import turns
 from xpeer.network.giving import Giver
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
+from xpeer.update import WORSE
 from xpeer_daemon.claims import Claim, Claims, doubtful, ranked
 from xpeer_daemon.node import Node
 from xpeer_daemon.offers import Offers, refuse
@@ -104,6 +105,8 @@ class Donors:
         nothing as long as anybody else offers parameters, until this node has some."""
         self._tried: set[PeerId] = set()
         """Donors that were chosen first, and not all came. They are chosen after all others."""
+        self._worse: set[PeerId] = set()
+        """Donors whose parameters were as good as they say, and worse than ours."""
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give the swarm's parameters to a trainer that has none.
@@ -122,7 +125,7 @@ class Donors:
         while True:
             holders = self._view.holders()
             if not holders and clock() >= until:
-                self._takeover.forget()
+                self.forget()
                 return False
             life.note = f"fetching: {len(holders)} members could give the parameters"
             if not holders and patience_s < math.inf:
@@ -140,13 +143,18 @@ class Donors:
                 has_warned = True
             if await self._take_over_best(trainer, own_step=None):
                 life.note = ""
-                self._takeover.forget()
+                self.forget()
                 return True
             await asyncio.sleep(DOUBT_S if self._doubting else RETRY_S)
 
     def forget(self) -> None:
-        """Remove what was fetched so far: nobody's parameters are wanted any more."""
+        """Remove what was fetched so far, and forget who failed how: nobody's parameters are wanted
+        any more.
+        """
         self._takeover.forget()
+        self._has_to_give_alone(None)
+        for donors in (self._blamed, self._tried, self._worse):
+            donors.clear()
 
     async def catch_up(self, trainer: TrainerProcess, own_step: int) -> bool:
         """Take over a donor's parameters if ours lie far behind; returns whether there was a donor
@@ -155,16 +163,16 @@ class Donors:
         if not self._view.holders():
             return False
         clock = asyncio.get_running_loop().time
-        until = clock() + CATCH_UP_S
+        until, succeeded = clock() + CATCH_UP_S, None
         while True:
             succeeded = await self._take_over_best(trainer, own_step, until)
-            if succeeded:
-                self._store.add_event("caught-up", f"from step {own_step}")
-            if succeeded is not None:
-                self._takeover.forget()
             if succeeded is not None or clock() + turns.PAUSE_S >= until:
-                return True
+                break
             await asyncio.sleep(turns.PAUSE_S)
+        if succeeded:
+            self._store.add_event("caught-up", f"from step {own_step}")
+        self.forget()
+        return True
 
     async def _take_over_best(
         self,
@@ -176,7 +184,8 @@ class Donors:
 
         Args:
             trainer: gets the parameters.
-            own_step: offers that are not far ahead of this step are refused; None: none are.
+            own_step: offers that are not far ahead of this step, or worse than the trainer's
+                parameters, are refused; None: none are.
             until: end by the loop's clock. Only the measuring may end later.
 
         Returns:
@@ -197,6 +206,8 @@ class Donors:
             for offer in ranked(offers)
             if own_step is None or self.far_ahead(claims.step_of(offer), own_step)
         ]
+        if own_step is not None and remaining:
+            remaining = await self._better(trainer, remaining)
         remaining = [o for o in remaining if o.donor not in self._blamed] or remaining
         others = [offer for offer in remaining if offer.donor != self._alone]
         if others and (self._alone_failed >= ALONE_TRIES or len(others) == len(remaining)):
@@ -257,6 +268,18 @@ class Donors:
             facts = {"who": who, "loss": best.loss_public, "start": start}
             self._node.health.hold("donor-doubtful", self._doubting, **facts)
         return good
+
+    async def _better(self, trainer: TrainerProcess, offers: list[Giver]) -> list[Giver]:
+        """Offers of parameters that are not worse than ours: others would be fetched in vain."""
+        try:
+            own, (factor, nats) = (await trainer.evaluate()).public, WORSE
+        except BaseException:
+            refuse(offers)
+            raise
+        good = [o for o in offers if not o.loss_public > factor * own + nats]
+        if not good:
+            log.info("public loss %.4f: nobody who is far ahead offers as good a one", own)
+        return [offer for offer in good if offer.donor not in self._worse]
 
     def _untried_first(self, offers: list[Giver]) -> list[Giver]:
         """Put donors last that were tried in vain, until all were: else those that claim the best
@@ -357,6 +380,9 @@ class Donors:
             self._has_to_give_alone(alone if others else None)
             if others:
                 log.warning("a mixture of %d members' parameters is refused: %s", len(trees), e)
+            elif e.reason == Reason.WORSE_THAN_OURS:
+                log.info("%s gives worse parameters than ours: %s", alone[-8:], e)
+                self._worse.add(alone)
             else:
                 self._offers.avoid(alone, str(e), took_s)
                 self._blamed.add(alone)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Final
 
 import torch
 
@@ -15,9 +13,7 @@ from xpeer.mixing.parameters import Parameters
 from xpeer.mixing.received import consolidate_
 from xpeer.training.flat import all_finite
 from xpeer.training.measuring import Measurements
-
-WORSE: Final = 1.05, 0.02
-"""How much worse than ours a donor's parameters may be on the public text: factor, nats."""
+from xpeer.update import WORSE
 
 
 def copy_for_joiner(
@@ -88,13 +84,13 @@ def require_as_good(
         at_most: highest public loss to accept.
 
     Raises:
-        PeerError: they are worse (REFUSED).
+        PeerError: they are worse than `at_most` (REFUSED), or than ours (WORSE_THAN_OURS).
     """
     with parameters.with_values(flat):
         measured = measurements.public_of_others()
-    factor, nats = WORSE
-    if not math.isnan(before):
-        at_most = min(at_most, factor * before + nats)
     if not measured <= at_most:  # NaN is refused, too
         detail = f"public loss {measured:.3f}, at most {at_most:.3f} is taken"
         raise PeerError(Reason.REFUSED, detail)
+    factor, nats = WORSE
+    if measured > factor * before + nats:
+        raise PeerError(Reason.WORSE_THAN_OURS, f"public loss {measured:.3f}, ours is {before:.3f}")

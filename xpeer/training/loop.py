@@ -181,7 +181,7 @@ class TrainingLoop:
 
         Raises:
             PeerError: the parameters are not finite (NOT_FINITE), or have a higher loss than
-                `at_most` or than ours (REFUSED). Ours stay.
+                `at_most` (REFUSED) or than ours (WORSE_THAN_OURS). Ours stay.
         """
         require_numbers(flat)
         before = math.nan if self.awaiting else self.public_loss()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from xpeer.network import giving
 from xpeer.network.pieces import Shape, Tree, leaves_of, root_of
 from xpeer.network.rates import Rates
 from xpeer.phase import Phase, traits_of
+from xpeer.trainer.answers import Losses
 from xpeer.wire.messages import PIECE_BYTES, TreeOffer
 from xpeer_daemon import donors, offers, parameters
 from xpeer_daemon.donors import Donors
@@ -68,8 +70,8 @@ class Offer:
 class Trainer:
     """Measures what it is given; `own` is what it has."""
 
-    def __init__(self, resumed_step: int | None = None) -> None:
-        self.resumed_step = resumed_step
+    def __init__(self, resumed_step: int | None = None, own: float = math.inf) -> None:
+        self.resumed_step, self.own = resumed_step, own
         self.step = resumed_step or 0
         self.taken: list[PeerId] = []
         self.stopped = False
@@ -81,9 +83,14 @@ class Trainer:
         donor = PeerId(first.decode().strip())
         if TRUE_LOSS[donor] > at_most:
             raise PeerError(Reason.REFUSED, "worse than it says")
+        if TRUE_LOSS[donor] > 1.05 * self.own + 0.02:
+            raise PeerError(Reason.WORSE_THAN_OURS, "worse than ours")
         self.taken.append(donor)
         self.step = step
         return TRUE_LOSS[donor]
+
+    async def evaluate(self) -> Losses:
+        return Losses(self.own, None)
 
     async def stop(self, timeout_s: float) -> int:
         self.stopped = True

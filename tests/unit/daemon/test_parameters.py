@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 
 import pytest
 
-from tests.unit.daemon.donations import BUSY, GOOD, LIAR, OFFERS, WORSE, Rig, Trainer
+from tests.unit.daemon.donations import (
+    BUSY,
+    GOOD,
+    LIAR,
+    OFFERS,
+    TRUE_LOSS,
+    WORSE,
+    Offer,
+    Rig,
+    Trainer,
+)
 from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
 from xpeer.errors import LocalError
+from xpeer.identity import PeerId
+from xpeer_daemon import donors
 
 
 async def test_a_founder_that_begins_has_the_initial_model_at_once(tmp_path, monkeypatch) -> None:
@@ -79,6 +92,45 @@ async def test_a_checkpoint_far_behind_is_replaced_before_anything_is_exchanged(
     trainer = Trainer(resumed_step=own_step)
     await rig.hold(trainer)
     assert (trainer.taken, rig.life.catching_up) == (taken, False)
+
+
+async def test_who_is_better_than_the_swarm_fetches_nothing(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    fetched = list[PeerId]()
+    monkeypatch.setattr(Offer, "pieces", lambda offer, *_: fetched.append(offer.donor))
+    rig.live = [GOOD, WORSE]
+    await rig.hold(Trainer(resumed_step=20, own=1.5))
+    assert (fetched, rig.life.catching_up) == ([], False)
+    assert rig.donors._offers.willing() == rig.live
+
+
+async def test_nobody_is_blamed_for_honest_parameters_that_are_worse_than_ours(
+    tmp_path, monkeypatch
+) -> None:
+    """What a donor offers is an estimate: we find out when we measure."""
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    monkeypatch.setitem(TRUE_LOSS, GOOD, 2.2)
+    rig.live = [GOOD]
+    trainer = Trainer(resumed_step=20, own=2.0)
+    await rig.hold(trainer)
+    assert (trainer.taken, len(rig.asked), rig.donors._offers.willing()) == ([], 1, [GOOD])
+    assert not (tmp_path / "joining").exists()
+
+
+async def test_what_happened_in_one_catch_up_does_not_count_in_the_next(
+    tmp_path, monkeypatch
+) -> None:
+    async def stalls(_: Offer, first: int, count: int) -> AsyncGenerator[tuple[int, memoryview]]:
+        await asyncio.Event().wait()
+        yield first, memoryview(b"")
+
+    monkeypatch.setattr(Offer, "pieces", stalls)
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.2)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live, rig.donors._alone, rig.donors._blamed = [GOOD], GOOD, {WORSE}
+    await rig.hold(Trainer(resumed_step=20))
+    assert (rig.donors._alone, rig.donors._blamed, rig.life.catching_up) == (None, set(), False)
+    assert not (tmp_path / "joining").exists()
 
 
 async def test_who_resumes_alone_exchanges_nothing_until_it_has_looked(

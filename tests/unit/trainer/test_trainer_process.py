@@ -258,8 +258,10 @@ async def test_a_state_crosses_unchanged_and_bad_ones_are_refused(
     nan = np.full(b.num_params, np.nan, dtype="<f4").tobytes()
     worse = values_to_bytes(3.0 * saved.flat)
     for wrong, reason in [
-        (payload[:-4], Reason.WRONG_MODEL), (nan, Reason.NOT_FINITE), (worse, Reason.REFUSED)
-    ]:  # fmt: skip
+        (payload[:-4], Reason.WRONG_MODEL),
+        (nan, Reason.NOT_FINITE),
+        (worse, Reason.WORSE_THAN_OURS),
+    ]:
         with pytest.raises(PeerError) as error:
             await b.import_state(wrong, 3)
         assert error.value.reason == reason

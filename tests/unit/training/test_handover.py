@@ -67,5 +67,5 @@ def test_a_donors_parameters_are_measured_as_others() -> None:
     """What is remembered of our own measurements stays."""
     loop = trainer_with(seed=0)
     loop.measurements._evaluation = Evaluation(public=lambda: 1.0, of_others=lambda: 7.0)
-    with pytest.raises(PeerError, match=r"public loss 7\.000, at most"):
+    with pytest.raises(PeerError, match=r"worse-than-ours: public loss 7\.000"):
         loop.replace(loop.parameters.read(), 5)
