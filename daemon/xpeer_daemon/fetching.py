@@ -352,13 +352,18 @@ class Fetch:
             pause_s = min(2 * pause_s, PAUSE_MOST_S)
             try:
                 async with asyncio.timeout_at(until):
-                    return await self._again(giver)
+                    link = await self._again(giver)
             except TimeoutError:
                 break
             except PeerError as e:
                 if e.reason not in BROKE | {Reason.UNREACHABLE}:
                     self._lost(giver.donor, e)
                     return None
+            else:
+                if self._gathered.missing() and len(self._links) < self._wanted:
+                    return link
+                link.refuse()  # others were faster
+                return None
         if self._gathered.missing():
             self._lost(giver.donor, broke)
         return None

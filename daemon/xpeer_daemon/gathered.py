@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-from xpeer.errors import LocalError, PeerError
+from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.network import pieces
 from xpeer.network.pieces import Shape, Signer, Tree
 from xpeer.wire.messages import PIECE_BYTES
@@ -136,13 +136,18 @@ class Gathered:
 
         Args:
             tree: to keep.
-            in_use: trees that are not forgotten; fewer than MAX_TREES.
+            in_use: trees that are not forgotten.
+
+        Raises:
+            PeerError: all are in use (BUSY).
         """
         if any(known.name == tree.name for known in self.trees.values()):
             return
         if len(self.trees) >= MAX_TREES:
             kept = {known.name for known in in_use}
             spare = [n for n, known in self.trees.items() if known.name not in kept]
+            if not spare:
+                raise PeerError(Reason.BUSY, f"{len(kept)} donors give at once")
             self.discard(self.trees[min(spare, key=self._source.count)])
         number = next(n for n in range(MAX_TREES) if n not in self.trees)
         with _errors(self._folder):

@@ -34,6 +34,36 @@ async def test_a_donor_that_only_links_again_is_given_up(
     assert (rig.lost, came <= 5) == ([(flaps.donor, Reason.CLOSED)], True)
 
 
+async def test_of_many_that_come_back_at_once_only_as_many_as_are_wanted_have_a_link(
+    gathered: Gathered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them saw a free place when it was asked again."""
+    monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", FOR_EVER_S)
+    broke = PeerError(Reason.CLOSED, "it goes")
+    flaps = [donor(after=0, error=broke) for _ in range(15)]
+    rig = Rig(gathered, flaps, wanted=2)
+    together, links, came = asyncio.Event(), list[int](), 0
+
+    async def again(link: Any) -> Any:
+        nonlocal came
+        came += 1
+        if came == len(flaps):
+            together.set()
+        await together.wait()
+        return Donor(link.tree)
+
+    adopt = Gathered.adopt
+
+    def counted(self: Gathered, tree: Any, in_use: Any = ()) -> None:
+        links.append(len(in_use))
+        adopt(self, tree, in_use)
+
+    monkeypatch.setattr(Gathered, "adopt", counted)
+    rig.fetch._again = again
+    assert await rig.run()
+    assert (max(links[len(flaps) :]), rig.lost) == (2, [])
+
+
 async def test_one_that_links_and_then_never_answers_is_given_up(gathered: Gathered) -> None:
     stalls = donor(after=0, error=PeerError(Reason.CLOSED, "it goes"))
     rig = Rig(gathered, [stalls])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.network.test_giving import LEAVES, PAYLOAD, SHAPE, SIGNER, signed
-from xpeer.errors import LocalError
+from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import Identity
 from xpeer.network import pieces
 from xpeer.network.pieces import Signer, Tree, leaves_of, root_of
@@ -118,6 +118,16 @@ def test_the_number_of_trees_is_bounded(tmp_path: Path) -> None:
     gathered.wrote(1, new)
     gathered.tidy()  # later trees took the pieces over
     assert len(gathered.trees) == 2
+    gathered.close()
+
+
+def test_a_tree_too_many_is_refused_while_all_are_in_use(tmp_path: Path) -> None:
+    gathered = Gathered.open(tmp_path / "joining", SHAPE, SIGNER)
+    for step in range(gathering.MAX_TREES):
+        gathered.adopt(tree_of(PAYLOAD, step))
+    with pytest.raises(PeerError, match=Reason.BUSY):
+        gathered.adopt(tree_of(PAYLOAD, 99), list(gathered.trees.values()))
+    assert len(gathered.trees) == gathering.MAX_TREES
     gathered.close()
 
 
