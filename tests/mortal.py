@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_IMPORTED = ("tests.unit.accounts.test_restored", "tests.unit.trainer.test_killed")
+_IMPORTED = ("tests.unit.accounts.test_restored_register", "tests.unit.trainer.test_killed")
 """Once, by the server: what takes seconds to import."""
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(_IMPORTED))
