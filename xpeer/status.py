@@ -160,6 +160,8 @@ class ShardSummary(Struct, frozen=True, kw_only=True):
     """Examples to train on that are longer than a record, and so are cut off."""
     unanswered: Local[int] = 0
     """Those of them that are cut off before their answer: nothing is learnt of them."""
+    unpredicted: Local[int] = 0
+    """Examples whose answer makes no token: nothing is learnt of these either."""
     skipped: Local[dict[str, int]] = {}
     """Number of rows and files without text, by reason: empty, null, no field, not text."""
     left_out: Local[dict[str, int]] = {}
@@ -185,6 +187,8 @@ class ShardSummary(Struct, frozen=True, kw_only=True):
             lines.append(f"{self.too_short:,} documents too short for a record")
         if self.cut:
             lines.append(f"{self.cut:,} examples cut off, {self.unanswered:,} before their answer")
+        if self.unpredicted:
+            lines.append(f"{self.unpredicted:,} examples whose answer makes no token")
         return lines
 
 

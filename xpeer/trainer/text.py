@@ -50,15 +50,21 @@ class Text:
 
     @property
     def warnings(self) -> list[str]:
-        """What the operator should hear of: examples that are cut off."""
-        if not self.shard.cut:
-            return []
-        return [
-            f"{self.shard.cut:,} of {len(self.records):,} examples are longer than "
-            f"optimiser.sequence_tokens = {self.records.shape[1]} and cut off, "
-            f"{self.shard.unanswered:,} of them before their answer, so that nothing is learnt of "
-            "these: shorten them, or found a swarm with longer records"
-        ]
+        """What the operator should hear of: examples of which little or nothing is learnt."""
+        told = []
+        if self.shard.cut:
+            told.append(
+                f"{self.shard.cut:,} of {len(self.records):,} examples are longer than "
+                f"optimiser.sequence_tokens = {self.records.shape[1]} and cut off, "
+                f"{self.shard.unanswered:,} of them before their answer, so that nothing is learnt "
+                "of these: shorten them, or found a swarm with longer records"
+            )
+        if self.shard.unpredicted:
+            told.append(
+                f"{self.shard.unpredicted:,} of {len(self.records):,} examples have an answer that "
+                "makes no token, so that nothing is learnt of these: take them out, or correct them"
+            )
+        return told
 
 
 def text_if_any(
@@ -137,7 +143,11 @@ def counted(summary: ShardSummary, records: MappedRecords) -> ShardSummary:
     """Add what becomes of the documents as records."""
     cut, unanswered = records.cut_examples()
     return msgspec.structs.replace(
-        summary, too_short=records.too_short(), cut=cut, unanswered=unanswered
+        summary,
+        too_short=records.too_short(),
+        cut=cut,
+        unanswered=unanswered,
+        unpredicted=records.unpredicted(),
     )
 
 

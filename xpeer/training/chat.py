@@ -17,7 +17,7 @@ from xpeer.identity import blake2b
 from xpeer.training.formats.examples import ASSISTANT, Example
 from xpeer.training.formats.rows import holds_text
 
-_RULE: Final = "marks/2"
+_RULE: Final = "marks/3"
 """Names the rule by which parts are marked: the cache keeps no tokens of another one."""
 _DATE: Final = "26 Jul 2024"
 """What Llama's templates call today: else the day of a start would be in the tokens."""

@@ -10,6 +10,7 @@ import torch
 from xpeer.errors import ShardError
 from xpeer.training.piece_table import Array, PieceTable
 from xpeer.training.records import FILL, MIN_TOKENS
+from xpeer.training.token_file import READ
 
 _BLOCK: Final = 1024
 """Records that are looked at together."""
@@ -68,15 +69,21 @@ class MappedRecords:
         return int((self._table.tokens - np.where(tail < MIN_TOKENS, tail, 0)).sum())
 
     def cut_examples(self) -> tuple[int, int]:
-        """Count examples that are cut off; and those of them of which nothing is predicted."""
+        """Count examples that are cut off; and those of them that are so before their answer."""
         if not self._examples:
             return 0, 0
-        cut = np.flatnonzero(self._table.tokens[self._counts > 0] > self.shape[1])
+        made = self._counts > 0
+        answered = (self._table.flags & READ == 0)[made]
+        cut = np.flatnonzero((self._table.tokens[made] > self.shape[1]) & answered)
         unanswered = 0
         for at in range(0, len(cut), _BLOCK):
             records = self._cut(cut[at : at + _BLOCK])
             unanswered += int((records < 0).all(1).sum())
         return len(cut), unanswered
+
+    def unpredicted(self) -> int:
+        """Count examples of which nothing would be predicted however long a record is."""
+        return int((self._table.flags[self._counts > 0] & READ != 0).sum())
 
     def too_short(self) -> int:
         """Count pieces that make no record."""

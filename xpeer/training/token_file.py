@@ -36,6 +36,8 @@ OPEN: Final = 4
 """The tokens go on in another file."""
 CONTINUES: Final = 8
 """The tokens began in another file."""
+READ: Final = 16
+"""The piece is an example of which no token is predicted."""
 
 PASSAGE: Final = np.dtype(
     [

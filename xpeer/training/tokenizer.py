@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -204,18 +205,40 @@ class HuggingFaceTokenizer:
     def encode_marked(self, texts: list[Marked]) -> list[npt.NDArray[np.uint32]]:
         """See `Tokenizer.encode_marked`."""
         chats = [marked.text for marked in texts if marked.is_chat]
-        others = [marked.text for marked in texts if not marked.is_chat]
         of_chats = iter(self._with_special.encode_batch(chats, add_special_tokens=False))
-        of_others = iter(self._fast.encode_batch(others, add_special_tokens=False))
+        of_others = iter(self._completed([each for each in texts if not each.is_chat]))
         encoded = []
         for marked in texts:
-            each = next(of_chats if marked.is_chat else of_others)
-            read = _read_of(marked, each.offsets)
             if marked.is_chat:
-                encoded.append(2 * np.array(each.ids, np.uint32) + np.array(read, np.uint32))
+                each = next(of_chats)
+                read = np.array(_read_of(marked, each.offsets), np.uint32)
+                encoded.append(2 * np.array(each.ids, np.uint32) + read)
             else:
-                encoded.append(_with_ends(self, list(each.ids), read))
+                prompt, rest = next(of_others)
+                read_all = [True] * len(prompt) + [False] * len(rest)
+                encoded.append(_with_ends(self, prompt + rest, read_all))
         return encoded
+
+    def _completed(self, texts: list[Marked]) -> Iterator[tuple[list[int], list[int]]]:
+        """Ids of prompts as they are when a model is asked, and those that follow each.
+
+        Where a token of the whole text would reach over the border, both are encoded apart.
+        """
+        wholes = [marked.text for marked in texts]
+        sizes = [begin for ((begin, _),) in (marked.spans for marked in texts)]
+        prompts = [text[:size] for text, size in zip(wholes, sizes, strict=True)]
+        completions = [text[size:] for text, size in zip(wholes, sizes, strict=True)]
+        of_prompts = self._fast.encode_batch_fast(prompts, add_special_tokens=False)
+        of_wholes = self._fast.encode_batch_fast(wholes, add_special_tokens=False)
+        for asked, whole, completion in zip(of_prompts, of_wholes, completions, strict=True):
+            before, ids = list(asked.ids), list(whole.ids)
+            follows = ids[: len(before)] == before
+            yield before, ids[len(before) :] if follows else self._following(completion)
+
+    def _following(self, text: str) -> list[int]:
+        """Ids of a text behind another one: without the space that some tokenizers begin with."""
+        line, ids = self.encode("\n"), self.encode("\n" + text)
+        return ids[len(line) :] if ids[: len(line)] == line else self.encode(text)
 
     @functools.cached_property
     def _with_special(self) -> Fast:
@@ -283,12 +306,12 @@ def _parse(data: bytes, file: Path) -> Fast:
 
 
 def _read_of(marked: Marked, offsets: list[tuple[int, int]]) -> list[bool]:
-    """Whether each token begins outside of what is predicted."""
+    """Whether each token has nothing of what is predicted. One that begins above it may have."""
     read, spans, number = [], marked.spans, 0
-    for begin, _ in offsets:
+    for begin, end in offsets:
         while number < len(spans) and begin >= spans[number][1]:
             number += 1
-        read.append(number == len(spans) or begin < spans[number][0])
+        read.append(number == len(spans) or max(end, begin + 1) <= spans[number][0])
     return read
 
 

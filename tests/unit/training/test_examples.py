@@ -15,6 +15,7 @@ from xpeer.errors import ConfigError, ShardError
 from xpeer.trainer.text import read_table
 from xpeer.training.document import digest_of_ids
 from xpeer.training.documents import name_documents
+from xpeer.training.formats.examples import Example
 from xpeer.training.formats.rows import NO_CHAT
 from xpeer.training.reading import Recipe
 from xpeer.training.records import FILL
@@ -101,6 +102,55 @@ def test_a_completion_is_predicted_and_its_prompt_is_read(node: Node) -> None:
         assert predicted == [*row["completion"].encode(), BYTE_EOS]
 
 
+WORDS = "of the of and to the in a is that for it as with be on or by this"
+
+
+def with_metaspace(folder: Path) -> HuggingFaceTokenizer:
+    """A tokenizer that puts a space before every text, and has tokens of whole words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    letters = sorted({*WORDS, *" \n:.Sentim"})
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>"], initial_alphabet=letters, show_progress=False
+    )
+    made.train_from_iterator([WORDS, "Sentiment: the\n"] * 9, trainer)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>"}))
+    return HuggingFaceTokenizer(folder)
+
+
+@pytest.mark.parametrize("make", [chatting, with_metaspace], ids=["bytes", "metaspace"])
+@pytest.mark.parametrize("end", [" ", "", "\n"], ids=["space", "none", "line"])
+@pytest.mark.parametrize("begin", ["", " "], ids=["word", "space before"])
+def test_a_model_is_taught_what_follows_the_prompt_as_it_is_asked_for(
+    make: Any, end: str, begin: str, tmp_path: Path
+) -> None:
+    """A label that makes one token with the space above it was read, so never learnt."""
+    tokenizer = make(tmp_path)
+    prompt, completion = f"Sentiment:{end}", f"{begin}the"
+    marked = tokenizer.chat.mark(Example((("", prompt), ("", completion))))
+    (encoded,) = tokenizer.encode_marked([marked])
+    ids, read = (encoded >> 1).tolist(), (encoded & 1).astype(bool).tolist()
+    asked = tokenizer.encode(prompt)
+    assert ids[: len(asked)] == asked
+    assert read == [True] * len(asked) + [False] * (len(ids) - len(asked))
+    assert tokenizer.decode(ids) == prompt + completion
+
+
+def test_a_token_of_an_answer_that_begins_above_it_is_predicted(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = chatting(tmp_path, template)
+    marked = tokenizer.chat.mark(Example((("user", "of"), ("assistant", "the"))))
+    assert marked is not None
+    (encoded,) = tokenizer.encode_marked([marked])
+    predicted = [int(each) >> 1 for each in encoded if not each & 1]
+    assert tokenizer.decode(predicted) == " the\n"
+
+
 def test_what_the_assistant_says_is_predicted(node: Node, tmp_path: Path) -> None:
     tokenizer = node.tokenizer = chatting(tmp_path)
     node.with_data(text_field="messages")
@@ -143,6 +193,28 @@ def test_an_operator_hears_of_examples_that_are_cut_off(node: Node) -> None:
     )
     assert f"{unanswered} of them before their answer" in said
     assert "examples cut off" in text.shard.lines()[-1]
+
+
+def test_an_operator_hears_of_examples_whose_answer_makes_no_token(
+    node: Node, tmp_path: Path
+) -> None:
+    """They are trained on like all others, and nothing was ever learnt of them."""
+    byte_level(tmp_path)
+    from tokenizers import Tokenizer, normalizers
+
+    fast = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    fast.normalizer = normalizers.Replace("?", "")
+    fast.save(str(tmp_path / "tokenizer.json"))
+    node.tokenizer = HuggingFaceTokenizer(tmp_path)
+    node.with_data(text_field="prompt+completion")
+    write(node, [{"prompt": f"{n}" * 30, "completion": "?" if n % 2 else "yes"} for n in range(8)])
+    text = node.read()
+    mute = sum((record < 0).all() for record in text.records[:])
+    assert 0 < mute == text.shard.unpredicted
+    assert text.shard.cut == 0
+    (said,) = text.warnings
+    assert f"{mute} of {len(text.records)} examples have an answer that makes no token" in said
+    assert text.shard.lines()[-1] == f"{mute} examples whose answer makes no token"
 
 
 def test_columns_of_parquet_are_the_same_examples(node: Node, tmp_path: Path) -> None:
