@@ -7,6 +7,7 @@ whole chat, and predicted if all of it is there.
 
 from __future__ import annotations
 
+import datetime
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,16 @@ from xpeer.training.formats.rows import holds_text
 
 _RULE: Final = "marks/3"
 """Names the rule by which parts are marked: the cache keeps no tokens of another one."""
-_DATE: Final = "26 Jul 2024"
+_DAY: Final = datetime.datetime(2024, 7, 26)
 """What Llama's templates call today: else the day of a start would be in the tokens."""
+_CODES: Final = ("-d", "-m", "-H", "-I", "-M", "-S", *"aAbBcdeDFHIjmMpSTuUwWxXyYzZ")
+_CLOCK: Final = (
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(f"|replace('%{code}', '{_DAY.strftime(f'%{code}')}')" for code in _CODES)
+    + " -}}{%- endmacro -%}"
+)
+"""Stands above templates that ask the clock themselves. A function in its place can't be handed
+over: transformers gives templates plain data alone."""
 _STAND_INS: Final = tuple(map(chr, range(0xE000, 0xE010)))
 """Characters that stand for an answer while it is looked for."""
 
@@ -110,12 +119,16 @@ class ChatTemplate:
         """Where an answer is in the whole chat; None = not all of it is there."""
         before = self._render(messages[:number], prompting=True)
         after = self._render(messages[: number + 1], prompting=False)
+        said = _packed(messages[number]["content"])
         begins = before is not None and whole.startswith(before)
         if before is not None and begins:
+            end = 0
             if number + 1 == len(messages):
-                return len(before), len(whole)
-            if after is not None and after.startswith(before) and whole.startswith(after):
-                return len(before), len(after)
+                end = len(whole)
+            elif after is not None and after.startswith(before) and whole.startswith(after):
+                end = len(after)
+            if said in _packed(whole[len(before) : end]):
+                return len(before), end
         found = self._content(messages, number, whole)
         if found is None:
             return None
@@ -123,7 +136,7 @@ class ChatTemplate:
             begin = len(before)
         else:
             begin = self._begin(messages, number, whole, found[0], before)
-        if _packed(messages[number]["content"]) not in _packed(whole[begin : found[1]]):
+        if said not in _packed(whole[begin : found[1]]):
             return None  # taken back, at least in part
         end = found[1] + self._tail(messages[: number + 1], after, whole, found)
         return begin, end
@@ -190,12 +203,13 @@ class ChatTemplate:
             render_jinja_template,
         )
 
+        asks_the_clock = "strftime_now" in self._template
         try:
             rendered: Any = render_jinja_template(
                 [messages],
-                chat_template=self._template,
+                chat_template=_CLOCK + self._template if asks_the_clock else self._template,
                 add_generation_prompt=prompting,
-                date_string=_DATE,
+                date_string=_DAY.strftime("%d %b %Y"),
                 **self._special,
             )
         except (TemplateError, TypeError, ValueError):  # e.g. roles have to alternate

@@ -63,6 +63,7 @@ FAMILIES: Final = {
     "gemma3": Family("gemma3", ("<bos>", "<start_of_turn>", "<end_of_turn>"), "<bos>"),
     "smollm2": Family("smollm2", ("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"),
     "mistral": Family("mistral", ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>"),
+    "smolvlm": Family("smolvlm", ("<end_of_utterance>", "<image>")),
 }
 IM, EOT, GEMMA, EOS = "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>"
 HM, SO = "<think>\nhm\n</think>\n\nFour.", "<think>\nso\n</think>\n\nSix, é."
@@ -109,6 +110,8 @@ PREDICTED: Final[dict[str, Wanted]] = {
     "gemma3": plain(GEMMA) | WITHOUT_TOOLS,
     "smollm2": plain(IM) | {"space around": [f" Four. \n{IM}", f"Six, é.{IM}"]},
     "mistral": plain(EOS, " ") | WITHOUT_TOOLS,
+    # it writes no content at all: an answer of nothing must not be learnt
+    "smolvlm": dict.fromkeys(CHATS),
 }
 
 
@@ -177,6 +180,20 @@ def test_an_end_of_text_behind_the_end_of_the_turn_is_read() -> None:
     assert marked is not None
     said = [marked.text[begin:end] for begin, end in marked.spans]
     assert said == ["Four.<end>", "Six, é.<end>"]
+
+
+@pytest.mark.parametrize(
+    ("form", "written"),
+    [("%d %B %Y", "26 July 2024"), ("%A, %-d. %b %y, %H:%M", "Friday, 26. Jul 24, 00:00")],
+)
+def test_a_template_that_asks_the_clock_has_the_same_day(form: str, written: str) -> None:
+    """As SmolLM3's: the tokens that a node made yesterday would differ from today's."""
+    text = f"{{% macro above() %}}{{{{ strftime_now('{form}') }}}}{{% endmacro %}}"
+    text += f"{{{{ above() }}}}{{% for m in messages %}}|{{{{ strftime_now('{form}') }}}}"
+    text += "{{ m.content }}{% endfor %}"
+    marked = ChatTemplate(text, {}, []).mark(Example((ASK, FOUR)))
+    assert marked is not None
+    assert marked.text == f"{written}|{written}Two and two?|{written}Four."
 
 
 def test_a_template_writes_the_same_on_every_day() -> None:
