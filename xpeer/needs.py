@@ -19,7 +19,7 @@ from xpeer.leaves import Public, seen_by
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import QUANTISED
 from xpeer.source import check_folder, has_tokenizer
-from xpeer.tokenizer_files import ENDS, Writing, writing_of
+from xpeer.tokenizer_files import differing, writing_of
 
 _Digest = Annotated[str, Meta(max_length=64)]
 _Special = Annotated[dict[str, Annotated[str, Meta(max_length=200)]], Meta(max_length=16)]
@@ -133,31 +133,22 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
             should = f"and it should be that of {said}"
             return [f"{setting}: {file} has BLAKE2b-256 {seen[:16]}, {should}"]
         try:
-            differing = self._differing(writing_of(file.parent), chats=data.text_field == _CHATS)
+            writing = writing_of(file.parent)
         except ConfigError as e:
             return [f"{setting}: {e.problem}"]
-        if not differing:
+        items = differing(
+            writing,
+            self.special if isinstance(self.special, dict) else None,
+            self.chat_digest if isinstance(self.chat_digest, str) else "",
+            chats=data.text_field == _CHATS,
+        )
+        if not items:
             return []
         return [
-            f"{setting}: {file.parent} has another {' and another '.join(differing)}, so its "
+            f"{setting}: {file.parent} has another {' and another '.join(items)}, so its "
             "tokens would not be the swarm's; copy tokenizer_config.json, special_tokens_map.json "
             "and chat_template.jinja from the founder's folder, those that are there"
         ]
-
-    def _differing(self, seen: Writing, *, chats: bool) -> list[str]:
-        """What of a node's tokenizer is not as the founder's, of what its text depends on."""
-        differing = []
-        if isinstance(self.special, dict):
-            for name in sorted({*ENDS, *(self.special if chats else ())}):
-                here, there = seen.special.get(name), self.special.get(name)
-                if here != there:
-                    differing.append(f"{name} ({_said(here)}, the founder's: {_said(there)})")
-        if chats and isinstance(self.chat_digest, str) and seen.chat_digest != self.chat_digest:
-            here, there = seen.chat_digest[:16], self.chat_digest[:16]
-            none = self.chat_digest == Writing({}, "").chat_digest
-            founders = "the founder's folder has none" if none else f"the founder's: {there}"
-            differing.append(f"chat template (BLAKE2b-256 {here}; {founders})")
-        return differing
 
 
 def require(needs: Needs | None, data: Data, home: Home) -> None:
@@ -174,7 +165,3 @@ def require(needs: Needs | None, data: Data, home: Home) -> None:
             f"set them in {home.config}, or give the options to `xpeer init --join` or "
             "`xpeer start`",
         )
-
-
-def _said(token: str | None) -> str:
-    return "none" if token is None else repr(token)

@@ -7,6 +7,7 @@ tokenizers.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -60,6 +61,34 @@ def writing_of(folder: Path) -> Writing:
         if name.endswith("_token") and (text := text_of(entry)) is not None
     }
     return Writing(special, _chat_template(folder, entries))
+
+
+def differing(
+    seen: Writing, special: Mapping[str, str] | None, chat_digest: str, *, chats: bool
+) -> list[str]:
+    """What of a node's tokenizer is not as the founder's, of what its text depends on.
+
+    Args:
+        seen: how it writes.
+        special: the founder's special tokens, by name; None = they are not known.
+        chat_digest: of the founder's chat template; empty = it is not known.
+        chats: whether the node writes chats.
+    """
+    items = []
+    if special is not None:
+        for name in sorted({*ENDS, *(special if chats else ())}):
+            here, there = seen.special.get(name), special.get(name)
+            if here != there:
+                items.append(f"{name} ({_said(here)}, the founder's: {_said(there)})")
+    if chats and chat_digest and seen.chat_digest != chat_digest:
+        none = chat_digest == Writing({}, "").chat_digest
+        founders = "the founder's folder has none" if none else f"the founder's: {chat_digest[:16]}"
+        items.append(f"chat template (BLAKE2b-256 {seen.chat_digest[:16]}; {founders})")
+    return items
+
+
+def _said(token: str | None) -> str:
+    return "none" if token is None else repr(token)
 
 
 def text_of(entry: Any) -> str | None:

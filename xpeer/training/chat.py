@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from xpeer.errors import ConfigError
+from xpeer.errors import ShardError
 from xpeer.identity import blake2b
-from xpeer.training.formats.examples import ASSISTANT, Example
-from xpeer.training.formats.rows import holds_text
+from xpeer.training.formats.examples import Example
 
 _RULE: Final = "marks/3"
 """Names the rule by which parts are marked: the cache keeps no tokens of another one."""
@@ -32,6 +31,11 @@ _CLOCK: Final = (
 over: transformers gives templates plain data alone."""
 _STAND_INS: Final = tuple(map(chr, range(0xE000, 0xE010)))
 """Characters that stand for an answer while it is looked for."""
+
+_REFUSALS: Final = (
+    TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
+)  # fmt: skip
+"""What a template, which is a program, may run into."""
 
 Message = dict[str, str]
 Span = tuple[int, int]
@@ -59,10 +63,18 @@ class ChatTemplate:
         template: in Jinja; empty = the tokenizer has none.
         special: special tokens by name, and others that no message may contain.
         forbidden: texts that would be read as special tokens.
+        differing: what of all this is not as the founder's; then it writes no chat.
     """
 
-    def __init__(self, template: str, special: dict[str, str], forbidden: Sequence[str]) -> None:
+    def __init__(
+        self,
+        template: str,
+        special: dict[str, str],
+        forbidden: Sequence[str],
+        differing: Sequence[str] = (),
+    ) -> None:
         self._template = template
+        self._differing = differing
         self._special = special
         self._forbidden = tuple(text for text in forbidden if text)
 
@@ -83,19 +95,25 @@ class ChatTemplate:
             would be predicted.
 
         Raises:
-            ConfigError: it is a chat, and there is no template.
+            ShardError: it is a chat, and there is no template, or not the swarm's.
         """
         if not example.is_chat:
             prompt, completion = (content for _, content in example.turns)
             text = prompt + completion
             return Marked(text, ((len(prompt), len(text)),), is_chat=False)
         if not self._template:
-            raise ConfigError(
-                "data.text_field = messages: the tokenizer has no chat template",
-                "add chat_template.jinja to its folder, or name fields: prompt+completion",
+            raise ShardError(
+                "the text holds chats (lists of messages), and the tokenizer has no chat template",
+                "add chat_template.jinja to its folder, or name fields of text: prompt+completion",
             )
-        contents = [content for _, content in example.turns]
-        if any(token in content for token in self._forbidden for content in contents):
+        if self._differing:
+            raise ShardError(
+                "the text holds chats (lists of messages), and the tokenizer has another "
+                f"{' and another '.join(self._differing)}, so the tokens would not be the swarm's",
+                "copy tokenizer_config.json, special_tokens_map.json and chat_template.jinja from "
+                "the founder's folder, those that are there",
+            )
+        if any(token in text for token in self._forbidden for text in example.texts):
             return None
         return self._written(example)
 
@@ -105,9 +123,7 @@ class ChatTemplate:
         if whole is None:
             return None
         spans: list[Span] = []
-        for number, (role, content) in enumerate(example.turns):
-            if role != ASSISTANT or not holds_text(content):
-                continue
+        for number in example.answers:
             begin, end = self._place(messages, number, whole) or (0, 0)
             begin = max(begin, spans[-1][1] if spans else 0)
             end = begin + self._ending(whole[begin:end])
@@ -212,7 +228,7 @@ class ChatTemplate:
                 date_string=_DAY.strftime("%d %b %Y"),
                 **self._special,
             )
-        except (TemplateError, TypeError, ValueError):  # e.g. roles have to alternate
+        except (TemplateError, *_REFUSALS):  # e.g. roles have to alternate
             return None
         return str(rendered[0][0])
 

@@ -22,7 +22,7 @@ from xpeer import belonging, manifest
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
 from xpeer.source import has_tokenizer
-from xpeer.tokenizer_files import writing_of
+from xpeer.tokenizer_files import differing, writing_of
 from xpeer.training.chat import ChatTemplate, Marked
 from xpeer.training.kept import TOKENIZER_FILES, copy
 
@@ -150,13 +150,16 @@ class HuggingFaceTokenizer:
     Args:
         folder: holds tokenizer.json, and beside it the files that name its special tokens.
         digest: BLAKE2b-256 (hex) that the manifest demands; empty = any.
+        spec: section of the manifest, which says how chats are written; None = there is none.
 
     Raises:
         ConfigError: the file is missing, malformed, or has another digest; or no token can fill up
             a batch.
     """
 
-    def __init__(self, folder: Path, digest: str = "") -> None:
+    def __init__(
+        self, folder: Path, digest: str = "", spec: manifest.Tokenizer | None = None
+    ) -> None:
         file = folder / "tokenizer.json"
         try:
             data = belonging.read_inside(file, folder)
@@ -178,6 +181,9 @@ class HuggingFaceTokenizer:
         self._fast.no_truncation()
         self._folder = folder
         self._writing = writing_of(folder)
+        self._differing = (
+            differing(self._writing, spec.special, spec.chat_digest, chats=True) if spec else []
+        )
         self.bos_id = self._id("bos_token")
         self.eos_id = self._id("eos_token")
         if all(self._id(name) is None for name in ("pad_token", "eos_token", "unk_token")):
@@ -254,7 +260,8 @@ class HuggingFaceTokenizer:
         """The template in the tokenizer's folder."""
         added = self._fast.get_added_tokens_decoder().values()
         forbidden = [token.content for token in added if token.special]
-        return ChatTemplate(self._writing.template, self._writing.special, forbidden)
+        writing = self._writing
+        return ChatTemplate(writing.template, writing.special, forbidden, self._differing)
 
     def decode(self, ids: list[int]) -> str:
         """Convert ids to text as well as the tokenizer can; special ids vanish."""
@@ -295,7 +302,7 @@ def load_tokenizer(
             "data.tokenizer is not set, and the manifest asks for a Hugging Face tokenizer",
             "set it to the folder that holds the tokenizer.json of the swarm's model",
         )
-    return HuggingFaceTokenizer(Path(folder).expanduser(), spec.digest)
+    return HuggingFaceTokenizer(Path(folder).expanduser(), spec.digest, spec)
 
 
 def _parse(data: bytes, file: Path) -> Fast:

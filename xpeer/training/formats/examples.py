@@ -27,14 +27,26 @@ class Example:
 
     Attributes:
         turns: role and content of each message; a prompt and its completion have no roles.
+        read: numbers of the assistant's messages that are not to be predicted. They are no part of
+            the id: whoever reads less of a text learns the same text.
     """
 
     turns: tuple[tuple[str, str], ...]
+    read: frozenset[int] = frozenset()
 
     @property
-    def contents(self) -> tuple[str, ...]:
-        """What is said in each turn."""
-        return tuple(content for _, content in self.turns)
+    def texts(self) -> tuple[str, ...]:
+        """Roles and contents of all turns."""
+        return tuple(text for turn in self.turns for text in turn)
+
+    @property
+    def answers(self) -> list[int]:
+        """Numbers of the assistant's messages that are to be predicted."""
+        return [
+            number
+            for number, (role, content) in enumerate(self.turns)
+            if role == ASSISTANT and number not in self.read and holds_text(content)
+        ]
 
     @property
     def is_chat(self) -> bool:
@@ -84,23 +96,27 @@ def taken(values: Sequence[object], rows: Rows) -> str | Example | None:
 def example_of(values: Sequence[object]) -> Example | None:
     """Make an example of the values of a row's fields; None = they are none.
 
-    There has to be something to predict: a completion, or a message of the assistant. Calls of
-    tools would be lost, as they are no text, so a chat with calls is none.
+    There has to be something to predict: a completion, or a message of the assistant. Of two lists
+    of messages the first is read, whoever speaks in it. Calls of tools would be lost, as they are
+    no text, so a chat with calls is none.
     """
     if len(values) == 2 and all(isinstance(value, str) for value in values):
         prompt, completion = (str(value) for value in values)
         return Example((("", prompt), ("", completion))) if holds_text(completion) else None
     turns: list[tuple[str, str]] = []
-    for value in values:
+    read: set[int] = set()
+    for place, value in enumerate(values, start=1):
         if not isinstance(value, list):
             return None
         for message in value:
             turn = _turn(message)
             if turn is None:
                 return None
+            if turn[0] == ASSISTANT and (place < len(values) or message.get("weight") == 0):
+                read.add(len(turns))
             turns.append(turn)
-    said = [content for role, content in turns if role == ASSISTANT]
-    return Example(tuple(turns)) if any(map(holds_text, said)) else None
+    example = Example(tuple(turns), frozenset(read))
+    return example if example.answers else None
 
 
 def _turn(message: object) -> tuple[str, str] | None:
@@ -109,6 +125,6 @@ def _turn(message: object) -> tuple[str, str] | None:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role or not isinstance(content, str):
         return None
-    if message.get("tool_calls"):
+    if message.get("tool_calls") or message.get("function_call"):
         return None
     return role, content

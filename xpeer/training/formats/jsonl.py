@@ -57,7 +57,7 @@ def _text(line: str, rows: Rows, where: str) -> str | Example | None:
         rows.lacking(row)
         return None
     value = taken([row[name] for name in names], rows)
-    for text in (value,) if isinstance(value, str) else value.contents if value else ():
+    for text in (value,) if isinstance(value, str) else value.texts if value else ():
         _refuse_halves(text, rows, where)
     return value
 

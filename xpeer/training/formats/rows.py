@@ -74,6 +74,7 @@ class Rows:
         self._rows = self._without = self._texts = 0
         self._other_fields: dict[str, None] = {}
         self._other_kind = ""
+        self._no_example = False
 
     def take(self, value: object) -> str | None:
         """Count a row that has the field; returns its text, or None if it is skipped."""
@@ -104,7 +105,7 @@ class Rows:
         self._texts += usable
         if not usable:
             self._skipped[NO_EXAMPLE] += 1
-            self._other_kind = self._other_kind or "an example to imitate"
+            self._no_example = True
         return usable
 
     def lacking(self, fields: Iterable[str]) -> None:
@@ -125,6 +126,12 @@ class Rows:
             raise self.no_field(self._other_fields)
         if self._other_kind and not self._texts:
             raise self.no_text(self._other_kind)
+        if self._no_example and not self._texts:
+            raise ShardError(
+                f"{self.path}: no row of {self.field!r} is an example to imitate",
+                "of messages each needs role and content, both text, one in the field that is "
+                "predicted has to be the assistant's, and there may be no calls of tools",
+            )
 
     def no_field(self, fields: Iterable[str]) -> ShardError:
         """Make the error for a file in which no row has the field."""
