@@ -41,6 +41,18 @@ def test_csv_is_read_by_its_column(tmp_path: Path) -> None:
         ("a.csv", "id,body\n1,one\n", "refused: {}: no row has field 'text' (fields: body, id)"),
         ("a.csv", 'id,text\n1,"one\n', "refused: {}: not valid CSV after line"),
         ("a.csv", "", "refused: data.shard: no text in {} (1 row without text: empty 1)"),
+        ("a.csv", "\n \n\n", "refused: data.shard: no text in {} (1 row without text: empty 1)"),
+        ("a.csv", "\n\r\nid;text\n1;one\n", "['one']"),
+        ("a.csv", "\ufeff,,\n\nid,text,\n1,one,\n", "['one']"),
+        ("a.tsv", "\t\n\ntext\tid\none\t1\n", "['one']"),
+        # what is left of a text at its first comma is not what somebody wrote
+        (
+            "a.csv",
+            "text\none\ntwo, three\n",
+            "refused: {}:3: 2 fields, but the header",
+        ),
+        ("a.csv", '\nid,text\n1,"o\nn"\n2,two, three\n', "refused: {}:5: 3 fields, but the header"),
+        ("a.csv", "id,text\n1,one,,\n", "['one']"),
         ("a.ndjson", '{"text": "one"}\n', "['one']"),
         ("a.py", "print(1)", "['print(1)']"),
         ("a.rst", "Title", "['Title']"),
@@ -49,6 +61,14 @@ def test_csv_is_read_by_its_column(tmp_path: Path) -> None:
 def test_what_is_read(tmp_path: Path, name: str, text: str, said: str) -> None:
     (tmp_path / name).write_bytes(text.encode())
     assert outcome(tmp_path / name).startswith(said.format(tmp_path / name))
+
+
+def test_a_table_in_a_folder_that_begins_with_an_empty_line_is_read(tmp_path: Path) -> None:
+    """Its header was taken for one without the column, and the whole table left out."""
+    (tmp_path / "a.csv").write_text("\n\nid,text\n1,one\n")
+    found = read_shard([str(tmp_path)])
+    assert [document.text for document in found.documents] == ["one"]
+    assert not found.summary.left_out
 
 
 def test_a_csv_that_is_not_utf8(tmp_path: Path) -> None:

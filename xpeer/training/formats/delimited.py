@@ -1,4 +1,4 @@
-"""Tables as text, .csv and .tsv; the first row names the fields."""
+"""Tables as text, .csv and .tsv; the first row that is not empty names the fields."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from xpeer.training.formats.packed import opened
 from xpeer.training.formats.rows import NO_COLUMN, OtherFormError, Rows
 
 _DELIMITERS: Final = ",;\t|"
+_SPACE: Final = " \r\n"
 
 
 def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str | Example]:
@@ -28,8 +29,8 @@ def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str | Example]:
             most often.
 
     Raises:
-        ShardError: the header lacks a field, quotes are wrong, or the file is not UTF-8; names
-            the line.
+        ShardError: the header lacks a field, a row has more fields than it, quotes are wrong, or
+            the file is not UTF-8; names the line.
     """
     csv.field_size_limit(sys.maxsize)  # a text may be long
     with (
@@ -38,14 +39,17 @@ def texts(path: Path, rows: Rows, delimiter: str) -> Iterator[str | Example]:
     ):
         number = 1
         try:
-            reader = _rows_of(lines, delimiter)
-            header = next(reader)
-            if not header:
+            reader, above = _rows_of(lines, delimiter)
+            header = next(reader, None)
+            if header is None:
                 rows.take("")
                 return
             columns = _columns(header, rows)
+            number = above + reader.line_num
             for row in reader:
-                number = reader.line_num
+                begins, number = number + 1, above + reader.line_num
+                if any(field.strip() for field in row[len(header) :]):
+                    raise _too_wide(path, begins, row, header)
                 if len(row) > max(columns):
                     value = taken([row[column] for column in columns], rows)
                     if value is not None:
@@ -77,7 +81,7 @@ def leave_out_other(path: Path, field: str, delimiter: str) -> None:
         io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="") as lines,
     ):
         try:
-            header: list[str] = next(_rows_of(lines, delimiter), [])
+            header: list[str] = next(_rows_of(lines, delimiter)[0], [])
         except csv.Error:
             header = ["?"]
     if header and not set(fields_of(field)) <= {name.strip() for name in header}:
@@ -88,11 +92,23 @@ def leave_out_other(path: Path, field: str, delimiter: str) -> None:
         )
 
 
-def _rows_of(lines: io.TextIOWrapper, delimiter: str) -> Any:
-    """The reader of a table; see `texts`."""
-    first = lines.readline()
+def _rows_of(lines: io.TextIOWrapper, delimiter: str) -> tuple[Any, int]:
+    """The reader of a table, from its header on, and the number of lines above; see `texts`."""
+    above = 0
+    while (first := lines.readline()) and not first.strip(_DELIMITERS + _SPACE):
+        above += 1
     delimiter = delimiter or max(_DELIMITERS, key=first.count)
-    return csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    rest = itertools.chain([first], lines) if first else lines
+    return csv.reader(rest, delimiter=delimiter, strict=True), above
+
+
+def _too_wide(path: Path, line: int, row: list[str], header: list[str]) -> ShardError:
+    """Make the error for a row of which a part would be lost: most likely a text without quotes."""
+    columns = "column" if len(header) == 1 else "columns"
+    return ShardError(
+        f"{path}:{line}: {len(row)} fields, but the header has {len(header)} {columns}",
+        "put quotes around the text of that row, or take the row out",
+    )
 
 
 def _columns(header: list[str], rows: Rows) -> list[int]:
