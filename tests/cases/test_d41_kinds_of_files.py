@@ -180,6 +180,10 @@ def test_what_datasets_saved_is_read(tmp_path: Path) -> None:
             w.write_table(text)
     assert "holds no file" in outcome(tmp_path)
     (folder / "state.json").write_text("{}")
+    assert "holds no file" in outcome(tmp_path)
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": "train"})
+    )
     assert outcome(tmp_path) == "['one', 'two']"
     with (
         pa.OSFile(str(tmp_path / "file.arrow"), "wb") as sink,
@@ -189,6 +193,35 @@ def test_what_datasets_saved_is_read(tmp_path: Path) -> None:
     assert outcome(tmp_path / "file.arrow") == "['one', 'two']"
     (tmp_path / "file.arrow").write_bytes(b"ARROW1 and no more")
     assert "file.arrow is damaged" in outcome(tmp_path / "file.arrow")
+
+
+def test_what_an_earlier_save_left_is_left_out_and_counted(tmp_path: Path) -> None:
+    """Rows that somebody took out of a data set were still trained on."""
+    pa = pytest.importorskip("pyarrow")
+    for name, text in (("data-00000-of-00001", "new"), ("data-00001-of-00002", "taken out")):
+        table = pa.table({"text": [text]})
+        with (
+            pa.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as stream,
+        ):
+            stream.write_table(table)
+    (tmp_path / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
+    )
+    found = read_shard([str(tmp_path)])
+    assert [document.text for document in found.documents] == ["new"]
+    assert found.summary.left_out == {".arrow": 1, ".json": 1}
+    assert "taken out" in outcome(tmp_path / "data-00001-of-00002.arrow")  # who names it means it
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[" * 10**5, "[]", '{"_data_files": [1]}', '{"_data_files": {}}']
+)
+def test_another_programs_state_is_no_list_of_files(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "a.arrow").write_text("no table")
+    (tmp_path / "state.json").write_text(content)
+    assert outcome(tmp_path) == "['words']"
 
 
 @pytest.fixture

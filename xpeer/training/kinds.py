@@ -1,7 +1,13 @@
-"""Kinds of files, by their names: which are read, and which are refused. Opens no file."""
+"""Kinds of files, by their names: which are read, and which are refused.
+
+Opens no file with text: only the list of those that `datasets` saved.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import stat
 from pathlib import Path
 from typing import Final
 
@@ -9,7 +15,9 @@ READ_IN_FOLDERS: Final = (".txt", ".md", ".jsonl", ".parquet", ".csv")
 """Suffixes of the files that are read in folders; all but .parquet may be packed."""
 PACKED: Final = (".gz", ".zst")
 _SAVED: Final = "state.json"
-"""Lies beside the .arrow files that `datasets` saved, and not beside those of its cache."""
+"""Lies beside the .arrow files that `datasets` saved, and not beside those of its cache. It names
+them: others there were left by an earlier save of more files."""
+_MOST_BYTES: Final = 64 << 20
 
 _UNPACK = "unpack it"
 _REFUSED: Final = {
@@ -45,8 +53,33 @@ def is_read_in_folders(path: Path) -> bool:
     if path.suffix.lower() in PACKED:
         return kind in READ_IN_FOLDERS and not refusal(path)
     if kind == ".arrow":
-        return not path.name.startswith("cache-") and (path.parent / _SAVED).exists()
+        return path.name in _saved(path.parent)
     return kind in READ_IN_FOLDERS
+
+
+def _saved(folder: Path) -> frozenset[str]:
+    """Names of the files that `datasets` saved in a folder.
+
+    Raises:
+        OSError: its list can't be read.
+    """
+    try:
+        status = (folder / _SAVED).stat()
+    except FileNotFoundError:
+        return frozenset()
+    if not stat.S_ISREG(status.st_mode):
+        return frozenset()
+    return _listed(folder / _SAVED, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=8)
+def _listed(path: Path, _written_ns: int, _inode: int) -> frozenset[str]:
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES)
+    try:
+        return frozenset(each["filename"] for each in json.loads(data)["_data_files"])
+    except (ValueError, LookupError, TypeError, RecursionError):  # another program's
+        return frozenset()
 
 
 def refusal(path: Path) -> str:
