@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from xpeer.errors import ConfigError
+from xpeer.errors import ConfigError, ShardError
 
 _UNSET: Final = "is a variable unset? Name a path, or leave it out"
 _OURS: Final = frozenset({"identity.key", "admin.key", "swarm.key", "register.key"})
@@ -76,7 +76,7 @@ def refuse_homes(files: Iterable[Path], setting: str) -> None:
     """Refuse to train on files of a node's home or of a privacy register.
 
     Raises:
-        ConfigError: names the first such file.
+        ShardError: names the first such file.
     """
     by_folder: dict[Path, Path] = {}
     for file in files:
@@ -85,7 +85,7 @@ def refuse_homes(files: Iterable[Path], setting: str) -> None:
         inner = [p.parent for p in (folder, *folder.parents) if p.name in _OUR_FOLDERS]
         for place in (folder, *inner):
             if any((place / key).exists() for key in _OURS):
-                raise ConfigError(
+                raise ShardError(
                     f"{setting}: {file} belongs to the xpeer folder {place}, not to any text",
                     "name folders that hold nothing but the text",
                 )

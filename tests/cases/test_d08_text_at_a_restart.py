@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shutil
 import signal
@@ -75,6 +77,15 @@ def a_link_to_nowhere(shard: Path) -> None:
     (shard / "x.txt").symlink_to("gone")
 
 
+def a_link_to_itself(shard: Path) -> None:
+    shutil.rmtree(shard)
+    shard.symlink_to(shard)
+
+
+def a_key(shard: Path) -> None:
+    (shard / "swarm.key").write_text("key")
+
+
 def nothing_but(data: bytes, name: str = "x.txt") -> Fault:
     def fault(shard: Path) -> None:
         no_files(shard)
@@ -94,6 +105,8 @@ FAULTS: dict[str, Fault] = {
     "no JSON": nothing_but(b"[", "x.jsonl"),
     "half a parquet file": nothing_but(b"PAR1", "x.parquet"),
     "a link to nowhere": a_link_to_nowhere,
+    "a link to itself": a_link_to_itself,
+    "a key of a node": a_key,
 }
 
 
@@ -147,6 +160,29 @@ def test_without_its_text_a_trainer_serves_and_takes_no_step(
         node.checkpoints.copy()()
     finally:
         node.close()
+
+
+class _FullDisk(io.FileIO):
+    def write(self, _: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_a_node_up_and_no_half_written_file(
+    setup: TrainerSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To close the file writes what is left once more: that error took the place of ours."""
+    from xpeer.trainer.build import assemble
+    from xpeer.training import token_file
+
+    if "record" in setup.home:
+        pytest.skip("the modes differ in stamps, not in how text is read")
+    monkeypatch.setattr(
+        token_file, "open", lambda fd, mode: io.BufferedWriter(_FullDisk(fd, mode)), raising=False
+    )
+    node = assemble(setup)
+    node.close()
+    assert "No space left on device" in node.beginning.text.problem
+    assert not [*Home(Path(setup.home)).cache.rglob(f"{token_file.STAGING}*")]
 
 
 def test_it_goes_on_when_the_text_is_there_again(setup: TrainerSetup) -> None:

@@ -141,6 +141,10 @@ class _Search:
             ) from e
         except ValueError as e:
             raise ShardError(f"{self._setting}: {pattern!r} is no path: {e}", "correct it") from e
+        except RuntimeError as e:  # links in a circle, or the home folder of nobody
+            raise ShardError(
+                f"{self._setting}: {pattern} can't be followed: {e}", "correct it"
+            ) from e
         if not matched and len(self._left_out) == before:
             raise ShardError(
                 f"{self._setting}: {pattern} matches no file (looked from {Path.cwd()})",

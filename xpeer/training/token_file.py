@@ -136,7 +136,8 @@ class TokenFileWriter:
 
     def discard(self) -> None:
         """Remove what was written, unless it is published."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # on a full disk: what is left is written once more
+            self._file.close()
         with contextlib.suppress(OSError):
             self._beside.unlink(missing_ok=True)
 
