@@ -1,6 +1,8 @@
 """Reads the files of a shard, in a stream of pieces of text that can be encoded one by one.
 
-Neither a file nor a document has to fit into memory. Knows nothing of where tokens are kept.
+No file has to fit into memory, nor a text that is a file. A row of a table has to, and what its
+format packs together: a page of .parquet, a batch of .arrow that is packed. Knows nothing of where
+tokens are kept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tokenises text files into the cache: in a stream, on all cores, in files that survive a kill.
 
 One thread reads and writes; two more have the tokenizers library encode a batch each, so that its
-own threads never wait for Python. Memory is bounded by a few batches, whatever the files hold.
+own threads never wait for Python. Memory is bounded by a few batches, and by what `reading` holds.
 """
 
 from __future__ import annotations

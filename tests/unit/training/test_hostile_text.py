@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.in_memory import read_shard
 from xpeer.errors import ShardError
 from xpeer.status import ShardSummary
+from xpeer.training.formats import parquet as parquet_format
+from xpeer.training.formats import texts
 
 
 def test_a_parquet_file_of_few_bytes_takes_no_gigabyte(tmp_path: Path) -> None:
@@ -33,6 +41,76 @@ def test_a_parquet_file_that_unpacks_to_far_more_is_refused(tmp_path: Path) -> N
     parquet.write_table(table, path, compression="zstd", use_dictionary=False)
     with pytest.raises(ShardError, match="more than 200 times the file's size"):
         read_shard([str(path)], "text", "data.shard")
+
+
+def write_arrow(path: Path, table: Any) -> None:
+    from pyarrow import ipc
+
+    with ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)  # one batch
+
+
+def write_parquet(path: Path, table: Any, **options: Any) -> None:
+    from pyarrow import parquet
+
+    parquet.write_table(table, path, compression="none", write_batch_size=1, **options)
+
+
+def large(count: int, size: int) -> list[str]:
+    return [random.Random(n).randbytes(size // 2).hex() for n in range(count)]
+
+
+LARGE: dict[str, tuple[str, Callable[[], list[str]], Callable[[Path, Any], None]]] = {
+    "arrow": ("a.arrow", lambda: large(64, 1 << 20), write_arrow),
+    "rows of 1 MB": (
+        "a.parquet", lambda: large(64, 1 << 20), partial(write_parquet, use_dictionary=False),
+    ),
+    "a group of 64 MB": ("a.parquet", lambda: large(1 << 15, 2048), write_parquet),
+    "a text of 1 MB, again and again": (
+        "a.parquet", lambda: large(1, 1 << 20) * 300 + large(40 << 10, 1000),
+        partial(write_parquet, dictionary_pagesize_limit=2 << 20),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "made", "write"), LARGE.values(), ids=LARGE)
+def test_large_rows_are_not_all_in_memory(
+    tmp_path: Path,
+    name: str,
+    made: Callable[[], list[str]],
+    write: Callable[[Path, Any], None],
+) -> None:
+    """A thousand rows were read at once, whatever they held: 4 GB of rows of 4 MB."""
+    pa = pytest.importorskip("pyarrow")
+    rows = made()
+    write(tmp_path / name, pa.table({"text": rows}))
+    before = pa.total_allocated_bytes()
+    most = 0
+    tracemalloc.start()
+    try:
+        for number, text in enumerate(texts(tmp_path / name, "text", Counter(), named=True)):
+            assert text == rows[number]
+            most = max(most, pa.total_allocated_bytes() - before)
+        in_python = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert number == len(rows) - 1
+    assert most < 48 << 20
+    assert in_python < 16 << 20
+
+
+def test_groups_of_all_sizes_are_read_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(parquet_format, "_BATCH_BYTES", 1000)
+    rows = [f"{n:x}" * size for size in (1, 900, 1, 2000, 1) for n in range(20, 30)]
+    rows += ["again"] * 10
+    with parquet.ParquetWriter(tmp_path / "a.parquet", pa.schema({"text": pa.string()})) as file:
+        for at in range(0, len(rows), 10):
+            file.write_table(pa.table({"text": rows[at : at + 10]}), row_group_size=10)
+    assert list(texts(tmp_path / "a.parquet", "text", Counter(), named=True)) == rows
 
 
 @pytest.mark.parametrize(
@@ -138,8 +216,8 @@ def test_a_link_to_the_home_folder_from_elsewhere(user: Path, tmp_path: Path) ->
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "b.txt").write_text("b")
     (tmp_path / "data" / "up").symlink_to(user)
-    texts, summary = read(tmp_path / "data")
-    assert (texts, summary.left_out) == (["b"], {"link to the home folder": 1})
+    read_texts, summary = read(tmp_path / "data")
+    assert (read_texts, summary.left_out) == (["b"], {"link to the home folder": 1})
     assert len(read(user)[0]) == 3  # who names it means it
 
 
@@ -151,8 +229,8 @@ def test_files_that_links_reach_outside_are_counted(user: Path, pattern: str) ->
     (folder / "inside.txt").symlink_to("a.txt")
     (user / "more" / "back").symlink_to("..")
     (user / "more" / "deep" / "secret.txt").symlink_to("../../.secret/key.txt")
-    texts, summary = read(f"{folder}{pattern}")
-    assert texts == ["diary.txt", "downloads/set/a.txt", "more/deep/more.txt"]
+    read_texts, summary = read(f"{folder}{pattern}")
+    assert read_texts == ["diary.txt", "downloads/set/a.txt", "more/deep/more.txt"]
     assert summary.outside == {str(folder): 2}
     assert f"2 files outside {folder}" in summary.lines()
     assert summary.left_out == {"hidden": 1, "link to a folder above": 1}
@@ -165,8 +243,8 @@ def test_a_hidden_place_that_was_named_is_read(user: Path) -> None:
     (user / ".secret" / "set" / ".objects").mkdir()
     (user / ".secret" / "set" / ".objects" / "1").write_text("annexed")
     (user / ".secret" / "set" / "b.txt").symlink_to(".objects/1")
-    texts, summary = read(user / ".secret" / "set")
-    assert texts == [".secret/key.txt", "annexed"]
+    read_texts, summary = read(user / ".secret" / "set")
+    assert read_texts == [".secret/key.txt", "annexed"]
     assert summary.outside == {str(user / ".secret" / "set"): 1}
 
 

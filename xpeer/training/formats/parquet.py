@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +14,12 @@ from xpeer.training.formats.packed import RATIO_MAX, UNPACKED_FREE
 from xpeer.training.formats.rows import Rows
 
 _BATCH_ROWS: Final = 1024
+_BATCH_BYTES: Final = 32 << 20
+"""About so many bytes of rows are in memory at once, but at least one row."""
+_READ_BYTES: Final = 1 << 20
+FAULTS: Final = (OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError)
+"""What pyarrow raises besides its own errors for tables that are damaged, and for values that
+Python does not have, such as days before its calendar."""
 
 
 def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
@@ -31,20 +39,25 @@ def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
         try:
             metadata = parquet.read_metadata(source)
             leaves = {metadata.schema.column(n).path for n in range(metadata.num_columns)}
-            # Read as a dictionary: few bytes of a file may repeat a long text a million times.
-            with parquet.ParquetFile(
-                source,
-                metadata=metadata,
-                page_checksum_verification=True,
-                read_dictionary=[name for name in fields_of(rows.field) if name in leaves],
-            ) as file:
-                yield from _rows(file, rows, pa.types)
+            options = {
+                "metadata": metadata,
+                "page_checksum_verification": True,
+                # else all of a column in a group of rows is read at once
+                "buffer_size": _READ_BYTES,
+                "pre_buffer": False,
+            }
+            repeated = [name for name in fields_of(rows.field) if name in leaves]
+            with (
+                parquet.ParquetFile(source, **options) as plain,
+                parquet.ParquetFile(source, read_dictionary=repeated, **options) as repeating,
+            ):
+                yield from _rows(_Readers(plain, repeating, repeated), rows, pa.types)
         except pa.ArrowNotImplementedError as e:
             raise ShardError(
                 f"{path} can't be read by this pyarrow ({pa.__version__}): {in_one_line(e)}",
                 "write it with another compression or encoding, or update pyarrow",
             ) from e
-        except (pa.ArrowException, OSError, ValueError, KeyError, RuntimeError) as e:
+        except (pa.ArrowException, *FAULTS) as e:
             if isinstance(e, OSError) and e.errno:
                 raise
             raise ShardError(
@@ -53,12 +66,55 @@ def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
             ) from e
 
 
-def _rows(file: Any, rows: Rows, types: Any) -> Iterator[str | Example]:
-    names = columns_of(file.schema_arrow, rows, types)
+@dataclass(frozen=True, slots=True)
+class _Readers:
+    """Two ways to read one file.
+
+    As dictionaries, since few bytes of a file may repeat a long text a million times. But then all
+    values of a group of rows stay in memory; so groups with many bytes are read value by value.
+    """
+
+    plain: Any
+    repeating: Any
+    repeated: list[str]
+    """The columns that the second way concerns."""
+
+    def batches(self, names: list[str]) -> Iterator[Any]:
+        """Read all rows. No batch is much larger than `_BATCH_BYTES`, but by one row or page."""
+        groups = range(self.plain.metadata.num_row_groups)
+        for (repeats, size), alike in itertools.groupby(groups, lambda n: self._way(n, names)):
+            file = self.repeating if repeats else self.plain
+            yield from file.iter_batches(batch_size=size, row_groups=list(alike), columns=names)
+
+    def _way(self, number: int, names: list[str]) -> tuple[bool, int]:
+        """Whether to read a group as dictionaries, and how many rows at once."""
+        group = self.plain.metadata.row_group(number)
+        columns = [group.column(n) for n in range(group.num_columns)]
+        columns = [column for column in columns if _column(column) in names]
+        size = sum(column.total_uncompressed_size for column in columns)
+        repeats = any(column.has_dictionary_page for column in columns)
+        if repeats and size <= _BATCH_BYTES:
+            return True, _BATCH_ROWS
+        most = _BATCH_BYTES * group.num_rows // max(1, size)
+        if repeats and self.repeated:
+            most = min(most, _BATCH_BYTES // self._longest(number))
+        most = max(1, min(_BATCH_ROWS, most))
+        return False, 1 << (most.bit_length() - 1)  # so that more groups are read together
+
+    def _longest(self, number: int) -> int:
+        """A size, in bytes, that no value which a group repeats is above."""
+        few = self.repeating.iter_batches(batch_size=1, row_groups=[number], columns=self.repeated)
+        columns = next(few).columns  # bytes of a fixed size are never dictionaries
+        sizes = [getattr(column, "dictionary", column).nbytes for column in columns]
+        return max(1, *sizes)
+
+
+def _rows(readers: _Readers, rows: Rows, types: Any) -> Iterator[str | Example]:
+    names = columns_of(readers.plain.schema_arrow, rows, types)
     for name in names:
-        _refuse_bomb(file.metadata, name, rows.path)
+        _refuse_bomb(readers.plain.metadata, name, rows.path)
     number = 0
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
+    for batch in readers.batches(names):
         yield from values_of(batch, names, rows, number)
         number += batch.num_rows
 
