@@ -237,7 +237,7 @@ def files(
     Args:
         ledger: ledger of the node whose shard it is.
         register: the machine's register.
-        documents: (id, path of its file) of each document.
+        documents: (id, path) of each document, for every file that holds it.
         delta: delta at which epsilon is computed.
     """
     by_file: dict[str, list[str]] = {}
@@ -247,7 +247,7 @@ def files(
     histories = {
         document: view.with_unregistered(history)
         for document, history in register.of_documents(
-            each for ids in by_file.values() for each in ids
+            {each for ids in by_file.values() for each in ids}
         ).items()
     }
     costs: dict[tuple[Segment, ...], float] = {}

@@ -6,6 +6,7 @@ nothing of tokens.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,8 @@ class Named:
     """The documents in a shard's files, without their text."""
 
     ids: Array  # (n, 2) big-endian uint64
-    numbers: Array  # (n,) int64: into `paths`
+    found: Array  # (m, 2) big-endian uint64: ids again, once for each file that holds them
+    numbers: Array  # (m,) int64: those files, into `paths`
     paths: list[str]
     summary: ShardSummary
 
@@ -43,10 +45,10 @@ class Named:
         return digest_of_names(self.ids)
 
     def with_files(self) -> Iterator[tuple[str, str]]:
-        """Id and path of the file of each document."""
-        for at in range(0, len(self.ids), _BLOCK):
+        """Id and path of each document, with every file that holds it."""
+        for at in range(0, len(self.found), _BLOCK):
             part = slice(at, at + _BLOCK)
-            for name, number in zip(in_hex(self.ids[part]), self.numbers[part], strict=True):
+            for name, number in zip(in_hex(self.found[part]), self.numbers[part], strict=True):
                 yield name, self.paths[number]
 
 
@@ -58,8 +60,8 @@ def name_documents(
 ) -> Named:
     """Name all texts in some files, folders and globs. A text is gone once it is named.
 
-    Texts without a visible character are left out. Of equal texts only the first is named. Files
-    are read in the order of the patterns, then by path.
+    Texts without a visible character are left out. Equal texts are one document, which may be in
+    several files. Files are read in the order of the patterns, then by path.
 
     Args:
         patterns: see `files.find`.
@@ -80,12 +82,25 @@ def name_documents(
         sizes.append(size)
     pairs = np.frombuffer(bytes(ids), ">u8").reshape(-1, 2)
     first = firsts(pairs.astype(np.uint64))
+    files = np.array(numbers, np.int64)
+    once = _once_a_file(pairs, files)
     return Named(
         pairs[first],
-        np.array(numbers, np.int64)[first],
+        pairs[once],
+        files[once],
         [str(source.path) for source in walk.sources],
         walk.summary(len(first), int(np.array(sizes, np.int64)[first].sum())),
     )
+
+
+def _once_a_file(ids: Array, files: Array) -> Array:
+    """Indices of ids, (n, 2), that did not come before in the same one of the files, (n,)."""
+    bounds = np.searchsorted(files, np.unique(files))  # they ascend, as they are read in order
+    parts = [
+        begin + firsts(ids[begin:end].astype(np.uint64))
+        for begin, end in itertools.pairwise([*bounds.tolist(), len(files)])
+    ]
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 class Walk:
