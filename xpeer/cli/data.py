@@ -30,7 +30,7 @@ from xpeer.source import has_tokenizer
 from xpeer.status import ShardSummary
 
 if TYPE_CHECKING:
-    from xpeer.training.piece_table import PieceTable
+    from xpeer.training.piece_table import Indices, PieceTable
     from xpeer.training.reading import Recipe
     from xpeer.training.tokenizer import Tokenizer
 
@@ -122,12 +122,14 @@ def inspect(
     setting = "--shard" if shard else "data.corpus" if settings.corpus else "data.shard"
     length = sequence_tokens or (manifest.optimiser if manifest else Optimiser()).sequence_tokens
     from xpeer.trainer.text import read_table  # noqa: PLC0415 - torch
+    from xpeer.training.piece_table import split_pieces  # noqa: PLC0415
     from xpeer.training.token_cache import lent  # noqa: PLC0415
     from xpeer.training.tokenising import ignore  # noqa: PLC0415
 
     with lent(home.cache) as cache:
         table, summary = read_table(patterns, setting, recipe, cache, ignore)
-        inspection = _inspected(table, summary, length, recipe, settings, show)
+        parts = split_pieces(table, settings.validation_share, settings.split)
+        inspection = _inspected(table, summary, length, recipe, parts, show)
     if as_json:
         echo_json(inspection)
         return
@@ -167,25 +169,26 @@ def _inspected(
     summary: ShardSummary,
     length: int,
     recipe: Recipe,
-    settings: Data,
+    parts: tuple[Indices, Indices],
     show: int,
 ) -> Inspection:
     import numpy as np  # noqa: PLC0415 - slow
 
     from xpeer.trainer.text import counted  # noqa: PLC0415
-    from xpeer.training.document import digest_of_ids  # noqa: PLC0415
-    from xpeer.training.piece_table import split_pieces  # noqa: PLC0415
+    from xpeer.training.document import digest_of_names  # noqa: PLC0415
     from xpeer.training.record_view import MappedRecords  # noqa: PLC0415
     from xpeer.training.token_file import BEGINS  # noqa: PLC0415
 
     examples = recipe.makes_examples
-    training, held_out = split_pieces(table, settings.validation_share, settings.split)
+    training, held_out = parts
     mine, others = table.select(training), table.select(held_out)
     records = MappedRecords(mine, length, examples=examples)
-    lengths = np.quantile(table.tokens, QUANTILES, method="nearest").tolist()
+    begins = np.flatnonzero(table.flags & BEGINS)  # of documents: long ones may be in pieces
+    sizes = np.add.reduceat(table.tokens, begins)
+    lengths = np.quantile(sizes, QUANTILES, method="nearest").tolist()
     return Inspection(
         shard=counted(summary, records),
-        digest=digest_of_ids(table.wholes()),
+        digest=digest_of_names(table.whole[begins]),
         documents=int((mine.flags & BEGINS != 0).sum()),
         documents_held_out=int((others.flags & BEGINS != 0).sum()),
         records=len(records),

@@ -14,10 +14,13 @@ from tests.cases.support import tokenizer_folder
 from tests.unit.test_founding import picture
 from tests.unit.test_trial import init
 from xpeer.cli import main
+from xpeer.cli.data import _inspected
 from xpeer.errors import ExitCode
 from xpeer.manifest import Optimiser
 from xpeer.trainer.text import read_table
 from xpeer.training import tokenising
+from xpeer.training.documents import name_documents
+from xpeer.training.piece_table import split_pieces
 from xpeer.training.reading import Recipe
 from xpeer.training.tokenising import ignore
 from xpeer.training.tokenizer import ByteTokenizer
@@ -34,6 +37,20 @@ def shard(folder: Path) -> Path:
     (made / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (made / "page.txt").write_text("<html>secret</html>")
     return made
+
+
+def test_a_document_in_pieces_counts_once(tmp_path: Path) -> None:
+    """The digest was not the one that the manifest of a shared corpus has."""
+    texts = ["x" * 900, "y" * 30, "z" * 2000]
+    for text in texts:
+        (tmp_path / f"{text[0]}.txt").write_text(text)
+    files = [str(tmp_path / f"{text[0]}.txt") for text in texts]
+    recipe = Recipe(ByteTokenizer(), piece_characters=100)
+    table, summary = read_table(files, "data.corpus", recipe, tmp_path / "cache", ignore)
+    found = _inspected(table, summary, 16, recipe, split_pieces(table, 0.05, "document"), 0)
+    assert found.digest == name_documents(files).digest()
+    assert (found.document_tokens["0"], found.document_tokens["1"]) == (32, 2002)
+    assert found.documents + found.documents_held_out == 3
 
 
 def test_the_counts_add_up(tmp_path: Path) -> None:
