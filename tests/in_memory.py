@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 
 from xpeer.errors import ShardError
-from xpeer.identity import blake2b
 from xpeer.status import ShardSummary
 from xpeer.training.document import Document, digest_of_ids, document_of
 from xpeer.training.documents import Walk
@@ -81,10 +80,7 @@ def _hold_out_sets(documents: Sequence[Document], by: str) -> dict[str, list[Doc
     files: dict[str, list[Document]] = {}
     for document in documents:
         files.setdefault(document.source, []).append(document)
-    return {
-        blake2b(*(document.id.encode() for document in inside), size=16).hex(): inside
-        for inside in files.values()
-    }
+    return {inside[0].id: inside for inside in files.values()}
 
 
 def cut_owned(

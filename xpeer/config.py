@@ -189,6 +189,7 @@ class Home:
         self.checkpoints = self.path / "checkpoints"
         self.own = self.path / "own"
         self.initial_model = self.path / "initial"
+        self.held_out = self.path / "held-out"
         self.joining = self.path / "joining"
         self.cache = self.path / "cache"
         self.log = self.path / "daemon.log"

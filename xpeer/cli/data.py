@@ -122,13 +122,17 @@ def inspect(
     setting = "--shard" if shard else "data.corpus" if settings.corpus else "data.shard"
     length = sequence_tokens or (manifest.optimiser if manifest else Optimiser()).sequence_tokens
     from xpeer.trainer.text import read_table  # noqa: PLC0415 - torch
+    from xpeer.training.held_out import HeldOut  # noqa: PLC0415
     from xpeer.training.piece_table import split_pieces  # noqa: PLC0415
     from xpeer.training.token_cache import lent  # noqa: PLC0415
     from xpeer.training.tokenising import ignore  # noqa: PLC0415
 
     with lent(home.cache) as cache:
         table, summary = read_table(patterns, setting, recipe, cache, ignore)
-        parts = split_pieces(table, settings.validation_share, settings.split)
+        if is_divided:
+            parts = split_pieces(table, settings.validation_share, settings.split)
+        else:
+            parts = HeldOut(home, settings.validation_share, settings.split).split(table)
         inspection = _inspected(table, summary, length, recipe, parts, show)
     if as_json:
         echo_json(inspection)

@@ -22,6 +22,7 @@ from xpeer.training.documents import no_text
 from xpeer.training.files import Source, find
 from xpeer.training.formats import texts
 from xpeer.training.formats.rows import NO_COLUMN
+from xpeer.training.held_out import HeldOut
 from xpeer.training.kinds import kind_of
 from xpeer.training.partition import choose, piece_characters, refuse_other
 from xpeer.training.piece_table import PieceTable, first_of_each, split_pieces
@@ -80,7 +81,8 @@ def text_if_any(
         ShardError: there is no text, and this home has never trained or names no files.
     """
     try:
-        return text_of(setup, manifest, tokenizer, home.cache, on_progress), ""
+        text = text_of(setup, manifest, tokenizer, home.cache, on_progress, remember=True)
+        return text, ""
     except ShardError as e:
         data = setup.config.data
         if not (setup.has_trained and (data.corpus or data.shard)):
@@ -95,6 +97,8 @@ def text_of(
     tokenizer: Tokenizer,
     cache: Path,
     on_progress: OnProgress = ignore,
+    *,
+    remember: bool = False,
 ) -> Text:
     """Read the shard, or this node's part of the corpus, unless the cache holds all of its tokens.
 
@@ -104,6 +108,7 @@ def text_of(
         tokenizer: of the swarm.
         cache: folder for tokens.
         on_progress: called now and then while text is tokenised.
+        remember: whether the home is to note what is held out.
 
     Raises:
         ShardError: there is no text, or it can't be read.
@@ -115,7 +120,13 @@ def text_of(
     table, summary = read_table(patterns, setting, recipe, cache, on_progress)
     if shared:
         refuse_other(shared, in_hex(table.whole[np.flatnonzero(table.flags & BEGINS)]))
-    training, held_out = split_pieces(table, data.validation_share, data.split)
+    if shared:
+        training, held_out = split_pieces(table, data.validation_share, data.split)
+    else:
+        memory = HeldOut(Home(Path(setup.home)), data.validation_share, data.split)
+        training, held_out = memory.split(table)
+        if remember:
+            memory.remember(table.select(held_out))
     mine, share = table.select(training), None
     if shared:
         # after the split: no member trains on text that another one measures on

@@ -85,35 +85,74 @@ def first_of_each(table: PieceTable) -> Indices:
 
 
 def split_pieces(
-    table: PieceTable, share: float, by: Literal["document", "file"]
+    table: PieceTable,
+    share: float,
+    by: Literal["document", "file"],
+    before: Array | None = None,
+    *,
+    by_content: bool = True,
 ) -> tuple[Indices, Indices]:
-    """Do as `records.split` with a table: indices for training and for validation, ascending."""
+    """Hold out whole documents, or all documents of whole files.
+
+    A document is held out if its number (`records.uniform_of`) is below the share. A file has the
+    number of its first document, so that more rows do not change it. If there is nothing below the
+    share, what has the smallest number is held out, unless it is all there is.
+
+    Args:
+        table: the pieces.
+        share: of the documents or files to hold out.
+        by: what is held out as a whole.
+        before: ids of documents, (k, 2) uint64, that are held out in any case, and the files with
+            them that begin with one.
+        by_content: whether the number of a file follows from all of its documents, as in a corpus
+            that is shared, and in earlier versions.
+
+    Returns:
+        Indices for training and for validation, ascending.
+    """
     begins = np.flatnonzero(table.flags & BEGINS)
-    if by == "document":
-        keys = table.whole[begins].astype(np.uint64)
-        uniform = table.uniform[begins]
-        group = np.cumsum(table.flags & BEGINS != 0) - 1
-    else:
-        keys, uniform, group = _by_file(table, begins)
-    held_out = uniform < share
-    if len(uniform) >= 2:
-        order = np.lexsort((keys[:, 1], keys[:, 0], uniform))
-        if not held_out.any():
-            held_out[order[0]] = True
-        elif held_out.all():
-            held_out[order[-1]] = False
-    else:
-        held_out[:] = False
-    chosen = held_out[group] if len(group) else np.zeros(0, bool)
+    documents = np.cumsum(table.flags & BEGINS != 0) - 1  # of each piece
+    keys = table.whole[begins].astype(np.uint64)
+    uniform = table.uniform[begins]
+    known = np.zeros(len(keys), bool) if before is None else _among(keys, before)
+    group, kept = documents, known
+    if by == "file":
+        _, first, group = np.unique(table.source, return_index=True, return_inverse=True)
+        first = documents[first]
+        kept = known[first]
+        if by_content:
+            keys, uniform = _by_content(table, begins, group, len(first))
+        else:
+            keys, uniform = keys[first], uniform[first]
+    held_out = (uniform < share) | kept
+    order = np.lexsort((keys[:, 1], keys[:, 0], uniform))
+    free = order[~kept[order]]
+    if len(order) < 2:
+        held_out = kept
+    elif not held_out.any() and not known.any():
+        held_out[order[0]] = True
+    elif held_out.all() and len(free):
+        held_out[free[-1]] = False
+    chosen = held_out[group] | known[documents]
     return np.flatnonzero(~chosen).astype(np.int64), np.flatnonzero(chosen).astype(np.int64)
 
 
-def _by_file(table: PieceTable, begins: Indices) -> tuple[Array, Array, Array]:
-    """Keys, numbers in (0, 1) and, for each piece, the index of its file among them."""
-    numbers, group = np.unique(table.source, return_inverse=True)
-    inside: list[list[bytes]] = [[] for _ in numbers]
+def _among(keys: Array, some: Array) -> Array:
+    """Whether each id, (n, 2) uint64, is one of some, (k, 2) uint64; (n,) bool."""
+    both = np.concatenate([some, keys])
+    order = np.lexsort((both[:, 1], both[:, 0]))
+    differs = np.ones(len(order), np.int64)
+    differs[1:] = (both[order[1:]] != both[order[:-1]]).any(1)
+    number = np.empty(len(order), np.int64)
+    number[order] = np.cumsum(differs)
+    return np.isin(number[len(some) :], number[: len(some)])
+
+
+def _by_content(table: PieceTable, begins: Indices, group: Array, n: int) -> tuple[Array, Array]:
+    """Keys and numbers in (0, 1) of n files that follow from all of their documents."""
+    inside: list[list[bytes]] = [[] for _ in range(n)]
     for number, document in zip(group[begins].tolist(), in_hex(table.whole[begins]), strict=True):
         inside[number].append(document.encode())
     digests = [blake2b(*documents, size=16) for documents in inside]
     keys = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).astype(np.uint64)
-    return keys, np.array([uniform_of(digest.hex()) for digest in digests]), group
+    return keys, np.array([uniform_of(digest.hex()) for digest in digests])

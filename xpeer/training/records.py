@@ -71,7 +71,8 @@ def cut(documents: Sequence[Document], tokenizer: Tokenizer, sequence_tokens: in
 def uniform_of(key: str) -> float:
     """A number in (0, 1) from a hash: documents below the share to hold out are held out.
 
-    So a restart trains on the same text, and no text moves from validation to training.
+    So a restart trains on the same text, whatever comes or goes. Where that does not hold, a home
+    remembers (`held_out`).
     """
     (number,) = struct.unpack("<Q", blake2b(b"split", key.encode(), size=8))
     return float((number >> 11) + 0.5) / 2.0**53

@@ -1,0 +1,142 @@
+"""Remembers which documents a home holds out, so that no text moves from validation to training.
+
+    HOME/held-out    a line of JSON: the settings; then the ids of the documents, 16 bytes each
+
+What is held out follows from the documents' ids (`piece_table.split_pieces`), but for two cases: a
+file that is held out as a whole, of which rows may be added or taken away; and a shard so small
+that no document is below the share, of which one is held out all the same. A corpus that is shared
+never changes, and is divided alike by all its members: nothing is remembered of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+
+from xpeer.accounts.ledger import Ledger
+from xpeer.config import Home
+from xpeer.errors import ShardError
+from xpeer.leaves import stays
+from xpeer.training.document import firsts
+from xpeer.training.piece_table import Array, Indices, PieceTable, split_pieces
+from xpeer.training.tensor_file import sync
+from xpeer.training.token_file import BEGINS
+
+_BLOCK: Final = 1 << 16
+By = Literal["document", "file"]
+
+
+@stays("what a home holds out")
+class _Settings(msgspec.Struct, frozen=True):
+    """What the documents were chosen by."""
+
+    share: float
+    split: By
+    older: bool
+    """Whether files are named as earlier versions did, since this home trained with one."""
+
+
+class HeldOut:
+    """The documents that a home holds out.
+
+    Args:
+        home: of the node; need not exist.
+        share: of the documents to hold out.
+        by: what is held out as a whole.
+
+    Raises:
+        ShardError: what was remembered can't be read.
+    """
+
+    def __init__(self, home: Home, share: float, by: By) -> None:
+        self._path = home.held_out
+        noted = self._read()
+        if noted is None:
+            self._settings = _Settings(share, by, older=_has_trained(home))
+            self._ids: Array = np.empty((0, 2), np.uint64)
+            return
+        before, ids = noted
+        self._settings = msgspec.structs.replace(before, share=share, split=by)
+        # with other settings the operator wants another choice
+        self._ids = ids if before == self._settings else ids[:0]
+
+    def split(self, table: PieceTable) -> tuple[Indices, Indices]:
+        """Divide pieces: indices for training and for validation, ascending.
+
+        Raises:
+            ShardError: all of them were held out before.
+        """
+        share, by, older = msgspec.structs.astuple(self._settings)
+        training, held_out = split_pieces(table, share, by, self._ids, by_content=older)
+        if len(table) and not len(training):
+            raise ShardError(
+                f"no text: all {len(held_out)} documents were held out before ({self._path})",
+                "name text to train on beside them",
+            )
+        return training, held_out
+
+    def remember(self, table: PieceTable) -> None:
+        """Note the documents of the pieces that are held out. Those that are gone may come back.
+
+        Raises:
+            ShardError: they can't be written.
+        """
+        now = table.whole[table.flags & BEGINS != 0].astype(np.uint64)
+        ids = np.concatenate([self._ids, now])
+        ids = ids[firsts(ids)]
+        if len(ids) == len(self._ids) and self._path.exists():
+            return
+        beside = self._path.with_name(f".{self._path.name}.writing")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            beside.unlink(missing_ok=True)
+            with open(os.open(beside, flags, 0o600), "wb") as file:  # noqa: PTH123 - a mode
+                file.write(msgspec.json.encode(self._settings) + b"\n")
+                for at in range(0, len(ids), _BLOCK):
+                    file.write(ids[at : at + _BLOCK].astype(">u8").tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self._path)
+            sync(self._path.parent)
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise ShardError(
+                f"{self._path} can't be written: {e.strerror or e}",
+                "check free space, owner and mode of that disk",
+            ) from e
+        self._ids = ids
+
+    def _read(self) -> tuple[_Settings, Array] | None:
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise ShardError(
+                f"{self._path} can't be read: {e.strerror or e}", "check its owner and mode"
+            ) from e
+        line, _, ids = data.partition(b"\n")
+        try:
+            settings = msgspec.json.decode(line, type=_Settings)
+            return settings, np.frombuffer(ids, ">u8").reshape(-1, 2).astype(np.uint64)
+        except (msgspec.MsgspecError, ValueError) as e:
+            raise ShardError(
+                f"{self._path} is damaged: {e}",
+                "restore it; if you remove it, what is held out is chosen anew, and text may be "
+                "trained on that the validation loss was measured on",
+            ) from e
+
+
+def _has_trained(home: Home) -> bool:
+    """Whether a home that remembers nothing has taken steps: with an earlier version."""
+    if any(home.checkpoints.glob("ckpt-*.safetensors")):
+        return True
+    if not home.ledger_db.exists():
+        return False
+    with Ledger.look(home.ledger_db) as ledger:
+        return ledger.counter > 0
