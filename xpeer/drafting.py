@@ -140,7 +140,7 @@ def _require_startable(manifest: Manifest, tokenizer: Any) -> None:
 
 
 def _named(tokenizer: Any, folder: Path | None) -> Tokenizer:
-    kind, _, digest = tokenizer.name.partition("/")
+    kind, digest, *_ = tokenizer.name.split("/")
     if kind != "huggingface" or folder is None:
         return Tokenizer()
     writing = writing_of(folder)

@@ -26,6 +26,10 @@ from xpeer.training.records import uniform_of
 from xpeer.training.tokenizer import Tokenizer
 from xpeer.training.tokens import parts_of
 
+READING: Final = "reading/2"
+"""Names how files are read. Whoever changes which texts and examples `formats` makes of a file, or
+how they are cut, gives it another name: files that did not change would keep the tokens of before.
+"""
 FORMS: Final = ("", "mark-up", "JSON", NO_COLUMN)
 """Forms of texts that are not read, in an order that the cache of tokens keeps."""
 
@@ -49,6 +53,7 @@ class Recipe:
         """Names the recipe: files of tokens of one digest belong together."""
         special = (str(self.tokenizer.bos_id), str(self.tokenizer.eos_id))
         words: tuple[str, ...] = (
+            READING,
             self.tokenizer.name,
             *special,
             self.text_field,

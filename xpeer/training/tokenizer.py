@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import tokenizers
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -174,7 +175,7 @@ class HuggingFaceTokenizer:
                 f"data.tokenizer: {file} has digest {seen[:16]}, the manifest says {digest[:16]}",
                 "use the very file that the founder used",
             )
-        self.name = f"huggingface/{seen}"
+        self.name = f"huggingface/{seen}/{tokenizers.__version__}"
         self._fast = _parse(data, file)
         self._fast.encode_special_tokens = True
         self._fast.no_padding()
