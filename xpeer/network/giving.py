@@ -43,9 +43,9 @@ WORTH: Final = 0.05
 was sent; less is sent e.g. to a joiner that chose another donor."""
 IDLE_S: Final = 60.0
 """A joiner that asks for nothing for so long loses its place. It may still compare offers. Once it
-has begun, it may take so long in all, over all its links, and as long again as it was sent pieces.
-What a piece takes longer than at the least speed (`rates`) is idle time, too: so half of that speed
-is the least.
+has begun, or links again for the same snapshot, it may take so long in all, over all its links, and
+as long again as it was sent pieces. What a piece takes longer than at the least speed (`rates`) is
+idle time, too: so half of that speed is the least.
 """
 
 
@@ -126,7 +126,8 @@ class _Gift:
 
         Args:
             shelf: keeps it.
-            comes_back: the joiner asked for this snapshot, so it need not compare offers.
+            comes_back: the joiner asked for this snapshot, so it need not compare offers. Nor does
+                one that had a link with it before.
 
         Raises:
             PeerError: the joiner was too slow, asked for too much, or its link broke.
@@ -137,10 +138,11 @@ class _Gift:
         identity = self._party.identity
         offer = pieces.sign(_signer(self._party), identity, self._shape, self._lent.state, leaves)
         await self._link.send(offer)
+        spent = self._turns.spent(self._link.peer_id, offer.root)
+        comes_back = comes_back or spent.num_bytes > 0
         self._count(offer.root, len(leaves))
         await self._uplink.take(len(leaves))
         await self._send(memoryview(leaves))
-        spent = self._turns.spent(self._link.peer_id, offer.root)
         try:
             while True:
                 request = await self._next(spent, counts=comes_back or self._sent > 0)
@@ -186,6 +188,7 @@ class _Gift:
                 raise
             spent.took(time.monotonic() - began, size / least)
             self._sent += size
+            self._turns.sent_piece(self._link.peer_id)
 
     def _count(self, root: bytes, num_bytes: int) -> None:
         whole = self._shape.num_bytes + self._shape.num_pieces * HASH_BYTES

@@ -23,7 +23,8 @@ PAUSE_S: Final = 10.0
 MOST_SENT: Final = 2.0
 """A peer is sent at most so many times the bytes of a snapshot, over all its links."""
 YIELDS_S: Final = 10.0
-"""If all places are taken, a joiner that has asked for nothing for so long makes way."""
+"""If all places are taken, a joiner that has asked for nothing for so long makes way; over all its
+links, since it was sent a piece."""
 
 
 @dataclass(slots=True)
@@ -62,6 +63,8 @@ class Turns:
         """On each peer and snapshot, by its root; the latest is the last."""
         self._idle: dict[PeerId, float] = {}
         """Since when each peer that has a place has asked for nothing."""
+        self._idled_s: dict[PeerId, float] = {}
+        """How long each peer did so before, over all its links, since it was sent a piece."""
 
     async def may_begin(self, peer_id: PeerId, *, held: bool) -> bool:
         """Whether this peer gets pieces now.
@@ -107,7 +110,17 @@ class Turns:
         try:
             yield
         finally:
+            self._idled_s[peer_id] = self._idle_s(peer_id)
             del self._idle[peer_id]
+            if len(self._idled_s) > MAX_PEERS:
+                del self._idled_s[next(iter(self._idled_s))]
+
+    def sent_piece(self, peer_id: PeerId) -> None:
+        """Forget how long this peer asked for nothing."""
+        self._idled_s.pop(peer_id, None)
+
+    def _idle_s(self, peer_id: PeerId) -> float:
+        return self._idled_s.get(peer_id, 0.0) + time.monotonic() - self._idle[peer_id]
 
     def _rested(self, peer_id: PeerId) -> bool:
         now = time.monotonic()
@@ -126,8 +139,8 @@ class Turns:
     async def _has_place(self, peer_id: PeerId) -> bool:
         """Whether there is a place for this peer. A joiner that only holds one makes way."""
         if len(self._giving) >= self._most and self._idle:
-            longest = min(self._idle, key=self._idle.__getitem__)
-            if time.monotonic() - self._idle[longest] >= YIELDS_S:
+            longest = max(self._idle, key=self._idle_s)
+            if self._idle_s(longest) >= YIELDS_S:
                 await self._end_old(longest)
         return peer_id not in self._giving and len(self._giving) < self._most
 

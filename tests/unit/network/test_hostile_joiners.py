@@ -36,6 +36,63 @@ async def test_who_only_holds_a_place_makes_way_for_a_newcomer(
         giver.refuse()
 
 
+async def test_who_links_anew_now_and_then_has_held_its_place_all_the_time(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one identity more than there are places could keep them all."""
+    now_s = later(monkeypatch)
+    joiners, newcomer = [Identity.generate() for _ in range(2)], Identity.generate()
+    links = [await pair.ask(joiner) for joiner in joiners]
+    for joiner in joiners:  # each asks for the fresh snapshot again, which costs no copy
+        now_s[0] += 4.0
+        links.append(await pair.ask(joiner))
+    with pytest.raises(PeerError):  # nobody has held its place for 10 s
+        await pair.ask(newcomer)
+    now_s[0] += 4.0
+    links.append(await pair.ask(newcomer))
+    assert await received(links[-1], 0, 1) == PAYLOAD[:PIECE_BYTES]
+    for giver in links:
+        giver.refuse()
+
+
+async def test_a_piece_makes_up_for_the_time_before_it(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = later(monkeypatch)
+    givers = [await pair.ask(Identity.generate()) for _ in range(2)]
+    now_s[0] += 9.0
+    for giver in givers:
+        await received(giver, 0, 1)
+    now_s[0] += 9.0
+    with pytest.raises(PeerError):
+        await pair.ask(Identity.generate())
+    for giver in givers:
+        giver.refuse()
+
+
+async def test_from_the_second_link_on_the_time_without_a_piece_counts(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the joiner says that it comes back or not."""
+    joiner = Identity.generate()
+    (await pair.ask(joiner)).refuse()
+    await pair.end()
+    monkeypatch.setattr(giving, "IDLE_S", 0.05)
+    for _ in range(3):
+        giver = await pair.ask(joiner)
+        await pair.end()  # the donor drops it
+        giver.refuse()
+    assert "for too long" in str(pair.errors[-1])
+
+
+def later(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds by which the clock of turns is ahead."""
+    real, now_s = time.monotonic, [0.0]
+    clock = SimpleNamespace(monotonic=lambda: real() + now_s[0])
+    monkeypatch.setattr(turns, "time", clock)
+    return now_s
+
+
 async def test_who_is_being_sent_pieces_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "YIELDS_S", 0.0)
     line_is_free, waiting = asyncio.Event(), asyncio.Semaphore(0)
