@@ -58,7 +58,7 @@ def theirs(text: Path, tokenizer: Path, out: Path) -> dict[str, float]:
 
 
 def _by_datasets(files: list[str], tokenizer: Path, out: Path, cores: int) -> int:
-    import datasets  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415
+    import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: PLC0415
     from pyarrow import compute  # noqa: PLC0415
 
     _start(str(tokenizer / "tokenizer.json"))

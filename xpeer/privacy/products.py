@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _WAYS: Final[dict[str, tuple[Any, str]]] = {
-    "cpu": (torch.backends.mkldnn.matmul, "bf16"),
+    "cpu": (torch.backends.mkldnn.matmul, "bf16"),  # type: ignore[attr-defined]
     "cuda": (torch.backends.cuda.matmul, "tf32"),
 }
 """torch's setting for matrices of float32, and what is exact for bfloat16, by kind of device."""

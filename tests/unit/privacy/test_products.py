@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -26,21 +24,27 @@ def test_the_product_is_that_of_float32(dtype: torch.dtype) -> None:
     assert float((found - exact).abs().max() / exact.abs().max()) < 1e-6
 
 
+class Setting:
+    """torch's setting, and what it was at each product."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fp32_precision, self.seen = "as before", list[str]()
+        self._multiply = torch.bmm
+        monkeypatch.setattr(products, "_WAYS", {"cpu": (self, "fewer")})
+        monkeypatch.setattr(torch, "bmm", self.multiply)
+
+    def multiply(self, one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        self.seen.append(self.fp32_precision)
+        return self._multiply(one, two)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_setting_holds_for_exact_products_alone(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting, seen = SimpleNamespace(fp32_precision="as before"), []
-    real = torch.bmm
-
-    def multiply(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
-        seen.append(setting.fp32_precision)
-        return real(one, two)
-
-    monkeypatch.setattr(products, "_WAYS", {"cpu": (setting, "fewer")})
-    monkeypatch.setattr(torch, "bmm", multiply)
+    setting = Setting(monkeypatch)
     bmm(*factors(dtype))
-    assert seen == ["fewer" if dtype == torch.bfloat16 else "as before"]
+    assert setting.seen == ["fewer" if dtype == torch.bfloat16 else "as before"]
     with pytest.raises(RuntimeError):
         bmm(*reversed(factors(dtype)))
     assert setting.fp32_precision == "as before"
@@ -51,17 +55,12 @@ def test_the_setting_holds_for_exact_products_alone(
 def test_a_huge_factor_would_show_what_is_dropped(
     size: float, way: str, sign: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting, seen = SimpleNamespace(fp32_precision="as before"), []
-    real = torch.bmm
-    monkeypatch.setattr(products, "_WAYS", {"cpu": (setting, "fewer")})
-    monkeypatch.setattr(
-        torch, "bmm", lambda *two: [seen.append(setting.fp32_precision), real(*two)][1]
-    )
+    setting = Setting(monkeypatch)
     for place in range(2):
         two = list(factors(torch.bfloat16))
         two[place][0, 1, 2] = sign * size
         bmm(*two)
-    assert seen == [way, way]
+    assert setting.seen == [way, way]
 
 
 def test_small_products_are_not_worth_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
