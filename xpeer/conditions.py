@@ -81,6 +81,15 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="a member's parameters are taken over",
     ),
     Condition(
+        code="catching-up",
+        severity="degraded",
+        text="others may be far ahead, and nothing is exchanged before that is known: {note}",
+        remedy="wait: it ends by itself. `xpeer events` says who was refused, and why",
+        clears="better parameters are taken over, or none are found",
+        grace_s=30.0,
+        hides=("starting", "no-step", "no-exchange", "checkpoint-late", "evaluation-late"),
+    ),
+    Condition(
         code="donor-doubtful",
         severity="degraded",
         text="the parameters that {who} offers are worse than what the swarm started from: public "

@@ -322,6 +322,8 @@ class Status(Struct, frozen=True, kw_only=True):
     None = unknown."""
     fetching: Parts[Fetching | None] = None
     """None: no transfer of parameters to this node is under way."""
+    joiners: Timing[int] = 0
+    """Members that this node gives its parameters now, or that compare its offer with others."""
     corpus: Parts[CorpusShare | None] = None
     """None: the node trains on a shard of its own."""
     shard: Parts[ShardSummary | None] = None

@@ -73,10 +73,13 @@ def observe(node: Node) -> None:
 
 
 def _life(node: Node) -> None:
-    health, phase = node.health, node.phase
+    health, phase, life = node.health, node.phase, node.life
+    wasted = f"; {life.wasted}" if life.wasted else ""
+    note = life.note or "members are asked for the loss of their parameters"
+    health.hold("catching-up", life.compares, note=note + wasted)
     for known, code in _BEGINNINGS.items():
         starting = node.record.starting
-        note = node.life.note or f"state is {known}"
+        note = (life.note or f"state is {known}") + wasted
         if starting is not None:
             note = f"the trainer {starting.stage}"
         now = phase if phase is not Phase.JOINING or node.member is None else Phase.STARTING

@@ -30,6 +30,7 @@ from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
 from xpeer.update import WORSE
 from xpeer_daemon.claims import Claim, Claims, doubtful, ranked
+from xpeer_daemon.conduct import ALONE_TRIES, Conduct
 from xpeer_daemon.node import Node
 from xpeer_daemon.offers import Offers, refuse
 from xpeer_daemon.store import Store
@@ -55,9 +56,6 @@ PATIENCE_S: Final = 300.0
 FROM_INITIAL: Final = "(`xpeer start --from-initial` begins at once with the initial model)"
 GRACE_S: Final = 5.0
 """A node that resumes waits this long for members that it knows. Then it trains, and asks later."""
-ALONE_TRIES: Final = 3
-"""Who has to give everything alone may offer nothing, or lose its line, so often in a row."""
-
 CATCH_UP_S: Final = 900.0
 """A node with a good checkpoint looks for better parameters for this long. Then it trains."""
 STALE_S: Final = 10.0
@@ -94,19 +92,7 @@ class Donors:
         self._accept = accept
         self._doubting = False
         """True iff the last offers need the operator's word."""
-        self._alone: PeerId | None = None
-        """The only donor to fetch from, since a mixture with others was bad; None = any."""
-        self._alone_failed = 0
-        """How often it offered nothing, or gave hardly anything, since it gave WORTH."""
-        self._alone_is_busy = False
-        """True iff it was, when it offered nothing."""
-        self._blamed: set[PeerId] = set()
-        """Donors that gave all and it was bad, or that had to give all alone and did not. They give
-        nothing as long as anybody else offers parameters, until this node has some."""
-        self._tried: set[PeerId] = set()
-        """Donors that were chosen first, and not all came. They are chosen after all others."""
-        self._worse: set[PeerId] = set()
-        """Donors whose parameters were as good as they say, and worse than ours."""
+        self._conduct = Conduct(view, node.life)
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give the swarm's parameters to a trainer that has none.
@@ -152,9 +138,7 @@ class Donors:
         any more.
         """
         self._takeover.forget()
-        self._has_to_give_alone(None)
-        for donors in (self._blamed, self._tried, self._worse):
-            donors.clear()
+        self._conduct.forget()
 
     async def catch_up(self, trainer: TrainerProcess, own_step: int) -> bool:
         """Take over a donor's parameters if ours lie far behind; returns whether there was a donor
@@ -162,17 +146,25 @@ class Donors:
         """
         if not self._view.holders():
             return False
+        self._node.life.compares = True
+        try:
+            succeeded = await self._caught_up(trainer, own_step)
+        finally:
+            self._node.life.compares = False
+        if succeeded:
+            self._store.add_event("caught-up", f"from step {own_step}")
+        self._node.life.note = ""
+        self.forget()
+        return True
+
+    async def _caught_up(self, trainer: TrainerProcess, own_step: int) -> bool:
         clock = asyncio.get_running_loop().time
-        until, succeeded = clock() + CATCH_UP_S, None
+        until = clock() + CATCH_UP_S
         while True:
             succeeded = await self._take_over_best(trainer, own_step, until)
             if succeeded is not None or clock() + turns.PAUSE_S >= until:
-                break
+                return bool(succeeded)
             await asyncio.sleep(turns.PAUSE_S)
-        if succeeded:
-            self._store.add_event("caught-up", f"from step {own_step}")
-        self.forget()
-        return True
 
     async def _take_over_best(
         self,
@@ -208,13 +200,13 @@ class Donors:
         ]
         if own_step is not None and remaining:
             remaining = await self._better(trainer, remaining)
-        remaining = [o for o in remaining if o.donor not in self._blamed] or remaining
-        others = [offer for offer in remaining if offer.donor != self._alone]
-        if others and (self._alone_failed >= ALONE_TRIES or len(others) == len(remaining)):
+        conduct, remaining = self._conduct, self._conduct.unblamed(remaining)
+        others = [offer for offer in remaining if offer.donor != conduct.alone]
+        if others and (conduct.alone_failed >= ALONE_TRIES or len(others) == len(remaining)):
             self._let_go_alone()
             remaining = others
         if own_step is None:
-            remaining = self._untried_first(self._undoubted(remaining))
+            remaining = conduct.untried_first(self._undoubted(remaining))
         refuse([offer for offer in offers if offer not in remaining])
         try:
             while remaining and (until is None or clock() < until):
@@ -222,7 +214,7 @@ class Donors:
                 remaining = [offer for offer in remaining if offer not in chosen]
                 if await self._attempt(trainer, chosen, claims, until):
                     return True
-                if self._alone is not None or clock() - began > STALE_S:
+                if conduct.alone is not None or clock() - began > STALE_S:
                     return None
         finally:
             refuse(remaining)
@@ -232,30 +224,26 @@ class Donors:
         """The offer of who has to give everything alone; empty if anybody may give, or it failed
         ALONE_TRIES times. It is asked by itself: who spoilt the mixture would answer sooner.
         """
-        donor = self._alone
+        conduct, donor = self._conduct, self._conduct.alone
         while donor is not None and donor in self._view.holders():
-            if self._alone_failed >= ALONE_TRIES:
+            if conduct.alone_failed >= ALONE_TRIES:
                 break
             try:
                 return [await self._offers.ask_one(donor)]
             except PeerError as e:
-                self._alone_failed += 1
-                self._alone_is_busy = e.reason == Reason.CLOSED
+                conduct.alone_offers_nothing(busy=e.reason == Reason.CLOSED)
             await asyncio.sleep(turns.PAUSE_S)
         return []
 
     def _let_go_alone(self) -> None:
         """Let others give than who should have given all alone. It is blamed unless it is busy."""
-        if (donor := self._alone) is None:
+        if (donor := self._conduct.alone) is None:
             return
-        if not self._alone_is_busy:
+        if not self._conduct.alone_is_busy:
             self._offers.avoid(donor, "it gives nothing any more")
-            self._blamed.add(donor)
+            self._conduct.blamed.add(donor)
         self._takeover.discard_of(donor)  # with others' its pieces were bad already
-        self._has_to_give_alone(None)
-
-    def _has_to_give_alone(self, donor: PeerId | None) -> None:
-        self._alone, self._alone_failed, self._alone_is_busy = donor, 0, False
+        self._conduct.let_all_give()
 
     def _undoubted(self, offers: list[Giver]) -> list[Giver]:
         """Offers that need no word of the operator. If all do, the node's health says so."""
@@ -279,20 +267,12 @@ class Donors:
         good = [o for o in offers if not o.loss_public > factor * own + nats]
         if not good:
             log.info("public loss %.4f: nobody who is far ahead offers as good a one", own)
-        return [offer for offer in good if offer.donor not in self._worse]
-
-    def _untried_first(self, offers: list[Giver]) -> list[Giver]:
-        """Put donors last that were tried in vain, until all were: else those that claim the best
-        and give nothing would be chosen in turn.
-        """
-        if all(offer.donor in self._tried for offer in offers):
-            self._tried.clear()
-        return sorted(offers, key=lambda offer: offer.donor in self._tried)
+        return [offer for offer in good if offer.donor not in self._conduct.worse]
 
     def _chosen(self, offers: list[Giver]) -> list[Giver]:
         """The donors to fetch from at the same time: the best one, and others that are alike."""
-        best = next((o for o in offers if o.donor == self._alone), self._half_here(offers))
-        if best.donor == self._alone:
+        best = next((o for o in offers if o.donor == self._conduct.alone), self._half_here(offers))
+        if best.donor == self._conduct.alone:
             return [best]
         others = [o for o in offers if o is not best and self._alike(best, o)]
         return [best, *others[: PARALLEL - 1]]
@@ -315,9 +295,9 @@ class Donors:
 
     async def _more(self, without: Collection[PeerId]) -> list[Giver]:
         """Further offers, the best first; none while one donor alone has to give all."""
-        if self._alone is not None:
+        if self._conduct.alone is not None:
             return []
-        return ranked(await self._offers.ask_all(without=[*without, *self._blamed]))
+        return ranked(await self._offers.ask_all(without=[*without, *self._conduct.blamed]))
 
     def _alike(self, best: Claim, other: Claim) -> bool:
         """Whether pieces of another snapshot may be put together with those of the best one.
@@ -337,7 +317,7 @@ class Donors:
         try:
             ended = await self._takeover.gather(
                 chosen,
-                1 if first.donor == self._alone else PARALLEL,
+                1 if first.donor == self._conduct.alone else PARALLEL,
                 lambda tree: self._alike(first, tree),
                 self._more,
                 until,
@@ -352,11 +332,7 @@ class Donors:
             return False
         if ended is Ended.WHOLE:
             return await self._use(trainer, claims, clock() - began)
-        if until is None:
-            self._tried.add(first.donor)
-        if first.donor == self._alone:
-            failed = {Ended.SOME: 0, Ended.LITTLE: self._alone_failed + 1}
-            self._alone_failed = failed.get(ended, ALONE_TRIES)
+        self._conduct.ended(first.donor, ended)
         return False
 
     async def _use(self, trainer: TrainerProcess, claims: Claims, took_s: float) -> bool:
@@ -377,21 +353,21 @@ class Donors:
             others = [tree for tree in trees if tree.donor != alone]
             for tree in others or trees:
                 self._takeover.discard(tree)
-            self._has_to_give_alone(alone if others else None)
+            self._conduct.let_all_give()
             if others:
+                self._conduct.has_to_give_alone(alone)
                 log.warning("a mixture of %d members' parameters is refused: %s", len(trees), e)
             elif e.reason == Reason.WORSE_THAN_OURS:
                 log.info("%s gives worse parameters than ours: %s", alone[-8:], e)
-                self._worse.add(alone)
+                self._conduct.worse.add(alone)
             else:
                 self._offers.avoid(alone, str(e), took_s)
-                self._blamed.add(alone)
+                self._conduct.blamed.add(alone)
+                self._conduct.wastes(alone)
             return False
         for tree in trees:
             self._offers.succeeded(tree.donor)
-        self._has_to_give_alone(None)
-        self._blamed.clear()
-        self._tried.clear()
+        self._conduct.forget()
         names = ", ".join(tree.donor[-8:] for tree in trees)
         log.info("took over the parameters of %s at step %d", names, step)
         self._store.add_event("took-over", f"step {step}, {self._takeover.summary()}, from {names}")

@@ -36,6 +36,9 @@ class Life:
         interrupted: the phase that a pause interrupted; None unless the phase is PAUSED.
         note: what the node waits for while it joins; "" once it trains.
         fetching: returns how far the transfer of parameters is; None unless one is under way.
+        compares: True iff this node has parameters, and asks members whether theirs are better, or
+            fetches such.
+        wasted: who cost how many attempts to get parameters, for people; "" = nobody did.
         catching_up: True iff we don't know yet whether our parameters lie far behind the others'.
             Until we do, nothing is exchanged.
         stop_wanted: set once the node is to end.
@@ -50,7 +53,8 @@ class Life:
         self.interrupted: Phase | None = None
         self.note = ""
         self.fetching: Callable[[], Fetching] | None = None
-        self.catching_up = False
+        self.catching_up = self.compares = False
+        self.wasted = ""
         self.stop_wanted = asyncio.Event()
         self.leaving = False
         self._clock = clock

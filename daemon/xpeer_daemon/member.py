@@ -88,6 +88,7 @@ class Member:
     """The parts that an admitted node has besides.
 
     Attributes:
+        turns: of joiners that this node gives parameters.
         renew: saves, stops and starts the trainer with a new setup.
     """
 
@@ -105,6 +106,8 @@ class Member:
     closing: Closing
     run_end: RunEnd
     rates: Rates
+    uplink: Uplink
+    turns: Turns
     renew: Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -125,6 +128,7 @@ def build_member(candidate: Candidate, admitted: Admitted, spawn: Spawn) -> Memb
     donors = _donors(candidate, manifest, view, party, rates)
     partners = _partners(candidate, manifest, view, closing, rates)
     proposer = agreement.Proposer(party, node.swarm)
+    uplink = Uplink(candidate.config.network.donate_mbit_s)
     return Member(
         manifest=manifest,
         party=party,
@@ -142,6 +146,8 @@ def build_member(candidate: Candidate, admitted: Admitted, spawn: Spawn) -> Memb
         closing=closing,
         run_end=RunEnd(node, view, supervisor, closing, store),
         rates=rates,
+        uplink=uplink,
+        turns=Turns(uplink.joiners(manifest.limits.max_transfers), rates),
         renew=training.renew,
     )
 
@@ -280,9 +286,6 @@ async def serve(member: Member, candidate: Candidate, admitted: Admitted) -> Non
 async def _serve_joiners(member: Member, candidate: Candidate) -> None:
     """Give parameters to joiners."""
     swarm, manifest, source = candidate.node.swarm, member.manifest, member.view.donor
-    uplink = Uplink(candidate.config.network.donate_mbit_s)
-    most = uplink.joiners(manifest.limits.max_transfers)
-    turns, shelf = Turns(most, member.rates), Shelf(manifest.round.window_steps)
-    shape = Shape(manifest.state_form)
-    handler = giving.serving(member.party, source, shape, turns, shelf, uplink)
+    shelf, shape = Shelf(manifest.round.window_steps), Shape(manifest.state_form)
+    handler = giving.serving(member.party, source, shape, member.turns, shelf, member.uplink)
     await swarm.serve_links(giving.PROTOCOL, handler, "observer")

@@ -75,6 +75,7 @@ def _of_member(status: Status, node: Node, member: Member, now: float) -> Status
         num_params=status.num_params or manifest.model.num_params,
         privacy_warning=manifest.privacy.policy.warning,
         partners=_partner_rows(member, now),
+        joiners=member.turns.joiners,
         exchanges_done=partners.exchanges,
         exchanges_failed=dict(partners.failures),
         exchanges_skipped=dict(partners.skips),

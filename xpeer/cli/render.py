@@ -172,6 +172,8 @@ def _training(status: Status) -> Iterator[tuple[str, str]]:
         left = "" if fetching.eta_s is None else f", {duration(fetching.eta_s)} left"
         speed = f"{fetching.bytes_per_s / 1e6:.1f} MB/s from {len(fetching.donors)} members"
         yield "fetching", f"{done:.1f} of {total:.1f} MB, {speed}{left}"
+    if status.joiners:
+        yield "joiners", f"{status.joiners} are given parameters by this node"
     if progress.seconds_training:
         eta = f"; ETA {moment(status.eta_unix_s)}" if status.eta_unix_s is not None else ""
         yield "time", f"{duration(progress.seconds_training)} of training so far{eta}"

@@ -66,6 +66,11 @@ class Turns:
         self._idled_s: dict[PeerId, float] = {}
         """How long each peer did so before, over all its links, since it was sent a piece."""
 
+    @property
+    def joiners(self) -> int:
+        """How many have a place now."""
+        return len(self._giving)
+
     async def may_begin(self, peer_id: PeerId, *, held: bool) -> bool:
         """Whether this peer gets pieces now.
 

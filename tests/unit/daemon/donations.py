@@ -110,7 +110,12 @@ class Rig:
         self.gone: set[PeerId] = set()
         """Who is on the roster, and does not answer."""
         self.life = SimpleNamespace(
-            enter=self.states.append, note="", catching_up=False, fetching=None
+            enter=self.states.append,
+            note="",
+            catching_up=False,
+            fetching=None,
+            compares=False,
+            wasted="",
         )
         self.node = SimpleNamespace(
             peer_id=PeerId("12D3KooWMe"), checkpoint=self._checkpoint, life=self.life,

@@ -108,6 +108,7 @@ class FakeNode:
             throughput,
         )
         self.partners = Partners(self.clock)
+        self.turns = SimpleNamespace(joiners=0)
         self.step = 0
         if not admitted:
             return
@@ -115,7 +116,7 @@ class FakeNode:
             Any,
             SimpleNamespace(
                 view=self.view, supervisor=self.supervisor, partners=self.partners,
-                manifest=manifest,
+                manifest=manifest, turns=self.turns,
             ),
         )  # fmt: skip
         self.is_in("training")

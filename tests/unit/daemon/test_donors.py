@@ -255,7 +255,7 @@ async def test_who_has_to_give_all_is_joined_by_nobody(tmp_path, monkeypatch) ->
     rig.live = [GOOD, TWIN]
     monkeypatch.setitem(OFFERS, TWIN, OFFERS[GOOD])
     assert [offer.donor for offer in await rig.donors._more([TWIN])] == [GOOD]
-    rig.donors._alone, rig.asked = TWIN, []
+    rig.donors._conduct.alone, rig.asked = TWIN, []
     assert (await rig.donors._more([TWIN]), rig.asked) == ([], [])
 
 

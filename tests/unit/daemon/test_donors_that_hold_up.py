@@ -17,6 +17,7 @@ from xpeer.gossip import backoff
 from xpeer.identity import PeerId
 from xpeer.network import giving, turns
 from xpeer_daemon import donors, fetching
+from xpeer_daemon.conduct import ALONE_TRIES
 
 Coming = AsyncGenerator[tuple[int, memoryview]]
 
@@ -60,7 +61,7 @@ async def test_who_gives_too_little_makes_way_for_others(
     monkeypatch.setattr(donors, "CATCH_UP_S", 0.05)
     slow = TWIN if alone else LIAR
     trickles(monkeypatch, slow)
-    rig.donors._alone = slow if alone else None
+    rig.donors._conduct.alone = slow if alone else None
     rig.live = [slow, GOOD]
     assert await taken_by(rig) == [GOOD]
 
@@ -121,18 +122,18 @@ async def test_who_breaks_off_what_it_has_to_give_alone_is_blamed(
             yield each
 
     monkeypatch.setattr(Offer, "pieces", breaks)
-    rig.donors._alone, rig.live = TWIN, [TWIN, GOOD]
+    rig.donors._conduct.alone, rig.live = TWIN, [TWIN, GOOD]
 
     class Looks(Trainer):
         async def import_state(self, *args: Any) -> float:
-            assert rig.donors._blamed == {TWIN}
+            assert rig.donors._conduct.blamed == {TWIN}
             assert await rig.donors._more([GOOD]) == []  # its pause is over: it was blamed
             return await super().import_state(*args)
 
     trainer = Looks()
     async with asyncio.timeout(60):
         await rig.hold(trainer)
-    assert (trainer.taken, broke) == ([GOOD], donors.ALONE_TRIES)
+    assert (trainer.taken, broke) == ([GOOD], ALONE_TRIES)
 
 
 async def test_a_liar_is_chosen_again_only_if_nobody_else_offers_anything(
@@ -159,7 +160,7 @@ async def test_a_liar_is_chosen_again_only_if_nobody_else_offers_anything(
 
     monkeypatch.setattr(Offer, "pieces", first_fails)
     assert await taken_by(rig) == [GOOD]
-    assert rig.donors._blamed == set()
+    assert rig.donors._conduct.blamed == set()
 
 
 @pytest.mark.parametrize("by_lease", [False, True])
@@ -180,8 +181,26 @@ async def test_two_that_claim_the_best_and_give_little_are_tried_once_each(
         monkeypatch.setattr(fetching, "MORE_S", 0.005)
         monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", 0.02)
     rig.live = [LIAR, TWIN, GOOD]
-    assert await taken_by(rig) == [GOOD]
+    trainer = Wasted(rig)
+    async with asyncio.timeout(60):
+        await rig.hold(trainer)
+    assert trainer.taken == [GOOD]
     assert sorted(began) == sorted([LIAR, TWIN, GOOD])
+    for liar in (LIAR, TWIN):
+        assert (f"{liar} (1 in vain)" in trainer.wasted) is by_lease  # a quarter is something
+    assert rig.life.wasted == ""
+
+
+class Wasted(Trainer):
+    """Keeps what the node's health says when it gets parameters."""
+
+    def __init__(self, rig: Rig) -> None:
+        super().__init__()
+        self._rig = rig
+
+    async def import_state(self, *args: Any) -> float:
+        self.wasted = self._rig.life.wasted
+        return await super().import_state(*args)
 
 
 def gives_one_piece(monkeypatch: pytest.MonkeyPatch, who: set[PeerId]) -> list[PeerId]:
@@ -240,7 +259,7 @@ async def test_who_has_to_give_all_alone_may_be_busy(
 
     monkeypatch.setattr(giving, "ask", busy_at_first)
     monkeypatch.setattr(turns, "PAUSE_S", 0.0)
-    rig.donors._alone, rig.live = GOOD, [GOOD, LIAR]
+    rig.donors._conduct.alone, rig.live = GOOD, [GOOD, LIAR]
     rig.donors._offers.spare(GOOD, "its line broke")
     assert await taken_by(rig) == [GOOD]
     assert (asked, rig.donors._offers._failed) == ([GOOD, GOOD], {})
@@ -259,11 +278,11 @@ async def test_who_never_has_time_is_let_go_and_who_never_answers_is_blamed(
 
     monkeypatch.setattr(giving, "ask", never)
     monkeypatch.setattr(turns, "PAUSE_S", 0.0)
-    rig.donors._alone, rig.live = TWIN, [TWIN, GOOD]
+    rig.donors._conduct.alone, rig.live = TWIN, [TWIN, GOOD]
 
     class Looks(Trainer):
         async def import_state(self, *args: Any) -> float:
-            assert (rig.donors._alone, rig.donors._blamed) == (None, blamed)
+            assert (rig.donors._conduct.alone, rig.donors._conduct.blamed) == (None, blamed)
             return await super().import_state(*args)
 
     trainer = Looks()
@@ -277,7 +296,7 @@ async def test_who_was_blamed_gives_before_a_liar_keeps_a_joiner_for_ever(
 ) -> None:
     monkeypatch.setattr(donors, "CATCH_UP_S", 0.05)
     trickles(monkeypatch, LIAR)
-    rig.donors._blamed, rig.live = {GOOD}, [LIAR, GOOD]
+    rig.donors._conduct.blamed, rig.live = {GOOD}, [LIAR, GOOD]
     assert await taken_by(rig) == [GOOD]
 
 

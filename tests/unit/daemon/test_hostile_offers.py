@@ -79,9 +79,9 @@ async def test_while_nobody_offers_anything_what_one_alone_gave_is_kept(
 ) -> None:
     """Our own line may be down."""
     rig = Rig(tmp_path, monkeypatch, founds=False)
-    rig.donors._alone = TWIN
+    rig.donors._conduct.alone = TWIN
     assert not await rig.donors._take_over_best(Trainer(), None)  # type: ignore[arg-type] # a fake
-    assert rig.donors._alone == TWIN
+    assert rig.donors._conduct.alone == TWIN
 
 
 async def test_a_donor_that_mixes_its_own_snapshots_is_blamed(

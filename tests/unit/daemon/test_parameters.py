@@ -127,11 +127,12 @@ async def test_what_happened_in_one_catch_up_does_not_count_in_the_next(
     monkeypatch.setattr(Offer, "pieces", stalls)
     monkeypatch.setattr(donors, "CATCH_UP_S", 0.2)
     rig = Rig(tmp_path, monkeypatch, founds=False)
-    rig.live, rig.donors._alone, rig.donors._blamed = [GOOD], GOOD, {WORSE}
+    conduct = rig.donors._conduct
+    rig.live, conduct.alone, conduct.blamed = [GOOD], GOOD, {WORSE}
     await rig.hold(Trainer(resumed_step=20))
-    held = [rig.donors._alone, *rig.donors._blamed]
-    assert held == [None]
+    assert [conduct.alone, *conduct.blamed] == [None]
     assert not rig.life.catching_up
+    assert (rig.life.note, rig.life.wasted, rig.life.compares) == ("", "", False)
     assert not (tmp_path / "joining").exists()
 
 

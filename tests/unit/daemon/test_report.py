@@ -30,6 +30,12 @@ def test_a_member_that_left_is_not_missed() -> None:
     assert [p.peer_id for p in fake.node.status().partners] == ["b"]
 
 
+def test_joiners_that_are_served_are_counted() -> None:
+    fake = FakeNode("b")
+    fake.turns.joiners = 2
+    assert fake.node.status().joiners == 2
+
+
 def test_strangers_at_either_door_are_counted() -> None:
     fake = FakeNode("b")
     fake.swarm.strangers_refused, fake.swarm.direct.strangers = 3, 4

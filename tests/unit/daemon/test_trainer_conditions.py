@@ -44,6 +44,29 @@ def test_a_trainer_that_stands_still(fake: FakeNode) -> None:
     assert fake.codes == []
 
 
+def test_a_node_that_catches_up_says_so_and_not_that_it_stands_still(fake: FakeNode) -> None:
+    """A donor may feed it for hours."""
+    fake.passes(10)
+    fake.life.compares, fake.life.note = True, "fetching: 1.0 of 9.0 MB from 1 member"
+    fake.life.wasted = "attempts: alpha (2 in vain)"
+    for _ in range(300):
+        fake.clock.now += 1
+        codes = fake.codes
+        assert not {"no-step", "no-exchange"} & set(codes)
+    assert codes == ["catching-up"]
+    assert fake.text("catching-up").endswith(
+        ": fetching: 1.0 of 9.0 MB from 1 member; attempts: alpha (2 in vain)"
+    )
+    fake.life.compares = False
+    assert "catching-up" not in fake.codes
+
+
+def test_a_node_that_fetches_names_who_wasted_its_attempts(fake: FakeNode) -> None:
+    fake.is_in("fetching")
+    fake.life.wasted = "attempts: alpha (2 in vain)"
+    assert fake.text("fetching") == "state is fetching; attempts: alpha (2 in vain)"
+
+
 def test_slow_steps_are_not_taken_for_none(fake: FakeNode) -> None:
     for _ in range(10):
         fake.clock.now += 200

@@ -1,0 +1,100 @@
+"""What donors did while this node fetches parameters: who comes last, and who gives no more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final, TypeVar
+
+from xpeer.identity import PeerId
+from xpeer_daemon.claims import Claim
+from xpeer_daemon.conditions import names
+from xpeer_daemon.life import Life
+from xpeer_daemon.swarm_view import SwarmView
+from xpeer_daemon.takeover import Ended
+
+ALONE_TRIES: Final = 3
+"""Who has to give everything alone may offer nothing, or lose its line, so often in a row."""
+
+_C = TypeVar("_C", bound=Claim)
+
+
+class Conduct:
+    """Of all donors, from the first attempt until this node has parameters or wants none.
+
+    Args:
+        view: knows names.
+        life: gets who wasted how many attempts, in words.
+
+    Attributes:
+        alone: the only donor to fetch from, since a mixture with others was bad; None = any.
+        alone_failed: how often it offered nothing, or gave hardly anything, since it gave WORTH.
+        alone_is_busy: True iff it was, when it offered nothing.
+        blamed: donors that gave all and it was bad, or that had to give all alone and did not.
+            They give nothing as long as anybody else offers parameters.
+        worse: donors whose parameters were as good as they say, and worse than ours.
+    """
+
+    def __init__(self, view: SwarmView, life: Life) -> None:
+        self._view, self._life = view, life
+        self.blamed: set[PeerId] = set()
+        self.worse: set[PeerId] = set()
+        self._tried: set[PeerId] = set()
+        """Donors that were chosen first, and not all came. They are chosen after all others."""
+        self._wasted: Counter[PeerId] = Counter()
+        """How many attempts each donor that was chosen first cost: hardly anything came, or it was
+        bad."""
+        self.let_all_give()
+
+    def has_to_give_alone(self, donor: PeerId) -> None:
+        """Fetch from this donor alone."""
+        self.alone: PeerId | None = donor
+        self.alone_failed, self.alone_is_busy = 0, False
+
+    def let_all_give(self) -> None:
+        """Fetch from any donors."""
+        self.alone, self.alone_failed, self.alone_is_busy = None, 0, False
+
+    def alone_offers_nothing(self, *, busy: bool) -> None:
+        """Note that who has to give everything alone was asked in vain."""
+        self.alone_failed += 1
+        self.alone_is_busy = busy
+
+    def unblamed(self, offers: Sequence[_C]) -> list[_C]:
+        """Offers of donors that are not blamed, if there are any; else all."""
+        return [offer for offer in offers if offer.donor not in self.blamed] or list(offers)
+
+    def untried_first(self, offers: Sequence[_C]) -> list[_C]:
+        """Put donors last that were tried in vain, until all were: else those that claim the best
+        and give nothing would be chosen in turn.
+        """
+        if all(offer.donor in self._tried for offer in offers):
+            self._tried.clear()
+        return sorted(offers, key=lambda offer: offer.donor in self._tried)
+
+    def ended(self, first: PeerId, how: Ended) -> None:
+        """Note how an attempt ended in which not all came.
+
+        Args:
+            first: the donor that was chosen first.
+            how: it ended.
+        """
+        self._tried.add(first)
+        if how is not Ended.SOME:
+            self.wastes(first)
+        if first == self.alone:
+            failed = {Ended.SOME: 0, Ended.LITTLE: self.alone_failed + 1}
+            self.alone_failed = failed.get(how, ALONE_TRIES)
+
+    def wastes(self, donor: PeerId) -> None:
+        """Count an attempt that this donor cost, for the node's health."""
+        self._wasted[donor] += 1
+        counts = {peer: f"{count} in vain" for peer, count in self._wasted.most_common()}
+        self._life.wasted = f"attempts: {names(self._view, list(counts), counts)}"
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.let_all_give()
+        for known in (self.blamed, self.worse, self._tried, self._wasted):
+            known.clear()
+        self._life.wasted = ""
