@@ -24,11 +24,23 @@ from xpeer.training.held import DTYPES
 FOLDER: Final = "adapters"
 """Folder inside a founder's initial model."""
 _PREFIX: Final = "base_model.model."
-_REFUSED: Final = (
-    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"),
-    *("trainable_token_indices", "target_parameters", "lora_bias", "use_qalora", "arrow_config"),
+_READ: Final = frozenset({"peft_type", "bias", "r", "lora_alpha", "use_rslora"})
+"""Settings of peft that are checked, or taken over, one by one."""
+_HARMLESS: Final = _READ | frozenset(
+    {
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "lora_dropout", "fan_in_fan_out", "runtime_config"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("eva_config", "loftq_config", "corda_config", "lora_ga_config"),
+        *("megatron_core", "qalora_group_size"),
+    }
 )
-"""Settings of peft with which an adapter is more than W + B A alpha / rank."""
+"""Settings with which an adapter is W + B A alpha / rank, whatever they say. Which layers have one
+is known from the values. The last six only say how other settings are carried out. All that are not
+here have to be off: what a later version of peft adds may be anything."""
+_FIRST_VALUES: Final = (True, False, "gaussian", "eva", "orthogonal")
+"""Ways to draw the first values of A and B that leave W as it is. Others take a part out of W, and
+the folder of the adapters does not hold what is left."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +123,10 @@ def read(folder: Path) -> GivenAdapters:
     config = _json(folder, ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise _refused(folder, "they are not LoRA without biases")
-    for key in _REFUSED:
-        if config.get(key):
-            raise _refused(folder, f"their {key} is {str(config[key])[:80]}")
+    for key, value in config.items():
+        drawn = key == "init_lora_weights" and value in _FIRST_VALUES
+        if value and not drawn and key not in _HARMLESS:
+            raise _refused(folder, f"their {key} is {str(value)[:80]}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not 1 <= rank <= 1024:
         raise _refused(folder, f"their r is {rank!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 from tests.unit.training.homes import make_homes
 from tests.unit.training.test_adapters import LORA, RANK, dense_products, logits, tiny
 from xpeer.cli import main
+from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.founding_model import LoraOptions
 from xpeer.manifest.model import BaseDtype, Lora, Model
@@ -21,6 +23,7 @@ from xpeer.trainer.build import assemble
 from xpeer.training import adapters, targets
 from xpeer.training.flat import digest, digest_of, read_flat
 from xpeer.training.held import hold
+from xpeer.training.initial import model_of
 from xpeer.training.model import export_hf
 
 BASE = "model.layers.0.self_attn."
@@ -164,6 +167,38 @@ def test_the_base_is_held_as_the_given_adapters_were_trained_with_it(tmp_path: P
     assert model.base_dtype == "bfloat16"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21
+@pytest.mark.parametrize("first", [True, False, "gaussian", "orthogonal", "eva"])
+def test_given_adapters_compute_what_peft_computes_of_them(tmp_path: Path, first: Any) -> None:
+    """With all settings that change nothing: of dropout, of the layers, of how they were drawn."""
+    import peft
+
+    export_hf(tiny(), None, tmp_path / "base")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, lora_dropout=0.1, use_rslora=True, target_modules=["q_proj", "v_proj"],
+        layers_to_transform=[1], task_type="CAUSAL_LM",
+    )  # fmt: skip
+    old = peft.get_peft_model(tiny(), config)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for _, factor in adapters.factors(old):
+            factor.copy_(0.3 * torch.randn_like(factor))
+    old.peft_config["default"].init_lora_weights = first
+    if first == "eva":
+        old.peft_config["default"].eva_config = peft.EvaConfig()
+    old.save_pretrained(str(tmp_path / "old"))
+
+    made = init(tmp_path / "home", "--model", tmp_path / "base", "--lora-from", tmp_path / "old",
+                "--skip-trial", "--skip-estimate")  # fmt: skip
+    assert made.exit_code == 0, made.stderr
+    home = Home(tmp_path / "home")
+    manifest = SignedManifest.load(home.path / "manifest.json").open()
+    founded = model_of(manifest, home, "", fresh=True).eval()
+    theirs = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "old")).eval()
+    torch.testing.assert_close(logits(founded), logits(theirs))
+    assert not torch.allclose(logits(founded), logits(tiny().eval()))
+
+
 @pytest.mark.parametrize(
     ("field", "value", "why"),
     [
@@ -171,6 +206,18 @@ def test_the_base_is_held_as_the_given_adapters_were_trained_with_it(tmp_path: P
         ("use_dora", True, "use_dora is True"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("rank_pattern", {"q_proj": 8}, "rank_pattern"),
+        *(
+            ("init_lora_weights", kind, f"init_lora_weights is {kind}")
+            for kind in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "mica")
+        ),
+        ("alora_invocation_tokens", [1, 2], "alora_invocation_tokens"),
+        ("use_bdlora", {"nblocks": 2}, "use_bdlora"),
+        ("kasa_config", {"beta": 1e-4}, "kasa_config"),
+        ("monteclora_config", {"x": 1}, "monteclora_config"),
+        ("velora_config", {"x": 1}, "velora_config"),
+        ("megatron_config", {"x": 1}, "megatron_config"),
+        ("ensure_weight_tying", True, "ensure_weight_tying"),
+        ("of_a_later_version", 3, "of_a_later_version is 3"),
         ("r", 0, "r is 0"),
     ],
 )
