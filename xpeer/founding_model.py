@@ -79,6 +79,8 @@ class InitialModel:
     base_dtype: BaseDtype = "float32"
     adapters: Any = None
     """`GivenAdapters` to go on with; None = they are drawn."""
+    warnings: list[str] = field(default_factory=list)
+    """For the founder; `public_loss` adds to them."""
 
     @contextlib.contextmanager
     def adapted(self) -> Iterator[Any]:
@@ -158,7 +160,9 @@ class InitialModel:
     def public_loss(self, manifest: Manifest, tokenizer: Any, device: str) -> float | None:
         """Measure the loss on a few records of the public text; None if it is not finite.
 
-        One record at a time, and in float32: it is the founder's number, whatever the device.
+        Adapters to go on with are in the model, as nodes start from them. If it is worse with them
+        than without, that is a warning. One record at a time, and in float32: it is the founder's
+        number, whatever the device.
 
         Args:
             manifest: has the text.
@@ -174,15 +178,27 @@ class InitialModel:
 
         document = document_of(manifest.public_text.text, "public text")
         records = cut([document], tokenizer, manifest.optimiser.sequence_tokens)
-        some = spread(records, INITIAL_RECORDS)
-        chosen, _ = losses.choose_losses(self.module)
+        some, where = spread(records, INITIAL_RECORDS), losses.choose_device(device)[0]
 
-        def measure() -> float:
-            return losses.evaluate(
-                self.module, some, micro_batch=1, precision=FULL, losses_of_records=chosen
-            )
+        def loss_of(module: Any) -> float:
+            chosen, _ = losses.choose_losses(module)
 
-        loss = placed.on_best(self.module, losses.choose_device(device)[0], measure)
+            def measure() -> float:
+                return losses.evaluate(
+                    module, some, micro_batch=1, precision=FULL, losses_of_records=chosen
+                )
+
+            return placed.on_best(module, where, measure)
+
+        loss = base = loss_of(self.module)
+        if self.adapters is not None:
+            with self.adapted() as module:
+                loss = loss_of(module)
+            if not loss <= base:
+                self.warnings.append(
+                    f"on the public text the model has a loss of {loss:.4g} with the adapters of "
+                    f"--lora-from, and {base:.4g} without: are they for this model (--model)?"
+                )
         return loss if math.isfinite(loss) and loss > 0 else None
 
 

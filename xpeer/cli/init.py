@@ -254,7 +254,7 @@ def init(
     )
     manifest.require_privacy(config.data.privacy, config.privacy.max_epsilon)
     fits = skip_estimate or say_needs(manifest, config, home)
-    waiting = [source]
+    waiting, of_model = [source], source.warnings
     del source
     founded = founding.found(
         home,
@@ -264,7 +264,7 @@ def init(
         as_toml(settings),
         trial=None if skip_trial else partial(_try, manifest, config, fits=fits),
     )
-    if warning := manifest.privacy.policy.warning:
+    for warning in filter(None, (manifest.privacy.policy.warning, *of_model)):
         say(f"warning: {warning}")
     what = "parameters" if manifest.model.lora is None else "parameters of adapters"
     say(f"founded {name}: {manifest.model.num_params:,} {what}, in {home.path}")

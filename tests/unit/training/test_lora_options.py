@@ -16,15 +16,21 @@ from tests.unit.training.test_adapters import LORA, RANK, dense_products, logits
 from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.errors import ConfigError
-from xpeer.founding_model import LoraOptions
+from xpeer.founding_model import INITIAL_RECORDS, LoraOptions
+from xpeer.manifest import Tokenizer
 from xpeer.manifest.model import BaseDtype, Lora, Model
 from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer.build import assemble
 from xpeer.training import adapters, targets
+from xpeer.training.document import document_of
 from xpeer.training.flat import digest, digest_of, read_flat
 from xpeer.training.held import hold
 from xpeer.training.initial import model_of
+from xpeer.training.losses import evaluate
+from xpeer.training.measuring import spread
 from xpeer.training.model import export_hf
+from xpeer.training.records import cut
+from xpeer.training.tokenizer import load_tokenizer
 
 BASE = "model.layers.0.self_attn."
 
@@ -196,6 +202,13 @@ def test_given_adapters_compute_what_peft_computes_of_them(tmp_path: Path, first
     founded = model_of(manifest, home, "", fresh=True).eval()
     theirs = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "old")).eval()
     torch.testing.assert_close(logits(founded), logits(theirs))
+    document = document_of(manifest.public_text.text, "public text")
+    records = cut([document], load_tokenizer(Tokenizer()), manifest.optimiser.sequence_tokens)
+    some = spread(records, INITIAL_RECORDS)
+    loss = evaluate(founded, some)
+    assert manifest.public_text.initial_loss == pytest.approx(loss, rel=1e-4)
+    worse = loss > evaluate(tiny(), some)
+    assert ("with the adapters of --lora-from, and" in made.stderr) == worse
     assert not torch.allclose(logits(founded), logits(tiny().eval()))
 
 
