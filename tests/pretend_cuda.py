@@ -33,6 +33,31 @@ class PretendCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Largest(TorchFunctionMode):
+    """Notes the largest tensor that is made within its `with` block, views of older ones left out.
+
+    Attributes:
+        values: of that tensor.
+    """
+
+    def __init__(self, *older: torch.Tensor) -> None:
+        super().__init__()
+        self.values = 0
+        self._older = {each.untyped_storage().data_ptr() for each in older}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not self._is_older(out):
+            self.values = max(self.values, out.numel())
+        return out
+
+    def _is_older(self, tensor: torch.Tensor) -> bool:
+        with torch._C.DisableTorchFunction():
+            return tensor.untyped_storage().data_ptr() in self._older
+
+
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, torch.device) and value.type == "cuda":
         return torch.device("cpu")

@@ -65,7 +65,7 @@ _UPDATE: Final = (
     "xpeer.privacy.units:Records.sample",
     "xpeer.privacy.clipping:BookKeepingEngine.accumulate",
     "xpeer.privacy.layers:Call",
-    "xpeer.privacy.noise:SecretGenerator.gaussian_",
+    "xpeer.privacy.noise:SecretGenerator.add_gaussian_|xpeer.privacy.noise:SecretGenerator.gaussian_",
     "xpeer.training.learner:Learner.step|xpeer.training.local:LocalTrainer._step",
     "xpeer.training.optimiser:make_optimiser",
     "xpeer.training.flat:FlatParameters",

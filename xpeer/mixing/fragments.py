@@ -16,10 +16,14 @@ and adding to them 0.055 s. By lines it took 0.025 s and 0.032 s.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import torch
 
 from xpeer.mixing.cut import LINE, RUN, Cut, padded
+
+_PIECE: Final = 1 << 22
+"""Values that are copied, or added, at a time."""
 
 
 class Fragments(Cut):
@@ -37,10 +41,11 @@ class Fragments(Cut):
         Args:
             flat: (padded P,), any device and dtype.
             fragment: f.
-            out: (size,) of the same kind, to write to.
+            out: (size,) of the same type, to write to, on any device. From one to another it is
+                copied in pieces: a device may have no room for a second fragment.
 
         Returns:
-            (size,) of the same kind.
+            `out`; without it, (size,) of the same kind.
         """
         if out is None:
             out = torch.empty(self.size(fragment), dtype=flat.dtype, device=flat.device)
@@ -49,20 +54,23 @@ class Fragments(Cut):
         tail = self._tail(out)
         if tail.numel():
             lines = self._lines[fragment].to(flat.device)
-            torch.index_select(flat.view(-1, LINE), 0, lines, out=tail)
+            if tail.device == flat.device:
+                torch.index_select(flat.view(-1, LINE), 0, lines, out=tail)
+            else:
+                tail.copy_(flat.view(-1, LINE).index_select(0, lines))
         return out
 
     def add_(
         self, flat: torch.Tensor, fragment: int, values: torch.Tensor, scale: float = 1.0
     ) -> None:
-        """Add scale times (size,) values to a fragment of (padded P,), on the same device."""
+        """Add scale times (size,) values, on any device, to a fragment of (padded P,)."""
         self.check(fragment)
         for theirs, ours in self._parts(flat, values, fragment):
-            ours.add_(theirs, alpha=scale)
+            ours.add_(theirs.to(ours.device), alpha=scale)
         tail = self._tail(values)
         if tail.numel():
             lines = self._lines[fragment].to(flat.device)
-            flat.view(-1, LINE).index_add_(0, lines, tail, alpha=scale)
+            flat.view(-1, LINE).index_add_(0, lines, tail.to(flat.device), alpha=scale)
 
     def indices(self, fragment: int) -> torch.Tensor:
         """Positions of a fragment's values, (size,) int64, in the order of `gather`."""
@@ -71,14 +79,19 @@ class Fragments(Cut):
     def _parts(
         self, flat: torch.Tensor, packed: torch.Tensor, fragment: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs of views: a part of a packed fragment, and the same part in the model."""
+        """Pairs of views: a part of a packed fragment, and the same part in the model.
+
+        A part is a piece, or less. The rest, after the last whole block, is never much.
+        """
         if self.blocks == 0:
             return
         f_, blocks = self.num_fragments, self.blocks
         body = flat[: blocks * f_ * RUN * f_ * LINE].view(blocks, f_, RUN, f_, LINE)
         dense = packed[: f_ * blocks * RUN * LINE].view(f_, blocks, RUN, LINE)
+        size = max(1, _PIECE // (RUN * LINE))
         for shift in range(f_):
-            yield dense[shift], body[:, shift, :, (fragment - shift) % f_, :]
+            ours = body[:, shift, :, (fragment - shift) % f_, :]
+            yield from zip(torch.split(dense[shift], size), torch.split(ours, size), strict=True)
 
     def _tail(self, packed: torch.Tensor) -> torch.Tensor:
         return packed[self.blocks * self.num_fragments * RUN * LINE :].view(-1, LINE)

@@ -99,9 +99,7 @@ class PrivateGradient:
         sums, clipped = until_it_fits(clip_and_add_up, self._shrink)
         of_rank = 1 / math.sqrt(self._ranks.world)  # std of a rank's noise over the step's
         for total in sums:
-            noise = torch.empty_like(total)
-            std = self.clip_norm.gradient_multiplier * norm * of_rank
-            total.add_(self.generator.gaussian_(noise, std))
+            self.generator.add_gaussian_(total, self.clip_norm.gradient_multiplier * norm * of_rank)
         counted = self._noised_count(clipped, bounds, sample, of_rank)
         self._ranks.add_up([*sums, *counted])
         for total in sums:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, Final, Literal, NoReturn
 
@@ -37,8 +38,10 @@ Generator = Literal["fast", "cryptographic"]
 
 _CHUNK: Final = 1 << 15
 """Pairs of normals made at once on a CPU. Their temporaries stay in the processor's cache."""
-_DEVICE_CHUNK: Final = 1 << 22
+_DEVICE_CHUNK: Final = 1 << 20
 """Pairs of normals made at once on an accelerator. Their random bits are copied to it at once."""
+_PHILOX_CHUNK: Final = 1 << 22
+"""Normals that the device's own generator makes at once: of a large matrix a part."""
 _MANTISSA: Final = 53
 _BLOCK: Final = 16
 """Bytes of an AES block. The cipher needs so many bytes of room beyond its output."""
@@ -77,23 +80,49 @@ class SecretGenerator:
         Raises:
             LocalError: std is not a finite positive number.
         """
-        if not (math.isfinite(std) and std > 0):
-            raise LocalError(f"privacy noise: standard deviation {std!r} is out of range")
-        if self._philox is not None and tensor.device.type == "cuda":
-            self._philox.manual_seed(int.from_bytes(os.urandom(8), "little"))
-            wide = torch.empty(tensor.shape, dtype=torch.float64, device=tensor.device)
-            return tensor.copy_(wide.normal_(0.0, std, generator=self._philox))
-        on_cuda = tensor.device.type == "cuda"
-        where = tensor.device if on_cuda else torch.device("cpu")  # other devices may lack float64
+        where = _where(tensor)
         in_place = tensor.device == where and tensor.is_contiguous()
         flat = tensor if in_place else torch.empty(tensor.shape, dtype=tensor.dtype, device=where)
-        normals = flat.view(-1)
-        most = _DEVICE_CHUNK if on_cuda else _CHUNK
-        stream = _Stream(max(1, min(most, -(-len(normals) // 2))))
-        for start in range(0, len(normals), 2 * stream.pairs):
-            part = normals[start : start + 2 * stream.pairs]
-            part.copy_(_box_muller(stream.next().to(where))[: len(part)].mul_(std))
+        for part, normals in self._parts(flat, std):
+            part.copy_(normals)
         return tensor if in_place else tensor.copy_(flat)
+
+    @torch.no_grad()
+    def add_gaussian_(self, tensor: Tensor, std: float) -> Tensor:
+        """Add independent N(0, std^2) to a floating tensor, and return it.
+
+        As many values as the tensor has are never there at once.
+
+        Raises:
+            LocalError: std is not a finite positive number.
+        """
+        if tensor.device != _where(tensor) or not tensor.is_contiguous():
+            return tensor.add_(self.gaussian_(torch.empty_like(tensor), std))
+        for part, normals in self._parts(tensor, std):
+            part.add_(normals.to(part.dtype))  # rounded as `gaussian_` does
+        return tensor
+
+    def _parts(self, tensor: Tensor, std: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of all parts of a contiguous tensor, each with as many normals in float64. One key
+        is for the whole tensor.
+
+        Raises:
+            LocalError: std is not a finite positive number.
+        """
+        if not (math.isfinite(std) and std > 0):
+            raise LocalError(f"privacy noise: standard deviation {std!r} is out of range")
+        flat = tensor.view(-1)
+        on_cuda = tensor.device.type == "cuda"
+        if self._philox is not None and on_cuda:
+            self._philox.manual_seed(int.from_bytes(os.urandom(8), "little"))
+            for part in torch.split(flat, _PHILOX_CHUNK):
+                wide = torch.empty(len(part), dtype=torch.float64, device=tensor.device)
+                yield part, wide.normal_(0.0, std, generator=self._philox)
+            return
+        most = _DEVICE_CHUNK if on_cuda else _CHUNK
+        stream = _Stream(max(1, min(most, -(-len(flat) // 2))))
+        for part in torch.split(flat, 2 * stream.pairs):
+            yield part, _box_muller(stream.next().to(tensor.device))[: len(part)].mul_(std)
 
     def poisson_sample(self, num_records: int, probability: float) -> Tensor:
         """Choose each record independently with this probability.
@@ -144,6 +173,11 @@ class SecretGenerator:
         """Draw a permutation, (n,) int64, CPU. Elements with equal 64-bit keys are not shuffled."""
         keys = torch.frombuffer(bytearray(os.urandom(8 * max(1, num_records))), dtype=torch.int64)
         return keys[:num_records].argsort()
+
+
+def _where(tensor: Tensor) -> torch.device:
+    """Where its noise is made: other devices than these two may lack float64."""
+    return tensor.device if tensor.device.type == "cuda" else torch.device("cpu")
 
 
 class _Stream:

@@ -47,13 +47,11 @@ class FlatVector:
 
     def gather(self, fragment: int, out: torch.Tensor) -> torch.Tensor:
         """Copy a fragment to `out`, (size,) float32 on the CPU; returns it."""
-        if self._flat.device.type == "cpu":
-            return self.fragments.gather(self._flat, fragment, out)
-        return out.copy_(self.fragments.gather(self._flat, fragment))
+        return self.fragments.gather(self._flat, fragment, out)
 
     def add_(self, fragment: int, values: torch.Tensor, scale: float = 1.0) -> None:
         """Add scale times (size,) float32 from the CPU to a fragment."""
-        self.fragments.add_(self._flat, fragment, values.to(self._flat.device), scale)
+        self.fragments.add_(self._flat, fragment, values, scale)
 
     def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """Copy the vector to (num_params,) float32 on the CPU, into `out` if given."""

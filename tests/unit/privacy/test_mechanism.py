@@ -73,6 +73,10 @@ class Scripted:
         self.stds.append(std)
         return tensor.fill_(0.125)
 
+    def add_gaussian_(self, tensor: Tensor, std: float) -> Tensor:
+        self.stds.append(std)
+        return tensor.add_(0.125)
+
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:

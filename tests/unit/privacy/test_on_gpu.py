@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.pretend_cuda import CUDA, PretendCuda
+from tests.pretend_cuda import CUDA, Largest, PretendCuda
 from tests.unit.privacy.models import llama, record_losses, some_records
 from tests.unit.privacy.test_blocks import RECORDS, ROWS, TOKENS, WIDTH, blocked, some
 from tests.unit.privacy.test_mechanism import OFF, grads
@@ -145,6 +145,36 @@ def test_fast_noise_has_a_fresh_key_for_each_tensor(monkeypatch: pytest.MonkeyPa
     for z in drawn:
         assert abs(float(z.mean())) < 6 / math.sqrt(MANY)
         assert abs(float(z.var()) - 1) < 6 * math.sqrt(2 / MANY)
+
+
+@pytest.mark.parametrize("kind", ["fast", "cryptographic"])
+def test_noise_is_added_in_pieces(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second matrix is there: nothing is done again with less where a step adds its noise."""
+    gpu = Gpu(monkeypatch)
+    monkeypatch.setattr(noise, "_PHILOX_CHUNK", 64)
+    monkeypatch.setattr(noise, "_DEVICE_CHUNK", 32)
+    secret, total = SecretGenerator("cuda", kind), torch.full((70, 300), 5.0)
+    with PretendCuda(), Largest(total) as seen:
+        assert secret.add_gaussian_(total, 0.1) is total
+    assert 0 < seen.values <= 64
+    assert len(gpu.made) == (kind == "fast"), "with one key"
+    noised = (total - 5.0) / 0.1
+    assert noised.unique().numel() > 0.9 * noised.numel()
+    assert abs(float(noised.mean())) < 6 / math.sqrt(noised.numel())
+    assert abs(float(noised.var()) - 1) < 6 * math.sqrt(2 / noised.numel())
+
+
+def test_noise_in_pieces_is_a_function_of_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added to a matrix or filled in, it is the same; and each piece goes on with the stream."""
+    Gpu(monkeypatch)
+    monkeypatch.setattr(noise, "_PHILOX_CHUNK", 64)
+    monkeypatch.setattr("os.urandom", lambda count: bytes(range(count)))
+    secret = SecretGenerator("cuda")
+    with PretendCuda():
+        filled = secret.gaussian_(torch.empty(3, 100), 2.0)
+        added = secret.add_gaussian_(torch.zeros(3, 100), 2.0)
+    assert torch.equal(filled, added)
+    assert filled.unique().numel() == 300
 
 
 def test_fast_noise_is_drawn_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:

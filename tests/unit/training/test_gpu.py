@@ -13,8 +13,10 @@ from tests.unit.privacy.models import adapted, gpt2, llama, some_records
 from tests.unit.training.homes import make_homes
 from xpeer.privacy.clipping import BookKeepingEngine, MicrobatchEngine, trainable
 from xpeer.privacy.engines import choose_engine
+from xpeer.privacy.noise import SecretGenerator
 from xpeer.privacy.steps import FULL, Switchable
 from xpeer.trainer.build import assemble
+from xpeer.training.flat import FlatVector
 from xpeer.training.losses import choose_losses
 from xpeer.training.precision import choose_precision
 from xpeer.training.recompute import Recomputing
@@ -78,6 +80,23 @@ def test_layers_computed_again_need_less_memory_and_give_the_same() -> None:
     (kept, exact), (kept_again, same) = found
     assert kept_again < 0.7 * kept
     torch.testing.assert_close(same, exact, rtol=1e-4, atol=1e-5 * float(exact.norm()))
+
+
+def test_noise_and_fragments_take_a_part_of_a_matrix() -> None:
+    """Where memory runs out in them, nothing is begun again with less."""
+    vector = FlatVector(1 << 26, 1, CUDA)
+    secret, fragment = SecretGenerator(CUDA), torch.empty(1 << 26)
+    for work in (
+        lambda: secret.add_gaussian_(vector._flat, 1.0),
+        lambda: vector.gather(0, fragment),
+        lambda: vector.add_(0, fragment, -1.0),
+    ):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        assert torch.cuda.max_memory_allocated() - before < vector._flat.nbytes // 2
+    assert float(fragment.std()) == pytest.approx(1.0, rel=0.01)
+    assert not bool(vector.read().any()), "what was copied was taken off again"
 
 
 def test_memory_that_runs_out_is_backed_off_from(tmp_path: Path) -> None:

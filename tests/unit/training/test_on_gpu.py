@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from tests.pretend_cuda import CUDA, PretendCuda
 from tests.unit.training.loops import Parameters, manifest_with
-from xpeer.mixing.cut import fragment_size
+from xpeer.mixing import fragments
+from xpeer.mixing.cut import LINE, RUN, fragment_size
 from xpeer.training import head, losses
 from xpeer.training.flat import FlatVector
 from xpeer.training.losses import autocast, choose_losses
@@ -155,11 +156,34 @@ def test_other_errors_are_not_tried_again_on_the_cpu() -> None:
         on_best(model, CUDA, work)
 
 
-def test_fragments_are_gathered_on_the_gpu_and_then_copied() -> None:
-    vector = FlatVector(640, 3)
-    vector.write(torch.arange(640.0))
-    here = [vector.gather(f, torch.empty(fragment_size(640, 3, f))) for f in range(3)]
-    with PretendCuda():
-        there = [vector.gather(f, torch.empty(fragment_size(640, 3, f))) for f in range(3)]
-    for one, two in zip(here, there, strict=True):
-        assert torch.equal(one, two)
+class Moved(TorchFunctionMode):
+    """Notes the largest tensor that goes from one device to another, and in what it was computed.
+
+    Attributes:
+        values: of that tensor.
+    """
+
+    values = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.add_):
+            self.values = max(self.values, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_fragment_is_never_whole_on_the_gpu(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is copied, and added, in pieces: of one fragment, it would be the model once more."""
+    monkeypatch.setattr(fragments, "_PIECE", 2 * RUN * LINE)
+    num_params = 20 * count * count * RUN * LINE + 100
+    vector, wanted = FlatVector(num_params, count), torch.arange(float(num_params))
+    vector.write(wanted)
+    sizes = [fragment_size(num_params, count, f) for f in range(count)]
+    taken = [torch.empty(size) for size in sizes]
+    moved = Moved()
+    with PretendCuda(), moved:
+        for f in range(count):
+            vector.gather(f, taken[f])
+            vector.add_(f, taken[f], 2.0)
+    assert moved.values == 2 * RUN * LINE
+    assert torch.equal(vector.read(), 3 * wanted)
