@@ -40,7 +40,7 @@ _ROUNDING: Final = 1e-6
 """Clip to C (1 - this), so that float32's rounding can't carry a record over C."""
 _ALL: Final = 1 << 30
 """More records than any pass has."""
-_CPU_TOKENS: Final = 1024
+CPU_TOKENS: Final = 1024
 """Tokens of a pass on a processor. Larger passes fall out of its caches (64 records of 128: half
 the speed)."""
 
@@ -327,7 +327,7 @@ def cache_records(records: Tensor) -> int:
     """Number of records per pass that suits their device: few on a CPU, all of them elsewhere."""
     if records.device.type != "cpu":
         return _ALL
-    return max(4, _CPU_TOKENS // max(1, records.shape[1]))
+    return max(4, CPU_TOKENS // max(1, records.shape[1]))
 
 
 def _joined(passes: list[Clipped], device: torch.device) -> Clipped:

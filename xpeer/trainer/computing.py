@@ -10,11 +10,11 @@ import torch
 
 from xpeer.config import Training
 from xpeer.manifest import Manifest
-from xpeer.privacy.clipping import DEFAULT_MEMORY_BYTES, RecordLosses, trainable
+from xpeer.privacy.clipping import CPU_TOKENS, DEFAULT_MEMORY_BYTES, RecordLosses, trainable
 from xpeer.privacy.fitting import bytes_of_passes
 from xpeer.privacy.steps import Precision
 from xpeer.training.compiled import NOT_WITH_PRIVACY, compile_layers
-from xpeer.training.losses import choose_losses, kept_logits
+from xpeer.training.losses import MEASURED_RECORDS, choose_losses, kept_logits
 from xpeer.training.packing import PackedLosses, choose_packing
 from xpeer.training.precision import choose_precision
 from xpeer.training.recompute import Recomputing
@@ -33,6 +33,8 @@ class Computing:
     """See `Options.relieve`."""
     memory_bytes: int
     """See `Options.memory_bytes`."""
+    measured_records: int
+    """Records of a pass that measures a loss: no more than of a step."""
     notes: list[str] = field(default_factory=list)
     """Why it computes so, in words for the operator."""
 
@@ -74,6 +76,7 @@ def computing_of(
         packed=packed,
         relieve=recomputing.switch_on if wanted == "auto" else _nothing_left,
         memory_bytes=bytes_of_passes(device, DEFAULT_MEMORY_BYTES),
+        measured_records=_measured_records(settings, device, manifest),
         notes=[note for note in notes if note],
     )
 
@@ -87,6 +90,16 @@ def _try_out(
     with precision.context():
         nats, _ = losses(model, records)
     torch.autograd.grad(nats.sum(), trainable(model), allow_unused=True)
+
+
+def _measured_records(settings: Training, device: torch.device, manifest: Manifest) -> int:
+    """Records of a pass that measures a loss. It needs less for a record than a step does, so with
+    as many records it fits where steps do.
+    """
+    optimiser, most = manifest.optimiser, MEASURED_RECORDS
+    if device.type == "cpu":  # the system kills a process that takes too much: begin with few
+        most = min(most, max(1, CPU_TOKENS // optimiser.sequence_tokens))
+    return min(most, settings.micro_batch or most, optimiser.batch_records)
 
 
 def _nothing_left() -> str:

@@ -46,33 +46,45 @@ class Public:
         others[chosen] = False
         self._few, self._others = records[chosen], records[others]
         self._evaluate = partial(evaluate, on_progress=beat, precision=computing.precision)
+        self._micro_batch = computing.measured_records
         self._ratio: float | None = None
         """Loss of all records over that of a few, with our own parameters as measured last; None =
         not yet. A donor that is refused must not change what we offer."""
 
     def of_all(self, model: torch.nn.Module, losses: RecordLosses) -> float:
         """Measure a model on all records, in nats per token."""
-        return self._measured(model, losses)[0]
+        return self._measured(model, losses, self._micro_batch)[0]
 
-    def of_own(self, model: torch.nn.Module, losses: RecordLosses) -> float:
-        """The same with our own parameters: `of_few` then goes by their ratio."""
-        loss, few = self._measured(model, losses)
+    def of_own(self, model: torch.nn.Module, losses: RecordLosses, micro_batch: int = 0) -> float:
+        """The same with our own parameters: `of_few` then goes by their ratio.
+
+        Args:
+            model: to measure.
+            losses: of the model.
+            micro_batch: records of a pass; 0 = as many as are usual.
+        """
+        loss, few = self._measured(model, losses, micro_batch or self._micro_batch)
         self._ratio = loss / few if few > 0 else None
         return loss
 
-    def _measured(self, model: torch.nn.Module, losses: RecordLosses) -> tuple[float, float]:
-        """Loss of all records, and of a few."""
+    def _measured(
+        self, model: torch.nn.Module, losses: RecordLosses, size: int
+    ) -> tuple[float, float]:
+        """Loss of all records, and of a few; `size` records of a pass."""
         parts = [records for records in (self._few, self._others) if len(records)]
-        means = [self._evaluate(model, part, losses_of_records=losses) for part in parts]
+        means = [self._evaluate(model, part, size, losses_of_records=losses) for part in parts]
         tokens = [int((inputs_of(part)[1] >= 0).sum()) for part in parts]
         nats = sum(mean * count for mean, count in zip(means, tokens, strict=True))
         return nats / sum(tokens), means[0]
 
     def of_few(self, model: torch.nn.Module, losses: RecordLosses) -> float:
-        """Estimate what `of_own` would measure, from a few records; at first, measure all."""
+        """Estimate what `of_own` would measure, from a few records; at first, measure all.
+
+        One record at a time, since it is measured beside a step, in the memory that this leaves.
+        """
         if self._ratio is None:
-            return self.of_own(model, losses)
-        return self._ratio * self._evaluate(model, self._few, losses_of_records=losses)
+            return self.of_own(model, losses, 1)
+        return self._ratio * self._evaluate(model, self._few, 1, losses_of_records=losses)
 
 
 def evaluation_of(
@@ -111,6 +123,7 @@ def evaluation_of(
         evaluate,
         model,
         held_out,
+        computing.measured_records,
         on_progress=beat,
         precision=computing.precision,
         losses_of_records=computing.losses,

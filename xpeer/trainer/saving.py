@@ -4,13 +4,14 @@ The loop's thread copies a checkpoint at a boundary. The disk's thread writes it
 A checkpoint is due
 
 - every `checkpoint.every_s` seconds, but not so often that copying takes more than 2% of the time;
-- at the end of a new node's first window;
+- at the end of a new node's first window, before its losses are measured for the first time;
 - whenever no further private steps may be charged before one is written (`training.charging`).
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -67,6 +68,8 @@ class Saving:
         """A new node's first window; None once a checkpoint was begun, or if there was one."""
         self._running = False
         """True iff a checkpoint is being written."""
+        self._idle = threading.Event()
+        """Set iff none is being written, once one was."""
         self._again_at: float | None = None
         """When a failed checkpoint may be tried again; None = the last one did not fail."""
         self._copy_s = 0.0
@@ -98,6 +101,7 @@ class Saving:
         if self._again_at is not None and self._clock() < self._again_at:
             return "failing"
         self._running, self._first_window = True, None
+        self._idle.clear()
         write, step = self.copy(), self._trainer.counters.step
         self._submit(lambda: self._write(write, step))
         return "begun"
@@ -108,6 +112,16 @@ class Saving:
         first = self._first_window not in (None, self._trainer.counters.window)
         if first or waited_s >= max(self._every_s, self._copy_s / SHARE_SAVING):
             self.begin()
+
+    def before_measuring(self) -> None:
+        """Write a new node's first checkpoint, at the end of its first window, and wait for it.
+
+        Without one, a kill in the measurement would come at every start, and lose the window's
+        charges each time. Later checkpoints are not made before the measurement: it may show that
+        training has diverged.
+        """
+        if self._first_window is not None and self.begin() != "failing":
+            self._idle.wait()
 
     def _write(self, write: Write, step: int) -> None:
         again_at: float | None = self._clock() + AGAIN_S
@@ -120,4 +134,6 @@ class Saving:
             logger.warning("no checkpoint was written: %s", report.problem)
             self._failed(report)
         finally:
-            self._again_at, self._saved_at, self._running = again_at, self._clock(), False
+            self._again_at, self._saved_at = again_at, self._clock()
+            self._idle.set()
+            self._running = False

@@ -105,6 +105,7 @@ def serve(send: Send, arena: Arena, assembled: Assembled, checkpoint_every_s: fl
     worker = Worker(assembled, arena, saving, reports, threads)
     server = Server(send, worker, threads)
     loop.carry_out = server.at_boundary
+    loop.before_measuring = saving.before_measuring
     loop.on_step = worker.after_step
     loop.on_state = reports.everything
     return server

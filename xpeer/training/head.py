@@ -26,8 +26,8 @@ from xpeer.training.recompute import transformed
 _CPU_LOGITS: Final = 1 << 26
 """Logits of a piece on a processor. A smaller piece reads the layer's weights too often."""
 _CPU_LOGITS_FROZEN: Final = 1 << 24
-"""The same, if its own gradient is not read and written for each piece: it is frozen, or each
-record's gradient is wanted."""
+"""The same, if its own gradient is not read and written for each piece: it is frozen, each record's
+gradient is wanted, or none."""
 _DEVICE_LOGITS: Final = 1 << 27
 _TRIED: Final = 3
 """Tokens on which it is tried whether a family is understood."""
@@ -127,7 +127,8 @@ def losses_of_tokens(head: Head, hidden: Tensor, targets: Tensor, cross_entropy:
     watch = watch_of(layer) if usual and type(layer) is nn.Linear else None
     if watch is not None and are_kept(vocabulary * targets.numel(), len(targets), hidden.device):
         watch = None  # the layer is called, and its factors are kept
-    logits = _CPU_LOGITS_FROZEN if head.frozen or watch is not None else _CPU_LOGITS
+    none_by_piece = head.frozen or watch is not None or not torch.is_grad_enabled()
+    logits = _CPU_LOGITS_FROZEN if none_by_piece else _CPU_LOGITS
     if hidden.device.type != "cpu":
         logits = _DEVICE_LOGITS
     tokens = max(1, logits // (vocabulary * len(hidden)))

@@ -67,6 +67,8 @@ class TrainingLoop:
         manifest, parameters, counters: the learner's.
         awaiting: True iff the parameters are random, and still to be imported.
         carry_out: called with each job at a boundary; if it raises, that is a bug.
+        before_measuring: called at a window's end, when its steps are counted. No step has tried
+            what is computed next: it may be the process's end.
         on_step: called after each step with the seconds of rest that follow.
         on_state: called when `state` has changed.
     """
@@ -93,6 +95,7 @@ class TrainingLoop:
         self.counters = learner.counters
         self.awaiting = awaiting
         self.carry_out: Callable[[Any], None] = _nobody_asks
+        self.before_measuring: Callable[[], None] = _nothing
         self.on_step: Callable[[float], None] = lambda _rest_s: None
         self.on_state: Callable[[], None] = _nothing
         self._gradients = learner.gradients
@@ -304,11 +307,12 @@ class TrainingLoop:
         over = self.pacing.count_step(now)
         if over or self.pacing.ended:  # the gradient of a short last window counts, too
             self._gradients.end_window()
-        if over:
-            self.measurements.at_window_end(self.counters)
-            require_finite(self.measurements.public, self.counters)
         if not self._gradients.in_use:
             self.pacing.permits.moved()
+        if over:
+            self.before_measuring()
+            self.measurements.at_window_end(self.counters)
+            require_finite(self.measurements.public, self.counters)
 
     def _finish_gradient(self) -> None:
         """Wait for the group's gradient, then take the window's step; gradient aggregation only."""

@@ -23,6 +23,8 @@ TokenLosses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.
 
 NO_TARGET: Final = -100
 """A target where nothing is predicted."""
+MEASURED_RECORDS: Final = 16
+"""Records of a pass that measures a loss, where nothing asks for fewer."""
 _CPU_VALUES: Final = 1 << 20
 """Logits per piece of the loss, on a CPU: 4 MB fit its caches."""
 _NO_FLOAT64: Final = (
@@ -206,7 +208,7 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def evaluate(
     model: torch.nn.Module,
     records: torch.Tensor,
-    micro_batch: int = 16,
+    micro_batch: int = MEASURED_RECORDS,
     on_progress: Callable[[], None] = lambda: None,
     precision: Precision | None = None,
     losses_of_records: RecordLosses = record_losses,

@@ -65,7 +65,7 @@ def test_the_optimiser_is_fused_on_a_gpu() -> None:
 def test_pieces_of_a_loss_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "_CPU_VALUES", 3 * 40)
     monkeypatch.setattr(losses, "_DEVICE_VALUES", 5 * 40)
-    monkeypatch.setattr(head, "_CPU_LOGITS", 4 * 40)
+    monkeypatch.setattr(head, "_CPU_LOGITS_FROZEN", 4 * 40)
     monkeypatch.setattr(head, "_DEVICE_LOGITS", 8 * 40)
     rows: list[int] = []
     real = torch.nn.functional.cross_entropy

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -154,40 +154,48 @@ def test_a_device_keeps_room_for_training(monkeypatch: pytest.MonkeyPatch) -> No
     Twin._require_room(torch.device("cuda"), size)
 
 
+def computing_in(records: int) -> Any:
+    return SimpleNamespace(precision=None, measured_records=records)
+
+
 def test_a_few_records_tell_of_all() -> None:
     """Once all were measured with values that are not far away."""
-    model, computing = build(FAMILIES["llama"], seed=1), SimpleNamespace(precision=None)
+    model, computing = build(FAMILIES["llama"], seed=1), computing_in(7)
     generator = torch.Generator().manual_seed(5)
     records = torch.randint(0, VOCABULARY, (30, 24), generator=generator)
     records[::3, 12:] = -1  # filled up: means are by token
-    losses, passed = choose_losses(model)[0], list[int]()
-    public = Public(records, cast(Any, computing), lambda: None)
+    losses, passed = choose_losses(model)[0], list[tuple[int, int]]()
+    public = Public(records, computing, lambda: None)
     real = evaluate
 
-    def counted(model: Any, some: torch.Tensor, **more: Any) -> float:
-        passed.append(len(some))
-        return real(model, some, **more)
+    def counted(model: Any, some: torch.Tensor, size: int, **more: Any) -> float:
+        passed.append((len(some), size))
+        return real(model, some, size, **more)
 
     public._evaluate = partial(counted)
     assert public.of_few(model, losses) == pytest.approx(real(model, records))
-    assert passed == [BESIDE_RECORDS, 30 - BESIDE_RECORDS]
+    assert passed == [(BESIDE_RECORDS, 1), (30 - BESIDE_RECORDS, 1)], "beside a step, one by one"
     write_flat(model, read_flat(model) * 1.05)
     assert public.of_few(model, losses) == pytest.approx(real(model, records), rel=0.01)
-    assert passed[2:] == [BESIDE_RECORDS]
-    one = Public(records[:1], cast(Any, computing), lambda: None)
+    assert passed[2:] == [(BESIDE_RECORDS, 1)]
+    public.of_all(model, losses)
+    assert passed[3:] == [(BESIDE_RECORDS, 7), (30 - BESIDE_RECORDS, 7)]
+    one = Public(records[:1], computing, lambda: None)
     assert one.of_own(model, losses) == one.of_few(model, losses)
 
 
 def test_a_donor_that_is_refused_does_not_change_what_we_offer() -> None:
     """Its parameters may be much worse on the few records than on all, or the other way round."""
-    model, computing = build(FAMILIES["llama"], seed=1), SimpleNamespace(precision=None)
+    model = build(FAMILIES["llama"], seed=1)
     records = torch.randint(0, VOCABULARY, (30, 24), generator=torch.Generator().manual_seed(5))
     losses = choose_losses(model)[0]
-    public = Public(records, cast(Any, computing), lambda: None)
+    public = Public(records, computing_in(7), lambda: None)
     public.of_own(model, losses)
     offered = public.of_few(model, losses)
     real = public._evaluate
-    public._evaluate = partial(lambda _model, some, **_: 1.0 if len(some) > BESIDE_RECORDS else 9.0)
+    public._evaluate = partial(
+        lambda _m, some, *_, **__: 1.0 if len(some) > BESIDE_RECORDS else 9.0
+    )
     public.of_all(model, losses)
     public._evaluate = real
     assert public.of_few(model, losses) == offered
