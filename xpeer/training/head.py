@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xpeer.privacy.blocks import Blocked, BlockedCall, are_kept
 from xpeer.privacy.layers import OnCall, watch_of
+from xpeer.training.held import is_product
 from xpeer.training.recompute import transformed
 
 _CPU_LOGITS: Final = 1 << 26
@@ -60,8 +61,7 @@ class Head:
     @property
     def frozen(self) -> bool:
         """Whether its gradient by the hidden states is all that is needed."""
-        plain = type(self.layer) is nn.Linear
-        return plain and not any(p.requires_grad for p in self.layer.parameters())
+        return is_product(self.layer) and not any(p.requires_grad for p in self.layer.parameters())
 
 
 def find(model: Any) -> Head | None:
@@ -124,7 +124,7 @@ def losses_of_tokens(head: Head, hidden: Tensor, targets: Tensor, cross_entropy:
     vocabulary = len(layer.weight)
     # torch.func knows neither of what follows
     usual = torch.is_grad_enabled() and not transformed(hidden)
-    watch = watch_of(layer) if usual and type(layer) is nn.Linear else None
+    watch = watch_of(layer) if usual and is_product(layer) else None
     if watch is not None and are_kept(vocabulary * targets.numel(), len(targets), hidden.device):
         watch = None  # the layer is called, and its factors are kept
     none_by_piece = head.frozen or watch is not None or not torch.is_grad_enabled()
@@ -220,12 +220,13 @@ def _in_pieces(
     layer: Any = head.layer
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
     norms, slopes = torch.empty_like(losses), torch.empty_like(hidden)
-    weight = layer.weight.detach().to(hidden.dtype)
+    weight = layer.weight.detach().to(hidden.dtype)  # once, if it is held in another type
+    bias = None if layer.bias is None else layer.bias.detach().to(hidden.dtype)
     silent = targets < 0
     with torch.autocast(hidden.device.type, enabled=False):
         for at in range(0, hidden.shape[1], tokens):
             part = slice(at, at + tokens)
-            logits, slope = _finished(head, _raw(head, hidden[:, part]))
+            logits, slope = _finished(head, _product(hidden[:, part], weight, bias))
             norms[:, part] = torch.logsumexp(logits, 2)
             chosen = logits.gather(2, targets[:, part].clamp(min=0).unsqueeze(2)).squeeze(2)
             losses[:, part] = norms[:, part] - chosen
@@ -250,16 +251,16 @@ def _rows(
         stop: the output behind the last one.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        logits, slope = _finished(head, _raw(head, hidden, start, stop))
+        layer: Any = head.layer
+        weight = layer.weight.detach()[start:stop].to(hidden.dtype)
+        bias = None if layer.bias is None else layer.bias.detach()[start:stop].to(hidden.dtype)
+        logits, slope = _finished(head, _product(hidden, weight, bias))
         by_logits = _by_logits(logits, slope, targets, norms, start)
         return by_logits.mul_(grad.unsqueeze(2)).to(hidden.dtype)
 
 
-def _raw(head: Head, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """The layer's outputs from `start` up to `stop`, (B, T, n), in the precision of `hidden`."""
-    layer: Any = head.layer
-    weight = layer.weight.detach()[start:stop].to(hidden.dtype)
-    bias = None if layer.bias is None else layer.bias.detach()[start:stop].to(hidden.dtype)
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Outputs of some of the layer's rows, (B, T, n)."""
     return nn.functional.linear(hidden.contiguous(), weight, bias)  # else record by record
 
 

@@ -72,6 +72,11 @@ class _HeldLinear(nn.Linear):
         return _with_weight(input, self.weight, self.bias)
 
 
+def is_product(layer: nn.Module) -> bool:
+    """Whether a layer is x W^T + b and nothing else, whatever type W is held in."""
+    return type(layer) in (nn.Linear, _HeldLinear)
+
+
 class _HeldConv1D(Conv1D):  # type: ignore[misc] # transformers' GPT-2: W is (in, out)
     def forward(self, x: Tensor) -> Tensor:
         return _with_weight(x, self.weight.T, self.bias)

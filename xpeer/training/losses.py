@@ -17,6 +17,7 @@ from xpeer.privacy.clipping import RecordLosses
 from xpeer.privacy.fitting import halved, until_it_fits
 from xpeer.privacy.steps import Precision
 from xpeer.training import head
+from xpeer.training.held import is_product
 
 TokenLosses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """Losses of (B, T) ids, targets and positions, by token; positions None = 0, 1, ... in each row."""
@@ -114,7 +115,7 @@ def kept_logits(model: torch.nn.Module) -> str:
     logits; "" = only as many as are kept for speed (`blocks.kept_values`).
     """
     found = head.find(transformers_model(model))
-    if found is None or found.frozen or type(found.layer) is torch.nn.Linear:
+    if found is None or is_product(found.layer):
         return ""
     return (
         "each record keeps the gradients of all its logits, since adapters of the output layer are "

@@ -27,7 +27,15 @@ from xpeer.privacy.layers import watch_of
 from xpeer.privacy.steps import FULL, Precision, Switchable
 from xpeer.training import head
 from xpeer.training.adapters import adapt
-from xpeer.training.losses import choose_losses, evaluate, kept_logits, record_losses
+from xpeer.training.held import hold
+from xpeer.training.losses import (
+    choose_losses,
+    evaluate,
+    kept_logits,
+    record_losses,
+    transformers_model,
+)
+from xpeer.training.quantised import QuantisedLinear, quantise
 
 
 def family(name: str, **more: Any) -> nn.Module:
@@ -48,6 +56,16 @@ def family(name: str, **more: Any) -> nn.Module:
     return model.eval()
 
 
+class Kept:
+    """A library whose codes are the matrix's own bytes."""
+
+    def quantise(self, weight: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
+        return weight.contiguous().view(torch.uint8).flatten(), torch.ones(1)
+
+    def values(self, layer: QuantisedLinear, dtype: torch.dtype) -> Tensor:
+        return layer.codes.view(torch.bfloat16).view(layer.shape).to(dtype)
+
+
 HALF = Precision("bfloat16", partial(torch.autocast, "cpu", torch.bfloat16))
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: llama(tied=False),
@@ -55,6 +73,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama-lora": lambda: adapted(llama(tied=False)),
     "llama-tied-lora": lambda: adapted(llama(tied=True)),
     "gpt2-tied": lambda: gpt2(tied=True),
+    "llama-held-lora": lambda: adapted(hold(llama(tied=False), torch.bfloat16)),
+    "llama-tied-held-lora": lambda: adapted(hold(llama(tied=True), torch.bfloat16)),
+    "gemma2-tied-held-lora": lambda: adapted(
+        hold(family("gemma2", final_logit_softcapping=3.0), torch.bfloat16)
+    ),
+    "phi-held-lora": lambda: adapted(
+        hold(family("phi", num_key_value_heads=2, tie_word_embeddings=False), torch.bfloat16)
+    ),
+    "llama-nf4-lora": lambda: adapted(
+        quantise(hold(llama(tied=False), torch.bfloat16), "nf4", 64, Kept())
+    ),
     "qwen3": lambda: family("qwen3", tie_word_embeddings=False),
     "gemma2-tied": lambda: family("gemma2", final_logit_softcapping=3.0, sliding_window=8),
     "gemma2-tied-lora": lambda: adapted(family("gemma2", final_logit_softcapping=3.0)),
@@ -285,6 +314,26 @@ def test_in_half_precision_it_is_as_near_as_all_logits() -> None:
         found.append(torch.cat([g.flatten() for g in gradients]))
     exact, whole, pieces = found
     assert float((pieces - exact).norm()) < 1.5 * float((whole - exact).norm())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("-lora")])
+def test_an_output_layer_beside_adapters_is_frozen_in_whatever_type_it_is_held(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = MODELS[name](), list[int]()
+    assert kept_logits(model) == "", "the gradients of its logits are not kept"
+    found = head.find(transformers_model(model))
+    assert found is not None
+    assert found.frozen
+    real: Any = head._FrozenHead.apply
+
+    def noted(*given: Any) -> Any:
+        made.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(head._FrozenHead, "apply", noted)
+    choose_losses(model)[0](model, some_records())[0].sum().backward()
+    assert made == [1]
 
 
 def test_a_family_that_does_more_is_noticed() -> None:
