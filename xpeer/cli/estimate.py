@@ -66,6 +66,13 @@ _Again = Literal["auto", "on", "off"]
     "--micro-batch", type=Whole(1, 1 << 20), default=1, show_default=True, help="Records a pass."
 )
 @click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "auto"]),
+    default="auto",
+    show_default=True,
+    help="What a step is taken on: a GPU computes more at once. auto: what this machine would use.",
+)
+@click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16", "auto"]),
     default="auto",
@@ -106,6 +113,7 @@ def estimate(
     privacy: PrivacyMode,
     sequence_tokens: int,
     micro_batch: int,
+    device: str,
     precision: Any,
     checkpoint_activations: _Again,
     fragments: int,
@@ -150,6 +158,7 @@ def estimate(
         private=private,
         precision=computing,
         recompute=checkpoint_activations == "on",
+        device=planned.device_here(device, private=private),
     )
     most = None if memory_gb is None else memory_gb * 1e9
     rehearsals = Rehearsals()

@@ -11,6 +11,7 @@ from xpeer.config import Training
 from xpeer.estimate.step import Precision, Step
 from xpeer.manifest import Manifest
 from xpeer.privacy import clipping, plain
+from xpeer.privacy.at_once import DeviceKind, kind_of
 from xpeer.training.losses import choose_device
 from xpeer.training.precision import choose_precision
 from xpeer.training.recompute import layers_of
@@ -41,6 +42,7 @@ def step_of(manifest: Manifest, settings: Training, device: torch.device) -> Ste
         private=manifest.privacy.policy.charges,
         precision=known_precision(precision),
         recompute=settings.checkpoint_activations == "on",
+        device=kind_of(device),
     )
 
 
@@ -76,6 +78,13 @@ def precision_here(wanted: str, *, private: bool) -> tuple[Precision, str]:
         return known_precision(wanted), ""
     chosen, why = choose_precision("auto", choose_device(private=private)[0])
     return known_precision(chosen.name), why
+
+
+def device_here(wanted: str, *, private: bool) -> DeviceKind:
+    """The kind of device that `wanted` is; auto = that which this machine would train on."""
+    if wanted != "auto":
+        return "cpu" if wanted == "cpu" else "cuda"
+    return kind_of(choose_device(private=private)[0])
 
 
 def _records(manifest: Manifest, device: torch.device) -> int:

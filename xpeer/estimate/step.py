@@ -17,6 +17,8 @@ from torch import nn
 from xpeer.estimate.live import Rehearsal
 from xpeer.leaves import seen_by
 from xpeer.manifest.model import BASE_BLOCK, BaseDtype, Frozen, Lora
+from xpeer.privacy import noise
+from xpeer.privacy.at_once import DeviceKind, rehearsed_as
 from xpeer.privacy.clipping import BookKeepingEngine, trainable
 from xpeer.privacy.steps import Switchable
 from xpeer.training.adapters import adapt
@@ -54,6 +56,8 @@ class Step:
     precision: Precision = "float32"
     recompute: bool = False
     """Whether layers are computed again in the backward pass."""
+    device: DeviceKind = "cpu"
+    """It decides how much is computed at once."""
 
 
 @seen_by("home", "of the manifest and the operator's settings", all_public=True)
@@ -105,7 +109,11 @@ def memory_of(step: Step, on_operation: Callable[[], None] = lambda: None) -> St
     freeze(model, step.frozen)
     cut_out = count - num_values(model) - sum(p.numel() for p in model.parameters())
     kept = 0
-    with torch.random.fork_rng(devices=[]), Rehearsal(on_operation) as memory:
+    with (
+        torch.random.fork_rng(devices=[]),
+        rehearsed_as(step.device),
+        Rehearsal(on_operation) as memory,
+    ):
 
         def begin() -> None:
             nonlocal kept
@@ -194,6 +202,9 @@ class _Pass:
         if self.step.private:
             engine = BookKeepingEngine(self.model, self.losses, micro_batch=len(records))
             engine.accumulate(records, 1.0, sums)
+            del engine
+            if self.step.device != "cpu":
+                noise.take_room(sums)
             return
         nats, _counts = self.losses(self.model, records)
         torch.autograd.backward(nats.sum())

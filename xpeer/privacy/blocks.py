@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from xpeer.errors import ConfigError
+from xpeer.privacy.at_once import kind_of, values_at_once
 from xpeer.privacy.products import bmm
 
 _CPU_BLOCK: Final = 1 << 22
@@ -51,7 +52,7 @@ class Blocked:
     def parts(self) -> Iterator[tuple[int, int]]:
         """The blocks: from, and up to. They depend on shapes and device alone."""
         batch, tokens, width = self.cols.shape
-        values = _CPU_BLOCK if self.cols.device.type == "cpu" else _DEVICE_BLOCK
+        values = values_at_once(self.cols.device, _CPU_BLOCK, _DEVICE_BLOCK)
         size = max(1, values // (batch * max(tokens, width)))
         for start in range(0, self.num_rows, size):
             yield start, min(start + size, self.num_rows)
@@ -124,7 +125,7 @@ def kept_values(device: torch.device) -> int:
     """Values up to which the gradients of a pass's logits are kept. That is faster than to compute
     them again, by up to a quarter of a pass on a processor.
     """
-    return _CPU_KEPT if device.type == "cpu" else _DEVICE_KEPT
+    return _CPU_KEPT if kind_of(device) == "cpu" else _DEVICE_KEPT
 
 
 def are_kept(num_values: int, num_records: int, device: torch.device) -> bool:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Final, Literal, NoReturn
 
@@ -173,6 +173,13 @@ class SecretGenerator:
         """Draw a permutation, (n,) int64, CPU. Elements with equal 64-bit keys are not shuffled."""
         keys = torch.frombuffer(bytearray(os.urandom(8 * max(1, num_records))), dtype=torch.int64)
         return keys[:num_records].argsort()
+
+
+def take_room(totals: Sequence[Tensor]) -> None:
+    """Take for a moment the memory that `add_gaussian_` needs beside these, in an estimate."""
+    most = min(_PHILOX_CHUNK, max(total.numel() for total in totals))
+    wide = torch.empty(most, dtype=torch.float64, device=totals[0].device)
+    wide.to(totals[0].dtype)
 
 
 def _where(tensor: Tensor) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 
 from xpeer.config import Training
 from xpeer.manifest import Manifest
+from xpeer.privacy import at_once
 from xpeer.privacy.clipping import CPU_TOKENS, DEFAULT_MEMORY_BYTES, RecordLosses, trainable
 from xpeer.privacy.fitting import bytes_of_passes
 from xpeer.privacy.steps import Precision
@@ -70,11 +71,16 @@ def computing_of(
     recomputing, wanted = Recomputing(model), settings.checkpoint_activations
     if wanted == "on":
         notes.append(recomputing.require())
+
+    def relieve() -> str:
+        again = recomputing.switch_on() if wanted == "auto" else ""
+        return again or at_once.halve(device)
+
     return Computing(
         precision=precision,
         losses=losses,
         packed=packed,
-        relieve=recomputing.switch_on if wanted == "auto" else _nothing_left,
+        relieve=relieve,
         memory_bytes=bytes_of_passes(device, DEFAULT_MEMORY_BYTES),
         measured_records=_measured_records(settings, device, manifest),
         notes=[note for note in notes if note],
@@ -100,7 +106,3 @@ def _measured_records(settings: Training, device: torch.device, manifest: Manife
     if device.type == "cpu":  # the system kills a process that takes too much: begin with few
         most = min(most, max(1, CPU_TOKENS // optimiser.sequence_tokens))
     return min(most, settings.micro_batch or most, optimiser.batch_records)
-
-
-def _nothing_left() -> str:
-    return ""

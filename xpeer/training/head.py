@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from xpeer.privacy.at_once import values_at_once
 from xpeer.privacy.blocks import Blocked, BlockedCall, are_kept
 from xpeer.privacy.layers import OnCall, watch_of
 from xpeer.training.held import is_product
@@ -128,9 +129,8 @@ def losses_of_tokens(head: Head, hidden: Tensor, targets: Tensor, cross_entropy:
     if watch is not None and are_kept(vocabulary * targets.numel(), len(targets), hidden.device):
         watch = None  # the layer is called, and its factors are kept
     none_by_piece = head.frozen or watch is not None or not torch.is_grad_enabled()
-    logits = _CPU_LOGITS_FROZEN if none_by_piece else _CPU_LOGITS
-    if hidden.device.type != "cpu":
-        logits = _DEVICE_LOGITS
+    on_processor = _CPU_LOGITS_FROZEN if none_by_piece else _CPU_LOGITS
+    logits = values_at_once(hidden.device, on_processor, _DEVICE_LOGITS)
     tokens = max(1, logits // (vocabulary * len(hidden)))
     losses: Tensor
     if head.frozen and hidden.requires_grad and usual:

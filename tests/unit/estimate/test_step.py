@@ -13,6 +13,7 @@ from xpeer.estimate.step import Step, memory_of
 from xpeer.founding_model import PRESETS
 from xpeer.manifest.model import Lora
 from xpeer.privacy import blocks
+from xpeer.privacy.at_once import kind_of
 from xpeer.training.model import build, num_params
 
 STEP = Step(config=PRESETS["tiny"], sequence_tokens=32, micro_batch=2, private=False)
@@ -124,3 +125,17 @@ def test_a_trained_output_layer_needs_no_more_with_privacy_than_a_block(
     more = memory_of(replace(step, micro_batch=32))
     assert more.working < computed.working + 0.5 * factors, "a block is a block"
     assert computed.least == kept.least
+
+
+@pytest.mark.parametrize("lora", [ADAPTERS, None], ids=["adapters", "whole"])
+def test_a_gpu_has_more_logits_at_once_and_it_is_seen(lora: Lora | None) -> None:
+    """Of 150,000 tokens: half a gigabyte in float32, and once more in less precision."""
+    config = {**PRESETS["tiny"], "vocab_size": 150_000, "max_position_embeddings": 2048}
+    step = replace(STEP, config=config, lora=lora, sequence_tokens=2048, micro_batch=1)
+    step = replace(step, private=True, precision="bfloat16")
+    if lora is not None:
+        step = replace(step, base_dtype="bfloat16")
+    here, there = memory_of(step), memory_of(replace(step, device="cuda"))
+    assert here.least == there.least
+    assert 1 << 29 < there.working - here.working < 3 << 29
+    assert kind_of(torch.device("cpu")) == "cpu", "only while it is rehearsed"

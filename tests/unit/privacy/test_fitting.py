@@ -18,6 +18,7 @@ from tests.unit.privacy.models import llama, record_losses, some_records
 from tests.unit.privacy.test_mechanism import grads, manifest, scripted
 from xpeer.accounts.ledger import Ledger
 from xpeer.errors import LocalError
+from xpeer.privacy import at_once
 from xpeer.privacy.clipping import (
     BookKeepingEngine,
     FunctionalEngine,
@@ -195,3 +196,16 @@ def test_a_gpu_gives_back_what_it_holds_before_the_next_attempt(
 
     assert until_it_fits(work, shrink) == 7
     assert done == ["tried", *(["given back"] if gpu else []), "shrunk", "tried"]
+
+
+def test_a_gpu_computes_fewer_values_at_once_as_the_last_resort(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(at_once._Part, "divisor", 1)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert at_once.halve(cpu) == ""
+    for divisor in (2, 4, 8, 16):
+        assert at_once.halve(gpu) == "fewer logits at a time"
+        assert at_once.values_at_once(gpu, 64, 1 << 10) == (1 << 10) // divisor
+    assert at_once.halve(gpu) == ""
+    assert at_once.values_at_once(cpu, 64, 1 << 10) == 64

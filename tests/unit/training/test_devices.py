@@ -176,7 +176,12 @@ def test_a_step_takes_the_memory_that_was_estimated(
         "num_hidden_layers": 6,
     }
     step = Step(
-        config=config, sequence_tokens=256, micro_batch=8, private=private, precision=precision
+        config=config,
+        sequence_tokens=256,
+        micro_batch=8,
+        private=private,
+        precision=precision,
+        device="cuda" if device == "cuda" else "cpu",
     )
     estimated = memory_of(step)
     take(step, build(config).to(device), lambda: None)  # what libraries keep
