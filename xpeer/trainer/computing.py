@@ -12,7 +12,7 @@ from xpeer.config import Training
 from xpeer.manifest import Manifest
 from xpeer.privacy import at_once
 from xpeer.privacy.clipping import CPU_TOKENS, DEFAULT_MEMORY_BYTES, RecordLosses, trainable
-from xpeer.privacy.fitting import bytes_of_passes
+from xpeer.privacy.fitting import bytes_of_passes, until_it_fits
 from xpeer.privacy.steps import Precision
 from xpeer.training.compiled import NOT_WITH_PRIVACY, compile_layers
 from xpeer.training.losses import MEASURED_RECORDS, choose_losses, kept_logits
@@ -63,11 +63,6 @@ def computing_of(
         notes.append(of_packing)
     if manifest.privacy.policy.clips_records:
         notes.append(kept_logits(model))
-    if settings.compile == "on" and manifest.privacy.policy.clips_records:
-        notes.append(NOT_WITH_PRIVACY)
-    elif settings.compile == "on":
-        length = manifest.optimiser.sequence_tokens
-        notes.append(compile_layers(model, partial(_try_out, model, losses, precision, length)))
     recomputing, wanted = Recomputing(model), settings.checkpoint_activations
     if wanted == "on":
         notes.append(recomputing.require())
@@ -76,6 +71,12 @@ def computing_of(
         again = recomputing.switch_on() if wanted == "auto" else ""
         return again or at_once.halve(device)
 
+    if settings.compile == "on" and manifest.privacy.policy.clips_records:
+        notes.append(NOT_WITH_PRIVACY)
+    elif settings.compile == "on":
+        length = manifest.optimiser.sequence_tokens
+        passes = partial(_try_out, model, losses, precision, length)
+        notes.append(compile_layers(model, partial(until_it_fits, passes, relieve)))
     return Computing(
         precision=precision,
         losses=losses,
@@ -90,9 +91,9 @@ def computing_of(
 def _try_out(
     model: torch.nn.Module, losses: RecordLosses, precision: Precision, num_tokens: int
 ) -> None:
-    """A forward and a backward pass over two records of arbitrary tokens. It changes nothing."""
+    """A forward and a backward pass over a record of arbitrary tokens. It changes nothing."""
     device = next(model.parameters()).device
-    records = torch.zeros(2, num_tokens, dtype=torch.int64, device=device)
+    records = torch.zeros(1, num_tokens, dtype=torch.int64, device=device)
     with precision.context():
         nats, _ = losses(model, records)
     torch.autograd.grad(nats.sum(), trainable(model), allow_unused=True)

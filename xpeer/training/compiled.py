@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from xpeer.training.recompute import layers_of
+from xpeer.training.recompute import Again, layers_of
 
 NOT_WITH_PRIVACY = "training.compile = on: not with privacy, whose engines look into the layers"
 
@@ -15,22 +16,30 @@ NOT_WITH_PRIVACY = "training.compile = on: not with privacy, whose engines look 
 def compile_layers(model: nn.Module, try_out: Callable[[], object]) -> str:
     """Compile each layer by itself; returns what came of it, for the operator.
 
-    Layers alike share what is compiled, so it takes no longer for many of them.
+    Layers alike share what is compiled, so it takes no longer for many of them. A layer that is
+    computed again in the backward pass computes what is compiled twice.
 
     Args:
         model: holds a transformers model.
-        try_out: a forward and a backward pass. If it fails, nothing is compiled.
+        try_out: a forward and a backward pass. If it fails, nothing is compiled. It may switch on
+            that layers are computed again, which stays.
     """
     layers = layers_of(model)
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward)
+    originals = [_place_of(layer).forward for layer in layers]
+    for layer, original in zip(layers, originals, strict=True):
+        _place_of(layer).forward = torch.compile(original)
     try:
         try_out()
     except Exception as e:  # noqa: BLE001 - a compiler can fail in any way
-        for layer in layers:
-            del layer.forward
+        for layer, original in zip(layers, originals, strict=True):
+            _place_of(layer).forward = original
         torch._dynamo.reset()
         return f"layers are not compiled, and steps are slower: {type(e).__name__}"
     # what has to be compiled later, for another length, runs uncompiled if that fails
     torch._dynamo.config.suppress_errors = True
     return f"{len(layers)} layers compiled"
+
+
+def _place_of(layer: Any) -> Any:
+    """What holds the layer's own forward pass."""
+    return layer.forward if isinstance(layer.forward, Again) else layer

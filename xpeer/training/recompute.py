@@ -6,8 +6,8 @@ step takes a third longer.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Recomputing:
         if self.on or not self._layers:
             return ""
         for layer in self._layers:
-            layer.forward = functools.partial(_again, layer.forward)
+            layer.forward = Again(layer.forward)
         self.on = True
         return f"{len(self._layers)} layers computed again in the backward pass"
 
@@ -60,13 +60,21 @@ def layers_of(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def _again(forward: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
-    tensors = (x for x in (*inputs, *keywords.values()) if isinstance(x, torch.Tensor))
-    first = next(tensors, None)
-    # torch.func can't compute anything again
-    if not torch.is_grad_enabled() or (first is not None and transformed(first)):
-        return forward(*inputs, **keywords)
-    return checkpoint(forward, *inputs, use_reentrant=False, **keywords)
+@dataclass
+class Again:
+    """A layer's forward pass that is computed again in the backward pass."""
+
+    forward: Callable[..., Any]
+    """It may be replaced, by what computes the same."""
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """Compute."""
+        tensors = (x for x in (*inputs, *keywords.values()) if isinstance(x, torch.Tensor))
+        first = next(tensors, None)
+        # torch.func can't compute anything again
+        if not torch.is_grad_enabled() or (first is not None and transformed(first)):
+            return self.forward(*inputs, **keywords)
+        return checkpoint(self.forward, *inputs, use_reentrant=False, **keywords)
 
 
 def transformed(tensor: torch.Tensor) -> bool:

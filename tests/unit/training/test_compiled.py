@@ -11,6 +11,8 @@ import torch
 
 from tests.unit.training.homes import make_homes
 from xpeer.trainer.build import assemble
+from xpeer.training import losses
+from xpeer.training.recompute import Again, Recomputing, layers_of
 
 
 class Compiler:
@@ -74,6 +76,48 @@ def test_a_compiler_that_fails_is_done_without(
     notes, _ = trained(tmp_path)
     assert "layers are not compiled, and steps are slower: RuntimeError" in notes
     assert compiler.calls == 1
+
+
+@pytest.mark.parametrize("again", ["on", "auto"])
+def test_what_is_tried_out_fits_where_a_step_does(
+    again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One record, and with layers computed again where steps need that, or are let."""
+    records: list[tuple[int, bool]] = []
+    switched = [again == "on"]
+    switch_on, real = Recomputing.switch_on, losses._of_tokens
+
+    def noted_switch(self: Recomputing) -> str:
+        switched[0] = True
+        return switch_on(self)
+
+    def short(model: Any, output: Any, ids: torch.Tensor, *more: Any) -> torch.Tensor:
+        records.append((len(ids), switched[0]))
+        if torch.is_grad_enabled() and not (len(ids) == 1 and switched[0]):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, output, ids, *more)
+
+    monkeypatch.setattr(Recomputing, "switch_on", noted_switch)
+    monkeypatch.setattr(losses, "_of_tokens", short)
+    monkeypatch.setattr(torch, "compile", compiler := Compiler())
+    notes, _ = trained(tmp_path, checkpoint_activations=again, micro_batch=1, pack="off")
+    assert "2 layers compiled" in notes
+    assert compiler.compiled == 2
+    assert records[0] == (1, again == "on")
+
+
+def test_layers_that_are_computed_again_stay_so_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = Compiler(RuntimeError("no C++ compiler"))
+    monkeypatch.setattr(torch, "compile", compiler)
+    (setup,) = make_homes(tmp_path, 1, compile="on", checkpoint_activations="on")
+    made = assemble(setup)
+    assert any("layers are not compiled" in note for note in made.beginning.notes)
+    assert all(isinstance(layer.forward, Again) for layer in layers_of(made.model))
+    made.trainer.run(1)
+    assert compiler.calls == 1
+    made.close()
 
 
 def test_with_privacy_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
