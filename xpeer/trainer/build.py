@@ -212,7 +212,8 @@ def _restore(swarm: _Swarm, saved: Bundle | None) -> _Start:
         saved.forget()
         frozen.restore(model, manifest.model.frozen, saved.frozen)
         counters = Counters.from_dict(saved.counters)
-    twin = Twin(model)  # before anything is hooked onto the model
+    # before anything is hooked onto the model
+    twin = Twin(model, manifest.optimiser.sequence_tokens)
     computing = computing_of(swarm.config.training, model, device, manifest)
     if why:
         computing.notes.insert(0, why)

@@ -112,6 +112,11 @@ def _understood(model: Any, head: Head) -> bool:
     return same and torch.allclose(head.finished(replaced[0]).float(), found.float(), rtol=1e-3)
 
 
+def logits_at_once(num_logits: int) -> int:
+    """The most of so many logits that are there at once on a GPU."""
+    return min(num_logits, _DEVICE_LOGITS)
+
+
 def losses_of_tokens(head: Head, hidden: Tensor, targets: Tensor, cross_entropy: Any) -> Tensor:
     """Cross-entropy of each token, (B, T) float32; 0 where the target is negative.
 

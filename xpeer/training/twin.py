@@ -15,11 +15,13 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from xpeer.training import head
 from xpeer.training.flat import trained, views
+from xpeer.training.losses import transformers_model
 
-_SPARE: Final = 2
-"""A device has to have so many times the memory of the trained parameters free. A step that ran out
-of memory because of a joiner would go on with fewer records a pass for ever."""
+_LOGITS: Final = 3
+_LAYER: Final = 8
+"""Tensors of logits, and of a layer's widest values, that a pass has at once, at most."""
 
 
 class Twin:
@@ -27,12 +29,13 @@ class Twin:
 
     Args:
         model: on its device, before anything is hooked onto it; it stays as it is.
+        num_tokens: of a record to measure on.
 
     Attributes:
         model: computes; outside of `with_values` it has no trained parameters.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, num_tokens: int = 0) -> None:
         shared: dict[int, Any] = {}
         for module in model.modules():
             kept = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
@@ -41,6 +44,10 @@ class Twin:
         self._own = [nn.Parameter(p.detach().new_empty(0), requires_grad=False) for p in self._of]
         shared |= {id(p): own for p, own in zip(self._of, self._own, strict=True)}
         self.model = copy.deepcopy(model, shared).eval()
+        self._pass_bytes = pass_bytes(self.model, num_tokens)
+        self._queue: Any = None
+        """The twin's own queue of a GPU, from its first measurement on. In training's, steps would
+        wait for what is measured. There is one: the allocator keeps memory for each."""
 
     @contextlib.contextmanager
     def with_values(self, values: torch.Tensor) -> Iterator[None]:
@@ -49,32 +56,52 @@ class Twin:
         On a CPU they are not copied, so nobody may change them meanwhile.
 
         Raises:
-            MemoryError: the device has too little memory for them.
+            MemoryError: the device has too little memory for them, for a pass, and as much as they
+                take for training. A step that ran out of memory because of a joiner would go on
+                with fewer records a pass for ever.
         """
         device = self._of[0].device
-        self._require_room(device, values.nbytes)
+        self._require_room(device, values.nbytes + self._pass_bytes, values.nbytes)
         try:
-            with _beside(device):
+            with self._beside(device):
                 for own, view in zip(self._own, views(self._of, values), strict=True):
                     own.data = view.to(device)
                 yield
         finally:
             for own in self._own:
                 own.data = own.new_empty(0)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what was measured with is training's again
+
+    def _beside(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if device.type != "cuda":
+            return contextlib.nullcontext()
+        if self._queue is None:
+            self._queue = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._queue)
 
     @staticmethod
-    def _require_room(device: torch.device, num_bytes: int) -> None:
-        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < _SPARE * num_bytes:
+    def _require_room(device: torch.device, num_bytes: int, spare: int) -> None:
+        """Refuse to measure where `num_bytes`, and `spare` for training, are not free."""
+        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < num_bytes + spare:
             raise MemoryError("the device has no memory for a second set of trained parameters")
+
+
+def pass_bytes(model: nn.Module, num_tokens: int) -> int:
+    """About what a pass of one record needs that keeps nothing for a backward pass, on a GPU: the
+    logits that are there at once, and the values of a layer.
+    """
+    inner = transformers_model(model)
+    output = inner.get_output_embeddings()
+    widths = [
+        getattr(layer, "out_features", getattr(layer, "nf", 0))  # GPT-2's
+        for layer in model.modules()
+        if layer is not output
+    ]
+    logits = head.logits_at_once(num_tokens * inner.config.get_text_config().vocab_size)
+    return 4 * (_LOGITS * logits + _LAYER * num_tokens * max(widths))
 
 
 def _is_structure(value: object) -> bool:
     """Whether it is, or may hold, a part that a twin has to have of its own."""
     return value is None or isinstance(value, nn.Module | dict | list | set | tuple | Callable)
-
-
-def _beside(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Another queue of the device: in training's own one steps would wait for what is measured."""
-    if device.type == "cuda":
-        return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-    return contextlib.nullcontext()

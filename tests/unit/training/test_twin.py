@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.families.models import FAMILIES, VOCABULARY
+from tests.pretend_cuda import PretendCuda, pretend_there_is_one
 from tests.unit.training.homes import make_homes
 from tests.unit.training.loops import trainer_with
 from xpeer.errors import LocalError, PeerError, Reason
@@ -27,7 +29,7 @@ from xpeer.training.losses import choose_losses, evaluate
 from xpeer.training.measuring import Evaluation
 from xpeer.training.model import build
 from xpeer.training.quantised import Shapes, quantise
-from xpeer.training.twin import Twin
+from xpeer.training.twin import Twin, pass_bytes
 
 RECORDS = torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(3))
 LORA = Lora(rank=2, alpha=4.0, seed=5, base_digest="")
@@ -143,15 +145,70 @@ def test_without_memory_for_it_the_loss_measured_last_is_offered() -> None:
         loop.measurements.public_of_copy(values)
 
 
-def test_a_device_keeps_room_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(FAMILIES["llama"], seed=1)
-    size = read_flat(model).nbytes
-    free = 2 * size - 1
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10 * size))
-    with pytest.raises(MemoryError):
-        Twin._require_room(torch.device("cuda"), size)
-    free += 1
-    Twin._require_room(torch.device("cuda"), size)
+class Card:
+    """A GPU that is pretended.
+
+    Attributes:
+        free: bytes.
+        queues: that were made.
+        log: the queue that was entered, and when memory was given back.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pretend_there_is_one(monkeypatch)
+        self.free, self.queues, self.log = 1 << 40, 0, list[Any]()
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (self.free, 1 << 40))
+        monkeypatch.setattr(torch.cuda, "Stream", self._make)
+        monkeypatch.setattr(torch.cuda, "stream", self._enter)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.log.append("given back"))
+
+    def _make(self, _device: torch.device) -> int:
+        self.queues += 1
+        return self.queues
+
+    @contextlib.contextmanager
+    def _enter(self, queue: int) -> Iterator[None]:
+        self.log.append(queue)
+        yield
+
+
+def test_a_device_keeps_room_for_training_and_for_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, card = build(FAMILIES["llama"], seed=1), Card(monkeypatch)
+    values, twin = read_flat(model), Twin(model, 24)
+    layer = 24 * FAMILIES["llama"]["intermediate_size"]
+    of_pass = pass_bytes(twin.model, 24)
+    assert of_pass >= 4 * (24 * VOCABULARY + layer), "its logits, and a layer's values"
+    card.free = 2 * values.nbytes + of_pass - 1
+    with PretendCuda():
+        with pytest.raises(MemoryError), twin.with_values(values):
+            pass
+        card.free += 1
+        with twin.with_values(values):
+            pass
+
+
+def test_a_device_gets_its_memory_back_after_each_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The allocator keeps what was freed for each queue that there was. Training would lack it."""
+    model, card = build(FAMILIES["llama"], seed=1), Card(monkeypatch)
+    values, twin = read_flat(model), Twin(model, 24)
+    with PretendCuda():
+        for _ in range(3):
+            with twin.with_values(values):
+                card.log.append("measured")
+        assert all(p.numel() == 0 for p in twin._own)
+    assert card.queues == 1
+    assert card.log == [1, "measured", "given back"] * 3
+
+
+def test_a_pass_of_a_large_vocabulary_has_a_piece_of_its_logits_at_once() -> None:
+    """As codes, and with adapters, too."""
+    config = {**FAMILIES["llama"], "vocab_size": 150_000}
+    model = quantise(hold(build(config, seed=1), torch.bfloat16), "nf4", 64, Shapes())
+    few, many = (pass_bytes(adapt(model, LORA), tokens) for tokens in (64, 2048))
+    assert few > 4 * 64 * 150_000
+    assert 4 << 27 < many < 4 << 29
 
 
 def computing_in(records: int) -> Any:
