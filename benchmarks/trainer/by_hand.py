@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.trainer.case import RANK, RATE, TOKENS, Case, Kind, write_texts
+from benchmarks.trainer.case import RANK, RATE, Case, Kind, write_texts
 from benchmarks.trainer.memory import largest
 from xpeer.config import Checkpoint, Data, NodeConfig, Privacy, Training
 from xpeer.drafting import draft_manifest
@@ -95,8 +95,7 @@ def loop(node: Assembled, case: Case) -> Callable[[], int]:
     generator = torch.Generator().manual_seed(0)
     mechanism: Any = node.mechanism
     ids_of_all = mechanism._records
-    # as many at once as suit a processor's caches, as the trainer does
-    part = 2048 // TOKENS if device.type == "cpu" else case.batch
+    part = case.pass_records if device.type == "cpu" else case.batch
 
     def step() -> int:
         chosen = torch.randint(0, len(ids_of_all), (case.batch,), generator=generator)

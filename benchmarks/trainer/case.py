@@ -12,6 +12,7 @@ from xpeer.policies import PrivacyMode, privacy_policy
 Kind = Literal["full", "lora"]
 RANK: Final = 8
 TOKENS: Final = 128
+LARGE_PASS: Final = 2
 RATE: Final = 1e-3
 WINDOW: Final = 5
 NOISE: Final = "privacy.noise_multiplier=1.0", "privacy.epsilon=1000"
@@ -35,6 +36,14 @@ class Case:
     model: Path | None
     batch: int
     device: str = "auto"
+
+    @property
+    def pass_records(self) -> int:
+        """Records of a pass on a processor. Of a small model as many as suit its caches, as a node
+        would choose; of a large one few, since four processes hold it: with 8 records of SmolLM2
+        they need 24 GB.
+        """
+        return LARGE_PASS if self.model else 2048 // TOKENS
 
     @property
     def name(self) -> str:

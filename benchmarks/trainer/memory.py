@@ -10,16 +10,6 @@ def largest(process: int | str) -> int:
     return _of(process, "VmHWM")
 
 
-def shared(process: int | str) -> int:
-    """Resident memory that it shares with others by a map, without files."""
-    return _of(process, "RssShmem")
-
-
-def resident(process: int | str) -> int:
-    """Resident memory now."""
-    return _of(process, "VmRSS")
-
-
 def begin_anew(process: int | str) -> None:
     """From now on, `largest` is that since now."""
     Path(f"/proc/{process}/clear_refs").write_text("5")
