@@ -6,6 +6,7 @@ these records' loss differs from all records' is known from the last measurement
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -87,6 +88,19 @@ class Public:
         return self._ratio * self._evaluate(model, self._few, 1, losses_of_records=losses)
 
 
+def any_tokens(vocabulary: int, sequence_tokens: int) -> torch.Tensor:
+    """Records of token ids in an order that nobody can know before; each id once, if there is room.
+
+    Returns:
+        (records, sequence_tokens) int64, PUBLIC_RECORDS at most.
+    """
+    generator = torch.Generator().manual_seed(secrets.randbits(63))
+    count = min(PUBLIC_RECORDS, -(-vocabulary // sequence_tokens))
+    ids = torch.randperm(vocabulary, generator=generator)
+    more = -(-count * sequence_tokens // vocabulary)
+    return ids.repeat(more)[: count * sequence_tokens].view(count, sequence_tokens)
+
+
 def evaluation_of(
     manifest: Manifest,
     tokenizer: Tokenizer,
@@ -119,11 +133,10 @@ def evaluation_of(
             losses_of_twin = losses_of_twin or choose_losses(twin.model)[0]
             return public.of_few(twin.model, losses_of_twin)
 
-    of_text = partial(
+    of_records = partial(
         evaluate,
         model,
-        held_out,
-        computing.measured_records,
+        micro_batch=computing.measured_records,
         on_progress=beat,
         precision=computing.precision,
         losses_of_records=computing.losses,
@@ -131,6 +144,7 @@ def evaluation_of(
     return Evaluation(
         public=partial(public.of_own, model, computing.losses),
         of_others=partial(public.of_all, model, computing.losses),
-        validation=of_text if len(held_out) else None,
+        of_any_tokens=lambda: of_records(any_tokens(tokenizer.vocab_size, length)),
+        validation=partial(of_records, held_out) if len(held_out) else None,
         of_copy=of_copy,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Final
 
 import torch
 
@@ -14,6 +16,12 @@ from xpeer.mixing.received import consolidate_
 from xpeer.training.flat import all_finite
 from xpeer.training.measuring import Measurements
 from xpeer.update import WORSE
+
+LARGEST: Final = 1e6
+"""No parameter is larger. Beyond 1e19 a square is infinite in float32, and each norm squares."""
+STRANGE: Final = 1000.0
+"""Highest loss on tokens in any order, nats per token. Models that are sure of themselves have some
+tens; if it is more, a record with such a token may end the run."""
 
 
 def copy_for_joiner(
@@ -58,13 +66,16 @@ def _complete() -> None:
 
 
 def require_numbers(flat: torch.Tensor) -> None:
-    """Refuse parameters that are not finite.
+    """Refuse parameters that are not finite, or huge.
 
     Raises:
-        PeerError: they are not (NOT_FINITE).
+        PeerError: they are (NOT_FINITE, REFUSED).
     """
     if not all_finite(flat):
         raise PeerError(Reason.NOT_FINITE, "the state has values that are not finite")
+    low, high = map(float, torch.aminmax(flat))
+    if (largest := max(-low, high)) > LARGEST:
+        raise PeerError(Reason.REFUSED, f"the state has values up to {largest:.3g}")
 
 
 def require_as_good(
@@ -84,13 +95,17 @@ def require_as_good(
         at_most: highest public loss to accept.
 
     Raises:
-        PeerError: they are worse than `at_most` (REFUSED), or than ours (WORSE_THAN_OURS).
+        PeerError: they are worse than `at_most` (REFUSED), or than ours (WORSE_THAN_OURS), or bad
+            on tokens that the public text may lack (REFUSED, NOT_FINITE).
     """
     with parameters.with_values(flat):
-        measured = measurements.public_of_others()
+        measured, strange = measurements.public_of_others(), measurements.any_tokens_of_others()
     if not measured <= at_most:  # NaN is refused, too
         detail = f"public loss {measured:.3f}, at most {at_most:.3f} is taken"
         raise PeerError(Reason.REFUSED, detail)
+    if not strange <= STRANGE:
+        reason = Reason.REFUSED if math.isfinite(strange) else Reason.NOT_FINITE
+        raise PeerError(reason, f"loss {strange:.3g} on tokens in any order")
     factor, nats = WORSE
     if measured > factor * before + nats:
         raise PeerError(Reason.WORSE_THAN_OURS, f"public loss {measured:.3f}, ours is {before:.3f}")

@@ -36,6 +36,8 @@ class Evaluation:
     of_others: Callable[[], float] | None = None
     """As `public`, of others' parameters in the place of ours; nothing is remembered of them. None
     = `public` remembers nothing."""
+    of_any_tokens: Callable[[], float] | None = None
+    """Measures the loss on tokens of the whole vocabulary, in any order. None = nothing can."""
     of_copy: Callable[[torch.Tensor], float] | None = None
     """Measures the loss of other parameters, (num_params,) float32, CPU, on the public text; on any
     thread, while the model trains. None = nothing can."""
@@ -117,8 +119,16 @@ class Measurements:
 
     def public_of_others(self) -> float:
         """Measure the public loss of parameters that stand in for ours; it is not remembered."""
+        return self._timed(self._evaluation.of_others or self._evaluation.public)
+
+    def any_tokens_of_others(self) -> float:
+        """Measure their loss on tokens in any order; 0 if nothing can."""
+        measure = self._evaluation.of_any_tokens
+        return 0.0 if measure is None else self._timed(measure)
+
+    def _timed(self, measure: Callable[[], float]) -> float:
         began = time.monotonic()
-        loss = (self._evaluation.of_others or self._evaluation.public)()
+        loss = measure()
         self.seconds += self._time.counted(time.monotonic() - began)
         return loss
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from tests.unit.training.loops import NUM_PARAMS, swap, trainer_with, unbounded
-from xpeer.errors import PeerError
+from xpeer.errors import PeerError, Reason
 from xpeer.manifest.round import Round
 from xpeer.mixing.received import consolidate_
 from xpeer.training import handover
@@ -69,3 +70,36 @@ def test_a_donors_parameters_are_measured_as_others() -> None:
     loop.measurements._evaluation = Evaluation(public=lambda: 1.0, of_others=lambda: 7.0)
     with pytest.raises(PeerError, match=r"worse-than-ours: public loss 7\.000"):
         loop.replace(loop.parameters.read(), 5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"), [(math.nan, Reason.NOT_FINITE), (1e4, Reason.REFUSED), (30.0, None)]
+)
+def test_parameters_have_to_be_sane_on_tokens_that_the_public_text_lacks(
+    loss: float, reason: str | None
+) -> None:
+    """Else they would be saved, and end the run at the first record that has such a token."""
+    loop = trainer_with(seed=0)
+    before, asked = loop.parameters.read() + 1, list[torch.Tensor]()
+
+    def of_any_tokens() -> float:
+        asked.append(loop.parameters.read())
+        return loss
+
+    loop.measurements._evaluation = Evaluation(public=lambda: 1.0, of_any_tokens=of_any_tokens)
+    if reason is None:
+        loop.replace(before, 5)
+    else:
+        with pytest.raises(PeerError, match=reason):
+            loop.replace(before, 5)
+    assert torch.equal(asked[0], before)
+
+
+def test_no_parameter_is_huge() -> None:
+    """A norm squares what it gets: finite values may be infinite there."""
+    loop = trainer_with(seed=0)
+    values = loop.parameters.read()
+    for huge in (1e20, -1e20):
+        values[3] = huge
+        with pytest.raises(PeerError, match=r"values up to 1e\+20"):
+            loop.replace(values, 5)

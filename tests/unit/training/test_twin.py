@@ -21,7 +21,7 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.founding_model import LoraOptions
 from xpeer.manifest.model import Lora
 from xpeer.trainer.build import assemble
-from xpeer.trainer.evaluating import BESIDE_RECORDS, Public
+from xpeer.trainer.evaluating import BESIDE_RECORDS, PUBLIC_RECORDS, Public, any_tokens
 from xpeer.training.adapters import adapt
 from xpeer.training.flat import read_flat, write_flat
 from xpeer.training.held import hold
@@ -256,3 +256,17 @@ def test_a_donor_that_is_refused_does_not_change_what_we_offer() -> None:
     public.of_all(model, losses)
     public._evaluate = real
     assert public.of_few(model, losses) == offered
+
+
+@pytest.mark.parametrize(("vocabulary", "records"), [(100, 5), (10**6, PUBLIC_RECORDS)])
+def test_records_of_any_tokens_read_as_many_as_the_public_text_costs(
+    vocabulary: int, records: int
+) -> None:
+    """Each id once, in an order that nobody knows; training goes on as before."""
+    state = torch.random.get_rng_state()
+    one, other = (any_tokens(vocabulary, 24) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert one.shape == (records, 24)
+    assert not torch.equal(one, other)
+    assert (int(one.min()) >= 0, int(one.max()) < vocabulary) == (True, True)
+    assert len(one.unique()) == min(vocabulary, records * 24)
