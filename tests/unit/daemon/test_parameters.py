@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 
@@ -127,7 +128,7 @@ async def test_what_happened_in_one_catch_up_does_not_count_in_the_next(
     monkeypatch.setattr(Offer, "pieces", stalls)
     monkeypatch.setattr(donors, "CATCH_UP_S", 0.2)
     rig = Rig(tmp_path, monkeypatch, founds=False)
-    conduct = rig.donors._conduct
+    conduct: Any = rig.donors._conduct
     rig.live, conduct.alone, conduct.blamed = [GOOD], GOOD, {WORSE}
     await rig.hold(Trainer(resumed_step=20))
     assert [conduct.alone, *conduct.blamed] == [None]
