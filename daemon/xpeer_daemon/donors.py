@@ -32,7 +32,7 @@ from xpeer.update import WORSE
 from xpeer_daemon.claims import Claim, Claims, doubtful, ranked
 from xpeer_daemon.conduct import ALONE_TRIES, Conduct
 from xpeer_daemon.node import Node
-from xpeer_daemon.offers import Offers, refuse
+from xpeer_daemon.offers import MORE_OFFERS_S, Offers, refuse
 from xpeer_daemon.store import Store
 from xpeer_daemon.swarm_view import SwarmView
 from xpeer_daemon.takeover import Ended, Takeover
@@ -189,9 +189,7 @@ class Donors:
         offers = list[Giver]()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
-                await self._takeover.recall()
-                first = [tree.donor for tree in self._takeover.trees()]
-                offers = await self._ask_alone() or await self._offers.ask_all(first)
+                offers = await self._ask(own_step)
         claims = Claims(self._node, self._view, self._manifest, offers, own_step, saved_at)
         remaining = [
             offer
@@ -201,12 +199,14 @@ class Donors:
         if own_step is not None and remaining:
             remaining = await self._better(trainer, remaining)
         conduct, remaining = self._conduct, self._conduct.unblamed(remaining)
+        if own_step is None:
+            remaining = self._undoubted(remaining)
         others = [offer for offer in remaining if offer.donor != conduct.alone]
         if others and (conduct.alone_failed >= ALONE_TRIES or len(others) == len(remaining)):
             self._let_go_alone()
             remaining = others
         if own_step is None:
-            remaining = conduct.untried_first(self._undoubted(remaining))
+            remaining = conduct.untried_first(remaining)
         refuse([offer for offer in offers if offer not in remaining])
         try:
             while remaining and (until is None or clock() < until):
@@ -219,6 +219,24 @@ class Donors:
         finally:
             refuse(remaining)
         return False
+
+    async def _ask(self, own_step: int | None) -> list[Giver]:
+        """Offers: of who has to give everything alone if that is enough to decide, else of all."""
+        await self._takeover.recall()
+        first = [tree.donor for tree in self._takeover.trees()]
+        offers = await self._ask_alone()
+        if offers and own_step is None and not self._is_doubtful(offers[0], offers):
+            return offers
+        within_s = MORE_OFFERS_S if offers else math.inf  # its link would not last longer
+        try:
+            asked = [offer.donor for offer in offers]
+            return [*offers, *await self._offers.ask_all(first, asked, within_s)]
+        except BaseException:
+            refuse(offers)
+            raise
+
+    def _is_doubtful(self, offer: Giver, offers: list[Giver]) -> bool:
+        return not self._accept and doubtful(offer, offers, self._manifest.start_loss)
 
     async def _ask_alone(self) -> list[Giver]:
         """The offer of who has to give everything alone; empty if anybody may give, or it failed
@@ -247,13 +265,12 @@ class Donors:
 
     def _undoubted(self, offers: list[Giver]) -> list[Giver]:
         """Offers that need no word of the operator. If all do, the node's health says so."""
-        start = self._manifest.start_loss
-        good = [o for o in offers if self._accept or not doubtful(o, offers, start)]
+        good = [offer for offer in offers if not self._is_doubtful(offer, offers)]
         self._doubting = bool(offers) and not good
         if offers:
             best = offers[0]
             who = self._view.name_of(best.donor)
-            facts = {"who": who, "loss": best.loss_public, "start": start}
+            facts = {"who": who, "loss": best.loss_public, "start": self._manifest.start_loss}
             self._node.health.hold("donor-doubtful", self._doubting, **facts)
         return good
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterable
@@ -68,7 +69,10 @@ class Offers:
         return [p for p in self._view.holders() if p not in failed or not failed[p].active(now)]
 
     async def ask_all(
-        self, first: Iterable[PeerId] = (), without: Collection[PeerId] = ()
+        self,
+        first: Iterable[PeerId] = (),
+        without: Collection[PeerId] = (),
+        within_s: float = math.inf,
     ) -> list[Giver]:
         """Offers of those members that answer about as soon as the first one.
 
@@ -78,9 +82,11 @@ class Offers:
         Args:
             first: members to ask before any others.
             without: members that are not asked.
+            within_s: time until nobody is waited for any more.
         """
         clock = asyncio.get_running_loop().time
-        began, ends_at, offers = clock(), float("inf"), list[Giver]()
+        began, offers = clock(), list[Giver]()
+        ends_at = began + within_s
         asked, waiting = set(without), dict[asyncio.Task[Giver | None], PeerId]()
         had_none = dict[PeerId, float]()
         """When each of those that offered nothing answered."""

@@ -104,6 +104,35 @@ async def test_one_member_alone_can_not_keep_two_that_agree_from_giving(
     assert rig.conditions == (set() if taken else {"donor-doubtful"})
 
 
+@pytest.mark.parametrize(("alone", "taken"), [(GOOD, [GOOD]), (LIAR, [GOOD]), (TWIN, [TWIN])])
+async def test_who_has_to_give_all_alone_is_confirmed_by_others_too(
+    tmp_path, monkeypatch, alone, taken
+) -> None:
+    """It is asked by itself, so its offer is the only one at first."""
+    for peer, loss in {LIAR: 9.9, GOOD: 8.0, TWIN: 8.1}.items():
+        monkeypatch.setitem(OFFERS, peer, (100, loss))
+        monkeypatch.setitem(TRUE_LOSS, peer, loss)
+    monkeypatch.setattr(offers, "MORE_OFFERS_S", 0.2)
+    monkeypatch.setattr(donors, "PARALLEL", 1)
+    monkeypatch.setattr(donors, "ranked", lambda all_: sorted(all_, key=lambda o: o.loss_public))
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live, rig.donors._conduct.alone, trainer = [LIAR, GOOD, TWIN], alone, Trainer()
+    async with asyncio.timeout(60):
+        await rig.hold(trainer)
+    assert trainer.taken == taken
+
+
+async def test_who_has_to_give_all_alone_does_not_decide_that_nobody_is_ahead(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(offers, "MORE_OFFERS_S", 0.2)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live, rig.donors._conduct.alone = [OLD, GOOD, WORSE], OLD
+    trainer = Trainer(resumed_step=18)
+    await rig.hold(trainer)
+    assert trainer.taken == [GOOD]
+
+
 def test_a_better_claim_confirms_none_that_is_worse_than_the_start() -> None:
     """Else the true loss of an honest donor would be the second word for any other."""
     offers: Any = [SimpleNamespace(donor=GOOD, loss_public=2.0)]
