@@ -1,7 +1,8 @@
 """Asks a member for its name and its step, so that operators of other nodes can see them.
 
-Nothing depends on the answer. A member of an earlier version gives none. A later version may say
-more, so unknown fields are ignored.
+A joiner uses the steps, too: they bound what a donor may claim (`xpeer_daemon.claims`). The median
+counts there, since nobody can check an answer. Nothing else depends on it. A member of an earlier
+version gives none. A later version may say more, so unknown fields are ignored.
 """
 
 from __future__ import annotations
