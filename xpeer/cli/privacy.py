@@ -182,7 +182,8 @@ def documents_command(
 ) -> None:
     """List files of the shard that hold charged text. Charges by all homes of this machine count.
 
-    A node trains no more once the budget of one document is spent. Take its file out of the shard.
+    A node trains no more once the budget of one document is spent. Take all files that hold it out
+    of the shard.
     """
     from xpeer.accounts import report  # noqa: PLC0415 - slow to import
     from xpeer.training.documents import name_documents  # noqa: PLC0415

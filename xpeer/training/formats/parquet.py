@@ -105,7 +105,7 @@ class _Readers:
         """A size, in bytes, that no value which a group repeats is above."""
         few = self.repeating.iter_batches(batch_size=1, row_groups=[number], columns=self.repeated)
         columns = next(few).columns  # bytes of a fixed size are never dictionaries
-        sizes = [int(getattr(column, "dictionary", column).nbytes) for column in columns]
+        sizes = (int(getattr(column, "dictionary", column).nbytes) for column in columns)
         return max(1, *sizes)
 
 
