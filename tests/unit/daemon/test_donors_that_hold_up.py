@@ -175,9 +175,9 @@ async def test_two_that_claim_the_best_and_give_little_are_tried_once_each(
     monkeypatch.setitem(OFFERS, TWIN, (300, 0.0))
     began = gives_one_piece(monkeypatch, {LIAR, TWIN})
     if by_lease:
-        monkeypatch.setattr(donors, "CATCH_UP_S", 0.2)
+        monkeypatch.setattr(donors, "CATCH_UP_S", 1.0)
     else:
-        monkeypatch.setattr(fetching, "SILENT_S", 0.1)
+        monkeypatch.setattr(fetching, "SILENT_S", 0.5)
         monkeypatch.setattr(fetching, "MORE_S", 0.005)
         monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", 0.02)
     rig.live = [LIAR, TWIN, GOOD]
