@@ -185,8 +185,6 @@ class _Writer:
         """Tokens and characters of it in this file of tokens."""
         self._continues = False
         """True iff the piece has earlier tokens in another file."""
-        self._is_read = False
-        """True iff the piece is an example of which no token is predicted."""
 
     def take(self, event: Event, ids: Array | None) -> None:
         """Write what an event of `reading` brings; `ids` are a part's tokens."""
@@ -225,14 +223,14 @@ class _Writer:
         if self._head is None and head.begins and not self._continues and not head.bare:
             file.add(self._before)
         self._head = head
-        self._is_read = part.marked is not None and bool((ids & 1).all())
         file.add(ids)
         if part.last and head.ends and not head.bare:
             file.add(self._after)
         self._size += file.num_tokens - before
         self._characters += len(part.text)
         if part.last:
-            self._end_passage(0)
+            is_read = part.marked is not None and bool((ids & 1).all())
+            self._end_passage(READ * is_read)
             self._head, self._continues = None, False
             self.documents += head.ends
 
@@ -241,7 +239,6 @@ class _Writer:
         if head is None:
             return
         flags |= BEGINS * head.begins | ENDS * head.ends | CONTINUES * self._continues
-        flags |= READ * self._is_read
         ids = _pair(head.id), _pair(head.whole)
         self._passages.append((*ids, self._size, self._characters, head.uniform, flags))
         self.tokens += self._size
