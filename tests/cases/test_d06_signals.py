@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cases.support import Nodes, found
-from tests.unit.trainer.test_trainer_process import Watch
+from tests.unit.trainer.processes import Watch
 from tests.unit.training.homes import make_homes
 from xpeer.config import Home
 from xpeer.trainer.client import Saved, TrainerProcess

@@ -19,7 +19,7 @@ import torch
 
 from tests.cases.slow_disk_trainer import SAVE_S
 from tests.cases.support import Nodes, found, trainer_of, xpeer
-from tests.unit.trainer.test_trainer_process import Watch
+from tests.unit.trainer.processes import Watch
 from tests.unit.training.homes import make_homes
 from xpeer.config import SOCKET, Daemon, Home, NodeConfig
 from xpeer.control import Client, End

@@ -21,7 +21,7 @@ from scipy import stats
 
 from tests.meetings import meet
 from tests.unit.network.test_agreement import Dialler, FakeDesk, party, streams
-from tests.unit.trainer.test_trainer_process import Watch
+from tests.unit.trainer.processes import Watch
 from tests.unit.training.homes import make_homes
 from xpeer.forms import Form
 from xpeer.identity import Identity

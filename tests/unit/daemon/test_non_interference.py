@@ -29,7 +29,7 @@ from tests.leaving import destination, name_of, treatments, visible
 from tests.meetings import meet
 from tests.unit.daemon.worlds import World
 from tests.unit.network.test_agreement import Dialler, FakeDesk, FakeTrainer, party, streams
-from tests.unit.trainer.test_trainer_process import Watch
+from tests.unit.trainer.processes import Watch
 from tests.unit.training.homes import make_homes
 from xpeer.accounts import model_card, report
 from xpeer.accounts.ledger import Ledger

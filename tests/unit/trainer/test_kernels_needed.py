@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.trainer.test_trainer_process import with_config
+from tests.unit.trainer.processes import with_config
 from tests.unit.training.homes import make_homes
 from xpeer.config import Home
 from xpeer.forms import BLOCK

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from tests.unit.daemon.fakes import BETA, FakeNode
-from tests.unit.trainer.test_trainer_process import (
+from tests.unit.trainer.processes import (
     Watch,
     from_peer,
     parameters_of,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.cases.support import model_folder
 from tests.unit.test_trial import init
-from tests.unit.trainer.test_trainer_process import with_config
+from tests.unit.trainer.processes import with_config
 from tests.unit.training.homes import make_homes
 from xpeer.config import Home
 from xpeer.errors import LocalError
