@@ -126,7 +126,9 @@ async def test_only_what_a_lost_donor_owes_is_fetched_from_another(gathered: Gat
     rig = Rig(gathered, [dies, donor()])
     assert await rig.run()
     assert len(rig.given_by(dies)) == 5  # and they stay
-    assert (rig.lost, dies.dropped) == ([(dies.donor, Reason.TRUNCATED)], True)
+    assert dies.dropped
+    # it is no loss if the other one has given all before it could come back
+    assert set(rig.lost) <= {(dies.donor, Reason.TRUNCATED)}
 
 
 async def test_all_donors_lost_leaves_what_came(gathered: Gathered) -> None:
