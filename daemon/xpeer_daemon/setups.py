@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from xpeer.accounts.trained import has_trained
 from xpeer.config import Home
 from xpeer.trainer.setup import TrainerSetup
 from xpeer_daemon.division import Shares
 from xpeer_daemon.node import Node
 from xpeer_daemon.parameters import Origin
-from xpeer_daemon.text import has_trained
 
 
 class Setups:

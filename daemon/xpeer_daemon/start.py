@@ -14,6 +14,7 @@ from xpeer.accounts import accountant
 from xpeer.accounts.account_view import AccountView
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
+from xpeer.accounts.trained import has_trained
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.config_sources import note_of_foreign
 from xpeer.errors import LocalError, NotAuthorisedError, ShardError
@@ -28,7 +29,6 @@ from xpeer.training.files import find
 from xpeer_daemon import belonging, logs, service
 from xpeer_daemon.lock import HomeLock
 from xpeer_daemon.member import Options
-from xpeer_daemon.text import has_trained
 
 log = logging.getLogger("xpeer.daemon")
 

@@ -254,7 +254,7 @@ def test_a_setting_that_names_no_text_is_no_fault_of_the_text(setup: TrainerSetu
 
 
 def test_a_home_has_trained_when_it_has_a_checkpoint_or_charged(tmp_path: Path) -> None:
-    from xpeer_daemon.text import has_trained
+    from xpeer.accounts.trained import has_trained
 
     home = Home(tmp_path / "home")
     home.path.mkdir()

@@ -17,7 +17,7 @@ from typing import Final, Literal
 import msgspec
 import numpy as np
 
-from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.trained import has_trained
 from xpeer.config import Home
 from xpeer.errors import ShardError
 from xpeer.leaves import stays
@@ -56,7 +56,7 @@ class HeldOut:
         self._path = home.held_out
         noted = self._read()
         if noted is None:
-            self._settings = _Settings(share, by, older=_has_trained(home))
+            self._settings = _Settings(share, by, older=has_trained(home))
             self._ids: Array = np.empty((0, 2), np.uint64)
             return
         before, ids = noted
@@ -130,13 +130,3 @@ class HeldOut:
                 "restore it; if you remove it, what is held out is chosen anew, and text may be "
                 "trained on that the validation loss was measured on",
             ) from e
-
-
-def _has_trained(home: Home) -> bool:
-    """Whether a home that remembers nothing has taken steps: with an earlier version."""
-    if any(home.checkpoints.glob("ckpt-*.safetensors")):
-        return True
-    if not home.ledger_db.exists():
-        return False
-    with Ledger.look(home.ledger_db) as ledger:
-        return ledger.counter > 0

@@ -1,4 +1,4 @@
-"""A node whose text can't be read goes on if it trained before: it mixes and serves meanwhile."""
+"""Whether a home has trained before: a fault of its text may then pass, and its choices stay."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from xpeer.config import Home
 
 
 def has_trained(home: Home) -> bool:
-    """Whether this home has taken steps. Then a fault of its text is one that may pass.
+    """Whether this home has taken steps.
 
     Raises:
         LocalError: its ledger is damaged.
