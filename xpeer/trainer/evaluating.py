@@ -50,22 +50,17 @@ class Public:
         self._micro_batch = computing.measured_records
         self._ratio: float | None = None
         """Loss of all records over that of a few, with our own parameters as measured last; None =
-        not yet. A donor that is refused must not change what we offer."""
+        not yet. A donor that is refused must not change what we offer, nor what was begun beside
+        training before we measured."""
 
     def of_all(self, model: torch.nn.Module, losses: RecordLosses) -> float:
         """Measure a model on all records, in nats per token."""
         return self._measured(model, losses, self._micro_batch)[0]
 
-    def of_own(self, model: torch.nn.Module, losses: RecordLosses, micro_batch: int = 0) -> float:
-        """The same with our own parameters: `of_few` then goes by their ratio.
-
-        Args:
-            model: to measure.
-            losses: of the model.
-            micro_batch: records of a pass; 0 = as many as are usual.
-        """
-        loss, few = self._measured(model, losses, micro_batch or self._micro_batch)
-        self._ratio = loss / few if few > 0 else None
+    def of_own(self, model: torch.nn.Module, losses: RecordLosses) -> float:
+        """The same with our own parameters: `of_few` then goes by their ratio."""
+        loss, few = self._measured(model, losses, self._micro_batch)
+        self._ratio = _ratio(loss, few)
         return loss
 
     def _measured(
@@ -84,8 +79,15 @@ class Public:
         One record at a time, since it is measured beside a step, in the memory that this leaves.
         """
         if self._ratio is None:
-            return self.of_own(model, losses, 1)
+            loss, few = self._measured(model, losses, 1)
+            if self._ratio is None:  # training may have measured meanwhile
+                self._ratio = _ratio(loss, few)
+            return loss
         return self._ratio * self._evaluate(model, self._few, 1, losses_of_records=losses)
+
+
+def _ratio(of_all: float, of_few: float) -> float | None:
+    return of_all / of_few if of_few > 0 else None
 
 
 def any_tokens(vocabulary: int, sequence_tokens: int) -> torch.Tensor:

@@ -258,6 +258,24 @@ def test_a_donor_that_is_refused_does_not_change_what_we_offer() -> None:
     assert public.of_few(model, losses) == offered
 
 
+def test_what_was_begun_before_our_own_measurement_does_not_replace_its_ratio() -> None:
+    """A first measurement beside training takes long: training may measure before it ends."""
+    model, other = (build(FAMILIES["llama"], seed=seed) for seed in (1, 2))
+    records = torch.randint(0, VOCABULARY, (30, 24), generator=torch.Generator().manual_seed(5))
+    losses = choose_losses(model)[0]
+    public = Public(records, computing_in(7), lambda: None)
+    real = public._evaluate
+
+    def overtaken(of: torch.nn.Module, *some: Any, **more: Any) -> float:
+        public._evaluate = real
+        public.of_own(model, losses)
+        return real(of, *some, **more)
+
+    public._evaluate = partial(overtaken)
+    public.of_few(other, choose_losses(other)[0])
+    assert public.of_few(model, losses) == pytest.approx(public.of_all(model, losses))
+
+
 @pytest.mark.parametrize(("vocabulary", "records"), [(100, 5), (10**6, PUBLIC_RECORDS)])
 def test_records_of_any_tokens_read_as_many_as_the_public_text_costs(
     vocabulary: int, records: int
