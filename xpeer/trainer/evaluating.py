@@ -37,17 +37,22 @@ class Public:
         records: of it.
         computing: how the model computes.
         beat: called after each pass.
+        beside: records of a pass beside training, in the memory that this leaves.
     """
 
     def __init__(
-        self, records: torch.Tensor, computing: Computing, beat: Callable[[], None]
+        self,
+        records: torch.Tensor,
+        computing: Computing,
+        beat: Callable[[], None],
+        beside: int = 1,
     ) -> None:
         chosen = spread(torch.arange(len(records)), BESIDE_RECORDS)
         others = torch.ones(len(records), dtype=torch.bool)
         others[chosen] = False
         self._few, self._others = records[chosen], records[others]
         self._evaluate = partial(evaluate, on_progress=beat, precision=computing.precision)
-        self._micro_batch = computing.measured_records
+        self._micro_batch, self._beside = computing.measured_records, beside
         self._ratio: float | None = None
         """Loss of all records over that of a few, with our own parameters as measured last; None =
         not yet. A donor that is refused must not change what we offer, nor what was begun beside
@@ -74,16 +79,15 @@ class Public:
         return nats / sum(tokens), means[0]
 
     def of_few(self, model: torch.nn.Module, losses: RecordLosses) -> float:
-        """Estimate what `of_own` would measure, from a few records; at first, measure all.
-
-        One record at a time, since it is measured beside a step, in the memory that this leaves.
-        """
+        """Estimate what `of_own` would measure, from a few records; at first, measure all."""
         if self._ratio is None:
-            loss, few = self._measured(model, losses, 1)
+            loss, few = self._measured(model, losses, self._beside)
             if self._ratio is None:  # training may have measured meanwhile
                 self._ratio = _ratio(loss, few)
             return loss
-        return self._ratio * self._evaluate(model, self._few, 1, losses_of_records=losses)
+        return self._ratio * self._evaluate(
+            model, self._few, self._beside, losses_of_records=losses
+        )
 
 
 def _ratio(of_all: float, of_few: float) -> float | None:
@@ -126,7 +130,7 @@ def evaluation_of(
     document = document_of(manifest.public_text.text, "public text")
     length = manifest.optimiser.sequence_tokens
     records = spread(cut([document], tokenizer, length), PUBLIC_RECORDS)
-    public = Public(records, computing, beat)
+    public = Public(records, computing, beat, twin.records)
     losses_of_twin: RecordLosses | None = None
 
     def of_copy(values: torch.Tensor) -> float:

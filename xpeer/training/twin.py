@@ -19,6 +19,7 @@ from xpeer.training import head
 from xpeer.training.flat import trained, views
 from xpeer.training.losses import transformers_model
 
+_PASS_TOKENS: Final = 1024
 _LOGITS: Final = 3
 _LAYER: Final = 8
 """Tensors of logits, and of a layer's widest values, that a pass has at once, at most."""
@@ -33,6 +34,8 @@ class Twin:
 
     Attributes:
         model: computes; outside of `with_values` it has no trained parameters.
+        records: to measure at once. It is one, unless records are short: each pass reads all
+            weights, and training should lose little by it.
     """
 
     def __init__(self, model: nn.Module, num_tokens: int = 0) -> None:
@@ -44,7 +47,8 @@ class Twin:
         self._own = [nn.Parameter(p.detach().new_empty(0), requires_grad=False) for p in self._of]
         shared |= {id(p): own for p, own in zip(self._of, self._own, strict=True)}
         self.model = copy.deepcopy(model, shared).eval()
-        self._pass_bytes = pass_bytes(self.model, num_tokens)
+        self.records = max(1, _PASS_TOKENS // num_tokens) if num_tokens else 1
+        self._pass_bytes = pass_bytes(self.model, self.records * num_tokens)
         self._queue: Any = None
         """The twin's own queue of a GPU, from its first measurement on. In training's, steps would
         wait for what is measured. There is one: the allocator keeps memory for each."""
@@ -88,8 +92,8 @@ class Twin:
 
 
 def pass_bytes(model: nn.Module, num_tokens: int) -> int:
-    """About what a pass of one record needs that keeps nothing for a backward pass, on a GPU: the
-    logits that are there at once, and the values of a layer.
+    """About what a pass of so many tokens, without a backward pass, needs on a GPU: the logits that
+    are there at once, and the values of a layer.
     """
     inner = transformers_model(model)
     output = inner.get_output_embeddings()

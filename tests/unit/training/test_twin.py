@@ -175,9 +175,11 @@ class Card:
 def test_a_device_keeps_room_for_training_and_for_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, card = build(FAMILIES["llama"], seed=1), Card(monkeypatch)
     values, twin = read_flat(model), Twin(model, 24)
-    layer = 24 * FAMILIES["llama"]["intermediate_size"]
-    of_pass = pass_bytes(twin.model, 24)
-    assert of_pass >= 4 * (24 * VOCABULARY + layer), "its logits, and a layer's values"
+    tokens = twin.records * 24
+    assert tokens > 900, "short records are measured together"
+    layer = tokens * FAMILIES["llama"]["intermediate_size"]
+    of_pass = pass_bytes(twin.model, tokens)
+    assert of_pass >= 4 * (tokens * VOCABULARY + layer), "its logits, and a layer's values"
     card.free = 2 * values.nbytes + of_pass - 1
     with PretendCuda():
         with pytest.raises(MemoryError), twin.with_values(values):
@@ -211,6 +213,11 @@ def test_a_pass_of_a_large_vocabulary_has_a_piece_of_its_logits_at_once() -> Non
     assert 4 << 27 < many < 4 << 29
 
 
+def test_long_records_are_measured_one_by_one() -> None:
+    model = build(FAMILIES["llama"], seed=1)
+    assert [Twin(model, tokens).records for tokens in (2048, 1024, 600, 32)] == [1, 1, 1, 32]
+
+
 def computing_in(records: int) -> Any:
     return SimpleNamespace(precision=None, measured_records=records)
 
@@ -222,7 +229,7 @@ def test_a_few_records_tell_of_all() -> None:
     records = torch.randint(0, VOCABULARY, (30, 24), generator=generator)
     records[::3, 12:] = -1  # filled up: means are by token
     losses, passed = choose_losses(model)[0], list[tuple[int, int]]()
-    public = Public(records, computing, lambda: None)
+    public = Public(records, computing, lambda: None, beside=2)
     real = evaluate
 
     def counted(model: Any, some: torch.Tensor, size: int, **more: Any) -> float:
@@ -231,10 +238,10 @@ def test_a_few_records_tell_of_all() -> None:
 
     public._evaluate = partial(counted)
     assert public.of_few(model, losses) == pytest.approx(real(model, records))
-    assert passed == [(BESIDE_RECORDS, 1), (30 - BESIDE_RECORDS, 1)], "beside a step, one by one"
+    assert passed == [(BESIDE_RECORDS, 2), (30 - BESIDE_RECORDS, 2)], "beside a step"
     write_flat(model, read_flat(model) * 1.05)
     assert public.of_few(model, losses) == pytest.approx(real(model, records), rel=0.01)
-    assert passed[2:] == [(BESIDE_RECORDS, 1)]
+    assert passed[2:] == [(BESIDE_RECORDS, 2)]
     public.of_all(model, losses)
     assert passed[3:] == [(BESIDE_RECORDS, 7), (30 - BESIDE_RECORDS, 7)]
     one = Public(records[:1], computing, lambda: None)
