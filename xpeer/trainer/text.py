@@ -187,7 +187,8 @@ def read_table(
     known = tokenise(matched.sources, recipe, tokens, on_progress)
     tokens.prune(known)
     everything = tokens.table(known)
-    table = everything.select(first_of_each(everything))
+    once = first_of_each(everything)
+    table = everything if len(once) == len(everything) else everything.select(once)
     skipped, left_out, files = tokens.counts(known)
     documents = int((table.flags & BEGINS != 0).sum())
     summary = ShardSummary(

@@ -69,10 +69,18 @@ def in_hex(ids: npt.NDArray[Any]) -> list[str]:
 
 def firsts(ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Indices of the ids, (n, 2) uint64, that did not come before, ascending."""
-    # equal ids lie side by side, the first one first: lexsort is stable
-    order = np.lexsort((ids[:, 1], ids[:, 0]))
+    first_half = ids[:, 0].astype(np.uint64)  # few ids share it, unless they are equal
+    order = np.argsort(first_half, kind="stable")
+    first_half = first_half[order]
     same = np.zeros(len(order), bool)
-    same[1:] = (ids[order[1:]] == ids[order[:-1]]).all(1)
+    same[1:] = first_half[1:] == first_half[:-1]
     repeated = np.zeros(len(order), bool)
-    repeated[order] = same
+    same[:-1] |= same[1:]
+    unsure = np.sort(order[same])
+    if len(unsure):
+        some = ids[unsure].astype(np.uint64)
+        # equal ids lie side by side, the first one first: lexsort is stable
+        order = np.lexsort((some[:, 1], some[:, 0]))
+        equal = (some[order[1:]] == some[order[:-1]]).all(1)
+        repeated[unsure[order[1:][equal]]] = True
     return np.flatnonzero(~repeated).astype(np.int64)

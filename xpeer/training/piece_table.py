@@ -16,6 +16,7 @@ import numpy.typing as npt
 from xpeer.identity import blake2b
 from xpeer.training.document import firsts, in_hex
 from xpeer.training.records import uniform_of
+from xpeer.training.room import Room
 from xpeer.training.token_file import BEGINS
 
 Array = npt.NDArray[Any]
@@ -39,6 +40,8 @@ class PieceTable:
     size: Array  # (m,) int64: number of its tokens
     files: Sequence[Array]
     """Tokens of each file, (tokens,) uint16 or uint32, mapped."""
+    room: Room
+    """For the arrays of tables that are made of this one."""
 
     def __len__(self) -> int:
         """Return n."""
@@ -46,21 +49,26 @@ class PieceTable:
 
     def select(self, chosen: Indices) -> PieceTable:
         """Return the chosen pieces, (k,) int64, in that order."""
-        counts = np.diff(self.passages)[chosen]
-        passages = expanded(self.passages[:-1][chosen], counts)
+        taken = self.room.taken
+        passages, begins = chosen, np.arange(len(chosen) + 1, dtype=np.int64)
+        if len(self.size) != len(self):  # some pieces have several passages
+            counts = np.diff(self.passages)[chosen]
+            passages = expanded(self.passages[:-1][chosen], counts)
+            begins[1:] = np.cumsum(counts)
         return PieceTable(
-            id=self.id[chosen],
-            whole=self.whole[chosen],
-            tokens=self.tokens[chosen],
-            characters=self.characters[chosen],
-            uniform=self.uniform[chosen],
-            flags=self.flags[chosen],
-            source=self.source[chosen],
-            passages=np.append(0, np.cumsum(counts)).astype(np.int64),
-            file=self.file[passages],
-            begin=self.begin[passages],
-            size=self.size[passages],
+            id=taken(self.id, chosen),
+            whole=taken(self.whole, chosen),
+            tokens=taken(self.tokens, chosen),
+            characters=taken(self.characters, chosen),
+            uniform=taken(self.uniform, chosen),
+            flags=taken(self.flags, chosen),
+            source=taken(self.source, chosen),
+            passages=self.room.filled(begins),
+            file=taken(self.file, passages),
+            begin=taken(self.begin, passages),
+            size=taken(self.size, passages),
             files=self.files,
+            room=self.room,
         )
 
     def wholes(self) -> list[str]:
@@ -72,15 +80,18 @@ def expanded(begins: Array, counts: Array) -> Indices:
     """Return begin, begin + 1, ... for each range, (sum of counts,) int64."""
     before = np.cumsum(counts) - counts
     whole = np.repeat(np.asarray(begins, np.int64) - before, counts)
-    return whole + np.arange(len(whole), dtype=np.int64)
+    whole += np.arange(len(whole), dtype=np.int64)
+    return whole
 
 
 def first_of_each(table: PieceTable) -> Indices:
     """Indices of the pieces of every document that did not come before, ascending."""
-    number = np.cumsum(table.flags & BEGINS != 0) - 1  # of the document of each piece
     begins = np.flatnonzero(table.flags & BEGINS)
+    if len(begins) == len(table):
+        return firsts(table.whole)
+    number = np.cumsum(table.flags & BEGINS != 0) - 1  # of the document of each piece
     first = np.zeros(len(begins), bool)
-    first[firsts(table.whole[begins].astype(np.uint64))] = True
+    first[firsts(table.whole[begins])] = True
     return np.flatnonzero(first[number]).astype(np.int64)
 
 

@@ -31,13 +31,14 @@ from xpeer.errors import ShardError
 from xpeer.identity import blake2b
 from xpeer.training.files import Source
 from xpeer.training.formats.rows import REASONS
+from xpeer.training.listing import Listing
 from xpeer.training.piece_table import Array, PieceTable, expanded
 from xpeer.training.reading import FORMS, Begin, Recipe
+from xpeer.training.room import Room
 from xpeer.training.tensor_file import CorruptFileError
 from xpeer.training.token_file import (
     CONTINUES,
     OPEN,
-    PASSAGE,
     SOURCE,
     STAGING,
     SUFFIX,
@@ -190,29 +191,8 @@ class TokenCache:
     def table(self, known: Known) -> PieceTable:
         """List the pieces of the text files in their order, those that came before included."""
         sizes = self._sources["passages"].astype(np.int64)[known.entries]
-        rows = expanded(self._begin[known.entries], sizes)
-        passages = np.concatenate([np.empty(0, PASSAGE), *(f.passages for f in self._files)])
-        passages = passages[rows]
-        offsets = [np.cumsum(f.passages["tokens"]) - f.passages["tokens"] for f in self._files]
-        begin = np.concatenate([np.empty(0, np.int64), *offsets]).astype(np.int64)[rows]
-        numbers = np.repeat(np.arange(len(self._files)), [len(f.passages) for f in self._files])
-        starts = np.flatnonzero(passages["flags"] & CONTINUES == 0)
-        bounds = np.append(starts, len(passages)).astype(np.int64)
-        heads = passages[starts]
-        size = passages["tokens"].astype(np.int64)
-        return PieceTable(
-            id=heads["id"],
-            whole=heads["whole"],
-            tokens=_sums(size, starts),
-            characters=_sums(passages["characters"].astype(np.int64), starts),
-            uniform=heads["uniform"].astype(np.float64),
-            flags=heads["flags"],
-            source=np.repeat(known.source, sizes)[starts],
-            passages=bounds,
-            file=numbers.astype(np.int32)[rows],
-            begin=begin,
-            size=size,
-            files=[f.tokens for f in self._files],
+        return Listing(self._files, Room(self.folder)).table(
+            expanded(self._begin[known.entries], sizes), np.repeat(known.source, sizes)
         )
 
     def counts(self, known: Known) -> tuple[Counter[str], Counter[str], int]:
@@ -331,10 +311,6 @@ def keys_of(sources: Sequence[Source]) -> tuple[Array, Array]:
         keys += key_of(source.path, stat)
         sizes[number] = stat[0]
     return np.frombuffer(bytes(keys), ">u8").reshape(-1, 2).astype(np.uint64), sizes
-
-
-def _sums(values: Array, starts: Array) -> Array:
-    return np.add.reduceat(values, starts) if len(starts) else np.empty(0, np.int64)
 
 
 def _age(path: Path) -> float:

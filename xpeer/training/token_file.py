@@ -75,8 +75,8 @@ class TokenFile:
 
     path: Path
     tokens: Table  # (n,) uint16 or uint32, mapped
-    passages: Table  # (passages,) PASSAGE
-    sources: Table  # (sources,) SOURCE; their passages follow one another
+    passages: Table  # (passages,) PASSAGE, mapped
+    sources: Table  # (sources,) SOURCE, mapped; their passages follow one another
 
 
 class TokenFileWriter:
@@ -119,7 +119,8 @@ class TokenFileWriter:
         sizes = self.num_tokens, self._dtype.itemsize, len(passages), len(sources)
         tokens = self._digest.digest()
         self._file.write(tables)
-        self._file.write(_FOOTER.pack(_MAGIC, *sizes, tokens, _of_tables(sizes, tokens, tables)))
+        digest = hashlib.blake2b(_of_head(sizes, tokens) + tables, digest_size=16).digest()
+        self._file.write(_FOOTER.pack(_MAGIC, *sizes, tokens, digest))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -165,30 +166,29 @@ def open_token_file(path: Path, *, verify: bool) -> TokenFile:
             of_tables = of_passages + num_sources * SOURCE.itemsize
             if width not in (2, 4) or num_tokens * width + of_tables + _FOOTER.size != size:
                 raise CorruptFileError("its sizes do not add up")
-            file.seek(num_tokens * width)
-            tables = file.read(of_tables)
-            if _of_tables(tuple(sizes), tokens_digest, tables) != tables_digest:
+            head = _of_head(tuple(sizes), tokens_digest)
+            if _digest_of(file, num_tokens * width, of_tables, head) != tables_digest:
                 raise CorruptFileError("its tables do not match their digest")
-            if verify and _of_tokens(file, num_tokens * width) != tokens_digest:
+            if verify and _digest_of(file, 0, num_tokens * width) != tokens_digest:
                 raise CorruptFileError("its tokens do not match their digest")
-            kind = np.dtype(f"<u{width}")
-            mapped: Table = np.empty(0, kind)
-            if num_tokens:
-                mapped = np.memmap(file, kind, "r", shape=(num_tokens,))
+            # once, since each mapping keeps a descriptor
+            mapped = np.asarray(np.memmap(file, np.uint8, "r"))
+            at_passages, at_sources = num_tokens * width, num_tokens * width + of_passages
+            tokens = mapped[:at_passages].view(f"<u{width}")
+            passages = mapped[at_passages:at_sources].view(PASSAGE)
+            sources = mapped[at_sources : at_passages + of_tables].view(SOURCE)
     except (OSError, ValueError, OverflowError) as e:
         raise CorruptFileError(" ".join(str(e).split()) or type(e).__name__) from e
-    passages = np.frombuffer(tables, PASSAGE, num_passages)
-    sources = np.frombuffer(tables, SOURCE, num_sources, of_passages)
     if int(sources["passages"].sum()) != num_passages or (
         int(passages["tokens"].sum()) != num_tokens
     ):
         raise CorruptFileError("its tables do not add up")
-    return TokenFile(path, mapped, passages, sources)
+    return TokenFile(path, tokens, passages, sources)
 
 
-def _of_tokens(file: Any, left: int) -> bytes:
-    file.seek(0)
-    digest = hashlib.blake2b(digest_size=16)
+def _digest_of(file: Any, begin: int, left: int, head: bytes = b"") -> bytes:
+    file.seek(begin)
+    digest = hashlib.blake2b(head, digest_size=16)
     while left:
         data = file.read(min(left, _BLOCK))
         if not data:
@@ -198,6 +198,6 @@ def _of_tokens(file: Any, left: int) -> bytes:
     return digest.digest()
 
 
-def _of_tables(sizes: tuple[int, ...], tokens: bytes, tables: bytes) -> bytes:
-    head = struct.pack("<4q", *sizes) + tokens
-    return hashlib.blake2b(head + tables, digest_size=16).digest()
+def _of_head(sizes: tuple[int, ...], tokens: bytes) -> bytes:
+    """What the digest of the tables begins with."""
+    return struct.pack("<4q", *sizes) + tokens
