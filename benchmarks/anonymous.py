@@ -15,6 +15,8 @@ from typing import Final
 import psutil
 
 _PAUSE_S: Final = 0.03
+_PAUSES: Final = 30
+"""Looking at gigabytes takes long, and the core. There is a pause of so many times that."""
 _SHARE: Final = re.compile(r"^Pss_Anon:\s+(\d+) kB", re.MULTILINE)
 _WHOLE: Final = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
 
@@ -23,8 +25,9 @@ def most_of(running: subprocess.Popen[str]) -> int:
     """Wait for the end of a process; the most bytes that it and its descendants had together."""
     most = 0
     while running.poll() is None:
+        began = time.monotonic()
         most = max(most, together(_family(running.pid)))
-        time.sleep(_PAUSE_S)
+        time.sleep(max(_PAUSE_S, _PAUSES * (time.monotonic() - began)))
     return most
 
 
