@@ -151,7 +151,7 @@ class Register:
             ConfigError: these documents were charged for another unit.
             LocalError: the register can't be written.
         """
-        hashes = sorted({self._hash(document) for document in documents})
+        hashes = file.sorted_hashes(map(self._hash, documents))
         self._ledger_id, self._unit, self._span = ledger_id, unit, 0
         try:
             return self._declare(charged, hashes, swarm_id, counter)
@@ -267,9 +267,10 @@ class Register:
         self.close()
 
     def _declare(
-        self, charged: Mapping[str, History], hashes: list[bytes], swarm_id: str, counter: int
+        self, charged: Mapping[str, History], hashes: bytes, swarm_id: str, counter: int
     ) -> DeclaredDocuments:
-        digest = hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
+        digest = hashlib.blake2b(hashes, digest_size=16).digest()
+        count = len(hashes) // file.HASH_BYTES
         ledger_id, unit = self._ledger_id, self._unit
         with self._lock, self._file.transaction(BudgetExceededError, ConfigError) as run:
             lacking = missing(charged, self._tables.of_home(ledger_id))
@@ -286,7 +287,7 @@ class Register:
                 file.unstage(run)
             else:
                 self._span = int(known[0])
-            if self._tables.documents_of(self._span) != len(hashes):
+            if self._tables.documents_of(self._span) != count:
                 raise LocalError(
                     f"privacy register {self.path} is inconsistent: it was restored in part",
                     file.RESTORE,
@@ -301,7 +302,7 @@ class Register:
             self._steps = steps_of(of_home)
             unknown = combined(tables.charges(), tables.spans_of(ledger_id, RECOVERED))
             return DeclaredDocuments(
-                documents=len(hashes),
+                documents=count,
                 new=new,
                 elsewhere=self._elsewhere(),
                 recovered=lacking,
@@ -313,7 +314,9 @@ class Register:
     # ---- in a transaction, or under the lock ---------------------------------------------------
 
     def _hash(self, document: str) -> bytes:
-        return hashlib.blake2b(document.encode(), key=self._key, digest_size=16).digest()
+        return hashlib.blake2b(
+            document.encode(), key=self._key, digest_size=file.HASH_BYTES
+        ).digest()
 
     def _begin(self, swarm_id: str, digest: bytes, unit: str) -> int:
         made = self._connection.execute(

@@ -11,12 +11,13 @@ import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from xpeer.accounts.guarded_file import Run
 from xpeer.errors import ConfigError, LedgerError, LocalError
@@ -30,6 +31,8 @@ VERSION: Final = 2
 """Version of the schema. Version 1 did not hold the number of charges of each ledger. Such files
 are upgraded."""
 _KEY_BYTES: Final = 32
+HASH_BYTES: Final = 16
+"""Of a document's keyed hash."""
 _BUSY_S: Final = 120.0
 """How long SQLite waits for a lock. Another home may hold it while it asks the accountant whether
 its charge fits."""
@@ -259,11 +262,27 @@ def unpacked(spans: str) -> list[int]:
         raise LocalError("privacy register: a class of documents is damaged", RESTORE) from e
 
 
-def stage(run: Run, hashes: Sequence[bytes]) -> None:
-    """Put the documents of a shard into a temporary table of this connection."""
+def sorted_hashes(hashes: Iterable[bytes]) -> bytes:
+    """Sort hashes of documents and drop repeats; they come one after the other.
+
+    There may be millions. As objects they would take ten times as much memory.
+    """
+    unsorted = bytearray()
+    for each in hashes:
+        unsorted += each
+    pairs = np.frombuffer(unsorted, ">u8").reshape(-1, 2).astype(np.uint64)
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    other = np.ones(len(pairs), bool)
+    other[1:] = (pairs[1:] != pairs[:-1]).any(1)
+    return pairs[other].astype(">u8").tobytes()
+
+
+def stage(run: Run, hashes: bytes) -> None:
+    """Put the documents of a shard, `sorted_hashes`, into a temporary table of this connection."""
     run("CREATE TEMP TABLE mine (hash BLOB PRIMARY KEY) WITHOUT ROWID")
-    for start in range(0, len(hashes), 256):
-        part = hashes[start : start + 256]
+    for start in range(0, len(hashes), 256 * HASH_BYTES):
+        some = hashes[start : start + 256 * HASH_BYTES]
+        part = [some[at : at + HASH_BYTES] for at in range(0, len(some), HASH_BYTES)]
         run(f"INSERT INTO mine VALUES {','.join(['(?)'] * len(part))}", part)  # noqa: S608
 
 

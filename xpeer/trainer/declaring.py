@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 from xpeer.accounts.budget import delta_of
 from xpeer.accounts.chain import ChargeContext
@@ -79,7 +80,7 @@ def _context_of(manifest: Manifest, swarm_id: str, text: Text) -> ChargeContext:
     rules, length = manifest.privacy, manifest.optimiser.sequence_tokens
     context = ChargeContext(swarm_id, rules.mode, rules.clip_norm, 0.0, rules.epsilon)
     if rules.unit == "document":
-        delta = delta_of(manifest, len(set(text.owners.tolist())))
+        delta = delta_of(manifest, len(np.unique(text.owners.numpy())))
         return msgspec.structs.replace(context, delta=delta, unit="document")
     tokens = manifest.tokenizer.digest[:16] or manifest.tokenizer.kind
     return msgspec.structs.replace(

@@ -40,7 +40,7 @@ class Text:
 
     records: Records  # (n, T) int64
     owners: torch.Tensor  # (n,) int64: the number of each record's document
-    documents: list[str]
+    documents: Sequence[str]
     """Ids of the documents; for a piece, the id of the whole document."""
     held_out: Records  # (m, T) int64
     shard: ShardSummary

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,44 @@ def in_hex(ids: npt.NDArray[Any]) -> list[str]:
     """Write ids, (n, 2) big-endian uint64, in hex."""
     text = np.ascontiguousarray(ids, ">u8").tobytes().hex()
     return [text[at : at + 32] for at in range(0, len(text), 32)]
+
+
+class HexIds(Sequence[str]):
+    """Ids in hex, written when they are asked for: as strings, millions would take gigabytes.
+
+    Args:
+        ids: (n, 2) big-endian uint64.
+    """
+
+    def __init__(self, ids: npt.NDArray[Any]) -> None:
+        self._ids = ids
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self._ids)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with other ids."""
+        if not isinstance(other, HexIds):
+            return NotImplemented
+        return np.array_equal(self._ids, other._ids)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """Write one, or some."""
+        if isinstance(index, slice):
+            return in_hex(self._ids[index])
+        return in_hex(self._ids[index : index + 1 or None])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        """Write all, some at a time."""
+        for at in range(0, len(self), _BLOCK):
+            yield from self[at : at + _BLOCK]
 
 
 def firsts(ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xpeer.identity import blake2b
-from xpeer.training.document import firsts, in_hex
+from xpeer.training.document import HexIds, firsts, in_hex
 from xpeer.training.records import uniform_of
 from xpeer.training.room import Room
 from xpeer.training.token_file import BEGINS
@@ -71,9 +71,9 @@ class PieceTable:
             room=self.room,
         )
 
-    def wholes(self) -> list[str]:
+    def wholes(self) -> HexIds:
         """Ids of the documents, a piece each, in hex."""
-        return in_hex(self.whole)
+        return HexIds(self.whole)
 
 
 def expanded(begins: Array, counts: Array) -> Indices:

@@ -21,6 +21,7 @@ from tests.unit.accounts.ledgers import by_unit
 from xpeer.accounts.accountant import Segment
 from xpeer.accounts.histories import History, segments_of, undominated
 from xpeer.accounts.register import BudgetExceededError, Register
+from xpeer.accounts.register_file import sorted_hashes
 from xpeer.errors import ConfigError, LocalError
 
 STEP = Segment(1.0, 0.01, 20)
@@ -403,3 +404,9 @@ def test_every_history_is_covered_by_one_that_is_kept(found: list[History]) -> N
             all(count <= other.get(kind, 0) for kind, count in history.items()) for other in kept
         )
         assert all(s.steps > 0 for s in segments_of(history))
+
+
+@given(st.lists(st.binary(min_size=16, max_size=16) | st.sampled_from([b"\xff" * 16, bytes(16)])))
+def test_hashes_are_sorted_as_bytes_are(hashes: list[bytes]) -> None:
+    """A register that earlier versions wrote knows a shard by the digest of them."""
+    assert sorted_hashes(hashes) == b"".join(sorted(set(hashes)))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xpeer.training.document import firsts
+from xpeer.training.document import HexIds, firsts, in_hex
 from xpeer.training.listing import Listing
 from xpeer.training.room import Room
 from xpeer.training.token_file import (
@@ -115,3 +115,12 @@ def test_a_file_of_tokens_takes_one_descriptor(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     opened = [open_token_file(path, verify=False) for _ in range(5)]
     assert len(list(Path("/proc/self/fd").iterdir())) - before == len(opened)
+
+
+def test_ids_are_written_when_they_are_asked_for() -> None:
+    ids = np.random.default_rng(1).integers(0, 2**63, (70_000, 2)).astype(">u8")
+    named, wanted = HexIds(ids), in_hex(ids)
+    assert len(named) == len(wanted)
+    assert list(named) == wanted
+    assert (named[0], named[-1], named[5:7]) == (wanted[0], wanted[-1], wanted[5:7])
+    assert wanted[3] in named
