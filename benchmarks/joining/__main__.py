@@ -15,7 +15,15 @@ from typing import Any
 from benchmarks.common import emit, say, write_result
 from benchmarks.daemons import ending
 from benchmarks.exchange.hosts import can_shape, hosts
-from benchmarks.joining.figures import around, in_step, spent, summary_of, transfer, usual_distance
+from benchmarks.joining.figures import (
+    around,
+    distances,
+    in_step,
+    spent,
+    summary_of,
+    transfer,
+    usual_distance,
+)
 from benchmarks.joining.peers import END_TIMEOUT_S, Peer, take_steps
 from benchmarks.overlap.__main__ import SMALL, SMOLLM2_135M
 from xpeer.policies import PrivacyMode, privacy_policy
@@ -48,6 +56,7 @@ class Plan:
     window_steps: int
     """Donors more than four windows apart are not put together."""
     slot_s: float
+    """A window has to have room for an exchange of each fragment."""
     sequence_tokens: int
     batch_records: int
     mbit_per_s: float
@@ -56,7 +65,7 @@ class Plan:
     """Compiling takes a minute of a core at the first exchange."""
 
 
-FULL = Plan(SMOLLM2_135M, 3, ("off", "record"), 24, 20, 10.0, 32, 2, 100.0, True)
+FULL = Plan(SMOLLM2_135M, 3, ("off", "record"), 24, 20, 4.0, 32, 2, 100.0, True)
 QUICK = Plan(SMALL, 2, ("off",), 10, 20, 1.0, 32, 2, 20.0, False)
 
 
@@ -171,6 +180,7 @@ def _join(plan: Plan, donors: list[Peer], joiner: Peer, usual: float) -> dict[st
         "windows_to_step": round(windows, 2),
         "steps_behind": behind,
         "distance": stepped.distance,
+        "distances": distances(joiner.rows(), plan.window_steps),
         "usual_distance": usual,
         "donors": {doomed.name: {}, **during},
     }

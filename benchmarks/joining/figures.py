@@ -122,6 +122,15 @@ def in_step(rows: Sequence[Row], near: float) -> Row | None:
     return next((r for r in rows if r.distance is not None and r.distance <= near), None)
 
 
+def distances(rows: Sequence[Row], window_steps: int) -> list[tuple[float, float]]:
+    """What each of a joiner's exchanges found: windows since the import, and the distance."""
+    found: list[tuple[float, float]] = []
+    for row in rows:
+        if row.distance is not None and (not found or row.distance != found[-1][1]):
+            found.append((round((row.step - rows[0].step) / window_steps, 2), row.distance))
+    return found
+
+
 def spent(rows: Sequence[Row]) -> dict[str, float]:
     """What a donor used between the first row and the last; two at least."""
     first, last = rows[0], rows[-1]
@@ -134,6 +143,7 @@ def spent(rows: Sequence[Row]) -> dict[str, float]:
         "blocked_s": last.blocked_s - first.blocked_s,
         "copies": last.copies - first.copies,
         "copy_s": last.copy_s - first.copy_s,
+        "copy_cpu_s": last.copy_cpu_s - first.copy_cpu_s,
         "copy_cpu_share": (last.copy_cpu_s - first.copy_cpu_s) / cpu_s,
         "copy_waits": last.copy_waits - first.copy_waits,
     }
@@ -152,6 +162,7 @@ def summary_of(run: dict[str, Any]) -> dict[str, Any]:
                                         "steps_behind")},
         "speed_kept": round(statistics.median(kept), 4),
         "copy_cpu_share": round(statistics.median(d["copy_cpu_share"] for d in during), 4),
+        "copy_cpu_s": round(statistics.median(d["copy_cpu_s"] for d in during), 3),
         "copies": max(int(d["copies"]) for d in during),
         "copy_s": round(max(d["copy_s"] for d in during), 3),
         "copy_waits": max(int(d["copy_waits"]) for d in during),
