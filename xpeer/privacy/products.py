@@ -1,16 +1,22 @@
 """Products of factors that the layers computed in 16 bits, in float32.
 
-A product of two bfloat16 numbers is exact in float32. So a device that multiplies matrices of
-float32 by way of bfloat16 (a processor), or of TF32, which has as many bits and more (a GPU), and
-adds up in float32, gives what float32 gives, up to the order of the sum. On a processor with such
-instructions it takes less than half the time.
+A product of two bfloat16 numbers is exact in float32. A GPU multiplies such factors as they are,
+and adds up in float32. A processor multiplies matrices of float32 by way of bfloat16, if torch is
+told to, and adds up in float32, too. Both give what float32 gives, up to the order of the sum. On a
+processor with such instructions it takes less than half the time.
 
 Such instructions may count numbers below 2^-126 as zero. That is nothing beside the others, unless
 the other factor is huge; then all is done in float32, or a record could exceed its norm unseen.
+
+What a processor is told holds for all threads. So none other may multiply matrices of float32
+meanwhile, and what is measured beside training does so in `multiplying_elsewhere`. A GPU is told
+nothing: torch's compiler puts its setting back to what it was when a compilation began, whoever
+changed it since.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -18,18 +24,37 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-_WAYS: Final[dict[str, tuple[Any, str]]] = {
-    "cpu": (torch.backends.mkldnn.matmul, "bf16"),  # type: ignore[attr-defined]
-    "cuda": (torch.backends.cuda.matmul, "tf32"),
-}
-"""torch's setting for matrices of float32, and what is exact for bfloat16, by kind of device."""
-
-
+_SETTING: Final[Any] = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+"""torch's for products of float32 on a processor, in all threads."""
+_EXACT_ON: Final = ("cpu", "cuda")
+"""Devices that multiply bfloat16 numbers exactly."""
 _MAGNITUDE: Final = 0x7FFF
 """All bits of a bfloat16 but the sign. As integers they are in the order of the numbers."""
 _LARGE: Final = 32
 """Products of narrower matrices, such as those of adapters, take no longer than a look at them."""
 _HUGE: Final = int(torch.tensor(2.0**60, dtype=torch.bfloat16).view(torch.int16))
+
+
+class _Elsewhere:
+    """Other threads that multiply matrices of float32 on a processor.
+
+    Attributes:
+        lock: held while their number changes, and while the setting is not the usual one.
+    """
+
+    lock, threads = threading.Lock(), 0
+
+
+@contextmanager
+def multiplying_elsewhere() -> Iterator[None]:
+    """Meanwhile this thread, which takes no steps, gets float32 of float32."""
+    with _Elsewhere.lock:
+        _Elsewhere.threads += 1
+    try:
+        yield
+    finally:
+        with _Elsewhere.lock:
+            _Elsewhere.threads -= 1
 
 
 def bmm(one: Tensor, two: Tensor) -> Tensor:
@@ -38,14 +63,15 @@ def bmm(one: Tensor, two: Tensor) -> Tensor:
     """
     n, k = one.shape[1], two.shape[2]
     if n * k >= _LARGE * (n + k) and _is_exact(one) and _is_exact(two):
-        with _by_way_of_fewer_bits(one.device.type):
-            return torch.bmm(one.float(), two.float())
+        if one.device.type == "cuda":
+            return torch.bmm(one, two, out_dtype=torch.float32)
+        return _by_way_of_bfloat16(one.float(), two.float())
     return torch.bmm(one.float(), two.float())
 
 
 def _is_exact(factor: Tensor) -> bool:
     """Whether a factor loses nothing that matters. A GPU keeps small numbers, and is not asked."""
-    if factor.dtype != torch.bfloat16 or factor.device.type not in _WAYS:
+    if factor.dtype != torch.bfloat16 or factor.device.type not in _EXACT_ON:
         return False
     if factor.device.type != "cpu" or not factor.numel():
         return True
@@ -53,13 +79,14 @@ def _is_exact(factor: Tensor) -> bool:
     return int((as_stored.view(torch.int16) & _MAGNITUDE).max()) <= _HUGE
 
 
-@contextmanager
-def _by_way_of_fewer_bits(kind: str) -> Iterator[None]:
-    """The setting is the process's; no other thread multiplies matrices of float32."""
-    setting, way = _WAYS[kind]
-    before = setting.fp32_precision
-    setting.fp32_precision = way
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+def _by_way_of_bfloat16(one: Tensor, two: Tensor) -> Tensor:
+    """Multiply on a processor. Beside a thread that multiplies as well, it takes longer."""
+    with _Elsewhere.lock:
+        if not _Elsewhere.threads:
+            before = _SETTING.fp32_precision
+            _SETTING.fp32_precision = "bf16"
+            try:
+                return torch.bmm(one, two)
+            finally:
+                _SETTING.fp32_precision = before
+    return torch.bmm(one, two)

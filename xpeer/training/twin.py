@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from xpeer.privacy.products import multiplying_elsewhere
 from xpeer.training import head
 from xpeer.training.flat import trained, views
 from xpeer.training.losses import transformers_model
@@ -79,7 +80,7 @@ class Twin:
 
     def _beside(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         if device.type != "cuda":
-            return contextlib.nullcontext()
+            return multiplying_elsewhere()
         if self._queue is None:
             self._queue = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._queue)

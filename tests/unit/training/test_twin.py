@@ -20,6 +20,7 @@ from tests.unit.training.loops import trainer_with
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.founding_model import LoraOptions
 from xpeer.manifest.model import Lora
+from xpeer.privacy import products
 from xpeer.trainer.build import assemble
 from xpeer.trainer.evaluating import BESIDE_RECORDS, PUBLIC_RECORDS, Public, any_tokens
 from xpeer.training.adapters import adapt
@@ -121,6 +122,26 @@ def test_training_is_not_changed_by_measurements_beside_it(
     assert public != losses[0]
     assert loop.measurements.public_of_copy(moved) == pytest.approx(public, rel=1e-5)
     made.close()
+
+
+def test_private_steps_beside_it_do_not_take_bits_from_what_it_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tables of positions are products of float32, whatever the precision."""
+    setting, seen = SimpleNamespace(fp32_precision="as before"), list[str]()
+    monkeypatch.setattr(products, "_SETTING", setting)
+    multiply = torch.bmm
+
+    def noting(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        seen.append(setting.fp32_precision)
+        return multiply(one, two)
+
+    monkeypatch.setattr(torch, "bmm", noting)
+    factor, model = torch.ones(1, 80, 80, dtype=torch.bfloat16), build(FAMILIES["llama"], seed=1)
+    with Twin(model).with_values(read_flat(model)):
+        products.bmm(factor, factor)
+    products.bmm(factor, factor)
+    assert seen == ["as before", "bf16"]
 
 
 def test_without_memory_for_it_the_loss_measured_last_is_offered() -> None:
