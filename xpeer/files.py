@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import pwd
+import shutil
 import stat
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,8 @@ from xpeer.config import Home
 from xpeer.errors import ConfigError
 
 OTHERS: Final = 0o077
+NOT_OURS: Final = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
+"""Errors of folders that this user can't write to. They may have room."""
 _OTHERS_WRITE: Final = 0o022
 
 
@@ -30,6 +35,35 @@ def private_umask() -> Iterator[None]:
         yield
     finally:
         os.umask(previous)
+
+
+def room_for(home: Home) -> Path:
+    """Where files of a home are written before they are moved into it: in the home, if there is
+    one. A service's user can't write to /var/lib, and a home may be a disk of its own.
+    """
+    path = home.path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def stage(home: Home) -> Path:
+    """Make a folder in that room, mode 0700.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    return Path(tempfile.mkdtemp(prefix=_staged(home), dir=room_for(home)))
+
+
+def clear_staged(home: Home) -> None:
+    """Remove such folders that a crash has left. Call it only while nobody writes to the home."""
+    for left in room_for(home).glob(f"{glob.escape(_staged(home))}*"):
+        with contextlib.suppress(OSError):
+            if left.lstat().st_uid == os.geteuid():
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _staged(home: Home) -> str:
+    return f".{home.path.name}.writing-"
 
 
 def open_own(path: Path, flags: int) -> int:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from msgspec import Struct, structs
 
 from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
-from xpeer.files import open_own, private_umask
+from xpeer.files import NOT_OURS, open_own, private_umask, room_for, stage
 from xpeer.identity import Identity, read_secret, write_secret
 from xpeer.leaves import Public, seen_by
 from xpeer.manifest import Manifest
@@ -338,12 +337,30 @@ def _sendable(signed: SignedManifest) -> bytes:
 
 @contextmanager
 def _beside(home: Home) -> Iterator[Home]:
-    """Make a staging folder. Its entries move into the home if the block succeeds.
-
-    It lies in the home if there is one: a service's user can't write to /var/lib itself.
-    """
+    """Make a staging folder (`stage`). Its entries move into the home if the block succeeds."""
     with private_umask():
         yield from _staged(home)
+
+
+@contextmanager
+def scratch(home: Home) -> Iterator[Path]:
+    """A folder within the block, on the disk that the home will be on.
+
+    Raises:
+        LocalError: it can't be made.
+    """
+    try:
+        folder = stage(home)
+    except OSError as e:
+        where = room_for(home)
+        remedy = "free space there, or choose another --home"
+        if e.errno in NOT_OURS:
+            remedy = f"make the folder {home.path} first, of this user; or choose another --home"
+        raise LocalError(f"{where} can't be written: {e.strerror}", remedy) from e
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _staged(home: Home) -> Iterator[Home]:
@@ -352,8 +369,7 @@ def _staged(home: Home) -> Iterator[Home]:
     moved: list[Path] = []
     staging: Path | None = None
     try:
-        parent = home.path.parent if missing else home.path
-        staging = Path(tempfile.mkdtemp(prefix=f".{home.path.name}-", dir=parent))
+        staging = stage(home)
         yield Home(staging)
         for entry in staging.rglob("*"):
             _sync(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +30,7 @@ from xpeer.cli.start import read_token
 from xpeer.config import Home, NodeConfig
 from xpeer.drafting import draft_manifest
 from xpeer.errors import ConfigError
+from xpeer.files import clear_staged
 from xpeer.founding_model import PRESETS, initial_model
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import BaseDtype, LoraTrain
@@ -239,8 +241,9 @@ def init(
         rank_stabilised=lora_rank_stabilised,
         base=base_dtype,
     )
-    disk = next(folder for folder in home.path.absolute().parents if folder.is_dir())
-    source = initial_model(model, model_config, preset, lora, near=disk)
+    clear_staged(home)
+    with founding.scratch(home) if lora and model else nullcontext() as near:
+        source = initial_model(model, model_config, preset, lora, near)
     manifest = draft_manifest(
         str(name),
         source,

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from xpeer.amounts import size
 from xpeer.errors import LocalError
+from xpeer.files import NOT_OURS
 from xpeer.source import entries
 from xpeer.training.tensor_file import STAGING, Pending, save_file
 
@@ -104,9 +105,10 @@ def _size(entry: Mapping[str, Any], dtype: torch.dtype) -> int:
 
 
 def _unwritable(folder: Path, wanted: int, error: OSError) -> LocalError:
+    how = "let this user write there" if error.errno in NOT_OURS else "free space there"
     return LocalError(
         f"the base model is converted at init and at each start, and {size(wanted)} of it can't be "
         f"written in {folder}: {error.strerror or error}",
-        "free space there; or save the base model in the swarm's model.base_dtype, and name that "
-        "copy (--model at init, else data.base_model)",
+        f"{how}; or save the base model in the swarm's model.base_dtype, and name that copy "
+        "(--model at init, else data.base_model)",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,55 @@ def test_a_founder_converts_what_stays_frozen_beside_its_home(
     code, err = init(home, "--model", str(folder), "--skip-trial", "--skip-estimate", *options)
     assert code == 0, err
     assert read[0] == {torch.bfloat16 if adapters else torch.float16}
-    assert not list(beside.glob(".writing-*"))
+    assert [path.name for path in beside.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_founder_converts_in_its_home_if_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """A service's user can't write beside it, and it may be a disk of its own."""
+    folder, beside = half(tmp_path), tmp_path / "beside"
+    home, used = beside / "home", list[Path]()
+    (home if there else beside).mkdir(parents=True, mode=0o700)
+    left = (home if there else beside) / ".home.writing-abc"
+    left.mkdir()
+    (left / "model.safetensors").touch()  # a conversion was killed
+    real = converted._convert
+
+    def convert(folder: Path, to: Path, dtype: torch.dtype) -> None:
+        used.append(to)
+        real(folder, to, dtype)
+
+    monkeypatch.setattr(converted, "_convert", convert)
+    code, err = init(
+        *(home, "--model", str(folder), "--skip-trial", "--skip-estimate", "--lora-rank", "2")
+    )
+    assert code == 0, err
+    assert used[0].parent.parent == (home if there else beside)
+    assert not used[0].exists()
+    assert [path.name for path in beside.iterdir()] == ["home"]
+    assert not list(home.glob(".*"))
+
+
+def test_a_folder_of_others_is_not_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, beside = half(tmp_path), tmp_path / "beside"
+    beside.mkdir()
+
+    def refused(*_: object, **__: object) -> str:
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with pytest.raises(LocalError, match="Permission denied") as start:
+        from_folder(folder, dtype=torch.bfloat16, near=beside)
+    assert "let this user write there" in start.value.remedy
+    code, err = init(
+        *(beside / "home", "--model", str(folder), "--skip-trial", "--skip-estimate"),
+        *("--lora-rank", "2"),
+    )
+    assert code
+    assert f"{beside} can't be written: Permission denied" in err
+    assert f"make the folder {beside / 'home'} first" in err
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
