@@ -31,7 +31,7 @@ _Again = Literal["auto", "on", "off"]
 
 
 @click.command()
-@click.option("--model", type=GivenPath(), help="Hugging Face folder; only its config is read.")
+@click.option("--model", type=GivenPath(), help="Hugging Face folder; its weights are not read.")
 @click.option("--model-config", type=GivenPath(), help="config.json of a model.")
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), help="Small model for bytes.")
 @click.option(
@@ -125,7 +125,7 @@ def estimate(
 ) -> None:
     """Say what memory, disk and bytes on the wire a run needs, in each of its phases.
 
-    It loads only a config: the code of a step runs without values. Exit 1 if a step doesn't fit
+    It loads no weights: the code of a step runs without values. Exit 1 if a step doesn't fit
     into --memory-gb.
     """
     for option, given in (("--memory-gb", memory_gb), ("--link-mbit", link_mbit)):
@@ -140,7 +140,7 @@ def estimate(
         rank_stabilised=False,
         base=base_dtype,
     )
-    from xpeer.estimate import phases, planned, remedies  # noqa: PLC0415 - torch takes seconds
+    from xpeer.estimate import fit, phases, planned, remedies  # noqa: PLC0415 - torch takes seconds
     from xpeer.estimate.remembered import Rehearsals  # noqa: PLC0415
     from xpeer.estimate.step import Step  # noqa: PLC0415
 
@@ -175,7 +175,11 @@ def estimate(
     answer = phases.Estimate(
         num_params=memory.num_trained,
         frozen_params=memory.num_frozen,
-        phases=phases.phases_of(memory, wire, NodeConfig().checkpoint.keep, private=private),
+        phases=phases.phases_of(
+            *(memory, wire, NodeConfig().checkpoint.keep),
+            private=private,
+            converted=fit.converted_bytes(model, step.base_dtype) if model and step.lora else 0,
+        ),
         fits=fits,
         remedy="" if remedy is None else remedy.words,
     )

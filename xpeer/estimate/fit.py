@@ -316,12 +316,20 @@ def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) 
 def _converted(manifest: Manifest, config: NodeConfig, home: Home) -> int:
     """Bytes of a base model that every start converts on the disk."""
     folder = _base_folder(manifest, config, home)
-    if folder is None:
-        return 0
+    return 0 if folder is None else converted_bytes(folder, manifest.model.base_dtype)
+
+
+def converted_bytes(folder: Path, held: BaseDtype) -> int:
+    """Bytes that a base model takes on the disk where it is converted.
+
+    Args:
+        folder: of the model.
+        held: the type that nodes hold it in.
+    """
     try:
-        return bytes_of(folder, DTYPES[manifest.model.base_dtype])
+        return bytes_of(folder, DTYPES[held])
     except _DAMAGED:
-        return 0  # the trainer says what is wrong with it
+        return 0  # who loads it says what is wrong with it
 
 
 def _is_read_whole(manifest: Manifest, config: NodeConfig, home: Home) -> bool:

@@ -139,7 +139,9 @@ def donor_bytes(num_trained: int, wire: Wire) -> int:
     return PROCESS + each * num_trained + _DONATIONS * wire.state(num_trained)
 
 
-def phases_of(step: StepMemory, wire: Wire, checkpoints: int, *, private: bool) -> list[Phase]:
+def phases_of(
+    step: StepMemory, wire: Wire, checkpoints: int, *, private: bool, converted: int = 0
+) -> list[Phase]:
     """All phases.
 
     Args:
@@ -147,6 +149,7 @@ def phases_of(step: StepMemory, wire: Wire, checkpoints: int, *, private: bool) 
         wire: how parameters are exchanged.
         checkpoints: number of checkpoints that are kept.
         private: whether engines are tested at a start.
+        converted: bytes of a base model of another type, which is converted on the disk.
     """
     trained = step.num_trained
     payload = wire.payload(trained)
@@ -170,12 +173,13 @@ def phases_of(step: StepMemory, wire: Wire, checkpoints: int, *, private: bool) 
             name="init",
             device=step.peak,
             host=host(_SAVE + kept) + frozen,
-            disk=source + file + 8 * trained,
+            disk=source + max(converted, file + 8 * trained),  # the trial is the later
         ),
         Phase(
             name="start",
             device=max(step.weights + _TESTED * trained, step.peak) if private else step.weights,
             host=host(_RESTART + kept) + codes,
+            disk=converted,
         ),
         Phase(name="step", device=step.peak, host=host(kept)),
         Phase(name="exchange", host=8 * payload, wire=payload, wire_s=seconds(payload)),

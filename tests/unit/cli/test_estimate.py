@@ -127,6 +127,23 @@ def test_the_step_is_that_of_the_swarm_that_init_would_found(
     assert step.base_dtype == dtype
 
 
+@pytest.mark.parametrize("source", ["float16", "bfloat16"])
+def test_a_base_that_is_converted_needs_room_for_that(tmp_path: Path, source: str) -> None:
+    folder = tmp_path / "model"
+    whole = from_folder(model_folder(tmp_path / "whole"))
+    export_hf(whole, None, folder, source=Source({"dtype": source}))
+    size = (folder / "model.safetensors").stat().st_size
+
+    def disk(*options: object) -> dict[str, int]:
+        found = json.loads(estimate("--model", folder, "--json", *options).stdout)
+        return {phase["name"]: phase["disk"] for phase in found["phases"]}
+
+    adapters, converts = disk("--lora-rank", 2), source == "float16"
+    assert (adapters["init"] > 1.95 * size) == converts  # the header is not counted
+    assert (adapters["start"] > 0.95 * size) == converts
+    assert disk()["start"] == 0, "weights that are trained are memory"
+
+
 def test_adapters_to_go_on_with_decide_rank_and_layers(
     tmp_path: Path, rehearsed: list[Step]
 ) -> None:
