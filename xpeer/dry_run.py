@@ -20,6 +20,7 @@ from xpeer.accounts.budget import (
 )
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.spending import SwarmSpending
+from xpeer.accounts.trained import has_trained
 from xpeer.amounts import duration, size
 from xpeer.config import Home, NodeConfig
 from xpeer.estimate import fit as fitting
@@ -27,7 +28,7 @@ from xpeer.estimate.remembered import Rehearsals
 from xpeer.manifest import Manifest
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.text import Text, text_of
-from xpeer.training.checkpoint_files import newest_step, paths
+from xpeer.training.checkpoint_files import newest_step
 from xpeer.training.losses import choose_device
 from xpeer.training.schedule import planned_steps
 from xpeer.training.token_cache import lent
@@ -76,7 +77,7 @@ def _examine_room(home: Home, config: NodeConfig, manifest: Manifest, report: Re
     private = manifest.privacy.policy.clips_records
     device, _ = choose_device(config.training.device, private=private)
     fit = fitting.examine(manifest, config, home, device, rehearsals, asked=True)
-    if wanted == "refuse" and not paths(home.checkpoints):
+    if wanted == "refuse" and not has_trained(home):
         fit.require()
     for line in (*fit.notes, *(f"warning: {said}" for said in (*fit.warnings, *fit.problems))):
         report(f"room: {line}")

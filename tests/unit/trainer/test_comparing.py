@@ -8,11 +8,18 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.unit.accounts.ledgers import about_in
 from tests.unit.training.homes import make_homes
+from xpeer import dry_run
+from xpeer.accounts.accountant import Segment
+from xpeer.accounts.ledger import Ledger
+from xpeer.accounts.register import Register
+from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.estimate import room
 from xpeer.estimate.remembered import NAME
 from xpeer.estimate.room import Room
+from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer import build
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup
@@ -49,6 +56,20 @@ def test_others_are_warned_at_most(setup: TrainerSetup, how: str) -> None:
     said = [line for line in made.beginning.warnings if "memory of this machine" in line]
     assert len(said) == (how != "skip")
     assert not (Path(setup.home) / "cache" / NAME).exists(), "nothing had to be rehearsed"
+
+
+def test_a_dry_run_refuses_what_a_start_refuses(setup: TrainerSetup, tmp_path: Path) -> None:
+    """A home that charged steps has trained, with a checkpoint or without."""
+    home, said = Home(Path(setup.home)), list[str]()
+    manifest = SignedManifest.load(home.manifest).open()
+    with pytest.raises(ConfigError, match=r"memory of this machine is 1\.00 MB"):
+        dry_run._examine_room(home, setup.config, manifest, said.append)
+    with Ledger.open(home.ledger_db) as ledger:
+        documents = ["0" * 64]
+        ledger.declare_documents(Register.open(tmp_path / "r"), documents, about_in("swarm"))
+        ledger.charge(Segment(1.0, 0.1, 1))
+    dry_run._examine_room(home, setup.config, manifest, said.append)
+    assert any("memory of this machine" in line for line in said)
 
 
 def test_a_start_that_comes_near_is_rehearsed_once(
