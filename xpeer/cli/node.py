@@ -141,18 +141,26 @@ def _remove_tokens(home: Home) -> None:
 
 def _remains(home: Home) -> Iterator[str]:
     """What a node that has left still has on the disk."""
-    parts = (
-        (home.tokens, "the tokenised text, as private as the text itself: leave with "
-                      "--remove-tokens, or remove it yourself"),
-        (home.checkpoints, "the model; `xpeer checkpoint export` needs it"),
-        (home.own, "own models, by `xpeer finetune`"),
-        (home.ledger_db, "what privacy cost: keep it, what was spent stays spent"),
-        (home.identity_key, "the key of this PeerID: whoever has it can come back"),
-    )  # fmt: skip
+    parts = {
+        home.tokens: "the tokenised text, as private as the text itself: leave with "
+                     "--remove-tokens, or remove it yourself",
+        home.checkpoints: "the model; `xpeer checkpoint export` needs it",
+        home.own: "own models, by `xpeer finetune`",
+        home.initial_model: "the model that the swarm began with",
+        home.joining: "parameters that were not taken over; they can go",
+        home.held_out: "which text is held out: keep it for as long as the models",
+        home.ledger_db: "what privacy cost: keep it, what was spent stays spent",
+        home.admin_key: "the key that invites members: keep it",
+        home.identity_key: "the key of this PeerID: whoever has it can come back",
+    }  # fmt: skip
     try:
-        for path, what in parts:
+        for path, what in parts.items():
             if path.exists():
                 yield f"left on the disk: {path}, {render.size(_num_bytes(path))}: {what}"
+        others = [path.name for path in home.parts() if path not in parts and path.exists()]
+        if others:
+            names = ", ".join(others)
+            yield f"left on the disk: in {home.path}: membership, settings and history: {names}"
     except OSError as e:
         yield f"what is left in {home.path} can't be listed: {e.strerror or e}"
 

@@ -16,6 +16,7 @@ from tests.fake_daemon import HEALTHY, OTHER, answering
 from tests.unit.test_control import process
 from xpeer.cli import main, node, render
 from xpeer.cli.peer_table import peer_lines
+from xpeer.config import SOCKET, Home
 from xpeer.control import Peers
 from xpeer.errors import ExitCode, LocalError, NotRunningError
 from xpeer.health import HealthReason
@@ -313,6 +314,28 @@ def test_leaving_says_what_is_left_and_removes_tokens_if_asked(
     assert (f"left on the disk: {tokens.parent}, 2.0 kB" in result.stderr) != remove
     assert f"left on the disk: {tmp_path / 'ledger.sqlite'}" in result.stderr
     assert (tmp_path / "cache" / "engine.json").exists()
+
+
+def test_leaving_names_all_that_is_left(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    parts = [path for path in home.parts() if path.name != SOCKET]  # gone with the daemon
+    for path in (home.cache, home.tokens, home.checkpoints, home.own):
+        path.mkdir()
+    for path in (home.initial_model, home.joining):
+        path.mkdir()
+        (path / "values").write_bytes(bytes(3000))
+    for path in parts:
+        if path.suffix != ".toml" and not path.exists():
+            path.write_bytes(b"x")
+    with process(tmp_path / "xpeer.sock"):
+        result = xpeer(tmp_path, "leave")
+    assert result.exit_code == ExitCode.OK, result.stderr
+    told = [line for line in result.stderr.splitlines() if line.startswith("left on the disk: ")]
+    for path in (part for part in parts if part.exists()):
+        lines = [line for line in told if re.search(rf"[/ ]{re.escape(path.name)}(,|$)", line)]
+        assert lines, path.name
+    for path in (home.initial_model, home.joining):
+        assert any(line.startswith(f"left on the disk: {path}, 3.0 kB: ") for line in told)
 
 
 def test_stop_times_out(tmp_path: Path) -> None:
