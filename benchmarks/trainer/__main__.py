@@ -60,9 +60,10 @@ def measure(
             _worst(summary, key, found["ratio"], min)
             if not privacy_policy(mode).charges:
                 _worst(summary, "memory_ratio", found["memory_ratio"], max)
-                if kind == "full" and (model or models == [None]):  # of few values it is noise
-                    for name in ("exchange_bytes", "checkpoint_bytes"):
-                        _worst(summary, name, found[name], max)
+                if kind == "lora":  # so few that most of it does not depend on their number
+                    _worst(summary, "adapters_exchange_mb", found["exchange_mb"], max)
+                elif model or models == [None]:
+                    _worst(summary, "exchange_bytes", found["exchange_bytes"], max)
     return {"summary": {key: round(value, 4) for key, value in summary.items()}, **details}
 
 
@@ -94,8 +95,8 @@ def compare(case: Case, rounds: int, steps: int) -> dict[str, Any]:
         "exchanges": exchanges,
         "memory": {**asdict(memory), "by hand": plain_peak},
         "memory_ratio": memory.own / plain_peak,
+        "exchange_mb": memory.exchange / 1e6,
         "exchange_bytes": memory.exchange / memory.num_params,
-        "checkpoint_bytes": memory.copies / memory.num_params,
     }
 
 

@@ -20,7 +20,8 @@ _NAMES = ("anna", "bert")
 _LISTEN = "/ip4/127.0.0.1/tcp/0"
 _START_TIMEOUT_S, _STEP_TIMEOUT_S, _POLL_S = 600.0, 600.0, 0.1
 COPIES = 12
-"""Bytes of a trained parameter; `benchmarks.memory` measures them."""
+"""Bytes of a trained parameter that are kept for checkpoints. They are not measured here: a test
+compares them with what a trainer keeps."""
 _QUIET_S = 0.5
 """A process that computes nothing for so long rests."""
 
