@@ -15,6 +15,7 @@ that they are private, which can't be proven. If they are, averages of them are 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -109,24 +110,15 @@ class Consolidation:
 def consolidate_(
     flat: torch.Tensor, fragments: Fragments, received: dict[int, tuple[ReceivedFragment, ...]]
 ) -> None:
-    """Average our parameters with the received ones, in place. Needs memory for two fragments.
+    """Average our parameters with the received ones, in place. Needs memory for a fragment.
 
     Args:
         flat: (num_params padded with zeros to whole lines,) float32, CPU: our own.
         fragments: how they are cut.
         received: what `Consolidation.now` returned.
     """
-    if not received:
-        return
-    largest = max(fragments.size(fragment) for fragment in received)
-    added, values = torch.empty(largest), torch.empty(largest)
-    for fragment, kept in received.items():
-        size = fragments.size(fragment)
-        add, one = added[:size], values[:size]
-        fragments.gather(flat, fragment, add).mul_(-len(kept))
-        for sent in kept:
-            add.add_(codec.decode(sent.form, codec.view(sent.payload), out=one))
-        fragments.add_(flat, fragment, add, 1 / (1 + len(kept)))
+    for fragment, values, weight in _terms(flat, fragments, received):
+        fragments.add_(flat, fragment, values, weight)
 
 
 def packed_addition(
@@ -142,15 +134,22 @@ def packed_addition(
         received: what `Consolidation.now` returned.
     """
     added, out = torch.zeros_like(flat), _payload(fragments.num_params)
+    for fragment, values, weight in _terms(flat, fragments, received):
+        fragments.add_(added, fragment, values, weight)
+    codec.encode_into(_KEPT, added[: fragments.num_params], codec.view(out))
+    return out
+
+
+def _terms(
+    flat: torch.Tensor, fragments: Fragments, received: dict[int, tuple[ReceivedFragment, ...]]
+) -> Iterator[tuple[int, torch.Tensor, float]]:
+    """What consolidation adds: a fragment, values and their weight. The next overwrites them."""
     values = torch.empty(max((fragments.size(fragment) for fragment in received), default=0))
     for fragment, kept in received.items():
         one, weight = values[: fragments.size(fragment)], 1 / (1 + len(kept))
+        yield fragment, fragments.gather(flat, fragment, one), -len(kept) * weight
         for sent in kept:
-            codec.decode(sent.form, codec.view(sent.payload), out=one)
-            fragments.add_(added, fragment, one, weight)
-        fragments.add_(added, fragment, fragments.gather(flat, fragment, one), -len(kept) * weight)
-    codec.encode_into(_KEPT, added[: fragments.num_params], codec.view(out))
-    return out
+            yield fragment, codec.decode(sent.form, codec.view(sent.payload), out=one), weight
 
 
 def _payload(num_values: int) -> torch.Tensor:
