@@ -20,8 +20,19 @@ if TYPE_CHECKING:
     import torch
 
 
-WORSE: Final = 1.05, 0.02
-"""How much worse than ours a donor's parameters may be on the public text: factor, nats."""
+class Margin(NamedTuple):
+    """By how much a loss on the public text may be above another."""
+
+    factor: float
+    nats: float
+
+    def above(self, loss: float) -> float:
+        """The highest loss that this allows."""
+        return self.factor * loss + self.nats
+
+
+WORSE: Final = Margin(1.05, 0.02)
+"""How much worse than ours a donor's parameters may be."""
 
 
 @seen_by("node", "never leaves the trainer")

@@ -106,6 +106,5 @@ def require_as_good(
     if not strange <= STRANGE:
         reason = Reason.REFUSED if math.isfinite(strange) else Reason.NOT_FINITE
         raise PeerError(reason, f"loss {strange:.3g} on tokens in any order")
-    factor, nats = WORSE
-    if measured > factor * before + nats:
+    if measured > WORSE.above(before):
         raise PeerError(Reason.WORSE_THAN_OURS, f"public loss {measured:.3f}, ours is {before:.3f}")
