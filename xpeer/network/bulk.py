@@ -89,8 +89,7 @@ def receive(
     Args:
         stream: nobody else reads from it.
         opener: of its session.
-        out: (num_bytes,) uint8, writable. After an error its first bytes are valid, as many as were
-            added to `pace.moved`; without `pace` nobody knows how many.
+        out: (num_bytes,) uint8, writable.
         frame_timeout_s: for one frame to arrive.
         pace: bounds the time of the whole transfer, and counts whole frames; None = no bound.
 

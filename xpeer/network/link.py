@@ -155,14 +155,11 @@ class Link:
         self._meter.bytes_out += bulk.sealed_size(len(view))
         return digest
 
-    async def receive_bulk(
-        self, num_bytes: int, pace: Pace | None = None
-    ) -> tuple[memoryview, bytes]:
+    async def receive_bulk(self, num_bytes: int) -> tuple[memoryview, bytes]:
         """Receive exactly the announced payload, off the event loop.
 
         Args:
             num_bytes: the caller has checked it against what the manifest allows.
-            pace: bounds the time of the whole transfer; None = no bound.
 
         Returns:
             The payload, writable, and a digest of its frames.
@@ -172,13 +169,10 @@ class Link:
                 stream ended or stalled.
         """
         payload = bulk.allocate(num_bytes)
-        return payload, await self.receive_into(payload, pace)
+        return payload, await self.receive_into(payload)
 
     async def receive_into(self, payload: memoryview, pace: Pace | None = None) -> bytes:
         """Receive the announced payload into the caller's memory, and return its digest.
-
-        After an error, the first bytes of `payload` are valid, as many as were added to
-        `pace.moved`: whole frames.
 
         Args:
             payload: (num_bytes,) uint8, writable.
