@@ -3,7 +3,7 @@
 A product of two bfloat16 numbers is exact in float32. A GPU multiplies such factors as they are,
 and adds up in float32. A processor multiplies matrices of float32 by way of bfloat16, if torch is
 told to, and adds up in float32, too. Both give what float32 gives, up to the order of the sum. On a
-processor with such instructions it takes less than half the time.
+processor it takes less than half the time; without AMX torch then uses a faster library of float32.
 
 Such instructions may count numbers below 2^-126 as zero. That is nothing beside the others, unless
 the other factor is huge; then all is done in float32, or a record could exceed its norm unseen.
