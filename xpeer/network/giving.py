@@ -188,7 +188,7 @@ class _Gift:
                 raise
             spent.took(time.monotonic() - began, size / least)
             self._sent += size
-            self._turns.sent_piece(self._link.peer_id)
+            self._turns.sent_piece(self._link.peer_id, size)
 
     def _count(self, root: bytes, num_bytes: int) -> None:
         whole = self._shape.num_bytes + self._shape.num_pieces * HASH_BYTES

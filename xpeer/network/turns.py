@@ -1,13 +1,14 @@
 """Which joiners get parameters now, and what each of them cost.
 
-Bounds are: a place among `limits.max_transfers`, a pause between copies, and for each snapshot a
-number of bytes and a time.
+Bounds are: a place among `limits.max_transfers`, a time in it while others want it, a pause between
+copies, and for each snapshot a number of bytes and a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ MOST_SENT: Final = 2.0
 YIELDS_S: Final = 10.0
 """If all places are taken, a joiner that has asked for nothing for so long makes way; over all its
 links, since it was sent a piece."""
+TURN_S: Final = 900.0
+"""If all places are taken, and nobody idles, one of those that have had theirs for so long makes
+way, and rests for PAUSE_S: who was sent least in this time. It costs that joiner a piece, as it
+comes back for the rest. Nobody makes way who was sent more than half of those with a place: else
+identities that come and go, each for less than a turn, would push out all others."""
+_MINUTE_S: Final = 60.0
 
 
 @dataclass(slots=True)
@@ -43,6 +50,43 @@ class Spent:
         """Count the time that a piece took. What is beyond `at_most_s` is idle time."""
         self.busy_s += min(seconds, at_most_s)
         self.idle_s += max(0.0, seconds - at_most_s)
+
+
+class Stay:
+    """One joiner's turn in a place, over all its links: who links anew does not begin a new one.
+
+    Attributes:
+        began_at: when its turn began.
+        made_way: True from when its turn was ended for a newcomer, until it has a place again.
+    """
+
+    def __init__(self) -> None:
+        self.began_at, self.made_way = 0.0, False
+        self._left_at = -math.inf
+        self._minutes: dict[int, int] = {}
+        """Bytes that it was sent, by the minute."""
+
+    def enter(self, now: float) -> None:
+        """It has a place. Its turn begins anew if it made way, or was away for as long as one."""
+        if self.made_way or now - self._left_at >= TURN_S:
+            self.began_at, self.made_way = now, False
+
+    def leave(self, now: float) -> None:
+        """It has a place no more."""
+        self._left_at = now
+
+    def took(self, num_bytes: int, now: float) -> None:
+        """Count bytes that it was sent."""
+        minutes, minute = self._of_late(now), int(now // _MINUTE_S)
+        self._minutes = minutes | {minute: minutes.get(minute, 0) + num_bytes}
+
+    def num_bytes(self, now: float) -> int:
+        """Bytes that it was sent in the last TURN_S, over all snapshots."""
+        return sum(self._of_late(now).values())
+
+    def _of_late(self, now: float) -> dict[int, int]:
+        first = (now - TURN_S) // _MINUTE_S
+        return {minute: n for minute, n in self._minutes.items() if minute > first}
 
 
 class Turns:
@@ -65,6 +109,8 @@ class Turns:
         """Since when each peer that has a place has asked for nothing."""
         self._idled_s: dict[PeerId, float] = {}
         """How long each peer did so before, over all its links, since it was sent a piece."""
+        self._stays: dict[PeerId, Stay] = {}
+        """Of each peer that has or had a place; who had one last is the last."""
 
     @property
     def joiners(self) -> int:
@@ -78,10 +124,21 @@ class Turns:
             peer_id: the joiner.
             held: the snapshot that it asks for is here, and costs the trainer no copy.
         """
-        if not held:
-            return self._rested(peer_id) and await self._has_place(peer_id)
-        await self._end_old(peer_id)
+        if held:
+            await self._end_old(peer_id)
+        needs_rest = not held or self.made_way(peer_id)
+        if peer_id in self._giving or (needs_rest and not self._rested(peer_id)):
+            return False
         return await self._has_place(peer_id)
+
+    def made_way(self, peer_id: PeerId) -> bool:
+        """Whether this peer's turn was ended for a newcomer, and it has had no place since."""
+        return peer_id in self._stays and self._stays[peer_id].made_way
+
+    def bytes_of_late(self, peer_id: PeerId) -> int:
+        """Bytes of pieces that this peer was sent in the last TURN_S."""
+        stay = self._stays.get(peer_id)
+        return stay.num_bytes(time.monotonic()) if stay is not None else 0
 
     def sent(self, peer_id: PeerId, root: bytes, num_bytes: int, whole: int) -> None:
         """Count bytes of a snapshot that this peer is sent, over all its links.
@@ -120,9 +177,10 @@ class Turns:
             if len(self._idled_s) > MAX_PEERS:
                 del self._idled_s[next(iter(self._idled_s))]
 
-    def sent_piece(self, peer_id: PeerId) -> None:
-        """Forget how long this peer asked for nothing."""
+    def sent_piece(self, peer_id: PeerId, num_bytes: int) -> None:
+        """Count a piece for this peer's turn, and forget how long it asked for nothing."""
         self._idled_s.pop(peer_id, None)
+        self._stays[peer_id].took(num_bytes, time.monotonic())
 
     def _idle_s(self, peer_id: PeerId) -> float:
         return self._idled_s.get(peer_id, 0.0) + time.monotonic() - self._idle[peer_id]
@@ -142,21 +200,42 @@ class Turns:
             await ended.wait()
 
     async def _has_place(self, peer_id: PeerId) -> bool:
-        """Whether there is a place for this peer. A joiner that only holds one makes way."""
-        if len(self._giving) >= self._most and self._idle:
-            longest = max(self._idle, key=self._idle_s)
-            if self._idle_s(longest) >= YIELDS_S:
-                await self._end_old(longest)
+        """Whether there is a place for this peer. If all are taken, somebody may make way."""
+        if len(self._giving) >= self._most:
+            if (idle := self._idle_for_long()) is not None:
+                await self._end_old(idle)
+            elif (last := self._last_in_its_turn()) is not None:
+                self._stays[last].made_way = True
+                await self._end_old(last)
         return peer_id not in self._giving and len(self._giving) < self._most
+
+    def _idle_for_long(self) -> PeerId | None:
+        longest = max(self._idle, key=self._idle_s, default=None)
+        return longest if longest is not None and self._idle_s(longest) >= YIELDS_S else None
+
+    def _last_in_its_turn(self) -> PeerId | None:
+        """Who was sent least of those whose turn is over, and no more than half of all were."""
+        by_bytes = sorted(self._giving, key=self.bytes_of_late)
+        now, half = time.monotonic(), (len(by_bytes) + 1) // 2
+        over = (p for p in by_bytes[:half] if now - self._stays[p].began_at >= TURN_S)
+        return next(over, None)
 
     @contextlib.contextmanager
     def giving(self, link: Link) -> Iterator[None]:
         """Count a donation on this link while it runs."""
-        ended = asyncio.Event()
+        ended, stay = asyncio.Event(), self._enter(link.peer_id)
         self._giving[link.peer_id] = link, ended
         try:
             yield
         finally:
             del self._giving[link.peer_id]
-            self._ended[link.peer_id] = time.monotonic()
+            self._ended[link.peer_id] = now = time.monotonic()
+            stay.leave(now)
             ended.set()
+
+    def _enter(self, peer_id: PeerId) -> Stay:
+        self._stays[peer_id] = stay = self._stays.pop(peer_id, None) or Stay()
+        stay.enter(time.monotonic())
+        if len(self._stays) > MAX_PEERS:
+            del self._stays[next(peer for peer in self._stays if peer not in self._giving)]
+        return stay
