@@ -12,6 +12,7 @@ back for what it lacks.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final
@@ -23,8 +24,8 @@ from xpeer.network.agreement import Dialler, Party
 from xpeer.network.link import Link
 from xpeer.network.pieces import HASH_BYTES, Shape, Signer, Tree
 from xpeer.network.rates import Pace, Rates
-from xpeer.network.shelf import PREPARE_TIMEOUT_S, Shelf, Snapshot, Source
-from xpeer.network.turns import Spent, Turns
+from xpeer.network.shelf import KEPT_S, PREPARE_TIMEOUT_S, Shelf, Snapshot, Source
+from xpeer.network.turns import TURN_S, Spent, Turns
 from xpeer.network.uplink import Uplink
 from xpeer.wire.messages import (
     PIECE_BYTES,
@@ -40,7 +41,7 @@ BROKE: Final = frozenset({Reason.CLOSED, Reason.TRUNCATED, Reason.TIMEOUT})
 """Reasons that a broken link has. Any other is a fault of a peer."""
 WORTH: Final = 0.05
 """Fraction of the model. A donor keeps the snapshot of a broken transfer only if at least this much
-was sent; less is sent e.g. to a joiner that chose another donor."""
+was sent, or if the joiner made way; less is sent e.g. to one that chose another donor."""
 IDLE_S: Final = 60.0
 """A joiner that asks for nothing for so long loses its place. It may still compare offers. Once it
 has begun, or links again for the same snapshot, it may take so long in all, over all its links, and
@@ -85,7 +86,8 @@ def serving(
             if not await turns.may_begin(link.peer_id, held=held):
                 return
             with turns.giving(link):
-                async with shelf.lend(trainer, root, end=link.abort) as lent:
+                taken = functools.partial(turns.bytes_of_late, link.peer_id)
+                async with shelf.lend(trainer, root, end=link.abort, taken=taken) as lent:
                     gift = _Gift(party, link, shape, lent, turns, uplink)
                     await gift.give(shelf, comes_back=comes_back)
         finally:
@@ -148,8 +150,10 @@ class _Gift:
                 request = await self._next(spent, counts=comes_back or self._sent > 0)
                 await self._answer(request, offer.root, spent)
         except PeerError as e:
-            if e.reason in BROKE and self._sent >= WORTH * self._shape.num_bytes:
-                shelf.keep(self._lent)
+            made_way = self._turns.made_way(self._link.peer_id)
+            if e.reason in BROKE and (made_way or self._sent >= WORTH * self._shape.num_bytes):
+                for_s = KEPT_S + TURN_S if made_way else KEPT_S  # others have their turn first
+                shelf.keep(self._lent, for_s, awaited=not self._link.partner_ended)
             raise
 
     async def _next(self, spent: Spent, *, counts: bool) -> AnyMessage:

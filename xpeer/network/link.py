@@ -224,6 +224,11 @@ class Link:
             if (second := self._second_if_open()) is not None:
                 second[0].shutdown()
 
+    @property
+    def partner_ended(self) -> bool:
+        """Whether the partner ended the session: its link did not break."""
+        return self._session is not None and self._session.opener.ended
+
     def _open_session(self) -> Session:
         if self._session is None:
             raise RuntimeError("the link is not connected")

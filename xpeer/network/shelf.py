@@ -23,14 +23,15 @@ FRESH_COST = 20.0
 included. So joiners cost the donor at most a twentieth of a core, however many they are. Waiting is
 no cost: a copy that waited a minute for a core would else be handed out for twenty."""
 STALE_S: Final = 900.0
-"""While two snapshots are lent, joiners get the last one, however old it is. Once it is older than
-this, a joiner that asks ends the links with the older one: else two slow joiners could freeze what
-this donor hands out."""
+"""While there are two snapshots, joiners get the last one. Once that is older than this, a joiner
+that asks ends the links with one of them: else two slow joiners could freeze what this donor hands
+out. It is the one of which no joiner takes as much as the fastest one does of the other."""
 PREPARE_TIMEOUT_S: Final = 300.0
 """A joiner waits so long for a snapshot, which is made at a step boundary: a step of a large model
 is long. Then its place is free again, whatever becomes of the snapshot."""
 KEPT_S = 120.0
-"""The snapshot of a transfer that broke off is kept for this long, unless its memory is needed."""
+"""The snapshot of a transfer that broke off is kept for this long, unless its memory is needed: for
+a newer one, once the last one is older than STALE_S. Who made way gets `turns.TURN_S` more."""
 
 
 class Source(Protocol):
@@ -75,10 +76,13 @@ class _Loan:
     Args:
         snapshot: it.
         end: ends the link.
+        taken: returns the bytes that its joiner took of late.
     """
 
-    def __init__(self, snapshot: Snapshot, end: Callable[[], object]) -> None:
-        self.snapshot, self.end = snapshot, end
+    def __init__(
+        self, snapshot: Snapshot, end: Callable[[], object], taken: Callable[[], int]
+    ) -> None:
+        self.snapshot, self.end, self.taken = snapshot, end, taken
         self.returned = asyncio.Event()
 
 
@@ -104,10 +108,19 @@ class Shelf:
         """The snapshot that is being made, and of whom."""
         self._loans: list[_Loan] = []
         self._broken: Snapshot | None = None
+        self._awaited = False
+        """True iff a joiner lacks pieces of the broken one."""
+        self._giving_up: asyncio.TimerHandle | None = None
+        """Frees the broken one's memory; None until there was one."""
 
     @contextlib.asynccontextmanager
     async def lend(
-        self, source: Source, root: bytes | None = None, *, end: Callable[[], object]
+        self,
+        source: Source,
+        root: bytes | None = None,
+        *,
+        end: Callable[[], object],
+        taken: Callable[[], int],
     ) -> AsyncIterator[Snapshot]:
         """Lend a snapshot. While two are lent, no third one is made for STALE_S.
 
@@ -116,13 +129,14 @@ class Shelf:
             root: of the tree of the snapshot to lend; None = the last one, or a new one if that is
                 not fresh.
             end: ends the link that it is lent to; the snapshot has to come back soon then.
+            taken: returns the bytes that the joiner took of late.
 
         Raises:
             PeerError: there is no snapshot to lend, this one is no longer held, or the trainer made
                 none in PREPARE_TIMEOUT_S.
         """
         lent = await self._soon(source) if root is None else self._held(source, root)
-        self._loans.append(loan := _Loan(lent, end))
+        self._loans.append(loan := _Loan(lent, end, taken))
         try:
             yield lent
         finally:
@@ -131,10 +145,21 @@ class Shelf:
             if self._clock() >= self._until:
                 self._forget(lent)
 
-    def keep(self, lent: Snapshot) -> None:
-        """Keep a lent snapshot for KEPT_S, for a joiner that will ask for the rest of it."""
-        self._broken = lent
-        asyncio.get_running_loop().call_later(KEPT_S, self._give_up, lent)
+    def keep(self, lent: Snapshot, for_s: float = KEPT_S, *, awaited: bool = True) -> None:
+        """Keep a lent snapshot for a joiner that may ask for more of it.
+
+        Args:
+            lent: it.
+            for_s: time, unless its memory is needed.
+            awaited: the joiner lacks pieces, so it will ask. No other one is made in its place for
+                STALE_S, and none is kept that nobody awaits.
+        """
+        if self._broken is not None and self._awaited and not awaited:
+            return
+        self._broken, self._awaited = lent, awaited
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+        self._giving_up = asyncio.get_running_loop().call_later(for_s, self._give_up)
 
     def holds(self, source: Source, root: bytes) -> bool:
         """Whether a snapshot of this trainer is here under this root."""
@@ -165,14 +190,17 @@ class Shelf:
             kept = self._kept
             if kept is not None and kept.source is not source:
                 kept = self._kept = None
+            if self._broken is not None and self._broken.source is not source:
+                self._broken = None
             if kept is not None and self._fresh(kept):
                 return kept
-            if len(self._lent()) > 1:
-                if self._clock() - self._made_at < STALE_S:
-                    if kept is None:
-                        raise PeerError(Reason.BUSY, "two snapshots are on their way already")
-                    return kept
-                await self._end_the_older()
+            lent, is_stale = self._lent(), self._clock() - self._made_at >= STALE_S
+            awaited = self._broken if self._awaited else None
+            if kept is not None and not is_stale and len({*lent, awaited} - {None}) > 1:
+                return kept
+            if len(lent) > 1 and not is_stale:
+                raise PeerError(Reason.BUSY, "two snapshots are on their way already")
+            await self._end_the_slower()
             self._kept = None  # free its memory before the next one is made
             if self._loans:
                 self._broken = None
@@ -182,13 +210,17 @@ class Shelf:
         """The snapshots that are lent, the one first that was lent first."""
         return list(dict.fromkeys(loan.snapshot for loan in self._loans))
 
-    async def _end_the_older(self) -> None:
-        """End links until only one snapshot is lent: the last one, if that is among them."""
+    async def _end_the_slower(self) -> None:
+        """End links until only one snapshot is lent."""
         while len(lent := self._lent()) > 1:
-            older = next(snapshot for snapshot in lent if snapshot is not self._kept)
-            for loan in [loan for loan in self._loans if loan.snapshot is older]:
+            slower = min(lent, key=self._most_taken)
+            for loan in [loan for loan in self._loans if loan.snapshot is slower]:
                 loan.end()
                 await loan.returned.wait()
+
+    def _most_taken(self, snapshot: Snapshot) -> int:
+        """Bytes that the fastest joiner with a lent snapshot took of late."""
+        return max(loan.taken() for loan in self._loans if loan.snapshot is snapshot)
 
     async def _made(self, source: Source) -> Snapshot:
         """A new snapshot, or the one that an earlier joiner did not wait for any longer."""
@@ -233,6 +265,5 @@ class Shelf:
         if self._kept is snapshot and snapshot not in self._lent():
             self._kept = None
 
-    def _give_up(self, snapshot: Snapshot) -> None:
-        if self._broken is snapshot:
-            self._broken = None
+    def _give_up(self) -> None:
+        self._broken = None

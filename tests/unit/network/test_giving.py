@@ -47,10 +47,16 @@ class Source:
 class Pair:
     """A donor, and joiners that link to it."""
 
-    def __init__(self, source: Source | None = None, uplink: Uplink | None = None) -> None:
+    def __init__(
+        self,
+        source: Source | None = None,
+        uplink: Uplink | None = None,
+        shelf: Shelf | None = None,
+        places: int = 2,
+    ) -> None:
         self.donor = Identity.generate()
         self.source = source or Source()
-        self.shelf, self.turns = Shelf(1), Turns(2, Rates())
+        self.shelf, self.turns = shelf or Shelf(1), Turns(places, Rates())
         self._handle = giving.serving(
             party(self.donor),
             lambda: self.source,

@@ -15,6 +15,7 @@ from xpeer.network import giving, turns
 from xpeer.network.link import Link
 from xpeer.network.pieces import root_of
 from xpeer.network.rates import Pace
+from xpeer.network.shelf import STALE_S, Shelf
 from xpeer.network.uplink import Uplink
 from xpeer.wire.messages import PIECE_BYTES, PiecesRequest
 
@@ -68,6 +69,65 @@ async def test_a_piece_makes_up_for_the_time_before_it(
         await pair.ask(Identity.generate())
     for giver in givers:
         giver.refuse()
+
+
+async def test_who_took_least_in_its_turn_makes_way_and_comes_back_for_the_rest(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else as many joiners as there are places keep them all, at the least speed there is."""
+    monkeypatch.setattr(giving, "WORTH", 0.9)  # of a large model little comes in one turn
+    now_s = later(monkeypatch)
+    slow, newcomer = Identity.generate(), Identity.generate()
+    first = await pair.ask(slow)
+    pair.source.step, pair.source._payload = 10, PAYLOAD[::-1]
+    second = await pair.ask(Identity.generate())
+    for seconds in (450.0, 450.0):
+        await received(first, 0, 1)
+        await received(second, 0, 2)
+        with pytest.raises(PeerError):
+            await pair.ask(newcomer)
+        now_s[0] += seconds
+    await received(first, 1, 1)
+    await received(second, 2, 2)
+    pair.source.step = 20
+    third = await pair.ask(newcomer)
+    assert third.tree == second.tree
+    with pytest.raises(PeerError):
+        await received(first, 2, 1)
+    await received(second, 0, 1)
+    await second.close()
+    with pytest.raises(PeerError):
+        await pair.ask(slow, first.tree.root)
+    assert (forgets := pair.shelf._giving_up) is not None
+    assert forgets.when() - asyncio.get_running_loop().time() > turns.TURN_S  # others come first
+    now_s[0] += turns.PAUSE_S
+    again = await pair.ask(slow, first.tree.root)
+    assert again.tree == first.tree
+    assert await received(again, 2, 2) == PAYLOAD[2 * PIECE_BYTES :]
+    for giver in (first, again, third):
+        giver.refuse()
+
+
+async def test_a_request_does_not_end_a_faster_joiners_transfer() -> None:
+    """Of two snapshots the one goes of which less was taken, not the older one: else two identities
+    could break off every transfer that takes longer than 15 minutes.
+    """
+    now_s = 0.0
+    pair = Pair(shelf=Shelf(1, lambda: now_s), places=3)
+    honest = await pair.ask(Identity.generate())
+    await received(honest, 0, 3)
+    pair.source.step, now_s = 10, 30.0
+    slow = await pair.ask(Identity.generate())
+    await received(slow, 0, 1)
+    pair.source.step, now_s = 20, 30.0 + STALE_S
+    newcomer = await pair.ask(Identity.generate())
+    assert newcomer.step == 3
+    assert await received(honest, 3, 1) == PAYLOAD[3 * PIECE_BYTES :]
+    with pytest.raises(PeerError):
+        await received(slow, 1, 1)
+    for giver in (honest, slow, newcomer):
+        giver.refuse()
+    await pair.end()
 
 
 async def test_from_the_second_link_on_the_time_without_a_piece_counts(

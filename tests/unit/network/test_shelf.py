@@ -9,7 +9,15 @@ import pytest
 
 from xpeer.errors import PeerError, Reason
 from xpeer.network import shelf as shelves
+from xpeer.network.pieces import root_of
 from xpeer.update import ModelState, StateCopy
+
+
+def lend(
+    shelf: shelves.Shelf, source: shelves.Source, root: bytes | None = None
+) -> contextlib.AbstractAsyncContextManager[shelves.Snapshot]:
+    """Lend to a joiner that takes nothing, and that nobody can end."""
+    return shelf.lend(source, root, end=lambda: None, taken=lambda: 0)
 
 
 class CopyingTrainer:
@@ -77,7 +85,7 @@ async def test_there_are_two_snapshots_at_most_however_slowly_they_are_read() ->
     shelf, source = shelves.Shelf(1, lambda: now_s), Source()
     async with contextlib.AsyncExitStack() as slow:
         for _ in range(8):  # each comes when the one before has gone stale
-            await slow.enter_async_context(shelf.lend(source, end=lambda: None))
+            await slow.enter_async_context(lend(shelf, source))
             now_s += shelves.FRESH_S + 1.0
         assert taken == 2
         with pytest.raises(PeerError, match=Reason.BUSY):  # of another trainer, a third
@@ -88,14 +96,17 @@ async def test_there_are_two_snapshots_at_most_however_slowly_they_are_read() ->
 class Joiner:
     """Holds what it is lent until the shelf ends its link."""
 
-    def __init__(self, shelf: shelves.Shelf, source: CopyingTrainer) -> None:
+    def __init__(self, shelf: shelves.Shelf, source: CopyingTrainer, taken: int = 0) -> None:
         self.step: int | None = None
+        self.lent: shelves.Snapshot
+        self.taken = taken
+        """Bytes that it took of late."""
         self._ended = asyncio.Event()
         self.task = asyncio.create_task(self._hold(shelf, source))
 
     async def _hold(self, shelf: shelves.Shelf, source: CopyingTrainer) -> None:
-        async with shelf.lend(source, end=self._ended.set) as lent:
-            self.step = lent.state.step
+        async with shelf.lend(source, end=self._ended.set, taken=lambda: self.taken) as lent:
+            self.lent, self.step = lent, lent.state.step
             await self._ended.wait()
 
     async def holds(self, step: int) -> None:
@@ -130,6 +141,82 @@ async def test_two_slow_joiners_do_not_freeze_what_a_donor_hands_out() -> None:
     await asyncio.gather(late.task, last.task, return_exceptions=True)
 
 
+async def lent_to(
+    shelf: shelves.Shelf, trainer: CopyingTrainer, taken: list[tuple[int, int]]
+) -> list[Joiner]:
+    """One joiner each for steps of the trainer and bytes that it took of late."""
+    joiners = list[Joiner]()
+    for trainer.step, num_bytes in taken:
+        joiners.append(Joiner(shelf, trainer, num_bytes))
+        await joiners[-1].holds(trainer.step)
+    return joiners
+
+
+async def test_of_two_snapshots_the_one_goes_that_nobody_takes_as_fast_as_the_other() -> None:
+    """Many slow joiners do not add up: else they could end the transfer of a faster one."""
+    now_s = [0.0]
+    shelf, trainer = shelves.Shelf(5, lambda: now_s[0]), CopyingTrainer(now_s)
+    taken = [(0, 1), (0, 100), (100, 60), (100, 60)]
+    joiners = await lent_to(shelf, trainer, taken)
+    trainer.step = 1000
+    now_s[0] += shelves.STALE_S
+    joiners.append(last := Joiner(shelf, trainer))
+    await last.holds(1000)
+    assert [each.task.done() for each in joiners] == [False, False, True, True, False]
+    for each in joiners:
+        each.task.cancel()
+    await asyncio.gather(*(each.task for each in joiners), return_exceptions=True)
+
+
+async def test_a_request_does_not_cost_a_joiner_the_snapshot_that_it_comes_back_for() -> None:
+    """Until the last one is 15 minutes old. Then it goes before anybody's link is ended."""
+    now_s = [0.0]
+    shelf, trainer = shelves.Shelf(5, lambda: now_s[0]), CopyingTrainer(now_s)
+    async with lend(shelf, trainer) as lent:
+        root = root_of(await lent.leaves())
+        (other,) = await lent_to(shelf, trainer, [(100, 60)])
+        shelf.keep(lent)  # its link breaks
+        shelf.keep(other.lent, awaited=False)  # another joiner has all of this
+    trainer.step = 1000
+    now_s[0] += shelves.STALE_S - 1.0
+    assert (await shelf.get(trainer)).state.step == 100
+    assert shelf.holds(trainer, root)
+    now_s[0] += 1.0
+    assert (await shelf.get(trainer)).state.step == 1000
+    assert not shelf.holds(trainer, root)
+    assert not other.task.done()
+    other.task.cancel()
+    await asyncio.gather(other.task, return_exceptions=True)
+
+
+async def test_a_second_break_begins_the_time_anew() -> None:
+    """The end of the first one's time does not cost the joiner what it comes back for."""
+    shelf, trainer = shelves.Shelf(5), CopyingTrainer([0.0])
+    async with lend(shelf, trainer) as lent:
+        root = root_of(await lent.leaves())
+        shelf.keep(lent, 0.0)
+        shelf.keep(lent)
+    shelf._kept = None  # it is no longer fresh
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert shelf.holds(trainer, root)
+    shelf.keep(lent, 0.0)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not shelf.holds(trainer, root)
+
+
+async def test_a_broken_transfer_of_an_earlier_trainer_keeps_nothing_from_being_made() -> None:
+    now_s = [0.0]
+    shelf, trainer = shelves.Shelf(5, lambda: now_s[0]), CopyingTrainer(now_s)
+    async with lend(shelf, trainer) as lent:
+        shelf.keep(lent)
+    trainer = CopyingTrainer(now_s)
+    async with lend(shelf, trainer):
+        trainer.step = 1000
+        assert (await shelf.get(trainer)).state.step == 1000
+
+
 class Stuck(CopyingTrainer):
     """Writes a checkpoint that does not end, and makes no copy before."""
 
@@ -150,10 +237,10 @@ async def test_who_waits_for_a_copy_in_vain_has_its_place_back(
     shelf, trainer = shelves.Shelf(5), Stuck()
     for _ in range(3):
         with pytest.raises(PeerError, match=Reason.NOT_READY):
-            async with shelf.lend(trainer, end=lambda: None):
+            async with lend(shelf, trainer):
                 pass
     trainer.freed.set()
     monkeypatch.setattr(shelves, "PREPARE_TIMEOUT_S", 20.0)
-    async with shelf.lend(trainer, end=lambda: None) as lent:
+    async with lend(shelf, trainer) as lent:
         assert lent.state.step == 0
     assert trainer.copies == 1  # all waited for the same one
