@@ -314,7 +314,8 @@ class Donors:
         """Further offers, the best first; none while one donor alone has to give all."""
         if self._conduct.alone is not None:
             return []
-        return ranked(await self._offers.ask_all(without=[*without, *self._conduct.blamed]))
+        without = [*without, *self._conduct.blamed]
+        return ranked(await self._offers.ask_all(without=without, any_will_do=True))
 
     def _alike(self, best: Claim, other: Claim) -> bool:
         """Whether pieces of another snapshot may be put together with those of the best one.

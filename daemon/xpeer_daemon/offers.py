@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from typing import Final
 
 from xpeer.errors import PeerError, Reason
@@ -17,6 +17,7 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import turns
 from xpeer.network.giving import Giver
+from xpeer.network.shelf import PREPARE_TIMEOUT_S
 from xpeer.training.schedule import planned_steps
 from xpeer_daemon.store import Store
 from xpeer_daemon.swarm_view import SwarmView
@@ -26,8 +27,8 @@ log = logging.getLogger("xpeer.daemon")
 ASKED: Final = 8
 """Number of members that are asked for an offer at the same time, at most."""
 MORE_OFFERS_S: Final = 5.0
-"""After the first offer the others have this long, or as long as the first one took if that is
-longer."""
+"""Once more members have offered something than are silent, these have this long, or as long as
+the first offer took if that is longer."""
 LOOK_S: Final = 1.0
 """While nobody has offered anything, members that came meanwhile are asked after this time."""
 ASK_AGAIN_S: Final = turns.PAUSE_S
@@ -61,6 +62,8 @@ class Offers:
         self._failed: dict[PeerId, Backoff] = {}
         self._said: dict[PeerId, set[str]] = {}
         """Why each donor was refused since it last gave its parameters, without numbers."""
+        self._silent: set[PeerId] = set()
+        """Members that did not answer in PREPARE_TIMEOUT_S when they were asked last."""
 
     def willing(self) -> list[PeerId]:
         """Members that hold parameters, without those that failed a while ago."""
@@ -73,20 +76,24 @@ class Offers:
         first: Iterable[PeerId] = (),
         without: Collection[PeerId] = (),
         within_s: float = math.inf,
+        *,
+        any_will_do: bool = False,
     ) -> list[Giver]:
-        """Offers of those members that answer about as soon as the first one.
+        """Offers of members, whoever answers first: a copy takes its time, and who lies has one.
 
-        A member that is silent keeps nobody from asking those that come meanwhile, or that had
-        nothing to give before.
+        Members that are silent are waited for, until more than they have offered something, but for
+        PREPARE_TIMEOUT_S at most, and the next time not again. They keep nobody from asking those
+        that come meanwhile, or that had nothing to give before.
 
         Args:
             first: members to ask before any others.
             without: members that are not asked.
             within_s: time until nobody is waited for any more.
+            any_will_do: wait for nobody who is silent once there is an offer.
         """
         clock = asyncio.get_running_loop().time
         began, offers = clock(), list[Giver]()
-        ends_at = began + within_s
+        ends_at, first_s = began + within_s, 0.0
         asked, waiting = set(without), dict[asyncio.Task[Giver | None], PeerId]()
         had_none = dict[PeerId, float]()
         """When each of those that offered nothing answered."""
@@ -112,8 +119,12 @@ class Offers:
                         offers.append(offer)
                     else:
                         had_none[donor] = clock()
-                if offers:
-                    ends_at = min(ends_at, clock() + max(MORE_OFFERS_S, clock() - began))
+                took_s = clock() - began
+                first_s = first_s or (took_s if offers else 0.0)
+                awaited = [p for p in waiting.values() if p not in self._silent]
+                enough = any_will_do or len(offers) > len(awaited) or took_s >= PREPARE_TIMEOUT_S
+                if offers and enough:
+                    ends_at = min(ends_at, clock() + max(MORE_OFFERS_S, first_s))
         except BaseException:
             refuse(offers)
             raise
@@ -143,7 +154,8 @@ class Offers:
         """
         last = planned_steps(self._manifest)
         try:
-            offer = await self._ask_for_tree(donor)
+            with self._noting_silence(donor):
+                offer = await self._ask_for_tree(donor)
         except PeerError as e:
             self._refused(donor, GIVES_NONE if e.reason == Reason.CLOSED else str(e))
             raise
@@ -153,6 +165,22 @@ class Offers:
             self._refused(donor, why)
             raise PeerError(Reason.REFUSED, why)
         return offer
+
+    @contextlib.contextmanager
+    def _noting_silence(self, donor: PeerId) -> Iterator[None]:
+        """Note whether a member answers in PREPARE_TIMEOUT_S. Who is let go sooner still might."""
+        clock = asyncio.get_running_loop().time
+        began, answered = clock(), True
+        try:
+            yield
+        except asyncio.CancelledError:
+            answered = False
+            raise
+        finally:
+            if clock() - began >= PREPARE_TIMEOUT_S:
+                self._silent.add(donor)
+            elif answered:
+                self._silent.discard(donor)
 
     def succeeded(self, donor: PeerId) -> None:
         """Forget what a donor did, since its parameters are taken over."""

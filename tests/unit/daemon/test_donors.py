@@ -159,6 +159,7 @@ async def test_a_silent_member_keeps_nobody_from_asking_who_comes_later(
 ) -> None:
     rig = Rig(tmp_path, monkeypatch, founds=False)
     monkeypatch.setattr(offers, "MORE_OFFERS_S", 0.001)
+    monkeypatch.setattr(offers, "PREPARE_TIMEOUT_S", 0.1)
     ask, silent = rig._ask, asyncio.Event()
 
     async def stall(party: Any, dialler: Any, donor: PeerId, *rest: Any) -> Offer:

@@ -122,6 +122,7 @@ async def test_a_silent_member_keeps_nobody_from_asking_again_who_had_nothing(
     rig = Rig(tmp_path, monkeypatch, founds=False)
     monkeypatch.setattr(offers, "ASK_AGAIN_S", 0.0)
     monkeypatch.setattr(offers, "MORE_OFFERS_S", 0.001)
+    monkeypatch.setattr(offers, "PREPARE_TIMEOUT_S", 0.1)
     asked = 0
 
     async def ask(_party: Any, _dialler: Any, donor: PeerId, *_: Any) -> Offer:
