@@ -28,9 +28,9 @@ from xpeer.network import turns
 from xpeer.network.giving import Giver
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
-from xpeer.update import WORSE
-from xpeer_daemon.claims import Claim, Claims, doubtful, ranked
+from xpeer_daemon.claims import Claim, Claims, ranked
 from xpeer_daemon.conduct import ALONE_TRIES, Conduct
+from xpeer_daemon.judging import Judge
 from xpeer_daemon.node import Node
 from xpeer_daemon.offers import MORE_OFFERS_S, Offers, refuse
 from xpeer_daemon.store import Store
@@ -89,10 +89,8 @@ class Donors:
         self._node, self._view, self._store = node, view, store
         self._manifest = manifest
         self._offers, self._takeover = offers, takeover
-        self._accept = accept
-        self._doubting = False
-        """True iff the last offers need the operator's word."""
         self._conduct = Conduct(view, node.life)
+        self._judge = Judge(node, view, manifest, self._conduct, accept=accept)
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give the swarm's parameters to a trainer that has none.
@@ -131,7 +129,7 @@ class Donors:
                 life.note = ""
                 self.forget()
                 return True
-            await asyncio.sleep(DOUBT_S if self._doubting else RETRY_S)
+            await asyncio.sleep(DOUBT_S if self._judge.doubts else RETRY_S)
 
     def forget(self) -> None:
         """Remove what was fetched so far, and forget who failed how: nobody's parameters are wanted
@@ -197,10 +195,10 @@ class Donors:
             if own_step is None or self.far_ahead(claims.step_of(offer), own_step)
         ]
         if own_step is not None and remaining:
-            remaining = await self._better(trainer, remaining)
+            remaining = await self._judge.better(trainer, remaining)
         conduct, remaining = self._conduct, self._conduct.unblamed(remaining)
         if own_step is None:
-            remaining = self._undoubted(remaining)
+            remaining = self._judge.undoubted(remaining)
         others = [offer for offer in remaining if offer.donor != conduct.alone]
         if others and (conduct.alone_failed >= ALONE_TRIES or len(others) == len(remaining)):
             self._let_go_alone()
@@ -225,7 +223,7 @@ class Donors:
         await self._takeover.recall()
         first = [tree.donor for tree in self._takeover.trees()]
         offers = await self._ask_alone()
-        if offers and own_step is None and not self._is_doubtful(offers[0], offers):
+        if offers and own_step is None and not self._judge.is_doubtful(offers[0], offers):
             return offers
         within_s = MORE_OFFERS_S if offers else math.inf  # its link would not last longer
         try:
@@ -234,9 +232,6 @@ class Donors:
         except BaseException:
             refuse(offers)
             raise
-
-    def _is_doubtful(self, offer: Giver, offers: list[Giver]) -> bool:
-        return not self._accept and doubtful(offer, offers, self._manifest.start_loss)
 
     async def _ask_alone(self) -> list[Giver]:
         """The offer of who has to give everything alone; empty if anybody may give, or it failed
@@ -262,29 +257,6 @@ class Donors:
             self._conduct.blamed.add(donor)
         self._takeover.discard_of(donor)  # with others' its pieces were bad already
         self._conduct.let_all_give()
-
-    def _undoubted(self, offers: list[Giver]) -> list[Giver]:
-        """Offers that need no word of the operator. If all do, the node's health says so."""
-        good = [offer for offer in offers if not self._is_doubtful(offer, offers)]
-        self._doubting = bool(offers) and not good
-        if offers:
-            best = offers[0]
-            who = self._view.name_of(best.donor)
-            facts = {"who": who, "loss": best.loss_public, "start": self._manifest.start_loss}
-            self._node.health.hold("donor-doubtful", self._doubting, **facts)
-        return good
-
-    async def _better(self, trainer: TrainerProcess, offers: list[Giver]) -> list[Giver]:
-        """Offers of parameters that are not worse than ours: others would be fetched in vain."""
-        try:
-            own, (factor, nats) = (await trainer.evaluate()).public, WORSE
-        except BaseException:
-            refuse(offers)
-            raise
-        good = [o for o in offers if not o.loss_public > factor * own + nats]
-        if not good:
-            log.info("public loss %.4f: nobody who is far ahead offers as good a one", own)
-        return [offer for offer in good if offer.donor not in self._conduct.worse]
 
     def _chosen(self, offers: list[Giver]) -> list[Giver]:
         """The donors to fetch from at the same time: the best one, and others that are alike."""

@@ -229,7 +229,7 @@ async def test_an_older_snapshot_is_worth_its_rest_if_half_of_it_is_here(
 
 async def test_the_operator_may_accept_them(tmp_path, monkeypatch) -> None:
     rig = Rig(tmp_path, monkeypatch, founds=False)
-    rig.manifest.start_loss, rig.live, rig.donors._accept = 1.0, [GOOD], True
+    rig.manifest.start_loss, rig.live, rig.donors._judge.accept = 1.0, [GOOD], True
     trainer = Trainer()
     await rig.hold(trainer)
     assert (trainer.taken, rig.conditions) == ([GOOD], set())

@@ -1,0 +1,67 @@
+"""Which offers are good enough to be fetched, by what their donors claim."""
+
+from __future__ import annotations
+
+import logging
+
+from xpeer.manifest import Manifest
+from xpeer.network.giving import Giver
+from xpeer.trainer.client import TrainerProcess
+from xpeer.update import WORSE
+from xpeer_daemon.claims import doubtful
+from xpeer_daemon.conduct import Conduct
+from xpeer_daemon.node import Node
+from xpeer_daemon.offers import refuse
+from xpeer_daemon.swarm_view import SwarmView
+
+log = logging.getLogger("xpeer.daemon")
+
+
+class Judge:
+    """Judges offers, for one node.
+
+    Args:
+        node: its health says if all need the operator's word.
+        view: knows names.
+        manifest: of the swarm.
+        conduct: of all donors.
+        accept: the operator accepts parameters that are worse than the swarm's start.
+
+    Attributes:
+        doubts: True iff the last offers need the operator's word.
+    """
+
+    def __init__(
+        self, node: Node, view: SwarmView, manifest: Manifest, conduct: Conduct, *, accept: bool
+    ) -> None:
+        self._node, self._view, self._manifest = node, view, manifest
+        self._conduct = conduct
+        self.accept = accept
+        self.doubts = False
+
+    def is_doubtful(self, offer: Giver, offers: list[Giver]) -> bool:
+        """Whether an offer needs the operator's word, or another donor's."""
+        return not self.accept and doubtful(offer, offers, self._manifest.start_loss)
+
+    def undoubted(self, offers: list[Giver]) -> list[Giver]:
+        """Offers that need no word of the operator. If all do, the node's health says so."""
+        good = [offer for offer in offers if not self.is_doubtful(offer, offers)]
+        self.doubts = bool(offers) and not good
+        if offers:
+            best = offers[0]
+            who = self._view.name_of(best.donor)
+            facts = {"who": who, "loss": best.loss_public, "start": self._manifest.start_loss}
+            self._node.health.hold("donor-doubtful", self.doubts, **facts)
+        return good
+
+    async def better(self, trainer: TrainerProcess, offers: list[Giver]) -> list[Giver]:
+        """Offers of parameters that are not worse than ours: others would be fetched in vain."""
+        try:
+            own, (factor, nats) = (await trainer.evaluate()).public, WORSE
+        except BaseException:
+            refuse(offers)
+            raise
+        good = [o for o in offers if not o.loss_public > factor * own + nats]
+        if not good:
+            log.info("public loss %.4f: nobody who is far ahead offers as good a one", own)
+        return [offer for offer in good if offer.donor not in self._conduct.worse]
