@@ -90,6 +90,15 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         hides=("starting", "no-step", "no-exchange", "checkpoint-late", "evaluation-late"),
     ),
     Condition(
+        code="not-caught-up",
+        severity="degraded",
+        text="others may be far ahead of this node, which goes on from step {step} with its own "
+        "parameters: {who} gave none",
+        remedy="when they can give theirs, `xpeer stop` and `xpeer start`. `xpeer peers` says how "
+        "far they are, `xpeer events` who was refused, and why",
+        clears="the node has looked again: at its next start, or its trainer's",
+    ),
+    Condition(
         code="donor-doubtful",
         severity="degraded",
         text="the parameters that {who} offers are worse than what the swarm started from: public "

@@ -30,6 +30,7 @@ EVENTS: Final = (
     "donor-refused",
     "took-over",
     "caught-up",
+    "not-caught-up",
     "began-anew",
     "finished",
     "ledger-went-back",

@@ -70,9 +70,8 @@ class Claims:
         self._own_step, self._saved_at = own_step, saved_at
         self._steps = {offer.donor: offer.step for offer in offers}
         for peer in view.holders():
-            heard = view.acquaintances.get(peer)
-            if heard is not None and heard.about.step:  # 0 may be from before it took them over
-                self._steps[peer] = max(heard.about.step, self._steps.get(peer, 0))
+            if step := heard_step(view, peer):
+                self._steps[peer] = max(step, self._steps.get(peer, 0))
 
     def step_of(self, claim: Claim) -> int:
         """The step at which our trainer would go on with a donor's parameters.
@@ -97,6 +96,15 @@ class Claims:
         if step < claim.step:
             log.info("%s says step %d; it counts as %d", claim.donor[-8:], claim.step, step)
         return step
+
+
+def heard_step(view: SwarmView, peer: PeerId) -> int | None:
+    """The step that a member told of last; None = it told of none.
+
+    0 is none, too: it may be from before the member took parameters over.
+    """
+    heard = view.acquaintances.get(peer)
+    return (heard.about.step or None) if heard is not None else None
 
 
 def doubtful(offer: Claim, offers: Sequence[Claim], start_loss: float) -> bool:

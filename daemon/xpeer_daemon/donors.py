@@ -28,6 +28,7 @@ from xpeer.network import turns
 from xpeer.network.giving import Giver
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
+from xpeer_daemon.ahead import Ahead
 from xpeer_daemon.claims import Claim, Claims, ranked
 from xpeer_daemon.conduct import ALONE_TRIES, Conduct
 from xpeer_daemon.judging import Judge
@@ -47,10 +48,6 @@ TOLERANCE: Final = 1.15, 0.05
 """How much worse than offered a donor's public loss may be: factor, and nats on top."""
 PARALLEL: Final = 3
 """Number of donors that give at the same time, at most."""
-BEHIND_WINDOWS, BEHIND_SHARE = 4, 0.05
-"""A node lies far behind if a donor is more windows ahead than this, and also more than this
-fraction of the donor's steps. Training and merging make up for less by themselves, and the node's
-own optimiser moments are worth more than the difference."""
 PATIENCE_S: Final = 300.0
 """A founder that lost its parameters waits this long for a member that holds the swarm's."""
 FROM_INITIAL: Final = "(`xpeer start --from-initial` begins at once with the initial model)"
@@ -90,6 +87,7 @@ class Donors:
         self._manifest = manifest
         self._offers, self._takeover = offers, takeover
         self._conduct = Conduct(view, node.life)
+        self._ahead = Ahead(view, manifest, offers, self._conduct)
         self._judge = Judge(node, view, manifest, self._conduct, accept=accept)
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
@@ -149,8 +147,7 @@ class Donors:
             succeeded = await self._caught_up(trainer, own_step)
         finally:
             self._node.life.compares = False
-        if succeeded:
-            self._store.add_event("caught-up", f"from step {own_step}")
+        self._ahead.end(self._node, self._store, own_step, caught_up=succeeded)
         self._node.life.note = ""
         self.forget()
         return True
@@ -179,8 +176,9 @@ class Donors:
             until: end by the loop's clock. Only the measuring may end later.
 
         Returns:
-            Whether the trainer has an offer's parameters. None = an attempt failed, and offers
-            have to be asked for again: it took long, or one donor has to give everything.
+            Whether the trainer has an offer's parameters. None = offers have to be asked for again:
+            an attempt failed and took long, or one donor has to give everything; or members may be
+            far ahead of `own_step`, and have not given.
         """
         clock = asyncio.get_running_loop().time
         saved_at = self._node.ends.saved_at(own_step) if own_step is not None else None
@@ -192,7 +190,7 @@ class Donors:
         remaining = [
             offer
             for offer in ranked(offers)
-            if own_step is None or self.far_ahead(claims.step_of(offer), own_step)
+            if own_step is None or self._ahead.is_far(claims.step_of(offer), own_step)
         ]
         if own_step is not None and remaining:
             remaining = await self._judge.better(trainer, remaining)
@@ -206,22 +204,29 @@ class Donors:
         if own_step is None:
             remaining = conduct.untried_first(remaining)
         refuse([offer for offer in offers if offer not in remaining])
+        wanted = {offer.donor for offer in remaining}
         try:
             while remaining and (until is None or clock() < until):
                 chosen, began = self._chosen(remaining), clock()
                 remaining = [offer for offer in remaining if offer not in chosen]
-                if await self._attempt(trainer, chosen, claims, until):
-                    return True
+                taken = await self._attempt(trainer, chosen, claims, until)
+                if taken is not False:
+                    return bool(taken)
                 if conduct.alone is not None or clock() - began > STALE_S:
                     return None
         finally:
             refuse(remaining)
-        return False
+            if own_step is not None:
+                offered = {offer.donor: offer.donor in wanted for offer in offers}
+                self._ahead.look(own_step, offered)
+        return None if self._ahead.members else False
 
     async def _ask(self, own_step: int | None) -> list[Giver]:
         """Offers: of who has to give everything alone if that is enough to decide, else of all."""
         await self._takeover.recall()
         first = [tree.donor for tree in self._takeover.trees()]
+        if own_step is not None:
+            first += self._ahead.look(own_step, {})
         offers = await self._ask_alone()
         if offers and own_step is None and not self._judge.is_doubtful(offers[0], offers):
             return offers
@@ -295,13 +300,14 @@ class Donors:
         Neighbours differ by the consensus distance. Snapshots of other times differ by training,
         too.
         """
-        far = self.far_ahead(best.step, other.step) or self.far_ahead(other.step, best.step)
+        far = self._ahead.is_far(best.step, other.step) or self._ahead.is_far(other.step, best.step)
         factor, nats = TOLERANCE
         return not far and other.loss_public <= factor * best.loss_public + nats
 
     async def _attempt(
         self, trainer: TrainerProcess, chosen: list[Giver], claims: Claims, until: float | None
-    ) -> bool:
+    ) -> bool | None:
+        """Whether the trainer has these donors' parameters; None = nobody's have room."""
         first, clock = chosen[0], asyncio.get_running_loop().time
         began = clock()
         try:
@@ -319,7 +325,7 @@ class Donors:
             if until is None:
                 raise
             log.warning("the node goes on with its own parameters: %s", e)  # e.g. a full disk
-            return False
+            return None
         if ended is Ended.WHOLE:
             return await self._use(trainer, claims, clock() - began)
         self._conduct.ended(first.donor, ended)
@@ -363,11 +369,6 @@ class Donors:
         self._store.add_event("took-over", f"step {step}, {self._takeover.summary()}, from {names}")
         await self._save()
         return True
-
-    def far_ahead(self, step: int, own_step: int) -> bool:
-        """Whether a node at `own_step` lies far behind a donor at `step`."""
-        windows = BEHIND_WINDOWS * self._manifest.round.window_steps
-        return step - own_step > max(windows, BEHIND_SHARE * step)
 
     async def _save(self) -> None:
         try:

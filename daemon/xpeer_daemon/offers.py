@@ -16,7 +16,7 @@ from xpeer.gossip.backoff import Backoff
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import turns
-from xpeer.network.giving import Giver
+from xpeer.network.giving import BROKE, Giver
 from xpeer.network.shelf import PREPARE_TIMEOUT_S
 from xpeer.training.schedule import planned_steps
 from xpeer_daemon.store import Store
@@ -64,6 +64,8 @@ class Offers:
         """Why each donor was refused since it last gave its parameters, without numbers."""
         self._silent: set[PeerId] = set()
         """Members that did not answer in PREPARE_TIMEOUT_S when they were asked last."""
+        self._why_none: dict[PeerId, str] = {}
+        """Why members offered nothing when they were asked last; TIMEOUT until they answer."""
 
     def willing(self) -> list[PeerId]:
         """Members that hold parameters, without those that failed a while ago."""
@@ -152,6 +154,24 @@ class Offers:
         Raises:
             PeerError: it offers nothing. CLOSED: others are served, or this node was just before.
         """
+        self._why_none[donor] = Reason.TIMEOUT
+        try:
+            offer = await self._checked(donor)
+        except PeerError as e:
+            self._why_none[donor] = e.reason
+            raise
+        del self._why_none[donor]
+        return offer
+
+    def owes_an_offer(self, member: PeerId) -> bool:
+        """Whether a member was silent, or had no time, when it was asked last."""
+        return self._why_none.get(member) in BROKE
+
+    def offers_none(self, member: PeerId) -> bool:
+        """Whether a member that was asked last has nothing for us: it need not be asked again."""
+        return self._why_none.get(member, Reason.UNREACHABLE) not in BROKE | {Reason.UNREACHABLE}
+
+    async def _checked(self, donor: PeerId) -> Giver:
         last = planned_steps(self._manifest)
         try:
             with self._noting_silence(donor):

@@ -8,10 +8,22 @@ from typing import Any
 
 import pytest
 
-from tests.unit.daemon.donations import GOOD, LIAR, WORSE, Offer, Rig, Trainer
+from tests.unit.daemon.donations import (
+    BUSY,
+    GOOD,
+    LIAR,
+    OFFERS,
+    OLD,
+    TRUE_LOSS,
+    WORSE,
+    Offer,
+    Rig,
+    Trainer,
+)
+from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import giving, turns
-from xpeer_daemon import offers
+from xpeer_daemon import donors, offers
 
 MORE_S = 0.02
 
@@ -76,3 +88,77 @@ async def test_further_donors_are_taken_as_they_come(
     rig.live = [LIAR, GOOD]
     async with asyncio.timeout(60):
         assert [offer.donor for offer in await rig.donors._more([])] == [GOOD]
+
+
+async def test_a_donor_without_a_free_place_is_asked_again_by_who_is_far_behind(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = busy_at_first(monkeypatch, rig)
+    rig.live, rig.heard = [BUSY], {BUSY: 100}
+    assert await taken_by(rig, 20) == [BUSY]
+    assert (len(asked), rig.conditions) == (2, set())
+
+
+@pytest.mark.parametrize(("heard", "again"), [(None, True), (30, False), (100, True)])
+async def test_who_is_not_ahead_does_not_decide_for_who_is_busy(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, heard: int | None, again: bool
+) -> None:
+    """Unless the busy one has told of a step that is not far ahead."""
+    asked = busy_at_first(monkeypatch, rig)
+    rig.live, rig.heard = [OLD, BUSY], {BUSY: heard}
+    await taken_by(rig, 20)
+    assert (len(asked) > 1) is again
+
+
+async def test_who_is_not_ahead_does_not_decide_for_who_makes_a_copy(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers_after(monkeypatch, rig, {GOOD: 3 * MORE_S, WORSE: 3 * MORE_S})
+    rig.live = [OLD, GOOD, WORSE]
+    assert await taken_by(rig, 20) == [GOOD]
+
+
+@pytest.mark.parametrize("resumed_step", [20, 90])
+async def test_who_goes_on_without_an_answer_says_so(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, resumed_step: int
+) -> None:
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.05)
+    rig.live, rig.heard = [BUSY], {BUSY: 100}
+    assert await taken_by(rig, resumed_step) == []
+    behind = resumed_step == 20
+    assert rig.conditions == ({"not-caught-up"} if behind else set())
+    events = [event.detail for event in rig.store.events() if event.kind == "not-caught-up"]
+    assert events == ([f"step 20; perhaps ahead: {BUSY}"] if behind else [])
+    assert not rig.life.catching_up
+
+
+async def test_a_member_that_can_not_be_dialled_holds_up_nobody(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who never told its step may be out of our reach for good."""
+
+    async def unreachable(*_: Any) -> Offer:
+        raise PeerError(Reason.UNREACHABLE, "no route")
+
+    monkeypatch.setattr(giving, "ask", unreachable)
+    rig.live = [GOOD]
+    assert await taken_by(rig, 20) == []
+    assert rig.conditions == set()
+
+
+def busy_at_first(monkeypatch: pytest.MonkeyPatch, rig: Rig) -> list[PeerId]:
+    """BUSY gives what GOOD gives once it is asked again; returns how often it was asked."""
+    monkeypatch.setitem(OFFERS, BUSY, OFFERS[GOOD])
+    monkeypatch.setitem(TRUE_LOSS, BUSY, TRUE_LOSS[GOOD])
+    asked = list[PeerId]()
+
+    async def busy(party: Any, dialler: Any, donor: PeerId, *more: Any) -> Offer:
+        if donor != BUSY:
+            return await rig._ask(party, dialler, donor, *more)
+        asked.append(donor)
+        if len(asked) == 1:
+            raise PeerError(Reason.CLOSED, "its places are taken")
+        return Offer(donor)
+
+    monkeypatch.setattr(giving, "ask", busy)
+    return asked
