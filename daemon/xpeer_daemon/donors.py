@@ -260,7 +260,7 @@ class Donors:
         if not self._conduct.alone_is_busy:
             self._offers.avoid(donor, "it gives nothing any more")
             self._conduct.blamed.add(donor)
-        self._takeover.discard_of(donor)  # with others' its pieces were bad already
+        self._takeover.keep_of(None)  # with others' its pieces were bad already
         self._conduct.let_all_give()
 
     def _chosen(self, offers: list[Giver]) -> list[Giver]:
@@ -347,8 +347,7 @@ class Donors:
         except PeerError as e:
             alone = random.choice(sorted({tree.donor for tree in trees}))
             others = [tree for tree in trees if tree.donor != alone]
-            for tree in others or trees:
-                self._takeover.discard(tree)
+            self._takeover.keep_of(alone if others else None)
             self._conduct.let_all_give()
             if others:
                 self._conduct.has_to_give_alone(alone)

@@ -38,8 +38,8 @@ class Ended(Enum):
     """How an attempt to gather everything ended."""
 
     WHOLE = "all pieces are here"
-    SOME = "all donors were lost; at least WORTH of the model came"
-    LITTLE = "all donors were lost, and less came"
+    SOME = "all donors were lost; at least WORTH more of the model is here than ever before"
+    LITTLE = "all donors were lost, and less came, or it took the place of other pieces"
     LATE = "too little came in time"
 
 
@@ -77,6 +77,9 @@ class Takeover:
         self._gathered: Gathered | None = None
         """None until the first donor was chosen, and again once the parameters are taken over."""
         self._came = 0
+        self._most = 0
+        """Bytes of pieces that were here when an attempt began, at most: who gives some of one
+        snapshot after another, none of which fits to the last one, gets nowhere."""
         self._expired: Counter[PeerId] = Counter()
         """How often too little came in time, by the donor that was chosen first. Each doubles that
         time: slow lines get through. Liars double their own time alone."""
@@ -130,13 +133,13 @@ class Takeover:
         Raises:
             LocalError: the disk is full, or fails.
         """
-        gathered = await self._opened()
-        for tree in gathered.sources():
-            if not fits(tree):
-                gathered.discard(tree)
+        gathered, first = await self._opened(), givers[0].donor
+        self._most = most = max(self._most, gathered.num_bytes)
+        unfit = [tree for tree in gathered.sources() if not fits(tree)]
+        for tree in unfit:
+            gathered.discard(tree)
         gathered.tidy()
-        before, first = gathered.num_bytes, givers[0].donor
-        due = before + LEASE_SHARE * self._shape.num_bytes
+        due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
         if until is None:
             lease_s *= 2.0 ** self._expired[first]
 
@@ -178,8 +181,9 @@ class Takeover:
             self._life.fetching = None
         if whole:
             return Ended.WHOLE
-        much = gathered.num_bytes - before >= WORTH * self._shape.num_bytes
-        return Ended.SOME if much else Ended.LITTLE
+        much = gathered.num_bytes - most >= WORTH * self._shape.num_bytes
+        fickle = any(tree.donor == first for tree in unfit)
+        return Ended.SOME if much and not fickle else Ended.LITTLE
 
     async def payload(self) -> memoryview:
         """All pieces: (num_bytes,) uint8, only to be read."""
@@ -189,23 +193,23 @@ class Takeover:
         """How many pieces there are, and how many of them this start has fetched; for people."""
         return f"{self._shape.num_pieces} pieces, {self._came} fetched since the start"
 
-    def discard(self, tree: Tree) -> None:
-        """Forget the pieces of a tree."""
+    def keep_of(self, donor: PeerId | None) -> None:
+        """Forget the pieces of all other donors, and how much was here."""
+        for tree in self.trees():
+            if tree.donor != donor:
+                self._discard(tree)
+        self._most = 0
+
+    def _discard(self, tree: Tree) -> None:
         if self._gathered is not None:
             self._gathered.discard(tree)
-
-    def discard_of(self, donor: PeerId) -> None:
-        """Forget all pieces of a donor."""
-        for tree in self.trees():
-            if tree.donor == donor:
-                self.discard(tree)
 
     def forget(self) -> None:
         """Remove all pieces: the parameters are taken over, or are of no use."""
         if self._gathered is not None:
             self._gathered.close()
             self._gathered = None
-        self._came = 0
+        self._came = self._most = 0
         self._expired.clear()
         self._gave.clear()
         remove(self._folder)
@@ -223,7 +227,8 @@ class Takeover:
     def _lost(self, donor: PeerId, error: PeerError) -> None:
         """Avoid a donor for a while; forget its pieces if it has shown that it lies."""
         if error.reason in _LIES:
-            self.discard_of(donor)
+            for tree in [tree for tree in self.trees() if tree.donor == donor]:
+                self._discard(tree)
         if error.reason in BROKE and self._gave[donor] >= WORTH * self._shape.num_bytes:
             del self._gave[donor]
             self._spare(donor, str(error))

@@ -1,0 +1,69 @@
+"""Donors that have to give all alone, since a mixture was bad, and what others lose by them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.unit.daemon.donations import GOOD, OFFERS, TRUE_LOSS, TWIN, Offer, Rig, Trainer
+from tests.unit.daemon.test_hostile_offers import pieces_of
+from xpeer.errors import PeerError, Reason
+from xpeer.identity import PeerId
+from xpeer.network import giving, turns
+from xpeer_daemon import fetching
+
+Coming = AsyncGenerator[tuple[int, memoryview]]
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """TWIN claims what GOOD claims, and gives other parameters. Nobody rests."""
+    pieces_of(monkeypatch, 4)
+    monkeypatch.setitem(OFFERS, TWIN, OFFERS[GOOD])
+    monkeypatch.setitem(TRUE_LOSS, TWIN, 9.0)
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)
+    monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", 0.0)
+    return Rig(tmp_path, monkeypatch, founds=False)
+
+
+async def taken_by(rig: Rig, trainer: Trainer | None = None) -> list[PeerId]:
+    trainer = trainer or Trainer()
+    async with asyncio.timeout(60):
+        await rig.hold(trainer)
+    return trainer.taken
+
+
+async def test_who_gives_a_piece_of_one_snapshot_after_another_is_let_go(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their steps lie far apart, so each takes the place of the last one."""
+    real_ask, real, asked = rig._ask, Offer.pieces, 0
+
+    async def ask(party: Any, dialler: Any, donor: PeerId, *more: Any) -> Offer:
+        nonlocal asked
+        offer = await real_ask(party, dialler, donor, *more)
+        if donor == TWIN:
+            asked += 1
+            offer.step = (100, 250)[asked % 2]
+            signed = msgspec.structs.replace(
+                offer.tree.offer, step=offer.step, signature=bytes([asked] * 64)
+            )
+            offer.tree = dataclasses.replace(offer.tree, offer=signed)
+        return offer
+
+    async def one(offer: Offer, first: int, count: int) -> Coming:
+        async for each in real(offer, first, count):
+            yield each
+            if offer.donor == TWIN:
+                raise PeerError(Reason.CLOSED, "it goes")
+
+    monkeypatch.setattr(giving, "ask", ask)
+    monkeypatch.setattr(Offer, "pieces", one)
+    rig.donors._conduct.alone, rig.live = TWIN, [TWIN, GOOD]
+    assert await taken_by(rig) == [GOOD]
