@@ -30,8 +30,8 @@ class Conduct:
         alone: the only donor to fetch from, since a mixture with others was bad; None = any.
         alone_failed: how often it offered nothing, or gave hardly anything, since it gave WORTH.
         alone_is_busy: True iff it was, when it offered nothing.
-        blamed: donors that gave all and it was bad, or that had to give all alone and did not.
-            They give nothing as long as anybody else offers parameters.
+        blamed: donors that gave all and it was bad. They give nothing as long as anybody else
+            offers parameters.
         worse: donors whose parameters were as good as they say, and worse than ours.
     """
 
@@ -54,6 +54,13 @@ class Conduct:
     def let_all_give(self) -> None:
         """Fetch from any donors."""
         self.alone, self.alone_failed, self.alone_is_busy = None, 0, False
+
+    def let_alone_go(self) -> None:
+        """Fetch from any donors, because the one that had to give everything alone did not."""
+        if self.alone is not None:
+            self._tried.add(self.alone)
+            self.wastes(self.alone)
+        self.let_all_give()
 
     def alone_offers_nothing(self, *, busy: bool) -> None:
         """Note that who has to give everything alone was asked in vain."""

@@ -194,9 +194,11 @@ class Donors:
         ]
         if own_step is not None and remaining:
             remaining = await self._judge.better(trainer, remaining)
-        conduct, remaining = self._conduct, self._conduct.unblamed(remaining)
+        conduct = self._conduct
         if own_step is None:
             remaining = self._judge.undoubted(remaining)
+        else:
+            remaining = conduct.unblamed(remaining)
         others = [offer for offer in remaining if offer.donor != conduct.alone]
         if others and (conduct.alone_failed >= ALONE_TRIES or len(others) == len(remaining)):
             self._let_go_alone()
@@ -254,14 +256,13 @@ class Donors:
         return []
 
     def _let_go_alone(self) -> None:
-        """Let others give than who should have given all alone. It is blamed unless it is busy."""
+        """Let others give than who should have given all alone. It rests unless it was busy."""
         if (donor := self._conduct.alone) is None:
             return
         if not self._conduct.alone_is_busy:
             self._offers.avoid(donor, "it gives nothing any more")
-            self._conduct.blamed.add(donor)
         self._takeover.keep_of(None)  # with others' its pieces were bad already
-        self._conduct.let_all_give()
+        self._conduct.let_alone_go()
 
     def _chosen(self, offers: list[Giver]) -> list[Giver]:
         """The donors to fetch from at the same time: the best one, and others that are alike."""

@@ -44,15 +44,20 @@ class Judge:
         return not self.accept and doubtful(offer, offers, self._manifest.start_loss)
 
     def undoubted(self, offers: list[Giver]) -> list[Giver]:
-        """Offers that need no word of the operator. If all do, the node's health says so."""
-        good = [offer for offer in offers if not self.is_doubtful(offer, offers)]
+        """Offers that need no word of the operator, without those of blamed donors if there are
+        others. If all need it, the node's health says so.
+
+        Blamed donors confirm nobody, and who is doubtful keeps none of them from giving.
+        """
+        voices = self._conduct.unblamed(offers)
+        good = [offer for offer in offers if not self.is_doubtful(offer, voices)]
         self.doubts = bool(offers) and not good
         if offers:
-            best = offers[0]
+            best = voices[0]
             who = self._view.name_of(best.donor)
             facts = {"who": who, "loss": best.loss_public, "start": self._manifest.start_loss}
             self._node.health.hold("donor-doubtful", self.doubts, **facts)
-        return good
+        return self._conduct.unblamed(good)
 
     async def better(self, trainer: TrainerProcess, offers: list[Giver]) -> list[Giver]:
         """Offers of parameters that are not worse than ours: others would be fetched in vain."""

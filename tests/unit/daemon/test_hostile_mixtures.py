@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.unit.daemon.donations import GOOD, OFFERS, TRUE_LOSS, TWIN, Offer, Rig, Trainer
+from tests.unit.daemon.donations import GOOD, LIAR, OFFERS, TRUE_LOSS, TWIN, Offer, Rig, Trainer
 from tests.unit.daemon.test_hostile_offers import pieces_of
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
@@ -67,3 +67,21 @@ async def test_who_gives_a_piece_of_one_snapshot_after_another_is_let_go(
     monkeypatch.setattr(Offer, "pieces", one)
     rig.donors._conduct.alone, rig.live = TWIN, [TWIN, GOOD]
     assert await taken_by(rig) == [GOOD]
+
+
+async def test_who_is_doubtful_shuts_out_nobody_who_is_not(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if that one was blamed: else the operator would be asked to accept the liar."""
+    monkeypatch.setitem(OFFERS, LIAR, (101, 20.0))
+    rig.donors._conduct.blamed, rig.live = {GOOD}, [LIAR, GOOD]
+    assert await taken_by(rig) == [GOOD]
+
+
+async def test_who_was_blamed_confirms_nobody(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for liar in (LIAR, TWIN):
+        monkeypatch.setitem(OFFERS, liar, (101, 20.0))
+    rig.donors._conduct.blamed, rig.live = {TWIN}, [LIAR, TWIN]
+    trainer: Any = Trainer()
+    assert not await rig.donors._take_over_best(trainer, None)
+    assert (trainer.taken, rig.conditions) == ([], {"donor-doubtful"})
