@@ -29,15 +29,18 @@ class Conduct:
     Attributes:
         alone: the only donor to fetch from, since a mixture with others was bad; None = any.
         alone_failed: how often it offered nothing, or gave hardly anything, since it gave WORTH.
-        alone_is_busy: True iff it was, when it offered nothing.
+        alone_is_busy: True iff it failed, and each time because it was busy.
         blamed: donors that gave all and it was bad. They give nothing as long as anybody else
             offers parameters.
+        shy: donors that had to give everything alone and did not. They give to no mixture any more,
+            since they may have spoilt one: if they are chosen, they give everything alone.
         worse: donors whose parameters were as good as they say, and worse than ours.
     """
 
     def __init__(self, view: SwarmView, life: Life) -> None:
         self._view, self._life = view, life
         self.blamed: set[PeerId] = set()
+        self.shy: set[PeerId] = set()
         self.worse: set[PeerId] = set()
         self._tried: set[PeerId] = set()
         """Donors that were chosen first, and not all came. They are chosen after all others."""
@@ -58,14 +61,15 @@ class Conduct:
     def let_alone_go(self) -> None:
         """Fetch from any donors, because the one that had to give everything alone did not."""
         if self.alone is not None:
+            self.shy.add(self.alone)
             self._tried.add(self.alone)
             self.wastes(self.alone)
         self.let_all_give()
 
     def alone_offers_nothing(self, *, busy: bool) -> None:
         """Note that who has to give everything alone was asked in vain."""
+        self.alone_is_busy = busy and (self.alone_is_busy or not self.alone_failed)
         self.alone_failed += 1
-        self.alone_is_busy = busy
 
     def unblamed(self, offers: Sequence[_C]) -> list[_C]:
         """Offers of donors that are not blamed, if there are any; else all."""
@@ -92,6 +96,7 @@ class Conduct:
         if first == self.alone:
             failed = {Ended.SOME: 0, Ended.LITTLE: self.alone_failed + 1}
             self.alone_failed = failed.get(how, ALONE_TRIES)
+            self.alone_is_busy = False
 
     def wastes(self, donor: PeerId) -> None:
         """Count an attempt that this donor cost, for the node's health."""
@@ -102,6 +107,6 @@ class Conduct:
     def forget(self) -> None:
         """Begin anew."""
         self.let_all_give()
-        for known in (self.blamed, self.worse, self._tried, self._wasted):
+        for known in (self.blamed, self.shy, self.worse, self._tried, self._wasted):
             known.clear()
         self._life.wasted = ""

@@ -266,11 +266,15 @@ class Donors:
 
     def _chosen(self, offers: list[Giver]) -> list[Giver]:
         """The donors to fetch from at the same time: the best one, and others that are alike."""
-        best = next((o for o in offers if o.donor == self._conduct.alone), self._half_here(offers))
-        if best.donor == self._conduct.alone:
+        conduct = self._conduct
+        best = next((o for o in offers if o.donor == conduct.alone), self._half_here(offers))
+        if best.donor in conduct.shy and conduct.alone is None:
+            conduct.has_to_give_alone(best.donor)
+            self._takeover.keep_of(best.donor)
+        if best.donor == conduct.alone:
             return [best]
-        others = [o for o in offers if o is not best and self._alike(best, o)]
-        return [best, *others[: PARALLEL - 1]]
+        others = [o for o in offers if o is not best and o.donor not in conduct.shy]
+        return [best, *[o for o in others if self._alike(best, o)][: PARALLEL - 1]]
 
     def _half_here(self, offers: list[Giver]) -> Giver:
         """The best offer that half of the parameters is here for; else the best one.
@@ -284,7 +288,7 @@ class Donors:
             alike = [tree for tree in self._takeover.trees() if self._alike(offer, tree)]
             here = sum(map(self._takeover.bytes_of, alike))
             good = offer.loss_public <= factor * best.loss_public + nats
-            if good and here >= half:
+            if good and here >= half and offer.donor not in self._conduct.shy:
                 return offer
         return best
 
@@ -292,7 +296,7 @@ class Donors:
         """Further offers, the best first; none while one donor alone has to give all."""
         if self._conduct.alone is not None:
             return []
-        without = [*without, *self._conduct.blamed]
+        without = [*without, *self._conduct.blamed, *self._conduct.shy]
         return ranked(await self._offers.ask_all(without=without, any_will_do=True))
 
     def _alike(self, best: Claim, other: Claim) -> bool:

@@ -47,10 +47,11 @@ class Judge:
         """Offers that need no word of the operator, without those of blamed donors if there are
         others. If all need it, the node's health says so.
 
-        Blamed donors confirm nobody, and who is doubtful keeps none of them from giving.
+        Blamed donors confirm nobody, and nobody confirms them. Who is doubtful keeps none of them
+        from giving.
         """
         voices = self._conduct.unblamed(offers)
-        good = [offer for offer in offers if not self.is_doubtful(offer, voices)]
+        good = [o for o in offers if not self.is_doubtful(o, voices if o in voices else [])]
         self.doubts = bool(offers) and not good
         if offers:
             best = voices[0]

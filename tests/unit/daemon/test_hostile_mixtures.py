@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,29 @@ async def test_who_was_blamed_confirms_nobody(rig: Rig, monkeypatch: pytest.Monk
     trainer: Any = Trainer()
     assert not await rig.donors._take_over_best(trainer, None)
     assert (trainer.taken, rig.conditions) == ([], {"donor-doubtful"})
+
+
+async def test_who_spoils_a_mixture_and_never_gives_alone_spoils_no_other_one(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it is busy whenever it has to give all, and chance always draws it."""
+    monkeypatch.setattr(random, "choice", lambda found: TWIN if TWIN in found else found[0])
+    real_ask = rig._ask
+
+    async def ask(party: Any, dialler: Any, donor: PeerId, *more: Any) -> Offer:
+        if donor == TWIN == rig.donors._conduct.alone:
+            raise PeerError(Reason.CLOSED, "it gives to others")
+        return await real_ask(party, dialler, donor, *more)
+
+    class Measures(Trainer):
+        measured = 0
+
+        async def import_state(self, *args: Any) -> float:
+            self.measured += 1
+            assert rig.donors._offers._failed.get(TWIN) is None  # busy is no fault
+            return await super().import_state(*args)
+
+    monkeypatch.setattr(giving, "ask", ask)
+    rig.live, trainer = [TWIN, GOOD], Measures()
+    assert await taken_by(rig, trainer) == [GOOD]
+    assert trainer.measured == 2
