@@ -34,6 +34,7 @@ class Ahead:
 
     Attributes:
         members: those of the last look; empty before the first one.
+        offering: those of them that offered parameters, and they are wanted.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Ahead:
         self._view, self._manifest = view, manifest
         self._offers, self._conduct = offers, conduct
         self.members: list[PeerId] = []
+        self.offering: list[PeerId] = []
 
     def is_far(self, step: int, own_step: int) -> bool:
         """Whether a node at `own_step` lies far behind a donor at `step`."""
@@ -58,7 +60,8 @@ class Ahead:
             own_step: of our parameters.
             offered: whether the offer of each member that made one is wanted.
         """
-        self.members, without = [], self._conduct.blamed | self._conduct.worse
+        self.members, self.offering = [], []
+        without = self._conduct.blamed | self._conduct.worse
         for peer in self._view.holders():
             step = heard_step(self._view, peer)
             if peer in offered:
@@ -69,6 +72,7 @@ class Ahead:
                 ahead = self.is_far(step, own_step) and not self._offers.offers_none(peer)
             if ahead and peer not in without:
                 self.members.append(peer)
+                self.offering += [peer] if peer in offered else []
         return self.members
 
     def end(self, node: Node, store: Store, own_step: int, *, caught_up: bool) -> None:

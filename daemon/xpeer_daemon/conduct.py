@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, TypeVar
 
 from xpeer.identity import PeerId
@@ -82,6 +82,10 @@ class Conduct:
         if all(offer.donor in self._tried for offer in offers):
             self._tried.clear()
         return sorted(offers, key=lambda offer: offer.donor in self._tried)
+
+    def untried(self, donors: Collection[PeerId]) -> list[PeerId]:
+        """Those of these donors that were not tried in vain."""
+        return [donor for donor in donors if donor not in self._tried]
 
     def ended(self, first: PeerId, how: Ended) -> None:
         """Note how an attempt ended in which not all came.

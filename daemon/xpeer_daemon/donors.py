@@ -54,7 +54,8 @@ FROM_INITIAL: Final = "(`xpeer start --from-initial` begins at once with the ini
 GRACE_S: Final = 5.0
 """A node that resumes waits this long for members that it knows. Then it trains, and asks later."""
 CATCH_UP_S: Final = 900.0
-"""A node with a good checkpoint looks for better parameters for this long. Then it trains."""
+"""A node with a good checkpoint looks for better parameters for this long, and for as long again if
+a donor that was not tried offers some then. Then it trains."""
 STALE_S: Final = 10.0
 """After a longer failure the other offers may have lapsed, so they are asked for anew."""
 
@@ -154,11 +155,15 @@ class Donors:
 
     async def _caught_up(self, trainer: TrainerProcess, own_step: int) -> bool:
         clock = asyncio.get_running_loop().time
-        until = clock() + CATCH_UP_S
+        until, prolonged = clock() + CATCH_UP_S, False
         while True:
             succeeded = await self._take_over_best(trainer, own_step, until)
-            if succeeded is not None or clock() + turns.PAUSE_S >= until:
-                return bool(succeeded)
+            if succeeded is not None:
+                return succeeded
+            if clock() + turns.PAUSE_S >= until:
+                if prolonged or not self._conduct.untried(self._ahead.offering):
+                    return False
+                until, prolonged = clock() + turns.PAUSE_S + CATCH_UP_S, True
             await asyncio.sleep(turns.PAUSE_S)
 
     async def _take_over_best(
@@ -203,8 +208,7 @@ class Donors:
         if others and (conduct.alone_failed >= ALONE_TRIES or len(others) == len(remaining)):
             self._let_go_alone()
             remaining = others
-        if own_step is None:
-            remaining = conduct.untried_first(remaining)
+        remaining = conduct.untried_first(remaining)
         refuse([offer for offer in offers if offer not in remaining])
         wanted = {offer.donor for offer in remaining}
         try:

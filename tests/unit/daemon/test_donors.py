@@ -27,7 +27,7 @@ from tests.unit.daemon.donations import (
 )
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
-from xpeer.network import giving, pieces
+from xpeer.network import giving, pieces, turns
 from xpeer.network.pieces import Tree
 from xpeer.wire.messages import PIECE_BYTES, TreeOffer
 from xpeer_daemon import donors, offers
@@ -327,9 +327,10 @@ async def test_a_donor_that_stalls_holds_up_nobody_who_has_a_checkpoint(
     monkeypatch.setattr(donors, "CATCH_UP_S", 2.0)
     rig = Rig(tmp_path, monkeypatch, founds=False)
     rig.live = [LIAR, GOOD, WORSE]
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)
     trainer = Trainer(resumed_step=20)
     await rig.hold(trainer)
-    assert (trainer.taken, rig.life.catching_up) == ([], False)
+    assert (trainer.taken, rig.life.catching_up) == ([GOOD], False)
     assert rig.donors._offers.willing() == [GOOD, WORSE]  # nobody asks it again for a while
     trainer = Trainer()
     await rig.hold(trainer)

@@ -20,6 +20,8 @@ from tests.unit.daemon.donations import (
     Rig,
     Trainer,
 )
+from tests.unit.daemon.test_donors_that_hold_up import trickles
+from tests.unit.daemon.test_hostile_offers import pieces_of
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import giving, turns
@@ -143,6 +145,19 @@ async def test_a_member_that_can_not_be_dialled_holds_up_nobody(
     monkeypatch.setattr(giving, "ask", unreachable)
     rig.live = [GOOD]
     assert await taken_by(rig, 20) == []
+    assert rig.conditions == set()
+
+
+async def test_a_liar_does_not_use_up_the_time_of_who_is_far_behind(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives just enough to go on until the time is over."""
+    pieces_of(monkeypatch, 4)
+    trickles(monkeypatch, LIAR)
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.2)
+    rig.live = [LIAR, GOOD, WORSE]
+    assert await taken_by(rig, 20) == [GOOD]
     assert rig.conditions == set()
 
 
