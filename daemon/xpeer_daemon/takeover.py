@@ -80,6 +80,9 @@ class Takeover:
         self._most = 0
         """Bytes of pieces that were here when an attempt began, at most: who gives some of one
         snapshot after another, none of which fits to the last one, gets nowhere."""
+        self._liars: set[PeerId] = set()
+        """Donors whose pieces were forgotten since they lied. What they took along is no fault of
+        others, who have to give no more than before to go on; but only once for each liar."""
         self._expired: Counter[PeerId] = Counter()
         """How often too little came in time, by the donor that was chosen first. Each doubles that
         time: slow lines get through. Liars double their own time alone."""
@@ -134,11 +137,8 @@ class Takeover:
             LocalError: the disk is full, or fails.
         """
         gathered, first = await self._opened(), givers[0].donor
-        self._most = most = max(self._most, gathered.num_bytes)
-        unfit = [tree for tree in gathered.sources() if not fits(tree)]
-        for tree in unfit:
-            gathered.discard(tree)
-        gathered.tidy()
+        self._most = max(self._most, gathered.num_bytes)
+        unfit = self._discard_unfit(gathered, fits)
         due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
         if until is None:
             lease_s *= 2.0 ** self._expired[first]
@@ -155,13 +155,20 @@ class Takeover:
                 due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
                 lease.renew()
 
+        def on_loss(donor: PeerId, error: PeerError) -> None:
+            nonlocal due
+            lied_before = donor in self._liars
+            self._lost(donor, error)
+            if donor in self._liars and not lied_before:
+                due = min(due, gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes)
+
         fetch = Fetch(
             gathered,
             wanted,
             fits=fits,
             again=lambda giver: self.ask(giver.donor),
             more=more,
-            lost=self._lost,
+            lost=on_loss,
             on_piece=on_piece,
         )
         self._life.fetching = lambda: fetch.progress
@@ -181,9 +188,17 @@ class Takeover:
             self._life.fetching = None
         if whole:
             return Ended.WHOLE
-        much = gathered.num_bytes - most >= WORTH * self._shape.num_bytes
-        fickle = any(tree.donor == first for tree in unfit)
-        return Ended.SOME if much and not fickle else Ended.LITTLE
+        much = gathered.num_bytes - self._most >= WORTH * self._shape.num_bytes
+        return Ended.SOME if much and first not in unfit else Ended.LITTLE
+
+    @staticmethod
+    def _discard_unfit(gathered: Gathered, fits: Callable[[Tree], bool]) -> set[PeerId]:
+        """Forget pieces that don't fit, and trees without pieces; returns whose did not fit."""
+        unfit = [tree for tree in gathered.sources() if not fits(tree)]
+        for tree in unfit:
+            gathered.discard(tree)
+        gathered.tidy()
+        return {tree.donor for tree in unfit}
 
     async def payload(self) -> memoryview:
         """All pieces: (num_bytes,) uint8, only to be read."""
@@ -211,6 +226,7 @@ class Takeover:
             self._gathered = None
         self._came = self._most = 0
         self._expired.clear()
+        self._liars.clear()
         self._gave.clear()
         remove(self._folder)
 
@@ -227,6 +243,7 @@ class Takeover:
     def _lost(self, donor: PeerId, error: PeerError) -> None:
         """Avoid a donor for a while; forget its pieces if it has shown that it lies."""
         if error.reason in _LIES:
+            self._liars.add(donor)
             for tree in [tree for tree in self.trees() if tree.donor == donor]:
                 self._discard(tree)
         if error.reason in BROKE and self._gave[donor] >= WORTH * self._shape.num_bytes:

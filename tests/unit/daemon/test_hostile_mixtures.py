@@ -12,12 +12,23 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.unit.daemon.donations import GOOD, LIAR, OFFERS, TRUE_LOSS, TWIN, Offer, Rig, Trainer
+from tests.unit.daemon.donations import (
+    GOOD,
+    LIAR,
+    OFFERS,
+    OLD,
+    TRUE_LOSS,
+    TWIN,
+    WORSE,
+    Offer,
+    Rig,
+    Trainer,
+)
 from tests.unit.daemon.test_hostile_offers import pieces_of
 from xpeer.errors import PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.network import giving, turns
-from xpeer_daemon import fetching
+from xpeer_daemon import donors, fetching
 
 Coming = AsyncGenerator[tuple[int, memoryview]]
 
@@ -33,9 +44,11 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     return Rig(tmp_path, monkeypatch, founds=False)
 
 
-async def taken_by(rig: Rig, trainer: Trainer | None = None) -> list[PeerId]:
+async def taken_by(
+    rig: Rig, trainer: Trainer | None = None, within_s: float | None = 60.0
+) -> list[PeerId]:
     trainer = trainer or Trainer()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(within_s):
         await rig.hold(trainer)
     return trainer.taken
 
@@ -112,3 +125,72 @@ async def test_who_spoils_a_mixture_and_never_gives_alone_spoils_no_other_one(
     rig.live, trainer = [TWIN, GOOD], Measures()
     assert await taken_by(rig, trainer) == [GOOD]
     assert trainer.measured == 2
+
+
+async def test_one_wrong_piece_takes_no_time_from_honest_donors(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TWIN gives most of it, and lies then. GOOD gives 6% in the time in which 5% have to come."""
+    pieces_of(monkeypatch, 33)
+    monkeypatch.setattr(fetching, "SILENT_S", 1e6)
+    monkeypatch.setitem(OFFERS, OLD, (20, 2.0))  # it could give, but nothing that fits
+    loop, late_s, lied = asyncio.get_running_loop(), 0.0, asyncio.Event()
+    real, time = Offer.pieces, loop.time
+
+    async def slow(offer: Offer, first: int, count: int) -> Coming:
+        nonlocal late_s
+        if offer.donor == GOOD:
+            await lied.wait()
+        for piece in range(first, first + count):
+            if offer.donor == TWIN and rig.donors._takeover._gathered.num_bytes > 0.55 * whole:
+                rig.live.remove(TWIN)
+                lied.set()
+                raise PeerError(Reason.DIGEST_MISMATCH, "not the one that it signed")
+            for _ in range(10 if offer.donor == GOOD else 0):
+                late_s += 43.0
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            async for each in real(offer, piece, 1):
+                yield each
+
+    class Looks(Trainer):
+        async def import_state(self, *args: Any) -> float:
+            assert GOOD not in rig.donors._offers._failed
+            return await super().import_state(*args)
+
+    monkeypatch.setattr(Offer, "pieces", slow)
+    monkeypatch.setattr(loop, "time", lambda: time() + late_s)
+    whole = rig.donors._takeover._shape.num_bytes
+    rig.live, trainer = [TWIN, GOOD, OLD], Looks()
+    assert await taken_by(rig, trainer, None) == [GOOD]
+
+
+async def test_a_donor_whose_line_broke_once_comes_before_a_worse_one(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gave something, so it was not tried in vain."""
+    monkeypatch.setitem(OFFERS, WORSE, (100, 6.0))
+    monkeypatch.setitem(TRUE_LOSS, WORSE, 6.0)
+    real, broke = Offer.pieces, False
+
+    async def breaks(offer: Offer, first: int, count: int) -> Coming:
+        nonlocal broke
+        async for each in real(offer, first, count):
+            yield each
+            if offer.donor == GOOD and not broke:
+                broke = True
+                raise PeerError(Reason.CLOSED, "its line broke")
+
+    monkeypatch.setattr(Offer, "pieces", breaks)
+    monkeypatch.setattr(donors, "STALE_S", 0.0)  # as a transfer takes long
+    rig.live = [WORSE, GOOD]
+    assert await taken_by(rig) == [GOOD]
+    assert broke
+
+
+def test_a_mixture_is_measured_by_its_lowest_claim(rig: Rig) -> None:
+    """So nobody who claims much more, or much less, is in it."""
+    good, worse, liar = Offer(GOOD), Offer(WORSE), Offer(LIAR)
+    every: Any = [[good, worse, liar], [worse, good, liar], [liar, good, worse]]
+    for offers in every:
+        assert rig.donors._chosen(offers) == offers[:1]
