@@ -43,7 +43,7 @@ class Conduct:
         self.shy: set[PeerId] = set()
         self.worse: set[PeerId] = set()
         self._tried: set[PeerId] = set()
-        """Donors that were chosen first, and not all came. They are chosen after all others."""
+        """Donors that were chosen first, and hardly anything came. They come after all others."""
         self._wasted: Counter[PeerId] = Counter()
         """How many attempts each donor that was chosen first cost: hardly anything came, or it was
         bad."""
@@ -94,8 +94,8 @@ class Conduct:
             first: the donor that was chosen first.
             how: it ended.
         """
-        self._tried.add(first)
-        if how is not Ended.SOME:
+        if how is not Ended.SOME:  # else its line broke, as lines do
+            self._tried.add(first)
             self.wastes(first)
         if first == self.alone:
             failed = {Ended.SOME: 0, Ended.LITTLE: self.alone_failed + 1}

@@ -306,12 +306,15 @@ class Donors:
     def _alike(self, best: Claim, other: Claim) -> bool:
         """Whether pieces of another snapshot may be put together with those of the best one.
 
+        Both losses are about equal, as the mixture is measured by the lower one.
+
         Neighbours differ by the consensus distance. Snapshots of other times differ by training,
         too.
         """
         far = self._ahead.is_far(best.step, other.step) or self._ahead.is_far(other.step, best.step)
         factor, nats = TOLERANCE
-        return not far and other.loss_public <= factor * best.loss_public + nats
+        losses = best.loss_public, other.loss_public
+        return not far and max(losses) <= factor * min(losses) + nats
 
     async def _attempt(
         self, trainer: TrainerProcess, chosen: list[Giver], claims: Claims, until: float | None
@@ -348,7 +351,7 @@ class Donors:
         who: whoever gave most of it may have been the fastest because it wanted that.
         """
         trees, (factor, nats) = self._takeover.trees(), TOLERANCE
-        at_most = max(factor * tree.loss_public + nats for tree in trees)
+        at_most = min(factor * tree.loss_public + nats for tree in trees)
         step = min(claims.step_of(tree) for tree in trees)
         try:
             payload = await self._takeover.payload()

@@ -149,13 +149,14 @@ async def test_a_member_that_can_not_be_dialled_holds_up_nobody(
 
 
 async def test_a_liar_does_not_use_up_the_time_of_who_is_far_behind(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It gives just enough to go on until the time is over."""
     pieces_of(monkeypatch, 4)
     trickles(monkeypatch, LIAR)
     monkeypatch.setattr(turns, "PAUSE_S", 0.0)
-    monkeypatch.setattr(donors, "CATCH_UP_S", 0.2)
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.5)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
     rig.live = [LIAR, GOOD, WORSE]
     assert await taken_by(rig, 20) == [GOOD]
     assert rig.conditions == set()

@@ -160,7 +160,7 @@ async def test_a_lone_donor_is_ahead_by_no_more_than_time_allows(
     tmp_path, monkeypatch, silent, away_s, taken
 ) -> None:
     """Others hold parameters, too, but none of them has told its step: it is busy, or gone."""
-    monkeypatch.setattr(donors, "CATCH_UP_S", 0.05)
+    monkeypatch.setattr(donors, "CATCH_UP_S", 60.0 if taken else 0.05)
     rig = Rig(tmp_path, monkeypatch, founds=False)
     rig.live, rig.saved_at, rig.gone = [GOOD, *silent], 1e6 - away_s, {WORSE}
     trainer = Trainer(resumed_step=70)
