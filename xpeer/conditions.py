@@ -102,9 +102,10 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         code="donor-doubtful",
         severity="degraded",
         text="the parameters that {who} offers are worse than what the swarm started from: public "
-        "loss {loss:.3f}, and {start:.3f} at the start. Nobody else offers such",
-        remedy="have another member come back that holds the swarm's parameters. If these are "
-        "right, `xpeer start --accept-donor` takes them over",
+        "loss {loss:.3f}, and {start:.3f} at the start. Nobody else offers such. "
+        "`xpeer start --accept-donor {peer_id}` would take them over",
+        remedy="have another member come back that holds the swarm's parameters. Only if these are "
+        "right: `xpeer stop`, and start with that option",
         clears="other parameters are offered, or a second member's are as good",
     ),
     Condition(

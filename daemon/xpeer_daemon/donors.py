@@ -70,7 +70,8 @@ class Donors:
         manifest: of the swarm.
         offers: asks members.
         takeover: gathers what they give.
-        accept: the operator accepts parameters that are worse than the swarm's start.
+        accept: PeerID or name of the donor whose parameters the operator accepts, even if they are
+            worse than the swarm's start; None = of nobody.
     """
 
     def __init__(
@@ -81,15 +82,14 @@ class Donors:
         manifest: Manifest,
         offers: Offers,
         takeover: Takeover,
-        *,
-        accept: bool = False,
+        accept: str | None = None,
     ) -> None:
         self._node, self._view, self._store = node, view, store
         self._manifest = manifest
         self._offers, self._takeover = offers, takeover
         self._conduct = Conduct(view, node.life)
         self._ahead = Ahead(view, manifest, offers, self._conduct)
-        self._judge = Judge(node, view, manifest, self._conduct, accept=accept)
+        self._judge = Judge(node, view, manifest, self._conduct, accept)
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give the swarm's parameters to a trainer that has none.

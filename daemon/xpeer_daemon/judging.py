@@ -25,14 +25,15 @@ class Judge:
         view: knows names.
         manifest: of the swarm.
         conduct: of all donors.
-        accept: the operator accepts parameters that are worse than the swarm's start.
+        accept: PeerID or name of a donor whose parameters the operator accepts, even if they are
+            worse than the swarm's start; None = of nobody.
 
     Attributes:
         doubts: True iff the last offers need the operator's word.
     """
 
     def __init__(
-        self, node: Node, view: SwarmView, manifest: Manifest, conduct: Conduct, *, accept: bool
+        self, node: Node, view: SwarmView, manifest: Manifest, conduct: Conduct, accept: str | None
     ) -> None:
         self._node, self._view, self._manifest = node, view, manifest
         self._conduct = conduct
@@ -41,7 +42,8 @@ class Judge:
 
     def is_doubtful(self, offer: Giver, offers: list[Giver]) -> bool:
         """Whether an offer needs the operator's word, or another donor's."""
-        return not self.accept and doubtful(offer, offers, self._manifest.start_loss)
+        accepted = self.accept in {offer.donor, self._view.name_of(offer.donor)}
+        return not accepted and doubtful(offer, offers, self._manifest.start_loss)
 
     def undoubted(self, offers: list[Giver]) -> list[Giver]:
         """Offers that need no word of the operator, without those of blamed donors if there are
@@ -56,8 +58,14 @@ class Judge:
         if offers:
             best = voices[0]
             who = self._view.name_of(best.donor)
-            facts = {"who": who, "loss": best.loss_public, "start": self._manifest.start_loss}
-            self._node.health.hold("donor-doubtful", self.doubts, **facts)
+            self._node.health.hold(
+                "donor-doubtful",
+                self.doubts,
+                who=who,
+                peer_id=best.donor,
+                loss=best.loss_public,
+                start=self._manifest.start_loss,
+            )
         return self._conduct.unblamed(good)
 
     async def better(self, trainer: TrainerProcess, offers: list[Giver]) -> list[Giver]:

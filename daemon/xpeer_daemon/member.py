@@ -58,14 +58,14 @@ class Options:
         paused: take no steps until `xpeer resume`.
         from_initial: a founder without parameters begins with the initial model at once. It does
             not wait for a member that holds the swarm's.
-        accept_donor: a joiner takes over parameters that are worse than the swarm's start, even if
-            a single member offers them.
+        accept_donor: PeerID or name of a member whose parameters a joiner takes over even if they
+            are worse than the swarm's start, and nobody else offers such; None = of nobody.
         trainer: the module that the trainer process runs.
     """
 
     paused: bool = False
     from_initial: bool = False
-    accept_donor: bool = False
+    accept_donor: str | None = None
     trainer: str = PROGRAM
 
 
@@ -249,7 +249,7 @@ def _donors(
     shape, avoid, spare = Shape(manifest.state_form), offers.avoid, offers.spare
     takeover = Takeover(party, node.swarm, shape, rates, folder, node.life, avoid, spare)
     accept = candidate.options.accept_donor
-    return Donors(node, view, store, manifest, offers, takeover, accept=accept)
+    return Donors(node, view, store, manifest, offers, takeover, accept)
 
 
 def _gossip(

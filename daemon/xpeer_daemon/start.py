@@ -123,7 +123,7 @@ def run(
     join_token: str | None = None,
     paused: bool = False,
     from_initial: bool = False,
-    accept_donor: bool = False,
+    accept_donor: str | None = None,
     trainer: str = PROGRAM,
 ) -> int:
     """Run the daemon until it is asked to stop.

@@ -64,8 +64,8 @@ _KNOWN_SEEDS = "known"
 )
 @click.option(
     "--accept-donor",
-    is_flag=True,
-    help="Take over a single member's parameters even if they are worse than the swarm's first.",
+    metavar="NAME_OR_PEERID",
+    help="Take over this member's parameters even if they are worse than the swarm's first.",
 )
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), help="Format of stderr and the log."
@@ -94,7 +94,7 @@ def start(
     min_peers: int | None,
     paused: bool,
     from_initial: bool,
-    accept_donor: bool,
+    accept_donor: str | None,
     log_format: str | None,
     base_model: Path | None,
     tokenizer: Path | None,
@@ -120,6 +120,10 @@ def start(
         config_path,
     )
     home.socket(config)
+    if accept_donor is not None and not accept_donor.strip():
+        raise ConfigError(
+            "--accept-donor is empty", "give the PeerID of the member that health names"
+        )
     token = read_token(join)
     if token is not None:
         _check_token(home, token)

@@ -227,12 +227,18 @@ async def test_an_older_snapshot_is_worth_its_rest_if_half_of_it_is_here(
     assert rig.donors._chosen(best_first)[0].donor == first
 
 
-async def test_the_operator_may_accept_them(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("accept", "taken"), [(GOOD, True), ("hall-a", True), (LIAR, False)])
+async def test_the_operator_may_accept_them_of_one_donor(
+    tmp_path, monkeypatch, accept, taken
+) -> None:
+    """By its PeerID or its name. Of others they are doubted as before."""
     rig = Rig(tmp_path, monkeypatch, founds=False)
-    rig.manifest.start_loss, rig.live, rig.donors._judge.accept = 1.0, [GOOD], True
-    trainer = Trainer()
-    await rig.hold(trainer)
-    assert (trainer.taken, rig.conditions) == ([GOOD], set())
+    rig.donors._view.name_of = {GOOD: "hall-a"}.get  # type: ignore[assignment] # a fake
+    rig.manifest.start_loss, rig.live, rig.donors._judge.accept = 1.0, [GOOD], accept
+    trainer: Any = Trainer()
+    assert bool(await rig.donors._take_over_best(trainer, None)) is taken
+    assert trainer.taken == ([GOOD] if taken else [])
+    assert rig.conditions == (set() if taken else {"donor-doubtful"})
 
 
 async def test_a_liar_is_avoided_for_several_times_what_it_cost(tmp_path, monkeypatch) -> None:
