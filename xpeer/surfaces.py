@@ -43,7 +43,7 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.accounts.register_file": ("%s",),
     "xpeer.trainer.channel": ("%s", "%s"),
     "xpeer.trainer.client": ("parameters replaced at step %d: public loss %.4f -> %.4f",),
-    "xpeer.privacy.fitting": ("out of memory: the step is begun again with %s",),
+    "xpeer.privacy.fitting": ("out of memory: going on with %s",),
     "xpeer.training.loop": ("charged steps were not used up: %s",),
     "xpeer.trainer.main": ("the trainer's receiver failed",),
     "xpeer.training.measuring": ("the loss can't be measured: %s",),

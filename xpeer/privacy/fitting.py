@@ -1,14 +1,16 @@
 """Makes work fit into memory: it is done again with less at a time, from its beginning.
 
 A step that runs out of memory is not lost. Its sample stays, its sums begin at zero again, and it
-is charged once. All records of a step add up to the same, however many are in a pass.
+is charged once. All records of a step add up to the same, however many are in a pass. Its noise is
+drawn in smaller parts (`noise`). The optimiser's step takes no memory: its moments are there before
+the first step is charged (`training.optimiser`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 
@@ -21,13 +23,31 @@ _STEP: Final = 1 << 32
 logger = logging.getLogger("xpeer.training")
 
 
-def until_it_fits(work: Callable[[], _T], shrink: Callable[[], str]) -> _T:
+class Shortage(NamedTuple):
+    """What is said where work does not fit, however little is done at a time."""
+
+    problem: str
+    remedy: str
+
+
+_ONE_RECORD: Final = Shortage(
+    "a single record does not fit into memory",
+    "a smaller training.micro_batch can't help: set training.checkpoint_activations to on, "
+    "training.precision to bfloat16, or give the trainer more memory; in a new swarm a shorter "
+    "optimiser.sequence_tokens",
+)
+
+
+def until_it_fits(
+    work: Callable[[], _T], shrink: Callable[[], str], shortage: Shortage = _ONE_RECORD
+) -> _T:
     """Do work; where memory runs out, do it again with less at a time.
 
     Args:
         work: begins anew at each call.
         shrink: makes the next attempt smaller. It returns what was changed, for the operator; "" =
             nothing can be.
+        shortage: said if nothing can be made smaller any more.
 
     Raises:
         ShortOfMemoryError: nothing can be made smaller any more.
@@ -43,13 +63,8 @@ def until_it_fits(work: Callable[[], _T], shrink: Callable[[], str]) -> _T:
             torch.cuda.empty_cache()
         changed = shrink()
         if not changed:
-            raise ShortOfMemoryError(
-                "a single record does not fit into memory",
-                "a smaller training.micro_batch can't help: set training.checkpoint_activations to "
-                "on, training.precision to bfloat16, or give the trainer more memory; in a new "
-                "swarm a shorter optimiser.sequence_tokens",
-            )
-        logger.warning("out of memory: the step is begun again with %s", changed)
+            raise ShortOfMemoryError(*shortage)
+        logger.warning("out of memory: going on with %s", changed)
 
 
 def halved(records: int) -> tuple[int, str]:

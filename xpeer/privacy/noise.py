@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Final, Literal, NoReturn
 
@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from xpeer.errors import LocalError
+from xpeer.privacy.fitting import Shortage, until_it_fits
 
 Generator = Literal["fast", "cryptographic"]
 
@@ -42,6 +43,12 @@ _DEVICE_CHUNK: Final = 1 << 20
 """Pairs of normals made at once on an accelerator. Their random bits are copied to it at once."""
 _PHILOX_CHUNK: Final = 1 << 22
 """Normals that the device's own generator makes at once: of a large matrix a part."""
+_LEAST: Final = 1 << 10
+"""Normals that are made at once where memory is shortest."""
+_SHORT: Final = Shortage(
+    "the noise of a private step does not fit into memory, a few kilobytes at a time",
+    "end what else uses the device, or set training.device to cpu",
+)
 _MANTISSA: Final = 53
 _BLOCK: Final = 16
 """Bytes of an AES block. The cipher needs so many bytes of room beyond its output."""
@@ -60,6 +67,8 @@ class SecretGenerator:
         device = torch.device(device)
         own = device.type == "cuda" and kind == "fast"
         self._philox = torch.Generator(device) if own else None
+        self._divisor = 1
+        """Of the normals that are made at once; it grows where memory runs out."""
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled."""
@@ -91,38 +100,68 @@ class SecretGenerator:
     def add_gaussian_(self, tensor: Tensor, std: float) -> Tensor:
         """Add independent N(0, std^2) to a floating tensor, and return it.
 
-        As many values as the tensor has are never there at once.
+        As many values as the tensor has are never there at once. Where memory runs out, fewer are.
 
         Raises:
             LocalError: std is not a finite positive number.
+            ShortOfMemoryError: not even a few normals fit. Parts of the tensor have their noise and
+                others don't: it must not be used.
         """
         if tensor.device != _where(tensor) or not tensor.is_contiguous():
             return tensor.add_(self.gaussian_(torch.empty_like(tensor), std))
         for part, normals in self._parts(tensor, std):
-            part.add_(normals.to(part.dtype))  # rounded as `gaussian_` does
+            part.add_(normals)  # of the same type and place: this takes no memory
         return tensor
 
     def _parts(self, tensor: Tensor, std: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of all parts of a contiguous tensor, each with as many normals in float64. One key
-        is for the whole tensor.
+        """Views of all parts of a contiguous tensor, each with as many normals, rounded to its
+        type. One key is for the whole tensor.
+
+        Where memory runs out while a part's normals are made, they are dropped, and the stream goes
+        on with others, fewer at a time. None was used, so none is used twice. No part comes twice.
 
         Raises:
             LocalError: std is not a finite positive number.
+            ShortOfMemoryError: see `add_gaussian_`.
         """
         if not (math.isfinite(std) and std > 0):
             raise LocalError(f"privacy noise: standard deviation {std!r} is out of range")
-        flat = tensor.view(-1)
-        on_cuda = tensor.device.type == "cuda"
-        if self._philox is not None and on_cuda:
-            self._philox.manual_seed(int.from_bytes(os.urandom(8), "little"))
-            for part in torch.split(flat, _PHILOX_CHUNK):
-                wide = torch.empty(len(part), dtype=torch.float64, device=tensor.device)
-                yield part, wide.normal_(0.0, std, generator=self._philox)
-            return
-        most = _DEVICE_CHUNK if on_cuda else _CHUNK
-        stream = _Stream(max(1, min(most, -(-len(flat) // 2))))
-        for part in torch.split(flat, 2 * stream.pairs):
-            yield part, _box_muller(stream.next().to(tensor.device))[: len(part)].mul_(std)
+        flat, at = tensor.view(-1), 0
+        most, draw = self._source(tensor, std)
+
+        def rounded() -> Tensor:
+            at_once = max(most // self._divisor, min(most, _LEAST))
+            return draw(min(at_once, len(flat) - at)).to(flat.dtype)
+
+        def fewer() -> str:
+            if most // self._divisor <= _LEAST:
+                return ""
+            self._divisor *= 2
+            return "fewer values of noise at a time"
+
+        while at < len(flat):
+            normals = until_it_fits(rounded, fewer, _SHORT)
+            yield flat[at : at + len(normals)], normals
+            at += len(normals)
+
+    def _source(self, tensor: Tensor, std: float) -> tuple[int, Callable[[int], Tensor]]:
+        """A fresh key for a tensor: the normals to make at once, and what makes so many."""
+        device, philox = tensor.device, self._philox
+        if philox is not None and device.type == "cuda":
+            philox.manual_seed(int.from_bytes(os.urandom(8), "little"))
+
+            def of_device(count: int) -> Tensor:
+                wide = torch.empty(count, dtype=torch.float64, device=device)
+                return wide.normal_(0.0, std, generator=philox)
+
+            return _PHILOX_CHUNK, of_device
+        stream = _Stream()
+
+        def of_cipher(count: int) -> Tensor:
+            words = stream.next(-(-count // 2)).to(device)
+            return _box_muller(words)[:count].mul_(std)
+
+        return 2 * (_DEVICE_CHUNK if device.type == "cuda" else _CHUNK), of_cipher
 
     def poisson_sample(self, num_records: int, probability: float) -> Tensor:
         """Choose each record independently with this probability.
@@ -190,23 +229,21 @@ def _where(tensor: Tensor) -> torch.device:
 class _Stream:
     """AES-256 in counter mode over zeros. The operating system makes the key, and only the cipher
     keeps it.
-
-    Args:
-        pairs: pairs of 64-bit words to make at once.
     """
 
-    def __init__(self, pairs: int) -> None:
-        self.pairs = pairs
+    def __init__(self) -> None:
         cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(_BLOCK)))
         self._cipher = cipher.encryptor()
-        self._zeros = bytes(16 * pairs)
-        self._bytes = bytearray(16 * pairs + _BLOCK)
+        self._zeros = b""
+        self._bytes = bytearray()
 
-    def next(self) -> Tensor:
+    def next(self, pairs: int) -> Tensor:
         """Make (2, pairs) int64 random words. They are valid until the next call."""
-        self._cipher.update_into(self._zeros, self._bytes)
-        words = torch.frombuffer(self._bytes, dtype=torch.int64, count=2 * self.pairs)
-        return words.view(2, self.pairs)
+        if len(self._zeros) < 16 * pairs:
+            self._zeros, self._bytes = bytes(16 * pairs), bytearray(16 * pairs + _BLOCK)
+        self._cipher.update_into(memoryview(self._zeros)[: 16 * pairs], self._bytes)
+        words = torch.frombuffer(self._bytes, dtype=torch.int64, count=2 * pairs)
+        return words.view(2, pairs)
 
 
 def _box_muller(bits: Tensor) -> Tensor:

@@ -108,9 +108,15 @@ class FlatParameters(FlatVector):
         return out
 
     def write_gradients(self, flat: torch.Tensor) -> None:
-        """Replace all gradients by a vector of the shape of `read_gradients`, from the CPU."""
+        """Replace all gradients by a vector of the shape of `read_gradients`, from the CPU.
+
+        Where there are gradients, this takes no memory.
+        """
         for p, view in zip(self._parameters, views(self._parameters, flat), strict=True):
-            p.grad = view.to(p.device, copy=True)
+            if p.grad is None:
+                p.grad = view.to(p.device, copy=True)
+            else:
+                p.grad.copy_(view)
 
     @contextmanager
     def with_values(self, values: torch.Tensor) -> Iterator[None]:

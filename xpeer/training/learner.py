@@ -9,7 +9,7 @@ from xpeer.mixing.parameters import Parameters
 from xpeer.privacy.mechanism import Mechanism
 from xpeer.training.gradient_window import GradientWindow
 from xpeer.training.measuring import require_finite
-from xpeer.training.optimiser import make_optimiser
+from xpeer.training.optimiser import allocate_moments, make_optimiser
 from xpeer.training.schedule import Counters, learning_rate
 
 
@@ -52,6 +52,14 @@ class Learner:
         """Seconds since `loss` was computed; None if there is none."""
         return None if self.loss is None else time.monotonic() - self._stepped_at
 
+    def prepare(self) -> None:
+        """Take the memory that steps need beside their gradients, before one is charged.
+
+        Raises:
+            ShortOfMemoryError: it is not there.
+        """
+        allocate_moments(self.optimiser)
+
     def step(self) -> int:
         """Take a charged step; returns its number of tokens.
 
@@ -77,7 +85,12 @@ class Learner:
         return result.tokens
 
     def take_window_step(self) -> None:
-        """Have the optimiser take a step with the gradient of a window."""
+        """Have the optimiser take a step with the gradient of a window.
+
+        Raises:
+            ShortOfMemoryError: see `prepare`; the gradient is still there.
+        """
+        self.prepare()
         gradient = self.gradients.take()
         if gradient is not None:
             self.parameters.write_gradients(gradient)

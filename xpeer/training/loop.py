@@ -290,6 +290,7 @@ class TrainingLoop:
 
     def _permit(self) -> bool:
         """Get a charged step; returns whether there is one. If the disk is full, wait a while."""
+        self.learner.prepare()
         permission = self.pacing.obtain_step()
         if permission == "spent":
             self._gradients.end_budget()

@@ -104,7 +104,7 @@ def test_a_step_without_memory_is_taken_with_fewer_records_a_pass(
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     assert ledger.steps_charged == 2 * charged
     assert [r.getMessage() for r in caplog.records] == [
-        "out of memory: the step is begun again with fewer records a pass"
+        "out of memory: going on with fewer records a pass"
     ]
     small.passes.clear()
     mechanism.charge_until(1)

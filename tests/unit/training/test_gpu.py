@@ -83,7 +83,7 @@ def test_layers_computed_again_need_less_memory_and_give_the_same() -> None:
 
 
 def test_noise_and_fragments_take_a_part_of_a_matrix() -> None:
-    """Where memory runs out in them, nothing is begun again with less."""
+    """No second one is there: in a merge nothing is begun again with less."""
     vector = FlatVector(1 << 26, 1, CUDA)
     secret, fragment = SecretGenerator(CUDA), torch.empty(1 << 26)
     for work in (
