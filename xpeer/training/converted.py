@@ -7,6 +7,7 @@ of 8 billion parameters. From this folder they are pages of a file, which give w
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,10 +25,21 @@ from xpeer.files import NOT_OURS
 from xpeer.source import entries
 from xpeer.training.tensor_file import STAGING, Pending, save_file
 
+_LARGE_FILES: Final = Path("/var/tmp")  # noqa: S108 - `mkdtemp` makes names in it
 _FLOATS: Final = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 """By their names in a file."""
+
+
+def temporary() -> Path:
+    """The folder for temporary files on a disk, for commands without a home: TMPDIR's, else
+    /var/tmp, since /tmp may be memory.
+    """
+    usual = Path(tempfile.gettempdir())
+    if usual == Path("/tmp") and os.access(_LARGE_FILES, os.W_OK):  # noqa: S108 - not used
+        return _LARGE_FILES
+    return usual
 
 
 def bytes_of(folder: Path, dtype: torch.dtype) -> int:
@@ -107,8 +119,9 @@ def _size(entry: Mapping[str, Any], dtype: torch.dtype) -> int:
 def _unwritable(folder: Path, wanted: int, error: OSError) -> LocalError:
     how = "let this user write there" if error.errno in NOT_OURS else "free space there"
     return LocalError(
-        f"the base model is converted at init and at each start, and {size(wanted)} of it can't be "
-        f"written in {folder}: {error.strerror or error}",
-        f"{how}; or save the base model in the swarm's model.base_dtype, and name that copy "
-        "(--model at init, else data.base_model)",
+        f"the base model is not of the swarm's type, so it is converted whenever it is loaded, and "
+        f"{size(wanted)} of it can't be written in {folder}: {error.strerror or error}",
+        f"{how} (for `xpeer eval` and `generate`: or name another folder in TMPDIR); or save the "
+        "base model in the swarm's model.base_dtype, and name that copy (--model at init, else "
+        "data.base_model or --base-model)",
     )

@@ -14,6 +14,7 @@ from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.manifest.signed import SignedManifest
 from xpeer.training import adapters
+from xpeer.training.converted import temporary
 from xpeer.training.flat import digest_of
 from xpeer.training.held import DTYPES
 from xpeer.training.initial import saved_model, trained_model
@@ -73,6 +74,7 @@ def from_export(
 
     Raises:
         ConfigError: the folder holds no such model, or adapters without their base.
+        LocalError: the base model is of another type, and can't be converted on a disk.
     """
     made = _tokenizer_of(folder, tokenizer)
     if not (folder / adapters.ADAPTER_CONFIG).exists():
@@ -85,7 +87,7 @@ def from_export(
     belonging.require_inside(folder)
     named = _named_base(folder)
     dtype = DTYPES[named.dtype]
-    model = from_folder(base_model, dtype=dtype)
+    model = from_folder(base_model, dtype=dtype, near=temporary())
     if named.blake2b_256 and (seen := digest_of(model, dtype)) != named.blake2b_256:
         raise ConfigError(
             f"--base-model {base_model}: its weights have BLAKE2b-256 {seen[:16]}…, the "

@@ -8,22 +8,28 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.cases.support import model_folder
+from tests.cases.support import model_folder, tokenizer_folder
 from tests.unit.test_trial import init
 from tests.unit.trainer.processes import with_config
 from tests.unit.training.homes import make_homes
+from xpeer.cli import main
 from xpeer.config import Home
 from xpeer.errors import LocalError
 from xpeer.founding_model import LoraOptions
+from xpeer.manifest.model import BaseDtype, Lora, Model
 from xpeer.manifest.signed import SignedManifest
 from xpeer.trainer.build import assemble
-from xpeer.training import converted
-from xpeer.training.export import export_hf
+from xpeer.training import adapters, converted
+from xpeer.training.export import export_adapters, export_hf
+from xpeer.training.flat import digest_of
+from xpeer.training.held import DTYPES
 from xpeer.training.kept import Source
 from xpeer.training.model import from_folder, read_config
+from xpeer.training.tokenizer import HuggingFaceTokenizer
 
 
 def half(folder: Path, family: str = "llama", to: str = "float16") -> Path:
@@ -152,6 +158,50 @@ def test_a_folder_of_others_is_not_full(tmp_path: Path, monkeypatch: pytest.Monk
     assert code
     assert f"{beside} can't be written: Permission denied" in err
     assert f"make the folder {beside / 'home'} first" in err
+
+
+def adapters_for(folder: Path, base: Path, dtype: BaseDtype) -> Path:
+    """An export of adapters that were trained on a base in this type, with a tokenizer."""
+    model = from_folder(base, dtype=DTYPES[dtype])
+    lora = Lora(2, 4.0, seed=1, base_digest=digest_of(model, DTYPES[dtype]))
+    section = Model({}, 1, "", lora, "tiny", base_dtype=dtype)
+    tokenizer = HuggingFaceTokenizer(tokenizer_folder(folder / "tokenizer"))
+    export_adapters(adapters.adapt(model, lora), section, tokenizer, folder / "adapters")
+    return folder / "adapters"
+
+
+@pytest.mark.parametrize("command", [("eval", "--text"), ("generate", "--tokens=2", "--prompt")])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_commands_convert_the_base_of_adapters_on_a_disk(
+    tmp_path: Path,
+    read: list[set[torch.dtype]],
+    command: tuple[str, ...],
+    dtype: BaseDtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, disk, text = half(tmp_path), tmp_path / "disk", tmp_path / "text"
+    exported = adapters_for(tmp_path, base, dtype)
+    disk.mkdir()
+    text.write_text("The quick brown fox jumps over the lazy dog.")
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    read.clear()
+    options = [*command, str(text), "--model", str(exported), "--base-model", str(base)]
+    done = CliRunner().invoke(main, options)
+    assert done.exit_code == 0, done.output
+    assert read == [{DTYPES[dtype]}]
+    assert not list(disk.iterdir())
+
+
+def test_large_files_are_not_put_where_memory_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    monkeypatch.setattr(converted, "_LARGE_FILES", tmp_path)
+    assert converted.temporary() == tmp_path
+    monkeypatch.setattr(converted, "_LARGE_FILES", tmp_path / "missing")
+    assert converted.temporary() == Path("/tmp")
+    monkeypatch.setattr(tempfile, "tempdir", "/elsewhere")
+    assert converted.temporary() == Path("/elsewhere")
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
