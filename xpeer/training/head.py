@@ -11,6 +11,7 @@ notices, and the caller lets the model compute its logits itself.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -36,15 +37,26 @@ _TRIED: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """What a low-rank adapter adds to W h: scale B A h."""
+
+    a: nn.Linear
+    b: nn.Linear
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """logits = cap tanh(scale W h / cap); without a cap, scale W h."""
 
     body: nn.Module
     """The model without its output layer."""
     layer: nn.Module
-    """W."""
+    """W, with its adapter if it has one."""
     scale: float = 1.0
     cap: float | None = None
+    adapter: Adapter | None = None
+    """None = there is none, or `layer` does more with it."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of (..., d) hidden states, (..., vocabulary)."""
@@ -78,8 +90,26 @@ def find(model: Any) -> Head | None:
     scale = getattr(config, "logit_scale", None) or 1.0
     divided = getattr(config, "logits_scaling", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None)
-    head = Head(body, layer, float(scale) / float(divided), cap and float(cap))
+    factor, adapter = float(scale) / float(divided), _adapter_of(layer)
+    head = Head(body, layer, factor, cap and float(cap), adapter)
     return head if _understood(model, head) else None
+
+
+def _adapter_of(layer: Any) -> Adapter | None:
+    """The adapter that `adapters.adapt` gave an output layer; None = there is none, or it is not
+    what it makes.
+    """
+    base, names = getattr(layer, "base_layer", None), list(getattr(layer, "lora_A", ()))
+    if base is None or not is_product(base) or any(p.requires_grad for p in base.parameters()):
+        return None
+    if len(names) != 1 or layer.active_adapters != names or getattr(layer, "lora_variant", None):
+        return None
+    a, b, between = (each[names[0]] for each in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    linear = type(a) is type(b) is nn.Linear and a.bias is None and b.bias is None
+    in_use = not layer.merged and not layer.disable_adapters
+    if not (linear and in_use and isinstance(between, nn.Identity)):
+        return None
+    return Adapter(a, b, float(layer.scaling[names[0]]))
 
 
 def _understood(model: Any, head: Head) -> bool:
@@ -130,7 +160,8 @@ def losses_of_tokens(head: Head, hidden: Tensor, targets: Tensor, cross_entropy:
     vocabulary = len(layer.weight)
     # torch.func knows neither of what follows
     usual = torch.is_grad_enabled() and not transformed(hidden)
-    watch = watch_of(layer) if usual and is_product(layer) else None
+    watched = layer if head.adapter is None else head.adapter.b
+    watch = watch_of(watched) if usual and is_product(watched) else None
     if watch is not None and are_kept(vocabulary * targets.numel(), len(targets), hidden.device):
         watch = None  # the layer is called, and its factors are kept
     none_by_piece = head.frozen or watch is not None or not torch.is_grad_enabled()
@@ -144,7 +175,8 @@ def losses_of_tokens(head: Head, hidden: Tensor, targets: Tensor, cross_entropy:
         return losses
     if watch is not None:
         of_watched: Any = _WatchedHead.apply
-        losses = of_watched(hidden, watch.probe, targets, head, tokens, watch.on_call)
+        small = None if head.adapter is None else head.adapter.a(hidden)
+        losses = of_watched(hidden, small, watch.probe, targets, head, tokens, watch.on_call)
         return losses
 
     def of_piece(some: Tensor, wanted: Tensor) -> Tensor:
@@ -171,7 +203,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, tokens: int) -> Tensor:
-        losses, slopes, _ = _in_pieces(head, _low(hidden), targets, tokens)
+        losses, (slopes,), _ = _in_pieces(head, [_low(hidden)], targets, tokens)
         ctx.save_for_backward(slopes.to(hidden.dtype))
         return losses
 
@@ -183,30 +215,38 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _WatchedHead(torch.autograd.Function):
-    """Losses under a layer that is trained, where each record's gradient by it is wanted. No logits
-    are kept. Whoever watches the layer gets a way to compute some of their gradients again.
+    """Losses under a layer that is trained, or B of its adapter, where each record's gradient by it
+    is wanted. No logits are kept. Whoever watches it gets a way to compute some of their gradients
+    again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, probe: Tensor, targets: Tensor, head: Head, tokens: int,
-        on_call: OnCall,
+        ctx: Any, hidden: Tensor, small: Tensor | None, probe: Tensor, targets: Tensor, head: Head,
+        tokens: int, on_call: OnCall,
     ) -> Tensor:  # fmt: skip
-        low = _low(hidden)
+        given = [x for x in (hidden, small) if x is not None]
+        low = [_low(x) for x in given]
         losses, slopes, norms = _in_pieces(head, low, targets, tokens)
-        ctx.save_for_backward(slopes.to(hidden.dtype), low, targets, norms)
+        slopes = [slope.to(x.dtype) for slope, x in zip(slopes, given, strict=True)]
+        ctx.save_for_backward(*slopes, *low, targets, norms)
         ctx.head, ctx.on_call = head, on_call
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, low, targets, norms = ctx.saved_tensors
-        layer: Any = ctx.head.layer
+        *both, targets, norms = ctx.saved_tensors
+        slopes, low = both[: len(both) // 2], both[len(both) // 2 :]
+        adapter: Adapter | None = ctx.head.adapter
+        watched: Any = ctx.head.layer if adapter is None else adapter.b
         weights = grad.masked_fill(targets < 0, 0.0)
+        if adapter is not None:
+            weights = weights * adapter.scale
         rows = functools.partial(_rows, ctx.head, low, targets, norms, weights)
-        ctx.on_call(BlockedCall(layer, Blocked(rows, low, len(layer.weight))))
-        return slopes * grad.unsqueeze(2).to(slopes.dtype), *[None] * 5
+        ctx.on_call(BlockedCall(watched, Blocked(rows, low[-1], len(watched.weight))))
+        found = [slope * grad.unsqueeze(2).to(slope.dtype) for slope in slopes]
+        return *found, *[None] * (7 - len(found))
 
 
 def _low(hidden: Tensor) -> Tensor:
@@ -217,56 +257,83 @@ def _low(hidden: Tensor) -> Tensor:
 
 
 def _in_pieces(
-    head: Head, hidden: Tensor, targets: Tensor, tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, (B, T) float32; their gradients by (B, T, d) hidden states; and the log of the sum of
-    exp(logits), (B, T) float32. So many tokens at a time.
+    head: Head, inputs: Sequence[Tensor], targets: Tensor, tokens: int
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Losses, (B, T) float32; their gradients by the inputs; and the log of the sum of exp(logits),
+    (B, T) float32. So many tokens at a time.
+
+    Args:
+        head: the output layer.
+        inputs: (B, T, d) hidden states; with an adapter also (B, T, rank), what A makes of them.
+        targets: (B, T) int64.
+        tokens: of a piece.
     """
-    layer: Any = head.layer
+    hidden = inputs[0]
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-    norms, slopes = torch.empty_like(losses), torch.empty_like(hidden)
-    weight = layer.weight.detach().to(hidden.dtype)  # once, if it is held in another type
-    bias = None if layer.bias is None else layer.bias.detach().to(hidden.dtype)
+    norms, slopes = torch.empty_like(losses), [torch.empty_like(x) for x in inputs]
+    matrices, bias = _matrices(head, inputs)  # once, if they are held in another type
     silent = targets < 0
     with torch.autocast(hidden.device.type, enabled=False):
         for at in range(0, hidden.shape[1], tokens):
             part = slice(at, at + tokens)
-            logits, slope = _finished(head, _product(hidden[:, part], weight, bias))
+            outputs = _outputs(head, [x[:, part] for x in inputs], matrices, bias)
+            logits, slope = _finished(head, outputs)
             norms[:, part] = torch.logsumexp(logits, 2)
             chosen = logits.gather(2, targets[:, part].clamp(min=0).unsqueeze(2)).squeeze(2)
             losses[:, part] = norms[:, part] - chosen
             by_logits = _by_logits(logits, slope, targets[:, part], norms[:, part])
-            slopes[:, part] = by_logits.to(hidden.dtype) @ weight
-    slopes.masked_fill_(silent.unsqueeze(2), 0.0)
+            for by_input, matrix in zip(slopes, matrices, strict=True):
+                by_input[:, part] = by_logits.to(matrix.dtype) @ matrix
+    if head.adapter is not None:
+        slopes[1].mul_(head.adapter.scale)
+    for by_input in slopes:
+        by_input.masked_fill_(silent.unsqueeze(2), 0.0)
     return losses.masked_fill_(silent, 0.0), slopes, norms
 
 
 def _rows(
-    head: Head, hidden: Tensor, targets: Tensor, norms: Tensor, grad: Tensor, start: int, stop: int
-) -> Tensor:
+    head: Head, inputs: Sequence[Tensor], targets: Tensor, norms: Tensor, grad: Tensor,
+    start: int, stop: int,
+) -> Tensor:  # fmt: skip
     """Gradients by the layer's outputs from `start` up to `stop`, (B, T, n).
 
     Args:
         head: the output layer.
-        hidden: (B, T, d), as it was multiplied.
+        inputs: of `_in_pieces`.
         targets: (B, T) int64.
         norms: (B, T), of `_in_pieces`.
         grad: the gradient by each token's loss, (B, T); 0 where nothing is predicted.
         start: the first output.
         stop: the output behind the last one.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        layer: Any = head.layer
-        weight = layer.weight.detach()[start:stop].to(hidden.dtype)
-        bias = None if layer.bias is None else layer.bias.detach()[start:stop].to(hidden.dtype)
-        logits, slope = _finished(head, _product(hidden, weight, bias))
+    with torch.autocast(norms.device.type, enabled=False):
+        logits, slope = _finished(
+            head, _outputs(head, inputs, *_matrices(head, inputs, slice(start, stop)))
+        )
         by_logits = _by_logits(logits, slope, targets, norms, start)
-        return by_logits.mul_(grad.unsqueeze(2)).to(hidden.dtype)
+        return by_logits.mul_(grad.unsqueeze(2)).to(inputs[-1].dtype)
 
 
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _matrices(
+    head: Head, inputs: Sequence[Tensor], rows: slice = slice(None)
+) -> tuple[list[Tensor], Tensor | None]:
+    """Some rows of what each input is multiplied by, in its type; and of the bias."""
+    layer: Any = head.layer if head.adapter is None else head.layer.base_layer
+    of = [layer] if head.adapter is None else [layer, head.adapter.b]
+    found = [m.weight.detach()[rows].to(x.dtype) for m, x in zip(of, inputs, strict=True)]
+    return found, None if layer.bias is None else layer.bias.detach()[rows].to(inputs[0].dtype)
+
+
+def _outputs(
+    head: Head, inputs: Sequence[Tensor], matrices: Sequence[Tensor], bias: Tensor | None
+) -> Tensor:
     """Outputs of some of the layer's rows, (B, T, n)."""
-    return nn.functional.linear(hidden.contiguous(), weight, bias)  # else record by record
+    # contiguous, else it is multiplied record by record
+    made = nn.functional.linear(inputs[0].contiguous(), matrices[0], bias)
+    if head.adapter is not None:
+        added = nn.functional.linear(inputs[1].contiguous(), matrices[1])
+        made.add_(added, alpha=head.adapter.scale)
+    return made
 
 
 def _finished(head: Head, logits: Tensor) -> tuple[Tensor, Tensor | None]:

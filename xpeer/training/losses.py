@@ -116,11 +116,11 @@ def kept_logits(model: torch.nn.Module) -> str:
     logits; "" = only as many as are kept for speed (`blocks.kept_values`).
     """
     found = head.find(transformers_model(model))
-    if found is None or is_product(found.layer):
+    if found is None or found.adapter is not None or is_product(found.layer):
         return ""
     return (
-        "each record keeps the gradients of all its logits, since adapters of the output layer are "
-        "trained; other model.lora.targets, or a smaller training.micro_batch, need less memory"
+        "each record keeps the gradients of all its logits, since the output layer is no plain "
+        "matrix; other model.lora.targets, or a smaller training.micro_batch, need less memory"
     )
 
 

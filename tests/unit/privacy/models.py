@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,9 +122,10 @@ def opt() -> nn.Module:
     return _louder(OPTForCausalLM(config))
 
 
-def adapted(model: nn.Module, train: LoraTrain = "both") -> nn.Module:
-    """With adapters of rank 2 next to all its linear layers; they are no longer zero."""
-    made = adapt(model, Lora(rank=2, alpha=4.0, seed=6, base_digest="", train=train))
+def adapted(model: nn.Module, train: LoraTrain = "both", targets: Sequence[str] = ()) -> nn.Module:
+    """With adapters of rank 2 next to all its linear layers, or to these; no longer zero."""
+    lora = Lora(rank=2, alpha=4.0, seed=6, base_digest="", targets=[*targets], train=train)
+    made = adapt(model, lora)
     torch.manual_seed(7)
     with torch.no_grad():
         for p in made.parameters():

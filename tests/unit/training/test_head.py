@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.privacy.models import LENGTH, VOCABULARY, adapted, gpt2, llama, some_records
-from xpeer.manifest.model import Lora
+from xpeer.manifest.model import LoraTrain
 from xpeer.privacy import blocks, engine_check
 from xpeer.privacy.blocks import Blocked, BlockedCall
 from xpeer.privacy.clipping import (
@@ -23,10 +23,9 @@ from xpeer.privacy.clipping import (
     trainable,
 )
 from xpeer.privacy.engines import Choice, choose_engine
-from xpeer.privacy.layers import watch_of
+from xpeer.privacy.layers import Call, watch_of
 from xpeer.privacy.steps import FULL, Precision, Switchable
 from xpeer.training import head
-from xpeer.training.adapters import adapt
 from xpeer.training.held import hold
 from xpeer.training.losses import (
     choose_losses,
@@ -66,6 +65,11 @@ class Kept:
         return layer.codes.view(torch.bfloat16).view(layer.shape).to(dtype)
 
 
+def with_head(model: nn.Module, train: LoraTrain = "both") -> nn.Module:
+    """With adapters of some layers, and of the output layer."""
+    return adapted(model, train, ["q_proj", "lm_head"])
+
+
 HALF = Precision("bfloat16", partial(torch.autocast, "cpu", torch.bfloat16))
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: llama(tied=False),
@@ -90,6 +94,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "cohere-lora": lambda: adapted(family("cohere", logit_scale=0.3)),
     "granite": lambda: family("granite", logits_scaling=4.0, tie_word_embeddings=False),
     "phi": lambda: family("phi", num_key_value_heads=2, tie_word_embeddings=False),
+    "llama-head": lambda: with_head(llama(tied=False)),
+    "llama-tied-head": lambda: with_head(llama(tied=True)),
+    "llama-head-b": lambda: with_head(llama(tied=False), train="B"),
+    "llama-head-alone": lambda: adapted(llama(tied=False), targets=["lm_head"]),
+    "gemma2-tied-held-head": lambda: with_head(
+        hold(family("gemma2", final_logit_softcapping=3.0), torch.bfloat16)
+    ),
+    "granite-head": lambda: with_head(
+        family("granite", logits_scaling=4.0, tie_word_embeddings=False)
+    ),
+    "phi-held-head": lambda: with_head(
+        hold(family("phi", num_key_value_heads=2, tie_word_embeddings=False), torch.bfloat16)
+    ),
 }
 
 
@@ -142,7 +159,8 @@ def test_every_engine_clips_it_exactly(
         close(sums, wanted)
 
 
-WATCHED = ("llama", "llama-tied", "gpt2-tied", "gemma2-tied", "granite", "phi")
+ADAPTED = tuple(name for name in MODELS if "head" in name)
+WATCHED = ("llama", "llama-tied", "gpt2-tied", "gemma2-tied", "granite", "phi", *ADAPTED)
 
 
 @pytest.fixture
@@ -202,7 +220,9 @@ def test_the_self_test_passes_blocks_that_are_right(name: str, low: Precision) -
     engine.on_calls = lambda noted, _: calls.extend(noted)
     engine.accumulate(some_records(), 1.0, [torch.zeros_like(p) for p in trainable(model)])
     heads = [call for call in calls if isinstance(call, BlockedCall)]
-    assert [call.module for call in heads] == [cast(Any, model).get_output_embeddings()]
+    output = cast(Any, model).get_output_embeddings()
+    watched = output.lora_B["default"] if name in ADAPTED else output
+    assert [call.module for call in heads] == [watched]
 
 
 def chosen(model: nn.Module, precision: Precision) -> Choice:
@@ -247,21 +267,29 @@ def test_blocks_of_a_head_that_alone_is_trained() -> None:
 
 
 @pytest.mark.usefixtures("in_blocks")
-def test_gradients_of_all_logits_are_never_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["llama", *ADAPTED])
+def test_gradients_of_all_logits_are_never_there(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A private pass never applies the layer to all tokens and all of the vocabulary."""
     sizes, real = [], nn.functional.linear
 
     def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = real(x, weight, bias)
-        if len(weight) not in {8, 16, 24}:  # of the layers
+        if len(weight) not in {2, 8, 16, 24}:  # of the layers and of their adapters
             sizes.append(out.numel())
         return out
 
-    model: Any = MODELS["llama"]()
+    model: Any = MODELS[name]()
     records, (losses, _) = some_records(), choose_losses(model)
     monkeypatch.setattr(nn.functional, "linear", watched)
     sums = [torch.zeros_like(p) for p in trainable(model)]
-    BookKeepingEngine(model, losses, micro_batch=7).accumulate(records, 0.5, sums)
+    engine, widths = BookKeepingEngine(model, losses, micro_batch=7), list[int]()
+    engine.on_calls = lambda calls, _: widths.extend(
+        call.grad.shape[-1] for call in calls if isinstance(call, Call)
+    )
+    engine.accumulate(records, 0.5, sums)
+    assert VOCABULARY not in widths, "no layer's factors are kept that are as wide as the logits"
     assert max(sizes) <= 3 * 7 * 16 < 7 * 11 * VOCABULARY
     assert watch_of(model.get_output_embeddings()) is None, "nobody watches afterwards"
 
@@ -374,11 +402,12 @@ def test_a_gpu_has_larger_pieces() -> None:
     assert (1 << 26) < max(sizes) <= 1 << 27
 
 
-def test_adapters_of_the_output_layer_keep_all_logits_and_it_is_said() -> None:
-    lora = Lora(rank=2, alpha=4.0, seed=6, base_digest="", targets=["lm_head"])
-    assert "gradients of all its logits" in kept_logits(adapt(cast(Any, MODELS["llama"]()), lora))
-    for name in ("llama", "llama-tied", "llama-lora"):
+def test_an_output_layer_that_is_not_understood_keeps_all_logits_and_it_is_said() -> None:
+    for name in ("llama", "llama-tied", "llama-lora", *ADAPTED):
         assert kept_logits(MODELS[name]()) == ""
+    model: Any = MODELS["llama-head"]()
+    model.get_output_embeddings().lora_dropout["default"] = nn.Dropout(0.1)
+    assert "gradients of all its logits" in kept_logits(model)
 
 
 @pytest.mark.parametrize(("most", "times"), [(4, 1), (10**6, 2)])
