@@ -40,17 +40,28 @@ class StateForm:
     Attributes:
         codec: of the trained values, which come first.
         num_params: how many they are.
-        num_frozen: number of frozen values behind them, in float32: these are never rounded.
+        num_frozen: number of frozen values behind them.
+        frozen_codec: of these, which are never rounded: `model.frozen.dtype`.
     """
 
     codec: str
     num_params: int
     num_frozen: int = 0
+    frozen_codec: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def num_bytes(self) -> int:
         """Of all values."""
-        return Form(self.codec, self.num_params).num_bytes + 4 * self.num_frozen
+        return Form(self.codec, self.num_params).num_bytes + self._frozen_bytes
+
+    @property
+    def most_bytes(self) -> int:
+        """Of all values, with the trained ones in float32."""
+        return Form("float32", self.num_params).num_bytes + self._frozen_bytes
+
+    @property
+    def _frozen_bytes(self) -> int:
+        return Form(self.frozen_codec, self.num_frozen).num_bytes
 
 
 @seen_by("members", all_public=True)
@@ -174,7 +185,10 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         count = self.model.num_params
         large = count >= LARGE_STATE and self.round.payload_codec != "float32"
         codec = "bfloat16" if large else "float32"
-        return StateForm(codec, count, self.model.state_values - count)
+        kept = self.model.frozen
+        if kept is None:
+            return StateForm(codec, count)
+        return StateForm(codec, count, kept.num_values, kept.dtype)
 
     @property
     def start_loss(self) -> float:

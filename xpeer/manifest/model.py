@@ -63,6 +63,9 @@ class Frozen(Struct, frozen=True, forbid_unknown_fields=True):
     """Number of all frozen values."""
     digest: str
     """BLAKE2b-256 (hex) of the frozen values in the order of names, flat float32 little endian."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What checkpoints and joiners get them in. bfloat16: each of them is a number of that type, so
+    that nothing is rounded."""
 
 
 @seen_by("members", all_public=True)

@@ -39,7 +39,7 @@ class Layout:
     slot_bytes: int
     """Bytes for one compressed fragment."""
     state_bytes: int
-    """Bytes for all parameters in float32."""
+    """Bytes for all parameters, the trained ones in float32."""
     num_slots: int = NUM_SLOTS
 
     @classmethod
@@ -48,7 +48,7 @@ class Layout:
         num_params, rules = manifest.model.num_params, manifest.round
         most = rules.policy.vectors * largest(num_params, rules.fragments)
         room = Form(rules.payload_codec, most).num_bytes
-        return cls(slot_bytes=room, state_bytes=4 * manifest.model.state_values)
+        return cls(slot_bytes=room, state_bytes=manifest.state_form.most_bytes)
 
     @property
     def total_bytes(self) -> int:

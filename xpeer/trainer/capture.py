@@ -35,7 +35,7 @@ class FrozenValues:
         """The values; None until they are first read, and after `replace`."""
 
     def read(self) -> torch.Tensor:
-        """Return the values, (n,) float32, CPU; do not write to them."""
+        """Return the values, (n,) of the manifest's type, CPU; do not write to them."""
         if self._copy is None:
             self._copy = frozen.values(self._model, self._which)
         return self._copy

@@ -101,8 +101,7 @@ class Worker:
 
     def _state(self, codec: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The arena's region: the trained parameters and the frozen ones; in float32, views."""
-        count, model = self.loop.parameters.num_params, self.loop.manifest.model
-        return widened(self.arena.state(), count, model.state_values - count, codec)
+        return widened(self.arena.state(), self.loop.manifest.state_form, codec)
 
     # ---- on the measuring thread --------------------------------------------------------------
 

@@ -56,7 +56,7 @@ class Bundle:
     seen: Withheld[torch.Tensor] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """Names of the records that the present pass has used (`privacy.passes`)."""
     frozen: Public[torch.Tensor] = field(default_factory=lambda: torch.empty(0))
-    """Frozen values (`frozen.values`), float32, CPU; empty if the manifest freezes nothing."""
+    """Frozen values (`frozen.values`), CPU; empty if the manifest freezes nothing."""
     counters: Parts[dict[str, Any]] = field(default_factory=dict)
     """`schedule.Counters` as builtins; the file is named after `step`."""
     ledger_id: Local[str] = ""

@@ -7,7 +7,7 @@ same at every peer because the manifest fixes the config.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -163,10 +163,14 @@ def digest_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> str
 
     In float32 this is `digest(read_flat(model))`, without a copy of all values.
     """
-    parameters = trained(model)
-    size = dtype.itemsize * sum(p.numel() for p in parameters)
+    return digest_of_all(trained(model), dtype)
+
+
+def digest_of_all(tensors: Sequence[torch.Tensor], dtype: torch.dtype = torch.float32) -> str:
+    """Hash the values of tensors as `digest_of` does."""
+    size = dtype.itemsize * sum(tensor.numel() for tensor in tensors)
     found = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=32)  # as `identity.blake2b`
-    for piece in _pieces(parameters):
+    for piece in _pieces(tensors):
         values = piece.to("cpu", dtype).contiguous().view(torch.uint8)
         found.update(values.numpy().data)
     return found.hexdigest()

@@ -16,13 +16,16 @@ import torch
 
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest.model import Frozen
-from xpeer.training.flat import digest
+from xpeer.training.flat import digest_of_all
+from xpeer.training.held import DTYPES
 from xpeer.training.losses import choose_losses
 from xpeer.training.reach import Rows, out_of_reach
 
 _BEFORE: Final = "rows_before"
 _BEHIND: Final = "rows_behind"
 _TRIED: Final = 2
+_PIECE: Final = 1 << 22
+"""Values that are looked at at a time."""
 
 
 def find(model: torch.nn.Module, num_tokens: int, num_ids: int) -> Frozen | None:
@@ -56,7 +59,12 @@ def find(model: torch.nn.Module, num_tokens: int, num_ids: int) -> Frozen | None
             f"text reaches some of {', '.join(rows)}, which it was shown not to reach",
             "please report this with the model's config.json",
         )
-    return Frozen(parameters=rows, num_values=frozen.num_values, digest=digest(kept))
+    return Frozen(
+        parameters=rows,
+        num_values=frozen.num_values,
+        digest=digest_of_all([kept]),
+        dtype="bfloat16" if _are_bfloat16(kept) else "float32",
+    )
 
 
 def freeze(model: torch.nn.Module, frozen: Frozen | None) -> None:
@@ -105,14 +113,17 @@ def thaw(model: torch.nn.Module, frozen: Frozen | None) -> None:
 
 @torch.no_grad()
 def values(model: torch.nn.Module, frozen: Frozen | None) -> torch.Tensor:
-    """Copy the values that `freeze` cut out, in order of names: (num_values,) float32, CPU."""
-    parts = [part.detach().reshape(-1).to("cpu", torch.float32) for part in _parts(model, frozen)]
-    return torch.cat(parts) if parts else torch.empty(0)
+    """Copy the values that `freeze` cut out, in order of names: (num_values,) of the manifest's
+    type, CPU.
+    """
+    dtype = torch.float32 if frozen is None else DTYPES[frozen.dtype]
+    parts = [part.detach().reshape(-1).to("cpu", dtype) for part in _parts(model, frozen)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
 
 
 @torch.no_grad()
 def write(model: torch.nn.Module, frozen: Frozen | None, flat: torch.Tensor) -> None:
-    """Replace the frozen values by (num_values,) float32."""
+    """Replace the frozen values by (num_values,)."""
     parts = list(_parts(model, frozen))
     for part, new in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
         part.copy_(new.view_as(part))
@@ -120,7 +131,7 @@ def write(model: torch.nn.Module, frozen: Frozen | None, flat: torch.Tensor) -> 
 
 def fits(model: torch.nn.Module, frozen: Frozen | None) -> bool:
     """Whether the frozen values of a model have the manifest's digest."""
-    return frozen is None or digest(values(model, frozen)) == frozen.digest
+    return frozen is None or digest_of_all(list(_parts(model, frozen))) == frozen.digest
 
 
 def restore(model: torch.nn.Module, frozen: Frozen | None, flat: torch.Tensor) -> None:
@@ -130,12 +141,18 @@ def restore(model: torch.nn.Module, frozen: Frozen | None, flat: torch.Tensor) -
         LocalError: they do not have the manifest's digest; nothing is changed.
     """
     count = 0 if frozen is None else frozen.num_values
-    if flat.numel() != count or (frozen is not None and digest(flat) != frozen.digest):
+    if flat.numel() != count or (frozen is not None and digest_of_all([flat]) != frozen.digest):
         raise LocalError(
             f"{flat.numel()} frozen values are not the {count} that the manifest means",
             "restore the checkpoint that belongs to this home",
         )
     write(model, frozen, flat)
+
+
+def _are_bfloat16(values: torch.Tensor) -> bool:
+    """Whether each value is a number of bfloat16."""
+    pieces = torch.split(values, _PIECE)
+    return all(torch.equal(piece.bfloat16().float(), piece) for piece in pieces)
 
 
 def _count(model: torch.nn.Module, rows: Mapping[str, Rows]) -> int:

@@ -1,7 +1,9 @@
 """The region of a whole model between daemon and trainer, in the form that joiners are sent.
 
-    float32     (num_params,) float32, then the frozen values, float32
-    bfloat16    (num_params,) bfloat16, then the frozen values, float32: these are never rounded
+    float32     (num_params,) float32, then the frozen values
+    bfloat16    (num_params,) bfloat16, then the frozen values
+
+Frozen values are in `model.frozen.dtype` of the manifest, which rounds none of them.
 
 Narrowing happens in place, piece by piece, so that it needs no memory of the model's size.
 """
@@ -13,7 +15,10 @@ from typing import Final
 import torch
 
 from xpeer.forms import Form
+from xpeer.manifest import StateForm
 
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""By `StateForm.codec`."""
 _VALUES: Final = 1 << 20
 """Number of values that are narrowed at once."""
 
@@ -38,25 +43,24 @@ def narrow(region: memoryview, num_params: int, codec: str) -> None:
 
 
 def widened(
-    region: memoryview, num_params: int, num_frozen: int, codec: str
+    region: memoryview, form: StateForm, codec: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read a region in the form that joiners are sent.
 
     Args:
-        region: of a model; in float32 the results are views of it.
-        num_params: number of trained values.
-        num_frozen: number of frozen values.
-        codec: float32 or bfloat16.
+        region: of a model; with trained values in float32 the results are views of it.
+        form: of the manifest.
+        codec: what the trained values are in; None = that of the form.
 
     Returns:
-        The trained values, (num_params,) float32, and the frozen ones, (num_frozen,) float32.
+        The trained values, (num_params,) float32, and the frozen ones, (num_frozen,) of their type.
     """
-    if codec == "float32":
-        whole = torch.frombuffer(region, dtype=torch.float32, count=num_params + num_frozen)
-        return whole[:num_params], whole[num_params:]
-    trained = torch.frombuffer(region, dtype=torch.bfloat16, count=num_params).float()
-    size = Form(codec, num_params).num_bytes
-    behind = bytearray(region[size : size + 4 * num_frozen])
-    if not num_frozen:
-        return trained, torch.empty(0)
-    return trained, torch.frombuffer(behind, dtype=torch.float32)
+    codec, count = codec or form.codec, form.num_params
+    trained = torch.frombuffer(region, dtype=DTYPES[codec], count=count)
+    size, kind = Form(codec, count).num_bytes, DTYPES[form.frozen_codec]
+    if not form.num_frozen:
+        return trained.float(), torch.empty(0, dtype=kind)
+    behind = region[size : size + kind.itemsize * form.num_frozen]
+    if codec != "float32":  # they may lie at an address that their type can't have
+        behind = memoryview(bytearray(behind))
+    return trained.float(), torch.frombuffer(behind, dtype=kind)

@@ -15,7 +15,7 @@ from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import Frozen
 from xpeer.training import frozen
-from xpeer.training.flat import FlatParameters, read_flat
+from xpeer.training.flat import FlatParameters, digest, read_flat
 from xpeer.training.model import build
 from xpeer.training.reach import out_of_reach
 
@@ -132,6 +132,29 @@ def test_frozen_and_put_together_again() -> None:
     assert all(float(value.min()) > 0.99 for value in table.values())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_values_of_bfloat16_are_kept_and_given_in_it(dtype: str) -> None:
+    """As those of a model that was published in it: nothing is rounded."""
+    model: Any = build(GPT2, seed=1)
+    if dtype == "bfloat16":
+        model.bfloat16().float()
+    part = frozen.find(model, LENGTH, 64)
+    assert part is not None
+    assert part.dtype == dtype
+    before = model.transformer.wpe.weight.detach().clone()
+    frozen.freeze(model, part)
+    kept = frozen.values(model, part)
+    assert str(kept.dtype) == f"torch.{dtype}"
+    assert digest(kept.float()) == part.digest
+    frozen.write(model, part, torch.zeros_like(kept))
+    assert not frozen.fits(model, part)
+    frozen.restore(model, part, kept)
+    assert frozen.fits(model, part)
+    frozen.restore(model, part, kept.float())  # as an older checkpoint has them
+    frozen.thaw(model, part)
+    assert torch.equal(model.transformer.wpe.weight, before)
+
+
 def test_a_manifest_that_names_what_is_not_there() -> None:
     for wrong in ("transformer.nothing.weight", "transformer.wpe.bias"):
         with pytest.raises(ConfigError, match=r"model\.frozen names"):
@@ -149,6 +172,9 @@ def test_older_manifests_train_everything() -> None:
     old = msgspec.convert(tree, Manifest)
     assert old.model.frozen is None
     assert old.model.state_values == old.model.num_params
+    tree["model"]["frozen"] = {"parameters": {POSITIONS: [0, 4]}, "num_values": 9, "digest": ""}
+    given = msgspec.convert(tree, Manifest).state_form
+    assert (given.num_frozen, given.frozen_codec) == (9, "float32")
     model = build(GPT2, seed=1)
     before = read_flat(model)
     frozen.freeze(model, old.model.frozen)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import pytest
 import torch
 from transformers import (
@@ -20,11 +21,16 @@ from transformers import (
 
 from benchmarks.families.models import _tokenizer
 from tests.unit.training.test_real_shapes import SHAPES, export, home_of, trained_twice
+from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.estimate.fit import _size_in
 from xpeer.founding_model import LoraOptions, initial_model
+from xpeer.trainer.arena import Layout
+from xpeer.trainer.build import assemble
 from xpeer.training import targets
+from xpeer.training.checkpoint import load_latest
 from xpeer.training.export_config import completed
+from xpeer.training.handed_out import widened
 from xpeer.training.kept import Source, config_for_manifest
 from xpeer.training.model import build, check_fits, context_tokens
 
@@ -189,6 +195,37 @@ def test_what_transformers_loads_as_a_language_model_alone_is_trained_so(
     assert "vision_config" not in made.config
     assert made.config["vocab_size"] == 300
     run(folder, tmp_path / "home", lora)
+
+
+def test_what_sees_images_is_given_to_joiners_in_the_type_of_its_source(tmp_path: Path) -> None:
+    """A region in the form of the manifest holds it exactly, in half the bytes; so does a file."""
+    torch.manual_seed(0)
+    rest = {key: value for key, value in GEMMA.items() if key != "model_type"}
+    made: Any = AutoModelForImageTextToText.from_config(AutoConfig.for_model("gemma3", **rest))
+    made.bfloat16().save_pretrained(tmp_path / "whole")
+    _tokenizer().save_pretrained(tmp_path / "whole")
+    setup, manifest = home_of(tmp_path / "whole", tmp_path / "home", None)
+    form, images = manifest.state_form, manifest.model.frozen
+    assert images is not None
+    assert any("vision" in name for name in images.parameters)
+    assert (images.dtype, form.num_frozen) == ("bfloat16", images.num_values)
+    assert form.num_bytes == 4 * manifest.model.num_params + 2 * images.num_values
+    donor = assemble(setup)
+    region = memoryview(bytearray(Layout.of(manifest).state_bytes))
+    own, kept = widened(region, form, "float32")
+    donor.trainer.show(own)()
+    kept.copy_(donor.frozen.read())
+    donor.close()
+    joiner = assemble(msgspec.structs.replace(setup, initial="awaited"))
+    joiner.frozen.replace(widened(region, form)[1])
+    for name, value in donor.model.named_parameters():
+        if name in images.parameters:
+            assert torch.equal(joiner.model.get_parameter(name), value)
+    joiner.close()
+    trained_twice(setup)
+    saved, _ = load_latest(Home(Path(setup.home)).checkpoints)
+    assert saved is not None
+    assert saved.frozen.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("config", [MISTRAL, LLAMA4], ids=["mistral3", "llama4"])
