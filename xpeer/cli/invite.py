@@ -31,7 +31,7 @@ from xpeer.manifest.signed import SignedManifest
 from xpeer.needs import Needs
 from xpeer.network.membership.certificates import Role
 from xpeer.network.membership.invites import MAX_SEEDS, MEMBERSHIP_S, create_token
-from xpeer.network.multiaddress import check_peer
+from xpeer.network.multiaddress import check_peer, is_public
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DAEMON_TIMEOUT_S = 3.0
@@ -167,7 +167,14 @@ def _seeds(home: Home, given: tuple[str, ...]) -> list[str]:
             "--seed: no address is known at which the swarm can be joined",
             "start the daemon first, set network.bootstrap, or give --seed ADDR (or --no-seed)",
         )
-    return list(dict.fromkeys(seeds))[:MAX_SEEDS]
+    seeds = list(dict.fromkeys(seeds))[:MAX_SEEDS]
+    if not any(map(is_public, seeds)):
+        places = ", ".join(seed.partition("/p2p/")[0] for seed in seeds)
+        say(
+            f"note: others reach {places} only within this network: set network.announce to where "
+            "they reach this node, or give --seed"
+        )
+    return seeds
 
 
 def _check_peer_id(peer_id: str) -> None:

@@ -107,6 +107,17 @@ def check_peer(field: str, address: str) -> str:
     return address
 
 
+def is_public(address: str) -> bool:
+    """Whether it is a name, or an address that others may reach from outside of its network."""
+    _, kind, host, *_ = [*address.split("/"), "", "", ""]
+    if kind in _NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False
+
+
 def _parts(field: str, address: str, remedy: str) -> tuple[str, str, int]:
     """Kind, host and port of /KIND/HOST/tcp/PORT."""
     parts = address.split("/")

@@ -124,6 +124,28 @@ def test_seeds_from_settings_and_daemon(tmp_path: Path) -> None:
         assert Token.parse(create(home, "--seed", SEED)).seeds == [SEED]
 
 
+@pytest.mark.parametrize(
+    ("addresses", "args", "is_said"),
+    [
+        (["/ip4/10.0.0.5/tcp/4001", "/ip6/fe80::1/tcp/4001"], (), True),
+        (["/ip4/10.0.0.5/tcp/4001", "/dns4/a.example/tcp/4001"], (), False),
+        (["/ip4/10.0.0.5/tcp/4001", "/ip4/8.8.8.8/tcp/4001"], (), False),
+        (["/ip4/10.0.0.5/tcp/4001"], ("--seed", SEED), False),
+        (["/ip4/10.0.0.5/tcp/4001"], ("--no-seed",), False),
+    ],
+)
+def test_addresses_of_this_network_alone_are_said(
+    home: Home, addresses: list[str], args: tuple[str, ...], is_said: bool
+) -> None:
+    """A cloud's machine knows only its private address."""
+    peer = SEED.rpartition("/")[2]
+    known = msgspec.structs.replace(HEALTHY, addresses=[f"{a}/p2p/{peer}" for a in addresses])
+    with answering(home.socket(NodeConfig()), known):
+        code, _, err = xpeer("invite", "create", "--home", str(home.path), *args)
+    assert code == ExitCode.OK, err
+    assert ("network.announce" in err and "/ip4/10.0.0.5/tcp/4001" in err) == is_said
+
+
 def test_a_token_without_any_seed_needs_a_word(home: Home) -> None:
     code, out, err = xpeer("invite", "create", "--home", str(home.path))
     assert (code, out) == (ExitCode.BAD_CONFIG, "")
