@@ -6,6 +6,8 @@ Needs no torch. Whether a model's weights are the right ones shows when they are
 from __future__ import annotations
 
 import importlib.util
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -25,6 +27,18 @@ _Digest = Annotated[str, Meta(max_length=64)]
 _Special = Annotated[dict[str, Annotated[str, Meta(max_length=200)]], Meta(max_length=16)]
 _CHATS: Final = "messages"
 """`data.text_field` of nodes that write chats."""
+
+
+def installing(extra: str) -> str:
+    """How to install an extra into the environment that this xpeer runs in.
+
+    The source names the versions. A registry's package of this name may be anybody's.
+    """
+    python = shlex.quote(sys.executable)
+    return (
+        f"install xpeer[{extra}], in the folder of its source: "
+        f"{python} -m pip install -c constraints.txt '.[{extra}]'"
+    )
 
 
 @seen_by("anybody", "the manifest's")
@@ -79,7 +93,8 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
                 f"weights have BLAKE2b-256 {self.base_model[:16]}"
             )
             items += [
-                f"{package}: pip install 'xpeer[{extra}]'" for package, extra in self._packages
+                f"{package}: it comes with xpeer[{extra}] (docs/operating.md, Install)"
+                for package, extra in self._packages
             ]
         if self.tokenizer:
             which = "that model" if self.base_model else f"the founder's model{named}"
@@ -109,7 +124,7 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
                 items.append(str(e))
         for package, extra in self._packages:
             if importlib.util.find_spec(package) is None:
-                items.append(f"{package}: pip install 'xpeer[{extra}]'")
+                items.append(f"{package}: {installing(extra)}")
         return items + self._unmet_tokenizer(data, *tokenizer)
 
     def _unmet_tokenizer(self, data: Data, said: str = "") -> list[str]:

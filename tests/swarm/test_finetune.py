@@ -73,7 +73,7 @@ class Clouds:
 
     def __init__(self, root: Path, nodes: Nodes) -> None:
         self.root, self.nodes = root, nodes
-        self.port = free_port()
+        self.ports = {cloud: free_port() for cloud in "ABC"}
         model_folder(root / "base")
         tokenizer_folder(root / "base")
         (root / "base" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
@@ -85,14 +85,16 @@ class Clouds:
 
     def translated(self, cloud: str, command: str) -> list[str]:
         """The command with this machine's folders, addresses and identities."""
-        port = self.port if cloud == "A" else 0
         places = {
             "/models/base": str(self.root / "base"),
             "/models/": str(self.root / "exports-"),
             "/data/text": str(self.root / f"text-{cloud}"),
             "/data/letter-not-in-the-shard.txt": str(self.root / "letter.txt"),
-            "/ip4/0.0.0.0/tcp/4001": f"/ip4/127.0.0.1/tcp/{port}",
-            "/dns4/a.example/tcp/4001": f"/ip4/127.0.0.1/tcp/{self.port}",
+            "/ip4/0.0.0.0/tcp/4001": f"/ip4/127.0.0.1/tcp/{self.ports[cloud]}",
+            **{
+                f"/dns4/{name.lower()}.example/tcp/4001": f"/ip4/127.0.0.1/tcp/{port}"
+                for name, port in self.ports.items()
+            },
             "file:": f"file:{self.root}/",
             **SHORTER,
             **{f"12D3KooW...{name}": peer_id for name, peer_id in self.ids.items()},

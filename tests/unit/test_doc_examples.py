@@ -105,3 +105,25 @@ PLANS = [entry for entry in commands() if re.match(r"xpeer (privacy )?plan\b", e
 def test_plans_run(page: str, command: str) -> None:
     done = CliRunner().invoke(main, words_of(command))
     assert done.exit_code == 0, f"{page}: {command}\n{done.stderr}"
+
+
+def test_pip_takes_the_pinned_versions_of_the_source() -> None:
+    """`pip install xpeer` would take whatever a registry has under that name."""
+    found = [
+        (page.name, line)
+        for page in PAGES
+        for line in re.findall(r"pip install [^`\n]*", page.read_text(encoding="utf-8"))
+        if re.search(r"\.(\[|$| )|xpeer(\[|$| )", line)
+    ]
+    assert found
+    assert [entry for entry in found if "-c constraints.txt" not in entry[1]] == []
+    pinned = re.findall(r"^torch==.*$", (ROOT / "constraints.txt").read_text(), re.M)
+    named = re.findall(r"torch==[\d.]+\d", " ".join(line for _, line in found))
+    assert set(named) == set(pinned)
+
+
+@pytest.mark.parametrize("option", ["--announce", "--listen", "--shard", "--base-model"])
+def test_what_has_to_last_is_given_to_init(option: str) -> None:
+    """Flags of `start` count for that start only."""
+    given = [e for e in commands() if e[1].startswith("xpeer start") and option in e[1]]
+    assert given == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from xpeer.errors import ConfigError
 from xpeer.founding_model import InitialModel
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import Model
-from xpeer.needs import Needs, require
+from xpeer.needs import Needs, installing, require
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ pad_token }}{% endfor %}"
 
@@ -122,3 +123,15 @@ def test_an_invitation_carries_them(folder: Path) -> None:
     again = msgspec.json.decode(msgspec.json.encode(needs), type=Needs)
     assert again == needs
     assert again.special == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def test_an_extra_goes_where_xpeer_is_and_never_comes_from_a_registry() -> None:
+    """The pip in PATH is another environment's, and the name may be anybody's there."""
+    said = installing("lora")
+    assert f"{sys.executable} -m pip install -c constraints.txt '.[lora]'" in said
+    for file in ("adapters.py", "quantised.py"):
+        code = Path(sys.modules["xpeer.needs"].__file__ or "").parent / "training" / file
+        assert "pip install" not in code.read_text(), "say what `installing` says"
+    told = " ".join(Needs(base_model="ab" * 32, quantised=True).in_words())
+    assert "xpeer[lora]" in told
+    assert "pip" not in told  # it is another machine's

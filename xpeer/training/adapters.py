@@ -28,6 +28,7 @@ from xpeer.errors import ConfigError
 from xpeer.leaves import seen_by
 from xpeer.manifest.model import BaseDtype, Lora, Model
 from xpeer.mixing.factors import FactorPair
+from xpeer.needs import installing
 from xpeer.shortage import in_words, out_of_memory
 from xpeer.training.flat import digest
 from xpeer.training.losses import transformers_model
@@ -296,6 +297,6 @@ def _peft() -> Any:
     except ImportError as e:
         raise ConfigError(
             f"this swarm trains adapters (model.lora), and peft is not installed: {e}",
-            "pip install 'xpeer[lora]'",
+            installing("lora"),
         ) from e
     return peft

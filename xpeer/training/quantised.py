@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from xpeer.errors import ConfigError
 from xpeer.manifest.model import QUANTISED, BaseDtype
+from xpeer.needs import installing
 from xpeer.training.held import product
 
 _LOGGER: Final = "bitsandbytes"
@@ -53,7 +54,7 @@ class BitsAndBytes:
             raise ConfigError(
                 "this swarm holds frozen weights in 8 or 4 bits (model.base_dtype), and "
                 f"bitsandbytes can't be used: {' '.join(str(e).split())[:200]}",
-                "pip install 'xpeer[quantised]'",
+                installing("quantised"),
             ) from e
         finally:
             log.setLevel(before)

@@ -284,7 +284,7 @@ def test_a_joiner_is_told_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     needs = Needs(base_model="ab" * 32, quantised=True)
     said = " ".join(needs.unmet(Data(base_model=str(model_folder(tmp_path / "m"))), Home(tmp_path)))
-    assert "bitsandbytes: pip install 'xpeer[quantised]'" in said
+    assert "bitsandbytes: install xpeer[quantised]" in said
     whole = Needs(base_model="ab" * 32)  # all that older versions know, and no more
     assert msgspec.json.encode(whole).decode() == (
         f'{{"tokenizer":"","base_model":"{"ab" * 32}","source":""}}'
