@@ -32,6 +32,7 @@ from xpeer.training.checkpoint_files import newest_step
 from xpeer.training.losses import choose_device
 from xpeer.training.schedule import planned_steps
 from xpeer.training.token_cache import lent
+from xpeer.training.tokenising import told
 from xpeer.training.tokenizer import load_tokenizer
 from xpeer.trial import Report, Trial, rehearse, require_reachable
 
@@ -52,7 +53,7 @@ def examine(
         LocalError: a start would stop with this error.
     """
     with lent(home.cache) as cache:
-        text = _counted(home, config, manifest, cache)
+        text = _counted(home, config, manifest, cache, report)
         _examine_room(home, config, manifest, report)
         _report_text(config, manifest, text, report)
         _report_privacy(home, config, manifest, text, report)
@@ -83,7 +84,9 @@ def _examine_room(home: Home, config: NodeConfig, manifest: Manifest, report: Re
         report(f"room: {line}")
 
 
-def _counted(home: Home, config: NodeConfig, manifest: Manifest, cache: Path) -> Text:
+def _counted(
+    home: Home, config: NodeConfig, manifest: Manifest, cache: Path, report: Report
+) -> Text:
     tokenizer = load_tokenizer(
         manifest.tokenizer, config.data.tokenizer, base_model=config.data.base_model
     )
@@ -95,7 +98,7 @@ def _counted(home: Home, config: NodeConfig, manifest: Manifest, cache: Path) ->
         peer_id="self",
         members={"self": 1.0},
     )
-    return text_of(setup, manifest, tokenizer, cache)
+    return text_of(setup, manifest, tokenizer, cache, told(report))
 
 
 def _report_text(config: NodeConfig, manifest: Manifest, text: Text, report: Report) -> None:

@@ -11,8 +11,9 @@ from typing import Literal
 
 from msgspec import Struct
 
+from xpeer.amounts import size
 from xpeer.escape import visible
-from xpeer.health import HealthReason, Verdict
+from xpeer.health import HealthReason, Verdict, duration
 from xpeer.leaves import Derived, Local, Noised, Parts, Public, Timing, seen_by
 from xpeer.phase import Phase
 from xpeer.policies import PrivacyPolicy, privacy_policy
@@ -220,6 +221,15 @@ class TextProgress(Struct, frozen=True, kw_only=True):
     bytes_per_s: Local[float] = 0.0
     eta_s: Local[float | None] = None
     """Seconds until all text is tokenised; None = unknown."""
+
+    def in_words(self) -> str:
+        """How far it is, how fast, and how long it will take."""
+        done = self.bytes_read / self.bytes_total if self.bytes_total else 1.0
+        left = "" if self.eta_s is None else f", {duration(self.eta_s)} left"
+        return (
+            f"{size(self.bytes_read)} of {size(self.bytes_total)} ({done:.0%}) are tokenised, "
+            f"{size(self.bytes_per_s)}/s{left}; {self.documents:,} documents"
+        )
 
 
 @seen_by("node", "what others say and do")

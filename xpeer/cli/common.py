@@ -10,7 +10,9 @@ import contextlib
 import errno
 import math
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,14 @@ _HOME = "xpeer.home"
 """Key under which a command's context keeps its home; parent contexts share it."""
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that ends this command as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.exit_code = 128 + number
 
 
 class GivenPath(click.Path):
@@ -205,7 +215,8 @@ def error_boundary(ctx: click.Context | None = None) -> Iterator[None]:
         _complain(str(e))
         raise click.exceptions.Exit(int(ExitCode.ERROR)) from e
     except KeyboardInterrupt as e:
-        raise click.exceptions.Exit(INTERRUPTED) from e
+        code = e.exit_code if isinstance(e, Ended) else INTERRUPTED
+        raise click.exceptions.Exit(code) from e
     except Exception as e:
         if isinstance(e, OSError) and e.errno == errno.EPIPE:
             raise  # nobody reads our output any more: click ends without a message
@@ -215,6 +226,32 @@ def error_boundary(ctx: click.Context | None = None) -> Iterator[None]:
         else:
             _complain(f"a fault of xpeer: {type(e).__name__}: {e} - please report it, with {where}")
         raise click.exceptions.Exit(int(ExitCode.ERROR)) from e
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that its temporary files go.
+
+    If `nohup` set SIGHUP to be ignored, it stays ignored.
+    """
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is not signal.SIG_IGN
+    ]
+
+    def end(number: int, _frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # a second one does not stop the cleaning
+        raise Ended(number)
+
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _trace_kept(ctx: click.Context | None, error: Exception) -> str:

@@ -19,9 +19,11 @@ from xpeer.cli.common import (
     Whole,
     echo,
     echo_json,
+    ended_by_signals,
     home_option,
     json_option,
     load_config,
+    say,
 )
 from xpeer.config import Data, Home
 from xpeer.leaves import Local, Parts, seen_by
@@ -125,10 +127,10 @@ def inspect(
     from xpeer.training.held_out import HeldOut  # noqa: PLC0415
     from xpeer.training.piece_table import split_pieces  # noqa: PLC0415
     from xpeer.training.token_cache import lent  # noqa: PLC0415
-    from xpeer.training.tokenising import ignore  # noqa: PLC0415
+    from xpeer.training.tokenising import told  # noqa: PLC0415
 
-    with lent(home.cache) as cache:
-        table, summary = read_table(patterns, setting, recipe, cache, ignore)
+    with ended_by_signals(), lent(home.cache) as cache:
+        table, summary = read_table(patterns, setting, recipe, cache, told(say))
         if is_divided:
             parts = split_pieces(table, settings.validation_share, settings.split)
         else:

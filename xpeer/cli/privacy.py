@@ -17,6 +17,7 @@ from xpeer.cli.common import (
     Whole,
     echo,
     echo_json,
+    ended_by_signals,
     home_option,
     json_option,
     load_config,
@@ -312,13 +313,13 @@ def _counted(
     from xpeer.training.piece_table import split_pieces  # noqa: PLC0415
     from xpeer.training.reading import Recipe  # noqa: PLC0415
     from xpeer.training.record_view import MappedRecords  # noqa: PLC0415
-    from xpeer.training.tokenising import ignore  # noqa: PLC0415
+    from xpeer.training.tokenising import told  # noqa: PLC0415
     from xpeer.training.tokenizer import ByteTokenizer, HuggingFaceTokenizer  # noqa: PLC0415
 
     words = HuggingFaceTokenizer(tokenizer) if tokenizer else ByteTokenizer()
     recipe = Recipe(words, text_field)
-    with tempfile.TemporaryDirectory(prefix="xpeer-plan-") as cache:
-        table, _ = read_table(shard, "--shard", recipe, Path(cache), ignore)
+    with ended_by_signals(), tempfile.TemporaryDirectory(prefix="xpeer-tokens-") as cache:
+        table, _ = read_table(shard, "--shard", recipe, Path(cache), told(say))
         training, _ = split_pieces(table, Data().validation_share, Data().split)
         examples = recipe.makes_examples
         records = MappedRecords(table.select(training), sequence_tokens, examples=examples)

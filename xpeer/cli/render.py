@@ -18,7 +18,7 @@ import click
 
 from xpeer.escape import visible
 from xpeer.health import duration
-from xpeer.status import CorpusShare, Partner, PrivacySpent, Progress, Status, TextProgress
+from xpeer.status import CorpusShare, Partner, PrivacySpent, Progress, Status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,19 +193,10 @@ def _training(status: Status) -> Iterator[tuple[str, str]]:
     for index, line in enumerate(status.shard.lines() if status.shard else []):
         yield "text" if index == 0 else "", line
     if status.tokenising is not None:
-        yield "tokens", _tokenising(status.tokenising)
+        yield "tokens", status.tokenising.in_words()
     if status.corpus is not None:
         yield "corpus", _corpus(status.corpus)
     yield "checkpoint", ago(status.last_checkpoint_age_s)
-
-
-def _tokenising(text: TextProgress) -> str:
-    done = text.bytes_read / text.bytes_total if text.bytes_total else 1.0
-    left = "" if text.eta_s is None else f", {duration(text.eta_s)} left"
-    return (
-        f"{size(text.bytes_read)} of {size(text.bytes_total)} ({done:.0%}) are tokenised, "
-        f"{size(text.bytes_per_s)}/s{left}; {text.documents:,} documents"
-    )
 
 
 def _step(status: Status) -> str:

@@ -9,7 +9,15 @@ from typing import get_args
 import click
 
 from xpeer import uncollected
-from xpeer.cli.common import GivenPath, GivenText, home_option, load_config, say, say_foreign
+from xpeer.cli.common import (
+    GivenPath,
+    GivenText,
+    ended_by_signals,
+    home_option,
+    load_config,
+    say,
+    say_foreign,
+)
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, NotAuthorisedError
 from xpeer.paths import checked
@@ -134,7 +142,8 @@ def start(
     if dry_run:
         say_foreign()
         certificate = daemon.check(home, config, join_token=token)
-        _examine(home, config, observes=certificate.role == "observer", trial=not skip_trial)
+        with ended_by_signals():
+            _examine(home, config, observes=certificate.role == "observer", trial=not skip_trial)
         say("all is well; nothing was started")
         return
     code = daemon.run(

@@ -41,6 +41,8 @@ IN_FLIGHT: Final = 3
 FILE_TOKENS: Final = 4 << 20
 """Tokens in a file of the cache: what a kill may cost."""
 _REPORT_EVERY_S: Final = 0.5
+TOLD_EVERY_S: Final = 10.0
+"""Time between two lines for a person who waits."""
 
 OnProgress = Callable[[TextProgress], None]
 Batch = list[Event]
@@ -49,6 +51,19 @@ Encoded = list[Array]
 
 def ignore(_progress: TextProgress) -> None:
     """Report nothing."""
+
+
+def told(tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> OnProgress:
+    """A callback that tells a person how far it is, every TOLD_EVERY_S seconds."""
+    told_at = clock()
+
+    def tell_sometimes(progress: TextProgress) -> None:
+        nonlocal told_at
+        if clock() - told_at >= TOLD_EVERY_S:
+            told_at = clock()
+            tell(progress.in_words())
+
+    return tell_sometimes
 
 
 def tokenise(

@@ -63,7 +63,7 @@ def test_status_tells_how_far_the_tokens_are() -> None:
     lines = render.status_lines(msgspec.structs.replace(HEALTHY, tokenising=tokenising))
     assert max(map(len, lines)) <= render.WIDTH
     assert (
-        "tokens 1.5 GB of 5.0 GB (30%) are tokenised, 4.2 MB/s, 13m 53s left; 123,456 documents"
+        "tokens 1.50 GB of 5.00 GB (30%) are tokenised, 4.20 MB/s, 13m 53s left; 123,456 documents"
     ) in " ".join(" ".join(lines).split())
 
 
