@@ -81,6 +81,7 @@ class Clouds:
             write_shard(root / f"text-{cloud}", first=100 * number)
         write_chats(root / "text-C")
         (root / "letter.txt").write_text("Dear Madam, we have your letter.\n", encoding="utf-8")
+        write_chats(root / "text-D")
         self.ids: dict[str, str] = {}
 
     def translated(self, cloud: str, command: str) -> list[str]:
@@ -90,6 +91,7 @@ class Clouds:
             "/models/": str(self.root / "exports-"),
             "/data/text": str(self.root / f"text-{cloud}"),
             "/data/letter-not-in-the-shard.txt": str(self.root / "letter.txt"),
+            "/data/chats-not-in-the-shard.jsonl": str(self.root / "text-D" / "chats.jsonl"),
             "/ip4/0.0.0.0/tcp/4001": f"/ip4/127.0.0.1/tcp/{self.ports[cloud]}",
             **{
                 f"/dns4/{name.lower()}.example/tcp/4001": f"/ip4/127.0.0.1/tcp/{port}"

@@ -11,6 +11,7 @@ import click
 from xpeer.cli.common import (
     F,
     GivenPath,
+    GivenText,
     Number,
     Whole,
     echo_json,
@@ -22,9 +23,11 @@ from xpeer.cli.common import (
 )
 from xpeer.config import Home
 from xpeer.errors import ConfigError
+from xpeer.paths import checked
+from xpeer.status import by_reason
 
 if TYPE_CHECKING:
-    from xpeer.training.trained import Trained
+    from xpeer.training.trained import Evaluation, Trained
 
 MAX_TOKENS = 100_000
 
@@ -57,6 +60,11 @@ def _model_options(command: F) -> F:
 @json_option
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option(
+    "--chat",
+    is_flag=True,
+    help="Write the prompt as a user's message, with the chat template, and print the answer.",
+)
+@click.option(
     "--tokens", type=Whole(1, MAX_TOKENS), default=100, show_default=True,
     help="Most tokens to add; an end-of-text token ends it sooner.",
 )  # fmt: skip
@@ -79,6 +87,7 @@ def generate(
     own: bool,
     as_json: bool,
     prompt: str,
+    chat: bool,
     tokens: int,
     temperature: float,
     seed: int,
@@ -88,7 +97,13 @@ def generate(
     from xpeer.training.model import generate as continued  # noqa: PLC0415 - torch takes seconds
 
     text = continued(
-        trained.model, trained.tokenizer, prompt, tokens, temperature=temperature, seed=seed
+        trained.model,
+        trained.tokenizer,
+        prompt,
+        tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
     )
     if as_json:
         echo_json({"schema_version": 1, "model": trained.source, "prompt": prompt, "text": text})
@@ -99,7 +114,18 @@ def generate(
 @click.command("eval")
 @_model_options
 @json_option
-@click.option("--text", type=GivenPath(), required=True, help="Text file, in UTF-8.")
+@click.option(
+    "--text",
+    type=GivenPath(),
+    required=True,
+    help="Text file in UTF-8, or a table (.jsonl, .parquet, .csv), whose rows are measured.",
+)
+@click.option(
+    "--text-field",
+    type=GivenText(checked),
+    metavar="FIELD",
+    help="Field of a table's rows that holds the text. Default: data.text_field.",
+)
 def eval_command(
     home: Home,
     model: Path | None,
@@ -108,16 +134,25 @@ def eval_command(
     own: bool,
     as_json: bool,
     text: Path,
+    text_field: str | None,
 ) -> None:
     """Measure the loss of a text under the last saved model, or under an export.
 
-    The loss says something of the text: for a private text it is private, too.
+    Rows of a table are read as those of a shard: of chats only the answers are predicted. The loss
+    says something of the text: for a private text it is private, too.
     """
-    content = _read(text)
-    trained = _load(home, model, base_model, tokenizer, own=own)
-    from xpeer.training.trained import evaluate_text  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.kinds import is_table  # noqa: PLC0415 - imports what reads tables
 
-    loss = evaluate_text(trained, content)
+    table = is_table(text)
+    if text_field is not None and not table:
+        raise ConfigError(
+            f"--text-field: {text} is no table, and is measured as a whole",
+            "leave it out, or name a file of rows, such as .jsonl",
+        )
+    content = "" if table else _read(text)
+    field = text_field or (load_config(home).data.text_field if table else "")
+    trained = _load(home, model, base_model, tokenizer, own=own)
+    loss, rows = _measured(trained, text, content, field)
     perplexity = math.exp(min(loss.loss_per_token, 700.0))
     if as_json:
         echo_json(
@@ -130,13 +165,31 @@ def eval_command(
                 "loss_per_token": loss.loss_per_token,
                 "loss_per_byte": loss.loss_per_byte,
                 "perplexity": perplexity,
+                "rows": rows,
             }
         )
         return
+    counted = "" if rows is None else f" in {rows:,} rows"
     click.echo(
         f"{loss.loss_per_token:.4f} nats per token, {loss.loss_per_byte:.4f} per byte, "
-        f"perplexity {perplexity:.2f}, {loss.tokens:,} tokens"
+        f"perplexity {perplexity:.2f}, {loss.tokens:,} tokens{counted}"
     )
+
+
+def _measured(
+    trained: Trained, text: Path, content: str, field: str
+) -> tuple[Evaluation, int | None]:
+    """The loss of a text, or of a table's rows and their number if a field of them is named."""
+    if not field:
+        from xpeer.training.trained import evaluate_text  # noqa: PLC0415 - torch takes seconds
+
+        return evaluate_text(trained, content), None
+    from xpeer.training.evaluating import evaluate_rows  # noqa: PLC0415
+
+    found = evaluate_rows(trained, text, field)
+    if found.left_out:
+        say(f"{found.left_out.total():,} rows are left out: {by_reason(found.left_out)}")
+    return found.loss, found.rows
 
 
 def _load(

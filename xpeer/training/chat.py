@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from xpeer.errors import ShardError
+from xpeer.errors import ConfigError, ShardError
 from xpeer.identity import blake2b
 from xpeer.training.formats.examples import Example
 
@@ -116,6 +116,33 @@ class ChatTemplate:
         if any(token in text for token in self._forbidden for text in example.texts):
             return None
         return self._written(example)
+
+    def asking(self, prompt: str) -> Marked:
+        """Write a prompt as a user's message, up to where the assistant's answer begins.
+
+        Raises:
+            ConfigError: there is no template, it is not the swarm's, or it can't write this.
+        """
+        if not self._template or self._differing:
+            what = f"another {' and another '.join(self._differing)}" if self._differing else ""
+            raise ConfigError(
+                f"--chat: the tokenizer has {what or 'no chat template'}",
+                "copy the founder's tokenizer_config.json, special_tokens_map.json and "
+                "chat_template.jinja into its folder, those that are there, or leave --chat out",
+            )
+        forged = next((token for token in self._forbidden if token in prompt), None)
+        if forged is not None:
+            raise ConfigError(
+                f"--prompt holds the special token {forged}, which --chat writes itself",
+                "take it out, or leave --chat out",
+            )
+        asked = self._render([{"role": "user", "content": prompt}], prompting=True)
+        if asked is None:
+            raise ConfigError(
+                "--chat: the chat template refuses a chat that begins with a user's message",
+                "leave --chat out, and write the prompt as the model was trained on it",
+            )
+        return Marked(asked, (), is_chat=True)
 
     def _written(self, example: Example) -> Marked | None:
         messages = [{"role": role, "content": content} for role, content in example.turns]

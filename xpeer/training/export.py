@@ -177,6 +177,7 @@ def generate(
     *,
     temperature: float = 0.0,
     seed: int = 0,
+    chat: bool = False,
 ) -> str:
     """Continue a prompt; for demonstrations, not for speed.
 
@@ -187,15 +188,21 @@ def generate(
         num_tokens: most tokens to add; an end of text ends it sooner.
         temperature: of the sampling; 0 = always choose the most likely token.
         seed: of the sampling.
+        chat: write the prompt as a user's message, by the tokenizer's chat template. The answer
+            ends at its first special token.
 
     Returns:
         The continuation without the prompt.
 
     Raises:
-        ConfigError: the prompt has no tokens.
+        ConfigError: the prompt has no tokens, or can't be written as a chat.
     """
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = start + tokenizer.encode(prompt)
+    if chat:
+        (asked,) = tokenizer.encode_marked([tokenizer.chat.asking(prompt)])
+        ids = (asked // 2).tolist()
+    else:
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        ids = start + tokenizer.encode(prompt)
     if not ids:
         raise ConfigError("the prompt is empty", "give at least a word")
     known = len(ids)
@@ -215,12 +222,16 @@ def generate(
                 chosen = int(torch.multinomial(odds, 1, generator=generator))
             else:
                 chosen = int(logits.argmax())
-            if chosen == tokenizer.eos_id:
+            if chosen == tokenizer.eos_id or (chat and _is_special(tokenizer, chosen)):
                 break
             ids.append(chosen)
     finally:
         model.train(was_training)
     return tokenizer.decode(ids[known:])
+
+
+def _is_special(tokenizer: Tokenizer, token: int) -> bool:
+    return not tokenizer.decode([token]) and bool(tokenizer.spell([token]))
 
 
 def _written(

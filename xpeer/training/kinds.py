@@ -14,6 +14,7 @@ from typing import Final
 READ_IN_FOLDERS: Final = (".txt", ".md", ".jsonl", ".parquet", ".csv")
 """Suffixes of the files that are read in folders; all but .parquet may be packed."""
 PACKED: Final = (".gz", ".zst")
+_TABLES: Final = frozenset({".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv"})
 _SAVED: Final = "state.json"
 """Lies beside the .arrow files that `datasets` saved, and not beside those of its cache. It names
 them: others there were left by an earlier save of more files."""
@@ -45,6 +46,11 @@ def kind_of(path: Path) -> str:
     if kinds[-1:] and kinds[-1] in PACKED:
         kinds = kinds[:-1]
     return kinds[-1] if kinds else ""
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file of this name has rows with fields."""
+    return kind_of(path) in _TABLES
 
 
 def is_read_in_folders(path: Path) -> bool:

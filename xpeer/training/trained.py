@@ -156,15 +156,9 @@ def evaluate_text(trained: Trained, text: str) -> Evaluation:
         ConfigError: the text has fewer than two tokens.
     """
     tokenizer, model = trained.tokenizer, trained.model
-    ids = [
-        *([] if tokenizer.bos_id is None else [tokenizer.bos_id]),
-        *tokenizer.encode(text),
-        *([] if tokenizer.eos_id is None else [tokenizer.eos_id]),
-    ]
-    if len(ids) < 2:
+    records = records_of(tokenizer, text, record_tokens(model))
+    if not records:
         raise ConfigError("the text has fewer than two tokens", "give a longer one")
-    length = min(LONGEST_RECORD, context_tokens(model) or LONGEST_RECORD)
-    records = [ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)]
     device = next(model.parameters()).device
     losses_of, _ = choose_losses(model)
     nats, tokens = 0.0, 0
@@ -174,6 +168,21 @@ def evaluate_text(trained: Trained, text: str) -> Evaluation:
         nats += float(losses.double().sum())
         tokens += int(counted.sum())
     return Evaluation(tokens=tokens, bytes=len(text.encode()), nats=nats)
+
+
+def record_tokens(model: torch.nn.Module) -> int:
+    """Tokens of an evaluated sequence at most."""
+    return min(LONGEST_RECORD, context_tokens(model) or LONGEST_RECORD)
+
+
+def records_of(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
+    """Cut a whole document into sequences; the last token of one is the first of the next."""
+    ids = [
+        *([] if tokenizer.bos_id is None else [tokenizer.bos_id]),
+        *tokenizer.encode(text),
+        *([] if tokenizer.eos_id is None else [tokenizer.eos_id]),
+    ]
+    return [ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)]
 
 
 def _equal(records: list[list[int]], most: int) -> list[list[list[int]]]:

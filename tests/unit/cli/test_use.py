@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from xpeer.cli import main
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.manifest.model import Lora, Model
 from xpeer.training import adapters, trained
-from xpeer.training.export import export_adapters, export_hf
+from xpeer.training.chat import Marked
+from xpeer.training.export import export_adapters, export_hf, generate
 from xpeer.training.flat import digest, read_flat
 from xpeer.training.model import from_folder
 from xpeer.training.tokenizer import HuggingFaceTokenizer
@@ -84,6 +86,135 @@ def test_eval_of_an_export(base: Path, tmp_path: Path) -> None:
     code, _, err = xpeer("eval", "--model", tmp_path / "export", "--text", tmp_path / "none")
     assert code == ExitCode.BAD_CONFIG
     assert "--text" in err
+
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+CHATS = [("Where?", "In the wood."), ("Who is it?", "A fox, and a dog that sleeps.")]
+
+
+@pytest.fixture(scope="module")
+def chatting(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "chatting"
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return folder
+
+
+def rows_file(folder: Path, rows: list[object]) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+def chat(*turns: tuple[str, str]) -> dict[str, object]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def special(model: trained.Trained, text: str) -> list[int]:
+    """Ids of a text whose special tokens count as such."""
+    (ids,) = model.tokenizer.encode_marked([Marked(text, (), is_chat=True)])
+    return (ids // 2).tolist()
+
+
+def test_eval_of_chats_is_that_of_their_answers(chatting: Path, tmp_path: Path) -> None:
+    """The loss was that of raw JSON, without a word."""
+    rows = [chat(("user", asked), ("assistant", said)) for asked, said in CHATS]
+    rows += [chat(("user", "Nobody answers.")), chat(("user", "<s>"), ("assistant", "forged"))]
+    file = rows_file(tmp_path, rows)
+    options = ["eval", "--model", chatting, "--text", file, "--text-field", "messages"]
+    code, out, err = xpeer(*options, "--json")
+    assert code == ExitCode.OK, err
+    assert "2 rows are left out: no example 1, template 1" in err
+    found = json.loads(out)
+    model = trained.from_export(chatting)
+    nats, tokens = 0.0, 0
+    for asked, said in CHATS:
+        head = special(model, f"<s>user: {asked}</s><s>assistant: ")
+        ids = special(model, f"<s>user: {asked}</s><s>assistant: {said}</s>")
+        nats += by_hand(model.model, ids) - by_hand(model.model, ids[: len(head)])
+        tokens += len(ids) - len(head)
+    assert found["rows"] == 2
+    assert found["tokens"] == tokens
+    assert found["bytes"] == sum(len(f"{said}</s>") for _, said in CHATS)
+    assert found["loss_per_token"] == pytest.approx(nats / tokens, rel=1e-4)
+    code, out, _ = xpeer(*options)
+    assert "in 2 rows" in out
+
+
+def test_eval_of_rows_of_text_is_that_of_each_text(base: Path, tmp_path: Path) -> None:
+    texts = [f"{number} foxes and no dog" * number for number in range(1, 12)]
+    file = rows_file(tmp_path, [{"body": text} for text in texts])
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "config.toml").write_text('[data]\ntext_field = "body"\n')
+    code, out, err = xpeer("eval", "--home", home, "--model", base, "--text", file, "--json")
+    assert code == ExitCode.OK, err
+    found = json.loads(out)
+    model = trained.from_export(base)
+    alone = [trained.evaluate_text(model, text) for text in texts]
+    assert found["rows"] == len(texts)
+    assert found["tokens"] == sum(each.tokens for each in alone)
+    assert found["bytes"] == sum(each.bytes for each in alone)
+    total = sum(each.nats for each in alone)
+    assert found["loss_per_token"] * found["tokens"] == pytest.approx(total, rel=1e-4)
+
+
+def test_eval_says_what_can_not_be_measured(
+    chatting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trained, "LONGEST_RECORD", 20)
+    file = rows_file(tmp_path, [chat(("user", "Where?"), ("assistant", "In the wood."))])
+    options = ["eval", "--model", chatting, "--text", file]
+    code, _, err = xpeer(*options, "--text-field", "messages")
+    assert code == ExitCode.BAD_CONFIG
+    assert "nothing in it is predicted: too long 1" in err
+    code, _, err = xpeer(*options)
+    assert code == ExitCode.BAD_CONFIG
+    assert "'text'" in err
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ["eval", "--model", chatting, "--text", tmp_path / "text.txt"]
+    code, _, err = xpeer(*options, "--text-field", "messages")
+    assert code == ExitCode.BAD_CONFIG
+    assert "--text-field" in err
+
+
+def test_a_chat_model_is_asked_with_its_template(base: Path, chatting: Path) -> None:
+    model = trained.from_export(chatting)
+    ids = special(model, "<s>user: The</s><s>assistant: ")
+    answer: list[int] = []
+    for _ in range(8):
+        with torch.no_grad():
+            logits = model.model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
+        if int(logits.argmax()) in (0, 1, 2):  # special tokens end it
+            break
+        answer.append(int(logits.argmax()))
+    options: list[str | Path] = ["generate", "--chat", "--tokens", "8", "--json", "--model"]
+    code, out, err = xpeer(*options, chatting, "--prompt", "The")
+    assert code == ExitCode.OK, err
+    assert json.loads(out)["text"] == model.tokenizer.decode(answer)
+    for folder, prompt, said in ((base, "The", "no chat template"), (chatting, "a</s>", "</s>")):
+        code, _, err = xpeer(*options, folder, "--prompt", prompt)
+        assert code == ExitCode.BAD_CONFIG
+        assert said in err
+        assert "--chat" in err
+
+
+@pytest.mark.parametrize("token", [0, 1, 2])
+def test_an_answer_ends_at_any_special_token(chatting: Path, token: int) -> None:
+    """That which ends a turn is not always that which ends a text."""
+    model = trained.from_export(chatting)
+    output = model.model.get_output_embeddings()
+    wanted = torch.nn.functional.one_hot(torch.tensor(token), 300).float()
+    with torch.no_grad():
+        output.weight[:] = 0
+        output.bias = torch.nn.Parameter(wanted)
+    asked: list[int] = []
+    model.model.register_forward_hook(lambda *_: asked.append(token))
+    assert generate(model.model, model.tokenizer, "The", 3, chat=True) == ""
+    assert len(asked) == 1
 
 
 def test_generate_repeats_with_its_seed(base: Path) -> None:
