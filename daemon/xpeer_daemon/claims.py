@@ -12,6 +12,7 @@ from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.phase import traits_of
 from xpeer.training.schedule import planned_steps
+from xpeer.update import Margin
 from xpeer_daemon.node import Node
 from xpeer_daemon.swarm_view import SwarmView
 
@@ -19,8 +20,8 @@ log = logging.getLogger("xpeer.daemon")
 
 ALIKE: Final = 1.05
 """Public losses within this factor are about equal."""
-WORSE: Final = 1.25, 0.5
-"""How much worse than the swarm's start a donor's public loss may be: factor, and nats on top. The
+UNCONFIRMED: Final = Margin(1.25, 0.5)
+"""How much worse than the swarm's start a donor's public loss may be if nobody confirms it. The
 start's was measured on a few records only, and the noise of privacy may move a young model away."""
 LEAST_STEP_S: Final = 1e-3
 """No step is shorter. This bounds a donor's step where nobody else can confirm it."""
@@ -112,8 +113,7 @@ def doubtful(offer: Claim, offers: Sequence[Claim], start_loss: float) -> bool:
 
     A second donor confirms it with about the same public loss.
     """
-    factor, nats = WORSE
-    if offer.loss_public <= factor * start_loss + nats:
+    if offer.loss_public <= UNCONFIRMED.above(start_loss):
         return False
     least, most = offer.loss_public / ALIKE, offer.loss_public * ALIKE
     return not any(

@@ -28,6 +28,7 @@ from xpeer.network import turns
 from xpeer.network.giving import Giver
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
+from xpeer.update import Margin
 from xpeer_daemon.ahead import Ahead
 from xpeer_daemon.claims import Claim, Claims, ranked
 from xpeer_daemon.conduct import ALONE_TRIES, Conduct
@@ -44,8 +45,8 @@ RETRY_S = 2.0
 DOUBT_S = 15.0
 """Offers that need the operator's word, or a second donor's, are asked for again after this time:
 each costs the donor a copy now and then."""
-TOLERANCE: Final = 1.15, 0.05
-"""How much worse than offered a donor's public loss may be: factor, and nats on top."""
+TOLERANCE: Final = Margin(1.15, 0.05)
+"""How much worse than offered a donor's public loss may be."""
 PARALLEL: Final = 3
 """Number of donors that give at the same time, at most."""
 PATIENCE_S: Final = 300.0
@@ -136,6 +137,7 @@ class Donors:
         """
         self._takeover.forget()
         self._conduct.forget()
+        self._judge.forget()
 
     async def catch_up(self, trainer: TrainerProcess, own_step: int) -> bool:
         """Take over a donor's parameters if ours lie far behind; returns whether there was a donor
@@ -286,12 +288,12 @@ class Donors:
         If a transfer takes long, snapshots of now are not alike with those that it began with. The
         rest of these comes faster than all of others.
         """
-        best, (factor, nats) = offers[0], TOLERANCE
+        best = offers[0]
         half = self._manifest.state_form.num_bytes / 2
         for offer in offers:
             alike = [tree for tree in self._takeover.trees() if self._alike(offer, tree)]
             here = sum(map(self._takeover.bytes_of, alike))
-            good = offer.loss_public <= factor * best.loss_public + nats
+            good = offer.loss_public <= TOLERANCE.above(best.loss_public)
             if good and here >= half and offer.donor not in self._conduct.shy:
                 return offer
         return best
@@ -312,9 +314,8 @@ class Donors:
         too.
         """
         far = self._ahead.is_far(best.step, other.step) or self._ahead.is_far(other.step, best.step)
-        factor, nats = TOLERANCE
         losses = best.loss_public, other.loss_public
-        return not far and max(losses) <= factor * min(losses) + nats
+        return not far and max(losses) <= TOLERANCE.above(min(losses))
 
     async def _attempt(
         self, trainer: TrainerProcess, chosen: list[Giver], claims: Claims, until: float | None
@@ -350,8 +351,8 @@ class Donors:
         nobody is blamed for a mixture. Snapshots of one donor are no such mixture. Chance decides
         who: whoever gave most of it may have been the fastest because it wanted that.
         """
-        trees, (factor, nats) = self._takeover.trees(), TOLERANCE
-        at_most = min(factor * tree.loss_public + nats for tree in trees)
+        trees = self._takeover.trees()
+        at_most = min(TOLERANCE.above(tree.loss_public) for tree in trees)
         step = min(claims.step_of(tree) for tree in trees)
         try:
             payload = await self._takeover.payload()

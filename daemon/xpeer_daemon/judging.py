@@ -39,6 +39,14 @@ class Judge:
         self._conduct = conduct
         self.accept = accept
         self.doubts = False
+        self._own_loss: float | None = None
+        """Public loss of the trainer's parameters, once it was measured. Offers wait meanwhile, and
+        their links are closed if that takes long: then it is known when they are asked again."""
+
+    def forget(self) -> None:
+        """Nobody's parameters are wanted any more."""
+        self.doubts, self._own_loss = False, None
+        self._node.health.clear("donor-doubtful")
 
     def is_doubtful(self, offer: Giver, offers: list[Giver]) -> bool:
         """Whether an offer needs the operator's word, or another donor's."""
@@ -66,16 +74,20 @@ class Judge:
                 loss=best.loss_public,
                 start=self._manifest.start_loss,
             )
+        else:
+            self._node.health.clear("donor-doubtful")
         return self._conduct.unblamed(good)
 
     async def better(self, trainer: TrainerProcess, offers: list[Giver]) -> list[Giver]:
         """Offers of parameters that are not worse than ours: others would be fetched in vain."""
-        try:
-            own, (factor, nats) = (await trainer.evaluate()).public, WORSE
-        except BaseException:
-            refuse(offers)
-            raise
-        good = [o for o in offers if not o.loss_public > factor * own + nats]
+        if self._own_loss is None:
+            try:
+                self._own_loss = (await trainer.evaluate()).public
+            except BaseException:
+                refuse(offers)
+                raise
+        own = self._own_loss
+        good = [o for o in offers if not o.loss_public > WORSE.above(own)]
         if not good:
             log.info("public loss %.4f: nobody who is far ahead offers as good a one", own)
         return [offer for offer in good if offer.donor not in self._conduct.worse]

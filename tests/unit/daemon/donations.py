@@ -124,7 +124,7 @@ class Rig:
         self.conditions: set[str] = set()
         self.asked: list[tuple[PeerId, bytes | None]] = []
         """Whom, and for which snapshot."""
-        self.node.health = SimpleNamespace(hold=self._hold)
+        self.node.health = SimpleNamespace(hold=self._hold, clear=self.conditions.discard)
         view: Any = SimpleNamespace(
             others=self._others, holders=self._holders, name_of=str,
             acquaintances=SimpleNamespace(get=self._heard),

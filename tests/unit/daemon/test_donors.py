@@ -86,6 +86,38 @@ async def test_parameters_worse_than_the_start_need_a_second_donor(tmp_path, mon
     assert (trainer.taken, rig.conditions) == ([GOOD], set())
 
 
+async def test_while_offers_are_compared_our_own_loss_is_measured_once(
+    tmp_path, monkeypatch
+) -> None:
+    """Donors close the links of who only waits."""
+    rig, measured = Rig(tmp_path, monkeypatch, founds=False), 0
+
+    class Slow(Trainer):
+        async def evaluate(self) -> Any:
+            nonlocal measured
+            measured += 1
+            return await super().evaluate()
+
+    rig.live, trainer = [GOOD], Slow()
+    trainer.own = 0.1
+    for _ in range(3):
+        assert not await rig.donors._take_over_best(trainer, 20)  # type: ignore[arg-type] # a fake
+    assert measured == 1
+    rig.donors.forget()
+    await rig.donors._take_over_best(trainer, 20)  # type: ignore[arg-type] # a fake
+    assert measured == 2
+
+
+async def test_doubt_ends_with_the_donor_that_is_doubted(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.manifest.start_loss, rig.live = 1.0, [GOOD]
+    await rig.donors._take_over_best(Trainer(), None)  # type: ignore[arg-type] # a fake
+    assert rig.conditions == {"donor-doubtful"}
+    rig.live = []
+    assert not await rig.donors.take_over(Trainer(), 0.0)  # type: ignore[arg-type] # a fake
+    assert rig.conditions == set()
+
+
 @pytest.mark.parametrize(
     ("live", "taken"), [([LIAR, GOOD, TWIN], True), ([LIAR, GOOD, WORSE], False)]
 )
