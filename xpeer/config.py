@@ -16,7 +16,7 @@ from msgspec import NODEFAULT, Meta, Struct, field
 
 from xpeer.errors import ConfigError
 from xpeer.leaves import stays
-from xpeer.paths import checked
+from xpeer.paths import checked, require
 
 DEFAULT_HOME = Path("~/.xpeer")
 MAX_NUMBER = 1_000_000_000
@@ -226,7 +226,17 @@ class Home:
 
 
 def privacy_register(config: NodeConfig) -> Path:
-    """The folder of the machine's register: the system's for root, else the user's."""
+    """The folder of the machine's register: the system's for root, else the user's.
+
+    Raises:
+        ConfigError: no folder can be there, or this user may not read it.
+    """
+    path = _privacy_register(config)
+    require("privacy.register", path, "folder")
+    return path
+
+
+def _privacy_register(config: NodeConfig) -> Path:
     if config.privacy.register:
         path = Path(config.privacy.register).expanduser()
         if not path.is_absolute():

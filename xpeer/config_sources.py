@@ -7,6 +7,7 @@ one. Which settings there are stands in `config`.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import msgspec
 from xpeer import belonging
 from xpeer.config import MAX_NUMBER, PATHS, NodeConfig, settings
 from xpeer.errors import ConfigError
-from xpeer.paths import checked, checked_text
+from xpeer.paths import checked, checked_list, checked_text
 
 ENV_PREFIX: Final = "XPEER_"
 NOT_SETTINGS: Final = frozenset({"XPEER_HOME"})
@@ -175,7 +176,7 @@ def _parse_variable(name: str, section: str, key: str, raw: str) -> Any:
 
 
 def _parse_list(name: str, raw: str) -> list[str]:
-    checked(name, raw)
+    checked_list(name, raw)
     parts = [part.strip() for part in raw.split(",")] if "," in raw else [raw]
     if "" in parts:
         raise ConfigError(
@@ -184,7 +185,7 @@ def _parse_list(name: str, raw: str) -> list[str]:
     for first in range(len(parts)):
         for last in range(first + 2, len(parts) + 1):
             joined = ",".join(parts[first:last])
-            if Path(joined).exists():
+            if os.path.exists(joined):  # noqa: PTH110 - a list may be longer than any path
                 raise ConfigError(
                     f"{name} = {raw!r}: {joined} exists, but a comma separates two paths here",
                     "write it into config.toml, or give it by its option",

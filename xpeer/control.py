@@ -10,6 +10,7 @@ import http.client
 import os
 import select
 import socket
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from xpeer.errors import (
+    ConfigError,
     ExitCode,
     LocalError,
     LocalTimeoutError,
@@ -28,6 +30,7 @@ from xpeer.errors import (
     NotSavedError,
 )
 from xpeer.leaves import Local, Parts, Public, Timing, seen_by
+from xpeer.paths import IMPOSSIBLE, unreachable
 from xpeer.status import SCHEMA_VERSION, Partner, Status
 
 API = "/v1"
@@ -140,6 +143,7 @@ class Client:
         NotRunningError: nobody answers on the socket.
         LocalTimeoutError: the daemon did not answer in time.
         NotAuthorisedError: this user may not open the socket.
+        ConfigError: no socket can be at its path.
         LocalError: the daemon can't do it, or answers in another schema.
 
     Args:
@@ -282,6 +286,8 @@ class Client:
                 "join the socket's group (`usermod -aG xpeer YOU`), or use sudo",
             ) from e
         except (OSError, http.client.HTTPException) as e:
+            if isinstance(e, OSError) and e.errno in IMPOSSIBLE:
+                raise unreachable("daemon.socket", self.path, e) from e
             raise LocalError(
                 f"the control socket {self.path} failed: {e or type(e).__name__}",
                 "check daemon.socket; see `xpeer logs`",
@@ -325,6 +331,25 @@ class Client:
             f"the daemon answers in schema {seen}, this `xpeer` reads {SCHEMA_VERSION}",
             "restart the daemon after an update, or use its own `xpeer`",
         )
+
+
+def socket_is_there(path: Path) -> bool:
+    """Whether there is a control socket, even one that nobody answers on.
+
+    Raises:
+        ConfigError: the path can't be used, or is no socket.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    except OSError as e:
+        raise unreachable("daemon.socket", path, e) from e
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(
+            f"daemon.socket: {path} exists and is not a socket", "remove it or set another path"
+        )
+    return True
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -20,6 +19,7 @@ from xpeer.identity import blake2b
 from xpeer.leaves import Public, seen_by
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import QUANTISED
+from xpeer.paths import folder_of
 from xpeer.source import check_folder, has_tokenizer
 from xpeer.tokenizer_files import differing, writing_of
 
@@ -119,7 +119,8 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
             items.append(model)
         if self.base_model and data.base_model:
             try:
-                check_folder(Path(data.base_model).expanduser(), "data.base_model")
+                setting = "data.base_model"
+                check_folder(folder_of(setting, data.base_model), setting)
             except ConfigError as e:
                 items.append(str(e))
         for package, extra in self._packages:
@@ -130,14 +131,15 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
     def _unmet_tokenizer(self, data: Data, said: str = "") -> list[str]:
         if not self.tokenizer:
             return []
-        beside = data.base_model
-        if not data.tokenizer and beside and has_tokenizer(Path(beside).expanduser()):
-            named, setting = beside, "data.base_model"
-        else:
-            named, setting = data.tokenizer, "data.tokenizer"
-        if not named:
+        setting = "data.tokenizer" if data.tokenizer else "data.base_model"
+        named = data.tokenizer or data.base_model
+        try:
+            folder = folder_of(setting, named) if named else None
+        except ConfigError as e:
+            return [str(e)]
+        if folder is None or not (data.tokenizer or has_tokenizer(folder)):
             return [said]
-        file = Path(named).expanduser() / "tokenizer.json"
+        file = folder / "tokenizer.json"
         try:
             seen = blake2b(belonging.read_inside(file, file.parent)).hex()
         except ConfigError as e:

@@ -6,7 +6,9 @@ They have to be quick, so they need neither torch nor libp2p.
 from __future__ import annotations
 
 from xpeer.config import Home, NodeConfig, privacy_register
+from xpeer.control import socket_is_there
 from xpeer.network.multiaddress import check_announced, check_listen, check_peer
+from xpeer.paths import folder_of
 
 
 def check_settings(home: Home, config: NodeConfig) -> None:
@@ -23,5 +25,9 @@ def check_settings(home: Home, config: NodeConfig) -> None:
         check_peer("network.bootstrap", address)
     if network.direct_listen:
         check_listen("network.direct_listen", network.direct_listen)
-    home.socket(config)
+    socket_is_there(home.socket(config))
     privacy_register(config)
+    data = config.data
+    for setting, folder in (("tokenizer", data.tokenizer), ("base_model", data.base_model)):
+        if folder:
+            folder_of(f"data.{setting}", folder)

@@ -13,6 +13,7 @@ from typing import Any, Final
 from xpeer import belonging
 from xpeer.errors import ConfigError
 from xpeer.manifest.model import vocabulary_of
+from xpeer.paths import require, status_of
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SNAPSHOT: Final = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{7,40})/?$")
@@ -146,7 +147,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _require_tokenizer(folder: Path, option: str) -> None:
-    if not folder.is_dir():
+    require(option, folder, "folder")
+    if not folder.exists():
         raise missing_folder(folder, option, "name the folder that holds its tokenizer.json")
     if has_tokenizer(folder):
         _require_inside(folder, option)
@@ -191,14 +193,20 @@ def missing_folder(path: Path, option: str, remedy: str = _GET) -> ConfigError:
 
 
 def _require_folder(path: Path, option: str) -> None:
-    try:
-        if path.is_dir():
-            return
-        exists = path.exists()
-    except OSError as e:
-        raise ConfigError(f"{option} {path} can't be read: {e.strerror}", _GET) from e
-    if not exists:
+    if status_of(option, path) is None:
         raise missing_folder(path, option)
+    refuse_file(path, option)
+    require(option, path, "folder")
+
+
+def refuse_file(path: Path, option: str) -> None:
+    """Refuse a file in place of a model's folder, and say what to give instead.
+
+    Raises:
+        ConfigError: it is a file, or anything but a folder.
+    """
+    if path.is_dir() or not path.exists():
+        return
     if path.suffix.lower() == ".gguf":
         raise _gguf(path, option)
     if path.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".json"):

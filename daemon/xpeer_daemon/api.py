@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from xpeer.control import API, ROUTES, Problem
+from xpeer.control import API, ROUTES, Problem, socket_is_there
 from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
 from xpeer.escape import visible
 from xpeer_daemon.commands import Commands, ControlledNode
@@ -138,18 +137,8 @@ def _clear(path: Path) -> None:
         LocalError: another daemon answers on it.
         ConfigError: the path can't be used, or is no socket.
     """
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
+    if not socket_is_there(path):
         return
-    except OSError as e:
-        raise ConfigError(
-            f"daemon.socket: {path} can't be used: {e.strerror}", "check its folder's owner"
-        ) from e
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(
-            f"daemon.socket: {path} exists and is not a socket", "remove it or set another path"
-        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:

@@ -91,7 +91,7 @@ def verify_command(home: Home, as_json: bool) -> None:
     "--hf",
     "folder",
     required=True,
-    type=GivenPath(),
+    type=GivenPath("new"),
     help="New folder, to be loaded with from_pretrained by transformers, or by peft for adapters.",
 )
 @click.option("--merged", is_flag=True, help="Add the adapters to their base: a complete model.")

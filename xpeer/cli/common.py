@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -26,7 +26,16 @@ from xpeer.config import DEFAULT_HOME, Home, NodeConfig
 from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
 from xpeer.escape import hidden, json_text, one_line, visible
 from xpeer.files import secure
-from xpeer.paths import checked, checked_home, checked_text
+from xpeer.paths import (
+    Kind,
+    checked,
+    checked_home,
+    checked_list,
+    checked_text,
+    refuse_impossible,
+    require,
+    status_of,
+)
 from xpeer.shortage import in_words, out_of_memory
 
 HOME_VARIABLE = "XPEER_HOME"
@@ -45,10 +54,15 @@ class Ended(KeyboardInterrupt):
 
 
 class GivenPath(click.Path):
-    """A path option. It refuses an empty path, which would mean the current folder."""
+    """A path option. It refuses paths that are empty, of another kind, or can't be used.
 
-    def __init__(self) -> None:
+    Args:
+        kind: what is expected; "model" is a folder, too. It may be missing: the command says so.
+    """
+
+    def __init__(self, kind: Kind | Literal["model"]) -> None:
         super().__init__(path_type=Path)
+        self.kind = kind
 
     def convert(
         self,
@@ -57,8 +71,15 @@ class GivenPath(click.Path):
         ctx: click.Context | None,
     ) -> Any:
         """The path as `Path`, with `~` expanded."""
-        checked(_name_of(param), os.fspath(value))
-        return Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()
+        name = _name_of(param)
+        path = Path(checked(name, os.fspath(value))).expanduser()
+        if self.kind == "model":
+            from xpeer.source import refuse_file  # noqa: PLC0415 - only some commands need it
+
+            status_of(name, path)
+            refuse_file(path, name)
+        require(name, path, "folder" if self.kind == "model" else self.kind)
+        return path
 
 
 class GivenText(click.ParamType[str]):
@@ -75,7 +96,20 @@ class GivenText(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> str:
         """The value, checked and unchanged."""
-        return self._check(_name_of(param), str(value))
+        name = _name_of(param)
+        text = self._check(name, str(value))
+        refuse_impossible(name, text)
+        return text
+
+
+class GivenName(click.ParamType[str]):
+    """An option with a name, e.g. of a field, which may not be blank."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> str:
+        """The value, checked and unchanged."""
+        return checked_list(_name_of(param), str(value))
 
 
 class Number(click.FloatRange):
@@ -279,8 +313,6 @@ def _home(ctx: click.Context, param: click.Parameter, value: str) -> Home:
     if source is ParameterSource.DEFAULT:
         value = os.environ.get(HOME_VARIABLE, value)  # click treats an empty one as unset
     name = "--home" if source is ParameterSource.COMMANDLINE else HOME_VARIABLE
-    home = Home(Path(checked_home(name, value)))
-    if home.path.exists() and not home.path.is_dir():
-        raise ConfigError(f"home {home.path} is not a folder", "name another with --home")
+    home = Home(checked_home(name, value))
     ctx.meta[_HOME] = home
     return home

@@ -28,6 +28,7 @@ from xpeer.cli.common import (
 from xpeer.config import Data, Home
 from xpeer.leaves import Local, Parts, seen_by
 from xpeer.manifest import Manifest, Optimiser
+from xpeer.paths import folder_of
 from xpeer.source import has_tokenizer
 from xpeer.status import ShardSummary
 
@@ -84,7 +85,7 @@ def data() -> None:
 @click.option("--text-field", help="Field of a row that holds its text. Default: data.text_field.")
 @click.option(
     "--tokenizer",
-    type=GivenPath(),
+    type=GivenPath("folder"),
     help="Folder of a Hugging Face tokenizer. Default: as for `xpeer start`, or else bytes.",
 )
 @click.option(
@@ -162,11 +163,11 @@ def _tokenizer(manifest: Manifest | None, settings: Data, folder: Path | None) -
         return load_tokenizer(
             manifest.tokenizer, settings.tokenizer, base_model=settings.base_model
         )
-    beside = Path(settings.base_model).expanduser() if settings.base_model else None
     if folder is None and settings.tokenizer:
-        folder = Path(settings.tokenizer).expanduser()
-    elif folder is None and beside is not None and has_tokenizer(beside):
-        folder = beside
+        folder = folder_of("data.tokenizer", settings.tokenizer)
+    elif folder is None and settings.base_model:
+        beside = folder_of("data.base_model", settings.base_model)
+        folder = beside if has_tokenizer(beside) else None
     return HuggingFaceTokenizer(folder) if folder else ByteTokenizer()
 
 

@@ -31,8 +31,10 @@ _Again = Literal["auto", "on", "off"]
 
 
 @click.command()
-@click.option("--model", type=GivenPath(), help="Hugging Face folder; its weights are not read.")
-@click.option("--model-config", type=GivenPath(), help="config.json of a model.")
+@click.option(
+    "--model", type=GivenPath("model"), help="Hugging Face folder; its weights are not read."
+)
+@click.option("--model-config", type=GivenPath("file"), help="config.json of a model.")
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), help="Small model for bytes.")
 @click.option(
     "--lora-rank", type=Whole(1, 1024), help="Rank of adapters. Default: all weights are trained."
@@ -46,7 +48,9 @@ _Again = Literal["auto", "on", "off"]
     help="Trained factors; see `xpeer init`.",
 )
 @click.option(
-    "--lora-from", type=GivenPath(), help="Folder of adapters to start from; see `xpeer init`."
+    "--lora-from",
+    type=GivenPath("folder"),
+    help="Folder of adapters to start from; see `xpeer init`.",
 )
 @click.option(
     "--base-dtype",

@@ -14,6 +14,7 @@ from xpeer.accounts import signal
 from xpeer.cli.adapter_options import adapters_of
 from xpeer.cli.commands import command
 from xpeer.cli.common import (
+    GivenName,
     GivenPath,
     GivenText,
     echo_json,
@@ -57,8 +58,12 @@ _FOUNDING = (
 @click.option(
     "--join", metavar="TOKEN", help="Join a swarm: the token, file:PATH, or - for standard input."
 )
-@click.option("--model", type=GivenPath(), help="Hugging Face folder of a model to start from.")
-@click.option("--model-config", type=GivenPath(), help="config.json, for random initial weights.")
+@click.option(
+    "--model", type=GivenPath("model"), help="Hugging Face folder of a model to start from."
+)
+@click.option(
+    "--model-config", type=GivenPath("file"), help="config.json, for random initial weights."
+)
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
@@ -88,7 +93,7 @@ _FOUNDING = (
 )
 @click.option(
     "--lora-from",
-    type=GivenPath(),
+    type=GivenPath("folder"),
     help="Folder of peft adapters to go on with. They decide rank, alpha and layers.",
 )
 @click.option(
@@ -105,7 +110,7 @@ _FOUNDING = (
 )
 @click.option(
     "--base-model",
-    type=GivenPath(),
+    type=GivenPath("model"),
     help="This node's copy of the model whose adapters the swarm trains, with --join.",
 )
 @click.option(
@@ -116,7 +121,7 @@ _FOUNDING = (
 )
 @click.option(
     "--public-text",
-    type=GivenPath(),
+    type=GivenPath("file"),
     help="Text that is no secret, of which the first 200 KB are used. Default: the Python manual's "
     "topics.",
 )
@@ -145,7 +150,7 @@ _FOUNDING = (
 )
 @click.option(
     "--text-field",
-    type=GivenText(checked),
+    type=GivenName(),
     metavar="FIELD",
     help="Field of its rows that holds the text (default: text); messages: chats; "
     "prompt+completion: two fields, of which the second is predicted.",
@@ -298,11 +303,6 @@ def _tokenizer_folder(
         return None if given in (None, BYTES) else tokenizer_of(given, None, None)
     if model is not None:
         check_folder(model, "--model")
-    elif model_config is not None and model_config.is_dir():
-        raise ConfigError(
-            f"--model-config: {model_config} is a folder",
-            f"give its config.json, or for its weights, too: --model {model_config}",
-        )
     source = model or (model_config.parent if model_config else None)
     return tokenizer_of(given, source, config_in(model, model_config))
 

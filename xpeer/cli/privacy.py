@@ -88,7 +88,9 @@ def status_command(home: Home, as_json: bool) -> None:
     show_default=True,
     help="Field of a row that holds its text, as in data.text_field.",
 )
-@click.option("--tokenizer", type=GivenPath(), help="Folder of a tokenizer. Default: bytes.")
+@click.option(
+    "--tokenizer", type=GivenPath("folder"), help="Folder of a tokenizer. Default: bytes."
+)
 @click.option("--documents", is_flag=True, help="Protect documents, not training sequences.")
 @click.option(
     "--batch",
@@ -227,7 +229,9 @@ def report_command(home: Home, as_json: bool) -> None:
 
 @privacy.command("verify")
 @home_option
-@click.option("--ledger", "path", type=GivenPath(), help="Another ledger.sqlite than the home's.")
+@click.option(
+    "--ledger", "path", type=GivenPath("file"), help="Another ledger.sqlite than the home's."
+)
 @click.option("--delta", type=Number(), help="Delta. Default: the one that the ledger notes.")
 @json_option
 def verify_command(home: Home, path: Path | None, delta: float | None, as_json: bool) -> None:

@@ -10,6 +10,7 @@ import click
 
 from xpeer import uncollected
 from xpeer.cli.common import (
+    GivenName,
     GivenPath,
     GivenText,
     ended_by_signals,
@@ -43,7 +44,10 @@ _KNOWN_SEEDS = "known"
     "--join", metavar="TOKEN", help="Invitation: the token, file:PATH, or - for standard input."
 )
 @click.option(
-    "--config", "config_path", type=GivenPath(), help="Settings to read, not HOME/config.toml."
+    "--config",
+    "config_path",
+    type=GivenPath("file"),
+    help="Settings to read, not HOME/config.toml.",
 )
 @click.option("--listen", multiple=True, metavar="ADDR", help="Multiaddress to listen on.")
 @click.option("--announce", multiple=True, metavar="ADDR", help="Address to give to others.")
@@ -54,7 +58,7 @@ _KNOWN_SEEDS = "known"
     metavar="PATH",
     help="Text to train on: file, folder, glob.",
 )
-@click.option("--text-field", type=GivenText(checked), metavar="FIELD", help="As data.text_field.")
+@click.option("--text-field", type=GivenName(), metavar="FIELD", help="As data.text_field.")
 @click.option(
     "--privacy",
     type=click.Choice(get_args(PrivacyMode)),
@@ -79,9 +83,11 @@ _KNOWN_SEEDS = "known"
     "--log-format", type=click.Choice(["text", "json"]), help="Format of stderr and the log."
 )
 @click.option(
-    "--base-model", type=GivenPath(), help="Folder of the model whose adapters the swarm trains."
+    "--base-model",
+    type=GivenPath("model"),
+    help="Folder of the model whose adapters the swarm trains.",
 )
-@click.option("--tokenizer", type=GivenPath(), help="Folder of the swarm's tokenizer.")
+@click.option("--tokenizer", type=GivenPath("folder"), help="Folder of the swarm's tokenizer.")
 @click.option(
     "--dry-run",
     is_flag=True,

@@ -37,15 +37,17 @@ def _model_options(command: F) -> F:
     for option in (
         click.option(
             "--tokenizer",
-            type=GivenPath(),
+            type=GivenPath("folder"),
             help="Folder of a tokenizer. Default: MODEL's own, or data.tokenizer.",
         ),
         click.option(
-            "--base-model", type=GivenPath(), help="Folder of the model that adapters are for."
+            "--base-model",
+            type=GivenPath("model"),
+            help="Folder of the model that adapters are for.",
         ),
         click.option(
             "--model",
-            type=GivenPath(),
+            type=GivenPath("model"),
             help="An export or Hugging Face folder. Default: the home's newest checkpoint.",
         ),
         click.option("--own", is_flag=True, help="The model that `xpeer finetune` made."),
@@ -116,7 +118,7 @@ def generate(
 @json_option
 @click.option(
     "--text",
-    type=GivenPath(),
+    type=GivenPath("file"),
     required=True,
     help="Text file in UTF-8, or a table (.jsonl, .parquet, .csv), whose rows are measured.",
 )

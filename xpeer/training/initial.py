@@ -10,6 +10,7 @@ from xpeer.config import Data, Home
 from xpeer.errors import ConfigError, LocalError
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import Lora
+from xpeer.paths import folder_of
 from xpeer.training import given_adapters
 from xpeer.training.adapters import adapt, fixed_digest
 from xpeer.training.checkpoint import Bundle, load_latest
@@ -45,7 +46,7 @@ def model_of(
     """
     lora = manifest.model.lora
     if lora is not None:
-        named = Path(base_model).expanduser() if base_model else None
+        named = folder_of("data.base_model", base_model) if base_model else None
         return _adapted(manifest, lora, named, home, fresh=fresh, quantised=quantised)
     kept = manifest.model.frozen
     model = from_folder(home.initial_model) if fresh else build(manifest.model.config)

@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from xpeer import belonging, manifest
 from xpeer.errors import ConfigError
 from xpeer.identity import blake2b
+from xpeer.paths import folder_of
 from xpeer.source import has_tokenizer
 from xpeer.tokenizer_files import differing, writing_of
 from xpeer.training.chat import ChatTemplate, Marked
@@ -296,14 +297,16 @@ def load_tokenizer(
     """
     if spec.kind == "byte":
         return ByteTokenizer()
-    if not folder and base_model and has_tokenizer(Path(base_model).expanduser()):
-        folder = base_model
-    if not folder:
+    named = folder_of("data.tokenizer", folder) if folder else None
+    if named is None and base_model:
+        beside = folder_of("data.base_model", base_model)
+        named = beside if has_tokenizer(beside) else None
+    if named is None:
         raise ConfigError(
             "data.tokenizer is not set, and the manifest asks for a Hugging Face tokenizer",
             "set it to the folder that holds the tokenizer.json of the swarm's model",
         )
-    return HuggingFaceTokenizer(Path(folder).expanduser(), spec.digest, spec)
+    return HuggingFaceTokenizer(named, spec.digest, spec)
 
 
 def _parse(data: bytes, file: Path) -> Fast:

@@ -25,7 +25,7 @@ from xpeer.source import check_folder
     help="Random seed of the public start's training, without --model.",
 )
 @click.option(
-    "--model", type=GivenPath(),
+    "--model", type=GivenPath("model"),
     help="Hugging Face folder of a pretrained model whose adapters (LoRA) are trained. Default: a "
     "small model for bytes, which the demo makes.",
 )  # fmt: skip
@@ -34,7 +34,7 @@ from xpeer.source import check_folder
     help="Privacy mode, as in `xpeer init`. off shows what privacy costs.",
 )  # fmt: skip
 @click.option(
-    "--out", type=GivenPath(), default=Path(".demo"), show_default=True,
+    "--out", type=GivenPath("new"), default=Path(".demo"), show_default=True,
     help="Folder for caches, homes, logs and the report.",
 )  # fmt: skip
 @click.option(
