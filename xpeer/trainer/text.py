@@ -126,7 +126,7 @@ def text_of(
         memory = HeldOut(Home(Path(setup.home)), data.validation_share, data.split)
         training, held_out = memory.split(table)
         if remember:
-            memory.remember(table.select(held_out))
+            memory.remember(table, held_out)
     mine, share = table.select(training), None
     if shared:
         # after the split: no member trains on text that another one measures on

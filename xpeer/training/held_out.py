@@ -1,6 +1,7 @@
 """Remembers which documents a home holds out, so that no text moves from validation to training.
 
-    HOME/held-out    a line of JSON: the settings; then the ids of the documents, 16 bytes each
+    HOME/held-out    a line of JSON: the settings; then the ids of the documents, 16 bytes each, and
+                     those that begin the other files, where these were known by all they hold
 
 What is held out follows from the documents' ids (`piece_table.split_pieces`), but for two cases: a
 file that is held out as a whole, of which rows may be added or taken away; and a shard so small
@@ -38,6 +39,9 @@ class _Settings(msgspec.Struct, frozen=True):
     split: By
     older: bool
     """Whether files are named as earlier versions did, since this home trained with one."""
+    trained: int = 0
+    """Number of ids, the last ones, that begin files to train on: such files are named so from now
+    on, and these are not drawn anew."""
 
 
 class HeldOut:
@@ -58,11 +62,14 @@ class HeldOut:
         if noted is None:
             self._settings = _Settings(share, by, older=has_trained(home))
             self._ids: Array = np.empty((0, 2), np.uint64)
+            self._trained = self._ids
             return
         before, ids = noted
         self._settings = msgspec.structs.replace(before, share=share, split=by)
-        # with other settings the operator wants another choice
-        self._ids = ids if before == self._settings else ids[:0]
+        if before != self._settings:  # then the operator wants another choice
+            ids, before = ids[:0], msgspec.structs.replace(before, trained=0)
+        held_out = len(ids) - before.trained
+        self._ids, self._trained = ids[:held_out], ids[held_out:]
 
     def split(self, table: PieceTable) -> tuple[Indices, Indices]:
         """Divide pieces: indices for training and for validation, ascending.
@@ -70,8 +77,11 @@ class HeldOut:
         Raises:
             ShardError: all of them were held out before.
         """
-        share, by, older = msgspec.structs.astuple(self._settings)
-        training, held_out = split_pieces(table, share, by, self._ids, by_content=older)
+        settings, trained = self._settings, self._trained
+        training, held_out = split_pieces(
+            *(table, settings.share, settings.split, self._ids, trained),
+            by_content=settings.older and not len(trained),
+        )
         if len(table) and not len(training):
             raise ShardError(
                 f"no text: all {len(held_out)} documents were held out before ({self._path})",
@@ -79,23 +89,37 @@ class HeldOut:
             )
         return training, held_out
 
-    def remember(self, table: PieceTable) -> None:
-        """Note the documents of the pieces that are held out. Those that are gone may come back.
+    def remember(self, table: PieceTable, held_out: Indices) -> None:
+        """Note the documents that are held out. Those that are gone may come back.
+
+        Args:
+            table: the pieces.
+            held_out: indices of those that are held out.
 
         Raises:
             ShardError: they can't be written.
         """
-        now = table.whole[table.flags & BEGINS != 0].astype(np.uint64)
-        ids = np.concatenate([self._ids, now])
+        chosen = table.select(held_out)
+        ids = np.concatenate([self._ids, chosen.whole[chosen.flags & BEGINS != 0]])
+        ids = ids.astype(np.uint64)
         ids = ids[firsts(ids)]
-        if len(ids) == len(self._ids) and self._path.exists():
+        trained = self._trained
+        if self._settings.older and self._settings.split == "file" and not len(trained):
+            trained = _beginnings(table, held_out)
+        before = len(self._ids), len(self._trained)
+        if (len(ids), len(trained)) == before and self._path.exists():
             return
+        settings = msgspec.structs.replace(self._settings, trained=len(trained))
+        self._write(settings, np.concatenate([ids, trained]))
+        self._settings, self._ids, self._trained = settings, ids, trained
+
+    def _write(self, settings: _Settings, ids: Array) -> None:
         beside = self._path.with_name(f".{self._path.name}.writing")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             beside.unlink(missing_ok=True)
             with open(os.open(beside, flags, 0o600), "wb") as file:  # noqa: PTH123 - a mode
-                file.write(msgspec.json.encode(self._settings) + b"\n")
+                file.write(msgspec.json.encode(settings) + b"\n")
                 for at in range(0, len(ids), _BLOCK):
                     file.write(ids[at : at + _BLOCK].astype(">u8").tobytes())
                 file.flush()
@@ -109,7 +133,6 @@ class HeldOut:
                 f"{self._path} can't be written: {e.strerror or e}",
                 "check free space, owner and mode of that disk",
             ) from e
-        self._ids = ids
 
     def _read(self) -> tuple[_Settings, Array] | None:
         try:
@@ -120,13 +143,26 @@ class HeldOut:
             raise ShardError(
                 f"{self._path} can't be read: {e.strerror or e}", "check its owner and mode"
             ) from e
-        line, _, ids = data.partition(b"\n")
+        line, _, rest = data.partition(b"\n")
         try:
             settings = msgspec.json.decode(line, type=_Settings)
-            return settings, np.frombuffer(ids, ">u8").reshape(-1, 2).astype(np.uint64)
+            ids = np.frombuffer(rest, ">u8").reshape(-1, 2).astype(np.uint64)
+            if not 0 <= settings.trained <= len(ids):
+                raise ValueError(f"{settings.trained} ids are missing")
+            return settings, ids
         except (msgspec.MsgspecError, ValueError) as e:
             raise ShardError(
                 f"{self._path} is damaged: {e}",
                 "restore it; if you remove it, what is held out is chosen anew, and text may be "
                 "trained on that the validation loss was measured on",
             ) from e
+
+
+def _beginnings(table: PieceTable, held_out: Indices) -> Array:
+    """Ids of the documents that begin the files to train on, (k, 2) uint64."""
+    to_train = np.ones(len(table), bool)
+    to_train[held_out] = False
+    files, first = np.unique(table.source, return_index=True)
+    begins = first[np.isin(files, table.source[to_train])]
+    ids: Array = table.whole[begins].astype(np.uint64)
+    return ids

@@ -100,6 +100,7 @@ def split_pieces(
     share: float,
     by: Literal["document", "file"],
     before: Array | None = None,
+    trained: Array | None = None,
     *,
     by_content: bool = True,
 ) -> tuple[Indices, Indices]:
@@ -115,6 +116,8 @@ def split_pieces(
         by: what is held out as a whole.
         before: ids of documents, (k, 2) uint64, that are held out in any case, and the files with
             them that begin with one.
+        trained: ids of documents, (k, 2) uint64, that begin files that are not to be held out, but
+            for what `before` says.
         by_content: whether the number of a file follows from all of its documents, as in a corpus
             that is shared, and in earlier versions.
 
@@ -125,17 +128,19 @@ def split_pieces(
     documents = np.cumsum(table.flags & BEGINS != 0) - 1  # of each piece
     keys = table.whole[begins].astype(np.uint64)
     uniform = table.uniform[begins]
-    known = np.zeros(len(keys), bool) if before is None else _among(keys, before)
+    known, stays = (
+        np.zeros(len(keys), bool) if ids is None else _among(keys, ids) for ids in (before, trained)
+    )
     group, kept = documents, known
     if by == "file":
         _, first, group = np.unique(table.source, return_index=True, return_inverse=True)
         first = documents[first]
-        kept = known[first]
+        kept, stays = known[first], stays[first]
         if by_content:
             keys, uniform = _by_content(table, begins, group, len(first))
         else:
             keys, uniform = keys[first], uniform[first]
-    held_out = (uniform < share) | kept
+    held_out = (uniform < share) & ~stays | kept
     order = np.lexsort((keys[:, 1], keys[:, 0], uniform))
     free = order[~kept[order]]
     if len(order) < 2:

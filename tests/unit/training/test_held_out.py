@@ -142,6 +142,45 @@ def test_a_home_that_trained_with_an_earlier_version_keeps_its_files(
     assert everything - before <= (everything | more) - node.trained_on()
 
 
+def test_files_of_a_home_that_trained_with_an_earlier_version_are_not_drawn_anew(
+    tmp_path: Path,
+) -> None:
+    """Its files were known by all of their documents, even after their sides were written down."""
+    node = Remembering(tmp_path)
+    by_file = files(node, 40)
+    node.home.checkpoints.mkdir()
+    (node.home.checkpoints / "ckpt-000000000001.safetensors").touch()
+    before = split_of(node, by_file)
+    assert 0 < len(before) < 40
+    for round_ in range(3):
+        for name in by_file:
+            by_file[name] |= node.rows(name, range(9 + round_, 10 + round_), more=True)
+        assert split_of(node, by_file) == before
+    new = {name: node.rows(name, range(4)) for name in (f"new{n}.jsonl" for n in range(40))}
+    drawn = split_of(node, by_file | new)
+    assert drawn & set(by_file) == before
+    assert 0 < len(drawn & set(new)) < 40
+    for name in new:
+        new[name] |= node.rows(name, range(9, 12), more=True)
+    assert split_of(node, by_file | new) == drawn
+
+
+def test_sides_that_were_written_down_without_the_files_to_train_on(tmp_path: Path) -> None:
+    """The next start adds them."""
+    node = Remembering(tmp_path)
+    by_file = files(node, 40)
+    node.home.checkpoints.mkdir()
+    (node.home.checkpoints / "ckpt-000000000001.safetensors").touch()
+    before = split_of(node, by_file)
+    line, _, ids = node.home.held_out.read_bytes().partition(b"\n")
+    settings = json.loads(line)
+    count = settings.pop("trained")
+    assert count == 40 - len(before)
+    node.home.held_out.write_bytes(json.dumps(settings).encode() + b"\n" + ids[: -16 * count])
+    assert split_of(node, by_file) == before
+    assert json.loads(node.home.held_out.read_bytes().partition(b"\n")[0])["trained"] == count
+
+
 def test_a_damaged_memory_is_a_fault_of_the_text(tmp_path: Path) -> None:
     node = Remembering(tmp_path)
     files(node)
