@@ -8,13 +8,14 @@ whole chat, and predicted if all of it is there.
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from xpeer.errors import ConfigError, ShardError
 from xpeer.identity import blake2b
+from xpeer.training.chat_shapes import Marked, Shape, Shapes, Span
 from xpeer.training.formats.examples import Example
 
 _RULE: Final = "marks/3"
@@ -37,23 +38,10 @@ _REFUSALS: Final = (
 )  # fmt: skip
 """What a template, which is a program, may run into."""
 
+_TAG_MIN: Final = 3
+"""Shorter texts in a template are no tags that a message is searched for."""
+
 Message = dict[str, str]
-Span = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Marked:
-    """A text of which parts are predicted.
-
-    Attributes:
-        text: the text.
-        spans: beginning and end of each part that is predicted, in characters, ascending.
-        is_chat: whether the text has special tokens that count as such, and needs no others.
-    """
-
-    text: str
-    spans: tuple[Span, ...]
-    is_chat: bool
 
 
 class ChatTemplate:
@@ -77,6 +65,7 @@ class ChatTemplate:
         self._differing = differing
         self._special = special
         self._forbidden = tuple(text for text in forbidden if text)
+        self._shapes = Shapes()
 
     @property
     def digest(self) -> str:
@@ -145,10 +134,53 @@ class ChatTemplate:
         return Marked(asked, (), is_chat=True)
 
     def _written(self, example: Example) -> Marked | None:
-        messages = [{"role": role, "content": content} for role, content in example.turns]
-        whole = self._render(messages, prompting=False)
+        whole = self._render(_messages_of(example), prompting=False)
         if whole is None:
             return None
+        roles, contents = zip(*example.turns, strict=True)
+        key = roles, tuple(example.answers)
+        if not all(map(self._is_plain, contents)):
+            return self._searched(example, whole)
+        filled = self._shapes.filled(key, contents, whole)
+        if filled is not None:
+            return filled
+        marked = self._searched(example, whole)
+        if marked is not None and self._shapes.wants(key):
+            shape = self._shape_of(example)
+            right = shape is not None and shape.filled(contents) == marked
+            self._shapes.learn(key, shape if right else None)
+        return marked
+
+    def _is_plain(self, content: str) -> bool:
+        """Whether no template has a reason to write this otherwise than other contents."""
+        if not content or content != content.strip():
+            return False
+        return not any(tag in content for tag in self._tags)
+
+    @functools.cached_property
+    def _tags(self) -> tuple[str, ...]:
+        """Texts that the template may search messages for, such as `</think>`: no mere words."""
+        from jinja2 import Environment  # noqa: PLC0415 - only chats need it
+
+        strings = (
+            text[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape").strip()
+            for _, kind, text in Environment(autoescape=True).lex(self._template)
+            if kind == "string"
+        )
+        return tuple({each for each in strings if len(each) >= _TAG_MIN and not each.isalnum()})
+
+    def _shape_of(self, example: Example) -> Shape | None:
+        """What is written around the contents of a chat, found with words in their place."""
+        words = [f"zq{number}qz" for number in range(len(example.turns))]
+        roles = (role for role, _ in example.turns)
+        other = Example(tuple(zip(roles, words, strict=True)), example.read)
+        whole = self._render(_messages_of(other), prompting=False)
+        marked = self._searched(other, whole) if whole is not None else None
+        return Shape.of(marked, words) if marked is not None else None
+
+    def _searched(self, example: Example, whole: str) -> Marked | None:
+        """Look for the answers in a chat as the template writes it."""
+        messages = _messages_of(example)
         spans: list[Span] = []
         for number in example.answers:
             begin, end = self._place(messages, number, whole) or (0, 0)
@@ -258,6 +290,10 @@ class ChatTemplate:
         except (TemplateError, *_REFUSALS):  # e.g. roles have to alternate
             return None
         return str(rendered[0][0])
+
+
+def _messages_of(example: Example) -> list[Message]:
+    return [{"role": role, "content": content} for role, content in example.turns]
 
 
 def _packed(text: str) -> str:

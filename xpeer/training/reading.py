@@ -14,7 +14,7 @@ from typing import Final
 
 from xpeer.identity import blake2b
 from xpeer.training import tokens
-from xpeer.training.chat import Marked
+from xpeer.training.chat_shapes import Marked
 from xpeer.training.document import document_of
 from xpeer.training.files import Source
 from xpeer.training.formats import texts

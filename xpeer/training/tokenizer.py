@@ -25,7 +25,8 @@ from xpeer.identity import blake2b
 from xpeer.paths import folder_of
 from xpeer.source import has_tokenizer
 from xpeer.tokenizer_files import differing, writing_of
-from xpeer.training.chat import ChatTemplate, Marked
+from xpeer.training.chat import ChatTemplate
+from xpeer.training.chat_shapes import Marked
 from xpeer.training.kept import TOKENIZER_FILES, copy
 
 BYTE_BOS: Final = 256
