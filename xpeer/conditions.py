@@ -205,6 +205,15 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         clears="a step is taken",
     ),
     Condition(
+        code="steps-slower",
+        severity="note",
+        text="steps take longer than they could, up to twice as long on a CPU: {why}",
+        remedy="only time is lost, results are right. Out of memory: end what else runs there, or "
+        "set training.micro_batch to 1, and start again. Else update torch and xpeer, or report it "
+        "with that line of the log; without training.compile no start tries to compile",
+        clears="the node starts and nothing is refused",
+    ),
+    Condition(
         code="sidecar-down",
         severity="down",
         text="the libp2p sidecar is down for {age}",

@@ -118,6 +118,8 @@ class PrivacySpent(Struct, frozen=True, kw_only=True):
     """Name of the code that clips the gradients."""
     engine_reason: Local[str] = ""
     """Why this engine was chosen: the speeds of the exact ones, and which were refused."""
+    engine_refused: Local[str] = ""
+    """Code that is preferred to this engine, and why the test at the start refused it."""
 
     @property
     def policy(self) -> PrivacyPolicy:

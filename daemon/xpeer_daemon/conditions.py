@@ -18,6 +18,7 @@ from xpeer.phase import Phase
 from xpeer.status import PrivacySpent, Progress
 
 if TYPE_CHECKING:
+    from xpeer.trainer.answers import Ready
     from xpeer_daemon.member import Member
     from xpeer_daemon.node import Node
     from xpeer_daemon.swarm_view import SwarmView
@@ -156,6 +157,18 @@ def _trainer(node: Node, now: float) -> None:
     saved_s = max(record.saved_s or 0.0, node.life.since_s)
     late = at_work and now - saved_s > LATE_CHECKPOINTS * every_s + LEAST_STEP_S
     health.hold("checkpoint-late", late, late_s=now - saved_s, every_s=every_s)
+    why = slower(trainer.privacy, trainer.facts) if trainer is not None else ""
+    health.hold("steps-slower", bool(why), why=why)
+
+
+def slower(spent: PrivacySpent, facts: Ready) -> str:
+    """Why steps take longer than they could: what was refused at the start; empty = nothing."""
+    if not spent.engine_refused:
+        return facts.uncompiled
+    return (
+        f"private gradients are computed by {spent.engine}, since the test at the start refused "
+        f"what is mostly faster: {spent.engine_refused}"
+    )
 
 
 def _losses(node: Node, now: float) -> None:

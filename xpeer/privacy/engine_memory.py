@@ -33,6 +33,7 @@ class _Choice(Struct, frozen=True, forbid_unknown_fields=True):
     """Hash of what the engine was chosen for: `setting_of`."""
     engine: Local[str]
     reason: Local[str]
+    refused: Local[str] = ""
 
 
 class EngineMemory:
@@ -47,18 +48,24 @@ class EngineMemory:
         self._path = folder / NAME
         self._setting = setting
 
-    def recall(self) -> tuple[str, str] | None:
-        """The engine's name, and why it was chosen; None if nothing is stored for this setting."""
+    def recall(self) -> tuple[str, str, str] | None:
+        """The engine's name, why it was chosen, and which better ones were refused.
+
+        Returns:
+            None = nothing is stored for this setting.
+        """
         try:
             choice = msgspec.json.decode(self._path.read_bytes(), type=_Choice)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
-        return (choice.engine, choice.reason) if choice.setting == self._setting else None
+        if choice.setting != self._setting:
+            return None
+        return choice.engine, choice.reason, choice.refused
 
-    def keep(self, engine: str, reason: str) -> None:
+    def keep(self, engine: str, reason: str, refused: str) -> None:
         """Store a choice. Errors of the disk are ignored: the next start can do without."""
         beside = self._path.with_name(NAME + ".new")
-        content = msgspec.json.encode(_Choice(self._setting, engine, reason))
+        content = msgspec.json.encode(_Choice(self._setting, engine, reason, refused))
         with private_umask(), contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_bytes(content)

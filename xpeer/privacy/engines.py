@@ -46,6 +46,8 @@ class Choice:
     engine: Engine
     reason: str
     """How fast the exact engines were, and why others were refused; in words for the operator."""
+    refused: str = ""
+    """Engines that are preferred to this one, and why the test refused them; empty = none."""
 
 
 def choose_engine(
@@ -99,15 +101,17 @@ def choose_engine(
     tested = Bench(model, losses, sample, relieve, most_records), candidates, precision
     known = memory.recall() if memory is not None else None
     if known is not None and (engine := _again(*tested, known[0])):
-        return Choice(engine, known[1])
+        return Choice(engine, *known[1:])
     right, refused = right_ones(*tested)
     engine, reason = _fastest(tested[0], right, clock or _clock_of(sample.device), refused)
     reason = "; ".join([reason, *(f"refused {each.why}" for each in refused)])
-    if any(each.for_memory and each.place < right[engine] for each in refused):
-        return Choice(engine, f"{reason}; the next start tries again, with what memory it has")
+    preferred = [each for each in refused if each.place < right[engine]]
+    why = "; ".join(each.why for each in preferred)
+    if any(each.for_memory for each in preferred):
+        return Choice(engine, f"{reason}; the next start tries again, with what memory it has", why)
     if memory is not None:
-        memory.keep(engine.name, reason)
-    return Choice(engine, reason)
+        memory.keep(engine.name, reason, why)
+    return Choice(engine, reason, why)
 
 
 def sample_of(records: Records) -> Tensor:

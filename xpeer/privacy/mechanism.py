@@ -144,7 +144,7 @@ class RecordMechanism:
         choice = _engine(manifest, model, records, record_losses, sampling.expected, options)
         self.engine = choice.engine.name
         self.notes: list[str] = [f"private gradients by {self.engine}: {choice.reason}"]
-        self._engine_reason = choice.reason
+        self._choice = choice
         self._gradient = PrivateGradient(
             self._parameters,
             choice.engine,
@@ -235,7 +235,8 @@ class RecordMechanism:
             noise_norm=self._noise_norm,
             clip_norm=self._gradient.clip_norm.norm,
             engine=self.engine,
-            engine_reason=self._engine_reason,
+            engine_reason=self._choice.reason,
+            engine_refused=self._choice.refused,
         )
 
     def close(self) -> None:

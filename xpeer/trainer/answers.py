@@ -54,6 +54,8 @@ class Ready(Struct, frozen=True, tag=True):
     """Warnings for the log, e.g. about files that were restored."""
     precision: Public[str] = ""
     """In what the model computes."""
+    uncompiled: Local[str] = ""
+    """Why layers are not compiled, though the operator asked for it."""
 
 
 UNREADY: Final = Ready(

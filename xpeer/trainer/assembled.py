@@ -47,6 +47,8 @@ class Beginning:
     """Warnings for the operator's log."""
     steps_forfeited: int
     """Steps that were charged, but that the initial parameters do not contain."""
+    uncompiled: str
+    """See `Computing.uncompiled`."""
 
 
 @dataclass(slots=True)

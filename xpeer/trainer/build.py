@@ -164,6 +164,7 @@ def assemble(
         ],
         warnings=[*fit.warnings, *warnings, *of_accounts, *text.warnings],
         steps_forfeited=_forfeited(start) if swarm.private else 0,
+        uncompiled=start.computing.uncompiled,
     )
     return _assembled(swarm, start, loop, mechanism, beginning)
 

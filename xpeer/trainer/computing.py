@@ -38,6 +38,9 @@ class Computing:
     """Records of a pass that measures a loss: no more than of a step."""
     notes: list[str] = field(default_factory=list)
     """Why it computes so, in words for the operator."""
+    uncompiled: str = ""
+    """Why layers are not compiled, though the operator asked for it; empty = they are, or nobody
+    asked."""
 
 
 def computing_of(
@@ -71,12 +74,15 @@ def computing_of(
         again = recomputing.switch_on() if wanted == "auto" else ""
         return again or at_once.halve(device)
 
+    uncompiled = ""
     if settings.compile == "on" and manifest.privacy.policy.clips_records:
         notes.append(NOT_WITH_PRIVACY)
     elif settings.compile == "on":
         length = manifest.optimiser.sequence_tokens
         passes = partial(_try_out, model, losses, precision, length)
-        notes.append(compile_layers(model, partial(until_it_fits, passes, relieve)))
+        said, is_compiled = compile_layers(model, partial(until_it_fits, passes, relieve))
+        notes.append(said)
+        uncompiled = "" if is_compiled else said
     return Computing(
         precision=precision,
         losses=losses,
@@ -85,6 +91,7 @@ def computing_of(
         memory_bytes=bytes_of_passes(device, DEFAULT_MEMORY_BYTES),
         measured_records=_measured_records(settings, device, manifest),
         notes=[note for note in notes if note],
+        uncompiled=uncompiled,
     )
 
 

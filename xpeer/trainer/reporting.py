@@ -76,6 +76,7 @@ class Reports:
                 notes=beginning.notes,
                 warnings=beginning.warnings,
                 text_problem=text.problem,
+                uncompiled=beginning.uncompiled,
             )
         )
         working = loop.pulse, self.send, lambda: self._threads.at_work("disk")

@@ -13,8 +13,8 @@ from xpeer.training.recompute import Again, layers_of
 NOT_WITH_PRIVACY = "training.compile = on: not with privacy, whose engines look into the layers"
 
 
-def compile_layers(model: nn.Module, try_out: Callable[[], object]) -> str:
-    """Compile each layer by itself; returns what came of it, for the operator.
+def compile_layers(model: nn.Module, try_out: Callable[[], object]) -> tuple[str, bool]:
+    """Compile each layer by itself.
 
     Layers alike share what is compiled, so it takes no longer for many of them. A layer that is
     computed again in the backward pass computes what is compiled twice.
@@ -23,6 +23,9 @@ def compile_layers(model: nn.Module, try_out: Callable[[], object]) -> str:
         model: holds a transformers model.
         try_out: a forward and a backward pass. If it fails, nothing is compiled. It may switch on
             that layers are computed again, which stays.
+
+    Returns:
+        What came of it, for the operator, and whether layers are compiled.
     """
     layers = layers_of(model)
     originals = [_place_of(layer).forward for layer in layers]
@@ -34,10 +37,10 @@ def compile_layers(model: nn.Module, try_out: Callable[[], object]) -> str:
         for layer, original in zip(layers, originals, strict=True):
             _place_of(layer).forward = original
         torch._dynamo.reset()
-        return f"layers are not compiled, and steps are slower: {type(e).__name__}"
+        return f"layers are not compiled, and steps are slower: {type(e).__name__}", False
     # what has to be compiled later, for another length, runs uncompiled if that fails
     torch._dynamo.config.suppress_errors = True
-    return f"{len(layers)} layers compiled"
+    return f"{len(layers)} layers compiled", True
 
 
 def _place_of(layer: Any) -> Any:

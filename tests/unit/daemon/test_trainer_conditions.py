@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.unit.daemon.fakes import ALPHA, FakeNode
 from xpeer.config import Checkpoint, NodeConfig
 from xpeer.errors import LocalError, TrainerError
-from xpeer.status import Progress
-from xpeer.trainer.answers import Losses
+from xpeer.status import PrivacySpent, Progress
+from xpeer.trainer.answers import UNREADY, Losses
 
 
 def test_a_trainer_that_dies_is_named_until_its_steps_are_taken_again(fake: FakeNode) -> None:
@@ -64,6 +65,22 @@ def test_a_node_that_fetches_names_who_wasted_its_attempts(fake: FakeNode) -> No
     fake.is_in("fetching")
     fake.life.wasted = "attempts: alpha (2 in vain)"
     assert fake.text("fetching") == "state is fetching; attempts: alpha (2 in vain)"
+
+
+def test_what_the_test_at_the_start_refused_is_a_note(fake: FakeNode) -> None:
+    fake.works()
+    assert fake.codes == []
+    spent = PrivacySpent(mode="record", engine="vmap", engine_refused="book-keeping: it is wrong")
+    fake.trainer.privacy = spent
+    assert fake.codes == ["steps-slower"]
+    assert fake.node.status().health == "ok"
+    text = "computed by vmap, since the test at the start refused what is mostly faster: "
+    assert fake.text("steps-slower").endswith(f"{text}book-keeping: it is wrong")
+    fake.trainer.privacy = PrivacySpent(mode="record", engine="vmap")
+    assert fake.codes == []
+    why = "layers are not compiled, and steps are slower: RuntimeError"
+    fake.trainer.facts = msgspec.structs.replace(UNREADY, uncompiled=why)
+    assert fake.text("steps-slower").endswith(why)
 
 
 def test_slow_steps_are_not_taken_for_none(fake: FakeNode) -> None:

@@ -94,6 +94,7 @@ def test_layers_are_not_computed_again_for_vmap() -> None:
     choice = card.choose()
     assert choice.engine.name == "book-keeping"
     assert "refused vmap: it ran out of memory" in choice.reason
+    assert choice.refused == "", "book-keeping is preferred to it anyway"
     assert card.relieved == 0
 
 
@@ -122,6 +123,7 @@ def test_a_choice_for_want_of_memory_is_not_remembered(tmp_path: Path) -> None:
     assert choice.engine.name == "vmap"
     assert "refused book-keeping: it ran out of memory" in choice.reason
     assert choice.reason.endswith("the next start tries again, with what memory it has")
+    assert choice.refused == "book-keeping: it ran out of memory"
     assert memory.recall() is None
     Fast.short = False
     assert choose().engine.name == "book-keeping"
@@ -137,7 +139,7 @@ def test_want_of_memory_of_an_engine_that_comes_later_is_forgotten(tmp_path: Pat
     memory = EngineMemory(tmp_path, "this")
     choice = Card(fits=4, vmap=False).choose(memory=memory)
     assert choice.engine.name == "book-keeping"
-    assert memory.recall() == ("book-keeping", choice.reason)
+    assert memory.recall() == ("book-keeping", choice.reason, "")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -114,6 +114,7 @@ def test_layers_that_are_computed_again_stay_so_without_a_compiler(
     (setup,) = make_homes(tmp_path, 1, compile="on", checkpoint_activations="on")
     made = assemble(setup)
     assert any("layers are not compiled" in note for note in made.beginning.notes)
+    assert "layers are not compiled" in made.beginning.uncompiled
     assert all(isinstance(layer.forward, Again) for layer in layers_of(made.model))
     made.trainer.run(1)
     assert compiler.calls == 1
