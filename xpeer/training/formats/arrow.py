@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,8 @@ def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
     try:
         # mapped, as `datasets` does: a batch of it may be larger than memory
         with pa.memory_map(os.fsencode(path)) as source:
-            number = 0
-            for batch in _batches(source, ipc, pa):
-                names = columns_of(batch.schema, rows, pa.types)
-                yield from values_of(batch, names, rows, number)
-                number += batch.num_rows
+            schema, batches = _opened(source, ipc, pa)
+            yield from values_of(batches, columns_of(schema, rows, pa.types), rows)
     except (pa.ArrowException, *FAULTS) as e:
         if isinstance(e, OSError) and e.errno:
             raise
@@ -43,14 +40,12 @@ def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
         ) from e
 
 
-def _batches(source: Any, ipc: Any, pa: Any) -> Iterator[Any]:
-    """Read a stream, as `datasets` writes them, or else a file."""
+def _opened(source: Any, ipc: Any, pa: Any) -> tuple[Any, Iterable[Any]]:
+    """Schema and batches of a stream, as `datasets` writes them, or else of a file."""
     try:
         stream = ipc.open_stream(source)
     except pa.ArrowInvalid:
         source.seek(0)
         file = ipc.open_file(source)
-        for number in range(file.num_record_batches):
-            yield file.get_batch(number)
-        return
-    yield from stream
+        return file.schema, map(file.get_batch, range(file.num_record_batches))
+    return stream.schema, stream

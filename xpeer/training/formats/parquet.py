@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,7 +51,11 @@ def texts(path: Path, rows: Rows) -> Iterator[str | Example]:
                 parquet.ParquetFile(source, **options) as plain,
                 parquet.ParquetFile(source, read_dictionary=repeated, **options) as repeating,
             ):
-                yield from _rows(_Readers(plain, repeating, repeated), rows, pa.types)
+                names = columns_of(plain.schema_arrow, rows, pa.types)
+                for name in names:
+                    _refuse_bomb(metadata, name, path)
+                readers = _Readers(plain, repeating, repeated)
+                yield from values_of(readers.batches(names), names, rows)
         except pa.ArrowNotImplementedError as e:
             raise ShardError(
                 f"{path} can't be read by this pyarrow ({pa.__version__}): {in_one_line(e)}",
@@ -109,16 +113,6 @@ class _Readers:
         return max(1, *sizes)
 
 
-def _rows(readers: _Readers, rows: Rows, types: Any) -> Iterator[str | Example]:
-    names = columns_of(readers.plain.schema_arrow, rows, types)
-    for name in names:
-        _refuse_bomb(readers.plain.metadata, name, rows.path)
-    number = 0
-    for batch in readers.batches(names):
-        yield from values_of(batch, names, rows, number)
-        number += batch.num_rows
-
-
 def columns_of(schema: Any, rows: Rows, types: Any) -> list[str]:
     """The names of the columns that hold the text, or the examples.
 
@@ -146,14 +140,19 @@ def columns_of(schema: Any, rows: Rows, types: Any) -> list[str]:
     return list(wanted)
 
 
-def values_of(batch: Any, names: list[str], rows: Rows, before: int) -> Iterator[str | Example]:
-    """Read the texts of some rows, or their examples. `before` is the number of rows above."""
-    columns = [batch.column(batch.schema.get_field_index(name)) for name in names]
-    for number, scalars in enumerate(zip(*columns, strict=True), start=before + 1):
+def values_of(batches: Iterable[Any], names: list[str], rows: Rows) -> Iterator[str | Example]:
+    """Read the texts of a table's rows, or their examples, batch by batch."""
+    cells = itertools.chain.from_iterable(_cells(batch, names) for batch in batches)
+    for number, scalars in enumerate(cells, start=1):
         where = f"{rows.path}: row {number}"
         value = taken([value_of(scalar, where) for scalar in scalars], rows)
         if value is not None:
             yield value
+
+
+def _cells(batch: Any, names: list[str]) -> Iterator[tuple[Any, ...]]:
+    columns = [batch.column(batch.schema.get_field_index(name)) for name in names]
+    return zip(*columns, strict=True)
 
 
 def _refuse_bomb(metadata: Any, name: str, path: Path) -> None:
