@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import click
 
 from xpeer.amounts import duration, size
-from xpeer.cli.adapter_options import adapters_of
+from xpeer.cli.adapter_options import AdapterOptions, adapter_options
 from xpeer.cli.common import GivenPath, Whole, echo, echo_json, json_option, say
 from xpeer.config import NodeConfig
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.forms import Codec
 from xpeer.founding_model import PRESETS, LoraOptions, _base_dtype, read_json
 from xpeer.manifest import Optimiser
-from xpeer.manifest.model import BaseDtype, Lora, LoraTrain
+from xpeer.manifest.model import Lora
 from xpeer.manifest.round import Round
 from xpeer.policies import RULES, PrivacyMode, RuleName, privacy_policy
 from xpeer.source import check_folder
@@ -36,27 +36,7 @@ _Again = Literal["auto", "on", "off"]
 )
 @click.option("--model-config", type=GivenPath("file"), help="config.json of a model.")
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), help="Small model for bytes.")
-@click.option(
-    "--lora-rank", type=Whole(1, 1024), help="Rank of adapters. Default: all weights are trained."
-)
-@click.option(
-    "--lora-target", multiple=True, metavar="LAYER", help="Layers with adapters; see `xpeer init`."
-)
-@click.option(
-    "--lora-train",
-    type=click.Choice(get_args(LoraTrain)),
-    help="Trained factors; see `xpeer init`.",
-)
-@click.option(
-    "--lora-from",
-    type=GivenPath("folder"),
-    help="Folder of adapters to start from; see `xpeer init`.",
-)
-@click.option(
-    "--base-dtype",
-    type=click.Choice(get_args(BaseDtype)),
-    help="Type of the frozen weights; default as of `xpeer init`.",
-)
+@adapter_options
 @click.option(
     "--privacy", type=click.Choice(get_args(PrivacyMode)), default="record", show_default=True
 )
@@ -109,11 +89,7 @@ def estimate(
     model: Path | None,
     model_config: Path | None,
     preset: str | None,
-    lora_rank: int | None,
-    lora_target: tuple[str, ...],
-    lora_train: LoraTrain | None,
-    lora_from: Path | None,
-    base_dtype: BaseDtype | None,
+    adapters: AdapterOptions,
     privacy: PrivacyMode,
     sequence_tokens: int,
     micro_batch: int,
@@ -135,15 +111,7 @@ def estimate(
     for option, given in (("--memory-gb", memory_gb), ("--link-mbit", link_mbit)):
         if given is not None and not 0 < given < 1e9:
             raise ConfigError(f"{option}: {given:g} makes no sense", "give a positive number")
-    options = adapters_of(
-        lora_rank,
-        lora_from,
-        alpha=None,
-        target=lora_target,
-        train=lora_train,
-        rank_stabilised=False,
-        base=base_dtype,
-    )
+    options = adapters.combined()
     from xpeer.estimate import fit, phases, planned, remedies  # noqa: PLC0415 - torch takes seconds
     from xpeer.estimate.remembered import Rehearsals  # noqa: PLC0415
     from xpeer.estimate.step import Step  # noqa: PLC0415

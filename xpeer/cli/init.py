@@ -11,7 +11,7 @@ import click
 
 from xpeer import founding
 from xpeer.accounts import signal
-from xpeer.cli.adapter_options import adapters_of
+from xpeer.cli.adapter_options import AdapterOptions, adapter_options
 from xpeer.cli.commands import command
 from xpeer.cli.common import (
     GivenName,
@@ -34,7 +34,6 @@ from xpeer.errors import ConfigError
 from xpeer.files import clear_staged
 from xpeer.founding_model import PRESETS, initial_model
 from xpeer.manifest import Manifest
-from xpeer.manifest.model import BaseDtype, LoraTrain
 from xpeer.needs import Needs
 from xpeer.network.membership.invites import Token
 from xpeer.network.multiaddress import check_peer
@@ -69,45 +68,7 @@ _FOUNDING = (
     type=click.Choice(list(PRESETS)),
     help="Small model for bytes, with random initial weights (default: small).",
 )
-@click.option(
-    "--lora-rank",
-    type=click.IntRange(1, 1024),
-    help="Train adapters of this rank, not the model itself (needs xpeer[lora]).",
-)
-@click.option(
-    "--lora-alpha",
-    type=float,
-    help="Scale of the adapters times their rank. Default: 2 * rank.",
-)
-@click.option(
-    "--lora-target",
-    multiple=True,
-    metavar="LAYER",
-    help="Layers with adapters (repeatable): names or their last parts, e.g. q_proj,v_proj, or a "
-    "regular expression for whole names. Default: all linear layers but the output.",
-)
-@click.option(
-    "--lora-rank-stabilised",
-    is_flag=True,
-    help="Scale adapters by alpha / sqrt(rank), not by alpha / rank (rsLoRA).",
-)
-@click.option(
-    "--lora-from",
-    type=GivenPath("folder"),
-    help="Folder of peft adapters to go on with. They decide rank, alpha and layers.",
-)
-@click.option(
-    "--lora-train",
-    type=click.Choice(get_args(LoraTrain)),
-    help="Factors of an adapter to train. B: averaging is exact, and about half as much is "
-    "exchanged and noised. Default: both.",
-)
-@click.option(
-    "--base-dtype",
-    type=click.Choice(get_args(BaseDtype)),
-    help="Type in which every node holds the model's weights, with --lora-rank. Default: bfloat16 "
-    "if they have 16 bits in --model, else float32. int8 and nf4 need xpeer[quantised].",
-)
+@adapter_options
 @click.option(
     "--base-model",
     type=GivenPath("model"),
@@ -181,13 +142,7 @@ def init(
     model: Path | None,
     model_config: Path | None,
     preset: str | None,
-    lora_rank: int | None,
-    lora_alpha: float | None,
-    lora_target: tuple[str, ...],
-    lora_rank_stabilised: bool,
-    lora_from: Path | None,
-    lora_train: LoraTrain | None,
-    base_dtype: BaseDtype | None,
+    adapters: AdapterOptions,
     base_model: Path | None,
     tokenizer: str | None,
     public_text: Path | None,
@@ -237,15 +192,7 @@ def init(
         _join(home, join, settings, as_json=as_json)
         return
     founding.refuse_second_swarm(home)
-    lora = adapters_of(
-        lora_rank,
-        lora_from,
-        alpha=lora_alpha,
-        target=lora_target,
-        train=lora_train,
-        rank_stabilised=lora_rank_stabilised,
-        base=base_dtype,
-    )
+    lora = adapters.combined()
     clear_staged(home)
     with founding.scratch(home) if lora and model else nullcontext() as near:
         source = initial_model(model, model_config, preset, lora, near)
