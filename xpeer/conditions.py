@@ -55,6 +55,8 @@ _RENEW: Final = (
     "ask an admin for a new token: `xpeer invite create --for PEERID`, with what `xpeer id` prints "
     "here; then `xpeer stop` and `xpeer start --join TOKEN`"
 )
+_SEEDS: Final = "check the address, the firewall, the port; give another with --bootstrap"
+_DISK: Final = "free space, or correct owner and mode of HOME"
 
 CONDITIONS: Final[dict[str, Condition]] = _registry(
     # Beginning and end
@@ -69,7 +71,7 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         code="joining",
         severity="degraded",
         text="{note}",
-        remedy="check the address, the firewall, the port; give another with --bootstrap",
+        remedy=_SEEDS,
         clears="a member has answered",
         hides=("no-seed",),
     ),
@@ -182,8 +184,8 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         severity="down",
         text="no privacy charge can be written for {age} ({count} tried), so no step is taken: "
         "{cause}",
-        remedy="free space, or correct owner and mode of HOME/ledger.sqlite and of "
-        "`privacy.register`; it is tried again by itself, every 2 minutes at least",
+        remedy=f"{_DISK}/ledger.sqlite and of `privacy.register`; it is tried again by itself, "
+        "every 2 minutes at least",
         clears="a step is charged",
         hides=("trainer-down", "no-step"),
     ),
@@ -309,8 +311,7 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         code="checkpoint-failing",
         severity="degraded",
         text="no checkpoint could be written for {age} ({count} tried): {cause}",
-        remedy="free space, or correct owner and mode of HOME/checkpoints; steps since the last "
-        "checkpoint are lost if the node ends",
+        remedy=f"{_DISK}/checkpoints; steps since the last checkpoint are lost if the node ends",
         clears="one is written",
         hides=("checkpoint-late",),
     ),
@@ -343,22 +344,22 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         code="state-file-failing",
         severity="degraded",
         text="state.sqlite can't be written for {age} ({count} tried): {cause}",
-        remedy="free space, or correct owner and mode of HOME; history and the partners' highest "
-        "ledger counters are lost if the node ends",
+        remedy=f"{_DISK}; history and the partners' highest ledger counters are lost if the node "
+        "ends",
         clears="a write succeeds",
     ),
     Condition(
         code="log-failing",
         severity="degraded",
         text="daemon.log can't be written for {age} ({count} lines lost): {cause}",
-        remedy="free space, or correct owner and mode of HOME/daemon.log",
+        remedy=f"{_DISK}/daemon.log",
         clears="a line is written",
     ),
     Condition(
         code="losses-failing",
         severity="degraded",
         text="losses.csv can't be written for {age} ({count} rows lost): {cause}",
-        remedy="free space, or correct owner and mode of HOME/losses.csv",
+        remedy=f"{_DISK}/losses.csv",
         clears="a row is written",
     ),
     Condition(
@@ -382,8 +383,7 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         code="no-seed",
         severity="degraded",
         text="no seed answers for {age}: {why}",
-        remedy="check the address, the firewall, the port; give another with --bootstrap. Who "
-        "joins now can't find this swarm there",
+        remedy=f"{_SEEDS}. Who joins now can't find this swarm there",
         clears="a seed or a member answers",
     ),
     Condition(
