@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from xpeer import founding
+from xpeer.accounts.bound import refuse_another
 from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.register import Register
 from xpeer.config import Home, NodeConfig, privacy_register
@@ -54,7 +55,7 @@ def check_parts(home: Home, config: NodeConfig, certificate: Certificate) -> Non
 
     Raises:
         NotAuthorisedError: a key, the credential or the manifest belongs to another home.
-        ConfigError: a checkpoint or the ledger belongs to another home.
+        ConfigError: a checkpoint, the ledger or the register belongs to another home.
         LocalError: a part is damaged, or the ledger is missing.
     """
     swarm_id = certificate.genesis.swarm_id
@@ -150,7 +151,9 @@ def _check_training(
                 "privacy of the shard twice",
             )
         if manifest is None or manifest.privacy.policy.charges:
-            register = Register.look(privacy_register(config))  # raises if it is damaged
+            folder = privacy_register(config)
+            refuse_another(ledger, folder)
+            register = Register.look(folder)  # raises if it is damaged
             if register is not None:
                 register.close()
 

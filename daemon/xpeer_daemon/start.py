@@ -12,8 +12,8 @@ import uvloop
 from xpeer import files, founding, needs
 from xpeer.accounts import accountant
 from xpeer.accounts.account_view import AccountView
+from xpeer.accounts.bound import look_at_register
 from xpeer.accounts.ledger import Ledger
-from xpeer.accounts.register import Register
 from xpeer.accounts.trained import has_trained
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.config_sources import note_of_foreign
@@ -97,13 +97,13 @@ def beginning(home: Home, now_unix_s: float, config: NodeConfig | None = None) -
         start = "starts fresh, from the parameters of a member"
     if not home.ledger_db.exists():
         return f"{start}; no privacy was spent by this home"
-    unread = ""
-    try:
-        register = Register.look(privacy_register(config or NodeConfig()))
-    except LocalError as e:  # the trainer raises it, if it needs the register
-        register, unread = None, f"; by the ledger alone: {e.problem}"
-    with Ledger.look(home.ledger_db) as ledger, register or contextlib.nullcontext():
-        account = AccountView(ledger, register)
+    with contextlib.ExitStack() as opened:
+        ledger, unread = opened.enter_context(Ledger.look(home.ledger_db)), ""
+        try:
+            register = look_at_register(ledger, privacy_register(config or NodeConfig()))
+        except LocalError as e:  # the trainer raises it, if it needs the register
+            register, unread = None, f"; by the ledger alone: {e.problem}"
+        account = AccountView(ledger, opened.enter_context(register) if register else None)
         steps = sum(segment.steps for segment in account.charged)
         charges = ledger.charges()
         about = charges[-1].about if charges else None

@@ -12,6 +12,7 @@ whole file (partners remember the highest `counter` that they received); and wha
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -48,8 +49,15 @@ from xpeer.accounts.register import Fits, Register
 from xpeer.errors import LocalError
 from xpeer.files import require_own
 
+_NOTED: Final = "register"
+"""Setting: id and path of the register that the home's charges are in."""
 _MAX_STEPS: Final = 1 << 31
 """A charge must have fewer steps than this. No run is that long."""
+
+
+def place_of(folder: Path) -> str:
+    """The path of a register's folder as ledgers note it: without links, in characters."""
+    return os.fsencode(os.path.realpath(folder)).decode("utf-8", "backslashreplace")
 
 
 class Ledger:
@@ -82,6 +90,8 @@ class Ledger:
         self._about: ChargeContext | None = None
         """What the next charges are for. None until documents are declared: nothing can be charged
         before."""
+        self._noted = False
+        """Whether the register is noted that charges go to now."""
 
     @classmethod
     def look(cls, path: Path) -> Ledger:
@@ -155,7 +165,7 @@ class Ledger:
             ConfigError: the documents were charged for another unit.
             LocalError: the register or the ledger can't be written.
         """
-        self._register, self._about = register, None
+        self._register, self._about, self._noted = register, None, False
         declared = register.declare(
             self.id,
             self._chain.by_unit,
@@ -186,6 +196,7 @@ class Ledger:
         """
         behind = missing(register.of_home(self.id), self.by_unit())
         if behind:
+            self.note_register(register.id, register.path.parent)
             self._catch_up(about, behind, register.counter(self.id))
         return steps_of(behind)
 
@@ -283,6 +294,9 @@ class Ledger:
                     f"privacy ledger {self.path}: charged before its documents were declared",
                     "`declare_documents` comes first",
                 )
+            if not self._noted:
+                self.note_register(register.id, register.path.parent)
+                self._noted = True
             # register first: after a crash in between, one charge too many counts
             register.charge(segment, fits, self._chain.counter + 1)
             about = msgspec.structs.replace(about, unix_s=time.time())
@@ -313,6 +327,23 @@ class Ledger:
                     row = self._chain.next_row(segment, again)
                     self._store(row)
                     self._chain.add(row)
+
+    def noted_register(self) -> tuple[str, str] | None:
+        """Id and path of the register that the charges are in.
+
+        The id is empty if the operator chose a folder without a register. None if this ledger has
+        no charges, or was last charged by a version that noted none.
+        """
+        noted = self.settings(_NOTED)
+        return None if noted is None else (noted.partition(" ")[0], noted.partition(" ")[2])
+
+    def note_register(self, register_id: str, folder: Path) -> None:
+        """Note which register the charges are in, from now on."""
+        noted = f"{register_id} {place_of(folder)}"
+        with self._lock:
+            if self.settings(_NOTED) != noted:
+                with self._file.transaction() as run:
+                    run("INSERT OR REPLACE INTO settings VALUES (?, ?)", (_NOTED, noted))
 
     def settings(self, key: str) -> str | None:
         """The value that `set_once` stored; None if it stored none."""

@@ -12,9 +12,9 @@ equal accounts. They form a class, and there are few classes.
 
 A charge is written here before the home's own ledger. A crash between the two leaves one charge too
 many, never one too few. A ledger may hold charges that the register lacks, if the register was
-restored or the home came from another machine. They are added at the next start. Nobody knows which
-documents they were for, so they count for all documents that the home is known to have had, and for
-all that it ever has later.
+restored or lost, or if the operator chose another one (`bound`). They are added at the next start.
+Nobody knows which documents they were for, so they count for all documents that the home is known
+to have had, and for all that it ever has later.
 
 What this module does not give: recognition of text that was changed, cut differently into files, or
 nearly the same; accounts of other machines, or of homes with another register; protection from the
@@ -240,6 +240,11 @@ class Register:
             run(_COUNTER, (self._ledger_id, counter))
             self._written()
         self._steps += segment.steps
+
+    @property
+    def id(self) -> str:
+        """32 hex digits. They stay the same wherever the register is moved."""
+        return file.id_of(self._key)
 
     @property
     def shared(self) -> bool:

@@ -145,6 +145,11 @@ def is_there(folder: Path) -> bool:
     return False
 
 
+def id_of(key: bytes) -> str:
+    """The id of the register with this key, hex."""
+    return _check(key).hex()
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep out other processes that begin a register in this folder."""

@@ -115,10 +115,10 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None, ow
     after closing.
     """
     # torch takes seconds
+    from xpeer.accounts.bound import look_at_register  # noqa: PLC0415
     from xpeer.accounts.ledger import Ledger  # noqa: PLC0415
     from xpeer.accounts.model_card import card_of  # noqa: PLC0415
     from xpeer.accounts.own_model import facts_of  # noqa: PLC0415
-    from xpeer.accounts.register import Register  # noqa: PLC0415
     from xpeer.training import model  # noqa: PLC0415
     from xpeer.training.initial import saved_model, source_folders, trained_model  # noqa: PLC0415
     from xpeer.training.kept import Source  # noqa: PLC0415
@@ -149,7 +149,8 @@ def export_command(home: Home, folder: Path, merged: bool, dtype: str | None, ow
             f"{home.ledger_db}: its epsilon is unknown",
             "restore the ledger that belongs to the checkpoint",
         )
-    register = Register.look(privacy_register(load_config(home))) if ledger else None
+    folder_of_register = privacy_register(load_config(home))
+    register = look_at_register(ledger, folder_of_register) if ledger else None
     facts = facts_of(bundle.counters) if own else None
     card = card_of(manifest, signed.genesis.swarm_id, bundle.step, ledger, register, facts)
     folders = source_folders(home, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -22,7 +23,7 @@ from xpeer.cli.common import (
     say,
     secure_home,
 )
-from xpeer.config import Home, NodeConfig
+from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.control import Client
 from xpeer.errors import LocalError, NotRunningError
 from xpeer.manifest.signed import SignedManifest
@@ -72,9 +73,10 @@ def finetune(
     config = load_config(home)
     secure_home(home)
     SignedManifest.load(home.manifest)  # a home of no swarm is refused before anything is stopped
+    _check_register(home, config)
     if stop:
         _stop_if_finished(home, config)
-    with _locked(home):
+    with _locked(home, home.socket(config) if stop else None):
         import torch  # noqa: PLC0415 - takes seconds
 
         from xpeer.trainer.own import OwnTraining, Wishes  # noqa: PLC0415 - torch
@@ -114,6 +116,16 @@ def _print(home: Home, made: OwnModel) -> None:
     say(f"        {command(home, 'checkpoint', 'export', '--own', '--hf', 'FOLDER')}")
 
 
+def _check_register(home: Home, config: NodeConfig) -> None:
+    """Refuse another privacy register than the node's before anything is stopped."""
+    from xpeer.accounts.bound import refuse_another  # noqa: PLC0415 - imports cryptography
+    from xpeer.accounts.ledger import Ledger  # noqa: PLC0415
+
+    if home.ledger_db.exists():
+        with Ledger.look(home.ledger_db) as ledger:
+            refuse_another(ledger, privacy_register(config))
+
+
 def _stop_if_finished(home: Home, config: NodeConfig) -> None:
     """Stop a node whose run is over; do nothing if none runs.
 
@@ -135,8 +147,12 @@ def _stop_if_finished(home: Home, config: NodeConfig) -> None:
 
 
 @contextmanager
-def _locked(home: Home) -> Iterator[HomeLock]:
+def _locked(home: Home, asked: Path | None) -> Iterator[HomeLock]:
     """Hold the home's lock: ledger and checkpoints have one writer at a time.
+
+    Args:
+        home: the home.
+        asked: socket at which a node was asked to stop; None = none was asked.
 
     Raises:
         LocalError: a node runs on this home, or another `xpeer finetune`.
@@ -148,8 +164,14 @@ def _locked(home: Home) -> Iterator[HomeLock]:
     except LocalError as e:
         if type(e) is not LocalError:
             raise
+        problem = f"{e.problem}: it and own steps can't write one ledger at the same time"
+        if asked is not None:
+            raise LocalError(
+                f"{problem}, and it doesn't answer at {asked}",
+                "set daemon.socket (XPEER_DAEMON_SOCKET) as for the node, or stop it yourself",
+            ) from e
         raise LocalError(
-            f"{e.problem}: it and own steps can't write one ledger at the same time",
+            problem,
             f"stop it with `{command(home, 'stop')}`, and start it again afterwards; a node that "
             "has finished is stopped by `--stop`, and joiners then ask another member",
         ) from e

@@ -227,6 +227,28 @@ def report_command(home: Home, as_json: bool) -> None:
         click.echo(audit.markdown(account, verdict, charges), nl=False)
 
 
+@privacy.command("use-register")
+@home_option
+def use_register_command(home: Home) -> None:
+    """Have this home go on with the register that is configured now.
+
+    Only if its own register is lost for good: what other homes charged there is forgotten. This
+    home's charges then count for every document that it has or ever will have.
+    """
+    from xpeer.accounts.bound import use_register  # noqa: PLC0415 - imports cryptography
+    from xpeer.accounts.ledger import Ledger  # noqa: PLC0415
+    from xpeer_daemon.lock import HomeLock  # noqa: PLC0415
+
+    folder = privacy_register(load_config(home))
+    with Ledger.look(home.ledger_db):
+        pass  # there is one, or it says so
+    with HomeLock.acquire(home), Ledger.open(home.ledger_db) as ledger:
+        before = ledger.noted_register()
+        use_register(ledger, folder)
+    was = f"; before, it used the one in {before[1]}" if before else ""
+    say(f"this home's charges go to the privacy register in {folder} from now on{was}")
+
+
 @privacy.command("verify")
 @home_option
 @click.option(
@@ -261,8 +283,8 @@ def verify_command(home: Home, path: Path | None, delta: float | None, as_json: 
 @contextmanager
 def _opened(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Register | None]]:
     """Open the ledger and, if there is one, the machine's register, both read-only."""
-    from xpeer.accounts.ledger import Ledger  # noqa: PLC0415 - imports cryptography
-    from xpeer.accounts.register import Register  # noqa: PLC0415
+    from xpeer.accounts.bound import look_at_register  # noqa: PLC0415 - imports cryptography
+    from xpeer.accounts.ledger import Ledger  # noqa: PLC0415
 
     if path is None and home.manifest.exists():
         _require_private(SignedManifest.load(home.manifest))
@@ -273,7 +295,12 @@ def _opened(home: Home, path: Path | None = None) -> Iterator[tuple[Ledger, Regi
         )
     with Ledger.look(path or home.ledger_db) as ledger:
         folder = privacy_register(load_config(home))
-        register = Register.look(folder)
+        try:
+            register = look_at_register(ledger, folder)
+        except ConfigError:
+            if path is None:
+                raise
+            register = None  # an auditor's copy, from another machine
         if register is None:
             say(
                 f"warning: the machine's register is not in {folder}: other homes and earlier text "

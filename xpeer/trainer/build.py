@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from xpeer.accounts.bound import open_register
 from xpeer.accounts.ledger import Ledger
-from xpeer.accounts.register import Register
 from xpeer.accounts.spending import Spending, SwarmSpending
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError
@@ -251,9 +251,10 @@ def _idle(swarm: _Swarm, start: _Start) -> IdleMechanism:
 
     It asks the machine's register what the documents of the missing text were charged.
     """
-    register = Register.open(privacy_register(swarm.config)) if swarm.private else None
+    folder, ledger = privacy_register(swarm.config), start.ledger
+    register = open_register(ledger, folder) if swarm.private else None
     seen = start.saved.seen if start.saved is not None else None
-    arguments = swarm.setup.swarm_id, start.ledger, register, seen, swarm.swarm_spending
+    arguments = swarm.setup.swarm_id, ledger, register, seen, swarm.swarm_spending
     return IdleMechanism(swarm.manifest, *arguments)
 
 

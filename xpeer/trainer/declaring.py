@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from xpeer.accounts.bound import open_register
 from xpeer.accounts.budget import delta_of
 from xpeer.accounts.chain import ChargeContext
 from xpeer.accounts.histories import DeclaredDocuments
 from xpeer.accounts.ledger import Ledger
-from xpeer.accounts.register import Register
 from xpeer.config import privacy_register
 from xpeer.manifest import Manifest
 from xpeer.trainer.setup import TrainerSetup
@@ -28,7 +28,7 @@ def declare_documents(
         text: what is trained on.
         own: whether the charges are for own steps.
     """
-    register = Register.open(privacy_register(setup.config))
+    register = open_register(ledger, privacy_register(setup.config))
     about = msgspec.structs.replace(_context_of(manifest, setup.swarm_id, text), own=own)
     return ledger.declare_documents(register, text.documents, about)
 

@@ -11,8 +11,8 @@ import msgspec
 
 from tests.unit.accounts.ledgers import about_in
 from xpeer.accounts.accountant import Segment
+from xpeer.accounts.bound import open_register
 from xpeer.accounts.ledger import Ledger
-from xpeer.accounts.register import Register
 from xpeer.errors import LocalError
 
 STEP, OTHER = Segment(1.0, 0.01, 20), Segment(0.8, 0.02, 5)
@@ -35,7 +35,8 @@ class Machine:
         ledger = Ledger.open(self.ledger(home))
         about = msgspec.structs.replace(about_in("swarm"), unit=unit)
         try:
-            self.joined = ledger.declare_documents(Register.open(self.register), documents, about)
+            register = open_register(ledger, self.register)
+            self.joined = ledger.declare_documents(register, documents, about)
         except LocalError:
             ledger.close()
             raise

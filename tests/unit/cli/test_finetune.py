@@ -70,6 +70,10 @@ def test_the_own_model_is_used_only_by_name(home: Home, tmp_path: Path) -> None:
         code, _, err = xpeer(home, "finetune")
     assert code == ExitCode.ERROR
     assert "xpeer stop --home" in err
+    with HomeLock.acquire(home):
+        code, _, err = xpeer(home, "finetune", "--stop")
+    assert code == ExitCode.ERROR
+    assert f"doesn't answer at {home.path}/xpeer.sock - set daemon.socket" in err
     assert not home.own.exists()
 
     options = ("--steps", "10", "--keep", "last", "--json")

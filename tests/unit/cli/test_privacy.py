@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -19,10 +21,23 @@ from xpeer.errors import ExitCode
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
+    """A home that was charged by a version that noted no register, in another one than now."""
     (tmp_path / "home").mkdir()
     with open_declared(Home(tmp_path / "home").ledger_db) as ledger:
         ledger.charge(Segment(1.0, 0.02, 40))
+    with closing(sqlite3.connect(ledger.path)) as database, database:
+        database.execute("DELETE FROM settings")
     return tmp_path / "home"
+
+
+@pytest.fixture
+def bound(tmp_path: Path, register_of_the_test: Path) -> Path:
+    """A home that notes the register of this machine."""
+    (tmp_path / "bound").mkdir(mode=0o700)
+    ledger_db = Home(tmp_path / "bound").ledger_db
+    with open_declared(ledger_db, register=register_of_the_test) as ledger:
+        ledger.charge(Segment(1.0, 0.02, 40))
+    return tmp_path / "bound"
 
 
 def test_status_report_and_verify_tell_the_same(home: Path) -> None:
@@ -166,13 +181,52 @@ def test_why_there_is_nothing_to_tell(tmp_path: Path, home: Path, command: str) 
     assert "restore it" in err
 
 
-def test_what_is_not_covered_follows_from_the_unit(home: Path) -> None:
+def test_what_is_not_covered_follows_from_the_unit(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, _, err = xpeer("privacy", "status", "--home", str(home))
     assert "m times epsilon" in err
     assert "register is not in" in err
     by_document = msgspec.structs.replace(about_in("swarm"), unit="document")
     with open_declared(Home(home).ledger_db, ["another"], about=by_document) as ledger:
         ledger.charge(Segment(1.0, 0.02, 1))
+    monkeypatch.setenv("XPEER_PRIVACY_REGISTER", str(home / "register"))
     _, _, err = xpeer("privacy", "status", "--home", str(home))
     assert "m times epsilon" not in err
     assert "in several documents" in err
+
+
+@pytest.mark.parametrize("command", ["status", "report", "verify", "documents"])
+def test_another_register_than_the_homes_is_refused(
+    tmp_path: Path, bound: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XPEER_PRIVACY_REGISTER", str(tmp_path / "other"))
+    code, _, err = xpeer("privacy", command, "--home", str(bound))
+    assert (code, "is not this home's register" in err) == (ExitCode.BAD_CONFIG, True)
+    assert "XPEER_PRIVACY_REGISTER" in err
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_auditors_copy_of_a_ledger_is_checked_without_its_register(
+    tmp_path: Path, bound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XPEER_PRIVACY_REGISTER", str(tmp_path / "other"))
+    copy = shutil.copy2(Home(bound).ledger_db, tmp_path / "copy.sqlite")
+    code, _, err = xpeer("privacy", "verify", "--ledger", str(copy), "--home", str(bound))
+    assert code == ExitCode.OK, err
+    assert "register is not in" in err
+
+
+def test_a_register_that_is_lost_for_good_is_given_up_by_name(
+    tmp_path: Path, bound: Path, register_of_the_test: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XPEER_PRIVACY_REGISTER", str(tmp_path / "other"))
+    code, _, err = xpeer("privacy", "use-register", "--home", str(bound))
+    assert code == ExitCode.OK, err
+    assert str(register_of_the_test) in err
+    assert not (tmp_path / "other").exists()
+    code, _, err = xpeer("privacy", "status", "--home", str(bound))
+    assert code == ExitCode.OK, err
+    code, _, err = xpeer("privacy", "use-register", "--home", str(tmp_path / "empty"))
+    assert (code, "there is no privacy ledger" in err) == (ExitCode.ERROR, True)
+    assert not (tmp_path / "empty").exists()

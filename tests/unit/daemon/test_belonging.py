@@ -154,6 +154,16 @@ def test_a_register_whose_key_is_anothers_is_refused(pair: tuple[Made, Home]) ->
         made.check()
 
 
+def test_a_register_that_the_home_was_not_charged_in_is_refused(
+    pair: tuple[Made, Home], tmp_path: Path
+) -> None:
+    made, other = pair[0], tmp_path / "other"
+    config = msgspec.structs.replace(made.config, privacy=Privacy(register=str(other)))
+    with pytest.raises(ConfigError, match="other is not this home's register"):
+        Made(made.home, config, made.ledger_id).check()
+    assert not other.exists()
+
+
 def test_a_checkpoint_of_another_size_is_refused(pair: tuple[Made, Home]) -> None:
     made, _ = pair
     save(made.home, made.ledger_id, 12, step=6)

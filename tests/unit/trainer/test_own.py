@@ -13,7 +13,7 @@ import torch
 from tests.unit.training.homes import make_homes
 from xpeer.accounts.own_model import OwnModel, facts_of
 from xpeer.config import Home
-from xpeer.errors import BudgetSpentError, ConfigError, LocalError
+from xpeer.errors import BudgetSpentError, ConfigError, ExitCode, LocalError
 from xpeer.founding_model import LoraOptions
 from xpeer.manifest import End
 from xpeer.manifest.signed import SignedManifest
@@ -55,6 +55,18 @@ def finetuned(setup: TrainerSetup, said: list[str] | None = None, **wishes: Any)
     made = training(setup, said, **wishes).run()
     assert made is not None
     return made
+
+
+def test_own_steps_are_charged_to_the_register_of_the_swarms_steps(tmp_path: Path) -> None:
+    setup = trained(tmp_path, "record")
+    home, other = Home(Path(setup.home)), tmp_path / "other"
+    rules = msgspec.structs.replace(setup.config.privacy, register=str(other))
+    config = msgspec.structs.replace(setup.config, privacy=rules)
+    with pytest.raises(ConfigError, match="is not this home's register") as caught:
+        OwnTraining(home, config, Wishes(steps=10), lambda _line: None)
+    assert caught.value.exit_code == ExitCode.BAD_CONFIG
+    assert str(tmp_path / "register") in caught.value.problem
+    assert not other.exists()
 
 
 def digests(folder: Path) -> dict[str, str]:
