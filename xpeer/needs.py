@@ -126,7 +126,9 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
         for package, extra in self._packages:
             if importlib.util.find_spec(package) is None:
                 items.append(f"{package}: {installing(extra)}")
-        return items + self._unmet_tokenizer(data, *tokenizer)
+        said = any(item.startswith("data.base_model") for item in items)
+        about = self._unmet_tokenizer(data, *tokenizer)
+        return items + [each for each in about if not (said and each.startswith("data.base_model"))]
 
     def _unmet_tokenizer(self, data: Data, said: str = "") -> list[str]:
         if not self.tokenizer:
@@ -135,9 +137,10 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
         named = data.tokenizer or data.base_model
         try:
             folder = folder_of(setting, named) if named else None
+            lacks = folder is None or not (data.tokenizer or has_tokenizer(folder, setting))
         except ConfigError as e:
             return [str(e)]
-        if folder is None or not (data.tokenizer or has_tokenizer(folder)):
+        if folder is None or lacks:
             return [said]
         file = folder / "tokenizer.json"
         try:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +21,8 @@ _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SNAPSHOT: Final = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{7,40})/?$")
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
+_PICKLED: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS: Final = ("model.safetensors", "model.safetensors.index.json", *_PICKLED)
 _MAX_HEADER: Final = 100_000_000
 """The bound that safetensors itself has, in bytes."""
 _ELSEWHERE: Final = {
@@ -33,14 +37,34 @@ _BYTE_VOCABULARY_MAX: Final = 512
 """A model without a tokenizer and with at most this many ids is one for bytes: 256 ids and a few
 special ones."""
 _GET: Final = "name a folder that save_pretrained wrote, with config.json and model.safetensors"
+_OPEN: Final = "check owner and mode of it, and of the folders that it is in"
 
 
-def check_folder(path: Path, option: str = "model") -> bool:
+@contextmanager
+def _readable(path: Path, option: str) -> Iterator[None]:
+    """Translate errors of the file system into words for the operator.
+
+    Raises:
+        ConfigError: the folder, or something in it, can't be read.
+    """
+    try:
+        yield
+    except OSError as e:
+        what = f": its {Path(e.filename).name}" if _is_below(e.filename, path) else ""
+        raise ConfigError(f"{option} {path}{what} can't be read: {e.strerror}", _OPEN) from e
+
+
+def _is_below(file: object, folder: Path) -> bool:
+    return isinstance(file, str) and Path(file) != folder and Path(file).is_relative_to(folder)
+
+
+def check_folder(path: Path, option: str = "model", *, may_lack_weights: bool = False) -> bool:
     """Refuse a path that is not the folder of a whole model.
 
     Args:
         path: as given.
         option: the option's name, for errors.
+        may_lack_weights: True = a folder that holds no weights at all will do.
 
     Returns:
         True iff the weights are safetensors. Else they are a pickle, which is read without running
@@ -50,7 +74,22 @@ def check_folder(path: Path, option: str = "model") -> bool:
         ConfigError: says what the path is instead, and what to do.
     """
     _require_folder(path, option)
-    names = {entry.name for entry in path.iterdir()}
+    with _readable(path, option):
+        names = {entry.name for entry in path.iterdir()}
+        return _check_folder(path, option, names, may_lack_weights=may_lack_weights)
+
+
+def has_weights(folder: Path, option: str) -> bool:
+    """Whether a checked folder holds weights that xpeer can read.
+
+    Raises:
+        ConfigError: the folder can't be read; names the option.
+    """
+    with _readable(folder, option):
+        return any((folder / name).exists() for name in _WEIGHTS)
+
+
+def _check_folder(path: Path, option: str, names: set[str], *, may_lack_weights: bool) -> bool:
     _require_config(path, option, names)
     _require_inside(path, option)
     refuse_pointer(path / "config.json", option)
@@ -70,11 +109,18 @@ def check_folder(path: Path, option: str = "model") -> bool:
     if "model.safetensors" in names:
         _check_safetensors(path / "model.safetensors", option)
         return True
-    if {"pytorch_model.bin", "pytorch_model.bin.index.json"} & names:
+    if names.intersection(_PICKLED):
         for name in sorted(n for n in names if n.endswith(".bin")):
             refuse_pointer(path / name, option)
         return False
-    raise _no_weights(path, option, names)
+    others = _other_weights(path, option, names)
+    if others is None and may_lack_weights:
+        return False
+    raise others or ConfigError(
+        f"{option} {path}: there are no weights in it, only {', '.join(sorted(names)[:4])}",
+        "download model.safetensors, too; or to begin with random weights, give its config.json "
+        "as --model-config",
+    )
 
 
 def refuse_pointer(file: Path, option: str) -> None:
@@ -87,8 +133,9 @@ def refuse_pointer(file: Path, option: str) -> None:
         with file.open("rb") as opened:
             start = opened.read(len(_LFS))
     except OSError as e:
+        remedy = _OPEN if isinstance(e, PermissionError) else _GET
         raise ConfigError(
-            f"{option} {file.parent}: its {file.name} can't be read: {e.strerror}", _GET
+            f"{option} {file.parent}: its {file.name} can't be read: {e.strerror}", remedy
         ) from e
     if start == _LFS:
         raise ConfigError(
@@ -123,13 +170,15 @@ def tokenizer_of(
         return None
     if given is not None:
         named = Path(given).expanduser()
-        named = named.parent if named.name == "tokenizer.json" and named.is_file() else named
-        _require_tokenizer(named, "--tokenizer")
+        with _readable(named, "--tokenizer"):
+            named = named.parent if named.name == "tokenizer.json" and named.is_file() else named
+            _require_tokenizer(named, "--tokenizer")
         return named
-    if folder is None or config is None or has_tokenizer(folder):
+    if folder is None or config is None or has_tokenizer(folder, "--model"):
         return folder
-    if _other_tokenizer(folder):
-        _require_tokenizer(folder, "--model")
+    with _readable(folder, "--model"):
+        if _other_tokenizer(folder):
+            _require_tokenizer(folder, "--model")
     vocabulary = vocabulary_of(config)
     if vocabulary is not None and vocabulary <= _BYTE_VOCABULARY_MAX:
         return None
@@ -141,16 +190,21 @@ def tokenizer_of(
     )
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer that xpeer can read."""
-    return (folder / "tokenizer.json").exists()
+def has_tokenizer(folder: Path, option: str) -> bool:
+    """Whether the folder holds a tokenizer in a form that xpeer can read.
+
+    Raises:
+        ConfigError: the folder can't be read; names the option.
+    """
+    with _readable(folder, option):
+        return (folder / "tokenizer.json").exists()
 
 
 def _require_tokenizer(folder: Path, option: str) -> None:
     require(option, folder, "folder")
     if not folder.exists():
         raise missing_folder(folder, option, "name the folder that holds its tokenizer.json")
-    if has_tokenizer(folder):
+    if has_tokenizer(folder, option):
         _require_inside(folder, option)
         refuse_pointer(folder / "tokenizer.json", option)
         return
@@ -178,11 +232,15 @@ def config_in(folder: Path | None, file: Path | None) -> dict[str, Any] | None:
 
 def missing_folder(path: Path, option: str, remedy: str = _GET) -> ConfigError:
     """The error for a folder that does not exist. It guesses whether a hub's model was meant."""
+    if link := _broken_link(path):
+        return ConfigError(
+            f"{option} {path}: {link[0]} is a link to {link[1]}, which leads nowhere", remedy
+        )
     text = str(path)
     hub = re.sub(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/", "", text)
     if hub == text and text.startswith("hf:/"):
         hub = text.removeprefix("hf:").lstrip("/")
-    if _HUB_ID.fullmatch(hub) is None:
+    if _HUB_ID.fullmatch(hub) is None or ("/" in text and path.parent.is_dir()):
         return ConfigError(f"{option} {path}: there is no such folder", remedy)
     local = hub.rpartition("/")[2]
     return ConfigError(
@@ -190,6 +248,14 @@ def missing_folder(path: Path, option: str, remedy: str = _GET) -> ConfigError:
         f"if it is meant as a model of the Hugging Face Hub, download it first: "
         f"`hf download {hub} --local-dir {local}`, then give that folder: {option} {local}",
     )
+
+
+def _broken_link(path: Path) -> tuple[Path, Path] | None:
+    """The part of a path that is a link to nothing or in a circle, and its target."""
+    for part in (*reversed(path.parents), path):
+        if part.is_symlink() and not part.exists():
+            return part, part.readlink()
+    return None
 
 
 def _require_folder(path: Path, option: str) -> None:
@@ -240,7 +306,8 @@ def _require_config(path: Path, option: str, names: set[str]) -> None:
     )
 
 
-def _no_weights(path: Path, option: str, names: set[str]) -> ConfigError:
+def _other_weights(path: Path, option: str, names: set[str]) -> ConfigError | None:
+    """The error for weights in a form that can't be read; None = there are no weights."""
     if any(name.lower().endswith(".gguf") for name in names):
         return _gguf(path, option)
     for name, whose in _ELSEWHERE.items():
@@ -256,11 +323,7 @@ def _no_weights(path: Path, option: str, names: set[str]) -> ConfigError:
             "names them",
             "rename a single file to model.safetensors, or restore model.safetensors.index.json",
         )
-    return ConfigError(
-        f"{option} {path}: there are no weights in it, only {', '.join(sorted(names)[:4])}",
-        "download model.safetensors, too; or to begin with random weights, give its config.json "
-        "as --model-config",
-    )
+    return None
 
 
 def _gguf(path: Path, option: str) -> ConfigError:

@@ -167,7 +167,7 @@ def _tokenizer(manifest: Manifest | None, settings: Data, folder: Path | None) -
         folder = folder_of("data.tokenizer", settings.tokenizer)
     elif folder is None and settings.base_model:
         beside = folder_of("data.base_model", settings.base_model)
-        folder = beside if has_tokenizer(beside) else None
+        folder = beside if has_tokenizer(beside, "data.base_model") else None
     return HuggingFaceTokenizer(folder) if folder else ByteTokenizer()
 
 

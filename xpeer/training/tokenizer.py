@@ -301,7 +301,7 @@ def load_tokenizer(
     named = folder_of("data.tokenizer", folder) if folder else None
     if named is None and base_model:
         beside = folder_of("data.base_model", base_model)
-        named = beside if has_tokenizer(beside) else None
+        named = beside if has_tokenizer(beside, "data.base_model") else None
     if named is None:
         raise ConfigError(
             "data.tokenizer is not set, and the manifest asks for a Hugging Face tokenizer",
