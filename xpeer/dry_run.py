@@ -52,9 +52,9 @@ def examine(
     Raises:
         LocalError: a start would stop with this error.
     """
+    _examine_room(home, config, manifest, report)  # first: text may take hours to count
     with lent(home.cache) as cache:
         text = _counted(home, config, manifest, cache, report)
-        _examine_room(home, config, manifest, report)
         _report_text(config, manifest, text, report)
         _report_privacy(home, config, manifest, text, report)
     if not trial:

@@ -146,7 +146,9 @@ def test_what_can_not_fit_warns_a_founder_and_ends_a_dry_run(
     ):
         assert part in err
     assert "step on public text" not in err
-    done = CliRunner().invoke(main, ["start", "--home", str(tmp_path / "h"), "--dry-run"])
+    with monkeypatch.context() as unread:
+        unread.setattr(dry_run, "_counted", lambda *_: pytest.fail("the text was counted first"))
+        done = CliRunner().invoke(main, ["start", "--home", str(tmp_path / "h"), "--dry-run"])
     assert done.exit_code == ExitCode.BAD_CONFIG
     assert "memory of this machine is 1.00 MB" in done.stderr
     monkeypatch.setenv("XPEER_TRAINING_CHECK_FIT", "warn")
