@@ -23,12 +23,12 @@ from xpeer.estimate.planned import LONG_S, smallest, step_of
 from xpeer.estimate.remembered import Rehearsals
 from xpeer.estimate.room import Room
 from xpeer.estimate.step import FROZEN_BYTES, Step, StepMemory
+from xpeer.estimate.token_bytes import bytes_of_tokens
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import QUANTISED, BaseDtype
 from xpeer.source import entries
 from xpeer.training import checkpoint_files
 from xpeer.training.converted import bytes_of
-from xpeer.training.files import find as find_files
 from xpeer.training.held import DTYPES
 from xpeer.training.model import skeleton
 from xpeer.training.quantised import num_quantisable
@@ -294,7 +294,7 @@ def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) 
         needed += max(0, manifest.state_form.num_bytes - fetched)
     needed += _converted(manifest, config, home)
     made = saved or home.tokens.exists()
-    tokens = 0 if made else _bytes_of_tokens(config)
+    tokens = 0 if made else bytes_of_tokens(manifest, config, _length)
     try:
         here = room.disk(home.path)
     except OSError as e:
@@ -346,16 +346,6 @@ def _base_folder(manifest: Manifest, config: NodeConfig, home: Home) -> Path | N
     named = config.data.base_model
     folder = Path(named).expanduser() if named else home.initial_model
     return folder if manifest.model.lora is not None and folder.is_dir() else None
-
-
-def _bytes_of_tokens(config: NodeConfig) -> int:
-    """About what the tokens of the text take: half of its files' bytes, compressed or not."""
-    patterns = config.data.corpus or config.data.shard
-    try:
-        files = find_files(patterns, "data.shard").sources
-    except ConfigError:  # the trainer says what is wrong with it
-        return 0
-    return sum(_length(file.path) for file in files) // 2
 
 
 def _length(path: Path) -> int:

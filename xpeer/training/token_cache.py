@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -69,6 +69,11 @@ def key_of(path: Path, stat: Stat) -> bytes:
     return blake2b(where, struct.pack("<4Q", *(value % (1 << 64) for value in stat)), size=16)
 
 
+def type_of_tokens(vocabulary: int, *, examples: bool) -> np.dtype[Any]:
+    """The smallest type that holds all ids; of examples also whether each token is predicted."""
+    return np.dtype("<u2" if vocabulary * (2 if examples else 1) <= 1 << 16 else "<u4")
+
+
 @contextmanager
 def lent(cache: Path) -> Iterator[Path]:
     """A folder for a command's tokens that begins with those of a cache. It is gone afterwards.
@@ -107,13 +112,12 @@ class TokenCache:
 
     Attributes:
         folder: holds the files, mode 0700.
-        dtype: of the tokens: the smallest unsigned type that holds the vocabulary.
+        dtype: of the tokens; see `type_of_tokens`.
     """
 
     def __init__(self, cache: Path, recipe: Recipe) -> None:
         self.folder = cache / TOKENS / recipe.digest
-        values = recipe.tokenizer.vocab_size * (2 if recipe.makes_examples else 1)
-        self.dtype = np.dtype("<u2" if values <= 1 << 16 else "<u4")
+        self.dtype = type_of_tokens(recipe.tokenizer.vocab_size, examples=recipe.makes_examples)
         self._cache = cache
         self._files: list[TokenFile] = []
         self._sources = np.empty(0, SOURCE)

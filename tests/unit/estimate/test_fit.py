@@ -261,7 +261,7 @@ def test_the_disk_holds_checkpoints_or_the_first_start_is_refused(
 ) -> None:
     home, text = Home(tmp_path / "home"), tmp_path / "a.txt"
     home.initial_model.mkdir(parents=True)
-    text.write_text("some words " * 10**5)
+    text.write_text("some words " * 25_000)
     keeps = Checkpoint(keep=3)
     config = msgspec.structs.replace(SETTINGS, data=Data(shard=[str(text)]), checkpoint=keeps)
     needed = 4 * 13 * COUNT + 64_000_000
