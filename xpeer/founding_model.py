@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -42,6 +42,8 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str,
     }
 
 
+_SIXTEEN_BITS: Final = ("BF16", "F16", "bfloat16", "float16")
+"""As safetensors and as configs name them."""
 PRESETS = {
     "tiny": _llama(64, 176, 2, 4),
     "small": _llama(192, 512, 4, 6),
@@ -293,8 +295,14 @@ def _with_adapters(base: InitialModel, options: LoraOptions, base_digest: str) -
     return replace(source, lora=made, num_params=trained[0], digest=trained[1])
 
 
-def _base_dtype(folder: Path | None, lora: LoraOptions | None) -> BaseDtype:
-    """The type that every node holds the frozen weights in."""
+def _base_dtype(folder: Path | None, lora: LoraOptions | None, declared: str = "") -> BaseDtype:
+    """The type that every node holds the frozen weights in.
+
+    Args:
+        folder: of the model; None = there are no weights.
+        lora: the adapters; None = nothing is frozen.
+        declared: type that a config names for weights that are not there.
+    """
     from xpeer.training import given_adapters  # noqa: PLC0415 - torch takes seconds
 
     if lora is None:
@@ -303,7 +311,8 @@ def _base_dtype(folder: Path | None, lora: LoraOptions | None) -> BaseDtype:
         return lora.base_dtype
     if lora.folder is not None and (named := given_adapters.base_dtype(lora.folder)):
         return named
-    return "bfloat16" if folder and main_dtype(folder) in ("BF16", "F16") else "float32"
+    named = main_dtype(folder) if folder else declared
+    return "bfloat16" if named in _SIXTEEN_BITS else "float32"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from xpeer.errors import ConfigError, ExitCode
 from xpeer.forms import Codec
 from xpeer.founding_model import PRESETS, LoraOptions, _base_dtype, read_json
 from xpeer.manifest import Optimiser
-from xpeer.manifest.model import Lora
+from xpeer.manifest.model import BaseDtype, Lora
 from xpeer.manifest.round import Round
 from xpeer.policies import RULES, PrivacyMode, RuleName, privacy_policy
-from xpeer.source import check_folder
+from xpeer.source import check_folder, has_weights
 
 if TYPE_CHECKING:
     from xpeer.estimate.phases import Estimate
@@ -32,9 +32,15 @@ _Again = Literal["auto", "on", "off"]
 
 @click.command()
 @click.option(
-    "--model", type=GivenPath("model"), help="Hugging Face folder; its weights are not read."
+    "--model",
+    type=GivenPath("model"),
+    help="Hugging Face folder. Its config is read, and the type of its weights, if they are there.",
 )
-@click.option("--model-config", type=GivenPath("file"), help="config.json of a model.")
+@click.option(
+    "--model-config",
+    type=GivenPath("file"),
+    help="config.json of a model that is not downloaded yet.",
+)
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), help="Small model for bytes.")
 @adapter_options
 @click.option(
@@ -61,7 +67,8 @@ _Again = Literal["auto", "on", "off"]
     type=click.Choice(["float32", "bfloat16", "auto"]),
     default="auto",
     show_default=True,
-    help="Precision of a step. auto: what this machine would choose.",
+    help="Precision of a step. auto: what this machine would choose on --device; of a GPU that it "
+    "doesn't have, bfloat16.",
 )
 @click.option(
     "--checkpoint-activations",
@@ -118,19 +125,19 @@ def estimate(
 
     config = _config(model, model_config, preset)
     private = privacy_policy(privacy).charges
-    computing, why = planned.precision_here(precision, private=private)
+    kind, computing, why = planned.device_and_precision(device, precision, private=private)
     if why:
         say(why)
     step = Step(
         config=config,
         lora=None if options is None else _lora(config, options),
-        base_dtype=_base_dtype(model, options),
+        base_dtype=_frozen_dtype(model, config, options),
         sequence_tokens=sequence_tokens,
         micro_batch=micro_batch,
         private=private,
         precision=computing,
         recompute=checkpoint_activations == "on",
-        device=planned.device_here(device, private=private),
+        device=kind,
     )
     most = None if memory_gb is None else memory_gb * 1e9
     rehearsals = Rehearsals()
@@ -158,7 +165,7 @@ def estimate(
     if as_json:
         echo_json(answer)
     else:
-        _print(answer, memory_gb)
+        _print(answer, step, memory_gb)
     if fits is False:
         raise click.exceptions.Exit(ExitCode.ERROR)
 
@@ -173,9 +180,19 @@ def _config(model: Path | None, file: Path | None, preset: str | None) -> dict[s
     if preset is not None:
         return PRESETS[preset]
     if model is not None:
-        check_folder(model, "--model")
+        check_folder(model, "--model", may_lack_weights=True)
         file = model / "config.json"
     return read_json(file or Path())
+
+
+def _frozen_dtype(
+    model: Path | None, config: dict[str, Any], options: LoraOptions | None
+) -> BaseDtype:
+    """The type of the frozen weights: as founding will have it, once the weights are there."""
+    if model is not None and has_weights(model, "--model"):
+        return _base_dtype(model, options)
+    declared = config.get("dtype") or config.get("torch_dtype")
+    return _base_dtype(None, options, declared if isinstance(declared, str) else "")
 
 
 def _chosen(
@@ -213,7 +230,9 @@ def _lora(config: dict[str, Any], options: LoraOptions) -> Lora:
     return Lora(rank, 2.0 * rank, 0, "", layers, options.train)
 
 
-def _print(answer: Estimate, memory_gb: float | None) -> None:
+def _print(answer: Estimate, step: Step, memory_gb: float | None) -> None:
+    records = f"{step.micro_batch} record{'s' if step.micro_batch > 1 else ''}"
+    echo(f"a step on {step.device} in {step.precision}, {records} a pass")
     echo(f"{answer.num_params:,} trained parameters, {answer.frozen_params:,} frozen ones")
     echo(f"{'phase':<11} {'device':>9} {'host':>9} {'disk':>9} {'wire':>9} {'time':>8}")
     for each in answer.phases:

@@ -64,27 +64,25 @@ def known_precision(name: str) -> Precision:
     return "bfloat16" if name == "bfloat16" else "float32"
 
 
-def precision_here(wanted: str, *, private: bool) -> tuple[Precision, str]:
-    """What `training.precision` = `wanted` is on this machine, and why, in words.
+def device_and_precision(
+    device: str, precision: str, *, private: bool
+) -> tuple[DeviceKind, Precision, str]:
+    """The kind of device and the precision that settings mean, and why, in words.
 
     Args:
-        wanted: the setting.
+        device: cpu, cuda, or auto: what this machine would train on.
+        precision: as `training.precision`; auto = as the device is best at. Of a GPU that is not
+            in this machine it is assumed that it computes in bfloat16.
         private: whether gradients are private; then another device may be chosen.
-
-    Raises:
-        ConfigError: this machine can't compute in it.
     """
-    if wanted in ("float32", "bfloat16"):
-        return known_precision(wanted), ""
-    chosen, why = choose_precision("auto", choose_device(private=private)[0])
-    return known_precision(chosen.name), why
-
-
-def device_here(wanted: str, *, private: bool) -> DeviceKind:
-    """The kind of device that `wanted` is; auto = that which this machine would train on."""
-    if wanted != "auto":
-        return "cpu" if wanted == "cpu" else "cuda"
-    return kind_of(choose_device(private=private)[0])
+    here = choose_device(private=private)[0] if device == "auto" else torch.device(device)
+    if precision in ("float32", "bfloat16"):
+        return kind_of(here), known_precision(precision), ""
+    if here.type == "cuda" and not torch.cuda.is_available():
+        why = "this machine has no GPU: bfloat16 is assumed (--precision float32 for old ones)"
+        return "cuda", "bfloat16", why
+    chosen, why = choose_precision("auto", here)
+    return kind_of(here), known_precision(chosen.name), why
 
 
 def _records(manifest: Manifest, device: torch.device) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from tests.cases.support import model_folder
@@ -38,7 +39,7 @@ def test_a_row_for_each_phase(tmp_path: Path) -> None:
     file.write_text(json.dumps(PRESETS["tiny"]))
     done = estimate("--model-config", file, "--link-mbit", 8, "--fragments", 1)
     assert done.exit_code == ExitCode.OK, done.stderr
-    rows = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    rows = [line.split()[0] for line in done.stdout.splitlines()[3:]]
     names = ["init", "start", "step", "exchange", "window", "checkpoint"]
     names += ["export", "donate", "join"]
     assert rows == names
@@ -76,6 +77,22 @@ def test_auto_precision_is_what_this_machine_would_choose(
     assert done.exit_code == ExitCode.OK
     assert "computing in bfloat16: so" in done.stderr
     assert [step.precision for step in rehearsed] == ["bfloat16"]
+
+
+def test_a_gpu_that_is_not_here_computes_in_bfloat16(rehearsed: list[Step]) -> None:
+    """Not in what this machine's processor is best at."""
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    for more in ((), ("--precision", "bfloat16"), ("--precision", "float32")):
+        done = estimate("--preset", "tiny", "--device", "cuda", *more)
+        assert done.exit_code == ExitCode.OK
+        said = "no GPU: bfloat16 is assumed" in done.stderr
+        assert said == (not more)
+        precision = rehearsed[-1].precision
+        first = done.stdout.splitlines()[0]
+        assert first == f"a step on cuda in {precision}, 1 record a pass"
+    assert [step.precision for step in rehearsed] == ["bfloat16", "bfloat16", "float32"]
+    assert {step.device for step in rehearsed} == {"cuda"}
 
 
 @pytest.fixture
@@ -204,3 +221,32 @@ def test_bad_arguments_are_named(arguments: tuple[object, ...], word: str) -> No
     done = estimate(*arguments)
     assert done.exit_code == ExitCode.BAD_CONFIG
     assert word in done.stderr
+
+
+@pytest.mark.parametrize("source", ["float32", "bfloat16"])
+def test_a_config_says_before_the_download_what_the_whole_folder_says(
+    tmp_path: Path, rehearsed: list[Step], source: str
+) -> None:
+    folder, config = tmp_path / "model", tmp_path / "config"
+    whole = from_folder(model_folder(tmp_path / "whole"))
+    export_hf(whole, None, folder, source=Source({"dtype": source}))
+    config.mkdir()
+    (config / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for named in (
+        ("--model", folder),
+        ("--model", config),
+        ("--model-config", folder / "config.json"),
+    ):
+        done = estimate(*named, "--lora-rank", 2)
+        assert done.exit_code == ExitCode.OK, done.stderr
+    assert [step.base_dtype for step in rehearsed] == [source] * 3
+    assert all(step.lora == rehearsed[0].lora for step in rehearsed)
+
+
+def test_a_folder_with_weights_of_another_kind_is_refused_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["tiny"]))
+    assert estimate("--model", tmp_path).exit_code == ExitCode.OK
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    done = estimate("--model", tmp_path)
+    assert done.exit_code == ExitCode.BAD_CONFIG
+    assert "GGUF" in done.stderr
