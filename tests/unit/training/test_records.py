@@ -170,6 +170,24 @@ def test_parquet(tmp_path: Path):
     assert "rows.parquet is damaged" in error_of(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_chats_of_another_name_are_told_how_they_are_read(tmp_path: Path, kind: str):
+    chat = [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four."}]
+    rows = [{"conversations": chat, "messages": chat}]
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    else:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    said = error_of(tmp_path, text_field="conversations")
+    assert "is no text but" in said
+    for part in ("a field called messages", "role and content", "from and value"):
+        assert part in said
+    assert "from and value" in error_of(tmp_path, text_field="messages")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_what_may_not_be_read_is_an_error(corpus: Path):
     (corpus / "b.txt").chmod(0)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from xpeer.errors import ShardError
 from xpeer.training.formats.examples import Example, asks_for_examples, fields_of, taken
 from xpeer.training.formats.packed import RATIO_MAX, UNPACKED_FREE
-from xpeer.training.formats.rows import Rows
+from xpeer.training.formats.rows import CHATS, Rows
 
 _BATCH_ROWS: Final = 1024
 _BATCH_BYTES: Final = 32 << 20
@@ -133,10 +133,10 @@ def columns_of(schema: Any, rows: Rows, types: Any) -> list[str]:
         kind = schema.field(name).type
         # a column of examples may also hold messages; rows that are none are counted
         if not (asks_for_examples(rows.field) or _is_text(kind, types)):
-            raise ShardError(
-                f"{rows.path}: column {name!r} is no text but {kind}",
-                "set data.text_field to the column that holds the text",
-            )
+            problem = f"{rows.path}: column {name!r} is no text but {kind}"
+            if _is_list(kind, types):
+                raise ShardError(problem, CHATS)
+            raise ShardError(problem, "set data.text_field to the column that holds the text")
     return list(wanted)
 
 
@@ -188,6 +188,11 @@ def _is_text(kind: Any, types: Any) -> bool:
             types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary, types.is_null,
         )
     )  # fmt: skip
+
+
+def _is_list(kind: Any, types: Any) -> bool:
+    tests = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
+    return any(test(kind) for test in tests) or types.is_large_list_view(kind)
 
 
 def value_of(scalar: Any, where: str) -> object:

@@ -26,6 +26,11 @@ NO_CHAT: Final = "template"
 REASONS: Final = (EMPTY, NULL, NO_FIELD, NOT_TEXT, NO_EXAMPLE, NO_CHAT)
 """All reasons to skip a row, in an order that the cache of tokens keeps."""
 
+CHATS: Final = (
+    "set data.text_field to a field of texts; chats are read from a field called messages, each "
+    "message with role and content: rename the field, and convert other keys, as from and value"
+)
+"""Remedy where a field holds lists."""
 _BLANK: Final = frozenset("\u115f\u1160\u3164\uffa0\u2800\ufffc\ufffd")
 """Letters and symbols that mean nothing: Hangul fillers, the empty Braille cell, and the signs for
 an object and for a lost character."""
@@ -130,7 +135,8 @@ class Rows:
             raise ShardError(
                 f"{self.path}: no row of {self.field!r} is an example to imitate",
                 "of messages each needs role and content, both text, one in the field that is "
-                "predicted has to be the assistant's, and there may be no calls of tools",
+                "predicted has to be the assistant's, and there may be no calls of tools; "
+                "convert other keys, as from and value",
             )
 
     def no_field(self, fields: Iterable[str]) -> ShardError:
@@ -143,7 +149,9 @@ class Rows:
 
     def no_text(self, kind: str) -> ShardError:
         """Make the error for a file in which the field never holds text."""
-        return ShardError(
-            f"{self.path}: field {self.field!r} is no text but {kind}",
-            "set data.text_field to the field that holds the text",
+        remedy = (
+            CHATS
+            if kind == _KINDS[list]
+            else "set data.text_field to the field that holds the text"
         )
+        return ShardError(f"{self.path}: field {self.field!r} is no text but {kind}", remedy)
