@@ -25,10 +25,11 @@ from xpeer.cli.common import (
     load_config,
     say,
 )
+from xpeer.cli.naming import naming
 from xpeer.config import Data, Home
 from xpeer.leaves import Local, Parts, seen_by
 from xpeer.manifest import Manifest, Optimiser
-from xpeer.paths import folder_of
+from xpeer.paths import checked, folder_of
 from xpeer.source import has_tokenizer
 from xpeer.status import ShardSummary
 
@@ -82,7 +83,12 @@ def data() -> None:
     metavar="PATH",
     help="Files, folders or globs. Default: data.corpus, or else data.shard.",
 )
-@click.option("--text-field", help="Field of a row that holds its text. Default: data.text_field.")
+@click.option(
+    "--text-field",
+    type=GivenText(checked),
+    metavar="FIELD",
+    help="Field of a row that holds its text. Default: data.text_field.",
+)
 @click.option(
     "--tokenizer",
     type=GivenPath("folder"),
@@ -110,6 +116,27 @@ def inspect(
     show: int,
 ) -> None:
     """Count documents, records and tokens, and say what is left out and why."""
+    given = {
+        "data.tokenizer": "--tokenizer" if tokenizer is not None else "",
+        "data.text_field": "--text-field" if text_field is not None else "",
+    }
+    with naming(given):
+        inspection = _inspect(home, shard, text_field, tokenizer, sequence_tokens, show)
+    if as_json:
+        echo_json(inspection)
+        return
+    for line in _lines(inspection):
+        echo(line)
+
+
+def _inspect(
+    home: Home,
+    shard: tuple[str, ...],
+    text_field: str | None,
+    tokenizer: Path | None,
+    sequence_tokens: int | None,
+    show: int,
+) -> Inspection:
     from xpeer.training.partition import piece_characters  # noqa: PLC0415 - slow
     from xpeer.training.reading import Recipe  # noqa: PLC0415
 
@@ -136,12 +163,7 @@ def inspect(
             parts = split_pieces(table, settings.validation_share, settings.split)
         else:
             parts = HeldOut(home, settings.validation_share, settings.split).split(table)
-        inspection = _inspected(table, summary, length, recipe, parts, show)
-    if as_json:
-        echo_json(inspection)
-        return
-    for line in _lines(inspection):
-        echo(line)
+        return _inspected(table, summary, length, recipe, parts, show)
 
 
 def _manifest(home: Home) -> Manifest | None:

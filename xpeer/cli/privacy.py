@@ -23,12 +23,14 @@ from xpeer.cli.common import (
     load_config,
     say,
 )
+from xpeer.cli.naming import naming
 from xpeer.cli.plan_lines import print_plan, print_table
 from xpeer.cli.render import moment
 from xpeer.config import Home, privacy_register
 from xpeer.errors import ConfigError, ExitCode, LocalError
 from xpeer.manifest.privacy import DELTA_MIN
 from xpeer.manifest.signed import SignedManifest
+from xpeer.paths import checked
 
 if TYPE_CHECKING:
     from xpeer.accounts.ledger import Ledger
@@ -84,6 +86,8 @@ def status_command(home: Home, as_json: bool) -> None:
 )
 @click.option(
     "--text-field",
+    type=GivenText(checked),
+    metavar="FIELD",
     default="text",
     show_default=True,
     help="Field of a row that holds its text, as in data.text_field.",
@@ -141,7 +145,8 @@ def plan_command(
         )
     unit = "document" if documents else "record"
     if records is None:
-        records = _counted(shard, text_field, tokenizer, sequence_tokens, unit)
+        with naming({"data.tokenizer": "--tokenizer", "data.text_field": "--text-field"}):
+            records = _counted(shard, text_field, tokenizer, sequence_tokens, unit)
 
     if (steps is None) == (rounds is None):
         raise ConfigError("--steps and --rounds: one of them is needed", "e.g. --steps 2000")

@@ -21,6 +21,7 @@ from xpeer.cli.common import (
     load_config,
     say,
 )
+from xpeer.cli.naming import naming
 from xpeer.config import Home
 from xpeer.errors import ConfigError
 from xpeer.paths import checked
@@ -206,12 +207,18 @@ def _load(
         raise ConfigError("--own and --model both name a model", "leave one out")
     from xpeer.training import trained  # noqa: PLC0415 - torch takes seconds
 
-    if model is not None:
-        return trained.from_export(model.expanduser(), base_model, tokenizer)
-    data = load_config(home).data
-    newest = trained.from_home(
-        home, str(base_model or data.base_model), str(tokenizer or data.tokenizer), own=own
-    )
+    in_model = "" if model is None else "--model"
+    given = {
+        "data.tokenizer": in_model if tokenizer is None else "--tokenizer",
+        "data.base_model": "" if base_model is None else "--base-model",
+    }
+    with naming(given):
+        if model is not None:
+            return trained.from_export(model.expanduser(), base_model, tokenizer)
+        data = load_config(home).data
+        newest = trained.from_home(
+            home, str(base_model or data.base_model), str(tokenizer or data.tokenizer), own=own
+        )
     for warning in newest.warnings:
         say(f"warning: {warning}")
     say(f"model: {newest.source}")

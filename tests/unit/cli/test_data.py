@@ -15,7 +15,8 @@ from tests.unit.test_founding import picture
 from tests.unit.test_trial import init
 from xpeer.cli import main
 from xpeer.cli.data import _inspected
-from xpeer.errors import ExitCode
+from xpeer.cli.naming import naming
+from xpeer.errors import ExitCode, LocalError
 from xpeer.manifest import Optimiser
 from xpeer.trainer.text import read_table
 from xpeer.training import tokenising
@@ -173,3 +174,34 @@ def test_the_homes_tokens_are_used_and_left_as_they_are(
     shutil.copytree(text, other)
     found(xpeer(home, "data", "inspect", "--shard", str(other), "--json"))
     assert picture(home) == before
+
+
+def test_an_error_names_the_option_that_was_given(tmp_path: Path) -> None:
+    """Not the setting, which the operator has not touched."""
+    text, wrong = tmp_path / "a.jsonl", str(tmp_path / "wrong")
+    text.write_text(json.dumps({"conversations": [{"from": "human", "value": "Two and two?"}]}))
+    home, of_text = tmp_path / "home", ("--shard", str(text))
+    for command in (("data", "inspect"), ("privacy", "plan", "--steps", "10")):
+        done = xpeer(home, *command, *of_text, "--tokenizer", wrong)
+        assert done.exit_code == ExitCode.BAD_CONFIG
+        assert done.stderr.startswith(f"xpeer: error: --tokenizer: {wrong}/tokenizer.json")
+        done = xpeer(home, *command, *of_text, "--text-field", "conversations")
+        assert done.exit_code == ExitCode.BAD_CONFIG
+        assert "set --text-field to a field of texts; chats are read from a field" in done.stderr
+        done = xpeer(home, *command, *of_text, "--text-field", "")
+        assert (done.exit_code, "--text-field is empty" in done.stderr) == (8, True)
+    done = xpeer(home, "data", "inspect", *of_text)
+    assert "set data.text_field to the field" in done.stderr
+    xpeer(home, "id")
+    for command in (("generate", "--prompt", "a"), ("eval", "--text", str(text))):
+        done = xpeer(home, *command, "--model", str(tmp_path), "--tokenizer", wrong)
+        assert done.exit_code == ExitCode.BAD_CONFIG
+        assert done.stderr.startswith(f"xpeer: error: --tokenizer: {wrong}/tokenizer.json")
+
+
+def test_only_whole_names_of_settings_are_options() -> None:
+    with pytest.raises(LocalError) as caught, naming({"data.shard": "--shard", "data.x": ""}):
+        raise LocalError("/data.shard/a, data.shard: x", "set data.shard. Not data.shard_x, data.x")
+    assert caught.value.problem == "/data.shard/a, --shard: x"
+    assert caught.value.remedy == "set --shard. Not data.shard_x, data.x"
+    assert str(caught.value) == f"{caught.value.problem} - {caught.value.remedy}"
