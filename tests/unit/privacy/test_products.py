@@ -140,7 +140,7 @@ class Gpu:
             assert one.dtype in (torch.bfloat16, torch.float16)
         self._restored.append(torch.backends.cuda.matmul.fp32_precision)
         self.seen.append((one.dtype, out_dtype))
-        return one.factor.double() @ two.factor.double()
+        return torch.matmul(one.factor.double(), two.factor.double())
 
     def compiled(self) -> None:
         """The other thread puts back what it found when it began."""
