@@ -50,7 +50,7 @@ async def test_what_travels_is_not_what_a_member_holds():
                     seen.append(bytes(payload))
                     return payload, digest
 
-                agreement.link.receive_bulk = tap  # type: ignore[method-assign,assignment]
+                agreement.link.receive_bulk = tap  # type: ignore[method-assign]
         await g.meet()
         assert g.merged() == [0, 1, 2]
         assert len(seen) == 6
