@@ -106,7 +106,13 @@ async def test_who_spoils_a_mixture_and_never_gives_alone_spoils_no_other_one(
 ) -> None:
     """It says that it is busy whenever it has to give all, and chance always draws it."""
     monkeypatch.setattr(random, "choice", lambda found: TWIN if TWIN in found else found[0])
-    real_ask = rig._ask
+    monkeypatch.setattr(fetching, "MORE_S", 0.001)  # so GOOD does not give for long alone
+    real_ask, real = rig._ask, Offer.pieces
+
+    async def slow(offer: Offer, first: int, count: int) -> Coming:
+        async for each in real(offer, first, count):
+            await asyncio.sleep(0.02 if trainer.measured and offer.donor == GOOD else 0.0)
+            yield each
 
     async def ask(party: Any, dialler: Any, donor: PeerId, *more: Any) -> Offer:
         if donor == TWIN == rig.donors._conduct.alone:
@@ -122,7 +128,8 @@ async def test_who_spoils_a_mixture_and_never_gives_alone_spoils_no_other_one(
             return await super().import_state(*args)
 
     monkeypatch.setattr(giving, "ask", ask)
-    rig.live, trainer = [TWIN, GOOD], Measures()
+    monkeypatch.setattr(Offer, "pieces", slow)
+    trainer, rig.live = Measures(), [TWIN, GOOD]
     assert await taken_by(rig, trainer) == [GOOD]
     assert trainer.measured == 2
 
@@ -171,10 +178,11 @@ async def test_a_donor_whose_line_broke_once_comes_before_a_worse_one(
     """It gave something, so it was not tried in vain."""
     monkeypatch.setitem(OFFERS, WORSE, (100, 6.0))
     monkeypatch.setitem(TRUE_LOSS, WORSE, 6.0)
-    real, broke = Offer.pieces, False
+    real, broke, gave = Offer.pieces, False, set[PeerId]()
 
     async def breaks(offer: Offer, first: int, count: int) -> Coming:
         nonlocal broke
+        gave.add(offer.donor)
         async for each in real(offer, first, count):
             yield each
             if offer.donor == GOOD and not broke:
@@ -185,7 +193,7 @@ async def test_a_donor_whose_line_broke_once_comes_before_a_worse_one(
     monkeypatch.setattr(donors, "STALE_S", 0.0)  # as a transfer takes long
     rig.live = [WORSE, GOOD]
     assert await taken_by(rig) == [GOOD]
-    assert broke
+    assert (broke, gave) == (True, {GOOD})
 
 
 def test_a_mixture_is_measured_by_its_lowest_claim(rig: Rig) -> None:
