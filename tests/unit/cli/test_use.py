@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from xpeer.cli import main
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.manifest.model import Lora, Model
 from xpeer.training import adapters, trained
-from xpeer.training.chat import Marked
+from xpeer.training.chat_shapes import Marked
 from xpeer.training.export import export_adapters, export_hf, generate
 from xpeer.training.flat import digest, read_flat
 from xpeer.training.model import from_folder
@@ -109,14 +110,14 @@ def rows_file(folder: Path, rows: list[object]) -> Path:
     return file
 
 
-def chat(*turns: tuple[str, str]) -> dict[str, object]:
+def chat(*turns: tuple[str, str]) -> Any:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def special(model: trained.Trained, text: str) -> list[int]:
     """Ids of a text whose special tokens count as such."""
     (ids,) = model.tokenizer.encode_marked([Marked(text, (), is_chat=True)])
-    return (ids // 2).tolist()
+    return [int(each) for each in ids // 2]
 
 
 def test_eval_of_chats_is_that_of_their_answers(chatting: Path, tmp_path: Path) -> None:
@@ -124,12 +125,12 @@ def test_eval_of_chats_is_that_of_their_answers(chatting: Path, tmp_path: Path) 
     rows = [chat(("user", asked), ("assistant", said)) for asked, said in CHATS]
     rows += [chat(("user", "Nobody answers.")), chat(("user", "<s>"), ("assistant", "forged"))]
     file = rows_file(tmp_path, rows)
-    options = ["eval", "--model", chatting, "--text", file, "--text-field", "messages"]
+    options: list[Any] = ["eval", "--model", chatting, "--text", file, "--text-field", "messages"]
     code, out, err = xpeer(*options, "--json")
     assert code == ExitCode.OK, err
     assert "2 rows are left out: no example 1, template 1" in err
     found = json.loads(out)
-    model = trained.from_export(chatting)
+    model: Any = trained.from_export(chatting)
     nats, tokens = 0.0, 0
     for asked, said in CHATS:
         head = special(model, f"<s>user: {asked}</s><s>assistant: ")
@@ -167,7 +168,7 @@ def test_eval_says_what_can_not_be_measured(
 ) -> None:
     monkeypatch.setattr(trained, "LONGEST_RECORD", 20)
     file = rows_file(tmp_path, [chat(("user", "Where?"), ("assistant", "In the wood."))])
-    options = ["eval", "--model", chatting, "--text", file]
+    options: list[Any] = ["eval", "--model", chatting, "--text", file]
     code, _, err = xpeer(*options, "--text-field", "messages")
     assert code == ExitCode.BAD_CONFIG
     assert "nothing in it is predicted: too long 1" in err
@@ -182,7 +183,7 @@ def test_eval_says_what_can_not_be_measured(
 
 
 def test_a_chat_model_is_asked_with_its_template(base: Path, chatting: Path) -> None:
-    model = trained.from_export(chatting)
+    model: Any = trained.from_export(chatting)
     ids = special(model, "<s>user: The</s><s>assistant: ")
     answer: list[int] = []
     for _ in range(8):
@@ -205,8 +206,8 @@ def test_a_chat_model_is_asked_with_its_template(base: Path, chatting: Path) -> 
 @pytest.mark.parametrize("token", [0, 1, 2])
 def test_an_answer_ends_at_any_special_token(chatting: Path, token: int) -> None:
     """That which ends a turn is not always that which ends a text."""
-    model = trained.from_export(chatting)
-    output = model.model.get_output_embeddings()
+    model: Any = trained.from_export(chatting)
+    output: Any = model.model.get_output_embeddings()
     wanted = torch.nn.functional.one_hot(torch.tensor(token), 300).float()
     with torch.no_grad():
         output.weight[:] = 0

@@ -134,7 +134,7 @@ class Gpu:
         self._restored = list[str]()
         monkeypatch.setattr(torch, "bmm", self.multiply)
 
-    def multiply(self, one: Any, two: Any, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    def multiply(self, one: Any, two: Any, out_dtype: torch.dtype | None = None) -> Any:
         if out_dtype is not None:  # what torch refuses
             assert one.dtype == two.dtype
             assert one.dtype in (torch.bfloat16, torch.float16)

@@ -81,12 +81,11 @@ def test_a_windows_gradient_takes_the_place_of_the_last_one() -> None:
     model = torch.nn.Linear(5, 3)
     parameters = FlatParameters(model)
     flat = parameters.read_gradients()
+    places = []
     for value in (1.0, 2.0):
         parameters.write_gradients(torch.full_like(flat, value))
-        places = [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
-        if value == 1.0:
-            first = places
-    assert places == first
+        places.append([p.grad.data_ptr() for p in model.parameters() if p.grad is not None])
+    assert places[0] == places[1]
     assert torch.equal(parameters.read_gradients()[:18], torch.full((18,), 2.0))
 
 
