@@ -105,7 +105,7 @@ def _adapter_of(layer: Any) -> Adapter | None:
     if len(names) != 1 or layer.active_adapters != names or getattr(layer, "lora_variant", None):
         return None
     a, b, between = (each[names[0]] for each in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-    linear = type(a) is type(b) is nn.Linear and a.bias is b.bias is None
+    linear = {type(a), type(b)} == {nn.Linear} and a.bias is None and b.bias is None
     in_use = not layer.merged and not layer.disable_adapters
     if not (linear and in_use and isinstance(between, nn.Identity)):
         return None
