@@ -309,10 +309,10 @@ def _base_dtype(folder: Path | None, lora: LoraOptions | None, declared: str = "
         return "float32"
     if lora.base_dtype is not None:
         return lora.base_dtype
-    if lora.folder is not None and (given := given_adapters.base_dtype(lora.folder)):
-        return given
-    named = main_dtype(folder) if folder else declared
-    return "bfloat16" if named in _SIXTEEN_BITS else "float32"
+    if lora.folder is not None and (named := given_adapters.base_dtype(lora.folder)):
+        return named
+    held = main_dtype(folder) if folder else declared
+    return "bfloat16" if held in _SIXTEEN_BITS else "float32"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -193,8 +193,8 @@ def test_an_error_names_the_option_that_was_given(tmp_path: Path) -> None:
     done = xpeer(home, "data", "inspect", *of_text)
     assert "set data.text_field to the field" in done.stderr
     xpeer(home, "id")
-    for using in (("generate", "--prompt", "a"), ("eval", "--text", str(text))):
-        done = xpeer(home, *using, "--model", str(tmp_path), "--tokenizer", wrong)
+    for asks in (("generate", "--prompt", "a"), ("eval", "--text", str(text))):
+        done = xpeer(home, *asks, "--model", str(tmp_path), "--tokenizer", wrong)
         assert done.exit_code == ExitCode.BAD_CONFIG
         assert done.stderr.startswith(f"xpeer: error: --tokenizer: {wrong}/tokenizer.json")
 
