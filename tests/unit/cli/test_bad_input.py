@@ -304,7 +304,12 @@ def test_shard_without_text(home: Home, tmp_path: Path) -> None:
             ("bad.jsonl", "bad.jsonl:2"),
         ):
             result = xpeer(home, "start", "--shard", str(shard / name), "--dry-run")
-            refused(result, ExitCode.BAD_CONFIG, word)
+            *notes, error = result.stderr.splitlines()
+            assert [note.partition(":")[0] for note in notes] == ["room"]  # compared first
+            assert error.startswith("xpeer: error: ")
+            assert " - " in error
+            assert word in error
+            assert (result.stdout, result.exit_code) == ("", ExitCode.BAD_CONFIG)
 
 
 def test_dry_run_counts_the_text(home: Home, tmp_path: Path) -> None:
