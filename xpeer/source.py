@@ -203,6 +203,7 @@ def has_tokenizer(folder: Path, option: str) -> bool:
 def _require_tokenizer(folder: Path, option: str) -> None:
     require(option, folder, "folder")
     if not folder.exists():
+        status_of(option, folder)  # of links that lead nowhere
         raise missing_folder(folder, option, "name the folder that holds its tokenizer.json")
     if has_tokenizer(folder, option):
         _require_inside(folder, option)
@@ -232,10 +233,6 @@ def config_in(folder: Path | None, file: Path | None) -> dict[str, Any] | None:
 
 def missing_folder(path: Path, option: str, remedy: str = _GET) -> ConfigError:
     """The error for a folder that does not exist. It guesses whether a hub's model was meant."""
-    if link := _broken_link(path):
-        return ConfigError(
-            f"{option} {path}: {link[0]} is a link to {link[1]}, which leads nowhere", remedy
-        )
     text = str(path)
     hub = re.sub(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/", "", text)
     if hub == text and text.startswith("hf:/"):
@@ -248,14 +245,6 @@ def missing_folder(path: Path, option: str, remedy: str = _GET) -> ConfigError:
         f"if it is meant as a model of the Hugging Face Hub, download it first: "
         f"`hf download {hub} --local-dir {local}`, then give that folder: {option} {local}",
     )
-
-
-def _broken_link(path: Path) -> tuple[Path, Path] | None:
-    """The part of a path that is a link to nothing or in a circle, and its target."""
-    for part in (*reversed(path.parents), path):
-        if part.is_symlink() and not part.exists():
-            return part, part.readlink()
-    return None
 
 
 def _require_folder(path: Path, option: str) -> None:

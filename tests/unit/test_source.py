@@ -102,7 +102,7 @@ def test_a_link_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("gone").symlink_to("nowhere")
     for path, told in (
         ("m/loop", "m/loop can't be used: it is a link, or leads through one, that leads back to"),
-        ("gone/inner", "gone is a link to nowhere, which leads nowhere"),
+        ("gone/inner", "gone/inner can't be followed: the link gone leads to nothing"),
     ):
         with pytest.raises(ConfigError, match=told) as caught:
             source.check_folder(Path(path), "--model")
