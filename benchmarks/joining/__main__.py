@@ -65,7 +65,7 @@ class Plan:
     """Compiling takes a minute of a core at the first exchange."""
 
 
-FULL = Plan(SMOLLM2_135M, 3, ("off", "record"), 24, 20, 4.0, 32, 2, 100.0, True)
+FULL = Plan(SMOLLM2_135M, 3, ("off", "record"), 24, 60, 4.0, 32, 2, 100.0, True)
 QUICK = Plan(SMALL, 2, ("off",), 10, 20, 1.0, 32, 2, 20.0, False)
 
 

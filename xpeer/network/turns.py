@@ -57,23 +57,20 @@ class Stay:
 
     Attributes:
         began_at: when its turn began.
+        left_at: when it had its place last.
         made_way: True from when its turn was ended for a newcomer, until it has a place again.
     """
 
     def __init__(self) -> None:
         self.began_at, self.made_way = 0.0, False
-        self._left_at = -math.inf
+        self.left_at = -math.inf
         self._minutes: dict[int, int] = {}
         """Bytes that it was sent, by the minute."""
 
     def enter(self, now: float) -> None:
         """It has a place. Its turn begins anew if it made way, or was away for as long as one."""
-        if self.made_way or now - self._left_at >= TURN_S:
+        if self.made_way or now - self.left_at >= TURN_S:
             self.began_at, self.made_way = now, False
-
-    def leave(self, now: float) -> None:
-        """It has a place no more."""
-        self._left_at = now
 
     def took(self, num_bytes: int, now: float) -> None:
         """Count bytes that it was sent."""
@@ -101,8 +98,6 @@ class Turns:
         self.rates = rates
         self._most = most
         self._giving: dict[PeerId, tuple[Link, asyncio.Event]] = {}
-        self._ended: dict[PeerId, float] = {}
-        """When each peer's last donation ended; kept for PAUSE_S."""
         self._spent: dict[tuple[PeerId, bytes], Spent] = {}
         """On each peer and snapshot, by its root; the latest is the last."""
         self._idle: dict[PeerId, float] = {}
@@ -186,11 +181,8 @@ class Turns:
         return self._idled_s.get(peer_id, 0.0) + time.monotonic() - self._idle[peer_id]
 
     def _rested(self, peer_id: PeerId) -> bool:
-        now = time.monotonic()
-        for peer, ended_at in list(self._ended.items()):
-            if now - ended_at >= PAUSE_S:
-                del self._ended[peer]
-        return peer_id not in self._ended
+        stay = self._stays.get(peer_id)
+        return stay is None or time.monotonic() - stay.left_at >= PAUSE_S
 
     async def _end_old(self, peer_id: PeerId) -> None:
         """End this peer's old link: it broke, and we have not noticed yet; or it makes way."""
@@ -229,8 +221,7 @@ class Turns:
             yield
         finally:
             del self._giving[link.peer_id]
-            self._ended[link.peer_id] = now = time.monotonic()
-            stay.leave(now)
+            stay.left_at = time.monotonic()
             ended.set()
 
     def _enter(self, peer_id: PeerId) -> Stay:
