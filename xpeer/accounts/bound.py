@@ -33,14 +33,25 @@ def open_register(ledger: Ledger, folder: Path) -> Register:
 def look_at_register(ledger: Ledger, folder: Path) -> Register | None:
     """Open the register of a home read-only; None if there is none.
 
-    A ledger that notes no register is shown with any: reports count its own charges all the same.
+    If its charges are in another one, and that is where it was, it is that one: nothing is charged
+    to it, and a report would be wrong with any other. A ledger that notes no register is shown with
+    any: reports count its own charges all the same.
 
     Raises:
-        ConfigError: the home's charges are in another register.
+        ConfigError: the home's charges are in another register, which is not there.
         LocalError: the register or its key is damaged or missing, or they don't fit.
     """
-    if ledger.noted_register() is not None:
-        refuse_another(ledger, folder)
+    noted = ledger.noted_register()
+    if noted is not None:
+        try:
+            refuse_another(ledger, folder)
+        except ConfigError:
+            register = Register.look(Path(noted[1]))
+            if register is None or register.id != noted[0]:
+                if register is not None:
+                    register.close()
+                raise
+            return register
     return Register.look(folder)
 
 

@@ -175,6 +175,7 @@ class Ledger:
             self._chain.counter,
         )
         if declared.behind:
+            self.note_register(register.id, register.path.parent)
             self._catch_up(about, declared.behind, declared.counter)
         self._about = about
         return declared

@@ -24,7 +24,7 @@ from xpeer.training.reach import Rows, out_of_reach
 _BEFORE: Final = "rows_before"
 _BEHIND: Final = "rows_behind"
 _TRIED: Final = 2
-_PIECE: Final = 1 << 22
+_PIECE: Final = 1 << 14
 """Values that are looked at at a time."""
 
 

@@ -48,8 +48,14 @@ def test_another_register_is_refused_and_not_begun(machine: Machine) -> None:
     assert str(own) in error.problem
     assert "XPEER_PRIVACY_REGISTER" in error.remedy
     assert not machine.register.exists()
-    with Ledger.look(machine.ledger("a")) as ledger, pytest.raises(ConfigError, match="is not"):
-        look_at_register(ledger, machine.register)
+    with Ledger.look(machine.ledger("a")) as ledger:
+        register = look_at_register(ledger, machine.register)
+        assert register is not None, "reports go by its own"
+        assert register.path.parent == own
+        register.close()
+        own.rename(machine.folder / "away")
+        with pytest.raises(ConfigError, match="is not"):
+            look_at_register(ledger, machine.register)
 
 
 def test_another_register_that_is_there_is_refused(machine: Machine) -> None:

@@ -114,7 +114,8 @@ def private_home(tmp_path: Path) -> Home:
     (setup,) = make_homes(tmp_path, 1, privacy="record", changes=changes)
     home = Home(Path(setup.home))
     home.path.chmod(0o700)
-    home.config.write_text(CONFIG.format(home=home.path) + "[privacy]\nkeep_back = 0.5\n")
+    more = f'[privacy]\nkeep_back = 0.5\nregister = "{tmp_path}/register"\n'
+    home.config.write_text(CONFIG.format(home=home.path) + more)
     rules = msgspec.structs.replace(setup.config.privacy, keep_back=0.5)
     config = msgspec.structs.replace(setup.config, privacy=rules)
     node = assemble(msgspec.structs.replace(setup, config=config))

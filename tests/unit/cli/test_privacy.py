@@ -197,10 +197,18 @@ def test_what_is_not_covered_follows_from_the_unit(
 
 
 @pytest.mark.parametrize("command", ["status", "report", "verify", "documents"])
-def test_another_register_than_the_homes_is_refused(
-    tmp_path: Path, bound: Path, command: str, monkeypatch: pytest.MonkeyPatch
+def test_a_report_goes_by_the_homes_register_or_names_it(
+    tmp_path: Path,
+    bound: Path,
+    command: str,
+    register_of_the_test: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    asked = ["privacy", command, "--home", str(bound)]
+    wanted = xpeer(*asked)
     monkeypatch.setenv("XPEER_PRIVACY_REGISTER", str(tmp_path / "other"))
+    assert xpeer(*asked) == wanted
+    register_of_the_test.rename(tmp_path / "away")
     code, _, err = xpeer("privacy", command, "--home", str(bound))
     assert (code, "is not this home's register" in err) == (ExitCode.BAD_CONFIG, True)
     assert "XPEER_PRIVACY_REGISTER" in err
@@ -208,9 +216,10 @@ def test_another_register_than_the_homes_is_refused(
 
 
 def test_an_auditors_copy_of_a_ledger_is_checked_without_its_register(
-    tmp_path: Path, bound: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bound: Path, register_of_the_test: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XPEER_PRIVACY_REGISTER", str(tmp_path / "other"))
+    register_of_the_test.rename(tmp_path / "elsewhere")
     copy = shutil.copy2(Home(bound).ledger_db, tmp_path / "copy.sqlite")
     code, _, err = xpeer("privacy", "verify", "--ledger", str(copy), "--home", str(bound))
     assert code == ExitCode.OK, err
