@@ -19,7 +19,7 @@ from xpeer.status import CorpusShare, ShardSummary
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training.document import in_hex
 from xpeer.training.documents import no_text
-from xpeer.training.files import Source, find
+from xpeer.training.files import find
 from xpeer.training.formats import texts
 from xpeer.training.formats.rows import NO_COLUMN
 from xpeer.training.held_out import HeldOut
@@ -28,6 +28,7 @@ from xpeer.training.partition import choose, piece_characters, refuse_other
 from xpeer.training.piece_table import PieceTable, first_of_each, split_pieces
 from xpeer.training.reading import Recipe
 from xpeer.training.record_view import MappedRecords
+from xpeer.training.sources import Source
 from xpeer.training.token_cache import TokenCache
 from xpeer.training.token_file import BEGINS
 from xpeer.training.tokenising import OnProgress, ignore, tokenise

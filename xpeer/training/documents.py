@@ -88,7 +88,7 @@ def name_documents(
         pairs[first],
         pairs[once],
         files[once],
-        [str(source.path) for source in walk.sources],
+        list(walk.sources.paths()),
         walk.summary(len(first), int(np.array(sizes, np.int64)[first].sum())),
     )
 

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ from xpeer.errors import ShardError
 from xpeer.paths import refuse_homes
 from xpeer.status import by_reason
 from xpeer.training.kinds import READ_IN_FOLDERS, is_read_in_folders, refusal
+from xpeer.training.sources import Key, Reached, Sources
 
 HIDDEN: Final = "hidden"
 BROKEN_LINK: Final = "broken link"
@@ -36,19 +37,10 @@ _SUFFIX: Final = re.compile(r"\.[A-Za-z0-9_+-]{1,12}")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A file to read."""
-
-    path: Path
-    named: bool
-    """Whether the operator named this very file, not a folder or a glob."""
-
-
-@dataclass(frozen=True, slots=True)
 class Matched:
     """The files that some patterns match."""
 
-    sources: list[Source]
+    sources: Sources
     left_out: Counter[str]
     """Number of files left out, by reason: a suffix that is not read, or `hidden`, `pipe`, ..."""
     outside: Counter[str]
@@ -73,11 +65,11 @@ def find(patterns: Sequence[str], setting: str) -> Matched:
     for pattern in patterns:
         search.take(pattern)
     matched = search.result()
-    real: dict[Path, Path] = {}  # by folder, since there may be many files, and links among them
-    for source in matched.sources:
-        place = source.path.resolve().parent if source.path.is_symlink() else source.path.parent
+    real: dict[Path, Path] = {}
+    for path in matched.sources.of_each_folder():
+        place = path.resolve().parent if path.is_symlink() else path.parent
         if place not in real:
-            real[place] = place.resolve() / source.path.name
+            real[place] = place.resolve() / path.name
     refuse_homes(real.values(), setting)
     return matched
 
@@ -87,6 +79,8 @@ class _Root:
 
     def __init__(self, named: Path) -> None:
         self.named, self.real = named, named.resolve()
+        self.inside: dict[str, bool] = {}
+        """Folders that were looked at, and whether they really lie in here."""
         try:
             self._home = Path.home().resolve()
         except RuntimeError:
@@ -115,23 +109,23 @@ class _Root:
 class _Search:
     def __init__(self, setting: str) -> None:
         self._setting = setting
-        self._sources: dict[Hashable, Source] = {}
-        self._left_out: dict[Hashable, str] = {}
+        self._files = Reached()
+        self._left_out: dict[Path, str] = {}
+        """What is left out by its path, since nothing is there, or nobody looks what."""
+        self._left_now: Counter[str] = Counter()
+        """Of the present pattern."""
         self._reached = 0
         self._root = _Root(Path())
-        self._outside: dict[Hashable, str] = {}
-        self._inside: set[Hashable] = set()
         self._real: dict[Path, Path] = {}
 
     def result(self) -> Matched:
         """Sum up all patterns. A file that one leaves out may have been added by another."""
-        left = [why for key, why in self._left_out.items() if key not in self._sources]
-        outside = [f for key, f in self._outside.items() if key not in self._inside]
-        return Matched(list(self._sources.values()), Counter(left), Counter(outside))
+        left = self._files.left_out() + Counter(self._left_out.values())
+        return Matched(self._files.sources(), left, self._files.outside())
 
     def take(self, pattern: str) -> None:
         """Add the files that a pattern matches."""
-        before, self._reached = len(self._left_out), 0
+        self._left_now, self._reached = Counter(), 0
         try:
             matched = self._take(Path(pattern).expanduser())
         except OSError as e:
@@ -145,13 +139,13 @@ class _Search:
             raise ShardError(
                 f"{self._setting}: {pattern} can't be followed: {e}", "correct it"
             ) from e
-        if not matched and len(self._left_out) == before:
+        if not matched and not self._left_now:
             raise ShardError(
                 f"{self._setting}: {pattern} matches no file (looked from {Path.cwd()})",
                 "correct it; relative paths start at the folder the node was started in",
             )
         if not self._reached:
-            left = Counter(list(self._left_out.values())[before:])
+            left = self._left_now
             raise ShardError(
                 f"{self._setting}: {pattern} holds no file of {', '.join(READ_IN_FOLDERS)}"
                 + (f" (left out: {by_reason(left)})" if left else ""),
@@ -165,7 +159,7 @@ class _Search:
             if named.is_dir():
                 self._folder(named)
             else:
-                self._file(named, named=True)
+                self._file(str(named), named=True)
             return True
         magic = next((n for n, part in enumerate(named.parts) if glob.has_magic(part)), None)
         base = Path(*named.parts[:magic])
@@ -177,7 +171,7 @@ class _Search:
             if path.is_dir():
                 self._folder(path)
             else:
-                self._file(path, named=False)
+                self._file(str(path), named=False)
         return bool(matched)
 
     def _expanded(self, base: Path, parts: Sequence[str]) -> Iterator[Path]:
@@ -210,30 +204,62 @@ class _Search:
                 yield path
 
     def _folder(self, folder: Path) -> None:
-        inside = [where / name for where, names in self._walked(folder) for name in names]
-        for path in sorted(inside):
+        for path in self._in_order(str(folder), set()):
             self._file(path, named=False, searched=True)
+
+    def _in_order(self, folder: str, been: set[Key]) -> Iterator[str]:
+        """Paths of all files in a folder, and in those in it, ordered by their parts."""
+        ways = [self._entries(folder, been)]
+        while ways:
+            for path, is_folder in ways[-1]:
+                if is_folder:
+                    ways.append(self._entries(path, been))
+                    break
+                yield path
+            else:
+                ways.pop()
+
+    def _entries(self, folder: str, been: set[Key]) -> Iterator[tuple[str, bool]]:
+        """Paths in a folder in their order, and whether each is a folder to go into."""
+        folders, names = self._listed(folder, been) or ([], [])
+        inside = set(folders)
+        for name in sorted([*folders, *names]):
+            yield os.path.join(folder, name), name in inside  # noqa: PTH118 - there are many
 
     def _walked(self, top: Path) -> Iterator[tuple[Path, list[str]]]:
         """Walk through folders and their entries, each once, even if several links lead to it."""
-        been = set()
-        for where, folders, names in os.walk(top, onerror=_raise, followlinks=True):
-            status = os.stat(where)  # noqa: PTH116
-            if (status.st_dev, status.st_ino) in been:
-                folders.clear()
+        been: set[Key] = set()
+        waiting = [str(top)]
+        while waiting:
+            where = waiting.pop()
+            if (listed := self._listed(where, been)) is None:
                 continue
-            been.add((status.st_dev, status.st_ino))
-            for name in (*folders, *names):
-                if name.startswith("."):
-                    self._leave_out(Path(where, name), HIDDEN)
-            folders[:] = sorted(
-                name
-                for name in folders
-                if not name.startswith(".") and not self._leads_away(Path(where, name))
-            )
-            yield Path(where), [name for name in names if not name.startswith(".")]
+            folders, names = listed
+            yield Path(where), names
+            waiting += [os.path.join(where, name) for name in reversed(folders)]  # noqa: PTH118
 
-    def _file(self, path: Path, *, named: bool, searched: bool = False) -> None:
+    def _listed(self, where: str, been: set[Key]) -> tuple[list[str], list[str]] | None:
+        """Names of the folders in a folder, in their order, and of its other entries.
+
+        Without hidden ones, and links that are not followed. None = one has been there.
+        """
+        status = os.stat(where)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in been:
+            return None
+        been.add((status.st_dev, status.st_ino))
+        folders, names = list[str](), list[str]()
+        with os.scandir(where) as entries:
+            for entry in entries:
+                is_folder = _is_folder(entry)
+                if entry.name.startswith("."):
+                    self._leave_out(Path(where, entry.name), HIDDEN)
+                elif not is_folder:
+                    names.append(entry.name)
+                elif not (entry.is_symlink() and self._leads_away(Path(where, entry.name))):
+                    folders.append(entry.name)
+        return sorted(folders), names
+
+    def _file(self, path: str, *, named: bool, searched: bool = False) -> None:
         """Add a file, or leave it out.
 
         Args:
@@ -242,18 +268,19 @@ class _Search:
             named: whether the operator named this very file. Then its kind does not matter, and it
                 is an error if it can't be read.
         """
-        try:
-            status = path.stat()
-        except OSError as e:
-            if not path.is_symlink():
-                raise
-            if named:
-                raise ShardError(
-                    f"{self._setting}: {path} is a link to {path.readlink()}, which is not there",
-                    "correct the link, or name the file itself",
-                ) from e
-            self._leave_out(path, BROKEN_LINK)
-            return
+        status = os.lstat(path)
+        if link := stat.S_ISLNK(status.st_mode):
+            try:
+                status = os.stat(path)  # noqa: PTH116
+            except OSError as e:
+                if named:
+                    raise ShardError(
+                        f"{self._setting}: {path} is a link to {Path(path).readlink()}, which is "
+                        "not there",
+                        "correct the link, or name the file itself",
+                    ) from e
+                self._leave_out(Path(path), BROKEN_LINK)
+                return
         key = (status.st_dev, status.st_ino)
         if not stat.S_ISREG(status.st_mode):
             kind = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
@@ -262,27 +289,38 @@ class _Search:
                     f"{self._setting}: {path} is a {kind} and holds no file to read",
                     "write the text to a file",
                 )
-            self._leave_out(path, kind)
-        elif named and (remedy := refusal(path)):
+            self._leave_out(Path(path), kind)
+        elif named and (remedy := refusal(Path(path))):
             raise ShardError(f"{self._setting}: {path} is not read as text", remedy)
-        elif not named and self._leads_away(path):
+        elif not named and link and self._leads_away(Path(path)):
             return
-        elif named or (is_read_in_folders(path) if searched else not refusal(path)):
+        elif named or (is_read_in_folders(Path(path)) if searched else not refusal(Path(path))):
             self._reached += 1
-            self._place(path, key, named=named)
-            if named or key not in self._sources:
-                self._sources[key] = Source(path, named)
+            self._place(path, key, named=named, link=link)
+            folder, name = os.path.split(path)
+            self._files.take(key, folder or ".", name, named=named, link=link)
         else:
-            suffix = path.suffix.lower()
-            readable = _SUFFIX.fullmatch(suffix)
-            self._leave_out(key, suffix if readable else "other" if suffix else "no suffix")
+            suffix = Path(path).suffix.lower()
+            why = suffix if _SUFFIX.fullmatch(suffix) else "other" if suffix else "no suffix"
+            self._left_now[why] += 1
+            self._files.leave_out(key, why)
 
-    def _place(self, path: Path, key: Hashable, *, named: bool) -> None:
+    def _place(self, path: str, key: Key, *, named: bool, link: bool) -> None:
         """Note whether the file really lies in the pattern's folder."""
-        if named or self._really(path).is_relative_to(self._root.real):
-            self._inside.add(key)
+        folder = os.path.dirname(path)  # noqa: PTH120
+        real = self._root.real
+        inside = self._really(Path(path)).is_relative_to(real) if link else self._lies_in(folder)
+        if named or inside:
+            self._files.lies_inside(key)
         else:
-            self._outside.setdefault(key, str(self._root.named))
+            self._files.lies_outside(key, str(self._root.named))
+
+    def _lies_in(self, folder: str) -> bool:
+        """Whether a folder really lies in the pattern's; remembered, as many files are in one."""
+        if folder not in self._root.inside:
+            real = self._really(Path(folder) / "file")
+            self._root.inside[folder] = real.is_relative_to(self._root.real)
+        return self._root.inside[folder]
 
     def _leads_away(self, path: Path) -> bool:
         """Whether the path is a link that is not followed; if so, it is counted."""
@@ -304,8 +342,9 @@ class _Search:
             self._real[path.parent] = path.parent.resolve()
         return self._real[path.parent] / path.name
 
-    def _leave_out(self, key: Hashable, why: str) -> None:
-        self._left_out.setdefault(key, why)
+    def _leave_out(self, path: Path, why: str) -> None:
+        self._left_now[why] += 1
+        self._left_out.setdefault(path, why)
 
 
 def _there(path: Path) -> bool:
@@ -317,5 +356,8 @@ def _there(path: Path) -> bool:
     return True
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False

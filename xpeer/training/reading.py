@@ -16,13 +16,13 @@ from xpeer.identity import blake2b
 from xpeer.training import tokens
 from xpeer.training.chat_shapes import Marked
 from xpeer.training.document import document_of
-from xpeer.training.files import Source
 from xpeer.training.formats import texts
 from xpeer.training.formats.examples import Example, asks_for_examples
 from xpeer.training.formats.long import LongText
 from xpeer.training.formats.rows import NO_CHAT, NO_COLUMN, OtherFormError
 from xpeer.training.partition import cut_document, cut_text, piece_id
 from xpeer.training.records import uniform_of
+from xpeer.training.sources import Source
 from xpeer.training.tokenizer import Tokenizer
 from xpeer.training.tokens import parts_of
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,4 +57,12 @@ class Room:
         """Copy values."""
         out = self.empty(values.shape, dtype or values.dtype)
         out[...] = values
+        return out
+
+    def joined(self, parts: Sequence[Array], dtype: npt.DTypeLike) -> Array:
+        """Copy arrays, (n,) each, one after the other."""
+        out, at = self.empty(sum(map(len, parts)), dtype), 0
+        for part in parts:
+            out[at : at + len(part)] = part
+            at += len(part)
         return out

@@ -29,12 +29,12 @@ import numpy as np
 from xpeer.config import TOKENS
 from xpeer.errors import ShardError
 from xpeer.identity import blake2b
-from xpeer.training.files import Source
 from xpeer.training.formats.rows import REASONS
 from xpeer.training.listing import Listing
 from xpeer.training.piece_table import Array, PieceTable, expanded
 from xpeer.training.reading import FORMS, Begin, Recipe
 from xpeer.training.room import Room
+from xpeer.training.sources import Sources
 from xpeer.training.tensor_file import CorruptFileError
 from xpeer.training.token_file import (
     CONTINUES,
@@ -48,6 +48,8 @@ from xpeer.training.token_file import (
 
 KEPT_RECIPES: Final = 3
 """Recipes whose tokens are kept: those that were used last."""
+_BLOCK: Final = 1 << 16
+"""Rows that are looked at together."""
 _VERIFIED: Final = "verified"
 _OLD: Final = "records-*.safetensors"
 """What earlier versions kept tokens in."""
@@ -56,13 +58,13 @@ logger = logging.getLogger("xpeer.shard")
 Stat = tuple[int, int, int, int]
 
 
-def stat_of(path: Path) -> Stat:
+def stat_of(path: str | Path) -> Stat:
     """Size, times and inode of a file: another content gets others."""
-    status = path.stat()
+    status = os.stat(path)  # noqa: PTH116 - there may be many
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def key_of(path: Path, stat: Stat) -> bytes:
+def key_of(path: str, stat: Stat) -> bytes:
     """Name a text file as it is now, 16 bytes."""
     # no resolving: a link that leads elsewhere has another inode
     where = os.fsencode(os.path.abspath(path))  # noqa: PTH100
@@ -99,8 +101,9 @@ class Known:
 
     entries: Array  # (e,) int64: rows of `TokenCache`'s table of sources, file by file
     source: Array  # (e,) int64: number of the text file
+    fresh: Array  # (k,) int64: numbers of the text files of which nothing is here
     begins: list[tuple[int, Begin]]
-    """Text files that are not complete, by number, and where reading has to begin."""
+    """Text files that are here in part, by number, and where reading has to begin."""
 
 
 class TokenCache:
@@ -166,31 +169,25 @@ class TokenCache:
 
     def known(self, keys: Array) -> Known:
         """Look up text files by their keys, (n, 2) uint64."""
-        found: list[Array] = []
-        sources: list[Array] = []
         begins: list[tuple[int, Begin]] = []
-        table = self._sources[self._order]
-        first = table["key"][:, 0].astype(np.uint64)
+        first = self._sources["key"][:, 0].astype(np.uint64)[self._order]
         low = np.searchsorted(first, keys[:, 0], "left")
-        high = np.searchsorted(first, keys[:, 0], "right")
-        inside = np.minimum(low, max(0, len(table) - 1))
-        single = high - low == 1
-        if len(table):
-            at = table[inside]
-            single &= (at["key"][:, 1] == keys[:, 1]) & (at["complete"] == 1)
-            single &= (at["first"] == 0) & (at["characters"] == 0)
-        numbers = np.flatnonzero(single)
-        found.append(self._order[inside[numbers]])
-        sources.append(numbers)
-        for number in np.flatnonzero(~single).tolist():
-            chain, begin = self._chain(keys[number], self._order[low[number] : high[number]])
+        count = np.searchsorted(first, keys[:, 0], "right") - low
+        numbers = np.flatnonzero(count == 1)
+        rows = self._order[low[numbers]]
+        whole = self._sources["key"][rows, 1] == keys[numbers, 1]
+        for field, value in (("complete", 1), ("first", 0), ("characters", 0)):
+            whole &= self._sources[field][rows] == value
+        found, sources = [rows[whole]], [numbers[whole]]
+        for number in np.union1d(numbers[~whole], np.flatnonzero(count > 1)).tolist():
+            chain, begin = self._chain(keys[number], self._order[low[number] :][: count[number]])
             found.append(np.array(chain, np.int64))
             sources.append(np.full(len(chain), number, np.int64))
             if begin is not None:
                 begins.append((number, begin))
         entries, source = np.concatenate(found), np.concatenate(sources)
         order = np.argsort(source, kind="stable")
-        return Known(entries[order], source[order], begins)
+        return Known(entries[order], source[order], np.flatnonzero(count == 0), begins)
 
     def table(self, known: Known) -> PieceTable:
         """List the pieces of the text files in their order, those that came before included."""
@@ -201,11 +198,12 @@ class TokenCache:
 
     def counts(self, known: Known) -> tuple[Counter[str], Counter[str], int]:
         """Rows without text and files of other forms, by reason; and the number of files read."""
-        entries = self._sources[known.entries]
-        entries = entries[entries["complete"] == 1]
-        sums = entries["skipped"].sum(0).tolist()
-        skipped = Counter({why: int(n) for why, n in zip(REASONS, sums, strict=True) if n})
-        numbers = np.bincount(entries["form"], minlength=len(FORMS)).tolist()
+        rows = known.entries[self._sources["complete"][known.entries] == 1]
+        sums = np.zeros(len(REASONS), np.int64)
+        for at in range(0, len(rows), _BLOCK):
+            sums += self._sources["skipped"][rows[at : at + _BLOCK]].sum(0).astype(np.int64)
+        skipped = Counter({why: int(n) for why, n in zip(REASONS, sums.tolist(), strict=True) if n})
+        numbers = np.bincount(self._sources["form"][rows], minlength=len(FORMS)).tolist()
         left_out = Counter({f: int(n) for f, n in zip(FORMS, numbers, strict=True) if f and n})
         return skipped, left_out, int(numbers[0])
 
@@ -216,7 +214,7 @@ class TokenCache:
 
     def prune(self, known: Known) -> None:
         """Remove tokens of text files that are gone, and of recipes that were used long ago."""
-        used = set(self._file[known.entries].tolist())
+        used = set(np.unique(self._file[known.entries]).tolist())
         with contextlib.suppress(OSError):
             for number, file in enumerate(self._files):
                 if number not in used:
@@ -263,7 +261,7 @@ class TokenCache:
     def _index(self) -> None:
         """Number the entries of all files."""
         sources = [f.sources for f in self._files]
-        self._sources = np.concatenate([np.empty(0, SOURCE), *sources])
+        self._sources = Room(self.folder).joined(sources, SOURCE)
         self._file = np.repeat(np.arange(len(self._files)), [len(part) for part in sources])
         counts = self._sources["passages"].astype(np.int64)
         self._begin = np.cumsum(counts) - counts
@@ -298,21 +296,21 @@ def unusable(folder: Path, error: OSError) -> ShardError:
     )
 
 
-def keys_of(sources: Sequence[Source]) -> tuple[Array, Array]:
+def keys_of(sources: Sources) -> tuple[Array, Array]:
     """Keys of text files, (n, 2) uint64, and their sizes in bytes, (n,) int64.
 
     Raises:
         ShardError: a file is gone.
     """
     keys, sizes = bytearray(), np.empty(len(sources), np.int64)
-    for number, source in enumerate(sources):
+    for number, path in enumerate(sources.paths()):
         try:
-            stat = stat_of(source.path)
+            stat = stat_of(path)
         except OSError as e:
             raise ShardError(
-                f"{source.path} can't be read: {e.strerror or e}", "check the disk and the file"
+                f"{path} can't be read: {e.strerror or e}", "check the disk and the file"
             ) from e
-        keys += key_of(source.path, stat)
+        keys += key_of(path, stat)
         sizes[number] = stat[0]
     return np.frombuffer(bytes(keys), ">u8").reshape(-1, 2).astype(np.uint64), sizes
 

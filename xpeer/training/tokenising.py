@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -17,10 +17,10 @@ from typing import Final
 import numpy as np
 
 from xpeer.status import TextProgress
-from xpeer.training.files import Source
 from xpeer.training.formats.rows import REASONS
 from xpeer.training.piece_table import Array
 from xpeer.training.reading import Begin, End, Event, Head, Part, Recipe, events_of
+from xpeer.training.sources import Source, Sources
 from xpeer.training.token_cache import Known, TokenCache, keys_of, unusable
 from xpeer.training.token_file import (
     BEGINS,
@@ -67,7 +67,7 @@ def told(tell: Callable[[str], None], clock: Callable[[], float] = time.monotoni
 
 
 def tokenise(
-    sources: Sequence[Source],
+    sources: Sources,
     recipe: Recipe,
     cache: TokenCache,
     on_progress: OnProgress = ignore,
@@ -90,19 +90,22 @@ def tokenise(
     known = cache.known(keys)
     other_form = known.source[np.flatnonzero(cache.forms(known))].tolist()
     refused = [number for number in other_form if sources[number].named]
-    missing = [
-        (number, Begin(np.ascontiguousarray(keys[number], ">u8").tobytes(), 0, 0))
-        for number in refused
-    ]  # read again, for the error
-    missing += known.begins
-    if not missing:
+    begins = dict(known.begins)
+    order = np.union1d(known.fresh, np.array(list(begins), np.int64)).astype(np.int64)
+    order = np.concatenate([np.array(refused, np.int64), order])  # read again, for the error
+    if not len(order):
         return known
-    meter = _Meter(on_progress, [int(sizes[number]) for number, _ in missing], int(sizes.sum()))
-    work = [(sources[number], begin) for number, begin in missing]
+    meter = _Meter(on_progress, sizes[order], int(sizes.sum()))
+
+    def work() -> Iterator[tuple[Source, Begin]]:
+        for number in order:
+            name = np.ascontiguousarray(keys[number], ">u8").tobytes()
+            yield sources[number], begins.get(int(number)) or Begin(name, 0, 0)
+
     with ThreadPoolExecutor(2, "tokens") as pool:
         writer = _Writer(cache, recipe.tokenizer)
         try:
-            _run(pool, _batches(_events(work, recipe, meter)), recipe.tokenizer, writer, meter)
+            _run(pool, _batches(_events(work(), recipe, meter)), recipe.tokenizer, writer, meter)
             writer.finish()
         except OSError as e:
             raise unusable(cache.folder, e) from e
@@ -289,10 +292,10 @@ class _Writer:
 class _Meter:
     """Reports how far the reading is, at most twice a second."""
 
-    def __init__(self, on_progress: OnProgress, sizes: Sequence[int], total: int) -> None:
+    def __init__(self, on_progress: OnProgress, sizes: Array, total: int) -> None:
         self._on_progress = on_progress
-        self._sizes = deque(sizes)
-        self._done, self._total = total - sum(sizes), total
+        self._sizes, self._file = sizes, 0
+        self._done, self._total = total - int(sizes.sum()), total
         self._inside = 0
         self._began = time.monotonic()
         self._reported_at = self._began
@@ -300,11 +303,12 @@ class _Meter:
 
     def read(self, characters: int) -> None:
         """Count text of the present file; packed files may hold more than their size."""
-        self._inside = min(self._inside + characters, self._sizes[0])
+        self._inside = min(self._inside + characters, int(self._sizes[self._file]))
 
     def end_file(self) -> None:
         """Count all of the present file."""
-        self._done += self._sizes.popleft()
+        self._done += int(self._sizes[self._file])
+        self._file += 1
         self._inside = 0
 
     def wrote(self, writer: _Writer) -> None:

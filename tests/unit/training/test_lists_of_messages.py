@@ -25,9 +25,9 @@ from xpeer.errors import ShardError
 from xpeer.manifest import Tokenizer
 from xpeer.tokenizer_files import writing_of
 from xpeer.training.chat import ChatTemplate
-from xpeer.training.files import Source
 from xpeer.training.formats.examples import Example, example_of
 from xpeer.training.reading import Begin, Part, Recipe, events_of
+from xpeer.training.sources import Source
 from xpeer.training.tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 USER, ASSISTANT = CHAT[1], CHAT[2]

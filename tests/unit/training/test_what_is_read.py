@@ -12,9 +12,10 @@ from typing import Any, Final
 import pytest
 
 from xpeer.errors import ShardError
-from xpeer.training.files import Source, find
+from xpeer.training.files import find
 from xpeer.training.formats import texts
 from xpeer.training.reading import READING, Begin, End, Part, Recipe, events_of
+from xpeer.training.sources import Source
 from xpeer.training.tokenizer import ByteTokenizer
 
 PINNED: Final = {"reading/2": "c876c56eeff0c51f593426dad68ff3d0"}
