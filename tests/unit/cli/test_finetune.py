@@ -108,15 +108,16 @@ def test_the_own_model_is_used_only_by_name(home: Home, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def private_home(tmp_path: Path) -> Home:
+def private_home(tmp_path: Path, register_of_the_test: Path) -> Home:
     """Its part of the swarm's run is over, and half of the budget is kept back."""
     changes = ("end.steps=4", "privacy.epsilon=8", "privacy.noise_multiplier=2")
     (setup,) = make_homes(tmp_path, 1, privacy="record", changes=changes)
     home = Home(Path(setup.home))
     home.path.chmod(0o700)
-    more = f'[privacy]\nkeep_back = 0.5\nregister = "{tmp_path}/register"\n'
-    home.config.write_text(CONFIG.format(home=home.path) + more)
-    rules = msgspec.structs.replace(setup.config.privacy, keep_back=0.5)
+    home.config.write_text(CONFIG.format(home=home.path) + "[privacy]\nkeep_back = 0.5\n")
+    rules = msgspec.structs.replace(
+        setup.config.privacy, keep_back=0.5, register=str(register_of_the_test)
+    )
     config = msgspec.structs.replace(setup.config, privacy=rules)
     node = assemble(msgspec.structs.replace(setup, config=config))
     node.trainer.run(steps=4)
