@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 
 from xpeer.errors import ShardError
+from xpeer.identity import blake2b
 from xpeer.status import ShardSummary
-from xpeer.training.document import Document, digest_of_ids, document_of
+from xpeer.training.document import Document, document_of
 from xpeer.training.documents import Walk
 from xpeer.training.formats.examples import Example
 from xpeer.training.formats.long import LongText
@@ -46,7 +47,7 @@ def load_documents(
 
 
 def corpus_digest(documents: Iterable[Document]) -> str:
-    return digest_of_ids(document.id for document in documents)
+    return blake2b(b"corpus", *sorted(document.id.encode() for document in documents)).hex()
 
 
 def _document(read: str | LongText | Example, source: str) -> Document:

@@ -19,18 +19,25 @@ import numpy as np
 
 _BATCH: Final = 1000
 """Rows of a batch, as `datasets.map` has it."""
+_RECORD: Final = 512
+"""Tokens."""
 
 
 def ours(text: Path, tokenizer: Path, out: Path) -> dict[str, float]:
-    """What a trainer's start does with a shard, up to the list of its documents."""
+    """What a trainer's start does with a shard, up to its records."""
     from xpeer.trainer.text import read_table  # noqa: PLC0415 - torch
+    from xpeer.training.piece_table import split_pieces  # noqa: PLC0415
     from xpeer.training.reading import Recipe  # noqa: PLC0415
+    from xpeer.training.record_view import MappedRecords  # noqa: PLC0415
     from xpeer.training.tokenising import ignore  # noqa: PLC0415
     from xpeer.training.tokenizer import HuggingFaceTokenizer  # noqa: PLC0415
 
     recipe, before = Recipe(HuggingFaceTokenizer(tokenizer)), _resident("VmRSS")
     began, used = time.monotonic(), _processor_s()
     table, summary = read_table([str(text)], "data.shard", recipe, out, ignore)
+    training, held_out = split_pieces(table, 0.05, "document")
+    records = MappedRecords(table.select(training), _RECORD)
+    owners, validation = records.owners(), MappedRecords(table.select(held_out), _RECORD)
     seconds = time.monotonic() - began
     peak = _resident("VmHWM")
     return {
@@ -38,6 +45,7 @@ def ours(text: Path, tokenizer: Path, out: Path) -> dict[str, float]:
         "processor_s": _processor_s() - used,
         "tokens": int(table.tokens.sum()),
         "documents": summary.documents,
+        "records": len(owners) + len(validation),
         "resident_gb": peak / 1e9,
         "resident_gb_over_start": (peak - before) / 1e9,
     }

@@ -118,7 +118,7 @@ class SharedCorpus(Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     digest: str = ""
-    """`document.digest_of_ids` of every member's copy. Empty = any copy will do, and members with
+    """`document.digest_of_names` of every member's copy. Empty = any copy will do, and members with
     different copies divide them differently."""
 
 

@@ -17,7 +17,7 @@ from xpeer.manifest import Manifest
 from xpeer.privacy.steps import Records
 from xpeer.status import CorpusShare, ShardSummary
 from xpeer.trainer.setup import TrainerSetup
-from xpeer.training.document import in_hex
+from xpeer.training.document import digest_of_names
 from xpeer.training.documents import no_text
 from xpeer.training.files import find
 from xpeer.training.formats import texts
@@ -120,7 +120,7 @@ def text_of(
     recipe = Recipe(tokenizer, data.text_field, piece_characters(manifest) if shared else 0)
     table, summary = read_table(patterns, setting, recipe, cache, on_progress)
     if shared:
-        refuse_other(shared, in_hex(table.whole[np.flatnonzero(table.flags & BEGINS)]))
+        refuse_other(shared, digest_of_names(table.whole[table.flags & BEGINS != 0]))
     if shared:
         training, held_out = split_pieces(table, data.validation_share, data.split)
     else:
@@ -182,9 +182,9 @@ def read_table(
     Raises:
         ShardError: there is no text, or it can't be read.
     """
-    matched = find(patterns, setting)
     tokens = TokenCache(cache, recipe)
     tokens.open()
+    matched = find(patterns, setting, tokens.room)
     known = tokenise(matched.sources, recipe, tokens, on_progress)
     tokens.prune(known)
     everything = tokens.table(known)

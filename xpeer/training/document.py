@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, overload
 
@@ -41,13 +41,12 @@ def document_of(text: str, source: str) -> Document:
     return Document(blake2b(text.encode(), size=16).hex(), text, source)
 
 
-def digest_of_ids(ids: Iterable[str]) -> str:
-    """BLAKE2b-256 (hex) of the ids of a corpus's documents; files and order do not matter."""
-    return blake2b(b"corpus", *sorted(each.encode() for each in ids)).hex()
-
-
 def digest_of_names(ids: npt.NDArray[Any]) -> str:
-    """Do as `digest_of_ids`, with few of the ids, (n, 2) big-endian uint64, as text at a time."""
+    """BLAKE2b-256 (hex) of the ids of a corpus's documents; files and order do not matter.
+
+    Args:
+        ids: (n, 2) big-endian uint64.
+    """
     digest = hashlib.blake2b(digest_size=32)
 
     def add(part: bytes) -> None:
@@ -107,14 +106,13 @@ class HexIds(Sequence[str]):
 
 def firsts(ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Indices of the ids, (n, 2) uint64, that did not come before, ascending."""
-    first_half = ids[:, 0].astype(np.uint64)  # few ids share it, unless they are equal
-    order = np.argsort(first_half, kind="stable")
-    first_half = first_half[order]
-    same = np.zeros(len(order), bool)
-    same[1:] = first_half[1:] == first_half[:-1]
-    repeated = np.zeros(len(order), bool)
-    same[:-1] |= same[1:]
-    unsure = np.sort(order[same])
+    ordered = ids[:, 0].astype(np.uint64)
+    ordered.sort()
+    # few ids share their first half, unless they are equal
+    shared = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    repeated = np.zeros(len(ids), bool)
+    unsure = np.flatnonzero(_among(ids[:, 0], shared))
     if len(unsure):
         some = ids[unsure].astype(np.uint64)
         # equal ids lie side by side, the first one first: lexsort is stable
@@ -122,3 +120,24 @@ def firsts(ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         equal = (some[order[1:]] == some[order[:-1]]).all(1)
         repeated[unsure[order[1:][equal]]] = True
     return np.flatnonzero(~repeated).astype(np.int64)
+
+
+def among(ids: npt.NDArray[Any], some: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether each id, (n, 2) uint64, is one of some, (k, 2) uint64; (n,) bool."""
+    found = _among(ids[:, 0], np.unique(some[:, 0].astype(np.uint64)))
+    alike = np.flatnonzero(found)
+    both = np.concatenate([some, ids[alike]]).astype(np.uint64)
+    _, number = np.unique(both, axis=0, return_inverse=True)
+    number = number.reshape(-1)
+    found[alike] = np.isin(number[len(some) :], number[: len(some)])
+    return found
+
+
+def _among(values: npt.NDArray[Any], some: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether each value is one of some, which ascend. Few at a time: there may be millions."""
+    found = np.zeros(len(values), bool)
+    for at in range(0, len(values) if len(some) else 0, _BLOCK):
+        block = values[at : at + _BLOCK].astype(some.dtype)
+        place = np.minimum(np.searchsorted(some, block), len(some) - 1)
+        found[at : at + _BLOCK] = some[place] == block
+    return found

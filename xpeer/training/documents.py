@@ -41,7 +41,7 @@ class Named:
     summary: ShardSummary
 
     def digest(self) -> str:
-        """As `document.digest_of_ids`."""
+        """As `document.digest_of_names`."""
         return digest_of_names(self.ids)
 
     def with_files(self) -> Iterator[tuple[str, str]]:

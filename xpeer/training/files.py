@@ -21,6 +21,7 @@ from xpeer.errors import ShardError
 from xpeer.paths import refuse_homes
 from xpeer.status import by_reason
 from xpeer.training.kinds import READ_IN_FOLDERS, is_read_in_folders, refusal
+from xpeer.training.room import IN_MEMORY, Room
 from xpeer.training.sources import Key, Reached, Sources
 
 HIDDEN: Final = "hidden"
@@ -47,13 +48,14 @@ class Matched:
     """Number of files that are only reached through links out of a folder, by that folder."""
 
 
-def find(patterns: Sequence[str], setting: str) -> Matched:
+def find(patterns: Sequence[str], setting: str, room: Room = IN_MEMORY) -> Matched:
     """List the files of a shard, in the order of the patterns, then by path.
 
     Args:
         patterns: files, folders or globs; ~ is expanded. Folders are searched recursively for files
             of `READ_IN_FOLDERS`. Hidden entries are left out of folders and globs.
         setting: name of the setting, for errors.
+        room: for what is noted of each file.
 
     Raises:
         ShardError: a pattern matches nothing that can be read, or names a file that is no text; or
@@ -61,7 +63,7 @@ def find(patterns: Sequence[str], setting: str) -> Matched:
     """
     if not patterns:
         raise ShardError(f"{setting} is empty", "name files, folders or globs that hold text")
-    search = _Search(setting)
+    search = _Search(setting, room)
     for pattern in patterns:
         search.take(pattern)
     matched = search.result()
@@ -107,9 +109,9 @@ class _Root:
 
 
 class _Search:
-    def __init__(self, setting: str) -> None:
+    def __init__(self, setting: str, room: Room) -> None:
         self._setting = setting
-        self._files = Reached()
+        self._files = Reached(room)
         self._left_out: dict[Path, str] = {}
         """What is left out by its path, since nothing is there, or nobody looks what."""
         self._left_now: Counter[str] = Counter()
@@ -294,26 +296,22 @@ class _Search:
             raise ShardError(f"{self._setting}: {path} is not read as text", remedy)
         elif not named and link and self._leads_away(Path(path)):
             return
-        elif named or (is_read_in_folders(Path(path)) if searched else not refusal(Path(path))):
+        elif named or (_is_read_in_folders(path) if searched else not refusal(Path(path))):
             self._reached += 1
-            self._place(path, key, named=named, link=link)
             folder, name = os.path.split(path)
-            self._files.take(key, folder or ".", name, named=named, link=link)
+            outside = "" if named else self._outside(path, folder, link=link)
+            self._files.take(key, folder or ".", name, named=named, link=link, outside=outside)
         else:
             suffix = Path(path).suffix.lower()
             why = suffix if _SUFFIX.fullmatch(suffix) else "other" if suffix else "no suffix"
             self._left_now[why] += 1
             self._files.leave_out(key, why)
 
-    def _place(self, path: str, key: Key, *, named: bool, link: bool) -> None:
-        """Note whether the file really lies in the pattern's folder."""
-        folder = os.path.dirname(path)  # noqa: PTH120
+    def _outside(self, path: str, folder: str, *, link: bool) -> str:
+        """The pattern's folder if the file really does not lie in it; else empty."""
         real = self._root.real
         inside = self._really(Path(path)).is_relative_to(real) if link else self._lies_in(folder)
-        if named or inside:
-            self._files.lies_inside(key)
-        else:
-            self._files.lies_outside(key, str(self._root.named))
+        return "" if inside else str(self._root.named)
 
     def _lies_in(self, folder: str) -> bool:
         """Whether a folder really lies in the pattern's; remembered, as many files are in one."""
@@ -345,6 +343,11 @@ class _Search:
     def _leave_out(self, path: Path, why: str) -> None:
         self._left_now[why] += 1
         self._left_out.setdefault(path, why)
+
+
+def _is_read_in_folders(path: str) -> bool:
+    """Do as `is_read_in_folders`, and faster with most names; hidden files do not come here."""
+    return path.lower().endswith(READ_IN_FOLDERS) or is_read_in_folders(Path(path))
 
 
 def _there(path: Path) -> bool:

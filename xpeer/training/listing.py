@@ -45,24 +45,32 @@ class Listing:
         for low in range(0, len(rows), _BLOCK):
             block = slice(low, low + _BLOCK)
             self._fill(rows[block], passages[block], file[block], begin[block])
-        starts = np.flatnonzero(passages["flags"] & CONTINUES == 0)
-        ids, wholes = (room.empty((len(starts), 2), PASSAGE[name].base) for name in ("id", "whole"))
-        uniform, flags = room.empty(len(starts), np.float64), room.empty(len(starts), np.uint8)
-        for low in range(0, len(starts), _BLOCK):
-            block = slice(low, low + _BLOCK)
-            heads = passages[starts[block]]
+        continues = passages["flags"] & CONTINUES != 0
+        count = len(rows) - int(np.count_nonzero(continues))
+        starts = room.empty(count + 1, np.int64)
+        starts[:-1], starts[-1] = np.flatnonzero(~continues), len(rows)
+        ids, wholes = (room.empty((count, 2), PASSAGE[name].base) for name in ("id", "whole"))
+        uniform, flags = room.empty(count, np.float64), room.empty(count, np.uint8)
+        tokens, characters = (room.empty(count, np.int64) for _ in range(2))
+        for low in range(0, count, _BLOCK):
+            block, begins = slice(low, low + _BLOCK), starts[low : low + _BLOCK + 1]
+            heads = passages[begins[: len(uniform[block])]]
             ids[block], wholes[block] = heads["id"], heads["whole"]
             uniform[block], flags[block] = heads["uniform"], heads["flags"]
+            inside = passages[begins[0] : begins[-1]]
+            firsts = begins[: len(heads)] - begins[0]
+            tokens[block] = np.add.reduceat(inside["tokens"], firsts)
+            characters[block] = np.add.reduceat(inside["characters"], firsts)
         size = room.filled(passages["tokens"], np.int64)
         return PieceTable(
             id=ids,
             whole=wholes,
-            tokens=room.filled(_sums(size, starts)),
-            characters=room.filled(_sums(passages["characters"], starts), np.int64),
+            tokens=tokens,
+            characters=characters,
             uniform=uniform,
             flags=flags,
-            source=room.taken(source, starts),
-            passages=room.filled(np.append(starts, len(rows)), np.int64),
+            source=room.taken(source, starts[:-1]),
+            passages=starts,
             file=file,
             begin=begin,
             size=size,
@@ -83,7 +91,3 @@ class Listing:
         """Where the tokens of each passage begin in its file, (passages,) int64."""
         counts = file.passages["tokens"].astype(np.int64)
         return self._room.filled(np.cumsum(counts) - counts)
-
-
-def _sums(values: Array, starts: Array) -> Array:
-    return np.add.reduceat(values, starts) if len(starts) else np.empty(0, np.int64)

@@ -24,7 +24,7 @@ from xpeer.errors import LocalError, ShardError
 from xpeer.identity import blake2b
 from xpeer.manifest import Manifest, SharedCorpus
 from xpeer.status import CorpusShare
-from xpeer.training.document import Document, digest_of_ids
+from xpeer.training.document import Document
 
 PIECE_RECORDS: Final = 32
 """A document of more records is cut, so that several members can train its pieces."""
@@ -104,17 +104,16 @@ def choose(
     return chosen, share
 
 
-def refuse_other(shared: SharedCorpus, ids: Iterable[str]) -> None:
+def refuse_other(shared: SharedCorpus, digest: str) -> None:
     """Refuse a copy of the corpus that differs from the founder's.
 
     Args:
         shared: section of the manifest.
-        ids: of the copy's documents.
+        digest: of the copy's documents.
 
     Raises:
         ShardError: its documents differ.
     """
-    digest = digest_of_ids(ids)
     if shared.digest not in ("", digest):
         raise ShardError(
             f"data.corpus: this copy of {shared.name!r} has digest {digest[:16]}, but the swarm's "

@@ -6,6 +6,7 @@ table is the order of reading. Holds no text: tokens stay in the mapped files of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xpeer.identity import blake2b
-from xpeer.training.document import HexIds, firsts, in_hex
+from xpeer.training.document import HexIds, among, firsts, in_hex
 from xpeer.training.records import uniform_of
 from xpeer.training.room import Room
 from xpeer.training.token_file import BEGINS
@@ -33,7 +34,7 @@ class PieceTable:
     characters: Array  # (n,) int64
     uniform: Array  # (n,) float64
     flags: Array  # (n,) uint8
-    source: Array  # (n,) int64: number of the text file
+    source: Array  # (n,) int64: number of the text file, ascending as they are read
     passages: Array  # (n + 1,) int64: where the passages of each piece begin
     file: Array  # (m,) int32: number of a passage's file of tokens
     begin: Array  # (m,) int64: where its tokens begin in there
@@ -50,11 +51,11 @@ class PieceTable:
     def select(self, chosen: Indices) -> PieceTable:
         """Return the chosen pieces, (k,) int64, in that order."""
         taken = self.room.taken
-        passages, begins = chosen, np.arange(len(chosen) + 1, dtype=np.int64)
+        passages, begins = chosen, self.room.filled(np.arange(len(chosen) + 1), np.int64)
         if len(self.size) != len(self):  # some pieces have several passages
             counts = np.diff(self.passages)[chosen]
             passages = expanded(self.passages[:-1][chosen], counts)
-            begins[1:] = np.cumsum(counts)
+            np.cumsum(counts, out=begins[1:])
         return PieceTable(
             id=taken(self.id, chosen),
             whole=taken(self.whole, chosen),
@@ -63,7 +64,7 @@ class PieceTable:
             uniform=taken(self.uniform, chosen),
             flags=taken(self.flags, chosen),
             source=taken(self.source, chosen),
-            passages=self.room.filled(begins),
+            passages=begins,
             file=taken(self.file, passages),
             begin=taken(self.begin, passages),
             size=taken(self.size, passages),
@@ -86,13 +87,36 @@ def expanded(begins: Array, counts: Array) -> Indices:
 
 def first_of_each(table: PieceTable) -> Indices:
     """Indices of the pieces of every document that did not come before, ascending."""
-    begins = np.flatnonzero(table.flags & BEGINS)
-    if len(begins) == len(table):
-        return firsts(table.whole)
-    number = np.cumsum(table.flags & BEGINS != 0) - 1  # of the document of each piece
-    first = np.zeros(len(begins), bool)
-    first[firsts(table.whole[begins])] = True
-    return np.flatnonzero(first[number]).astype(np.int64)
+    documents = _Documents(table)
+    first = np.zeros(len(documents.whole), bool)
+    first[firsts(documents.whole)] = True
+    return np.flatnonzero(documents.of_each(first)).astype(np.int64)
+
+
+class _Documents:
+    """The documents of a table.
+
+    Attributes:
+        whole: (d, 2) big-endian uint64: their ids.
+        uniform: (d,) float64.
+        source: (d,) int64.
+    """
+
+    def __init__(self, table: PieceTable) -> None:
+        begins = table.flags & BEGINS != 0
+        self.whole, self.uniform, self.source = table.whole, table.uniform, table.source
+        self._number: Array | None = None
+        if not begins.all():
+            first, taken = np.flatnonzero(begins), table.room.taken
+            self.whole, self.uniform = taken(table.whole, first), taken(table.uniform, first)
+            self.source = taken(table.source, first)
+            self._number = table.room.empty(len(table), np.int64)
+            np.cumsum(begins, out=self._number)
+            self._number -= 1
+
+    def of_each(self, values: Array) -> Array:
+        """From a value of each document, (d,), to one of each piece, (n,)."""
+        return values if self._number is None else values[self._number]
 
 
 def split_pieces(
@@ -111,7 +135,7 @@ def split_pieces(
     share, what has the smallest number is held out, unless it is all there is.
 
     Args:
-        table: the pieces.
+        table: the pieces, file by file.
         share: of the documents or files to hold out.
         by: what is held out as a whole.
         before: ids of documents, (k, 2) uint64, that are held out in any case, and the files with
@@ -124,51 +148,45 @@ def split_pieces(
     Returns:
         Indices for training and for validation, ascending.
     """
-    begins = np.flatnonzero(table.flags & BEGINS)
-    documents = np.cumsum(table.flags & BEGINS != 0) - 1  # of each piece
-    keys = table.whole[begins].astype(np.uint64)
-    uniform = table.uniform[begins]
+    documents = _Documents(table)
+    keys, uniform = documents.whole, documents.uniform
     known, stays = (
-        np.zeros(len(keys), bool) if ids is None else _among(keys, ids) for ids in (before, trained)
+        np.zeros(len(keys), bool) if ids is None else among(keys, ids) for ids in (before, trained)
     )
-    group, kept = documents, known
+    kept, group = known, None
     if by == "file":
-        _, first, group = np.unique(table.source, return_index=True, return_inverse=True)
-        first = documents[first]
+        begins = np.ones(len(keys), bool)
+        begins[1:] = documents.source[1:] != documents.source[:-1]
+        first, group = np.flatnonzero(begins), np.cumsum(begins) - 1
         kept, stays = known[first], stays[first]
         if by_content:
-            keys, uniform = _by_content(table, begins, group, len(first))
+            keys, uniform = _by_content(keys, group, len(first))
         else:
             keys, uniform = keys[first], uniform[first]
     held_out = (uniform < share) & ~stays | kept
-    order = np.lexsort((keys[:, 1], keys[:, 0], uniform))
-    free = order[~kept[order]]
-    if len(order) < 2:
+    if len(held_out) < 2:
         held_out = kept
     elif not held_out.any() and not known.any():
-        held_out[order[0]] = True
-    elif held_out.all() and len(free):
-        held_out[free[-1]] = False
-    chosen = held_out[group] | known[documents]
-    return np.flatnonzero(~chosen).astype(np.int64), np.flatnonzero(chosen).astype(np.int64)
+        held_out[_least(uniform, keys, np.arange(len(keys)))] = True
+    elif held_out.all() and not kept.all():
+        held_out[_least(-uniform, ~keys, np.flatnonzero(~kept))] = False
+    chosen = documents.of_each((held_out if group is None else held_out[group]) | known)
+    filled = table.room.filled
+    return filled(np.flatnonzero(~chosen), np.int64), filled(np.flatnonzero(chosen), np.int64)
 
 
-def _among(keys: Array, some: Array) -> Array:
-    """Whether each id, (n, 2) uint64, is one of some, (k, 2) uint64; (n,) bool."""
-    both = np.concatenate([some, keys])
-    order = np.lexsort((both[:, 1], both[:, 0]))
-    differs = np.ones(len(order), np.int64)
-    differs[1:] = (both[order[1:]] != both[order[:-1]]).any(1)
-    number = np.empty(len(order), np.int64)
-    number[order] = np.cumsum(differs)
-    return np.isin(number[len(some) :], number[: len(some)])
+def _least(uniform: Array, keys: Array, among: Indices) -> int:
+    """Which of these has the smallest number; if several have, the smallest key."""
+    least = among[uniform[among] == uniform[among].min()]
+    return int(least[np.lexsort((keys[least, 1], keys[least, 0]))[0]])
 
 
-def _by_content(table: PieceTable, begins: Indices, group: Array, n: int) -> tuple[Array, Array]:
+def _by_content(ids: Array, group: Array, n: int) -> tuple[Array, Array]:
     """Keys and numbers in (0, 1) of n files that follow from all of their documents."""
-    inside: list[list[bytes]] = [[] for _ in range(n)]
-    for number, document in zip(group[begins].tolist(), in_hex(table.whole[begins]), strict=True):
-        inside[number].append(document.encode())
-    digests = [blake2b(*documents, size=16) for documents in inside]
+    ends = np.searchsorted(group, np.arange(n), "right").tolist()
+    digests = [
+        blake2b(*(name.encode() for name in in_hex(ids[begin:end])), size=16)
+        for begin, end in itertools.pairwise([0, *ends])
+    ]
     keys = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).astype(np.uint64)
     return keys, np.array([uniform_of(digest.hex()) for digest in digests])

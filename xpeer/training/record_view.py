@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -14,6 +15,7 @@ from xpeer.training.token_file import READ
 
 _BLOCK: Final = 1024
 """Records that are looked at together."""
+_PIECES: Final = 1 << 16
 
 
 class MappedRecords:
@@ -30,16 +32,21 @@ class MappedRecords:
     """
 
     def __init__(self, table: PieceTable, sequence_tokens: int, *, examples: bool = False) -> None:
-        size, tail = np.divmod(table.tokens, sequence_tokens)
-        counts = size + (tail >= MIN_TOKENS)
-        if examples:
-            counts = np.minimum(counts, 1)
+        room, n = table.room, len(table)
         self._table = table
         self._examples = examples
-        self._ends = np.cumsum(counts, dtype=np.int64)  # of each piece's records
-        self._counts = counts
-        self._first = np.concatenate([[0], np.cumsum(table.tokens)]).astype(np.int64)
-        self._passages = np.concatenate([[0], np.cumsum(table.size)]).astype(np.int64)
+        self._counts, self._ends = room.empty(n, np.int64), room.empty(n, np.int64)
+        for block in _blocks(n):
+            size, tail = np.divmod(table.tokens[block], sequence_tokens)
+            counts = size + (tail >= MIN_TOKENS)
+            self._counts[block] = np.minimum(counts, 1) if examples else counts
+        np.cumsum(self._counts, out=self._ends)  # of each piece's records
+        self._first, self._passages = (
+            room.empty(len(sizes) + 1, np.int64) for sizes in (table.tokens, table.size)
+        )
+        for begins, sizes in ((self._first, table.tokens), (self._passages, table.size)):
+            begins[0] = 0
+            np.cumsum(sizes, out=begins[1:])
         self.shape = torch.Size((int(self._ends[-1]) if len(self._ends) else 0, sequence_tokens))
 
     def __len__(self) -> int:
@@ -58,26 +65,32 @@ class MappedRecords:
 
     def owners(self) -> torch.Tensor:
         """Return the number of each record's piece, (records,) int64, ascending."""
-        return torch.from_numpy(np.repeat(np.arange(len(self._table)), self._counts))
+        owners = self._table.room.empty(len(self), np.int64)
+        for block in _blocks(len(self._table)):
+            made = np.repeat(np.arange(block.start, block.stop), self._counts[block])
+            end = int(self._ends[block.stop - 1])
+            owners[end - len(made) : end] = made
+        return torch.from_numpy(owners)
 
     def num_tokens(self) -> int:
         """Return the number of tokens in all records, without filling."""
-        if self._examples:
-            sizes = np.minimum(self._table.tokens, self.shape[1])
-            return int(sizes[self._counts > 0].sum())
-        tail = self._table.tokens % self.shape[1]
-        return int((self._table.tokens - np.where(tail < MIN_TOKENS, tail, 0)).sum())
+        total = 0
+        for block in _blocks(len(self._table)):
+            tokens, counts = self._table.tokens[block], self._counts[block]
+            # a piece's last record may be short, and what is too short makes none
+            total += int(np.minimum(tokens, counts * self.shape[1]).sum())
+        return total
 
     def cut_examples(self) -> tuple[int, int]:
         """Count examples that are cut off; and those of them that are so before their answer."""
         if not self._examples:
             return 0, 0
-        made = self._counts > 0
-        answered = (self._table.flags & READ == 0)[made]
-        cut = np.flatnonzero((self._table.tokens[made] > self.shape[1]) & answered)
+        answered = (self._counts > 0) & (self._table.flags & READ == 0)
+        cut = np.flatnonzero((self._table.tokens > self.shape[1]) & answered)
         unanswered = 0
         for at in range(0, len(cut), _BLOCK):
-            records = self._cut(cut[at : at + _BLOCK])
+            # every piece that makes one has one record
+            records = self._cut(self._ends[cut[at : at + _BLOCK]] - 1)
             unanswered += int((records < 0).all(1).sum())
         return len(cut), unanswered
 
@@ -130,3 +143,9 @@ class MappedRecords:
             place = int(table.begin[passage]) + offset
             out[done : done + count] = table.files[table.file[passage]][place : place + count]
             done, passage = done + count, passage + 1
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    """Go through n pieces, few at a time: there may be millions."""
+    for begin in range(0, n, _PIECES):
+        yield slice(begin, min(begin + _PIECES, n))

@@ -116,16 +116,19 @@ class TokenCache:
     Attributes:
         folder: holds the files, mode 0700.
         dtype: of the tokens; see `type_of_tokens`.
+        room: for lists of files and documents, once it is open.
     """
 
     def __init__(self, cache: Path, recipe: Recipe) -> None:
         self.folder = cache / TOKENS / recipe.digest
         self.dtype = type_of_tokens(recipe.tokenizer.vocab_size, examples=recipe.makes_examples)
+        self.room = Room(self.folder)
         self._cache = cache
         self._files: list[TokenFile] = []
         self._sources = np.empty(0, SOURCE)
         self._file = self._begin = np.empty(0, np.int64)  # of each entry: file, first passage
-        self._order = np.empty(0, np.int64)  # of the entries, by key and place
+        self._order = np.empty(0, np.int64)  # of the entries, by the first half of their keys
+        self._first = np.empty(0, np.uint64)  # these halves, in this order
 
     def open(self) -> None:
         """Open what earlier starts wrote; files that are damaged are removed.
@@ -170,31 +173,44 @@ class TokenCache:
     def known(self, keys: Array) -> Known:
         """Look up text files by their keys, (n, 2) uint64."""
         begins: list[tuple[int, Begin]] = []
-        first = self._sources["key"][:, 0].astype(np.uint64)[self._order]
-        low = np.searchsorted(first, keys[:, 0], "left")
-        count = np.searchsorted(first, keys[:, 0], "right") - low
-        numbers = np.flatnonzero(count == 1)
-        rows = self._order[low[numbers]]
-        whole = self._sources["key"][rows, 1] == keys[numbers, 1]
-        for field, value in (("complete", 1), ("first", 0), ("characters", 0)):
-            whole &= self._sources[field][rows] == value
-        found, sources = [rows[whole]], [numbers[whole]]
-        for number in np.union1d(numbers[~whole], np.flatnonzero(count > 1)).tolist():
-            chain, begin = self._chain(keys[number], self._order[low[number] :][: count[number]])
-            found.append(np.array(chain, np.int64))
-            sources.append(np.full(len(chain), number, np.int64))
-            if begin is not None:
-                begins.append((number, begin))
-        entries, source = np.concatenate(found), np.concatenate(sources)
-        order = np.argsort(source, kind="stable")
-        return Known(entries[order], source[order], np.flatnonzero(count == 0), begins)
+        entries, source, fresh = (self.room.column(np.int64) for _ in range(3))
+        for at in range(0, len(keys), _BLOCK):
+            block = keys[at : at + _BLOCK]
+            low = np.searchsorted(self._first, block[:, 0], "left")
+            count = np.searchsorted(self._first, block[:, 0], "right") - low
+            fresh.add(at + np.flatnonzero(count == 0))
+            numbers = np.flatnonzero(count == 1)
+            rows = self._order[low[numbers]]
+            whole = self._sources["key"][rows, 1] == block[numbers, 1]
+            for field, value in (("complete", 1), ("first", 0), ("characters", 0)):
+                whole &= self._sources[field][rows] == value
+            found, sources = [rows[whole]], [numbers[whole]]
+            for number in np.union1d(numbers[~whole], np.flatnonzero(count > 1)).tolist():
+                these = self._order[low[number] :][: count[number]]
+                chain, begin = self._chain(block[number], these)
+                found.append(np.array(chain, np.int64))
+                sources.append(np.full(len(chain), number, np.int64))
+                if begin is not None:
+                    begins.append((at + number, begin))
+            order = np.argsort(np.concatenate(sources), kind="stable")
+            entries.add(np.concatenate(found)[order])
+            source.add(at + np.concatenate(sources)[order])
+        return Known(entries.values(), source.values(), fresh.values(), begins)
 
     def table(self, known: Known) -> PieceTable:
         """List the pieces of the text files in their order, those that came before included."""
-        sizes = self._sources["passages"].astype(np.int64)[known.entries]
-        return Listing(self._files, Room(self.folder)).table(
-            expanded(self._begin[known.entries], sizes), np.repeat(known.source, sizes)
-        )
+        sizes = self._sources["passages"][known.entries].astype(np.int64)
+        ends = np.cumsum(sizes)
+        count = int(ends[-1]) if len(ends) else 0
+        rows, source = (self.room.empty(count, np.int64) for _ in range(2))
+        low = done = 0
+        while low < len(sizes):  # some passages at a time: an entry may have very many
+            high = max(low + 1, int(np.searchsorted(ends, done + _BLOCK, "right")))
+            block, to = slice(low, high), int(ends[high - 1])
+            rows[done:to] = expanded(self._begin[known.entries[block]], sizes[block])
+            source[done:to] = np.repeat(known.source[block], sizes[block])
+            low, done = high, to
+        return Listing(self._files, self.room).table(rows, source)
 
     def counts(self, known: Known) -> tuple[Counter[str], Counter[str], int]:
         """Rows without text and files of other forms, by reason; and the number of files read."""
@@ -214,7 +230,9 @@ class TokenCache:
 
     def prune(self, known: Known) -> None:
         """Remove tokens of text files that are gone, and of recipes that were used long ago."""
-        used = set(np.unique(self._file[known.entries]).tolist())
+        used = set[int]()
+        for at in range(0, len(known.entries), _BLOCK):
+            used.update(np.unique(self._file[known.entries[at : at + _BLOCK]]).tolist())
         with contextlib.suppress(OSError):
             for number, file in enumerate(self._files):
                 if number not in used:
@@ -261,13 +279,15 @@ class TokenCache:
     def _index(self) -> None:
         """Number the entries of all files."""
         sources = [f.sources for f in self._files]
-        self._sources = Room(self.folder).joined(sources, SOURCE)
-        self._file = np.repeat(np.arange(len(self._files)), [len(part) for part in sources])
+        room = self.room
+        self._sources = room.joined(sources, SOURCE)
+        sizes = [len(part) for part in sources]
+        self._file = room.filled(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
         counts = self._sources["passages"].astype(np.int64)
-        self._begin = np.cumsum(counts) - counts
-        key = self._sources["key"].astype(np.uint64)
-        places = self._sources["characters"], self._sources["first"]
-        self._order = np.lexsort((*places, key[:, 1], key[:, 0]))
+        self._begin = room.filled(np.cumsum(counts) - counts)
+        first = self._sources["key"][:, 0].astype(np.uint64)
+        self._order = room.filled(np.argsort(first, kind="stable"))
+        self._first = room.taken(first, self._order)
 
     def _verified(self) -> dict[str, Stat]:
         try:
@@ -296,23 +316,27 @@ def unusable(folder: Path, error: OSError) -> ShardError:
     )
 
 
-def keys_of(sources: Sources) -> tuple[Array, Array]:
+def keys_of(sources: Sources, room: Room) -> tuple[Array, Array]:
     """Keys of text files, (n, 2) uint64, and their sizes in bytes, (n,) int64.
+
+    Args:
+        sources: the text files.
+        room: for the results.
 
     Raises:
         ShardError: a file is gone.
     """
-    keys, sizes = bytearray(), np.empty(len(sources), np.int64)
-    for number, path in enumerate(sources.paths()):
+    keys, sizes = room.column(np.uint64), room.column(np.int64)
+    for path in sources.paths():
         try:
             stat = stat_of(path)
         except OSError as e:
             raise ShardError(
                 f"{path} can't be read: {e.strerror or e}", "check the disk and the file"
             ) from e
-        keys += key_of(path, stat)
-        sizes[number] = stat[0]
-    return np.frombuffer(bytes(keys), ">u8").reshape(-1, 2).astype(np.uint64), sizes
+        keys.extend(struct.unpack(">2Q", key_of(path, stat)))
+        sizes.append(stat[0])
+    return keys.values().reshape(-1, 2), sizes.values()
 
 
 def _age(path: Path) -> float:

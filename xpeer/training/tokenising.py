@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -40,6 +40,7 @@ IN_FLIGHT: Final = 3
 """Batches that are encoded or wait for it: two threads work, and one batch is ready."""
 FILE_TOKENS: Final = 4 << 20
 """Tokens in a file of the cache: what a kill may cost."""
+_ROWS: Final = 1024
 _REPORT_EVERY_S: Final = 0.5
 TOLD_EVERY_S: Final = 10.0
 """Time between two lines for a person who waits."""
@@ -86,16 +87,18 @@ def tokenise(
     Raises:
         ShardError: a file can't be read, or tokens can't be kept.
     """
-    keys, sizes = keys_of(sources)
+    keys, sizes = keys_of(sources, cache.room)
     known = cache.known(keys)
     other_form = known.source[np.flatnonzero(cache.forms(known))].tolist()
     refused = [number for number in other_form if sources[number].named]
     begins = dict(known.begins)
-    order = np.union1d(known.fresh, np.array(list(begins), np.int64)).astype(np.int64)
-    order = np.concatenate([np.array(refused, np.int64), order])  # read again, for the error
+    order = known.fresh
+    if begins or refused:  # what is refused is read again, for the error
+        late = np.union1d(known.fresh, np.array(list(begins), np.int64)).astype(np.int64)
+        order = np.concatenate([np.array(refused, np.int64), late])
     if not len(order):
         return known
-    meter = _Meter(on_progress, sizes[order], int(sizes.sum()))
+    meter = _Meter(on_progress, cache.room.taken(sizes, order), int(sizes.sum()))
 
     def work() -> Iterator[tuple[Source, Begin]]:
         for number in order:
@@ -190,8 +193,7 @@ class _Writer:
             np.array([] if token is None else [token], np.uint32) for token in ends
         )
         self._file: TokenFileWriter | None = None
-        self._passages: list[tuple[object, ...]] = []
-        self._sources: list[tuple[object, ...]] = []
+        self._passages, self._sources = _Rows(PASSAGE), _Rows(SOURCE)
         self._begin: Begin | None = None
         """The text file that is being read, and where this file of tokens goes on in it; None =
         none is."""
@@ -221,7 +223,7 @@ class _Writer:
 
     def finish(self) -> None:
         """Publish what is left."""
-        if self._passages or self._sources:
+        if len(self._passages) or len(self._sources):
             self._publish()
 
     def discard(self) -> None:
@@ -272,9 +274,10 @@ class _Writer:
         """Complete this file; if a text file is being read, the next one goes on with it."""
         if self._begin is not None:
             self._interrupt(self._begin)
-        passages, sources = np.array(self._passages, PASSAGE), np.array(self._sources, SOURCE)
-        self.published.append(self._open_file.publish(passages, sources))
-        self._file, self._passages, self._sources, self._from = None, [], [], 0
+        tables = self._passages.table(), self._sources.table()
+        self.published.append(self._open_file.publish(*tables))
+        self._file, self._from = None, 0
+        self._passages, self._sources = _Rows(PASSAGE), _Rows(SOURCE)
 
     def _interrupt(self, begin: Begin) -> None:
         """End the entry of the text file that is being read, and begin the next one's place."""
@@ -287,6 +290,28 @@ class _Writer:
         self._end_source(begin, 0, 0, (0,) * len(REASONS))
         self._begin = Begin(begin.key, first, characters if is_open else 0)
         self._continues = is_open
+
+
+class _Rows:
+    """Rows of a table. As tuples of numbers, those of a file of tokens could take 60 MB."""
+
+    def __init__(self, kind: np.dtype[Any]) -> None:
+        self._kind = kind
+        self._parts: list[Array] = []
+        self._waiting: list[tuple[object, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._parts) * _ROWS + len(self._waiting)
+
+    def append(self, row: tuple[object, ...]) -> None:
+        self._waiting.append(row)
+        if len(self._waiting) == _ROWS:
+            self._parts.append(np.array(self._waiting, self._kind))
+            self._waiting.clear()
+
+    def table(self) -> Array:
+        parts = [*self._parts, np.array(self._waiting, self._kind)]
+        return np.concatenate(parts, dtype=self._kind)  # else numbers would be the other way round
 
 
 class _Meter:

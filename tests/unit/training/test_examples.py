@@ -13,7 +13,7 @@ from tests.unit.training.test_token_cache import Node
 from tests.unit.training.test_tokens import byte_level
 from xpeer.errors import ConfigError, ShardError
 from xpeer.trainer.text import read_table
-from xpeer.training.document import digest_of_ids
+from xpeer.training.document import digest_of_names
 from xpeer.training.documents import name_documents
 from xpeer.training.formats.examples import Example
 from xpeer.training.formats.rows import NO_CHAT
@@ -84,7 +84,7 @@ def test_a_founder_names_the_examples_that_nodes_read(tmp_path: Path) -> None:
     table, summary = read_table(
         corpus, "data.corpus", Recipe(made, "messages"), tmp_path / "cache", ignore
     )
-    assert named.digest() == digest_of_ids(table.wholes())
+    assert named.digest() == digest_of_names(table.whole)
     assert (named.summary.skipped, named.summary.repeated) == (summary.skipped, 0)
     assert summary.skipped == {NO_CHAT: 1}
 

@@ -52,12 +52,12 @@ def by_member(count: int, speeds: dict[str, float]) -> dict[str, set[int]]:
 def test_another_copy_of_the_corpus_is_refused():
     corpus = documents(3)
     founders = SharedCorpus("books", corpus_digest(reversed(corpus)))
-    ids = [document.id for document in corpus]
-    partition.refuse_other(founders, ids)
-    partition.refuse_other(SharedCorpus("books"), ids[:2])  # the founder did not say
-    for other in (ids[:2], [*ids, document_of("more", "corpus").id]):
+    partition.refuse_other(founders, corpus_digest(corpus))
+    fewer, more = corpus[:2], [*corpus, document_of("more", "corpus")]
+    partition.refuse_other(SharedCorpus("books"), corpus_digest(fewer))  # the founder did not say
+    for other in (fewer, more):
         with pytest.raises(ConfigError, match="'books' has digest"):
-            partition.refuse_other(founders, other)
+            partition.refuse_other(founders, corpus_digest(other))
 
 
 @given(SPEEDS)

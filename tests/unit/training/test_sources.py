@@ -7,14 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xpeer.errors import ShardError
 from xpeer.training.files import find
-from xpeer.training.sources import Names, Reached, Source, Sources
+from xpeer.training.room import IN_MEMORY
+from xpeer.training.sources import Reached, Source
 
 KEYS = st.tuples(st.integers(0, 1), st.sampled_from([0, 1, 2, 2**64 - 1]))
 EVENTS = st.lists(
@@ -26,40 +26,40 @@ EVENTS = st.lists(
 
 @given(EVENTS)
 def test_a_file_that_is_come_upon_several_times_counts_once(events: list[Any]) -> None:
-    reached = Reached()
+    reached = Reached(IN_MEMORY)
     sources: dict[Any, Source] = {}
     left: dict[Any, str] = {}
     inside: set[Any] = set()
-    outside: dict[Any, str] = {}
+    outsiders: dict[Any, str] = {}
     for number, (kind, key, word) in enumerate(events):
         if kind == "leave out":
             reached.leave_out(key, word)
             left.setdefault(key, word)
             continue
         named = kind == "name"
-        reached.take(key, f"/{word}", f"{number}\udcff", named=named, link=False)
+        place = f"/{word}", f"{number}\udcff"
+        outside = word if kind == "outside" else ""
+        reached.take(key, *place, named=named, link=False, outside=outside)
         if named or key not in sources:
             sources[key] = Source(Path(f"/{word}/{number}\udcff"), named)
         if kind == "outside":
-            reached.lies_outside(key, word)
-            outside.setdefault(key, word)
+            outsiders.setdefault(key, word)
         else:
-            reached.lies_inside(key)
             inside.add(key)
     assert list(reached.sources()) == list(sources.values())
     assert list(reached.sources().paths()) == [str(each.path) for each in sources.values()]
     assert reached.left_out() == Counter(v for k, v in left.items() if k not in sources)
-    assert reached.outside() == Counter(v for k, v in outside.items() if k not in inside)
+    assert reached.outside() == Counter(v for k, v in outsiders.items() if k not in inside)
 
 
 def test_one_file_of_each_folder_and_all_links_tell_where_files_lie() -> None:
-    names = Names()
+    reached = Reached(IN_MEMORY)
     for folder, name, link in (
         ("/a", "1", False), ("/a", "2", False), ("/a", "3", True), ("/a", "4", True),
         ("/b", "5", False), ("/c", "6", True),
     ):  # fmt: skip
-        names.add(folder, name, named=False, link=link)
-    sources = Sources(names, np.arange(6))
+        reached.take((1, int(name)), folder, name, named=False, link=link)
+    sources = reached.sources()
     assert {str(path) for path in sources.of_each_folder()} == {
         "/a/1", "/a/3", "/a/4", "/b/5", "/c/6",
     }  # fmt: skip

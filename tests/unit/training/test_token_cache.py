@@ -27,7 +27,18 @@ from xpeer.manifest.signed import SignedManifest
 from xpeer.status import TextProgress
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.text import Text, text_of
-from xpeer.training import formats, partition, reading, token_cache, tokenising, tokens
+from xpeer.training import (
+    document,
+    formats,
+    listing,
+    partition,
+    reading,
+    record_view,
+    room,
+    token_cache,
+    tokenising,
+    tokens,
+)
 from xpeer.training.document import document_of
 from xpeer.training.formats import long, plain
 from xpeer.training.token_cache import TokenCache
@@ -121,14 +132,22 @@ def write_mixed(shard: Path) -> None:
     (shard / "z.txt").write_text("the last of all, a short one")
 
 
-SMALL = {"FILE_TOKENS": 700, "BATCH_CHARACTERS": 900, "BATCH_EVENTS": 5}
+SMALL = {"FILE_TOKENS": 700, "BATCH_CHARACTERS": 900, "BATCH_EVENTS": 5, "_ROWS": 3}
+BLOCKS = {
+    token_cache: {"_BLOCK": 3},
+    listing: {"_BLOCK": 5},
+    document: {"_BLOCK": 3},
+    record_view: {"_BLOCK": 7, "_PIECES": 4},
+    room: {"_SMALL": 16, "_WAITING": 16},
+}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many files of tokens, many batches, many parts."""
-    for name, value in SMALL.items():
-        monkeypatch.setattr(tokenising, name, value)
+    """Many files of tokens, many batches, many parts, many blocks; all arrays are in files."""
+    for module, values in {tokenising: SMALL, **BLOCKS}.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(tokens, "PIECE", 600)
 
 
