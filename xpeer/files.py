@@ -13,7 +13,7 @@ import pwd
 import shutil
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -92,6 +92,45 @@ def open_own(path: Path, flags: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk (fsync)."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def put(path: Path, parts: Iterable[bytes], *, durable: bool = False) -> None:
+    """Write a file, mode 0600, in place of any that is there; after a crash one of both is whole.
+
+    Args:
+        path: its folder is made, mode 0700, if need be.
+        parts: what it holds.
+        durable: whether to wait until it is on the disk.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        beside.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with open(os.open(beside, flags, 0o600), "wb") as file:  # noqa: PTH123 - a mode
+            file.writelines(parts)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        beside.replace(path)
+        if durable:
+            sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def require_own(path: Path) -> None:

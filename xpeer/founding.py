@@ -21,7 +21,7 @@ from msgspec import Struct, structs
 
 from xpeer.config import Home
 from xpeer.errors import ConfigError, LocalError, NotAuthorisedError
-from xpeer.files import NOT_OURS, open_own, private_umask, room_for, stage
+from xpeer.files import NOT_OURS, open_own, private_umask, room_for, stage, sync
 from xpeer.identity import Identity, read_secret, write_secret
 from xpeer.leaves import Public, seen_by
 from xpeer.manifest import Manifest
@@ -372,15 +372,15 @@ def _staged(home: Home) -> Iterator[Home]:
         staging = stage(home)
         yield Home(staging)
         for entry in staging.rglob("*"):
-            _sync(entry)
+            sync(entry)
         if missing:
-            _sync(staging)
+            sync(staging)
             staging.replace(home.path)
             missing.clear()
-            _sync(home.path.parent)
+            sync(home.path.parent)
         else:
             _move_into(staging, home, moved)
-            _sync(home.path)
+            sync(home.path)
     except OSError as e:
         for path in moved:
             _remove(path)
@@ -409,11 +409,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason
+from xpeer.files import put
 from xpeer.network import pieces
 from xpeer.network.pieces import Shape, Signer, Tree
 from xpeer.wire.messages import PIECE_BYTES
@@ -151,12 +152,7 @@ class Gathered:
             self.discard(self.trees[min(spare, key=self._source.count)])
         number = next(n for n in range(MAX_TREES) if n not in self.trees)
         with _errors(self._folder):
-            path, fresh = self._path_of(number), self._folder / "tree-new"
-            fresh.unlink(missing_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            with open(os.open(fresh, flags, 0o600), "wb") as file:  # noqa: PTH123 - a descriptor
-                file.write(tree.to_bytes())
-            fresh.replace(path)
+            put(self._path_of(number), [tree.to_bytes()])
         self.trees[number] = tree
 
     def write(self, piece: int, data: memoryview) -> None:

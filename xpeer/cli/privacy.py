@@ -358,9 +358,10 @@ def _counted(
         table, _ = read_table(shard, "--shard", recipe, Path(cache), told(say))
         training, _ = split_pieces(table, Data().validation_share, Data().split)
         examples = recipe.makes_examples
-        records = MappedRecords(table.select(training), sequence_tokens, examples=examples)
+        mine = table.select(training)
+        records = MappedRecords(mine, sequence_tokens, examples=examples)
         records.require_some()
-        return len(set(records.owners().tolist())) if unit == "document" else len(records)
+        return len(mine) - records.too_short() if unit == "document" else len(records)
 
 
 def _rows(account: Account) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from xpeer.estimate.step import Step, StepMemory, memory_of
-from xpeer.files import private_umask
+from xpeer.files import put
 from xpeer.leaves import Parts, seen_by
 
 NAME: Final = "memory.json"
@@ -83,11 +83,8 @@ class Rehearsals:
         if self._path is None or not self._writes:
             return
         last = dict(list(self._known.items())[-_MOST:])
-        beside = self._path.with_name(NAME + ".new")
-        with private_umask(), contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(msgspec.json.encode(_Rehearsals(last)))
-            beside.replace(self._path)
+        with contextlib.suppress(OSError):
+            put(self._path, [msgspec.json.encode(_Rehearsals(last))])
 
 
 def _key(step: Step) -> str:

@@ -19,7 +19,7 @@ import torch
 from msgspec import Struct
 from torch import nn
 
-from xpeer.files import private_umask
+from xpeer.files import put
 from xpeer.leaves import Local, seen_by
 from xpeer.privacy.steps import Records
 
@@ -64,12 +64,9 @@ class EngineMemory:
 
     def keep(self, engine: str, reason: str, refused: str) -> None:
         """Store a choice. Errors of the disk are ignored: the next start can do without."""
-        beside = self._path.with_name(NAME + ".new")
         content = msgspec.json.encode(_Choice(self._setting, engine, reason, refused))
-        with private_umask(), contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(content)
-            beside.replace(self._path)
+        with contextlib.suppress(OSError):
+            put(self._path, [content])
 
 
 def setting_of(model: nn.Module, records: Records, *details: object) -> str:

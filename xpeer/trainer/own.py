@@ -27,6 +27,7 @@ from xpeer.accounts.own_model import Keep, OwnModel, OwnPlan, noted
 from xpeer.accounts.spending import OwnSpending, SwarmSpending
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, DivergedError, LocalError
+from xpeer.files import put
 from xpeer.manifest import End, Manifest
 from xpeer.manifest.round import Round
 from xpeer.manifest.signed import SignedManifest
@@ -185,10 +186,7 @@ class OwnTraining:
                 "signal: next to nothing is learnt - fewer --steps need less noise"
             )
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
-        beside = self._folder / f"{_PLAN}.new"
-        beside.write_bytes(msgspec.json.encode(plan))
-        beside.replace(self._folder / _PLAN)
+        put(self._folder / _PLAN, [msgspec.json.encode(plan)], durable=True)
         return plan
 
     def _announce(self) -> None:

@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 
 from xpeer.accounts.model_card import PrivacyCard, files
 from xpeer.errors import ConfigError, LocalError
+from xpeer.files import sync
 from xpeer.manifest.model import Model
 from xpeer.shortage import in_words, out_of_memory
 from xpeer.training import adapters, reloading
 from xpeer.training.kept import CONFIG, Source, write_json
 from xpeer.training.losses import autocast, transformers_model
-from xpeer.training.tensor_file import Pending, spill, sync
+from xpeer.training.tensor_file import Pending, spill
 from xpeer.training.tokenizer import Tokenizer
 
 

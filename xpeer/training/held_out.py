@@ -11,8 +11,6 @@ never changes, and is divided alike by all its members: nothing is remembered of
 
 from __future__ import annotations
 
-import contextlib
-import os
 from typing import Final, Literal
 
 import msgspec
@@ -21,10 +19,10 @@ import numpy as np
 from xpeer.accounts.trained import has_trained
 from xpeer.config import Home
 from xpeer.errors import ShardError
+from xpeer.files import put
 from xpeer.leaves import stays
 from xpeer.training.document import firsts
 from xpeer.training.piece_table import Array, Indices, PieceTable, split_pieces
-from xpeer.training.tensor_file import sync
 from xpeer.training.token_file import BEGINS
 
 _BLOCK: Final = 1 << 16
@@ -114,21 +112,11 @@ class HeldOut:
         self._settings, self._ids, self._trained = settings, ids, trained
 
     def _write(self, settings: _Settings, ids: Array) -> None:
-        beside = self._path.with_name(f".{self._path.name}.writing")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        blocks = range(0, len(ids), _BLOCK)
+        names = (ids[at : at + _BLOCK].astype(">u8").tobytes() for at in blocks)
         try:
-            beside.unlink(missing_ok=True)
-            with open(os.open(beside, flags, 0o600), "wb") as file:  # noqa: PTH123 - a mode
-                file.write(msgspec.json.encode(settings) + b"\n")
-                for at in range(0, len(ids), _BLOCK):
-                    file.write(ids[at : at + _BLOCK].astype(">u8").tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self._path)
-            sync(self._path.parent)
+            put(self._path, [msgspec.json.encode(settings) + b"\n", *names], durable=True)
         except OSError as e:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
             raise ShardError(
                 f"{self._path} can't be written: {e.strerror or e}",
                 "check free space, owner and mode of that disk",

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from xpeer.errors import LocalError
+from xpeer.files import sync
 from xpeer.shortage import in_words, out_of_memory
 
 STAGING: Final = ".writing-"
@@ -338,12 +339,3 @@ def _digest(
 def _absorb(digest: hashlib.blake2b, part: bytes | memoryview) -> None:
     digest.update(len(part).to_bytes(8, "little"))
     digest.update(part)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk (fsync)."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -28,6 +28,7 @@ import numpy as np
 
 from xpeer.config import TOKENS
 from xpeer.errors import ShardError
+from xpeer.files import put
 from xpeer.identity import blake2b
 from xpeer.training.formats.rows import REASONS
 from xpeer.training.listing import Listing
@@ -300,12 +301,7 @@ class TokenCache:
         with contextlib.suppress(OSError):  # then they are verified again
             stats = {file.path.name: stat_of(file.path) for file in self._files}
             if stats != self._verified():
-                beside = self.folder / f"{STAGING}{_VERIFIED}"
-                beside.unlink(missing_ok=True)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                with open(os.open(beside, flags, 0o600), "wb") as file:  # noqa: PTH123 - a mode
-                    file.write(msgspec.json.encode(stats))
-                beside.replace(self.folder / _VERIFIED)
+                put(self.folder / _VERIFIED, [msgspec.json.encode(stats)])
 
 
 def unusable(folder: Path, error: OSError) -> ShardError:

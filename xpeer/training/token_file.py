@@ -22,8 +22,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from xpeer.files import sync
 from xpeer.training.formats.rows import REASONS
-from xpeer.training.tensor_file import CorruptFileError, sync
+from xpeer.training.tensor_file import CorruptFileError
 
 SUFFIX: Final = ".tokens"
 STAGING: Final = ".writing-"
