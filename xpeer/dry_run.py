@@ -23,11 +23,12 @@ from xpeer.accounts.spending import SwarmSpending
 from xpeer.accounts.trained import has_trained
 from xpeer.amounts import duration, size
 from xpeer.config import Home, NodeConfig
+from xpeer.errors import ShardError
 from xpeer.estimate import fit as fitting
 from xpeer.estimate.remembered import Rehearsals
 from xpeer.manifest import Manifest
 from xpeer.trainer.setup import TrainerSetup
-from xpeer.trainer.text import Text, text_of
+from xpeer.trainer.text import Text, goes_on_without_text, text_of
 from xpeer.training.checkpoint_files import newest_step
 from xpeer.training.losses import choose_device
 from xpeer.training.schedule import planned_steps
@@ -54,9 +55,17 @@ def examine(
     """
     _examine_room(home, config, manifest, report)  # first: text may take hours to count
     with lent(home.cache) as cache:
-        text = _counted(home, config, manifest, cache, report)
-        _report_text(config, manifest, text, report)
-        _report_privacy(home, config, manifest, text, report)
+        try:
+            text = _counted(home, config, manifest, cache, report)
+        except ShardError as e:
+            if not goes_on_without_text(config, trained=has_trained(home)):
+                raise
+            report(f"warning: {e}")
+            report("warning: so a start would take no steps, and only give its model to others")
+            trial = False
+        else:
+            _report_text(config, manifest, text, report)
+            _report_privacy(home, config, manifest, text, report)
     if not trial:
         return
     require_reachable(manifest)
@@ -106,7 +115,7 @@ def _report_text(config: NodeConfig, manifest: Manifest, text: Text, report: Rep
     for line in text.shard.lines():
         report(f"{setting}: {line}")
     report(
-        f"{setting}: {len(set(text.documents)):,} documents to train on, "
+        f"{setting}: {text.documents.distinct():,} documents to train on, "
         f"{len(text.records):,} records of at most {manifest.optimiser.sequence_tokens} tokens, "
         f"{text.tokens:,} tokens; {len(text.held_out):,} records held out"
     )
@@ -124,7 +133,7 @@ def _report_privacy(
     if not rules.policy.clips_records:
         report(f"privacy: {rules.in_short()}")
         return
-    units = len(text.records) if rules.unit == "record" else len(set(text.owners.tolist()))
+    units = len(text.records) if rules.unit == "record" else text.num_owners
     count = coarse_size(units)
     q, delta = min(manifest.optimiser.batch_records, count) / count, delta_of(manifest, units)
     spending = SwarmSpending(config.privacy.keep_back)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -21,6 +22,7 @@ from xpeer.estimate import room
 from xpeer.estimate.room import Room
 from xpeer.manifest import End
 from xpeer.manifest.privacy import Privacy
+from xpeer.training.document import HexIds
 from xpeer.training.model import FlatParameters
 
 SMALL = ["--set", "optimiser.batch_records=4", "--set", "optimiser.sequence_tokens=32"]
@@ -177,7 +179,8 @@ def test_a_dry_run_counts_what_was_charged_before(
     (home.checkpoints / "ckpt-000000040.safetensors").write_bytes(b"")
     shard = SimpleNamespace(lines=list)
     records = torch.zeros(1024, 8, dtype=torch.int64)
-    text = SimpleNamespace(records=records, documents=["a"], held_out=[], shard=shard, tokens=1,
+    ids = HexIds(np.zeros((1, 2), np.uint64))
+    text = SimpleNamespace(records=records, documents=ids, held_out=[], shard=shard, tokens=1,
                            warnings=[])  # fmt: skip
     monkeypatch.setattr(dry_run, "_counted", lambda *_: text)
     manifest = manifest_with(end=End(steps=50), privacy=Privacy(noise_multiplier=50.0, delta=1e-5))
@@ -187,6 +190,23 @@ def test_a_dry_run_counts_what_was_charged_before(
     (line,) = [each for each in said if "noise 50" in each]
     assert line.endswith(ends)
     assert float(line.split("; epsilon ")[1].split()[0]) > 6.5  # of everything
+
+
+def test_a_dry_run_goes_on_without_text_where_a_start_does(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "shard", 20)
+    home, options = tmp_path / "h", ["--preset", "tiny", "--skip-trial"]
+    assert init(home, *options, "--shard", shard)[0] == 0
+    for file in Path(shard).iterdir():
+        file.unlink()
+    command = ["start", "--home", str(home), "--dry-run"]
+    done = CliRunner().invoke(main, command)
+    assert (done.exit_code, "no file" in done.stderr) == (ExitCode.BAD_CONFIG, True), done.stderr
+    Home(home).checkpoints.mkdir()
+    (Home(home).checkpoints / "ckpt-000000040.safetensors").write_bytes(b"")
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.stderr
+    assert "no file" in done.stderr
+    assert "a start would take no steps, and only give its model to others" in done.stderr
 
 
 def test_a_start_says_where_it_begins(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import msgspec
-import numpy as np
 
 from xpeer.accounts.bound import open_register
 from xpeer.accounts.budget import delta_of
@@ -80,7 +79,7 @@ def _context_of(manifest: Manifest, swarm_id: str, text: Text) -> ChargeContext:
     rules, length = manifest.privacy, manifest.optimiser.sequence_tokens
     context = ChargeContext(swarm_id, rules.mode, rules.clip_norm, 0.0, rules.epsilon)
     if rules.unit == "document":
-        delta = delta_of(manifest, len(np.unique(text.owners.numpy())))
+        delta = delta_of(manifest, text.num_owners)
         return msgspec.structs.replace(context, delta=delta, unit="document")
     tokens = manifest.tokenizer.digest[:16] or manifest.tokenizer.kind
     return msgspec.structs.replace(

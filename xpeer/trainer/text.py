@@ -11,13 +11,13 @@ import msgspec
 import numpy as np
 import torch
 
-from xpeer.config import Home
+from xpeer.config import Home, NodeConfig
 from xpeer.errors import ShardError
 from xpeer.manifest import Manifest
 from xpeer.privacy.steps import Records
 from xpeer.status import CorpusShare, ShardSummary
 from xpeer.trainer.setup import TrainerSetup
-from xpeer.training.document import digest_of_names
+from xpeer.training.document import HexIds, digest_of_names
 from xpeer.training.documents import no_text
 from xpeer.training.files import find
 from xpeer.training.formats import texts
@@ -41,7 +41,7 @@ class Text:
 
     records: Records  # (n, T) int64
     owners: torch.Tensor  # (n,) int64: the number of each record's document
-    documents: Sequence[str]
+    documents: HexIds
     """Ids of the documents; for a piece, the id of the whole document."""
     held_out: Records  # (m, T) int64
     shard: ShardSummary
@@ -49,6 +49,11 @@ class Text:
     """This node's part of a shared corpus; None = there is none."""
     tokens: int = 0
     """Tokens in `records`, without filling."""
+
+    @property
+    def num_owners(self) -> int:
+        """Number of documents, or pieces of some, that have records."""
+        return int((self.owners[1:] != self.owners[:-1]).sum()) + (len(self.owners) > 0)
 
     @property
     def warnings(self) -> list[str]:
@@ -85,11 +90,16 @@ def text_if_any(
         text = text_of(setup, manifest, tokenizer, home.cache, on_progress, remember=True)
         return text, ""
     except ShardError as e:
-        data = setup.config.data
-        if not (setup.has_trained and (data.corpus or data.shard)):
+        if not goes_on_without_text(setup.config, trained=setup.has_trained):
             raise
         empty = torch.empty((0, manifest.optimiser.sequence_tokens), dtype=torch.int64)
-        return Text(empty, empty[:, 0], [], empty, ShardSummary(), None), str(e)
+        nothing = HexIds(np.empty((0, 2), np.uint64))
+        return Text(empty, empty[:, 0], nothing, empty, ShardSummary(), None), str(e)
+
+
+def goes_on_without_text(config: NodeConfig, *, trained: bool) -> bool:
+    """Whether a node whose text can't be read starts all the same, to give its model to others."""
+    return trained and bool(config.data.corpus or config.data.shard)
 
 
 def text_of(

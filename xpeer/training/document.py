@@ -86,6 +86,10 @@ class HexIds(Sequence[str]):
             return NotImplemented
         return np.array_equal(self._ids, other._ids)
 
+    def distinct(self) -> int:
+        """Return the number of different ones."""
+        return len(firsts(self._ids))
+
     __hash__ = None  # type: ignore[assignment]
 
     @overload

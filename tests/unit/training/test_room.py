@@ -207,3 +207,4 @@ def test_ids_are_written_when_they_are_asked_for() -> None:
     assert list(named) == wanted
     assert (named[0], named[-1], named[5:7]) == (wanted[0], wanted[-1], wanted[5:7])
     assert wanted[3] in named
+    assert HexIds(np.concatenate([ids, ids[5:9]])).distinct() == len(wanted)
