@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from tests.unit.training.shards import Node
 from tests.unit.training.test_examples import chatting
-from tests.unit.training.test_token_cache import Node
 from tests.unit.training.test_tokens import ENGLISH
 from xpeer.estimate.token_bytes import bytes_of_tokens
 from xpeer.manifest import Tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.training.test_token_cache import Node
+from tests.unit.training.shards import Node
 from tests.unit.training.test_tokens import byte_level
 from xpeer.errors import ConfigError, ShardError
 from xpeer.trainer.text import read_table

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.unit.training.test_token_cache import Node
+from tests.unit.training.shards import Node
 from xpeer.errors import ShardError
 from xpeer.manifest import SharedCorpus
 from xpeer.trainer.text import Text, text_of

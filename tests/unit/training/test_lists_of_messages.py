@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.training.shards import Node
 from tests.unit.training.test_examples import (
     CHAT,
     TEMPLATE,
@@ -19,7 +20,6 @@ from tests.unit.training.test_examples import (
     read_and_predicted,
     write,
 )
-from tests.unit.training.test_token_cache import Node
 from tests.unit.training.test_tokens import byte_level
 from xpeer.errors import ShardError
 from xpeer.manifest import Tokenizer
