@@ -38,6 +38,8 @@ CASES: tuple[tuple[Kind, PrivacyMode], ...] = (
 KEYS = {"record": {"full": "private_ratio_full", "lora": "private_ratio_lora"}}
 SMALL_BATCH, LARGE_BATCH = 32, 8
 """Records a step."""
+FEW: int = 10**7
+"""Trained parameters below which memory for exchanges is told as a whole."""
 
 
 def measure(
@@ -58,11 +60,11 @@ def measure(
             common.say(f"{case.name}: {json.dumps(found)}")
             key = KEYS.get(mode, {}).get(kind, "tokens_ratio_to_plain_loop")
             _worst(summary, key, found["ratio"], min)
-            if not privacy_policy(mode).charges:
+            if not privacy_policy(mode).charges and "memory_ratio" in found:
                 _worst(summary, "memory_ratio", found["memory_ratio"], max)
-                if kind == "lora":  # so few that most of it does not depend on their number
-                    _worst(summary, "adapters_exchange_mb", found["exchange_mb"], max)
-                elif model or models == [None]:
+                if found["memory"]["num_params"] < FEW:  # most of it does not depend on them
+                    _worst(summary, "exchange_mb_of_few", found["exchange_mb"], max)
+                else:
                     _worst(summary, "exchange_bytes", found["exchange_bytes"], max)
     return {"summary": {key: round(value, 4) for key, value in summary.items()}, **details}
 
@@ -74,7 +76,7 @@ def _worst(summary: dict[str, float], key: str, value: float, worse: Callable[..
 def compare(case: Case, rounds: int, steps: int) -> dict[str, Any]:
     """Tokens per second of both, some steps of each in turn; a ratio and its extremes."""
     speeds: dict[str, list[float]] = {"swarm": [], "by hand": []}
-    exchanges = plain_peak = 0
+    exchanges, plain_peak = 0, None
     with tempfile.TemporaryDirectory() as folder, pair.running(Path(folder), case) as swarm:
         with loops(case) as step:
             for turn in range(rounds + 1):
@@ -93,15 +95,21 @@ def compare(case: Case, rounds: int, steps: int) -> dict[str, Any]:
         "lowest_and_highest": [min(ratios), max(ratios)],
         "tokens_per_cpu_s": {who: statistics.median(found) for who, found in speeds.items()},
         "exchanges": exchanges,
-        "memory": {**asdict(memory), "by hand": plain_peak},
-        "memory_ratio": memory.own / plain_peak,
-        "exchange_mb": memory.exchange / 1e6,
-        "exchange_bytes": memory.exchange / memory.num_params,
+        **({} if plain_peak is None else _memory(memory, plain_peak)),
+    }
+
+
+def _memory(trainer: pair.Memory, by_hand: int) -> dict[str, Any]:
+    return {
+        "memory": {**asdict(trainer), "by hand": by_hand},
+        "memory_ratio": trainer.own / by_hand,
+        "exchange_mb": trainer.exchange / 1e6,
+        "exchange_bytes": trainer.exchange / trainer.num_params,
     }
 
 
 @contextmanager
-def loops(case: Case) -> Iterator[Callable[[int], tuple[int, float, int]]]:
+def loops(case: Case) -> Iterator[Callable[[int], tuple[int, float, int | None]]]:
     """Two loops by hand side by side, as the two trainers are: tokens, seconds, largest memory."""
     command = [sys.executable, "-m", "benchmarks.trainer.by_hand", case.kind, str(case.batch)]
     command += [case.device, *([str(case.model)] if case.model else [])]
@@ -113,16 +121,17 @@ def loops(case: Case) -> Iterator[Callable[[int], tuple[int, float, int]]]:
             for _ in range(2)
         ]
 
-        def step(steps: int) -> tuple[int, float, int]:
+        def step(steps: int) -> tuple[int, float, int | None]:
             for loop in both:
                 assert loop.stdin
                 loop.stdin.write(f"{steps}\n")
                 loop.stdin.flush()
             answers = [json.loads(loop.stdout.readline()) for loop in both if loop.stdout]
+            peaks = [answer["peak"] for answer in answers]
             return (
                 sum(answer["tokens"] for answer in answers),
                 sum(answer["seconds"] for answer in answers),
-                max(answer["peak"] for answer in answers),
+                None if None in peaks else max(peaks),
             )
 
         yield step

@@ -3,7 +3,8 @@
     python -m benchmarks.trainer.by_hand KIND BATCH DEVICE [MODEL]
 
 Each line of its input is a number of steps to take. It answers with one line of JSON: their tokens,
-the seconds that the process computed (on a GPU: seconds of the clock), and its largest memory.
+the seconds that the process computed (on a GPU: seconds of the clock), and its largest memory (on a
+GPU: null, since the trainer's is not known from outside).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
             began = _now(on_gpu)
             tokens = sum(step() for _ in range(int(line)))
             seconds = _now(on_gpu) - began
-            peak = torch.cuda.max_memory_allocated() if on_gpu else largest("self")
+            peak = None if on_gpu else largest("self")
             print(json.dumps({"tokens": tokens, "seconds": seconds, "peak": peak}), flush=True)
         node.close()
 
