@@ -31,9 +31,11 @@ _PIECE: Final = 1 << 22
 _TOKENS: Final = 48
 _RANDOM: Final = 2
 _TEXT_CHARS: Final = 2000
-_TOLERANCE: Final = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-"""Allowed difference of logits, relative to their spread. Rounding of the weights adds up over
-dozens of layers. The comparison of the weights notices smaller faults."""
+_TOLERANCE: Final = 1e-3
+"""Allowed difference of logits that the same weights give, relative to their spread."""
+_ROUNDED: Final = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+"""Difference of logits, relative to their spread, beyond which rounding the weights has taken more
+from them than noise: updates that were smaller than the type's steps."""
 _PLAIN: Final = "PreTrainedTokenizerFast"
 
 
@@ -122,19 +124,68 @@ def load_adapted(base: Any, folder: Path) -> Any:
             raise _differs(f"peft does not load it: {e.problem}") from e
 
 
-def require_equal(
-    loaded: Any,
-    expected: Sequence[torch.Tensor],
-    batches: Sequence[torch.Tensor],
-    dtype: torch.dtype = torch.float32,
-) -> float:
-    """Refuse an export whose logits differ from the trained model's.
+@contextmanager
+def with_weights_of(loaded: Any, model: torch.nn.Module) -> Iterator[None]:
+    """Have a model compute with the weights of its export, which are in memory once, for a while.
+
+    So both have to give the same logits, whatever the weights were rounded to.
 
     Args:
-        loaded: the export, loaded again.
-        expected: the trained model's logits for each batch.
-        batches: made by `sample_ids`.
-        dtype: type that the weights were written in.
+        loaded: by `computing_as`.
+        model: that was exported.
+    """
+    before = [(m, m._parameters, m._buffers, m.__class__) for m in model.modules()]
+    try:
+        for path, module in model.named_modules():
+            theirs = loaded.get_submodule(path)
+            module._parameters, module._buffers = theirs._parameters, theirs._buffers
+            module.__class__ = theirs.__class__
+        yield
+    finally:
+        for module, parameters, buffers, kind in before:
+            module._parameters, module._buffers = parameters, buffers
+            module.__class__ = kind
+
+
+@contextmanager
+def adding(added: Mapping[int, adapters.Product], model: torch.nn.Module) -> Iterator[None]:
+    """Have a model compute with merged weights, float32, for a while: each is made when it is used.
+
+    Args:
+        added: what is added to each matrix, by the id of its parameter.
+        model: without adapters.
+    """
+    handles = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if (product := added.get(id(parameter))) is not None:
+                begin, end = _added_in(name, parameter, product)
+                handles.append(module.register_forward_pre_hook(begin))
+                handles.append(module.register_forward_hook(end, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _added_in(name: str, parameter: torch.nn.Parameter, product: adapters.Product) -> Any:
+    def begin(module: torch.nn.Module, _: Any) -> None:
+        merged = torch.nn.Parameter(product.added_to(parameter.detach()), requires_grad=False)
+        module._parameters[name] = merged
+
+    def end(module: torch.nn.Module, *_: Any) -> None:
+        module._parameters[name] = parameter
+
+    return begin, end
+
+
+def require_equal(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """Refuse an export whose logits are not the trained model's.
+
+    Args:
+        ours: the trained model's logits for each batch.
+        theirs: the export's.
 
     Returns:
         The largest difference.
@@ -142,21 +193,45 @@ def require_equal(
     Raises:
         LocalError: the logits differ by more than rounding, or are not finite.
     """
-    if not all(bool(torch.isfinite(e).all()) for e in expected):
+    if not all(bool(torch.isfinite(each).all()) for each in ours):
         raise LocalError(
             "the trained parameters give logits that are not finite: there is nothing to export",
             "export an older checkpoint, and train on with a smaller optimiser.learning_rate",
         )
-    worst = 0.0
-    for ours, theirs in zip(expected, logits_of(loaded, batches), strict=True):
-        if ours.shape != theirs.shape:
-            raise _differs(f"logits of {tuple(theirs.shape)}, trained {tuple(ours.shape)}")
-        difference = float((ours - theirs).abs().max())
-        spread = float(ours.std())
-        if not difference <= _TOLERANCE[dtype] * max(spread, 1e-6):
+    for one, other in zip(ours, theirs, strict=True):
+        if one.shape != other.shape:
+            raise _differs(f"logits of {tuple(other.shape)}, trained {tuple(one.shape)}")
+        difference, spread = _difference(one, other)
+        if not difference <= _TOLERANCE * spread:
             raise _differs(f"its logits differ by {difference:.3g}, their spread is {spread:.3g}")
-        worst = max(worst, difference)
-    return worst
+    return max(_difference(*pair)[0] for pair in zip(ours, theirs, strict=True))
+
+
+def taken_by_rounding(
+    ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[float, list[str]]:
+    """How much the logits of rounded weights differ, and a line for the operator if that is much.
+
+    Args:
+        ours: the trained model's logits for each batch.
+        theirs: the export's.
+        dtype: type that the weights were written in.
+    """
+    pairs = [_difference(*pair) for pair in zip(ours, theirs, strict=True)]
+    difference, spread = max(pairs, key=lambda pair: pair[0] / pair[1])
+    name, notes = str(dtype).removeprefix("torch."), []
+    if difference > _ROUNDED[dtype] * spread:
+        notes.append(
+            f"rounding to {name} changes the logits by up to {difference:.2g} (their spread is "
+            f"{spread:.2g}): weights were trained by less than the steps of that type; --dtype "
+            "float32 keeps all that was trained"
+        )
+    return max(pair[0] for pair in pairs), notes
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
+    """The largest difference, and the spread that it is compared with."""
+    return float((ours - theirs).abs().max()), max(float(ours.std()), 1e-6)
 
 
 def require_weights(trained: Mapping[str, torch.Tensor], loaded: Any, dtype: torch.dtype) -> None:

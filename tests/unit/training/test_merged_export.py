@@ -75,7 +75,7 @@ def test_the_base_is_widened_one_matrix_at_a_time(
     )
     assert done.dtype == dtype
     assert loaded == [DTYPES[dtype]], "then its values stay in the pages of the file"
-    assert len(at_once) == len(expected) > 0
+    assert len(at_once) == len(expected) * (1 if dtype == "float32" else 2) > 0
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {value.dtype for value in written.values()} == {DTYPES[dtype]}
     for name, parameter in inner.named_parameters():
