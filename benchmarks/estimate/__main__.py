@@ -1,7 +1,9 @@
 """What `xpeer estimate` says of a step's memory, against processes that take the step.
 
 Each case runs in a process of its own, on a CPU with one thread, without huge pages. The peak of
-its resident memory is compared with the estimate. The last plan is rehearsed only: 7 B parameters.
+its resident memory is compared with the estimate. Then whole trainers, as nodes start them: their
+resident memory, libraries included, with what the C library keeps of freed memory. The last plan is
+rehearsed only: 7 B parameters.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from benchmarks.common import emit, say, write_result
-from benchmarks.estimate.cases import CASES, PLAN, QUICK
+from benchmarks.estimate.cases import CASES, PLAN, QUICK, QUICK_TRAINERS, TRAINERS
 from xpeer.estimate.step import memory_of
 
 CLOSE = 0.10
@@ -39,6 +42,25 @@ def compared(name: str) -> dict[str, Any]:
     return row
 
 
+def trainer(name: str) -> dict[str, Any]:
+    """A whole trainer: the most of its start and of its steps."""
+
+    def do(part: str, folder: str) -> Any:
+        command = [sys.executable, "-m", "benchmarks.estimate.trainer", part, name, folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with tempfile.TemporaryDirectory() as folder:
+        do("draft", folder)
+        found: dict[str, Any] = do("run", folder)
+    found["ratio"] = round(found["estimated"] / max(found["start"], found["steps"]), 3)
+    say(f"trainer, {name}: {found}")
+    return found
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -46,16 +68,22 @@ def main() -> None:
     quick = parser.parse_args().quick
     rows = {name: compared(name) for name in (QUICK if quick else CASES)}
     worst = max(abs(row["ratio"] - 1) for row in rows.values())
+    trainers = {name: trainer(name) for name in (QUICK_TRAINERS if quick else TRAINERS)}
+    ratios = [row["ratio"] for row in trainers.values()]
     plan = memory_of(PLAN)
     summary = {
         "cases": len(rows),
         "worst_error": round(worst, 3),
         "within_10_percent": sum(abs(row["ratio"] - 1) <= CLOSE for row in rows.values()),
+        "trainers": len(trainers),
+        "trainer_ratio_least": min(ratios),
+        "trainer_ratio_most": max(ratios),
         "plan_7b_lora_gb": round(plan.peak / 1e9, 2),
         "plan_7b_lora_fits_24_gb": plan.peak < 24e9,
     }
     if not quick:
-        write_result("estimate", summary, {"cases": rows}, "python -m benchmarks.estimate")
+        details = {"cases": rows, "trainers": trainers}
+        write_result("estimate", summary, details, "python -m benchmarks.estimate")
     emit("estimate", summary)
 
 

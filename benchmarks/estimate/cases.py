@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 from xpeer.estimate.step import Step
@@ -93,3 +94,30 @@ PLAN: Final = Step(
     recompute=True,
 )
 """Llama 2's shape of 7 B: does LoRA with privacy fit a GPU of 24 GB?"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node whose trainer is started."""
+
+    config: dict[str, Any]
+    lora: bool
+    private: bool
+    micro_batch: int
+    sequence_tokens: int
+    again: bool = False
+    """Whether activations are computed again."""
+
+
+TRAINERS: Final = {
+    "2 M": Node(_SMALL, lora=False, private=False, micro_batch=16, sequence_tokens=128),
+    "2 M, private": Node(_SMALL, lora=False, private=True, micro_batch=16, sequence_tokens=128),
+    "2 M, LoRA, private": Node(_SMALL, True, True, micro_batch=16, sequence_tokens=128),
+    "135 M": Node(_SMOL, lora=False, private=False, micro_batch=2, sequence_tokens=256),
+    "135 M, private": Node(_SMOL, lora=False, private=True, micro_batch=2, sequence_tokens=256),
+    "135 M, LoRA": Node(_SMOL, lora=True, private=False, micro_batch=2, sequence_tokens=256),
+    "135 M, LoRA, private": Node(_SMOL, True, True, micro_batch=2, sequence_tokens=256),
+    "135 M, LoRA, private, layers again": Node(_SMOL, True, True, 2, 256, again=True),
+    "360 M, LoRA, private": Node(_LARGE, True, True, micro_batch=2, sequence_tokens=256),
+}
+QUICK_TRAINERS: Final = ("2 M", "2 M, private")

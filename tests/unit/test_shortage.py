@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,3 +114,46 @@ def test_a_disk_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tensor_file, "save_file", raises(CPU))
     with pytest.raises(ShortOfMemoryError, match="this machine ran out of memory"):
         tensor_file.write_tensors(tmp_path / "file", {"a": torch.zeros(2)}, {})
+
+
+_THREADS = """
+import re, threading, sys
+from pathlib import Path
+from xpeer.shortage import give_back, share_freed
+
+def resident():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1000
+
+def blocks():
+    return [bytearray(b"x") * 60_000 for _ in range(1000)]
+
+def use():
+    kept = blocks()
+    barrier.append(kept.pop())  # what lies last in the heap stays, so that the heap can't shrink
+    del kept
+
+if sys.argv[1] == "shared":
+    share_freed()
+before, barrier = resident(), []
+thread = threading.Thread(target=use)
+thread.start()
+thread.join()
+held = blocks()
+print(round(resident() - before))
+del held
+if sys.argv[1] == "shared":
+    give_back()
+    print(round(resident() - before))
+"""
+
+
+def test_memory_that_a_thread_freed_is_used_by_others_and_given_back() -> None:
+    alone, (shared, after) = (
+        [int(line) for line in subprocess.run(
+            [sys.executable, "-c", _THREADS, kind], capture_output=True, text=True, check=True
+        ).stdout.split()]
+        for kind in ("alone", "shared")
+    )  # fmt: skip
+    assert alone[0] > 100, "an arena of its own"
+    assert shared < 80
+    assert after < 20

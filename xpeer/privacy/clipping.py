@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from xpeer import amounts
+from xpeer.errors import ConfigError
 from xpeer.privacy.blocks import BlockedCall
 from xpeer.privacy.fitting import halved
 from xpeer.privacy.layers import Call, parts, tapped
@@ -160,6 +162,10 @@ class FunctionalEngine:
         record_losses: the loss.
         micro_batch: records per pass; 0 = as many as suit memory and device.
         memory_bytes: bound of what the engine itself keeps during a pass.
+
+    Raises:
+        ConfigError: the gradients of a single record take more. On a processor nothing would end
+            such a pass but the system, which ends the process.
     """
 
     name = "vmap"
@@ -177,16 +183,24 @@ class FunctionalEngine:
         self._names = [n for n, p in self._losses.named_parameters() if p.requires_grad]
         values = sum(p.numel() for p in self._parameters)
         self._micro_batch = micro_batch
-        self._fits = max(1, memory_bytes // (8 * max(1, values)))  # gradients, and as much again
+        needed = 8 * max(1, values)  # gradients, and as much again
+        if needed > memory_bytes:
+            raise ConfigError(
+                f"gradients of one record need {amounts.size(needed)}, and an engine may keep "
+                f"{amounts.size(memory_bytes)}",
+                "another engine is used",
+            )
+        self._fits = memory_bytes // needed
         self._size = 1
         """Records of a pass, in the last call of `accumulate`."""
 
     def accumulate(self, records: Tensor, clip_norm: Bound, sums: Sequence[Tensor]) -> Clipped:
         """See `Engine.accumulate`."""
-        self._size = self._micro_batch or min(self._fits, cache_records(records))
-        size = self._size
+        wanted = self._micro_batch or cache_records(records)
+        self._size = min(self._fits, wanted)
         passes = [
-            self._pass(part, bounds, sums) for part, bounds in batches(records, clip_norm, size)
+            self._pass(part, bounds, sums)
+            for part, bounds in batches(records, clip_norm, self._size)
         ]
         return _joined(passes, records.device)
 

@@ -192,7 +192,8 @@ def _agreeing(
     right: dict[Engine, tuple[int, Candidate]] = {}
     refused: list[Refused] = []
     for place, make in candidates if only != reference.name else ():
-        name = getattr(make, "__name__", "engine")
+        kind = getattr(make, "func", make)
+        name = getattr(kind, "name", getattr(kind, "__name__", "engine"))
         try:
             engine = make()
             name = engine.name

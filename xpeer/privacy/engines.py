@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -94,10 +95,8 @@ def choose_engine(
     losses = record_losses if isinstance(record_losses, Switchable) else Switchable(record_losses)
     options: dict[str, int] = {"micro_batch": micro_batch, "memory_bytes": memory_bytes}
     if candidates is None:
-        candidates = [
-            lambda: BookKeepingEngine(model, losses, **options),
-            lambda: FunctionalEngine(model, losses, **options),
-        ]
+        kinds = BookKeepingEngine, FunctionalEngine
+        candidates = [partial(kind, model, losses, **options) for kind in kinds]
     tested = Bench(model, losses, sample, relieve, most_records), candidates, precision
     known = memory.recall() if memory is not None else None
     if known is not None and (engine := _again(*tested, known[0])):

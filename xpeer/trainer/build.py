@@ -25,6 +25,7 @@ from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
 from xpeer.privacy.steps import Records
+from xpeer.shortage import give_back
 from xpeer.trainer.assembled import Assembled, Beginning, TextFacts
 from xpeer.trainer.capture import Capture, FrozenValues, Keeping
 from xpeer.trainer.comparing import examined
@@ -146,6 +147,7 @@ def assemble(
     else:
         mechanism = _mechanism(swarm, start, text, pulse)
     loop = _loop(swarm, start, mechanism, text.held_out, pulse)
+    give_back()  # of what the engines were tested with
     if loop.pacing.ended:  # it would take no step anyway
         problem = ""
     elif problem:

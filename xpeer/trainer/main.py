@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from xpeer import signals, uncollected
 from xpeer.errors import DivergedError, ExitCode, LocalError, TrainerError
+from xpeer.shortage import share_freed
 from xpeer.trainer.answers import Crashed, failure_of
 from xpeer.trainer.channel import ChildChannel, LevelFormatter
 from xpeer.trainer.commands import Begin, Request, Stop
@@ -76,6 +77,7 @@ def main(assemble: Callable[[TrainerSetup], Assembled] | None = None) -> NoRetur
     # a ^C, a closed terminal or a stop of the whole group reaches the daemon, too, which decides
     signals.leave_it_to_the_parent()
     faulthandler.enable()
+    share_freed()
     _set_up_logging()
     channel = ChildChannel(socket.socket(fileno=socket_fd))
     begin = channel.receive()

@@ -16,7 +16,7 @@ from tests.unit.privacy.alive import Alive
 from tests.unit.privacy.models import llama, record_losses, some_records
 from tests.unit.privacy.test_engine_check import HALF
 from tests.unit.privacy.test_mechanism import manifest
-from xpeer.errors import ShortOfMemoryError
+from xpeer.errors import ConfigError, ShortOfMemoryError
 from xpeer.privacy import record_gradients
 from xpeer.privacy.clipping import BookKeepingEngine, FunctionalEngine, trainable
 from xpeer.privacy.engine_memory import EngineMemory
@@ -190,3 +190,27 @@ def test_the_self_test_holds_no_more_than_a_step(monkeypatch: pytest.MonkeyPatch
     assert choice.engine.name == "book-keeping"
     assert "refused" not in choice.reason
     assert memory.peak < 3.9 * size, memory.peak / size
+
+
+@pytest.mark.parametrize("records", [1, 3])
+def test_gradients_of_all_records_are_never_larger_than_an_engine_may_keep(records: int) -> None:
+    """A given number of records a pass counted more than memory, and one record always was tried:
+    on a processor the system ends a process that takes too much.
+    """
+    model = llama(tied=True)
+    of_one = 8 * sum(p.numel() for p in trainable(model))
+    sizes: list[int] = []
+
+    def losses(model: nn.Module, some: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(some))
+        return record_losses(model, some)
+
+    engine = FunctionalEngine(model, losses, micro_batch=8, memory_bytes=records * of_one)
+    sums = [torch.zeros_like(p) for p in trainable(model)]
+    engine.accumulate(some_records(6), 1.0, sums)
+    assert len(sizes) == 6 // records, "vmap calls it once a pass"
+    with pytest.raises(ConfigError, match="gradients of one record need"):
+        FunctionalEngine(model, losses, micro_batch=8, memory_bytes=of_one - 1)
+    choice = choose_engine(model, losses, some_records(4), memory_bytes=of_one - 1, clock=no_time)
+    assert choice.engine.name == "book-keeping"
+    assert "refused vmap" in choice.reason
