@@ -16,7 +16,8 @@ from xpeer import belonging
 from xpeer.errors import ConfigError, LocalError
 from xpeer.founding_model import InitialModel
 from xpeer.identity import blake2b
-from xpeer.manifest import MAX_NAME_CHARS, Manifest, PublicText, Tokenizer
+from xpeer.manifest import MAX_NAME_CHARS, Manifest, PublicText, SharedCorpus, Tokenizer
+from xpeer.manifest.model import Model
 from xpeer.policies import PrivacyMode, privacy_policy
 from xpeer.tokenizer_files import writing_of
 from xpeer.training.documents import name_documents
@@ -71,39 +72,18 @@ def draft_manifest(
         ConfigError: a field is unknown or out of bounds, or the model does not fit the tokenizer
             or the length of a sequence.
     """
-    if not (name.isprintable() and 0 < len(name.strip()) <= MAX_NAME_CHARS):
-        raise ConfigError(
-            f"--swarm: {name!r} is no name", f"use 1 to {MAX_NAME_CHARS} printable characters"
-        )
+    _require_name(name)
     text = _public_text(public_text)
     ids = _tokenizer(tokenizer)
-    tree: dict[str, Any] = {
-        "name": name,
-        "created_unix_s": int(time.time()),
-        "model": msgspec.to_builtins(source.section()),
-        "tokenizer": msgspec.to_builtins(_named(ids, tokenizer)),
-        "public_text": msgspec.to_builtins(PublicText(blake2b(text.encode()).hex(), text)),
-        "privacy": {"mode": privacy},
+    parts: dict[str, Any] = {
+        "model": source.section(),
+        "tokenizer": _named(ids, tokenizer),
+        "public_text": PublicText(blake2b(text.encode()).hex(), text),
     }
     if corpus:
         digest = name_documents(corpus, text_field, "--corpus", ids.chat).digest()
-        tree["shared_corpus"] = {"name": name, "digest": digest}
-    for change in changes:
-        _apply(tree, change)
-    end = tree.setdefault("end", {})
-    if "steps" not in end and _needs_steps(tree["privacy"], end):
-        end["steps"] = 1000
-    try:
-        # Encode and decode, so that a value that JSON can't hold (infinity) fails here.
-        manifest = msgspec.json.decode(
-            msgspec.json.encode(msgspec.convert(tree, Manifest)), type=Manifest
-        )
-    except msgspec.ValidationError as e:
-        problem, _, where = str(e).partition(" - at `$.")
-        field = where.rstrip("`")
-        raise ConfigError(
-            f"manifest{f' {field}' if field else ''}: {problem}", f"correct {given_by(field)}"
-        ) from e
+        parts["shared_corpus"] = SharedCorpus(name, digest)
+    manifest = _decided(name, parts, changes, privacy)
     source.check(ids.vocab_size, manifest.optimiser.sequence_tokens)
     length = manifest.optimiser.sequence_tokens
     model = source.without_frozen(manifest.model, ids.vocab_size, length)
@@ -112,6 +92,63 @@ def draft_manifest(
     loss = source.public_loss(manifest, ids, device)
     public = msgspec.structs.replace(manifest.public_text, initial_loss=loss)
     return msgspec.structs.replace(manifest, public_text=public)
+
+
+def foresee_manifest(
+    name: str, model: Model, *, changes: Iterable[str], privacy: PrivacyMode, corpus: bool
+) -> Manifest:
+    """Make a manifest of what is known before anything is loaded. Nobody signs it.
+
+    Args:
+        name: of the swarm.
+        model: as far as it is known.
+        changes: values of `--set`.
+        privacy: the privacy mode.
+        corpus: whether all members hold a copy of a corpus.
+
+    Raises:
+        ConfigError: a field is unknown or out of bounds.
+    """
+    _require_name(name)
+    parts: dict[str, Any] = {"model": model, "public_text": PublicText(blake2b(b"").hex(), "")}
+    if corpus:
+        parts["shared_corpus"] = SharedCorpus(name, "")
+    return _decided(name, parts, changes, privacy)
+
+
+def _require_name(name: str) -> None:
+    if not (name.isprintable() and 0 < len(name.strip()) <= MAX_NAME_CHARS):
+        raise ConfigError(
+            f"--swarm: {name!r} is no name", f"use 1 to {MAX_NAME_CHARS} printable characters"
+        )
+
+
+def _decided(
+    name: str, parts: dict[str, Any], changes: Iterable[str], privacy: PrivacyMode
+) -> Manifest:
+    """The manifest of some sections, `--set` and defaults."""
+    tree: dict[str, Any] = {
+        "name": name,
+        "created_unix_s": int(time.time()),
+        **msgspec.to_builtins(parts),
+        "privacy": {"mode": privacy},
+    }
+    for change in changes:
+        _apply(tree, change)
+    end = tree.setdefault("end", {})
+    if "steps" not in end and _needs_steps(tree["privacy"], end):
+        end["steps"] = 1000
+    try:
+        # Encode and decode, so that a value that JSON can't hold (infinity) fails here.
+        return msgspec.json.decode(
+            msgspec.json.encode(msgspec.convert(tree, Manifest)), type=Manifest
+        )
+    except msgspec.ValidationError as e:
+        problem, _, where = str(e).partition(" - at `$.")
+        field = where.rstrip("`")
+        raise ConfigError(
+            f"manifest{f' {field}' if field else ''}: {problem}", f"correct {given_by(field)}"
+        ) from e
 
 
 def given_by(field: str) -> str:

@@ -247,17 +247,14 @@ def initial_model(
     from xpeer.training.held import DTYPES, hold  # noqa: PLC0415
     from xpeer.training.rebuild import require_same  # noqa: PLC0415
 
-    if sum(source is not None for source in (folder, config_file, preset)) > 1:
-        raise ConfigError("--model, --model-config and --preset exclude one another", "keep one")
+    config = _config_of(folder, config_file, preset)
     origin = Origin()
-    held = _base_dtype(folder, lora)
+    held = base_dtype(folder, lora)
     if folder is not None:
         # weights that are trained have to be memory
         module = model.from_folder(folder, dtype=DTYPES[held], near=near if lora else None)
-        config = model.read_config(folder)
         origin = Origin(folder, kept.read_generation(folder))
     else:
-        config = PRESETS[preset or "small"] if config_file is None else read_json(config_file)
         module = hold(model.build(config, seed=secrets.randbits(63)), DTYPES[held])
     config = kept.config_for_manifest(config, losses.transformers_model(module))
     require_same(module, model.skeleton(config))
@@ -266,6 +263,68 @@ def initial_model(
         return InitialModel(module, config, flat.num_params(module), digest, origin=origin)
     base = InitialModel(module, config, 0, "", origin=origin, base_dtype=held)
     return _with_adapters(base, lora, digest)
+
+
+def foreseen(
+    folder: Path | None, config_file: Path | None, preset: str | None, lora: LoraOptions | None
+) -> Model:
+    """The manifest's section as far as shapes decide it. It loads no weights, and hashes nothing.
+
+    Args:
+        folder: as of `initial_model`, and so the others.
+        config_file: a model's config.json.
+        preset: a key of `PRESETS`.
+        lora: train adapters.
+
+    Raises:
+        ConfigError: as of `initial_model`.
+    """
+    from xpeer.training import adapters, flat, model  # noqa: PLC0415 - torch takes seconds
+
+    config = _config_of(folder, config_file, preset)
+    module = model.skeleton(config)
+    if lora is None:
+        return Model(config, flat.num_params(module), "")
+    made, held = expected_adapters(config, lora), base_dtype(folder, lora)
+    return Model(
+        config,
+        flat.num_params(adapters.adapt(module, made)),
+        "",
+        made,
+        base_dtype=held,
+        base_block=BASE_BLOCK if held in QUANTISED else 0,
+    )
+
+
+def expected_adapters(config: dict[str, Any], options: LoraOptions) -> Lora:
+    """The adapters, as far as they decide how much is needed.
+
+    Args:
+        config: of the model.
+        options: of the founder.
+
+    Raises:
+        ConfigError: the model has no layers to adapt, or the given adapters can't be read.
+    """
+    from xpeer.training import given_adapters, targets  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.model import skeleton  # noqa: PLC0415
+
+    rank, wanted = options.rank, list(options.targets)
+    if options.folder is not None:
+        rank, _, _, wanted = given_adapters.read(options.folder).settings
+    layers = targets.find(skeleton(config), wanted)
+    return Lora(rank, 2.0 * rank, 0, "", layers, options.train)
+
+
+def _config_of(folder: Path | None, config_file: Path | None, preset: str | None) -> dict[str, Any]:
+    """The model's config, from at most one of three sources."""
+    from xpeer.training.model import read_config  # noqa: PLC0415 - torch takes seconds
+
+    if sum(source is not None for source in (folder, config_file, preset)) > 1:
+        raise ConfigError("--model, --model-config and --preset exclude one another", "keep one")
+    if folder is not None:
+        return read_config(folder)
+    return PRESETS[preset or "small"] if config_file is None else read_json(config_file)
 
 
 def _with_adapters(base: InitialModel, options: LoraOptions, base_digest: str) -> InitialModel:
@@ -295,7 +354,7 @@ def _with_adapters(base: InitialModel, options: LoraOptions, base_digest: str) -
     return replace(source, lora=made, num_params=trained[0], digest=trained[1])
 
 
-def _base_dtype(folder: Path | None, lora: LoraOptions | None, declared: str = "") -> BaseDtype:
+def base_dtype(folder: Path | None, lora: LoraOptions | None, declared: str = "") -> BaseDtype:
     """The type that every node holds the frozen weights in.
 
     Args:

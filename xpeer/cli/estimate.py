@@ -14,9 +14,9 @@ from xpeer.cli.common import GivenPath, Whole, echo, echo_json, json_option, say
 from xpeer.config import NodeConfig
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.forms import Codec
-from xpeer.founding_model import PRESETS, LoraOptions, _base_dtype, read_json
+from xpeer.founding_model import PRESETS, LoraOptions, base_dtype, expected_adapters, read_json
 from xpeer.manifest import Optimiser
-from xpeer.manifest.model import BaseDtype, Lora
+from xpeer.manifest.model import BaseDtype
 from xpeer.manifest.round import Round
 from xpeer.policies import RULES, PrivacyMode, RuleName, privacy_policy
 from xpeer.source import check_folder, has_weights
@@ -130,7 +130,7 @@ def estimate(
         say(why)
     step = Step(
         config=config,
-        lora=None if options is None else _lora(config, options),
+        lora=None if options is None else expected_adapters(config, options),
         base_dtype=_frozen_dtype(model, config, options),
         sequence_tokens=sequence_tokens,
         micro_batch=micro_batch,
@@ -190,9 +190,9 @@ def _frozen_dtype(
 ) -> BaseDtype:
     """The type of the frozen weights: as founding will have it, once the weights are there."""
     if model is not None and has_weights(model, "--model"):
-        return _base_dtype(model, options)
+        return base_dtype(model, options)
     declared = config.get("dtype") or config.get("torch_dtype")
-    return _base_dtype(None, options, declared if isinstance(declared, str) else "")
+    return base_dtype(None, options, declared if isinstance(declared, str) else "")
 
 
 def _chosen(
@@ -216,18 +216,6 @@ def _has_layers(config: dict[str, Any]) -> bool:
     from xpeer.training.recompute import layers_of  # noqa: PLC0415
 
     return bool(layers_of(skeleton(config)))
-
-
-def _lora(config: dict[str, Any], options: LoraOptions) -> Lora:
-    """The adapters, as far as they decide how much is needed."""
-    from xpeer.training import given_adapters, targets  # noqa: PLC0415 - torch takes seconds
-    from xpeer.training.model import skeleton  # noqa: PLC0415
-
-    rank, wanted = options.rank, list(options.targets)
-    if options.folder is not None:
-        rank, _, _, wanted = given_adapters.read(options.folder).settings
-    layers = targets.find(skeleton(config), wanted)
-    return Lora(rank, 2.0 * rank, 0, "", layers, options.train)
 
 
 def _print(answer: Estimate, step: Step, memory_gb: float | None) -> None:

@@ -25,14 +25,14 @@ from xpeer.cli.common import (
     say_foreign,
     secure_home,
 )
-from xpeer.cli.needed import say_needs
+from xpeer.cli.needed import require_room, say_needs
 from xpeer.cli.new_config import as_toml, check_new
 from xpeer.cli.start import read_token
 from xpeer.config import Home, NodeConfig
-from xpeer.drafting import draft_manifest
+from xpeer.drafting import draft_manifest, foresee_manifest
 from xpeer.errors import ConfigError
 from xpeer.files import clear_staged
-from xpeer.founding_model import PRESETS, initial_model
+from xpeer.founding_model import PRESETS, foreseen, initial_model
 from xpeer.manifest import Manifest
 from xpeer.needs import Needs
 from xpeer.network.membership.invites import Token
@@ -194,6 +194,17 @@ def init(
     founding.refuse_second_swarm(home)
     lora = adapters.combined()
     clear_staged(home)
+    require_room(
+        foresee_manifest(
+            str(name),
+            foreseen(model, model_config, preset, lora),
+            changes=changes,
+            privacy=privacy,
+            corpus=bool(corpus),
+        ),
+        *(config, home, model),
+        trial=not skip_trial,
+    )
     with founding.scratch(home) if lora and model else nullcontext() as near:
         source = initial_model(model, model_config, preset, lora, near)
     manifest = draft_manifest(

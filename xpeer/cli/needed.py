@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xpeer.amounts import duration, size
@@ -49,6 +50,39 @@ def say_needs(manifest: Manifest, config: NodeConfig, home: Home) -> bool:
         say(f"warning: a node on this machine could not start: {problem.problem}")
         say(f"  {problem.remedy}")
     return not fit.problems
+
+
+def require_room(
+    manifest: Manifest, config: NodeConfig, home: Home, folder: Path | None, *, trial: bool
+) -> None:
+    """Compare what it takes to found a swarm with what this machine has, before a model is loaded.
+
+    Args:
+        manifest: as far as it is known.
+        config: of the node; `training.check_fit` says what to do.
+        home: that the swarm will be founded in.
+        folder: of the model to start from; None = its weights are drawn.
+        trial: whether a run is tried in small.
+
+    Raises:
+        ConfigError: it can't fit.
+    """
+    from xpeer.estimate import to_found  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.losses import choose_device  # noqa: PLC0415
+
+    wanted = config.training.check_fit
+    if wanted == "skip":
+        return
+    private = manifest.privacy.policy.clips_records
+    try:
+        device, _ = choose_device(config.training.device, private=private)
+        fit = to_found.examine(manifest, config, home, device, folder, trial=trial)
+    except LocalError:
+        return  # `say_needs` says why
+    if wanted == "refuse":
+        fit.require()
+    for warning in (*fit.warnings, *fit.problems):
+        say(f"warning: {warning}")
 
 
 def _lines(rows: dict[str, Phase], device: str, partners: int, word: str) -> list[str]:

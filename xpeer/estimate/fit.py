@@ -45,8 +45,8 @@ _ROUGH_VALUES: Final = 24
 _SPARE_BYTES: Final = 64_000_000
 """Room on the disk for ledger, history and logs."""
 _SETTING: Final = "training.check_fit"
-_OVERRIDE: Final = f"to start all the same: {_SETTING} = warn (XPEER_TRAINING_CHECK_FIT)"
-_DAMAGED: Final = OSError, ValueError, KeyError, TypeError, AttributeError, LocalError
+OVERRIDE: Final = f"to go on all the same: {_SETTING} = warn (XPEER_TRAINING_CHECK_FIT)"
+DAMAGED: Final = OSError, ValueError, KeyError, TypeError, AttributeError, LocalError
 """What reading damaged weights raises."""
 
 
@@ -98,6 +98,14 @@ class Sizes:
             weights=weights,
             moments=moments,
             working=self.rough - weights - moments,
+            saved=int(FROZEN_BYTES["bfloat16"] * self.num_codes) - self.code_bytes,
+        )
+
+    def least_in_words(self, num_bytes: int) -> str:
+        """Say that a step needs so many bytes at least."""
+        return (
+            f"{self.num_trained:,} trained and {self.num_frozen:,} frozen parameters need "
+            f"{size(num_bytes)} for weights, moments and gradients alone"
         )
 
 
@@ -208,16 +216,9 @@ def _compare_step(
     lent = phases.donor_bytes(sizes.num_trained, wire) if on_host else 0
     process = phases.PROCESS if on_host else 0
     yielding = sizes.mapped_bytes if on_host else 0  # pages of a file give way
-    least = sizes.least - yielding + process
-    if least > here.most:
-        fit.problems.append(
-            _too_large(
-                f"{sizes.num_trained:,} trained and {sizes.num_frozen:,} frozen parameters need "
-                f"{size(least)} for weights, moments and gradients alone",
-                here,
-                remedies.NONE_HELPS,
-            )
-        )
+    if sizes.least - yielding + process > here.most:
+        what = sizes.least_in_words(sizes.least - yielding + process)
+        fit.problems.append(too_large(what, here, remedies.NONE_HELPS))
         fit.memory = sizes.bound
         return
     there = min(here.most, here.free)
@@ -235,7 +236,7 @@ def _compare_step(
     fit.notes.append(f"a step needs about {size(needed)}; {here.what}: {size(here.most)}")
     if memory.peak + beside <= here.free:
         if memory.peak + lent > here.free:
-            fit.warnings.append(_tight(_joiners(memory.peak + lent), here, ""))
+            fit.warnings.append(tight(_joiners(memory.peak + lent), here, ""))
         return
     what = f"a step needs about {size(needed)}"
     if beside > process:
@@ -245,14 +246,14 @@ def _compare_step(
     )
     words = remedy.words if remedy is not None else ""
     if SURE * needed - yielding <= here.most:
-        fit.warnings.append(_tight(what, here, f"set {words}" if words else ""))
+        fit.warnings.append(tight(what, here, f"set {words}" if words else ""))
         return
     smaller = rehearsals.of(sizes.smallest).peak + process
     if SURE * smaller - yielding <= here.most:
-        fit.warnings.append(_tight(what, here, f"set {words}" if words else ""))
+        fit.warnings.append(tight(what, here, f"set {words}" if words else ""))
         return
     said = f"a step of a single record needs about {size(smaller)}"
-    fit.problems.append(_too_large(said, here, f"set {words}" if words else remedies.NONE_HELPS))
+    fit.problems.append(too_large(said, here, f"set {words}" if words else remedies.NONE_HELPS))
 
 
 def _compare_host(fit: Fit, sizes: Sizes, wire: phases.Wire, host: Room, read: int) -> None:
@@ -272,11 +273,11 @@ def _compare_host(fit: Fit, sizes: Sizes, wire: phases.Wire, host: Room, read: i
         what = f"a start needs about {size(needed)} on the host, {size(frozen)} for frozen weights"
     lent = phases.donor_bytes(sizes.num_trained, wire)
     if SURE * needed > host.most:
-        fit.problems.append(_too_large(what, host, remedies.NONE_HELPS))
+        fit.problems.append(too_large(what, host, remedies.NONE_HELPS))
     elif needed > host.free:
-        fit.warnings.append(_tight(what, host, ""))
+        fit.warnings.append(tight(what, host, ""))
     elif lent > host.free:
-        fit.warnings.append(_tight(_joiners(lent), host, ""))
+        fit.warnings.append(tight(_joiners(lent), host, ""))
 
 
 def _joiners(needed: int) -> str:
@@ -310,7 +311,7 @@ def _compare_disk(fit: Fit, manifest: Manifest, config: NodeConfig, home: Home) 
     if saved or needed + tokens // 2 <= here.free:
         fit.warnings.append(f"{what} - {remedy}")
     else:
-        fit.problems.append(ConfigError(what, f"{remedy}; {_OVERRIDE}"))
+        fit.problems.append(ConfigError(what, f"{remedy}; {OVERRIDE}"))
 
 
 def _converted(manifest: Manifest, config: NodeConfig, home: Home) -> int:
@@ -328,7 +329,7 @@ def converted_bytes(folder: Path, held: BaseDtype) -> int:
     """
     try:
         return bytes_of(folder, DTYPES[held])
-    except _DAMAGED:
+    except DAMAGED:
         return 0  # who loads it says what is wrong with it
 
 
@@ -337,7 +338,7 @@ def _is_read_whole(manifest: Manifest, config: NodeConfig, home: Home) -> bool:
     folder = _base_folder(manifest, config, home)
     try:
         return folder is not None and not entries(folder)
-    except _DAMAGED:
+    except DAMAGED:
         return False
 
 
@@ -356,10 +357,12 @@ def _length(path: Path) -> int:
         return 0
 
 
-def _too_large(what: str, here: Room, remedy: str) -> ConfigError:
-    return ConfigError(f"{what}, and {here.what} is {size(here.most)}", f"{remedy}; {_OVERRIDE}")
+def too_large(what: str, here: Room, remedy: str) -> ConfigError:
+    """The error for what can never fit."""
+    return ConfigError(f"{what}, and {here.what} is {size(here.most)}", f"{remedy}; {OVERRIDE}")
 
 
-def _tight(what: str, here: Room, remedy: str) -> str:
+def tight(what: str, here: Room, remedy: str) -> str:
+    """The warning of what does not fit now."""
     said = f"{what}, and of {here.what} ({size(here.most)}) {size(here.free)} are free now"
     return f"{said} - {remedy}" if remedy else said

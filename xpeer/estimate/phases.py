@@ -44,6 +44,8 @@ _FILE: Final = 13
 """Bytes of a trained parameter in a checkpoint: values, moments, what consolidation adds."""
 _STATE: Final = 4
 """Bytes of each value that a rule keeps."""
+_WEIGHT: Final = 4
+"""Bytes of a trained parameter's value."""
 
 
 @seen_by("node", "printed by xpeer estimate")
@@ -139,6 +141,26 @@ def donor_bytes(num_trained: int, wire: Wire) -> int:
     return PROCESS + each * num_trained + _DONATIONS * wire.state(num_trained)
 
 
+def init_of(step: StepMemory, wire: Wire, *, converted: int = 0, trial: bool = True) -> Phase:
+    """What a founder needs before a manifest is signed.
+
+    Args:
+        step: of `estimate.step.memory_of`.
+        wire: how parameters are exchanged.
+        converted: bytes of a base model of another type, which is converted on the disk.
+        trial: whether a run is tried in small.
+    """
+    trained, source = step.num_trained, step.source
+    each = _SAVE + _STATE * wire.rule.kept if trial else _WEIGHT
+    tried = checkpoint_bytes(trained, wire.rule) + 2 * _WEIGHT * trained if trial else 0
+    return Phase(
+        name="init",
+        device=step.peak if trial else 0,
+        host=PROCESS + each * trained + max(0, source - _WEIGHT * trained),
+        disk=source + max(converted, tried),  # the trial is the later
+    )
+
+
 def phases_of(
     step: StepMemory, wire: Wire, checkpoints: int, *, private: bool, converted: int = 0
 ) -> list[Phase]:
@@ -156,8 +178,7 @@ def phases_of(
     window = wire.fragments * wire.partners * payload
     file = checkpoint_bytes(trained, wire.rule)
     kept = _STATE * wire.rule.kept
-    state, source = wire.state(trained), step.source
-    frozen = max(0, source - 4 * trained)
+    state = wire.state(trained)
 
     # those of quantised weights are made on the host; others are pages of the model's files
     codes = step.weights if step.source > step.weights else 0
@@ -169,12 +190,7 @@ def phases_of(
         return PROCESS + round(each * trained)
 
     return [
-        Phase(
-            name="init",
-            device=step.peak,
-            host=host(_SAVE + kept) + frozen,
-            disk=source + max(converted, file + 8 * trained),  # the trial is the later
-        ),
+        init_of(step, wire, converted=converted),
         Phase(
             name="start",
             device=max(step.weights + _TESTED * trained, step.peak) if private else step.weights,
@@ -193,7 +209,7 @@ def phases_of(
         Phase(
             name="export",
             host=host(_EXPORT) + round(_EXPORT_FROZEN * step.num_frozen),
-            disk=2 * source,  # as it is made, and as transformers writes it
+            disk=2 * step.source,  # as it is made, and as transformers writes it
         ),
         Phase(name="donate", host=donor_bytes(trained, wire), wire=state, wire_s=seconds(state)),
         Phase(name="join", host=host(8), disk=state, wire=state, wire_s=seconds(state)),
