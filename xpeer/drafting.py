@@ -243,7 +243,8 @@ def _public_text(path: Path | None) -> str:
         with path.open("rb") as file:
             text = _cut(file.read(PUBLIC_TEXT_BYTES))
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--public-text: {path} can't be read: {e}", "give a text file") from e
+        why = e.strerror if isinstance(e, OSError) else e
+        raise ConfigError(f"--public-text: {path} can't be read: {why}", "give a text file") from e
     if not holds_text(text):
         raise ConfigError(f"--public-text: {path} holds no text", "give a text file")
     return text

@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from xpeer import belonging
 from xpeer.config import Data, Home
 from xpeer.errors import ConfigError
+from xpeer.folders import Content, folder_named
 from xpeer.identity import blake2b
 from xpeer.leaves import Public, seen_by
 from xpeer.manifest import Manifest
@@ -136,7 +137,8 @@ class Needs(Struct, frozen=True, forbid_unknown_fields=True):
         setting = "data.tokenizer" if data.tokenizer else "data.base_model"
         named = data.tokenizer or data.base_model
         try:
-            folder = folder_of(setting, named) if named else None
+            content: Content = "tokenizer" if data.tokenizer else "model"
+            folder = folder_named(setting, named, content) if named else None
             lacks = folder is None or not (data.tokenizer or has_tokenizer(folder, setting))
         except ConfigError as e:
             return [str(e)]

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from xpeer import belonging
 from xpeer.errors import ConfigError
+from xpeer.folders import REMEDIES, missing
 from xpeer.manifest.model import vocabulary_of
 from xpeer.paths import require, status_of
 
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SNAPSHOT: Final = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{7,40})/?$")
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
@@ -36,7 +36,7 @@ BYTES: Final = "bytes"
 _BYTE_VOCABULARY_MAX: Final = 512
 """A model without a tokenizer and with at most this many ids is one for bytes: 256 ids and a few
 special ones."""
-_GET: Final = "name a folder that save_pretrained wrote, with config.json and model.safetensors"
+_GET: Final = REMEDIES["model"]
 _OPEN: Final = "check owner and mode of it, and of the folders that it is in"
 
 
@@ -203,8 +203,7 @@ def has_tokenizer(folder: Path, option: str) -> bool:
 def _require_tokenizer(folder: Path, option: str) -> None:
     require(option, folder, "folder")
     if not folder.exists():
-        status_of(option, folder)  # of links that lead nowhere
-        raise missing_folder(folder, option, "name the folder that holds its tokenizer.json")
+        raise missing(folder, option, "tokenizer")
     if has_tokenizer(folder, option):
         _require_inside(folder, option)
         refuse_pointer(folder / "tokenizer.json", option)
@@ -231,25 +230,9 @@ def config_in(folder: Path | None, file: Path | None) -> dict[str, Any] | None:
     return None if path is None else _read(path, folder)
 
 
-def missing_folder(path: Path, option: str, remedy: str = _GET) -> ConfigError:
-    """The error for a folder that does not exist. It guesses whether a hub's model was meant."""
-    text = str(path)
-    hub = re.sub(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/", "", text)
-    if hub == text and text.startswith("hf:/"):
-        hub = text.removeprefix("hf:").lstrip("/")
-    if _HUB_ID.fullmatch(hub) is None or ("/" in text and path.parent.is_dir()):
-        return ConfigError(f"{option} {path}: there is no such folder", remedy)
-    local = hub.rpartition("/")[2]
-    return ConfigError(
-        f"{option} {path}: there is no such folder here, and xpeer downloads no models",
-        f"if it is meant as a model of the Hugging Face Hub, download it first: "
-        f"`hf download {hub} --local-dir {local}`, then give that folder: {option} {local}",
-    )
-
-
 def _require_folder(path: Path, option: str) -> None:
     if status_of(option, path) is None:
-        raise missing_folder(path, option)
+        raise missing(path, option, "model")
     refuse_file(path, option)
     require(option, path, "folder")
 

@@ -133,8 +133,8 @@ NUMBERS = ("-1", "0", "nan", "inf", "-inf", "1e308", "1e-320", str(2**63), str(-
 NEEDED = {
     ("plan",): ["--params", "1e6", "--link-mbit", "100", "--step-seconds", "1"],
     ("privacy", "plan"): ["--records", "1000", "--steps", "100", "--batch", "32"],
-    ("init",): ["--swarm", "s", "--model-config", "missing.json", "--lora-rank", "4"],
-    ("generate",): ["--prompt", "x", "--model", "missing"],
+    ("init",): ["--swarm", "s", "--model-config", "none.json", "--lora-rank", "4"],
+    ("generate",): ["--prompt", "x", "--model", "empty"],
     ("checkpoint", "export"): ["--hf", "out"],
 }
 
@@ -154,6 +154,8 @@ def test_numbers_of_every_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     home = tmp_path / "h"
     home.mkdir(mode=0o700)
     (home / "daemon.log").write_text("")
+    Path("empty").mkdir()  # what is missing would be refused before the number is read
+    Path("none.json").write_text("[]")
     tried = 0
     for name, command, option in numeric():
         for value in NUMBERS:

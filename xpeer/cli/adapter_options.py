@@ -96,7 +96,7 @@ _OPTIONS: Final[tuple[Callable[[Any], Any], ...]] = (
     ),
     click.option(
         "--lora-from",
-        type=GivenPath("folder"),
+        type=GivenPath("folder", "adapters"),
         help="Folder of peft adapters to go on with. They decide rank, alpha and layers.",
     ),
     click.option(

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -26,6 +26,7 @@ from xpeer.config import DEFAULT_HOME, Home, NodeConfig
 from xpeer.errors import ConfigError, ExitCode, LocalError, PeerError
 from xpeer.escape import hidden, json_text, one_line, visible
 from xpeer.files import secure
+from xpeer.folders import Content, missing
 from xpeer.paths import (
     Kind,
     checked,
@@ -54,15 +55,17 @@ class Ended(KeyboardInterrupt):
 
 
 class GivenPath(click.Path):
-    """A path option. It refuses paths that are empty, of another kind, or can't be used.
+    """A path option. It refuses paths that are empty, missing, of another kind, or can't be used.
 
     Args:
-        kind: what is expected; "model" is a folder, too. It may be missing: the command says so.
+        kind: what is expected. Only a new folder may be missing.
+        content: what it holds, for the error if it is missing.
     """
 
-    def __init__(self, kind: Kind | Literal["model"]) -> None:
+    def __init__(self, kind: Kind, content: Content = "") -> None:
         super().__init__(path_type=Path)
         self.kind = kind
+        self.content = content
 
     def convert(
         self,
@@ -73,12 +76,13 @@ class GivenPath(click.Path):
         """The path as `Path`, with `~` expanded."""
         name = _name_of(param)
         path = Path(checked(name, os.fspath(value))).expanduser()
-        if self.kind == "model":
+        if status_of(name, path) is None and self.kind != "new":
+            raise missing(path, name, self.content)
+        if self.content == "model":
             from xpeer.source import refuse_file  # noqa: PLC0415 - only some commands need it
 
-            status_of(name, path)
             refuse_file(path, name)
-        require(name, path, "folder" if self.kind == "model" else self.kind)
+        require(name, path, self.kind)
         return path
 
 
@@ -175,13 +179,11 @@ def load_config(
     Args:
         home: where config.toml is looked for; there it may be missing.
         overrides: flags as {"section.key": value}.
-        path: a file that was named on the command line; it must exist.
+        path: a file that was named on the command line.
 
     Raises:
         ConfigError: names the key, the value and a remedy.
     """
-    if path is not None and not path.exists():
-        raise ConfigError(f"config {path} does not exist", "correct --config or leave it out")
     return config_sources.load(path or home.config, os.environ, overrides)
 
 

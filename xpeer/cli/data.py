@@ -27,9 +27,10 @@ from xpeer.cli.common import (
 )
 from xpeer.cli.naming import naming
 from xpeer.config import Data, Home
+from xpeer.folders import folder_named
 from xpeer.leaves import Local, Parts, seen_by
 from xpeer.manifest import Manifest, Optimiser
-from xpeer.paths import checked, folder_of
+from xpeer.paths import checked
 from xpeer.source import has_tokenizer
 from xpeer.status import ShardSummary
 
@@ -91,7 +92,7 @@ def data() -> None:
 )
 @click.option(
     "--tokenizer",
-    type=GivenPath("folder"),
+    type=GivenPath("folder", "tokenizer"),
     help="Folder of a Hugging Face tokenizer. Default: as for `xpeer start`, or else bytes.",
 )
 @click.option(
@@ -186,9 +187,9 @@ def _tokenizer(manifest: Manifest | None, settings: Data, folder: Path | None) -
             manifest.tokenizer, settings.tokenizer, base_model=settings.base_model
         )
     if folder is None and settings.tokenizer:
-        folder = folder_of("data.tokenizer", settings.tokenizer)
+        folder = folder_named("data.tokenizer", settings.tokenizer, "tokenizer")
     elif folder is None and settings.base_model:
-        beside = folder_of("data.base_model", settings.base_model)
+        beside = folder_named("data.base_model", settings.base_model, "model")
         folder = beside if has_tokenizer(beside, "data.base_model") else None
     return HuggingFaceTokenizer(folder) if folder else ByteTokenizer()
 

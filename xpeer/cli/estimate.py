@@ -33,12 +33,12 @@ _Again = Literal["auto", "on", "off"]
 @click.command()
 @click.option(
     "--model",
-    type=GivenPath("model"),
+    type=GivenPath("folder", "model"),
     help="Hugging Face folder. Its config is read, and the type of its weights, if they are there.",
 )
 @click.option(
     "--model-config",
-    type=GivenPath("file"),
+    type=GivenPath("file", "config"),
     help="config.json of a model that is not downloaded yet.",
 )
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), help="Small model for bytes.")

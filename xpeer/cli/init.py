@@ -32,6 +32,7 @@ from xpeer.config import Home, NodeConfig
 from xpeer.drafting import draft_manifest, foresee_manifest
 from xpeer.errors import ConfigError
 from xpeer.files import clear_staged
+from xpeer.folders import folder_named
 from xpeer.founding_model import PRESETS, foreseen, initial_model
 from xpeer.manifest import Manifest
 from xpeer.needs import Needs
@@ -58,10 +59,14 @@ _FOUNDING = (
     "--join", metavar="TOKEN", help="Join a swarm: the token, file:PATH, or - for standard input."
 )
 @click.option(
-    "--model", type=GivenPath("model"), help="Hugging Face folder of a model to start from."
+    "--model",
+    type=GivenPath("folder", "model"),
+    help="Hugging Face folder of a model to start from.",
 )
 @click.option(
-    "--model-config", type=GivenPath("file"), help="config.json, for random initial weights."
+    "--model-config",
+    type=GivenPath("file", "config"),
+    help="config.json, for random initial weights.",
 )
 @click.option(
     "--preset",
@@ -71,7 +76,7 @@ _FOUNDING = (
 @adapter_options
 @click.option(
     "--base-model",
-    type=GivenPath("model"),
+    type=GivenPath("folder", "model"),
     help="This node's copy of the model whose adapters the swarm trains, with --join.",
 )
 @click.option(
@@ -281,7 +286,8 @@ def _join(home: Home, join: str, settings: dict[str, Any], *, as_json: bool) -> 
     needs, config_text = Token.parse(text).needs, as_toml(settings)
     data = load_config(home, {key: value for key, value in settings.items() if value}).data
     if data.base_model:
-        check_folder(Path(data.base_model), "--base-model")
+        option = "--base-model" if settings["data.base_model"] else "data.base_model"
+        check_folder(folder_named(option, data.base_model, "model"), option)
     unmet = needs.unmet(data, home) if needs is not None else []
     token = founding.prepare_join(home, text, config_text)
     say(f"ready to join {token.name}; compare its fingerprint with the admin's")

@@ -93,7 +93,9 @@ def status_command(home: Home, as_json: bool) -> None:
     help="Field of a row that holds its text, as in data.text_field.",
 )
 @click.option(
-    "--tokenizer", type=GivenPath("folder"), help="Folder of a tokenizer. Default: bytes."
+    "--tokenizer",
+    type=GivenPath("folder", "tokenizer"),
+    help="Folder of a tokenizer. Default: bytes.",
 )
 @click.option("--documents", is_flag=True, help="Protect documents, not training sequences.")
 @click.option(

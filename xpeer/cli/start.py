@@ -84,10 +84,12 @@ _KNOWN_SEEDS = "known"
 )
 @click.option(
     "--base-model",
-    type=GivenPath("model"),
+    type=GivenPath("folder", "model"),
     help="Folder of the model whose adapters the swarm trains.",
 )
-@click.option("--tokenizer", type=GivenPath("folder"), help="Folder of the swarm's tokenizer.")
+@click.option(
+    "--tokenizer", type=GivenPath("folder", "tokenizer"), help="Folder of the swarm's tokenizer."
+)
 @click.option(
     "--dry-run",
     is_flag=True,

@@ -38,17 +38,17 @@ def _model_options(command: F) -> F:
     for option in (
         click.option(
             "--tokenizer",
-            type=GivenPath("folder"),
+            type=GivenPath("folder", "tokenizer"),
             help="Folder of a tokenizer. Default: MODEL's own, or data.tokenizer.",
         ),
         click.option(
             "--base-model",
-            type=GivenPath("model"),
+            type=GivenPath("folder", "model"),
             help="Folder of the model that adapters are for.",
         ),
         click.option(
             "--model",
-            type=GivenPath("model"),
+            type=GivenPath("folder", "model"),
             help="An export or Hugging Face folder. Default: the home's newest checkpoint.",
         ),
         click.option("--own", is_flag=True, help="The model that `xpeer finetune` made."),

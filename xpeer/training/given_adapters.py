@@ -17,10 +17,13 @@ from safetensors.torch import load
 
 from xpeer import belonging
 from xpeer.errors import ConfigError
+from xpeer.folders import REMEDIES
 from xpeer.manifest.model import BaseDtype
 from xpeer.training.adapters import ADAPTER_CONFIG, BASE_FILE, WEIGHTS, factors
 from xpeer.training.held import DTYPES
 
+OPTION: Final = "--lora-from"
+"""Names the folder of a founder."""
 FOLDER: Final = "adapters"
 """Folder inside a founder's initial model."""
 _PREFIX: Final = "base_model.model."
@@ -114,25 +117,30 @@ class GivenAdapters:
             parameter.copy_(self.values[name])
 
 
-def read(folder: Path) -> GivenAdapters:
+def read(folder: Path, option: str = OPTION) -> GivenAdapters:
     """Read adapters of linear layers that peft, or `xpeer checkpoint export`, wrote.
+
+    Args:
+        folder: of the adapters.
+        option: what names the folder, for errors.
 
     Raises:
         ConfigError: there are none, they are damaged, or of a kind that a swarm can't train.
     """
-    config = _json(folder, ADAPTER_CONFIG)
+    what = f"{option} {folder}"
+    config = _json(folder, ADAPTER_CONFIG, what)
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise _refused(folder, "they are not LoRA without biases")
+        raise _refused(what, "they are not LoRA without biases")
     for key, value in config.items():
         drawn = key == "init_lora_weights" and value in _FIRST_VALUES
         if value and not drawn and key not in _HARMLESS:
-            raise _refused(folder, f"their {key} is {str(value)[:80]}")
+            raise _refused(what, f"their {key} is {str(value)[:80]}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not 1 <= rank <= 1024:
-        raise _refused(folder, f"their r is {rank!r}")
+        raise _refused(what, f"their r is {rank!r}")
     if not isinstance(alpha, int | float) or not 0 < alpha <= 1e6:
-        raise _refused(folder, f"their lora_alpha is {alpha!r}")
-    named = _named(folder)
+        raise _refused(what, f"their lora_alpha is {alpha!r}")
+    named = _named(folder, what)
     made = GivenAdapters(
         folder,
         rank,
@@ -140,10 +148,10 @@ def read(folder: Path) -> GivenAdapters:
         rank_stabilised=config.get("use_rslora") is True,
         base_digest=str(named.get("blake2b_256", "")),
         base_dtype=_dtype_in(named),
-        values=_values(folder),
+        values=_values(folder, what),
     )
     if not made.layers:
-        raise _refused(folder, f"{WEIGHTS} holds no layers")
+        raise _refused(what, f"{WEIGHTS} holds no layers")
     return made
 
 
@@ -153,12 +161,12 @@ def base_dtype(folder: Path) -> BaseDtype | None:
     Raises:
         ConfigError: it can't be read.
     """
-    named = _named(folder)
+    named = _named(folder, f"{OPTION} {folder}")
     return _dtype_in(named) if named.get("blake2b_256") else None
 
 
-def _named(folder: Path) -> dict[str, Any]:
-    return _json(folder, BASE_FILE) if (folder / BASE_FILE).exists() else {}
+def _named(folder: Path, what: str) -> dict[str, Any]:
+    return _json(folder, BASE_FILE, what) if (folder / BASE_FILE).exists() else {}
 
 
 def _dtype_in(named: dict[str, Any]) -> BaseDtype:
@@ -167,38 +175,42 @@ def _dtype_in(named: dict[str, Any]) -> BaseDtype:
     return found or "float32"
 
 
-def _values(folder: Path) -> dict[str, torch.Tensor]:
+def _values(folder: Path, what: str) -> dict[str, torch.Tensor]:
     file = folder / WEIGHTS
     try:
         values = load(belonging.read_inside(file, folder))
     except (OSError, SafetensorError, ValueError) as e:
         raise ConfigError(
-            f"{file} can't be read: {' '.join(str(e).split())[:200]}",
-            "name a folder with adapter_config.json and adapter_model.safetensors, as peft's "
-            "save_pretrained writes it",
+            f"{what}: its {WEIGHTS} can't be read: {_why(e)}", REMEDIES["adapters"]
         ) from e
     for name, value in values.items():
         if not bool(torch.isfinite(value).all()):
-            raise _refused(folder, f"{name} holds values that are not finite")
+            raise _refused(what, f"{name} holds values that are not finite")
     return {name: value.to(torch.float32) for name, value in values.items()}
 
 
-def _json(folder: Path, name: str) -> dict[str, Any]:
+def _json(folder: Path, name: str, what: str) -> dict[str, Any]:
     file = folder / name
     try:
         content = json.loads(belonging.read_inside(file, folder))
     except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(
-            f"{file} can't be read: {e}", "name a folder of adapters that peft wrote"
+            f"{what}: its {name} can't be read: {_why(e)}", REMEDIES["adapters"]
         ) from e
     if not isinstance(content, dict):
-        raise ConfigError(f"{file} is not a JSON object", "restore the file")
+        raise ConfigError(f"{what}: its {name} is not a JSON object", "restore the file")
     return content
 
 
-def _refused(folder: Path, why: str) -> ConfigError:
+def _why(error: Exception) -> str:
+    """What an error says on one line, without a number or a path of the system."""
+    said = error.strerror if isinstance(error, OSError) else None
+    return " ".join((said or str(error)).split())[:200]
+
+
+def _refused(what: str, why: str) -> ConfigError:
     return ConfigError(
-        f"the adapters in {folder} can't be trained in a swarm: {why}",
+        f"{what}: these adapters can't be trained in a swarm: {why}",
         "merge them into their base (peft: merge_and_unload, save_pretrained) and start from that "
         "with --model",
     )

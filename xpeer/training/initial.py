@@ -8,9 +8,9 @@ import torch
 
 from xpeer.config import Data, Home
 from xpeer.errors import ConfigError, LocalError
+from xpeer.folders import folder_named
 from xpeer.manifest import Manifest
 from xpeer.manifest.model import Lora
-from xpeer.paths import folder_of
 from xpeer.training import given_adapters
 from xpeer.training.adapters import adapt, fixed_digest
 from xpeer.training.checkpoint import Bundle, load_latest
@@ -46,7 +46,7 @@ def model_of(
     """
     lora = manifest.model.lora
     if lora is not None:
-        named = folder_of("data.base_model", base_model) if base_model else None
+        named = folder_named("data.base_model", base_model, "model") if base_model else None
         return _adapted(manifest, lora, named, home, fresh=fresh, quantised=quantised)
     kept = manifest.model.frozen
     model = from_folder(home.initial_model) if fresh else build(manifest.model.config)
@@ -144,7 +144,8 @@ def _adapted(
         model = quantise(model, manifest.model.base_dtype, manifest.model.base_block)
     model = adapt(model, lora)
     if lora.given and fresh:
-        given_adapters.read(home.initial_model / given_adapters.FOLDER).write_to(model)
+        kept = home.initial_model / given_adapters.FOLDER
+        given_adapters.read(kept, "the adapters in").write_to(model)
     freeze(model, manifest.model.frozen)
     if lora.given and not fresh:
         return model

@@ -21,8 +21,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from xpeer import belonging, manifest
 from xpeer.errors import ConfigError
+from xpeer.folders import folder_named
 from xpeer.identity import blake2b
-from xpeer.paths import folder_of
 from xpeer.source import has_tokenizer
 from xpeer.tokenizer_files import differing, writing_of
 from xpeer.training.chat import ChatTemplate
@@ -298,9 +298,9 @@ def load_tokenizer(
     """
     if spec.kind == "byte":
         return ByteTokenizer()
-    named = folder_of("data.tokenizer", folder) if folder else None
+    named = folder_named("data.tokenizer", folder, "tokenizer") if folder else None
     if named is None and base_model:
-        beside = folder_of("data.base_model", base_model)
+        beside = folder_named("data.base_model", base_model, "model")
         named = beside if has_tokenizer(beside, "data.base_model") else None
     if named is None:
         raise ConfigError(

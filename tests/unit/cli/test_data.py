@@ -179,6 +179,7 @@ def test_the_homes_tokens_are_used_and_left_as_they_are(
 def test_an_error_names_the_option_that_was_given(tmp_path: Path) -> None:
     """Not the setting, which the operator has not touched."""
     text, wrong = tmp_path / "a.jsonl", str(tmp_path / "wrong")
+    Path(wrong).mkdir()
     text.write_text(json.dumps({"conversations": [{"from": "human", "value": "Two and two?"}]}))
     home, of_text = tmp_path / "home", ("--shard", str(text))
     for command in (("data", "inspect"), ("privacy", "plan", "--steps", "10")):

@@ -207,10 +207,10 @@ def test_what_does_not_fit_is_answered_with_what_would() -> None:
     ("arguments", "word"),
     [
         ((), "give one of them"),
-        (("--preset", "tiny", "--model-config", "x.json"), "2 of --model"),
+        (("--preset", "tiny", "--model-config", __file__), "2 of --model"),
         (("--preset", "tiny", "--lora-target", "q_proj"), "needs --lora-rank"),
         (("--preset", "tiny", "--base-dtype", "nf4"), "needs --lora-rank"),
-        (("--preset", "tiny", "--lora-from", "x", "--lora-rank", 2), "--lora-from does not go"),
+        (("--preset", "tiny", "--lora-from", ".", "--lora-rank", 2), "--lora-from does not go"),
         (("--preset", "tiny", "--lora-rank", 2, "--lora-target", "nothing"), "nothing"),
         (("--preset", "tiny", "--memory-gb", 0), "--memory-gb"),
         (("--preset", "tiny", "--micro-batch", 0), "--micro-batch"),

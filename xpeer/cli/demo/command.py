@@ -25,7 +25,7 @@ from xpeer.source import check_folder
     help="Random seed of the public start's training, without --model.",
 )
 @click.option(
-    "--model", type=GivenPath("model"),
+    "--model", type=GivenPath("folder", "model"),
     help="Hugging Face folder of a pretrained model whose adapters (LoRA) are trained. Default: a "
     "small model for bytes, which the demo makes.",
 )  # fmt: skip
