@@ -16,9 +16,11 @@ import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.families.models import FAMILIES, VOCABULARY
 from tests.cases.support import model_folder
+from tests.pretend_cuda import CUDA
 from tests.unit.training.homes import make_homes
 from xpeer.cli import main
 from xpeer.config import Data, Home
@@ -87,6 +89,7 @@ def library_of_torch() -> Any:
         return codes.view(weight.shape), SimpleNamespace(absmax=scales)
 
     def dequantize_blockwise(codes: Any, state: Any) -> torch.Tensor:
+        assert codes.device == state.code.device == state.absmax.device, "a kernel reads one device"
         return dequantized(codes, EIGHT, state).view(codes.shape)
 
     return SimpleNamespace(
@@ -173,6 +176,44 @@ def test_every_engine_is_right_about_a_quantised_base(kind: Any) -> None:
     model, _ = twins("llama", kind)
     chosen = choose_engine(model, record_losses, IDS)  # compares them with plain autograd
     assert "refused" not in chosen.reason
+
+
+class _MovedToCuda(TorchFunctionMode):
+    """Within its `with` block tensors are on a GPU that is not there, once they were moved to it.
+
+    Attributes:
+        moved: tensors that are there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[torch.Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.to and args[1:] == (CUDA,):
+            self.moved.append(args[0].clone())
+            return self.moved[-1]
+        if func == torch.Tensor.device.__get__ and any(args[0] is each for each in self.moved):
+            return CUDA
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_256_values_of_8_bits_follow_the_codes_to_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", library_of_torch())
+    model = quantise(hold(build(FAMILIES["llama"], seed=1), torch.bfloat16), "int8", 64)
+    one, other = [m for m in model.modules() if isinstance(m, QuantisedLinear)][:2]
+    expected = [each.values(torch.float32) for each in (one, other)]
+    with _MovedToCuda() as gpu:
+        for each in (one, other):
+            each.codes, each.scales = each.codes.to(CUDA), each.scales.to(CUDA)
+        made = [each.values(torch.float32) for each in (one, other)]
+    assert len(gpu.moved) == 5  # once for all layers
+    for values, wanted in zip(made, expected, strict=True):
+        assert torch.equal(values, wanted)
 
 
 def test_under_autocast_nothing_but_codes_is_kept_for_the_backward_pass() -> None:
