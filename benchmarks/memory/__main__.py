@@ -48,7 +48,7 @@ CONFIG = {
     "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
     "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
-"""90 million parameters: what a process takes besides is less than one byte of each."""
+"""90.6 million parameters: what a process takes besides is less than one byte of each."""
 CHANGES = (
     "optimiser.batch_records=2", "optimiser.sequence_tokens=16", "end.steps=100",
     "round.window_steps=2",
@@ -60,7 +60,7 @@ moments."""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="3 M parameters; writes no result")
+    parser.add_argument("--quick", action="store_true", help="6.5 M parameters; writes no result")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     config = {**CONFIG, "hidden_size": 256, "intermediate_size": 704} if quick else CONFIG
