@@ -48,6 +48,9 @@ TRAINER_LOGS: Final[dict[str, tuple[str, ...]]] = {
     "xpeer.trainer.main": ("the trainer's receiver failed",),
     "xpeer.training.measuring": ("the loss can't be measured: %s",),
     "xpeer.trainer.saving": ("no checkpoint was written: %s",),
+    "xpeer.training.room": (
+        "lists of files and documents are kept in memory, since %s has no room for them: %s",
+    ),
     "xpeer.training.token_cache": ("tokens are made again: %s: %s",),
     "xpeer.trainer.server": ("%s failed: %s",),
     "xpeer.trainer.threads": ("a helper of the trainer failed",),
