@@ -164,8 +164,8 @@ class FunctionalEngine:
         memory_bytes: bound of what the engine itself keeps during a pass.
 
     Raises:
-        ConfigError: the gradients of a single record take more. On a processor nothing would end
-            such a pass but the system, which ends the process.
+        ConfigError: a single record takes more. On a processor nothing would end such a pass but
+            the system, which ends the process.
     """
 
     name = "vmap"
@@ -181,12 +181,13 @@ class FunctionalEngine:
         self._losses = _Losses(model, record_losses)
         self._parameters = trainable(model)
         self._names = [n for n, p in self._losses.named_parameters() if p.requires_grad]
-        values = sum(p.numel() for p in self._parameters)
+        # of frozen ones, too: what layers keep of a record grows with them
+        values = sum(p.numel() for p in model.parameters())
         self._micro_batch = micro_batch
         needed = 8 * max(1, values)  # gradients, and as much again
         if needed > memory_bytes:
             raise ConfigError(
-                f"gradients of one record need {amounts.size(needed)}, and an engine may keep "
+                f"one record needs about {amounts.size(needed)}, and an engine may keep "
                 f"{amounts.size(memory_bytes)}",
                 "another engine is used",
             )
