@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -204,6 +205,7 @@ def test_a_report_goes_by_the_homes_register_or_names_it(
     register_of_the_test: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1.8e9)  # reports say when they were made
     asked = ["privacy", command, "--home", str(bound)]
     wanted = xpeer(*asked)
     monkeypatch.setenv("XPEER_PRIVACY_REGISTER", str(tmp_path / "other"))
