@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import random
 from collections.abc import Collection
 from typing import Final
 
@@ -28,10 +27,10 @@ from xpeer.network import turns
 from xpeer.network.giving import Giver
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
-from xpeer.update import Margin
 from xpeer_daemon.ahead import Ahead
 from xpeer_daemon.claims import Claim, Claims, ranked
 from xpeer_daemon.conduct import ALONE_TRIES, Conduct
+from xpeer_daemon.importing import TOLERANCE, Import
 from xpeer_daemon.judging import Judge
 from xpeer_daemon.node import Node
 from xpeer_daemon.offers import MORE_OFFERS_S, Offers, refuse
@@ -45,8 +44,6 @@ RETRY_S = 2.0
 DOUBT_S = 15.0
 """Offers that need the operator's word, or a second donor's, are asked for again after this time:
 each costs the donor a copy now and then."""
-TOLERANCE: Final = Margin(1.15, 0.05)
-"""How much worse than offered a donor's public loss may be."""
 PARALLEL: Final = 3
 """Number of donors that give at the same time, at most."""
 PATIENCE_S: Final = 300.0
@@ -91,6 +88,7 @@ class Donors:
         self._conduct = Conduct(view, node.life)
         self._ahead = Ahead(view, manifest, offers, self._conduct)
         self._judge = Judge(node, view, manifest, self._conduct, accept)
+        self._import = Import(node, store, manifest, offers, takeover, self._conduct)
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give the swarm's parameters to a trainer that has none.
@@ -340,50 +338,6 @@ class Donors:
             log.warning("the node goes on with its own parameters: %s", e)  # e.g. a full disk
             return None
         if ended is Ended.WHOLE:
-            return await self._use(trainer, claims, clock() - began)
+            return await self._import.into(trainer, claims, clock() - began)
         self._conduct.ended(first.donor, ended)
         return False
-
-    async def _use(self, trainer: TrainerProcess, claims: Claims, took_s: float) -> bool:
-        """Have the trainer take over what was gathered, if it is as good as its donors say.
-
-        If it is not, and is of several donors, all is fetched from one of them, whose pieces stay:
-        nobody is blamed for a mixture. Snapshots of one donor are no such mixture. Chance decides
-        who: whoever gave most of it may have been the fastest because it wanted that.
-        """
-        trees = self._takeover.trees()
-        at_most = min(TOLERANCE.above(tree.loss_public) for tree in trees)
-        step = min(claims.step_of(tree) for tree in trees)
-        try:
-            payload = await self._takeover.payload()
-            await trainer.import_state(payload, step, at_most, self._manifest.state_form.codec)
-        except PeerError as e:
-            alone = random.choice(sorted({tree.donor for tree in trees}))
-            others = [tree for tree in trees if tree.donor != alone]
-            self._takeover.keep_of(alone if others else None)
-            self._conduct.let_all_give()
-            if others:
-                self._conduct.has_to_give_alone(alone)
-                log.warning("a mixture of %d members' parameters is refused: %s", len(trees), e)
-            elif e.reason == Reason.WORSE_THAN_OURS:
-                log.info("%s gives worse parameters than ours: %s", alone[-8:], e)
-                self._conduct.worse.add(alone)
-            else:
-                self._offers.avoid(alone, str(e), took_s)
-                self._conduct.blamed.add(alone)
-                self._conduct.wastes(alone)
-            return False
-        for tree in trees:
-            self._offers.succeeded(tree.donor)
-        self._conduct.forget()
-        names = ", ".join(tree.donor[-8:] for tree in trees)
-        log.info("took over the parameters of %s at step %d", names, step)
-        self._store.add_event("took-over", f"step {step}, {self._takeover.summary()}, from {names}")
-        await self._save()
-        return True
-
-    async def _save(self) -> None:
-        try:
-            await self._node.checkpoint()  # any checkpoint on the disk is of older parameters
-        except LocalError as e:  # the node's health says so, and the next attempt may succeed
-            log.warning("the parameters that were taken over are not saved yet: %s", e)
