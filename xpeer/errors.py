@@ -153,6 +153,8 @@ class Reason:
     """Exchanges with this partner failed lately, so we ask for none for a while."""
     NOT_PROPOSED = "not-proposed"
     """The partner was to propose and did not: nothing was due, or it can't reach us."""
+    NOT_AHEAD = "not-ahead"
+    """We have trained while a donor gave, and do not lie far behind it any more."""
     WORSE_THAN_OURS = "worse-than-ours"
     """A donor's parameters are as good as it says, and ours are better."""
     REFUSED = "refused"

@@ -31,6 +31,7 @@ EVENTS: Final = (
     "took-over",
     "caught-up",
     "not-caught-up",
+    "no-longer-ahead",
     "began-anew",
     "finished",
     "ledger-went-back",

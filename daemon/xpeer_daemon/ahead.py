@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 from xpeer.identity import PeerId
@@ -47,8 +48,12 @@ class Ahead:
 
     def is_far(self, step: int, own_step: int) -> bool:
         """Whether a node at `own_step` lies far behind a donor at `step`."""
+        return own_step < self.least_step(step)
+
+    def least_step(self, step: int) -> int:
+        """The first step at which a node does not lie far behind a donor at `step`."""
         windows = BEHIND_WINDOWS * self._manifest.round.window_steps
-        return step - own_step > max(windows, BEHIND_SHARE * step)
+        return math.ceil(step - max(windows, BEHIND_SHARE * step))
 
     def look(self, own_step: int, offered: Mapping[PeerId, bool]) -> list[PeerId]:
         """Members that may be far ahead: by their offers, or they told of such a step, or they owe

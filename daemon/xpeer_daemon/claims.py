@@ -56,6 +56,9 @@ class Claims:
         offers: the donors' claims.
         own_step: of our parameters; None = we have none.
         saved_at: when they were saved, by the node's clock; None = unknown, or we have none.
+
+    Attributes:
+        own_step: as given.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Claims:
         saved_at: float | None,
     ) -> None:
         self._node, self._view, self._manifest = node, view, manifest
-        self._own_step, self._saved_at = own_step, saved_at
+        self.own_step, self._saved_at = own_step, saved_at
         self._steps = {offer.donor: offer.step for offer in offers}
         for peer in view.holders():
             if step := heard_step(view, peer):
@@ -81,7 +84,7 @@ class Claims:
         the donor included. It is the run's last step only if the donor has ended. Otherwise a donor
         could end our training with true parameters and a false step.
         """
-        view, last, own_step = self._view, planned_steps(self._manifest), self._own_step
+        view, last, own_step = self._view, planned_steps(self._manifest), self.own_step
         others = [step for peer, step in self._steps.items() if peer != claim.donor]
         step = claim.step
         if others:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final, TypeVar
 
 from xpeer.identity import PeerId
@@ -101,6 +101,10 @@ class Conduct:
             failed = {Ended.SOME: 0, Ended.LITTLE: self.alone_failed + 1}
             self.alone_failed = failed.get(how, ALONE_TRIES)
             self.alone_is_busy = False
+
+    def come_late(self, donors: Iterable[PeerId]) -> None:
+        """Put donors last that are not far ahead any more: they would be chosen again and again."""
+        self._tried.update(donors)
 
     def wastes(self, donor: PeerId) -> None:
         """Count an attempt that this donor cost, for the node's health."""

@@ -88,7 +88,10 @@ class Donors:
         self._conduct = Conduct(view, node.life)
         self._ahead = Ahead(view, manifest, offers, self._conduct)
         self._judge = Judge(node, view, manifest, self._conduct, accept)
-        self._import = Import(node, store, manifest, offers, takeover, self._conduct)
+        self._known: TrainerProcess | None = None
+        """The trainer that caught up last, or tried to."""
+        self._known_saved_at: float | None = None
+        self._import = Import(node, store, manifest, offers, takeover, self._conduct, self._ahead)
 
     async def take_over(self, trainer: TrainerProcess, patience_s: float = math.inf) -> bool:
         """Give the swarm's parameters to a trainer that has none.
@@ -137,15 +140,16 @@ class Donors:
         self._conduct.forget()
         self._judge.forget()
 
-    async def catch_up(self, trainer: TrainerProcess, own_step: int) -> bool:
+    async def catch_up(self, trainer: TrainerProcess) -> bool:
         """Take over a donor's parameters if ours lie far behind; returns whether there was a donor
-        to ask.
+        to ask. The trainer may take steps meanwhile.
         """
+        saved_at = self._saved_at(trainer)
         if not self._view.holders():
             return False
         self._node.life.compares = True
         try:
-            succeeded = await self._caught_up(trainer, own_step)
+            own_step, succeeded = await self._caught_up(trainer, saved_at)
         finally:
             self._node.life.compares = False
         self._ahead.end(self._node, self._store, own_step, caught_up=succeeded)
@@ -153,16 +157,28 @@ class Donors:
         self.forget()
         return True
 
-    async def _caught_up(self, trainer: TrainerProcess, own_step: int) -> bool:
+    def _saved_at(self, trainer: TrainerProcess) -> float | None:
+        """When the checkpoint was saved that this trainer resumed from; None = unknown.
+
+        Once it has gone on, that checkpoint is removed some time.
+        """
+        if trainer is not self._known:
+            self._known, step = trainer, trainer.resumed_step
+            self._known_saved_at = self._node.ends.saved_at(step) if step is not None else None
+        return self._known_saved_at
+
+    async def _caught_up(self, trainer: TrainerProcess, saved_at: float | None) -> tuple[int, bool]:
+        """Returns the step from which the node has caught up, or goes on; and whether it has."""
         clock = asyncio.get_running_loop().time
         until, prolonged = clock() + CATCH_UP_S, False
         while True:
-            succeeded = await self._take_over_best(trainer, own_step, until)
+            own_step = max(trainer.step, trainer.resumed_step or 0)  # it has yet to report
+            succeeded = await self._take_over_best(trainer, own_step, until, saved_at)
             if succeeded is not None:
-                return succeeded
+                return own_step, succeeded
             if clock() + turns.PAUSE_S >= until:
                 if prolonged or not self._conduct.untried(self._ahead.offering):
-                    return False
+                    return own_step, False
                 until, prolonged = clock() + turns.PAUSE_S + CATCH_UP_S, True
             await asyncio.sleep(turns.PAUSE_S)
 
@@ -171,6 +187,7 @@ class Donors:
         trainer: TrainerProcess,
         own_step: int | None,
         until: float | None = None,
+        saved_at: float | None = None,
     ) -> bool | None:
         """Take over the best offer that is as good as it says.
 
@@ -179,6 +196,7 @@ class Donors:
             own_step: offers that are not far ahead of this step, or worse than the trainer's
                 parameters, are refused; None: none are.
             until: end by the loop's clock. Only the measuring may end later.
+            saved_at: when the checkpoint was saved that the trainer went on from; None = unknown.
 
         Returns:
             Whether the trainer has an offer's parameters. None = offers have to be asked for again:
@@ -186,7 +204,6 @@ class Donors:
             far ahead of `own_step`, and have not given.
         """
         clock = asyncio.get_running_loop().time
-        saved_at = self._node.ends.saved_at(own_step) if own_step is not None else None
         offers = list[Giver]()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):

@@ -8,8 +8,10 @@ from typing import Final
 
 from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.manifest import Manifest
+from xpeer.network.pieces import Tree
 from xpeer.trainer.client import TrainerProcess
 from xpeer.update import Margin
+from xpeer_daemon.ahead import Ahead
 from xpeer_daemon.claims import Claims
 from xpeer_daemon.conduct import Conduct
 from xpeer_daemon.node import Node
@@ -33,6 +35,7 @@ class Import:
         offers: avoids donors of bad parameters.
         takeover: has the pieces.
         conduct: of all donors.
+        ahead: knows how far ahead a donor has to be.
     """
 
     def __init__(
@@ -43,9 +46,11 @@ class Import:
         offers: Offers,
         takeover: Takeover,
         conduct: Conduct,
+        ahead: Ahead,
     ) -> None:
         self._node, self._store, self._manifest = node, store, manifest
         self._offers, self._takeover, self._conduct = offers, takeover, conduct
+        self._ahead = ahead
 
     async def into(self, trainer: TrainerProcess, claims: Claims, took_s: float) -> bool:
         """Have the trainer take over what was gathered, if it is as good as its donors say.
@@ -57,10 +62,14 @@ class Import:
         trees = self._takeover.trees()
         at_most = min(TOLERANCE.above(tree.loss_public) for tree in trees)
         step = min(claims.step_of(tree) for tree in trees)
+        before = self._ahead.least_step(step) if claims.own_step is not None else None
         try:
-            payload = await self._takeover.payload()
-            await trainer.import_state(payload, step, at_most, self._manifest.state_form.codec)
+            payload, codec = await self._takeover.payload(), self._manifest.state_form.codec
+            await trainer.import_state(payload, step, at_most, codec, before)
         except PeerError as e:
+            if e.reason == Reason.NOT_AHEAD:
+                self._come_late(trees, e)
+                return False
             alone = random.choice(sorted({tree.donor for tree in trees}))
             others = [tree for tree in trees if tree.donor != alone]
             self._takeover.keep_of(alone if others else None)
@@ -84,6 +93,15 @@ class Import:
         self._store.add_event("took-over", f"step {step}, {self._takeover.summary()}, from {names}")
         await self._save()
         return True
+
+    def _come_late(self, trees: list[Tree], why: PeerError) -> None:
+        """Forget what donors gave who are not far ahead any more. That is no fault of theirs."""
+        names = ", ".join(tree.donor[-8:] for tree in trees)
+        log.info("the parameters of %s are not far ahead any more: %s", names, why)
+        self._store.add_event("no-longer-ahead", f"{why.detail}, from {names}")
+        self._takeover.keep_of(None)
+        self._conduct.let_all_give()
+        self._conduct.come_late(tree.donor for tree in trees)
 
     async def _save(self) -> None:
         try:

@@ -80,7 +80,7 @@ class Parameters:
             place.
         """
         if trainer.resumed_step is not None:
-            await self._catch_up(trainer, trainer.resumed_step)
+            await self._catch_up(trainer)
         elif self._origin.begins:
             self._donors.forget()  # what an earlier start began to fetch
         elif not await self._take_over(trainer):
@@ -98,7 +98,7 @@ class Parameters:
             started once more.
         """
         if trainer.resumed_step is not None:
-            await self._catch_up(trainer, trainer.resumed_step)
+            await self._catch_up(trainer)
             return False
         if self._origin.begins:
             self._origin.begins = False
@@ -119,7 +119,7 @@ class Parameters:
         self._store.add_event("began-anew", "nobody holds the swarm's parameters")
         self._origin.begins = True
 
-    async def _catch_up(self, trainer: TrainerProcess, own_step: int) -> None:
+    async def _catch_up(self, trainer: TrainerProcess) -> None:
         """Take over better parameters if others are far ahead, before anything is exchanged. If
         nobody is there yet, leave it to `catch_up_later`.
         """
@@ -127,10 +127,10 @@ class Parameters:
         node.life.catching_up = True
         known = any(peer.peer_id != node.peer_id for peer in self._store.known_peers())
         until = clock() + (donors.GRACE_S if known else 0.0)
-        asked = await self._donors.catch_up(trainer, own_step)
+        asked = await self._donors.catch_up(trainer)
         while not asked and clock() < until:
             await asyncio.sleep(POLL_S)
-            asked = await self._donors.catch_up(trainer, own_step)
+            asked = await self._donors.catch_up(trainer)
         node.life.catching_up = not asked
 
     async def catch_up_later(self) -> None:
@@ -143,7 +143,7 @@ class Parameters:
                 and trainer.resumed_step is not None
             ):
                 try:
-                    if await self._donors.catch_up(trainer, trainer.step):
+                    if await self._donors.catch_up(trainer):
                         self._node.life.catching_up = False
                 except LocalError as e:
                     log.warning("the trainer could not catch up: %s", e)

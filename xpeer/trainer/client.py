@@ -324,6 +324,7 @@ class TrainerProcess:
         step: int,
         at_most: float = math.inf,
         codec: str = "float32",
+        before_step: int | None = None,
     ) -> float:
         """Replace the parameters; moments and warm-up start afresh.
 
@@ -332,13 +333,14 @@ class TrainerProcess:
             step: the donor's step.
             at_most: highest public loss to accept.
             codec: form of the trained values.
+            before_step: refuse if the trainer has taken so many steps by now; None = never.
 
         Returns:
             The public loss of the new parameters, as we measured it.
 
         Raises:
             PeerError: the parameters have another size, are not finite, or have a higher loss than
-                `at_most` or than the old ones. The old parameters stay.
+                `at_most` or than the old ones, or `before_step` is reached. The old ones stay.
         """
         form = replace(self._running.state, codec=codec)
         size, expected = memoryview(payload).nbytes, form.num_bytes
@@ -346,7 +348,7 @@ class TrainerProcess:
             raise PeerError(Reason.WRONG_MODEL, f"{size} bytes, {expected} expected")
         values = memoryview(payload).cast("B")
         imported = await self._child.whole(
-            self._import_state(values, ImportState(step, at_most, codec)),
+            self._import_state(values, ImportState(step, at_most, codec, before_step)),
             by_disk=True,  # an export before it has the region
         )
         logger.info(

@@ -287,6 +287,8 @@ class ImportState(Struct, frozen=True, tag=True):
     """Highest public loss to accept."""
     codec: str = "float32"
     """Form of the trained values in the region."""
+    before_step: int | None = None
+    """At this step, or beyond, they are refused; None = at none."""
 
     def apply(self, trainer: Worker) -> StateImported:
         """Replace the parameters.
@@ -294,7 +296,7 @@ class ImportState(Struct, frozen=True, tag=True):
         Raises:
             PeerError: see `TrainingLoop.replace`; or they are of another model (WRONG_MODEL).
         """
-        before, after = trainer.replace_state(self.step, self.at_most, self.codec)
+        before, after = trainer.replace_state(self)
         trainer.reports.everything()
         return StateImported(before, after)
 

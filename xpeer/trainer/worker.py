@@ -13,7 +13,7 @@ import torch
 from xpeer.trainer.answers import Saved
 from xpeer.trainer.arena import Arena
 from xpeer.trainer.assembled import Assembled
-from xpeer.trainer.commands import NOBODY, Command, Request
+from xpeer.trainer.commands import NOBODY, Command, ImportState, Request
 from xpeer.trainer.reporting import Reports
 from xpeer.trainer.saving import Saving
 from xpeer.trainer.threads import Threads
@@ -80,13 +80,8 @@ class Worker:
         kept.copy_(self._assembled.frozen.read())
         return finish
 
-    def replace_state(self, step: int, at_most: float, codec: str) -> tuple[float, float]:
+    def replace_state(self, order: ImportState) -> tuple[float, float]:
         """Replace all parameters by those in the arena's region.
-
-        Args:
-            step: the donor's step.
-            at_most: highest public loss to accept.
-            codec: form of the trained ones in the region.
 
         Returns:
             Public loss before and after.
@@ -95,9 +90,9 @@ class Worker:
             PeerError: see `TrainingLoop.replace`; or the frozen ones are not the manifest's
                 (WRONG_MODEL).
         """
-        trained, kept = self._state(codec)
+        trained, kept = self._state(order.codec)
         self._assembled.frozen.replace(kept)
-        return self.loop.replace(trained, step, at_most)
+        return self.loop.replace(trained, order.step, order.at_most, order.before_step)
 
     def _state(self, codec: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The arena's region: the trained parameters and the frozen ones; in float32, views."""

@@ -78,6 +78,22 @@ def require_numbers(flat: torch.Tensor) -> None:
         raise PeerError(Reason.REFUSED, f"the state has values up to {largest:.3g}")
 
 
+def step_after(own_step: int, step: int, until: int | None) -> int:
+    """The step at which a trainer with parameters goes on with a donor's: it is never set back.
+
+    Args:
+        own_step: that it is at.
+        step: of the donor.
+        until: at this step, or beyond, it does not take a donor's any more; None = it does.
+
+    Raises:
+        PeerError: it has come so far (NOT_AHEAD).
+    """
+    if until is not None and own_step >= until:
+        raise PeerError(Reason.NOT_AHEAD, f"step {own_step} is reached here by now")
+    return max(own_step, step)
+
+
 def require_as_good(
     flat: torch.Tensor,
     parameters: Parameters,

@@ -24,7 +24,7 @@ from xpeer.mixing.exchanges import Exchanges
 from xpeer.mixing.screen import RateShare
 from xpeer.phase import Order, TrainerPhase
 from xpeer.status import Progress
-from xpeer.training.handover import copy_for_joiner, require_as_good, require_numbers
+from xpeer.training.handover import copy_for_joiner, require_as_good, require_numbers, step_after
 from xpeer.training.learner import Learner
 from xpeer.training.measuring import Measurements, require_finite
 from xpeer.training.pacing import Pacing
@@ -170,7 +170,7 @@ class TrainingLoop:
             self.counters.merges_clipped += clipped
 
     def replace(
-        self, flat: torch.Tensor, step: int, at_most: float = math.inf
+        self, flat: torch.Tensor, step: int, at_most: float = math.inf, until: int | None = None
     ) -> tuple[float, float]:
         """Go on from a donor's parameters, with fresh moments and a short warm-up.
 
@@ -178,15 +178,18 @@ class TrainingLoop:
             flat: (num_params,) float32, CPU.
             step: the donor's step; ours from now on, so that both end at the same time.
             at_most: highest public loss to accept.
+            until: see `handover.step_after`.
 
         Returns:
             Public loss before (NaN = there was nothing to measure) and after.
 
         Raises:
-            PeerError: the parameters are not finite (NOT_FINITE), or have a higher loss than
-                `at_most` (REFUSED) or than ours (WORSE_THAN_OURS). Ours stay.
+            PeerError: the parameters are not finite (NOT_FINITE), their loss is above `at_most`
+                (REFUSED) or ours (WORSE_THAN_OURS), or `until` is reached (NOT_AHEAD). Ours stay.
         """
         require_numbers(flat)
+        if not self.awaiting:
+            step = step_after(self.counters.step, step, until)
         before = math.nan if self.awaiting else self.public_loss()
         require_as_good(flat, self.parameters, self.measurements, before, at_most)
         self.parameters.write(flat)

@@ -76,7 +76,16 @@ class Trainer:
         self.taken: list[PeerId] = []
         self.stopped = False
 
-    async def import_state(self, payload: bytes, step: int, at_most: float, codec: str) -> float:
+    async def import_state(
+        self,
+        payload: bytes,
+        step: int,
+        at_most: float,
+        codec: str,
+        before_step: int | None = None,
+    ) -> float:
+        if before_step is not None and self.step >= before_step:
+            raise PeerError(Reason.NOT_AHEAD, "it has trained meanwhile")
         first, last = bytes(payload[:LINE]), bytes(payload[-LINE:])
         if first != last:
             raise PeerError(Reason.REFUSED, "a mixture that is bad")
@@ -86,7 +95,7 @@ class Trainer:
         if TRUE_LOSS[donor] > 1.05 * self.own + 0.02:
             raise PeerError(Reason.WORSE_THAN_OURS, "worse than ours")
         self.taken.append(donor)
-        self.step = step
+        self.step = max(self.step, step)
         return TRUE_LOSS[donor]
 
     async def evaluate(self) -> Losses:

@@ -98,13 +98,13 @@ async def test_while_offers_are_compared_our_own_loss_is_measured_once(
             measured += 1
             return await super().evaluate()
 
-    rig.live, trainer = [GOOD], Slow()
-    trainer.own = 0.1
+    rig.live = [GOOD]
+    trainer: Any = Slow(own=0.1)
     for _ in range(3):
-        assert not await rig.donors._take_over_best(trainer, 20)  # type: ignore[arg-type] # a fake
+        assert not await rig.donors._take_over_best(trainer, 20, saved_at=0.0)
     assert measured == 1
     rig.donors.forget()
-    await rig.donors._take_over_best(trainer, 20)  # type: ignore[arg-type] # a fake
+    await rig.donors._take_over_best(trainer, 20, saved_at=0.0)
     assert measured == 2
 
 

@@ -23,6 +23,7 @@ from xpeer.accounts.ledger import Ledger
 from xpeer.config import Home
 from xpeer.errors import LocalError
 from xpeer.identity import PeerId
+from xpeer.network import turns
 from xpeer_daemon import donors
 
 
@@ -144,6 +145,39 @@ async def test_who_resumes_alone_exchanges_nothing_until_it_has_looked(
     trainer = Trainer(resumed_step=10)
     await rig.hold(trainer)
     assert rig.life.catching_up
+    await catches_up_later(rig, trainer)
+    assert trainer.taken == [GOOD]
+
+
+@pytest.mark.parametrize(("trained_to", "taken"), [(79, [GOOD]), (80, []), (400, [])])
+async def test_who_trains_while_it_catches_up_is_never_set_back(
+    tmp_path, monkeypatch, trained_to, taken
+) -> None:
+    """Nobody was there at its start, so it takes steps while the parameters come."""
+    monkeypatch.setattr(turns, "PAUSE_S", 0.001)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    trainer = Trainer(resumed_step=10)
+    await rig.hold(trainer)
+    real = Offer.pieces
+
+    async def while_it_trains(
+        offer: Offer, first: int, count: int
+    ) -> AsyncGenerator[tuple[int, memoryview]]:
+        trainer.step = trained_to
+        async for each in real(offer, first, count):
+            yield each
+
+    monkeypatch.setattr(Offer, "pieces", while_it_trains)
+    await catches_up_later(rig, trainer)
+    assert (trainer.taken, rig.saved, rig.conditions) == (taken, len(taken), set())
+    assert trainer.step == (100 if taken else trained_to)
+    kinds = [event.kind for event in rig.store.events()]
+    assert kinds == (["caught-up", "took-over"] if taken else ["no-longer-ahead"])
+    assert rig.donors._offers.willing() == [GOOD]
+
+
+async def catches_up_later(rig: Rig, trainer: Trainer) -> None:
+    """Until the node knows whether it lies far behind."""
     rig.supervisor.trainer = trainer
     looking = asyncio.create_task(rig.parameters.catch_up_later())
     rig.live = [GOOD]
@@ -151,7 +185,6 @@ async def test_who_resumes_alone_exchanges_nothing_until_it_has_looked(
         while rig.life.catching_up:
             await asyncio.sleep(0.001)
     looking.cancel()
-    assert trainer.taken == [GOOD]
 
 
 @pytest.mark.parametrize(("away_s", "taken"), [(0.01, False), (0.2, True)])

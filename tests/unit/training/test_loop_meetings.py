@@ -131,6 +131,17 @@ def test_a_joiner_waits_then_starts_afresh_at_its_donors_step() -> None:
     assert trainer.counters.step == 505
 
 
+def test_a_trainer_with_parameters_is_never_set_back() -> None:
+    trainer = trainer_with(end=End(steps=1000))
+    trainer.run(steps=8)
+    before, better = trainer.parameters.read(), torch.full((NUM_PARAMS,), 0.25)
+    with pytest.raises(PeerError, match="not-ahead: step 8"):
+        trainer.replace(better, step=500, until=8)
+    assert (trainer.counters.step, torch.equal(trainer.parameters.read(), before)) == (8, True)
+    trainer.replace(better, step=5, until=9)
+    assert (trainer.counters.step, float(trainer.parameters.read()[0])) == (8, 0.25)
+
+
 def test_a_state_that_is_not_finite_is_refused_and_ours_stays() -> None:
     trainer = trainer_with()
     before = trainer.parameters.read()
