@@ -36,6 +36,8 @@ class Ahead:
     Attributes:
         members: those of the last look; empty before the first one.
         offering: those of them that offered parameters, and they are wanted.
+        unconfirmed: members that say that they are far ahead, and too few others are nearly so far.
+            They are named at the end; what they offer is not wanted.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Ahead:
         self._offers, self._conduct = offers, conduct
         self.members: list[PeerId] = []
         self.offering: list[PeerId] = []
+        self.unconfirmed: list[PeerId] = []
 
     def is_far(self, step: int, own_step: int) -> bool:
         """Whether a node at `own_step` lies far behind a donor at `step`."""
@@ -82,7 +85,7 @@ class Ahead:
 
     def end(self, node: Node, store: Store, own_step: int, *, caught_up: bool) -> None:
         """Say how the node caught up, or that it goes on though members may be far ahead."""
-        left = [] if caught_up else self.members
+        left = [] if caught_up else [*self.members, *self.unconfirmed]
         who = names(self._view, left)
         node.health.hold("not-caught-up", bool(left), who=who, step=own_step)
         if caught_up:
@@ -90,4 +93,4 @@ class Ahead:
         elif left:
             store.add_event("not-caught-up", f"step {own_step}; perhaps ahead: {who}")
             log.warning("step %d is gone on with, and these may be far ahead: %s", own_step, who)
-        self.members = []
+        self.members, self.unconfirmed = [], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol, TypeVar
 
 from xpeer.identity import PeerId
@@ -84,21 +84,33 @@ class Claims:
         the donor included. It is the run's last step only if the donor has ended. Otherwise a donor
         could end our training with true parameters and a false step.
         """
-        view, last, own_step = self._view, planned_steps(self._manifest), self.own_step
-        others = [step for peer, step in self._steps.items() if peer != claim.donor]
-        step = claim.step
-        if others:
-            most = max(statistics.median_low([*others, claim.step]), own_step or 0)
-            step = min(step, most + self._manifest.round.window_steps)
-        elif own_step is not None:
-            now_s = self._node.clock()
-            away_s = max(0.0, now_s - (now_s if self._saved_at is None else self._saved_at))
-            step = min(step, own_step + int(away_s / LEAST_STEP_S))
+        view, last = self._view, planned_steps(self._manifest)
+        step = self._bounded(claim, statistics.median_low)
         record = view.others().get(claim.donor)
         if last is not None and (record is None or not traits_of(record.phase).ended):
             step = min(step, max(0, last - 1))
         if step < claim.step:
             log.info("%s says step %d; it counts as %d", claim.donor[-8:], claim.step, step)
+        return step
+
+    def perhaps_at(self, claim: Claim) -> int:
+        """The step that a donor may have reached: by this it is chosen, not by the one that counts.
+
+        Of two that hold parameters one may lie far behind, or lie. If that one's step decided, we
+        would keep our own parameters, however far ahead the other one is. What comes is measured.
+        """
+        return self._bounded(claim, statistics.median_high)
+
+    def _bounded(self, claim: Claim, median: Callable[[Iterable[int]], int]) -> int:
+        own_step, step = self.own_step, claim.step
+        others = [step for peer, step in self._steps.items() if peer != claim.donor]
+        if others:
+            most = max(median([*others, claim.step]), own_step or 0)
+            step = min(step, most + self._manifest.round.window_steps)
+        elif own_step is not None:
+            now_s = self._node.clock()
+            away_s = max(0.0, now_s - (now_s if self._saved_at is None else self._saved_at))
+            step = min(step, own_step + int(away_s / LEAST_STEP_S))
         return step
 
 

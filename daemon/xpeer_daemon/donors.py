@@ -209,18 +209,11 @@ class Donors:
             async with asyncio.timeout_at(until):
                 offers = await self._ask(own_step)
         claims = Claims(self._node, self._view, self._manifest, offers, own_step, saved_at)
-        remaining = [
-            offer
-            for offer in ranked(offers)
-            if own_step is None or self._ahead.is_far(claims.step_of(offer), own_step)
-        ]
-        if own_step is not None and remaining:
-            remaining = await self._judge.better(trainer, remaining)
-        conduct = self._conduct
+        conduct, remaining = self._conduct, ranked(offers)
         if own_step is None:
             remaining = self._judge.undoubted(remaining)
         else:
-            remaining = conduct.unblamed(remaining)
+            remaining = conduct.unblamed(await self._far_ahead(trainer, remaining, claims))
         others = [offer for offer in remaining if offer.donor != conduct.alone]
         if others and (conduct.alone_failed >= ALONE_TRIES or len(others) == len(remaining)):
             self._let_go_alone()
@@ -243,6 +236,22 @@ class Donors:
                 offered = {offer.donor: offer.donor in wanted for offer in offers}
                 self._ahead.look(own_step, offered)
         return None if self._ahead.members else False
+
+    async def _far_ahead(
+        self, trainer: TrainerProcess, offers: list[Giver], claims: Claims
+    ) -> list[Giver]:
+        """Offers of donors that are far ahead, as others confirm, and not worse than our parameters.
+
+        Notes who says so unconfirmed.
+        """
+        ahead, own_step = self._ahead, claims.own_step or 0
+        said = [offer for offer in offers if ahead.is_far(offer.step, own_step)]
+        if said:
+            said = await self._judge.better(trainer, said)
+        far = [offer for offer in said if ahead.is_far(claims.perhaps_at(offer), own_step)]
+        unconfirmed = {offer.donor for offer in said if offer not in far}
+        ahead.unconfirmed = sorted(unconfirmed - self._conduct.blamed)
+        return far
 
     async def _ask(self, own_step: int | None) -> list[Giver]:
         """Offers: of who has to give everything alone if that is enough to decide, else of all."""

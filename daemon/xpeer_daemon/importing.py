@@ -62,7 +62,8 @@ class Import:
         trees = self._takeover.trees()
         at_most = min(TOLERANCE.above(tree.loss_public) for tree in trees)
         step = min(claims.step_of(tree) for tree in trees)
-        before = self._ahead.least_step(step) if claims.own_step is not None else None
+        ahead = self._ahead.least_step(min(claims.perhaps_at(tree) for tree in trees))
+        before = ahead if claims.own_step is not None else None
         try:
             payload, codec = await self._takeover.payload(), self._manifest.state_form.codec
             await trainer.import_state(payload, step, at_most, codec, before)

@@ -13,7 +13,9 @@ from tests.unit.daemon.donations import (
     GOOD,
     LIAR,
     OFFERS,
+    OLD,
     TRUE_LOSS,
+    TWIN,
     WORSE,
     Offer,
     Rig,
@@ -199,6 +201,35 @@ async def test_a_lone_donor_is_ahead_by_no_more_than_time_allows(
     trainer = Trainer(resumed_step=70)
     await rig.hold(trainer)
     assert (trainer.taken == [GOOD], trainer.step) == (taken, 100 if taken else 70)
+
+
+@pytest.mark.parametrize("swarm", [[OLD, GOOD], [OLD, GOOD, TWIN]], ids=["of three", "of four"])
+async def test_one_low_step_keeps_nobody_from_catching_up(tmp_path, monkeypatch, swarm) -> None:
+    """It resumed from an old checkpoint itself, or lies. The step counts no more for that."""
+    monkeypatch.setitem(OFFERS, OLD, (1, 2.01))
+    monkeypatch.setitem(OFFERS, TWIN, (100, 3.0))
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live, trainer = swarm, Trainer(resumed_step=20)
+    await rig.hold(trainer)
+    assert trainer.taken == [GOOD]
+    assert trainer.step == (25 if len(swarm) == 2 else 100)
+
+
+@pytest.mark.parametrize(("loss", "named"), [(2.0, [GOOD]), (9.0, [])])
+async def test_who_goes_on_without_an_unconfirmed_donor_says_so(
+    tmp_path, monkeypatch, loss, named
+) -> None:
+    """Unless it offers worse parameters than ours."""
+    for peer in (OLD, TWIN):
+        monkeypatch.setitem(OFFERS, peer, (1, 2.01))
+    monkeypatch.setitem(OFFERS, GOOD, (100, loss))
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live, trainer = [OLD, GOOD, TWIN], Trainer(resumed_step=20, own=2.0)
+    await rig.hold(trainer)
+    assert (trainer.taken, rig.life.catching_up) == ([], False)
+    events = [event.detail for event in rig.store.events()]
+    assert events == [f"step 20; perhaps ahead: {peer}" for peer in named]
+    assert rig.conditions == ({"not-caught-up"} if named else set())
 
 
 async def test_a_lone_donor_ends_no_run_of_a_node_that_does_not_know_when_it_saved(
