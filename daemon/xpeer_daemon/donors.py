@@ -240,7 +240,7 @@ class Donors:
     async def _far_ahead(
         self, trainer: TrainerProcess, offers: list[Giver], claims: Claims
     ) -> list[Giver]:
-        """Offers of donors that are far ahead, as others confirm, and not worse than our parameters.
+        """Offers of donors that are far ahead, as others confirm, and not worse than our own.
 
         Notes who says so unconfirmed.
         """
@@ -291,7 +291,7 @@ class Donors:
             return
         if not self._conduct.alone_is_busy:
             self._offers.avoid(donor, "it gives nothing any more")
-        self._takeover.keep_of(None)  # with others' its pieces were bad already
+        self._takeover.drop(donor)  # with others' its pieces were bad already
         self._conduct.let_alone_go()
 
     def _chosen(self, offers: list[Giver]) -> list[Giver]:
@@ -300,7 +300,6 @@ class Donors:
         best = next((o for o in offers if o.donor == conduct.alone), self._half_here(offers))
         if best.donor in conduct.shy and conduct.alone is None:
             conduct.has_to_give_alone(best.donor)
-            self._takeover.keep_of(best.donor)
         if best.donor == conduct.alone:
             return [best]
         others = [o for o in offers if o is not best and o.donor not in conduct.shy]
@@ -346,12 +345,12 @@ class Donors:
     ) -> bool | None:
         """Whether the trainer has these donors' parameters; None = nobody's have room."""
         first, clock = chosen[0], asyncio.get_running_loop().time
-        began = clock()
+        began, alone = clock(), chosen[0].donor == self._conduct.alone
         try:
             ended = await self._takeover.gather(
                 chosen,
-                1 if first.donor == self._conduct.alone else PARALLEL,
-                lambda tree: self._alike(first, tree),
+                1 if alone else PARALLEL,
+                lambda tree: self._alike(first, tree) and (not alone or tree.donor == first.donor),
                 self._more,
                 until,
                 CATCH_UP_S,

@@ -46,6 +46,8 @@ class Gathered:
         self._folder = folder
         self._source: list[int | None] = [None] * shape.num_pieces
         """Of each piece, the number of its tree; None = it is not here."""
+        self._aside: list[int | None] = [None] * shape.num_pieces
+        """Of each piece that is set aside and not overwritten, the number of its tree."""
         self.num_bytes = 0
         self._fd = -1
 
@@ -110,8 +112,9 @@ class Gathered:
     # ---- what is here ---------------------------------------------------------------------------
 
     def missing(self) -> list[int]:
-        """Numbers of the pieces that are not here, in order."""
-        return [piece for piece, source in enumerate(self._source) if source is None]
+        """Numbers of the pieces that are not here, in order; last those that are set aside."""
+        missing = [piece for piece, source in enumerate(self._source) if source is None]
+        return sorted(missing, key=lambda piece: self._aside[piece] is not None)
 
     def has(self, piece: int) -> bool:
         """Whether a piece is here."""
@@ -133,7 +136,8 @@ class Gathered:
     def adopt(self, tree: Tree, in_use: Collection[Tree] = ()) -> None:
         """Keep a donor's tree, before any piece of it.
 
-        If there are too many, the one with the fewest pieces is forgotten.
+        If there are too many, the one with the fewest pieces is forgotten; those that are set aside
+        count, too.
 
         Args:
             tree: to keep.
@@ -149,7 +153,7 @@ class Gathered:
             spare = [n for n, known in self.trees.items() if known.name not in kept]
             if not spare:
                 raise PeerError(Reason.BUSY, f"{len(kept)} donors give at once")
-            self.discard(self.trees[min(spare, key=self._source.count)])
+            self.discard(self.trees[min(spare, key=self._count)])
         number = next(n for n in range(MAX_TREES) if n not in self.trees)
         with _errors(self._folder):
             put(self._path_of(number), [tree.to_bytes()])
@@ -161,7 +165,7 @@ class Gathered:
         Raises:
             LocalError: the disk is full, or fails.
         """
-        start = self.shape.place(piece).start
+        start, self._aside[piece] = self.shape.place(piece).start, None
         with _errors(self._folder):
             done = 0
             while done < len(data):
@@ -180,14 +184,31 @@ class Gathered:
             if source == number:
                 self._source[piece] = None
                 self.num_bytes -= self.shape.size(piece)
+        self._aside = [None if aside == number else aside for aside in self._aside]
         del self.trees[number]
         self._path_of(number).unlink(missing_ok=True)
 
+    def set_aside(self, tree: Tree) -> None:
+        """Have the pieces of a tree be missing; those that none is written over can come back."""
+        number = self._number_of(tree)
+        for piece, source in enumerate(self._source):
+            if source == number:
+                self._source[piece], self._aside[piece] = None, number
+                self.num_bytes -= self.shape.size(piece)
+
+    def bring_back(self) -> None:
+        """Have what is set aside be here again. Nothing is being written."""
+        for piece, aside in enumerate(self._aside):
+            if aside is not None:
+                self._source[piece], self._aside[piece] = aside, None
+                self.num_bytes += self.shape.size(piece)
+
     def tidy(self) -> None:
         """Forget trees without pieces, and all but those with the most of them."""
-        kept = self.sources()[:KEPT_TREES]
-        for tree in [tree for tree in self.trees.values() if tree not in kept]:
-            self.discard(tree)
+        kept = sorted(self.trees, key=self._count, reverse=True)[:KEPT_TREES]
+        for number, tree in list(self.trees.items()):
+            if number not in kept or not self._count(number):
+                self.discard(tree)
 
     def payload(self) -> memoryview:
         """All pieces, mapped: (num_bytes,) uint8, only to be read."""
@@ -198,6 +219,10 @@ class Gathered:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _count(self, number: int) -> int:
+        """How many pieces of a tree are here or set aside."""
+        return self._source.count(number) + self._aside.count(number)
 
     def _path_of(self, number: int) -> Path:
         return self._folder / f"tree-{number}"

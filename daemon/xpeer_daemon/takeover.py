@@ -125,7 +125,8 @@ class Takeover:
         Args:
             givers: donors to fetch from, the best one first.
             wanted: number of donors that should give at the same time.
-            fits: whether pieces of a tree may be put together with theirs; others are forgotten.
+            fits: whether pieces of a tree may be put together with theirs; others are set aside,
+                and come back unless theirs took their places.
             more: asks all members but these for offers.
             until: end by the loop's clock; it is put off while enough comes. None = this node has
                 no parameters of its own: it ends only if others could give, after `lease_s`, and
@@ -138,7 +139,8 @@ class Takeover:
         """
         gathered, first = await self._opened(), givers[0].donor
         self._most = max(self._most, gathered.num_bytes)
-        unfit = self._discard_unfit(gathered, fits)
+        unfit = self._set_unfit_aside(gathered, fits)
+        most = self._most if wanted > 1 else gathered.num_bytes  # who gives alone: its own
         due = gathered.num_bytes + LEASE_SHARE * self._shape.num_bytes
         if until is None:
             lease_s *= 2.0 ** self._expired[first]
@@ -177,6 +179,7 @@ class Takeover:
                 lease = _Lease(limit, until, lease_s, may_end)
                 try:
                     whole = await fetch.run(givers)
+                    much = gathered.num_bytes - most >= WORTH * self._shape.num_bytes
                 finally:
                     lease.end()
         except TimeoutError:
@@ -185,18 +188,20 @@ class Takeover:
                 self._avoid(donor, "not enough of it came in time", fetch.took_s(donor))
             return Ended.LATE
         finally:
+            gathered.bring_back()
             self._life.fetching = None
         if whole:
             return Ended.WHOLE
-        much = gathered.num_bytes - self._most >= WORTH * self._shape.num_bytes
         return Ended.SOME if much and first not in unfit else Ended.LITTLE
 
     @staticmethod
-    def _discard_unfit(gathered: Gathered, fits: Callable[[Tree], bool]) -> set[PeerId]:
-        """Forget pieces that don't fit, and trees without pieces; returns whose did not fit."""
+    def _set_unfit_aside(gathered: Gathered, fits: Callable[[Tree], bool]) -> set[PeerId]:
+        """Set pieces that don't fit aside, for what is claimed may be false; forget trees without
+        pieces. Returns whose did not fit.
+        """
         unfit = [tree for tree in gathered.sources() if not fits(tree)]
         for tree in unfit:
-            gathered.discard(tree)
+            gathered.set_aside(tree)
         gathered.tidy()
         return {tree.donor for tree in unfit}
 
@@ -208,6 +213,11 @@ class Takeover:
         """How many pieces there are, and how many of them this start has fetched; for people."""
         return f"{self._shape.num_pieces} pieces, {self._came} fetched since the start"
 
+    def drop(self, donor: PeerId) -> None:
+        """Forget the pieces of a donor, those that are set aside, too, and how much was here."""
+        self._discard_of(donor)
+        self._most = 0
+
     def keep_of(self, donor: PeerId | None) -> None:
         """Forget the pieces of all other donors, and how much was here."""
         for tree in self.trees():
@@ -218,6 +228,12 @@ class Takeover:
     def _discard(self, tree: Tree) -> None:
         if self._gathered is not None:
             self._gathered.discard(tree)
+
+    def _discard_of(self, donor: PeerId) -> None:
+        known = list(self._gathered.trees.values()) if self._gathered is not None else []
+        for tree in known:
+            if tree.donor == donor:
+                self._discard(tree)
 
     def forget(self) -> None:
         """Remove all pieces: the parameters are taken over, or are of no use."""
@@ -244,8 +260,7 @@ class Takeover:
         """Avoid a donor for a while; forget its pieces if it has shown that it lies."""
         if error.reason in _LIES:
             self._liars.add(donor)
-            for tree in [tree for tree in self.trees() if tree.donor == donor]:
-                self._discard(tree)
+            self._discard_of(donor)
         if error.reason in BROKE and self._gave[donor] >= WORTH * self._shape.num_bytes:
             del self._gave[donor]
             self._spare(donor, str(error))

@@ -107,6 +107,42 @@ def test_a_lying_donor_takes_its_pieces_along(tmp_path: Path) -> None:
     gathered.close()
 
 
+def test_what_is_set_aside_comes_back_unless_it_was_overwritten(tmp_path: Path) -> None:
+    gathered = Gathered.open(tmp_path / "joining", SHAPE, SIGNER)
+    one, other = tree_of(PAYLOAD), tree_of(OTHER)
+    give(gathered, one, PAYLOAD, 0, 1, 2)
+    gathered.set_aside(one)
+    assert (gathered.missing(), gathered.sources(), gathered.num_bytes) == ([3, 0, 1, 2], [], 0)
+    give(gathered, other, OTHER, 1)
+    gathered.write(2, memoryview(OTHER)[:100])  # and then it was cancelled
+    gathered.tidy()
+    gathered.bring_back()
+    assert (gathered.missing(), gathered.sources()) == ([2, 3], [one, other])
+    assert gathered.num_bytes == 2 * PIECE_BYTES
+    gathered.close()
+    again = Gathered.open(tmp_path / "joining", SHAPE, SIGNER)
+    assert (again.missing(), again.sources()) == ([2, 3], [one, other])
+    again.close()
+
+
+def test_many_snapshots_of_others_do_not_take_the_place_of_what_is_set_aside(
+    tmp_path: Path,
+) -> None:
+    gathered = Gathered.open(tmp_path / "joining", SHAPE, SIGNER)
+    one = tree_of(PAYLOAD)
+    give(gathered, one, PAYLOAD, 0)
+    gathered.set_aside(one)
+    for step in range(gathering.MAX_TREES):
+        gathered.adopt(tree_of(OTHER, step))
+    gathered.bring_back()
+    assert gathered.sources() == [one]
+    gathered.set_aside(one)
+    gathered.discard(one)  # its donor lied
+    gathered.bring_back()
+    assert gathered.sources() == []
+    gathered.close()
+
+
 def test_the_number_of_trees_is_bounded(tmp_path: Path) -> None:
     gathered = Gathered.open(tmp_path / "joining", SHAPE, SIGNER)
     for step in range(gathering.MAX_TREES):

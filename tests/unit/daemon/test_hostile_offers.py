@@ -171,6 +171,38 @@ async def test_a_line_that_breaks_is_no_reason_to_wait_longer_each_time(
     assert (trainer.taken, failures) == ([GOOD], [0])
 
 
+@pytest.mark.parametrize("how", ["gives nothing", "gives a piece", "gives alone"])
+async def test_a_false_claim_throws_nothing_away_that_others_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """GOOD was lost after 8 of 10 pieces, and a liar claims the best parameters meanwhile."""
+    pieces_of(monkeypatch, 10)
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)
+    monkeypatch.setattr(fetching, "AGAIN_WITHIN_S", 0.0)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    real, given = Offer.pieces, list[int]()
+
+    async def breaks(offer: Offer, first: int, count: int) -> Coming:
+        if offer.donor == LIAR:
+            async for each in real(offer, first, 1 if how == "gives a piece" else 0):
+                yield each
+            rig.live = [GOOD]
+            raise PeerError(Reason.TIMEOUT, "it gives nothing more")
+        async for each in real(offer, first, count):
+            given.append(each[0])
+            yield each
+            if len(given) == 8:
+                rig.live = [LIAR]
+                raise PeerError(Reason.TRUNCATED, "its line broke")
+
+    monkeypatch.setattr(Offer, "pieces", breaks)
+    rig.live, trainer = [GOOD], Trainer()
+    rig.donors._conduct.shy = {LIAR} if how == "gives alone" else set()
+    async with asyncio.timeout(60):
+        await rig.hold(trainer)
+    assert (trainer.taken, len(given)) == ([GOOD], 10)
+
+
 async def test_offers_are_declined_if_there_is_no_room_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
