@@ -58,7 +58,22 @@ class Ahead:
         windows = BEHIND_WINDOWS * self._manifest.round.window_steps
         return math.ceil(step - max(windows, BEHIND_SHARE * step))
 
-    def look(self, own_step: int, offered: Mapping[PeerId, bool]) -> list[PeerId]:
+    def look(self, own_step: int, offered: Mapping[PeerId, bool] | None) -> None:
+        """Note who may be far ahead.
+
+        Args:
+            own_step: see `candidates`.
+            offered: see there. None = the time was over before they had answered, so those that
+                offered parameters before still do.
+        """
+        if offered is not None:
+            self.members = self.candidates(own_step, offered)
+            self.offering = [peer for peer in self.members if peer in offered]
+        else:
+            self.members = self.candidates(own_step, dict.fromkeys(self.offering, True))
+            self.offering = [peer for peer in self.members if peer in self.offering]
+
+    def candidates(self, own_step: int, offered: Mapping[PeerId, bool]) -> list[PeerId]:
         """Members that may be far ahead: by their offers, or they told of such a step, or they owe
         an offer.
 
@@ -68,7 +83,7 @@ class Ahead:
             own_step: of our parameters.
             offered: whether the offer of each member that made one is wanted.
         """
-        self.members, self.offering = [], []
+        found = list[PeerId]()
         without = self._conduct.blamed | self._conduct.worse
         for peer in self._view.holders():
             step = heard_step(self._view, peer)
@@ -79,9 +94,8 @@ class Ahead:
             else:
                 ahead = self.is_far(step, own_step) and not self._offers.offers_none(peer)
             if ahead and peer not in without:
-                self.members.append(peer)
-                self.offering += [peer] if peer in offered else []
-        return self.members
+                found.append(peer)
+        return found
 
     def end(self, node: Node, store: Store, own_step: int, *, caught_up: bool) -> None:
         """Say how the node caught up, or that it goes on though members may be far ahead."""
@@ -93,4 +107,4 @@ class Ahead:
         elif left:
             store.add_event("not-caught-up", f"step {own_step}; perhaps ahead: {who}")
             log.warning("step %d is gone on with, and these may be far ahead: %s", own_step, who)
-        self.members, self.unconfirmed = [], []
+        self.members, self.offering, self.unconfirmed = [], [], []

@@ -34,6 +34,7 @@ class Conduct:
             offers parameters.
         shy: donors that had to give everything alone and did not. They give to no mixture any more,
             since they may have spoilt one: if they are chosen, they give everything alone.
+        fresh_tries: how many attempts began with a donor that had not been tried in vain before.
         worse: donors whose parameters were as good as they say, and worse than ours.
     """
 
@@ -44,6 +45,9 @@ class Conduct:
         self.worse: set[PeerId] = set()
         self._tried: set[PeerId] = set()
         """Donors that were chosen first, and hardly anything came. They come after all others."""
+        self._once_tried: set[PeerId] = set()
+        """Donors that were among them at any time: they have had their turn."""
+        self.fresh_tries = 0
         self._wasted: Counter[PeerId] = Counter()
         """How many attempts each donor that was chosen first cost: hardly anything came, or it was
         bad."""
@@ -62,7 +66,7 @@ class Conduct:
         """Fetch from any donors, because the one that had to give everything alone did not."""
         if self.alone is not None:
             self.shy.add(self.alone)
-            self._tried.add(self.alone)
+            self._tries({self.alone})
             self.wastes(self.alone)
         self.let_all_give()
 
@@ -70,6 +74,12 @@ class Conduct:
         """Note that who has to give everything alone was asked in vain."""
         self.alone_is_busy = busy and (self.alone_is_busy or not self.alone_failed)
         self.alone_failed += 1
+
+    def alone_takes_too_long(self) -> None:
+        """Note that who has to give everything alone has had the time for a copy, and no more tries
+        are left.
+        """
+        self.alone_failed, self.alone_is_busy = ALONE_TRIES, False
 
     def unblamed(self, offers: Sequence[_C]) -> list[_C]:
         """Offers of donors that are not blamed, if there are any; else all."""
@@ -84,8 +94,8 @@ class Conduct:
         return sorted(offers, key=lambda offer: offer.donor in self._tried)
 
     def untried(self, donors: Collection[PeerId]) -> list[PeerId]:
-        """Those of these donors that were not tried in vain."""
-        return [donor for donor in donors if donor not in self._tried]
+        """Those of these donors that were never tried in vain."""
+        return [donor for donor in donors if donor not in self._once_tried]
 
     def ended(self, first: PeerId, how: Ended) -> None:
         """Note how an attempt ended in which not all came.
@@ -95,7 +105,7 @@ class Conduct:
             how: it ended.
         """
         if how is not Ended.SOME:  # else its line broke, as lines do
-            self._tried.add(first)
+            self._tries({first})
             self.wastes(first)
         if first == self.alone:
             failed = {Ended.SOME: 0, Ended.LITTLE: self.alone_failed + 1}
@@ -104,7 +114,16 @@ class Conduct:
 
     def come_late(self, donors: Iterable[PeerId]) -> None:
         """Put donors last that are not far ahead any more: they would be chosen again and again."""
-        self._tried.update(donors)
+        self._tries(donors)
+
+    def begins(self, first: PeerId) -> None:
+        """Note that an attempt begins in which this donor was chosen first."""
+        self.fresh_tries += first not in self._once_tried
+
+    def _tries(self, donors: Iterable[PeerId]) -> None:
+        donors = set(donors)
+        self._tried |= donors
+        self._once_tried |= donors
 
     def wastes(self, donor: PeerId) -> None:
         """Count an attempt that this donor cost, for the node's health."""
@@ -115,6 +134,8 @@ class Conduct:
     def forget(self) -> None:
         """Begin anew."""
         self.let_all_give()
-        for known in (self.blamed, self.shy, self.worse, self._tried, self._wasted):
+        self.fresh_tries = 0
+        tried = self._tried, self._once_tried, self._wasted
+        for known in (self.blamed, self.shy, self.worse, *tried):
             known.clear()
         self._life.wasted = ""

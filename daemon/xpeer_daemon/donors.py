@@ -24,7 +24,8 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.identity import PeerId
 from xpeer.manifest import Manifest
 from xpeer.network import turns
-from xpeer.network.giving import Giver
+from xpeer.network.giving import DIAL_TIMEOUT_S, Giver
+from xpeer.network.shelf import PREPARE_TIMEOUT_S
 from xpeer.phase import Phase
 from xpeer.trainer.client import TrainerProcess
 from xpeer_daemon.ahead import Ahead
@@ -53,7 +54,8 @@ GRACE_S: Final = 5.0
 """A node that resumes waits this long for members that it knows. Then it trains, and asks later."""
 CATCH_UP_S: Final = 900.0
 """A node with a good checkpoint looks for better parameters for this long, and for as long again if
-a donor that was not tried offers some then. Then it trains."""
+a donor that was not tried offers some then, as long as that time serves to try one. Then it trains.
+"""
 STALE_S: Final = 10.0
 """After a longer failure the other offers may have lapsed, so they are asked for anew."""
 
@@ -170,16 +172,17 @@ class Donors:
     async def _caught_up(self, trainer: TrainerProcess, saved_at: float | None) -> tuple[int, bool]:
         """Returns the step from which the node has caught up, or goes on; and whether it has."""
         clock = asyncio.get_running_loop().time
-        until, prolonged = clock() + CATCH_UP_S, False
+        until, tries = clock() + CATCH_UP_S, -1
         while True:
             own_step = max(trainer.step, trainer.resumed_step or 0)  # it has yet to report
             succeeded = await self._take_over_best(trainer, own_step, until, saved_at)
             if succeeded is not None:
                 return own_step, succeeded
             if clock() + turns.PAUSE_S >= until:
-                if prolonged or not self._conduct.untried(self._ahead.offering):
+                in_vain = self._conduct.fresh_tries == tries
+                if in_vain or not self._conduct.untried(self._ahead.offering):
                     return own_step, False
-                until, prolonged = clock() + turns.PAUSE_S + CATCH_UP_S, True
+                until, tries = clock() + turns.PAUSE_S + CATCH_UP_S, self._conduct.fresh_tries
             await asyncio.sleep(turns.PAUSE_S)
 
     async def _take_over_best(
@@ -205,9 +208,11 @@ class Donors:
         """
         clock = asyncio.get_running_loop().time
         offers = list[Giver]()
+        in_time = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 offers = await self._ask(own_step)
+                in_time = True
         claims = Claims(self._node, self._view, self._manifest, offers, own_step, saved_at)
         conduct, remaining = self._conduct, ranked(offers)
         if own_step is None:
@@ -234,7 +239,7 @@ class Donors:
             refuse(remaining)
             if own_step is not None:
                 offered = {offer.donor: offer.donor in wanted for offer in offers}
-                self._ahead.look(own_step, offered)
+                self._ahead.look(own_step, offered if in_time else None)
         return None if self._ahead.members else False
 
     async def _far_ahead(
@@ -250,7 +255,8 @@ class Donors:
             said = await self._judge.better(trainer, said)
         far = [offer for offer in said if ahead.is_far(claims.perhaps_at(offer), own_step)]
         unconfirmed = {offer.donor for offer in said if offer not in far}
-        ahead.unconfirmed = sorted(unconfirmed - self._conduct.blamed)
+        if offers:
+            ahead.unconfirmed = sorted(unconfirmed - self._conduct.blamed)
         return far
 
     async def _ask(self, own_step: int | None) -> list[Giver]:
@@ -258,7 +264,7 @@ class Donors:
         await self._takeover.recall()
         first = [tree.donor for tree in self._takeover.trees()]
         if own_step is not None:
-            first += self._ahead.look(own_step, {})
+            first += self._ahead.candidates(own_step, {})
         offers = await self._ask_alone()
         if offers and own_step is None and not self._judge.is_doubtful(offers[0], offers):
             return offers
@@ -272,14 +278,19 @@ class Donors:
 
     async def _ask_alone(self) -> list[Giver]:
         """The offer of who has to give everything alone; empty if anybody may give, or it failed
-        ALONE_TRIES times. It is asked by itself: who spoilt the mixture would answer sooner.
+        ALONE_TRIES times, or took as long as a copy may take. It is asked by itself: who spoilt the
+        mixture would answer sooner.
         """
         conduct, donor = self._conduct, self._conduct.alone
+        until = asyncio.get_running_loop().time() + DIAL_TIMEOUT_S + PREPARE_TIMEOUT_S
         while donor is not None and donor in self._view.holders():
             if conduct.alone_failed >= ALONE_TRIES:
                 break
             try:
-                return [await self._offers.ask_one(donor)]
+                async with asyncio.timeout_at(until):
+                    return [await self._offers.ask_one(donor)]
+            except TimeoutError:
+                conduct.alone_takes_too_long()
             except PeerError as e:
                 conduct.alone_offers_nothing(busy=e.reason == Reason.CLOSED)
             await asyncio.sleep(turns.PAUSE_S)
@@ -345,7 +356,8 @@ class Donors:
     ) -> bool | None:
         """Whether the trainer has these donors' parameters; None = nobody's have room."""
         first, clock = chosen[0], asyncio.get_running_loop().time
-        began, alone = clock(), chosen[0].donor == self._conduct.alone
+        began, alone = clock(), first.donor == self._conduct.alone
+        self._conduct.begins(first.donor)
         try:
             ended = await self._takeover.gather(
                 chosen,

@@ -118,6 +118,7 @@ class Rig:
         self.saved_at: float | None = 0.0
         self.gone: set[PeerId] = set()
         """Who is on the roster, and does not answer."""
+        self.busy = {BUSY}
         self.life = SimpleNamespace(
             enter=self.states.append,
             note="",
@@ -203,7 +204,7 @@ class Rig:
         self.asked.append((donor, root))
         if donor in self.gone:
             raise PeerError(Reason.TIMEOUT, "it is gone")
-        if donor == BUSY:
+        if donor in self.busy:
             raise PeerError(Reason.CLOSED, "it gives to others")
         return Offer(donor)
 

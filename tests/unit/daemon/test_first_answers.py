@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from tests.unit.daemon.donations import (
     OFFERS,
     OLD,
     TRUE_LOSS,
+    TWIN,
     WORSE,
     Offer,
     Rig,
     Trainer,
 )
-from tests.unit.daemon.test_donors_that_hold_up import trickles
+from tests.unit.daemon.test_donors_that_hold_up import gives_one_piece, trickles
 from tests.unit.daemon.test_hostile_offers import pieces_of
 from xpeer.errors import PeerError, Reason
+from xpeer.gossip import backoff
 from xpeer.identity import PeerId
 from xpeer.network import giving, turns
-from xpeer_daemon import donors, offers
+from xpeer_daemon import donors, fetching, offers
 
 MORE_S = 0.02
 
@@ -160,6 +163,98 @@ async def test_a_liar_does_not_use_up_the_time_of_who_is_far_behind(
     rig.live = [LIAR, GOOD, WORSE]
     assert await taken_by(rig, 20) == [GOOD]
     assert rig.conditions == set()
+
+
+async def test_who_has_to_give_all_alone_and_is_silent_does_not_use_up_the_time(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was drawn after a bad mixture, and answers a little too late, or never, each time."""
+    monkeypatch.setattr(offers, "PREPARE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(donors, "PREPARE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(donors, "DIAL_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.85)
+    alone, real = list[PeerId](), rig._ask
+
+    async def busy_late(party: Any, dialler: Any, donor: PeerId, *more: Any) -> Offer:
+        if donor == LIAR:
+            alone.append(donor)
+            await asyncio.sleep(0.29)
+            raise PeerError(Reason.CLOSED, "it gives to others")
+        return await real(party, dialler, donor, *more)
+
+    monkeypatch.setattr(giving, "ask", busy_late)
+    rig.donors._conduct.alone, rig.live = LIAR, [LIAR, GOOD]
+    assert await taken_by(rig, 20) == [GOOD]
+
+
+@pytest.mark.parametrize("liars", [1, 2, 3])
+async def test_no_liars_use_up_the_time_of_who_is_far_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, liars: int
+) -> None:
+    """None is alike to the others, and each gives just enough to go on until the time is over."""
+    claims = dict(zip((LIAR, BUSY, TWIN), (0.0, 0.1, 0.4), strict=True))
+    who = list(claims)[:liars]
+    for liar in who:
+        monkeypatch.setitem(OFFERS, liar, (101, claims[liar]))
+    pieces_of(monkeypatch, 4)
+    began = gives_one_piece(monkeypatch, set(who))
+    monkeypatch.setattr(fetching, "SILENT_S", 1e6)
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.5)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.busy = set()
+    rig.live = [*who, GOOD]
+    assert await taken_by(rig, 20) == [GOOD]
+    assert sorted(began) == sorted([*who, GOOD])
+
+
+async def test_time_is_prolonged_for_nobody_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All lie: the node goes on with its own parameters once it has tried each of them."""
+    for liar, loss in ((LIAR, 0.0), (TWIN, 0.1)):
+        monkeypatch.setitem(OFFERS, liar, (101, loss))
+    pieces_of(monkeypatch, 4)
+    began = gives_one_piece(monkeypatch, {LIAR, TWIN})
+    monkeypatch.setattr(fetching, "SILENT_S", 1e6)
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)
+    monkeypatch.setattr(backoff, "COST", 0.0)
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.2)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live = [LIAR, TWIN]
+    assert await taken_by(rig, 20) == []
+    assert sorted(began) == sorted([LIAR, TWIN])
+    assert rig.conditions == {"not-caught-up"}
+
+
+async def test_who_offered_counts_even_if_the_time_is_over_while_others_are_asked(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A liar gives until shortly before the end, and another member is silent."""
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.5)
+    monkeypatch.setattr(offers, "MORE_OFFERS_S", 0.001)
+    monkeypatch.setattr(rig.donors._offers, "_silent", {BUSY})
+    real, asked, gave_up = rig._ask, list[PeerId](), asyncio.Event()
+
+    async def ask(party: Any, dialler: Any, donor: PeerId, *more: Any) -> Offer:
+        asked.append(donor)
+        if asked.count(donor) == 2 and not gave_up.is_set():
+            await gave_up.wait()
+        return await real(party, dialler, donor, *more)
+
+    async def breaks(offer: Offer, first: int, count: int) -> AsyncGenerator[tuple[int, Any]]:
+        if offer.donor == LIAR:
+            asyncio.get_running_loop().call_later(1.0, gave_up.set)
+            raise PeerError(Reason.MALFORMED, "it stops")
+        async for each in pieces(offer, first, count):
+            yield each
+
+    pieces = Offer.pieces
+    monkeypatch.setattr(donors, "STALE_S", 0.0)
+    monkeypatch.setattr(giving, "ask", ask)
+    monkeypatch.setattr(Offer, "pieces", breaks)
+    rig.live = [LIAR, GOOD]
+    assert await taken_by(rig, 20) == [GOOD]
 
 
 def busy_at_first(monkeypatch: pytest.MonkeyPatch, rig: Rig) -> list[PeerId]:
