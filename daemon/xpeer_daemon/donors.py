@@ -162,11 +162,12 @@ class Donors:
     def _saved_at(self, trainer: TrainerProcess) -> float | None:
         """When the checkpoint was saved that this trainer resumed from; None = unknown.
 
-        Once it has gone on, that checkpoint is removed some time.
+        Once it has gone on, that checkpoint is removed some time. A trainer that began anew has
+        shared no step with anybody, so the time says nothing: long ago.
         """
         if trainer is not self._known:
             self._known, step = trainer, trainer.resumed_step
-            self._known_saved_at = self._node.ends.saved_at(step) if step is not None else None
+            self._known_saved_at = self._node.ends.saved_at(step) if step is not None else 0.0
         return self._known_saved_at
 
     async def _caught_up(self, trainer: TrainerProcess, saved_at: float | None) -> tuple[int, bool]:

@@ -1,7 +1,8 @@
 """How this node gets the swarm's parameters: at its own start, and at a later start of its trainer.
 
 A founder begins with the initial model in three cases: it never met anybody in this swarm; no
-member that holds parameters came in time; or its operator says so (`--from-initial`).
+member that holds parameters came in time; or its operator says so (`--from-initial`). In the second
+case it catches up with whoever comes later.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ class Parameters:
         self._supervisor = supervisor
         self._origin = origin
         self._founds = founds
+        self._holder: TrainerProcess | None = None
+        """The trainer that has parameters; None while one gets them."""
+        self._later: asyncio.Task[bool] | None = None
+        """The attempt of `catch_up_later` that is under way."""
 
     async def hold(self, trainer: TrainerProcess) -> TrainerProcess:
         """Get the parameters at the node's start.
@@ -88,6 +93,7 @@ class Parameters:
             await trainer.stop(STOP_TIMEOUT_S)
             trainer = await self._supervisor.first_start()
         self._origin.begins = False  # from now on others may hold what we gave them
+        self._holder = trainer
         return trainer
 
     async def hold_again(self, trainer: TrainerProcess) -> bool:
@@ -97,6 +103,16 @@ class Parameters:
             Whether the node has to begin anew with it. False if it resumed from a checkpoint, or is
             started once more.
         """
+        self._holder = None
+        if self._later is not None:  # it fetches for the last trainer
+            self._later.cancel()
+            await asyncio.wait([self._later])
+        begins = await self._held_again(trainer)
+        if begins or trainer.resumed_step is not None:
+            self._holder = trainer
+        return begins
+
+    async def _held_again(self, trainer: TrainerProcess) -> bool:
         if trainer.resumed_step is not None:
             await self._catch_up(trainer)
             return False
@@ -110,9 +126,10 @@ class Parameters:
         return False
 
     async def _take_over(self, trainer: TrainerProcess) -> bool:
-        return await self._donors.take_over(
-            trainer, donors.PATIENCE_S if self._founds else math.inf
-        )
+        patience_s = donors.PATIENCE_S if self._founds else math.inf
+        taken = await self._donors.take_over(trainer, patience_s)
+        self._node.life.catching_up = not taken
+        return taken
 
     def _begin_anew(self) -> None:
         log.warning("nobody holds the swarm's parameters: it begins with the initial model")
@@ -137,17 +154,24 @@ class Parameters:
         """Catch up as soon as a donor is there, if nobody was at the start; until cancelled."""
         while True:
             trainer = self._supervisor.trainer
-            if (
-                self._node.life.catching_up
-                and trainer is not None
-                and trainer.resumed_step is not None
-            ):
-                try:
-                    if await self._donors.catch_up(trainer):
-                        self._node.life.catching_up = False
-                except LocalError as e:
-                    log.warning("the trainer could not catch up: %s", e)
+            if self._node.life.catching_up and trainer is not None and trainer is self._holder:
+                await self._catch_up_once(trainer)
             await asyncio.sleep(POLL_S)
+
+    async def _catch_up_once(self, trainer: TrainerProcess) -> None:
+        later = self._later = asyncio.create_task(self._donors.catch_up(trainer))
+        try:
+            await asyncio.wait([later])
+        finally:
+            self._later = None
+            later.cancel()
+        if later.cancelled():
+            return  # the trainer was started again
+        try:
+            if later.result():
+                self._node.life.catching_up = False
+        except LocalError as e:
+            log.warning("the trainer could not catch up: %s", e)
 
 
 def begins(home: Home, store: Store) -> bool:

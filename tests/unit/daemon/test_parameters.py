@@ -69,6 +69,65 @@ async def test_a_founder_whom_nobody_can_help_begins_anew_after_its_patience(
     assert [event.kind for event in rig.store.events()] == ["began-anew"]
 
 
+@pytest.mark.parametrize("renewed", [False, True])
+async def test_a_founder_that_began_anew_catches_up_when_others_come(
+    tmp_path, monkeypatch, renewed
+) -> None:
+    """It exchanges nothing before; whoever comes alone may be as far as it says."""
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.store.remember_peer(GOOD, [])
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.saved_at = None
+    if renewed:
+        assert not await rig.parameters.hold_again(Trainer())  # type: ignore[arg-type] # a fake
+        assert await rig.parameters.hold_again(rig.next_trainer)  # type: ignore[arg-type]
+    else:
+        await rig.hold(Trainer())
+    assert rig.life.catching_up
+    await catches_up_later(rig, rig.next_trainer)
+    assert rig.next_trainer.taken == [GOOD]
+
+
+async def test_a_founder_that_begins_the_swarm_asks_nobody(tmp_path, monkeypatch) -> None:
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    await rig.hold(Trainer())
+    assert not rig.life.catching_up
+
+
+async def test_a_trainer_that_is_started_again_ends_what_the_last_one_began_to_fetch(
+    tmp_path, monkeypatch
+) -> None:
+    """Else two would fetch at once; and a trainer without parameters does not catch up."""
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    await rig.hold(first := Trainer(resumed_step=10))
+    fetching, stopped = asyncio.Event(), asyncio.Event()
+    real = Offer.pieces
+
+    async def stalls(
+        offer: Offer, first: int, count: int
+    ) -> AsyncGenerator[tuple[int, memoryview]]:
+        if not stopped.is_set():
+            fetching.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.set()
+        async for each in real(offer, first, count):
+            yield each
+
+    monkeypatch.setattr(Offer, "pieces", stalls)
+    rig.supervisor.trainer, rig.live = first, [GOOD]
+    looking = asyncio.create_task(rig.parameters.catch_up_later())
+    async with asyncio.timeout(60):
+        await fetching.wait()
+        rig.supervisor.trainer = second = Trainer()
+        assert await rig.parameters.hold_again(second)  # type: ignore[arg-type] # a fake
+    assert (first.taken, second.taken, stopped.is_set()) == ([], [GOOD], True)
+    assert not looking.done()
+    assert not rig.life.catching_up
+    looking.cancel()
+
+
 async def test_a_trainer_that_died_before_its_first_checkpoint_brings_no_initial_model(
     tmp_path, monkeypatch
 ) -> None:
