@@ -340,6 +340,12 @@ class Donors:
         without = [*without, *self._conduct.blamed, *self._conduct.shy]
         return ranked(await self._offers.ask_all(without=without, any_will_do=True))
 
+    async def _others_offer(self, without: Collection[PeerId]) -> bool:
+        """Whether any member but these offers parameters now, of whatever kind."""
+        offers = await self._offers.ask_all(without=without, any_will_do=True)
+        refuse(offers)
+        return bool(offers)
+
     def _alike(self, best: Claim, other: Claim) -> bool:
         """Whether pieces of another snapshot may be put together with those of the best one.
 
@@ -367,7 +373,7 @@ class Donors:
                 self._more,
                 until,
                 CATCH_UP_S,
-                self._offers.willing,
+                self._others_offer,
             )
         except LocalError as e:
             refuse(chosen)

@@ -118,7 +118,7 @@ class Takeover:
         more: Callable[[Collection[PeerId]], Awaitable[list[Giver]]],
         until: float | None,
         lease_s: float,
-        willing: Callable[[], Collection[PeerId]],
+        others_offer: Callable[[Collection[PeerId]], Awaitable[bool]],
     ) -> Ended:
         """Fetch the pieces that are not here yet. What came is kept in any case.
 
@@ -129,10 +129,11 @@ class Takeover:
                 and come back unless theirs took their places.
             more: asks all members but these for offers.
             until: end by the loop's clock; it is put off while enough comes. None = this node has
-                no parameters of its own: it ends only if others could give, after `lease_s`, and
+                no parameters of its own: it ends only if others offer some, after `lease_s`, and
                 after twice that time if too little comes again.
             lease_s: while enough comes, the end is put off by so much.
-            willing: returns the members that could give.
+            others_offer: asks whether any member but these offers something now. Who is on the
+                roster, and gives nothing, takes nobody's place.
 
         Raises:
             LocalError: the disk is full, or fails.
@@ -145,8 +146,8 @@ class Takeover:
         if until is None:
             lease_s *= 2.0 ** self._expired[first]
 
-        def may_end() -> bool:
-            return until is not None or not set(willing()) <= set(fetch.donors)
+        async def may_end() -> bool:
+            return until is not None or await others_offer(fetch.donors)
 
         def on_piece(donor: PeerId, num_bytes: int) -> None:
             nonlocal due
@@ -283,13 +284,13 @@ class _Lease:
         limit: asyncio.Timeout,
         until: float | None,
         seconds: float,
-        may_end: Callable[[], bool],
+        may_end: Callable[[], Awaitable[bool]],
     ) -> None:
         self._limit, self._seconds, self._may_end = limit, seconds, may_end
         self._loop = asyncio.get_running_loop()
         self._until = until if until is not None else 0.0
         self._ends_at = self._loop.time() + seconds if until is None else until
-        self._timer = self._loop.call_at(self._ends_at, self._look)
+        self._watching = asyncio.create_task(self._watch())
 
     def renew(self) -> None:
         """Note that enough came."""
@@ -297,16 +298,21 @@ class _Lease:
 
     def end(self) -> None:
         """The attempt is over."""
-        self._timer.cancel()
+        if not self._watching.cancel() and not self._watching.cancelled():
+            self._watching.result()  # a fault of ours
 
-    def _look(self) -> None:
-        now = self._loop.time()
-        if now >= self._ends_at:
-            if self._may_end():
-                self._limit.reschedule(now)
+    async def _watch(self) -> None:
+        while True:
+            if (left_s := self._ends_at - self._loop.time()) > 0:
+                await asyncio.sleep(left_s)
+                continue
+            may_end = await self._may_end()
+            if self._loop.time() < self._ends_at:
+                continue  # enough came while others were asked
+            if may_end:
+                self._limit.reschedule(self._loop.time())
                 return
             self.renew()
-        self._timer = self._loop.call_at(self._ends_at, self._look)
 
 
 def in_words(progress: Fetching) -> str:

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from tests.unit.daemon.donations import GOOD, LIAR, OFFERS, TRUE_LOSS, TWIN, Offer, Rig, Trainer
+from tests.unit.daemon.donations import (
+    BUSY,
+    GOOD,
+    LIAR,
+    OFFERS,
+    TRUE_LOSS,
+    TWIN,
+    Offer,
+    Rig,
+    Trainer,
+)
 from tests.unit.daemon.test_hostile_offers import pieces_of
 from xpeer.errors import PeerError, Reason
 from xpeer.gossip import backoff
@@ -66,13 +76,44 @@ async def test_who_gives_too_little_makes_way_for_others(
     assert await taken_by(rig) == [GOOD]
 
 
-async def test_who_alone_holds_parameters_may_be_slow(
+@pytest.mark.parametrize("others", [[], [BUSY]])
+async def test_who_alone_gives_parameters_may_be_slow(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, others: list[PeerId]
+) -> None:
+    """Others may say that they hold them, and give none."""
+    late_s = late(monkeypatch, 5000.0)
+    rig.live = [GOOD, *others]
+
+    class Looks(Trainer):
+        async def import_state(self, *args: Any) -> float:
+            assert GOOD not in rig.donors._offers._failed
+            return await super().import_state(*args)
+
+    trainer = Looks()
+    await rig.hold(trainer)
+    assert trainer.taken == [GOOD]
+    assert ([peer for peer, _ in rig.asked].count(GOOD), late_s[0]) == (1, 20_000.0)
+
+
+async def test_who_gives_too_little_makes_way_for_one_that_had_no_time_before(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late_s = late(monkeypatch, 5000.0)
-    rig.live = [GOOD]
-    assert await taken_by(rig, None) == [GOOD]
-    assert (len(rig.asked), late_s[0]) == (1, 20_000.0)
+    """While enough donors give, nobody else is asked; so it is asked when too little came."""
+    monkeypatch.setattr(donors, "CATCH_UP_S", 0.05)
+    monkeypatch.setattr(donors, "PARALLEL", 1)
+    trickles(monkeypatch, LIAR)
+    real, asked = rig._ask, 0
+
+    async def busy_at_first(party: Any, dialler: Any, donor: PeerId, *more: Any) -> Offer:
+        nonlocal asked
+        asked += donor == GOOD
+        if donor == GOOD and asked == 1:
+            raise PeerError(Reason.CLOSED, "it gives to others")
+        return await real(party, dialler, donor, *more)
+
+    monkeypatch.setattr(giving, "ask", busy_at_first)
+    rig.live = [LIAR, GOOD]
+    assert await taken_by(rig) == [GOOD]
 
 
 async def test_slow_lines_get_through(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
