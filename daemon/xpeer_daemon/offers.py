@@ -37,6 +37,9 @@ asked again after this time."""
 REASONS: Final = 8
 """Reasons of one donor that are logged, at most."""
 GIVES_NONE: Final = "it gives nothing now: others are served, or this node was just before"
+_OWING: Final = BROKE | {Reason.SIDECAR_DOWN, Reason.NOT_A_MEMBER}
+"""Reasons that say nothing of a member's parameters. One that restarted knows nobody at first, and
+strangers may use up the introductions that it takes."""
 _DIGITS: Final = re.compile(r"[\d.]+")
 
 
@@ -164,12 +167,14 @@ class Offers:
         return offer
 
     def owes_an_offer(self, member: PeerId) -> bool:
-        """Whether a member was silent, or had no time, when it was asked last."""
-        return self._why_none.get(member) in BROKE
+        """Whether a member that was asked last might have offered something: it was silent, had no
+        time or did not know us, or our own line was down.
+        """
+        return self._why_none.get(member) in _OWING
 
     def offers_none(self, member: PeerId) -> bool:
         """Whether a member that was asked last has nothing for us: it need not be asked again."""
-        return self._why_none.get(member, Reason.UNREACHABLE) not in BROKE | {Reason.UNREACHABLE}
+        return self._why_none.get(member, Reason.UNREACHABLE) not in _OWING | {Reason.UNREACHABLE}
 
     async def _checked(self, donor: PeerId) -> Giver:
         last = planned_steps(self._manifest)

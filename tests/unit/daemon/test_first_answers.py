@@ -123,17 +123,25 @@ async def test_who_is_not_ahead_does_not_decide_for_who_makes_a_copy(
     assert await taken_by(rig, 20) == [GOOD]
 
 
+@pytest.mark.parametrize("reason", [Reason.CLOSED, Reason.SIDECAR_DOWN, Reason.NOT_A_MEMBER])
+@pytest.mark.parametrize("heard", [100, None])
 @pytest.mark.parametrize("resumed_step", [20, 90])
 async def test_who_goes_on_without_an_answer_says_so(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, resumed_step: int
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, resumed_step: int, heard: int | None, reason: str
 ) -> None:
+    """None of these reasons says what parameters that member has."""
+
+    async def fails(*_: Any) -> Offer:
+        raise PeerError(reason, "not now")
+
+    monkeypatch.setattr(giving, "ask", fails)
     monkeypatch.setattr(donors, "CATCH_UP_S", 0.05)
-    rig.live, rig.heard = [BUSY], {BUSY: 100}
+    rig.live, rig.heard = [BUSY], {BUSY: heard}
     assert await taken_by(rig, resumed_step) == []
-    behind = resumed_step == 20
+    behind = resumed_step == 20 or heard is None
     assert rig.conditions == ({"not-caught-up"} if behind else set())
     events = [event.detail for event in rig.store.events() if event.kind == "not-caught-up"]
-    assert events == ([f"step 20; perhaps ahead: {BUSY}"] if behind else [])
+    assert events == ([f"step {resumed_step}; perhaps ahead: {BUSY}"] if behind else [])
     assert not rig.life.catching_up
 
 
