@@ -70,7 +70,7 @@ class Donors:
         manifest: of the swarm.
         offers: asks members.
         takeover: gathers what they give.
-        accept: PeerID or name of the donor whose parameters the operator accepts, even if they are
+        accept: PeerID of the donor whose parameters the operator accepts, even if they are
             worse than the swarm's start; None = of nobody.
     """
 

@@ -25,7 +25,7 @@ class Judge:
         view: knows names.
         manifest: of the swarm.
         conduct: of all donors.
-        accept: PeerID or name of a donor whose parameters the operator accepts, even if they are
+        accept: PeerID of a donor whose parameters the operator accepts, even if they are
             worse than the swarm's start; None = of nobody.
 
     Attributes:
@@ -50,7 +50,7 @@ class Judge:
 
     def is_doubtful(self, offer: Giver, offers: list[Giver]) -> bool:
         """Whether an offer needs the operator's word, or another donor's."""
-        accepted = self.accept in {offer.donor, self._view.name_of(offer.donor)}
+        accepted = offer.donor == self.accept
         return not accepted and doubtful(offer, offers, self._manifest.start_loss)
 
     def undoubted(self, offers: list[Giver]) -> list[Giver]:

@@ -58,7 +58,7 @@ class Options:
         paused: take no steps until `xpeer resume`.
         from_initial: a founder without parameters begins with the initial model at once. It does
             not wait for a member that holds the swarm's.
-        accept_donor: PeerID or name of a member whose parameters a joiner takes over even if they
+        accept_donor: PeerID of a member whose parameters a joiner takes over even if they
             are worse than the swarm's start, and nobody else offers such; None = of nobody.
         trainer: the module that the trainer process runs.
     """

@@ -21,6 +21,7 @@ from xpeer.cli.common import (
 )
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, NotAuthorisedError
+from xpeer.identity import public_key_of
 from xpeer.paths import checked
 from xpeer.policies import PrivacyMode
 
@@ -76,7 +77,7 @@ _KNOWN_SEEDS = "known"
 )
 @click.option(
     "--accept-donor",
-    metavar="NAME_OR_PEERID",
+    metavar="PEERID",
     help="Take over this member's parameters even if they are worse than the swarm's first.",
 )
 @click.option(
@@ -136,10 +137,8 @@ def start(
         config_path,
     )
     home.socket(config)
-    if accept_donor is not None and not accept_donor.strip():
-        raise ConfigError(
-            "--accept-donor is empty", "give the PeerID of the member that health names"
-        )
+    if accept_donor is not None:
+        _check_donor(accept_donor)
     token = read_token(join)
     if token is not None:
         _check_token(home, token)
@@ -194,6 +193,20 @@ def read_token(argument: str | None) -> str | None:
             "--join: the token is empty", "ask an admin for one (`xpeer invite create`)"
         )
     return text.strip()
+
+
+def _check_donor(peer_id: str) -> None:
+    """Refuse a name: members choose their names themselves, and may choose another one's.
+
+    Raises:
+        ConfigError: it is no PeerID.
+    """
+    try:
+        public_key_of(peer_id)
+    except ValueError as e:
+        raise ConfigError(
+            f"--accept-donor: {e}", "give the PeerID that `xpeer status` names"
+        ) from e
 
 
 def _check_token(home: Home, text: str) -> None:

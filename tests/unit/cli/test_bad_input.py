@@ -136,6 +136,14 @@ def test_unknown_variable(home: Home) -> None:
     refused(result, ExitCode.BAD_CONFIG, "XPEER_NETWORK_LISEN", "XPEER_NETWORK_LISTEN?")
 
 
+@pytest.mark.parametrize("donor", ["alice", "", "12D3KooWalice"])
+def test_a_donor_is_accepted_by_its_peer_id_alone(home: Home, donor: str) -> None:
+    """Members choose their names themselves."""
+    with unchanged(home.path):
+        result = xpeer(home, "start", "--accept-donor", donor)
+    refused(result, ExitCode.BAD_CONFIG, "--accept-donor", "PeerID", "xpeer status")
+
+
 def test_wrong_variable_and_flag(home: Home) -> None:
     with unchanged(home.path):
         result = xpeer(home, "start", XPEER_TRAINING_THREADS="many")

@@ -259,11 +259,11 @@ async def test_an_older_snapshot_is_worth_its_rest_if_half_of_it_is_here(
     assert rig.donors._chosen(best_first)[0].donor == first
 
 
-@pytest.mark.parametrize(("accept", "taken"), [(GOOD, True), ("hall-a", True), (LIAR, False)])
+@pytest.mark.parametrize(("accept", "taken"), [(GOOD, True), ("hall-a", False), (LIAR, False)])
 async def test_the_operator_may_accept_them_of_one_donor(
     tmp_path, monkeypatch, accept, taken
 ) -> None:
-    """By its PeerID or its name. Of others they are doubted as before."""
+    """By its PeerID: while it is away, others may take its name. Theirs are doubted as before."""
     rig = Rig(tmp_path, monkeypatch, founds=False)
     rig.donors._view.name_of = {GOOD: "hall-a"}.get  # type: ignore[assignment] # a fake
     rig.manifest.start_loss, rig.live, rig.donors._judge.accept = 1.0, [GOOD], accept
