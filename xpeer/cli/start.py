@@ -21,7 +21,6 @@ from xpeer.cli.common import (
 )
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError, NotAuthorisedError
-from xpeer.identity import public_key_of
 from xpeer.paths import checked
 from xpeer.policies import PrivacyMode
 
@@ -201,6 +200,8 @@ def _check_donor(peer_id: str) -> None:
     Raises:
         ConfigError: it is no PeerID.
     """
+    from xpeer.identity import public_key_of  # noqa: PLC0415 - cryptography only where a donor is
+
     try:
         public_key_of(peer_id)
     except ValueError as e:
