@@ -236,6 +236,16 @@ class FunctionalEngine:
         return Clipped(losses, tokens, norms)
 
 
+class CallWatch(Protocol):
+    """Sees the calls of layers that an engine notes."""
+
+    def take(self, call: Call | BlockedCall, batch: int) -> None:
+        """Called within the backward pass of so many records, for each call that it reaches."""
+
+    def end(self) -> None:
+        """Called after a backward pass."""
+
+
 class BookKeepingEngine:
     """Many records in one pass, from each layer's inputs and the gradients of its outputs.
 
@@ -268,9 +278,8 @@ class BookKeepingEngine:
             m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
         ]
         self._memory_bytes = memory_bytes
-        self.on_calls: Callable[[Sequence[Call | BlockedCall], int], None] | None = None
-        """Called after each backward pass with the layers' calls and the number of records. Set by
-        the self-test only; None: calls are dropped at once."""
+        self.watch: CallWatch | None = None
+        """Set by the self-test only."""
         self.micro_batch = micro_batch
         """Records per pass. 0 until the first pass has measured how much memory a record needs."""
 
@@ -314,23 +323,22 @@ class BookKeepingEngine:
         """Losses (B,), tokens (B,), and the records' gradients by each parameter."""
         gradients = [RecordGradients(p, records.shape[1] - 1) for p in self._parameters]
         of_parameter = {id(p): g for p, g in zip(self._parameters, gradients, strict=True)}
-        watched: list[Call | BlockedCall] = []
         batch = len(records)
 
         def take(call: Call | BlockedCall) -> None:
             with torch.no_grad():
                 for parameter, part in parts(call, batch):
                     of_parameter[id(parameter)].take(part)
-            if self.on_calls is not None:
-                watched.append(call)
+            if self.watch is not None:
+                self.watch.take(call, batch)
 
         probe = torch.zeros((), device=records.device, requires_grad=True)
         with tapped(self._layers, probe, take), torch.enable_grad():
             losses, tokens = self._record_losses(self._model, records)
             mean = (losses / tokens.clamp(min=1)).sum()
             torch.autograd.grad(mean, probe, allow_unused=True)
-        if self.on_calls is not None:
-            self.on_calls(watched, batch)
+        if self.watch is not None:
+            self.watch.end()
         if not self.micro_batch:
             # `nbytes` counts factors twice, for autograd's copy
             needed = max(1, sum(g.nbytes for g in gradients) // batch)

@@ -305,17 +305,24 @@ def _with_factors(
         return bench.clip(engine, clip_norm), None
 
     def clip_and_watch() -> tuple[Clipped, list[Tensor], Factors]:
-        engine.on_calls = None  # an attempt that failed left its sums
-        engine.on_calls = watch = Factors(trainable(bench.model), clip_norm)
-        sums = bench.zeros()
-        return engine.accumulate(bench.sample, clip_norm, sums), sums, watch
+        engine.watch = None  # an attempt that failed left its sums
+        factors, sums = Factors(trainable(bench.model), clip_norm), bench.zeros()
+        if not engine.micro_batch:  # the first passes find out how many records later ones have
+            engine.accumulate(bench.sample, clip_norm, sums)
+        for watch in (factors.counting, factors.measuring):
+            engine.watch = watch()
+            engine.accumulate(bench.sample, clip_norm, sums)
+        engine.watch = factors.adding()
+        for total in sums:
+            total.zero_()
+        return engine.accumulate(bench.sample, clip_norm, sums), sums, factors
 
     try:
-        clipped, sums, watch = bench.fit(engine, clip_and_watch)
+        clipped, sums, factors = bench.fit(engine, clip_and_watch)
     finally:
-        engine.on_calls = None
-    of_factors = Clipped(clipped.losses, clipped.tokens, torch.cat(watch.norms))
-    return (clipped, sums), (of_factors, watch.sums)
+        engine.watch = None
+    of_factors = Clipped(clipped.losses, clipped.tokens, torch.cat(factors.norms))
+    return (clipped, sums), (of_factors, factors.sums)
 
 
 def _refuse_coupling(bench: Bench, alone: Clipped | None) -> None:

@@ -6,14 +6,15 @@ an engine noted, autograd makes the same gradients in float32, and these have to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xpeer.privacy.blocks import BlockedCall
-from xpeer.privacy.clipping import clip_factors
+from xpeer.privacy.clipping import CallWatch, clip_factors
 from xpeer.privacy.layers import Call, in_full
 from xpeer.privacy.record_gradients import squared_norms
 
@@ -21,37 +22,110 @@ from xpeer.privacy.record_gradients import squared_norms
 class Factors:
     """Clipped sums of the gradients that layers' own autograd makes of noted factors, in float32.
 
-    A record's gradient is made of one parameter at a time, and twice: for its norm, and for the
-    sum. A whole one would be as large as all parameters.
+    Each call of a layer is used when the backward pass makes it, and dropped: all calls of a pass
+    would take more than a step does in which layers are computed again. So three passes over the
+    same records are watched. The first counts the calls that each parameter has part in; a call
+    waits for others of the same parameter only. The second measures norms, the third adds up.
+
+    A record's gradient is made of one parameter at a time. A whole one would be as large as all
+    parameters.
 
     Attributes:
-        norms: of the records so far, (1,) float64 each.
+        norms: of the records so far, (B,) float64 of each pass.
         sums: of their clipped gradients, as in `Engine.accumulate`.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], clip_norm: float) -> None:
         self.norms: list[Tensor] = []
         self.sums = [torch.zeros_like(p) for p in parameters]
-        self._parameters = parameters
+        self._sum_of = {id(p): total for p, total in zip(parameters, self.sums, strict=True)}
         self._clip_norm = clip_norm
+        self._counts: list[Counter[int]] = []
 
-    def __call__(self, calls: Sequence[Call | BlockedCall], batch: int) -> None:
-        """Take a pass's calls: see `BookKeepingEngine.on_calls`."""
-        of: dict[int, list[Call | BlockedCall]] = {id(p): [] for p in self._parameters}
-        for call in calls:
-            for parameter in call.module.parameters(recurse=False):
-                if id(parameter) in of:
-                    of[id(parameter)].append(call)
-        for record in range(batch):
-            squares = [
-                squared_norms(_gradient(p, of[id(p)], record).flatten()[None])
-                for p in self._parameters
+    def counting(self) -> CallWatch:
+        """Watches the first pass."""
+        return _Counting(self._counts, self._sum_of.keys())
+
+    def measuring(self) -> CallWatch:
+        """Watches the second."""
+        squares: list[Tensor] = []
+
+        def use(parameter: nn.Parameter, calls: Sequence[Call | BlockedCall], batch: int) -> None:
+            each = [
+                squared_norms(_gradient(parameter, calls, record).flatten()[None])
+                for record in range(batch)
             ]
-            norm = torch.stack(squares).sum(0).sqrt()
-            factor = float(clip_factors(norm, self._clip_norm))
-            self.norms.append(norm)
-            for total, parameter in zip(self.sums, self._parameters, strict=True):
-                total.add_(_gradient(parameter, of[id(parameter)], record), alpha=factor)
+            squares.append(torch.cat(each))
+
+        def end() -> None:
+            self.norms.append(torch.stack(squares).sum(0).sqrt())
+            squares.clear()
+
+        return _Gathering(self._counts, self._sum_of.keys(), use, end)
+
+    def adding(self) -> CallWatch:
+        """Watches the third."""
+        factors = [clip_factors(norms, self._clip_norm).tolist() for norms in self.norms]
+
+        def use(parameter: nn.Parameter, calls: Sequence[Call | BlockedCall], batch: int) -> None:
+            total = self._sum_of[id(parameter)]
+            for record in range(batch):
+                total.add_(_gradient(parameter, calls, record), alpha=factors[0][record])
+
+        return _Gathering(self._counts, self._sum_of.keys(), use, lambda: factors.pop(0))
+
+
+class _Counting:
+    """Counts the calls that each parameter has part in, pass by pass."""
+
+    def __init__(self, counts: list[Counter[int]], known: Collection[int]) -> None:
+        self._counts, self._known = counts, known
+        self._now: Counter[int] = Counter()
+
+    def take(self, call: Call | BlockedCall, _batch: int) -> None:
+        """See `CallWatch`."""
+        self._now.update(id(p) for p in _own(call, self._known))
+
+    def end(self) -> None:
+        """See `CallWatch`."""
+        self._counts.append(self._now)
+        self._now = Counter()
+
+
+class _Gathering:
+    """Hands on a parameter with its calls once the last of them is there."""
+
+    def __init__(
+        self,
+        counts: list[Counter[int]],
+        known: Collection[int],
+        use: Callable[[nn.Parameter, Sequence[Call | BlockedCall], int], None],
+        end: Callable[[], object],
+    ) -> None:
+        self._counts, self._known = deque(counts), known
+        self._use, self._end = use, end
+        self._waiting: defaultdict[int, list[Call | BlockedCall]] = defaultdict(list)
+
+    def take(self, call: Call | BlockedCall, batch: int) -> None:
+        """See `CallWatch`."""
+        for parameter in _own(call, self._known):
+            calls = self._waiting[id(parameter)]
+            calls.append(call)
+            if len(calls) == self._counts[0][id(parameter)]:
+                del self._waiting[id(parameter)]
+                self._use(parameter, calls, batch)
+
+    def end(self) -> None:
+        """See `CallWatch`."""
+        if self._waiting:
+            raise RuntimeError("two passes over the same records called other layers")
+        self._counts.popleft()
+        self._end()
+
+
+def _own(call: Call | BlockedCall, known: Collection[int]) -> list[nn.Parameter]:
+    """The trained parameters of a call's layer."""
+    return [p for p in call.module.parameters(recurse=False) if id(p) in known]
 
 
 def _gradient(parameter: nn.Parameter, calls: Sequence[Call | BlockedCall], record: int) -> Tensor:

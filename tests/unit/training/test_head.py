@@ -215,14 +215,26 @@ def test_the_self_test_passes_blocks_that_are_right(name: str, low: Precision) -
     choice = chosen(model, low)
     assert choice.engine.name == "book-keeping"
     assert "refused book-keeping" not in choice.reason
-    calls: list[Any] = []
     engine: Any = choice.engine
-    engine.on_calls = lambda noted, _: calls.extend(noted)
+    engine.watch = noted = Noted()
     engine.accumulate(some_records(), 1.0, [torch.zeros_like(p) for p in trainable(model)])
-    heads = [call for call in calls if isinstance(call, BlockedCall)]
+    heads = [call for call in noted.calls if isinstance(call, BlockedCall)]
     output = cast(Any, model).get_output_embeddings()
     watched = output.lora_B["default"] if name in ADAPTED else output
     assert [call.module for call in heads] == [watched]
+
+
+class Noted:
+    """All calls of layers that an engine notes."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call | BlockedCall] = []
+
+    def take(self, call: Call | BlockedCall, _batch: int) -> None:
+        self.calls.append(call)
+
+    def end(self) -> None:
+        pass
 
 
 def chosen(model: nn.Module, precision: Precision) -> Choice:
@@ -284,11 +296,10 @@ def test_gradients_of_all_logits_are_never_there(
     records, (losses, _) = some_records(), choose_losses(model)
     monkeypatch.setattr(nn.functional, "linear", watched)
     sums = [torch.zeros_like(p) for p in trainable(model)]
-    engine, widths = BookKeepingEngine(model, losses, micro_batch=7), list[int]()
-    engine.on_calls = lambda calls, _: widths.extend(
-        call.grad.shape[-1] for call in calls if isinstance(call, Call)
-    )
+    engine = BookKeepingEngine(model, losses, micro_batch=7)
+    engine.watch = noted = Noted()
     engine.accumulate(records, 0.5, sums)
+    widths = [call.grad.shape[-1] for call in noted.calls if isinstance(call, Call)]
     assert VOCABULARY not in widths, "no layer's factors are kept that are as wide as the logits"
     assert max(sizes) <= 3 * 7 * 16 < 7 * 11 * VOCABULARY
     assert watch_of(model.get_output_embeddings()) is None, "nobody watches afterwards"
