@@ -2,15 +2,19 @@
 
     python -m benchmarks.estimate.trainer draft CASE FOLDER
     python -m benchmarks.estimate.trainer run CASE FOLDER
+    python -m benchmarks.estimate.trainer short CASE FOLDER
 
-The first writes the home, so that nothing of it is left in the memory of the second. The C library
-does with freed memory what it does by default in a trainer.
+The first writes the home, so that nothing of it is left in the memory of the second. The third is
+the second where memory is short, so that a trainer gives freed memory back.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ from xpeer.estimate.step import memory_of
 from xpeer.founding_model import LoraOptions, initial_model
 from xpeer.identity import Identity
 from xpeer.manifest.signed import SignedManifest
-from xpeer.shortage import share_freed
+from xpeer.shortage import keep_nothing, share_freed
 from xpeer.trainer.build import assemble
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.training.model import build
@@ -61,9 +65,11 @@ def draft(name: str, folder: Path) -> None:
     assert shard.exists()
 
 
-def run(name: str, folder: Path) -> dict[str, int]:
+def run(name: str, folder: Path, *, short: bool = False) -> dict[str, Any]:
     """Start a trainer, and take some steps."""
     share_freed()
+    if short:
+        keep_nothing()
     case, home = TRAINERS[name], Home(folder / "home")
     signed = SignedManifest.load(home.manifest)
     settings = Training(
@@ -89,21 +95,28 @@ def run(name: str, folder: Path) -> dict[str, int]:
     )
     start = largest("self")
     begin_anew("self")
+    began = time.process_time()
     for _ in range(STEPS):
         node.trainer.run(1)
-    steps = largest("self")
+    took_s, steps = time.process_time() - began, largest("self")
     node.close()
     step = step_of(signed.open(), settings, torch.device("cpu"))
     memory = memory_of(step)
     return {
         "start": start,
         "steps": steps,
-        "peak": memory.peak,
+        "cpu_s": round(took_s, 2),
         "estimated": memory.peak + phases.PROCESS,
+        "slack": phases.slack(memory),
     }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    done = {"draft": draft, "run": run}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))
+    parts: dict[str, Callable[[str, Path], object]] = {
+        "draft": draft,
+        "run": run,
+        "short": partial(run, short=True),
+    }
+    done = parts[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))
     print(json.dumps(done))

@@ -157,3 +157,32 @@ def test_memory_that_a_thread_freed_is_used_by_others_and_given_back() -> None:
     assert alone[0] > 100, "an arena of its own"
     assert shared < 80
     assert after < 20
+
+
+_PIECES = """
+import re, sys
+from pathlib import Path
+from xpeer.shortage import keep_nothing
+
+def resident():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1000
+
+if sys.argv[1] == "nothing":
+    keep_nothing()
+del [bytearray(b"x") * 30_000_000 for _ in range(3)][:]  # blocks of 30 MB are no longer mapped
+before = resident()
+blocks = [bytearray(b"x") * 1_000_000 for _ in range(200)]
+del blocks[:-1]
+print(round(resident() - before))
+"""
+
+
+def test_where_memory_is_short_freed_blocks_are_given_back() -> None:
+    kept, nothing = (
+        int(subprocess.run(
+            [sys.executable, "-c", _PIECES, kind], capture_output=True, text=True, check=True
+        ).stdout)
+        for kind in ("pieces", "nothing")
+    )  # fmt: skip
+    assert kept > 100
+    assert nothing < 10

@@ -157,6 +157,7 @@ def estimate(
         phases=phases.phases_of(
             *(memory, wire, NodeConfig().checkpoint.keep),
             private=private,
+            on_cpu=kind == "cpu",
             converted=fit.converted_bytes(model, step.base_dtype) if model and step.lora else 0,
         ),
         fits=fits,
@@ -228,6 +229,8 @@ def _print(answer: Estimate, step: Step, memory_gb: float | None) -> None:
         time = "" if each.wire_s is None or not each.wire else duration(each.wire_s)
         row = " ".join(f"{size(num) if num else '':>9}" for num in sizes)
         echo(f"{each.name:<11} {row} {time:>8}".rstrip())
+    if most := max(each.slack for each in answer.phases):
+        echo(f"up to {size(most)} more where there is room: the C library keeps freed memory")
     if answer.fits is None:
         return
     if answer.fits:

@@ -37,7 +37,11 @@ def say_needs(manifest: Manifest, config: NodeConfig, home: Home) -> bool:
         return True
     if fit.memory is not None:
         wire = phases.Wire.of(manifest)
-        found = phases.phases_of(fit.memory, wire, config.checkpoint.keep, private=private)
+        found = phases.phases_of(
+            *(fit.memory, wire, config.checkpoint.keep),
+            private=private,
+            on_cpu=device.type == "cpu",
+        )
         rows = {p.name: p for p in found}
         took = duration(time.monotonic() - began)
         say(f"a node of this swarm needs (found in {took}):")
@@ -88,10 +92,12 @@ def require_room(
 def _lines(rows: dict[str, Phase], device: str, partners: int, word: str) -> list[str]:
     step, window, join = rows["step"], rows["window"], rows["join"]
     host = max(row.host for row in rows.values() if row.name not in ("init", "export"))
+    kept = f", up to {size(step.slack)} of freed memory if there is room" if step.slack else ""
     what = "in the process" if device == "cpu" else f"on a device like this one's ({device})"
     others = "a partner" if partners == 1 else f"{partners} partners"
     return [
-        f"memory: {word} {size(step.device)} {what} for a step, {size(host)} on the host besides",
+        f"memory: {word} {size(step.device)} {what} for a step, {size(host)} on the host besides"
+        f"{kept}",
         f"disk: {size(rows['checkpoint'].disk)} for checkpoints",
         f"network: {size(window.wire)} sent, and as much received, in each window with {others}; "
         f"{size(join.wire)} to join",

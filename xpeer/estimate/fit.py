@@ -121,6 +121,8 @@ class Fit:
     """Of the step that a trainer begins with; None = it can't be known."""
     rehearsed: bool = False
     """False: `memory` is a rough bound."""
+    short: bool = False
+    """Whether there is no room for freed memory that the C library would keep."""
 
     def require(self) -> None:
         """Refuse what can't fit.
@@ -219,7 +221,7 @@ def _compare_step(
     if sizes.least - yielding + process > here.most:
         what = sizes.least_in_words(sizes.least - yielding + process)
         fit.problems.append(too_large(what, here, remedies.NONE_HELPS))
-        fit.memory = sizes.bound
+        fit.memory, fit.short = sizes.bound, on_host
         return
     there = min(here.most, here.free)
     plenty = sizes.rough if asked else sizes.rough + max(beside, lent)
@@ -234,6 +236,9 @@ def _compare_step(
         fit.notes.append(f"the memory of a step was rehearsed in {took_s:.0f} s")
     needed = memory.peak + process
     fit.notes.append(f"a step needs about {size(needed)}; {here.what}: {size(here.most)}")
+    if on_host and memory.peak + beside + phases.slack(memory) > here.free:
+        fit.short = True
+        fit.notes.append("memory is short: it is given back once freed, and steps take longer")
     if memory.peak + beside <= here.free:
         if memory.peak + lent > here.free:
             fit.warnings.append(tight(_joiners(memory.peak + lent), here, ""))

@@ -36,6 +36,7 @@ _DONATIONS: Final = 2
 """Donations that a daemon may hold at once."""
 _TESTED: Final = 12
 """Bytes of a trained parameter that the self-test of engines takes on the device for its sums."""
+_SLACK: Final = 400 << 20
 _EXPORT: Final = 9
 """Bytes of a trained parameter while a model is exported: its own and those that partners sent."""
 _EXPORT_FROZEN: Final = 0.8
@@ -58,6 +59,8 @@ class Phase(Struct, frozen=True, kw_only=True):
     """Memory of the device; on a CPU, of the trainer without its libraries."""
     host: Public[int] = 0
     """Memory of the process on the host, besides the device's; donate: and of the daemon."""
+    slack: Public[int] = 0
+    """Freed memory that the C library may keep besides: on a CPU, unless memory is short there."""
     disk: Public[int] = 0
     wire: Public[int] = 0
     """Sent, or received; an exchange does both at once."""
@@ -141,6 +144,15 @@ def donor_bytes(num_trained: int, wire: Wire) -> int:
     return PROCESS + each * num_trained + _DONATIONS * wire.state(num_trained)
 
 
+def slack(step: StepMemory) -> int:
+    """Bytes that the C library may keep of freed memory in steps on a CPU.
+
+    It keeps them in pieces, between blocks that are still used, and how many nobody can rehearse.
+    `benchmarks/estimate` measured it. Nothing is kept where memory is short: `Fit.short`.
+    """
+    return min(step.working, _SLACK)
+
+
 def init_of(step: StepMemory, wire: Wire, *, converted: int = 0, trial: bool = True) -> Phase:
     """What a founder needs before a manifest is signed.
 
@@ -162,7 +174,13 @@ def init_of(step: StepMemory, wire: Wire, *, converted: int = 0, trial: bool = T
 
 
 def phases_of(
-    step: StepMemory, wire: Wire, checkpoints: int, *, private: bool, converted: int = 0
+    step: StepMemory,
+    wire: Wire,
+    checkpoints: int,
+    *,
+    private: bool,
+    on_cpu: bool,
+    converted: int = 0,
 ) -> list[Phase]:
     """All phases.
 
@@ -171,6 +189,7 @@ def phases_of(
         wire: how parameters are exchanged.
         checkpoints: number of checkpoints that are kept.
         private: whether engines are tested at a start.
+        on_cpu: whether the device is one.
         converted: bytes of a base model of another type, which is converted on the disk.
     """
     trained = step.num_trained
@@ -197,7 +216,12 @@ def phases_of(
             host=host(_RESTART + kept) + codes,
             disk=converted,
         ),
-        Phase(name="step", device=step.peak, host=host(kept)),
+        Phase(
+            name="step",
+            device=step.peak,
+            slack=slack(step) if on_cpu else 0,
+            host=host(kept),
+        ),
         Phase(name="exchange", host=8 * payload, wire=payload, wire_s=seconds(payload)),
         Phase(name="window", wire=window, wire_s=seconds(window)),
         Phase(

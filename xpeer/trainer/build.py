@@ -25,7 +25,7 @@ from xpeer.privacy.idle import IdleMechanism
 from xpeer.privacy.mechanism import Mechanism, build_mechanism
 from xpeer.privacy.options import Options
 from xpeer.privacy.steps import Records
-from xpeer.shortage import give_back
+from xpeer.shortage import give_back, keep_nothing
 from xpeer.trainer.assembled import Assembled, Beginning, TextFacts
 from xpeer.trainer.capture import Capture, FrozenValues, Keeping
 from xpeer.trainer.comparing import examined
@@ -129,6 +129,8 @@ def assemble(
     startup = startup or Startup()
     swarm = _open_swarm(setup, own)
     fit = Fit() if own else examined(setup, swarm.manifest, startup)
+    if fit.short:
+        keep_nothing()
     startup.enter("reads the text")
     arguments = setup, swarm.manifest, swarm.tokenizer, swarm.home
     text, problem = text_if_any(*arguments, startup.tokenised)

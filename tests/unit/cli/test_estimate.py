@@ -39,10 +39,14 @@ def test_a_row_for_each_phase(tmp_path: Path) -> None:
     file.write_text(json.dumps(PRESETS["tiny"]))
     done = estimate("--model-config", file, "--link-mbit", 8, "--fragments", 1)
     assert done.exit_code == ExitCode.OK, done.stderr
-    rows = [line.split()[0] for line in done.stdout.splitlines()[3:]]
+    *lines, last = done.stdout.splitlines()[3:]
+    rows = [line.split()[0] for line in lines]
     names = ["init", "start", "step", "exchange", "window", "checkpoint"]
     names += ["export", "donate", "join"]
     assert rows == names
+    assert last.endswith("more where there is room: the C library keeps freed memory")
+    on_gpu = estimate("--model-config", file, "--device", "cuda", "--precision", "float32")
+    assert "C library" not in on_gpu.stdout
     found = json.loads(estimate("--preset", "tiny", "--link-mbit", 8, "--json").stdout)
     join = next(phase for phase in found["phases"] if phase["name"] == "join")
     assert join["wire"] == 4 * found["num_params"]

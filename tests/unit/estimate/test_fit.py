@@ -213,6 +213,23 @@ def test_a_checkpoints_copy_counts_on_a_cpu(tmp_path: Path) -> None:
     assert made.steps
 
 
+@pytest.mark.parametrize("spare", [0, 1])
+def test_memory_is_short_where_freed_memory_has_no_room(tmp_path: Path, spare: int) -> None:
+    """So a trainer has it given back. On a GPU the C library has nothing to do with it."""
+    made = Fixed(working=WEIGHTS)
+    step = made.of(Step(config={}, sequence_tokens=1, micro_batch=1, private=False))
+    needed = step.peak + phases.host_bytes(COUNT, phases.Wire.of(manifest()).rule)
+    free = needed + phases.slack(step) - 1 + spare
+    settings = msgspec.structs.replace(
+        SETTINGS, training=Training(precision="float32", micro_batch=1)
+    )
+    here = having(2 * free, free=free)
+    fit = examine(tmp_path, made, here, CPU, config=settings)
+    assert fit.short is not bool(spare)
+    assert ("given back" in " ".join(fit.notes)) is fit.short
+    assert not examine(tmp_path, made, having(free, free=1)).short
+
+
 def test_a_setting_that_would_help_is_named(tmp_path: Path) -> None:
     never = Training(precision="float32", checkpoint_activations="off")
     config = msgspec.structs.replace(SETTINGS, training=never)

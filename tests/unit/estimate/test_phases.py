@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from xpeer.estimate.phases import PROCESS, Phase, Wire, donor_bytes, host_bytes, phases_of
+from xpeer.estimate.phases import (
+    PROCESS,
+    Phase,
+    Wire,
+    donor_bytes,
+    host_bytes,
+    phases_of,
+    slack,
+)
 from xpeer.estimate.step import StepMemory
 from xpeer.forms import Form
 from xpeer.manifest import LARGE_STATE
@@ -18,15 +26,19 @@ from xpeer.manifest import LARGE_STATE
 )
 def test_a_joiner_gets_as_many_bytes_as_members_send(trained: int, codec: str, each: int):
     step = StepMemory(num_trained=trained, num_frozen=0, weights=1, moments=1, working=1)
-    found = {p.name: p for p in phases_of(step, Wire(fragments=1, codec=codec), 2, private=False)}
+    wire = Wire(fragments=1, codec=codec)
+    found = {p.name: p for p in phases_of(step, wire, 2, private=False, on_cpu=False)}
     assert found["join"].wire == each * trained
     assert found["exchange"].wire == Form(codec, trained).num_bytes
     assert found["join"].wire_s is None
 
 
-def rows(step: StepMemory, *, private: bool = True, **wire: object) -> dict[str, Phase]:
+def rows(
+    step: StepMemory, *, private: bool = True, on_cpu: bool = False, **wire: object
+) -> dict[str, Phase]:
     options: dict[str, Any] = {"fragments": 5, "codec": "int8", **wire}
-    return {p.name: p for p in phases_of(step, Wire(**options), 2, private=private)}
+    found = phases_of(step, Wire(**options), 2, private=private, on_cpu=on_cpu)
+    return {p.name: p for p in found}
 
 
 def full(count: int, working: int = 0) -> StepMemory:
@@ -42,6 +54,13 @@ def test_a_start_needs_the_device_for_its_self_test() -> None:
     assert rows(step)["start"].device == max(step.peak, 16 * 1000)
     assert rows(step, private=False)["start"].device == step.weights
     assert rows(full(1000))["start"].device == 16 * 1000
+
+
+def test_a_processor_keeps_freed_memory_besides() -> None:
+    small, large = full(10**6, working=10**6), full(10**9, working=10**11)
+    assert rows(small, on_cpu=True)["step"].slack == slack(small) == small.working
+    assert 0 < rows(large, on_cpu=True)["step"].slack < 10**9
+    assert not any(row.slack for row in rows(large).values())
 
 
 def test_a_founders_trial_needs_a_device_as_a_step_does_and_a_host_as_a_checkpoint() -> None:

@@ -28,6 +28,7 @@ from xpeer.trainer.setup import TrainerSetup
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainerSetup:
     monkeypatch.setattr(room, "host", lambda: Room("memory of this machine", 10**6, 10**6))
+    monkeypatch.setattr(build, "keep_nothing", lambda: None)  # it lasts as long as the process
     return make_homes(tmp_path, 1)[0]
 
 
@@ -56,6 +57,25 @@ def test_others_are_warned_at_most(setup: TrainerSetup, how: str) -> None:
     said = [line for line in made.beginning.warnings if "memory of this machine" in line]
     assert len(said) == (how != "skip")
     assert not (Path(setup.home) / "cache" / NAME).exists(), "nothing had to be rehearsed"
+
+
+@pytest.mark.parametrize("most", [10**6, 10**12])
+def test_freed_memory_is_given_back_where_memory_is_short(
+    setup: TrainerSetup, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Before the model is loaded."""
+    done: list[str] = []
+    real = build._restore
+
+    def restore(*arguments: Any) -> Any:
+        done.append("loaded")
+        return real(*arguments)
+
+    monkeypatch.setattr(build, "_restore", restore)
+    monkeypatch.setattr(build, "keep_nothing", lambda: done.append("kept nothing"))
+    monkeypatch.setattr(room, "host", lambda: Room("memory of this machine", most, most))
+    assemble(of(setup, check_fit="warn")).close()
+    assert done == (["kept nothing", "loaded"] if most == 10**6 else ["loaded"])
 
 
 def test_a_dry_run_refuses_what_a_start_refuses(setup: TrainerSetup, tmp_path: Path) -> None:
