@@ -241,6 +241,7 @@ class Demo:
             "XPEER_TRAINING_THROTTLE": speed,
             "XPEER_DATA_SHARD": str(self._run / "text" / name),
             **start.settings,
+            "XPEER_TRAINING_MICRO_BATCH": str(self._plan.micro_batch),
             "XPEER_CHECKPOINT_EVERY_S": str(self._plan.save_every_s),
         }
         self._processes.start(name, ["start", "--home", str(home.path), *arguments], settings)
@@ -368,6 +369,7 @@ class Demo:
         fields = {"end.steps": peer.steps, "optimiser.learning_rate": rate}
         self._init(home, name, start, peer.corpus, fields)
         settings = {"XPEER_TRAINING_THREADS": "1", **start.settings}
+        settings["XPEER_TRAINING_MICRO_BATCH"] = str(self._plan.micro_batch)
         settings["XPEER_CHECKPOINT_EVERY_S"] = str(self._plan.save_every_s)
         self._processes.start(name, ["start", "--home", str(home.path), "--bootstrap"], settings)
         return home

@@ -43,6 +43,8 @@ class DemoPlan:
     """Steps of the public start's training, where the demo makes it."""
     sequence_tokens: int = 128
     batch_records: int = 48
+    micro_batch: int = 0
+    """Records a pass; 0 = as many as suit a processor."""
     shard_bytes: int = 4_000_000
     held_out_records: int = 96
     """Held-out records of each kind of text."""
