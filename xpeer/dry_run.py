@@ -27,6 +27,7 @@ from xpeer.errors import ShardError
 from xpeer.estimate import fit as fitting
 from xpeer.estimate.remembered import Rehearsals
 from xpeer.manifest import Manifest
+from xpeer.shortage import keep_nothing
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.trainer.text import Text, goes_on_without_text, text_of
 from xpeer.training.checkpoint_files import newest_step
@@ -89,6 +90,8 @@ def _examine_room(home: Home, config: NodeConfig, manifest: Manifest, report: Re
     fit = fitting.examine(manifest, config, home, device, rehearsals, asked=True)
     if wanted == "refuse" and not has_trained(home):
         fit.require()
+    if fit.short:
+        keep_nothing()  # as a start would, whose speed is wanted
     for line in (*fit.notes, *(f"warning: {said}" for said in (*fit.warnings, *fit.problems))):
         report(f"room: {line}")
 

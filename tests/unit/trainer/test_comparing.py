@@ -28,7 +28,8 @@ from xpeer.trainer.setup import TrainerSetup
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainerSetup:
     monkeypatch.setattr(room, "host", lambda: Room("memory of this machine", 10**6, 10**6))
-    monkeypatch.setattr(build, "keep_nothing", lambda: None)  # it lasts as long as the process
+    for part in (build, dry_run):  # it would last as long as the process
+        monkeypatch.setattr(part, "keep_nothing", lambda: None)
     return make_homes(tmp_path, 1)[0]
 
 
@@ -78,8 +79,12 @@ def test_freed_memory_is_given_back_where_memory_is_short(
     assert done == (["kept nothing", "loaded"] if most == 10**6 else ["loaded"])
 
 
-def test_a_dry_run_refuses_what_a_start_refuses(setup: TrainerSetup, tmp_path: Path) -> None:
-    """A home that charged steps has trained, with a checkpoint or without."""
+def test_a_dry_run_refuses_what_a_start_refuses(
+    setup: TrainerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home that charged steps has trained, with a checkpoint or without. It computes as a start
+    does: memory is given back where it is short.
+    """
     home, said = Home(Path(setup.home)), list[str]()
     manifest = SignedManifest.load(home.manifest).open()
     with pytest.raises(ConfigError, match=r"memory of this machine is 1\.00 MB"):
@@ -88,8 +93,10 @@ def test_a_dry_run_refuses_what_a_start_refuses(setup: TrainerSetup, tmp_path: P
         documents = ["0" * 64]
         ledger.declare_documents(Register.open(tmp_path / "r"), documents, about_in("swarm"))
         ledger.charge(Segment(1.0, 0.1, 1))
+    monkeypatch.setattr(dry_run, "keep_nothing", lambda: said.append("kept nothing"))
     dry_run._examine_room(home, setup.config, manifest, said.append)
     assert any("memory of this machine" in line for line in said)
+    assert said[0] == "kept nothing"
 
 
 def test_a_start_that_comes_near_is_rehearsed_once(
