@@ -12,6 +12,7 @@ import torch
 from tests.cases.support import model_folder
 from tests.unit.test_trial import init
 from tests.unit.training.loops import manifest_with
+from xpeer.cli import needed
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ExitCode
 from xpeer.estimate import phases, room, to_found
@@ -137,6 +138,36 @@ def test_a_trial_takes_a_step_and_a_checkpoint_beside_it() -> None:
     assert examined(30 * COUNT, trial=False).problems == []
     (problem,) = examined(4 * COUNT, trial=False).problems
     assert "--skip-trial" not in problem.remedy
+
+
+@pytest.mark.usefixtures("large_disk")
+def test_a_trial_gives_memory_back_where_it_is_short() -> None:
+    most = 36 * COUNT + phases.PROCESS
+    assert examined(most + 100 * MB).short
+    assert not examined(most + 1000 * MB).short
+    assert not examined(most, trial=False).short
+    assert not examined(most, GPU, of_gpu=most).short
+
+
+@pytest.mark.usefixtures("large_disk", "small_memory")
+@pytest.mark.parametrize("short", [False, True])
+def test_init_gives_memory_back_before_it_loads(
+    tmp_path: Path, source: Path, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    real = loading._loaded
+
+    def loaded(*arguments: Any, **more: Any) -> Any:
+        done.append("loaded")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(loading, "_loaded", loaded)
+    monkeypatch.setattr(needed, "keep_nothing", lambda: done.append("kept nothing"))
+    monkeypatch.setattr(to_found, "examine", lambda *_, **__: Fit(short=short))
+    code, err = init(tmp_path / "h", "--model", source, "--tokenizer", "bytes", "--skip-estimate",
+                     "--skip-trial")  # fmt: skip
+    assert code == 0, err
+    assert done[: 1 + short] == [*["kept nothing"] * short, "loaded"]
 
 
 @pytest.mark.usefixtures("large_disk")

@@ -11,6 +11,7 @@ from xpeer.cli.common import say
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import LocalError
 from xpeer.manifest import Manifest
+from xpeer.shortage import keep_nothing
 
 if TYPE_CHECKING:
     from xpeer.estimate.phases import Phase
@@ -85,6 +86,8 @@ def require_room(
         return  # `say_needs` says why
     if wanted == "refuse":
         fit.require()
+    if fit.short:
+        keep_nothing()
     for warning in (*fit.warnings, *fit.problems):
         say(f"warning: {warning}")
 

@@ -124,6 +124,13 @@ class Fit:
     short: bool = False
     """Whether there is no room for freed memory that the C library would keep."""
 
+    def be_short(self, device: torch.device) -> None:
+        """Note that there is no such room. On a GPU the C library has nothing to do with it."""
+        if device.type == "cuda":
+            return
+        self.short = True
+        self.notes.append("memory is short: it is given back once freed, and steps take longer")
+
     def require(self) -> None:
         """Refuse what can't fit.
 
@@ -221,7 +228,8 @@ def _compare_step(
     if sizes.least - yielding + process > here.most:
         what = sizes.least_in_words(sizes.least - yielding + process)
         fit.problems.append(too_large(what, here, remedies.NONE_HELPS))
-        fit.memory, fit.short = sizes.bound, on_host
+        fit.memory = sizes.bound
+        fit.be_short(device)
         return
     there = min(here.most, here.free)
     plenty = sizes.rough if asked else sizes.rough + max(beside, lent)
@@ -236,9 +244,8 @@ def _compare_step(
         fit.notes.append(f"the memory of a step was rehearsed in {took_s:.0f} s")
     needed = memory.peak + process
     fit.notes.append(f"a step needs about {size(needed)}; {here.what}: {size(here.most)}")
-    if on_host and memory.peak + beside + phases.slack(memory) > here.free:
-        fit.short = True
-        fit.notes.append("memory is short: it is given back once freed, and steps take longer")
+    if memory.peak + max(beside, lent) + phases.slack(memory) > here.free:
+        fit.be_short(device)
     if memory.peak + beside <= here.free:
         if memory.peak + lent > here.free:
             fit.warnings.append(tight(_joiners(memory.peak + lent), here, ""))

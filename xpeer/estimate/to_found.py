@@ -74,8 +74,10 @@ def examine(
     host = needs.host
     if trial and not on_gpu:
         host += sizes.least - sizes.frozen_bytes  # these are counted once
-    yielding = _pages(base, sizes, trial=trial)
-    _compare_host(fit, host, yielding, here(torch.device("cpu")), remedy)
+    yielding, here_now = _pages(base, sizes, trial=trial), here(torch.device("cpu"))
+    _compare_host(fit, host, yielding, here_now, remedy)
+    if trial and host - yielding + phases.slack(sizes.bound) > here_now.free:
+        fit.be_short(device)
     _compare_disk(fit, needs.disk, home, remedy)
     return fit
 

@@ -105,10 +105,12 @@ class _Gathering:
         self._counts, self._known = deque(counts), known
         self._use, self._end = use, end
         self._waiting: defaultdict[int, list[Call | BlockedCall]] = defaultdict(list)
+        self._seen: Counter[int] = Counter()
 
     def take(self, call: Call | BlockedCall, batch: int) -> None:
         """See `CallWatch`."""
         for parameter in _own(call, self._known):
+            self._seen[id(parameter)] += 1
             calls = self._waiting[id(parameter)]
             calls.append(call)
             if len(calls) == self._counts[0][id(parameter)]:
@@ -117,9 +119,10 @@ class _Gathering:
 
     def end(self) -> None:
         """See `CallWatch`."""
-        if self._waiting:
+        if self._waiting or self._seen != self._counts[0]:
             raise RuntimeError("two passes over the same records called other layers")
         self._counts.popleft()
+        self._seen.clear()
         self._end()
 
 
@@ -142,14 +145,15 @@ def _of_record(call: Call | BlockedCall, record: int) -> list[tuple[nn.Parameter
     """One record's gradients by a layer's own parameters, from one call of it."""
     if isinstance(call, BlockedCall):
         return _of_blocks(call, record)
-    call = in_full(call)
-    module, grad = call.module, call.grad
+    one = slice(record, record + 1)
+    inputs = tuple(x[one] if isinstance(x, Tensor) else x for x in call.inputs)
+    call = in_full(Call(call.module, inputs, call.keywords, call.grad[one]))
+    module = call.module
     own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
     values = {n: p.detach().float().requires_grad_() for n, p in own.items()}
-    inputs = tuple(x[record : record + 1] if isinstance(x, Tensor) else x for x in call.inputs)
     with torch.enable_grad():
-        out: Any = torch.func.functional_call(module, values, inputs, call.keywords)
-        found = torch.autograd.grad(out, list(values.values()), grad[record : record + 1])
+        out: Any = torch.func.functional_call(module, values, call.inputs, call.keywords)
+        found = torch.autograd.grad(out, list(values.values()), call.grad)
     return list(zip(own.values(), found, strict=True))
 
 

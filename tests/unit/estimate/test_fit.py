@@ -218,7 +218,7 @@ def test_memory_is_short_where_freed_memory_has_no_room(tmp_path: Path, spare: i
     """So a trainer has it given back. On a GPU the C library has nothing to do with it."""
     made = Fixed(working=WEIGHTS)
     step = made.of(Step(config={}, sequence_tokens=1, micro_batch=1, private=False))
-    needed = step.peak + phases.host_bytes(COUNT, phases.Wire.of(manifest()).rule)
+    needed = step.peak + phases.donor_bytes(COUNT, phases.Wire.of(manifest()))
     free = needed + phases.slack(step) - 1 + spare
     settings = msgspec.structs.replace(
         SETTINGS, training=Training(precision="float32", micro_batch=1)
