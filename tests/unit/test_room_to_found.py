@@ -163,11 +163,15 @@ def test_init_gives_memory_back_before_it_loads(
 
     monkeypatch.setattr(loading, "_loaded", loaded)
     monkeypatch.setattr(needed, "keep_nothing", lambda: done.append("kept nothing"))
-    monkeypatch.setattr(to_found, "examine", lambda *_, **__: Fit(short=short))
+    fit = Fit()
+    if short:
+        fit.be_short(CPU)
+    monkeypatch.setattr(to_found, "examine", lambda *_, **__: fit)
     code, err = init(tmp_path / "h", "--model", source, "--tokenizer", "bytes", "--skip-estimate",
                      "--skip-trial")  # fmt: skip
     assert code == 0, err
     assert done[: 1 + short] == [*["kept nothing"] * short, "loaded"]
+    assert ("memory is short" in err) is short
 
 
 @pytest.mark.usefixtures("large_disk")

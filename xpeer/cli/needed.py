@@ -88,6 +88,8 @@ def require_room(
         fit.require()
     if fit.short:
         keep_nothing()
+    for note in fit.notes:
+        say(note)
     for warning in (*fit.warnings, *fit.problems):
         say(f"warning: {warning}")
 

@@ -37,6 +37,7 @@ _DONATIONS: Final = 2
 _TESTED: Final = 12
 """Bytes of a trained parameter that the self-test of engines takes on the device for its sums."""
 _SLACK: Final = 400 << 20
+"""The most freed memory that the C library was seen to keep, in bytes, and some more."""
 _EXPORT: Final = 9
 """Bytes of a trained parameter while a model is exported: its own and those that partners sent."""
 _EXPORT_FROZEN: Final = 0.8
