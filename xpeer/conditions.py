@@ -175,7 +175,7 @@ CONDITIONS: Final[dict[str, Condition]] = _registry(
         code="trainer-down",
         severity="down",
         text="no trainer for {age}: {why}",
-        remedy="it is restarted with growing pauses; see `xpeer logs --level warning`. CUDA out of "
+        remedy="it is restarted with growing pauses; see `xpeer logs --level warning`. Out of "
         "memory: lower `training.micro_batch`",
         clears="the trainer runs again",
     ),

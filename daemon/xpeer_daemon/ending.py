@@ -104,7 +104,7 @@ class Ends:
                 "is the machine out of memory, or the disk stuck? A larger daemon.stop_timeout_s "
                 "waits longer",
             )
-        await self.note_loss(trainer, cause or LocalError(f"the trainer ended with {status}"))
+        await self.note_loss(trainer, cause or LocalError(f"the trainer {trainer.ended}"))
         return self.lost is None
 
     async def note_loss(self, trainer: TrainerProcess, cause: LocalError) -> None:

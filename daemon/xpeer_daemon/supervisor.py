@@ -13,6 +13,8 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
+from msgspec import structs
+
 from xpeer.errors import (
     BudgetSpentError,
     ConfigError,
@@ -25,6 +27,7 @@ from xpeer.errors import (
     TrainerError,
 )
 from xpeer.trainer.client import TrainerProcess
+from xpeer.trainer.ended import TrainerKilledError
 from xpeer.trainer.setup import TrainerSetup
 
 log = logging.getLogger("xpeer.supervisor")
@@ -66,6 +69,7 @@ class Supervisor:
         # Patience of a `renew` that waits until the trainer is watched; None = none waits
         self._renewal_patience_s: float | None = None
         self.down_reason = ""
+        self._was_killed = False
         self._diverged_from: list[int | None] = []
         """Step of the checkpoint from which training last diverged; empty until it has."""
 
@@ -125,16 +129,17 @@ class Supervisor:
             if trainer is None:
                 raise RuntimeError("first_start() comes first")
             started = loop.time()
-            code = await self._watch(trainer)
+            await self._watch(trainer)
             self.trainer, self.last = None, trainer
-            self.down_reason = f"trainer exited with {code}"
+            self.down_reason = f"the trainer {trainer.ended}"
+            self._was_killed |= trainer.ended is not None and trainer.ended.was_killed
             if trainer.crash is not None:
                 self.down_reason += f": {trainer.crash}"
             self._raise_if_final(trainer)
             if self._renewing:
                 self._renewing = False
                 with contextlib.suppress(*_PASSING):  # after an error, start it as after a death
-                    self.trainer = await self._start(self._setup())
+                    self.trainer = await self._start_again()
                     self.down_reason = ""
                     await self.instruct(on_restart, self.trainer)
                     continue
@@ -153,9 +158,10 @@ class Supervisor:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, LONGEST_DELAY_S)
                 try:
-                    self.trainer = await self._start(self._setup())
+                    self.trainer = await self._start_again()
                 except _PASSING as e:
                     self.down_reason, cause = str(e), e
+                    self._was_killed |= isinstance(e, TrainerKilledError)
             self.restarts += 1
             self.down_reason = ""
             await self.instruct(on_restart, self.trainer)
@@ -191,12 +197,18 @@ class Supervisor:
             return False
         return True
 
-    async def _watch(self, trainer: TrainerProcess) -> int:
-        """Wait until the trainer has exited; returns its exit status."""
+    async def _start_again(self) -> TrainerProcess:
+        """Start a trainer that knows whether one was killed before."""
+        setup = self._setup()
+        if self._was_killed:
+            setup = structs.replace(setup, was_killed=True)
+        return await self._start(setup)
+
+    async def _watch(self, trainer: TrainerProcess) -> None:
+        """Wait until the trainer has exited."""
         self._watching = True
         if self._renewal_patience_s is not None:
             patience_s, self._renewal_patience_s = self._renewal_patience_s, None
             await self.renew(patience_s)
-        code = await asyncio.shield(trainer.exited)
+        await asyncio.shield(trainer.exited)
         self._watching = False
-        return code

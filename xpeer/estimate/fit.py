@@ -126,7 +126,7 @@ class Fit:
 
     def be_short(self, device: torch.device) -> None:
         """Note that there is no such room. On a GPU the C library has nothing to do with it."""
-        if device.type == "cuda":
+        if device.type == "cuda" or self.short:
             return
         self.short = True
         self.notes.append("memory is short: it is given back once freed, and steps take longer")

@@ -35,6 +35,7 @@ from xpeer.trainer.answers import (
 from xpeer.trainer.arena import Arena
 from xpeer.trainer.channel import DaemonChannel, log_lines
 from xpeer.trainer.commands import Begin, Command, Request, Stop
+from xpeer.trainer.ended import Ended, kills_so_far
 from xpeer.trainer.setup import TrainerSetup
 
 PATIENCE_S: Final = 300.0
@@ -66,6 +67,7 @@ class Child:
 
     Attributes:
         exited: done once the process is gone: the exit status (negative: the signal).
+        ended: how it ended; None while it runs.
         ready: done once the trainer is ready, or gone: its first message, or the error.
         crash: the error that ended the process; None unless it sent one, or a frame that
             can't be decoded.
@@ -89,9 +91,9 @@ class Child:
         self._channel = channel
         self._on_event = on_event
         self._loop = loop
-        self._gone = False
-        """True iff the process has ended: no request is answered any more."""
-        self.gave_up = False
+        self.ended: Ended | None = None
+        self.gave_up = self._killed = False
+        self._kills = kills_so_far()
         self._ending: Ending | None = None
         """The last report of an ending trainer; None until there is one."""
         self._starts = 0
@@ -155,8 +157,8 @@ class Child:
             PeerError, LocalError: raised in the child.
             TrainerError: the child is gone.
         """
-        if self._gone:
-            raise self._died()
+        if self.ended is not None:
+            raise self._died(self.ended)
         number = self.send(command)
         future = self._pending[number] = self._loop.create_future()
         try:
@@ -274,6 +276,7 @@ class Child:
         return await asyncio.shield(self.exited)
 
     def _kill_group(self) -> None:
+        self._killed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -306,8 +309,8 @@ class Child:
     async def _bury(self, output: asyncio.Task[None]) -> None:
         """Fail all requests and close everything, even if the loop is being closed."""
         status = await self._end_of_process()
-        self._gone = True
-        died = self._died(status)
+        self.ended = Ended(status, self._killed, kills_so_far() - self._kills)
+        died = self._died(self.ended)
         waiting: list[asyncio.Future[Any]] = [*self._pending.values(), self.ready]
         for future in waiting:
             if not future.done():
@@ -361,11 +364,10 @@ class Child:
         if message.failure.trace:
             logger.error("%s", message.failure.trace)
 
-    def _died(self, status: int | None = None) -> LocalError:
+    def _died(self, ended: Ended) -> LocalError:
         """The error that says why the trainer is gone; after readiness always a TrainerError."""
         if self.crash is None:
-            ended = "" if status is None else f" with status {status}"
-            return TrainerError(f"the trainer process ended{ended}", "see the log")
+            return ended.error()
         if not self.ready.done():
             return self.crash
         return TrainerError(self.crash.problem, self.crash.remedy)

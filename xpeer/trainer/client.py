@@ -51,6 +51,7 @@ from xpeer.trainer.commands import (
     Verify,
     WriteCheckpoint,
 )
+from xpeer.trainer.ended import Ended
 from xpeer.trainer.setup import TrainerSetup
 from xpeer.update import (
     Checked,
@@ -183,6 +184,11 @@ class TrainerProcess:
     def crash(self) -> LocalError | None:
         """The error that ended the trainer, if it could still send one."""
         return self._child.crash
+
+    @property
+    def ended(self) -> Ended | None:
+        """How it ended; None while it runs."""
+        return self._child.ended
 
     @property
     def gave_up(self) -> bool:

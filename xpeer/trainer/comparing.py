@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from xpeer.config import Home
 from xpeer.estimate.fit import Fit, examine
 from xpeer.estimate.remembered import Rehearsals
@@ -16,6 +18,8 @@ from xpeer.training.losses import choose_device
 def examined(setup: TrainerSetup, manifest: Manifest, startup: Startup) -> Fit:
     """Compare, and refuse what can't fit, as `training.check_fit` says.
 
+    Memory is short, too, where an earlier trainer was killed: see `ended.Ended`.
+
     A home that has trained is never refused: that it did says more than an estimate.
 
     Args:
@@ -26,14 +30,23 @@ def examined(setup: TrainerSetup, manifest: Manifest, startup: Startup) -> Fit:
     Raises:
         ConfigError: it can't fit, and this home has never trained.
     """
+    private = manifest.privacy.policy.clips_records
+    device, _ = choose_device(setup.config.training.device, private=private)
+    fit = _compared(setup, manifest, startup, device)
+    if setup.was_killed:
+        fit.be_short(device)
+    return fit
+
+
+def _compared(
+    setup: TrainerSetup, manifest: Manifest, startup: Startup, device: torch.device
+) -> Fit:
     wanted = setup.config.training.check_fit
     if wanted == "skip":
         return Fit()
     startup.enter("compares what it needs with what this machine has")
     home = Home(Path(setup.home))
     rehearsals = Rehearsals(home.cache, on_operation=startup.pulse.beat)
-    private = manifest.privacy.policy.clips_records
-    device, _ = choose_device(setup.config.training.device, private=private)
     fit = examine(manifest, setup.config, home, device, rehearsals)
     if wanted == "refuse" and not setup.has_trained:
         fit.require()

@@ -28,6 +28,9 @@ class TrainerSetup(Struct, frozen=True, kw_only=True):
     """The first order, once the trainer is ready."""
     has_trained: bool = False
     """Whether this home has ever taken a step. If so, it mixes and serves even without its text."""
+    was_killed: bool = False
+    """Whether an earlier trainer of this daemon was killed, as the system does where memory runs
+    out: this one gives memory back."""
     initial: Literal["initial", "awaited"] = "initial"
     """Source of the parameters if there is no checkpoint. initial: the swarm's initial model, from
     home/initial, checked against the manifest's digest. awaited: a donor's, which `import_state`

@@ -19,6 +19,8 @@ from xpeer.errors import (
     TrainerError,
 )
 from xpeer.trainer.answers import error_of, failure_of
+from xpeer.trainer.ended import Ended, TrainerKilledError
+from xpeer.trainer.setup import TrainerSetup
 from xpeer_daemon import supervisor as supervisor_module
 from xpeer_daemon.supervisor import Supervisor
 
@@ -28,9 +30,11 @@ class FakeTrainer:
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.crash: LocalError | None = None
         self.resumed_step: int | None = None
+        self.ended: Ended | None = None
 
-    def die(self, crash: LocalError | None = None) -> None:
+    def die(self, crash: LocalError | None = None, by_us: bool = True) -> None:
         self.crash = crash
+        self.ended = Ended(-9, by_us=by_us)
         self.exited.set_result(-9)
 
     async def checkpoint(self) -> str:
@@ -38,10 +42,11 @@ class FakeTrainer:
 
     async def kill(self) -> int:
         if not self.exited.done():
-            self.exited.set_result(-9)
+            self.die()
         return -9
 
     async def stop(self, patience_s: float) -> int:
+        self.ended = Ended(0)
         self.exited.set_result(0)
         return 0
 
@@ -52,9 +57,14 @@ class Rig:
         self.told: asyncio.Queue[Any] = asyncio.Queue()
         self.refuse = False
         self.full: list[LocalError] = []
-        self.supervisor = Supervisor(dict, self.start)  # type: ignore[arg-type] # a fake
+        self.setups: list[TrainerSetup] = []
+        self.supervisor = Supervisor(
+            lambda: TrainerSetup(manifest_path="", swarm_id="", home="", peer_id=""),
+            self.start,
+        )
 
-    async def start(self, setup: Any) -> Any:
+    async def start(self, setup: TrainerSetup) -> Any:
+        self.setups.append(setup)
         if self.refuse:
             raise TrainerError("no memory")
         if self.full:
@@ -127,6 +137,35 @@ async def test_what_a_trainer_says_at_its_end_comes_with_its_remedy(
     rig.made[0].die(TrainerError("no memory", "lower training.micro_batch"))
     await rig.told.get()
     assert "no memory - lower training.micro_batch; starting it again" in caplog.text
+    task.cancel()
+
+
+async def test_a_trainer_after_one_that_was_killed_knows_it(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+):
+    """Also if it was killed in its start; and all those after it: memory is as short as before."""
+    task = await rig.run()
+    rig.made[0].die()
+    await rig.told.get()
+    assert [setup.was_killed for setup in rig.setups] == [False, False]
+    rig.full.append(TrainerKilledError("the trainer was killed"))
+    rig.made[1].die()
+    await rig.told.get()
+    assert [setup.was_killed for setup in rig.setups[2:]] == [False, True]
+    rig.made[2].die(by_us=False)
+    await rig.told.get()
+    rig.made[3].die()
+    await rig.told.get()
+    assert [setup.was_killed for setup in rig.setups[4:]] == [True, True]
+    assert "was killed by SIGKILL, which this node did not send" in caplog.text
+    task.cancel()
+
+
+async def test_one_death_is_enough_to_know(rig: Rig):
+    task = await rig.run()
+    rig.made[0].die(by_us=False)
+    await rig.told.get()
+    assert [setup.was_killed for setup in rig.setups] == [False, True]
     task.cancel()
 
 

@@ -17,6 +17,7 @@ from xpeer.errors import TrainerError
 from xpeer.identity import PeerId
 from xpeer.phase import Order, Phase
 from xpeer.trainer.client import TrainerProcess
+from xpeer.trainer.ended import Ended
 from xpeer_daemon import service
 from xpeer_daemon import supervisor as supervisor_module
 from xpeer_daemon.supervisor import Supervisor
@@ -31,14 +32,18 @@ class FakeTrainer(TrainerProcess):
 
     def __init__(self, resumed_step: int | None) -> None:
         super().__init__(lambda _event: None)
-        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.orders: list[str] = []
         self.dies_when_told = False
         self._step = resumed_step
 
     @property
     def exited(self) -> Any:
-        return self.ended
+        return self.gone
+
+    @property
+    def ended(self) -> Ended | None:
+        return Ended(-9, by_us=True) if self.gone.done() else None
 
     @property
     def crash(self) -> Any:
@@ -49,15 +54,15 @@ class FakeTrainer(TrainerProcess):
         return self._step
 
     async def run(self, mode: Order) -> None:
-        if self.dies_when_told and not self.ended.done():
-            self.ended.set_result(-9)
-        if self.ended.done():
+        if self.dies_when_told and not self.gone.done():
+            self.gone.set_result(-9)
+        if self.gone.done():
             raise TrainerError("the trainer is gone")
         self.orders.append(mode)
 
     async def kill(self) -> int:
-        if not self.ended.done():
-            self.ended.set_result(-9)
+        if not self.gone.done():
+            self.gone.set_result(-9)
         return -9
 
 
@@ -122,7 +127,7 @@ class Rig:
     async def hold(self, trainer: TrainerProcess) -> TrainerProcess:
         self.fake.life.enter(Phase.FETCHING)
         if self.dies_in_hold:
-            self.made[0].ended.set_result(-9)
+            self.made[0].gone.set_result(-9)
             raise TrainerError("the trainer is gone")
         return trainer
 
@@ -161,7 +166,7 @@ async def test_one_that_dies_while_the_node_waits_is_started_again(
     async with rig.lives():
         await rig.until_in(Phase.WAITING)
         rig.may_hold.clear()
-        rig.made[0].ended.set_result(-9)
+        rig.made[0].gone.set_result(-9)
         rig.partner_comes()
         await rig.until(rig.held_again.is_set)  # it was seen, and another one was started
         assert rig.supervisor.restarts == 1
@@ -192,7 +197,7 @@ async def test_while_there_is_none_status_says_so(monkeypatch: pytest.MonkeyPatc
     async with rig.lives():
         await rig.until_in(Phase.WAITING)
         rig.partner_comes()
-        rig.made[0].ended.set_result(-9)
+        rig.made[0].gone.set_result(-9)
         await rig.until(lambda: bool(rig.supervisor.down_reason))
         assert rig.fake.node.phase is Phase.WAITING
         assert "trainer-down" in rig.fake.codes

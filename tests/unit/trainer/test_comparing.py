@@ -79,6 +79,20 @@ def test_freed_memory_is_given_back_where_memory_is_short(
     assert done == (["kept nothing", "loaded"] if most == 10**6 else ["loaded"])
 
 
+@pytest.mark.parametrize("check_fit", ["refuse", "skip"])
+def test_memory_is_short_where_a_trainer_was_killed(
+    setup: TrainerSetup, monkeypatch: pytest.MonkeyPatch, check_fit: str
+) -> None:
+    """Whatever the estimate says. It is said once."""
+    most, done = 10**12, list[str]()
+    monkeypatch.setattr(room, "host", lambda: Room("memory of this machine", most, most))
+    monkeypatch.setattr(build, "keep_nothing", lambda: done.append("kept nothing"))
+    made = assemble(msgspec.structs.replace(of(setup, check_fit=check_fit), was_killed=True))
+    made.close()
+    assert done == ["kept nothing"]
+    assert len([note for note in made.beginning.notes if "memory is short" in note]) == 1
+
+
 def test_a_dry_run_refuses_what_a_start_refuses(
     setup: TrainerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

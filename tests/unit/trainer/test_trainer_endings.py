@@ -153,8 +153,24 @@ async def test_a_wrong_setting_crosses_with_its_remedy(tmp_path: Path) -> None:
 
 
 async def test_it_runs_the_program_that_it_is_told_to(tmp_path: Path) -> None:
-    with pytest.raises(TrainerError, match="ended with status 1"):
+    with pytest.raises(TrainerError, match="the trainer exited with 1"):
         await TrainerProcess.start(make_homes(tmp_path, 1)[0], Watch(), program="xpeer.nothing")
+
+
+async def test_a_kill_from_outside_is_told_from_ours(tmp_path: Path) -> None:
+    """In the error of those who wait for an answer, too."""
+    setup = make_homes(tmp_path, 1)[0]
+    ours = await TrainerProcess.start(setup, Watch())
+    await ours.kill()
+    assert str(ours.ended) == "was ended by SIGKILL"
+    killed = await TrainerProcess.start(setup, Watch())
+    os.kill(killed.pid, signal.SIGKILL)
+    await killed.exited
+    assert killed.ended is not None
+    assert killed.ended.was_killed
+    with pytest.raises(TrainerError, match="which this node did not send") as error:
+        await killed.checkpoint()
+    assert "micro_batch" in error.value.remedy
 
 
 PARENT = """
