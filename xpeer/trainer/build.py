@@ -17,7 +17,6 @@ from xpeer.accounts.ledger import Ledger
 from xpeer.accounts.spending import Spending, SwarmSpending
 from xpeer.config import Home, NodeConfig, privacy_register
 from xpeer.errors import ConfigError
-from xpeer.estimate.fit import Fit
 from xpeer.manifest import Manifest
 from xpeer.manifest.signed import SignedManifest
 from xpeer.mixing.cut import largest
@@ -128,7 +127,7 @@ def assemble(
     _silence_progress_bars()
     startup = startup or Startup()
     swarm = _open_swarm(setup, own)
-    fit = Fit() if own else examined(setup, swarm.manifest, startup)
+    fit = examined(setup, swarm.manifest, startup)
     if fit.short:
         keep_nothing()
     startup.enter("reads the text")

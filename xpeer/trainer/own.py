@@ -370,6 +370,7 @@ def _setup(home: Home, config: NodeConfig, signed: SignedManifest) -> TrainerSet
         home=str(home.path),
         config=config,
         peer_id="own",
+        has_trained=True,
     )
 
 

@@ -14,10 +14,12 @@ from tests.unit.training.homes import make_homes
 from xpeer.accounts.own_model import OwnModel, facts_of
 from xpeer.config import Home
 from xpeer.errors import BudgetSpentError, ConfigError, ExitCode, LocalError
+from xpeer.estimate import room
+from xpeer.estimate.room import Room
 from xpeer.founding_model import LoraOptions
 from xpeer.manifest import End
 from xpeer.manifest.signed import SignedManifest
-from xpeer.trainer import own
+from xpeer.trainer import build, own
 from xpeer.trainer.build import assemble
 from xpeer.trainer.own import OwnTraining, Wishes
 from xpeer.trainer.setup import TrainerSetup
@@ -67,6 +69,19 @@ def test_own_steps_are_charged_to_the_register_of_the_swarms_steps(tmp_path: Pat
     assert caught.value.exit_code == ExitCode.BAD_CONFIG
     assert str(tmp_path / "register") in caught.value.problem
     assert not other.exists()
+
+
+def test_own_steps_give_memory_back_where_it_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the swarm's do. They are not refused: this home has trained."""
+    setup, said, done = trained(tmp_path, "off"), list[str](), list[str]()
+    monkeypatch.setattr(room, "host", lambda: Room("memory of this machine", 10**6, 10**6))
+    monkeypatch.setattr(build, "keep_nothing", lambda: done.append("kept nothing"))
+    finetuned(setup, said, steps=1)
+    assert done == ["kept nothing"]
+    assert any("memory is short" in line for line in said)
+    assert any("memory of this machine is 1.00 MB" in line for line in said)
 
 
 def digests(folder: Path) -> dict[str, str]:
