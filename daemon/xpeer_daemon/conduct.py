@@ -47,6 +47,8 @@ class Conduct:
         """Donors that were chosen first, and hardly anything came. They come after all others."""
         self._once_tried: set[PeerId] = set()
         """Donors that were among them at any time: they have had their turn."""
+        self._cut: set[PeerId] = set()
+        """Donors that were chosen first when our own time was nearly over."""
         self.fresh_tries = 0
         self._wasted: Counter[PeerId] = Counter()
         """How many attempts each donor that was chosen first cost: hardly anything came, or it was
@@ -104,11 +106,14 @@ class Conduct:
             first: the donor that was chosen first.
             how: it ended.
         """
-        if how is not Ended.SOME:  # else its line broke, as lines do
+        if how is Ended.CUT and first not in self._cut:
+            self._cut.add(first)  # it is told apart from who offers at the last moment each time
+        elif how is not Ended.SOME:  # else its line broke, as lines do
             self._tries({first})
             self.wastes(first)
         if first == self.alone:
             failed = {Ended.SOME: 0, Ended.LITTLE: self.alone_failed + 1}
+            failed[Ended.CUT] = self.alone_failed
             self.alone_failed = failed.get(how, ALONE_TRIES)
             self.alone_is_busy = False
 
@@ -135,7 +140,7 @@ class Conduct:
         """Begin anew."""
         self.let_all_give()
         self.fresh_tries = 0
-        tried = self._tried, self._once_tried, self._wasted
+        tried = self._tried, self._once_tried, self._cut, self._wasted
         for known in (self.blamed, self.shy, self.worse, *tried):
             known.clear()
         self._life.wasted = ""

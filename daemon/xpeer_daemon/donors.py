@@ -48,7 +48,8 @@ each costs the donor a copy now and then."""
 PARALLEL: Final = 3
 """Number of donors that give at the same time, at most."""
 PATIENCE_S: Final = 300.0
-"""A founder that lost its parameters waits this long for a member that holds the swarm's."""
+"""A founder that lost its parameters waits this long for a member that holds the swarm's, and as
+long again if the last one is gone."""
 FROM_INITIAL: Final = "(`xpeer start --from-initial` begins at once with the initial model)"
 GRACE_S: Final = 5.0
 """A node that resumes waits this long for members that it knows. Then it trains, and asks later."""
@@ -100,7 +101,7 @@ class Donors:
 
         Args:
             trainer: awaits them.
-            patience_s: how long to wait for a member that holds any. It is finite for a founder,
+            patience_s: how long to wait while no member holds any. It is finite for a founder,
                 that may begin the swarm anew.
 
         Returns:
@@ -109,16 +110,17 @@ class Donors:
         life, clock = self._node.life, asyncio.get_running_loop().time
         life.enter(Phase.FETCHING)
         until, has_warned = clock() + patience_s, False
+        gone_until = until
         while True:
             holders = self._view.holders()
-            if not holders and clock() >= until:
+            if not holders and clock() >= gone_until:
                 self.forget()
                 return False
             life.note = f"fetching: {len(holders)} members could give the parameters"
             if not holders and patience_s < math.inf:
                 life.note = (
                     "this swarm ran before, and its parameters are lost here: waiting "
-                    f"{until - clock():.0f} s more for a member that holds them {FROM_INITIAL}"
+                    f"{gone_until - clock():.0f} s more for a member that holds them {FROM_INITIAL}"
                 )
             elif clock() >= until:
                 life.note = (
@@ -132,6 +134,8 @@ class Donors:
                 life.note = ""
                 self.forget()
                 return True
+            if holders:  # their lines may have broken, after hours, and what they gave is here
+                gone_until = clock() + patience_s
             await asyncio.sleep(DOUBT_S if self._judge.doubts else RETRY_S)
 
     def forget(self) -> None:

@@ -41,6 +41,7 @@ class Ended(Enum):
     SOME = "all donors were lost; at least WORTH more of the model is here than ever before"
     LITTLE = "all donors were lost, and less came, or it took the place of other pieces"
     LATE = "too little came in time"
+    CUT = "our own time was over before the donors had had theirs"
 
 
 class Takeover:
@@ -139,6 +140,8 @@ class Takeover:
             LocalError: the disk is full, or fails.
         """
         gathered, first = await self._opened(), givers[0].donor
+        clock = asyncio.get_running_loop().time
+        began = clock()
         self._most = max(self._most, gathered.num_bytes)
         unfit = self._set_unfit_aside(gathered, fits)
         most = self._most if wanted > 1 else gathered.num_bytes  # who gives alone: its own
@@ -184,9 +187,9 @@ class Takeover:
                 finally:
                     lease.end()
         except TimeoutError:
-            self._expired[first] += until is None
-            for donor in fetch.donors:
-                self._avoid(donor, "not enough of it came in time", fetch.took_s(donor))
+            if until is not None and clock() - began < lease_s:
+                return Ended.CUT
+            self._came_late(fetch, first if until is None else None)
             return Ended.LATE
         finally:
             gathered.bring_back()
@@ -194,6 +197,13 @@ class Takeover:
         if whole:
             return Ended.WHOLE
         return Ended.SOME if much and first not in unfit else Ended.LITTLE
+
+    def _came_late(self, fetch: Fetch, first: PeerId | None) -> None:
+        """Avoid all donors; of `first` more time is granted the next time."""
+        if first is not None:
+            self._expired[first] += 1
+        for donor in fetch.donors:
+            self._avoid(donor, "not enough of it came in time", fetch.took_s(donor))
 
     @staticmethod
     def _set_unfit_aside(gathered: Gathered, fits: Callable[[Tree], bool]) -> set[PeerId]:

@@ -216,6 +216,54 @@ async def test_no_liars_use_up_the_time_of_who_is_far_behind(
     assert sorted(began) == sorted([*who, GOOD])
 
 
+@pytest.mark.parametrize("again", [False, True])
+async def test_who_begins_when_the_time_is_nearly_over_is_not_blamed_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """A liar was chosen before, and took most of it. Who offers at the last moment each time is not
+    waited for a third time.
+    """
+    monkeypatch.setitem(OFFERS, LIAR, (101, 0.1))
+    pieces_of(monkeypatch, 4)
+    monkeypatch.setattr(fetching, "SILENT_S", 1e6)
+    monkeypatch.setattr(turns, "PAUSE_S", 0.0)
+    rig = Rig(tmp_path, monkeypatch, founds=False)
+    rig.live = [LIAR, GOOD]
+    loop, real, late_s, began = asyncio.get_running_loop(), Offer.pieces, [0.0], list[PeerId]()
+    time = loop.time
+    monkeypatch.setattr(loop, "time", lambda: time() + late_s[0])
+
+    async def wait(seconds: float) -> None:
+        for _ in range(10):  # whatever is due meanwhile happens
+            late_s[0] += seconds / 10
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    async def given(offer: Offer, first: int, count: int) -> AsyncGenerator[tuple[int, memoryview]]:
+        if offer.donor == LIAR:
+            await wait(880.0)
+            raise PeerError(Reason.TAMPERED, "it lied")
+        if again and began.count(GOOD) == 2:  # it offers late again
+            await wait(2000.0)
+        await wait(60.0)
+        async for each in real(offer, first, count):
+            yield each
+
+    begins = rig.donors._conduct.begins
+
+    def begin(first: PeerId) -> None:
+        began.append(first)
+        begins(first)
+
+    monkeypatch.setattr(Offer, "pieces", given)
+    monkeypatch.setattr(rig.donors._conduct, "begins", begin)
+    trainer = Trainer(20)
+    await rig.hold(trainer)
+    assert began == [LIAR, GOOD, GOOD]
+    assert trainer.taken == ([] if again else [GOOD])
+    assert rig.conditions == ({"not-caught-up"} if again else set())
+
+
 async def test_time_is_prolonged_for_nobody_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

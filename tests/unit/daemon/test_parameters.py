@@ -69,6 +69,37 @@ async def test_a_founder_whom_nobody_can_help_begins_anew_after_its_patience(
     assert [event.kind for event in rig.store.events()] == ["began-anew"]
 
 
+async def test_a_founder_whose_donor_is_gone_for_a_moment_keeps_what_came(
+    tmp_path, monkeypatch
+) -> None:
+    """Its patience is for a swarm without holders, not for how long a transfer takes."""
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    rig.store.remember_peer(GOOD, [])
+    rig = Rig(tmp_path, monkeypatch, founds=True)
+    monkeypatch.setattr(donors, "PATIENCE_S", 300.0)
+    rig.live, loop = [GOOD], asyncio.get_running_loop()
+    real, time = rig.donors._take_over_best, loop.time
+    forgot, looks, late_s = list[str](), 0, 0.0
+    monkeypatch.setattr(loop, "time", lambda: time() + late_s)
+
+    async def breaks(*given: Any, **named: Any) -> bool | None:
+        nonlocal looks, late_s
+        looks += 1
+        if looks == 1:  # after an hour its line goes down, and some comes back a minute later
+            late_s, rig.live = 3600.0, []
+            return False
+        rig.live = [GOOD]
+        return await real(*given, **named)
+
+    monkeypatch.setattr(rig.donors, "_take_over_best", breaks)
+    monkeypatch.setattr(rig.donors._takeover, "forget", lambda: forgot.append("all"))
+    trainer = Trainer()
+    await rig.hold(trainer)
+    assert trainer.taken == [GOOD]
+    assert looks == 2
+    assert forgot == ["all"], "once it was taken over"
+
+
 @pytest.mark.parametrize("renewed", [False, True])
 async def test_a_founder_that_began_anew_catches_up_when_others_come(
     tmp_path, monkeypatch, renewed
