@@ -37,7 +37,9 @@ _DONATIONS: Final = 2
 _TESTED: Final = 12
 """Bytes of a trained parameter that the self-test of engines takes on the device for its sums."""
 _SLACK: Final = 400 << 20
-"""The most freed memory that the C library was seen to keep, in bytes, and some more."""
+_SLACK_SHARE: Final = 0.7
+"""The most freed memory that the C library was seen to keep: bytes in a small step, and part of a
+large one's working memory."""
 _EXPORT: Final = 9
 """Bytes of a trained parameter while a model is exported: its own and those that partners sent."""
 _EXPORT_FROZEN: Final = 0.8
@@ -151,7 +153,7 @@ def slack(step: StepMemory) -> int:
     It keeps them in pieces, between blocks that are still used, and how many nobody can rehearse.
     `benchmarks/estimate` measured it. Nothing is kept where memory is short: `Fit.short`.
     """
-    return min(step.working, _SLACK)
+    return min(step.working, max(_SLACK, round(_SLACK_SHARE * step.working)))
 
 
 def init_of(step: StepMemory, wire: Wire, *, converted: int = 0, trial: bool = True) -> Phase:
