@@ -15,7 +15,7 @@ and adding to them 0.055 s. By lines it took 0.025 s and 0.032 s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
@@ -72,6 +72,31 @@ class Fragments(Cut):
             lines = self._lines[fragment].to(flat.device)
             flat.view(-1, LINE).index_add_(0, lines, tail.to(flat.device), alpha=scale)
 
+    def change_(
+        self,
+        flat: torch.Tensor,
+        fragment: int,
+        change: Callable[[int, torch.Tensor], None],
+        most: int = _PIECE,
+    ) -> None:
+        """Have a function change a fragment of (padded P,) in place, piece by piece.
+
+        Args:
+            flat: the vector.
+            fragment: f.
+            change: is given the number of a piece's first value, in the order of `gather`, and the
+                piece, of any shape, to be written to.
+            most: values of a piece.
+        """
+        self.check(fragment)
+        for start, ours in self._views(flat, fragment, most):
+            change(start, ours)
+        lines = self._lines[fragment].to(flat.device)
+        if lines.numel():
+            tail = flat.view(-1, LINE).index_select(0, lines)
+            change(self.size(fragment) - tail.numel(), tail)
+            flat.view(-1, LINE).index_copy_(0, lines, tail)
+
     def indices(self, fragment: int) -> torch.Tensor:
         """Positions of a fragment's values, (size,) int64, in the order of `gather`."""
         return self.gather(torch.arange(padded(self.num_params)), fragment)
@@ -79,19 +104,26 @@ class Fragments(Cut):
     def _parts(
         self, flat: torch.Tensor, packed: torch.Tensor, fragment: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs of views: a part of a packed fragment, and the same part in the model.
+        """Pairs of views: a part of a packed fragment, and the same part in the model."""
+        for start, ours in self._views(flat, fragment, _PIECE):
+            yield packed[start : start + ours.numel()].view(ours.shape), ours
 
-        A part is a piece, or less. The rest, after the last whole block, is never much.
+    def _views(
+        self, flat: torch.Tensor, fragment: int, most: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Views of a fragment in the model, each with the number of its first value.
+
+        The rest, after the last whole block, is never much.
         """
         if self.blocks == 0:
             return
-        f_, blocks = self.num_fragments, self.blocks
+        f_, blocks, start = self.num_fragments, self.blocks, 0
         body = flat[: blocks * f_ * RUN * f_ * LINE].view(blocks, f_, RUN, f_, LINE)
-        dense = packed[: f_ * blocks * RUN * LINE].view(f_, blocks, RUN, LINE)
-        size = max(1, _PIECE // (RUN * LINE))
+        size = max(1, most // (RUN * LINE))
         for shift in range(f_):
-            ours = body[:, shift, :, (fragment - shift) % f_, :]
-            yield from zip(torch.split(dense[shift], size), torch.split(ours, size), strict=True)
+            for ours in torch.split(body[:, shift, :, (fragment - shift) % f_, :], size):
+                yield start, ours
+                start += ours.numel()
 
     def _tail(self, packed: torch.Tensor) -> torch.Tensor:
         return packed[self.blocks * self.num_fragments * RUN * LINE :].view(-1, LINE)

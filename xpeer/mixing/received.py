@@ -15,8 +15,9 @@ that they are private, which can't be proven. If they are, averages of them are 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -29,6 +30,8 @@ from xpeer.wire import codec
 PARTNERS: Final = 2
 """m; more were hardly better in our measurements."""
 _KEPT: Final = "int8"
+_AT_ONCE: Final = 1 << 21
+"""Values that are averaged at a time."""
 
 
 @dataclass(slots=True)
@@ -110,15 +113,16 @@ class Consolidation:
 def consolidate_(
     flat: torch.Tensor, fragments: Fragments, received: dict[int, tuple[ReceivedFragment, ...]]
 ) -> None:
-    """Average our parameters with the received ones, in place. Needs memory for a fragment.
+    """Average our parameters with the received ones, in place, by pieces that stay in the cache.
 
     Args:
         flat: (num_params padded with zeros to whole lines,) float32, CPU: our own.
         fragments: how they are cut.
         received: what `Consolidation.now` returned.
     """
-    for fragment, values, weight in _terms(flat, fragments, received):
-        fragments.add_(flat, fragment, values, weight)
+    for fragment, kept in received.items():
+        if kept:
+            fragments.change_(flat, fragment, partial(_average, kept), _AT_ONCE)
 
 
 def packed_addition(
@@ -126,30 +130,33 @@ def packed_addition(
 ) -> torch.Tensor:
     """Compress what consolidation adds, for a checkpoint: (bytes,) uint8, a byte a parameter.
 
-    Needs memory for all parameters and a fragment.
+    Needs memory for all parameters.
 
     Args:
         flat: (num_params padded to whole lines,) float32, CPU: our own.
         fragments: how they are cut.
         received: what `Consolidation.now` returned.
     """
-    added, out = torch.zeros_like(flat), _payload(fragments.num_params)
-    for fragment, values, weight in _terms(flat, fragments, received):
-        fragments.add_(added, fragment, values, weight)
+    added, out = flat.clone(), _payload(fragments.num_params)
+    consolidate_(added, fragments, received)
+    added.sub_(flat)
     codec.encode_into(_KEPT, added[: fragments.num_params], codec.view(out))
     return out
 
 
-def _terms(
-    flat: torch.Tensor, fragments: Fragments, received: dict[int, tuple[ReceivedFragment, ...]]
-) -> Iterator[tuple[int, torch.Tensor, float]]:
-    """What consolidation adds: a fragment, values and their weight. The next overwrites them."""
-    values = torch.empty(max((fragments.size(fragment) for fragment in received), default=0))
-    for fragment, kept in received.items():
-        one, weight = values[: fragments.size(fragment)], 1 / (1 + len(kept))
-        yield fragment, fragments.gather(flat, fragment, one), -len(kept) * weight
-        for sent in kept:
-            yield fragment, codec.decode(sent.form, codec.view(sent.payload), out=one), weight
+def _average(kept: Sequence[ReceivedFragment], start: int, own: torch.Tensor) -> None:
+    """Average a piece of our own parameters with the same one of each payload."""
+    first, *others = kept
+    values = _part(first, start, own)
+    for sent in others:
+        values.add_(_part(sent, start, own))
+    own.lerp_(values.div_(len(kept)), len(kept) / (1 + len(kept)))
+
+
+def _part(sent: ReceivedFragment, start: int, own: torch.Tensor) -> torch.Tensor:
+    values = torch.empty(own.numel())
+    codec.decode_part(sent.form, codec.view(sent.payload), start, values)
+    return values.view(own.shape)
 
 
 def _payload(num_values: int) -> torch.Tensor:

@@ -142,12 +142,35 @@ def decode(form: Form, payload: Payload, *, out: torch.Tensor | None = None) -> 
     check_flat(out, form.num_values)
     if out is None:
         out = torch.empty(form.num_values, dtype=torch.float32)
-    if form.num_values == 0:
+    return _read(form, raw, 0, out)
+
+
+def decode_part(form: Form, payload: Payload, start: int, out: torch.Tensor) -> torch.Tensor:
+    """Decode some of a payload's values; only these are checked.
+
+    Args:
+        form: of the payload.
+        payload: as received.
+        start: number of the first value.
+        out: (n,) float32, receives the values; they must all be there.
+
+    Raises:
+        PeerError, LocalError: as `decode`.
+    """
+    raw, count = raw_payload(form, payload), out.numel()
+    check_flat(out, count)
+    if not 0 <= start <= form.num_values - count:
+        raise LocalError(f"values {start} to {start + count} of {form.num_values} are not there")
+    return _read(form, raw, start, out)
+
+
+def _read(form: Form, raw: torch.Tensor, start: int, out: torch.Tensor) -> torch.Tensor:
+    if not (count := out.numel()):
         return out
     if form.codec in INTS:
-        blocks.decode(INTS[form.codec], raw, out)
+        blocks.decode(INTS[form.codec], raw, form.num_values, start, out)
         return out
-    out.copy_(raw.view(FLOATS[form.codec]))
+    out.copy_(raw.view(FLOATS[form.codec])[start : start + count])
     if not _all_finite(out):
         raise PeerError(Reason.NOT_FINITE, "a value is not finite")
     return out

@@ -97,19 +97,25 @@ def encode(
 def decode(
     ints: Blocks,
     raw: torch.Tensor,  # (bytes,) uint8
+    num_values: int,
+    start: int,
     out: torch.Tensor,  # (n,) float32, written
 ) -> None:
-    """Read a payload. Nothing is written if it is refused.
+    """Read n values of a payload, from `start` on. Nothing is written if its blocks are refused.
 
     Raises:
         PeerError: as `_checked_steps`.
     """
-    parts = _split(ints, raw, out.numel())
-    all_steps = _checked_steps(ints, parts, out.numel())
-    for run in _runs(ints, out.numel()):
-        rows, steps, codes = run.rows(out), all_steps[run.blocks], run.code_rows(parts)
+    begin, end = start // BLOCK * BLOCK, min(num_values, num_blocks(start + out.numel()) * BLOCK)
+    parts = _blocks_of(ints, _split(ints, raw, num_values), begin, end)
+    all_steps = _checked_steps(ints, parts, end - begin)
+    values = out if out.numel() == end - begin else torch.empty(end - begin)
+    for run in _runs(ints, end - begin):
+        rows, steps, codes = run.rows(values), all_steps[run.blocks], run.code_rows(parts)
         kernels.run(dequantise, ints, steps, codes, rows)
-        run.return_to(out, rows)
+        run.return_to(values, rows)
+    if values is not out:
+        out.copy_(values[start - begin :][: out.numel()])
 
 
 def difference(
@@ -149,6 +155,13 @@ def _split(ints: Blocks, raw: torch.Tensor, num_values: int) -> _Parts:
         steps=raw[:head].view(torch.float16),
         codes=raw[head:].view(torch.int8 if ints.bits == 8 else torch.uint8),
     )
+
+
+def _blocks_of(ints: Blocks, parts: _Parts, begin: int, end: int) -> _Parts:
+    """The blocks of these values; `begin` is a whole block's, `end` too, or the payload's end."""
+    first, last = begin // BLOCK, num_blocks(end)
+    width = ints.code_bytes(BLOCK)
+    return _Parts(parts.steps[first:last], parts.codes[first * width : last * width])
 
 
 def _runs(ints: Blocks, num_values: int) -> list[_Run]:

@@ -61,6 +61,29 @@ def test_adding_what_was_gathered_is_indexing(
     assert torch.equal(flat, wanted)
 
 
+@given(models, cuts, st.integers(0, 2**31), st.integers(1, 5000))
+@settings(max_examples=60)
+def test_pieces_are_changed_in_the_order_of_gathering(
+    num_params: int, num_fragments: int, seed: int, most: int
+) -> None:
+    fragments = fragments_of(num_params, num_fragments)
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(padded(num_params), generator=generator)
+    f = seed % fragments.num_fragments
+    added = torch.randn(fragments.size(f), generator=generator)
+    starts, wanted = [0], flat.clone()
+    wanted[fragments.indices(f)] += added
+
+    def change(start: int, values: torch.Tensor) -> None:
+        assert start == starts[-1]
+        starts.append(start + values.numel())
+        values += added[start : starts[-1]].view(values.shape)
+
+    fragments.change_(flat, f, change, most)
+    assert torch.equal(flat, wanted)
+    assert starts[-1] == fragments.size(f)
+
+
 @pytest.mark.parametrize("row", [576, 640, 1024, 5 * 64, 5 * 13 * 64])
 def test_every_column_has_its_part_in_every_fragment(row: int) -> None:
     """Also where a row is a multiple of F lines."""

@@ -12,7 +12,7 @@ from xpeer.errors import LocalError, PeerError, Reason
 from xpeer.forms import BLOCK, SIZES, Codec, Form
 from xpeer.update import PrivateUpdate, RawUpdate
 from xpeer.wire import fixedpoint
-from xpeer.wire.codec import FLOATS, NAMES, compress, decode, encode, encode_into
+from xpeer.wire.codec import FLOATS, NAMES, compress, decode, decode_part, encode, encode_into
 
 sizes = st.sampled_from([1, 2, 127, 128, 129, 255, 256, 1000, 32768, 32769, 70001])
 magnitudes = st.sampled_from([1e-30, 1e-12, 1e-7, 1e-5, 1e-3, 1.0, 50.0, 1e6])
@@ -45,6 +45,25 @@ def test_int8_error_bound_for_arbitrary_values(numbers: list[float]) -> None:
     payload = encode("int8", values)
     error = (decode(Form("int8", len(numbers)), payload).double() - values.double()).abs()
     assert bool((error <= bound(payload, len(numbers))).all())
+
+
+@given(st.sampled_from(NAMES), sizes, st.integers(0, 2**32), st.data())
+@settings(max_examples=100)
+def test_a_part_is_a_part_of_the_whole(name: str, n: int, seed: int, data: st.DataObject) -> None:
+    """Wherever it begins and ends: within a block, or at the last value."""
+    start = data.draw(st.integers(0, n))
+    count = data.draw(st.integers(0, n - start) | st.just(n - start))
+    form, payload = Form(name, n), bytearray(encode(name, random_values(n, 0.05, seed)))
+    out = torch.full((count,), torch.nan)
+    assert decode_part(form, payload, start, out) is out
+    assert torch.equal(out, decode(form, payload)[start : start + count])
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 2), (0, 301), (300, 1), (299, 2)])
+def test_values_that_are_not_there_are_refused(start: int, count: int) -> None:
+    payload = encode("int8", random_values(300, 1.0, 0))
+    with pytest.raises(LocalError, match="are not there"):
+        decode_part(Form("int8", 300), payload, start, torch.empty(count))
 
 
 @given(st.sampled_from(NAMES), sizes, st.integers(0, 2**32))
